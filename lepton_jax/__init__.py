@@ -1,0 +1,30 @@
+"""Lepton-JAX: a plain Flax module in, a planned, fused and adaptive training run out."""
+
+from importlib.metadata import version as _version
+
+from lepton_jax import controller, data, hardware, losses, metrics, models, monitor
+from lepton_jax.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    LeptonError,
+    ModelError,
+    PlanError,
+    RecipeError,
+    SettingError,
+)
+from lepton_jax.hardware import Topology, topology
+from lepton_jax.history import History
+from lepton_jax.planner import Plan, Trace, plan, trace
+from lepton_jax.program import Program
+from lepton_jax.recipe import Recipe
+from lepton_jax.state import State
+from lepton_jax.trainer import Trainer
+
+__version__ = _version("lepton-jax")
+
+__all__ = [
+    "CheckpointError", "DataError", "DivergedError", "History", "LeptonError", "ModelError", "Plan", "PlanError",
+    "Program", "Recipe", "RecipeError", "SettingError", "State", "Topology", "Trace", "Trainer", "controller", "data",
+    "hardware", "losses", "metrics", "models", "monitor", "plan", "topology", "trace",
+]

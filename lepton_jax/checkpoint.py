@@ -1,0 +1,235 @@
+"""Checkpoints by Orbax, asynchronous and atomic; the latest is the newest that is committed and readable.
+
+A step's folder appears under its name only when it is whole. Beside the arrays it holds a JSON record with a checksum
+of every array, made on the device from the very values that were to be written, and a checksum of itself: what was
+damaged on disk is told from what is intact, whatever the storage format notices.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from lepton_jax.errors import CheckpointError, LeptonError
+from lepton_jax.state import by_path
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells each save's story at INFO and WARNING
+
+
+class Checkpoints:
+    """The checkpoints of one folder.
+
+    Args:
+      folder: created with the first save.
+      keep: how many of the latest stay.
+      best: a metric's name, after "-" for lowest first: one more checkpoint stays, the best by it.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3, best: str | None = None):
+        self.folder = Path(folder).absolute()
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        if best is not None:
+            name = best.removeprefix("-")
+            policies.append(checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[name], reverse=best.startswith("-"), n=1,
+                keep_checkpoints_without_metrics=False))
+        self._options = ocp.CheckpointManagerOptions(
+            create=True, preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies))
+        self._manager: ocp.CheckpointManager | None = None
+
+    def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Start to save; the state is copied before this returns, and may be donated afterwards.
+
+        Args:
+          step: of the state.
+          state: a pytree of arrays.
+          record: JSON-able; what else going on from here takes.
+          metrics: of the latest evaluation, for `best`.
+
+        Raises:
+          CheckpointError: this or the save before it could not be written.
+        """
+        arrays, sums = _copy_and_checksum(_storable(state))
+        body = json.dumps({"record": record, "checksums": {k: int(v) for k, v in jax.device_get(sums).items()}})
+        sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
+        try:
+            self._open().save(step, metrics=metrics, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(sealed)))
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Return when what was saved is committed.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self._manager is not None:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                raise self._failed(None, error) from error
+
+    def close(self) -> None:
+        """Wait, and let go of the folder."""
+        if self._manager is not None:
+            self.wait()
+            self._manager.close()
+            self._manager = None
+
+    def steps(self) -> list[int]:
+        """Committed steps, in order; whether they can be read is seen by reading them."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.is_dir() and re.fullmatch(r"\d+", p.name))
+
+    def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+        """One step's state, laid out as the template's shardings say, and its record.
+
+        Args:
+          step: a committed one.
+          template: a pytree of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          CheckpointError: the state's leaves are not those of the template; every difference is named.
+          Damaged: what is on disk is not what was saved.
+        """
+        record, checksums = self._record(step)
+        wanted = jax.eval_shape(_storable, template)
+        try:
+            stored = self._open().item_metadata(step)["state"].tree
+        except Exception as error:
+            raise Damaged(step, error) from error
+        self._compare(step, wanted, stored)
+        places = by_path(jax.tree.map(lambda x: x.sharding, template))
+        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[_unquoted(name)])
+                  for name, leaf in wanted.items()}
+        try:
+            arrays = self._open().restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+        except Exception as error:
+            raise Damaged(step, error) from error
+        for name, value in jax.device_get(_copy_and_checksum(arrays)[1]).items():
+            if checksums.get(name) != int(value):
+                raise Damaged(step, f"the checksum of {_unquoted(name)} does not match")
+        leaves = []
+        for path, leaf in by_path(template).items():
+            array = arrays[_quoted(path)]
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                array = jax.device_put(jax.random.wrap_key_data(array, impl=_key_impl(leaf)), leaf.sharding)
+            leaves.append(array)
+        return jax.tree.unflatten(jax.tree.structure(template), leaves), record
+
+    def restore_latest(self, template: Any, on_damaged: Callable[[int, str], None]) -> tuple[int, Any, dict[str, Any]]:
+        """(step, state, record) of the newest readable step; each newer one that is damaged is reported and left.
+
+        Raises:
+          CheckpointError: no step can be read, or the newest readable one does not fit the template.
+        """
+        steps, reasons = self.steps(), []
+        for step in reversed(steps):
+            try:
+                return (step, *self.restore(step, template))
+            except Damaged as error:
+                on_damaged(step, error.reason)
+                reasons.append(f"step {step}: {error.reason}")
+        what = "\n    ".join([f"none of the {len(steps)} checkpoints can be read", *reasons])
+        raise CheckpointError(what, where=self.folder, remedy="start the run anew, or name another run folder")
+
+    def _record(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
+        try:
+            sealed = self._open().restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            body = sealed["body"]
+            intact = zlib.crc32(body.encode()) == sealed["crc32"]
+        except Exception as error:
+            raise Damaged(step, error) from error
+        if not intact:
+            raise Damaged(step, "the checksum of its record does not match")
+        content = json.loads(body)
+        return content["record"], content["checksums"]
+
+    def _compare(self, step: int, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+        missing, surplus = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+        lines = [f"missing in the checkpoint: {_unquoted(n)} {_shape(wanted[n])}" for n in sorted(missing)]
+        lines += [f"surplus in the checkpoint: {_unquoted(n)} {_shape(stored[n])}" for n in sorted(surplus)]
+        lines += [f"{_unquoted(n)}: the checkpoint has {_shape(stored[n])}, the model {_shape(wanted[n])}"
+                  for n in sorted(wanted.keys() & stored.keys()) if _shape(stored[n]) != _shape(wanted[n])]
+        if lines:
+            raise CheckpointError(f"the checkpoint does not fit the model, {len(lines)} leaves differ:\n    "
+                                  + "\n    ".join(lines), where=self.folder / str(step),
+                                  remedy="restore with the model and optimizer that it was saved with")
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            try:
+                self._manager = ocp.CheckpointManager(self.folder, options=self._options, item_handlers={
+                    "state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()})
+            except OSError as error:
+                raise self._failed(None, error) from error
+        return self._manager
+
+    def _failed(self, step: int | None, error: Exception) -> LeptonError:
+        committed = self.steps()
+        last = f"step {committed[-1]} is the last committed one" if committed else "no step is committed yet"
+        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return CheckpointError(f"{which} can't be written ({last}): {reason[0][:300]}", where=self.folder,
+                               remedy="free disk space or mend the folder's permissions, then go on with --resume")
+
+
+class Damaged(CheckpointError):
+    """A committed step that can't be read; `reason` says why."""
+
+    def __init__(self, step: int, reason: object):
+        self.reason = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:300]
+        super().__init__(f"the checkpoint of step {step} is damaged: {self.reason}", where=f"step {step}",
+                         remedy="use an earlier step")
+
+
+def _quoted(path: str) -> str:
+    return path.replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
+
+
+def _unquoted(path: str) -> str:
+    return path.replace("%2E", ".").replace("%2F", "/").replace("%25", "%")
+
+
+def _shape(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _storable(state: Any) -> dict[str, Any]:
+    """The leaves under their paths, quoted for Orbax, random keys as their key data."""
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return {_quoted(path): jax.random.key_data(x) if is_key(x) else x for path, x in by_path(state).items()}
+
+
+def _key_impl(leaf: Any) -> Any:
+    return str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else leaf.dtype._impl
+
+
+@jax.jit
+def _copy_and_checksum(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Copies, and for each array the sum of its words times odd weights, modulo 2**32.
+
+    A changed word changes the sum unless another makes up for it; integer sums do not depend on the layout.
+    """
+
+    def checksum(x: Any) -> Any:
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32).reshape(-1)
+        return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+    # copies that share no buffer with the donated state: an asynchronous save reads them later
+    return jax.tree.map(lambda x: x.copy(), arrays), jax.tree.map(checksum, arrays)

@@ -1,0 +1,181 @@
+"""From samples to blocks of batches on the devices, in an order that only the seed and the position decide.
+
+A stream is endless: one epoch's order follows another's, and batches run on over the border. Position p of it is the
+p-th sample that training consumes, whatever the batch size, the block size or the number of devices; so the position
+alone says where to go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+
+from lepton_jax.data.arrays import Arrays, from_any
+from lepton_jax.errors import DataError
+
+PREFETCHED_BLOCKS = 2
+
+
+class Stream(Protocol):
+    """Samples in training order: `rows(start, stop)` gives those at positions start to stop as (inputs, targets)."""
+
+    samples: int
+
+    def rows(self, start: int, stop: int) -> tuple[Any, Any]: ...
+
+
+class ArrayStream:
+    """A stream over arrays in memory, a new seeded permutation each epoch (8 bytes of memory a sample)."""
+
+    def __init__(self, data: Arrays, seed: int, shuffle: bool):
+        self.data, self.samples, self.seed, self.shuffle = data, len(data), seed, shuffle
+        self._orders: dict[int, np.ndarray] = {}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            kept = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders = kept | {epoch: generator.permutation(self.samples)}
+        return self._orders[epoch]
+
+    def rows(self, start: int, stop: int) -> tuple[Any, Any]:
+        positions = np.arange(start, stop)
+        if not self.shuffle:
+            return self.data.take(positions % self.samples)
+        indices = np.empty(stop - start, np.int64)
+        for epoch in range(start // self.samples, (stop - 1) // self.samples + 1):
+            low, high = max(start, epoch * self.samples), min(stop, (epoch + 1) * self.samples)
+            indices[low - start:high - start] = self._order(epoch)[low % self.samples:][:high - low]
+        return self.data.take(indices)
+
+
+class GrainStream:
+    """A stream over a `grain.MapDataset` whose elements are pairs (inputs, targets)."""
+
+    def __init__(self, data: grain.MapDataset, seed: int, shuffle: bool):
+        self.samples = len(data)
+        data = data.seed(seed)
+        self.data = (data.shuffle() if shuffle else data).repeat()
+
+    def rows(self, start: int, stop: int) -> tuple[Any, Any]:
+        rows = [self.data[position] for position in range(start, stop)]
+        return _pair(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+
+
+def stream(data: Any, seed: int = 0, shuffle: bool = False) -> ArrayStream | GrainStream:
+    """A stream over a pair of arrays, an `Arrays` or a `grain.MapDataset`.
+
+    Raises:
+      DataError: the data is of another kind, or empty.
+    """
+    if isinstance(data, grain.MapDataset):
+        if not len(data):
+            raise DataError("the Grain data set is empty", where=repr(data), remedy="give at least one sample")
+        return GrainStream(data, seed, shuffle)
+    return ArrayStream(from_any(data), seed, shuffle)
+
+
+def sample(data: Any) -> tuple[Any, Any]:
+    """One sample, batch dim first, to take shapes from; no position moves."""
+    if isinstance(data, grain.IterDataset):
+        return _pair(jax.tree.map(lambda x: np.asarray(x)[None], next(iter(data))))
+    return stream(data).rows(0, 1)
+
+
+def epoch_samples(data: Any) -> int | None:
+    """Samples in an epoch, or None for a Grain data set that can only be iterated."""
+    return None if isinstance(data, grain.IterDataset) else stream(data).samples
+
+
+class Loader:
+    """Blocks of `steps` batches, read and put on the devices by a thread of Grain's, ahead of their use.
+
+    Args:
+      data: what to read.
+      batch_size: samples a step.
+      steps: steps a block: leaves are (batch_size, ...) for 1, else (steps, batch_size, ...).
+      sharding: where a block's leaves go.
+      seed, shuffle: the order, as in the recipe.
+      position: samples consumed before the first block, or what `state` returned.
+      blocks: how many blocks there are; None: no end.
+    """
+
+    def __init__(self, data: Any, *, batch_size: int, steps: int, sharding: Any, seed: int = 0, shuffle: bool = False,
+                 position: Any = 0, blocks: int | None = None):
+        self._rows = batch_size * steps
+        self._iterable = isinstance(data, grain.IterDataset)
+        shape = (lambda x: x) if steps == 1 else lambda x: x.reshape(steps, batch_size, *x.shape[1:])
+
+        def put(rows: Any) -> Any:
+            return jax.tree.map(lambda x: jax.device_put(shape(x), sharding), rows)
+
+        start, saved = (position, None) if isinstance(position, int) else (position["samples"], position.get("grain"))
+        self._samples = start
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BLOCKS)
+        if self._iterable:
+            assert steps == 1, "the position of an iterable data set is known between its batches only"
+            dataset = data.batch(batch_size, drop_remainder=True).map(_pair)
+            self._iterator = iter(dataset)
+            if saved is not None:
+                self._iterator.set_state(saved)
+            self._put = put
+        else:
+            source = _Blocks(stream(data, seed, shuffle), start, self._rows, blocks)
+            self._iterator = iter(grain.MapDataset.source(source).map(put).to_iter_dataset(options))
+            self._put = lambda rows: rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            block = self._put(next(self._iterator))
+        except StopIteration:
+            if self._iterable:
+                raise DataError(f"the data ended after {self._samples} samples", where="Recipe.train",
+                                remedy="call .repeat() on the Grain data set, or train for fewer steps") from None
+            raise
+        self._samples += self._rows
+        return block
+
+    def state(self, unused: int) -> dict[str, Any]:
+        """The position, in plain data, of which the last block's final `unused` samples are not consumed yet."""
+        return {"samples": self._samples - unused, "grain": self._iterator.get_state() if self._iterable else None}
+
+    def close(self) -> None:
+        """Stop the reading thread."""
+        self._iterator.close()
+
+
+class _Blocks:
+    """Grain's random-access source of whole blocks: one vectorized read each."""
+
+    def __init__(self, stream: Stream, start: int, rows: int, blocks: int | None):
+        self.stream, self.start, self.rows, self.blocks = stream, start, rows, blocks
+
+    def __len__(self) -> int:
+        return self.blocks if self.blocks is not None else 2**40
+
+    def __getitem__(self, index: Any) -> tuple[Any, Any]:
+        low = self.start + int(index) * self.rows
+        return self.stream.rows(low, low + self.rows)
+
+    def __repr__(self) -> str:
+        return f"{type(self.stream).__name__}({self.stream.samples} samples)"
+
+
+def blocks_between(first: int, until: int, steps: int) -> int:
+    """Blocks of `steps` steps that hold steps first to until."""
+    return math.ceil((until - first) / steps)
+
+
+def _pair(element: Any) -> tuple[Any, Any]:
+    if not (isinstance(element, tuple | list) and len(element) == 2):
+        raise DataError(f"an element of the Grain data set is a {type(element).__name__}", where="Recipe.train",
+                        remedy="map it to a pair (inputs, targets)")
+    return element[0], element[1]

@@ -1,0 +1,79 @@
+"""What a fit leaves in memory: every step's record, every evaluation."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass
+class History:
+    """The record of one `fit`.
+
+    Attributes:
+      first: the step before the first of the records.
+      records: name to one float32 value per step, measured before that step's update.
+      evaluations: (step, metrics) of each evaluation.
+      status: "finished", "interrupted", "diverged" or "failed".
+      seconds: wall time of the fit, compilations included.
+      samples: consumed in training.
+      data_wait: seconds that the loop waited for data.
+      compilations: of the train step.
+      folder: the run folder, if there is one.
+    """
+
+    first: int = 0
+    records: dict[str, np.ndarray] = field(default_factory=dict)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    status: str = "finished"
+    seconds: float = 0.0
+    samples: int = 0
+    data_wait: float = 0.0
+    compilations: int = 0
+    folder: Path | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """One record's values, a step each: `history["loss"]`."""
+        return self.records[name]
+
+    @property
+    def steps(self) -> int:
+        return len(next(iter(self.records.values()), ()))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last evaluation; without one, the means of the last records."""
+        if self.evaluations:
+            return self.evaluations[-1][1]
+        return {name: float(np.mean(values[-10:])) for name, values in self.records.items() if len(values)}
+
+    def append(self, names: list[str], rows: np.ndarray) -> None:
+        """Add rows (steps, records)."""
+        for name, column in zip(names, rows.T, strict=True):
+            self.records[name] = np.concatenate([self.records.get(name, np.empty(0, np.float32)), column])
+
+    def _rows(self) -> tuple[list[str], list[list[str]]]:
+        names = list(self.evaluations[0][1]) if self.evaluations else []
+        rows = []
+        for step, metrics in self.evaluations:
+            trained = self.records["loss"][max(0, step - self.first - 10):step - self.first]
+            train = f"{trained.mean():.4f}" if len(trained) else "-"
+            rows.append([str(step), train, *(f"{metrics[name]:.4f}" for name in names)])
+        return ["step", "train loss", *(f"test {name}" for name in names)], rows
+
+    def __str__(self) -> str:
+        header, rows = self._rows()
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+        rate = f"{self.samples / self.seconds:,.0f} samples/s" if self.seconds else ""
+        return "\n".join([*lines, f"{self.status}: {self.steps} steps in {self.seconds:.1f} s, {rate}"])
+
+    def _repr_html_(self) -> str:
+        header, rows = self._rows()
+        cell = lambda tag, row: "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in row)  # noqa: E731
+        body = "".join(f"<tr>{cell('td', row)}</tr>" for row in rows)
+        return (f"<table><tr>{cell('th', header)}</tr>{body}</table>"
+                f"<p>{html.escape(str(self).splitlines()[-1])}</p>")

@@ -1,0 +1,146 @@
+"""`python tools/launch.py RECIPE.py ...`, which is `python -m lepton_jax.launch RECIPE.py ...`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lepton_jax.errors import CheckpointError, LeptonError, SettingError
+from lepton_jax.launch import cluster, settings
+from lepton_jax.monitor import Progress, TensorBoard
+from lepton_jax.trainer import Trainer
+
+DESCRIPTION = "Train a recipe: plan it for the devices that are there, run it, keep what it leaves in a run folder."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        summary = launch(arguments)
+    except LeptonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if "--json" in arguments:
+            print(json.dumps({"status": "failed", "error": error.what, "where": error.where, "remedy": error.remedy}))
+        return 2
+    return 130 if summary and summary["status"] == "interrupted" else 0
+
+
+def launch(arguments: list[str]) -> dict[str, Any] | None:
+    """Parse, train, and say where it ended; None if only help was asked for.
+
+    Raises:
+      LeptonError: whatever the user can mend.
+    """
+    parser = _parser()
+    head, rest = _head(parser, arguments)
+    wants_help = bool({"-h", "--help"} & set(rest))
+    if wants_help and head.recipe is None:
+        parser.print_help()
+        return None
+    run = _resumed(head.resume)
+    file = head.recipe or run.get("file")
+    if file is None:
+        raise SettingError("no recipe is named" if head.resume is None else "the run was not started from a recipe file",
+                           where="command line", remedy="name a recipe file, e.g. recipes/digits_cnn.py")
+    function = settings.load(Path(file))
+    parser.description = inspect.getdoc(function) or DESCRIPTION
+    settings.add(parser, function)
+    if wants_help:
+        parser.print_help()
+        return None
+    names = list(inspect.signature(function).parameters)
+    options, given = settings.parse(parser, arguments, names)
+    kept = {k: v for k, v in run.get("settings", {}).items() if k in names}
+    chosen = _typed(parser, kept) | given
+    folder = _folder(options, Path(file).stem)
+    cluster.join(options.devices)
+    recipe = settings.call(function, chosen)
+    if recipe.name == "run":
+        recipe = recipe.with_(name=Path(file).stem)
+    plain = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in chosen.items()}
+    sinks: list[Any] = [Progress()]
+    if options.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard"))
+    trainer = Trainer(recipe, run_dir=folder, devices=options.devices, sinks=sinks,
+                      source={"file": str(Path(file).resolve()), "settings": plain})
+    if options.resume is not None:
+        trainer.resume()
+    history = trainer.fit()
+    summary = {"run_dir": str(folder), "status": history.status, "steps": trainer.step, "seconds": history.seconds,
+               "samples_per_second": history.samples / history.seconds if history.steps else 0.0,
+               "compilations": history.compilations, "metrics": history.metrics}
+    if options.json:
+        print(json.dumps(summary), flush=True)
+    return summary
+
+
+def _parser() -> settings.Parser:
+    parser = settings.Parser(prog="launch.py", description=DESCRIPTION, add_help=False, allow_abbrev=False,
+                             formatter_class=argparse.RawDescriptionHelpFormatter,
+                             usage="launch.py RECIPE.py [--setting value ...] [options]")
+    parser.add_argument("recipe", nargs="?", help="a Python file with a function `recipe`; its settings become options, "
+                        "listed by RECIPE.py --help")
+    group = parser.add_argument_group("options")
+    group.add_argument("-h", "--help", action="store_true", help="show this, and the recipe's settings if one is named")
+    group.add_argument("--run-dir", metavar="DIR", help="folder for what the run leaves (default: runs/NAME-TIME)")
+    group.add_argument("--resume", metavar="RUN", help="go on with a run from its latest readable checkpoint; recipe and "
+                       "settings are the run's, unless given")
+    group.add_argument("--devices", type=int, metavar="N", help="use N devices; on a CPU, N virtual ones (default: all)")
+    group.add_argument("--json", action="store_true", help="print, last, one JSON object that sums up the run")
+    group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars into the run folder")
+    return parser
+
+
+def _head(parser: settings.Parser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options known before the recipe is; the recipe is the argument that no option takes as its value."""
+    if arguments and not arguments[0].startswith("-"):
+        head, _ = parser.parse_known_args(arguments)
+        head.recipe = arguments[0]
+    else:
+        head, unknown = parser.parse_known_args(arguments)
+        if unknown and head.resume is None:
+            head.recipe = next((a for a in arguments if a.endswith(".py")), head.recipe)
+        elif head.recipe is not None and not head.recipe.endswith(".py"):
+            head.recipe = None
+    if head.devices is not None and head.devices < 1:
+        raise SettingError(f"--devices is {head.devices}", where="command line", remedy="ask for 1 or more devices")
+    return head, arguments
+
+
+def _resumed(folder: str | None) -> dict[str, Any]:
+    """recipe.json of the run to resume."""
+    if folder is None:
+        return {}
+    try:
+        return json.loads((Path(folder) / "recipe.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no run can be resumed here: {error}", where=folder,
+                              remedy="name the folder of a run: it holds recipe.json and checkpoints/") from error
+
+
+def _typed(parser: argparse.ArgumentParser, kept: dict[str, Any]) -> dict[str, Any]:
+    """Settings as kept in JSON, in the types of their options."""
+    actions = {a.dest.removeprefix("setting:"): a for a in parser._actions if a.dest.startswith("setting:")}
+    return {k: v if v is None or isinstance(v, bool) or actions[k].type is None else actions[k].type(str(v))  # type: ignore
+            for k, v in kept.items()}
+
+
+def _folder(options: argparse.Namespace, name: str) -> Path:
+    if options.resume is not None:
+        if options.run_dir is not None and Path(options.run_dir).resolve() != Path(options.resume).resolve():
+            raise SettingError("--run-dir and --resume name different folders", where="command line",
+                               remedy="a resumed run goes on in its own folder: leave out --run-dir")
+        return Path(options.resume)
+    folder = Path(options.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and not folder.is_dir():
+        raise SettingError("the run folder is a file", where=folder, remedy="name another folder")
+    if (folder / "recipe.json").exists():
+        raise SettingError("the folder already holds a run", where=folder,
+                           remedy=f"go on with it by --resume {folder}, or name another folder")
+    return folder

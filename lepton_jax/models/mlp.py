@@ -1,0 +1,34 @@
+"""A multi-layer perceptron."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+
+class MLP(nnx.Module):
+    """Linear layers with ReLU, and dropout if asked for, between them.
+
+    Args:
+      features: widths from the inputs to the outputs, e.g. (784, 128, 10).
+      dropout: share of the hidden units that are dropped in training.
+      rngs: streams `params` and, with dropout, `dropout`.
+    """
+
+    def __init__(self, features: Sequence[int], *, dropout: float = 0.0, rngs: nnx.Rngs):
+        if len(features) < 2:
+            raise ValueError(f"features {tuple(features)} need an input and an output width")
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(features)])
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Inputs (batch, ...), flattened, to outputs (batch, features[-1])."""
+        x = x.reshape(x.shape[0], -1)
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+            if self.dropout is not None:
+                x = self.dropout(x)
+        return self.layers[-1](x)

@@ -1,0 +1,172 @@
+"""NNX and Linen modules as the same two pure functions over nested dicts of arrays."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from lepton_jax import precision
+from lepton_jax.errors import LeptonError, ModelError
+from lepton_jax.state import by_path
+
+TRAIN_WORDS = {"train": True, "training": True, "is_training": True, "deterministic": False,
+               "use_running_average": False}
+
+
+class Functional(NamedTuple):
+    """A module without its objects.
+
+    Attributes:
+      kind: "nnx" or "linen".
+      name: the module's class.
+      init: a random key to (params, variables), nested dicts of arrays.
+      apply: (params, variables, inputs, key, train) to (outputs, variables after the call). `key` feeds the random
+        streams of Linen modules; NNX modules carry theirs in `variables`.
+    """
+
+    kind: str
+    name: str
+    init: Callable[[Any], tuple[Any, Any]]
+    apply: Callable[[Any, Any, Any, Any, bool], tuple[Any, Any]]
+
+
+def functional(model: Any, inputs: Any) -> Functional:
+    """The pure functions of a module, an instance of it or its factory.
+
+    Args:
+      model: as in `Recipe.model`.
+      inputs: shapes of a batch of inputs, as the model receives them; Linen modules are initialized with zeros of it.
+
+    Raises:
+      ModelError: the factory fails, or returns something else than a Flax module.
+    """
+    if isinstance(model, nnx.Module):
+        return _nnx(lambda key: nnx.clone(model))
+    if isinstance(model, linen.Module):
+        return _linen(model, inputs)
+    takes_rngs = "rngs" in _parameters(model)
+    with pointing_at_user("building the model", "let the factory take rngs, or nothing, and return a Flax module"):
+        if not takes_rngs and not _required(model):
+            module = model()
+            if isinstance(module, linen.Module):
+                return _linen(module, inputs)
+            return _nnx(lambda key: model())
+        build = (lambda key: model(rngs=nnx.Rngs(key))) if takes_rngs else (lambda key: model(nnx.Rngs(key)))
+        return _nnx(build)
+
+
+def forward(recipe: Any, module: Functional, params: Any, variables: Any, inputs: Any, key: Any, train: bool) -> Any:
+    """(outputs, variables after) of a batch: preprocessing, then the model in the recipe's precision."""
+    inputs = recipe.preprocess(inputs) if recipe.preprocess else inputs
+    params, inputs = precision.cast((params, inputs), recipe.precision)
+    outputs, variables = module.apply(params, variables, inputs, key, train)
+    return precision.to_float32(outputs, recipe.precision), variables
+
+
+def _nnx(build: Callable[[Any], Any]) -> Functional:
+    def make(key: Any) -> Any:
+        module = build(key)
+        if not isinstance(module, nnx.Module):
+            raise ModelError(f"the model factory returned a {type(module).__name__}", where="Recipe.model",
+                             remedy="return a flax.nnx.Module (built with the given rngs) or a flax.linen.Module")
+        return module
+
+    module = nnx.eval_shape(lambda: make(jax.random.key(0)))
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    known = set(by_path(nnx.to_pure_dict(rest)))
+
+    def init(key: Any) -> tuple[Any, Any]:
+        return tuple(nnx.to_pure_dict(part) for part in nnx.split(make(key), nnx.Param, ...)[1:])  # type: ignore
+
+    def apply(params_: Any, variables: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
+        # copy=True: modules that count calls (Rngs, RNN) mutate their variables at this trace level
+        module = nnx.merge(graph, _filled(params, params_), _filled(rest, variables), copy=True)
+        module.train() if train else module.eval()
+        outputs = _call(module, module.__call__, inputs, train)
+        after = nnx.to_pure_dict(nnx.state(module, nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.Intermediate))))
+        surplus = set(by_path(after)) - known
+        if surplus:
+            raise ModelError(f"the module creates the variable {sorted(surplus)[0]!r} when it is called",
+                             where=type(module).__name__, remedy="create it in __init__, so that the state has one shape")
+        return outputs, after
+
+    return Functional("nnx", type(module).__name__, init, apply)
+
+
+def _filled(template: nnx.State, values: Any) -> nnx.State:
+    state = jax.tree.map(lambda x: x, template)
+    nnx.replace_by_pure_dict(state, values)
+    return state
+
+
+def _linen(module: linen.Module, inputs: Any) -> Functional:
+    def init(key: Any) -> tuple[Any, Any]:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+        variables = dict(flax.core.unfreeze(_call(module, module.init, zeros, False, key)))
+        params = variables.pop("params", {})
+        variables.pop("intermediates", None)
+        return params, variables
+
+    def apply(params: Any, variables: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
+        # make_rng of a stream that isn't given falls back to "params", so that every name has randomness
+        rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)} if train else None
+        mutable = list(variables) if train else []
+        outputs = _call(module, module.apply, inputs, train, {"params": params, **variables}, rngs=rngs, mutable=mutable)
+        return (outputs[0], {**variables, **flax.core.unfreeze(outputs[1])})
+
+    return Functional("linen", type(module).__name__, init, apply)
+
+
+def _call(module: Any, function: Callable, inputs: Any, train: bool, *leading: Any, **options: Any) -> Any:
+    """`function` with the batch's inputs, and the mode under the name that the module's __call__ has for it."""
+    words = _parameters(type(module).__call__)
+    options |= {word: train == sense for word, sense in TRAIN_WORDS.items() if word in words}
+    if isinstance(inputs, dict):
+        return function(*leading, **inputs, **options)
+    return function(*leading, inputs, **options)
+
+
+def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+    if isinstance(function, functools.partial) and inspect.isclass(function.func):
+        function = functools.partial(function.func.__init__, None, *function.args, **function.keywords)
+    try:
+        if inspect.isclass(function):  # what inspect finds for an NNX class is its metaclass's __call__
+            return dict(list(inspect.signature(function.__init__).parameters.items())[1:])
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return {}
+
+
+def _required(function: Any) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [n for n, p in _parameters(function).items() if p.default is p.empty and p.kind in kinds]
+
+
+class pointing_at_user:
+    """Context in which an error of a user's own code (model, loss, metric) becomes a ModelError at the user's line."""
+
+    def __init__(self, doing: str, remedy: str = "compare the shapes and dtypes of the batch with what the model and "
+                 "the loss expect"):
+        self.doing, self.remedy = doing, remedy
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, LeptonError) or not isinstance(error, Exception):
+            return
+        libraries = ("site-packages", "dist-packages", "<frozen", str(Path(__file__).parent))
+        frames = [f for f in traceback.extract_tb(trace) if not any(part in f.filename for part in libraries)]
+        where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None
+        message = str(error).strip().splitlines()
+        raise ModelError(f"{self.doing} failed: {type(error).__name__}: {message[0] if message else ''}", where=where,
+                         remedy=self.remedy) from error

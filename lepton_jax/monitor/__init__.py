@@ -1,0 +1,19 @@
+"""What a run says while it runs, and the page it leaves behind. Imports no JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lepton_jax.monitor.events import Monitor, Sink, read_events
+from lepton_jax.monitor.progress import Progress
+from lepton_jax.monitor.sinks import TensorBoard
+
+__all__ = ["Monitor", "Progress", "Sink", "TensorBoard", "read_events", "write_report"]
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `folder/report.html` and returns its path; see `lepton_jax.monitor.report.write_report`."""
+    # Imported on demand: `python -m lepton_jax.monitor.report` must not find that module imported already.
+    from lepton_jax.monitor import report
+
+    return report.write_report(folder)

@@ -1,0 +1,212 @@
+"""The journal of a run: one JSON line per event, in `events.jsonl`.
+
+A line is `{"time": unix seconds, "kind": ..., ...}`. JSON has no word for a float that is not finite, so such a float
+is written as the string "NaN", "Infinity" or "-Infinity", and those strings are read back as floats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lepton_jax.errors import DataError, LeptonError
+
+FILE = "events.jsonl"
+_WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Sink(Protocol):
+    """Something that wants to hear of events as they happen."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Takes one event: plain Python values, floats that may be non-finite."""
+        ...
+
+    def close(self) -> None:
+        """Ends the sink; nothing comes after."""
+        ...
+
+
+class Monitor:
+    """Appends events to `folder/events.jsonl` and hands them to sinks. Safe to call from several threads.
+
+    A line is one write to the operating system, so a killed process loses at most the line that it was writing;
+    opening the journal again mends that line.
+
+    Args:
+      folder: of the run, made if missing. None: no file.
+      sinks: what hears each event, in this order, after it is written.
+
+    Raises:
+      LeptonError: the file can't be opened, or (from `event`) written.
+    """
+
+    def __init__(self, folder: Path | None, sinks: Sequence[Sink] = ()):
+        self.path = None if folder is None else Path(folder) / FILE
+        self._sinks, self._lock, self._closed = tuple(sinks), threading.RLock(), False
+        self._file: int | None = None
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            _mend(self._file)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Records one event. Arrays and NumPy scalars become lists and numbers; float32 values stay exact.
+
+        Raises:
+          LeptonError: the line could not be written (the disk is full, say). The file keeps only whole lines.
+        """
+        event = {"time": time.time(), "kind": kind, **_plain(fields)}
+        line = encode(event)
+        with self._lock:
+            assert not self._closed, "an event after close()"
+            if self._file is not None:
+                try:
+                    _append(self._file, line)
+                except OSError as error:
+                    raise self._failed(error) from error
+            for sink in self._sinks:
+                sink.event(event)
+
+    def close(self) -> None:
+        """Closes the file and the sinks. A second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._file is not None:
+                os.close(self._file)
+            for sink in self._sinks:
+                sink.close()
+
+    def _failed(self, error: OSError) -> LeptonError:
+        return LeptonError(
+            f"the journal of the run can't be written: {error.strerror or error}", where=self.path,
+            remedy="make room on that disk and let this user write there, or name another run folder; "
+                   "then start again: the run goes on from its last checkpoint")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All events of a journal, oldest first; a last line that a killed process left torn is skipped.
+
+    Args:
+      path: the file, or the run folder that holds it.
+
+    Raises:
+      DataError: the file is missing, or a line other than a torn last one is damaged.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    events = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                event = _decode(line)
+                if event is not None:
+                    events.append(event)
+                elif line.endswith(b"\n"):
+                    raise DataError(f"an event is damaged: {line[:60]!r}", where=f"{path}, line {number}",
+                                    remedy="delete that line, or restore the file from a copy")
+    except OSError as error:
+        raise DataError(f"the events of the run can't be read: {error.strerror or error}", where=path,
+                        remedy=f"name a run folder: one that holds {FILE}") from error
+    return events
+
+
+def encode(event: Mapping[str, Any]) -> bytes:
+    """One event as a line of standard JSON."""
+    try:
+        text = json.dumps(event, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # a float that is not finite: rare, so only then is the event walked through
+        text = json.dumps(_named(event), allow_nan=False, separators=(",", ":"))
+    return text.encode() + b"\n"
+
+
+def _append(file: int, line: bytes) -> None:
+    """Writes the whole line, or leaves the file as it was."""
+    written = 0
+    try:
+        written = os.write(file, line)
+        while written < len(line):
+            written += os.write(file, line[written:])
+    except OSError:
+        with contextlib.suppress(OSError):  # the disk refuses even that: the next opening mends the line
+            if written:
+                os.ftruncate(file, os.fstat(file).st_size - written)
+        raise
+
+
+def _mend(file: int) -> None:
+    """Ends the file with a whole line: a torn last one goes, one that lacks only its newline gets it."""
+    size, tail = os.fstat(file).st_size, b""
+    start = size
+    while start and b"\n" not in tail:
+        chunk = min(start, 1 << 16)
+        start -= chunk
+        tail = os.pread(file, chunk, start) + tail
+    tail = tail[tail.rfind(b"\n") + 1:]
+    if not tail:
+        return
+    if _decode(tail) is None:
+        os.ftruncate(file, size - len(tail))
+    else:
+        _append(file, b"\n")
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None if it is damaged."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        return None
+    return _floats(event) if b'NaN"' in line or b'Infinity"' in line else event
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's types, with the floats as they are."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        # bfloat16 and its like, which NumPy knows only as raw bytes, are exact in float64.
+        return _plain((array.astype(np.float64) if array.dtype.kind == "V" else array).tolist())
+    return str(value)
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _named(item) for key, item in value.items()}
+    return [_named(item) for item in value] if isinstance(value, list) else value
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, str):
+        return _WORDS.get(value, value)
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else value

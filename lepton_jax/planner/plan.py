@@ -1,0 +1,168 @@
+"""The plan: how a traced recipe lies on a topology, as plain data, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lepton_jax.compat import make_mesh
+from lepton_jax.errors import PlanError
+from lepton_jax.hardware import Topology
+from lepton_jax.planner.trace import Trace
+from lepton_jax.state import by_path, nbytes
+
+DATA = "data"
+CALL_SECONDS = 5e-3  # of computing in one call: about a hundred times what dispatching it costs the host
+MOST_STEPS_PER_CALL = 32
+MOST_BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ArrayPlan:
+    """How one array of the state lies: mesh axes per dim (None: not sharded), and why."""
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    spec: tuple[str | None, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe lies on a topology.
+
+    Attributes:
+      topology: its name.
+      mesh: mesh axis name to size.
+      batch: spec of a batch: the mesh axis of the batch dim.
+      arrays: one entry per array of the state.
+      batch_size, micro_batches: samples a step, and parts in which a device's share passes through the model.
+      unroll_micro_batches: micro-batches as straight code instead of a loop.
+      steps_per_call: steps that one XLA call runs.
+      bytes_per_device: predicted bytes by kind. What the activations take is not predicted.
+      reasons: each decision that is not an array's, and why.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    batch: tuple[str | None, ...]
+    arrays: tuple[ArrayPlan, ...]
+    batch_size: int
+    micro_batches: int
+    unroll_micro_batches: bool
+    steps_per_call: int
+    bytes_per_device: dict[str, int]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def make_mesh(self, devices: list[jax.Device]) -> Mesh:
+        """The mesh over live devices.
+
+        Raises:
+          PlanError: their number isn't the plan's.
+        """
+        if len(devices) != math.prod(self.mesh.values()):
+            raise PlanError(f"the plan is for {math.prod(self.mesh.values())} devices, {len(devices)} are given",
+                            where=f"plan for {self.topology}", remedy="plan anew for the devices that are there")
+        return make_mesh(self.mesh, devices)
+
+    def state_shardings(self, mesh: Mesh, state: Any) -> Any:
+        """A NamedSharding for each leaf of a state."""
+        specs = {a.path: PartitionSpec(*a.spec) for a in self.arrays}
+        leaves = [NamedSharding(mesh, specs[path]) for path in by_path(state)]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+          PlanError: the text is no plan.
+        """
+        try:
+            data = json.loads(text)
+            arrays = tuple(ArrayPlan(**{**a, "shape": tuple(a["shape"]), "spec": tuple(a["spec"])})
+                           for a in data.pop("arrays"))
+            return cls(**{**data, "batch": tuple(data["batch"]), "arrays": arrays})
+        except (ValueError, TypeError, KeyError) as error:
+            raise PlanError(f"not a plan: {error}", where="plan.json", remedy="plan anew") from error
+
+    def __str__(self) -> str:
+        parameters = [a for a in self.arrays if a.kind == "params"]
+        width = max(len(a.path.partition("/")[2]) for a in parameters)
+        lines = [f"Plan for {self.topology}: mesh {' x '.join(f'{k}={v}' for k, v in self.mesh.items())}, "
+                 f"batch {self.batch_size} over {self.batch[0]!r}"]
+        for a in parameters:
+            shape, spec = "x".join(map(str, a.shape)) or "scalar", ", ".join(map(str, a.spec)) or "replicated"
+            lines.append(f"  {a.path.partition('/')[2]:{width}}  {shape:>16}  {a.dtype:8} {_size(a.bytes):>9}  "
+                         f"{spec}: {a.reason}")
+        lines.append("  a device holds " + ", ".join(f"{k} {_size(v)}" for k, v in self.bytes_per_device.items())
+                     + "; activations are not predicted")
+        lines += [f"  {what}: {why}" for what, why in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def plan(trace: Trace, topology: Topology) -> Plan:
+    """Data parallelism over all devices: the batch is split, the state is replicated.
+
+    Raises:
+      PlanError: the batch does not divide over the devices and micro-batches.
+    """
+    recipe, devices = trace.recipe, topology.devices
+    parts = devices * recipe.micro_batches
+    if recipe.batch_size % parts:
+        low = recipe.batch_size // parts * parts
+        near = " or ".join(str(n) for n in (low, low + parts) if n)
+        micro = f" in {recipe.micro_batches} micro-batches" if recipe.micro_batches > 1 else ""
+        raise PlanError(f"batch_size {recipe.batch_size} does not divide over {devices} devices{micro}",
+                        where=f"topology {topology.name}", remedy=f"set batch_size to {near}, or use fewer devices")
+    arrays = []
+    for path, leaf in by_path(trace.state).items():
+        dtype = "key" if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else str(leaf.dtype)
+        arrays.append(ArrayPlan(path, path.partition("/")[0], tuple(leaf.shape), dtype, nbytes(leaf), (),
+                                "data parallelism keeps a copy on each device"))
+    held = {kind: sum(a.bytes for a in arrays if a.kind == kind) for kind in ("params", "variables", "optimizer")}
+    held["gradients"] = held["params"]
+    row = sum(nbytes(x) for x in jax.tree.leaves((trace.inputs, trace.targets)))
+    held["batch"] = row // devices
+    slow_loops = topology.platform == "cpu" and "conv_general_dilated" in trace.operations
+    steps, why = _steps_per_call(trace, topology, row, slow_loops)
+    held["batch"] *= steps
+    reasons = {f"{steps} steps per call": why}
+    if recipe.micro_batches > 1 and slow_loops:
+        reasons["micro-batches unrolled"] = "XLA's CPU backend runs convolutions inside loops on a slow path"
+    return Plan(topology.name, {DATA: devices}, (DATA,), tuple(arrays), recipe.batch_size, recipe.micro_batches,
+                slow_loops, steps, held, reasons)
+
+
+def _steps_per_call(trace: Trace, topology: Topology, batch_bytes: int, slow_loops: bool) -> tuple[int, str]:
+    asked = trace.recipe.steps_per_call
+    if slow_loops:
+        why = "XLA's CPU backend runs convolutions inside loops on a slow path"
+        return 1, why + (f", so {asked} as asked for would be slower" if asked and asked > 1 else "")
+    if asked:
+        return asked, "as the recipe asks"
+    seconds = trace.flops / topology.devices / topology.chip.bf16_flops
+    # a virtual CPU device is a share of the machine, not one more
+    seconds *= topology.devices if topology.platform == "cpu" else 1
+    most = min(MOST_STEPS_PER_CALL, max(1, MOST_BLOCK_BYTES // max(1, batch_bytes)))
+    steps = min(most, 2 ** max(0, math.ceil(math.log2(CALL_SECONDS / max(seconds, 1e-9)))))
+    return 2 ** int(math.log2(steps)), f"a step computes for about {seconds * 1e3:.2g} ms"
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} TiB"

@@ -1,0 +1,135 @@
+"""A recipe's loss as a jaxpr and its state as shapes; no array is allocated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from lepton_jax import controller, losses, optimizers, precision
+from lepton_jax.compat import ClosedJaxpr, Jaxpr
+from lepton_jax.errors import DataError, ModelError
+from lepton_jax.module import Functional, forward, functional, pointing_at_user
+from lepton_jax.recipe import Recipe
+from lepton_jax.state import State, by_path, nbytes
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is known of a recipe before it runs.
+
+    Attributes:
+      recipe: what was traced.
+      functional: the module as pure functions.
+      state: a `State` of shapes.
+      inputs, targets, outputs: shapes of one batch, batch dim first.
+      jaxpr: (params, variables, key, inputs, targets) to the mean loss of one batch and the model's outputs.
+      flops: floating-point operations of one train step: dots and convolutions of the jaxpr, times 3 for the backward.
+      operations: how often each primitive occurs.
+    """
+
+    recipe: Recipe
+    functional: Functional
+    state: State
+    inputs: Any
+    targets: Any
+    outputs: Any
+    jaxpr: ClosedJaxpr
+    flops: float
+    operations: dict[str, int]
+
+    @property
+    def classes(self) -> int:
+        """Size of the outputs' last dim."""
+        return jax.tree.leaves(self.outputs)[0].shape[-1]
+
+    def __str__(self) -> str:
+        params = by_path(self.state.params)
+        lines = [f"{self.functional.name} ({self.functional.kind}): {sum(p.size for p in params.values()):,} parameters, "
+                 f"{sum(self.operations.values())} operations, {self.flops:.3g} FLOP a step"]
+        lines += [f"  {path:40s} {leaf.shape!s:20s} {leaf.dtype}  {nbytes(leaf):,} B" for path, leaf in params.items()]
+        return "\n".join(lines)
+
+
+def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
+    """Trace a recipe on the shapes of one sample.
+
+    Args:
+      recipe: the recipe.
+      inputs: arrays or shapes of a batch of inputs (any batch size), before `preprocess`.
+      targets: the same of the targets.
+
+    Raises:
+      ModelError: the model, the loss or a metric fails on these shapes; the message points at the user's line.
+    """
+    batched = lambda x: jax.ShapeDtypeStruct((recipe.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))  # noqa: E731
+    if targets is None:
+        raise DataError("the data has inputs but no targets", where="Recipe.train",
+                        remedy="give a pair (inputs, targets)")
+    inputs, targets = jax.tree.map(batched, (inputs, targets))
+    with pointing_at_user("preprocess"):
+        prepared = jax.eval_shape(recipe.preprocess or (lambda x: x), inputs)
+    module = functional(recipe.model, prepared)
+    optimizer = optimizers.build(recipe)
+
+    def init() -> State:
+        key = jax.random.key(recipe.seed)
+        params, variables = module.init(key)
+        return State(step=jax.numpy.int32(0), params=params, variables=variables, optimizer=optimizer.init(params),
+                     controller=controller.chain(*recipe.controller).init(),
+                     scale=precision.init_scale(recipe.precision), key=key)
+
+    with pointing_at_user("building the model"):
+        state = jax.eval_shape(init)
+    if not jax.tree.leaves(state.params):
+        raise ModelError("the model has no parameters", where=module.name, remedy="give it at least one nnx.Param")
+
+    def loss(params: Any, variables: Any, key: Any, inputs: Any, targets: Any) -> Any:
+        outputs, after = forward(recipe, module, params, variables, inputs, key, True)
+        _check_variables(module.name, variables, after)
+        total, weight = losses.measure(recipe, outputs, targets)["loss"]
+        return total / weight, outputs
+
+    with pointing_at_user("tracing model, loss and metrics"):
+        jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(state.params, state.variables, state.key, inputs, targets)
+    if shapes[0].shape != ():
+        raise ModelError(f"the loss of a batch has shape {shapes[0].shape}", where="Recipe.loss",
+                         remedy="return one value per sample")
+    operations: dict[str, int] = {}
+    flops = _count(jaxpr.jaxpr, operations, 1)
+    return Trace(recipe, module, state, inputs, targets, shapes[1], jaxpr, 3.0 * flops, operations)
+
+
+def _check_variables(name: str, before: Any, after: Any) -> None:
+    old, new = by_path(before), by_path(after)
+    for path in old.keys() | new.keys():
+        a, b = old.get(path), new.get(path)
+        if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+            describe = lambda x: "absent" if x is None else f"{x.dtype}{list(x.shape)}"  # noqa: E731
+            raise ModelError(f"a call changes the variable {path!r} from {describe(a)} to {describe(b)}", where=name,
+                             remedy="keep shape and dtype, so that one compiled step fits every step")
+
+
+def _count(jaxpr: Jaxpr, operations: dict[str, int], times: int) -> float:
+    """FLOPs of dots and convolutions, loops multiplied out; primitives are counted into `operations`."""
+    flops = 0.0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        operations[name] = operations.get(name, 0) + 1
+        if name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            flops += 2.0 * times * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contract)
+        elif name == "conv_general_dilated":
+            kernel, out_dim = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
+            flops += 2.0 * times * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out_dim]
+        inner_times = times * eqn.params["length"] if name == "scan" else times
+        for value in eqn.params.values():
+            for sub in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(sub, ClosedJaxpr):
+                    flops += _count(sub.jaxpr, operations, inner_times)
+                elif isinstance(sub, Jaxpr):
+                    flops += _count(sub, operations, inner_times)
+    return flops

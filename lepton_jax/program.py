@@ -1,0 +1,235 @@
+"""The plan compiled: one XLA executable for training, one for evaluation, one for prediction.
+
+A train step is one program: forward, backward, gradient reduction, clipping, policies, optimizer and metrics, with
+donated state. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lepton_jax import controller, losses, optimizers, precision
+from lepton_jax.module import forward, pointing_at_user
+from lepton_jax.planner import Plan, Trace
+from lepton_jax.state import State, by_path
+
+
+class Compilation(NamedTuple):
+    """One compilation of one of the programs; `count` is 1 for its first, `changed` says what a later one is due to."""
+
+    program: str
+    count: int
+    seconds: float
+    changed: str | None
+
+
+class Program:
+    """The compiled train step, evaluation and prediction of one plan.
+
+    Args:
+      trace: the traced recipe.
+      plan: how it lies on the devices.
+      devices: as many live devices as the plan's mesh has.
+      on_compile: called after each compilation.
+
+    Attributes:
+      records: names of the values that a step records, in their order.
+      state_sharding, block_sharding, batch_sharding, replicated: where the state, a block of batches, a batch of
+        evaluation or prediction, and scalars lie.
+    """
+
+    def __init__(self, trace: Trace, plan: Plan, devices: list[jax.Device],
+                 on_compile: Callable[[Compilation], None] = lambda compilation: None):
+        self.recipe, self.trace, self.plan = trace.recipe, trace, plan
+        self.mesh = plan.make_mesh(devices)
+        self.state_sharding = plan.state_shardings(self.mesh, trace.state)
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(*plan.batch))
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        many = plan.steps_per_call > 1
+        self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, *plan.batch)) if many else self.batch_sharding
+        self.records = ["loss", *self.recipe.metrics]
+        self.records += ["learning_rate"] if self.recipe.learning_rate is not None else []
+        self.records += ["loss_scale"] if self.recipe.precision == "float16" else []
+        self.compilations: list[Compilation] = []
+        self._on_compile, self._signatures, self._traced = on_compile, {}, 0
+        self._optimizer = optimizers.build(self.recipe)
+        self._policies = controller.chain(*self.recipe.controller)
+        out = (self.state_sharding, self.replicated)
+        self._train = jax.jit(self._steps if many else self._one_step, donate_argnums=0, out_shardings=out)
+        self._evaluate = jax.jit(self._evaluate_batch, donate_argnums=0, out_shardings=self.replicated)
+        self._predictors: dict[Callable, Callable] = {}
+
+    def init(self, seed: int) -> State:
+        """The state before the first step, laid out as planned."""
+
+        def init(seed: Any) -> State:
+            self._note("init", seed)
+            key = jax.random.key(seed)
+            params, variables = self.trace.functional.init(key)
+            return State(jnp.int32(0), params, variables, self._optimizer.init(params), self._policies.init(),
+                         precision.init_scale(self.recipe.precision), key)
+
+        return self._call("init", jax.jit(init, out_shardings=self.state_sharding), np.uint32(seed))
+
+    def train(self, state: State, block: Any, start: int, stop: int) -> tuple[State, jax.Array]:
+        """Train on batches start to stop of a block; the state is donated.
+
+        Returns:
+          The state after them, and their records: float32 (steps a block, records), of which rows start to stop are
+          filled. A step's values are measured with the parameters before its update.
+        """
+        if self.plan.steps_per_call == 1:
+            return self._call("train", self._train, state, block)
+        return self._call("train", self._train, state, block, start, stop)
+
+    def evaluate(self, sums: Any, state: State, batch: Any, valid: int) -> Any:
+        """Add the first `valid` samples of a batch to the sums, which are donated; None starts them."""
+        if sums is None:
+            sums = jax.device_put(np.zeros((1 + len(self.recipe.metrics), 2), np.float32), self.replicated)
+        return self._call("evaluate", self._evaluate, sums, state.params, state.variables, batch, valid)
+
+    def metrics(self, sums: Any) -> dict[str, float]:
+        """Loss and metrics from their sums; this waits for the device."""
+        names = ("loss", *self.recipe.metrics)
+        means = {name: total / weight for name, (total, weight) in zip(names, np.asarray(sums), strict=True)}
+        return {name: float(losses.finish(self.recipe, name, mean)) for name, mean in means.items()}
+
+    def predict(self, state: State, inputs: Any, decode: Callable | None = None) -> Any:
+        """Decoded outputs of a batch of inputs."""
+        decode = decode or self.recipe.decode or losses.decoder(self.recipe.loss)
+        if decode not in self._predictors:
+            def predict(params: Any, variables: Any, inputs: Any) -> Any:
+                self._note("predict", inputs)
+                with pointing_at_user("predicting"):
+                    return decode(self._forward(params, variables, inputs)[0])
+
+            self._predictors[decode] = jax.jit(predict)
+        return self._call("predict", self._predictors[decode], state.params, state.variables, inputs)
+
+    def _forward(self, params: Any, variables: Any, inputs: Any, key: Any = None, train: bool = False) -> Any:
+        return forward(self.recipe, self.trace.functional, params, variables, inputs, key, train)
+
+    # ---- the train step -------------------------------------------------------------------------------------------
+
+    def _one_step(self, state: State, batch: Any) -> tuple[State, jax.Array]:
+        self._note("train", batch)
+        state, record = self._step(state, batch)
+        return state, record[None]
+
+    def _steps(self, state: State, block: Any, start: Any, stop: Any) -> tuple[State, jax.Array]:
+        """A loop whose bounds are arguments: a block may be cut anywhere without another compilation."""
+        self._note("train", block)
+
+        def body(carry: tuple) -> tuple:
+            index, state, records = carry
+            batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), block)
+            state, record = self._step(state, batch)
+            return index + 1, state, jax.lax.dynamic_update_index_in_dim(records, record, index, 0)
+
+        records = jnp.zeros((self.plan.steps_per_call, len(self.records)), jnp.float32)
+        return jax.lax.while_loop(lambda carry: carry[0] < stop, body, (start, state, records))[1:]
+
+    def _step(self, state: State, batch: Any) -> tuple[State, jax.Array]:
+        """One optimizer update from one batch."""
+        gradients, sums, variables = self._gradients(state, batch)
+        values = {name: losses.finish(self.recipe, name, total / weight) for name, (total, weight) in sums.items()}
+        updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params, value=values["loss"])
+        params = optax.apply_updates(state.params, updates)
+        scale = state.scale
+        if self.recipe.precision == "float16":  # a step whose scaled gradients overflow changes nothing but the scale
+            finite = precision.all_finite(gradients)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+            params, optimizer, variables = keep((params, optimizer, variables),
+                                                (state.params, state.optimizer, state.variables))
+            scale = precision.next_scale(scale, finite)
+            values["loss_scale"] = state.scale.value
+        if self.recipe.learning_rate is not None:
+            rate = self.recipe.learning_rate
+            values["learning_rate"] = rate(state.step) if callable(rate) else rate
+        after = State(state.step + 1, params, variables, optimizer, self._policies.update(values, state.controller),
+                      scale, state.key)
+        return after, jnp.stack([jnp.asarray(values[name], jnp.float32) for name in self.records])
+
+    def _gradients(self, state: State, batch: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any]:
+        """Gradients of the mean loss, sums of loss and metrics, and the variables after the batch."""
+        scale = state.scale.value if self.recipe.precision == "float16" else None
+        key = jax.random.fold_in(state.key, state.step)
+        count = self.plan.micro_batches
+
+        def objective(params: Any, variables: Any, key: Any, micro_batch: Any) -> tuple[Any, tuple]:
+            inputs, targets = micro_batch
+            outputs, variables = self._forward(params, variables, inputs, key, train=True)
+            sums = losses.measure(self.recipe, outputs, targets)
+            total, weight = sums["loss"]
+            value = total / weight if count == 1 else total
+            return value if scale is None else value * scale, (sums, variables)
+
+        gradient = jax.grad(objective, has_aux=True)
+        if count == 1:
+            gradients, (sums, variables) = gradient(state.params, state.variables, key, batch)
+            return _unscaled(gradients, scale), sums, variables
+
+        def add(carry: tuple, index: Any, micro_batch: Any) -> tuple:
+            gradients, sums, variables = carry
+            more, (more_sums, variables) = gradient(state.params, variables, jax.random.fold_in(key, index), micro_batch)
+            return *jax.tree.map(jnp.add, (gradients, sums), (more, more_sums)), variables
+
+        # strided, so that each device's rows are spread over the micro-batches without leaving the device
+        parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = {name: (jnp.float32(0), jnp.float32(0)) for name in ("loss", *self.recipe.metrics)}
+        carry = (jax.tree.map(jnp.zeros_like, state.params), zeros, state.variables)
+        if self.plan.unroll_micro_batches:
+            for index in range(count):
+                carry = add(carry, index, jax.tree.map(lambda x: x[index], parts))  # noqa: B023
+        else:
+            carry, _ = jax.lax.scan(lambda c, x: (add(c, *x), None), carry, (jnp.arange(count), parts))
+        gradients, sums, variables = carry
+        weight = sums["loss"][1]
+        return jax.tree.map(lambda g: g / weight, _unscaled(gradients, scale)), sums, variables
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    def _evaluate_batch(self, sums: Any, params: Any, variables: Any, batch: Any, valid: Any) -> Any:
+        self._note("evaluate", batch)
+        inputs, targets = batch
+        with pointing_at_user("evaluating"):
+            outputs, _ = self._forward(params, variables, inputs)
+            rows = jnp.arange(jax.tree.leaves(targets)[0].shape[0]) < valid
+            totals = losses.measure(self.recipe, outputs, targets, rows)
+        return sums + jnp.stack([jnp.stack([jnp.asarray(x, jnp.float32) for x in pair]) for pair in totals.values()])
+
+    # ---- compilations ---------------------------------------------------------------------------------------------
+
+    def _note(self, program: str, batch: Any) -> None:
+        """Called while tracing, and only then: a trace is a compilation."""
+        shapes = {path or "value": f"{x.dtype}{list(x.shape)}" for path, x in by_path(batch).items()}
+        self._signatures.setdefault(program, []).append(shapes)
+        self._traced += 1
+
+    def _call(self, program: str, function: Callable, *args: Any) -> Any:
+        traced, begun = self._traced, time.perf_counter()
+        result = function(*args)
+        if self._traced != traced:
+            signatures = self._signatures[program]
+            changed = None
+            if len(signatures) > 1:
+                old, new = signatures[-2:]
+                changed = ", ".join(f"{path or 'inputs'}: {old.get(path, 'absent')} to {new.get(path, 'absent')}"
+                                    for path in old | new if old.get(path) != new.get(path))
+                changed = changed or "another function or layout with the same shapes"
+            compilation = Compilation(program, len(signatures), time.perf_counter() - begun, changed)
+            self.compilations.append(compilation)
+            self._on_compile(compilation)
+        return result
+
+
+def _unscaled(gradients: Any, scale: Any) -> Any:
+    return gradients if scale is None else jax.tree.map(lambda g: g / scale, gradients)

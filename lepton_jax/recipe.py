@@ -1,0 +1,133 @@
+"""What to train: a frozen dataclass of real objects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from lepton_jax.errors import RecipeError, nearest
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what a run computes.
+
+    A sample is a pair (inputs, targets). `inputs` is an array handed to the model as its only argument, or a dict of
+    arrays handed to it as keyword arguments. Batches carry a leading batch dim.
+
+    Attributes:
+      model: a Flax NNX factory taking `rngs` (a class will do), or a Linen module, its class or a factory of it.
+      loss: (outputs, targets) to one value per sample: shape (batch, ...), averaged over all its dims; or to a pair
+        (values, weights) for a weighted mean. A loss that is already a mean (a scalar) is applied sample by sample.
+      optimizer: an Optax transformation; or a function of the learning rate that returns one, such as `optax.adamw`.
+      learning_rate: a number or an Optax schedule, given to `optimizer` if that is a function. Only then can it be
+        shown in the report.
+      train: samples to train on: a pair of arrays, a `lepton_jax.data.Arrays`, or a Grain data set of pairs.
+      test: samples to evaluate on, in the same forms.
+      metrics: name to a function like `loss`, or to a `lepton_jax.metrics.Metric`.
+      preprocess: inputs to the model's inputs, in JAX; part of every compiled program (e.g. uint8 pixels to floats).
+      decode: the model's outputs to what `predict` returns. None: what the loss implies (`losses.decoder`).
+      controller: policies that adapt the strategy to what is measured. None: plain Optax, to the bit.
+      epochs: passes over `train`. Batches run on over an epoch's end, so that each is full and every sample is
+        consumed once an epoch; the last batch of the run is filled up from one epoch more.
+      steps: optimizer updates; if given, instead of `epochs`.
+      batch_size: samples per optimizer update, over all devices.
+      micro_batches: parts in which a batch passes through the model; gradients are summed.
+      steps_per_call: steps that one XLA call runs. None: the plan chooses by the cost of a step.
+      clip_norm: greatest global norm of the gradient. None: no clipping.
+      precision: "float32"; "bfloat16" (float32 master weights); "float16" (the same, with dynamic loss scaling).
+      seed: of initial parameters, dropout and shuffling.
+      shuffle: a new order of `train` for each epoch, from `seed`; False keeps the data's own.
+      evaluate_every: steps between evaluations on `test`. None: an epoch's.
+      save_every: steps between checkpoints. None: at each evaluation.
+      log_every: steps between readings of the losses from the devices. None: about four times a second.
+      keep: how many of the latest checkpoints stay.
+      best: evaluation metric by which one more checkpoint, the best, stays: "accuracy", or "-loss" for lowest first.
+      name: of the run.
+    """
+
+    model: Any
+    loss: Callable[..., Any]
+    optimizer: Any
+    learning_rate: float | Callable[[Any], Any] | None = None
+    train: Any = None
+    test: Any = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    preprocess: Callable[[Any], Any] | None = None
+    decode: Callable[[Any], Any] | None = None
+    controller: tuple = ()
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int = 128
+    micro_batches: int = 1
+    steps_per_call: int | None = None
+    clip_norm: float | None = None
+    precision: str = "float32"
+    seed: int = 0
+    shuffle: bool = True
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    log_every: int | None = None
+    keep: int = 3
+    best: str | None = None
+    name: str = "run"
+
+    def __post_init__(self):
+        for name in ("batch_size", "micro_batches", "steps_per_call", "evaluate_every", "save_every", "log_every",
+                     "keep", "steps"):
+            value = getattr(self, name)
+            optional = value is None and name not in ("batch_size", "micro_batches", "keep")
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise RecipeError(f"{name} is {value!r}; it must be a whole number of at least 1",
+                                  where=f"Recipe.{name}", remedy=f"set {name} to 1 or more")
+        for name in ("epochs", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not (_number(value) and value > 0):
+                raise RecipeError(f"{name} is {value!r}; it must be a number above 0", where=f"Recipe.{name}",
+                                  remedy=f"set {name} to a positive number, or leave it out")
+        rate = self.learning_rate
+        if rate is not None and not callable(rate) and not (_number(rate) and rate >= 0):
+            raise RecipeError(f"learning_rate is {rate!r}; it must be a number of at least 0, or an Optax schedule",
+                              where="Recipe.learning_rate", remedy="give e.g. 1e-3 or optax.cosine_decay_schedule(...)")
+        if self.precision not in PRECISIONS:
+            raise RecipeError(f"precision {self.precision!r} is not known{nearest(str(self.precision), PRECISIONS)}",
+                              where="Recipe.precision", remedy=f"use one of {', '.join(PRECISIONS)}")
+        if self.batch_size % self.micro_batches:
+            raise RecipeError(f"batch_size {self.batch_size} does not divide into {self.micro_batches} micro-batches",
+                              where="Recipe.micro_batches", remedy="let micro_batches divide batch_size")
+        for name in ("model", "loss"):
+            if not callable(getattr(self, name)):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}, which can't be called", where=f"Recipe.{name}",
+                                  remedy="give a Flax module or its factory" if name == "model" else
+                                  "give a function (outputs, targets) -> one value per sample")
+        if not isinstance(self.metrics, Mapping):
+            raise RecipeError(f"metrics is a {type(self.metrics).__name__}", where="Recipe.metrics",
+                              remedy='give a dict of name to function, e.g. {"accuracy": lepton_jax.metrics.accuracy}')
+        reserved = {"loss", "learning_rate", "loss_scale", "step"} & set(self.metrics)
+        if reserved:
+            raise RecipeError(f"metric name {sorted(reserved)[0]!r} is taken", where="Recipe.metrics",
+                              remedy="call the metric something else")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise RecipeError(f"seed is {self.seed!r}; it must be a whole number from 0 to 4294967295",
+                              where="Recipe.seed", remedy="set e.g. seed=0")
+        known = {"loss", *self.metrics}
+        if self.best is not None and self.best.removeprefix("-") not in known:
+            raise RecipeError(f"best names {self.best!r}, which is no metric{nearest(self.best, known)}",
+                              where="Recipe.best", remedy=f"use one of {', '.join(sorted(known))}, with '-' for lowest")
+
+    def with_(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed; an unknown name is an error that suggests the nearest."""
+        names = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in names:
+                raise RecipeError(f"Recipe has no field {name!r}{nearest(name, names)}", where="Recipe",
+                                  remedy=f"the fields are {', '.join(sorted(names))}")
+        return replace(self, **changes)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,349 @@
+"""The short way through everything: a recipe in, a trained model out."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import flax
+import grain
+import jax
+import numpy as np
+
+from lepton_jax import losses
+from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples, from_any, sample
+from lepton_jax.errors import CheckpointError, DataError, DivergedError, RecipeError
+from lepton_jax.hardware import Topology, here, topology
+from lepton_jax.history import History
+from lepton_jax.loop import Loop, evaluate
+from lepton_jax.monitor import Monitor, Sink, write_report
+from lepton_jax.planner import Plan, Trace, plan, trace
+from lepton_jax.program import Compilation, Program
+from lepton_jax.recipe import Recipe
+from lepton_jax.state import State, by_path
+
+
+class Trainer:
+    """Traces, plans, compiles and runs a recipe.
+
+    Args:
+      recipe: a Recipe, or a function that returns one.
+      run_dir: folder for what the run leaves behind; None: nothing is written.
+      devices: how many of the live devices to use; None: all.
+      sinks: receivers of the run's events, e.g. `lepton_jax.monitor.Progress()`.
+      source: where the recipe came from (file and settings), kept in the run folder.
+      changes: fields of a Recipe, instead of or on top of `recipe`.
+    """
+
+    def __init__(self, recipe: Recipe | Callable[[], Recipe] | None = None, *, run_dir: str | Path | None = None,
+                 devices: int | None = None, sinks: Sequence[Sink] = (), source: dict[str, Any] | None = None,
+                 **changes: Any):
+        recipe = recipe() if callable(recipe) else recipe
+        if recipe is None:
+            needed = [f.name for f in fields(Recipe) if f.default is MISSING and f.default_factory is MISSING]
+            missing = [name for name in needed if name not in changes]
+            if missing:
+                raise RecipeError(f"{' and '.join(missing)} not given", where="Trainer",
+                                  remedy=f"pass a Recipe, or at least {', '.join(f'{n}=...' for n in needed)}")
+            recipe = Recipe(**{n: changes.pop(n) for n in needed})
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(f"a {type(recipe).__name__} is given where a Recipe is expected", where="Trainer",
+                              remedy="give a Recipe, a function that returns one, or a Recipe's fields by name")
+        self.recipe = recipe.with_(**changes)
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.topology, self._devices = here(devices)
+        self._sinks, self._source = tuple(sinks), source or {}
+        self._monitor = Monitor(None)
+        self.trace: Trace | None = None
+        self.program: Program | None = None
+        self.state: State | None = None
+        self.step = 0
+        self._position: dict[str, Any] = {"samples": 0, "grain": None}
+        self._trained_on: Any = None
+
+    # ---- the public verbs -----------------------------------------------------------------------------------------
+
+    def plan(self, on: str | Topology | None = None) -> Plan:
+        """The plan for a topology by name, which need not be there; None: for the live devices.
+
+        Raises:
+          PlanError: no such topology, or the batch does not divide over it.
+          DataError: the recipe has no data to take shapes from, and nothing was trained or loaded yet.
+        """
+        if self.trace is None:
+            self._tracing(None)
+        assert self.trace is not None
+        return plan(self.trace, topology(on) if isinstance(on, str) else on or self.topology)
+
+    def fit(self, train: Any = None, *, test: Any = None, epochs: float | None = None, steps: int | None = None,
+            batch_size: int | None = None) -> History:
+        """Train, evaluate and save as the recipe says; what is given here goes before the recipe's.
+
+        Without `epochs` and `steps` training goes on to the recipe's total, so a resumed run ends where the whole run
+        would have. With either of them it goes on for that much more.
+
+        Raises:
+          DivergedError: a loss is not finite. The last committed checkpoint is from before it.
+          DataError, ModelError, PlanError, CheckpointError: as their messages say.
+        """
+        train, test = _settled(train, self.recipe.train), _settled(test, self.recipe.test)
+        if train is None:
+            raise DataError("there is nothing to train on", where="Trainer.fit",
+                            remedy="pass (inputs, targets), or set Recipe.train")
+        if batch_size is not None and batch_size != self.recipe.batch_size:
+            self.recipe, self.trace, self.program = self.recipe.with_(batch_size=batch_size), None, None
+        program = self._ready(sample(train))
+        self._check(train, "training data")
+        if test is not None:
+            self._check(test, "test data")
+        if self._trained_on is not None and train is not self._trained_on:
+            self._position = {"samples": 0, "grain": None}
+        self._trained_on = train
+        more = epochs is not None or steps is not None
+        until = self._steps(train, epochs, steps) if more else self._steps(train, self.recipe.epochs, self.recipe.steps)
+        return self._run(program, train, test, until + self.step if more else max(until, self.step))
+
+    def evaluate(self, test: Any = None) -> Any:
+        """Loss and metrics on samples, each of which counts exactly once: a named tuple, the loss first."""
+        test = _settled(test, self.recipe.test)
+        if test is None:
+            raise DataError("there is nothing to evaluate on", where="Trainer.evaluate",
+                            remedy="pass (inputs, targets), or set Recipe.test")
+        program = self._ready(sample(test))
+        self._check(test, "test data")
+        metrics = evaluate(program, self._state(program), test)
+        return collections.namedtuple("Evaluation", metrics, rename=True)(*metrics.values())
+
+    def predict(self, inputs: Any, decode: Callable | None = None) -> Any:
+        """What the model makes of inputs, as NumPy arrays, one row a sample.
+
+        Args:
+          inputs: an array, or a dict of arrays as the model's keyword arguments.
+          decode: outputs to predictions, in JAX; None: the recipe's, or what its loss implies.
+        """
+        data = inputs if isinstance(inputs, Arrays) else Arrays(inputs)
+        program = self._ready(None)
+        self._check(data, "inputs")
+        size, parts = self.recipe.batch_size, []
+        loader = Loader(data, batch_size=size, steps=1, sharding=program.batch_sharding,
+                        blocks=blocks_between(0, len(data), size))
+        for batch, _ in loader:
+            parts.append(program.predict(self._state(program), batch, decode))
+        loader.close()
+        # the last batch was filled up with the first rows again
+        return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(x) for x in leaves])[:len(data)], *parts)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write state, recipe and plan to a folder; an older save there is replaced once this one is whole."""
+        if self.program is None:
+            raise CheckpointError("there is nothing to save yet", where=folder, remedy="call fit or load first")
+        folder = Path(folder)
+        if folder.exists() and not (folder / "recipe.json").exists():
+            raise CheckpointError("the folder exists and is no saved model", where=folder, remedy="name another folder")
+        fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        shutil.rmtree(fresh, ignore_errors=True)
+        self._describe(fresh)
+        checkpoints = Checkpoints(fresh / "checkpoints", keep=1)
+        checkpoints.save(self.step, self._state(self.program),
+                         {"position": self._position, "plan": self.program.plan.to_json()})
+        checkpoints.close()
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def load(self, folder: str | Path, step: int | None = None) -> Trainer:
+        """Go on from a saved model or a run folder: its latest readable step, or the one given.
+
+        Raises:
+          CheckpointError: nothing readable is there, or it does not fit the model; each leaf that differs is named.
+        """
+        folder = Path(folder)
+        checkpoints = Checkpoints(folder / "checkpoints")
+        if not checkpoints.steps():
+            raise CheckpointError("there is no committed checkpoint", where=folder,
+                                  remedy="name the folder of a run or of a saved model")
+        program = self._ready(None if self.recipe.train is not None else _shapes_in(folder))
+        template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), program.trace.state,
+                                program.state_sharding)
+        if step is None:
+            step, state, record = checkpoints.restore_latest(template, self._damaged)
+        else:
+            state, record = checkpoints.restore(step, template)
+        checkpoints.close()
+        self.step, self.state, self._position = step, state, record["position"]
+        return self
+
+    def resume(self) -> Trainer:
+        """Go on with the run in `run_dir`; a run that was stopped before its first checkpoint begins anew.
+
+        Raises:
+          CheckpointError: none of its checkpoints can be read, or they do not fit the model.
+        """
+        if self.run_dir is None:
+            raise CheckpointError("there is no run folder to resume", where="Trainer", remedy="give run_dir")
+        if Checkpoints(self.run_dir / "checkpoints").steps():
+            return self.load(self.run_dir)
+        self._notice("warning", text="the run has no committed checkpoint; it begins at step 0")
+        return self
+
+    # ---- behind them ----------------------------------------------------------------------------------------------
+
+    def _run(self, program: Program, train: Any, test: Any, until: int) -> History:
+        monitor = self._monitor = Monitor(self.run_dir, self._sinks)
+        checkpoints, loop = None, None
+        status, reason = "failed", None
+        try:
+            if self.run_dir is not None:
+                self._describe(self.run_dir)
+                checkpoints = Checkpoints(self.run_dir / "checkpoints", self.recipe.keep, self.recipe.best)
+            self._announce(program, train, until)
+            loop = Loop(program, self._state(program), self.step, train, test, self._position, until, monitor, checkpoints)
+            loop.run()
+            status = loop.history.status
+        except DivergedError as error:
+            status, reason = "diverged", error
+            raise
+        except BaseException as error:
+            reason = error
+            raise
+        finally:
+            if loop is not None:
+                self.state, self.step, self._position = loop.state, loop.step, loop.position
+                self._conclude(loop.history, program, status, reason)
+            monitor.close()
+            self._monitor = Monitor(None)
+            if checkpoints is not None and status != "failed":
+                checkpoints.close()
+        if self.run_dir is not None:
+            write_report(self.run_dir)
+        return loop.history
+
+    def _announce(self, program: Program, train: Any, until: int) -> None:
+        table = [{"path": a.path, "kind": a.kind, "shape": list(a.shape), "dtype": a.dtype, "bytes": a.bytes,
+                  "spec": ", ".join(map(str, a.spec)) or "replicated"} for a in program.plan.arrays if a.kind == "params"]
+        self._monitor.event(
+            "start", name=self.recipe.name, version=version("lepton-jax"), jax=jax.__version__, flax=flax.__version__,
+            python=platform.python_version(), platform=self.topology.platform, device_kind=self._devices[0].device_kind,
+            devices=len(self._devices), parameters=sum(x.size for x in by_path(program.trace.state.params).values()),
+            steps=until, step=self.step, batch_size=self.recipe.batch_size, samples_per_epoch=epoch_samples(train),
+            metrics=list(self.recipe.metrics), best=self.recipe.best, plan=str(program.plan), table=table, recipe=self._source.get("file"),
+            settings=self._source.get("settings", {}), folder=None if self.run_dir is None else str(self.run_dir))
+
+    def _conclude(self, history: History, program: Program, status: str, reason: BaseException | None) -> None:
+        history.status, history.folder = status, self.run_dir
+        history.compilations = sum(c.program == "train" for c in program.compilations)
+        why = {} if reason is None else {"reason": getattr(reason, "what", None) or repr(reason)}
+        rate = history.samples / history.seconds if history.seconds else None
+        self._monitor.event("end", status=status, steps=history.steps, step=self.step, seconds=history.seconds,
+                            samples_per_second=rate, compilations=history.compilations, metrics=history.metrics, **why)
+
+    def _tracing(self, shapes: tuple[Any, Any] | None) -> Trace:
+        if self.trace is None:
+            train = _settled(None, self.recipe.train)
+            if train is None and shapes is None:
+                raise DataError("the shapes of the data are not known yet", where="Trainer",
+                                remedy="give the recipe train=(inputs, targets), or call fit or load first")
+            self.trace = trace(self.recipe, *(shapes or sample(train)))
+        return self.trace
+
+    def _ready(self, shapes: tuple[Any, Any] | None) -> Program:
+        if self.program is None:
+            traced = self._tracing(shapes)
+            self.program = Program(traced, plan(traced, self.topology), self._devices, self._compiled)
+        return self.program
+
+    def _state(self, program: Program) -> State:
+        if self.state is None:
+            self.state = program.init(self.recipe.seed)
+        return self.state
+
+    def _steps(self, train: Any, epochs: float | None, steps: int | None) -> int:
+        self.recipe.with_(epochs=epochs, steps=steps)  # checks them
+        if steps is not None:
+            return steps
+        samples = epoch_samples(train)
+        if epochs is None or samples is None:
+            raise RecipeError("no budget is given" if epochs is None else "the data's length is not known",
+                              where="Recipe.steps", remedy="set steps=..." + (" or epochs=..." if samples else ""))
+        return math.ceil(epochs * samples / self.recipe.batch_size)
+
+    def _check(self, data: Any, what: str) -> None:
+        """That a data set has the shapes and dtypes that the program is traced for, and labels within its classes."""
+        assert self.trace is not None
+        inputs, targets = sample(data)
+        pairs = [("inputs", self.trace.inputs, inputs)]
+        pairs += [] if what == "inputs" else [("targets", self.trace.targets, targets)]
+        for name, expected, found in pairs:
+            one = lambda x: f"{jax.dtypes.canonicalize_dtype(x.dtype)}{list(x.shape[1:])}"  # noqa: E731
+            expected, found = ({path: one(leaf) for path, leaf in by_path(x).items()} for x in (expected, found))
+            for path in expected | found:
+                a, b = expected.get(path, "absent"), found.get(path, "absent")
+                if a != b:
+                    raise DataError(f"{name}{f' {path!r}' if path else ''} of a sample is {b}, the model was traced for {a}",
+                                    where=what, remedy="give data of the shapes and dtypes that the model is trained on")
+        if isinstance(data, Arrays) and isinstance(data.targets, np.ndarray) and self.recipe.loss is losses.cross_entropy:
+            classes = self.trace.classes
+            bad = np.flatnonzero(((data.targets < 0) | (data.targets >= classes)).reshape(len(data), -1).any(1))
+            if len(bad):
+                raise DataError(f"{len(bad)} samples have labels outside 0 to {classes - 1}, the model's {classes} outputs",
+                                where=f"{what}, first in sample {bad[0]}: {data.targets[bad[0]]}",
+                                remedy="mend the labels, or give the model more outputs")
+
+    def _describe(self, folder: Path) -> None:
+        """recipe.json and plan.json."""
+        assert self.program is not None
+        plain = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
+        plain = {k: v for k, v in plain.items() if isinstance(v, int | float | str | None)}
+        shapes = jax.tree.map(lambda x: {"shape": list(x.shape), "dtype": str(x.dtype)},
+                              {"inputs": self.program.trace.inputs, "targets": self.program.trace.targets})
+        text = json.dumps({**self._source, "model": self.program.trace.functional.name, "fields": plain, "batch": shapes},
+                          indent=1)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.json").write_text(text)
+            (folder / "plan.json").write_text(self.program.plan.to_json())
+        except OSError as error:
+            raise CheckpointError(f"the run folder can't be written: {error}", where=folder,
+                                  remedy="free disk space, mend its permissions, or name another folder") from error
+
+    def _compiled(self, compilation: Compilation) -> None:
+        self._monitor.event("compile", **compilation._asdict())
+
+    def _damaged(self, step: int, reason: str) -> None:
+        self._notice("damaged", step=step, reason=reason)
+
+    def _notice(self, kind: str, **what: Any) -> None:
+        """An event outside of a fit."""
+        folder = self.run_dir if self.run_dir and self.run_dir.is_dir() else None
+        file = Monitor(folder)
+        file.event(kind, **what)
+        file.close()
+        for sink in self._sinks:
+            sink.event({"kind": kind, **what})
+
+
+def _settled(data: Any, otherwise: Any) -> Any:
+    data = otherwise if data is None else data
+    return data if data is None or isinstance(data, grain.MapDataset | grain.IterDataset) else from_any(data)
+
+
+def _shapes_in(folder: Path) -> tuple[Any, Any]:
+    is_leaf = lambda x: set(x) == {"shape", "dtype"}  # noqa: E731
+    try:
+        batch = json.loads((folder / "recipe.json").read_text())["batch"]
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x["shape"], x["dtype"]), batch, is_leaf=is_leaf)
+        return shapes["inputs"], shapes["targets"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"recipe.json can't be read: {error}", where=folder,
+                              remedy="name the folder of a run or of a saved model") from error

@@ -1,0 +1,80 @@
+"""A table in a CSV file with a multi-layer perceptron."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import optax
+
+import lepton_jax as lepton
+from lepton_jax.errors import RecipeError
+
+
+def recipe(data: Path | None = None, label: str = "label", test: Path | None = None, categorical: str = "",
+           width: int = 256, dropout: float = 0.3, learning_rate: float = 1e-3, batch_size: int = 256,
+           epochs: float = 15, steps: int | None = None, micro_batches: int = 1, save_every: int | None = None,
+           seed: int = 0) -> lepton.Recipe:
+    """A CSV table of numbers and categories with an MLP: classes, or a quantity.
+
+    Without data: scikit-learn's breast-cancer table, 569 rows of 30 numbers.
+
+    Args:
+      data: CSV file with a header; empty cells, "?" and "NA" are missing values.
+      label: name of the column to predict; a quantity if it is numeric with more than 20 distinct values.
+      test: CSV file to evaluate on; if left out, a random fifth of the rows of data, whatever the seed the same.
+      categorical: names, with commas between, of columns that are categories though they look like numbers.
+      width: units of the first hidden layer; the second has half as many.
+      dropout: share of the hidden units dropped.
+      learning_rate: of AdamW at its peak; it rises over the first tenth of the run and falls as a cosine to zero.
+      batch_size: rows per step, over all devices.
+      epochs: passes over the training rows.
+      steps: length of the run in steps, instead of epochs.
+      micro_batches: parts in which a batch passes through the model.
+      save_every: steps between checkpoints; each evaluation if left out.
+      seed: of the initial parameters, dropout and the order of the rows.
+    """
+    names = tuple(name.strip() for name in categorical.split(",") if name.strip())
+    if data is None and test is not None:
+        raise RecipeError("there is a test table, but no training table", where="--test", remedy="give --data too")
+    if data is None:
+        try:
+            from sklearn.datasets import load_breast_cancer
+        except ImportError as error:
+            raise RecipeError("scikit-learn, which holds the default data, is not installed",
+                              where="recipes/csv_mlp.py",
+                              remedy="pip install -e '.[recipes]', or give --data, a CSV file") from error
+        source = load_breast_cancer()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "breast_cancer.csv")
+            np.savetxt(file, np.column_stack([source.data, source.target]), "%.7g", ",", comments="",
+                       header=",".join([*source.feature_names, label]))
+            train, held_out = lepton.data.table_split(file, label, 0.2, seed=0, categorical=names)
+    elif test is None:
+        train, held_out = lepton.data.table_split(data, label, 0.2, seed=0, categorical=names)
+    else:
+        train = lepton.data.table(data, label, categorical=names)
+        held_out = lepton.data.table(test, label, schema=train.schema)
+    classes, targets = train.schema.classes, train.arrays.targets
+    model = partial(lepton.models.TabularMLP, edges=train.schema.edges, sizes=train.schema.sizes,
+                    hidden=(width, width // 2), dropout=dropout)
+    if classes is None:
+        model = partial(model, None, center=float(targets.mean()), spread=float(targets.std()))
+    else:
+        model = partial(model, len(classes))
+    total = steps or math.ceil(epochs * len(targets) / batch_size)
+    return lepton.Recipe(
+        name="csv_mlp",
+        model=model,
+        loss=optax.squared_error if classes is None else optax.softmax_cross_entropy_with_integer_labels,
+        metrics={"rmse": lepton.metrics.rmse} if classes is None else {"accuracy": lepton.metrics.accuracy},
+        optimizer=optax.adamw,
+        learning_rate=optax.warmup_cosine_decay_schedule(0.0, learning_rate, total // 10, total),
+        train=train.arrays,
+        test=held_out.arrays,
+        batch_size=batch_size, epochs=epochs, steps=steps, micro_batches=micro_batches, save_every=save_every,
+        seed=seed,
+    )

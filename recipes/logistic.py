@@ -1,0 +1,63 @@
+"""The smallest recipe: one weight a feature and a sigmoid."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lepton_jax as lepton
+from lepton_jax.errors import RecipeError
+
+
+def recipe(data: Path | None = None, label: str = "label", learning_rate: float = 0.05, batch_size: int = 256,
+           epochs: float = 5, steps: int | None = None, save_every: int | None = None, seed: int = 0) -> lepton.Recipe:
+    """Logistic regression on ten features, or on the numbers of a CSV file.
+
+    The embedded data are 20,000 samples drawn from a logistic model with the weights 1, -1, 0.9, -0.9, ... 0.6, -0.6
+    and the bias 0.5; a fifth is held out.
+
+    Args:
+      data: a CSV file with a header, numeric columns and a label of two classes; a fifth of its rows is held out.
+      label: name of the column in it to predict.
+      learning_rate: of Adam at the start; it falls as a cosine to zero.
+      batch_size: samples per step, over all devices.
+      epochs: passes over the training samples.
+      steps: length of the run in steps, instead of epochs.
+      save_every: steps between checkpoints; each evaluation if left out.
+      seed: of the initial weights and the order of the samples.
+    """
+    if data is None:
+        generator = np.random.default_rng(0)
+        weights = np.stack([np.linspace(1, 0.6, 5), -np.linspace(1, 0.6, 5)], axis=1).ravel()
+        x = generator.normal(size=(20_000, 10))
+        y = generator.random(len(x)) < 1 / (1 + np.exp(-(x @ weights + 0.5)))
+        train, test = lepton.data.Arrays(x, y.astype("int32")).split(0.2, seed=0)
+    else:
+        tables = lepton.data.table_split(data, label, 0.2, seed=0)
+        schema = tables[0].schema
+        if schema.categories or len(schema.classes or ()) != 2:
+            fault = (f"column {schema.categories[0]!r} has categories" if schema.categories else
+                     f"the label {label!r} has {len(schema.classes) if schema.classes else 'no'} classes")
+            raise RecipeError(f"{fault}, but this recipe takes numbers and a label of two classes", where=data,
+                              remedy="use recipes/csv_mlp.py")
+        train, test = (lepton.data.Arrays(part.arrays.inputs["numbers"], part.arrays.targets) for part in tables)
+    mean, spread = np.nanmean(train.inputs, axis=0), np.nanstd(train.inputs, axis=0)
+    spread[spread == 0] = 1
+    total = steps or math.ceil(epochs * len(train) / batch_size)
+    return lepton.Recipe(
+        name="logistic",
+        model=partial(lepton.models.Logistic, train.inputs.shape[1]),
+        loss=optax.sigmoid_binary_cross_entropy,
+        metrics={"accuracy": lepton.metrics.binary_accuracy},
+        preprocess=lambda x: jnp.nan_to_num((x - mean) / spread),  # a missing number becomes the mean
+        optimizer=optax.adam,
+        learning_rate=optax.cosine_decay_schedule(learning_rate, total),
+        train=train,
+        test=test,
+        batch_size=batch_size, epochs=epochs, steps=steps, save_every=save_every, seed=seed,
+    )

@@ -1,0 +1,11 @@
+"""Train a recipe: python tools/launch.py RECIPE.py [--setting value ...]; see --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lepton_jax.launch import main
+
+if __name__ == "__main__":
+    sys.exit(main())
