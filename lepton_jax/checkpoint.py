@@ -64,10 +64,11 @@ class Checkpoints:
         body = json.dumps({"record": record, "checksums": {k: int(v) for k, v in jax.device_get(sums).items()}})
         sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
         try:
-            self._open().save(step, metrics=metrics, args=ocp.args.Composite(
+            saved = self._open().save(step, metrics=metrics, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(sealed)))
         except Exception as error:
             raise self._failed(step, error) from error
+        assert saved, f"Orbax skips step {step}; the steps are {self.steps()}"
 
     def wait(self) -> None:
         """Return when what was saved is committed.
@@ -93,6 +94,16 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.is_dir() and re.fullmatch(r"\d+", p.name))
+
+    def set_aside(self, after: int) -> list[int]:
+        """Move steps later than `after` into the folder `set_aside` beside this one, so that they can be saved anew."""
+        later = [step for step in self.steps() if step > after]
+        for step in later:
+            place = self.folder.with_name("set_aside")
+            place.mkdir(exist_ok=True)
+            taken = len(list(place.glob(f"{step}*")))
+            (self.folder / str(step)).rename(place / (f"{step}.{taken}" if taken else str(step)))
+        return later
 
     def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
         """One step's state, laid out as the template's shardings say, and its record.

@@ -44,7 +44,8 @@ class Recipe:
       shuffle: a new order of `train` for each epoch, from `seed`; False keeps the data's own.
       evaluate_every: steps between evaluations on `test`. None: an epoch's.
       save_every: steps between checkpoints. None: at each evaluation.
-      log_every: steps between readings of the losses from the devices. None: about four times a second.
+      log_every: steps between reports of the losses that the devices have finished by then; a report never waits for
+        them. None: about four times a second.
       keep: how many of the latest checkpoints stay.
       best: evaluation metric by which one more checkpoint, the best, stays: "accuracy", or "-loss" for lowest first.
       name: of the run.

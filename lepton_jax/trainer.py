@@ -95,19 +95,23 @@ class Trainer:
           DivergedError: a loss is not finite. The last committed checkpoint is from before it.
           DataError, ModelError, PlanError, CheckpointError: as their messages say.
         """
+        given = self.recipe.train if train is None else train
         train, test = _settled(train, self.recipe.train), _settled(test, self.recipe.test)
         if train is None:
             raise DataError("there is nothing to train on", where="Trainer.fit",
                             remedy="pass (inputs, targets), or set Recipe.train")
         if batch_size is not None and batch_size != self.recipe.batch_size:
             self.recipe, self.trace, self.program = self.recipe.with_(batch_size=batch_size), None, None
+        if isinstance(train, grain.IterDataset) and self.recipe.steps_per_call != 1:
+            # between the batches of a block the position of a data set that can only be iterated is not known
+            self.recipe, self.trace, self.program = self.recipe.with_(steps_per_call=1), None, None
         program = self._ready(sample(train))
         self._check(train, "training data")
         if test is not None:
             self._check(test, "test data")
-        if self._trained_on is not None and train is not self._trained_on:
+        if self._trained_on is not None and not _same(given, self._trained_on):
             self._position = {"samples": 0, "grain": None}
-        self._trained_on = train
+        self._trained_on = given
         more = epochs is not None or steps is not None
         until = self._steps(train, epochs, steps) if more else self._steps(train, self.recipe.epochs, self.recipe.steps)
         return self._run(program, train, test, until + self.step if more else max(until, self.step))
@@ -173,9 +177,8 @@ class Trainer:
         if not checkpoints.steps():
             raise CheckpointError("there is no committed checkpoint", where=folder,
                                   remedy="name the folder of a run or of a saved model")
-        program = self._ready(None if self.recipe.train is not None else _shapes_in(folder))
-        template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), program.trace.state,
-                                program.state_sharding)
+        self._ready(None if self.recipe.train is not None else _shapes_in(folder))
+        template = self._template()
         if step is None:
             step, state, record = checkpoints.restore_latest(template, self._damaged)
         else:
@@ -208,6 +211,8 @@ class Trainer:
                 self._describe(self.run_dir)
                 checkpoints = Checkpoints(self.run_dir / "checkpoints", self.recipe.keep, self.recipe.best)
             self._announce(program, train, until)
+            for later in checkpoints.set_aside(self.step) if checkpoints else ():
+                monitor.event("warning", text=f"the checkpoint of step {later} is later than this run; moved to set_aside/")
             loop = Loop(program, self._state(program), self.step, train, test, self._position, until, monitor, checkpoints)
             loop.run()
             status = loop.history.status
@@ -262,6 +267,12 @@ class Trainer:
             traced = self._tracing(shapes)
             self.program = Program(traced, plan(traced, self.topology), self._devices, self._compiled)
         return self.program
+
+    def _template(self) -> Any:
+        """The state as shapes, laid out as planned."""
+        assert self.program is not None
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.program.trace.state,
+                            self.program.state_sharding)
 
     def _state(self, program: Program) -> State:
         if self.state is None:
@@ -336,6 +347,13 @@ class Trainer:
 def _settled(data: Any, otherwise: Any) -> Any:
     data = otherwise if data is None else data
     return data if data is None or isinstance(data, grain.MapDataset | grain.IterDataset) else from_any(data)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two arguments hold the very same data; a pair of arrays is written anew at each call."""
+    if isinstance(left, tuple | list) and isinstance(right, tuple | list):
+        return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+    return left is right
 
 
 def _shapes_in(folder: Path) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import math
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optax
@@ -15,8 +16,8 @@ from lepton_jax.errors import RecipeError
 
 
 def recipe(data: Path | None = None, label: str = "label", test: Path | None = None, categorical: str = "",
-           width: int = 256, dropout: float = 0.3, learning_rate: float = 1e-3, batch_size: int = 256,
-           epochs: float = 15, steps: int | None = None, micro_batches: int = 1, save_every: int | None = None,
+           width: int = 256, dropout: float = 0.3, learning_rate: float = 1e-3, batch_size: int = 128,
+           epochs: float = 20, steps: int | None = None, micro_batches: int = 1, save_every: int | None = None,
            seed: int = 0) -> lepton.Recipe:
     """A CSV table of numbers and categories with an MLP: classes, or a quantity.
 
@@ -47,7 +48,7 @@ def recipe(data: Path | None = None, label: str = "label", test: Path | None = N
             raise RecipeError("scikit-learn, which holds the default data, is not installed",
                               where="recipes/csv_mlp.py",
                               remedy="pip install -e '.[recipes]', or give --data, a CSV file") from error
-        source = load_breast_cancer()
+        source: Any = load_breast_cancer()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "breast_cancer.csv")
             np.savetxt(file, np.column_stack([source.data, source.target]), "%.7g", ",", comments="",

@@ -45,11 +45,10 @@ def recipe(data: Path | None = None, width: int = 32, dropout: float = 0.3, lear
             raise RecipeError("scikit-learn, which holds the default data, is not installed",
                               where="recipes/mnist_cnn.py",
                               remedy="pip install -e '.[recipes]', or give --data, a folder of idx files") from error
-        digits = load_digits()
-        images = np.kron(digits.images * (255 / 16), np.ones((1, 3, 3))).astype(np.uint8)  # 24x24
+        images, labels = load_digits(return_X_y=True)
+        images = np.kron(images.reshape(-1, 8, 8) * (255 / 16), np.ones((1, 3, 3))).astype(np.uint8)  # 24x24
         images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]
-        x, x_test, y, y_test = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target,
-                                                random_state=0)
+        x, x_test, y, y_test = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
         train, test = lepton.data.Arrays(x, y), lepton.data.Arrays(x_test, y_test)
     total = steps or math.ceil(epochs * len(train) / batch_size)
     return lepton.Recipe(

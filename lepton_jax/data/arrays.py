@@ -11,8 +11,6 @@ import numpy as np
 
 from lepton_jax.errors import DataError
 
-Tree = np.ndarray | dict[str, np.ndarray]
-
 ALIGNMENT = 64  # bytes; JAX adopts a host buffer on the CPU without a copy only if it is so aligned
 _NARROWER = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dtype(np.uint32),
              np.dtype(np.float64): np.dtype(np.float32), np.dtype(np.longdouble): np.dtype(np.float32),
@@ -33,8 +31,8 @@ class Arrays:
       DataError: no samples, different lengths, scalars, or arrays that hold no numbers.
     """
 
-    inputs: Tree
-    targets: Tree | None = None
+    inputs: Any
+    targets: Any = None
 
     def __post_init__(self):
         object.__setattr__(self, "inputs", _tree(self.inputs, "inputs"))
@@ -63,7 +61,7 @@ class Arrays:
                 parts.append((name, tree))
         return parts
 
-    def take(self, indices: Any) -> tuple[Tree, Tree | None]:
+    def take(self, indices: Any) -> tuple[Any, Any]:
         """The samples at `indices` (integers from 0 to n - 1, shape (k,)), copied: (inputs, targets) of k rows each."""
         indices = np.asarray(indices)
         if indices.ndim != 1 or (indices.dtype.kind not in "iu" and indices.size):
@@ -123,7 +121,7 @@ def _map(function: Any, tree: Any) -> Any:
     return None if tree is None else function(tree)
 
 
-def _tree(data: Any, name: str) -> Tree:
+def _tree(data: Any, name: str) -> Any:
     if not isinstance(data, Mapping):
         return _array(data, name)
     if not data or not all(isinstance(key, str) for key in data):

@@ -8,9 +8,10 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,7 @@ class _Raw:
 
     path: str
     label: str
-    columns: dict[str, Sequence[str]]
+    columns: Mapping[str, Sequence[str]]
     lines: list[int]
 
     def rows(self, indices: np.ndarray) -> _Raw:
@@ -301,5 +302,5 @@ def _quantiles(values: np.ndarray) -> tuple[float, ...]:
     return tuple(np.unique(frequent.astype(np.float32)).tolist())
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -52,14 +52,16 @@ class TabularMLP(nnx.Module):
 
     def _init(self, key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
         # Index 0 of each category starts at zero: a value that training never showed says nothing.
-        return jax.random.normal(key, shape, dtype).at[jnp.asarray(self.starts)].set(0)
+        return (0.1 * jax.random.normal(key, shape, dtype)).at[jnp.asarray(self.starts)].set(0)
 
     def __call__(self, numbers: jax.Array | None = None, categories: jax.Array | None = None) -> jax.Array:
         """Numbers float32 (batch, a), categories int32 (batch, c) to outputs (batch, outputs), or (batch,)."""
+        if (numbers is None, categories is None) != (self.edges is None, self.embed is None):
+            raise ValueError("the model and its inputs must have the same blocks of numbers and categories")
         parts = []
-        if self.edges is not None:
+        if self.edges is not None and numbers is not None:
             parts.append(_codes(numbers, self.edges[...]).reshape(numbers.shape[0], -1))
-        if self.embed is not None:
+        if self.embed is not None and categories is not None:
             rows = categories + jnp.asarray(self.starts, jnp.int32)
             parts.append(self.embed(rows).reshape(categories.shape[0], -1))
         x = jnp.concatenate(parts, axis=-1)

@@ -1,0 +1,43 @@
+"""Eight virtual CPU devices for the whole suite; the variables must stand before JAX is first used."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def blobs():
+    """(inputs, targets): 600 samples of 12 numbers in 3 classes that a linear model can tell apart."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(600, 12)).astype(np.float32)
+    return inputs, (inputs @ rng.normal(size=(12, 3))).argmax(1).astype(np.int32)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start `tools/launch.py` as a process of its own, with the devices of a plain machine."""
+    started = []
+
+    def start(*arguments, **options):
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        process = subprocess.Popen([sys.executable, str(ROOT / "tools" / "launch.py"), *map(str, arguments)],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                                   env=environment, **options)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,240 @@
+"""The loop's contract: what is measured when, what is saved when, what compiles, what waits."""
+
+import json
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import lepton_jax as lepton
+from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.monitor import read_events
+
+
+class Events:
+    """A sink that keeps what it is told."""
+
+    def __init__(self):
+        self.seen = []
+
+    def event(self, event):
+        self.seen.append(event)
+
+    def close(self):
+        pass
+
+    def of(self, *kinds):
+        return [e for e in self.seen if e["kind"] in kinds]
+
+
+def net(rngs):
+    return lepton.models.MLP((12, 16, 3), rngs=rngs)
+
+
+def make(blobs, **fields):
+    sink = Events()
+    fields = {"optimizer": optax.sgd(0.1), "batch_size": 25, "metrics": {"accuracy": lepton.metrics.accuracy},
+              "devices": 1, "sinks": [sink]} | fields
+    return lepton.Trainer(model=net, loss=lepton.losses.cross_entropy, train=blobs, **fields), sink
+
+
+def test_a_record_is_measured_before_its_update(blobs):
+    trainer, _ = make(blobs, shuffle=False, steps_per_call=4)
+    before = trainer.evaluate((blobs[0][:25], blobs[1][:25]))
+    history = trainer.fit(steps=3)
+    assert history["loss"][0] == pytest.approx(before.loss, rel=1e-6)
+    assert history["accuracy"][0] == pytest.approx(before.accuracy)
+
+
+def test_order_of_reading_evaluating_and_saving(blobs, tmp_path):
+    trainer, sink = make(blobs, test=blobs, run_dir=tmp_path / "run", evaluate_every=10, save_every=5, log_every=7,
+                         steps_per_call=4)
+    trainer.fit(steps=23)
+    order = [(e["kind"], e.get("last", e.get("step"))) for e in sink.of("steps", "evaluation", "save")]
+    # a look at the records in between reports what the devices have finished by then, and never waits
+    order = [(kind, step) for kind, step in order if kind != "steps" or step in (5, 10, 15, 20, 23)]
+    assert order == [("steps", 5), ("save", 5), ("steps", 10), ("evaluation", 10), ("save", 10), ("steps", 15),
+                     ("save", 15), ("steps", 20), ("evaluation", 20), ("save", 20), ("steps", 23), ("evaluation", 23),
+                     ("save", 23)]
+    windows = sink.of("steps")
+    assert [w["first"] for w in windows] == [1, *(w["last"] + 1 for w in windows[:-1])]
+    assert all(len(w["records"]["loss"]) == w["last"] - w["first"] + 1 for w in windows)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [15, 20, 23]
+
+
+def test_a_checkpoint_holds_the_position_of_the_next_sample(blobs, tmp_path):
+    trainer, _ = make(blobs, run_dir=tmp_path / "run", save_every=5, steps_per_call=4)
+    trainer.fit(steps=10)
+    for step in (5, 10):
+        record = Checkpoints(tmp_path / "run" / "checkpoints")._record(step)[0]
+        assert record["position"] == {"samples": step * 25, "grain": None}
+
+
+def test_epochs_end_at_the_first_step_past_them(blobs):
+    inputs, targets = blobs
+    trainer, sink = make((inputs[:90], targets[:90]), test=(inputs[:10], targets[:10]))
+    trainer.fit(epochs=3)  # 90 / 25 = 3.6 steps an epoch
+    assert [e["step"] for e in sink.of("evaluation")] == [4, 8, 11]
+
+
+def test_every_sample_is_consumed_once_an_epoch(blobs):
+    consumed = []
+    inputs = np.arange(90, dtype=np.float32)[:, None].repeat(12, 1)
+
+    def spy(outputs, targets):
+        jax.debug.callback(lambda t: consumed.extend(t.tolist()), targets)
+        return optax.losses.squared_error(outputs[:, 0], targets.astype(jnp.float32)) * 1e-6
+
+    trainer = lepton.Trainer(model=net, loss=spy, optimizer=optax.sgd(0.0), batch_size=25, steps_per_call=4, devices=1)
+    trainer.fit((inputs, np.arange(90)), epochs=2)
+    jax.effects_barrier()
+    assert sorted(consumed[:90]) == list(range(90)) == sorted(consumed[90:180])
+    assert consumed[:90] != consumed[90:180] != list(range(90))
+    assert len(consumed) == 200  # eight batches of 25: the last is filled up from the third epoch
+
+
+def test_one_compilation_whatever_the_cadence(blobs):
+    trainer, sink = make(blobs, test=(blobs[0][:77], blobs[1][:77]), evaluate_every=9, log_every=4, steps_per_call=8)
+    trainer.fit(steps=31)
+    trainer.fit(steps=5)
+    assert [(e["program"], e["count"]) for e in sink.of("compile")] == [("init", 1), ("train", 1), ("evaluate", 1)]
+
+
+def test_a_second_compilation_says_what_changed(blobs):
+    trainer, _ = make(blobs)
+    trainer.fit(steps=2)
+    program = trainer.program
+    inputs, targets = (jnp.asarray(x[:16]) for x in blobs)
+    block = jax.tree.map(lambda x: x[None], (inputs, targets)) if program.plan.steps_per_call > 1 else (inputs, targets)
+    program.train(trainer.state, block, 0, 1)
+    last = program.compilations[-1]
+    assert (last.program, last.count) == ("train", 2)
+    assert "25, 12" in last.changed and "16, 12" in last.changed and "int32" in last.changed
+
+
+@pytest.mark.parametrize("samples", [1, 24, 25, 26, 77])
+def test_evaluation_counts_each_sample_once(samples, blobs):
+    inputs, targets = (x[:samples] for x in blobs)
+    trainer, _ = make(blobs)
+    trainer.fit(steps=2)
+    found = trainer.evaluate((inputs, targets))
+    logits = trainer.predict(inputs, decode=lambda outputs: outputs)
+    expected = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), targets)
+    assert logits.shape == (samples, 3)
+    assert found.loss == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert found.accuracy == pytest.approx((logits.argmax(1) == targets).mean())
+    np.testing.assert_array_equal(trainer.predict(inputs), logits.argmax(1))
+
+
+def test_a_mean_loss_is_evaluated_sample_by_sample(blobs):
+    inputs, targets = (x[:31] for x in blobs)
+    mean = lambda o, t: optax.softmax_cross_entropy_with_integer_labels(o, t).mean()  # noqa: E731
+    trainer = lepton.Trainer(model=net, loss=mean, optimizer=optax.sgd(0.1), batch_size=25, devices=1)
+    per_sample, _ = make(blobs)
+    np.testing.assert_array_equal(trainer.fit(blobs, steps=5)["loss"], per_sample.fit(steps=5)["loss"])
+    assert trainer.evaluate((inputs, targets)).loss == pytest.approx(per_sample.evaluate((inputs, targets)).loss, rel=1e-5)
+
+
+def test_a_row_of_padding_that_is_nan_does_not_count():
+    outputs, targets = jnp.array([[1.0], [jnp.nan]]), jnp.array([[0.0], [0.0]])
+    total, weight = lepton.losses.totals(optax.squared_error, outputs, targets, jnp.array([True, False]))
+    assert (float(total), float(weight)) == (1.0, 1.0)
+
+
+def test_grain_data_sets_train_like_arrays_and_resume(blobs, tmp_path):
+    pairs = list(zip(*blobs, strict=True))
+    source = grain.MapDataset.source(pairs)
+    of_arrays, _ = make(blobs, shuffle=False)
+    of_grain, _ = make(source, shuffle=False)
+    expected = of_arrays.fit(steps=12)["loss"]
+    np.testing.assert_array_equal(of_grain.fit(steps=12)["loss"], expected)
+    endless = source.repeat().to_iter_dataset()
+    streamed, _ = make(endless, shuffle=False, steps=12, run_dir=tmp_path / "run", save_every=5)
+    np.testing.assert_array_equal(streamed.fit()["loss"], expected)
+    again, _ = make(endless, shuffle=False, steps=12)
+    np.testing.assert_array_equal(again.load(tmp_path / "run", step=5).fit()["loss"], expected[5:])
+
+
+def test_events_are_on_disk_before_their_checkpoint(blobs, tmp_path, monkeypatch):
+    seen = []
+    save = Checkpoints.save
+
+    def spy(self, step, *rest):
+        events = read_events(tmp_path / "run" / "events.jsonl")
+        seen.append((step, max((e["last"] for e in events if e["kind"] == "steps"), default=0)))
+        return save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", spy)
+    make(blobs, run_dir=tmp_path / "run", save_every=4)[0].fit(steps=8)
+    assert seen == [(4, 4), (8, 8)]
+
+
+def test_policies_see_the_signals_and_their_state_is_saved(blobs, tmp_path):
+    smoothed = lepton.controller.Policy(
+        init=lambda: jnp.float32(0), update=lambda signals, mean: 0.9 * mean + 0.1 * signals["loss"])
+    trainer, _ = make(blobs, controller=(smoothed,), run_dir=tmp_path / "run", steps=20)
+    history = trainer.fit()
+    expected = np.float32(0)
+    for loss in history["loss"]:
+        expected = np.float32(0.9) * expected + np.float32(0.1) * loss
+    assert float(trainer.state.controller[0]) == pytest.approx(float(expected), rel=1e-5)
+    plain, _ = make(blobs)
+    np.testing.assert_array_equal(plain.fit(steps=20)["loss"], history["loss"])
+    again, _ = make(blobs, controller=(smoothed,))
+    assert again.load(tmp_path / "run").state.controller[0] == trainer.state.controller[0]
+
+
+def test_fit_again_goes_on(blobs):
+    whole, _ = make(blobs, batch_size=30)
+    parts, _ = make(blobs, batch_size=30)
+    expected = whole.fit(epochs=2)["loss"]
+    np.testing.assert_array_equal(np.concatenate([parts.fit(epochs=1)["loss"], parts.fit(epochs=1)["loss"]]), expected)
+    assert parts.step == 40
+
+
+def test_other_batch_sizes_keep_the_state(blobs):
+    trainer, _ = make(blobs)
+    trainer.fit(steps=40)
+    before = trainer.evaluate(blobs)
+    trainer.fit(steps=1, batch_size=50)
+    after = trainer.evaluate(blobs)
+    assert trainer.step == 41 and abs(after.loss - before.loss) < 0.1
+    assert after.loss != before.loss
+
+
+def test_history_and_evaluation_show_themselves(blobs):
+    trainer, _ = make(blobs, test=blobs, evaluate_every=5)
+    history = trainer.fit(steps=10)
+    lines = str(history).splitlines()
+    assert lines[0].split() == ["step", "train", "loss", "test", "loss", "test", "accuracy"]
+    assert [line.split()[0] for line in lines[1:3]] == ["5", "10"] and "finished: 10 steps" in lines[3]
+    assert "<table>" in history._repr_html_() and history.metrics["loss"] == history.evaluations[-1][1]["loss"]
+
+
+def test_rnn_carries_and_sown_values_leave_the_state_as_it_is(blobs):
+    class Sows(nnx.Module):
+        def __init__(self, rngs):
+            self.last, self.count = nnx.Linear(12, 3, rngs=rngs), nnx.Variable(jnp.int32(0))
+
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "seen", x.mean())
+            self.count[...] = self.count[...] + 1
+            return self.last(x)
+
+    trainer = lepton.Trainer(model=Sows, loss=lepton.losses.cross_entropy, optimizer=optax.sgd(0.1), batch_size=25,
+                             devices=1)
+    trainer.fit(blobs, steps=7)
+    assert int(trainer.state.variables["count"]) == 7 and list(trainer.state.variables) == ["count"]
+
+
+def test_the_run_folder_holds_what_the_design_says(blobs, tmp_path):
+    trainer, _ = make(blobs, test=blobs, run_dir=tmp_path / "run", epochs=1)
+    trainer.fit()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"recipe.json", "plan.json", "events.jsonl", "checkpoints",
+                                                             "report.html"}
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["fields"]["batch_size"] == 25
+    assert lepton.Plan.from_json((tmp_path / "run" / "plan.json").read_text()) == trainer.program.plan
