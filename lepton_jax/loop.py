@@ -55,7 +55,7 @@ class Loop:
         self.train, self.test, self.position = train, test, position
         self.history = History(first=step)
         self.stop_requested = False
-        self._pending: deque[tuple[jax.Array, int, int]] = deque()
+        self._pending: deque[tuple[Any, int, int]] = deque()
         self._read_until, self._window_began, self._wait = step, time.perf_counter(), 0.0
         self._first, self._start = step, position["samples"]
         self._epoch = epoch_samples(train)
@@ -214,7 +214,8 @@ class _stop_on_interrupt:
     """The first Ctrl-C asks the loop to stop at the next step and save; the second one stops at once."""
 
     def __init__(self, loop: Loop):
-        self.loop, self.before = loop, None
+        self.loop = loop
+        self.before: Any = None
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():

@@ -81,11 +81,12 @@ def _nnx(build: Callable[[Any], Any]) -> Functional:
         return module
 
     module = nnx.eval_shape(lambda: make(jax.random.key(0)))
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, rest = _split(module)
     known = set(by_path(nnx.to_pure_dict(rest)))
 
     def init(key: Any) -> tuple[Any, Any]:
-        return tuple(nnx.to_pure_dict(part) for part in nnx.split(make(key), nnx.Param, ...)[1:])  # type: ignore
+        _, params, rest = _split(make(key))
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
     def apply(params_: Any, variables: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
         # copy=True: modules that count calls (Rngs, RNN) mutate their variables at this trace level
@@ -100,6 +101,11 @@ def _nnx(build: Callable[[Any], Any]) -> Functional:
         return outputs, after
 
     return Functional("nnx", type(module).__name__, init, apply)
+
+
+def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
+    graph, params, *rest = nnx.split(module, nnx.Param, ...)
+    return graph, params, rest[0]
 
 
 def _filled(template: nnx.State, values: Any) -> nnx.State:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from lepton_jax.planner import Plan, Trace
 from lepton_jax.state import State, by_path
 
 
-class Compilation(NamedTuple):
+@dataclass(frozen=True)
+class Compilation:
     """One compilation of one of the programs; `count` is 1 for its first, `changed` says what a later one is due to."""
 
     program: str
@@ -59,7 +61,8 @@ class Program:
         self.records += ["learning_rate"] if self.recipe.learning_rate is not None else []
         self.records += ["loss_scale"] if self.recipe.precision == "float16" else []
         self.compilations: list[Compilation] = []
-        self._on_compile, self._signatures, self._traced = on_compile, {}, 0
+        self._on_compile, self._traced = on_compile, 0
+        self._signatures: dict[str, list[dict[str, str]]] = {}
         self._optimizer = optimizers.build(self.recipe)
         self._policies = controller.chain(*self.recipe.controller)
         out = (self.state_sharding, self.replicated)

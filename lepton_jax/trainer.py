@@ -8,7 +8,7 @@ import math
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class Trainer:
         program = self._ready(sample(test))
         self._check(test, "test data")
         metrics = evaluate(program, self._state(program), test)
-        return collections.namedtuple("Evaluation", metrics, rename=True)(*metrics.values())
+        return collections.namedtuple("Evaluation", list(metrics), rename=True)._make(metrics.values())
 
     def predict(self, inputs: Any, decode: Callable | None = None) -> Any:
         """What the model makes of inputs, as NumPy arrays, one row a sample.
@@ -205,7 +205,8 @@ class Trainer:
     def _run(self, program: Program, train: Any, test: Any, until: int) -> History:
         monitor = self._monitor = Monitor(self.run_dir, self._sinks)
         checkpoints, loop = None, None
-        status, reason = "failed", None
+        status = "failed"
+        reason: BaseException | None = None
         try:
             if self.run_dir is not None:
                 self._describe(self.run_dir)
@@ -242,7 +243,8 @@ class Trainer:
             python=platform.python_version(), platform=self.topology.platform, device_kind=self._devices[0].device_kind,
             devices=len(self._devices), parameters=sum(x.size for x in by_path(program.trace.state.params).values()),
             steps=until, step=self.step, batch_size=self.recipe.batch_size, samples_per_epoch=epoch_samples(train),
-            metrics=list(self.recipe.metrics), best=self.recipe.best, plan=str(program.plan), table=table, recipe=self._source.get("file"),
+            metrics=list(self.recipe.metrics), best=self.recipe.best, plan=str(program.plan), table=table,
+            recipe=self._source.get("file"),
             settings=self._source.get("settings", {}), folder=None if self.run_dir is None else str(self.run_dir))
 
     def _conclude(self, history: History, program: Program, status: str, reason: BaseException | None) -> None:
@@ -329,7 +331,7 @@ class Trainer:
                                   remedy="free disk space, mend its permissions, or name another folder") from error
 
     def _compiled(self, compilation: Compilation) -> None:
-        self._monitor.event("compile", **compilation._asdict())
+        self._monitor.event("compile", **asdict(compilation))
 
     def _damaged(self, step: int, reason: str) -> None:
         self._notice("damaged", step=step, reason=reason)

@@ -21,7 +21,12 @@ def recipe(data: Path | None = None, label: str = "label", test: Path | None = N
            seed: int = 0) -> lepton.Recipe:
     """A CSV table of numbers and categories with an MLP: classes, or a quantity.
 
-    Without data: scikit-learn's breast-cancer table, 569 rows of 30 numbers.
+    Numbers are coded by their quantile bins, categories by embeddings (see `lepton_jax.models.TabularMLP`).
+    Without data: scikit-learn's breast-cancer table, 569 rows of 30 numbers: 95 % of a held-out fifth right in 7
+    seconds on two CPU cores, starting and compiling included: `python tools/launch.py recipes/csv_mlp.py`.
+    UCI Adult, given a header: 87.1 % of a held-out fifth, 87.0 % of its test file (without the dots after its
+    labels), in 16 and 29 seconds: `python tools/launch.py recipes/csv_mlp.py --data adult.csv --label income
+    [--test adult_test.csv]`.
 
     Args:
       data: CSV file with a header; empty cells, "?" and "NA" are missing values.

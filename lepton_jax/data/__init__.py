@@ -5,4 +5,7 @@ from lepton_jax.data.idx import idx, read_idx
 from lepton_jax.data.loader import Loader, blocks_between, epoch_samples, sample
 from lepton_jax.data.table import Schema, Table, table, table_split
 
-__all__ = ["Arrays", "Loader", "Schema", "Table", "blocks_between", "epoch_samples", "from_any", "idx", "read_idx", "sample", "table", "table_split"]
+__all__ = [
+    "Arrays", "Loader", "Schema", "Table", "blocks_between", "epoch_samples", "from_any", "idx", "read_idx", "sample",
+    "table", "table_split",
+]

@@ -155,7 +155,7 @@ def _narrow(x: np.ndarray, name: str) -> np.ndarray:
     if narrow is None:
         return x
     if narrow.kind in "iu":
-        limits = np.iinfo(narrow)
+        limits = np.iinfo(str(narrow))
         if x.size and (x.min() < limits.min or x.max() > limits.max):
             raise DataError(f"{name} has values from {x.min()} to {x.max()}, which don't fit {narrow}", where=name,
                             remedy=f"map them to the range {limits.min} to {limits.max}")

@@ -80,7 +80,9 @@ def write_report(folder: Path) -> Path:
 
 def collect(events: Iterable[dict[str, Any]]) -> Run:
     """Puts the events of a folder together; `O(events)`, and fields that are missing are passed over."""
-    run, parts, windows, began = Run(), {}, [], None
+    run, began = Run(), None
+    parts: dict[str, Any] = {}
+    windows: list[Any] = []
     for event in events:
         kind, at = event["kind"], event.get("time") or 0.0
         began = at if began is None or kind == "start" else began
@@ -277,7 +279,9 @@ def _parameters(table: list[dict[str, Any]]) -> str:
 
 def _notes(events: list[dict[str, Any]]) -> str:
     """The table of what happened besides steps and evaluations, with times since the first event."""
-    began, rows, saves, running = events[0].get("time") or 0.0, [], {}, False
+    began, running = events[0].get("time") or 0.0, False
+    rows: list[Any] = []
+    saves: dict[Any, Any] = {}
     for event in events:
         step, kind = event.get("step"), event["kind"]
         if kind == "committed" and step in saves:

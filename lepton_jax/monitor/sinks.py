@@ -25,7 +25,8 @@ class TensorBoard:
         except ImportError as error:
             raise LeptonError("TensorBoard's writer, tensorboardX, is not installed", where="TensorBoard",
                               remedy="pip install 'lepton-jax[tensorboard]'") from error
-        self._folder, self._make, self._writer = Path(folder), SummaryWriter, None
+        self._folder, self._make = Path(folder), SummaryWriter
+        self._writer: Any = None
 
     def event(self, event: dict[str, Any]) -> None:
         kind = event.get("kind")

@@ -64,7 +64,9 @@ def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
     Raises:
       ModelError: the model, the loss or a metric fails on these shapes; the message points at the user's line.
     """
-    batched = lambda x: jax.ShapeDtypeStruct((recipe.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))  # noqa: E731
+    def batched(x: Any) -> Any:
+        return jax.ShapeDtypeStruct((recipe.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
+
     if targets is None:
         raise DataError("the data has inputs but no targets", where="Recipe.train",
                         remedy="give a pair (inputs, targets)")
@@ -115,6 +117,7 @@ def _check_variables(name: str, before: Any, after: Any) -> None:
 def _count(jaxpr: Jaxpr, operations: dict[str, int], times: int) -> float:
     """FLOPs of dots and convolutions, loops multiplied out; primitives are counted into `operations`."""
     flops = 0.0
+    eqn: Any
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         operations[name] = operations.get(name, 0) + 1

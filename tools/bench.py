@@ -1,0 +1,95 @@
+"""Measure Lepton against what one would use without it: python tools/bench.py COMMAND [options]; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import bench_step
+import jax
+
+from lepton_jax.errors import LeptonError, SettingError
+from lepton_jax.launch.settings import Parser
+
+# Each has add(commands, shared), whose parser's default `run` takes the options and returns what --json keeps.
+COMMANDS = (bench_step,)
+ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")  # what changes the figures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for an error of the user's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = _parser().parse_args(arguments)
+        if options.json is not None:
+            _writable(options.json)
+        results = options.run(options)
+        if options.json is not None:
+            _write(options.json, {**surroundings(arguments), "results": results})
+    except LeptonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def surroundings(arguments: list[str]) -> dict[str, Any]:
+    """Where, when, on what and by which command the figures were made."""
+    given = [f"{name}={shlex.quote(os.environ[name])}" for name in ENVIRONMENT if name in os.environ]
+    return {"command": " ".join([*given, "python tools/bench.py", shlex.join(arguments)]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": {"cpu": _cpu(), "cores": _cores(), "system": platform.system(), "architecture": platform.machine()},
+            "platform": jax.default_backend(), "device_kind": jax.devices()[0].device_kind,
+            "versions": {"python": platform.python_version(),
+                         **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "lepton-jax")}}}
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="bench.py", description=__doc__, allow_abbrev=False)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", type=Path, metavar="FILE", help="also write results, machine and versions to FILE")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add(commands, shared)
+    return parser
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _writable(file: Path) -> None:
+    """Found out before minutes of measuring, not after."""
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise SettingError("the results can't be written there", where=file,
+                           remedy="name a file in a folder that exists and that you may write to")
+
+
+def _write(file: Path, results: dict[str, Any]) -> None:
+    try:
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    except OSError as error:
+        raise SettingError(f"the results can't be written: {error.strerror}", where=file,
+                           remedy="mend that and measure again; the table above is complete") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
