@@ -39,6 +39,11 @@ class Functional(NamedTuple):
     apply: Callable[[Any, Any, Any, Any, bool], tuple[Any, Any]]
 
 
+def is_linen(model: Any) -> bool:
+    """Whether a model is a Linen module or its class."""
+    return isinstance(model, linen.Module) or (inspect.isclass(model) and issubclass(model, linen.Module))
+
+
 def functional(model: Any, inputs: Any) -> Functional:
     """The pure functions of a module, an instance of it or its factory.
 

@@ -25,6 +25,7 @@ from lepton_jax.errors import CheckpointError, DataError, DivergedError, RecipeE
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.history import History
 from lepton_jax.loop import Loop, evaluate
+from lepton_jax.module import is_linen
 from lepton_jax.monitor import Monitor, Sink, write_report
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.program import Compilation, Program
@@ -75,14 +76,16 @@ class Trainer:
     def plan(self, on: str | Topology | None = None) -> Plan:
         """The plan for a topology by name, which need not be there; None: for the live devices.
 
+        As long as there is no data to take shapes from, it covers an NNX model's parameters and optimizer alone.
+
         Raises:
           PlanError: no such topology, or the batch does not divide over it.
-          DataError: the recipe has no data to take shapes from, and nothing was trained or loaded yet.
+          DataError: a Linen model has no parameters before the shapes of its inputs are known.
         """
-        if self.trace is None:
-            self._tracing(None)
-        assert self.trace is not None
-        return plan(self.trace, topology(on) if isinstance(on, str) else on or self.topology)
+        target = topology(on) if isinstance(on, str) else on or self.topology
+        if self.trace is None and self.recipe.train is None and not is_linen(self.recipe.model):
+            return plan(trace(self.recipe, None, None), target)  # the parameters alone
+        return plan(self._tracing(None), target)
 
     def fit(self, train: Any = None, *, test: Any = None, epochs: float | None = None, steps: int | None = None,
             batch_size: int | None = None) -> History:
@@ -125,7 +128,8 @@ class Trainer:
         program = self._ready(sample(test))
         self._check(test, "test data")
         metrics = evaluate(program, self._state(program), test)
-        return collections.namedtuple("Evaluation", list(metrics), rename=True)._make(metrics.values())
+        result: Any = collections.namedtuple("Evaluation", list(metrics), rename=True)  # type: ignore[misc]
+        return result(*metrics.values())
 
     def predict(self, inputs: Any, decode: Callable | None = None) -> Any:
         """What the model makes of inputs, as NumPy arrays, one row a sample.

@@ -20,7 +20,7 @@ def recipe(data: Path | None = None, label: str = "label", learning_rate: float 
 
     The embedded data are 20,000 samples drawn from a logistic model with the weights 1, -1, 0.9, -0.9, ... 0.6, -0.6
     and the bias 0.5; a fifth is held out.
-    82.1 % of it right, as with the true weights, in 3 seconds on two CPU cores, starting and compiling included:
+    82 % of it right, as with the true weights, in 3 seconds on two CPU cores, starting and compiling included:
     `python tools/launch.py recipes/logistic.py`.
 
     Args:

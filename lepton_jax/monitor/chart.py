@@ -89,10 +89,10 @@ def smooth(x: np.ndarray, y: np.ndarray, limit: int = POINTS // 2) -> tuple[np.n
         y = np.where(n > 0, total / np.maximum(n, 1), np.nan)
     if len(x) < 30:
         return x, y
-    fine, weights = np.isfinite(y), np.hanning(2 * (len(x) // 30) + 3)
+    weights, fine = np.hanning(2 * (len(x) // 30) + 3), np.isfinite(y)
     share = np.convolve(fine, weights, "same")
-    total = np.convolve(np.where(fine, y, 0.0), weights, "same")
-    return x, np.where(fine, total / np.where(fine, share, 1.0), np.nan)
+    weighted = np.convolve(np.where(fine, y, 0.0), weights, "same")
+    return x, np.where(fine, weighted / np.where(fine, share, 1.0), np.nan)
 
 
 def linear(low: float, high: float, count: int = 5, unit: str = "") -> Scale:

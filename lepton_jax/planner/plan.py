@@ -152,6 +152,8 @@ def _slow_loops(trace: Trace, topology: Topology) -> bool:
 
 def _steps_per_call(trace: Trace, topology: Topology, batch_bytes: int, slow_loops: bool) -> tuple[int, str]:
     asked = trace.recipe.steps_per_call
+    if trace.jaxpr is None:
+        return asked or 1, "the data is not known yet, so nothing is said about the batch"
     if slow_loops:
         why = "XLA's CPU backend runs convolutions inside loops on a slow path"
         return 1, why + (f", so {asked} as asked for would be slower" if asked and asked > 1 else "")

@@ -36,7 +36,7 @@ class Trace:
     inputs: Any
     targets: Any
     outputs: Any
-    jaxpr: ClosedJaxpr
+    jaxpr: ClosedJaxpr | None
     flops: float
     operations: dict[str, int]
 
@@ -58,7 +58,8 @@ def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
 
     Args:
       recipe: the recipe.
-      inputs: arrays or shapes of a batch of inputs (any batch size), before `preprocess`.
+      inputs: arrays or shapes of a batch of inputs (any batch size), before `preprocess`; None where they are not
+        known yet: only the state of an NNX model is traced then.
       targets: the same of the targets.
 
     Raises:
@@ -67,12 +68,12 @@ def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
     def batched(x: Any) -> Any:
         return jax.ShapeDtypeStruct((recipe.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
 
-    if targets is None:
+    if targets is None and inputs is not None:
         raise DataError("the data has inputs but no targets", where="Recipe.train",
                         remedy="give a pair (inputs, targets)")
     inputs, targets = jax.tree.map(batched, (inputs, targets))
     with pointing_at_user("preprocess"):
-        prepared = jax.eval_shape(recipe.preprocess or (lambda x: x), inputs)
+        prepared = jax.eval_shape(recipe.preprocess or (lambda x: x), inputs) if inputs is not None else None
     module = functional(recipe.model, prepared)
     optimizer = optimizers.build(recipe)
 
@@ -87,6 +88,9 @@ def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
         state = jax.eval_shape(init)
     if not jax.tree.leaves(state.params):
         raise ModelError("the model has no parameters", where=module.name, remedy="give it at least one nnx.Param")
+
+    if inputs is None:
+        return Trace(recipe, module, state, None, None, None, None, 0.0, {})
 
     def loss(params: Any, variables: Any, key: Any, inputs: Any, targets: Any) -> Any:
         outputs, after = forward(recipe, module, params, variables, inputs, key, True)
