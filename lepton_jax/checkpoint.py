@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
 from lepton_jax.errors import CheckpointError, LeptonError
 from lepton_jax.state import by_path
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells each save's story at INFO and WARNING
 
 
 class Checkpoints:
@@ -47,6 +48,7 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             create=True, preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies))
         self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
 
     def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Start to save; the state is copied before this returns, and may be donated afterwards.
@@ -60,14 +62,16 @@ class Checkpoints:
         Raises:
           CheckpointError: this or the save before it could not be written.
         """
+        self.wait()
         arrays, sums = _copy_and_checksum(_storable(state))
         body = json.dumps({"record": record, "checksums": {k: int(v) for k, v in jax.device_get(sums).items()}})
         sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
+        self._saving = step
         try:
             saved = self._open().save(step, metrics=metrics, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(sealed)))
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(error) from error
         assert saved, f"Orbax skips step {step}; the steps are {self.steps()}"
 
     def wait(self) -> None:
@@ -80,7 +84,8 @@ class Checkpoints:
             try:
                 self._manager.wait_until_finished()
             except Exception as error:
-                raise self._failed(None, error) from error
+                raise self._failed(error) from error
+        self._saving = None
 
     def close(self) -> None:
         """Wait, and let go of the folder."""
@@ -113,12 +118,18 @@ class Checkpoints:
           template: a pytree of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          CheckpointError: the state's leaves are not those of the template; every difference is named.
+          CheckpointError: there is no such step, or the state's leaves are not those of the template; every difference
+            is named.
           Damaged: what is on disk is not what was saved.
         """
+        if step not in self.steps():
+            raise CheckpointError(f"there is no checkpoint of step {step!r}", where=self.folder,
+                                  remedy=f"name one of the steps {', '.join(map(str, self.steps())) or '(there are none)'}")
         record, checksums = self._record(step)
         wanted = jax.eval_shape(_storable, template)
         try:
+            # the index alone; Orbax would find the fault in as many threads as there are arrays
+            tensorstore.KvStore.open(f"file://{self.folder / str(step)}/state/|ocdbt:").result().list().result()
             stored = self._open().item_metadata(step)["state"].tree
         except Exception as error:
             raise Damaged(step, error) from error
@@ -182,20 +193,53 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            _quieten()
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)  # Orbax finds out late, and in another thread
                 self._manager = ocp.CheckpointManager(self.folder, options=self._options, item_handlers={
                     "state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()})
             except OSError as error:
-                raise self._failed(None, error) from error
+                raise self._failed(error) from error
         return self._manager
 
-    def _failed(self, step: int | None, error: Exception) -> LeptonError:
+    def _failed(self, error: Exception) -> LeptonError:
+        step, self._saving = self._saving, None
         committed = self.steps()
         last = f"step {committed[-1]} is the last committed one" if committed else "no step is committed yet"
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return CheckpointError(f"{which} can't be written ({last}): {reason[0][:300]}", where=self.folder,
                                remedy="free disk space or mend the folder's permissions, then go on with --resume")
+
+
+def _quieten() -> None:
+    """Keep off stderr what Orbax writes there beside the error that it raises.
+
+    It logs each failed save with its traceback. And when one array can't be read or written it closes its event loop
+    over the others, whose complaints reach asyncio's logger and the hook for exceptions that nobody can catch.
+    """
+    for name, noise in (("absl", _logged_by_orbax), ("asyncio", _left_by_orbax)):
+        if noise not in logging.getLogger(name).filters:
+            logging.getLogger(name).addFilter(noise)
+    before = sys.unraisablehook
+    if getattr(before, "__module__", None) == __name__:
+        return
+
+    def hook(unraisable: Any) -> None:
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        if str(unraisable.exc_value) != "Event loop is closed" and not any("/orbax/" in f.filename for f in frames):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _logged_by_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in record.pathname
+
+
+def _left_by_orbax(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "never retrieved" not in text or not any(word in text for word in ("/orbax/", "zarr", "OCDBT", "TensorStore"))
 
 
 class Damaged(CheckpointError):

@@ -7,7 +7,11 @@ A broken invariant of the library itself is an `assert`.
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 class LeptonError(Exception):
@@ -51,6 +55,43 @@ class CheckpointError(LeptonError):
 
 class DivergedError(LeptonError):
     """A loss that is no longer a finite number."""
+
+
+class pointing_at_user:
+    """Context in which an error of a user's own code (model, loss, recipe) becomes a LeptonError at the user's line.
+
+    Args:
+      doing: what fails, for the message.
+      remedy: of the error.
+      where: the place, if no line of the user's own code is involved.
+      kind: class of the error.
+    """
+
+    def __init__(self, doing: str, remedy: str = "compare the shapes and dtypes of the batch with what the model and "
+                 "the loss expect", where: object = None, kind: type[LeptonError] = ModelError):
+        self.doing, self.remedy, self.where, self.kind = doing, remedy, where, kind
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # sys.exit() in a user's file would end the run without a word
+        if isinstance(error, LeptonError | StopIteration) or not isinstance(error, Exception | SystemExit):
+            return
+        where = self.where
+        for frame in traceback.extract_tb(trace):
+            if not _of_a_library(frame.filename):
+                where = f"{frame.filename}:{frame.lineno}: {frame.line}"
+        if isinstance(error, SyntaxError) and error.filename and not _of_a_library(error.filename):
+            where = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
+        message = str(error).strip().partition("\n")[0]
+        raise self.kind(f"{self.doing} failed: {type(error).__name__}{message and ': '}{message}", where=where,
+                        remedy=self.remedy) from error
+
+
+def _of_a_library(file: str) -> bool:
+    parts = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), str(Path(__file__).parent))
+    return file.startswith(("<frozen", "<string")) or any(part in file for part in parts)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

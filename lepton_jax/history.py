@@ -15,18 +15,19 @@ class History:
 
     Attributes:
       first: the step before the first of the records.
-      records: name to one float32 value per step, measured before that step's update.
+      names: of the values that each step records.
       evaluations: (step, metrics) of each evaluation.
       status: "finished", "interrupted", "diverged" or "failed".
       seconds: wall time of the fit, compilations included.
       samples: consumed in training.
       data_wait: seconds that the loop waited for data.
       compilations: of the train step.
+      steps: trained.
       folder: the run folder, if there is one.
     """
 
     first: int = 0
-    records: dict[str, np.ndarray] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     status: str = "finished"
     seconds: float = 0.0
@@ -34,14 +35,18 @@ class History:
     data_wait: float = 0.0
     compilations: int = 0
     folder: Path | None = None
+    steps: int = 0
+    _chunks: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    @property
+    def records(self) -> dict[str, np.ndarray]:
+        """Name to one float32 value per step, measured before that step's update."""
+        self._chunks = [np.concatenate(self._chunks)] if self._chunks else [np.empty((0, len(self.names)), np.float32)]
+        return dict(zip(self.names, self._chunks[0].T, strict=True))
 
     def __getitem__(self, name: str) -> np.ndarray:
         """One record's values, a step each: `history["loss"]`."""
         return self.records[name]
-
-    @property
-    def steps(self) -> int:
-        return len(next(iter(self.records.values()), ()))
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -50,16 +55,16 @@ class History:
             return self.evaluations[-1][1]
         return {name: float(np.mean(values[-10:])) for name, values in self.records.items() if len(values)}
 
-    def append(self, names: list[str], rows: np.ndarray) -> None:
+    def append(self, rows: np.ndarray) -> None:
         """Add rows (steps, records)."""
-        for name, column in zip(names, rows.T, strict=True):
-            self.records[name] = np.concatenate([self.records.get(name, np.empty(0, np.float32)), column])
+        self._chunks.append(rows)
+        self.steps += len(rows)
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
         names = list(self.evaluations[0][1]) if self.evaluations else []
-        rows = []
+        rows, losses = [], self.records["loss"]
         for step, metrics in self.evaluations:
-            trained = self.records["loss"][max(0, step - self.first - 10):step - self.first]
+            trained = losses[max(0, step - self.first - 10):step - self.first]
             train = f"{trained.mean():.4f}" if len(trained) else "-"
             rows.append([str(step), train, *(f"{metrics[name]:.4f}" for name in names)])
         return ["step", "train loss", *(f"test {name}" for name in names)], rows

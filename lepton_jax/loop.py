@@ -17,7 +17,7 @@ from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples
 from lepton_jax.errors import DivergedError
 from lepton_jax.history import History
 from lepton_jax.monitor import Monitor
-from lepton_jax.precision import LOWEST
+from lepton_jax.precision import LOWEST, all_finite
 from lepton_jax.program import Program
 from lepton_jax.state import State
 
@@ -53,10 +53,11 @@ class Loop:
         self.program, self.state, self.step, self.until = program, state, step, until
         self.recipe, self.monitor, self.checkpoints = program.recipe, monitor, checkpoints
         self.train, self.test, self.position = train, test, position
-        self.history = History(first=step)
+        self.history = History(first=step, names=program.records)
         self.stop_requested = False
         self._pending: deque[tuple[Any, int, int]] = deque()
-        self._read_until, self._window_began, self._wait = step, time.perf_counter(), 0.0
+        self._window: list[np.ndarray] = []
+        self._window_began, self._wait = time.perf_counter(), 0.0
         self._first, self._start = step, position["samples"]
         self._epoch = epoch_samples(train)
 
@@ -111,6 +112,8 @@ class Loop:
         if self.step in self.checkpoints.steps():
             return
         began = time.perf_counter()
+        if not _finite(self.state.params):
+            raise self._diverged(f"the update of step {self.step} made parameters that are not finite", self.step)
         record = {"position": self.position, "plan": self.program.plan.to_json()}
         self.checkpoints.save(self.step, self.state, record, metrics)
         self.monitor.event("save", step=self.step, seconds=time.perf_counter() - began)
@@ -139,48 +142,45 @@ class Loop:
 
     def _read(self, everything: bool) -> None:
         """Fetch records that the devices have finished (or all), check them, and report a window when it is time."""
-        every, now = self.recipe.log_every, time.perf_counter()
-        due = self.step % every == 0 if every else now - self._window_began >= LOG_SECONDS
-        if not (everything or due or len(self._pending) > CALLS_IN_FLIGHT):
-            return
-        rows = []
-        while self._pending and (everything or len(self._pending) > CALLS_IN_FLIGHT or self._pending[0][0].is_ready()):
+        every = self.recipe.log_every
+        due = everything or (self.step % every == 0 if every else
+                             time.perf_counter() - self._window_began >= LOG_SECONDS)
+        while self._pending and (everything or len(self._pending) > CALLS_IN_FLIGHT
+                                 or (due and self._pending[0][0].is_ready())):
             records, start, stop = self._pending.popleft()
-            rows.append(np.asarray(records)[start:stop])
-        if rows:
-            self.history.append(self.program.records, np.concatenate(rows))
-        if not (everything or due):
-            self._check(rows)
-            return
-        self._report()
-        self._check(rows)
+            self._window.append(np.asarray(records)[start:stop])
+            self.history.append(self._window[-1])
+            self._check(self._window[-1])
+        if due and self._window:
+            self._report()
 
     def _report(self) -> None:
-        first, last = self._read_until, self.history.first + self.history.steps
-        if last == first:
-            return
-        now = time.perf_counter()
-        records = {n: v[first - self.history.first:].tolist() for n, v in self.history.records.items()}
-        self.monitor.event("steps", first=first + 1, last=last, seconds=now - self._window_began, data_wait=self._wait,
-                           samples=(last - first) * self.recipe.batch_size, records=records)
+        """The event of the steps read since the last one."""
+        now, rows = time.perf_counter(), np.concatenate(self._window)
+        last = self.history.first + self.history.steps
+        self.monitor.event("steps", first=last - len(rows) + 1, last=last, seconds=now - self._window_began,
+                           data_wait=self._wait, samples=len(rows) * self.recipe.batch_size,
+                           records=dict(zip(self.program.records, rows.T.tolist(), strict=True)))
         self.history.data_wait += self._wait
-        self._read_until, self._window_began, self._wait = last, now, 0.0
+        self._window, self._window_began, self._wait = [], now, 0.0
 
-    def _check(self, rows: list[np.ndarray]) -> None:
+    def _check(self, fresh: np.ndarray) -> None:
         """Raise at the first loss that is not finite; float16 gets over those that a smaller loss scale mends."""
-        if not rows:
-            return
-        fresh = np.concatenate(rows)
         bad = ~np.isfinite(fresh[:, 0])
         if "loss_scale" in self.program.records:
             bad &= fresh[:, self.program.records.index("loss_scale")] <= LOWEST
         if not bad.any():
             return
+        self._report()
         step = self.history.first + self.history.steps - len(fresh) + int(np.argmax(bad)) + 1
+        raise self._diverged(f"the loss of step {step} is {fresh[np.argmax(bad), 0]}", step)
+
+    def _diverged(self, what: str, step: int) -> DivergedError:
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         saved = self.checkpoints.steps() if self.checkpoints else []
-        raise DivergedError(
-            f"the loss of step {step} is {fresh[np.argmax(bad), 0]}",
-            where=f"step {step}{_culprit(self.train)}",
+        return DivergedError(
+            what, where=f"step {step}{_culprit(self.train)}",
             remedy="lower the learning rate, set clip_norm, or mend the data; "
                    + (f"step {saved[-1]} is the last committed checkpoint" if saved else "no checkpoint was committed"))
 
@@ -196,6 +196,11 @@ def evaluate(program: Program, state: State, test: Any) -> dict[str, float]:
     finally:
         loader.close()
     return program.metrics(sums)
+
+
+@jax.jit
+def _finite(params: Any) -> Any:
+    return all_finite(params)
 
 
 def _culprit(train: Any) -> str:

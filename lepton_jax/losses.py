@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from lepton_jax.errors import ModelError
+from lepton_jax.errors import ModelError, pointing_at_user
+from lepton_jax.state import shapes
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 binary_cross_entropy = optax.sigmoid_binary_cross_entropy
@@ -21,7 +23,8 @@ squared_error = optax.squared_error
 huber = optax.huber_loss
 
 
-def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | None = None) -> tuple[Any, Any]:
+def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | None = None,
+           differentiable: bool = False) -> tuple[Any, Any]:
     """Sum of a loss or metric over a batch, and the weight that the sum stands for; their ratio is the mean.
 
     Args:
@@ -29,27 +32,24 @@ def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | No
       outputs: the model's outputs, batch dim first.
       targets: what the samples should give, batch dim first.
       valid: bool (batch,), False where a row is padding; None: every row counts.
+      differentiable: whether a value that has no gradient is an error.
 
     Raises:
-      ModelError: the function's value does not start with the batch dim.
+      ModelError: the function fails, or its value is not as described.
     """
-    values = function(outputs, targets)
-    weights = None
-    if isinstance(values, tuple) and len(values) == 2:
-        values, weights = values
-    batch = jax.tree.leaves(outputs)[0].shape[0]
+    values, weights = _checked(function, outputs, targets)
+    if differentiable and not jnp.issubdtype(jnp.result_type(values), jnp.floating):
+        raise ModelError(f"{_name(function)} returned {_described(values)}, which has no gradient", where=_where(function),
+                         remedy="return a floating-point loss; what counts errors is a metric")
     if jnp.ndim(values) == 0:
         if valid is None:
             return values, 1.0
         each = lambda *pair: function(*jax.tree.map(lambda x: x[None], pair))  # noqa: E731
         values = jax.vmap(each)(outputs, targets)
-    if values.shape[0] != batch:
-        raise ModelError(f"{_name(function)} returns shape {values.shape} for a batch of {batch} samples",
-                         where=_name(function), remedy="return one value per sample, batch dim first, or a scalar mean")
     if jnp.issubdtype(values.dtype, jnp.bool_) or jnp.issubdtype(values.dtype, jnp.integer):
         values = values.astype(jnp.float32)
     if valid is not None:
-        rows = valid.reshape((batch,) + (1,) * (values.ndim - 1))
+        rows = valid.reshape(valid.shape + (1,) * (values.ndim - 1))
         # where, not a product: a padded row may hold NaN
         values = jnp.where(rows, values, 0)
         weights = jnp.where(rows, jnp.ones_like(values) if weights is None else weights, 0)
@@ -61,8 +61,12 @@ def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | No
 
 def measure(recipe: Any, outputs: Any, targets: Any, valid: jax.Array | None = None) -> dict[str, tuple[Any, Any]]:
     """(sum, weight) of the recipe's loss, under "loss", and of each of its metrics, over one batch."""
+    if not jnp.issubdtype(jnp.result_type(*jax.tree.leaves(outputs)), jnp.floating):
+        raise ModelError(f"the model returned {shapes(outputs)}, which has no gradient", where="Recipe.model",
+                         remedy="return floating-point outputs, e.g. logits instead of the labels chosen by them")
     functions = {"loss": recipe.loss} | {n: getattr(m, "values", m) for n, m in recipe.metrics.items()}
-    return {name: totals(function, outputs, targets, valid) for name, function in functions.items()}
+    return {name: totals(function, outputs, targets, valid, differentiable=name == "loss")
+            for name, function in functions.items()}
 
 
 def finish(recipe: Any, name: str, mean: Any) -> Any:
@@ -91,5 +95,51 @@ def _as_they_are(outputs: Any) -> Any:
     return outputs
 
 
+def _checked(function: Callable, outputs: Any, targets: Any) -> tuple[Any, Any]:
+    """(values, weights or None) that a function gives, if they are as described at the top of this module."""
+    name, where, batch = _name(function), _where(function), jax.tree.leaves(outputs)[0].shape[0]
+    given = f"outputs {shapes(outputs)} and targets {shapes(targets)}"
+    with pointing_at_user(f"{name} of {given}", "give targets, or a model, of the shapes and dtypes that it takes",
+                          where=where):
+        result = function(outputs, targets)
+    values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not _real(values) or (weights is not None and (not _real(weights) or jnp.shape(values) != jnp.shape(weights))):
+        raise ModelError(f"{name} returned {_described(result)}", where=where,
+                         remedy="return real numbers: an array, or a pair of arrays of one shape (values, weights)")
+    if jnp.shape(values)[:1] != (batch,) and (jnp.ndim(values) or weights is not None):
+        raise ModelError(f"{name} returned shape {jnp.shape(values)} for a batch of {batch} samples", where=where,
+                         remedy="return one value per sample, batch dim first, or a scalar mean")
+    if _crossed(values, outputs, targets):
+        raise ModelError(f"{name} returned shape {values.shape}: it set each output against each target, of {given}",
+                         where=where, remedy="give outputs and targets one shape, e.g. return x[:, 0] or pass y[:, None]")
+    return values, weights
+
+
+def _crossed(values: Any, outputs: Any, targets: Any) -> bool:
+    """Whether both outputs and targets were broadcast, as (batch, 1) against (batch,) is to (batch, batch)."""
+    if not isinstance(outputs, jax.Array) or not isinstance(targets, jax.Array) or jnp.shape(values) in ((), (1, 1)):
+        return False
+    try:
+        both = jnp.broadcast_shapes(outputs.shape, targets.shape)
+    except ValueError:
+        return False
+    return values.shape == both and both not in (outputs.shape, targets.shape)
+
+
+def _real(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | float | int) and not jnp.iscomplexobj(x)
+
+
+def _described(x: Any) -> str:
+    if isinstance(x, tuple):
+        return f"({', '.join(map(_described, x))})"
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
+
 def _name(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
+
+
+def _where(function: Callable) -> str:
+    code = getattr(function, "__code__", None)
+    return _name(function) + (f", {code.co_filename}:{code.co_firstlineno}" if code else "")

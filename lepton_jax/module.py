@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
@@ -15,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 from lepton_jax import precision
-from lepton_jax.errors import LeptonError, ModelError
-from lepton_jax.state import by_path
+from lepton_jax.errors import ModelError, pointing_at_user
+from lepton_jax.state import by_path, shapes
 
 TRAIN_WORDS = {"train": True, "training": True, "is_training": True, "deterministic": False,
                "use_running_average": False}
@@ -59,7 +57,8 @@ def functional(model: Any, inputs: Any) -> Functional:
     if isinstance(model, linen.Module):
         return _linen(model, inputs)
     takes_rngs = "rngs" in _parameters(model)
-    with pointing_at_user("building the model", "let the factory take rngs, or nothing, and return a Flax module"):
+    with pointing_at_user("building the model", "let the factory take rngs, or nothing, and return a Flax module",
+                          where="Recipe.model"):
         if not takes_rngs and not _required(model):
             module = model()
             if isinstance(module, linen.Module):
@@ -73,7 +72,13 @@ def forward(recipe: Any, module: Functional, params: Any, variables: Any, inputs
     """(outputs, variables after) of a batch: preprocessing, then the model in the recipe's precision."""
     inputs = recipe.preprocess(inputs) if recipe.preprocess else inputs
     params, inputs = precision.cast((params, inputs), recipe.precision)
-    outputs, variables = module.apply(params, variables, inputs, key, train)
+    with pointing_at_user(f"calling the model on {shapes(inputs)}", "let the model take what the samples (and "
+                          "preprocess) give: one array, or a dict's arrays by name", where=f"{module.name}.__call__"):
+        outputs, variables = module.apply(params, variables, inputs, key, train)
+    leaves = jax.tree.leaves(outputs)
+    if not leaves or any(jnp.ndim(x) == 0 for x in leaves):
+        raise ModelError(f"the model returned {shapes(outputs)}", where=f"{module.name}.__call__",
+                         remedy="return the outputs: an array or a tree of them, batch dim first")
     return precision.to_float32(outputs, recipe.precision), variables
 
 
@@ -90,8 +95,9 @@ def _nnx(build: Callable[[Any], Any]) -> Functional:
     known = set(by_path(nnx.to_pure_dict(rest)))
 
     def init(key: Any) -> tuple[Any, Any]:
-        _, params, rest = _split(make(key))
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+        module = make(key)
+        _, params, rest = _split(module)
+        return _trainable(nnx.to_pure_dict(params), type(module).__name__), nnx.to_pure_dict(rest)
 
     def apply(params_: Any, variables: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
         # copy=True: modules that count calls (Rngs, RNN) mutate their variables at this trace level
@@ -113,6 +119,14 @@ def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
     return graph, params, rest[0]
 
 
+def _trainable(params: Any, name: str) -> Any:
+    for path, leaf in by_path(params).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ModelError(f"the parameter {path!r} is {leaf.dtype}, which has no gradient", where=name,
+                             remedy="make it floating-point, or no nnx.Param but another nnx.Variable")
+    return params
+
+
 def _filled(template: nnx.State, values: Any) -> nnx.State:
     state = jax.tree.map(lambda x: x, template)
     nnx.replace_by_pure_dict(state, values)
@@ -125,7 +139,7 @@ def _linen(module: linen.Module, inputs: Any) -> Functional:
         variables = dict(flax.core.unfreeze(_call(module, module.init, zeros, False, key)))
         params = variables.pop("params", {})
         variables.pop("intermediates", None)
-        return params, variables
+        return _trainable(params, type(module).__name__), variables
 
     def apply(params: Any, variables: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
         # make_rng of a stream that isn't given falls back to "params", so that every name has randomness
@@ -160,24 +174,3 @@ def _parameters(function: Any) -> dict[str, inspect.Parameter]:
 def _required(function: Any) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [n for n, p in _parameters(function).items() if p.default is p.empty and p.kind in kinds]
-
-
-class pointing_at_user:
-    """Context in which an error of a user's own code (model, loss, metric) becomes a ModelError at the user's line."""
-
-    def __init__(self, doing: str, remedy: str = "compare the shapes and dtypes of the batch with what the model and "
-                 "the loss expect"):
-        self.doing, self.remedy = doing, remedy
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, LeptonError) or not isinstance(error, Exception):
-            return
-        libraries = ("site-packages", "dist-packages", "<frozen", str(Path(__file__).parent))
-        frames = [f for f in traceback.extract_tb(trace) if not any(part in f.filename for part in libraries)]
-        where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None
-        message = str(error).strip().splitlines()
-        raise ModelError(f"{self.doing} failed: {type(error).__name__}: {message[0] if message else ''}", where=where,
-                         remedy=self.remedy) from error

@@ -18,7 +18,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_jax import controller, losses, optimizers, precision
-from lepton_jax.module import forward, pointing_at_user
+from lepton_jax.errors import RecipeError, pointing_at_user
+from lepton_jax.module import forward
 from lepton_jax.planner import Plan, Trace
 from lepton_jax.state import State, by_path
 
@@ -144,7 +145,9 @@ class Program:
         """One optimizer update from one batch."""
         gradients, sums, variables = self._gradients(state, batch)
         values = {name: losses.finish(self.recipe, name, total / weight) for name, (total, weight) in sums.items()}
-        updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params, value=values["loss"])
+        with pointing_at_user("the optimizer's update", "give an Optax transformation that needs gradients, parameters and "
+                              "the loss's value alone", where="Recipe.optimizer", kind=RecipeError):
+            updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params, value=values["loss"])
         params = optax.apply_updates(state.params, updates)
         scale = state.scale
         if self.recipe.precision == "float16":  # a step whose scaled gradients overflow changes nothing but the scale
@@ -219,7 +222,9 @@ class Program:
 
     def _call(self, program: str, function: Callable, *args: Any) -> Any:
         traced, begun = self._traced, time.perf_counter()
-        result = function(*args)
+        with pointing_at_user(f"the {program} program", "mend the line that is named, if one is; where memory is short, "
+                              "lower batch_size or raise micro_batches", where=f"program {program!r}"):
+            result = function(*args)
         if self._traced != traced:
             signatures = self._signatures[program]
             changed = None

@@ -105,19 +105,24 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}, which can't be called", where=f"Recipe.{name}",
                                   remedy="give a Flax module or its factory" if name == "model" else
                                   "give a function (outputs, targets) -> one value per sample")
-        if not isinstance(self.metrics, Mapping):
-            raise RecipeError(f"metrics is a {type(self.metrics).__name__}", where="Recipe.metrics",
-                              remedy='give a dict of name to function, e.g. {"accuracy": lepton_jax.metrics.accuracy}')
-        reserved = {"loss", "learning_rate", "loss_scale", "step"} & set(self.metrics)
-        if reserved:
-            raise RecipeError(f"metric name {sorted(reserved)[0]!r} is taken", where="Recipe.metrics",
-                              remedy="call the metric something else")
-        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+        for name in ("preprocess", "decode"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}, which can't be called", where=f"Recipe.{name}",
+                                  remedy="give a function of a batch, or leave it out")
+        _check_metrics(self.metrics)
+        if not (isinstance(self.controller, tuple | list) and all(hasattr(p, "update") for p in self.controller)):
+            raise RecipeError(f"controller is {self.controller!r}", where="Recipe.controller",
+                              remedy="give a tuple of lepton_jax.controller.Policy, or leave it out")
+        for name, kind in (("name", str), ("shuffle", bool)):
+            if not isinstance(getattr(self, name), kind):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__name__}",
+                                  where=f"Recipe.{name}", remedy=f"set {name} to a {kind.__name__}")
+        if isinstance(self.seed, bool) or not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise RecipeError(f"seed is {self.seed!r}; it must be a whole number from 0 to 4294967295",
                               where="Recipe.seed", remedy="set e.g. seed=0")
         known = {"loss", *self.metrics}
-        if self.best is not None and self.best.removeprefix("-") not in known:
-            raise RecipeError(f"best names {self.best!r}, which is no metric{nearest(self.best, known)}",
+        if self.best is not None and str(self.best).removeprefix("-") not in known:
+            raise RecipeError(f"best names {self.best!r}, which is no metric{nearest(str(self.best), known)}",
                               where="Recipe.best", remedy=f"use one of {', '.join(sorted(known))}, with '-' for lowest")
 
     def with_(self, **changes: Any) -> Recipe:
@@ -128,6 +133,19 @@ class Recipe:
                 raise RecipeError(f"Recipe has no field {name!r}{nearest(name, names)}", where="Recipe",
                                   remedy=f"the fields are {', '.join(sorted(names))}")
         return replace(self, **changes)
+
+
+def _check_metrics(metrics: Any) -> None:
+    if not isinstance(metrics, Mapping):
+        raise RecipeError(f"metrics is a {type(metrics).__name__}", where="Recipe.metrics",
+                          remedy='give a dict of name to function, e.g. {"accuracy": lepton_jax.metrics.accuracy}')
+    for name, metric in metrics.items():
+        if name in ("loss", "learning_rate", "loss_scale", "step"):
+            raise RecipeError(f"metric name {name!r} is taken", where="Recipe.metrics",
+                              remedy="call the metric something else")
+        if not isinstance(name, str) or not callable(getattr(metric, "values", metric)):
+            raise RecipeError(f"metric {name!r} is {metric!r}", where="Recipe.metrics",
+                              remedy="give a name as a string, and a function (outputs, targets) -> one value per sample")
 
 
 def _number(value: Any) -> bool:

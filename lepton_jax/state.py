@@ -42,6 +42,12 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+def shapes(tree: Any) -> str:
+    """The arrays of a pytree as "float32[8, 4]", or "image float32[8, 4], mask bool[8]"."""
+    return ", ".join(f"{path} {x.dtype}{list(x.shape)}".strip() if hasattr(x, "dtype") else f"{path} {x!r}".strip()
+                     for path, x in by_path(tree).items()) or repr(tree)
+
+
 def nbytes(leaf: Any) -> int:
     """Bytes of an array or a shape; a random key counts as its key data."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

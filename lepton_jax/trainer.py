@@ -21,7 +21,7 @@ import numpy as np
 from lepton_jax import losses
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples, from_any, sample
-from lepton_jax.errors import CheckpointError, DataError, DivergedError, RecipeError
+from lepton_jax.errors import CheckpointError, DataError, DivergedError, PlanError, RecipeError, pointing_at_user
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.history import History
 from lepton_jax.loop import Loop, evaluate
@@ -48,7 +48,10 @@ class Trainer:
     def __init__(self, recipe: Recipe | Callable[[], Recipe] | None = None, *, run_dir: str | Path | None = None,
                  devices: int | None = None, sinks: Sequence[Sink] = (), source: dict[str, Any] | None = None,
                  **changes: Any):
-        recipe = recipe() if callable(recipe) else recipe
+        if callable(recipe):
+            with pointing_at_user("making the recipe", "give a Recipe or a function that returns one and needs no "
+                                  "arguments; a model goes to model=...", where="Trainer(recipe)", kind=RecipeError):
+                recipe = recipe()
         if recipe is None:
             needed = [f.name for f in fields(Recipe) if f.default is MISSING and f.default_factory is MISSING]
             missing = [name for name in needed if name not in changes]
@@ -82,6 +85,8 @@ class Trainer:
           PlanError: no such topology, or the batch does not divide over it.
           DataError: a Linen model has no parameters before the shapes of its inputs are known.
         """
+        if on is not None and not isinstance(on, str | Topology):
+            raise PlanError(f"{on!r} is no topology", where="Trainer.plan", remedy='name one, e.g. "h200:8"')
         target = topology(on) if isinstance(on, str) else on or self.topology
         if self.trace is None and self.recipe.train is None and not is_linen(self.recipe.model):
             return plan(trace(self.recipe, None, None), target)  # the parameters alone
@@ -112,6 +117,9 @@ class Trainer:
         self._check(train, "training data")
         if test is not None:
             self._check(test, "test data")
+        elif self.recipe.best is not None:
+            raise RecipeError(f"best={self.recipe.best!r} asks for evaluations, but there is nothing to evaluate on",
+                              where="Recipe.best", remedy="set Recipe.test, or leave best out")
         if self._trained_on is not None and not _same(given, self._trained_on):
             self._position = {"samples": 0, "grain": None}
         self._trained_on = given
@@ -155,8 +163,9 @@ class Trainer:
         if self.program is None:
             raise CheckpointError("there is nothing to save yet", where=folder, remedy="call fit or load first")
         folder = Path(folder)
-        if folder.exists() and not (folder / "recipe.json").exists():
-            raise CheckpointError("the folder exists and is no saved model", where=folder, remedy="name another folder")
+        if folder.exists() and (not (folder / "recipe.json").exists() or (folder / "events.jsonl").exists()):
+            raise CheckpointError("the folder exists and holds something else than a saved model", where=folder,
+                                  remedy="name another folder")
         fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
         shutil.rmtree(fresh, ignore_errors=True)
         self._describe(fresh)
@@ -298,6 +307,9 @@ class Trainer:
     def _check(self, data: Any, what: str) -> None:
         """That a data set has the shapes and dtypes that the program is traced for, and labels within its classes."""
         assert self.trace is not None
+        if what == "test data" and epoch_samples(data) is None:
+            raise DataError("a Grain data set that can only be iterated has no end to evaluate up to", where=what,
+                            remedy="give arrays or a grain.MapDataset")
         inputs, targets = sample(data)
         pairs = [("inputs", self.trace.inputs, inputs)]
         pairs += [] if what == "inputs" else [("targets", self.trace.targets, targets)]
@@ -368,6 +380,6 @@ def _shapes_in(folder: Path) -> tuple[Any, Any]:
         batch = json.loads((folder / "recipe.json").read_text())["batch"]
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x["shape"], x["dtype"]), batch, is_leaf=is_leaf)
         return shapes["inputs"], shapes["targets"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"recipe.json can't be read: {error}", where=folder,
                               remedy="name the folder of a run or of a saved model") from error

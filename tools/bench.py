@@ -47,7 +47,8 @@ def surroundings(arguments: list[str]) -> dict[str, Any]:
     given = [f"{name}={shlex.quote(os.environ[name])}" for name in ENVIRONMENT if name in os.environ]
     return {"command": " ".join([*given, "python tools/bench.py", shlex.join(arguments)]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": {"cpu": _cpu(), "cores": _cores(), "system": platform.system(), "architecture": platform.machine()},
+            "machine": {"cpu": _cpu(), "cores": _cores(), "system": platform.system(),
+                        "architecture": platform.machine()},
             "platform": jax.default_backend(), "device_kind": jax.devices()[0].device_kind,
             "versions": {"python": platform.python_version(),
                          **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "lepton-jax")}}}
@@ -68,7 +69,8 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _cores() -> int:

@@ -3,7 +3,7 @@
 Every contender trains the same module by the same optimizer on the same arrays from the same seed, on one device:
 
   hand      JAX and Optax by hand, in the form that is hardest to beat: the module split once, its parameters a plain
-            list, one jitted step with donated state; no metrics; shuffled batches made and put on the device beforehand.
+            list, one jitted step with donated state; no metrics; an epoch of shuffled batches on the device beforehand.
   hand-fed  the same step, and in the loop what JAX tutorials do: a permutation an epoch, `x[permutation[i:i + b]]`.
   lepton    `Trainer.fit` as it comes: loader with prefetch and shuffling, loss and accuracy of every step read back,
             the check for losses that aren't finite, progress lines to a stream, every event appended to a journal.
@@ -78,18 +78,19 @@ CASES = {
     "mlp-256": Case(partial(lepton.models.MLP, (784, 128, 10)), partial(images, 60_000, 784), 256, optax.adam),
     "mlp-16": Case(partial(lepton.models.MLP, (784, 128, 10)), partial(images, 60_000, 784), 16, optax.adam),
     "cnn-128": Case(partial(lepton.models.CNN, 10), partial(images, 12_800, 28, 28, 1), 128, optax.adam),
-    "lm": Case(partial(lepton.models.TransformerLM, 256, dim=256, layers=4, heads=4), partial(tokens, 2048, 256, 256), 8,
-               optax.adamw, 3e-4),
+    "lm": Case(partial(lepton.models.TransformerLM, 256, dim=256, layers=4, heads=4), partial(tokens, 2048, 256, 256),
+               8, optax.adamw, 3e-4),
 }
 
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add `step` to the subcommands."""
-    parser = commands.add_parser("step", parents=[shared], help="milliseconds a train step, against loops by hand and NNX",
-                                 description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 allow_abbrev=False)
+    parser = commands.add_parser("step", parents=[shared], allow_abbrev=False, description=__doc__,
+                                 help="milliseconds a train step, against loops by hand and the NNX tutorial's",
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, metavar="N", help="rounds a case (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="length of a slice (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="S",
+                        help="length of a slice (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.set_defaults(run=run)
 
@@ -113,8 +114,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for name in dict.fromkeys(options.only):
         results.append({"case": name, **measure(CASES[name], options.rounds, options.seconds)})
         print(_line(results[-1]), flush=True)
-    print("ms a step: median of the rounds; ratios within a round: median (least-greatest); loss difference: greatest of "
-          f"|lepton - hand| over the first {COMPARED} losses, unshuffled")
+    print("ms a step: median of the rounds; ratios within a round: median (least-greatest); loss difference: greatest "
+          f"of |lepton - hand| over the first {COMPARED} losses, unshuffled")
     return results
 
 
@@ -158,9 +159,9 @@ def compilations() -> Iterator[list[str]]:
     """The names of what XLA compiles in this context, anybody's."""
     names: list[str] = []
 
-    def listen(event: str, seconds: float, **what: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(what.get("fun_name")))
+            names.append(str(kwargs.get("fun_name")))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -226,7 +227,7 @@ def _fit(trainer: lepton.Trainer, steps: int) -> None:
 
 
 def _by_hand(case: Case) -> tuple[Callable[..., Any], Any, Any]:
-    """The train step by hand, (params, optimizer state, x, y) to (params, optimizer state, loss), and its first state."""
+    """The step by hand, (params, state, x, y) to (params, state, loss); params and the optimizer's first state."""
     graph, state, rest = nnx.split(case.model(rngs=nnx.Rngs(SEED)), nnx.Param, ...)
     # a list of arrays: JAX flattens an nnx.State in Python at every call, and this rival shall not wait for that
     params, tree = jax.tree.flatten(state)
@@ -294,7 +295,9 @@ def _fed(case: Case, x: np.ndarray, y: np.ndarray) -> Iterator[Batch]:
 
 def _on_device(case: Case, x: np.ndarray, y: np.ndarray) -> list[Batch]:
     """One epoch of shuffled batches, on the device."""
-    return jax.block_until_ready([jax.device_put(b) for b in itertools.islice(_fed(case, x, y), len(x) // case.batch_size)])
+    batches = itertools.islice(_fed(case, x, y), len(x) // case.batch_size)
+    # no device is named: committed batches would make the step compile once more, for its own committed results
+    return jax.block_until_ready([jax.device_put(batch) for batch in batches])
 
 
 def _loss_difference(case: Case, x: np.ndarray, y: np.ndarray) -> float:
@@ -314,7 +317,8 @@ def _loss_difference(case: Case, x: np.ndarray, y: np.ndarray) -> float:
 
 def _header() -> str:
     ratios = "  ".join(f"{'lepton/' + rival:>18}" for rival in RIVALS)
-    return f"{'case':8}  {'hand':>8}  {'hand-fed':>8}  {'lepton':>8}  {'nnx':>8}  {ratios}  {'steps/call':>10}  loss difference"
+    ms = "  ".join(f"{name:>8}" for name in ("hand", "hand-fed", "lepton", "nnx"))
+    return f"{'case':8}  {ms}  {ratios}  {'steps/call':>10}  loss difference"
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,12 @@ class Arrays:
                 parts.append((name, tree))
         return parts
 
-    def take(self, indices: Any) -> tuple[Any, Any]:
-        """The samples at `indices` (integers from 0 to n - 1, shape (k,)), copied: (inputs, targets) of k rows each."""
+    def take(self, indices: Any, empty: Callable[[tuple[int, ...], Any], np.ndarray] | None = None) -> tuple[Any, Any]:
+        """The samples at `indices` (integers from 0 to n - 1, shape (k,)), copied: (inputs, targets) of k rows each.
+
+        `empty(shape, dtype)` gives the memory they are copied into; None: `aligned_empty`.
+        """
+        empty = empty or aligned_empty
         indices = np.asarray(indices)
         if indices.ndim != 1 or (indices.dtype.kind not in "iu" and indices.size):
             raise DataError(f"indices are {indices.dtype}{list(indices.shape)}, not a vector of integers",
@@ -71,7 +76,8 @@ class Arrays:
             raise DataError(f"indices run from {indices.min()} to {indices.max()}, but there are {len(self)} samples",
                             where="Arrays.take", remedy=f"use positions from 0 to {len(self) - 1}")
         indices = indices.astype(np.intp, copy=False)
-        return _map(lambda x: _rows(x, indices), self.inputs), _map(lambda x: _rows(x, indices), self.targets)
+        rows = lambda x: _rows(x, indices, empty)  # noqa: E731
+        return _map(rows, self.inputs), _map(rows, self.targets)
 
     def split(self, fraction: float, seed: int) -> tuple[Arrays, Arrays]:
         """Two random parts that keep the samples' order; the second has round(fraction * n) samples."""
@@ -102,15 +108,40 @@ def partition(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.nd
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """`np.empty` whose memory starts at a multiple of 64 bytes."""
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
+    return _aligned(_raw(shape, dtype), shape, dtype)
+
+
+class Buffers:
+    """Aligned memory that is given out again as soon as nobody refers to what was made of it.
+
+    The kernel's work for a block of fresh pages costs about as much as gathering the rows into it. An array that JAX
+    has adopted, or still copies from, counts as referred to until the last computation on it is over.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, list[np.ndarray]] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Like `aligned_empty`."""
+        made = self._made.setdefault(math.prod(shape) * np.dtype(dtype).itemsize, [])
+        for raw in made:
+            if sys.getrefcount(raw) == 3:  # the list, the loop's variable, the call's argument
+                return _aligned(raw, shape, dtype)
+        made.append(_raw(shape, dtype))
+        return _aligned(made[-1], shape, dtype)
+
+
+def _raw(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.empty(math.prod(shape) * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
+
+
+def _aligned(raw: np.ndarray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start:start + size].view(dtype).reshape(shape)
+    return raw[start:start + len(raw) - ALIGNMENT].view(dtype).reshape(shape)
 
 
-def _rows(x: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    out = aligned_empty((len(indices), *x.shape[1:]), x.dtype)
+def _rows(x: np.ndarray, indices: np.ndarray, empty: Callable[[tuple[int, ...], Any], np.ndarray]) -> np.ndarray:
+    out = empty((len(indices), *x.shape[1:]), x.dtype)
     # Only "clip" and "wrap" let np.take write straight into `out`; the indices are checked already.
     return np.take(x, indices, axis=0, out=out, mode="clip")
 

@@ -15,10 +15,11 @@ import grain
 import jax
 import numpy as np
 
-from lepton_jax.data.arrays import Arrays, from_any
-from lepton_jax.errors import DataError
+from lepton_jax.data.arrays import Arrays, Buffers, from_any
+from lepton_jax.errors import DataError, pointing_at_user
 
-PREFETCHED_BLOCKS = 2
+PREFETCHED_BYTES = 64 * 2**20
+PREFETCHED_BLOCKS = (2, 16)  # at least, at most
 
 
 class Stream(Protocol):
@@ -35,6 +36,7 @@ class ArrayStream:
     def __init__(self, data: Arrays, seed: int, shuffle: bool):
         self.data, self.samples, self.seed, self.shuffle = data, len(data), seed, shuffle
         self._orders: dict[int, np.ndarray] = {}
+        self._buffers = Buffers()
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -46,12 +48,12 @@ class ArrayStream:
     def rows(self, start: int, stop: int) -> tuple[Any, Any]:
         positions = np.arange(start, stop)
         if not self.shuffle:
-            return self.data.take(positions % self.samples)
+            return self.data.take(positions % self.samples, self._buffers.empty)
         indices = np.empty(stop - start, np.int64)
         for epoch in range(start // self.samples, (stop - 1) // self.samples + 1):
             low, high = max(start, epoch * self.samples), min(stop, (epoch + 1) * self.samples)
             indices[low - start:high - start] = self._order(epoch)[low % self.samples:][:high - low]
-        return self.data.take(indices)
+        return self.data.take(indices, self._buffers.empty)
 
 
 class GrainStream:
@@ -63,8 +65,9 @@ class GrainStream:
         self.data = (data.shuffle() if shuffle else data).repeat()
 
     def rows(self, start: int, stop: int) -> tuple[Any, Any]:
-        rows = [self.data[position] for position in range(start, stop)]
-        return _pair(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+        with _reading():
+            rows = [self.data[position] for position in range(start, stop)]
+            return _pair(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
 
 
 def stream(data: Any, seed: int = 0, shuffle: bool = False) -> ArrayStream | GrainStream:
@@ -83,7 +86,10 @@ def stream(data: Any, seed: int = 0, shuffle: bool = False) -> ArrayStream | Gra
 def sample(data: Any) -> tuple[Any, Any]:
     """One sample, batch dim first, to take shapes from; no position moves."""
     if isinstance(data, grain.IterDataset):
-        return _pair(jax.tree.map(lambda x: np.asarray(x)[None], next(iter(data))))
+        with _reading():
+            for element in data:
+                return _pair(jax.tree.map(lambda x: np.asarray(x)[None], element))
+        raise DataError("the Grain data set is empty", where="Recipe.train", remedy="give at least one sample")
     return stream(data).rows(0, 1)
 
 
@@ -116,7 +122,6 @@ class Loader:
 
         start, saved = (position, None) if isinstance(position, int) else (position["samples"], position.get("grain"))
         self._samples = start
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BLOCKS)
         if self._iterable:
             assert steps == 1, "the position of an iterable data set is known between its batches only"
             dataset = data.batch(batch_size, drop_remainder=True).map(_pair)
@@ -125,7 +130,11 @@ class Loader:
                 self._iterator.set_state(saved)
             self._put = put
         else:
-            source = _Blocks(stream(data, seed, shuffle), start, self._rows, blocks)
+            rows = stream(data, seed, shuffle)
+            source = _Blocks(rows, start, self._rows, blocks)
+            block = sum(np.asarray(x).nbytes for x in jax.tree.leaves(rows.rows(start, start + 1))) * self._rows
+            depth = int(np.clip(PREFETCHED_BYTES // max(1, block), *PREFETCHED_BLOCKS))
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=depth)
             self._iterator = iter(grain.MapDataset.source(source).map(put).to_iter_dataset(options))
             self._put = lambda rows: rows
 
@@ -134,7 +143,8 @@ class Loader:
 
     def __next__(self) -> Any:
         try:
-            block = self._put(next(self._iterator))
+            with _reading():
+                block = self._put(next(self._iterator))
         except StopIteration:
             if self._iterable:
                 raise DataError(f"the data ended after {self._samples} samples", where="Recipe.train",
@@ -172,6 +182,11 @@ class _Blocks:
 def blocks_between(first: int, until: int, steps: int) -> int:
     """Blocks of `steps` steps that hold steps first to until."""
     return math.ceil((until - first) / steps)
+
+
+def _reading() -> pointing_at_user:
+    return pointing_at_user("reading the data set", "mend the data set; its elements are pairs (inputs, targets) of one "
+                            "shape", where="Recipe.train", kind=DataError)
 
 
 def _pair(element: Any) -> tuple[Any, Any]:

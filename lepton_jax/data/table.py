@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,14 @@ class _Raw:
 
     path: str
     label: str
-    columns: Mapping[str, Sequence[str]]
+    columns: dict[str, list[str]]
     lines: list[int]
+    parsed: dict[str, dict[str, float | None]] = field(default_factory=dict)  # by column, for `_parsed`
 
     def rows(self, indices: np.ndarray) -> _Raw:
         chosen = indices.tolist()
         columns = {name: [cells[i] for i in chosen] for name, cells in self.columns.items()}
-        return dataclasses.replace(self, columns=columns, lines=[self.lines[i] for i in chosen])
+        return _Raw(self.path, self.label, columns, [self.lines[i] for i in chosen])
 
     def error(self, what: str, column: str, cells: frozenset[str] | set[str], remedy: str) -> DataError:
         """An error at the first row whose cell in `column` is among `cells`; it begins with that cell."""
@@ -269,16 +271,25 @@ def _parse(cell: str) -> float | None:
     return value if math.isfinite(value) and abs(value) <= 3.4e38 and "_" not in cell else None
 
 
+def _parsed(raw: _Raw, name: str, absent: frozenset[str]) -> dict[str, float | None]:
+    """Each distinct cell of a column that is not missing, and what `_parse` makes of it."""
+    if name not in raw.parsed:
+        raw.parsed[name] = {cell: _parse(cell) for cell in set(raw.columns[name]) - absent}
+    return raw.parsed[name]
+
+
 def _numeric(raw: _Raw, name: str, absent: frozenset[str]) -> bool:
-    counts = Counter(raw.columns[name])
-    total = sum(count for cell, count in counts.items() if cell not in absent)
-    good = sum(count for cell, count in counts.items() if cell not in absent and _parse(cell) is not None)
-    return total > 0 and good >= NUMERIC_SHARE * total
+    parsed = _parsed(raw, name, absent)
+    bad = {cell for cell, value in parsed.items() if value is None}
+    if not (parsed and bad):
+        return bool(parsed)
+    counts = Counter(cell in bad for cell in raw.columns[name] if cell not in absent)
+    return counts[False] >= NUMERIC_SHARE * counts.total()
 
 
 def _numbers(raw: _Raw, name: str, absent: frozenset[str]) -> np.ndarray:
-    """A numeric column as float32 (n,), NaN where missing; each distinct cell is parsed once."""
-    parsed = {cell: math.nan if cell in absent else _parse(cell) for cell in set(raw.columns[name])}
+    """A numeric column as float32 (n,), NaN where missing."""
+    parsed = _parsed(raw, name, absent)
     bad = {cell for cell, value in parsed.items() if value is None}
     if bad:
         raise raw.error("is not a finite number, as the column's other cells are", name, bad,
@@ -287,7 +298,7 @@ def _numbers(raw: _Raw, name: str, absent: frozenset[str]) -> np.ndarray:
 
 
 def _codes(cells: Sequence[str], codes: dict, default: float, dtype: type = np.int32) -> np.ndarray:
-    return np.fromiter((codes.get(cell, default) for cell in cells), dtype, len(cells))
+    return np.fromiter(map(codes.get, cells, itertools.repeat(default)), dtype, len(cells))
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, ...]:

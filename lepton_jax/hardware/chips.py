@@ -40,6 +40,6 @@ CHIPS = {chip.name: chip for chip in (
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12),
     Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4.8e12),
     Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 8.0e12),
-    # A round figure for one CPU core; it only decides how many steps share a call.
-    Chip("cpu", ("cpu",), 50e9, 8 * GIB, 10e9),
+    # A round figure for a CPU of a few cores; it only decides how many steps share a call.
+    Chip("cpu", ("cpu",), 200e9, 8 * GIB, 10e9),
 )}

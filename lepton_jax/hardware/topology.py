@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -60,7 +61,13 @@ def here(count: int | None = None) -> tuple[Topology, list[jax.Device]]:
     Raises:
       PlanError: fewer devices are there than asked for.
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that isn't there, or two settings contradict
+        raise PlanError(f"JAX finds no devices: {error}", where=f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}",
+                        remedy="set JAX_PLATFORMS=cpu, or install JAX for the chips that are there") from error
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+        raise PlanError(f"{count!r} devices are asked for", where="devices", remedy="give a whole number")
     if count is not None and not 1 <= count <= len(devices):
         raise PlanError(f"{count} devices are asked for, {len(devices)} are there", where=f"platform {jax.default_backend()}",
                         remedy="ask for fewer; on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=N, or let "

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lepton_jax.errors import CheckpointError, LeptonError, SettingError
+from lepton_jax.errors import CheckpointError, LeptonError, RecipeError, SettingError, nearest
 from lepton_jax.launch import cluster, settings
 from lepton_jax.monitor import Progress, TensorBoard
 from lepton_jax.trainer import Trainer
 
+MOST_DEVICES = 4096  # virtual ones of a CPU take memory and threads; a typing error shall not take all
 DESCRIPTION = "Train a recipe: plan it for the devices that are there, run it, keep what it leaves in a run folder."
 
 
@@ -23,11 +24,17 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         summary = launch(arguments)
-    except LeptonError as error:
+    except (LeptonError, MemoryError) as problem:
+        error = problem if isinstance(problem, LeptonError) else LeptonError(
+            f"this machine's memory does not suffice: {problem}", where="this machine",
+            remedy="lower batch_size or the size of the model or the data")
         print(f"error: {error}", file=sys.stderr)
         if "--json" in arguments:
             print(json.dumps({"status": "failed", "error": error.what, "where": error.where, "remedy": error.remedy}))
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 130 if summary and summary["status"] == "interrupted" else 0
 
 
@@ -48,6 +55,9 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     if file is None:
         raise SettingError("no recipe is named" if head.resume is None else "the run was not started from a recipe file",
                            where="command line", remedy="name a recipe file, e.g. recipes/digits_cnn.py")
+    if head.recipe is None and not Path(file).is_file():
+        raise RecipeError(f"the recipe of the run is gone: there is no file {file}", where=Path(head.resume) / "recipe.json",
+                          remedy=f"say where it is now: launch.py RECIPE.py --resume {head.resume}")
     function = settings.load(Path(file))
     parser.description = inspect.getdoc(function) or DESCRIPTION
     settings.add(parser, function)
@@ -56,8 +66,8 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
         return None
     names = list(inspect.signature(function).parameters)
     options, given = settings.parse(parser, arguments, names)
-    kept = {k: v for k, v in run.get("settings", {}).items() if k in names}
-    chosen = _typed(parser, kept) | given
+    kept = {k: v for k, v in run.get("settings", {}).items() if k not in given}
+    chosen = _typed(parser, kept, Path(head.resume or "") / "recipe.json") | given
     folder = _folder(options, Path(file).stem)
     cluster.join(options.devices)
     recipe = settings.call(function, chosen)
@@ -91,7 +101,8 @@ def _parser() -> settings.Parser:
     group.add_argument("--run-dir", metavar="DIR", help="folder for what the run leaves (default: runs/NAME-TIME)")
     group.add_argument("--resume", metavar="RUN", help="go on with a run from its latest readable checkpoint; recipe and "
                        "settings are the run's, unless given")
-    group.add_argument("--devices", type=int, metavar="N", help="use N devices; on a CPU, N virtual ones (default: all)")
+    group.add_argument("--devices", type=settings.reader(int), metavar="N",
+                       help="use N devices; on a CPU, N virtual ones (default: all)")
     group.add_argument("--json", action="store_true", help="print, last, one JSON object that sums up the run")
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars into the run folder")
     return parser
@@ -105,11 +116,14 @@ def _head(parser: settings.Parser, arguments: list[str]) -> tuple[argparse.Names
     else:
         head, unknown = parser.parse_known_args(arguments)
         if unknown and head.resume is None:
-            head.recipe = next((a for a in arguments if a.endswith(".py")), head.recipe)
+            head.recipe = next((a for a in arguments if a.endswith(".py")), None)
         elif head.recipe is not None and not head.recipe.endswith(".py"):
             head.recipe = None
-    if head.devices is not None and head.devices < 1:
-        raise SettingError(f"--devices is {head.devices}", where="command line", remedy="ask for 1 or more devices")
+    if head.devices is not None and not 1 <= head.devices <= MOST_DEVICES:
+        raise SettingError(f"--devices is {head.devices}", where="command line, --devices",
+                           remedy=f"ask for 1 to {MOST_DEVICES} devices")
+    if head.run_dir == "":
+        raise SettingError("--run-dir is empty", where="command line, --run-dir", remedy="name a folder, or leave it out")
     return head, arguments
 
 
@@ -117,18 +131,45 @@ def _resumed(folder: str | None) -> dict[str, Any]:
     """recipe.json of the run to resume."""
     if folder is None:
         return {}
+    path = Path(folder) / "recipe.json"
     try:
-        return json.loads((Path(folder) / "recipe.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no run can be resumed here: {error}", where=folder,
+        run = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"there is no run to resume: {error.strerror or error}", where=path,
                               remedy="name the folder of a run: it holds recipe.json and checkpoints/") from error
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(run, dict) or not isinstance(run.get("file"), str | None) \
+            or not isinstance(run.get("settings", {}), dict):
+        raise _damaged(path, "it has no settings and file of a recipe")
+    return run
 
 
-def _typed(parser: argparse.ArgumentParser, kept: dict[str, Any]) -> dict[str, Any]:
-    """Settings as kept in JSON, in the types of their options."""
+def _damaged(path: Path, fault: object) -> CheckpointError:
+    return CheckpointError(f"the run's recipe.json is damaged: {fault}", where=path,
+                           remedy='restore it from a copy, or write {"file": "RECIPE.py", "settings": {}} into it')
+
+
+def _typed(parser: argparse.ArgumentParser, kept: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings as kept in a run's recipe.json, in the types of their options.
+
+    Raises:
+      SettingError: the recipe no longer has a setting, or the setting is of another type now.
+    """
     actions = {a.dest.removeprefix("setting:"): a for a in parser._actions if a.dest.startswith("setting:")}
-    return {k: v if v is None or isinstance(v, bool) or actions[k].type is None else actions[k].type(str(v))  # type: ignore
-            for k, v in kept.items()}
+    typed = {}
+    for name, value in kept.items():
+        if name not in actions:
+            raise SettingError(f"the run was started with {name}={value!r}, a setting that the recipe does not have"
+                               f"{nearest(name, actions)}", where=path,
+                               remedy="resume with the recipe as it was, or start a new run")
+        read: Any = actions[name].type or settings.yes_or_no
+        try:
+            typed[name] = None if value is None else read(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise SettingError(f"the run was started with {name}={value!r}, but {error}", where=path,
+                               remedy=f"give --{name.replace('_', '-')} anew, or resume with the recipe as it was") from error
+    return typed
 
 
 def _folder(options: argparse.Namespace, name: str) -> Path:
@@ -140,7 +181,7 @@ def _folder(options: argparse.Namespace, name: str) -> Path:
     folder = Path(options.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and not folder.is_dir():
         raise SettingError("the run folder is a file", where=folder, remedy="name another folder")
-    if (folder / "recipe.json").exists():
+    if any((folder / name).exists() for name in ("recipe.json", "checkpoints", "events.jsonl")):
         raise SettingError("the folder already holds a run", where=folder,
                            remedy=f"go on with it by --resume {folder}, or name another folder")
     return folder

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from lepton_jax.errors import RecipeError, SettingError, nearest
-from lepton_jax.module import pointing_at_user
+from lepton_jax.errors import RecipeError, SettingError, nearest, pointing_at_user
 from lepton_jax.recipe import Recipe
 
 
@@ -32,19 +31,21 @@ def load(path: Path) -> Callable[..., Recipe]:
         raise RecipeError(f"{path.name} is no Python file", where=path, remedy="name a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling of classes defined in the file look it up there
-    try:
-        with pointing_at_user(f"importing {path.name}", "mend the recipe file"):
-            spec.loader.exec_module(module)
-    except SyntaxError as error:  # pragma: no cover - an Exception, turned into a ModelError above
-        raise RecipeError(str(error), where=path, remedy="mend the recipe file") from error
+    with pointing_at_user(f"importing {path.name}", "mend the recipe file", where=path, kind=RecipeError):
+        spec.loader.exec_module(module)
     function = getattr(module, "recipe", None)
-    if not inspect.isfunction(function):
-        raise RecipeError("the file has no function `recipe`", where=path,
-                          remedy="write `def recipe(setting: type = default, ...) -> Recipe:` in it")
+    if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
+        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        fault = f"the file has no function `recipe`{nearest('recipe', functions)}" if function is None else \
+            f"`recipe` is {function!r}, not a plain function"
+        raise RecipeError(fault, where=path, remedy="write `def recipe(setting: type = default, ...) -> Recipe:` in it")
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is parameter.empty or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise RecipeError(f"the setting {name!r} has no default", where=f"{path}: recipe()",
-                              remedy="give every setting of the recipe a type and a default")
+        fault = "has no name of its own" if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) else \
+            "can't be given by name" if parameter.kind is parameter.POSITIONAL_ONLY else \
+            "has no default" if parameter.default is parameter.empty else ""
+        if fault:
+            raise RecipeError(f"the setting `{str(parameter).partition(':')[0]}` {fault}", where=place(function),
+                              remedy=f"give every setting of the recipe a name, a type and a default: {name}: int = 1")
     return function
 
 
@@ -54,19 +55,32 @@ def call(function: Callable[..., Recipe], settings: dict[str, Any]) -> Recipe:
     Raises:
       LeptonError: what the recipe raises, or its own error at its own line.
     """
-    with pointing_at_user("the recipe", "mend the recipe or its settings"):
+    with pointing_at_user("the recipe", "mend the recipe or its settings", where=place(function), kind=RecipeError):
         recipe = function(**settings)
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe() returned a {type(recipe).__name__}", where=inspect.getsourcefile(function),
+        raise RecipeError(f"recipe() returned a {type(recipe).__name__}", where=place(function),
                           remedy="return a lepton_jax.Recipe")
     return recipe
+
+
+def place(function: Callable) -> str:
+    """File and line of a function."""
+    return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are SettingErrors."""
 
     def error(self, message: str) -> NoReturn:
-        raise SettingError(message, where="command line", remedy=f"see {self.prog} --help")
+        match = re.fullmatch(r"argument (--[\w-]+)\S*: (.*)", message, re.DOTALL)
+        if not match:
+            raise SettingError(message, where="command line", remedy=f"see {self.prog} --help")
+        flag, fault = match.groups()
+        if fault.startswith("ignored explicit argument"):
+            raise SettingError(f"{flag} takes no value", where=f"command line, {flag}",
+                               remedy=f"write {flag} or --no-{flag.removeprefix('--')}")
+        raise SettingError(f"{flag}: {fault}", where=f"command line, {flag}",
+                           remedy=f"correct the value; RECIPE.py --help says what {flag} takes")
 
 
 def add(parser: argparse.ArgumentParser, function: Callable[..., Recipe]) -> None:
@@ -75,26 +89,26 @@ def add(parser: argparse.ArgumentParser, function: Callable[..., Recipe]) -> Non
     Raises:
       RecipeError: an annotation that no command line can express, or a name that the launcher has taken.
     """
-    file = inspect.getsourcefile(function)
-    try:
+    file = place(function)
+    with pointing_at_user("reading the annotations of recipe()", "import what they name at the top of the file", where=file,
+                          kind=RecipeError):
         hints = get_type_hints(function)
-    except NameError as error:
-        raise RecipeError(f"an annotation of recipe() can't be resolved: {error}", where=file,
-                          remedy="import the name at the top of the file") from error
-    group = parser.add_argument_group(f"settings of {Path(str(file)).name}")
+    group = parser.add_argument_group(f"settings of {Path(function.__code__.co_filename).name}")
     described = descriptions(function)
     for name, parameter in inspect.signature(function).parameters.items():
         flags = list(dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"]))
-        if any(flag in parser._option_string_actions for flag in flags):
-            raise RecipeError(f"the setting {name!r} has the name of one of the launcher's options", where=file,
-                              remedy="give the setting another name")
         kind, optional, choices = _kind(hints.get(name, type(parameter.default)), name, file)
+        negated = [f"--no-{flag.removeprefix('--')}" for flag in flags] if kind is bool else []
+        taken = [flag for flag in flags + negated if flag in parser._option_string_actions]
+        if taken:
+            raise RecipeError(f"the setting {name!r} would be {taken[0]}, which is an option already", where=file,
+                              remedy="give the setting another name")
         text = (described.get(name, "") + f" (default: {parameter.default})").strip().replace("%", "%%")
         options: dict[str, Any] = {"dest": f"setting:{name}", "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         else:
-            group.add_argument(*flags, type=_reader(kind, optional, choices), metavar=(choices and
+            group.add_argument(*flags, type=reader(kind, optional, choices), metavar=(choices and
                                "{" + ",".join(map(str, choices)) + "}") or kind.__name__.upper(), **options)
 
 
@@ -138,15 +152,21 @@ def _kind(hint: Any, name: str, file: Any) -> tuple[type, bool, tuple | None]:
     choices = get_args(hint) if get_origin(hint) is Literal else None
     kind = type(choices[0]) if choices else hint
     if kind not in (int, float, str, bool, Path):
-        raise RecipeError(f"the setting {name!r} is annotated {hint!r}, which a command line can't express", where=file,
+        fault = "has no annotation" if hint is type(None) else f"is annotated {hint!r}, which a command line can't express"
+        raise RecipeError(f"the setting {name!r} {fault}", where=file,
                           remedy="annotate it as int, float, str, bool, Path, a Literal, or one of these | None")
     return kind, optional, choices
 
 
-def _reader(kind: type, optional: bool, choices: tuple | None) -> Callable[[str], Any]:
+def reader(kind: type, optional: bool = False, choices: tuple | None = None) -> Callable[[str], Any]:
+    """A setting's text to its value; argparse.ArgumentTypeError says what is wrong with the text."""
+
     def read(text: str) -> Any:
         if optional and text.lower() == "none":
             return None
+        for choice in choices or ():
+            if text == str(choice):
+                return choice
         try:
             value = kind(text)
         except ValueError:
@@ -158,3 +178,10 @@ def _reader(kind: type, optional: bool, choices: tuple | None) -> Callable[[str]
         return value
 
     return read
+
+
+def yes_or_no(text: str) -> bool:
+    """The bool that JSON kept."""
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "True"

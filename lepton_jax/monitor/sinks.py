@@ -33,7 +33,7 @@ class TensorBoard:
         if kind == "start" and self._writer is None:
             # A resumed run repeats steps: TensorBoard is told to forget what earlier files say of them.
             step = event.get("step") or 0
-            self._writer = self._make(logdir=str(self._folder), purge_step=step + 1 if step else None)
+            self._open(purge_step=step + 1 if step else None)
         elif kind == "steps":
             self._steps(event)
         elif kind == "evaluation":
@@ -43,6 +43,13 @@ class TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+    def _open(self, **options: Any) -> None:
+        try:
+            self._writer = self._make(logdir=str(self._folder), **options)
+        except OSError as error:
+            raise LeptonError(f"TensorBoard's files can't be written: {error.strerror or error}", where=self._folder,
+                              remedy="mend the folder's permissions, or leave out --tensorboard") from error
 
     def _steps(self, event: dict[str, Any]) -> None:
         first, last, seconds = event.get("first"), event.get("last"), event.get("seconds")
@@ -59,5 +66,5 @@ class TensorBoard:
         if not isinstance(value, int | float):
             return
         if self._writer is None:
-            self._writer = self._make(logdir=str(self._folder))
+            self._open()
         self._writer.add_scalar(name, value, step, walltime=time)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,8 +107,9 @@ class Plan:
             shape, spec = "x".join(map(str, a.shape)) or "scalar", ", ".join(map(str, a.spec)) or "replicated"
             lines.append(f"  {a.path.partition('/')[2]:{width}}  {shape:>16}  {a.dtype:8} {_size(a.bytes):>9}  "
                          f"{spec}: {a.reason}")
-        lines.append("  a device holds " + ", ".join(f"{k} {_size(v)}" for k, v in self.bytes_per_device.items())
-                     + "; activations are not predicted")
+        held = ", ".join(f"{kind} {_size(count)}" for kind, count in self.bytes_per_device.items())
+        lines += textwrap.wrap(f"a device holds {held}; what activations take is not predicted", 100,
+                               initial_indent="  ", subsequent_indent="    ")
         lines += [f"  {what}: {why}" for what, why in self.reasons.items()]
         return "\n".join(lines)
 
@@ -138,7 +140,7 @@ def plan(trace: Trace, topology: Topology) -> Plan:
     slow_loops = _slow_loops(trace, topology)
     steps, why = _steps_per_call(trace, topology, row, slow_loops)
     held["batch"] *= steps
-    reasons = {f"{steps} steps per call": why}
+    reasons = {f"{steps} step{'s' if steps > 1 else ''} per call": why}
     if recipe.micro_batches > 1 and slow_loops:
         reasons["micro-batches unrolled"] = "XLA's CPU backend runs convolutions inside loops on a slow path"
     return Plan(topology.name, {DATA: devices}, (DATA,), tuple(arrays), recipe.batch_size, recipe.micro_batches,

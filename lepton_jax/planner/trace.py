@@ -10,8 +10,8 @@ import jax
 
 from lepton_jax import controller, losses, optimizers, precision
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
-from lepton_jax.errors import DataError, ModelError
-from lepton_jax.module import Functional, forward, functional, pointing_at_user
+from lepton_jax.errors import DataError, ModelError, pointing_at_user
+from lepton_jax.module import Functional, forward, functional
 from lepton_jax.recipe import Recipe
 from lepton_jax.state import State, by_path, nbytes
 
