@@ -76,7 +76,7 @@ class pointing_at_user:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # sys.exit() in a user's file would end the run without a word
-        if isinstance(error, LeptonError | StopIteration) or not isinstance(error, Exception | SystemExit):
+        if isinstance(error, LeptonError | StopIteration | MemoryError) or not isinstance(error, Exception | SystemExit):
             return
         where = self.where
         for frame in traceback.extract_tb(trace):

@@ -65,9 +65,11 @@ class Loop:
         """Train, evaluate and save until the last step, or until Ctrl-C asks for a stop at the next one."""
         per_block, batch_size = self.program.plan.steps_per_call, self.recipe.batch_size
         began, block, offset, metrics = time.perf_counter(), None, per_block, None
+        resident = self.program.plan.data == "resident"
         loader = Loader(self.train, batch_size=batch_size, steps=per_block, sharding=self.program.block_sharding,
                         seed=self.recipe.seed, shuffle=self.recipe.shuffle, position=self.position,
-                        blocks=blocks_between(self.step, self.until, per_block))
+                        blocks=blocks_between(self.step, self.until, per_block), resident=resident)
+        data = jax.device_put((self.train.inputs, self.train.targets), self.program.replicated) if resident else None
         with _stop_on_interrupt(self):
             try:
                 while self.step < self.until and not self.stop_requested:
@@ -76,7 +78,7 @@ class Loop:
                         block, offset = next(loader), 0
                         self._wait += time.perf_counter() - waiting
                     count = min(per_block - offset, self._next_stop() - self.step)
-                    self.state, records = self.program.train(self.state, block, offset, offset + count)
+                    self.state, records = self.program.train(self.state, block, offset, offset + count, data)
                     self._pending.append((records, offset, offset + count))
                     self.step, offset = self.step + count, offset + count
                     self.position = loader.state((per_block - offset) * batch_size)

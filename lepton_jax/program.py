@@ -83,16 +83,16 @@ class Program:
 
         return self._call("init", jax.jit(init, out_shardings=self.state_sharding), np.uint32(seed))
 
-    def train(self, state: State, block: Any, start: int, stop: int) -> tuple[State, jax.Array]:
-        """Train on batches start to stop of a block; the state is donated.
+    def train(self, state: State, block: Any, start: int, stop: int, data: Any = None) -> tuple[State, jax.Array]:
+        """Train on batches start to stop of a block; the state is donated. With resident `data`, a block holds indices.
 
         Returns:
           The state after them, and their records: float32 (steps a block, records), of which rows start to stop are
           filled. A step's values are measured with the parameters before its update.
         """
         if self.plan.steps_per_call == 1:
-            return self._call("train", self._train, state, block)
-        return self._call("train", self._train, state, block, start, stop)
+            return self._call("train", self._train, state, block, data)
+        return self._call("train", self._train, state, block, start, stop, data)
 
     def evaluate(self, sums: Any, state: State, batch: Any, valid: int) -> Any:
         """Add the first `valid` samples of a batch to the sums, which are donated; None starts them."""
@@ -123,19 +123,19 @@ class Program:
 
     # ---- the train step -------------------------------------------------------------------------------------------
 
-    def _one_step(self, state: State, batch: Any) -> tuple[State, jax.Array]:
+    def _one_step(self, state: State, batch: Any, data: Any) -> tuple[State, jax.Array]:
         self._note("train", batch)
-        state, record = self._step(state, batch)
+        state, record = self._step(state, _gathered(batch, data))
         return state, record[None]
 
-    def _steps(self, state: State, block: Any, start: Any, stop: Any) -> tuple[State, jax.Array]:
+    def _steps(self, state: State, block: Any, start: Any, stop: Any, data: Any) -> tuple[State, jax.Array]:
         """A loop whose bounds are arguments: a block may be cut anywhere without another compilation."""
         self._note("train", block)
 
         def body(carry: tuple) -> tuple:
             index, state, records = carry
             batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), block)
-            state, record = self._step(state, batch)
+            state, record = self._step(state, _gathered(batch, data))
             return index + 1, state, jax.lax.dynamic_update_index_in_dim(records, record, index, 0)
 
         records = jnp.zeros((self.plan.steps_per_call, len(self.records)), jnp.float32)
@@ -237,6 +237,13 @@ class Program:
             self.compilations.append(compilation)
             self._on_compile(compilation)
         return result
+
+
+def _gathered(batch: Any, data: Any) -> Any:
+    """The rows of resident data that a batch of indices names; without such data the batch itself."""
+    if data is None:
+        return batch
+    return jax.tree.map(lambda x: x.at[batch].get(mode="promise_in_bounds"), data)
 
 
 def _unscaled(gradients: Any, scale: Any) -> Any:

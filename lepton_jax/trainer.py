@@ -113,7 +113,9 @@ class Trainer:
         if isinstance(train, grain.IterDataset) and self.recipe.steps_per_call != 1:
             # between the batches of a block the position of a data set that can only be iterated is not known
             self.recipe, self.trace, self.program = self.recipe.with_(steps_per_call=1), None, None
-        program = self._ready(sample(train))
+        if self.trace is not None and self.trace.samples != _count(train):
+            self.trace = self.program = None
+        program = self._ready(sample(train), _count(train))
         self._check(train, "training data")
         if test is not None:
             self._check(test, "test data")
@@ -268,18 +270,18 @@ class Trainer:
         self._monitor.event("end", status=status, steps=history.steps, step=self.step, seconds=history.seconds,
                             samples_per_second=rate, compilations=history.compilations, metrics=history.metrics, **why)
 
-    def _tracing(self, shapes: tuple[Any, Any] | None) -> Trace:
+    def _tracing(self, shapes: tuple[Any, Any] | None, samples: int | None = None) -> Trace:
         if self.trace is None:
             train = _settled(None, self.recipe.train)
             if train is None and shapes is None:
                 raise DataError("the shapes of the data are not known yet", where="Trainer",
                                 remedy="give the recipe train=(inputs, targets), or call fit or load first")
-            self.trace = trace(self.recipe, *(shapes or sample(train)))
+            self.trace = trace(self.recipe, *(shapes or sample(train)), samples=samples or _count(train))
         return self.trace
 
-    def _ready(self, shapes: tuple[Any, Any] | None) -> Program:
+    def _ready(self, shapes: tuple[Any, Any] | None, samples: int | None = None) -> Program:
         if self.program is None:
-            traced = self._tracing(shapes)
+            traced = self._tracing(shapes, samples)
             self.program = Program(traced, plan(traced, self.topology), self._devices, self._compiled)
         return self.program
 
@@ -316,11 +318,10 @@ class Trainer:
         for name, expected, found in pairs:
             one = lambda x: f"{jax.dtypes.canonicalize_dtype(x.dtype)}{list(x.shape[1:])}"  # noqa: E731
             expected, found = ({path: one(leaf) for path, leaf in by_path(x).items()} for x in (expected, found))
-            for path in expected | found:
-                a, b = expected.get(path, "absent"), found.get(path, "absent")
-                if a != b:
-                    raise DataError(f"{name}{f' {path!r}' if path else ''} of a sample is {b}, the model was traced for {a}",
-                                    where=what, remedy="give data of the shapes and dtypes that the model is trained on")
+            if expected != found:
+                a, b = (", ".join(f"{path} {kind}".strip() for path, kind in x.items()) or "absent" for x in (expected, found))
+                raise DataError(f"{name} of a sample: {b}; the model was traced for {a}", where=what,
+                                remedy="give data of the shapes and dtypes that the model is trained on")
         if isinstance(data, Arrays) and isinstance(data.targets, np.ndarray) and self.recipe.loss is losses.cross_entropy:
             classes = self.trace.classes
             bad = np.flatnonzero(((data.targets < 0) | (data.targets >= classes)).reshape(len(data), -1).any(1))
@@ -365,6 +366,10 @@ class Trainer:
 def _settled(data: Any, otherwise: Any) -> Any:
     data = otherwise if data is None else data
     return data if data is None or isinstance(data, grain.MapDataset | grain.IterDataset) else from_any(data)
+
+
+def _count(data: Any) -> int | None:
+    return len(data) if isinstance(data, Arrays) else None
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -105,7 +105,7 @@ def test_one_compilation_whatever_the_cadence(blobs):
 
 
 def test_a_second_compilation_says_what_changed(blobs):
-    trainer, _ = make(blobs)
+    trainer, _ = make(grain.MapDataset.source(list(zip(*blobs, strict=True))))
     trainer.fit(steps=2)
     program = trainer.program
     inputs, targets = (jnp.asarray(x[:16]) for x in blobs)

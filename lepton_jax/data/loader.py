@@ -8,8 +8,8 @@ alone says where to go on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import jax
@@ -20,14 +20,7 @@ from lepton_jax.errors import DataError, pointing_at_user
 
 PREFETCHED_BYTES = 64 * 2**20
 PREFETCHED_BLOCKS = (2, 16)  # at least, at most
-
-
-class Stream(Protocol):
-    """Samples in training order: `rows(start, stop)` gives those at positions start to stop as (inputs, targets)."""
-
-    samples: int
-
-    def rows(self, start: int, stop: int) -> tuple[Any, Any]: ...
+STEPS_PER_READ = 64  # of indices alone: handing anything over from thread to thread takes a tenth of a millisecond
 
 
 class ArrayStream:
@@ -46,14 +39,17 @@ class ArrayStream:
         return self._orders[epoch]
 
     def rows(self, start: int, stop: int) -> tuple[Any, Any]:
-        positions = np.arange(start, stop)
+        return self.data.take(self.indices(start, stop), self._buffers.empty)
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """Which samples are at positions start to stop: int32."""
         if not self.shuffle:
-            return self.data.take(positions % self.samples, self._buffers.empty)
-        indices = np.empty(stop - start, np.int64)
+            return (np.arange(start, stop) % self.samples).astype(np.int32)
+        indices = np.empty(stop - start, np.int32)
         for epoch in range(start // self.samples, (stop - 1) // self.samples + 1):
             low, high = max(start, epoch * self.samples), min(stop, (epoch + 1) * self.samples)
             indices[low - start:high - start] = self._order(epoch)[low % self.samples:][:high - low]
-        return self.data.take(indices, self._buffers.empty)
+        return indices
 
 
 class GrainStream:
@@ -109,12 +105,14 @@ class Loader:
       seed, shuffle: the order, as in the recipe.
       position: samples consumed before the first block, or what `state` returned.
       blocks: how many blocks there are; None: no end.
+      resident: the samples are on the devices already, so a block holds their indices, int32, instead.
     """
 
     def __init__(self, data: Any, *, batch_size: int, steps: int, sharding: Any, seed: int = 0, shuffle: bool = False,
-                 position: Any = 0, blocks: int | None = None):
+                 position: Any = 0, blocks: int | None = None, resident: bool = False):
         self._rows = batch_size * steps
-        self._iterable = isinstance(data, grain.IterDataset)
+        self._iterable, self._resident = isinstance(data, grain.IterDataset), resident
+        self._read = np.empty(0, np.int32)
         shape = (lambda x: x) if steps == 1 else lambda x: x.reshape(steps, batch_size, *x.shape[1:])
 
         def put(rows: Any) -> Any:
@@ -130,13 +128,17 @@ class Loader:
                 self._iterator.set_state(saved)
             self._put = put
         else:
-            rows = stream(data, seed, shuffle)
-            source = _Blocks(rows, start, self._rows, blocks)
-            block = sum(np.asarray(x).nbytes for x in jax.tree.leaves(rows.rows(start, start + 1))) * self._rows
+            samples = stream(data, seed, shuffle)
+            assert isinstance(samples, ArrayStream) or not resident
+            read = samples.indices if resident else samples.rows  # type: ignore[union-attr]
+            at_once = max(1, STEPS_PER_READ // steps) if resident else 1
+            source = _Blocks(read, start, self._rows * at_once, blocks and math.ceil(blocks / at_once))
+            block = sum(np.asarray(x).nbytes for x in jax.tree.leaves(read(start, start + 1))) * self._rows
             depth = int(np.clip(PREFETCHED_BYTES // max(1, block), *PREFETCHED_BLOCKS))
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=depth)
-            self._iterator = iter(grain.MapDataset.source(source).map(put).to_iter_dataset(options))
-            self._put = lambda rows: rows
+            blocks_read = grain.MapDataset.source(source)
+            self._iterator = iter((blocks_read if resident else blocks_read.map(put)).to_iter_dataset(options))
+            self._put = put if resident else lambda rows: rows
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -144,7 +146,12 @@ class Loader:
     def __next__(self) -> Any:
         try:
             with _reading():
-                block = self._put(next(self._iterator))
+                if not self._resident:
+                    block = self._put(next(self._iterator))
+                else:
+                    self._read = self._read if len(self._read) else next(self._iterator)
+                    rows, self._read = self._read[:self._rows], self._read[self._rows:]
+                    block = self._put(rows)
         except StopIteration:
             if self._iterable:
                 raise DataError(f"the data ended after {self._samples} samples", where="Recipe.train",
@@ -165,18 +172,18 @@ class Loader:
 class _Blocks:
     """Grain's random-access source of whole blocks: one vectorized read each."""
 
-    def __init__(self, stream: Stream, start: int, rows: int, blocks: int | None):
-        self.stream, self.start, self.rows, self.blocks = stream, start, rows, blocks
+    def __init__(self, read: Callable[[int, int], Any], start: int, rows: int, blocks: int | None):
+        self.read, self.start, self.rows, self.blocks = read, start, rows, blocks
 
     def __len__(self) -> int:
         return self.blocks if self.blocks is not None else 2**40
 
-    def __getitem__(self, index: Any) -> tuple[Any, Any]:
+    def __getitem__(self, index: Any) -> Any:
         low = self.start + int(index) * self.rows
-        return self.stream.rows(low, low + self.rows)
+        return self.read(low, low + self.rows)
 
     def __repr__(self) -> str:
-        return f"{type(self.stream).__name__}({self.stream.samples} samples)"
+        return f"blocks of {self.rows} samples"
 
 
 def blocks_between(first: int, until: int, steps: int) -> int:

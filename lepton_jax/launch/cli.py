@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from jax.errors import JaxRuntimeError
 
 from lepton_jax.errors import CheckpointError, LeptonError, RecipeError, SettingError, nearest
 from lepton_jax.launch import cluster, settings
 from lepton_jax.monitor import Progress, TensorBoard
 from lepton_jax.trainer import Trainer
 
-MOST_DEVICES = 4096  # virtual ones of a CPU take memory and threads; a typing error shall not take all
+MOST_DEVICES = 1024  # virtual ones of a CPU take memory and threads; a typing error shall not take all
 DESCRIPTION = "Train a recipe: plan it for the devices that are there, run it, keep what it leaves in a run folder."
 
 
@@ -24,10 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         summary = launch(arguments)
-    except (LeptonError, MemoryError) as problem:
-        error = problem if isinstance(problem, LeptonError) else LeptonError(
-            f"this machine's memory does not suffice: {problem}", where="this machine",
-            remedy="lower batch_size or the size of the model or the data")
+    except (LeptonError, MemoryError, JaxRuntimeError) as problem:
+        error = problem if isinstance(problem, LeptonError) else _short_of_memory(problem)
         print(f"error: {error}", file=sys.stderr)
         if "--json" in arguments:
             print(json.dumps({"status": "failed", "error": error.what, "where": error.where, "remedy": error.remedy}))
@@ -36,6 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 130 if summary and summary["status"] == "interrupted" else 0
+
+
+def _short_of_memory(problem: Exception) -> LeptonError:
+    """Of this machine or of a device; a fault of XLA's other than that is raised again."""
+    text = str(problem)
+    if isinstance(problem, JaxRuntimeError) and "out of memory" not in text.lower() and "RESOURCE_EXHAUSTED" not in text:
+        raise problem
+    return LeptonError(f"the memory does not suffice: {text.strip().partition(chr(10))[0]}", where=f"host {platform.node()}",
+                       remedy="lower batch_size, raise micro_batches, or make the model or the data smaller")
 
 
 def launch(arguments: list[str]) -> dict[str, Any] | None:
@@ -86,7 +96,11 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
                "samples_per_second": history.samples / history.seconds if history.steps else 0.0,
                "compilations": history.compilations, "metrics": history.metrics}
     if options.json:
-        print(json.dumps(summary), flush=True)
+        try:
+            print(json.dumps(summary), flush=True)
+        except OSError as error:
+            raise LeptonError(f"the summary can't be printed: {error.strerror or error}", where="standard output",
+                              remedy=f"the run itself is whole, in {folder}; read its events.jsonl") from error
     return summary
 
 

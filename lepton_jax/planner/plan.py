@@ -21,6 +21,7 @@ DATA = "data"
 CALL_SECONDS = 5e-3  # of computing in one call: about a hundred times what dispatching it costs the host
 MOST_STEPS_PER_CALL = 32
 MOST_BLOCK_BYTES = 64 * 2**20
+RESIDENT_SHARE = 0.05  # of a device's memory
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Plan:
       batch_size, micro_batches: samples a step, and parts in which a device's share passes through the model.
       unroll_micro_batches: micro-batches as straight code instead of a loop.
       steps_per_call: steps that one XLA call runs.
+      data: "resident": the training data lies on each device, and a batch is gathered there by its indices;
+        "streamed": batches come from the host.
       bytes_per_device: predicted bytes by kind. What the activations take is not predicted.
       reasons: each decision that is not an array's, and why.
     """
@@ -60,6 +63,7 @@ class Plan:
     micro_batches: int
     unroll_micro_batches: bool
     steps_per_call: int
+    data: str
     bytes_per_device: dict[str, int]
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -137,14 +141,28 @@ def plan(trace: Trace, topology: Topology) -> Plan:
     held["gradients"] = held["params"]
     row = sum(nbytes(x) for x in jax.tree.leaves((trace.inputs, trace.targets)))
     held["batch"] = row // devices
+    data, why_data = _residence(trace, topology, row)
     slow_loops = _slow_loops(trace, topology)
     steps, why = _steps_per_call(trace, topology, row, slow_loops)
     held["batch"] *= steps
-    reasons = {f"{steps} step{'s' if steps > 1 else ''} per call": why}
+    if data == "resident":
+        held["data"], held["batch"] = row // recipe.batch_size * (trace.samples or 0), row // devices
+    reasons = {f"data {data}": why_data} | {f"{steps} step{'s' if steps > 1 else ''} per call": why}
     if recipe.micro_batches > 1 and slow_loops:
         reasons["micro-batches unrolled"] = "XLA's CPU backend runs convolutions inside loops on a slow path"
     return Plan(topology.name, {DATA: devices}, (DATA,), tuple(arrays), recipe.batch_size, recipe.micro_batches,
-                slow_loops, steps, held, reasons)
+                slow_loops, steps, data, held, reasons)
+
+
+def _residence(trace: Trace, topology: Topology, batch_bytes: int) -> tuple[str, str]:
+    """Where the training data lies, and why."""
+    if trace.samples is None:
+        return "streamed", "it is not held as arrays in memory"
+    size = batch_bytes // trace.recipe.batch_size * trace.samples
+    copies = topology.devices if topology.platform == "cpu" else 1  # virtual devices share one memory
+    if size * copies > RESIDENT_SHARE * topology.chip.memory:
+        return "streamed", f"{_size(size)} on each device would be more than {RESIDENT_SHARE:.0%} of its memory"
+    return "resident", f"{_size(size)} on each device spare copying each batch there"
 
 
 def _slow_loops(trace: Trace, topology: Topology) -> bool:

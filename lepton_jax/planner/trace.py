@@ -28,6 +28,7 @@ class Trace:
       jaxpr: (params, variables, key, inputs, targets) to the mean loss of one batch and the model's outputs.
       flops: floating-point operations of one train step: dots and convolutions of the jaxpr, times 3 for the backward.
       operations: how often each primitive occurs.
+      samples: in the training data, if that is arrays in memory.
     """
 
     recipe: Recipe
@@ -39,6 +40,7 @@ class Trace:
     jaxpr: ClosedJaxpr | None
     flops: float
     operations: dict[str, int]
+    samples: int | None
 
     @property
     def classes(self) -> int:
@@ -53,7 +55,7 @@ class Trace:
         return "\n".join(lines)
 
 
-def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
+def trace(recipe: Recipe, inputs: Any, targets: Any, samples: int | None = None) -> Trace:
     """Trace a recipe on the shapes of one sample.
 
     Args:
@@ -61,6 +63,7 @@ def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
       inputs: arrays or shapes of a batch of inputs (any batch size), before `preprocess`; None where they are not
         known yet: only the state of an NNX model is traced then.
       targets: the same of the targets.
+      samples: how many there are to train on, if they are arrays in memory.
 
     Raises:
       ModelError: the model, the loss or a metric fails on these shapes; the message points at the user's line.
@@ -90,7 +93,7 @@ def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
         raise ModelError("the model has no parameters", where=module.name, remedy="give it at least one nnx.Param")
 
     if inputs is None:
-        return Trace(recipe, module, state, None, None, None, None, 0.0, {})
+        return Trace(recipe, module, state, None, None, None, None, 0.0, {}, None)
 
     def loss(params: Any, variables: Any, key: Any, inputs: Any, targets: Any) -> Any:
         outputs, after = forward(recipe, module, params, variables, inputs, key, True)
@@ -105,7 +108,7 @@ def trace(recipe: Recipe, inputs: Any, targets: Any) -> Trace:
                          remedy="return one value per sample")
     operations: dict[str, int] = {}
     flops = _count(jaxpr.jaxpr, operations, 1)
-    return Trace(recipe, module, state, inputs, targets, shapes[1], jaxpr, 3.0 * flops, operations)
+    return Trace(recipe, module, state, inputs, targets, shapes[1], jaxpr, 3.0 * flops, operations, samples)
 
 
 def _check_variables(name: str, before: Any, after: Any) -> None:

@@ -1,0 +1,324 @@
+"""Mistakes made in a notebook: rows for `test_bad_inputs.py`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import optax
+from bad_inputs import Bad, write
+from flax import linen, nnx
+
+import lepton_jax as lepton
+from lepton_jax.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    LeptonError,
+    ModelError,
+    PlanError,
+    RecipeError,
+)
+from lepton_jax.losses import binary_cross_entropy, cross_entropy, huber, squared_error
+
+X = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
+Y = np.arange(16, dtype=np.int32) % 3
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, outputs: int = 3):
+        self.layer = nnx.Linear(4, outputs, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class Creating(Net):
+    def __call__(self, x):
+        self.seen = nnx.BatchStat(x.mean())
+        return self.layer(x)
+
+
+class Growing(Net):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.last = nnx.Variable(jnp.zeros(3))
+
+    def __call__(self, x):
+        self.last.set_value(self.layer(x))
+        return self.last.get_value()
+
+
+class Counting(Net):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.count = nnx.Param(jnp.int32(3))
+
+
+class Empty(nnx.Module):
+    def __call__(self, x):
+        return x
+
+
+class EmptyLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return x
+
+
+class Silent(Net):
+    def __call__(self, x):
+        self.layer(x)
+
+
+class Total(Net):
+    def __call__(self, x):
+        return self.layer(x).sum()
+
+
+class Choosing(Net):
+    def __call__(self, x):
+        return self.layer(x).argmax(-1)
+
+
+class Greedy(Net):
+    def __call__(self, x, mask):
+        return self.layer(x * mask)
+
+
+class Branching(Net):
+    def __call__(self, x):
+        return self.layer(x) if x.mean() > 0 else x
+
+
+class Uncallable(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 3, rngs=rngs)
+
+
+def trainer(*recipes, run_dir=None, devices=1, **changes) -> lepton.Trainer:
+    fields = {"model": Net, "loss": cross_entropy, "optimizer": optax.adam, "learning_rate": 0.1, "train": (X, Y),
+              "batch_size": 8, "steps": 2} if not recipes else {}
+    return lepton.Trainer(*recipes, run_dir=run_dir, devices=devices, **fields | changes)
+
+
+def fit(**changes):
+    """What provokes the row: a fit with these fields."""
+    return lambda folder: trainer(**changes).fit()
+
+
+def settled(act, **changes):
+    """An act on a trainer that has been traced; it needs no training for that."""
+    def provoke(folder):
+        ready = trainer(**changes)
+        ready.evaluate((X, Y))
+        return act(ready, folder)
+    return provoke
+
+
+def elements(*pairs):
+    return grain.MapDataset.source(list(pairs) or list(zip(X, Y, strict=True)))
+
+
+def spoiled(x, index, value):
+    x = x.copy()
+    x[index] = value
+    return x
+
+
+HERE = "bad_notebooks.py:"
+REGRESSION = {"model": partial(Net, outputs=1), "train": (X, Y.astype(np.float32))}
+
+RECIPES = [
+    Bad("trainer-without-fields", lambda _: lepton.Trainer(model=Net), RecipeError, "Trainer", "optimizer=...",
+        "loss and optimizer not given"),
+    Bad("trainer-of-a-path", lambda _: trainer("recipes/digits_cnn.py"), RecipeError, "Trainer", "Recipe", "a str"),
+    Bad("trainer-of-a-model", lambda _: trainer(Net), RecipeError, "Trainer", "model=", "rngs"),
+    Bad("trainer-of-a-failing-recipe", lambda _: trainer(lambda: 1 // 0), RecipeError, HERE, "Recipe", "ZeroDivisionError"),
+    Bad("trainer-of-a-function-of-3", lambda _: trainer(lambda: 3), RecipeError, "Trainer", "Recipe", "int"),
+    Bad("field-unknown", fit(batchsize=8), RecipeError, "Recipe", "batch_size", "did you mean 'batch_size'"),
+    Bad("metric-named-loss", fit(metrics={"loss": cross_entropy}), RecipeError, "Recipe.metrics", "something else", "'loss'"),
+    Bad("metric-not-callable", fit(metrics={"a": 3}), RecipeError, "Recipe.metrics", "a function", "'a' is 3"),
+    Bad("metric-name-not-a-string", fit(metrics={1: cross_entropy}), RecipeError, "Recipe.metrics", "a name", "metric 1"),
+    Bad("metrics-as-list", fit(metrics=["accuracy"]), RecipeError, "Recipe.metrics", "a dict", "list"),
+    Bad("best-names-no-metric", fit(metrics={"accuracy": lepton.metrics.accuracy}, best="acuracy"), RecipeError, "Recipe.best",
+        "accuracy, loss", "did you mean 'accuracy'"),
+    Bad("best-not-a-string", fit(best=3), RecipeError, "Recipe.best", "loss", "3"),
+    Bad("best-without-test-data", fit(best="-loss"), RecipeError, "Recipe.best", "set Recipe.test", "'-loss'"),
+    Bad("loss-not-callable", fit(loss="mse"), RecipeError, "Recipe.loss", "a function", "'mse'"),
+    Bad("model-not-callable", fit(model=3), RecipeError, "Recipe.model", "its factory", "3"),
+    Bad("preprocess-not-callable", fit(preprocess=3), RecipeError, "Recipe.preprocess", "a function", "3"),
+    Bad("decode-not-callable", fit(decode=3), RecipeError, "Recipe.decode", "a function", "3"),
+    Bad("controller-not-of-policies", fit(controller=(3,)), RecipeError, "Recipe.controller", "Policy", "3"),
+    Bad("batch-size-with-fraction", fit(batch_size=8.0), RecipeError, "Recipe.batch_size", "1 or more", "8.0"),
+    Bad("keep-none", fit(keep=0), RecipeError, "Recipe.keep", "1 or more", "0"),
+    Bad("clip-norm-negative", fit(clip_norm=-1.0), RecipeError, "Recipe.clip_norm", "positive", "-1.0"),
+    Bad("seed-as-text", fit(seed="0"), RecipeError, "Recipe.seed", "seed=0", "'0'"),
+    Bad("optimizer-not-optax", fit(optimizer="adam"), RecipeError, "Recipe.optimizer", "optax.adamw", "str"),
+    Bad("optimizer-returns-no-optax", fit(optimizer=lambda rate: rate), RecipeError, "Recipe.optimizer", "optax.adamw", "float"),
+    Bad("optimizer-fails", fit(optimizer=lambda rate: 1 // 0), RecipeError, HERE, "learning rate", "ZeroDivisionError"),
+    Bad("optimizer-wants-more", fit(optimizer=lambda rate, momentum: rate), RecipeError, "Recipe.optimizer", "learning rate",
+        "momentum"),
+    Bad("optimizer-wants-a-line-search", fit(optimizer=optax.lbfgs), RecipeError, "Recipe.optimizer", "Optax transformation",
+        "value_fn"),
+    Bad("learning-rate-not-given", fit(learning_rate=None), RecipeError, "Recipe.learning_rate", "set learning_rate"),
+    Bad("learning-rate-given-twice", fit(optimizer=optax.adam(0.1)), RecipeError, "Recipe.learning_rate", "optimizer=optax."),
+    Bad("learning-rate-as-text", fit(learning_rate="0.1"), RecipeError, "Recipe.learning_rate", "1e-3", "'0.1'"),
+    Bad("schedule-returns-nothing", fit(learning_rate=lambda step: None), RecipeError, "Recipe.learning_rate", "one number",
+        "None"),
+    Bad("schedule-returns-a-vector", fit(learning_rate=lambda step: jnp.ones(2)), RecipeError, "Recipe.learning_rate",
+        "one number", "float32[2]"),
+    Bad("schedule-fails", fit(learning_rate=lambda step: {}[0]), RecipeError, HERE, "function of the step", "KeyError"),
+    Bad("no-budget-in-fit", fit(steps=None), RecipeError, "Recipe.steps", "epochs=...", "no budget"),
+    Bad("fit-of-no-steps", lambda _: trainer().fit(steps=0), RecipeError, "Recipe.steps", "1 or more", "0"),
+    Bad("fit-of-negative-epochs", lambda _: trainer().fit(epochs=-1), RecipeError, "Recipe.epochs", "positive", "-1"),
+    Bad("fit-of-batches-of-none", lambda _: trainer().fit(batch_size=0), RecipeError, "Recipe.batch_size", "1 or more", "0"),
+    Bad("batch-for-more-devices", fit(batch_size=9, devices=2), PlanError, "cpu:2", "8 or 10", "over 2 devices"),
+    Bad("micro-batches-for-more-devices", fit(micro_batches=8, devices=2), PlanError, "cpu:2", "16", "8 micro-batches"),
+    Bad("devices-more-than-live", fit(devices=9), PlanError, "platform cpu", "fewer", "9 devices"),
+    Bad("devices-as-text", fit(devices="2"), PlanError, "devices", "whole number", "'2'"),
+    Bad("topology-unknown", lambda _: trainer().plan("h20:8"), PlanError, "h20:8", "the catalogue has", "did you mean 'h200'"),
+    Bad("topology-malformed", lambda _: trainer().plan("v5p:4x"), PlanError, "v5p:4x", "v5p:4x4x4", "form"),
+    Bad("topology-of-none", lambda _: lepton.topology("cpu:0"), PlanError, "cpu:0", "cpu:8", "form"),
+    Bad("topology-is-a-number", lambda _: trainer().plan(8), PlanError, "Trainer.plan", "h200:8", "8"),
+    Bad("plan-is-no-plan", lambda _: lepton.Plan.from_json('{"topology": 3}'), PlanError, "plan.json", "plan anew"),
+]
+
+DATA = [
+    Bad("no-training-data", fit(train=None), DataError, "Trainer.fit", "set Recipe.train"),
+    Bad("no-test-data", lambda _: trainer().evaluate(), DataError, "Trainer.evaluate", "set Recipe.test"),
+    Bad("lengths-differ", fit(train=(X, Y[:5])), DataError, "Arrays", "one row per sample", "inputs has 16, targets has 5"),
+    Bad("no-samples", fit(train=(X[:0], Y[:0])), DataError, "Arrays", "at least one sample"),
+    Bad("no-targets", fit(train=(X, None)), DataError, "Recipe.train", "(inputs, targets)"),
+    Bad("three-parts", fit(train=(X, Y, Y)), DataError, "data", "(inputs, targets)", "tuple of 3"),
+    Bad("a-generator", fit(train=((x, y) for x, y in zip(X, Y, strict=True))), DataError, "data", "(inputs, targets)",
+        "generator"),
+    Bad("dtype-object", fit(train=(X.astype(object), Y)), DataError, "inputs", "numbers", "object"),
+    Bad("dtype-text", fit(train=(X, Y.astype(str))), DataError, "targets", "numbers", "<U"),
+    Bad("ragged-lists", fit(train=([[1.0, 2.0], [3.0]], [0, 1])), DataError, "inputs", "equal lengths"),
+    Bad("a-single-number", fit(train=(3.0, Y)), DataError, "inputs", "one row per sample", "3.0"),
+    Bad("keys-not-strings", fit(train=({0: X}, Y)), DataError, "inputs", "by a string", "[0]"),
+    Bad("float64-out-of-range", fit(train=(spoiled(X.astype(np.float64), (3, 1), 1e300), Y)), DataError, "inputs", "scale",
+        "1e+300"),
+    Bad("int64-out-of-range", fit(train=(X, spoiled(Y.astype(np.int64), 3, 2**40))), DataError, "targets", "map them",
+        str(2**40)),
+    Bad("labels-out-of-range", fit(train=(X, Y + 1)), DataError, "first in sample 2: 3", "more outputs", "outside 0 to 2"),
+    Bad("labels-negative", fit(train=(X, Y - 1)), DataError, "first in sample 0: -1", "mend the labels", "6 samples"),
+    Bad("test-labels-out-of-range", fit(test=(X, Y + 1)), DataError, "test data", "mend the labels"),
+    Bad("labels-as-floats", fit(train=(X, Y.astype(np.float32))), ModelError, "softmax_cross_entropy", "give targets",
+        "targets float32[8]"),
+    Bad("labels-one-hot", fit(train=(X, np.eye(3, dtype=np.int32)[Y])), ModelError, "softmax_cross_entropy", "give targets",
+        "targets int32[8, 3]"),
+    Bad("targets-crossed-squared", fit(loss=squared_error, **REGRESSION), ModelError, "squared_error", "give targets",
+        "outputs float32[8, 1] and targets float32[8]"),
+    Bad("targets-crossed-binary", fit(loss=binary_cross_entropy, **REGRESSION), ModelError, "sigmoid", "pass y[:, None]",
+        "(8, 8)"),
+    Bad("targets-crossed-huber", fit(loss=huber, **REGRESSION), ModelError, "huber", "pass y[:, None]", "(8, 8)"),
+    Bad("targets-crossed-by-hand", fit(loss=lambda o, t: (o - t) ** 2, **REGRESSION), ModelError, HERE, "pass y[:, None]",
+        "(8, 8)"),
+    Bad("targets-crossed-in-a-metric", fit(loss=lambda o, t: (o[:, 0] - t) ** 2, metrics={"gap": lambda o, t: abs(o - t)},
+                                           **REGRESSION), ModelError, HERE, "pass y[:, None]", "(8, 8)"),
+    Bad("test-of-other-shape", fit(test=(X[:, :3], Y)), DataError, "test data", "trained on", "float32[3]"),
+    Bad("evaluate-other-dtype", settled(lambda t, _: t.evaluate((X.astype(np.int32), Y))), DataError, "test data", "dtypes",
+        "int32[4], the model was traced for float32[4]"),
+    Bad("evaluate-without-targets", settled(lambda t, _: t.evaluate(lepton.data.Arrays(X))), DataError, "test data", "shapes",
+        "absent"),
+    Bad("predict-other-shape", settled(lambda t, _: t.predict(X[:, :3])), DataError, "inputs", "shapes", "float32[3]"),
+    Bad("predict-one-sample", settled(lambda t, _: t.predict(X[0])), DataError, "inputs", "shapes", "float32[]"),
+    Bad("predict-nothing", settled(lambda t, _: t.predict(X[:0])), DataError, "Arrays", "at least one sample"),
+    Bad("predict-by-name", settled(lambda t, _: t.predict({"x": X})), DataError, "inputs", "shapes", "'x'"),
+    Bad("predict-before-all", lambda _: trainer(train=None).predict(X), DataError, "Trainer", "call fit or load", "not known"),
+    Bad("grain-of-no-pairs", fit(train=elements(*X)), DataError, "Recipe.train", "a pair (inputs, targets)", "ndarray"),
+    Bad("grain-of-nothing", fit(train=elements().slice(slice(0, 0))), DataError, "", "at least one sample", "empty"),
+    Bad("grain-of-ragged-elements", fit(train=elements((X[0], Y[0]), (X[1, :2], Y[1]))), DataError, "Recipe.train",
+        "of one shape", "shape"),
+    Bad("grain-that-fails", fit(train=elements().map(lambda pair: (pair[0], 1 // int(1 - pair[1])))), DataError, HERE,
+        "mend the data set", "ZeroDivisionError"),
+    Bad("grain-iterated-dry", fit(train=elements().to_iter_dataset(), steps=3), DataError, "Recipe.train", ".repeat()",
+        "after 16 samples"),
+    Bad("grain-iterated-empty", fit(train=elements().slice(slice(0, 0)).to_iter_dataset()), DataError, "Recipe.train",
+        "at least one sample", "empty"),
+    Bad("grain-iterated-by-epochs", fit(train=elements().to_iter_dataset(), steps=None, epochs=1), RecipeError, "Recipe.steps",
+        "set steps=...", "length is not known"),
+    Bad("grain-iterated-as-test", fit(test=elements().to_iter_dataset()), DataError, "test data", "grain.MapDataset",
+        "no end"),
+    Bad("number-not-finite", fit(train=(spoiled(X, (5, 2), np.nan), Y)), DivergedError, "1 samples, first in 5", "mend the data",
+        "is nan"),
+    Bad("target-not-finite", fit(train=(X, spoiled(np.ones((16, 1), np.float32), 3, np.inf)), loss=squared_error,
+                                 model=partial(Net, outputs=1)), DivergedError, "first in 3", "mend the data", "is inf"),
+    Bad("events-missing", lambda folder: lepton.monitor.read_events(folder), DataError, "events.jsonl", "name a run folder"),
+    Bad("schema-is-no-schema", lambda _: lepton.data.Schema.from_json("[]"), DataError, "Schema", "to_json"),
+]
+
+MODELS = [
+    Bad("factory-fails", fit(model=lambda rngs: 1 // 0), ModelError, HERE, "return a Flax module", "ZeroDivisionError"),
+    Bad("factory-returns-nothing", fit(model=lambda rngs: None), ModelError, "Recipe.model", "flax.nnx.Module", "NoneType"),
+    Bad("factory-returns-a-class", fit(model=lambda: Net), ModelError, "Recipe.model", "flax.nnx.Module"),
+    Bad("factory-wants-more", fit(model=nnx.Linear), ModelError, "Recipe.model", "take rngs, or nothing", "in_features"),
+    Bad("model-without-parameters", fit(model=Empty), ModelError, "Empty", "nnx.Param", "no parameters"),
+    Bad("linen-without-parameters", fit(model=EmptyLinen()), ModelError, "EmptyLinen", "nnx.Param", "no parameters"),
+    Bad("parameter-of-integers", fit(model=Counting), ModelError, "Counting", "floating-point", "'count' is int32"),
+    Bad("variable-created-at-call", fit(model=Creating), ModelError, "Creating", "in __init__", "'seen'"),
+    Bad("variable-changes-shape", fit(model=Growing), ModelError, "Growing", "keep shape", "float32[3] to float32[8, 3]"),
+    Bad("model-returns-nothing", fit(model=Silent), ModelError, "Silent.__call__", "return the outputs", "None"),
+    Bad("model-returns-a-scalar", fit(model=Total), ModelError, "Total.__call__", "batch dim first", "float32[]"),
+    Bad("model-returns-labels", fit(model=Choosing), ModelError, "Recipe.model", "logits", "int32[8]"),
+    Bad("model-wants-more", fit(model=Greedy), ModelError, "Greedy.__call__", "a dict's arrays", "mask"),
+    Bad("model-not-callable-on-data", fit(model=Uncallable), ModelError, "Uncallable.__call__", "one array", "__call__"),
+    Bad("model-takes-other-names", fit(train=({"image": X}, Y)), ModelError, "Net.__call__", "by name", "image float32[8, 4]"),
+    Bad("model-branches-on-values", fit(model=Branching), ModelError, HERE, "one array", "bool"),
+    Bad("model-of-other-width", fit(train=(X[:, :3], Y)), ModelError, HERE, "one array", "float32[8, 3]"),
+    Bad("loss-fails", fit(loss=lambda o, t: o @ t), ModelError, HERE, "give targets", "outputs float32[8, 3]"),
+    Bad("loss-wants-more", fit(loss=lambda o, t, weights: o), ModelError, HERE, "give targets", "weights"),
+    Bad("loss-of-fewer-samples", fit(loss=lambda o, t: cross_entropy(o, t)[:3]), ModelError, HERE, "one value per sample",
+        "(3,) for a batch of 8"),
+    Bad("loss-returns-nothing", fit(loss=lambda o, t: None), ModelError, HERE, "real numbers", "NoneType"),
+    Bad("loss-returns-a-dict", fit(loss=lambda o, t: {"loss": o}), ModelError, HERE, "real numbers", "dict"),
+    Bad("loss-returns-three", fit(loss=lambda o, t: (o, o, o)), ModelError, HERE, "real numbers", "float32[8, 3]"),
+    Bad("loss-weights-of-other-shape", fit(loss=lambda o, t: (cross_entropy(o, t), t[:, None])), ModelError, HERE, "one shape",
+        "(float32[8], int32[8, 1])"),
+    Bad("loss-complex", fit(loss=lambda o, t: o.sum(-1) * 1j), ModelError, HERE, "real numbers", "complex64[8]"),
+    Bad("loss-without-gradient", fit(loss=lambda o, t: o.argmax(-1) != t), ModelError, HERE, "is a metric", "bool[8]"),
+    Bad("metric-broadcasts", fit(loss=lambda o, t: cross_entropy(o, t[:, 0]), train=(X, Y[:, None]),
+                                 metrics={"accuracy": lepton.metrics.accuracy}), ModelError, "accuracy", "give targets",
+        "targets int32[8, 1]"),
+    Bad("metric-fails", fit(metrics={"a": lambda o, t: o[:, 7:].max(1)}), ModelError, HERE, "give targets", "outputs"),
+    Bad("preprocess-fails", fit(preprocess=lambda x: x @ jnp.ones((7, 7))), ModelError, HERE, "shapes", "preprocess"),
+    Bad("decode-fails", settled(lambda t, _: t.predict(X, decode=lambda o: o @ o)), ModelError, HERE, "shapes", "predicting"),
+]
+
+FOLDERS = [
+    Bad("save-nothing", lambda folder: trainer().save(folder / "saved"), CheckpointError, "saved", "call fit or load"),
+    Bad("save-onto-a-foreign-folder", settled(lambda t, folder: write(folder / "notes" / "a.txt", "") and t.save(folder / "notes")),
+        CheckpointError, "notes", "another folder", "something else"),
+    Bad("save-onto-a-run", settled(lambda t, folder: write(folder / "a" / "recipe.json", "{}") and write(
+        folder / "a" / "events.jsonl", "") and t.save(folder / "a")), CheckpointError, "a", "another folder", "something else"),
+    Bad("save-onto-a-file", settled(lambda t, folder: t.save(write(folder / "a", ""))), CheckpointError, "a", "another folder"),
+    Bad("save-below-a-file", settled(lambda t, folder: t.save(write(folder / "a", "") / "b")), CheckpointError, "a/b",
+        "another folder", "Not a directory"),
+    Bad("load-nothing", lambda folder: trainer().load(folder / "saved"), CheckpointError, "saved", "folder of a run",
+        "no committed checkpoint"),
+    Bad("load-a-file", lambda folder: trainer().load(write(folder / "a", "")), CheckpointError, "a", "folder of a run"),
+    Bad("load-a-step-that-is-not-there", settled(lambda t, folder: t.load(t.save(folder / "a"), step=9)), CheckpointError,
+        "checkpoints", "the steps 0", "step 9"),
+    Bad("load-another-model", settled(lambda t, folder: trainer(model=partial(Net, outputs=5)).load(t.save(folder / "a"))),
+        CheckpointError, "checkpoints/0", "model and optimizer",
+        "params/layer/kernel: the checkpoint has float32[4, 3], the model float32[4, 5]"),
+    Bad("load-another-optimizer", settled(lambda t, folder: trainer(optimizer=optax.sgd).load(t.save(folder / "a"))),
+        CheckpointError, "checkpoints/0", "model and optimizer", "surplus in the checkpoint: optimizer/0/mu/layer/bias float32[3]"),
+    Bad("load-another-precision", settled(lambda t, folder: trainer(precision="float16").load(t.save(folder / "a"))),
+        CheckpointError, "checkpoints/0", "model and optimizer", "missing in the checkpoint: scale/value float32[]"),
+    Bad("load-without-shapes", settled(lambda t, folder: write(t.save(folder / "a") / "recipe.json", "[]") and trainer(
+        train=None).load(folder / "a")), CheckpointError, "a", "folder of a run", "recipe.json"),
+    Bad("resume-without-folder", lambda _: trainer().resume(), CheckpointError, "Trainer", "run_dir"),
+    Bad("run-folder-taken-by-a-file", lambda folder: trainer(run_dir=write(folder / "a", "")).fit(), LeptonError, "a/events.jsonl",
+        "another run folder"),
+    Bad("checkpoints-are-a-file", lambda folder: trainer(run_dir=write(folder / "a" / "checkpoints", "").parent).fit(),
+        CheckpointError, "checkpoints", "permissions", "File exists"),
+    Bad("journal-is-a-directory", lambda folder: (folder / "a" / "events.jsonl").mkdir(parents=True) or trainer(
+        run_dir=folder / "a").fit(), LeptonError, "events.jsonl", "another run folder", "Is a directory"),
+]
+
+NOTEBOOKS = RECIPES + DATA + MODELS + FOLDERS
