@@ -124,6 +124,9 @@ def _trainable(params: Any, name: str) -> Any:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ModelError(f"the parameter {path!r} is {leaf.dtype}, which has no gradient", where=name,
                              remedy="make it floating-point, or no nnx.Param but another nnx.Variable")
+        if leaf.size == 0:
+            raise ModelError(f"the parameter {path!r} has shape {leaf.shape}: it is empty", where=name,
+                             remedy="give the model sizes of at least 1")
     return params
 
 

@@ -85,6 +85,9 @@ class Recipe:
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise RecipeError(f"{name} is {value!r}; it must be a whole number of at least 1",
                                   where=f"Recipe.{name}", remedy=f"set {name} to 1 or more")
+        if (self.steps or 0) >= 2**31:
+            raise RecipeError(f"the run would have {self.steps} steps", where="Recipe.steps",
+                              remedy="set steps, or epochs, for at most 2147483647 steps; stop sooner with Ctrl-C")
         for name in ("epochs", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (_number(value) and value > 0):

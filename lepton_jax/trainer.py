@@ -304,7 +304,9 @@ class Trainer:
         if epochs is None or samples is None:
             raise RecipeError("no budget is given" if epochs is None else "the data's length is not known",
                               where="Recipe.steps", remedy="set steps=..." + (" or epochs=..." if samples else ""))
-        return math.ceil(epochs * samples / self.recipe.batch_size)
+        steps = math.ceil(epochs * samples / self.recipe.batch_size)
+        self.recipe.with_(steps=steps)
+        return steps
 
     def _check(self, data: Any, what: str) -> None:
         """That a data set has the shapes and dtypes that the program is traced for, and labels within its classes."""

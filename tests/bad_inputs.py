@@ -176,6 +176,8 @@ SETTINGS = [
         "did you mean 'float32'"),
     Bad("learning-rate-negative", given("--learning-rate", -1), RecipeError, "Recipe.learning_rate", "1e-3", "-1.0"),
     Bad("learning-rate-infinite", given("--learning-rate", "inf"), RecipeError, "Recipe.learning_rate", "1e-3", "inf"),
+    Bad("steps-too-many", given("--steps", 10**30), RecipeError, "Recipe.steps", "at most"),
+    Bad("epochs-too-many", given("--epochs", "1e300", "--steps", "none"), RecipeError, "Recipe.steps", "at most"),
     Bad("seed-negative", given("--seed", -1), RecipeError, "Recipe.seed", "seed=0"),
     Bad("seed-too-large", given("--seed", 2**32), RecipeError, "Recipe.seed", "seed=0"),
     Bad("batch-beyond-memory", given("--batch-size", 8 * 10**14), LeptonError, "host", "lower batch_size", "memory"),

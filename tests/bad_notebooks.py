@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import grain
 import jax.numpy as jnp
@@ -109,13 +109,16 @@ def fit(**changes):
     return lambda folder: trainer(**changes).fit()
 
 
-def settled(act, **changes):
-    """An act on a trainer that has been traced; it needs no training for that."""
-    def provoke(folder):
-        ready = trainer(**changes)
-        ready.evaluate((X, Y))
-        return act(ready, folder)
-    return provoke
+@cache
+def ready() -> lepton.Trainer:
+    trained = trainer()
+    trained.fit()
+    return trained
+
+
+def settled(act):
+    """What provokes the row: an act on a trained model, and on a folder."""
+    return lambda folder: act(ready(), folder)
 
 
 def elements(*pairs):
@@ -157,7 +160,8 @@ RECIPES = [
     Bad("clip-norm-negative", fit(clip_norm=-1.0), RecipeError, "Recipe.clip_norm", "positive", "-1.0"),
     Bad("seed-as-text", fit(seed="0"), RecipeError, "Recipe.seed", "seed=0", "'0'"),
     Bad("optimizer-not-optax", fit(optimizer="adam"), RecipeError, "Recipe.optimizer", "optax.adamw", "str"),
-    Bad("optimizer-returns-no-optax", fit(optimizer=lambda rate: rate), RecipeError, "Recipe.optimizer", "optax.adamw", "float"),
+    Bad("optimizer-returns-no-optax", fit(optimizer=lambda rate: rate), RecipeError, "Recipe.optimizer", "optax.adamw",
+        "float"),
     Bad("optimizer-fails", fit(optimizer=lambda rate: 1 // 0), RecipeError, HERE, "learning rate", "ZeroDivisionError"),
     Bad("optimizer-wants-more", fit(optimizer=lambda rate, momentum: rate), RecipeError, "Recipe.optimizer", "learning rate",
         "momentum"),
@@ -174,6 +178,8 @@ RECIPES = [
     Bad("no-budget-in-fit", fit(steps=None), RecipeError, "Recipe.steps", "epochs=...", "no budget"),
     Bad("fit-of-no-steps", lambda _: trainer().fit(steps=0), RecipeError, "Recipe.steps", "1 or more", "0"),
     Bad("fit-of-negative-epochs", lambda _: trainer().fit(epochs=-1), RecipeError, "Recipe.epochs", "positive", "-1"),
+    Bad("fit-of-too-many-steps", lambda _: trainer().fit(steps=10**30), RecipeError, "Recipe.steps", "at most", "1000000"),
+    Bad("fit-of-too-many-epochs", lambda _: trainer().fit(epochs=1e300), RecipeError, "Recipe.steps", "at most", "steps"),
     Bad("fit-of-batches-of-none", lambda _: trainer().fit(batch_size=0), RecipeError, "Recipe.batch_size", "1 or more", "0"),
     Bad("batch-for-more-devices", fit(batch_size=9, devices=2), PlanError, "cpu:2", "8 or 10", "over 2 devices"),
     Bad("micro-batches-for-more-devices", fit(micro_batches=8, devices=2), PlanError, "cpu:2", "16", "8 micro-batches"),
@@ -222,13 +228,13 @@ DATA = [
                                            **REGRESSION), ModelError, HERE, "pass y[:, None]", "(8, 8)"),
     Bad("test-of-other-shape", fit(test=(X[:, :3], Y)), DataError, "test data", "trained on", "float32[3]"),
     Bad("evaluate-other-dtype", settled(lambda t, _: t.evaluate((X.astype(np.int32), Y))), DataError, "test data", "dtypes",
-        "int32[4], the model was traced for float32[4]"),
+        "int32[4]; the model was traced for float32[4]"),
     Bad("evaluate-without-targets", settled(lambda t, _: t.evaluate(lepton.data.Arrays(X))), DataError, "test data", "shapes",
         "absent"),
     Bad("predict-other-shape", settled(lambda t, _: t.predict(X[:, :3])), DataError, "inputs", "shapes", "float32[3]"),
     Bad("predict-one-sample", settled(lambda t, _: t.predict(X[0])), DataError, "inputs", "shapes", "float32[]"),
     Bad("predict-nothing", settled(lambda t, _: t.predict(X[:0])), DataError, "Arrays", "at least one sample"),
-    Bad("predict-by-name", settled(lambda t, _: t.predict({"x": X})), DataError, "inputs", "shapes", "'x'"),
+    Bad("predict-by-name", settled(lambda t, _: t.predict({"x": X})), DataError, "inputs", "shapes", "x float32[4]; the model was traced for float32[4]"),
     Bad("predict-before-all", lambda _: trainer(train=None).predict(X), DataError, "Trainer", "call fit or load", "not known"),
     Bad("grain-of-no-pairs", fit(train=elements(*X)), DataError, "Recipe.train", "a pair (inputs, targets)", "ndarray"),
     Bad("grain-of-nothing", fit(train=elements().slice(slice(0, 0))), DataError, "", "at least one sample", "empty"),
@@ -244,8 +250,8 @@ DATA = [
         "set steps=...", "length is not known"),
     Bad("grain-iterated-as-test", fit(test=elements().to_iter_dataset()), DataError, "test data", "grain.MapDataset",
         "no end"),
-    Bad("number-not-finite", fit(train=(spoiled(X, (5, 2), np.nan), Y)), DivergedError, "1 samples, first in 5", "mend the data",
-        "is nan"),
+    Bad("number-not-finite", fit(train=(spoiled(X, (5, 2), np.nan), Y)), DivergedError, "1 samples, first in 5",
+        "mend the data", "is nan"),
     Bad("target-not-finite", fit(train=(X, spoiled(np.ones((16, 1), np.float32), 3, np.inf)), loss=squared_error,
                                  model=partial(Net, outputs=1)), DivergedError, "first in 3", "mend the data", "is inf"),
     Bad("events-missing", lambda folder: lepton.monitor.read_events(folder), DataError, "events.jsonl", "name a run folder"),
@@ -259,6 +265,7 @@ MODELS = [
     Bad("factory-wants-more", fit(model=nnx.Linear), ModelError, "Recipe.model", "take rngs, or nothing", "in_features"),
     Bad("model-without-parameters", fit(model=Empty), ModelError, "Empty", "nnx.Param", "no parameters"),
     Bad("linen-without-parameters", fit(model=EmptyLinen()), ModelError, "EmptyLinen", "nnx.Param", "no parameters"),
+    Bad("parameter-that-is-empty", fit(model=partial(Net, outputs=0)), ModelError, "Net", "at least 1", "(4, 0)"),
     Bad("parameter-of-integers", fit(model=Counting), ModelError, "Counting", "floating-point", "'count' is int32"),
     Bad("variable-created-at-call", fit(model=Creating), ModelError, "Creating", "in __init__", "'seen'"),
     Bad("variable-changes-shape", fit(model=Growing), ModelError, "Growing", "keep shape", "float32[3] to float32[8, 3]"),
@@ -291,10 +298,10 @@ MODELS = [
 
 FOLDERS = [
     Bad("save-nothing", lambda folder: trainer().save(folder / "saved"), CheckpointError, "saved", "call fit or load"),
-    Bad("save-onto-a-foreign-folder", settled(lambda t, folder: write(folder / "notes" / "a.txt", "") and t.save(folder / "notes")),
+    Bad("save-onto-a-foreign-folder", settled(lambda t, folder: t.save(write(folder / "notes" / "a.txt", "").parent)),
         CheckpointError, "notes", "another folder", "something else"),
-    Bad("save-onto-a-run", settled(lambda t, folder: write(folder / "a" / "recipe.json", "{}") and write(
-        folder / "a" / "events.jsonl", "") and t.save(folder / "a")), CheckpointError, "a", "another folder", "something else"),
+    Bad("save-onto-a-run", settled(lambda t, folder: write(folder / "a" / "recipe.json", "{}") and t.save(
+        write(folder / "a" / "events.jsonl", "").parent)), CheckpointError, "a", "another folder", "something else"),
     Bad("save-onto-a-file", settled(lambda t, folder: t.save(write(folder / "a", ""))), CheckpointError, "a", "another folder"),
     Bad("save-below-a-file", settled(lambda t, folder: t.save(write(folder / "a", "") / "b")), CheckpointError, "a/b",
         "another folder", "Not a directory"),
@@ -302,23 +309,26 @@ FOLDERS = [
         "no committed checkpoint"),
     Bad("load-a-file", lambda folder: trainer().load(write(folder / "a", "")), CheckpointError, "a", "folder of a run"),
     Bad("load-a-step-that-is-not-there", settled(lambda t, folder: t.load(t.save(folder / "a"), step=9)), CheckpointError,
-        "checkpoints", "the steps 0", "step 9"),
+        "checkpoints", "the steps 2", "step 9"),
     Bad("load-another-model", settled(lambda t, folder: trainer(model=partial(Net, outputs=5)).load(t.save(folder / "a"))),
-        CheckpointError, "checkpoints/0", "model and optimizer",
+        CheckpointError, "checkpoints/2", "model and optimizer",
         "params/layer/kernel: the checkpoint has float32[4, 3], the model float32[4, 5]"),
     Bad("load-another-optimizer", settled(lambda t, folder: trainer(optimizer=optax.sgd).load(t.save(folder / "a"))),
-        CheckpointError, "checkpoints/0", "model and optimizer", "surplus in the checkpoint: optimizer/0/mu/layer/bias float32[3]"),
+        CheckpointError, "checkpoints/2", "model and optimizer",
+        "surplus in the checkpoint: optimizer/0/mu/layer/bias float32[3]"),
     Bad("load-another-precision", settled(lambda t, folder: trainer(precision="float16").load(t.save(folder / "a"))),
-        CheckpointError, "checkpoints/0", "model and optimizer", "missing in the checkpoint: scale/value float32[]"),
+        CheckpointError, "checkpoints/2", "model and optimizer", "missing in the checkpoint: scale/value float32[]"),
     Bad("load-without-shapes", settled(lambda t, folder: write(t.save(folder / "a") / "recipe.json", "[]") and trainer(
         train=None).load(folder / "a")), CheckpointError, "a", "folder of a run", "recipe.json"),
     Bad("resume-without-folder", lambda _: trainer().resume(), CheckpointError, "Trainer", "run_dir"),
-    Bad("run-folder-taken-by-a-file", lambda folder: trainer(run_dir=write(folder / "a", "")).fit(), LeptonError, "a/events.jsonl",
-        "another run folder"),
+    Bad("run-folder-taken-by-a-file", lambda folder: trainer(run_dir=write(folder / "a", "")).fit(), LeptonError,
+        "a/events.jsonl", "another run folder"),
     Bad("checkpoints-are-a-file", lambda folder: trainer(run_dir=write(folder / "a" / "checkpoints", "").parent).fit(),
         CheckpointError, "checkpoints", "permissions", "File exists"),
     Bad("journal-is-a-directory", lambda folder: (folder / "a" / "events.jsonl").mkdir(parents=True) or trainer(
         run_dir=folder / "a").fit(), LeptonError, "events.jsonl", "another run folder", "Is a directory"),
+    Bad("journal-on-a-full-disk", lambda folder: (folder / "events.jsonl").symlink_to("/dev/full") or trainer(
+        run_dir=folder).fit(), LeptonError, "events.jsonl", "make room", "No space left"),
 ]
 
 NOTEBOOKS = RECIPES + DATA + MODELS + FOLDERS

@@ -32,7 +32,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends the sink; nothing comes after."""
+        """Write out what is held back; a further fit begins with another `start`."""
         ...
 
 

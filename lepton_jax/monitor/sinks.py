@@ -43,6 +43,7 @@ class TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
     def _open(self, **options: Any) -> None:
         try:
