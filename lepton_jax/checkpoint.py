@@ -64,7 +64,7 @@ class Checkpoints:
         """
         self.wait()
         arrays, sums = _copy_and_checksum(_storable(state))
-        body = json.dumps({"record": record, "checksums": {k: int(v) for k, v in jax.device_get(sums).items()}})
+        body = json.dumps({"step": step, "record": record, "checksums": {k: int(v) for k, v in jax.device_get(sums).items()}})
         sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
         self._saving = step
         try:
@@ -178,6 +178,8 @@ class Checkpoints:
         if not intact:
             raise Damaged(step, "the checksum of its record does not match")
         content = json.loads(body)
+        if content["step"] != step:
+            raise Damaged(step, f"it holds step {content['step']} under another name")
         return content["record"], content["checksums"]
 
     def _compare(self, step: int, wanted: dict[str, Any], stored: dict[str, Any]) -> None:

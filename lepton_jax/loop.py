@@ -69,7 +69,7 @@ class Loop:
         loader = Loader(self.train, batch_size=batch_size, steps=per_block, sharding=self.program.block_sharding,
                         seed=self.recipe.seed, shuffle=self.recipe.shuffle, position=self.position,
                         blocks=blocks_between(self.step, self.until, per_block), resident=resident)
-        data = jax.device_put((self.train.inputs, self.train.targets), self.program.replicated) if resident else None
+        data = self.program.resident(self.train) if resident else None
         with _stop_on_interrupt(self):
             try:
                 while self.step < self.until and not self.stop_requested:

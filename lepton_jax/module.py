@@ -57,8 +57,8 @@ def functional(model: Any, inputs: Any) -> Functional:
     if isinstance(model, linen.Module):
         return _linen(model, inputs)
     takes_rngs = "rngs" in _parameters(model)
-    with pointing_at_user("building the model", "let the factory take rngs, or nothing, and return a Flax module",
-                          where="Recipe.model"):
+    with pointing_at_user("building the model", "let the factory take rngs, or nothing, and return a Flax module; give the "
+                          "model sizes of at least 1", where="Recipe.model"):
         if not takes_rngs and not _required(model):
             module = model()
             if isinstance(module, linen.Module):

@@ -7,6 +7,7 @@ donated state. Nothing here waits for a device.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ class Program:
         out = (self.state_sharding, self.replicated)
         self._train = jax.jit(self._steps if many else self._one_step, donate_argnums=0, out_shardings=out)
         self._evaluate = jax.jit(self._evaluate_batch, donate_argnums=0, out_shardings=self.replicated)
+        self._resident: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._predictors: dict[Callable, Callable] = {}
 
     def init(self, seed: int) -> State:
@@ -93,6 +95,13 @@ class Program:
         if self.plan.steps_per_call == 1:
             return self._call("train", self._train, state, block, data)
         return self._call("train", self._train, state, block, start, stop, data)
+
+    def resident(self, train: Any) -> Any:
+        """Copies on each device of an `Arrays`' inputs and targets, kept as long as it lives."""
+        if train not in self._resident:
+            self._resident = weakref.WeakKeyDictionary(  # the copies of one data set at a time
+                {train: jax.device_put((train.inputs, train.targets), self.replicated)})
+        return self._resident[train]
 
     def evaluate(self, sums: Any, state: State, batch: Any, valid: int) -> Any:
         """Add the first `valid` samples of a batch to the sums, which are donated; None starts them."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
 from lepton_jax.errors import RecipeError, nearest
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -78,6 +80,9 @@ class Recipe:
     name: str = "run"
 
     def __post_init__(self):
+        for name, value in vars(self).copy().items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
         for name in ("batch_size", "micro_batches", "steps_per_call", "evaluate_every", "save_every", "log_every",
                      "keep", "steps"):
             value = getattr(self, name)

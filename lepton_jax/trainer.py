@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import platform
@@ -62,7 +63,8 @@ class Trainer:
         if not isinstance(recipe, Recipe):
             raise RecipeError(f"a {type(recipe).__name__} is given where a Recipe is expected", where="Trainer",
                               remedy="give a Recipe, a function that returns one, or a Recipe's fields by name")
-        self.recipe = recipe.with_(**changes)
+        recipe = recipe.with_(**changes)
+        self.recipe = recipe.with_(train=_settled(None, recipe.train), test=_settled(None, recipe.test))
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.topology, self._devices = here(devices)
         self._sinks, self._source = tuple(sinks), source or {}
@@ -239,13 +241,17 @@ class Trainer:
             reason = error
             raise
         finally:
-            if loop is not None:
-                self.state, self.step, self._position = loop.state, loop.step, loop.position
-                self._conclude(loop.history, program, status, reason)
-            monitor.close()
-            self._monitor = Monitor(None)
-            if checkpoints is not None and status != "failed":
-                checkpoints.close()
+            try:
+                if loop is not None:
+                    self.state, self.step, self._position = loop.state, loop.step, loop.position
+                    self._conclude(loop.history, program, status, reason)
+            finally:
+                monitor.close()
+                self._monitor = Monitor(None)
+                if checkpoints is not None and (reason is None or isinstance(reason, Exception)):
+                    # a save on its way may end; should it fail too, what failed before is told
+                    with contextlib.suppress(*[CheckpointError] if reason else []):
+                        checkpoints.close()
         if self.run_dir is not None:
             write_report(self.run_dir)
         return loop.history

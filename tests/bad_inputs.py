@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lepton_jax import data
-from lepton_jax.errors import CheckpointError, DataError, LeptonError, PlanError, RecipeError, SettingError
+from lepton_jax.errors import CheckpointError, DataError, LeptonError, ModelError, PlanError, RecipeError, SettingError
 
 
 class Bad(NamedTuple):
@@ -187,6 +187,18 @@ SETTINGS = [
     Bad("devices-more-than-there-are", given("--devices", 100), PlanError, "--devices", "new process", "8 devices"),
 ]
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+ZOO = [
+    Bad("zoo-csv-missing", lambda folder: [str(RECIPES / "csv_mlp.py"), "--data", "nothing.csv"], DataError, "nothing.csv",
+        "check the path", "no such file"),
+    Bad("zoo-idx-missing", lambda folder: [str(RECIPES / "mnist_cnn.py"), "--data", "nothing"], DataError, "nothing",
+        "four idx files", "no such folder"),
+    Bad("zoo-three-classes", lambda folder: [str(RECIPES / "logistic.py"), "--label", "y", "--data", str(write(
+        folder / "t.csv", "a,y\n" + "".join(f"{i},{i % 3}\n" for i in range(30))))], RecipeError, "t.csv", "csv_mlp.py",
+        "3 classes"),
+    Bad("zoo-width-zero", lambda folder: [str(RECIPES / "mnist_mlp.py"), "--hidden", "0"], ModelError, "", "at least 1"),
+]
+
 # ---- run folders ----------------------------------------------------------------------------------------------------
 
 RUN_FOLDERS = [
@@ -318,5 +330,5 @@ IDX_FILES = [
         DataError, "train-images", "download", "none are there"),
 ]
 
-COMMAND_LINES = RECIPE_FILES + SETTINGS + RUN_FOLDERS
+COMMAND_LINES = RECIPE_FILES + SETTINGS + ZOO + RUN_FOLDERS
 DATA_FILES = CSV_FILES + IDX_FILES

@@ -57,6 +57,12 @@ class Counting(Net):
         self.count = nnx.Param(jnp.int32(3))
 
 
+class Hollow(Net):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.hollow = nnx.Param(jnp.zeros((0, 3)))
+
+
 class Empty(nnx.Module):
     def __call__(self, x):
         return x
@@ -234,7 +240,8 @@ DATA = [
     Bad("predict-other-shape", settled(lambda t, _: t.predict(X[:, :3])), DataError, "inputs", "shapes", "float32[3]"),
     Bad("predict-one-sample", settled(lambda t, _: t.predict(X[0])), DataError, "inputs", "shapes", "float32[]"),
     Bad("predict-nothing", settled(lambda t, _: t.predict(X[:0])), DataError, "Arrays", "at least one sample"),
-    Bad("predict-by-name", settled(lambda t, _: t.predict({"x": X})), DataError, "inputs", "shapes", "x float32[4]; the model was traced for float32[4]"),
+    Bad("predict-by-name", settled(lambda t, _: t.predict({"x": X})), DataError, "inputs", "shapes",
+        "x float32[4]; the model was traced for float32[4]"),
     Bad("predict-before-all", lambda _: trainer(train=None).predict(X), DataError, "Trainer", "call fit or load", "not known"),
     Bad("grain-of-no-pairs", fit(train=elements(*X)), DataError, "Recipe.train", "a pair (inputs, targets)", "ndarray"),
     Bad("grain-of-nothing", fit(train=elements().slice(slice(0, 0))), DataError, "", "at least one sample", "empty"),
@@ -265,7 +272,8 @@ MODELS = [
     Bad("factory-wants-more", fit(model=nnx.Linear), ModelError, "Recipe.model", "take rngs, or nothing", "in_features"),
     Bad("model-without-parameters", fit(model=Empty), ModelError, "Empty", "nnx.Param", "no parameters"),
     Bad("linen-without-parameters", fit(model=EmptyLinen()), ModelError, "EmptyLinen", "nnx.Param", "no parameters"),
-    Bad("parameter-that-is-empty", fit(model=partial(Net, outputs=0)), ModelError, "Net", "at least 1", "(4, 0)"),
+    Bad("parameter-that-is-empty", fit(model=Hollow), ModelError, "Hollow", "at least 1", "'hollow' has shape (0, 3)"),
+    Bad("model-of-no-width", fit(model=partial(Net, outputs=0)), ModelError, "", "at least 1"),
     Bad("parameter-of-integers", fit(model=Counting), ModelError, "Counting", "floating-point", "'count' is int32"),
     Bad("variable-created-at-call", fit(model=Creating), ModelError, "Creating", "in __init__", "'seen'"),
     Bad("variable-changes-shape", fit(model=Growing), ModelError, "Growing", "keep shape", "float32[3] to float32[8, 3]"),

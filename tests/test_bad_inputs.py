@@ -17,10 +17,10 @@ import numpy as np
 import optax
 import pytest
 from bad_inputs import COMMAND_LINES, DATA_FILES, HEAD, RECIPE, RUN_FOLDERS, Bad, given, recipe, write
-from bad_notebooks import NOTEBOOKS, REGRESSION, trainer
+from bad_notebooks import NOTEBOOKS, REGRESSION, elements, trainer
 
 import lepton_jax as lepton
-from lepton_jax.errors import CheckpointError, DivergedError, LeptonError, PlanError
+from lepton_jax.errors import CheckpointError, DataError, DivergedError, LeptonError, PlanError
 from lepton_jax.launch import cli, settings
 from lepton_jax.losses import squared_error
 from lepton_jax.monitor import read_events
@@ -104,6 +104,10 @@ def test_data_file(case, tmp_path):
     with pytest.raises(LeptonError) as caught:
         case.provoke(tmp_path)
     check(caught.value, case)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert trainer(steps=np.int64(2), learning_rate=np.float32(0.5), seed=np.uint8(1)).recipe.seed == 1
 
 
 def test_an_error_as_json(capsys):
@@ -210,6 +214,13 @@ def test_a_damaged_step_is_passed_over_reported_and_saved_anew(run, reader, capf
     assert restorable(reader, run) == [1, 2, 3] and (run / "set_aside" / "3").is_dir()
 
 
+def test_a_step_under_another_name_is_passed_over(run, reader):
+    (run / "checkpoints" / "2").rename(run / "checkpoints" / "7")
+    assert reader.load(run).step == 3
+    with pytest.raises(CheckpointError, match="it holds step 2 under another name"):
+        reader.load(run, 7)
+
+
 def test_if_all_are_damaged_each_is_listed(run, capfd):
     for step in (run / "checkpoints").iterdir():
         damage(step)
@@ -277,6 +288,15 @@ def test_a_journal_that_cannot_be_written(run, reader, tmp_path):
     assert "error: the journal of the run can't be written: File too large" in done.stderr
     assert "run/events.jsonl\n" in done.stderr and "another run folder" in done.stderr
     assert len(restorable(reader, run)) >= 3 and read_events(run)
+
+
+def test_data_that_end_leave_the_steps_before(tmp_path):
+    data = elements().to_iter_dataset()
+    with pytest.raises(DataError, match="ended after 16 samples"):
+        trainer(train=data, steps=3, save_every=1, run_dir=tmp_path / "run").fit()
+    end = read_events(tmp_path / "run")[-1]
+    assert end["status"] == "failed" and "ended after 16 samples" in end["reason"]
+    assert restorable(trainer(steps_per_call=1), tmp_path / "run") == [1, 2]
 
 
 # ---- training that diverges -----------------------------------------------------------------------------------------

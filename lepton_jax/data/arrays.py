@@ -22,6 +22,8 @@ _NARROWER = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dty
 class Arrays:
     """Samples as arrays whose leading dim counts the samples.
 
+    The arrays must not be changed afterwards: devices may hold copies of them.
+
     64-bit numbers become 32-bit ones, as JAX would make them; a value that doesn't fit is an error, not a wrap-around.
 
     Attributes:

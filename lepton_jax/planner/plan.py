@@ -18,7 +18,7 @@ from lepton_jax.planner.trace import Trace
 from lepton_jax.state import by_path, nbytes
 
 DATA = "data"
-CALL_SECONDS = 5e-3  # of computing in one call: about a hundred times what dispatching it costs the host
+CALL_SECONDS = 1e-2  # of computing in one call: about a hundred times what dispatching it costs the host
 MOST_STEPS_PER_CALL = 32
 MOST_BLOCK_BYTES = 64 * 2**20
 RESIDENT_SHARE = 0.05  # of a device's memory
