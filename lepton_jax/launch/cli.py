@@ -69,7 +69,7 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
         raise RecipeError(f"the recipe of the run is gone: there is no file {file}", where=Path(head.resume) / "recipe.json",
                           remedy=f"say where it is now: launch.py RECIPE.py --resume {head.resume}")
     function = settings.load(Path(file))
-    parser.description = inspect.getdoc(function) or DESCRIPTION
+    parser.description = settings.story(function) or DESCRIPTION
     settings.add(parser, function)
     if wants_help:
         parser.print_help()

@@ -15,6 +15,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from lepton_jax.errors import RecipeError, SettingError, nearest, pointing_at_user
 from lepton_jax.recipe import Recipe
 
+ARGS = re.compile(r"\n\s*Args:\s*\n(.*?)(?:\n\s*\n|\Z)", re.DOTALL)
+
 
 def load(path: Path) -> Callable[..., Recipe]:
     """The function `recipe` of a recipe file.
@@ -68,8 +70,17 @@ def place(function: Callable) -> str:
     return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
 
 
+def story(function: Callable) -> str:
+    """The docstring without its `Args:` section."""
+    return ARGS.sub("", inspect.getdoc(function) or "").strip()
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are SettingErrors."""
+    """An argparse parser whose complaints are SettingErrors, and to which --batch_size is --batch-size."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        hyphens = lambda match: match[0].replace("_", "-")  # noqa: E731
+        return super().parse_known_args([re.sub(r"^--[^=]*", hyphens, arg) for arg in args or ()], namespace)
 
     def error(self, message: str) -> NoReturn:
         match = re.fullmatch(r"argument (--[\w-]+)\S*: (.*)", message, re.DOTALL)
@@ -96,19 +107,19 @@ def add(parser: argparse.ArgumentParser, function: Callable[..., Recipe]) -> Non
     group = parser.add_argument_group(f"settings of {Path(function.__code__.co_filename).name}")
     described = descriptions(function)
     for name, parameter in inspect.signature(function).parameters.items():
-        flags = list(dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"]))
+        flag = f"--{name.replace('_', '-')}"
         kind, optional, choices = _kind(hints.get(name, type(parameter.default)), name, file)
-        negated = [f"--no-{flag.removeprefix('--')}" for flag in flags] if kind is bool else []
-        taken = [flag for flag in flags + negated if flag in parser._option_string_actions]
+        negated = [f"--no-{flag.removeprefix('--')}"] if kind is bool else []
+        taken = [each for each in [flag, *negated] if each in parser._option_string_actions]
         if taken:
             raise RecipeError(f"the setting {name!r} would be {taken[0]}, which is an option already", where=file,
                               remedy="give the setting another name")
         text = (described.get(name, "") + f" (default: {parameter.default})").strip().replace("%", "%%")
         options: dict[str, Any] = {"dest": f"setting:{name}", "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
-            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            group.add_argument(*flags, type=reader(kind, optional, choices), metavar=(choices and
+            group.add_argument(flag, type=reader(kind, optional, choices), metavar=(choices and
                                "{" + ",".join(map(str, choices)) + "}") or kind.__name__.upper(), **options)
 
 
@@ -131,7 +142,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], names: list[str
 
 def descriptions(function: Callable) -> dict[str, str]:
     """Setting to its text, from the docstring's `Args:` section."""
-    section = re.search(r"\n\s*Args:\s*\n(.*?)(?:\n\s*\n|\Z)", inspect.getdoc(function) or "", re.DOTALL)
+    section = ARGS.search(inspect.getdoc(function) or "")
     found, name = {}, None
     for line in section[1].splitlines() if section else []:
         match = re.match(r"\s*(\w+): (.*)", line)
