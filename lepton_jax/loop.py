@@ -19,6 +19,7 @@ from lepton_jax.history import History
 from lepton_jax.monitor import Monitor
 from lepton_jax.precision import LOWEST, all_finite
 from lepton_jax.program import Program
+from lepton_jax.recipe import Recipe
 from lepton_jax.state import State
 
 CALLS_IN_FLIGHT = 8
@@ -58,13 +59,12 @@ class Loop:
         self._pending: deque[tuple[Any, int, int]] = deque()
         self._window: list[np.ndarray] = []
         self._window_began, self._wait = time.perf_counter(), 0.0
-        self._first, self._start = step, position["samples"]
-        self._epoch = epoch_samples(train)
+        self._first, self._epoch, self._order = step, epoch_samples(train), order(self.recipe, train)
 
     def run(self) -> History:
         """Train, evaluate and save until the last step, or until Ctrl-C asks for a stop at the next one."""
         per_block, batch_size = self.program.plan.steps_per_call, self.recipe.batch_size
-        began, block, offset, metrics = time.perf_counter(), None, per_block, None
+        began, block, offset = time.perf_counter(), None, per_block
         resident = self.program.plan.data == "resident"
         loader = Loader(self.train, batch_size=batch_size, steps=per_block, sharding=self.program.block_sharding,
                         seed=self.recipe.seed, shuffle=self.recipe.shuffle, position=self.position,
@@ -81,21 +81,21 @@ class Loop:
                     self.state, records = self.program.train(self.state, block, offset, offset + count, data)
                     self._pending.append((records, offset, offset + count))
                     self.step, offset = self.step + count, offset + count
-                    self.position = loader.state((per_block - offset) * batch_size)
+                    self.position = loader.state((per_block - offset) * batch_size) | self._order
                     last = self.step == self.until or self.stop_requested
                     evaluating, saving = last or self._due("evaluate_every"), last or self._due("save_every")
                     self._read(everything=evaluating or saving)
-                    if evaluating and self.test is not None:
-                        metrics = self.evaluate()
+                    metrics = self.evaluate() if evaluating and self.test is not None else None
                     if saving and self.checkpoints is not None:
                         self.save(metrics)
             finally:
                 loader.close()
+                self.history.seconds = time.perf_counter() - began
+                self.history.samples = (self.step - self._first) * batch_size
         if self.checkpoints is not None:
             self.checkpoints.wait()
         self.history.status = "finished" if self.step == self.until else "interrupted"
         self.history.seconds = time.perf_counter() - began
-        self.history.samples = (self.step - self._first) * batch_size
         return self.history
 
     def evaluate(self) -> dict[str, float]:
@@ -185,6 +185,11 @@ class Loop:
             what, where=f"step {step}{_culprit(self.train)}",
             remedy="lower the learning rate, set clip_norm, or mend the data; "
                    + (f"step {saved[-1]} is the last committed checkpoint" if saved else "no checkpoint was committed"))
+
+
+def order(recipe: Recipe, train: Any) -> dict[str, Any]:
+    """What a position in the data means nothing without: the seed of the shuffling, and how many samples there are."""
+    return {"seed": recipe.seed if recipe.shuffle else None, "of": epoch_samples(train)}
 
 
 def evaluate(program: Program, state: State, test: Any) -> dict[str, float]:

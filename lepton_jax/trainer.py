@@ -25,13 +25,15 @@ from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples, from_
 from lepton_jax.errors import CheckpointError, DataError, DivergedError, PlanError, RecipeError, pointing_at_user
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.history import History
-from lepton_jax.loop import Loop, evaluate
+from lepton_jax.loop import Loop, evaluate, order
 from lepton_jax.module import is_linen
 from lepton_jax.monitor import Monitor, Sink, write_report
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.program import Compilation, Program
 from lepton_jax.recipe import Recipe
 from lepton_jax.state import State, by_path
+
+NAMES = {"seed": "the seed of the shuffling", "of": "the number of samples"}
 
 
 class Trainer:
@@ -75,6 +77,7 @@ class Trainer:
         self.step = 0
         self._position: dict[str, Any] = {"samples": 0, "grain": None}
         self._trained_on: Any = None
+        self._resumed = False
 
     # ---- the public verbs -----------------------------------------------------------------------------------------
 
@@ -124,9 +127,7 @@ class Trainer:
         elif self.recipe.best is not None:
             raise RecipeError(f"best={self.recipe.best!r} asks for evaluations, but there is nothing to evaluate on",
                               where="Recipe.best", remedy="set Recipe.test, or leave best out")
-        if self._trained_on is not None and not _same(given, self._trained_on):
-            self._position = {"samples": 0, "grain": None}
-        self._trained_on = given
+        self._settle_position(given, order(self.recipe, train))
         more = epochs is not None or steps is not None
         until = self._steps(train, epochs, steps) if more else self._steps(train, self.recipe.epochs, self.recipe.steps)
         return self._run(program, train, test, until + self.step if more else max(until, self.step))
@@ -213,9 +214,22 @@ class Trainer:
         if self.run_dir is None:
             raise CheckpointError("there is no run folder to resume", where="Trainer", remedy="give run_dir")
         if Checkpoints(self.run_dir / "checkpoints").steps():
-            return self.load(self.run_dir)
+            self.load(self.run_dir)
+            self._resumed = True
+            return self
         self._notice("warning", text="the run has no committed checkpoint; it begins at step 0")
         return self
+
+    def _settle_position(self, given: Any, now: dict[str, Any]) -> None:
+        """Other data, or another order of it, starts at its first sample; but a run to be resumed must find its own."""
+        then = {name: self._position[name] for name in now if name in self._position}
+        if then and then != now and self._resumed:
+            what = ", ".join(f"{NAMES[k]} was {then[k]} and is {now[k]}" for k in now if then[k] != now[k])
+            raise CheckpointError(f"the run can't go on where it was in the data: {what}", where=self.run_dir,
+                                  remedy="resume with the run's own data, seed and shuffle; or load() its state and fit anew")
+        if (then and then != now) or (self._trained_on is not None and not _same(given, self._trained_on)):
+            self._position = {"samples": 0, "grain": None}
+        self._trained_on, self._resumed = given, False
 
     # ---- behind them ----------------------------------------------------------------------------------------------
 
@@ -274,7 +288,8 @@ class Trainer:
         why = {} if reason is None else {"reason": getattr(reason, "what", None) or repr(reason)}
         rate = history.samples / history.seconds if history.seconds else None
         self._monitor.event("end", status=status, steps=history.steps, step=self.step, seconds=history.seconds,
-                            samples_per_second=rate, compilations=history.compilations, metrics=history.metrics, **why)
+                            samples_per_second=rate, compilations=history.compilations,
+                            metrics=history.evaluations[-1][1] if history.evaluations else {}, **why)
 
     def _tracing(self, shapes: tuple[Any, Any] | None, samples: int | None = None) -> Trace:
         if self.trace is None:

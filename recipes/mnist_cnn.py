@@ -20,6 +20,8 @@ def recipe(data: Path | None = None, width: int = 32, dropout: float = 0.3, lear
            seed: int = 0) -> lepton.Recipe:
     """MNIST with a small CNN: 32-64-64 convolutions and 64 dense units.
 
+    99.2 % of MNIST's test images right in 3 minutes 25 seconds on two CPU cores, starting and compiling included:
+    `python tools/launch.py recipes/mnist_cnn.py --data FOLDER`.
     Without data: scikit-learn's digits (1,797 of 8x8), enlarged to 28x28, a stratified fifth held out: 93 % in these
     few steps, 13 seconds on two CPU cores, starting and compiling included: `python tools/launch.py
     recipes/mnist_cnn.py`.

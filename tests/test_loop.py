@@ -71,7 +71,7 @@ def test_a_checkpoint_holds_the_position_of_the_next_sample(blobs, tmp_path):
     trainer.fit(steps=10)
     for step in (5, 10):
         record = Checkpoints(tmp_path / "run" / "checkpoints")._record(step)[0]
-        assert record["position"] == {"samples": step * 25, "grain": None}
+        assert record["position"] == {"samples": step * 25, "grain": None, "seed": 0, "of": 600}
 
 
 def test_epochs_end_at_the_first_step_past_them(blobs):
@@ -238,3 +238,23 @@ def test_the_run_folder_holds_what_the_design_says(blobs, tmp_path):
                                                              "report.html"}
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["fields"]["batch_size"] == 25
     assert lepton.Plan.from_json((tmp_path / "run" / "plan.json").read_text()) == trainer.program.plan
+
+
+def test_a_resumed_run_must_find_its_own_data(blobs, tmp_path):
+    make(blobs, run_dir=tmp_path / "run", steps=10)[0].fit()
+    for change, fragment in (({"seed": 1}, "the seed of the shuffling was 0 and is 1"),
+                             ({"train": (blobs[0][:500], blobs[1][:500])}, "the number of samples was 600 and is 500")):
+        trainer, _ = make(blobs, run_dir=tmp_path / "run", steps=20)
+        trainer.recipe = trainer.recipe.with_(**change)
+        with pytest.raises(lepton.CheckpointError, match=fragment):
+            trainer.resume().fit()
+    loaded, _ = make(blobs, steps=20)
+    history = loaded.load(tmp_path / "run").fit((blobs[0][:500], blobs[1][:500]), steps=2)
+    assert history.steps == 2 and loaded._position["samples"] == 50, "other data begins at its first sample"
+
+
+def test_only_a_checkpoint_of_an_evaluated_step_competes_for_the_best(blobs, tmp_path):
+    trainer, sink = make(blobs, test=blobs, run_dir=tmp_path / "run", evaluate_every=20, save_every=5, best="-loss", keep=1)
+    trainer.fit(steps=55)
+    losses = {e["step"]: e["metrics"]["loss"] for e in sink.of("evaluation")}
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == sorted({min(losses, key=losses.get), 55})

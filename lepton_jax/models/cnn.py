@@ -41,6 +41,8 @@ class CNN(nnx.Module):
         self.norms = nnx.List([nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in widths if batch_norm])
         self.dense = nnx.Linear(height * width * channels, dense, rngs=rngs)
         self.out = nnx.Linear(dense, classes, rngs=rngs)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

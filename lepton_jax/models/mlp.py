@@ -22,6 +22,8 @@ class MLP(nnx.Module):
         if len(features) < 2:
             raise ValueError(f"features {tuple(features)} need an input and an output width")
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(features)])
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

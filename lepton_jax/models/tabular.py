@@ -48,6 +48,8 @@ class TabularMLP(nnx.Module):
         # As many entries as edges: there is a bin less than edges, but one entry for missing.
         widths = (table.size + embedding * len(sizes), *hidden, 1 if outputs is None else outputs)
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def _init(self, key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:

@@ -170,7 +170,8 @@ class Progress:
         parts.append((0, f"step {self._step:,}" + (f"/{steps:,}" if steps else "")))
         size, epoch = self._start.get("batch_size"), self._start.get("samples_per_epoch")
         if size and epoch:
-            total = max(1, round(steps * size / epoch)) if steps else None
+            # the last batch may be filled up from an epoch that does not count
+            total = max(1, math.ceil((steps - 1) * size / epoch)) if steps else None
             now = min(math.ceil(self._step * size / epoch) or 1, total or sys.maxsize)
             parts.append((6, f"epoch {now:,}" + (f"/{total:,}" if total else "")))
         count, seconds, samples = (sum(column) for column in zip(*self._windows, strict=True)) if self._windows else (
