@@ -262,12 +262,13 @@ class Trainer:
             finally:
                 monitor.close()
                 self._monitor = Monitor(None)
-                if checkpoints is not None and (reason is None or isinstance(reason, Exception)):
-                    # a save on its way may end; should it fail too, what failed before is told
-                    with contextlib.suppress(*[CheckpointError] if reason else []):
-                        checkpoints.close()
-        if self.run_dir is not None:
-            write_report(self.run_dir)
+                # a save on its way may end, and the report is written; should they fail too, what failed before is told
+                if self.run_dir is not None and (reason is None or isinstance(reason, Exception)):
+                    with contextlib.suppress(*[LeptonError] if reason else []):
+                        if checkpoints is not None:
+                            checkpoints.close()
+                    with contextlib.suppress(*[LeptonError] if reason else []):
+                        write_report(self.run_dir)
         return loop.history
 
     def _announce(self, program: Program, train: Any, until: int) -> None:

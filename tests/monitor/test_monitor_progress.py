@@ -123,24 +123,30 @@ def test_the_closing_table_says_what_came_of_it(clock, kind, tmp_path):
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("I/O operation on closed file"), OSError(5, "EIO")])
 def test_a_stream_that_went_away_stops_nothing(clock, error):
+    tried = []
+
     class Gone(Terminal):
         def write(self, text):
+            tried.append(text)
             raise error
 
     progress = Progress(Gone())
     for event in [START, steps(1, 100), EVALUATION, END]:
         progress.event(event)
     progress.close()
+    assert tried, "it did try to write"
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
 def test_missing_fields_and_unknown_events_are_tolerated(clock, kind):
-    progress = Progress(kind())
+    out = kind()
+    progress = Progress(out)
     for name in ("start", "compile", "steps", "evaluation", "save", "committed", "damaged", "skipped", "warning", "end",
                  "new"):
         progress.event({"kind": name})
     for event in [steps(1, 2, seconds=0.0), steps(3, 4, loss=float("nan")), {"kind": "end", "metrics": {"loss": None}}]:
         progress.event(event)
+    assert "nan" in out.getvalue()
 
 
 def test_an_ascii_stream_gets_ascii(clock):
