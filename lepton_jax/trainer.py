@@ -22,7 +22,15 @@ import numpy as np
 from lepton_jax import losses
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples, from_any, sample
-from lepton_jax.errors import CheckpointError, DataError, DivergedError, PlanError, RecipeError, pointing_at_user
+from lepton_jax.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    LeptonError,
+    PlanError,
+    RecipeError,
+    pointing_at_user,
+)
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.history import History
 from lepton_jax.loop import Loop, evaluate, order

@@ -258,3 +258,14 @@ def test_only_a_checkpoint_of_an_evaluated_step_competes_for_the_best(blobs, tmp
     trainer.fit(steps=55)
     losses = {e["step"]: e["metrics"]["loss"] for e in sink.of("evaluation")}
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == sorted({min(losses, key=losses.get), 55})
+
+
+def test_a_run_that_diverges_leaves_a_report_and_its_last_good_step(blobs, tmp_path):
+    trainer, sink = make(blobs, optimizer=optax.sgd(optax.piecewise_constant_schedule(0.1, {12: 1e30})),
+                         run_dir=tmp_path / "run", save_every=5)
+    with pytest.raises(lepton.DivergedError, match="step 1") as caught:
+        trainer.fit(steps=40)
+    assert "step 10 is the last committed checkpoint" in caught.value.remedy
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [5, 10]
+    assert sink.of("end")[0]["status"] == "diverged" and sink.of("end")[0]["seconds"] > 0
+    assert "diverged" in (tmp_path / "run" / "report.html").read_text()
