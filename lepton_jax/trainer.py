@@ -275,8 +275,8 @@ class Trainer:
                     with contextlib.suppress(*[LeptonError] if reason else []):
                         if checkpoints is not None:
                             checkpoints.close()
-                    with contextlib.suppress(*[LeptonError] if reason else []):
-                        write_report(self.run_dir)
+                        if loop is not None:
+                            write_report(self.run_dir)
         return loop.history
 
     def _announce(self, program: Program, train: Any, until: int) -> None:
