@@ -228,6 +228,8 @@ class Trainer:
         self._notice("warning", text="the run has no committed checkpoint; it begins at step 0")
         return self
 
+    # ---- behind them ----------------------------------------------------------------------------------------------
+
     def _settle_position(self, given: Any, now: dict[str, Any]) -> None:
         """Other data, or another order of it, starts at its first sample; but a run to be resumed must find its own."""
         then = {name: self._position[name] for name in now if name in self._position}
@@ -238,8 +240,6 @@ class Trainer:
         if (then and then != now) or (self._trained_on is not None and not _same(given, self._trained_on)):
             self._position = {"samples": 0, "grain": None}
         self._trained_on, self._resumed = given, False
-
-    # ---- behind them ----------------------------------------------------------------------------------------------
 
     def _run(self, program: Program, train: Any, test: Any, until: int) -> History:
         monitor = self._monitor = Monitor(self.run_dir, self._sinks)
