@@ -1,6 +1,12 @@
-"""What a run executes on: chips, how many, and the mesh made of them."""
+"""What a run executes on: chips, how many, how they are linked, and what work and collectives cost there."""
 
-from lepton_jax.hardware.chips import CHIPS, Chip
+from lepton_jax.hardware.calibrate import calibrate_cpu
+from lepton_jax.hardware.chips import CHIPS, Chip, read_chips
+from lepton_jax.hardware.links import COLLECTIVES, Link, arrange, join, lay
+from lepton_jax.hardware.roofline import matmul_seconds, memory_seconds
 from lepton_jax.hardware.topology import Topology, here, topology
 
-__all__ = ["CHIPS", "Chip", "Topology", "here", "topology"]
+__all__ = [
+    "CHIPS", "COLLECTIVES", "Chip", "Link", "Topology", "arrange", "calibrate_cpu", "here", "join", "lay", "matmul_seconds",
+    "memory_seconds", "read_chips", "topology",
+]

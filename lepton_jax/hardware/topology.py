@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import jax
 
@@ -19,7 +21,8 @@ class Topology:
 
     Attributes:
       chip: the catalogue's entry.
-      shape: chips along each physical dim; one number where they are all linked alike.
+      shape: chips along each physical dim of a TPU slice; GPUs: (count,) or (nodes, GPUs of each); one number where they
+        are all linked alike.
       platform: JAX's platform name.
     """
 
@@ -32,27 +35,94 @@ class Topology:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def devices(self) -> int:
         """JAX devices, not chips."""
         return math.prod(self.shape) * self.chip.devices_per_chip
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Devices along each physical dim, the most local last: (x, y, z), with the devices of a chip as one more dim
+        where it has several; (nodes, GPUs of each); (devices,) of a CPU."""
+        chip = self.chip
+        if chip.torus:
+            torus = self.shape + (1,) * (chip.torus - len(self.shape))
+            return torus if chip.devices_per_chip == 1 else (*torus, chip.devices_per_chip)
+        if self.platform == "cpu":
+            return (self.devices,)
+        if len(self.shape) == 2:
+            return (self.shape[0], self.shape[1] * chip.devices_per_chip)
+        node = max(n for n in range(1, min(self.chips, chip.node) + 1) if self.chips % n == 0)
+        return (self.chips // node, node * chip.devices_per_chip)
 
-def topology(name: str) -> Topology:
-    """The topology of a name.
+    @cached_property
+    def wraps(self) -> tuple[bool, ...]:
+        """Of each dim of the grid, whether its links close to a ring."""
+        size, torus = self.chip.wrap_size, self.grid[:self.chip.torus]
+        rings = [n >= size and n % size == 0 and n > 2 for n in torus]
+        if self.chip.torus == 3:
+            rings = [all(rings)] * 3
+        return (*rings, *(False,) * (len(self.grid) - len(torus)))
+
+    @property
+    def nodes(self) -> int:
+        """Hosts, or NVLink domains."""
+        return -(-self.chips // self.chip.node) if self.chip.torus else 1 if self.platform == "cpu" else self.grid[0]
+
+    @property
+    def price_per_hour(self) -> float | None:
+        """US dollars at list price; None where it isn't known."""
+        return None if self.chip.price is None else self.chip.price * self.chips
+
+    @cached_property
+    def device(self) -> Chip:
+        """One device's figures: the chip's, but of virtual CPU devices each has its share of the machine."""
+        if self.platform != "cpu":
+            return self.chip
+        chip, n = self.chip, self.devices
+        return replace(chip, peaks={dtype: peak / n for dtype, peak in chip.peaks.items()}, memory=chip.memory / n,
+                       bandwidth=chip.bandwidth / n, host_bandwidth=chip.host_bandwidth / n)
+
+    def __str__(self) -> str:
+        rings = ", ".join(f"{n} {'wraps' if ring else 'open'}" for n, ring in zip(self.grid, self.wraps, strict=True))
+        links = f"ICI dims {rings}" if self.chip.torus else f"{self.nodes} node{'s' * (self.nodes != 1)}"
+        price = "price unknown" if self.price_per_hour is None else f"${self.price_per_hour:,.2f}/h"
+        return (f"{self.name}: {self.devices} devices on {self.chips} chips, {links}, "
+                f"{self.device.memory / 1e9:.4g} GB and {self.device.bf16_flops / 1e12:.4g} TFLOP/s bf16 each, {price}")
+
+
+def topology(name: str, chips: Mapping[str, Chip] | None = None) -> Topology:
+    """The topology of a name: "chip:count", or "chip:AxBxC" for a slice of TPUs, "chip:nodesxGPUs" for GPUs.
+
+    Args:
+      chips: more chips than the catalogue's, as `read_chips` gives them; they win over a name of the catalogue.
 
     Raises:
-      PlanError: no such chip, or a shape that isn't numbers.
+      PlanError: no such chip, a shape that isn't numbers, or one of more dims than the chip's links have.
     """
     match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name.strip().lower())
-    if not match or "0" in match[2].split("x"):
+    if not match or 0 in map(int, match[2].split("x")):
         raise PlanError(f"topology {name!r} is not of the form chip:count or chip:AxBxC", where=name,
                         remedy='write e.g. "cpu:8", "h200:8", "v5p:4x4x4"')
-    chip = CHIPS.get(match[1])
+    known = {**CHIPS, **{key.lower(): chip for key, chip in (chips or {}).items()}}
+    chip = known.get(match[1]) or next((c for c in known.values() if match[1] in c.aliases), None)
     if chip is None:
-        raise PlanError(f"chip {match[1]!r} is not in the catalogue{nearest(match[1], CHIPS)}", where=name,
-                        remedy=f"the catalogue has {', '.join(CHIPS)}")
-    platform = "cpu" if chip.name == "cpu" else "tpu" if chip.name.startswith(("v", "tpu")) else "cuda"
-    return Topology(chip, tuple(int(n) for n in match[2].split("x")), platform)
+        names = [*known, *(alias for c in known.values() for alias in c.aliases)]
+        raise PlanError(f"chip {match[1]!r} is not in the catalogue{nearest(match[1], names)}", where=name,
+                        remedy=f"the catalogue has {', '.join(known)}")
+    shape = tuple(int(n) for n in match[2].split("x"))
+    dims = chip.torus or (1 if chip.platform == "cpu" else 2)
+    if len(shape) > dims:
+        form = "x".join(["4"] * dims) if chip.torus else {1: "8", 2: "2x8"}[dims]
+        raise PlanError(f"{match[2]} has {len(shape)} dims, and the links of {chip.name} have {dims}", where=name,
+                        remedy=f'write e.g. "{chip.name}:{form}"' + (" (nodes x GPUs)" if form == "2x8" else ""))
+    if not chip.torus and len(shape) == 2 and shape[1] > chip.node:
+        raise PlanError(f"{shape[1]} {chip.name} in a node, and at most {chip.node} are joined in one", where=name,
+                        remedy=f'write "{chip.name}:{math.prod(shape)}", or nodes x GPUs with at most {chip.node} GPUs')
+    return Topology(chip, shape, chip.platform)
 
 
 def here(count: int | None = None) -> tuple[Topology, list[jax.Device]]:
@@ -73,9 +143,10 @@ def here(count: int | None = None) -> tuple[Topology, list[jax.Device]]:
                         remedy="ask for fewer; on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=N, or let "
                                "the launcher do it with --devices N")
     devices = devices[:count]
-    kind = devices[0].device_kind
+    kind, platform = devices[0].device_kind, devices[0].platform
     chip = next((c for c in CHIPS.values() if kind in c.kinds), None)
     if chip is None:
         stats = devices[0].memory_stats() or {}
-        chip = Chip(kind, (kind,), 100e12, stats.get("bytes_limit", 16 * 2**30), 1e12)
+        chip = Chip(kind, platform, {"bfloat16": 100e12}, stats.get("bytes_limit", 16 * 2**30), 1e12, (kind,),
+                    sources=dict.fromkeys(("peaks.bfloat16", "bandwidth"), "assumption: a chip that is in no catalogue"))
     return Topology(chip, (max(1, len(devices) // chip.devices_per_chip),), devices[0].platform), devices
