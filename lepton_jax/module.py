@@ -102,6 +102,7 @@ def _nnx(build: Callable[[Any], Any]) -> Functional:
     def apply(params_: Any, variables: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
         # copy=True: modules that count calls (Rngs, RNN) mutate their variables at this trace level
         module = nnx.merge(graph, _filled(params, params_), _filled(rest, variables), copy=True)
+        _follow_precision(module)
         module.train() if train else module.eval()
         outputs = _call(module, module.__call__, inputs, train)
         after = nnx.to_pure_dict(nnx.state(module, nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.Intermediate))))
@@ -112,6 +113,13 @@ def _nnx(build: Callable[[Any], Any]) -> Functional:
         return outputs, after
 
     return Functional("nnx", type(module).__name__, init, apply)
+
+
+def _follow_precision(module: nnx.Module) -> None:
+    """nnx.Embed alone fixes its dtype when it is built; it would turn a bfloat16 table, and all after it, to float32."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Embed) and jnp.dtype(node.dtype).itemsize > node.embedding.dtype.itemsize:
+            node.dtype = node.embedding.dtype
 
 
 def _split(module: nnx.Module) -> tuple[Any, Any, Any]:

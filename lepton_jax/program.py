@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lepton_jax import controller, losses, optimizers, precision
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.module import forward
-from lepton_jax.planner import Plan, Trace
+from lepton_jax.planner import ARGUMENTS, Plan, Trace, laid_out, objective, rematerialized
 from lepton_jax.state import State, by_path
 
 
@@ -55,10 +55,10 @@ class Program:
         self.recipe, self.trace, self.plan = trace.recipe, trace, plan
         self.mesh = plan.make_mesh(devices)
         self.state_sharding = plan.state_shardings(self.mesh, trace.state)
-        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(*plan.batch))
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(plan.batch_axes or None))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         many = plan.steps_per_call > 1
-        self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, *plan.batch)) if many else self.batch_sharding
+        self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, plan.batch_axes or None)) if many else self.batch_sharding
         self.records = ["loss", *self.recipe.metrics]
         self.records += ["learning_rate"] if self.recipe.learning_rate is not None else []
         self.records += ["loss_scale"] if self.recipe.precision == "float16" else []
@@ -96,6 +96,21 @@ class Program:
             return self._call("train", self._train, state, block, data)
         return self._call("train", self._train, state, block, start, stop, data)
 
+    def lower(self) -> Any:
+        """The train step lowered for the mesh's devices, which need not be there: `.compile()` compiles it ahead of time."""
+        trace, plan = self.trace, self.plan
+        placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        state = jax.tree.map(placed, trace.state, self.state_sharding)
+        many = () if plan.steps_per_call == 1 else (plan.steps_per_call,)
+        batch, data = (trace.inputs, trace.targets), None
+        if plan.data == "resident":
+            rows = lambda x: jax.ShapeDtypeStruct((trace.samples, *x.shape[1:]), x.dtype, sharding=self.replicated)  # noqa: E731
+            data = jax.tree.map(rows, batch)
+            batch = jax.ShapeDtypeStruct((self.recipe.batch_size,), jnp.int32)  # type: ignore[assignment]
+        block = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*many, *x.shape), x.dtype, sharding=self.block_sharding), batch)
+        bounds = () if plan.steps_per_call == 1 else (0, 1)
+        return self._train.lower(state, block, *bounds, data)
+
     def resident(self, train: Any) -> Any:
         """Copies on each device of an `Arrays`' inputs and targets, kept as long as it lives."""
         if train not in self._resident:
@@ -127,8 +142,9 @@ class Program:
             self._predictors[decode] = jax.jit(predict)
         return self._call("predict", self._predictors[decode], state.params, state.variables, inputs)
 
-    def _forward(self, params: Any, variables: Any, inputs: Any, key: Any = None, train: bool = False) -> Any:
-        return forward(self.recipe, self.trace.functional, params, variables, inputs, key, train)
+    def _forward(self, params: Any, variables: Any, inputs: Any) -> Any:
+        run = lambda p, v, x: forward(self.recipe, self.trace.functional, p, v, x, None, False)  # noqa: E731
+        return laid_out(run, self.plan.layout, self.mesh, ("params", "variables", "inputs"))(params, variables, inputs)
 
     # ---- the train step -------------------------------------------------------------------------------------------
 
@@ -179,22 +195,15 @@ class Program:
         key = jax.random.fold_in(state.key, state.step)
         count = self.plan.micro_batches
 
-        def objective(params: Any, variables: Any, key: Any, micro_batch: Any) -> tuple[Any, tuple]:
-            inputs, targets = micro_batch
-            outputs, variables = self._forward(params, variables, inputs, key, train=True)
-            sums = losses.measure(self.recipe, outputs, targets)
-            total, weight = sums["loss"]
-            value = total / weight if count == 1 else total
-            return value if scale is None else value * scale, (sums, variables)
-
-        gradient = jax.grad(objective, has_aux=True)
+        value = rematerialized(objective(self.recipe, self.trace.functional, count), self.plan.remat)
+        gradient = laid_out(jax.grad(value, has_aux=True), self.plan.layout, self.mesh, ARGUMENTS, gradients=True)
         if count == 1:
-            gradients, (sums, variables) = gradient(state.params, state.variables, key, batch)
+            gradients, (sums, variables) = gradient(state.params, state.variables, key, *batch, scale)
             return _unscaled(gradients, scale), sums, variables
 
         def add(carry: tuple, index: Any, micro_batch: Any) -> tuple:
             gradients, sums, variables = carry
-            more, (more_sums, variables) = gradient(state.params, variables, jax.random.fold_in(key, index), micro_batch)
+            more, (more_sums, variables) = gradient(state.params, variables, jax.random.fold_in(key, index), *micro_batch, scale)
             return *jax.tree.map(jnp.add, (gradients, sums), (more, more_sums)), variables
 
         # strided, so that each device's rows are spread over the micro-batches without leaving the device

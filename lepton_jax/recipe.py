@@ -38,7 +38,8 @@ class Recipe:
         consumed once an epoch; the last batch of the run is filled up from one epoch more.
       steps: optimizer updates; if given, instead of `epochs`.
       batch_size: samples per optimizer update, over all devices.
-      micro_batches: parts in which a batch passes through the model; gradients are summed.
+      micro_batches: parts in which a batch passes through the model; gradients are summed. None: one, or as many as it
+        takes to fit into memory.
       steps_per_call: steps that one XLA call runs. None: the plan chooses by the cost of a step.
       clip_norm: greatest global norm of the gradient. None: no clipping.
       precision: "float32"; "bfloat16" (float32 master weights); "float16" (the same, with dynamic loss scaling).
@@ -66,7 +67,7 @@ class Recipe:
     epochs: float | None = None
     steps: int | None = None
     batch_size: int = 128
-    micro_batches: int = 1
+    micro_batches: int | None = None
     steps_per_call: int | None = None
     clip_norm: float | None = None
     precision: str = "float32"
@@ -86,7 +87,7 @@ class Recipe:
         for name in ("batch_size", "micro_batches", "steps_per_call", "evaluate_every", "save_every", "log_every",
                      "keep", "steps"):
             value = getattr(self, name)
-            optional = value is None and name not in ("batch_size", "micro_batches", "keep")
+            optional = value is None and name not in ("batch_size", "keep")
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise RecipeError(f"{name} is {value!r}; it must be a whole number of at least 1",
                                   where=f"Recipe.{name}", remedy=f"set {name} to 1 or more")
@@ -105,7 +106,7 @@ class Recipe:
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision {self.precision!r} is not known{nearest(str(self.precision), PRECISIONS)}",
                               where="Recipe.precision", remedy=f"use one of {', '.join(PRECISIONS)}")
-        if self.batch_size % self.micro_batches:
+        if self.batch_size % (self.micro_batches or 1):
             raise RecipeError(f"batch_size {self.batch_size} does not divide into {self.micro_batches} micro-batches",
                               where="Recipe.micro_batches", remedy="let micro_batches divide batch_size")
         for name in ("model", "loss"):

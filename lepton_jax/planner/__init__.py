@@ -1,6 +1,9 @@
-"""From a recipe to the plan that drives its program: trace, then decide."""
+"""From a recipe to the plan that drives its program: trace, find its named axes, search, explain, verify."""
 
-from lepton_jax.planner.plan import ArrayPlan, Plan, plan
-from lepton_jax.planner.trace import Trace, trace
+from lepton_jax.planner.apply import laid_out
+from lepton_jax.planner.plan import ArrayPlan, Plan
+from lepton_jax.planner.remat import rematerialized
+from lepton_jax.planner.planning import candidates, plan
+from lepton_jax.planner.trace import ARGUMENTS, Trace, objective, trace
 
-__all__ = ["ArrayPlan", "Plan", "Trace", "plan", "trace"]
+__all__ = ["ARGUMENTS", "ArrayPlan", "Plan", "Trace", "candidates", "laid_out", "objective", "plan", "rematerialized", "trace"]

@@ -1,11 +1,10 @@
-"""The plan: how a traced recipe lies on a topology, as plain data, and why."""
+"""The plan: how a traced recipe lies on a topology, as plain data, what it will cost, and why."""
 
 from __future__ import annotations
 
 import json
 import math
-import textwrap
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import jax
@@ -13,28 +12,76 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import make_mesh
 from lepton_jax.errors import PlanError
-from lepton_jax.hardware import Topology
-from lepton_jax.planner.trace import Trace
-from lepton_jax.state import by_path, nbytes
+from lepton_jax.planner.graph import Graph
+from lepton_jax.planner.layout import Layout, meets_stored
+from lepton_jax.state import by_path
 
-DATA = "data"
-CALL_SECONDS = 1e-2  # of computing in one call: about a hundred times what dispatching it costs the host
-MOST_STEPS_PER_CALL = 32
-MOST_BLOCK_BYTES = 64 * 2**20
-RESIDENT_SHARE = 0.05  # of a device's memory
+Entry = str | tuple[str, ...] | None  # the mesh axes of one dim, as in a PartitionSpec
+Entries = tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """How one array of the state lies: mesh axes per dim (None: not sharded), and why."""
+    """How one array lies.
+
+    Attributes:
+      path, kind, shape, dtype: of the array; kind is a field of State, "inputs" or "targets".
+      bytes: of all of it.
+      spec: mesh axes of each dim as it is kept; () if each device has a copy.
+      use: the same while it is computed with: a parameter is gathered along what `spec` has more.
+      reason: why.
+    """
 
     path: str
     kind: str
     shape: tuple[int, ...]
     dtype: str
     bytes: int
-    spec: tuple[str | None, ...]
+    spec: Entries
+    use: Entries
     reason: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named axis of the model: one thing, found as a dim of many arrays.
+
+    Attributes:
+      name: after a parameter (path and dim) or an input that has it; repeated layers share one.
+      size: its extent, the largest where dims that merge several factors differ.
+      mesh: the mesh axes that split it in computing.
+      members: how many dims of parameters it is.
+    """
+
+    name: str
+    size: int
+    mesh: tuple[str, ...]
+    members: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Communication of one step: bytes as in `Link.seconds`, summed over `count` of them; `what` are the largest causes."""
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: float
+    seconds: float
+    what: str
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A plan that was not chosen: its step's seconds, its peak bytes, and by how much it loses in the objective."""
+
+    name: str
+    mesh: dict[str, int]
+    remat: str
+    micro_batches: int
+    seconds: float
+    bytes: float
+    loses: str
 
 
 @dataclass(frozen=True)
@@ -43,38 +90,77 @@ class Plan:
 
     Attributes:
       topology: its name.
-      mesh: mesh axis name to size.
-      batch: spec of a batch: the mesh axis of the batch dim.
+      name: the strategy in the field's words: "data parallel", "FSDP x tensor parallel", ...
+      objective: what it is best in: "time", "memory" or "cost".
+      mesh: mesh axis name to size, outermost first.
+      batch_axes: the mesh axes over which a batch is split.
       arrays: one entry per array of the state.
-      batch_size, micro_batches: samples a step, and parts in which a device's share passes through the model.
+      batch: one entry per array of a batch.
+      axes: the named axes that were found, largest first.
+      batch_size, micro_batches: samples a step, and parts in which they pass through the model.
+      remat: rematerialization: "none", "dots" or "full".
       unroll_micro_batches: micro-batches as straight code instead of a loop.
       steps_per_call: steps that one XLA call runs.
       data: "resident": the training data lies on each device, and a batch is gathered there by its indices;
         "streamed": batches come from the host.
-      bytes_per_device: predicted bytes by kind. What the activations take is not predicted.
+      bytes_per_device: predicted bytes by kind; their sum is the predicted peak.
+      memory: bytes that a device has.
+      seconds: predicted seconds of a step by kind ("matmul", "memory", "communication", ...): their sum.
+      flops: of a step on one device.
+      collectives: predicted communication of a step.
+      price_per_hour: of the whole topology in US dollars; None: not known.
+      rivals: the five best of the plans that were not chosen.
       reasons: each decision that is not an array's, and why.
+      notes: what could not be done, or was left to XLA.
     """
 
     topology: str
+    name: str
+    objective: str
     mesh: dict[str, int]
-    batch: tuple[str | None, ...]
+    batch_axes: tuple[str, ...]
     arrays: tuple[ArrayPlan, ...]
+    batch: tuple[ArrayPlan, ...]
+    axes: tuple[Axis, ...]
     batch_size: int
     micro_batches: int
+    remat: str
     unroll_micro_batches: bool
     steps_per_call: int
     data: str
     bytes_per_device: dict[str, int]
+    memory: int
+    seconds: dict[str, float]
+    flops: float
+    collectives: tuple[Collective, ...]
+    price_per_hour: float | None
+    rivals: tuple[Rival, ...]
     reasons: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
-    def make_mesh(self, devices: list[jax.Device]) -> Mesh:
-        """The mesh over live devices.
+    @property
+    def peak(self) -> int:
+        """Predicted bytes that a device holds at the most."""
+        return sum(self.bytes_per_device.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def price_per_step(self) -> float | None:
+        """US dollars."""
+        return None if self.price_per_hour is None else self.price_per_hour * self.step_seconds / 3600
+
+    def make_mesh(self, devices: Any) -> Mesh:
+        """The mesh over live devices (a list, or an array of the mesh's shape).
 
         Raises:
           PlanError: their number isn't the plan's.
         """
-        if len(devices) != math.prod(self.mesh.values()):
-            raise PlanError(f"the plan is for {math.prod(self.mesh.values())} devices, {len(devices)} are given",
+        count = devices.size if hasattr(devices, "size") else len(devices)
+        if count != math.prod(self.mesh.values()):
+            raise PlanError(f"the plan is for {math.prod(self.mesh.values())} devices, {count} are given",
                             where=f"plan for {self.topology}", remedy="plan anew for the devices that are there")
         return make_mesh(self.mesh, devices)
 
@@ -83,6 +169,26 @@ class Plan:
         specs = {a.path: PartitionSpec(*a.spec) for a in self.arrays}
         leaves = [NamedSharding(mesh, specs[path]) for path in by_path(state)]
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+    def layout(self, graph: Graph, paths: list[str]) -> Layout:
+        """What the plan says of a program, whose inputs have these paths: parameters first (see `laid_out`)."""
+        bits = {name: 1 << i for i, name in enumerate(self.mesh)}
+        masks = lambda entries: tuple(sum(bits[n] for n in _names(e)) for e in entries)  # noqa: E731
+        known = {a.path: a for a in (*self.arrays, *self.batch)}
+        uses: dict[int, int] = {}
+        storage = []
+        for path, value in zip(paths, graph.block.inputs, strict=True):
+            array = known.get(path)
+            if array is None:
+                continue
+            full = (0,) * len(value.shape)
+            for node, mask in zip(value.nodes, masks(array.use), strict=False):
+                if mask:
+                    uses[graph.find(node)] = uses.get(graph.find(node), 0) | mask
+            if array.kind == "params":
+                spec = masks(array.spec)
+                storage.append(spec + full[len(spec):])
+        return Layout(graph, tuple(self.mesh.values()), uses, storage, meets_stored(graph))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -95,101 +201,65 @@ class Plan:
           PlanError: the text is no plan.
         """
         try:
-            data = json.loads(text)
-            arrays = tuple(ArrayPlan(**{**a, "shape": tuple(a["shape"]), "spec": tuple(a["spec"])})
-                           for a in data.pop("arrays"))
-            return cls(**{**data, "batch": tuple(data["batch"]), "arrays": arrays})
+            data = _tuples(json.loads(text))
+            if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
+                raise ValueError("its entries are not a plan's")
+            kinds = {"arrays": ArrayPlan, "batch": ArrayPlan, "axes": Axis, "collectives": Collective, "rivals": Rival}
+            return cls(**{k: tuple(kinds[k](**x) for x in v) if k in kinds else v for k, v in data.items()})
         except (ValueError, TypeError, KeyError) as error:
             raise PlanError(f"not a plan: {error}", where="plan.json", remedy="plan anew") from error
 
-    def __str__(self) -> str:
-        parameters = [a for a in self.arrays if a.kind == "params"]
-        width = max(len(a.path.partition("/")[2]) for a in parameters)
-        lines = [f"Plan for {self.topology}: mesh {' x '.join(f'{k}={v}' for k, v in self.mesh.items())}, "
-                 f"batch {self.batch_size} over {self.batch[0]!r}"]
-        for a in parameters:
-            shape, spec = "x".join(map(str, a.shape)) or "scalar", ", ".join(map(str, a.spec)) or "replicated"
-            lines.append(f"  {a.path.partition('/')[2]:{width}}  {shape:>16}  {a.dtype:8} {_size(a.bytes):>9}  "
-                         f"{spec}: {a.reason}")
-        held = ", ".join(f"{kind} {_size(count)}" for kind, count in self.bytes_per_device.items())
-        lines += textwrap.wrap(f"a device holds {held}; what activations take is not predicted", 100,
-                               initial_indent="  ", subsequent_indent="    ")
-        lines += [f"  {what}: {why}" for what, why in self.reasons.items()]
+    def diff(self, other: Plan) -> str:
+        """What differs from another plan, a line each; empty if nothing does."""
+        lines = []
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if mine == theirs or f.name in ("rivals", "reasons", "collectives", "axes"):
+                continue
+            if f.name in ("arrays", "batch"):
+                left, right = ({a.path: a for a in x} for x in (mine, theirs))
+                for path in dict.fromkeys((*left, *right)):
+                    a, b = left.get(path), right.get(path)
+                    if a is None or b is None:
+                        lines.append(f"{path}: only in the {'second' if a is None else 'first'}")
+                    elif replace(a, reason="") != replace(b, reason=""):
+                        lines.append(f"{path}: {_described(a)} -> {_described(b)}")
+            else:
+                lines.append(f"{f.name}: {mine} -> {theirs}")
         return "\n".join(lines)
 
+    def __str__(self) -> str:
+        from lepton_jax.planner.show import text  # the picture of a plan is drawn from the plan
 
-def plan(trace: Trace, topology: Topology) -> Plan:
-    """Data parallelism over all devices: the batch is split, the state is replicated.
+        return text(self)
 
-    Raises:
-      PlanError: the batch does not divide over the devices and micro-batches.
-    """
-    recipe, devices = trace.recipe, topology.devices
-    parts = devices * recipe.micro_batches
-    if recipe.batch_size % parts:
-        low = recipe.batch_size // parts * parts
-        near = " or ".join(str(n) for n in (low, low + parts) if n)
-        micro = f" in {recipe.micro_batches} micro-batches" if recipe.micro_batches > 1 else ""
-        raise PlanError(f"batch_size {recipe.batch_size} does not divide over {devices} devices{micro}",
-                        where=f"topology {topology.name}", remedy=f"set batch_size to {near}, or use fewer devices")
-    arrays = []
-    for path, leaf in by_path(trace.state).items():
-        dtype = "key" if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else str(leaf.dtype)
-        arrays.append(ArrayPlan(path, path.partition("/")[0], tuple(leaf.shape), dtype, nbytes(leaf), (),
-                                "data parallelism keeps a copy on each device"))
-    held = {kind: sum(a.bytes for a in arrays if a.kind == kind) for kind in ("params", "variables", "optimizer")}
-    held["gradients"] = held["params"]
-    row = sum(nbytes(x) for x in jax.tree.leaves((trace.inputs, trace.targets)))
-    held["batch"] = row // devices
-    data, why_data = _residence(trace, topology, row)
-    slow_loops = _slow_loops(trace, topology)
-    steps, why = _steps_per_call(trace, topology, row, slow_loops)
-    held["batch"] *= steps
-    if data == "resident":
-        held["data"], held["batch"] = row // recipe.batch_size * (trace.samples or 0), row // devices
-    reasons = {f"data {data}": why_data} | {f"{steps} step{'s' if steps > 1 else ''} per call": why}
-    if recipe.micro_batches > 1 and slow_loops:
-        reasons["micro-batches unrolled"] = "XLA's CPU backend runs convolutions inside loops on a slow path"
-    return Plan(topology.name, {DATA: devices}, (DATA,), tuple(arrays), recipe.batch_size, recipe.micro_batches,
-                slow_loops, steps, data, held, reasons)
+    def _repr_html_(self) -> str:
+        from lepton_jax.planner.show import html
+
+        return html(self)
 
 
-def _residence(trace: Trace, topology: Topology, batch_bytes: int) -> tuple[str, str]:
-    """Where the training data lies, and why."""
-    if trace.samples is None:
-        return "streamed", "it is not held as arrays in memory"
-    size = batch_bytes // trace.recipe.batch_size * trace.samples
-    copies = topology.devices if topology.platform == "cpu" else 1  # virtual devices share one memory
-    if size * copies > RESIDENT_SHARE * topology.chip.memory:
-        return "streamed", f"{_size(size)} on each device would be more than {RESIDENT_SHARE:.0%} of its memory"
-    return "resident", f"{_size(size)} on each device spare copying each batch there"
+def entries(spec: tuple[int, ...], names: tuple[str, ...]) -> Entries:
+    """Masks of mesh axes as a PartitionSpec's entries; () if nothing is split."""
+    found: list[Entry] = []
+    for mask in spec:
+        axes = tuple(n for i, n in enumerate(names) if mask >> i & 1)
+        found.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    while found and found[-1] is None:
+        found.pop()
+    return tuple(found)
 
 
-def _slow_loops(trace: Trace, topology: Topology) -> bool:
-    """XLA's CPU backend: a convolution of one step in a loop took 20 times as long as outside of it (jax 0.10, 0.12)."""
-    return topology.platform == "cpu" and "conv_general_dilated" in trace.operations
+def _names(entry: Entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _steps_per_call(trace: Trace, topology: Topology, batch_bytes: int, slow_loops: bool) -> tuple[int, str]:
-    asked = trace.recipe.steps_per_call
-    if trace.jaxpr is None:
-        return asked or 1, "the data is not known yet, so nothing is said about the batch"
-    if slow_loops:
-        why = "XLA's CPU backend runs convolutions inside loops on a slow path"
-        return 1, why + (f", so {asked} as asked for would be slower" if asked and asked > 1 else "")
-    if asked:
-        return asked, "as the recipe asks"
-    seconds = trace.flops / topology.devices / topology.chip.bf16_flops
-    # a virtual CPU device is a share of the machine, not one more
-    seconds *= topology.devices if topology.platform == "cpu" else 1
-    most = min(MOST_STEPS_PER_CALL, max(1, MOST_BLOCK_BYTES // max(1, batch_bytes)))
-    steps = min(most, 2 ** max(0, math.ceil(math.log2(CALL_SECONDS / max(seconds, 1e-9)))))
-    return 2 ** int(math.log2(steps)), f"a step computes for about {seconds * 1e3:.2g} ms"
+def _described(array: ArrayPlan) -> str:
+    return f"{list(array.shape)} {array.dtype} {array.spec or 'replicated'}, used as {array.use or 'replicated'}"
 
 
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024  # type: ignore[assignment]
-    return f"{count:.1f} TiB"
+def _tuples(data: Any) -> Any:
+    """JSON's lists as tuples."""
+    if isinstance(data, list):
+        return tuple(_tuples(x) for x in data)
+    return {k: _tuples(v) for k, v in data.items()} if isinstance(data, dict) else data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from lepton_jax import controller, losses, optimizers, precision
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
 from lepton_jax.errors import DataError, ModelError, pointing_at_user
 from lepton_jax.module import Functional, forward, functional
+from lepton_jax.planner.graph import Graph
+from lepton_jax.planner.remat import rematerialized
 from lepton_jax.recipe import Recipe
 from lepton_jax.state import State, by_path, nbytes
 
@@ -41,6 +43,22 @@ class Trace:
     flops: float
     operations: dict[str, int]
     samples: int | None
+    _gradients: dict[str, Graph] = field(default_factory=dict, repr=False, compare=False)
+
+    def gradient(self, remat: str) -> Graph:
+        """Loss and gradients of one batch as a graph, under a rematerialization policy; `arguments` names its inputs."""
+        if remat not in self._gradients:
+            function = jax.grad(rematerialized(objective(self.recipe, self.functional, 1), remat), has_aux=True)
+            state, scale = self.state, jax.ShapeDtypeStruct((), "float32") if self.recipe.precision == "float16" else None
+            program = jax.make_jaxpr(function)(state.params, state.variables, state.key, self.inputs, self.targets, scale)
+            count = len(jax.tree.leaves(state.params))
+            self._gradients[remat] = Graph(program, count, count)
+        return self._gradients[remat]
+
+    @property
+    def arguments(self) -> list[str]:
+        """Paths of the inputs of `gradient`."""
+        return argument_paths(ARGUMENTS, (self.state.params, self.state.variables, self.state.key, self.inputs, self.targets))
 
     @property
     def classes(self) -> int:
@@ -53,6 +71,31 @@ class Trace:
                  f"{sum(self.operations.values())} operations, {self.flops:.3g} FLOP a step"]
         lines += [f"  {path:40s} {leaf.shape!s:20s} {leaf.dtype}  {nbytes(leaf):,} B" for path, leaf in params.items()]
         return "\n".join(lines)
+
+
+ARGUMENTS = ("params", "variables", "key", "inputs", "targets", "scale")
+
+
+def objective(recipe: Recipe, module: Functional, micro_batches: int) -> Any:
+    """What a train step takes the gradient of.
+
+    Returns:
+      A function of `ARGUMENTS`, of one micro-batch, to its mean loss (its summed loss, if it is one of several), and to
+      the sums of loss and metrics and the variables after.
+    """
+    def value(params: Any, variables: Any, key: Any, inputs: Any, targets: Any, scale: Any) -> tuple[Any, tuple]:
+        outputs, after = forward(recipe, module, params, variables, inputs, key, True)
+        sums = losses.measure(recipe, outputs, targets)
+        total, weight = sums["loss"]
+        result = total / weight if micro_batches == 1 else total
+        return result if scale is None else result * scale, (sums, after)
+
+    return value
+
+
+def argument_paths(names: tuple[str, ...], args: tuple) -> list[str]:
+    """The leaves of arguments as "params/blocks/0/kernel", "inputs", ..."""
+    return [path for name, arg in zip(names, args, strict=False) for path in by_path({name: arg})]
 
 
 def trace(recipe: Recipe, inputs: Any, targets: Any, samples: int | None = None) -> Trace:

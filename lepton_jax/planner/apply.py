@@ -1,0 +1,147 @@
+"""A function laid out on a mesh: its jaxpr run again, with constraints on what it computes; the function is not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lepton_jax.compat import Literal, at_source, scan_counts
+from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.layout import Contraction, Layout, Spec, contraction
+from lepton_jax.planner.rules import ELEMENTWISE, SOURCES
+from lepton_jax.planner.trace import argument_paths
+
+# what XLA's own propagation never gets wrong needs no constraint
+FOLLOWING = {*ELEMENTWISE, *SOURCES, "broadcast_in_dim", "transpose", "squeeze", "expand_dims"}
+
+
+def laid_out(function: Callable, layout: Callable[[Graph, list[str]], Layout], mesh: Mesh, names: tuple[str, ...],
+             gradients: bool = False) -> Callable:
+    """`function` with its values constrained to a layout.
+
+    Args:
+      function: of arrays in pytrees; the first argument holds the parameters.
+      layout: the function's graph and the paths of its inputs to their layout.
+      mesh: with the layout's axes, in their order.
+      names: of the arguments, as in `argument_paths`.
+      gradients: whether the first result mirrors the parameters.
+    """
+    if mesh.size == 1:
+        return function
+
+    def constrained(*args: Any) -> Any:
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        count = len(jax.tree.leaves(args[0]))
+        graph = Graph(program, count, count if gradients else 0)
+        results = Evaluation(layout(graph, argument_paths(names, args)), mesh).program(jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return constrained
+
+
+class Evaluation:
+    """Runs a graph under a layout."""
+
+    def __init__(self, layout: Layout, mesh: Mesh):
+        self.layout, self.mesh = layout, mesh
+        self._gathered: dict[tuple[int, Spec], Any] = {}
+
+    def program(self, leaves: list[Any]) -> list[Any]:
+        block = self.layout.graph.block
+        return self._block(block, [self._put(x, self.layout.spec(v)) for x, v in zip(leaves, block.inputs, strict=True)])
+
+    def _put(self, x: Any, spec: Spec) -> Any:
+        if not spec:
+            return x
+        names = self.mesh.axis_names
+        entries = [tuple(n for i, n in enumerate(names) if mask >> i & 1) or None for mask in spec]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*entries)))
+
+    def _block(self, block: Block, args: list[Any]) -> list[Any]:
+        env: dict[int, Any] = {}
+        for value, x in [*zip(block.inputs, args, strict=True), *zip(block.constants, block.consts, strict=True)]:
+            env[value.index] = x
+        for op in block.operations:
+            literals = [getattr(v, "val", None) for v in op.eqn.invars] if op.name != BARRIER else [None] * len(op.inputs)
+            inputs = [x if v is None else env[v.index] for x, v in zip(literals, op.inputs, strict=True)]
+            with at_source(op.eqn, op.stack):
+                outputs = self._operation(op, inputs)
+            env.update((v.index, x) for v, x in zip(op.outputs, outputs, strict=True))
+        return [env[v.index] if isinstance(v, Value) else v.val for v in block.results]
+
+    def _operation(self, op: Operation, inputs: list[Any]) -> list[Any]:
+        if op.name == BARRIER:
+            return list(jax.lax.optimization_barrier(tuple(inputs)))
+        if op.name == "scan":
+            return self._scan(op, inputs)
+        if op.name == "while":
+            return self._while(op, inputs)
+        if op.name == "cond":
+            return self._cond(op, inputs)
+        product = contraction(op)
+        decision = self.layout.decide(op, product)
+        for i, spec in decision.inputs.items():
+            value = op.inputs[i]
+            assert value is not None
+            if value.stored is not None and self.layout.spec(value) != spec:
+                inputs[i] = self._gather(value, inputs[i], spec)
+            else:
+                inputs[i] = self._put(inputs[i], spec)
+        out = _bind(op.eqn, inputs)
+        if op.name in FOLLOWING and not decision.inputs:
+            return out
+        if decision.natural is not None and not _summed(product, decision.natural, self.layout.spec(op.outputs[0])):
+            out[0] = self._put(out[0], decision.natural)
+        return [self._put(x, self.layout.spec(v)) if hasattr(x, "shape") and op.known else x
+                for x, v in zip(out, op.outputs, strict=True)]
+
+    def _gather(self, value: Value, x: Any, spec: Spec) -> Any:
+        """A stored value as it is used, gathered once a block; but not kept from the forward pass to the backward pass."""
+        done = self._gathered.get((value.index, spec))
+        if done is not None and value.index not in self.layout.graph.lasting:
+            return done
+        gathered = self._put(x if done is None else jax.lax.optimization_barrier(x), spec)
+        self._gathered[value.index, spec] = gathered
+        return gathered
+
+    def _scan(self, op: Operation, inputs: list[Any]) -> list[Any]:
+        consts, carried = scan_counts(op.eqn)
+        head, carry, xs = inputs[:consts], inputs[consts:consts + carried], inputs[consts + carried:]
+        block = op.blocks[0]
+        specs = [self.layout.spec(v) for v in block.inputs]
+
+        def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+            args = [x if x is None else self._put(x, s) for x, s in zip([*head, *carry, *xs], specs, strict=True)]
+            results = self._block(block, args)
+            results = [self._put(x, self.layout.spec(v)) if isinstance(v, Value) else x
+                       for x, v in zip(results, block.results, strict=True)]
+            return results[:carried], results[carried:]
+
+        p = op.params
+        carry, ys = jax.lax.scan(body, carry, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+        return [self._put(x, self.layout.spec(v)) for x, v in zip([*carry, *ys], op.outputs, strict=True)]
+
+    def _while(self, op: Operation, inputs: list[Any]) -> list[Any]:
+        nc, nb = op.params["cond_nconsts"], op.params["body_nconsts"]
+        cond, body = op.blocks
+        return jax.lax.while_loop(lambda c: self._block(cond, [*inputs[:nc], *c])[0],
+                                  lambda c: self._block(body, [*inputs[nc:nc + nb], *c]), inputs[nc + nb:])
+
+    def _cond(self, op: Operation, inputs: list[Any]) -> list[Any]:
+        branches = [lambda *args, b=b: self._block(b, list(args)) for b in op.blocks]
+        return jax.lax.switch(inputs[0], branches, *inputs[1:])
+
+
+def _summed(product: Contraction | None, natural: Spec, spec: Spec) -> bool:
+    """Whether a result differs from what is wanted only by sums that are still to be scattered."""
+    if product is None:
+        return False
+    return all(n & ~s == 0 for n, s in zip(natural, spec, strict=True))
+
+
+def _bind(eqn: Any, inputs: list[Any]) -> list[Any]:
+    out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]

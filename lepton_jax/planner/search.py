@@ -1,0 +1,349 @@
+"""The search: mesh shapes x assignments of mesh axes to named axes x rematerialization x micro-batches, for an objective.
+
+For each mesh shape a greedy descent runs from a few starting points that stand for what experts write by hand; each turns
+the assignment of one mesh axis to one named axis on or off while that helps. The best of them all then get the mildest
+rematerialization and the fewest micro-batches that fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lepton_jax.hardware import Topology
+from lepton_jax.planner.assemble import Assignment, expert_groups
+from lepton_jax.planner.cost import Cost, Estimate, optimizer_bytes
+from lepton_jax.planner.build import by_hand, fixed  # noqa: F401  for a plan without a search
+from lepton_jax.planner.memory import Sizes, Timeline, predict
+from lepton_jax.planner.named import Names
+from lepton_jax.planner.pins import Pins
+from lepton_jax.planner.remat import POLICIES
+from lepton_jax.planner.schedule import residence, steps_per_call
+from lepton_jax.planner.trace import Trace
+
+OBJECTIVES = ("time", "memory", "cost")
+MARGIN = 0.92  # of a device's memory may be planned for: predictions err by some percent
+ALIKE = 0.005  # plans that differ by less in the objective are equally good, and so are those that differ by less than
+ALIKE_SECONDS = 1e-4  # what dispatching a call costs the host: the simplest of them is taken
+MOST_GROUPS = 10
+MOST_MESHES = 24
+FINALISTS = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An assignment with its prediction; `score` is what the objective minimizes."""
+
+    assignment: Assignment
+    estimate: Estimate
+    peak: int
+    bytes: dict[str, int]
+    fits: bool
+    score: float
+
+
+class Memory:
+    """What an assignment holds on a device, for one rematerialization policy."""
+
+    def __init__(self, trace: Trace, names: Names, topology: Topology, sizes: Sizes):
+        self.trace, self.names, self.topology, self.sizes = trace, names, topology, sizes
+        self._timeline = Timeline(names.graph, topology.platform)
+        self._state = optimizer_bytes(trace, names)
+        self._how = {"steps_per_call": steps_per_call(trace, topology)[0], "data": residence(trace, topology)[0]}
+
+    def predict(self, assignment: Assignment) -> dict[str, int]:
+        return predict(self.trace, self.names.graph, self.names, assignment, self.topology, samples=self.trace.samples,
+                       timeline=self._timeline, sizes=self.sizes, **self._how)[0]
+
+    def state(self, assignment: Assignment) -> float:
+        """Bytes of parameters, their gradients and the optimizer's state."""
+        total, counts = 0.0, assignment.counts
+        for spec, (own, more) in zip(self.names.storage(list(assignment.masks), assignment.keep, counts), self._state,
+                                     strict=True):
+            mask = 0
+            for m in spec:
+                mask |= m
+            total += (2 * own + more) / counts[mask]
+        return total
+
+
+@dataclass
+class Problem:
+    """A traced recipe on a topology, with what costs and memory need of it, by rematerialization policy."""
+
+    trace: Trace
+    topology: Topology
+    objective: str
+    pins: Pins
+    _names: dict[str, Names] = field(default_factory=dict)
+    _sizes: dict[str, Sizes] = field(default_factory=dict)
+    _costs: dict[str, Cost] = field(default_factory=dict)
+    _memories: dict[str, Memory] = field(default_factory=dict)
+    _shared: set[int] | None = None
+    _flops: float | None = None
+
+    def names(self, remat: str) -> Names:
+        if remat not in self._names:
+            self._names[remat] = Names(self.trace.gradient(remat), self.trace.arguments, self.pins.storage)
+        return self._names[remat]
+
+    def sizes(self, remat: str) -> Sizes:
+        if remat not in self._sizes:
+            self._sizes[remat] = Sizes(self.names(remat).graph, self.names(remat))
+        return self._sizes[remat]
+
+    def cost(self, remat: str) -> Cost:
+        if remat not in self._costs:
+            self._costs[remat] = Cost(self.trace, self.names(remat), self.topology, self.sizes(remat))
+        return self._costs[remat]
+
+    def memory(self, remat: str) -> Memory:
+        if remat not in self._memories:
+            self._memories[remat] = Memory(self.trace, self.names(remat), self.topology, self.sizes(remat))
+        return self._memories[remat]
+
+    def shared(self, names: Names) -> set[int]:
+        """Groups that may share a mesh axis with the samples: experts, and rows that are looked up."""
+        if self._shared is None:
+            self._shared = expert_groups(names) | lookups(names)
+        return self._shared
+
+    def lightly(self, assignment: Assignment) -> tuple[float, Assignment]:
+        """The time of an assignment, made worse by how much of the state would not fit."""
+        seconds = self.cost("none").estimate(assignment).total
+        held = self.memory("none").state(assignment)
+        score = held if self.objective == "memory" else seconds
+        return score * (1 + 10 * max(0.0, held / self.limit - 0.9)) + 1e-9 * held / self.limit, assignment
+
+    def least_flops(self, a: Assignment) -> float:
+        """FLOP of a step on one device, all of it."""
+        if self._flops is None:
+            self._flops = self.cost("none").estimate(replace(a, masks=(0,) * len(a.masks), keep=0)).flops
+        return self._flops
+
+    @property
+    def limit(self) -> float:
+        return self.topology.device.memory * MARGIN
+
+    def candidate(self, assignment: Assignment) -> Candidate:
+        """Both predictions of an assignment whose masks are those of the policy "none"."""
+        assignment = self.translated(assignment)
+        estimate = self.cost(assignment.remat).estimate(assignment)
+        held = self.memory(assignment.remat).predict(assignment)
+        peak = sum(held.values())
+        score = float(peak) if self.objective == "memory" else estimate.total
+        return Candidate(assignment, estimate, peak, held, peak <= self.limit, score)
+
+    def translated(self, assignment: Assignment) -> Assignment:
+        """Masks in the order of the groups of the assignment's own policy."""
+        if assignment.remat == "none":
+            return assignment
+        by_name = dict(zip((g.name for g in self.names("none").groups), assignment.masks, strict=True))
+        return replace(assignment, masks=tuple(by_name.get(g.name, 0) for g in self.names(assignment.remat).groups))
+
+    def untranslated(self, assignment: Assignment) -> Assignment:
+        if assignment.remat == "none":
+            return assignment
+        by_name = dict(zip((g.name for g in self.names(assignment.remat).groups), assignment.masks, strict=True))
+        return replace(assignment, masks=tuple(by_name.get(g.name, 0) for g in self.names("none").groups))
+
+
+def search(problem: Problem) -> list[Candidate]:
+    """Candidates, best first: those that fit before those that don't."""
+    if problem.topology.devices == 1:
+        return order(problem, finish(problem, Assignment((1,), (0,) * len(problem.names("none").groups), 0)))
+    found: dict[tuple, tuple[float, Assignment]] = {}
+    for sizes in problem.pins.meshes or meshes(problem.topology, problem.names("none")):
+        for start in starts(problem, sizes):
+            for score, a in (problem.lightly(start), descend(problem, start)):
+                a = merged(a)
+                key = (a.sizes, a.masks, a.keep)
+                if key not in found or found[key][0] > score:
+                    found[key] = (score, a)
+    ranked = sorted(found.values(), key=lambda f: f[0])
+    ranked = [f for f in ranked if not idle(problem, f[1])] or ranked
+    alike = [f for f in ranked if f[0] <= ranked[0][0] * (1 + ALIKE) + ALIKE_SECONDS]
+    alike.sort(key=lambda f: (_complexity(problem, f[1]), f[0]))
+    ranked = [*alike[:FINALISTS // 2], *(f for f in ranked if f not in alike[:FINALISTS // 2])]
+    finished: dict[tuple, Candidate] = {}
+    for _, a in ranked[:FINALISTS]:
+        for final in finish(problem, a):
+            a = problem.untranslated(final.assignment)
+            finished[a.sizes, a.masks, a.keep, a.remat, a.micro_batches] = final
+    return order(problem, finished.values())
+
+
+def idle(problem: Problem, a: Assignment) -> bool:
+    """Whether devices compute the same as others, for a third of the work or more."""
+    estimate = problem.cost("none").estimate(a)
+    return estimate.flops * math.prod(a.sizes) > 1.5 * problem.least_flops(a)
+
+
+def merged(a: Assignment) -> Assignment:
+    """Neighbouring mesh axes that split the same things as one."""
+    for bit in range(len(a.sizes) - 1):
+        roles = [tuple(m >> b & 1 for m in (*a.masks, a.keep)) for b in (bit, bit + 1)]
+        if roles[0] == roles[1]:
+            low = (1 << bit + 1) - 1
+            drop = lambda m: m & low | m >> 1 & ~low  # noqa: E731
+            sizes = (*a.sizes[:bit], a.sizes[bit] * a.sizes[bit + 1], *a.sizes[bit + 2:])
+            return merged(replace(a, sizes=sizes, masks=tuple(drop(m) for m in a.masks), keep=drop(a.keep)))
+    return a
+
+
+def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
+    """By the objective; among those that are alike, the simpler first."""
+    rest = sorted(candidates, key=lambda c: (not c.fits, c.score if c.fits else c.peak))
+    if rest and rest[0].fits:
+        slack = 0.0 if problem.objective == "memory" else ALIKE_SECONDS
+        alike = [c for c in rest if c.fits and c.score <= rest[0].score * (1 + ALIKE) + slack]
+        alike.sort(key=lambda c: (_complexity(problem, problem.untranslated(c.assignment)), c.score))
+        rest = [*alike, *(c for c in rest if c not in alike)]
+    return rest
+
+
+def _complexity(problem: Problem, a: Assignment) -> tuple:
+    """What makes a plan harder to follow, the weightiest first."""
+    names, policies = problem.names("none"), list(POLICIES)
+    batch = 0 if names.batch is None else a.masks[names.batch]
+    beside = sum(n > 1 and not batch >> bit & 1 for bit, n in enumerate(a.sizes))
+    return (a.micro_batches, policies.index(a.remat), beside, sum(n > 1 for n in a.sizes), sum(m != 0 for m in a.masks), a.keep)
+
+
+def meshes(topology: Topology, names: Names) -> list[tuple[int, ...]]:
+    """Factorizations of the number of devices into at most three axes, the likelier first."""
+    n = topology.devices
+    pairs = [(n // k, k) for k in _divisors(n) if 1 < k < n]
+    triples = [(a, b, c) for a, rest in [(n // k, k) for k in _divisors(n) if 1 < k < n] for b, c in
+               [(rest // k, k) for k in _divisors(rest) if 1 < k < rest] if a >= b >= c and c <= 16]
+    triples.sort(key=lambda t: (abs(math.log2(t[2]) - 2), -t[0]))
+    return [(n,), *pairs[:12], *triples][:MOST_MESHES] if n > 1 else [(1,)]
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
+    """Data parallelism, FSDP, both with an axis left for others, experts, sequences, rows of embeddings."""
+    names, count = problem.names("none"), len(sizes)
+    every, last, batch = (1 << count) - 1, 1 << (count - 1), names.batch
+
+    def start(masks: dict[int, int], keep: int) -> list[Assignment]:
+        if any(names.groups[k].divisor % math.prod(n for i, n in enumerate(sizes) if m >> i & 1) for k, m in masks.items()):
+            return []
+        full = tuple(masks.get(k, 0) for k in range(len(names.groups)))
+        return [problem.pins.force(Assignment(sizes, full, keep), names)]
+
+    if batch is None:
+        yield from start({}, every)
+        yield from start({}, 0)
+        return
+    experts, rows, later = expert_groups(names), lookups(names), sequences(names)
+    if count == 1 or problem.pins.meshes:
+        yield from start({batch: every}, 0)
+        yield from start({batch: every}, every)
+        if rows:
+            yield from start({batch: every, **dict.fromkeys(rows, every)}, 0)
+    if count == 1:
+        yield from start({}, 0)
+        for k in later:
+            yield from start({k: every}, every)
+    else:
+        yield from start({batch: every & ~last}, every & ~last)
+        for k in later:
+            yield from start({batch: every & ~last, k: last}, every)
+        yield from start({batch: every}, last)
+    if count == 3:
+        yield from start({batch: 1}, 1)
+    for k in experts:
+        yield from start({batch: every, k: last}, every & ~last)
+        if count > 1:
+            yield from start({batch: every & ~last, k: last}, every & ~last)
+
+
+def lookups(names: Names) -> set[int]:
+    """Groups by which a parameter is looked up: the rows of embeddings."""
+    found = set()
+    for op in names.graph.operations():
+        if op.name == "gather" and op.inputs[0] is not None and op.inputs[0].stored is not None:
+            for d in op.params["dimension_numbers"].collapsed_slice_dims:
+                group = names.of.get(names.graph.find(op.inputs[0].nodes[d]))
+                if group is not None:
+                    found.add(group)
+    return found - {names.batch}
+
+
+def sequences(names: Names) -> list[int]:
+    """Groups of inputs' later dims that no parameter has."""
+    return [k for k, g in enumerate(names.groups) if k != names.batch and
+            all(names.paths[i].startswith(("inputs", "targets")) and d > 0 for i, d in g.members)]
+
+
+def descend(problem: Problem, start: Assignment) -> Candidate:
+    """The best assignment reached by turning one (named axis, mesh axis) pair on or off at a time."""
+    names = problem.names("none")
+    best = problem.lightly(start)
+    improved = True
+    while improved:
+        improved = False
+        for k, bit in turns(problem, names, start.sizes):
+            neighbour = turned(problem, names, best[1], k, bit)
+            if neighbour is not None:
+                there = problem.lightly(neighbour)
+                if there[0] < best[0] * (1 - 1e-6):
+                    best, improved = there, True
+    return best
+
+
+def turns(problem: Problem, names: Names, sizes: tuple[int, ...]) -> list[tuple[int | None, int]]:
+    """(group, mesh axis) pairs that may be turned; group None: whether the axis keeps the state in parts."""
+    bits = [i for i, n in enumerate(sizes) if n > 1]
+    free = [k for k in considered(names) if names.groups[k].name not in problem.pins.groups]
+    return [(k, bit) for k in (*free, None) for bit in bits]
+
+
+def turned(problem: Problem, names: Names, a: Assignment, k: int | None, bit: int) -> Assignment | None:
+    """The assignment with one pair turned; None where that is impossible or senseless."""
+    if k is None:
+        return replace(a, keep=a.keep ^ 1 << bit)
+    mask = a.masks[k] ^ 1 << bit
+    if names.groups[k].divisor % a.counts[mask]:
+        return None
+    shared = problem.shared(names)
+    if k != names.batch and names.batch is not None and mask & 1 << bit and a.masks[names.batch] >> bit & 1 and k not in shared:
+        return None  # samples have the axis already wherever both are
+    masks = list(a.masks)
+    masks[k] = mask
+    if k == names.batch and mask & 1 << bit:
+        masks = [m if j == k or j in shared else m & ~(1 << bit) for j, m in enumerate(masks)]
+    return problem.pins.force(replace(a, masks=tuple(masks)), names)
+
+
+def considered(names: Names) -> list[int]:
+    """The groups worth splitting: the heaviest, the batch and sequences."""
+    return list(dict.fromkeys([*range(min(len(names.groups), MOST_GROUPS)), *([] if names.batch is None else [names.batch]),
+                               *sequences(names)]))
+
+
+def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
+    """For each rematerialization the fewest micro-batches that fit, or the most that there can be."""
+    names = problem.names("none")
+    batch = names.batch
+    rows = 1
+    if batch is not None:
+        rows = problem.trace.recipe.batch_size // assignment.counts[assignment.masks[batch]]
+    asked = problem.pins.micro_batches
+    for remat in [problem.pins.remat] if problem.pins.remat else POLICIES:
+        options = [asked] if asked else [m for m in _divisors(rows) if m & (m - 1) == 0 or m == rows]
+        last = None
+        for parts in options:
+            last = problem.candidate(replace(assignment, remat=remat, micro_batches=parts))
+            if last.fits:
+                break
+        if last is not None:
+            yield last
+            if last.fits and last.assignment.micro_batches == 1 and problem.objective != "memory":
+                return
