@@ -17,7 +17,7 @@ from lepton_jax.errors import RecipeError
 
 def recipe(data: Path | None = None, label: str = "label", test: Path | None = None, categorical: str = "",
            width: int = 256, dropout: float = 0.3, learning_rate: float = 1e-3, batch_size: int = 128,
-           epochs: float = 20, steps: int | None = None, micro_batches: int = 1, save_every: int | None = None,
+           epochs: float = 20, steps: int | None = None, micro_batches: int | None = None, save_every: int | None = None,
            seed: int = 0) -> lepton.Recipe:
     """A CSV table of numbers and categories with an MLP: classes, or a quantity.
 

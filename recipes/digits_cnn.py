@@ -13,7 +13,7 @@ from lepton_jax.errors import RecipeError
 
 
 def recipe(width: int = 32, dropout: float = 0.3, learning_rate: float = 3e-3, batch_size: int = 64,
-           epochs: float = 20, steps: int | None = None, micro_batches: int = 1,
+           epochs: float = 20, steps: int | None = None, micro_batches: int | None = None,
            precision: Literal["float32", "bfloat16", "float16"] = "float32", save_every: int | None = None,
            seed: int = 0) -> lepton.Recipe:
     """Digits of 8x8 pixels with a small CNN.

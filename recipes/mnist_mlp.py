@@ -15,7 +15,7 @@ from lepton_jax.errors import RecipeError
 
 
 def recipe(data: Path | None = None, hidden: int = 128, dropout: float = 0.0, learning_rate: float = 2e-3,
-           batch_size: int = 128, epochs: float = 10, steps: int | None = None, micro_batches: int = 1,
+           batch_size: int = 128, epochs: float = 10, steps: int | None = None, micro_batches: int | None = None,
            precision: Literal["float32", "bfloat16", "float16"] = "float32", save_every: int | None = None,
            seed: int = 0) -> lepton.Recipe:
     """MNIST with a 784-128-10 perceptron.

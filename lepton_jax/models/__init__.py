@@ -2,8 +2,11 @@
 
 from lepton_jax.models.cnn import CNN
 from lepton_jax.models.logistic import Logistic
+from lepton_jax.models.lstm import LSTM
 from lepton_jax.models.mlp import MLP
+from lepton_jax.models.moe import MoELM
 from lepton_jax.models.tabular import TabularMLP
-from lepton_jax.models.transformer import TransformerLM
+from lepton_jax.models.transformer import TransformerLM, transformer_size
+from lepton_jax.models.two_tower import TwoTower
 
-__all__ = ["CNN", "MLP", "Logistic", "TabularMLP", "TransformerLM"]
+__all__ = ["CNN", "LSTM", "MLP", "Logistic", "MoELM", "TabularMLP", "TransformerLM", "TwoTower", "transformer_size"]

@@ -42,6 +42,14 @@ CASES = [
      {"categories": jnp.ones((4, 1), int)}, (4, 5), 6 + 15),
     (lambda rngs: models.TransformerLM(11, dim=16, layers=2, heads=4, kv_heads=2, rngs=rngs),
      jnp.ones((2, 6), int), (2, 6, 11), None),
+    (lambda rngs: models.TransformerLM(11, dim=16, layers=2, heads=4, kv_heads=2, loop="scan", rngs=rngs),
+     jnp.ones((2, 6), int), (2, 6, 11), None),
+    (lambda rngs: models.MoELM(11, dim=16, layers=2, heads=2, experts=4, tied=True, loop="scan", rngs=rngs),
+     jnp.ones((2, 6), int), (2, 6, 11), None),
+    (lambda rngs: models.LSTM(11, 3, dim=4, hidden=8, rngs=rngs), jnp.ones((2, 6), int), (2, 3),
+     44 + 4 * 32 + 32 + 8 * 32 + 27),
+    (lambda rngs: models.TwoTower(7, 5, dim=4, hidden=(6,), width=3, dropout=0.5, rngs=rngs),
+     {"user": jnp.arange(4), "item": jnp.arange(4)}, (4,), 48 + 2 * (4 * 6 + 6 + 6 * 3 + 3)),
 ]
 
 
@@ -128,31 +136,3 @@ def test_a_quantity_is_learned_in_its_own_unit():
 def test_edges_must_ascend(edges):
     with pytest.raises(ValueError, match="ascending"):
         models.TabularMLP(2, edges=edges, rngs=nnx.Rngs(0))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_token_never_sees_the_ones_after_it(tied):
-    model = models.TransformerLM(13, dim=16, layers=2, heads=4, kv_heads=2, tied=tied, rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(0), (1, 8), 0, 13)
-    out, changed = model(tokens), model(tokens.at[0, 5].set((tokens[0, 5] + 1) % 13))
-    np.testing.assert_allclose(out[:, :5], changed[:, :5], atol=1e-6)
-    assert (jnp.abs(out - changed)[0, 5:].max(axis=-1) > 1e-4).all()
-
-
-def test_rotary_positions_tell_order_apart_but_only_by_distance():
-    from lepton_jax.models.transformer import rotary
-
-    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    turn = lambda x: rotary(jnp.broadcast_to(x, (1, 12, 1, 8)), 10_000.0)[0, :, 0]  # noqa: E731
-    scores = turn(query) @ turn(key).T
-    np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-5)
-    assert abs(scores[0, 1] - scores[1, 0]) > 1e-3
-    np.testing.assert_allclose(turn(key)[0], key[0, 0, 0])
-
-
-def test_transformer_parameters_and_impossible_heads():
-    model = models.TransformerLM(50, dim=64, layers=1, heads=8, kv_heads=4, hidden=172, tied=True, rngs=nnx.Rngs(0))
-    assert parameters(model) == 50 * 64 + 64 * (64 + 32 + 32 + 64) + 3 * 64 * 172 + 3 * 64
-    for heads, kv_heads in ((3, 3), (4, 3)):
-        with pytest.raises(ValueError, match="heads"):
-            models.TransformerLM(50, dim=64, layers=1, heads=heads, kv_heads=kv_heads, rngs=nnx.Rngs(0))
