@@ -336,7 +336,8 @@ def _array(row: Row, tones: Tones, plan: Plan) -> str:
     w, h, drawn = width / columns, height / lines, ""
     for y, x in itertools.product(range(lines), range(columns)):
         part = {d: (i * parts[d] // n, parts[d]) for d, i, n in ((down, y, lines), (across, x, columns)) if d in parts}
-        drawn += f'<rect x="{x * w:.1f}" y="{16 + y * h:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{tones.colour(part)}"/>'
+        drawn += (f'<rect x="{x * w:.1f}" y="{16 + y * h:.1f}" width="{w + 0.6:.1f}" height="{h + 0.6:.1f}" '
+                  f'fill="{tones.colour(part)}"/>')  # a little larger, or rounding leaves gaps
     words = [f"dim {d}: {row.shape[d]:,} {sign}" for d, sign in ((across, "→"), (down, "↓")) if d is not None]
     return _svg(width, 16 + height, "  ".join(words) or "a number", drawn, f"{shaped(row.shape)} in parts")
 

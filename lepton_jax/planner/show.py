@@ -179,6 +179,7 @@ def si(value: float) -> str:
 
 def _three(value: float) -> str:
     """To three significant digits."""
+    value = float(f"{value:.3g}")
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{min(max(digits, 0), 9)}f}"
 
