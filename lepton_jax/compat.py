@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from jax._src import source_info_util  # no public name gives an equation its place in the user's code again
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal

@@ -41,7 +41,7 @@ class Program:
     Args:
       trace: the traced recipe.
       plan: how it lies on the devices.
-      devices: as many live devices as the plan's mesh has.
+      devices: as many devices as the plan's mesh has: a list, or an array of the mesh's shape.
       on_compile: called after each compilation.
 
     Attributes:
@@ -50,15 +50,16 @@ class Program:
         evaluation or prediction, and scalars lie.
     """
 
-    def __init__(self, trace: Trace, plan: Plan, devices: list[jax.Device],
+    def __init__(self, trace: Trace, plan: Plan, devices: Any,
                  on_compile: Callable[[Compilation], None] = lambda compilation: None):
         self.recipe, self.trace, self.plan = trace.recipe, trace, plan
         self.mesh = plan.make_mesh(devices)
         self.state_sharding = plan.state_shardings(self.mesh, trace.state)
-        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(plan.batch_axes or None))
+        rows = plan.batch_axes or None
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(rows))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         many = plan.steps_per_call > 1
-        self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, plan.batch_axes or None)) if many else self.batch_sharding
+        self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, rows)) if many else self.batch_sharding
         self.records = ["loss", *self.recipe.metrics]
         self.records += ["learning_rate"] if self.recipe.learning_rate is not None else []
         self.records += ["loss_scale"] if self.recipe.precision == "float16" else []
@@ -203,7 +204,8 @@ class Program:
 
         def add(carry: tuple, index: Any, micro_batch: Any) -> tuple:
             gradients, sums, variables = carry
-            more, (more_sums, variables) = gradient(state.params, variables, jax.random.fold_in(key, index), *micro_batch, scale)
+            more, (more_sums, variables) = gradient(state.params, variables, jax.random.fold_in(key, index), *micro_batch,
+                                                    scale)
             return *jax.tree.map(jnp.add, (gradients, sums), (more, more_sums)), variables
 
         # strided, so that each device's rows are spread over the micro-batches without leaving the device

@@ -36,7 +36,7 @@ from lepton_jax.history import History
 from lepton_jax.loop import Loop, evaluate, order
 from lepton_jax.module import is_linen
 from lepton_jax.monitor import Monitor, Sink, write_report
-from lepton_jax.planner import Plan, Trace, plan, trace
+from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan, trace
 from lepton_jax.program import Compilation, Program
 from lepton_jax.recipe import Recipe
 from lepton_jax.state import State, by_path
@@ -53,12 +53,13 @@ class Trainer:
       devices: how many of the live devices to use; None: all.
       sinks: receivers of the run's events, e.g. `lepton_jax.monitor.Progress()`.
       source: where the recipe came from (file and settings), kept in the run folder.
+      plan: a plan, or the file of one, to follow instead of searching: what `Trainer.plan` gave, perhaps with pins.
       changes: fields of a Recipe, instead of or on top of `recipe`.
     """
 
     def __init__(self, recipe: Recipe | Callable[[], Recipe] | None = None, *, run_dir: str | Path | None = None,
                  devices: int | None = None, sinks: Sequence[Sink] = (), source: dict[str, Any] | None = None,
-                 **changes: Any):
+                 plan: Plan | str | Path | None = None, **changes: Any):
         if callable(recipe):
             with pointing_at_user("making the recipe", "give a Recipe or a function that returns one and needs no "
                                   "arguments; a model goes to model=...", where="Trainer(recipe)", kind=RecipeError):
@@ -78,6 +79,7 @@ class Trainer:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.topology, self._devices = here(devices)
         self._sinks, self._source = tuple(sinks), source or {}
+        self._given = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
         self._monitor = Monitor(None)
         self.trace: Trace | None = None
         self.program: Program | None = None
@@ -89,13 +91,19 @@ class Trainer:
 
     # ---- the public verbs -----------------------------------------------------------------------------------------
 
-    def plan(self, on: str | Topology | None = None) -> Plan:
+    def plan(self, on: str | Topology | None = None, *, objective: str = "time", mesh: dict[str, int] | None = None,
+             pins: dict[str, Any] | None = None, remat: str | None = None, micro_batches: int | None = None) -> Plan:
         """The plan for a topology by name, which need not be there; None: for the live devices.
+
+        Args:
+          on: "v5p:4x4x4", "h200:8", ...
+          objective, mesh, pins, remat, micro_batches: as of `lepton_jax.plan`. To run a plan that they decide, give it to
+            `Trainer(..., plan=...)`.
 
         As long as there is no data to take shapes from, it covers an NNX model's parameters and optimizer alone.
 
         Raises:
-          PlanError: no such topology, or the batch does not divide over it.
+          PlanError: no such topology, nothing fits, or a pin is impossible.
           DataError: a Linen model has no parameters before the shapes of its inputs are known.
         """
         if on is not None and not isinstance(on, str | Topology):
@@ -103,7 +111,8 @@ class Trainer:
         target = topology(on) if isinstance(on, str) else on or self.topology
         if self.trace is None and self.recipe.train is None and not is_linen(self.recipe.model):
             return plan(trace(self.recipe, None, None), target)  # the parameters alone
-        return plan(self._tracing(None), target)
+        return plan(self._tracing(None), target, objective=objective, mesh=mesh, pins=pins, remat=remat,
+                    micro_batches=micro_batches)
 
     def fit(self, train: Any = None, *, test: Any = None, epochs: float | None = None, steps: int | None = None,
             batch_size: int | None = None) -> History:
@@ -312,7 +321,11 @@ class Trainer:
     def _ready(self, shapes: tuple[Any, Any] | None, samples: int | None = None) -> Program:
         if self.program is None:
             traced = self._tracing(shapes, samples)
-            self.program = Program(traced, plan(traced, self.topology), self._devices, self._compiled)
+            if self._given is not None:
+                check_plan(self._given, traced)
+            chosen = self._given or plan(traced, self.topology)
+            devices = ahead.mesh_devices(self.topology, chosen.mesh, self._devices) if self._given is None else self._devices
+            self.program = Program(traced, chosen, devices, self._compiled)
         return self.program
 
     def _template(self) -> Any:

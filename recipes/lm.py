@@ -43,8 +43,9 @@ USUAL = {
 def recipe(size: Size = "1m", text: Path | None = None, tokenizer: Path | None = None, vocab: int | None = None,
            experts: int = 0, chosen: int = 2, capacity: float = 1.25, loop: Literal["unrolled", "scan"] | None = None,
            length: int | None = None, batch_size: int | None = None, learning_rate: float | None = None,
-           steps: int = 800, micro_batches: int | None = None, precision: Literal["float32", "bfloat16", "float16"] | None = None,
-           save_every: int | None = None, seed: int = 0) -> lepton.Recipe:
+           steps: int = 800, micro_batches: int | None = None,
+           precision: Literal["float32", "bfloat16", "float16"] | None = None, save_every: int | None = None,
+           seed: int = 0) -> lepton.Recipe:
     """Predict the next character, or piece, of a text.
 
     As it stands, a million parameters on the source of Python's standard library: a loss of 1.49 per character, perplexity

@@ -168,7 +168,7 @@ def test_unrolled_micro_batches_are_the_loop(blobs, monkeypatch):
     unrolled = trainer(picture_net, micro_batches=3)
     losses = unrolled.fit(data, steps=20)["loss"]
     assert unrolled.program.plan.unroll_micro_batches
-    monkeypatch.setattr(sys.modules["lepton_jax.planner.plan"], "_slow_loops", lambda trace, topology: False)
+    monkeypatch.setattr(sys.modules["lepton_jax.planner.schedule"], "slow_loops", lambda trace, topology: False)
     looped = trainer(picture_net, micro_batches=3, steps_per_call=1)
     np.testing.assert_allclose(looped.fit(data, steps=20)["loss"], losses, rtol=1e-5)
     assert not looped.program.plan.unroll_micro_batches
@@ -188,7 +188,7 @@ def test_low_precision_follows_float32_with_float32_masters(precision, tolerance
     low = trainer(NnxNet, precision=precision)
     assert abs(low.fit(blobs, steps=200)["loss"][-20:].mean() - full) < tolerance
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((low.state.params, low.state.variables["norm"])))
-    text = jax.jit(lambda s, x: low.program._forward(s.params, s.variables, x, s.key, True)).lower(
+    text = jax.jit(lambda s, x: low.program._forward(s.params, s.variables, x)).lower(
         low.state, blobs[0][:4]).as_text()
     assert "dot_general" in text and {"bfloat16": "bf16", "float16": "f16"}[precision] in text
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"module", "optimizers"},
     {"planner", "checkpoint", "controller", "data", "monitor", "history"},
     {"program"},
-    {"loop"},
+    {"loop", "verify"},
     {"trainer"},
     {"launch", "ship"},
 ]

@@ -149,4 +149,23 @@ def here(count: int | None = None) -> tuple[Topology, list[jax.Device]]:
         stats = devices[0].memory_stats() or {}
         chip = Chip(kind, platform, {"bfloat16": 100e12}, stats.get("bytes_limit", 16 * 2**30), 1e12, (kind,),
                     sources=dict.fromkeys(("peaks.bfloat16", "bandwidth"), "assumption: a chip that is in no catalogue"))
-    return Topology(chip, (max(1, len(devices) // chip.devices_per_chip),), devices[0].platform), devices
+    chip = replace(chip, memory=_memory(devices[0], chip.memory))
+    return Topology(chip, _shape(devices, chip), platform), devices
+
+
+def _memory(device: jax.Device, otherwise: float) -> float:
+    """Bytes that there really are: a CPU's are the machine's, which its virtual devices share."""
+    if device.platform == "cpu":
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else otherwise
+    return float((device.memory_stats() or {}).get("bytes_limit", otherwise))
+
+
+def _shape(devices: list[jax.Device], chip: Chip) -> tuple[int, ...]:
+    """The grid of a TPU slice, if the devices fill one; else their number."""
+    count = max(1, len(devices) // chip.devices_per_chip)
+    if chip.torus and all(hasattr(d, "coords") for d in devices):
+        places = {tuple(d.coords[:chip.torus]) for d in devices}
+        extents = tuple(1 + max(p[dim] for p in places) - min(p[dim] for p in places) for dim in range(chip.torus))
+        if math.prod(extents) == count == len(places):
+            return extents
+    return (count,)

@@ -88,7 +88,7 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     if options.tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))
     trainer = Trainer(recipe, run_dir=folder, devices=options.devices, sinks=sinks,
-                      source={"file": str(Path(file).resolve()), "settings": plain})
+                      source={"file": str(Path(file).resolve()), "settings": plain}, plan=options.plan)
     if options.resume is not None:
         trainer.resume()
     history = trainer.fit()
@@ -117,6 +117,8 @@ def _parser() -> settings.Parser:
                        "settings are the run's, unless given")
     group.add_argument("--devices", type=settings.reader(int), metavar="N",
                        help="use N devices; on a CPU, N virtual ones (default: all)")
+    group.add_argument("--plan", metavar="FILE", help="follow a plan that tools/plan.py --save wrote, "
+                       "without a search")
     group.add_argument("--json", action="store_true", help="print, last, one JSON object that sums up the run")
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars into the run folder")
     return parser

@@ -1,9 +1,11 @@
 """From a recipe to the plan that drives its program: trace, find its named axes, search, explain, verify."""
 
+from lepton_jax.planner import ahead
 from lepton_jax.planner.apply import laid_out
-from lepton_jax.planner.plan import ArrayPlan, Plan
-from lepton_jax.planner.remat import rematerialized
+from lepton_jax.planner.plan import ArrayPlan, Plan, check_plan
 from lepton_jax.planner.planning import candidates, plan
+from lepton_jax.planner.remat import rematerialized
 from lepton_jax.planner.trace import ARGUMENTS, Trace, objective, trace
 
-__all__ = ["ARGUMENTS", "ArrayPlan", "Plan", "Trace", "candidates", "laid_out", "objective", "plan", "rematerialized", "trace"]
+__all__ = ["ARGUMENTS", "ArrayPlan", "Plan", "Trace", "ahead", "candidates", "check_plan", "laid_out", "objective",
+           "plan", "rematerialized", "trace"]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lepton_jax.compat import Literal, at_source, scan_counts
+from lepton_jax.compat import at_source, scan_counts
 from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
 from lepton_jax.planner.layout import Contraction, Layout, Spec, contraction
 from lepton_jax.planner.rules import ELEMENTWISE, SOURCES

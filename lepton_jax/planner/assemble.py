@@ -94,7 +94,7 @@ def arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple[str, 
     stored = dict(zip(params, names.storage(masks, assignment.keep, counts), strict=True))
     found = []
     for path, leaf in by_path(trace.state).items():
-        dtype = "key" if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else str(leaf.dtype)
+        dtype = dtype_name(leaf)
         kind, shape = path.partition("/")[0], tuple(leaf.shape)
         spec: Spec = (0,) * len(shape)
         use, reason = spec, "small; a copy on each device"
@@ -106,6 +106,10 @@ def arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple[str, 
             use = spec
         found.append(ArrayPlan(path, kind, shape, dtype, nbytes(leaf), entries(spec, axes), entries(use, axes), reason))
     return tuple(found)
+
+
+def dtype_name(leaf: Any) -> str:
+    return "key" if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else str(leaf.dtype)
 
 
 def batch_arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple[str, ...]) -> tuple[ArrayPlan, ...]:

@@ -10,9 +10,10 @@ from lepton_jax.planner import assemble, schedule
 from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.cost import Estimate
 from lepton_jax.planner.named import Names
-from lepton_jax.planner.plan import Axis, Collective, Plan, Rival
+from lepton_jax.planner.plan import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.remat import MEANINGS
 from lepton_jax.planner.trace import Trace
+from lepton_jax.state import by_path, nbytes
 
 CAUSES = 3
 
@@ -50,6 +51,22 @@ def build(trace: Trace, topology: Topology, names: Names, assignment: Assignment
         memory=int(topology.device.memory), seconds={} if estimate is None else dict(estimate.seconds),
         flops=0.0 if estimate is None else estimate.flops, collectives=moves, price_per_hour=topology.price_per_hour,
         rivals=tuple(rivals), reasons=why_all, notes=tuple(notes))
+
+
+def without_data(trace: Trace, topology: Topology) -> Plan:
+    """What can be said before the shapes of the data are known: the state, a copy of it on each device."""
+    copied = [ArrayPlan(path, path.partition("/")[0], tuple(leaf.shape), assemble.dtype_name(leaf), nbytes(leaf), (), (),
+                        "the data is not known yet: a copy on each device") for path, leaf in by_path(trace.state).items()]
+    held = {kind: sum(a.bytes for a in copied if a.kind == kind) for kind in ("params", "variables", "optimizer")}
+    steps, why = schedule.steps_per_call(trace, topology)
+    return Plan(
+        topology=topology.name, name="data parallel", objective="time", mesh={"data": topology.devices}, batch_axes=("data",),
+        arrays=tuple(copied), batch=(), axes=(), batch_size=trace.recipe.batch_size,
+        micro_batches=trace.recipe.micro_batches or 1, remat="none", unroll_micro_batches=False, steps_per_call=steps,
+        data="streamed", bytes_per_device={**held, "gradients": held["params"]}, memory=int(topology.device.memory),
+        seconds={}, flops=0.0, collectives=(), price_per_hour=topology.price_per_hour, rivals=(),
+        reasons={"nothing was searched": "the data is not known yet, so neither activations nor time are"},
+        notes=(why,))
 
 
 def fixed(trace: Trace, topology: Topology, assignment: Assignment) -> Plan:

@@ -100,6 +100,8 @@ class Cost:
             compute += seconds * job.count * parts
             flops += work * job.count * parts
             for move in moves:
+                if move.kind == "reduce-scatter" and self.topology.platform == "cpu":
+                    move = move._replace(kind="all-reduce")  # XLA's CPU backend has no other way
                 if move.kind == "all-reduce" and job.share < 1:
                     move = move._replace(bytes=move.bytes * job.share)
                 stored = job.gather is not None or (move.where == "out" and job.op.outputs[0].stored is not None)
@@ -137,8 +139,6 @@ class Cost:
     def _communication(self, moves: dict[tuple[int, str, int, int], float], ledger: dict[tuple[str, int], list[Any]]) -> float:
         total = 0.0
         for (_, kind, axes, times), size in moves.items():
-            if kind == "reduce-scatter" and self.topology.platform == "cpu":
-                kind = "all-reduce"  # XLA's CPU backend has no other way
             seconds = self._links[axes].seconds(kind, size) * times
             total += seconds
             if (kind, axes) in ledger:
@@ -152,8 +152,7 @@ class Cost:
             axes = 0
             for h, u in zip(have, use, strict=True):
                 axes |= h & ~u
-            moves = (Move("all-gather", axes, layout.bytes(value, use), "input"),) if axes else ()
-            return 0.0, 0.0, moves
+            return 0.0, 0.0, (Move("all-gather", axes, layout.bytes(value, use), "input"),) if axes else ()
         decision = layout.decide(job.op, job.product)
         moves = tuple(m for m in decision.moves if not m.where.startswith("input") or not self._stored(job.op, m))
         if job.op.name not in ("dot_general", "conv_general_dilated") or job.product is None:
@@ -200,7 +199,9 @@ class Cost:
     # ---- what is looked at once -----------------------------------------------------------------------------------
 
     def _jobs(self) -> list[Job]:
-        names, jobs, known = self.names, [], {}
+        names = self.names
+        jobs: list[Job] = []
+        known: dict[tuple, int] = {}
         sums = _sums(self.graph.block, {})
         gathered: dict[int, int] = {}
 

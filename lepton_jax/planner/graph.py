@@ -102,6 +102,7 @@ class Graph:
         self._free: dict[int, Operation | None] = {}  # values that only positions decide; None: a scalar constant
         self._consts: dict[int, Any] = {}
         self.block = self._block(program.jaxpr, list(program.consts), (), 1)
+        _prune(self.block)
         for index, value in enumerate(self.block.inputs[:parameters]):
             value.stored = (index, tuple(range(len(value.shape))))
         _spread_stored(self.block)
@@ -158,9 +159,8 @@ class Graph:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             inputs = [None if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            if name in CALLS and CALLS[name] in eqn.params:
-                if self._inline(block, eqn, inputs, env, stack, times):
-                    continue
+            if name in CALLS and CALLS[name] in eqn.params and self._inline(block, eqn, inputs, env, stack, times):
+                continue
             outputs = [self.value(getattr(v.aval, "shape", ()), getattr(v.aval, "dtype", None)) for v in eqn.outvars]
             operation = Operation(eqn, inputs, outputs, stack, times)
             if name == "scan":
@@ -297,6 +297,19 @@ class Graph:
                          *zip(operation.outputs, block.results, strict=True)]:
                 if isinstance(a, Value) and isinstance(b, Value):
                     self.join_all(a, b)
+
+
+def _prune(block: Block) -> None:
+    """Drop what nothing needs."""
+    needed = {v.index for v in block.results if isinstance(v, Value)}
+    kept = []
+    for operation in reversed(block.operations):
+        if operation.eqn.effects or any(v.index in needed for v in operation.outputs):
+            kept.append(operation)
+            needed.update(v.index for v in operation.inputs if v is not None)
+            for inner in operation.blocks:
+                _prune(inner)
+    block.operations = kept[::-1]
 
 
 def _walk(block: Block) -> Iterator[Operation]:

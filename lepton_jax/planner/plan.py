@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -201,13 +202,40 @@ class Plan:
           PlanError: the text is no plan.
         """
         try:
-            data = _tuples(json.loads(text))
+            data: Any = _tuples(json.loads(text))
             if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
                 raise ValueError("its entries are not a plan's")
             kinds = {"arrays": ArrayPlan, "batch": ArrayPlan, "axes": Axis, "collectives": Collective, "rivals": Rival}
-            return cls(**{k: tuple(kinds[k](**x) for x in v) if k in kinds else v for k, v in data.items()})
+            made: dict[str, Any] = {k: tuple(kinds[k](**x) for x in v) if k in kinds else v for k, v in data.items()}
+            return cls(**made)
         except (ValueError, TypeError, KeyError) as error:
             raise PlanError(f"not a plan: {error}", where="plan.json", remedy="plan anew") from error
+
+    @classmethod
+    def load(cls, file: str | Path) -> Plan:
+        """The plan in a file.
+
+        Raises:
+          PlanError: it can't be read, or holds no plan.
+        """
+        try:
+            text = Path(file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"the plan can't be read: {error}", where=file,
+                            remedy="name a file that Plan.save wrote") from error
+        return cls.from_json(text)
+
+    def save(self, file: str | Path) -> None:
+        """Write the plan to a file, as JSON.
+
+        Raises:
+          PlanError: it can't be written.
+        """
+        try:
+            Path(file).write_text(self.to_json() + "\n")
+        except OSError as error:
+            raise PlanError(f"the plan can't be written: {error}", where=file, remedy="name a file in a folder that exists"
+                            ) from error
 
     def diff(self, other: Plan) -> str:
         """What differs from another plan, a line each; empty if nothing does."""
@@ -237,6 +265,25 @@ class Plan:
         from lepton_jax.planner.show import html
 
         return html(self)
+
+
+def check_plan(plan: Plan, trace: Any) -> None:
+    """That a plan is one for this recipe.
+
+    Raises:
+      PlanError: its arrays or its batch are not the recipe's.
+    """
+    mine = {path: tuple(leaf.shape) for path, leaf in by_path(trace.state).items()}
+    planned = {a.path: a.shape for a in plan.arrays}
+    wrong = [path for path in (*mine, *planned) if mine.get(path) != planned.get(path)]
+    if wrong:
+        path = wrong[0]
+        raise PlanError(f"the plan is for another recipe: {path} is {planned.get(path, 'absent')} in the plan and "
+                        f"{mine.get(path, 'absent')} in the recipe; {len(wrong)} arrays differ",
+                        where=f"plan for {plan.topology}", remedy="plan this recipe anew")
+    if plan.batch_size != trace.recipe.batch_size:
+        raise PlanError(f"the plan is for batches of {plan.batch_size}, and the recipe has {trace.recipe.batch_size}",
+                        where=f"plan for {plan.topology}", remedy="set the recipe's batch_size, or plan anew")
 
 
 def entries(spec: tuple[int, ...], names: tuple[str, ...]) -> Entries:

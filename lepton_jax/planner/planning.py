@@ -11,7 +11,7 @@ from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
 from lepton_jax.planner import pins as pinning
 from lepton_jax.planner.assemble import axis_names, strategy
-from lepton_jax.planner.build import build
+from lepton_jax.planner.build import build, without_data
 from lepton_jax.planner.named import Names
 from lepton_jax.planner.pins import Pins
 from lepton_jax.planner.plan import Plan, Rival
@@ -51,6 +51,8 @@ def candidates(trace: Trace, topology: Topology, count: int, *, objective: str =
     if objective == "cost" and topology.price_per_hour is None:
         raise PlanError(f"the price of {topology.chip.name} is not in the catalogue", where=f"plan for {topology.name}",
                         remedy="give it in a TOML file of chips (--chips), or plan for time")
+    if trace.jaxpr is None:
+        return [without_data(trace, topology)]
     checked = pinning.read(trace, topology, Names(trace.gradient("none"), trace.arguments), pins, mesh, remat, micro_batches)
     problem = Problem(trace, topology, objective, checked)
     found = search(problem)
@@ -123,7 +125,8 @@ def _nearest_change(problem: Problem, best: Candidate) -> str:
     if pins.remat not in (None, "full") or pins.micro_batches is not None or pins.meshes:
         free = Problem(trace, problem.topology, problem.objective, Pins())
         if search(free)[0].fits:
-            what = [w for w, on in (("the mesh", pins.meshes), ("remat", pins.remat), ("micro_batches", pins.micro_batches)) if on]
+            fixed = (("the mesh", pins.meshes), ("remat", pins.remat), ("micro_batches", pins.micro_batches))
+            what = [word for word, on in fixed if on]
             return f"let the planner choose {' and '.join(what)}: then it fits"
     state = sum(best.bytes.get(k, 0) for k in ("params", "optimizer", "variables", "gradients"))
     rest = best.peak - state

@@ -6,6 +6,7 @@ Which parts: the bodies of loops, and in straight code segments between places w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +53,7 @@ def _run(program: ClosedJaxpr, leaves: list[Any], parameters: int, policy: Any) 
     bounds = boundaries(jaxpr, parameters)
     last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
     last_use.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if not isinstance(v, Literal))
-    for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
         eqns = jaxpr.eqns[start:stop]
         if number == len(bounds) - 2:  # the backward pass begins here: what it keeps, it frees at once
             _equations(eqns, env, policy)
@@ -124,7 +125,7 @@ def boundaries(jaxpr: Any, parameters: int) -> list[int]:
         if v in last:
             change[i + 1] += _bytes(v)
             change[last[v] + 1] -= _bytes(v)
-    alive = []
+    alive: list[int] = []
     for amount in change[:count + 1]:
         alive.append((alive[-1] if alive else 0) + amount)
     loops = [i for i, eqn in enumerate(jaxpr.eqns) if _worthwhile(eqn)]

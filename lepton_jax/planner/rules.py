@@ -9,19 +9,28 @@ from typing import Any
 # `reduced` it fills. What a rule does not join stays apart, and can then not be sharded beyond the operation.
 Rule = Callable[[Any, Any], None]
 
-ELEMENTWISE = """abs add add_any and acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
-complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
-igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg
-nextafter not optimization_barrier or polygamma population_count pow random_gamma_grad real reduce_precision
-regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh
-sqrt square stop_gradient sub tan tanh xor zeta name sharding_constraint device_put mul_add opaque_cast pvary
-bitcast_convert_type nan_to_num random_clone""".split()
+ELEMENTWISE = [
+    "abs", "add", "add_any", "and", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
+    "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "convert_element_type", "copy", "copy_p",
+    "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge",
+    "gt", "igamma", "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log",
+    "log1p", "logistic", "lt", "lt_to", "max", "min", "mul", "ne", "neg", "nextafter", "not",
+    "optimization_barrier", "or", "polygamma", "population_count", "pow", "random_gamma_grad", "real",
+    "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
+    "sub", "tan", "tanh", "xor", "zeta", "name", "sharding_constraint", "device_put", "mul_add", "opaque_cast",
+    "pvary", "bitcast_convert_type", "nan_to_num", "random_clone",
+]
 
-REDUCTIONS = """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor""".split()
+REDUCTIONS = [
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor",
+]
 
 # no arrays of the model go in, or only keys and scalars: nothing to join
-SOURCES = """iota random_bits random_seed random_wrap random_unwrap random_fold_in random_split threefry2x32 empty
-create_token debug_callback axis_index rng_uniform""".split()
+SOURCES = [
+    "iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split",
+    "threefry2x32", "empty", "create_token", "debug_callback", "axis_index", "rng_uniform",
+]
 
 
 def unknown(graph: Any, op: Any) -> None:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assemble import Assignment, expert_groups
-from lepton_jax.planner.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.build import by_hand, fixed  # noqa: F401  for a plan without a search
+from lepton_jax.planner.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.memory import Sizes, Timeline, predict
 from lepton_jax.planner.named import Names
 from lepton_jax.planner.pins import Pins
@@ -51,11 +50,11 @@ class Memory:
         self.trace, self.names, self.topology, self.sizes = trace, names, topology, sizes
         self._timeline = Timeline(names.graph, topology.platform)
         self._state = optimizer_bytes(trace, names)
-        self._how = {"steps_per_call": steps_per_call(trace, topology)[0], "data": residence(trace, topology)[0]}
+        self._steps, self._data = steps_per_call(trace, topology)[0], residence(trace, topology)[0]
 
     def predict(self, assignment: Assignment) -> dict[str, int]:
         return predict(self.trace, self.names.graph, self.names, assignment, self.topology, samples=self.trace.samples,
-                       timeline=self._timeline, sizes=self.sizes, **self._how)[0]
+                       timeline=self._timeline, sizes=self.sizes, steps_per_call=self._steps, data=self._data)[0]
 
     def state(self, assignment: Assignment) -> float:
         """Bytes of parameters, their gradients and the optimizer's state."""
@@ -186,11 +185,16 @@ def merged(a: Assignment) -> Assignment:
     for bit in range(len(a.sizes) - 1):
         roles = [tuple(m >> b & 1 for m in (*a.masks, a.keep)) for b in (bit, bit + 1)]
         if roles[0] == roles[1]:
-            low = (1 << bit + 1) - 1
-            drop = lambda m: m & low | m >> 1 & ~low  # noqa: E731
             sizes = (*a.sizes[:bit], a.sizes[bit] * a.sizes[bit + 1], *a.sizes[bit + 2:])
-            return merged(replace(a, sizes=sizes, masks=tuple(drop(m) for m in a.masks), keep=drop(a.keep)))
+            return merged(replace(a, sizes=sizes, masks=tuple(_without(m, bit + 1) for m in a.masks),
+                                  keep=_without(a.keep, bit + 1)))
     return a
+
+
+def _without(mask: int, bit: int) -> int:
+    """A mask whose bits from `bit` on have moved down by one."""
+    low = (1 << bit) - 1
+    return mask & low | mask >> 1 & ~low
 
 
 def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -282,7 +286,7 @@ def sequences(names: Names) -> list[int]:
             all(names.paths[i].startswith(("inputs", "targets")) and d > 0 for i, d in g.members)]
 
 
-def descend(problem: Problem, start: Assignment) -> Candidate:
+def descend(problem: Problem, start: Assignment) -> tuple[float, Assignment]:
     """The best assignment reached by turning one (named axis, mesh axis) pair on or off at a time."""
     names = problem.names("none")
     best = problem.lightly(start)
