@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
+from lepton_jax.compat import jit_where
 from lepton_jax.errors import CheckpointError, LeptonError
 from lepton_jax.state import by_path
 
@@ -275,7 +276,7 @@ def _key_impl(leaf: Any) -> Any:
     return str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else leaf.dtype._impl
 
 
-@jax.jit
+@jit_where
 def _copy_and_checksum(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Copies, and for each array the sum of its words times odd weights, modulo 2**32.
 

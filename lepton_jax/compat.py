@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax._src import source_info_util  # no public name gives an equation its place in the user's code again
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 
-__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "make_mesh", "scan_counts", "source_line"]
+__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "jit_on", "jit_where", "make_mesh", "scan_counts", "source_line"]
 
 
 def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
@@ -21,18 +23,27 @@ def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
 
 
 @contextlib.contextmanager
-def at_source(eqn: Any, stack: tuple) -> Iterator[None]:
+def at_source(eqn: Any, callers: tuple) -> Iterator[None]:
     """What is bound inside keeps the equation's source line, its name stack below those of the calls around it."""
     names = source_info_util.current_name_stack()
-    for outer in (*stack, eqn.source_info.name_stack):
-        names = names + outer
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+    for outer in (*callers, eqn):
+        names = names + outer.source_info.name_stack
+    traceback = _innermost(eqn, callers).source_info.traceback
+    with source_info_util.user_context(traceback, name_stack=names), eqn.ctx.manager:
         yield
 
 
-def source_line(eqn: Any) -> str:
-    """"file.py:12 (function)" of the user's line that an equation stems from."""
-    return source_info_util.summarize(eqn.source_info)
+def source_line(eqn: Any, callers: tuple = ()) -> str:
+    """"file.py:12 (function)" of the user's line that an equation stems from; of its innermost caller that has one."""
+    return source_info_util.summarize(_innermost(eqn, callers).source_info)
+
+
+def _innermost(eqn: Any, callers: tuple) -> Any:
+    """What JAX traces once and calls again, such as jnp.take, knows no line of the user's; its call does."""
+    for one in (eqn, *reversed(callers)):
+        if source_info_util.user_frame(one.source_info.traceback) is not None:
+            return one
+    return eqn
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
@@ -41,3 +52,29 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carried, _ = eqn.params["ft_in"].unpack()
     return len(list(consts)), len(list(carried))
+
+
+def jit_on(devices: Any, function: Callable, **options: Any) -> Any:
+    """`jax.jit` with what XLA must be told of the devices.
+
+    Its CPU backend starts collectives that don't depend on each other in any order, on as many threads as there are cores:
+    with several virtual devices they can wait for each other for ever (seen on jax 0.10 and two cores).
+    """
+    devices = list(devices)
+    several = len(devices) > 1 and devices[0].platform == "cpu"
+    return jax.jit(function, compiler_options={"xla_cpu_enable_concurrency_optimized_scheduler": False} if several else None,
+                   **options)
+
+
+def jit_where(function: Callable) -> Callable:
+    """`function` of pytrees of arrays, jitted for the devices on which they lie (see `jit_on`)."""
+    jitted: dict[frozenset, Any] = {}
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        devices = frozenset(jax.tree.leaves(args)[0].sharding.device_set)
+        if devices not in jitted:
+            jitted[devices] = jit_on(devices, function)
+        return jitted[devices](*args)
+
+    return call

@@ -80,16 +80,16 @@ class pointing_at_user:
             return
         where = self.where
         for frame in traceback.extract_tb(trace):
-            if not _of_a_library(frame.filename):
+            if not of_a_library(frame.filename):
                 where = f"{frame.filename}:{frame.lineno}: {frame.line}"
-        if isinstance(error, SyntaxError) and error.filename and not _of_a_library(error.filename):
+        if isinstance(error, SyntaxError) and error.filename and not of_a_library(error.filename):
             where = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
         message = str(error).strip().partition("\n")[0]
         raise self.kind(f"{self.doing} failed: {type(error).__name__}{message and ': '}{message}", where=where,
                         remedy=self.remedy) from error
 
 
-def _of_a_library(file: str) -> bool:
+def of_a_library(file: str) -> bool:
     parts = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), str(Path(__file__).parent))
     return file.startswith(("<frozen", "<string")) or any(part in file for part in parts)
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.compat import jit_where
 from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples
 from lepton_jax.errors import DivergedError
 from lepton_jax.history import History
@@ -205,7 +206,7 @@ def evaluate(program: Program, state: State, test: Any) -> dict[str, float]:
     return program.metrics(sums)
 
 
-@jax.jit
+@jit_where
 def _finite(params: Any) -> Any:
     return all_finite(params)
 

@@ -1,7 +1,7 @@
 """The plan compiled: one XLA executable for training, one for evaluation, one for prediction.
 
 A train step is one program: forward, backward, gradient reduction, clipping, policies, optimizer and metrics, with
-donated state. Nothing here waits for a device.
+donated state. Nothing here waits for a device, virtual ones of a CPU apart.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_jax import controller, losses, optimizers, precision
+from lepton_jax.compat import jit_on
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.module import forward
 from lepton_jax.planner import ARGUMENTS, Plan, Trace, laid_out, objective, rematerialized
@@ -66,11 +68,14 @@ class Program:
         self.compilations: list[Compilation] = []
         self._on_compile, self._traced = on_compile, 0
         self._signatures: dict[str, list[dict[str, str]]] = {}
+        # programs that wait for each other's collectives can use up the threads that XLA's virtual CPU devices share
+        self._one_at_a_time = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
         self._optimizer = optimizers.build(self.recipe)
         self._policies = controller.chain(*self.recipe.controller)
         out = (self.state_sharding, self.replicated)
-        self._train = jax.jit(self._steps if many else self._one_step, donate_argnums=0, out_shardings=out)
-        self._evaluate = jax.jit(self._evaluate_batch, donate_argnums=0, out_shardings=self.replicated)
+        jit = self._jit = partial(jit_on, self.mesh.devices.flat)
+        self._train = jit(self._steps if many else self._one_step, donate_argnums=0, out_shardings=out)
+        self._evaluate = jit(self._evaluate_batch, donate_argnums=0, out_shardings=self.replicated)
         self._resident: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._predictors: dict[Callable, Callable] = {}
 
@@ -84,7 +89,7 @@ class Program:
             return State(jnp.int32(0), params, variables, self._optimizer.init(params), self._policies.init(),
                          precision.init_scale(self.recipe.precision), key)
 
-        return self._call("init", jax.jit(init, out_shardings=self.state_sharding), np.uint32(seed))
+        return self._call("init", self._jit(init, out_shardings=self.state_sharding), np.uint32(seed))
 
     def train(self, state: State, block: Any, start: int, stop: int, data: Any = None) -> tuple[State, jax.Array]:
         """Train on batches start to stop of a block; the state is donated. With resident `data`, a block holds indices.
@@ -140,7 +145,7 @@ class Program:
                 with pointing_at_user("predicting"):
                     return decode(self._forward(params, variables, inputs)[0])
 
-            self._predictors[decode] = jax.jit(predict)
+            self._predictors[decode] = self._jit(predict)
         return self._call("predict", self._predictors[decode], state.params, state.variables, inputs)
 
     def _forward(self, params: Any, variables: Any, inputs: Any) -> Any:
@@ -245,6 +250,8 @@ class Program:
         with pointing_at_user(f"the {program} program", "mend the line that is named, if one is; where memory is short, "
                               "lower batch_size or raise micro_batches", where=f"program {program!r}"):
             result = function(*args)
+            if self._one_at_a_time:
+                jax.block_until_ready(result)
         if self._traced != traced:
             signatures = self._signatures[program]
             changed = None

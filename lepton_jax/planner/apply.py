@@ -67,7 +67,7 @@ class Evaluation:
         for op in block.operations:
             literals = [getattr(v, "val", None) for v in op.eqn.invars] if op.name != BARRIER else [None] * len(op.inputs)
             inputs = [x if v is None else env[v.index] for x, v in zip(literals, op.inputs, strict=True)]
-            with at_source(op.eqn, op.stack):
+            with at_source(op.eqn, op.callers):
                 outputs = self._operation(op, inputs)
             env.update((v.index, x) for v, x in zip(op.outputs, outputs, strict=True))
         return [env[v.index] if isinstance(v, Value) else v.val for v in block.results]
@@ -88,8 +88,8 @@ class Evaluation:
             assert value is not None
             if value.stored is not None and self.layout.spec(value) != spec:
                 inputs[i] = self._gather(value, inputs[i], spec)
-            else:
-                inputs[i] = self._put(inputs[i], spec)
+            else:  # from where it lies: else XLA would carry what this operation wants back into what made it
+                inputs[i] = self._put(self._put(inputs[i], self.layout.spec(value)), spec)
         out = _bind(op.eqn, inputs)
         if op.name in FOLLOWING and not decision.inputs:
             return out

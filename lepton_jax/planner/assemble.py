@@ -49,7 +49,7 @@ def axis_names(assignment: Assignment, names: Names) -> tuple[str, ...]:
             word = "expert"
         elif names.batch in split:
             word = "fsdp" if assignment.keep >> bit & 1 else "data"
-        elif others and len(inputs) == len(others):
+        elif inputs:
             word = "sequence"
         elif others:
             word = "tensor"
@@ -161,7 +161,8 @@ def _why(shape: tuple[int, ...], spec: Spec, use: Spec, assignment: Assignment, 
         d, mask = more[0]
         parts.append(f"kept in parts of dim {d} over {_words(mask, axes)}, gathered where it is used")
     elif assignment.keep:
-        small = math.prod(shape) * 4 < SMALL
+        steps = [node in graph.loops for node in graph.block.inputs[index].nodes]
+        small = math.prod(n for n, step in zip(shape, steps, strict=True) if not step) * 4 < SMALL
         parts.append("too small to be worth splitting further" if small else
                      f"no dim of {'x'.join(map(str, shape))} divides by {assignment.counts[assignment.keep]} more")
     if not parts:

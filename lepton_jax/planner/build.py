@@ -41,7 +41,8 @@ def build(trace: Trace, topology: Topology, names: Names, assignment: Assignment
     notes = [*notes, *(f"there is no rule for the primitive {name!r} ({count} of them): its operands are whole on each device"
                        for name, count in unknown.items())]
     return Plan(
-        topology=topology.name, name=assemble.strategy(assignment, axes, names), objective=objective,
+        topology=topology.name, objective=objective,
+        name=assemble.strategy(assignment, assemble.axis_names(assignment, names), names),
         mesh=dict(zip(axes, assignment.sizes, strict=True)), batch_axes=pick(batch),
         arrays=assemble.arrays(trace, names, assignment, axes), batch=assemble.batch_arrays(trace, names, assignment, axes),
         axes=tuple(Axis(g.name, g.size, pick(m), len(g.members))

@@ -100,8 +100,7 @@ class Cost:
             compute += seconds * job.count * parts
             flops += work * job.count * parts
             for move in moves:
-                if move.kind == "reduce-scatter" and self.topology.platform == "cpu":
-                    move = move._replace(kind="all-reduce")  # XLA's CPU backend has no other way
+                move = move._replace(kind=as_compiled(move.kind, assignment.counts[move.axes], self.topology))
                 if move.kind == "all-reduce" and job.share < 1:
                     move = move._replace(bytes=move.bytes * job.share)
                 stored = job.gather is not None or (move.where == "out" and job.op.outputs[0].stored is not None)
@@ -202,7 +201,8 @@ class Cost:
         names = self.names
         jobs: list[Job] = []
         known: dict[tuple, int] = {}
-        sums = _sums(self.graph.block, {})
+        # XLA's CPU backend reduces each term of a sum over devices by itself
+        sums = {} if self.topology.platform == "cpu" else summed(self.graph.block, {})
         gathered: dict[int, int] = {}
 
         def groups_of(values: list[Value]) -> tuple[int, ...]:
@@ -263,6 +263,21 @@ class Cost:
         return moved / (self.chip.bandwidth * self.chip.memory_fraction)
 
 
+def as_compiled(kind: str, count: int, topology: Topology) -> str:
+    """The collective that XLA makes of one over `count` devices.
+
+    Its CPU backend has no reduce-scatter. On a TPU (libtpu of jax 0.10 and 0.12, found by compiling) it has none over the
+    whole of a square torus of 64 chips or more either, nor an all-gather over the whole of a cube.
+    """
+    if topology.platform == "cpu":
+        return "all-reduce" if kind == "reduce-scatter" else kind
+    square = topology.chip.torus and len(set(topology.shape)) == 1 and len(topology.shape) == topology.chip.torus
+    if square and topology.chips >= 64 and count == topology.devices and (
+            kind == "reduce-scatter" or (kind == "all-gather" and topology.chip.torus == 3)):
+        return "all-reduce"
+    return kind
+
+
 def traffic(graph: Graph) -> np.ndarray:
     """How often a step reads or writes each value in the device's memory, apart from what dots do with their operands.
 
@@ -309,7 +324,7 @@ def optimizer_bytes(trace: Trace, names: Names) -> list[tuple[float, float]]:
     return [(nbytes(leaf), state[path]) for path, leaf in params.items()]
 
 
-def _sums(block: Block, found: dict[int, float]) -> dict[int, float]:
+def summed(block: Block, found: dict[int, float]) -> dict[int, float]:
     """Products that are only terms of a sum: their index to one over the number of such terms."""
     users: dict[int, list[Operation]] = defaultdict(list)
     for op in block.operations:
@@ -317,7 +332,7 @@ def _sums(block: Block, found: dict[int, float]) -> dict[int, float]:
             if value is not None:
                 users[value.index].append(op)
         for inner in op.blocks:
-            _sums(inner, found)
+            summed(inner, found)
     totals: dict[int, int] = {}
     terms: dict[int, list[int]] = defaultdict(list)
     for op in reversed(block.operations):
@@ -335,7 +350,7 @@ def _note(ledger: dict[tuple[str, int], list[Any]], move: Move, job: Job, parts:
     entry = ledger.setdefault((move.kind, move.axes), [0, 0.0, 0.0, {}])
     entry[0] += job.count * parts
     entry[1] += move.bytes * job.count * parts
-    cause = f"{job.op.name} at {source_line(job.op.eqn).rsplit('/', 1)[-1]}"
+    cause = f"{job.op.name} at {source_line(job.op.eqn, job.op.callers).rsplit('/', 1)[-1]}"
     entry[3][cause] = entry[3].get(cause, 0.0) + move.bytes * job.count * parts
 
 

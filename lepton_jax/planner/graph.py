@@ -46,18 +46,18 @@ class Operation:
       inputs: values; None for literals.
       outputs: values.
       blocks: of a loop or a branch: the bodies.
-      stack: name stack of the calls around it.
+      callers: equations of the calls around it, outermost first.
       times: how often a step runs it.
       whole: (input, dim) pairs of which each device needs all.
       reduced: (input, dim) pairs that are summed (or otherwise reduced) over.
       known: whether there is a rule for the primitive.
     """
 
-    __slots__ = ("blocks", "eqn", "inputs", "known", "name", "outputs", "reduced", "stack", "times", "whole")
+    __slots__ = ("blocks", "callers", "eqn", "inputs", "known", "name", "outputs", "reduced", "times", "whole")
 
-    def __init__(self, eqn: Any, inputs: list[Value | None], outputs: list[Value], stack: Any, times: int):
+    def __init__(self, eqn: Any, inputs: list[Value | None], outputs: list[Value], callers: tuple, times: int):
         self.eqn, self.name, self.inputs, self.outputs = eqn, eqn.primitive.name, inputs, outputs
-        self.stack, self.times = stack, times
+        self.callers, self.times = callers, times
         self.blocks: tuple[Block, ...] = ()
         self.whole: list[tuple[int, int]] = []
         self.reduced: list[tuple[int, int]] = []
@@ -147,22 +147,22 @@ class Graph:
 
     # ---- building -------------------------------------------------------------------------------------------------
 
-    def _block(self, jaxpr: Jaxpr, consts: list[Any], stack: tuple, times: int) -> Block:
+    def _block(self, jaxpr: Jaxpr, consts: list[Any], callers: tuple, times: int) -> Block:
         new = lambda var: self.value(getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None))  # noqa: E731
         block = Block([new(v) for v in jaxpr.invars], [new(v) for v in jaxpr.constvars], consts)
         env = dict(zip(jaxpr.invars, block.inputs, strict=True)) | dict(zip(jaxpr.constvars, block.constants, strict=True))
-        self._fill(block, jaxpr, env, stack, times)
+        self._fill(block, jaxpr, env, callers, times)
         block.results = [v if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
         return block
 
-    def _fill(self, block: Block, jaxpr: Jaxpr, env: dict, stack: tuple, times: int) -> None:
+    def _fill(self, block: Block, jaxpr: Jaxpr, env: dict, callers: tuple, times: int) -> None:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             inputs = [None if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            if name in CALLS and CALLS[name] in eqn.params and self._inline(block, eqn, inputs, env, stack, times):
+            if name in CALLS and CALLS[name] in eqn.params and self._inline(block, eqn, inputs, env, callers, times):
                 continue
             outputs = [self.value(getattr(v.aval, "shape", ()), getattr(v.aval, "dtype", None)) for v in eqn.outvars]
-            operation = Operation(eqn, inputs, outputs, stack, times)
+            operation = Operation(eqn, inputs, outputs, callers, times)
             if name == "scan":
                 self._scan(operation)
             elif name == "while":
@@ -178,14 +178,14 @@ class Graph:
             if name in POSITIONAL and len(outputs) == 1 and all(v is None or v.index in self._free for v in inputs):
                 self._free[outputs[0].index] = operation
 
-    def _inline(self, block: Block, eqn: Any, inputs: list, env: dict, stack: tuple, times: int) -> bool:
+    def _inline(self, block: Block, eqn: Any, inputs: list, env: dict, callers: tuple, times: int) -> bool:
         inner = eqn.params[CALLS[eqn.primitive.name]]
         closed = isinstance(inner, ClosedJaxpr)
         jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
         if len(jaxpr.invars) != len(inputs):
             return False
         if eqn.params.get("differentiated") and eqn.params.get("prevent_cse", True):
-            inputs = self._barrier(block, eqn, inputs, stack, times)
+            inputs = self._barrier(block, eqn, inputs, callers, times)
 
         def constant(aval: Any, const: Any) -> Value:
             value = self.value(aval.shape, aval.dtype)
@@ -200,15 +200,15 @@ class Graph:
             inside[var] = constant(outer.aval, outer.val) if value is None else value
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             inside[var] = constant(var.aval, const)
-        self._fill(block, jaxpr, inside, (*stack, eqn.source_info.name_stack), times)
+        self._fill(block, jaxpr, inside, (*callers, eqn), times)
         for var, out in zip(eqn.outvars, jaxpr.outvars, strict=True):
             env[var] = constant(out.aval, out.val) if isinstance(out, Literal) else inside[out]
         return True
 
-    def _barrier(self, block: Block, eqn: Any, inputs: list, stack: tuple, times: int) -> list:
+    def _barrier(self, block: Block, eqn: Any, inputs: list, callers: tuple, times: int) -> list:
         """Copies of the inputs that hold back what is computed from them: how JAX lowers rematerialization."""
         held = [v for v in inputs if v is not None]
-        operation = Operation(eqn, held, [self.value(v.shape, v.dtype) for v in held], stack, times)
+        operation = Operation(eqn, held, [self.value(v.shape, v.dtype) for v in held], callers, times)
         operation.name = BARRIER
         RULES[BARRIER](self, operation)
         block.operations.append(operation)
@@ -264,7 +264,7 @@ class Graph:
 
         clones = []
         for op in sorted(chain.values(), key=lambda op: op.outputs[0].index):
-            clone = Operation(op.eqn, [None if v is None else inner(v) for v in op.inputs], [inner(op.outputs[0])], op.stack,
+            clone = Operation(op.eqn, [None if v is None else inner(v) for v in op.inputs], [inner(op.outputs[0])], op.callers,
                               operation.times * operation.params["length"])
             RULES[op.name](self, clone)
             clones.append(clone)

@@ -233,6 +233,8 @@ class _Module:
         here = self.computations[computation]
         instruction = here.instructions[name]
         opcode, operands = instruction.opcode, instruction.operands
+        if not instruction.shape.startswith("(") and "[]" not in instruction.shape:
+            return None  # no scalar; to look further takes a time that doubles with each operation
         if opcode == "parameter":
             return given.get(int(instruction.literal))
         if opcode == "constant":

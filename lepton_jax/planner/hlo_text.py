@@ -217,7 +217,7 @@ class Sources:
             row = self.frames[frame]
             place = self.places.get(str(row["file_location_id"]), {})
             here = self.files.get(str(place.get("file_name_id", 0)), ""), place.get("line", 0)
-            if here[0] and not _of_a_library(here[0]):
+            if here[0] and not of_a_library(here[0]):
                 return here
             first = first if first[0] else here
             parent = str(row.get("parent_frame_id", 0) - self.shift)
@@ -235,7 +235,7 @@ def _pairs(row: str) -> dict[str, int]:
     return {key: int(number) for key, number in re.findall(r"(\w+)=(\d+)", row)}
 
 
-def _of_a_library(file: str) -> bool:
+def of_a_library(file: str) -> bool:
     package = Path(__file__).resolve().parents[1]
     if file.startswith(str(package / "models")):  # a model of the zoo is the user's model
         return False

@@ -1,207 +1,33 @@
 """Peak memory of a train step on one device, predicted from the graph of its gradient before anything is compiled.
 
-Each value gets a buffer and an interval on one timeline of the program; what XLA fuses into its consumers gets none, and
-keeps alive what it is computed from instead. Bytes come in last, so that many layouts share a timeline.
+The state and the batch are exact. For the rest each buffer of a `Timeline` gets its bytes under an assignment, and what is
+alive at once is summed as XLA sums it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lepton_jax.compat import scan_counts, source_line
+from lepton_jax.compat import source_line
 from lepton_jax.hardware import Topology
 from lepton_jax.planner import assemble
 from lepton_jax.planner.assemble import Assignment
-from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.layout import itemsize, meets_stored
 from lepton_jax.planner.named import Names
-from lepton_jax.planner.rules import ELEMENTWISE
+from lepton_jax.planner.timeline import Timeline
 from lepton_jax.planner.trace import Trace
 from lepton_jax.state import by_path, nbytes
 
-ALIASES = {"reshape", "squeeze", "expand_dims", BARRIER, "name", "copy", "copy_p", "stop_gradient", "sharding_constraint",
-           "bitcast_convert_type", "random_wrap", "random_unwrap"}
-FREE = {"iota", "empty", "create_token", "axis_index"}
-FUSIBLE = {*ELEMENTWISE, "broadcast_in_dim", "concatenate", "dynamic_slice", "pad", "rev", "slice", "split", "transpose"} - ALIASES
+__all__ = ["Peak", "Sizes", "Timeline", "peak", "predict"]
 
-
-class Timeline:
-    """When each value of a program is in memory.
-
-    Args:
-      graph: of loss and gradients.
-      platform: "cpu", "tpu" or "gpu".
-
-    Attributes:
-      values: index of the value behind each buffer.
-      starts, ends: first and last moment of each buffer, inclusive.
-      gathered: which buffers hold a stored value as it is used, not as it is kept.
-      owners: for each buffer the operation that made it; None for inputs.
-    """
-
-    def __init__(self, graph: Graph, platform: str):
-        self.graph, self.platform = graph, platform
-        self._clock = 0
-        self._buffers: list[list[int]] = []  # value, start, end, gathered
-        self._shared: dict[int, int] = {}
-        self.owners: list[Operation | None] = []
-        self._near: dict[int, tuple[int, ...]] = {}  # what an operation that can't fuse reads of a value
-        self._far: dict[int, tuple[int, ...]] = {}  # what a fused operation reads of it
-        self._users: dict[int, list[Operation | None]] = {}
-        self._count(graph.block)
-        block = graph.block
-        for value in (*block.inputs, *block.constants):
-            self._near[value.index] = self._far[value.index] = ()
-        self._block(block)
-        self._use(self._read(v) for v in block.results if isinstance(v, Value))
-        for b, moment in self._shared.items():
-            if self._buffers[b][2] == moment:
-                self._buffers[b][2] -= 1
-        table = np.array(self._buffers, np.int64).reshape(-1, 4)
-        self.values, self.starts, self.ends, self.gathered = table.T[0], table.T[1], table.T[2], table.T[3].astype(bool)
-        self.length = self._clock + 2
-        results = {v.index for v in block.results if isinstance(v, Value)}
-        self.is_gradient = np.array([self.graph.values[v].stored is not None and v in results for v in self.values], bool)
-
-    def peak(self, kept: np.ndarray, used: np.ndarray) -> tuple[float, int, np.ndarray]:
-        """The greatest sum of bytes alive at once.
-
-        Args:
-          kept: bytes on a device of each value of the graph, as it lies; float (values,).
-          used: the same of stored values as they are used.
-
-        Returns:
-          The peak in bytes, its moment, and the bytes of each buffer.
-        """
-        sizes = np.where(self.gathered, used[self.values], kept[self.values])
-        change = np.bincount(self.starts, sizes, self.length) - np.bincount(self.ends + 1, sizes, self.length)
-        alive = np.cumsum(change)
-        moment = int(alive.argmax()) if len(alive) else 0
-        return float(alive[moment]) if len(alive) else 0.0, moment, sizes
-
-    # ---- building -------------------------------------------------------------------------------------------------
-
-    def _count(self, block: Block) -> None:
-        for op in block.operations:
-            for value in op.inputs:
-                if value is not None:
-                    self._users.setdefault(value.index, []).append(op)
-            for inner in op.blocks:
-                self._count(inner)
-        for value in block.results:
-            if isinstance(value, Value):
-                self._users.setdefault(value.index, []).append(None)
-
-    def _new(self, value: Value, op: Operation | None, start: int, gathered: bool = False) -> int:
-        self._buffers.append([value.index, start, start, int(gathered)])
-        self.owners.append(op)
-        return len(self._buffers) - 1
-
-    def _own(self, value: Value, op: Operation | None, start: int) -> None:
-        self._near[value.index] = self._far[value.index] = (self._new(value, op, start),)
-
-    def _read(self, value: Value) -> tuple[int, ...]:
-        return self._near.get(value.index, ())
-
-    def _use(self, sources: Iterable[tuple[int, ...]]) -> None:
-        for group in sources:
-            for b in group:
-                self._buffers[b][2] = max(self._buffers[b][2], self._clock)
-
-    def _block(self, block: Block) -> None:
-        for op in block.operations:
-            self._clock += 2
-            if op.name == "scan":
-                self._scan(op)
-            elif op.blocks:
-                self._branches(op)
-            else:
-                self._operation(op)
-
-    def _operation(self, op: Operation) -> None:
-        inputs = [v for v in op.inputs if v is not None]
-        if op.name in ALIASES and len(inputs) == len(op.outputs):
-            for source, target in zip(inputs, op.outputs, strict=True):
-                self._near[target.index], self._far[target.index] = self._near[source.index], self._far[source.index]
-            return
-        if op.name in FREE or not inputs:
-            for target in op.outputs:
-                self._near[target.index] = self._far[target.index] = ()
-            return
-        if op.name in FUSIBLE and len(op.outputs) == 1:
-            self._fusible(op, inputs)
-            return
-        for value in inputs:
-            self._gather(value, op)
-        self._use(self._read(v) for v in inputs)
-        for target in op.outputs:
-            self._own(target, op, self._clock)
-            if target.stored is not None:
-                self._new(target, op, self._clock, gathered=True)
-
-    def _gather(self, value: Value, op: Operation) -> None:
-        """A stored value as an operation needs it; nothing where it is kept that way (the caller has the bytes)."""
-        if value.stored is not None:
-            self._new(value, op, self._clock, gathered=True)
-
-    def _fusible(self, op: Operation, inputs: list[Value]) -> None:
-        target = op.outputs[0]
-        fused = all(user is not None and user.name in FUSIBLE | ALIASES for user in self._users.get(target.index, ()))
-        sources = tuple(dict.fromkeys(b for v in inputs for b in self._far[v.index]))
-        if fused:
-            self._near[target.index] = self._far[target.index] = sources
-            return
-        self._use([sources])
-        self._own(target, op, self._clock)
-        for b in sources:
-            if self.graph.values[self._buffers[b][0]].shape == target.shape:
-                self._shared[b] = self._clock
-                break
-        if len(_large(inputs, target)) <= 1:
-            self._far[target.index] = sources
-
-    def _scan(self, op: Operation) -> None:
-        consts, carried = scan_counts(op.eqn)
-        body, start = op.blocks[0], self._clock
-        outside = []
-        for i, (outer, inner) in enumerate(zip(op.inputs, body.inputs, strict=True)):
-            sources = () if outer is None else self._read(outer)
-            outside.append(sources)
-            self._near[inner.index] = self._far[inner.index] = sources
-            if i >= consts and i < consts + carried:
-                self._own(op.outputs[i - consts], op, start)
-                self._near[inner.index] = self._far[inner.index] = self._near[op.outputs[i - consts].index]
-                self._use([sources])
-        for outer in op.outputs[carried:]:
-            self._own(outer, op, start)
-        for value in body.constants:
-            self._near[value.index] = self._far[value.index] = ()
-        self._block(body)
-        self._clock += 2
-        self._use(self._read(v) for v in body.results if isinstance(v, Value))
-        self._use(s for i, s in enumerate(outside) if i < consts or i >= consts + carried)
-        self._use(self._read(v) for v in op.outputs)
-
-    def _branches(self, op: Operation) -> None:
-        start = self._clock
-        outside = [() if v is None else self._read(v) for v in op.inputs]
-        for inner in op.blocks:
-            for value in (*inner.inputs, *inner.constants):
-                self._near[value.index] = self._far[value.index] = ()
-            self._block(inner)
-        self._clock += 2
-        self._use(outside)
-        for value in op.outputs:
-            self._own(value, op, start)
-
-
-def _large(inputs: list[Value], target: Value) -> list[Value]:
-    rank = sum(n > 1 for n in target.shape)
-    return [v for v in inputs if sum(n > 1 for n in v.shape) >= rank]
+# MiB of memory on the chip beside its HBM that XLA uses for short-lived buffers: `jax.experimental.pallas.tpu`'s chip table
+VECTOR_MEMORY = {"v5e": 128, "v6e": 128, "v5p": 64, "tpu7x": 64, "v4": 16}
+USABLE = 0.8  # of it; the rest is the kernels' own
+LARGEST = 0.65  # of what is usable, that one buffer may take
 
 
 class Sizes:
@@ -257,6 +83,61 @@ class Sizes:
         return (self.extents / counts[masks]).prod(1) * self.itemsizes
 
 
+class Peak(NamedTuple):
+    """What a program holds at the most.
+
+    Attributes:
+      bytes: of its temporaries, as XLA reports them.
+      moment: when.
+      each: bytes of each buffer.
+      alive: buffers alive then.
+    """
+
+    bytes: float
+    moment: int
+    each: np.ndarray
+    alive: np.ndarray
+
+
+def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float = 0.0) -> Peak:
+    """The most that is alive at once.
+
+    Args:
+      timeline: of the graph.
+      kept, used: bytes on one device of each value of the graph (see `Sizes.bytes`).
+      vector: bytes of memory beside the HBM.
+    """
+    each = _sizes(timeline, kept, used)
+    live = _alive(timeline.starts, timeline.ends, each, timeline.length)
+    fast = np.where(each < LARGEST * vector, each, 0.0)
+    spared = np.minimum(vector, _alive(timeline.starts, timeline.ends, fast, timeline.length)) if vector else 0.0
+    held = live - spared
+    moment = int(held.argmax())
+    alive = (timeline.starts <= moment) & (moment <= timeline.ends)
+    total = float(held[moment])
+    if timeline.platform == "tpu":
+        # libtpu reports a heap and on top what it takes for fragmentation: the heap less what its own count finds alive,
+        # which loses sight of a buffer as soon as a loop takes it in
+        counted = _alive(timeline.starts, timeline.cuts, each, timeline.length)
+        spared = np.minimum(vector, _alive(timeline.starts, timeline.cuts, fast, timeline.length)) if vector else 0.0
+        total += total - min(total, float((counted - spared).max()))
+    return Peak(total, moment, each, alive)
+
+
+def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Bytes of each buffer."""
+    values, kinds = timeline.values, timeline.kinds
+    lying, using = kept[values], used[values]
+    gathered = np.where(using > 1.001 * lying, using, 0.0)
+    rows = using * timeline.padding if timeline.platform == "tpu" else gathered
+    words = lying / timeline.itemsizes * 4
+    return np.choose(kinds, [lying, using, gathered, lying / 2, rows, 2 * using, 2 * gathered, words])
+
+
+def _alive(starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
+    return np.cumsum(np.bincount(starts, sizes, length) - np.bincount(ends + 1, sizes, length))
+
+
 def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, topology: Topology, *, steps_per_call: int = 1,
             data: str = "streamed", samples: int | None = None, timeline: Timeline | None = None,
             sizes: Sizes | None = None) -> tuple[dict[str, int], list[tuple[int, str]]]:
@@ -271,13 +152,13 @@ def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, to
     sizes = sizes or Sizes(graph, names)
     found = _arguments(trace, names, assignment, topology, steps_per_call, data, samples or trace.samples)
     kept, used = sizes.bytes(assignment)
-    peak, moment, each = timeline.peak(kept, used)
-    alive = (timeline.starts <= moment) & (moment <= timeline.ends)
-    gradient = float(each[alive & timeline.is_gradient].sum())
-    late = float(each[timeline.is_gradient].sum())
-    found |= {"gradients": int(gradient), "activations": 0, "temporaries": int(max(peak, late) - gradient)}
-    order = np.argsort(-np.where(alive, each, 0))[:12]
-    return found, [(int(each[b]), _describe(timeline, int(b))) for b in order if alive[b]]
+    vector = VECTOR_MEMORY.get(topology.chip.name, 0) * 2**20 * USABLE if topology.platform == "tpu" else 0.0
+    top = peak(timeline, kept, used, vector)
+    gradient = float(top.each[top.alive & timeline.gradients].sum())
+    late = float(top.each[timeline.gradients].sum())
+    found |= {"gradients": int(gradient), "activations": 0, "temporaries": int(max(top.bytes, late) - gradient)}
+    order = np.argsort(-np.where(top.alive, top.each, 0))[:12]
+    return found, [(int(top.each[b]), _describe(timeline, int(b))) for b in order if top.alive[b]]
 
 
 def _arguments(trace: Trace, names: Names, assignment: Assignment, topology: Topology, steps: int, data: str,

@@ -163,7 +163,7 @@ class Names:
         for mask in use:
             taken |= mask
         more = keep & ~taken
-        if not more or math.prod(n for n, _, _ in look) * 4 < SMALL:
+        if not more or math.prod(n for n, _, stepped in look if not stepped) * 4 < SMALL:
             return use
         fits = [d for d, (n, _, stepped) in enumerate(look) if not stepped and n % (counts[use[d]] * counts[more]) == 0]
         if not fits:

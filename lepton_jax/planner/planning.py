@@ -20,6 +20,7 @@ from lepton_jax.planner.search import OBJECTIVES, Candidate, Problem, search
 from lepton_jax.planner.trace import Trace
 
 RIVALS = 5
+DOUBLINGS = 8  # of a topology that is too small, tried for a remedy
 
 
 def plan(trace: Trace, topology: Topology, *, objective: str = "time", mesh: Mapping[str, int] | None = None,
@@ -145,10 +146,13 @@ def _nearest_change(problem: Problem, best: Candidate) -> str:
 def larger_topology(problem: Problem) -> str | None:
     """The smallest topology of the same chip, in doublings, that something fits on."""
     shape = list(problem.topology.shape)
-    for _ in range(10):
+    least = sum(state for pair in problem.memory("none").each for state in pair)
+    for _ in range(DOUBLINGS):
         dim = shape.index(min(shape))
         shape[dim] *= 2
         topology = replace(problem.topology, shape=tuple(shape))
+        if least / topology.devices > topology.device.memory:
+            continue  # not even the state, evenly split
         try:
             if search(Problem(problem.trace, topology, problem.objective, Pins()))[0].fits:
                 return topology.name

@@ -49,7 +49,7 @@ class Memory:
     def __init__(self, trace: Trace, names: Names, topology: Topology, sizes: Sizes):
         self.trace, self.names, self.topology, self.sizes = trace, names, topology, sizes
         self._timeline = Timeline(names.graph, topology.platform)
-        self._state = optimizer_bytes(trace, names)
+        self.each = optimizer_bytes(trace, names)
         self._steps, self._data = steps_per_call(trace, topology)[0], residence(trace, topology)[0]
 
     def predict(self, assignment: Assignment) -> dict[str, int]:
@@ -59,7 +59,7 @@ class Memory:
     def state(self, assignment: Assignment) -> float:
         """Bytes of parameters, their gradients and the optimizer's state."""
         total, counts = 0.0, assignment.counts
-        for spec, (own, more) in zip(self.names.storage(list(assignment.masks), assignment.keep, counts), self._state,
+        for spec, (own, more) in zip(self.names.storage(list(assignment.masks), assignment.keep, counts), self.each,
                                      strict=True):
             mask = 0
             for m in spec:
@@ -157,7 +157,7 @@ def search(problem: Problem) -> list[Candidate]:
     for sizes in problem.pins.meshes or meshes(problem.topology, problem.names("none")):
         for start in starts(problem, sizes):
             for score, a in (problem.lightly(start), descend(problem, start)):
-                a = merged(a)
+                a = a if problem.pins.meshes else merged(a)
                 key = (a.sizes, a.masks, a.keep)
                 if key not in found or found[key][0] > score:
                     found[key] = (score, a)

@@ -1,0 +1,439 @@
+"""What of a graph XLA materializes: its fusion, imitated.
+
+A *buffer* holds a value that is materialized. What is fused into its consumers has none, and keeps alive what it is
+computed from instead. A *group* is what runs as one kernel: it reads buffers and writes buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lepton_jax.compat import scan_counts
+from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.layout import itemsize
+from lepton_jax.planner.rules import ELEMENTWISE
+
+# the same bytes under another name
+ALIASES = {"reshape", "squeeze", "expand_dims", BARRIER, "name", "copy", "copy_p", "stop_gradient", "sharding_constraint",
+           "bitcast_convert_type", "random_wrap", "random_unwrap"}
+FREE = {"iota", "empty", "create_token", "axis_index"}
+LOOPED = {*ELEMENTWISE, "broadcast_in_dim", "concatenate", "dynamic_slice", "pad", "rev", "slice", "split", "transpose"} - ALIASES
+REDUCED = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"}
+FUSES = LOOPED | REDUCED | ALIASES
+DOTS = {"dot_general", "conv_general_dilated"}
+SCATTERS = {"scatter-add", "scatter_add"}
+ROWWISE = {"gather", "scatter", *SCATTERS}
+# XLA computes these once, however many need them, or where a broadcast would have them computed many times
+COSTLY = {"acos", "asin", "atan", "atan2", "cbrt", "cos", "cosh", "digamma", "div", "erf", "erf_inv", "erfc", "exp", "exp2",
+          "expm1", "lgamma", "log", "log1p", "logistic", "pow", "random_bits", "rem", "rsqrt", "sin", "sinh", "sqrt", "tan",
+          "tanh", "threefry2x32"}
+
+# A buffer's bytes: its value's as it lies; as it is used; the latter, if that is another, else none (gathered); half as
+# it lies; with rows padded to the vector's width; twice as it is used; gathered and twice; 4 bytes for each number.
+KEPT, USED, GATHERED, HALF, ROWS, DOUBLE, GATHERED_DOUBLE, WORDS = range(8)
+
+
+class Group:
+    """What runs at once; of a loop, `body` holds what it repeats. `places` are buffers that may be overwritten."""
+
+    __slots__ = ("body", "places", "reads", "writes")
+
+    def __init__(self, reads: Iterable[int], writes: Iterable[int], body: list[Group] | None = None,
+                 places: tuple[int, ...] = ()):
+        self.reads, self.writes, self.body, self.places = tuple(dict.fromkeys(reads)), tuple(writes), body, places
+
+
+class Fusion:
+    """Buffers and groups of a graph.
+
+    Attributes:
+      values, kinds, owners: of each buffer: its value's index; one of the kinds above; the operation that made it.
+      groups: in the program's order.
+      gradients: buffers of the parameters' gradients.
+    """
+
+    keeps_dots = True  # whether dots read their operands from memory only
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.values: list[int] = []
+        self.kinds: list[int] = []
+        self.owners: list[Operation | None] = []
+        self.near: dict[int, tuple[int, ...]] = {}  # what an operation that can't fuse reads of a value
+        self.far: dict[int, tuple[int, ...]] = {}  # what a fused operation reads of it
+        self.users: dict[int, list[Operation | None]] = {}
+        self.stacks: dict[int, Value] = {}  # results of a loop's body that are stacked: the stack
+        self.heavy: set[int] = set()  # values with something costly fused into them
+        block = graph.block
+        self._count(block)
+        for value in (*block.inputs, *block.constants):
+            self.near[value.index] = self.far[value.index] = ()
+        self.groups = self._block(block)
+        self.gradients = self._finish(block)
+
+    def _finish(self, block: Block) -> list[int]:
+        """Hold the results until the end; returns the gradients' buffers."""
+        results = [v for v in block.results if isinstance(v, Value)]
+        self.groups.append(Group((b for v in results for b in self.near[v.index]), ()))
+        return [b for v in results if v.stored is not None for b in self.near[v.index]]
+
+    def _count(self, block: Block, stacked: range = range(0)) -> None:
+        for op in block.operations:
+            for value in op.inputs:
+                if value is not None:
+                    self.users.setdefault(value.index, []).append(op)
+            inside = range(0)
+            if op.name == "scan":
+                first, results = scan_counts(op.eqn)[1], op.blocks[0].results
+                inside = range(first, len(results))
+                self.stacks.update((v.index, outer) for v, outer in zip(results[first:], op.outputs[first:], strict=True)
+                                   if isinstance(v, Value))
+            for inner in op.blocks:
+                self._count(inner, inside)
+        for i, value in enumerate(block.results):
+            if isinstance(value, Value) and i not in stacked:
+                self.users.setdefault(value.index, []).append(None)
+
+    def buffer(self, value: Value, op: Operation | None, kind: int = KEPT) -> int:
+        self.values.append(value.index)
+        self.kinds.append(kind)
+        self.owners.append(op)
+        return len(self.values) - 1
+
+    def own(self, value: Value, op: Operation | None, kind: int = KEPT) -> int:
+        b = self.buffer(value, op, kind)
+        self.near[value.index] = self.far[value.index] = (b,)
+        return b
+
+    # ---- operations -----------------------------------------------------------------------------------------------
+
+    def _block(self, block: Block) -> list[Group]:
+        groups: list[Group] = []
+        for op in block.operations:
+            inputs = [v for v in op.inputs if v is not None]
+            if op.name == "scan":
+                self._scan(op, groups)
+            elif op.blocks:
+                self._branches(op, groups)
+            elif op.name in ALIASES and len(inputs) == len(op.outputs):
+                for source, target in zip(inputs, op.outputs, strict=True):
+                    self._rename(source, target)
+            elif op.name in FREE or not inputs:
+                for target in op.outputs:
+                    self.near[target.index] = self.far[target.index] = ()
+            elif op.name in LOOPED or self.spreads(op):
+                self._fusible(op, inputs, groups)
+            else:
+                self._hard(op, inputs, groups)
+            for value in op.outputs:
+                if value.index in self.stacks:  # written straight into the stack of the loop's results
+                    groups.append(Group(self.far[value.index], ()))
+        return groups
+
+    def _rename(self, source: Value, target: Value) -> None:
+        self.near[target.index], self.far[target.index] = self.near[source.index], self.far[source.index]
+        if source.index in self.heavy:
+            self.heavy.add(target.index)
+
+    def spreads(self, op: Operation) -> bool:
+        """Whether an operation moves single numbers, which XLA makes a comparison with an index of."""
+        return False
+
+    def _fusible(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
+        sources = tuple(dict.fromkeys(b for v in inputs for b in self.far[v.index]))
+        heavy = op.name in COSTLY or any(v.index in self.heavy for v in inputs)
+        for target in op.outputs:
+            users = self.users.get(target.index, ())
+            stacked = target.index in self.stacks
+            wide = len(_large(inputs, target)) > 1
+            many = len(users) + stacked > 1
+            fused = (bool(users) or stacked) and all(u is not None and self.takes(u, op, heavy) for u in users)
+            if heavy:
+                self.heavy.add(target.index)
+            if self._joins(op, inputs, target, sources, fused):
+                continue
+            if fused and not (many and (wide or self.once(op))):
+                self.near[target.index] = self.far[target.index] = sources
+                continue
+            groups.append(Group(sources, (self.own(target, op, self.kind(target)),), places=self._place(sources, target)))
+            if wide or many and self.once(op):
+                self.heavy.discard(target.index)
+            else:
+                self.far[target.index] = sources
+
+    def kind(self, value: Value) -> int:
+        return KEPT
+
+    def once(self, op: Operation) -> bool:
+        """Whether an operation with one large operand is not run again for each that needs its result."""
+        return op.name in COSTLY
+
+    def takes(self, user: Operation, op: Operation, heavy: bool) -> bool:
+        """Whether what uses a value computes it by itself."""
+        if user.name == "broadcast_in_dim":
+            return op.name not in COSTLY
+        if user.name in DOTS:
+            return not self.keeps_dots and not heavy
+        return user.name in FUSES or self.spreads(user)
+
+    def _joins(self, op: Operation, inputs: list[Value], target: Value, sources: tuple[int, ...], fused: bool) -> bool:
+        """Whether a value is written by the group of the product before it, as one more result."""
+        return False
+
+    def _place(self, sources: tuple[int, ...], target: Value) -> tuple[int, ...]:
+        """Buffers that a result may overwrite."""
+        values = self.graph.values
+        return tuple(b for b in sources if values[self.values[b]].shape == target.shape
+                     and itemsize(values[self.values[b]]) == itemsize(target))
+
+    def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
+        """What an operation that isn't fused reads of a value."""
+        fuses = op.name in REDUCED or self.spreads(op) or (
+            op.name in DOTS and not self.keeps_dots and value.index not in self.heavy)
+        source = self.far[value.index] if fuses else self.near[value.index]
+        if value.stored is not None and len(value.shape) > 1:
+            whole = self.buffer(value, op, ROWS if op.name in ROWWISE else GATHERED)
+            groups.append(Group(source, (whole,)))
+            return (*source, whole)
+        return source
+
+    def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
+        reads = [b for value in inputs for b in self._reads(op, value, groups)]
+        writes = [self.own(target, op, self.kind(target)) for target in op.outputs]
+        # a gradient is summed over the devices before each keeps its part
+        writes += [self.buffer(target, op, ROWS if op.name in ROWWISE else GATHERED)
+                   for target in op.outputs if target.stored is not None]
+        groups.append(Group(reads, writes))
+
+    # ---- loops and branches ---------------------------------------------------------------------------------------
+
+    def _scan(self, op: Operation, groups: list[Group]) -> None:
+        consts, carried = scan_counts(op.eqn)
+        body = op.blocks[0]
+        reads: list[int] = []
+        writes: list[int] = []
+        places: list[int] = []
+        for i, (outer, inner) in enumerate(zip(op.inputs, body.inputs, strict=True)):
+            sources = () if outer is None else self.near[outer.index]
+            if consts <= i < consts + carried:
+                target = op.outputs[i - consts]
+                writes.append(self.own(target, op))
+                places += sources
+                sources = self.near[target.index]
+            else:
+                reads += sources
+            self.near[inner.index] = self.far[inner.index] = sources
+        stacks = [self.own(outer, op, self.kind(outer)) for outer in op.outputs[carried:]]
+        for value in body.constants:
+            self.near[value.index] = self.far[value.index] = ()
+        inside = self._block(body)
+        inside.append(Group((b for v in body.results[:carried] if isinstance(v, Value) for b in self.near[v.index]), ()))
+        self._loop(groups, reads, writes, stacks, inside, tuple(places))
+
+    def _loop(self, groups: list[Group], reads: list[int], writes: list[int], stacks: list[int], inside: list[Group],
+              places: tuple[int, ...]) -> None:
+        groups.append(Group(reads, [*writes, *stacks], inside, places))
+
+    def _branches(self, op: Operation, groups: list[Group]) -> None:
+        reads = [b for v in op.inputs if v is not None for b in self.near[v.index]]
+        inside: list[Group] = []
+        for inner in op.blocks:
+            for value in (*inner.inputs, *inner.constants):
+                self.near[value.index] = self.far[value.index] = ()
+            inside += self._block(inner)
+        groups.append(Group(reads, [self.own(v, op) for v in op.outputs], inside))
+
+
+class TpuFusion(Fusion):
+    """As libtpu fuses: products take in what is cheap, and give their result in several forms."""
+
+    keeps_dots = False
+
+    def __init__(self, graph: Graph):
+        self.products: dict[int, Group] = {}  # groups of the products that values stem from
+        self.cast: set[int] = set()
+        super().__init__(graph)
+
+    def spreads(self, op: Operation) -> bool:
+        if op.name == "gather":
+            return not op.params["dimension_numbers"].offset_dims
+        return op.name in SCATTERS and not op.params["dimension_numbers"].update_window_dims
+
+    def once(self, op: Operation) -> bool:
+        return False
+
+    def kind(self, value: Value) -> int:
+        """Products round float32 operands to bfloat16, unless told otherwise: what only they read is kept so."""
+        if str(value.dtype) != "float32" or value.stored is not None:
+            return KEPT
+        users = self._readers(value)
+        low = bool(users) and all(u is not None and u.name in DOTS and u.params.get("precision") is None for u in users)
+        return HALF if low else KEPT
+
+    def _readers(self, value: Value) -> list[Operation | None]:
+        """What uses a value, under whatever name, also where a loop has it slice by slice."""
+        found: list[Operation | None] = []
+        for user in self.users.get(value.index, ()):
+            if user is None or user.name not in ALIASES | {"transpose", "scan"}:
+                found.append(user)
+                continue
+            for i, source in enumerate(user.inputs):
+                if source is value:
+                    inside = user.blocks[0].inputs if user.blocks else user.outputs
+                    found += self._readers(inside[min(i, len(inside) - 1)])
+        if value.index in self.stacks:
+            found += self._readers(self.stacks[value.index])
+        return found
+
+    def _rename(self, source: Value, target: Value) -> None:
+        super()._rename(source, target)
+        if source.index in self.products:
+            self.products[target.index] = self.products[source.index]
+
+    def _joins(self, op: Operation, inputs: list[Value], target: Value, sources: tuple[int, ...], fused: bool) -> bool:
+        product = self.products.get(inputs[0].index)
+        if product is None or len(_large(inputs, target)) > 1:
+            return False
+        users = self.users.get(target.index, ())
+        # a product in low precision that is reduced in a higher one is there in both
+        widens = (op.name == "convert_element_type" and itemsize(target) > itemsize(inputs[0])
+                  and any(u is not None and u.name in REDUCED for u in users))
+        several = fused and sum(u is not None and u.name in DOTS for u in users) > 1
+        if widens or several:
+            product.writes = (*product.writes, self.own(target, op))
+            self.far[target.index] = sources
+            if widens:
+                self.cast.add(target.index)
+            return True
+        if fused and op.name not in COSTLY:
+            self.products[target.index] = product
+        return False
+
+    def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
+        return self.near[value.index] if value.index in self.cast else super()._reads(op, value, groups)
+
+    def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
+        super()._hard(op, inputs, groups)
+        if op.name in DOTS:
+            self.products[op.outputs[0].index] = groups[-1]
+
+
+class CpuFusion(Fusion):
+    """As XLA's CPU backend fuses: no barriers, products in float32, all gradients summed at once at the end."""
+
+    def __init__(self, graph: Graph):
+        self.same: dict[Any, Operation] = {}
+        self.first: dict[int, int] = {}  # values to the first of those that are computed alike
+        self.wide: dict[int, tuple[int, ...]] = {}
+        self.whole: dict[tuple, tuple[int, ...]] = {}
+        self.inner = 0
+        self.sums: list[int] = []
+        super().__init__(graph)
+
+    def _finish(self, block: Block) -> list[int]:
+        results = [v for v in block.results if isinstance(v, Value)]
+        parts = [b for v in results if v.stored is not None for b in self.near[v.index]]
+        summed = [self.buffer(v, None, USED) for v in results if v.stored is not None]
+        self.groups.append(Group(parts, summed))
+        self.groups.append(Group((*summed, *(b for v in results for b in self.near[v.index] if v.stored is None)), ()))
+        return summed
+
+    def _fusible(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
+        if not self._again(op):
+            super()._fusible(op, inputs, groups)
+
+    def _rename(self, source: Value, target: Value) -> None:
+        super()._rename(source, target)
+        self.first[target.index] = self.first.get(source.index, source.index)
+
+    def _again(self, op: Operation) -> bool:
+        """Whether the same is computed before: barriers fall early here, and with them rematerialization."""
+        ins = tuple(repr(getattr(e, "val", None)) if v is None else self.first.get(v.index, v.index)
+                    for v, e in zip(op.inputs, op.eqn.invars, strict=False))
+        key = (op.name, ins, tuple(v.shape for v in op.outputs), tuple(str(v.dtype) for v in op.outputs),
+               "" if op.name in ELEMENTWISE else str(sorted(op.params.items(), key=lambda p: p[0])))
+        before = self.same.setdefault(key, op)
+        if before is op:
+            return False
+        for old, new in zip(before.outputs, op.outputs, strict=True):
+            self._rename(old, new)
+        return True
+
+    def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
+        if op.name != "random_bits" and self._again(op):
+            return
+        if op.name == "select_and_scatter_add":
+            return self._unpool(op, inputs, groups)
+        low = op.name in DOTS and itemsize(op.outputs[0]) == 2
+        reads = [b for value in inputs for b in (self._widened(op, value, groups) if low else self._reads(op, value, groups))]
+        if op.name in SCATTERS and not self.near[inputs[0].index]:  # into zeros, which are ready when the program starts
+            groups.append(Group((), (self.own(op.outputs[0], op, USED),)))
+            groups.append(Group((*reads, *self.near[op.outputs[0].index]), ()))
+            return
+        targets = op.outputs
+        if low:
+            product = self.buffer(targets[0], op, DOUBLE)
+            groups.append(Group(reads, (product,)))
+            users = self.users.get(targets[0].index, ())
+            if len(users) > 1 or not all(u is not None and self.takes(u, op, True) for u in users):
+                groups.append(Group((product,), (self.own(targets[0], op, USED),)))
+            else:
+                self.near[targets[0].index] = self.far[targets[0].index] = (product,)
+            return
+        writes = [self.own(t, op, USED if t.stored is not None else KEPT) for t in targets]
+        groups.append(Group(reads, writes))
+
+    def _unpool(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
+        """The gradient of pooling by maximum: indices of every number for each dim, and of each window's greatest."""
+        source, operand = inputs[0], inputs[1]
+        dims = len(operand.shape)
+        indices = [self.buffer(operand, op, WORDS) for _ in range(dims)]
+        zeros = self.own(op.outputs[0], op)
+        for b in (*indices, zeros):
+            groups.append(Group((), (b,)))
+        greatest = [self.buffer(source, op, WORDS) for _ in range(dims)]
+        groups.append(Group((*indices, *self.near[operand.index]), (*greatest, self.buffer(source, op))))
+        groups.append(Group((*greatest, *self.near[source.index], zeros), ()))
+
+    def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
+        source = self.far[value.index] if op.name in REDUCED else self.near[value.index]
+        if value.stored is None or len(value.shape) < 2:
+            return source
+        key = (self.first.get(value.index, value.index), GATHERED)
+        if key not in self.whole:
+            self.whole[key] = (self.buffer(value, op, GATHERED),)
+            groups.append(Group(source, self.whole[key]))
+        return (*source, *self.whole[key])
+
+    def _widened(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
+        """The operand of a product in float32."""
+        index = self.first.get(value.index, value.index)
+        if index not in self.wide:
+            source = self.far[value.index]
+            if value.stored is not None and len(value.shape) > 1:
+                for kind in (GATHERED_DOUBLE, USED):
+                    step = (self.buffer(value, op, kind),)
+                    groups.append(Group(source, step))
+                    source = step
+            self.wide[index] = (self.buffer(value, op, DOUBLE),)
+            groups.append(Group(source, self.wide[index]))
+        return self.wide[index]
+
+    def _block(self, block: Block) -> list[Group]:
+        outer, self.same, self.wide, self.whole = (self.same, self.wide, self.whole), {}, {}, {}
+        groups = super()._block(block)
+        self.same, self.wide, self.whole = outer
+        return groups
+
+    def _loop(self, groups: list[Group], reads: list[int], writes: list[int], stacks: list[int], inside: list[Group],
+              places: tuple[int, ...]) -> None:
+        for b in stacks:  # zeros, which are ready when the program starts
+            groups.append(Group((), (b,)))
+        groups.append(Group([*reads, *stacks], writes, inside, places))
+
+
+def _large(inputs: list[Value], target: Value) -> list[Value]:
+    """The inputs of an operation that are not small beside its result, as XLA's fusion guesses: by their rank."""
+    rank = sum(n > 1 for n in target.shape)
+    return [v for v in inputs if sum(n > 1 for n in v.shape) >= rank]
