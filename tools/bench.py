@@ -15,6 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import bench_lm
+import bench_regret
 import bench_step
 import jax
 
@@ -22,8 +24,8 @@ from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.launch.settings import Parser
 
 # Each has add(commands, shared), whose parser's default `run` takes the options and returns what --json keeps.
-COMMANDS = (bench_step,)
-ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")  # what changes the figures
+COMMANDS = (bench_step, bench_lm, bench_regret)
+ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "XLA_CLIENT_MEM_FRACTION")  # what changes the figures
 
 
 def main(arguments: list[str] | None = None) -> int:
