@@ -93,7 +93,11 @@ class Evaluation:
         out = _bind(op.eqn, inputs)
         if op.name in FOLLOWING and not decision.inputs:
             return out
-        if decision.natural is not None and not _summed(product, decision.natural, self.layout.spec(op.outputs[0])):
+        if op.known and op.whole and product is None:
+            # else XLA splits what needs all of a dim along that dim, and e.g. a pad between elements comes out wrong
+            out = [self._put(x, made) if (made := self.layout.made(op, v)) != self.layout.spec(v) else x
+                   for x, v in zip(out, op.outputs, strict=True)]
+        if decision.natural is not None and not _summed(op, product, decision.natural, self.layout.spec(op.outputs[0])):
             out[0] = self._put(out[0], decision.natural)
         return [self._put(x, self.layout.spec(v)) if hasattr(x, "shape") and op.known else x
                 for x, v in zip(out, op.outputs, strict=True)]
@@ -135,10 +139,12 @@ class Evaluation:
         return jax.lax.switch(inputs[0], branches, *inputs[1:])
 
 
-def _summed(product: Contraction | None, natural: Spec, spec: Spec) -> bool:
+def _summed(op: Operation, product: Contraction | None, natural: Spec, spec: Spec) -> bool:
     """Whether a result differs from what is wanted only by sums that are still to be scattered."""
     if product is None:
         return False
+    if op.name == "gather":  # XLA (jax 0.10, 0.12) looks up wrong rows where such a dim is split already
+        return all(n in (0, s) for n, s in zip(natural, spec, strict=True))
     return all(n & ~s == 0 for n, s in zip(natural, spec, strict=True))
 
 

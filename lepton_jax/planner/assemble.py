@@ -93,7 +93,9 @@ def arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple[str, 
     params = {p: i for i, p in enumerate(names.paths) if p.startswith("params")}
     stored = dict(zip(params, names.storage(masks, assignment.keep, counts), strict=True))
     found = []
-    for path, leaf in by_path(trace.state).items():
+    leaves = by_path(trace.state)
+    tails = {p.removeprefix("params/"): (spec, tuple(leaves[p].shape)) for p, spec in stored.items()}
+    for path, leaf in leaves.items():
         dtype = dtype_name(leaf)
         kind, shape = path.partition("/")[0], tuple(leaf.shape)
         spec: Spec = (0,) * len(shape)
@@ -102,7 +104,7 @@ def arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple[str, 
             spec, use = stored[path], names.use(params[path], masks, counts)
             reason = _why(shape, spec, use, assignment, axes, names, params[path])
         elif kind == "optimizer":
-            spec, reason = _follow(path, shape, stored, trace)
+            spec, reason = _follow(path, shape, tails)
             use = spec
         found.append(ArrayPlan(path, kind, shape, dtype, nbytes(leaf), entries(spec, axes), entries(use, axes), reason))
     return tuple(found)
@@ -128,13 +130,12 @@ def batch_arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple
     return tuple(found)
 
 
-def _follow(path: str, shape: tuple[int, ...], stored: dict[str, Spec], trace: Trace) -> tuple[Spec, str]:
+def _follow(path: str, shape: tuple[int, ...], stored: dict[str, tuple[Spec, tuple[int, ...]]]) -> tuple[Spec, str]:
     """Optimizer state lies as the parameter whose path it ends in, dim by dim where it has fewer."""
-    for name, spec in stored.items():
-        tail = name.removeprefix("params/")
-        if not (path == tail or path.endswith("/" + tail)):
-            continue
-        whole = by_path(trace.state.params)[tail].shape
+    parts = path.split("/")
+    tail = next((t for t in ("/".join(parts[i:]) for i in range(1, len(parts))) if t in stored), None)
+    if tail is not None:
+        spec, whole = stored[tail]
         if shape == whole:
             return spec, f"lies as {tail}"
         places, start = [], 0

@@ -6,6 +6,7 @@ computed from instead. A *group* is what runs as one kernel: it reads buffers an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,13 +36,19 @@ KEPT, USED, GATHERED, HALF, ROWS, DOUBLE, GATHERED_DOUBLE, WORDS = range(8)
 
 
 class Group:
-    """What runs at once; of a loop, `body` holds what it repeats. `places` are buffers that may be overwritten."""
+    """What runs at once; of a loop, `body` holds what it repeats.
 
-    __slots__ = ("body", "places", "reads", "writes")
+    Attributes:
+      reads, writes, updates: buffers that are there before, that are new, that are changed in place.
+      places: buffers that may be overwritten, if nothing else needs them.
+    """
+
+    __slots__ = ("body", "places", "reads", "updates", "writes")
 
     def __init__(self, reads: Iterable[int], writes: Iterable[int], body: list[Group] | None = None,
-                 places: tuple[int, ...] = ()):
+                 places: tuple[int, ...] = (), updates: Iterable[int] = ()):
         self.reads, self.writes, self.body, self.places = tuple(dict.fromkeys(reads)), tuple(writes), body, places
+        self.updates = tuple(updates)
 
 
 class Fusion:
@@ -171,7 +178,7 @@ class Fusion:
 
     def takes(self, user: Operation, op: Operation, heavy: bool) -> bool:
         """Whether what uses a value computes it by itself."""
-        if user.name == "broadcast_in_dim":
+        if user.name == "broadcast_in_dim" or math.prod(user.outputs[0].shape) > math.prod(op.outputs[0].shape):
             return op.name not in COSTLY
         if user.name in DOTS:
             return not self.keeps_dots and not heavy
@@ -203,7 +210,7 @@ class Fusion:
         writes = [self.own(target, op, self.kind(target)) for target in op.outputs]
         # a gradient is summed over the devices before each keeps its part
         writes += [self.buffer(target, op, ROWS if op.name in ROWWISE else GATHERED)
-                   for target in op.outputs if target.stored is not None]
+                   for target in op.outputs if target.stored is not None and not _sparse(op)]
         groups.append(Group(reads, writes))
 
     # ---- loops and branches ---------------------------------------------------------------------------------------
@@ -222,14 +229,25 @@ class Fusion:
                 places += sources
                 sources = self.near[target.index]
             else:
+                if i >= consts and outer is not None:
+                    sources = self._enters(outer, op, groups)
                 reads += sources
             self.near[inner.index] = self.far[inner.index] = sources
         stacks = [self.own(outer, op, self.kind(outer)) for outer in op.outputs[carried:]]
         for value in body.constants:
             self.near[value.index] = self.far[value.index] = ()
-        inside = self._block(body)
+        inside = self._slices(op, body.inputs[consts + carried:])
+        inside += self._block(body)
         inside.append(Group((b for v in body.results[:carried] if isinstance(v, Value) for b in self.near[v.index]), ()))
         self._loop(groups, reads, writes, stacks, inside, tuple(places))
+
+    def _enters(self, value: Value, op: Operation, groups: list[Group]) -> tuple[int, ...]:
+        """What a loop reads of a stack."""
+        return self.near[value.index]
+
+    def _slices(self, op: Operation, values: list[Value]) -> list[Group]:
+        """What a loop's body copies of its stacks."""
+        return []
 
     def _loop(self, groups: list[Group], reads: list[int], writes: list[int], stacks: list[int], inside: list[Group],
               places: tuple[int, ...]) -> None:
@@ -252,7 +270,7 @@ class TpuFusion(Fusion):
 
     def __init__(self, graph: Graph):
         self.products: dict[int, Group] = {}  # groups of the products that values stem from
-        self.cast: set[int] = set()
+        self.given: set[int] = set()  # values that a product gives in several forms
         super().__init__(graph)
 
     def spreads(self, op: Operation) -> bool:
@@ -296,22 +314,22 @@ class TpuFusion(Fusion):
         if product is None or len(_large(inputs, target)) > 1:
             return False
         users = self.users.get(target.index, ())
-        # a product in low precision that is reduced in a higher one is there in both
+        # what is reduced in a higher precision than a product has is there in both; what several products read is computed
+        # once
         widens = (op.name == "convert_element_type" and itemsize(target) > itemsize(inputs[0])
                   and any(u is not None and u.name in REDUCED for u in users))
         several = fused and sum(u is not None and u.name in DOTS for u in users) > 1
         if widens or several:
             product.writes = (*product.writes, self.own(target, op))
             self.far[target.index] = sources
-            if widens:
-                self.cast.add(target.index)
+            self.given.add(target.index)
             return True
         if fused and op.name not in COSTLY:
             self.products[target.index] = product
         return False
 
     def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
-        return self.near[value.index] if value.index in self.cast else super()._reads(op, value, groups)
+        return self.near[value.index] if value.index in self.given else super()._reads(op, value, groups)
 
     def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
         super()._hard(op, inputs, groups)
@@ -327,8 +345,7 @@ class CpuFusion(Fusion):
         self.first: dict[int, int] = {}  # values to the first of those that are computed alike
         self.wide: dict[int, tuple[int, ...]] = {}
         self.whole: dict[tuple, tuple[int, ...]] = {}
-        self.inner = 0
-        self.sums: list[int] = []
+        self.spread: dict[tuple, Value] = {}
         super().__init__(graph)
 
     def _finish(self, block: Block) -> list[int]:
@@ -340,8 +357,24 @@ class CpuFusion(Fusion):
         return summed
 
     def _fusible(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
-        if not self._again(op):
-            super()._fusible(op, inputs, groups)
+        if self._again(op):
+            return
+        if op.name == "mul" and all(v.shape != op.outputs[0].shape for v in inputs):
+            inputs = [self._spreadout(v, op, groups) for v in inputs]
+        super()._fusible(op, inputs, groups)
+
+    def _spreadout(self, value: Value, op: Operation, groups: list[Group]) -> Value:
+        """An operand of an outer product at the result's size: it is written out first."""
+        target = op.outputs[0]
+        if len(value.shape) != len(target.shape) or value.shape == target.shape or not any(n > 1 for n in value.shape):
+            return value
+        key = (self.first.get(value.index, value.index), target.shape)
+        if key not in self.spread:
+            self.spread[key] = Value(-1 - len(self.spread), target.shape, target.dtype, target.nodes)
+            b = self.buffer(target, op)
+            self.near[self.spread[key].index] = self.far[self.spread[key].index] = (b,)
+            groups.append(Group(self.far[value.index], (b,)))
+        return self.spread[key]
 
     def _rename(self, source: Value, target: Value) -> None:
         super()._rename(source, target)
@@ -367,9 +400,13 @@ class CpuFusion(Fusion):
             return self._unpool(op, inputs, groups)
         low = op.name in DOTS and itemsize(op.outputs[0]) == 2
         reads = [b for value in inputs for b in (self._widened(op, value, groups) if low else self._reads(op, value, groups))]
+        if low and op.name == "dot_general" and self._turns(op):
+            turned = self.buffer(inputs[0], op, DOUBLE)
+            groups.append(Group(self._widened(op, inputs[0], groups), (turned,)))
+            reads.append(turned)
         if op.name in SCATTERS and not self.near[inputs[0].index]:  # into zeros, which are ready when the program starts
-            groups.append(Group((), (self.own(op.outputs[0], op, USED),)))
-            groups.append(Group((*reads, *self.near[op.outputs[0].index]), ()))
+            groups.append(Group((), (self.own(op.outputs[0], op, KEPT if _sparse(op) else USED),)))
+            groups.append(Group(reads, (), updates=self.near[op.outputs[0].index]))
             return
         targets = op.outputs
         if low:
@@ -384,6 +421,12 @@ class CpuFusion(Fusion):
         writes = [self.own(t, op, USED if t.stored is not None else KEPT) for t in targets]
         groups.append(Group(reads, writes))
 
+    def _turns(self, op: Operation) -> bool:
+        """Whether a product sums over dims of its left operand that are not its last: it is transposed first."""
+        (left, _), _ = op.params["dimension_numbers"]
+        rank = len(op.inputs[0].shape) if op.inputs[0] is not None else 0
+        return sorted(left) != list(range(rank - len(left), rank))
+
     def _unpool(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
         """The gradient of pooling by maximum: indices of every number for each dim, and of each window's greatest."""
         source, operand = inputs[0], inputs[1]
@@ -394,7 +437,7 @@ class CpuFusion(Fusion):
             groups.append(Group((), (b,)))
         greatest = [self.buffer(source, op, WORDS) for _ in range(dims)]
         groups.append(Group((*indices, *self.near[operand.index]), (*greatest, self.buffer(source, op))))
-        groups.append(Group((*greatest, *self.near[source.index], zeros), ()))
+        groups.append(Group((*greatest, *self.near[source.index]), (), updates=(zeros,)))
 
     def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
         source = self.far[value.index] if op.name in REDUCED else self.near[value.index]
@@ -421,16 +464,41 @@ class CpuFusion(Fusion):
         return self.wide[index]
 
     def _block(self, block: Block) -> list[Group]:
-        outer, self.same, self.wide, self.whole = (self.same, self.wide, self.whole), {}, {}, {}
+        outer = self.same, self.wide, self.whole, self.spread
+        self.same, self.wide, self.whole, self.spread = {}, {}, {}, {}
         groups = super()._block(block)
-        self.same, self.wide, self.whole = outer
+        self.same, self.wide, self.whole, self.spread = outer
         return groups
+
+    def _slices(self, op: Operation, values: list[Value]) -> list[Group]:
+        groups = []
+        for value in values:
+            if str(value.dtype) == "float32" and value.stored is None:
+                source = self.near[value.index]
+                groups.append(Group(source, (self.own(value, op),)))
+        return groups
+
+    def _enters(self, value: Value, op: Operation, groups: list[Group]) -> tuple[int, ...]:
+        """A stack in low precision is widened as a whole, before the loop."""
+        source = self.near[value.index]
+        if str(value.dtype) not in ("bfloat16", "float16") or value.stored is not None:
+            return source
+        b = self.buffer(value, op, DOUBLE)
+        groups.append(Group(source, (b,)))
+        return (b,)
 
     def _loop(self, groups: list[Group], reads: list[int], writes: list[int], stacks: list[int], inside: list[Group],
               places: tuple[int, ...]) -> None:
         for b in stacks:  # zeros, which are ready when the program starts
             groups.append(Group((), (b,)))
-        groups.append(Group([*reads, *stacks], writes, inside, places))
+        groups.append(Group(reads, writes, inside, places, stacks))
+
+
+def _sparse(op: Operation) -> bool:
+    """Whether a scattered sum has less to add than it has places: then the updates are moved, not the sums."""
+    if op.name not in SCATTERS or op.inputs[2] is None:
+        return False
+    return math.prod(op.inputs[2].shape) < math.prod(op.outputs[0].shape)
 
 
 def _large(inputs: list[Value], target: Value) -> list[Value]:

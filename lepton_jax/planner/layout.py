@@ -150,6 +150,15 @@ class Layout:
         index, dims = value.stored
         return tuple(self.storage[index][d] for d in dims)
 
+    def made(self, op: Operation, value: Value) -> Spec:
+        """How a result of an operation with whole dims comes out of it: split only as its inputs are."""
+        spec, find = self.spec(value), self.graph.find
+        if not any(spec):
+            return spec
+        whole = set(op.whole)
+        split = {find(n) for i, v in enumerate(op.inputs) if v is not None for d, n in enumerate(v.nodes) if (i, d) not in whole}
+        return tuple(m if find(n) in split else 0 for m, n in zip(spec, value.nodes, strict=True))
+
     def bytes(self, value: Value, spec: Spec) -> float:
         mask = 0
         for m in spec:

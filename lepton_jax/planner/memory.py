@@ -99,29 +99,35 @@ class Peak(NamedTuple):
     alive: np.ndarray
 
 
-def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float = 0.0) -> Peak:
+def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float = 0.0, around: float = 0.0) -> Peak:
     """The most that is alive at once.
 
     Args:
       timeline: of the graph.
       kept, used: bytes on one device of each value of the graph (see `Sizes.bytes`).
       vector: bytes of memory beside the HBM.
+      around: bytes that are there all the while, in a loop around the program.
     """
     each = _sizes(timeline, kept, used)
-    live = _alive(timeline.starts, timeline.ends, each, timeline.length)
-    fast = np.where(each < LARGEST * vector, each, 0.0)
-    spared = np.minimum(vector, _alive(timeline.starts, timeline.ends, fast, timeline.length)) if vector else 0.0
-    held = live - spared
+    held = _alive(timeline, timeline.ends, each, vector)
     moment = int(held.argmax())
     alive = (timeline.starts <= moment) & (moment <= timeline.ends)
-    total = float(held[moment])
+    total = float(held[moment]) + around
     if timeline.platform == "tpu":
         # libtpu reports a heap and on top what it takes for fragmentation: the heap less what its own count finds alive,
         # which loses sight of a buffer as soon as a loop takes it in
-        counted = _alive(timeline.starts, timeline.cuts, each, timeline.length)
-        spared = np.minimum(vector, _alive(timeline.starts, timeline.cuts, fast, timeline.length)) if vector else 0.0
-        total += total - min(total, float((counted - spared).max()))
+        counted = float(_alive(timeline, timeline.cuts, each, vector).max())
+        total += total - min(total, max(counted, around))
     return Peak(total, moment, each, alive)
+
+
+def _alive(timeline: Timeline, ends: np.ndarray, each: np.ndarray, vector: float) -> np.ndarray:
+    """Bytes in the HBM at each moment."""
+    def summed(sizes: np.ndarray) -> np.ndarray:
+        return np.cumsum(np.bincount(timeline.starts, sizes, timeline.length) - np.bincount(ends + 1, sizes, timeline.length))
+
+    live = summed(each)
+    return live - np.minimum(vector, summed(np.where(each < LARGEST * vector, each, 0.0))) if vector else live
 
 
 def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray) -> np.ndarray:
@@ -132,10 +138,6 @@ def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray) -> np.ndarray
     rows = using * timeline.padding if timeline.platform == "tpu" else gathered
     words = lying / timeline.itemsizes * 4
     return np.choose(kinds, [lying, using, gathered, lying / 2, rows, 2 * using, 2 * gathered, words])
-
-
-def _alive(starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
-    return np.cumsum(np.bincount(starts, sizes, length) - np.bincount(ends + 1, sizes, length))
 
 
 def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, topology: Topology, *, steps_per_call: int = 1,
@@ -153,7 +155,10 @@ def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, to
     found = _arguments(trace, names, assignment, topology, steps_per_call, data, samples or trace.samples)
     kept, used = sizes.bytes(assignment)
     vector = VECTOR_MEMORY.get(topology.chip.name, 0) * 2**20 * USABLE if topology.platform == "tpu" else 0.0
-    top = peak(timeline, kept, used, vector)
+    around = 0.0
+    if assignment.micro_batches > 1:  # sums of the gradients, and the batch cut to pieces
+        around = found["params"] + found["batch"]
+    top = peak(timeline, kept, used, vector, around)
     gradient = float(top.each[top.alive & timeline.gradients].sum())
     late = float(top.each[timeline.gradients].sum())
     found |= {"gradients": int(gradient), "activations": 0, "temporaries": int(max(top.bytes, late) - gradient)}

@@ -247,6 +247,20 @@ def _concatenate(graph: Any, op: Any) -> None:
         op.whole.append((i, axis))
 
 
+def _stack(graph: Any, op: Any) -> None:
+    """One dim more, or (unstack) one less: it steps from array to array."""
+    axis, wide = op.params["axis"], (op.outputs if op.name == "stack" else op.inputs)[0]
+    if wide is None:
+        return
+    nodes = [n for d, n in enumerate(wide.nodes) if d != axis % len(wide.nodes)]
+    for thin in op.inputs if op.name == "stack" else op.outputs:
+        if thin is not None:
+            for a, b in zip(thin.nodes, nodes, strict=True):
+                graph.join(a, b)
+    if op.name == "unstack":
+        op.whole.append((0, axis % len(wide.nodes)))
+
+
 def _along(name: str) -> Rule:
     """Operations that need one dim whole, and keep all: cumulative ones, sort, reversal."""
     def rule(graph: Any, op: Any) -> None:
@@ -295,7 +309,8 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": _same_extent, "dynamic_update_slice": _same_extent, "expand_dims": _expand_dims, "gather": _gather,
     "pad": _same_extent, "reduce_window_max": _windows, "reduce_window_min": _windows, "reduce_window_sum": _windows,
     "reshape": _reshape, "rev": _along("dimensions"), "scatter": _scatter, "scatter-add": _scatter,
-    "scatter_add": _scatter, "scatter_max": _scatter, "scatter_min": _scatter, "scatter_mul": _scatter,
-    "select_and_gather_add": _windows, "select_and_scatter_add": _windows, "slice": _same_extent, "sort": _along("dimension"),
-    "split": _split, "squeeze": _squeeze, "top_k": _top_k, "transpose": _transpose,
+    "scatter_add": _scatter, "scatter-max": _scatter, "scatter-min": _scatter, "scatter-mul": _scatter,
+    "scatter-sub": _scatter, "select_and_gather_add": _windows, "select_and_scatter_add": _windows, "slice": _same_extent, "sort": _along("dimension"),
+    "split": _split, "squeeze": _squeeze, "stack": _stack, "tile": _same_extent, "top_k": _top_k, "transpose": _transpose,
+    "unstack": _stack,
 }

@@ -27,7 +27,7 @@ MARGIN = 0.92  # of a device's memory may be planned for: predictions err by som
 ALIKE = 0.005  # plans that differ by less in the objective are equally good, and so are those that differ by less than
 ALIKE_SECONDS = 1e-4  # what dispatching a call costs the host: the simplest of them is taken
 MOST_GROUPS = 10
-MOST_MESHES = 24
+MOST_MESHES = 18
 FINALISTS = 8
 
 
@@ -134,6 +134,11 @@ class Problem:
         peak = sum(held.values())
         score = float(peak) if self.objective == "memory" else estimate.total
         return Candidate(assignment, estimate, peak, held, peak <= self.limit, score)
+
+    def holds(self, assignment: Assignment) -> bool:
+        """Whether an assignment fits, by its memory alone."""
+        assignment = self.translated(assignment)
+        return sum(self.memory(assignment.remat).predict(assignment).values()) <= self.limit
 
     def translated(self, assignment: Assignment) -> Assignment:
         """Masks in the order of the groups of the assignment's own policy."""
@@ -342,12 +347,13 @@ def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
     asked = problem.pins.micro_batches
     for remat in [problem.pins.remat] if problem.pins.remat else POLICIES:
         options = [asked] if asked else [m for m in _divisors(rows) if m & (m - 1) == 0 or m == rows]
-        last = None
+        if not options:
+            continue
         for parts in options:
-            last = problem.candidate(replace(assignment, remat=remat, micro_batches=parts))
-            if last.fits:
+            chosen = replace(assignment, remat=remat, micro_batches=parts)
+            if problem.holds(chosen):
                 break
-        if last is not None:
-            yield last
-            if last.fits and last.assignment.micro_batches == 1 and problem.objective != "memory":
-                return
+        final = problem.candidate(chosen)
+        yield final
+        if final.fits and parts == 1 and problem.objective != "memory":
+            return

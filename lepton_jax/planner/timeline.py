@@ -66,23 +66,24 @@ class Timeline:
                 self._over[b] = clock
                 self.ends[b] = max(self.ends[b], clock)
             if group.body is not None:
-                for b in (*group.reads, *group.writes, *group.places):
+                for b in (*group.reads, *group.writes, *group.places, *group.updates):
                     self.cuts[b] = min(self.cuts[b], clock)
                 clock = self._run(group.body, clock, eager) + 2
                 for b in group.writes:
                     self.ends[b] = clock
-            for b in group.reads:
+            for b in (*group.reads, *group.updates):
                 self.ends[b] = max(self.ends[b], clock)
         return clock
 
 
 def _as_ready(groups: list[Group]) -> list[Group]:
     """Groups in the order in which what they read gets ready: XLA's CPU backend schedules for concurrency."""
-    makers = {b: i for i, group in enumerate(groups) for b in group.writes}
+    makers: dict[int, int] = {}
     users: list[list[int]] = [[] for _ in groups]
     missing = []
     for i, group in enumerate(groups):
-        needs = {makers[b] for b in (*group.reads, *group.places) if makers.get(b, i) != i}
+        needs = {makers[b] for b in (*group.reads, *group.places, *group.updates) if b in makers}
+        makers.update((b, i) for b in (*group.writes, *group.updates))
         missing.append(len(needs))
         for j in needs:
             users[j].append(i)
