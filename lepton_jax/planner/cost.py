@@ -2,7 +2,8 @@
 
 Assumptions, stated once: parameters are gathered and gradients reduced beside computing (XLA's latency-hiding scheduler
 on TPU and GPU), of which a `HIDDEN_SHARE` shows all the same; what moves activations waits for them and is waited for.
-On a CPU nothing overlaps. XLA joins collectives of one kind over the same axes into one, within a loop's body or outside.
+On a CPU nothing overlaps. XLA joins collectives of one kind over the same axes into one, within a loop's body or outside;
+on a CPU not all-gathers.
 """
 
 from __future__ import annotations
@@ -104,13 +105,14 @@ class Cost:
                 if move.kind == "all-reduce" and job.share < 1:
                     move = move._replace(bytes=move.bytes * job.share)
                 stored = job.gather is not None or (move.where == "out" and job.op.outputs[0].stored is not None)
-                if stored:
+                if stored and not (move.kind == "all-gather" and self.topology.platform == "cpu"):
                     hidden[job.block, move.kind, move.axes, job.op.times * parts] += move.bytes * (job.count // job.op.times)
                 else:
                     shown[number, move.kind, move.axes, job.count * parts] += move.bytes
                 if causes:
                     _note(ledger, move, job, parts)
-        time = {"matmul": compute, "memory": self._memory(assignment)}
+        through = sum(2 * size * key[-1] for moves in (shown, hidden) for key, size in moves.items())
+        time = {"matmul": compute, "memory": self._memory(assignment, through)}
         exposed = self._communication(shown, ledger)
         beside = self._communication(hidden, ledger)
         if self.topology.platform == "cpu":
@@ -247,9 +249,10 @@ class Cost:
         walk(self.graph.block, 0)
         return jobs
 
-    def _memory(self, assignment: Assignment) -> float:
+    def _memory(self, assignment: Assignment, communicated: float) -> float:
+        """What elementwise groups read and write, and what collectives read and write besides sending it."""
         kept, _ = self.sizes.bytes(assignment)
-        moved = float(kept @ self._traffic) * assignment.micro_batches
+        moved = float(kept @ self._traffic) * assignment.micro_batches + communicated
         return moved / (self.chip.bandwidth * self.chip.memory_fraction)
 
     def _update(self, layout: Layout) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.layout import Spec
@@ -76,6 +77,8 @@ class Names:
             weight = sum(math.prod(values[i].shape) * 4.0 for i, _ in places)
             groups.append(Group(self._name(places), roots, max(values[i].shape[d] for i, d in places),
                                 math.gcd(*extents), tuple(places), weight))
+        alike = Counter(g.name for g in groups)
+        groups = [g if alike[g.name] == 1 else replace(g, name=self._name(list(g.members[:1]), paths)) for g in groups]
         self.groups = sorted(groups, key=lambda g: -g.weight)
         self.of = {r: k for k, g in enumerate(self.groups) for r in g.roots}
         first = [i for i, path in enumerate(paths) if path.startswith(("inputs", "targets"))]
@@ -103,20 +106,19 @@ class Names:
         arrays: dict[int, list[int]] = {}
         for (i, _), r in root.items():
             arrays.setdefault(i, []).append(r)
+        distinct = [set(roots) for roots in arrays.values() if len(set(roots)) > 1]
         for alike in places.values():
             before = dict(parent)
             for place in alike[1:]:
                 parent[find(root[place])] = find(root[alike[0]])
-            for i, _ in alike:
-                roots = arrays[i]
-                if len({find(r) for r in roots}) < len(set(roots)):
-                    parent = before
-                    break
+            if parent != before and any(len({find(r) for r in roots}) < len(roots) for roots in distinct):
+                parent = before
         return {r: find(r) for r in parent}
 
-    def _name(self, places: list[tuple[int, int]]) -> str:
+    def _name(self, places: list[tuple[int, int]], paths: list[str] | None = None) -> str:
         """"batch" and "inputs.1" for dims of a batch, else the shortest parameter path, and the dim."""
-        params = [(len(self.patterns[i]), self.patterns[i], d) for i, d in places if self.paths[i].startswith("params")]
+        paths = paths or self.patterns
+        params = [(len(paths[i]), paths[i], d) for i, d in places if paths[i].startswith("params")]
         if any(d == 0 and not self.paths[i].startswith("params") for i, d in places):
             return "batch"
         if not params:

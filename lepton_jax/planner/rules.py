@@ -19,7 +19,7 @@ ELEMENTWISE = [
     "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
     "sub", "tan", "tanh", "xor", "zeta", "name", "sharding_constraint", "device_put", "mul_add", "opaque_cast",
-    "pvary", "bitcast_convert_type", "nan_to_num", "random_clone",
+    "pvary", "bitcast_convert_type", "nan_to_num", "random_clone", "log2", "mulhi", "one_minus_square",
 ]
 
 REDUCTIONS = [
@@ -30,6 +30,7 @@ REDUCTIONS = [
 SOURCES = [
     "iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split",
     "threefry2x32", "empty", "create_token", "debug_callback", "axis_index", "rng_uniform",
+    "rng_bit_generator",
 ]
 
 
@@ -310,7 +311,8 @@ RULES: dict[str, Rule] = {
     "pad": _same_extent, "reduce_window_max": _windows, "reduce_window_min": _windows, "reduce_window_sum": _windows,
     "reshape": _reshape, "rev": _along("dimensions"), "scatter": _scatter, "scatter-add": _scatter,
     "scatter_add": _scatter, "scatter-max": _scatter, "scatter-min": _scatter, "scatter-mul": _scatter,
-    "scatter-sub": _scatter, "select_and_gather_add": _windows, "select_and_scatter_add": _windows, "slice": _same_extent, "sort": _along("dimension"),
+    "scatter-sub": _scatter, "select_and_gather_add": _windows, "select_and_scatter_add": _windows, "slice": _same_extent,
+    "sort": _along("dimension"),
     "split": _split, "squeeze": _squeeze, "stack": _stack, "tile": _same_extent, "top_k": _top_k, "transpose": _transpose,
     "unstack": _stack,
 }

@@ -7,6 +7,7 @@ rematerialization and the fewest micro-batches that fit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ ALIKE_SECONDS = 1e-4  # what dispatching a call costs the host: the simplest of 
 MOST_GROUPS = 10
 MOST_MESHES = 18
 FINALISTS = 8
+MOST_PAIRED = 20  # turns up to which two at a time are tried, too
+SMALL_MESH = 16  # devices up to which it is worth looking for what no expert would write
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,9 @@ def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
         for k in later:
             yield from start({batch: every & ~last, k: last}, every)
         yield from start({batch: every}, last)
+        if problem.topology.devices <= SMALL_MESH:
+            yield from start({}, 0)
+            yield from start({batch: last}, 0)
     if count == 3:
         yield from start({batch: 1}, 1)
     for k in experts:
@@ -295,11 +301,17 @@ def descend(problem: Problem, start: Assignment) -> tuple[float, Assignment]:
     """The best assignment reached by turning one (named axis, mesh axis) pair on or off at a time."""
     names = problem.names("none")
     best = problem.lightly(start)
+    one = turns(problem, names, start.sizes)
+    moves: list[tuple] = [(turn,) for turn in one]
+    if problem.topology.devices <= SMALL_MESH and len(one) <= MOST_PAIRED:
+        moves += itertools.combinations(one, 2)
     improved = True
     while improved:
         improved = False
-        for k, bit in turns(problem, names, start.sizes):
-            neighbour = turned(problem, names, best[1], k, bit)
+        for move in moves:
+            neighbour: Assignment | None = best[1]
+            for k, flip in move:
+                neighbour = neighbour and turned(problem, names, neighbour, k, flip)
             if neighbour is not None:
                 there = problem.lightly(neighbour)
                 if there[0] < best[0] * (1 - 1e-6):
@@ -308,26 +320,29 @@ def descend(problem: Problem, start: Assignment) -> tuple[float, Assignment]:
 
 
 def turns(problem: Problem, names: Names, sizes: tuple[int, ...]) -> list[tuple[int | None, int]]:
-    """(group, mesh axis) pairs that may be turned; group None: whether the axis keeps the state in parts."""
-    bits = [i for i, n in enumerate(sizes) if n > 1]
+    """(group, mesh axes) pairs that may be turned; group None: whether the axes keep the state in parts."""
+    bits = [1 << i for i, n in enumerate(sizes) if n > 1]
+    if problem.topology.devices <= SMALL_MESH:
+        bits = [mask for mask in range(1, 1 << len(sizes)) if all(1 << i in bits for i in range(len(sizes)) if mask >> i & 1)]
     free = [k for k in considered(names) if names.groups[k].name not in problem.pins.groups]
-    return [(k, bit) for k in (*free, None) for bit in bits]
+    return [(k, flip) for k in (*free, None) for flip in bits]
 
 
-def turned(problem: Problem, names: Names, a: Assignment, k: int | None, bit: int) -> Assignment | None:
+def turned(problem: Problem, names: Names, a: Assignment, k: int | None, flip: int) -> Assignment | None:
     """The assignment with one pair turned; None where that is impossible or senseless."""
     if k is None:
-        return replace(a, keep=a.keep ^ 1 << bit)
-    mask = a.masks[k] ^ 1 << bit
+        return replace(a, keep=a.keep ^ flip)
+    mask = a.masks[k] ^ flip
     if names.groups[k].divisor % a.counts[mask]:
         return None
     shared = problem.shared(names)
-    if k != names.batch and names.batch is not None and mask & 1 << bit and a.masks[names.batch] >> bit & 1 and k not in shared:
+    more = mask & flip
+    if k != names.batch and names.batch is not None and more & a.masks[names.batch] and k not in shared:
         return None  # samples have the axis already wherever both are
     masks = list(a.masks)
     masks[k] = mask
-    if k == names.batch and mask & 1 << bit:
-        masks = [m if j == k or j in shared else m & ~(1 << bit) for j, m in enumerate(masks)]
+    if k == names.batch and more:
+        masks = [m if j == k or j in shared else m & ~more for j, m in enumerate(masks)]
     return problem.pins.force(replace(a, masks=tuple(masks)), names)
 
 
