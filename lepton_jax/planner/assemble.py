@@ -126,7 +126,8 @@ def batch_arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple
             use = names.use(i, list(assignment.masks), assignment.counts)
             first = entries(use[:1], axes)
             found.append(ArrayPlan(path, path.partition("/")[0], tuple(leaf.shape), str(leaf.dtype), nbytes(leaf), first,
-                                   entries(use, axes), "a batch is split over the devices that hold different samples"))
+                                   entries(use, axes), "split over the devices that hold different samples" if first else
+                                   "each device gets all samples"))
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from lepton_jax.errors import PlanError
@@ -38,6 +39,10 @@ def build(trace: Trace, topology: Topology, names: Names, assignment: Assignment
         Collective(kind, pick(mask), count, size, seconds, "; ".join(sorted(causes, key=lambda c: -causes[c])[:CAUSES]))
         for (kind, mask), (count, size, seconds, causes) in sorted(estimate.moves.items(), key=lambda m: -m[1][2]))
     unknown = names.graph.unknown
+    rest = math.prod(n for i, n in enumerate(assignment.sizes) if not batch >> i & 1)
+    if names.batch is not None and rest > 1 and trace.recipe.batch_size % math.prod(assignment.sizes):
+        notes = [*notes, f"a batch of {trace.recipe.batch_size} does not divide by {math.prod(assignment.sizes)} devices: it is "
+                 f"split in {math.prod(assignment.sizes) // rest}"]
     notes = [*notes, *(f"there is no rule for the primitive {name!r} ({count} of them): its operands are whole on each device"
                        for name, count in unknown.items())]
     return Plan(

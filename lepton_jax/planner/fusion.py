@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 from lepton_jax.compat import scan_counts
 from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
@@ -19,7 +18,8 @@ from lepton_jax.planner.rules import ELEMENTWISE
 ALIASES = {"reshape", "squeeze", "expand_dims", BARRIER, "name", "copy", "copy_p", "stop_gradient", "sharding_constraint",
            "bitcast_convert_type", "random_wrap", "random_unwrap"}
 FREE = {"iota", "empty", "create_token", "axis_index"}
-LOOPED = {*ELEMENTWISE, "broadcast_in_dim", "concatenate", "dynamic_slice", "pad", "rev", "slice", "split", "transpose"} - ALIASES
+LOOPED = {*ELEMENTWISE, "broadcast_in_dim", "concatenate", "dynamic_slice", "pad", "rev", "slice", "split",
+          "transpose"} - ALIASES
 REDUCED = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"}
 FUSES = LOOPED | REDUCED | ALIASES
 DOTS = {"dot_general", "conv_general_dilated"}
@@ -30,9 +30,11 @@ COSTLY = {"acos", "asin", "atan", "atan2", "cbrt", "cos", "cosh", "digamma", "di
           "expm1", "lgamma", "log", "log1p", "logistic", "pow", "random_bits", "rem", "rsqrt", "sin", "sinh", "sqrt", "tan",
           "tanh", "threefry2x32"}
 
-# A buffer's bytes: its value's as it lies; as it is used; the latter, if that is another, else none (gathered); half as
-# it lies; with rows padded to the vector's width; twice as it is used; gathered and twice; 4 bytes for each number.
-KEPT, USED, GATHERED, HALF, ROWS, DOUBLE, GATHERED_DOUBLE, WORDS = range(8)
+LANES = 128  # numbers in a row of a TPU's vector registers
+# A buffer's bytes: its value's as it lies; as it is used; the latter if that is another, else none (gathered); half as it
+# lies; as it is used, with rows padded to the vector's width; twice as it is used; gathered and twice; 4 bytes for each
+# number; as it lies, with rows padded.
+KEPT, USED, GATHERED, HALF, ROWS, DOUBLE, GATHERED_DOUBLE, WORDS, KEPT_ROWS = range(9)
 
 
 class Group:
@@ -153,7 +155,7 @@ class Fusion:
         for target in op.outputs:
             users = self.users.get(target.index, ())
             stacked = target.index in self.stacks
-            wide = len(_large(inputs, target)) > 1
+            wide = len(large(inputs, target)) > 1
             many = len(users) + stacked > 1
             fused = (bool(users) or stacked) and all(u is not None and self.takes(u, op, heavy) for u in users)
             if heavy:
@@ -163,14 +165,19 @@ class Fusion:
             if fused and not (many and (wide or self.once(op))):
                 self.near[target.index] = self.far[target.index] = sources
                 continue
-            groups.append(Group(sources, (self.own(target, op, self.kind(target)),), places=self._place(sources, target)))
-            if wide or many and self.once(op):
+            reads = (*sources, *self.besides(op, sources))
+            groups.append(Group(reads, (self.own(target, op, self.kind(target)),), places=self._place(sources, target)))
+            if wide or (many and self.once(op)):
                 self.heavy.discard(target.index)
             else:
                 self.far[target.index] = sources
 
     def kind(self, value: Value) -> int:
         return KEPT
+
+    def besides(self, op: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
+        """What is still there while an operation runs, though it doesn't read it."""
+        return ()
 
     def once(self, op: Operation) -> bool:
         """Whether an operation with one large operand is not run again for each that needs its result."""
@@ -200,17 +207,20 @@ class Fusion:
             op.name in DOTS and not self.keeps_dots and value.index not in self.heavy)
         source = self.far[value.index] if fuses else self.near[value.index]
         if value.stored is not None and len(value.shape) > 1:
-            whole = self.buffer(value, op, ROWS if op.name in ROWWISE else GATHERED)
+            whole = self.buffer(value, op, self.gathers(op, value))
             groups.append(Group(source, (whole,)))
             return (*source, whole)
         return source
+
+    def gathers(self, op: Operation, value: Value) -> int:
+        return GATHERED
 
     def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
         reads = [b for value in inputs for b in self._reads(op, value, groups)]
         writes = [self.own(target, op, self.kind(target)) for target in op.outputs]
         # a gradient is summed over the devices before each keeps its part
-        writes += [self.buffer(target, op, ROWS if op.name in ROWWISE else GATHERED)
-                   for target in op.outputs if target.stored is not None and not _sparse(op)]
+        writes += [self.buffer(target, op, self.gathers(op, target))
+                   for target in op.outputs if target.stored is not None]
         groups.append(Group(reads, writes))
 
     # ---- loops and branches ---------------------------------------------------------------------------------------
@@ -263,245 +273,15 @@ class Fusion:
         groups.append(Group(reads, [self.own(v, op) for v in op.outputs], inside))
 
 
-class TpuFusion(Fusion):
-    """As libtpu fuses: products take in what is cheap, and give their result in several forms."""
-
-    keeps_dots = False
-
-    def __init__(self, graph: Graph):
-        self.products: dict[int, Group] = {}  # groups of the products that values stem from
-        self.given: set[int] = set()  # values that a product gives in several forms
-        super().__init__(graph)
-
-    def spreads(self, op: Operation) -> bool:
-        if op.name == "gather":
-            return not op.params["dimension_numbers"].offset_dims
-        return op.name in SCATTERS and not op.params["dimension_numbers"].update_window_dims
-
-    def once(self, op: Operation) -> bool:
-        return False
-
-    def kind(self, value: Value) -> int:
-        """Products round float32 operands to bfloat16, unless told otherwise: what only they read is kept so."""
-        if str(value.dtype) != "float32" or value.stored is not None:
-            return KEPT
-        users = self._readers(value)
-        low = bool(users) and all(u is not None and u.name in DOTS and u.params.get("precision") is None for u in users)
-        return HALF if low else KEPT
-
-    def _readers(self, value: Value) -> list[Operation | None]:
-        """What uses a value, under whatever name, also where a loop has it slice by slice."""
-        found: list[Operation | None] = []
-        for user in self.users.get(value.index, ()):
-            if user is None or user.name not in ALIASES | {"transpose", "scan"}:
-                found.append(user)
-                continue
-            for i, source in enumerate(user.inputs):
-                if source is value:
-                    inside = user.blocks[0].inputs if user.blocks else user.outputs
-                    found += self._readers(inside[min(i, len(inside) - 1)])
-        if value.index in self.stacks:
-            found += self._readers(self.stacks[value.index])
-        return found
-
-    def _rename(self, source: Value, target: Value) -> None:
-        super()._rename(source, target)
-        if source.index in self.products:
-            self.products[target.index] = self.products[source.index]
-
-    def _joins(self, op: Operation, inputs: list[Value], target: Value, sources: tuple[int, ...], fused: bool) -> bool:
-        product = self.products.get(inputs[0].index)
-        if product is None or len(_large(inputs, target)) > 1:
-            return False
-        users = self.users.get(target.index, ())
-        # what is reduced in a higher precision than a product has is there in both; what several products read is computed
-        # once
-        widens = (op.name == "convert_element_type" and itemsize(target) > itemsize(inputs[0])
-                  and any(u is not None and u.name in REDUCED for u in users))
-        several = fused and sum(u is not None and u.name in DOTS for u in users) > 1
-        if widens or several:
-            product.writes = (*product.writes, self.own(target, op))
-            self.far[target.index] = sources
-            self.given.add(target.index)
-            return True
-        if fused and op.name not in COSTLY:
-            self.products[target.index] = product
-        return False
-
-    def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
-        return self.near[value.index] if value.index in self.given else super()._reads(op, value, groups)
-
-    def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
-        super()._hard(op, inputs, groups)
-        if op.name in DOTS:
-            self.products[op.outputs[0].index] = groups[-1]
+def sparse(op: Operation) -> bool:
+    """Whether fewer rows are looked up, or added to, than there are: then they are moved, and not the table."""
+    if op.name in SCATTERS and op.inputs[2] is not None:
+        return math.prod(op.inputs[2].shape) < math.prod(op.outputs[0].shape)
+    return op.name == "gather" and op.inputs[0] is not None and (
+        math.prod(op.outputs[0].shape) < math.prod(op.inputs[0].shape))
 
 
-class CpuFusion(Fusion):
-    """As XLA's CPU backend fuses: no barriers, products in float32, all gradients summed at once at the end."""
-
-    def __init__(self, graph: Graph):
-        self.same: dict[Any, Operation] = {}
-        self.first: dict[int, int] = {}  # values to the first of those that are computed alike
-        self.wide: dict[int, tuple[int, ...]] = {}
-        self.whole: dict[tuple, tuple[int, ...]] = {}
-        self.spread: dict[tuple, Value] = {}
-        super().__init__(graph)
-
-    def _finish(self, block: Block) -> list[int]:
-        results = [v for v in block.results if isinstance(v, Value)]
-        parts = [b for v in results if v.stored is not None for b in self.near[v.index]]
-        summed = [self.buffer(v, None, USED) for v in results if v.stored is not None]
-        self.groups.append(Group(parts, summed))
-        self.groups.append(Group((*summed, *(b for v in results for b in self.near[v.index] if v.stored is None)), ()))
-        return summed
-
-    def _fusible(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
-        if self._again(op):
-            return
-        if op.name == "mul" and all(v.shape != op.outputs[0].shape for v in inputs):
-            inputs = [self._spreadout(v, op, groups) for v in inputs]
-        super()._fusible(op, inputs, groups)
-
-    def _spreadout(self, value: Value, op: Operation, groups: list[Group]) -> Value:
-        """An operand of an outer product at the result's size: it is written out first."""
-        target = op.outputs[0]
-        if len(value.shape) != len(target.shape) or value.shape == target.shape or not any(n > 1 for n in value.shape):
-            return value
-        key = (self.first.get(value.index, value.index), target.shape)
-        if key not in self.spread:
-            self.spread[key] = Value(-1 - len(self.spread), target.shape, target.dtype, target.nodes)
-            b = self.buffer(target, op)
-            self.near[self.spread[key].index] = self.far[self.spread[key].index] = (b,)
-            groups.append(Group(self.far[value.index], (b,)))
-        return self.spread[key]
-
-    def _rename(self, source: Value, target: Value) -> None:
-        super()._rename(source, target)
-        self.first[target.index] = self.first.get(source.index, source.index)
-
-    def _again(self, op: Operation) -> bool:
-        """Whether the same is computed before: barriers fall early here, and with them rematerialization."""
-        ins = tuple(repr(getattr(e, "val", None)) if v is None else self.first.get(v.index, v.index)
-                    for v, e in zip(op.inputs, op.eqn.invars, strict=False))
-        key = (op.name, ins, tuple(v.shape for v in op.outputs), tuple(str(v.dtype) for v in op.outputs),
-               "" if op.name in ELEMENTWISE else str(sorted(op.params.items(), key=lambda p: p[0])))
-        before = self.same.setdefault(key, op)
-        if before is op:
-            return False
-        for old, new in zip(before.outputs, op.outputs, strict=True):
-            self._rename(old, new)
-        return True
-
-    def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
-        if op.name != "random_bits" and self._again(op):
-            return
-        if op.name == "select_and_scatter_add":
-            return self._unpool(op, inputs, groups)
-        low = op.name in DOTS and itemsize(op.outputs[0]) == 2
-        reads = [b for value in inputs for b in (self._widened(op, value, groups) if low else self._reads(op, value, groups))]
-        if low and op.name == "dot_general" and self._turns(op):
-            turned = self.buffer(inputs[0], op, DOUBLE)
-            groups.append(Group(self._widened(op, inputs[0], groups), (turned,)))
-            reads.append(turned)
-        if op.name in SCATTERS and not self.near[inputs[0].index]:  # into zeros, which are ready when the program starts
-            groups.append(Group((), (self.own(op.outputs[0], op, KEPT if _sparse(op) else USED),)))
-            groups.append(Group(reads, (), updates=self.near[op.outputs[0].index]))
-            return
-        targets = op.outputs
-        if low:
-            product = self.buffer(targets[0], op, DOUBLE)
-            groups.append(Group(reads, (product,)))
-            users = self.users.get(targets[0].index, ())
-            if len(users) > 1 or not all(u is not None and self.takes(u, op, True) for u in users):
-                groups.append(Group((product,), (self.own(targets[0], op, USED),)))
-            else:
-                self.near[targets[0].index] = self.far[targets[0].index] = (product,)
-            return
-        writes = [self.own(t, op, USED if t.stored is not None else KEPT) for t in targets]
-        groups.append(Group(reads, writes))
-
-    def _turns(self, op: Operation) -> bool:
-        """Whether a product sums over dims of its left operand that are not its last: it is transposed first."""
-        (left, _), _ = op.params["dimension_numbers"]
-        rank = len(op.inputs[0].shape) if op.inputs[0] is not None else 0
-        return sorted(left) != list(range(rank - len(left), rank))
-
-    def _unpool(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
-        """The gradient of pooling by maximum: indices of every number for each dim, and of each window's greatest."""
-        source, operand = inputs[0], inputs[1]
-        dims = len(operand.shape)
-        indices = [self.buffer(operand, op, WORDS) for _ in range(dims)]
-        zeros = self.own(op.outputs[0], op)
-        for b in (*indices, zeros):
-            groups.append(Group((), (b,)))
-        greatest = [self.buffer(source, op, WORDS) for _ in range(dims)]
-        groups.append(Group((*indices, *self.near[operand.index]), (*greatest, self.buffer(source, op))))
-        groups.append(Group((*greatest, *self.near[source.index]), (), updates=(zeros,)))
-
-    def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
-        source = self.far[value.index] if op.name in REDUCED else self.near[value.index]
-        if value.stored is None or len(value.shape) < 2:
-            return source
-        key = (self.first.get(value.index, value.index), GATHERED)
-        if key not in self.whole:
-            self.whole[key] = (self.buffer(value, op, GATHERED),)
-            groups.append(Group(source, self.whole[key]))
-        return (*source, *self.whole[key])
-
-    def _widened(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
-        """The operand of a product in float32."""
-        index = self.first.get(value.index, value.index)
-        if index not in self.wide:
-            source = self.far[value.index]
-            if value.stored is not None and len(value.shape) > 1:
-                for kind in (GATHERED_DOUBLE, USED):
-                    step = (self.buffer(value, op, kind),)
-                    groups.append(Group(source, step))
-                    source = step
-            self.wide[index] = (self.buffer(value, op, DOUBLE),)
-            groups.append(Group(source, self.wide[index]))
-        return self.wide[index]
-
-    def _block(self, block: Block) -> list[Group]:
-        outer = self.same, self.wide, self.whole, self.spread
-        self.same, self.wide, self.whole, self.spread = {}, {}, {}, {}
-        groups = super()._block(block)
-        self.same, self.wide, self.whole, self.spread = outer
-        return groups
-
-    def _slices(self, op: Operation, values: list[Value]) -> list[Group]:
-        groups = []
-        for value in values:
-            if str(value.dtype) == "float32" and value.stored is None:
-                source = self.near[value.index]
-                groups.append(Group(source, (self.own(value, op),)))
-        return groups
-
-    def _enters(self, value: Value, op: Operation, groups: list[Group]) -> tuple[int, ...]:
-        """A stack in low precision is widened as a whole, before the loop."""
-        source = self.near[value.index]
-        if str(value.dtype) not in ("bfloat16", "float16") or value.stored is not None:
-            return source
-        b = self.buffer(value, op, DOUBLE)
-        groups.append(Group(source, (b,)))
-        return (b,)
-
-    def _loop(self, groups: list[Group], reads: list[int], writes: list[int], stacks: list[int], inside: list[Group],
-              places: tuple[int, ...]) -> None:
-        for b in stacks:  # zeros, which are ready when the program starts
-            groups.append(Group((), (b,)))
-        groups.append(Group(reads, writes, inside, places, stacks))
-
-
-def _sparse(op: Operation) -> bool:
-    """Whether a scattered sum has less to add than it has places: then the updates are moved, not the sums."""
-    if op.name not in SCATTERS or op.inputs[2] is None:
-        return False
-    return math.prod(op.inputs[2].shape) < math.prod(op.outputs[0].shape)
-
-
-def _large(inputs: list[Value], target: Value) -> list[Value]:
+def large(inputs: list[Value], target: Value) -> list[Value]:
     """The inputs of an operation that are not small beside its result, as XLA's fusion guesses: by their rank."""
     rank = sum(n > 1 for n in target.shape)
     return [v for v in inputs if sum(n > 1 for n in v.shape) >= rank]

@@ -155,8 +155,8 @@ class Layout:
         spec, find = self.spec(value), self.graph.find
         if not any(spec):
             return spec
-        whole = set(op.whole)
-        split = {find(n) for i, v in enumerate(op.inputs) if v is not None for d, n in enumerate(v.nodes) if (i, d) not in whole}
+        split = {find(n) for i, v in enumerate(op.inputs) if v is not None for d, n in enumerate(v.nodes)
+                 if (i, d) not in op.whole}
         return tuple(m if find(n) in split else 0 for m, n in zip(spec, value.nodes, strict=True))
 
     def bytes(self, value: Value, spec: Spec) -> float:

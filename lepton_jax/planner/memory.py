@@ -6,7 +6,7 @@ alive at once is summed as XLA sums it.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +18,18 @@ from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.layout import itemsize, meets_stored
 from lepton_jax.planner.named import Names
+from lepton_jax.planner.schedule import slow_loops
 from lepton_jax.planner.timeline import Timeline
 from lepton_jax.planner.trace import Trace
 from lepton_jax.state import by_path, nbytes
 
-__all__ = ["Peak", "Sizes", "Timeline", "peak", "predict"]
+__all__ = ["Peak", "Sizes", "Timeline", "describe", "peak", "predict"]
 
 # MiB of memory on the chip beside its HBM that XLA uses for short-lived buffers: `jax.experimental.pallas.tpu`'s chip table
 VECTOR_MEMORY = {"v5e": 128, "v6e": 128, "v5p": 64, "tpu7x": 64, "v4": 16}
 USABLE = 0.8  # of it; the rest is the kernels' own
+LASTING = 10  # a buffer is an activation if it is there for more than a tenth of the program
+SHOWN = 12
 LARGEST = 0.65  # of what is usable, that one buffer may take
 
 
@@ -40,12 +43,15 @@ class Sizes:
 
     def __init__(self, graph: Graph, names: Names):
         self.graph, self.names = graph, names
+        self._state: _State | None = None
         prefers = meets_stored(graph)
         rank = max((len(v.shape) for v in graph.values), default=0)
         self.extents = np.ones((len(graph.values), rank), np.int64)
         self.groups = np.full((len(graph.values), rank), -1)
         self.stored = np.full(len(graph.values), -1)
         self.stored_dims = np.full((len(graph.values), rank), rank)
+        images = any(op.name == "conv_general_dilated" for op in graph.operations())
+        self.images = np.array([images and len(v.shape) > 3 for v in graph.values], bool)
         self.itemsizes = np.array([itemsize(v) for v in graph.values], np.int64)
         for value in graph.values:
             first = prefers.get(value.index)
@@ -58,8 +64,13 @@ class Sizes:
                 for column, d in enumerate(order):
                     self.stored_dims[value.index, column] = value.stored[1][d]
 
-    def bytes(self, assignment: Assignment) -> tuple[np.ndarray, np.ndarray]:
-        """(as they lie, as they are used): bytes on one device of each value, float64 (values,)."""
+    def bytes(self, assignment: Assignment, tiled: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(as they lie, as they are used): bytes on one device of each value, float64 (values,).
+
+        Args:
+          assignment: how they lie.
+          tiled: with the padding of arrays that lie in tiles, as in a TPU.
+        """
         counts = np.array(assignment.counts)
         masks = np.array([*assignment.masks, 0])[self.groups]
         use = np.zeros_like(masks)
@@ -69,18 +80,76 @@ class Sizes:
             mask[self.extents[:, d] % counts[mask] != 0] = 0
             use[:, d] = mask
             taken |= mask
-        storage = self.names.storage(list(assignment.masks), assignment.keep, list(counts))
-        table = np.zeros((len(storage) + 1, masks.shape[1] + 1), np.int64)
-        for i, spec in enumerate(storage):
-            table[i, :len(spec)] = spec
+        table = self.storage(assignment)
         kept = np.where(self.stored[:, None] >= 0, table[self.stored[:, None], self.stored_dims], use)
         parts = np.ones(len(masks))
         if assignment.micro_batches > 1 and self.names.batch is not None:
             parts[(self.groups == self.names.batch).any(1)] = assignment.micro_batches
-        return self._sum(kept, counts) / parts, self._sum(use, counts) / parts
+        lying, using = (self.extents / counts[m] for m in (kept, use))
+        pads = [tiling(x, self.images) if tiled else 1.0 for x in (lying, using)]
+        return lying.prod(1) * pads[0] * self.itemsizes / parts, using.prod(1) * pads[1] * self.itemsizes / parts
 
-    def _sum(self, masks: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        return (self.extents / counts[masks]).prod(1) * self.itemsizes
+    def storage(self, assignment: Assignment) -> np.ndarray:
+        """Mask of each dim of each parameter, as the state keeps it: (parameters + 1, dims + 1), filled up with 0."""
+        specs = self.names.storage(list(assignment.masks), assignment.keep, assignment.counts)
+        table = np.zeros((len(specs) + 1, self.extents.shape[1] + 1), np.int64)
+        for i, spec in enumerate(specs):
+            table[i, :len(spec)] = spec
+        return table
+
+    def state(self, trace: Trace, assignment: Assignment, tiled: bool) -> dict[str, int]:
+        """Bytes of the state on one device: "params", "optimizer" and "variables", which is all else."""
+        if self._state is None:
+            self._state = _State(trace, self.names, self.extents.shape[1])
+        held = self._state
+        local = held.extents / np.array(assignment.counts)[self.storage(assignment)[held.parameters, held.dims]]
+        size = held.extents.prod(1)
+        each = held.bytes * local.prod(1) / np.maximum(size, 1) * (tiling(local, np.zeros(len(local), bool)) if tiled else 1)
+        return {kind: int(each[held.kinds == i].sum()) for i, kind in enumerate(("params", "optimizer", "variables"))}
+
+
+class _State:
+    """The leaves of a state: how they follow the parameters (`parameters` and `dims` index `Sizes.storage`)."""
+
+    def __init__(self, trace: Trace, names: Names, rank: int):
+        paths = [p for p in names.paths if p.startswith("params")]
+        leaves = by_path(trace.state)
+        rank = max(rank, *(len(leaf.shape) for leaf in leaves.values()))
+        marks: Any = {p.removeprefix("params/"): (tuple((i, d) for d in range(len(leaves[p].shape))), tuple(leaves[p].shape))
+                      for i, p in enumerate(paths)}
+        self.extents = np.ones((len(leaves), rank))
+        self.parameters = np.full((len(leaves), rank), len(paths))
+        self.dims = np.zeros((len(leaves), rank), np.int64)
+        self.bytes = np.array([nbytes(leaf) for leaf in leaves.values()], float)
+        self.kinds = np.array([{"params": 0, "optimizer": 1}.get(p.partition("/")[0], 2) for p in leaves])
+        for row, (path, leaf) in enumerate(leaves.items()):
+            shape = tuple(leaf.shape)
+            self.extents[row, :len(shape)] = shape
+            kind, _, tail = path.partition("/")
+            lies: Any = marks[tail][0] if kind == "params" else (
+                assemble._follow(path, shape, marks)[0] if kind == "optimizer" else ())
+            for d, mark in enumerate(lies):
+                if mark:
+                    self.parameters[row, d], self.dims[row, d] = mark
+
+
+def tiling(shapes: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """How many times its bytes an array takes in tiles of (8, 128), with its dims in the order that wastes the least.
+
+    Args:
+      shapes: float (arrays, dims), filled up with ones.
+      images: bool (arrays,), arrays of which tiles lie along the first and the last dim: batch and channels.
+    """
+    lanes = np.ceil(shapes / 128) * 128 / shapes
+    rows = np.where(shapes <= 4, 2 ** np.ceil(np.log2(np.maximum(shapes, 1))), np.ceil(shapes / 8) * 8) / shapes
+    barred = images[:, None] & (np.arange(shapes.shape[1]) % 3 != 0)
+    lanes[(shapes <= 1) | barred] = np.inf
+    rows[(shapes <= 1) | barred] = np.inf
+    best = np.full(len(shapes), np.inf)
+    for d in range(shapes.shape[1]):
+        others = np.delete(rows, d, 1).min(1, initial=np.inf)
+        best = np.minimum(best, lanes[:, d] * np.where(np.isfinite(others), others, 1.0))
+    return np.where(np.isfinite(best), best, 1.0)
 
 
 class Peak(NamedTuple):
@@ -109,8 +178,10 @@ def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float =
       around: bytes that are there all the while, in a loop around the program.
     """
     each = _sizes(timeline, kept, used)
+    if around and timeline.platform == "tpu":  # added to the sums where they are computed
+        each = np.where(timeline.summed, 0.0, each)
     held = _alive(timeline, timeline.ends, each, vector)
-    moment = int(held.argmax())
+    moment = int(np.argmax(held))
     alive = (timeline.starts <= moment) & (moment <= timeline.ends)
     total = float(held[moment]) + around
     if timeline.platform == "tpu":
@@ -118,16 +189,22 @@ def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float =
         # which loses sight of a buffer as soon as a loop takes it in
         counted = float(_alive(timeline, timeline.cuts, each, vector).max())
         total += total - min(total, max(counted, around))
-    return Peak(total, moment, each, alive)
+    # gradients that devices sum lie in the HBM, whatever is beside it
+    return Peak(max(total, float(each[timeline.gradients].sum()) + around), moment, each, alive)
 
 
 def _alive(timeline: Timeline, ends: np.ndarray, each: np.ndarray, vector: float) -> np.ndarray:
     """Bytes in the HBM at each moment."""
-    def summed(sizes: np.ndarray) -> np.ndarray:
-        return np.cumsum(np.bincount(timeline.starts, sizes, timeline.length) - np.bincount(ends + 1, sizes, timeline.length))
+    live = _summed(timeline, ends, each)
+    if not vector:
+        return live
+    small = np.where((each < LARGEST * vector) & ~timeline.moved, each, 0.0)
+    return live - np.minimum(vector, _summed(timeline, ends, small))
 
-    live = summed(each)
-    return live - np.minimum(vector, summed(np.where(each < LARGEST * vector, each, 0.0))) if vector else live
+
+def _summed(timeline: Timeline, ends: np.ndarray, each: np.ndarray) -> np.ndarray:
+    come, gone = np.bincount(timeline.starts, each, timeline.length), np.bincount(ends + 1, each, timeline.length)
+    return np.cumsum(come - gone)
 
 
 def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray) -> np.ndarray:
@@ -137,7 +214,7 @@ def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray) -> np.ndarray
     gathered = np.where(using > 1.001 * lying, using, 0.0)
     rows = using * timeline.padding if timeline.platform == "tpu" else gathered
     words = lying / timeline.itemsizes * 4
-    return np.choose(kinds, [lying, using, gathered, lying / 2, rows, 2 * using, 2 * gathered, words])
+    return np.choose(kinds, [lying, using, gathered, lying / 2, rows, 2 * using, 2 * gathered, words, lying * timeline.padding])
 
 
 def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, topology: Topology, *, steps_per_call: int = 1,
@@ -146,48 +223,43 @@ def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, to
     """Bytes of one device by kind, whose sum is the peak, and the largest values alive at that moment.
 
     Args:
+      trace, assignment, topology: what runs, how it lies, and where.
       graph: `trace.gradient(assignment.remat)`, and `names` its names.
       steps_per_call, data, samples: as in the plan; samples of resident data.
       timeline, sizes: of the graph, if there are any to be used again.
     """
+    tpu = topology.platform == "tpu"
     timeline = timeline or Timeline(graph, topology.platform)
     sizes = sizes or Sizes(graph, names)
-    found = _arguments(trace, names, assignment, topology, steps_per_call, data, samples or trace.samples)
-    kept, used = sizes.bytes(assignment)
-    vector = VECTOR_MEMORY.get(topology.chip.name, 0) * 2**20 * USABLE if topology.platform == "tpu" else 0.0
-    around = 0.0
-    if assignment.micro_batches > 1:  # sums of the gradients, and the batch cut to pieces
-        around = found["params"] + found["batch"]
+    found = sizes.state(trace, assignment, tpu) | _fed(trace, names, assignment, steps_per_call, data, samples or trace.samples)
+    several = assignment.micro_batches > 1
+    if several and slow_loops(trace, topology):  # straight code, all of which XLA's CPU backend starts at once
+        assignment = replace(assignment, micro_batches=1)
+    kept, used = sizes.bytes(assignment, tpu)
+    vector = VECTOR_MEMORY.get(topology.chip.name, 0) * 2**20 * USABLE if tpu else 0.0
+    # sums of the gradients, and the batch cut to pieces
+    around = float(found["params"] + found["batch"]) if several else 0.0
     top = peak(timeline, kept, used, vector, around)
-    gradient = float(top.each[top.alive & timeline.gradients].sum())
-    late = float(top.each[timeline.gradients].sum())
-    found |= {"gradients": int(gradient), "activations": 0, "temporaries": int(max(top.bytes, late) - gradient)}
-    order = np.argsort(-np.where(top.alive, top.each, 0))[:12]
-    return found, [(int(top.each[b]), _describe(timeline, int(b))) for b in order if top.alive[b]]
+    gradients = min(top.bytes, float(top.each[top.alive & timeline.gradients].sum()) + around)
+    lasting = top.alive & ~timeline.gradients & (timeline.ends - timeline.starts > timeline.length // LASTING)
+    activations = min(top.bytes - gradients, float(top.each[lasting].sum()))
+    found |= {"gradients": int(gradients), "activations": int(activations),
+              "temporaries": int(top.bytes - gradients - activations)}
+    order = np.argsort(-np.where(top.alive, top.each, 0))[:SHOWN]
+    return found, [(int(top.each[b]), describe(timeline, int(b))) for b in order if top.alive[b]]
 
 
-def _arguments(trace: Trace, names: Names, assignment: Assignment, topology: Topology, steps: int, data: str,
-               samples: int | None) -> dict[str, int]:
-    axes = assemble.axis_names(assignment, names)
-    found = dict.fromkeys(("params", "optimizer", "variables", "batch", "data"), 0)
-    sizes = dict(zip(axes, assignment.sizes, strict=True))
-    for array in assemble.arrays(trace, names, assignment, axes):
-        kind = array.kind if array.kind in ("params", "optimizer") else "variables"
-        split = math.prod(sizes[a] for e in array.spec for a in ((e,) if isinstance(e, str) else e or ()))
-        found[kind] += array.bytes // split
-    batch = 0 if names.batch is None else assignment.counts[assignment.masks[names.batch]]
+def _fed(trace: Trace, names: Names, assignment: Assignment, steps: int, data: str, samples: int | None) -> dict[str, int]:
+    """Bytes of the batch, and of data that each device holds all of."""
+    split = 1 if names.batch is None else assignment.counts[assignment.masks[names.batch]]
     count = trace.recipe.batch_size
-    for leaf in by_path((trace.inputs, trace.targets)).values():
-        if data == "resident":
-            found["data"] += nbytes(leaf) // count * (samples or 0)
-        else:
-            found["batch"] += nbytes(leaf) * steps // max(1, batch)
-    found["batch"] += 4 * count * steps // max(1, batch) if data == "resident" else 0
-    return found
+    size = sum(nbytes(leaf) for leaf in by_path((trace.inputs, trace.targets)).values())
+    if data == "resident":
+        return {"batch": 4 * count * steps // split, "data": size // count * (samples or 0)}
+    return {"batch": size * steps // split, "data": 0}
 
 
-def _describe(timeline: Timeline, buffer: int) -> str:
-    value, op = timeline.graph.values[timeline.values[buffer]], timeline.owners[buffer]
-    shape = f"{value.dtype}{list(value.shape)}"
-    where: Any = "" if op is None else f"{op.name} at {source_line(op.eqn)}"
-    return f"{shape} {where}"
+def describe(timeline: Timeline, buffer: int) -> str:
+    """"float32[8, 4] exp at file.py:12 (function)" of a buffer."""
+    value, op = timeline.value(buffer), timeline.owners[buffer]
+    return f"{value.dtype}{list(value.shape)}" + ("" if op is None else f" {op.name} at {source_line(op.eqn)}")

@@ -48,6 +48,7 @@ class Names:
       groups: by weight, heaviest first.
       of: root to its group's number.
       batch: number of the batch's group; None: there is no batch.
+      rows: numbers of the groups by which embeddings are looked up.
       batched: indices of the values that hold samples.
       patterns: for each input, its path with layer numbers starred.
     """
@@ -84,12 +85,24 @@ class Names:
         first = [i for i, path in enumerate(paths) if path.startswith(("inputs", "targets"))]
         heads = [self.of.get(root.get((i, 0), -1)) for i in first]
         self.batch = next((k for k in heads if k is not None), None)
+        self.rows = self._rows()
         # each input's dims: extent, group, and whether a loop steps along it
         self._looks = [tuple((n, self.of.get(find(node)), node in graph.loops)
                              for n, node in zip(v.shape, v.nodes, strict=True)) for v in values]
         self._stored: dict[tuple, list[Spec]] = {}
         batch = set() if self.batch is None else set(self.groups[self.batch].roots)
         self.batched = frozenset(v.index for v in graph.values if v.stored is None and any(find(n) in batch for n in v.nodes))
+
+    def _rows(self) -> set[int]:
+        """Groups by which a parameter is looked up: the rows of embeddings."""
+        found = set()
+        for op in self.graph.operations():
+            if op.name == "gather" and op.inputs[0] is not None and op.inputs[0].stored is not None:
+                for d in op.params["dimension_numbers"].collapsed_slice_dims:
+                    group = self.of.get(self.graph.find(op.inputs[0].nodes[d]))
+                    if group is not None:
+                        found.add(group)
+        return found - {self.batch}
 
     def _tie(self, root: dict[tuple[int, int], int]) -> dict[int, int]:
         """Root to the representative of its tied axes. What would make two dims of one array the same stays apart."""
@@ -165,6 +178,8 @@ class Names:
         for mask in use:
             taken |= mask
         more = keep & ~taken
+        if any(mask and group in self.rows for mask, (_, group, _) in zip(use, look, strict=True)):
+            return use  # what is looked up where it lies is not gathered
         if not more or math.prod(n for n, _, stepped in look if not stepped) * 4 < SMALL:
             return use
         fits = [d for d, (n, _, stepped) in enumerate(look) if not stepped and n % (counts[use[d]] * counts[more]) == 0]

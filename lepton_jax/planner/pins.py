@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jax.sharding import PartitionSpec
+
 from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assemble import Assignment
@@ -57,7 +59,7 @@ def read(trace: Trace, topology: Topology, names: Names, pins: Mapping[str, Any]
     if remat is not None and remat not in POLICIES:
         raise PlanError(f"remat {remat!r} is not known{nearest(str(remat), POLICIES)}", where=where,
                         remedy=f"use one of {', '.join(POLICIES)}")
-    asked = micro_batches or trace.recipe.micro_batches
+    asked = trace.recipe.micro_batches if micro_batches is None else micro_batches
     if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1
                               or trace.recipe.batch_size % asked):
         raise PlanError(f"{asked!r} micro-batches do not divide a batch of {trace.recipe.batch_size}", where=where,
@@ -94,6 +96,7 @@ def _pinned(names: Names, pins: Mapping[str, Any], mesh: Mapping[str, int],
                                 "params/") for i in params.values()})[:12]))
         for path in matched:
             value = names.graph.block.inputs[params[path]]
+            _check_form(pattern, spec, where)
             if len(spec) > len(value.shape):
                 raise PlanError(f"the pin {pattern!r} has {len(spec)} entries, and {path} has shape {value.shape}",
                                 where=where, remedy=f"give at most {len(value.shape)} entries")
@@ -113,6 +116,19 @@ def _pinned(names: Names, pins: Mapping[str, Any], mesh: Mapping[str, int],
                                     remedy=f"use an axis whose size divides {group.divisor}")
                 found[group.name] = mask
     return found, storage
+
+
+def _check_form(pattern: str, spec: Any, where: str) -> None:
+    listed = isinstance(spec, tuple | list | PartitionSpec)
+    parts = list(spec) if listed else [spec]
+    axes = [a for part in parts for a in (part if isinstance(part, tuple | list) else (part,)) if a is not None]
+    twice = next((a for a in axes if axes.count(a) > 1), None)
+    if not listed or any(not isinstance(a, str) for a in axes):
+        raise PlanError(f"the pin {pattern!r} is {spec!r}, and no PartitionSpec", where=where,
+                        remedy="give an entry a dim: a mesh axis, a tuple of them, or None, e.g. P(None, \"tensor\")")
+    if twice:
+        raise PlanError(f"the pin {pattern!r} has the mesh axis {twice!r} twice", where=where,
+                        remedy="split one dim alone by an axis")
 
 
 def _mask(pattern: str, path: str, d: int, entry: Any, extent: int, mesh: Mapping[str, int], bits: Mapping[str, int],

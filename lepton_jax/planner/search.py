@@ -20,7 +20,7 @@ from lepton_jax.planner.memory import Sizes, Timeline, predict
 from lepton_jax.planner.named import Names
 from lepton_jax.planner.pins import Pins
 from lepton_jax.planner.remat import POLICIES
-from lepton_jax.planner.schedule import residence, steps_per_call
+from lepton_jax.planner.schedule import residence, slow_loops, steps_per_call
 from lepton_jax.planner.trace import Trace
 
 OBJECTIVES = ("time", "memory", "cost")
@@ -53,9 +53,12 @@ class Memory:
         self.trace, self.names, self.topology, self.sizes = trace, names, topology, sizes
         self._timeline = Timeline(names.graph, topology.platform)
         self.each = optimizer_bytes(trace, names)
+        self._straight = slow_loops(trace, topology)
         self._steps, self._data = steps_per_call(trace, topology)[0], residence(trace, topology)[0]
 
     def predict(self, assignment: Assignment) -> dict[str, int]:
+        if self._straight:  # micro-batches in straight code: XLA keeps what each of them needs at once
+            assignment = replace(assignment, micro_batches=1)
         return predict(self.trace, self.names.graph, self.names, assignment, self.topology, samples=self.trace.samples,
                        timeline=self._timeline, sizes=self.sizes, steps_per_call=self._steps, data=self._data)[0]
 
@@ -109,7 +112,7 @@ class Problem:
     def shared(self, names: Names) -> set[int]:
         """Groups that may share a mesh axis with the samples: experts, and rows that are looked up."""
         if self._shared is None:
-            self._shared = expert_groups(names) | lookups(names)
+            self._shared = expert_groups(names) | names.rows
         return self._shared
 
     def lightly(self, assignment: Assignment) -> tuple[float, Assignment]:
@@ -163,7 +166,8 @@ def search(problem: Problem) -> list[Candidate]:
         return order(problem, finish(problem, Assignment((1,), (0,) * len(problem.names("none").groups), 0)))
     found: dict[tuple, tuple[float, Assignment]] = {}
     for sizes in problem.pins.meshes or meshes(problem.topology, problem.names("none")):
-        for start in starts(problem, sizes):
+        nothing = problem.pins.force(Assignment(sizes, (0,) * len(problem.names("none").groups), 0), problem.names("none"))
+        for start in list(starts(problem, sizes)) or [nothing]:
             for score, a in (problem.lightly(start), descend(problem, start)):
                 a = a if problem.pins.meshes else merged(a)
                 key = (a.sizes, a.masks, a.keep)
@@ -253,7 +257,7 @@ def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
         yield from start({}, every)
         yield from start({}, 0)
         return
-    experts, rows, later = expert_groups(names), lookups(names), sequences(names)
+    experts, rows, later = expert_groups(names), names.rows, sequences(names)
     if count == 1 or problem.pins.meshes:
         yield from start({batch: every}, 0)
         yield from start({batch: every}, every)
@@ -277,18 +281,6 @@ def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
         yield from start({batch: every, k: last}, every & ~last)
         if count > 1:
             yield from start({batch: every & ~last, k: last}, every & ~last)
-
-
-def lookups(names: Names) -> set[int]:
-    """Groups by which a parameter is looked up: the rows of embeddings."""
-    found = set()
-    for op in names.graph.operations():
-        if op.name == "gather" and op.inputs[0] is not None and op.inputs[0].stored is not None:
-            for d in op.params["dimension_numbers"].collapsed_slice_dims:
-                group = names.of.get(names.graph.find(op.inputs[0].nodes[d]))
-                if group is not None:
-                    found.add(group)
-    return found - {names.batch}
 
 
 def sequences(names: Names) -> list[int]:

@@ -6,11 +6,10 @@ from collections import deque
 
 import numpy as np
 
-from lepton_jax.planner.fusion import CpuFusion, Fusion, Group, TpuFusion
+from lepton_jax.planner.fusion import GATHERED, KEPT_ROWS, LANES, ROWS, Fusion, Group
+from lepton_jax.planner.fusion_backends import CpuFusion, TpuFusion
 from lepton_jax.planner.graph import Graph, Value
 from lepton_jax.planner.layout import itemsize
-
-LANES = 128  # numbers in a row of a TPU's vector registers
 
 
 class Timeline:
@@ -26,6 +25,8 @@ class Timeline:
       starts, ends: first and last moment of each buffer, inclusive.
       cuts: the moment at which a loop takes a buffer in, else its end.
       owners: for each buffer the operation that made it.
+      summed: which of them no loop makes.
+      moved: which buffers a collective, or a lookup, fills or reads.
       gradients: which buffers hold a gradient until the optimizer takes it.
       padding: how many times its size a buffer takes with rows padded to the vector's width.
       itemsizes: bytes of a number of its value.
@@ -49,6 +50,8 @@ class Timeline:
         self.cuts = np.minimum(self.cuts, self.ends)
         self.gradients = np.zeros(count, bool)
         self.gradients[fusion.gradients] = True
+        self.summed = self.gradients & np.array([op is not None and op.name != "scan" for op in fusion.owners], bool)
+        self.moved = np.isin(self.kinds, (GATHERED, ROWS, KEPT_ROWS))
         last = np.array([graph.values[v].shape[-1] if graph.values[v].shape else 1 for v in fusion.values], np.int64)
         self.padding = -(-last // LANES) * LANES / np.maximum(last, 1)
         self.itemsizes = np.array([itemsize(graph.values[v]) for v in fusion.values], np.int64)

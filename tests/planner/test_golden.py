@@ -50,7 +50,7 @@ def test_a_mixture_sends_tokens_to_experts():
     traced = language("1b", 2048, 64, model=models.MoELM, experts=32)
     plan = lepton.plan(traced, lepton.topology("h200:8"))
     assert plan.name.startswith("expert parallel") and plan.mesh == {"expert": 8} and plan.batch_axes == ("expert",)
-    kernels = {path: spec for path, spec in specs(plan).items() if path.startswith("blocks/feed_forward/") and "router" not in path}
+    kernels = {p: s for p, s in specs(plan).items() if p.startswith("blocks/feed_forward/") and "router" not in p}
     assert kernels and all(spec[1] == "expert" for spec in kernels.values()), "dim 0 is the layer, dim 1 the expert"
     assert any(c.kind == "all-to-all" for c in plan.collectives)
 

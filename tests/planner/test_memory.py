@@ -1,0 +1,136 @@
+"""Predicted memory against what XLA reports for the same program, and what makes a prediction usable in a search."""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lepton_jax as lepton
+from lepton_jax import models
+from lepton_jax.hardware import topology
+from lepton_jax.planner import ahead, trace
+from lepton_jax.planner.assemble import Assignment
+from lepton_jax.planner.build import fixed
+from lepton_jax.planner.memory import Sizes, Timeline, describe, peak, predict, tiling
+from lepton_jax.planner.named import Names
+from lepton_jax.program import Program
+
+TOKENS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+LABEL = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+
+def language(batch_size=64, **more):
+    model = partial(models.TransformerLM, 1024, dim=128, layers=3, heads=4, **more)
+    return lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3), batch_size=batch_size,
+                         steps_per_call=1)
+
+
+def perceptron(batch_size=4096):
+    return lepton.Recipe(model=partial(models.MLP, (256, 1024, 1024, 10)), loss=lepton.losses.cross_entropy,
+                         optimizer=optax.adam(1e-3), batch_size=batch_size, steps_per_call=1)
+
+
+CASES = {"mlp": (perceptron, jax.ShapeDtypeStruct((1, 256), jnp.float32), LABEL),
+         "lm": (language, TOKENS, TOKENS), "lm-scan": (partial(language, loop="scan"), TOKENS, TOKENS)}
+
+
+def assigned(traced, keep, sizes=(8,), remat="none", micro_batches=1):
+    names = Names(traced.gradient(remat), traced.arguments)
+    masks = tuple(1 if k == names.batch else 0 for k in range(len(names.groups)))
+    return names, Assignment(sizes, masks, keep, remat, micro_batches)
+
+
+def both(traced, where, keep, **more):
+    """(predicted bytes by kind, XLA's account)"""
+    names, assignment = assigned(traced, keep, **more)
+    found, _ = predict(traced, names.graph, names, assignment, where)
+    plan = fixed(traced, where, assignment)
+    devices = ahead.mesh_devices(where, plan.mesh, ahead.devices_for(where)[:where.devices])
+    return found, ahead.compile_for(Program(traced, plan, devices).lower())[1]
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_prediction_is_what_xla_reports(name, keep):
+    recipe, inputs, targets = CASES[name]
+    found, memory = both(trace(recipe(), inputs, targets), topology("cpu:8"), keep)
+    held = sum(found[kind] for kind in ("params", "optimizer", "variables", "batch", "data"))
+    assert held == pytest.approx(memory.arguments, rel=1e-3), "arguments are known, not predicted"
+    assert sum(found.values()) == pytest.approx(memory.peak, rel=0.25)
+
+
+def test_micro_batches_share_the_activations():
+    traced = trace(perceptron(65_536), *CASES["mlp"][1:])
+    once, four = (both(traced, topology("cpu:8"), 0, micro_batches=n) for n in (1, 4))
+    assert sum(four[0].values()) == pytest.approx(four[1].peak, rel=0.15)
+    assert sum(four[0].values()) < sum(once[0].values()) and four[1].peak < once[1].peak
+    assert four[0]["gradients"] > once[0]["gradients"], "their sums lie beside them"
+
+
+def test_rematerialization_of_a_loop_keeps_less():
+    traced = trace(language(8192, loop="scan"), TOKENS, TOKENS)
+    totals = {}
+    for remat in ("none", "dots", "full"):
+        names, assignment = assigned(traced, 1, remat=remat)
+        for where in ("v5p:2x2x2", "cpu:8"):
+            totals[where, remat] = sum(predict(traced, names.graph, names, assignment, topology(where))[0].values())
+    assert totals["v5p:2x2x2", "none"] > totals["v5p:2x2x2", "dots"] > totals["v5p:2x2x2", "full"]
+    assert totals["cpu:8", "none"] > totals["cpu:8", "full"]
+
+
+def test_the_largest_values_name_their_line():
+    traced = trace(language(), TOKENS, TOKENS)
+    names, assignment = assigned(traced, 0)
+    found, largest = predict(traced, names.graph, names, assignment, topology("cpu:8"))
+    sizes = [size for size, _ in largest]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] < sum(found.values())
+    assert any("transformer.py:" in text for _, text in largest)
+
+
+def test_one_buffer_of_a_chain_is_alive_at_a_time():
+    """Elementwise operations write nothing, and what was read is given up."""
+    model = partial(models.MLP, (64, 64, 64, 64, 4))
+    recipe = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.sgd(0.1), batch_size=64)
+    traced = trace(recipe, jax.ShapeDtypeStruct((1, 64), jnp.float32), LABEL)
+    graph = traced.gradient("none")
+    timeline = Timeline(graph, "gpu")
+    assert len(timeline.values) < len(graph.values) / 2
+    assert (timeline.ends >= timeline.starts).all() and (timeline.cuts <= timeline.ends).all()
+    bytes_ = np.full(len(graph.values), 1.0)
+    top = peak(timeline, bytes_, bytes_)
+    assert top.bytes == top.each[top.alive].sum() or top.bytes == timeline.gradients.sum()
+    assert describe(timeline, int(np.flatnonzero(top.alive)[0])).startswith(("float32", "int32", "bool"))
+
+
+def test_a_loop_hides_a_buffer_from_what_libtpu_counts():
+    traced = trace(language(loop="scan"), TOKENS, TOKENS)
+    timeline = Timeline(traced.gradient("none"), "tpu")
+    stacks = [b for b in range(len(timeline.values)) if timeline.owners[b] is not None and timeline.owners[b].name == "scan"]
+    assert stacks and all(timeline.cuts[b] < timeline.ends[b] for b in stacks if timeline.starts[b] < timeline.length / 2)
+
+
+@pytest.mark.parametrize("shape, times", [((1024, 1024), 1.0), ((8, 64), 128 / 64), ((2048, 10), 16 / 10),
+                                          ((12, 12, 768), 16 / 12), ((4, 512), 1.0), ((1, 1), 1.0)])
+def test_tiles(shape, times):
+    assert tiling(np.array([shape], float), np.zeros(1, bool))[0] == pytest.approx(times)
+
+
+def test_tiles_of_images_lie_along_batch_and_channels():
+    image = np.array([[32.0, 96.0, 96.0, 64.0]])
+    assert tiling(image, np.ones(1, bool))[0] == 2.0 and tiling(image, np.zeros(1, bool))[0] < 2.0
+
+
+def test_a_prediction_is_cheap():
+    traced = trace(language(), TOKENS, TOKENS)
+    names, assignment = assigned(traced, 1)
+    timeline, sizes = Timeline(names.graph, "tpu"), Sizes(names.graph, names)
+    ask = partial(predict, traced, names.graph, names, assignment, topology("v5p:2x2x2"), timeline=timeline, sizes=sizes)
+    ask()
+    begun = time.perf_counter()
+    for _ in range(20):
+        ask()
+    assert (time.perf_counter() - begun) / 20 < 0.03, "a search asks thousands of times"
