@@ -40,9 +40,10 @@ def build(trace: Trace, topology: Topology, names: Names, assignment: Assignment
         for (kind, mask), (count, size, seconds, causes) in sorted(estimate.moves.items(), key=lambda m: -m[1][2]))
     unknown = names.graph.unknown
     rest = math.prod(n for i, n in enumerate(assignment.sizes) if not batch >> i & 1)
-    if names.batch is not None and rest > 1 and trace.recipe.batch_size % math.prod(assignment.sizes):
-        notes = [*notes, f"a batch of {trace.recipe.batch_size} does not divide by {math.prod(assignment.sizes)} devices: it is "
-                 f"split in {math.prod(assignment.sizes) // rest}"]
+    devices = math.prod(assignment.sizes)
+    if names.batch is not None and rest > 1 and trace.recipe.batch_size % devices:
+        notes = [*notes, f"a batch of {trace.recipe.batch_size} does not divide by {devices} devices: it is split in "
+                 f"{devices // rest}"]
     notes = [*notes, *(f"there is no rule for the primitive {name!r} ({count} of them): its operands are whole on each device"
                        for name, count in unknown.items())]
     return Plan(

@@ -133,6 +133,8 @@ def boundaries(jaxpr: Any, parameters: int) -> list[int]:
     places = [i for i in range(1, count) if 0 < alive[i] <= min(alive[max(1, i - 3):i + 4])]
     if not places or inside < SMALL or loops:
         return [0, count]
+    least = sorted(alive[i] for i in places)[len(places) // 4]
+    places = [i for i in places if alive[i] <= 2 * least]  # the residual stream, not the scores between two products
     pieces = max(2, round(math.sqrt(inside / (sum(alive[i] for i in places) / len(places)))))
     cuts, filled = [0], 0
     for i in range(1, count):

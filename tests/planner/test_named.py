@@ -82,7 +82,7 @@ def test_experts_are_a_group_that_meets_the_samples():
 def test_rows_of_a_recommender_are_looked_up():
     found = names(lambda rngs: models.TwoTower(96, 64, dim=16, hidden=(32,), width=8, rngs=rngs),
                   ((), jnp.int32), ((), jnp.int32), ((), jnp.float32), loss=lepton.losses.squared_error)
-    assert {found.groups[k].name for k in search.lookups(found)} == {"users.0", "items.0"}
+    assert {found.groups[k].name for k in found.rows} == {"users.0", "items.0"}
 
 
 def test_channels_of_a_cnn_go_from_layer_to_layer():
