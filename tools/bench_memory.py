@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from bench_regret import virtual_devices
 
 import lepton_jax as lepton
 from lepton_jax import models
@@ -94,6 +95,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise SettingError(f"there is no model {name!r}{nearest(name, CASES)}", where="--models",
                                remedy=f"the models are {', '.join(CASES)}")
     where = [topology(name) for name in options.on]
+    virtual_devices()
     devices = {t.name: ahead.devices_for(t) for t in where}
     results: list[dict[str, Any]] = []
     print(f"{'model':12} {'topology':10}  {'plan':44} {'predicted':>10} {'XLA':>10} {'error':>7} {'seconds':>8}", flush=True)

@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         if name not in CASES:
             raise SettingError(f"there is no model {name!r}{nearest(name, CASES)}", where="--models",
                                remedy=f"the models are {', '.join(CASES)}")
-    _virtual_devices()
+    virtual_devices()
     where = topology(f"cpu:{DEVICES}")
     ahead.devices_for(where)
     if options.calibrate:
@@ -155,7 +155,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _virtual_devices() -> None:
+def virtual_devices() -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     try:

@@ -9,7 +9,7 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import assemble, named, search
+from lepton_jax.planner import assemble, named
 from lepton_jax.planner.named import Names, starred
 
 
