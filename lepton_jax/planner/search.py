@@ -240,8 +240,17 @@ def meshes(topology: Topology, names: Names) -> list[tuple[int, ...]]:
     return [(n,), *pairs[:12], *triples][:MOST_MESHES] if n > 1 else [(1,)]
 
 
+def powers(n: int) -> list[int]:
+    """Powers of two that divide n, and n itself."""
+    found = [1]
+    while n % (2 * found[-1]) == 0:
+        found.append(2 * found[-1])
+    return found if found[-1] == n else [*found, n]
+
+
 def _divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]
+    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return small + [n // k for k in reversed(small) if k * k != n]
 
 
 def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
@@ -355,7 +364,7 @@ def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
         rows = problem.trace.recipe.batch_size // assignment.counts[assignment.masks[batch]]
     asked = problem.pins.micro_batches
     for remat in [problem.pins.remat] if problem.pins.remat else POLICIES:
-        options = [asked] if asked else [m for m in _divisors(rows) if m & (m - 1) == 0 or m == rows]
+        options = [asked] if asked else powers(rows)
         if not options:
             continue
         for parts in options:
