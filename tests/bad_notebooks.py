@@ -187,8 +187,6 @@ RECIPES = [
     Bad("fit-of-too-many-steps", lambda _: trainer().fit(steps=10**30), RecipeError, "Recipe.steps", "at most", "1000000"),
     Bad("fit-of-too-many-epochs", lambda _: trainer().fit(epochs=1e300), RecipeError, "Recipe.steps", "at most", "steps"),
     Bad("fit-of-batches-of-none", lambda _: trainer().fit(batch_size=0), RecipeError, "Recipe.batch_size", "1 or more", "0"),
-    Bad("batch-for-more-devices", fit(batch_size=9, devices=2), PlanError, "cpu:2", "8 or 10", "over 2 devices"),
-    Bad("micro-batches-for-more-devices", fit(micro_batches=8, devices=2), PlanError, "cpu:2", "16", "8 micro-batches"),
     Bad("devices-more-than-live", fit(devices=9), PlanError, "platform cpu", "fewer", "9 devices"),
     Bad("devices-as-text", fit(devices="2"), PlanError, "devices", "whole number", "'2'"),
     Bad("topology-unknown", lambda _: trainer().plan("h20:8"), PlanError, "h20:8", "the catalogue has", "did you mean 'h200'"),
