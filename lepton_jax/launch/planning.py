@@ -215,7 +215,7 @@ def _platform(options: argparse.Namespace, targets: Sequence[Topology]) -> None:
     compiles = options.verify or options.prove is not None
     if not targets or (compiles and any(t.platform not in ("cpu", "tpu") for t in targets)):
         return
-    if not jax.config.jax_platforms:
+    if not getattr(jax.config, "jax_platforms", None):
         jax.config.update("jax_platforms", "cpu")
     if compiles:
         cluster.join(max((t.devices for t in targets if t.platform == "cpu"), default=None))
