@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lepton_jax.planner.layout import Layout, Spec
+from lepton_jax.planner.layout import Spec
 from lepton_jax.planner.named import SMALL, Names
 from lepton_jax.planner.plan import ArrayPlan, entries
 from lepton_jax.planner.trace import Trace
@@ -174,9 +174,3 @@ def _why(shape: tuple[int, ...], spec: Spec, use: Spec, assignment: Assignment, 
 
 def _words(mask: int, axes: tuple[str, ...]) -> str:
     return " and ".join(n for i, n in enumerate(axes) if mask >> i & 1)
-
-
-def layout_of(names: Names, assignment: Assignment, prefers: dict[int, int]) -> Layout:
-    masks: Any = list(assignment.masks)
-    return Layout(names.graph, assignment.sizes, names.uses(masks),
-                  names.storage(masks, assignment.keep, assignment.counts), prefers)

@@ -13,14 +13,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
 from lepton_jax.compat import source_line
 from lepton_jax.hardware import Link, Topology, join, lay, matmul_seconds
 from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
-from lepton_jax.planner.layout import Contraction, Layout, Move, contraction, itemsize, meets_stored
+from lepton_jax.planner.layout import Contraction, Layout, Move, contraction, meets_stored
 from lepton_jax.planner.memory import Sizes
 from lepton_jax.planner.named import Names
 from lepton_jax.planner.rules import ELEMENTWISE, REDUCTIONS
@@ -355,10 +354,3 @@ def _note(ledger: dict[tuple[str, int], list[Any]], move: Move, job: Job, parts:
     entry[1] += move.bytes * job.count * parts
     cause = f"{job.op.name} at {source_line(job.op.eqn, job.op.callers).rsplit('/', 1)[-1]}"
     entry[3][cause] = entry[3].get(cause, 0.0) + move.bytes * job.count * parts
-
-
-def shapes_bytes(tree: Any) -> int:
-    return sum(nbytes(x) for x in jax.tree.leaves(tree))
-
-
-__all__ = ["Cost", "Estimate", "itemsize", "optimizer_bytes"]

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING
 
-from lepton_jax.planner.plan import Entries, Plan
 from lepton_jax.planner.schedule import size
 from lepton_jax.planner.show import (
     Row,
@@ -24,6 +24,9 @@ from lepton_jax.planner.show import (
     spelled,
     units,
 )
+
+if TYPE_CHECKING:
+    from lepton_jax.planner.plan import Entries, Plan
 
 CELL, GAP = 15, 2                 # pixels of a device's square, and between two
 COLUMNS, ROWS, PANELS = 16, 8, 2  # squares of a drawing, at most

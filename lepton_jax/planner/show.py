@@ -6,10 +6,13 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lepton_jax.planner.named import starred
-from lepton_jax.planner.plan import ArrayPlan, Entries, Entry, Plan
 from lepton_jax.planner.schedule import size
+
+if TYPE_CHECKING:
+    from lepton_jax.planner.plan import ArrayPlan, Entries, Entry, Plan
 
 WIDTH = 110  # columns of the text
 BAR = 22     # of which one bar takes so many
