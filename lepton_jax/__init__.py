@@ -2,7 +2,8 @@
 
 from importlib.metadata import version as _version
 
-from lepton_jax import controller, data, hardware, losses, metrics, models, monitor
+from lepton_jax import controller as controllers
+from lepton_jax import data, hardware, losses, metrics, models, monitor
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -25,6 +26,6 @@ __version__ = _version("lepton-jax")
 
 __all__ = [
     "CheckpointError", "DataError", "DivergedError", "History", "LeptonError", "ModelError", "Plan", "PlanError",
-    "Program", "Recipe", "RecipeError", "SettingError", "State", "Topology", "Trace", "Trainer", "controller", "data",
+    "Program", "Recipe", "RecipeError", "SettingError", "State", "Topology", "Trace", "Trainer", "controllers", "data",
     "hardware", "losses", "metrics", "models", "monitor", "plan", "topology", "trace",
 ]

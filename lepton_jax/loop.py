@@ -18,7 +18,7 @@ from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples
 from lepton_jax.errors import DivergedError
 from lepton_jax.history import History
 from lepton_jax.monitor import Monitor
-from lepton_jax.precision import LOWEST, all_finite
+from lepton_jax.precision import all_finite
 from lepton_jax.program import Program
 from lepton_jax.recipe import Recipe
 from lepton_jax.state import State
@@ -168,10 +168,16 @@ class Loop:
         self._window, self._window_began, self._wait = [], now, 0.0
 
     def _check(self, fresh: np.ndarray) -> None:
-        """Raise at the first loss that is not finite; float16 gets over those that a smaller loss scale mends."""
+        """Raise at the first loss that is not finite and whose update no policy refused.
+
+        float16 gets over those that a smaller loss scale mends.
+        """
         bad = ~np.isfinite(fresh[:, 0])
         if "loss_scale" in self.program.records:
-            bad &= fresh[:, self.program.records.index("loss_scale")] <= LOWEST
+            bad &= fresh[:, self.program.records.index("loss_scale")] <= 1
+        for name in ("skip", "restore", "rollback"):
+            if name in self.program.records:
+                bad &= fresh[:, self.program.records.index(name)] == 0
         if not bad.any():
             return
         self._report()

@@ -27,14 +27,15 @@ class Functional(NamedTuple):
       kind: "nnx" or "linen".
       name: the module's class.
       init: a random key to (params, variables), nested dicts of arrays.
-      apply: (params, variables, inputs, key, train) to (outputs, variables after the call). `key` feeds the random
-        streams of Linen modules; NNX modules carry theirs in `variables`.
+      apply: (params, variables, inputs, key, train, dropout) to (outputs, variables after the call). `key` feeds the
+        random streams of Linen modules; NNX modules carry theirs in `variables`. `dropout` is a factor of the rate of each
+        nnx.Dropout; None: 1.
     """
 
     kind: str
     name: str
     init: Callable[[Any], tuple[Any, Any]]
-    apply: Callable[[Any, Any, Any, Any, bool], tuple[Any, Any]]
+    apply: Callable[[Any, Any, Any, Any, bool, Any], tuple[Any, Any]]
 
 
 def is_linen(model: Any) -> bool:
@@ -68,13 +69,14 @@ def functional(model: Any, inputs: Any) -> Functional:
         return _nnx(build)
 
 
-def forward(recipe: Any, module: Functional, params: Any, variables: Any, inputs: Any, key: Any, train: bool) -> Any:
+def forward(recipe: Any, module: Functional, params: Any, variables: Any, inputs: Any, key: Any, train: bool,
+            dropout: Any = None) -> Any:
     """(outputs, variables after) of a batch: preprocessing, then the model in the recipe's precision."""
     inputs = recipe.preprocess(inputs) if recipe.preprocess else inputs
     params, inputs = precision.cast((params, inputs), recipe.precision)
     with pointing_at_user(f"calling the model on {shapes(inputs)}", "let the model take what the samples (and "
                           "preprocess) give: one array, or a dict's arrays by name", where=f"{module.name}.__call__"):
-        outputs, variables = module.apply(params, variables, inputs, key, train)
+        outputs, variables = module.apply(params, variables, inputs, key, train, dropout)
     leaves = jax.tree.leaves(outputs)
     if not leaves or any(jnp.ndim(x) == 0 for x in leaves):
         raise ModelError(f"the model returned {shapes(outputs)}", where=f"{module.name}.__call__",
@@ -99,12 +101,15 @@ def _nnx(build: Callable[[Any], Any]) -> Functional:
         _, params, rest = _split(module)
         return _trainable(nnx.to_pure_dict(params), type(module).__name__), nnx.to_pure_dict(rest)
 
-    def apply(params_: Any, variables: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
+    def apply(params_: Any, variables: Any, inputs: Any, key: Any, train: bool, dropout: Any = None) -> tuple[Any, Any]:
         # copy=True: modules that count calls (Rngs, RNN) mutate their variables at this trace level
         module = nnx.merge(graph, _filled(params, params_), _filled(rest, variables), copy=True)
         _follow_precision(module)
+        scaled = _scale_dropout(module, dropout) if dropout is not None else []
         module.train() if train else module.eval()
         outputs = _call(module, module.__call__, inputs, train)
+        for node in scaled:  # it is no part of the module's state
+            del node.factor
         after = nnx.to_pure_dict(nnx.state(module, nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.Intermediate))))
         surplus = set(by_path(after)) - known
         if surplus:
@@ -120,6 +125,37 @@ def _follow_precision(module: nnx.Module) -> None:
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Embed) and jnp.dtype(node.dtype).itemsize > node.embedding.dtype.itemsize:
             node.dtype = node.embedding.dtype
+
+
+class _ScaledDropout(nnx.Dropout):
+    """An nnx.Dropout whose rate is times a traced factor; with a factor of 1 it has the same bits."""
+
+    factor: Any
+
+    def __call__(self, inputs: Any, *, deterministic: bool | None = None, rngs: Any = None) -> Any:
+        if self.deterministic if deterministic is None else deterministic:
+            return inputs
+        source = rngs or self.rngs
+        stream: Any = source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
+        drawn = stream.count[...]
+        plain = super().__call__(inputs, deterministic=False, rngs=rngs)
+        after, stream.count[...] = stream.count[...], drawn  # the same key again, so that the same inputs are dropped
+        kept = 1 - jnp.minimum(self.rate * self.factor, 0.99)
+        mask = jax.random.bernoulli(stream(), kept, plain.shape)
+        stream.count[...] = after
+        scaled = jnp.where(mask, inputs / kept.astype(inputs.dtype), 0)
+        return jnp.where(self.factor == 1, plain, scaled)
+
+
+def _scale_dropout(module: nnx.Module, factor: Any) -> list[Any]:
+    found = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Dropout) and 0 < node.rate < 1]
+    if not found:
+        raise ModelError("a policy moves dropout, but the model has no nnx.Dropout with a rate above 0",
+                         where=type(module).__name__, remedy="give the model one, or leave that policy out")
+    for node in found:
+        node.__class__ = _ScaledDropout
+        node.factor = nnx.data(factor)  # type: ignore[attr-defined]
+    return found
 
 
 def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
@@ -152,8 +188,11 @@ def _linen(module: linen.Module, inputs: Any) -> Functional:
         variables.pop("intermediates", None)
         return _trainable(params, type(module).__name__), variables
 
-    def apply(params: Any, variables: Any, inputs: Any, key: Any, train: bool) -> tuple[Any, Any]:
+    def apply(params: Any, variables: Any, inputs: Any, key: Any, train: bool, dropout: Any = None) -> tuple[Any, Any]:
         # make_rng of a stream that isn't given falls back to "params", so that every name has randomness
+        if dropout is not None:
+            raise ModelError("a policy moves dropout, which only nnx.Dropout takes from outside", where=type(module).__name__,
+                             remedy="write the model as an NNX module, or leave that policy out")
         rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)} if train else None
         mutable = list(variables) if train else []
         outputs = _call(module, module.apply, inputs, train, {"params": params, **variables}, rngs=rngs, mutable=mutable)

@@ -5,21 +5,12 @@ Master weights, optimizer state, losses and metrics are float32 in each policy.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-GROWTH_INTERVAL = 2000  # finite steps before the scale doubles: Micikevicius et al. 2018, section 3.2
-START = 2.0**15
-LOWEST = 1.0
-
-
-class LossScale(NamedTuple):
-    """Dynamic loss scale (Micikevicius et al. 2018, "Mixed Precision Training"): float32 value, int32 finite steps."""
-
-    value: Any
-    finite_steps: Any
+START = 2.0**15  # of the loss, to begin with
 
 
 def cast(tree: Any, precision: str) -> Any:
@@ -34,19 +25,6 @@ def to_float32(tree: Any, precision: str) -> Any:
 
 def _floats_to(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
-def init_scale(precision: str) -> LossScale | tuple[()]:
-    if precision != "float16":
-        return ()
-    return LossScale(jnp.float32(START), jnp.int32(0))
-
-
-def next_scale(scale: LossScale, finite: jax.Array) -> LossScale:
-    """Halved after a step with a non-finite gradient, doubled after `GROWTH_INTERVAL` finite ones."""
-    grow = finite & (scale.finite_steps + 1 >= GROWTH_INTERVAL)
-    value = jnp.where(finite, jnp.where(grow, scale.value * 2, scale.value), jnp.maximum(scale.value / 2, LOWEST))
-    return LossScale(value, jnp.where(finite & ~grow, scale.finite_steps + 1, 0))
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lepton_jax import controller, losses, optimizers, precision
+from lepton_jax import losses
 from lepton_jax.compat import jit_on
-from lepton_jax.errors import RecipeError, pointing_at_user
+from lepton_jax.controller import Controller, Pieces, norm, served
+from lepton_jax.errors import pointing_at_user
 from lepton_jax.module import forward
 from lepton_jax.planner import ARGUMENTS, Plan, Trace, laid_out, objective, rematerialized
 from lepton_jax.state import State, by_path
@@ -62,16 +62,13 @@ class Program:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         many = plan.steps_per_call > 1
         self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, rows)) if many else self.batch_sharding
-        self.records = ["loss", *self.recipe.metrics]
-        self.records += ["learning_rate"] if self.recipe.learning_rate is not None else []
-        self.records += ["loss_scale"] if self.recipe.precision == "float16" else []
+        self.controller = Controller(self.recipe)
+        self.records = ["loss", *self.recipe.metrics, *self.controller.records]
         self.compilations: list[Compilation] = []
         self._on_compile, self._traced = on_compile, 0
         self._signatures: dict[str, list[dict[str, str]]] = {}
         # programs that wait for each other's collectives can use up the threads that XLA's virtual CPU devices share
         self._one_at_a_time = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
-        self._optimizer = optimizers.build(self.recipe)
-        self._policies = controller.chain(*self.recipe.controller)
         out = (self.state_sharding, self.replicated)
         jit = self._jit = partial(jit_on, self.mesh.devices.flat)
         self._train = jit(self._steps if many else self._one_step, donate_argnums=0, out_shardings=out)
@@ -86,8 +83,7 @@ class Program:
             self._note("init", seed)
             key = jax.random.key(seed)
             params, variables = self.trace.functional.init(key)
-            return State(jnp.int32(0), params, variables, self._optimizer.init(params), self._policies.init(),
-                         precision.init_scale(self.recipe.precision), key)
+            return State(jnp.int32(0), params, variables, *self.controller.init(params, variables), key)
 
         return self._call("init", self._jit(init, out_shardings=self.state_sharding), np.uint32(seed))
 
@@ -128,7 +124,7 @@ class Program:
         """Add the first `valid` samples of a batch to the sums, which are donated; None starts them."""
         if sums is None:
             sums = jax.device_put(np.zeros((1 + len(self.recipe.metrics), 2), np.float32), self.replicated)
-        return self._call("evaluate", self._evaluate, sums, state.params, state.variables, batch, valid)
+        return self._call("evaluate", self._evaluate, sums, *served(state), batch, valid)
 
     def metrics(self, sums: Any) -> dict[str, float]:
         """Loss and metrics from their sums; this waits for the device."""
@@ -146,7 +142,7 @@ class Program:
                     return decode(self._forward(params, variables, inputs)[0])
 
             self._predictors[decode] = self._jit(predict)
-        return self._call("predict", self._predictors[decode], state.params, state.variables, inputs)
+        return self._call("predict", self._predictors[decode], *served(state), inputs)
 
     def _forward(self, params: Any, variables: Any, inputs: Any) -> Any:
         run = lambda p, v, x: forward(self.recipe, self.trace.functional, p, v, x, None, False)  # noqa: E731
@@ -174,57 +170,51 @@ class Program:
 
     def _step(self, state: State, batch: Any) -> tuple[State, jax.Array]:
         """One optimizer update from one batch."""
-        gradients, sums, variables = self._gradients(state, batch)
+        gradients, sums, variables, parts = self._gradients(state, batch)
         values = {name: losses.finish(self.recipe, name, total / weight) for name, (total, weight) in sums.items()}
-        with pointing_at_user("the optimizer's update", "give an Optax transformation that needs gradients, parameters and "
-                              "the loss's value alone", where="Recipe.optimizer", kind=RecipeError):
-            updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params, value=values["loss"])
-        params = optax.apply_updates(state.params, updates)
-        scale = state.scale
-        if self.recipe.precision == "float16":  # a step whose scaled gradients overflow changes nothing but the scale
-            finite = precision.all_finite(gradients)
-            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-            params, optimizer, variables = keep((params, optimizer, variables),
-                                                (state.params, state.optimizer, state.variables))
-            scale = precision.next_scale(scale, finite)
-            values["loss_scale"] = state.scale.value
-        if self.recipe.learning_rate is not None:
-            rate = self.recipe.learning_rate
-            values["learning_rate"] = rate(state.step) if callable(rate) else rate
-        after = State(state.step + 1, params, variables, optimizer, self._policies.update(values, state.controller),
-                      scale, state.key)
-        return after, jnp.stack([jnp.asarray(values[name], jnp.float32) for name in self.records])
+        before = Pieces(state.params, state.variables, state.optimizer)
+        after, controller, record = self.controller.update(state.step, state.controller, before, variables, gradients, values,
+                                                           parts)
+        values |= record
+        state = State(state.step + 1, after.params, after.variables, after.optimizer, controller, state.key)
+        return state, jnp.stack([jnp.asarray(values[name], jnp.float32) for name in self.records])
 
-    def _gradients(self, state: State, batch: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any]:
-        """Gradients of the mean loss, sums of loss and metrics, and the variables after the batch."""
-        scale = state.scale.value if self.recipe.precision == "float16" else None
+    def _gradients(self, state: State, batch: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any, Any]:
+        """Gradients of the mean loss, sums of loss and metrics, the variables after the batch, and the mean squared norm of
+        the micro-batches' gradients, where a signal needs it."""
+        knobs = self.controller.forward_knobs(state.controller)
+        scale = knobs.get("loss_scale")
         key = jax.random.fold_in(state.key, state.step)
         count = self.plan.micro_batches
 
         value = rematerialized(objective(self.recipe, self.trace.functional, count), self.plan.remat)
         gradient = laid_out(jax.grad(value, has_aux=True), self.plan.layout, self.mesh, ARGUMENTS, gradients=True)
         if count == 1:
-            gradients, (sums, variables) = gradient(state.params, state.variables, key, *batch, scale)
-            return _unscaled(gradients, scale), sums, variables
+            gradients, (sums, variables) = gradient(state.params, state.variables, key, *batch, knobs)
+            return _unscaled(gradients, scale), sums, variables, None
 
         def add(carry: tuple, index: Any, micro_batch: Any) -> tuple:
-            gradients, sums, variables = carry
+            gradients, sums, variables, squares = carry
             more, (more_sums, variables) = gradient(state.params, variables, jax.random.fold_in(key, index), *micro_batch,
-                                                    scale)
-            return *jax.tree.map(jnp.add, (gradients, sums), (more, more_sums)), variables
+                                                    knobs)
+            if squares is not None:
+                squares = squares + (norm(_unscaled(more, scale)) / more_sums["loss"][1]) ** 2
+            return *jax.tree.map(jnp.add, (gradients, sums), (more, more_sums)), variables, squares
 
         # strided, so that each device's rows are spread over the micro-batches without leaving the device
         parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
         zeros = {name: (jnp.float32(0), jnp.float32(0)) for name in ("loss", *self.recipe.metrics)}
-        carry = (jax.tree.map(jnp.zeros_like, state.params), zeros, state.variables)
+        squares = jnp.float32(0) if self.controller.signals.by_micro_batch else None
+        carry = (jax.tree.map(jnp.zeros_like, state.params), zeros, state.variables, squares)
         if self.plan.unroll_micro_batches:
             for index in range(count):
                 carry = add(carry, index, jax.tree.map(lambda x: x[index], parts))  # noqa: B023
         else:
             carry, _ = jax.lax.scan(lambda c, x: (add(c, *x), None), carry, (jnp.arange(count), parts))
-        gradients, sums, variables = carry
+        gradients, sums, variables, squares = carry
         weight = sums["loss"][1]
-        return jax.tree.map(lambda g: g / weight, _unscaled(gradients, scale)), sums, variables
+        gradients = jax.tree.map(lambda g: g / weight, _unscaled(gradients, scale))
+        return gradients, sums, variables, None if squares is None else squares / count
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 

@@ -33,7 +33,8 @@ class Recipe:
       metrics: name to a function like `loss`, or to a `lepton_jax.metrics.Metric`.
       preprocess: inputs to the model's inputs, in JAX; part of every compiled program (e.g. uint8 pixels to floats).
       decode: the model's outputs to what `predict` returns. None: what the loss implies (`losses.decoder`).
-      controller: policies that adapt the strategy to what is measured. None: plain Optax, to the bit.
+      controller: policies that adapt the strategy to what is measured, e.g. `controllers.adaptive()`, or a tuple of them.
+        Without any: plain Optax, to the bit.
       epochs: passes over `train`. Batches run on over an epoch's end, so that each is full and every sample is
         consumed once an epoch; the last batch of the run is filled up from one epoch more.
       steps: optimizer updates; if given, instead of `epochs`.
@@ -119,9 +120,10 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}, which can't be called", where=f"Recipe.{name}",
                                   remedy="give a function of a batch, or leave it out")
         _check_metrics(self.metrics)
-        if not (isinstance(self.controller, tuple | list) and all(hasattr(p, "update") for p in self.controller)):
+        if not _policies(self.controller):
             raise RecipeError(f"controller is {self.controller!r}", where="Recipe.controller",
-                              remedy="give a tuple of lepton_jax.controller.Policy, or leave it out")
+                              remedy="give a tuple of lepton_jax.controllers.Policy, such as controllers.adaptive(), or "
+                                     "leave it out")
         for name, kind in (("name", str), ("shuffle", bool)):
             if not isinstance(getattr(self, name), kind):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__name__}",
@@ -142,6 +144,11 @@ class Recipe:
                 raise RecipeError(f"Recipe has no field {name!r}{nearest(name, names)}", where="Recipe",
                                   remedy=f"the fields are {', '.join(sorted(names))}")
         return replace(self, **changes)
+
+
+def _policies(given: Any) -> bool:
+    """Whether this is a policy, or policies in tuples or lists."""
+    return callable(getattr(given, "update", None)) or (isinstance(given, tuple | list) and all(map(_policies, given)))
 
 
 def _check_metrics(metrics: Any) -> None:

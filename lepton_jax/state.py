@@ -18,8 +18,7 @@ class State:
       params: what the optimizer changes; nested dict of arrays, float32 master weights.
       variables: the module's other collections (batch statistics, dropout keys and counts, carries, constants).
       optimizer: state of the Optax transformation.
-      controller: state of the policies; an empty tuple without any.
-      scale: the dynamic loss scale; an empty tuple unless the precision is float16.
+      controller: a `controller.ControllerState`; an empty tuple where nothing can ever move.
       key: the run's random key; step keys are folded from it, so it never changes.
     """
 
@@ -28,7 +27,6 @@ class State:
     variables: Any
     optimizer: Any
     controller: Any
-    scale: Any
     key: Any
 
 

@@ -76,7 +76,7 @@ def test_files_and_functions_stay_small(path):
 def test_the_public_names_are_these():
     assert sorted(lepton_jax.__all__) == [
         "CheckpointError", "DataError", "DivergedError", "History", "LeptonError", "ModelError", "Plan", "PlanError",
-        "Program", "Recipe", "RecipeError", "SettingError", "State", "Topology", "Trace", "Trainer", "controller",
+        "Program", "Recipe", "RecipeError", "SettingError", "State", "Topology", "Trace", "Trainer", "controllers",
         "data", "hardware", "losses", "metrics", "models", "monitor", "plan", "topology", "trace"]
     assert all(hasattr(lepton_jax, name) for name in lepton_jax.__all__)
 

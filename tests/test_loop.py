@@ -174,18 +174,18 @@ def test_events_are_on_disk_before_their_checkpoint(blobs, tmp_path, monkeypatch
 
 
 def test_policies_see_the_signals_and_their_state_is_saved(blobs, tmp_path):
-    smoothed = lepton.controller.Policy(
-        init=lambda: jnp.float32(0), update=lambda signals, mean: 0.9 * mean + 0.1 * signals["loss"])
+    smoothed = lepton.controllers.Policy(
+        "smoothed", lambda: jnp.float32(0), lambda signals, mean: ({}, 0.9 * mean + 0.1 * signals["loss"]), ("loss",))
     trainer, _ = make(blobs, controller=(smoothed,), run_dir=tmp_path / "run", steps=20)
     history = trainer.fit()
     expected = np.float32(0)
     for loss in history["loss"]:
         expected = np.float32(0.9) * expected + np.float32(0.1) * loss
-    assert float(trainer.state.controller[0]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(trainer.state.controller.policies[0]) == pytest.approx(float(expected), rel=1e-5)
     plain, _ = make(blobs)
     np.testing.assert_array_equal(plain.fit(steps=20)["loss"], history["loss"])
     again, _ = make(blobs, controller=(smoothed,))
-    assert again.load(tmp_path / "run").state.controller[0] == trainer.state.controller[0]
+    assert again.load(tmp_path / "run").state.controller.policies == trainer.state.controller.policies
 
 
 def test_fit_again_goes_on(blobs):

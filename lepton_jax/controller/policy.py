@@ -7,22 +7,30 @@ from typing import Any, NamedTuple
 
 
 class Policy(NamedTuple):
-    """One measured signal's consequence.
+    """One rule from what is measured to what is done about it: two pure functions.
 
     Attributes:
-      init: () to the policy's state, a pytree of arrays.
-      update: (signals, state) to the state after the step; `signals` maps names to float32 scalars: "loss", and each
-        of the recipe's metrics, as measured with the parameters before the update.
+      name: as the journal calls it.
+      init: () to the policy's state, a pytree of scalars.
+      update: (signals, state) to (moves, state). `signals` maps names to float32 scalars, measured after the gradient and
+        before the update that the moves decide; `moves` maps each name in `moves` to a contribution, float32: what it
+        means is the knob's `combine` (see `KNOBS`). A name that is left out is left alone.
+      watches: the signals that it reads (see `SIGNALS`); the first four stand in the journal beside its moves.
+      moves: the knobs that it may move.
+      limits: what the host keeps to: "rollbacks" at most, "rate" factor of the learning rate after each.
     """
 
+    name: str
     init: Callable[[], Any]
-    update: Callable[[Mapping[str, Any], Any], Any]
+    update: Callable[[Mapping[str, Any], Any], tuple[Mapping[str, Any], Any]]
+    watches: tuple[str, ...] = ()
+    moves: tuple[str, ...] = ()
+    limits: Mapping[str, float] = {}  # noqa: RUF012  (a NamedTuple's default is never written to)
 
 
-def chain(*policies: Policy) -> Policy:
-    """Policies applied in order to the same signals; with none of them the state is an empty tuple."""
-
-    def update(signals: Mapping[str, Any], state: tuple) -> tuple:
-        return tuple(p.update(signals, s) for p, s in zip(policies, state, strict=True))
-
-    return Policy(lambda: tuple(p.init() for p in policies), update)
+def chain(*policies: Any) -> tuple[Policy, ...]:
+    """Policies, and chains of them, as one chain: each sees the same signals; their moves combine as each knob says."""
+    found: list[Policy] = []
+    for policy in policies:
+        found += [policy] if isinstance(policy, Policy) else chain(*policy)
+    return tuple(found)

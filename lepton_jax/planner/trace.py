@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 
-from lepton_jax import controller, losses, optimizers, precision
+from lepton_jax import losses
 from lepton_jax.compat import ClosedJaxpr, Jaxpr
+from lepton_jax.controller import Controller
 from lepton_jax.errors import DataError, ModelError, pointing_at_user
+from lepton_jax.hardware import convolution_flops
 from lepton_jax.module import Functional, forward, functional
 from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.remat import rematerialized
@@ -49,8 +51,8 @@ class Trace:
         """Loss and gradients of one batch as a graph, under a rematerialization policy; `arguments` names its inputs."""
         if remat not in self._gradients:
             function = jax.grad(rematerialized(objective(self.recipe, self.functional, 1), remat), has_aux=True)
-            state, scale = self.state, jax.ShapeDtypeStruct((), "float32") if self.recipe.precision == "float16" else None
-            program = jax.make_jaxpr(function)(state.params, state.variables, state.key, self.inputs, self.targets, scale)
+            state, knobs = self.state, Controller(self.recipe).forward_knobs(self.state.controller)
+            program = jax.make_jaxpr(function)(state.params, state.variables, state.key, self.inputs, self.targets, knobs)
             count = len(jax.tree.leaves(state.params))
             self._gradients[remat] = Graph(program, count, count)
         return self._gradients[remat]
@@ -73,7 +75,7 @@ class Trace:
         return "\n".join(lines)
 
 
-ARGUMENTS = ("params", "variables", "key", "inputs", "targets", "scale")
+ARGUMENTS = ("params", "variables", "key", "inputs", "targets", "knobs")
 
 
 def objective(recipe: Recipe, module: Functional, micro_batches: int) -> Any:
@@ -83,12 +85,12 @@ def objective(recipe: Recipe, module: Functional, micro_batches: int) -> Any:
       A function of `ARGUMENTS`, of one micro-batch, to its mean loss (its summed loss, if it is one of several), and to
       the sums of loss and metrics and the variables after.
     """
-    def value(params: Any, variables: Any, key: Any, inputs: Any, targets: Any, scale: Any) -> tuple[Any, tuple]:
-        outputs, after = forward(recipe, module, params, variables, inputs, key, True)
+    def value(params: Any, variables: Any, key: Any, inputs: Any, targets: Any, knobs: Any) -> tuple[Any, tuple]:
+        outputs, after = forward(recipe, module, params, variables, inputs, key, True, knobs.get("dropout"))
         sums = losses.measure(recipe, outputs, targets)
         total, weight = sums["loss"]
         result = total / weight if micro_batches == 1 else total
-        return result if scale is None else result * scale, (sums, after)
+        return result * knobs["loss_scale"] if "loss_scale" in knobs else result, (sums, after)
 
     return value
 
@@ -121,14 +123,13 @@ def trace(recipe: Recipe, inputs: Any, targets: Any, samples: int | None = None)
     with pointing_at_user("preprocess"):
         prepared = jax.eval_shape(recipe.preprocess or (lambda x: x), inputs) if inputs is not None else None
     module = functional(recipe.model, prepared)
-    optimizer = optimizers.build(recipe)
+    controller = Controller(recipe)
 
     def init() -> State:
         key = jax.random.key(recipe.seed)
         params, variables = module.init(key)
-        return State(step=jax.numpy.int32(0), params=params, variables=variables, optimizer=optimizer.init(params),
-                     controller=controller.chain(*recipe.controller).init(),
-                     scale=precision.init_scale(recipe.precision), key=key)
+        optimizer, held = controller.init(params, variables)
+        return State(jax.numpy.int32(0), params, variables, optimizer, held, key)
 
     with pointing_at_user("building the model"):
         state = jax.eval_shape(init)
@@ -176,8 +177,7 @@ def _count(jaxpr: Jaxpr, operations: dict[str, int], times: int) -> float:
             shape = eqn.invars[0].aval.shape
             flops += 2.0 * times * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contract)
         elif name == "conv_general_dilated":
-            kernel, out_dim = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
-            flops += 2.0 * times * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out_dim]
+            flops += times * convolution_flops(eqn.params, *(v.aval.shape for v in (*eqn.invars[:2], eqn.outvars[0])))
         inner_times = times * eqn.params["length"] if name == "scan" else times
         for value in eqn.params.values():
             for sub in value if isinstance(value, tuple | list) else (value,):

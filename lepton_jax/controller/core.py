@@ -1,0 +1,314 @@
+"""A recipe's policies at work inside of its train step.
+
+The order within a step, which the conformance suite holds policies to:
+
+1. The gradient is taken under the knobs of the step before (`loss_scale` and `dropout` act there).
+2. Signals are measured; each policy sees them and contributes; `combined` makes the knobs of this step.
+3. The update is made, or not: accumulated, skipped, restored; then anchor and average follow.
+4. The record takes loss, signals, knobs and contributions out; the journal is what the host reads from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lepton_jax import optimizers, precision
+from lepton_jax.controller import knobs as knobs_
+from lepton_jax.controller.loss_scaling import loss_scaling
+from lepton_jax.controller.policy import chain
+from lepton_jax.controller.signals import Signals
+from lepton_jax.errors import RecipeError, pointing_at_user
+
+if TYPE_CHECKING:
+    from lepton_jax.recipe import Recipe
+
+IN_FORWARD = ("loss_scale", "dropout")
+
+
+class ControllerState(NamedTuple):
+    """What the controller keeps between steps.
+
+    Attributes:
+      base: the knobs as the recipe or a person set them, float32 (); a learning rate that is a schedule is NaN.
+      knobs: as they were in the last step.
+      contributions: of each (policy, knob) in the last step, float32 (moves,).
+      policies: the state of each.
+      signals: the moving means.
+      fed: what the host measured, float32 ().
+      updates: of the parameters so far, int32.
+      halted: whether a stop or a rollback is asked for; nothing changes until the host has seen to it.
+      accumulated: (mean gradient, batches in it), or ().
+      average: (parameters, variables), averaged; or ().
+      anchor: (parameters, variables, optimizer state), or ().
+    """
+
+    base: dict[str, Any]
+    knobs: dict[str, Any]
+    contributions: Any
+    policies: tuple
+    signals: dict[str, Any]
+    fed: dict[str, Any]
+    updates: Any
+    halted: Any
+    accumulated: Any
+    average: Any
+    anchor: Any
+
+
+class Pieces(NamedTuple):
+    """What an update changes besides the controller."""
+
+    params: Any
+    variables: Any
+    optimizer: Any
+
+
+class Controller:
+    """The policies of a recipe, its optimizer and the knobs between them.
+
+    Args:
+      recipe: the recipe.
+
+    Attributes:
+      policies: all of them, those that the recipe implies first.
+      moves: (policy, knob) of each contribution, in their order.
+      records: names of the values that a step records after loss and metrics.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.optimizer = optimizers.build(recipe)
+        implied = (loss_scaling(),) if recipe.precision == "float16" else ()
+        self.policies = chain(*implied, recipe.controller)
+        self.moves = [(p, knob) for p in range(len(self.policies)) for knob in self.policies[p].moves]
+        self.metrics = tuple(recipe.metrics)
+        watched = [name for p in self.policies for name in p.watches]
+        self.signals = Signals(watched, self.metrics, recipe.batch_size, recipe.micro_batches or 1)
+        self.base = self._bases()
+        for name in [name for _, name in self.moves]:
+            if name not in self.base and knobs_.KNOBS[name].combine != "any":
+                raise RecipeError(f"a policy moves {name}, which the optimizer does not take by that name", where="Recipe.optimizer",
+                                  remedy=f"give optimizer=functools.partial(optax.adamw, {name}=...), or another policy")
+        self.flags = sorted({knob for _, knob in self.moves if knobs_.KNOBS[knob].combine == "any"})
+        self.halts = any(knob in ("stop", "rollback") for _, knob in self.moves)
+        self.anchored = self.signals.needs_anchor or any(knob in ("anchor", "restore") for _, knob in self.moves)
+        self.shown = [name for name in dict.fromkeys(watched) if name not in ("loss", *self.metrics, "step", "progress")]
+        self.records = [*self._visible(), *self.shown, *(f"{self.policies[p].name}:{k}" for p, k in self.moves)]
+        self.limits = next((p.limits for p in self.policies if p.limits), {})
+
+    def _bases(self) -> dict[str, float]:
+        recipe, moved = self.recipe, {knob for _, knob in self.moves}
+        own = self.optimizer.base
+        base = {n: x for n, x in own.items() if n in moved or (n == "learning_rate" and (recipe.learning_rate is not None))}
+        given = {"clip_norm": recipe.clip_norm or float("inf"), "accumulate": 1.0, "dropout": 1.0, "averaging_decay": 0.0,
+                 "loss_scale": precision.START if recipe.precision == "float16" else 1.0}
+        wanted = moved | ({"clip_norm"} if recipe.clip_norm is not None else set())
+        return base | {n: x for n, x in given.items() if n in wanted}
+
+    def _visible(self) -> list[str]:
+        rate = ["learning_rate"] if self.recipe.learning_rate is not None and "learning_rate" not in self.base else []
+        return [*rate, *self.base, *self.flags]
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def init(self, params: Any, variables: Any) -> tuple[Any, Any]:
+        """(optimizer state, controller state) before the first step; the latter is () where nothing can ever move."""
+        optimizer = self.optimizer.init(params)
+        if not self.policies and not self.base:
+            return optimizer, ()
+        copied = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731  (a donated state must hold no array twice)
+        moved, names = {knob for _, knob in self.moves}, [*self.base, *self.flags]
+        neutral = jnp.asarray([knobs_.neutral(k) for _, k in self.moves], jnp.float32)
+        return optimizer, ControllerState(
+            base={n: jnp.float32(x) for n, x in self.base.items()},
+            knobs={n: jnp.float32(self.base.get(n, 0.0)) for n in names},
+            contributions=neutral, policies=tuple(jax.tree.map(jnp.asarray, p.init()) for p in self.policies),
+            signals=self.signals.init(params),
+            fed={n: jnp.float32(float("nan") if n.startswith("evaluation_") else 0) for n in ("steps", *self.signals.fed)},
+            updates=jnp.int32(0), halted=jnp.bool_(False),
+            accumulated=(jax.tree.map(jnp.zeros_like, params), jnp.int32(0)) if "accumulate" in moved else (),
+            average=copied((params, floats(variables))) if "averaging_decay" in moved else (),
+            anchor=copied(Pieces(params, variables, optimizer)) if self.anchored else ())
+
+    def forward_knobs(self, state: Any) -> dict[str, Any]:
+        """The knobs that act in the forward pass: of the step before."""
+        return {n: state.knobs[n] for n in IN_FORWARD if n in self.base}
+
+    # ---- a step ---------------------------------------------------------------------------------------------------
+
+    def update(self, step: Any, state: Any, before: Pieces, after: Any, gradients: Any, values: Mapping[str, Any],
+               parts: Any = None) -> tuple[Pieces, Any, dict[str, Any]]:
+        """One step's decisions and its update.
+
+        Args:
+          step: steps done, int32.
+          state: the controller's.
+          before: parameters, variables and optimizer state.
+          after: variables after the forward pass.
+          gradients: the batch's mean gradient.
+          values: loss and metrics, float32 scalars.
+          parts: see `Signals.measure`.
+
+        Returns:
+          The pieces and the controller's state after it, and what is recorded, by the names in `records`.
+        """
+        if not self.policies and not self.base:
+            pieces = self._apply(before, after, gradients, {}, values["loss"])
+            return pieces, state, {name: self._scheduled(step) for name in self.records}
+        given = {"step": step, "updates": state.updates, "progress": (step + 1) / jnp.maximum(state.fed["steps"], 1), **values,
+                 **{n: x for n, x in state.fed.items() if n != "steps"}}
+        signals, smoothed = self.signals.measure(state.signals, given, before.params, gradients,
+                                                 state.anchor.params if self.anchored else (), parts)
+        contributions, policies = self._consult(signals, state)
+        knobs = self._knobs(state, contributions)
+        pieces, more, applied = self._moved(state, before, after, gradients, knobs, values["loss"])
+        fresh = state._replace(knobs=knobs, contributions=contributions, policies=policies,
+                               signals=self.signals.updated(smoothed, before.params, pieces.params, applied), updates=state.updates + applied, **more)
+        record = {**knobs, **{n: signals[n] for n in self.shown}}
+        record |= dict(zip(self.records[len(self.records) - len(self.moves):], contributions, strict=True))
+        if self.halts:  # steps that were on their way when the run was halted count for nothing
+            asked = jnp.stack([knobs[n] > 0 for n in ("stop", "rollback") if n in knobs]).any()
+            fresh = _where(state.halted, state, fresh._replace(halted=asked))
+        return pieces, fresh, record
+
+    def _consult(self, signals: Mapping[str, Any], state: ControllerState) -> tuple[Any, tuple]:
+        contributions, states = [], []
+        for policy, held in zip(self.policies, state.policies, strict=True):
+            with pointing_at_user(f"the policy {policy.name!r}", "let update take (signals, state) and return (moves, state)",
+                                  where="Recipe.controller", kind=RecipeError):
+                seen = {name: signals[name] for name in policy.watches}
+                moves, after = policy.update(seen, held)
+                surplus = sorted(set(moves) - set(policy.moves))
+                if surplus:
+                    raise RecipeError(f"it moves {surplus[0]!r}, which is not among its moves", where=policy.name,
+                                      remedy="name every knob that it moves in Policy.moves")
+                states.append(_as(after, held, policy.name))
+            contributions += [jnp.asarray(moves.get(k, knobs_.neutral(k)), jnp.float32) for k in policy.moves]
+        return jnp.stack(contributions) if contributions else state.contributions, tuple(states)
+
+    def _knobs(self, state: ControllerState, contributions: Any) -> dict[str, Any]:
+        knobs = {}
+        for name in state.knobs:
+            base = state.base.get(name, jnp.float32(0))
+            if name == "learning_rate" and callable(self.recipe.learning_rate):
+                base = jnp.where(jnp.isnan(base), self._scheduled(state.updates), base)
+            knobs[name] = knobs_.combined(name, base, [contributions[i] for i, (_, k) in enumerate(self.moves) if k == name])
+        return knobs
+
+    def _scheduled(self, updates: Any) -> Any:
+        rate: Any = self.recipe.learning_rate
+        return jnp.asarray(rate(updates) if callable(rate) else rate, jnp.float32)
+
+    def _moved(self, state: ControllerState, before: Pieces, after: Any, gradients: Any, knobs: Mapping[str, Any],
+               loss: Any) -> tuple[Pieces, dict[str, Any], Any]:
+        """The pieces after the step, what of the controller's state follows them, and whether there was an update."""
+        more: dict[str, Any] = {}
+        refused = [knobs[n] > 0 for n in ("skip", "restore", "rollback") if n in knobs]
+        refused += [state.halted] if self.halts else []
+        taken = ~jnp.stack(refused).any() if refused else None
+        if "accumulate" in knobs:
+            mean, count = state.accumulated
+            whole = jax.tree.map(lambda m, g: jnp.where(count == 0, g, m + (g - m) / (count + 1)), mean, gradients)
+            whole, count = _where(taken, (whole, count + 1), (mean, count))
+            applied = (count >= knobs["accumulate"]) & (True if taken is None else taken)
+            waiting = Pieces(before.params, after, before.optimizer)
+            pieces = jax.lax.cond(applied, lambda: self._apply(before, after, whole, knobs, loss), lambda: waiting)
+            pieces = pieces._replace(variables=_where(taken, pieces.variables, before.variables))
+            more["accumulated"] = (whole, jnp.where(applied, 0, count))
+        else:
+            applied = jnp.bool_(True) if taken is None else taken
+            pieces = self._apply(before, after, gradients, knobs, loss)
+            pieces = _where(taken, pieces, before)
+        if self.anchored:
+            back = (knobs["restore"] > 0) & ~state.halted if "restore" in knobs else jnp.bool_(False)
+            pieces = _where(back, state.anchor, pieces)
+            if "accumulate" in knobs:
+                more["accumulated"] = (whole, jnp.where(back, 0, more["accumulated"][1]))
+            renewed = (knobs["anchor"] > 0) & ~back & ~state.halted if "anchor" in knobs else jnp.bool_(False)
+            more["anchor"] = _where(renewed, pieces, state.anchor)
+        if "averaging_decay" in knobs:
+            decay, now = knobs["averaging_decay"], (pieces.params, floats(pieces.variables))
+            moving = jax.tree.map(lambda a, x: x + (decay * (a - x)).astype(x.dtype), state.average, now)
+            more["average"] = _where(applied, moving, state.average)
+            if self.anchored:
+                more["average"] = _where(back, now, more["average"])
+        return pieces, more, applied
+
+    def _apply(self, before: Pieces, after: Any, gradients: Any, knobs: Mapping[str, Any], loss: Any) -> Pieces:
+        if "clip_norm" in knobs:  # optax's own formula: below the threshold it is the gradient, to the bit
+            gradients, _ = optax.clip_by_global_norm(knobs["clip_norm"]).update(gradients, optax.EmptyState())
+        with pointing_at_user("the optimizer's update", "give an Optax transformation that needs gradients, parameters and "
+                              "the loss's value alone", where="Recipe.optimizer", kind=RecipeError):
+            params, optimizer = self.optimizer.update(gradients, before.optimizer, before.params, knobs, loss)
+        return Pieces(params, after, optimizer)
+
+
+def served(state: Any) -> tuple[Any, Any]:
+    """(params, variables) of a `State` for evaluation and serving: the averages, where they are kept."""
+    if not isinstance(state.controller, ControllerState) or state.controller.average == ():
+        return state.params, state.variables
+    params, variables = state.controller.average
+    return params, jax.tree.map(lambda old, new: old if new is None else new, state.variables, variables,
+                                is_leaf=lambda x: x is None)
+
+
+def floats(tree: Any) -> Any:
+    """The floating-point leaves of a tree; None in the place of others."""
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, tree)
+
+
+def fed(state: Any, **values: float) -> Any:
+    """A `State` to whose controller the host told what it measured; names that nobody watches are dropped."""
+    return _written(state, "fed", values)
+
+
+def set_base(state: Any, **values: float) -> Any:
+    """A `State` whose knobs have other bases."""
+    return _written(state, "base", values)
+
+
+def released(state: Any) -> Any:
+    """A `State` that goes on after the host saw to a stop or a rollback."""
+    held = state.controller
+    return _replaced(state, held._replace(halted=jax.device_put(np.bool_(False), held.halted.sharding)))
+
+
+def _written(state: Any, part: str, values: Mapping[str, float]) -> Any:
+    held = state.controller
+    if not isinstance(held, ControllerState):
+        return state
+    old = getattr(held, part)
+    fresh = {n: jax.device_put(np.float32(x), old[n].sharding) for n, x in values.items() if n in old}
+    return _replaced(state, held._replace(**{part: old | fresh})) if fresh else state
+
+
+def _replaced(state: Any, controller: ControllerState) -> Any:
+    return dataclasses.replace(state, controller=controller)
+
+
+def _where(condition: Any, new: Any, old: Any) -> Any:
+    """`new` where the condition holds, or where there is none."""
+    return new if condition is None else jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def _as(after: Any, before: Any, name: str) -> Any:
+    """A policy's state with the dtypes that it had, or an error that says what changed."""
+    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    if old != new:
+        raise RecipeError(f"its state changed from {old} to {new}", where=name,
+                          remedy="return a state of the form that init made")
+
+    def cast(b: Any, a: Any) -> Any:
+        if jnp.shape(a) != b.shape:
+            raise RecipeError(f"a part of its state changed from shape {b.shape} to {jnp.shape(a)}", where=name,
+                              remedy="return a state of the shapes that init made")
+        return jnp.asarray(a, b.dtype)
+
+    return jax.tree.map(cast, before, after)
