@@ -13,7 +13,7 @@ import lepton_jax as lepton
 from lepton_jax import verify as verification
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import topology
-from lepton_jax.models import TransformerLM
+from lepton_jax.models import LSTM, TransformerLM
 from lepton_jax.planner import ahead, trace
 from lepton_jax.planner.build import build, by_hand
 from lepton_jax.planner.hlo import CollectiveFound
@@ -87,6 +87,29 @@ def test_several_steps_a_call_and_micro_batches_are_those_of_one_step(traced, pl
     assert parts.flops == check.flops and parts.unexpected == ()
     gathered = [sum(r.found for r in c.rows if (r.axes, r.kind) == (("fsdp",), "all-gather")) for c in (check, parts)]
     assert gathered[1] == pytest.approx(2 * gathered[0], rel=0.1)  # for each part anew
+
+
+def test_what_a_weights_gradient_sums_over_two_axes_is_sent_at_once():
+    """Samples over one axis, their tokens over the other, the state in parts over both."""
+    traced = language_model()
+    check = verify(traced, build(traced, EIGHT, Names(traced.gradient("none"), traced.arguments),
+                                 by_hand(traced, (4, 2), {"batch": 1, "inputs.1": 2}, 3)))
+    # XLA for CPU sums what it scatters over one axis after the other
+    assert all("scatter-add" in u.op_name for u in check.unexpected)
+    (row,) = (r for r in check.rows if r.axes == ("fsdp", "sequence") and r.kind == "all-reduce")
+    embedding = 2 * 7 / 8 * 512 * 128 * 4
+    assert row.found == pytest.approx(row.planned - embedding, rel=0.02) and row.planned > 5 * embedding
+
+
+def test_a_recurrent_cell_gathers_nothing_but_its_state():
+    """A `jnp.where` in a loop: under a mesh JAX traces a `reshard` there, which the graph before it does not have."""
+    recipe = lepton.Recipe(model=lambda rngs: LSTM(512, 8, dim=32, hidden=64, rngs=rngs), loss=lepton.losses.cross_entropy,
+                           optimizer=optax.sgd(0.1), batch_size=32)
+    traced = trace(recipe, jax.ShapeDtypeStruct((1, 12), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32))
+    check = verify(traced, build(traced, EIGHT, Names(traced.gradient("none"), traced.arguments),
+                                 by_hand(traced, (8,), {"out.0": 1}, 0)))
+    (gathered,) = (row for row in check.rows if row.kind == "all-gather")
+    assert check.unexpected == () and (gathered.found, gathered.found_count) == (gathered.planned, gathered.planned_count)
 
 
 def test_a_step_without_the_constraints_is_told_line_by_line(traced, plan, monkeypatch):

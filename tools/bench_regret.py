@@ -111,7 +111,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--limit", type=int, default=160, metavar="N",
                         help="candidates compiled a model at the most, the best predicted first (default: %(default)s)")
-    parser.add_argument("--sample", type=int, default=40, metavar="N",
+    parser.add_argument("--sample", type=int, default=24, metavar="N",
                         help="of the bounded candidates that are compiled and timed all the same (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of timing; 0: none (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed a round (default: %(default)s)")
@@ -399,8 +399,7 @@ def timed(state: Any, batch: Any, pairs: Sequence[tuple[Found, Step]], rounds: i
 
 
 def alone(problem: Problem) -> tuple[Any, float]:
-    """The first state, as arrays of the host without its key; and XLA's FLOP of a step on one device over those predicted:
-    XLA does not count a convolution's taps on padding."""
+    """The first state, as arrays of the host without its key; and XLA's FLOP of a step on one device over those predicted."""
     where = replace(problem.topology, shape=(1,))
     single = Problem(problem.trace, where, "time", Pins())
     a = Assignment((1,), (0,) * len(single.names("none").groups), 0)

@@ -3,10 +3,10 @@
 from lepton_jax.hardware.calibrate import calibrate_cpu
 from lepton_jax.hardware.chips import CHIPS, Chip, read_chips
 from lepton_jax.hardware.links import COLLECTIVES, Link, arrange, join, lay
-from lepton_jax.hardware.roofline import matmul_seconds, memory_seconds
+from lepton_jax.hardware.roofline import convolution_flops, matmul_seconds, memory_seconds, taps
 from lepton_jax.hardware.topology import Topology, here, topology
 
 __all__ = [
-    "CHIPS", "COLLECTIVES", "Chip", "Link", "Topology", "arrange", "calibrate_cpu", "here", "join", "lay", "matmul_seconds",
-    "memory_seconds", "read_chips", "topology",
+    "CHIPS", "COLLECTIVES", "Chip", "Link", "Topology", "arrange", "calibrate_cpu", "convolution_flops", "here", "join",
+    "lay", "matmul_seconds", "memory_seconds", "read_chips", "taps", "topology",
 ]

@@ -6,10 +6,13 @@ How to Scale Your Model, part 1, https://jax-ml.github.io/scaling-book/roofline;
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_jax.hardware.chips import Chip
 
@@ -33,6 +36,35 @@ def matmul_seconds(chip: Chip, m: int, n: int, k: int, batch: int = 1, dtype: An
     compute = 2.0 * batch * padded / (chip.peak(dtype) * chip.matmul_fraction)
     moved = batch * (m * k + k * n + m * n) * itemsize(dtype) / (chip.bandwidth * chip.memory_fraction)
     return chip.op_seconds + (compute**OVERLAP + moved**OVERLAP) ** (1 / OVERLAP)
+
+
+def convolution_flops(params: dict[str, Any], left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> float:
+    """FLOP of JAX's `conv_general_dilated` for the shapes of its operands and result.
+
+    A multiplication and an addition are two. Taps on padding or in the holes of a dilated input cost nothing, as XLA counts.
+    """
+    numbers = params["dimension_numbers"]
+    space = zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], params["window_strides"], params["padding"],
+                params["lhs_dilation"], params["rhs_dilation"], strict=True)
+    pairs = math.prod(taps(left[a], right[b], out[c], stride, low, holes, apart)
+                      for a, b, c, stride, (low, _), holes, apart in space)
+    return 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * right[numbers.rhs_spec[1]] * pairs
+
+
+@lru_cache(maxsize=4096)
+def taps(size: int, kernel: int, out: int, stride: int, low: int, holes: int, apart: int) -> int:
+    """Pairs of an output's and a kernel's position along one dim that meet an element of the input.
+
+    Args:
+      low: padding before the input.
+      holes, apart: dilation of the input and of the kernel.
+    """
+    total = 0
+    places = np.arange(out, dtype=np.int64) * stride - low
+    for k in range(kernel):
+        at = places + k * apart
+        total += int(np.sum((at >= 0) & (at < size * holes) & (at % holes == 0)))
+    return total
 
 
 def memory_seconds(chip: Chip, size: float) -> float:

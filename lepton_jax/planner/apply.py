@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import at_source, scan_counts
 from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
-from lepton_jax.planner.layout import Contraction, Layout, Spec, contraction
+from lepton_jax.planner.layout import Contraction, Decision, Layout, Spec, contraction
 from lepton_jax.planner.rules import ELEMENTWISE, SOURCES
 from lepton_jax.planner.trace import argument_paths
 
@@ -56,9 +56,7 @@ class Evaluation:
     def _put(self, x: Any, spec: Spec) -> Any:
         if not spec:
             return x
-        names = self.mesh.axis_names
-        entries = [tuple(n for i, n in enumerate(names) if mask >> i & 1) or None for mask in spec]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*entries)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition(spec, self.mesh.axis_names)))
 
     def _block(self, block: Block, args: list[Any]) -> list[Any]:
         env: dict[int, Any] = {}
@@ -90,7 +88,8 @@ class Evaluation:
                 inputs[i] = self._gather(value, inputs[i], spec)
             else:  # from where it lies: else XLA would carry what this operation wants back into what made it
                 inputs[i] = self._put(self._put(inputs[i], self.layout.spec(value)), spec)
-        out = _bind(op.eqn, inputs)
+        grouped = product is not None and product.groups > 1
+        out = [self._grouped(op, product, inputs, decision)] if grouped else _bind(op.eqn, inputs)  # type: ignore[arg-type]
         if op.name in FOLLOWING and not decision.inputs:
             return out
         if op.known and op.whole and product is None:
@@ -110,6 +109,27 @@ class Evaluation:
         gathered = self._put(x if done is None else jax.lax.optimization_barrier(x), spec)
         self._gathered[value.index, spec] = gathered
         return gathered
+
+    def _grouped(self, op: Operation, product: Contraction, inputs: list[Any], decision: Decision) -> Any:
+        """A grouped convolution on each device's part: of most, XLA's partitioner (jax 0.10, 0.12) gathers all operands."""
+        left, right = (decision.inputs.get(i, self.layout.spec(op.inputs[i])) for i in (0, 1))  # type: ignore[arg-type]
+        out = decision.natural or self.layout.spec(op.outputs[0])
+        if not any((*left, *right, *out)):
+            return _bind(op.eqn, inputs)[0]
+        group, summed = product.indices[0], [index for index in product.indices if index.out is None]
+        sums = 0
+        for index in summed:
+            sums |= left[index.left]  # type: ignore[index]
+        split = self.layout.counts[left[group.left]]  # type: ignore[index]
+        counted = {k: n // split if n > 1 else n for k, n in op.params.items() if k.endswith("_group_count")}
+        names = self.mesh.axis_names
+
+        def local(x: Any, kernel: Any) -> Any:
+            y = op.eqn.primitive.bind(x, kernel, **{**op.eqn.primitive.get_bind_params(op.eqn.params), **counted})
+            return jax.lax.psum(y, tuple(n for i, n in enumerate(names) if sums >> i & 1)) if sums else y
+
+        specs = [partition(spec, names) for spec in (left, right, out)]
+        return jax.shard_map(local, mesh=self.mesh, in_specs=tuple(specs[:2]), out_specs=specs[2], check_vma=False)(*inputs)
 
     def _scan(self, op: Operation, inputs: list[Any]) -> list[Any]:
         consts, carried = scan_counts(op.eqn)
@@ -137,6 +157,10 @@ class Evaluation:
     def _cond(self, op: Operation, inputs: list[Any]) -> list[Any]:
         branches = [lambda *args, b=b: self._block(b, list(args)) for b in op.blocks]
         return jax.lax.switch(inputs[0], branches, *inputs[1:])
+
+
+def partition(spec: Spec, names: tuple[str, ...]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(n for i, n in enumerate(names) if mask >> i & 1) or None for mask in spec))
 
 
 def _summed(op: Operation, product: Contraction | None, natural: Spec, spec: Spec) -> bool:

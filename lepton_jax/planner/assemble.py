@@ -103,7 +103,7 @@ def arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple[str, 
         if path in params:
             spec, use = stored[path], names.use(params[path], masks, counts)
             reason = _why(shape, spec, use, assignment, axes, names, params[path])
-        elif kind == "optimizer":
+        elif kind in ("optimizer", "controller"):
             spec, reason = _follow(path, shape, tails)
             use = spec
         found.append(ArrayPlan(path, kind, shape, dtype, nbytes(leaf), entries(spec, axes), entries(use, axes), reason))
@@ -132,7 +132,7 @@ def batch_arrays(trace: Trace, names: Names, assignment: Assignment, axes: tuple
 
 
 def _follow(path: str, shape: tuple[int, ...], stored: dict[str, tuple[Spec, tuple[int, ...]]]) -> tuple[Spec, str]:
-    """Optimizer state lies as the parameter whose path it ends in, dim by dim where it has fewer."""
+    """State of optimizer and controller lies as the parameter whose path it ends in, dim by dim where it has fewer."""
     parts = path.split("/")
     tail = next((t for t in ("/".join(parts[i:]) for i in range(1, len(parts))) if t in stored), None)
     if tail is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.compat import source_line
-from lepton_jax.hardware import Link, Topology, join, lay, matmul_seconds
+from lepton_jax.hardware import Link, Topology, convolution_flops, join, lay, matmul_seconds
 from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
 from lepton_jax.planner.layout import Contraction, Layout, Move, contraction, meets_stored
@@ -37,7 +37,7 @@ class Job:
     """Operations that are alike, `count` times a step (micro-batches apart); `groups` decide how they are split.
 
     `share` is less than 1 for terms of a sum: XLA reduces the sum over devices, not each term. `gather` is the value of a
-    job that only gathers a stored value.
+    job that only gathers a stored value. `taps` is the share of a convolution's taps that meet an element of its input.
     """
 
     op: Operation
@@ -47,6 +47,7 @@ class Job:
     block: int
     share: float
     gather: Value | None = None
+    taps: float = 1.0
 
 
 @dataclass
@@ -159,7 +160,10 @@ class Cost:
             return 0.0, 0.0, moves
         m, n, k, batch = self._extents(job, layout, decision)
         dtype = job.op.inputs[0].dtype  # type: ignore[union-attr]
-        return matmul_seconds(self.chip, m, n, k, batch, dtype), 2.0 * m * n * k * batch, moves
+        seconds = matmul_seconds(self.chip, m, n, k, batch, dtype)
+        if job.product.groups > 1:  # or as one dense product most of whose kernel is zero
+            seconds = min(seconds, matmul_seconds(self.chip, m, n * batch, k * batch, 1, dtype))
+        return seconds, 2.0 * m * n * k * batch * job.taps, moves
 
     @staticmethod
     def _stored(op: Operation, move: Move) -> bool:
@@ -183,7 +187,15 @@ class Cost:
             node = (left, right, out)[side].nodes[dim]
             if layout.parts > 1 and self.names.of.get(self.graph.find(node)) == self.names.batch:
                 extent /= layout.parts
-            if index.out is None:
+            if product.groups > 1 and index is product.indices[0]:
+                groups = product.groups * extent / left.shape[dim]
+                batch *= groups
+                n *= right.shape[index.right] / product.groups  # type: ignore[index]
+                if op.params["batch_group_count"] > 1:
+                    m *= extent / groups
+                else:
+                    k *= extent / groups
+            elif index.out is None:
                 k *= extent
             elif index.left is not None and index.right is not None:
                 batch *= extent
@@ -227,7 +239,7 @@ class Cost:
                 jobs[known[key]].count += op.times
                 return
             known[key] = len(jobs)
-            jobs.append(Job(op, product, op.times, groups, block, sums.get(op.outputs[0].index, 1.0), gather))
+            jobs.append(Job(op, product, op.times, groups, block, sums.get(op.outputs[0].index, 1.0), gather, met(op)))
 
         def walk(block: Block, number: int) -> None:
             for op in block.operations:
@@ -263,6 +275,15 @@ class Cost:
                 mask |= m
             moved += (3 * own + 2 * state) / layout.counts[mask]
         return moved / (self.chip.bandwidth * self.chip.memory_fraction)
+
+
+def met(op: Operation) -> float:
+    """The share of a convolution's taps that meet an element of its input, and neither padding nor a hole."""
+    if op.name != "conv_general_dilated":
+        return 1.0
+    left, right, out = (v.shape for v in (*op.inputs[:2], op.outputs[0]))  # type: ignore[union-attr]
+    kernel = math.prod(right) / right[op.params["dimension_numbers"].rhs_spec[0]]
+    return convolution_flops(op.params, left, right, out) / (2.0 * math.prod(out) * kernel)
 
 
 def as_compiled(kind: str, count: int, topology: Topology) -> str:

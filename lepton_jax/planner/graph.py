@@ -91,6 +91,7 @@ class Graph:
       block: the operations.
       values: all values, by index.
       unknown: primitive name to count, of those without a rule.
+      pieces: node of a grouped convolution's channels to the number of groups, none of which can be split.
       lasting: indices of the stored values that live from the forward pass to the backward pass.
     """
 
@@ -99,6 +100,7 @@ class Graph:
         self.parents: list[int] = []
         self.loops: set[int] = set()  # nodes along which a loop steps
         self.unknown: dict[str, int] = {}
+        self.pieces: dict[int, int] = {}
         self._free: dict[int, Operation | None] = {}  # values that only positions decide; None: a scalar constant
         self._consts: dict[int, Any] = {}
         self.block = self._block(program.jaxpr, list(program.consts), (), 1)

@@ -10,11 +10,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 
+from lepton_jax.hardware import taps
 from lepton_jax.planner.hlo_text import Instruction, Leaf, Sources, groups_of, parse
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -93,7 +93,7 @@ def read(text: str) -> Compiled:
     module = _Module(text)
     times, exact = module.times()
     found = [replace(c, times=times[name], exact=exact[name]) for name in module.computations if name in times
-             for c in module.collectives(name)]
+             for c in module.collectives(name, times[name])]
     instructions = [i for name, c in module.computations.items() if name in times for i in c.instructions.values()]
     calls = [m[1] for i in instructions if i.opcode == "custom-call" and module.own_flops(i) is None
              and (m := re.search(r'custom_call_target="([^"]*)"', i.attributes))]
@@ -153,6 +153,7 @@ class _Module:
         counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text[:text.find("\n")])
         self.partitions = math.prod(map(int, counts))
         self._flops: dict[str, int] = {}
+        self._chains: set[tuple[str, str, int]] = set()
         self.callers: dict[str, Instruction] = {}
         for computation in self.computations.values():
             for instruction in computation.instructions.values():
@@ -297,8 +298,11 @@ class _Module:
 
     # ---- collectives --------------------------------------------------------------------------------------------------
 
-    def collectives(self, name: str) -> Iterator[CollectiveFound]:
-        """Those that stand in a computation itself; times are filled in by the caller."""
+    def collectives(self, name: str, times: int) -> Iterator[CollectiveFound]:
+        """Those that stand in a computation itself; times are filled in by the caller.
+
+        XLA for TPU runs one beside a chain of fusions, and names it in each of them: such a chain is one.
+        """
         for instruction in self.computations[name].instructions.values():
             kind = instruction.opcode.removesuffix("-start")
             pairs = instruction.get("_xla_send_recv_source_target_pairs")
@@ -306,6 +310,11 @@ class _Module:
                 kind = "collective-permute"
             if kind not in KINDS:
                 continue
+            if chain := re.search(r'\bchain_id="(\w+)"', instruction.attributes):
+                link = chain[1], instruction.get("channel_id"), times
+                if link in self._chains:
+                    continue
+                self._chains.add(link)
             groups = groups_of(instruction.attributes, self.partitions)
             leaves = [leaf for operand in instruction.operands for leaf in self._leaves(name, operand)]
             if kind == "ragged-all-to-all" or instruction.get("slice_sizes") or instruction.opcode == "send":
@@ -363,18 +372,7 @@ def _convolution(instruction: Instruction, left: Leaf, right: Leaf, out: Leaf) -
             return window[key].split("x")[d] if key in window else default
 
         low = int(of("pad", "0_0").split("_")[0])
-        total *= _taps(left.dims[labels[1].index(str(d))], right.dims[labels[2].index(str(d))],
+        total *= taps(left.dims[labels[1].index(str(d))], right.dims[labels[2].index(str(d))],
                        out.dims[labels[3].index(str(d))], int(of("stride", "1")), low, int(of("lhs_dilate", "1")),
                        int(of("rhs_dilate", "1")))
     return total // max(1, sum(instruction.numbers("batch_group_count")))
-
-
-@cache
-def _taps(size: int, kernel: int, out: int, stride: int, low: int, left: int, right: int) -> int:
-    """Pairs of an output's and a kernel's position along one dim that meet an element of the input."""
-    total = 0
-    places = np.arange(out, dtype=np.int64) * stride - low
-    for k in range(kernel):
-        at = places + k * right
-        total += int(np.sum((at >= 0) & (at < size * left) & (at % left == 0)))
-    return total

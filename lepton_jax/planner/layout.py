@@ -25,11 +25,18 @@ class Index(NamedTuple):
 
 @dataclass(frozen=True)
 class Contraction:
-    """An operation as sums of products over indices: left and right are inputs' numbers."""
+    """An operation as sums of products over indices.
+
+    Attributes:
+      left, right: inputs' numbers.
+      indices: the first of a grouped convolution is that of its groups, each of which is whole on a device.
+      groups: of a convolution.
+    """
 
     left: int
     right: int | None
     indices: tuple[Index, ...]
+    groups: int = 1
 
 
 class Move(NamedTuple):
@@ -58,10 +65,8 @@ def contraction(op: Operation) -> Contraction | None:
     name, p = op.name, op.params
     if name == "dot_general" and None not in op.inputs[:2]:
         return _dot(op)
-    if name == "conv_general_dilated" and p["feature_group_count"] == p["batch_group_count"] == 1:
-        n = p["dimension_numbers"]
-        return Contraction(0, 1, (Index(n.lhs_spec[0], None, n.out_spec[0]), Index(n.lhs_spec[1], n.rhs_spec[1], None),
-                                  Index(None, n.rhs_spec[0], n.out_spec[1])))
+    if name == "conv_general_dilated" and None not in op.inputs[:2]:
+        return _convolution(op)
     if name == "gather" and None not in op.inputs[:2]:
         return _lookup(op)
     if name in ("scatter-add", "scatter_add") and None not in op.inputs[1:3]:
@@ -83,6 +88,16 @@ def _dot(op: Operation) -> Contraction:
     found += [Index(None, d, next(out)) for d in range(len(right.shape)) if d not in (*rc, *rb)]
     found += [Index(a, b, None) for a, b in zip(lc, rc, strict=True)]
     return Contraction(0, 1, tuple(found))
+
+
+def _convolution(op: Operation) -> Contraction:
+    n, p = op.params["dimension_numbers"], op.params
+    sample, summed = Index(n.lhs_spec[0], None, n.out_spec[0]), Index(n.lhs_spec[1], n.rhs_spec[1], None)
+    if p["feature_group_count"] > 1:
+        return Contraction(0, 1, (Index(n.lhs_spec[1], n.rhs_spec[0], n.out_spec[1]), sample), p["feature_group_count"])
+    if p["batch_group_count"] > 1:
+        return Contraction(0, 1, (Index(n.lhs_spec[0], n.rhs_spec[0], n.out_spec[1]), summed), p["batch_group_count"])
+    return Contraction(0, 1, (sample, summed, Index(None, n.rhs_spec[0], n.out_spec[1])))
 
 
 def _lookup(op: Operation) -> Contraction:
@@ -205,9 +220,10 @@ class Layout:
                 groups[at] = groups.get(at, 0) | 1 << bit
         wants = [list(spec) for spec in have]
         sizes = [0.0 if v is None else self.bytes(v, s) for v, s in zip(arrays, have, strict=True)]
+        mine: list[Move] = []
         for at, axes in groups.items():
             index, group_moves = self._split(at, axes, product, sizes, arrays)
-            moves += group_moves
+            mine += group_moves
             for side, place in enumerate(at):
                 goal = index[side] if index is not None else None
                 if place is not None and place != goal:
@@ -218,7 +234,22 @@ class Layout:
             if number is not None and tuple(wants[side]) != have[side]:
                 wanted[number] = tuple(wants[side])
         natural = tuple(wants[2])
-        return Decision(wanted, None if natural == have[2] else natural, tuple(moves))
+        return Decision(wanted, None if natural == have[2] else natural, (*moves, *self._at_once(mine)))
+
+    def _at_once(self, moves: list[Move]) -> list[Move]:
+        """Moves of one kind at one place are one collective over the axes of all."""
+        found: list[Move] = []
+        for move in moves:
+            alike = (i for i, m in enumerate(found) if (m.kind, m.where) == (move.kind, move.where) and m.kind != "all-to-all")
+            place = next(alike, None)
+            if place is None:
+                found.append(move)
+                continue
+            first = found[place]
+            whole = move.kind == "all-reduce" or (move.kind == "all-gather" and move.where == "out")
+            found[place] = first._replace(axes=first.axes | move.axes,
+                                          bytes=first.bytes * (1 if whole else self.counts[move.axes]))
+        return found
 
     def _split(self, at: tuple, axes: int, product: Contraction, sizes: list[float], arrays: list[Any],
                ) -> tuple[Index | None, list[Move]]:
@@ -229,6 +260,8 @@ class Layout:
             if not any(d is not None and d == p for d, p in zip(index, at, strict=True)):
                 continue
             if any(d is not None and v is not None and v.shape[d] % count for d, v in zip(index, arrays, strict=True)):
+                continue
+            if index is product.indices[0] and product.groups > 1 and product.groups % count:
                 continue
             moves = []
             for side, name in ((0, "left"), (1, "right")):

@@ -63,6 +63,8 @@ class Names:
         for value in graph.values:
             for node, extent in zip(value.nodes, value.shape, strict=True):
                 sizes.setdefault(find(node), []).append(extent)
+        for node, pieces in graph.pieces.items():
+            sizes[find(node)].append(pieces)
         anchored = [(i, d) for i, path in enumerate(paths) if path.startswith(("params", "inputs", "targets"))
                     for d in range(len(values[i].shape))]
         root = {(i, d): find(values[i].nodes[d]) for i, d in anchored}

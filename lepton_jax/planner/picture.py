@@ -26,7 +26,7 @@ from lepton_jax.planner.show import (
 )
 
 if TYPE_CHECKING:
-    from lepton_jax.planner.plan import Entries, Plan
+    from lepton_jax.planner.plan import ArrayPlan, Entries, Plan
 
 CELL, GAP = 15, 2                 # pixels of a device's square, and between two
 COLUMNS, ROWS, PANELS = 16, 8, 2  # squares of a drawing, at most
@@ -269,10 +269,10 @@ def _holders(plan: Plan) -> str:
         return ""
     chosen: dict[tuple, list[Row]] = {}
     for row in every:
-        chosen.setdefault((row.spec, row.use, row.kind == "params"), []).append(row)
-    heaviest = sorted((max(alike, key=lambda r: math.prod(r.shape) * r.count) for key, alike in chosen.items() if key[2]),
-                      key=lambda r: -math.prod(r.shape) * r.count)
-    batch = [row for row in every if row.kind == "inputs"][:1]
+        chosen.setdefault((row.array.spec, row.array.use, row.array.kind == "params"), []).append(row)
+    heaviest = sorted((max(alike, key=lambda r: math.prod(r.array.shape) * r.count) for key, alike in chosen.items() if key[2]),
+                      key=lambda r: -math.prod(r.array.shape) * r.count)
+    batch = [row for row in every if row.array.kind == "inputs"][:1]
     drawn = [*batch, *heaviest[:FIGURES - len(batch)]]
     alike = {id(row): len(rest) - 1 for rest in chosen.values() for row in rest}
     text = (f"Squares are devices, in the mesh {meshed(plan)}. A colour is a part of the array: its hue tells the parts that "
@@ -284,14 +284,14 @@ def _holders(plan: Plan) -> str:
 def _figure(row: Row, alike: int, places: Places, plan: Plan) -> str:
     more = f", and {alike} more that lie{'s' * (alike == 1)} alike" if alike else ""
     times = f"{row.count} x " if row.count > 1 else ""
-    used = f", used as {spelled(row.use)}" if row.use != row.spec else ""
-    tones = Tones.of(row, plan)
-    panels = f"<div><small>the array</small>{_array(row, tones, plan)}</div>"
+    used = f", used as {spelled(row.array.use)}" if row.array.use != row.array.spec else ""
+    tones = Tones.of(row.array, plan)
+    panels = f"<div><small>the array</small>{_array(row.array, tones, plan)}</div>"
     kept = "kept by the devices" if used else "on the devices"
-    panels += f"<div><small>{kept}</small>{_devices(row.spec, tones, places, plan)}</div>"
+    panels += f"<div><small>{kept}</small>{_devices(row.array.spec, tones, places, plan)}</div>"
     if used:
-        panels += f"<div><small>in use</small>{_devices(row.use, tones, places, plan)}</div>"
-    told = f"{times}{shaped(row.shape)} {row.dtype}, {spelled(row.spec)}{used}{more}"
+        panels += f"<div><small>in use</small>{_devices(row.array.use, tones, places, plan)}</div>"
+    told = f"{times}{shaped(row.array.shape)} {row.array.dtype}, {spelled(row.array.spec)}{used}{more}"
     return (f"<figure><figcaption><b>{escape(row.path)}</b><span>{escape(told)}</span></figcaption>"
             f'<div class="row">{panels}</div></figure>')
 
@@ -327,12 +327,12 @@ def _devices(entries: Entries, tones: Tones, places: Places, plan: Plan) -> str:
                 f"{spelled(entries)} on the devices")
 
 
-def _array(row: Row, tones: Tones, plan: Plan) -> str:
+def _array(array: ArrayPlan, tones: Tones, plan: Plan) -> str:
     """The array's two most telling dims as a rectangle, cut into its parts."""
-    parts = {d: n for d, _, n in _split(row.spec, plan)}
-    dims = sorted(range(len(row.shape)), key=lambda d: (d not in parts, -row.shape[d]))[:2]
+    parts = {d: n for d, _, n in _split(array.spec, plan)}
+    dims = sorted(range(len(array.shape)), key=lambda d: (d not in parts, -array.shape[d]))[:2]
     down, across = ([None] * 2 + sorted(dims))[-2:]
-    tall, long = (1 if d is None else row.shape[d] for d in (down, across))
+    tall, long = (1 if d is None else array.shape[d] for d in (down, across))
     ratio = min(1.6, max(0.45, (tall / long) ** 0.5)) if down is not None else 0.16
     width, height = SIDE / max(ratio, 1), SIDE * min(ratio, 1)
     lines, columns = (min(COLUMNS, 1 if d is None else parts.get(d, 1)) for d in (down, across))
@@ -341,8 +341,8 @@ def _array(row: Row, tones: Tones, plan: Plan) -> str:
         part = {d: (i * parts[d] // n, parts[d]) for d, i, n in ((down, y, lines), (across, x, columns)) if d in parts}
         drawn += (f'<rect x="{x * w:.1f}" y="{16 + y * h:.1f}" width="{w + 0.6:.1f}" height="{h + 0.6:.1f}" '
                   f'fill="{tones.colour(part)}"/>')  # a little larger, or rounding leaves gaps
-    words = [f"dim {d}: {row.shape[d]:,} {sign}" for d, sign in ((across, "→"), (down, "↓")) if d is not None]
-    return _svg(width, 16 + height, "  ".join(words) or "a number", drawn, f"{shaped(row.shape)} in parts")
+    words = [f"dim {d}: {array.shape[d]:,} {sign}" for d, sign in ((across, "→"), (down, "↓")) if d is not None]
+    return _svg(width, 16 + height, "  ".join(words) or "a number", drawn, f"{shaped(array.shape)} in parts")
 
 
 def _svg(width: float, height: float, words: str, drawn: str, label: str) -> str:
@@ -360,10 +360,10 @@ class Tones:
     lightness: int | None
 
     @classmethod
-    def of(cls, row: Row, plan: Plan) -> Tones:
+    def of(cls, array: ArrayPlan, plan: Plan) -> Tones:
         """The hue is for the parts that are computed with, if there are any."""
-        used = [d for d, _, _ in _split(row.use, plan)]
-        dims = used + [d for d, _, _ in _split(row.spec, plan) if d not in used]
+        used = [d for d, _, _ in _split(array.use, plan)]
+        dims = used + [d for d, _, _ in _split(array.spec, plan) if d not in used]
         return cls(*([*dims, None, None])[:2])
 
     def colour(self, parts: Mapping[int, tuple[int, int]]) -> str:
@@ -401,9 +401,10 @@ def _parameters(plan: Plan) -> str:
     cells = []
     reasons: dict[str, str] = {}
     for r in rows(plan):
-        number = reasons.setdefault(r.reason, str(len(reasons) + 1))
-        cells.append((f"<code>{escape(r.path)}</code>", f"{r.count} x" if r.count > 1 else "", shaped(r.shape), r.dtype,
-                      size(r.bytes), f"<code>{escape(spelled(r.spec))}</code>", escape(handled(r)), number))
+        a = r.array
+        number = reasons.setdefault(a.reason, str(len(reasons) + 1))
+        cells.append((f"<code>{escape(r.path)}</code>", f"{r.count} x" if r.count > 1 else "", shaped(a.shape), a.dtype,
+                      size(r.bytes), f"<code>{escape(spelled(a.spec))}</code>", escape(handled(a)), number))
     rest = "; ".join(besides(plan))
     heads = ("array", "", "shape", "dtype", "a device", "kept as", "in use", "why")
     return (table("Parameters and batch", heads, cells, "<>><><<>")

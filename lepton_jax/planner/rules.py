@@ -19,7 +19,7 @@ ELEMENTWISE = [
     "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
     "sub", "tan", "tanh", "xor", "zeta", "name", "sharding_constraint", "device_put", "mul_add", "opaque_cast",
-    "pvary", "bitcast_convert_type", "nan_to_num", "random_clone", "log2", "mulhi", "one_minus_square",
+    "pvary", "reshard", "bitcast_convert_type", "nan_to_num", "random_clone", "log2", "mulhi", "one_minus_square",
 ]
 
 REDUCTIONS = [
@@ -108,8 +108,10 @@ def _reshape(graph: Any, op: Any) -> None:
     source, target = op.inputs[0], op.outputs[0]
     if source is None:
         return
-    a, b, i, j = source.shape, target.shape, 0, 0
-    if op.params.get("dimensions") is not None or 0 in a or 0 in b:
+    order = op.params.get("dimensions")  # in which the dims are read
+    order = range(len(source.shape)) if order is None else order
+    a, b, i, j = [source.shape[d] for d in order], target.shape, 0, 0
+    if 0 in a or 0 in b:
         _all_whole(op)
         return
     while i < len(a) and j < len(b):
@@ -125,8 +127,8 @@ def _reshape(graph: Any, op: Any) -> None:
         lefts = [d for d in range(i0, i + 1) if a[d] != 1]
         rights = [d for d in range(j0, j + 1) if b[d] != 1]
         if lefts and rights:
-            graph.join(source.nodes[lefts[0]], target.nodes[rights[0]])
-            op.whole += [(0, d) for d in lefts[1:]]
+            graph.join(source.nodes[order[lefts[0]]], target.nodes[rights[0]])
+            op.whole += [(0, order[d]) for d in lefts[1:]]
         i, j = i + 1, j + 1
 
 
@@ -147,23 +149,27 @@ def _dot(graph: Any, op: Any) -> None:
 
 
 def _conv(graph: Any, op: Any) -> None:
+    """Groups (of channels, as in a depthwise convolution, or of the batch) are the major factor of the dims they divide."""
     left, right, out = op.inputs[0], op.inputs[1], op.outputs[0]
     numbers = op.params["dimension_numbers"]
-    plain = op.params["feature_group_count"] == 1 and op.params["batch_group_count"] == 1
+    channels, batches = op.params["feature_group_count"], op.params["batch_group_count"]
     batch, feature, *space = numbers.lhs_spec
     out_feature, in_feature, *window = numbers.rhs_spec
     out_batch, out_channel, *_ = numbers.out_spec
     op.whole += [(0, d) for d in space] + [(1, d) for d in window]
-    if op.params["batch_group_count"] == 1:
+    if left is None or right is None:
+        return
+    graph.join(right.nodes[out_feature], out.nodes[out_channel])
+    if batches == 1:
         graph.join(left.nodes[batch], out.nodes[out_batch])
-    else:
-        op.whole.append((0, batch))
-    if plain:
+    if channels == 1:
         graph.join(left.nodes[feature], right.nodes[in_feature])
-        graph.join(right.nodes[out_feature], out.nodes[out_channel])
         op.reduced.append((0, feature))
-    else:
-        op.whole += [(0, feature), (1, out_feature), (1, in_feature)]
+    if channels > 1 or batches > 1:
+        graph.join(left.nodes[feature if channels > 1 else batch], out.nodes[out_channel])
+        graph.pieces[out.nodes[out_channel]] = max(channels, batches)
+    if channels > 1:
+        op.whole.append((1, in_feature))
 
 
 def _gather(graph: Any, op: Any) -> None:

@@ -25,20 +25,15 @@ class Row:
 
     Attributes:
       path: with `*` for the layers' numbers if there are several.
-      kind, shape, dtype, spec, use, reason: as in ArrayPlan, of each.
+      array: the first of them.
       count: of arrays.
       bytes: of all of them on one device.
     """
 
     path: str
-    kind: str
+    array: ArrayPlan
     count: int
-    shape: tuple[int, ...]
-    dtype: str
     bytes: int
-    spec: Entries
-    use: Entries
-    reason: str
 
 
 def text(plan: Plan) -> str:
@@ -92,11 +87,9 @@ def rows(plan: Plan) -> list[Row]:
         if a.kind in ("params", "inputs", "targets"):
             tied.setdefault((starred(a.path), a.shape, a.dtype, a.spec, a.use), []).append(a)
     found = []
-    for (path, shape, dtype, spec, use), arrays in tied.items():
-        first = arrays[0]
-        name = (path if len(arrays) > 1 else first.path).removeprefix("params/")
-        held = sum(on_device(a, plan) for a in arrays)
-        found.append(Row(name, first.kind, len(arrays), shape, dtype, held, spec, use, first.reason))
+    for (path, *_), arrays in tied.items():
+        name = (path if len(arrays) > 1 else arrays[0].path).removeprefix("params/")
+        found.append(Row(name, arrays[0], len(arrays), sum(on_device(a, plan) for a in arrays)))
     return found
 
 
@@ -134,11 +127,11 @@ def spelled(entries: Entries) -> str:
     return f"P({', '.join('+'.join(names(entry)) or 'None' for entry in entries)})"
 
 
-def handled(row: Row) -> str:
+def handled(array: ArrayPlan) -> str:
     """What happens to it before it is computed with."""
-    used = {n for entry in row.use for n in names(entry)}
-    more = [n for entry in row.spec for n in names(entry) if n not in used]
-    return f"gathered: {'+'.join(more)}" if more else "in parts" if row.spec else "copied"
+    used = {n for entry in array.use for n in names(entry)}
+    more = [n for entry in array.spec for n in names(entry) if n not in used]
+    return f"gathered: {'+'.join(more)}" if more else "in parts" if array.spec else "copied"
 
 
 def units(plan: Plan) -> tuple[int, str]:
@@ -201,9 +194,10 @@ def _arrays(plan: Plan) -> tuple[list[str], dict[str, int]]:
     reasons: dict[str, int] = {}
     cells = []
     for row in rows(plan):
-        number = reasons.setdefault(row.reason, len(reasons) + 1)
-        cells.append((row.path, f"x{row.count}" if row.count > 1 else "", shaped(row.shape), SHORT.get(row.dtype, row.dtype),
-                      size(row.bytes), spelled(row.spec), handled(row), str(number)))
+        a = row.array
+        number = reasons.setdefault(a.reason, len(reasons) + 1)
+        cells.append((row.path, f"x{row.count}" if row.count > 1 else "", shaped(a.shape), SHORT.get(a.dtype, a.dtype),
+                      size(row.bytes), spelled(a.spec), handled(a), str(number)))
     lines = grid(("parameter", "", "shape", "", "a device", "kept as", "in use", "why"), cells, "<>><><<>", flexible=(0, 5, 6))
     rest = "; ".join(besides(plan))
     return lines + textwrap.wrap(f"besides: {rest}", WIDTH, subsequent_indent="  ") * bool(rest), reasons

@@ -55,6 +55,24 @@ class LinenLM(linen.Module):
         return embed.attend(linen.LayerNorm()(x))
 
 
+class Separable(nnx.Module):
+    """Depthwise and pointwise convolutions in turn, one of them strided, then one in groups of four channels."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.deep = nnx.List([nnx.Conv(16, 16, (3, 3), strides=2, feature_group_count=16, rngs=rngs),
+                              nnx.Conv(16, 32, (3, 3), feature_group_count=16, kernel_dilation=2, rngs=rngs)])
+        self.point = nnx.List([nnx.Conv(16, 16, (1, 1), rngs=rngs), nnx.Conv(32, 32, (1, 1), rngs=rngs)])
+        self.groups = nnx.Conv(32, 64, (3, 3), feature_group_count=8, rngs=rngs)
+        self.out = nnx.Linear(64, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.first(x)
+        for deep, point in zip(self.deep, self.point, strict=True):
+            x = nnx.relu(point(nnx.relu(deep(x))))
+        return self.out(self.groups(x).mean((1, 2)))
+
+
 def picture_net(rngs):
     return models.CNN(8, size=(8, 8, 3), widths=(8, 16), dense=16, batch_norm=True, dropout=0.2, rngs=rngs)
 
@@ -83,6 +101,7 @@ SENTENCES = TEXT[..., :-1], TEXT[..., 1:]
 entropy = lepton.losses.cross_entropy
 ZOO = {
     "cnn": (picture_net, entropy, (numbers(8, 8, 3), ids(8))),
+    "separable": (Separable, entropy, (numbers(8, 8, 3), ids(8))),
     "lstm": (functools.partial(models.LSTM, VOCAB, 8, dim=16, hidden=32), entropy, (ids(VOCAB, 5), ids(8))),
     "two-tower": (functools.partial(models.TwoTower, 64, 32, dim=16, hidden=(32,), width=16, dropout=0.1),
                   lepton.losses.squared_error, ({"user": ids(64), "item": ids(32)}, numbers())),

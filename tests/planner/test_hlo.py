@@ -119,6 +119,15 @@ ASYNC = {
         %s = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%called
         %u = ((f32[64,32]), f32[256,32]) call-update(%s, %p)
         ROOT %d = f32[256,32] call-done(%u)""", "all-gather", 4 * KIB),
+    "a chain of fusions": ("".join(f"""
+%{name} (w: f32[64,32]) -> f32[256,32] {{
+  %w = f32[64,32]{{1,0}} parameter(0)
+  ROOT %inner = f32[256,32]{{1,0}} all-gather(%w), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="3"}}
+}}
+""" for name in ("begin", "on", "end")), """
+        %a = f32[256,32] fusion(%p), kind=kCustom, calls=%begin
+        %b = f32[256,32] fusion(%p), kind=kCustom, calls=%on
+        ROOT %d = f32[256,32] fusion(%p), kind=kCustom, calls=%end""", "all-gather", 4 * KIB),
 }
 
 

@@ -15,7 +15,9 @@ from jax import lax
 from lepton_jax.compat import make_mesh
 from lepton_jax.planner.apply import laid_out
 from lepton_jax.planner.graph import Graph, Value
+from lepton_jax.planner.hlo import read
 from lepton_jax.planner.layout import Layout, contraction, meets_stored
+from lepton_jax.planner.named import Names
 from lepton_jax.planner.rules import RULES
 
 
@@ -99,6 +101,7 @@ FAMILIES = {
     "reshape, ones before": (lambda x: x.reshape(1, 24), "ab->ca", (4, 6)),
     "reshape, ones after": (lambda x: x.reshape(4, 6, 1, 1), "ab->abcd", (4, 6)),
     "reshape, ones alone": (lambda x: x.reshape(1, 1, 1), "ab->cde", (1, 1)),
+    "reshape, read in another order": (lambda x: lax.reshape(x, (8, 6), (1, 2, 0)), "abc->ba", (6, 2, 4)),
     "repeat": (lambda x: jnp.repeat(x, 2, 1), "ab->ab", (4, 6)),
     "dot": (jnp.matmul, "ab,bc->ac", (4, 6), (6, 8)),
     "dot with batch": (jnp.matmul, "abc,acd->abd", (3, 4, 6), (3, 6, 8)),
@@ -107,7 +110,11 @@ FAMILIES = {
     "attention, grouped": (jax.nn.dot_product_attention, "abcd,aecd,aecf->abcf", (2, 8, 4, 6), (2, 9, 2, 6), (2, 9, 2, 6)),
     "conv": (conv, "abcd,efdg->ahig", (2, 8, 8, 3), (3, 3, 3, 5)),
     "conv backward": (backward(conv), "abcd,efdg,ahig->ajkd,lmdg", (2, 8, 8, 3), (3, 3, 3, 5), (2, 8, 8, 5)),
-    "conv by channel": (partial(conv, feature_group_count=4), "abcd,efgh->aijk", (2, 8, 8, 4), (3, 3, 1, 8)),
+    "conv by channel": (partial(conv, feature_group_count=4), "abcd,efgd->ahid", (2, 8, 8, 4), (3, 3, 1, 8)),
+    "conv by groups": (partial(conv, feature_group_count=2), "abcd,efgd->ahid", (2, 8, 8, 4), (3, 3, 2, 6)),
+    "conv by groups backward": (backward(partial(conv, feature_group_count=2)), "abcd,efgd,ahid->ajkd,lmnd", (2, 8, 8, 4),
+                                (3, 3, 2, 6), (2, 8, 8, 6)),
+    "conv by groups of the batch": (partial(conv, batch_group_count=2), "abcd,efda->ghia", (4, 8, 8, 3), (3, 3, 3, 6)),
     "max pool": (max_pool, "abcd->aefd", (2, 8, 8, 3)),
     "max pool backward": (backward(max_pool), "abcd,aefd->aghd", (2, 8, 8, 3), (2, 4, 4, 3)),
     "avg pool": (avg_pool, "abcd->aefd", (2, 8, 8, 3)),
@@ -214,6 +221,33 @@ def test_contractions_say_how_indices_run():
     assert set(contraction(op).indices) == {(0, 0, 0), (1, None, 1), (None, 2, 2), (2, 1, None)}
 
 
+@pytest.mark.parametrize(("sizes", "storage", "moves"), [
+    ((2, 4), (0, 0), [("all-reduce", 3, 6 * 8 * 4)]),
+    ((2, 4), (0, 3), [("reduce-scatter", 3, 6 * 8 * 4)]),
+    ((2, 4), (0, 2), [("all-reduce", 1, 6 * 2 * 4), ("reduce-scatter", 2, 6 * 8 * 4)]),
+    ((2, 2), (1, 2), [("reduce-scatter", 3, 6 * 8 * 4)]),
+])
+def test_what_two_mesh_axes_sum_is_one_collective_of_the_whole(sizes, storage, moves):
+    """Samples over axis 0 and their sequence over axis 1: a weight's gradient is summed over both."""
+    def gradient(w, x, g):
+        return jnp.einsum("bsd,bsf->df", x, g) + 0 * w
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 8), (4, 8, 6), (4, 8, 8))]
+    graph = Graph(jax.make_jaxpr(gradient)(*shapes), 1, 1)
+    (op,) = (op for op in graph.operations() if op.name == "dot_general")
+    op.outputs[0].stored = (0, (0, 1))
+    samples, steps = (graph.find(n) for n in graph.block.inputs[1].nodes[:2])
+    decision = Layout(graph, sizes, {samples: 1, steps: 2}, [storage]).decide(op, contraction(op))
+    assert [(m.kind, m.axes, m.bytes) for m in decision.moves] == moves
+
+
+def test_the_channels_of_a_grouped_convolution_divide_by_its_groups():
+    function = partial(conv, feature_group_count=3)
+    graph = graph_of(lambda w, x: function(x, w), (3, 3, 2, 12), (4, 8, 8, 6))
+    (channels,) = (g for g in Names(graph, ["params/kernel", "inputs"]).groups if (0, 3) in g.members)
+    assert channels.divisor == 3, "6 and 12 channels divide by 2 and 6, the groups do not"
+
+
 def test_every_rule_is_of_a_primitive_that_there_is():
     from jax._src.lax import control_flow, convolution, slicing, special, windowed_reductions
     from jax._src.lax import lax as base
@@ -255,6 +289,11 @@ STEPS = {  # (8, 16, 8) and weights (8, 8) to the same
     "cond": lambda x, w: lax.cond(w[0, 0] > 0, lambda x: jnp.tanh(x @ w), lambda x: x, x),
     "pool": lambda x, w: jnp.repeat(nnx.max_pool(x, (4,), strides=(4,)), 4, 1),
     "conv": lambda x, w: lax.conv_general_dilated(x, w[None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
+    "depthwise": lambda x, w: lax.conv_general_dilated(x, w[:3, None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
+                                                       feature_group_count=8),
+    "groups": lambda x, w: lax.conv_general_dilated(x, w[None, :2], (2,), "SAME", (2,), (2,), ("NWC", "WIO", "NWC"), 4),
+    "batch groups": lambda x, w: jnp.tile(lax.conv_general_dilated(x, w[None], (1,), "SAME", batch_group_count=4,
+                                                                   dimension_numbers=("NWC", "WIO", "NWC")), (4, 1, 1)),
     "remat": jax.checkpoint(lambda x, w: jnp.sin(x @ w) @ w.T),
     "own rule": lambda x, w: own_product(x.reshape(128, 8), w).reshape(8, 16, 8),
     "scan sums": lambda x, w: lax.associative_scan(jnp.add, x, axis=1) / 8,
@@ -325,6 +364,34 @@ def test_a_lookup_by_split_indices_in_a_split_dim():
         return {graph.find(x.nodes[1]): 1, graph.find(indices.nodes[0]): 5}
 
     check_split(lambda x, i: x[:, i], uses, rows, places)
+
+
+@pytest.mark.parametrize(("groups", "kernel", "stride"), [(16, (3, 3, 1, 16), 1), (16, (3, 3, 1, 32), 1), (8, (3, 3, 2, 24), 1),
+                                                          (8, (3, 3, 2, 16), 2)], ids=str)
+@pytest.mark.parametrize("split", ["samples", "channels"])
+def test_grouped_convolutions_move_nothing_but_gradients(groups, kernel, stride, split):
+    """XLA's partitioner alone gathers samples and channels of most of them."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 8, 8, 16), kernel))
+
+    def squared(w, x):
+        y = lax.conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=NHWC, feature_group_count=groups)
+        return (y * y).sum()
+
+    gradients = jax.grad(squared, (0, 1))
+
+    def layout(graph, paths):
+        weights, images = graph.block.inputs
+        root = graph.find(images.nodes[0] if split == "samples" else weights.nodes[3])
+        return Layout(graph, (8,), {root: 1}, [(0, 0, 0, 0 if split == "samples" else 1)])
+
+    mesh = make_mesh({"axis": 8}, jax.devices()[:8])
+    function = jax.jit(laid_out(gradients, layout, mesh, ("params", "x")))
+    for ours, theirs in zip(function(w, x), jax.jit(gradients)(w, x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    moved = read(function.lower(w, x).compile().as_text()).collectives
+    gathered = {"samples": [("all-reduce", w.nbytes)], "channels": []}[split]
+    assert [(c.kind, c.bytes) for c in moved if c.bytes > 4] == gathered
 
 
 def check_split(function, uses, *args):
