@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import platform
 import sys
 import time
@@ -14,8 +15,9 @@ from typing import Any
 from jax.errors import JaxRuntimeError
 
 from lepton_jax.errors import CheckpointError, LeptonError, RecipeError, SettingError, nearest
-from lepton_jax.launch import cluster, settings
+from lepton_jax.launch import cluster, hosts, settings, submit, surroundings
 from lepton_jax.monitor import Progress, TensorBoard
+from lepton_jax.recipe import Recipe
 from lepton_jax.trainer import Trainer
 
 MOST_DEVICES = 1024  # virtual ones of a CPU take memory and threads; a typing error shall not take all
@@ -23,7 +25,8 @@ DESCRIPTION = "Train a recipe: plan it for the devices that are there, run it, k
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C; that of another process
+    which it started and which failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         summary = launch(arguments)
@@ -36,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    if summary and "exit_code" in summary:
+        return summary["exit_code"]
     return 130 if summary and summary["status"] == "interrupted" else 0
 
 
@@ -78,29 +83,47 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     options, given = settings.parse(parser, arguments, names)
     kept = {k: v for k, v in run.get("settings", {}).items() if k not in given}
     chosen = _typed(parser, kept, Path(head.resume or "") / "recipe.json") | given
+    options.resume = head.resume
     folder = _folder(options, Path(file).stem)
+    if submit.wanted(options):
+        return _said(options, submit.start(options, given, Path(file), folder, arguments))
+    around = cluster.find(os.environ, coordinator=options.coordinator, hosts=options.hosts, host_id=options.host_id,
+                          devices=options.devices, metadata=surroundings.metadata_server(os.environ))
+    hosts.check(around)
+    if options.go_on:
+        hosts.heed_sigterm()
     cluster.join(options.devices)
-    recipe = settings.call(function, chosen)
+    work = lambda: _train(options, settings.call(function, chosen), Path(file), chosen, folder)  # noqa: E731
+    return _said(options, hosts.run(around, work, arguments))
+
+
+def _train(options: argparse.Namespace, recipe: Recipe, file: Path, chosen: dict[str, Any], folder: Path) -> dict[str, Any]:
     if recipe.name == "run":
-        recipe = recipe.with_(name=Path(file).stem)
+        recipe = recipe.with_(name=file.stem)
     plain = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in chosen.items()}
     sinks: list[Any] = [Progress()]
     if options.tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))
     trainer = Trainer(recipe, run_dir=folder, devices=options.devices, sinks=sinks,
-                      source={"file": str(Path(file).resolve()), "settings": plain}, plan=options.plan)
+                      source={"file": str(file.resolve()), "settings": plain}, plan=options.plan)
     if options.resume is not None:
         trainer.resume()
     history = trainer.fit()
-    summary = {"run_dir": str(folder), "status": history.status, "steps": trainer.step, "seconds": history.seconds,
-               "samples_per_second": history.samples / history.seconds if history.steps else 0.0,
-               "compilations": history.compilations, "metrics": history.metrics}
-    if options.json:
+    return {"run_dir": str(folder), "status": history.status, "steps": trainer.step, "seconds": history.seconds,
+            "samples_per_second": history.samples / history.seconds if history.steps else 0.0,
+            "compilations": history.compilations, "metrics": history.metrics}
+
+
+def _said(options: argparse.Namespace, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary, printed if it was asked for; of hosts that were started here, host 0 has done so if all went well."""
+    if options.json and (summary.keys() != {"status", "exit_code"} or summary["status"] == "failed"):
         try:
             print(json.dumps(summary), flush=True)
         except OSError as error:
+            done = f"the run itself is whole, in {summary['run_dir']}; read its events.jsonl" if "run_dir" in summary else \
+                "it is done nevertheless"
             raise LeptonError(f"the summary can't be printed: {error.strerror or error}", where="standard output",
-                              remedy=f"the run itself is whole, in {folder}; read its events.jsonl") from error
+                              remedy=done) from error
     return summary
 
 
@@ -121,6 +144,10 @@ def _parser() -> settings.Parser:
                        "without a search")
     group.add_argument("--json", action="store_true", help="print, last, one JSON object that sums up the run")
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars into the run folder")
+    group.add_argument("--go-on", action="store_true", help="go on with the run in --run-dir if there is one, else begin it "
+                       "there, and take SIGTERM for Ctrl-C: for a job that a scheduler ends and starts again")
+    cluster.options(parser.add_argument_group("where the hosts are"))
+    submit.options(parser.add_argument_group("starting it somewhere else"))
     return parser
 
 
@@ -140,6 +167,11 @@ def _head(parser: settings.Parser, arguments: list[str]) -> tuple[argparse.Names
                            remedy=f"ask for 1 to {MOST_DEVICES} devices")
     if head.run_dir == "":
         raise SettingError("--run-dir is empty", where="command line, --run-dir", remedy="name a folder, or leave it out")
+    if head.go_on and head.run_dir is None:
+        raise SettingError("--go-on is given without --run-dir", where="command line, --go-on",
+                           remedy="name the folder of the run by --run-dir")
+    if head.go_on and head.resume is None and (Path(head.run_dir) / "recipe.json").exists():
+        head.resume = head.run_dir
     return head, arguments
 
 
@@ -197,7 +229,7 @@ def _folder(options: argparse.Namespace, name: str) -> Path:
     folder = Path(options.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and not folder.is_dir():
         raise SettingError("the run folder is a file", where=folder, remedy="name another folder")
-    if any((folder / name).exists() for name in ("recipe.json", "checkpoints", "events.jsonl")):
+    if not options.go_on and any((folder / name).exists() for name in ("recipe.json", "checkpoints", "events.jsonl")):
         raise SettingError("the folder already holds a run", where=folder,
                            remedy=f"go on with it by --resume {folder}, or name another folder")
     return folder

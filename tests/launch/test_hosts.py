@@ -1,0 +1,246 @@
+"""Several processes of one machine as hosts: the roll call, joining JAX, output, signals, and the end of all if one fails."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lepton_jax.errors import SettingError
+from lepton_jax.launch import hosts
+from lepton_jax.launch.cluster import Cluster, find
+from lepton_jax.launch.meeting import meet
+
+ROOT = Path(__file__).resolve().parents[2]
+JOINED = """
+import sys
+import jax
+from lepton_jax.launch import cluster, hosts
+address, count, host = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+found = cluster.find({}, coordinator=address, hosts=count, host_id=host, devices=2)
+cluster.join(2)
+
+def work():
+    from jax.experimental.multihost_utils import process_allgather
+    seen = process_allgather(jax.numpy.array(jax.process_index())).tolist()
+    print("saw", jax.process_count(), jax.local_device_count(), jax.device_count(), seen)
+
+hosts.run(found, work)
+"""
+SPAWN = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lepton_jax.launch.hosts import spawn; "
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def python(code, *arguments):
+    return [sys.executable, "-u", "-c", code, *map(str, arguments)]
+
+
+def call(clusters, facts=None, limit=10.0):
+    """Each cluster meets in a thread of its own: what it raised, None if all was well."""
+    raised = [None] * len(clusters)
+
+    def one(number, cluster):
+        try:
+            meet(cluster, (facts or {}).get(number, {"jax": "1"}), limit)
+        except SettingError as error:
+            raised[number] = error
+
+    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(clusters)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return raised
+
+
+def numbered(count, ids, port=None):
+    port = port or free_port()
+    return [Cluster("options", "a test", count, host, f"127.0.0.1:{port}") for host in ids]
+
+
+def test_all_hosts_meet_in_any_order():
+    assert call(numbered(4, [2, 0, 3, 1])) == [None] * 4
+
+
+@pytest.mark.parametrize(("clusters", "facts", "named"), [
+    (lambda port: numbered(3, [0, 1], port), None, "1 did not come within"),
+    (lambda port: numbered(2, [1], port), None, "can't be met"),
+    (lambda port: numbered(2, [0], port) + numbered(3, [1], port), None, "host 1 counts 3 hosts, host 0 counts 2"),
+    (lambda port: numbered(3, [0, 1, 1], port), None, "two processes say that they are host 1"),
+    (lambda port: numbered(2, [0, 1], port), {1: {"jax": "2"}}, "host 1 differs from host 0 in jax: 2 there, 1 here"),
+], ids=["missing", "no coordinator", "counts", "twice", "facts"])
+def test_hosts_that_do_not_fit_end_in_one_error_everywhere(clusters, facts, named):
+    errors = call(clusters(free_port()), facts, limit=1.5)
+    assert all(error is not None and named in error.what for error in errors), errors
+
+
+def test_a_stranger_on_the_port_is_passed_over():
+    first, second = numbered(2, [0, 1])
+    port = int(first.coordinator.partition(":")[2])
+    raised = []
+
+    def strange():
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b'{"host": "x"}\n', b"[]\n", b""):
+            while True:
+                try:
+                    with socket.create_connection(("127.0.0.1", port)) as connection:
+                        connection.sendall(words)
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.02)
+        raised.extend(call([second]))
+
+    thread = threading.Thread(target=strange)
+    thread.start()
+    assert call([first]) == [None]
+    thread.join(20)
+    assert raised == [None]
+
+
+def test_a_taken_port_is_an_error():
+    with socket.create_server(("", 0)) as taken:
+        cluster = Cluster("options", "a test", 2, 0, f"localhost:{taken.getsockname()[1]}")
+        with pytest.raises(SettingError, match="can't listen on port"):
+            meet(cluster, {}, 1.0)
+
+
+def test_processes_join_into_one_jax_even_in_the_environment_of_slurm(tmp_path):
+    # under SLURM JAX would look around for itself, and take one device a process
+    around = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "nowhere", "SLURM_NTASKS": "9", "SLURM_PROCID": "7",
+              "SLURM_LOCALID": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | around | {"PYTHONPATH": str(ROOT)}
+    port = free_port()
+    started = [subprocess.Popen(python(JOINED, f"localhost:{port}", 2, host), env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for host in range(2)]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "saw 2 2 4 [0, 1]" in out
+    assert "cluster: host 1" not in err, "host 0 speaks for all"
+
+
+def test_output_of_all_hosts(capfd):
+    code = "import sys; print('out', sys.argv[1]); print('err', sys.argv[1], file=sys.stderr)"
+    assert hosts.spawn([python(code, host) for host in range(3)]) == 0
+    out, err = capfd.readouterr()
+    assert out == "out 0\n"
+    assert sorted(err.splitlines()) == ["[host 1] err 1", "[host 1] out 1", "[host 2] err 2", "[host 2] out 2", "err 0"]
+
+
+@pytest.mark.parametrize(("fail", "code", "how"), [("sys.exit(7)", 7, "ended with exit code 7"),
+                                                   ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL")])
+def test_one_that_fails_ends_all(capfd, tmp_path, fail, code, how):
+    lives = f"import time, pathlib; pathlib.Path({str(tmp_path)!r}, 'up').touch(); time.sleep(60)"
+    fails = f"import os, sys, time, pathlib\nwhile not pathlib.Path({str(tmp_path)!r}, 'up').exists(): time.sleep(0.01)\n{fail}"
+    started = time.monotonic()
+    assert hosts.spawn([python(lives), python(fails), python(lives)]) == code
+    assert time.monotonic() - started < 8
+    err = capfd.readouterr().err
+    assert f"host 1 {how}; the others were stopped" in err and "remedy" in err
+
+
+def test_one_that_does_not_listen_is_ended_after_the_grace(monkeypatch, capfd):
+    monkeypatch.setattr(hosts, "GRACE", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"
+    started = time.monotonic()
+    assert hosts.spawn([python(deaf), python("import time; time.sleep(1); raise SystemExit(3)")]) == 3
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_every_host_once(number):
+    code = ("import signal, sys, time\ncame = []\n"
+            "for each in (2, 15): signal.signal(each, lambda n, _: came.append(n))\n"
+            "print('up', flush=True)\n"
+            "while not came: time.sleep(0.01)\n"
+            "time.sleep(0.3)\nprint('came', came, flush=True)\nsys.exit(130)")
+    process = subprocess.Popen(python(f"{SPAWN}sys.exit(spawn([[sys.executable, '-c', sys.argv[1]]] * 3))", code),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))
+    reader.start()
+    assert process.stdout.readline() == "up\n"
+    while sum("up" in line for line in lines) < 2:
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, number)  # as a terminal does
+    assert process.wait(20) == 130
+    reader.join(5)
+    assert process.stdout.read() == f"came [{int(number)}]\n"
+    assert sorted(line for line in lines if "came" in line) == [f"[host {host}] came [{int(number)}]\n" for host in (1, 2)]
+    assert not any("error" in line for line in lines), lines
+
+
+def test_a_host_that_cannot_be_started(tmp_path):
+    with pytest.raises(SettingError, match="host 1 can't be started"):
+        hosts.spawn([python("import time; time.sleep(60)"), [str(tmp_path / "nothing")]])
+
+
+def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd):
+    code = "import os, sys, json; print(json.dumps([sys.argv[1:], os.environ['JAX_PLATFORMS']]))"
+    monkeypatch.setattr(hosts, "_here", lambda: (python(code), "127.0.0.1:1234"))
+    monkeypatch.delenv("JAX_PLATFORMS")
+    arguments = ["recipe.py", "--hosts", "local:2", "--devices", "3"]
+    done = hosts.run(find({}, hosts="local:2", devices=3), lambda: pytest.fail("the hosts do the work"), arguments)
+    assert done == {"status": "finished", "exit_code": 0}
+    out, err = capfd.readouterr()
+    for line, host in ((out, 0), (next(line for line in err.splitlines() if "[host 1]" in line).partition("] ")[2], 1)):
+        told = ["--coordinator", "127.0.0.1:1234", "--hosts", "2", "--host-id", str(host)]
+        assert json.loads(line) == [[*arguments, *told], "cpu"]
+    assert "cluster: 2 hosts on this machine" in err
+
+
+@pytest.mark.parametrize("arguments", [["--hosts", "local:4", "--devices", "2"],
+                                       ["--hosts", "2", "--host-id", "1", "--coordinator", "localhost:1"]])
+def test_training_on_several_hosts_is_refused_in_one_error(launch, arguments):
+    process = launch(ROOT / "recipes/digits_cnn.py", *arguments)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and not out
+    assert err.startswith("error: training runs on one host so far") and "Traceback" not in err
+
+
+def test_one_host_is_as_without_options(launch, tmp_path):
+    process = launch(ROOT / "recipes/logistic.py", "--steps", "2", "--hosts", "1", "--devices", "2", "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["steps"] == 2
+
+
+def test_sigterm_is_ctrl_c_in_a_job_that_may_be_started_again(tmp_path):
+    arguments = [sys.executable, ROOT / "tools" / "launch.py", ROOT / "recipes" / "logistic.py", "--steps", 10**7,
+                 "--save-every", 10**6, "--run-dir", "run", "--go-on"]
+    # as a shell starts what is in the background: deaf for Ctrl-C
+    process = subprocess.Popen(["sh", "-c", 'trap "" INT; exec "$@"', "sh", *map(str, arguments)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        for line in process.stdout:
+            if "evaluation at step" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 130 and "interrupted" in out, out
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_go_on(launch, tmp_path):
+    for steps in (2, 4):  # the second goes on where the first ended
+        process = launch(ROOT / "recipes/logistic.py", "--steps", steps, "--run-dir", "run", "--go-on", "--json")
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert json.loads(out.splitlines()[-1])["steps"] == steps
+    steps = [json.loads(line).get("step") for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert 4 in steps and (tmp_path / "run" / "checkpoints").is_dir()
