@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from lepton_jax.compat import scan_counts
 from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
@@ -18,6 +19,7 @@ from lepton_jax.planner.rules import ELEMENTWISE
 ALIASES = {"reshape", "squeeze", "expand_dims", BARRIER, "name", "copy", "copy_p", "stop_gradient", "sharding_constraint",
            "bitcast_convert_type", "random_wrap", "random_unwrap"}
 FREE = {"iota", "empty", "create_token", "axis_index"}
+UNMERGED = ALIASES | FREE | {"random_bits"}
 LOOPED = {*ELEMENTWISE, "broadcast_in_dim", "concatenate", "dynamic_slice", "pad", "rev", "slice", "split",
           "transpose"} - ALIASES
 REDUCED = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"}
@@ -33,8 +35,8 @@ COSTLY = {"acos", "asin", "atan", "atan2", "cbrt", "cos", "cosh", "digamma", "di
 LANES = 128  # numbers in a row of a TPU's vector registers
 # A buffer's bytes: its value's as it lies; as it is used; the latter if that is another, else none (gathered); half as it
 # lies; as it is used, with rows padded to the vector's width; twice as it is used; gathered and twice; 4 bytes for each
-# number; as it lies, with rows padded.
-KEPT, USED, GATHERED, HALF, ROWS, DOUBLE, GATHERED_DOUBLE, WORDS, KEPT_ROWS = range(9)
+# number; as it lies, with rows padded; gathered and half; none.
+KEPT, USED, GATHERED, HALF, ROWS, DOUBLE, GATHERED_DOUBLE, WORDS, KEPT_ROWS, GATHERED_HALF, NOTHING = range(11)
 
 
 class Group:
@@ -43,14 +45,16 @@ class Group:
     Attributes:
       reads, writes, updates: buffers that are there before, that are new, that are changed in place.
       places: buffers that may be overwritten, if nothing else needs them.
+      late: whether it comes last of what gets ready at once.
+      product: whether it computes a product.
     """
 
-    __slots__ = ("body", "places", "reads", "updates", "writes")
+    __slots__ = ("body", "late", "places", "product", "reads", "updates", "writes")
 
     def __init__(self, reads: Iterable[int], writes: Iterable[int], body: list[Group] | None = None,
                  places: tuple[int, ...] = (), updates: Iterable[int] = ()):
         self.reads, self.writes, self.body, self.places = tuple(dict.fromkeys(reads)), tuple(writes), body, places
-        self.updates = tuple(updates)
+        self.updates, self.late, self.product = tuple(updates), False, False
 
 
 class Fusion:
@@ -60,9 +64,14 @@ class Fusion:
       values, kinds, owners: of each buffer: its value's index; one of the kinds above; the operation that made it.
       groups: in the program's order.
       gradients: buffers of the parameters' gradients.
+      conditions: buffers that are there if a value is "gathered", "ungathered" or "unsplit".
+      tables: parameters of which the state is copied to another layout: the buffer.
+      lying: buffers that are in the HBM, whatever is beside it.
+      fixed: buffers of what the parameters alone decide, which XLA computes before a loop around the program.
     """
 
     keeps_dots = True  # whether dots read their operands from memory only
+    early = False  # whether barriers fall before what is computed twice is found
 
     def __init__(self, graph: Graph):
         self.graph = graph
@@ -74,6 +83,12 @@ class Fusion:
         self.users: dict[int, list[Operation | None]] = {}
         self.stacks: dict[int, Value] = {}  # results of a loop's body that are stacked: the stack
         self.heavy: set[int] = set()  # values with something costly fused into them
+        self.same: dict[Any, Operation] = {}
+        self.first: dict[int, int] = {}  # values to the first of those that are computed alike
+        self.conditions: dict[int, tuple[int, str]] = {}
+        self.tables: dict[int, int] = {}
+        self.lying: list[int] = []
+        self.fixed: list[int] = []
         block = graph.block
         self._count(block)
         for value in (*block.inputs, *block.constants):
@@ -119,15 +134,20 @@ class Fusion:
 
     def _block(self, block: Block) -> list[Group]:
         groups: list[Group] = []
+        outer, self.same = self.same, {}
         for op in block.operations:
             inputs = [v for v in op.inputs if v is not None]
+            if inputs and not op.blocks and op.name not in UNMERGED and self._again(op):
+                continue
             if op.name == "scan":
                 self._scan(op, groups)
             elif op.blocks:
                 self._branches(op, groups)
             elif op.name in ALIASES and len(inputs) == len(op.outputs):
                 for source, target in zip(inputs, op.outputs, strict=True):
-                    self._rename(source, target)
+                    self._rename(source, target, op.name != BARRIER or self.early)
+                if op.name == BARRIER:
+                    self._hold(op, groups)
             elif op.name in FREE or not inputs:
                 for target in op.outputs:
                     self.near[target.index] = self.far[target.index] = ()
@@ -138,10 +158,29 @@ class Fusion:
             for value in op.outputs:
                 if value.index in self.stacks:  # written straight into the stack of the loop's results
                     groups.append(Group(self.far[value.index], ()))
+        self.same = outer
         return groups
 
-    def _rename(self, source: Value, target: Value) -> None:
+    def _hold(self, op: Operation, groups: list[Group]) -> None:
+        """Hold back what reads a barrier's results until all its operands are there, where the program's order doesn't."""
+
+    def _again(self, op: Operation) -> bool:
+        """Whether the same is computed before: XLA computes it once."""
+        ins = tuple(repr(getattr(e, "val", None)) if v is None else self.first.get(v.index, v.index)
+                    for v, e in zip(op.inputs, op.eqn.invars, strict=False))
+        key = (op.name, ins, tuple(v.shape for v in op.outputs), tuple(str(v.dtype) for v in op.outputs),
+               "" if op.name in ELEMENTWISE else str(sorted(op.params.items(), key=lambda p: p[0])))
+        before = self.same.setdefault(key, op)
+        if before is op:
+            return False
+        for old, new in zip(before.outputs, op.outputs, strict=True):
+            self._rename(old, new)
+        return True
+
+    def _rename(self, source: Value, target: Value, alike: bool = True) -> None:
         self.near[target.index], self.far[target.index] = self.near[source.index], self.far[source.index]
+        if alike:
+            self.first[target.index] = self.first.get(source.index, source.index)
         if source.index in self.heavy:
             self.heavy.add(target.index)
 
@@ -156,18 +195,20 @@ class Fusion:
             users = self.users.get(target.index, ())
             stacked = target.index in self.stacks
             wide = len(large(inputs, target)) > 1
-            many = len(users) + stacked > 1
             fused = (bool(users) or stacked) and all(u is not None and self.takes(u, op, heavy) for u in users)
+            once = len(users) + stacked > 1 and self.once(op, target, sources, wide, heavy)
             if heavy:
                 self.heavy.add(target.index)
-            if self._joins(op, inputs, target, sources, fused):
+            if self._joins(op, inputs, target, sources, fused and not once):
                 continue
-            if fused and not (many and (wide or self.once(op))):
+            if fused and not once:
                 self.near[target.index] = self.far[target.index] = sources
                 continue
-            reads = (*sources, *self.besides(op, sources))
-            groups.append(Group(reads, (self.own(target, op, self.kind(target)),), places=self._place(sources, target)))
-            if wide or (many and self.once(op)):
+            ends = self._ends_product(op, inputs, target, sources)
+            if not ends:
+                places = self._place(sources, target) if op.name != "transpose" else ()
+                groups.append(Group(sources, (self.own(target, op, self.kind(target)),), places=places))
+            if wide or once or ends:
                 self.heavy.discard(target.index)
             else:
                 self.far[target.index] = sources
@@ -175,36 +216,39 @@ class Fusion:
     def kind(self, value: Value) -> int:
         return KEPT
 
-    def besides(self, op: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        """What is still there while an operation runs, though it doesn't read it."""
-        return ()
+    def once(self, op: Operation, target: Value, sources: tuple[int, ...], wide: bool, heavy: bool) -> bool:
+        """Whether an operation is not run again for each that needs its result.
 
-    def once(self, op: Operation) -> bool:
-        """Whether an operation with one large operand is not run again for each that needs its result."""
-        return op.name in COSTLY
+        Args:
+          op, target: the operation and its result, which several need.
+          sources: buffers that it is computed from.
+          wide, heavy: whether it has several large operands; whether something costly is fused into it.
+        """
+        return wide or op.name in COSTLY
 
     def takes(self, user: Operation, op: Operation, heavy: bool) -> bool:
         """Whether what uses a value computes it by itself."""
         if user.name == "broadcast_in_dim" or math.prod(user.outputs[0].shape) > math.prod(op.outputs[0].shape):
             return op.name not in COSTLY
         if user.name in DOTS:
-            return not self.keeps_dots and not heavy
+            return not self.keeps_dots
         return user.name in FUSES or self.spreads(user)
 
     def _joins(self, op: Operation, inputs: list[Value], target: Value, sources: tuple[int, ...], fused: bool) -> bool:
         """Whether a value is written by the group of the product before it, as one more result."""
         return False
 
+    def _ends_product(self, op: Operation, inputs: list[Value], target: Value, sources: tuple[int, ...]) -> bool:
+        """Whether a value is what the product before it writes, in place of the product itself."""
+        return False
+
     def _place(self, sources: tuple[int, ...], target: Value) -> tuple[int, ...]:
         """Buffers that a result may overwrite."""
-        values = self.graph.values
-        return tuple(b for b in sources if values[self.values[b]].shape == target.shape
-                     and itemsize(values[self.values[b]]) == itemsize(target))
+        return tuple(b for b in sources if size(self.graph.values[self.values[b]]) == size(target))
 
     def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
         """What an operation that isn't fused reads of a value."""
-        fuses = op.name in REDUCED or self.spreads(op) or (
-            op.name in DOTS and not self.keeps_dots and value.index not in self.heavy)
+        fuses = op.name in REDUCED or self.spreads(op) or (op.name in DOTS and not self.keeps_dots)
         source = self.far[value.index] if fuses else self.near[value.index]
         if value.stored is not None and len(value.shape) > 1:
             whole = self.buffer(value, op, self.gathers(op, value))
@@ -222,6 +266,7 @@ class Fusion:
         writes += [self.buffer(target, op, self.gathers(op, target))
                    for target in op.outputs if target.stored is not None]
         groups.append(Group(reads, writes))
+        groups[-1].product = op.name in DOTS
 
     # ---- loops and branches ---------------------------------------------------------------------------------------
 
@@ -243,13 +288,25 @@ class Fusion:
                     sources = self._enters(outer, op, groups)
                 reads += sources
             self.near[inner.index] = self.far[inner.index] = sources
-        stacks = [self.own(outer, op, self.kind(outer)) for outer in op.outputs[carried:]]
+        for outer in op.outputs[carried:]:
+            self.own(outer, op, self.kind(outer))
         for value in body.constants:
             self.near[value.index] = self.far[value.index] = ()
         inside = self._slices(op, body.inputs[consts + carried:])
         inside += self._block(body)
+        stacks = self._merged(op.outputs[carried:], body.results[carried:])
         inside.append(Group((b for v in body.results[:carried] if isinstance(v, Value) for b in self.near[v.index]), ()))
         self._loop(groups, reads, writes, stacks, inside, tuple(places))
+
+    def _merged(self, stacks: list[Value], results: list[Any]) -> list[int]:
+        """Buffers of a loop's stacks: one for those that hold the same."""
+        firsts: dict[int, Value] = {}
+        for stack, result in zip(stacks, results, strict=True):
+            if isinstance(result, Value):
+                first = firsts.setdefault(self.first.get(result.index, result.index), stack)
+                if first is not stack and first.dtype == stack.dtype:
+                    self._rename(first, stack)
+        return list(dict.fromkeys(b for stack in stacks for b in self.near[stack.index]))
 
     def _enters(self, value: Value, op: Operation, groups: list[Group]) -> tuple[int, ...]:
         """What a loop reads of a stack."""
@@ -271,6 +328,10 @@ class Fusion:
                 self.near[value.index] = self.far[value.index] = ()
             inside += self._block(inner)
         groups.append(Group(reads, [self.own(v, op) for v in op.outputs], inside))
+
+
+def size(value: Value) -> int:
+    return math.prod(value.shape) * itemsize(value)
 
 
 def sparse(op: Operation) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import jax
 
 from lepton_jax.planner.fusion import (
     ALIASES,
@@ -12,10 +11,12 @@ from lepton_jax.planner.fusion import (
     DOUBLE,
     GATHERED,
     GATHERED_DOUBLE,
+    GATHERED_HALF,
     HALF,
     KEPT,
     KEPT_ROWS,
     LANES,
+    NOTHING,
     REDUCED,
     ROWS,
     ROWWISE,
@@ -25,11 +26,15 @@ from lepton_jax.planner.fusion import (
     Fusion,
     Group,
     large,
+    size,
     sparse,
 )
 from lepton_jax.planner.graph import Block, Graph, Operation, Value
 from lepton_jax.planner.layout import itemsize
-from lepton_jax.planner.rules import ELEMENTWISE
+
+# XLA's CPU backend computed products of low precision in float32, and let barriers fall early, in jaxlib 0.10, but doesn't
+# in jaxlib 0.12
+OLDER = jax.__version_info__ < (0, 11)
 
 
 class TpuFusion(Fusion):
@@ -39,41 +44,45 @@ class TpuFusion(Fusion):
 
     def __init__(self, graph: Graph):
         self.products: dict[int, Group] = {}  # groups of the products that values stem from
-        self.loops: dict[int, tuple[int, ...]] = {}  # stacks that a loop fills: what it reads
-        self.looped = {v.index for op in graph.operations() if op.name == "scan" for v in op.outputs}
+        self.only: dict[int, tuple[Group, int]] = {}  # values to the product, and its buffer, that only they need
+        self.ranks: dict[int, int] = {}  # buffers that are made with an earlier one
         self.whole: dict[int, int] = {}
         self.last = 0  # where the last product stands among its block's groups
         self.given: set[int] = set()  # values that a product gives in several forms
+        self.turned: list[Group] = []  # copies that are there from the start
+        self.taken: list[int] = []  # gradients that are not there until the end
         super().__init__(graph)
 
     def spreads(self, op: Operation) -> bool:
-        if op.name == "gather":
-            return not op.params["dimension_numbers"].offset_dims
         return op.name in SCATTERS and not op.params["dimension_numbers"].update_window_dims
 
-    def once(self, op: Operation) -> bool:
-        return False
+    def once(self, op: Operation, target: Value, sources: tuple[int, ...], wide: bool, heavy: bool) -> bool:
+        """Not again, where a product writes it at its end, where that would read more than is written and read otherwise, or
+        where products would compute something costly.
+        """
+        users = self.users.get(target.index, ())
+        times = len(users) + (target.index in self.stacks)
+        if not wide:
+            return heavy and sum(u is not None and u.name in DOTS for u in users) + (target.index in self.stacks) > 1
+        if all(u is not None and u.name in DOTS | REDUCED for u in users):
+            return self._follow([v for v in op.inputs if v is not None], target, sources) is not None
+        before = sum(self._bytes(b) for b in sources)
+        after = size(target) / (2 if self.kind(target) == HALF else 1)
+        return times * before >= before + after + times * after
 
-    def besides(self, op: Operation, sources: tuple[int, ...]) -> tuple[int, ...]:
-        """A loop's result is copied into another order while what the loop read is there yet."""
-        return tuple(x for b in sources for x in self.loops.get(b, ())) if op.name == "transpose" else ()
+    def _bytes(self, buffer: int) -> float:
+        return size(self.graph.values[self.values[buffer]]) / (2 if self.kinds[buffer] == HALF else 1)
 
-    def _loop(self, groups: list[Group], reads: list[int], writes: list[int], stacks: list[int], inside: list[Group],
-              places: tuple[int, ...]) -> None:
-        super()._loop(groups, reads, writes, stacks, inside, places)
-        self.loops.update(dict.fromkeys(stacks, tuple(reads)))
-
-    def takes(self, user: Operation, op: Operation, heavy: bool) -> bool:
-        return super().takes(user, op, heavy) and not (op.name == "transpose" and op.inputs[0] is not None
-                                                       and op.inputs[0].index in self.looped)
-
-    def kind(self, value: Value) -> int:
-        """Products round float32 operands to bfloat16, unless told otherwise: what only they read is kept so."""
+    def kind(self, value: Value, sums: bool = False) -> int:
+        """Products round float32 operands to bfloat16, unless told otherwise: what only they read is kept so; `sums` of it may
+        be taken where it is made.
+        """
         if str(value.dtype) != "float32" or value.stored is not None:
             return KEPT
         users = self._readers(value)
-        low = bool(users) and all(u is not None and u.name in DOTS and u.params.get("precision") is None for u in users)
-        return HALF if low else KEPT
+        if sums:
+            users = [u for u in users if u is None or u.name not in REDUCED]
+        return HALF if users and all(rounds(u) for u in users) else KEPT
 
     def _readers(self, value: Value) -> list[Operation | None]:
         """What uses a value, under whatever name, also where a loop has it slice by slice."""
@@ -90,52 +99,130 @@ class TpuFusion(Fusion):
             found += self._readers(self.stacks[value.index])
         return found
 
-    def gathers(self, op: Operation, value: Value) -> int:
-        """Tables with narrow rows are copied to have their rows in lines of the vector's width."""
-        if op.name not in ROWWISE or not value.shape[-1] % LANES:
-            return GATHERED
-        return KEPT_ROWS if sparse(op) else ROWS
+    def _table(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
+        """A parameter with narrow rows that are looked up: the state is copied to have its rows in lines of the vector's
+        width; if all of it is needed, that is gathered.
+        """
+        assert value.stored is not None
+        if value.stored[0] not in self.tables:
+            self.tables[value.stored[0]] = self.buffer(value, op, KEPT_ROWS)
+            groups.append(Group((), (self.tables[value.stored[0]],)))
+        reads: tuple[int, ...] = (self.tables[value.stored[0]],)
+        if not sparse(op):
+            whole = (self.buffer(value, op, ROWS),)
+            groups.append(Group(reads, whole))
+            reads += whole
+        return reads
+
+    def _spread_rows(self, op: Operation, reads: list[int], groups: list[Group]) -> None:
+        """The gradient of such a table, which the optimizer takes at once. Where few rows of a whole table get something,
+        its sum over the devices is another buffer.
+        """
+        target = op.outputs[0]
+        own = self.own(target, op, KEPT_ROWS if sparse(op) else ROWS)
+        groups.append(Group(reads, (own,)))
+        self.taken.append(own)
+        self.lying.append(own)
+        if sparse(op):
+            summed = self.buffer(target, op, KEPT_ROWS)
+            self.conditions[summed] = target.index, "unsplit"
+            groups.append(Group((own,), (summed,)))
+            groups.append(Group((summed,), ()))
+            self.taken.append(summed)
+            self.lying.append(summed)
+        else:
+            groups.append(Group((own,), ()))
+        self.near[target.index] = self.far[target.index] = ()
+
+    def _turn_state(self, op: Operation, groups: list[Group]) -> None:
+        """A gradient comes out of its product transposed, and the optimizer's whole state of that kernel is copied to lie so,
+        instead of the gradient; not where the dims' tiles say what is minor, or where the state lies in parts.
+        """
+        target = op.outputs[0]
+        if target.stored is None or target.stored[1] != (1, 0) or any(n % LANES for n in target.shape):
+            return
+        if target.stored[0] not in self.tables:
+            b = self.tables[target.stored[0]] = self.buffer(target, op)
+            self.conditions[b] = target.index, "ungathered"
+            self.turned.append(Group((), (b,)))
 
     def _finish(self, block: Block) -> list[int]:
-        rows = [b for b, kind in enumerate(self.kinds) if kind in (ROWS, KEPT_ROWS)]
-        if rows:  # the optimizer changes these copies, with one more of its own state
-            widest = max(rows, key=lambda b: math.prod(self.graph.values[self.values[b]].shape))
-            more = self.buffer(self.graph.values[self.values[widest]], self.owners[widest], self.kinds[widest])
-            self.groups.append(Group(rows, (more,)))
-        return super()._finish(block)
+        if self.tables:
+            self.groups[:0] = self.turned
+            self.lying += self.tables.values()
+            self.groups.append(Group(self.tables.values(), ()))
+        return super()._finish(block) + self.taken
 
-    def _rename(self, source: Value, target: Value) -> None:
-        super()._rename(source, target)
+    def _rename(self, source: Value, target: Value, alike: bool = True) -> None:
+        super()._rename(source, target, alike)
         if source.index in self.products:
             self.products[target.index] = self.products[source.index]
+        if source.index in self.only and len(self.users.get(source.index, ())) == 1:
+            self.only[target.index] = self.only[source.index]
 
     def _joins(self, op: Operation, inputs: list[Value], target: Value, sources: tuple[int, ...], fused: bool) -> bool:
+        way = self._follow(inputs, target, sources) if fused else None
+        if way is not None:
+            self.only[target.index] = way
         product = self.products.get(inputs[0].index)
         if product is None or len(large(inputs, target)) > 1:
             return False
         users = self.users.get(target.index, ())
-        # what is reduced in a higher precision than a product has is there in both; what several products read is computed
-        # once
-        widens = (op.name == "convert_element_type" and itemsize(target) > itemsize(inputs[0])
-                  and any(u is not None and u.name in REDUCED for u in users))
+        # what is read from memory in a higher precision than a product has is there in both; what several products read is
+        # computed once
+        widens = op.name == "convert_element_type" and itemsize(target) > itemsize(inputs[0]) and not fused
         several = fused and sum(u is not None and u.name in DOTS for u in users) > 1
         if widens or several:
-            product.writes = (*product.writes, self.own(target, op))
+            product.writes = (*product.writes, self.own(target, op, KEPT if widens else self.kind(target)))
             self.far[target.index] = sources
             self.given.add(target.index)
+            kernels = [v for u in users if u is not None and u.name in DOTS for v in u.inputs if v is not None and v.stored]
+            if kernels and not widens:  # a product that waits for its kernel takes nothing else in
+                self.conditions[self.near[target.index][0]] = kernels[0].index, "gathered"
+                self.near[target.index] = (*self.near[target.index], *sources)
             return True
         if fused and op.name not in COSTLY:
             self.products[target.index] = product
         return False
 
+    def _follow(self, inputs: list[Value], target: Value, sources: tuple[int, ...]) -> tuple[Group, int] | None:
+        """The last product, with its buffer, that is needed for nothing but this value."""
+        ways = [self.only[v.index] for v in inputs if v.index in self.only and len(self.users.get(v.index, ())) == 1
+                and v.index not in self.stacks and size(v) >= size(target) // 2]
+        def rank(b: int) -> int:
+            return self.ranks.get(b, b)
+
+        best = max(ways, key=lambda way: rank(way[1]), default=None)
+        return best if best and all(rank(b) <= rank(best[1]) for b in sources) else None
+
+    def _ends_product(self, op: Operation, inputs: list[Value], target: Value, sources: tuple[int, ...]) -> bool:
+        way = self._follow(inputs, target, sources)
+        users = self.users.get(target.index, ())
+        if way is None or (op.name == "transpose" and any(u is not None and u.name == "scan" for u in users)):
+            return False  # what a loop takes slices of has its order, and is copied into it
+        product, raw = way
+        own = self.own(target, op, self.kind(target, sums=True))
+        self.ranks[own] = self.ranks.get(raw, raw)
+        product.writes = tuple(own if b == raw else b for b in product.writes)
+        product.reads = tuple(dict.fromkeys((*product.reads, *(b for b in sources if b != raw))))
+        product.places = (*product.places, *self._place(tuple(b for b in sources if b != raw), target))
+        self.only[target.index], self.products[target.index] = (product, own), product
+        return True
+
     def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
         if value.index in self.given:
             return self.near[value.index]
+        if narrow(op, value):
+            return self._table(op, value, groups)
+        if value.stored is None and convolves(op):
+            copy = self.buffer(value, op)
+            groups.append(Group(self.far[value.index], (copy,)))
+            return (copy,)
         if value.stored is None or len(value.shape) < 2 or op.name in ROWWISE:
             return super()._reads(op, value, groups)
         # libtpu gathers a parameter once for a block, while the product before runs
         if value.stored[0] not in self.whole:
-            whole = self.buffer(value, op, GATHERED)
+            whole = self.buffer(value, op, GATHERED_HALF if rounds(op) and str(value.dtype) == "float32" else GATHERED)
             groups.insert(self.last, Group(self.far[value.index], (whole,)))
             self.last += 1
             self.whole[value.stored[0]] = whole
@@ -148,21 +235,52 @@ class TpuFusion(Fusion):
         return groups
 
     def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
+        if op.name in SCATTERS and narrow(op, op.outputs[0]):
+            self._spread_rows(op, [b for value in inputs[1:] for b in self._reads(op, value, groups)], groups)
+            return
         super()._hard(op, inputs, groups)
         if op.name in DOTS:
+            self._turn_state(op, groups)
             self.products[op.outputs[0].index] = groups[-1]
+            if op.outputs[0].stored is None:
+                self.only[op.outputs[0].index] = groups[-1], self.near[op.outputs[0].index][0]
             self.last = len(groups) - 1
 
 
+def convolves(op: Operation) -> bool:
+    """Whether a product's kernel has several free dims: it is a convolution along one of them, and its operand is written for
+    that.
+    """
+    if op.name != "dot_general" or op.inputs[1] is None or op.inputs[1].stored is None:
+        return False
+    (_, summed), (_, shared) = op.params["dimension_numbers"]
+    return len(op.inputs[1].shape) - len(summed) - len(shared) > 1
+
+
+def rounds(op: Operation | None) -> bool:
+    """Whether an operation is a product that rounds its operands to bfloat16."""
+    return op is not None and op.name in DOTS and op.params.get("precision") is None
+
+
+def narrow(op: Operation, value: Value) -> bool:
+    """Whether rows of a parameter, or of its gradient, are moved that are no multiple of the vector's width."""
+    return op.name in ROWWISE and value.stored is not None and len(value.shape) > 1 and value.shape[-1] % LANES > 0
+
+
 class CpuFusion(Fusion):
-    """As XLA's CPU backend fuses: no barriers, products in float32, all gradients summed at once at the end."""
+    """As XLA's CPU backend fuses: in an older one no barriers, products in float32; all gradients summed at once at the end."""
+
+    early = OLDER
 
     def __init__(self, graph: Graph):
-        self.same: dict[Any, Operation] = {}
-        self.first: dict[int, int] = {}  # values to the first of those that are computed alike
-        self.wide: dict[int, tuple[int, ...]] = {}
+        self.wide: dict[tuple[int, bool], tuple[int, ...]] = {}
         self.whole: dict[tuple, tuple[int, ...]] = {}
+        self.depth = 0  # of loops around what is looked at
+        self.added: dict[int, tuple[int, ...]] = {}  # sums scattered into zeros that are added to something: what they read
+        self.transposed: set[int] = set()  # values that are transposes of others
+        self.loose: set[int] = set()  # values that are computed number by number
         self.spread: dict[tuple, Value] = {}
+        self.unwritten: set[int] = set()  # values that are only there in float32, as operands of products
         super().__init__(graph)
 
     def _finish(self, block: Block) -> list[int]:
@@ -173,12 +291,47 @@ class CpuFusion(Fusion):
         self.groups.append(Group((*summed, *(b for v in results for b in self.near[v.index] if v.stored is None)), ()))
         return summed
 
+    def takes(self, user: Operation, op: Operation, heavy: bool) -> bool:
+        """A product in low precision has its operands widened, which takes in what they are computed from."""
+        return self._widens(user) or super().takes(user, op, heavy)
+
+    def once(self, op: Operation, target: Value, sources: tuple[int, ...], wide: bool, heavy: bool) -> bool:
+        """A product is float32; what several need of it in low precision is written so."""
+        if OLDER and itemsize(target) == 2:
+            if len(target.shape) < 3 and all(u is not None and u.name in DOTS | REDUCED for u in self.users[target.index]):
+                self.unwritten.add(target.index)
+                return False
+            if any(self.kinds[b] == DOUBLE for b in sources):
+                return True
+        return super().once(op, target, sources, wide, heavy)
+
     def _fusible(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
-        if self._again(op):
-            return
         if op.name == "mul" and all(v.shape != op.outputs[0].shape for v in inputs):
             inputs = [self._spreadout(v, op, groups) for v in inputs]
+        added = next((v for v in inputs if v.index in self.added), None)
+        if added is not None:  # zeros with something added to some of them, and to the rest: added to the rest at once
+            rest = [b for v in inputs if v is not added for b in self.far[v.index]]
+            own = self.own(op.outputs[0], op)
+            groups.append(Group(rest, (own,)))
+            groups.append(Group(self.added[added.index], (), updates=(own,)))
+            return
+        self.loose.update(v.index for v in op.outputs)
+        if op.name == "transpose" and len(op.outputs[0].shape) > 2:
+            self.transposed.add(op.outputs[0].index)
         super()._fusible(op, inputs, groups)
+
+    def _rename(self, source: Value, target: Value, alike: bool = True) -> None:
+        super()._rename(source, target, alike)
+        if source.index in self.loose:
+            self.loose.add(target.index)
+
+    def _hold(self, op: Operation, groups: list[Group]) -> None:
+        if self.early:
+            return
+        token = self.buffer(op.outputs[0], op, NOTHING)
+        groups.append(Group((b for v in op.inputs if v is not None for b in self.near[v.index]), (token,)))
+        for value in op.outputs:
+            self.near[value.index], self.far[value.index] = (*self.near[value.index], token), (*self.far[value.index], token)
 
     def _spreadout(self, value: Value, op: Operation, groups: list[Group]) -> Value:
         """An operand of an outer product at the result's size: it is written out first."""
@@ -193,36 +346,22 @@ class CpuFusion(Fusion):
             groups.append(Group(self.far[value.index], (b,)))
         return self.spread[key]
 
-    def _rename(self, source: Value, target: Value) -> None:
-        super()._rename(source, target)
-        self.first[target.index] = self.first.get(source.index, source.index)
-
-    def _again(self, op: Operation) -> bool:
-        """Whether the same is computed before: barriers fall early here, and with them rematerialization."""
-        ins = tuple(repr(getattr(e, "val", None)) if v is None else self.first.get(v.index, v.index)
-                    for v, e in zip(op.inputs, op.eqn.invars, strict=False))
-        key = (op.name, ins, tuple(v.shape for v in op.outputs), tuple(str(v.dtype) for v in op.outputs),
-               "" if op.name in ELEMENTWISE else str(sorted(op.params.items(), key=lambda p: p[0])))
-        before = self.same.setdefault(key, op)
-        if before is op:
-            return False
-        for old, new in zip(before.outputs, op.outputs, strict=True):
-            self._rename(old, new)
-        return True
-
     def _hard(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
-        if op.name != "random_bits" and self._again(op):
-            return
         if op.name == "select_and_scatter_add":
             self._unpool(op, inputs, groups)
             return
-        low = op.name in DOTS and itemsize(op.outputs[0]) == 2
-        reads = [b for value in inputs for b in (self._widened(op, value, groups) if low else self._reads(op, value, groups))]
-        if low and op.name == "dot_general" and self._turns(op):
-            turned = self.buffer(inputs[0], op, DOUBLE)
-            groups.append(Group(self._widened(op, inputs[0], groups), (turned,)))
-            reads.append(turned)
-        if op.name in SCATTERS and not self.near[inputs[0].index]:  # into zeros, which are ready when the program starts
+        low = self._widens(op)
+        turns = self._turns(op) if op.name == "dot_general" else (False,) * len(inputs)
+        reads = [b for value, turned in zip(inputs, turns, strict=True) for b in (
+            self._widened(op, value, groups, turned) if low else self._turned(op, value, groups) if turned else
+            self._reads(op, value, groups))]
+        users = self.users.get(op.outputs[0].index, ())
+        zeros = op.name in SCATTERS and not self.near[inputs[0].index]
+        if zeros and len(users) == 1 and users[0] is not None and users[0].name == "add_any":
+            self.added[op.outputs[0].index] = tuple(reads)
+            self.near[op.outputs[0].index] = self.far[op.outputs[0].index] = ()
+            return
+        if zeros:  # which are ready when the program starts
             groups.append(Group((), (self.own(op.outputs[0], op, KEPT if sparse(op) else USED),)))
             groups.append(Group(reads, (), updates=self.near[op.outputs[0].index]))
             return
@@ -230,6 +369,7 @@ class CpuFusion(Fusion):
         if low:
             product = self.buffer(targets[0], op, DOUBLE)
             groups.append(Group(reads, (product,)))
+            groups[-1].late = targets[0].stored is not None
             users = self.users.get(targets[0].index, ())
             if len(users) > 1 or not all(u is not None and self.takes(u, op, True) for u in users):
                 groups.append(Group((product,), (self.own(targets[0], op, USED),)))
@@ -238,12 +378,17 @@ class CpuFusion(Fusion):
             return
         writes = [self.own(t, op, USED if t.stored is not None else KEPT) for t in targets]
         groups.append(Group(reads, writes))
+        # the other user of a fused operand is made anew with it, and so asks for it first
+        groups[-1].late = op.name in DOTS and targets[0].stored is not None and inputs[0].index in self.loose
 
-    def _turns(self, op: Operation) -> bool:
-        """Whether a product sums over dims of its left operand that are not its last: it is transposed first."""
-        (left, _), _ = op.params["dimension_numbers"]
+    def _turns(self, op: Operation) -> tuple[bool, bool]:
+        """Whether a product's operands are transposed first: the left one to sum over its last dims, the right one to sum
+        over its first ones after those that both share. Products of matrices are computed as they are.
+        """
+        (left, right), (_, shared) = op.params["dimension_numbers"]
         rank = len(op.inputs[0].shape) if op.inputs[0] is not None else 0
-        return sorted(left) != list(range(rank - len(left), rank))
+        first = range(len(shared), len(shared) + len(right))
+        return rank > 2 and sorted(left) != list(range(rank - len(left), rank)), rank > 2 and sorted(right) != list(first)
 
     def _unpool(self, op: Operation, inputs: list[Value], groups: list[Group]) -> None:
         """The gradient of pooling by maximum: indices of every number for each dim, and of each window's greatest."""
@@ -259,33 +404,60 @@ class CpuFusion(Fusion):
 
     def _reads(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
         source = self.far[value.index] if op.name in REDUCED else self.near[value.index]
+        if op.name in REDUCED and value.index in self.transposed:  # written in float32 first
+            copy = self.buffer(value, op, WORDS)
+            groups.append(Group(source, (copy,)))
+            return (copy,)
         if value.stored is None or len(value.shape) < 2:
             return source
         key = (self.first.get(value.index, value.index), GATHERED)
         if key not in self.whole:
             self.whole[key] = (self.buffer(value, op, GATHERED),)
             groups.append(Group(source, self.whole[key]))
+            if self.depth == 1:
+                self.fixed += self.whole[key]
         return (*source, *self.whole[key])
 
-    def _widened(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
-        """The operand of a product in float32."""
-        index = self.first.get(value.index, value.index)
-        if index not in self.wide:
-            source = self.far[value.index]
-            if value.stored is not None and len(value.shape) > 1:
-                for kind in (GATHERED_DOUBLE, USED):
-                    step = (self.buffer(value, op, kind),)
-                    groups.append(Group(source, step))
-                    source = step
-            self.wide[index] = (self.buffer(value, op, DOUBLE),)
-            groups.append(Group(source, self.wide[index]))
-        return self.wide[index]
+    def _widens(self, op: Operation) -> bool:
+        """Whether a product is one of low precision that is computed in float32."""
+        return OLDER and op.name in DOTS and itemsize(op.outputs[0]) == 2
+
+    def _turned(self, op: Operation, value: Value, groups: list[Group]) -> tuple[int, ...]:
+        """A transposed copy of an operand, once for all that need it; kernels are read as they are."""
+        source = self._reads(op, value, groups)
+        key = (self.first.get(value.index, value.index), True)
+        if value.stored is None and key not in self.wide:
+            self.wide[key] = (self.buffer(value, op),)
+            groups.append(Group(source, self.wide[key]))
+        return self.wide.get(key, source)
+
+    def _widened(self, op: Operation, value: Value, groups: list[Group], turned: bool = False) -> tuple[int, ...]:
+        """The operand of a product in float32, as it is or transposed."""
+        key = (self.first.get(value.index, value.index), turned)
+        if key in self.wide:
+            return self.wide[key]
+        kernel = value.stored is not None and len(value.shape) > 1
+        source = self._widened(op, value, groups) if turned and kernel else self.far[value.index]
+        if kernel and not turned:
+            for kind in (GATHERED_DOUBLE, USED):
+                step = (self.buffer(value, op, kind),)
+                groups.append(Group(source, step))
+                source = step
+        self.wide[key] = (self.buffer(value, op, DOUBLE),)
+        groups.append(Group(source, self.wide[key]))
+        if kernel and self.depth == 1:
+            self.fixed += self.wide[key]
+        if value.index in self.unwritten and not turned:
+            self.near[value.index] = self.far[value.index] = self.wide[key]
+        return self.wide[key]
 
     def _block(self, block: Block) -> list[Group]:
-        outer = self.same, self.wide, self.whole, self.spread
-        self.same, self.wide, self.whole, self.spread = {}, {}, {}, {}
+        outer = self.wide, self.whole, self.spread
+        self.wide, self.whole, self.spread = {}, {}, {}
+        self.depth += 1
         groups = super()._block(block)
-        self.same, self.wide, self.whole, self.spread = outer
+        self.depth -= 1
+        self.wide, self.whole, self.spread = outer
         return groups
 
     def _slices(self, op: Operation, values: list[Value]) -> list[Group]:
@@ -299,7 +471,7 @@ class CpuFusion(Fusion):
     def _enters(self, value: Value, op: Operation, groups: list[Group]) -> tuple[int, ...]:
         """A stack in low precision is widened as a whole, before the loop."""
         source = self.near[value.index]
-        if str(value.dtype) not in ("bfloat16", "float16") or value.stored is not None:
+        if not OLDER or str(value.dtype) not in ("bfloat16", "float16") or value.stored is not None:
             return source
         b = self.buffer(value, op, DOUBLE)
         groups.append(Group(source, (b,)))

@@ -13,8 +13,9 @@ import numpy as np
 
 from lepton_jax.compat import source_line
 from lepton_jax.hardware import Topology
-from lepton_jax.planner import assemble
+from lepton_jax.planner import assemble, heap
 from lepton_jax.planner.assemble import Assignment
+from lepton_jax.planner.fusion import size
 from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.layout import itemsize, meets_stored
 from lepton_jax.planner.named import Names
@@ -25,12 +26,14 @@ from lepton_jax.state import by_path, nbytes
 
 __all__ = ["Peak", "Sizes", "Timeline", "describe", "peak", "predict"]
 
-# MiB of memory on the chip beside its HBM that XLA uses for short-lived buffers: `jax.experimental.pallas.tpu`'s chip table
-VECTOR_MEMORY = {"v5e": 128, "v6e": 128, "v5p": 64, "tpu7x": 64, "v4": 16}
-USABLE = 0.8  # of it; the rest is the kernels' own
+# MiB of the memory beside the HBM (`jax.experimental.pallas.tpu`'s chip table) that libtpu gives to buffers: the rest, 16
+# MiB and in a v6e 32 MiB, is the kernels' own
+VECTOR_MEMORY = {"v5e": 112, "v6e": 96, "v5p": 48, "tpu7x": 48}
+# Products: buffers that are kept while no more are computed have the memory beside the HBM before others. This and `heap.TINY`
+# are no figures of libtpu's: they fitted some 35 programs that it compiled the best of those tried.
+SOON = 2
 LASTING = 10  # a buffer is an activation if it is there for more than a tenth of the program
 SHOWN = 12
-LARGEST = 0.65  # of what is usable, that one buffer may take
 
 
 class Sizes:
@@ -99,13 +102,21 @@ class Sizes:
 
     def state(self, trace: Trace, assignment: Assignment, tiled: bool) -> dict[str, int]:
         """Bytes of the state on one device: "params", "optimizer" and "variables", which is all else."""
-        if self._state is None:
-            self._state = _State(trace, self.names, self.extents.shape[1])
-        held = self._state
+        held = self._held(trace)
         local = held.extents / np.array(assignment.counts)[self.storage(assignment)[held.parameters, held.dims]]
         size = held.extents.prod(1)
         each = held.bytes * local.prod(1) / np.maximum(size, 1) * (tiling(local, np.zeros(len(local), bool)) if tiled else 1)
         return {kind: int(each[held.kinds == i].sum()) for i, kind in enumerate(("params", "optimizer", "variables"))}
+
+
+    def moments(self, trace: Trace) -> np.ndarray:
+        """For each parameter, how many arrays of its shape the optimizer keeps."""
+        return self._held(trace).moments
+
+    def _held(self, trace: Trace) -> _State:
+        if self._state is None:
+            self._state = _State(trace, self.names, self.extents.shape[1])
+        return self._state
 
 
 class _State:
@@ -122,15 +133,18 @@ class _State:
         self.dims = np.zeros((len(leaves), rank), np.int64)
         self.bytes = np.array([nbytes(leaf) for leaf in leaves.values()], float)
         self.kinds = np.array([{"params": 0, "optimizer": 1}.get(p.partition("/")[0], 2) for p in leaves])
+        self.moments = np.zeros(len(paths), np.int64)
         for row, (path, leaf) in enumerate(leaves.items()):
             shape = tuple(leaf.shape)
             self.extents[row, :len(shape)] = shape
             kind, _, tail = path.partition("/")
             lies: Any = marks[tail][0] if kind == "params" else (
-                assemble._follow(path, shape, marks)[0] if kind == "optimizer" else ())
+                assemble._follow(path, shape, marks)[0] if kind in ("optimizer", "controller") else ())
             for d, mark in enumerate(lies):
                 if mark:
                     self.parameters[row, d], self.dims[row, d] = mark
+            if kind == "optimizer" and shape and lies[0] and shape == tuple(leaves[paths[lies[0][0]]].shape):
+                self.moments[lies[0][0]] += 1
 
 
 def tiling(shapes: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -168,7 +182,8 @@ class Peak(NamedTuple):
     alive: np.ndarray
 
 
-def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float = 0.0, around: float = 0.0) -> Peak:
+def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float = 0.0, around: float = 0.0,
+         moments: np.ndarray | None = None, stepping: bool = False) -> Peak:
     """The most that is alive at once.
 
     Args:
@@ -176,45 +191,51 @@ def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float =
       kept, used: bytes on one device of each value of the graph (see `Sizes.bytes`).
       vector: bytes of memory beside the HBM.
       around: bytes that are there all the while, in a loop around the program.
+      moments: for each parameter, how many arrays of its shape the optimizer keeps.
+      stepping: whether the program is the body of a loop over steps.
     """
-    each = _sizes(timeline, kept, used)
-    if around and timeline.platform == "tpu":  # added to the sums where they are computed
+    each = _sizes(timeline, kept, used, moments)
+    starts, ends, cuts = timeline.starts, timeline.ends, timeline.cuts
+    if stepping and timeline.tables:  # that loop carries them
+        tables = np.isin(np.arange(len(each)), list(timeline.tables))
+        starts, ends, cuts = (np.where(tables, moment, x) for moment, x in ((0, starts), (timeline.length, ends), (0, cuts)))
+    tpu = timeline.platform == "tpu"
+    if around:  # a loop over micro-batches
+        starts, ends = np.where(timeline.fixed, 0, starts), np.where(timeline.fixed, timeline.length, ends)
+    if around and tpu:  # added to the sums where they are computed
         each = np.where(timeline.summed, 0.0, each)
-    held = _alive(timeline, timeline.ends, each, vector)
+    lying = np.where(heap.beside(starts, ends, np.where(timeline.moved | timeline.across, 0.0, each), vector,
+                                 np.maximum(timeline.products, SOON)), 0.0, each)
+    held = heap.alive(starts, ends, lying, timeline.length)
     moment = int(np.argmax(held))
-    alive = (timeline.starts <= moment) & (moment <= timeline.ends)
-    total = float(held[moment]) + around
-    if timeline.platform == "tpu":
+    total = heap.packed(timeline.platform, starts, ends, lying) + around
+    if tpu:
         # libtpu reports a heap and on top what it takes for fragmentation: the heap less what its own count finds alive,
         # which loses sight of a buffer as soon as a loop takes it in
-        counted = float(_alive(timeline, timeline.cuts, each, vector).max())
+        counted = float(heap.alive(starts, cuts, lying).max())
         total += total - min(total, max(counted, around))
     # gradients that devices sum lie in the HBM, whatever is beside it
-    return Peak(max(total, float(each[timeline.gradients].sum()) + around), moment, each, alive)
+    total = max(total, float(each[timeline.gradients].sum()) + around)
+    return Peak(total, moment, each, (starts <= moment) & (moment <= ends))
 
 
-def _alive(timeline: Timeline, ends: np.ndarray, each: np.ndarray, vector: float) -> np.ndarray:
-    """Bytes in the HBM at each moment."""
-    live = _summed(timeline, ends, each)
-    if not vector:
-        return live
-    small = np.where((each < LARGEST * vector) & ~timeline.moved, each, 0.0)
-    return live - np.minimum(vector, _summed(timeline, ends, small))
-
-
-def _summed(timeline: Timeline, ends: np.ndarray, each: np.ndarray) -> np.ndarray:
-    come, gone = np.bincount(timeline.starts, each, timeline.length), np.bincount(ends + 1, each, timeline.length)
-    return np.cumsum(come - gone)
-
-
-def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Bytes of each buffer."""
+def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray, moments: np.ndarray | None) -> np.ndarray:
+    """Bytes of each buffer, 0 of one that is not there."""
     values, kinds = timeline.values, timeline.kinds
     lying, using = kept[values], used[values]
     gathered = np.where(using > 1.001 * lying, using, 0.0)
     rows = using * timeline.padding if timeline.platform == "tpu" else gathered
     words = lying / timeline.itemsizes * 4
-    return np.choose(kinds, [lying, using, gathered, lying / 2, rows, 2 * using, 2 * gathered, words, lying * timeline.padding])
+    each = np.choose(kinds, [lying, using, gathered, lying / 2, rows, 2 * using, 2 * gathered, words, lying * timeline.padding,
+                             gathered / 2, np.zeros(len(lying))])
+    each[~timeline.made] = 0.0
+    for b, (value, condition) in timeline.conditions.items():
+        whole = used[value] > 1.001 * kept[value]
+        each[b] *= {"gathered": whole, "ungathered": not whole,
+                    "unsplit": used[value] >= size(timeline.graph.values[value])}[condition]
+    for b, parameter in timeline.tables.items():
+        each[b] *= 1 if moments is None else 1 + moments[parameter]
+    return each
 
 
 def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, topology: Topology, *, steps_per_call: int = 1,
@@ -236,10 +257,10 @@ def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, to
     if several and slow_loops(trace, topology):  # straight code, all of which XLA's CPU backend starts at once
         assignment = replace(assignment, micro_batches=1)
     kept, used = sizes.bytes(assignment, tpu)
-    vector = VECTOR_MEMORY.get(topology.chip.name, 0) * 2**20 * USABLE if tpu else 0.0
+    vector = VECTOR_MEMORY.get(topology.chip.name, 0) * 2**20 if tpu else 0.0
     # sums of the gradients, and the batch cut to pieces
     around = float(found["params"] + found["batch"]) if several else 0.0
-    top = peak(timeline, kept, used, vector, around)
+    top = peak(timeline, kept, used, vector, around, sizes.moments(trace), steps_per_call > 1)
     gradients = min(top.bytes, float(top.each[top.alive & timeline.gradients].sum()) + around)
     lasting = top.alive & ~timeline.gradients & (timeline.ends - timeline.starts > timeline.length // LASTING)
     activations = min(top.bytes - gradients, float(top.each[lasting].sum()))

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.hardware import topology
-from lepton_jax.planner import ahead, trace
+from lepton_jax.planner import ahead, heap, trace
 from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.build import fixed
+from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.memory import Sizes, Timeline, describe, peak, predict, tiling
 from lepton_jax.planner.named import Names
 from lepton_jax.program import Program
@@ -60,7 +63,12 @@ def test_prediction_is_what_xla_reports(name, keep):
     found, memory = both(trace(recipe(), inputs, targets), topology("cpu:8"), keep)
     held = sum(found[kind] for kind in ("params", "optimizer", "variables", "batch", "data"))
     assert held == pytest.approx(memory.arguments, rel=1e-3), "arguments are known, not predicted"
-    assert sum(found.values()) == pytest.approx(memory.peak, rel=0.25)
+    assert sum(found.values()) == pytest.approx(memory.peak, rel=0.15)
+
+
+def test_prediction_of_straight_code_that_is_computed_again():
+    found, memory = both(trace(language(), TOKENS, TOKENS), topology("cpu:8"), 1, remat="full")
+    assert sum(found.values()) == pytest.approx(memory.peak, rel=0.15)
 
 
 def test_micro_batches_share_the_activations():
@@ -111,6 +119,92 @@ def test_a_loop_hides_a_buffer_from_what_libtpu_counts():
     timeline = Timeline(traced.gradient("none"), "tpu")
     stacks = [b for b in range(len(timeline.values)) if timeline.owners[b] is not None and timeline.owners[b].name == "scan"]
     assert stacks and all(timeline.cuts[b] < timeline.ends[b] for b in stacks if timeline.starts[b] < timeline.length / 2)
+
+
+def buffers(timeline, *shape):
+    """Buffers that anything makes of values of this shape."""
+    return [b for b in range(len(timeline.values)) if timeline.made[b] and timeline.value(b).shape == shape]
+
+
+def test_a_product_on_tpu_writes_what_its_end_computes():
+    """The gradient behind a relu is written, masked, instead of the product; the relu itself is computed where it is read."""
+    recipe = lepton.Recipe(model=partial(models.MLP, (256, 512, 10)), loss=lepton.losses.cross_entropy,
+                           optimizer=optax.sgd(0.1), batch_size=64)
+    traced = trace(recipe, jax.ShapeDtypeStruct((1, 256), jnp.float32), LABEL)
+    timeline = Timeline(traced.gradient("none"), "tpu")
+    names, assignment = assigned(traced, 0)
+    top = peak(timeline, *Sizes(names.graph, names).bytes(assignment))
+    makers = [timeline.owners[b] for b in buffers(timeline, 64, 512) if top.each[b]]
+    assert [op and op.name for op in makers] == ["dot_general", "select_n"]
+
+
+def test_a_loop_keeps_one_stack_of_what_is_the_same():
+    def loss(params, xs):
+        def step(carry, x):
+            carry = jnp.tanh(carry @ params)
+            return carry, (carry * 2, carry * 2, x.sum())
+        carry, (one, two, _) = jax.lax.scan(step, xs[0], xs)
+        return (one * two).sum() + carry.sum()
+
+    shapes = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((7, 32, 64), jnp.float32)
+    graph = Graph(jax.make_jaxpr(loss)(*shapes), 1, 0)
+    assert len(buffers(Timeline(graph, "tpu"), 7, 32, 64)) == 1
+
+
+@pytest.mark.parametrize("optimizer, arrays", [(optax.sgd(1e-3), 1), (optax.adam(1e-3), 3)])
+def test_narrow_rows_are_copied_with_all_that_the_optimizer_keeps_of_them(optimizer, arrays):
+    recipe = lepton.Recipe(model=partial(models.TwoTower, 4096, 1024, dim=32, hidden=(64,)), loss=lepton.losses.squared_error,
+                           optimizer=optimizer, batch_size=64)
+    traced = trace(recipe, {"user": LABEL, "item": LABEL}, jax.ShapeDtypeStruct((1,), jnp.float32))
+    names, assignment = assigned(traced, 0)
+    timeline, sizes = Timeline(names.graph, "tpu"), Sizes(names.graph, names)
+    top = peak(timeline, *sizes.bytes(assignment), moments=sizes.moments(traced))
+    held = sorted(top.each[b] for b in timeline.tables if timeline.value(b).shape[-1] == 32)
+    assert held == [1024 * 128 * 4 * arrays, 4096 * 128 * 4 * arrays], "rows are as wide as the vector"
+
+
+def test_kernels_are_made_ready_before_a_loop_over_micro_batches():
+    traced = trace(perceptron(65_536), *CASES["mlp"][1:])
+    timeline = Timeline(traced.gradient("none"), "cpu")
+    names, assignment = assigned(traced, 1)
+    bytes_ = Sizes(names.graph, names).bytes(assignment)
+    kernels = [b for b in buffers(timeline, 1024, 1024) if timeline.fixed[b]]
+    assert kernels, "gathered parameters"
+    inside = peak(timeline, *bytes_, around=1.0)
+    alone = peak(timeline, *bytes_)
+    assert inside.alive[kernels].all()
+    assert inside.bytes >= alone.bytes
+
+
+def test_the_order_of_the_program_leaves_gaps_that_the_order_of_size_does_not():
+    starts, ends, sizes = np.array([0, 0, 2]), np.array([1, 9, 9]), np.array([2.0, 1.0, 3.0])
+    assert heap.packed("tpu", starts, ends, sizes) == 6.0
+    assert heap.packed("cpu", starts, ends, sizes) == 4.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12), st.integers(0, 9)), max_size=30),
+       st.sampled_from(["tpu", "cpu", "gpu"]))
+def test_a_heap_holds_what_is_alive_and_no_more_than_all(spans, platform):
+    starts, lasts, sizes = (np.array([s[i] for s in spans], np.int64) for i in range(3))
+    need = heap.packed(platform, starts, starts + lasts, sizes.astype(float))
+    alive = heap.alive(starts, starts + lasts, sizes.astype(float)).max() if spans else 0.0
+    assert alive <= need <= sizes.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8), st.integers(0, 70), st.integers(0, 3)), max_size=20))
+def test_the_memory_beside_is_never_overfull(spans):
+    starts, lasts, sizes, rank = (np.array([s[i] for s in spans], np.int64) for i in range(4))
+    chosen = heap.beside(starts, starts + lasts, sizes.astype(float), 64.0, rank)
+    assert heap.alive(starts, starts + lasts, np.where(chosen, sizes, 0).astype(float)).max() <= 64 if spans else True
+    assert not chosen[sizes > 64].any()
+
+
+def test_the_memory_beside_is_for_what_is_read_soon():
+    starts, ends, sizes = np.array([0, 4]), np.array([9, 5]), np.array([60.0, 50.0])
+    assert heap.beside(starts, ends, sizes, 100.0, np.array([3, 0])).tolist() == [False, True]
+    assert heap.beside(starts, ends, sizes, 100.0, np.array([0, 0])).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("shape, times", [((1024, 1024), 1.0), ((8, 64), 128 / 64), ((2048, 10), 16 / 10),
