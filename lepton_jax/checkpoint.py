@@ -104,6 +104,8 @@ class Checkpoints:
     def set_aside(self, after: int) -> list[int]:
         """Move steps later than `after` into the folder `set_aside` beside this one, so that they can be saved anew."""
         later = [step for step in self.steps() if step > after]
+        if later:
+            self.close()  # Orbax remembers which steps there are
         for step in later:
             place = self.folder.with_name("set_aside")
             place.mkdir(exist_ok=True)

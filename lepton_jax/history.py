@@ -18,6 +18,7 @@ class History:
       names: of the values that each step records.
       evaluations: (step, metrics) of each evaluation.
       status: "finished", "interrupted", "diverged" or "failed".
+      reason: why it ended before its last step, if a policy or a person stopped it.
       seconds: wall time of the fit, compilations included.
       samples: consumed in training.
       data_wait: seconds that the loop waited for data.
@@ -30,6 +31,7 @@ class History:
     names: list[str] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     status: str = "finished"
+    reason: str | None = None
     seconds: float = 0.0
     samples: int = 0
     data_wait: float = 0.0
@@ -37,6 +39,11 @@ class History:
     folder: Path | None = None
     steps: int = 0
     _chunks: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    @property
+    def last(self) -> int:
+        """The step of the last record."""
+        return self.first + self.steps
 
     @property
     def records(self) -> dict[str, np.ndarray]:
@@ -60,6 +67,13 @@ class History:
         self._chunks.append(rows)
         self.steps += len(rows)
 
+    def truncate(self, step: int) -> None:
+        """Leave out what is later than a step, which the run went back to."""
+        self.first, kept = min(self.first, step), max(0, step - self.first)
+        self._chunks = [np.stack(list(self.records.values()), 1)[:kept]]
+        self.steps = kept
+        self.evaluations = [(at, metrics) for at, metrics in self.evaluations if at <= step]
+
     def _rows(self) -> tuple[list[str], list[list[str]]]:
         names = list(self.evaluations[0][1]) if self.evaluations else []
         rows, losses = [], self.records["loss"]
@@ -74,7 +88,8 @@ class History:
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
         rate = f"{self.samples / self.seconds:,.0f} samples/s" if self.seconds else ""
-        return "\n".join([*lines, f"{self.status}: {self.steps} steps in {self.seconds:.1f} s, {rate}"])
+        why = f", {self.reason}" if self.reason else ""
+        return "\n".join([*lines, f"{self.status}: {self.steps} steps in {self.seconds:.1f} s, {rate}{why}"])
 
     def _repr_html_(self) -> str:
         header, rows = self._rows()

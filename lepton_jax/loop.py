@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,10 @@ import numpy as np
 
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.compat import jit_where
+from lepton_jax.controller import fed, released, slowed
+from lepton_jax.controller.journal import Journal
+from lepton_jax.controller.live import Live
+from lepton_jax.controller.rollback import Halt, Rollbacks, find_halt, remember
 from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples
 from lepton_jax.errors import DivergedError
 from lepton_jax.history import History
@@ -35,11 +40,13 @@ class Loop:
     1. A step's record is measured with the parameters before its update.
     2. The position in the data moves with the step, when the step is handed to the devices. A checkpoint of step s
        holds the state after s updates, and the position of the first sample that step s + 1 consumes.
-    3. Where several fall on one step: records are read, then the test set is evaluated, then the state is saved; so
-       a checkpoint knows its evaluation, and no state is saved after a loss that isn't finite.
-    4. An event is on disk before the checkpoint that contains its step begins.
+    3. Where several fall on one step: a person's requests are done, then records are read, then the test set is evaluated,
+       then the state is saved; so a checkpoint knows its evaluation, and no state is saved after a loss that isn't finite.
+    4. An event and a decision is on disk before the checkpoint that contains its step begins.
     5. Nothing waits for a device except the reading of records before an evaluation or a save, the evaluation's
        result, and a call that is `CALLS_IN_FLIGHT` calls ahead of the devices.
+    6. Where a policy asks for a stop or a rollback in step s, the steps handed over since count for nothing: the run ends
+       with the state and the position after s; or it goes on from the last good checkpoint, with the sample after s.
 
     Args:
       program, state, step: what trains, from where.
@@ -48,79 +55,159 @@ class Loop:
       until: the step to reach.
       monitor: receives the events.
       checkpoints: None: nothing is saved.
+      folder: of the run. None: no journal is written.
+      live: passes on a person's requests.
+      kept: what the checkpoint that the run goes on from holds beside state and position.
     """
 
     def __init__(self, program: Program, state: State, step: int, train: Any, test: Any, position: dict[str, Any],
-                 until: int, monitor: Monitor, checkpoints: Checkpoints | None):
+                 until: int, monitor: Monitor, checkpoints: Checkpoints | None, folder: Path | None = None,
+                 live: Live | None = None, kept: dict[str, Any] | None = None):
         self.program, self.state, self.step, self.until = program, state, step, until
-        self.recipe, self.monitor, self.checkpoints = program.recipe, monitor, checkpoints
+        self.recipe, self.monitor, self.checkpoints, self.folder = program.recipe, monitor, checkpoints, folder
         self.train, self.test, self.position = train, test, position
         self.history = History(first=step, names=program.records)
         self.stop_requested = False
-        self._pending: deque[tuple[Any, int, int]] = deque()
+        kept, controller = kept or {}, program.controller
+        self.journal = Journal(folder, controller, program.records, step, until, kept.get("journal"))
+        self.rollbacks = Rollbacks(controller.limits, kept.get("rollbacks"))
+        self._live, self._saved = live, -1
+        self._halt: Halt | None = None
+        self._slow = kept.get("slow")
+        self._stopped: str | None = kept.get("stopped") if step >= until else None
+        self._loader: Any = None
+        self._last_row: np.ndarray | None = None
+        self._jumps = dict(controller.limits.get("jumps", {}))
+        self._pending: deque[tuple[Any, int, int, dict[str, Any]]] = deque()
         self._window: list[np.ndarray] = []
-        self._window_began, self._wait = time.perf_counter(), 0.0
-        self._first, self._epoch, self._order = step, epoch_samples(train), order(self.recipe, train)
+        self._began = self._window_began = time.perf_counter()
+        self._wait = 0.0
+        self._epoch, self._order = epoch_samples(train), order(self.recipe, train)
 
     def run(self) -> History:
-        """Train, evaluate and save until the last step, or until Ctrl-C asks for a stop at the next one."""
-        per_block, batch_size = self.program.plan.steps_per_call, self.recipe.batch_size
-        began, block, offset = time.perf_counter(), None, per_block
-        resident = self.program.plan.data == "resident"
-        loader = Loader(self.train, batch_size=batch_size, steps=per_block, sharding=self.program.block_sharding,
-                        seed=self.recipe.seed, shuffle=self.recipe.shuffle, position=self.position,
-                        blocks=blocks_between(self.step, self.until, per_block), resident=resident)
-        data = self.program.resident(self.train) if resident else None
+        """Train, evaluate and save until the last step, until a policy stops, or until a person asks for a stop."""
+        last = self.step >= self.until
         with _stop_on_interrupt(self):
             try:
-                while self.step < self.until and not self.stop_requested:
-                    if offset == per_block:
-                        waiting = time.perf_counter()
-                        block, offset = next(loader), 0
-                        self._wait += time.perf_counter() - waiting
-                    count = min(per_block - offset, self._next_stop() - self.step)
-                    self.state, records = self.program.train(self.state, block, offset, offset + count, data)
-                    self._pending.append((records, offset, offset + count))
-                    self.step, offset = self.step + count, offset + count
-                    self.position = loader.state((per_block - offset) * batch_size) | self._order
+                self._begin()
+                while not last:
+                    self._hand_over()
+                    if self._live is not None:
+                        self._live.obey(self)
                     last = self.step == self.until or self.stop_requested
                     evaluating, saving = last or self._due("evaluate_every"), last or self._due("save_every")
-                    self._read(everything=evaluating or saving)
-                    metrics = self.evaluate() if evaluating and self.test is not None else None
-                    if saving and self.checkpoints is not None:
-                        self.save(metrics)
+                    self.read(everything=evaluating or saving)
+                    if not self.halted:
+                        self._close_step(evaluating, saving)
+                    if self.halted:
+                        last = self._see_to_halt()
             finally:
-                loader.close()
-                self.history.seconds = time.perf_counter() - began
-                self.history.samples = (self.step - self._first) * batch_size
+                if self._loader is not None:
+                    self._loader.close()
+                self.journal.close()
+                self.history.seconds = time.perf_counter() - self._began
         if self.checkpoints is not None:
             self.checkpoints.wait()
-        self.history.status = "finished" if self.step == self.until else "interrupted"
-        self.history.seconds = time.perf_counter() - began
+        stopped = self.stop_requested and self.step < self.until
+        self.history.status = "interrupted" if stopped else "finished"
+        self.history.seconds = time.perf_counter() - self._began
         return self.history
 
+    def _begin(self) -> None:
+        """What stands before the first step; a run that may be rolled back has a checkpoint to go back to."""
+        self.state = fed(self.state, steps=self.until)
+        if self._slow:  # after a rollback that the checkpoint does not know of
+            self.state = slowed(self.state, *self._slow)
+        self.journal.begin(self.state, self.step)
+        for line in self.journal.undone:
+            self.monitor.event("warning", text=f"{line['who']} asked the run after step {line['step']} to {line['request']}"
+                               f" {line.get('settings', '')}: that is later than the checkpoint, and must be asked again")
+        self._open()
+        if self.rollbacks.most and self.checkpoints is not None and self.step < self.until:
+            self.save(None)
+
+    def _open(self) -> None:
+        """Read data from this position on."""
+        per_block, resident = self.program.plan.steps_per_call, self.program.plan.data == "resident"
+        self._loader = Loader(self.train, batch_size=self.recipe.batch_size, steps=per_block,
+                              sharding=self.program.block_sharding, seed=self.recipe.seed, shuffle=self.recipe.shuffle,
+                              position=self.position, blocks=blocks_between(self.step, self.until, per_block),
+                              resident=resident)
+        self._data = self.program.resident(self.train) if resident else None
+        self._block, self._offset = None, per_block
+
+    def _hand_over(self) -> None:
+        """Hand the devices one call: what is left of a block of steps, up to the next step at which something may be due."""
+        per_block, batch_size = self.program.plan.steps_per_call, self.recipe.batch_size
+        if self.step in self._jumps:
+            self.position = self._jumps.pop(self.step)
+            self._loader.close()
+            self._open()
+        if self._offset == per_block:
+            waiting = time.perf_counter()
+            self._block, self._offset = next(self._loader), 0
+            self._wait += time.perf_counter() - waiting
+        count = min(per_block - self._offset, self._next_stop() - self.step)
+        start, self._offset = self._offset, self._offset + count
+        self.state, records = self.program.train(self.state, self._block, start, self._offset, self._data)
+        self.step += count
+        self.position = self._loader.state((per_block - self._offset) * batch_size) | self._order
+        self._pending.append((records, start, self._offset, self.position))
+
+    def _close_step(self, evaluating: bool, saving: bool) -> None:
+        metrics = self.evaluate() if evaluating and self.test is not None else None
+        if saving and self.checkpoints is not None:
+            self.save(metrics)
+
     def evaluate(self) -> dict[str, float]:
-        """Loss and metrics on the test set, and the event that says so."""
+        """Loss and metrics on the test set, and the event that says so; policies see those of the recipe's cadence alone."""
         began = time.perf_counter()
         metrics = evaluate(self.program, self.state, self.test)
         self.history.evaluations.append((self.step, metrics))
         self.monitor.event("evaluation", step=self.step, samples=epoch_samples(self.test), metrics=metrics,
                            seconds=time.perf_counter() - began)
-        self._window_began += time.perf_counter() - began
+        if self._due("evaluate_every"):
+            self.state = fed(self.state, evaluations=self._evaluations() + 1,
+                             **{f"evaluation_{name}": x for name, x in metrics.items()})
+        self.waited(time.perf_counter() - began)
         return metrics
 
     def save(self, metrics: dict[str, float] | None) -> None:
-        """Begin a checkpoint of this step, unless it is there already."""
+        """Begin a checkpoint of this step, unless it is there already; parameters that are not finite halt the run."""
         assert self.checkpoints is not None
-        if self.step in self.checkpoints.steps():
+        if self.step == self._saved or self.step in self.checkpoints.steps():
             return
         began = time.perf_counter()
         if not _finite(self.state.params):
-            raise self._diverged(f"the update of step {self.step} made parameters that are not finite", self.step)
-        record = {"position": self.position, "plan": self.program.plan.to_json()}
+            self._halt = Halt(self.step, None, None, f"the update of step {self.step} made parameters that are not finite")
+            return
+        record = {"position": self.position, "plan": self.program.plan.to_json(), **self.kept}
         self.checkpoints.save(self.step, self.state, record, metrics)
+        self._saved = self.step
         self.monitor.event("save", step=self.step, seconds=time.perf_counter() - began)
-        self._window_began += time.perf_counter() - began
+        self.waited(time.perf_counter() - began)
+
+    # ---- how it stands --------------------------------------------------------------------------------------------
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint holds beside state, position and plan."""
+        return {"journal": self.journal.lines, "rollbacks": self.rollbacks.kept, "stopped": self._stopped}
+
+    @property
+    def halted(self) -> bool:
+        """Whether the run can't simply go on from here."""
+        return self._halt is not None
+
+    def status(self) -> dict[str, Any]:
+        """For whoever asks: step, the last record that was read, and time."""
+        record = dict(zip(self.program.records, self._last_row.tolist(), strict=True)) if self._last_row is not None else {}
+        return {"until": self.until, "record": record, "rollbacks": self.rollbacks.count,
+                "seconds": time.perf_counter() - self._began}
+
+    def waited(self, seconds: float) -> None:
+        """Take time that the loop stood still out of the steps' time."""
+        self._window_began += seconds
 
     def _due(self, cadence: str) -> bool:
         """Whether this step is one of a cadence's: every so many steps, or the first at or past an epoch's end."""
@@ -134,7 +221,7 @@ class Loop:
 
     def _next_stop(self) -> int:
         """The first step after this one at which something may be due."""
-        stops = [self.until]
+        stops = [self.until, *(step for step in self._jumps if step > self.step)]
         for every in (self.recipe.evaluate_every, self.recipe.save_every, self.recipe.log_every):
             if every:
                 stops.append((self.step // every + 1) * every)
@@ -143,54 +230,97 @@ class Loop:
             stops.append(self.step + math.ceil(left / self.recipe.batch_size))
         return min(stops)
 
-    def _read(self, everything: bool) -> None:
-        """Fetch records that the devices have finished (or all), check them, and report a window when it is time."""
+    def _evaluations(self) -> float:
+        held = getattr(self.state.controller, "fed", {})
+        return float(held["evaluations"]) if "evaluations" in held else 0.0
+
+    # ---- records --------------------------------------------------------------------------------------------------
+
+    def read(self, everything: bool) -> None:
+        """Fetch records that the devices have finished (or all), look whether they halt the run, and report a window when it is
+        time."""
         every = self.recipe.log_every
         due = everything or (self.step % every == 0 if every else
                              time.perf_counter() - self._window_began >= LOG_SECONDS)
-        while self._pending and (everything or len(self._pending) > CALLS_IN_FLIGHT
-                                 or (due and self._pending[0][0].is_ready())):
-            records, start, stop = self._pending.popleft()
-            self._window.append(np.asarray(records)[start:stop])
-            self.history.append(self._window[-1])
-            self._check(self._window[-1])
-        if due and self._window:
+        while self._pending and not self.halted and (everything or len(self._pending) > CALLS_IN_FLIGHT
+                                                     or (due and self._pending[0][0].is_ready())):
+            records, start, stop, position = self._pending.popleft()
+            rows, done = np.asarray(records)[start:stop], self.history.last
+            self._halt = find_halt(rows, self.program.records, self.program.controller, done)
+            if self._halt is not None:
+                surplus = len(rows) - (self._halt.step - done)
+                rows, self.step = rows[:len(rows) - surplus], self._halt.step
+                self.position = position | {"samples": position["samples"] - surplus * self.recipe.batch_size}
+                self._pending.clear()
+            self._window.append(rows)
+            self.history.append(rows)
+            self.history.samples += len(rows) * self.recipe.batch_size
+            self.journal.add(rows)
+        if (due or self.halted) and self._window:
             self._report()
 
     def _report(self) -> None:
-        """The event of the steps read since the last one."""
-        now, rows = time.perf_counter(), np.concatenate(self._window)
-        last = self.history.first + self.history.steps
-        self.monitor.event("steps", first=last - len(rows) + 1, last=last, seconds=now - self._window_began,
+        """The decisions and the event of the steps read since the last one."""
+        now, rows, last = time.perf_counter(), np.concatenate(self._window), self.history.last
+        seconds = now - self._window_began
+        self.journal.flush()
+        self.monitor.event("steps", first=last - len(rows) + 1, last=last, seconds=seconds,
                            data_wait=self._wait, samples=len(rows) * self.recipe.batch_size,
                            records=dict(zip(self.program.records, rows.T.tolist(), strict=True)))
+        so_far = now - self._began
+        self.state = fed(self.state, seconds=so_far, price=so_far / 3600 * (self.program.plan.price_per_hour or 0.0),
+                         data_wait=self._wait / max(seconds, 1e-9))
         self.history.data_wait += self._wait
+        self._last_row = rows[-1]
         self._window, self._window_began, self._wait = [], now, 0.0
 
-    def _check(self, fresh: np.ndarray) -> None:
-        """Raise at the first loss that is not finite and whose update no policy refused.
+    # ---- stopping, going back -------------------------------------------------------------------------------------
 
-        float16 gets over those that a smaller loss scale mends.
-        """
-        bad = ~np.isfinite(fresh[:, 0])
-        if "loss_scale" in self.program.records:
-            bad &= fresh[:, self.program.records.index("loss_scale")] <= 1
-        for name in ("skip", "restore", "rollback"):
-            if name in self.program.records:
-                bad &= fresh[:, self.program.records.index(name)] == 0
-        if not bad.any():
-            return
-        self._report()
-        step = self.history.first + self.history.steps - len(fresh) + int(np.argmax(bad)) + 1
-        raise self._diverged(f"the loss of step {step} is {fresh[np.argmax(bad), 0]}", step)
+    def _see_to_halt(self) -> bool:
+        """End the run with the step that halted it, or go back; returns whether it was the last one."""
+        halt, self._halt = self._halt, None
+        assert halt is not None
+        if halt.knob != "stop":
+            self._go_back(halt)
+            return False
+        self.state = released(self.state)
+        self.history.reason = self._stopped = f"stopped by {halt.policy} at step {halt.step} because {halt.why}"
+        self._close_step(evaluating=True, saving=True)
+        return not self.halted or self._see_to_halt()
 
-    def _diverged(self, what: str, step: int) -> DivergedError:
+    def _go_back(self, halt: Halt) -> None:
+        """Restore the last good checkpoint, with a lower learning rate, and go on with the data behind the step that halted."""
+        if self.rollbacks.count >= self.rollbacks.most or self.checkpoints is None or self.folder is None:
+            raise self._diverged(halt)
+        began, template = time.perf_counter(), jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        self.state = None  # type: ignore[assignment]  # what is restored needs its memory
+        to, state = self.rollbacks.restore(self.checkpoints, template, halt, lambda step, reason: self.monitor.event(
+            "damaged", step=step, reason=reason))
+        self.state = fed(slowed(state, *self.rollbacks.slow), steps=self.until)
+        told = {"step": halt.step, "to": to, "policy": halt.policy, "why": halt.why, "rate": self.rollbacks.slow[0],
+                "count": self.rollbacks.count, "most": self.rollbacks.most}
+        self.journal.rolled_back(**told, position=self.position)
+        self.monitor.event("rollback", **told)
+        self.step = self._saved = to
+        self.journal.begin(self.state, to)
+        self.history.truncate(to)
+        remember(self.folder, {"to": to, "position": self.position, "slow": self.rollbacks.slow, **self.kept})
+        self.checkpoints.set_aside(to)
+        self._loader.close()
+        self._open()
+        self.waited(time.perf_counter() - began)
+
+    def _diverged(self, halt: Halt) -> DivergedError:
         if self.checkpoints is not None:
             self.checkpoints.wait()
         saved = self.checkpoints.steps() if self.checkpoints else []
+        what = halt.why if halt.knob is None else f"{halt.policy} gave up at step {halt.step}: {halt.why}"
+        tried = f" after {self.rollbacks.count} rollbacks: {'; '.join(self.rollbacks.tried)}" if self.rollbacks.tried else ""
+        wanted = "a run that shall go back to a checkpoint needs a run_dir; " if self.rollbacks.most and not self.folder else ""
         return DivergedError(
-            what, where=f"step {step}{_culprit(self.train)}",
-            remedy="lower the learning rate, set clip_norm, or mend the data; "
+            what + tried, where=f"step {halt.step}{_culprit(self.train)}",
+            remedy=f"{wanted}lower the learning rate, set clip_norm, or mend the data; "
                    + (f"step {saved[-1]} is the last committed checkpoint" if saved else "no checkpoint was committed"))
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
 
 MOMENTS = ("mu", "trace")  # first moments, by the names that Optax's states have for them
+MOVES = ("reshape", "transpose", "broadcast_in_dim", "convert_element_type", "squeeze", "neg")
 FORMING = ("b1", "b2", "momentum")  # `1 - b1` of a traced float32 is not that of a Python float
 
 
@@ -53,8 +54,9 @@ class Optimizer(NamedTuple):
     Attributes:
       base: the knobs that it has, with the recipe's values; a learning rate that is a schedule is NaN there.
       init: params to its state.
-      update: (gradients, state, params, knobs, value) to (params, state) after the update; `knobs` maps names to float32 scalars: the
-        learning rate must be there if the base has it and it is not 1; others only where they may differ from the base.
+      update: (gradients, state, params, knobs, value) to (params, state) after the update; `knobs` maps names to float32
+        scalars: the learning rate must be there if the base has it and it is not 1; others only where they may differ from
+        the base.
     """
 
     base: dict[str, float]
@@ -136,9 +138,11 @@ def _switching(recipe: Recipe, given: Switchable) -> Optimizer:
     def init(params: Any) -> Any:
         return {"index": jnp.int32(0), "each": tuple(o.init(params) for o in each)}
 
+    base = {n: x for o in reversed(each) for n, x in o.base.items()}
+
     def update(gradients: Any, state: Any, params: Any, knobs: Mapping[str, Any], value: Any) -> Any:
-        index, before = jnp.int32(knobs["optimizer"]), state["index"]
-        knobs = {n: x for n, x in knobs.items() if n == "learning_rate"}
+        before = state["index"]
+        index = jnp.int32(knobs["optimizer"]) if "optimizer" in knobs else before
 
         def branch(k: int) -> Callable[[], Any]:
             def run() -> Any:
@@ -147,14 +151,22 @@ def _switching(recipe: Recipe, given: Switchable) -> Optimizer:
                 if given.carry:
                     fresh = _with_moment(fresh, [_moment(s) for s in old], before)
                 begun = jax.tree.map(lambda n, o: jnp.where(before != k, n, o), fresh, old[k])
-                moved, after = each[k].update(gradients, begun, params, knobs, value)
+                mine = {n: _own(n, x, base[n], each[k].base[n]) for n, x in knobs.items() if n in each[k].base}
+                moved, after = each[k].update(gradients, begun, params, mine, value)
                 return moved, (*old[:k], after, *old[k + 1:])
             return run
 
         moved, states = jax.lax.switch(index, [branch(k) for k in range(len(each))])
         return moved, {"index": index, "each": states}
 
-    return Optimizer({"learning_rate": each[0].base["learning_rate"], "optimizer": 0.0}, init, update)
+    return Optimizer({**base, "optimizer": 0.0}, init, update)
+
+
+def _own(name: str, knob: Any, base: float, own: float) -> Any:
+    """A knob of one of several optimizers, whose own value may be another than the base, which is the first's."""
+    if own == base or name == "learning_rate":
+        return knob
+    return jnp.where(knob == jnp.float32(base), own, knob) if name in FORMING or not base else own * (knob / base)
 
 
 def _moment(state: Any) -> Any:
@@ -171,7 +183,8 @@ def _with_moment(fresh: Any, moments: list[Any], before: Any) -> Any:
     mine = _moment(fresh)
     if mine is None or all(m is None for m in moments):
         return fresh
-    alike = [mine if m is None or jax.tree.structure(m) != jax.tree.structure(mine) else m for m in moments]
+    form: Any = jax.tree.structure(mine)
+    alike = [mine if m is None or form != jax.tree.structure(m) else m for m in moments]
     chosen = jax.tree.map(lambda *xs: jax.lax.select_n(before, *(x.astype(xs[0].dtype) for x in xs)), *alike)
     name = next(n for n in MOMENTS if optax.tree_utils.tree_get_all_with_path(fresh, n))
     return optax.tree_utils.tree_set(fresh, **{name: chosen})
@@ -196,35 +209,58 @@ def _takes_tracers(make: Callable) -> bool:
 
 
 def _scaled_further(make: Callable) -> bool:
-    """Whether the update times the rate is multiplied again, as in Adafactor: XLA joins constant factors, but not tracers."""
-    params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    """Whether the update has another constant factor than the rate: before it, as in Muon, or after it, as in Adafactor.
+
+    XLA joins constant factors, but not tracers.
+    """
+    params = {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)}
 
     def run(rate: Any, params: Any) -> Any:
         whole = _checked(_call(make, rate))
-        return whole.update(params, whole.init(params), params, value=jnp.float32(0))[0]
-
-    def walk(jaxpr: Any, rates: list[bool], reached: list[bool]) -> tuple[list[bool], list[bool], bool]:
-        rate = dict(zip(jaxpr.invars, rates, strict=True))  # what holds the rate alone
-        hold = dict(zip(jaxpr.invars, reached, strict=True))  # what holds an update times the rate
-        of = lambda known, v: not hasattr(v, "val") and known.get(v, False)  # noqa: E731
-        again = False
-        for eqn in jaxpr.eqns:
-            r, h = [of(rate, v) for v in eqn.invars], [of(hold, v) for v in eqn.invars]
-            inner = next((p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")), None)
-            if inner is not None and len(getattr(inner, "jaxpr", inner).invars) == len(eqn.invars):
-                outs = walk(getattr(inner, "jaxpr", inner), r, h)
-                again |= outs[2]
-                rate.update(zip(eqn.outvars, outs[0], strict=True))
-                hold.update(zip(eqn.outvars, outs[1], strict=True))
-                continue
-            alone = all(x or hasattr(v, "val") for x, v in zip(r, eqn.invars, strict=True)) and any(r)
-            again |= any(h) and eqn.primitive.name in ("mul", "div") and not any(hasattr(v, "val") for v in eqn.invars)
-            for out in eqn.outvars:
-                rate[out], hold[out] = alone, (any(r) and not alone) or any(h)
-        return [of(rate, v) for v in jaxpr.outvars], [of(hold, v) for v in jaxpr.outvars], again
+        with updating():
+            return whole.update(params, whole.init(params), params, value=jnp.float32(0))[0]
 
     jaxpr = jax.make_jaxpr(run)(jnp.float32(1), params).jaxpr
-    return walk(jaxpr, [True] + [False] * 2, [False] * 3)[2]
+    return _factors(jaxpr, ["rate"] + [""] * (len(jaxpr.invars) - 1))[1]
+
+
+def _factors(jaxpr: Any, kinds: list[str]) -> tuple[list[str], bool]:
+    """What each result of a jaxpr is, given what its arguments are, and whether the rate meets another constant factor.
+
+    The kinds: "constant"; "rate", alone; "scaled", whose last factor is a constant; "update", times the rate; "" other.
+    """
+    known = dict(zip(jaxpr.invars, kinds, strict=True))
+    of = lambda v: "constant" if hasattr(v, "val") else known.get(v, "constant")  # noqa: E731  (what is closed over is, too)
+    again = False
+    for eqn in jaxpr.eqns:
+        into = [of(v) for v in eqn.invars]
+        inner = next((getattr(p, "jaxpr", p) for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")), None)
+        if inner is not None and (len(inner.invars), len(inner.outvars)) == (len(eqn.invars), len(eqn.outvars)):
+            outs, met = _factors(inner, into)
+            again |= met
+            known.update(zip(eqn.outvars, outs, strict=True))
+            continue
+        product, found = eqn.primitive.name in ("mul", "div"), set(into)
+        literal = any(hasattr(v, "val") for v in eqn.invars)
+        again |= product and ({"rate", "scaled"} <= found or ("update" in found and not literal))
+        if found <= {"constant"}:
+            out = "constant"
+        elif found <= {"constant", "rate"}:
+            out = "rate"
+        elif found & {"rate", "update"}:
+            out = "update"
+        elif (product and "constant" in found) or (eqn.primitive.name in MOVES and "scaled" in found):
+            out = "scaled"
+        else:
+            out = ""
+        known.update(dict.fromkeys(eqn.outvars, out))
+    return [of(v) for v in jaxpr.outvars], again
+
+
+def updating() -> pointing_at_user:
+    """Context in which a fault of an optimizer's update is told as one of the recipe's."""
+    return pointing_at_user("the optimizer's update", "give an Optax transformation that needs gradients, parameters and the "
+                            "loss's value alone", where="Recipe.optimizer", kind=RecipeError)
 
 
 def _call(make: Callable, rate: Any, **moved: Any) -> Any:

@@ -176,7 +176,8 @@ class Program:
         after, controller, record = self.controller.update(state.step, state.controller, before, variables, gradients, values,
                                                            parts)
         values |= record
-        state = State(state.step + 1, after.params, after.variables, after.optimizer, controller, state.key)
+        on = ~state.controller.halted if self.controller.halts else 1
+        state = State(state.step + on, after.params, after.variables, after.optimizer, controller, state.key)
         return state, jnp.stack([jnp.asarray(values[name], jnp.float32) for name in self.records])
 
     def _gradients(self, state: State, batch: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any, Any]:

@@ -21,6 +21,8 @@ import numpy as np
 
 from lepton_jax import losses
 from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.controller.live import Live
+from lepton_jax.controller.rollback import recalled
 from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples, from_any, sample
 from lepton_jax.errors import (
     CheckpointError,
@@ -86,6 +88,7 @@ class Trainer:
         self.state: State | None = None
         self.step = 0
         self._position: dict[str, Any] = {"samples": 0, "grain": None}
+        self._kept: dict[str, Any] = {}
         self._trained_on: Any = None
         self._resumed = False
 
@@ -119,7 +122,7 @@ class Trainer:
         """Train, evaluate and save as the recipe says; what is given here goes before the recipe's.
 
         Without `epochs` and `steps` training goes on to the recipe's total, so a resumed run ends where the whole run
-        would have. With either of them it goes on for that much more.
+        would have; one that a policy has stopped stays where it is. With either of them it goes on for that much more.
 
         Raises:
           DivergedError: a loss is not finite. The last committed checkpoint is from before it.
@@ -147,6 +150,8 @@ class Trainer:
         self._settle_position(given, order(self.recipe, train))
         more = epochs is not None or steps is not None
         until = self._steps(train, epochs, steps) if more else self._steps(train, self.recipe.epochs, self.recipe.steps)
+        if self._kept.get("stopped") and not more:
+            until = self.step
         return self._run(program, train, test, until + self.step if more else max(until, self.step))
 
     def evaluate(self, test: Any = None) -> Any:
@@ -193,7 +198,8 @@ class Trainer:
         self._describe(fresh)
         checkpoints = Checkpoints(fresh / "checkpoints", keep=1)
         checkpoints.save(self.step, self._state(self.program),
-                         {"position": self._position, "plan": self.program.plan.to_json()})
+                         {"position": self._position, "plan": self.program.plan.to_json(),
+                          "rollbacks": self._kept.get("rollbacks")})
         checkpoints.close()
         if folder.exists():
             folder.rename(old)
@@ -219,7 +225,10 @@ class Trainer:
         else:
             state, record = checkpoints.restore(step, template)
         checkpoints.close()
+        own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
+        record = recalled(folder, step, record) if own else record
         self.step, self.state, self._position = step, state, record["position"]
+        self._kept = {name: record.get(name) for name in ("rollbacks", *(("journal", "stopped", "slow") if own else ()))}
         return self
 
     def resume(self) -> Trainer:
@@ -252,17 +261,21 @@ class Trainer:
 
     def _run(self, program: Program, train: Any, test: Any, until: int) -> History:
         monitor = self._monitor = Monitor(self.run_dir, self._sinks)
-        checkpoints, loop = None, None
+        checkpoints, loop, live = None, None, None
         status = "failed"
         reason: BaseException | None = None
         try:
             if self.run_dir is not None:
+                live = Live(self.run_dir) if jax.process_index() == 0 else None
+                if "journal" not in self._kept:  # not of this run: it begins anew
+                    (self.run_dir / "rollback.json").unlink(missing_ok=True)
                 self._describe(self.run_dir)
                 checkpoints = Checkpoints(self.run_dir / "checkpoints", self.recipe.keep, self.recipe.best)
             self._announce(program, train, until)
             for later in checkpoints.set_aside(self.step) if checkpoints else ():
                 monitor.event("warning", text=f"the checkpoint of step {later} is later than this run; moved to set_aside/")
-            loop = Loop(program, self._state(program), self.step, train, test, self._position, until, monitor, checkpoints)
+            loop = Loop(program, self._state(program), self.step, train, test, self._position, until, monitor, checkpoints,
+                        self.run_dir, live, {"journal": 0, **self._kept})
             loop.run()
             status = loop.history.status
         except DivergedError as error:
@@ -274,9 +287,13 @@ class Trainer:
         finally:
             try:
                 if loop is not None:
-                    self.state, self.step, self._position = loop.state, loop.step, loop.position
+                    self.state, self.step, self._position, self._kept = loop.state, loop.step, loop.position, loop.kept
+                    if self.state is None:  # the checkpoints that it should go back to can't be read
+                        self.step, self._position, self._kept = 0, {"samples": 0, "grain": None}, {}
                     self._conclude(loop.history, program, status, reason)
             finally:
+                if live is not None:
+                    live.close(status)
                 monitor.close()
                 self._monitor = Monitor(None)
                 # a save on its way may end, and the report is written; should they fail too, what failed before is told
@@ -303,7 +320,8 @@ class Trainer:
     def _conclude(self, history: History, program: Program, status: str, reason: BaseException | None) -> None:
         history.status, history.folder = status, self.run_dir
         history.compilations = sum(c.program == "train" for c in program.compilations)
-        why = {} if reason is None else {"reason": getattr(reason, "what", None) or repr(reason)}
+        why = {"reason": history.reason} if history.reason else {}
+        why = why if reason is None else {"reason": getattr(reason, "what", None) or repr(reason)}
         rate = history.samples / history.seconds if history.seconds else None
         self._monitor.event("end", status=status, steps=history.steps, step=self.step, seconds=history.seconds,
                             samples_per_second=rate, compilations=history.compilations,

@@ -323,7 +323,8 @@ FOLDERS = [
         CheckpointError, "checkpoints/2", "model and optimizer",
         "surplus in the checkpoint: optimizer/0/mu/layer/bias float32[3]"),
     Bad("load-another-precision", settled(lambda t, folder: trainer(precision="float16").load(t.save(folder / "a"))),
-        CheckpointError, "checkpoints/2", "model and optimizer", "missing in the checkpoint: scale/value float32[]"),
+        CheckpointError, "checkpoints/2", "model and optimizer",
+        "missing in the checkpoint: controller/base/loss_scale float32[]"),
     Bad("load-without-shapes", settled(lambda t, folder: write(t.save(folder / "a") / "recipe.json", "[]") and trainer(
         train=None).load(folder / "a")), CheckpointError, "a", "folder of a run", "recipe.json"),
     Bad("resume-without-folder", lambda _: trainer().resume(), CheckpointError, "Trainer", "run_dir"),

@@ -214,11 +214,12 @@ class Journal:
         os.close(self._file)
 
 
-def _trainer(case: Case, x: np.ndarray, y: np.ndarray, sinks: Any = (), shuffle: bool = True) -> lepton.Trainer:
+def _trainer(case: Case, x: np.ndarray, y: np.ndarray, sinks: Any = (), shuffle: bool = True,
+             controller: Any = ()) -> lepton.Trainer:
     return lepton.Trainer(lepton.Recipe(
         model=case.model, loss=lepton.losses.cross_entropy, optimizer=case.optimizer, learning_rate=case.learning_rate,
         metrics={"accuracy": lepton.metrics.accuracy}, train=lepton.data.Arrays(x, y), batch_size=case.batch_size,
-        seed=SEED, shuffle=shuffle, evaluate_every=NEVER, save_every=NEVER), devices=1, sinks=sinks)
+        seed=SEED, shuffle=shuffle, evaluate_every=NEVER, save_every=NEVER, controller=controller), devices=1, sinks=sinks)
 
 
 def _fit(trainer: lepton.Trainer, steps: int) -> None:

@@ -4,14 +4,31 @@ A policy is two pure functions; `chain` puts several together; `Recipe.controlle
 `lepton_jax.controllers`.
 """
 
-from lepton_jax.controller.core import Controller, ControllerState, Pieces, fed, released, served, set_base
+from lepton_jax.controller.adaptive import adaptive
+from lepton_jax.controller.adjustable import adjustable
+from lepton_jax.controller.averaging import averaging
+from lepton_jax.controller.batch_growth import batch_growth
+from lepton_jax.controller.clipping import clip_by_history
+from lepton_jax.controller.conformance import Conformance, conformance
+from lepton_jax.controller.core import Controller, ControllerState, Pieces, fed, released, served, set_base, slowed
+from lepton_jax.controller.decay import decay
+from lepton_jax.controller.guard import guard
+from lepton_jax.controller.journal import read_journal
 from lepton_jax.controller.knobs import KNOBS, Knob, settable
+from lepton_jax.controller.learning_free import learning_free
 from lepton_jax.controller.loss_scaling import loss_scaling
+from lepton_jax.controller.plateau import plateau
 from lepton_jax.controller.policy import Policy, chain
+from lepton_jax.controller.replay import replay
 from lepton_jax.controller.signals import SIGNALS, norm
+from lepton_jax.controller.switch import switch_optimizer
+from lepton_jax.controller.target import until
+from lepton_jax.controller.warmup import warmup
 from lepton_jax.optimizers import switchable
 
 __all__ = [
-    "KNOBS", "SIGNALS", "Controller", "ControllerState", "Knob", "Pieces", "Policy", "chain", "fed", "loss_scaling", "norm",
-    "released", "served", "set_base", "settable", "switchable",
+    "KNOBS", "SIGNALS", "Conformance", "Controller", "ControllerState", "Knob", "Pieces", "Policy", "adaptive", "adjustable",
+    "averaging", "batch_growth", "chain", "clip_by_history", "conformance", "decay", "fed", "guard", "learning_free",
+    "loss_scaling", "norm", "plateau", "read_journal", "released", "replay", "served", "set_base", "settable", "slowed",
+    "switch_optimizer", "switchable", "until", "warmup",
 ]

@@ -22,7 +22,7 @@ import optax
 from lepton_jax import optimizers, precision
 from lepton_jax.controller import knobs as knobs_
 from lepton_jax.controller.loss_scaling import loss_scaling
-from lepton_jax.controller.policy import chain
+from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import Signals
 from lepton_jax.errors import RecipeError, pointing_at_user
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
 
 IN_FORWARD = ("loss_scale", "dropout")
+UNSHOWN = ("step", "progress", "batch_size")  # what a record's place says already
 
 
 class ControllerState(NamedTuple):
@@ -38,15 +39,16 @@ class ControllerState(NamedTuple):
     Attributes:
       base: the knobs as the recipe or a person set them, float32 (); a learning rate that is a schedule is NaN.
       knobs: as they were in the last step.
-      contributions: of each (policy, knob) in the last step, float32 (moves,).
+      contributions: of each (policy, knob) in the last step, float32 (moves,); or () without any.
       policies: the state of each.
       signals: the moving means.
       fed: what the host measured, float32 ().
       updates: of the parameters so far, int32.
       halted: whether a stop or a rollback is asked for; nothing changes until the host has seen to it.
+      rate: factor of the learning rate, what it grows to and by how much a step, float32 (3,): see `slowed`.
       accumulated: (mean gradient, batches in it), or ().
       average: (parameters, variables), averaged; or ().
-      anchor: (parameters, variables, optimizer state), or ().
+      anchor: `Pieces`: parameters, and variables and optimizer state where they may be restored; or ().
     """
 
     base: dict[str, Any]
@@ -57,6 +59,7 @@ class ControllerState(NamedTuple):
     fed: dict[str, Any]
     updates: Any
     halted: Any
+    rate: Any
     accumulated: Any
     average: Any
     anchor: Any
@@ -86,7 +89,8 @@ class Controller:
         self.recipe = recipe
         self.optimizer = optimizers.build(recipe)
         implied = (loss_scaling(),) if recipe.precision == "float16" else ()
-        self.policies = chain(*implied, recipe.controller)
+        self.policies = _named(chain(*implied, recipe.controller))
+        self.limits = next((p.limits for p in self.policies if p.limits), {})
         self.moves = [(p, knob) for p in range(len(self.policies)) for knob in self.policies[p].moves]
         self.metrics = tuple(recipe.metrics)
         watched = [name for p in self.policies for name in p.watches]
@@ -94,21 +98,25 @@ class Controller:
         self.base = self._bases()
         for name in [name for _, name in self.moves]:
             if name not in self.base and knobs_.KNOBS[name].combine != "any":
-                raise RecipeError(f"a policy moves {name}, which the optimizer does not take by that name", where="Recipe.optimizer",
+                raise RecipeError(f"a policy moves {name}, which the optimizer does not take by that name",
+                                  where="Recipe.optimizer",
                                   remedy=f"give optimizer=functools.partial(optax.adamw, {name}=...), or another policy")
+        for policy in self.policies:
+            policy.check(recipe, self.optimizer)
         self.flags = sorted({knob for _, knob in self.moves if knobs_.KNOBS[knob].combine == "any"})
         self.halts = any(knob in ("stop", "rollback") for _, knob in self.moves)
-        self.anchored = self.signals.needs_anchor or any(knob in ("anchor", "restore") for _, knob in self.moves)
-        self.shown = [name for name in dict.fromkeys(watched) if name not in ("loss", *self.metrics, "step", "progress")]
+        self.restores = any(knob in ("anchor", "restore") for _, knob in self.moves)
+        self.anchored = self.signals.needs_anchor or self.restores
+        self.shown = [name for name in dict.fromkeys(watched) if name not in ("loss", *self.metrics, *UNSHOWN)]
         self.records = [*self._visible(), *self.shown, *(f"{self.policies[p].name}:{k}" for p, k in self.moves)]
-        self.limits = next((p.limits for p in self.policies if p.limits), {})
 
     def _bases(self) -> dict[str, float]:
         recipe, moved = self.recipe, {knob for _, knob in self.moves}
         own = self.optimizer.base
+        moved |= {"learning_rate"} & own.keys() if "rate" in self.limits else set()
         base = {n: x for n, x in own.items() if n in moved or (n == "learning_rate" and (recipe.learning_rate is not None))}
         given = {"clip_norm": recipe.clip_norm or float("inf"), "accumulate": 1.0, "dropout": 1.0, "averaging_decay": 0.0,
-                 "loss_scale": precision.START if recipe.precision == "float16" else 1.0}
+                 "gradient_weight": 1.0, "loss_scale": precision.START if recipe.precision == "float16" else 1.0}
         wanted = moved | ({"clip_norm"} if recipe.clip_norm is not None else set())
         return base | {n: x for n, x in given.items() if n in wanted}
 
@@ -125,17 +133,18 @@ class Controller:
             return optimizer, ()
         copied = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731  (a donated state must hold no array twice)
         moved, names = {knob for _, knob in self.moves}, [*self.base, *self.flags]
-        neutral = jnp.asarray([knobs_.neutral(k) for _, k in self.moves], jnp.float32)
+        neutral = jnp.asarray([_neutral(self.policies[p], k) for p, k in self.moves], jnp.float32) if self.moves else ()
         return optimizer, ControllerState(
             base={n: jnp.float32(x) for n, x in self.base.items()},
             knobs={n: jnp.float32(self.base.get(n, 0.0)) for n in names},
             contributions=neutral, policies=tuple(jax.tree.map(jnp.asarray, p.init()) for p in self.policies),
             signals=self.signals.init(params),
             fed={n: jnp.float32(float("nan") if n.startswith("evaluation_") else 0) for n in ("steps", *self.signals.fed)},
-            updates=jnp.int32(0), halted=jnp.bool_(False),
+            updates=jnp.int32(0), halted=jnp.bool_(False), rate=jnp.asarray([1, 1, 0], jnp.float32),
             accumulated=(jax.tree.map(jnp.zeros_like, params), jnp.int32(0)) if "accumulate" in moved else (),
             average=copied((params, floats(variables))) if "averaging_decay" in moved else (),
-            anchor=copied(Pieces(params, variables, optimizer)) if self.anchored else ())
+            anchor=() if not self.anchored else copied(Pieces(params, variables, optimizer) if self.restores else
+                                                       Pieces(params, (), ())))
 
     def forward_knobs(self, state: Any) -> dict[str, Any]:
         """The knobs that act in the forward pass: of the step before."""
@@ -162,17 +171,23 @@ class Controller:
         if not self.policies and not self.base:
             pieces = self._apply(before, after, gradients, {}, values["loss"])
             return pieces, state, {name: self._scheduled(step) for name in self.records}
-        given = {"step": step, "updates": state.updates, "progress": (step + 1) / jnp.maximum(state.fed["steps"], 1), **values,
-                 **{n: x for n, x in state.fed.items() if n != "steps"}}
+        steps = state.fed["steps"]
+        given = {"step": step, "updates": state.updates, "progress": jnp.where(steps > 0, (step + 1) / steps, jnp.nan),
+                 "batch_size": self.recipe.batch_size, **values, **{n: x for n, x in state.fed.items() if n != "steps"},
+                 "base_rate": self._base_rate(state), "gradient_weight": state.knobs.get("gradient_weight", jnp.float32(1))}
         signals, smoothed = self.signals.measure(state.signals, given, before.params, gradients,
                                                  state.anchor.params if self.anchored else (), parts)
         contributions, policies = self._consult(signals, state)
         knobs = self._knobs(state, contributions)
         pieces, more, applied = self._moved(state, before, after, gradients, knobs, values["loss"])
         fresh = state._replace(knobs=knobs, contributions=contributions, policies=policies,
-                               signals=self.signals.updated(smoothed, before.params, pieces.params, applied), updates=state.updates + applied, **more)
+                               signals=self.signals.updated(smoothed, before.params, pieces.params, applied),
+                               updates=state.updates + applied, **more)
         record = {**knobs, **{n: signals[n] for n in self.shown}}
         record |= dict(zip(self.records[len(self.records) - len(self.moves):], contributions, strict=True))
+        if "rate" in self.limits:
+            now, later, growth = state.rate
+            fresh = fresh._replace(rate=jnp.stack([jnp.minimum(now + growth, later), later, growth]))
         if self.halts:  # steps that were on their way when the run was halted count for nothing
             asked = jnp.stack([knobs[n] > 0 for n in ("stop", "rollback") if n in knobs]).any()
             fresh = _where(state.halted, state, fresh._replace(halted=asked))
@@ -190,16 +205,22 @@ class Controller:
                     raise RecipeError(f"it moves {surplus[0]!r}, which is not among its moves", where=policy.name,
                                       remedy="name every knob that it moves in Policy.moves")
                 states.append(_as(after, held, policy.name))
-            contributions += [jnp.asarray(moves.get(k, knobs_.neutral(k)), jnp.float32) for k in policy.moves]
+            contributions += [jnp.asarray(moves.get(k, _neutral(policy, k)), jnp.float32) for k in policy.moves]
         return jnp.stack(contributions) if contributions else state.contributions, tuple(states)
+
+    def _base_rate(self, state: ControllerState) -> Any:
+        base = state.base.get("learning_rate", jnp.float32(1))
+        return jnp.where(jnp.isnan(base), self._scheduled(state.updates), base) if callable(self.recipe.learning_rate) else base
 
     def _knobs(self, state: ControllerState, contributions: Any) -> dict[str, Any]:
         knobs = {}
         for name in state.knobs:
-            base = state.base.get(name, jnp.float32(0))
-            if name == "learning_rate" and callable(self.recipe.learning_rate):
-                base = jnp.where(jnp.isnan(base), self._scheduled(state.updates), base)
-            knobs[name] = knobs_.combined(name, base, [contributions[i] for i, (_, k) in enumerate(self.moves) if k == name])
+            base = self._base_rate(state) if name == "learning_rate" else state.base.get(name, jnp.float32(0))
+            if name == "learning_rate" and "rate" in self.limits:
+                base = base * state.rate[0]
+            mine = [(contributions[i], self.policies[p].absolute) for i, (p, k) in enumerate(self.moves) if k == name]
+            knobs[name] = knobs_.combined(name, base, [c for c, absolute in mine if not absolute],
+                                          [c for c, absolute in mine if absolute])
         return knobs
 
     def _scheduled(self, updates: Any) -> Any:
@@ -222,11 +243,11 @@ class Controller:
             pieces = jax.lax.cond(applied, lambda: self._apply(before, after, whole, knobs, loss), lambda: waiting)
             pieces = pieces._replace(variables=_where(taken, pieces.variables, before.variables))
             more["accumulated"] = (whole, jnp.where(applied, 0, count))
-        else:
+        else:  # not a select: XLA would fuse it into the update, and round that otherwise
             applied = jnp.bool_(True) if taken is None else taken
-            pieces = self._apply(before, after, gradients, knobs, loss)
-            pieces = _where(taken, pieces, before)
-        if self.anchored:
+            update = lambda: self._apply(before, after, gradients, knobs, loss)  # noqa: E731
+            pieces = update() if taken is None else jax.lax.cond(taken, update, lambda: before)
+        if self.restores:
             back = (knobs["restore"] > 0) & ~state.halted if "restore" in knobs else jnp.bool_(False)
             pieces = _where(back, state.anchor, pieces)
             if "accumulate" in knobs:
@@ -237,15 +258,18 @@ class Controller:
             decay, now = knobs["averaging_decay"], (pieces.params, floats(pieces.variables))
             moving = jax.tree.map(lambda a, x: x + (decay * (a - x)).astype(x.dtype), state.average, now)
             more["average"] = _where(applied, moving, state.average)
-            if self.anchored:
+            if self.restores:
                 more["average"] = _where(back, now, more["average"])
         return pieces, more, applied
 
     def _apply(self, before: Pieces, after: Any, gradients: Any, knobs: Mapping[str, Any], loss: Any) -> Pieces:
         if "clip_norm" in knobs:  # optax's own formula: below the threshold it is the gradient, to the bit
-            gradients, _ = optax.clip_by_global_norm(knobs["clip_norm"]).update(gradients, optax.EmptyState())
-        with pointing_at_user("the optimizer's update", "give an Optax transformation that needs gradients, parameters and "
-                              "the loss's value alone", where="Recipe.optimizer", kind=RecipeError):
+            clip = lambda g: optax.clip_by_global_norm(knobs["clip_norm"]).update(g, optax.EmptyState())[0]  # noqa: E731
+            if self.recipe.clip_norm is not None:
+                gradients = clip(gradients)
+            else:  # plain Optax would not clip: the gradient is left whole, as above
+                gradients = jax.lax.cond(optax.tree.norm(gradients) < knobs["clip_norm"], lambda g: g, clip, gradients)
+        with optimizers.updating():
             params, optimizer = self.optimizer.update(gradients, before.optimizer, before.params, knobs, loss)
         return Pieces(params, after, optimizer)
 
@@ -274,6 +298,13 @@ def set_base(state: Any, **values: float) -> Any:
     return _written(state, "base", values)
 
 
+def slowed(state: Any, factor: float, later: float | None = None, steps: int = 1) -> Any:
+    """A `State` whose learning rate is `factor` times its base, and grows to `later` times it over so many steps."""
+    held, later = state.controller, factor if later is None else later
+    rate = np.array([factor, later, (later - factor) / steps], np.float32)
+    return _replaced(state, held._replace(rate=jax.device_put(rate, held.rate.sharding)))
+
+
 def released(state: Any) -> Any:
     """A `State` that goes on after the host saw to a stop or a rollback."""
     held = state.controller
@@ -289,6 +320,19 @@ def _written(state: Any, part: str, values: Mapping[str, float]) -> Any:
     return _replaced(state, held._replace(**{part: old | fresh})) if fresh else state
 
 
+def _neutral(policy: Policy, knob: str) -> float:
+    return float("nan") if policy.absolute else knobs_.neutral(knob)
+
+
+def _named(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+    """The policies under names of their own: a second "plateau" is "plateau_2"."""
+    named: list[Policy] = []
+    for policy in policies:
+        count = 1 + [p.name for p in policies[:len(named)]].count(policy.name)
+        named.append(policy._replace(name=f"{policy.name}_{count}") if count > 1 else policy)
+    return tuple(named)
+
+
 def _replaced(state: Any, controller: ControllerState) -> Any:
     return dataclasses.replace(state, controller=controller)
 
@@ -300,7 +344,8 @@ def _where(condition: Any, new: Any, old: Any) -> Any:
 
 def _as(after: Any, before: Any, name: str) -> Any:
     """A policy's state with the dtypes that it had, or an error that says what changed."""
-    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    old: Any = jax.tree.structure(before)
+    new = jax.tree.structure(after)
     if old != new:
         raise RecipeError(f"its state changed from {old} to {new}", where=name,
                           remedy="return a state of the form that init made")

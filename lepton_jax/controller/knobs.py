@@ -8,7 +8,7 @@ only where policies set the same knob.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -46,12 +46,18 @@ KNOBS = {
     "loss_scale": Knob("set", 2.0**-14, 2.0**24, "factor of the loss before its gradient is taken (float16)"),
     "averaging_decay": Knob("set", 0, 1, "decay of the moving average of the parameters, which is what is evaluated and "
                                          "served; with 0 the average is the parameters"),
+    "gradient_weight": Knob("set", 0, math.inf, "weight of the next step's gradient in the sum behind the signal "
+                                                "gradient_sum_norm"),
     "skip": Knob("any", 0, 0, "this update is not applied"),
     "anchor": Knob("any", 0, 0, "the anchor becomes a copy of parameters, variables and optimizer state"),
     "restore": Knob("any", 0, 0, "parameters, variables and optimizer state become those of the anchor"),
     "stop": Knob("any", 0, 0, "the run ends with this step"),
     "rollback": Knob("any", 0, 0, "the run goes back to its last good checkpoint"),
 }
+WHOLE = ("accumulate", "optimizer")
+COMBINE: dict[str, Callable[[Any, Any], Any]] = {
+    "multiply": lambda value, c: value * c, "least": jnp.minimum, "set": lambda value, c: jnp.where(jnp.isnan(c), value, c),
+    "any": lambda value, c: jnp.maximum(value, (c != 0) * 1.0)}
 NEUTRAL = {"multiply": 1.0, "least": math.inf, "set": math.nan, "any": 0.0}
 
 
@@ -68,13 +74,14 @@ def known(name: str, where: str) -> str:
     return name
 
 
-def combined(name: str, base: Any, contributions: Iterable[Any]) -> Any:
-    """A knob's value in a step, float32."""
+def combined(name: str, base: Any, contributions: Iterable[Any], absolute: Iterable[Any] = ()) -> Any:
+    """A knob's value in a step, float32: the last of `absolute` that is no NaN, else base and contributions as they combine."""
     value = jnp.asarray(base, jnp.float32)
     for contribution in contributions:
         contribution = jnp.asarray(contribution, jnp.float32)
-        value = {"multiply": lambda v, c: v * c, "least": jnp.minimum, "any": lambda v, c: jnp.maximum(v, (c != 0) * 1.0),
-                 "set": lambda v, c: jnp.where(jnp.isnan(c), v, c)}[KNOBS[name].combine](value, contribution)
+        value = COMBINE[KNOBS[name].combine](value, contribution)
+    for contribution in absolute:
+        value = jnp.where(jnp.isnan(contribution), value, jnp.asarray(contribution, jnp.float32))
     return value
 
 
@@ -97,8 +104,9 @@ def settable(name: str, text: str, present: Mapping[str, Any]) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not knob.lowest <= value <= knob.highest or math.isinf(value):
+    uneven = name in WHOLE and not value.is_integer()
+    if not knob.lowest <= value <= knob.highest or math.isinf(value) or uneven:
         raise SettingError(f"{name} can't be {text!r}", where=name,
-                           remedy=f"give a number from {knob.lowest:g}" + (
+                           remedy=f"give a {'whole ' if name in WHOLE else ''}number from {knob.lowest:g}" + (
                                f" to {knob.highest:g}" if math.isfinite(knob.highest) else ""))
     return value

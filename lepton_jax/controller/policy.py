@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from lepton_jax.errors import RecipeError
 
 
 class Policy(NamedTuple):
@@ -17,7 +20,11 @@ class Policy(NamedTuple):
         means is the knob's `combine` (see `KNOBS`). A name that is left out is left alone.
       watches: the signals that it reads (see `SIGNALS`); the first four stand in the journal beside its moves.
       moves: the knobs that it may move.
-      limits: what the host keeps to: "rollbacks" at most, "rate" factor of the learning rate after each.
+      limits: what the host keeps to: "rollbacks" at most, "rate" factor of the learning rate at each (see
+        rollback.py), "patience" steps for which the run was lost before it asks; "jumps" maps a
+        step to the position at which the data goes on after it.
+      absolute: its contributions are the knobs' values themselves, whatever else contributes; NaN leaves a knob alone.
+      check: (recipe, its `Optimizer`), raises a RecipeError for one that it can't drive.
     """
 
     name: str
@@ -25,7 +32,9 @@ class Policy(NamedTuple):
     update: Callable[[Mapping[str, Any], Any], tuple[Mapping[str, Any], Any]]
     watches: tuple[str, ...] = ()
     moves: tuple[str, ...] = ()
-    limits: Mapping[str, float] = {}  # noqa: RUF012  (a NamedTuple's default is never written to)
+    limits: Mapping[str, Any] = {}
+    absolute: bool = False
+    check: Callable[[Any, Any], None] = lambda recipe, optimizer: None
 
 
 def chain(*policies: Any) -> tuple[Policy, ...]:
@@ -34,3 +43,24 @@ def chain(*policies: Any) -> tuple[Policy, ...]:
     for policy in policies:
         found += [policy] if isinstance(policy, Policy) else chain(*policy)
     return tuple(found)
+
+
+def checked(policy: str, lowest: float, highest: float, *, whole: bool = False, **given: Any) -> None:
+    """Raises a RecipeError for an argument of a policy that is no number from `lowest` to `highest`.
+
+    Args:
+      policy: the function's name.
+      whole: whether it must be a whole number.
+      given: the arguments by name; None stands for "not given" and passes.
+    """
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and (not whole or value == int(value))
+        if value is not None and not (number and lowest <= value <= highest):
+            kind = "a whole number" if whole else "a number"
+            raise RecipeError(f"{name} is {value!r}", where=f"controllers.{policy}", remedy=f"give {kind} "
+                              + (f"of at least {lowest:g}" if math.isinf(highest) else f"from {lowest:g} to {highest:g}"))
+
+
+def falls(signal: str) -> bool:
+    """Whether less of a signal is better: of losses, errors, norms and perplexities; of other metrics more is."""
+    return any(word in signal for word in ("loss", "error", "perplexity", "mse", "mae", "norm"))

@@ -19,7 +19,8 @@ from lepton_jax.state import by_path
 SIGNALS = {
     "step": "steps done before this one",
     "updates": "updates of the parameters done before this step",
-    "progress": "this step's share of the run: (step + 1) / steps of the run",
+    "progress": "this step's share of the run: (step + 1) / steps of the run; NaN where they are not known",
+    "batch_size": "samples of a step",
     "loss": "mean loss of this step's batch",
     "loss_mean": "moving mean of the losses of the steps before this one",
     "loss_variance": "moving variance of them",
@@ -32,6 +33,9 @@ SIGNALS = {
                    "successive steps (then it keeps a moving mean of them)",
     "distance": "norm of parameters minus anchor",
     "gradient_dot_distance": "inner product of the gradient with anchor minus parameters",
+    "gradient_sum_norm": "sum of the absolute entries of s, where s = 0.9995 s + gradient_weight * gradient; it keeps s",
+    "parameter_rms": "root mean square of the parameters' entries",
+    "base_rate": "the learning rate's base: what the recipe says, or a person set since",
     "finite": "1 if the gradient is finite, else 0",
     "evaluations": "evaluations so far",
     "seconds": "time since the run (or its resumption) began, at the last report",
@@ -39,6 +43,7 @@ SIGNALS = {
     "data_wait": "share of the time that was spent waiting for data, at the last report",
 }
 FED = ("evaluations", "seconds", "price", "data_wait")
+MEMORY = 0.9995  # of the gradients' sum: the square root of Adam's usual b2, as in Prodigy
 QUICK, SLOW, NOISE = 0.9, 0.98, 0.95  # decays of the moving means
 
 
@@ -98,6 +103,8 @@ class Signals:
                                    jnp.int32(0))
         if {"update_norm", "cosine"} & set(self.watched):
             state["update_norm"] = zero()
+        if "gradient_sum_norm" in self.watched:
+            state["gradient_sum"] = jax.tree.map(jnp.zeros_like, params)
         if "cosine" in self.watched:
             state |= {"cosine": zero(), "update": jax.tree.map(jnp.zeros_like, params)}
         return state
@@ -124,6 +131,15 @@ class Signals:
             values |= more
         if "noise" in state:
             values["noise_scale"], after["noise"] = self._noise(state["noise"], gradients, values["gradient_norm"] ** 2, parts)
+        if "parameter_rms" in self.watched:
+            values["parameter_rms"] = norm(params) / sum(x.size for x in jax.tree.leaves(params)) ** 0.5
+        if "gradient_sum" in state:
+            weight = values.get("gradient_weight", 1.0)
+            total = jax.tree.map(lambda s, g: MEMORY * s + (weight * g).astype(s.dtype), state["gradient_sum"], gradients)
+            values["gradient_sum_norm"] = sum((jnp.abs(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(total)),
+                                              jnp.float32(0))
+            usable = jnp.isfinite(values["gradient_sum_norm"])
+            after["gradient_sum"] = jax.tree.map(lambda n, o: jnp.where(usable, n, o), total, state["gradient_sum"])
         if self.needs_anchor:
             away = jax.tree.map(jnp.subtract, anchor, params)
             values |= {"distance": norm(away), "gradient_dot_distance": dot(gradients, away)}

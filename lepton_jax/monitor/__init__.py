@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lepton_jax.monitor.events import Monitor, Sink, read_events
+from lepton_jax.monitor.events import Lines, Monitor, Sink, encode, plain, read_events
 from lepton_jax.monitor.progress import Progress
 from lepton_jax.monitor.sinks import TensorBoard
 
-__all__ = ["Monitor", "Progress", "Sink", "TensorBoard", "read_events", "write_report"]
+__all__ = ["Lines", "Monitor", "Progress", "Sink", "TensorBoard", "encode", "plain", "read_events", "write_report"]
 
 
 def write_report(folder: Path) -> Path:

@@ -24,7 +24,7 @@ _UNITS = 1000  # of the SVG's own coordinates, in both directions
 class Curve:
     """One curve: `x` steps, ascending, and `y` values, both of shape (n,); a gap where `y` is not finite.
 
-    `style` is a CSS class: "raw" (thin), "train", "evaluation" (with points) or "other".
+    `style` is a CSS class: "raw" (thin), "train", "evaluation" (with points), "undone" (by a rollback) or "other".
     """
 
     name: str
@@ -139,7 +139,7 @@ def draw(title: str, curves: Sequence[Curve], marks: Sequence[Mark] = (), *, ste
         lines.append(f'<path class="{curve.style}" d="{_path(across.at(x), up.at(y))}"/>')
         if curve.style == "evaluation" and len(x) <= 120:
             points.append(f'<path class="evaluation dot" d="{_path(across.at(x), up.at(y), dots=True)}"/>')
-        if curve.style != "raw":
+        if curve.style not in ("raw", "undone"):
             data.append({"n": curve.name, "s": curve.style, "x": [_short(v, 9) for v in x],
                          "y": [_short(v, 5) for v in y]})
     gaps = _gaps(curves)
@@ -203,8 +203,8 @@ def _gaps(curves: Sequence[Curve]) -> list[Mark]:
 
 
 def _vertical_marks(marks: Sequence[Mark], across: Scale) -> str:
-    """One path per kind of mark; saves are ticks at the bottom, values not finite are ticks at the top."""
-    span = {"save": f"{_UNITS * 0.965}V{_UNITS}", "nonfinite": f"0V{_UNITS * 0.06}"}
+    """One path per kind of mark; saves are ticks at the bottom, decisions and values not finite are ticks at the top."""
+    span = {"save": f"{_UNITS * 0.965}V{_UNITS}", "nonfinite": f"0V{_UNITS * 0.06}", "decision": f"0V{_UNITS * 0.04}"}
     paths: dict[str, str] = {}
     for mark in marks:
         line = f"M{float(across.at(mark.x)) * _UNITS:.1f} {span.get(mark.kind, f'0V{_UNITS}')}"
@@ -214,7 +214,7 @@ def _vertical_marks(marks: Sequence[Mark], across: Scale) -> str:
 
 def legend(curves: Sequence[Curve], marks: Sequence[Mark], remark: str = "") -> str:
     """A list of what the lines and the vertical marks stand for."""
-    keys = [(f"line {c.style}", c.name) for c in curves if len(c.x)]
+    keys = list(dict.fromkeys((f"line {c.style}", c.name) for c in curves if len(c.x)))
     keys += list(dict.fromkeys((f"bar {m.kind}", m.name) for m in marks))
     items = "".join(f'<li><s class="{kind}"></s>{escape(name)}</li>' for kind, name in keys)
     return f'<ul class="legend">{items}{f"<li>{escape(remark)}</li>" if remark else ""}</ul>'

@@ -36,11 +36,56 @@ class Sink(Protocol):
         ...
 
 
+class Lines:
+    """A file of events to which whole lines are appended, one write to the operating system each.
+
+    A killed process loses at most the line that it was writing; opening the file again mends that line.
+
+    Args:
+      path: of the file; its folder is made if missing.
+
+    Raises:
+      LeptonError: the file can't be opened, or (from `append` and `cut`) written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            _mend(self._file)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def append(self, line: bytes) -> None:
+        """Adds a line of `encode`. The file keeps only whole lines."""
+        try:
+            _append(self._file, line)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def cut(self, keep: int) -> list[bytes]:
+        """Takes away all lines but the first `keep`, and returns them."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        try:
+            if len(lines) > keep:
+                os.ftruncate(self._file, sum(map(len, lines[:keep])))
+        except OSError as error:
+            raise self._failed(error) from error
+        return lines[keep:]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _failed(self, error: OSError) -> LeptonError:
+        return LeptonError(
+            f"the journal of the run can't be written: {error.strerror or error}", where=self.path,
+            remedy="make room on that disk and let this user write there, or name another run folder; "
+                   "then start again: the run goes on from its last checkpoint")
+
+
 class Monitor:
     """Appends events to `folder/events.jsonl` and hands them to sinks. Safe to call from several threads.
-
-    A line is one write to the operating system, so a killed process loses at most the line that it was writing;
-    opening the journal again mends that line.
 
     Args:
       folder: of the run, made if missing. None: no file.
@@ -53,15 +98,7 @@ class Monitor:
     def __init__(self, folder: Path | None, sinks: Sequence[Sink] = ()):
         self.path = None if folder is None else Path(folder) / FILE
         self._sinks, self._lock, self._closed = tuple(sinks), threading.RLock(), False
-        self._file: int | None = None
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            _mend(self._file)
-        except OSError as error:
-            raise self._failed(error) from error
+        self._file = None if self.path is None else Lines(self.path)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Records one event. Arrays and NumPy scalars become lists and numbers; float32 values stay exact.
@@ -69,15 +106,12 @@ class Monitor:
         Raises:
           LeptonError: the line could not be written (the disk is full, say). The file keeps only whole lines.
         """
-        event = {"time": time.time(), "kind": kind, **_plain(fields)}
+        event = {"time": time.time(), "kind": kind, **plain(fields)}
         line = encode(event)
         with self._lock:
             assert not self._closed, "an event after close()"
             if self._file is not None:
-                try:
-                    _append(self._file, line)
-                except OSError as error:
-                    raise self._failed(error) from error
+                self._file.append(line)
             for sink in self._sinks:
                 sink.event(event)
 
@@ -88,28 +122,23 @@ class Monitor:
                 return
             self._closed = True
             if self._file is not None:
-                os.close(self._file)
+                self._file.close()
             for sink in self._sinks:
                 sink.close()
 
-    def _failed(self, error: OSError) -> LeptonError:
-        return LeptonError(
-            f"the journal of the run can't be written: {error.strerror or error}", where=self.path,
-            remedy="make room on that disk and let this user write there, or name another run folder; "
-                   "then start again: the run goes on from its last checkpoint")
 
-
-def read_events(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path, name: str = FILE) -> list[dict[str, Any]]:
     """All events of a journal, oldest first; a last line that a killed process left torn is skipped.
 
     Args:
       path: the file, or the run folder that holds it.
+      name: of the file in a run folder.
 
     Raises:
       DataError: the file is missing, or a line other than a torn last one is damaged.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() else path
+    path = path / name if path.is_dir() else path
     events = []
     try:
         with path.open("rb") as file:
@@ -122,7 +151,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
                                     remedy="delete that line, or restore the file from a copy")
     except OSError as error:
         raise DataError(f"the events of the run can't be read: {error.strerror or error}", where=path,
-                        remedy=f"name a run folder: one that holds {FILE}") from error
+                        remedy=f"name a run folder: one that holds {name}") from error
     return events
 
 
@@ -177,7 +206,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     return _floats(event) if b'NaN"' in line or b'Infinity"' in line else event
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in JSON's types, with the floats as they are."""
     if value is None or isinstance(value, str | bool):
         return value
@@ -186,13 +215,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, int):
         return int(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "__array__"):
         array = np.asarray(value)
         # bfloat16 and its like, which NumPy knows only as raw bytes, are exact in float64.
-        return _plain((array.astype(np.float64) if array.dtype.kind == "V" else array).tolist())
+        return plain((array.astype(np.float64) if array.dtype.kind == "V" else array).tolist())
     return str(value)
 
 

@@ -42,9 +42,11 @@ svg path{fill:none;vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke
 .grid{stroke:var(--faint);stroke-width:1}
 path.raw{stroke:var(--raw);stroke-width:1;opacity:.65}path.train{stroke:var(--train);stroke-width:2}
 path.evaluation{stroke:var(--eval);stroke-width:1.75}path.dot{stroke-width:6}
-path.other{stroke:var(--other);stroke-width:1.5}
+path.other{stroke:var(--other);stroke-width:1.5}path.undone{stroke:var(--save);stroke-width:1.25}
 .mark{stroke-width:1.25}path.resume{stroke:var(--resume);stroke-dasharray:5 4}path.save{stroke:var(--save)}
 path.damaged{stroke:var(--bad);stroke-dasharray:2 4}path.compile{stroke:var(--warn);stroke-dasharray:8 3 2 3}
+path.decision{stroke:var(--other);stroke-width:1.75}path.live{stroke:var(--other);stroke-dasharray:2 3}
+path.rollback{stroke:var(--bad);stroke-dasharray:6 3}
 path.diverged{stroke:var(--bad);stroke-width:2}path.nonfinite{stroke:var(--bad);stroke-width:2.5}
 .plot i{position:absolute;font-style:normal;font-size:11.5px;line-height:1;color:var(--soft);white-space:nowrap}
 i.y{right:100%;margin-right:9px;transform:translateY(50%)}
@@ -56,7 +58,9 @@ color:var(--soft)}
 .legend s{display:block;text-decoration:none;color:var(--ink)}
 s.line{width:16px;height:0;border-top:2px solid}s.bar{width:0;height:12px;border-left:2px solid}
 s.raw{border-color:var(--raw);border-top-width:1px}s.train{border-color:var(--train)}
-s.evaluation{border-color:var(--eval)}s.other{border-color:var(--other)}
+s.evaluation{border-color:var(--eval)}s.other{border-color:var(--other)}s.undone{border-color:var(--save)}
+s.decision{border-color:var(--other);height:6px}s.live{border-color:var(--other);border-left-style:dotted}
+s.rollback{border-color:var(--bad);border-left-style:dashed}
 s.resume{border-color:var(--resume);border-left-style:dashed}s.save{border-color:var(--save);height:6px}
 s.damaged{border-color:var(--bad);border-left-style:dotted}s.compile{border-color:var(--warn);border-left-style:dashed}
 s.diverged{border-color:var(--bad)}s.nonfinite{border-color:var(--bad);height:6px}
@@ -75,6 +79,7 @@ td{white-space:nowrap}.n{text-align:right}.events td:last-child{white-space:norm
 .share{width:200px;min-width:150px}.share s{display:inline-block;height:9px;min-width:1px;background:var(--train);
 border-radius:2px;width:0;max-width:calc(100% - 62px);vertical-align:baseline}
 .share span{color:var(--soft);font-size:12.5px;margin-left:8px}
+tr.undone td{color:var(--soft)}
 tr.bad .what{color:var(--bad);font-weight:600}tr.open .what{color:var(--warn);font-weight:600}
 .pairs{margin:0;padding:8px 18px;background:var(--card);border:1px solid var(--faint);border-radius:10px;columns:2;
 column-gap:36px}

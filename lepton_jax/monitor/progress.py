@@ -110,6 +110,14 @@ class Progress:
     def _on_warning(self, event: dict[str, Any]) -> None:
         self._notice(str(event.get("text", "")))
 
+    def _on_rollback(self, event: dict[str, Any]) -> None:
+        self._notice(f"rolled back from step {event.get('step', '?')} to {event.get('to', '?')}: {event.get('why', '')}")
+        self._step = event.get("to") or self._step
+
+    def _on_control(self, event: dict[str, Any]) -> None:
+        refused = "" if event.get("ok") else f"{event.get('do')} refused: "
+        self._notice(f"{event.get('who', '?')}: {refused}{event.get('text', '')}")
+
     def _on_skipped(self, event: dict[str, Any]) -> None:
         self._notice("skipped " + described(event))
 

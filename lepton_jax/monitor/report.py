@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.errors import DataError, LeptonError
+from lepton_jax.monitor import decisions
 from lepton_jax.monitor.chart import Curve, Mark, draw, legend, smooth
 from lepton_jax.monitor.events import FILE, read_events
 from lepton_jax.monitor.page import SCRIPT, STYLE
@@ -32,11 +33,13 @@ Series = tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class Run:
-    """What the events of one folder say, put together: where a resumed run repeats a step, the later record wins."""
+    """What the events of one folder say, put together: where a resumed run repeats a step, the later record wins; what a
+    rollback has undone is apart."""
 
     start: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] = field(default_factory=dict)
     records: dict[str, Series] = field(default_factory=dict)
+    undone: list[Series] = field(default_factory=list)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     step_seconds: Series = field(default_factory=lambda: _series([], []))
     waits: Series = field(default_factory=lambda: _series([], []))
@@ -65,8 +68,8 @@ def write_report(folder: Path) -> Path:
     events = read_events(folder / FILE)
     if not events:
         raise DataError("the run has no events yet", where=folder / FILE, remedy="name the folder of a run that began")
-    page, path = render(events, _read(folder / "plan.json"), _read(folder / "recipe.json"), folder.resolve().name), (
-        folder / "report.html")
+    page, path = render(events, _read(folder / "plan.json"), _read(folder / "recipe.json"), folder.resolve().name,
+                        decisions.read_decisions(folder)), folder / "report.html"
     try:
         part = path.with_suffix(".html.part")
         part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
@@ -105,6 +108,8 @@ def collect(events: Iterable[dict[str, Any]]) -> Run:
                 run.marks.append(Mark(run.last, "compile", "compiled again", f"{program} compiled again"))
         elif kind == "save" and step is not None:
             run.marks.append(Mark(step, "save", "checkpoint", ""))
+        elif kind == "rollback" and step is not None:
+            _go_back(run, event, parts)
         elif kind == "damaged" and step is not None:
             run.marks.append(Mark(step, "damaged", "damaged checkpoint", f"checkpoint of step {step:,} damaged"))
         elif kind == "end":
@@ -136,6 +141,21 @@ def _add_steps(run: Run, event: dict[str, Any], parts: dict, windows: list) -> N
     run.last = last
 
 
+def _go_back(run: Run, event: dict[str, Any], parts: dict) -> None:
+    """Take out what a rollback has undone; of the loss it is kept apart."""
+    to = event.get("to") or 0
+    for name, both in parts.items():
+        if name == "loss":
+            x, y = _series([x for x, _ in both], [y for _, y in both])
+            if len(x) and x[-1] > to:
+                run.undone.append((x[x > to], y[x > to]))
+        parts[name] = [(x[x <= to], y[x <= to]) for x, y in both]
+    run.evaluations = {step: metrics for step, metrics in run.evaluations.items() if step <= to}
+    run.last = to
+    text = f"rolled back from step {event['step']:,} to {to:,}: {event.get('why') or ''}"
+    run.marks.append(Mark(event["step"], "rollback", "rolled back", text))
+
+
 def _series(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> Series:
     """One ascending curve from parts in the order of writing; of two values for a step, the later stays."""
     if not x:
@@ -144,9 +164,10 @@ def _series(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> Series:
     return steps, np.concatenate(y)[::-1][last]
 
 
-def render(events: list[dict[str, Any]], plan: Any, recipe: Any, folder: str) -> str:
-    """The page, as HTML. `plan` and `recipe` are what their JSON files hold, or None."""
+def render(events: list[dict[str, Any]], plan: Any, recipe: Any, folder: str, decided: list[dict[str, Any]]) -> str:
+    """The page, as HTML. `plan` and `recipe` are what their JSON files hold, or None; `decided` the journal's decisions."""
     run = collect(events)
+    run.marks += decisions.marks(decided)
     name = str(run.start.get("name") or folder)
     settings = run.start.get("settings") or {}
     text = run.start.get("plan") or (json.dumps(plan, indent=2) if plan is not None else "")
@@ -155,6 +176,7 @@ def render(events: list[dict[str, Any]], plan: Any, recipe: Any, folder: str) ->
     when = time.strftime("%d %B %Y, %H:%M", time.localtime(events[0].get("time") or 0)).lstrip("0")
     sections = [
         ("Curves", _charts(run)),
+        ("Decisions", decisions.table(decided)),
         ("Plan", f'<pre tabindex="0">{escape(str(text))}</pre>' if text else _empty("The run recorded no plan.")),
         ("Parameters", _parameters(run.start.get("table") or [])),
         ("Events of note", _notes(events)),
@@ -162,7 +184,7 @@ def render(events: list[dict[str, Any]], plan: Any, recipe: Any, folder: str) ->
         ("Recipe", _pairs(recipe) if isinstance(recipe, dict) and recipe else
          _empty("The run folder holds no recipe.json.")),
         ("Versions", _pairs(_versions(run.start)))]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)} · run report</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><style>{STYLE}</style></head><body><main><header>'
@@ -215,7 +237,8 @@ def _charts(run: Run) -> str:
     steps = (0.0 if low < 0.1 * high else low, max(high, low + 1))
     evaluated = {name for metrics in run.evaluations.values() for name in metrics}
     known = [*(run.start.get("metrics") or []), *run.records, *sorted(evaluated)]
-    names = list(dict.fromkeys(["loss", *(n for n in known if n != "learning_rate"), "learning_rate"]))
+    names = [name for name in dict.fromkeys(["loss", *(n for n in known if n != "learning_rate"), "learning_rate"])
+             if not _idle(run, name)]
     figures = []
     for name in names:
         curves = _learning(run, name)
@@ -232,6 +255,12 @@ def _charts(run: Run) -> str:
     return f'{marks}<div class="charts">{"".join(figures)}</div>'
 
 
+def _idle(run: Run, name: str) -> bool:
+    """Whether a record has no curve of its own: a policy's share in a knob, and what nobody ever asked for."""
+    measured = name in ("loss", *(run.start.get("metrics") or []))
+    return ":" in name or (not measured and name in run.records and not np.nan_to_num(run.records[name][1]).any())
+
+
 def _learning(run: Run, name: str) -> list[Curve]:
     """The curves of one record: each step, smoothed, and the evaluations of the same name."""
     curves = []
@@ -241,6 +270,8 @@ def _learning(run: Run, name: str) -> list[Curve]:
             curves = [Curve("each step", x, y, "raw"), Curve("train, smoothed", *smooth(x, y), "train")]
         else:
             curves = [Curve("train", x, y, "train")]
+    if name == "loss":
+        curves = [*(Curve("undone", *part, "undone") for part in run.undone), *curves]
     found = sorted((step, metrics[name]) for step, metrics in run.evaluations.items()
                    if isinstance(metrics.get(name), int | float))
     if found:
@@ -298,6 +329,11 @@ def _notes(events: list[dict[str, Any]]) -> str:
             what += f": {event['changed']}" if event.get("changed") else ""
         elif kind == "save":
             what = f"held the loop for {duration(event['seconds'])}" if event.get("seconds") is not None else "written"
+        elif kind == "rollback":
+            kind, what = "rolled back", f"to step {event.get('to')}: {event.get('why')}"
+        elif kind == "control":
+            kind = f"{event.get('do')}" if event.get("ok") else f"{event.get('do')}, refused"
+            what = f"{event.get('text')} ({event.get('who')})"
         elif kind == "damaged":
             what = str(event.get("reason") or "a checkpoint that can't be read was passed over")
         elif kind == "end":
@@ -321,7 +357,7 @@ def _notes(events: list[dict[str, Any]]) -> str:
 
 
 def _tone(kind: str) -> str:
-    if kind in ("damaged", "diverged", "failed"):
+    if kind in ("damaged", "diverged", "failed", "rolled back"):
         return "bad"
     return "open" if kind in ("compiled again", "warning", "skipped", "interrupted") else ""
 

@@ -76,6 +76,32 @@ def test_the_later_record_of_a_repeated_step_wins(tmp_path):
     assert [(m.kind, m.x) for m in found.marks] == [("resume", 2)]
 
 
+def test_a_rollback_takes_back_what_came_after_it_and_shows_it_apart(tmp_path):
+    steps_of = lambda first, losses: ("steps", {"first": first, "last": first + len(losses) - 1, "records": {  # noqa: E731
+        "loss": losses, "skip": [0.0] * len(losses), "guard:skip": [0.0] * len(losses)}})
+    lines = [{"kind": "start", "step": 0},
+             {"kind": "motion", "step": 1, "last": 2, "policy": "warmup", "knob": "learning_rate", "from": 0.0, "to": 0.2,
+              "values": [0.1, 0.2], "contribution": 1.0, "signals": {"step": 1}},
+             {"kind": "decision", "step": 3, "policy": "warmup", "knob": "learning_rate", "from": 0.2, "to": 0.3,
+              "contribution": 1.0, "signals": {"step": 2}},
+             {"kind": "live", "step": 3, "request": "set", "settings": {"learning_rate": 9.0}, "who": "ann@here", "pid": 1},
+             {"kind": "decision", "step": 4, "policy": "guard", "knob": "rollback", "from": 0.0, "to": 1.0, "contribution": 1.0,
+              "signals": {"loss": 99.0}},
+             {"kind": "rollback", "step": 4, "to": 2, "policy": "guard", "why": "loss is 99", "rate": 0.5}]
+    (tmp_path / "controller.jsonl").write_bytes(b"".join(map(events_module.encode, lines)))
+    page = run(tmp_path, [("start", {"step": 0}), steps_of(1, [3.0, 2.0, 50.0, 99.0]), ("evaluation", {"step": 4, "metrics": {
+        "loss": 70.0}}), ("rollback", {"step": 4, "to": 2, "why": "loss is 99"}), steps_of(3, [1.5]), ("end", {"step": 3})])
+    found = collect(read_events(tmp_path))
+    assert found.records["loss"][1].tolist() == [3.0, 2.0, 1.5] and not found.evaluations
+    assert [part.tolist() for part in found.undone[0]] == [[3.0, 4.0], [50.0, 99.0]]
+    assert [(m.kind, m.x) for m in found.marks] == [("rollback", 4)]
+    assert "rolled back" in page.text and "undone" in page.text and "guard:skip" not in page.text.lower()
+    rows = page.text[page.text.index("Decisions"):page.text.index("Plan")]
+    for words in ("1 to 3   warmup   learning rate 0 to 0.3", "ann@here   set learning_rate=9", "rollback (undone)",
+                  "back to step 2, learning rate times 0.5   loss is 99"):
+        assert " ".join(words.split()) in " ".join(rows.split()), rows
+
+
 def test_the_time_between_a_stop_and_its_resumption_is_not_counted():
     kinds = [("start", 100), ("save", 110), ("damaged", 900), ("start", 901), ("end", 905), ("warning", 990)]
     found = collect({"kind": kind, "time": float(at)} for kind, at in kinds)

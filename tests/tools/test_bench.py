@@ -111,3 +111,13 @@ def test_a_wrong_argument_is_said_before_anything_is_measured(arguments, says, c
     assert bench.main(arguments) == 2
     error = capsys.readouterr().err
     assert says in error and "remedy:" in error and "Traceback" not in error
+
+
+def test_overhead_compares_policies_with_none(tiny, tmp_path):
+    file = tmp_path / "overhead.json"
+    assert bench.main(["overhead", "--only", "tiny", "--rounds", "2", "--seconds", "0.02", "--json", str(file)]) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    ms = result["ms_a_step"]
+    assert list(ms) == ["plain", "signals", "adaptive"] and all(len(s["rounds"]) == 2 for s in ms.values())
+    for name, ratio in result["to_plain"].items():
+        assert ratio["rounds"] == [a / b for a, b in zip(ms[name]["rounds"], ms["plain"]["rounds"], strict=True)]
