@@ -133,7 +133,7 @@ class Journal:
             moved = _differ(*self._series(knob, rows))
             for p, k in self.controller.moves:
                 moved &= (k != knob) | ~self._moved(self.controller.policies[p].name, k, rows)
-            parts = [(0, self._base[knob], {})]
+            parts: list[tuple[int, float, dict[str, Any]]] = [(0, self._base[knob], {})]
             parts += [(after - self._step, value, who) for after, name, value, who in self._asked if name == knob]
             for (start, base, who), stop in zip(parts, [*(start for start, *_ in parts[1:]), len(rows)], strict=True):
                 inside = (np.arange(len(rows)) >= start) & (np.arange(len(rows)) < stop)
@@ -171,7 +171,7 @@ class Journal:
         self.lines, cut = min(keep, len(old)), self._file.cut(keep)
         for line in old[:keep]:
             if line["kind"] == "live" and line["step"] == self._step:  # its effect is not written yet
-                who = {k: line[k] for k in ("who", "pid") if k in line}
+                who: dict[str, Any] = {k: line[k] for k in ("who", "pid") if k in line}
                 self._asked += [(self._step, knob, value, who) for knob, value in line.get("settings", {}).items()]
         if cut:
             aside = Lines(self._path.parent / "set_aside" / FILE)

@@ -355,7 +355,7 @@ class CpuFusion(Fusion):
         reads = [b for value, turned in zip(inputs, turns, strict=True) for b in (
             self._widened(op, value, groups, turned) if low else self._turned(op, value, groups) if turned else
             self._reads(op, value, groups))]
-        users = self.users.get(op.outputs[0].index, ())
+        users = self.users.get(op.outputs[0].index, ()) if op.outputs else ()  # a callback gives nothing
         zeros = op.name in SCATTERS and not self.near[inputs[0].index]
         if zeros and len(users) == 1 and users[0] is not None and users[0].name == "add_any":
             self.added[op.outputs[0].index] = tuple(reads)

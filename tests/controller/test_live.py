@@ -109,7 +109,7 @@ def test_a_live_change_replays_and_one_behind_the_checkpoint_is_told(blobs, tmp_
     history, _ = conversation(trainer, {"do": "set", "settings": {"learning_rate": "3e-3"}}, {"do": "save"},
                               {"do": "set", "settings": {"learning_rate": "1e-3"}})
     replay = lepton.controllers.replay(tmp_path / "run")
-    same = make(blobs, None, controller=replay, steps=history.steps, evaluate_every=None).fit()
+    same = make(blobs, None, controller=replay, steps=history.steps).fit()
     np.testing.assert_array_equal(same["loss"], history["loss"])
     first = Checkpoints(tmp_path / "run" / "checkpoints").steps()[0]
     Checkpoints(tmp_path / "run" / "checkpoints").set_aside(first)  # as if it had been killed before the last one
