@@ -31,7 +31,8 @@ def conversation(trainer, *requests):
     answers = []
 
     def talk():
-        while not (trainer.run_dir / "control" / "run.json").exists():
+        card = trainer.run_dir / "control" / "run.json"
+        while not card.exists() or not card.stat().st_size:  # the run makes it, locks it, and then writes who it is
             time.sleep(0.02)
         for request in (*requests, {"do": "stop"}):
             answers.append(ask(trainer.run_dir, request, timeout=120))
