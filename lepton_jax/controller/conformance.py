@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+import lepton_jax.controller.knobs as knobs_
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.compat import jit_on, make_mesh
-from lepton_jax.controller import knobs as knobs_
 from lepton_jax.controller.core import Controller, Pieces, fed
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import SIGNALS, norm

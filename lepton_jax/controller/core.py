@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import lepton_jax.controller.knobs as knobs_
 from lepton_jax import optimizers, precision
-from lepton_jax.controller import knobs as knobs_
 from lepton_jax.controller.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import Signals

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lepton_jax.controller import trend
+import lepton_jax.controller.trend as trend
 from lepton_jax.controller.policy import Policy, checked
 from lepton_jax.errors import RecipeError
 

@@ -263,6 +263,11 @@ def _check_alive(folder: Path, how: str = "is not at work") -> None:
         raise SettingError("there is no such run folder", where=folder, remedy="name the folder of a run: it holds recipe.json")
     control = folder / FOLDER
     found = _holder(control)
+    for _ in range(20):
+        if found is not None or not (control / "run.json").exists():
+            break
+        time.sleep(0.05)  # the run makes the file, locks it, and then writes who it is
+        found = _holder(control)
     if found is None or _unlocked(control / "run.json", found):
         raise SettingError(f"the run {how}" + (f": {_place(found)} has gone" if found else ""), where=folder,
                            remedy=f"go on with it by launch.py --resume {folder}, or name a run that is under way")
