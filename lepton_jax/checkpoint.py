@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
+from lepton_jax import agreement
 from lepton_jax.compat import jit_where
 from lepton_jax.errors import CheckpointError, LeptonError
 from lepton_jax.state import by_path
@@ -96,7 +97,10 @@ class Checkpoints:
             self._manager = None
 
     def steps(self) -> list[int]:
-        """Committed steps, in order; whether they can be read is seen by reading them."""
+        """Committed steps, in order, as host 0 sees them; whether they can be read is seen by reading them."""
+        return agreement.first(self._committed)
+
+    def _committed(self) -> list[int]:
         if not self.folder.is_dir():
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.is_dir() and re.fullmatch(r"\d+", p.name))
@@ -106,12 +110,15 @@ class Checkpoints:
         later = [step for step in self.steps() if step > after]
         if later:
             self.close()  # Orbax remembers which steps there are
-        for step in later:
-            place = self.folder.with_name("set_aside")
+        agreement.first(lambda: self._moved(later))
+        return later
+
+    def _moved(self, steps: list[int]) -> None:
+        place = self.folder.with_name("set_aside")
+        for step in steps:
             place.mkdir(exist_ok=True)
             taken = len(list(place.glob(f"{step}*")))
             (self.folder / str(step)).rename(place / (f"{step}.{taken}" if taken else str(step)))
-        return later
 
     def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
         """One step's state, laid out as the template's shardings say, and its record.
@@ -209,7 +216,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> LeptonError:
         step, self._saving = self._saving, None
-        committed = self.steps()
+        committed = self._committed()
         last = f"step {committed[-1]} is the last committed one" if committed else "no step is committed yet"
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -9,17 +9,37 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import source_info_util  # no public name gives an equation its place in the user's code again
+from jax._src import (  # no public names
+    distributed,  # for the key-value store of jax.distributed
+    source_info_util,  # to give an equation its place in the user's code again
+)
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 
-__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "jit_on", "jit_where", "make_mesh", "scan_counts", "source_line"]
+__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "coordination", "jit_on", "jit_where", "make_mesh", "placed",
+           "scan_counts", "source_line"]
 
 
 def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
     """A mesh whose axes XLA's partitioner fills in; from 0.12 on JAX's default, Explicit, refuses un-annotated models."""
     shape = tuple(axes.values())
     return Mesh(np.asarray(devices).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def coordination() -> Any:
+    """The client of the key-value store that the processes of `jax.distributed` share; None in a process alone."""
+    return distributed.global_state.client
+
+
+def placed(value: Any, sharding: Any) -> jax.Array:
+    """A host's array on devices, some of which may be other processes'; all of these hold the same value.
+
+    `jax.device_put` would do so too, but first lets the devices compare what the processes hold.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 @contextlib.contextmanager

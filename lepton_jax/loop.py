@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from lepton_jax import agreement, phase
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.compat import jit_where
 from lepton_jax.controller import fed, released, slowed
@@ -47,6 +49,9 @@ class Loop:
        result, and a call that is `CALLS_IN_FLIGHT` calls ahead of the devices.
     6. Where a policy asks for a stop or a rollback in step s, the steps handed over since count for nothing: the run ends
        with the state and the position after s; or it goes on from the last good checkpoint, with the sample after s.
+    7. Where several hosts train together, all do the same at the same step. What the clock or a person decides, host 0 says at
+       a beat, a step known to all; records are read a fixed number of calls late. Host 0 alone writes files beside the
+       checkpoints.
 
     Args:
       program, state, step: what trains, from where.
@@ -56,7 +61,7 @@ class Loop:
       monitor: receives the events.
       checkpoints: None: nothing is saved.
       folder: of the run. None: no journal is written.
-      live: passes on a person's requests.
+      live: passes on a person's requests; with several hosts each has one.
       kept: what the checkpoint that the run goes on from holds beside state and position.
     """
 
@@ -67,11 +72,13 @@ class Loop:
         self.recipe, self.monitor, self.checkpoints, self.folder = program.recipe, monitor, checkpoints, folder
         self.train, self.test, self.position = train, test, position
         self.history = History(first=step, names=program.records)
-        self.stop_requested = False
+        self.stop_requested = self.stop_wished = False
         kept, controller = kept or {}, program.controller
-        self.journal = Journal(folder, controller, program.records, step, until, kept.get("journal"))
+        own = None if agreement.host() else folder
+        self.journal = Journal(own, controller, program.records, step, until, kept.get("journal"))
         self.rollbacks = Rollbacks(controller.limits, kept.get("rollbacks"))
-        self._live, self._saved = live, -1
+        self._live, self._saved, self._beat = live or Live(None), -1, agreement.Beat()
+        self._measured: dict[str, float] = {}
         self._halt: Halt | None = None
         self._slow = kept.get("slow")
         self._stopped: str | None = kept.get("stopped") if step >= until else None
@@ -92,7 +99,7 @@ class Loop:
                 self._begin()
                 while not last:
                     self._hand_over()
-                    if self._live is not None:
+                    if self._beat.due(self.step):
                         self._live.obey(self)
                     last = self.step == self.until or self.stop_requested
                     evaluating, saving = last or self._due("evaluate_every"), last or self._due("save_every")
@@ -107,7 +114,8 @@ class Loop:
                 self.journal.close()
                 self.history.seconds = time.perf_counter() - self._began
         if self.checkpoints is not None:
-            self.checkpoints.wait()
+            with phase.phase("save"):
+                self.checkpoints.wait()
         stopped = self.stop_requested and self.step < self.until
         self.history.status = "interrupted" if stopped else "finished"
         self.history.seconds = time.perf_counter() - self._began
@@ -145,12 +153,14 @@ class Loop:
             self._open()
         if self._offset == per_block:
             waiting = time.perf_counter()
-            self._block, self._offset = next(self._loader), 0
+            with phase.phase("data"):
+                self._block, self._offset = next(self._loader), 0
             self._wait += time.perf_counter() - waiting
         count = min(per_block - self._offset, self._next_stop() - self.step)
         start, self._offset = self._offset, self._offset + count
         self.state, records = self.program.train(self.state, self._block, start, self._offset, self._data)
         self.step += count
+        phase.reached(step=self.step, phase="steps")
         self.position = self._loader.state((per_block - self._offset) * batch_size) | self._order
         self._pending.append((records, start, self._offset, self.position))
 
@@ -162,7 +172,8 @@ class Loop:
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the test set, and the event that says so; policies see those of the recipe's cadence alone."""
         began = time.perf_counter()
-        metrics = evaluate(self.program, self.state, self.test)
+        with phase.phase("evaluation"):
+            metrics = evaluate(self.program, self.state, self.test)
         self.history.evaluations.append((self.step, metrics))
         self.monitor.event("evaluation", step=self.step, samples=epoch_samples(self.test), metrics=metrics,
                            seconds=time.perf_counter() - began)
@@ -182,7 +193,8 @@ class Loop:
             self._halt = Halt(self.step, None, None, f"the update of step {self.step} made parameters that are not finite")
             return
         record = {"position": self.position, "plan": self.program.plan.to_json(), **self.kept}
-        self.checkpoints.save(self.step, self.state, record, metrics)
+        with phase.phase("save"):
+            self.checkpoints.save(self.step, self.state, record, metrics)
         self._saved = self.step
         self.monitor.event("save", step=self.step, seconds=time.perf_counter() - began)
         self.waited(time.perf_counter() - began)
@@ -198,6 +210,21 @@ class Loop:
     def halted(self) -> bool:
         """Whether the run can't simply go on from here."""
         return self._halt is not None
+
+    def hear(self, requests: Callable[[], list[Any]]) -> list[Any]:
+        """A person's requests, as host 0 found them; with several hosts also what only one of them knows: the time, and whether
+        somebody asked it for a stop."""
+        if agreement.hosts() > 1 and agreement.host() and self.stop_wished:
+            agreement.wish("stop")
+
+        def say() -> dict[str, Any]:
+            return {"requests": requests(), "stop": self.stop_wished or agreement.wished("stop"), "fed": self._measured}
+
+        heard, self._measured = self._beat.hear(self.step, say), {}
+        self.stop_requested |= heard["stop"]
+        if heard["fed"]:
+            self.state = fed(self.state, **heard["fed"])
+        return heard["requests"]
 
     def status(self) -> dict[str, Any]:
         """For whoever asks: step, the last record that was read, and time."""
@@ -242,8 +269,9 @@ class Loop:
         every = self.recipe.log_every
         due = everything or (self.step % every == 0 if every else
                              time.perf_counter() - self._window_began >= LOG_SECONDS)
+        alone = agreement.hosts() == 1  # several must find a halt at the same call, whichever is ahead
         while self._pending and not self.halted and (everything or len(self._pending) > CALLS_IN_FLIGHT
-                                                     or (due and self._pending[0][0].is_ready())):
+                                                     or (due and alone and self._pending[0][0].is_ready())):
             records, start, stop, position = self._pending.popleft()
             rows, done = np.asarray(records)[start:stop], self.history.last
             self._halt = find_halt(rows, self.program.records, self.program.controller, done)
@@ -252,6 +280,7 @@ class Loop:
                 rows, self.step = rows[:len(rows) - surplus], self._halt.step
                 self.position = position | {"samples": position["samples"] - surplus * self.recipe.batch_size}
                 self._pending.clear()
+            phase.reached(done=done + len(rows))
             self._window.append(rows)
             self.history.append(rows)
             self.history.samples += len(rows) * self.recipe.batch_size
@@ -268,8 +297,10 @@ class Loop:
                            data_wait=self._wait, samples=len(rows) * self.recipe.batch_size,
                            records=dict(zip(self.program.records, rows.T.tolist(), strict=True)))
         so_far = now - self._began
-        self.state = fed(self.state, seconds=so_far, price=so_far / 3600 * (self.program.plan.price_per_hour or 0.0),
-                         data_wait=self._wait / max(seconds, 1e-9))
+        self._measured = {"seconds": so_far, "price": so_far / 3600 * (self.program.plan.price_per_hour or 0.0),
+                          "data_wait": self._wait / max(seconds, 1e-9)}
+        if agreement.hosts() == 1:
+            self.state, self._measured = fed(self.state, **self._measured), {}
         self.history.data_wait += self._wait
         self._last_row = rows[-1]
         self._window, self._window_began, self._wait = [], now, 0.0
@@ -295,17 +326,21 @@ class Loop:
         began, template = time.perf_counter(), jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
         self.state = None  # type: ignore[assignment]  # what is restored needs its memory
-        to, state = self.rollbacks.restore(self.checkpoints, template, halt, lambda step, reason: self.monitor.event(
-            "damaged", step=step, reason=reason))
+        with phase.phase("restore"):
+            to, state = self.rollbacks.restore(self.checkpoints, template, halt, lambda step, reason: self.monitor.event(
+                "damaged", step=step, reason=reason))
         self.state = fed(slowed(state, *self.rollbacks.slow), steps=self.until)
         told = {"step": halt.step, "to": to, "policy": halt.policy, "why": halt.why, "rate": self.rollbacks.slow[0],
                 "count": self.rollbacks.count, "most": self.rollbacks.most}
         self.journal.rolled_back(**told, position=self.position)
         self.monitor.event("rollback", **told)
         self.step = self._saved = to
+        self._beat.again(to)
+        phase.reached(step=to, done=to)
         self.journal.begin(self.state, to)
         self.history.truncate(to)
-        remember(self.folder, {"to": to, "position": self.position, "slow": self.rollbacks.slow, **self.kept})
+        own, entry = self.folder, {"to": to, "position": self.position, "slow": self.rollbacks.slow, **self.kept}
+        agreement.first(lambda: remember(own, entry))
         self.checkpoints.set_aside(to)
         self._loader.close()
         self._open()
@@ -372,7 +407,7 @@ class _stop_on_interrupt:
             signal.signal(signal.SIGINT, self._asked)
 
     def _asked(self, number: int, frame: Any) -> None:
-        self.loop.stop_requested = True
+        self.loop.stop_wished = True
         signal.signal(signal.SIGINT, self.before)
 
     def __exit__(self, *unused: Any) -> None:

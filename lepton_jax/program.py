@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lepton_jax import losses
-from lepton_jax.compat import jit_on
+from lepton_jax import agreement, losses, phase
+from lepton_jax.compat import jit_on, placed
 from lepton_jax.controller import Controller, Pieces, norm, served
 from lepton_jax.errors import pointing_at_user
 from lepton_jax.module import forward
@@ -117,13 +117,13 @@ class Program:
         """Copies on each device of an `Arrays`' inputs and targets, kept as long as it lives."""
         if train not in self._resident:
             self._resident = weakref.WeakKeyDictionary(  # the copies of one data set at a time
-                {train: jax.device_put((train.inputs, train.targets), self.replicated)})
+                {train: jax.tree.map(lambda x: placed(x, self.replicated), (train.inputs, train.targets))})
         return self._resident[train]
 
     def evaluate(self, sums: Any, state: State, batch: Any, valid: int) -> Any:
         """Add the first `valid` samples of a batch to the sums, which are donated; None starts them."""
         if sums is None:
-            sums = jax.device_put(np.zeros((1 + len(self.recipe.metrics), 2), np.float32), self.replicated)
+            sums = placed(np.zeros((1 + len(self.recipe.metrics), 2), np.float32), self.replicated)
         return self._call("evaluate", self._evaluate, sums, *served(state), batch, valid)
 
     def metrics(self, sums: Any) -> dict[str, float]:
@@ -141,7 +141,8 @@ class Program:
                 with pointing_at_user("predicting"):
                     return decode(self._forward(params, variables, inputs)[0])
 
-            self._predictors[decode] = self._jit(predict)
+            # the rows of another host's devices can't be read here
+            self._predictors[decode] = self._jit(predict, **{"out_shardings": self.replicated} if agreement.hosts() > 1 else {})
         return self._call("predict", self._predictors[decode], *served(state), inputs)
 
     def _forward(self, params: Any, variables: Any, inputs: Any) -> Any:
@@ -235,15 +236,17 @@ class Program:
         shapes = {path or "value": f"{x.dtype}{list(x.shape)}" for path, x in by_path(batch).items()}
         self._signatures.setdefault(program, []).append(shapes)
         self._traced += 1
+        phase.reached(phase="compile")
 
     def _call(self, program: str, function: Callable, *args: Any) -> Any:
-        traced, begun = self._traced, time.perf_counter()
+        traced, begun, before = self._traced, time.perf_counter(), phase.where().phase
         with pointing_at_user(f"the {program} program", "mend the line that is named, if one is; where memory is short, "
                               "lower batch_size or raise micro_batches", where=f"program {program!r}"):
             result = function(*args)
             if self._one_at_a_time:
                 jax.block_until_ready(result)
         if self._traced != traced:
+            phase.reached(phase=before)
             signatures = self._signatures[program]
             changed = None
             if len(signatures) > 1:

@@ -19,7 +19,7 @@ import grain
 import jax
 import numpy as np
 
-from lepton_jax import losses
+from lepton_jax import agreement, losses, phase
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.controller.live import Live
 from lepton_jax.controller.rollback import recalled
@@ -80,7 +80,7 @@ class Trainer:
         self.recipe = recipe.with_(train=_settled(None, recipe.train), test=_settled(None, recipe.test))
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.topology, self._devices = here(devices)
-        self._sinks, self._source = tuple(sinks), source or {}
+        self._sinks, self._source = () if agreement.host() else tuple(sinks), source or {}
         self._given = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
         self._monitor = Monitor(None)
         self.trace: Trace | None = None
@@ -195,16 +195,13 @@ class Trainer:
                                   remedy="name another folder")
         fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
         shutil.rmtree(fresh, ignore_errors=True)
-        self._describe(fresh)
+        agreement.first(lambda: self._describe(fresh))
         checkpoints = Checkpoints(fresh / "checkpoints", keep=1)
         checkpoints.save(self.step, self._state(self.program),
                          {"position": self._position, "plan": self.program.plan.to_json(),
                           "rollbacks": self._kept.get("rollbacks")})
         checkpoints.close()
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        agreement.first(lambda: _replace(folder, fresh, old))
         return folder
 
     def load(self, folder: str | Path, step: int | None = None) -> Trainer:
@@ -260,16 +257,15 @@ class Trainer:
         self._trained_on, self._resumed = given, False
 
     def _run(self, program: Program, train: Any, test: Any, until: int) -> History:
-        monitor = self._monitor = Monitor(self.run_dir, self._sinks)
+        monitor = self._monitor = Monitor(None if agreement.host() else self.run_dir, self._sinks)
         checkpoints, loop, live = None, None, None
         status = "failed"
         reason: BaseException | None = None
         try:
             if self.run_dir is not None:
-                live = Live(self.run_dir) if jax.process_index() == 0 else None
-                if "journal" not in self._kept:  # not of this run: it begins anew
-                    (self.run_dir / "rollback.json").unlink(missing_ok=True)
-                self._describe(self.run_dir)
+                folder = self.run_dir
+                live = Live(None if agreement.host() else folder)
+                agreement.first(lambda: self._describe_run(folder))
                 checkpoints = Checkpoints(self.run_dir / "checkpoints", self.recipe.keep, self.recipe.best)
             self._announce(program, train, until)
             for later in checkpoints.set_aside(self.step) if checkpoints else ():
@@ -301,7 +297,7 @@ class Trainer:
                     with contextlib.suppress(*[LeptonError] if reason else []):
                         if checkpoints is not None:
                             checkpoints.close()
-                        if loop is not None:
+                        if loop is not None and agreement.host() == 0:
                             write_report(self.run_dir)
         return loop.history
 
@@ -338,13 +334,24 @@ class Trainer:
 
     def _ready(self, shapes: tuple[Any, Any] | None, samples: int | None = None) -> Program:
         if self.program is None:
-            traced = self._tracing(shapes, samples)
-            if self._given is not None:
-                check_plan(self._given, traced)
-            chosen = self._given or plan(traced, self.topology)
+            with phase.phase("plan"):
+                traced = self._tracing(shapes, samples)
+                chosen = self._planned(traced)
             devices = ahead.mesh_devices(self.topology, chosen.mesh, self._devices) if self._given is None else self._devices
             self.program = Program(traced, chosen, devices, self._compiled)
         return self.program
+
+    def _planned(self, traced: Trace) -> Plan:
+        """Host 0's plan: it is the one that is run everywhere, if it is one for what the other hosts have traced."""
+        if self._given is not None:
+            check_plan(self._given, traced)
+        if agreement.hosts() == 1:
+            return self._given or plan(traced, self.topology)
+        text = agreement.first(lambda: (self._given or plan(traced, self.topology)).to_json())
+        chosen = Plan.from_json(text)
+        if agreement.host():
+            check_plan(chosen, traced)
+        return chosen
 
     def _template(self) -> Any:
         """The state as shapes, laid out as planned."""
@@ -393,6 +400,11 @@ class Trainer:
                                 where=f"{what}, first in sample {bad[0]}: {data.targets[bad[0]]}",
                                 remedy="mend the labels, or give the model more outputs")
 
+    def _describe_run(self, folder: Path) -> None:
+        if "journal" not in self._kept:  # not of this run: it begins anew
+            (folder / "rollback.json").unlink(missing_ok=True)
+        self._describe(folder)
+
     def _describe(self, folder: Path) -> None:
         """recipe.json and plan.json."""
         assert self.program is not None
@@ -418,12 +430,19 @@ class Trainer:
 
     def _notice(self, kind: str, **what: Any) -> None:
         """An event outside of a fit."""
-        folder = self.run_dir if self.run_dir and self.run_dir.is_dir() else None
+        folder = self.run_dir if self.run_dir and self.run_dir.is_dir() and agreement.host() == 0 else None
         file = Monitor(folder)
         file.event(kind, **what)
         file.close()
         for sink in self._sinks:
             sink.event({"kind": kind, **what})
+
+
+def _replace(folder: Path, fresh: Path, old: Path) -> None:
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _settled(data: Any, otherwise: Any) -> Any:

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "lepton_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"errors", "compat"},
+    {"errors", "compat", "phase"},
+    {"agreement"},
     {"state", "precision", "recipe", "hardware", "losses", "metrics", "models"},
     {"module", "optimizers"},
     {"planner", "checkpoint", "controller", "data", "monitor", "history"},

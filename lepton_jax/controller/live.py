@@ -15,13 +15,14 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lepton_jax.controller.core import set_base, slowed
 from lepton_jax.controller.knobs import settable
 from lepton_jax.errors import LeptonError, SettingError, nearest
+from lepton_jax.phase import reached
 
 FOLDER = "control"
 POLL_SECONDS = 0.25
@@ -33,7 +34,7 @@ class Live:
     """The run's end: who holds it may be asked.
 
     Args:
-      folder: of the run.
+      folder: of the run. None: nobody can ask here; where several hosts train, all but host 0 only do what it was asked.
 
     Attributes:
       paused: whether somebody asked for a pause.
@@ -42,9 +43,11 @@ class Live:
       SettingError: another process is at work in the folder.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.paused = Path(folder) / FOLDER, False
-        self._polled, self._file = 0.0, -1
+    def __init__(self, folder: Path | None):
+        self.paused, self._polled, self._file = False, 0.0, -1
+        if folder is None:
+            return
+        self.folder = Path(folder) / FOLDER
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for old in (*self.folder.glob("*.answer"), *self.folder.glob("*.part")):
@@ -66,23 +69,35 @@ class Live:
         While it is paused this does not return.
         """
         while True:
-            now = time.monotonic()
-            if now - self._polled >= POLL_SECONDS:
-                self._polled = now
-                for name, request in self._claimed(lambda: not run.halted):
-                    self._answer(name, self._done(run, request))
+            found = run.hear(lambda: self._found(run))
+            for name, request in found:
+                self._answer(name, self._done(run, request))
+            if found:
+                continue  # there may be more
             if not self.paused or run.halted or run.stop_requested:
                 return
             began = time.perf_counter()
+            reached(phase="pause")
             run.read(everything=True)
             time.sleep(POLL_SECONDS / 5)
             run.waited(time.perf_counter() - began)
+
+    def _found(self, run: Any) -> list[tuple[str, dict[str, Any]]]:
+        """The next request, claimed, if it is time to look; one at a time, for one may halt the run."""
+        now = time.monotonic()
+        if self._file < 0 or run.halted or now - self._polled < POLL_SECONDS:
+            return []
+        claimed = next(self._claimed(), None)
+        if claimed is None:
+            self._polled = now
+            return []
+        return [claimed]
 
     def close(self, status: str) -> None:
         """Tell those who still ask that the run has ended."""
         if self._file < 0:
             return
-        for name, _ in self._claimed(lambda: True):
+        for name, _ in self._claimed():
             self._answer(name, {"ok": False, "text": f"the run has ended: {status}"})
         (self.folder / "run.json").unlink(missing_ok=True)
         os.close(self._file)
@@ -161,11 +176,9 @@ class Live:
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
-    def _claimed(self, more: Callable[[], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _claimed(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The requests that are there, in their order; deleting the file is what makes one this run's."""
         for path in sorted(self.folder.glob("*.request")):
-            if not more():
-                return
             try:
                 request = json.loads(path.read_text())
                 path.unlink()
@@ -177,6 +190,8 @@ class Live:
                 yield path.stem, request
 
     def _answer(self, name: str, answer: dict[str, Any]) -> None:
+        if self._file < 0:
+            return
         with contextlib.suppress(OSError):  # who asked finds out by waiting; the run goes on
             _put(self.folder / f"{name}.answer", answer)
 

@@ -2,19 +2,21 @@
 
 A stream is endless: one epoch's order follows another's, and batches run on over the border. Position p of it is the
 p-th sample that training consumes, whatever the batch size, the block size or the number of devices; so the position
-alone says where to go on.
+alone says where to go on. Where several hosts train together, each reads the rows of a batch that its devices hold.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 
+from lepton_jax.compat import placed
 from lepton_jax.data.arrays import Arrays, Buffers, from_any
 from lepton_jax.errors import DataError, pointing_at_user
 
@@ -38,8 +40,8 @@ class ArrayStream:
             self._orders = kept | {epoch: generator.permutation(self.samples)}
         return self._orders[epoch]
 
-    def rows(self, start: int, stop: int) -> tuple[Any, Any]:
-        return self.data.take(self.indices(start, stop), self._buffers.empty)
+    def rows(self, start: int, stop: int, wanted: Any = slice(None)) -> tuple[Any, Any]:
+        return self.data.take(self.indices(start, stop)[wanted], self._buffers.empty)
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """Which samples are at positions start to stop: int32."""
@@ -60,9 +62,9 @@ class GrainStream:
         data = data.seed(seed)
         self.data = (data.shuffle() if shuffle else data).repeat()
 
-    def rows(self, start: int, stop: int) -> tuple[Any, Any]:
+    def rows(self, start: int, stop: int, wanted: Any = slice(None)) -> tuple[Any, Any]:
         with _reading():
-            rows = [self.data[position] for position in range(start, stop)]
+            rows = [self.data[int(position)] for position in np.arange(start, stop)[wanted]]
             return _pair(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
 
 
@@ -94,6 +96,40 @@ def epoch_samples(data: Any) -> int | None:
     return None if isinstance(data, grain.IterDataset) else stream(data).samples
 
 
+class Share:
+    """The rows of a batch that this host's devices hold, and global arrays made of them.
+
+    Args:
+      sharding: where a block's leaves go.
+      batch_size, steps: of a block.
+
+    Attributes:
+      wanted: positions within a block of this host's rows, int (n,), or a slice where they are all.
+    """
+
+    def __init__(self, sharding: Any, batch_size: int, steps: int):
+        self.sharding, self._shape = sharding, (batch_size,) if steps == 1 else (steps, batch_size)
+        ranges = [index[-1].indices(batch_size)[:2] for index in sharding.addressable_devices_indices_map(self._shape).values()]
+        self._rows = np.unique(np.concatenate([np.arange(*limits) for limits in ranges]))
+        whole = len(self._rows) == batch_size
+        self.wanted = slice(None) if whole else (np.arange(steps)[:, None] * batch_size + self._rows).reshape(-1)
+
+    def put(self, rows: Any) -> jax.Array:
+        """Rows `wanted` of one leaf, (n, ...), as this host's part of the block's global array."""
+        rows = rows.reshape(*self._shape[:-1], len(self._rows), *rows.shape[1:])
+        if self.sharding.is_fully_addressable:
+            return jax.device_put(rows, self.sharding)
+        batch_dim = len(self._shape) - 1
+        shape = (*self._shape, *rows.shape[len(self._shape):])
+
+        def part(index: Any) -> np.ndarray:
+            low, high, _ = index[batch_dim].indices(self._shape[-1])
+            first = int(np.searchsorted(self._rows, low))
+            return rows[(*index[:batch_dim], slice(first, first + high - low))]
+
+        return jax.make_array_from_callback(shape, self.sharding, part)
+
+
 class Loader:
     """Blocks of `steps` batches, read and put on the devices by a thread of Grain's, ahead of their use.
 
@@ -113,10 +149,10 @@ class Loader:
         self._rows = batch_size * steps
         self._iterable, self._resident = isinstance(data, grain.IterDataset), resident
         self._read = np.empty(0, np.int32)
-        shape = (lambda x: x) if steps == 1 else lambda x: x.reshape(steps, batch_size, *x.shape[1:])
+        share = Share(sharding, batch_size, steps)
 
         def put(rows: Any) -> Any:
-            return jax.tree.map(lambda x: jax.device_put(shape(x), sharding), rows)
+            return jax.tree.map(share.put, rows)
 
         start, saved = (position, None) if isinstance(position, int) else (position["samples"], position.get("grain"))
         self._samples = start
@@ -126,19 +162,22 @@ class Loader:
             self._iterator = iter(dataset)
             if saved is not None:
                 self._iterator.set_state(saved)
-            self._put = put
+            self._put = lambda rows: put(jax.tree.map(lambda x: x[share.wanted], rows))
         else:
             samples = stream(data, seed, shuffle)
             assert isinstance(samples, ArrayStream) or not resident
-            read = samples.indices if resident else samples.rows  # type: ignore[union-attr]
+            read: Any = samples.indices if resident else partial(samples.rows, wanted=share.wanted)  # type: ignore[union-attr]
             at_once = max(1, STEPS_PER_READ // steps) if resident else 1
             source = _Blocks(read, start, self._rows * at_once, blocks and math.ceil(blocks / at_once))
-            block = sum(np.asarray(x).nbytes for x in jax.tree.leaves(read(start, start + 1))) * self._rows
+            one = samples.indices(0, 1) if resident else samples.rows(0, 1)  # type: ignore[union-attr]
+            block = sum(np.asarray(x).nbytes for x in jax.tree.leaves(one)) * self._rows
             depth = int(np.clip(PREFETCHED_BYTES // max(1, block), *PREFETCHED_BLOCKS))
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=depth)
             blocks_read = grain.MapDataset.source(source)
             self._iterator = iter((blocks_read if resident else blocks_read.map(put)).to_iter_dataset(options))
-            self._put = put if resident else lambda rows: rows
+            # indices alone are cheap: every host makes them all
+            whole = lambda x: placed(x if steps == 1 else x.reshape(steps, batch_size), sharding)  # noqa: E731
+            self._put = whole if resident else lambda rows: rows
 
     def __iter__(self) -> Iterator[Any]:
         return self

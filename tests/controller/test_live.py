@@ -176,6 +176,6 @@ def test_the_seat_for_servers_asks_for_the_token(blobs, tmp_path):
 def test_it_looks_at_the_folder_four_times_a_second_at_most(blobs, tmp_path, monkeypatch):
     looks = []
     claimed = Live._claimed
-    monkeypatch.setattr(Live, "_claimed", lambda self, more: looks.append(time.monotonic()) or claimed(self, more))
+    monkeypatch.setattr(Live, "_claimed", lambda self: looks.append(time.monotonic()) or claimed(self))
     history = make(blobs, tmp_path / "run", steps=4000, optimizer=partial(optax.sgd)).fit()
     assert len(looks) <= 4 * history.seconds + 3

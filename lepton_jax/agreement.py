@@ -1,0 +1,137 @@
+"""What the hosts of a run must do alike: one of them says it, the others hear it.
+
+A host is a process. What is said goes through the key-value store of `jax.distributed`, not through the devices: it neither
+waits for a step nor has to be in one. All hosts call these functions in the same order. On a single host they cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lepton_jax import errors
+from lepton_jax.compat import coordination
+from lepton_jax.errors import LeptonError
+
+PATIENCE = 1800.0  # seconds to wait for what another host has to say; who watches the run is sooner
+BEAT = 0.25  # seconds between two beats, about
+KEPT = 256  # messages that are still there when a slow host comes to read them
+_said = 0
+
+
+def hosts() -> int:
+    """How many there are."""
+    return jax.process_count()
+
+
+def host() -> int:
+    """Which one this is, from 0."""
+    return jax.process_index()
+
+
+def first(say: Callable[[], Any]) -> Any:
+    """What host 0's `say()` returns, in plain data; the others don't call theirs.
+
+    Raises:
+      LeptonError: the one that host 0's `say` raised, on every host.
+    """
+    if hosts() == 1:
+        return say()
+    key = _key()
+    if host():
+        return _opened(json.loads(_client().blocking_key_value_get(key, int(PATIENCE * 1000))))
+    answer, fault = _tried(say)
+    _client().key_value_set(key, json.dumps(answer))
+    if _said > KEPT:
+        _client().key_value_delete(f"lepton/{_said - KEPT}")
+    if fault is not None:
+        raise fault
+    return answer["said"]
+
+
+def every(say: Callable[[], Any]) -> list[Any]:
+    """What each host's `say()` returns, in plain data, by host.
+
+    Raises:
+      LeptonError: the one that the first such host's `say` raised, on every host.
+    """
+    if hosts() == 1:
+        return [say()]
+    key = _key()
+    answer, fault = _tried(say)
+    _client().key_value_set(f"{key}/{host()}", json.dumps(answer))
+    answers = [json.loads(_client().blocking_key_value_get(f"{key}/{i}", int(PATIENCE * 1000))) for i in range(hosts())]
+    if fault is not None and all("fault" not in answers[i] for i in range(host())):
+        raise fault
+    return [_opened(answer) for answer in answers]
+
+
+def wish(name: str) -> None:
+    """Tell host 0 that this host wants something; see `wished`."""
+    if hosts() > 1:
+        _client().key_value_set(f"lepton-wish/{name}/{host()}", "1", allow_overwrite=True)
+
+
+def wished(name: str) -> bool:
+    """On host 0: whether any host has said that it wants this."""
+    return hosts() > 1 and bool(_client().key_value_dir_get(f"lepton-wish/{name}/"))
+
+
+class Beat:
+    """The moments at which all hosts hear from host 0: at steps that it chooses one beat ahead, about four a second."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self._step, self._time = 0, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether one falls on this step; on a single host, on each."""
+        return hosts() == 1 or step >= self.next
+
+    def hear(self, step: int, say: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What host 0 says at this step."""
+        if hosts() == 1:
+            return say()
+        heard = first(lambda: {**say(), "next": step + self._steps_ahead(step)})
+        self.next = heard.pop("next")
+        return heard
+
+    def again(self, step: int) -> None:
+        """The run has gone back to a step: the next beat is there."""
+        self.next = self._step = step
+
+    def _steps_ahead(self, step: int) -> int:
+        now = time.monotonic()
+        rate = max(0, step - self._step) / max(now - self._time, 1e-6)
+        self._step, self._time = step, now
+        return min(1000, max(1, round(rate * BEAT)))
+
+
+def _key() -> str:
+    global _said
+    _said += 1
+    return f"lepton/{_said}"
+
+
+def _client() -> Any:
+    client = coordination()
+    assert client is not None, "several processes without jax.distributed"
+    return client
+
+
+def _tried(say: Callable[[], Any]) -> tuple[dict[str, Any], LeptonError | None]:
+    try:
+        return {"said": say()}, None
+    except LeptonError as error:
+        return {"fault": [type(error).__name__, error.what, str(error.where), error.remedy]}, error
+
+
+def _opened(answer: dict[str, Any]) -> Any:
+    if "fault" not in answer:
+        return answer["said"]
+    kind, what, where, remedy = answer["fault"]
+    raise getattr(errors, kind, LeptonError)(what, where=where, remedy=remedy)
