@@ -21,6 +21,7 @@ import optax
 
 import lepton_jax.controller.knobs as knobs_
 from lepton_jax import optimizers, precision
+from lepton_jax.compat import placed
 from lepton_jax.controller.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import Signals
@@ -302,13 +303,13 @@ def slowed(state: Any, factor: float, later: float | None = None, steps: int = 1
     """A `State` whose learning rate is `factor` times its base, and grows to `later` times it over so many steps."""
     held, later = state.controller, factor if later is None else later
     rate = np.array([factor, later, (later - factor) / steps], np.float32)
-    return _replaced(state, held._replace(rate=jax.device_put(rate, held.rate.sharding)))
+    return _replaced(state, held._replace(rate=placed(rate, held.rate.sharding)))
 
 
 def released(state: Any) -> Any:
     """A `State` that goes on after the host saw to a stop or a rollback."""
     held = state.controller
-    return _replaced(state, held._replace(halted=jax.device_put(np.bool_(False), held.halted.sharding)))
+    return _replaced(state, held._replace(halted=placed(np.bool_(False), held.halted.sharding)))
 
 
 def _written(state: Any, part: str, values: Mapping[str, float]) -> Any:
@@ -316,7 +317,7 @@ def _written(state: Any, part: str, values: Mapping[str, float]) -> Any:
     if not isinstance(held, ControllerState):
         return state
     old = getattr(held, part)
-    fresh = {n: jax.device_put(np.float32(x), old[n].sharding) for n, x in values.items() if n in old}
+    fresh = {n: placed(np.float32(x), old[n].sharding) for n, x in values.items() if n in old}
     return _replaced(state, held._replace(**{part: old | fresh})) if fresh else state
 
 
