@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from lepton_jax import errors
 from lepton_jax.compat import coordination
-from lepton_jax.errors import LeptonError
+from lepton_jax.errors import LeptonError, SettingError
 
 PATIENCE = 1800.0  # seconds to wait for what another host has to say; who watches the run is sooner
 BEAT = 0.25  # seconds between two beats, about
@@ -68,6 +69,30 @@ def every(say: Callable[[], Any]) -> list[Any]:
     if fault is not None and all("fault" not in answers[i] for i in range(host())):
         raise fault
     return [_opened(answer) for answer in answers]
+
+
+def same(facts: Mapping[str, str]) -> None:
+    """Compare what must not differ between the hosts: texts, by what they are.
+
+    Raises:
+      SettingError: on every host: which one differs from host 0 in what, with the first line that does.
+    """
+    if hosts() == 1:
+        return
+    sums = every(lambda: {name: zlib.crc32(text.encode()) for name, text in facts.items()})
+    differing = [(i, name) for i, found in enumerate(sums) for name in facts if found.get(name) != sums[0].get(name)]
+    if not differing:
+        return
+    other, name = differing[0]
+    lines = facts[name].splitlines()
+    marks = [zlib.crc32(line.encode()) for line in lines]
+    theirs = every(lambda: marks if host() in (0, other) else None)
+    number = next((i for i, (a, b) in enumerate(zip(theirs[0], theirs[other], strict=False)) if a != b),
+                  min(len(theirs[0]), len(theirs[other])))
+    shown = every(lambda: lines[number].strip()[:200] if number < len(lines) else "nothing")
+    raise SettingError(f"host {other} differs from host 0 in {name}, first in line {number + 1}: {shown[other]} there, "
+                       f"{shown[0]} on host 0", where=f"host {other} of {hosts()}",
+                       remedy="give all hosts the same code, settings and data, and start again")
 
 
 def wish(name: str) -> None:

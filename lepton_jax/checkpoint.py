@@ -13,9 +13,9 @@ import re
 import sys
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from lepton_jax import agreement
 from lepton_jax.compat import jit_where
 from lepton_jax.errors import CheckpointError, LeptonError
 from lepton_jax.state import by_path
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -47,9 +49,9 @@ class Checkpoints:
             policies.append(checkpoint_managers.BestN(
                 get_metric_fn=lambda metrics: metrics[name], reverse=best.startswith("-"), n=1,
                 keep_checkpoints_without_metrics=False))
-        self._options = ocp.CheckpointManagerOptions(
-            create=True, preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies))
+        self._preserved = checkpoint_managers.AnyPreservationPolicy(policies)
         self._manager: ocp.CheckpointManager | None = None
+        self._reader: ocp.CheckpointManager | None = None
         self._saving: int | None = None
 
     def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
@@ -95,6 +97,9 @@ class Checkpoints:
             self.wait()
             self._manager.close()
             self._manager = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def steps(self) -> list[int]:
         """Committed steps, in order, as host 0 sees them; whether they can be read is seen by reading them."""
@@ -135,22 +140,13 @@ class Checkpoints:
         if step not in self.steps():
             raise CheckpointError(f"there is no checkpoint of step {step!r}", where=self.folder,
                                   remedy=f"name one of the steps {', '.join(map(str, self.steps())) or '(there are none)'}")
-        record, checksums = self._record(step)
         wanted = jax.eval_shape(_storable, template)
-        try:
-            # the index alone; Orbax would find the fault in as many threads as there are arrays
-            tensorstore.KvStore.open(f"file://{self.folder / str(step)}/state/|ocdbt:").result().list().result()
-            stored = self._open().item_metadata(step)["state"].tree
-        except Exception as error:
-            raise Damaged(step, error) from error
+        record, checksums, stored = _alike(step, lambda: self._index(step))
         self._compare(step, wanted, stored)
         places = by_path(jax.tree.map(lambda x: x.sharding, template))
         shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[_unquoted(name)])
                   for name, leaf in wanted.items()}
-        try:
-            arrays = self._open().restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
-        except Exception as error:
-            raise Damaged(step, error) from error
+        arrays = _alike(step, lambda: self._arrays(step, shapes))
         for name, value in jax.device_get(_copy_and_checksum(arrays)[1]).items():
             if checksums.get(name) != int(value):
                 raise Damaged(step, f"the checksum of {_unquoted(name)} does not match")
@@ -178,9 +174,25 @@ class Checkpoints:
         what = "\n    ".join([f"none of the {len(steps)} checkpoints can be read", *reasons])
         raise CheckpointError(what, where=self.folder, remedy="start the run anew, or name another run folder")
 
+    def _index(self, step: int) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
+        """Record, checksums, and what arrays there are."""
+        record, checksums = self._record(step)
+        try:
+            # the index alone; Orbax would find the fault in as many threads as there are arrays
+            tensorstore.KvStore.open(f"file://{self.folder / str(step)}/state/|ocdbt:").result().list().result()
+            return record, checksums, self._read().item_metadata(step)["state"].tree
+        except Exception as error:
+            raise Damaged(step, error) from error
+
+    def _arrays(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._read().restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+        except Exception as error:
+            raise Damaged(step, error) from error
+
     def _record(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
         try:
-            sealed = self._open().restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            sealed = self._read().restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
             body = sealed["body"]
             intact = zlib.crc32(body.encode()) == sealed["crc32"]
         except Exception as error:
@@ -205,14 +217,28 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            _quieten()
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)  # Orbax finds out late, and in another thread
-                self._manager = ocp.CheckpointManager(self.folder, options=self._options, item_handlers={
-                    "state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()})
-            except OSError as error:
-                raise self._failed(error) from error
+            self._manager = self._make(None if agreement.hosts() == 1 else range(agreement.hosts()))
         return self._manager
+
+    def _read(self) -> ocp.CheckpointManager:
+        """Each host reads by itself: who can't read would leave the others waiting for it."""
+        if agreement.hosts() == 1:
+            return self._open()
+        if self._reader is None:
+            self._reader = self._make([agreement.host()])
+        return self._reader
+
+    def _make(self, hosts: Iterable[int] | None) -> ocp.CheckpointManager:
+        _quieten()
+        together = {} if hosts is None else {"multiprocessing_options": ocp.options.MultiprocessingOptions(
+            primary_host=min(hosts), active_processes=set(hosts), barrier_sync_key_prefix=f"hosts{min(hosts)}to{max(hosts)}")}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # Orbax finds out late, and in another thread
+            options = ocp.CheckpointManagerOptions(create=hosts is None, preservation_policy=self._preserved, **together)
+            return ocp.CheckpointManager(self.folder, options=options, item_handlers={
+                "state": ocp.StandardCheckpointHandler(**together), "record": ocp.JsonCheckpointHandler(**together)})
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> LeptonError:
         step, self._saving = self._saving, None
@@ -261,6 +287,22 @@ class Damaged(CheckpointError):
         self.reason = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:300]
         super().__init__(f"the checkpoint of step {step} is damaged: {self.reason}", where=f"step {step}",
                          remedy="use an earlier step")
+
+
+def _alike(step: int, read: Callable[[], T]) -> T:
+    """What this host reads, if all can; else all see what the first one that can't has found."""
+    fault: Damaged | None = None
+    try:
+        found = read()
+    except Damaged as error:
+        fault = error
+    reasons = agreement.every(lambda: fault and fault.reason)
+    if fault is not None:
+        raise fault
+    for host, reason in enumerate(reasons):
+        if reason is not None:
+            raise Damaged(step, f"host {host}: {reason}")
+    return found
 
 
 def _quoted(path: str) -> str:

@@ -16,8 +16,8 @@ from jax._src import (  # no public names
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 
-__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "coordination", "jit_on", "jit_where", "make_mesh", "placed",
-           "scan_counts", "source_line"]
+__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "cache_hits", "coordination", "jit_on", "jit_where", "make_mesh",
+           "placed", "scan_counts", "source_line"]
 
 
 def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
@@ -29,6 +29,22 @@ def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
 def coordination() -> Any:
     """The client of the key-value store that the processes of `jax.distributed` share; None in a process alone."""
     return distributed.global_state.client
+
+
+_hits = 0
+
+
+def cache_hits() -> int:
+    """How many executables this process has read from JAX's persistent compilation cache."""
+    return _hits
+
+
+def _count(event: str, **_: Any) -> None:
+    global _hits
+    _hits += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_listener(_count)
 
 
 def placed(value: Any, sharding: Any) -> jax.Array:

@@ -22,9 +22,10 @@ from lepton_jax.controller.journal import Journal
 from lepton_jax.controller.live import Live
 from lepton_jax.controller.rollback import Halt, Rollbacks, find_halt, remember
 from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples
-from lepton_jax.errors import DivergedError
+from lepton_jax.errors import DivergedError, LeptonError
 from lepton_jax.history import History
-from lepton_jax.monitor import Monitor
+from lepton_jax.local_checkpoint import LocalCheckpoints
+from lepton_jax.monitor import Monitor, SampleTrace
 from lepton_jax.precision import all_finite
 from lepton_jax.program import Program
 from lepton_jax.recipe import Recipe
@@ -63,11 +64,14 @@ class Loop:
       folder: of the run. None: no journal is written.
       live: passes on a person's requests; with several hosts each has one.
       kept: what the checkpoint that the run goes on from holds beside state and position.
+      samples: is told what each step was made of.
+      local: where to keep fast checkpoints on this machine; None: there are none.
     """
 
     def __init__(self, program: Program, state: State, step: int, train: Any, test: Any, position: dict[str, Any],
                  until: int, monitor: Monitor, checkpoints: Checkpoints | None, folder: Path | None = None,
-                 live: Live | None = None, kept: dict[str, Any] | None = None):
+                 live: Live | None = None, kept: dict[str, Any] | None = None, samples: SampleTrace | None = None,
+                 local: LocalCheckpoints | None = None):
         self.program, self.state, self.step, self.until = program, state, step, until
         self.recipe, self.monitor, self.checkpoints, self.folder = program.recipe, monitor, checkpoints, folder
         self.train, self.test, self.position = train, test, position
@@ -79,6 +83,8 @@ class Loop:
         self.rollbacks = Rollbacks(controller.limits, kept.get("rollbacks"))
         self._live, self._saved, self._beat = live or Live(None), -1, agreement.Beat()
         self._measured: dict[str, float] = {}
+        self._samples = samples
+        self._local, self._locally_saved = local, time.monotonic()
         self._halt: Halt | None = None
         self._slow = kept.get("slow")
         self._stopped: str | None = kept.get("stopped") if step >= until else None
@@ -112,6 +118,8 @@ class Loop:
                 if self._loader is not None:
                     self._loader.close()
                 self.journal.close()
+                if self._samples is not None:
+                    self._samples.close()
                 self.history.seconds = time.perf_counter() - self._began
         if self.checkpoints is not None:
             with phase.phase("save"):
@@ -127,6 +135,8 @@ class Loop:
         if self._slow:  # after a rollback that the checkpoint does not know of
             self.state = slowed(self.state, *self._slow)
         self.journal.begin(self.state, self.step)
+        if self._samples is not None:
+            self._samples.back(self.step)
         for line in self.journal.undone:
             self.monitor.event("warning", text=f"{line['who']} asked the run after step {line['step']} to {line['request']}"
                                f" {line.get('settings', '')}: that is later than the checkpoint, and must be asked again")
@@ -163,6 +173,9 @@ class Loop:
         phase.reached(step=self.step, phase="steps")
         self.position = self._loader.state((per_block - self._offset) * batch_size) | self._order
         self._pending.append((records, start, self._offset, self.position))
+        if self._samples is not None:
+            for back in reversed(range(count)):
+                self._samples.add(self.step - back, self._loader.names(self.position["samples"] - back * batch_size))
 
     def _close_step(self, evaluating: bool, saving: bool) -> None:
         metrics = self.evaluate() if evaluating and self.test is not None else None
@@ -192,9 +205,8 @@ class Loop:
         if not _finite(self.state.params):
             self._halt = Halt(self.step, None, None, f"the update of step {self.step} made parameters that are not finite")
             return
-        record = {"position": self.position, "plan": self.program.plan.to_json(), **self.kept}
         with phase.phase("save"):
-            self.checkpoints.save(self.step, self.state, record, metrics)
+            self.checkpoints.save(self.step, self.state, self.record, metrics)
         self._saved = self.step
         self.monitor.event("save", step=self.step, seconds=time.perf_counter() - began)
         self.waited(time.perf_counter() - began)
@@ -205,6 +217,11 @@ class Loop:
     def kept(self) -> dict[str, Any]:
         """What a checkpoint holds beside state, position and plan."""
         return {"journal": self.journal.lines, "rollbacks": self.rollbacks.kept, "stopped": self._stopped}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state."""
+        return {"position": self.position, "plan": self.program.plan.to_json(), **self.kept}
 
     @property
     def halted(self) -> bool:
@@ -218,13 +235,29 @@ class Loop:
             agreement.wish("stop")
 
         def say() -> dict[str, Any]:
-            return {"requests": requests(), "stop": self.stop_wished or agreement.wished("stop"), "fed": self._measured}
+            return {"requests": requests(), "stop": self.stop_wished or agreement.wished("stop"), "fed": self._measured,
+                    "save": self._local is not None and time.monotonic() - self._locally_saved >= self._local.every}
 
         heard, self._measured = self._beat.hear(self.step, say), {}
         self.stop_requested |= heard["stop"]
         if heard["fed"]:
             self.state = fed(self.state, **heard["fed"])
+        if heard["save"]:
+            self._save_locally()
         return heard["requests"]
+
+    def _save_locally(self) -> None:
+        """A checkpoint on each host's own disk. What went wrong with the one before is told, and the run goes on."""
+        assert self._local is not None
+        began, self._locally_saved = time.perf_counter(), time.monotonic()
+        self.read(everything=True)
+        if self.halted:
+            return
+        try:
+            self._local.save(self.step, self.state, self.record)
+        except LeptonError as error:
+            self.monitor.event("warning", text=f"{error.what} ({error.where})")
+        self.waited(time.perf_counter() - began)
 
     def status(self) -> dict[str, Any]:
         """For whoever asks: step, the last record that was read, and time."""
@@ -278,7 +311,10 @@ class Loop:
             if self._halt is not None:
                 surplus = len(rows) - (self._halt.step - done)
                 rows, self.step = rows[:len(rows) - surplus], self._halt.step
-                self.position = position | {"samples": position["samples"] - surplus * self.recipe.batch_size}
+                if surplus:
+                    self.position = self._loader.at(position["samples"] - surplus * self.recipe.batch_size) | self._order
+                else:
+                    self.position = position
                 self._pending.clear()
             phase.reached(done=done + len(rows))
             self._window.append(rows)
@@ -336,12 +372,16 @@ class Loop:
         self.monitor.event("rollback", **told)
         self.step = self._saved = to
         self._beat.again(to)
+        if self._samples is not None:
+            self._samples.back(to)
         phase.reached(step=to, done=to)
         self.journal.begin(self.state, to)
         self.history.truncate(to)
         own, entry = self.folder, {"to": to, "position": self.position, "slow": self.rollbacks.slow, **self.kept}
         agreement.first(lambda: remember(own, entry))
         self.checkpoints.set_aside(to)
+        if self._local is not None:
+            self._local.forget(to)
         self._loader.close()
         self._open()
         self.waited(time.perf_counter() - began)

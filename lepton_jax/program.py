@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_jax import agreement, losses, phase
-from lepton_jax.compat import jit_on, placed
+from lepton_jax.compat import cache_hits, jit_on, placed
 from lepton_jax.controller import Controller, Pieces, norm, served
 from lepton_jax.errors import pointing_at_user
 from lepton_jax.module import forward
@@ -29,12 +29,14 @@ from lepton_jax.state import State, by_path
 
 @dataclass(frozen=True)
 class Compilation:
-    """One compilation of one of the programs; `count` is 1 for its first, `changed` says what a later one is due to."""
+    """One compilation of one of the programs; `count` is 1 for its first, `changed` says what a later one is due to, and
+    `cached` by host whether the executable came from JAX's compilation cache."""
 
     program: str
     count: int
     seconds: float
     changed: str | None
+    cached: list[bool]
 
 
 class Program:
@@ -65,7 +67,7 @@ class Program:
         self.controller = Controller(self.recipe)
         self.records = ["loss", *self.recipe.metrics, *self.controller.records]
         self.compilations: list[Compilation] = []
-        self._on_compile, self._traced = on_compile, 0
+        self._on_compile, self._traced, self._lowered = on_compile, 0, ""
         self._signatures: dict[str, list[dict[str, str]]] = {}
         # programs that wait for each other's collectives can use up the threads that XLA's virtual CPU devices share
         self._one_at_a_time = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
@@ -112,6 +114,16 @@ class Program:
         block = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*many, *x.shape), x.dtype, sharding=self.block_sharding), batch)
         bounds = () if plan.steps_per_call == 1 else (0, 1)
         return self._train.lower(state, block, *bounds, data)
+
+    def fingerprint(self) -> str:
+        """The train step as it goes to the compiler, in words: what must be the same on all hosts. It costs one tracing, which
+        the first step need not do again."""
+        traced, before = self._traced, phase.where().phase
+        text = self.lower().as_text()
+        if self._traced != traced:
+            self._traced, self._lowered = traced, "train"
+            phase.reached(phase=before)
+        return text
 
     def resident(self, train: Any) -> Any:
         """Copies on each device of an `Arrays`' inputs and targets, kept as long as it lives."""
@@ -239,7 +251,10 @@ class Program:
         phase.reached(phase="compile")
 
     def _call(self, program: str, function: Callable, *args: Any) -> Any:
-        traced, begun, before = self._traced, time.perf_counter(), phase.where().phase
+        traced, begun, before, hits = self._traced, time.perf_counter(), phase.where().phase, cache_hits()
+        if program == self._lowered:
+            self._lowered, traced = "", -1
+            phase.reached(phase="compile")
         with pointing_at_user(f"the {program} program", "mend the line that is named, if one is; where memory is short, "
                               "lower batch_size or raise micro_batches", where=f"program {program!r}"):
             result = function(*args)
@@ -254,7 +269,8 @@ class Program:
                 changed = ", ".join(f"{path or 'inputs'}: {old.get(path, 'absent')} to {new.get(path, 'absent')}"
                                     for path in old | new if old.get(path) != new.get(path))
                 changed = changed or "another function or layout with the same shapes"
-            compilation = Compilation(program, len(signatures), time.perf_counter() - begun, changed)
+            cached = agreement.every(lambda: cache_hits() > hits)
+            compilation = Compilation(program, len(signatures), time.perf_counter() - begun, changed, cached)
             self.compilations.append(compilation)
             self._on_compile(compilation)
         return result

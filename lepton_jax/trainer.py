@@ -23,7 +23,7 @@ from lepton_jax import agreement, losses, phase
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.controller.live import Live
 from lepton_jax.controller.rollback import recalled
-from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples, from_any, sample
+from lepton_jax.data import Arrays, Dataset, Loader, blocks_between, described, epoch_samples, from_any, sample
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -35,9 +35,10 @@ from lepton_jax.errors import (
 )
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.history import History
+from lepton_jax.local_checkpoint import LocalCheckpoints
 from lepton_jax.loop import Loop, evaluate, order
 from lepton_jax.module import is_linen
-from lepton_jax.monitor import Monitor, Sink, write_report
+from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
 from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan, trace
 from lepton_jax.program import Compilation, Program
 from lepton_jax.recipe import Recipe
@@ -56,12 +57,16 @@ class Trainer:
       sinks: receivers of the run's events, e.g. `lepton_jax.monitor.Progress()`.
       source: where the recipe came from (file and settings), kept in the run folder.
       plan: a plan, or the file of one, to follow instead of searching: what `Trainer.plan` gave, perhaps with pins.
+      trace_samples: write into the run folder which samples each step was made of (`samples.jsonl`).
+      local_dir, local_every: a folder on each host's own disk (or in its memory) for fast checkpoints beside those of the
+        run folder, and seconds between them; `resume` takes the newest that all hosts can read.
       changes: fields of a Recipe, instead of or on top of `recipe`.
     """
 
     def __init__(self, recipe: Recipe | Callable[[], Recipe] | None = None, *, run_dir: str | Path | None = None,
                  devices: int | None = None, sinks: Sequence[Sink] = (), source: dict[str, Any] | None = None,
-                 plan: Plan | str | Path | None = None, **changes: Any):
+                 plan: Plan | str | Path | None = None, trace_samples: bool = False,
+                 local_dir: str | Path | None = None, local_every: float = 60.0, **changes: Any):
         if callable(recipe):
             with pointing_at_user("making the recipe", "give a Recipe or a function that returns one and needs no "
                                   "arguments; a model goes to model=...", where="Trainer(recipe)", kind=RecipeError):
@@ -82,7 +87,10 @@ class Trainer:
         self.topology, self._devices = here(devices)
         self._sinks, self._source = () if agreement.host() else tuple(sinks), source or {}
         self._given = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
-        self._monitor = Monitor(None)
+        self._monitor, self._trace_samples = Monitor(None), trace_samples
+        self._local = None
+        if local_dir is not None and self.run_dir is not None:
+            self._local = LocalCheckpoints(Path(local_dir), self.run_dir, local_every)
         self.trace: Trace | None = None
         self.program: Program | None = None
         self.state: State | None = None
@@ -212,17 +220,24 @@ class Trainer:
         """
         folder = Path(folder)
         checkpoints = Checkpoints(folder / "checkpoints")
-        if not checkpoints.steps():
-            raise CheckpointError("there is no committed checkpoint", where=folder,
-                                  remedy="name the folder of a run or of a saved model")
+        own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
+        steps = checkpoints.steps()
+        if not steps and not (own and self._local):
+            raise _Nothing(folder)
         self._ready(None if self.recipe.train is not None else _shapes_in(folder))
         template = self._template()
-        if step is None:
+        near = None
+        if own and self._local and step is None:
+            near = self._local.newest(max(steps, default=0), template, self._damaged)
+        if near is not None:
+            step, state, record = near
+        elif not steps:
+            raise _Nothing(folder)
+        elif step is None:
             step, state, record = checkpoints.restore_latest(template, self._damaged)
         else:
             state, record = checkpoints.restore(step, template)
         checkpoints.close()
-        own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
         record = recalled(folder, step, record) if own else record
         self.step, self.state, self._position = step, state, record["position"]
         self._kept = {name: record.get(name) for name in ("rollbacks", *(("journal", "stopped", "slow") if own else ()))}
@@ -236,11 +251,11 @@ class Trainer:
         """
         if self.run_dir is None:
             raise CheckpointError("there is no run folder to resume", where="Trainer", remedy="give run_dir")
-        if Checkpoints(self.run_dir / "checkpoints").steps():
+        try:
             self.load(self.run_dir)
             self._resumed = True
-            return self
-        self._notice("warning", text="the run has no committed checkpoint; it begins at step 0")
+        except _Nothing:
+            self._notice("warning", text="the run has no committed checkpoint; it begins at step 0")
         return self
 
     # ---- behind them ----------------------------------------------------------------------------------------------
@@ -258,7 +273,7 @@ class Trainer:
 
     def _run(self, program: Program, train: Any, test: Any, until: int) -> History:
         monitor = self._monitor = Monitor(None if agreement.host() else self.run_dir, self._sinks)
-        checkpoints, loop, live = None, None, None
+        checkpoints, loop, live, samples = None, None, None, None
         status = "failed"
         reason: BaseException | None = None
         try:
@@ -266,12 +281,18 @@ class Trainer:
                 folder = self.run_dir
                 live = Live(None if agreement.host() else folder)
                 agreement.first(lambda: self._describe_run(folder))
+                samples = SampleTrace(folder) if self._trace_samples and agreement.host() == 0 else None
                 checkpoints = Checkpoints(self.run_dir / "checkpoints", self.recipe.keep, self.recipe.best)
+            if agreement.hosts() > 1:
+                agreement.same({"the training data": described(train), "the test data": described(test),
+                                "the train step": program.fingerprint()})
             self._announce(program, train, until)
+            if self._local is not None:
+                self._local.forget(self.step)
             for later in checkpoints.set_aside(self.step) if checkpoints else ():
                 monitor.event("warning", text=f"the checkpoint of step {later} is later than this run; moved to set_aside/")
             loop = Loop(program, self._state(program), self.step, train, test, self._position, until, monitor, checkpoints,
-                        self.run_dir, live, {"journal": 0, **self._kept})
+                        self.run_dir, live, {"journal": 0, **self._kept}, samples, self._local)
             loop.run()
             status = loop.history.status
         except DivergedError as error:
@@ -380,7 +401,7 @@ class Trainer:
         """That a data set has the shapes and dtypes that the program is traced for, and labels within its classes."""
         assert self.trace is not None
         if what == "test data" and epoch_samples(data) is None:
-            raise DataError("a Grain data set that can only be iterated has no end to evaluate up to", where=what,
+            raise DataError("a data set that is read in order has no end to evaluate up to", where=what,
                             remedy="give arrays or a grain.MapDataset")
         inputs, targets = sample(data)
         pairs = [("inputs", self.trace.inputs, inputs)]
@@ -438,6 +459,12 @@ class Trainer:
             sink.event({"kind": kind, **what})
 
 
+class _Nothing(CheckpointError):
+    def __init__(self, folder: Path):
+        super().__init__("there is no committed checkpoint", where=folder,
+                         remedy="name the folder of a run or of a saved model")
+
+
 def _replace(folder: Path, fresh: Path, old: Path) -> None:
     if folder.exists():
         folder.rename(old)
@@ -447,7 +474,7 @@ def _replace(folder: Path, fresh: Path, old: Path) -> None:
 
 def _settled(data: Any, otherwise: Any) -> Any:
     data = otherwise if data is None else data
-    return data if data is None or isinstance(data, grain.MapDataset | grain.IterDataset) else from_any(data)
+    return data if data is None or isinstance(data, grain.MapDataset | grain.IterDataset | Dataset) else from_any(data)
 
 
 def _count(data: Any) -> int | None:

@@ -19,7 +19,7 @@ FLOORS = [
     {"agreement"},
     {"state", "precision", "recipe", "hardware", "losses", "metrics", "models"},
     {"module", "optimizers"},
-    {"planner", "checkpoint", "controller", "data", "monitor", "history"},
+    {"planner", "checkpoint", "local_checkpoint", "controller", "data", "monitor", "history"},
     {"program"},
     {"loop", "verify"},
     {"trainer"},

@@ -8,9 +8,10 @@ alone says where to go on. Where several hosts train together, each reads the ro
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -18,10 +19,12 @@ import numpy as np
 
 from lepton_jax.compat import placed
 from lepton_jax.data.arrays import Arrays, Buffers, from_any
+from lepton_jax.data.pipeline import Dataset, open_stream
 from lepton_jax.errors import DataError, pointing_at_user
 
 PREFETCHED_BYTES = 64 * 2**20
 PREFETCHED_BLOCKS = (2, 16)  # at least, at most
+BATCHES_REMEMBERED = 4096  # of which the positions are known: more than are on their way to the devices
 STEPS_PER_READ = 64  # of indices alone: handing anything over from thread to thread takes a tenth of a millisecond
 
 
@@ -68,6 +71,85 @@ class GrainStream:
             return _pair(jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
 
 
+class Share:
+    """The rows of a batch that this host's devices hold, and global arrays made of them.
+
+    Args:
+      sharding: where a block's leaves go.
+      batch_size, steps: of a block.
+
+    Attributes:
+      rows: their positions within a batch, int (k,).
+      wanted: their positions within a block, int (steps * k,), or a slice where they are all.
+    """
+
+    def __init__(self, sharding: Any, batch_size: int, steps: int):
+        self.sharding, self._shape = sharding, (batch_size,) if steps == 1 else (steps, batch_size)
+        ranges = [index[-1].indices(batch_size)[:2] for index in sharding.addressable_devices_indices_map(self._shape).values()]
+        self.rows = np.unique(np.concatenate([np.arange(*limits) for limits in ranges]))
+        whole = len(self.rows) == batch_size
+        self.wanted = slice(None) if whole else (np.arange(steps)[:, None] * batch_size + self.rows).reshape(-1)
+
+    def put(self, rows: Any) -> jax.Array:
+        """Rows `wanted` of one leaf, (n, ...), as this host's part of the block's global array."""
+        rows = rows.reshape(*self._shape[:-1], len(self.rows), *rows.shape[1:])
+        if self.sharding.is_fully_addressable:
+            return jax.device_put(rows, self.sharding)
+        batch_dim = len(self._shape) - 1
+        shape = (*self._shape, *rows.shape[len(self._shape):])
+
+        def part(index: Any) -> np.ndarray:
+            low, high, _ = index[batch_dim].indices(self._shape[-1])
+            first = int(np.searchsorted(self.rows, low))
+            return rows[(*index[:batch_dim], slice(first, first + high - low))]
+
+        return jax.make_array_from_callback(shape, self.sharding, part)
+
+
+class Block(NamedTuple):
+    """What the reading thread hands over of a data set that is read in order: the rows on the devices, and by the number of
+    samples consumed the positions after each of its batches and the identifiers of the samples before them."""
+
+    rows: Any
+    states: dict[int, dict[str, Any]]
+    names: dict[int, list[str]]
+
+
+class Sequence:
+    """A `Dataset`'s blocks, read one after the other by whoever asks for number 0, 1, 2, ... of them.
+
+    Args:
+      data, seed, shuffle, start: the `Dataset`, its order, and the samples consumed before the first block.
+      saved: the state after these; None: of the beginning.
+      share: this host's rows.
+      batch_size, steps, blocks: of a block, and how many there are.
+    """
+
+    def __init__(self, data: Dataset, seed: int, shuffle: bool, start: int, saved: Any, share: Share, batch_size: int,
+                 steps: int, blocks: int | None):
+        self.stream, self.share, self.batch_size, self.steps = open_stream(data, seed, shuffle), share, batch_size, steps
+        self.stream.restore(saved)
+        self.blocks, self.consumed, self._next = blocks, start, 0
+
+    def __len__(self) -> int:
+        return self.blocks if self.blocks is not None else 2**40
+
+    def __getitem__(self, index: Any) -> Block:
+        assert index == self._next, f"block {index} is asked for after block {self._next - 1}"
+        self._next += 1
+        parts, states, names = [], {}, {}
+        for _ in range(self.steps):
+            rows, ids = self.stream.take(self.batch_size, self.share.rows)
+            self.consumed += self.batch_size
+            parts.append(rows)
+            states[self.consumed], names[self.consumed] = self.stream.state(), ids
+        whole = parts[0] if self.steps == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return Block(jax.tree.map(self.share.put, whole), states, names)
+
+    def __repr__(self) -> str:
+        return f"blocks of {self.steps} batches of {self.batch_size} samples"
+
+
 def stream(data: Any, seed: int = 0, shuffle: bool = False) -> ArrayStream | GrainStream:
     """A stream over a pair of arrays, an `Arrays` or a `grain.MapDataset`.
 
@@ -83,6 +165,8 @@ def stream(data: Any, seed: int = 0, shuffle: bool = False) -> ArrayStream | Gra
 
 def sample(data: Any) -> tuple[Any, Any]:
     """One sample, batch dim first, to take shapes from; no position moves."""
+    if isinstance(data, Dataset):
+        return open_stream(data, 0, False).take(1, np.arange(1))[0]
     if isinstance(data, grain.IterDataset):
         with _reading():
             for element in data:
@@ -92,42 +176,18 @@ def sample(data: Any) -> tuple[Any, Any]:
 
 
 def epoch_samples(data: Any) -> int | None:
-    """Samples in an epoch, or None for a Grain data set that can only be iterated."""
-    return None if isinstance(data, grain.IterDataset) else stream(data).samples
+    """Samples in an epoch, or None for a data set that has none: a `Dataset`, or one of Grain's that can only be iterated."""
+    return None if isinstance(data, grain.IterDataset | Dataset) else stream(data).samples
 
 
-class Share:
-    """The rows of a batch that this host's devices hold, and global arrays made of them.
-
-    Args:
-      sharding: where a block's leaves go.
-      batch_size, steps: of a block.
-
-    Attributes:
-      wanted: positions within a block of this host's rows, int (n,), or a slice where they are all.
-    """
-
-    def __init__(self, sharding: Any, batch_size: int, steps: int):
-        self.sharding, self._shape = sharding, (batch_size,) if steps == 1 else (steps, batch_size)
-        ranges = [index[-1].indices(batch_size)[:2] for index in sharding.addressable_devices_indices_map(self._shape).values()]
-        self._rows = np.unique(np.concatenate([np.arange(*limits) for limits in ranges]))
-        whole = len(self._rows) == batch_size
-        self.wanted = slice(None) if whole else (np.arange(steps)[:, None] * batch_size + self._rows).reshape(-1)
-
-    def put(self, rows: Any) -> jax.Array:
-        """Rows `wanted` of one leaf, (n, ...), as this host's part of the block's global array."""
-        rows = rows.reshape(*self._shape[:-1], len(self._rows), *rows.shape[1:])
-        if self.sharding.is_fully_addressable:
-            return jax.device_put(rows, self.sharding)
-        batch_dim = len(self._shape) - 1
-        shape = (*self._shape, *rows.shape[len(self._shape):])
-
-        def part(index: Any) -> np.ndarray:
-            low, high, _ = index[batch_dim].indices(self._shape[-1])
-            first = int(np.searchsorted(self._rows, low))
-            return rows[(*index[:batch_dim], slice(first, first + high - low))]
-
-        return jax.make_array_from_callback(shape, self.sharding, part)
+def described(data: Any) -> str:
+    """What a data set is, in words, with a checksum of samples: of arrays 4,096 spread over them, of others the first."""
+    if data is None:
+        return "none"
+    several = isinstance(data, Arrays)
+    some = data.take(np.linspace(0, len(data) - 1, min(len(data), 4096)).astype(int)) if several else sample(data)
+    checksum = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(some)))
+    return f"{repr(data) if several else type(data).__name__} of {epoch_samples(data)} samples, checksum {checksum:08x}"
 
 
 class Loader:
@@ -148,6 +208,9 @@ class Loader:
                  position: Any = 0, blocks: int | None = None, resident: bool = False):
         self._rows = batch_size * steps
         self._iterable, self._resident = isinstance(data, grain.IterDataset), resident
+        self._data, self._seed, self._shuffle, self._batch_size = data, seed, shuffle, batch_size
+        self._states: dict[int, dict[str, Any]] | None = None
+        self._names: dict[int, list[str]] = {}
         self._read = np.empty(0, np.int32)
         share = Share(sharding, batch_size, steps)
 
@@ -163,6 +226,12 @@ class Loader:
             if saved is not None:
                 self._iterator.set_state(saved)
             self._put = lambda rows: put(jax.tree.map(lambda x: x[share.wanted], rows))
+        elif isinstance(data, Dataset):
+            then = None if isinstance(position, int) else position.get("stream")
+            assert start == 0 or then is not None, "the position of a data set that is read in order is its state"
+            blocks_read = grain.MapDataset.source(Sequence(data, seed, shuffle, start, then, share, batch_size, steps, blocks))
+            self._iterator = iter(blocks_read.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+            self._states, self._put = {start: then or {}}, self._kept
         else:
             samples = stream(data, seed, shuffle)
             assert isinstance(samples, ArrayStream) or not resident
@@ -201,7 +270,39 @@ class Loader:
 
     def state(self, unused: int) -> dict[str, Any]:
         """The position, in plain data, of which the last block's final `unused` samples are not consumed yet."""
-        return {"samples": self._samples - unused, "grain": self._iterator.get_state() if self._iterable else None}
+        return self.at(self._samples - unused)
+
+    def at(self, samples: int) -> dict[str, Any]:
+        """The position after so many samples, between two of the batches read lately; after the last one only where the data
+        can only be iterated."""
+        position = {"samples": samples, "grain": self._iterator.get_state() if self._iterable else None}
+        return position if self._states is None else position | {"stream": self._states[samples]}
+
+    def names(self, samples: int) -> list[str]:
+        """What the batch was made of that ends after so many samples: "SOURCE:EPOCH:INDEX" where the data have sources,
+        "EPOCH:INDEX" of arrays, else the position in the stream."""
+        if self._states is not None:
+            return self._names[samples]
+        places = np.arange(samples - self._batch_size, samples)
+        if self._arrays is None:
+            return [str(place) for place in places]
+        indices = self._arrays.indices(int(places[0]), int(places[-1]) + 1)
+        return [f"{place // self._arrays.samples}:{index}" for place, index in zip(places, indices, strict=True)]
+
+    @cached_property
+    def _arrays(self) -> ArrayStream | None:
+        """The order of arrays once more, as the reading thread uses its own."""
+        found = None if self._iterable else stream(self._data, self._seed, self._shuffle)
+        return found if isinstance(found, ArrayStream) else None
+
+    def _kept(self, block: Block) -> Any:
+        """A block's rows; what belongs to its batches, and to a few of those before, can be asked for from now on."""
+        assert self._states is not None
+        for held, fresh in ((self._states, block.states), (self._names, block.names)):
+            held |= fresh  # type: ignore[arg-type, operator]
+            for old in list(held)[:-BATCHES_REMEMBERED - len(fresh)]:
+                del held[old]
+        return block.rows
 
     def close(self) -> None:
         """Stop the reading thread."""

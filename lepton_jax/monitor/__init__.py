@@ -6,9 +6,11 @@ from pathlib import Path
 
 from lepton_jax.monitor.events import Lines, Monitor, Sink, encode, plain, read_events
 from lepton_jax.monitor.progress import Progress
+from lepton_jax.monitor.samples import SampleTrace, read_samples
 from lepton_jax.monitor.sinks import TensorBoard
 
-__all__ = ["Lines", "Monitor", "Progress", "Sink", "TensorBoard", "encode", "plain", "read_events", "write_report"]
+__all__ = ["Lines", "Monitor", "Progress", "SampleTrace", "Sink", "TensorBoard", "encode", "plain", "read_events",
+           "read_samples", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
