@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import (  # no public names
+    compiler,  # for who writes to the compilation cache
     distributed,  # for the key-value store of jax.distributed
     source_info_util,  # to give an equation its place in the user's code again
 )
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 
-__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "cache_hits", "coordination", "jit_on", "jit_where", "make_mesh",
-           "placed", "scan_counts", "source_line"]
+__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "cache_hits", "coordination", "jit_on", "jit_where",
+           "keep_executables", "make_mesh", "placed", "scan_counts", "source_line"]
 
 
 def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
@@ -29,6 +30,32 @@ def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
 def coordination() -> Any:
     """The client of the key-value store that the processes of `jax.distributed` share; None in a process alone."""
     return distributed.global_state.client
+
+
+def keep_executables(folder: Any) -> None:
+    """Let JAX's persistent compilation cache be in a folder, unless the user has named another; to be called before compiling.
+
+    JAX lets only process 0 write to it. That serves all where they compile to the same key; but the key of a program for CPUs
+    holds which process it is for.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if distributed.global_state.process_id and jax.default_backend() == "cpu" and compiler._cache_write is _WRITE:
+        compiler._cache_write = _write_as_process_0  # type: ignore[assignment]
+
+
+_WRITE = compiler._cache_write
+
+
+def _write_as_process_0(*args: Any) -> None:
+    own, distributed.global_state.process_id = distributed.global_state.process_id, 0
+    try:
+        _WRITE(*args)
+    finally:
+        distributed.global_state.process_id = own
 
 
 _hits = 0
