@@ -83,8 +83,7 @@ class Trainer:
                               remedy="give a Recipe, a function that returns one, or a Recipe's fields by name")
         recipe = recipe.with_(**changes)
         self.recipe = recipe.with_(train=_settled(None, recipe.train), test=_settled(None, recipe.test))
-        self.run_dir = None if run_dir is None else Path(run_dir)
-        self.topology, self._devices = here(devices)
+        self.run_dir, (self.topology, self._devices) = None if run_dir is None else Path(run_dir), here(devices)
         self._sinks, self._source = () if agreement.host() else tuple(sinks), source or {}
         self._given = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
         self._monitor, self._trace_samples = Monitor(None), trace_samples
@@ -226,18 +225,19 @@ class Trainer:
             raise _Nothing(folder)
         self._ready(None if self.recipe.train is not None else _shapes_in(folder))
         template = self._template()
-        near = None
-        if own and self._local and step is None:
-            near = self._local.newest(max(steps, default=0), template, self._damaged)
-        if near is not None:
-            step, state, record = near
-        elif not steps:
-            raise _Nothing(folder)
-        elif step is None:
-            step, state, record = checkpoints.restore_latest(template, self._damaged)
-        else:
-            state, record = checkpoints.restore(step, template)
-        checkpoints.close()
+        with phase.phase("restore"):
+            local = self._local if own and step is None else None
+            near = local.newest(max(steps, default=0), template, self._damaged) if local else None
+            if near is not None:
+                step, state, record = near
+            elif not steps:
+                raise _Nothing(folder)
+            elif step is None:
+                step, state, record = checkpoints.restore_latest(template, self._damaged)
+            else:
+                state, record = checkpoints.restore(step, template)
+            checkpoints.close()
+        phase.reached(step=step, done=step)
         record = recalled(folder, step, record) if own else record
         self.step, self.state, self._position = step, state, record["position"]
         self._kept = {name: record.get(name) for name in ("rollbacks", *(("journal", "stopped", "slow") if own else ()))}
@@ -302,6 +302,7 @@ class Trainer:
             reason = error
             raise
         finally:
+            phase.reached(phase="shutdown")
             try:
                 if loop is not None:
                     self.state, self.step, self._position, self._kept = loop.state, loop.step, loop.position, loop.kept
