@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import os
 import platform
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.errors import JaxRuntimeError
 
+from lepton_jax.compat import keep_executables
 from lepton_jax.errors import CheckpointError, LeptonError, RecipeError, SettingError, nearest
-from lepton_jax.launch import cluster, hosts, settings, submit, surroundings
+from lepton_jax.launch import cluster, hosts, process, rules, settings, submit, supervisor, surroundings, watchdog
 from lepton_jax.monitor import Progress, TensorBoard
 from lepton_jax.recipe import Recipe
 from lepton_jax.trainer import Trainer
@@ -25,17 +29,23 @@ DESCRIPTION = "Train a recipe: plan it for the devices that are there, run it, k
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C; that of another process
-    which it started and which failed."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command line; returns the exit code: 0, 2 for an error of the user's, 1 where the hosts of a run could not go on,
+    130 after Ctrl-C; that of another process which it started and which failed."""
+    with watchdog.leaving():
+        return watchdog.leave(_main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
     try:
         summary = launch(arguments)
     except (LeptonError, MemoryError, JaxRuntimeError) as problem:
         error = problem if isinstance(problem, LeptonError) else _short_of_memory(problem)
+        if watchdog.tell(error):
+            return 2
         print(f"error: {error}", file=sys.stderr)
         if "--json" in arguments:
             print(json.dumps({"status": "failed", "error": error.what, "where": error.where, "remedy": error.remedy}))
-        return 2
+        return error.exit_code if isinstance(error, rules.HostsError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -59,8 +69,9 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     Raises:
       LeptonError: whatever the user can mend.
     """
+    told = watchdog.begin()
     parser = _parser()
-    head, rest = _head(parser, arguments)
+    head, rest = _head(parser, arguments, told)
     wants_help = bool({"-h", "--help"} & set(rest))
     if wants_help and head.recipe is None:
         parser.print_help()
@@ -73,6 +84,10 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     if head.recipe is None and not Path(file).is_file():
         raise RecipeError(f"the recipe of the run is gone: there is no file {file}", where=Path(head.resume) / "recipe.json",
                           remedy=f"say where it is now: launch.py RECIPE.py --resume {head.resume}")
+    around = None if wants_help or head.on is not None else _around(head, told)
+    watched = around is not None and told is None and supervisor.wanted(around, rules.read(head))
+    if watched:
+        jax.config.update("jax_platforms", "cpu")  # the chips are the worker's, should the recipe compute when it is imported
     function = settings.load(Path(file))
     parser.description = settings.story(function) or DESCRIPTION
     settings.add(parser, function)
@@ -83,18 +98,41 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     options, given = settings.parse(parser, arguments, names)
     kept = {k: v for k, v in run.get("settings", {}).items() if k not in given}
     chosen = _typed(parser, kept, Path(head.resume or "") / "recipe.json") | given
-    options.resume = head.resume
+    options.resume, options.run_dir, options.go_on = head.resume, head.run_dir, head.go_on
     folder = _folder(options, Path(file).stem)
-    if submit.wanted(options):
-        return _said(options, submit.start(options, given, Path(file), folder, arguments))
-    around = cluster.find(os.environ, coordinator=options.coordinator, hosts=options.hosts, host_id=options.host_id,
-                          devices=options.devices, metadata=surroundings.metadata_server(os.environ))
-    hosts.check(around)
+    if submit.wanted(options) or around is None:
+        return _said(options, submit.start(options, given, Path(file), _fresh(options, folder), arguments))
+    if told is None and around.host_id == 0:
+        _fresh(options, folder)
+    if watched:
+        return _said(options, _watch(options, around, Path(file), given, folder, arguments))
     if options.go_on:
-        hosts.heed_sigterm()
+        hosts.heed_sigterm(once=told is not None)
     cluster.join(options.devices)
     work = lambda: _train(options, settings.call(function, chosen), Path(file), chosen, folder)  # noqa: E731
-    return _said(options, hosts.run(around, work, arguments))
+    summary = hosts.run(around, work, told=told is not None)
+    return _said(options, summary) if around.host_id == 0 else summary
+
+
+def _around(options: argparse.Namespace, told: watchdog.Told | None) -> cluster.Cluster:
+    """The cluster of this process; how many take part, and where they meet, a worker learns from its supervisor."""
+    around = cluster.find(os.environ, coordinator=options.coordinator, hosts=options.hosts, host_id=options.host_id,
+                          devices=options.devices, metadata=surroundings.metadata_server(os.environ))
+    return around if told is None else replace(around, hosts=told.hosts, host_id=told.host_id, coordinator=told.coordinator)
+
+
+def _watch(options: argparse.Namespace, around: cluster.Cluster, file: Path, given: dict[str, Any], folder: Path,
+           arguments: list[str]) -> dict[str, Any]:
+    """Start this host's share of the run as another process, and watch over it."""
+    if around.host_id == 0 and around.hosts > 1:
+        print(around, file=sys.stderr, flush=True)
+    facts = {**hosts.facts(), "recipe": hashlib.sha256(file.read_bytes()).hexdigest()[:12],
+             "settings": json.dumps({name: str(value) for name, value in sorted(given.items())})}
+    several_here = around.source == "local"  # they can't share chips
+    return supervisor.run(
+        around, rules.read(options), [*process.python(), *arguments], facts=facts, limit=hosts.time_to_meet(around),
+        run=" ".join(filter(None, [options.run_dir or options.resume, os.environ.get("SLURM_JOB_ID")])), folder=folder,
+        environment={"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"} if several_here else None)
 
 
 def _train(options: argparse.Namespace, recipe: Recipe, file: Path, chosen: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -104,8 +142,10 @@ def _train(options: argparse.Namespace, recipe: Recipe, file: Path, chosen: dict
     sinks: list[Any] = [Progress()]
     if options.tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))
-    trainer = Trainer(recipe, run_dir=folder, devices=options.devices, sinks=sinks,
-                      source={"file": str(file.resolve()), "settings": plain}, plan=options.plan)
+    keep_executables(folder.resolve() / "cache")  # so that a restart need not compile again
+    trainer = Trainer(recipe, run_dir=folder, devices=options.devices if jax.process_count() == 1 else None, sinks=sinks,
+                      source={"file": str(file.resolve()), "settings": plain}, plan=options.plan,
+                      trace_samples=options.trace_samples, local_dir=options.local_dir, local_every=options.local_every)
     if options.resume is not None:
         trainer.resume()
     history = trainer.fit()
@@ -144,14 +184,21 @@ def _parser() -> settings.Parser:
                        "without a search")
     group.add_argument("--json", action="store_true", help="print, last, one JSON object that sums up the run")
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars into the run folder")
+    group.add_argument("--trace-samples", action="store_true", help="write down which samples each step was made of, in "
+                       "the run folder's samples.jsonl")
+    group.add_argument("--local-dir", metavar="DIR", help="also keep fast checkpoints in a folder on each host's own disk or "
+                       "memory; a run goes on from the newest that all hosts can read")
+    group.add_argument("--local-every", type=settings.reader(float), metavar="SECONDS", default=60.0,
+                       help="seconds between them (default: 60)")
     group.add_argument("--go-on", action="store_true", help="go on with the run in --run-dir if there is one, else begin it "
                        "there, and take SIGTERM for Ctrl-C: for a job that a scheduler ends and starts again")
     cluster.options(parser.add_argument_group("where the hosts are"))
+    rules.options(parser.add_argument_group("when something fails"))
     submit.options(parser.add_argument_group("starting it somewhere else"))
     return parser
 
 
-def _head(parser: settings.Parser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _head(parser: settings.Parser, arguments: list[str], told: watchdog.Told | None) -> tuple[argparse.Namespace, list[str]]:
     """The options known before the recipe is; the recipe is the argument that no option takes as its value."""
     if arguments and not arguments[0].startswith("-"):
         head, _ = parser.parse_known_args(arguments)
@@ -165,6 +212,8 @@ def _head(parser: settings.Parser, arguments: list[str]) -> tuple[argparse.Names
     if head.devices is not None and not 1 <= head.devices <= MOST_DEVICES:
         raise SettingError(f"--devices is {head.devices}", where="command line, --devices",
                            remedy=f"ask for 1 to {MOST_DEVICES} devices")
+    if told is not None and told.run_dir is not None:
+        head.run_dir, head.go_on = told.run_dir, True
     if head.run_dir == "":
         raise SettingError("--run-dir is empty", where="command line, --run-dir", remedy="name a folder, or leave it out")
     if head.go_on and head.run_dir is None:
@@ -226,7 +275,13 @@ def _folder(options: argparse.Namespace, name: str) -> Path:
             raise SettingError("--run-dir and --resume name different folders", where="command line",
                                remedy="a resumed run goes on in its own folder: leave out --run-dir")
         return Path(options.resume)
-    folder = Path(options.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return Path(options.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _fresh(options: argparse.Namespace, folder: Path) -> Path:
+    """The folder, if the run may be there."""
+    if options.resume is not None:
+        return folder
     if folder.exists() and not folder.is_dir():
         raise SettingError("the run folder is a file", where=folder, remedy="name another folder")
     if not options.go_on and any((folder / name).exists() for name in ("recipe.json", "checkpoints", "events.jsonl")):

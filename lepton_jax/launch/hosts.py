@@ -1,18 +1,15 @@
-"""The hosts of a run: starting those of this machine, and joining the others before JAX is first used."""
+"""Joining the other hosts before JAX is first used; and processes started together, of which one that fails ends all."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import jax
@@ -20,6 +17,7 @@ import jax
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.launch.cluster import Cluster
 from lepton_jax.launch.meeting import meet
+from lepton_jax.launch.process import variables
 
 T = TypeVar("T")
 # seconds in which all hosts must have come: Kubernetes and TPU pods pull images and add machines, the others start at once
@@ -27,72 +25,74 @@ TIME_TO_MEET = {"kubernetes": 600.0, "tpu": 600.0}
 SOON = 50.0
 GRACE = 10.0  # seconds from asking a host to end until it is ended; one that waits for a lost host can't hear
 GRACE_TO_SAVE = 90.0  # the same after a signal from outside, when all hosts are there and may save
-ROOT = Path(__file__).resolve().parents[2]
+LOCK = threading.Lock()
 
 
-def run(cluster: Cluster, work: Callable[[], T], arguments: Sequence[str] = ()) -> T | dict[str, Any]:
-    """This host's share of the run: start the hosts of "local" and wait for them, else join the others and work.
+def run(cluster: Cluster, work: Callable[[], T], told: bool = False) -> T:
+    """This host's share of the run: join the others, and work.
 
     Args:
       cluster: as `cluster.find` gave it.
       work: what to do once all hosts have met.
-      arguments: the command line that started this process, for the hosts to start.
+      told: a supervisor started this process, where all have met already.
 
     Returns:
-      What `work` returns; for hosts that were started here {"status": ..., "exit_code": ...}.
+      What `work` returns.
 
     Raises:
-      LeptonError: the hosts do not meet.
+      SettingError: the hosts do not meet.
     """
-    if cluster.source == "local":
-        print(cluster, file=sys.stderr, flush=True)
-        code = spawn([[*command, *arguments, "--coordinator", meeting, "--hosts", str(cluster.hosts), "--host-id", str(host)]
-                      for command, meeting in [_here()] for host in range(cluster.hosts)],
-                     {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"})  # they can't share chips
-        return {"status": {0: "finished", 130: "interrupted"}.get(code, "failed"), "exit_code": code}
-    if cluster.host_id == 0 and cluster.source != "alone":
+    if not told and cluster.host_id == 0 and cluster.source != "alone":
         print(cluster, file=sys.stderr, flush=True)
     if cluster.hosts > 1:
-        join(cluster)
+        join(cluster, met=told)
     return work()
 
 
-def check(cluster: Cluster) -> None:
-    """Raises SettingError where training can't yet use the cluster."""
-    if cluster.hosts > 1:
-        raise SettingError(f"training runs on one host so far, and there are {cluster.hosts}", where=cluster,
-                           remedy="start one process, with all devices of its machine; under a scheduler add --hosts 1")
+def facts() -> dict[str, str]:
+    """What must not differ between the hosts, whatever they train."""
+    return {"jax": jax.__version__, "lepton_jax": version("lepton-jax")}
 
 
-def heed_sigterm() -> None:
-    """From here on SIGTERM is Ctrl-C, which saves: a scheduler sends it, and the first process of a container ignores it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts processes in the background so
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+def time_to_meet(cluster: Cluster) -> float:
+    """Seconds in which all hosts must have come: 600 where machines are still being started (Kubernetes, TPU), else 50."""
+    return TIME_TO_MEET.get(cluster.source, SOON)
 
 
-def join(cluster: Cluster, limit: float | None = None) -> None:
-    """Meet the other hosts; nothing may have used JAX before.
+def heed_sigterm(once: bool = False) -> None:
+    """From here on SIGTERM is Ctrl-C, which saves: a scheduler sends it, and the first process of a container ignores it.
 
     Args:
-      limit: seconds to wait for them; None: 600 where machines are still being started (Kubernetes, TPU), else 50.
+      once: only the first one; a scheduler may send it to a supervisor and to its worker too.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        if not (once and came):
+            came.append(number)
+            signal.raise_signal(signal.SIGINT)
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts processes in the background so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def join(cluster: Cluster, met: bool = False) -> None:
+    """Meet the other hosts, and join them to one JAX; nothing may have used JAX before.
+
+    Args:
+      cluster: as this host found it.
+      met: they have met already.
 
     Raises:
       SettingError: the coordinator's port is taken or can't be reached, a host does not come within the limit, or differs.
     """
-    limit = TIME_TO_MEET.get(cluster.source, SOON) if limit is None else limit
-    meet(cluster, {"jax": jax.__version__, "lepton_jax": version("lepton-jax")}, limit)
+    if not met:
+        meet(cluster, facts(), time_to_meet(cluster))
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from whoever saves at it
     # without "deactivate" JAX looks around for itself, and under SLURM takes one GPU a process
     jax.distributed.initialize(cluster.coordinator, cluster.hosts, cluster.host_id, local_device_ids=cluster.visible,
                                cluster_detection_method="deactivate")
-
-
-def _here() -> tuple[list[str], str]:
-    """The command that starts a host on this machine, and where the hosts meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [sys.executable, "-m", "lepton_jax.launch"], f"127.0.0.1:{port}"
 
 
 def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None, lifeline: bool = False) -> int:
@@ -112,8 +112,7 @@ def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | No
     Raises:
       SettingError: a process can't be started.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(environment or {})}
+    inherited = variables(environment)
     processes: list[subprocess.Popen] = []
     readers: list[threading.Thread] = []
     lock = threading.Lock()
@@ -124,13 +123,13 @@ def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | No
                 pipes |= {} if host == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
                 try:
                     # a group of its own: Ctrl-C in the terminal would reach it twice
-                    process = subprocess.Popen(command, env=variables, process_group=0, **pipes)
+                    process = subprocess.Popen(command, env=inherited, process_group=0, **pipes)
                 except OSError as error:
                     raise SettingError(f"host {host} can't be started: {error.strerror}", where=command[0],
                                        remedy="start fewer hosts, or mend that and start again") from error
                 processes.append(process)
                 if host:
-                    readers.append(threading.Thread(target=_forward, args=(process.stdout, host, lock), daemon=True))
+                    readers.append(threading.Thread(target=forward, args=(process.stdout, host, lock), daemon=True))
                     readers[-1].start()
             failed = _wait(processes, signalled)
         finally:
@@ -212,7 +211,8 @@ def _tell(process: subprocess.Popen, number: int) -> None:
         process.send_signal(number)
 
 
-def _forward(stream: IO[bytes], host: int, lock: threading.Lock) -> None:
+def forward(stream: IO[bytes], host: int, lock: threading.Lock = LOCK) -> None:
+    """Its lines to standard error behind `[host I] `, until it ends."""
     with stream:
         for line in stream:
             text = line.decode(errors="replace").rstrip("\r\n")

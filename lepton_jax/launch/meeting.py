@@ -48,9 +48,7 @@ def _receive(port: int, own: dict[str, Any], cluster: Cluster, limit: float) -> 
         listener = socket.create_server(("", port), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6,
                                         backlog=cluster.hosts)
     except OSError as error:
-        raise SettingError(f"host 0 can't listen on port {port}: {error.strerror}", where=cluster,
-                           remedy="end what uses the port, or give another by --coordinator or "
-                                  "JAX_COORDINATOR_ADDRESS") from error
+        raise taken(port, error, cluster) from error
     until = time.monotonic() + limit
     came: dict[int, socket.socket] = {}
     heard_of: list[socket.socket] = []  # of two that claim one number, both are told
@@ -62,14 +60,14 @@ def _receive(port: int, own: dict[str, Any], cluster: Cluster, limit: float) -> 
             try:
                 connection = stack.enter_context(listener.accept()[0])
             except TimeoutError:
-                fault = _missing([host for host in range(1, cluster.hosts) if host not in came], cluster, limit)
+                fault = missing([host for host in range(1, cluster.hosts) if host not in came], cluster, limit)
                 continue
             heard = _line(connection, PATIENCE)
             if heard is not None and isinstance(heard.get("host"), int) and isinstance(heard.get("facts"), dict):
                 host = heard["host"]
-                fault = _differs(own, heard, cluster)
+                fault = differs(own, heard, cluster)
                 if fault is None and host in came and _alive(came[host]):
-                    fault = _twice(host, cluster)
+                    fault = twice(host, cluster)
                 came[host] = connection
                 heard_of.append(connection)
         listener.close()  # JAX listens there next
@@ -81,19 +79,31 @@ def _receive(port: int, own: dict[str, Any], cluster: Cluster, limit: float) -> 
         raise fault
 
 
-def _missing(hosts: list[int], cluster: Cluster, limit: float) -> SettingError:
+def taken(port: int, error: OSError, cluster: Cluster) -> SettingError:
+    """Host 0's port is another's."""
+    return SettingError(f"host 0 can't listen on port {port}: {error.strerror}", where=cluster,
+                        remedy="end what uses the port, or give another by --coordinator or JAX_COORDINATOR_ADDRESS")
+
+
+def unmet(name: str, port: int, cluster: Cluster, limit: float, fault: str) -> SettingError:
+    """Host 0 does not answer."""
+    return SettingError(f"host 0 can't be met at {joined(name, port)} within {limit:.0f} s: {fault}", where=cluster,
+                        remedy="look whether host 0 runs, and whether that name and port are right and open")
+
+
+def missing(hosts: list[int], cluster: Cluster, limit: float) -> SettingError:
     few = ", ".join(map(str, hosts[:8])) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
     return SettingError(f"of {cluster.hosts} hosts {len(hosts)} did not come within {limit:.0f} s: {few}", where=cluster,
                         remedy="look whether they were started, with this coordinator, and reach its port")
 
 
-def _differs(own: dict[str, Any], heard: dict[str, Any], cluster: Cluster) -> SettingError | None:
+def differs(own: dict[str, Any], heard: dict[str, Any], cluster: Cluster) -> SettingError | None:
     host = heard["host"]
     if heard.get("hosts") != own["hosts"]:
         return SettingError(f"host {host} counts {heard.get('hosts')} hosts, host 0 counts {own['hosts']}", where=cluster,
                             remedy="start all hosts with the same --hosts")
     if not 0 < host < own["hosts"]:
-        return _twice(host, cluster)
+        return twice(host, cluster)
     for name in sorted(own["facts"].keys() | heard["facts"].keys()):
         here, there = own["facts"].get(name), heard["facts"].get(name)
         if here != there:
@@ -102,7 +112,7 @@ def _differs(own: dict[str, Any], heard: dict[str, Any], cluster: Cluster) -> Se
     return None
 
 
-def _twice(host: int, cluster: Cluster) -> SettingError:
+def twice(host: int, cluster: Cluster) -> SettingError:
     return SettingError(f"two processes say that they are host {host}", where=cluster,
                         remedy="give each its own --host-id, and end what an earlier start left behind")
 
@@ -121,8 +131,7 @@ def _go(name: str, port: int, said: dict[str, Any], cluster: Cluster, limit: flo
                 raise SettingError(str(verdict.get("what")), where=cluster, remedy=str(verdict.get("remedy")))
             return
         time.sleep(0.2)
-    raise SettingError(f"host 0 can't be met at {joined(name, port)} within {limit:.0f} s: {fault}", where=cluster,
-                       remedy="look whether host 0 runs, and whether that name and port are right and open")
+    raise unmet(name, port, cluster, limit, fault)
 
 
 def _alive(connection: socket.socket) -> bool:

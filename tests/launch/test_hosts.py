@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lepton_jax.errors import SettingError
-from lepton_jax.launch import hosts
-from lepton_jax.launch.cluster import Cluster, find
+from lepton_jax.launch import cli, hosts
+from lepton_jax.launch.cluster import Cluster
 from lepton_jax.launch.meeting import meet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,27 +188,43 @@ def test_a_host_that_cannot_be_started(tmp_path):
         hosts.spawn([python("import time; time.sleep(60)"), [str(tmp_path / "nothing")]])
 
 
-def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd):
-    code = "import os, sys, json; print(json.dumps([sys.argv[1:], os.environ['JAX_PLATFORMS']]))"
-    monkeypatch.setattr(hosts, "_here", lambda: (python(code), "127.0.0.1:1234"))
+def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tmp_path):
+    code = "import os, sys, json; print(json.dumps([sys.argv[1:], os.environ['JAX_PLATFORMS'], os.environ['LEPTON_WORKER']]))"
+    monkeypatch.setattr("lepton_jax.launch.process.python", lambda: python(code))
     monkeypatch.delenv("JAX_PLATFORMS")
-    arguments = ["recipe.py", "--hosts", "local:2", "--devices", "3"]
-    done = hosts.run(find({}, hosts="local:2", devices=3), lambda: pytest.fail("the hosts do the work"), arguments)
-    assert done == {"status": "finished", "exit_code": 0}
+    arguments = [str(ROOT / "recipes/logistic.py"), "--run-dir", str(tmp_path / "run"), "--hosts", "local:2", "--devices", "3"]
+    assert cli.main(arguments) == 0
     out, err = capfd.readouterr()
-    for line, host in ((out, 0), (next(line for line in err.splitlines() if "[host 1]" in line).partition("] ")[2], 1)):
-        told = ["--coordinator", "127.0.0.1:1234", "--hosts", "2", "--host-id", str(host)]
-        assert json.loads(line) == [[*arguments, *told], "cpu"]
+    said = [json.loads(line) for line in (out, next(x for x in err.splitlines() if "[host 1]" in x).partition("] ")[2])]
+    assert [each[:2] for each in said] == [[arguments, "cpu"]] * 2
+    told = [json.loads(each[2]) for each in said]
+    folder = str(tmp_path / "run")
+    assert [(each["hosts"], each["host_id"], each["run_dir"]) for each in told] == [(2, 0, folder), (2, 1, folder)]
+    assert told[0]["coordinator"] == told[1]["coordinator"] and told[0]["coordinator"].startswith("127.0.0.1:")
     assert "cluster: 2 hosts on this machine" in err
 
 
-@pytest.mark.parametrize("arguments", [["--hosts", "local:4", "--devices", "2"],
-                                       ["--hosts", "2", "--host-id", "1", "--coordinator", "localhost:1"]])
-def test_training_on_several_hosts_is_refused_in_one_error(launch, arguments):
-    process = launch(ROOT / "recipes/digits_cnn.py", *arguments)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and not out
-    assert err.startswith("error: training runs on one host so far") and "Traceback" not in err
+def test_a_worker_goes_by_what_its_supervisor_says(launch, tmp_path):
+    process = launch(ROOT / "recipes/logistic.py", "--steps", "300", "--restarts", "2", "--run-dir", "run", "--json",
+                     "--save-every", "100")
+    until = time.monotonic() + 100
+    while not (tmp_path / "run" / "checkpoints" / "100").exists():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    worker = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(worker), signal.SIGKILL)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "hosts: host 0 was ended by SIGKILL, last seen in " in err and "restart 1 of 2" in err
+    assert json.loads(out.splitlines()[-1])["steps"] == 300
+    said = json.loads((tmp_path / "run" / "hosts.json").read_text())
+    assert (said["state"], said["restarts"], said["recoveries"][0]["cause"]) == ("over", 1, "SIGKILL")
+
+
+def test_a_mistake_of_a_worker_is_the_command_lines_error(launch, tmp_path):
+    process = launch(ROOT / "recipes/csv_mlp.py", "--data", "gone.csv", "--label", "x", "--restarts", "2", "--run-dir", "run")
+    err = process.communicate(timeout=100)[1]
+    assert process.returncode == 2 and err.count("gone.csv") == 1 and err.startswith("error: ") and "Traceback" not in err
 
 
 def test_one_host_is_as_without_options(launch, tmp_path):

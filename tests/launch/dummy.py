@@ -1,0 +1,120 @@
+"""A worker without JAX, for tests: it steps when all hosts do, saves, goes on from there, and fails as it is told.
+
+python dummy.py '{"until": 9, "every": 3, "seconds": 0.02, "faults": [{"host": 1, "generation": 1, "phase": "data", "step": 4,
+"do": "kill"}]}'
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+for name, path in (("lepton_jax", ROOT / "lepton_jax"), ("lepton_jax.launch", ROOT / "lepton_jax" / "launch")):
+    sys.modules[name] = types.ModuleType(name)  # without what the packages import, which takes seconds
+    sys.modules[name].__path__ = [str(path)]
+
+from lepton_jax import phase  # noqa: E402
+from lepton_jax.errors import DataError  # noqa: E402
+from lepton_jax.launch import watchdog  # noqa: E402
+
+
+class Dummy:
+    def __init__(self, plan):
+        self.plan, self.told, self.asked = plan, watchdog.begin(), []
+        self.folder = Path(self.told.run_dir)
+        signal.signal(signal.SIGTERM, lambda number, _: self.asked.append(number))
+        here = {**vars(self.told), "pid": os.getpid(), "variables": sorted(k for k in os.environ if "LEPTON" in k)}
+        self.write(f"worker-{self.told.generation}-{self.told.host_id}", json.dumps(here))
+
+    def write(self, name, text):
+        (self.folder / f"{name}.new").write_text(text)
+        (self.folder / f"{name}.new").replace(self.folder / name)
+
+    def fail(self, here, step):
+        for fault in self.plan.get("faults", ()):
+            if (fault["host"] in (self.told.host_id, "all") and fault.get("generation", self.told.generation) ==
+                    self.told.generation and fault["phase"] == here and fault.get("step", step) == step):
+                self.do(fault["do"])
+
+    def do(self, what):
+        kind, _, number = what.partition(" ")
+        time.sleep(0.6 if kind in ("kill", "freeze", "hold", "exit") else 0.0)  # so that it is known where
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif kind == "hang":
+            self.hang()
+        elif kind == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self.hang()
+        elif kind == "hold":  # the interpreter, for ever
+            c, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+            while True:
+                c.pthread_mutex_lock(mutex)
+        elif kind == "mistake":
+            watchdog.tell(DataError("a bad cell", where="table.csv:7", remedy="mend it"))
+            sys.exit(2)
+        elif kind == "exit":
+            os._exit(int(number))
+
+    def hang(self):
+        time.sleep(1000)
+
+    def reach(self, step, what="reached", for_ever=False):
+        """Wait for the others, as a collective does; False if a stop was asked for meanwhile."""
+        self.write(f"{what}-{self.told.generation}-{self.told.host_id}", str(step))
+        for host in range(self.told.hosts):
+            mark = self.folder / f"{what}-{self.told.generation}-{host}"
+            while not mark.exists() or int(mark.read_text()) < step:
+                if self.asked and not for_ever:
+                    return False
+                time.sleep(0.01)
+        return True
+
+    def save(self, step):
+        with phase.phase("save"):
+            self.fail("save", step)
+            self.reach(len(list(self.folder.glob("checkpoints/*"))), "saved", for_ever=True)
+            if self.told.host_id == 0:
+                (self.folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+
+    def train(self):
+        self.fail("start", 0)
+        with phase.phase("restore"):
+            step = max((int(each.name) for each in self.folder.glob("checkpoints/*")), default=0)
+            self.fail("restore", step)
+            phase.reached(step=step, done=step)
+        self.write(f"began-{self.told.generation}-{self.told.host_id}", str(step))
+        with phase.phase("compile"):
+            self.fail("compile", step)
+        phase.reached(phase="steps")
+        self.fail("steps", step)
+        while step < self.plan["until"]:
+            with phase.phase("data"):
+                self.fail("data", step)
+                time.sleep(self.plan.get("seconds", 0.02))
+            phase.reached(step=step + 1)
+            if not self.reach(step + 1):
+                break
+            step += 1
+            phase.reached(done=step)
+            self.fail("steps", step)
+            if step % self.plan.get("every", 10**9) == 0:
+                self.save(step)
+        if self.asked:
+            self.save(step)
+            print("asked", len(self.asked), flush=True)
+            return 130
+        print("done", step, flush=True)
+        return 0
+
+
+if __name__ == "__main__":
+    dummy = Dummy(json.loads(sys.argv[1]))
+    sys.exit(dummy.train())
