@@ -19,6 +19,7 @@ from lepton_jax.compat import coordination
 from lepton_jax.errors import LeptonError, SettingError
 
 PATIENCE = 1800.0  # seconds to wait for what another host has to say; who watches the run is sooner
+POLL = 0.02  # seconds between two looks at a barrier
 BEAT = 0.25  # seconds between two beats, about
 KEPT = 256  # messages that are still there when a slow host comes to read them
 _said = 0
@@ -95,15 +96,38 @@ def same(facts: Mapping[str, str]) -> None:
                        remedy="give all hosts the same code, settings and data, and start again")
 
 
-def wish(name: str) -> None:
-    """Tell host 0 that this host wants something; see `wished`."""
+def wish(name: str, why: str = "") -> None:
+    """Say that this host wants something, at any time and from any thread; see `wished`."""
     if hosts() > 1:
-        _client().key_value_set(f"lepton-wish/{name}/{host()}", "1", allow_overwrite=True)
+        _client().key_value_set(f"lepton-wish/{name}/{host()}", why, allow_overwrite=True)
 
 
-def wished(name: str) -> bool:
-    """On host 0: whether any host has said that it wants this."""
-    return hosts() > 1 and bool(_client().key_value_dir_get(f"lepton-wish/{name}/"))
+def wished(name: str) -> dict[int, str]:
+    """Which hosts have said that they want this, and why."""
+    if hosts() == 1:
+        return {}
+    return {int(key.rpartition("/")[2]): why for key, why in _client().key_value_dir_get(f"lepton-wish/{name}/")}
+
+
+def barrier(key: str, seconds: float, given_up: str) -> None:
+    """Return when all hosts have called this with the same key, from whatever thread.
+
+    `wait_at_barrier` of the key-value store can't be told that somebody will not come.
+
+    Raises:
+      TimeoutError: some did not come in time.
+      LeptonError: a host wishes for what `given_up` names.
+    """
+    until, count = time.monotonic() + seconds, _client().key_value_increment(f"lepton-barrier/{key}", 1)
+    all_here = -(-count // hosts()) * hosts()  # the key may be another round's
+    while count < all_here:
+        if gone := wished(given_up):
+            other, why = next(iter(gone.items()))
+            raise LeptonError(f"host {other}: {why}", where=f"host {other}", remedy="mend that, and start again")
+        if time.monotonic() > until:
+            raise TimeoutError(f"only {count % hosts()} of {hosts()} hosts came to {key} within {seconds:g} s")
+        time.sleep(POLL)
+        count = int(_client().key_value_try_get(f"lepton-barrier/{key}"))
 
 
 class Beat:

@@ -30,6 +30,8 @@ from lepton_jax.errors import CheckpointError, LeptonError
 from lepton_jax.state import by_path
 
 T = TypeVar("T")
+GIVEN_UP = "a save is given up"
+MONTH = 30 * 86400  # who watches the run is sooner; and Orbax reads the clock, which may jump
 
 
 class Checkpoints:
@@ -234,7 +236,10 @@ class Checkpoints:
             primary_host=min(hosts), active_processes=set(hosts), barrier_sync_key_prefix=f"hosts{min(hosts)}to{max(hosts)}")}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # Orbax finds out late, and in another thread
-            options = ocp.CheckpointManagerOptions(create=hosts is None, preservation_policy=self._preserved, **together)
+            waiting = {} if hosts is None or len(list(hosts)) == 1 else {
+                "async_options": ocp.AsyncOptions(timeout_secs=MONTH, barrier_sync_fn=_wait_for_the_others)}
+            options = ocp.CheckpointManagerOptions(create=hosts is None, preservation_policy=self._preserved, **together,
+                                                   **waiting)
             return ocp.CheckpointManager(self.folder, options=options, item_handlers={
                 "state": ocp.StandardCheckpointHandler(**together), "record": ocp.JsonCheckpointHandler(**together)})
         except OSError as error:
@@ -245,8 +250,7 @@ class Checkpoints:
         committed = self._committed()
         last = f"step {committed[-1]} is the last committed one" if committed else "no step is committed yet"
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return CheckpointError(f"{which} can't be written ({last}): {reason[0][:300]}", where=self.folder,
+        return CheckpointError(f"{which} can't be written ({last}): {_reason(error)}", where=self.folder,
                                remedy="free disk space or mend the folder's permissions, then go on with --resume")
 
 
@@ -284,9 +288,19 @@ class Damaged(CheckpointError):
     """A committed step that can't be read; `reason` says why."""
 
     def __init__(self, step: int, reason: object):
-        self.reason = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:300]
+        self.reason = _reason(reason)
         super().__init__(f"the checkpoint of step {step} is damaged: {self.reason}", where=f"step {step}",
                          remedy="use an earlier step")
+
+
+def _wait_for_the_others(*, key: str, timeout_ms: int) -> None:
+    """Orbax's threads meet here while a save goes on. On a host where it has failed they come with that error on its way, and
+    the others must not wait for what will not be."""
+    error = sys.exc_info()[1]
+    if error is None:
+        agreement.barrier(key, timeout_ms / 1000, GIVEN_UP)
+    elif not agreement.wished(GIVEN_UP):
+        agreement.wish(GIVEN_UP, _reason(error))
 
 
 def _alike(step: int, read: Callable[[], T]) -> T:
@@ -303,6 +317,14 @@ def _alike(step: int, read: Callable[[], T]) -> T:
         if reason is not None:
             raise Damaged(step, f"host {host}: {reason}")
     return found
+
+
+def _reason(error: object) -> str:
+    """The first line of what a library says, of a long one the beginning and the end: the cause stands last."""
+    if isinstance(error, LeptonError):
+        return error.what
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:100]} ... {line[-200:]}"
 
 
 def _quoted(path: str) -> str:

@@ -235,7 +235,7 @@ class Loop:
             agreement.wish("stop")
 
         def say() -> dict[str, Any]:
-            return {"requests": requests(), "stop": self.stop_wished or agreement.wished("stop"), "fed": self._measured,
+            return {"requests": requests(), "stop": self.stop_wished or bool(agreement.wished("stop")), "fed": self._measured,
                     "save": self._local is not None and time.monotonic() - self._locally_saved >= self._local.every}
 
         heard, self._measured = self._beat.hear(self.step, say), {}

@@ -15,7 +15,7 @@ from typing import Any
 from lepton_jax.errors import LeptonError, SettingError, nearest
 from lepton_jax.phase import PHASES
 
-# seconds without any change. Compiling took 24 min on 64 GPUs (FIELD: spd#875), a slow read of a checkpoint is its own fault
+# seconds without any change; large models have taken 24 minutes to compile
 DEFAULTS = {"start": 300.0, "plan": 600.0, "restore": 1800.0, "compile": 3600.0, "steps": 60.0, "data": 600.0,
             "evaluation": 1800.0, "save": 1800.0, "pause": math.inf, "shutdown": 120.0, "silence": 60.0, "stop": 90.0}
 UNKNOWN, KNOWN_AFTER, TIMES = 600.0, 3, 10.0  # of a step: while no one knows how long one takes; from how many; how many
