@@ -70,6 +70,17 @@ CASES = {
     "lm-unrolled": language(128, 1024, vocab=16_384, **(SMALL | {"layers": 3})),
     "moe": language(128, 1024, models.MoELM, vocab=16_384, loop="scan", **SMALL),
 }
+# of other sizes, for other topologies too; measured only if asked for by name
+MORE = {
+    "mlp-wide": Case(partial(models.MLP, (1024, 8192, 8192, 8192, 1000)), shape(1024, dtype=jnp.float32), shape(), 8192,
+                     precision="float32"),
+    "cnn-plain": Case(partial(models.CNN, 100, size=(96, 96, 3), widths=(64, 128, 256, 512)),
+                      shape(96, 96, 3, dtype=jnp.float32), shape(), 512, precision="float32"),
+    "lm-wide": language(64, 512, vocab=32_000, dim=1024, layers=4, heads=16, loop="scan"),
+    "lm-124m": language(256, 1024, loop="scan", **models.transformer_size("124m")),
+    "lm-1b": language(256, 2048, loop="scan", **models.transformer_size("1b")),
+    "lm-8b": language(512, 4096, loop="scan", **models.transformer_size("8b")),
+}
 
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -77,7 +88,8 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("planner-memory", parents=[shared], allow_abbrev=False, description=__doc__,
                                  help="predicted peak memory beside XLA's, compiled ahead of time",
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--models", nargs="+", default=list(CASES), metavar="NAME",
+                        help=f"of {', '.join(CASES)} (the default), {', '.join(MORE)}")
     parser.add_argument("--on", nargs="+", default=list(TOPOLOGIES), metavar="TOPOLOGY",
                         help="topologies (default: %(default)s)")
     parser.set_defaults(run=run)
@@ -90,10 +102,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
       SettingError: no such model.
       PlanError: no such topology, or too few virtual CPU devices.
     """
+    cases = CASES | MORE
     for name in options.models:
-        if name not in CASES:
-            raise SettingError(f"there is no model {name!r}{nearest(name, CASES)}", where="--models",
-                               remedy=f"the models are {', '.join(CASES)}")
+        if name not in cases:
+            raise SettingError(f"there is no model {name!r}{nearest(name, cases)}", where="--models",
+                               remedy=f"the models are {', '.join(cases)}")
     where = [topology(name) for name in options.on]
     virtual_devices()
     devices = {t.name: ahead.devices_for(t) for t in where}
@@ -101,7 +114,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"{'model':12} {'topology':10}  {'plan':44} {'predicted':>10} {'XLA':>10} {'error':>7} {'seconds':>8}", flush=True)
     for name in options.models:
         for t in where:
-            results.append({"model": name, **measure(CASES[name], t, devices[t.name])})
+            results.append({"model": name, **measure(cases[name], t, devices[t.name])})
             print(_line(results[-1]), flush=True)
             gc.collect()
     errors = [abs(r["error"]) for r in results if "error" in r]

@@ -45,16 +45,17 @@ class Group:
     Attributes:
       reads, writes, updates: buffers that are there before, that are new, that are changed in place.
       places: buffers that may be overwritten, if nothing else needs them.
-      late: whether it comes last of what gets ready at once.
-      product: whether it computes a product.
+      late: whether it comes last of what gets ready at once (CPU), or waits (see `TpuFusion`).
+      product: the product that it computes, if any.
     """
 
+    product: Operation | None
     __slots__ = ("body", "late", "places", "product", "reads", "updates", "writes")
 
     def __init__(self, reads: Iterable[int], writes: Iterable[int], body: list[Group] | None = None,
                  places: tuple[int, ...] = (), updates: Iterable[int] = ()):
         self.reads, self.writes, self.body, self.places = tuple(dict.fromkeys(reads)), tuple(writes), body, places
-        self.updates, self.late, self.product = tuple(updates), False, False
+        self.updates, self.late, self.product = tuple(updates), False, None
 
 
 class Fusion:
@@ -64,10 +65,11 @@ class Fusion:
       values, kinds, owners: of each buffer: its value's index; one of the kinds above; the operation that made it.
       groups: in the program's order.
       gradients: buffers of the parameters' gradients.
-      conditions: buffers that are there if a value is "gathered", "ungathered" or "unsplit".
+      conditions: buffers that are there if a value is "ungathered" or "unsplit".
       tables: parameters of which the state is copied to another layout: the buffer.
       lying: buffers that are in the HBM, whatever is beside it.
       fixed: buffers of what the parameters alone decide, which XLA computes before a loop around the program.
+      weighing: of a TPU's products that give a kernel's gradient, both operands' values and the result's.
     """
 
     keeps_dots = True  # whether dots read their operands from memory only
@@ -89,6 +91,7 @@ class Fusion:
         self.tables: dict[int, int] = {}
         self.lying: list[int] = []
         self.fixed: list[int] = []
+        self.weighing: list[tuple[int, ...]] = []
         block = graph.block
         self._count(block)
         for value in (*block.inputs, *block.constants):
@@ -196,7 +199,7 @@ class Fusion:
             stacked = target.index in self.stacks
             wide = len(large(inputs, target)) > 1
             fused = (bool(users) or stacked) and all(u is not None and self.takes(u, op, heavy) for u in users)
-            once = len(users) + stacked > 1 and self.once(op, target, sources, wide, heavy)
+            once = self.waits(target) or (len(users) + stacked > 1 and self.once(op, target, sources, wide, heavy))
             if heavy:
                 self.heavy.add(target.index)
             if self._joins(op, inputs, target, sources, fused and not once):
@@ -225,6 +228,10 @@ class Fusion:
           wide, heavy: whether it has several large operands; whether something costly is fused into it.
         """
         return wide or op.name in COSTLY
+
+    def waits(self, target: Value) -> bool:
+        """Whether something that takes nothing in needs a value, and something else does too."""
+        return False
 
     def takes(self, user: Operation, op: Operation, heavy: bool) -> bool:
         """Whether what uses a value computes it by itself."""
@@ -266,7 +273,7 @@ class Fusion:
         writes += [self.buffer(target, op, self.gathers(op, target))
                    for target in op.outputs if target.stored is not None]
         groups.append(Group(reads, writes))
-        groups[-1].product = op.name in DOTS
+        groups[-1].product = op if op.name in DOTS else None
 
     # ---- loops and branches ---------------------------------------------------------------------------------------
 
@@ -346,3 +353,23 @@ def large(inputs: list[Value], target: Value) -> list[Value]:
     """The inputs of an operation that are not small beside its result, as XLA's fusion guesses: by their rank."""
     rank = sum(n > 1 for n in target.shape)
     return [v for v in inputs if sum(n > 1 for n in v.shape) >= rank]
+
+
+def convolves(op: Operation) -> bool:
+    """Whether a product's kernel has several free dims: it is a convolution along one of them, and its operand is written for
+    that.
+    """
+    if op.name != "dot_general" or op.inputs[1] is None or op.inputs[1].stored is None:
+        return False
+    (_, summed), (_, shared) = op.params["dimension_numbers"]
+    return len(op.inputs[1].shape) - len(summed) - len(shared) > 1
+
+
+def rounds(op: Operation | None) -> bool:
+    """Whether an operation is a product that rounds its operands to bfloat16."""
+    return op is not None and op.name in DOTS and op.params.get("precision") is None
+
+
+def narrow(op: Operation, value: Value) -> bool:
+    """Whether rows of a parameter, or of its gradient, are moved that are no multiple of the vector's width."""
+    return op.name in ROWWISE and value.stored is not None and len(value.shape) > 1 and value.shape[-1] % LANES > 0

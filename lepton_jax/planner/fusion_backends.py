@@ -25,7 +25,10 @@ from lepton_jax.planner.fusion import (
     WORDS,
     Fusion,
     Group,
+    convolves,
     large,
+    narrow,
+    rounds,
     size,
     sparse,
 )
@@ -38,23 +41,35 @@ OLDER = jax.__version_info__ < (0, 11)
 
 
 class TpuFusion(Fusion):
-    """As libtpu fuses: products take in what is cheap, and give their result in several forms."""
+    """As libtpu fuses: products take in what is cheap, and give their result in several forms.
+
+    Args:
+      graph: what runs.
+      windowed: whether gradients of kernels are summed over the devices while they are computed (see `memory.windowed`).
+      eager: whether that of the head doesn't wait for others, and the optimizer's state is copied at once where it has to be.
+    """
 
     keeps_dots = False
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, windowed: bool = False, eager: bool = False):
+        self.windowed, self.eager = windowed, eager
         self.products: dict[int, Group] = {}  # groups of the products that values stem from
         self.only: dict[int, tuple[Group, int]] = {}  # values to the product, and its buffer, that only they need
         self.ranks: dict[int, int] = {}  # buffers that are made with an earlier one
         self.whole: dict[int, int] = {}
+        self.depth = 0  # of loops around what is looked at
         self.last = 0  # where the last product stands among its block's groups
         self.given: set[int] = set()  # values that a product gives in several forms
-        self.turned: list[Group] = []  # copies that are there from the start
+        self.turned: list[int] = []  # copies that are there when the optimizer takes a gradient
         self.taken: list[int] = []  # gradients that are not there until the end
         super().__init__(graph)
 
     def spreads(self, op: Operation) -> bool:
         return op.name in SCATTERS and not op.params["dimension_numbers"].update_window_dims
+
+    def waits(self, target: Value) -> bool:
+        readers = self._readers(target) if self.windowed else []
+        return len(readers) > 1 and any(u is not None and u.name in DOTS and u.outputs[0].stored for u in readers)
 
     def once(self, op: Operation, target: Value, sources: tuple[int, ...], wide: bool, heavy: bool) -> bool:
         """Not again, where a product writes it at its end, where that would read more than is written and read otherwise, or
@@ -63,7 +78,9 @@ class TpuFusion(Fusion):
         users = self.users.get(target.index, ())
         times = len(users) + (target.index in self.stacks)
         if not wide:
-            return heavy and sum(u is not None and u.name in DOTS for u in users) + (target.index in self.stacks) > 1
+            stacked = target.index in self.stacks
+            kept = stacked or self.eager or not self.windowed
+            return heavy and kept and sum(u is not None and u.name in DOTS for u in users) + stacked > 1
         if all(u is not None and u.name in DOTS | REDUCED for u in users):
             return self._follow([v for v in op.inputs if v is not None], target, sources) is not None
         before = sum(self._bytes(b) for b in sources)
@@ -134,6 +151,14 @@ class TpuFusion(Fusion):
             groups.append(Group((own,), ()))
         self.near[target.index] = self.far[target.index] = ()
 
+    def _turn(self, value: Value, op: Operation, groups: list[Group]) -> None:
+        """What a loop over pieces reads of the chain is copied to lie transposed, and need not wait for it itself."""
+        source = self.near[value.index]
+        if len(source) == 1 and source[0] in groups[-1].reads:
+            copy = self.buffer(self.graph.values[self.values[source[0]]], op, self.kinds[source[0]])
+            groups.insert(len(groups) - 1, Group(source, (copy,)))
+            groups[-1].reads = tuple(copy if b == source[0] else b for b in groups[-1].reads)
+
     def _turn_state(self, op: Operation, groups: list[Group]) -> None:
         """A gradient comes out of its product transposed, and the optimizer's whole state of that kernel is copied to lie so,
         instead of the gradient; not where the dims' tiles say what is minor, or where the state lies in parts.
@@ -144,13 +169,15 @@ class TpuFusion(Fusion):
         if target.stored[0] not in self.tables:
             b = self.tables[target.stored[0]] = self.buffer(target, op)
             self.conditions[b] = target.index, "ungathered"
-            self.turned.append(Group((), (b,)))
+            self.turned.append(b)
 
     def _finish(self, block: Block) -> list[int]:
-        if self.tables:
-            self.groups[:0] = self.turned
-            self.lying += self.tables.values()
-            self.groups.append(Group(self.tables.values(), ()))
+        self.lying += self.tables.values()
+        early = [b for b in self.tables.values() if self.eager or b not in self.turned]
+        self.groups.insert(0, Group((), self.turned if self.eager else ()))
+        self.groups.append(Group(early, ()))
+        for b in () if self.eager else self.turned:  # one kernel after the other
+            self.groups += [Group((), (b,)), Group((b,), ())]
         return super()._finish(block) + self.taken
 
     def _rename(self, source: Value, target: Value, alike: bool = True) -> None:
@@ -171,15 +198,13 @@ class TpuFusion(Fusion):
         # what is read from memory in a higher precision than a product has is there in both; what several products read is
         # computed once
         widens = op.name == "convert_element_type" and itemsize(target) > itemsize(inputs[0]) and not fused
-        several = fused and sum(u is not None and u.name in DOTS for u in users) > 1
+        dots = [u for u in users if u is not None and u.name in DOTS]
+        # the gradient of a kernel that is summed in a loop takes nothing in
+        several = fused and len(dots) > 1 and (self.windowed or not any(v and v.stored for u in dots for v in u.inputs))
         if widens or several:
             product.writes = (*product.writes, self.own(target, op, KEPT if widens else self.kind(target)))
             self.far[target.index] = sources
             self.given.add(target.index)
-            kernels = [v for u in users if u is not None and u.name in DOTS for v in u.inputs if v is not None and v.stored]
-            if kernels and not widens:  # a product that waits for its kernel takes nothing else in
-                self.conditions[self.near[target.index][0]] = kernels[0].index, "gathered"
-                self.near[target.index] = (*self.near[target.index], *sources)
             return True
         if fused and op.name not in COSTLY:
             self.products[target.index] = product
@@ -205,7 +230,6 @@ class TpuFusion(Fusion):
         self.ranks[own] = self.ranks.get(raw, raw)
         product.writes = tuple(own if b == raw else b for b in product.writes)
         product.reads = tuple(dict.fromkeys((*product.reads, *(b for b in sources if b != raw))))
-        product.places = (*product.places, *self._place(tuple(b for b in sources if b != raw), target))
         self.only[target.index], self.products[target.index] = (product, own), product
         return True
 
@@ -219,18 +243,24 @@ class TpuFusion(Fusion):
             groups.append(Group(self.far[value.index], (copy,)))
             return (copy,)
         if value.stored is None or len(value.shape) < 2 or op.name in ROWWISE:
-            return super()._reads(op, value, groups)
-        # libtpu gathers a parameter once for a block, while the product before runs
-        if value.stored[0] not in self.whole:
+            reads = super()._reads(op, value, groups)
+            self.fixed += reads[-1:] if value.stored is not None and self.depth == 1 else ()
+            return reads
+        # libtpu gathers a parameter once a block, while the product before runs; one that products round, for each pass
+        if value.stored[0] not in self.whole or (str(value.dtype) == "float32" and value.index in self.graph.lasting):
             whole = self.buffer(value, op, GATHERED_HALF if rounds(op) and str(value.dtype) == "float32" else GATHERED)
             groups.insert(self.last, Group(self.far[value.index], (whole,)))
             self.last += 1
             self.whole[value.stored[0]] = whole
+            if self.depth == 1:
+                self.fixed.append(whole)
         return (*self.far[value.index], self.whole[value.stored[0]])
 
     def _block(self, block: Block) -> list[Group]:
         outer, self.whole, self.last = (self.whole, self.last), {}, 0
+        self.depth += 1
         groups = super()._block(block)
+        self.depth -= 1
         self.whole, self.last = outer
         return groups
 
@@ -240,31 +270,17 @@ class TpuFusion(Fusion):
             return
         super()._hard(op, inputs, groups)
         if op.name in DOTS:
+            if len(op.outputs[0].shape) > 1 and op.outputs[0].stored is not None and len(inputs) == 2:
+                if self.windowed:
+                    head = not self.weighing and size(inputs[0]) > size(inputs[1])  # what it frees is most of what it needs
+                    groups[-1].writes, groups[-1].late = groups[-1].writes[:1], not (head and self.eager)
+                    self._turn(inputs[0], op, groups)
+                self.weighing.append((*(v.index for v in inputs), op.outputs[0].index))
             self._turn_state(op, groups)
             self.products[op.outputs[0].index] = groups[-1]
             if op.outputs[0].stored is None:
                 self.only[op.outputs[0].index] = groups[-1], self.near[op.outputs[0].index][0]
             self.last = len(groups) - 1
-
-
-def convolves(op: Operation) -> bool:
-    """Whether a product's kernel has several free dims: it is a convolution along one of them, and its operand is written for
-    that.
-    """
-    if op.name != "dot_general" or op.inputs[1] is None or op.inputs[1].stored is None:
-        return False
-    (_, summed), (_, shared) = op.params["dimension_numbers"]
-    return len(op.inputs[1].shape) - len(summed) - len(shared) > 1
-
-
-def rounds(op: Operation | None) -> bool:
-    """Whether an operation is a product that rounds its operands to bfloat16."""
-    return op is not None and op.name in DOTS and op.params.get("precision") is None
-
-
-def narrow(op: Operation, value: Value) -> bool:
-    """Whether rows of a parameter, or of its gradient, are moved that are no multiple of the vector's width."""
-    return op.name in ROWWISE and value.stored is not None and len(value.shape) > 1 and value.shape[-1] % LANES > 0
 
 
 class CpuFusion(Fusion):

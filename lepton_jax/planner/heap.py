@@ -79,9 +79,9 @@ def _by_rank(order: np.ndarray, starts: np.ndarray, ends: np.ndarray, sizes: np.
 def beside(starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, room: float, rank: np.ndarray) -> np.ndarray:
     """Which buffers are all their time in a memory of `room` bytes, bool.
 
-    XLA gives that memory to what gains the most from it. Here tiny buffers come first, then those of lower rank, the larger
-    ones, the earlier ones. A buffer that there is no room for all the while takes HBM all the same, though XLA may have it
-    in that memory for a time.
+    XLA gives that memory to what gains the most from it: what is read soon. Here tiny buffers come first, then those of lower
+    rank, the larger ones, the earlier ones. A buffer that there is no room for all the while takes HBM all the same, though
+    XLA may have it in that memory for a time.
     """
     chosen = np.zeros(len(sizes), bool)
     if room <= 0:

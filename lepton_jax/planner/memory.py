@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lepton_jax.compat import source_line
-from lepton_jax.hardware import Topology
+from lepton_jax.hardware import Chip, Topology
 from lepton_jax.planner import assemble, heap
 from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.fusion import size
@@ -29,9 +29,12 @@ __all__ = ["Peak", "Sizes", "Timeline", "describe", "peak", "predict"]
 # MiB of the memory beside the HBM (`jax.experimental.pallas.tpu`'s chip table) that libtpu gives to buffers: the rest, 16
 # MiB and in a v6e 32 MiB, is the kernels' own
 VECTOR_MEMORY = {"v5e": 112, "v6e": 96, "v5p": 48, "tpu7x": 48}
-# Products: buffers that are kept while no more are computed have the memory beside the HBM before others. This and `heap.TINY`
-# are no figures of libtpu's: they fitted some 35 programs that it compiled the best of those tried.
-SOON = 2
+# Buffers that wait less than this many times as long as moving them takes have the memory beside the HBM before others: about
+# where XLA's memory space assignment stops. This and `heap.TINY` are no figures of libtpu's: they fitted some 70 programs that
+# it compiled the best of those tried.
+PATIENCE = 10.0
+# per byte of a number: a product over more of them on each device has its result summed over the devices piece by piece
+ROWS = 256
 LASTING = 10  # a buffer is an activation if it is there for more than a tenth of the program
 SHOWN = 12
 
@@ -183,7 +186,7 @@ class Peak(NamedTuple):
 
 
 def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float = 0.0, around: float = 0.0,
-         moments: np.ndarray | None = None, stepping: bool = False) -> Peak:
+         moments: np.ndarray | None = None, stepping: bool = False, chip: Chip | None = None) -> Peak:
     """The most that is alive at once.
 
     Args:
@@ -193,6 +196,7 @@ def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float =
       around: bytes that are there all the while, in a loop around the program.
       moments: for each parameter, how many arrays of its shape the optimizer keeps.
       stepping: whether the program is the body of a loop over steps.
+      chip: a TPU, which keeps some buffers in the `vector` bytes.
     """
     each = _sizes(timeline, kept, used, moments)
     starts, ends, cuts = timeline.starts, timeline.ends, timeline.cuts
@@ -201,11 +205,21 @@ def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float =
         starts, ends, cuts = (np.where(tables, moment, x) for moment, x in ((0, starts), (timeline.length, ends), (0, cuts)))
     tpu = timeline.platform == "tpu"
     if around:  # a loop over micro-batches
-        starts, ends = np.where(timeline.fixed, 0, starts), np.where(timeline.fixed, timeline.length, ends)
+        starts = np.where(timeline.fixed, 0, starts)
+        ends, cuts = (np.where(timeline.fixed, timeline.length, x) for x in (ends, cuts))
     if around and tpu:  # added to the sums where they are computed
         each = np.where(timeline.summed, 0.0, each)
-    lying = np.where(heap.beside(starts, ends, np.where(timeline.moved | timeline.across, 0.0, each), vector,
-                                 np.maximum(timeline.products, SOON)), 0.0, each)
+    lying = each
+    if chip is not None:
+        able = np.where(timeline.moved | timeline.across, 0.0, each)
+        rank = np.maximum(_waits(timeline, used, each, chip), PATIENCE)
+        # what waits long gives way to operands that are fetched from the HBM for a product
+        moments, fetched = timeline.moves[np.isin(timeline.moves[:, 0], timeline.works)].T
+        late = (moments > starts[fetched]) & (rank[fetched] > PATIENCE)
+        moments, fetched = moments[late], fetched[late]
+        chosen = heap.beside(np.append(starts, moments), np.append(ends, moments), np.append(able, each[fetched]), vector,
+                             np.append(rank, np.full(len(moments), 1.001 * PATIENCE)))
+        lying = np.where(chosen[:len(each)], 0.0, each)
     held = heap.alive(starts, ends, lying, timeline.length)
     moment = int(np.argmax(held))
     total = heap.packed(timeline.platform, starts, ends, lying) + around
@@ -217,6 +231,16 @@ def peak(timeline: Timeline, kept: np.ndarray, used: np.ndarray, vector: float =
     # gradients that devices sum lie in the HBM, whatever is beside it
     total = max(total, float(each[timeline.gradients].sum()) + around)
     return Peak(total, moment, each, (starts <= moment) & (moment <= ends))
+
+
+def _waits(timeline: Timeline, used: np.ndarray, each: np.ndarray, chip: Chip) -> np.ndarray:
+    """How long each buffer is only kept, as others are computed, in times of moving it to or from the HBM."""
+    parts = (used[timeline.operands] / timeline.extents[timeline.operands]).min(1, initial=1.0)
+    busy = np.bincount(timeline.works, timeline.flops * parts / chip.bf16_flops, timeline.length + 2)
+    moved = np.bincount(timeline.moves[:, 0], each[timeline.moves[:, 1]] / chip.bandwidth, timeline.length + 2)
+    passed = np.cumsum(np.maximum(busy, moved))
+    kept = passed[np.maximum(timeline.ends - 1, timeline.starts)] - passed[timeline.starts]
+    return kept / np.maximum(each / chip.bandwidth, 1e-12)
 
 
 def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray, moments: np.ndarray | None) -> np.ndarray:
@@ -231,8 +255,7 @@ def _sizes(timeline: Timeline, kept: np.ndarray, used: np.ndarray, moments: np.n
     each[~timeline.made] = 0.0
     for b, (value, condition) in timeline.conditions.items():
         whole = used[value] > 1.001 * kept[value]
-        each[b] *= {"gathered": whole, "ungathered": not whole,
-                    "unsplit": used[value] >= size(timeline.graph.values[value])}[condition]
+        each[b] *= not whole if condition == "ungathered" else used[value] >= size(timeline.graph.values[value])
     for b, parameter in timeline.tables.items():
         each[b] *= 1 if moments is None else 1 + moments[parameter]
     return each
@@ -257,10 +280,14 @@ def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, to
     if several and slow_loops(trace, topology):  # straight code, all of which XLA's CPU backend starts at once
         assignment = replace(assignment, micro_batches=1)
     kept, used = sizes.bytes(assignment, tpu)
+    if tpu:
+        # v5e's scheduler puts work off that others' don't
+        timeline = timeline.variant(windowed(timeline, names, assignment, used), topology.chip.name != "v5e")
     vector = VECTOR_MEMORY.get(topology.chip.name, 0) * 2**20 if tpu else 0.0
     # sums of the gradients, and the batch cut to pieces
     around = float(found["params"] + found["batch"]) if several else 0.0
-    top = peak(timeline, kept, used, vector, around, sizes.moments(trace), steps_per_call > 1)
+    top = peak(timeline, kept, used, vector, around, sizes.moments(trace), steps_per_call > 1,
+               topology.chip if tpu else None)
     gradients = min(top.bytes, float(top.each[top.alive & timeline.gradients].sum()) + around)
     lasting = top.alive & ~timeline.gradients & (timeline.ends - timeline.starts > timeline.length // LASTING)
     activations = min(top.bytes - gradients, float(top.each[lasting].sum()))
@@ -268,6 +295,22 @@ def predict(trace: Trace, graph: Graph, names: Names, assignment: Assignment, to
               "temporaries": int(top.bytes - gradients - activations)}
     order = np.argsort(-np.where(top.alive, top.each, 0))[:SHOWN]
     return found, [(int(top.each[b]), describe(timeline, int(b))) for b in order if top.alive[b]]
+
+
+def windowed(timeline: Timeline, names: Names, assignment: Assignment, used: np.ndarray) -> bool:
+    """Whether libtpu sums the gradients of kernels over the devices while it computes them, piece by piece in a loop.
+
+    It did (libtpu of jax 0.10, on v5e, v5p and v6e) where each of 8 to 32 devices keeps a part and all of them hold samples,
+    for products over more rows on each device than `ROWS` for each byte of a number.
+    """
+    devices = assignment.counts[assignment.keep]
+    samples = 1 if names.batch is None else assignment.counts[assignment.masks[names.batch]]
+    if not 8 <= devices <= 32 or devices != samples or not len(timeline.weighing):
+        return False
+    left, right, product = (used[timeline.weighing] / timeline.numbers[timeline.weighing]).T
+    largest = np.argmax(product)
+    rows = np.sqrt(left * right / product)[largest]
+    return bool(rows > ROWS * timeline.numbers[timeline.weighing[largest, 2]])
 
 
 def _fed(trace: Trace, names: Names, assignment: Assignment, steps: int, data: str, samples: int | None) -> dict[str, int]:

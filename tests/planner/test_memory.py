@@ -18,7 +18,7 @@ from lepton_jax.planner import ahead, heap, trace
 from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.build import fixed
 from lepton_jax.planner.graph import Graph
-from lepton_jax.planner.memory import Sizes, Timeline, describe, peak, predict, tiling
+from lepton_jax.planner.memory import Sizes, Timeline, describe, peak, predict, tiling, windowed
 from lepton_jax.planner.named import Names
 from lepton_jax.program import Program
 
@@ -174,6 +174,57 @@ def test_kernels_are_made_ready_before_a_loop_over_micro_batches():
     alone = peak(timeline, *bytes_)
     assert inside.alive[kernels].all()
     assert inside.bytes >= alone.bytes
+
+
+def wide_perceptron():
+    model = partial(models.MLP, (256, 512, 512, 512, 10))
+    return trace(lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.sgd(0.1), batch_size=65_536),
+                 *CASES["mlp"][1:])
+
+
+def test_gradients_that_are_summed_in_a_loop_wait_for_the_chain():
+    """libtpu computes them behind the backward pass from layer to layer, and keeps what they need until then."""
+    graph = wide_perceptron().gradient("none")
+    plain = Timeline(graph, "tpu", eager=True)
+    waits = plain.variant(windowed=True, eager=True)
+    for timeline in (plain, waits):
+        summed = np.isin(timeline.operands[:, 2], timeline.weighing[:, 2])
+        assert summed.sum() == 4
+        chain = timeline.works[~summed].max()
+        assert (timeline.works[summed] > chain).all() == (timeline is waits)
+    kept = [sum(t.ends[b] - t.starts[b] for b in buffers(t, 65_536, 512)) / t.length for t in (plain, waits)]
+    assert kept[1] > kept[0]
+    assert waits.variant(False, True) is not waits and plain.variant(True, True) is waits
+
+
+@pytest.mark.parametrize("shares, batch_size, found", [(8, 65_536, True), (4, 65_536, False), (64, 1_048_576, False),
+                                                       (8, 4096, False)])
+def test_products_over_few_rows_or_devices_are_summed_afterwards(shares, batch_size, found):
+    recipe = lepton.Recipe(model=partial(models.MLP, (256, 512, 512, 10)), loss=lepton.losses.cross_entropy,
+                           optimizer=optax.sgd(0.1), batch_size=batch_size)
+    traced = trace(recipe, *CASES["mlp"][1:])
+    names, assignment = assigned(traced, 1, sizes=(shares,))
+    timeline = Timeline(names.graph, "tpu")
+    used = Sizes(names.graph, names).bytes(assignment)[1]
+    assert windowed(timeline, names, assignment, used) == found
+
+
+def test_the_head_is_made_ready_before_a_loop_over_micro_batches_on_tpu():
+    timeline = Timeline(trace(language(loop="scan"), TOKENS, TOKENS).gradient("none"), "tpu")
+    ready = [timeline.value(b).shape for b in np.flatnonzero(timeline.fixed)]
+    assert (128, 1024) in ready, "the head, which no loop over layers slices"
+    assert all(len(shape) == 2 for shape in ready)
+
+
+def test_what_waits_long_has_no_room_beside_the_memory():
+    """An activation of the forward pass gives way to what is fetched for the next product."""
+    traced = wide_perceptron()
+    names, assignment = assigned(traced, 1)
+    timeline = Timeline(names.graph, "tpu").variant(True, True)
+    kept, used = Sizes(names.graph, names).bytes(assignment)
+    chip = topology("v5p:2x2x2").chip
+    bytes_ = [peak(timeline, kept, used, room, chip=chip).bytes for room in (0.0, 48 * 2.0**20, 2.0**40)]
+    assert bytes_[0] > bytes_[1] > bytes_[2]
 
 
 def test_the_order_of_the_program_leaves_gaps_that_the_order_of_size_does_not():
