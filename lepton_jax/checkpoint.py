@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from lepton_jax import agreement
 from lepton_jax.compat import jit_where
-from lepton_jax.errors import CheckpointError, LeptonError
+from lepton_jax.errors import CheckpointError, LeptonError, of_another_host
 from lepton_jax.state import by_path
 
 T = TypeVar("T")
@@ -245,7 +245,9 @@ class Checkpoints:
         except OSError as error:
             raise self._failed(error) from error
 
-    def _failed(self, error: Exception) -> LeptonError:
+    def _failed(self, error: Exception) -> Exception:
+        if of_another_host(error):
+            return error
         step, self._saving = self._saving, None
         committed = self._committed()
         last = f"step {committed[-1]} is the last committed one" if committed else "no step is committed yet"

@@ -7,6 +7,7 @@ A broken invariant of the library itself is an `assert`.
 from __future__ import annotations
 
 import difflib
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -57,6 +58,14 @@ class DivergedError(LeptonError):
     """A loss that is no longer a finite number."""
 
 
+def of_another_host(error: BaseException) -> bool:
+    """Whether an error of JAX's says that another process of the run can no longer be reached: not a fault of what ran here."""
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+        return False
+    words = r"Gloo|NCCL|coordination|[Cc]onnection|[Ss]ocket|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"
+    return re.search(words, str(error)) is not None
+
+
 class pointing_at_user:
     """Context in which an error of a user's own code (model, loss, recipe) becomes a LeptonError at the user's line.
 
@@ -77,6 +86,8 @@ class pointing_at_user:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # sys.exit() in a user's file would end the run without a word
         if isinstance(error, LeptonError | StopIteration | MemoryError) or not isinstance(error, Exception | SystemExit):
+            return
+        if of_another_host(error):
             return
         where = self.where
         for frame in traceback.extract_tb(trace):

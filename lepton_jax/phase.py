@@ -23,7 +23,16 @@ class Where(NamedTuple):
     since: float
 
 
+class _Account(NamedTuple):
+    """Seconds in each phase up to `since`, when the present one began."""
+
+    seconds: dict[str, float]
+    phase: str
+    since: float
+
+
 _now = Where("start", 0, 0, time.monotonic())
+_account = _Account(dict.fromkeys(PHASES, 0.0), _now.phase, _now.since)
 
 
 def where() -> Where:
@@ -31,23 +40,37 @@ def where() -> Where:
     return _now
 
 
+def spent() -> dict[str, float]:
+    """Seconds in each of PHASES since this process began, up to now. In "steps" and in most others the host also waits for its
+    devices, and through them for other hosts; the time in "data" is its own."""
+    seconds, present, since = _account
+    return {**seconds, present: seconds[present] + time.monotonic() - since}
+
+
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Inside, this process is in another phase; after it, in the one before. To enter a phase anew counts as a change."""
-    global _now
     assert name in PHASES, name
     before = _now.phase
-    _now = _now._replace(phase=name, since=time.monotonic())
+    _change(_now._replace(phase=name))
     try:
         yield
     finally:
-        _now = _now._replace(phase=before, since=time.monotonic())
+        _change(_now._replace(phase=before))
 
 
 def reached(step: int | None = None, done: int | None = None, phase: str | None = None) -> None:
     """A step was handed over, or is known to be done, or a phase begins that ends with the next one."""
-    global _now
     fresh = _now._replace(step=_now.step if step is None else step, done=_now.done if done is None else done,
                           phase=phase or _now.phase)
     if fresh != _now:
-        _now = fresh._replace(since=time.monotonic())
+        _change(fresh)
+
+
+def _change(fresh: Where) -> None:
+    global _now, _account
+    now, (seconds, present, since) = time.monotonic(), _account
+    if fresh.phase != present:
+        # replaced as a whole, for other threads read it
+        _account = _Account({**seconds, present: seconds[present] + now - since}, fresh.phase, now)
+    _now = fresh._replace(since=now)

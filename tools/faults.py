@@ -91,7 +91,7 @@ def kinds(hosts: int) -> dict[str, Callable[[random.Random], Fault]]:
 
     def damaged(rng: random.Random) -> Fault:
         how = rng.choice(["bit", "truncate", "delete", "half"])
-        first = {"kind": "kill", "host": rng.randrange(hosts), "phase": "steps", "step": rng.randrange(25, STEPS - 2)}
+        first = {"kind": "kill", "host": rng.randrange(hosts), "phase": "steps", "step": rng.randrange(31, STEPS - 2)}
         return Fault(f"damaged checkpoint ({how})", "recovered",
                      (first, {"kind": "damage", "how": how, "host": 0, "phase": "plan", "generation": 2}))
 
@@ -133,8 +133,8 @@ def kinds(hosts: int) -> dict[str, Callable[[random.Random], Fault]]:
         "damaged checkpoint": damaged,
         "program": refused("program", r"host \d+ differs from host 0 in the train step"),
         "full disk": ends("full disk", "disk", r"can't be written", "save"),
-        "unreadable data": ends("unreadable data", "no-data", r"a shard of the data can't be read", "steps"),
-        "corrupted data": ends("corrupted data", "bad-data", r"loss of step \d+ is nan", "steps"),
+        "unreadable data": ends("unreadable data", "no-data", r"a shard of the data can't be read", "reading"),
+        "corrupted data": ends("corrupted data", "bad-data", r"loss of step \d+ is nan", "reading"),
         "SIGTERM": interrupted("sigterm"),
         "SIGTERM to one process": interrupted("sigterm-worker"),
         "clock jump": lambda rng: Fault("clock jump", "unharmed", somewhere(
@@ -250,6 +250,7 @@ class Ending:
     losses: list[float]
     log: str
     left: list[int]
+    recoveries: list[Any]
 
 
 def look(folder: Path, codes: list[int] | None) -> Ending:
@@ -269,7 +270,15 @@ def look(folder: Path, codes: list[int] | None) -> Ending:
             if event["kind"] == "steps":
                 losses |= zip(range(event["first"], event["last"] + 1), event["records"]["loss"], strict=True)
     return Ending(codes, checksums, samples, [losses.get(step, float("nan")) for step in range(1, STEPS + 1)],
-                  (folder / "log.txt").read_text(errors="replace"), _with(str(run)))
+                  (folder / "log.txt").read_text(errors="replace"), _with(str(run)), recoveries(run))
+
+
+def recoveries(run: Path) -> list[Any]:
+    """The faults that its supervisors noticed, and what came after."""
+    try:
+        return json.loads((run / "hosts.json").read_text())["recoveries"]
+    except OSError:
+        return []
 
 
 def whole(ending: Ending, reference: Ending) -> str | None:
@@ -286,7 +295,7 @@ def recovered(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> s
         return f"exit codes {first.codes}"
     if not trial.fired:
         return "the fault did not happen"
-    if not trial.recoveries() and not fault.apart:
+    if not first.recoveries and not fault.apart:
         return "nothing was restarted"
     return whole(first, reference)
 
@@ -294,7 +303,7 @@ def recovered(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> s
 def unharmed(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> str | None:
     if first.codes is None or any(first.codes):
         return f"exit codes {first.codes}"
-    return "something was restarted" if trial.recoveries() else whole(first, reference)
+    return "something was restarted" if first.recoveries else whole(first, reference)
 
 
 def refused(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> str | None:
@@ -320,8 +329,8 @@ def interrupted(fault: Fault, first: Ending, reference: Ending, trial: Trial) ->
 def given_up(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> str | None:
     if first.codes is None or first.codes[0] not in (1, 2):
         return f"exit codes {first.codes}"
-    if len(trial.recoveries()) > 6:
-        return f"it was tried {len(trial.recoveries())} times"
+    if not 2 <= len(first.recoveries) <= 6:
+        return f"it was tried again {len(first.recoveries)} times"
     return "processes are left" if first.left else whole(trial.on(), reference)
 
 
@@ -343,6 +352,7 @@ class Trial:
 
     def __init__(self, folder: Path, hosts: int, devices: int, fault: Fault):
         self.folder, self.hosts, self.devices, self.fault = folder, hosts, devices, fault
+        self.restarts: list[tuple[int, str]] = []
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "faults.json").write_text(json.dumps(fault.stages))
@@ -350,13 +360,15 @@ class Trial:
     def run(self, reference: Ending) -> dict[str, Any]:
         """Run it, and judge it."""
         began, run = time.monotonic(), Started(self.folder, self.hosts, self.devices, self.fault)
+        bound = BOUND * max(1, len(self.fault.stages) / 2)
         try:
-            first = look(self.folder, run.wait(BOUND))
+            first = look(self.folder, run.wait(bound))
         finally:
             run.close()
         wrong = "it hangs" if first.codes is None else PROMISES[self.fault.promise](self.fault, first, reference, self)
         if wrong is None and not re.search(self.fault.says, first.log):
             wrong = f"it does not say /{self.fault.says}/"
+        self.restarts = [(each["host"], each["cause"]) for each in first.recoveries]
         return {"fault": self.fault.name, "promise": self.fault.promise, "kept": wrong is None, "wrong": wrong,
                 "seconds": round(time.monotonic() - began, 1), "to_next_step": self.to_next_step(),
                 "stages": list(self.fault.stages)}
@@ -374,12 +386,6 @@ class Trial:
     def fired(self) -> list[float]:
         """When the faults happened."""
         return sorted(json.loads(path.read_text())["time"] for path in self.folder.glob("faults.json.fired.*"))
-
-    def recoveries(self) -> list[Any]:
-        try:
-            return json.loads((self.folder / "run" / "hosts.json").read_text())["recoveries"]
-        except OSError:
-            return []
 
     def to_next_step(self) -> float | None:
         """Seconds from the last fault to the next step that a host trained; None where there was none."""

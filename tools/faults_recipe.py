@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import optax
 from flax import nnx
 
 from lepton_jax import Recipe, losses, metrics, phase
-from lepton_jax.data import Source, mix
+from lepton_jax.data import Source, loader, mix
 from lepton_jax.launch import watchdog
 
 TOKENS, LENGTH = 64, 16
@@ -47,8 +48,8 @@ def recipe(steps: int = 60, batch_size: int = 24) -> Recipe:
     train = mix(sources, weights={"a": 5, "b": 3, "c": 2}).pack(LENGTH)
     test = tuple(rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32) for _ in range(2))
     return Recipe(model=NextToken, loss=LOSS, optimizer=optax.adam, learning_rate=0.01, train=train, test=test,
-                  batch_size=batch_size, steps=steps, evaluate_every=20, save_every=10, keep=4, shuffle=True, seed=3,
-                  metrics={"accuracy": metrics.accuracy}, name="faults")
+                  batch_size=batch_size, steps=steps, steps_per_call=1, evaluate_every=20, save_every=10, keep=4, shuffle=True,
+                  seed=3, metrics={"accuracy": metrics.accuracy}, name="faults")
 
 
 # ---- the faults -------------------------------------------------------------------------------------------------------------
@@ -64,6 +65,7 @@ class Agent:
         self._stepped = False
         self._reached, self._phase = phase.reached, phase.phase
         phase.reached, phase.phase = self.reached, self.entered
+        self._spoil_data()
         self.look()
 
     def reached(self, step: int | None = None, done: int | None = None, phase: str | None = None) -> None:
@@ -82,6 +84,8 @@ class Agent:
     def look(self) -> None:
         at = phase.where()
         for i, fault in self.faults:
+            if fault["phase"] == "reading":
+                continue
             here = at.phase == fault["phase"] and at.step >= fault.get("step", 0)
             if here and (self.note(f"fired.{i}") or fault.get("always")):
                 getattr(self, "do_" + fault["kind"].replace("-", "_"))(fault)
@@ -133,12 +137,6 @@ class Agent:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
-    def do_no_data(self, fault: dict[str, Any]) -> None:
-        self._share(lambda rows: (_ for _ in ()).throw(OSError("a shard of the data can't be read")))
-
-    def do_bad_data(self, fault: dict[str, Any]) -> None:
-        self._share(lambda rows: np.full_like(rows, np.nan if rows.dtype.kind == "f" else TOKENS + 5))
-
     def do_damage(self, fault: dict[str, Any]) -> None:
         """To the newest checkpoint: a "bit" of its largest file flips, it is "truncate"d or "delete"d, or "half" are gone."""
         checkpoints = Path(watchdog.begin().run_dir) / "checkpoints"
@@ -157,11 +155,25 @@ class Agent:
             for file in files[len(files) // 2:]:
                 file.unlink()
 
-    def _share(self, change: Any) -> None:
-        from lepton_jax.data import loader
+    def _spoil_data(self) -> None:
+        """Of the samples of a step and later, this host's can't be read, or are no tokens."""
+        spoiled = [(i, fault) for i, fault in self.faults if fault["phase"] == "reading"]
+        read = loader.Sequence.__getitem__
 
-        put = loader.Share.put
-        loader.Share.put = lambda share, rows: put(share, change(rows))
+        def spoil(sequence: Any, index: Any) -> Any:
+            reached = sequence.consumed // sequence.batch_size + sequence.steps
+            for i, fault in spoiled:
+                if reached >= fault["step"] and self.note(f"fired.{i}"):
+                    if fault["kind"] == "no-data":
+                        raise OSError("a shard of the data can't be read")
+                    sequence.share.put = partial(_none, sequence.share.put)
+            return read(sequence, index)
+
+        loader.Sequence.__getitem__ = spoil
+
+
+def _none(put: Any, rows: Any) -> Any:
+    return put(np.full_like(rows, TOKENS + 5))
 
 
 def _loss() -> Any:

@@ -18,8 +18,9 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from lepton_jax.compat import keep_executables
-from lepton_jax.errors import CheckpointError, LeptonError, RecipeError, SettingError, nearest
-from lepton_jax.launch import cluster, hosts, process, rules, settings, submit, supervisor, surroundings, watchdog
+from lepton_jax.errors import CheckpointError, LeptonError, RecipeError, SettingError, nearest, of_another_host
+from lepton_jax.launch import cluster, hosts, process, rules, serve, settings, submit, supervisor, surroundings, watchdog
+from lepton_jax.launch.verdict import LOST_PEER
 from lepton_jax.monitor import Progress, TensorBoard
 from lepton_jax.recipe import Recipe
 from lepton_jax.trainer import Trainer
@@ -39,6 +40,9 @@ def _main(arguments: list[str]) -> int:
     try:
         summary = launch(arguments)
     except (LeptonError, MemoryError, JaxRuntimeError) as problem:
+        if of_another_host(problem):
+            print(f"another host can no longer be reached: {str(problem).strip().partition(chr(10))[0][:300]}", file=sys.stderr)
+            return LOST_PEER
         error = problem if isinstance(problem, LeptonError) else _short_of_memory(problem)
         if watchdog.tell(error):
             return 2
@@ -84,6 +88,7 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     if head.recipe is None and not Path(file).is_file():
         raise RecipeError(f"the recipe of the run is gone: there is no file {file}", where=Path(head.resume) / "recipe.json",
                           remedy=f"say where it is now: launch.py RECIPE.py --resume {head.resume}")
+    place = None if head.status is None else serve.address(head.status)
     around = None if wants_help or head.on is not None else _around(head, told)
     watched = around is not None and told is None and supervisor.wanted(around, rules.read(head))
     if watched:
@@ -104,13 +109,16 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
         return _said(options, submit.start(options, given, Path(file), _fresh(options, folder), arguments))
     if told is None and around.host_id == 0:
         _fresh(options, folder)
+    place = place if told is None and around.host_id == 0 else None  # one server a run
     if watched:
-        return _said(options, _watch(options, around, Path(file), given, folder, arguments))
+        with serve.serving(place, folder):
+            return _said(options, _watch(options, around, Path(file), given, folder, arguments))
     if options.go_on:
         hosts.heed_sigterm(once=told is not None)
     cluster.join(options.devices)
     work = lambda: _train(options, settings.call(function, chosen), Path(file), chosen, folder)  # noqa: E731
-    summary = hosts.run(around, work, told=told is not None)
+    with serve.serving(place, folder, serve.Here()):
+        summary = hosts.run(around, work, told=told is not None)
     return _said(options, summary) if around.host_id == 0 else summary
 
 
@@ -146,12 +154,19 @@ def _train(options: argparse.Namespace, recipe: Recipe, file: Path, chosen: dict
     trainer = Trainer(recipe, run_dir=folder, devices=options.devices if jax.process_count() == 1 else None, sinks=sinks,
                       source={"file": str(file.resolve()), "settings": plain}, plan=options.plan,
                       trace_samples=options.trace_samples, local_dir=options.local_dir, local_every=options.local_every)
+    watchdog.measure(_device_memory)
     if options.resume is not None:
         trainer.resume()
     history = trainer.fit()
     return {"run_dir": str(folder), "status": history.status, "steps": trainer.step, "seconds": history.seconds,
             "samples_per_second": history.samples / history.seconds if history.steps else 0.0,
             "compilations": history.compilations, "metrics": history.metrics}
+
+
+def _device_memory() -> int | None:
+    """Bytes in use on that of this host's devices that has the most; None where the platform does not tell."""
+    told = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    return max((stats.get("bytes_in_use", 0) for stats in told), default=None)
 
 
 def _said(options: argparse.Namespace, summary: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +201,9 @@ def _parser() -> settings.Parser:
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars into the run folder")
     group.add_argument("--trace-samples", action="store_true", help="write down which samples each step was made of, in "
                        "the run folder's samples.jsonl")
+    group.add_argument("--status", metavar="[HOST:]PORT", help="serve from host 0 how the run stands: / for a person, /status "
+                       "for a program, /metrics for Prometheus, /control for requests; without HOST to that machine alone, "
+                       "elsewhere only to who sends the token in control/run.json (default: not)")
     group.add_argument("--local-dir", metavar="DIR", help="also keep fast checkpoints in a folder on each host's own disk or "
                        "memory; a run goes on from the newest that all hosts can read")
     group.add_argument("--local-every", type=settings.reader(float), metavar="SECONDS", default=60.0,

@@ -30,6 +30,7 @@ from lepton_jax.launch.watchdog import AGAIN, INTERRUPTED
 TICK, PING = 0.05, 1.0
 HELD_UP = 2.0  # a tick that comes so late says that this process was stopped, not that all others fell silent
 STOP_START = 10.0
+LATER = 8.0  # seconds in which the host behind it all must have ended, if there is one
 STACK_TIME = 1.5  # seconds to wait for a stack
 STOPPED = (0, AGAIN, INTERRUPTED, -15, 143)  # exit codes of a worker that was asked to stop
 
@@ -181,8 +182,10 @@ class Head:
         seats = {host: self.seats[host] for host in self.members if host in self.seats}
         running = {host: seat for host, seat in seats.items() if seat.code is None}
         if self._faults:
-            if now >= self._until or not running:
-                self._end(verdict.root(self._faults), now)
+            root = verdict.root(self._faults)
+            patience = LATER if root.rank >= verdict.CONSEQUENCE else 0.0  # who is behind it may be writing its core
+            if now >= self._until + patience or not running:
+                self._end(root, now)
         elif not running:
             codes = {seat.code for seat in seats.values()}
             if codes == {0}:
@@ -379,7 +382,8 @@ class Head:
                 "waiting" if seat.code is None else "ended"
             each.host_id = self.members.index(host) if host in self.members else None
             if seat is not None:
-                each.name, each.place, each.heard, each.silent = seat.name, seat.place, seat.at or now, seat.silent
+                each.name = seat.name
+                each.hear(seat.place, seat.at or now, seat.silent)
         if self.members:
             record.write(self.folder, now, at_once=changed)
 

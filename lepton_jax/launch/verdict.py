@@ -15,6 +15,8 @@ from lepton_jax.errors import LeptonError, of_a_library
 from lepton_jax.launch.rules import HostsError, nested
 
 MISTAKE = 2  # exit code of a worker
+LOST_PEER = 76  # exit code of a worker that can no longer reach another
+CONSEQUENCE = 3  # rank of a fault from which on it is likely another's
 # where a host is behind one that has handed over as many steps: whoever waits for another waits in "steps"
 ORDER = {"start": 0, "plan": 1, "compile": 2, "restore": 2, "data": 3, "evaluation": 3, "save": 3, "shutdown": 3, "steps": 4,
          "pause": 5}
@@ -24,13 +26,20 @@ DAY, LONGEST_PAUSE = 86400.0, 60.0
 
 
 class Place(NamedTuple):
-    """Where a worker is: phase, steps handed over, steps known to be done, seconds without a change, and that phase's limit."""
+    """Where a worker is: phase, steps handed over, steps known to be done, seconds without a change, and that phase's limit;
+    seconds in four phases so far; bytes of the process's memory and of its devices', where they are known."""
 
     phase: str = "start"
     step: int = 0
     done: int = 0
     age: float = 0.0
     limit: float = float("inf")
+    data: float = 0.0
+    steps: float = 0.0
+    evaluation: float = 0.0
+    save: float = 0.0
+    memory: int | None = None
+    device_memory: int | None = None
 
     def __str__(self) -> str:
         return f"in {self.phase} at step {self.step}"
@@ -62,6 +71,8 @@ class Fault:
     @property
     def rank(self) -> int:
         """Smaller is nearer to the root: a process that loses its peers ends by itself, by an error of JAX's or by SIGABRT."""
+        if self.cause == "lost another":
+            return 5
         if self.cause.startswith("SIG") or self.cause in ("lost", "stuck", "silent"):
             return {"SIGABRT": 3, "SIGTERM": 4}.get(self.cause, 0)
         return 1 if self.mistake is not None else 2
@@ -81,6 +92,8 @@ def died(host: int, code: int, place: Place, error: Mapping[str, Any] | None) ->
     if code < 0:
         name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
         return Fault(host, name if name.startswith("SIG") else f"SIG {-code}", f"was ended by {name}, last seen", place)
+    if code == LOST_PEER:
+        return Fault(host, "lost another", "could not reach another host any more, and ended, last seen", place)
     if code == MISTAKE:
         return Fault(host, "mistake", f"ended with exit code {code}, last seen", place, mistake=error or {})
     return Fault(host, f"exit code {code}", f"ended with exit code {code}, last seen", place)

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,9 @@ SHOW_STACK = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGU
 PR_SET_PDEATHSIG = 1
 AGAIN = 75  # exit code of a worker that stopped so that the run may go on with other hosts
 INTERRUPTED = 130  # of one that was asked to stop by a person, and has saved
+COUNTED = ("data", "steps", "evaluation", "save")  # phases whose seconds are told
 _watchdog: Watchdog | None = None
+_device_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,42 @@ def leave(code: int) -> int:
     return code
 
 
+def reading(limit: float) -> dict[str, Any]:
+    """How this process stands, as the fields of a `verdict.Place`."""
+    at, spent = phase.where(), phase.spent()
+    return {"phase": at.phase, "step": at.step, "done": at.done, "age": round(time.monotonic() - at.since, 3), "limit": limit,
+            **{name: round(spent[name], 3) for name in COUNTED}, "memory": _resident(), "device_memory": _device_memory}
+
+
+def measure(read: Callable[[], int | None], every: float = 5.0) -> None:
+    """Have the devices' memory read from time to time, by a thread of its own: a device that does not answer must not silence
+    the watchdog.
+
+    Args:
+      read: bytes in use on the device that has the most; None: it can't be known.
+      every: seconds.
+    """
+
+    def run() -> None:
+        global _device_memory
+        while (found := read()) is not None:
+            _device_memory = found
+            time.sleep(every)
+
+    threading.Thread(target=run, name="memory", daemon=True).start()
+
+
+def _resident() -> int | None:
+    """Bytes of this process that lie in memory, where the system tells."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 class Watchdog(threading.Thread):
-    """Writes {"phase", "step", "done", "age", "limit"} each half second, and at once when the phase changes; see `Told`."""
+    """Writes a line of what `reading` gives each half second, and at once when the phase changes; see `Told`."""
 
     def __init__(self, told: Told):
         super().__init__(name="watchdog", daemon=True)
@@ -144,9 +180,7 @@ class Watchdog(threading.Thread):
                 _end()
 
     def line(self) -> dict[str, Any]:
-        at = phase.where()
-        return {"phase": at.phase, "step": at.step, "done": at.done, "age": round(time.monotonic() - at.since, 3),
-                "limit": self.limits.of(at.phase)}
+        return reading(self.limits.of(phase.where().phase))
 
     def write(self, line: dict[str, Any], patience: float = 0.0) -> bool:
         """A line, if there is room for it within `patience` seconds."""

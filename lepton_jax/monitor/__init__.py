@@ -8,9 +8,10 @@ from lepton_jax.monitor.events import Lines, Monitor, Sink, encode, plain, read_
 from lepton_jax.monitor.progress import Progress
 from lepton_jax.monitor.samples import SampleTrace, read_samples
 from lepton_jax.monitor.sinks import TensorBoard
+from lepton_jax.monitor.status import Watch, prometheus
 
-__all__ = ["Lines", "Monitor", "Progress", "SampleTrace", "Sink", "TensorBoard", "encode", "plain", "read_events",
-           "read_samples", "write_report"]
+__all__ = ["Lines", "Monitor", "Progress", "SampleTrace", "Sink", "TensorBoard", "Watch", "encode", "plain", "prometheus",
+           "read_events", "read_samples", "write_report"]
 
 
 def write_report(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.errors import DataError, LeptonError
-from lepton_jax.monitor import decisions
+from lepton_jax.monitor import decisions, stragglers
 from lepton_jax.monitor.chart import Curve, Mark, draw, legend, smooth
 from lepton_jax.monitor.events import FILE, read_events
 from lepton_jax.monitor.page import SCRIPT, STYLE
@@ -69,7 +69,7 @@ def write_report(folder: Path) -> Path:
     if not events:
         raise DataError("the run has no events yet", where=folder / FILE, remedy="name the folder of a run that began")
     page, path = render(events, _read(folder / "plan.json"), _read(folder / "recipe.json"), folder.resolve().name,
-                        decisions.read_decisions(folder)), folder / "report.html"
+                        decisions.read_decisions(folder), _read(folder / "hosts.json")), folder / "report.html"
     try:
         part = path.with_suffix(".html.part")
         part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
@@ -164,8 +164,10 @@ def _series(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> Series:
     return steps, np.concatenate(y)[::-1][last]
 
 
-def render(events: list[dict[str, Any]], plan: Any, recipe: Any, folder: str, decided: list[dict[str, Any]]) -> str:
-    """The page, as HTML. `plan` and `recipe` are what their JSON files hold, or None; `decided` the journal's decisions."""
+def render(events: list[dict[str, Any]], plan: Any, recipe: Any, folder: str, decided: list[dict[str, Any]],
+           hosts: Any = None) -> str:
+    """The page, as HTML. `plan`, `recipe` and `hosts` are what their JSON files hold, or None; `decided` is what the journal
+    tells of decisions."""
     run = collect(events)
     run.marks += decisions.marks(decided)
     name = str(run.start.get("name") or folder)
@@ -177,6 +179,7 @@ def render(events: list[dict[str, Any]], plan: Any, recipe: Any, folder: str, de
     sections = [
         ("Curves", _charts(run)),
         ("Decisions", decisions.table(decided)),
+        ("Hosts", _hosts(hosts, run)),
         ("Plan", f'<pre tabindex="0">{escape(str(text))}</pre>' if text else _empty("The run recorded no plan.")),
         ("Parameters", _parameters(run.start.get("table") or [])),
         ("Events of note", _notes(events)),
@@ -306,6 +309,17 @@ def _parameters(table: list[dict[str, Any]]) -> str:
             f"<tbody>{''.join(rows)}</tbody></table></div>")
     heading = f"{len(table):,} array{'s' if len(table) != 1 else ''}, {size(total)}"
     return f'<details{" open" if len(table) <= 80 else ""}><summary>{heading}</summary>{body}</details>'
+
+
+def _hosts(told: Any, run: Run) -> str:
+    """Of a run that was watched over: the hosts as they were last heard of, and what failed."""
+    if not isinstance(told, dict) or not isinstance(told.get("hosts"), dict) or \
+            (run.starts and (told.get("time") or 0.0) < run.starts[-1]["at"]):  # of an earlier start
+        return ""
+    table = stragglers.table(told["hosts"], told.get("slowest"))
+    failed = "".join(f"<li>{_text(each.get('what'))}" + (f"; {duration(each['seconds_to_stepped'])} until the next step"
+                     if each.get("seconds_to_stepped") is not None else "") + "</li>" for each in told.get("recoveries") or ())
+    return table + (f"<p>{told.get('restarts') or 0} restarts after a failure:</p><ul>{failed}</ul>" if failed else "")
 
 
 def _notes(events: list[dict[str, Any]]) -> str:
