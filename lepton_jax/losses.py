@@ -6,7 +6,7 @@ pair (values, weights) of that shape for a weighted mean; or a scalar that is al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,6 +57,53 @@ def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | No
     if weights is None:
         return values.sum(), float(values.size)
     return (values * weights).sum(), weights.sum()
+
+
+def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What the knobs `loss_limit` and `loss_mark` make of a batch: (sum, weight) pairs by the names of the signals.
+
+    A sample whose loss is l has the weight sigmoid(limit - l), constant for the gradient; it is 1 where the limit is infinite.
+    Of a loss per token, each token is a sample.
+
+    Args:
+      function, outputs, targets: as of `totals`. A loss that is a scalar is taken sample by sample.
+      knobs: with "loss_limit", there is "loss_kept", the weighted loss, which is what the gradient is taken of; with
+        "loss_mark", "mark_weight" and "mark_weight_square"; with either, "loss_blank" and "loss_values"
+        (see `controllers.SIGNALS`).
+    """
+    if not {"loss_limit", "loss_mark"} & knobs.keys():
+        return {}
+    values, weights = _checked(function, outputs, targets)
+    scalar = values if jnp.ndim(values) == 0 else None
+    if scalar is not None:
+        each = lambda *pair: function(*jax.tree.map(lambda x: x[None], pair))  # noqa: E731
+        values = jax.vmap(each)(outputs, targets)
+        weights = jnp.full_like(values, 1 / values.size)  # so that a micro-batch weighs 1, as in `totals`
+    values = jnp.asarray(values)
+    weights = jnp.ones_like(values) if weights is None else weights
+    constant, found = jax.lax.stop_gradient(values), {}
+    # of one sample; not zeros, which XLA would fold, at length
+    zeros, first = jax.tree.map(lambda x: 0 * x[:1], outputs), jax.tree.map(lambda x: x[:1], targets)
+    found["loss_blank"] = jax.lax.stop_gradient(jnp.mean(_checked(function, zeros, first)[0])), jnp.float32(1)
+    found["loss_values"] = jnp.float32(values.size), jnp.float32(values.shape[0])
+    if "loss_limit" in knobs:
+        limit = knobs["loss_limit"]
+        less = jnp.where(limit == jnp.inf, 0, jax.nn.sigmoid(constant - limit))
+        whole, missing = (1.0 if scalar is not None else weights.sum()), (less * weights).sum()
+        kept = (values * (1 - less) * weights).sum()
+        if scalar is not None:  # the batch's own mean, to the bit, where nothing is discounted
+            kept = jnp.where(limit == jnp.inf, scalar, kept)
+        found["loss_kept"] = kept, jnp.maximum(whole - missing, 1e-6 * whole)
+    if "loss_mark" in knobs:
+        share = jax.nn.sigmoid(knobs["loss_mark"] - constant)
+        found["mark_weight"] = (share * weights).sum(), weights.sum()
+        found["mark_weight_square"] = (share**2 * weights).sum(), weights.sum()
+    return found
+
+
+def objective(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Of the sums of a batch those that its gradient is taken of: the loss, or what is kept of it."""
+    return sums.get("loss_kept", sums["loss"])
 
 
 def measure(recipe: Any, outputs: Any, targets: Any, valid: jax.Array | None = None) -> dict[str, tuple[Any, Any]]:

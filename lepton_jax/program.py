@@ -194,8 +194,8 @@ class Program:
         return state, jnp.stack([jnp.asarray(values[name], jnp.float32) for name in self.records])
 
     def _gradients(self, state: State, batch: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any, Any]:
-        """Gradients of the mean loss, sums of loss and metrics, the variables after the batch, and the mean squared norm of
-        the micro-batches' gradients, where a signal needs it."""
+        """Gradients of the mean loss (of what is kept of it, where samples are discounted), sums of loss and metrics, the
+        variables after the batch, and the mean squared norm of the micro-batches' gradients, where a signal needs it."""
         knobs = self.controller.forward_knobs(state.controller)
         scale = knobs.get("loss_scale")
         key = jax.random.fold_in(state.key, state.step)
@@ -212,12 +212,13 @@ class Program:
             more, (more_sums, variables) = gradient(state.params, variables, jax.random.fold_in(key, index), *micro_batch,
                                                     knobs)
             if squares is not None:
-                squares = squares + (norm(_unscaled(more, scale)) / more_sums["loss"][1]) ** 2
+                squares = squares + (norm(_unscaled(more, scale)) / losses.objective(more_sums)[1]) ** 2
             return *jax.tree.map(jnp.add, (gradients, sums), (more, more_sums)), variables, squares
 
         # strided, so that each device's rows are spread over the micro-batches without leaving the device
         parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = {name: (jnp.float32(0), jnp.float32(0)) for name in ("loss", *self.recipe.metrics)}
+        zeros = {name: (jnp.float32(0), jnp.float32(0))
+                 for name in ("loss", *self.recipe.metrics, *self.controller.measured_forward)}
         squares = jnp.float32(0) if self.controller.signals.by_micro_batch else None
         carry = (jax.tree.map(jnp.zeros_like, state.params), zeros, state.variables, squares)
         if self.plan.unroll_micro_batches:
@@ -226,7 +227,7 @@ class Program:
         else:
             carry, _ = jax.lax.scan(lambda c, x: (add(c, *x), None), carry, (jnp.arange(count), parts))
         gradients, sums, variables, squares = carry
-        weight = sums["loss"][1]
+        weight = losses.objective(sums)[1]
         gradients = jax.tree.map(lambda g: g / weight, _unscaled(gradients, scale))
         return gradients, sums, variables, None if squares is None else squares / count
 
@@ -258,10 +259,11 @@ class Program:
         with pointing_at_user(f"the {program} program", "mend the line that is named, if one is; where memory is short, "
                               "lower batch_size or raise micro_batches", where=f"program {program!r}"):
             result = function(*args)
+            if self._traced != traced:
+                phase.reached(phase=before)
             if self._one_at_a_time:
                 jax.block_until_ready(result)
         if self._traced != traced:
-            phase.reached(phase=before)
             signatures = self._signatures[program]
             changed = None
             if len(signatures) > 1:

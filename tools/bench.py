@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_controller
+import bench_faults
 import bench_lm
 import bench_memory
 import bench_overhead
@@ -27,7 +28,7 @@ from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.launch.settings import Parser
 
 # Each has add(commands, shared), whose parser's default `run` takes the options and returns what --json keeps.
-COMMANDS = (bench_step, bench_overhead, bench_lm, bench_memory, bench_regret, bench_controller)
+COMMANDS = (bench_step, bench_overhead, bench_lm, bench_memory, bench_regret, bench_controller, bench_faults)
 ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "XLA_CLIENT_MEM_FRACTION")  # what changes the figures
 
 

@@ -15,6 +15,7 @@ from lepton_jax.controller.decay import decay
 from lepton_jax.controller.guard import guard
 from lepton_jax.controller.journal import read_journal
 from lepton_jax.controller.knobs import KNOBS, Knob, settable
+from lepton_jax.controller.label_noise import label_noise
 from lepton_jax.controller.learning_free import learning_free
 from lepton_jax.controller.loss_scaling import loss_scaling
 from lepton_jax.controller.plateau import plateau
@@ -28,7 +29,7 @@ from lepton_jax.optimizers import switchable
 
 __all__ = [
     "KNOBS", "SIGNALS", "Conformance", "Controller", "ControllerState", "Knob", "Pieces", "Policy", "adaptive", "adjustable",
-    "averaging", "batch_growth", "chain", "clip_by_history", "conformance", "decay", "fed", "guard", "learning_free",
-    "loss_scaling", "norm", "plateau", "read_journal", "released", "replay", "served", "set_base", "settable", "slowed",
-    "switch_optimizer", "switchable", "until", "warmup",
+    "averaging", "batch_growth", "chain", "clip_by_history", "conformance", "decay", "fed", "guard", "label_noise",
+    "learning_free", "loss_scaling", "norm", "plateau", "read_journal", "released", "replay", "served", "set_base", "settable",
+    "slowed", "switch_optimizer", "switchable", "until", "warmup",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lepton_jax.controller.averaging import averaging
 from lepton_jax.controller.decay import decay
 from lepton_jax.controller.guard import guard
+from lepton_jax.controller.label_noise import label_noise
 from lepton_jax.controller.learning_free import learning_free
 from lepton_jax.controller.policy import Policy, chain
 
@@ -21,15 +22,17 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
       averaging      what is evaluated and served is an average of the parameters, whose mean age is 15 % of the run so
                      far (Karras et al. 2024, section 3.1); it takes away the noise that a rate of 0 would.
       guard          keeps spikes and what is not finite out, and goes back at most `rollbacks` times where that does not help.
+      label_noise    when labels become wrong, weighs samples by how likely theirs is right (Patrini et al. 2017).
 
     Memory: three copies of the parameters: those at the start, a weighted sum of the gradients, and the average.
 
-    What it reaches, and where it falls short: `python tools/bench.py controller`, benchmarks/controller.json. It looks at
+    What it reaches, and where it falls short: `python tools/bench.py controller`, benchmarks/controller.json; what faults cost
+    it: `python tools/bench.py faults`, benchmarks/faults.json. It looks at
     the training loss alone: where a model overfits, it stops no sooner than its budget says.
 
     Raises:
       RecipeError: an argument is out of range; and, when the recipe is traced, an optimizer that has its own learning rate
         or whose updates grow with the gradient (SGD, Adagrad).
     """
-    return chain(guard(deviations=6.0, rollbacks=rollbacks), learning_free(1e-2, 2.0, growth=10.0, until=0.1),
+    return chain(guard(deviations=6.0, rollbacks=rollbacks), label_noise(), learning_free(1e-2, 2.0, growth=10.0, until=0.1),
                  decay(0.5, "linear", 0.1), averaging(decay=None, share=0.15))

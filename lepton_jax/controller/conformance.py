@@ -18,6 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lepton_jax.controller.knobs as knobs_
+from lepton_jax import losses
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.compat import jit_on, make_mesh
 from lepton_jax.controller.core import Controller, Pieces, fed
@@ -98,8 +99,10 @@ def _signals(policy: Policy, steps: int, seed: int, wild: bool) -> Iterator[dict
     for step in range(steps):
         loss = 3 * math.exp(-step / 60) + 0.1 * rng.random() + (rng.random() < 0.02) * 50
         values = {"step": step, "updates": step, "progress": (step + 1) / steps, "batch_size": 32, "loss": loss,
-                  "loss_mean": loss, "loss_variance": 0.01, "loss_trend": -loss / 60, "finite": 1.0, "evaluations": step // 20,
-                  "seconds": step / 10, "price": step / 1e3, "data_wait": 0.1, "cosine": rng.uniform(-1, 1)}
+                  "loss_kept": loss, "loss_blank": 1.1, "loss_values": 1.0, "mark_weight": 1 / (1 + loss / 50),
+                  "mark_weight_square": 1 / (1 + loss / 25), "loss_mean": loss, "loss_variance": 0.01, "loss_trend": -loss / 60,
+                  "finite": 1.0, "evaluations": step // 20, "seconds": step / 10, "price": step / 1e3, "data_wait": 0.1,
+                  "cosine": rng.uniform(-1, 1)}
         row = {name: values.get(name, rng.lognormal()) for name in policy.watches}
         if wild:
             each = {n: WILD[(step // 2 + i) % len(WILD)] if step % 2 == 0 and step < 4 * len(WILD) else rng.choice(WILD)
@@ -185,7 +188,7 @@ def _stable(policy: Policy, before: Any, after: Any) -> None:
 
 def _in_range(policy: Policy, knob: str, value: float, step: int, wild: bool) -> None:
     kind = knobs_.KNOBS[knob]
-    fine = {"multiply": math.isfinite(value) and value >= 0, "least": value >= 0,  # infinity is neutral
+    fine = {"multiply": math.isfinite(value) and value >= 0, "least": value >= kind.lowest,  # infinity is neutral
             "set": math.isnan(value) or kind.lowest <= value <= kind.highest, "any": math.isfinite(value)}[kind.combine]
     if policy.absolute:
         fine = math.isnan(value) or kind.combine in ("any", "least") or kind.lowest <= value <= kind.highest
@@ -285,15 +288,18 @@ class _Tiny:
         def loss(params: Any, x: Any, y: Any) -> Any:
             params, x = cast((params, x * mask), self.recipe.precision)
             logits = (x @ params["kernel"] + params["bias"]).astype(jnp.float32)
-            value = optax.softmax_cross_entropy(logits, y).mean()
-            return value * scale, value
+            values = optax.softmax_cross_entropy(logits, y)
+            sums = {"loss": (values.sum(), float(values.size))}
+            sums |= losses.discounted(optax.softmax_cross_entropy, logits, y, held)
+            total, weight = losses.objective(sums)
+            return total / weight * scale, {name: total / weight for name, (total, weight) in sums.items()}
 
         each = [jax.grad(loss, has_aux=True)(state.params, x, y) for x, y in zip(inputs, targets, strict=True)]
-        each = [(jax.tree.map(lambda g: g / scale, g), value) for g, value in each]
+        each = [(jax.tree.map(lambda g: g / scale, g), values) for g, values in each]
         gradients = jax.tree.map(lambda *g: sum(g) / len(g), *(g for g, _ in each))
-        value = sum(value for _, value in each) / len(each)
+        means = jax.tree.map(lambda *x: sum(x) / len(x), *(values for _, values in each))
         parts = sum(norm(g) ** 2 for g, _ in each) / len(each) if self.controller.signals.by_micro_batch else None
-        values = {"loss": value, **dict.fromkeys(self.recipe.metrics, value)}
+        values = means | dict.fromkeys(self.recipe.metrics, means["loss"])
         after, controller, _ = self.controller.update(state.step, state.controller, Pieces(state.params, {}, state.optimizer),
                                                       {}, gradients, values, parts)
         return State(state.step + 1, after.params, {}, after.optimizer, controller, state.key)

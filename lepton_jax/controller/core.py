@@ -2,7 +2,7 @@
 
 The order within a step, which the conformance suite holds policies to:
 
-1. The gradient is taken under the knobs of the step before (`loss_scale` and `dropout` act there).
+1. The gradient is taken under the knobs of the step before (`IN_FORWARD` act there).
 2. Signals are measured; each policy sees them and contributes; `combined` makes the knobs of this step.
 3. The update is made, or not: accumulated, skipped, restored; then anchor and average follow.
 4. The record takes loss, signals, knobs and contributions out; the journal is what the host reads from it.
@@ -30,7 +30,9 @@ from lepton_jax.errors import RecipeError, pointing_at_user
 if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
 
-IN_FORWARD = ("loss_scale", "dropout")
+# the knobs that act in the forward pass, and what is measured there where they are
+IN_FORWARD = {"loss_scale": (), "dropout": (), "loss_limit": ("loss_kept", "loss_blank", "loss_values"),
+              "loss_mark": ("mark_weight", "mark_weight_square", "loss_blank", "loss_values")}
 UNSHOWN = ("step", "progress", "batch_size")  # what a record's place says already
 
 
@@ -117,7 +119,8 @@ class Controller:
         moved |= {"learning_rate"} & own.keys() if "rate" in self.limits else set()
         base = {n: x for n, x in own.items() if n in moved or (n == "learning_rate" and (recipe.learning_rate is not None))}
         given = {"clip_norm": recipe.clip_norm or float("inf"), "accumulate": 1.0, "dropout": 1.0, "averaging_decay": 0.0,
-                 "gradient_weight": 1.0, "loss_scale": precision.START if recipe.precision == "float16" else 1.0}
+                 "gradient_weight": 1.0, "loss_limit": float("inf"), "loss_mark": float("inf"),
+                 "loss_scale": precision.START if recipe.precision == "float16" else 1.0}
         wanted = moved | ({"clip_norm"} if recipe.clip_norm is not None else set())
         return base | {n: x for n, x in given.items() if n in wanted}
 
@@ -151,6 +154,11 @@ class Controller:
         """The knobs that act in the forward pass: of the step before."""
         return {n: state.knobs[n] for n in IN_FORWARD if n in self.base}
 
+    @property
+    def measured_forward(self) -> tuple[str, ...]:
+        """Signals that the forward pass gives: see `losses.discounted`."""
+        return tuple(dict.fromkeys(signal for n, signals in IN_FORWARD.items() if n in self.base for signal in signals))
+
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def update(self, step: Any, state: Any, before: Pieces, after: Any, gradients: Any, values: Mapping[str, Any],
@@ -163,7 +171,7 @@ class Controller:
           before: parameters, variables and optimizer state.
           after: variables after the forward pass.
           gradients: the batch's mean gradient.
-          values: loss and metrics, float32 scalars.
+          values: loss and metrics, and what was measured in the forward pass, float32 scalars.
           parts: see `Signals.measure`.
 
         Returns:
@@ -173,7 +181,9 @@ class Controller:
             pieces = self._apply(before, after, gradients, {}, values["loss"])
             return pieces, state, {name: self._scheduled(step) for name in self.records}
         steps = state.fed["steps"]
-        given = {"step": step, "updates": state.updates, "progress": jnp.where(steps > 0, (step + 1) / steps, jnp.nan),
+        blind = {"loss_kept": values["loss"], "loss_blank": jnp.nan, "loss_values": 1.0, "mark_weight": 1.0,
+                 "mark_weight_square": 1.0}
+        given = blind | {"step": step, "updates": state.updates, "progress": jnp.where(steps > 0, (step + 1) / steps, jnp.nan),
                  "batch_size": self.recipe.batch_size, **values, **{n: x for n, x in state.fed.items() if n != "steps"},
                  "base_rate": self._base_rate(state), "gradient_weight": state.knobs.get("gradient_weight", jnp.float32(1))}
         signals, smoothed = self.signals.measure(state.signals, given, before.params, gradients,

@@ -48,7 +48,8 @@ def guard(mode: str = "skip", deviations: float = 4.0, *, budget: int = 30, wind
     gradient is not finite, or whose loss takes back more than `far` of the gain; after `patience` such steps on end,
     whether they were skipped or not, it asks for a rollback.
 
-    Norm and loss are those of the global arrays: all hosts decide alike.
+    Norm and loss are those of the global arrays: all hosts decide alike. Where samples are discounted (`label_noise`), the
+    loss is of what is kept.
 
     Sources: Chowdhery et al. 2022, PaLM, section 5.1 (skip the batches of a spike and restart before it); Kumar et al.
     2025, "ZClip: adaptive spike mitigation for LLM pre-training" (moving mean and variance of the norm, its outliers
@@ -78,7 +79,7 @@ def guard(mode: str = "skip", deviations: float = 4.0, *, budget: int = 30, wind
         return Guard(band(), band(), jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))
 
     def update(signals: Mapping[str, Any], state: Guard) -> tuple[dict[str, Any], Guard]:
-        loss, log = signals["loss"], jnp.log(jnp.clip(signals["gradient_norm"], 1e-30, 1e30))
+        loss, log = signals["loss_kept"], jnp.log(jnp.clip(signals["gradient_norm"], 1e-30, 1e30))
         finite = jnp.isfinite(loss) & jnp.isfinite(signals["gradient_norm"]) & (jnp.abs(loss) < 1e30)
         gain = jnp.maximum(state.first - state.best, jnp.abs(state.first) / 2)
         known = state.loss.count >= LEAST
@@ -102,7 +103,7 @@ def guard(mode: str = "skip", deviations: float = 4.0, *, budget: int = 30, wind
         return moves, bands._replace(first=first, best=best, used=left + act, lost=jnp.where(rollback, 0, lost))
 
     moves = ("skip", "rollback") if mode == "skip" else ("skip", "rollback", "clip_norm")
-    return Policy("guard", init, update, watches=("loss", "gradient_norm"), moves=moves,
+    return Policy("guard", init, update, watches=("loss_kept", "gradient_norm"), moves=moves,
                   limits={"rollbacks": rollbacks, "rate": rate, "patience": patience})
 
 

@@ -44,6 +44,9 @@ KNOBS = {
     "optimizer": Knob("set", 0, 15, "which of the recipe's `switchable` optimizers is at work"),
     "dropout": Knob("multiply", 0, math.inf, "factor of the rate of each nnx.Dropout"),
     "loss_scale": Knob("set", 2.0**-14, 2.0**24, "factor of the loss before its gradient is taken (float16)"),
+    "loss_limit": Knob("least", -math.inf, math.inf, "a sample whose loss is l counts sigmoid(loss_limit - l) times in the "
+                                                     "gradient"),
+    "loss_mark": Knob("set", -math.inf, math.inf, "where the signals mark_weight and mark_weight_square are measured"),
     "averaging_decay": Knob("set", 0, 1, "decay of the moving average of the parameters, which is what is evaluated and "
                                          "served; with 0 the average is the parameters"),
     "gradient_weight": Knob("set", 0, math.inf, "weight of the next step's gradient in the sum behind the signal "

@@ -83,12 +83,12 @@ def objective(recipe: Recipe, module: Functional, micro_batches: int) -> Any:
 
     Returns:
       A function of `ARGUMENTS`, of one micro-batch, to its mean loss (its summed loss, if it is one of several), and to
-      the sums of loss and metrics and the variables after.
+      the sums of loss and metrics, those of `losses.discounted`, and the variables after.
     """
     def value(params: Any, variables: Any, key: Any, inputs: Any, targets: Any, knobs: Any) -> tuple[Any, tuple]:
         outputs, after = forward(recipe, module, params, variables, inputs, key, True, knobs.get("dropout"))
-        sums = losses.measure(recipe, outputs, targets)
-        total, weight = sums["loss"]
+        sums = losses.measure(recipe, outputs, targets) | losses.discounted(recipe.loss, outputs, targets, knobs)
+        total, weight = losses.objective(sums)
         result = total / weight if micro_batches == 1 else total
         return result * knobs["loss_scale"] if "loss_scale" in knobs else result, (sums, after)
 

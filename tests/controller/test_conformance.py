@@ -24,7 +24,8 @@ OURS = {
     "until": functools.partial(controllers.until, evaluation_accuracy=0.99, loss=0.1, seconds=60),
     "adjustable": functools.partial(controllers.adjustable, "learning_rate", "b1", "dropout"),
     "clip_by_history": controllers.clip_by_history, "loss_scaling": controllers.loss_scaling,
-    "adaptive": controllers.adaptive,
+    "adaptive": controllers.adaptive, "label_noise": controllers.label_noise,
+    "label_noise that refuses": functools.partial(controllers.label_noise, 0.2, budget=3, window=50),
 }
 
 
@@ -35,7 +36,8 @@ def test_ours_keep_the_laws(name):
 
 
 def test_ours_keep_the_laws_together_in_small_runs_on_all_devices():
-    report = conformance(controllers.warmup(5), controllers.guard("clip"), controllers.batch_growth(patience=2),
+    report = conformance(controllers.warmup(5), controllers.guard("clip"), controllers.label_noise(),
+                         controllers.batch_growth(patience=2),
                          controllers.averaging(), controllers.plateau(every=1, patience=1), steps=20)
     assert [law for law, _ in report.kept] == ["declared", "pure", "stable", "in range", "trains", "resumes", "off"]
     assert "guard" in str(report) and f"{jax.device_count()} devices" in str(report)

@@ -27,6 +27,7 @@ SCHEDULE = {
     "accumulate": {11: 2, 12: 2, 13: 3, 14: 3, 15: 3},
     "optimizer": {16: 1, 17: 1, 18: 1, 19: 1, 20: 2},
     "averaging_decay": {6: 0.5, 7: 0.9, 8: 0.25},
+    "loss_limit": {9: 2.0, 10: 0.5, 12: 1.0}, "loss_mark": {1: 1.0, 2: 2.0, 12: 0.5},
     "gradient_weight": {4: 0.5, 5: 2},
     "anchor": {9: 1, 20: 1}, "skip": {8: 1, 18: 1}, "restore": {10: 1, 22: 1},
     "rollback": {23: 1}, "stop": {24: 1},

@@ -87,7 +87,8 @@ def by_hand(make, optimizer, blobs):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_policies_that_never_fire_are_plain_optax_to_the_bit(name, blobs, plain):
     losses, params = plain(name, blobs)
-    common = ["learning_rate", "clip_norm", "averaging_decay", "skip", "anchor", "restore", "stop", "rollback"]
+    common = ["learning_rate", "clip_norm", "averaging_decay", "skip", "anchor", "restore", "stop", "rollback", "loss_limit",
+              "loss_mark"]
     own = {"adamw": ["weight_decay", "b1", "b2", "dropout"], "lion": ["weight_decay", "b1", "b2"],
            "momentum": ["momentum"]}.get(name, [])
     for controller in ((), (never(common + own),), (never(["accumulate", "skip"]),)):
