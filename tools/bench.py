@@ -21,6 +21,7 @@ import bench_lm
 import bench_memory
 import bench_overhead
 import bench_regret
+import bench_restart
 import bench_step
 import jax
 
@@ -28,7 +29,8 @@ from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.launch.settings import Parser
 
 # Each has add(commands, shared), whose parser's default `run` takes the options and returns what --json keeps.
-COMMANDS = (bench_step, bench_overhead, bench_lm, bench_memory, bench_regret, bench_controller, bench_faults)
+COMMANDS = (bench_step, bench_overhead, bench_lm, bench_memory, bench_regret, bench_controller, bench_faults,
+            bench_restart)
 ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "XLA_CLIENT_MEM_FRACTION")  # what changes the figures
 
 

@@ -82,7 +82,8 @@ def test_a_host_that_differs_is_refused_before_the_first_step(tmp_path):
 
 def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, ROOT / "tools" / "launch.py", RECIPE, "--hosts", "local:2", "--run-dir", "run", "--steps", "9999"]
+    options = ["--hosts", "local:2", "--run-dir", "run", "--steps", "99999"]
+    command = [sys.executable, ROOT / "tools" / "launch.py", RECIPE, *options]
     run, control = tmp_path / "run", [sys.executable, ROOT / "tools" / "control.py"]
     with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
