@@ -28,7 +28,8 @@ class Recipe:
       optimizer: an Optax transformation; or a function of the learning rate that returns one, such as `optax.adamw`.
       learning_rate: a number or an Optax schedule, given to `optimizer` if that is a function. Only then can it be
         shown in the report.
-      train: samples to train on: a pair of arrays, a `lepton_jax.data.Arrays`, or a Grain data set of pairs.
+      train: samples to train on: a pair of arrays, a `lepton_jax.data.Arrays`, a Grain data set of pairs, or a
+        `lepton_jax.data` mixture: sources that are filtered, mapped, mixed and packed (docs/data.md).
       test: samples to evaluate on, in the same forms.
       metrics: name to a function like `loss`, or to a `lepton_jax.metrics.Metric`.
       preprocess: inputs to the model's inputs, in JAX; part of every compiled program (e.g. uint8 pixels to floats).

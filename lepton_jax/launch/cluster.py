@@ -177,7 +177,6 @@ def options(group: Any) -> None:
     """Add the options that say where the hosts are."""
     group.add_argument("--hosts", metavar="N", help="how many processes train together: local:4 starts four here, a number "
                        "goes with --coordinator and --host-id; with --on, how many machines to ask for (default: what SLURM, "
-                       "Kubernetes, Open MPI or a TPU pod says, else this machine alone); training itself runs on one host so "
-                       "far, and several are refused")
+                       "Kubernetes, Open MPI or a TPU pod says, else this machine alone)")
     group.add_argument("--coordinator", metavar="NAME:PORT", help="where host 0 awaits the others")
     group.add_argument("--host-id", type=settings.reader(int), metavar="I", help="which of the hosts this is, from 0")

@@ -66,7 +66,7 @@ class Head:
         self.name = "127.0.0.1" if cluster.coordinator is None else split(cluster.coordinator)[0]
         self.address = ("127.0.0.1", self.gate.port)
         self.members: list[int] = []  # the hosts that take part in this generation
-        self.generation = self._floor = self._signals = self._heeded = 0
+        self.generation = self._floor = self._signals = self._own_signals = self._heeded = 0
         self._exit: tuple[int, LeptonError | None] | None = None
         self._faults: list[Fault] = []  # of this generation, as they came
         self._fault: Fault | None = None  # what ended it
@@ -99,7 +99,9 @@ class Head:
 
     def signalled(self) -> None:
         """A person, or the scheduler, asks for the end: the first time with a save, the second time at once. For handlers."""
-        self._signals = signals_after(self._signals, self._signalled)
+        # a scheduler tells every host once, at any time: what others have heard makes this one no second
+        self._own_signals = signals_after(self._own_signals, self._signalled)
+        self._signals = max(self._signals, self._own_signals)
         self._signalled = time.monotonic()
 
     # ---- what comes -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from importlib.metadata import version
 from typing import IO, Any, TypeVar
 
 import jax
+from jax.errors import JaxRuntimeError
 
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.launch.cluster import Cluster
 from lepton_jax.launch.meeting import meet
-from lepton_jax.launch.process import variables
+from lepton_jax.launch.process import GLOO, variables
 
 T = TypeVar("T")
 # seconds in which all hosts must have come: Kubernetes and TPU pods pull images and add machines, the others start at once
@@ -85,7 +87,8 @@ def join(cluster: Cluster, met: bool = False) -> None:
       met: they have met already.
 
     Raises:
-      SettingError: the coordinator's port is taken or can't be reached, a host does not come within the limit, or differs.
+      SettingError: the coordinator's port is taken or can't be reached, a host does not come within the limit, or differs;
+        JAX_PLATFORMS names what JAX does not know.
     """
     if not met:
         meet(cluster, facts(), time_to_meet(cluster))
@@ -93,9 +96,17 @@ def join(cluster: Cluster, met: bool = False) -> None:
     # without "deactivate" JAX looks around for itself, and under SLURM takes one GPU a process
     jax.distributed.initialize(cluster.coordinator, cluster.hosts, cluster.host_id, local_device_ids=cluster.visible,
                                cluster_detection_method="deactivate")
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        if "known backends" not in str(error):  # another host is gone, chips fail, or an earlier process still holds them
+            raise JaxRuntimeError(str(error)) from error
+        raise SettingError(str(error).partition(" (set JAX_")[0], where=f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}",
+                           remedy="set JAX_PLATFORMS=cpu, or install JAX for the chips that are there") from error
 
 
-def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None, lifeline: bool = False) -> int:
+def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None, lifeline: bool = False,
+          with_fewer: bool = False) -> int:
     """Run a process for each host, and end all if one fails.
 
     Host 0 writes to this process's own output; what the others write is passed on to standard error behind `[host I] `.
@@ -105,6 +116,7 @@ def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | No
       commands: one a host.
       environment: variables to set on top of this process's own.
       lifeline: they are told to end by the end of their standard input instead of by a signal, which ssh would not pass on.
+      with_fewer: one that fails ends nobody, and how it went is what host 0 says.
 
     Returns:
       0, or the exit code of the host that failed first (128 + n if signal n ended it); 130 if a signal asked for the end.
@@ -131,11 +143,13 @@ def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | No
                 if host:
                     readers.append(threading.Thread(target=forward, args=(process.stdout, host, lock), daemon=True))
                     readers[-1].start()
-            failed = _wait(processes, signalled)
+            failed = _wait(processes, signalled, with_fewer)
         finally:
             _end(processes)
             for reader in readers:
                 reader.join(timeout=5)
+    if with_fewer:
+        failed = 0 if processes[0].returncode else None
     if failed is None:
         return 0
     code = processes[failed].returncode
@@ -169,15 +183,18 @@ def _passing_on(processes: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen], signalled: Sequence[int]) -> int | None:
-    """Until all have ended well, or the first has not: its number. After a signal, until all have, or the grace is over."""
+def _wait(processes: Sequence[subprocess.Popen], signalled: Sequence[int], with_fewer: bool) -> int | None:
+    """Until all have ended well, or the first has not: its number. After a signal, until all have, or the grace is over.
+
+    `with_fewer`: until all have ended, however they did.
+    """
     failed: int | None = None
     until: float | None = None
     while True:
         codes = [process.poll() for process in processes]
         if failed is None:
             failed = next((host for host, code in enumerate(codes) if code), None)
-        if None not in codes or (failed is not None and not signalled):
+        if None not in codes or (failed is not None and not signalled and not with_fewer):
             return failed
         if signalled:
             until = until or time.monotonic() + GRACE_TO_SAVE
@@ -215,7 +232,10 @@ def forward(stream: IO[bytes], host: int, lock: threading.Lock = LOCK) -> None:
     """Its lines to standard error behind `[host I] `, until it ends."""
     with stream:
         for line in stream:
-            text = line.decode(errors="replace").rstrip("\r\n")
+            said = GLOO.sub(b"", line)
+            if not said:
+                continue
+            text = said.decode(errors="replace").rstrip("\r\n")
             with lock, contextlib.suppress(OSError):  # a closed terminal is no reason to block the host
                 sys.stderr.write(f"[host {host}] {text}\n")  # in one piece, for host 0 writes there too
                 sys.stderr.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -22,6 +23,9 @@ from lepton_jax.launch.watchdog import SHOW_STACK, VARIABLE, Told
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = 0.2  # seconds without more after which a stack is whole
 MOST = 1 << 20  # bytes of a stack, or of a line
+# what XLA's Gloo writes to the standard output of every worker on a CPU; it may come in the middle of a line
+GLOO = re.compile(rb"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+\n")
+GLOO_BEGINS, LONGEST_GLOO = b"[Gloo] Rank ", 160
 
 
 def variables(more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -36,7 +40,7 @@ class Worker:
     Args:
       command, environment: of the process; the environment is complete.
       told: what it is told, as in `watchdog.Told`, without the pipes.
-      forward: takes its output stream, in a thread; None: it writes to this process's own.
+      forward: takes its output stream, in a thread; None: it writes to this process's own, or as good as that.
 
     Attributes:
       generation: its attempt.
@@ -56,6 +60,8 @@ class Worker:
         self._open = {self._pipe, self._stack}
         full = Told(**told, pipe=pipe, stack=stack, lifeline=lifeline, parent=os.getpid())
         streams: dict[str, Any] = {} if forward is None else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        if forward is None and full.hosts > 1:
+            streams, forward = {"stdout": subprocess.PIPE}, pass_on
         try:
             # a group of its own: Ctrl-C in the terminal reaches the supervisor alone
             self.process = subprocess.Popen(command, env={**environment, VARIABLE: json.dumps(vars(full))}, process_group=0,
@@ -190,6 +196,23 @@ class Worker:
         for end in (*self._open, self._lifeline):
             os.close(end)
         self._open = set()
+
+
+def pass_on(stream: IO[bytes]) -> None:
+    """All that comes, as it comes, to this process's standard output, but for what Gloo says there."""
+    held = b""
+    with stream, contextlib.suppress(OSError):  # nobody reads any more: the worker shall hear of it
+        while True:
+            more = os.read(stream.fileno(), 1 << 16)
+            text = GLOO.sub(b"", held + more)
+            tail = text[max(text.rfind(b"["), 0):]
+            begun = tail[:1] == b"[" and GLOO_BEGINS.startswith(tail[:len(GLOO_BEGINS)]) and len(tail) < LONGEST_GLOO
+            held = tail if begun and b"\n" not in tail and more else b""
+            text = text[:len(text) - len(held)]
+            while text:
+                text = text[os.write(1, text):]
+            if not more:
+                return
 
 
 def python() -> list[str]:

@@ -15,7 +15,10 @@ import pytest
 from lepton_jax.errors import SettingError
 from lepton_jax.launch import cli, hosts
 from lepton_jax.launch.cluster import Cluster
+from lepton_jax.launch.head import Head
 from lepton_jax.launch.meeting import meet
+from lepton_jax.launch.process import pass_on
+from lepton_jax.launch.rules import Rules
 
 ROOT = Path(__file__).resolve().parents[2]
 JOINED = """
@@ -151,6 +154,14 @@ def test_one_that_fails_ends_all(capfd, tmp_path, fail, code, how):
     assert f"host 1 {how}; the others were stopped" in err and "remedy" in err
 
 
+@pytest.mark.parametrize("code", [0, 4])
+def test_one_that_fails_ends_nobody_where_fewer_may_go_on(capfd, code):
+    lives = f"import time; time.sleep(0.5); print('lives', flush=True); raise SystemExit({code})"
+    assert hosts.spawn([python(lives), python("raise SystemExit(7)"), python(lives)], with_fewer=True) == code
+    out, err = capfd.readouterr()
+    assert out == "lives\n" and "[host 2] lives" in err and ("host 0 ended with exit code 4" in err) == bool(code)
+
+
 def test_one_that_does_not_listen_is_ended_after_the_grace(monkeypatch, capfd):
     monkeypatch.setattr(hosts, "GRACE", 0.5)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"
@@ -188,6 +199,44 @@ def test_a_host_that_cannot_be_started(tmp_path):
         hosts.spawn([python("import time; time.sleep(60)"), [str(tmp_path / "nothing")]])
 
 
+GLOO = "[Gloo] Rank 0 is connected to 3 peer ranks. Expected number of connected peer ranks is : 3\n"
+
+
+@pytest.mark.parametrize(("pieces", "expected"), [
+    (["before\n", GLOO, "after\n"], "before\nafter\n"),
+    (["a line", GLOO, "\n"], "a line\n"),
+    (["[", GLOO[:20], GLOO[20:] + "[Glo", "w] on\n[1, 2]\n"], "[[Glow] on\n[1, 2]\n"),
+    (["[Gloo] Rank unknown\nx [Gloo] Rank "], "[Gloo] Rank unknown\nx [Gloo] Rank "),
+])
+def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
+    reading, writing = os.pipe()
+    thread = threading.Thread(target=pass_on, args=(os.fdopen(reading, "rb"),))
+    thread.start()
+    for piece in pieces:
+        os.write(writing, piece.encode())
+        time.sleep(0.05)
+    os.close(writing)
+    thread.join(10)
+    assert capfd.readouterr().out == expected
+    stream = subprocess.Popen(["printf", "%s", "".join(pieces)], stdout=subprocess.PIPE)
+    hosts.forward(stream.stdout, 1)
+    stream.wait()
+    assert "is connected to" not in capfd.readouterr().err
+
+
+def test_output_comes_at_once(capfd):
+    reading, writing = os.pipe()
+    thread = threading.Thread(target=pass_on, args=(os.fdopen(reading, "rb"),))
+    thread.start()
+    os.write(writing, b"no end of line yet")
+    until, seen = time.monotonic() + 10, ""
+    while not seen and time.monotonic() < until:
+        seen = capfd.readouterr().out
+    os.close(writing)
+    thread.join(10)
+    assert seen == "no end of line yet"
+
+
 def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tmp_path):
     code = "import os, sys, json; print(json.dumps([sys.argv[1:], os.environ['JAX_PLATFORMS'], os.environ['LEPTON_WORKER']]))"
     monkeypatch.setattr("lepton_jax.launch.process.python", lambda: python(code))
@@ -202,6 +251,17 @@ def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tm
     assert [(each["hosts"], each["host_id"], each["run_dir"]) for each in told] == [(2, 0, folder), (2, 1, folder)]
     assert told[0]["coordinator"] == told[1]["coordinator"] and told[0]["coordinator"].startswith("127.0.0.1:")
     assert "cluster: 2 hosts on this machine" in err
+
+
+def test_a_signal_that_every_host_hears_once_is_one():
+    """A scheduler's SIGTERM may reach host 1, whose supervisor says so, seconds before host 0 hears of it."""
+    head = Head(Cluster("local", "a test", 2), Rules(), {"jax": "1"})
+    head._obey(None, {"at": "signal", "count": 1})
+    head.signalled()
+    assert head._signals == 1, "else all would be ended without a save"
+    head._obey(None, {"at": "signal", "count": 2})
+    assert head._signals == 2, "a person insists"
+    head.gate.close(0, None)
 
 
 def test_a_worker_goes_by_what_its_supervisor_says(launch, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lepton_jax.launch.surroundings import expand
+from lepton_jax.monitor import read_events, read_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
@@ -115,12 +116,15 @@ def slurm():
         shutil.rmtree(folder)
 
 
+def shown(environment, job):
+    return subprocess.run(["scontrol", "show", "job", job], env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def finished(environment, job, limit=120):
     """The job's state once it has ended."""
     until = time.monotonic() + limit
     while True:
-        said = subprocess.run(["scontrol", "show", "job", job], env=environment, capture_output=True, text=True,
-                              check=True).stdout
+        said = shown(environment, job)
         state = said.partition("JobState=")[2].split()[0]
         if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
             return state
@@ -147,6 +151,34 @@ def test_from_submit_to_finished(slurm, tmp_path):
     assert f"cluster: one host: SLURM job {job}, step 0 on" in log
     events = [json.loads(line) for line in (folder / "runs" / "mine" / "events.jsonl").read_text().splitlines()]
     assert max(event.get("step") or 0 for event in events) == 20
+
+
+def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
+    job = submitted(slurm, tmp_path, ROOT / "recipes" / "logistic.py", "--steps", 600, "--save-every", 50, "--hosts", 2,
+                    "--run-dir", "run", "--trace-samples", "--job-name", "twice", "--job-time", "10m")
+    run, log, until = tmp_path / "run", tmp_path / f"twice-{job}.log", time.monotonic() + 100
+    while not (run / "checkpoints" / "50").exists():
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.02)
+    subprocess.run(["scontrol", "requeue", job], env=slurm, check=True)
+    while "JobState=PENDING" not in shown(slurm, job):
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
+    # SLURM lets a job that was queued again wait for two minutes
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=True)
+    state, said = finished(slurm, job), log.read_text()
+    assert state == "COMPLETED" and "Restarts=1" in shown(slurm, job), said
+    events = read_events(run)
+    starts = [event for event in events if event["kind"] == "start"]
+    ends = [(event["status"], event["step"]) for event in events if event["kind"] == "end"]
+    assert [event["devices"] for event in starts] == [2, 2] and [status for status, _ in ends] == ["interrupted", "finished"]
+    saved = ends[0][1]  # by SIGTERM, not by the next fifty
+    assert saved in [event["step"] for event in events if event["kind"] == "save"]
+    assert f"resumed at step {saved}" in said and "going on, attempt" not in said and "[Gloo]" not in said
+    first = [event["first"] for event in events if event["kind"] == "steps"]
+    assert saved + 1 in first and sorted(set(first)) == sorted(first)
+    samples = [name for line in read_samples(run) for name in line["samples"]]
+    assert len(samples) == 600 * 256 and len(set(samples[:16000])) == 16000, "each of an epoch's samples once"
 
 
 def test_a_mistake_is_not_tried_again(slurm, tmp_path):

@@ -249,8 +249,56 @@ def test_the_pods_find_their_cluster(capsys, kind, first):
         assert (found.source, found.hosts, found.host_id, found.coordinator) == ("kubernetes", 4, index, f"{first}:8476")
     assert environ["JAX_PLATFORMS"] == "cuda,cpu"
     assert inner["containers"][0]["resources"]["limits"] == {"cpu": 16, "memory": "65536Mi", "nvidia.com/gpu": 8}
-    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2], "a mistake is not tried again"
+    assert "--grace=900" in inner["containers"][0]["command"], "as long as another machine may take"
+    assert inner["terminationGracePeriodSeconds"] > 90, "the supervisors' own limit to save and stop is shorter"
     assert {"mountPath": "/dev/shm", "name": "shared-memory"} in inner["containers"][0]["volumeMounts"]
+
+
+def what_follows(spec, code=1, condition=None):
+    """What a Job does after a pod that ended so; the first rule that fits decides."""
+    for rule in spec["podFailurePolicy"]["rules"]:
+        exits, conditions = rule.get("onExitCodes"), rule.get("onPodConditions", ())
+        if (exits and code in exits["values"]) or condition in [each["type"] for each in conditions]:
+            return rule["action"]
+    return "Count"
+
+
+@pytest.mark.parametrize("kind", ["k8s", "k8s:job"])
+def test_pods_are_replaced_one_by_one_unless_it_was_a_mistake(capsys, kind):
+    *_, document = yaml.safe_load_all(shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *GPUS, "--job-retries", "5"))
+    spec, inner = pod(document)
+    assert [what_follows(spec, code) for code in (1, 137, 2, 130, 143)] == ["Count", "Count", "FailJob", "Ignore", "Ignore"]
+    assert what_follows(spec, 137, "DisruptionTarget") == "Ignore", "an eviction uses up no retry"
+    assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"], "backoffLimit" in spec) == (5, 0, False)
+    assert inner["restartPolicy"] == "Never", "else there may be no failure policy"
+    if kind == "k8s":
+        assert document["spec"]["failurePolicy"] == {"maxRestarts": 0}, "nothing above counts them once more"
+
+
+SUPERVISED = ["--restarts", "4", "--grace", "77", "--least_hosts=2", "--limit", "steps=60", "--limit=save=300", "--local-dir",
+              "/tmp/fast", "--local-every=30", "--trace-samples", "--tensorboard", "--json", "--devices", "3"]
+
+
+@pytest.mark.parametrize("place", ["slurm", "k8s", "tpu", "ssh:hosts"])
+def test_what_supervisors_go_by_arrives(there, capsys, place):
+    text = shown(capsys, "recipe.py", "--on", place, *SUPERVISED, *(IN_CLUSTER if place == "k8s" else []),
+                 *(["--hosts", "4"] if place in ("k8s", "slurm") else []))
+    for word in ("--restarts=4", "--grace=77.0", "--least-hosts=2", "--limit=steps=60", "--limit=save=300",
+                 "--local-dir=/tmp/fast", "--local-every=30.0", "--trace-samples", "--tensorboard", "--json", "--devices=3"):
+        lines = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+        assert len(re.findall(rf"(?<=[\s']){re.escape(word)}(?=[\s']|$)", lines)) == (2 if "ssh" in place else 1), word
+    plain = shown(capsys, "recipe.py", "--on", place, *(IN_CLUSTER if place == "k8s" else []))
+    assert not re.search("--(restarts|least-hosts|limit|local-every)", plain), "only what was typed"
+
+
+def test_a_slurm_step_outlives_a_host_only_where_fewer_may_go_on(capsys):
+    several = ["--on", "slurm", "--hosts", "4"]
+    alone, all_four, fewer = (shown(capsys, DIGITS, *each) for each in (
+        several[:2], [*several, "--grace", "60"], [*several, "--least-hosts", "3"]))
+    assert "\n    srun /" in alone and "--grace" not in alone
+    assert "srun --kill-on-bad-exit=0 --wait=150 " in all_four and "--no-kill" not in all_four
+    assert "srun --kill-on-bad-exit=0 --no-kill --wait=0 " in fewer and "#SBATCH --no-kill\n" in fewer
+    assert "--grace=30 " in fewer or "--grace=30 ||" in fewer
 
 
 def test_a_tpu_slice_asks_for_its_machines(capsys):

@@ -50,6 +50,7 @@ PLANS = {name: ({"faults": [fault(*what[:4])]}, {}) for name, what in FAULTS.ite
 @pytest.fixture(autouse=True, scope="module")
 def runs(tmp_path_factory, forkserver):
     """By name, what a run ended with, its output and its folder: of all PLANS, which are begun now."""
+    tmp_path_factory.getbasetemp()  # made by who asks first, which no two threads may be
     with ThreadPoolExecutor(3) as pool:
 
         def run(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import shutil
@@ -25,7 +26,10 @@ TAKES = {"slurm": {"time", "cpus", "gpus", "memory", "setup"},
          "k8s": {"time", "cpus", "gpus", "memory", "topology", "slices", "node"},
          "k8s:job": {"time", "cpus", "gpus", "memory", "node"},
          "tpu": {"setup"}, "ssh": {"gpus", "setup"}}
-INSIDE = ("plan", "devices", "tensorboard", "json")  # options of launch.py that the hosts get as they are
+# options of launch.py that are not for the hosts, or that they get anew; all others they get as they were typed
+OUTSIDE = {"recipe", "help", "run_dir", "resume", "go_on", "hosts", "coordinator", "host_id", "on", "dry_run", "submit"}
+# seconds for which the others wait for a host that is lost: Kubernetes replaces it, elsewhere all begin anew together
+GRACE = {"k8s": 900, "k8s:job": 900, "slurm": 30, "tpu": 30, "ssh": 30}
 
 
 def options(group: Any) -> None:
@@ -48,8 +52,8 @@ def options(group: Any) -> None:
     add("--job-volume", action="append", metavar="SOURCE:FOLDER[:ro]", help="mount a folder; with k8s the source is a "
         "persistent volume claim, gs://BUCKET, or a folder of the node")
     add("--job-env", action="append", metavar="NAME=VALUE", help="set an environment variable")
-    add("--job-retries", type=number, metavar="N", help="how often to go on by itself after a failure (default: 3); a mistake, "
-        "exit code 2, is not tried again")
+    add("--job-retries", type=number, metavar="N", help="how often the hosts are started again after a failure that they don't "
+        "mend by restarts of their own (default: 3); a mistake, exit code 2, is not tried again")
     add("--job-dir", metavar="FOLDER", help="working folder there, from which the recipe and the run folder are named "
         "(default: this folder, for slurm and ssh; the image's)")
     add("--job-python", metavar="PYTHON", help="the interpreter there (default: this one for slurm and ssh without an image, "
@@ -150,18 +154,23 @@ def _job(options: argparse.Namespace, place: str, detail: str, given: dict[str, 
         hosts = int(options.hosts)
     here = place in ("slurm", "ssh") and "image" not in said
     python = said.get("python", sys.executable if here else "python3")
+    inside = _inside(options, arguments)
+    grace = GRACE[place]
+    if "--grace" in _typed(arguments):
+        grace = math.ceil(options.grace)
+    elif hosts > 1 or "topology" in said or place in ("tpu", "ssh"):
+        inside.append(f"--grace={grace}")
     made = f"launch.py {shlex.join(arguments)}" if all(each.isprintable() for each in arguments) else ""
     return Job(
         name=plain_name(said.get("name"), folder.name), made_by=made, detail=detail or place, run_dir=str(folder), hosts=hosts,
-        command=(python, "-m", "lepton_jax.launch", str(file), *_flags(given), f"--run-dir={folder}", "--go-on",
-                 *_inside(options)),
+        command=(python, "-m", "lepton_jax.launch", str(file), *_flags(given), f"--run-dir={folder}", "--go-on", *inside),
         gpus=said.get("gpus", 0), cpus=said.get("cpus"), memory=read_size(said.get("memory")),
         seconds=read_seconds(said.get("time")), topology=said.get("topology"), slices=said.get("slices", 1),
         node=read_environment(said.get("node", ()), "--job-node"), image=said.get("image"),
         volumes=tuple(read_volume(each) for each in said.get("volume", ())),
         environment=read_environment(said.get("env", ()), "--job-env"), retries=said.get("retries", 3),
         folder=said.get("dir") or (os.getcwd() if here else None), setup=tuple(said.get("setup", ())),
-        options=tuple(said.get("option", ())))
+        options=tuple(said.get("option", ())), grace=grace, goes_on_with_fewer=options.least_hosts is not None)
 
 
 def _flags(given: dict[str, Any]) -> list[str]:
@@ -177,12 +186,16 @@ def _flags(given: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _inside(options: argparse.Namespace) -> list[str]:
-    flags = []
-    for name in INSIDE:
-        value = getattr(options, name)
-        if value is True:
-            flags.append(f"--{name}")
-        elif value not in (None, False):
-            flags.append(f"--{name}={value}")
+def _inside(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:
+    """The options for the hosts that were typed."""
+    flags, typed = [], _typed(arguments)
+    for name, value in vars(options).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in OUTSIDE or name.startswith(("job_", "setting:")) or flag not in typed:
+            continue
+        flags += [flag] if value is True else [f"{flag}={each}" for each in (value if isinstance(value, list) else [value])]
     return flags
+
+
+def _typed(arguments: Sequence[str]) -> set[str]:
+    return {each.partition("=")[0].replace("_", "-") for each in arguments if each.startswith("--")}

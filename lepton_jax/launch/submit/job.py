@@ -45,6 +45,8 @@ class Job:
       folder: the working folder; None: the image's, or the home.
       setup: shell commands before the run.
       options: for the cluster's own client.
+      grace: seconds that the hosts wait for one of them that is lost.
+      goes_on_with_fewer: than all hosts, should some be lost for longer.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Job:
     folder: str | None = None
     setup: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    grace: int = 30
+    goes_on_with_fewer: bool = False
 
     def variables(self, chips: str | None = None) -> dict[str, tuple[str, str]]:
         """Environment variables with the reason for each; `chips`: the platform that must be there, "cuda" or "tpu"."""
@@ -95,11 +99,12 @@ def retrying(command: str, retries: int) -> list[str]:
         return [f"exec {command}"]
     return [
         "# again after a failure, from the last checkpoint; 2 is a mistake that stays one, 130 and 143 were asked for",
-        "attempt=0",
+        "attempt=0 asked=",
+        "trap 'asked=yes' TERM  # nor again when the end was asked for; until then this waits for what the hosts save",
         "while :; do",
         "    code=0",
         f"    {command} || code=$?",
-        f"    case $code in 0 | {MISTAKE} | 130 | 143) break ;; esac",
+        f'    case $asked$code in yes* | 0 | {MISTAKE} | 130 | 143) break ;; esac',
         "    attempt=$((attempt + 1))",
         f'    if [ "$attempt" -gt {retries} ]; then break; fi',
         f'    echo "exit code $code: going on, attempt $attempt of {retries}" >&2',

@@ -14,7 +14,8 @@ from lepton_jax.launch.submit.job import MISTAKE, Job, Volume, heading
 
 SUFFIX = ".yaml"
 CONTAINER, ROLE = "train", "hosts"
-TIME_TO_SAVE = 120  # seconds from SIGTERM to SIGKILL
+TIME_TO_SAVE = 120  # seconds from SIGTERM to SIGKILL; the supervisors' own limit, "stop", is shorter
+TIME_TO_RETURN = 30  # seconds in which a machine that does not answer is waited for; Kubernetes' own are 300
 GCSFUSE = "gcsfuse.csi.storage.gke.io"
 # GKE's name of the machines, the most chips that one machine of the kind has alone, and the chips of one in a larger slice
 # (cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, tables of machine types and topologies)
@@ -58,15 +59,13 @@ def _jobset(job: Job) -> dict[str, Any]:
     hosts, chips = _machines(job)
     first = f"{job.name}-{ROLE}-0-0.{job.name}"
     template = _job_spec(job, hosts, chips, first)
-    template["backoffLimit"] = 0  # a pod that fails takes all with it: the others could only wait for it
     replicated = {"name": ROLE, "replicas": job.slices, "template": {"spec": template}}
     metadata: dict[str, Any] = {"name": job.name}
     if job.slices > 1:  # the hosts of a slice lie in one node pool, and nobody else's
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    rule = {"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata,
             "spec": {"network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-                     "failurePolicy": {"maxRestarts": job.retries, "rules": [rule]},
+                     "failurePolicy": {"maxRestarts": 0},  # its jobs replace their pods themselves
                      "replicatedJobs": [replicated]}}
 
 
@@ -75,19 +74,25 @@ def _plain(job: Job) -> list[dict[str, Any]]:
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": job.name},
                "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": labels}}
     spec = _job_spec(job, job.hosts, 0, f"{job.name}-0.{job.name}")
-    spec["backoffLimit"] = job.retries * job.hosts  # counts pods, and a failure ends those of all hosts
     spec["template"]["spec"] = {"subdomain": job.name, **spec["template"]["spec"]}
     return [service, {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job.name}, "spec": spec}]
 
 
 def _job_spec(job: Job, hosts: int, chips: int, first: str) -> dict[str, Any]:
-    rule = {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [MISTAKE]}}
+    """A pod that fails is replaced, and its supervisor found again by the others, who wait for it."""
+    code = {"containerName": CONTAINER, "operator": "In"}
+    rules = [{"action": "FailJob", "onExitCodes": {**code, "values": [MISTAKE]}},
+             # of a pod that is evicted, and of the others, which have saved with it: that is no failure
+             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+             {"action": "Ignore", "onExitCodes": {**code, "values": [130, 143]}}]
     spec: dict[str, Any] = {"completionMode": "Indexed", "parallelism": hosts, "completions": hosts}
     if job.seconds:
         spec["activeDeadlineSeconds"] = job.seconds
     annotations = {"gke-gcsfuse/volumes": "true"} if any(_bucket(each) for each in job.volumes) else {}
     template: dict[str, Any] = {"metadata": {"annotations": annotations}} if annotations else {}
-    return spec | {"podFailurePolicy": {"rules": [rule]}, "template": template | {"spec": _pod(job, hosts, chips, first)}}
+    # counted for each pod by itself, for when a run ends all do
+    spec |= {"backoffLimitPerIndex": job.retries, "maxFailedIndexes": 0, "podFailurePolicy": {"rules": rules}}
+    return spec | {"template": template | {"spec": _pod(job, hosts, chips, first)}}
 
 
 def _pod(job: Job, hosts: int, chips: int, first: str) -> dict[str, Any]:
@@ -120,8 +125,10 @@ def _pod(job: Job, hosts: int, chips: int, first: str) -> dict[str, Any]:
     pod: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": TIME_TO_SAVE}
     if node:
         pod["nodeSelector"] = node
+    pod["tolerations"] = [{"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute",
+                           "tolerationSeconds": TIME_TO_RETURN} for state in ("not-ready", "unreachable")]
     if job.gpus:  # machines with GPUs are kept free of whatever does not say this
-        pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        pod["tolerations"].append({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"})
     return pod | {"containers": [container]} | ({"volumes": volumes} if volumes else {})
 
 

@@ -11,6 +11,7 @@ from lepton_jax.launch.submit.job import Job, exports, heading, retrying
 
 SUFFIX = ".sbatch"
 NOTICE = 120  # seconds before the time limit at which the hosts are told, to save
+LEAVING = 90  # seconds, beyond the grace for the first one that has ended, in which the others end by themselves
 
 
 def client(job: Job, file: Path) -> list[str]:
@@ -36,6 +37,7 @@ def render(job: Job) -> str:
         asked += [f"--signal=TERM@{NOTICE}"] if job.seconds > 2 * NOTICE else []
     if job.folder:
         asked.append(f"--chdir={_quoted(job.folder)}")
+    asked += ["--no-kill"] if job.goes_on_with_fewer else []
     # a job that is queued again goes on with its log as with its run
     asked += ["--output=%x-%j.log", "--open-mode=append", "--requeue"]
     for option in job.options:
@@ -43,7 +45,10 @@ def render(job: Job) -> str:
             raise SettingError(f"--job-option is {option!r}", where="command line, --job-option",
                                remedy="write an option of sbatch, e.g. --job-option=--partition=gpu")
         asked.append(option)
-    step = ["srun", "--kill-on-bad-exit=1"]
+    step = ["srun"]
+    if job.hosts > 1:  # the hosts see by themselves that one is lost, and say which and where; what then still runs is stuck
+        step += ["--kill-on-bad-exit=0"]
+        step += ["--no-kill", "--wait=0"] if job.goes_on_with_fewer else [f"--wait={job.grace + LEAVING}"]
     if job.image:
         step.append(f"--container-image={job.image}")
         if job.volumes:

@@ -74,10 +74,10 @@ def _remote(job: Job, command: tuple[str, ...]) -> str:
 
 
 def submit(job: Job) -> int:
-    """Start all hosts and wait for them; again after a failure. The exit code."""
+    """Start all hosts and wait for them; again after a failure, of which the supervisors alone may take care. The exit code."""
     made = commands(job)
     for attempt in range(job.retries + 1):
-        code = spawn(made, lifeline=True)
+        code = spawn(made, lifeline=True, with_fewer=job.goes_on_with_fewer)
         if code in (0, MISTAKE, 130, 143) or attempt == job.retries:
             break
         print(f"exit code {code}: going on, attempt {attempt + 1} of {job.retries}", file=sys.stderr, flush=True)
