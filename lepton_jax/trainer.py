@@ -44,6 +44,7 @@ from lepton_jax.program import Compilation, Program
 from lepton_jax.recipe import Recipe
 from lepton_jax.state import State, by_path
 
+NOTHING = "there is no committed checkpoint"
 NAMES = {"seed": "the seed of the shuffling", "of": "the number of samples"}
 
 
@@ -222,7 +223,7 @@ class Trainer:
         own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
         steps = checkpoints.steps()
         if not steps and not (own and self._local):
-            raise _Nothing(folder)
+            raise _nothing(folder)
         self._ready(None if self.recipe.train is not None else _shapes_in(folder))
         template = self._template()
         with phase.phase("restore"):
@@ -231,7 +232,7 @@ class Trainer:
             if near is not None:
                 step, state, record = near
             elif not steps:
-                raise _Nothing(folder)
+                raise _nothing(folder)
             elif step is None:
                 step, state, record = checkpoints.restore_latest(template, self._damaged)
             else:
@@ -254,7 +255,9 @@ class Trainer:
         try:
             self.load(self.run_dir)
             self._resumed = True
-        except _Nothing:
+        except CheckpointError as error:
+            if error.what != NOTHING:
+                raise
             self._notice("warning", text="the run has no committed checkpoint; it begins at step 0")
         return self
 
@@ -280,7 +283,7 @@ class Trainer:
             if self.run_dir is not None:
                 folder = self.run_dir
                 live = Live(None if agreement.host() else folder)
-                agreement.first(lambda: self._describe_run(folder))
+                agreement.first(lambda: self._describe(folder, run=True))
                 samples = SampleTrace(folder) if self._trace_samples and agreement.host() == 0 else None
                 checkpoints = Checkpoints(self.run_dir / "checkpoints", self.recipe.keep, self.recipe.best)
             if agreement.hosts() > 1:
@@ -422,14 +425,11 @@ class Trainer:
                                 where=f"{what}, first in sample {bad[0]}: {data.targets[bad[0]]}",
                                 remedy="mend the labels, or give the model more outputs")
 
-    def _describe_run(self, folder: Path) -> None:
-        if "journal" not in self._kept:  # not of this run: it begins anew
-            (folder / "rollback.json").unlink(missing_ok=True)
-        self._describe(folder)
-
-    def _describe(self, folder: Path) -> None:
+    def _describe(self, folder: Path, run: bool = False) -> None:
         """recipe.json and plan.json."""
         assert self.program is not None
+        if run and "journal" not in self._kept:  # not of this run: it begins anew
+            (folder / "rollback.json").unlink(missing_ok=True)
         plain = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
         plain = {k: v for k, v in plain.items() if isinstance(v, int | float | str | None)}
         shapes = jax.tree.map(lambda x: {"shape": list(x.shape), "dtype": str(x.dtype)},
@@ -460,10 +460,8 @@ class Trainer:
             sink.event({"kind": kind, **what})
 
 
-class _Nothing(CheckpointError):
-    def __init__(self, folder: Path):
-        super().__init__("there is no committed checkpoint", where=folder,
-                         remedy="name the folder of a run or of a saved model")
+def _nothing(folder: Path) -> CheckpointError:
+    return CheckpointError(NOTHING, where=folder, remedy="name the folder of a run or of a saved model")
 
 
 def _replace(folder: Path, fresh: Path, old: Path) -> None:

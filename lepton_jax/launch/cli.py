@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.errors import JaxRuntimeError
 
-from lepton_jax.compat import keep_executables
+from lepton_jax.compat import coordination, keep_executables
 from lepton_jax.errors import CheckpointError, LeptonError, RecipeError, SettingError, nearest, of_another_host
 from lepton_jax.launch import cluster, hosts, process, rules, serve, settings, submit, supervisor, surroundings, watchdog
 from lepton_jax.launch.verdict import LOST_PEER
@@ -151,7 +151,7 @@ def _train(options: argparse.Namespace, recipe: Recipe, file: Path, chosen: dict
     if options.tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))
     keep_executables(folder.resolve() / "cache")  # so that a restart need not compile again
-    trainer = Trainer(recipe, run_dir=folder, devices=options.devices if jax.process_count() == 1 else None, sinks=sinks,
+    trainer = Trainer(recipe, run_dir=folder, devices=None if coordination() else options.devices, sinks=sinks,
                       source={"file": str(file.resolve()), "settings": plain}, plan=options.plan,
                       trace_samples=options.trace_samples, local_dir=options.local_dir, local_every=options.local_every)
     watchdog.measure(_device_memory)

@@ -132,7 +132,7 @@ def learning(steps=600, seed=0):
 def test_guard_lets_an_ordinary_run_be():
     for seed in range(5):
         loss, norms = learning(seed=seed)
-        moves = follow(controllers.guard(), loss=loss, gradient_norm=norms)
+        moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms)
         assert moves["skip"].sum() <= 1 and not moves["rollback"].any()
 
 
@@ -140,21 +140,21 @@ def test_guard_lets_an_ordinary_run_be():
 def test_guard_skips_a_spike_and_no_more(value):
     loss, norms = learning()
     loss[300], norms[300] = value, abs(value)
-    skipped = follow(controllers.guard(), loss=loss, gradient_norm=norms)["skip"]
+    skipped = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms)["skip"]
     assert skipped[300] == 1 and skipped[295:310].sum() == 1
 
 
 def test_guard_skips_all_of_a_burst_and_does_not_go_back():
     loss, norms = learning()
     loss[300:320] += 3
-    moves = follow(controllers.guard(), loss=loss, gradient_norm=norms)
+    moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms)
     assert moves["skip"][300:320].all() and not moves["skip"][321:].any() and not moves["rollback"].any()
 
 
 def test_guard_takes_a_lasting_change_for_the_new_normal():
     loss, norms = learning()
     loss[300:] += 1
-    moves = follow(controllers.guard(), loss=loss, gradient_norm=norms)
+    moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms)
     assert moves["skip"][300] and not moves["skip"][340:].any() and not moves["rollback"].any()
 
 
@@ -163,7 +163,7 @@ def test_guard_goes_back_when_the_loss_stays_lost(value):
     loss, norms = learning()
     loss[300:] = value
     policy = controllers.guard(patience=20, rollbacks=3, rate=0.3)
-    moves = follow(policy, loss=loss, gradient_norm=norms)
+    moves = follow(policy, loss_kept=loss, gradient_norm=norms)
     assert np.argmax(moves["rollback"]) == 319 and (policy.limits["rollbacks"], policy.limits["rate"]) == (3, 0.3)
 
 
@@ -172,7 +172,7 @@ def test_guard_goes_back_when_the_loss_stays_lost(value):
 def test_guards_budget_is_a_bound(budget, window, seed):
     rng = np.random.default_rng(seed)
     loss = np.where(rng.random(600) < 0.3, 1e6 * rng.random(600), 1 + 0.01 * rng.normal(size=600))
-    skipped = follow(controllers.guard(budget=budget, window=window, patience=1000), loss=loss, gradient_norm=1.0)["skip"]
+    skipped = follow(controllers.guard(budget=budget, window=window, patience=1000), loss_kept=loss, gradient_norm=1.0)["skip"]
     within = np.convolve(skipped, np.ones(window), "valid")
     assert within.max() <= 2 * budget + 1  # a full bucket, and what drains from it meanwhile
 
@@ -180,7 +180,7 @@ def test_guards_budget_is_a_bound(budget, window, seed):
 def test_guard_in_clip_mode_cuts_a_spike_down_to_the_usual_norm_and_skips_what_is_not_finite():
     loss, norms = learning()
     norms[300], norms[400] = 100.0, np.nan
-    moves = follow(controllers.guard("clip"), loss=loss, gradient_norm=norms)
+    moves = follow(controllers.guard("clip"), loss_kept=loss, gradient_norm=norms)
     assert 0.5 < moves["clip_norm"][300] < 2 and not moves["skip"][300] and moves["skip"][400]
     assert np.isinf(np.delete(moves["clip_norm"], 300)).mean() > 0.99
 

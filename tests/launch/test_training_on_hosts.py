@@ -61,6 +61,7 @@ def test_two_hosts_train_what_one_does(alone, tmp_path):
     assert [e["devices"] for e in events if e["kind"] == "start"] == [4]
 
 
+@pytest.mark.slow
 def test_the_samples_do_not_depend_on_the_hosts(alone, tmp_path):
     """Four hosts, then three, two, and four again; eight devices, six, four, eight: filtered, mixed and packed all along."""
     arguments = ["--run-dir", "run", "--go-on", "--trace-samples"]

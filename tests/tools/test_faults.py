@@ -41,6 +41,7 @@ def test_hosts_that_die_one_after_the_other(undisturbed):
     assert found.restarts == [(1, "SIGKILL"), (0, "SIGKILL"), (1, "SIGABRT"), (0, "exit code 3"), (1, "exit code 1")]
 
 
+@pytest.mark.slow
 def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
     monkeypatch.setattr(faults, "LIMITS", faults.LIMITS | FAST)
     found, log = trial(undisturbed, "hang", "recovered", (1, "stop", 1, "steps", 12), (2, "stall", 0, "data", 22),
@@ -50,6 +51,7 @@ def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
     assert "do_stall" in log  # the stack of the one that slept
 
 
+@pytest.mark.slow
 def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed):
     trial(undisturbed, "damage", "recovered", (1, "kill", 1, "steps", 35), (2, "damage", 0, "plan", 0, ("how", "bit")),
           (2, "kill", 1, "restore", 0), (3, "damage", 0, "plan", 0, ("how", "delete")), (3, "kill", 0, "compile", 0),
