@@ -30,6 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that at the end no core waits for the other."""
+    longest = ("test_faults.py", "test_training_on_hosts.py", "test_supervisor.py", "test_slurm.py", "test_rollback.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
 def pytest_unconfigure():
     if OWN_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
