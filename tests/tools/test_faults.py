@@ -1,4 +1,7 @@
-"""Twenty of the campaign's faults on two hosts, several to a run: it ends as if nothing had been, or with the reason."""
+"""Twenty of the campaign's faults on two hosts, several to a run: it ends as if nothing had been, or with the reason.
+
+Six of them run with the rest of the tests, all with `pytest -m "slow or not slow"`.
+"""
 
 import json
 import random
@@ -60,14 +63,16 @@ def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed)
 
 @pytest.mark.parametrize(("name", "stage", "says"), [
     ("full disk", (1, "disk", 1, "save", 20), r"host 1: .*can't be written.*(File too large|OUT_OF_RANGE)"),
-    ("unreadable data", (1, "no-data", 1, "reading", 15), "host 1: .*a shard of the data can't be read"),
-    ("corrupted data", (1, "bad-data", 1, "reading", 25), r"the loss of step \d+ is nan"),
+    pytest.param("unreadable data", (1, "no-data", 1, "reading", 15), "host 1: .*a shard of the data can't be read",
+                 marks=pytest.mark.slow),
+    pytest.param("corrupted data", (1, "bad-data", 1, "reading", 25), r"the loss of step \d+ is nan", marks=pytest.mark.slow),
 ])
 def test_what_a_person_must_mend_ends_the_run_with_the_reason(undisturbed, name, stage, says):
     _, log = trial(undisturbed, name, "ended, then goes on", stage, says=says)
     assert "remedy:" in log and "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_the_same_fault_is_not_tried_for_ever(undisturbed):
     stage = (1, "raise", 1, "steps", 15, ("always", True))
     found, log = trial(undisturbed, "repeated", "given up", stage)
