@@ -90,7 +90,7 @@ def beside(starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, room: float,
     able = np.flatnonzero((sizes > 0) & (sizes <= room))
     for i in able[np.lexsort((starts[able], -sizes[able], rank[able], sizes[able] > TINY * room))][:4 * MOST]:
         span = taken[starts[i]:ends[i] + 1]
-        if span.max(initial=0.0) + sizes[i] <= room:
+        if np.max(span, initial=0.0) + sizes[i] <= room:
             span += sizes[i]
             chosen[i] = True
     return chosen
