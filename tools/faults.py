@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import faults_network
 from bench import surroundings
+from faults_network import Loopback, Network
 
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.launch.settings import Parser
@@ -55,6 +56,7 @@ class Fault:
       apart: each host is started by a command of its own, as on a cluster.
       again: start what was killed from outside again, after so many seconds.
       late: seconds by which the last host is started later than the others.
+      network: each host has a network namespace of its own; with `apart`.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Fault:
     apart: bool = False
     again: float | None = None
     late: float = 0.0
+    network: bool = False
 
 
 # ---- which faults there are -------------------------------------------------------------------------------------------------
@@ -120,6 +123,8 @@ def kinds(hosts: int) -> dict[str, Callable[[random.Random], Fault]]:
         return draw
 
     other = lambda rng: rng.randrange(1, hosts)  # noqa: E731
+    cut = lambda fields: lambda rng: Fault(**fields(rng), apart=True, network=True)  # noqa: E731
+    few = faults_network.without(hosts)
     return {
         "kill": dies("kill", "start", "plan", "compile", "restore", "data", "steps", "evaluation", "save", "shutdown"),
         "kill in steps": dies("kill", "steps"),
@@ -143,10 +148,9 @@ def kinds(hosts: int) -> dict[str, Callable[[random.Random], Fault]]:
         "late host": lambda rng: Fault("late host", "unharmed", apart=True, late=rng.uniform(3, 10)),
         "supervisor": supervisor("supervisor killed", "recovered", other, 1.0),
         "head": supervisor("host 0's supervisor killed", "recovered", lambda rng: 0, 1.0),
-        "lost host": supervisor("host lost for good", "went on with what is left", other, 1e9, "--grace", "4",
-                                "--least-hosts", str(hosts - 1)),
-        "host back late": supervisor("host back late", "went on with what is left", other, 25.0, "--grace", "4",
-                                     "--least-hosts", str(hosts - 1)),
+        "lost host": supervisor("host lost for good", "went on with what is left", other, 1e9, *few),
+        "host back late": supervisor("host back late", "went on with what is left", other, 25.0, *few),
+        **{kind: cut(fields) for kind, fields in faults_network.kinds(hosts, STEPS).items()},
     }
 
 
@@ -178,12 +182,10 @@ class Started:
         self.began = time.time()
         self.processes: dict[int, subprocess.Popen] = {}
         self._restarts: dict[int, float] = {}
+        self.network = Network(folder, hosts, fault.stages) if fault.network else Loopback()
         if not fault.apart:
             self._start(0, "--hosts", f"local:{hosts}")
             return
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         for host in range(hosts):
             if fault.late and host == hosts - 1:
                 self._restarts[host] = self.began + fault.late
@@ -191,11 +193,12 @@ class Started:
                 self._apart(host)
 
     def _apart(self, host: int) -> None:
-        self._start(host, "--coordinator", f"127.0.0.1:{self.port}", "--hosts", str(self.hosts), "--host-id", str(host))
+        self._start(host, *self.network.options(host), "--hosts", str(self.hosts), "--host-id", str(host))
 
     def _start(self, host: int, *options: str) -> None:
-        self.processes[host] = subprocess.Popen([*self.command, *options], env=self.environment, stdout=self.log,
-                                                stderr=self.log, stdin=subprocess.DEVNULL, start_new_session=True)
+        command = self.network.inside(host, [*self.command, *options])
+        self.processes[host] = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log,
+                                                stdin=subprocess.DEVNULL, start_new_session=True)
 
     def wait(self, bound: float) -> list[int] | None:
         """Exit codes, host 0's first; None if it is not over within the bound. What was killed is started again in time."""
@@ -213,6 +216,7 @@ class Started:
                     self._apart(host)
             waiting = [host for host, at in self._restarts.items() if at < time.time() + bound]
             codes = {host: process.poll() for host, process in self.processes.items()}
+            self.network.tend(codes)
             if None not in codes.values() and (not waiting or codes.get(0) == 0):
                 return [codes[host] for host in sorted(codes)]
             time.sleep(0.05)
@@ -223,6 +227,7 @@ class Started:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self.network.close()
         self.log.close()
         for pid in _with(str(self.folder / "run")):
             with contextlib.suppress(ProcessLookupError):
@@ -339,6 +344,8 @@ def with_less(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> s
         return f"exit codes {first.codes}"
     if first.samples != reference.samples:
         return "samples were lost or repeated"
+    if first.left:
+        return "processes are left"
     away = max(abs(a - b) / b for a, b in zip(first.losses, reference.losses, strict=True))
     return None if away < 1e-4 else f"the losses differ by {away:.2g}"
 
@@ -366,6 +373,7 @@ class Trial:
         finally:
             run.close()
         wrong = "it hangs" if first.codes is None else PROMISES[self.fault.promise](self.fault, first, reference, self)
+        wrong = wrong or run.network.wrong()
         if wrong is None and not re.search(self.fault.says, first.log):
             wrong = f"it does not say /{self.fault.says}/"
         self.restarts = [(each["host"], each["cause"]) for each in first.recoveries]
@@ -384,8 +392,9 @@ class Trial:
 
     @property
     def fired(self) -> list[float]:
-        """When the faults happened."""
-        return sorted(json.loads(path.read_text())["time"] for path in self.folder.glob("faults.json.fired.*"))
+        """When the faults happened; a link is cut a moment after it was asked for."""
+        files = {path.suffix: path for what in ("fired", "cut") for path in self.folder.glob(f"faults.json.{what}.*")}
+        return sorted(json.loads(path.read_text())["time"] for path in files.values())
 
     def to_next_step(self) -> float | None:
         """Seconds from the last fault to the next step that a host trained; None where there was none."""
@@ -427,6 +436,11 @@ def campaign(options: argparse.Namespace) -> list[dict[str, Any]]:
         if number in done:
             continue
         fault = draw(options.seed, number, options.hosts, options.only)
+        if fault.network and (why := faults_network.forbidden()):
+            done[number] = {"number": number, "fault": fault.name, "promise": fault.promise, "kept": None, "skipped": why,
+                            "to_next_step": None}
+            print(f"{number:4}  {fault.name:32} {fault.promise:26} skipped: no networks of its own here: {why}", flush=True)
+            continue
         trial = Trial(options.folder / f"seed{options.seed}-{number}", options.hosts, options.devices, fault)
         row = {"number": number, **trial.run(expected)}
         done[number] = row
@@ -442,10 +456,11 @@ def campaign(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How many were kept, and the distribution of the time from a fault to the next step, in seconds."""
+    skipped = sum("skipped" in row for row in rows)
     times = sorted(row["to_next_step"] for row in rows if row["to_next_step"] is not None and row["promise"] == "recovered")
     at = lambda share: times[min(len(times) - 1, int(share * len(times)))] if times else None  # noqa: E731
-    return {"trials": len(rows), "kept": sum(row["kept"] for row in rows), "recoveries": len(times), "median": at(0.5),
-            "p95": at(0.95), "worst": at(1.0)}
+    return {"trials": len(rows) - skipped, "skipped": skipped, "kept": sum(row["kept"] is True for row in rows),
+            "recoveries": len(times), "median": at(0.5), "p95": at(0.95), "worst": at(1.0)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -473,8 +488,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = summary(rows)
-    print(f"{found['kept']} of {found['trials']} as promised; from a fault to the next step: median {found['median']} s, "
-          f"95 % {found['p95']} s, worst {found['worst']} s ({found['recoveries']} recoveries)")
+    print(f"{found['kept']} of {found['trials']} as promised, {found['skipped']} skipped; from a fault to the next step: "
+          f"median {found['median']} s, 95 % {found['p95']} s, worst {found['worst']} s ({found['recoveries']} recoveries)")
     if options.json is not None:
         here = surroundings([]) | {"command": f"python tools/faults.py {' '.join(arguments)}"}
         options.json.write_text(json.dumps({**here, "summary": found, "results": rows}, indent=1) + "\n")

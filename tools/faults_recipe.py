@@ -133,6 +133,12 @@ class Agent:
         real = time.time
         time.time = lambda: real() + fault.get("seconds", 86400.0)
 
+    def do_network(self, fault: dict[str, Any]) -> None:
+        """The campaign cuts the link of this host; not sooner than that it goes on."""
+        number, until = next(i for i, each in self.faults if each is fault), time.monotonic() + 5
+        while not os.path.exists(f"{self.file}.cut.{number}") and time.monotonic() < until:
+            time.sleep(0.005)
+
     def do_disk(self, fault: dict[str, Any]) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))

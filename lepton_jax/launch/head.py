@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,12 @@ class Head:
         if late > HELD_UP:
             self.gate.held_up(late)
             self._until += late
-        for seat in self.gate.lost(now, self.rules.lost):
+        gone = self.gate.lost(now, self.rules.lost)
+        alone = self._alone(gone, now)
+        for seat in gone:
             if self._state == self._running and seat.host in self.members and seat.code is None:
-                self._faults.append(Fault(seat.host, "lost", f"is lost: {seat.line.fault}; it was last seen", seat.place))
+                how = f"is lost: {seat.line.fault}; it was last seen"
+                self._faults.append(alone or Fault(seat.host, "lost", how, seat.place))
                 self._faulted(now)
         if now - self._pinged >= PING:
             self._pinged = now
@@ -232,6 +235,16 @@ class Head:
         else:
             fault = verdict.stuck(places, waiting, {host: seat.stack for host, seat in running.items()})
         self._end(fault, now)
+
+    def _alone(self, gone: Sequence[Seat], now: float) -> Fault | None:
+        """Where several others have fallen silent at once, it is this host that the network has lost."""
+        seats = {seat.host: seat for seat in (*self.seats.values(), *gone)}
+        others = [seats[host] for host in self.members if host in seats and host != 0]
+        silent = [seat for seat in others if now - seat.line.heard > self.rules.lost / 2]  # they should speak each half second
+        if len(others) < max(2, len(self.members) - 1) or silent != others or 0 not in self.seats:
+            return None
+        return Fault(0, "lost", f"has lost all others at once: no word from {_named([seat.host for seat in others])} for "
+                     f"{self.rules.lost:g} s; its own network may be down; it was last seen", self.seats[0].place)
 
     def _faulted(self, now: float) -> None:
         """The first fault of a generation gives the others a moment to be told as well."""

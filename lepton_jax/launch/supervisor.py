@@ -13,6 +13,7 @@ import secrets
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,6 +161,8 @@ class Supervisor:
                 if self._welcome:
                     self._welcome, self._met, until = False, True, time.monotonic() + self.rules.grace
                     self._lost = fault
+                    self._say(f"host 0 is lost: {fault}; host {self.host} ends its training process, and looks for host 0 for "
+                              f"{self.rules.grace:g} s")
                 self._end_worker(self.rules.ending)
                 self.abandoned.wait(AGAIN_AFTER)
         finally:
@@ -174,8 +177,9 @@ class Supervisor:
                 if not self._met:
                     raise meeting.unmet(name, port, self.cluster, self.limit, fault)
                 raise HostsError(f"host 0 is lost: {self._lost}, and for {self.rules.grace:.0f} s it could not be met again: "
-                                 f"{fault}", where=f"host {self.host}, {joined(name, port)}", remedy="start host 0 again, and "
-                                 "the others; go on from the last checkpoint by --resume")
+                                 f"{fault}", where=f"host {self.host}, {joined(name, port)}", remedy="look at the network "
+                                 "between the two; then start this host again if host 0 still runs, else host 0 and all "
+                                 "others, by --resume or --go-on")
             try:
                 connection = socket.create_connection((name, port), timeout=min(5.0, max(0.1, left)))
             except OSError as error:
@@ -272,6 +276,11 @@ class Supervisor:
             self._beat = now
             line.send(at="idle")
         line.flush()
+
+    def _say(self, text: str) -> None:
+        if not self.hello["secret"]:  # the head's own process speaks for those beside it
+            with contextlib.suppress(OSError):  # a closed terminal is no reason to end the run
+                print(f"hosts: {text}", file=sys.stderr, flush=True)
 
     def _end_worker(self, seconds: float) -> None:
         """It can't go on."""

@@ -219,6 +219,29 @@ def test_a_supervisor_that_is_silent_is_told_apart(tmp_path):
     runs[1].process.kill()
 
 
+def test_a_host_that_hears_of_nobody_else_is_named_itself(tmp_path):
+    runs = start(tmp_path, [0, 1, 2], free_port(), plan=ENDLESS, rules={"restarts": 0})
+    reached(tmp_path, 3)
+    for each in runs[1:]:
+        each.signal(signal.SIGSTOP)
+    result = runs[0].done()[0]
+    assert "host 0 has lost all others at once: no word from hosts 1, 2 for 2.5 s" in result["what"]
+    assert result["exit_code"] == 1
+    for each in runs[1:]:
+        each.process.kill()
+
+
+def test_a_head_that_falls_silent_is_named_and_met_again(tmp_path):
+    runs = start(tmp_path, [0, 1], free_port(), hosts=2, plan=ENDLESS)
+    reached(tmp_path, 3)
+    runs[0].signal(signal.SIGSTOP)
+    heard(runs[1], "hosts: host 0 is lost: no word from it for 2.5 s; host 1 ends its training process")
+    runs[0].signal(signal.SIGCONT)
+    reached(tmp_path, 3, generation=2)
+    runs[0].signal(signal.SIGTERM)
+    assert [each.done()[0]["exit_code"] for each in runs] == [130] * 2
+
+
 def test_a_signal_to_any_supervisor_stops_all(tmp_path):
     runs = start(tmp_path, [0, 1, 2], free_port(), plan=ENDLESS)
     reached(tmp_path, 3)
@@ -276,6 +299,7 @@ def test_without_a_head_the_others_end(tmp_path):
     result = runs[1].done()[0]
     assert result["error"] == "HostsError" and result["exit_code"] == 1
     assert "host 0 is lost: the connection was closed, and for 1 s it could not be met again" in result["what"]
+    assert "look at the network" in result["remedy"]
     gone(worker(tmp_path, 1, 1)["pid"], limit=0.1)
 
 

@@ -1,11 +1,15 @@
-"""Twenty of the campaign's faults on two hosts, several to a run: it ends as if nothing had been, or with the reason.
+"""Twenty-three of the campaign's faults on two hosts, several to a run: it ends as if nothing had been, or with the reason.
 
 Six of them run with the rest of the tests, all with `pytest -m "slow or not slow"`.
 """
 
 import json
+import os
 import random
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 import faults
+import faults_network
 
 FAST = {"silence": 5, "steps": 5, "data": 5, "evaluation": 5, "save": 5}
 
@@ -28,9 +33,9 @@ def undisturbed(tmp_path_factory):
     return folder, faults.reference(folder, 2, 1)
 
 
-def trial(undisturbed, name, promise, *each, says=""):
+def trial(undisturbed, name, promise, *each, says="", **more):
     folder, expected = undisturbed
-    found = faults.Trial(folder / name, 2, 1, faults.Fault(name, promise, stages(*each), says=says))
+    found = faults.Trial(folder / name, 2, 1, faults.Fault(name, promise, stages(*each), says=says, **more))
     row = found.run(expected)
     log = (folder / name / "log.txt").read_text(errors="replace")
     assert row["kept"], f"{row['wrong']}\n{log}"
@@ -62,7 +67,8 @@ def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed)
 
 
 @pytest.mark.parametrize(("name", "stage", "says"), [
-    ("full disk", (1, "disk", 1, "save", 20), r"host 1: .*can't be written.*(File too large|OUT_OF_RANGE)"),
+    ("full disk", (1, "disk", 1, "save", 20),  # whichever host says it first
+     r"(host 1: .*can't be written|can't be written.*host 1: ).*(File too large|OUT_OF_RANGE)"),
     pytest.param("unreadable data", (1, "no-data", 1, "reading", 15), "host 1: .*a shard of the data can't be read",
                  marks=pytest.mark.slow),
     pytest.param("corrupted data", (1, "bad-data", 1, "reading", 25), r"the loss of step \d+ is nan", marks=pytest.mark.slow),
@@ -77,6 +83,77 @@ def test_the_same_fault_is_not_tried_for_ever(undisturbed):
     stage = (1, "raise", 1, "steps", 15, ("always", True))
     found, log = trial(undisturbed, "repeated", "given up", stage)
     assert 2 <= len(found.restarts) <= 4 and "a fault of the program's own" in log
+
+
+# ---- networks of their own --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def permitted():
+    if why := faults_network.forbidden():
+        pytest.skip(f"no network namespaces here: {why}")
+
+
+DIAL = "import socket, sys; socket.create_connection((sys.argv[1], 9), timeout=0.5)"
+
+
+@pytest.mark.parametrize("how", faults_network.WAYS)
+def test_a_link_that_is_cut_loses_packets_without_a_word(tmp_path, permitted, how):
+    network = faults_network.Network(tmp_path, 2)
+
+    def dial():
+        command = network.inside(0, [sys.executable, "-c", DIAL, "host1"])
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stderr
+
+    try:
+        assert "Connection refused" in dial(), "there is an answer"
+        network.tell("cut", 1, how)
+        assert "timed out" in dial()
+        network.tell("mend", 1, how)
+        assert "Connection refused" in dial()
+    finally:
+        network.close()
+
+
+def test_nothing_of_a_network_is_left_when_its_campaign_is_killed(tmp_path, permitted):
+    script = ("import subprocess, sys, time, pathlib, faults_network; n = faults_network.Network(pathlib.Path(sys.argv[1]), 2);"
+              "p = subprocess.Popen(n.inside(1, ['sleep', '600'])); print(n._process.pid, *n.holders, p.pid, flush=True);"
+              "time.sleep(600)")
+    environment = os.environ | {"PYTHONPATH": str(Path(faults_network.__file__).parent)}
+    campaign = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                                env=environment)
+    pids = campaign.stdout.readline().split()
+    campaign.send_signal(signal.SIGKILL)
+    campaign.communicate()
+    until = time.monotonic() + 10
+    assert len(pids) == 4
+    while left := [pid for pid in pids if (status := Path("/proc", pid, "stat")).exists() and ") Z " not in status.read_text()]:
+        assert time.monotonic() < until, left
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("host", "seconds"), [(1, 2.0), (0, 20.0)])
+def test_the_network_comes_back(undisturbed, permitted, host, seconds):
+    says = "" if seconds < 10 else f"host {host} is lost: no word from it for 10 s"
+    found, _ = trial(undisturbed, f"away {seconds}", "recovered", (1, "network", host, "steps", 12, ("seconds", seconds),
+                     ("how", "silent")), says=says, apart=True, network=True)
+    assert seconds < 10 or found.restarts[0][1] == "lost"
+
+
+@pytest.mark.slow
+def test_a_host_that_is_cut_off_for_good_ends_and_the_other_goes_on(undisturbed, permitted):
+    says = r"(?s)(?=.*going on without host 1)(?=.*host 0 is lost: [^\n]*could not be met again)"
+    trial(undisturbed, "cut off", "went on with what is left", (1, "network", 1, "save", 20, ("seconds", None),
+          ("how", "unplugged")), says=says, apart=True, network=True, options=faults_network.without(2))
+
+
+def test_where_networks_are_not_permitted_their_trials_are_skipped(undisturbed, monkeypatch, capsys):
+    monkeypatch.setattr(faults_network, "forbidden", lambda: "not permitted")
+    code = faults.main(["--only", "network", "network lost", "--count", "2", "--hosts", "2", "--devices", "1", "--folder",
+                        str(undisturbed[0])])
+    said = capsys.readouterr().out
+    assert code == 0 and said.count("skipped: ") == 2 and "0 of 0 as promised" in said
 
 
 def test_the_campaign_is_drawn_from_the_seed():
