@@ -280,10 +280,8 @@ def look(folder: Path, codes: list[int] | None) -> Ending:
 
 def recoveries(run: Path) -> list[Any]:
     """The faults that its supervisors noticed, and what came after."""
-    try:
-        return json.loads((run / "hosts.json").read_text())["recoveries"]
-    except OSError:
-        return []
+    record = run / "hosts.json"
+    return json.loads(record.read_text())["recoveries"] if record.exists() else []
 
 
 def whole(ending: Ending, reference: Ending) -> str | None:
@@ -455,12 +453,15 @@ def campaign(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many were kept, and the distribution of the time from a fault to the next step, in seconds."""
+    """How many were kept, and the distribution of seconds from a fault to the next step; "away" for links that were away."""
     skipped = sum("skipped" in row for row in rows)
-    times = sorted(row["to_next_step"] for row in rows if row["to_next_step"] is not None and row["promise"] == "recovered")
-    at = lambda share: times[min(len(times) - 1, int(share * len(times)))] if times else None  # noqa: E731
-    return {"trials": len(rows) - skipped, "skipped": skipped, "kept": sum(row["kept"] is True for row in rows),
-            "recoveries": len(times), "median": at(0.5), "p95": at(0.95), "worst": at(1.0)}
+    found = {"trials": len(rows) - skipped, "skipped": skipped, "kept": sum(row["kept"] is True for row in rows)}
+    for name, away in (("", False), ("away_", True)):
+        times = sorted(row["to_next_step"] for row in rows if row["to_next_step"] is not None and row["promise"] == "recovered"
+                       and row["fault"].startswith("network away") == away)
+        found |= {f"{name}recoveries": len(times)} | {f"{name}{what}": times[min(len(times) - 1, int(share * len(times)))]
+                  for what, share in (("median", 0.5), ("p95", 0.95), ("worst", 1.0)) if times}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -488,8 +489,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = summary(rows)
-    print(f"{found['kept']} of {found['trials']} as promised, {found['skipped']} skipped; from a fault to the next step: "
-          f"median {found['median']} s, 95 % {found['p95']} s, worst {found['worst']} s ({found['recoveries']} recoveries)")
+    print("; ".join(f"{name} {count}" for name, count in found.items()), "(seconds from a fault to the next step)")
     if options.json is not None:
         here = surroundings([]) | {"command": f"python tools/faults.py {' '.join(arguments)}"}
         options.json.write_text(json.dumps({**here, "summary": found, "results": rows}, indent=1) + "\n")
