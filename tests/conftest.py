@@ -31,14 +31,25 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that at the end no core waits for the other."""
-    longest = ("test_faults.py", "test_training_on_hosts.py", "test_supervisor.py", "test_slurm.py", "test_rollback.py")
+    """The longest files first, so that at the end no core waits for the other; those of many processes not at once."""
+    longest = ("test_faults.py", "test_exactness.py", "test_correctness.py", "test_models.py", "test_training_on_hosts.py",
+               "test_bad_inputs.py", "test_degrade.py", "test_resume.py", "test_bench.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def pytest_unconfigure():
     if OWN_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Without LLVM's dearer passes: half of the time of tests that compile much and compute little."""
+    import jax  # reads the environment
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

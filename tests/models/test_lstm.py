@@ -8,6 +8,8 @@ from flax import nnx
 
 from lepton_jax import models
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def by_hand(model: models.LSTM, tokens: np.ndarray) -> np.ndarray:
     """One text after the other, padding left out."""

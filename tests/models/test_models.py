@@ -13,6 +13,8 @@ from flax import nnx
 from lepton_jax import models
 from lepton_jax.models.tabular import Edges
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EDGES = ((0.0, 1.0, 3.0, 7.0), (10.0, 20.0), (5.0,))
 
 

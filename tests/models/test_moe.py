@@ -9,6 +9,8 @@ from flax import nnx
 from lepton_jax import models
 from lepton_jax.models.moe import Experts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def by_hand(layer: Experts, x: np.ndarray, slots: int) -> np.ndarray:
     """Token by token: every first choice finds its slot before any second one does."""

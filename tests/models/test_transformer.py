@@ -11,6 +11,8 @@ from flax import nnx
 from lepton_jax import models
 from lepton_jax.models.transformer import rotary
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def parameters(model) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

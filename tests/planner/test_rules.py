@@ -20,6 +20,8 @@ from lepton_jax.planner.layout import Layout, contraction, meets_stored
 from lepton_jax.planner.named import Names
 from lepton_jax.planner.rules import RULES
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def ids(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
