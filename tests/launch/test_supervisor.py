@@ -164,8 +164,8 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert run.process.is_alive(), "it waits for the save"
     began = time.monotonic()
     run.signal(signal.SIGTERM)
-    assert run.done()[0]["exit_code"] == 130 and time.monotonic() - began < 2
-    gone(*(worker(tmp_path, 1, host)["pid"] for host in range(3)), limit=0.1)
+    assert run.done()[0]["exit_code"] == 130 and time.monotonic() - began < 10, "not after the limit of 60 s"
+    gone(*(worker(tmp_path, 1, host)["pid"] for host in range(3)), limit=1.0)
 
 
 def test_who_does_not_stop_is_ended_after_the_limit(tmp_path):
