@@ -15,8 +15,8 @@ A wrong label is one of the others, all alike; a wrong rating is another sample'
   plain      the task's optimizer at its tuned rate under a cosine
   guard      the same with `controllers.guard()` and `controllers.label_noise()`
   adaptive   `controllers.adaptive()`, whatever the rate
-  bound      plain, by somebody who knows the wrong labels: in place of each the batch has one of its right samples once more;
-             of tasks with one label a sample, on request only. More can't be had from what a fault leaves of the data
+  bound      plain, by somebody who knows which labels are wrong, and leaves these samples out beforehand: whole batches of the
+             others, and the cosine over the fewer steps that they make. Of tasks with one label a sample, and on request only
 
 Each figure is the final loss on clean test data over that of the same contestant's clean run of the same seed; the mean of
 the seeds, their least and largest. "clean" has the contestants' clean losses. "to plain" is over the plain clean run's, and
@@ -129,19 +129,19 @@ def _remember_programs(folder: Path) -> None:
 def final(task: Task, rate: float, contestant: str, fault: str, seed: int, folder: Path) -> dict[str, Any]:
     """Final test loss of one run, the steps it skipped, and the rollbacks it made; an infinite loss where it ended in error."""
     recipe = task.recipe
-    assert recipe.steps is not None
     train, preprocess = spoiled(recipe, fault, seed, contestant == "bound")
+    steps = len(train[1]) // recipe.batch_size
     test = (task.report.inputs, task.report.targets)
     test = test if preprocess is recipe.preprocess else (_prepared(recipe, test[0]), test[1])
     asks: tuple[Any, ...] = ()
     if fault == "rate":
         live.POLL_SECONDS = 0.0  # so that it acts at the same step in each run
-        asks = (_Person(folder, int(AT * recipe.steps), 1000 * rate),)
+        asks = (_Person(folder, int(AT * steps), 1000 * rate),)
     trainer = lepton.Trainer(
         recipe.with_(train=train, test=test, shuffle=False, seed=seed,
-                     preprocess=preprocess, controller=CONTESTANTS[contestant](), evaluate_every=recipe.steps,
-                     save_every=recipe.steps // 12, log_every=10,
-                     learning_rate=rate if contestant == "adaptive" else optax.cosine_decay_schedule(rate, recipe.steps)),
+                     preprocess=preprocess, controller=CONTESTANTS[contestant](), steps=steps, evaluate_every=steps,
+                     save_every=steps // 12, log_every=10,
+                     learning_rate=rate if contestant == "adaptive" else optax.cosine_decay_schedule(rate, steps)),
         devices=1, run_dir=folder if fault == "rate" else None, sinks=asks)
     try:
         history = trainer.fit()
@@ -197,11 +197,8 @@ def spoiled(recipe: lepton.Recipe, fault: str, seed: int, known: bool = False) -
         classes = 0 if _real(targets) else int(targets.max()) + 1
         other = (targets + random.integers(1, classes, targets.shape)) % classes if classes else random.permutation(targets)
         if known:
-            instead = np.arange(len(wrong))
-            for batch in np.split(instead, steps):
-                right = batch[~wrong[batch]]
-                instead[batch[wrong[batch]]] = random.choice(right, wrong[batch].sum())
-            return jax.tree.map(lambda x: x[instead], (inputs, targets)), preprocess
+            right = np.flatnonzero(~wrong)
+            return jax.tree.map(lambda x: x[right[:len(right) // size * size]], (inputs, targets)), preprocess
         targets = np.where(wrong, other, targets).astype(targets.dtype)
     return (inputs, targets), preprocess
 
