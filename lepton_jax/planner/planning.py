@@ -18,9 +18,11 @@ from lepton_jax.planner.plan import Plan, Rival
 from lepton_jax.planner.schedule import size
 from lepton_jax.planner.search import OBJECTIVES, Candidate, Problem, search
 from lepton_jax.planner.trace import Trace
+from lepton_jax.planner.trace import trace as traced
 
 RIVALS = 5
 DOUBLINGS = 8  # of a topology that is too small, tried for a remedy
+HALVINGS = 3  # of a batch that is too large
 
 
 def plan(trace: Trace, topology: Topology, *, objective: str = "time", mesh: Mapping[str, int] | None = None,
@@ -129,18 +131,31 @@ def _nearest_change(problem: Problem, best: Candidate) -> str:
             fixed = (("the mesh", pins.meshes), ("remat", pins.remat), ("micro_batches", pins.micro_batches))
             what = [word for word, on in fixed if on]
             return f"let the planner choose {' and '.join(what)}: then it fits"
-    state = sum(best.bytes.get(k, 0) for k in ("params", "optimizer", "variables", "gradients"))
+    state = sum(best.bytes.get(k, 0) for k in ("params", "optimizer", "variables"))
     rest = best.peak - state
     room = problem.limit - state
     rows = trace.recipe.batch_size
     if room > 0 and rest > 0 and rows > 1:
-        fewer = 2 ** int(math.log2(max(1, rows * room / rest)))
-        if 1 <= fewer < rows:
-            changes.append(f"a batch_size of about {fewer}")
+        fewer = fewer_samples(problem, min(rows // 2, 2 ** int(math.log2(max(1, rows * room / rest)))))
+        changes += [f"a batch_size of {fewer}"] if fewer else []
     larger = larger_topology(problem)
     if larger:
         changes.append(f"{larger}, the smallest that holds it")
-    return "use " + ", or ".join(changes) if changes else "use a smaller model, or chips with more memory"
+    smaller = "a smaller model, smaller samples" if room > 0 else "a smaller model"
+    return "use " + ", or ".join(changes or [smaller, "chips with more memory"])
+
+
+def fewer_samples(problem: Problem, guess: int) -> int | None:
+    """A batch size that fits: the guess or one of its first halves."""
+    trace = problem.trace
+    for rows in sorted({guess >> k for k in range(HALVINGS) if guess >> k}, reverse=True):
+        less = traced(trace.recipe.with_(batch_size=rows), trace.inputs, trace.targets, trace.samples)
+        try:
+            if search(Problem(less, problem.topology, problem.objective, problem.pins))[0].fits:
+                return rows
+        except PlanError:  # no plan for so few
+            continue
+    return None
 
 
 def larger_topology(problem: Problem) -> str | None:

@@ -1,5 +1,6 @@
 """What experts lay out by hand, the search finds by itself; a plan that changes here changes what users run."""
 
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import trace
+from lepton_jax.planner import planning, trace
 
 TOKEN, IMAGE, LABEL = (jax.ShapeDtypeStruct(s, d) for s, d in (
     ((1,), jnp.int32), ((1, 28, 28, 1), jnp.float32), ((1,), jnp.int32)))
@@ -103,6 +104,25 @@ def test_what_cannot_fit_gets_an_answer():
     assert "v5e:" in caught.value.remedy and "smallest that holds it" in caught.value.remedy
     with pytest.raises(lepton.PlanError, match="let the planner choose remat"):
         lepton.plan(language("1b", 4096, 64), lepton.topology("v5e:4x4"), remat="none", micro_batches=1)
+
+
+def test_a_batch_that_is_asked_for_instead_fits(monkeypatch):
+    monkeypatch.setattr(planning, "DOUBLINGS", 0)
+
+    def wide(batch_size):
+        recipe = lepton.Recipe(model=partial(models.MLP, (1_000_000, 10)), loss=lepton.losses.cross_entropy,
+                               optimizer=optax.sgd(0.1), batch_size=batch_size)
+        return trace(recipe, jax.ShapeDtypeStruct((1, 1_000_000), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))
+
+    with pytest.raises(lepton.PlanError) as caught:
+        lepton.plan(wide(65_536), lepton.topology("v5e:2x2"))
+    asked = int(re.search(r"a batch_size of (\d+)", caught.value.remedy)[1])
+    assert lepton.plan(wide(asked), lepton.topology("v5e:2x2")).peak < 16 * 2**30
+    with pytest.raises(lepton.PlanError):
+        lepton.plan(wide(4 * asked), lepton.topology("v5e:2x2"))
+    with pytest.raises(lepton.PlanError) as caught:  # not even one sample
+        lepton.plan(language("1b", 131_072, 64), lepton.topology("v5e:2x2"))
+    assert "batch_size" not in caught.value.remedy and "smaller samples" in caught.value.remedy
 
 
 def test_five_rivals_and_a_plan_that_replays(tmp_path):
