@@ -16,7 +16,11 @@ A wrong label is one of the others, all alike; a wrong rating is another sample'
   guard      the same with `controllers.guard()` and `controllers.label_noise()`
   adaptive   `controllers.adaptive()`, whatever the rate
   bound      plain, by somebody who knows which labels are wrong, and leaves these samples out beforehand: whole batches of the
-             others, and the cosine over the fewer steps that they make. Of tasks with one label a sample, and on request only
+             others, and the cosine over the fewer steps that they make. Of tasks with one label a sample
+  share      plain, by somebody who knows the share of wrong labels of each step, but not which: trained by the likelihood of
+             the labels as they come (forward correction, Patrini et al. 2017)
+
+The last two show what the data leaves to be had; they run on request, and on wrong labels only.
 
 Each figure is the final loss on clean test data over that of the same contestant's clean run of the same seed; the mean of
 the seeds, their least and largest. "clean" has the contestants' clean losses. "to plain" is over the plain clean run's, and
@@ -37,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from bench_controller import DATA, _orders
@@ -53,7 +58,7 @@ AT, WINDOW, BURST = 0.4, 0.1, 20
 TOLERANCE = 0.01
 CONTESTANTS: dict[str, Callable[[], Any]] = {
     "plain": tuple, "guard": lambda: (controllers.guard(), controllers.label_noise()), "adaptive": controllers.adaptive,
-    "bound": tuple}
+    "bound": tuple, "share": tuple}
 
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -132,6 +137,11 @@ def final(task: Task, rate: float, contestant: str, fault: str, seed: int, folde
     train, preprocess = spoiled(recipe, fault, seed, contestant == "bound")
     steps = len(train[1]) // recipe.batch_size
     test = (task.report.inputs, task.report.targets)
+    if contestant == "share":
+        classes = int(train[1].max()) + 1
+        recipe = recipe.with_(loss=partial(_likelihood, classes=classes), metrics={})
+        train, test = (train[0], {"label": train[1], "share": share_of_wrong(recipe, fault, train[1])}), (
+            test[0], {"label": test[1], "share": np.zeros(test[1].shape, np.float32)})
     test = test if preprocess is recipe.preprocess else (_prepared(recipe, test[0]), test[1])
     asks: tuple[Any, ...] = ()
     if fault == "rate":
@@ -203,9 +213,31 @@ def spoiled(recipe: lepton.Recipe, fault: str, seed: int, known: bool = False) -
     return (inputs, targets), preprocess
 
 
+def share_of_wrong(recipe: lepton.Recipe, fault: str, targets: np.ndarray) -> np.ndarray:
+    """Of the labels of each sample's step, float32, in the shape of the targets."""
+    steps, shares = int(recipe.steps or 0), np.zeros(targets.shape, np.float32)
+    kind, _, percent = fault.partition("-")
+    if kind in ("window", "lasting"):
+        first = int(AT * steps)
+        until = first + int(WINDOW * steps) if kind == "window" else steps
+        shares[first * recipe.batch_size:until * recipe.batch_size] = int(percent) / 100
+    return shares
+
+
+def _likelihood(outputs: Any, targets: Mapping[str, Any], classes: int) -> Any:
+    """Cross-entropy of labels of which a share is another one, all alike."""
+    plain, share = lepton.losses.cross_entropy(outputs, targets["label"]), targets["share"]
+    right = jnp.exp(-plain)
+    noisy = -jnp.log((1 - share) * right + share * (1 - right) / (classes - 1) + 1e-30)
+    return jnp.where(share > 0, noisy, plain)
+
+
 def possible(task: Task, fault: str, contestant: str) -> bool:
     """Whether a task can have a fault: integers are never NaN, and a row of many labels is not exchanged for some of them."""
-    if contestant == "bound" and (np.ndim(task.recipe.train.targets) > 1 or not fault.startswith(("window", "lasting"))):
+    labels = task.recipe.train.targets
+    if contestant in ("bound", "share") and not fault.startswith(("window", "lasting")):
+        return False
+    if _real(labels) if contestant == "share" else contestant == "bound" and np.ndim(labels) > 1:
         return False
     inputs = jax.eval_shape(task.recipe.preprocess or (lambda x: x), jax.tree.map(lambda x: x[:1], task.recipe.train.inputs))
     return fault != "nan" or _real(inputs)

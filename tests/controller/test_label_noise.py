@@ -55,7 +55,7 @@ def test_the_gradient_is_of_the_weighted_loss_and_the_signals_say_so(loss, blobs
         kept = jax.lax.stop_gradient(jax.nn.sigmoid(LIMIT - values))
         share = jax.nn.sigmoid(MARK - values)
         measured = [(x * weights).sum() / weights.sum() for x in (values, share, share**2)]
-        return (values * weights * kept).sum() / (weights * kept).sum(), measured
+        return (values * weights * kept).sum() / weights.sum(), measured
 
     (kept, (mean, weight, square)), gradient = jax.value_and_grad(by_hand, has_aux=True)(plain.state.params)
     expected = {"loss": mean, "loss_kept": kept, "mark_weight": weight, "mark_weight_square": square,
