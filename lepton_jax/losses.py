@@ -89,11 +89,12 @@ def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[st
     if "loss_limit" in knobs:
         limit = knobs["loss_limit"]
         less = jnp.where(limit == jnp.inf, 0, jax.nn.sigmoid(constant - limit))
-        whole = 1.0 if scalar is not None else weights.sum()
+        whole, missing = (1.0 if scalar is not None else weights.sum()), (less * weights).sum()
         kept = (values * (1 - less) * weights).sum()
         if scalar is not None:  # the batch's own mean, to the bit, where nothing is discounted
             kept = jnp.where(limit == jnp.inf, scalar, kept)
-        found["loss_kept"] = kept, whole  # not of what is left: the gradient is that of the likelihood
+        # of all samples, not of those that count: the gradient is that of a likelihood. XLA would fold a constant to other bits
+        found["loss_kept"] = kept, whole + 0 * missing
     if "loss_mark" in knobs:
         share = jax.nn.sigmoid(knobs["loss_mark"] - constant)
         found["mark_weight"] = (share * weights).sum(), weights.sum()
