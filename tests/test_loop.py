@@ -14,6 +14,8 @@ import lepton_jax as lepton
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.monitor import read_events
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Events:
     """A sink that keeps what it is told."""

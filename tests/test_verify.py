@@ -22,6 +22,8 @@ from lepton_jax.planner.pins import Pins
 from lepton_jax.planner.search import Problem
 from lepton_jax.verify import Expected, compare, prove, verify
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EIGHT = topology("cpu:8")
 MESH = {"fsdp": 4, "tensor": 2}
 

@@ -489,7 +489,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = summary(rows)
-    print("; ".join(f"{name} {count}" for name, count in found.items()), "(seconds from a fault to the next step)")
+    print(f"{found['kept']} of {found['trials']} as promised; all, with the seconds from a fault to the next step: {found}")
     if options.json is not None:
         here = surroundings([]) | {"command": f"python tools/faults.py {' '.join(arguments)}"}
         options.json.write_text(json.dumps({**here, "summary": found, "results": rows}, indent=1) + "\n")

@@ -10,6 +10,8 @@ import pytest
 
 from lepton_jax import RecipeError, controllers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 Policy, conformance = controllers.Policy, controllers.conformance
 
 OURS = {

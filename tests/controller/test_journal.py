@@ -115,7 +115,7 @@ def test_a_schedule_is_journaled_and_a_plain_run_writes_no_journal(blobs, tmp_pa
         lepton.controllers.replay(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("moment", [15, 85])
+@pytest.mark.parametrize("moment", [pytest.param(15, marks=pytest.mark.slow), 85])
 def test_killed_in_the_middle_of_an_action_and_resumed_is_bitwise_the_same(moment, run, launch, tmp_path):
     """SIGKILL in the warm-up, and while three batches are accumulated; the journal is that of one run as well."""
     trainer, history, lines = run

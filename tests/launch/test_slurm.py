@@ -153,6 +153,7 @@ def test_from_submit_to_finished(slurm, tmp_path):
     assert max(event.get("step") or 0 for event in events) == 20
 
 
+@pytest.mark.slow
 def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
     job = submitted(slurm, tmp_path, ROOT / "recipes" / "logistic.py", "--steps", 600, "--save-every", 50, "--hosts", 2,
                     "--run-dir", "run", "--trace-samples", "--job-name", "twice", "--job-time", "10m")

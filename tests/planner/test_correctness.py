@@ -18,8 +18,6 @@ from lepton_jax.planner import assemble, named, planning, search
 from lepton_jax.program import Program
 from lepton_jax.state import by_path
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS, BATCH, LENGTH, VOCAB = 5, 16, 8, 64
 RTOL = 1e-5  # of the losses in float32
 CPU = lepton.topology("cpu:8")

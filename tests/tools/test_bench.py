@@ -45,6 +45,7 @@ def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     assert row[0] == "tiny" and row[1:5] == [f"{ms[name]['median']:.4g}" for name in CONTENDERS]
 
 
+@pytest.mark.slow
 def test_the_order_rotates_so_that_each_contender_is_first_once():
     order = []
     runs = {name: partial(lambda name, steps: order.append(name), name) for name in CONTENDERS}

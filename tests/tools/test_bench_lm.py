@@ -57,6 +57,7 @@ def measured(arguments, tmp_path, capsys):
     return result, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lm_beside_another(stand_in, tmp_path, capsys):
     result, printed = measured(["--torch", stand_in()], tmp_path, capsys)
     assert "shrunken" in printed and result["size"] == "1m" and result["precision"] == "float32"
