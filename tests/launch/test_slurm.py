@@ -182,6 +182,7 @@ def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
     assert len(samples) == 600 * 256 and len(set(samples[:16000])) == 16000, "each of an epoch's samples once"
 
 
+@pytest.mark.slow
 def test_a_mistake_is_not_tried_again(slurm, tmp_path):
     job = submitted(slurm, tmp_path, ROOT / "recipes" / "csv_mlp.py", "--data", "gone.csv", "--label", "x", "--job-name", "bad")
     state, log = finished(slurm, job), (tmp_path / f"bad-{job}.log").read_text()

@@ -81,6 +81,7 @@ def test_a_host_that_differs_is_refused_before_the_first_step(tmp_path):
     assert "Traceback" not in done.stderr and not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     options = ["--hosts", "local:2", "--run-dir", "run", "--steps", "99999"]

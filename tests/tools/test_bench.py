@@ -25,6 +25,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(bench_step.CASES, "tiny", TINY)
 
 
+@pytest.mark.slow
 def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     file = tmp_path / "step.json"
     arguments = ["step", "--only", "tiny", "--rounds", "3", "--seconds", "0.02", "--json", str(file)]
