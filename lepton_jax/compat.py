@@ -36,13 +36,12 @@ def keep_executables(folder: Any) -> None:
     """Let JAX's persistent compilation cache be in a folder, unless the user has named another; to be called before compiling.
 
     JAX lets only process 0 write to it. That serves all where they compile to the same key; but the key of a program for CPUs
-    holds which process it is for.
+    holds which process it is for: there every process writes its own.
     """
-    if jax.config.values["jax_compilation_cache_dir"]:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if distributed.global_state.process_id and jax.default_backend() == "cpu" and compiler._cache_write is _WRITE:
         compiler._cache_write = _write_as_process_0  # type: ignore[assignment]
 

@@ -5,6 +5,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -42,14 +43,43 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _quick_compilation():
+    import jax  # reads the environment
+    from jax._src import compiler
+
+    usual, options = compiler.get_compile_options, {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x).lower(0.0).compile(options)
+    except jax.errors.JaxRuntimeError:  # newer XLA has no choice of emitters
+        options = {}
+
+    def quick(*arguments, **more):
+        made = usual(*arguments, **more)
+        made.env_option_overrides = [*made.env_option_overrides, *options.items()]
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", quick)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Without LLVM's dearer passes: half of the time of tests that compile much and compute little."""
-    import jax  # reads the environment
+    """Without LLVM's dearer passes and XLA's own emitters of fusions: half of the time of what compiles much and computes
+    little. What must hold to the bit is compiled as users compile it.
+    """
+    with _quick_compilation():
+        yield
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+
+@pytest.fixture
+def quick_compilation_here():
+    """The same for one test."""
+    with _quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="session")

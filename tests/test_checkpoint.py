@@ -14,6 +14,8 @@ from lepton_jax.checkpoint import Checkpoints, Damaged, _copy_and_checksum, _quo
 from lepton_jax.compat import make_mesh
 from lepton_jax.monitor import read_events
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def state_of(seed=0, rows=16):
     rng = np.random.default_rng(seed)

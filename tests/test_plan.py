@@ -11,6 +11,8 @@ import lepton_jax as lepton
 from lepton_jax.hardware import CHIPS
 from lepton_jax.state import by_path
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def recipe(blobs=None, **fields):
     fields = {"model": lambda rngs: lepton.models.MLP((12, 16, 3), rngs=rngs), "loss": lepton.losses.cross_entropy,

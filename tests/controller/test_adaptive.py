@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import bench_controller
 import bench_controller_tasks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS, BATCH = 80, 25
 
 

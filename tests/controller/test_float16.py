@@ -2,10 +2,13 @@
 
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import lepton_jax as lepton
 from lepton_jax import controllers
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Steep(nnx.Module):

@@ -14,6 +14,8 @@ import lepton_jax as lepton
 from lepton_jax import controllers
 from lepton_jax.controller.knobs import KNOBS, NEUTRAL, combined, neutral
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROWS, RATE = 32, 0.01
 
 # contributions by step; a step that is not named has the neutral one

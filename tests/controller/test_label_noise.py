@@ -68,6 +68,7 @@ def test_the_gradient_is_of_the_weighted_loss_and_the_signals_say_so(loss, blobs
     assert history["loss_kept"][0] == history["loss"][0] and history["mark_weight"][0] == 1, "neutral before the first move"
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 @pytest.mark.parametrize("fields", [{"micro_batches": 4}, {"devices": 8}, {"devices": 8, "micro_batches": 2},
                                     {"steps_per_call": 4}])
 def test_micro_batches_and_devices_make_no_difference(fields, blobs):
@@ -215,6 +216,7 @@ def without():
     return tuple(policy for policy in controllers.adaptive() if policy.name != "label_noise")
 
 
+@pytest.mark.usefixtures("quick_compilation_here")
 @pytest.mark.parametrize("fault", ["window", "lasting", "most"])
 def test_wrong_labels_cost_less_than_one_per_cent(fault):
     ratios, bare, gave_up = [], [], False

@@ -16,6 +16,8 @@ from lepton_jax.controller import live
 from lepton_jax.controller.live import Live, ask
 from lepton_jax.monitor import read_events
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FOREVER = 10_000_000
 
 

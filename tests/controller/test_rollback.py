@@ -16,6 +16,8 @@ from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.controller import Policy, guard, live, read_journal, replay
 from lepton_jax.monitor import read_events
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Sink:
     """Calls a function with each event."""

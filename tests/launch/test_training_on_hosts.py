@@ -117,12 +117,17 @@ def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
     assert saved >= 17 and saved == max(e["step"] for e in read_events(tmp_path / "run") if e["kind"] == "save")
 
 
-def test_after_a_restart_nothing_is_compiled(tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", [False, True])
+def test_after_a_restart_nothing_is_compiled(named, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cache = tmp_path / "run" / "cache"
+    if named:
+        cache = tmp_path / "named"
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
     for steps in (10, 20):
         assert launch(tmp_path, "--hosts", "local:2", "--run-dir", "run", "--go-on", "--steps", steps).returncode == 0
     events = read_events(tmp_path / "run")
     second = max(i for i, event in enumerate(events) if event["kind"] == "start")
     first, again = ([e["cached"] for e in part if e["kind"] == "compile"] for part in (events[:second], events[second:]))
     assert first == [[False, False]] * 3 and again == [[True, True]] * 2
-    assert (tmp_path / "run" / "cache").is_dir() and jax.process_count() == 1
+    assert cache.is_dir() and jax.process_count() == 1

@@ -147,13 +147,11 @@ def put(start, sharding):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_arrays_are_split_too():
-    jax.config.update("jax_disable_most_optimizations", True)  # what is tested is what XLA is told, not how fast it is
+def small_arrays_are_split_too(quick_compilation):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(named, "SMALL", 0)
         patch.setattr(assemble, "SMALL", 0)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     case.cache_clear()
 
 

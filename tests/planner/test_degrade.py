@@ -21,6 +21,8 @@ from lepton_jax.planner import assemble, named, planning, search
 from lepton_jax.program import Program
 from lepton_jax.state import by_path
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CPU, ONE = lepton.topology("cpu:8"), lepton.topology("cpu:1")
 STEPS = 3
 

@@ -14,6 +14,8 @@ import lepton_jax as lepton
 from lepton_jax.errors import DataError, LeptonError, RecipeError
 from recipes import lm, two_tower
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SENTENCE = "the quick brown fox jumps over the lazy dog, äöü.\n"
 
 
