@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,15 +17,40 @@ from jax._src import (  # no public names
 )
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
+from jaxlib import _jax  # for the address of a process's CPU devices
 
-__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "cache_hits", "coordination", "jit_on", "jit_where",
-           "keep_executables", "make_mesh", "placed", "scan_counts", "source_line"]
+__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "cache_hits", "coordination", "found_at", "jit_on", "jit_where",
+           "keep_executables", "make_mesh", "placed", "scan_counts", "source_line", "without_proxies"]
 
 
 def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
     """A mesh whose axes XLA's partitioner fills in; from 0.12 on JAX's default, Explicit, refuses un-annotated models."""
     shape = tuple(axes.values())
     return Mesh(np.asarray(devices).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+@contextlib.contextmanager
+def without_proxies() -> Iterator[None]:
+    """No proxy in the environment while it is open: gRPC would look for JAX's coordinator through it, and wait for ever."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.lower().endswith("_proxy")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+_GLOO = _jax.make_gloo_tcp_collectives
+
+
+def found_at(address: str | None) -> None:
+    """Let other processes find this one's CPU devices at an address; to be called before JAX is first used.
+
+    Gloo takes what the machine's own name stands for, which in many containers is nothing, and on Debian 127.0.1.1.
+
+    Args:
+      address: numerical; None leaves it to Gloo.
+    """
+    _jax.make_gloo_tcp_collectives = _GLOO if address is None else functools.partial(_GLOO, hostname=address)
 
 
 def coordination() -> Any:

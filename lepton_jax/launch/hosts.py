@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from ipaddress import ip_address
 from typing import IO, Any, TypeVar
 
 import jax
 from jax.errors import JaxRuntimeError
 
+from lepton_jax.compat import found_at, without_proxies
 from lepton_jax.errors import LeptonError, SettingError
-from lepton_jax.launch.cluster import Cluster
+from lepton_jax.launch.cluster import Cluster, split
 from lepton_jax.launch.meeting import meet
 from lepton_jax.launch.process import GLOO, variables
 
@@ -27,6 +30,7 @@ TIME_TO_MEET = {"kubernetes": 600.0, "tpu": 600.0}
 SOON = 50.0
 GRACE = 10.0  # seconds from asking a host to end until it is ended; one that waits for a lost host can't hear
 GRACE_TO_SAVE = 90.0  # the same after a signal from outside, when all hosts are there and may save
+ELSEWHERE = "192.0.2.1", "2001:db8::1"  # of networks that do not exist, RFC 5737 and 3849
 LOCK = threading.Lock()
 
 
@@ -93,9 +97,11 @@ def join(cluster: Cluster, met: bool = False) -> None:
     if not met:
         meet(cluster, facts(), time_to_meet(cluster))
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from whoever saves at it
-    # without "deactivate" JAX looks around for itself, and under SLURM takes one GPU a process
-    jax.distributed.initialize(cluster.coordinator, cluster.hosts, cluster.host_id, local_device_ids=cluster.visible,
-                               cluster_detection_method="deactivate")
+    found_at(own_address(cluster.coordinator or ""))
+    with without_proxies():
+        # without "deactivate" JAX looks around for itself, and under SLURM takes one GPU a process
+        jax.distributed.initialize(cluster.coordinator, cluster.hosts, cluster.host_id, local_device_ids=cluster.visible,
+                                   cluster_detection_method="deactivate")
     try:
         jax.devices()
     except RuntimeError as error:
@@ -103,6 +109,36 @@ def join(cluster: Cluster, met: bool = False) -> None:
             raise JaxRuntimeError(str(error)) from error
         raise SettingError(str(error).partition(" (set JAX_")[0], where=f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}",
                            remedy="set JAX_PLATFORMS=cpu, or install JAX for the chips that are there") from error
+
+
+def own_address(coordinator: str) -> str | None:
+    """The address at which the other hosts find this one: that from which it reaches the coordinator. No packet is sent.
+
+    On the coordinator's own machine that may be a loopback address, which serves where the coordinator's is one, too; else
+    it is the address that this machine's name stands for, or from which it would reach other networks.
+
+    Args:
+      coordinator: name or address, with a port.
+
+    Returns:
+      A numerical address; None if none can be found.
+    """
+    name = split(coordinator)[0]
+    address = _source(name)
+    if address is None or not ip_address(address).is_loopback or name in ("localhost", "127.0.0.1", "::1"):
+        return address
+    outward = (_source(far) for far in (socket.gethostname(), *ELSEWHERE))
+    return next((found for found in outward if found is not None and not ip_address(found).is_loopback), address)
+
+
+def _source(name: str) -> str | None:
+    """This machine's address towards a name; None if there is no way to it."""
+    with contextlib.suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)
+                return str(probe.getsockname()[0])
+    return None
 
 
 def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None, lifeline: bool = False,

@@ -134,6 +134,25 @@ def test_processes_join_into_one_jax_even_in_the_environment_of_slurm(tmp_path):
     assert "cluster: host 1" not in err, "host 0 speaks for all"
 
 
+NOWHERE = {"own-name": None, hosts.ELSEWHERE[0]: None, hosts.ELSEWHERE[1]: None}
+
+
+@pytest.mark.parametrize(("coordinator", "ways", "expected"), [
+    ("127.0.0.1:9001", {}, "127.0.0.1"),  # all are on this machine
+    ("localhost:9001", {"localhost": "::1"}, "::1"),
+    ("head:9001", {"head": "10.1.0.7"}, "10.1.0.7"),  # the network on which the others are, whatever this machine is called
+    ("[fd00::2]:9001", {"fd00::2": "fd00::7"}, "fd00::7"),
+    ("head:9001", {"head": "127.0.1.1", "own-name": "10.1.0.2"}, "10.1.0.2"),  # the head, as Debian writes its hosts file
+    ("head:9001", {"head": "127.0.1.1", "own-name": "127.0.1.1", hosts.ELSEWHERE[0]: "10.1.0.2"}, "10.1.0.2"),
+    ("head:9001", NOWHERE | {"head": "127.0.1.1"}, "127.0.1.1"),
+    ("head:9001", NOWHERE | {"head": None}, None),
+])
+def test_the_address_at_which_others_find_this_host(monkeypatch, coordinator, ways, expected):
+    monkeypatch.setattr(socket, "gethostname", lambda: "own-name")
+    monkeypatch.setattr(hosts, "_source", ({"127.0.0.1": "127.0.0.1"} | ways).get)
+    assert hosts.own_address(coordinator) == expected
+
+
 def test_output_of_all_hosts(capfd):
     code = "import sys; print('out', sys.argv[1]); print('err', sys.argv[1], file=sys.stderr)"
     assert hosts.spawn([python(code, host) for host in range(3)]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,14 +22,14 @@ import faults_recipe  # noqa: E402
 RECIPE = ROOT / "tools" / "faults_recipe.py"
 
 
-def launch(folder, *arguments, faults=None):
+def launch(folder, *arguments, faults=None, within=()):
     """A run of the launcher, to its end."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     if faults is not None:
         (folder / "faults.json").write_text(json.dumps(faults))
         environment["LEPTON_FAULTS"] = str(folder / "faults.json")
-    return subprocess.run([sys.executable, ROOT / "tools" / "launch.py", RECIPE, *map(str, arguments)], env=environment,
-                          cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    command = [*within, sys.executable, ROOT / "tools" / "launch.py", RECIPE, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
 
 
 def losses(run):
@@ -115,6 +116,16 @@ def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
     assert done.returncode == 130, done.stderr
     saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert saved >= 17 and saved == max(e["step"] for e in read_events(tmp_path / "run") if e["kind"] == "save")
+
+
+def test_a_proxy_and_a_machine_without_a_name_are_no_hindrance(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    within = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host; exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True, check=False).returncode:
+        within = []  # not permitted here: the proxy alone
+    done = launch(tmp_path, "--hosts", "local:2", "--run-dir", "run", "--steps", 2, within=within)
+    assert done.returncode == 0 and "proxy" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("named", [False, True])
