@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from lepton_jax import RecipeError, controllers
 from lepton_jax.controller.knobs import KNOBS, neutral
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def follow(policy, **signals):
     """The contributions of each step, by knob, to a sequence of signals; scalars hold for all of its steps."""

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -67,15 +68,21 @@ class Dummy:
         time.sleep(1000)
 
     def reach(self, step, what="reached", for_ever=False):
-        """Wait for the others, as a collective does; False if a stop was asked for meanwhile."""
+        """Wait for the others, as a collective does, in one place; False if a stop was asked for meanwhile."""
         self.write(f"{what}-{self.told.generation}-{self.told.host_id}", str(step))
-        for host in range(self.told.hosts):
-            mark = self.folder / f"{what}-{self.told.generation}-{host}"
-            while not mark.exists() or int(mark.read_text()) < step:
-                if self.asked and not for_ever:
-                    return False
-                time.sleep(0.01)
-        return True
+        marks = [self.folder / f"{what}-{self.told.generation}-{host}" for host in range(self.told.hosts)]
+        met, over = [], threading.Event()
+
+        def look():
+            while not met and (for_ever or not self.asked):
+                if all(mark.exists() and int(mark.read_text()) >= step for mark in marks):
+                    met.append(True)
+                time.sleep(0.01 * (not met))
+            over.set()
+
+        threading.Thread(target=look, daemon=True).start()
+        over.wait()
+        return bool(met)
 
     def save(self, step):
         with phase.phase("save"):
