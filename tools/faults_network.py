@@ -116,7 +116,7 @@ class Network(Loopback):
     """So many hosts with a link each to one switch.
 
     Args:
-      folder: for a file of their names; and of the `faults.json` of the trial.
+      folder: for files of their names; and of the `faults.json` of the trial.
       hosts: how many.
       stages: of the fault.
 
@@ -217,10 +217,11 @@ def hold(parent: int, hosts: int, folder: Path) -> None:
         _end_with(parent)  # which new capabilities make void
     _ip("link add name switch type bridge")
     _ip("link set switch up")
-    names = folder / "names"
-    names.write_text("127.0.0.1 localhost\n" + "".join(f"{address(host)} host{host}\n" for host in range(hosts)))
     holders = []
     for host in range(hosts):
+        names = folder / f"names.{host}"  # its own as Debian writes it
+        names.write_text("127.0.0.1 localhost\n" + "".join(
+            f"{address(other) if other != host else '127.0.1.1'} host{other}\n" for other in range(hosts)))
         ours, theirs = socket.socketpair()
         holder, pid = os.getpid(), os.fork()
         if pid == 0:
@@ -250,7 +251,7 @@ def _be_host(host: int, line: socket.socket, parent: int, names: Path) -> None:
         _end_with(parent)
         _call("unshare", NEW_NETWORK | NEW_NAMES | NEW_MOUNT)
         _call("mount", None, b"/", None, PRIVATE, None)
-        _call("mount", bytes(names), b"/etc/hosts", None, BIND, None)  # Gloo looks up the machine's own name
+        _call("mount", bytes(names), b"/etc/hosts", None, BIND, None)
         socket.sethostname(f"host{host}")
         line.sendall(b".")
         _expect(line)
