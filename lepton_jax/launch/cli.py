@@ -52,7 +52,7 @@ def _main(arguments: list[str]) -> int:
         return error.exit_code if isinstance(error, rules.HostsError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 130 if watchdog.begin() is None else watchdog.EARLY
     if summary and "exit_code" in summary:
         return summary["exit_code"]
     return 130 if summary and summary["status"] == "interrupted" else 0

@@ -25,7 +25,7 @@ from lepton_jax.launch.gate import Gate, Seat, signals_after
 from lepton_jax.launch.record import HostRecord, Record, Recovery
 from lepton_jax.launch.rules import RESTARTS, HostsError, Rules
 from lepton_jax.launch.verdict import Fault, Place
-from lepton_jax.launch.watchdog import AGAIN, INTERRUPTED
+from lepton_jax.launch.watchdog import AGAIN, EARLY, INTERRUPTED
 
 TICK, PING = 0.05, 1.0
 HELD_UP = 2.0  # a tick that comes so late says that this process was stopped, not that all others fell silent
@@ -125,7 +125,7 @@ class Head:
             seat.stack = tuple(message["stack"])
         elif kind == "ended":
             seat.generation, seat.code, seat.error = None, message["code"], message.get("error")
-            if self._state == self._running and seat.code not in (0, AGAIN, INTERRUPTED):
+            if self._state == self._running and seat.code not in (0, AGAIN, INTERRUPTED, EARLY):
                 self._faults.append(verdict.died(seat.host, message["code"], seat.place, seat.error))
                 self._faulted(now)
 
@@ -199,7 +199,7 @@ class Head:
                 self._wait(now, self.rules.pause)
             else:
                 self._over(INTERRUPTED)
-        elif any(seat.code in (AGAIN, INTERRUPTED) for seat in seats.values()):
+        elif any(seat.code in (AGAIN, INTERRUPTED, EARLY) for seat in seats.values()):
             self._stop("again" if any(seat.code == AGAIN for seat in seats.values()) else "person", now)
         elif self.seats.keys() - self.members:
             late = sorted(self.seats.keys() - self.members)

@@ -33,6 +33,7 @@ SHOW_STACK = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGU
 PR_SET_PDEATHSIG = 1
 AGAIN = 75  # exit code of a worker that stopped so that the run may go on with other hosts
 INTERRUPTED = 130  # of one that was asked to stop by a person, and has saved
+EARLY = 131  # of one that was asked to stop where it could not agree on it with the others: they wait for it in vain
 COUNTED = ("data", "steps", "evaluation", "save")  # phases whose seconds are told
 _watchdog: Watchdog | None = None
 _device_memory: int | None = None

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from watched import QUICK, Watched
 
+from lepton_jax.launch import watchdog
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -175,6 +177,14 @@ def test_who_does_not_stop_is_ended_after_the_limit(tmp_path):
     run.signal(signal.SIGINT)
     result, _, err = run.done()
     assert result["exit_code"] == 130 and "ended without a save: " in err and "host 1 in data at step 3" in err
+
+
+def test_who_was_asked_to_stop_before_it_could_agree_takes_the_others_along(tmp_path):
+    plan = {**ENDLESS, "faults": [fault(1, "data", f"exit {watchdog.EARLY}", 3), fault(0, "data", "deaf", 3)]}
+    run = Watched(tmp_path, plan=plan, rules={"limits": {"stop": 60.0, "data": 60.0, "silence": 60.0}})
+    result, _, err = run.done()
+    assert result == {"status": "interrupted", "exit_code": 130}
+    assert "ended without a save: " in err and "restart" not in err
 
 
 def test_workers_end_with_their_supervisor_even_if_it_is_killed(tmp_path):

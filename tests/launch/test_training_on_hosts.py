@@ -118,6 +118,13 @@ def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
     assert saved >= 17 and saved == max(e["step"] for e in read_events(tmp_path / "run") if e["kind"] == "save")
 
 
+def test_sigterm_to_one_host_that_still_plans_ends_all(tmp_path):
+    began, faults = time.monotonic(), [{"kind": "sigterm-worker", "host": 1, "phase": "plan", "step": 0}]
+    done = launch(tmp_path, "--hosts", "local:2", "--run-dir", "run", "--go-on", faults=faults)
+    assert done.returncode == 130 and "[host 1] interrupted" in done.stderr, done.stderr
+    assert time.monotonic() - began < 60, "JAX waits for minutes"
+
+
 def test_a_proxy_and_a_machine_without_a_name_are_no_hindrance(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
