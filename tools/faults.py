@@ -247,8 +247,11 @@ def _with(text: str) -> list[int]:
 
 @dataclass
 class Ending:
-    """What a run left: exit codes, checksums of the last checkpoint's arrays, the steps' samples and losses, its log."""
+    """What a run left: when it was over, exit codes, checksums of the last checkpoint's arrays, the steps' samples and losses,
+    its log, processes, and the faults that its supervisors noticed.
+    """
 
+    at: float
     codes: list[int] | None
     checksums: dict[str, int]
     samples: list[Any]
@@ -263,7 +266,7 @@ def look(folder: Path, codes: list[int] | None) -> Ending:
     from lepton_jax.checkpoint import Checkpoints
     from lepton_jax.monitor import read_events
 
-    run, checksums, samples, losses = folder / "run", {}, [], {}
+    at, run, checksums, samples, losses = time.time(), folder / "run", {}, [], {}
     checkpoints = Checkpoints(run / "checkpoints")
     if STEPS in checkpoints.steps():
         checksums = checkpoints._record(STEPS)[1]
@@ -274,7 +277,7 @@ def look(folder: Path, codes: list[int] | None) -> Ending:
         for event in read_events(run):
             if event["kind"] == "steps":
                 losses |= zip(range(event["first"], event["last"] + 1), event["records"]["loss"], strict=True)
-    return Ending(codes, checksums, samples, [losses.get(step, float("nan")) for step in range(1, STEPS + 1)],
+    return Ending(at, codes, checksums, samples, [losses.get(step, float("nan")) for step in range(1, STEPS + 1)],
                   (folder / "log.txt").read_text(errors="replace"), _with(str(run)), recoveries(run))
 
 
@@ -326,6 +329,8 @@ def ended(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> str |
 def interrupted(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> str | None:
     if first.codes is None or first.codes[0] not in (0, 130):
         return f"exit codes {first.codes}"
+    if first.codes[0] and (took := first.at - trial.fired[-1]) > LIMITS["stop"] + 15:
+        return f"it took {took:.0f} s to stop"
     return "processes are left" if first.left else whole(trial.on() if first.codes[0] else first, reference)
 
 
