@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lepton_jax import errors
+from lepton_jax import errors, phase
 from lepton_jax.compat import coordination
 from lepton_jax.errors import LeptonError, SettingError
 
@@ -45,7 +45,7 @@ def first(say: Callable[[], Any]) -> Any:
         return say()
     key = _key()
     if host():
-        return _opened(json.loads(_client().blocking_key_value_get(key, int(PATIENCE * 1000))))
+        return _opened(_heard(key))
     answer, fault = _tried(say)
     _client().key_value_set(key, json.dumps(answer))
     if _said > KEPT:
@@ -66,7 +66,7 @@ def every(say: Callable[[], Any]) -> list[Any]:
     key = _key()
     answer, fault = _tried(say)
     _client().key_value_set(f"{key}/{host()}", json.dumps(answer))
-    answers = [json.loads(_client().blocking_key_value_get(f"{key}/{i}", int(PATIENCE * 1000))) for i in range(hosts())]
+    answers = [_heard(f"{key}/{i}") for i in range(hosts())]
     if fault is not None and all("fault" not in answers[i] for i in range(host())):
         raise fault
     return [_opened(answer) for answer in answers]
@@ -170,6 +170,12 @@ def _client() -> Any:
     client = coordination()
     assert client is not None, "several processes without jax.distributed"
     return client
+
+
+def _heard(key: str) -> dict[str, Any]:
+    """What another host says under a key; until then this one waits, and is not behind it."""
+    with phase.phase("agreement"):
+        return json.loads(_client().blocking_key_value_get(key, int(PATIENCE * 1000)))
 
 
 def _tried(say: Callable[[], Any]) -> tuple[dict[str, Any], LeptonError | None]:

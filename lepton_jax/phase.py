@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-PHASES = ("start", "plan", "restore", "compile", "steps", "data", "evaluation", "save", "pause", "shutdown")
+# in "agreement" a host waits for what another one has to say
+PHASES = ("start", "plan", "restore", "compile", "steps", "data", "evaluation", "save", "agreement", "pause", "shutdown")
 
 
 class Where(NamedTuple):

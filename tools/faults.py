@@ -79,7 +79,8 @@ def kinds(hosts: int) -> dict[str, Callable[[random.Random], Fault]]:
     def dies(kind: str, *phases: str) -> Callable[[random.Random], Fault]:
         def draw(rng: random.Random) -> Fault:
             stages = somewhere(rng, kind, *phases)
-            return Fault(f"{kind} in {stages[-1]['phase']}", "recovered", stages, says=rf"host {stages[-1]['host']}\b")
+            return Fault(f"{kind} in {stages[-1]['phase']}", "recovered", stages,
+                         says=rf"(?m)^hosts: host {stages[-1]['host']} (was|has been|ended|is) ")
         return draw
 
     def somewhere(rng: random.Random, kind: str, *phases: str, **more: Any) -> tuple[dict[str, Any], ...]:

@@ -69,6 +69,7 @@ class Head:
         self.generation = self._floor = self._signals = self._own_signals = self._heeded = 0
         self._exit: tuple[int, LeptonError | None] | None = None
         self._faults: list[Fault] = []  # of this generation, as they came
+        self._at_once = 0  # how many of them came within a moment of the first
         self._fault: Fault | None = None  # what ended it
         self._why = ""  # of a stop: "person" or "again"
         now = time.monotonic()
@@ -170,7 +171,7 @@ class Head:
         assert all(seat.generation is None for seat in self.seats.values())
         self.generation = max(self.generation, self._floor) + 1
         self.members, self.gate.begun = sorted(self.seats), True
-        self._faults, self._fault, self._asked_at, self._why = [], None, None, ""
+        self._faults, self._at_once, self._fault, self._asked_at, self._why = [], 0, None, None, ""
         self._base = self.saved() or 0
         address = joined(self.name, self._free_port()) if len(self.members) > 1 else None
         for number, host in enumerate(self.members):
@@ -187,7 +188,7 @@ class Head:
         seats = {host: self.seats[host] for host in self.members if host in self.seats}
         running = {host: seat for host, seat in seats.items() if seat.code is None}
         if self._faults:
-            root = verdict.root(self._faults)
+            root = verdict.root(self._faults, self._at_once, self.members[0])
             patience = LATER if root.rank >= verdict.CONSEQUENCE else 0.0  # who is behind it may be writing its core
             if now >= self._until + patience or not running:
                 self._end(root, now)
@@ -250,6 +251,8 @@ class Head:
         """The first fault of a generation gives the others a moment to be told as well."""
         if len(self._faults) == 1:
             self._first, self._until = now, now + self.rules.settle
+        if now <= self._until:
+            self._at_once = len(self._faults)
 
     def _end(self, fault: Fault, now: float) -> None:
         """All workers, for one has failed."""
@@ -265,9 +268,10 @@ class Head:
         """All workers, with a save."""
         self._why = why
         self.gate.tell("stop", generation=self.generation)
-        begun = all(self.seats[host].place.phase != "start" for host in self.members if host in self.seats)
+        places = [self.seats[host].place for host in self.members if host in self.seats]
+        starts = any(at.phase == "start" or (at.phase == "agreement" and at.step <= self._base) for at in places)
         limit = self.rules.limit("stop")  # where a host is still starting there is nothing to save yet
-        self._until, self._state = now + (limit if begun else min(limit, STOP_START)), self._stopping
+        self._until, self._state = now + (min(limit, STOP_START) if starts else limit), self._stopping
 
     def _busy(self) -> list[Seat]:
         return [seat for seat in self.seats.values() if seat.generation is not None]

@@ -17,7 +17,8 @@ from lepton_jax.phase import PHASES
 
 # seconds without any change; large models have taken 24 minutes to compile
 DEFAULTS = {"start": 300.0, "plan": 600.0, "restore": 1800.0, "compile": 3600.0, "steps": 60.0, "data": 600.0,
-            "evaluation": 1800.0, "save": 1800.0, "pause": math.inf, "shutdown": 120.0, "silence": 60.0, "stop": 90.0}
+            "evaluation": 1800.0, "save": 1800.0, "agreement": math.inf, "pause": math.inf, "shutdown": 120.0, "silence": 60.0,
+            "stop": 90.0}
 UNKNOWN, KNOWN_AFTER, TIMES = 600.0, 3, 10.0  # of a step: while no one knows how long one takes; from how many; how many
 NAMES = (*PHASES, "silence", "stop")
 assert set(DEFAULTS) == set(NAMES)

@@ -19,7 +19,7 @@ LOST_PEER = 76  # exit code of a worker that can no longer reach another
 CONSEQUENCE = 3  # rank of a fault from which on it is likely another's
 # where a host is behind one that has handed over as many steps: whoever waits for another waits in "steps"
 ORDER = {"start": 0, "plan": 1, "compile": 2, "restore": 2, "data": 3, "evaluation": 3, "save": 3, "shutdown": 3, "steps": 4,
-         "pause": 5}
+         "agreement": 4, "pause": 5}
 SHOWN = 12  # lines of a stack
 SAME = 3  # so often the same fault without a checkpoint in between, and it is not tried again
 DAY, LONGEST_PAUSE = 86400.0, 60.0
@@ -107,9 +107,18 @@ def mistaken(fault: Fault) -> LeptonError:
                        remedy=said.get("remedy") or f"see what host {fault.host} wrote above")
 
 
-def root(faults: Sequence[Fault]) -> Fault:
-    """Of what came at about the same time, what is behind it: the nearest to the root, and of those the first."""
-    return min(faults, key=lambda fault: fault.rank)
+def root(faults: Sequence[Fault], at_once: int = 0, coordinator: int | None = None) -> Fault:
+    """Of what came at about the same time, what is behind it: the nearest to the root, and of those the first.
+
+    Args:
+      faults: as they came.
+      at_once: so many came within a moment.
+      coordinator: the host of JAX's service. Its end aborts the processes of all others at once; that of another host fails
+        them in other ways, or much later.
+    """
+    nearest = min(faults, key=lambda fault: fault.rank)
+    its = [fault for fault in faults[:at_once] if fault.host == coordinator and fault.rank == nearest.rank == CONSEQUENCE]
+    return its[0] if its else nearest
 
 
 def behind(places: Mapping[int, Place]) -> list[int]:

@@ -24,6 +24,7 @@ def died(code, host=0, place=None, error=None):
     ({0: ("steps", 8, 8), 1: ("steps", 8, 5)}, [1]),  # has handed over as much, and knows less of it done
     ({0: ("steps", 8, 8), 1: ("save", 8, 8), 2: ("steps", 8, 8)}, [1]),  # the others wait in the step after
     ({0: ("steps", 1, 0), 1: ("restore", 0, 0)}, [1]),
+    ({0: ("agreement", 0, 0), 1: ("compile", 0, 0), 2: ("agreement", 0, 0)}, [1]),  # the others wait for what it says
     ({0: ("compile", 0, 0), 1: ("start", 0, 0), 2: ("compile", 0, 0)}, [1]),
     ({0: ("steps", 8, 8), 1: ("steps", 8, 8)}, [0, 1])])
 def test_who_is_behind(places, expected):
@@ -59,6 +60,14 @@ def test_the_root_of_several_faults():
     assert verdict.root([failed, mistake, aborted]) is mistake
     assert verdict.root([mistake, lost]) is lost
     assert verdict.root([failed, died(1, 5)]) is failed, "the first of equals"
+
+
+def test_jaxs_coordinator_takes_the_others_with_it():
+    first, its, failed = died(-6, 2), died(-6, 0), died(1, 1)
+    assert verdict.root([first, its], at_once=2, coordinator=0) is its
+    assert verdict.root([first, its], at_once=1, coordinator=0) is first, "it died of the others, later"
+    assert verdict.root([first, its, failed], at_once=3, coordinator=0) is failed
+    assert verdict.root([first, died(-6, 1)], at_once=2, coordinator=0) is first
 
 
 def test_the_stack_of_the_main_thread():

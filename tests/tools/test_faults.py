@@ -1,5 +1,5 @@
-"""Twenty of the campaign's faults on two hosts, several to a run: it ends as if nothing had been, or with the reason; and lost
-networks.
+"""Twenty-one of the campaign's faults on two hosts, several to a run: it ends as if nothing had been, or with the reason; and
+lost networks.
 """
 
 import json
@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 import faults
 import faults_network
 
-FAST = {"silence": 5, "steps": 5, "data": 5, "evaluation": 5, "save": 5}
+FAST = {"silence": 5, "compile": 10, "steps": 5, "data": 5, "evaluation": 5, "save": 5}
 
 
 def stages(*each):
@@ -53,8 +53,8 @@ def test_hosts_that_die_one_after_the_other(undisturbed):
 def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
     monkeypatch.setattr(faults, "LIMITS", faults.LIMITS | FAST)
     found, log = trial(undisturbed, "hang", "recovered", (1, "stop", 1, "save", 10), (2, "stall", 0, "data", 22),
-                       (3, "freeze", 1, "steps", 33))
-    assert found.restarts == [(1, "silent"), (0, "stuck"), (1, "silent")]
+                       (3, "freeze", 1, "steps", 33), (4, "stall", 1, "compile", 30))
+    assert found.restarts == [(1, "silent"), (0, "stuck"), (1, "silent"), (1, "stuck")]
     assert "do_stall" in log  # the stack of the one that slept
 
 
