@@ -330,6 +330,8 @@ def ended(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> str |
 def interrupted(fault: Fault, first: Ending, reference: Ending, trial: Trial) -> str | None:
     if first.codes is None or first.codes[0] not in (0, 130):
         return f"exit codes {first.codes}"
+    if first.codes[0] and not trial.fired:
+        return "the fault did not happen"
     if first.codes[0] and (took := first.at - trial.fired[-1]) > LIMITS["stop"] + 15:
         return f"it took {took:.0f} s to stop"
     return "processes are left" if first.left else whole(trial.on() if first.codes[0] else first, reference)
