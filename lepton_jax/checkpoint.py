@@ -25,11 +25,15 @@ import tensorstore
 from orbax.checkpoint import checkpoint_managers
 
 from lepton_jax import agreement
+from lepton_jax.adoption import REPLACEABLE
 from lepton_jax.compat import jit_where
 from lepton_jax.errors import CheckpointError, LeptonError, of_another_host
 from lepton_jax.state import by_path
 
 T = TypeVar("T")
+Choose = Callable[
+    [dict[str, Any], list[str], Callable[[str, str], bool]], dict[str, str]
+]
 GIVEN_UP = "a save is given up"
 MONTH = 30 * 86400  # who watches the run is sooner; and Orbax reads the clock, which may jump
 
@@ -127,40 +131,91 @@ class Checkpoints:
             taken = len(list(place.glob(f"{step}*")))
             (self.folder / str(step)).rename(place / (f"{step}.{taken}" if taken else str(step)))
 
-    def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
-        """One step's state, laid out as the template's shardings say, and its record.
+    def restore(
+        self, step: int, template: Any, choose: Choose | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Read one step's state, laid out as the template's shardings say, and its record.
 
         Args:
           step: a committed one.
           template: a pytree of `jax.ShapeDtypeStruct` with shardings.
+          choose: decides where each leaf of the template comes from, given the
+            checkpoint's record, its paths, and whether two paths fit; None: each from
+            the leaf of its own path, and all have to fit.
+
+        Returns:
+          The state and the record. Leaves that `choose` gives no source stay the
+          template's.
 
         Raises:
-          CheckpointError: there is no such step, or the state's leaves are not those of the template; every difference
-            is named.
-          Damaged: what is on disk is not what was saved.
+          CheckpointError: there is no such step, or leaves that have to fit do not; each
+            difference is named.
+          Damaged: the content on disk is not the one that was saved.
         """
         if step not in self.steps():
             raise CheckpointError(f"there is no checkpoint of step {step!r}", where=self.folder,
                                   remedy=f"name one of the steps {', '.join(map(str, self.steps())) or '(there are none)'}")
         wanted = jax.eval_shape(_storable, template)
         record, checksums, stored = _alike(step, lambda: self._index(step))
-        self._compare(step, wanted, stored)
+        sources = self._sources(step, wanted, stored, record, choose)
         places = by_path(jax.tree.map(lambda x: x.sharding, template))
-        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[_unquoted(name)])
-                  for name, leaf in wanted.items()}
-        arrays = _alike(step, lambda: self._arrays(step, shapes))
+
+        shapes = {}
+        for path, source in sources.items():
+            leaf = wanted[_quoted(path)]
+            shapes[_quoted(source)] = jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=places[path]
+            )
+        some = len(shapes) < len(stored)
+        arrays = _alike(step, lambda: self._arrays(step, shapes, some))
+
         for name, value in jax.device_get(_copy_and_checksum(arrays)[1]).items():
             if checksums.get(name) != int(value):
                 raise Damaged(step, f"the checksum of {_unquoted(name)} does not match")
         leaves = []
         for path, leaf in by_path(template).items():
-            array = arrays[_quoted(path)]
+            if path not in sources:
+                leaves.append(leaf)
+                continue
+            array = arrays[_quoted(sources[path])]
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 array = jax.device_put(jax.random.wrap_key_data(array, impl=_key_impl(leaf)), leaf.sharding)
             leaves.append(array)
         return jax.tree.unflatten(jax.tree.structure(template), leaves), record
 
-    def restore_latest(self, template: Any, on_damaged: Callable[[int, str], None]) -> tuple[int, Any, dict[str, Any]]:
+    def _sources(
+        self,
+        step: int,
+        wanted: dict[str, Any],
+        stored: dict[str, Any],
+        record: dict[str, Any],
+        choose: Choose | None,
+    ) -> dict[str, str]:
+        """Path of each leaf that is restored, to its path in the checkpoint."""
+        if choose is None:
+            self._compare(step, wanted, stored)
+            return {_unquoted(name): _unquoted(name) for name in wanted}
+
+        def fits(path: str, source: str) -> bool:
+            mine, theirs = wanted[_quoted(path)], stored[_quoted(source)]
+            return _shape(mine) == _shape(theirs)
+
+        def strict(leaves: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: leaf
+                for name, leaf in leaves.items()
+                if not _unquoted(name).startswith(REPLACEABLE)
+            }
+
+        self._compare(step, strict(wanted), strict(stored))
+        return choose(record, [_unquoted(name) for name in stored], fits)
+
+    def restore_latest(
+        self,
+        template: Any,
+        on_damaged: Callable[[int, str], None],
+        choose: Choose | None = None,
+    ) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, record) of the newest readable step; each newer one that is damaged is reported and left.
 
         Raises:
@@ -169,7 +224,7 @@ class Checkpoints:
         steps, reasons = self.steps(), []
         for step in reversed(steps):
             try:
-                return (step, *self.restore(step, template))
+                return (step, *self.restore(step, template, choose))
             except Damaged as error:
                 on_damaged(step, error.reason)
                 reasons.append(f"step {step}: {error.reason}")
@@ -186,11 +241,30 @@ class Checkpoints:
         except Exception as error:
             raise Damaged(step, error) from error
 
-    def _arrays(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+    def _arrays(
+        self, step: int, shapes: dict[str, Any], some: bool
+    ) -> dict[str, Any]:
+        """Read arrays; `some`: the checkpoint has others that are not wanted."""
         try:
+            if some:
+                return self._some_arrays(step, shapes)
             return self._read().restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
         except Exception as error:
             raise Damaged(step, error) from error
+
+    def _some_arrays(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+        # Orbax's standard handler reads all arrays of a step or none
+        hosts = None if agreement.hosts() == 1 else [agreement.host()]
+        manager = self._make(hosts, ocp.PyTreeCheckpointHandler)
+        restore = ocp.args.PyTreeRestore(
+            item=shapes,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+            partial_restore=True,
+        )
+        try:
+            return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        finally:
+            manager.close()
 
     def _record(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
         try:
@@ -230,7 +304,11 @@ class Checkpoints:
             self._reader = self._make([agreement.host()])
         return self._reader
 
-    def _make(self, hosts: Iterable[int] | None) -> ocp.CheckpointManager:
+    def _make(
+        self,
+        hosts: Iterable[int] | None,
+        handler: Callable[..., Any] = ocp.StandardCheckpointHandler,
+    ) -> ocp.CheckpointManager:
         _quieten()
         together = {} if hosts is None else {"multiprocessing_options": ocp.options.MultiprocessingOptions(
             primary_host=min(hosts), active_processes=set(hosts), barrier_sync_key_prefix=f"hosts{min(hosts)}to{max(hosts)}")}
@@ -241,7 +319,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(create=hosts is None, preservation_policy=self._preserved, **together,
                                                    **waiting)
             return ocp.CheckpointManager(self.folder, options=options, item_handlers={
-                "state": ocp.StandardCheckpointHandler(**together), "record": ocp.JsonCheckpointHandler(**together)})
+                "state": handler(**together), "record": ocp.JsonCheckpointHandler(**together)})
         except OSError as error:
             raise self._failed(error) from error
 

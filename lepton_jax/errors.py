@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -103,6 +104,17 @@ class pointing_at_user:
 def of_a_library(file: str) -> bool:
     parts = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), str(Path(__file__).parent))
     return file.startswith(("<frozen", "<string")) or any(part in file for part in parts)
+
+
+def users_frame() -> int:
+    """`stacklevel` by which the caller's warning points at the user's own line."""
+    own = str(Path(__file__).parent)
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from lepton_jax import agreement, phase
 from lepton_jax.checkpoint import Checkpoints
@@ -20,8 +22,16 @@ from lepton_jax.compat import jit_where
 from lepton_jax.controller import fed, released, slowed
 from lepton_jax.controller.journal import Journal
 from lepton_jax.controller.live import Live
-from lepton_jax.controller.rollback import Halt, Rollbacks, find_halt, remember
-from lepton_jax.data import Arrays, Loader, blocks_between, epoch_samples
+from lepton_jax.controller.rollback import (
+    WEIGHT,
+    Halt,
+    Rollbacks,
+    find_halt,
+    lost_at_the_end,
+    remember,
+)
+from lepton_jax.data import Arrays, Dataset, Loader, blocks_between, epoch_samples
+from lepton_jax.diagnosis import described, diagnose
 from lepton_jax.errors import DivergedError, LeptonError
 from lepton_jax.history import History
 from lepton_jax.local_checkpoint import LocalCheckpoints
@@ -29,6 +39,7 @@ from lepton_jax.monitor import Monitor, SampleTrace
 from lepton_jax.precision import all_finite
 from lepton_jax.program import Program
 from lepton_jax.recipe import Recipe
+from lepton_jax.restore import Reader
 from lepton_jax.state import State
 
 CALLS_IN_FLIGHT = 8
@@ -66,20 +77,27 @@ class Loop:
       kept: what the checkpoint that the run goes on from holds beside state and position.
       samples: is told what each step was made of.
       local: where to keep fast checkpoints on this machine; None: there are none.
+      budget: step at which the whole run ends, of which policies are told; None: `until`.
+      given: knobs whose bases are the recipe's and not those of the checkpoint.
+      reader: reads the checkpoints to which the run may go back; None: one of its own.
     """
 
     def __init__(self, program: Program, state: State, step: int, train: Any, test: Any, position: dict[str, Any],
                  until: int, monitor: Monitor, checkpoints: Checkpoints | None, folder: Path | None = None,
                  live: Live | None = None, kept: dict[str, Any] | None = None, samples: SampleTrace | None = None,
-                 local: LocalCheckpoints | None = None):
+                 local: LocalCheckpoints | None = None, *, budget: int | None = None,
+                 given: Mapping[str, float] | None = None, reader: Reader | None = None):
         self.program, self.state, self.step, self.until = program, state, step, until
         self.recipe, self.monitor, self.checkpoints, self.folder = program.recipe, monitor, checkpoints, folder
         self.train, self.test, self.position = train, test, position
+        self.budget = until if budget is None else budget
+        self._given_knobs = dict(given or {})
+        self._reader = reader or Reader(program)
         self.history = History(first=step, names=program.records)
         self.stop_requested = self.stop_wished = False
         kept, controller = kept or {}, program.controller
         own = None if agreement.host() else folder
-        self.journal = Journal(own, controller, program.records, step, until, kept.get("journal"))
+        self.journal = Journal(own, controller, program.records, step, self.budget, kept.get("journal"))
         self.rollbacks = Rollbacks(controller.limits, kept.get("rollbacks"))
         self._live, self._saved, self._beat = live or Live(None), -1, agreement.Beat()
         self._measured: dict[str, float] = {}
@@ -90,6 +108,7 @@ class Loop:
         self._stopped: str | None = kept.get("stopped") if step >= until else None
         self._loader: Any = None
         self._last_row: np.ndarray | None = None
+        self._lost = 0  # steps up to the last one read whose loss was not finite
         self._jumps = dict(controller.limits.get("jumps", {}))
         self._pending: deque[tuple[Any, int, int, dict[str, Any]]] = deque()
         self._window: list[np.ndarray] = []
@@ -121,6 +140,9 @@ class Loop:
                 if self._samples is not None:
                     self._samples.close()
                 self.history.seconds = time.perf_counter() - self._began
+        if self._lost and self.step >= self.until:
+            # float16 skips such steps for a while; a run must not end in the middle of it
+            raise self._diverged(Halt(self.step, None, None, _lost_in_words(self._lost)))
         if self.checkpoints is not None:
             with phase.phase("save"):
                 self.checkpoints.wait()
@@ -131,10 +153,12 @@ class Loop:
 
     def _begin(self) -> None:
         """What stands before the first step; a run that may be rolled back has a checkpoint to go back to."""
-        self.state = fed(self.state, steps=self.until)
+        self.state = fed(self.state, steps=self.budget)
         if self._slow:  # after a rollback that the checkpoint does not know of
             self.state = slowed(self.state, *self._slow)
         self.journal.begin(self.state, self.step)
+        if self._given_knobs:
+            self.journal.given(self.step, self._given_knobs)
         if self._samples is not None:
             self._samples.back(self.step)
         for line in self.journal.undone:
@@ -178,9 +202,24 @@ class Loop:
                 self._samples.add(self.step - back, self._loader.names(self.position["samples"] - back * batch_size))
 
     def _close_step(self, evaluating: bool, saving: bool) -> None:
-        metrics = self.evaluate() if evaluating and self.test is not None else None
+        metrics = None
+        if evaluating and self.test is not None:
+            try:
+                metrics = self.evaluate()
+            except Exception:
+                self._save_what_was_trained()
+                raise
         if saving and self.checkpoints is not None:
             self.save(metrics)
+
+    def _save_what_was_trained(self) -> None:
+        """Save although the evaluation of this step failed: the training did not.
+
+        A save of several hosts is one of all of them, and others may not have failed.
+        """
+        if self.checkpoints is not None and agreement.hosts() == 1:
+            self.save(None)
+            self.checkpoints.wait()
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the test set, and the event that says so; policies see those of the recipe's cadence alone."""
@@ -216,7 +255,12 @@ class Loop:
     @property
     def kept(self) -> dict[str, Any]:
         """What a checkpoint holds beside state, position and plan."""
-        return {"journal": self.journal.lines, "rollbacks": self.rollbacks.kept, "stopped": self._stopped}
+        return {
+            "journal": self.journal.lines,
+            "rollbacks": self.rollbacks.kept,
+            "stopped": self._stopped,
+            "given": self.program.given(),
+        }
 
     @property
     def record(self) -> dict[str, Any]:
@@ -307,7 +351,9 @@ class Loop:
                                                      or (due and alone and self._pending[0][0].is_ready())):
             records, start, stop, position = self._pending.popleft()
             rows, done = np.asarray(records)[start:stop], self.history.last
-            self._halt = find_halt(rows, self.program.records, self.program.controller, done)
+            self._halt = find_halt(rows, self.program.records, self.program.controller, done, self._lost)
+            self._lost = lost_at_the_end(rows, self.program.records, self.program.controller, self._lost)
+            self._tell_of_weightless(rows, done)
             if self._halt is not None:
                 surplus = len(rows) - (self._halt.step - done)
                 rows, self.step = rows[:len(rows) - surplus], self._halt.step
@@ -323,6 +369,18 @@ class Loop:
             self.journal.add(rows)
         if (due or self.halted) and self._window:
             self._report()
+
+    def _tell_of_weightless(self, rows: np.ndarray, done: int) -> None:
+        """Report the steps that made no update because nothing in their batch counts."""
+        names = self.program.records
+        if WEIGHT not in names:
+            return
+        for row in np.flatnonzero(rows[:, names.index(WEIGHT)] == 0).tolist():
+            self.monitor.event(
+                "skipped",
+                step=done + row + 1,
+                reason="all weights of the batch are 0: it is no step, nothing is updated",
+            )
 
     def _report(self) -> None:
         """The decisions and the event of the steps read since the last one."""
@@ -359,13 +417,18 @@ class Loop:
         """Restore the last good checkpoint, with a lower learning rate, and go on with the data behind the step that halted."""
         if self.rollbacks.count >= self.rollbacks.most or self.checkpoints is None or self.folder is None:
             raise self._diverged(halt)
-        began, template = time.perf_counter(), jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        began, checkpoints = time.perf_counter(), self.checkpoints
         self.state = None  # type: ignore[assignment]  # what is restored needs its memory
+
+        def read(step: int) -> State:
+            return self._reader.read(checkpoints, step).state
+
+        def on_damaged(step: int, reason: str) -> None:
+            self.monitor.event("damaged", step=step, reason=reason)
+
         with phase.phase("restore"):
-            to, state = self.rollbacks.restore(self.checkpoints, template, halt, lambda step, reason: self.monitor.event(
-                "damaged", step=step, reason=reason))
-        self.state = fed(slowed(state, *self.rollbacks.slow), steps=self.until)
+            to, state = self.rollbacks.restore(checkpoints, read, halt, on_damaged)
+        self.state = fed(slowed(state, *self.rollbacks.slow), steps=self.budget)
         told = {"step": halt.step, "to": to, "policy": halt.policy, "why": halt.why, "rate": self.rollbacks.slow[0],
                 "count": self.rollbacks.count, "most": self.rollbacks.most}
         self.journal.rolled_back(**told, position=self.position)
@@ -391,12 +454,100 @@ class Loop:
             self.checkpoints.wait()
         saved = self.checkpoints.steps() if self.checkpoints else []
         what = halt.why if halt.knob is None else f"{halt.policy} gave up at step {halt.step}: {halt.why}"
-        tried = f" after {self.rollbacks.count} rollbacks: {'; '.join(self.rollbacks.tried)}" if self.rollbacks.tried else ""
-        wanted = "a run that shall go back to a checkpoint needs a run_dir; " if self.rollbacks.most and not self.folder else ""
-        return DivergedError(
-            what + tried, where=f"step {halt.step}{_culprit(self.train)}",
-            remedy=f"{wanted}lower the learning rate, set clip_norm, or mend the data; "
-                   + (f"step {saved[-1]} is the last committed checkpoint" if saved else "no checkpoint was committed"))
+        if self.rollbacks.tried:
+            tried = "; ".join(self.rollbacks.tried)
+            what += f" after {self.rollbacks.count} rollbacks: {tried}"
+        where = f"step {halt.step}{_culprit(self.train)}"
+
+        remedy = "lower the learning rate, set clip_norm, or fix the data"
+        cause = self._cause(halt) if halt.knob is None else None
+        if cause is not None:
+            what += f": {cause[0]}"
+            remedy = cause[1]
+        if self.rollbacks.most and not self.folder:
+            remedy = f"a run that is to go back to a checkpoint needs a run_dir; {remedy}"
+        last = "no checkpoint was committed"
+        if saved:
+            last = f"step {saved[-1]} is the last committed checkpoint"
+        return DivergedError(what, where=where, remedy=f"{remedy}; {last}")
+
+    def _cause(self, halt: Halt) -> tuple[str, str] | None:
+        """The cause of numbers that are not finite, and a remedy; None: not found out.
+
+        The step's batch is computed once more, with the parameters of the seed: faults
+        of a batch show with any parameters. Those of the step are lost, as its update
+        has been made.
+        """
+        batch = self._batch_of(halt.step)
+        if batch is None:
+            return None
+        names = self._loader.names(self.position["samples"])
+        try:
+            finding = diagnose(self.program, self.program.init(self.recipe.seed), batch)
+            if not finding.is_of_the_batch:
+                return self._cause_in_parameters(halt.step, batch, finding.loss)
+        except (LeptonError, JaxRuntimeError, MemoryError):
+            return None  # there is no memory for it, say: the loss alone is told
+        if finding.inputs:
+            remedy = "fix or leave out these samples"
+        elif self.recipe.precision == "float16":
+            remedy = (
+                "scale the inputs or the activations to within 65504, the largest float16, "
+                'or use precision="bfloat16"'
+            )
+        else:
+            remedy = (
+                "guard that operation against what these samples bring (a zero to divide "
+                "by, a mask without a single True), or leave the samples out"
+            )
+        return described(finding, names), remedy
+
+    def _cause_in_parameters(
+        self, step: int, batch: tuple[Any, Any], loss: float
+    ) -> tuple[str, str]:
+        """Cause and remedy where the batch is sound: its loss with the seed's parameters."""
+        what = (
+            f"the same batch has a loss of {loss:.4g} with the parameters of the seed, so "
+            "the parameters have grown too large"
+        )
+        checkpoints = self.checkpoints
+        earlier = [] if checkpoints is None else checkpoints.steps()
+        earlier = [saved for saved in earlier if saved < step]
+        if checkpoints is not None and earlier:
+            state = self._reader.read(checkpoints, earlier[-1]).state
+            finding = diagnose(self.program, state, batch)
+            if finding.origins:
+                what += f"; with those of step {earlier[-1]} {finding.origins[0]}"
+        return what, "lower the learning rate, or set clip_norm"
+
+    def _batch_of(self, step: int) -> tuple[Any, Any] | None:
+        """The batch of the step at whose end the position stands; None: can't be had."""
+        if agreement.hosts() > 1 or isinstance(self.train, grain.IterDataset):
+            return None  # each host has its own rows; or the data can't be read twice
+        size = self.recipe.batch_size
+        start = self.position["samples"] - size
+        if start < 0 or step != self.step:
+            return None
+        position = self._loader.at(start) if isinstance(self.train, Dataset) else start
+        loader = Loader(
+            self.train,
+            batch_size=size,
+            steps=1,
+            sharding=self.program.batch_sharding,
+            seed=self.recipe.seed,
+            shuffle=self.recipe.shuffle,
+            position=position,
+            blocks=1,
+        )
+        try:
+            return next(loader)
+        finally:
+            loader.close()
+
+
+def _lost_in_words(steps: int) -> str:
+    last = "the loss of the last step is" if steps == 1 else f"the last {steps} losses are"
+    return f"{last} not finite, and nothing was updated since"
 
 
 def order(recipe: Recipe, train: Any) -> dict[str, Any]:

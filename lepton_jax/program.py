@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_jax import agreement, losses, phase
+from lepton_jax.adoption import is_number, named_recipe_values, recipe_values, schedule_values
 from lepton_jax.compat import cache_hits, jit_on, placed
 from lepton_jax.controller import Controller, Pieces, norm, served
+from lepton_jax.controller.rollback import WEIGHT
 from lepton_jax.errors import pointing_at_user
 from lepton_jax.module import forward
 from lepton_jax.planner import ARGUMENTS, Plan, Trace, laid_out, objective, rematerialized
@@ -65,7 +67,8 @@ class Program:
         many = plan.steps_per_call > 1
         self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, rows)) if many else self.batch_sharding
         self.controller = Controller(self.recipe)
-        self.records = ["loss", *self.recipe.metrics, *self.controller.records]
+        weight = [WEIGHT] if trace.weighted else []
+        self.records = ["loss", *self.recipe.metrics, *weight, *self.controller.records]
         self.compilations: list[Compilation] = []
         self._on_compile, self._traced, self._lowered = on_compile, 0, ""
         self._signatures: dict[str, list[dict[str, str]]] = {}
@@ -77,6 +80,8 @@ class Program:
         self._evaluate = jit(self._evaluate_batch, donate_argnums=0, out_shardings=self.replicated)
         self._resident: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._predictors: dict[Callable, Callable] = {}
+        self._values: dict[str, float] | None = None
+        self._given: dict[str, Any] | None = None
 
     def init(self, seed: int) -> State:
         """The state before the first step, laid out as planned."""
@@ -87,7 +92,64 @@ class Program:
             params, variables = self.trace.functional.init(key)
             return State(jnp.int32(0), params, variables, *self.controller.init(params, variables), key)
 
-        return self._call("init", self._jit(init, out_shardings=self.state_sharding), np.uint32(seed))
+        state = self._call("init", self._jit(init, out_shardings=self.state_sharding), np.uint32(seed))
+        self._values = recipe_values(state)
+        return state
+
+    def recipe_values(self) -> dict[str, float]:
+        """Numbers that the recipe puts into its first state, by path.
+
+        See `adoption.recipe_values`.
+        """
+        if self._values is None:
+
+            def scalars() -> Any:
+                params, variables = self.trace.functional.init(jax.random.key(0))
+                optimizer, controller = self.controller.init(params, variables)
+                parts = {"optimizer": optimizer, "controller": controller}
+                return {k: x for k, x in by_path(parts).items() if is_number(x)}
+
+            # scalars alone: XLA drops the arrays around them
+            self._values = named_recipe_values(jax.jit(scalars)())
+        return self._values
+
+    def given(self) -> dict[str, Any]:
+        """What the recipe says of the state, in plain data, for a checkpoint's record.
+
+        Returns:
+          "values": see `recipe_values`; "policies": names, in their order; "schedule":
+          values of a learning rate that is a schedule, else None.
+        """
+        if self._given is None:
+            rate = self.recipe.learning_rate
+            self._given = {
+                "values": self.recipe_values(),
+                "policies": [policy.name for policy in self.controller.policies],
+                "schedule": schedule_values(rate) if callable(rate) else None,
+            }
+        return self._given
+
+    def begun(self, params: Any, variables: Any, paths: Iterable[str]) -> dict[str, Any]:
+        """Make leaves of optimizer and controller as they are before a first step.
+
+        Args:
+          params, variables: from which the training begins.
+          paths: of the wanted leaves in the state, e.g. "optimizer/0/mu/a/kernel".
+
+        Returns:
+          The leaves by path, laid out as planned.
+        """
+        wanted = set(paths)
+        shardings = by_path(self.state_sharding)
+
+        def begin(params: Any, variables: Any) -> dict[str, Any]:
+            optimizer, controller = self.controller.init(params, variables)
+            parts = {"optimizer": optimizer, "controller": controller}
+            # copies, as nothing may be an argument's buffer
+            return {k: jnp.copy(x) for k, x in by_path(parts).items() if k in wanted}
+
+        out = {path: shardings[path] for path in sorted(wanted)}
+        return self._jit(begin, out_shardings=out)(params, variables)
 
     def train(self, state: State, block: Any, start: int, stop: int, data: Any = None) -> tuple[State, jax.Array]:
         """Train on batches start to stop of a block; the state is donated. With resident `data`, a block holds indices.
@@ -186,12 +248,36 @@ class Program:
         gradients, sums, variables, parts = self._gradients(state, batch)
         values = {name: losses.finish(self.recipe, name, total / weight) for name, (total, weight) in sums.items()}
         before = Pieces(state.params, state.variables, state.optimizer)
-        after, controller, record = self.controller.update(state.step, state.controller, before, variables, gradients, values,
-                                                           parts)
+
+        def update() -> tuple[Pieces, Any, dict[str, Any]]:
+            return self.controller.update(
+                state.step, state.controller, before, variables, gradients, values, parts
+            )
+
+        if self.trace.weighted:
+            # a batch of which nothing counts is no step: its mean is 0 / 0
+            weight = values[WEIGHT] = jnp.asarray(sums["loss"][1], jnp.float32)
+
+            def leave() -> tuple[Pieces, Any, dict[str, Any]]:
+                record = jax.eval_shape(update)[2]
+                return before, state.controller, self._still(state, record)
+
+            after, controller, record = jax.lax.cond(weight > 0, update, leave)
+        else:
+            after, controller, record = update()
         values |= record
         on = ~state.controller.halted if self.controller.halts else 1
         state = State(state.step + on, after.params, after.variables, after.optimizer, controller, state.key)
         return state, jnp.stack([jnp.asarray(values[name], jnp.float32) for name in self.records])
+
+    def _still(self, state: State, record: dict[str, Any]) -> dict[str, Any]:
+        """The record of a step that is none: knobs as they were, signals unknown."""
+        knobs = getattr(state.controller, "knobs", {})
+        still = {}
+        for name, shape in record.items():
+            value = knobs.get(name, jnp.nan if name not in knobs else 0)
+            still[name] = jnp.asarray(value, shape.dtype)
+        return still
 
     def _gradients(self, state: State, batch: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any, Any]:
         """Gradients of the mean loss (of what is kept of it, where samples are discounted), sums of loss and metrics, the

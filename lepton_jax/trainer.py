@@ -8,7 +8,8 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from lepton_jax import agreement, losses, phase
 from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.controller.live import Live
 from lepton_jax.controller.rollback import recalled
 from lepton_jax.data import Arrays, Dataset, Loader, blocks_between, described, epoch_samples, from_any, sample
@@ -32,6 +34,7 @@ from lepton_jax.errors import (
     PlanError,
     RecipeError,
     pointing_at_user,
+    users_frame,
 )
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.history import History
@@ -42,6 +45,7 @@ from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
 from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan, trace
 from lepton_jax.program import Compilation, Program
 from lepton_jax.recipe import Recipe
+from lepton_jax.restore import Reader, Restored
 from lepton_jax.state import State, by_path
 
 NOTHING = "there is no committed checkpoint"
@@ -72,6 +76,8 @@ class Trainer:
             with pointing_at_user("making the recipe", "give a Recipe or a function that returns one and needs no "
                                   "arguments; a model goes to model=...", where="Trainer(recipe)", kind=RecipeError):
                 recipe = recipe()
+        # fields next to a recipe are what a person asks for now; without one they are the recipe
+        self._asked = set(changes) if recipe is not None else set()
         if recipe is None:
             needed = [f.name for f in fields(Recipe) if f.default is MISSING and f.default_factory is MISSING]
             missing = [name for name in needed if name not in changes]
@@ -99,6 +105,11 @@ class Trainer:
         self._kept: dict[str, Any] = {}
         self._trained_on: Any = None
         self._resumed = False
+        self._reader: Reader | None = None
+        self._given_now: dict[str, float] = {}
+        # the end of the run, in steps, that the policies at work were told of
+        self._told_end: int | None = None
+        self._notes: list[str] = []
 
     # ---- the public verbs -----------------------------------------------------------------------------------------
 
@@ -157,10 +168,16 @@ class Trainer:
                               where="Recipe.best", remedy="set Recipe.test, or leave best out")
         self._settle_position(given, order(self.recipe, train))
         more = epochs is not None or steps is not None
-        until = self._steps(train, epochs, steps) if more else self._steps(train, self.recipe.epochs, self.recipe.steps)
-        if self._kept.get("stopped") and not more:
+        planned = self._planned_steps(train)
+        if more:
+            until = self.step + self._steps(train, epochs, steps)
+        elif self._kept.get("stopped"):
             until = self.step
-        return self._run(program, train, test, until + self.step if more else max(until, self.step))
+        else:
+            until = max(self._steps(train, self.recipe.epochs, self.recipe.steps), self.step)
+        budget = max(until, planned or 0)
+        self._compare_budgets(program, budget)
+        return self._run(program, train, test, until, budget)
 
     def evaluate(self, test: Any = None) -> Any:
         """Loss and metrics on samples, each of which counts exactly once: a named tuple, the loss first."""
@@ -207,13 +224,18 @@ class Trainer:
         checkpoints = Checkpoints(fresh / "checkpoints", keep=1)
         checkpoints.save(self.step, self._state(self.program),
                          {"position": self._position, "plan": self.program.plan.to_json(),
-                          "rollbacks": self._kept.get("rollbacks")})
+                          "rollbacks": self._kept.get("rollbacks"), "given": self.program.given()})
         checkpoints.close()
         agreement.first(lambda: _replace(folder, fresh, old))
         return folder
 
     def load(self, folder: str | Path, step: int | None = None) -> Trainer:
         """Go on from a saved model or a run folder: its latest readable step, or the one given.
+
+        Parameters and variables have to fit. The recipe may have another optimizer,
+        other policies, knobs or rates: they are in effect; state of theirs that fits is
+        kept, and the rest begins anew, which is said by name. A schedule is read at the
+        count of updates, which goes on.
 
         Raises:
           CheckpointError: nothing readable is there, or it does not fit the model; each leaf that differs is named.
@@ -224,34 +246,56 @@ class Trainer:
         steps = checkpoints.steps()
         if not steps and not (own and self._local):
             raise _nothing(folder)
-        self._ready(None if self.recipe.train is not None else _shapes_in(folder))
-        template = self._template()
+        program = self._ready(None if self.recipe.train is not None else _shapes_in(folder))
+        reader = self._reader = Reader(program, self._asked, knobs_set_live(folder))
         with phase.phase("restore"):
             local = self._local if own and step is None else None
-            near = local.newest(max(steps, default=0), template, self._damaged) if local else None
+            newest = max(steps, default=0)
+            near = local.newest(newest, reader.template(), self._damaged) if local else None
             if near is not None:
                 step, state, record = near
+                restored = reader.settle(step, state, record)
             elif not steps:
                 raise _nothing(folder)
             elif step is None:
-                step, state, record = checkpoints.restore_latest(template, self._damaged)
+                step, restored = reader.read_latest(checkpoints, self._damaged)
             else:
-                state, record = checkpoints.restore(step, template)
+                restored = reader.read(checkpoints, step)
             checkpoints.close()
         phase.reached(step=step, done=step)
-        record = recalled(folder, step, record) if own else record
-        self.step, self.state, self._position = step, state, record["position"]
-        self._kept = {name: record.get(name) for name in ("rollbacks", *(("journal", "stopped", "slow") if own else ()))}
+        record = restored.record
+        if own:
+            slow = record.get("slow", ())
+            record = recalled(folder, step, record)
+            record["slow"] = None if slow is None else record.get("slow")
+        self.step = step
+        self.state = restored.state
+        self._position = record["position"]
+        names = ["rollbacks"] + (["journal", "stopped", "slow"] if own else [])
+        self._kept = {name: record.get(name) for name in names}
+        self._given_now = restored.knobs
+        self._told_end = _told_end(program, restored)
+        for note in restored.notes:
+            self._note(note)
         return self
 
-    def resume(self) -> Trainer:
-        """Go on with the run in `run_dir`; a run that was stopped before its first checkpoint begins anew.
+    def resume(self, asked: Iterable[str] = ()) -> Trainer:
+        """Go on with the run in `run_dir`; one that was stopped before its first checkpoint begins anew.
+
+        A value that the recipe says now and did not say then is in effect: the learning
+        rate, for example. A value that somebody set while the run went on stays as it
+        is, as long as the recipe says the same as before.
+
+        Args:
+          asked: names of settings that a person has just given: these are in effect in
+            any case. Fields given to `Trainer` by name count as such.
 
         Raises:
           CheckpointError: none of its checkpoints can be read, or they do not fit the model.
         """
         if self.run_dir is None:
             raise CheckpointError("there is no run folder to resume", where="Trainer", remedy="give run_dir")
+        self._asked |= set(asked)
         try:
             self.load(self.run_dir)
             self._resumed = True
@@ -274,7 +318,30 @@ class Trainer:
             self._position = {"samples": 0, "grain": None}
         self._trained_on, self._resumed = given, False
 
-    def _run(self, program: Program, train: Any, test: Any, until: int) -> History:
+    def _planned_steps(self, train: Any) -> int | None:
+        """Steps of the whole run as the recipe says; None if it says nothing."""
+        if self.recipe.epochs is None and self.recipe.steps is None:
+            return None
+        return self._steps(train, self.recipe.epochs, self.recipe.steps)
+
+    def _compare_budgets(self, program: Program, budget: int) -> None:
+        """Warn where policies were told of another end of the run than the one to come.
+
+        A policy that decays or averages towards the end does so once. A run in several
+        calls of fit() has one end only if the recipe says the whole budget.
+        """
+        names = _towards_the_end(program)
+        before = self._told_end
+        self._told_end = budget
+        if not names or not self.step or before in (None, budget):
+            return
+        self._note(
+            f"{' and '.join(names)} took step {before} for the end of the run, which now "
+            f"ends at step {budget}: say the whole budget once, as Recipe.epochs or "
+            "Recipe.steps; fit(epochs=1) then trains pieces of it"
+        )
+
+    def _run(self, program: Program, train: Any, test: Any, until: int, budget: int) -> History:
         monitor = self._monitor = Monitor(None if agreement.host() else self.run_dir, self._sinks)
         checkpoints, loop, live, samples = None, None, None, None
         status = "failed"
@@ -290,12 +357,17 @@ class Trainer:
                 agreement.same({"the training data": described(train), "the test data": described(test),
                                 "the train step": program.fingerprint()})
             self._announce(program, train, until)
+            for note in self._notes:
+                monitor.event("warning", text=note)
+            self._notes = []
             if self._local is not None:
                 self._local.forget(self.step)
             for later in checkpoints.set_aside(self.step) if checkpoints else ():
                 monitor.event("warning", text=f"the checkpoint of step {later} is later than this run; moved to set_aside/")
             loop = Loop(program, self._state(program), self.step, train, test, self._position, until, monitor, checkpoints,
-                        self.run_dir, live, {"journal": 0, **self._kept}, samples, self._local)
+                        self.run_dir, live, {"journal": 0, **self._kept}, samples, self._local,
+                        budget=budget, given=self._given_now, reader=self._reader)
+            self._given_now = {}
             loop.run()
             status = loop.history.status
         except DivergedError as error:
@@ -378,12 +450,6 @@ class Trainer:
             check_plan(chosen, traced)
         return chosen
 
-    def _template(self) -> Any:
-        """The state as shapes, laid out as planned."""
-        assert self.program is not None
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.program.trace.state,
-                            self.program.state_sharding)
-
     def _state(self, program: Program) -> State:
         if self.state is None:
             self.state = program.init(self.recipe.seed)
@@ -450,6 +516,15 @@ class Trainer:
     def _damaged(self, step: int, reason: str) -> None:
         self._notice("damaged", step=step, reason=reason)
 
+    def _note(self, text: str) -> None:
+        """Tell a person something about the run to come; the run's events repeat it."""
+        if self._sinks or agreement.host():
+            # sinks hear it with the events of the fit
+            self._notes.append(text)
+            return
+        self._notes.append(text)
+        warnings.warn(text, stacklevel=users_frame())
+
     def _notice(self, kind: str, **what: Any) -> None:
         """An event outside of a fit."""
         folder = self.run_dir if self.run_dir and self.run_dir.is_dir() and agreement.host() == 0 else None
@@ -458,6 +533,21 @@ class Trainer:
         file.close()
         for sink in self._sinks:
             sink.event({"kind": kind, **what})
+
+
+def _towards_the_end(program: Program) -> list[str]:
+    """Names of the policies that do something towards the end of a run."""
+    return [p.name for p in program.controller.policies if "progress" in p.watches]
+
+
+def _told_end(program: Program, restored: Restored) -> int | None:
+    """The end that these policies knew when the state was saved; None if they begin anew."""
+    given = restored.record.get("given")
+    known = None if given is None else given["policies"]
+    names = _towards_the_end(program)
+    if not names or (known is not None and not set(names) <= set(known)):
+        return None
+    return int(np.asarray(restored.state.controller.fed["steps"])) or None
 
 
 def _nothing(folder: Path) -> CheckpointError:

@@ -136,7 +136,7 @@ PROCESSES = [case for case in COMMAND_LINES if case.name in {
     "recipe-missing-with-near-name", "recipe-syntax-error", "recipe-exits-at-import", "setting-unknown", "run-folder-occupied",
     "run-folder-cannot-be-made", "resume-recipe-json-cut", "resume-other-width", "batch-beyond-memory"}] + [
     Bad("platform-unknown", given(), PlanError, "JAX_PLATFORMS=nope", "JAX_PLATFORMS=cpu", "no devices"),
-    Bad("data-not-finite", recipe(NAN), DivergedError, "first in 5", "mend the data", "is nan"),
+    Bad("data-not-finite", recipe(NAN), DivergedError, "first in 5", "leave out these samples", "is nan"),
 ]
 
 

@@ -13,6 +13,7 @@ import lepton_jax as lepton
 from lepton_jax.checkpoint import Checkpoints, Damaged, _copy_and_checksum, _quoted, _unquoted
 from lepton_jax.compat import make_mesh
 from lepton_jax.monitor import read_events
+from lepton_jax.restore import Reader
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -137,5 +138,5 @@ def test_a_damaged_run_resumes_from_the_step_before_and_says_so(blobs, tmp_path)
     np.testing.assert_array_equal(trainer.fit()["loss"], expected[10:])
     events = read_events(tmp_path / "run" / "events.jsonl")
     assert [e["step"] for e in events if e["kind"] == "damaged"] == [20]
-    assert Checkpoints(tmp_path / "run" / "checkpoints").restore(20, trainer._template())
+    assert Checkpoints(tmp_path / "run" / "checkpoints").restore(20, Reader(trainer.program).template())
     assert (tmp_path / "run" / "set_aside" / "20").is_dir(), "the damaged step is kept, not deleted"

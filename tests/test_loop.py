@@ -1,6 +1,7 @@
 """The loop's contract: what is measured when, what is saved when, what compiles, what waits."""
 
 import json
+import shutil
 
 import grain
 import jax
@@ -271,3 +272,39 @@ def test_a_run_that_diverges_leaves_a_report_and_its_last_good_step(blobs, tmp_p
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [5, 10]
     assert sink.of("end")[0]["status"] == "diverged" and sink.of("end")[0]["seconds"] > 0
     assert "diverged" in (tmp_path / "run" / "report.html").read_text()
+
+
+class FailingLate:
+    """Test samples of which some can't be read."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        if index > 40:
+            raise RuntimeError("the disk is gone")
+        return np.ones(12, np.float32), np.int32(1)
+
+
+def test_an_evaluation_that_fails_costs_no_training(blobs, tmp_path):
+    def make(test):
+        return lepton.Trainer(
+            model=lambda rngs: lepton.models.MLP((12, 8, 3), rngs=rngs),
+            loss=lepton.losses.cross_entropy,
+            optimizer=optax.adam(1e-2),
+            train=blobs,
+            test=test,
+            batch_size=30,
+            steps=20,
+            evaluate_every=10,
+            devices=1,
+            run_dir=tmp_path / "run",
+        )
+
+    expected = make(None).fit()["loss"]
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(lepton.DataError, match="the disk is gone"):
+        make(grain.MapDataset.source(FailingLate())).fit()
+    resumed = make(None).resume()
+    assert resumed.step == 10
+    np.testing.assert_array_equal(resumed.fit()["loss"], expected[10:])

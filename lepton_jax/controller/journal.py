@@ -5,9 +5,12 @@ stop and the like. The journal is derived from the steps' records, so it costs t
 
 - "start": a fit began after "step"; the signals "watched" and the knobs that may be "moved".
 - "decision": in "step" a "policy" moved a "knob" "from" one effective value "to" another; its "contribution", and the first
-  four of the "signals" that it watches. Where no policy did, "policy" is "schedule", "live" (a person) or "rollback".
+  four of the "signals" that it watches. Where no policy did, "policy" is "schedule", "live" (a person), "recipe" or
+  "rollback".
 - "motion": the same in each of the steps from "step" to "last"; "values" are the effective ones of each.
 - "live": a person's request, applied after "step": "request", "settings", "who", "pid".
+- "recipe": from "step" on the bases of the knobs in "settings" are what the recipe says now, and not
+  what the checkpoint had; NaN: the learning rate follows its schedule.
 - "rollback": after "step" the run went back "to" a step; "position" is where the data goes on. Lines of steps later than that
   are of what is undone; `in_effect` leaves them out.
 
@@ -16,7 +19,7 @@ Values are float32, exact: replay.py makes the same run from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from lepton_jax.monitor import Lines, encode, plain, read_events
 
 FILE = "controller.jsonl"
 SHOWN = 4  # signals beside a decision
+RECIPE = "recipe"  # who decided, where the recipe says otherwise than the checkpoint
 
 
 class Journal:
@@ -95,6 +99,12 @@ class Journal:
         self._asked += [(step, knob, value, who) for knob, value in settings.items()]
         self._write({"kind": "live", "step": step, "request": request, **({"settings": settings} if settings else {}), **who})
 
+    def given(self, step: int, settings: Mapping[str, float]) -> None:
+        """The recipe's own values take effect after `step`, in place of the checkpoint's."""
+        for knob, value in settings.items():
+            self._asked.append((step, knob, value, {"who": RECIPE}))
+        self._write({"kind": "recipe", "step": step, "settings": dict(settings)})
+
     def rolled_back(self, **fields: Any) -> None:
         """What is undone is flushed before."""
         self.flush()
@@ -139,8 +149,12 @@ class Journal:
                 inside = (np.arange(len(rows)) >= start) & (np.arange(len(rows)) < stop)
                 slowed = not who and knob == "learning_rate" and "rate" in self.controller.limits
                 by = "schedule" if np.isnan(base) else "rollback" if slowed else "live"
+                more = who
+                if who.get("who") == RECIPE:
+                    by = RECIPE
+                    more = {}
                 for first, last in _runs(moved & inside):
-                    yield self._line(by, knob, rows, first, last, **who)
+                    yield self._line(by, knob, rows, first, last, **more)
 
     def _moved(self, policy: str, knob: str, rows: np.ndarray) -> np.ndarray:
         """In which steps a policy decided something about a knob: (steps,) bool."""
@@ -207,6 +221,19 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
       DataError: there is none, or it is damaged.
     """
     return read_events(Path(path), FILE)
+
+
+def knobs_set_live(folder: Path) -> set[str]:
+    """Names of the knobs that somebody has set while the run of a folder went on."""
+    if not (folder / FILE).is_file():
+        return set()
+    lines = in_effect(read_journal(folder))
+    return {
+        knob
+        for line in lines
+        if line["kind"] == "live"
+        for knob in line.get("settings", {})
+    }
 
 
 def in_effect(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,6 +20,10 @@ from lepton_jax.controller.journal import SHOWN
 from lepton_jax.errors import CheckpointError
 
 FILE = "rollback.json"
+WEIGHT = "weight"  # record of a loss that gives weights: their sum over the batch
+# Steps in a row that float16 may lose to overflows of the forward pass (assumption: odd
+# batches come alone).
+MOST_LOST = 3
 
 
 class Halt(NamedTuple):
@@ -38,21 +42,28 @@ class Halt(NamedTuple):
     why: str
 
 
-def find_halt(rows: np.ndarray, names: Sequence[str], controller: Controller, done: int) -> Halt | None:
-    """The first of some steps that halts the run.
+def find_halt(
+    rows: np.ndarray,
+    names: Sequence[str],
+    controller: Controller,
+    done: int,
+    lost: int = 0,
+) -> Halt | None:
+    """Find the first of some steps that halts the run.
 
     Args:
       rows: records, float32 (steps, names).
       names: of the columns.
       controller: whose policies asked.
       done: steps before these.
+      lost: steps up to `done`, without a gap, whose losses were not finite.
     """
     columns = {name: rows[:, i] for i, name in enumerate(names)}
-    bad = ~np.isfinite(rows[:, 0])
-    if "loss_scale" in columns:  # float16 gets over losses that a smaller scale mends
-        bad &= columns["loss_scale"] <= 1
-    for knob in ("skip", "restore", "rollback"):
-        bad &= columns.get(knob, np.zeros(len(rows))) == 0
+    bad = _not_finite(columns, controller)
+    if "loss_scale" in columns:
+        # A single batch whose forward pass overflows float16 is skipped, as is usual.
+        # The loss is measured before it is scaled: no smaller scale would help several.
+        bad &= _in_a_row(bad, lost) >= MOST_LOST
     stop, back = (columns.get(knob, np.zeros(len(rows))) > 0 for knob in ("stop", "rollback"))
     if not (bad | stop | back).any():
         return None
@@ -65,6 +76,43 @@ def find_halt(rows: np.ndarray, names: Sequence[str], controller: Controller, do
                   if k == knob and columns[f"{controller.policies[p].name}:{k}"][row] != 0)
     seen = ", ".join(f"{name} is {columns[name][row]:.6g}" for name in policy.watches[:SHOWN] if name in columns)
     return Halt(step, knob, policy.name, seen or "it said so")
+
+
+def lost_at_the_end(
+    rows: np.ndarray, names: Sequence[str], controller: Controller, lost: int
+) -> int:
+    """Count the last steps, without a gap, whose losses are not finite.
+
+    Args:
+      rows, names, controller: as of `find_halt`.
+      lost: the count before these steps.
+    """
+    columns = {name: rows[:, i] for i, name in enumerate(names)}
+    if not len(rows) or "loss_scale" not in columns:
+        return 0
+    return int(_in_a_row(_not_finite(columns, controller), lost)[-1])
+
+
+def _not_finite(columns: Mapping[str, np.ndarray], controller: Controller) -> np.ndarray:
+    """Steps whose loss is not finite, and that no policy has seen to."""
+    bad = ~np.isfinite(columns["loss"])
+    if WEIGHT in columns:
+        bad &= columns[WEIGHT] != 0  # else it is a mean of nothing
+    for p, knob in controller.moves:
+        policy = controller.policies[p].name
+        # the scale of the loss is moved for its gradients: it does not help the loss
+        if knob in ("skip", "restore", "rollback") and policy != "loss_scaling":
+            bad &= columns[f"{policy}:{knob}"] == 0
+    return bad
+
+
+def _in_a_row(bad: np.ndarray, before: int) -> np.ndarray:
+    """For each step the number of bad ones up to it, without a gap."""
+    counts = []
+    for one in bad:
+        before = before + 1 if one else 0
+        counts.append(before)
+    return np.array(counts, int)
 
 
 class Rollbacks:
@@ -94,10 +142,26 @@ class Rollbacks:
         """Plain data for a checkpoint's record."""
         return {"count": self.count, "used": self._used, "tried": self.tried}
 
-    def restore(self, checkpoints: Checkpoints, template: Any, halt: Halt,
-                on_damaged: Callable[[int, str], None]) -> tuple[int, Any]:
-        """(step, state) of the checkpoint to go back to, which is counted: the newest readable one from before the run was lost
-        that was not gone back to before; the oldest for want of others.
+    def restore(
+        self,
+        checkpoints: Checkpoints,
+        read: Callable[[int], Any],
+        halt: Halt,
+        on_damaged: Callable[[int, str], None],
+    ) -> tuple[int, Any]:
+        """Read the checkpoint to go back to, and count it.
+
+        It is the newest readable one from before the run was lost that was not gone back
+        to before; the oldest for want of others.
+
+        Args:
+          checkpoints: of the run.
+          read: a step to its state.
+          halt: why the run goes back.
+          on_damaged: told of each step that can't be read, and why.
+
+        Returns:
+          The step and its state.
 
         Raises:
           CheckpointError: none of them can be read.
@@ -108,7 +172,7 @@ class Rollbacks:
         targets = sorted({step for step in committed if step <= before} - set(self._used), reverse=True) or committed[:1]
         for to in targets:
             try:
-                state = checkpoints.restore(to, template)[0]
+                state = read(to)
             except Damaged as error:
                 on_damaged(to, error.reason)
                 continue

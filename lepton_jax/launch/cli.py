@@ -116,7 +116,14 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     if options.go_on:
         hosts.heed_sigterm(once=told is not None)
     cluster.join(options.devices)
-    work = lambda: _train(options, settings.call(function, chosen), Path(file), chosen, folder)  # noqa: E731
+    by_a_person = any(word.partition("=")[0] == "--resume" for word in arguments)
+    again = told is not None and told.generation > 1
+    asked = set(given) if by_a_person and not again else set()
+
+    def work() -> dict[str, Any]:
+        recipe = settings.call(function, chosen)
+        return _train(options, recipe, Path(file), chosen, folder, asked)
+
     with serve.serving(place, folder, serve.Here()):
         summary = hosts.run(around, work, told=told is not None)
     return _said(options, summary) if around.host_id == 0 else summary
@@ -143,7 +150,14 @@ def _watch(options: argparse.Namespace, around: cluster.Cluster, file: Path, giv
         environment={"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"} if several_here else None)
 
 
-def _train(options: argparse.Namespace, recipe: Recipe, file: Path, chosen: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _train(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    file: Path,
+    chosen: dict[str, Any],
+    folder: Path,
+    asked: set[str],
+) -> dict[str, Any]:
     if recipe.name == "run":
         recipe = recipe.with_(name=file.stem)
     plain = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in chosen.items()}
@@ -156,7 +170,7 @@ def _train(options: argparse.Namespace, recipe: Recipe, file: Path, chosen: dict
                       trace_samples=options.trace_samples, local_dir=options.local_dir, local_every=options.local_every)
     watchdog.measure(_device_memory)
     if options.resume is not None:
-        trainer.resume()
+        trainer.resume(asked=asked)
     history = trainer.fit()
     return {"run_dir": str(folder), "status": history.status, "steps": trainer.step, "seconds": history.seconds,
             "samples_per_second": history.samples / history.seconds if history.steps else 0.0,

@@ -33,6 +33,7 @@ class Trace:
       flops: floating-point operations of one train step: dots and convolutions of the jaxpr, times 3 for the backward.
       operations: how often each primitive occurs.
       samples: in the training data, if that is arrays in memory.
+      weighted: whether the loss gives weights, which may all be 0.
     """
 
     recipe: Recipe
@@ -45,6 +46,7 @@ class Trace:
     flops: float
     operations: dict[str, int]
     samples: int | None
+    weighted: bool = False
     _gradients: dict[str, Graph] = field(default_factory=dict, repr=False, compare=False)
 
     def gradient(self, remat: str) -> Graph:
@@ -139,10 +141,14 @@ def trace(recipe: Recipe, inputs: Any, targets: Any, samples: int | None = None)
     if inputs is None:
         return Trace(recipe, module, state, None, None, None, None, 0.0, {}, None)
 
+    weighted = False
+
     def loss(params: Any, variables: Any, key: Any, inputs: Any, targets: Any) -> Any:
+        nonlocal weighted
         outputs, after = forward(recipe, module, params, variables, inputs, key, True)
         _check_variables(module.name, variables, after)
         total, weight = losses.measure(recipe, outputs, targets)["loss"]
+        weighted = isinstance(weight, jax.Array)
         return total / weight, outputs
 
     with pointing_at_user("tracing model, loss and metrics"):
@@ -152,7 +158,7 @@ def trace(recipe: Recipe, inputs: Any, targets: Any, samples: int | None = None)
                          remedy="return one value per sample")
     operations: dict[str, int] = {}
     flops = _count(jaxpr.jaxpr, operations, 1)
-    return Trace(recipe, module, state, inputs, targets, shapes[1], jaxpr, 3.0 * flops, operations, samples)
+    return Trace(recipe, module, state, inputs, targets, shapes[1], jaxpr, 3.0 * flops, operations, samples, weighted)
 
 
 def _check_variables(name: str, before: Any, after: Any) -> None:
