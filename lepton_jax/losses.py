@@ -102,6 +102,37 @@ def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[st
     return found
 
 
+def with_auxiliary(
+    sums: dict[str, tuple[Any, Any]],
+    weights: Mapping[str, float],
+    sown: Mapping[str, Any],
+) -> dict[str, tuple[Any, Any]]:
+    """The sums of a batch, with what the model sowed added to its mean loss.
+
+    Over micro-batches the sums are added up: the auxiliary terms are then averaged with
+    the weights that the micro-batches' losses have, which is their mean where each
+    holds as many samples that count.
+
+    Args:
+      sums: (sum, weight) pairs by name, as of `measure` and `discounted`.
+      weights: `Recipe.auxiliary`.
+      sown: values by the same names; of each array the mean counts.
+    """
+    if not weights:
+        return sums
+    total = jnp.float32(0)
+    for name, weight in weights.items():
+        values = jax.tree.leaves(sown[name])
+        means = [jnp.mean(jnp.asarray(x, jnp.float32)) for x in values]
+        total = total + weight * sum(means)
+    added = {}
+    for name in ("loss", "loss_kept"):
+        if name in sums:
+            value, samples = sums[name]
+            added[name] = value + total * jax.lax.stop_gradient(samples), samples
+    return sums | added
+
+
 def objective(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
     """Of the sums of a batch those that its gradient is taken of: the loss, or what is kept of it."""
     return sums.get("loss_kept", sums["loss"])
@@ -109,7 +140,7 @@ def objective(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
 
 def measure(recipe: Any, outputs: Any, targets: Any, valid: jax.Array | None = None) -> dict[str, tuple[Any, Any]]:
     """(sum, weight) of the recipe's loss, under "loss", and of each of its metrics, over one batch."""
-    if not jnp.issubdtype(jnp.result_type(*jax.tree.leaves(outputs)), jnp.floating):
+    if not jnp.issubdtype(jnp.result_type(*jax.tree.leaves(outputs)), jnp.inexact):
         raise ModelError(f"the model returned {shapes(outputs)}, which has no gradient", where="Recipe.model",
                          remedy="return floating-point outputs, e.g. logits instead of the labels chosen by them")
     functions = {"loss": recipe.loss} | {n: getattr(m, "values", m) for n, m in recipe.metrics.items()}
