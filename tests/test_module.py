@@ -364,3 +364,130 @@ def test_who_asks_whether_there_is_a_stream_is_not_given_one_outside_of_training
     run.fit()
     plain = cross_entropy(Asking().apply({"params": run.state.params}, data[0]), data[1])
     close(run.evaluate(data).loss, plain.mean(), rtol=1e-5)
+
+
+# ---- bare arrays --------------------------------------------------------------------
+
+
+class Bare(nnx.Module):
+    """Arrays that are no variables."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(6, 3, rngs=rngs)
+        self.scale = jnp.linspace(0.5, 1.5, 6)
+        self.offset = jax.random.normal(rngs.params(), (6,))
+        self.order = np.arange(6)[::-1].copy()
+
+    def __call__(self, x):
+        return self.layer((x * self.scale + self.offset)[:, self.order])
+
+
+class Closing(nnx.Module):
+    """An array that only a function knows."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(6, 3, rngs=rngs)
+        table = jax.random.normal(rngs.params(), (6,))
+        self.scale = lambda x: x * table
+        self.shift = partial(jnp.add, jnp.linspace(0, 1, 6))
+
+    def __call__(self, x):
+        return self.layer(self.shift(self.scale(x)))
+
+
+class Nested(nnx.Module):
+    def __init__(self, rngs):
+        self.parts = nnx.List([Bare(rngs), Closing(rngs)])
+        self.key = jax.random.key(7)
+
+    def __call__(self, x):
+        noise = jax.random.normal(self.key, x.shape[1:])
+        return self.parts[0](x + noise) + self.parts[1](x)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("model", [Bare, Closing, Nested])
+def test_a_bare_array_is_a_constant_that_a_checkpoint_holds(model, devices, data, tmp_path):
+    losses, params = nnx_by_hand(model, data, lambda m, x, key: m(x))
+    run = trainer(model, data, devices=devices)
+    close(run.fit()["loss"], losses)
+    close(run.state.params, params, rtol=1e-5)
+    run.save(tmp_path / "saved")
+    again = trainer(model, data, devices=devices).load(tmp_path / "saved")
+    np.testing.assert_array_equal(again.evaluate(data), run.evaluate(data))
+    instance = trainer(model(nnx.Rngs(0)), data, devices=devices)
+    close(instance.fit()["loss"], losses)
+
+
+def test_a_bare_array_comes_back_from_a_checkpoint(data, tmp_path):
+    run = trainer(Bare, data)
+    run.fit()
+    run.save(tmp_path / "saved")
+    other = trainer(Bare, data, seed=5).load(tmp_path / "saved")
+    np.testing.assert_array_equal(
+        other.state.variables["offset"], Bare(nnx.Rngs(0)).offset
+    )
+
+
+# ---- axis names ---------------------------------------------------------------------
+
+
+class Normed(linen.Module):
+    axis: str | None
+
+    @linen.compact
+    def __call__(self, x, train):
+        norm = linen.BatchNorm(use_running_average=not train, axis_name=self.axis)
+        return linen.Dense(3)(norm(linen.Dense(8)(x)))
+
+
+class NormedNnx(nnx.Module):
+    def __init__(self, rngs, axis=None):
+        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, axis_name=axis, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("named", "plain"),
+    [(Normed("batch"), Normed(None)), (partial(NormedNnx, axis="data"), NormedNnx)],
+)
+def test_batch_norm_over_an_axis_name_is_batch_norm(named, plain, devices, data):
+    run, expected = (trainer(m, data, devices=devices) for m in (named, plain))
+    close(run.fit()["loss"], expected.fit()["loss"])
+    close(run.state.variables, expected.state.variables)
+    close(tuple(run.evaluate(data)), tuple(expected.evaluate(data)))
+
+
+def test_collectives_in_model_loss_and_preprocess_are_over_the_whole_batch(data):
+    class Summed(Plain):
+        def __call__(self, x):
+            x = jax.lax.scan(lambda c, y: (c, y + jax.lax.pmean(c, "rows")), 0.5, x)[1]
+            return super().__call__(x) * jax.lax.axis_size("model")
+
+    def loss(outputs, targets):
+        values = cross_entropy(outputs, targets)
+        return jax.lax.pmean(values.mean(), ("data", "model"))
+
+    def preprocess(x):
+        return jax.lax.psum(x, "data") + jax.lax.axis_index("rows")
+
+    def accuracy(outputs, targets):
+        return jax.lax.pmax(lepton.metrics.accuracy(outputs, targets), "data")
+
+    class Unsummed(Plain):
+        def __call__(self, x):
+            return super().__call__(x + 0.5)
+
+    named = trainer(
+        Summed, data, loss=loss, preprocess=preprocess, metrics={"accuracy": accuracy}
+    )
+    plain = trainer(Unsummed, data, metrics={"accuracy": lepton.metrics.accuracy})
+    histories = named.fit(), plain.fit()
+    close(histories[0]["loss"], histories[1]["loss"])
+    close(histories[0]["accuracy"], histories[1]["accuracy"])
+    close(tuple(named.evaluate(data)), tuple(plain.evaluate(data)), rtol=1e-5)
+    np.testing.assert_array_equal(named.predict(data[0]).argmax(-1), plain.predict(data[0]))
