@@ -1,8 +1,10 @@
-"""How a module's `__call__` is called: its inputs, its mode (training or not), its random streams.
+"""How a module's `__call__` is called: inputs, mode (training or not), random streams.
 
-Flax has no one convention for the mode: modules call it `train`, `deterministic`, `is_training`, `eval_mode`, ...
-Known names are taken by name. An unknown Boolean is taken by what it does: the call is traced with it True and with it
-False, and the value with which the module draws more random numbers, or writes more variables, is the one for training.
+Flax has no one convention for the mode: modules call it `train`, `deterministic`,
+`is_training`, `eval_mode`, ... Known names are taken by name. An unknown Boolean is
+taken by what it does: the call is traced with it True and with it False, and the value
+with which the module draws more random numbers, or writes more variables, is the one
+for training.
 """
 
 from __future__ import annotations
@@ -13,8 +15,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
-
-import jax
 
 from lepton_jax.errors import ModelError, nearest
 
@@ -105,11 +105,16 @@ class Arguments:
 
     Attributes:
       where: the call, for messages.
-      data: the parameter that takes an array; None: the first one, or the inputs are a dict.
-      training: Boolean arguments and their values in training; outside of it they have the other one.
-      random: arguments that take random streams or a key, and whether they get one (in training, outside of it).
-      open: Boolean arguments whose sense is not known, and their defaults, or `REQUIRED`. `settled` finds out.
-      open_random: arguments for randomness that may stay None; it finds out about these, too.
+      data: the parameter that takes an array; None: the first one, or the inputs are a
+        dict.
+      training: Boolean arguments and their values in training; outside of it they have
+        the other one.
+      random: arguments that take random streams or a key, and whether they get one
+        (in training, outside of it).
+      open: Boolean arguments whose sense is not known, and their defaults, or
+        `REQUIRED`. `settled` finds out.
+      open_random: arguments for randomness that may stay None; it finds out about
+        these, too.
     """
 
     where: str
@@ -177,8 +182,8 @@ def read(
         raise ModelError(
             "the model has no __call__",
             where=where,
-            remedy="give it one that takes what the samples (and preprocess) give: one array, or a dict's "
-            "arrays by name",
+            remedy="give it one that takes what the samples (and preprocess) give: one "
+            "array, or a dict's arrays by name",
         )
     parameters = dict(
         itertools.islice(_signature(function).items(), 1, None)
@@ -217,7 +222,8 @@ def read(
     if unknown and train_argument is not None:
         name = next(iter(unknown))
         raise ModelError(
-            f"the Boolean argument {name!r} has no default, and train_argument names another",
+            f"the Boolean argument {name!r} has no default, and train_argument names "
+            "another",
             where=where,
             remedy=f"give {name!r} a default in __call__",
         )
@@ -244,17 +250,20 @@ def settled(arguments: Arguments, effect: Callable[[Mode], Effect | None]) -> Ar
       ModelError: it can't be told which value of an argument is for training.
     """
     for name in arguments.open_random:
-        given = tuple(_gains(arguments, name, train, effect) for train in (True, False))
+        given = (
+            _gains(arguments, name, True, effect),
+            _gains(arguments, name, False, effect),
+        )
         arguments = replace(arguments, random={**arguments.random, name: given})
     found = {name: _found(arguments, name, effect) for name in arguments.open}
-    found = {name: sense for name, sense in found.items() if sense is not None}
+    training = {name: sense for name, sense in found.items() if sense is not None}
     return replace(
-        arguments, training={**arguments.training, **found}, open={}, open_random=()
+        arguments, training={**arguments.training, **training}, open={}, open_random=()
     )
 
 
 def call_of(kind: type) -> Callable | None:
-    """The `__call__` that a class has; that of its metaclass, which makes instances, is not meant."""
+    """The `__call__` that a class has, not that of its metaclass, which makes instances."""
     return next(
         (
             vars(c)["__call__"]
@@ -266,7 +275,7 @@ def call_of(kind: type) -> Callable | None:
 
 
 def draws(jaxpr: Any) -> int:
-    """Number of random operations in a jaxpr, those of its loops and calls counted once."""
+    """Number of random operations in a jaxpr, counted once in a loop's body."""
     count = 0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -285,7 +294,7 @@ def draws(jaxpr: Any) -> int:
     return count
 
 
-# ---- reading a signature ----------------------------------------------------------------------------------------------
+# ---- reading a signature ----------------------------------------------------------
 
 
 def _signature(function: Callable) -> dict[str, inspect.Parameter]:
@@ -298,7 +307,7 @@ def _signature(function: Callable) -> dict[str, inspect.Parameter]:
 def _data_parameter(
     parameters: Mapping[str, inspect.Parameter], where: str
 ) -> str | None:
-    """The name of the parameter that takes an array that has no name; None where it is one of `*args`."""
+    """The parameter that takes an array without a name; None: it is one of `*args`."""
     positional = [n for n, p in parameters.items() if p.kind in POSITIONAL]
     plain = [
         n
@@ -321,9 +330,11 @@ def _data_parameter(
     ]
     if named:
         raise ModelError(
-            f"the model takes {_listed(named)} by name, but the samples' inputs are one array without a name",
+            f"the model takes {_listed(named)} by name, but the samples' inputs are one "
+            "array without a name",
             where=where,
-            remedy=f"give the inputs as a dict, {_dict(named)}, or take them by position",
+            remedy=f"give the inputs as a dict, {_dict(named)}, or take them by "
+            "position",
         )
     return None
 
@@ -336,7 +347,7 @@ def _check_inputs(
     inputs: Any,
     where: str,
 ) -> None:
-    """That the inputs fill all that the call requires, and that it takes all of them."""
+    """Check that the inputs fill all that the call requires, and that it takes them."""
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     surplus = [] if anything else sorted(n for n in names if n not in parameters)
     wrap = "wrap the model in one that takes the inputs alone"
@@ -344,19 +355,20 @@ def _check_inputs(
         free = [n for n, p in parameters.items() if p.kind in NAMED and n not in names]
         lacks = f" and lacks {_listed(missing)}" if missing else ""
         raise ModelError(
-            f"the model takes no input {_listed(surplus)}{nearest(surplus[0], free)}{lacks}; the inputs are "
-            f"{_described(inputs)}",
+            f"the model takes no input {_listed(surplus)}{nearest(surplus[0], free)}"
+            f"{lacks}; the inputs are {_described(inputs)}",
             where=where,
-            remedy=f"the arrays of a dict go to the model by name: name them as its arguments, {_listed(free)}, "
-            f"or {wrap}",
+            remedy="the arrays of a dict go to the model by name: name them as its "
+            f"arguments, {_listed(free)}, or {wrap}",
         )
     if missing:
         taken = sorted(names) if isinstance(inputs, dict) else [data] if data else []
         raise ModelError(
-            f"the model's call requires {_listed(missing)}, which the samples' inputs don't have; they are "
-            f"{_described(inputs)}",
+            f"the model's call requires {_listed(missing)}, which the samples' inputs "
+            f"don't have; they are {_described(inputs)}",
             where=where,
-            remedy=f"give the inputs as a dict's arrays by name, {_dict([*taken, *missing])}, or give "
+            remedy="give the inputs as a dict's arrays by name, "
+            f"{_dict([*taken, *missing])}, or give "
             f"{_listed(missing)} a default, e.g. None, or {wrap}",
         )
 
@@ -377,7 +389,8 @@ def _named_mode(
         raise ModelError(
             f"train_argument names {name!r}, which is an input of the model",
             where=where,
-            remedy="name the Boolean argument that says whether the model trains, or leave train_argument out",
+            remedy="name the Boolean argument that says whether the model trains, or "
+            "leave train_argument out",
         )
     if name in others:
         default = others[name].default
@@ -392,7 +405,8 @@ def _named_mode(
         return sense
     known = ", ".join(others) or "none besides the inputs"
     raise ModelError(
-        f"train_argument names {name!r}, which the model's call does not have{nearest(name, others)}",
+        f"train_argument names {name!r}, which the model's call does not have"
+        f"{nearest(name, others)}",
         where=where,
         remedy=f"name one of its arguments: {known}",
     )
@@ -441,7 +455,7 @@ def _sense_of(name: str) -> bool | None:
 
 
 def _random(name: str, parameter: inspect.Parameter, parameters: Iterable[str]) -> bool:
-    """Whether a parameter takes random streams or a key: by its name, if nothing else goes by that name."""
+    """Whether a parameter takes random streams or a key: by its name."""
     if parameter.default is not None and not _is_required(parameter):
         return False
     if name in RNGS:
@@ -470,7 +484,7 @@ def _described(inputs: Any) -> str:
     )
 
 
-# ---- finding out ------------------------------------------------------------------------------------------------------
+# ---- finding out ------------------------------------------------------------------
 
 
 def _gains(
@@ -479,7 +493,7 @@ def _gains(
     train: bool,
     effect: Callable[[Mode], Effect | None],
 ) -> bool:
-    """Whether an argument for randomness, None by default, has to be given: else the call fails, or draws less."""
+    """Whether the call fails, or draws less, without an argument for randomness."""
     mode = arguments.mode(train)
     without = effect(mode)
     if without is not None and not train:
@@ -491,7 +505,11 @@ def _gains(
 def _found(
     arguments: Arguments, name: str, effect: Callable[[Mode], Effect | None]
 ) -> bool | None:
-    """The value of a Boolean argument in training, by what it does; None: it has nothing to do with training."""
+    """The value of a Boolean argument in training, by what it does.
+
+    Returns:
+      None: it has nothing to do with training.
+    """
     mode = arguments.mode(True)
     others = [
         n for n, default in arguments.open.items() if default is REQUIRED and n != name
@@ -528,14 +546,17 @@ def _found(
         name,
         arguments.where,
         f"draws {with_true.draws} times and writes {_listed(sorted(with_true.writes))} "
-        f"if it is True, {with_false.draws} times and {_listed(sorted(with_false.writes))} if it is False",
+        f"if it is True, {with_false.draws} times and "
+        f"{_listed(sorted(with_false.writes))} if it is False",
     )
 
 
 def _unsettled(name: str, where: str, why: str) -> ModelError:
     return ModelError(
-        f"it can't be told whether the Boolean argument {name!r} says that the model trains: its call {why}",
+        f"it can't be told whether the Boolean argument {name!r} says that the model "
+        f"trains: its call {why}",
         where=where,
-        remedy=f"if it does, set Recipe.train_argument to {name!r}, or to 'not {name}' if it is True outside of "
-        "training; if it doesn't, give it a default in __call__ and name the one that does",
+        remedy=f"if it does, set Recipe.train_argument to {name!r}, or to 'not {name}' "
+        "if it is True outside of training; if it doesn't, give it a default in "
+        "__call__ and name the one that does",
     )

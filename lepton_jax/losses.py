@@ -22,6 +22,12 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 binary_cross_entropy = optax.sigmoid_binary_cross_entropy
 squared_error = optax.squared_error
 huber = optax.huber_loss
+STOCK = {
+    cross_entropy: "cross_entropy",
+    binary_cross_entropy: "binary_cross_entropy",
+    squared_error: "squared_error",
+    huber: "huber",
+}
 
 
 def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | None = None,
@@ -180,10 +186,11 @@ def _checked(function: Callable, outputs: Any, targets: Any) -> tuple[Any, Any]:
     given = f"outputs {shapes(outputs)} and targets {shapes(targets)}"
     remedy = "give targets, or a model, of the shapes and dtypes that it takes"
     if not isinstance(outputs, jax.Array):
+        short = next((n for f, n in STOCK.items() if f is function), name)
         chosen = _chosen(outputs)
         remedy = (
             f"the model returns {_structure(outputs)}: choose what the function takes, e.g. "
-            f"lambda outputs, targets: {name}({chosen}, targets)"
+            f"lambda outputs, targets: {short}({chosen}, targets)"
         )
     with pointing_at_user(f"{name} of {given}", remedy, where=where):
         result = whole_axes(function)(outputs, targets)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax
@@ -48,7 +48,9 @@ class Functional(NamedTuple):
 
 def is_linen(model: Any) -> bool:
     """Whether a model is a Linen module or its class."""
-    return isinstance(model, linen.Module) or (inspect.isclass(model) and issubclass(model, linen.Module))
+    return isinstance(model, linen.Module) or (
+        inspect.isclass(model) and issubclass(model, linen.Module)
+    )
 
 
 def functional(
@@ -85,8 +87,8 @@ def functional(
     takes_rngs = "rngs" in _parameters(model)
     with pointing_at_user(
         "building the model",
-        "let the factory take rngs, or nothing, and return a Flax module; give the model "
-        "sizes of at least 1",
+        "let the factory take rngs, or nothing, and return a Flax module; give the "
+        "model sizes of at least 1",
         where="Recipe.model",
     ):
         if not takes_rngs and not _required(model):
@@ -101,15 +103,33 @@ def functional(
         return _nnx(build, given)
 
 
-def forward(recipe: Any, module: Functional, params: Any, variables: Any, inputs: Any,
-            key: Any, train: bool, dropout: Any = None) -> Any:
+def forward(
+    recipe: Any,
+    module: Functional,
+    params: Any,
+    variables: Any,
+    inputs: Any,
+    key: Any,
+    train: bool,
+    dropout: Any = None,
+) -> Any:
     """(outputs, variables after) of a batch: preprocessing, then the model in the
     recipe's precision."""
-    return forward_sowing(recipe, module, params, variables, inputs, key, train, dropout)[:2]
+    return forward_sowing(
+        recipe, module, params, variables, inputs, key, train, dropout
+    )[:2]
 
 
-def forward_sowing(recipe: Any, module: Functional, params: Any, variables: Any,
-                   inputs: Any, key: Any, train: bool, dropout: Any = None) -> Any:
+def forward_sowing(
+    recipe: Any,
+    module: Functional,
+    params: Any,
+    variables: Any,
+    inputs: Any,
+    key: Any,
+    train: bool,
+    dropout: Any = None,
+) -> Any:
     """As `forward`, and the values that the model sowed in training under the names of
     `Recipe.auxiliary`."""
     if recipe.preprocess:
@@ -126,7 +146,9 @@ def forward_sowing(recipe: Any, module: Functional, params: Any, variables: Any,
         "dict's arrays by name",
         where=where,
     ):
-        outputs, variables, sown = whole_axes(apply)(params, variables, inputs, key, dropout)
+        outputs, variables, sown = whole_axes(apply)(
+            params, variables, inputs, key, dropout
+        )
     outputs = _checked_outputs(outputs, where)
     return precision.to_float32(outputs, recipe.precision), variables, sown
 
@@ -135,7 +157,10 @@ def _checked_outputs(outputs: Any, where: str) -> Any:
     """Outputs as arrays: at least one of them with a batch dim; scalars may be among
     them, such as a loss that the model adds to."""
     leaves = jax.tree.leaves(outputs)
-    numbers = all(isinstance(x, jax.Array | float | int) or hasattr(x, "__array__") for x in leaves)
+    numbers = all(
+        isinstance(x, jax.Array | float | int) or hasattr(x, "__array__")
+        for x in leaves
+    )
     if not numbers or all(jnp.ndim(x) == 0 for x in leaves):
         raise ModelError(
             f"the model returned {shapes(outputs)}",
@@ -170,7 +195,7 @@ class _Given(NamedTuple):
             known = (mode.train, frozenset(mode.values.items()), mode.random)
             if known not in tried:
                 try:
-                    tried[known] = whole_axes(lambda: trial(found, mode))()
+                    tried[known] = trial(found, mode)
                 except Exception:  # of the user's code: e.g. `decode=True` has no cache
                     tried[known] = None
             return tried[known]
@@ -198,25 +223,26 @@ def _effect(function: Callable, params: Any, variables: Any, inputs: Any) -> Eff
     """What a call does, from its traced program.
 
     Args:
-      function: (params, variables, inputs, key) to (outputs, variables after).
+      function: (params, variables, inputs, key) to the variables after.
     """
-    program, after = jax.make_jaxpr(function, return_shape=True)(
+    program, after = jax.make_jaxpr(whole_axes(function), return_shape=True)(
         params, variables, inputs, jax.random.key(0)
     )
     jaxpr = program.jaxpr
     first = len(jax.tree.leaves(params))
     paths = list(by_path(variables))
     kept = dict(zip(paths, jaxpr.invars[first : first + len(paths)], strict=True))
-    results = jaxpr.outvars[len(jaxpr.outvars) - len(jax.tree.leaves(after[1])) :]
     written = {
         path
-        for path, result in zip(by_path(after[1]), results, strict=True)
+        for path, result in zip(by_path(after), jaxpr.outvars, strict=True)
         if kept.get(path) is not result
     }
     return Effect(draws(jaxpr), frozenset(written))
 
 
-def _collected(found: Mapping[str, list[Any]], asked: Sequence[str], seen: set[str], where: str) -> dict[str, Any]:
+def _collected(
+    found: Mapping[str, list[Any]], asked: Sequence[str], seen: set[str], where: str
+) -> dict[str, Any]:
     """The sown values that were asked for.
 
     Raises:
@@ -267,7 +293,9 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
             own = _split(make(jax.random.key(given.seed)))[0]
         # copy=True: modules that count calls (Rngs, RNN) mutate their variables at this
         # trace level
-        return nnx.merge(own, _filled(params, params_), _filled(rest, variables), copy=True)
+        return nnx.merge(
+            own, _filled(params, params_), _filled(rest, variables), copy=True
+        )
 
     def note(module: Any, kind: Any, label: str) -> None:
         kinds = (kind,) if isinstance(kind, str) else _labels(kind)
@@ -279,7 +307,9 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
         found: dict[str, list[Any]] = {}
         for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param))):
             own = "/".join(map(str, path)) in known
-            labels = _labels(type(variable)) if isinstance(variable, nnx.Variable) else ()
+            labels = (
+                _labels(type(variable)) if isinstance(variable, nnx.Variable) else ()
+            )
             if any((label, path[-1]) in noted for label in labels):
                 for label in labels:
                     found.setdefault(label, []).append(variable.get_value())
@@ -291,18 +321,23 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
                 kept[path] = variable.get_value() if labels else variable
         return traverse_util.unflatten_dict(kept), found
 
-    def call(arguments: Arguments, module: Any, inputs: Any, key: Any, mode: Mode) -> Any:
+    def call(
+        arguments: Arguments, module: Any, inputs: Any, key: Any, mode: Mode
+    ) -> Any:
         """Outputs of a module that is set to a mode, which mutates it."""
         module.train() if mode.train else module.eval()
         with noting_sow(nnx.Module, note):
-            return arguments.call(module, inputs, mode, _streams(key, linen_module=False))
+            return arguments.call(
+                module, inputs, mode, _streams(key, linen_module=False)
+            )
 
     def checked_after(module: Any) -> tuple[Any, dict[str, list[Any]]]:
         variables, found = after(module)
         surplus = set(by_path(variables)) - known
         if surplus:
             raise ModelError(
-                f"the module creates the variable {sorted(surplus)[0]!r} when it is called",
+                f"the module creates the variable {sorted(surplus)[0]!r} when it is "
+                "called",
                 where=name,
                 remedy="create it in __init__, so that the state has one shape",
             )
@@ -311,15 +346,22 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
     def trial(arguments: Arguments, mode: Mode) -> Effect:
         def run(params_: Any, variables: Any, inputs: Any, key: Any) -> Any:
             module = merged(params_, variables)
-            outputs = call(arguments, module, inputs, key, mode)
-            return outputs, checked_after(module)[0]
+            call(arguments, module, inputs, key, mode)
+            return checked_after(module)[0]
 
-        first = jax.eval_shape(init, jax.random.key(0))
-        return _effect(run, *first, given.inputs)
+        params, variables = jax.eval_shape(init, jax.random.key(0))
+        return _effect(run, params, variables, given.inputs)
 
     arguments = given.arguments(module, trial)
 
-    def apply(params_: Any, variables: Any, inputs: Any, key: Any, train: bool, dropout: Any = None) -> Any:
+    def apply(
+        params_: Any,
+        variables: Any,
+        inputs: Any,
+        key: Any,
+        train: bool,
+        dropout: Any = None,
+    ) -> Any:
         module = merged(params_, variables)
         _follow_precision(module)
         scaled = _scale_dropout(module, dropout) if dropout is not None else []
@@ -354,13 +396,15 @@ def _without_sown(module: nnx.Module) -> nnx.Module:
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
-                if isinstance(value, nnx.Intermediate) and isinstance(value.get_value(), tuple):
+                if isinstance(value, nnx.Intermediate) and isinstance(
+                    value.get_value(), tuple
+                ):
                     delattr(node, name)
     return module
 
 
 def _labels(kind: type) -> tuple[str, ...]:
-    """The names of a type of variables: its class's, and the one that NNX registered."""
+    """The names of a type of variables: its class's, and the one registered in NNX."""
     try:
         registered = nnx.variable_name_from_type(kind)
     except ValueError:
@@ -378,25 +422,42 @@ def leaks(jaxpr: Any) -> bool:
 
 
 def _follow_precision(module: nnx.Module) -> None:
-    """nnx.Embed alone fixes its dtype when it is built; it would turn a bfloat16 table, and all after it, to float32."""
+    """Set the dtype of each nnx.Embed to that of its table.
+
+    It alone fixes its dtype when it is built: it would turn a bfloat16 table, and all
+    after it, to float32.
+    """
     for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.Embed) and jnp.dtype(node.dtype).itemsize > node.embedding.dtype.itemsize:
+        if (
+            isinstance(node, nnx.Embed)
+            and jnp.dtype(node.dtype).itemsize > node.embedding.dtype.itemsize
+        ):
             node.dtype = node.embedding.dtype
 
 
 class _ScaledDropout(nnx.Dropout):
-    """An nnx.Dropout whose rate is times a traced factor; with a factor of 1 it has the same bits."""
+    """An nnx.Dropout whose rate is times a traced factor.
+
+    With a factor of 1 it has the same bits.
+    """
 
     factor: Any
 
-    def __call__(self, inputs: Any, *, deterministic: bool | None = None, rngs: Any = None) -> Any:
+    def __call__(
+        self, inputs: Any, *, deterministic: bool | None = None, rngs: Any = None
+    ) -> Any:
         if self.deterministic if deterministic is None else deterministic:
             return inputs
         source = rngs or self.rngs
-        stream: Any = source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
+        stream: Any = (
+            source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
+        )
         drawn = stream.count[...]
         plain = super().__call__(inputs, deterministic=False, rngs=rngs)
-        after, stream.count[...] = stream.count[...], drawn  # the same key again, so that the same inputs are dropped
+        after, stream.count[...] = (
+            stream.count[...],
+            drawn,
+        )  # the same key again, so that the same inputs are dropped
         kept = 1 - jnp.minimum(self.rate * self.factor, 0.99)
         mask = jax.random.bernoulli(stream(), kept, plain.shape)
         stream.count[...] = after
@@ -405,10 +466,18 @@ class _ScaledDropout(nnx.Dropout):
 
 
 def _scale_dropout(module: nnx.Module, factor: Any) -> list[Any]:
-    found = [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Dropout) and 0 < node.rate < 1]
+    found = [
+        node
+        for _, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Dropout) and 0 < node.rate < 1
+    ]
     if not found:
-        raise ModelError("a policy moves dropout, but the model has no nnx.Dropout with a rate above 0",
-                         where=type(module).__name__, remedy="give the model one, or leave that policy out")
+        raise ModelError(
+            "a policy moves dropout, but the model has no nnx.Dropout with a rate above "
+            "0",
+            where=type(module).__name__,
+            remedy="give the model one, or leave that policy out",
+        )
     for node in found:
         node.__class__ = _ScaledDropout
         node.factor = nnx.data(factor)  # type: ignore[attr-defined]
@@ -452,7 +521,7 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
     bound: dict[str, Any] = {}
     if module.scope is not None:  # `model.bind(variables)`
         module, variables = module.unbind()
-        bound = flax.core.unfreeze(variables)
+        bound = flax.core.unfreeze(dict(variables))
     noted: set[tuple[str, ...]] = set()  # paths of what was ever sown
 
     def note(module: Any, collection: str, label: str) -> None:
@@ -469,13 +538,25 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
         params = variables.pop("params", {})
         return _trainable(params, name), variables
 
-    def run(arguments: Arguments, mode: Mode, params: Any, variables: Any, inputs: Any,
-            key: Any, rngs: Any) -> Any:
+    def run(
+        arguments: Arguments,
+        mode: Mode,
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        key: Any,
+        rngs: Any,
+    ) -> Any:
         collections = dict.fromkeys([*variables, *given.sown]) if mode.train else ()
         with noting_sow(linen.Module, note):
             outputs, after = arguments.call(
-                module.apply, inputs, mode, _streams(key, True),
-                {"params": params, **variables}, rngs=rngs, mutable=list(collections),
+                module.apply,
+                inputs,
+                mode,
+                _streams(key, True),
+                {"params": params, **variables},
+                rngs=rngs,
+                mutable=list(collections),
             )
         after, sown = _without_paths(flax.core.unfreeze(after), noted)
         return outputs, {**variables, **after}, sown
@@ -483,18 +564,25 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
     def trial(arguments: Arguments, mode: Mode) -> Effect:
         def traced(params: Any, variables: Any, inputs: Any, key: Any) -> Any:
             streams = _linen_streams(key) if mode.train else None
-            return run(arguments, mode, params, variables, inputs, key, streams)[:2]
+            return run(arguments, mode, params, variables, inputs, key, streams)[1]
 
-        outside = arguments.mode(False)
-        first = jax.eval_shape(lambda key: begun(arguments, outside, key), jax.random.key(0))
-        return _effect(traced, *first, given.inputs)
+        start = partial(begun, arguments, arguments.mode(False))
+        params, variables = jax.eval_shape(whole_axes(start), jax.random.key(0))
+        return _effect(traced, params, variables, given.inputs)
 
     arguments = given.arguments(module, trial)
 
     def init(key: Any) -> tuple[Any, Any]:
-        return begun(arguments, arguments.mode(False), key)
+        return whole_axes(partial(begun, arguments, arguments.mode(False)))(key)
 
-    def apply(params: Any, variables: Any, inputs: Any, key: Any, train: bool, dropout: Any = None) -> Any:
+    def apply(
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        key: Any,
+        train: bool,
+        dropout: Any = None,
+    ) -> Any:
         if dropout is not None:
             raise ModelError(
                 "a policy moves dropout, which only nnx.Dropout takes from outside",
@@ -504,18 +592,24 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
         mode = arguments.mode(train)
         if train:
             streams = _linen_streams(key)
-            outputs, after, sown = run(arguments, mode, params, variables, inputs, key, streams)
+            outputs, after, sown = run(
+                arguments, mode, params, variables, inputs, key, streams
+            )
             seen = {path[0] for path in noted}
             return outputs, after, _collected(sown, given.sown, seen, name)
 
         key = jax.random.key(EVALUATION_SEED)
         try:
-            outputs, after, _ = run(arguments, mode, params, variables, inputs, key, None)
+            outputs, after, _ = run(
+                arguments, mode, params, variables, inputs, key, None
+            )
         except flax.errors.InvalidRngError:
             # It draws random numbers outside of training, too. Others get no streams:
             # some modules decide by `has_rng` whether to drop or to add noise.
             streams = _linen_streams(key)
-            outputs, after, _ = run(arguments, mode, params, variables, inputs, key, streams)
+            outputs, after, _ = run(
+                arguments, mode, params, variables, inputs, key, streams
+            )
         return outputs, after, {}
 
     return Functional("linen", name, init, apply)
@@ -527,7 +621,9 @@ def _linen_streams(key: Any) -> dict[str, Any]:
     return {"params": key, "dropout": jax.random.fold_in(key, 1)}
 
 
-def _without_paths(variables: dict[str, Any], paths: set[tuple[str, ...]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _without_paths(
+    variables: dict[str, Any], paths: set[tuple[str, ...]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Collections without the variables at some paths, and these by collection."""
     taken: dict[str, Any] = {}
     kept = {}
@@ -544,20 +640,26 @@ def _without_paths(variables: dict[str, Any], paths: set[tuple[str, ...]]) -> tu
     return kept, taken
 
 
-def _starting_from(bound: dict[str, Any], fresh: dict[str, Any], name: str) -> dict[str, Any]:
+def _starting_from(
+    bound: dict[str, Any], fresh: dict[str, Any], name: str
+) -> dict[str, Any]:
     """Fresh variables, with the values of those to which the module was bound.
 
     Raises:
       ModelError: one of them has another shape than the module has for these inputs.
     """
-    given = traverse_util.flatten_dict({n: x for n, x in bound.items() if n not in TEMPORARY})
+    given = traverse_util.flatten_dict(
+        {n: x for n, x in bound.items() if n not in TEMPORARY}
+    )
     flat = traverse_util.flatten_dict(fresh)
     for path, value in given.items():
         value = jax.tree.map(jnp.asarray, value)
-        if path in flat and jax.tree.map(jnp.shape, value) != jax.tree.map(jnp.shape, flat[path]):
+        if path in flat and jax.tree.map(jnp.shape, value) != jax.tree.map(
+            jnp.shape, flat[path]
+        ):
             raise ModelError(
-                f"the module is bound to {'/'.join(path)!r} of shape {jnp.shape(value)}, but "
-                f"for these inputs it has shape {jnp.shape(flat[path])}",
+                f"the module is bound to {'/'.join(path)!r} of shape {jnp.shape(value)}, "
+                f"but for these inputs it has shape {jnp.shape(flat[path])}",
                 where=name,
                 remedy="bind variables that were made for samples of this shape",
             )
@@ -569,11 +671,17 @@ def _starting_from(bound: dict[str, Any], fresh: dict[str, Any], name: str) -> d
 
 
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:
-    if isinstance(function, functools.partial) and inspect.isclass(function.func):
-        function = functools.partial(function.func.__init__, None, *function.args, **function.keywords)
+    if isinstance(function, partial) and inspect.isclass(function.func):
+        function = partial(
+            function.func.__init__, None, *function.args, **function.keywords
+        )
     try:
-        if inspect.isclass(function):  # what inspect finds for an NNX class is its metaclass's __call__
-            return dict(list(inspect.signature(function.__init__).parameters.items())[1:])
+        if inspect.isclass(
+            function
+        ):  # what inspect finds for an NNX class is its metaclass's __call__
+            return dict(
+                list(inspect.signature(function.__init__).parameters.items())[1:]
+            )
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return {}
@@ -581,4 +689,8 @@ def _parameters(function: Any) -> dict[str, inspect.Parameter]:
 
 def _required(function: Any) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [n for n, p in _parameters(function).items() if p.default is p.empty and p.kind in kinds]
+    return [
+        n
+        for n, p in _parameters(function).items()
+        if p.default is p.empty and p.kind in kinds
+    ]

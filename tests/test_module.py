@@ -28,7 +28,11 @@ def data():
 
 
 def trainer(model, data, **fields):
-    fields = {"loss": cross_entropy, "optimizer": optax.sgd(RATE), "devices": 1} | fields
+    fields = {
+        "loss": cross_entropy,
+        "optimizer": optax.sgd(RATE),
+        "devices": 1,
+    } | fields
     return lepton.Trainer(
         model=model, train=data, batch_size=BATCH, steps=STEPS, shuffle=False, **fields
     )
@@ -63,7 +67,11 @@ def linen_by_hand(net, data, call, loss=cross_entropy, auxiliary=None, variables
         variables = call(init, x, False, jax.random.key(0))
     variables = dict(variables)
     params = variables.pop("params")
-    sown = {n: variables.pop(n) for n in ("losses", "intermediates", "extra") if n in variables}
+    sown = {
+        n: variables.pop(n)
+        for n in ("losses", "intermediates", "extra")
+        if n in variables
+    }
     mutable = [*variables, *sown]
 
     @jax.jit
@@ -71,7 +79,9 @@ def linen_by_hand(net, data, call, loss=cross_entropy, auxiliary=None, variables
         def loss_of(params):
             apply = partial(net.apply, {"params": params, **variables})
             rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)}
-            outputs, after = call(partial(apply, mutable=mutable, rngs=rngs), x, True, key)
+            outputs, after = call(
+                partial(apply, mutable=mutable, rngs=rngs), x, True, key
+            )
             value = loss(outputs, y).mean()
             value += auxiliary(after) if auxiliary else 0
             return value, {n: after[n] for n in variables}
@@ -100,7 +110,9 @@ def nnx_by_hand(build, data, call, loss=cross_entropy, auxiliary=None):
         module.train()
         value, gradients = nnx.value_and_grad(loss_of)(module, key, x, y)
         params = nnx.state(module, nnx.Param)
-        nnx.update(module, jax.tree.map(lambda p, g: p - RATE * jnp.conj(g), params, gradients))
+        nnx.update(
+            module, jax.tree.map(lambda p, g: p - RATE * jnp.conj(g), params, gradients)
+        )
         nnx.pop(module, nnx.Intermediate)
         return value
 
@@ -152,7 +164,13 @@ def linen_losses(data):
 
 @pytest.fixture(scope="module")
 def nnx_losses(data):
-    return nnx_by_hand(classes("train", True)[1], data, lambda m, x, key: m(x, train=True))
+    return nnx_by_hand(
+        classes("train", True)[1], data, lambda m, x, key: m(x, train=True)
+    )
+
+
+def applied(module, train, params, variables, inputs, key):
+    return module.apply(params, variables, inputs, key, train, None)[:2]
 
 
 @pytest.mark.parametrize(("name", "sense"), NAMES)
@@ -162,7 +180,7 @@ def test_a_mode_by_any_name_is_set(name, sense, data):
         module = lepton.module.functional(model, inputs)
         first = jax.eval_shape(module.init, jax.random.key(0))
         programs = [
-            jax.make_jaxpr(lambda p, v, x, k, t=t: module.apply(p, v, x, k, t)[:2])(
+            jax.make_jaxpr(partial(applied, module, t))(
                 *first, inputs, jax.random.key(0)
             )
             for t in (True, False)
@@ -171,8 +189,12 @@ def test_a_mode_by_any_name_is_set(name, sense, data):
 
 
 @pytest.mark.parametrize("default", ["off", "on"])
-@pytest.mark.parametrize(("name", "sense"), [("is_eval", False), ("frozen", False), ("active", True)])
-def test_linen_with_a_mode_of_its_own_trains_as_by_hand(name, sense, default, data, linen_losses):
+@pytest.mark.parametrize(
+    ("name", "sense"), [("is_eval", False), ("frozen", False), ("active", True)]
+)
+def test_linen_with_a_mode_of_its_own_trains_as_by_hand(
+    name, sense, default, data, linen_losses
+):
     losses, params, variables = linen_losses
     run = trainer(classes(name, sense, default)[0](), data)
     close(run.fit()["loss"], losses)
@@ -181,8 +203,12 @@ def test_linen_with_a_mode_of_its_own_trains_as_by_hand(name, sense, default, da
 
 
 @pytest.mark.parametrize("default", ["off", "on"])
-@pytest.mark.parametrize(("name", "sense"), [("testing", False), ("serving", False), ("regularize", True)])
-def test_nnx_with_a_mode_of_its_own_trains_as_by_hand(name, sense, default, data, nnx_losses):
+@pytest.mark.parametrize(
+    ("name", "sense"), [("testing", False), ("serving", False), ("regularize", True)]
+)
+def test_nnx_with_a_mode_of_its_own_trains_as_by_hand(
+    name, sense, default, data, nnx_losses
+):
     losses, params = nnx_losses
     run = trainer(classes(name, sense, default)[1], data)
     close(run.fit()["loss"], losses)
@@ -191,7 +217,9 @@ def test_nnx_with_a_mode_of_its_own_trains_as_by_hand(name, sense, default, data
 
 
 @pytest.mark.parametrize(("argument", "sense"), [("go", True), ("not go", False)])
-def test_train_argument_names_a_required_boolean(argument, sense, data, linen_losses, nnx_losses):
+def test_train_argument_names_a_required_boolean(
+    argument, sense, data, linen_losses, nnx_losses
+):
     on_linen, on_nnx = classes("go", sense, "required")
     run = trainer(on_linen(), data, train_argument=argument)
     close(run.fit()["loss"], linen_losses[0])
@@ -266,7 +294,9 @@ class MayTakeRngs(TakesRngs):
 
 class TakesRngsWhereItDrops(TakesRngs):
     def __call__(self, x, rngs: nnx.Rngs | None = None, deterministic=None):
-        return self.last(self.drop(self.first(x), rngs=rngs, deterministic=deterministic))
+        return self.last(
+            self.drop(self.first(x), rngs=rngs, deterministic=deterministic)
+        )
 
 
 class TakesKey(TakesRngs):
@@ -275,10 +305,14 @@ class TakesKey(TakesRngs):
         return self.last(self.first(x + noise))
 
 
-@pytest.mark.parametrize("model", [TakesRngs, MayTakeRngs, TakesRngsWhereItDrops, TakesKey])
+@pytest.mark.parametrize(
+    "model", [TakesRngs, MayTakeRngs, TakesRngsWhereItDrops, TakesKey]
+)
 def test_rngs_and_keys_are_filled_from_the_key_of_the_step(model, data):
     def call(module, x, key):
-        return module(x, key=key) if model is TakesKey else module(x, rngs=nnx.Rngs(key))
+        return (
+            module(x, key=key) if model is TakesKey else module(x, rngs=nnx.Rngs(key))
+        )
 
     losses, params = nnx_by_hand(model, data, call)
     run = trainer(model, data)
@@ -293,7 +327,9 @@ class OwnStreams(nnx.Module):
 
     def __init__(self, rngs):
         self.layers = nnx.Sequential(
-            nnx.Linear(6, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+            nnx.Linear(6, 8, rngs=rngs),
+            nnx.Dropout(0.5, rngs=rngs),
+            nnx.Linear(8, 3, rngs=rngs),
         )
 
     def __call__(self, x, rngs=None):
@@ -337,7 +373,9 @@ class Noisy(linen.Module):
         return x
 
 
-@pytest.mark.parametrize("net", [Noisy("dropout"), Noisy("sampling"), Noisy("lstm", True)])
+@pytest.mark.parametrize(
+    "net", [Noisy("dropout"), Noisy("sampling"), Noisy("lstm", True)]
+)
 def test_linen_may_draw_outside_of_training(net, data):
     call = lambda apply, x, train, key: apply(x, train)  # noqa: E731
     losses, params, _ = linen_by_hand(net, data, call)
@@ -362,7 +400,9 @@ def test_who_asks_whether_there_is_a_stream_is_not_given_one_outside_of_training
 
     run = trainer(Asking(), data)
     run.fit()
-    plain = cross_entropy(Asking().apply({"params": run.state.params}, data[0]), data[1])
+    plain = cross_entropy(
+        Asking().apply({"params": run.state.params}, data[0]), data[1]
+    )
     close(run.evaluate(data).loss, plain.mean(), rtol=1e-5)
 
 
@@ -407,7 +447,9 @@ class Nested(nnx.Module):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("model", [Bare, Closing, Nested])
-def test_a_bare_array_is_a_constant_that_a_checkpoint_holds(model, devices, data, tmp_path):
+def test_a_bare_array_is_a_constant_that_a_checkpoint_holds(
+    model, devices, data, tmp_path
+):
     losses, params = nnx_by_hand(model, data, lambda m, x, key: m(x))
     run = trainer(model, data, devices=devices)
     close(run.fit()["loss"], losses)
@@ -490,4 +532,395 @@ def test_collectives_in_model_loss_and_preprocess_are_over_the_whole_batch(data)
     close(histories[0]["loss"], histories[1]["loss"])
     close(histories[0]["accuracy"], histories[1]["accuracy"])
     close(tuple(named.evaluate(data)), tuple(plain.evaluate(data)), rtol=1e-5)
-    np.testing.assert_array_equal(named.predict(data[0]).argmax(-1), plain.predict(data[0]))
+    np.testing.assert_array_equal(
+        named.predict(data[0]).argmax(-1), plain.predict(data[0])
+    )
+
+
+# ---- sown values --------------------------------------------------------------------
+
+
+class Experts(linen.Module):
+    """A layer that sows a loss of its own, in the shape of a mixture of experts."""
+
+    collection: str = "losses"
+    scanned: bool = False
+    summed: bool = False
+
+    @linen.compact
+    def __call__(self, x, train: bool = False):
+        x = linen.BatchNorm(use_running_average=not train)(x)
+        for _ in range(2):
+            gates = linen.softmax(linen.Dense(6)(x))
+            self.sow("intermediates", "gates", gates)
+            shares = gates.mean(0)
+            if self.summed:
+                self.sow(
+                    self.collection, "balance", 6 * (shares**2).sum(),
+                    init_fn=lambda: 0.0, reduce_fn=lambda a, b: a + b,
+                )  # fmt: skip
+            else:
+                self.sow(self.collection, "balance", 6 * (shares**2).sum())
+            x = x * gates
+        return linen.Dense(3)(x)
+
+
+class AuxLoss(nnx.Intermediate):
+    pass
+
+
+class Term(nnx.Variable):
+    pass
+
+
+class SowingLayer(nnx.Module):
+    def __init__(self, rngs, kind):
+        self.gate, self.kind = nnx.Linear(6, 6, rngs=rngs), kind
+
+    def __call__(self, x):
+        gates = nnx.softmax(self.gate(x))
+        self.sow(self.kind, "balance", 6 * (gates.mean(0) ** 2).sum())
+        self.sow(nnx.Intermediate, "gates", gates)
+        return x * gates
+
+
+class Sowing(nnx.Module):
+    def __init__(self, rngs, kind=AuxLoss):
+        self.layers = nnx.List([SowingLayer(rngs, kind) for _ in range(2)])
+        self.last = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+def total(tree):
+    return sum(leaf.mean() for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("net", [Experts(), Experts("extra", summed=True)])
+def test_what_linen_sows_is_added_to_the_loss(net, devices, data):
+    def by_hand(weight):
+        return linen_by_hand(
+            net, data, lambda apply, x, train, key: apply(x, train=train),
+            auxiliary=lambda after: weight * total(after[net.collection]),
+        )  # fmt: skip
+
+    for weight in (0.3, 0.0):
+        losses, params, variables = by_hand(weight)
+        auxiliary = {net.collection: weight} if weight else {}
+        run = trainer(net, data, devices=devices, auxiliary=auxiliary)
+        close(run.fit()["loss"], losses, rtol=5e-6)
+        close(run.state.params, params, rtol=1e-5)
+        assert set(run.state.variables) == {"batch_stats"}
+        close(run.state.variables, variables, rtol=1e-5)
+    variables = {"params": run.state.params, **run.state.variables}
+    plain = cross_entropy(net.apply(variables, data[0]), data[1]).mean()
+    close(run.evaluate(data).loss, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("kind", [AuxLoss, Term, nnx.Intermediate, "side_losses"])
+def test_what_nnx_sows_is_added_to_the_loss(kind, devices, data):
+    name = kind if isinstance(kind, str) else kind.__name__
+    build = partial(Sowing, kind=kind)
+
+    def auxiliary(module):
+        found = nnx.state(
+            module, nnx.variable_type_from_name(kind) if isinstance(kind, str) else kind
+        )
+        return 0.3 * total(nnx.to_pure_dict(found))
+
+    def call(module, x, key):
+        for layer in module.layers:
+            nnx.pop(
+                layer,
+                (Term, nnx.variable_type_from_name("side_losses", allow_register=True)),
+            )
+        return module(x)
+
+    losses, params = nnx_by_hand(build, data, call, auxiliary=auxiliary)
+    run = trainer(build, data, devices=devices, auxiliary={name: 0.3})
+    close(run.fit()["loss"], losses, rtol=5e-6)
+    close(run.state.params, params, rtol=1e-5)
+    assert run.state.variables == {}
+    quiet = trainer(build, data, devices=devices)
+    assert quiet.fit()["loss"][0] < losses[0]
+    assert quiet.state.variables == {}
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_auxiliary_terms_are_averaged_over_micro_batches(micro_batches, data):
+    """A term that is linear in the samples is the same in parts as in one piece."""
+
+    class Linear(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Dense(3)(x)
+            self.sow("losses", "size", jnp.square(x))
+            self.sow("losses", "mean", jnp.abs(x).mean())
+            return x
+
+    whole, parts = (
+        trainer(Linear(), data, auxiliary={"losses": 0.5}, micro_batches=count)
+        for count in (1, micro_batches)
+    )
+    close(parts.fit()["loss"], whole.fit()["loss"], rtol=1e-5)
+    close(parts.state.params, whole.state.params, rtol=1e-5)
+
+
+def test_a_term_that_is_sown_only_in_training_or_in_a_loop_counts(data):
+    class Layer(linen.Module):
+        train: bool
+
+        @linen.compact
+        def __call__(self, x, _):
+            x = linen.Dense(6)(x)
+            if self.train:
+                self.sow("losses", "square", jnp.square(x).mean())
+            return x, None
+
+    class Scanned(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            layers = linen.scan(
+                Layer,
+                variable_axes={"params": 0, "losses": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return linen.Dense(3)(layers(train)(x, None)[0])
+
+    losses = linen_by_hand(
+        Scanned(), data,
+        lambda apply, x, train, key: (
+            apply(x, train) if not train else apply.func(*apply.args, x, train, **{**apply.keywords, "mutable": ["losses"]})
+        ),
+        auxiliary=lambda after: 0.2 * total(after["losses"]),
+    )[0]  # fmt: skip
+    close(trainer(Scanned(), data, auxiliary={"losses": 0.2}).fit()["loss"], losses)
+
+
+def test_an_instance_that_has_sown_before_does_not_grow(data):
+    model = Sowing(nnx.Rngs(0))
+    model(data[0][:4])
+    run = trainer(model, data)
+    close(run.fit()["loss"], trainer(Sowing, data).fit()["loss"])
+    assert run.state.variables == {}
+
+
+@pytest.mark.parametrize("model", [Experts(), Sowing])
+def test_a_name_that_nothing_is_sown_under_is_an_error(model, data):
+    near = "losses" if model is not Sowing else "AuxLoss"
+    with pytest.raises(ModelError, match=f"did you mean '{near}'"):
+        trainer(model, data, auxiliary={near[:-1]: 1.0}).fit()
+
+
+# ---- where training starts from -----------------------------------------------------
+
+
+def test_a_bound_linen_module_and_an_nnx_instance_start_from_their_own_weights(data):
+    net = Experts()
+    variables = net.init(jax.random.key(9), data[0][:2])
+    variables = {n: variables[n] for n in ("params", "batch_stats")}
+    variables["batch_stats"] = jax.tree.map(lambda x: x + 1, variables["batch_stats"])
+    losses, params, _ = linen_by_hand(
+        net,
+        data,
+        lambda apply, x, train, key: apply(x, train=train),
+        variables=variables,
+    )
+    for bound in (net.bind(variables), lambda: net.bind(flax.core.freeze(variables))):
+        run = trainer(bound, data)
+        before = run.evaluate(data).loss
+        plain = cross_entropy(net.apply(variables, data[0]), data[1]).mean()
+        close(before, plain, rtol=1e-5)
+        close(run.fit()["loss"], losses)
+        close(run.state.params, params)
+
+    instance = trainer(Plain(nnx.Rngs(9)), data)
+    close(
+        instance.fit()["loss"],
+        nnx_by_hand(lambda _: Plain(nnx.Rngs(9)), data, lambda m, x, key: m(x))[0],
+    )
+
+
+def test_a_part_of_a_bound_module_starts_from_its_part(data):
+    class Whole(linen.Module):
+        def setup(self):
+            self.body = linen.Dense(3)
+
+        def __call__(self, x):
+            return self.body(x) * 2
+
+    variables = Whole().init(jax.random.key(9), data[0][:2])
+    run = trainer(Whole().bind(variables).body, data)
+    close(
+        run.program.init(0).params if run.program else run._ready(None).init(0).params,
+        variables["params"]["body"],
+    )
+
+
+def test_a_module_bound_to_other_shapes_is_an_error(data):
+    variables = linen.Dense(3).init(jax.random.key(0), np.zeros((2, 5), np.float32))
+    with pytest.raises(ModelError, match=r"bound to 'params/kernel' of shape \(5, 3\)"):
+        trainer(linen.Dense(3).bind(variables), data).fit()
+
+
+# ---- complex parameters -------------------------------------------------------------
+
+
+class Spectral(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(6, 3, rngs=rngs)
+        values = jax.random.normal(rngs.params(), (2, 4))
+        self.filter = nnx.Param(1 + 0.3 * (values[0] + 1j * values[1]))
+
+    def __call__(self, x):
+        return self.layer(jnp.fft.irfft(jnp.fft.rfft(x) * self.filter, n=6))
+
+
+class SpectralLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        kernel = self.param(
+            "kernel",
+            linen.initializers.lecun_normal(dtype=jnp.complex64),
+            (6, 3),
+            jnp.complex64,
+        )
+        return jnp.abs(x.astype(jnp.complex64) @ kernel)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("model", [Spectral, SpectralLinen()])
+def test_complex_parameters_descend(model, devices, data, tmp_path):
+    if model is Spectral:
+        losses, params = nnx_by_hand(model, data, lambda m, x, key: m(x))
+    else:
+        losses, params, _ = linen_by_hand(
+            model, data, lambda apply, x, train, key: apply(x)
+        )
+    run = trainer(model, data, devices=devices)
+    close(run.fit()["loss"], losses, rtol=5e-6)
+    close(run.state.params, params, rtol=1e-5)
+    assert losses[-1] != losses[0]
+    run.save(tmp_path / "saved")
+    again = trainer(model, data, devices=devices).load(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, again.state.params, run.state.params)
+    parts = trainer(model, data, devices=devices, micro_batches=2)
+    close(parts.fit()["loss"], losses, rtol=1e-5)
+
+
+def test_complex_parameters_with_adam_clipping_and_signals(data):
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    module = Spectral(nnx.Rngs(0))
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    state = optimizer.init(params)
+    losses, norms, sizes = [], [], []
+    for _, (x, y) in batches(data):
+
+        def loss_of(params, x=x, y=y):
+            return cross_entropy(nnx.merge(graph, params, rest)(x), y).mean()
+
+        value, gradients = jax.value_and_grad(loss_of)(params)
+        gradients = jax.tree.map(jnp.conj, gradients)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(value)
+        norms.append(optax.tree.norm(gradients))
+        sizes.append(optax.tree.norm(updates))
+    watching = lepton.controllers.Policy(
+        "watching", lambda: (), lambda signals, state: ({}, state),
+        watches=("gradient_norm", "update_norm", "cosine"), moves=(),
+    )  # fmt: skip
+    run = trainer(
+        Spectral, data, optimizer=optax.adam, learning_rate=0.05, clip_norm=0.5,
+        controller=(watching,),
+    )  # fmt: skip
+    history = run.fit()
+    close(history["loss"], np.array(losses), rtol=1e-5)
+    close(history["gradient_norm"], np.array(norms), rtol=1e-5)
+    close(history["update_norm"][1:], np.array(sizes[:-1]), rtol=1e-4)
+    assert (abs(history["cosine"]) <= 1.0001).all()
+    close(run.state.params, nnx.to_pure_dict(params), rtol=1e-4)
+
+
+# ---- outputs in a tree --------------------------------------------------------------
+
+
+class Several(Plain):
+    """Logits, next to a loss of its own and a place that is empty."""
+
+    def __call__(self, x):
+        logits = super().__call__(x)
+        return {
+            "logits": logits,
+            "size": jnp.square(logits).mean(),
+            "state": None,
+            "one": 1.0,
+        }
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_outputs_may_hold_scalars_and_nothing(scalar, devices, data):
+    def loss(outputs, targets):
+        assert outputs["state"] is None
+        values = cross_entropy(outputs["logits"], targets) * outputs["one"]
+        values = values + 0.1 * outputs["size"]
+        return values.mean() if scalar else values
+
+    losses, params = nnx_by_hand(Several, data, lambda m, x, key: m(x), loss)
+    run = trainer(Several, data, loss=loss, devices=devices)
+    close(run.fit()["loss"], losses, rtol=5e-6)
+    close(run.state.params, params, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "structure", "choice"),
+    [
+        (
+            lambda x: (x, x[:, 0]),
+            "(float32[24, 3], float32[24])",
+            " cross_entropy(outputs[0], targets)",
+        ),
+        (
+            lambda x: {"aux": x.mean(), "logits": x},
+            '"logits": float32[24, 3]',
+            '(outputs["logits"], targets)',
+        ),
+        (
+            lambda x: [None, {"a": x}],
+            '(None, {"a": float32[24, 3]})',
+            '(outputs[1]["a"], targets)',
+        ),
+        (
+            lambda x: optax.TraceState(trace=x),
+            "(trace=float32[24, 3])",
+            "(outputs.trace, targets)",
+        ),
+    ],
+)
+def test_a_tree_of_outputs_with_a_stock_loss_says_what_to_choose(
+    outputs, structure, choice, data
+):
+    class Tree(Plain):
+        def __call__(self, x):
+            return outputs(super().__call__(x))
+
+    with pytest.raises(ModelError) as caught:
+        trainer(Tree, data).fit()
+    assert structure in caught.value.remedy
+    assert choice in caught.value.remedy
+
+
+def test_the_remedy_for_a_tree_of_outputs_works(data):
+    run = trainer(
+        Several,
+        data,
+        loss=lambda outputs, targets: cross_entropy(outputs["logits"], targets),
+    )
+    close(run.fit()["loss"], trainer(Plain, data).fit()["loss"])
