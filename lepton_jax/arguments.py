@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lepton_jax.errors import ModelError, nearest
 
 # As `_sense_of` reads them: without underscores, capitals, and a leading "is".
@@ -142,26 +144,23 @@ class Arguments:
         inputs: Any,
         mode: Mode,
         streams: Callable[[str], Any],
-        *leading: Any,
-        **options: Any,
     ) -> Any:
-        """Call a function with a batch's inputs.
+        """Call a module with a batch's inputs.
 
         Args:
-          function: the module, or a function that hands its arguments to it.
+          function: the module.
           inputs: an array, or a dict of arrays by name.
           mode: see `Mode`.
           streams: the name of an argument to its random streams or its key.
-          leading: arguments before the inputs.
-          options: keyword arguments of the function itself.
         """
-        options |= mode.values
-        options |= {name: streams(name) for name in mode.random}
+        options: dict[str, Any] = dict(mode.values)
+        # in one order in every process: their keys are made in it
+        options |= {name: streams(name) for name in sorted(mode.random)}
         if isinstance(inputs, dict):
-            return function(*leading, **inputs, **options)
+            return function(**inputs, **options)
         if self.data is not None:
-            return function(*leading, **{self.data: inputs}, **options)
-        return function(*leading, inputs, **options)
+            return function(**{self.data: inputs}, **options)
+        return function(inputs, **options)
 
 
 def read(
@@ -263,7 +262,7 @@ def settled(arguments: Arguments, effect: Callable[[Mode], Effect | None]) -> Ar
 
 
 def call_of(kind: type) -> Callable | None:
-    """The `__call__` that a class has, not that of its metaclass, which makes instances."""
+    """The `__call__` that a class has, not that of its metaclass."""
     return next(
         (
             vars(c)["__call__"]
@@ -330,8 +329,8 @@ def _data_parameter(
     ]
     if named:
         raise ModelError(
-            f"the model takes {_listed(named)} by name, but the samples' inputs are one "
-            "array without a name",
+            f"the model takes {_listed(named)} by name, but the samples' inputs are "
+            "one array without a name",
             where=where,
             remedy=f"give the inputs as a dict, {_dict(named)}, or take them by "
             "position",
@@ -394,7 +393,7 @@ def _named_mode(
         )
     if name in others:
         default = others[name].default
-        if isinstance(default, bool | None) or _is_required(others[name]):
+        if isinstance(default, bool | np.bool_ | None) or _is_required(others[name]):
             return sense
         raise ModelError(
             f"train_argument names {name!r}, whose default is {default!r}: no Boolean",
@@ -418,7 +417,7 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 def _boolean(parameter: inspect.Parameter) -> bool:
     """Whether a parameter is a Boolean by its default or by its annotation."""
-    if isinstance(parameter.default, bool):
+    if isinstance(parameter.default, bool | np.bool_):
         return True
     if isinstance(parameter.default, int) and parameter.default in (0, 1):
         return _sense_of(parameter.name) is not None  # `train=1`

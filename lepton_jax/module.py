@@ -473,8 +473,8 @@ def _scale_dropout(module: nnx.Module, factor: Any) -> list[Any]:
     ]
     if not found:
         raise ModelError(
-            "a policy moves dropout, but the model has no nnx.Dropout with a rate above "
-            "0",
+            "a policy moves dropout, but the model has no nnx.Dropout with a rate "
+            "above 0",
             where=type(module).__name__,
             remedy="give the model one, or leave that policy out",
         )
@@ -528,10 +528,15 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
         path = () if module.scope is None else tuple(module.scope.path)
         noted.add((collection, *path, label))
 
+    def calling(arguments: Arguments, inputs: Any, mode: Mode, key: Any) -> Callable:
+        # a function of its own: the module's arguments may be named as those of `apply`
+        streams = _streams(key, linen_module=True)
+        return lambda module: arguments.call(module, inputs, mode, streams)
+
     def begun(arguments: Arguments, mode: Mode, key: Any) -> tuple[Any, Any]:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), given.inputs)
         with noting_sow(linen.Module, note):
-            made = arguments.call(module.init, zeros, mode, _streams(key, True), key)
+            made = module.init(key, method=calling(arguments, zeros, mode, key))
         variables, _ = _without_paths(flax.core.unfreeze(made), noted)
         variables = {n: x for n, x in variables.items() if n not in TEMPORARY}
         variables = _starting_from(bound, variables, name)
@@ -549,14 +554,11 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
     ) -> Any:
         collections = dict.fromkeys([*variables, *given.sown]) if mode.train else ()
         with noting_sow(linen.Module, note):
-            outputs, after = arguments.call(
-                module.apply,
-                inputs,
-                mode,
-                _streams(key, True),
+            outputs, after = module.apply(
                 {"params": params, **variables},
                 rngs=rngs,
                 mutable=list(collections),
+                method=calling(arguments, inputs, mode, key),
             )
         after, sown = _without_paths(flax.core.unfreeze(after), noted)
         return outputs, {**variables, **after}, sown
@@ -658,8 +660,8 @@ def _starting_from(
             jnp.shape, flat[path]
         ):
             raise ModelError(
-                f"the module is bound to {'/'.join(path)!r} of shape {jnp.shape(value)}, "
-                f"but for these inputs it has shape {jnp.shape(flat[path])}",
+                f"the module is bound to {'/'.join(path)!r} of shape "
+                f"{jnp.shape(value)}, but for these inputs it has shape {jnp.shape(flat[path])}",
                 where=name,
                 remedy="bind variables that were made for samples of this shape",
             )

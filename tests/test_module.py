@@ -348,6 +348,29 @@ class LinenKey(linen.Module):
         return linen.Dense(3)(x)
 
 
+class LinenRngs(linen.Module):
+    """Arguments with the names of those of `apply`."""
+
+    @linen.compact
+    def __call__(self, x, method, *, rngs, train=False):
+        x = x + jax.random.normal(rngs["dropout"], x.shape) * train
+        return linen.Dense(3)(x * method)
+
+
+def test_linen_takes_arguments_that_are_named_as_those_of_apply(data):
+    net = LinenRngs()
+    data = {"x": data[0], "method": np.full_like(data[0], 2)}, data[1]
+
+    def call(apply, inputs, train, key):
+        streams = {"dropout": jax.random.fold_in(key, 1)}
+        method = lambda m: m(**inputs, rngs=streams, train=train)  # noqa: E731
+        return apply(method=method)
+
+    run = trainer(net, data)
+    close(run.fit()["loss"], linen_by_hand(net, data, call)[0])
+    assert run.predict(data[0]).shape == (96,)
+
+
 def test_linen_takes_a_key(data):
     net = LinenKey()
     losses, params, _ = linen_by_hand(
