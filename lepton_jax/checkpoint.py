@@ -439,6 +439,8 @@ def _copy_and_checksum(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     def checksum(x: Any) -> Any:
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
+        if jnp.iscomplexobj(x):
+            x = jnp.stack([x.real, x.imag])
         words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32).reshape(-1)
         return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +23,8 @@ from jax.sharding import AxisType, Mesh
 from jaxlib import _jax  # for the address of a process's CPU devices
 
 __all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "cache_hits", "coordination", "found_at", "jit_on", "jit_where",
-           "keep_executables", "make_mesh", "placed", "scan_counts", "source_line", "without_proxies"]
+           "keep_executables", "make_mesh", "noting_sow", "placed", "scan_counts", "source_line", "whole_axes",
+           "without_proxies"]
 
 
 def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
@@ -166,3 +170,90 @@ def jit_where(function: Callable) -> Callable:
         return jitted[devices](*args)
 
     return call
+
+
+def whole_axes(function: Callable) -> Callable:
+    """Let a function of arrays use axis names, e.g. in `jax.lax.pmean(x, "batch")`.
+
+    Under `jit` each function sees the whole batch, on however many devices it lies. So
+    an axis of one element is bound to each name: over it, a sum is the value itself.
+    Names are learned from JAX's errors, so that a function without any costs nothing.
+
+    Args:
+      function: of pytrees of arrays, to a pytree of arrays.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        names: list[str] = []
+        while True:
+            try:
+                return _with_axes(function, names)(*args)
+            except NameError as error:
+                name = _unbound_axis(error)
+                if name is None or name in names:
+                    raise
+                names.append(name)
+
+    return call
+
+
+def _unbound_axis(error: NameError) -> str | None:
+    """The axis name that JAX (0.10, 0.12) complains about; None for another error."""
+    found = re.search(r"unbound axis name: ([^\s.]+)", str(error))
+    return found[1] if found else None
+
+
+def _with_axes(function: Callable, names: list[str]) -> Callable:
+    if not names:
+        return function
+
+    def bound(out_axes: int | None) -> Callable:
+        run = function
+        for name in names:
+            run = jax.vmap(
+                run, in_axes=None, out_axes=out_axes, axis_name=name, axis_size=1
+            )
+        return run
+
+    def call(*args: Any) -> Any:
+        try:
+            return bound(None)(*args)
+        except ValueError as error:
+            if "out_axes is None" not in str(error):
+                raise
+        # e.g. of `axis_index`: the results differ along the axis, as far as JAX knows
+        first = tuple(0 for _ in names)
+        return jax.tree.map(lambda x: x[first], bound(0)(*args))
+
+    return call
+
+
+@contextlib.contextmanager
+def noting_sow(kind: type, note: Callable) -> Iterator[None]:
+    """Tell of each call of `sow`, as long as it is open.
+
+    Neither Linen nor NNX says which variables were sown, rather than kept by the
+    module as its state. Flax's own function still runs; that NNX deprecates it outside
+    of `nnx.capture` is not for the user to hear, who does not make the call.
+
+    Args:
+      kind: `linen.Module` or `nnx.Module`.
+      note: told (module, collection or variable type, name) of each.
+    """
+    original: Any = kind.sow  # type: ignore[attr-defined]
+    may_be_off = "capture_noop" in inspect.signature(original).parameters
+
+    def sow(self: Any, where: Any, name: str, *args: Any, **options: Any) -> Any:
+        note(self, where, name)
+        if may_be_off:  # from Flax 0.12.12 on a setting turns it off
+            options.setdefault("capture_noop", False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return original(self, where, name, *args, **options)
+
+    kind.sow = sow  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        kind.sow = original  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lepton_jax.compat import whole_axes
 from lepton_jax.errors import ModelError, pointing_at_user
 from lepton_jax.state import shapes
 
@@ -21,6 +22,12 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 binary_cross_entropy = optax.sigmoid_binary_cross_entropy
 squared_error = optax.squared_error
 huber = optax.huber_loss
+STOCK = {
+    cross_entropy: "cross_entropy",
+    binary_cross_entropy: "binary_cross_entropy",
+    squared_error: "squared_error",
+    huber: "huber",
+}
 
 
 def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | None = None,
@@ -44,8 +51,7 @@ def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | No
     if jnp.ndim(values) == 0:
         if valid is None:
             return values, 1.0
-        each = lambda *pair: function(*jax.tree.map(lambda x: x[None], pair))  # noqa: E731
-        values = jax.vmap(each)(outputs, targets)
+        values = _by_sample(function, outputs, targets)
     if jnp.issubdtype(values.dtype, jnp.bool_) or jnp.issubdtype(values.dtype, jnp.integer):
         values = values.astype(jnp.float32)
     if valid is not None:
@@ -76,8 +82,7 @@ def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[st
     values, weights = _checked(function, outputs, targets)
     scalar = values if jnp.ndim(values) == 0 else None
     if scalar is not None:
-        each = lambda *pair: function(*jax.tree.map(lambda x: x[None], pair))  # noqa: E731
-        values = jax.vmap(each)(outputs, targets)
+        values = _by_sample(function, outputs, targets)
         weights = jnp.full_like(values, 1 / values.size)  # so that a micro-batch weighs 1, as in `totals`
     values = jnp.asarray(values)
     weights = jnp.ones_like(values) if weights is None else weights
@@ -102,6 +107,37 @@ def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[st
     return found
 
 
+def with_auxiliary(
+    sums: dict[str, tuple[Any, Any]],
+    weights: Mapping[str, float],
+    sown: Mapping[str, Any],
+) -> dict[str, tuple[Any, Any]]:
+    """The sums of a batch, with what the model sowed added to its mean loss.
+
+    Over micro-batches the sums are added up: the auxiliary terms are then averaged with
+    the weights that the micro-batches' losses have, which is their mean where each
+    holds as many samples that count.
+
+    Args:
+      sums: (sum, weight) pairs by name, as of `measure` and `discounted`.
+      weights: `Recipe.auxiliary`.
+      sown: values by the same names; of each array the mean counts.
+    """
+    if not weights:
+        return sums
+    total = jnp.float32(0)
+    for name, weight in weights.items():
+        values = jax.tree.leaves(sown[name])
+        means = [jnp.mean(jnp.asarray(x, jnp.float32)) for x in values]
+        total = total + weight * sum(means)
+    added = {}
+    for name in ("loss", "loss_kept"):
+        if name in sums:
+            value, samples = sums[name]
+            added[name] = value + total * jax.lax.stop_gradient(samples), samples
+    return sums | added
+
+
 def objective(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
     """Of the sums of a batch those that its gradient is taken of: the loss, or what is kept of it."""
     return sums.get("loss_kept", sums["loss"])
@@ -109,7 +145,7 @@ def objective(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
 
 def measure(recipe: Any, outputs: Any, targets: Any, valid: jax.Array | None = None) -> dict[str, tuple[Any, Any]]:
     """(sum, weight) of the recipe's loss, under "loss", and of each of its metrics, over one batch."""
-    if not jnp.issubdtype(jnp.result_type(*jax.tree.leaves(outputs)), jnp.floating):
+    if not jnp.issubdtype(jnp.result_type(*jax.tree.leaves(outputs)), jnp.inexact):
         raise ModelError(f"the model returned {shapes(outputs)}, which has no gradient", where="Recipe.model",
                          remedy="return floating-point outputs, e.g. logits instead of the labels chosen by them")
     functions = {"loss": recipe.loss} | {n: getattr(m, "values", m) for n, m in recipe.metrics.items()}
@@ -145,11 +181,19 @@ def _as_they_are(outputs: Any) -> Any:
 
 def _checked(function: Callable, outputs: Any, targets: Any) -> tuple[Any, Any]:
     """(values, weights or None) that a function gives, if they are as described at the top of this module."""
-    name, where, batch = _name(function), _where(function), jax.tree.leaves(outputs)[0].shape[0]
+    name, where = _name(function), _where(function)
+    batch = _samples(outputs, targets)
     given = f"outputs {shapes(outputs)} and targets {shapes(targets)}"
-    with pointing_at_user(f"{name} of {given}", "give targets, or a model, of the shapes and dtypes that it takes",
-                          where=where):
-        result = function(outputs, targets)
+    remedy = "give targets, or a model, of the shapes and dtypes that it takes"
+    if not isinstance(outputs, jax.Array):
+        short = next((n for f, n in STOCK.items() if f is function), name)
+        chosen = _chosen(outputs)
+        remedy = (
+            f"the model returns {_structure(outputs)}: choose what the function takes, e.g. "
+            f"lambda outputs, targets: {short}({chosen}, targets)"
+        )
+    with pointing_at_user(f"{name} of {given}", remedy, where=where):
+        result = whole_axes(function)(outputs, targets)
     values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not _real(values) or (weights is not None and (not _real(weights) or jnp.shape(values) != jnp.shape(weights))):
         raise ModelError(f"{name} returned {_described(result)}", where=where,
@@ -161,6 +205,59 @@ def _checked(function: Callable, outputs: Any, targets: Any) -> tuple[Any, Any]:
         raise ModelError(f"{name} returned shape {values.shape}: it set each output against each target, of {given}",
                          where=where, remedy="give outputs and targets one shape, e.g. return x[:, 0] or pass y[:, None]")
     return values, weights
+
+
+def _by_sample(function: Callable, outputs: Any, targets: Any) -> jax.Array:
+    """The value of a function of a batch for each of its samples alone.
+
+    Args:
+      function: (outputs, targets) to a scalar.
+      outputs: the model's; scalars among them go to each sample.
+      targets: batch dim first.
+    """
+
+    leaves, form = jax.tree.flatten(outputs)
+    batched = [jnp.ndim(x) > 0 for x in leaves]
+
+    def each(row: list[Any], target: Any) -> Any:
+        one = [x[None] if b else x for x, b in zip(row, batched, strict=True)]
+        return whole_axes(function)(
+            jax.tree.unflatten(form, one), jax.tree.map(lambda x: x[None], target)
+        )
+
+    axes = [0 if b else None for b in batched]
+    return jax.vmap(each, in_axes=(axes, 0))(leaves, targets)
+
+
+def _samples(outputs: Any, targets: Any) -> int:
+    """Size of the batch dim; among the outputs there may be scalars."""
+    leaves = [x for x in jax.tree.leaves((targets, outputs)) if jnp.ndim(x)]
+    return leaves[0].shape[0]
+
+
+def _structure(outputs: Any) -> str:
+    """A tree with its arrays' dtypes and shapes: {"logits": float32[8, 3]}."""
+    if isinstance(outputs, dict):
+        parts = [f'"{name}": {_structure(x)}' for name, x in outputs.items()]
+        return "{" + ", ".join(parts) + "}"
+    if isinstance(outputs, tuple | list):
+        names = getattr(outputs, "_fields", ())
+        parts = [_structure(x) for x in outputs]
+        if names:
+            parts = [f"{n}={x}" for n, x in zip(names, parts, strict=True)]
+        return "(" + ", ".join(parts) + ")"
+    return _described(outputs) if outputs is not None else "None"
+
+
+def _chosen(outputs: Any) -> str:
+    """The likeliest of several outputs, as an expression: the first one of real numbers
+    whose name speaks of logits, or else the first one."""
+    found = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
+        if jnp.ndim(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            found.append("outputs" + jax.tree_util.keystr(path).replace("'", '"'))
+    logits = [text for text in found if "logit" in text]
+    return [*logits, *found, "outputs[0]"][0]
 
 
 def _crossed(values: Any, outputs: Any, targets: Any) -> bool:

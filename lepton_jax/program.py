@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_jax import agreement, losses, phase
 from lepton_jax.adoption import is_number, named_recipe_values, recipe_values, schedule_values
-from lepton_jax.compat import cache_hits, jit_on, placed
+from lepton_jax.compat import cache_hits, jit_on, placed, whole_axes
 from lepton_jax.controller import Controller, Pieces, norm, served
 from lepton_jax.controller.rollback import WEIGHT
 from lepton_jax.errors import pointing_at_user
@@ -213,7 +213,7 @@ class Program:
             def predict(params: Any, variables: Any, inputs: Any) -> Any:
                 self._note("predict", inputs)
                 with pointing_at_user("predicting"):
-                    return decode(self._forward(params, variables, inputs)[0])
+                    return whole_axes(decode)(self._forward(params, variables, inputs)[0])
 
             # the rows of another host's devices can't be read here
             self._predictors[decode] = self._jit(predict, **{"out_shardings": self.replicated} if agreement.hosts() > 1 else {})
@@ -291,7 +291,7 @@ class Program:
         gradient = laid_out(jax.grad(value, has_aux=True), self.plan.layout, self.mesh, ARGUMENTS, gradients=True)
         if count == 1:
             gradients, (sums, variables) = gradient(state.params, state.variables, key, *batch, knobs)
-            return _unscaled(gradients, scale), sums, variables, None
+            return _descending(_unscaled(gradients, scale)), sums, variables, None
 
         def add(carry: tuple, index: Any, micro_batch: Any) -> tuple:
             gradients, sums, variables, squares = carry
@@ -315,7 +315,7 @@ class Program:
         gradients, sums, variables, squares = carry
         weight = losses.objective(sums)[1]
         gradients = jax.tree.map(lambda g: g / weight, _unscaled(gradients, scale))
-        return gradients, sums, variables, None if squares is None else squares / count
+        return _descending(gradients), sums, variables, None if squares is None else squares / count
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
@@ -373,3 +373,11 @@ def _gathered(batch: Any, data: Any) -> Any:
 
 def _unscaled(gradients: Any, scale: Any) -> Any:
     return gradients if scale is None else jax.tree.map(lambda g: g / scale, gradients)
+
+
+def _descending(gradients: Any) -> Any:
+    """The direction of steepest ascent in each parameter.
+
+    JAX's gradient with respect to a complex parameter is the conjugate of that.
+    """
+    return jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, gradients)

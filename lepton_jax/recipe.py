@@ -34,6 +34,11 @@ class Recipe:
       metrics: name to a function like `loss`, or to a `lepton_jax.metrics.Metric`.
       preprocess: inputs to the model's inputs, in JAX; part of every compiled program (e.g. uint8 pixels to floats).
       decode: the model's outputs to what `predict` returns. None: what the loss implies (`losses.decoder`).
+      train_argument: the Boolean argument of the model's call that says that it trains, e.g. "active"; "not frozen" for
+        one that is True outside of training. None: it has a usual name, or is found by what it does (docs/models.md).
+      auxiliary: what the model sows, by collection (Linen) or type of variable (NNX), with the weight with which it is
+        added to the loss in training, e.g. {"losses": 0.01}. The training loss that is recorded holds it; an evaluation's
+        does not.
       controller: policies that adapt the strategy to what is measured, e.g. `controllers.adaptive()`, or a tuple of them.
         Without any: plain Optax, to the bit.
       epochs: passes over `train`. Batches run on over an epoch's end, so that each is full and every sample is
@@ -65,6 +70,8 @@ class Recipe:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     preprocess: Callable[[Any], Any] | None = None
     decode: Callable[[Any], Any] | None = None
+    train_argument: str | None = None
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
     controller: tuple = ()
     epochs: float | None = None
     steps: int | None = None
@@ -121,6 +128,8 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}, which can't be called", where=f"Recipe.{name}",
                                   remedy="give a function of a batch, or leave it out")
         _check_metrics(self.metrics)
+        _check_train_argument(self.train_argument)
+        _check_auxiliary(self.auxiliary)
         if not _policies(self.controller):
             raise RecipeError(f"controller is {self.controller!r}", where="Recipe.controller",
                               remedy="give a tuple of lepton_jax.controllers.Policy, such as controllers.adaptive(), or "
@@ -163,6 +172,34 @@ def _check_metrics(metrics: Any) -> None:
         if not isinstance(name, str) or not callable(getattr(metric, "values", metric)):
             raise RecipeError(f"metric {name!r} is {metric!r}", where="Recipe.metrics",
                               remedy="give a name as a string, and a function (outputs, targets) -> one value per sample")
+
+
+def _check_train_argument(name: Any) -> None:
+    if name is None:
+        return
+    if not isinstance(name, str) or not name.removeprefix("not ").strip().isidentifier():
+        raise RecipeError(
+            f"train_argument is {name!r}",
+            where="Recipe.train_argument",
+            remedy='name an argument of the model, e.g. "active", or "not frozen" for one '
+            "that is True outside of training",
+        )
+
+
+def _check_auxiliary(auxiliary: Any) -> None:
+    remedy = 'give a dict of name to weight, e.g. {"losses": 0.01}'
+    if not isinstance(auxiliary, Mapping):
+        kind = type(auxiliary).__name__
+        raise RecipeError(
+            f"auxiliary is a {kind}", where="Recipe.auxiliary", remedy=remedy
+        )
+    for name, weight in auxiliary.items():
+        if not isinstance(name, str) or not _number(weight):
+            raise RecipeError(
+                f"auxiliary {name!r} has the weight {weight!r}",
+                where="Recipe.auxiliary",
+                remedy=remedy,
+            )
 
 
 def _number(value: Any) -> bool:

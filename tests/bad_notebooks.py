@@ -104,6 +104,48 @@ class Uncallable(nnx.Module):
         self.layer = nnx.Linear(4, 3, rngs=rngs)
 
 
+class ByName(Net):
+    def __call__(self, *, image):
+        return self.layer(image)
+
+
+class ByNames(Net):
+    def __call__(self, *, image, mask):
+        return self.layer(image * mask)
+
+
+class Cached(linen.Module):
+    @linen.compact
+    def __call__(self, x, cache, deterministic=True):
+        return linen.Dense(3)(x + cache)
+
+
+class RequiringFlag(Net):
+    def __call__(self, x, causal: bool):
+        return self.layer(x)
+
+
+class Ambiguous(linen.Module):
+    """One value draws, the other one writes."""
+
+    @linen.compact
+    def __call__(self, x, phase=True):
+        x = linen.BatchNorm(use_running_average=phase)(x)
+        return linen.Dense(3)(linen.Dropout(0.5, deterministic=not phase)(x))
+
+
+class Sower(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        self.sow("losses", "size", jnp.square(x).mean())
+        return linen.Dense(3)(x)
+
+
+class Pair(Net):
+    def __call__(self, x):
+        return self.layer(x), x
+
+
 def trainer(*recipes, run_dir=None, devices=1, **changes) -> lepton.Trainer:
     fields = {"model": Net, "loss": cross_entropy, "optimizer": optax.adam, "learning_rate": 0.1, "train": (X, Y),
               "batch_size": 8, "steps": 2} if not recipes else {}
@@ -278,7 +320,7 @@ MODELS = [
     Bad("model-returns-nothing", fit(model=Silent), ModelError, "Silent.__call__", "return the outputs", "None"),
     Bad("model-returns-a-scalar", fit(model=Total), ModelError, "Total.__call__", "batch dim first", "float32[]"),
     Bad("model-returns-labels", fit(model=Choosing), ModelError, "Recipe.model", "logits", "int32[8]"),
-    Bad("model-wants-more", fit(model=Greedy), ModelError, "Greedy.__call__", "a dict's arrays", "mask"),
+    Bad("model-wants-more", fit(model=Greedy), ModelError, "Greedy.__call__", '{"x": ..., "mask": ...}', "requires 'mask'"),
     Bad("model-not-callable-on-data", fit(model=Uncallable), ModelError, "Uncallable.__call__", "one array", "__call__"),
     Bad("model-takes-other-names", fit(train=({"image": X}, Y)), ModelError, "Net.__call__", "by name", "image float32[8, 4]"),
     Bad("model-branches-on-values", fit(model=Branching), ModelError, HERE, "one array", "bool"),
@@ -300,6 +342,29 @@ MODELS = [
     Bad("metric-fails", fit(metrics={"a": lambda o, t: o[:, 7:].max(1)}), ModelError, HERE, "give targets", "outputs"),
     Bad("preprocess-fails", fit(preprocess=lambda x: x @ jnp.ones((7, 7))), ModelError, HERE, "shapes", "preprocess"),
     Bad("decode-fails", settled(lambda t, _: t.predict(X, decode=lambda o: o @ o)), ModelError, HERE, "shapes", "predicting"),
+    Bad("model-takes-inputs-by-name", fit(model=ByName), ModelError, "ByName.__call__", '{"image": ...}', "'image' by name"),
+    Bad("model-takes-two-by-name", fit(model=ByNames), ModelError, "ByNames.__call__", '{"image": ..., "mask": ...}', "'mask'"),
+    Bad("model-lacks-a-named-input", fit(model=ByNames, train=({"image": X}, Y)), ModelError, "ByNames.__call__",
+        '{"image": ..., "mask": ...}', "requires 'mask'"),
+    Bad("model-misspells-an-input", fit(model=ByNames, train=({"imag": X, "mask": X}, Y)), ModelError, "ByNames.__call__",
+        "name them", "did you mean 'image'"),
+    Bad("model-requires-a-cache", fit(model=Cached()), ModelError, "Cached.__call__", "a default", "requires 'cache'"),
+    Bad("boolean-that-shows-nothing", fit(model=RequiringFlag), ModelError, "RequiringFlag.__call__", "Recipe.train_argument",
+        "'causal'"),
+    Bad("boolean-that-is-ambiguous", fit(model=Ambiguous()), ModelError, "Ambiguous.__call__", "'not phase'",
+        "draws 1 times and writes nothing if it is True"),
+    Bad("train-argument-misspelt", fit(model=RequiringFlag, train_argument="casual"), ModelError, "RequiringFlag.__call__",
+        "causal", "did you mean 'causal'"),
+    Bad("train-argument-is-an-input", fit(train_argument="x"), ModelError, "Net.__call__", "leave train_argument out", "'x'"),
+    Bad("train-argument-is-no-name", fit(train_argument=True), RecipeError, "Recipe.train_argument", "not frozen", "True"),
+    Bad("train-argument-and-another-boolean", fit(model=RequiringFlag, train_argument=None), ModelError,
+        "RequiringFlag.__call__", "give it a default", "no random numbers"),
+    Bad("auxiliary-of-nothing", fit(auxiliary={"losses": 1.0}), ModelError, "Net", "self.sow", "'losses'"),
+    Bad("auxiliary-misspelt", fit(model=Sower(), auxiliary={"losss": 1.0}), ModelError, "Sower", "losses",
+        "did you mean 'losses'"),
+    Bad("auxiliary-as-list", fit(auxiliary=["losses"]), RecipeError, "Recipe.auxiliary", "a dict", "list"),
+    Bad("auxiliary-weight-as-text", fit(auxiliary={"losses": "1"}), RecipeError, "Recipe.auxiliary", "0.01", "'1'"),
+    Bad("outputs-in-a-tuple", fit(model=Pair), ModelError, "softmax_cross_entropy", "(outputs[0], targets)", "float32[8, 3]"),
 ]
 
 FOLDERS = [

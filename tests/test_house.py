@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "compat", "phase"},
     {"agreement"},
-    {"state", "precision", "recipe", "hardware", "losses", "metrics", "models"},
+    {"arguments", "state", "precision", "recipe", "hardware", "losses", "metrics", "models"},
     {"module", "optimizers", "adoption"},
     {"planner", "checkpoint", "local_checkpoint", "controller", "data", "monitor", "history"},
     {"program"},

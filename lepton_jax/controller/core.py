@@ -295,8 +295,8 @@ def served(state: Any) -> tuple[Any, Any]:
 
 
 def floats(tree: Any) -> Any:
-    """The floating-point leaves of a tree; None in the place of others."""
-    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, tree)
+    """The floating-point and complex leaves of a tree; None in the place of others."""
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree)
 
 
 def fed(state: Any, **values: float) -> Any:

@@ -141,7 +141,7 @@ class Signals:
         if "gradient_sum" in state:
             weight = values.get("gradient_weight", 1.0)
             total = jax.tree.map(lambda s, g: MEMORY * s + (weight * g).astype(s.dtype), state["gradient_sum"], gradients)
-            values["gradient_sum_norm"] = sum((jnp.abs(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(total)),
+            values["gradient_sum_norm"] = sum((jnp.abs(x).astype(jnp.float32).sum() for x in jax.tree.leaves(total)),
                                               jnp.float32(0))
             usable = jnp.isfinite(values["gradient_sum_norm"])
             after["gradient_sum"] = jax.tree.map(lambda n, o: jnp.where(usable, n, o), total, state["gradient_sum"])
@@ -193,13 +193,23 @@ def norm(tree: Any, prefix: str = "") -> jax.Array:
     if not leaves:
         raise RecipeError(f"no parameter's path begins with {prefix!r}", where="Policy.watches",
                           remedy=f"the parameters are {', '.join(by_path(tree))}")
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for x in leaves for part in _parts(x)))
 
 
 def dot(left: Any, right: Any) -> jax.Array:
     """Inner product of two trees, float32 ()."""
-    products = jax.tree.map(lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), left, right)
-    return sum(jax.tree.leaves(products), jnp.float32(0))
+    def product(a: Any, b: Any) -> Any:
+        pairs = zip(_parts(a), _parts(b), strict=True)
+        return sum(jnp.sum(x * y) for x, y in pairs)
+
+    return sum(jax.tree.leaves(jax.tree.map(product, left, right)), jnp.float32(0))
+
+
+def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
+    """An array as float32; a complex one as two, since it is a pair of real numbers."""
+    if jnp.iscomplexobj(x):
+        return x.real.astype(jnp.float32), x.imag.astype(jnp.float32)
+    return (x.astype(jnp.float32),)
 
 
 def _smooth(state: Smoothed, loss: Any) -> tuple[dict[str, Any], Smoothed]:

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from lepton_jax import losses
-from lepton_jax.compat import ClosedJaxpr, Jaxpr
+from lepton_jax.compat import ClosedJaxpr, Jaxpr, whole_axes
 from lepton_jax.controller import Controller
 from lepton_jax.errors import DataError, ModelError, pointing_at_user
 from lepton_jax.hardware import convolution_flops
-from lepton_jax.module import Functional, forward, functional
+from lepton_jax.module import Functional, forward_sowing, functional, leaks
 from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.remat import rematerialized
 from lepton_jax.recipe import Recipe
@@ -88,8 +88,9 @@ def objective(recipe: Recipe, module: Functional, micro_batches: int) -> Any:
       the sums of loss and metrics, those of `losses.discounted`, and the variables after.
     """
     def value(params: Any, variables: Any, key: Any, inputs: Any, targets: Any, knobs: Any) -> tuple[Any, tuple]:
-        outputs, after = forward(recipe, module, params, variables, inputs, key, True, knobs.get("dropout"))
+        outputs, after, sown = forward_sowing(recipe, module, params, variables, inputs, key, True, knobs.get("dropout"))
         sums = losses.measure(recipe, outputs, targets) | losses.discounted(recipe.loss, outputs, targets, knobs)
+        sums = losses.with_auxiliary(sums, recipe.auxiliary, sown)
         total, weight = losses.objective(sums)
         result = total / weight if micro_batches == 1 else total
         return result * knobs["loss_scale"] if "loss_scale" in knobs else result, (sums, after)
@@ -123,9 +124,41 @@ def trace(recipe: Recipe, inputs: Any, targets: Any, samples: int | None = None)
                         remedy="give a pair (inputs, targets)")
     inputs, targets = jax.tree.map(batched, (inputs, targets))
     with pointing_at_user("preprocess"):
-        prepared = jax.eval_shape(recipe.preprocess or (lambda x: x), inputs) if inputs is not None else None
-    module = functional(recipe.model, prepared)
+        prepared = jax.eval_shape(whole_axes(recipe.preprocess or (lambda x: x)), inputs) if inputs is not None else None
     controller = Controller(recipe)
+    module, state = _module_and_state(recipe, prepared, controller, None)
+
+    if inputs is None:
+        return Trace(recipe, module, state, None, None, None, None, 0.0, {}, None)
+
+    given = (inputs, targets)
+    try:
+        jaxpr, shapes, weighted = _traced_loss(recipe, module, state, given)
+        leaking = leaks(jaxpr)
+    except ModelError as error:
+        if not isinstance(error.__cause__, jax.errors.UnexpectedTracerError):
+            raise
+        leaking = True
+    if leaking:
+        module, state = _module_and_state(recipe, prepared, controller, recipe.seed)
+        jaxpr, shapes, weighted = _traced_loss(recipe, module, state, given)
+    if shapes[0].shape != ():
+        raise ModelError(f"the loss of a batch has shape {shapes[0].shape}", where="Recipe.loss",
+                         remedy="return one value per sample")
+    operations: dict[str, int] = {}
+    flops = _count(jaxpr.jaxpr, operations, 1)
+    return Trace(recipe, module, state, inputs, targets, shapes[1], jaxpr, 3.0 * flops, operations, samples, weighted)
+
+
+def _module_and_state(recipe: Recipe, prepared: Any, controller: Controller, seed: int | None) -> tuple[Functional, State]:
+    """The module as functions, and the state's shapes; `seed` is as in `functional`."""
+    module = functional(
+        recipe.model,
+        prepared,
+        train_argument=recipe.train_argument,
+        sown=tuple(recipe.auxiliary),
+        seed=seed,
+    )
 
     def init() -> State:
         key = jax.random.key(recipe.seed)
@@ -137,28 +170,28 @@ def trace(recipe: Recipe, inputs: Any, targets: Any, samples: int | None = None)
         state = jax.eval_shape(init)
     if not jax.tree.leaves(state.params):
         raise ModelError("the model has no parameters", where=module.name, remedy="give it at least one nnx.Param")
+    return module, state
 
-    if inputs is None:
-        return Trace(recipe, module, state, None, None, None, None, 0.0, {}, None)
 
+def _traced_loss(
+    recipe: Recipe, module: Functional, state: State, batch: tuple[Any, Any]
+) -> tuple[Any, Any, bool]:
+    """The jaxpr of a batch's mean loss and outputs, their shapes, whether it is weighted."""
     weighted = False
 
     def loss(params: Any, variables: Any, key: Any, inputs: Any, targets: Any) -> Any:
         nonlocal weighted
-        outputs, after = forward(recipe, module, params, variables, inputs, key, True)
+        outputs, after, sown = forward_sowing(recipe, module, params, variables, inputs, key, True)
         _check_variables(module.name, variables, after)
-        total, weight = losses.measure(recipe, outputs, targets)["loss"]
+        sums = losses.measure(recipe, outputs, targets)
+        total, weight = losses.with_auxiliary(sums, recipe.auxiliary, sown)["loss"]
         weighted = isinstance(weight, jax.Array)
         return total / weight, outputs
 
     with pointing_at_user("tracing model, loss and metrics"):
-        jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(state.params, state.variables, state.key, inputs, targets)
-    if shapes[0].shape != ():
-        raise ModelError(f"the loss of a batch has shape {shapes[0].shape}", where="Recipe.loss",
-                         remedy="return one value per sample")
-    operations: dict[str, int] = {}
-    flops = _count(jaxpr.jaxpr, operations, 1)
-    return Trace(recipe, module, state, inputs, targets, shapes[1], jaxpr, 3.0 * flops, operations, samples, weighted)
+        make = jax.make_jaxpr(loss, return_shape=True)
+        jaxpr, shapes = make(state.params, state.variables, state.key, *batch)
+    return jaxpr, shapes, weighted
 
 
 def _check_variables(name: str, before: Any, after: Any) -> None:
