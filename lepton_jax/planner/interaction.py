@@ -32,13 +32,16 @@ LINEAR = UNARY | {"add", "add_any", "sub", "mul", "div"}
 LONGEST_MEAN = 32  # operations from a sum over the batch to the mean; assumption
 
 
-def where_samples_meet(program: ClosedJaxpr, batched: Iterable[int]) -> str | None:
+def where_samples_meet(
+    program: ClosedJaxpr, batched: Iterable[int], means: bool = False
+) -> str | None:
     """Find the first operation at which samples of a batch can meet.
 
     Args:
-      program: of any arrays. A scalar result that is a mean over samples does not count
-        as a meeting as far as its final sum goes, but other reductions do.
+      program: of any arrays.
       batched: indices of the inputs whose leading dim is the batch.
+      means: whether scalar results may be means over samples; the sums that make them
+        do not count as meetings then.
 
     Returns:
       "mean at file.py:12 (function)", or None where the samples stay apart.
@@ -52,7 +55,7 @@ def where_samples_meet(program: ClosedJaxpr, batched: Iterable[int]) -> str | No
     if loop is not None:
         return _described(loop)
 
-    final = {id(op) for op in _final_sums(graph, batch)}
+    final = {id(op) for op in _final_sums(graph, batch)} if means else set()
     for op in graph.operations():
         if id(op) not in final and _meets(graph, op, batch, size):
             return _described(op)
@@ -77,21 +80,24 @@ def where_samples_of_a_step_meet(trace: Trace) -> str | None:
 
     state = trace.state
     fixed = (state.params, state.variables, state.key)
-    return where_they_meet(step, fixed, (trace.inputs, trace.targets))
+    return where_they_meet(step, fixed, (trace.inputs, trace.targets), means=True)
 
 
-def where_they_meet(function: Callable, fixed: tuple, batch: tuple) -> str | None:
+def where_they_meet(
+    function: Callable, fixed: tuple, batch: tuple, means: bool = False
+) -> str | None:
     """`where_samples_meet` of a function of pytrees of shapes.
 
     Args:
       function: takes the arguments of `fixed`, then those of `batch`.
       fixed: arguments that are the same for all samples, such as parameters.
       batch: arguments whose leaves all have the batch first.
+      means: as of `where_samples_meet`.
     """
     program = jax.make_jaxpr(function)(*fixed, *batch)
     first = len(jax.tree.leaves(fixed))
     count = len(jax.tree.leaves(batch))
-    return where_samples_meet(program, range(first, first + count))
+    return where_samples_meet(program, range(first, first + count), means)
 
 
 def is_mean_of_samples(function: Callable, batches: Sequence[tuple]) -> bool:

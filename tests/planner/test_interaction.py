@@ -19,7 +19,6 @@ Y = jax.ShapeDtypeStruct((8,), jnp.int32)
 
 APART = {
     "loss": lambda x, y: cross_entropy(x, y),
-    "mean of losses": lambda x, y: cross_entropy(x, y).mean(),
     "norm of each": lambda x, y: x / jnp.linalg.norm(x, axis=1, keepdims=True),
     "reshape and back": lambda x, y: x.reshape(-1).reshape(8, 2, 2) * y[:, None, None],
     "sort of each": lambda x, y: jnp.sort(x, axis=1),
@@ -58,6 +57,7 @@ MEET = {
         lambda x: x.max() > 1, lambda x: x / 2, x
     ),
     "a callback": lambda x, y: jax.pure_callback(lambda x: x, X, x),
+    "mean of losses": lambda x, y: cross_entropy(x, y).mean(),
     "variance": lambda x, y: jnp.var(x),
     "square of a mean": lambda x, y: (x.mean(0) ** 2).sum(),
     "weighted mean": lambda x, y: (x * (y > 0)[:, None]).sum() / (y > 0).sum(),
@@ -72,6 +72,16 @@ def test_samples_that_stay_apart_are_said_to(name):
 @pytest.mark.parametrize("name", MEET)
 def test_an_operation_at_which_samples_meet_is_named(name):
     assert "test_interaction.py" in where_they_meet(MEET[name], (), (X, Y))
+
+
+def test_a_mean_at_the_end_is_no_meeting_where_means_are_wanted():
+    for function, apart in (
+        (lambda x, y: cross_entropy(x, y).mean(), True),
+        (lambda x, y: cross_entropy(x - x.mean(0), y).mean(), False),
+        (lambda x, y: jnp.var(x), False),
+    ):
+        found = where_they_meet(function, (), (X, Y), means=True)
+        assert (found is None) is apart
 
 
 def test_two_inputs_that_are_batches_meet_in_their_product():
