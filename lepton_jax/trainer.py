@@ -19,7 +19,7 @@ import grain
 import jax
 import numpy as np
 
-from lepton_jax import agreement, losses, phase
+from lepton_jax import agreement, phase
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.controller.live import Live
 from lepton_jax.controller.rollback import recalled

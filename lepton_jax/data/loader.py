@@ -221,6 +221,7 @@ class Loader:
         self._states: dict[int, dict[str, Any]] | None = None
         self._names: dict[int, list[str]] = {}
         self._read = np.empty(0, np.int32)
+        self._put: Callable[[Any], Any]
         share = Share(sharding, batch_size, steps)
 
         def put(rows: Any) -> Any:

@@ -54,8 +54,12 @@ class Evaluation:
         self._scalars = [name for name in scalars if name not in self.whole]
         if self._is_scalar("loss"):
             self._scalars.append("loss")
-        metrics = {name: losses.sums_of(self.recipe.metrics[name]) for name in self.whole}
-        self._jitted = {name: jax.jit(function) for name, (function, _) in metrics.items()}
+        metrics = {
+            name: losses.sums_of(self.recipe.metrics[name]) for name in self.whole
+        }
+        self._jitted = {
+            name: jax.jit(function) for name, (function, _) in metrics.items()
+        }
 
     @cached_property
     def meeting(self) -> str | None:
@@ -274,7 +278,9 @@ class Prediction:
             if len(dims) == 1:
                 dim = dims[0]
                 each = shape.shape[dim] // size  # rows of a sample
-                cut = [_first(x, dim, n * each) for x, n in zip(leaves, rows, strict=True)]
+                cut = [
+                    _first(x, dim, n * each) for x, n in zip(leaves, rows, strict=True)
+                ]
                 found.append(np.concatenate(cut, axis=dim))
             else:
                 found.append(leaves[0])

@@ -222,9 +222,7 @@ def _final_sums(graph: Graph, batch: set[int]) -> list[Operation]:
 Affine = tuple[Any, list[tuple[Operation, float]]]
 
 
-def _affine(
-    graph: Graph, batch: set[int], value: Any, steps: int = 0
-) -> Affine | None:
+def _affine(graph: Graph, batch: set[int], value: Any, steps: int = 0) -> Affine | None:
     """Take a value apart into a constant and sums over the batch times constants.
 
     Returns:

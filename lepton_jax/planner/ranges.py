@@ -265,9 +265,7 @@ class _Search:
 
     # ---- operations ---------------------------------------------------------------
 
-    def _comparison(
-        self, name: str, eqn: Any, facts: list[Any], callers: tuple
-    ) -> Any:
+    def _comparison(self, name: str, eqn: Any, facts: list[Any], callers: tuple) -> Any:
         pair = _with_constant(facts)
         if pair is not None:
             source, number = pair
@@ -465,7 +463,8 @@ def _moved(name: str, eqn: Any, source: Followed) -> np.ndarray | None:
         kept = {"reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose"}
         return source.places if name in kept else None
     if name in ("reshape", "squeeze", "expand_dims"):
-        return None if p.get("dimensions") and name == "reshape" else source.places.reshape(shape)
+        reordered = name == "reshape" and p["dimensions"] is not None
+        return None if reordered else source.places.reshape(shape)
     if name == "transpose":
         return source.places.transpose(p["permutation"])
     if name == "broadcast_in_dim":

@@ -82,14 +82,21 @@ DATA = {
 @pytest.mark.parametrize("loss", [cross_entropy, lambda o, t: 2 * cross_entropy(o, t)])
 def test_labels_out_of_range_do_not_train_as_other_classes(make, loss):
     data = make(IDS, LATE)
-    with pytest.raises(lepton.DataError, match="targets outside 0 to 2: there are 3") as caught:
+    with pytest.raises(
+        lepton.DataError, match="targets outside 0 to 2: there are 3"
+    ) as caught:
         trainer(loss=loss, shuffle=False).fit(data, steps=15)
-    assert DATA[make] in caught.value.where and "(values, labels >= 0)" in caught.value.remedy
+    assert (
+        DATA[make] in caught.value.where
+        and "(values, labels >= 0)" in caught.value.remedy
+    )
 
 
 @pytest.mark.parametrize("make", DATA)
 def test_ids_beyond_the_table_are_named(make):
-    with pytest.raises(lepton.DataError, match="'table/embedding', which has 50 rows") as caught:
+    with pytest.raises(
+        lepton.DataError, match="'table/embedding', which has 50 rows"
+    ) as caught:
         trainer(shuffle=False).fit(make(WRONG_IDS, LABELS), steps=15)
     assert DATA[make].replace("30: -1", "33: 50") in caught.value.where
 
@@ -138,7 +145,9 @@ def test_the_remedy_for_labels_that_do_not_count_works():
     )
     counted = ignored >= 0
     expected = cross_entropy(jnp.asarray(logits[counted]), LABELS[counted]).mean()
-    assert of_all.evaluate((IDS, ignored)).loss == pytest.approx(float(expected), rel=1e-5)
+    assert of_all.evaluate((IDS, ignored)).loss == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 def test_an_id_that_wraps_around_at_32_bits_is_seen_before_it_does():

@@ -23,9 +23,9 @@ APART = {
     "reshape and back": lambda x, y: x.reshape(-1).reshape(8, 2, 2) * y[:, None, None],
     "sort of each": lambda x, y: jnp.sort(x, axis=1),
     "matmul": lambda x, y: x @ jnp.ones((4, 3)),
-    "scan over features": lambda x, y: jax.lax.scan(
-        lambda c, r: (c + r, c), jnp.zeros(8), x.T
-    )[1].T,
+    "scan over features": lambda x, y: (
+        jax.lax.scan(lambda c, r: (c + r, c), jnp.zeros(8), x.T)[1].T
+    ),
     "vmap": lambda x, y: jax.vmap(lambda row, i: row[i])(x, y),
     "remat": lambda x, y: jax.checkpoint(lambda x: jnp.sin(x).sum(1))(x),
     "one hot": lambda x, y: jax.nn.one_hot(y, 4) * x,
@@ -128,7 +128,9 @@ def test_the_zoo_keeps_samples_apart_but_for_batch_norm_in_training(name):
     assert found is None if meeting is None else meeting in found
 
     def evaluated(params, variables, inputs):
-        return forward(recipe, traced.functional, params, variables, inputs, None, False)[0]
+        return forward(
+            recipe, traced.functional, params, variables, inputs, None, False
+        )[0]
 
     state = (traced.state.params, traced.state.variables)
     assert where_they_meet(evaluated, state, (traced.inputs,)) is None
