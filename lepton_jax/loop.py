@@ -30,7 +30,7 @@ from lepton_jax.controller.rollback import (
     lost_at_the_end,
     remember,
 )
-from lepton_jax.data import Arrays, Dataset, Loader, blocks_between, epoch_samples
+from lepton_jax.data import Arrays, Dataset, Loader, blocks_between, epoch_samples, one_pass
 from lepton_jax.diagnosis import described, diagnose
 from lepton_jax.errors import DivergedError, LeptonError
 from lepton_jax.history import History
@@ -174,7 +174,7 @@ class Loop:
         self._loader = Loader(self.train, batch_size=self.recipe.batch_size, steps=per_block,
                               sharding=self.program.block_sharding, seed=self.recipe.seed, shuffle=self.recipe.shuffle,
                               position=self.position, blocks=blocks_between(self.step, self.until, per_block),
-                              resident=resident)
+                              resident=resident, limits=self.program.limits)
         self._data = self.program.resident(self.train) if resident else None
         self._block, self._offset = None, per_block
 
@@ -556,16 +556,26 @@ def order(recipe: Recipe, train: Any) -> dict[str, Any]:
 
 
 def evaluate(program: Program, state: State, test: Any) -> dict[str, float]:
-    """Loss and metrics over a data set, every sample counted once: the last batch is filled up, and its filling masked."""
-    size, total, sums = program.recipe.batch_size, epoch_samples(test), None
-    assert total is not None
-    loader = Loader(test, batch_size=size, steps=1, sharding=program.batch_sharding, blocks=math.ceil(total / size))
-    try:
-        for index, batch in enumerate(loader):
-            sums = program.evaluate(sums, state, batch, min(size, total - index * size))
-    finally:
-        loader.close()
-    return program.metrics(sums)
+    """Loss and metrics over a data set, every sample counted once.
+
+    Where samples of a batch can meet, the last batch runs at its own size; otherwise it
+    is filled up, and its filling masked.
+
+    Raises:
+      DataError: no sample has weight, or a metric of the whole set would gather too much.
+    """
+    size = program.recipe.batch_size
+    samples = epoch_samples(test)
+    assert samples is not None
+    program.evaluation.check(samples)
+
+    sums, parts = None, []
+    fill = samples % size == 0 or program.evaluation.meeting is None
+    for batch, rows in one_pass(test, size, program.sharding_of, fill, program.limits):
+        sums, part = program.evaluate(sums, state, batch, rows)
+        if part is not None:
+            parts.append(program.evaluation.real(part, rows))
+    return program.metrics(sums, parts)
 
 
 @jit_where

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lepton_jax import losses
@@ -13,7 +14,21 @@ from lepton_jax import losses
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over samples and what is made of that mean: `finish(mean(values(outputs, targets)))`."""
+    """Means over samples and the number that is made of them.
+
+    A metric that is no mean itself, such as the F1 score, is often made of several:
+
+        Metric(
+            lambda outputs, labels: {"hits": hits, "labelled": labels == 1, ...},
+            lambda means: 2 * means["hits"] / (means["labelled"] + means["found"]),
+        )
+
+    Attributes:
+      values: (outputs, targets) to what is averaged: as `Recipe.loss`, or a dict or tuple
+        of arrays of shape (batch, ...). Each array is averaged over the samples alone, so
+        its other dims stay.
+      finish: the mean, or the means in the same dict or tuple, to one number.
+    """
 
     values: Callable[[Any, Any], Any]
     finish: Callable[[Any], Any]
@@ -39,6 +54,92 @@ def absolute_error(outputs: Any, targets: Any) -> Any:
 
 rmse = Metric(losses.squared_error, jnp.sqrt)
 perplexity = Metric(losses.cross_entropy, jnp.exp)
+
+
+def _f1_counts(outputs: Any, targets: Any) -> dict[str, Any]:
+    """For each class: found and labelled, found, labelled; float32 (batch, classes)."""
+    if outputs.shape == targets.shape:
+        found = (outputs > 0)[..., None]
+        labelled = (targets > 0.5)[..., None]
+    else:
+        _same(outputs.shape[:-1], targets.shape, "f1")
+        classes = outputs.shape[-1]
+        found = jax.nn.one_hot(jnp.argmax(outputs, axis=-1), classes) > 0
+        labelled = targets[..., None] == jnp.arange(classes)
+    if found.shape[-1] == 2:
+        found, labelled = found[..., 1:], labelled[..., 1:]
+
+    counts = {"hits": found & labelled, "found": found, "labelled": labelled}
+    batch, classes = found.shape[0], found.shape[-1]
+
+    def of_sample(x: Any) -> Any:
+        return x.reshape(batch, -1, classes).mean(axis=1, dtype=jnp.float32)
+
+    return {name: of_sample(x) for name, x in counts.items()}
+
+
+def _f1(means: Any) -> Any:
+    seen = means["found"] + means["labelled"]
+    score = jnp.where(seen > 0, 2 * means["hits"] / jnp.where(seen > 0, seen, 1), 0)
+    return score.sum() / jnp.maximum((seen > 0).sum(), 1)
+
+
+# F1 score: of the positive class where outputs are logits of the targets' shape, or of
+# class 1 where there are two; of more classes, the mean over those that occur ("macro").
+f1 = Metric(_f1_counts, _f1)
+
+
+def r2(outputs: Any, targets: Any) -> Any:
+    """Share of the targets' variance that the outputs explain, both of one shape.
+
+    With several targets a sample it is the mean over them. It takes the whole test set at
+    once: sums of squares over batches would lose the digits that matter where the
+    targets' mean is large.
+    """
+    _same(outputs.shape, targets.shape, "r2")
+    outputs = outputs.reshape(len(outputs), -1)
+    targets = targets.reshape(len(targets), -1)
+    left = jnp.square(targets - outputs).sum(axis=0)
+    spread = jnp.square(targets - targets.mean(axis=0)).sum(axis=0)
+
+    # constant targets: all of nothing is explained, or none of it
+    flat = jnp.where(left > 0, 0.0, 1.0)
+    explained = 1 - left / jnp.where(spread > 0, spread, 1)
+    return jnp.where(spread > 0, explained, flat).mean()
+
+
+def auc(outputs: Any, targets: Any) -> Any:
+    """Area under the ROC curve, of the whole test set.
+
+    The probability that a sample of the class has a higher score than one outside of it;
+    equal scores count half (Hanley and McNeil 1982). Outputs are logits: of the shape of
+    the targets 0 and 1, or (batch, classes) for integer labels; with more than two
+    classes, the mean over each class against the rest, by its probability. It is NaN
+    where a class has no sample, or all.
+    """
+    if outputs.shape == targets.shape:
+        return _area(outputs.reshape(-1), targets.reshape(-1) > 0.5)
+    _same(outputs.shape[:-1], targets.shape, "auc")
+    classes = outputs.shape[-1]
+    outputs, targets = outputs.reshape(-1, classes), targets.reshape(-1)
+    if classes == 2:
+        return _area(outputs[:, 1] - outputs[:, 0], targets == 1)
+    shares = jax.nn.softmax(outputs).T
+    return jax.vmap(_area)(shares, targets == jnp.arange(classes)[:, None]).mean()
+
+
+def _area(scores: Any, positive: Any) -> Any:
+    """Area under the ROC curve of scores (n,) for what is positive, bool (n,)."""
+    order = jnp.argsort(scores)
+    ascending = scores[order]
+    negatives = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(~positive[order])])
+    below = negatives[jnp.searchsorted(ascending, scores, side="left")]
+    up_to = negatives[jnp.searchsorted(ascending, scores, side="right")]
+
+    # in whole numbers as long as possible: float32 has seven digits
+    each = jnp.where(positive, (below + up_to) / (2 * negatives[-1]), 0)
+    area = each.sum() / positive.sum()
+    return jnp.where(jnp.isnan(scores).any(), jnp.nan, area)
 
 
 def _same(left: tuple, right: tuple, name: str) -> None:

@@ -6,11 +6,12 @@ donated state. Nothing here waits for a device, virtual ones of a CPU apart.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -23,9 +24,21 @@ from lepton_jax.adoption import is_number, named_recipe_values, recipe_values, s
 from lepton_jax.compat import cache_hits, jit_on, placed, whole_axes
 from lepton_jax.controller import Controller, Pieces, norm, served
 from lepton_jax.controller.rollback import WEIGHT
-from lepton_jax.errors import pointing_at_user
-from lepton_jax.module import forward
-from lepton_jax.planner import ARGUMENTS, Plan, Trace, laid_out, objective, rematerialized
+from lepton_jax.data import Limit
+from lepton_jax.errors import DataError, pointing_at_user
+from lepton_jax.planner import (
+    ARGUMENTS,
+    Evaluation,
+    Plan,
+    Prediction,
+    Trace,
+    evaluated,
+    laid_out,
+    limits,
+    nan_rows,
+    objective,
+    rematerialized,
+)
 from lepton_jax.state import State, by_path
 
 
@@ -82,6 +95,7 @@ class Program:
         self._predictors: dict[Callable, Callable] = {}
         self._values: dict[str, float] | None = None
         self._given: dict[str, Any] | None = None
+        self._predictions: dict[Callable, Prediction] = {}
 
     def init(self, seed: int) -> State:
         """The state before the first step, laid out as planned."""
@@ -194,33 +208,106 @@ class Program:
                 {train: jax.tree.map(lambda x: placed(x, self.replicated), (train.inputs, train.targets))})
         return self._resident[train]
 
-    def evaluate(self, sums: Any, state: State, batch: Any, valid: int) -> Any:
-        """Add the first `valid` samples of a batch to the sums, which are donated; None starts them."""
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """How the loss and metrics of a test set are put together from its batches."""
+        return Evaluation(self.trace)
+
+    @cached_property
+    def limits(self) -> list[Limit]:
+        """Which whole numbers the data may hold."""
+        return limits(self.trace)
+
+    def prediction(self, decode: Callable | None = None) -> Prediction:
+        """How predictions of many inputs are put together from batches."""
+        decode = self._decoder(decode)
+        if decode not in self._predictions:
+            self._predictions[decode] = Prediction(self.trace, decode)
+        return self._predictions[decode]
+
+    def sharding_of(self, rows: int) -> NamedSharding:
+        """Where a batch of so many rows lies in evaluation and prediction."""
+        parts = math.prod(self.mesh.shape[axis] for axis in self.plan.batch_axes)
+        return self.replicated if rows % parts else self.batch_sharding
+
+    def evaluate(self, sums: Any, state: State, batch: Any, valid: int) -> tuple[Any, Any]:
+        """Add the first `valid` samples of a batch to the sums, which are donated.
+
+        Args:
+          sums: what the call before returned; None starts them.
+          state: which parameters.
+          batch: (inputs, targets).
+          valid: how many of its rows are real.
+
+        Returns:
+          The sums; and the batch's (outputs, targets) where a metric is one of the whole
+          test set, else None.
+        """
         if sums is None:
-            sums = placed(np.zeros((1 + len(self.recipe.metrics), 2), np.float32), self.replicated)
+            sums = jax.tree.map(lambda x: placed(x, self.replicated), self.evaluation.sums)
         return self._call("evaluate", self._evaluate, sums, *served(state), batch, valid)
 
-    def metrics(self, sums: Any) -> dict[str, float]:
-        """Loss and metrics from their sums; this waits for the device."""
-        names = ("loss", *self.recipe.metrics)
-        means = {name: total / weight for name, (total, weight) in zip(names, np.asarray(sums), strict=True)}
-        return {name: float(losses.finish(self.recipe, name, mean)) for name, mean in means.items()}
+    def metrics(self, sums: Any, parts: Sequence[tuple[Any, Any]] = ()) -> dict[str, float]:
+        """Loss and metrics of a test set; this waits for the device.
+
+        Args:
+          sums: over all batches.
+          parts: (outputs, targets) of each batch, without filling; needed where a metric
+            is one of the whole test set.
+
+        Raises:
+          DataError: no sample has weight.
+        """
+        found = {}
+        for name, (total, weight) in jax.tree.map(np.asarray, sums).items():
+            if weight == 0:
+                raise DataError(
+                    f"nothing in the test data has weight: the weights that {name!r} gives "
+                    "its samples are all 0",
+                    where="evaluation",
+                    remedy="evaluate on samples that count",
+                )
+            value = losses.finish(self.recipe, name, losses.mean(total, weight))
+            found[name] = float(value)
+        if self.evaluation.whole:
+            found |= self.evaluation.of_whole(parts)
+        return {name: found[name] for name in ("loss", *self.recipe.metrics)}
 
     def predict(self, state: State, inputs: Any, decode: Callable | None = None) -> Any:
         """Decoded outputs of a batch of inputs."""
-        decode = decode or self.recipe.decode or losses.decoder(self.recipe.loss)
+        return self.predict_and_look(state, inputs, decode)[0]
+
+    def predict_and_look(
+        self, state: State, inputs: Any, decode: Callable | None = None
+    ) -> tuple[Any, Any]:
+        """Decoded outputs of a batch, and which rows hide a NaN by being decoded.
+
+        Returns:
+          (decoded outputs, bool (rows,)); the latter is None where a NaN would show.
+        """
+        decode = self._decoder(decode)
         if decode not in self._predictors:
+            prediction = self.prediction(decode)
+
             def predict(params: Any, variables: Any, inputs: Any) -> Any:
                 self._note("predict", inputs)
                 with pointing_at_user("predicting"):
-                    return whole_axes(decode)(self._forward(params, variables, inputs)[0])
+                    outputs = self._forward(params, variables, inputs)
+                    decoded = whole_axes(decode)(outputs)
+                if not prediction.hides:
+                    return decoded, None
+                return decoded, _hidden(prediction, outputs, decoded, inputs)
 
             # the rows of another host's devices can't be read here
-            self._predictors[decode] = self._jit(predict, **{"out_shardings": self.replicated} if agreement.hosts() > 1 else {})
+            options = {"out_shardings": self.replicated} if agreement.hosts() > 1 else {}
+            self._predictors[decode] = self._jit(predict, **options)
         return self._call("predict", self._predictors[decode], *served(state), inputs)
 
+    def _decoder(self, decode: Callable | None) -> Callable:
+        return decode or self.recipe.decode or losses.decoder(self.recipe.loss)
+
     def _forward(self, params: Any, variables: Any, inputs: Any) -> Any:
-        run = lambda p, v, x: forward(self.recipe, self.trace.functional, p, v, x, None, False)  # noqa: E731
+        run = lambda p, v, x: evaluated(self.trace, p, v, x)  # noqa: E731
         return laid_out(run, self.plan.layout, self.mesh, ("params", "variables", "inputs"))(params, variables, inputs)
 
     # ---- the train step -------------------------------------------------------------------------------------------
@@ -246,7 +333,7 @@ class Program:
     def _step(self, state: State, batch: Any) -> tuple[State, jax.Array]:
         """One optimizer update from one batch."""
         gradients, sums, variables, parts = self._gradients(state, batch)
-        values = {name: losses.finish(self.recipe, name, total / weight) for name, (total, weight) in sums.items()}
+        values = {name: losses.finish(self.recipe, name, losses.mean(total, weight)) for name, (total, weight) in sums.items()}
         before = Pieces(state.params, state.variables, state.optimizer)
 
         def update() -> tuple[Pieces, Any, dict[str, Any]]:
@@ -303,8 +390,7 @@ class Program:
 
         # strided, so that each device's rows are spread over the micro-batches without leaving the device
         parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = {name: (jnp.float32(0), jnp.float32(0))
-                 for name in ("loss", *self.recipe.metrics, *self.controller.measured_forward)}
+        zeros = self._zero_sums()
         squares = jnp.float32(0) if self.controller.signals.by_micro_batch else None
         carry = (jax.tree.map(jnp.zeros_like, state.params), zeros, state.variables, squares)
         if self.plan.unroll_micro_batches:
@@ -317,16 +403,26 @@ class Program:
         gradients = jax.tree.map(lambda g: g / weight, _unscaled(gradients, scale))
         return _descending(gradients), sums, variables, None if squares is None else squares / count
 
+    def _zero_sums(self) -> dict[str, tuple[Any, Any]]:
+        """The (sum, weight) pairs of no micro-batch."""
+        measure = partial(losses.measure, self.recipe)
+        shapes = jax.eval_shape(measure, self.trace.outputs, self.trace.targets)
+        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        zero = (jnp.float32(0), jnp.float32(0))
+        return sums | dict.fromkeys(self.controller.measured_forward, zero)
+
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def _evaluate_batch(self, sums: Any, params: Any, variables: Any, batch: Any, valid: Any) -> Any:
         self._note("evaluate", batch)
         inputs, targets = batch
         with pointing_at_user("evaluating"):
-            outputs, _ = self._forward(params, variables, inputs)
+            outputs = self._forward(params, variables, inputs)
             rows = jnp.arange(jax.tree.leaves(targets)[0].shape[0]) < valid
-            totals = losses.measure(self.recipe, outputs, targets, rows)
-        return sums + jnp.stack([jnp.stack([jnp.asarray(x, jnp.float32) for x in pair]) for pair in totals.values()])
+            whole = self.evaluation.whole
+            totals = losses.measure(self.recipe, outputs, targets, rows, without=whole)
+        sums = jax.tree.map(lambda s, x: s + jnp.asarray(x, jnp.float32), sums, totals)
+        return sums, (outputs, targets) if whole else None
 
     # ---- compilations ---------------------------------------------------------------------------------------------
 
@@ -369,6 +465,15 @@ def _gathered(batch: Any, data: Any) -> Any:
     if data is None:
         return batch
     return jax.tree.map(lambda x: x.at[batch].get(mode="promise_in_bounds"), data)
+
+
+def _hidden(prediction: Prediction, outputs: Any, decoded: Any, inputs: Any) -> Any:
+    """Samples whose outputs hold a NaN that none of their decoded outputs shows."""
+    rows = jax.tree.leaves(inputs)[0].shape[0]
+    triples = zip(jax.tree.leaves(outputs), prediction.outputs, prediction.used, strict=True)
+    used = [(leaf, dims) for leaf, dims, needed in triples if needed]
+    made = nan_rows([leaf for leaf, _ in used], [dims for _, dims in used], rows)
+    return made & ~nan_rows(jax.tree.leaves(decoded), prediction.dims, rows)
 
 
 def _unscaled(gradients: Any, scale: Any) -> Any:

@@ -20,12 +20,12 @@ import grain
 import jax
 import numpy as np
 
-from lepton_jax import agreement, losses, phase
+from lepton_jax import agreement, phase
 from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.controller.live import Live
 from lepton_jax.controller.rollback import recalled
-from lepton_jax.data import Arrays, Dataset, Loader, blocks_between, described, epoch_samples, from_any, sample
+from lepton_jax.data import Arrays, Dataset, check_limits, described, epoch_samples, from_any, one_pass, sample
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -48,6 +48,7 @@ from lepton_jax.recipe import Recipe
 from lepton_jax.restore import Reader, Restored
 from lepton_jax.state import State, by_path
 
+ROWS_SHOWN = 5  # rows that a message names
 NOTHING = "there is no committed checkpoint"
 NAMES = {"seed": "the seed of the shuffling", "of": "the number of samples"}
 
@@ -197,18 +198,31 @@ class Trainer:
         Args:
           inputs: an array, or a dict of arrays as the model's keyword arguments.
           decode: outputs to predictions, in JAX; None: the recipe's, or what its loss implies.
+
+        Raises:
+          DataError: the outputs of some samples hold NaN, and their predictions, such as
+            labels, would not show it.
+          ModelError: a prediction can't be joined from batches: it has no dim for samples.
         """
         data = inputs if isinstance(inputs, Arrays) else Arrays(inputs)
         program = self._ready(None)
         self._check(data, "inputs")
-        size, parts = self.recipe.batch_size, []
-        loader = Loader(data, batch_size=size, steps=1, sharding=program.batch_sharding,
-                        blocks=blocks_between(0, len(data), size))
-        for batch, _ in loader:
-            parts.append(program.predict(self._state(program), batch, decode))
-        loader.close()
-        # the last batch was filled up with the first rows again
-        return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(x) for x in leaves])[:len(data)], *parts)
+        size = self.recipe.batch_size
+        prediction = program.prediction(decode)
+        prediction.check(len(data))
+
+        parts, rows, hidden = [], [], []
+        fill = len(data) % size == 0 or prediction.meeting is None
+        for (batch, _), count in one_pass(data, size, program.sharding_of, fill):
+            decoded, look = program.predict_and_look(self._state(program), batch, decode)
+            parts.append(decoded)
+            rows.append(count)
+            if look is not None:
+                hidden.append(look)
+        if hidden:
+            looks = [np.asarray(x)[:n] for x, n in zip(hidden, rows, strict=True)]
+            _check_hidden(np.flatnonzero(np.concatenate(looks)), len(data))
+        return prediction.joined(parts, rows)
 
     def save(self, folder: str | Path) -> Path:
         """Write state, recipe and plan to a folder; an older save there is replaced once this one is whole."""
@@ -483,13 +497,12 @@ class Trainer:
                 a, b = (", ".join(f"{path} {kind}".strip() for path, kind in x.items()) or "absent" for x in (expected, found))
                 raise DataError(f"{name} of a sample: {b}; the model was traced for {a}", where=what,
                                 remedy="give data of the shapes and dtypes that the model is trained on")
-        if isinstance(data, Arrays) and isinstance(data.targets, np.ndarray) and self.recipe.loss is losses.cross_entropy:
-            classes = self.trace.classes
-            bad = np.flatnonzero(((data.targets < 0) | (data.targets >= classes)).reshape(len(data), -1).any(1))
-            if len(bad):
-                raise DataError(f"{len(bad)} samples have labels outside 0 to {classes - 1}, the model's {classes} outputs",
-                                where=f"{what}, first in sample {bad[0]}: {data.targets[bad[0]]}",
-                                remedy="mend the labels, or give the model more outputs")
+        assert self.program is not None
+        if isinstance(data, Arrays):
+            targets = None if what == "inputs" else data.targets
+            check_limits(self.program.limits, (data.inputs, targets), what, str)
+        if what == "test data":
+            self.program.evaluation.check(epoch_samples(data) or 0)
 
     def _describe(self, folder: Path, run: bool = False) -> None:
         """recipe.json and plan.json."""
@@ -548,6 +561,20 @@ def _told_end(program: Program, restored: Restored) -> int | None:
     if not names or (known is not None and not set(names) <= set(known)):
         return None
     return int(np.asarray(restored.state.controller.fed["steps"])) or None
+
+
+def _check_hidden(rows: np.ndarray, total: int) -> None:
+    """That no prediction was made of outputs that are not numbers."""
+    if not len(rows):
+        return
+    shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (", ..." if len(rows) > ROWS_SHOWN else "")
+    raise DataError(
+        f"the model's outputs hold NaN for {len(rows)} of {total} inputs, and what "
+        "predict returns would not show it",
+        where=f"inputs, rows {shown}",
+        remedy="look at those inputs, and at the model's parameters; to get the outputs "
+        "as they are, call predict(inputs, decode=lambda outputs: outputs)",
+    )
 
 
 def _nothing(folder: Path) -> CheckpointError:

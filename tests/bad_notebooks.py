@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache, partial
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -146,6 +147,25 @@ class Pair(Net):
         return self.layer(x), x
 
 
+class Looking(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.table = nnx.Embed(2, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.table(x[:, 0])
+
+
+class Refusing:
+    """A container of another library, such as a tensor that needs a gradient."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("call detach() first")
+
+
+def looking() -> lepton.Trainer:
+    return trainer(model=Looking, train=(Y[:, None] % 2, Y))
+
+
 def trainer(*recipes, run_dir=None, devices=1, **changes) -> lepton.Trainer:
     fields = {"model": Net, "loss": cross_entropy, "optimizer": optax.adam, "learning_rate": 0.1, "train": (X, Y),
               "batch_size": 8, "steps": 2} if not recipes else {}
@@ -257,8 +277,8 @@ DATA = [
     Bad("int64-out-of-range", fit(train=(X, spoiled(Y.astype(np.int64), 3, 2**40))), DataError, "targets", "map them",
         str(2**40)),
     Bad("labels-out-of-range", fit(train=(X, Y + 1)), DataError, "first in sample 2: 3", "more outputs", "outside 0 to 2"),
-    Bad("labels-negative", fit(train=(X, Y - 1)), DataError, "first in sample 0: -1", "mend the labels", "6 samples"),
-    Bad("test-labels-out-of-range", fit(test=(X, Y + 1)), DataError, "test data", "mend the labels"),
+    Bad("labels-negative", fit(train=(X, Y - 1)), DataError, "first in sample 0: -1", "fix the labels", "6 samples"),
+    Bad("test-labels-out-of-range", fit(test=(X, Y + 1)), DataError, "test data", "fix the labels"),
     Bad("labels-as-floats", fit(train=(X, Y.astype(np.float32))), ModelError, "softmax_cross_entropy", "give targets",
         "targets float32[8]"),
     Bad("labels-one-hot", fit(train=(X, np.eye(3, dtype=np.int32)[Y])), ModelError, "softmax_cross_entropy", "give targets",
@@ -300,9 +320,28 @@ DATA = [
     Bad("number-not-finite", fit(train=(spoiled(X, (5, 2), np.nan), Y)), DivergedError, "1 samples, first in 5",
         "leave out these samples", "is nan"),
     Bad("target-not-finite", fit(train=(X, spoiled(np.ones((16, 1), np.float32), 3, np.inf)), loss=squared_error,
-                                 model=partial(Net, outputs=1)), DivergedError, "first in 3", "leave out these samples", "is inf"),
+                                 model=partial(Net, outputs=1)), DivergedError, "first in 3", "leave out these",
+        "is inf"),
     Bad("events-missing", lambda folder: lepton.monitor.read_events(folder), DataError, "events.jsonl", "name a run folder"),
     Bad("schema-is-no-schema", lambda _: lepton.data.Schema.from_json("[]"), DataError, "Schema", "to_json"),
+    Bad("labels-negative-from-grain", fit(train=elements(*zip(X, Y - 2, strict=True)), shuffle=False), DataError,
+        "first in sample 0: -2", "fix the labels", "outside 0 to 2"),
+    Bad("labels-negative-from-a-source", fit(train=lepton.data.Source((X, Y - 1))), DataError, "first in sample data:0:",
+        "values, labels >= 0", "outside 0 to 2"),
+    Bad("labels-out-of-range-in-a-loss-of-ones-own", fit(loss=lambda o, t: 0.5 * cross_entropy(o, t), train=(X, Y - 1)),
+        DataError, "training data, first in sample 0: -1", "fix the labels", "3 classes"),
+    Bad("labels-beyond-one-hot", fit(loss=lambda o, t: -(jax.nn.one_hot(t, 3) * jax.nn.log_softmax(o)).sum(-1),
+                                     train=(X, Y + 1)), DataError, "first in sample 2: 3", "more outputs", "below 3"),
+    Bad("ids-beyond-the-table", fit(model=Looking, train=(Y[:, None], Y)), DataError, "first in sample 2: 2",
+        "give 'table/embedding' more rows", "which has 2 rows"),
+    Bad("ids-beyond-the-table-in-predict", lambda _: looking().predict(Y[:, None]), DataError, "inputs, first in sample 2: 2",
+        "more rows", "5 samples have inputs outside 0 to 1"),
+    Bad("predict-hides-nan", settled(lambda t, _: t.predict(spoiled(X, (11, 0), np.nan))), DataError, "inputs, rows 11",
+        "decode=lambda outputs: outputs", "1 of 16 inputs"),
+    Bad("evaluate-without-weight", lambda _: trainer(loss=lambda o, t: (cross_entropy(o, t), t > 0)).evaluate((X, 0 * Y)),
+        DataError, "evaluation", "samples that count", "nothing in the test data has weight"),
+    Bad("container-that-refuses", fit(train=(Refusing(), Y)), DataError, "inputs", "x.detach().cpu().numpy()",
+        "RuntimeError: call detach() first"),
 ]
 
 MODELS = [
@@ -365,6 +404,20 @@ MODELS = [
     Bad("auxiliary-as-list", fit(auxiliary=["losses"]), RecipeError, "Recipe.auxiliary", "a dict", "list"),
     Bad("auxiliary-weight-as-text", fit(auxiliary={"losses": "1"}), RecipeError, "Recipe.auxiliary", "0.01", "'1'"),
     Bad("outputs-in-a-tuple", fit(model=Pair), ModelError, "softmax_cross_entropy", "(outputs[0], targets)", "float32[8, 3]"),
+    Bad("metric-finishes-with-a-matrix", fit(metrics={"confusion": lepton.metrics.Metric(
+        lambda o, t: {"pairs": o[:, :, None] * o[:, None]}, lambda means: means["pairs"])}), ModelError, HERE, "use predict",
+        "finish of the metric 'confusion' returned float32[3, 3]"),
+    Bad("metric-finish-fails", fit(metrics={"f": lepton.metrics.Metric(
+        lambda o, t: {"a": o}, lambda means: means["b"])}), ModelError, HERE, "what `values` returns", "KeyError"),
+    Bad("metric-sums-without-batch", fit(metrics={"f": lepton.metrics.Metric(
+        lambda o, t: {"a": o.mean(0)}, lambda means: means["a"].sum())}), ModelError, HERE, "batch dim first",
+        "float32[3] as 'a' for a batch of 8"),
+    Bad("metric-of-several-sums-that-finishes-nowhere", fit(metrics={"f": lambda o, t: {"a": o}}), ModelError, HERE,
+        "Metric(values, finish)", "dict"),
+    Bad("predict-what-has-no-samples", settled(lambda t, _: t.predict(X, decode=lambda o: {"sum": o.sum()})), ModelError,
+        "Trainer.predict", "decode=lambda outputs:", "the prediction sum float32[]"),
+    Bad("predict-pairs", settled(lambda t, _: t.predict(X, decode=lambda o: o @ o.T)), ModelError, "Trainer.predict",
+        "at most 8 inputs", "dims 0 and 1 both follow"),
 ]
 
 FOLDERS = [

@@ -172,6 +172,14 @@ def _array(data: Any, name: str) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} can't be made into an array: {error}", where=name,
                         remedy="give an array, or lists of equal lengths") from error
+    except Exception as error:  # whatever a container of another library says
+        kind = f"{type(data).__module__}.{type(data).__qualname__}"
+        raise DataError(
+            f"{name} can't be made into an array: the {kind} says: {_first_line(error)}",
+            where=name,
+            remedy="convert it to a NumPy array first, as its own message or its "
+            "library's documentation says (a tensor: x.detach().cpu().numpy())",
+        ) from error
     # bfloat16 and the like, of the ml_dtypes package, are of kind "V", as records are.
     if x.dtype.kind not in "biufc" and not x.dtype.name.startswith(("bfloat", "float", "int", "uint")):
         raise DataError(f"{name} has dtype {x.dtype}, which holds no numbers", where=name,
@@ -181,6 +189,11 @@ def _array(data: Any, name: str) -> np.ndarray:
     if not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
     return _narrow(x, name)
+
+
+def _first_line(error: Exception) -> str:
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}{message and ': '}{message}"
 
 
 def _narrow(x: np.ndarray, name: str) -> np.ndarray:

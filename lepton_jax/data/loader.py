@@ -7,6 +7,7 @@ alone says where to go on. Where several hosts train together, each reads the ro
 
 from __future__ import annotations
 
+import collections.abc
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,12 +20,14 @@ import numpy as np
 
 from lepton_jax.compat import placed
 from lepton_jax.data.arrays import Arrays, Buffers, from_any
+from lepton_jax.data.limits import Limit, check_limits
 from lepton_jax.data.pipeline import Dataset, open_stream
 from lepton_jax.errors import DataError, pointing_at_user
 
 PREFETCHED_BYTES = 64 * 2**20
 PREFETCHED_BLOCKS = (2, 16)  # at least, at most
 BATCHES_REMEMBERED = 4096  # of which the positions are known: more than are on their way to the devices
+READ = "the data as they are read"  # where a value out of range was found
 STEPS_PER_READ = 64  # of indices alone: handing anything over from thread to thread takes a tenth of a millisecond
 
 
@@ -126,7 +129,8 @@ class Sequence:
     """
 
     def __init__(self, data: Dataset, seed: int, shuffle: bool, start: int, saved: Any, share: Share, batch_size: int,
-                 steps: int, blocks: int | None):
+                 steps: int, blocks: int | None, limits: collections.abc.Sequence[Limit] = ()):
+        self.limits = limits
         self.stream, self.share, self.batch_size, self.steps = open_stream(data, seed, shuffle), share, batch_size, steps
         self.stream.restore(saved)
         self.blocks, self.consumed, self._next = blocks, start, 0
@@ -140,6 +144,8 @@ class Sequence:
         parts, states, names = [], {}, {}
         for _ in range(self.steps):
             rows, ids = self.stream.take(self.batch_size, self.share.rows)
+            own = [ids[row] for row in self.share.rows]
+            check_limits(self.limits, rows, READ, own.__getitem__)
             self.consumed += self.batch_size
             parts.append(rows)
             states[self.consumed], names[self.consumed] = self.stream.state(), ids
@@ -202,16 +208,20 @@ class Loader:
       position: samples consumed before the first block, or what `state` returned.
       blocks: how many blocks there are; None: no end.
       resident: the samples are on the devices already, so a block holds their indices, int32, instead.
+      limits: which whole numbers the samples may hold. They are checked as they are read, but those of arrays in memory,
+        which are checked at once before (`check_limits`).
     """
 
     def __init__(self, data: Any, *, batch_size: int, steps: int, sharding: Any, seed: int = 0, shuffle: bool = False,
-                 position: Any = 0, blocks: int | None = None, resident: bool = False):
+                 position: Any = 0, blocks: int | None = None, resident: bool = False,
+                 limits: collections.abc.Sequence[Limit] = ()):
         self._rows = batch_size * steps
         self._iterable, self._resident = isinstance(data, grain.IterDataset), resident
         self._data, self._seed, self._shuffle, self._batch_size = data, seed, shuffle, batch_size
         self._states: dict[int, dict[str, Any]] | None = None
         self._names: dict[int, list[str]] = {}
         self._read = np.empty(0, np.int32)
+        self._put: Callable[[Any], Any]
         share = Share(sharding, batch_size, steps)
 
         def put(rows: Any) -> Any:
@@ -225,17 +235,27 @@ class Loader:
             self._iterator = iter(dataset)
             if saved is not None:
                 self._iterator.set_state(saved)
-            self._put = lambda rows: put(jax.tree.map(lambda x: x[share.wanted], rows))
+
+            def put_wanted(rows: Any) -> Any:
+                wanted = jax.tree.map(lambda x: np.asarray(x)[share.wanted], rows)
+                places = self._samples + share.rows
+                check_limits(limits, wanted, READ, lambda row: str(places[row]))
+                return put(wanted)
+
+            self._put = put_wanted
         elif isinstance(data, Dataset):
             then = None if isinstance(position, int) else position.get("stream")
             assert start == 0 or then is not None, "the position of a data set that is read in order is its state"
-            blocks_read = grain.MapDataset.source(Sequence(data, seed, shuffle, start, then, share, batch_size, steps, blocks))
+            blocks_read = grain.MapDataset.source(Sequence(data, seed, shuffle, start, then, share, batch_size, steps, blocks,
+                                                            limits))
             self._iterator = iter(blocks_read.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
             self._states, self._put = {start: then or {}}, self._kept
         else:
             samples = stream(data, seed, shuffle)
             assert isinstance(samples, ArrayStream) or not resident
             read: Any = samples.indices if resident else partial(samples.rows, wanted=share.wanted)  # type: ignore[union-attr]
+            if limits and isinstance(samples, GrainStream):
+                read = partial(_checked_rows, samples, share.wanted, limits)
             at_once = max(1, STEPS_PER_READ // steps) if resident else 1
             source = _Blocks(read, start, self._rows * at_once, blocks and math.ceil(blocks / at_once))
             one = samples.indices(0, 1) if resident else samples.rows(0, 1)  # type: ignore[union-attr]
@@ -307,6 +327,54 @@ class Loader:
     def close(self) -> None:
         """Stop the reading thread."""
         self._iterator.close()
+
+
+def one_pass(
+    data: Any,
+    batch_size: int,
+    sharding_of: Callable[[int], Any],
+    fill: bool,
+    limits: collections.abc.Sequence[Limit] = (),
+) -> Iterator[tuple[Any, int]]:
+    """Batches of a data set, in its own order, that hold each sample once.
+
+    Args:
+      data: with a known number of samples.
+      batch_size: samples of a batch.
+      sharding_of: a number of rows to where a batch of so many goes.
+      fill: whether the last batch is filled up with the first samples again; otherwise it
+        has only the samples that are left.
+      limits: as of `Loader`.
+
+    Yields:
+      (batch, how many of its rows are real)
+    """
+    total = epoch_samples(data)
+    assert total is not None
+    full, left = divmod(total, batch_size)
+    passes = []
+    if full or fill:
+        passes.append((0, batch_size, math.ceil(total / batch_size) if fill else full))
+    if left and not fill:
+        passes.append((full * batch_size, left, 1))
+
+    for start, size, blocks in passes:
+        loader = Loader(data, batch_size=size, steps=1, sharding=sharding_of(size), position=start, blocks=blocks,
+                        limits=limits)
+        try:
+            for index, batch in enumerate(loader):
+                yield batch, min(size, total - start - index * size)
+        finally:
+            loader.close()
+
+
+def _checked_rows(
+    stream: GrainStream, wanted: Any, limits: collections.abc.Sequence[Limit], start: int, stop: int
+) -> tuple[Any, Any]:
+    rows = stream.rows(start, stop, wanted)
+    places = np.arange(start, stop)[wanted]
+    check_limits(limits, rows, READ, lambda row: str(places[row]))
+    return rows
 
 
 class _Blocks:

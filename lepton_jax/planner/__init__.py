@@ -2,10 +2,12 @@
 
 from lepton_jax.planner import ahead
 from lepton_jax.planner.apply import laid_out
+from lepton_jax.planner.evaluating import Evaluation, Prediction, evaluated, nan_rows
 from lepton_jax.planner.plan import ArrayPlan, Plan, check_plan
 from lepton_jax.planner.planning import candidates, plan
+from lepton_jax.planner.ranges import limits
 from lepton_jax.planner.remat import rematerialized
 from lepton_jax.planner.trace import ARGUMENTS, Trace, objective, trace
 
-__all__ = ["ARGUMENTS", "ArrayPlan", "Plan", "Trace", "ahead", "candidates", "check_plan", "laid_out", "objective",
-           "plan", "rematerialized", "trace"]
+__all__ = ["ARGUMENTS", "ArrayPlan", "Evaluation", "Plan", "Prediction", "Trace", "ahead", "candidates", "check_plan",
+           "evaluated", "laid_out", "limits", "nan_rows", "objective", "plan", "rematerialized", "trace"]
