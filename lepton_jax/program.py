@@ -136,7 +136,7 @@ class Program:
         """Add the first `valid` samples of a batch to the sums, which are donated; None starts them."""
         if sums is None:
             sums = placed(np.zeros((1 + len(self.recipe.metrics), 2), np.float32), self.replicated)
-        return self._call("evaluate", self._evaluate, sums, *served(state), batch, valid)
+        return self._call("evaluate", self._evaluate, sums, *served(state, self.recipe), batch, valid)
 
     def metrics(self, sums: Any) -> dict[str, float]:
         """Loss and metrics from their sums; this waits for the device."""
@@ -155,7 +155,7 @@ class Program:
 
             # the rows of another host's devices can't be read here
             self._predictors[decode] = self._jit(predict, **{"out_shardings": self.replicated} if agreement.hosts() > 1 else {})
-        return self._call("predict", self._predictors[decode], *served(state), inputs)
+        return self._call("predict", self._predictors[decode], *served(state, self.recipe), inputs)
 
     def _forward(self, params: Any, variables: Any, inputs: Any) -> Any:
         run = lambda p, v, x: forward(self.recipe, self.trace.functional, p, v, x, None, False)  # noqa: E731
