@@ -245,7 +245,7 @@ class Program:
         """
         if sums is None:
             sums = jax.tree.map(lambda x: placed(x, self.replicated), self.evaluation.sums)
-        return self._call("evaluate", self._evaluate, sums, *served(state), batch, valid)
+        return self._call("evaluate", self._evaluate, sums, *served(state, self.recipe), batch, valid)
 
     def metrics(self, sums: Any, parts: Sequence[tuple[Any, Any]] = ()) -> dict[str, float]:
         """Loss and metrics of a test set; this waits for the device.
@@ -301,7 +301,7 @@ class Program:
             # the rows of another host's devices can't be read here
             options = {"out_shardings": self.replicated} if agreement.hosts() > 1 else {}
             self._predictors[decode] = self._jit(predict, **options)
-        return self._call("predict", self._predictors[decode], *served(state), inputs)
+        return self._call("predict", self._predictors[decode], *served(state, self.recipe), inputs)
 
     def _decoder(self, decode: Callable | None) -> Callable:
         return decode or self.recipe.decode or losses.decoder(self.recipe.loss)

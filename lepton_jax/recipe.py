@@ -28,6 +28,10 @@ class Recipe:
       optimizer: an Optax transformation; or a function of the learning rate that returns one, such as `optax.adamw`.
       learning_rate: a number or an Optax schedule, given to `optimizer` if that is a function. Only then can it be
         shown in the report.
+        A schedule is read at the optimizer's own count of updates (docs/optimizers.md).
+      evaluate_params: (optimizer_state, params) to the parameters to evaluate, predict and serve with; training goes on
+        from its own. None: the averages of a policy that keeps them; of schedule-free optimizers, `optax.lookahead` and
+        `optax.contrib.sam` the weights that they are for; else what is trained.
       train: samples to train on: a pair of arrays, a `lepton_jax.data.Arrays`, a Grain data set of pairs, or a
         `lepton_jax.data` mixture: sources that are filtered, mapped, mixed and packed (docs/data.md).
       test: samples to evaluate on, in the same forms.
@@ -65,6 +69,7 @@ class Recipe:
     loss: Callable[..., Any]
     optimizer: Any
     learning_rate: float | Callable[[Any], Any] | None = None
+    evaluate_params: Callable[[Any, Any], Any] | None = None
     train: Any = None
     test: Any = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +128,11 @@ class Recipe:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}, which can't be called", where=f"Recipe.{name}",
                                   remedy="give a Flax module or its factory" if name == "model" else
                                   "give a function (outputs, targets) -> one value per sample")
+        if self.evaluate_params is not None and not callable(self.evaluate_params):
+            raise RecipeError(f"evaluate_params is {self.evaluate_params!r}, which can't be called",
+                              where="Recipe.evaluate_params",
+                              remedy="give a function (optimizer_state, params) -> params, e.g. "
+                                     "optax.contrib.schedule_free_eval_params, or leave it out")
         for name in ("preprocess", "decode"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}, which can't be called", where=f"Recipe.{name}",

@@ -179,18 +179,20 @@ class Controller:
         """
         if not self.policies and not self.base:
             pieces = self._apply(before, after, gradients, {}, values["loss"])
-            return pieces, state, {name: self._scheduled(step) for name in self.records}
+            return pieces, state, {name: self._scheduled(before, step) for name in self.records}
         steps = state.fed["steps"]
         blind = {"loss_kept": values["loss"], "loss_blank": jnp.nan, "loss_values": 1.0, "mark_weight": 1.0,
                  "mark_weight_square": 1.0}
         given = blind | {"step": step, "updates": state.updates, "progress": jnp.where(steps > 0, (step + 1) / steps, jnp.nan),
                  "batch_size": self.recipe.batch_size, **values, **{n: x for n, x in state.fed.items() if n != "steps"},
-                 "base_rate": self._base_rate(state), "gradient_weight": state.knobs.get("gradient_weight", jnp.float32(1))}
+                 "base_rate": self._base_rate(state, before),
+                 "gradient_weight": state.knobs.get("gradient_weight", jnp.float32(1))}
         signals, smoothed = self.signals.measure(state.signals, given, before.params, gradients,
                                                  state.anchor.params if self.anchored else (), parts)
         contributions, policies = self._consult(signals, state)
-        knobs = self._knobs(state, contributions)
-        pieces, more, applied = self._moved(state, before, after, gradients, knobs, values["loss"])
+        knobs = self._knobs(state, contributions, before)
+        given = knobs | self._unmoved_rate(state, before)
+        pieces, more, applied = self._moved(state, before, after, gradients, given, values["loss"])
         fresh = state._replace(knobs=knobs, contributions=contributions, policies=policies,
                                signals=self.signals.updated(smoothed, before.params, pieces.params, applied),
                                updates=state.updates + applied, **more)
@@ -219,14 +221,23 @@ class Controller:
             contributions += [jnp.asarray(moves.get(k, _neutral(policy, k)), jnp.float32) for k in policy.moves]
         return jnp.stack(contributions) if contributions else state.contributions, tuple(states)
 
-    def _base_rate(self, state: ControllerState) -> Any:
+    def _base_rate(self, state: ControllerState, before: Pieces) -> Any:
         base = state.base.get("learning_rate", jnp.float32(1))
-        return jnp.where(jnp.isnan(base), self._scheduled(state.updates), base) if callable(self.recipe.learning_rate) else base
+        if not callable(self.recipe.learning_rate):
+            return base
+        return jnp.where(jnp.isnan(base), self._scheduled(before, state.updates), base)
 
-    def _knobs(self, state: ControllerState, contributions: Any) -> dict[str, Any]:
+    def _unmoved_rate(self, state: ControllerState, before: Pieces) -> dict[str, Any]:
+        """The schedule's own rate for this update, for an optimizer that reads it by itself; NaN if a person has set one."""
+        if not callable(self.recipe.learning_rate):
+            return {}
+        followed = jnp.isnan(state.base["learning_rate"])
+        return {optimizers.SCHEDULED: jnp.where(followed, self._scheduled(before, state.updates), jnp.nan)}
+
+    def _knobs(self, state: ControllerState, contributions: Any, before: Pieces) -> dict[str, Any]:
         knobs = {}
         for name in state.knobs:
-            base = self._base_rate(state) if name == "learning_rate" else state.base.get(name, jnp.float32(0))
+            base = self._base_rate(state, before) if name == "learning_rate" else state.base.get(name, jnp.float32(0))
             if name == "learning_rate" and "rate" in self.limits:
                 base = base * state.rate[0]
             mine = [(contributions[i], self.policies[p].absolute) for i, (p, k) in enumerate(self.moves) if k == name]
@@ -234,9 +245,8 @@ class Controller:
                                           [c for c, absolute in mine if absolute])
         return knobs
 
-    def _scheduled(self, updates: Any) -> Any:
-        rate: Any = self.recipe.learning_rate
-        return jnp.asarray(rate(updates) if callable(rate) else rate, jnp.float32)
+    def _scheduled(self, before: Pieces, updates: Any) -> Any:
+        return self.optimizer.scheduled(before.optimizer, before.params, updates)
 
     def _moved(self, state: ControllerState, before: Pieces, after: Any, gradients: Any, knobs: Mapping[str, Any],
                loss: Any) -> tuple[Pieces, dict[str, Any], Any]:
@@ -285,13 +295,30 @@ class Controller:
         return Pieces(params, after, optimizer)
 
 
-def served(state: Any) -> tuple[Any, Any]:
-    """(params, variables) of a `State` for evaluation and serving: the averages, where they are kept."""
-    if not isinstance(state.controller, ControllerState) or state.controller.average == ():
-        return state.params, state.variables
-    params, variables = state.controller.average
-    return params, jax.tree.map(lambda old, new: old if new is None else new, state.variables, variables,
-                                is_leaf=lambda x: x is None)
+def served(state: Any, recipe: Recipe | None = None) -> tuple[Any, Any]:
+    """Give the weights to evaluate, predict and serve with; training goes on from the state's own.
+
+    Args:
+      state: a `State`.
+      recipe: whose `evaluate_params` says which weights these are; without it: the averages of a policy where they are
+        kept, else what the optimizer's state implies (see `optimizers.evaluated`).
+
+    Returns:
+      Parameters and variables, like those of the state.
+
+    Raises:
+      RecipeError: `evaluate_params` can't be used.
+    """
+    given = None if recipe is None else recipe.evaluate_params
+    params, variables = state.params, state.variables
+    averaged = isinstance(state.controller, ControllerState) and state.controller.average != ()
+
+    if averaged:
+        mean, means = state.controller.average
+        variables = jax.tree.map(lambda old, new: old if new is None else new, variables, means, is_leaf=lambda x: x is None)
+    if averaged and given is None:
+        return mean, variables
+    return optimizers.evaluated(given, state.optimizer, params), variables
 
 
 def floats(tree: Any) -> Any:
