@@ -70,7 +70,8 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._reader: ocp.CheckpointManager | None = None
         self._saving: int | None = None
-        self._link: weakref.finalize | None = None
+        self._link: Path | None = None
+        self._unlink: Callable[[], object] | None = None
 
     def begin(self) -> None:
         """Make the folder and try it, so that what can't be saved there is known before anything is computed.
@@ -154,9 +155,10 @@ class Checkpoints:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-        if self._link is not None:
-            self._link()
+        if self._unlink is not None:
+            self._unlink()
             self._link = None
+            self._unlink = None
 
     def prove(self, step: int) -> None:
         """Open a step that is committed, as one who restores it does.
@@ -316,10 +318,10 @@ class Checkpoints:
             return self.folder
         if self._link is None:
             self._link = self._linked()
-        return self._link.peek()[2][0] / "checkpoints"
+        return self._link
 
-    def _linked(self) -> weakref.finalize:
-        """A new folder with the link in it, which is removed at the end."""
+    def _linked(self) -> Path:
+        """A new link to the folder, which is removed when this is closed, or at the latest at the end of the process."""
         temporary = Path(tempfile.gettempdir()).absolute()
         fault = "" if PLAIN.fullmatch(str(temporary)) else f"{temporary}, where a link to it would be, has none either"
         place = temporary
@@ -333,7 +335,8 @@ class Checkpoints:
             raise CheckpointError(f"the folder's path is no plain one, and {fault}", where=self.folder,
                                   remedy="name a folder whose path has letters, digits, '-', '_' and '.' alone, or set "
                                          "TMPDIR to such a folder, where this user may write")
-        return weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        self._unlink = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        return place / "checkpoints"
 
     def _shown(self, reason: str) -> str:
         """A reason that names the folder as the person did, not by the link."""

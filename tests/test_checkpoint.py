@@ -322,7 +322,7 @@ def test_the_remedy_is_that_of_the_cause(error, remedy):
 
 
 def test_a_record_that_is_no_plain_data_is_named_and_not_the_disk(tmp_path):
-    with pytest.raises(CheckpointError, match="Path.* is not JSON serializable") as caught:
+    with pytest.raises(CheckpointError, match=r"Path.* is not JSON serializable") as caught:
         Checkpoints(tmp_path).save(1, state_of(), {"folder": Path("x")})
     assert "disk" not in caught.value.remedy and "no step is committed yet" in caught.value.what
 
