@@ -32,7 +32,7 @@ def recipe(data: Path | None = None, label: str = "label", test: Path | None = N
     [--test adult_test.csv]`.
 
     Args:
-      data: CSV file with a header; its rows may be separated by commas, semicolons, tabs or bars.
+      data: CSV file with a header; its cells may be separated by commas, semicolons, tabs or bars.
       label: name of the column to predict.
       test: CSV file to evaluate on; if left out, a random fifth of the rows of data, whatever the seed the same.
       categorical: names, with commas between, of columns that are categories though they look like numbers or dates.

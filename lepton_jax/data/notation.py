@@ -24,6 +24,9 @@ NUMERIC_SHARE = 0.9  # of a column's cells that must parse for the others to cou
 SUSPECT_SHARE = 0.5
 # A column of so few distinct cells, each there so often, is one of categories, "3+" next to "1" and "2", say.
 FEW_DISTINCT, OFTEN = 20, 5
+# Different words that a column of numbers may have for a missing value; with more of them, and so large a share of the
+# distinct cells, the column is one of codes: the tickets of the Titanic are "113803", "PC 17609", "LINE" ...
+MOST_WORDS, CODE_SHARE = 4, 0.2
 GREATEST = 3.4e38  # float32 ends here
 MINUS = "\u2212"  # the minus of typesetters
 
@@ -71,13 +74,14 @@ class Look(NamedTuple):
     """What a column's cells look like.
 
     Attributes:
-      kind: "numbers"; "categories"; or a fault: "ambiguous", "mixed" (numbers and other cells), "notations" (numbers that
-        are spelled differently), "dates", "units", "marks" (numbers, but not with the marks that were given).
+      kind: "numbers"; "categories"; "codes", categories most of which are numbers by chance; or a fault: "ambiguous",
+        "mixed" (numbers and other cells), "notations" (numbers that are spelled differently), "dates", "units", "marks"
+        (numbers, but not with the marks that were given).
       notation: of numbers.
-      cells: with a fault, the distinct cells that show it, the most frequent first.
+      cells: with codes or a fault, the distinct cells that show it, the most frequent first.
     """
 
-    kind: Literal["numbers", "categories", "ambiguous", "mixed", "notations", "dates", "units", "marks"]
+    kind: Literal["numbers", "categories", "ambiguous", "mixed", "notations", "dates", "units", "marks", "codes"]
     notation: Notation = Notation()
     cells: tuple[str, ...] = ()
 
@@ -160,8 +164,13 @@ def _suspect(counts: Counter[str], parts: Mapping[str, _Parts], readings: Mappin
         return Look("categories")
 
     numbers = set(readings[best[0]]) if best else set()
-    if len(numbers) > enough:
-        return Look("mixed", best[0], _frequent(counts.keys() - numbers, counts))
+    others = counts.keys() - numbers
+    if len(numbers) > enough and len(others) > MOST_WORDS and len(others) >= CODE_SHARE * len(counts):
+        spelled_otherwise = {cell for values in readings.values() for cell in values} & others
+        if len(spelled_otherwise) <= SUSPECT_SHARE * len(others):
+            return Look("codes", cells=_frequent(others, counts))
+    if len(numbers) > enough and not others & {cell for values in readings.values() for cell in values}:
+        return Look("mixed", best[0], _frequent(others, counts))
     spelled = set().union(*readings.values())
     if len(spelled) > enough:
         return Look("notations", best[0], _frequent(spelled - numbers, counts))
@@ -244,6 +253,8 @@ def decimal_of(cells: Iterable[str], notation: Notation) -> str | None:
     """
     other = "," if notation.decimal == "." else "."
     for cell in cells:
+        if notation.decimal not in cell:
+            continue
         parts = _parts(cell)
         if parts is None or notation.decimal not in parts.digits:
             continue

@@ -20,7 +20,7 @@ import numpy as np
 
 from lepton_jax.data.arrays import Arrays, partition
 from lepton_jax.data.idx import read_bytes
-from lepton_jax.data.notation import Look, Notation, decimal_of, look, number, plain_number
+from lepton_jax.data.notation import MOST_WORDS, Look, Notation, decimal_of, look, number, plain_number
 from lepton_jax.errors import DataError, nearest
 
 MISSING = ("", "?", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NaT", "NULL", "Null", "null", "\\N")
@@ -28,7 +28,6 @@ MOST_CLASSES = 20  # a numeric label with more distinct values than this is a qu
 BINS = 48
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 LOOKED_AT = 50  # rows by which the delimiter is found
-MOST_WORDS = 4  # different ones that a column may have for a missing value; more are codes, such as those of tickets
 NAMED = 20  # columns that an error lists at most
 SETTINGS = ("categorical", "ignore", "missing", "delimiter", "decimal", "thousands", "label_kind")
 LABEL_KINDS = ("auto", "classes", "quantity")
@@ -224,6 +223,10 @@ class _Raw:
         possible = [way if isinstance(way, str) else way[1] for way in ways if isinstance(way, str) or way[0] in known]
         return ", or ".join([", ".join(possible[:-1]), possible[-1]] if len(possible) > 1 else possible)
 
+    def hint(self, *ways: tuple[str, str]) -> str:
+        """A remedy as a part of a sentence, empty if nothing can be set."""
+        return f": {', '.join(way for setting, way in ways if setting in self.settings)}".rstrip(": ")
+
     def check(self, names: Iterable[str], purpose: str) -> None:
         """That all of these are columns."""
         for name in names:
@@ -403,7 +406,13 @@ def _notations(raw: _Raw, names: Sequence[str], absent: frozenset[str],
                 again = look(counts[name], decimal, marks[1])
                 looks[name] = again if again.kind == "numbers" else found
     for name, found in looks.items():
-        if found.kind not in ("numbers", "categories"):
+        if found.kind == "codes" and name != raw.label:
+            examples = ", ".join(map(repr, found.cells[:3]))
+            warnings.warn(f"{raw.path}, column {name!r}: most of its distinct cells are numbers, others are not ({examples}, "
+                          f"...); each is taken for a category" + raw.hint(
+                              ("categorical", "name it in `categorical` if that is meant"),
+                              ("ignore", "in `ignore` to leave the column out")), stacklevel=4)
+        if found.kind not in ("numbers", "categories", "codes"):
             raise _not_read(raw, name, found, counts[name])
     return {name: found.notation for name, found in looks.items() if found.kind == "numbers"}, decimal
 
