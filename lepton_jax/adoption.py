@@ -181,7 +181,9 @@ def _elements(state: Any) -> dict[str, list[str]]:
     mean something together only. A leaf belongs to the innermost one around it.
     """
     elements: dict[str, list[str]] = {}
-    for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        if leaf.size == 0:
+            continue  # no checkpoint holds it
         depth = max(
             i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)
         )

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import re
+import shutil
 import sys
+import tempfile
 import traceback
+import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from lepton_jax import agreement
 from lepton_jax.adoption import REPLACEABLE
-from lepton_jax.compat import jit_where
-from lepton_jax.errors import CheckpointError, LeptonError, of_another_host
+from lepton_jax.compat import jit_where, make_mesh
+from lepton_jax.errors import CheckpointError, LeptonError, of_another_host, writing_remedy
 from lepton_jax.state import by_path
 
 T = TypeVar("T")
@@ -37,6 +43,12 @@ Choose = Callable[
 GIVEN_UP = "a save is given up"
 MONTH = 30 * 86400  # who watches the run is sooner; and Orbax reads the clock, which may jump
 
+# Paths that reach the libraries below as they are. Others are reached through a link: Orbax looks for its parts by a
+# glob over the whole path ("*", "?", "[x]"), etils takes /gs/, /s3/, /az/, /hf/ and "gs:/" for buckets, TensorStore
+# refuses backslashes and what is not UTF-8 (seen in orbax-checkpoint 0.12.8 with tensorstore 0.1).
+PLAIN = re.compile(r"(?!/(?:gs|s3|az|hf)(?:/|$))[\w./ =,+@~()'-]*")
+LONGEST_PLAIN = 2000  # characters; Orbax adds about 200 of its own, and Linux takes 4096
+
 
 class Checkpoints:
     """The checkpoints of one folder.
@@ -45,10 +57,13 @@ class Checkpoints:
       folder: created with the first save.
       keep: how many of the latest stay.
       best: a metric's name, after "-" for lowest first: one more checkpoint stays, the best by it.
+      again: how a person goes on after a save that failed, for the error.
     """
 
-    def __init__(self, folder: Path, keep: int = 3, best: str | None = None):
+    def __init__(self, folder: Path, keep: int = 3, best: str | None = None,
+                 again: str = "go on with --resume, or resume() in a notebook"):
         self.folder = Path(folder).absolute()
+        self._again = again
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if best is not None:
             name = best.removeprefix("-")
@@ -59,6 +74,43 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._reader: ocp.CheckpointManager | None = None
         self._saving: int | None = None
+        self._link: Path | None = None
+        self._unlink: Callable[[], object] | None = None
+
+    def begin(self) -> None:
+        """Make the folder and try it, so that what can't be saved there is known before anything is computed.
+
+        Raises:
+          CheckpointError: nothing can be written there, or what is written can't be read back.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            raise self._failed(error) from error
+
+        if agreement.first(lambda: self._reached() != self.folder):
+            self._try()
+
+    def _try(self) -> None:
+        """Save and restore a small array in a folder next to this one, on all hosts together."""
+        place = self.folder.with_name(f".{self.folder.name}.try")
+        everywhere = NamedSharding(make_mesh({"data": jax.device_count()}, jax.devices()), PartitionSpec())
+        values = np.arange(3, dtype=np.int32)
+        state = {"tried": jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])}
+        template = {"tried": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=everywhere)}
+        trial = Checkpoints(place, keep=1)
+        try:
+            trial.save(1, state, {})
+            trial.wait()
+            trial.restore(1, template)
+        except Damaged as error:
+            raise CheckpointError(f"what is saved in this folder can't be read back: {error.reason}", where=self.folder,
+                                  remedy="name a folder whose path has letters, digits, '-', '_' and '.' alone") from error
+        finally:
+            trial.close()
+            agreement.first(lambda: shutil.rmtree(place, ignore_errors=True))
 
     def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Start to save; the state is copied before this returns, and may be donated afterwards.
@@ -73,11 +125,12 @@ class Checkpoints:
           CheckpointError: this or the save before it could not be written.
         """
         self.wait()
-        arrays, sums = _copy_and_checksum(_storable(state))
-        body = json.dumps({"step": step, "record": record, "checksums": {k: int(v) for k, v in jax.device_get(sums).items()}})
-        sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
         self._saving = step
         try:
+            arrays, sums = _copy_and_checksum(_storable(state))
+            checksums = {path: int(value) for path, value in jax.device_get(sums).items()}
+            body = json.dumps({"step": step, "record": record, "checksums": checksums})
+            sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
             saved = self._open().save(step, metrics=metrics, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(sealed)))
         except Exception as error:
@@ -106,13 +159,25 @@ class Checkpoints:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+        if self._unlink is not None:
+            self._unlink()
+            self._link = None
+            self._unlink = None
+
+    def prove(self, step: int) -> None:
+        """Open a step that is committed, as one who restores it does.
+
+        Raises:
+          Damaged: it can't be read.
+        """
+        _alike(step, lambda: self._index(step))
 
     def steps(self) -> list[int]:
         """Committed steps, in order, as host 0 sees them; whether they can be read is seen by reading them."""
         return agreement.first(self._committed)
 
     def _committed(self) -> list[int]:
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):  # False for a path that is too long, too
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if p.is_dir() and re.fullmatch(r"\d+", p.name))
 
@@ -174,10 +239,13 @@ class Checkpoints:
                 raise Damaged(step, f"the checksum of {_unquoted(name)} does not match")
         leaves = []
         for path, leaf in by_path(template).items():
-            if path not in sources:
+            if _quoted(path) not in wanted:
+                array = _without_elements(leaf)
+            elif path not in sources:
                 leaves.append(leaf)
                 continue
-            array = arrays[_quoted(sources[path])]
+            else:
+                array = arrays[_quoted(sources[path])]
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 array = jax.device_put(jax.random.wrap_key_data(array, impl=_key_impl(leaf)), leaf.sharding)
             leaves.append(array)
@@ -236,10 +304,11 @@ class Checkpoints:
         record, checksums = self._record(step)
         try:
             # the index alone; Orbax would find the fault in as many threads as there are arrays
-            tensorstore.KvStore.open(f"file://{self.folder / str(step)}/state/|ocdbt:").result().list().result()
+            place = {"driver": "file", "path": f"{self._reached() / str(step) / 'state'}/"}
+            tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result().list().result()
             return record, checksums, self._read().item_metadata(step)["state"].tree
         except Exception as error:
-            raise Damaged(step, error) from error
+            raise self._damaged(step, error) from error
 
     def _arrays(
         self, step: int, shapes: dict[str, Any], some: bool
@@ -250,7 +319,7 @@ class Checkpoints:
                 return self._some_arrays(step, shapes)
             return self._read().restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
         except Exception as error:
-            raise Damaged(step, error) from error
+            raise self._damaged(step, error) from error
 
     def _some_arrays(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
         # Orbax's standard handler reads all arrays of a step or none
@@ -272,7 +341,7 @@ class Checkpoints:
             body = sealed["body"]
             intact = zlib.crc32(body.encode()) == sealed["crc32"]
         except Exception as error:
-            raise Damaged(step, error) from error
+            raise self._damaged(step, error) from error
         if not intact:
             raise Damaged(step, "the checksum of its record does not match")
         content = json.loads(body)
@@ -318,20 +387,55 @@ class Checkpoints:
                 "async_options": ocp.AsyncOptions(timeout_secs=MONTH, barrier_sync_fn=_wait_for_the_others)}
             options = ocp.CheckpointManagerOptions(create=hosts is None, preservation_policy=self._preserved, **together,
                                                    **waiting)
-            return ocp.CheckpointManager(self.folder, options=options, item_handlers={
+            return ocp.CheckpointManager(self._reached(), options=options, item_handlers={
                 "state": handler(**together), "record": ocp.JsonCheckpointHandler(**together)})
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise self._failed(error) from error
 
+    def _reached(self) -> Path:
+        """The folder by a path that the libraries take as it is: its own, or a link to it for as long as it is open."""
+        path = str(self.folder)
+        if PLAIN.fullmatch(path) and len(path) <= LONGEST_PLAIN:
+            return self.folder
+        if self._link is None:
+            self._link = self._linked()
+        return self._link
+
+    def _linked(self) -> Path:
+        """A new link to the folder, which is removed when this is closed, or at the latest at the end of the process."""
+        temporary = Path(tempfile.gettempdir()).absolute()
+        fault = "" if PLAIN.fullmatch(str(temporary)) else f"{temporary}, where a link to it would be, has none either"
+        place = temporary
+        try:
+            if not fault:
+                place = Path(tempfile.mkdtemp(prefix="lepton-", dir=temporary))
+                (place / "checkpoints").symlink_to(self.folder, target_is_directory=True)
+        except OSError as error:
+            fault = f"a link to it can't be made: {error}"
+        if fault:
+            raise CheckpointError(f"the folder's path is no plain one, and {fault}", where=self.folder,
+                                  remedy="name a folder whose path has letters, digits, '-', '_' and '.' alone, or set "
+                                         "TMPDIR to such a folder, where this user may write")
+        self._unlink = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        return place / "checkpoints"
+
+    def _shown(self, reason: str) -> str:
+        """A reason that names the folder as the person did, not by the link."""
+        return reason if self._link is None else reason.replace(str(self._reached()), str(self.folder))
+
+    def _damaged(self, step: int, error: Exception) -> Damaged:
+        return Damaged(step, self._shown(_reason(error)))
+
     def _failed(self, error: Exception) -> Exception:
-        if of_another_host(error):
+        if of_another_host(error) or isinstance(error, CheckpointError):
             return error
         step, self._saving = self._saving, None
         committed = self._committed()
         last = f"step {committed[-1]} is the last committed one" if committed else "no step is committed yet"
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        return CheckpointError(f"{which} can't be written ({last}): {_reason(error)}", where=self.folder,
-                               remedy="free disk space or mend the folder's permissions, then go on with --resume")
+        fault = self._shown(_reason(error))
+        return CheckpointError(f"{which} can't be written ({last}): {fault}", where=self.folder,
+                               remedy=f"{writing_remedy(error)}; then {self._again}")
 
 
 def _quieten() -> None:
@@ -420,13 +524,28 @@ def _shape(leaf: Any) -> str:
 
 
 def _storable(state: Any) -> dict[str, Any]:
-    """The leaves under their paths, quoted for Orbax, random keys as their key data."""
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
-    return {_quoted(path): jax.random.key_data(x) if is_key(x) else x for path, x in by_path(state).items()}
+    """The leaves under their paths, quoted for Orbax, random keys as their key data.
+
+    Arrays without elements, which Orbax refuses, are left out: there is nothing in them to keep.
+    """
+    found = {}
+    for path, leaf in by_path(state).items():
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if math.prod(leaf.shape):
+            found[_quoted(path)] = leaf
+    return found
 
 
 def _key_impl(leaf: Any) -> Any:
     return str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else leaf.dtype._impl
+
+
+def _without_elements(leaf: Any) -> jax.Array:
+    """An array without elements, laid out as this leaf of a template; of random keys their key data."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(jax.eval_shape(jax.random.key_data, leaf).shape, jnp.uint32)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index])
 
 
 @jit_where
@@ -439,9 +558,12 @@ def _copy_and_checksum(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     def checksum(x: Any) -> Any:
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
-        if jnp.iscomplexobj(x):
-            x = jnp.stack([x.real, x.imag])
-        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32).reshape(-1)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            x = jnp.stack([x.real, x.imag], axis=-1)
+
+        limits = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
+        bits = limits(x.dtype).bits  # 4 for int4, whose itemsize is a whole byte
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32).reshape(-1)
         return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
 
     # copies that share no buffer with the donated state: an asynchronous save reads them later

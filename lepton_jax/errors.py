@@ -7,6 +7,7 @@ A broken invariant of the library itself is an `assert`.
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import sys
 import sysconfig
@@ -121,3 +122,57 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` if a known name is near, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# What a person can do about each of the system's reasons not to write a file.
+_ROOM = "free disk space"
+_ALLOW = "let this user write there (chmod, chown)"
+_WRITING = {
+    errno.ENOSPC: f"{_ROOM} (df -h shows where to make room, df -i whether there are too many files)",
+    errno.EDQUOT: f"{_ROOM} or have this user's quota raised",
+    errno.EFBIG: f"{_ROOM} or raise the limit on the size of a file (ulimit -f)",
+    errno.EACCES: _ALLOW,
+    errno.EPERM: _ALLOW,
+    errno.EROFS: "have the disk mounted for writing: it is mounted read-only",
+    errno.ENAMETOOLONG: "make the path shorter",
+    errno.ENOENT: "put the folder back: it was moved or deleted",
+    errno.ESTALE: "mount the network disk again: the folder there is another one now",
+    errno.ENOTDIR: "move the file away that stands where the path has a folder",
+    errno.EEXIST: "move the file away that stands in its place",
+    errno.EISDIR: "move the folder away that stands in its place",
+    errno.ELOOP: "correct the links in the path, which run in a circle",
+    errno.EIO: "have the disk repaired, which reports a fault of its own",
+    errno.EMFILE: "raise the number of files that a process may have open (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has no open files left",
+    errno.ENOMEM: "free memory of this machine",
+}
+
+
+def writing_remedy(error: BaseException) -> str:
+    """Return what a person can do about a file that could not be written, by the cause.
+
+    Args:
+      error: from the system, or from a library that wraps what the system said.
+    """
+    reasons = []
+    link: BaseException | None = error
+    while link is not None and link not in reasons:
+        reasons.append(link)
+        link = link.__cause__ or link.__context__
+
+    for reason in reasons:
+        code = reason.errno if isinstance(reason, OSError) else None
+        # TensorStore raises ValueError with the system's number in the text
+        found = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(reason))
+        if code is None and found is not None:
+            code = int(found[1] or found[2])
+        if code in _WRITING:
+            return _WRITING[code]
+
+    memory = r"out of memory|bad_alloc|Unable to allocate|RESOURCE_EXHAUSTED.*alloc"
+    if isinstance(error, MemoryError) or re.search(memory, str(error), re.IGNORECASE):
+        return ("free memory: a save holds a second copy of the state; use more devices, or make the model or its "
+                "optimizer's state smaller")
+    if isinstance(error, TypeError | ValueError | AttributeError | OverflowError):
+        return "change what is to be stored so that it is arrays of numbers and plain data: the message names it"
+    return "remove the cause that the message names"

@@ -22,9 +22,10 @@ import jax
 import numpy as np
 
 from lepton_jax import agreement
-from lepton_jax.errors import CheckpointError, LeptonError
+from lepton_jax.errors import CheckpointError, LeptonError, writing_remedy
 from lepton_jax.state import by_path
 
+LONGEST = 255 - len("-01234567")  # bytes that a name in a folder may have, less those of the checksum
 KEPT = 2  # the newest one may be half written on some hosts when one of them dies
 
 
@@ -42,15 +43,18 @@ class LocalCheckpoints:
 
     def __init__(self, folder: Path, run: Path, every: float = 60.0):
         self.every = every
-        mark = f"{Path(run).name}-{zlib.crc32(str(Path(run).resolve()).encode()):08x}"
+        path = Path(run).resolve()
+        # the name is for people, the checksum tells runs of one name apart
+        name = os.fsencode(Path(run).name)[:LONGEST].decode(errors="ignore")
+        mark = f"{name}-{zlib.crc32(os.fsencode(path)):08x}"
         self.folder = Path(folder).absolute() / mark / f"host{agreement.host()}"
         self._writer: threading.Thread | None = None
-        self._fault: OSError | None = None
+        self._fault: Exception | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"the folder for local checkpoints can't be made: {error.strerror or error}", where=folder,
-                                  remedy="name another by --local-dir, or leave it out") from error
+                                  remedy=f"{writing_remedy(error)}, name another by --local-dir, or leave it out") from error
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> bool:
         """Copy this host's part of a state, and begin to write it; False where the one before is still being written.
@@ -117,9 +121,9 @@ class LocalCheckpoints:
                                "crc32": zlib.crc32(data)})
                 blocks.append(data)
                 at += len(data)
-        body = json.dumps(header)
         part = self.folder / f"{step}.part"
         try:
+            body = json.dumps(header)
             with part.open("wb") as file:
                 file.write(json.dumps({"body": body, "crc32": zlib.crc32(body.encode())}).encode() + b"\n")
                 file.writelines(blocks)
@@ -128,15 +132,16 @@ class LocalCheckpoints:
             os.replace(part, self._path(step))
             for old in self._steps()[:-KEPT]:
                 self._path(old).unlink(missing_ok=True)
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # the latter two: the record is no plain data
             self._fault = error
             part.unlink(missing_ok=True)
 
     def _tell(self) -> None:
         fault, self._fault = self._fault, None
         if fault is not None:
-            raise LeptonError(f"a local checkpoint can't be written: {fault.strerror or fault}", where=self.folder,
-                              remedy="make room there; the durable checkpoints go on")
+            reason = getattr(fault, "strerror", None) or fault
+            raise LeptonError(f"a local checkpoint can't be written: {reason}", where=self.folder,
+                              remedy=f"{writing_remedy(fault)}; the durable checkpoints go on")
 
 
 class _File(NamedTuple):

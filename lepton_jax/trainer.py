@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import platform
 import shutil
 import warnings
@@ -35,6 +36,7 @@ from lepton_jax.errors import (
     RecipeError,
     pointing_at_user,
     users_frame,
+    writing_remedy,
 )
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.history import History
@@ -229,16 +231,18 @@ class Trainer:
         if self.program is None:
             raise CheckpointError("there is nothing to save yet", where=folder, remedy="call fit or load first")
         folder = Path(folder)
-        if folder.exists() and (not (folder / "recipe.json").exists() or (folder / "events.jsonl").exists()):
+        if os.path.exists(folder) and (not (folder / "recipe.json").exists() or (folder / "events.jsonl").exists()):
             raise CheckpointError("the folder exists and holds something else than a saved model", where=folder,
                                   remedy="name another folder")
         fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
         shutil.rmtree(fresh, ignore_errors=True)
         agreement.first(lambda: self._describe(fresh))
-        checkpoints = Checkpoints(fresh / "checkpoints", keep=1)
+        checkpoints = Checkpoints(fresh / "checkpoints", keep=1, again="save again")
         checkpoints.save(self.step, self._state(self.program),
                          {"position": self._position, "plan": self.program.plan.to_json(),
                           "rollbacks": self._kept.get("rollbacks"), "given": self.program.given()})
+        checkpoints.wait()
+        checkpoints.prove(self.step)  # before the older save goes
         checkpoints.close()
         agreement.first(lambda: _replace(folder, fresh, old))
         return folder
@@ -378,6 +382,8 @@ class Trainer:
                 self._local.forget(self.step)
             for later in checkpoints.set_aside(self.step) if checkpoints else ():
                 monitor.event("warning", text=f"the checkpoint of step {later} is later than this run; moved to set_aside/")
+            if checkpoints is not None:
+                checkpoints.begin()
             loop = Loop(program, self._state(program), self.step, train, test, self._position, until, monitor, checkpoints,
                         self.run_dir, live, {"journal": 0, **self._kept}, samples, self._local,
                         budget=budget, given=self._given_now, reader=self._reader)
@@ -519,9 +525,9 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.json").write_text(text)
             (folder / "plan.json").write_text(self.program.plan.to_json())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise CheckpointError(f"the run folder can't be written: {error}", where=folder,
-                                  remedy="free disk space, mend its permissions, or name another folder") from error
+                                  remedy=f"{writing_remedy(error)}, or name another folder") from error
 
     def _compiled(self, compilation: Compilation) -> None:
         self._monitor.event("compile", **asdict(compilation))

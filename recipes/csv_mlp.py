@@ -6,7 +6,7 @@ import math
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optax
@@ -16,6 +16,9 @@ from lepton_jax.errors import RecipeError
 
 
 def recipe(data: Path | None = None, label: str = "label", test: Path | None = None, categorical: str = "",
+           ignore: str = "", missing: str = ",".join(filter(None, lepton.data.MISSING)),
+           label_kind: Literal["auto", "classes", "quantity"] = "auto", delimiter: str | None = None,
+           decimal: Literal[".", ","] | None = None, thousands: str | None = None,
            width: int = 256, dropout: float = 0.3, learning_rate: float = 1e-3, batch_size: int = 128,
            epochs: float = 20, steps: int | None = None, micro_batches: int | None = None, save_every: int | None = None,
            seed: int = 0) -> lepton.Recipe:
@@ -29,10 +32,17 @@ def recipe(data: Path | None = None, label: str = "label", test: Path | None = N
     [--test adult_test.csv]`.
 
     Args:
-      data: CSV file with a header; empty cells, "?" and "NA" are missing values.
-      label: name of the column to predict; a quantity if it is numeric with more than 20 distinct values.
+      data: CSV file with a header; its cells may be separated by commas, semicolons, tabs or bars.
+      label: name of the column to predict.
       test: CSV file to evaluate on; if left out, a random fifth of the rows of data, whatever the seed the same.
-      categorical: names, with commas between, of columns that are categories though they look like numbers.
+      categorical: names, with commas between, of columns that are categories though they look like numbers or dates.
+      ignore: names, with commas between, of columns that are left out.
+      missing: words, with commas between, that stand for no value; empty cells always do.
+      label_kind: whether the label has classes or is a quantity; "auto" takes it for a quantity if it is numeric with
+        more than 20 distinct values.
+      delimiter: what separates the cells, one character or "tab"; found out if left out.
+      decimal: the decimal mark of all numbers; found out if left out.
+      thousands: the mark between groups of three digits; found out if left out.
       width: units of the first hidden layer; the second has half as many.
       dropout: share of the hidden units dropped.
       learning_rate: of AdamW at its peak; it rises over the first tenth of the run and falls as a cosine to zero.
@@ -43,7 +53,8 @@ def recipe(data: Path | None = None, label: str = "label", test: Path | None = N
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, dropout and the order of the rows.
     """
-    names = tuple(name.strip() for name in categorical.split(",") if name.strip())
+    form: dict[str, Any] = {"delimiter": delimiter, "decimal": decimal, "thousands": thousands, "label_kind": label_kind}
+    fitted = form | {"categorical": _words(categorical), "ignore": _words(ignore), "missing": ("", *_words(missing))}
     if data is None and test is not None:
         raise RecipeError("there is a test table, but no training table", where="--test", remedy="give --data too")
     if data is None:
@@ -58,12 +69,12 @@ def recipe(data: Path | None = None, label: str = "label", test: Path | None = N
             file = Path(folder, "breast_cancer.csv")
             np.savetxt(file, np.column_stack([source.data, source.target]), "%.7g", ",", comments="",
                        header=",".join([*source.feature_names, label]))
-            train, held_out = lepton.data.table_split(file, label, 0.2, seed=0, categorical=names)
+            train, held_out = lepton.data.table_split(file, label, 0.2, seed=0, **fitted)
     elif test is None:
-        train, held_out = lepton.data.table_split(data, label, 0.2, seed=0, categorical=names)
+        train, held_out = lepton.data.table_split(data, label, 0.2, seed=0, **fitted)
     else:
-        train = lepton.data.table(data, label, categorical=names)
-        held_out = lepton.data.table(test, label, schema=train.schema)
+        train = lepton.data.table(data, label, **fitted)
+        held_out = lepton.data.table(test, label, schema=train.schema, **form)
     classes, targets = train.schema.classes, train.arrays.targets
     model = partial(lepton.models.TabularMLP, edges=train.schema.edges, sizes=train.schema.sizes,
                     hidden=(width, width // 2), dropout=dropout)
@@ -84,3 +95,7 @@ def recipe(data: Path | None = None, label: str = "label", test: Path | None = N
         batch_size=batch_size, epochs=epochs, steps=steps, micro_batches=micro_batches, save_every=save_every,
         seed=seed,
     )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import lepton_jax as lepton
-from lepton_jax.errors import DataError, RecipeError
+from lepton_jax.errors import RecipeError
 
 USERS, ITEMS, RATINGS, NOISE = 2000, 1000, 200_000, 0.5  # of the embedded data
 
@@ -96,19 +96,15 @@ def _read(data: Path, user: str, item: str, rating: str) -> tuple[lepton.data.Ar
     """(train, test, rows that the embeddings need at least) of a CSV file; index 0 is for who is not in `train`."""
     if len({user, item, rating}) < 3:
         raise RecipeError("user, item and rating must be three columns", where=data, remedy="name three different columns")
-    tables = lepton.data.table_split(data, rating, 0.1, seed=0, categorical=(user, item))
+    # the other columns, timestamps say, are not looked at
+    tables = lepton.data.table_split(data, rating, 0.1, seed=0, columns=(user, item), categorical=(user, item),
+                                     label_kind="quantity", settings=())
     schema = tables[0].schema
     columns = {"user": schema.categories.index(user), "item": schema.categories.index(item)}
     parts = []
     for table in tables:
-        targets = table.arrays.targets
-        if schema.classes is not None:  # few distinct values, as half stars are, count as classes
-            try:
-                targets = np.asarray(schema.classes, np.float32)[targets]
-            except ValueError as error:
-                raise DataError(f"the ratings are no numbers: {error}", where=f"{data}, column {rating}",
-                                remedy="give ratings as numbers") from error
         codes = table.arrays.inputs["categories"]
-        parts.append(lepton.data.Arrays({name: codes[:, column] for name, column in columns.items()}, targets))
+        inputs = {name: codes[:, column] for name, column in columns.items()}
+        parts.append(lepton.data.Arrays(inputs, table.arrays.targets))
     sizes = schema.sizes
     return parts[0], parts[1], {"users": sizes[columns["user"]], "items": sizes[columns["item"]]}

@@ -197,6 +197,12 @@ ZOO = [
         folder / "t.csv", "a,y\n" + "".join(f"{i},{i % 3}\n" for i in range(30))))], RecipeError, "t.csv", "csv_mlp.py",
         "3 classes"),
     Bad("zoo-width-zero", lambda folder: [str(RECIPES / "mnist_mlp.py"), "--hidden", "0"], ModelError, "", "at least 1"),
+    Bad("zoo-csv-word-among-numbers", lambda folder: [str(RECIPES / "csv_mlp.py"), "--label", "y", "--data", str(write(
+        folder / "t.csv", numbered(lambda i: i if i % 6 else "-")))], DataError, "line 2, column 'a'", "add '-' to `missing`"),
+    Bad("zoo-csv-label-no-quantity", lambda folder: [str(RECIPES / "csv_mlp.py"), "--label", "y", "--label-kind", "quantity",
+        "--data", str(write(folder / "t.csv", numbered(str)))], DataError, "column 'y'", "`label_kind`", "no numbers"),
+    Bad("zoo-logistic-categories", lambda folder: [str(RECIPES / "logistic.py"), "--label", "y", "--data", str(write(
+        folder / "t.csv", GOOD_CSV))], RecipeError, "t.csv", "`ignore`", "column 'b' has categories"),
 ]
 
 # ---- run folders ----------------------------------------------------------------------------------------------------
@@ -241,11 +247,20 @@ RUN_FOLDERS = [
     Bad("resume-other-width", resumed(lambda run: run, "--width", 5), CheckpointError, "checkpoints/3",
         "model and optimizer", "params/a/kernel: the checkpoint has float32[4, 8], the model float32[4, 5]"),
     Bad("resume-journal-damaged", damaged_journal, DataError, "events.jsonl, line 2", "delete that line", "garbage"),
+    Bad("run-folder-name-too-long", given("--run-dir", "x" * 300), LeptonError, "xxx", "make the path shorter",
+        "File name too long"),
+    Bad("local-folder-below-a-file", given("--local-dir", "r.py/local", "--run-dir", "a"), CheckpointError, "r.py/local",
+        "move the file away", "Not a directory"),
 ]
 
 # ---- CSV files ------------------------------------------------------------------------------------------------------
 
 GOOD_CSV = "a,b,y\n" + "".join(f"{i}.5,{'pq'[i % 2]},{'no' if i < 5 else 'yes'}\n" for i in range(10))
+
+
+def numbered(cell: Callable[[int], object]) -> str:
+    """Thirty rows of one column and two classes."""
+    return "a,y\n" + "".join(f"{cell(i)},{'uv'[i % 2]}\n" for i in range(30))
 
 
 def csv(content: str | bytes, label: str = "y", **options: Any) -> Callable[[Path], Any]:
@@ -285,6 +300,31 @@ CSV_FILES = [
         "did you mean 'aa'"),
     Bad("csv-split-leaves-nothing", lambda folder: data.table_split(write(folder / "t.csv", GOOD_CSV), "y", 1.0, 0), DataError,
         "split", "between 0 and 1"),
+    Bad("csv-word-among-numbers", csv(numbered(lambda i: i if i % 6 else "none")), DataError, "line 2, column 'a'",
+        "add 'none' to `missing`", "5 of the column's 30 cells (17 %)"),
+    Bad("csv-dates", csv(numbered(lambda i: f"2024-03-{i + 1:02d}")), DataError, "line 2, column 'a'", "in `categorical`",
+        "is a date or a time"),
+    Bad("csv-times", csv(numbered(lambda i: f"{i % 24}:{i:02d}")), DataError, "line 2, column 'a'", "in `ignore`",
+        "is a date or a time"),
+    Bad("csv-thousands-or-decimals", csv(numbered(lambda i: f'"{i + 1},500"')), DataError, "line 2, column 'a'",
+        "`thousands` to ','", "nothing in the file tells which"),
+    Bad("csv-two-currencies", csv(numbered(lambda i: f"{i} €" if i % 2 else f"${i}")), DataError, "line 3, column 'a'",
+        "one unit", "spelled otherwise"),
+    Bad("csv-numbers-with-a-unit", csv(numbered(lambda i: f"{i} kg")), DataError, "line 2, column 'a'", "without 'kg'", "'kg'"),
+    Bad("csv-marks-of-another-file", csv(numbered(lambda i: f"{i}.5"), decimal=","), DataError, "line 2, column 'a'",
+        "leave the two out", "`decimal`"),
+    Bad("csv-workbook", csv(b"PK\x03\x04" + b"\0" * 30), DataError, "t.csv", "as a CSV file", "xlsx"),
+    Bad("csv-utf16-without-mark", csv(GOOD_CSV.encode("utf-16-le")), DataError, "line 1", "iconv -f utf-16le", "zero bytes"),
+    Bad("csv-delimiter-unknown", csv("a:b:y\n1:p:no\n2:q:yes\n"), DataError, "line 1", "`delimiter`", "no label column 'y'"),
+    Bad("csv-delimiter-of-two", csv(GOOD_CSV, delimiter="::"), DataError, "delimiter", "one character", "'::'"),
+    Bad("csv-row-names-without-a-name", csv("b,y\n" + GOOD_CSV.partition("\n")[2]), DataError, "line 2", "row names",
+        "expected 2 cells, found 3"),
+    Bad("csv-label-kind-unknown", csv(GOOD_CSV, label_kind="number"), DataError, "label_kind", "quantity", "'number'"),
+    Bad("csv-label-is-no-quantity", csv(GOOD_CSV, label_kind="quantity"), DataError, "line 2, column 'y'", "`label_kind`",
+        "no numbers"),
+    Bad("csv-label-ignored", csv(GOOD_CSV, ignore=["y"]), DataError, "t.csv", "`ignore`", "label 'y' is to be ignored"),
+    Bad("csv-path-with-zero-byte", lambda folder: data.table(f"{folder}/a\0b.csv", "y"), DataError, "", "check the path",
+        "null byte"),
 ]
 
 # ---- idx files ------------------------------------------------------------------------------------------------------

@@ -443,7 +443,7 @@ FOLDERS = [
     Bad("run-folder-taken-by-a-file", lambda folder: trainer(run_dir=write(folder / "a", "")).fit(), LeptonError,
         "a/events.jsonl", "another run folder"),
     Bad("checkpoints-are-a-file", lambda folder: trainer(run_dir=write(folder / "a" / "checkpoints", "").parent).fit(),
-        CheckpointError, "checkpoints", "permissions", "File exists"),
+        CheckpointError, "checkpoints", "move the file away", "File exists"),
     Bad("journal-is-a-directory", lambda folder: (folder / "a" / "events.jsonl").mkdir(parents=True) or trainer(
         run_dir=folder / "a").fit(), LeptonError, "events.jsonl", "another run folder", "Is a directory"),
     Bad("journal-on-a-full-disk", lambda folder: (folder / "events.jsonl").symlink_to("/dev/full") or trainer(

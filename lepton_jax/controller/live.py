@@ -21,7 +21,7 @@ from typing import Any
 
 from lepton_jax.controller.core import set_base, slowed
 from lepton_jax.controller.knobs import settable
-from lepton_jax.errors import LeptonError, SettingError, nearest
+from lepton_jax.errors import LeptonError, SettingError, nearest, writing_remedy
 from lepton_jax.phase import reached
 
 FOLDER = "control"
@@ -60,8 +60,7 @@ class Live:
                                              "token": secrets.token_hex(16)}).encode())
         except OSError as error:
             raise LeptonError(f"the run's folder for requests can't be made: {error.strerror or error}", where=self.folder,
-                              remedy="make room on that disk and let this user write there, or name another run "
-                                     "folder") from error
+                              remedy=f"{writing_remedy(error)}, or name another run folder") from error
 
     def obey(self, run: Any) -> None:
         """Do what was asked of a `Loop` that stands between two steps; it looks at the folder four times a second at most.

@@ -17,7 +17,7 @@ import numpy as np
 from lepton_jax.checkpoint import Checkpoints, Damaged
 from lepton_jax.controller.core import Controller
 from lepton_jax.controller.journal import SHOWN
-from lepton_jax.errors import CheckpointError
+from lepton_jax.errors import CheckpointError, writing_remedy
 
 FILE = "rollback.json"
 WEIGHT = "weight"  # record of a loss that gives weights: their sum over the batch
@@ -200,7 +200,7 @@ def remember(folder: Path, entry: Mapping[str, Any]) -> None:
         os.replace(part, path)
     except OSError as error:
         raise CheckpointError(f"the rollback can't be written down: {error.strerror or error}", where=path,
-                              remedy="free disk space or mend the folder's permissions, then go on with --resume") from error
+                              remedy=f"{writing_remedy(error)}; then go on with --resume, or resume() in a notebook") from error
 
 
 def recalled(folder: Path, step: int, record: Mapping[str, Any]) -> dict[str, Any]:

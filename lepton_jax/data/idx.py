@@ -89,8 +89,8 @@ def read_bytes(path: str | Path) -> bytes:
         data = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise DataError("there is no such file", where=path, remedy="check the path") from error
-    except OSError as error:
-        raise DataError(f"the file can't be read: {error.strerror}", where=path,
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise DataError(f"the file can't be read: {getattr(error, 'strerror', None) or error}", where=path,
                         remedy="check the path and its permissions") from error
     if data[:2] != b"\x1f\x8b":
         return data
@@ -98,4 +98,4 @@ def read_bytes(path: str | Path) -> bytes:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"the gzip data are damaged: {error}; {len(data)} bytes are there", where=path,
-                        remedy=_AGAIN) from error
+                        remedy="download or pack the file again") from error

@@ -251,7 +251,7 @@ def _head(parser: settings.Parser, arguments: list[str], told: watchdog.Told | N
     if head.go_on and head.run_dir is None:
         raise SettingError("--go-on is given without --run-dir", where="command line, --go-on",
                            remedy="name the folder of the run by --run-dir")
-    if head.go_on and head.resume is None and (Path(head.run_dir) / "recipe.json").exists():
+    if head.go_on and head.resume is None and os.path.exists(Path(head.run_dir) / "recipe.json"):
         head.resume = head.run_dir
     return head, arguments
 
@@ -314,9 +314,9 @@ def _fresh(options: argparse.Namespace, folder: Path) -> Path:
     """The folder, if the run may be there."""
     if options.resume is not None:
         return folder
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():  # unlike Path.exists this takes a path that is too long
         raise SettingError("the run folder is a file", where=folder, remedy="name another folder")
-    if not options.go_on and any((folder / name).exists() for name in ("recipe.json", "checkpoints", "events.jsonl")):
+    if not options.go_on and any(os.path.exists(folder / name) for name in ("recipe.json", "checkpoints", "events.jsonl")):
         raise SettingError("the folder already holds a run", where=folder,
                            remedy=f"go on with it by --resume {folder}, or name another folder")
     return folder

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lepton_jax.errors import DataError, LeptonError
+from lepton_jax.errors import DataError, LeptonError, writing_remedy
 
 FILE = "events.jsonl"
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -54,7 +54,7 @@ class Lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             _mend(self._file)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise self._failed(error) from error
 
     def append(self, line: bytes) -> None:
@@ -77,10 +77,11 @@ class Lines:
     def close(self) -> None:
         os.close(self._file)
 
-    def _failed(self, error: OSError) -> LeptonError:
+    def _failed(self, error: OSError | ValueError) -> LeptonError:
+        reason = getattr(error, "strerror", None) or error
         return LeptonError(
-            f"the journal of the run can't be written: {error.strerror or error}", where=self.path,
-            remedy="make room on that disk and let this user write there, or name another run folder; "
+            f"the journal of the run can't be written: {reason}", where=self.path,
+            remedy=f"{writing_remedy(error)}, or name another run folder; "
                    "then start again: the run goes on from its last checkpoint")
 
 

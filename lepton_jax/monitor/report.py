@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_jax.errors import DataError, LeptonError
+from lepton_jax.errors import DataError, LeptonError, writing_remedy
 from lepton_jax.monitor import decisions, stragglers
 from lepton_jax.monitor.chart import Curve, Mark, draw, legend, smooth
 from lepton_jax.monitor.events import FILE, read_events
@@ -76,8 +77,8 @@ def write_report(folder: Path) -> Path:
         os.replace(part, path)  # a reader sees the old page or the new one
     except OSError as error:
         raise LeptonError(f"the report can't be written: {error.strerror or error}", where=path,
-                          remedy="make room on that disk and let this user write there, then run "
-                                 f"python -m lepton_jax.monitor.report {folder}") from error
+                          remedy=f"{writing_remedy(error)}; then run "
+                                 f"python -m lepton_jax.monitor.report {shlex.quote(str(folder))}") from error
     return path
 
 

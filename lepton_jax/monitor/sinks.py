@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lepton_jax.errors import LeptonError
+from lepton_jax.errors import LeptonError, writing_remedy
 
 
 class TensorBoard:
@@ -25,7 +25,8 @@ class TensorBoard:
         except ImportError as error:
             raise LeptonError("TensorBoard's writer, tensorboardX, is not installed", where="TensorBoard",
                               remedy="pip install 'lepton-jax[tensorboard]'") from error
-        self._folder, self._make = Path(folder), SummaryWriter
+        # tensorboardX takes "gs:..." and "s3:..." at the beginning of a path for buckets
+        self._folder, self._make = Path(folder).absolute(), SummaryWriter
         self._writer: Any = None
 
     def event(self, event: dict[str, Any]) -> None:
@@ -50,7 +51,7 @@ class TensorBoard:
             self._writer = self._make(logdir=str(self._folder), **options)
         except OSError as error:
             raise LeptonError(f"TensorBoard's files can't be written: {error.strerror or error}", where=self._folder,
-                              remedy="mend the folder's permissions, or leave out --tensorboard") from error
+                              remedy=f"{writing_remedy(error)}, or leave out --tensorboard") from error
 
     def _steps(self, event: dict[str, Any]) -> None:
         first, last, seconds = event.get("first"), event.get("last"), event.get("seconds")

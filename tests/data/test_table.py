@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import gzip
+import inspect
+import re
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lepton_jax.data.table import BINS, Schema, table, table_split
-from lepton_jax.errors import DataError
+from lepton_jax.data.notation import is_date
+from lepton_jax.data.table import BINS, MISSING, SETTINGS, Schema, table, table_split
+from lepton_jax.errors import DataError, LeptonError
+from recipes import csv_mlp, logistic, two_tower
 
 PEOPLE = """\
 age, job ,pay,sex
@@ -77,7 +83,9 @@ def test_a_column_is_numeric_from_nine_tenths_on(write):
     def text(bad):
         return "a,b,y\n" + "".join(f"{'x' if i < bad else i},{i},{i % 2}\n" for i in range(20))
 
-    assert table(write(text(3)), "y").schema.categories == ("a",)
+    with pytest.raises(DataError, match=r"'x' is no number.*3 of the column's 20 cells \(15 %\)"):
+        table(write(text(3)), "y")
+    assert table(write(text(3)), "y", categorical=("a",)).schema.categories == ("a",)
     with pytest.raises(DataError, match="'x' is not a finite number") as caught:
         table(write(text(2)), "y")
     assert caught.value.where.endswith("t.csv, line 2, column 'a'") and "categorical" in caught.value.remedy
@@ -178,3 +186,289 @@ def test_other_mistakes(write, tmp_path):
     for text in ("", "[]", '{"label": "y"}', '{"colour": 1}'):
         with pytest.raises(DataError, match="schema"):
             Schema.from_json(text)
+
+
+# ---- columns that are spelled in another way ------------------------------------------------------------------------
+
+
+def column(cells, label=lambda i: "uv"[i % 2]) -> str:
+    """A table of one column, quoted, and a label."""
+    return "a,y\n" + "".join(f'"{cell}",{label(i)}\n' for i, cell in enumerate(cells))
+
+
+def values(read) -> list[float]:
+    return read.arrays.inputs["numbers"][:, 0].tolist()
+
+
+@pytest.mark.parametrize("word", ["N/A", "n/a", "NA", "#N/A", "NULL", "null", "NaN", "nan", "<NA>", "?", "", "\\\\N"])
+def test_numbers_with_words_for_a_missing_value_stay_numbers(word, write):
+    word = word.replace("\\\\", "\\")
+    cells = [word if i % 7 == 0 else i / 4 for i in range(40)]
+    read = table(write(column(cells)), "y")
+    np.testing.assert_array_equal(values(read), [np.nan if cell == word else cell for cell in cells])
+    assert read.schema.numbers == ("a",) and read.schema.categories == ()
+
+
+@pytest.mark.parametrize("word", ["None", "none", "-", ".", "missing", "unknown", "n.a.", "NAN", "inf", "--"])
+def test_another_word_among_numbers_is_an_error_whose_remedies_work(word, write):
+    cells = [word if i % 7 == 0 else i / 4 for i in range(40)]
+    path = write(column(cells))
+    with pytest.raises(DataError) as caught:
+        table(path, "y")
+    error = caught.value
+    assert error.where.endswith("line 2, column 'a'") and error.what.startswith(repr(word))
+    assert "6 of the column's 40 cells (15 %)" in error.what
+    assert f"add {word!r} to `missing`" in error.remedy
+    read = table(path, "y", missing=(*MISSING, word))
+    np.testing.assert_array_equal(values(read), [np.nan if cell == word else cell for cell in cells])
+    assert table(path, "y", categorical=["a"]).schema.categories == ("a",)
+    with pytest.raises(DataError, match="no column is left"):
+        table(path, "y", ignore=["a"])
+
+
+SPELLED = {
+    "decimal-comma": [("0,5", 0.5), ("12", 12), ("-3,25", -3.25), ("1,5e2", 150)],
+    "thousands": [("1,234.5", 1234.5), ("567", 567), ("1,234,567", 1234567), ("12.25", 12.25)],
+    "thousands-in-europe": [("1.234,5", 1234.5), ("567", 567), ("1.234", 1234)],
+    "thousands-twice": [("1.234.567", 1234567), ("1.234", 1234), ("999", 999)],
+    "thousands-in-india": [("12,34,567", 1234567), ("1,234", 1234)],
+    "thousands-by-spaces": [("1 234", 1234), ("567", 567), ("12\u00a0345", 12345), ("9\u202f999", 9999)],
+    "spaces-and-comma": [("1 234,5", 1234.5), ("2", 2)],
+    "thousands-in-switzerland": [("1'234.50", 1234.5), ("2\u2019345", 2345), ("7", 7)],
+    "percent": [("12%", 12), ("5.5 %", 5.5), ("-1%", -1)],
+    "percent-with-comma": [("12,5 %", 12.5), ("5%", 5)],
+    "dollars": [("$3", 3), ("$1,234.50", 1234.5), ("-$2", -2), ("($4)", -4)],
+    "euros": [("3 €", 3), ("4,50 €", 4.5), ("1.000,25€", 1000.25)],
+    "codes-of-money": [("USD 3", 3), ("USD 4.5", 4.5)],
+    "minus-of-typesetters": [("\u22125", -5), ("6", 6)],
+    "zero-point-something": [("1,234", 1.234), ("0,500", 0.5)],
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_numbers_in_another_notation_are_read_where_the_column_leaves_no_doubt(name, write):
+    pairs = SPELLED[name] * 3
+    read = table(write(column([cell for cell, _ in pairs])), "y")
+    np.testing.assert_array_equal(values(read), np.float32([value for _, value in pairs]))
+    # a test table is encoded by the same notation, whatever it holds by itself, and after JSON
+    schema = Schema.from_json(read.schema.to_json())
+    assert schema == read.schema
+    for cell, value in SPELLED[name]:
+        again = table(write(column([cell]), "test.csv"), "y", schema=schema)
+        assert values(again) == [np.float32(value)]
+
+
+def test_what_may_be_a_thousand_or_one_is_an_error_unless_the_file_tells(write):
+    path = write(column([f"{i * 997:,}" for i in range(30)]))
+    with pytest.raises(DataError, match=r"'1,994' may be 1\.994 with a decimal mark or 1994 with thousands") as caught:
+        table(path, "y")
+    assert caught.value.where.endswith("line 4, column 'a'") and "`decimal`" in caught.value.remedy
+    assert values(table(path, "y", thousands=","))[2] == 1994
+    assert values(table(path, "y", decimal=","))[2] == np.float32(1.994)
+    both = "a;b;y\n" + "".join(f"{i * 997:,};{{}};{'uv'[i % 2]}\n" for i in range(30))
+    comma, point = write(both.replace("{}", "1,5")), write(both.replace("{}", "1.5"), "point.csv")
+    assert table(comma, "y").arrays.inputs["numbers"][2].tolist() == [np.float32(1.994), 1.5]
+    assert table(point, "y").arrays.inputs["numbers"][2].tolist() == [1994, 1.5]
+
+
+def test_a_point_is_a_mark_of_thousands_in_a_file_of_decimal_commas(write):
+    """1.234 next to 3,5 is more than a thousand: read as 1.234 it would be less than the 567 above it."""
+    rows = [("567", "3,5"), ("1.234", "4,25"), ("2.345", "6")]
+    read = table(write("a;b;y\n" + "".join(f"{a};{b};{'uv'[i % 2]}\n" for i, (a, b) in enumerate(rows))), "y")
+    np.testing.assert_array_equal(read.arrays.inputs["numbers"], np.float32([[567, 3.5], [1234, 4.25], [2345, 6]]))
+    alone = table(write(column([a for a, _ in rows])), "y")
+    assert values(alone) == [567, np.float32(1.234), np.float32(2.345)], "nothing says so here: points are points"
+
+
+@pytest.mark.parametrize(("cells", "message"), [
+    ([f"2024-{1 + i // 28:02d}-{1 + i % 28:02d}" for i in range(60)], "'2024-01-01' is a date or a time"),
+    ([f"{1 + i % 28}.{1 + i // 28}.2024" for i in range(60)], "is a date or a time"),
+    ([f"{1 + i % 12}/{1 + i % 28}/24" for i in range(60)], "is a date or a time"),
+    ([f"2024-01-02T{i % 24:02d}:{i:02d}:00Z" for i in range(60)], "is a date or a time"),
+    ([f"{i % 24}:{i:02d}" for i in range(60)], "is a date or a time"),
+    ([f"Mar {1 + i % 31}, {1990 + i}" for i in range(60)], "is a date or a time"),
+    ([f"{i} kg" for i in range(60)], "'0 kg' is a number with 'kg'"),
+    ([f"{i / 2}ms" for i in range(60)], "is a number with 'ms'"),
+    ([f"${i}" if i % 2 else f"{i} €" for i in range(60)], "spelled otherwise"),
+    ([f"{i}%" if i % 2 else f"{i}" for i in range(60)], "spelled otherwise"),
+    ([f"about {i}" if i % 8 == 0 else i for i in range(60)], "'about 0' is no number"),
+])
+def test_a_column_that_only_looks_like_numbers_is_an_error_until_it_is_named(cells, message, write):
+    path = write("b," + "\n".join(f"{i}," * bool(i) + line for i, line in enumerate(column(cells).splitlines())) + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        table(path, "y")
+    assert " %)" in caught.value.what and caught.value.where.endswith(f"line {3 if 'otherwise' in message else 2}, column 'a'")
+    assert len(table(path, "y", categorical=["a"]).schema.vocabularies[0]) == len(set(cells))
+    assert table(path, "y", ignore=["a"]).schema.numbers == ("b",)
+    assert table(path, "y", ignore=["a"]).schema.categories == ()
+
+
+@pytest.mark.parametrize("cells", [
+    [f"A{i}" for i in range(60)], ["yes", "no"] * 30, [f"{i}-{i + 9}" for i in range(60)], ["0", "1", "2", "3+"] * 15,
+    [f"1{i}{'ABCDEFG'[i % 7]}" for i in range(60)], [f"10.0.0.{i}" for i in range(60)], ["36 months", "60 months"] * 30,
+    ["True", "False", ""] * 20, [f"555-{1000 + i}" for i in range(60)], ["<=50K", ">50K"] * 30, ["1st", "2nd", "3rd"] * 20])
+def test_categories_stay_categories(cells, write):
+    assert table(write(column(cells)), "y").schema.categories == ("a",)
+
+
+def test_codes_of_which_most_are_numbers_are_categories_with_a_warning(write):
+    path = write(column([f"PC {1000 + i}" if i % 3 == 0 else 2000 + i for i in range(60)]))
+    with pytest.warns(UserWarning, match=r"column 'a': most of its distinct cells are numbers, others are not") as told:
+        assert table(path, "y").schema.categories == ("a",)
+    assert told[0].filename == __file__ and "`categorical`" in str(told[0].message)
+    with pytest.warns(UserWarning, match="column 'a'"):
+        table_split(path, "y", 0.2, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert table(path, "y", categorical=["a"]).schema.categories == ("a",)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("2024-02-28", True), ("2024/2/8", True), ("28.2.2024", True), ("12/31/1999", True), ("31/12/99", True), ("2024-01", True),
+    ("3 Jan 2024", True), ("January 3rd, 2024", True), ("Wed, 3 Jan 2024 10:00", True), ("Jan 2024", True),
+    ("23:59:59.5", True), ("10:30 pm", True),
+    ("2024-01-31 12:00:00+01:00", True), ("45/45/2024", False), ("2024-13-40", False), ("1.2.3", False),
+    ("1/2", False), ("12", False), ("May", False), ("10-20", False), ("", False)])
+def test_dates_are_known_by_their_form(text, expected):
+    assert is_date(text) == expected
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_that_only_the_held_out_part_has_is_known_and_told(write):
+    path = write("a,y\n" + "".join(f"{i},{'r' if i == 7 else 'uv'[i % 2]}\n" for i in range(40)))
+    for seed in range(12):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train, test = table_split(path, "y", 0.2, seed=seed)
+        assert train.schema.classes == ("r", "u", "v")
+        assert len(told) == (0 not in train.arrays.targets)
+        if told:
+            assert "no training row has the label 'r'" in str(told[0].message) and "line 9" in str(told[0].message)
+            assert 0 in test.arrays.targets and told[0].filename == __file__
+
+
+def test_another_tables_unknown_class_can_be_corrected_left_out_or_trained_on(write):
+    train = "a,y\n1,u\n2,v\n"
+    schema = table(write(train), "y").schema
+    with pytest.raises(DataError, match="'w' is not among the labels") as caught:
+        table(write("a,y\n1,u\n3,w\n", "test.csv"), "y", schema=schema)
+    assert "put rows with this label into the training table" in caught.value.remedy
+    wider = table(write(train + "3,w\n"), "y").schema
+    assert table(write("a,y\n1,u\n3,w\n", "test.csv"), "y", schema=wider).arrays.targets.tolist() == [0, 2]
+
+
+def test_the_kind_of_the_label_can_be_set(write):
+    few = write("a,y\n" + "".join(f"{i},{i % 5}\n" for i in range(40)))
+    assert table(few, "y").schema.classes == ("0", "1", "2", "3", "4")
+    quantity = table(few, "y", label_kind="quantity")
+    assert quantity.schema.classes is None
+    np.testing.assert_array_equal(quantity.arrays.targets, np.arange(40, dtype=np.float32) % 5, strict=True)
+    many = write("a,y\n" + "".join(f"{i},{i / 2}\n" for i in range(40)))
+    assert table(many, "y").schema.classes is None and len(table(many, "y", label_kind="classes").schema.classes) == 40
+    comma = table(write(column(range(30), label=lambda i: f'"{i},5"')), "y")
+    np.testing.assert_array_equal(comma.arrays.targets, np.arange(30) + np.float32(0.5))
+    words = write("a,y\n" + "".join(f"{i},{'uv'[i % 2]}\n" for i in range(40)))
+    with pytest.raises(DataError, match="'u' is one of 2 distinct labels that are no numbers") as caught:
+        table(words, "y", label_kind="quantity")
+    assert "`label_kind`" in caught.value.remedy and table(words, "y", label_kind="classes").schema.classes == ("u", "v")
+    with pytest.raises(DataError, match="did you mean 'quantity'"):
+        table(few, "y", label_kind="quantty")
+    with pytest.raises(DataError, match="named in `categorical`"):
+        table(few, "y", label_kind="quantity", categorical=["y"])
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("quoted", [False, True])
+def test_the_delimiter_is_found(separator, quoted, write):
+    cell = (lambda text: f'"{text}"') if quoted else str
+    others = " and ".join({",", ";", "|"} - {separator}) if quoted else "plain"
+    lines = [["a", "b", "y"], *[[i, f"{others} {i % 3}", "uv"[i % 2]] for i in range(30)]]
+    text = "".join(separator.join(cell(each) for each in line) + "\n" for line in lines)
+    for content in (text, text.encode("utf-16"), b"\xef\xbb\xbf" + text.encode(), text.replace("\n", "\r\n")):
+        read = table(write(content), "y")
+        assert values(read) == list(range(30)) and read.schema.vocabularies == (tuple(f"{others} {i}" for i in range(3)),)
+        assert read.arrays.targets.tolist() == [0, 1] * 15
+    assert table(write(text), "y", delimiter="tab" if separator == "\t" else separator).schema == read.schema
+
+
+def test_a_delimiter_that_excel_names_or_a_person(write):
+    assert values(table(write("sep=;\na;b;y\n1;p;u\n2;q;v\n"), "y")) == [1, 2]
+    text = "a:b:y\n1:p:u\n2:q:v\n"
+    with pytest.raises(DataError, match="no label column 'y'") as caught:
+        table(write(text), "y")
+    assert "`delimiter`" in caught.value.remedy
+    assert values(table(write(text), "y", delimiter=":")) == [1, 2]
+    with pytest.raises(DataError, match="not one character"):
+        table(write(text), "y", delimiter="::")
+    with pytest.raises(DataError) as caught:
+        table(write("a;b;y\n1;p;u\n2;q;v\n"), "y", delimiter="|")
+    assert "correct `delimiter`" in caught.value.remedy
+    # of a label that is nowhere the columns are listed as they are
+    with pytest.raises(DataError, match="did you mean 'label'") as caught:
+        table(write("a;b;label\n1;p;u\n2;q;v\n"), "lable")
+    assert "name one of a, b, label" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("content", "what", "remedy"), [
+    ("a,y\n1,ü\n2,v\n".encode("utf-16-le"), "zero bytes", "utf-16le"), (b"PK\x03\x04...", "xlsx", "as a CSV"),
+    (b"PAR1...", "Parquet", "as a CSV"), (b"a,y\n1,\x80\n", "0x80", "cp1252"), (b"a,y\n1,\xe9\n", "0xe9", "latin1"),
+    (b"a,y\nr1,1,u\nr2,2,v\n", "expected 2 cells, found 3", "row names"), (b"\n\n", "empty", "header"),
+    (b'a,y\n"1,u\n2,v\n', "not CSV", "close every quote"), (b"\xff\xfea", "0x61", "cut short")])
+def test_files_that_are_no_csv_say_what_they_are(content, what, remedy, write):
+    with pytest.raises(DataError, match=what) as caught:
+        table(write(content), "y")
+    assert remedy in caught.value.remedy and ("quote" in caught.value.remedy) == ("quote" in remedy)
+
+
+# ---- remedies name what can be set where one is ---------------------------------------------------------------------
+
+FAULTS = [column([f"{i}" if i % 7 else "none" for i in range(40)]), column([f"{i * 997:,}" for i in range(30)]),
+          column([f"2024-01-{1 + i % 28:02d}" for i in range(60)]), column([f"{i} kg" for i in range(60)]),
+          column([f"{i}" if i else "x" for i in range(60)]), "a,y\n1,\n2,u\n3,v\n", "a:y\n1:2\n", "a,y\n1,1\n2,1\n",
+          column(range(30), label=lambda i: f'"{i * 997:,}"'), column(range(30), label=lambda i: f"{i}" if i else "good")]
+
+
+@pytest.mark.parametrize("function", [csv_mlp.recipe, logistic.recipe, two_tower.recipe],
+                         ids=["csv_mlp", "logistic", "two_tower"])
+@pytest.mark.parametrize("text", FAULTS, ids=range(len(FAULTS)))
+def test_remedies_name_only_settings_that_the_recipe_has(function, text, write):
+    path, own = write(text), inspect.signature(function).parameters
+    names = {"label": "y"}
+    if function is two_tower.recipe:
+        path = write("\n".join(f"u{i}," * bool(i) + "user," * (not i) + line for i, line in enumerate(text.splitlines())))
+        names = {"user": "user", "item": "a", "rating": "y"}
+    try:
+        function(data=path, **names)
+    except LeptonError as error:
+        assert set(re.findall(r"`(\w+)`", error.remedy)) <= own.keys(), error
+    assert function is two_tower.recipe or {"ignore", "missing", "delimiter"} <= own.keys()
+    assert function is not csv_mlp.recipe or own.keys() >= set(SETTINGS)
+
+
+@pytest.mark.parametrize(("cells", "settings"), [
+    ([f"{i}" if i % 7 else "none" for i in range(40)], {"missing": "NA,none"}),
+    ([f"{i}" if i % 7 else "-" for i in range(40)], {"missing": "?,-"}),
+    ([f"{i * 997:,}" for i in range(40)], {"thousands": ","}), ([f"{i * 997:,}" for i in range(40)], {"decimal": ","}),
+    ([f"{i} kg" for i in range(40)], {"categorical": "a"}),
+    ([f"2024-01-{1 + i % 28:02d}" for i in range(40)], {"ignore": "a"})])
+def test_each_remedy_can_be_followed_in_csv_mlp(cells, settings, write):
+    path = write("b," + "\n".join(f"{i}," * bool(i) + line for i, line in enumerate(column(cells).splitlines())) + "\n")
+    with pytest.raises(DataError) as caught:
+        csv_mlp.recipe(data=path, label="y")
+    assert f"`{next(iter(settings))}`" in caught.value.remedy
+    recipe = csv_mlp.recipe(data=path, label="y", **settings)
+    assert len(recipe.train) == 32 and len(recipe.test) == 8
+
+
+def test_csv_mlp_takes_a_label_for_a_quantity_where_it_is_told_to(write):
+    path = Path(write("a,y\n" + "".join(f"{i},{i % 5}\n" for i in range(40))))
+    assert "accuracy" in csv_mlp.recipe(data=path, label="y").metrics
+    recipe = csv_mlp.recipe(data=path, label="y", label_kind="quantity")
+    assert "rmse" in recipe.metrics and recipe.train.targets.dtype == np.float32
+    recipe = csv_mlp.recipe(data=path, label="y", test=path, label_kind="quantity")
+    assert recipe.test.targets.tolist() == [i % 5 for i in range(40)]
