@@ -108,6 +108,7 @@ def here(tmp_path, monkeypatch):
     for name in os.environ:
         if name.startswith(AROUND):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("LEPTON_TOKEN", "the-token-of-a-run-in-these-tests")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()

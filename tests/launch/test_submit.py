@@ -39,8 +39,9 @@ def recipe(text: str = "", other_text: str | None = None, rate: float = 1.0, cou
 CLIENTS = {
     "srun": 'while case $1 in --*) ;; *) false ;; esac; do shift; done\nexec "$@"',
     "ssh": 'for last; do :; done\nexec sh -c "$last"',
-    "gcloud": 'for last; do :; done\nexec sh -c "${last#--command=}"',
-    "sudo": 'exec "$@"',
+    "gcloud": 'if [ "$4" = scp ]; then cp -p "$5" "$HOME/${6#*:}"; exit; fi\n'
+              'for last; do :; done\nexec sh -c "${last#--command=}"',
+    "sudo": 'while case $1 in --*) ;; *) false ;; esac; do shift; done\nexec "$@"',
     "docker": 'while [ "$1" != IMAGE ]; do shift; done\nshift\nexec "$@"',
     "python": 'for each; do printf "%s\\0" "$each"; done > "$OUT.$$"',  # hosts run at the same time
 }
@@ -60,6 +61,7 @@ def there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
@@ -187,6 +189,8 @@ def conforms(value, schema, where=""):
 
 
 def validate(document):
+    if document["kind"] == "Secret":
+        assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", document["metadata"]["name"])
     if document["kind"] != "JobSet":
         return kubernetes_validate.validate(document, "1.34", strict=True)
     conforms(document, JOBSET, "JobSet")
@@ -214,13 +218,14 @@ MANIFESTS = {
                          [("k8s:job", case) for case in MANIFESTS if "tpu" not in case])
 def test_manifests_conform_to_the_published_schemas(capsys, kind, case):
     documents = list(yaml.safe_load_all(shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *MANIFESTS[case])))
-    assert [each["kind"] for each in documents] == (["JobSet"] if kind == "k8s" else ["Service", "Job"])
+    secret = [] if case in ("one", "tpu alone", "volumes") else ["Secret"]
+    assert [each["kind"] for each in documents] == secret + (["JobSet"] if kind == "k8s" else ["Service", "Job"])
     for document in documents:
         validate(document)
 
 
 def test_the_schemas_do_refuse(capsys):
-    [good] = yaml.safe_load_all(shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *GPUS))
+    _, good = yaml.safe_load_all(shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *GPUS))
     for path, value in ((["spec", "replicas"], 1), (["spec", "failurePolicy", "maxRestarts"], "3"),
                         (["metadata", "name"], "A_b"), (["spec", "replicatedJobs", 0, "template", "spec", "parallel"], 2),
                         (["spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "env", 0], {})):
@@ -243,7 +248,7 @@ def pod(document):
 def test_the_pods_find_their_cluster(capsys, kind, first):
     *_, document = yaml.safe_load_all(shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *GPUS))
     spec, inner = pod(document)
-    environ = {each["name"]: expanded(each["value"]) for each in inner["containers"][0]["env"]}
+    environ = {each["name"]: expanded(each["value"]) for each in inner["containers"][0]["env"] if "value" in each}
     for index in range(spec["completions"]):  # Kubernetes adds the index
         found = find({**environ, "JOB_COMPLETION_INDEX": str(index)})
         assert (found.source, found.hosts, found.host_id, found.coordinator) == ("kubernetes", 4, index, f"{first}:8476")
@@ -302,7 +307,8 @@ def test_a_slurm_step_outlives_a_host_only_where_fewer_may_go_on(capsys):
 
 
 def test_a_tpu_slice_asks_for_its_machines(capsys):
-    spec, inner = pod(yaml.safe_load(shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *MANIFESTS["tpu"])))
+    *_, document = yaml.safe_load_all(shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *MANIFESTS["tpu"]))
+    spec, inner = pod(document)
     assert (spec["parallelism"], inner["containers"][0]["resources"]["limits"]) == (16, {"google.com/tpu": 4})
     assert inner["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
                                      "cloud.google.com/gke-tpu-topology": "4x4x4"}
