@@ -97,7 +97,7 @@ class Door:
             if line not in self._address:  # it had to make room for another in this turn
                 continue
             heard += [(line, message) for message in line.receive()]
-            if not line.proven and not line.open:
+            if line.broken or not (line.proven or line.open):
                 self._refuse(line, line.fault)
             elif not line.open:
                 self.drop(line)
@@ -159,11 +159,11 @@ class Door:
         self._refuse(oldest, "too many connections without a proof")
 
     def _end_patience(self, now: float) -> None:
-        for line in [line for line, until in self._until.items() if now > until]:
-            if line.proven:
-                self.drop(line)
-            else:
+        for line, until in [*self._until.items()]:
+            if now > until and not line.proven:
                 self._refuse(line, f"no proof within {PROOF_TIME:g} s")
+            elif now > until or not line.open:
+                self.drop(line)
 
     def _refuse(self, line: Line, why: str) -> None:
         address = self._address[line]

@@ -134,15 +134,20 @@ def read(file: Path) -> str:
     # that when it looks at the folder
     os.listdir(file.parent)
     number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(number, encoding="utf-8", errors="replace") as stream:
+    try:
         about = os.fstat(number)
-        if not stat.S_ISREG(about.st_mode):
-            raise SettingError(
-                "the run's token is no file", where=file, remedy="name a file"
-            )
-        text = stream.read(2 * MOST).strip()
-        modes = stat.S_IMODE(about.st_mode)
+        regular = stat.S_ISREG(about.st_mode)
+        text = os.read(number, 2 * MOST).decode(errors="replace").strip() if regular else ""
+    finally:
+        os.close(number)
+    if not regular:
+        raise SettingError(
+            "the run's token is no file",
+            where=file,
+            remedy="name a file, or delete what stands there",
+        )
 
+    modes = stat.S_IMODE(about.st_mode)
     if modes & 0o077 or about.st_uid not in (os.geteuid(), 0):
         raise SettingError(
             f"the file of the run's token is user {about.st_uid}'s and has mode "
@@ -164,7 +169,9 @@ def _leave(file: Path) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
-        if file.stat().st_size == 0:  # of a process that was killed before it had written
+        about = file.stat()
+        # of a process that was killed before it had written
+        if stat.S_ISREG(about.st_mode) and not about.st_size:
             file.unlink()
     with contextlib.suppress(FileExistsError):
         number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

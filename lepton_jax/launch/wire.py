@@ -35,6 +35,7 @@ class Line:
       proven: the other end has proved itself.
       open: False once the other end has closed it or has said something that is no such
         line; `fault` says why.
+      broken: what came was not what the other end says by these rules.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Line:
         self.open = True
         self.fault = ""
         self.proven = False
-        self._broken = False
+        self.broken = False
         connection.setblocking(False)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         with contextlib.suppress(OSError):
@@ -99,7 +100,7 @@ class Line:
                 self._shake(line)
             elif (message := self._message(line)) is not None:
                 messages.append(message)
-            if self._broken:
+            if self.broken:
                 break
         return messages
 
@@ -125,7 +126,7 @@ class Line:
                     self.give_up(self._closed())
                 self._in += more
                 if len(self._in) > most:
-                    self.give_up("a line without an end" if self.proven else LANGUAGE)
+                    self._break("a line without an end" if self.proven else LANGUAGE)
         except BlockingIOError:
             pass
         except ConnectionError:
@@ -203,5 +204,5 @@ class Line:
 
     def _break(self, fault: str) -> None:
         """Nothing more of what has come counts."""
-        self._broken = True
+        self.broken = True
         self.give_up(fault)

@@ -296,6 +296,69 @@ def test_what_supervisors_go_by_arrives(there, capsys, place):
     assert not re.search("--(restarts|least-hosts|limit|local-every)", plain), "only what was typed"
 
 
+def texts(folder):
+    return {path.name: path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["slurm", "tpu", "tpu, container", "ssh", "ssh, submitted"])
+def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd, place):
+    """New with each start, in the environment alone: in no argument, no script, no output."""
+    (there / "my code").mkdir()
+    (there / "hosts").write_text("first\nsecond\n")
+    (there / "bin" / "python").write_text('#!/bin/sh\nprintf %s "$LEPTON_TOKEN" > "$OUT.$$"\n')
+    for client in ("ssh", "srun", "gcloud", "sudo", "docker"):
+        body = f'printf "%s\\n" "$0 $*" >> "{there}/arguments"\n{CLIENTS[client]}'
+        (there / "bin" / client).write_text(f"#!/bin/sh\n{body}\n")
+    arguments = ["recipe.py", *PLACES[place.replace(", submitted", "")], "--job-python", there / "bin" / "python"]
+    arguments += ["--run-dir", "run", "--job-name", "mine"]
+    seen = []
+    for _ in range(2):
+        for old in there.glob("out.*"):
+            old.unlink()
+        if place == "ssh, submitted":
+            assert run(*arguments, "--submit") == 0
+        else:
+            assert run(*arguments) == 0
+            [script] = [path for path in (there / "runs").iterdir() if path.suffix in (".sbatch", ".sh")]
+            subprocess.run(["bash", str(script)], check=True, timeout=20)
+        tokens = [out.read_text() for out in there.glob("out.*")]
+        assert len(tokens) == (2 if "ssh" in place else 1) and len(set(tokens)) == 1
+        assert re.fullmatch("[0-9a-f]{64}", tokens[0])
+        seen.append(tokens[0])
+    assert seen[0] != seen[1]
+    written = texts(there)
+    out = capfd.readouterr()
+    held = {name for name, text in written.items() for token in seen if token in text and not name.startswith("out.")}
+    assert held <= {".lepton-mine.token"}, "which is copied there, to be read by its owner alone"
+    assert not held or (there / ".lepton-mine.token").stat().st_mode & 0o777 == 0o600
+    assert "arguments" in written and not any(token in out.out + out.err for token in seen)
+
+
+def test_a_manifest_brings_its_token_as_a_secret(there, capsys):
+    seen = set()
+    for _ in range(2):
+        assert run("recipe.py", "--on", "k8s", *IN_CLUSTER, "--hosts", "2") == 0
+        [kept] = (there / "runs").iterdir()
+        assert kept.stat().st_mode & 0o777 == 0o600, "it holds the token"
+        secret, document = yaml.safe_load_all(kept.read_text())
+        kubernetes_validate.validate(secret, "1.34", strict=True)
+        [entry] = [each for each in pod(document)[1]["containers"][0]["env"] if each["name"] == "LEPTON_TOKEN"]
+        reference = entry["valueFrom"]["secretKeyRef"]
+        assert reference["name"] == secret["metadata"]["name"]
+        token = secret["stringData"][reference["key"]]
+        assert re.fullmatch("[0-9a-f]{64}", token) and kept.read_text().count(token) == 1
+        seen.add(token)
+    assert len(seen) == 2 and not any(token in "".join(capsys.readouterr()) for token in seen)
+
+
+def test_the_token_of_an_example_is_refused(capsys, monkeypatch):
+    """Else all who apply it as it stands would share one that everybody knows."""
+    secret, _ = yaml.safe_load_all((ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text())
+    monkeypatch.setenv("LEPTON_TOKEN", secret["stringData"]["token"])
+    assert run(DIGITS, "--hosts", "2", "--coordinator", "a:1", "--host-id", "0") == 2
+    assert "the run's token holds spaces" in capsys.readouterr().err
+
+
 def test_a_slurm_step_outlives_a_host_only_where_fewer_may_go_on(capsys):
     several = ["--on", "slurm", "--hosts", "4"]
     alone, all_four, fewer = (shown(capsys, DIGITS, *each) for each in (
