@@ -102,10 +102,13 @@ def join(cluster: Cluster, met: bool = False) -> None:
         meet(cluster, facts(), time_to_meet(cluster), token)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from whoever saves at it
     found_at(own_address(cluster.coordinator or ""))
+    # JAX listens on all addresses, and asks nobody who it is: not where all hosts are here
+    name = split(cluster.coordinator or "")[0]
+    here = cluster.coordinator if name in ("127.0.0.1", "::1") else None
     with without_proxies():
         # without "deactivate" JAX looks around for itself, and under SLURM takes one GPU a process
         jax.distributed.initialize(cluster.coordinator, cluster.hosts, cluster.host_id, local_device_ids=cluster.visible,
-                                   cluster_detection_method="deactivate")
+                                   coordinator_bind_address=here, cluster_detection_method="deactivate")
     try:
         jax.devices()
     except RuntimeError as error:

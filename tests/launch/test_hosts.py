@@ -124,7 +124,8 @@ def test_processes_join_into_one_jax_even_in_the_environment_of_slurm(tmp_path):
     # under SLURM JAX would look around for itself, and take one device a process
     around = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "nowhere", "SLURM_NTASKS": "9", "SLURM_PROCID": "7",
               "SLURM_LOCALID": "1"}
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | around | {"PYTHONPATH": str(ROOT), "LEPTON_TOKEN": TOKEN}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | around
+    environment |= {"PYTHONPATH": str(ROOT), "LEPTON_TOKEN": TOKEN}
     port = free_port()
     started = [subprocess.Popen(python(JOINED, f"localhost:{port}", 2, host), env=environment, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True) for host in range(2)]

@@ -6,6 +6,7 @@ The callers here write the exchange by hand, by the words of `lepton_jax.launch.
 import contextlib
 import hashlib
 import hmac
+import itertools
 import json
 import multiprocessing
 import os
@@ -179,7 +180,7 @@ QUIET = settings(
 def cut(text, places):
     """Pieces of a text, which is cut at these places."""
     edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @QUIET

@@ -351,6 +351,15 @@ def test_a_manifest_brings_its_token_as_a_secret(there, capsys):
     assert len(seen) == 2 and not any(token in "".join(capsys.readouterr()) for token in seen)
 
 
+def test_the_network_policy_is_of_the_pods_of_the_example():
+    policy, = yaml.safe_load_all((ROOT / "docs" / "kubernetes" / "network-policy.yaml").read_text())
+    kubernetes_validate.validate(policy, "1.34", strict=True)
+    _, document = yaml.safe_load_all((ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text())
+    labels = {"jobset.sigs.k8s.io/jobset-name": document["metadata"]["name"]}  # which JobSet gives to each of its pods
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
+    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {"matchLabels": labels}}]}]
+
+
 def test_the_token_of_an_example_is_refused(capsys, monkeypatch):
     """Else all who apply it as it stands would share one that everybody knows."""
     secret, _ = yaml.safe_load_all((ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text())
