@@ -31,7 +31,8 @@ class Line:
       head: this end is host 0's.
 
     Attributes:
-      heard: when something last came (monotonic, in seconds).
+      heard: when something last came by these rules (monotonic, in seconds); a letter now
+        and then does not keep a connection alive.
       proven: the other end has proved itself.
       open: False once the other end has closed it or has said something that is no such
         line; `fault` says why.
@@ -102,6 +103,7 @@ class Line:
                 messages.append(message)
             if self.broken:
                 break
+            self.heard = time.monotonic()
         return messages
 
     def give_up(self, fault: str) -> None:
@@ -121,7 +123,6 @@ class Line:
         try:
             while self.open:
                 more = self.connection.recv(1 << 16 if self.proven else 2 * most)
-                self.heard = time.monotonic()
                 if not more:
                     self.give_up(self._closed())
                 self._in += more

@@ -24,7 +24,9 @@ from watched import Watched
 from lepton_jax.errors import SettingError
 from lepton_jax.launch import door, proof
 from lepton_jax.launch.cluster import Cluster
+from lepton_jax.launch.head import Head
 from lepton_jax.launch.meeting import meet
+from lepton_jax.launch.rules import Rules
 from lepton_jax.launch.wire import LONGEST_UNPROVEN, Line
 
 HERE = Path(__file__).resolve().parent
@@ -547,6 +549,68 @@ def test_a_head_that_is_none_does_not_stop_a_host(forkserver, tmp_path):
     assert [each.done()[0] for each in runs] == [FINISHED] * 2, runs[0].said()
     assert runs[0].said().count("host 0 is not met yet: it did not prove that it has") == 1
     assert not any(b"facts" in text or TOKEN.encode() in text for text in heard)
+
+
+def test_a_head_that_drips_letters_does_not_hold_a_host(forkserver, tmp_path):
+    port = free_port()
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", port)) as false:
+        false.settimeout(0.2)
+        held = []
+
+        def drip():
+            while not over.wait(0.2):
+                with contextlib.suppress(OSError):
+                    held.append(false.accept()[0])
+                for connection in held:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(b"0")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        rules = {"lost": 1.0}
+        run = Watched(tmp_path, hosts=2, host=1, port=port, limit=3.0, rules=rules)
+        result = run.done(20.0)[0]
+        over.set()
+        thread.join()
+        for connection in held:
+            connection.close()
+    assert "host 0 can't be met" in result["what"] and result["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"at": "signal"},
+        {"at": "signal", "count": "2"},
+        {"at": "where", "generation": 0, "place": 7},
+        {"at": "stack", "generation": 0},
+        {"at": "ended", "generation": 0},
+    ],
+    ids=lambda message: " ".join(map(str, message.values())),
+)
+def test_a_host_that_talks_nonsense_loses_its_seat_and_ends_nobody(message):
+    port = free_port()
+    cluster = Cluster("options", "a test", 2, 0, f"127.0.0.1:{port}")
+    head = Head(cluster, Rules(), {}, token=TOKEN)
+    near = socket.create_connection(("127.0.0.1", port))
+    line = Line(near, TOKEN, "supervisors", head=False)
+    hello = {"at": "hello", "run": "", "host": 1, "hosts": 2, "facts": {}}
+    line.send(**hello, generation=0)
+    heard = []
+    for _ in range(4):
+        head.gate.serve(0.2)
+        heard += line.receive()
+    assert heard == [{"do": "welcome"}]
+    head.seats[1].generation = 0
+    line.send(**message)
+    head.gate.serve(0.5)
+    [seat] = head.gate.lost(time.monotonic(), 10.0)
+    assert seat.line.fault == "it speaks another language" and head.seats == {}
+    line.close()
+    head.gate.close(0, None)
 
 
 def test_hosts_of_two_tokens_say_so_on_both_sides(forkserver, tmp_path, monkeypatch):
