@@ -19,7 +19,19 @@ from jax.errors import JaxRuntimeError
 
 from lepton_jax.compat import coordination, keep_executables
 from lepton_jax.errors import CheckpointError, LeptonError, RecipeError, SettingError, nearest, of_another_host
-from lepton_jax.launch import cluster, hosts, process, rules, serve, settings, submit, supervisor, surroundings, watchdog
+from lepton_jax.launch import (
+    cluster,
+    hosts,
+    process,
+    rules,
+    serve,
+    settings,
+    submit,
+    supervisor,
+    surroundings,
+    tokens,
+    watchdog,
+)
 from lepton_jax.launch.verdict import LOST_PEER
 from lepton_jax.monitor import Progress, TensorBoard
 from lepton_jax.recipe import Recipe
@@ -147,7 +159,15 @@ def _watch(options: argparse.Namespace, around: cluster.Cluster, file: Path, giv
     return supervisor.run(
         around, rules.read(options), [*process.python(), *arguments], facts=facts, limit=hosts.time_to_meet(around),
         run=" ".join(filter(None, [options.run_dir or options.resume, os.environ.get("SLURM_JOB_ID")])), folder=folder,
-        environment={"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"} if several_here else None)
+        environment={"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"} if several_here else None,
+        token=_token(options, around))
+
+
+def _token(options: argparse.Namespace, around: cluster.Cluster) -> tokens.Token:
+    """Where this host has the run's token from; a folder that nobody named is not the same on all hosts."""
+    named = options.run_dir or options.resume
+    file = options.token_file
+    return tokens.of_run(around, Path(named) if named else None, Path(file) if file else None)
 
 
 def _train(

@@ -180,3 +180,6 @@ def options(group: Any) -> None:
                        "Kubernetes, Open MPI or a TPU pod says, else this machine alone)")
     group.add_argument("--coordinator", metavar="NAME:PORT", help="where host 0 awaits the others")
     group.add_argument("--host-id", type=settings.reader(int), metavar="I", help="which of the hosts this is, from 0")
+    group.add_argument("--token-file", metavar="FILE", help="the token by which the hosts know each other, the same on all, in "
+                       "a file that its owner alone can read (default: the variable LEPTON_TOKEN; else host 0 makes one, and "
+                       "leaves it in the run folder for those who see it)")

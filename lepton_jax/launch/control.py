@@ -141,6 +141,11 @@ def _status(answer: dict[str, Any]) -> str:
     if seen["goodput"] is not None:
         lines.append(f"goodput {100 * seen['goodput']:.1f} % of {duration(seen['seconds']['wall'])}; begun again after a "
                      f"failure: {seen['restarts']} times")
+    if seen["refused_connections"]:
+        lines.append(
+            f"{seen['refused_connections']:,} connections to host 0 were refused without "
+            "proof of the run's token"
+        )
     return "\n".join([*lines, *filter(None, [stragglers.text(seen["hosts"], seen["slowest"])])])
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import secrets
-import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lepton_jax.errors import LeptonError, SettingError
-from lepton_jax.launch import meeting
+from lepton_jax.launch import meeting, tokens
 from lepton_jax.launch.cluster import Cluster, split
+from lepton_jax.launch.door import BACKLOG, Door
 from lepton_jax.launch.verdict import Place
-from lepton_jax.launch.wire import Line
+from lepton_jax.launch.wire import LANGUAGE, Line
 
+CHANNEL = "supervisors"
 TWICE = 0.5  # seconds in which a second signal is the first one's echo
 FLUSH_TIME, PAUSE = 2.0, 0.01
 
@@ -60,11 +61,11 @@ def listen(cluster: Cluster) -> socket.socket:
       SettingError: the port is taken.
     """
     if cluster.coordinator is None:
-        return socket.create_server(("127.0.0.1", 0), backlog=max(cluster.hosts, 16))
+        return socket.create_server(("127.0.0.1", 0), backlog=max(cluster.hosts, BACKLOG))
     port, ipv6 = int(split(cluster.coordinator)[1]), socket.has_dualstack_ipv6()
     try:
         return socket.create_server(("", port), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6,
-                                    backlog=max(cluster.hosts, 16))
+                                    backlog=max(cluster.hosts, BACKLOG))
     except OSError as error:
         raise meeting.taken(port, error, cluster) from error
 
@@ -78,63 +79,67 @@ class Gate:
       run: what the hosts of one run have in common.
       obey: takes what a supervisor says.
       came: a host has been let in; it may not be the first time.
+      token: by which the hosts know each other; empty: one that only this process has.
 
     Attributes:
+      door: through which they come.
+      token: as above.
       seats: by host.
       secret: by which the supervisors in this very process are known.
       misfit: the hosts do not fit to each other.
       begun: the hosts have met; a second process that says it is one of them is told to come again later.
     """
 
-    def __init__(self, cluster: Cluster, facts: Mapping[str, str], run: str, obey: Callable[[Seat, dict[str, Any]], None],
-                 came: Callable[[Seat, int], None]):
-        self.cluster, self.run, self._obey, self._came = cluster, run, obey, came
+    def __init__(
+        self,
+        cluster: Cluster,
+        facts: Mapping[str, str],
+        run: str,
+        obey: Callable[[Seat, dict[str, Any]], None],
+        came: Callable[[Seat, int], None],
+        token: str = "",
+    ):
+        self.cluster = cluster
+        self.run = run
+        self._obey = obey
+        self._came = came
         self.own = {"host": 0, "hosts": cluster.hosts, "facts": dict(facts)}
         self.secret = secrets.token_hex(8)
+        self.token = token or tokens.make()
         self.seats: dict[int, Seat] = {}
         self.misfit: SettingError | None = None
         self.begun = False
-        self._strangers: list[Line] = []
         self._seated: dict[Line, Seat] = {}
         self.listener = listen(cluster)
-        self.listener.setblocking(False)
         self.port = self.listener.getsockname()[1]
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self.listener, selectors.EVENT_READ)
+        self.door = Door(self.listener, self.token, CHANNEL)
 
     def serve(self, seconds: float) -> None:
         """Hear what comes within so many seconds."""
-        for key, _ in self._selector.select(seconds):
-            if key.data is None:
-                self._accept()
+        for line, message in self.door.serve(seconds):
+            if line not in self._seated:
+                self._admit(line, message)
                 continue
-            line = key.data
-            for message in line.receive():
-                if line in self._seated:
-                    self._obey(self._seated[line], message)
-                elif line in self._strangers:
-                    self._admit(line, message)
+            try:
+                self._obey(self._seated[line], message)
+            except (KeyError, TypeError, ValueError):  # of another version, or broken
+                line.give_up(LANGUAGE)
 
     def lost(self, now: float, patience: float) -> list[Seat]:
         """The hosts whose connection was closed, or has been silent for too long; they have no seat any more."""
-        for line in self._strangers[:]:
-            if not line.open or now - line.heard > meeting.PATIENCE:
-                self._drop(line)
-                self._strangers.remove(line)
         gone = []
         for seat in [*self.seats.values()]:
             if seat.line.open and now - seat.line.heard > patience:
                 seat.line.give_up(f"no word from its supervisor for {patience:g} s")
             if not seat.line.open:
                 del self.seats[seat.host], self._seated[seat.line]
-                self._drop(seat.line)
+                self.door.drop(seat.line)
                 gone.append(seat)
         return gone
 
     def held_up(self, seconds: float) -> None:
         """So long this process itself was stopped."""
-        for line in [*self._strangers, *(seat.line for seat in self.seats.values())]:
-            line.heard += seconds
+        self.door.held_up(seconds)
         for seat in self.seats.values():
             seat.at += seconds
 
@@ -153,25 +158,12 @@ class Gate:
             for line in lines:
                 line.flush()
                 line.receive()
-        for line in [*lines, *self._strangers]:
-            line.close()
-        self._selector.close()
-        self.listener.close()
-
-    def _accept(self) -> None:
-        try:
-            line = Line(self.listener.accept()[0])
-        except OSError:  # it is gone already
-            return
-        self._strangers.append(line)
-        self._selector.register(line, selectors.EVENT_READ, line)
-
-    def _drop(self, line: Line) -> None:
-        self._selector.unregister(line)
-        line.close()
+        self.door.close()
 
     def _admit(self, line: Line, hello: dict[str, Any]) -> None:
         """A supervisor says who it is."""
+        if not line.open:  # it has left already
+            return
         if not (isinstance(hello.get("host"), int) and isinstance(hello.get("facts"), dict)
                 and isinstance(hello.get("generation"), int)):
             line.give_up("it is no supervisor")
@@ -193,7 +185,7 @@ class Gate:
         elif before is not None:  # a machine that went down without a word may be back before its silence is noticed
             line.send(do="later", why=f"another process is host {host} already")
         else:
-            self._strangers.remove(line)
+            self.door.keep(line)
             seat = self.seats[host] = self._seated[line] = Seat(host, line, str(hello.get("name", "")))
             line.send(do="welcome")
             self._came(seat, hello["generation"])

@@ -46,13 +46,14 @@ class Head:
       folder: of the run; None: nothing is written.
       limit: seconds in which all must have come.
       saved: the last step of which there is a checkpoint; None: as the run folder says.
+      token: by which the hosts know each other; empty: one that only this process has.
 
     Raises:
       SettingError: the coordinator's port is taken; more hosts must be left than there are.
     """
 
     def __init__(self, cluster: Cluster, rules: Rules, facts: Mapping[str, str], run: str = "", folder: Path | None = None,
-                 limit: float = 50.0, saved: Callable[[], int | None] | None = None):
+                 limit: float = 50.0, saved: Callable[[], int | None] | None = None, token: str = ""):
         if (rules.least_hosts or 0) > cluster.hosts:
             raise SettingError(f"--least-hosts is {rules.least_hosts}, and there are {cluster.hosts}", where=cluster,
                                remedy=f"write at most {cluster.hosts}")
@@ -61,7 +62,7 @@ class Head:
         self.budget = verdict.Budget(restarts, rules.pause)
         self.saved = saved or (lambda: committed(folder))
         self.record = Record(restarts_left=restarts, hosts={host: HostRecord() for host in range(cluster.hosts)})
-        self.gate = Gate(cluster, facts, run, self._obey, self._came)
+        self.gate = Gate(cluster, facts, run, self._obey, self._came, token)
         self.seats = self.gate.seats
         self.name = "127.0.0.1" if cluster.coordinator is None else split(cluster.coordinator)[0]
         self.address = ("127.0.0.1", self.gate.port)
@@ -164,7 +165,8 @@ class Head:
                 self._say(f"beginning without {_named(missing)}: not there within {self.limit:.0f} s")
                 self._begin(now)
             else:
-                self._over(2, meeting.missing(missing, self.cluster, self.limit))
+                refused = str(self.gate.door.refused)
+                self._over(2, meeting.missing(missing, self.cluster, self.limit, refused))
 
     def _begin(self, now: float) -> None:
         """The next generation, on all hosts that are there; what is left of the one before is forgotten."""
@@ -395,6 +397,7 @@ class Head:
         state = "over" if self._exit else self._state.__name__.strip("_")
         changed = (state, self.generation) != (record.state, record.generation)
         record.state, record.generation, record.restarts_left = state, self.generation, self.budget.left
+        record.refused_connections = self.gate.door.refused.count
         for host, each in record.hosts.items():
             seat = self.seats.get(host)
             each.state = ("lost" if each.heard else "missing") if seat is None else "running" if seat.generation else \

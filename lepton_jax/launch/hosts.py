@@ -20,6 +20,7 @@ from jax.errors import JaxRuntimeError
 
 from lepton_jax.compat import found_at, without_proxies
 from lepton_jax.errors import LeptonError, SettingError
+from lepton_jax.launch import tokens
 from lepton_jax.launch.cluster import Cluster, split
 from lepton_jax.launch.meeting import meet
 from lepton_jax.launch.process import GLOO, variables
@@ -86,22 +87,28 @@ def heed_sigterm(once: bool = False) -> None:
 def join(cluster: Cluster, met: bool = False) -> None:
     """Meet the other hosts, and join them to one JAX; nothing may have used JAX before.
 
+    They know each other by LEPTON_TOKEN.
+
     Args:
       cluster: as this host found it.
       met: they have met already.
 
     Raises:
-      SettingError: the coordinator's port is taken or can't be reached, a host does not come within the limit, or differs;
-        JAX_PLATFORMS names what JAX does not know.
+      SettingError: there is no token; the coordinator's port is taken or can't be reached, a host does not come within the
+        limit, or differs; JAX_PLATFORMS names what JAX does not know.
     """
     if not met:
-        meet(cluster, facts(), time_to_meet(cluster))
+        token = tokens.of_run(cluster, None)()
+        meet(cluster, facts(), time_to_meet(cluster), token)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from whoever saves at it
     found_at(own_address(cluster.coordinator or ""))
+    # JAX listens on all addresses, and asks nobody who it is: not where all hosts are here
+    name = split(cluster.coordinator or "")[0]
+    here = cluster.coordinator if name in ("127.0.0.1", "::1") else None
     with without_proxies():
         # without "deactivate" JAX looks around for itself, and under SLURM takes one GPU a process
         jax.distributed.initialize(cluster.coordinator, cluster.hosts, cluster.host_id, local_device_ids=cluster.visible,
-                                   cluster_detection_method="deactivate")
+                                   coordinator_bind_address=here, cluster_detection_method="deactivate")
     try:
         jax.devices()
     except RuntimeError as error:
@@ -142,7 +149,7 @@ def _source(name: str) -> str | None:
 
 
 def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None, lifeline: bool = False,
-          with_fewer: bool = False) -> int:
+          with_fewer: bool = False, first: str = "") -> int:
     """Run a process for each host, and end all if one fails.
 
     Host 0 writes to this process's own output; what the others write is passed on to standard error behind `[host I] `.
@@ -153,6 +160,7 @@ def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | No
       environment: variables to set on top of this process's own.
       lifeline: they are told to end by the end of their standard input instead of by a signal, which ssh would not pass on.
       with_fewer: one that fails ends nobody, and how it went is what host 0 says.
+      first: with `lifeline`, what each reads first there.
 
     Returns:
       0, or the exit code of the host that failed first (128 + n if signal n ended it); 130 if a signal asked for the end.
@@ -176,6 +184,10 @@ def spawn(commands: Sequence[Sequence[str]], environment: Mapping[str, str] | No
                     raise SettingError(f"host {host} can't be started: {error.strerror}", where=command[0],
                                        remedy="start fewer hosts, or mend that and start again") from error
                 processes.append(process)
+                if process.stdin is not None:
+                    with contextlib.suppress(OSError):  # it has ended already
+                        process.stdin.write(first.encode())
+                        process.stdin.flush()
                 if host:
                     readers.append(threading.Thread(target=forward, args=(process.stdout, host, lock), daemon=True))
                     readers[-1].start()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from lepton_jax.launch import tokens
 from lepton_jax.launch.rules import DEFAULTS, nested
 from lepton_jax.launch.verdict import Place, frames
 from lepton_jax.launch.watchdog import SHOW_STACK, VARIABLE, Told
@@ -29,9 +30,13 @@ GLOO_BEGINS, LONGEST_GLOO = b"[Gloo] Rank ", 160
 
 
 def variables(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a process that runs this very package, its output as it comes."""
+    """The environment of a process that runs this very package, its output as it comes.
+
+    Without the run's token, which is for those alone that speak with other hosts.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(more or {})}
+    environ = {name: value for name, value in os.environ.items() if name != tokens.VARIABLE}
+    return {**environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(more or {})}
 
 
 class Worker:

@@ -140,6 +140,8 @@ class Record:
       restarts, restarts_left: attempts after a failure so far, and how many more are allowed.
       hosts: by number.
       recoveries: one for each fault.
+      refused_connections: how many callers at the coordinator's port were turned away
+        without proof of the run's token.
       exit_code: once it is over.
       slowest: as the function of that name found it last.
     """
@@ -152,6 +154,7 @@ class Record:
     recoveries: list[Recovery] = field(default_factory=list)
     exit_code: int | None = None
     slowest: dict[str, Any] | None = None
+    refused_connections: int = 0
     written: float = float("-inf")
 
     def to_json(self) -> dict[str, Any]:
@@ -160,7 +163,7 @@ class Record:
         return {"time": time.time(), "state": self.state, "generation": self.generation, "restarts": self.restarts,
                 "restarts_left": self.restarts_left, "exit_code": self.exit_code,
                 "hosts": {str(host): each.to_json(now) for host, each in sorted(self.hosts.items())},
-                "slowest": self.slowest,
+                "slowest": self.slowest, "refused_connections": self.refused_connections,
                 "recoveries": [each.to_json() for each in self.recoveries]}
 
     def write(self, folder: Path | None, now: float, at_once: bool = False) -> None:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from lepton_jax.errors import LeptonError, SettingError
-from lepton_jax.launch import meeting
+from lepton_jax.launch import meeting, proof, tokens
 from lepton_jax.launch.cluster import Cluster, joined, split
-from lepton_jax.launch.gate import signals_after
+from lepton_jax.launch.gate import CHANNEL, signals_after
 from lepton_jax.launch.head import HELD_UP, Head
 from lepton_jax.launch.hosts import forward
 from lepton_jax.launch.process import Worker, variables
@@ -41,7 +41,8 @@ def wanted(cluster: Cluster, rules: Rules) -> bool:
 
 
 def run(cluster: Cluster, rules: Rules, command: Sequence[str], *, facts: Mapping[str, str], limit: float, run: str = "",
-        folder: Path | None = None, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+        folder: Path | None = None, environment: Mapping[str, str] | None = None,
+        token: tokens.Token | None = None) -> dict[str, Any]:
     """This host's share in watching over the run, until it is over: host 0's as the head too, "local" for all hosts.
 
     Args:
@@ -53,6 +54,7 @@ def run(cluster: Cluster, rules: Rules, command: Sequence[str], *, facts: Mappin
       run: what the hosts of one run have in common, so that those of another are turned away.
       folder: of the run.
       environment: variables on top of this process's own.
+      token: by which the hosts know each other; None: as `tokens.of_run` finds it with this folder.
 
     Returns:
       {"status": "finished", "interrupted" or "failed", "exit_code": ...}.
@@ -61,16 +63,28 @@ def run(cluster: Cluster, rules: Rules, command: Sequence[str], *, facts: Mappin
       LeptonError: the hosts do not meet; on host 0 also what ended the run.
     """
     here = cluster.coordinator is None  # all hosts are on this machine
-    head = Head(cluster, rules, facts, run, folder, limit) if cluster.host_id == 0 else None
+    token = token or tokens.of_run(cluster, folder)
+    head = None
+    if cluster.host_id == 0:
+        head = Head(cluster, rules, facts, run, folder, limit, token=_at_head(token))
     make = functools.partial(Supervisor, cluster, rules, command, facts=facts, limit=limit, run=run, environment=environment)
     if head is None:
         name, port = split(cluster.coordinator or "")
-        alone = make(cluster.host_id, (name, int(port)))
+        alone = make(cluster.host_id, (name, int(port)), token=token)
         with _signals(alone.signalled):
             code = alone.run()
     else:
         numbers = range(cluster.hosts) if here else (0,)
-        own = [make(host, head.address, secret=head.gate.secret, prefix=here) for host in numbers]
+        own = [
+            make(
+                host,
+                head.address,
+                token=tokens.Token(head.gate.token),
+                secret=head.gate.secret,
+                prefix=here,
+            )
+            for host in numbers
+        ]
         threads = [threading.Thread(target=each.run_quietly, name=f"supervisor {each.host}") for each in own]
         with _signals(head.signalled):
             try:
@@ -82,7 +96,24 @@ def run(cluster: Cluster, rules: Rules, command: Sequence[str], *, facts: Mappin
                     each.abandoned.set()
                 for thread in threads:
                     thread.join()
+                token.forget()
     return {"status": {0: "finished", INTERRUPTED: "interrupted"}.get(code, "failed"), "exit_code": code}
+
+
+def _at_head(token: tokens.Token) -> str:
+    """The token, which host 0 has or makes.
+
+    Raises:
+      SettingError: it can't be made.
+    """
+    try:
+        return token()
+    except tokens.NotThereError as error:
+        raise SettingError(
+            str(error),
+            where="host 0",
+            remedy=f"fix that, name another run folder, or {proof.REMEDY}",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -106,16 +137,20 @@ class Supervisor:
       cluster, rules, command, facts, limit, run, environment: as `run` takes them.
       host: its number.
       address: the head's name and port.
+      token: by which the hosts know each other; asked for anew with each connection, for host 0 may still have to leave it.
       secret: the head's, for the supervisors in its own process.
       prefix: its worker's output goes to standard error behind `[host I] `, unless it is host 0's.
     """
 
     def __init__(self, cluster: Cluster, rules: Rules, command: Sequence[str], host: int, address: tuple[str, int], *,
-                 facts: Mapping[str, str], limit: float, run: str = "", environment: Mapping[str, str] | None = None,
+                 token: tokens.Token, facts: Mapping[str, str], limit: float, run: str = "",
+                 environment: Mapping[str, str] | None = None,
                  secret: str = "", prefix: bool = False):
         self.cluster, self.rules, self.command, self.host, self.address, self.limit = \
             cluster, rules, list(command), host, address, limit
         self.environment = environment
+        self.token = token
+        self._told_of_token = False
         self.hello = {"at": "hello", "run": run, "host": host, "hosts": cluster.hosts, "facts": dict(facts), "secret": secret,
                       "name": platform.node(), "session": secrets.token_hex(8)}
         self.prefix = prefix and host > 0
@@ -158,6 +193,7 @@ class Supervisor:
                 if code is not None:
                     return code
                 fault = line.fault
+                self._tell_of_token(fault)
                 if self._welcome:
                     self._welcome, self._met, until = False, True, time.monotonic() + self.rules.grace
                     self._lost = fault
@@ -181,12 +217,13 @@ class Supervisor:
                                  "between the two; then start this host again if host 0 still runs, else host 0 and all "
                                  "others, by --resume or --go-on")
             try:
+                token = self.token()
                 connection = socket.create_connection((name, port), timeout=min(5.0, max(0.1, left)))
-            except OSError as error:
-                fault = error.strerror or str(error)
+                line = Line(connection, token, CHANNEL, head=False)
+            except (tokens.NotThereError, OSError) as error:
+                fault = getattr(error, "strerror", None) or str(error)
                 self.abandoned.wait(min(AGAIN_AFTER, max(0.0, left)))
                 continue
-            line = Line(connection)
             line.send(**self.hello, generation=self.generation)
             return line
         return None
@@ -276,6 +313,15 @@ class Supervisor:
             self._beat = now
             line.send(at="idle")
         line.flush()
+
+    def _tell_of_token(self, fault: str) -> None:
+        """Say at once what a person has to change, and go on trying.
+
+        Who answers there need not be host 0, so this alone is no reason to end.
+        """
+        if fault in (proof.NOT_TAKEN, proof.NOT_GIVEN) and not self._told_of_token:
+            self._told_of_token = True
+            self._say(f"host 0 is not met yet: {fault}; {proof.REMEDY}")
 
     def _say(self, text: str) -> None:
         if not self.hello["secret"]:  # the head's own process speaks for those beside it

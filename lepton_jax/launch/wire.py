@@ -1,4 +1,4 @@
-"""JSON objects, one a line, between supervisors; nothing here ever waits."""
+"""JSON objects, one a line, between hosts that have proved themselves; never waits."""
 
 from __future__ import annotations
 
@@ -8,82 +8,202 @@ import socket
 import time
 from typing import Any
 
-LONGEST = 1 << 20  # bytes of a line, and of what waits to be sent: beyond that the other end is none of ours, or does not read
+from lepton_jax.launch import proof
+
+# bytes of a line, and of what waits to be sent: beyond that the other end is not one of
+# ours, or does not read
+LONGEST = 1 << 20
+LONGEST_UNPROVEN = 256  # bytes; the longest line before the proof has 79
+CLOSED = "the connection was closed"
+LANGUAGE = "it speaks another language"
 
 
 class Line:
     """One end of a connection.
 
+    Both ends first prove that they have the run's token, see `proof`. What is sent before
+    that waits for it; what comes before it is no message.
+
+    Args:
+      connection: with the other end.
+      token: of the run.
+      channel: what the connection is for; both ends must say the same.
+      head: this end is host 0's.
+
     Attributes:
-      heard: when something last came (monotonic, in seconds).
-      open: False once the other end has closed it or has said something that is no such line; `fault` says why.
+      heard: when something last came by these rules (monotonic, in seconds); a letter now
+        and then does not keep a connection alive.
+      proven: the other end has proved itself.
+      open: False once the other end has closed it or has said something that is no such
+        line; `fault` says why.
+      broken: what came was not what the other end says by these rules.
     """
 
-    def __init__(self, connection: socket.socket):
-        self.connection, self.heard, self.open, self.fault = connection, time.monotonic(), True, ""
+    def __init__(
+        self, connection: socket.socket, token: str, channel: str, head: bool
+    ):
+        self.connection = connection
+        self.heard = time.monotonic()
+        self.open = True
+        self.fault = ""
+        self.proven = False
+        self.broken = False
         connection.setblocking(False)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._in, self._out = b"", b""
+
+        self._token = token
+        self._channel = channel
+        self._head = head
+        self._own = proof.nonce()
+        self._their: bytes | None = None
+        self._keys: dict[bytes, bytes] = {}
+        self._sent = 0
+        self._received = 0
+        self._in = b""
+        self._out = b""
+        self._waiting: list[bytes] = []
+        if not head:
+            self._answer(proof.opening(self._own))
 
     def fileno(self) -> int:
         return self.connection.fileno()
 
     def send(self, **message: Any) -> None:
-        if self.open:
-            self._out += json.dumps(message).encode() + b"\n"
-            self.flush()
+        if not self.open:
+            return
+        self._waiting.append(json.dumps(message).encode())
+        self._seal()
+        self.flush()
 
     def flush(self) -> bool:
         """Send what goes; whether nothing is left."""
         try:
             while self._out and self.open:
-                self._out = self._out[self.connection.send(self._out):]
+                self._out = self._out[self.connection.send(self._out) :]
         except BlockingIOError:
             if len(self._out) > LONGEST:
                 self.give_up("the other end does not read")
         except ConnectionError:
-            self.give_up("the connection was closed")
+            self.give_up(self._closed())
         except OSError as error:
             self.give_up(error.strerror or str(error))
         return not self._out or not self.open
 
     def receive(self) -> list[dict[str, Any]]:
         """The messages that have come."""
-        try:
-            while self.open:
-                more = self.connection.recv(1 << 16)
-                self.heard = time.monotonic()
-                if not more:
-                    self.give_up("the connection was closed")
-                self._in += more
-                if len(self._in) > LONGEST:
-                    self.give_up("a line without an end")
-        except BlockingIOError:
-            pass
-        except ConnectionError:
-            self.give_up("the connection was closed")
-        except OSError as error:
-            self.give_up(error.strerror or str(error))
+        self._read()
         *lines, self._in = self._in.split(b"\n")
         messages = []
         for line in lines:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                message = None
-            if not isinstance(message, dict):
-                self.give_up("it speaks another language")
+            if not self.proven:
+                self._shake(line)
+            elif (message := self._message(line)) is not None:
+                messages.append(message)
+            if self.broken:
                 break
-            messages.append(message)
+            self.heard = time.monotonic()
         return messages
 
     def give_up(self, fault: str) -> None:
         """It counts as lost; the first reason is kept."""
         if self.open:
-            self.open, self.fault = False, fault
+            self.open = False
+            self.fault = fault
 
     def close(self) -> None:
         self.open = False
         self.connection.close()
+
+    # ---- internals ------------------------------------------------------------------
+
+    def _read(self) -> None:
+        most = LONGEST if self.proven else LONGEST_UNPROVEN
+        try:
+            while self.open:
+                more = self.connection.recv(1 << 16 if self.proven else 2 * most)
+                if not more:
+                    self.give_up(self._closed())
+                self._in += more
+                if len(self._in) > most:
+                    self._break("a line without an end" if self.proven else LANGUAGE)
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self.give_up(self._closed())
+        except OSError as error:
+            self.give_up(error.strerror or str(error))
+
+    def _closed(self) -> str:
+        """The fault of a connection that the other end has closed."""
+        waits_for_proof = not self._head and self._their is not None and not self.proven
+        return proof.NOT_TAKEN if waits_for_proof else CLOSED
+
+    def _shake(self, line: bytes) -> None:
+        """Take a line of the other end's before its proof."""
+        if self._their is None:
+            read = proof.read_opening if self._head else proof.read_nonce
+            self._their = read(line)
+            if self._their is None:
+                self._break(LANGUAGE)
+            elif self._head:
+                self._answer(self._own)
+            else:
+                self._answer(self._proof(proof.HOST))
+            return
+
+        role = proof.HOST if self._head else proof.HEAD
+        if not proof.proves(line, self._token, self._channel, role, *self._numbers()):
+            self._break(proof.NOT_GIVEN)
+            return
+        if self._head:
+            self._answer(self._proof(proof.HEAD))
+        self._keys = proof.keys(self._token, self._channel, *self._numbers())
+        self.proven = True
+        self._seal()
+        self.flush()
+
+    def _numbers(self) -> tuple[bytes, bytes]:
+        """The random numbers of the host and of host 0."""
+        assert self._their is not None
+        return (self._their, self._own) if self._head else (self._own, self._their)
+
+    def _proof(self, role: bytes) -> bytes:
+        return proof.proof(self._token, self._channel, role, *self._numbers())
+
+    def _answer(self, line: bytes) -> None:
+        self._out += line + b"\n"
+        self.flush()
+
+    def _seal(self) -> None:
+        """Let go what waits for the proof."""
+        if not self.proven:
+            return
+        key = self._keys[proof.HEAD if self._head else proof.HOST]
+        for message in self._waiting:
+            self._out += proof.seal(key, self._sent, message) + b"\n"
+            self._sent += 1
+        self._waiting.clear()
+
+    def _message(self, line: bytes) -> dict[str, Any] | None:
+        """The message of a line; None if it is not one that the other end has sealed."""
+        key = self._keys[proof.HOST if self._head else proof.HEAD]
+        text = proof.unseal(key, self._received, line)
+        self._received += 1
+        if text is None:
+            self._break("what comes is not what the other end has sent")
+            return None
+        try:
+            message = json.loads(text)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            self._break(LANGUAGE)
+            return None
+        return message
+
+    def _break(self, fault: str) -> None:
+        """Nothing more of what has come counts."""
+        self.broken = True
+        self.give_up(fault)

@@ -77,6 +77,7 @@ class Watch:
           "goodput", and "seconds": {"wall", "steps" (that count), "undone", "data" (part of both), "compile" (of the train
           step), "evaluation", "save", "other"};
           "memory": {"planned": for each device, by what lies there; "host", "device": the most of any host};
+          "refused_connections": callers at the coordinator's port without proof of the run's token, as in hosts.json;
           "hosts": by number, as in hosts.json; "slowest": {"host", "why"} or None, as `launch.record.slowest` finds it;
           "event_age": since the last event; "eta": until the last step, with evaluations and saves, as long as nothing fails.
 
@@ -115,6 +116,7 @@ class Watch:
             "memory": {"planned": _planned(self.folder), **{name: max(
                 (each[key] for each in hosts.values() if _number(each.get(key)) is not None), default=None)
                 for name, key in (("host", "memory"), ("device", "device_memory"))}},
+            "refused_connections": _whole(told.get("refused_connections")),
             "hosts": hosts, "slowest": told.get("slowest") if at_work else None,
             "devices": past.start.get("devices"), "device_kind": past.start.get("device_kind"),
             "version": past.start.get("version"), "damaged_lines": self._damaged}
@@ -371,6 +373,8 @@ def prometheus(status: Mapping[str, Any]) -> str:
     add("starts_total", "counter", "How often training began in this folder.", (status["starts"], one))
     add("restarts_total", "counter", "How often it began again after a failure.", (status["restarts"], one))
     add("restarts_left", "gauge", "Failures that are still survived.", (status["restarts_left"], one))
+    add("refused_connections_total", "counter", "Callers at the coordinator's port without proof of the run's token.",
+        (status["refused_connections"], one))
     add("rollbacks_total", "counter", "How often a policy went back to a checkpoint.", (status["rollbacks"], one))
     last = status["recoveries"][-1] if status["recoveries"] else {}
     add("last_recovery_seconds", "gauge", "From noticing the last failure until all hosts had trained a step again.",

@@ -81,6 +81,18 @@ OPTIONS = [
     Bad("port-beyond-65535", ("--hosts", "2", "--coordinator", "a:99999", "--host-id", "1"), "'a:99999'", "1 to 65535"),
     Bad("no-hosts", ("--hosts", "local:0"), "--hosts is 'local:0'", "local:4"),
     Bad("local-with-coordinator", ("--hosts", "local:2", "--coordinator", "a:1"), "can't go with", "leave out"),
+    Bad("no-token", ("--hosts", "2", "--coordinator", "a:1", "--host-id", "0"), "the 2 hosts have no token",
+        "LEPTON_TOKEN to the same value", {"LEPTON_TOKEN": " "}),
+    Bad("no-token-in-slurm", (), "the 2 hosts have no token", "name the same --run-dir", {**SLURM, "LEPTON_TOKEN": ""}),
+    Bad("token-of-a-few-letters", ("--hosts", "local:2"), "the run's token has 6 characters", "secrets.token_hex",
+        {"LEPTON_TOKEN": "secret"}),
+    Bad("token-of-words", ("--hosts", "local:2"), "holds spaces", "letters, digits", {"LEPTON_TOKEN": "our own secret " * 4}),
+    Bad("token-not-in-ascii", ("--hosts", "local:2"), "none of ASCII's", "letters, digits", {"LEPTON_TOKEN": "\u00e9" * 40}),
+    Bad("token-file-gone", ("--hosts", "local:2", "--token-file", "gone"), "No such file", "umask 077"),
+    Bad("token-file-is-a-folder", ("--hosts", "local:2", "--token-file", "old"), "is no file", "name a file"),
+    Bad("token-file-empty", ("--hosts", "local:2", "--token-file", "empty"), "still empty", "umask 077"),
+    Bad("token-file-that-others-read", ("--hosts", "local:2", "--token-file", "open"), "mode 0644: others know", "delete it"),
+    Bad("token-in-a-job", ("--on", "slurm", "--job-env", "LEPTON_TOKEN=x"), "where others read it", "leave it out"),
     Bad("least-beyond-hosts", ("--hosts", "local:2", "--least-hosts", "3"), "--least-hosts is 3", "at most 2"),
     Bad("least-of-none", ("--hosts", "local:2", "--least-hosts", "0"), "--least-hosts is 0", "from 1"),
     Bad("limit-unknown", ("--hosts", "local:2", "--limit", "step=5"), "did you mean 'steps'", "NAME=SECONDS"),
@@ -108,9 +120,13 @@ def here(tmp_path, monkeypatch):
     for name in os.environ:
         if name.startswith(AROUND):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("LEPTON_TOKEN", "the-token-of-a-run-in-these-tests")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "empty").touch(0o600)
+    (tmp_path / "open").write_text("0123456789abcdef" * 4)
+    (tmp_path / "open").chmod(0o644)
     (tmp_path / "old" / "checkpoints").mkdir(parents=True)
     return tmp_path
 

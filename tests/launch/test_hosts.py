@@ -21,6 +21,7 @@ from lepton_jax.launch.process import pass_on
 from lepton_jax.launch.rules import Rules
 
 ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "the-token-of-a-run-in-these-tests"
 JOINED = """
 import sys
 import jax
@@ -55,7 +56,7 @@ def call(clusters, facts=None, limit=10.0):
 
     def one(number, cluster):
         try:
-            meet(cluster, (facts or {}).get(number, {"jax": "1"}), limit)
+            meet(cluster, (facts or {}).get(number, {"jax": "1"}), limit, TOKEN)
         except SettingError as error:
             raised[number] = error
 
@@ -116,14 +117,15 @@ def test_a_taken_port_is_an_error():
     with socket.create_server(("", 0)) as taken:
         cluster = Cluster("options", "a test", 2, 0, f"localhost:{taken.getsockname()[1]}")
         with pytest.raises(SettingError, match="can't listen on port"):
-            meet(cluster, {}, 1.0)
+            meet(cluster, {}, 1.0, TOKEN)
 
 
 def test_processes_join_into_one_jax_even_in_the_environment_of_slurm(tmp_path):
     # under SLURM JAX would look around for itself, and take one device a process
     around = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "nowhere", "SLURM_NTASKS": "9", "SLURM_PROCID": "7",
               "SLURM_LOCALID": "1"}
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | around | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | around
+    environment |= {"PYTHONPATH": str(ROOT), "LEPTON_TOKEN": TOKEN}
     port = free_port()
     started = [subprocess.Popen(python(JOINED, f"localhost:{port}", 2, host), env=environment, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True) for host in range(2)]

@@ -81,7 +81,7 @@ def slurm():
     folder.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu"}
+        "JAX_PLATFORMS": "cpu", "LEPTON_TOKEN": "the-token-of-a-run-in-these-tests"}
 
     def start(*command):
         with (folder / "daemons.log").open("ab") as log:

@@ -39,8 +39,9 @@ def recipe(text: str = "", other_text: str | None = None, rate: float = 1.0, cou
 CLIENTS = {
     "srun": 'while case $1 in --*) ;; *) false ;; esac; do shift; done\nexec "$@"',
     "ssh": 'for last; do :; done\nexec sh -c "$last"',
-    "gcloud": 'for last; do :; done\nexec sh -c "${last#--command=}"',
-    "sudo": 'exec "$@"',
+    "gcloud": 'if [ "$4" = scp ]; then cp -p "$5" "$HOME/${6#*:}"; exit; fi\n'
+              'for last; do :; done\nexec sh -c "${last#--command=}"',
+    "sudo": 'while case $1 in --*) ;; *) false ;; esac; do shift; done\nexec "$@"',
     "docker": 'while [ "$1" != IMAGE ]; do shift; done\nshift\nexec "$@"',
     "python": 'for each; do printf "%s\\0" "$each"; done > "$OUT.$$"',  # hosts run at the same time
 }
@@ -60,6 +61,7 @@ def there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
@@ -187,6 +189,8 @@ def conforms(value, schema, where=""):
 
 
 def validate(document):
+    if document["kind"] == "Secret":
+        assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", document["metadata"]["name"])
     if document["kind"] != "JobSet":
         return kubernetes_validate.validate(document, "1.34", strict=True)
     conforms(document, JOBSET, "JobSet")
@@ -214,13 +218,14 @@ MANIFESTS = {
                          [("k8s:job", case) for case in MANIFESTS if "tpu" not in case])
 def test_manifests_conform_to_the_published_schemas(capsys, kind, case):
     documents = list(yaml.safe_load_all(shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *MANIFESTS[case])))
-    assert [each["kind"] for each in documents] == (["JobSet"] if kind == "k8s" else ["Service", "Job"])
+    secret = [] if case in ("one", "tpu alone", "volumes") else ["Secret"]
+    assert [each["kind"] for each in documents] == secret + (["JobSet"] if kind == "k8s" else ["Service", "Job"])
     for document in documents:
         validate(document)
 
 
 def test_the_schemas_do_refuse(capsys):
-    [good] = yaml.safe_load_all(shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *GPUS))
+    _, good = yaml.safe_load_all(shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *GPUS))
     for path, value in ((["spec", "replicas"], 1), (["spec", "failurePolicy", "maxRestarts"], "3"),
                         (["metadata", "name"], "A_b"), (["spec", "replicatedJobs", 0, "template", "spec", "parallel"], 2),
                         (["spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "env", 0], {})):
@@ -243,7 +248,7 @@ def pod(document):
 def test_the_pods_find_their_cluster(capsys, kind, first):
     *_, document = yaml.safe_load_all(shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *GPUS))
     spec, inner = pod(document)
-    environ = {each["name"]: expanded(each["value"]) for each in inner["containers"][0]["env"]}
+    environ = {each["name"]: expanded(each["value"]) for each in inner["containers"][0]["env"] if "value" in each}
     for index in range(spec["completions"]):  # Kubernetes adds the index
         found = find({**environ, "JOB_COMPLETION_INDEX": str(index)})
         assert (found.source, found.hosts, found.host_id, found.coordinator) == ("kubernetes", 4, index, f"{first}:8476")
@@ -291,6 +296,78 @@ def test_what_supervisors_go_by_arrives(there, capsys, place):
     assert not re.search("--(restarts|least-hosts|limit|local-every)", plain), "only what was typed"
 
 
+def texts(folder):
+    return {path.name: path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["slurm", "tpu", "tpu, container", "ssh", "ssh, submitted"])
+def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd, place):
+    """New with each start, in the environment alone: in no argument, no script, no output."""
+    (there / "my code").mkdir()
+    (there / "hosts").write_text("first\nsecond\n")
+    (there / "bin" / "python").write_text('#!/bin/sh\nprintf %s "$LEPTON_TOKEN" > "$OUT.$$"\n')
+    for client in ("ssh", "srun", "gcloud", "sudo", "docker"):
+        body = f'printf "%s\\n" "$0 $*" >> "{there}/arguments"\n{CLIENTS[client]}'
+        (there / "bin" / client).write_text(f"#!/bin/sh\n{body}\n")
+    arguments = ["recipe.py", *PLACES[place.replace(", submitted", "")], "--job-python", there / "bin" / "python"]
+    arguments += ["--run-dir", "run", "--job-name", "mine"]
+    seen = []
+    for _ in range(2):
+        for old in there.glob("out.*"):
+            old.unlink()
+        if place == "ssh, submitted":
+            assert run(*arguments, "--submit") == 0
+        else:
+            assert run(*arguments) == 0
+            [script] = [path for path in (there / "runs").iterdir() if path.suffix in (".sbatch", ".sh")]
+            subprocess.run(["bash", str(script)], check=True, timeout=20)
+        tokens = [out.read_text() for out in there.glob("out.*")]
+        assert len(tokens) == (2 if "ssh" in place else 1) and len(set(tokens)) == 1
+        assert re.fullmatch("[0-9a-f]{64}", tokens[0])
+        seen.append(tokens[0])
+    assert seen[0] != seen[1]
+    written = texts(there)
+    out = capfd.readouterr()
+    held = {name for name, text in written.items() for token in seen if token in text and not name.startswith("out.")}
+    assert held <= {".lepton-mine.token"}, "which is copied there, to be read by its owner alone"
+    assert not held or (there / ".lepton-mine.token").stat().st_mode & 0o777 == 0o600
+    assert "arguments" in written and not any(token in out.out + out.err for token in seen)
+
+
+def test_a_manifest_brings_its_token_as_a_secret(there, capsys):
+    seen = set()
+    for _ in range(2):
+        assert run("recipe.py", "--on", "k8s", *IN_CLUSTER, "--hosts", "2") == 0
+        [kept] = (there / "runs").iterdir()
+        assert kept.stat().st_mode & 0o777 == 0o600, "it holds the token"
+        secret, document = yaml.safe_load_all(kept.read_text())
+        kubernetes_validate.validate(secret, "1.34", strict=True)
+        [entry] = [each for each in pod(document)[1]["containers"][0]["env"] if each["name"] == "LEPTON_TOKEN"]
+        reference = entry["valueFrom"]["secretKeyRef"]
+        assert reference["name"] == secret["metadata"]["name"]
+        token = secret["stringData"][reference["key"]]
+        assert re.fullmatch("[0-9a-f]{64}", token) and kept.read_text().count(token) == 1
+        seen.add(token)
+    assert len(seen) == 2 and not any(token in "".join(capsys.readouterr()) for token in seen)
+
+
+def test_the_network_policy_is_of_the_pods_of_the_example():
+    policy, = yaml.safe_load_all((ROOT / "docs" / "kubernetes" / "network-policy.yaml").read_text())
+    kubernetes_validate.validate(policy, "1.34", strict=True)
+    _, document = yaml.safe_load_all((ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text())
+    labels = {"jobset.sigs.k8s.io/jobset-name": document["metadata"]["name"]}  # which JobSet gives to each of its pods
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
+    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": {"matchLabels": labels}}]}]
+
+
+def test_the_token_of_an_example_is_refused(capsys, monkeypatch):
+    """Else all who apply it as it stands would share one that everybody knows."""
+    secret, _ = yaml.safe_load_all((ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text())
+    monkeypatch.setenv("LEPTON_TOKEN", secret["stringData"]["token"])
+    assert run(DIGITS, "--hosts", "2", "--coordinator", "a:1", "--host-id", "0") == 2
+    assert "the run's token holds spaces" in capsys.readouterr().err
+
+
 def test_a_slurm_step_outlives_a_host_only_where_fewer_may_go_on(capsys):
     several = ["--on", "slurm", "--hosts", "4"]
     alone, all_four, fewer = (shown(capsys, DIGITS, *each) for each in (
@@ -302,7 +379,8 @@ def test_a_slurm_step_outlives_a_host_only_where_fewer_may_go_on(capsys):
 
 
 def test_a_tpu_slice_asks_for_its_machines(capsys):
-    spec, inner = pod(yaml.safe_load(shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *MANIFESTS["tpu"])))
+    *_, document = yaml.safe_load_all(shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *MANIFESTS["tpu"]))
+    spec, inner = pod(document)
     assert (spec["parallelism"], inner["containers"][0]["resources"]["limits"]) == (16, {"google.com/tpu": 4})
     assert inner["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
                                      "cloud.google.com/gke-tpu-topology": "4x4x4"}

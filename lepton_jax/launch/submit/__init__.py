@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from lepton_jax.errors import SettingError, nearest
-from lepton_jax.launch import settings
+from lepton_jax.launch import settings, tokens
 from lepton_jax.launch.submit import kubernetes, slurm, ssh, tpu
 from lepton_jax.launch.submit.job import Job, plain_name, read_environment, read_seconds, read_size, read_volume
 
@@ -112,8 +112,7 @@ def start(options: argparse.Namespace, given: dict[str, Any], file: Path, folder
                            remedy=f"install it, or leave out --submit and run this where it is: {shlex.join(client)}")
     try:
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(text, encoding="utf-8")
-        kept.chmod(0o755 if text.startswith("#!") else 0o644)
+        _write(kept, text, secret=job.token in text)
     except OSError as error:
         raise SettingError(f"the job can't be written: {error.strerror}", where=kept,
                            remedy="mend that, or see it by --dry-run") from error
@@ -131,6 +130,16 @@ def start(options: argparse.Namespace, given: dict[str, Any], file: Path, folder
     attached = module in (ssh, tpu)
     status = {0: "finished" if attached else "submitted", 130: "interrupted"}.get(code, "failed")
     return {"status": status, "file": str(kept), "client": client, "exit_code": code}
+
+
+def _write(file: Path, text: str, secret: bool) -> None:
+    """Write what starts the run; what holds the run's token is its owner's alone."""
+    file.unlink(missing_ok=True)  # an earlier one may be open to others
+    number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(number, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    if not secret:
+        file.chmod(0o755 if text.startswith("#!") else 0o644)
 
 
 def _job(options: argparse.Namespace, place: str, detail: str, given: dict[str, Any], file: Path, folder: Path,
@@ -170,7 +179,8 @@ def _job(options: argparse.Namespace, place: str, detail: str, given: dict[str, 
         volumes=tuple(read_volume(each) for each in said.get("volume", ())),
         environment=read_environment(said.get("env", ()), "--job-env"), retries=said.get("retries", 3),
         folder=said.get("dir") or (os.getcwd() if here else None), setup=tuple(said.get("setup", ())),
-        options=tuple(said.get("option", ())), grace=grace, goes_on_with_fewer=options.least_hosts is not None)
+        options=tuple(said.get("option", ())), grace=grace, goes_on_with_fewer=options.least_hosts is not None,
+        token="" if options.dry_run else tokens.make())
 
 
 def _flags(given: dict[str, Any]) -> list[str]:

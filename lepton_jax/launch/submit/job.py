@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lepton_jax.errors import SettingError
+from lepton_jax.launch import tokens
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 MISTAKE = 2  # launch.py's exit code for what trying again does not mend
 LONGEST_NAME = 40  # Kubernetes adds indices to it, within the 63 characters of a host name
 PAUSE = 10  # seconds between attempts
+# a token of its own for each start, which stands in no file and in nobody's command line
+NEW_TOKEN = "$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
+WHY_TOKEN = "# by which the hosts know each other; docs/clusters.md"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Job:
       options: for the cluster's own client.
       grace: seconds that the hosts wait for one of them that is lost.
       goes_on_with_fewer: than all hosts, should some be lost for longer.
+      token: by which the hosts know each other, where what is written must hold it.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Job:
     options: tuple[str, ...] = ()
     grace: int = 30
     goes_on_with_fewer: bool = False
+    token: str = field(default="", repr=False)
 
     def variables(self, chips: str | None = None) -> dict[str, tuple[str, str]]:
         """Environment variables with the reason for each; `chips`: the platform that must be there, "cuda" or "tpu"."""
@@ -114,17 +120,27 @@ def retrying(command: str, retries: int) -> list[str]:
     ]
 
 
-def contained(job: Job, command: Sequence[str], variables: Mapping[str, tuple[str, str]], *, privileged: bool) -> list[str]:
+def contained(
+    job: Job,
+    command: Sequence[str],
+    variables: Mapping[str, tuple[str, str]],
+    *,
+    privileged: bool,
+    with_token: bool,
+) -> list[str]:
     """The command in a container of docker's, on the host's own network: the hosts must reach each other."""
     assert job.image is not None
     made = ["docker", "run", "--rm", "--init", "--net=host", "--ipc=host"]
     if privileged:
-        made = ["sudo", *made, "--privileged"]  # a TPU's devices
+        sudo = ["sudo", *([f"--preserve-env={tokens.VARIABLE}"] if with_token else [])]
+        made = [*sudo, *made, "--privileged"]  # a TPU's devices
     if job.gpus:
         made.append("--gpus=all")
     for each in job.volumes:
         made.append(f"--volume={each.source}:{each.folder}{':ro' if each.read_only else ''}")
     made += [f"--env={name}={value}" for name, (value, _) in variables.items()]
+    if with_token:
+        made.append(f"--env={tokens.VARIABLE}")  # its value out of docker's own environment
     made += [f"--workdir={job.folder}"] if job.folder else []
     return [*made, job.image, *command]
 
@@ -189,6 +205,12 @@ def read_environment(texts: Iterable[str], option: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         name, sign, value = text.partition("=")
+        if name == tokens.VARIABLE:
+            raise SettingError(
+                f"{option} names {name}, which would then be written where others read it",
+                where=f"command line, {option}",
+                remedy="leave it out: each job makes a token of its own",
+            )
         if not sign or not re.fullmatch(pattern, name, re.ASCII):
             raise SettingError(f"{option} is {text!r}", where=f"command line, {option}", remedy="write NAME=VALUE")
         found[name] = value

@@ -9,11 +9,15 @@ import yaml
 
 from lepton_jax.errors import SettingError, nearest
 from lepton_jax.hardware import topology
+from lepton_jax.launch import tokens
 from lepton_jax.launch.cluster import PORT, joined
 from lepton_jax.launch.submit.job import MISTAKE, Job, Volume, heading
 
 SUFFIX = ".yaml"
 CONTAINER, ROLE = "train", "hosts"
+TOKEN_KEY = "token"
+# in a manifest that is only shown; a run refuses it, for it has spaces
+NO_TOKEN = "write another here: openssl rand -hex 32"
 TIME_TO_SAVE = 120  # seconds from SIGTERM to SIGKILL; the supervisors' own limit, "stop", is shorter
 TIME_TO_RETURN = 30  # seconds in which a machine that does not answer is waited for; Kubernetes' own are 300
 GCSFUSE = "gcsfuse.csi.storage.gke.io"
@@ -41,6 +45,9 @@ def render(job: Job) -> str:
         raise SettingError(f"the run folder {job.run_dir} would be lost with its container", where="command line, --run-dir",
                            remedy="mount a volume and put the run there: --job-volume CLAIM:/data --run-dir /data/runs/NAME")
     documents = _plain(job) if job.detail == "job" else [_jobset(job)]
+    hosts, _ = _machines(job)
+    if hosts * job.slices > 1:
+        documents = [_secret(job), *documents]
     comment = "".join(f"{line}\n" for line in heading(job))
     return comment + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1000)
 
@@ -53,6 +60,20 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+def _secret(job: Job) -> dict[str, Any]:
+    """The token by which the hosts know each other."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": _secret_name(job)},
+        "stringData": {TOKEN_KEY: job.token or NO_TOKEN},
+    }
+
+
+def _secret_name(job: Job) -> str:
+    return f"{job.name}-token"
 
 
 def _jobset(job: Job) -> dict[str, Any]:
@@ -115,6 +136,9 @@ def _pod(job: Job, hosts: int, chips: int, first: str) -> dict[str, Any]:
         container["workingDir"] = job.folder
     container["command"] = [_literal(word) for word in job.command]
     container["env"] = [{"name": name, "value": _literal(value)} for name, value in variables.items()]
+    if hosts * job.slices > 1:
+        of = {"secretKeyRef": {"name": _secret_name(job), "key": TOKEN_KEY}}
+        container["env"].append({"name": tokens.VARIABLE, "valueFrom": of})
     if amounts or extra:
         container["resources"] = {"requests": amounts, "limits": amounts | extra} if amounts else {"limits": extra}
     mounts, volumes = _volumes(job)

@@ -7,7 +7,15 @@ import shlex
 from pathlib import Path
 
 from lepton_jax.errors import SettingError
-from lepton_jax.launch.submit.job import Job, exports, heading, retrying
+from lepton_jax.launch import tokens
+from lepton_jax.launch.submit.job import (
+    NEW_TOKEN,
+    WHY_TOKEN,
+    Job,
+    exports,
+    heading,
+    retrying,
+)
 
 SUFFIX = ".sbatch"
 NOTICE = 120  # seconds before the time limit at which the hosts are told, to save
@@ -59,8 +67,14 @@ def render(job: Job) -> str:
     if job.cpus:
         variables |= {"SRUN_CPUS_PER_TASK": (str(job.cpus), "since SLURM 22.05 srun does not take it over from sbatch")}
     lines = ["#!/bin/bash", *heading(job), *(f"#SBATCH {each}" for each in asked), "set -euo pipefail", *exports(variables),
-             *job.setup, *retrying(shlex.join([*step, *job.command]), job.retries)]
+             *(_token() if job.hosts > 1 else []), *job.setup, *retrying(shlex.join([*step, *job.command]), job.retries)]
     return "\n".join(lines) + "\n"
+
+
+def _token() -> list[str]:
+    """Lines that give the hosts a token, by the environment that srun hands on."""
+    name = tokens.VARIABLE
+    return [WHY_TOKEN, f"{name}={NEW_TOKEN}", f"export {name}"]
 
 
 def _quoted(text: str) -> str:

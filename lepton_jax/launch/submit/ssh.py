@@ -10,9 +10,19 @@ import zlib
 from pathlib import Path
 
 from lepton_jax.errors import SettingError
+from lepton_jax.launch import tokens
 from lepton_jax.launch.cluster import joined, port_of
 from lepton_jax.launch.hosts import spawn
-from lepton_jax.launch.submit.job import MISTAKE, PAUSE, Job, contained, exports, heading
+from lepton_jax.launch.submit.job import (
+    MISTAKE,
+    NEW_TOKEN,
+    PAUSE,
+    WHY_TOKEN,
+    Job,
+    contained,
+    exports,
+    heading,
+)
 
 SUFFIX = ".ssh.sh"
 # no password prompts, which many hosts would ask at once; a machine that is gone is noticed within a minute
@@ -44,8 +54,16 @@ def client(job: Job, file: Path) -> list[str]:
 def render(job: Job) -> str:
     """A script with the command of every worker; as it stands it starts all and waits for them."""
     lines = ["#!/bin/bash", *heading(job), "# --submit also ends all when one fails, and goes on from the last checkpoint"]
-    lines += [START, *(f'{shlex.join(each)} <"$pipe" 9>&- || echo "host {host}: exit code $?" >>"$pipe.failed" &'
-                       for host, each in enumerate(commands(job))), END]
+    made = commands(job)
+    given = '<"$pipe"'
+    if len(made) > 1:
+        lines += [WHY_TOKEN, f"token={NEW_TOKEN}"]
+        given = """< <(printf '%s\\n' "$token"; exec cat <"$pipe" 9>&-)"""
+    lines.append(START)
+    for host, each in enumerate(made):
+        failed = f'echo "host {host}: exit code $?" >>"$pipe.failed"'
+        lines.append(f"{shlex.join(each)} {given} 9>&- || {failed} &")
+    lines.append(END)
     return "\n".join(lines) + "\n"
 
 
@@ -58,18 +76,31 @@ def commands(job: Job) -> list[list[str]]:
     for number, (host, *own) in enumerate(hosts):
         where = () if len(hosts) == 1 else (f"--coordinator={joined(first, port)}", f"--hosts={len(hosts)}",
                                             f"--host-id={number}")
-        made.append([*CLIENT, *job.options, *own, host, _remote(job, (*job.command, *where))])
+        remote = _remote(job, (*job.command, *where), with_token=len(hosts) > 1)
+        made.append([*CLIENT, *job.options, *own, host, remote])
     return made
 
 
-def _remote(job: Job, command: tuple[str, ...]) -> str:
+def _remote(job: Job, command: tuple[str, ...], with_token: bool) -> str:
     variables = job.variables("cuda" if job.gpus else None)
     start = [f"cd {shlex.quote(job.folder)}"] if job.folder and not job.image else []
     if job.image:
-        command = tuple(contained(job, command, variables, privileged=False))
+        command = tuple(
+            contained(job, command, variables, privileged=False, with_token=with_token)
+        )
     plain = {name: (value, "") for name, (value, _) in variables.items()}
-    script = ["set -e", "exec 3<&0", *start, *([] if job.image else exports(plain)), *job.setup, f"{shlex.join(command)} &",
-              WATCH]
+    # the first line of its input, which no list of processes shows
+    read = [f"read -r {tokens.VARIABLE}", f"export {tokens.VARIABLE}"]
+    script = [
+        "set -e",
+        *(read if with_token else []),
+        "exec 3<&0",
+        *start,
+        *([] if job.image else exports(plain)),
+        *job.setup,
+        f"{shlex.join(command)} &",
+        WATCH,
+    ]
     return shlex.join(["exec", "sh", "-c", "\n".join(script)])
 
 
@@ -77,7 +108,8 @@ def submit(job: Job) -> int:
     """Start all hosts and wait for them; again after a failure, of which the supervisors alone may take care. The exit code."""
     made = commands(job)
     for attempt in range(job.retries + 1):
-        code = spawn(made, lifeline=True, with_fewer=job.goes_on_with_fewer)
+        first = f"{tokens.make()}\n" if len(made) > 1 else ""
+        code = spawn(made, lifeline=True, with_fewer=job.goes_on_with_fewer, first=first)
         if code in (0, MISTAKE, 130, 143) or attempt == job.retries:
             break
         print(f"exit code {code}: going on, attempt {attempt + 1} of {job.retries}", file=sys.stderr, flush=True)

@@ -1,0 +1,115 @@
+"""How hosts prove to each other that they belong to one run, by a token that never travels.
+
+    a host                                      host 0
+      "lepton-hosts 1 A"          ------->                    A, B: 32 fresh random bytes each
+                                  <-------      B
+      HMAC(token, "host", A, B)   ------->      believes the host from here on, or closes
+                                  <-------      HMAC(token, "head", A, B)
+      the host believes host 0 from here on, or closes
+      HMAC(key, n, message) message  <---->     key: of A, B and the direction; n: 0, 1, 2, ...
+
+Until its proof has come, host 0 answers a caller with nothing but a random number, and a
+host tells host 0 nothing of the run. HMAC is that of SHA-256.
+
+This protects against a caller, and against somebody in place of host 0, who does not have
+the token; against a recorded exchange that is played again (A and B are fresh on both
+sides); against one's own challenge or proof sent back (the two sides' proofs differ by
+their role); against a proof that is carried from one use of the port to another (the
+channel is part of it); and against messages that are changed, repeated, left out, turned
+round or put in between by whoever sits on the network (each has its number and its
+direction in its seal). A text that was cut off is no message.
+
+It does not protect against reading along: nothing is encrypted. Nor against a network that
+loses or closes what it carries, nor against who has the token. A token that a person made up
+can be guessed from one recorded exchange; hence the least length, and `tokens.make`.
+
+Lines are bytes without their line end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+
+GREETING = b"lepton-hosts 1 "
+HEAD = b"head"
+HOST = b"host"
+SEAL = 64  # characters of an HMAC-SHA256, and of a random number, in hexadecimal
+
+# why a connection counts as lost, where the token is the reason
+NOT_TAKEN = "it did not take this host's proof of the run's token"
+NOT_GIVEN = "it did not prove that it has the run's token"
+REMEDY = "set LEPTON_TOKEN to the same value on all hosts"
+
+_HEX = re.compile(rb"[0-9a-f]{64}")
+
+
+def nonce() -> bytes:
+    """A fresh random number, as it is sent."""
+    return secrets.token_hex(SEAL // 2).encode()
+
+
+def opening(own: bytes) -> bytes:
+    """The first line of a host."""
+    return GREETING + own
+
+
+def read_opening(line: bytes) -> bytes | None:
+    """The random number in a host's first line; None if it is no such line."""
+    if not line.startswith(GREETING):
+        return None
+    return read_nonce(line.removeprefix(GREETING))
+
+
+def read_nonce(line: bytes) -> bytes | None:
+    """The random number that a line is; None if it is none."""
+    return line if _HEX.fullmatch(line) else None
+
+
+def proof(token: str, channel: str, role: bytes, host: bytes, head: bytes) -> bytes:
+    """The line by which one side proves that it has the token.
+
+    Args:
+      token: of the run.
+      channel: what the connection is for.
+      role: HOST or HEAD, whose proof it is.
+      host, head: the random numbers of the two sides.
+    """
+    return _hmac(token.encode(), b"proof", channel.encode(), role, host, head)
+
+
+def proves(line: bytes, token: str, channel: str, role: bytes, host: bytes, head: bytes) -> bool:
+    """Whether a line is that side's proof; takes the same time whatever is wrong with it."""
+    return hmac.compare_digest(line, proof(token, channel, role, host, head))
+
+
+def keys(token: str, channel: str, host: bytes, head: bytes) -> dict[bytes, bytes]:
+    """The keys that seal what each side says, by its role."""
+    text = (channel.encode(), host, head)
+    return {role: _hmac(token.encode(), b"key", role, *text) for role in (HOST, HEAD)}
+
+
+def seal(key: bytes, number: int, message: bytes) -> bytes:
+    """The line for the message with this number; the message has no line end in it."""
+    return _seal(key, number, message) + b" " + message
+
+
+def unseal(key: bytes, number: int, line: bytes) -> bytes | None:
+    """The message of a line; None if it is not the one that was sealed with this number."""
+    said, message = line[:SEAL], line[SEAL + 1 :]
+    whole = line[SEAL : SEAL + 1] == b" "
+    if not whole or not hmac.compare_digest(said, _seal(key, number, message)):
+        return None
+    return message
+
+
+def _seal(key: bytes, number: int, message: bytes) -> bytes:
+    return _hmac(key, b"message", str(number).encode(), message)
+
+
+def _hmac(key: bytes, *parts: bytes) -> bytes:
+    """The HMAC over parts of which only the last may hold a line end, in hexadecimal."""
+    text = b"\n".join(parts)
+    return hmac.new(key, text, hashlib.sha256).hexdigest().encode()

@@ -1,0 +1,194 @@
+"""The token of a run, by which its hosts know each other: where a host has it from.
+
+One host alone, and hosts that one process starts (`local:N`), get one that never leaves the
+process. Else, in this order: `--token-file`, the variable LEPTON_TOKEN, and the file `token`
+in the run folder, which host 0 makes and all hosts read that see the folder. Where none of
+these can be, the run does not begin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from lepton_jax.errors import SettingError
+from lepton_jax.launch.cluster import Cluster
+
+VARIABLE = "LEPTON_TOKEN"
+FILE = "token"
+LEAST = 32  # characters; in hexadecimal these are 128 bits, beyond all guessing
+MOST = 512  # characters
+GOOD = re.compile(f"[!-~]{{{LEAST},{MOST}}}")
+MAKE = "python3 -c 'import secrets; print(secrets.token_hex(32))'"
+
+
+def make() -> str:
+    """A new token."""
+    return secrets.token_hex(32)
+
+
+class NotThereError(Exception):
+    """The file with the token can't be read or made, which may change."""
+
+
+class Token:
+    """Where one host has the token of its run from; called, it gives the token.
+
+    Args:
+      text: the token itself; None: it lies in the run folder.
+      file: in the run folder.
+      makes: this host makes the file if there is none.
+    """
+
+    def __init__(self, text: str | None, file: Path | None = None, makes: bool = False):
+        self._text = text
+        self._file = file
+        self._makes = makes
+
+    def __call__(self) -> str:
+        """The token.
+
+        Raises:
+          NotThereError: the file in the run folder is not there yet, or can't be read or
+            made.
+          SettingError: it is no file of this user's alone, or holds no token.
+        """
+        if self._text is not None:
+            return self._text
+        assert self._file is not None
+        try:
+            if self._makes:
+                _leave(self._file)
+            return read(self._file)
+        except OSError as error:
+            has = "can leave" if self._makes else "has left"
+            raise NotThereError(
+                f"host 0 {has} no token of the run in {self._file}: "
+                f"{error.strerror or error}"
+            ) from error
+
+    def forget(self) -> None:
+        """The run is over: leave no file with its token behind."""
+        if self._makes and self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.unlink()
+
+
+def of_run(
+    cluster: Cluster,
+    folder: Path | None,
+    file: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Token:
+    """Find the token of the run that this host takes part in.
+
+    Args:
+      cluster: as this host found it.
+      folder: of the run, if it is the same on all hosts; None: it is not known to be.
+      file: of --token-file.
+      environ: the environment variables.
+
+    Raises:
+      SettingError: there is none, or it is too short, or others can read its file.
+    """
+    if file is not None:
+        try:
+            return Token(read(file))
+        except OSError as error:
+            raise SettingError(
+                f"the run's token can't be read: {error.strerror or error}",
+                where=f"--token-file {file}",
+                remedy=f"make one, and bring it to all hosts: "
+                f"(umask 077; {MAKE} > {file})",
+            ) from error
+
+    text = environ.get(VARIABLE, "").strip()
+    if text:
+        return Token(_checked(text, f"environment variable {VARIABLE}"))
+    if cluster.hosts == 1 or cluster.coordinator is None:
+        return Token(make())
+    if folder is not None:
+        return Token(None, folder / FILE, makes=cluster.host_id == 0)
+
+    raise SettingError(
+        f"the {cluster.hosts} hosts have no token by which to know each other",
+        where=cluster,
+        remedy=f"name the same --run-dir on all hosts, in storage that all of them see, "
+        f"or set {VARIABLE} to the same value on all; {MAKE} makes one",
+    )
+
+
+def read(file: Path) -> str:
+    """The token in a file.
+
+    Raises:
+      OSError: it can't be read, or is not whole yet.
+      SettingError: others can read it, it is another user's, or it holds no token.
+    """
+    # an NFS client may remember for half a minute that there was no such file; it forgets
+    # that when it looks at the folder
+    os.listdir(file.parent)
+    number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        about = os.fstat(number)
+        regular = stat.S_ISREG(about.st_mode)
+        text = os.read(number, 2 * MOST).decode(errors="replace").strip() if regular else ""
+    finally:
+        os.close(number)
+    if not regular:
+        raise SettingError(
+            "the run's token is no file",
+            where=file,
+            remedy="name a file, or delete what stands there",
+        )
+
+    modes = stat.S_IMODE(about.st_mode)
+    if modes & 0o077 or about.st_uid not in (os.geteuid(), 0):
+        raise SettingError(
+            f"the file of the run's token is user {about.st_uid}'s and has mode "
+            f"{modes:04o}: others know the token",
+            where=file,
+            remedy=f"delete it and start again; where the file system keeps no modes, set "
+            f"{VARIABLE} to the same value on all hosts",
+        )
+    if not text:
+        raise OSError(f"{file} is still empty")
+    return _checked(text, file)
+
+
+def _leave(file: Path) -> None:
+    """Make the file with a new token, unless it is there.
+
+    Raises:
+      OSError: it can't be made.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        about = file.stat()
+        # of a process that was killed before it had written
+        if stat.S_ISREG(about.st_mode) and not about.st_size:
+            file.unlink()
+    with contextlib.suppress(FileExistsError):
+        number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(number, "w", encoding="utf-8") as stream:
+            stream.write(make() + "\n")
+
+
+def _checked(text: str, where: object) -> str:
+    if GOOD.fullmatch(text):
+        return text
+    fault = f"has {len(text)} characters, and could be guessed"
+    if len(text) >= LEAST:
+        fault = "holds spaces or other characters that are none of ASCII's"
+    if len(text) > MOST:
+        fault = f"has {len(text)} characters"
+    raise SettingError(
+        f"the run's token {fault}",
+        where=where,
+        remedy=f"take {LEAST} to {MOST} letters, digits and signs: {MAKE} makes one",
+    )
