@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
-from models import public
+from flax import nnx
+import public
 
 import lepton_jax as lepton
 
@@ -37,7 +39,7 @@ class Case:
       forward: (params, variables, inputs, key, train) to (outputs, variables after).
       served: the model for evaluation, where the repository has another one for it.
       fields: further fields of the recipe.
-      steady: selects those outputs that do not depend on random numbers.
+      decode: outputs to what `predict` gives of them, where `fields` does not say it.
     """
 
     model: Any
@@ -47,7 +49,7 @@ class Case:
     served: Any = None
     optimizer: Any = dataclasses.field(default_factory=lambda: optax.adamw(1e-3, eps=1e-4))
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    steady: Callable[[Any], Any] = lambda outputs: outputs
+    decode: Callable[[Any], Any] = lambda outputs: outputs
 
     def parts(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         """Training and test samples."""
@@ -57,11 +59,14 @@ class Case:
         return train, test
 
     def trainer(self, devices: int, run_dir: Any = None, served: bool = False) -> Any:
+        train, test = self.parts()
         return lepton.Trainer(
             model=self.served if served and self.served is not None else self.model,
             loss=self.loss,
             optimizer=self.optimizer,
-            train=self.parts()[0],
+            train=train,
+            test=test,
+            save_every=STEPS // 2,
             batch_size=BATCH,
             steps=STEPS,
             shuffle=False,
@@ -297,6 +302,9 @@ def score_matching(outputs, targets):
     return jnp.square(outputs / std * std + targets["noise"]).mean(axis=(1, 2, 3))
 
 
+# what a stock loss of labels implies
+most_likely = partial(jnp.argmax, axis=-1)
+
 # ---- the models ------------------------------------------------------------------------
 
 MNIST = public.MnistCNN
@@ -337,6 +345,7 @@ CASES = {
             lambda rngs: MNIST(rngs),
             lambda net, x, key, train: net(x, nnx.Rngs(key) if train else None),
         ),
+        decode=most_likely,
         fields={"metrics": {"accuracy": lepton.metrics.accuracy}},
     ),
     "imagenet": Case(
@@ -347,6 +356,7 @@ CASES = {
         forward=linen_by_hand(
             RESNET.clone(axis_name=None), lambda apply, x, train: apply(x, train=train)
         ),
+        decode=most_likely,
         optimizer=optax.sgd(0.05, momentum=0.9, nesterov=True),
         fields={"metrics": {"accuracy": lepton.metrics.accuracy}},
     ),
@@ -367,14 +377,12 @@ CASES = {
             SEQ2SEQ,
             lambda apply, x, train: apply(x["encoder_inputs"], x["decoder_inputs"]),
         ),
-        steady=lambda outputs: outputs[0],
     ),
     "vae": Case(
         model=VAE,
         data=binary_pictures,
         loss=negative_elbo,
         forward=linen_by_hand(VAE, lambda apply, x, train: apply(x)),
-        steady=lambda outputs: outputs[1:],
     ),
     "big_vision": Case(
         model=VIT,
@@ -487,17 +495,25 @@ def train_by_hand(case: Case, params: Any, variables: Any) -> tuple[Any, Any, An
 
 
 def evaluate_by_hand(case: Case, params: Any, variables: Any) -> tuple[float, Any]:
-    """(loss, outputs) of the test samples, all at once."""
-    _, (inputs, targets) = case.parts()
+    """(loss, outputs as predicted) of the test samples, batch by batch.
+
+    Each batch draws the same random numbers.
+    """
+    _, test = case.parts()
+    decode = case.fields.get("decode", case.decode)
 
     @jax.jit
     def evaluate(params, variables, inputs, targets):
-        key = jax.random.key(0)
-        outputs, _ = case.forward(params, variables, inputs, key, False)
-        return mean_of(case.loss(outputs, targets)), outputs
+        outputs, _ = case.forward(params, variables, inputs, jax.random.key(0), False)
+        return case.loss(outputs, targets), decode(outputs)
 
-    loss, outputs = evaluate(params, variables, inputs, targets)
-    return float(loss), outputs
+    found = []
+    for start in range(0, TEST, BATCH):
+        rows = np.arange(start, start + BATCH) % TEST
+        batch = jax.tree.map(lambda x, rows=rows: x[rows], test)
+        found.append(evaluate(params, variables, *batch))
+    result, outputs = jax.tree.map(lambda *x: np.concatenate(x)[:TEST], *found)
+    return float(mean_of(result)), outputs
 
 
 def near(actual: Any, expected: Any) -> None:
@@ -514,32 +530,65 @@ def near(actual: Any, expected: Any) -> None:
 
 
 class Runs:
-    """What several tests look at: computed once, when it is first asked for."""
+    """What several tests look at: made once, when it is first asked for."""
 
-    def __init__(self, folder: Any):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self._found: dict[Any, Any] = {}
+        self._made: dict[Any, Any] = {}
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
-        if name not in self._found:
-            self._found[name] = make()
-        return self._found[name]
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def run_dir(self, name: str, devices: int) -> Path:
+        return self.folder / f"{name}-{devices}"
+
+    def whole(self, name: str, devices: int) -> Any:
+        """A trainer that has trained all STEPS, and its history."""
+
+        def make():
+            run = CASES[name].trainer(devices, self.run_dir(name, devices))
+            return run, run.fit()
+
+        return self.once((name, devices), make)
+
+    def saved(self, name: str, devices: int) -> Path:
+        """The model that `whole` has saved."""
+
+        def make():
+            run, _ = self.whole(name, devices)
+            return run.save(self.folder / f"{name}-{devices}-saved")
+
+        return self.once((name, devices, "saved"), make)
+
+    def serving(self, name: str, devices: int) -> Any:
+        """A fresh trainer that has loaded what `whole` has saved."""
+
+        def make():
+            fresh = CASES[name].trainer(devices, served=True)
+            return fresh.load(self.saved(name, devices))
+
+        return self.once((name, devices, "serving"), make)
 
     def by_hand(self, name: str) -> tuple[Any, Any, Any]:
+        """Losses, parameters and variables of the loop written by hand."""
+
         def make():
-            start = CASES[name].trainer(devices=1)
-            start.fit(steps=1)  # makes the program, which knows how to begin
-            state = start.program.init(0)
+            run, _ = self.whole(name, 1)
+            state = run.program.init(0)
             return train_by_hand(CASES[name], state.params, state.variables)
 
         return self.once((name, "by hand"), make)
 
-    def whole(self, name: str, devices: int) -> tuple[Any, Any]:
-        def make():
-            run = CASES[name].trainer(devices)
-            return run, run.fit()
+    def evaluated_by_hand(self, name: str) -> tuple[float, Any]:
+        """Loss and predictions, computed by hand, of what was trained by hand."""
 
-        return self.once((name, devices), make)
+        def make():
+            _, params, variables = self.by_hand(name)
+            return evaluate_by_hand(CASES[name], params, variables)
+
+        return self.once((name, "evaluated"), make)
 
 
 @pytest.fixture(scope="module")
@@ -547,15 +596,63 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("public"))
 
 
-over_cases = pytest.mark.parametrize("name", CASES)
+over_models = pytest.mark.parametrize("name", CASES)
 over_devices = pytest.mark.parametrize("devices", [1, 8])
 
 
-@over_cases
+@over_models
 @over_devices
 def test_training_is_the_loop_written_by_hand(name, devices, runs):
-    losses, params, variables = runs.by_hand(name)
     run, history = runs.whole(name, devices)
-    np.testing.assert_allclose(history["loss"], losses, rtol=TOLERANCE, atol=TOLERANCE)
+    losses, params, variables = runs.by_hand(name)
+    near(history["loss"], losses)
     near(run.state.params, params)
     near(run.state.variables, variables)
+
+
+@over_models
+@over_devices
+def test_evaluation_is_the_one_written_by_hand(name, devices, runs):
+    loss, _ = runs.evaluated_by_hand(name)
+    serving = runs.serving(name, devices)
+    assert serving.evaluate().loss == pytest.approx(loss, rel=TOLERANCE)
+    assert serving.evaluate().loss == serving.evaluate().loss
+
+    run, history = runs.whole(name, devices)
+    (step, metrics), = history.evaluations
+    assert step == STEPS and np.isfinite(metrics["loss"])
+    if CASES[name].served is None:
+        assert metrics["loss"] == pytest.approx(loss, rel=TOLERANCE)
+
+
+@over_models
+@over_devices
+def test_predictions_of_what_is_saved_and_loaded_are_those_by_hand(name, devices, runs):
+    _, expected = runs.evaluated_by_hand(name)
+    _, (inputs, _) = CASES[name].parts()
+    predicted = runs.serving(name, devices).predict(inputs)
+    assert {len(leaf) for leaf in jax.tree.leaves(predicted)} == {TEST}
+    near(predicted, expected)
+    if CASES[name].served is None:
+        run, _ = runs.whole(name, devices)
+        jax.tree.map(np.testing.assert_array_equal, run.predict(inputs), predicted)
+
+
+@over_models
+@over_devices
+def test_a_run_resumed_half_way_ends_as_the_whole_run_to_the_bit(name, devices, runs):
+    whole, history = runs.whole(name, devices)
+    folder = runs.folder / f"{name}-{devices}-resumed"
+    shutil.copytree(runs.run_dir(name, devices), folder)
+    shutil.rmtree(folder / "checkpoints" / str(STEPS))
+    resumed = CASES[name].trainer(devices, folder).resume()
+    assert resumed.step == STEPS // 2
+
+    later = resumed.fit()
+    np.testing.assert_array_equal(later["loss"], history["loss"][STEPS // 2 :])
+    for part in ("params", "variables", "optimizer"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            getattr(resumed.state, part),
+            getattr(whole.state, part),
+        )
