@@ -479,13 +479,17 @@ class _ViT(nn.Module):
         return x, out
 
 
-def ViT(num_classes=None, *, variant=None, **kw):  # noqa: N802, as big_vision's Model
+def ViT(num_classes=None, *, variant=None, **kw):
     """A vision transformer by the name of its sizes."""
     sizes = {"nano": {"width": 12, "depth": 2, "mlp_dim": 24, "num_heads": 2}}
     return _ViT(num_classes, **{**(sizes[variant] if variant else {}), **kw})
 
 
 # ---- nanodo: Linen, setup() with a list of rematerialized blocks, a tied head ----------
+
+
+XAVIER = nn.initializers.xavier_uniform()
+FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 
 @dataclasses.dataclass
@@ -498,10 +502,8 @@ class DoConfig:
     N: int
     V: int
     F: int
-    kernel_init: Callable = nn.initializers.xavier_uniform()
-    embed_init: Callable = nn.initializers.variance_scaling(
-        1.0, "fan_in", "normal", out_axis=0
-    )
+    kernel_init: Callable = XAVIER
+    embed_init: Callable = FAN_IN
     dtype: Any = jnp.float32
     fsdp_enabled: bool = True
     remat: bool = False

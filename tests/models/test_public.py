@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import public
 import pytest
 from flax import nnx
-import public
 
 import lepton_jax as lepton
 
@@ -58,7 +58,7 @@ class Case:
         test = jax.tree.map(lambda x: x[TRAIN:], data)
         return train, test
 
-    def trainer(self, devices: int, run_dir: Any = None, served: bool = False) -> Any:
+    def trainer(self, devices: int, served: bool = False, **options: Any) -> Any:
         train, test = self.parts()
         return lepton.Trainer(
             model=self.served if served and self.served is not None else self.model,
@@ -71,8 +71,8 @@ class Case:
             steps=STEPS,
             shuffle=False,
             devices=devices,
-            run_dir=run_dir,
             **self.fields,
+            **options,
         )
 
 
@@ -237,9 +237,9 @@ def one_graph(inputs: dict[str, jax.Array]) -> public.GraphsTuple:
 
 def rays(rng):
     count = TRAIN + TEST
-    directions = rng.normal(size=(count, 3)).astype(np.float32) + [0, 0, 3]
+    directions = rng.normal(size=(count, 3)) + np.array([0, 0, 3])
     inputs = {
-        "origins": rng.normal(size=(count, 3)).astype(np.float32) * 0.1,
+        "origins": rng.normal(0, 0.1, (count, 3)).astype(np.float32),
         "directions": directions.astype(np.float32),
         "viewdirs": directions.astype(np.float32),
     }
@@ -548,10 +548,17 @@ class Runs:
         """A trainer that has trained all STEPS, and its history."""
 
         def make():
-            run = CASES[name].trainer(devices, self.run_dir(name, devices))
+            run = CASES[name].trainer(devices, run_dir=self.run_dir(name, devices))
             return run, run.fit()
 
         return self.once((name, devices), make)
+
+    def fresh(self, name: str, devices: int, **options: Any) -> Any:
+        """Another trainer; it follows the plan of `whole`, for a search takes long."""
+        run, _ = self.whole(name, devices)
+        same = CASES[name].served is None or "served" not in options
+        plan = run.program.plan if same else None
+        return CASES[name].trainer(devices, plan=plan, **options)
 
     def saved(self, name: str, devices: int) -> Path:
         """The model that `whole` has saved."""
@@ -566,7 +573,7 @@ class Runs:
         """A fresh trainer that has loaded what `whole` has saved."""
 
         def make():
-            fresh = CASES[name].trainer(devices, served=True)
+            fresh = self.fresh(name, devices, served=True)
             return fresh.load(self.saved(name, devices))
 
         return self.once((name, devices, "serving"), make)
@@ -618,8 +625,8 @@ def test_evaluation_is_the_one_written_by_hand(name, devices, runs):
     assert serving.evaluate().loss == pytest.approx(loss, rel=TOLERANCE)
     assert serving.evaluate().loss == serving.evaluate().loss
 
-    run, history = runs.whole(name, devices)
-    (step, metrics), = history.evaluations
+    _, history = runs.whole(name, devices)
+    ((step, metrics),) = history.evaluations
     assert step == STEPS and np.isfinite(metrics["loss"])
     if CASES[name].served is None:
         assert metrics["loss"] == pytest.approx(loss, rel=TOLERANCE)
@@ -645,7 +652,7 @@ def test_a_run_resumed_half_way_ends_as_the_whole_run_to_the_bit(name, devices, 
     folder = runs.folder / f"{name}-{devices}-resumed"
     shutil.copytree(runs.run_dir(name, devices), folder)
     shutil.rmtree(folder / "checkpoints" / str(STEPS))
-    resumed = CASES[name].trainer(devices, folder).resume()
+    resumed = runs.fresh(name, devices, run_dir=folder).resume()
     assert resumed.step == STEPS // 2
 
     later = resumed.fit()
