@@ -213,6 +213,27 @@ class Program:
         """How the loss and metrics of a test set are put together from its batches."""
         return Evaluation(self.trace)
 
+    def rehearse(self, samples: int | None) -> None:
+        """Trace what a run computes besides its steps, so that it fails before the first.
+
+        Args:
+          samples: of the test set; None: there is none.
+
+        Raises:
+          ModelError: the model, the loss, a metric or `Recipe.decode` fails outside of
+            training.
+          DataError: see `Evaluation.check`.
+        """
+        if samples is not None:
+            state = self.trace.state
+            with pointing_at_user("evaluating"):
+                run = partial(evaluated, self.trace)
+                jax.eval_shape(run, state.params, state.variables, self.trace.inputs)
+            self.evaluation.check(samples)
+            _ = self.evaluation.sums, self.evaluation.meeting
+        if self.recipe.decode is not None:
+            self.prediction()
+
     @cached_property
     def limits(self) -> list[Limit]:
         """Which whole numbers the data may hold."""

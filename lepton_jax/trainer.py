@@ -169,6 +169,7 @@ class Trainer:
         elif self.recipe.best is not None:
             raise RecipeError(f"best={self.recipe.best!r} asks for evaluations, but there is nothing to evaluate on",
                               where="Recipe.best", remedy="set Recipe.test, or leave best out")
+        program.rehearse(None if test is None else epoch_samples(test))
         self._settle_position(given, order(self.recipe, train))
         more = epochs is not None or steps is not None
         planned = self._planned_steps(train)

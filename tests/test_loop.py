@@ -308,3 +308,38 @@ def test_an_evaluation_that_fails_costs_no_training(blobs, tmp_path):
     resumed = make(None).resume()
     assert resumed.step == 10
     np.testing.assert_array_equal(resumed.fit()["loss"], expected[10:])
+
+
+class FailingInEvaluation(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(12, 3, rngs=rngs)
+
+    def __call__(self, x, *, train: bool):
+        return self.layer(x) if train else self.layer(x[:, :3])
+
+
+@pytest.mark.parametrize("what", ["model", "metric", "decode"])
+def test_what_fails_outside_of_training_fails_before_the_first_step(what, blobs, tmp_path):
+    def metric(outputs, targets):
+        return outputs[:, 7] if outputs.shape[0] != 30 else outputs[:, 9:].max(-1)
+
+    changes = {
+        "model": {"model": FailingInEvaluation},
+        "metric": {"metrics": {"odd": metric}},
+        "decode": {"decode": lambda outputs: outputs @ outputs},
+    }[what]
+    fields = {
+        "model": lambda rngs: lepton.models.MLP((12, 8, 3), rngs=rngs),
+        "loss": lepton.losses.cross_entropy,
+        "optimizer": optax.sgd(0.1),
+        "train": blobs,
+        "test": blobs,
+        "batch_size": 30,
+        "steps": 20,
+        "devices": 1,
+        "run_dir": tmp_path / "run",
+    }
+    trainer = lepton.Trainer(**fields | changes)
+    with pytest.raises(lepton.ModelError, match=r"test_loop\.py"):
+        trainer.fit()
+    assert trainer.step == 0 and not (tmp_path / "run" / "checkpoints").exists()
