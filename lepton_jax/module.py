@@ -178,17 +178,17 @@ class _Given(NamedTuple):
     sown: tuple[str, ...]
     seed: int | None
 
-    def arguments(self, module: Any, trial: Callable[[Arguments, Mode], Effect]) -> Any:
+    def arguments(self, kind: type, trial: Callable[[Arguments, Mode], Effect]) -> Any:
         """The arguments of the module's call.
 
         Args:
-          module: the module.
+          kind: the module's class.
           trial: traces a call.
         """
         if self.inputs is None:
             return None
-        where = f"{type(module).__name__}.__call__"
-        found = read(call_of(type(module)), where, self.inputs, self.train_argument)
+        where = f"{kind.__name__}.__call__"
+        found = read(call_of(kind), where, self.inputs, self.train_argument)
         tried: dict[Any, Effect | None] = {}
 
         def effect(mode: Mode) -> Effect | None:
@@ -276,9 +276,8 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
             )
         return _with_arrays_as_data(module)
 
-    module = nnx.eval_shape(lambda: make(jax.random.key(0)))
-    name = type(module).__name__
-    graph, params, rest = _split(module)
+    kind, graph, params, rest = _abstract(make)
+    name = kind.__name__
     known = set(by_path(nnx.to_pure_dict(rest)))
     noted: set[tuple[str, str]] = set()  # label and name of what was ever sown
 
@@ -352,7 +351,7 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
         params, variables = jax.eval_shape(init, jax.random.key(0))
         return _effect(run, params, variables, given.inputs)
 
-    arguments = given.arguments(module, trial)
+    arguments = given.arguments(kind, trial)
 
     def apply(
         params_: Any,
@@ -377,6 +376,24 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
     return Functional("nnx", name, init, apply)
 
 
+def _abstract(make: Callable[[Any], Any]) -> tuple[type, Any, Any, Any]:
+    """A module's class, its graph, and its state as shapes; no array is allocated.
+
+    `nnx.eval_shape` would lose the arrays in an attribute that is a list or a dict.
+    """
+    parts: list[Any] = []
+
+    def build(key: Any) -> tuple[Any, Any]:
+        module = make(key)
+        graph, params, rest = _split(module)
+        parts.extend((type(module), graph))
+        return params, rest
+
+    params, rest = jax.eval_shape(build, jax.random.key(0))
+    kind, graph = parts
+    return kind, graph, params, rest
+
+
 def _with_arrays_as_data(module: nnx.Module) -> nnx.Module:
     """A module whose bare arrays are part of its state.
 
@@ -384,7 +401,7 @@ def _with_arrays_as_data(module: nnx.Module) -> nnx.Module:
     is traced, as it is here: then the tracer would stay in the graph's constants.
     """
     for _, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.Module):
+        if isinstance(node, nnx.Pytree):
             for name, value in list(vars(node).items()):
                 if isinstance(value, jax.Array):
                     setattr(node, name, nnx.data(value))
@@ -572,7 +589,7 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
         params, variables = jax.eval_shape(whole_axes(start), jax.random.key(0))
         return _effect(traced, params, variables, given.inputs)
 
-    arguments = given.arguments(module, trial)
+    arguments = given.arguments(type(module), trial)
 
     def init(key: Any) -> tuple[Any, Any]:
         return whole_axes(partial(begun, arguments, arguments.mode(False)))(key)

@@ -458,13 +458,21 @@ class Closing(nnx.Module):
         return self.layer(self.shift(self.scale(x)))
 
 
+class Settings(nnx.Pytree):
+    def __init__(self):
+        self.shift = jnp.arange(6.0) / 6
+
+
 class Nested(nnx.Module):
     def __init__(self, rngs):
         self.parts = nnx.List([Bare(rngs), Closing(rngs)])
         self.key = jax.random.key(7)
+        self.tables = nnx.data({"a": [jnp.linspace(0, 1, 6)]})
+        self.settings = Settings()
 
     def __call__(self, x):
         noise = jax.random.normal(self.key, x.shape[1:])
+        x = x * self.tables["a"][0] + self.settings.shift
         return self.parts[0](x + noise) + self.parts[1](x)
 
 
