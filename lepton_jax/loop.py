@@ -572,7 +572,7 @@ def evaluate(program: Program, state: State, test: Any) -> dict[str, float]:
     sums, parts = None, []
     fill = samples % size == 0 or program.evaluation.meeting is None
     for batch, rows in one_pass(test, size, program.sharding_of, fill, program.limits):
-        sums, part = program.evaluate(sums, state, batch, rows)
+        sums, part = program.evaluate_and_keep(sums, state, batch, rows)
         if part is not None:
             parts.append(program.evaluation.real(part, rows))
     return program.metrics(sums, parts)

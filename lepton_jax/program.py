@@ -251,7 +251,13 @@ class Program:
         parts = math.prod(self.mesh.shape[axis] for axis in self.plan.batch_axes)
         return self.replicated if rows % parts else self.batch_sharding
 
-    def evaluate(self, sums: Any, state: State, batch: Any, valid: int) -> tuple[Any, Any]:
+    def evaluate(self, sums: Any, state: State, batch: Any, valid: int) -> Any:
+        """Add the first `valid` samples of a batch to the sums, which are donated; None starts them."""
+        return self.evaluate_and_keep(sums, state, batch, valid)[0]
+
+    def evaluate_and_keep(
+        self, sums: Any, state: State, batch: Any, valid: int
+    ) -> tuple[Any, Any]:
         """Add the first `valid` samples of a batch to the sums, which are donated.
 
         Args:
