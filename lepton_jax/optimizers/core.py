@@ -171,7 +171,7 @@ class _Maker:
         manner = self._manner(params)
         mine = {n: x for n, x in knobs.items() if n in self._base}
         if manner.name == "fixed":
-            factor = mine["learning_rate"] * (1 / jnp.float32(self._rate or 1))
+            factor = mine["learning_rate"] / jnp.float32(self._rate or 1)
             return self._whole(self._rate).update(gradients, state, params, value, factor)
 
         def run(moved: Mapping[str, Any]) -> Any:

@@ -99,6 +99,16 @@ class Transformation:
         Raises:
           RecipeError: it fails, or needs what a train step doesn't give it.
         """
+        if factor is not None:
+            # a factor of 1 changes no number, but how XLA rounds those around it
+            return jax.lax.cond(
+                factor == 1,
+                lambda: self._applied(gradients, state, params, value, None),
+                lambda: self._applied(gradients, state, params, value, factor),
+            )
+        return self._applied(gradients, state, params, value, None)
+
+    def _applied(self, gradients: Any, state: Any, params: Any, value: Any, factor: Any) -> tuple[Any, Any]:
         updates, after = self.updates(gradients, state, params, value)
         if factor is not None:
             updates = scaled(updates, factor, state)
