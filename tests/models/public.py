@@ -323,7 +323,7 @@ class Seq2seq(nn.Module):
         return jnp.argmax(jnp.argmax(inputs, axis=-1) == self.eos_id, axis=-1)
 
 
-# ---- flax/examples/vae: Linen, setup(), a sample at each call, three outputs ---------
+# ---- flax/examples/vae: Linen, setup(), a key as an argument, three outputs ----------
 
 
 class Encoder(nn.Module):
@@ -360,9 +360,9 @@ class VAE(nn.Module):
         self.encoder = Encoder(self.latents)
         self.decoder = Decoder(self.size)
 
-    def __call__(self, x):
+    def __call__(self, x, z_rng):
         mean, logvar = self.encoder(x)
-        noise = jax.random.normal(self.make_rng("latents"), logvar.shape)
+        noise = jax.random.normal(z_rng, logvar.shape)
         z = mean + noise * jnp.exp(0.5 * logvar)
         return self.decoder(z), mean, logvar
 

@@ -123,6 +123,11 @@ def nnx_by_hand(build: Callable, call: Callable) -> Callable:
     return forward
 
 
+def vae_by_hand(params, variables, inputs, key, train):
+    """The forward pass of the VAE, which takes the key itself."""
+    return VAE.apply({"params": params}, inputs, key), variables
+
+
 # ---- data ----------------------------------------------------------------------------
 
 
@@ -390,7 +395,7 @@ CASES = {
         data=binary_pictures,
         optimizer=ADAMW,
         loss=negative_elbo,
-        forward=linen_by_hand(VAE, lambda apply, x, train: apply(x)),
+        forward=vae_by_hand,
     ),
     "big_vision": Case(
         model=VIT,
@@ -450,7 +455,6 @@ CASES = {
                 x["origins"], x["directions"], x["viewdirs"], randomized=train
             ),
         ),
-        fields={"train_argument": "randomized"},
     ),
     "score_sde": Case(
         model=SCORE,
