@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 def pytest_collection_modifyitems(items):
     """The longest files first, so that at the end no core waits for the other; those of many processes not at once."""
     longest = ("test_faults.py", "test_exactness.py", "test_correctness.py", "test_models.py", "test_training_on_hosts.py",
-               "test_bad_inputs.py", "test_degrade.py", "test_resume.py", "test_bench.py")
+               "test_bad_inputs.py", "test_public.py", "test_degrade.py", "test_resume.py", "test_bench.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-# ---- flax/examples/mnist: NNX, random numbers handed to each call ----------------------
+# ---- flax/examples/mnist: NNX, random numbers handed to each call --------------------
 
 
 class MnistCNN(nnx.Module):
@@ -46,7 +46,7 @@ class MnistCNN(nnx.Module):
         return self.linear2(x)
 
 
-# ---- flax/examples/imagenet: Linen, batch norm over a named axis, train=True -----------
+# ---- flax/examples/imagenet: Linen, batch norm over a named axis, train=True ---------
 
 ModuleDef = Any
 
@@ -72,7 +72,7 @@ class ResNetBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet whose batch norm averages over the axis "batch" of a pmap, if there is one."""
+    """ResNet whose batch norm averages over the axis "batch" of a pmap."""
 
     stage_sizes: Sequence[int]
     block_cls: ModuleDef
@@ -114,7 +114,7 @@ class ResNet(nn.Module):
 TinyResNet = partial(ResNet, stage_sizes=[1, 1], block_cls=ResNetBlock)
 
 
-# ---- flax/examples/lm1b: Linen, packed text, mode and names of axes in the config ------
+# ---- flax/examples/lm1b: Linen, packed text, mode and names of axes in the config ----
 
 
 @flax.struct.dataclass
@@ -166,7 +166,9 @@ class AddPositionEmbs(nn.Module):
 
     @nn.compact
     def __call__(self, inputs, inputs_positions=None):
-        assert inputs.ndim == 3, f"(batch, length, width) expected, not {inputs.ndim} dims"
+        assert inputs.ndim == 3, (
+            f"(batch, length, width) expected, not {inputs.ndim} dims"
+        )
         table = sinusoids(self.config.max_len, inputs.shape[-1])[:, : inputs.shape[1]]
         if inputs_positions is None:
             return inputs + table
@@ -235,7 +237,10 @@ class TransformerLM(nn.Module):
             mask = nn.combine_masks(
                 mask,
                 nn.make_attention_mask(
-                    inputs_segmentation, inputs_segmentation, jnp.equal, dtype=config.dtype
+                    inputs_segmentation,
+                    inputs_segmentation,
+                    jnp.equal,
+                    dtype=config.dtype,
                 ),
             )
 
@@ -262,11 +267,11 @@ class TransformerLM(nn.Module):
         return logits.astype(config.dtype)
 
 
-# ---- flax/examples/seq2seq: Linen, a scanned cell that samples, in evaluation too ------
+# ---- flax/examples/seq2seq: Linen, a scanned cell that samples, in evaluation too ----
 
 
 class DecoderLSTMCell(nn.RNNCellBase):
-    """LSTM cell that draws a token at each step, and is fed with it or with the truth."""
+    """LSTM cell that draws a token at each step and is fed with it, or the truth."""
 
     features: int
     teacher_force: bool
@@ -298,13 +303,17 @@ class Seq2seq(nn.Module):
 
     @nn.compact
     def __call__(self, encoder_inputs, decoder_inputs):
-        encoder = nn.RNN(nn.LSTMCell(self.hidden_size), return_carry=True, name="encoder")
+        encoder = nn.RNN(
+            nn.LSTMCell(self.hidden_size), return_carry=True, name="encoder"
+        )
         decoder = nn.RNN(
             DecoderLSTMCell(self.hidden_size, self.teacher_force, self.vocab_size),
             split_rngs={"params": False, "lstm": True},
             name="decoder",
         )
-        state, _ = encoder(encoder_inputs, seq_lengths=self.get_seq_lengths(encoder_inputs))
+        state, _ = encoder(
+            encoder_inputs, seq_lengths=self.get_seq_lengths(encoder_inputs)
+        )
         logits, predictions = decoder(
             decoder_inputs[:, :-1], initial_carry=(state, decoder_inputs[:, 0])
         )
@@ -314,7 +323,7 @@ class Seq2seq(nn.Module):
         return jnp.argmax(jnp.argmax(inputs, axis=-1) == self.eos_id, axis=-1)
 
 
-# ---- flax/examples/vae: Linen, setup(), a sample at each call, three outputs -----------
+# ---- flax/examples/vae: Linen, setup(), a key as an argument, three outputs ----------
 
 
 class Encoder(nn.Module):
@@ -351,9 +360,9 @@ class VAE(nn.Module):
         self.encoder = Encoder(self.latents)
         self.decoder = Decoder(self.size)
 
-    def __call__(self, x):
+    def __call__(self, x, z_rng):
         mean, logvar = self.encoder(x)
-        noise = jax.random.normal(self.make_rng("latents"), logvar.shape)
+        noise = jax.random.normal(z_rng, logvar.shape)
         z = mean + noise * jnp.exp(0.5 * logvar)
         return self.decoder(z), mean, logvar
 
@@ -361,7 +370,7 @@ class VAE(nn.Module):
         return nn.sigmoid(self.decoder(z))
 
 
-# ---- big_vision/models/vit: Linen, keyword-only train, scan over rematerialized layers -
+# ---- big_vision/models/vit: Linen, keyword-only train, scan over rematerialized layers
 
 
 class MlpBlock(nn.Module):
@@ -485,7 +494,7 @@ def ViT(num_classes=None, *, variant=None, **kw):
     return _ViT(num_classes, **{**(sizes[variant] if variant else {}), **kw})
 
 
-# ---- nanodo: Linen, setup() with a list of rematerialized blocks, a tied head ----------
+# ---- nanodo: Linen, setup() with a list of rematerialized blocks, a tied head --------
 
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -605,7 +614,7 @@ class TransformerDo(nn.Module):
         return self.embed.attend(self.out_ln(y_BxLxD).astype(jnp.float32))
 
 
-# ---- bonsai/models/resnet: NNX, config first, rngs by keyword alone --------------------
+# ---- bonsai/models/resnet: NNX, config first, rngs by keyword alone ------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -623,7 +632,9 @@ class ResNetConfig:
 class ConvNorm(nnx.Module):
     """Convolution and batch norm, built for evaluation as pretrained models are."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, stride=1, *, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride=1, *, rngs: nnx.Rngs
+    ):
         self.conv = nnx.Conv(
             inputs,
             outputs,
@@ -687,7 +698,7 @@ class BottleneckResNet(nnx.Module):
         return self.fc(self.pool(x))
 
 
-# ---- bonsai's language models: NNX, a cache that is None in training, dict outputs -----
+# ---- bonsai's language models: NNX, a cache that is None in training, dict outputs ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -715,7 +726,9 @@ class GemmaRMSNorm(nnx.Module):
 
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.norm_eps)
+        x32 = x32 * jax.lax.rsqrt(
+            jnp.square(x32).mean(-1, keepdims=True) + self.norm_eps
+        )
         return (x32 * (1.0 + self.scale[...])).astype(x.dtype)
 
 
@@ -731,7 +744,9 @@ def rope(x: jax.Array, positions: jax.Array, theta: int) -> jax.Array:
     )
     sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
     left, right = x[..., :half], x[..., half:]
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return jnp.concatenate(
+        [left * cos - right * sin, right * cos + left * sin], axis=-1
+    )
 
 
 class GemmaAttention(nnx.Module):
@@ -751,8 +766,12 @@ class GemmaAttention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(self, x, cache, positions, mask):
         cfg = self.cfg
-        q = rope(self.q_norm(self.q_proj(x)), positions, cfg.rope_theta).astype(cfg.dtype)
-        k = rope(self.k_norm(self.k_proj(x)), positions, cfg.rope_theta).astype(cfg.dtype)
+        q = rope(self.q_norm(self.q_proj(x)), positions, cfg.rope_theta).astype(
+            cfg.dtype
+        )
+        k = rope(self.k_norm(self.k_proj(x)), positions, cfg.rope_theta).astype(
+            cfg.dtype
+        )
         v = self.v_proj(x).astype(cfg.dtype)
         if cache is not None:
             raise NotImplementedError("the test model is only trained")
@@ -771,7 +790,9 @@ class GemmaLayer(nnx.Module):
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
         self.input_layernorm = GemmaRMSNorm(cfg.emb_dim, cfg.norm_eps, rngs=rngs)
         self.attn = GemmaAttention(cfg, rngs=rngs)
-        self.post_attention_layernorm = GemmaRMSNorm(cfg.emb_dim, cfg.norm_eps, rngs=rngs)
+        self.post_attention_layernorm = GemmaRMSNorm(
+            cfg.emb_dim, cfg.norm_eps, rngs=rngs
+        )
         linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.gate_proj = linear(cfg.emb_dim, cfg.mlp_dim)
         self.up_proj = linear(cfg.emb_dim, cfg.mlp_dim)
@@ -784,16 +805,23 @@ class GemmaLayer(nnx.Module):
 
 
 class Gemma(nnx.Module):
-    """Language model that takes a cache to generate with, and returns a dict with it."""
+    """Language model that takes a cache to generate with, and returns it."""
 
     def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
         self.config = cfg
         self.embedder = nnx.Embed(cfg.vocab_size, cfg.emb_dim, rngs=rngs)
-        self.layers = nnx.List([GemmaLayer(cfg, rngs=rngs) for _ in range(cfg.num_layers)])
+        self.layers = nnx.List(
+            [GemmaLayer(cfg, rngs=rngs) for _ in range(cfg.num_layers)]
+        )
         self.final_norm = GemmaRMSNorm(cfg.emb_dim, cfg.norm_eps, rngs=rngs)
 
     def __call__(
-        self, tokens, *, segment_ids=None, cache=None, output_hidden_states: bool = False
+        self,
+        tokens,
+        *,
+        segment_ids=None,
+        cache=None,
+        output_hidden_states: bool = False,
     ):
         x = self.embedder(tokens) * jnp.sqrt(float(self.config.emb_dim))
         if segment_ids is None:
@@ -810,7 +838,7 @@ class Gemma(nnx.Module):
         return {"logits": logits, "cache": cache, "hidden_states": hidden_states}
 
 
-# ---- recurrentgemma/jax: Linen, linear recurrences, caches as named tuples -------------
+# ---- recurrentgemma/jax: Linen, linear recurrences, caches as named tuples -----------
 
 
 class TemporalBlockType(enum.Enum):
@@ -875,8 +903,10 @@ class GriffinRMSNorm(nn.Module):
         self.scale = self.param("scale", nn.initializers.zeros_init(), [self.width])
 
     def __call__(self, x):
-        return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + self.eps) * (
-            1 + self.scale
+        return (
+            x
+            * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + self.eps)
+            * (1 + self.scale)
         )
 
 
@@ -904,7 +934,7 @@ def _a_param_init(key, shape, dtype=jnp.float32):
 
 
 class RGLRU(nn.Module):
-    """Gated linear recurrence, as an associative scan; a document begins at position 0."""
+    """Gated linear recurrence as a scan; a document begins at position 0."""
 
     width: int
     num_heads: int
@@ -949,7 +979,10 @@ class Conv1D(nn.Module):
         for shift in range(self.temporal_width):
             moved = jnp.pad(x, ((0, 0), (shift, 0), (0, 0)))[:, : x.shape[1]]
             inside = (segment_pos >= shift)[..., None]
-            y = y + jnp.where(inside, moved, 0) * self.w[self.temporal_width - 1 - shift]
+            y = (
+                y
+                + jnp.where(inside, moved, 0) * self.w[self.temporal_width - 1 - shift]
+            )
         return y, (x[:, 1 - self.temporal_width :] if return_cache else None)
 
 
@@ -1088,7 +1121,7 @@ class Griffin(nn.Module):
         return logits, (new_cache if return_cache else None)
 
 
-# ---- flax/examples/ogbg_molpcba: Linen, a batch of graphs as one graph -----------------
+# ---- flax/examples/ogbg_molpcba: Linen, a batch of graphs as one graph ---------------
 
 
 class GraphsTuple(NamedTuple):
@@ -1119,7 +1152,7 @@ class GraphMLP(nn.Module):
 
 
 class GraphNet(nn.Module):
-    """Rounds of messages along edges; returns the graphs with logits as their globals."""
+    """Rounds of messages along edges; returns graphs whose globals are logits."""
 
     latent_size: int
     num_mlp_layers: int
@@ -1166,7 +1199,7 @@ class GraphNet(nn.Module):
         return graphs._replace(nodes=nodes, edges=edges, globals=logits)
 
 
-# ---- jaxnerf: Linen, rays, a coarse and a fine level, a list of tuples -----------------
+# ---- jaxnerf: Linen, rays, a coarse and a fine level, a list of tuples ---------------
 
 
 def posenc(x: jax.Array, degree: int) -> jax.Array:
@@ -1177,7 +1210,9 @@ def posenc(x: jax.Array, degree: int) -> jax.Array:
     return jnp.concatenate([x, waves], axis=-1)
 
 
-def along_rays(z_vals: jax.Array, origins: jax.Array, directions: jax.Array) -> jax.Array:
+def along_rays(
+    z_vals: jax.Array, origins: jax.Array, directions: jax.Array
+) -> jax.Array:
     """Points (batch, samples, 3) at distances (batch, samples) from the origins."""
     return origins[:, None, :] + z_vals[..., None] * directions[:, None, :]
 
@@ -1225,7 +1260,7 @@ class RadianceMLP(nn.Module):
 
 
 class NerfModel(nn.Module):
-    """Radiance field; returns [(rgb, disp, acc) of the coarse level, of the fine one]."""
+    """Radiance field; returns a (rgb, disp, acc) for the coarse and the fine level."""
 
     num_coarse_samples: int = 6
     num_fine_samples: int = 4
@@ -1279,7 +1314,9 @@ class NerfModel(nn.Module):
         pdf = weights[:, 1:-1] + 1e-2
         pdf = pdf / pdf.sum(-1, keepdims=True)
         cdf = jnp.pad(jnp.cumsum(pdf, axis=-1), ((0, 0), (1, 0)))
-        share = jnp.broadcast_to(jnp.linspace(0.05, 0.95, more), (z_vals.shape[0], more))
+        share = jnp.broadcast_to(
+            jnp.linspace(0.05, 0.95, more), (z_vals.shape[0], more)
+        )
         if randomized:
             jitter = jax.random.uniform(self.make_rng("fine"), share.shape)
             share = share + 0.05 * (jitter - 0.5)
@@ -1289,7 +1326,7 @@ class NerfModel(nn.Module):
         )
 
 
-# ---- score_sde/models/ddpm: Linen, time embedding, group norm, skip connections --------
+# ---- score_sde/models/ddpm: Linen, time embedding, group norm, skip connections ------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1298,7 +1335,6 @@ class ScoreConfig:
 
     nf: int = 4
     ch_mult: tuple[int, ...] = (1, 2)
-    num_res_blocks: int = 1
     attn_resolutions: tuple[int, ...] = (4,)
     dropout: float = 0.1
     conditional: bool = True
@@ -1310,7 +1346,7 @@ def default_init(scale: float = 1.0) -> Callable:
 
 
 def conv3x3(x, out_ch: int, stride: int = 1, init_scale: float = 1.0, name=None):
-    """A convolution that becomes a submodule of whichever module calls this function."""
+    """A convolution that becomes a submodule of the module that calls this."""
     return nn.Conv(
         out_ch,
         (3, 3),
@@ -1388,21 +1424,20 @@ class ScoreUNet(nn.Module):
             temb = nn.Dense(config.nf * 4, kernel_init=default_init())(temb)
             temb = nn.Dense(config.nf * 4, kernel_init=default_init())(act(temb))
 
-        hs = [conv3x3(x, config.nf)]
+        h = conv3x3(x, config.nf)
+        hs = []
         for level, mult in enumerate(config.ch_mult):
-            for _ in range(config.num_res_blocks):
-                h = resnet_block(out_ch=config.nf * mult)(hs[-1], temb, train)
-                if h.shape[1] in config.attn_resolutions:
-                    h = AttnBlock(normalize)(h)
-                hs.append(h)
-            if level != len(config.ch_mult) - 1:
-                hs.append(conv3x3(hs[-1], hs[-1].shape[-1], stride=2))
+            if level != 0:
+                h = conv3x3(h, h.shape[-1], stride=2)
+            h = resnet_block(out_ch=config.nf * mult)(h, temb, train)
+            if h.shape[1] in config.attn_resolutions:
+                h = AttnBlock(normalize)(h)
+            hs.append(h)
 
-        h = resnet_block()(hs[-1], temb, train)
+        h = resnet_block()(h, temb, train)
         for level, mult in reversed(list(enumerate(config.ch_mult))):
-            for _ in range(config.num_res_blocks + 1):
-                h = jnp.concatenate([h, hs.pop()], axis=-1)
-                h = resnet_block(out_ch=config.nf * mult)(h, temb, train)
+            h = jnp.concatenate([h, hs.pop()], axis=-1)
+            h = resnet_block(out_ch=config.nf * mult)(h, temb, train)
             if level != 0:
                 b, height, width, c = h.shape
                 h = jax.image.resize(h, (b, 2 * height, 2 * width, c), method="nearest")
