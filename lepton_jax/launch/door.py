@@ -109,7 +109,7 @@ class Door:
         self._until.pop(line, None)
 
     def drop(self, line: Line) -> None:
-        """Close a connection; whoever holds it sees that it is no longer open."""
+        """Close a connection; its holder sees that it is no longer open."""
         if self._address.pop(line, None) is None:
             return
         self._until.pop(line, None)

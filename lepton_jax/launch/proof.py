@@ -15,13 +15,14 @@ This protects against a caller, and against somebody in place of host 0, who doe
 the token; against a recorded exchange that is played again (A and B are fresh on both
 sides); against one's own challenge or proof sent back (the two sides' proofs differ by
 their role); against a proof that is carried from one use of the port to another (the
-channel is part of it); and against messages that are changed, repeated, left out, turned
-round or put in between by whoever sits on the network (each has its number and its
-direction in its seal). A text that was cut off is no message.
+channel is part of it); and against messages that somebody on the network changes,
+repeats, leaves out, sends back or puts in between (each has its number and its direction
+in its seal). A message that was cut off is none.
 
 It does not protect against reading along: nothing is encrypted. Nor against a network that
-loses or closes what it carries, nor against who has the token. A token that a person made up
-can be guessed from one recorded exchange; hence the least length, and `tokens.make`.
+loses or closes what it carries, nor against somebody who has the token. A token that a
+person made up can be guessed from one recorded exchange; hence the least length, and
+`tokens.make`.
 
 Lines are bytes without their line end.
 """
@@ -80,7 +81,9 @@ def proof(token: str, channel: str, role: bytes, host: bytes, head: bytes) -> by
     return _hmac(token.encode(), b"proof", channel.encode(), role, host, head)
 
 
-def proves(line: bytes, token: str, channel: str, role: bytes, host: bytes, head: bytes) -> bool:
+def proves(
+    line: bytes, token: str, channel: str, role: bytes, host: bytes, head: bytes
+) -> bool:
     """Whether a line is that side's proof; takes the same time whatever is wrong with it."""
     return hmac.compare_digest(line, proof(token, channel, role, host, head))
 
