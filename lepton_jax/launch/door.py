@@ -1,9 +1,9 @@
 """Host 0's port: callers are not heard before their proof, and can't keep others out.
 
 Nothing here waits for a caller. One that has not proved itself has `PROOF_TIME` and a
-few hundred bytes, and there are at most `MOST_UNPROVEN` of them: a further one takes the
-place of the oldest, of that address which has most of them. A host that is pushed out
-so comes again.
+few hundred bytes, and there are at most `MOST_UNPROVEN` of them: a further one takes
+the place of the oldest, of that address which has most of them. A host that is pushed
+out so comes again.
 """
 
 from __future__ import annotations

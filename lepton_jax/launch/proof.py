@@ -1,4 +1,4 @@
-"""How hosts prove to each other that they are of one run, by a token that never travels.
+"""How hosts prove to each other that they are of one run, by a token that stays home.
 
     a host                                     host 0
       "lepton-hosts 1 A"          ------->                A, B: fresh, random, 32 bytes
@@ -114,6 +114,6 @@ def _seal(key: bytes, number: int, message: bytes) -> bytes:
 
 
 def _hmac(key: bytes, *parts: bytes) -> bytes:
-    """The HMAC in hexadecimal, over parts of which only the last may hold a line end."""
+    """The HMAC, in hexadecimal; only the last of the parts may hold a line end."""
     text = b"\n".join(parts)
     return hmac.new(key, text, hashlib.sha256).hexdigest().encode()

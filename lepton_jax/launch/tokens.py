@@ -1,7 +1,7 @@
 """The token of a run, by which its hosts know each other: where a host has it from.
 
 One host alone, and hosts that one process starts (`local:N`), get one that never leaves
-the process. Else, in this order: `--token-file`, the variable LEPTON_TOKEN, and the file
+the process. Else, in this order: `--token-file`, the variable LEPTON_TOKEN, the file
 `token` in the run folder, which host 0 makes and all hosts read that see the folder.
 Where none of these can be, the run does not begin.
 """
