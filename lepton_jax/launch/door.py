@@ -1,8 +1,9 @@
-"""Host 0's port: who calls there is not heard before the proof, and can't keep others out.
+"""Host 0's port: callers are not heard before their proof, and can't keep others out.
 
-Nothing here waits for a caller. One that has not proved itself has `PROOF_TIME` and a few
-hundred bytes, and there are at most `MOST_UNPROVEN` of them: a further one takes the place of
-the oldest, of that address which has most of them. A host that is pushed out so comes again.
+Nothing here waits for a caller. One that has not proved itself has `PROOF_TIME` and a
+few hundred bytes, and there are at most `MOST_UNPROVEN` of them: a further one takes
+the place of the oldest, of that address which has most of them. A host that is pushed
+out so comes again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 from lepton_jax.launch import proof
 from lepton_jax.launch.wire import Line
 
-PROOF_TIME = 5.0  # seconds from the call to the proof, and to the first message after it
+PROOF_TIME = (
+    5.0  # seconds from the call to the proof, and to the first message after it
+)
 MOST_UNPROVEN = 128  # callers at once
 BACKLOG = 512  # callers for whom the system answers until it is their turn
 CALLS_A_TURN = 64  # callers taken in before those are heard who are there
@@ -58,7 +61,9 @@ class Refused:
 
     def _say(self, text: str, now: float) -> None:
         self._said = now
-        with contextlib.suppress(OSError):  # a closed terminal is no reason to end the run
+        with contextlib.suppress(
+            OSError
+        ):  # a closed terminal is no reason to end the run
             print(f"hosts: {text}", file=sys.stderr, flush=True)
 
 
@@ -79,22 +84,28 @@ class Door:
         self.refused = Refused()
         self._token = token
         self._channel = channel
-        self._address: dict[Line, str] = {}  # of all who are there, in the order they came
+        self._address: dict[
+            Line, str
+        ] = {}  # of all who are there, in the order they came
         self._until: dict[Line, float] = {}  # of those who may not stay
         listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
     def serve(self, seconds: float) -> Messages:
-        """Take in who calls within so many seconds; what is said by those who have proved
-        themselves. Lines that were closed are no longer listened to."""
+        """Take in callers for so many seconds; returns what proven ones have said.
+
+        Lines that were closed are no longer listened to.
+        """
         heard: Messages = []
         for key, _ in self._selector.select(seconds):
             if key.data is None:
                 self._take_in()
                 continue
             line = key.data
-            if line not in self._address:  # it had to make room for another in this turn
+            if (
+                line not in self._address
+            ):  # it had to make room for another in this turn
                 continue
             heard += [(line, message) for message in line.receive()]
             if line.broken or not (line.proven or line.open):
@@ -109,7 +120,7 @@ class Door:
         self._until.pop(line, None)
 
     def drop(self, line: Line) -> None:
-        """Close a connection; whoever holds it sees that it is no longer open."""
+        """Close a connection; its holder sees that it is no longer open."""
         if self._address.pop(line, None) is None:
             return
         self._until.pop(line, None)

@@ -1,27 +1,29 @@
-"""How hosts prove to each other that they belong to one run, by a token that never travels.
+"""How hosts prove to each other that they are of one run, by a token that stays home.
 
-    a host                                      host 0
-      "lepton-hosts 1 A"          ------->                    A, B: 32 fresh random bytes each
-                                  <-------      B
-      HMAC(token, "host", A, B)   ------->      believes the host from here on, or closes
-                                  <-------      HMAC(token, "head", A, B)
+    a host                                     host 0
+      "lepton-hosts 1 A"          ------->                A, B: fresh, random, 32 bytes
+                                  <-------     B
+      HMAC(token, "host", A, B)   ------->     believes the host from here on, or closes
+                                  <-------     HMAC(token, "head", A, B)
       the host believes host 0 from here on, or closes
-      HMAC(key, n, message) message  <---->     key: of A, B and the direction; n: 0, 1, 2, ...
+      HMAC(key, n, message) message  <---->    key: of A, B and the direction
+                                               n: 0, 1, 2, ... in each direction
 
-Until its proof has come, host 0 answers a caller with nothing but a random number, and a
-host tells host 0 nothing of the run. HMAC is that of SHA-256.
+Until its proof has come, host 0 answers a caller with nothing but a random number, and
+a host tells host 0 nothing of the run. HMAC is that of SHA-256.
 
-This protects against a caller, and against somebody in place of host 0, who does not have
-the token; against a recorded exchange that is played again (A and B are fresh on both
-sides); against one's own challenge or proof sent back (the two sides' proofs differ by
-their role); against a proof that is carried from one use of the port to another (the
-channel is part of it); and against messages that are changed, repeated, left out, turned
-round or put in between by whoever sits on the network (each has its number and its
-direction in its seal). A text that was cut off is no message.
+This protects against a caller, and against somebody in place of host 0, who does not
+have the token; against a recorded exchange that is played again (A and B are fresh on
+both sides); against one's own challenge or proof sent back (the two sides' proofs
+differ by their role); against a proof that is carried from one use of the port to
+another (the channel is part of it); and against messages that somebody on the network
+changes, repeats, leaves out, sends back or puts in between (each has its number and its
+direction in its seal). A message that was cut off is none.
 
-It does not protect against reading along: nothing is encrypted. Nor against a network that
-loses or closes what it carries, nor against who has the token. A token that a person made up
-can be guessed from one recorded exchange; hence the least length, and `tokens.make`.
+It does not protect against reading along: nothing is encrypted. Nor against a network
+that loses or closes what it carries, nor against somebody who has the token. A token
+that a person made up can be guessed from one recorded exchange; hence the least length,
+and `tokens.make`.
 
 Lines are bytes without their line end.
 """
@@ -80,8 +82,10 @@ def proof(token: str, channel: str, role: bytes, host: bytes, head: bytes) -> by
     return _hmac(token.encode(), b"proof", channel.encode(), role, host, head)
 
 
-def proves(line: bytes, token: str, channel: str, role: bytes, host: bytes, head: bytes) -> bool:
-    """Whether a line is that side's proof; takes the same time whatever is wrong with it."""
+def proves(
+    line: bytes, token: str, channel: str, role: bytes, host: bytes, head: bytes
+) -> bool:
+    """Whether a line is that side's proof; takes the same time however it is wrong."""
     return hmac.compare_digest(line, proof(token, channel, role, host, head))
 
 
@@ -97,7 +101,7 @@ def seal(key: bytes, number: int, message: bytes) -> bytes:
 
 
 def unseal(key: bytes, number: int, line: bytes) -> bytes | None:
-    """The message of a line; None if it is not the one that was sealed with this number."""
+    """The message of a line; None if it was not sealed with this key and number."""
     said, message = line[:SEAL], line[SEAL + 1 :]
     whole = line[SEAL : SEAL + 1] == b" "
     if not whole or not hmac.compare_digest(said, _seal(key, number, message)):
@@ -110,6 +114,6 @@ def _seal(key: bytes, number: int, message: bytes) -> bytes:
 
 
 def _hmac(key: bytes, *parts: bytes) -> bytes:
-    """The HMAC over parts of which only the last may hold a line end, in hexadecimal."""
+    """The HMAC, in hexadecimal; only the last of the parts may hold a line end."""
     text = b"\n".join(parts)
     return hmac.new(key, text, hashlib.sha256).hexdigest().encode()

@@ -1,9 +1,9 @@
 """The token of a run, by which its hosts know each other: where a host has it from.
 
-One host alone, and hosts that one process starts (`local:N`), get one that never leaves the
-process. Else, in this order: `--token-file`, the variable LEPTON_TOKEN, and the file `token`
-in the run folder, which host 0 makes and all hosts read that see the folder. Where none of
-these can be, the run does not begin.
+One host alone, and hosts that one process starts (`local:N`), get one that never leaves
+the process. Else, in this order: `--token-file`, the variable LEPTON_TOKEN, the file
+`token` in the run folder, which host 0 makes and all hosts read that see the folder.
+Where none of these can be, the run does not begin.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Token:
         """The token.
 
         Raises:
-          NotThereError: the file in the run folder is not there yet, or can't be read or
-            made.
+          NotThereError: the file in the run folder is not there yet, or can't be read
+            or made.
           SettingError: it is no file of this user's alone, or holds no token.
         """
         if self._text is not None:
@@ -118,8 +118,8 @@ def of_run(
     raise SettingError(
         f"the {cluster.hosts} hosts have no token by which to know each other",
         where=cluster,
-        remedy=f"name the same --run-dir on all hosts, in storage that all of them see, "
-        f"or set {VARIABLE} to the same value on all; {MAKE} makes one",
+        remedy="name the same --run-dir on all hosts, in storage that all of them "
+        f"see, or set {VARIABLE} to the same value on all; {MAKE} makes one",
     )
 
 
@@ -130,14 +130,18 @@ def read(file: Path) -> str:
       OSError: it can't be read, or is not whole yet.
       SettingError: others can read it, it is another user's, or it holds no token.
     """
-    # an NFS client may remember for half a minute that there was no such file; it forgets
-    # that when it looks at the folder
+    # an NFS client may remember for half a minute that there was no such file; it
+    # forgets that when it looks at the folder
     os.listdir(file.parent)
     number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         about = os.fstat(number)
         regular = stat.S_ISREG(about.st_mode)
-        text = os.read(number, 2 * MOST).decode(errors="replace").strip() if regular else ""
+        text = (
+            os.read(number, 2 * MOST).decode(errors="replace").strip()
+            if regular
+            else ""
+        )
     finally:
         os.close(number)
     if not regular:
@@ -153,8 +157,8 @@ def read(file: Path) -> str:
             f"the file of the run's token is user {about.st_uid}'s and has mode "
             f"{modes:04o}: others know the token",
             where=file,
-            remedy=f"delete it and start again; where the file system keeps no modes, set "
-            f"{VARIABLE} to the same value on all hosts",
+            remedy="delete it and start again; where the file system keeps no modes, "
+            f"set {VARIABLE} to the same value on all hosts",
         )
     if not text:
         raise OSError(f"{file} is still empty")

@@ -21,8 +21,8 @@ LANGUAGE = "it speaks another language"
 class Line:
     """One end of a connection.
 
-    Both ends first prove that they have the run's token, see `proof`. What is sent before
-    that waits for it; what comes before it is no message.
+    Both ends first prove that they have the run's token, see `proof`. What is sent
+    before that waits for it; what comes before it is no message.
 
     Args:
       connection: with the other end.
@@ -31,17 +31,15 @@ class Line:
       head: this end is host 0's.
 
     Attributes:
-      heard: when something last came by these rules (monotonic, in seconds); a letter now
-        and then does not keep a connection alive.
+      heard: when something last came by these rules (monotonic, in seconds); a letter
+        now and then does not keep a connection alive.
       proven: the other end has proved itself.
       open: False once the other end has closed it or has said something that is no such
         line; `fault` says why.
       broken: what came was not what the other end says by these rules.
     """
 
-    def __init__(
-        self, connection: socket.socket, token: str, channel: str, head: bool
-    ):
+    def __init__(self, connection: socket.socket, token: str, channel: str, head: bool):
         self.connection = connection
         self.heard = time.monotonic()
         self.open = True
@@ -187,7 +185,7 @@ class Line:
         self._waiting.clear()
 
     def _message(self, line: bytes) -> dict[str, Any] | None:
-        """The message of a line; None if it is not one that the other end has sealed."""
+        """The message of a line; None if the other end has not sealed it."""
         key = self._keys[proof.HOST if self._head else proof.HEAD]
         text = proof.unseal(key, self._received, line)
         self._received += 1

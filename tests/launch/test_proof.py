@@ -168,7 +168,9 @@ def test_messages_that_were_tampered_with_are_not_believed(change):
 
 
 MESSAGES = st.lists(
-    st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=8), max_size=3),
+    st.dictionaries(
+        st.text(max_size=4), st.integers() | st.text(max_size=8), max_size=3
+    ),
     max_size=4,
 )
 QUIET = settings(
@@ -292,7 +294,9 @@ class Caller:
         said = channel.encode(), role, self.mine, yours
         self.say(mac(token.encode(), b"proof", *said) + b"\n")
         whole = channel.encode(), b"head", self.mine, yours
-        self.key = mac(token.encode(), b"key", b"host", channel.encode(), self.mine, yours)
+        self.key = mac(
+            token.encode(), b"key", b"host", channel.encode(), self.mine, yours
+        )
         return self.line() == mac(token.encode(), b"proof", *whole)
 
     def close(self):
@@ -300,7 +304,7 @@ class Caller:
 
 
 def calling(act):
-    """An attack that goes on until it is told to stop; where nobody listens it waits."""
+    """An attack that goes on until it is told to stop."""
 
     def attack(port, channel, token, over, done):
         while not over.is_set():
@@ -355,7 +359,10 @@ def plays_again(port, channel, token, over):
 @calling
 def reflects(port, channel, token, over):
     """Gives back host 0's own number, or lets one connection answer another."""
-    with contextlib.closing(Caller(port)) as one, contextlib.closing(Caller(port)) as two:
+    with (
+        contextlib.closing(Caller(port)) as one,
+        contextlib.closing(Caller(port)) as two,
+    ):
         number = one.greet()
         two.mine = number
         second = two.greet()
@@ -408,7 +415,9 @@ def proves_and_rants(port, channel, token, over):
     for text in (b"[]", b"[" * 10_000, b"{}", b'{"host": "x", "facts": 1}'):
         with contextlib.closing(Caller(port)) as caller:
             if caller.prove(token(), channel):
-                caller.say(mac(caller.key, b"message", b"0", text) + b" " + text + b"\n")
+                caller.say(
+                    mac(caller.key, b"message", b"0", text) + b" " + text + b"\n"
+                )
                 assert caller.line() == b""
     time.sleep(0.05)
 
@@ -426,7 +435,7 @@ ATTACKS = {
 
 @contextlib.contextmanager
 def attacked(name, port, channel, token):
-    """While it is open, somebody is at the port; that they got there is made sure of."""
+    """While it is open, somebody is at the port; yields how often they got there."""
     over = threading.Event()
     done: list[int] = []
     failed: list[BaseException] = []
@@ -502,7 +511,12 @@ def status(folder):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_run_meets_trains_and_ends_well_whoever_calls(forkserver, tmp_path, name):
     port = free_port()
-    more = {"hosts": 2, "plan": {"until": 60, "every": 20}, "rules": PATIENT, "limit": 30}
+    more = {
+        "hosts": 2,
+        "plan": {"until": 60, "every": 20},
+        "rules": PATIENT,
+        "limit": 30,
+    }
 
     def token():
         try:
@@ -547,7 +561,9 @@ def test_a_head_that_is_none_does_not_stop_a_host(forkserver, tmp_path):
                     heard.append(connection.recv(1000))
     runs.append(Watched(tmp_path, hosts=2, host=0, port=port, limit=30.0))
     assert [each.done()[0] for each in runs] == [FINISHED] * 2, runs[0].said()
-    assert runs[0].said().count("host 0 is not met yet: it did not prove that it has") == 1
+    assert (
+        runs[0].said().count("host 0 is not met yet: it did not prove that it has") == 1
+    )
     assert not any(b"facts" in text or TOKEN.encode() in text for text in heard)
 
 

@@ -225,7 +225,7 @@ HOSTS = {"0": {"state": "running", "machine": "a", "phase": "steps", "step": 12,
 
 
 def test_the_metrics_text(restarted):
-    supervised(restarted, hosts=HOSTS, slowest={"host": 1, "why": "it waits"}, recoveries=[
+    supervised(restarted, hosts=HOSTS, slowest={"host": 1, "why": "it waits"}, refused_connections=12, recoveries=[
         {"host": 1, "cause": "SIGKILL", "what": "x", "stack": ["long"], "seconds_to_stepped": 7.5}])
     with (restarted / "events.jsonl").open("ab") as file:
         file.write(encode({"time": NOW + 51, "kind": "start", "name": 'a "name"\nof \\ two \udc80', "steps": 99, "step": 10}))
@@ -242,6 +242,7 @@ def test_the_metrics_text(restarted):
     assert metrics["lepton_restarts_total", ()] == 2 and metrics["lepton_starts_total", ()] == 3
     assert metrics["lepton_last_recovery_seconds", ()] == 7.5 and metrics["lepton_target_step", ()] == 99
     assert metrics["lepton_goodput_ratio", ()] == found["goodput"]
+    assert metrics["lepton_refused_connections_total", ()] == found["refused_connections"] == 12
     assert [metrics["lepton_host_slowest", (("host", host),)] for host in "012"] == [0, 1, 0]
     assert [metrics["lepton_host_up", (("host", host),)] for host in "012"] == [1, 1, 0]
     assert metrics["lepton_host_spent_seconds", (("host", "1"), ("phase", "data"))] == 7.0
