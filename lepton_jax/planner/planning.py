@@ -14,7 +14,7 @@ from lepton_jax.planner.assemble import axis_names, strategy
 from lepton_jax.planner.build import build, without_data
 from lepton_jax.planner.named import Names
 from lepton_jax.planner.pins import Pins
-from lepton_jax.planner.plan import Plan, Rival
+from lepton_jax.planner.plan import Plan, Rival, check_effects
 from lepton_jax.planner.schedule import size
 from lepton_jax.planner.search import OBJECTIVES, Candidate, Problem, search
 from lepton_jax.planner.trace import Trace
@@ -56,6 +56,7 @@ def candidates(trace: Trace, topology: Topology, count: int, *, objective: str =
                         remedy="give it in a TOML file of chips (--chips), or plan for time")
     if trace.jaxpr is None:
         return [without_data(trace, topology)]
+    check_effects(trace, topology.devices)
     checked = pinning.read(trace, topology, Names(trace.gradient("none"), trace.arguments), pins, mesh, remat, micro_batches)
     problem = Problem(trace, topology, objective, checked)
     found = search(problem)
