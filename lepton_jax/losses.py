@@ -1,13 +1,14 @@
 """Losses, which are Optax's, and their averages over samples that count.
 
 A loss or metric is a function (outputs, targets) of batches. It returns one value per sample, shape (batch, ...); or a
-pair (values, weights) of that shape for a weighted mean; or a scalar that is already the batch's mean.
+pair (values, weights) of that shape for a weighted mean; or a scalar that is already the batch's mean. A metric with a
+`finish` may also return several arrays, shape (batch, ...) each, in a dict or a tuple: each is averaged over the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 from lepton_jax.errors import ModelError, pointing_at_user
-from lepton_jax.state import shapes
+from lepton_jax.state import by_path, shapes
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 binary_cross_entropy = optax.sigmoid_binary_cross_entropy
@@ -23,40 +24,101 @@ squared_error = optax.squared_error
 huber = optax.huber_loss
 
 
-def totals(function: Callable, outputs: Any, targets: Any, valid: jax.Array | None = None,
-           differentiable: bool = False) -> tuple[Any, Any]:
-    """Sum of a loss or metric over a batch, and the weight that the sum stands for; their ratio is the mean.
+def totals(
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+    valid: jax.Array | None = None,
+    differentiable: bool = False,
+    several: bool = False,
+) -> tuple[Any, Any]:
+    """Sum of a loss or metric over a batch, and the weight that the sum stands for.
+
+    Their ratio is the mean. A scalar is the mean of its batch already: its weight is 1,
+    or where `valid` is given the batch's rows, all of which must be real then.
 
     Args:
       function: as described at the top of this module.
-      outputs: the model's outputs, batch dim first.
+      outputs: the model's outputs.
       targets: what the samples should give, batch dim first.
       valid: bool (batch,), False where a row is padding; None: every row counts.
       differentiable: whether a value that has no gradient is an error.
+      several: whether the function may return several arrays, in a dict or a tuple. Then
+        the sums have their structure, and their shapes without the batch dim.
 
     Raises:
       ModelError: the function fails, or its value is not as described.
     """
-    values, weights = _checked(function, outputs, targets)
-    if differentiable and not jnp.issubdtype(jnp.result_type(values), jnp.floating):
-        raise ModelError(f"{_name(function)} returned {_described(values)}, which has no gradient", where=_where(function),
-                         remedy="return a floating-point loss; what counts errors is a metric")
-    if jnp.ndim(values) == 0:
-        if valid is None:
-            return values, 1.0
-        each = lambda *pair: function(*jax.tree.map(lambda x: x[None], pair))  # noqa: E731
-        values = jax.vmap(each)(outputs, targets)
-    if jnp.issubdtype(values.dtype, jnp.bool_) or jnp.issubdtype(values.dtype, jnp.integer):
-        values = values.astype(jnp.float32)
+    result = values(function, outputs, targets, several)
+    if isinstance(result, Several):
+        return _column_sums(result.arrays, valid)
+
+    each, weights = result if isinstance(result, tuple) else (result, None)
+    if differentiable and not jnp.issubdtype(jnp.result_type(each), jnp.floating):
+        raise ModelError(
+            f"{_name(function)} returned {_described(each)}, which has no gradient",
+            where=_where(function),
+            remedy="return a floating-point loss; what counts errors is a metric",
+        )
+    if jnp.ndim(each) == 0:
+        rows = 1.0 if valid is None else valid.sum().astype(jnp.float32)
+        return (each, rows) if valid is None else (each * rows, rows)
+
+    each = _as_float(each)
     if valid is not None:
-        rows = valid.reshape(valid.shape + (1,) * (values.ndim - 1))
+        rows = valid.reshape(valid.shape + (1,) * (each.ndim - 1))
         # where, not a product: a padded row may hold NaN
-        values = jnp.where(rows, values, 0)
-        weights = jnp.where(rows, jnp.ones_like(values) if weights is None else weights, 0)
-        return (values * weights).sum(), weights.sum()
+        each = jnp.where(rows, each, 0)
+        weights = jnp.where(rows, jnp.ones_like(each) if weights is None else weights, 0)
     if weights is None:
-        return values.sum(), float(values.size)
-    return (values * weights).sum(), weights.sum()
+        return each.sum(), float(each.size)
+    return (each * weights).sum(), weights.sum()
+
+
+class Several(NamedTuple):
+    """Arrays of shape (batch, ...) that a metric averages one by one."""
+
+    arrays: Any
+
+
+def values(
+    function: Callable, outputs: Any, targets: Any, several: bool = False
+) -> Any:
+    """Apply a loss or metric to a batch and check what it returns.
+
+    Returns:
+      An array with one value per sample, a pair of them (values, weights), a scalar, or
+      `Several` of them where `several` allows it.
+
+    Raises:
+      ModelError: the function fails, or returns something else.
+    """
+    each, weights = _checked(function, outputs, targets, several)
+    if isinstance(each, Several):
+        return each
+    return jnp.asarray(each) if weights is None else (jnp.asarray(each), weights)
+
+
+def mean(total: Any, weight: Any) -> Any:
+    """The mean of each sum of `totals`."""
+    return jax.tree.map(lambda x: x / weight, total)
+
+
+def _as_float(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    whole = jnp.issubdtype(x.dtype, jnp.bool_) or jnp.issubdtype(x.dtype, jnp.integer)
+    return x.astype(jnp.float32) if whole else x
+
+
+def _column_sums(arrays: Any, valid: jax.Array | None) -> tuple[Any, Any]:
+    def total(x: Any) -> jax.Array:
+        x = _as_float(x)
+        if valid is not None:
+            x = jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 1)), x, 0)
+        return x.sum(axis=0)
+
+    rows = len(jax.tree.leaves(arrays)[0]) if valid is None else valid.sum()
+    return jax.tree.map(total, arrays), jnp.float32(rows)
 
 
 def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -107,18 +169,61 @@ def objective(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
     return sums.get("loss_kept", sums["loss"])
 
 
-def measure(recipe: Any, outputs: Any, targets: Any, valid: jax.Array | None = None) -> dict[str, tuple[Any, Any]]:
-    """(sum, weight) of the recipe's loss, under "loss", and of each of its metrics, over one batch."""
+def measure(
+    recipe: Any,
+    outputs: Any,
+    targets: Any,
+    valid: jax.Array | None = None,
+    without: Sequence[str] = (),
+) -> dict[str, tuple[Any, Any]]:
+    """(sum, weight) of the recipe's loss, under "loss", and of each metric, over a batch.
+
+    Args:
+      recipe: whose loss and metrics.
+      outputs, targets, valid: as of `totals`.
+      without: metrics that are left out.
+
+    Raises:
+      ModelError: the outputs have no gradient; a function fails or returns something
+        else than it may; a metric's `finish` gives no number.
+    """
     if not jnp.issubdtype(jnp.result_type(*jax.tree.leaves(outputs)), jnp.floating):
         raise ModelError(f"the model returned {shapes(outputs)}, which has no gradient", where="Recipe.model",
                          remedy="return floating-point outputs, e.g. logits instead of the labels chosen by them")
-    functions = {"loss": recipe.loss} | {n: getattr(m, "values", m) for n, m in recipe.metrics.items()}
-    return {name: totals(function, outputs, targets, valid, differentiable=name == "loss")
-            for name, function in functions.items()}
+    found = {"loss": totals(recipe.loss, outputs, targets, valid, differentiable=True)}
+    for name, metric in recipe.metrics.items():
+        if name in without:
+            continue
+        function, several = sums_of(metric)
+        found[name] = totals(function, outputs, targets, valid, several=several)
+        _check_finish(name, metric, found[name])
+    return found
+
+
+def sums_of(metric: Any) -> tuple[Callable, bool]:
+    """The function that a metric averages, and whether it may return several arrays."""
+    return getattr(metric, "values", metric), hasattr(metric, "finish")
+
+
+def _check_finish(name: str, metric: Any, sums: tuple[Any, Any]) -> None:
+    """That a metric makes one number of its means."""
+    close = getattr(metric, "finish", None)
+    if close is None:
+        return
+    with pointing_at_user(f"finish of the metric {name!r}", "let it take what `values` returns, averaged over samples",
+                          where=_where(close)):
+        result = jax.eval_shape(lambda pair: close(mean(*pair)), sums)
+    leaves = jax.tree.leaves(result)
+    if len(leaves) != 1 or leaves[0].shape != () or jnp.issubdtype(leaves[0].dtype, jnp.complexfloating):
+        raise ModelError(
+            f"finish of the metric {name!r} returned {shapes(result)}; a metric is one number",
+            where=_where(close),
+            remedy="return a scalar; for a confusion matrix or a curve, use predict",
+        )
 
 
 def finish(recipe: Any, name: str, mean: Any) -> Any:
-    """What a metric makes of its mean; a loss is its mean."""
+    """What a metric makes of its mean, or its means; a loss is its mean."""
     return getattr(recipe.metrics.get(name), "finish", lambda x: x)(mean)
 
 
@@ -143,24 +248,47 @@ def _as_they_are(outputs: Any) -> Any:
     return outputs
 
 
-def _checked(function: Callable, outputs: Any, targets: Any) -> tuple[Any, Any]:
-    """(values, weights or None) that a function gives, if they are as described at the top of this module."""
-    name, where, batch = _name(function), _where(function), jax.tree.leaves(outputs)[0].shape[0]
+def _checked(
+    function: Callable, outputs: Any, targets: Any, several: bool = False
+) -> tuple[Any, Any]:
+    """(values, weights or None) that a function gives, if they are as described above."""
+    name, where = _name(function), _where(function)
+    batch = jax.tree.leaves(targets)[0].shape[0]
     given = f"outputs {shapes(outputs)} and targets {shapes(targets)}"
     with pointing_at_user(f"{name} of {given}", "give targets, or a model, of the shapes and dtypes that it takes",
                           where=where):
         result = function(outputs, targets)
-    values, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    if not _real(values) or (weights is not None and (not _real(weights) or jnp.shape(values) != jnp.shape(weights))):
+
+    pair = isinstance(result, tuple) and len(result) == 2 and not hasattr(result, "_fields")
+    if several and not pair and isinstance(result, dict | tuple | list):
+        return _several(result, batch, name, where), None
+
+    each, weights = result if pair else (result, None)
+    if not _real(each) or (weights is not None and (not _real(weights) or jnp.shape(each) != jnp.shape(weights))):
+        sums = "" if several else "; several sums need a lepton_jax.metrics.Metric(values, finish)"
         raise ModelError(f"{name} returned {_described(result)}", where=where,
-                         remedy="return real numbers: an array, or a pair of arrays of one shape (values, weights)")
-    if jnp.shape(values)[:1] != (batch,) and (jnp.ndim(values) or weights is not None):
-        raise ModelError(f"{name} returned shape {jnp.shape(values)} for a batch of {batch} samples", where=where,
+                         remedy=f"return real numbers: an array, or a pair of arrays of one shape (values, weights){sums}")
+    if jnp.shape(each)[:1] != (batch,) and (jnp.ndim(each) or weights is not None):
+        raise ModelError(f"{name} returned shape {jnp.shape(each)} for a batch of {batch} samples", where=where,
                          remedy="return one value per sample, batch dim first, or a scalar mean")
-    if _crossed(values, outputs, targets):
-        raise ModelError(f"{name} returned shape {values.shape}: it set each output against each target, of {given}",
+    if _crossed(each, outputs, targets):
+        raise ModelError(f"{name} returned shape {each.shape}: it set each output against each target, of {given}",
                          where=where, remedy="give outputs and targets one shape, e.g. return x[:, 0] or pass y[:, None]")
-    return values, weights
+    return each, weights
+
+
+def _several(result: Any, batch: int, name: str, where: str) -> Several:
+    leaves = by_path(result)
+    for path, leaf in leaves.items():
+        if not _real(leaf) or jnp.shape(leaf)[:1] != (batch,):
+            raise ModelError(
+                f"{name} returned {_described(leaf)} as {path!r} for a batch of {batch} samples",
+                where=where,
+                remedy="return real arrays with the batch dim first; finish gets their means",
+            )
+    if not leaves:
+        raise ModelError(f"{name} returned {result!r}", where=where, remedy="return at least one array")
+    return Several(result)
 
 
 def _crossed(values: Any, outputs: Any, targets: Any) -> bool:
