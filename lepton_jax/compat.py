@@ -16,6 +16,7 @@ import numpy as np
 from jax._src import (  # no public names
     compiler,  # for who writes to the compilation cache
     distributed,  # for the key-value store of jax.distributed
+    effects,  # to tell the effects that keep their order
     source_info_util,  # to give an equation its place in the user's code again
 )
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -23,8 +24,8 @@ from jax.sharding import AxisType, Mesh
 from jaxlib import _jax  # for the address of a process's CPU devices
 
 __all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "at_source", "cache_hits", "coordination", "found_at", "jit_on", "jit_where",
-           "keep_executables", "make_mesh", "noting_sow", "placed", "scan_counts", "source_line", "whole_axes",
-           "without_proxies"]
+           "keep_executables", "make_mesh", "noting_sow", "ordered_effect", "placed", "scan_counts", "source_line",
+           "whole_axes", "without_proxies"]
 
 
 def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
@@ -136,6 +137,31 @@ def _innermost(eqn: Any, callers: tuple) -> Any:
         if source_info_util.user_frame(one.source_info.traceback) is not None:
             return one
     return eqn
+
+
+def ordered_effect(jaxpr: Jaxpr) -> Any | None:
+    """The first equation with an effect that keeps its order, such as an ordered print.
+
+    JAX compiles none of them for several devices. An equation that calls others gives
+    the first inside of it.
+    """
+    for eqn in jaxpr.eqns:
+        if not effects.ordered_effects.filter_in(eqn.effects):
+            continue
+        inner = (_ordered_within(value) for value in eqn.params.values())
+        return next((found for found in inner if found is not None), eqn)
+    return None
+
+
+def _ordered_within(value: Any) -> Any | None:
+    """The first such equation of the jaxprs in a parameter of an equation."""
+    for sub in value if isinstance(value, tuple | list) else (value,):
+        jaxpr = getattr(sub, "jaxpr", sub)
+        if isinstance(jaxpr, Jaxpr):
+            found = ordered_effect(jaxpr)
+            if found is not None:
+                return found
+    return None
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:

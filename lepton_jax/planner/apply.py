@@ -133,7 +133,12 @@ class Evaluation:
 
     def _scan(self, op: Operation, inputs: list[Any]) -> list[Any]:
         consts, carried = scan_counts(op.eqn)
-        head, carry, xs = inputs[:consts], inputs[consts:consts + carried], inputs[consts + carried:]
+        head, carry = inputs[:consts], inputs[consts:consts + carried]
+        for i, value in enumerate(op.inputs[consts + carried:], consts + carried):
+            spec = () if value is None else self.layout.spec(value)
+            if spec and spec[0]:  # a loop over samples: gathered once, not at each step
+                inputs[i] = self._put(inputs[i], (0, *spec[1:]))
+        xs = inputs[consts + carried:]
         block = op.blocks[0]
         specs = [self.layout.spec(v) for v in block.inputs]
 

@@ -77,7 +77,7 @@ class Cost:
         self.prefers = meets_stored(self.graph)
         self.jobs = self._jobs()
         self.sizes = sizes or Sizes(self.graph, names)
-        self._traffic = traffic(self.graph)
+        self._traffic = self.sizes.by_row(traffic(self.graph))
         self._optimizer = optimizer_bytes(trace, names)
         self._memo: dict[tuple, tuple[float, float, tuple[Move, ...]]] = {}
         self._sizes: tuple[int, ...] = ()
@@ -233,19 +233,21 @@ class Cost:
                 return
             look = tuple((v.shape, str(v.dtype), tuple(names.of.get(self.graph.find(n)) for n in v.nodes),
                           v.stored and (names.patterns[v.stored[0]], v.stored[1]), self.prefers.get(v.index)) for v in values)
-            key = (op.name, op.times, product, look, gather is not None, block,
-                   sums.get(op.outputs[0].index, 1.0))
+            # a print gives nothing
+            share = sums.get(op.outputs[0].index, 1.0) if op.outputs else 1.0
+            key = (op.name, op.times, product, look, gather is not None, block, share)
             if key in known:
                 jobs[known[key]].count += op.times
                 return
             known[key] = len(jobs)
-            jobs.append(Job(op, product, op.times, groups, block, sums.get(op.outputs[0].index, 1.0), gather, met(op)))
+            jobs.append(Job(op, product, op.times, groups, block, share, gather, met(op)))
 
         def walk(block: Block, number: int) -> None:
             for op in block.operations:
                 product = contraction(op)
                 values = [v for v in (*op.inputs, *op.outputs[:1]) if v is not None]
-                if product is not None or op.whole:
+                empty = any(0 in v.shape for v in values)  # computes and moves nothing
+                if (product is not None or op.whole) and not empty:
                     add(op, product, number, values, None)
                 if op.name not in ("scan", "while", "cond") and any(v.stored is None for v in op.outputs):
                     for value in op.inputs:
@@ -262,8 +264,8 @@ class Cost:
 
     def _memory(self, assignment: Assignment, communicated: float) -> float:
         """What elementwise groups read and write, and what collectives read and write besides sending it."""
-        kept, _ = self.sizes.bytes(assignment)
-        moved = float(kept @ self._traffic) * assignment.micro_batches + communicated
+        passed = self.sizes.total(assignment, self._traffic)
+        moved = passed * assignment.micro_batches + communicated
         return moved / (self.chip.bandwidth * self.chip.memory_fraction)
 
     def _update(self, layout: Layout) -> float:

@@ -140,7 +140,8 @@ class Fusion:
         outer, self.same = self.same, {}
         for op in block.operations:
             inputs = [v for v in op.inputs if v is not None]
-            if inputs and not op.blocks and op.name not in UNMERGED and self._again(op):
+            merges = op.name not in UNMERGED and not op.eqn.effects
+            if inputs and not op.blocks and merges and self._again(op):
                 continue
             if op.name == "scan":
                 self._scan(op, groups)
@@ -235,6 +236,8 @@ class Fusion:
 
     def takes(self, user: Operation, op: Operation, heavy: bool) -> bool:
         """Whether what uses a value computes it by itself."""
+        if not user.outputs:  # such as a print, which reads it from memory
+            return False
         if user.name == "broadcast_in_dim" or math.prod(user.outputs[0].shape) > math.prod(op.outputs[0].shape):
             return op.name not in COSTLY
         if user.name in DOTS:

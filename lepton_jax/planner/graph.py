@@ -92,6 +92,7 @@ class Graph:
       values: all values, by index.
       unknown: primitive name to count, of those without a rule.
       pieces: node of a grouped convolution's channels to the number of groups, none of which can be split.
+      stepping: loops with the numbers of the inputs that they take slices of.
       lasting: indices of the stored values that live from the forward pass to the backward pass.
     """
 
@@ -99,6 +100,7 @@ class Graph:
         self.values: list[Value] = []
         self.parents: list[int] = []
         self.loops: set[int] = set()  # nodes along which a loop steps
+        self.stepping: list[tuple[Operation, int]] = []  # loops, and inputs of theirs
         self.unknown: dict[str, int] = {}
         self.pieces: dict[int, int] = {}
         self._free: dict[int, Operation | None] = {}  # values that only positions decide; None: a scalar constant
@@ -231,6 +233,7 @@ class Graph:
                 self.join_all(outer, inner)
             else:
                 self._stacked(outer, inner)
+                self.stepping.append((operation, index))
         for index, (outer, inner) in enumerate(zip(outs, body.results, strict=True)):
             if index < carried:
                 self.join_all(outer, body.inputs[consts + index])

@@ -40,35 +40,49 @@ SHOWN = 12
 
 
 class Sizes:
-    """Bytes of a graph's values under an assignment, by NumPy: values (rows) x dims (columns).
+    """Bytes of a graph's values under an assignment.
+
+    Values that are alike under every assignment (same shape, dtype and named axes, as
+    those of repeated layers) are one row of the arrays here.
 
     Args:
       graph: of loss and gradients.
       names: its named axes.
+
+    Attributes:
+      row: of each value, by its index.
+      extents, groups: of each dim of a row, (rows, dims), int; groups are numbers of
+        `names.groups`, -1 for none.
     """
 
     def __init__(self, graph: Graph, names: Names):
-        self.graph, self.names = graph, names
+        self.graph = graph
+        self.names = names
         self._state: _State | None = None
         prefers = meets_stored(graph)
         rank = max((len(v.shape) for v in graph.values), default=0)
-        self.extents = np.ones((len(graph.values), rank), np.int64)
-        self.groups = np.full((len(graph.values), rank), -1)
-        self.stored = np.full(len(graph.values), -1)
-        self.stored_dims = np.full((len(graph.values), rank), rank)
-        images = any(op.name == "conv_general_dilated" for op in graph.operations())
-        self.images = np.array([images and len(v.shape) > 3 for v in graph.values], bool)
-        self.itemsizes = np.array([itemsize(v) for v in graph.values], np.int64)
+        convolves = any(op.name == "conv_general_dilated" for op in graph.operations())
+        known: dict[tuple, int] = {}
+        self.row = np.zeros(len(graph.values), np.int64)
         for value in graph.values:
             first = prefers.get(value.index)
             order = sorted(range(len(value.shape)), key=lambda d: d != first)
-            for column, d in enumerate(order):
-                self.extents[value.index, column] = value.shape[d]
-                self.groups[value.index, column] = names.of.get(graph.find(value.nodes[d]), -1)
-            if value.stored is not None:
-                self.stored[value.index] = value.stored[0]
-                for column, d in enumerate(order):
-                    self.stored_dims[value.index, column] = value.stored[1][d]
+            blank = rank - len(order)
+            extents = [value.shape[d] for d in order] + [1] * blank
+            roots = [graph.find(value.nodes[d]) for d in order]
+            groups = [names.of.get(root, -1) for root in roots] + [-1] * blank
+            stored, dims = value.stored or (-1, ())
+            dims = [dims[d] for d in order] + [rank] * blank if dims else [rank] * rank
+            image = convolves and len(value.shape) > 3
+            look = (*extents, *groups, *dims, stored, image, itemsize(value))
+            self.row[value.index] = known.setdefault(look, len(known))
+        table = np.array(list(known), np.int64).reshape(len(known), 3 * rank + 3)
+        self.extents = table[:, :rank]
+        self.groups = table[:, rank:2 * rank]
+        self._stored_dims = table[:, 2 * rank:3 * rank]
+        self._stored = table[:, -3]
+        self._images = table[:, -2].astype(bool)
+        self._itemsizes = table[:, -1]
 
     def bytes(self, assignment: Assignment, tiled: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(as they lie, as they are used): bytes on one device of each value, float64 (values,).
@@ -77,6 +91,22 @@ class Sizes:
           assignment: how they lie.
           tiled: with the padding of arrays that lie in tiles, as in a TPU.
         """
+        use = self._use(assignment)
+        kept = self._kept(assignment, use)
+        lying, using = (self._bytes(assignment, masks, tiled) for masks in (kept, use))
+        return lying[self.row], using[self.row]
+
+    def by_row(self, weights: np.ndarray) -> np.ndarray:
+        """Sum a weight for each value to one for each row."""
+        return np.bincount(self.row, weights, len(self.extents))
+
+    def total(self, assignment: Assignment, weights: np.ndarray) -> float:
+        """Bytes on one device as values lie, times the weights of their rows, summed."""
+        kept = self._kept(assignment, self._use(assignment))
+        return float(self._bytes(assignment, kept, False) @ weights)
+
+    def _use(self, assignment: Assignment) -> np.ndarray:
+        """Mask of each dim of each row while it is computed with."""
         counts = np.array(assignment.counts)
         masks = np.array([*assignment.masks, 0])[self.groups]
         use = np.zeros_like(masks)
@@ -86,14 +116,24 @@ class Sizes:
             mask[self.extents[:, d] % counts[mask] != 0] = 0
             use[:, d] = mask
             taken |= mask
+        return use
+
+    def _kept(self, assignment: Assignment, use: np.ndarray) -> np.ndarray:
+        """The same as it lies: what is stored, as the state keeps it."""
         table = self.storage(assignment)
-        kept = np.where(self.stored[:, None] >= 0, table[self.stored[:, None], self.stored_dims], use)
+        stored = table[self._stored[:, None], self._stored_dims]
+        return np.where(self._stored[:, None] >= 0, stored, use)
+
+    def _bytes(
+        self, assignment: Assignment, masks: np.ndarray, tiled: bool
+    ) -> np.ndarray:
+        local = self.extents / np.array(assignment.counts)[masks]
         parts = np.ones(len(masks))
         if assignment.micro_batches > 1 and self.names.batch is not None:
-            parts[(self.groups == self.names.batch).any(1)] = assignment.micro_batches
-        lying, using = (self.extents / counts[m] for m in (kept, use))
-        pads = [tiling(x, self.images) if tiled else 1.0 for x in (lying, using)]
-        return lying.prod(1) * pads[0] * self.itemsizes / parts, using.prod(1) * pads[1] * self.itemsizes / parts
+            samples = (self.groups == self.names.batch).any(1)
+            parts[samples] = assignment.micro_batches
+        pads = tiling(local, self._images) if tiled else 1.0
+        return local.prod(1) * pads * self._itemsizes / parts
 
     def storage(self, assignment: Assignment) -> np.ndarray:
         """Mask of each dim of each parameter, as the state keeps it: (parameters + 1, dims + 1), filled up with 0."""
@@ -157,6 +197,7 @@ def tiling(shapes: np.ndarray, images: np.ndarray) -> np.ndarray:
       shapes: float (arrays, dims), filled up with ones.
       images: bool (arrays,), arrays of which tiles lie along the first and the last dim: batch and channels.
     """
+    shapes = np.maximum(shapes, 1)  # an array without elements takes nothing anyway
     lanes = np.ceil(shapes / 128) * 128 / shapes
     rows = np.where(shapes <= 4, 2 ** np.ceil(np.log2(np.maximum(shapes, 1))), np.ceil(shapes / 8) * 8) / shapes
     barred = images[:, None] & (np.arange(shapes.shape[1]) % 3 != 0)

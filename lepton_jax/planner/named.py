@@ -58,7 +58,7 @@ class Names:
         self.patterns = [starred(path) for path in paths]
         values = graph.block.inputs
         find = graph.find
-        loops = {find(n) for n in graph.loops}
+        loops = {find(n) for n in graph.loops} - _samples(graph, paths)
         sizes: dict[int, list[int]] = {}
         for value in graph.values:
             for node, extent in zip(value.nodes, value.shape, strict=True):
@@ -189,6 +189,25 @@ class Names:
             return use
         best = max(fits, key=lambda d: (use[d] == 0, look[d][0] // counts[use[d]]))
         return tuple(m | more if d == best else m for d, m in enumerate(use))
+
+
+def _samples(graph: Graph, paths: list[str]) -> set[int]:
+    """Roots of the batch dims, of which loops that step along them need the whole.
+
+    A loop over samples, as `jax.lax.map` makes, is run by each device for all of them.
+    The rest of the model need not be: what the loop takes is gathered before it.
+    """
+    first = [
+        graph.find(value.nodes[0])
+        for path, value in zip(paths, graph.block.inputs, strict=True)
+        if path.startswith(("inputs", "targets")) and value.nodes
+    ]
+    for operation, index in graph.stepping:
+        value = operation.inputs[index]
+        if value is not None and graph.find(value.nodes[0]) in first:
+            if (index, 0) not in operation.whole:
+                operation.whole.append((index, 0))
+    return set(first)
 
 
 def starred(path: str) -> str:

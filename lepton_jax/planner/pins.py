@@ -107,6 +107,9 @@ def _pinned(names: Names, pins: Mapping[str, Any], mesh: Mapping[str, int],
                 if not mask or k is None:
                     continue
                 group, count = names.groups[k], math.prod(n for a, n in mesh.items() if bits[a] & mask)
+                parameter = names.paths[params[path]].startswith("params/")
+                if parameter and group.divisor % count:
+                    continue  # kept in parts and gathered where it is used
                 if found.get(group.name, mask) != mask:
                     raise PlanError(f"pins disagree on the named axis {group.name}, which {path} has as dim {d}",
                                     where=where, remedy="pin dims that are one thing alike")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lepton_jax.compat import make_mesh
+from lepton_jax.compat import make_mesh, ordered_effect, source_line
 from lepton_jax.errors import PlanError
 from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.layout import Layout, meets_stored
@@ -284,6 +284,30 @@ def check_plan(plan: Plan, trace: Any) -> None:
     if plan.batch_size != trace.recipe.batch_size:
         raise PlanError(f"the plan is for batches of {plan.batch_size}, and the recipe has {trace.recipe.batch_size}",
                         where=f"plan for {plan.topology}", remedy="set the recipe's batch_size, or plan anew")
+    check_effects(trace, math.prod(plan.mesh.values()))
+
+
+def check_effects(trace: Any, devices: int) -> None:
+    """Check that JAX can compile the recipe's effects for so many devices.
+
+    Args:
+      trace: of the recipe.
+      devices: how many.
+
+    Raises:
+      PlanError: a print or another callback is to keep its order, on several devices.
+    """
+    if devices == 1 or trace.jaxpr is None:
+        return
+    eqn = ordered_effect(trace.jaxpr.jaxpr)
+    if eqn is not None:
+        raise PlanError(
+            f"a {eqn.primitive.name} with ordered=True can't run on {devices} devices: "
+            "JAX keeps the order of callbacks on one device only",
+            where=source_line(eqn),
+            remedy="leave out ordered=True, or train on one device: "
+            "Trainer(devices=1), --devices 1",
+        )
 
 
 def entries(spec: tuple[int, ...], names: tuple[str, ...]) -> Entries:

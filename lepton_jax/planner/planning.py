@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
+from lepton_jax.planner import advice
 from lepton_jax.planner import pins as pinning
 from lepton_jax.planner.assemble import axis_names, strategy
 from lepton_jax.planner.build import build, without_data
 from lepton_jax.planner.named import Names
-from lepton_jax.planner.pins import Pins
-from lepton_jax.planner.plan import Plan, Rival
+from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
+from lepton_jax.planner.plan import Plan, Rival, check_effects
 from lepton_jax.planner.schedule import size
-from lepton_jax.planner.search import OBJECTIVES, Candidate, Problem, search
+from lepton_jax.planner.search import ALIKE, ALIKE_SECONDS, OBJECTIVES, Candidate, Problem, search
+from lepton_jax.planner.show import SIMPLEST, duration
 from lepton_jax.planner.trace import Trace
-from lepton_jax.planner.trace import trace as traced
 
 RIVALS = 5
 DOUBLINGS = 8  # of a topology that is too small, tried for a remedy
-HALVINGS = 3  # of a batch that is too large
+EQUAL = 5e-4  # share of the objective below which plans are said to be equal
 
 
 def plan(trace: Trace, topology: Topology, *, objective: str = "time", mesh: Mapping[str, int] | None = None,
-         pins: Mapping[str, Any] | None = None, remat: str | None = None, micro_batches: int | None = None) -> Plan:
+         pins: Mapping[str, Any] | None = None, remat: str | None = None, micro_batches: int | None = None,
+         time_limit: float | None = LIMIT_SECONDS) -> Plan:
     """Search for the best way to lay a traced recipe out on a topology. No array is allocated.
 
     Args:
@@ -36,17 +37,19 @@ def plan(trace: Trace, topology: Topology, *, objective: str = "time", mesh: Map
       pins: pattern of parameter paths ("**/embedding") to the PartitionSpec with which they are kept, over axes of `mesh`.
       remat: "none", "dots" or "full"; None: the mildest that fits.
       micro_batches: None: the recipe's, or the fewest that fit.
+      time_limit: seconds of computing after which the search stops and the best plan so far is taken, which the plan's
+        notes then say; None: no limit. What takes longer than 2 s says on stderr how far it is.
 
     Raises:
       PlanError: nothing fits (the message says what fills the memory and what would fit), or a pin is impossible.
     """
     return candidates(trace, topology, 1, objective=objective, mesh=mesh, pins=pins, remat=remat,
-                      micro_batches=micro_batches)[0]
+                      micro_batches=micro_batches, time_limit=time_limit)[0]
 
 
 def candidates(trace: Trace, topology: Topology, count: int, *, objective: str = "time",
                mesh: Mapping[str, int] | None = None, pins: Mapping[str, Any] | None = None, remat: str | None = None,
-               micro_batches: int | None = None) -> list[Plan]:
+               micro_batches: int | None = None, time_limit: float | None = LIMIT_SECONDS) -> list[Plan]:
     """The `count` best plans, best first; the arguments are those of `plan`."""
     if objective not in OBJECTIVES:
         raise PlanError(f"objective {objective!r} is not known{nearest(str(objective), OBJECTIVES)}", where="plan",
@@ -56,21 +59,45 @@ def candidates(trace: Trace, topology: Topology, count: int, *, objective: str =
                         remedy="give it in a TOML file of chips (--chips), or plan for time")
     if trace.jaxpr is None:
         return [without_data(trace, topology)]
-    checked = pinning.read(trace, topology, Names(trace.gradient("none"), trace.arguments), pins, mesh, remat, micro_batches)
-    problem = Problem(trace, topology, objective, checked)
-    found = search(problem)
-    if not found[0].fits:
-        raise does_not_fit(problem, found)
-    return [_plan(problem, chosen, found) for chosen in found[:count]]
+    check_effects(trace, topology.devices)
+    if time_limit is not None and not time_limit > 0:
+        raise PlanError(f"time_limit is {time_limit!r}", where="plan", remedy="give seconds above 0, or None for no limit")
+    with Patience(f"planning for {topology.name}", time_limit) as patience:
+        patience.detail = "tracing the gradient"
+        names = Names(trace.gradient("none"), trace.arguments)
+        checked = pinning.read(trace, topology, names, pins, mesh, remat, micro_batches)
+        problem = Problem(trace, topology, objective, checked, patience)
+        found = search(problem)
+        if not found[0].fits:
+            raise advice.does_not_fit(problem, found, DOUBLINGS)
+        return [_plan(problem, chosen, found) for chosen in found[:count]]
 
 
 def _plan(problem: Problem, chosen: Candidate, found: Sequence[Candidate]) -> Plan:
     a, names = chosen.assignment, problem.names(chosen.assignment.remat)
     a = replace(a, keep=_kept(names, a))
     best = problem.cost(a.remat).estimate(a, causes=True)
-    rivals = [_rival(problem, chosen, c) for c in found if c is not chosen][:RIVALS]
+    rivals = [_rival(problem, chosen, c) for c in _rivals(chosen, found)]
     return build(problem.trace, problem.topology, names, a, objective=problem.objective, estimate=best, held=chosen.bytes,
-                 rivals=rivals, axes=problem.pins.axes, reasons=_reasons(problem, chosen))
+                 rivals=rivals, axes=problem.pins.axes, reasons=_reasons(problem, chosen, found), notes=_notes(problem))
+
+
+def _rivals(chosen: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
+    """The first of the others, the one that the objective would take among them."""
+    others = [c for c in found if c is not chosen]
+    best = min((c for c in others if c.fits), key=lambda c: c.score, default=None)
+    rivals = others[:RIVALS]
+    if best is not None and best.score < chosen.score and best not in rivals:
+        rivals[-1] = best
+    return rivals
+
+
+def _notes(problem: Problem) -> list[str]:
+    patience, notes = problem.patience, list(problem.roles.notes)
+    if not patience.cut:
+        return notes
+    return [*notes, f"the search stopped after {patience.limit:.0f} s of computing, before it had tried everything: this is the best "
+            "plan so far; time_limit (--time-limit) lets it look for longer"]
 
 
 def _kept(names: Names, a: Any) -> int:
@@ -83,7 +110,33 @@ def _kept(names: Names, a: Any) -> int:
     return a.keep & used
 
 
-def _reasons(problem: Problem, chosen: Candidate) -> dict[str, str]:
+def _reasons(problem: Problem, chosen: Candidate, found: Sequence[Candidate]) -> dict[str, str]:
+    return _simpler(problem, chosen, found) | _memory(problem, chosen)
+
+
+def _simpler(problem: Problem, chosen: Candidate, found: Sequence[Candidate]) -> dict[str, str]:
+    """Why a plan is chosen that is not the fastest."""
+    fastest = min((c for c in found if c.fits), key=lambda c: c.score)
+    if problem.objective == "memory" or _alike(chosen.score, fastest.score):
+        return {}
+    return {SIMPLEST: f"another plan is {_gain(chosen.score, fastest.score)}, but less simple; plans within "
+            f"{ALIKE:.1%}, or within {duration(ALIKE_SECONDS)}, which is what dispatching a call costs, are held to be as fast"}
+
+
+def _alike(score: float, other: float) -> bool:
+    return abs(score - other) <= EQUAL * min(score, other)
+
+
+def _gain(slower: float, faster: float) -> str:
+    """"15% faster, by 80.0 µs"."""
+    return f"{_percent(slower / faster - 1)} faster, by {duration(slower - faster)}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def _memory(problem: Problem, chosen: Candidate) -> dict[str, str]:
     a = chosen.assignment
     if a.remat == "none" and a.micro_batches == 1:
         return {}
@@ -101,76 +154,11 @@ def _rival(problem: Problem, chosen: Candidate, other: Candidate) -> Rival:
         loses = f"does not fit: {size(other.peak)} of {size(problem.topology.device.memory)}"
     elif problem.objective == "memory":
         loses = f"{size(other.peak - chosen.peak)} more"
-    elif other.score > chosen.score * 1.0005:
+    elif _alike(other.score, chosen.score):
+        loses = "equal in time; less simple"
+    elif other.score > chosen.score:
         loses = f"{other.score / chosen.score - 1:.1%} slower"
     else:
-        loses = "equal in time; less simple"
+        loses = f"{_gain(chosen.score, other.score)}; less simple"
     return Rival(strategy(a, axes, names), dict(zip(axes, a.sizes, strict=True)), a.remat, a.micro_batches,
                  other.estimate.total, float(other.peak), loses)
-
-
-def does_not_fit(problem: Problem, found: Sequence[Candidate]) -> PlanError:
-    """What fills the memory, and the nearest change that fits."""
-    best = min(found, key=lambda c: c.peak)
-    largest = sorted(best.bytes.items(), key=lambda x: -x[1])
-    fills = ", ".join(f"{kind} {size(n)}" for kind, n in largest if n > 0.02 * best.peak)
-    a, topology = best.assignment, problem.topology
-    names = problem.names(a.remat)
-    return PlanError(f"nothing fits: the leanest plan ({strategy(a, axis_names(a, names), names)}, remat {a.remat}, "
-                     f"{a.micro_batches} micro-batches) holds {size(best.peak)} on each device of "
-                     f"{size(topology.device.memory)}: {fills}", where=f"plan for {topology.name}",
-                     remedy=_nearest_change(problem, best))
-
-
-def _nearest_change(problem: Problem, best: Candidate) -> str:
-    """Fewer samples, more rematerialization, or the smallest topology of the same chip that holds it."""
-    changes, pins, trace = [], problem.pins, problem.trace
-    if pins.remat not in (None, "full") or pins.micro_batches is not None or pins.meshes:
-        free = Problem(trace, problem.topology, problem.objective, Pins())
-        if search(free)[0].fits:
-            fixed = (("the mesh", pins.meshes), ("remat", pins.remat), ("micro_batches", pins.micro_batches))
-            what = [word for word, on in fixed if on]
-            return f"let the planner choose {' and '.join(what)}: then it fits"
-    state = sum(best.bytes.get(k, 0) for k in ("params", "optimizer", "variables"))
-    rest = best.peak - state
-    room = problem.limit - state
-    rows = trace.recipe.batch_size
-    if room > 0 and rest > 0 and rows > 1:
-        fewer = fewer_samples(problem, min(rows // 2, 2 ** int(math.log2(max(1, rows * room / rest)))))
-        changes += [f"a batch_size of {fewer}"] if fewer else []
-    larger = larger_topology(problem)
-    if larger:
-        changes.append(f"{larger}, the smallest that holds it")
-    smaller = "a smaller model, smaller samples" if room > 0 else "a smaller model"
-    return "use " + ", or ".join(changes or [smaller, "chips with more memory"])
-
-
-def fewer_samples(problem: Problem, guess: int) -> int | None:
-    """A batch size that fits: the guess or one of its first halves."""
-    trace = problem.trace
-    for rows in sorted({guess >> k for k in range(HALVINGS) if guess >> k}, reverse=True):
-        less = traced(trace.recipe.with_(batch_size=rows), trace.inputs, trace.targets, trace.samples)
-        try:
-            if search(Problem(less, problem.topology, problem.objective, problem.pins))[0].fits:
-                return rows
-        except PlanError:  # no plan for so few
-            continue
-    return None
-
-
-def larger_topology(problem: Problem) -> str | None:
-    """The smallest topology of the same chip, in doublings, that something fits on."""
-    shape = list(problem.topology.shape)
-    least = sum(state for pair in problem.memory("none").each for state in pair)
-    for _ in range(DOUBLINGS):
-        dim = shape.index(min(shape))
-        shape[dim] *= 2
-        topology = replace(problem.topology, shape=tuple(shape))
-        if least / topology.devices > topology.device.memory:
-            continue  # not even the state, evenly split
-        try:
-            if search(Problem(problem.trace, topology, problem.objective, Pins()))[0].fits:
-                return topology.name
-        except PlanError:
-            continue
-    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,18 +59,64 @@ def _run(program: ClosedJaxpr, leaves: list[Any], parameters: int, policy: Any) 
         if number == len(bounds) - 2:  # the backward pass begins here: what it keeps, it frees at once
             _equations(eqns, env, policy)
             continue
-        made = {v for eqn in eqns for v in eqn.outvars}
-        needs = list(dict.fromkeys(v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal) and v not in made))
-        gives = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) >= stop]
-
-        def segment(*values: Any, eqns: Any = eqns, needs: Any = needs, gives: Any = gives) -> list[Any]:
-            inside = dict(zip(needs, values, strict=True))
-            _equations(eqns, inside, None)
-            return [inside[v] for v in gives]
-
-        results = jax.checkpoint(segment, policy=policy)(*(env[v] for v in needs))
-        env.update(zip(gives, results, strict=True))
+        wanted = {v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) >= stop}
+        _checkpointed(eqns, env, wanted, policy)
     return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+
+def _checkpointed(
+    eqns: Any, env: dict[Any, Any], wanted: set, policy: Any, prevent_cse: bool = True
+) -> None:
+    """Run equations under `jax.checkpoint`, those with effects apart.
+
+    The backward pass runs again what is under `jax.checkpoint`: a print would print
+    twice, and JAX refuses other callbacks there. So an equation with effects is run
+    outside. One with results divides the equations; one without, such as a print,
+    does not: its operands are given out, and it runs after the others.
+
+    Args:
+      eqns: the equations.
+      env: variable to its value; filled.
+      wanted: the variables that are needed afterwards.
+      policy: what is kept, as `jax.checkpoint` takes it.
+      prevent_cse: as in `jax.checkpoint`.
+    """
+    dividing = [i for i, eqn in enumerate(eqns) if eqn.effects and eqn.outvars]
+    start = 0
+    for stop in [*dividing, len(eqns)]:
+        later = wanted | _operands(eqns[stop:]).keys() if stop < len(eqns) else wanted
+        _piece(eqns[start:stop], env, later, policy, prevent_cse)
+        _equations(eqns[stop:stop + 1], env, None)
+        start = stop + 1
+
+
+def _piece(
+    eqns: Any, env: dict[Any, Any], wanted: set, policy: Any, prevent_cse: bool
+) -> None:
+    """Run equations under `jax.checkpoint`, then what has effects but no results."""
+    pure = [eqn for eqn in eqns if not eqn.effects]
+    telling = [eqn for eqn in eqns if eqn.effects]
+    if telling:
+        wanted = wanted | _operands(telling).keys()
+    made = {v for eqn in pure for v in eqn.outvars}
+    needs = [v for v in _operands(pure) if v not in made]
+    gives = [v for eqn in pure for v in eqn.outvars if v in wanted]
+
+    def segment(*values: Any) -> list[Any]:
+        inside = dict(zip(needs, values, strict=True))
+        _equations(pure, inside, None)
+        return [inside[v] for v in gives]
+
+    if gives:
+        run = jax.checkpoint(segment, policy=policy, prevent_cse=prevent_cse)
+        results = run(*(env[v] for v in needs))
+        env.update(zip(gives, results, strict=True))
+    _equations(telling, env, None)
+
+
+def _operands(eqns: Any) -> dict[Any, None]:
+    """The variables that equations read, in their order."""
+    return {v: None for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)}
 
 
 def _equations(eqns: Any, env: dict[Any, Any], policy: Any) -> None:
@@ -96,8 +143,14 @@ def _worthwhile(eqn: Any) -> bool:
 def _scan(eqn: Any, values: list[Any], policy: Any) -> list[Any]:
     consts, carried = scan_counts(eqn)
     closed, p = eqn.params["jaxpr"], eqn.params
-    run = jax.checkpoint(lambda *args: jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *args),
-                         policy=policy, prevent_cse=False)  # a loop's body can't be merged with another's
+
+    def plain(*args: Any) -> list[Any]:
+        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *args)
+
+    # a loop's body can't be merged with another's
+    run = jax.checkpoint(plain, policy=policy, prevent_cse=False)
+    if closed.effects:
+        run = partial(_with_effects_apart, closed, policy)
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         results = run(*values[:consts], *carry, *xs)
@@ -106,6 +159,16 @@ def _scan(eqn: Any, values: list[Any], policy: Any) -> list[Any]:
     carry, ys = jax.lax.scan(body, values[consts:consts + carried], values[consts + carried:], length=p["length"],
                              reverse=p["reverse"], unroll=p["unroll"])
     return [*carry, *ys]
+
+
+def _with_effects_apart(closed: ClosedJaxpr, policy: Any, *args: Any) -> list[Any]:
+    """Run a loop's body under `jax.checkpoint`, but for what has effects."""
+    jaxpr = closed.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    wanted = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    _checkpointed(jaxpr.eqns, env, wanted, policy, prevent_cse=False)
+    return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
 
 
 def boundaries(jaxpr: Any, parameters: int) -> list[int]:

@@ -29,7 +29,7 @@ REDUCTIONS = [
 # no arrays of the model go in, or only keys and scalars: nothing to join
 SOURCES = [
     "iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split",
-    "threefry2x32", "empty", "create_token", "debug_callback", "axis_index", "rng_uniform",
+    "threefry2x32", "empty", "create_token", "axis_index", "rng_uniform",
     "rng_bit_generator",
 ]
 
@@ -42,6 +42,11 @@ def unknown(graph: Any, op: Any) -> None:
 
 def _all_whole(op: Any) -> None:
     op.whole += [(i, d) for i, value in enumerate(op.inputs) if value is not None for d in range(len(value.shape))]
+
+
+def _told(graph: Any, op: Any) -> None:
+    """A print and the like: one host is given all of each operand."""
+    _all_whole(op)
 
 
 def _elementwise(graph: Any, op: Any) -> None:
@@ -281,6 +286,17 @@ def _along(name: str) -> Rule:
     return rule
 
 
+def _fft(graph: Any, op: Any) -> None:
+    """The last dims are transformed, each from all of its elements; the others stay."""
+    source, target = op.inputs[0], op.outputs[0]
+    if source is None:
+        return
+    kept = len(source.shape) - len(op.params["fft_lengths"])
+    for a, b in zip(source.nodes[:kept], target.nodes[:kept], strict=True):
+        graph.join(a, b)
+    op.whole += [(0, d) for d in range(kept, len(source.shape))]
+
+
 def _top_k(graph: Any, op: Any) -> None:
     axis = op.params.get("axis", -1) % len(op.inputs[0].shape)
     for target in op.outputs:
@@ -312,8 +328,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise), **dict.fromkeys(REDUCTIONS, _reduction), **dict.fromkeys(SOURCES, _nothing),
     "argmax": _arg_reduction, "argmin": _arg_reduction, "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate, "conv_general_dilated": _conv, "cumlogsumexp": _along("axis"), "cummax": _along("axis"),
-    "cummin": _along("axis"), "cumprod": _along("axis"), "cumsum": _along("axis"), "dot_general": _dot,
-    "dynamic_slice": _same_extent, "dynamic_update_slice": _same_extent, "expand_dims": _expand_dims, "gather": _gather,
+    "cummin": _along("axis"), "cumprod": _along("axis"), "cumsum": _along("axis"), "debug_callback": _told,
+    "debug_print": _told, "dot_general": _dot,
+    "dynamic_slice": _same_extent, "dynamic_update_slice": _same_extent, "expand_dims": _expand_dims, "fft": _fft,
+    "gather": _gather,
     "pad": _same_extent, "reduce_window_max": _windows, "reduce_window_min": _windows, "reduce_window_sum": _windows,
     "reshape": _reshape, "rev": _along("dimensions"), "scatter": _scatter, "scatter-add": _scatter,
     "scatter_add": _scatter, "scatter-max": _scatter, "scatter-min": _scatter, "scatter-mul": _scatter,

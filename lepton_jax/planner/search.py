@@ -18,8 +18,10 @@ from lepton_jax.planner.build import by_hand, fixed  # noqa: F401  for a plan wi
 from lepton_jax.planner.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.memory import Sizes, Timeline, predict
 from lepton_jax.planner.named import Names
+from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.pins import Pins
 from lepton_jax.planner.remat import POLICIES
+from lepton_jax.planner.roles import Roles
 from lepton_jax.planner.schedule import residence, slow_loops, steps_per_call
 from lepton_jax.planner.trace import Trace
 
@@ -32,6 +34,9 @@ MOST_GROUPS = 10
 MOST_MESHES = 18
 FINALISTS = 8
 MOST_PAIRED = 20  # turns up to which two at a time are tried, too
+# Twice as many micro-batches that free less than this share of the peak free little: what
+# they could free at the most halves each time
+LITTLE = 0.01
 SMALL_MESH = 16  # devices up to which it is worth looking for what no expert would write
 
 
@@ -83,15 +88,19 @@ class Problem:
     topology: Topology
     objective: str
     pins: Pins
+    patience: Patience = field(default_factory=lambda: Patience("planning"))
+    _lightly: dict[Assignment, float] = field(default_factory=dict)
     _names: dict[str, Names] = field(default_factory=dict)
     _sizes: dict[str, Sizes] = field(default_factory=dict)
     _costs: dict[str, Cost] = field(default_factory=dict)
     _memories: dict[str, Memory] = field(default_factory=dict)
     _shared: set[int] | None = None
+    _roles: Roles | None = None
     _flops: float | None = None
 
     def names(self, remat: str) -> Names:
         if remat not in self._names:
+            self.patience.detail = f"tracing the gradient, remat {remat}"
             self._names[remat] = Names(self.trace.gradient(remat), self.trace.arguments, self.pins.storage)
         return self._names[remat]
 
@@ -116,12 +125,24 @@ class Problem:
             self._shared = expert_groups(names) | names.rows
         return self._shared
 
+    @property
+    def roles(self) -> Roles:
+        """What the names of a pinned mesh's axes allow."""
+        if self._roles is None:
+            self._roles = Roles(self.names("none"), self.pins)
+        return self._roles
+
     def lightly(self, assignment: Assignment) -> tuple[float, Assignment]:
         """The time of an assignment, made worse by how much of the state would not fit."""
+        if assignment not in self._lightly:
+            self._lightly[assignment] = self._light(assignment)
+        return self._lightly[assignment], assignment
+
+    def _light(self, assignment: Assignment) -> float:
         seconds = self.cost("none").estimate(assignment).total
         held = self.memory("none").state(assignment)
         score = held if self.objective == "memory" else seconds
-        return score * (1 + 10 * max(0.0, held / self.limit - 0.9)) + 1e-9 * held / self.limit, assignment
+        return score * (1 + 10 * max(0.0, held / self.limit - 0.9)) + 1e-9 * held / self.limit
 
     def least_flops(self, a: Assignment) -> float:
         """FLOP of a step on one device, all of it."""
@@ -143,10 +164,10 @@ class Problem:
         score = float(peak) if self.objective == "memory" else estimate.total
         return Candidate(assignment, estimate, peak, held, peak <= self.limit, score)
 
-    def holds(self, assignment: Assignment) -> bool:
-        """Whether an assignment fits, by its memory alone."""
+    def peak(self, assignment: Assignment) -> int:
+        """Bytes that an assignment whose masks are those of "none" holds at the most."""
         assignment = self.translated(assignment)
-        return sum(self.memory(assignment.remat).predict(assignment).values()) <= self.limit
+        return sum(self.memory(assignment.remat).predict(assignment).values())
 
     def translated(self, assignment: Assignment) -> Assignment:
         """Masks in the order of the groups of the assignment's own policy."""
@@ -167,9 +188,16 @@ def search(problem: Problem) -> list[Candidate]:
     if problem.topology.devices == 1:
         return order(problem, finish(problem, Assignment((1,), (0,) * len(problem.names("none").groups), 0)))
     found: dict[tuple, tuple[float, Assignment]] = {}
-    for sizes in problem.pins.meshes or meshes(problem.topology, problem.names("none")):
-        nothing = problem.pins.force(Assignment(sizes, (0,) * len(problem.names("none").groups), 0), problem.names("none"))
-        for start in list(starts(problem, sizes)) or [nothing]:
+    names, patience = problem.names("none"), problem.patience
+    shapes = problem.pins.meshes or meshes(problem.topology, names)
+    for number, sizes in enumerate(shapes):
+        patience.detail = _looked_at(number, len(shapes), found)
+        nothing = problem.pins.force(Assignment(sizes, (0,) * len(names.groups), 0), names)
+        begins = [*starts(problem, sizes)] or [nothing]
+        begins = [ok for start in begins for ok in problem.roles.starts(start)] or begins
+        for start in dict.fromkeys(begins):
+            if number and patience.over():  # what experts write is looked at in any case
+                break
             for score, a in (problem.lightly(start), descend(problem, start)):
                 a = a if problem.pins.meshes else merged(a)
                 key = (a.sizes, a.masks, a.keep)
@@ -181,11 +209,23 @@ def search(problem: Problem) -> list[Candidate]:
     alike.sort(key=lambda f: (_complexity(problem, f[1]), f[0]))
     ranked = [*alike[:FINALISTS // 2], *(f for f in ranked if f not in alike[:FINALISTS // 2])]
     finished: dict[tuple, Candidate] = {}
-    for _, a in ranked[:FINALISTS]:
+    for number, (_, a) in enumerate(ranked[:FINALISTS]):
+        fits = [c.estimate.total for c in finished.values() if c.fits]
+        if fits and patience.over():
+            break
+        done = f", best so far {min(fits):.3g} s a step" if fits else ""
+        patience.detail = f"finalist {number + 1} of {len(ranked[:FINALISTS])}{done}"
         for final in finish(problem, a):
             a = problem.untranslated(final.assignment)
             finished[a.sizes, a.masks, a.keep, a.remat, a.micro_batches] = final
     return order(problem, finished.values())
+
+
+def _looked_at(number: int, count: int, found: dict) -> str:
+    """How far a search is, for who waits."""
+    best = min((score for score, _ in found.values()), default=None)
+    told = "" if best is None else f", best so far about {best:.3g}"
+    return f"mesh shape {number + 1} of {count}{told}"
 
 
 def idle(problem: Problem, a: Assignment) -> bool:
@@ -312,10 +352,12 @@ def descend(problem: Problem, start: Assignment) -> tuple[float, Assignment]:
     while improved:
         improved = False
         for move in moves:
+            if problem.patience.over():
+                return best
             neighbour: Assignment | None = best[1]
             for k, flip in move:
                 neighbour = neighbour and turned(problem, names, neighbour, k, flip)
-            if neighbour is not None:
+            if neighbour is not None and problem.roles.allowed(neighbour):
                 there = problem.lightly(neighbour)
                 if there[0] < best[0] * (1 - 1e-6):
                     best, improved = there, True
@@ -356,7 +398,7 @@ def considered(names: Names) -> list[int]:
 
 
 def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
-    """For each rematerialization the fewest micro-batches that fit, or the most that there can be."""
+    """For each rematerialization the fewest micro-batches that fit, or from which on more free little."""
     names = problem.names("none")
     batch = names.batch
     rows = 1
@@ -367,11 +409,34 @@ def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
         options = [asked] if asked else powers(rows)
         if not options:
             continue
-        for parts in options:
-            chosen = replace(assignment, remat=remat, micro_batches=parts)
-            if problem.holds(chosen):
-                break
-        final = problem.candidate(chosen)
+        parts = fewest(problem, replace(assignment, remat=remat), options)
+        final = problem.candidate(replace(assignment, remat=remat, micro_batches=parts))
         yield final
         if final.fits and parts == 1 and problem.objective != "memory":
             return
+
+
+def fewest(problem: Problem, assignment: Assignment, options: list[int]) -> int:
+    """The fewest micro-batches that fit; where none do, those from which on more free little.
+
+    Args:
+      problem, assignment: what is planned; its own micro-batches do not count.
+      options: numbers of micro-batches, from few to many.
+    """
+    peaks: dict[int, int] = {}
+
+    def peak(parts: int) -> int:
+        if parts not in peaks:
+            peaks[parts] = problem.peak(replace(assignment, micro_batches=parts))
+        return peaks[parts]
+
+    last = options[-1]
+    for number, parts in enumerate(options):
+        if peak(parts) <= problem.limit:
+            return parts
+        # the sums of the gradients come with the second micro-batch
+        freed = peaks[options[number - 1]] - peak(parts) if number > 1 else math.inf
+        if freed < LITTLE * peak(parts) and peak(last) > problem.limit:
+            break
+    least = min(peaks.values())
+    return next(n for n in options if n in peaks and peaks[n] <= least * (1 + LITTLE))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lepton_jax.planner.plan import ArrayPlan, Entries, Entry, Plan
 
 WIDTH = 110  # columns of the text
+SIMPLEST = "the simplest"  # the reason of a plan that is not the very best
 BAR = 22     # of which one bar takes so many
 SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
 
@@ -59,12 +60,19 @@ def html(plan: Plan) -> str:
 def head(plan: Plan) -> list[str]:
     """Strategy, mesh and what a step is predicted to cost."""
     parts = plan.micro_batches
-    lines = [f"{plan.name} on {plan.topology}, the best in {plan.objective}",
+    lines = [f"{plan.name} on {plan.topology}, {_rank(plan)}",
              " · ".join([f"mesh {meshed(plan)}", f"batch {plan.batch_size:,} over {_and(plan.batch_axes) or 'one device'}",
                          f"{parts} micro-batch{'es' if parts > 1 else ''}", f"remat {plan.remat}", f"data {plan.data}",
                          f"{plan.steps_per_call} step{'s' if plan.steps_per_call > 1 else ''} a call"])]
     lines.append(" · ".join(prediction(plan)))
     return [line for whole in lines for line in textwrap.wrap(whole, WIDTH, subsequent_indent="  ", break_long_words=False)]
+
+
+def _rank(plan: Plan) -> str:
+    """How the plan stands to the others in the objective."""
+    if SIMPLEST in plan.reasons:
+        return f"the simplest of the {'cheapest' if plan.objective == 'cost' else 'fastest'}"
+    return f"the best in {plan.objective}"
 
 
 def prediction(plan: Plan) -> list[str]:
@@ -249,7 +257,7 @@ def _rivals(plan: Plan) -> list[str]:
     cells = [(r.name, ",".join(f"{k}={v}" for k, v in r.mesh.items()), r.remat, str(r.micro_batches), duration(r.seconds),
               size(r.bytes), r.loses) for r in plan.rivals]
     return grid(("rival", "mesh", "remat", "micro-batches", "a step", "a device", "loses"), cells, "<<<>>><",
-                flexible=(0, 1, 6)) if cells else []
+                flexible=(0, 1)) if cells else []
 
 
 def _listed(title: str, items: Iterable[tuple[str, str]]) -> list[str]:

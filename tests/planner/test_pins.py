@@ -1,16 +1,23 @@
 """Pins: what may be fixed, how it binds the search, and what each mistake is told."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import lepton_jax as lepton
 from lepton_jax.errors import PlanError
-from lepton_jax.planner import planning
+from lepton_jax.planner import planning, search
+from lepton_jax.program import Program
+from lepton_jax.state import by_path
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CPU = lepton.topology("cpu:8")
 MESH = {"data": 2, "tensor": 4}
@@ -77,7 +84,6 @@ def test_mesh_remat_and_micro_batches_are_taken_as_given():
                                                             "blocks/*/attention/key/kernel"]),
     ({"mesh": MESH, "pins": {"**/embedding": P("tensr")}}, ["'tensr'", "did you mean 'tensor'", "the mesh has data, tensor"]),
     ({"mesh": MESH, "pins": {"norm/scale": P(None, "tensor")}}, ["has 2 entries", "(32,)", "at most 1"]),
-    ({"mesh": {"data": 8}, "pins": {"**/query/kernel": P(None, "data")}}, ["blocks/*/attention/key.1", "over 8", "divides 4"]),
     ({"mesh": MESH, "pins": {"**/up/kernel": P(None, "tensor"), "**/gate/kernel": P(None, "data")}},
      ["pins disagree", "feed_forward/up.1", "gate/kernel"]),
     ({"remat": "ful"}, ["'ful' is not known", "did you mean 'full'", "none, dots, full"]),
@@ -111,3 +117,81 @@ def test_a_topology_that_is_not_known(name, fragments):
     with pytest.raises(PlanError) as error:
         lepton.topology(name)
     assert all(fragment in str(error.value) for fragment in fragments)
+
+
+# ---- a pin says how an array is stored --------------------------------------------------------------------------------
+
+
+class Attention(nnx.Module):
+    """Grouped queries: fewer heads of keys and values."""
+
+    def __init__(self, heads, kv_heads, rngs):
+        self.embed = nnx.Embed(64, 32, rngs=rngs)
+        self.query = nnx.Linear(32, 32, rngs=rngs)
+        self.key, self.value = (nnx.Linear(32, 32 // heads * kv_heads, rngs=rngs) for _ in range(2))
+        self.out = nnx.Linear(32, 64, rngs=rngs)
+        self.heads, self.kv_heads = heads, kv_heads
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        split = lambda x, n: x.reshape(*x.shape[:2], n, -1)  # noqa: E731
+        x = jax.nn.dot_product_attention(
+            split(self.query(x), self.heads), split(self.key(x), self.kv_heads), split(self.value(x), self.kv_heads))
+        return self.out(x.reshape(*tokens.shape, 32))
+
+
+def trained(trace, plan):
+    """Losses of two steps."""
+    program = Program(trace, plan, jax.devices()[:math.prod(plan.mesh.values())])
+    state, losses = program.init(0), []
+    assert {k: tuple(x.sharding.spec) for k, x in by_path(state).items()} == {a.path: a.spec for a in plan.arrays}
+    for step in range(2):
+        draw = np.random.default_rng(step).integers
+        batch = tuple(draw(0, 8, x.shape).astype(np.int32) for x in (trace.inputs, trace.targets))
+        state, records = program.train(state, jax.device_put(batch, program.block_sharding), 0, 1)
+        losses.append(float(records[0, 0]))
+    return losses
+
+
+def language(model):
+    recipe = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-2), batch_size=8,
+                           steps_per_call=1)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return lepton.trace(recipe, tokens, tokens)
+
+
+@functools.cache
+def alone(model):
+    trace = language(model)
+    return trace, trained(trace, search.fixed(trace, lepton.topology("cpu:1"), search.by_hand(trace, (1,), {}, 0)))
+
+
+MHA = functools.partial(Attention, 4, 4)
+GQA = functools.partial(Attention, 4, 2)
+MOE = functools.partial(lepton.models.MoELM, 64, dim=32, layers=1, heads=4, hidden=64, experts=4)
+
+
+@pytest.mark.parametrize(("model", "mesh", "pins"), [
+    (MHA, {"tensor": 8}, {"query/kernel": P(None, "tensor")}),
+    (MHA, {"data": 8}, {"query/kernel": P(None, "data"), "out/kernel": P("data")}),
+    (GQA, {"tensor": 8}, {"key/kernel": P(None, "tensor"), "query/kernel": P(None, "tensor")}),
+    (GQA, {"data": 2, "tensor": 4}, {"key/kernel": P(None, "tensor"), "value/kernel": P("tensor", "data")}),
+    (GQA, {"data": 2, "tensor": 4}, {"query/kernel": P(None, ("data", "tensor"))}),
+    (GQA, {"data": 2, "tensor": 4}, {"embed/embedding": P(None, ("data", "tensor")), "key/bias": P("tensor")}),
+    (MOE, {"data": 8}, {"**/feed_forward/up": P(None, "data"), "**/feed_forward/down": P(None, None, "data")}),
+    (MOE, {"expert": 4, "x": 2}, {"**/feed_forward/gate": P("expert", None, "x")}),
+], ids=str)
+def test_a_pin_of_storage_that_divides_is_kept_whatever_the_heads_have_in_common(model, mesh, pins):
+    trace, expected = alone(model)
+    plan = planning.plan(trace, CPU, mesh=mesh, pins=pins)
+    arrays = specs(plan)
+    for pattern, spec in pins.items():
+        found = [a for path, a in arrays.items() if path.endswith(pattern.removeprefix("**/"))]
+        assert found and all(a.spec == tuple(spec) for a in found)
+    np.testing.assert_allclose(trained(trace, plan), expected, rtol=2e-5)
+
+
+def test_what_is_only_stored_in_parts_is_gathered_where_it_is_used():
+    plan = planning.plan(language(MHA), CPU, mesh={"tensor": 8}, pins={"query/kernel": P(None, "tensor")})
+    query = specs(plan)["query/kernel"]
+    assert query.spec == (None, "tensor") and query.use == () and "gathered where it is used" in query.reason
