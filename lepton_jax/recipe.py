@@ -24,7 +24,8 @@ class Recipe:
     Attributes:
       model: a Flax NNX factory taking `rngs` (a class will do), or a Linen module, its class or a factory of it.
       loss: (outputs, targets) to one value per sample: shape (batch, ...), averaged over all its dims; or to a pair
-        (values, weights) for a weighted mean. A loss that is already a mean (a scalar) is applied sample by sample.
+        (values, weights) for a weighted mean; or to a scalar that is the batch's mean already. How each is put together
+        over a test set: docs/evaluation.md.
       optimizer: an Optax transformation; or a function of the learning rate that returns one, such as `optax.adamw`.
       learning_rate: a number or an Optax schedule, given to `optimizer` if that is a function. Only then can it be
         shown in the report.

@@ -173,7 +173,8 @@ class _Search:
             # Written as a bound: "< c" and ">= c" part the numbers before c from the rest.
             first = seen.number + (seen.name in ("le", "gt"))
             if seen.name in ("eq", "ne"):
-                limit = replace(limit, spared=(*limit.spared, int(seen.number)))
+                if seen.number.is_integer():
+                    limit = replace(limit, spared=(*limit.spared, int(seen.number)))
             elif first == 0:
                 limit = replace(limit, negative=True)
             elif first == limit.size:
@@ -241,9 +242,7 @@ class _Search:
         if name in COMPARISONS:
             return self._comparison(name, eqn, facts, callers)
         if name == "add":
-            pair = _with_constant(facts)
-            shifts = pair is not None and pair[0].wrapped is None
-            return Shifted(pair[0], int(pair[1])) if pair and shifts else None
+            return _shifted(facts)
         if name == "select_n":
             return self._select(facts)
         if name == "concatenate":
@@ -430,6 +429,14 @@ def _with_constant(facts: list[Any]) -> tuple[Followed, Any] | None:
     if len(facts) != 2 or kinds.keys() != {Followed, Constant}:
         return None
     return kinds[Followed], kinds[Constant].number
+
+
+def _shifted(facts: list[Any]) -> Shifted | None:
+    pair = _with_constant(facts)
+    if pair is None or pair[0].wrapped is not None:
+        return None
+    whole = float(pair[1]).is_integer()
+    return Shifted(pair[0], int(pair[1])) if whole else None
 
 
 def _any_of(fact: Any) -> Any:
