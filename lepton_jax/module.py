@@ -15,6 +15,7 @@ from flax import linen, nnx, traverse_util
 from lepton_jax import precision
 from lepton_jax.arguments import Arguments, Effect, Mode, call_of, draws, read, settled
 from lepton_jax.compat import noting_sow, whole_axes
+from lepton_jax.dropout import scale_dropout
 from lepton_jax.errors import ModelError, nearest, pointing_at_user
 from lepton_jax.state import by_path, shapes
 
@@ -363,7 +364,7 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
     ) -> Any:
         module = merged(params_, variables)
         _follow_precision(module)
-        scaled = _scale_dropout(module, dropout) if dropout is not None else []
+        scaled = scale_dropout(module, dropout) if dropout is not None else []
         if not train:
             key = jax.random.key(EVALUATION_SEED)
         outputs = call(arguments, module, inputs, key, arguments.mode(train))
@@ -450,55 +451,6 @@ def _follow_precision(module: nnx.Module) -> None:
             and jnp.dtype(node.dtype).itemsize > node.embedding.dtype.itemsize
         ):
             node.dtype = node.embedding.dtype
-
-
-class _ScaledDropout(nnx.Dropout):
-    """An nnx.Dropout whose rate is times a traced factor.
-
-    With a factor of 1 it has the same bits.
-    """
-
-    factor: Any
-
-    def __call__(
-        self, inputs: Any, *, deterministic: bool | None = None, rngs: Any = None
-    ) -> Any:
-        if self.deterministic if deterministic is None else deterministic:
-            return inputs
-        source = rngs or self.rngs
-        stream: Any = (
-            source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
-        )
-        drawn = stream.count[...]
-        plain = super().__call__(inputs, deterministic=False, rngs=rngs)
-        after, stream.count[...] = (
-            stream.count[...],
-            drawn,
-        )  # the same key again, so that the same inputs are dropped
-        kept = 1 - jnp.minimum(self.rate * self.factor, 0.99)
-        mask = jax.random.bernoulli(stream(), kept, plain.shape)
-        stream.count[...] = after
-        scaled = jnp.where(mask, inputs / kept.astype(inputs.dtype), 0)
-        return jnp.where(self.factor == 1, plain, scaled)
-
-
-def _scale_dropout(module: nnx.Module, factor: Any) -> list[Any]:
-    found = [
-        node
-        for _, node in nnx.iter_graph(module)
-        if isinstance(node, nnx.Dropout) and 0 < node.rate < 1
-    ]
-    if not found:
-        raise ModelError(
-            "a policy moves dropout, but the model has no nnx.Dropout with a rate "
-            "above 0",
-            where=type(module).__name__,
-            remedy="give the model one, or leave that policy out",
-        )
-    for node in found:
-        node.__class__ = _ScaledDropout
-        node.factor = nnx.data(factor)  # type: ignore[attr-defined]
-    return found
 
 
 def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
