@@ -47,20 +47,14 @@ OUTSIDE = frozenset((
     "disabledropout", "nodropout",
 ))  # fmt: skip
 RNGS = ("rngs",)
-KEYS = (
-    "rng",
-    "key",
-    "prng_key",
-    "rng_key",
-    "prng",
-    "random_key",
-    "prngkey",
-    "dropout_rng",
-    "dropout_key",
-)
+# rng, key, prng_key, dropout_rng, z_rng, rng_0, ...
+KEYS = re.compile(r"(\w+_)?(rng|prng|prngkey|key)(_?\d+)?")
 BOOLEANS = re.compile(
     r"(typing\.|t\.|tp\.)?(bool|Optional\[bool\]|Union\[(bool, *None|None, *bool)\])"
 )
+
+# Names under which a call takes all arrays of a batch in one dict.
+WHOLE = ("batch", "inputs", "data", "features", "example", "examples", "sample")
 
 REQUIRED = inspect.Parameter.empty
 POSITIONAL = (
@@ -109,6 +103,8 @@ class Arguments:
       where: the call, for messages.
       data: the parameter that takes an array; None: the first one, or the inputs are a
         dict.
+      whole: whether a dict of inputs goes to one parameter, instead of its arrays by
+        name.
       training: Boolean arguments and their values in training; outside of it they have
         the other one.
       random: arguments that take random streams or a key, and whether they get one
@@ -121,6 +117,7 @@ class Arguments:
 
     where: str
     data: str | None = None
+    whole: bool = False
     training: Mapping[str, bool] = field(default_factory=dict)
     random: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
     open: Mapping[str, Any] = field(default_factory=dict)
@@ -156,7 +153,7 @@ class Arguments:
         options: dict[str, Any] = dict(mode.values)
         # in one order in every process: their keys are made in it
         options |= {name: streams(name) for name in sorted(mode.random)}
-        if isinstance(inputs, dict):
+        if isinstance(inputs, dict) and not self.whole:
             return function(**inputs, **options)
         if self.data is not None:
             return function(**{self.data: inputs}, **options)
@@ -188,11 +185,13 @@ def read(
         itertools.islice(_signature(function).items(), 1, None)
     )  # without self
     named = {n: p for n, p in parameters.items() if p.kind in NAMED}
-    names = set(inputs) if isinstance(inputs, dict) else set()
+    whole = isinstance(inputs, dict) and _takes_whole(parameters, inputs)
+    by_name = isinstance(inputs, dict) and not whole
+    names = set(inputs) if by_name else set()
     others = {n: p for n, p in named.items() if n not in names}
 
     data, takes = None, names
-    if not isinstance(inputs, dict):
+    if not by_name:
         data = _data_parameter(parameters, where)
         takes = {data} if data is not None else set()
         others.pop(data or "", None)
@@ -231,6 +230,7 @@ def read(
     return Arguments(
         where,
         data=data if data != first else None,
+        whole=whole,
         training=training,
         random={n: (True, True) for n, p in streams.items() if _is_required(p)},
         open={n: p.default for n, p in unknown.items()},
@@ -303,6 +303,25 @@ def _signature(function: Callable) -> dict[str, inspect.Parameter]:
         return {}
 
 
+def _takes_whole(
+    parameters: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]
+) -> bool:
+    """Whether a dict of inputs goes to the only parameter there is, as in `batch["x"]`."""
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return False
+    if any(name in parameters for name in inputs):
+        return False
+    needed = [
+        name
+        for name, p in parameters.items()
+        if p.kind in POSITIONAL
+        and _is_required(p)
+        and _sense(name, p) is None
+        and not _random(name, p, parameters)
+    ]
+    return len(needed) == 1 and needed[0] in WHOLE
+
+
 def _data_parameter(
     parameters: Mapping[str, inspect.Parameter], where: str
 ) -> str | None:
@@ -368,7 +387,8 @@ def _check_inputs(
             where=where,
             remedy="give the inputs as a dict's arrays by name, "
             f"{_dict([*taken, *missing])}, or give "
-            f"{_listed(missing)} a default, e.g. None, or {wrap}",
+            f"{_listed(missing)} a default, e.g. None, or {wrap}; if {missing[-1]!r} "
+            "says whether the model trains, name it as Recipe.train_argument",
         )
 
 
@@ -459,10 +479,9 @@ def _random(name: str, parameter: inspect.Parameter, parameters: Iterable[str]) 
         return False
     if name in RNGS:
         return True
-    attention = name == "key" and any(
-        n in parameters for n in ("query", "value", "q", "v")
-    )
-    return name in KEYS and not attention
+    # the key of an attention is an input
+    attention = any(n in parameters for n in ("query", "value", "q", "v"))
+    return KEYS.fullmatch(name) is not None and not attention
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -339,7 +339,9 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
                 f"the module creates the variable {sorted(surplus)[0]!r} when it is "
                 "called",
                 where=name,
-                remedy="create it in __init__, so that the state has one shape",
+                remedy="create it in __init__, so that the state has one shape; a value for "
+                "the loss is sown: self.sow(nnx.Intermediate, name, value) and "
+                'Recipe(auxiliary={"Intermediate": 1.0})',
             )
         return variables, found
 

@@ -381,6 +381,54 @@ def test_linen_takes_a_key(data):
     close(run.state.params, params)
 
 
+class LinenNamedKeys(linen.Module):
+    """Keys by names that say what they are for."""
+
+    @linen.compact
+    def __call__(self, x, z_rng, rng_1):
+        first = jax.random.normal(z_rng, x.shape)
+        second = jax.random.normal(rng_1, x.shape)
+        return linen.Dense(3)(x + 0.1 * (first - second))
+
+
+def test_keys_by_any_name_that_says_key_are_filled_and_differ(data):
+    run = trainer(LinenNamedKeys(), data, loss=lambda o, t: cross_entropy(o, t))
+    plain = trainer(linen.Dense(3), data)
+    noisy, quiet = run.fit()["loss"], plain.fit()["loss"]
+    assert np.isfinite(noisy).all()
+    # the same key twice would leave no noise at all
+    assert np.abs(noisy - quiet).min() > 1e-5
+    np.testing.assert_array_equal(run.evaluate(data), run.evaluate(data))
+
+
+class WholeBatch(linen.Module):
+    @linen.compact
+    def __call__(self, batch, train=False):
+        x = linen.Dense(8)(batch["left"]) + linen.Dense(8)(batch["right"])
+        return linen.Dense(3)(linen.Dropout(0.3, deterministic=not train)(x))
+
+
+class WholeBatchNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.layer(inputs["left"] - 2 * inputs["right"])
+
+
+@pytest.mark.parametrize("model", [WholeBatch(), WholeBatchNnx], ids=["linen", "nnx"])
+def test_a_model_that_takes_the_whole_batch_gets_the_dict(model, data):
+    inputs = {"left": data[0], "right": data[0][:, ::-1].copy()}
+    run = trainer(model, (inputs, data[1]))
+    history = run.fit()
+    assert np.isfinite(history["loss"]).all()
+    assert run.predict(inputs).shape == (96,)
+    if model is WholeBatchNnx:
+        plain = {"x": data[0] - 2 * data[0][:, ::-1]}
+        by_name = trainer(lambda rngs: Plain(rngs), (plain, data[1]))
+        assert by_name.fit()["loss"].shape == history["loss"].shape
+
+
 class Noisy(linen.Module):
     """It draws from a stream of its own, outside of training too."""
 
