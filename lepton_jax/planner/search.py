@@ -235,9 +235,9 @@ def search(problem: Problem) -> list[Candidate]:
             a = problem.untranslated(final.assignment)
             finished[a.sizes, a.masks, a.keep, a.remat, a.micro_batches] = final
     if _cut_up(finished.values()) and problem.whole:
-        final = in_one_piece(problem, [a for _, a in ranked])
-        if final is not None:
-            finished[()] = final
+        whole = in_one_piece(problem, [a for _, a in ranked])
+        if whole is not None:
+            finished[()] = whole
     return order(problem, finished.values())
 
 

@@ -24,13 +24,16 @@ def on(name, memory):
     return dataclasses.replace(whole, chip=dataclasses.replace(whole.chip, memory=memory))
 
 
+def numbers(*shape):
+    return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+
 def images(batch_size, **fields):
-    return recipe(functools.partial(models.CNN, 10), (jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32), LABEL), batch_size, fields)
+    return recipe(functools.partial(models.CNN, 10), (numbers(28, 28, 1), LABEL), batch_size, fields)
 
 
 def wide(batch_size, **fields):
-    return recipe(functools.partial(models.MLP, (1_000_000, 10)), (jax.ShapeDtypeStruct((1, 1_000_000), jnp.float32), LABEL),
-                  batch_size, fields)
+    return recipe(functools.partial(models.MLP, (1_000_000, 10)), (numbers(1_000_000), LABEL), batch_size, fields)
 
 
 def language(batch_size, **fields):
@@ -39,7 +42,8 @@ def language(batch_size, **fields):
 
 
 def recipe(model, shapes, batch_size, fields):
-    made = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3), batch_size=batch_size, **fields)
+    made = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3),
+                         batch_size=batch_size, **fields)
     return lepton.trace(made, *shapes)
 
 
@@ -74,8 +78,7 @@ def test_micro_batches_that_are_asked_for_are_the_first_to_change():
 
 def test_micro_batches_that_free_little_are_not_offered(monkeypatch):
     monkeypatch.setattr(planning, "DOUBLINGS", 0)
-    row = jax.ShapeDtypeStruct((1, 1024), jnp.float32)
-    trace = recipe(functools.partial(models.MLP, (1024, 1024, 10)), (row, LABEL), 1024, {})
+    trace = recipe(functools.partial(models.MLP, (1024, 1024, 10)), (numbers(1024), LABEL), 1024, {})
     with pytest.raises(lepton.PlanError) as caught:
         planning.plan(trace, on("h200:1", 2e6))
     parts = int(re.search(r"remat \w+, ([\d,]+) micro-batch", caught.value.what)[1])
@@ -90,8 +93,8 @@ def test_micro_batches_that_free_nothing_are_one():
 
 
 def test_a_faster_rival_is_not_called_slower_and_the_plan_not_the_best():
-    row = jax.ShapeDtypeStruct((1, 784), jnp.float32)
-    plan = planning.plan(recipe(functools.partial(models.MLP, (784, 2048, 10)), (row, LABEL), 16, {}), lepton.topology("h200:8"))
+    trace = recipe(functools.partial(models.MLP, (784, 2048, 10)), (numbers(784), LABEL), 16, {})
+    plan = planning.plan(trace, lepton.topology("h200:8"))
     faster = [r for r in plan.rivals if r.seconds < plan.step_seconds * 0.999 and not r.loses.startswith("does not fit")]
     assert faster, "the case has a rival that is faster by microseconds"
     for rival in faster:

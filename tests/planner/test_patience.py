@@ -20,7 +20,8 @@ TOKENS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
 
 def language(batch_size=64, **fields):
     model = functools.partial(models.TransformerLM, 512, dim=256, layers=2, heads=8)
-    recipe = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3), batch_size=batch_size, **fields)
+    recipe = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3),
+                           batch_size=batch_size, **fields)
     return lepton.trace(recipe, TOKENS, TOKENS)
 
 
