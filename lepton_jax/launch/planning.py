@@ -26,6 +26,7 @@ from lepton_jax.launch import cluster, settings
 from lepton_jax.module import is_linen
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.planner.frontier import Frontier, frontier
+from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
 from lepton_jax.planner.remat import POLICIES
 from lepton_jax.planner.show import duration, units
 from lepton_jax.recipe import Recipe
@@ -119,6 +120,8 @@ def _parser(micro_batches: bool) -> settings.Parser:
         help="rematerialization (default: the mildest that fits)")
     if micro_batches:
         add("--micro-batches", type=settings.reader(int), metavar="N", help="parts in which a batch passes through the model")
+    add("--time-limit", type=settings.reader(float), metavar="SECONDS", help="of computing, after which the best plan so far is "
+        f"taken (default: {LIMIT_SECONDS:.0f})")
     add("--tokens", type=settings.reader(float), metavar="N", help="compare the topologies for so many tokens, or samples "
         "where there are no tokens (default: 1e9 where there are several)")
     add("--verify", action="store_true", help="compile the planned step for the topology and set XLA's account beside the plan")
@@ -186,13 +189,13 @@ def _targets(options: argparse.Namespace) -> tuple[Plan | None, list[Topology]]:
 
 def _check(options: argparse.Namespace, targets: Sequence[Topology]) -> None:
     """Contradictions and files that can't be written, before minutes are spent."""
-    fixed = ("mesh", "pin", "remat", "micro_batches", "prove") if options.replay is not None else ()
+    fixed = ("mesh", "pin", "remat", "micro_batches", "prove", "time_limit") if options.replay is not None else ()
     for name in fixed:
         if getattr(options, name, None) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise SettingError(f"{flag} can't change a plan that is replayed", where=f"command line, {flag}",
                                remedy=f"leave out {flag}, or plan anew without --replay")
-    for flag, number in (("--tokens", options.tokens), ("--prove", options.prove),
+    for flag, number in (("--tokens", options.tokens), ("--prove", options.prove), ("--time-limit", options.time_limit),
                          ("--micro-batches", getattr(options, "micro_batches", None))):
         if number is not None and not 0 < number < float("inf"):
             raise SettingError(f"{flag} is {number}", where=f"command line, {flag}", remedy="give a number above 0")
@@ -235,12 +238,14 @@ def _traced(recipe: Recipe) -> Trace:
     if not isinstance(data, grain.MapDataset | grain.IterDataset):
         data = from_any(data)
     count = None if isinstance(data, grain.MapDataset | grain.IterDataset) else len(data)
-    return trace(recipe, *sample(data), samples=count)
+    with Patience("tracing the model"):
+        return trace(recipe, *sample(data), samples=count)
 
 
 def _planned(traced: Trace, target: Topology, options: argparse.Namespace, replayed: Plan | None) -> Result:
     asked = {"mesh": options.mesh, "pins": dict(options.pin) if options.pin else None, "remat": options.remat,
              "micro_batches": getattr(options, "micro_batches", None)}
+    asked |= {"time_limit": options.time_limit}
     asked = {name: value for name, value in asked.items() if value is not None} | {"objective": options.objective}
     start, result = time.perf_counter(), Result(target, replayed, None, 0.0)
     if replayed is not None:

@@ -73,7 +73,7 @@ def nearest_change(problem: Problem, found: Sequence[Candidate], doublings: int)
     changes, pins, trace = [], problem.pins, problem.trace
     best = leanest(found)
     if pins.remat not in (None, "full") or pins.micro_batches is not None or pins.meshes:
-        free = unpinned(problem, problem.topology)
+        free = unpinned(problem, problem.topology, problem.patience.limit)
         if search(free)[0].fits:
             fixed = (("the mesh", pins.meshes), ("remat", pins.remat), ("micro_batches", pins.micro_batches))
             what = [word for word, on in fixed if on]
@@ -95,12 +95,12 @@ def _state(candidate: Candidate) -> int:
     return sum(candidate.bytes.get(kind, 0) for kind in kinds)
 
 
-def unpinned(problem: Problem, topology: Topology) -> Problem:
+def unpinned(problem: Problem, topology: Topology, limit: float | None) -> Problem:
     """The same problem without pins, maybe elsewhere, with a clock of its own.
 
     What does not depend on either is shared.
     """
-    clock = Patience("planning", problem.patience.limit)
+    clock = Patience("planning", limit)
     free = Problem(problem.trace, topology, problem.objective, Pins(), clock)
     if not problem.pins.storage:
         free._names = problem._names
@@ -114,7 +114,8 @@ class Trial:
 
     Args:
       problem: that search's.
-      assignments: some of its assignments, with masks of the policy "none".
+      assignments: some of its assignments, with masks of the policy "none", each with the
+        rematerialization under which it holds the least.
     """
 
     problem: Problem
@@ -141,13 +142,15 @@ class Trial:
             split = 1 if batch is None else moved.counts[moved.masks[batch]]
             asked = less.pins.micro_batches
             options = [asked] if asked else powers(rows // split)
-            for remat in [less.pins.remat] if less.pins.remat else reversed(POLICIES):
-                parts = fewest(less, replace(moved, remat=remat), options)
-                held = less.peak(replace(moved, remat=remat, micro_batches=parts))
-                least = min(least, held)
-                if least <= less.limit:
-                    return least
+            parts = fewest(less, moved, options)
+            least = min(least, less.peak(replace(moved, micro_batches=parts)))
+            if least <= less.limit:
+                return least
         return least
+
+    def fits(self, rows: int) -> bool:
+        """Whether a whole search finds a plan for so many rows."""
+        return search(self.smaller(rows))[0].fits
 
     def _moved(self, assignment: Assignment, less: Problem) -> Assignment | None:
         """An assignment for the smaller batch; None where that does not divide.
@@ -171,9 +174,10 @@ class Trial:
 def fewer_samples(problem: Problem, found: Sequence[Candidate]) -> int | None:
     """The largest batch size that fits, as far as `ADVICE_SECONDS` reach; None: none does.
 
-    Multiples of the number of devices that the leanest plan splits the batch over come
-    first, since any other size leaves devices idle. Memory grows with the rows nearly
-    in a straight line, so few sizes are traced: each is guessed from the two around it.
+    Multiples of the number of devices come first, then of those that the leanest plan
+    splits the batch over, since any other size leaves devices idle. Memory grows with
+    the rows nearly in a straight line, so few sizes are traced: each is guessed from the
+    two around it.
     """
     total = problem.trace.recipe.batch_size
     batch = problem.names("none").batch
@@ -188,11 +192,11 @@ def fewer_samples(problem: Problem, found: Sequence[Candidate]) -> int | None:
     parts = problem.pins.micro_batches or 1
     trial = Trial(problem, assignments)
 
-    with Patience("planning", ADVICE_SECONDS) as patience:
-        for step in dict.fromkeys([split * parts, parts]):
-            fits = _largest(trial, step, total, chosen[0], patience)
-            if fits:
-                return fits
+    patience = Patience("planning", ADVICE_SECONDS)
+    for count in dict.fromkeys([problem.topology.devices, split, 1]):
+        fits = _largest(trial, count * parts, total, chosen[0], patience)
+        if fits:
+            return fits
     return None
 
 
@@ -225,30 +229,42 @@ def _largest(
             low, below = middle, held
         else:
             high, above = middle, held
-    while low > 0:
-        if search(trial.smaller(low * step))[0].fits:
-            return low * step
+    while low > 0 and not trial.fits(low * step):
         low //= 2
-    return None
+    if low == 0:
+        return None
+
+    # a whole search may find what is leaner than the assignments that were tried
+    stride = 1
+    growing = True
+    most = -(-total // step)
+    while stride > 0 and not patience.over():
+        if low + stride < most and trial.fits((low + stride) * step):
+            low += stride
+            stride *= 2 if growing else 1
+        else:
+            growing = False
+            stride //= 2
+    return low * step
 
 
 def larger_topology(problem: Problem, doublings: int) -> str | None:
     """The smallest topology of the same chip, in doublings, that something fits on."""
     shape = list(problem.topology.shape)
     least = sum(state for pair in problem.memory("none").each for state in pair)
-    with Patience("planning", ADVICE_SECONDS) as patience:
-        for _ in range(doublings):
-            dim = shape.index(min(shape))
-            shape[dim] *= 2
-            topology = replace(problem.topology, shape=tuple(shape))
-            if least / topology.devices > topology.device.memory:
-                continue  # not even the state, evenly split
-            if patience.over():
-                return None
-            problem.patience.detail = f"trying {topology.name}"
-            try:
-                if search(unpinned(problem, topology))[0].fits:
-                    return topology.name
-            except PlanError:
-                continue
+    patience = Patience("planning", ADVICE_SECONDS)
+    for _ in range(doublings):
+        dim = shape.index(min(shape))
+        shape[dim] *= 2
+        topology = replace(problem.topology, shape=tuple(shape))
+        if least / topology.devices > topology.device.memory:
+            continue  # not even the state, evenly split
+        if patience.over():
+            return None
+        problem.patience.detail = f"trying {topology.name}"
+        try:
+            if search(unpinned(problem, topology, ADVICE_SECONDS))[0].fits:
+                return topology.name
+        except PlanError:
+            continue
     return None

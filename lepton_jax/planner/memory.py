@@ -71,8 +71,8 @@ class Sizes:
             extents = [value.shape[d] for d in order] + [1] * blank
             roots = [graph.find(value.nodes[d]) for d in order]
             groups = [names.of.get(root, -1) for root in roots] + [-1] * blank
-            stored, dims = value.stored or (-1, ())
-            dims = [dims[d] for d in order] + [rank] * blank if dims else [rank] * rank
+            stored, own = value.stored or (-1, ())
+            dims = [own[d] for d in order] + [rank] * blank if own else [rank] * rank
             image = convolves and len(value.shape) > 3
             look = (*extents, *groups, *dims, stored, image, itemsize(value))
             self.row[value.index] = known.setdefault(look, len(known))

@@ -204,9 +204,10 @@ def _samples(graph: Graph, paths: list[str]) -> set[int]:
     ]
     for operation, index in graph.stepping:
         value = operation.inputs[index]
-        if value is not None and graph.find(value.nodes[0]) in first:
-            if (index, 0) not in operation.whole:
-                operation.whole.append((index, 0))
+        if value is None or graph.find(value.nodes[0]) not in first:
+            continue
+        if (index, 0) not in operation.whole:  # by the names of the same graph before
+            operation.whole.append((index, 0))
     return set(first)
 
 

@@ -79,7 +79,8 @@ def _plan(problem: Problem, chosen: Candidate, found: Sequence[Candidate]) -> Pl
     best = problem.cost(a.remat).estimate(a, causes=True)
     rivals = [_rival(problem, chosen, c) for c in _rivals(chosen, found)]
     return build(problem.trace, problem.topology, names, a, objective=problem.objective, estimate=best, held=chosen.bytes,
-                 rivals=rivals, axes=problem.pins.axes, reasons=_reasons(problem, chosen, found), notes=_notes(problem))
+                 rivals=rivals, axes=problem.pins.axes, reasons=_reasons(problem, chosen, found),
+                 notes=_notes(problem, chosen))
 
 
 def _rivals(chosen: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
@@ -92,12 +93,14 @@ def _rivals(chosen: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
     return rivals
 
 
-def _notes(problem: Problem) -> list[str]:
+def _notes(problem: Problem, chosen: Candidate) -> list[str]:
     patience, notes = problem.patience, list(problem.roles.notes)
+    if chosen.assignment.micro_batches > 1 and problem.whole:
+        notes.append(problem.batches.note(chosen.assignment.micro_batches))
     if not patience.cut:
         return notes
-    return [*notes, f"the search stopped after {patience.limit:.0f} s of computing, before it had tried everything: this is the best "
-            "plan so far; time_limit (--time-limit) lets it look for longer"]
+    return [*notes, f"the search stopped after {patience.limit:.0f} s of computing, before it had tried everything: this "
+            "is the best plan so far; time_limit (--time-limit) lets it look for longer"]
 
 
 def _kept(names: Names, a: Any) -> int:
@@ -111,7 +114,15 @@ def _kept(names: Names, a: Any) -> int:
 
 
 def _reasons(problem: Problem, chosen: Candidate, found: Sequence[Candidate]) -> dict[str, str]:
-    return _simpler(problem, chosen, found) | _memory(problem, chosen)
+    return _simpler(problem, chosen, found) | _memory(problem, chosen) | _whole(problem, chosen, found)
+
+
+def _whole(problem: Problem, chosen: Candidate, found: Sequence[Candidate]) -> dict[str, str]:
+    """Why a batch is kept in one piece where micro-batches would be faster."""
+    faster = [c for c in found if c.fits and c.score < chosen.score and c.assignment.micro_batches > 1]
+    if chosen.assignment.micro_batches > 1 or not faster or not problem.whole:
+        return {}
+    return {"in one piece": f"micro-batches would change the model: {problem.batches.why}"}
 
 
 def _simpler(problem: Problem, chosen: Candidate, found: Sequence[Candidate]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assemble import Assignment, expert_groups
+from lepton_jax.planner.batches import Batches
 from lepton_jax.planner.build import by_hand, fixed  # noqa: F401  for a plan without a search
 from lepton_jax.planner.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.memory import Sizes, Timeline, predict
@@ -37,6 +38,7 @@ MOST_PAIRED = 20  # turns up to which two at a time are tried, too
 # Twice as many micro-batches that free less than this share of the peak free little: what
 # they could free at the most halves each time
 LITTLE = 0.01
+MOST_WHOLE = 16  # leaner assignments that are tried in one piece, where samples meet
 SMALL_MESH = 16  # devices up to which it is worth looking for what no expert would write
 
 
@@ -96,6 +98,7 @@ class Problem:
     _memories: dict[str, Memory] = field(default_factory=dict)
     _shared: set[int] | None = None
     _roles: Roles | None = None
+    _batches: Batches | None = None
     _flops: float | None = None
 
     def names(self, remat: str) -> Names:
@@ -131,6 +134,19 @@ class Problem:
         if self._roles is None:
             self._roles = Roles(self.names("none"), self.pins)
         return self._roles
+
+    @property
+    def batches(self) -> Batches:
+        """What micro-batches would change of the model."""
+        if self._batches is None:
+            self.patience.detail = "looking where samples meet"
+            self._batches = Batches(self.trace)
+        return self._batches
+
+    @property
+    def whole(self) -> bool:
+        """Whether a batch should stay in one piece, since nobody asked for several."""
+        return self.pins.micro_batches is None and self.batches.change
 
     def lightly(self, assignment: Assignment) -> tuple[float, Assignment]:
         """The time of an assignment, made worse by how much of the state would not fit."""
@@ -218,7 +234,31 @@ def search(problem: Problem) -> list[Candidate]:
         for final in finish(problem, a):
             a = problem.untranslated(final.assignment)
             finished[a.sizes, a.masks, a.keep, a.remat, a.micro_batches] = final
+    if _cut_up(finished.values()) and problem.whole:
+        whole = in_one_piece(problem, [a for _, a in ranked])
+        if whole is not None:
+            finished[()] = whole
     return order(problem, finished.values())
+
+
+def _cut_up(candidates: Iterable[Candidate]) -> bool:
+    """Whether something fits, but only in micro-batches."""
+    fits = [c.assignment.micro_batches for c in candidates if c.fits]
+    return bool(fits) and min(fits) > 1
+
+
+def in_one_piece(problem: Problem, assignments: list[Assignment]) -> Candidate | None:
+    """The first plan without micro-batches that fits, the leanest state first."""
+    memory = problem.memory("none")
+    lean = sorted(assignments, key=memory.state)[:MOST_WHOLE]
+    for assignment in lean:
+        for remat in [problem.pins.remat] if problem.pins.remat else POLICIES:
+            if problem.patience.over():
+                return None
+            whole = replace(assignment, remat=remat, micro_batches=1)
+            if problem.peak(whole) <= problem.limit:
+                return problem.candidate(whole)
+    return None
 
 
 def _looked_at(number: int, count: int, found: dict) -> str:
@@ -252,14 +292,23 @@ def _without(mask: int, bit: int) -> int:
 
 
 def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
-    """By the objective; among those that are alike, the simpler first."""
+    """By the objective; among those that are alike, the simpler first.
+
+    Where micro-batches would change the model, those without come first.
+    """
     rest = sorted(candidates, key=lambda c: (not c.fits, c.score if c.fits else c.peak))
-    if rest and rest[0].fits:
-        slack = 0.0 if problem.objective == "memory" else ALIKE_SECONDS
-        alike = [c for c in rest if c.fits and c.score <= rest[0].score * (1 + ALIKE) + slack]
-        alike.sort(key=lambda c: (_complexity(problem, problem.untranslated(c.assignment)), c.score))
-        rest = [*alike, *(c for c in rest if c not in alike)]
-    return rest
+    pool = [c for c in rest if c.fits]
+    whole = [c for c in pool if c.assignment.micro_batches == 1]
+    if 0 < len(whole) < len(pool) and problem.whole:
+        pool = whole
+    if not pool:
+        return rest
+
+    slack = 0.0 if problem.objective == "memory" else ALIKE_SECONDS
+    alike = [c for c in pool if c.score <= pool[0].score * (1 + ALIKE) + slack]
+    alike.sort(key=lambda c: (_complexity(problem, problem.untranslated(c.assignment)), c.score))
+    first = [*alike, *(c for c in pool if c not in alike)]
+    return [*first, *(c for c in rest if c not in first)]
 
 
 def _complexity(problem: Problem, a: Assignment) -> tuple:
