@@ -120,7 +120,8 @@ def _parser(micro_batches: bool) -> settings.Parser:
         help="rematerialization (default: the mildest that fits)")
     if micro_batches:
         add("--micro-batches", type=settings.reader(int), metavar="N", help="parts in which a batch passes through the model")
-    add("--time-limit", type=settings.reader(float), metavar="SECONDS", help="of computing, after which the best plan so far is "
+    add("--time-limit", type=settings.reader(float), metavar="SECONDS",
+        help="of computing, after which the best plan so far is "
         f"taken (default: {LIMIT_SECONDS:.0f})")
     add("--tokens", type=settings.reader(float), metavar="N", help="compare the topologies for so many tokens, or samples "
         "where there are no tokens (default: 1e9 where there are several)")
