@@ -26,7 +26,7 @@ from lepton_jax.launch import cluster, settings
 from lepton_jax.module import is_linen
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.planner.frontier import Frontier, frontier
-from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
+from lepton_jax.planner.patience import LIMIT_SECONDS
 from lepton_jax.planner.remat import POLICIES
 from lepton_jax.planner.show import duration, units
 from lepton_jax.recipe import Recipe
@@ -121,8 +121,7 @@ def _parser(micro_batches: bool) -> settings.Parser:
     if micro_batches:
         add("--micro-batches", type=settings.reader(int), metavar="N", help="parts in which a batch passes through the model")
     add("--time-limit", type=settings.reader(float), metavar="SECONDS",
-        help="of computing, after which the best plan so far is "
-        f"taken (default: {LIMIT_SECONDS:.0f})")
+        help=f"of computing, after which the best plan so far is taken (default: {LIMIT_SECONDS:.0f})")
     add("--tokens", type=settings.reader(float), metavar="N", help="compare the topologies for so many tokens, or samples "
         "where there are no tokens (default: 1e9 where there are several)")
     add("--verify", action="store_true", help="compile the planned step for the topology and set XLA's account beside the plan")
@@ -239,8 +238,7 @@ def _traced(recipe: Recipe) -> Trace:
     if not isinstance(data, grain.MapDataset | grain.IterDataset):
         data = from_any(data)
     count = None if isinstance(data, grain.MapDataset | grain.IterDataset) else len(data)
-    with Patience("tracing the model"):
-        return trace(recipe, *sample(data), samples=count)
+    return trace(recipe, *sample(data), samples=count)
 
 
 def _planned(traced: Trace, target: Topology, options: argparse.Namespace, replayed: Plan | None) -> Result:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lepton_jax.planner.plan import ArrayPlan, Entries, Entry, Plan
 
 WIDTH = 110  # columns of the text
+VERDICT = 44  # columns of what a rival loses by: names and meshes give way before it does
 SIMPLEST = "the simplest"  # the reason of a plan that is not the very best
 BAR = 22     # of which one bar takes so many
 SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
@@ -255,7 +256,7 @@ def _collectives(plan: Plan) -> list[str]:
 
 def _rivals(plan: Plan) -> list[str]:
     cells = [(r.name, ",".join(f"{k}={v}" for k, v in r.mesh.items()), r.remat, str(r.micro_batches), duration(r.seconds),
-              size(r.bytes), r.loses) for r in plan.rivals]
+              size(r.bytes), cut(r.loses, VERDICT)) for r in plan.rivals]
     return grid(("rival", "mesh", "remat", "micro-batches", "a step", "a device", "loses"), cells, "<<<>>><",
                 flexible=(0, 1)) if cells else []
 

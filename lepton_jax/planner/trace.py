@@ -15,6 +15,7 @@ from lepton_jax.errors import DataError, ModelError, pointing_at_user
 from lepton_jax.hardware import convolution_flops
 from lepton_jax.module import Functional, forward_sowing, functional, leaks
 from lepton_jax.planner.graph import Graph
+from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.remat import rematerialized
 from lepton_jax.recipe import Recipe
 from lepton_jax.state import State, by_path, nbytes
@@ -116,6 +117,11 @@ def trace(recipe: Recipe, inputs: Any, targets: Any, samples: int | None = None)
     Raises:
       ModelError: the model, the loss or a metric fails on these shapes; the message points at the user's line.
     """
+    with Patience("tracing the model"):
+        return _traced(recipe, inputs, targets, samples)
+
+
+def _traced(recipe: Recipe, inputs: Any, targets: Any, samples: int | None) -> Trace:
     def batched(x: Any) -> Any:
         return jax.ShapeDtypeStruct((recipe.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
 

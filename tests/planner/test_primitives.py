@@ -292,3 +292,8 @@ def test_a_loop_over_the_samples_leaves_the_rest_of_the_model_split(looped):
     found = trained(trace, plan)
     alone = trained(trace, search.fixed(trace, ONE, search.by_hand(trace, (1,), {}, 0)))
     np.testing.assert_allclose(found[0], alone[0], rtol=1e-5)
+
+
+def test_a_loop_over_the_samples_under_a_controller_whose_knobs_enter_the_step():
+    trace = traced((lambda x, w: lax.map(jnp.sin, x),), controller=lepton.controllers.label_noise())
+    assert planning.plan(trace, CPU, mesh={"data": 8}).batch_axes == ("data",)
