@@ -112,9 +112,12 @@ def mean(total: Any, weight: Any) -> Any:
 
 
 def _as_float(x: Any) -> jax.Array:
+    """Values in the dtype in which they are summed: at least float32."""
     x = jnp.asarray(x)
     whole = jnp.issubdtype(x.dtype, jnp.bool_) or jnp.issubdtype(x.dtype, jnp.integer)
-    return x.astype(jnp.float32) if whole else x
+    # fifty losses of 2,000 are beyond float16
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if whole or narrow else x
 
 
 def _column_sums(arrays: Any, valid: jax.Array | None) -> tuple[Any, Any]:
@@ -147,7 +150,7 @@ def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[st
     if scalar is not None:
         values = _by_sample(function, outputs, targets)
         weights = jnp.full_like(values, 1 / values.size)  # so that a micro-batch weighs 1, as in `totals`
-    values = jnp.asarray(values)
+    values = _as_float(values)
     weights = jnp.ones_like(values) if weights is None else weights
     constant, found = jax.lax.stop_gradient(values), {}
     # of one sample; not zeros, which XLA would fold, at length
