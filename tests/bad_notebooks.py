@@ -223,8 +223,9 @@ RECIPES = [
     Bad("evaluate-params-not-callable", fit(evaluate_params=3), RecipeError, "Recipe.evaluate_params", "a function", "3"),
     Bad("evaluate-params-fails", fit(evaluate_params=lambda state, params: 1 // 0), RecipeError, HERE, "-> params",
         "ZeroDivisionError"),
-    Bad("evaluate-params-returns-a-part", fit(evaluate_params=lambda state, params: {"layer": {"bias": params["layer"]["bias"]}}),
-        RecipeError, "Recipe.evaluate_params", "-> params", "'layer/kernel'"),
+    Bad("evaluate-params-returns-a-part", fit(evaluate_params=lambda state, params: {
+        "layer": {"bias": params["layer"]["bias"]}}), RecipeError, "Recipe.evaluate_params", "-> params",
+        "'layer/kernel'"),
     Bad("evaluate-params-of-another-shape", fit(evaluate_params=lambda state, params: {
         "layer": {name: x.sum() for name, x in params["layer"].items()}}), RecipeError, "Recipe.evaluate_params", "-> params",
         "returned ()"),
