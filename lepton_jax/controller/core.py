@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -284,15 +285,20 @@ class Controller:
         return pieces, more, applied
 
     def _apply(self, before: Pieces, after: Any, gradients: Any, knobs: Mapping[str, Any], loss: Any) -> Pieces:
-        if "clip_norm" in knobs:  # optax's own formula: below the threshold it is the gradient, to the bit
-            clip = lambda g: optax.clip_by_global_norm(knobs["clip_norm"]).update(g, optax.EmptyState())[0]  # noqa: E731
-            if self.recipe.clip_norm is not None:
-                gradients = clip(gradients)
-            else:  # plain Optax would not clip: the gradient is left whole, as above
-                gradients = jax.lax.cond(optax.tree.norm(gradients) < knobs["clip_norm"], lambda g: g, clip, gradients)
         with optimizers.updating():
-            params, optimizer = self.optimizer.update(gradients, before.optimizer, before.params, knobs, loss)
+            params, optimizer = self.optimizer.update(partial(self._clipped, gradients, knobs), before.optimizer,
+                                                      before.params, knobs, loss)
         return Pieces(params, after, optimizer)
+
+    def _clipped(self, gradients: Any, knobs: Mapping[str, Any]) -> Any:
+        if "clip_norm" not in knobs:
+            return gradients
+        # optax's own formula: below the threshold it is the gradient, to the bit
+        clip = lambda g: optax.clip_by_global_norm(knobs["clip_norm"]).update(g, optax.EmptyState())[0]  # noqa: E731
+        if self.recipe.clip_norm is not None:
+            return clip(gradients)
+        # plain Optax would not clip: the gradient is left whole, as above
+        return jax.lax.cond(optax.tree.norm(gradients) < knobs["clip_norm"], lambda g: g, clip, gradients)
 
 
 def served(state: Any, recipe: Recipe | None = None) -> tuple[Any, Any]:

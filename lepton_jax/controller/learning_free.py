@@ -113,6 +113,6 @@ def _steady(optimizer: Optimizer, params: Any) -> bool:
         sizes = []
         for scale in (1e-3, 1e-1):
             gradients = jax.tree.map(lambda x: scale * jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape), params)  # noqa: B023
-            after, _ = optimizer.update(gradients, optimizer.init(params), params, knobs, jnp.float32(1))
+            after, _ = optimizer.update(lambda: gradients, optimizer.init(params), params, knobs, jnp.float32(1))  # noqa: B023
             sizes.append(float(norm(after)))
     return sizes[1] < LINEAR * sizes[0]

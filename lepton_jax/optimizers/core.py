@@ -63,7 +63,8 @@ class Optimizer(NamedTuple):
     Attributes:
       base: the knobs that it has, with the recipe's values; a learning rate that is a schedule is NaN there.
       init: params to its state.
-      update: (gradients, state, params, knobs, value) to (params, state) after the update; `knobs` maps names to float32
+      update: (gradients, state, params, knobs, value) to (params, state) after the update; `gradients` is a function that
+        gives them, so that XLA may fuse what makes them with what is made of them; `knobs` maps names to float32
         scalars: the learning rate must be there if the base has it and it is not 1; others only where they may differ from
         the base. Where the learning rate is a schedule, `SCHEDULED` is there too.
       scheduled: (state, params, updates) to the rate that the schedule says for the next update, float32; read at the
@@ -105,7 +106,7 @@ def _finished(given: Any, rate: Any) -> Optimizer:
                           remedy="pass the optimizer as a function, e.g. optimizer=optax.adamw, or drop learning_rate")
     whole = Transformation(given)
 
-    def update(gradients: Any, state: Any, params: Any, knobs: Mapping[str, Any], value: Any) -> Any:
+    def update(gradients: Callable[[], Any], state: Any, params: Any, knobs: Mapping[str, Any], value: Any) -> Any:
         return whole.update(gradients, state, params, value, knobs.get("learning_rate"))
 
     def scheduled(state: Any, params: Any, updates: Any) -> Any:
@@ -167,7 +168,7 @@ class _Maker:
             return self._whole(Scheduled(self._rate)).init(params)
         return self._whole(0.0 if self._follows else self._rate).init(params)
 
-    def update(self, gradients: Any, state: Any, params: Any, knobs: Mapping[str, Any], value: Any) -> Any:
+    def update(self, gradients: Callable[[], Any], state: Any, params: Any, knobs: Mapping[str, Any], value: Any) -> Any:
         manner = self._manner(params)
         mine = {n: x for n, x in knobs.items() if n in self._base}
         if manner.name == "fixed":
@@ -251,7 +252,11 @@ class _Maker:
                     return _Manner("number")
         counted = [reading.leaf for reading in readings if reading.scales and reading.leaf is not None]
         counted += [reading.leaf for reading in readings if reading.leaf is not None]
-        return _Manner("schedule", leaf=counted[0] if counted else None, delicate=True)
+        # XLA joins a rate that is always the same with other constants, as in Adafactor; seen in XLA of jax 0.10, by
+        # tests/test_optimizers.py. Other rates are left in one program with the gradients, as Optax leaves them
+        program = jax.make_jaxpr(self._rate)(jax.ShapeDtypeStruct((), "int32")).jaxpr
+        constant = not inputs_of(program, program.outvars[0])
+        return _Manner("schedule", leaf=counted[0] if counted else None, delicate=constant)
 
     def _numeric(self, params: Any, refused: RecipeError) -> _Manner:
         """Settle the manner of a function that can't take the schedule: it must take a number that is not known yet."""
@@ -276,7 +281,7 @@ class _Maker:
         whole = self._whole(readings.schedule)
 
         def update(state: Any, gradients: Any, params: Any) -> Any:
-            return whole.update(gradients, state, params, jnp.float32(0))
+            return whole.update(lambda: gradients, state, params, jnp.float32(0))
 
         program = jax.make_jaxpr(update)(state, params, params)
         return readings.of(program, state, after=len(jax.tree.leaves(params)))
@@ -286,7 +291,7 @@ class _Maker:
         state = jax.eval_shape(self._whole(0.0).init, params)
 
         def update(rate: Any, state: Any, gradients: Any, params: Any) -> Any:
-            return self._whole(rate).update(gradients, state, params, jnp.float32(0))
+            return self._whole(rate).update(lambda: gradients, state, params, jnp.float32(0))
 
         return jax.make_jaxpr(update)(RATE, state, params, params), state
 
@@ -318,7 +323,7 @@ def _switching(makers: list[_Maker], carry: bool) -> Optimizer:
 
     base = {n: x for o in reversed(each) for n, x in o.base.items()}
 
-    def update(gradients: Any, state: Any, params: Any, knobs: Mapping[str, Any], value: Any) -> Any:
+    def update(gradients: Callable[[], Any], state: Any, params: Any, knobs: Mapping[str, Any], value: Any) -> Any:
         before = state["index"]
         index = jnp.int32(knobs["optimizer"]) if "optimizer" in knobs else before
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -83,11 +83,13 @@ class Transformation:
         own = {id(leaf) for leaf in jax.tree.leaves(params)}
         return jax.tree.map(lambda x: jnp.copy(x) if id(x) in own else x, state)
 
-    def update(self, gradients: Any, state: Any, params: Any, value: Any, factor: Any = None) -> tuple[Any, Any]:
+    def update(
+        self, gradients: Callable[[], Any], state: Any, params: Any, value: Any, factor: Any = None
+    ) -> tuple[Any, Any]:
         """Make one update.
 
         Args:
-          gradients: like params.
+          gradients: gives the gradients, which are like params; called where they are used.
           state: what `init` or the update before gave.
           params: the parameters.
           value: the loss, for those that look at it.
@@ -108,8 +110,10 @@ class Transformation:
             )
         return self._applied(gradients, state, params, value, None)
 
-    def _applied(self, gradients: Any, state: Any, params: Any, value: Any, factor: Any) -> tuple[Any, Any]:
-        updates, after = self.updates(gradients, state, params, value)
+    def _applied(
+        self, gradients: Callable[[], Any], state: Any, params: Any, value: Any, factor: Any
+    ) -> tuple[Any, Any]:
+        updates, after = self.updates(gradients(), state, params, value)
         if factor is not None:
             updates = scaled(updates, factor, state)
 
