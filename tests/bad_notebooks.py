@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache, partial
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -32,6 +33,12 @@ class Net(nnx.Module):
         self.layer = nnx.Linear(4, outputs, rngs=rngs)
 
     def __call__(self, x):
+        return self.layer(x)
+
+
+class Printing(Net):
+    def __call__(self, x):
+        jax.debug.print("{}", x.mean(), ordered=True)
         return self.layer(x)
 
 
@@ -300,6 +307,8 @@ MODELS = [
     Bad("metric-fails", fit(metrics={"a": lambda o, t: o[:, 7:].max(1)}), ModelError, HERE, "give targets", "outputs"),
     Bad("preprocess-fails", fit(preprocess=lambda x: x @ jnp.ones((7, 7))), ModelError, HERE, "shapes", "preprocess"),
     Bad("decode-fails", settled(lambda t, _: t.predict(X, decode=lambda o: o @ o)), ModelError, HERE, "shapes", "predicting"),
+    Bad("prints-in-order-on-several-devices", fit(model=Printing, devices=2), PlanError, HERE, "--devices 1",
+        "ordered=True can't run on 2 devices"),
 ]
 
 FOLDERS = [
