@@ -36,6 +36,12 @@ class Net(nnx.Module):
         return self.layer(x)
 
 
+class Printing(Net):
+    def __call__(self, x):
+        jax.debug.print("{}", x.mean(), ordered=True)
+        return self.layer(x)
+
+
 class Creating(Net):
     def __call__(self, x):
         self.seen = nnx.BatchStat(x.mean())
@@ -452,6 +458,8 @@ MODELS = [
         "Trainer.predict", "decode=lambda outputs:", "the prediction sum float32[]"),
     Bad("predict-pairs", settled(lambda t, _: t.predict(X, decode=lambda o: o @ o.T)), ModelError, "Trainer.predict",
         "at most 8 inputs", "dims 0 and 1 both follow"),
+    Bad("prints-in-order-on-several-devices", fit(model=Printing, devices=2), PlanError, HERE, "--devices 1",
+        "ordered=True can't run on 2 devices"),
 ]
 
 FOLDERS = [

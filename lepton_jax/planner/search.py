@@ -103,8 +103,10 @@ class Problem:
 
     def names(self, remat: str) -> Names:
         if remat not in self._names:
+            before = self.patience.detail
             self.patience.detail = f"tracing the gradient, remat {remat}"
             self._names[remat] = Names(self.trace.gradient(remat), self.trace.arguments, self.pins.storage)
+            self.patience.detail = before
         return self._names[remat]
 
     def sizes(self, remat: str) -> Sizes:
