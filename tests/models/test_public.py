@@ -615,12 +615,23 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("public"))
 
 
-over_models = pytest.mark.parametrize("name", CASES)
-over_devices = pytest.mark.parametrize("devices", [1, 8])
+# Eight devices take half of the time of this file. By default those models run on them
+# in which samples meet, or whose layers are loops.
+ON_EIGHT = ("imagenet", "nanodo", "ogbg")
+PLACES = [
+    pytest.param(
+        name,
+        devices,
+        id=f"{name}-{devices}",
+        marks=() if devices == 1 or name in ON_EIGHT else pytest.mark.slow,
+    )
+    for devices in (1, 8)
+    for name in CASES
+]
+over_models_and_devices = pytest.mark.parametrize(("name", "devices"), PLACES)
 
 
-@over_models
-@over_devices
+@over_models_and_devices
 def test_training_is_the_loop_written_by_hand(name, devices, runs):
     run, history = runs.whole(name, devices)
     losses, params, variables = runs.by_hand(name)
@@ -629,8 +640,7 @@ def test_training_is_the_loop_written_by_hand(name, devices, runs):
     near(run.state.variables, variables)
 
 
-@over_models
-@over_devices
+@over_models_and_devices
 def test_evaluation_is_the_one_written_by_hand(name, devices, runs):
     loss, _ = runs.evaluated_by_hand(name)
     serving = runs.serving(name, devices)
@@ -644,8 +654,7 @@ def test_evaluation_is_the_one_written_by_hand(name, devices, runs):
         assert metrics["loss"] == pytest.approx(loss, rel=TOLERANCE)
 
 
-@over_models
-@over_devices
+@over_models_and_devices
 def test_predictions_of_what_is_saved_and_loaded_are_those_by_hand(name, devices, runs):
     _, expected = runs.evaluated_by_hand(name)
     _, (inputs, _) = CASES[name].parts()
@@ -657,8 +666,7 @@ def test_predictions_of_what_is_saved_and_loaded_are_those_by_hand(name, devices
         jax.tree.map(np.testing.assert_array_equal, run.predict(inputs), predicted)
 
 
-@over_models
-@over_devices
+@over_models_and_devices
 def test_a_run_resumed_half_way_ends_as_the_whole_run_to_the_bit(name, devices, runs):
     whole, history = runs.whole(name, devices)
     folder = runs.folder / f"{name}-{devices}-resumed"
