@@ -276,7 +276,8 @@ RECIPES = [
         RecipeError, HERE, "names, shapes or dtypes", "values"),
     Bad("optimizer-wants-a-hessian", fit(optimizer=optax.contrib.sophia), RecipeError, "Recipe.optimizer", "second-order",
         "obj_fn"),
-    Bad("optimizer-wants-each-gradient", fit(optimizer=lambda r: optax.contrib.dpsgd(r, 1.0, 1.0, 0)), RecipeError,
+    Bad("optimizer-wants-each-gradient", fit(optimizer=lambda r: optax.chain(
+        optax.contrib.differentially_private_aggregate(1.0, 1.0, key=0), optax.sgd(r))), RecipeError,
         "Recipe.optimizer", "leave out", "gradient of each sample"),
     Bad("optimizer-wants-a-gradient-function", fit(optimizer=lambda r: optax.contrib.sam(
         optax.sgd(r), optax.sgd(0.1), opaque_mode=True)), RecipeError, "Recipe.optimizer", "e.g. optimizer=", "grad_fn"),

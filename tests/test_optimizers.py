@@ -179,15 +179,16 @@ def test_a_schedule_is_read_where_plain_optax_reads_it_to_the_bit(name, blobs):
         trainer, history = trained(blobs, WRAPPED[name], loss=loss, clip_norm=clip_norm, controller=controller)
         np.testing.assert_array_equal(history["loss"], losses)
         if clip_norm and name in ROUNDED:
-            last = partial(np.testing.assert_allclose, rtol=2.5e-7, atol=1e-9)
+            last = partial(np.testing.assert_allclose, rtol=2.5e-7, atol=1e-8)
             jax.tree.map(last, trainer.state.params, fast(params))
         else:
             same(trainer.state.params, fast(params))
 
 
-# with clipping and a signal that reads the gradient, XLA (of jax 0.10) rounds the mean of
-# accumulated gradients otherwise in one entry; a plain number as a rate shows it, too
-ROUNDED = {"MultiSteps of sgd"}
+# with clipping, whose threshold is a knob, XLA rounds the mean of accumulated gradients
+# otherwise in one or two entries: of the first in jax 0.10, of the second in jax 0.12; so
+# it does where the rate is a plain number
+ROUNDED = {"MultiSteps of sgd", "MultiSteps of adam"}
 
 
 CONSTANT = {
