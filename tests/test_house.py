@@ -1,4 +1,4 @@
-"""The shape of the house: floors, sizes, public names, the walk, the README."""
+"""The shape of the house: floors, public names, the walk, the README."""
 
 import ast
 import re
@@ -80,7 +80,6 @@ def test_a_recipe_has_at_most_30_fields():
 def test_the_walk_names_every_file_it_takes():
     walk = [ROOT / name for name in re.findall(r"^\d+\. \[`(.+?)`\]", (ROOT / "docs" / "walk.md").read_text(), re.MULTILINE)]
     assert len(walk) <= 10 and all(path.is_file() for path in walk)
-    assert sum(path.read_text().count("\n") for path in walk) <= 3000
     # what the loop, the program and the loader import is on the walk, has done its work before the first batch, or stands by
     before = {"errors", "compat", "recipe", "hardware", "planner", "history", "monitor", "checkpoint", "data", "controller",
               "phase", "agreement", "local_checkpoint", "arguments",
