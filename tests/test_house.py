@@ -82,8 +82,7 @@ def test_the_walk_names_every_file_it_takes():
     assert len(walk) <= 10 and all(path.is_file() for path in walk)
     # what the loop, the program and the loader import is on the walk, has done its work before the first batch, or stands by
     before = {"errors", "compat", "recipe", "hardware", "planner", "history", "monitor", "checkpoint", "data", "controller",
-              "phase", "agreement", "local_checkpoint", "arguments",
-              "dropout"}
+              "phase", "agreement", "local_checkpoint", "arguments", "dropout", "adoption", "restore", "diagnosis"}
     rooms = {room(path) for path in walk}
     for path in walk:
         missing = {m.split(".")[0] for m in imports(path)} - rooms - before
