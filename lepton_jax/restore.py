@@ -128,6 +128,8 @@ class Reader:
             for path, (value, _) in changes.items()
             if path.startswith(BASE)
         }
+        if self._schedule_changed(record):
+            bases.setdefault("learning_rate", math.nan)
         return Restored(state, record, bases, tuple(notes))
 
     # ---- internals -----------------------------------------------------------------------

@@ -73,6 +73,19 @@ def test_the_run_folder_says_what_was_changed(blobs, tmp_path):
     assert "learning_rate is 0.5, as the recipe says; the checkpoint had 0.1" in texts
 
 
+def test_another_schedule_is_journaled_too(blobs, tmp_path):
+    trainer(blobs, tmp_path / "run", learning_rate=optax.linear_schedule(0.1, 0, 8)).fit()
+    now = optax.linear_schedule(0.8, 0, 8)
+    with pytest.warns(UserWarning, match="schedule is another than the checkpoint's"):
+        resumed = trainer(blobs, tmp_path / "run", steps=8, learning_rate=now).resume()
+    resumed.fit()
+    lines = controllers.read_journal(tmp_path / "run")
+    (given,) = [line for line in lines if line["kind"] == "recipe"]
+    assert given["step"] == 4 and np.isnan(given["settings"]["learning_rate"])
+    moved = [line for line in lines if line.get("knob") == "learning_rate"]
+    assert moved and {line["policy"] for line in moved} == {"schedule"}
+
+
 def test_an_unchanged_recipe_changes_nothing_and_says_nothing(blobs, tmp_path, recwarn):
     whole = trainer(blobs, steps=8)
     expected = whole.fit()["loss"]

@@ -151,7 +151,7 @@ class Journal:
                 by = "schedule" if np.isnan(base) else "rollback" if slowed else "live"
                 more = who
                 if who.get("who") == RECIPE:
-                    by = RECIPE
+                    by = by if np.isnan(base) else RECIPE
                     more = {}
                 for first, last in _runs(moved & inside):
                     yield self._line(by, knob, rows, first, last, **more)
