@@ -227,7 +227,7 @@ def _effect(function: Callable, params: Any, variables: Any, inputs: Any) -> Eff
       function: (params, variables, inputs, key) to the variables after.
     """
     program, after = jax.make_jaxpr(whole_axes(function), return_shape=True)(
-        params, variables, inputs, jax.random.key(0)
+        params, variables, inputs, _key_shape()
     )
     jaxpr = program.jaxpr
     first = len(jax.tree.leaves(params))
@@ -351,7 +351,7 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
             call(arguments, module, inputs, key, mode)
             return checked_after(module)[0]
 
-        params, variables = jax.eval_shape(init, jax.random.key(0))
+        params, variables = jax.eval_shape(init, _key_shape())
         return _effect(run, params, variables, given.inputs)
 
     arguments = given.arguments(kind, trial)
@@ -379,6 +379,11 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
     return Functional("nnx", name, init, apply)
 
 
+def _key_shape() -> Any:
+    """A random key as a shape: a key itself would start JAX's devices."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
 def _abstract(make: Callable[[Any], Any]) -> tuple[type, Any, Any, Any]:
     """A module's class, its graph, and its state as shapes; no array is allocated.
 
@@ -392,7 +397,7 @@ def _abstract(make: Callable[[Any], Any]) -> tuple[type, Any, Any, Any]:
         parts.extend((type(module), graph))
         return params, rest
 
-    params, rest = jax.eval_shape(build, jax.random.key(0))
+    params, rest = jax.eval_shape(build, _key_shape())
     kind, graph = parts
     return kind, graph, params, rest
 
@@ -540,7 +545,7 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
             return run(arguments, mode, params, variables, inputs, key, streams)[1]
 
         start = partial(begun, arguments, arguments.mode(False))
-        params, variables = jax.eval_shape(whole_axes(start), jax.random.key(0))
+        params, variables = jax.eval_shape(whole_axes(start), _key_shape())
         return _effect(traced, params, variables, given.inputs)
 
     arguments = given.arguments(type(module), trial)
