@@ -1,4 +1,4 @@
-"""How a module's `__call__` is called: inputs, mode (training or not), random streams.
+"""The call of a module: inputs, mode (training or not), random streams.
 
 Flax has no one convention for the mode: modules call it `train`, `deterministic`,
 `is_training`, `eval_mode`, ... Known names are taken by name. An unknown Boolean is
@@ -65,7 +65,7 @@ NAMED = (*POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
 
 
 class Effect(NamedTuple):
-    """What a call does besides returning outputs.
+    """Effects of a call, next to its outputs.
 
     Attributes:
       draws: random operations in its program.
@@ -124,7 +124,7 @@ class Arguments:
     open_random: tuple[str, ...] = ()
 
     def mode(self, train: bool) -> Mode:
-        """How to call the module in training, or outside of it."""
+        """The way to call the module in training, or outside of it."""
         # an argument that is not settled yet, and has no default, needs some value
         values = {n: False if d is REQUIRED else d for n, d in self.open.items()}
         values |= {name: train == sense for name, sense in self.training.items()}

@@ -54,7 +54,7 @@ class Origin:
 
 @dataclass
 class Finding:
-    """What was found out about a batch.
+    """Findings about a batch.
 
     Attributes:
       origins: the first infinity and the first NaN, in the order of the computation.

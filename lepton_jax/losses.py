@@ -247,7 +247,7 @@ def sums_of(metric: Any) -> tuple[Callable, bool]:
 
 
 def _check_finish(name: str, metric: Any, sums: tuple[Any, Any]) -> None:
-    """That a metric makes one number of its means."""
+    """Check that a metric makes one number of its means."""
     close = getattr(metric, "finish", None)
     if close is None:
         return
@@ -264,7 +264,7 @@ def _check_finish(name: str, metric: Any, sums: tuple[Any, Any]) -> None:
 
 
 def finish(recipe: Any, name: str, mean: Any) -> Any:
-    """What a metric makes of its mean, or its means; a loss is its mean."""
+    """Finish a metric from its mean, or its means; a loss is its mean."""
     return getattr(recipe.metrics.get(name), "finish", lambda x: x)(mean)
 
 

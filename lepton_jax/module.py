@@ -172,7 +172,7 @@ def _checked_outputs(outputs: Any, where: str) -> Any:
 
 
 class _Given(NamedTuple):
-    """What a module is made pure for: the arguments of `functional`."""
+    """The arguments of `functional`, for which a module is made pure."""
 
     inputs: Any
     train_argument: str | None
@@ -221,7 +221,7 @@ def _streams(key: Any, linen_module: bool) -> Callable[[str], Any]:
 
 
 def _effect(function: Callable, params: Any, variables: Any, inputs: Any) -> Effect:
-    """What a call does, from its traced program.
+    """Effects of a call, read from its traced program.
 
     Args:
       function: (params, variables, inputs, key) to the variables after.

@@ -128,7 +128,7 @@ class Program:
         return self._values
 
     def given(self) -> dict[str, Any]:
-        """What the recipe says of the state, in plain data, for a checkpoint's record.
+        """The recipe's part in the state, in plain data, for a checkpoint's record.
 
         Returns:
           "values": see `recipe_values`; "policies": names, in their order; "schedule":
@@ -210,7 +210,7 @@ class Program:
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """How the loss and metrics of a test set are put together from its batches."""
+        """The loss and metrics of a test set, put together from its batches."""
         return Evaluation(self.trace)
 
     def rehearse(self, samples: int | None) -> None:
@@ -240,7 +240,7 @@ class Program:
         return limits(self.trace)
 
     def prediction(self, decode: Callable | None = None) -> Prediction:
-        """How predictions of many inputs are put together from batches."""
+        """Predictions of many inputs, put together from batches."""
         decode = self._decoder(decode)
         if decode not in self._predictions:
             self._predictions[decode] = Prediction(self.trace, decode)

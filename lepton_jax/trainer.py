@@ -571,7 +571,7 @@ def _told_end(program: Program, restored: Restored) -> int | None:
 
 
 def _check_hidden(rows: np.ndarray, total: int) -> None:
-    """That no prediction was made of outputs that are not numbers."""
+    """Check that no prediction was made of outputs that are not numbers."""
     if not len(rows):
         return
     shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (", ..." if len(rows) > ROWS_SHOWN else "")

@@ -40,7 +40,7 @@ QUICK = {"lm": {"length": 64, "batch_size": 8}}
 
 
 def recorded(names: list[str]) -> dict[str, Any]:
-    """What each recipe does, by its name."""
+    """Losses, hashes and plans of each recipe, by its name."""
     found: dict[str, Any] = {}
     for name in names:
         make = settings.load(ROOT / "recipes" / f"{name}.py")

@@ -57,7 +57,7 @@ _DATE = re.compile(rf"(?:{'|'.join(_DAY)})(?:(?:t|,? ){_TIME})?|{_TIME}", re.IGN
 
 
 class Notation(NamedTuple):
-    """How a column spells its numbers.
+    """The spelling of a column's numbers.
 
     Attributes:
       decimal: "." or ",".
@@ -71,7 +71,7 @@ class Notation(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a column's cells look like.
+    """The look of a column's cells.
 
     Attributes:
       kind: "numbers"; "categories"; "codes", categories most of which are numbers by chance; or a fault: "ambiguous",
@@ -122,7 +122,7 @@ def is_date(cell: str) -> bool:
 
 
 def look(counts: Counter[str], decimal: str | None = None, thousands: str | None = None) -> Look:
-    """What the cells of a column are.
+    """Tell the kind of a column's cells.
 
     Args:
       counts: the cells that are not missing, and how often each is there.

@@ -228,7 +228,7 @@ class _Raw:
         return f": {', '.join(way for setting, way in ways if setting in self.settings)}".rstrip(": ")
 
     def check(self, names: Iterable[str], purpose: str) -> None:
-        """That all of these are columns."""
+        """Check that all of these are columns."""
         for name in names:
             if name not in self.columns:
                 raise DataError(f"there is no column {name!r} {purpose}{nearest(name, self.columns)}", where=self.path,

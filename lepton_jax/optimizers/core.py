@@ -302,7 +302,7 @@ class _Maker:
 
 
 class _Manner(NamedTuple):
-    """How an optimizer takes its learning rate.
+    """The way in which an optimizer takes its learning rate.
 
     Attributes:
       name: see `_Maker`.

@@ -1,4 +1,4 @@
-"""What to change where nothing fits: the nearest change, tried before it is advised."""
+"""Advice where nothing fits: the nearest change, tried before it is advised."""
 
 from __future__ import annotations
 

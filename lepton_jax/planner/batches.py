@@ -1,4 +1,4 @@
-"""What a train step computes otherwise if its batch passes in micro-batches."""
+"""The differences that micro-batches make to what a train step computes."""
 
 from __future__ import annotations
 

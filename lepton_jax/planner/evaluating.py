@@ -1,4 +1,4 @@
-"""How a data set passes through evaluation and prediction, found before anything runs.
+"""The passage of a data set through evaluation and prediction, found before it runs.
 
 Both take batches of one size, and the last one is seldom full. It is filled up with rows
 that are masked afterwards, so that one compiled program fits all batches, where no sample
@@ -35,7 +35,7 @@ Dims = list[tuple[int, ...]]  # of each leaf: the dims whose extent follows the 
 
 
 class Evaluation:
-    """How the loss and the metrics of a test set are put together from its batches.
+    """The loss and the metrics of a test set, put together from its batches.
 
     A loss or metric with one value per sample is averaged over the samples. A scalar loss
     is averaged over batches, by their rows. A scalar metric that is a mean of samples is
@@ -96,7 +96,7 @@ class Evaluation:
         return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
     def check(self, samples: int) -> None:
-        """That what metrics of the whole test set gather fits into memory.
+        """Check that what metrics of the whole test set gather fits into memory.
 
         Raises:
           DataError: it does not.
@@ -195,7 +195,7 @@ class Evaluation:
 
 
 class Prediction:
-    """How predictions of many inputs are put together from batches.
+    """Predictions of many inputs, put together from batches.
 
     Args:
       trace: of the recipe.
@@ -243,7 +243,7 @@ class Prediction:
         return where_samples_meet(program, range(first, first + count))
 
     def check(self, samples: int) -> None:
-        """That predictions of so many inputs can be joined from batches.
+        """Check that predictions of so many inputs can be joined from batches.
 
         Raises:
           ModelError: they take several, and a leaf has not exactly one dim for them.

@@ -1,4 +1,4 @@
-"""How long planning may take, and a sign of life while it does."""
+"""The time that planning may take, and a sign of life while it does."""
 
 from __future__ import annotations
 

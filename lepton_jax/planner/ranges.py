@@ -136,7 +136,7 @@ def limits(trace: Trace) -> list[Limit]:
 
 
 def _entering(path: str, leaf: Any) -> Any:
-    """What is known of an argument."""
+    """Knowledge of an argument."""
     if path.startswith("params"):
         return Parameter(path.removeprefix("params/"))
     if not path.startswith(("inputs", "targets")) or leaf.dtype.kind not in "iu":
@@ -234,7 +234,7 @@ class _Search:
         return [self._result(name, eqn, facts, callers)]
 
     def _result(self, name: str, eqn: Any, facts: list[Any], callers: tuple) -> Any:
-        """What is known of the one result of an operation."""
+        """Knowledge of the one result of an operation."""
         first = facts[0] if facts else None
         if name == "iota":
             dim = eqn.params["dimension"]
@@ -440,7 +440,7 @@ def _shifted(facts: list[Any]) -> Shifted | None:
 
 
 def _any_of(fact: Any) -> Any:
-    """What is known of one step's part of an array that a loop runs along."""
+    """Knowledge of one step's part of an array that a loop runs along."""
     if not isinstance(fact, Followed):
         return None
     return replace(fact, places=np.unique(fact.places), bag=True)

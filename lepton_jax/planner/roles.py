@@ -1,4 +1,4 @@
-"""What the names of a mesh's axes say about what the axes may do.
+"""Roles of a mesh's axes, by their names.
 
 A person who writes `mesh={"fsdp": 8, "tensor": 4}` means something by it. Some names are
 words of the field, and an axis so called does what the word says; other names, such as
@@ -48,7 +48,7 @@ SPLITS = {
 
 
 class Roles:
-    """What the axes of a pinned mesh may do, and must.
+    """Roles that the axes of a pinned mesh may have, and must.
 
     Args:
       names: of the model.

@@ -132,14 +132,14 @@ class Problem:
 
     @property
     def roles(self) -> Roles:
-        """What the names of a pinned mesh's axes allow."""
+        """Roles that the names of a pinned mesh's axes allow."""
         if self._roles is None:
             self._roles = Roles(self.names("none"), self.pins)
         return self._roles
 
     @property
     def batches(self) -> Batches:
-        """What micro-batches would change of the model."""
+        """Changes that micro-batches would make to the model."""
         if self._batches is None:
             self.patience.detail = "looking where samples meet"
             self._batches = Batches(self.trace)
@@ -264,7 +264,7 @@ def in_one_piece(problem: Problem, assignments: list[Assignment]) -> Candidate |
 
 
 def _looked_at(number: int, count: int, found: dict) -> str:
-    """How far a search is, for who waits."""
+    """Progress of a search, for the person who waits."""
     best = min((score for score, _ in found.values()), default=None)
     told = "" if best is None else f", best so far about {best:.3g}"
     return f"mesh shape {number + 1} of {count}{told}"

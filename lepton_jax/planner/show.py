@@ -70,7 +70,7 @@ def head(plan: Plan) -> list[str]:
 
 
 def _rank(plan: Plan) -> str:
-    """How the plan stands to the others in the objective."""
+    """Place of the plan among the others in the objective."""
     if SIMPLEST in plan.reasons:
         return f"the simplest of the {'cheapest' if plan.objective == 'cost' else 'fastest'}"
     return f"the best in {plan.objective}"
