@@ -43,6 +43,17 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def settings_of_jax():
+    """A file that leaves one of JAX's settings changed would change the bits of the next."""
+    import jax
+
+    before = dict(jax.config.values)
+    yield
+    changed = {name for name, value in jax.config.values.items() if value != before[name]}
+    assert not changed, f"{changed} are left changed"
+
+
 @contextlib.contextmanager
 def _quick_compilation():
     import jax  # reads the environment

@@ -71,7 +71,8 @@ def _reached(folder: Path, step: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("moment", [20, 140, 300, "write"])
+@pytest.mark.parametrize("moment", [pytest.param(20, marks=pytest.mark.slow), pytest.param(140, marks=pytest.mark.slow),
+                                    300, "write"])
 def test_killed_and_resumed_is_bitwise_the_same(moment, undisturbed, launch, tmp_path):
     folder = tmp_path / "run"
     rng = np.random.default_rng(0 if moment == "write" else moment)

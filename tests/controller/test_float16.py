@@ -28,6 +28,7 @@ def fit(blobs, folder, precision):
     return trainer.fit(blobs, steps=300, test=blobs)
 
 
+@pytest.mark.slow
 def test_an_overflow_prone_model_trains_to_the_float32_loss(blobs, tmp_path):
     full, low = fit(blobs, tmp_path / "full", "float32"), fit(blobs, tmp_path / "low", "float16")
     expected, found = (h.evaluations[-1][1]["loss"] for h in (full, low))

@@ -217,7 +217,7 @@ def without():
 
 
 @pytest.mark.usefixtures("quick_compilation_here")
-@pytest.mark.parametrize("fault", ["window", "lasting", "most"])
+@pytest.mark.parametrize("fault", [pytest.param("window", marks=pytest.mark.slow), "lasting", "most"])
 def test_wrong_labels_cost_less_than_one_per_cent(fault):
     ratios, bare, gave_up = [], [], False
     for seed in range(4):

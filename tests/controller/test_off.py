@@ -84,7 +84,11 @@ def by_hand(make, optimizer, blobs):
     return np.array(losses), nnx.to_pure_dict(params)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+QUICK = ("adamw", "muon")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS])
 def test_policies_that_never_fire_are_plain_optax_to_the_bit(name, blobs, plain):
     losses, params = plain(name, blobs)
     common = ["learning_rate", "clip_norm", "averaging_decay", "skip", "anchor", "restore", "stop", "rollback", "loss_limit",

@@ -256,7 +256,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
 
-@pytest.mark.parametrize("fault", ["nan", "burst", "rate"])
+@pytest.mark.parametrize("fault", ["nan", pytest.param("burst", marks=pytest.mark.slow), pytest.param("rate", marks=pytest.mark.slow)])
 def test_with_the_guard_a_fault_costs_less_than_one_per_cent(fault, folder, monkeypatch):
     monkeypatch.setattr(live, "POLL_SECONDS", 0.0)
     clean, _ = final("none", True, folder)

@@ -109,7 +109,7 @@ def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
     assert (run / "checkpoints" / str(end["step"])).is_dir() and end["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize("host", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
     faults = [{"kind": "sigterm-worker", "host": host, "phase": "steps", "step": 17}]
     done = launch(tmp_path, "--hosts", "local:2", "--run-dir", "run", "--steps", 100000, faults=faults)
@@ -135,7 +135,7 @@ def test_a_proxy_and_a_machine_without_a_name_are_no_hindrance(tmp_path, monkeyp
     assert done.returncode == 0 and "proxy" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_after_a_restart_nothing_is_compiled(named, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     cache = tmp_path / "run" / "cache"

@@ -34,7 +34,8 @@ def ratings(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("settings", [{}, {"experts": 4, "loop": "scan"}], ids=["dense", "experts"])
+@pytest.mark.parametrize("settings", [pytest.param({}, id="dense", marks=pytest.mark.slow),
+                                      pytest.param({"experts": 4, "loop": "scan"}, id="experts")])
 def test_a_text_is_learned_character_by_character(text, settings):
     recipe = lm.recipe(text=text, length=16, batch_size=8, steps=12, **settings)
     history = lepton.Trainer(recipe, devices=1).fit()

@@ -115,6 +115,7 @@ def test_a_wrong_argument_is_said_before_anything_is_measured(arguments, says, c
     assert says in error and "remedy:" in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_overhead_compares_policies_with_none(tiny, tmp_path):
     file = tmp_path / "overhead.json"
     assert bench.main(["overhead", "--only", "tiny", "--rounds", "2", "--seconds", "0.02", "--json", str(file)]) == 0

@@ -143,6 +143,7 @@ def test_the_batch_found_is_the_largest_that_fits(monkeypatch):
         bench_lm.fitting(case)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_after_all_is_halved(monkeypatch):
     monkeypatch.setattr(bench_lm, "MOST_TOKENS", 4 * 16)
     case = bench_lm.Case("1m", lepton.models.transformer_size("1m"), 16, "float32")

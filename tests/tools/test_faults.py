@@ -42,6 +42,7 @@ def trial(undisturbed, name, promise, *each, says="", **more):
     return found, log
 
 
+@pytest.mark.slow
 def test_hosts_that_die_one_after_the_other(undisturbed):
     found, _ = trial(undisturbed, "die", "recovered", (1, "kill", 1, "data", 12), (2, "kill", 0, "save", 20),
                      (3, "kill", 1, "compile", 0), (4, "abort", 1, "steps", 33), (5, "exit", 0, "evaluation", 40),
@@ -50,6 +51,7 @@ def test_hosts_that_die_one_after_the_other(undisturbed):
                               (0, "SIGKILL"), (1, "exit code 1")]
 
 
+@pytest.mark.slow
 def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
     monkeypatch.setattr(faults, "LIMITS", faults.LIMITS | FAST)
     found, log = trial(undisturbed, "hang", "recovered", (1, "stop", 1, "save", 10), (2, "stall", 0, "data", 22),
@@ -58,6 +60,7 @@ def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
     assert "do_stall" in log  # the stack of the one that slept
 
 
+@pytest.mark.slow
 def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed):
     trial(undisturbed, "damage", "recovered", (1, "kill", 1, "steps", 35), (2, "damage", 0, "plan", 0, ("how", "bit")),
           (2, "kill", 1, "restore", 0), (3, "damage", 0, "plan", 0, ("how", "delete")), (3, "kill", 0, "compile", 0),
@@ -67,8 +70,10 @@ def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed)
 @pytest.mark.parametrize(("name", "stage", "says"), [
     ("full disk", (1, "disk", 1, "save", 20),  # whichever host says it first
      r"(host 1: .*can't be written|can't be written.*host 1: ).*(File too large|OUT_OF_RANGE)"),
-    ("unreadable data", (1, "no-data", 1, "reading", 15), "host 1: .*a shard of the data can't be read"),
-    ("corrupted data", (1, "bad-data", 1, "reading", 25), r"the loss of step \d+ is nan"),
+    pytest.param("unreadable data", (1, "no-data", 1, "reading", 15), "host 1: .*a shard of the data can't be read",
+                 marks=pytest.mark.slow),
+    pytest.param("corrupted data", (1, "bad-data", 1, "reading", 25), r"the loss of step \d+ is nan",
+                 marks=pytest.mark.slow),
 ])
 def test_what_a_person_must_mend_ends_the_run_with_the_reason(undisturbed, name, stage, says):
     _, log = trial(undisturbed, name, "ended, then goes on", stage, says=says)
