@@ -1,4 +1,6 @@
-"""Lepton-JAX: a plain Flax module in, a planned, fused and adaptive training run out."""
+"""Lepton-JAX: a plain Flax module in, a planned, fused and adaptive training run
+out.
+"""
 
 from importlib.metadata import version as _version
 
@@ -25,7 +27,30 @@ from lepton_jax.trainer import Trainer
 __version__ = _version("lepton-jax")
 
 __all__ = [
-    "CheckpointError", "DataError", "DivergedError", "History", "LeptonError", "ModelError", "Plan", "PlanError",
-    "Program", "Recipe", "RecipeError", "SettingError", "State", "Topology", "Trace", "Trainer", "controllers", "data",
-    "hardware", "losses", "metrics", "models", "monitor", "plan", "topology", "trace",
+    "CheckpointError",
+    "DataError",
+    "DivergedError",
+    "History",
+    "LeptonError",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "Program",
+    "Recipe",
+    "RecipeError",
+    "SettingError",
+    "State",
+    "Topology",
+    "Trace",
+    "Trainer",
+    "controllers",
+    "data",
+    "hardware",
+    "losses",
+    "metrics",
+    "models",
+    "monitor",
+    "plan",
+    "topology",
+    "trace",
 ]

@@ -35,8 +35,13 @@ BY_NAME = ("base", "knobs", "fed")
 # Fields of ControllerState that are copies of the parameters, or () without them.
 COPIES = ("accumulated", "average", "anchor")
 REPLACEABLE = ("optimizer/", "controller/")
-# Counts of updates at which two schedules are compared: three a decade, up to a million.
-SCHEDULE_COUNTS = (0, *(m * 10**e for e in range(6) for m in (1, 2, 5)), 10**6)
+# Counts of updates at which two schedules are compared: three a decade, up to a
+# million.
+SCHEDULE_COUNTS = (
+    0,
+    *(m * 10**e for e in range(6) for m in (1, 2, 5)),
+    10**6,
+)
 
 Fits = Callable[[str, str], bool]
 
@@ -131,7 +136,9 @@ def is_number(leaf: Any) -> bool:
 
 
 def schedule_values(rate: Callable[[Any], Any]) -> list[float]:
-    """Values of a schedule at some counts of updates: by them it is told from others."""
+    """Values of a schedule at some counts of updates: by them it is told from
+    others.
+    """
     counts = jnp.asarray(SCHEDULE_COUNTS, jnp.int32)
     values = jax.jit(lambda: [jnp.float32(rate(count)) for count in counts])()
     return [float(value) for value in jax.device_get(values)]
@@ -171,7 +178,7 @@ def changed_values(
     return changes
 
 
-# ---- internals ---------------------------------------------------------------------------
+# ---- internals ----
 
 
 def _elements(state: Any) -> dict[str, list[str]]:
@@ -202,11 +209,16 @@ def _joined(prefix: str, name: str) -> str:
 def _fields(paths: set[str], prefix: str) -> set[str]:
     """First parts of the paths below a prefix."""
     start = f"{prefix}/"
-    return {path[len(start) :].split("/")[0] for path in paths if path.startswith(start)}
+    return {
+        path[len(start) :].split("/")[0] for path in paths if path.startswith(start)
+    }
 
 
 def _adopt_optimizer(
-    found: Adoption, elements: dict[str, list[str]], available: set[str], fits: Fits
+    found: Adoption,
+    elements: dict[str, list[str]],
+    available: set[str],
+    fits: Fits,
 ) -> None:
     wanted = {
         _joined(prefix, name) for prefix, names in elements.items() for name in names
@@ -214,7 +226,11 @@ def _adopt_optimizer(
     mine = {p: names for p, names in elements.items() if _is_optimizer(p)}
     moved = {}
 
-    def whole(prefix: str, names: list[str], source: str) -> bool:
+    def whole(
+        prefix: str,
+        names: list[str],
+        source: str,
+    ) -> bool:
         alike = _fields(available, source) == _fields(wanted, prefix)
         return alike and all(
             _joined(source, name) in available
@@ -301,7 +317,11 @@ def _group(path: str) -> tuple[str, ...]:
     return (part,)
 
 
-def _described(part: str, rest: Sequence[str], policies: Sequence[str]) -> str:
+def _described(
+    part: str,
+    rest: Sequence[str],
+    policies: Sequence[str],
+) -> str:
     if part == "policies":
         return f"policy {policies[int(rest[0])]}"
     if part == "signals":
@@ -316,7 +336,9 @@ def _note_left(found: Adoption, available: set[str]) -> None:
         if first == "optimizer":
             found.left.append("/".join(["optimizer", *rest[:2]]))
         elif first == "controller" and rest[0] in ("base", "policies", *COPIES):
-            found.left.append("/".join(["controller", *rest[: 1 + (rest[0] == "base")]]))
+            found.left.append(
+                "/".join(["controller", *rest[: 1 + (rest[0] == "base")]])
+            )
 
 
 def _same(left: float, right: float) -> bool:

@@ -1,7 +1,8 @@
 """What the hosts of a run must do alike: one of them says it, the others hear it.
 
-A host is a process. What is said goes through the key-value store of `jax.distributed`, not through the devices: it neither
-waits for a step nor has to be in one. All hosts call these functions in the same order. On a single host they cost nothing.
+A host is a process. What is said goes through the key-value store of `jax.distributed`,
+not through the devices: it neither waits for a step nor has to be in one. All hosts
+call these functions in the same order. On a single host they cost nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from lepton_jax import errors, phase
 from lepton_jax.compat import coordination
 from lepton_jax.errors import LeptonError, SettingError
 
-PATIENCE = 1800.0  # seconds to wait for what another host has to say; who watches the run is sooner
+# seconds to wait for what another host has to say; who watches the run is sooner
+PATIENCE = 1800.0
 POLL = 0.02  # seconds between two looks at a barrier
 BEAT = 0.25  # seconds between two beats, about
 KEPT = 256  # messages that are still there when a slow host comes to read them
@@ -76,40 +78,70 @@ def same(facts: Mapping[str, str]) -> None:
     """Compare what must not differ between the hosts: texts, by what they are.
 
     Raises:
-      SettingError: on every host: which one differs from host 0 in what, with the first line that does.
+      SettingError: on every host: which one differs from host 0 in what, with the first
+        line that does.
     """
     if hosts() == 1:
         return
-    sums = every(lambda: {name: zlib.crc32(text.encode()) for name, text in facts.items()})
-    differing = [(i, name) for i, found in enumerate(sums) for name in facts if found.get(name) != sums[0].get(name)]
+    sums = every(
+        lambda: {name: zlib.crc32(text.encode()) for name, text in facts.items()}
+    )
+    differing = [
+        (i, name)
+        for i, found in enumerate(sums)
+        for name in facts
+        if found.get(name) != sums[0].get(name)
+    ]
     if not differing:
         return
     other, name = differing[0]
     lines = facts[name].splitlines()
     marks = [zlib.crc32(line.encode()) for line in lines]
     theirs = every(lambda: marks if host() in (0, other) else None)
-    number = next((i for i, (a, b) in enumerate(zip(theirs[0], theirs[other], strict=False)) if a != b),
-                  min(len(theirs[0]), len(theirs[other])))
-    shown = every(lambda: lines[number].strip()[:200] if number < len(lines) else "nothing")
-    raise SettingError(f"host {other} differs from host 0 in {name}, first in line {number + 1}: {shown[other]} there, "
-                       f"{shown[0]} on host 0", where=f"host {other} of {hosts()}",
-                       remedy="give all hosts the same code, settings and data, and start again")
+    number = next(
+        (
+            i
+            for i, (a, b) in enumerate(zip(theirs[0], theirs[other], strict=False))
+            if a != b
+        ),
+        min(len(theirs[0]), len(theirs[other])),
+    )
+    shown = every(
+        lambda: lines[number].strip()[:200] if number < len(lines) else "nothing"
+    )
+    raise SettingError(
+        f"host {other} differs from host 0 in {name}, first in line {number + 1}:"
+        f" {shown[other]} there, {shown[0]} on host 0",
+        where=f"host {other} of {hosts()}",
+        remedy="give all hosts the same code, settings and data, and start again",
+    )
 
 
 def wish(name: str, why: str = "") -> None:
-    """Say that this host wants something, at any time and from any thread; see `wished`."""
+    """Say that this host wants something, at any time and from any thread; see
+    `wished`.
+    """
     if hosts() > 1:
-        _client().key_value_set(f"lepton-wish/{name}/{host()}", why, allow_overwrite=True)
+        _client().key_value_set(
+            f"lepton-wish/{name}/{host()}", why, allow_overwrite=True
+        )
 
 
 def wished(name: str) -> dict[int, str]:
     """Which hosts have said that they want this, and why."""
     if hosts() == 1:
         return {}
-    return {int(key.rpartition("/")[2]): why for key, why in _client().key_value_dir_get(f"lepton-wish/{name}/")}
+    return {
+        int(key.rpartition("/")[2]): why
+        for key, why in _client().key_value_dir_get(f"lepton-wish/{name}/")
+    }
 
 
-def barrier(key: str, seconds: float, given_up: str) -> None:
+def barrier(
+    key: str,
+    seconds: float,
+    given_up: str,
+) -> None:
     """Return when all hosts have called this with the same key, from whatever thread.
 
     `wait_at_barrier` of the key-value store can't be told that somebody will not come.
@@ -118,20 +150,32 @@ def barrier(key: str, seconds: float, given_up: str) -> None:
       TimeoutError: some did not come in time.
       LeptonError: a host wishes for what `given_up` names.
     """
-    until, count = time.monotonic() + seconds, _client().key_value_increment(f"lepton-barrier/{key}", 1)
+    until, count = (
+        time.monotonic() + seconds,
+        _client().key_value_increment(f"lepton-barrier/{key}", 1),
+    )
     all_here = -(-count // hosts()) * hosts()  # the key may be another round's
     while count < all_here:
         if gone := wished(given_up):
             other, why = next(iter(gone.items()))
-            raise LeptonError(f"host {other}: {why}", where=f"host {other}", remedy="mend that, and start again")
+            raise LeptonError(
+                f"host {other}: {why}",
+                where=f"host {other}",
+                remedy="mend that, and start again",
+            )
         if time.monotonic() > until:
-            raise TimeoutError(f"only {count % hosts()} of {hosts()} hosts came to {key} within {seconds:g} s")
+            raise TimeoutError(
+                f"only {count % hosts()} of {hosts()} hosts came to {key} within"
+                f" {seconds:g} s"
+            )
         time.sleep(POLL)
         count = int(_client().key_value_try_get(f"lepton-barrier/{key}"))
 
 
 class Beat:
-    """The moments at which all hosts hear from host 0: at steps that it chooses one beat ahead, about four a second."""
+    """The moments at which all hosts hear from host 0: at steps that it chooses one
+    beat ahead, about four a second.
+    """
 
     def __init__(self) -> None:
         self.next = 0
@@ -141,7 +185,11 @@ class Beat:
         """Whether one falls on this step; on a single host, on each."""
         return hosts() == 1 or step >= self.next
 
-    def hear(self, step: int, say: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def hear(
+        self,
+        step: int,
+        say: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
         """What host 0 says at this step."""
         if hosts() == 1:
             return say()
@@ -173,7 +221,9 @@ def _client() -> Any:
 
 
 def _heard(key: str) -> dict[str, Any]:
-    """What another host says under a key; until then this one waits, and is not behind it."""
+    """What another host says under a key; until then this one waits, and is not behind
+    it.
+    """
     with phase.phase("agreement"):
         return json.loads(_client().blocking_key_value_get(key, int(PATIENCE * 1000)))
 
@@ -182,11 +232,22 @@ def _tried(say: Callable[[], Any]) -> tuple[dict[str, Any], LeptonError | None]:
     try:
         return {"said": say()}, None
     except LeptonError as error:
-        return {"fault": [type(error).__name__, error.what, str(error.where), error.remedy]}, error
+        return {
+            "fault": [
+                type(error).__name__,
+                error.what,
+                str(error.where),
+                error.remedy,
+            ]
+        }, error
 
 
 def _opened(answer: dict[str, Any]) -> Any:
     if "fault" not in answer:
         return answer["said"]
     kind, what, where, remedy = answer["fault"]
-    raise getattr(errors, kind, LeptonError)(what, where=where, remedy=remedy)
+    raise getattr(errors, kind, LeptonError)(
+        what,
+        where=where,
+        remedy=remedy,
+    )

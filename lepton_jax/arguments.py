@@ -161,7 +161,10 @@ class Arguments:
 
 
 def read(
-    function: Callable | None, where: str, inputs: Any, train_argument: str | None
+    function: Callable | None,
+    where: str,
+    inputs: Any,
+    train_argument: str | None,
 ) -> Arguments:
     """Read the signature of a module's call.
 
@@ -178,11 +181,17 @@ def read(
         raise ModelError(
             "the model has no __call__",
             where=where,
-            remedy="give it one that takes what the samples (and preprocess) give: one "
-            "array, or a dict's arrays by name",
+            remedy=(
+                "give it one that takes what the samples (and preprocess) give: one "
+                "array, or a dict's arrays by name"
+            ),
         )
     parameters = dict(
-        itertools.islice(_signature(function).items(), 1, None)
+        itertools.islice(
+            _signature(function).items(),
+            1,
+            None,
+        )
     )  # without self
     named = {n: p for n, p in parameters.items() if p.kind in NAMED}
     whole = isinstance(inputs, dict) and _takes_whole(parameters, inputs)
@@ -257,7 +266,10 @@ def settled(arguments: Arguments, effect: Callable[[Mode], Effect | None]) -> Ar
     found = {name: _found(arguments, name, effect) for name in arguments.open}
     training = {name: sense for name, sense in found.items() if sense is not None}
     return replace(
-        arguments, training={**arguments.training, **training}, open={}, open_random=()
+        arguments,
+        training={**arguments.training, **training},
+        open={},
+        open_random=(),
     )
 
 
@@ -293,7 +305,7 @@ def draws(jaxpr: Any) -> int:
     return count
 
 
-# ---- reading a signature ----------------------------------------------------------
+# ---- reading a signature ----
 
 
 def _signature(function: Callable) -> dict[str, inspect.Parameter]:
@@ -306,7 +318,9 @@ def _signature(function: Callable) -> dict[str, inspect.Parameter]:
 def _takes_whole(
     parameters: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]
 ) -> bool:
-    """Whether a dict of inputs goes to the only parameter there is, as in `batch["x"]`."""
+    """Whether a dict of inputs goes to the only parameter there is, as in
+    `batch["x"]`.
+    """
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return False
     if any(name in parameters for name in inputs):
@@ -351,8 +365,9 @@ def _data_parameter(
             f"the model takes {_listed(named)} by name, but the samples' inputs are "
             "one array without a name",
             where=where,
-            remedy=f"give the inputs as a dict, {_dict(named)}, or take them by "
-            "position",
+            remedy=(
+                f"give the inputs as a dict, {_dict(named)}, or take them by position"
+            ),
         )
     return None
 
@@ -376,8 +391,10 @@ def _check_inputs(
             f"the model takes no input {_listed(surplus)}{nearest(surplus[0], free)}"
             f"{lacks}; the inputs are {_described(inputs)}",
             where=where,
-            remedy="the arrays of a dict go to the model by name: name them as its "
-            f"arguments, {_listed(free)}, or {wrap}",
+            remedy=(
+                "the arrays of a dict go to the model by name: name them as its "
+                f"arguments, {_listed(free)}, or {wrap}"
+            ),
         )
     if missing:
         taken = sorted(names) if isinstance(inputs, dict) else [data] if data else []
@@ -385,10 +402,12 @@ def _check_inputs(
             f"the model's call requires {_listed(missing)}, which the samples' inputs "
             f"don't have; they are {_described(inputs)}",
             where=where,
-            remedy="give the inputs as a dict's arrays by name, "
-            f"{_dict([*taken, *missing])}, or give "
-            f"{_listed(missing)} a default, e.g. None, or {wrap}; if {missing[-1]!r} "
-            "says whether the model trains, name it as Recipe.train_argument",
+            remedy=(
+                "give the inputs as a dict's arrays by name,"
+                f" {_dict([*taken, *missing])}, or give {_listed(missing)} a default,"
+                f" e.g. None, or {wrap}; if {missing[-1]!r} says whether the model"
+                " trains, name it as Recipe.train_argument"
+            ),
         )
 
 
@@ -408,8 +427,10 @@ def _named_mode(
         raise ModelError(
             f"train_argument names {name!r}, which is an input of the model",
             where=where,
-            remedy="name the Boolean argument that says whether the model trains, or "
-            "leave train_argument out",
+            remedy=(
+                "name the Boolean argument that says whether the model trains, or "
+                "leave train_argument out"
+            ),
         )
     if name in others:
         default = others[name].default
@@ -473,7 +494,11 @@ def _sense_of(name: str) -> bool | None:
     return False if plain in OUTSIDE else None
 
 
-def _random(name: str, parameter: inspect.Parameter, parameters: Iterable[str]) -> bool:
+def _random(
+    name: str,
+    parameter: inspect.Parameter,
+    parameters: Iterable[str],
+) -> bool:
     """Whether a parameter takes random streams or a key: by its name."""
     if parameter.default is not None and not _is_required(parameter):
         return False
@@ -502,7 +527,7 @@ def _described(inputs: Any) -> str:
     )
 
 
-# ---- finding out ------------------------------------------------------------------
+# ---- finding out ----
 
 
 def _gains(
@@ -521,7 +546,9 @@ def _gains(
 
 
 def _found(
-    arguments: Arguments, name: str, effect: Callable[[Mode], Effect | None]
+    arguments: Arguments,
+    name: str,
+    effect: Callable[[Mode], Effect | None],
 ) -> bool | None:
     """The value of a Boolean argument in training, by what it does.
 
@@ -534,7 +561,16 @@ def _found(
     ]
     with_true, with_false = None, None
     for values in itertools.product((False, True), repeat=len(others)):
-        base = {**mode.values, **dict(zip(others, values, strict=True))}
+        base = {
+            **mode.values,
+            **dict(
+                zip(
+                    others,
+                    values,
+                    strict=True,
+                )
+            ),
+        }
         with_true = effect(mode._replace(values={**base, name: True}))
         with_false = effect(mode._replace(values={**base, name: False}))
         if with_true is not None or with_false is not None:
@@ -569,12 +605,18 @@ def _found(
     )
 
 
-def _unsettled(name: str, where: str, why: str) -> ModelError:
+def _unsettled(
+    name: str,
+    where: str,
+    why: str,
+) -> ModelError:
     return ModelError(
         f"it can't be told whether the Boolean argument {name!r} says that the model "
         f"trains: its call {why}",
         where=where,
-        remedy=f"if it does, set Recipe.train_argument to {name!r}, or to 'not {name}' "
-        "if it is True outside of training; if it doesn't, give it a default in "
-        "__call__ and name the one that does",
+        remedy=(
+            f"if it does, set Recipe.train_argument to {name!r}, or to 'not {name}' "
+            "if it is True outside of training; if it doesn't, give it a default in "
+            "__call__ and name the one that does"
+        ),
     )

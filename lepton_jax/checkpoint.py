@@ -1,8 +1,10 @@
-"""Checkpoints by Orbax, asynchronous and atomic; the latest is the newest that is committed and readable.
+"""Checkpoints by Orbax, asynchronous and atomic; the latest is the newest that is
+committed and readable.
 
-A step's folder appears under its name only when it is whole. Beside the arrays it holds a JSON record with a checksum
-of every array, made on the device from the very values that were to be written, and a checksum of itself: what was
-damaged on disk is told from what is intact, whatever the storage format notices.
+A step's folder appears under its name only when it is whole. Beside the arrays it holds
+a JSON record with a checksum of every array, made on the device from the very values
+that were to be written, and a checksum of itself: what was damaged on disk is told from
+what is intact, whatever the storage format notices.
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ from orbax.checkpoint import checkpoint_managers
 from lepton_jax import agreement
 from lepton_jax.adoption import REPLACEABLE
 from lepton_jax.compat import jit_where, make_mesh
-from lepton_jax.errors import CheckpointError, LeptonError, of_another_host, writing_remedy
+from lepton_jax.errors import (
+    CheckpointError,
+    LeptonError,
+    of_another_host,
+    writing_remedy,
+)
 from lepton_jax.state import by_path
 
 T = TypeVar("T")
@@ -41,13 +48,16 @@ Choose = Callable[
     [dict[str, Any], list[str], Callable[[str, str], bool]], dict[str, str]
 ]
 GIVEN_UP = "a save is given up"
-MONTH = 30 * 86400  # who watches the run is sooner; and Orbax reads the clock, which may jump
+# who watches the run is sooner; and Orbax reads the clock, which may jump
+MONTH = 30 * 86400
 
-# Paths that reach the libraries below as they are. Others are reached through a link: Orbax looks for its parts by a
-# glob over the whole path ("*", "?", "[x]"), etils takes /gs/, /s3/, /az/, /hf/ and "gs:/" for buckets, TensorStore
-# refuses backslashes and what is not UTF-8 (seen in orbax-checkpoint 0.12.8 with tensorstore 0.1).
+# Paths that reach the libraries below as they are. Others are reached through a link:
+# Orbax looks for its parts by a glob over the whole path ("*", "?", "[x]"), etils takes
+# /gs/, /s3/, /az/, /hf/ and "gs:/" for buckets, TensorStore refuses backslashes and
+# what is not UTF-8 (seen in orbax-checkpoint 0.12.8 with tensorstore 0.1).
 PLAIN = re.compile(r"(?!/(?:gs|s3|az|hf)(?:/|$))[\w./ =,+@~()'-]*")
-LONGEST_PLAIN = 2000  # characters; Orbax adds about 200 of its own, and Linux takes 4096
+# characters; Orbax adds about 200 of its own, and Linux takes 4096
+LONGEST_PLAIN = 2000
 
 
 class Checkpoints:
@@ -56,20 +66,31 @@ class Checkpoints:
     Args:
       folder: created with the first save.
       keep: how many of the latest stay.
-      best: a metric's name, after "-" for lowest first: one more checkpoint stays, the best by it.
+      best: a metric's name, after "-" for lowest first: one more checkpoint stays, the
+        best by it.
       again: how a person goes on after a save that failed, for the error.
     """
 
-    def __init__(self, folder: Path, keep: int = 3, best: str | None = None,
-                 again: str = "go on with --resume, or resume() in a notebook"):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 3,
+        best: str | None = None,
+        again: str = "go on with --resume, or resume() in a notebook",
+    ):
         self.folder = Path(folder).absolute()
         self._again = again
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if best is not None:
             name = best.removeprefix("-")
-            policies.append(checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[name], reverse=best.startswith("-"), n=1,
-                keep_checkpoints_without_metrics=False))
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[name],
+                    reverse=best.startswith("-"),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         self._preserved = checkpoint_managers.AnyPreservationPolicy(policies)
         self._manager: ocp.CheckpointManager | None = None
         self._reader: ocp.CheckpointManager | None = None
@@ -78,10 +99,12 @@ class Checkpoints:
         self._unlink: Callable[[], object] | None = None
 
     def begin(self) -> None:
-        """Make the folder and try it, so that what can't be saved there is known before anything is computed.
+        """Make the folder and try it, so that what can't be saved there is known before
+        anything is computed.
 
         Raises:
-          CheckpointError: nothing can be written there, or what is written can't be read back.
+          CheckpointError: nothing can be written there, or what is written can't be
+            read back.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,26 +117,51 @@ class Checkpoints:
             self._try()
 
     def _try(self) -> None:
-        """Save and restore a small array in a folder next to this one, on all hosts together."""
+        """Save and restore a small array in a folder next to this one, on all hosts
+        together.
+        """
         place = self.folder.with_name(f".{self.folder.name}.try")
-        everywhere = NamedSharding(make_mesh({"data": jax.device_count()}, jax.devices()), PartitionSpec())
+        everywhere = NamedSharding(
+            make_mesh({"data": jax.device_count()}, jax.devices()), PartitionSpec()
+        )
         values = np.arange(3, dtype=np.int32)
-        state = {"tried": jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])}
-        template = {"tried": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=everywhere)}
+        state = {
+            "tried": jax.make_array_from_callback(
+                values.shape, everywhere, lambda index: values[index]
+            )
+        }
+        template = {
+            "tried": jax.ShapeDtypeStruct(
+                values.shape, values.dtype, sharding=everywhere
+            )
+        }
         trial = Checkpoints(place, keep=1)
         try:
             trial.save(1, state, {})
             trial.wait()
             trial.restore(1, template)
         except Damaged as error:
-            raise CheckpointError(f"what is saved in this folder can't be read back: {error.reason}", where=self.folder,
-                                  remedy="name a folder whose path has letters, digits, '-', '_' and '.' alone") from error
+            raise CheckpointError(
+                f"what is saved in this folder can't be read back: {error.reason}",
+                where=self.folder,
+                remedy=(
+                    "name a folder whose path has letters, digits, '-', '_' and '.'"
+                    " alone"
+                ),
+            ) from error
         finally:
             trial.close()
             agreement.first(lambda: shutil.rmtree(place, ignore_errors=True))
 
-    def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Start to save; the state is copied before this returns, and may be donated afterwards.
+    def save(
+        self,
+        step: int,
+        state: Any,
+        record: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Start to save; the state is copied before this returns, and may be donated
+        afterwards.
 
         Args:
           step: of the state.
@@ -128,11 +176,25 @@ class Checkpoints:
         self._saving = step
         try:
             arrays, sums = _copy_and_checksum(_storable(state))
-            checksums = {path: int(value) for path, value in jax.device_get(sums).items()}
-            body = json.dumps({"step": step, "record": record, "checksums": checksums})
+            checksums = {
+                path: int(value) for path, value in jax.device_get(sums).items()
+            }
+            body = json.dumps(
+                {
+                    "step": step,
+                    "record": record,
+                    "checksums": checksums,
+                }
+            )
             sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
-            saved = self._open().save(step, metrics=metrics, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(sealed)))
+            saved = self._open().save(
+                step,
+                metrics=metrics,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays),
+                    record=ocp.args.JsonSave(sealed),
+                ),
+            )
         except Exception as error:
             raise self._failed(error) from error
         assert saved, f"Orbax skips step {step}; the steps are {self.steps()}"
@@ -173,16 +235,24 @@ class Checkpoints:
         _alike(step, lambda: self._index(step))
 
     def steps(self) -> list[int]:
-        """Committed steps, in order, as host 0 sees them; whether they can be read is seen by reading them."""
+        """Committed steps, in order, as host 0 sees them; whether they can be read is
+        seen by reading them.
+        """
         return agreement.first(self._committed)
 
     def _committed(self) -> list[int]:
         if not os.path.isdir(self.folder):  # False for a path that is too long, too
             return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.is_dir() and re.fullmatch(r"\d+", p.name))
+        return sorted(
+            int(p.name)
+            for p in self.folder.iterdir()
+            if p.is_dir() and re.fullmatch(r"\d+", p.name)
+        )
 
     def set_aside(self, after: int) -> list[int]:
-        """Move steps later than `after` into the folder `set_aside` beside this one, so that they can be saved anew."""
+        """Move steps later than `after` into the folder `set_aside` beside this one, so
+        that they can be saved anew.
+        """
         later = [step for step in self.steps() if step > after]
         if later:
             self.close()  # Orbax remembers which steps there are
@@ -194,12 +264,18 @@ class Checkpoints:
         for step in steps:
             place.mkdir(exist_ok=True)
             taken = len(list(place.glob(f"{step}*")))
-            (self.folder / str(step)).rename(place / (f"{step}.{taken}" if taken else str(step)))
+            (self.folder / str(step)).rename(
+                place / (f"{step}.{taken}" if taken else str(step))
+            )
 
     def restore(
-        self, step: int, template: Any, choose: Choose | None = None
+        self,
+        step: int,
+        template: Any,
+        choose: Choose | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Read one step's state, laid out as the template's shardings say, and its record.
+        """Read one step's state, laid out as the template's shardings say, and its
+        record.
 
         Args:
           step: a committed one.
@@ -213,16 +289,28 @@ class Checkpoints:
           template's.
 
         Raises:
-          CheckpointError: there is no such step, or leaves that have to fit do not; each
-            difference is named.
+          CheckpointError: there is no such step, or leaves that have to fit do not;
+            each difference is named.
           Damaged: the content on disk is not the one that was saved.
         """
         if step not in self.steps():
-            raise CheckpointError(f"there is no checkpoint of step {step!r}", where=self.folder,
-                                  remedy=f"name one of the steps {', '.join(map(str, self.steps())) or '(there are none)'}")
+            raise CheckpointError(
+                f"there is no checkpoint of step {step!r}",
+                where=self.folder,
+                remedy=(
+                    "name one of the steps"
+                    f" {', '.join(map(str, self.steps())) or '(there are none)'}"
+                ),
+            )
         wanted = jax.eval_shape(_storable, template)
         record, checksums, stored = _alike(step, lambda: self._index(step))
-        sources = self._sources(step, wanted, stored, record, choose)
+        sources = self._sources(
+            step,
+            wanted,
+            stored,
+            record,
+            choose,
+        )
         places = by_path(jax.tree.map(lambda x: x.sharding, template))
 
         shapes = {}
@@ -247,7 +335,9 @@ class Checkpoints:
             else:
                 array = arrays[_quoted(sources[path])]
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                array = jax.device_put(jax.random.wrap_key_data(array, impl=_key_impl(leaf)), leaf.sharding)
+                array = jax.device_put(
+                    jax.random.wrap_key_data(array, impl=_key_impl(leaf)), leaf.sharding
+                )
             leaves.append(array)
         return jax.tree.unflatten(jax.tree.structure(template), leaves), record
 
@@ -275,8 +365,16 @@ class Checkpoints:
                 if not _unquoted(name).startswith(REPLACEABLE)
             }
 
-        self._compare(step, strict(wanted), strict(stored))
-        return choose(record, [_unquoted(name) for name in stored], fits)
+        self._compare(
+            step,
+            strict(wanted),
+            strict(stored),
+        )
+        return choose(
+            record,
+            [_unquoted(name) for name in stored],
+            fits,
+        )
 
     def restore_latest(
         self,
@@ -284,10 +382,12 @@ class Checkpoints:
         on_damaged: Callable[[int, str], None],
         choose: Choose | None = None,
     ) -> tuple[int, Any, dict[str, Any]]:
-        """(step, state, record) of the newest readable step; each newer one that is damaged is reported and left.
+        """(step, state, record) of the newest readable step; each newer one that is
+        damaged is reported and left.
 
         Raises:
-          CheckpointError: no step can be read, or the newest readable one does not fit the template.
+          CheckpointError: no step can be read, or the newest readable one does not fit
+            the template.
         """
         steps, reasons = self.steps(), []
         for step in reversed(steps):
@@ -296,32 +396,56 @@ class Checkpoints:
             except Damaged as error:
                 on_damaged(step, error.reason)
                 reasons.append(f"step {step}: {error.reason}")
-        what = "\n    ".join([f"none of the {len(steps)} checkpoints can be read", *reasons])
-        raise CheckpointError(what, where=self.folder, remedy="start the run anew, or name another run folder")
+        what = "\n    ".join(
+            [f"none of the {len(steps)} checkpoints can be read", *reasons]
+        )
+        raise CheckpointError(
+            what,
+            where=self.folder,
+            remedy="start the run anew, or name another run folder",
+        )
 
-    def _index(self, step: int) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
+    def _index(
+        self, step: int
+    ) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
         """Record, checksums, and what arrays there are."""
         record, checksums = self._record(step)
         try:
-            # the index alone; Orbax would find the fault in as many threads as there are arrays
-            place = {"driver": "file", "path": f"{self._reached() / str(step) / 'state'}/"}
-            tensorstore.KvStore.open({"driver": "ocdbt", "base": place}).result().list().result()
+            # the index alone; Orbax would find the fault in as many threads as there
+            # are arrays
+            place = {
+                "driver": "file",
+                "path": f"{self._reached() / str(step) / 'state'}/",
+            }
+            tensorstore.KvStore.open(
+                {"driver": "ocdbt", "base": place}
+            ).result().list().result()
             return record, checksums, self._read().item_metadata(step)["state"].tree
         except Exception as error:
             raise self._damaged(step, error) from error
 
     def _arrays(
-        self, step: int, shapes: dict[str, Any], some: bool
+        self,
+        step: int,
+        shapes: dict[str, Any],
+        some: bool,
     ) -> dict[str, Any]:
         """Read arrays; `some`: the checkpoint has others that are not wanted."""
         try:
             if some:
                 return self._some_arrays(step, shapes)
-            return self._read().restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+            return self._read().restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)),
+            )["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
 
-    def _some_arrays(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+    def _some_arrays(
+        self,
+        step: int,
+        shapes: dict[str, Any],
+    ) -> dict[str, Any]:
         # Orbax's standard handler reads all arrays of a step or none
         hosts = None if agreement.hosts() == 1 else [agreement.host()]
         manager = self._make(hosts, ocp.PyTreeCheckpointHandler)
@@ -331,13 +455,18 @@ class Checkpoints:
             partial_restore=True,
         )
         try:
-            return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+            return manager.restore(step, args=ocp.args.Composite(state=restore))[
+                "state"
+            ]
         finally:
             manager.close()
 
     def _record(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
         try:
-            sealed = self._read().restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            sealed = self._read().restore(
+                step,
+                args=ocp.args.Composite(record=ocp.args.JsonRestore()),
+            )["record"]
             body = sealed["body"]
             intact = zlib.crc32(body.encode()) == sealed["crc32"]
         except Exception as error:
@@ -349,24 +478,46 @@ class Checkpoints:
             raise Damaged(step, f"it holds step {content['step']} under another name")
         return content["record"], content["checksums"]
 
-    def _compare(self, step: int, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+    def _compare(
+        self,
+        step: int,
+        wanted: dict[str, Any],
+        stored: dict[str, Any],
+    ) -> None:
         missing, surplus = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
-        lines = [f"missing in the checkpoint: {_unquoted(n)} {_shape(wanted[n])}" for n in sorted(missing)]
-        lines += [f"surplus in the checkpoint: {_unquoted(n)} {_shape(stored[n])}" for n in sorted(surplus)]
-        lines += [f"{_unquoted(n)}: the checkpoint has {_shape(stored[n])}, the model {_shape(wanted[n])}"
-                  for n in sorted(wanted.keys() & stored.keys()) if _shape(stored[n]) != _shape(wanted[n])]
+        lines = [
+            f"missing in the checkpoint: {_unquoted(n)} {_shape(wanted[n])}"
+            for n in sorted(missing)
+        ]
+        lines += [
+            f"surplus in the checkpoint: {_unquoted(n)} {_shape(stored[n])}"
+            for n in sorted(surplus)
+        ]
+        lines += [
+            f"{_unquoted(n)}: the checkpoint has {_shape(stored[n])}, the model"
+            f" {_shape(wanted[n])}"
+            for n in sorted(wanted.keys() & stored.keys())
+            if _shape(stored[n]) != _shape(wanted[n])
+        ]
         if lines:
-            raise CheckpointError(f"the checkpoint does not fit the model, {len(lines)} leaves differ:\n    "
-                                  + "\n    ".join(lines), where=self.folder / str(step),
-                                  remedy="restore with the model and optimizer that it was saved with")
+            raise CheckpointError(
+                f"the checkpoint does not fit the model, {len(lines)} leaves"
+                " differ:\n    " + "\n    ".join(lines),
+                where=self.folder / str(step),
+                remedy="restore with the model and optimizer that it was saved with",
+            )
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            self._manager = self._make(None if agreement.hosts() == 1 else range(agreement.hosts()))
+            self._manager = self._make(
+                None if agreement.hosts() == 1 else range(agreement.hosts())
+            )
         return self._manager
 
     def _read(self) -> ocp.CheckpointManager:
-        """Each host reads by itself: who can't read would leave the others waiting for it."""
+        """Each host reads by itself: who can't read would leave the others waiting for
+        it.
+        """
         if agreement.hosts() == 1:
             return self._open()
         if self._reader is None:
@@ -379,21 +530,50 @@ class Checkpoints:
         handler: Callable[..., Any] = ocp.StandardCheckpointHandler,
     ) -> ocp.CheckpointManager:
         _quieten()
-        together = {} if hosts is None else {"multiprocessing_options": ocp.options.MultiprocessingOptions(
-            primary_host=min(hosts), active_processes=set(hosts), barrier_sync_key_prefix=f"hosts{min(hosts)}to{max(hosts)}")}
+        together = (
+            {}
+            if hosts is None
+            else {
+                "multiprocessing_options": ocp.options.MultiprocessingOptions(
+                    primary_host=min(hosts),
+                    active_processes=set(hosts),
+                    barrier_sync_key_prefix=f"hosts{min(hosts)}to{max(hosts)}",
+                )
+            }
+        )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # Orbax finds out late, and in another thread
-            waiting = {} if hosts is None or len(list(hosts)) == 1 else {
-                "async_options": ocp.AsyncOptions(timeout_secs=MONTH, barrier_sync_fn=_wait_for_the_others)}
-            options = ocp.CheckpointManagerOptions(create=hosts is None, preservation_policy=self._preserved, **together,
-                                                   **waiting)
-            return ocp.CheckpointManager(self._reached(), options=options, item_handlers={
-                "state": handler(**together), "record": ocp.JsonCheckpointHandler(**together)})
+            # Orbax finds out late, and in another thread
+            self.folder.mkdir(parents=True, exist_ok=True)
+            waiting = (
+                {}
+                if hosts is None or len(list(hosts)) == 1
+                else {
+                    "async_options": ocp.AsyncOptions(
+                        timeout_secs=MONTH, barrier_sync_fn=_wait_for_the_others
+                    )
+                }
+            )
+            options = ocp.CheckpointManagerOptions(
+                create=hosts is None,
+                preservation_policy=self._preserved,
+                **together,
+                **waiting,
+            )
+            return ocp.CheckpointManager(
+                self._reached(),
+                options=options,
+                item_handlers={
+                    "state": handler(**together),
+                    "record": ocp.JsonCheckpointHandler(**together),
+                },
+            )
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise self._failed(error) from error
 
     def _reached(self) -> Path:
-        """The folder by a path that the libraries take as it is: its own, or a link to it for as long as it is open."""
+        """The folder by a path that the libraries take as it is: its own, or a link to
+        it for as long as it is open.
+        """
         path = str(self.folder)
         if PLAIN.fullmatch(path) and len(path) <= LONGEST_PLAIN:
             return self.folder
@@ -402,28 +582,54 @@ class Checkpoints:
         return self._link
 
     def _linked(self) -> Path:
-        """A new link to the folder, which is removed when this is closed, or at the latest at the end of the process."""
+        """A new link to the folder, which is removed when this is closed, or at the
+        latest at the end of the process.
+        """
         temporary = Path(tempfile.gettempdir()).absolute()
-        fault = "" if PLAIN.fullmatch(str(temporary)) else f"{temporary}, where a link to it would be, has none either"
+        fault = (
+            ""
+            if PLAIN.fullmatch(str(temporary))
+            else f"{temporary}, where a link to it would be, has none either"
+        )
         place = temporary
         try:
             if not fault:
                 place = Path(tempfile.mkdtemp(prefix="lepton-", dir=temporary))
-                (place / "checkpoints").symlink_to(self.folder, target_is_directory=True)
+                (place / "checkpoints").symlink_to(
+                    self.folder, target_is_directory=True
+                )
         except OSError as error:
             fault = f"a link to it can't be made: {error}"
         if fault:
-            raise CheckpointError(f"the folder's path is no plain one, and {fault}", where=self.folder,
-                                  remedy="name a folder whose path has letters, digits, '-', '_' and '.' alone, or set "
-                                         "TMPDIR to such a folder, where this user may write")
-        self._unlink = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            raise CheckpointError(
+                f"the folder's path is no plain one, and {fault}",
+                where=self.folder,
+                remedy=(
+                    "name a folder whose path has letters, digits, '-', '_' and '.'"
+                    " alone, or set TMPDIR to such a folder, where this user may write"
+                ),
+            )
+        self._unlink = weakref.finalize(
+            self,
+            shutil.rmtree,
+            place,
+            ignore_errors=True,
+        )
         return place / "checkpoints"
 
     def _shown(self, reason: str) -> str:
         """A reason that names the folder as the person did, not by the link."""
-        return reason if self._link is None else reason.replace(str(self._reached()), str(self.folder))
+        return (
+            reason
+            if self._link is None
+            else reason.replace(str(self._reached()), str(self.folder))
+        )
 
-    def _damaged(self, step: int, error: Exception) -> Damaged:
+    def _damaged(
+        self,
+        step: int,
+        error: Exception,
+    ) -> Damaged:
         return Damaged(step, self._shown(_reason(error)))
 
     def _failed(self, error: Exception) -> Exception:
@@ -431,18 +637,26 @@ class Checkpoints:
             return error
         step, self._saving = self._saving, None
         committed = self._committed()
-        last = f"step {committed[-1]} is the last committed one" if committed else "no step is committed yet"
+        last = (
+            f"step {committed[-1]} is the last committed one"
+            if committed
+            else "no step is committed yet"
+        )
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         fault = self._shown(_reason(error))
-        return CheckpointError(f"{which} can't be written ({last}): {fault}", where=self.folder,
-                               remedy=f"{writing_remedy(error)}; then {self._again}")
+        return CheckpointError(
+            f"{which} can't be written ({last}): {fault}",
+            where=self.folder,
+            remedy=f"{writing_remedy(error)}; then {self._again}",
+        )
 
 
 def _quieten() -> None:
     """Keep off stderr what Orbax writes there beside the error that it raises.
 
-    It logs each failed save with its traceback. And when one array can't be read or written it closes its event loop
-    over the others, whose complaints reach asyncio's logger and the hook for exceptions that nobody can catch.
+    It logs each failed save with its traceback. And when one array can't be read or
+    written it closes its event loop over the others, whose complaints reach asyncio's
+    logger and the hook for exceptions that nobody can catch.
     """
     for name, noise in (("absl", _logged_by_orbax), ("asyncio", _left_by_orbax)):
         if noise not in logging.getLogger(name).filters:
@@ -453,7 +667,9 @@ def _quieten() -> None:
 
     def hook(unraisable: Any) -> None:
         frames = traceback.extract_tb(unraisable.exc_traceback)
-        if str(unraisable.exc_value) != "Event loop is closed" and not any("/orbax/" in f.filename for f in frames):
+        if str(unraisable.exc_value) != "Event loop is closed" and not any(
+            "/orbax/" in f.filename for f in frames
+        ):
             before(unraisable)
 
     sys.unraisablehook = hook
@@ -465,7 +681,9 @@ def _logged_by_orbax(record: logging.LogRecord) -> bool:
 
 def _left_by_orbax(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "never retrieved" not in text or not any(word in text for word in ("/orbax/", "zarr", "OCDBT", "TensorStore"))
+    return "never retrieved" not in text or not any(
+        word in text for word in ("/orbax/", "zarr", "OCDBT", "TensorStore")
+    )
 
 
 class Damaged(CheckpointError):
@@ -473,13 +691,22 @@ class Damaged(CheckpointError):
 
     def __init__(self, step: int, reason: object):
         self.reason = _reason(reason)
-        super().__init__(f"the checkpoint of step {step} is damaged: {self.reason}", where=f"step {step}",
-                         remedy="use an earlier step")
+        super().__init__(
+            f"the checkpoint of step {step} is damaged: {self.reason}",
+            where=f"step {step}",
+            remedy="use an earlier step",
+        )
 
 
-def _wait_for_the_others(*, key: str, timeout_ms: int) -> None:
-    """Orbax's threads meet here while a save goes on. On a host where it has failed they come with that error on its way, and
-    the others must not wait for what will not be."""
+def _wait_for_the_others(
+    *,
+    key: str,
+    timeout_ms: int,
+) -> None:
+    """Orbax's threads meet here while a save goes on. On a host where it has failed
+    they come with that error on its way, and the others must not wait for what will not
+    be.
+    """
     error = sys.exc_info()[1]
     if error is None:
         agreement.barrier(key, timeout_ms / 1000, GIVEN_UP)
@@ -488,7 +715,9 @@ def _wait_for_the_others(*, key: str, timeout_ms: int) -> None:
 
 
 def _alike(step: int, read: Callable[[], T]) -> T:
-    """What this host reads, if all can; else all see what the first one that can't has found."""
+    """What this host reads, if all can; else all see what the first one that can't has
+    found.
+    """
     fault: Damaged | None = None
     try:
         found = read()
@@ -504,7 +733,9 @@ def _alike(step: int, read: Callable[[], T]) -> T:
 
 
 def _reason(error: object) -> str:
-    """The first line of what a library says, of a long one the beginning and the end: the cause stands last."""
+    """The first line of what a library says, of a long one the beginning and the end:
+    the cause stands last.
+    """
     if isinstance(error, LeptonError):
         return error.what
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -526,7 +757,8 @@ def _shape(leaf: Any) -> str:
 def _storable(state: Any) -> dict[str, Any]:
     """The leaves under their paths, quoted for Orbax, random keys as their key data.
 
-    Arrays without elements, which Orbax refuses, are left out: there is nothing in them to keep.
+    Arrays without elements, which Orbax refuses, are left out: there is nothing in them
+    to keep.
     """
     found = {}
     for path, leaf in by_path(state).items():
@@ -538,33 +770,54 @@ def _storable(state: Any) -> dict[str, Any]:
 
 
 def _key_impl(leaf: Any) -> Any:
-    return str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else leaf.dtype._impl
+    return (
+        str(jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array)
+        else leaf.dtype._impl
+    )
 
 
 def _without_elements(leaf: Any) -> jax.Array:
-    """An array without elements, laid out as this leaf of a template; of random keys their key data."""
+    """An array without elements, laid out as this leaf of a template; of random keys
+    their key data.
+    """
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jnp.zeros(jax.eval_shape(jax.random.key_data, leaf).shape, jnp.uint32)
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index])
+    return jax.make_array_from_callback(
+        leaf.shape,
+        leaf.sharding,
+        lambda index: np.zeros(leaf.shape, leaf.dtype)[index],
+    )
 
 
 @jit_where
 def _copy_and_checksum(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Copies, and for each array the sum of its words times odd weights, modulo 2**32.
 
-    A changed word changes the sum unless another makes up for it; integer sums do not depend on the layout.
+    A changed word changes the sum unless another makes up for it; integer sums do not
+    depend on the layout.
     """
 
     def checksum(x: Any) -> Any:
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            x = jnp.stack([x.real, x.imag], axis=-1)
+            x = jnp.stack(
+                [x.real, x.imag],
+                axis=-1,
+            )
 
         limits = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
         bits = limits(x.dtype).bits  # 4 for int4, whose itemsize is a whole byte
-        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32).reshape(-1)
-        return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+        words = (
+            jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+            .astype(jnp.uint32)
+            .reshape(-1)
+        )
+        return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(
+            dtype=jnp.uint32
+        )
 
-    # copies that share no buffer with the donated state: an asynchronous save reads them later
+    # copies that share no buffer with the donated state: an asynchronous save reads
+    # them later
     return jax.tree.map(lambda x: x.copy(), arrays), jax.tree.map(checksum, arrays)

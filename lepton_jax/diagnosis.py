@@ -1,4 +1,5 @@
-"""Where a number that is not finite comes from: a batch computed once more, one operation at a time.
+"""Where a number that is not finite comes from: a batch computed once more, one
+operation at a time.
 
 Example: a row of attention whose mask is false everywhere.
 
@@ -27,7 +28,8 @@ from lepton_jax.planner.graph import CALLS
 from lepton_jax.program import Program
 from lepton_jax.state import State, by_path
 
-# Seconds after which the search is given up: a person waits for the message (assumption).
+# Seconds after which the search is given up: a person waits for the message
+# (assumption).
 MOST_SECONDS = 60.0
 MOST_SAMPLES = 5  # that are named
 
@@ -75,7 +77,11 @@ class Finding:
         return bool(self.origins or self.inputs) or not np.isfinite(self.loss)
 
 
-def diagnose(program: Program, state: State, batch: tuple[Any, Any]) -> Finding:
+def diagnose(
+    program: Program,
+    state: State,
+    batch: tuple[Any, Any],
+) -> Finding:
     """Compute loss and gradient of one batch, one operation at a time.
 
     Args:
@@ -89,21 +95,40 @@ def diagnose(program: Program, state: State, batch: tuple[Any, Any]) -> Finding:
     finding = Finding()
 
     for path, leaf in by_path({"inputs": batch[0], "targets": batch[1]}).items():
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(
+            jnp.isfinite(leaf).all()
+        ):
             finding.inputs.append(path)
     if finding.inputs:
         finding.samples = _bad_rows(jax.tree.leaves(batch))
         return finding
 
     gradient = jax.value_and_grad(objective(recipe, functional, 1), has_aux=True)
-    args = (state.params, state.variables, key, *batch, knobs)
+    args = (
+        state.params,
+        state.variables,
+        key,
+        *batch,
+        knobs,
+    )
     traced = jax.make_jaxpr(gradient)(*args)
     search = _Search(rows=jax.tree.leaves(batch)[0].shape[0])
-    results = search.run(traced.jaxpr, traced.consts, jax.tree.leaves(args), ())
+    results = search.run(
+        traced.jaxpr,
+        traced.consts,
+        jax.tree.leaves(args),
+        (),
+    )
     finding.origins = search.origins
     if results is not None:
         finding.loss = float(results[0])
-    finding.samples = _samples(program, state, batch, key, search.origins)
+    finding.samples = _samples(
+        program,
+        state,
+        batch,
+        key,
+        search.origins,
+    )
     return finding
 
 
@@ -116,7 +141,9 @@ def described(finding: Finding, names: Sequence[str] | None) -> str:
     """
     parts = []
     if finding.inputs:
-        parts.append(f"{', '.join(finding.inputs)} of the batch are not finite themselves")
+        parts.append(
+            f"{', '.join(finding.inputs)} of the batch are not finite themselves"
+        )
     parts += [str(origin) for origin in finding.origins]
     if finding.samples is not None and len(finding.samples):
         shown = finding.samples[:MOST_SAMPLES]
@@ -143,11 +170,27 @@ class _Search:
         self._over = False
 
     def run(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], callers: tuple
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        args: Sequence[Any],
+        callers: tuple,
     ) -> list[Any] | None:
         """The results of a jaxpr; None once the search is over."""
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
+        env: dict[Any, Any] = dict(
+            zip(
+                jaxpr.constvars,
+                consts,
+                strict=True,
+            )
+        )
+        env.update(
+            zip(
+                jaxpr.invars,
+                args,
+                strict=True,
+            )
+        )
         last_use = _last_uses(jaxpr)
 
         def value(var: Any) -> Any:
@@ -158,21 +201,37 @@ class _Search:
             results = self._equation(eqn, inputs, callers)
             if results is None:
                 return None
-            env.update(zip(eqn.outvars, results, strict=True))
+            env.update(
+                zip(
+                    eqn.outvars,
+                    results,
+                    strict=True,
+                )
+            )
             # a value that nothing needs any more gives its memory back
             for var in eqn.invars:
                 if not isinstance(var, Literal) and last_use.get(var) == index:
                     env.pop(var, None)
         return [value(v) for v in jaxpr.outvars]
 
-    def _equation(self, eqn: Any, inputs: list[Any], callers: tuple) -> list[Any] | None:
+    def _equation(
+        self,
+        eqn: Any,
+        inputs: list[Any],
+        callers: tuple,
+    ) -> list[Any] | None:
         inner = eqn.params.get(CALLS.get(eqn.primitive.name, ""))
         if inner is not None:
             closed = isinstance(inner, ClosedJaxpr)
             jaxpr = inner.jaxpr if closed else inner
             consts = inner.consts if closed else ()
             if len(jaxpr.invars) == len(inputs):
-                return self.run(jaxpr, consts, inputs, (*callers, eqn))
+                return self.run(
+                    jaxpr,
+                    consts,
+                    inputs,
+                    (*callers, eqn),
+                )
 
         out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
         results = list(out) if eqn.primitive.multiple_results else [out]
@@ -185,20 +244,38 @@ class _Search:
             self._over = True
         return None if self._over else results
 
-    def _inside_scan(self, eqn: Any, inputs: list[Any], callers: tuple) -> None:
+    def _inside_scan(
+        self,
+        eqn: Any,
+        inputs: list[Any],
+        callers: tuple,
+    ) -> None:
         """Run the loop's body, iteration by iteration, to find the operation in it."""
         consts, carried = scan_counts(eqn)
         closed, length = eqn.params["jaxpr"], eqn.params["length"]
         carry, stacked = inputs[consts : consts + carried], inputs[consts + carried :]
         order = range(length)
         for i in reversed(order) if eqn.params["reverse"] else order:
-            args = [*inputs[:consts], *carry, *(x[i] for x in stacked)]
-            results = self.run(closed.jaxpr, closed.consts, args, (*callers, eqn))
+            args = [
+                *inputs[:consts],
+                *carry,
+                *(x[i] for x in stacked),
+            ]
+            results = self.run(
+                closed.jaxpr,
+                closed.consts,
+                args,
+                (*callers, eqn),
+            )
             if results is None:
                 return
             carry = results[:carried]
 
-    def _fault(self, inputs: list[Any], results: list[Any]) -> str | None:
+    def _fault(
+        self,
+        inputs: list[Any],
+        results: list[Any],
+    ) -> str | None:
         if not any(_holds_nan(x) for x in inputs):
             if any(_holds_nan(x) for x in results):
                 return "nan"
@@ -209,13 +286,26 @@ class _Search:
     def _known(self, fault: str) -> bool:
         return any(origin.value == fault for origin in self.origins)
 
-    def _note(self, eqn: Any, callers: tuple, fault: str, results: list[Any]) -> None:
+    def _note(
+        self,
+        eqn: Any,
+        callers: tuple,
+        fault: str,
+        results: list[Any],
+    ) -> None:
         bad = next(x for x in results if not _finite(x))
         rows = None
         if jnp.ndim(bad) and bad.shape[0] == self._rows:
             rows = np.flatnonzero(~np.asarray(_finite_rows(bad)))
         line = source_line(eqn, callers)
-        self.origins.append(Origin(eqn.primitive.name, line, fault, rows))
+        self.origins.append(
+            Origin(
+                eqn.primitive.name,
+                line,
+                fault,
+                rows,
+            )
+        )
 
 
 def _last_uses(jaxpr: Jaxpr) -> dict[Any, int]:
@@ -240,8 +330,18 @@ def _samples(
     """Rows of the batch that the fault belongs to."""
     recipe = program.recipe
     inputs, targets = batch
-    args = (state.params, state.variables, inputs, key, True)
-    outputs, _ = forward(recipe, program.trace.functional, *args)
+    args = (
+        state.params,
+        state.variables,
+        inputs,
+        key,
+        True,
+    )
+    outputs, _ = forward(
+        recipe,
+        program.trace.functional,
+        *args,
+    )
     result = recipe.loss(outputs, targets)
     values = result[0] if isinstance(result, tuple) else result
     count = jax.tree.leaves(inputs)[0].shape[0]

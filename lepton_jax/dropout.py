@@ -20,7 +20,11 @@ class _ScaledDropout(nnx.Dropout):
     factor: Any
 
     def __call__(
-        self, inputs: Any, *, deterministic: bool | None = None, rngs: Any = None
+        self,
+        inputs: Any,
+        *,
+        deterministic: bool | None = None,
+        rngs: Any = None,
     ) -> Any:
         if self.deterministic if deterministic is None else deterministic:
             return inputs
@@ -29,15 +33,27 @@ class _ScaledDropout(nnx.Dropout):
             source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
         )
         drawn = stream.count[...]
-        plain = super().__call__(inputs, deterministic=False, rngs=rngs)
+        plain = super().__call__(
+            inputs,
+            deterministic=False,
+            rngs=rngs,
+        )
         after = stream.count[...]
 
         # the same key again, so that the same inputs are dropped
         stream.count[...] = drawn
         kept = 1 - jnp.minimum(self.rate * self.factor, 0.99)
-        mask = jax.random.bernoulli(stream(), kept, plain.shape)
+        mask = jax.random.bernoulli(
+            stream(),
+            kept,
+            plain.shape,
+        )
         stream.count[...] = after
-        scaled = jnp.where(mask, inputs / kept.astype(inputs.dtype), 0)
+        scaled = jnp.where(
+            mask,
+            inputs / kept.astype(inputs.dtype),
+            0,
+        )
         return jnp.where(self.factor == 1, plain, scaled)
 
 

@@ -1,7 +1,7 @@
 """Errors made for people: what is wrong, where, and what to do about it.
 
-A person's mistake raises a `LeptonError`; the command line prints it and exits with code 2, without a traceback.
-A broken invariant of the library itself is an `assert`.
+A person's mistake raises a `LeptonError`; the command line prints it and exits with
+code 2, without a traceback. A broken invariant of the library itself is an `assert`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,18 @@ class LeptonError(Exception):
       remedy: what to do now.
     """
 
-    def __init__(self, what: str, *, where: object = None, remedy: str):
-        self.what, self.where, self.remedy = what, None if where is None else str(where), remedy
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        remedy: str,
+    ):
+        self.what, self.where, self.remedy = (
+            what,
+            None if where is None else str(where),
+            remedy,
+        )
         place = f"\n  where:  {self.where}" if self.where else ""
         super().__init__(f"{what}{place}\n  remedy: {remedy}")
 
@@ -61,7 +71,9 @@ class DivergedError(LeptonError):
 
 
 def of_another_host(error: BaseException) -> bool:
-    """Whether an error of JAX's says that another process of the run can no longer be reached: not a fault of what ran here."""
+    """Whether an error of JAX's says that another process of the run can no longer be
+    reached: not a fault of what ran here.
+    """
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
         return False
     words = r"Gloo|NCCL|coordination|[Cc]onnection|[Ss]ocket|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"
@@ -69,7 +81,8 @@ def of_another_host(error: BaseException) -> bool:
 
 
 class pointing_at_user:
-    """Context in which an error of a user's own code (model, loss, recipe) becomes a LeptonError at the user's line.
+    """Context in which an error of a user's own code (model, loss, recipe) becomes a
+    LeptonError at the user's line.
 
     Args:
       doing: what fails, for the message.
@@ -78,16 +91,28 @@ class pointing_at_user:
       kind: class of the error.
     """
 
-    def __init__(self, doing: str, remedy: str = "compare the shapes and dtypes of the batch with what the model and "
-                 "the loss expect", where: object = None, kind: type[LeptonError] = ModelError):
+    def __init__(
+        self,
+        doing: str,
+        remedy: str = "compare the shapes and dtypes of the batch with what the model and the loss expect",
+        where: object = None,
+        kind: type[LeptonError] = ModelError,
+    ):
         self.doing, self.remedy, self.where, self.kind = doing, remedy, where, kind
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: Any,
+        error: BaseException | None,
+        trace: Any,
+    ) -> None:
         # sys.exit() in a user's file would end the run without a word
-        if isinstance(error, LeptonError | StopIteration | MemoryError) or not isinstance(error, Exception | SystemExit):
+        if isinstance(
+            error, LeptonError | StopIteration | MemoryError
+        ) or not isinstance(error, Exception | SystemExit):
             return
         if of_another_host(error):
             return
@@ -95,16 +120,30 @@ class pointing_at_user:
         for frame in traceback.extract_tb(trace):
             if not of_a_library(frame.filename):
                 where = f"{frame.filename}:{frame.lineno}: {frame.line}"
-        if isinstance(error, SyntaxError) and error.filename and not of_a_library(error.filename):
+        if (
+            isinstance(error, SyntaxError)
+            and error.filename
+            and not of_a_library(error.filename)
+        ):
             where = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
         message = str(error).strip().partition("\n")[0]
-        raise self.kind(f"{self.doing} failed: {type(error).__name__}{message and ': '}{message}", where=where,
-                        remedy=self.remedy) from error
+        raise self.kind(
+            f"{self.doing} failed: {type(error).__name__}{message and ': '}{message}",
+            where=where,
+            remedy=self.remedy,
+        ) from error
 
 
 def of_a_library(file: str) -> bool:
-    parts = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), str(Path(__file__).parent))
-    return file.startswith(("<frozen", "<string")) or any(part in file for part in parts)
+    parts = (
+        "site-packages",
+        "dist-packages",
+        sysconfig.get_path("stdlib"),
+        str(Path(__file__).parent),
+    )
+    return file.startswith(("<frozen", "<string")) or any(
+        part in file for part in parts
+    )
 
 
 def users_frame() -> int:
@@ -120,7 +159,12 @@ def users_frame() -> int:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` if a known name is near, else an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(
+        name,
+        list(known),
+        n=1,
+        cutoff=0.5,
+    )
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -128,7 +172,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 _ROOM = "free disk space"
 _ALLOW = "let this user write there (chmod, chown)"
 _WRITING = {
-    errno.ENOSPC: f"{_ROOM} (df -h shows where to make room, df -i whether there are too many files)",
+    errno.ENOSPC: (
+        f"{_ROOM} (df -h shows where to make room, df -i whether there are too many"
+        " files)"
+    ),
     errno.EDQUOT: f"{_ROOM} or have this user's quota raised",
     errno.EFBIG: f"{_ROOM} or raise the limit on the size of a file (ulimit -f)",
     errno.EACCES: _ALLOW,
@@ -171,8 +218,13 @@ def writing_remedy(error: BaseException) -> str:
 
     memory = r"out of memory|bad_alloc|Unable to allocate|RESOURCE_EXHAUSTED.*alloc"
     if isinstance(error, MemoryError) or re.search(memory, str(error), re.IGNORECASE):
-        return ("free memory: a save holds a second copy of the state; use more devices, or make the model or its "
-                "optimizer's state smaller")
+        return (
+            "free memory: a save holds a second copy of the state; use more devices, or"
+            " make the model or its optimizer's state smaller"
+        )
     if isinstance(error, TypeError | ValueError | AttributeError | OverflowError):
-        return "change what is to be stored so that it is arrays of numbers and plain data: the message names it"
+        return (
+            "change what is to be stored so that it is arrays of numbers and plain"
+            " data: the message names it"
+        )
     return "remove the cause that the message names"

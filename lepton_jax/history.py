@@ -48,8 +48,18 @@ class History:
     @property
     def records(self) -> dict[str, np.ndarray]:
         """Name to one float32 value per step, measured before that step's update."""
-        self._chunks = [np.concatenate(self._chunks)] if self._chunks else [np.empty((0, len(self.names)), np.float32)]
-        return dict(zip(self.names, self._chunks[0].T, strict=True))
+        self._chunks = (
+            [np.concatenate(self._chunks)]
+            if self._chunks
+            else [np.empty((0, len(self.names)), np.float32)]
+        )
+        return dict(
+            zip(
+                self.names,
+                self._chunks[0].T,
+                strict=True,
+            )
+        )
 
     def __getitem__(self, name: str) -> np.ndarray:
         """One record's values, a step each: `history["loss"]`."""
@@ -60,7 +70,11 @@ class History:
         """Of the last evaluation; without one, the means of the last records."""
         if self.evaluations:
             return self.evaluations[-1][1]
-        return {name: float(np.mean(values[-10:])) for name, values in self.records.items() if len(values)}
+        return {
+            name: float(np.mean(values[-10:]))
+            for name, values in self.records.items()
+            if len(values)
+        }
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows (steps, records)."""
@@ -72,28 +86,55 @@ class History:
         self.first, kept = min(self.first, step), max(0, step - self.first)
         self._chunks = [np.stack(list(self.records.values()), 1)[:kept]]
         self.steps = kept
-        self.evaluations = [(at, metrics) for at, metrics in self.evaluations if at <= step]
+        self.evaluations = [
+            (at, metrics) for at, metrics in self.evaluations if at <= step
+        ]
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
         names = list(self.evaluations[0][1]) if self.evaluations else []
         rows, losses = [], self.records["loss"]
         for step, metrics in self.evaluations:
-            trained = losses[max(0, step - self.first - 10):step - self.first]
+            trained = losses[max(0, step - self.first - 10) : step - self.first]
             train = f"{trained.mean():.4f}" if len(trained) else "-"
-            rows.append([str(step), train, *(f"{metrics[name]:.4f}" for name in names)])
+            rows.append(
+                [
+                    str(step),
+                    train,
+                    *(f"{metrics[name]:.4f}" for name in names),
+                ]
+            )
         return ["step", "train loss", *(f"test {name}" for name in names)], rows
 
     def __str__(self) -> str:
         header, rows = self._rows()
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+        widths = [
+            max(len(row[i]) for row in [header, *rows]) for i in range(len(header))
+        ]
+        lines = [
+            "  ".join(
+                cell.rjust(width) for cell, width in zip(row, widths, strict=True)
+            )
+            for row in [header, *rows]
+        ]
         rate = f"{self.samples / self.seconds:,.0f} samples/s" if self.seconds else ""
         why = f", {self.reason}" if self.reason else ""
-        return "\n".join([*lines, f"{self.status}: {self.steps} steps in {self.seconds:.1f} s, {rate}{why}"])
+        return "\n".join(
+            [
+                *lines,
+                (
+                    f"{self.status}: {self.steps} steps in {self.seconds:.1f} s,"
+                    f" {rate}{why}"
+                ),
+            ]
+        )
 
     def _repr_html_(self) -> str:
         header, rows = self._rows()
-        cell = lambda tag, row: "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in row)  # noqa: E731
+        cell = lambda tag, row: "".join(
+            f"<{tag}>{html.escape(value)}</{tag}>" for value in row
+        )  # noqa: E731
         body = "".join(f"<tr>{cell('td', row)}</tr>" for row in rows)
-        return (f"<table><tr>{cell('th', header)}</tr>{body}</table>"
-                f"<p>{html.escape(str(self).splitlines()[-1])}</p>")
+        return (
+            f"<table><tr>{cell('th', header)}</tr>{body}</table>"
+            f"<p>{html.escape(str(self).splitlines()[-1])}</p>"
+        )

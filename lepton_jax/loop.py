@@ -30,7 +30,14 @@ from lepton_jax.controller.rollback import (
     lost_at_the_end,
     remember,
 )
-from lepton_jax.data import Arrays, Dataset, Loader, blocks_between, epoch_samples, one_pass
+from lepton_jax.data import (
+    Arrays,
+    Dataset,
+    Loader,
+    blocks_between,
+    epoch_samples,
+    one_pass,
+)
 from lepton_jax.diagnosis import described, diagnose
 from lepton_jax.errors import DivergedError, LeptonError
 from lepton_jax.history import History
@@ -52,17 +59,23 @@ class Loop:
     The order, which tests hold it to:
 
     1. A step's record is measured with the parameters before its update.
-    2. The position in the data moves with the step, when the step is handed to the devices. A checkpoint of step s
-       holds the state after s updates, and the position of the first sample that step s + 1 consumes.
-    3. Where several fall on one step: a person's requests are done, then records are read, then the test set is evaluated,
-       then the state is saved; so a checkpoint knows its evaluation, and no state is saved after a loss that isn't finite.
-    4. An event and a decision is on disk before the checkpoint that contains its step begins.
-    5. Nothing waits for a device except the reading of records before an evaluation or a save, the evaluation's
-       result, and a call that is `CALLS_IN_FLIGHT` calls ahead of the devices.
-    6. Where a policy asks for a stop or a rollback in step s, the steps handed over since count for nothing: the run ends
-       with the state and the position after s; or it goes on from the last good checkpoint, with the sample after s.
-    7. Where several hosts train together, all do the same at the same step. What the clock or a person decides, host 0 says at
-       a beat, a step known to all; records are read a fixed number of calls late. Host 0 alone writes files beside the
+    2. The position in the data moves with the step, when the step is handed to the
+       devices. A checkpoint of step s holds the state after s updates, and the position
+       of the first sample that step s + 1 consumes.
+    3. Where several fall on one step: a person's requests are done, then records are
+       read, then the test set is evaluated, then the state is saved; so a checkpoint
+       knows its evaluation, and no state is saved after a loss that isn't finite.
+    4. An event and a decision is on disk before the checkpoint that contains its step
+       begins.
+    5. Nothing waits for a device except the reading of records before an evaluation or
+       a save, the evaluation's result, and a call that is `CALLS_IN_FLIGHT` calls ahead
+       of the devices.
+    6. Where a policy asks for a stop or a rollback in step s, the steps handed over
+       since count for nothing: the run ends with the state and the position after s; or
+       it goes on from the last good checkpoint, with the sample after s.
+    7. Where several hosts train together, all do the same at the same step. What the
+       clock or a person decides, host 0 says at a beat, a step known to all; records
+       are read a fixed number of calls late. Host 0 alone writes files beside the
        checkpoints.
 
     Args:
@@ -74,21 +87,44 @@ class Loop:
       checkpoints: None: nothing is saved.
       folder: of the run. None: no journal is written.
       live: passes on a person's requests; with several hosts each has one.
-      kept: what the checkpoint that the run goes on from holds beside state and position.
+      kept: what the checkpoint that the run goes on from holds beside state and
+        position.
       samples: is told what each step was made of.
       local: where to keep fast checkpoints on this machine; None: there are none.
-      budget: step at which the whole run ends, of which policies are told; None: `until`.
+      budget: step at which the whole run ends, of which policies are told; None:
+        `until`.
       given: knobs whose bases are the recipe's and not those of the checkpoint.
       reader: reads the checkpoints to which the run may go back; None: one of its own.
     """
 
-    def __init__(self, program: Program, state: State, step: int, train: Any, test: Any, position: dict[str, Any],
-                 until: int, monitor: Monitor, checkpoints: Checkpoints | None, folder: Path | None = None,
-                 live: Live | None = None, kept: dict[str, Any] | None = None, samples: SampleTrace | None = None,
-                 local: LocalCheckpoints | None = None, *, budget: int | None = None,
-                 given: Mapping[str, float] | None = None, reader: Reader | None = None):
+    def __init__(
+        self,
+        program: Program,
+        state: State,
+        step: int,
+        train: Any,
+        test: Any,
+        position: dict[str, Any],
+        until: int,
+        monitor: Monitor,
+        checkpoints: Checkpoints | None,
+        folder: Path | None = None,
+        live: Live | None = None,
+        kept: dict[str, Any] | None = None,
+        samples: SampleTrace | None = None,
+        local: LocalCheckpoints | None = None,
+        *,
+        budget: int | None = None,
+        given: Mapping[str, float] | None = None,
+        reader: Reader | None = None,
+    ):
         self.program, self.state, self.step, self.until = program, state, step, until
-        self.recipe, self.monitor, self.checkpoints, self.folder = program.recipe, monitor, checkpoints, folder
+        self.recipe, self.monitor, self.checkpoints, self.folder = (
+            program.recipe,
+            monitor,
+            checkpoints,
+            folder,
+        )
         self.train, self.test, self.position = train, test, position
         self.budget = until if budget is None else budget
         self._given_knobs = dict(given or {})
@@ -97,7 +133,14 @@ class Loop:
         self.stop_requested = self.stop_wished = False
         kept, controller = kept or {}, program.controller
         own = None if agreement.host() else folder
-        self.journal = Journal(own, controller, program.records, step, self.budget, kept.get("journal"))
+        self.journal = Journal(
+            own,
+            controller,
+            program.records,
+            step,
+            self.budget,
+            kept.get("journal"),
+        )
         self.rollbacks = Rollbacks(controller.limits, kept.get("rollbacks"))
         self._live, self._saved, self._beat = live or Live(None), -1, agreement.Beat()
         self._measured: dict[str, float] = {}
@@ -117,7 +160,9 @@ class Loop:
         self._epoch, self._order = epoch_samples(train), order(self.recipe, train)
 
     def run(self) -> History:
-        """Train, evaluate and save until the last step, until a policy stops, or until a person asks for a stop."""
+        """Train, evaluate and save until the last step, until a policy stops, or until
+        a person asks for a stop.
+        """
         last = self.step >= self.until
         with _stop_on_interrupt(self):
             try:
@@ -127,7 +172,10 @@ class Loop:
                     if self._beat.due(self.step):
                         self._live.obey(self)
                     last = self.step == self.until or self.stop_requested
-                    evaluating, saving = last or self._due("evaluate_every"), last or self._due("save_every")
+                    evaluating, saving = (
+                        last or self._due("evaluate_every"),
+                        last or self._due("save_every"),
+                    )
                     self.read(everything=evaluating or saving)
                     if not self.halted:
                         self._close_step(evaluating, saving)
@@ -141,8 +189,16 @@ class Loop:
                     self._samples.close()
                 self.history.seconds = time.perf_counter() - self._began
         if self._lost and self.step >= self.until:
-            # float16 skips such steps for a while; a run must not end in the middle of it
-            raise self._diverged(Halt(self.step, None, None, _lost_in_words(self._lost)))
+            # float16 skips such steps for a while; a run must not end in the middle of
+            # it
+            raise self._diverged(
+                Halt(
+                    self.step,
+                    None,
+                    None,
+                    _lost_in_words(self._lost),
+                )
+            )
         if self.checkpoints is not None:
             with phase.phase("save"):
                 self.checkpoints.wait()
@@ -152,7 +208,9 @@ class Loop:
         return self.history
 
     def _begin(self) -> None:
-        """What stands before the first step; a run that may be rolled back has a checkpoint to go back to."""
+        """What stands before the first step; a run that may be rolled back has a
+        checkpoint to go back to.
+        """
         self.state = fed(self.state, steps=self.budget)
         if self._slow:  # after a rollback that the checkpoint does not know of
             self.state = slowed(self.state, *self._slow)
@@ -162,24 +220,47 @@ class Loop:
         if self._samples is not None:
             self._samples.back(self.step)
         for line in self.journal.undone:
-            self.monitor.event("warning", text=f"{line['who']} asked the run after step {line['step']} to {line['request']}"
-                               f" {line.get('settings', '')}: that is later than the checkpoint, and must be asked again")
+            self.monitor.event(
+                "warning",
+                text=(
+                    f"{line['who']} asked the run after step {line['step']} to"
+                    f" {line['request']} {line.get('settings', '')}: that is later than"
+                    " the checkpoint, and must be asked again"
+                ),
+            )
         self._open()
-        if self.rollbacks.most and self.checkpoints is not None and self.step < self.until:
+        if (
+            self.rollbacks.most
+            and self.checkpoints is not None
+            and self.step < self.until
+        ):
             self.save(None)
 
     def _open(self) -> None:
         """Read data from this position on."""
-        per_block, resident = self.program.plan.steps_per_call, self.program.plan.data == "resident"
-        self._loader = Loader(self.train, batch_size=self.recipe.batch_size, steps=per_block,
-                              sharding=self.program.block_sharding, seed=self.recipe.seed, shuffle=self.recipe.shuffle,
-                              position=self.position, blocks=blocks_between(self.step, self.until, per_block),
-                              resident=resident, limits=self.program.limits)
+        per_block, resident = (
+            self.program.plan.steps_per_call,
+            self.program.plan.data == "resident",
+        )
+        self._loader = Loader(
+            self.train,
+            batch_size=self.recipe.batch_size,
+            steps=per_block,
+            sharding=self.program.block_sharding,
+            seed=self.recipe.seed,
+            shuffle=self.recipe.shuffle,
+            position=self.position,
+            blocks=blocks_between(self.step, self.until, per_block),
+            resident=resident,
+            limits=self.program.limits,
+        )
         self._data = self.program.resident(self.train) if resident else None
         self._block, self._offset = None, per_block
 
     def _hand_over(self) -> None:
-        """Hand the devices one call: what is left of a block of steps, up to the next step at which something may be due."""
+        """Hand the devices one call: what is left of a block of steps, up to the next
+        step at which something may be due.
+        """
         per_block, batch_size = self.program.plan.steps_per_call, self.recipe.batch_size
         if self.step in self._jumps:
             self.position = self._jumps.pop(self.step)
@@ -192,16 +273,38 @@ class Loop:
             self._wait += time.perf_counter() - waiting
         count = min(per_block - self._offset, self._next_stop() - self.step)
         start, self._offset = self._offset, self._offset + count
-        self.state, records = self.program.train(self.state, self._block, start, self._offset, self._data)
+        self.state, records = self.program.train(
+            self.state,
+            self._block,
+            start,
+            self._offset,
+            self._data,
+        )
         self.step += count
         phase.reached(step=self.step, phase="steps")
-        self.position = self._loader.state((per_block - self._offset) * batch_size) | self._order
-        self._pending.append((records, start, self._offset, self.position))
+        self.position = (
+            self._loader.state((per_block - self._offset) * batch_size) | self._order
+        )
+        self._pending.append(
+            (
+                records,
+                start,
+                self._offset,
+                self.position,
+            )
+        )
         if self._samples is not None:
             for back in reversed(range(count)):
-                self._samples.add(self.step - back, self._loader.names(self.position["samples"] - back * batch_size))
+                self._samples.add(
+                    self.step - back,
+                    self._loader.names(self.position["samples"] - back * batch_size),
+                )
 
-    def _close_step(self, evaluating: bool, saving: bool) -> None:
+    def _close_step(
+        self,
+        evaluating: bool,
+        saving: bool,
+    ) -> None:
         metrics = None
         if evaluating and self.test is not None:
             try:
@@ -222,35 +325,65 @@ class Loop:
             self.checkpoints.wait()
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and metrics on the test set, and the event that says so; policies see those of the recipe's cadence alone."""
+        """Loss and metrics on the test set, and the event that says so; policies see
+        those of the recipe's cadence alone.
+        """
         began = time.perf_counter()
         with phase.phase("evaluation"):
-            metrics = evaluate(self.program, self.state, self.test)
+            metrics = evaluate(
+                self.program,
+                self.state,
+                self.test,
+            )
         self.history.evaluations.append((self.step, metrics))
-        self.monitor.event("evaluation", step=self.step, samples=epoch_samples(self.test), metrics=metrics,
-                           seconds=time.perf_counter() - began)
+        self.monitor.event(
+            "evaluation",
+            step=self.step,
+            samples=epoch_samples(self.test),
+            metrics=metrics,
+            seconds=time.perf_counter() - began,
+        )
         if self._due("evaluate_every"):
-            self.state = fed(self.state, evaluations=self._evaluations() + 1,
-                             **{f"evaluation_{name}": x for name, x in metrics.items()})
+            self.state = fed(
+                self.state,
+                evaluations=self._evaluations() + 1,
+                **{f"evaluation_{name}": x for name, x in metrics.items()},
+            )
         self.waited(time.perf_counter() - began)
         return metrics
 
     def save(self, metrics: dict[str, float] | None) -> None:
-        """Begin a checkpoint of this step, unless it is there already; parameters that are not finite halt the run."""
+        """Begin a checkpoint of this step, unless it is there already; parameters that
+        are not finite halt the run.
+        """
         assert self.checkpoints is not None
         if self.step == self._saved or self.step in self.checkpoints.steps():
             return
         began = time.perf_counter()
         if not _finite(self.state.params):
-            self._halt = Halt(self.step, None, None, f"the update of step {self.step} made parameters that are not finite")
+            self._halt = Halt(
+                self.step,
+                None,
+                None,
+                f"the update of step {self.step} made parameters that are not finite",
+            )
             return
         with phase.phase("save"):
-            self.checkpoints.save(self.step, self.state, self.record, metrics)
+            self.checkpoints.save(
+                self.step,
+                self.state,
+                self.record,
+                metrics,
+            )
         self._saved = self.step
-        self.monitor.event("save", step=self.step, seconds=time.perf_counter() - began)
+        self.monitor.event(
+            "save",
+            step=self.step,
+            seconds=time.perf_counter() - began,
+        )
         self.waited(time.perf_counter() - began)
 
-    # ---- how it stands --------------------------------------------------------------------------------------------
+    # ---- how it stands ----
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -265,7 +398,11 @@ class Loop:
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""
-        return {"position": self.position, "plan": self.program.plan.to_json(), **self.kept}
+        return {
+            "position": self.position,
+            "plan": self.program.plan.to_json(),
+            **self.kept,
+        }
 
     @property
     def halted(self) -> bool:
@@ -273,14 +410,22 @@ class Loop:
         return self._halt is not None
 
     def hear(self, requests: Callable[[], list[Any]]) -> list[Any]:
-        """A person's requests, as host 0 found them; with several hosts also what only one of them knows: the time, and whether
-        somebody asked it for a stop."""
+        """A person's requests, as host 0 found them; with several hosts also what only
+        one of them knows: the time, and whether somebody asked it for a stop.
+        """
         if agreement.hosts() > 1 and agreement.host() and self.stop_wished:
             agreement.wish("stop")
 
         def say() -> dict[str, Any]:
-            return {"requests": requests(), "stop": self.stop_wished or bool(agreement.wished("stop")), "fed": self._measured,
-                    "save": self._local is not None and time.monotonic() - self._locally_saved >= self._local.every}
+            return {
+                "requests": requests(),
+                "stop": self.stop_wished or bool(agreement.wished("stop")),
+                "fed": self._measured,
+                "save": (
+                    self._local is not None
+                    and time.monotonic() - self._locally_saved >= self._local.every
+                ),
+            }
 
         heard, self._measured = self._beat.hear(self.step, say), {}
         self.stop_requested |= heard["stop"]
@@ -291,45 +436,77 @@ class Loop:
         return heard["requests"]
 
     def _save_locally(self) -> None:
-        """A checkpoint on each host's own disk. What went wrong with the one before is told, and the run goes on."""
+        """A checkpoint on each host's own disk. What went wrong with the one before is
+        told, and the run goes on.
+        """
         assert self._local is not None
         began, self._locally_saved = time.perf_counter(), time.monotonic()
         self.read(everything=True)
         if self.halted:
             return
         try:
-            self._local.save(self.step, self.state, self.record)
+            self._local.save(
+                self.step,
+                self.state,
+                self.record,
+            )
         except LeptonError as error:
             self.monitor.event("warning", text=f"{error.what} ({error.where})")
         self.waited(time.perf_counter() - began)
 
     def status(self) -> dict[str, Any]:
         """For whoever asks: step, the last record that was read, and time."""
-        record = dict(zip(self.program.records, self._last_row.tolist(), strict=True)) if self._last_row is not None else {}
-        return {"until": self.until, "record": record, "rollbacks": self.rollbacks.count,
-                "seconds": time.perf_counter() - self._began}
+        record = (
+            dict(
+                zip(
+                    self.program.records,
+                    self._last_row.tolist(),
+                    strict=True,
+                )
+            )
+            if self._last_row is not None
+            else {}
+        )
+        return {
+            "until": self.until,
+            "record": record,
+            "rollbacks": self.rollbacks.count,
+            "seconds": time.perf_counter() - self._began,
+        }
 
     def waited(self, seconds: float) -> None:
         """Take time that the loop stood still out of the steps' time."""
         self._window_began += seconds
 
     def _due(self, cadence: str) -> bool:
-        """Whether this step is one of a cadence's: every so many steps, or the first at or past an epoch's end."""
-        every = getattr(self.recipe, cadence) or (self.recipe.evaluate_every if cadence == "save_every" else None)
+        """Whether this step is one of a cadence's: every so many steps, or the first at
+        or past an epoch's end.
+        """
+        every = getattr(self.recipe, cadence) or (
+            self.recipe.evaluate_every if cadence == "save_every" else None
+        )
         if every:
             return self.step % every == 0
         if self._epoch is None:
             return False
         consumed = self.position["samples"]
-        return consumed // self._epoch > (consumed - self.recipe.batch_size) // self._epoch
+        return (
+            consumed // self._epoch > (consumed - self.recipe.batch_size) // self._epoch
+        )
 
     def _next_stop(self) -> int:
         """The first step after this one at which something may be due."""
         stops = [self.until, *(step for step in self._jumps if step > self.step)]
-        for every in (self.recipe.evaluate_every, self.recipe.save_every, self.recipe.log_every):
+        for every in (
+            self.recipe.evaluate_every,
+            self.recipe.save_every,
+            self.recipe.log_every,
+        ):
             if every:
                 stops.append((self.step // every + 1) * every)
-        if self._epoch is not None and not (self.recipe.evaluate_every and self.recipe.save_every):
+        if self._epoch is not None and not (
+            self.recipe.evaluate_every and self.recipe.save_every
+        ):
             left = self._epoch - self.position["samples"] % self._epoch
             stops.append(self.step + math.ceil(left / self.recipe.batch_size))
         return min(stops)
@@ -338,27 +515,55 @@ class Loop:
         held = getattr(self.state.controller, "fed", {})
         return float(held["evaluations"]) if "evaluations" in held else 0.0
 
-    # ---- records --------------------------------------------------------------------------------------------------
+    # ---- records ----
 
     def read(self, everything: bool) -> None:
-        """Fetch records that the devices have finished (or all), look whether they halt the run, and report a window when it is
-        time."""
+        """Fetch records that the devices have finished (or all), look whether they halt
+        the run, and report a window when it is time.
+        """
         every = self.recipe.log_every
-        due = everything or (self.step % every == 0 if every else
-                             time.perf_counter() - self._window_began >= LOG_SECONDS)
-        alone = agreement.hosts() == 1  # several must find a halt at the same call, whichever is ahead
-        while self._pending and not self.halted and (everything or len(self._pending) > CALLS_IN_FLIGHT
-                                                     or (due and alone and self._pending[0][0].is_ready())):
+        due = everything or (
+            self.step % every == 0
+            if every
+            else time.perf_counter() - self._window_began >= LOG_SECONDS
+        )
+        # several must find a halt at the same call, whichever is ahead
+        alone = agreement.hosts() == 1
+        while (
+            self._pending
+            and not self.halted
+            and (
+                everything
+                or len(self._pending) > CALLS_IN_FLIGHT
+                or (due and alone and self._pending[0][0].is_ready())
+            )
+        ):
             records, start, stop, position = self._pending.popleft()
             rows, done = np.asarray(records)[start:stop], self.history.last
-            self._halt = find_halt(rows, self.program.records, self.program.controller, done, self._lost)
-            self._lost = lost_at_the_end(rows, self.program.records, self.program.controller, self._lost)
+            self._halt = find_halt(
+                rows,
+                self.program.records,
+                self.program.controller,
+                done,
+                self._lost,
+            )
+            self._lost = lost_at_the_end(
+                rows,
+                self.program.records,
+                self.program.controller,
+                self._lost,
+            )
             self._tell_of_weightless(rows, done)
             if self._halt is not None:
                 surplus = len(rows) - (self._halt.step - done)
-                rows, self.step = rows[:len(rows) - surplus], self._halt.step
+                rows, self.step = rows[: len(rows) - surplus], self._halt.step
                 if surplus:
-                    self.position = self._loader.at(position["samples"] - surplus * self.recipe.batch_size) | self._order
+                    self.position = (
+                        self._loader.at(
+                            position["samples"] - surplus * self.recipe.batch_size
+                        )
+                        | self._order
+                    )
                 else:
                     self.position = position
                 self._pending.clear()
@@ -370,8 +575,14 @@ class Loop:
         if (due or self.halted) and self._window:
             self._report()
 
-    def _tell_of_weightless(self, rows: np.ndarray, done: int) -> None:
-        """Report the steps that made no update because nothing in their batch counts."""
+    def _tell_of_weightless(
+        self,
+        rows: np.ndarray,
+        done: int,
+    ) -> None:
+        """Report the steps that made no update because nothing in their batch
+        counts.
+        """
         names = self.program.records
         if WEIGHT not in names:
             return
@@ -379,43 +590,74 @@ class Loop:
             self.monitor.event(
                 "skipped",
                 step=done + row + 1,
-                reason="all weights of the batch are 0: it is no step, nothing is updated",
+                reason=(
+                    "all weights of the batch are 0: it is no step, nothing is updated"
+                ),
             )
 
     def _report(self) -> None:
         """The decisions and the event of the steps read since the last one."""
-        now, rows, last = time.perf_counter(), np.concatenate(self._window), self.history.last
+        now, rows, last = (
+            time.perf_counter(),
+            np.concatenate(self._window),
+            self.history.last,
+        )
         seconds = now - self._window_began
         self.journal.flush()
-        self.monitor.event("steps", first=last - len(rows) + 1, last=last, seconds=seconds,
-                           data_wait=self._wait, samples=len(rows) * self.recipe.batch_size,
-                           records=dict(zip(self.program.records, rows.T.tolist(), strict=True)))
+        self.monitor.event(
+            "steps",
+            first=last - len(rows) + 1,
+            last=last,
+            seconds=seconds,
+            data_wait=self._wait,
+            samples=len(rows) * self.recipe.batch_size,
+            records=dict(
+                zip(
+                    self.program.records,
+                    rows.T.tolist(),
+                    strict=True,
+                )
+            ),
+        )
         so_far = now - self._began
-        self._measured = {"seconds": so_far, "price": so_far / 3600 * (self.program.plan.price_per_hour or 0.0),
-                          "data_wait": self._wait / max(seconds, 1e-9)}
+        self._measured = {
+            "seconds": so_far,
+            "price": so_far / 3600 * (self.program.plan.price_per_hour or 0.0),
+            "data_wait": self._wait / max(seconds, 1e-9),
+        }
         if agreement.hosts() == 1:
             self.state, self._measured = fed(self.state, **self._measured), {}
         self.history.data_wait += self._wait
         self._last_row = rows[-1]
         self._window, self._window_began, self._wait = [], now, 0.0
 
-    # ---- stopping, going back -------------------------------------------------------------------------------------
+    # ---- stopping, going back ----
 
     def _see_to_halt(self) -> bool:
-        """End the run with the step that halted it, or go back; returns whether it was the last one."""
+        """End the run with the step that halted it, or go back; returns whether it was
+        the last one.
+        """
         halt, self._halt = self._halt, None
         assert halt is not None
         if halt.knob != "stop":
             self._go_back(halt)
             return False
         self.state = released(self.state)
-        self.history.reason = self._stopped = f"stopped by {halt.policy} at step {halt.step} because {halt.why}"
+        self.history.reason = self._stopped = (
+            f"stopped by {halt.policy} at step {halt.step} because {halt.why}"
+        )
         self._close_step(evaluating=True, saving=True)
         return not self.halted or self._see_to_halt()
 
     def _go_back(self, halt: Halt) -> None:
-        """Restore the last good checkpoint, with a lower learning rate, and go on with the data behind the step that halted."""
-        if self.rollbacks.count >= self.rollbacks.most or self.checkpoints is None or self.folder is None:
+        """Restore the last good checkpoint, with a lower learning rate, and go on with
+        the data behind the step that halted.
+        """
+        if (
+            self.rollbacks.count >= self.rollbacks.most
+            or self.checkpoints is None
+            or self.folder is None
+        ):
             raise self._diverged(halt)
         began, checkpoints = time.perf_counter(), self.checkpoints
         self.state = None  # type: ignore[assignment]  # what is restored needs its memory
@@ -424,13 +666,32 @@ class Loop:
             return self._reader.read(checkpoints, step).state
 
         def on_damaged(step: int, reason: str) -> None:
-            self.monitor.event("damaged", step=step, reason=reason)
+            self.monitor.event(
+                "damaged",
+                step=step,
+                reason=reason,
+            )
 
         with phase.phase("restore"):
-            to, state = self.rollbacks.restore(checkpoints, read, halt, on_damaged)
-        self.state = fed(slowed(state, *self.rollbacks.slow), steps=self.budget)
-        told = {"step": halt.step, "to": to, "policy": halt.policy, "why": halt.why, "rate": self.rollbacks.slow[0],
-                "count": self.rollbacks.count, "most": self.rollbacks.most}
+            to, state = self.rollbacks.restore(
+                checkpoints,
+                read,
+                halt,
+                on_damaged,
+            )
+        self.state = fed(
+            slowed(state, *self.rollbacks.slow),
+            steps=self.budget,
+        )
+        told = {
+            "step": halt.step,
+            "to": to,
+            "policy": halt.policy,
+            "why": halt.why,
+            "rate": self.rollbacks.slow[0],
+            "count": self.rollbacks.count,
+            "most": self.rollbacks.most,
+        }
         self.journal.rolled_back(**told, position=self.position)
         self.monitor.event("rollback", **told)
         self.step = self._saved = to
@@ -440,7 +701,15 @@ class Loop:
         phase.reached(step=to, done=to)
         self.journal.begin(self.state, to)
         self.history.truncate(to)
-        own, entry = self.folder, {"to": to, "position": self.position, "slow": self.rollbacks.slow, **self.kept}
+        own, entry = (
+            self.folder,
+            {
+                "to": to,
+                "position": self.position,
+                "slow": self.rollbacks.slow,
+                **self.kept,
+            },
+        )
         agreement.first(lambda: remember(own, entry))
         self.checkpoints.set_aside(to)
         if self._local is not None:
@@ -453,7 +722,11 @@ class Loop:
         if self.checkpoints is not None:
             self.checkpoints.wait()
         saved = self.checkpoints.steps() if self.checkpoints else []
-        what = halt.why if halt.knob is None else f"{halt.policy} gave up at step {halt.step}: {halt.why}"
+        what = (
+            halt.why
+            if halt.knob is None
+            else f"{halt.policy} gave up at step {halt.step}: {halt.why}"
+        )
         if self.rollbacks.tried:
             tried = "; ".join(self.rollbacks.tried)
             what += f" after {self.rollbacks.count} rollbacks: {tried}"
@@ -465,7 +738,9 @@ class Loop:
             what += f": {cause[0]}"
             remedy = cause[1]
         if self.rollbacks.most and not self.folder:
-            remedy = f"a run that is to go back to a checkpoint needs a run_dir; {remedy}"
+            remedy = (
+                f"a run that is to go back to a checkpoint needs a run_dir; {remedy}"
+            )
         last = "no checkpoint was committed"
         if saved:
             last = f"step {saved[-1]} is the last committed checkpoint"
@@ -483,7 +758,11 @@ class Loop:
             return None
         names = self._loader.names(self.position["samples"])
         try:
-            finding = diagnose(self.program, self.program.init(self.recipe.seed), batch)
+            finding = diagnose(
+                self.program,
+                self.program.init(self.recipe.seed),
+                batch,
+            )
             if not finding.is_of_the_batch:
                 return self._cause_in_parameters(halt.step, batch, finding.loss)
         except (LeptonError, JaxRuntimeError, MemoryError):
@@ -492,23 +771,28 @@ class Loop:
             remedy = "fix or leave out these samples"
         elif self.recipe.precision == "float16":
             remedy = (
-                "scale the inputs or the activations to within 65504, the largest float16, "
-                'or use precision="bfloat16"'
+                "scale the inputs or the activations to within 65504, the largest"
+                ' float16, or use precision="bfloat16"'
             )
         else:
             remedy = (
-                "guard that operation against what these samples bring (a zero to divide "
-                "by, a mask without a single True), or leave the samples out"
+                "guard that operation against what these samples bring (a zero to"
+                " divide by, a mask without a single True), or leave the samples out"
             )
         return described(finding, names), remedy
 
     def _cause_in_parameters(
-        self, step: int, batch: tuple[Any, Any], loss: float
+        self,
+        step: int,
+        batch: tuple[Any, Any],
+        loss: float,
     ) -> tuple[str, str]:
-        """Cause and remedy where the batch is sound: its loss with the seed's parameters."""
+        """Cause and remedy where the batch is sound: its loss with the seed's
+        parameters.
+        """
         what = (
-            f"the same batch has a loss of {loss:.4g} with the parameters of the seed, so "
-            "the parameters have grown too large"
+            f"the same batch has a loss of {loss:.4g} with the parameters of the seed,"
+            " so the parameters have grown too large"
         )
         checkpoints = self.checkpoints
         earlier = [] if checkpoints is None else checkpoints.steps()
@@ -521,7 +805,9 @@ class Loop:
         return what, "lower the learning rate, or set clip_norm"
 
     def _batch_of(self, step: int) -> tuple[Any, Any] | None:
-        """The batch of the step at whose end the position stands; None: can't be had."""
+        """The batch of the step at whose end the position stands; None: can't be
+        had.
+        """
         if agreement.hosts() > 1 or isinstance(self.train, grain.IterDataset):
             return None  # each host has its own rows; or the data can't be read twice
         size = self.recipe.batch_size
@@ -546,23 +832,32 @@ class Loop:
 
 
 def _lost_in_words(steps: int) -> str:
-    last = "the loss of the last step is" if steps == 1 else f"the last {steps} losses are"
+    last = (
+        "the loss of the last step is" if steps == 1 else f"the last {steps} losses are"
+    )
     return f"{last} not finite, and nothing was updated since"
 
 
 def order(recipe: Recipe, train: Any) -> dict[str, Any]:
-    """What a position in the data means nothing without: the seed of the shuffling, and how many samples there are."""
+    """What a position in the data means nothing without: the seed of the shuffling, and
+    how many samples there are.
+    """
     return {"seed": recipe.seed if recipe.shuffle else None, "of": epoch_samples(train)}
 
 
-def evaluate(program: Program, state: State, test: Any) -> dict[str, float]:
+def evaluate(
+    program: Program,
+    state: State,
+    test: Any,
+) -> dict[str, float]:
     """Loss and metrics over a data set, every sample counted once.
 
     Where samples of a batch can meet, the last batch runs at its own size; otherwise it
     is filled up, and its filling masked.
 
     Raises:
-      DataError: no sample has weight, or a metric of the whole set would gather too much.
+      DataError: no sample has weight, or a metric of the whole set would gather too
+        much.
     """
     size = program.recipe.batch_size
     samples = epoch_samples(test)
@@ -572,7 +867,12 @@ def evaluate(program: Program, state: State, test: Any) -> dict[str, float]:
     sums, parts = None, []
     fill = samples % size == 0 or program.evaluation.meeting is None
     for batch, rows in one_pass(test, size, program.sharding_of, fill, program.limits):
-        sums, part = program.evaluate_and_keep(sums, state, batch, rows)
+        sums, part = program.evaluate_and_keep(
+            sums,
+            state,
+            batch,
+            rows,
+        )
         if part is not None:
             parts.append(program.evaluation.real(part, rows))
     return program.metrics(sums, parts)
@@ -591,12 +891,17 @@ def _culprit(train: Any) -> str:
         if np.issubdtype(leaf.dtype, np.floating):
             rows = np.flatnonzero(~np.isfinite(leaf.reshape(len(leaf), -1)).all(1))
             if len(rows):
-                return f"; the training data itself has a number that isn't finite in {len(rows)} samples, first in {rows[0]}"
+                return (
+                    "; the training data itself has a number that isn't finite in"
+                    f" {len(rows)} samples, first in {rows[0]}"
+                )
     return ""
 
 
 class _stop_on_interrupt:
-    """The first Ctrl-C asks the loop to stop at the next step and save; the second one stops at once."""
+    """The first Ctrl-C asks the loop to stop at the next step and save; the second one
+    stops at once.
+    """
 
     def __init__(self, loop: Loop):
         self.loop = loop
@@ -607,7 +912,11 @@ class _stop_on_interrupt:
             self.before = signal.getsignal(signal.SIGINT)
             signal.signal(signal.SIGINT, self._asked)
 
-    def _asked(self, number: int, frame: Any) -> None:
+    def _asked(
+        self,
+        number: int,
+        frame: Any,
+    ) -> None:
         self.loop.stop_wished = True
         signal.signal(signal.SIGINT, self.before)
 

@@ -1,8 +1,10 @@
 """Losses, which are Optax's, and their averages over samples that count.
 
-A loss or metric is a function (outputs, targets) of batches. It returns one value per sample, shape (batch, ...); or a
-pair (values, weights) of that shape for a weighted mean; or a scalar that is already the batch's mean. A metric with a
-`finish` may also return several arrays, shape (batch, ...) each, in a dict or a tuple: each is averaged over the samples.
+A loss or metric is a function (outputs, targets) of batches. It returns one value per
+sample, shape (batch, ...); or a pair (values, weights) of that shape for a weighted
+mean; or a scalar that is already the batch's mean. A metric with a `finish` may also
+return several arrays, shape (batch, ...) each, in a dict or a tuple: each is averaged
+over the samples.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ def totals(
       targets: what the samples should give, batch dim first.
       valid: bool (batch,), False where a row is padding; None: every row counts.
       differentiable: whether a value that has no gradient is an error.
-      several: whether the function may return several arrays, in a dict or a tuple. Then
-        the sums have their structure, and their shapes without the batch dim.
+      several: whether the function may return several arrays, in a dict or a tuple.
+        Then the sums have their structure, and their shapes without the batch dim.
 
     Raises:
       ModelError: the function fails, or its value is not as described.
@@ -76,7 +78,11 @@ def totals(
         rows = valid.reshape(valid.shape + (1,) * (each.ndim - 1))
         # where, not a product: a padded row may hold NaN
         each = jnp.where(rows, each, 0)
-        weights = jnp.where(rows, jnp.ones_like(each) if weights is None else weights, 0)
+        weights = jnp.where(
+            rows,
+            jnp.ones_like(each) if weights is None else weights,
+            0,
+        )
     if weights is None:
         return each.sum(), float(each.size)
     return (each * weights).sum(), weights.sum()
@@ -89,7 +95,10 @@ class Several(NamedTuple):
 
 
 def values(
-    function: Callable, outputs: Any, targets: Any, several: bool = False
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+    several: bool = False,
 ) -> Any:
     """Apply a loss or metric to a batch and check what it returns.
 
@@ -124,24 +133,37 @@ def _column_sums(arrays: Any, valid: jax.Array | None) -> tuple[Any, Any]:
     def total(x: Any) -> jax.Array:
         x = _as_float(x)
         if valid is not None:
-            x = jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 1)), x, 0)
+            x = jnp.where(
+                valid.reshape(valid.shape + (1,) * (x.ndim - 1)),
+                x,
+                0,
+            )
         return x.sum(axis=0)
 
     rows = len(jax.tree.leaves(arrays)[0]) if valid is None else valid.sum()
     return jax.tree.map(total, arrays), jnp.float32(rows)
 
 
-def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What the knobs `loss_limit` and `loss_mark` make of a batch: (sum, weight) pairs by the names of the signals.
+def discounted(
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+    knobs: Mapping[str, Any],
+) -> dict[str, tuple[Any, Any]]:
+    """What the knobs `loss_limit` and `loss_mark` make of a batch: (sum, weight) pairs
+    by the names of the signals.
 
-    A sample whose loss is l has the weight sigmoid(limit - l), constant for the gradient; it is 1 where the limit is infinite.
-    Of a loss per token, each token is a sample.
+    A sample whose loss is l has the weight sigmoid(limit - l), constant for the
+    gradient; it is 1 where the limit is infinite. Of a loss per token, each token is a
+    sample.
 
     Args:
-      function, outputs, targets: as of `totals`. A loss that is a scalar is taken sample by sample.
-      knobs: with "loss_limit", there is "loss_kept", the weighted loss, which is what the gradient is taken of; with
-        "loss_mark", "mark_weight" and "mark_weight_square"; with either, "loss_blank" and "loss_values"
-        (see `controllers.SIGNALS`).
+      function, outputs, targets: as of `totals`. A loss that is a scalar is taken
+        sample by sample.
+      knobs: with "loss_limit", there is "loss_kept", the weighted loss, which is what
+        the gradient is taken of; with "loss_mark", "mark_weight" and
+        "mark_weight_square"; with either, "loss_blank" and "loss_values" (see
+        `controllers.SIGNALS`).
     """
     if not {"loss_limit", "loss_mark"} & knobs.keys():
         return {}
@@ -149,23 +171,40 @@ def discounted(function: Callable, outputs: Any, targets: Any, knobs: Mapping[st
     scalar = values if jnp.ndim(values) == 0 else None
     if scalar is not None:
         values = _by_sample(function, outputs, targets)
-        weights = jnp.full_like(values, 1 / values.size)  # so that a micro-batch weighs 1, as in `totals`
+        # so that a micro-batch weighs 1, as in `totals`
+        weights = jnp.full_like(values, 1 / values.size)
     values = _as_float(values)
     weights = jnp.ones_like(values) if weights is None else weights
     constant, found = jax.lax.stop_gradient(values), {}
     # of one sample; not zeros, which XLA would fold, at length
     zeros = jax.tree.map(lambda x: 0 * (x[:1] if jnp.ndim(x) else x), outputs)
     first = jax.tree.map(lambda x: x[:1], targets)
-    found["loss_blank"] = jax.lax.stop_gradient(jnp.mean(_checked(function, zeros, first)[0])), jnp.float32(1)
+    found["loss_blank"] = (
+        jax.lax.stop_gradient(jnp.mean(_checked(function, zeros, first)[0])),
+        jnp.float32(1),
+    )
     found["loss_values"] = jnp.float32(values.size), jnp.float32(values.shape[0])
     if "loss_limit" in knobs:
         limit = knobs["loss_limit"]
-        less = jnp.where(limit == jnp.inf, 0, jax.nn.sigmoid(constant - limit))
-        whole, missing = (1.0 if scalar is not None else weights.sum()), (less * weights).sum()
+        less = jnp.where(
+            limit == jnp.inf,
+            0,
+            jax.nn.sigmoid(constant - limit),
+        )
+        whole, missing = (
+            (1.0 if scalar is not None else weights.sum()),
+            (less * weights).sum(),
+        )
         kept = (values * (1 - less) * weights).sum()
-        if scalar is not None:  # the batch's own mean, to the bit, where nothing is discounted
-            kept = jnp.where(limit == jnp.inf, scalar, kept)
-        # of all samples, not of those that count: the gradient is that of a likelihood. XLA would fold a constant to other bits
+        # the batch's own mean, to the bit, where nothing is discounted
+        if scalar is not None:
+            kept = jnp.where(
+                limit == jnp.inf,
+                scalar,
+                kept,
+            )
+        # of all samples, not of those that count: the gradient is that of a likelihood.
+        # XLA would fold a constant to other bits
         found["loss_kept"] = kept, whole + 0 * missing
     if "loss_mark" in knobs:
         share = jax.nn.sigmoid(knobs["loss_mark"] - constant)
@@ -206,7 +245,9 @@ def with_auxiliary(
 
 
 def objective(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Of the sums of a batch those that its gradient is taken of: the loss, or what is kept of it."""
+    """Of the sums of a batch those that its gradient is taken of: the loss, or what is
+    kept of it.
+    """
     return sums.get("loss_kept", sums["loss"])
 
 
@@ -217,7 +258,8 @@ def measure(
     valid: jax.Array | None = None,
     without: Sequence[str] = (),
 ) -> dict[str, tuple[Any, Any]]:
-    """(sum, weight) of the recipe's loss, under "loss", and of each metric, over a batch.
+    """(sum, weight) of the recipe's loss, under "loss", and of each metric, over a
+    batch.
 
     Args:
       recipe: whose loss and metrics.
@@ -229,14 +271,34 @@ def measure(
         else than it may; a metric's `finish` gives no number.
     """
     if not jnp.issubdtype(jnp.result_type(*jax.tree.leaves(outputs)), jnp.inexact):
-        raise ModelError(f"the model returned {shapes(outputs)}, which has no gradient", where="Recipe.model",
-                         remedy="return floating-point outputs, e.g. logits instead of the labels chosen by them")
-    found = {"loss": totals(recipe.loss, outputs, targets, valid, differentiable=True)}
+        raise ModelError(
+            f"the model returned {shapes(outputs)}, which has no gradient",
+            where="Recipe.model",
+            remedy=(
+                "return floating-point outputs, e.g. logits instead of the labels"
+                " chosen by them"
+            ),
+        )
+    found = {
+        "loss": totals(
+            recipe.loss,
+            outputs,
+            targets,
+            valid,
+            differentiable=True,
+        )
+    }
     for name, metric in recipe.metrics.items():
         if name in without:
             continue
         function, several = sums_of(metric)
-        found[name] = totals(function, outputs, targets, valid, several=several)
+        found[name] = totals(
+            function,
+            outputs,
+            targets,
+            valid,
+            several=several,
+        )
         _check_finish(name, metric, found[name])
     return found
 
@@ -246,35 +308,58 @@ def sums_of(metric: Any) -> tuple[Callable, bool]:
     return getattr(metric, "values", metric), hasattr(metric, "finish")
 
 
-def _check_finish(name: str, metric: Any, sums: tuple[Any, Any]) -> None:
+def _check_finish(
+    name: str,
+    metric: Any,
+    sums: tuple[Any, Any],
+) -> None:
     """Check that a metric makes one number of its means."""
     close = getattr(metric, "finish", None)
     if close is None:
         return
-    with pointing_at_user(f"finish of the metric {name!r}", "let it take what `values` returns, averaged over samples",
-                          where=_where(close)):
+    with pointing_at_user(
+        f"finish of the metric {name!r}",
+        "let it take what `values` returns, averaged over samples",
+        where=_where(close),
+    ):
         result = jax.eval_shape(lambda pair: close(mean(*pair)), sums)
     leaves = jax.tree.leaves(result)
-    if len(leaves) != 1 or leaves[0].shape != () or jnp.issubdtype(leaves[0].dtype, jnp.complexfloating):
+    if (
+        len(leaves) != 1
+        or leaves[0].shape != ()
+        or jnp.issubdtype(leaves[0].dtype, jnp.complexfloating)
+    ):
         raise ModelError(
-            f"finish of the metric {name!r} returned {shapes(result)}; a metric is one number",
+            f"finish of the metric {name!r} returned {shapes(result)}; a metric is one"
+            " number",
             where=_where(close),
             remedy="return a scalar; for a confusion matrix or a curve, use predict",
         )
 
 
-def finish(recipe: Any, name: str, mean: Any) -> Any:
+def finish(
+    recipe: Any,
+    name: str,
+    mean: Any,
+) -> Any:
     """Finish a metric from its mean, or its means; a loss is its mean."""
     return getattr(recipe.metrics.get(name), "finish", lambda x: x)(mean)
 
 
 def decoder(loss: Callable) -> Callable[[Any], Any]:
-    """What `predict` makes of the outputs of a model trained with `loss`, unless the recipe says otherwise.
+    """What `predict` makes of the outputs of a model trained with `loss`, unless the
+    recipe says otherwise.
 
-    Integer labels come back as the most likely one (argmax over the last dim), binary labels as 0 or 1; otherwise the
-    outputs as they are.
+    Integer labels come back as the most likely one (argmax over the last dim), binary
+    labels as 0 or 1; otherwise the outputs as they are.
     """
-    return _most_likely if loss is cross_entropy else _zero_or_one if loss is binary_cross_entropy else _as_they_are
+    return (
+        _most_likely
+        if loss is cross_entropy
+        else _zero_or_one
+        if loss is binary_cross_entropy
+        else _as_they_are
+    )
 
 
 def _most_likely(outputs: Any) -> Any:
@@ -290,9 +375,14 @@ def _as_they_are(outputs: Any) -> Any:
 
 
 def _checked(
-    function: Callable, outputs: Any, targets: Any, several: bool = False
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+    several: bool = False,
 ) -> tuple[Any, Any]:
-    """(values, weights or None) that a function gives, if they are as described above."""
+    """(values, weights or None) that a function gives, if they are as described
+    above.
+    """
     name, where = _name(function), _where(function)
     batch = _samples(outputs, targets)
     given = f"outputs {shapes(outputs)} and targets {shapes(targets)}"
@@ -301,45 +391,89 @@ def _checked(
         short = next((n for f, n in STOCK.items() if f is function), name)
         chosen = _chosen(outputs)
         remedy = (
-            f"the model returns {_structure(outputs)}: choose what the function takes, e.g. "
-            f"lambda outputs, targets: {short}({chosen}, targets)"
+            f"the model returns {_structure(outputs)}: choose what the function takes,"
+            f" e.g. lambda outputs, targets: {short}({chosen}, targets)"
         )
     with pointing_at_user(f"{name} of {given}", remedy, where=where):
         result = whole_axes(function)(outputs, targets)
 
-    pair = isinstance(result, tuple) and len(result) == 2 and not hasattr(result, "_fields")
+    pair = (
+        isinstance(result, tuple)
+        and len(result) == 2
+        and not hasattr(result, "_fields")
+    )
     if several and not pair and isinstance(result, dict | tuple | list):
         return _several(result, batch, name, where), None
 
     each, weights = result if pair else (result, None)
-    if not _real(each) or (weights is not None and (not _real(weights) or jnp.shape(each) != jnp.shape(weights))):
-        sums = "" if several else "; several sums need a lepton_jax.metrics.Metric(values, finish)"
-        raise ModelError(f"{name} returned {_described(result)}", where=where,
-                         remedy=f"return real numbers: an array, or a pair of arrays of one shape (values, weights){sums}")
+    if not _real(each) or (
+        weights is not None
+        and (not _real(weights) or jnp.shape(each) != jnp.shape(weights))
+    ):
+        sums = (
+            ""
+            if several
+            else "; several sums need a lepton_jax.metrics.Metric(values, finish)"
+        )
+        raise ModelError(
+            f"{name} returned {_described(result)}",
+            where=where,
+            remedy=(
+                "return real numbers: an array, or a pair of arrays of one shape"
+                f" (values, weights){sums}"
+            ),
+        )
     if jnp.shape(each)[:1] != (batch,) and (jnp.ndim(each) or weights is not None):
-        raise ModelError(f"{name} returned shape {jnp.shape(each)} for a batch of {batch} samples", where=where,
-                         remedy="return one value per sample, batch dim first, or a scalar mean")
+        raise ModelError(
+            f"{name} returned shape {jnp.shape(each)} for a batch of {batch} samples",
+            where=where,
+            remedy="return one value per sample, batch dim first, or a scalar mean",
+        )
     if _crossed(each, outputs, targets):
-        raise ModelError(f"{name} returned shape {each.shape}: it set each output against each target, of {given}",
-                         where=where, remedy="give outputs and targets one shape, e.g. return x[:, 0] or pass y[:, None]")
+        raise ModelError(
+            f"{name} returned shape {each.shape}: it set each output against each"
+            f" target, of {given}",
+            where=where,
+            remedy=(
+                "give outputs and targets one shape, e.g. return x[:, 0] or pass y[:,"
+                " None]"
+            ),
+        )
     return each, weights
 
 
-def _several(result: Any, batch: int, name: str, where: str) -> Several:
+def _several(
+    result: Any,
+    batch: int,
+    name: str,
+    where: str,
+) -> Several:
     leaves = by_path(result)
     for path, leaf in leaves.items():
         if not _real(leaf) or jnp.shape(leaf)[:1] != (batch,):
             raise ModelError(
-                f"{name} returned {_described(leaf)} as {path!r} for a batch of {batch} samples",
+                f"{name} returned {_described(leaf)} as {path!r} for a batch of {batch}"
+                " samples",
                 where=where,
-                remedy="return real arrays with the batch dim first; finish gets their means",
+                remedy=(
+                    "return real arrays with the batch dim first; finish gets their"
+                    " means"
+                ),
             )
     if not leaves:
-        raise ModelError(f"{name} returned {result!r}", where=where, remedy="return at least one array")
+        raise ModelError(
+            f"{name} returned {result!r}",
+            where=where,
+            remedy="return at least one array",
+        )
     return Several(result)
 
 
-def _by_sample(function: Callable, outputs: Any, targets: Any) -> jax.Array:
+def _by_sample(
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+) -> jax.Array:
     """The value of a function of a batch for each of its samples alone.
 
     Args:
@@ -392,9 +526,19 @@ def _chosen(outputs: Any) -> str:
     return [*logits, *found, "outputs[0]"][0]
 
 
-def _crossed(values: Any, outputs: Any, targets: Any) -> bool:
-    """Whether both outputs and targets were broadcast, as (batch, 1) against (batch,) is to (batch, batch)."""
-    if not isinstance(outputs, jax.Array) or not isinstance(targets, jax.Array) or jnp.shape(values) in ((), (1, 1)):
+def _crossed(
+    values: Any,
+    outputs: Any,
+    targets: Any,
+) -> bool:
+    """Whether both outputs and targets were broadcast, as (batch, 1) against (batch,)
+    is to (batch, batch).
+    """
+    if (
+        not isinstance(outputs, jax.Array)
+        or not isinstance(targets, jax.Array)
+        or jnp.shape(values) in ((), (1, 1))
+    ):
         return False
     try:
         both = jnp.broadcast_shapes(outputs.shape, targets.shape)
@@ -404,13 +548,17 @@ def _crossed(values: Any, outputs: Any, targets: Any) -> bool:
 
 
 def _real(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic | float | int) and not jnp.iscomplexobj(x)
+    return isinstance(
+        x, jax.Array | np.ndarray | np.generic | float | int
+    ) and not jnp.iscomplexobj(x)
 
 
 def _described(x: Any) -> str:
     if isinstance(x, tuple):
         return f"({', '.join(map(_described, x))})"
-    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+    return (
+        f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+    )
 
 
 def _name(function: Callable) -> str:
@@ -419,4 +567,6 @@ def _name(function: Callable) -> str:
 
 def _where(function: Callable) -> str:
     code = getattr(function, "__code__", None)
-    return _name(function) + (f", {code.co_filename}:{code.co_firstlineno}" if code else "")
+    return _name(function) + (
+        f", {code.co_filename}:{code.co_firstlineno}" if code else ""
+    )

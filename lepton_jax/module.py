@@ -137,8 +137,21 @@ def forward_sowing(
         inputs = whole_axes(recipe.preprocess)(inputs)
     params, inputs = precision.cast((params, inputs), recipe.precision)
 
-    def apply(params: Any, variables: Any, inputs: Any, key: Any, dropout: Any) -> Any:
-        return module.apply(params, variables, inputs, key, train, dropout)
+    def apply(
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        key: Any,
+        dropout: Any,
+    ) -> Any:
+        return module.apply(
+            params,
+            variables,
+            inputs,
+            key,
+            train,
+            dropout,
+        )
 
     where = f"{module.name}.__call__"
     with pointing_at_user(
@@ -179,7 +192,11 @@ class _Given(NamedTuple):
     sown: tuple[str, ...]
     seed: int | None
 
-    def arguments(self, kind: type, trial: Callable[[Arguments, Mode], Effect]) -> Any:
+    def arguments(
+        self,
+        kind: type,
+        trial: Callable[[Arguments, Mode], Effect],
+    ) -> Any:
         """The arguments of the module's call.
 
         Args:
@@ -189,11 +206,20 @@ class _Given(NamedTuple):
         if self.inputs is None:
             return None
         where = f"{kind.__name__}.__call__"
-        found = read(call_of(kind), where, self.inputs, self.train_argument)
+        found = read(
+            call_of(kind),
+            where,
+            self.inputs,
+            self.train_argument,
+        )
         tried: dict[Any, Effect | None] = {}
 
         def effect(mode: Mode) -> Effect | None:
-            known = (mode.train, frozenset(mode.values.items()), mode.random)
+            known = (
+                mode.train,
+                frozenset(mode.values.items()),
+                mode.random,
+            )
             if known not in tried:
                 try:
                     tried[known] = trial(found, mode)
@@ -220,7 +246,12 @@ def _streams(key: Any, linen_module: bool) -> Callable[[str], Any]:
     return make
 
 
-def _effect(function: Callable, params: Any, variables: Any, inputs: Any) -> Effect:
+def _effect(
+    function: Callable,
+    params: Any,
+    variables: Any,
+    inputs: Any,
+) -> Effect:
     """Effects of a call, read from its traced program.
 
     Args:
@@ -232,7 +263,13 @@ def _effect(function: Callable, params: Any, variables: Any, inputs: Any) -> Eff
     jaxpr = program.jaxpr
     first = len(jax.tree.leaves(params))
     paths = list(by_path(variables))
-    kept = dict(zip(paths, jaxpr.invars[first : first + len(paths)], strict=True))
+    kept = dict(
+        zip(
+            paths,
+            jaxpr.invars[first : first + len(paths)],
+            strict=True,
+        )
+    )
     written = {
         path
         for path, result in zip(by_path(after), jaxpr.outvars, strict=True)
@@ -242,7 +279,10 @@ def _effect(function: Callable, params: Any, variables: Any, inputs: Any) -> Eff
 
 
 def _collected(
-    found: Mapping[str, list[Any]], asked: Sequence[str], seen: set[str], where: str
+    found: Mapping[str, list[Any]],
+    asked: Sequence[str],
+    seen: set[str],
+    where: str,
 ) -> dict[str, Any]:
     """The sown values that were asked for.
 
@@ -256,13 +296,15 @@ def _collected(
                 f"auxiliary names {name!r}, under which the model sows nothing in "
                 f"training{nearest(name, seen)}",
                 where=where,
-                remedy=f"name what it sows under ({known}), or sow under it: "
-                f"self.sow({name!r}, 'name', value)",
+                remedy=(
+                    f"name what it sows under ({known}), or sow under it: "
+                    f"self.sow({name!r}, 'name', value)"
+                ),
             )
     return {name: found[name] for name in asked}
 
 
-# ---- NNX --------------------------------------------------------------------------
+# ---- NNX ----
 
 
 def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
@@ -272,8 +314,10 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
             raise ModelError(
                 f"the model factory returned a {type(module).__name__}",
                 where="Recipe.model",
-                remedy="return a flax.nnx.Module (built with the given rngs) or a "
-                "flax.linen.Module",
+                remedy=(
+                    "return a flax.nnx.Module (built with the given rngs) or a "
+                    "flax.linen.Module"
+                ),
             )
         return _with_arrays_as_data(module)
 
@@ -294,10 +338,17 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
         # copy=True: modules that count calls (Rngs, RNN) mutate their variables at this
         # trace level
         return nnx.merge(
-            own, _filled(params, params_), _filled(rest, variables), copy=True
+            own,
+            _filled(params, params_),
+            _filled(rest, variables),
+            copy=True,
         )
 
-    def note(module: Any, kind: Any, label: str) -> None:
+    def note(
+        module: Any,
+        kind: Any,
+        label: str,
+    ) -> None:
         kinds = (kind,) if isinstance(kind, str) else _labels(kind)
         noted.update((k, label) for k in kinds)
 
@@ -322,7 +373,11 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
         return traverse_util.unflatten_dict(kept), found
 
     def call(
-        arguments: Arguments, module: Any, inputs: Any, key: Any, mode: Mode
+        arguments: Arguments,
+        module: Any,
+        inputs: Any,
+        key: Any,
+        mode: Mode,
     ) -> Any:
         """Outputs of a module that is set to a mode, which mutates it."""
         module.train() if mode.train else module.eval()
@@ -339,14 +394,21 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
                 f"the module creates the variable {sorted(surplus)[0]!r} when it is "
                 "called",
                 where=name,
-                remedy="create it in __init__, so that the state has one shape; a value for "
-                "the loss is sown: self.sow(nnx.Intermediate, name, value) and "
-                'Recipe(auxiliary={"Intermediate": 1.0})',
+                remedy=(
+                    "create it in __init__, so that the state has one shape; a value"
+                    " for the loss is sown: self.sow(nnx.Intermediate, name, value) and"
+                    ' Recipe(auxiliary={"Intermediate": 1.0})'
+                ),
             )
         return variables, found
 
     def trial(arguments: Arguments, mode: Mode) -> Effect:
-        def run(params_: Any, variables: Any, inputs: Any, key: Any) -> Any:
+        def run(
+            params_: Any,
+            variables: Any,
+            inputs: Any,
+            key: Any,
+        ) -> Any:
             module = merged(params_, variables)
             call(arguments, module, inputs, key, mode)
             return checked_after(module)[0]
@@ -369,12 +431,27 @@ def _nnx(build: Callable[[Any], Any], given: _Given) -> Functional:
         scaled = scale_dropout(module, dropout) if dropout is not None else []
         if not train:
             key = jax.random.key(EVALUATION_SEED)
-        outputs = call(arguments, module, inputs, key, arguments.mode(train))
+        outputs = call(
+            arguments,
+            module,
+            inputs,
+            key,
+            arguments.mode(train),
+        )
         for node in scaled:  # it is no part of the module's state
             del node.factor
         variables, found = checked_after(module)
         asked = given.sown if train else ()
-        return outputs, variables, _collected(found, asked, {k for k, _ in noted}, name)
+        return (
+            outputs,
+            variables,
+            _collected(
+                found,
+                asked,
+                {k for k, _ in noted},
+                name,
+            ),
+        )
 
     return Functional("nnx", name, init, apply)
 
@@ -471,8 +548,10 @@ def _trainable(params: Any, name: str) -> Any:
             raise ModelError(
                 f"the parameter {path!r} is {leaf.dtype}, which has no gradient",
                 where=name,
-                remedy="make it floating-point or complex, or no nnx.Param but another "
-                "nnx.Variable",
+                remedy=(
+                    "make it floating-point or complex, or no nnx.Param but another "
+                    "nnx.Variable"
+                ),
             )
         if leaf.size == 0:
             raise ModelError(
@@ -489,7 +568,7 @@ def _filled(template: nnx.State, values: Any) -> nnx.State:
     return state
 
 
-# ---- Linen ------------------------------------------------------------------------
+# ---- Linen ----
 
 
 def _linen(module: linen.Module, given: _Given) -> Functional:
@@ -500,19 +579,40 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
         bound = flax.core.unfreeze(dict(variables))
     noted: set[tuple[str, ...]] = set()  # paths of what was ever sown
 
-    def note(module: Any, collection: str, label: str) -> None:
+    def note(
+        module: Any,
+        collection: str,
+        label: str,
+    ) -> None:
         path = () if module.scope is None else tuple(module.scope.path)
         noted.add((collection, *path, label))
 
-    def calling(arguments: Arguments, inputs: Any, mode: Mode, key: Any) -> Callable:
+    def calling(
+        arguments: Arguments,
+        inputs: Any,
+        mode: Mode,
+        key: Any,
+    ) -> Callable:
         # a function of its own: the module's arguments may be named as those of `apply`
         streams = _streams(key, linen_module=True)
-        return lambda module: arguments.call(module, inputs, mode, streams)
+        return lambda module: arguments.call(
+            module,
+            inputs,
+            mode,
+            streams,
+        )
 
-    def begun(arguments: Arguments, mode: Mode, key: Any) -> tuple[Any, Any]:
+    def begun(
+        arguments: Arguments,
+        mode: Mode,
+        key: Any,
+    ) -> tuple[Any, Any]:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), given.inputs)
         with noting_sow(linen.Module, note):
-            made = module.init(key, method=calling(arguments, zeros, mode, key))
+            made = module.init(
+                key,
+                method=calling(arguments, zeros, mode, key),
+            )
         variables, _ = _without_paths(flax.core.unfreeze(made), noted)
         variables = {n: x for n, x in variables.items() if n not in TEMPORARY}
         variables = _starting_from(bound, variables, name)
@@ -540,7 +640,12 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
         return outputs, {**variables, **after}, sown
 
     def trial(arguments: Arguments, mode: Mode) -> Effect:
-        def traced(params: Any, variables: Any, inputs: Any, key: Any) -> Any:
+        def traced(
+            params: Any,
+            variables: Any,
+            inputs: Any,
+            key: Any,
+        ) -> Any:
             streams = _linen_streams(key) if mode.train else None
             return run(arguments, mode, params, variables, inputs, key, streams)[1]
 
@@ -574,7 +679,16 @@ def _linen(module: linen.Module, given: _Given) -> Functional:
                 arguments, mode, params, variables, inputs, key, streams
             )
             seen = {path[0] for path in noted}
-            return outputs, after, _collected(sown, given.sown, seen, name)
+            return (
+                outputs,
+                after,
+                _collected(
+                    sown,
+                    given.sown,
+                    seen,
+                    name,
+                ),
+            )
 
         key = jax.random.key(EVALUATION_SEED)
         try:
@@ -619,7 +733,9 @@ def _without_paths(
 
 
 def _starting_from(
-    bound: dict[str, Any], fresh: dict[str, Any], name: str
+    bound: dict[str, Any],
+    fresh: dict[str, Any],
+    name: str,
 ) -> dict[str, Any]:
     """Fresh variables, with the values of those to which the module was bound.
 
@@ -636,8 +752,9 @@ def _starting_from(
             jnp.shape, flat[path]
         ):
             raise ModelError(
-                f"the module is bound to {'/'.join(path)!r} of shape "
-                f"{jnp.shape(value)}, but for these inputs it has shape {jnp.shape(flat[path])}",
+                f"the module is bound to {'/'.join(path)!r} of shape"
+                f" {jnp.shape(value)}, but for these inputs it has shape"
+                f" {jnp.shape(flat[path])}",
                 where=name,
                 remedy="bind variables that were made for samples of this shape",
             )
@@ -645,13 +762,16 @@ def _starting_from(
     return traverse_util.unflatten_dict(flat)
 
 
-# ---- factories --------------------------------------------------------------------
+# ---- factories ----
 
 
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:
     if isinstance(function, partial) and inspect.isclass(function.func):
         function = partial(
-            function.func.__init__, None, *function.args, **function.keywords
+            function.func.__init__,
+            None,
+            *function.args,
+            **function.keywords,
         )
     try:
         if inspect.isclass(

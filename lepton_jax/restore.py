@@ -41,7 +41,8 @@ class Restored(NamedTuple):
 
 
 class Reader:
-    """Reads checkpoints for a program whose recipe may differ from that of the checkpoint.
+    """Reads checkpoints for a program whose recipe may differ from that of the
+    checkpoint.
 
     Args:
       program: for which the states are read.
@@ -64,30 +65,51 @@ class Reader:
     def template(self) -> State:
         """The state as shapes, laid out as planned."""
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            lambda x, s: jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype,
+                sharding=s,
+            ),
             self.program.trace.state,
             self.program.state_sharding,
         )
 
-    def read(self, checkpoints: Checkpoints, step: int) -> Restored:
+    def read(
+        self,
+        checkpoints: Checkpoints,
+        step: int,
+    ) -> Restored:
         """Read one step.
 
         Raises:
           CheckpointError: it is damaged, or parameters or variables do not fit.
         """
         choice = _Choice(self.program)
-        state, record = checkpoints.restore(step, self.template(), choice)
+        state, record = checkpoints.restore(
+            step,
+            self.template(),
+            choice,
+        )
         return self.settle(step, state, record, choice.adoption)
 
     def read_latest(
-        self, checkpoints: Checkpoints, on_damaged: Callable[[int, str], None]
+        self,
+        checkpoints: Checkpoints,
+        on_damaged: Callable[[int, str], None],
     ) -> tuple[int, Restored]:
-        """Read the newest step that is not damaged; see `Checkpoints.restore_latest`."""
+        """Read the newest step that is not damaged; see
+        `Checkpoints.restore_latest`.
+        """
         choice = _Choice(self.program)
         step, state, record = checkpoints.restore_latest(
             self.template(), on_damaged, choice
         )
-        return step, self.settle(step, state, record, choice.adoption)
+        return step, self.settle(
+            step,
+            state,
+            record,
+            choice.adoption,
+        )
 
     def settle(
         self,
@@ -96,7 +118,8 @@ class Reader:
         record: Mapping[str, Any],
         adoption: Adoption | None = None,
     ) -> Restored:
-        """Complete a state whose missing leaves are shapes, and apply the recipe's values.
+        """Complete a state whose missing leaves are shapes, and apply the recipe's
+        values.
 
         Args:
           step: of the state.
@@ -132,9 +155,13 @@ class Reader:
             bases.setdefault("learning_rate", math.nan)
         return Restored(state, record, bases, tuple(notes))
 
-    # ---- internals -----------------------------------------------------------------------
+    # ---- internals ----
 
-    def _completed(self, step: int, state: State) -> State:
+    def _completed(
+        self,
+        step: int,
+        state: State,
+    ) -> State:
         leaves = by_path(state)
         missing = [
             path
@@ -143,7 +170,11 @@ class Reader:
         ]
         if not missing:
             return state
-        fresh = self.program.begun(state.params, state.variables, missing)
+        fresh = self.program.begun(
+            state.params,
+            state.variables,
+            missing,
+        )
         updates = "controller/updates"
         if updates in fresh:
             # no controller was there: each step was one update
@@ -203,9 +234,14 @@ class Reader:
             name = path.removeprefix(BASE).removeprefix("optimizer/")
             before = "its schedule" if math.isnan(old) else f"{old:g}"
             if math.isnan(new):
-                yield f"{name} follows the recipe's schedule; the checkpoint had {before}"
+                yield (
+                    f"{name} follows the recipe's schedule; the checkpoint had {before}"
+                )
             else:
-                yield f"{name} is {new:g}, as the recipe says; the checkpoint had {before}"
+                yield (
+                    f"{name} is {new:g}, as the recipe says; the checkpoint had"
+                    f" {before}"
+                )
 
 
 class _Choice:
@@ -224,7 +260,13 @@ class _Choice:
         policies = self.program.given()["policies"]
         before = (record.get("given") or {}).get("policies")
         state = self.program.trace.state
-        self.adoption = adopt(state, stored, fits, policies, before)
+        self.adoption = adopt(
+            state,
+            stored,
+            fits,
+            policies,
+            before,
+        )
         return self.adoption.sources
 
 

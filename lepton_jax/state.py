@@ -1,4 +1,6 @@
-"""Everything that a train step changes: one pytree, and all that a checkpoint holds of it."""
+"""Everything that a train step changes: one pytree, and all that a checkpoint holds of
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ class State:
     Attributes:
       step: updates done, int32 scalar.
       params: what the optimizer changes; nested dict of arrays, float32 master weights.
-      variables: the module's other collections (batch statistics, dropout keys and counts, carries, constants).
+      variables: the module's other collections (batch statistics, dropout keys and
+        counts, carries, constants).
       optimizer: state of the Optax transformation.
-      controller: a `controller.ControllerState`; an empty tuple where nothing can ever move.
+      controller: a `controller.ControllerState`; an empty tuple where nothing can ever
+        move.
       key: the run's random key; step keys are folded from it, so it never changes.
     """
 
@@ -32,18 +36,31 @@ class State:
 
 def path_of(path: tuple) -> str:
     """A pytree path as "blocks/0/kernel"."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return "/".join(
+        str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
+    )
 
 
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree under their paths, in the order of the tree."""
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        path_of(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def shapes(tree: Any) -> str:
-    """The arrays of a pytree as "float32[8, 4]", or "image float32[8, 4], mask bool[8]"."""
-    return ", ".join(f"{path} {x.dtype}{list(x.shape)}".strip() if hasattr(x, "dtype") else f"{path} {x!r}".strip()
-                     for path, x in by_path(tree).items()) or repr(tree)
+    """The arrays of a pytree as "float32[8, 4]", or "image float32[8, 4], mask
+    bool[8]".
+    """
+    return ", ".join(
+        (
+            f"{path} {x.dtype}{list(x.shape)}".strip()
+            if hasattr(x, "dtype")
+            else f"{path} {x!r}".strip()
+        )
+        for path, x in by_path(tree).items()
+    ) or repr(tree)
 
 
 def nbytes(leaf: Any) -> int:

@@ -15,37 +15,58 @@ import lepton_jax as lepton
 from lepton_jax.errors import RecipeError
 
 
-def recipe(data: Path | None = None, label: str = "label", test: Path | None = None, categorical: str = "",
-           ignore: str = "", missing: str = ",".join(filter(None, lepton.data.MISSING)),
-           label_kind: Literal["auto", "classes", "quantity"] = "auto", delimiter: str | None = None,
-           decimal: Literal[".", ","] | None = None, thousands: str | None = None,
-           width: int = 256, dropout: float = 0.3, learning_rate: float = 1e-3, batch_size: int = 128,
-           epochs: float = 20, steps: int | None = None, micro_batches: int | None = None, save_every: int | None = None,
-           seed: int = 0) -> lepton.Recipe:
+def recipe(
+    data: Path | None = None,
+    label: str = "label",
+    test: Path | None = None,
+    categorical: str = "",
+    ignore: str = "",
+    missing: str = ",".join(filter(None, lepton.data.MISSING)),
+    label_kind: Literal["auto", "classes", "quantity"] = "auto",
+    delimiter: str | None = None,
+    decimal: Literal[".", ","] | None = None,
+    thousands: str | None = None,
+    width: int = 256,
+    dropout: float = 0.3,
+    learning_rate: float = 1e-3,
+    batch_size: int = 128,
+    epochs: float = 20,
+    steps: int | None = None,
+    micro_batches: int | None = None,
+    save_every: int | None = None,
+    seed: int = 0,
+) -> lepton.Recipe:
     """A CSV table of numbers and categories with an MLP: classes, or a quantity.
 
-    Numbers are coded by their quantile bins, categories by embeddings (see `lepton_jax.models.TabularMLP`).
-    Without data: scikit-learn's breast-cancer table, 569 rows of 30 numbers: 95 % of a held-out fifth right in 7
-    seconds on two CPU cores, starting and compiling included: `python tools/launch.py recipes/csv_mlp.py`.
-    UCI Adult, given a header: 87.1 % of a held-out fifth, 87.0 % of its test file (without the dots after its
-    labels), in 16 and 29 seconds: `python tools/launch.py recipes/csv_mlp.py --data adult.csv --label income
-    [--test adult_test.csv]`.
+    Numbers are coded by their quantile bins, categories by embeddings (see
+    `lepton_jax.models.TabularMLP`). Without data: scikit-learn's breast-cancer table,
+    569 rows of 30 numbers: 95 % of a held-out fifth right in 7 seconds on two CPU
+    cores, starting and compiling included: `python tools/launch.py recipes/csv_mlp.py`.
+    UCI Adult, given a header: 87.1 % of a held-out fifth, 87.0 % of its test file
+    (without the dots after its labels), in 16 and 29 seconds: `python tools/launch.py
+    recipes/csv_mlp.py --data adult.csv --label income [--test adult_test.csv]`.
 
     Args:
-      data: CSV file with a header; its cells may be separated by commas, semicolons, tabs or bars.
+      data: CSV file with a header; its cells may be separated by commas, semicolons,
+        tabs or bars.
       label: name of the column to predict.
-      test: CSV file to evaluate on; if left out, a random fifth of the rows of data, whatever the seed the same.
-      categorical: names, with commas between, of columns that are categories though they look like numbers or dates.
+      test: CSV file to evaluate on; if left out, a random fifth of the rows of data,
+        whatever the seed the same.
+      categorical: names, with commas between, of columns that are categories though
+        they look like numbers or dates.
       ignore: names, with commas between, of columns that are left out.
-      missing: words, with commas between, that stand for no value; empty cells always do.
-      label_kind: whether the label has classes or is a quantity; "auto" takes it for a quantity if it is numeric with
-        more than 20 distinct values.
-      delimiter: what separates the cells, one character or "tab"; found out if left out.
+      missing: words, with commas between, that stand for no value; empty cells always
+        do.
+      label_kind: whether the label has classes or is a quantity; "auto" takes it for a
+        quantity if it is numeric with more than 20 distinct values.
+      delimiter: what separates the cells, one character or "tab"; found out if left
+        out.
       decimal: the decimal mark of all numbers; found out if left out.
       thousands: the mark between groups of three digits; found out if left out.
       width: units of the first hidden layer; the second has half as many.
       dropout: share of the hidden units dropped.
-      learning_rate: of AdamW at its peak; it rises over the first tenth of the run and falls as a cosine to zero.
+      learning_rate: of AdamW at its peak; it rises over the first tenth of the run and
+        falls as a cosine to zero.
       batch_size: rows per step, over all devices.
       epochs: passes over the training rows.
       steps: length of the run in steps, instead of epochs.
@@ -53,46 +74,104 @@ def recipe(data: Path | None = None, label: str = "label", test: Path | None = N
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, dropout and the order of the rows.
     """
-    form: dict[str, Any] = {"delimiter": delimiter, "decimal": decimal, "thousands": thousands, "label_kind": label_kind}
-    fitted = form | {"categorical": _words(categorical), "ignore": _words(ignore), "missing": ("", *_words(missing))}
+    form: dict[str, Any] = {
+        "delimiter": delimiter,
+        "decimal": decimal,
+        "thousands": thousands,
+        "label_kind": label_kind,
+    }
+    fitted = form | {
+        "categorical": _words(categorical),
+        "ignore": _words(ignore),
+        "missing": ("", *_words(missing)),
+    }
     if data is None and test is not None:
-        raise RecipeError("there is a test table, but no training table", where="--test", remedy="give --data too")
+        raise RecipeError(
+            "there is a test table, but no training table",
+            where="--test",
+            remedy="give --data too",
+        )
     if data is None:
         try:
             from sklearn.datasets import load_breast_cancer
         except ImportError as error:
-            raise RecipeError("scikit-learn, which holds the default data, is not installed",
-                              where="recipes/csv_mlp.py",
-                              remedy="pip install -e '.[recipes]', or give --data, a CSV file") from error
+            raise RecipeError(
+                "scikit-learn, which holds the default data, is not installed",
+                where="recipes/csv_mlp.py",
+                remedy="pip install -e '.[recipes]', or give --data, a CSV file",
+            ) from error
         source: Any = load_breast_cancer()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "breast_cancer.csv")
-            np.savetxt(file, np.column_stack([source.data, source.target]), "%.7g", ",", comments="",
-                       header=",".join([*source.feature_names, label]))
-            train, held_out = lepton.data.table_split(file, label, 0.2, seed=0, **fitted)
+            np.savetxt(
+                file,
+                np.column_stack([source.data, source.target]),
+                "%.7g",
+                ",",
+                comments="",
+                header=",".join([*source.feature_names, label]),
+            )
+            train, held_out = lepton.data.table_split(
+                file, label, 0.2, seed=0, **fitted
+            )
     elif test is None:
-        train, held_out = lepton.data.table_split(data, label, 0.2, seed=0, **fitted)
+        train, held_out = lepton.data.table_split(
+            data,
+            label,
+            0.2,
+            seed=0,
+            **fitted,
+        )
     else:
         train = lepton.data.table(data, label, **fitted)
-        held_out = lepton.data.table(test, label, schema=train.schema, **form)
+        held_out = lepton.data.table(
+            test,
+            label,
+            schema=train.schema,
+            **form,
+        )
     classes, targets = train.schema.classes, train.arrays.targets
-    model = partial(lepton.models.TabularMLP, edges=train.schema.edges, sizes=train.schema.sizes,
-                    hidden=(width, width // 2), dropout=dropout)
+    model = partial(
+        lepton.models.TabularMLP,
+        edges=train.schema.edges,
+        sizes=train.schema.sizes,
+        hidden=(width, width // 2),
+        dropout=dropout,
+    )
     if classes is None:
-        model = partial(model, None, center=float(targets.mean()), spread=float(targets.std()))
+        model = partial(
+            model,
+            None,
+            center=float(targets.mean()),
+            spread=float(targets.std()),
+        )
     else:
         model = partial(model, len(classes))
     total = steps or math.ceil(epochs * len(targets) / batch_size)
     return lepton.Recipe(
         name="csv_mlp",
         model=model,
-        loss=optax.squared_error if classes is None else optax.softmax_cross_entropy_with_integer_labels,
-        metrics={"rmse": lepton.metrics.rmse} if classes is None else {"accuracy": lepton.metrics.accuracy},
+        loss=(
+            optax.squared_error
+            if classes is None
+            else optax.softmax_cross_entropy_with_integer_labels
+        ),
+        metrics=(
+            {"rmse": lepton.metrics.rmse}
+            if classes is None
+            else {"accuracy": lepton.metrics.accuracy}
+        ),
         optimizer=optax.adamw,
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, learning_rate, total // 10, total),
+        learning_rate=optax.warmup_cosine_decay_schedule(
+            0.0, learning_rate, total // 10, total
+        ),
         train=train.arrays,
         test=held_out.arrays,
-        batch_size=batch_size, epochs=epochs, steps=steps, micro_batches=micro_batches, save_every=save_every,
+        batch_size=batch_size,
+        epochs=epochs,
+        steps=steps,
+        micro_batches=micro_batches,
+        save_every=save_every,
         seed=seed,
     )
 

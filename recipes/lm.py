@@ -15,7 +15,8 @@ from lepton_jax.data.idx import read_bytes
 from lepton_jax.errors import DataError, RecipeError, nearest
 
 Size = Literal["1m", "10m", "124m", "1b", "8b", "70b", "405b"]
-EMBEDDED_BYTES = 4_000_000  # of Python's standard library, whose files differ in number and length by its version
+# of Python's standard library, whose files differ in number and length by its version
+EMBEDDED_BYTES = 4_000_000
 TEST_SHARE = 0.1
 
 
@@ -40,94 +41,180 @@ USUAL = {
 }
 
 
-def recipe(size: Size = "1m", text: Path | None = None, tokenizer: Path | None = None, vocab: int | None = None,
-           experts: int = 0, chosen: int = 2, capacity: float = 1.25, loop: Literal["unrolled", "scan"] | None = None,
-           length: int | None = None, batch_size: int | None = None, learning_rate: float | None = None,
-           steps: int = 800, micro_batches: int | None = None,
-           precision: Literal["float32", "bfloat16", "float16"] | None = None, save_every: int | None = None,
-           seed: int = 0) -> lepton.Recipe:
+def recipe(
+    size: Size = "1m",
+    text: Path | None = None,
+    tokenizer: Path | None = None,
+    vocab: int | None = None,
+    experts: int = 0,
+    chosen: int = 2,
+    capacity: float = 1.25,
+    loop: Literal["unrolled", "scan"] | None = None,
+    length: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    steps: int = 800,
+    micro_batches: int | None = None,
+    precision: Literal["float32", "bfloat16", "float16"] | None = None,
+    save_every: int | None = None,
+    seed: int = 0,
+) -> lepton.Recipe:
     """Predict the next character, or piece, of a text.
 
-    As it stands, a million parameters on the source of Python's standard library: a loss of 1.49 per character, perplexity
-    4.4, on the held-out last tenth, in about a minute on two CPU cores: `python tools/launch.py recipes/lm.py`.
+    As it stands, a million parameters on the source of Python's standard library: a
+    loss of 1.49 per character, perplexity 4.4, on the held-out last tenth, in about a
+    minute on two CPU cores: `python tools/launch.py recipes/lm.py`.
 
-    124m has the dims of GPT-2, 1b and above those of Llama 3, with their vocabularies; they learn little from the
-    embedded text, but can be planned and timed with it.
+    124m has the dims of GPT-2, 1b and above those of Llama 3, with their vocabularies;
+    they learn little from the embedded text, but can be planned and timed with it.
 
     Args:
       size: of the model, in parameters.
-      text: a file of UTF-8 text, gzipped or not; if left out, the first 4 MB of Python's own standard library.
-      tokenizer: a SentencePiece model file; if left out, each distinct character of the text is a token.
-      vocab: rows of the token embedding; if left out, the text's own for 1m and 10m, and the size's from 124m on.
-      experts: in place of each feed-forward layer, a mixture of so many of its width; 0 for none.
+      text: a file of UTF-8 text, gzipped or not; if left out, the first 4 MB of
+        Python's own standard library.
+      tokenizer: a SentencePiece model file; if left out, each distinct character of the
+        text is a token.
+      vocab: rows of the token embedding; if left out, the text's own for 1m and 10m,
+        and the size's from 124m on.
+      experts: in place of each feed-forward layer, a mixture of so many of its width; 0
+        for none.
       chosen: experts that a token goes to.
-      capacity: places at the experts, over what an even distribution of the tokens would take.
-      loop: over the layers: unrolled, or a scan, which compiles faster. If left out, a scan from 1b on.
-      length: tokens per sample; if left out, 128 (1m), 256 (10m), 1024 (124m), 4096 (1b) or 8192.
-      batch_size: samples per step, over all devices; if left out, from 8 (1m) to 2048 (405b).
-      learning_rate: of AdamW at its peak; it rises over the first tenth of the run and falls as a cosine to a tenth. If
-        left out, from 0.004 (1m) to 0.00008 (405b).
+      capacity: places at the experts, over what an even distribution of the tokens
+        would take.
+      loop: over the layers: unrolled, or a scan, which compiles faster. If left out, a
+        scan from 1b on.
+      length: tokens per sample; if left out, 128 (1m), 256 (10m), 1024 (124m), 4096
+        (1b) or 8192.
+      batch_size: samples per step, over all devices; if left out, from 8 (1m) to 2048
+        (405b).
+      learning_rate: of AdamW at its peak; it rises over the first tenth of the run and
+        falls as a cosine to a tenth. If left out, from 0.004 (1m) to 0.00008 (405b).
       steps: length of the run.
-      micro_batches: parts in which a batch passes through the model; if left out, as few as fit into memory.
-      precision: dtype that the model computes in; if left out, float32 for 1m and 10m, bfloat16 from 124m on.
+      micro_batches: parts in which a batch passes through the model; if left out, as
+        few as fit into memory.
+      precision: dtype that the model computes in; if left out, float32 for 1m and 10m,
+        bfloat16 from 124m on.
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters and the order of the samples.
     """
     if size not in USUAL:
-        raise RecipeError(f"size {size!r} is not known{nearest(str(size), USUAL)}", where="recipes/lm.py",
-                          remedy=f"use one of {', '.join(get_args(Size))}")
+        raise RecipeError(
+            f"size {size!r} is not known{nearest(str(size), USUAL)}",
+            where="recipes/lm.py",
+            remedy=f"use one of {', '.join(get_args(Size))}",
+        )
     if experts < 0:
-        raise RecipeError(f"experts is {experts}; it must be 0 or more", where="--experts", remedy="leave it out for none")
-    given = {"length": length, "batch_size": batch_size, "learning_rate": learning_rate, "loop": loop, "precision": precision}
-    used = USUAL[size]._replace(**{name: value for name, value in given.items() if value is not None})
-    content, where = (_embedded(), "Python's standard library") if text is None else (_read(text), str(text))
-    tokens, kinds = _characters(content) if tokenizer is None else _pieces(content, tokenizer)
+        raise RecipeError(
+            f"experts is {experts}; it must be 0 or more",
+            where="--experts",
+            remedy="leave it out for none",
+        )
+    given = {
+        "length": length,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "loop": loop,
+        "precision": precision,
+    }
+    used = USUAL[size]._replace(
+        **{name: value for name, value in given.items() if value is not None}
+    )
+    content, where = (
+        (_embedded(), "Python's standard library")
+        if text is None
+        else (_read(text), str(text))
+    )
+    tokens, kinds = (
+        _characters(content) if tokenizer is None else _pieces(content, tokenizer)
+    )
     train, test = _windows(tokens, used.length, where)
     shape = lepton.models.transformer_size(size) | {"loop": used.loop}
     if vocab is not None or size in ("1m", "10m"):
         shape["vocab"] = kinds if vocab is None else vocab
     if shape["vocab"] < kinds:
-        raise DataError(f"there are {kinds} different tokens, but the embedding has {shape['vocab']} rows", where=where,
-                        remedy=f"set vocab to {kinds} or more")
+        raise DataError(
+            f"there are {kinds} different tokens, but the embedding has"
+            f" {shape['vocab']} rows",
+            where=where,
+            remedy=f"set vocab to {kinds} or more",
+        )
     model: Any = lepton.models.TransformerLM
     if experts:
-        model = partial(lepton.models.MoELM, experts=experts, chosen=chosen, capacity=capacity)
+        model = partial(
+            lepton.models.MoELM,
+            experts=experts,
+            chosen=chosen,
+            capacity=capacity,
+        )
     total, peak = max(steps, 1), used.learning_rate
     return lepton.Recipe(
         name="lm",
         model=partial(model, **shape),
         loss=lepton.losses.cross_entropy,
         metrics={"perplexity": lepton.metrics.perplexity},
-        optimizer=partial(optax.adamw, b2=0.95, weight_decay=0.1),
-        learning_rate=optax.warmup_cosine_decay_schedule(0.0, peak, total // 10, total, 0.1 * peak),
+        optimizer=partial(
+            optax.adamw,
+            b2=0.95,
+            weight_decay=0.1,
+        ),
+        learning_rate=optax.warmup_cosine_decay_schedule(
+            0.0, peak, total // 10, total, 0.1 * peak
+        ),
         clip_norm=1.0,
         train=train,
         test=test,
-        batch_size=used.batch_size, steps=steps, micro_batches=micro_batches, precision=used.precision,
-        save_every=save_every, seed=seed,
+        batch_size=used.batch_size,
+        steps=steps,
+        micro_batches=micro_batches,
+        precision=used.precision,
+        save_every=save_every,
+        seed=seed,
     )
 
 
-def _windows(tokens: np.ndarray, length: int, where: str) -> tuple[lepton.data.Arrays, lepton.data.Arrays]:
-    """Consecutive samples (inputs, targets), int32 (n, length) each, for training and testing; views, not copies."""
+def _windows(
+    tokens: np.ndarray, length: int, where: str
+) -> tuple[lepton.data.Arrays, lepton.data.Arrays]:
+    """Consecutive samples (inputs, targets), int32 (n, length) each, for training and
+    testing; views, not copies.
+    """
     if length < 1:
-        raise RecipeError(f"length is {length}; it must be at least 1", where="recipes/lm.py", remedy="set e.g. length=256")
+        raise RecipeError(
+            f"length is {length}; it must be at least 1",
+            where="recipes/lm.py",
+            remedy="set e.g. length=256",
+        )
     count = (len(tokens) - 1) // length
     if count < 2:
-        raise DataError(f"the text has {len(tokens):,} tokens, but a sample to train on and one to test on take "
-                        f"{2 * length + 1:,}", where=where, remedy="give a longer text, or set length to "
-                        f"{max((len(tokens) - 1) // 2, 1)} or less" if len(tokens) > 2 else "give a longer text")
-    inputs, targets = (tokens[i:i + count * length].reshape(count, length) for i in (0, 1))
+        raise DataError(
+            f"the text has {len(tokens):,} tokens, but a sample to train on and one to"
+            f" test on take {2 * length + 1:,}",
+            where=where,
+            remedy=(
+                "give a longer text, or set length to "
+                f"{max((len(tokens) - 1) // 2, 1)} or less"
+                if len(tokens) > 2
+                else "give a longer text"
+            ),
+        )
+    inputs, targets = (
+        tokens[i : i + count * length].reshape(count, length) for i in (0, 1)
+    )
     cut = count - max(1, round(TEST_SHARE * count))
-    return lepton.data.Arrays(inputs[:cut], targets[:cut]), lepton.data.Arrays(inputs[cut:], targets[cut:])
+    return lepton.data.Arrays(inputs[:cut], targets[:cut]), lepton.data.Arrays(
+        inputs[cut:], targets[cut:]
+    )
 
 
 def _embedded() -> str:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     content = b"".join(file.read_bytes() for file in files)[:EMBEDDED_BYTES]
     if not content:
-        raise RecipeError("this Python comes without the source of its standard library", where=sysconfig.get_paths()["stdlib"],
-                          remedy="give --text, a file of text")
+        raise RecipeError(
+            "this Python comes without the source of its standard library",
+            where=sysconfig.get_paths()["stdlib"],
+            remedy="give --text, a file of text",
+        )
     return content.decode("ascii", "ignore")
 
 
@@ -137,15 +224,20 @@ def _read(path: Path) -> str:
         content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"byte {data[error.start]:#04x} is not UTF-8 text", where=f"{path}, line {line}",
-                        remedy="save the file as UTF-8") from error
+        raise DataError(
+            f"byte {data[error.start]:#04x} is not UTF-8 text",
+            where=f"{path}, line {line}",
+            remedy="save the file as UTF-8",
+        ) from error
     if not content:
         raise DataError("the file is empty", where=path, remedy="give a file of text")
     return content
 
 
 def _characters(content: str) -> tuple[np.ndarray, int]:
-    """Tokens int32, numbered by code point among those that occur, and how many of them do."""
+    """Tokens int32, numbered by code point among those that occur, and how many of them
+    do.
+    """
     codes = np.frombuffer(content.encode("utf-32-le", "surrogatepass"), np.uint32)
     occurs = np.zeros(codes.max() + 1, bool)
     occurs[codes] = True
@@ -157,12 +249,18 @@ def _pieces(content: str, path: Path) -> tuple[np.ndarray, int]:
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise RecipeError("sentencepiece, which reads tokenizers, is not installed", where="--tokenizer",
-                          remedy="pip install -e '.[text]', or leave the tokenizer out") from error
+        raise RecipeError(
+            "sentencepiece, which reads tokenizers, is not installed",
+            where="--tokenizer",
+            remedy="pip install -e '.[text]', or leave the tokenizer out",
+        ) from error
     blob = read_bytes(path)
     try:
         pieces = SentencePieceProcessor(model_proto=blob)
         return np.asarray(pieces.encode(content), np.int32), pieces.get_piece_size()
     except (RuntimeError, OSError) as error:
-        raise DataError(f"the file is no SentencePiece model: {error}", where=path,
-                        remedy="give the .model file that sentencepiece wrote") from error
+        raise DataError(
+            f"the file is no SentencePiece model: {error}",
+            where=path,
+            remedy="give the .model file that sentencepiece wrote",
+        ) from error

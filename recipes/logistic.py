@@ -15,24 +15,37 @@ import lepton_jax as lepton
 from lepton_jax.errors import RecipeError
 
 
-def recipe(data: Path | None = None, label: str = "label", ignore: str = "",
-           missing: str = ",".join(filter(None, lepton.data.MISSING)), delimiter: str | None = None,
-           decimal: Literal[".", ","] | None = None, thousands: str | None = None, learning_rate: float = 0.05,
-           batch_size: int = 256, epochs: float = 5, steps: int | None = None, save_every: int | None = None,
-           seed: int = 0) -> lepton.Recipe:
+def recipe(
+    data: Path | None = None,
+    label: str = "label",
+    ignore: str = "",
+    missing: str = ",".join(filter(None, lepton.data.MISSING)),
+    delimiter: str | None = None,
+    decimal: Literal[".", ","] | None = None,
+    thousands: str | None = None,
+    learning_rate: float = 0.05,
+    batch_size: int = 256,
+    epochs: float = 5,
+    steps: int | None = None,
+    save_every: int | None = None,
+    seed: int = 0,
+) -> lepton.Recipe:
     """Logistic regression on ten features, or on the numbers of a CSV file.
 
-    The embedded data are 20,000 samples drawn from a logistic model with the weights 1, -1, 0.9, -0.9, ... 0.6, -0.6
-    and the bias 0.5; a fifth is held out.
-    82 % of it right, as with the true weights, in 3 seconds on two CPU cores, starting and compiling included:
-    `python tools/launch.py recipes/logistic.py`.
+    The embedded data are 20,000 samples drawn from a logistic model with the weights 1,
+    -1, 0.9, -0.9, ... 0.6, -0.6 and the bias 0.5; a fifth is held out. 82 % of it
+    right, as with the true weights, in 3 seconds on two CPU cores, starting and
+    compiling included: `python tools/launch.py recipes/logistic.py`.
 
     Args:
-      data: a CSV file with a header, numeric columns and a label of two classes; a fifth of its rows is held out.
+      data: a CSV file with a header, numeric columns and a label of two classes; a
+        fifth of its rows is held out.
       label: name of the column in it to predict.
       ignore: names, with commas between, of columns that are left out.
-      missing: words, with commas between, that stand for no value; empty cells always do.
-      delimiter: what separates the cells, one character or "tab"; found out if left out.
+      missing: words, with commas between, that stand for no value; empty cells always
+        do.
+      delimiter: what separates the cells, one character or "tab"; found out if left
+        out.
       decimal: the decimal mark of all numbers; found out if left out.
       thousands: the mark between groups of three digits; found out if left out.
       learning_rate: of Adam at the start; it falls as a cosine to zero.
@@ -44,23 +57,49 @@ def recipe(data: Path | None = None, label: str = "label", ignore: str = "",
     """
     if data is None:
         generator = np.random.default_rng(0)
-        weights = np.stack([np.linspace(1, 0.6, 5), -np.linspace(1, 0.6, 5)], axis=1).ravel()
+        weights = np.stack(
+            [np.linspace(1, 0.6, 5), -np.linspace(1, 0.6, 5)],
+            axis=1,
+        ).ravel()
         x = generator.normal(size=(20_000, 10))
         y = generator.random(len(x)) < 1 / (1 + np.exp(-(x @ weights + 0.5)))
         train, test = lepton.data.Arrays(x, y.astype("int32")).split(0.2, seed=0)
     else:
         tables = lepton.data.table_split(
-            data, label, 0.2, seed=0, ignore=_words(ignore), missing=("", *_words(missing)), delimiter=delimiter,
-            decimal=decimal, thousands=thousands,
-            settings=("ignore", "missing", "delimiter", "decimal", "thousands"))
+            data,
+            label,
+            0.2,
+            seed=0,
+            ignore=_words(ignore),
+            missing=("", *_words(missing)),
+            delimiter=delimiter,
+            decimal=decimal,
+            thousands=thousands,
+            settings=("ignore", "missing", "delimiter", "decimal", "thousands"),
+        )
         schema = tables[0].schema
         if schema.categories or len(schema.classes or ()) != 2:
-            fault = (f"column {schema.categories[0]!r} has categories" if schema.categories else
-                     f"the label {label!r} has {len(schema.classes) if schema.classes else 'no'} classes")
-            raise RecipeError(f"{fault}, but this recipe takes numbers and a label of two classes", where=data,
-                              remedy="leave such columns out by `ignore`, or use recipes/csv_mlp.py" if schema.categories
-                              else "use recipes/csv_mlp.py")
-        train, test = (lepton.data.Arrays(part.arrays.inputs["numbers"], part.arrays.targets) for part in tables)
+            fault = (
+                f"column {schema.categories[0]!r} has categories"
+                if schema.categories
+                else (
+                    f"the label {label!r} has"
+                    f" {len(schema.classes) if schema.classes else 'no'} classes"
+                )
+            )
+            raise RecipeError(
+                f"{fault}, but this recipe takes numbers and a label of two classes",
+                where=data,
+                remedy=(
+                    "leave such columns out by `ignore`, or use recipes/csv_mlp.py"
+                    if schema.categories
+                    else "use recipes/csv_mlp.py"
+                ),
+            )
+        train, test = (
+            lepton.data.Arrays(part.arrays.inputs["numbers"], part.arrays.targets)
+            for part in tables
+        )
     mean, spread = np.nanmean(train.inputs, axis=0), np.nanstd(train.inputs, axis=0)
     spread[spread == 0] = 1
     total = steps or math.ceil(epochs * len(train) / batch_size)
@@ -69,12 +108,17 @@ def recipe(data: Path | None = None, label: str = "label", ignore: str = "",
         model=partial(lepton.models.Logistic, train.inputs.shape[1]),
         loss=optax.sigmoid_binary_cross_entropy,
         metrics={"accuracy": lepton.metrics.binary_accuracy},
-        preprocess=lambda x: jnp.nan_to_num((x - mean) / spread),  # a missing number becomes the mean
+        # a missing number becomes the mean
+        preprocess=lambda x: jnp.nan_to_num((x - mean) / spread),
         optimizer=optax.adam,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,
         test=test,
-        batch_size=batch_size, epochs=epochs, steps=steps, save_every=save_every, seed=seed,
+        batch_size=batch_size,
+        epochs=epochs,
+        steps=steps,
+        save_every=save_every,
+        seed=seed,
     )
 
 

@@ -1,9 +1,13 @@
-"""Eight virtual CPU devices for the whole suite; the variables must stand before JAX is first used."""
+"""Eight virtual CPU devices for the whole suite; the variables must stand before JAX is
+first used.
+"""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import contextlib
 import shutil
@@ -23,7 +27,8 @@ if OWN_CACHE:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# a shell's background jobs and nohup ignore these, and so would every process that a test starts and then signals
+# a shell's background jobs and nohup ignore these, and so would every process that a
+# test starts and then signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -32,10 +37,26 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that at the end no core waits for the other; those of many processes not at once."""
-    longest = ("test_faults.py", "test_exactness.py", "test_correctness.py", "test_models.py", "test_training_on_hosts.py",
-               "test_bad_inputs.py", "test_public.py", "test_degrade.py", "test_resume.py", "test_bench.py")
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    """The longest files first, so that at the end no core waits for the other; those of
+    many processes not at once.
+    """
+    longest = (
+        "test_faults.py",
+        "test_exactness.py",
+        "test_correctness.py",
+        "test_models.py",
+        "test_training_on_hosts.py",
+        "test_bad_inputs.py",
+        "test_public.py",
+        "test_degrade.py",
+        "test_resume.py",
+        "test_bench.py",
+    )
+    items.sort(
+        key=lambda item: (
+            longest.index(item.path.name) if item.path.name in longest else len(longest)
+        )
+    )
 
 
 def pytest_unconfigure():
@@ -45,12 +66,16 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_jax():
-    """A file that leaves one of JAX's settings changed would change the bits of the next."""
+    """A file that leaves one of JAX's settings changed would change the bits of the
+    next.
+    """
     import jax
 
     before = dict(jax.config.values)
     yield
-    changed = {name for name, value in jax.config.values.items() if value != before[name]}
+    changed = {
+        name for name, value in jax.config.values.items() if value != before[name]
+    }
     assert not changed, f"{changed} are left changed"
 
 
@@ -59,7 +84,10 @@ def _quick_compilation():
     import jax  # reads the environment
     from jax._src import compiler
 
-    usual, options = compiler.get_compile_options, {"xla_cpu_use_fusion_emitters": False}
+    usual, options = (
+        compiler.get_compile_options,
+        {"xla_cpu_use_fusion_emitters": False},
+    )
     try:
         jax.jit(lambda x: x).lower(0.0).compile(options)
     except jax.errors.JaxRuntimeError:  # newer XLA has no choice of emitters
@@ -79,8 +107,9 @@ def _quick_compilation():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Without LLVM's dearer passes and XLA's own emitters of fusions: half of the time of what compiles much and computes
-    little. What must hold to the bit is compiled as users compile it.
+    """Without LLVM's dearer passes and XLA's own emitters of fusions: half of the time
+    of what compiles much and computes little. What must hold to the bit is compiled as
+    users compile it.
     """
     with _quick_compilation():
         yield
@@ -95,7 +124,9 @@ def quick_compilation_here():
 
 @pytest.fixture(scope="session")
 def blobs():
-    """(inputs, targets): 600 samples of 12 numbers in 3 classes that a linear model can tell apart."""
+    """(inputs, targets): 600 samples of 12 numbers in 3 classes that a linear model can
+    tell apart.
+    """
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(600, 12)).astype(np.float32)
     return inputs, (inputs @ rng.normal(size=(12, 3))).argmax(1).astype(np.int32)
@@ -103,14 +134,26 @@ def blobs():
 
 @pytest.fixture
 def launch(tmp_path):
-    """Start `tools/launch.py` as a process of its own, with the devices of a plain machine."""
+    """Start `tools/launch.py` as a process of its own, with the devices of a plain
+    machine.
+    """
     started = []
 
     def start(*arguments, **options):
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        process = subprocess.Popen([sys.executable, str(ROOT / "tools" / "launch.py"), *map(str, arguments)],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                                   env=environment, **options)
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "tools" / "launch.py"),
+                *map(str, arguments),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            **options,
+        )
         started.append(process)
         return process
 

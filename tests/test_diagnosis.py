@@ -1,4 +1,6 @@
-"""A loss that is not finite: its cause is named, and the cause is not always the rate."""
+"""A loss that is not finite: its cause is named, and the cause is not always the
+rate.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,13 @@ class Attention(nnx.Module):
     def __call__(self, x, mask):
         x = x[..., None]
         scores = self.query(x) @ self.key(x).mT
-        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+        weights = jax.nn.softmax(
+            jnp.where(
+                mask[:, None],
+                scores,
+                -jnp.inf,
+            )
+        )
         return self.out(weights @ x)[:, 0]
 
 
@@ -60,7 +68,12 @@ class Looping(Net):
         def body(carry, _):
             return jnp.log(carry), None
 
-        deep, _ = jax.lax.scan(body, jnp.full_like(x, 2.0), None, length=3)
+        deep, _ = jax.lax.scan(
+            body,
+            jnp.full_like(x, 2.0),
+            None,
+            length=3,
+        )
         return self.layer(x * deep)
 
 
@@ -75,7 +88,11 @@ def trainer(run_dir=None, **changes) -> lepton.Trainer:
         "steps": 3,
         "shuffle": False,
     }
-    return lepton.Trainer(devices=1, run_dir=run_dir, **fields | changes)
+    return lepton.Trainer(
+        devices=1,
+        run_dir=run_dir,
+        **fields | changes,
+    )
 
 
 def diverged(**changes) -> DivergedError:
@@ -87,8 +104,13 @@ def diverged(**changes) -> DivergedError:
 def test_a_fully_masked_row_of_attention_is_named_with_its_operation():
     mask = np.ones((ROWS, 4), bool)
     mask[[19, 26]] = False
-    error = diverged(model=Attention, train=({"x": X, "mask": mask}, Y))
-    assert error.where.startswith("step 2") and "the loss of step 2 is nan" in error.what
+    error = diverged(
+        model=Attention,
+        train=({"x": X, "mask": mask}, Y),
+    )
+    assert (
+        error.where.startswith("step 2") and "the loss of step 2 is nan" in error.what
+    )
     assert "nan first comes out of 'sub' at" in error.what
     assert "test_diagnosis.py" in error.what and "Attention.__call__" in error.what
     assert "samples 0:19, 0:26" in error.what
@@ -108,7 +130,12 @@ def test_a_division_by_zero_is_named():
 def test_a_gradient_that_is_not_finite_is_found_in_the_backward_pass(tmp_path):
     inputs = X.copy()
     inputs[5] = 0
-    error = diverged(model=Rooted, train=(inputs, Y), run_dir=tmp_path / "run", save_every=1)
+    error = diverged(
+        model=Rooted,
+        train=(inputs, Y),
+        run_dir=tmp_path / "run",
+        save_every=1,
+    )
     assert "the update of step 1 made parameters that are not finite" in error.what
     assert "Rooted.__call__" in error.what and "samples 0:5" in error.what
 
@@ -124,7 +151,11 @@ def test_data_that_is_not_finite_is_told_as_such():
 def test_features_beyond_float16_are_not_a_finished_run():
     inputs = X.copy()
     inputs[:, 1] = 70_000.0
-    error = diverged(train=(inputs, Y), precision="float16", steps=5)
+    error = diverged(
+        train=(inputs, Y),
+        precision="float16",
+        steps=5,
+    )
     assert error.where.startswith("step 3") and "65504" in error.remedy
     assert "inf first comes out of 'convert_element_type'" in error.what
 
@@ -132,7 +163,11 @@ def test_features_beyond_float16_are_not_a_finished_run():
 def test_a_short_float16_run_does_not_end_in_the_middle_of_it():
     inputs = X.copy()
     inputs[:, 1] = 70_000.0
-    error = diverged(train=(inputs, Y), precision="float16", steps=2)
+    error = diverged(
+        train=(inputs, Y),
+        precision="float16",
+        steps=2,
+    )
     assert "the last 2 losses are not finite" in error.what and "65504" in error.remedy
 
 
@@ -172,7 +207,7 @@ def test_a_loop_is_looked_into():
     assert "'log' at" in error.what and "Looping.__call__" in error.what
 
 
-# ---- a batch without weight --------------------------------------------------------------
+# ---- a batch without weight ----
 
 
 def weighted(outputs, targets):
@@ -208,7 +243,11 @@ def test_a_batch_without_weight_is_no_step(optimizer, clip, tmp_path):
     rows = np.r_[0:16, 32:48]
     fewer = {"label": Y[rows], "weight": np.ones(32, np.float32)}
     without = trainer(
-        loss=weighted, train=(X[rows], fewer), optimizer=optimizer, clip_norm=clip, steps=2
+        loss=weighted,
+        train=(X[rows], fewer),
+        optimizer=optimizer,
+        clip_norm=clip,
+        steps=2,
     )
     without.fit()
     for a, b in zip(
@@ -237,8 +276,20 @@ def test_a_batch_without_weight_is_no_step_under_policies_and_micro_batches():
 
 
 def test_a_weighted_loss_is_the_plain_loop_to_the_bit():
-    targets = {"label": Y, "weight": np.linspace(0.5, 2, ROWS, dtype=np.float32)}
-    run = trainer(loss=weighted, train=(X, targets), optimizer=optax.adam)
+    targets = {
+        "label": Y,
+        "weight": np.linspace(
+            0.5,
+            2,
+            ROWS,
+            dtype=np.float32,
+        ),
+    }
+    run = trainer(
+        loss=weighted,
+        train=(X, targets),
+        optimizer=optax.adam,
+    )
     program = run._ready((X[:1], jax.tree.map(lambda x: x[:1], targets)))
     params = program.init(0).params
     optimizer = optax.adam(0.1)
@@ -263,5 +314,9 @@ def test_a_weighted_loss_is_the_plain_loop_to_the_bit():
         expected.append(value)
     history = run.fit()
     np.testing.assert_array_equal(history["loss"], np.array(expected))
-    for a, b in zip(jax.tree.leaves(run.state.params), jax.tree.leaves(params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(run.state.params),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)

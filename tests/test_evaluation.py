@@ -60,7 +60,11 @@ class Queueing(Net):
         h = self.layer(x)
         chosen = jax.nn.one_hot(h[:, :2].argmax(-1), 2)
         place = (jnp.cumsum(chosen, axis=0) * chosen).sum(-1)
-        return jnp.where((place <= 3)[:, None], h, 0)
+        return jnp.where(
+            (place <= 3)[:, None],
+            h,
+            0,
+        )
 
 
 def make(devices=1, **fields):
@@ -92,7 +96,7 @@ def programs(trainer, name):
     return sum(c.program == name for c in trainer.program.compilations)
 
 
-# ---- losses ---------------------------------------------------------------------------
+# ---- losses ----
 
 
 def contrastive(outputs, targets):
@@ -116,7 +120,11 @@ def cross_entropy_of_groups(outputs, targets):
 def test_a_loss_over_pairs_sees_no_filling_rows(loss, devices):
     trainer = make(devices, loss=loss)
     outputs = trainer.predict(X, decode=raw)
-    expected = by_batches(lambda o, t: jnp.mean(loss(o, t)), outputs, Y)
+    expected = by_batches(
+        lambda o, t: jnp.mean(loss(o, t)),
+        outputs,
+        Y,
+    )
     assert trainer.evaluate((X, Y)).loss == pytest.approx(expected, rel=1e-5)
     assert programs(trainer, "evaluate") == 2
 
@@ -124,10 +132,24 @@ def test_a_loss_over_pairs_sees_no_filling_rows(loss, devices):
     assert trainer.evaluate((X[32:], Y[32:])).loss == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "devices"), [(3, 8), (16, 1), (17, 1), (40, 8)])
+@pytest.mark.parametrize(
+    ("rows", "devices"),
+    [
+        (3, 8),
+        (16, 1),
+        (17, 1),
+        (40, 8),
+    ],
+)
 def test_grain_data_sets_are_evaluated_like_arrays(rows, devices):
     trainer = make(devices, loss=contrastive)
-    pairs = list(zip(X[:rows], Y[:rows], strict=True))
+    pairs = list(
+        zip(
+            X[:rows],
+            Y[:rows],
+            strict=True,
+        )
+    )
     outputs = trainer.predict(X[:rows], decode=raw)
     expected = by_batches(lambda o: contrastive(o, None).mean(), outputs)
     of_grain = trainer.evaluate(grain.MapDataset.source(pairs)).loss
@@ -137,7 +159,14 @@ def test_grain_data_sets_are_evaluated_like_arrays(rows, devices):
     )
 
 
-@pytest.mark.parametrize("model", [Mixing, Attending, Queueing])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Mixing,
+        Attending,
+        Queueing,
+    ],
+)
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_model_that_mixes_samples_sees_no_filling_rows(model, devices):
     trainer = make(devices, model=model)
@@ -147,9 +176,17 @@ def test_a_model_that_mixes_samples_sees_no_filling_rows(model, devices):
     net.layer.kernel[...] = params["layer"]["kernel"]
     net.layer.bias[...] = params["layer"]["bias"]
 
-    edges = [(0, 16), (16, 32), (32, 40)]
+    edges = [
+        (0, 16),
+        (16, 32),
+        (32, 40),
+    ]
     outputs = np.concatenate([net(X[a:b]) for a, b in edges])
-    np.testing.assert_allclose(trainer.predict(X, decode=raw), outputs, atol=1e-5)
+    np.testing.assert_allclose(
+        trainer.predict(X, decode=raw),
+        outputs,
+        atol=1e-5,
+    )
     expected = float(cross_entropy(outputs, Y).mean())
     assert trainer.evaluate((X, Y)).loss == pytest.approx(expected, rel=1e-5)
 
@@ -185,7 +222,7 @@ def test_an_evaluation_of_nothing_says_so(name):
     assert trainer.evaluate((X, Y)).loss > 0
 
 
-# ---- metrics --------------------------------------------------------------------------
+# ---- metrics ----
 
 
 def scalar_f1(outputs, targets):
@@ -211,14 +248,25 @@ def scalar_perplexity(outputs, targets):
     return jnp.exp(cross_entropy(outputs, targets).mean())
 
 
-@pytest.mark.parametrize(("rows", "devices"), [(7, 8), (16, 1), (40, 1), (40, 8)])
+@pytest.mark.parametrize(
+    ("rows", "devices"),
+    [
+        (7, 8),
+        (16, 1),
+        (40, 1),
+        (40, 8),
+    ],
+)
 def test_a_scalar_metric_is_that_of_the_whole_test_set(rows, devices):
     metrics = {
         "f1": scalar_f1,
         "r2": scalar_r2,
         "accuracy": scalar_accuracy,
         "errors": errors,
-        "rooted": Metric(lambda o, t: jnp.square(o[:, 0] - t).mean(), jnp.sqrt),
+        "rooted": Metric(
+            lambda o, t: jnp.square(o[:, 0] - t).mean(),
+            jnp.sqrt,
+        ),
         "perplexity": scalar_perplexity,
     }
     trainer = make(devices, metrics=metrics)
@@ -244,29 +292,59 @@ def test_a_first_batch_that_is_perfect_does_not_hide_that_f1_is_no_mean():
         def __call__(self, x):
             return jnp.stack([-x, x], axis=-1) * self.scale
 
-    trainer = make(model=Threshold, train=(inputs, labels), metrics={"f1": scalar_f1})
+    trainer = make(
+        model=Threshold,
+        train=(inputs, labels),
+        metrics={"f1": scalar_f1},
+    )
     expected = sklearn.metrics.f1_score(labels, inputs > 0)
     assert trainer.evaluate((inputs, labels)).f1 == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "devices"), [(16, 1), (37, 8), (333, 1)])
+@pytest.mark.parametrize(
+    ("rows", "devices"),
+    [
+        (16, 1),
+        (37, 8),
+        (333, 1),
+    ],
+)
 def test_f1_and_auc_of_classes_agree_with_scikit_learn(rows, devices):
     rng = np.random.default_rng(rows)
     inputs = rng.normal(size=(rows, 4)).astype(np.float32)
     labels = rng.integers(0, 3, rows).astype(np.int32)
     metrics = {"f1": lepton.metrics.f1, "auc": lepton.metrics.auc}
-    trainer = make(devices, metrics=metrics, train=(inputs, labels))
+    trainer = make(
+        devices,
+        metrics=metrics,
+        train=(inputs, labels),
+    )
     logits = trainer.predict(inputs, decode=raw)
     found = trainer.evaluate((inputs, labels))
-    expected = sklearn.metrics.f1_score(labels, logits.argmax(1), average="macro")
+    expected = sklearn.metrics.f1_score(
+        labels,
+        logits.argmax(1),
+        average="macro",
+    )
     assert found.f1 == pytest.approx(expected, rel=1e-5)
     shares = np.exp(logits.astype(np.float64))
     shares /= shares.sum(1, keepdims=True)
-    area = sklearn.metrics.roc_auc_score(labels, shares, multi_class="ovr")
+    area = sklearn.metrics.roc_auc_score(
+        labels,
+        shares,
+        multi_class="ovr",
+    )
     assert found.auc == pytest.approx(area, rel=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "devices"), [(11, 8), (64, 1), (250, 8)])
+@pytest.mark.parametrize(
+    ("rows", "devices"),
+    [
+        (11, 8),
+        (64, 1),
+        (250, 8),
+    ],
+)
 def test_f1_and_auc_of_a_logit_agree_with_scikit_learn(rows, devices):
     rng = np.random.default_rng(rows)
     # rounded, so that scores are tied
@@ -306,7 +384,12 @@ def test_r2_agrees_with_scikit_learn_far_from_zero(rows):
 
     loss = lepton.losses.squared_error
     metrics = {"r2": lepton.metrics.r2}
-    trainer = make(model=Shifted, loss=loss, train=(inputs, targets), metrics=metrics)
+    trainer = make(
+        model=Shifted,
+        loss=loss,
+        train=(inputs, targets),
+        metrics=metrics,
+    )
     found = trainer.evaluate((inputs, targets)).r2
     predicted = trainer.predict(inputs)
     assert found == pytest.approx(
@@ -324,7 +407,11 @@ def test_f1_of_two_classes_by_argmax_and_of_classes_that_do_not_occur():
         means = {
             k: v.mean(0) for k, v in lepton.metrics.f1.values(scores, labels).items()
         }
-        expected = sklearn.metrics.f1_score(labels, scores.argmax(1), average=classes)
+        expected = sklearn.metrics.f1_score(
+            labels,
+            scores.argmax(1),
+            average=classes,
+        )
         assert float(lepton.metrics.f1.finish(means)) == pytest.approx(
             expected, rel=1e-5
         )
@@ -335,10 +422,26 @@ def test_several_sums_are_recorded_over_all_micro_batches():
         return {"square": jnp.square(outputs), "plain": outputs}
 
     spread = Metric(moments, lambda m: (m["square"] - m["plain"] ** 2).mean())
-    pair = Metric(lambda o, t: (o[:, 0], o[:, 1], t), lambda m: m[0] + m[1] * m[2])
-    metrics = {"spread": spread, "pair": pair, "f1": lepton.metrics.f1}
-    whole = make(metrics=metrics, shuffle=False, steps_per_call=1)
-    parts = make(metrics=metrics, shuffle=False, micro_batches=4, steps_per_call=2)
+    pair = Metric(
+        lambda o, t: (o[:, 0], o[:, 1], t),
+        lambda m: m[0] + m[1] * m[2],
+    )
+    metrics = {
+        "spread": spread,
+        "pair": pair,
+        "f1": lepton.metrics.f1,
+    }
+    whole = make(
+        metrics=metrics,
+        shuffle=False,
+        steps_per_call=1,
+    )
+    parts = make(
+        metrics=metrics,
+        shuffle=False,
+        micro_batches=4,
+        steps_per_call=2,
+    )
     outputs = whole.predict(X[:BATCH], decode=raw)
     history, other = whole.fit(steps=3), parts.fit(steps=3)
     assert history["spread"][0] == pytest.approx(outputs.var(0).mean(), rel=1e-4)
@@ -346,7 +449,12 @@ def test_several_sums_are_recorded_over_all_micro_batches():
     product = means[0] + means[1] * Y[:BATCH].mean()
     assert history["pair"][0] == pytest.approx(product, rel=1e-4)
     for name in ("loss", *metrics):
-        np.testing.assert_allclose(other[name], history[name], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            other[name],
+            history[name],
+            rtol=1e-4,
+            err_msg=name,
+        )
 
 
 @pytest.mark.parametrize("rows", [5, 16, 40])
@@ -371,44 +479,83 @@ def test_a_metric_of_the_whole_set_that_does_not_fit_is_refused_before_it_begins
         lepton.DataError, match=r"'f1' is no mean over samples.* all 40"
     ):
         make(metrics={"f1": scalar_f1}).evaluate((X, Y))
-    monkeypatch.setattr(evaluating, "MOST_GATHERED", 40 * 16 + 8 * 16)
+    monkeypatch.setattr(
+        evaluating,
+        "MOST_GATHERED",
+        40 * 16 + 8 * 16,
+    )
     make(metrics={"f1": scalar_f1}).evaluate((X, Y))
 
 
-# ---- predictions ----------------------------------------------------------------------
+# ---- predictions ----
 
 
-@pytest.mark.parametrize(("rows", "devices"), [(1, 1), (16, 8), (40, 1), (40, 8)])
+@pytest.mark.parametrize(
+    ("rows", "devices"),
+    [
+        (1, 1),
+        (16, 8),
+        (40, 1),
+        (40, 8),
+    ],
+)
 def test_outputs_are_joined_along_the_dim_that_holds_the_batch(rows, devices):
     trainer = make(
-        devices, model=Several, loss=lambda o, t: cross_entropy(o["logits"], t)
+        devices,
+        model=Several,
+        loss=lambda o, t: cross_entropy(o["logits"], t),
     )
     found = trainer.predict(X[:rows])
     kernel, bias = (
         np.asarray(trainer.state.params["layer"][k]) for k in ("kernel", "bias")
     )
     logits = X[:rows] @ kernel + bias
-    np.testing.assert_allclose(found["logits"], logits, atol=1e-5)
-    np.testing.assert_allclose(found["weights"], [logits, 2 * logits], atol=1e-5)
+    np.testing.assert_allclose(
+        found["logits"],
+        logits,
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        found["weights"],
+        [logits, 2 * logits],
+        atol=1e-5,
+    )
 
 
 def test_a_batch_dim_may_be_last_or_hold_several_rows_of_a_sample():
     trainer = make()
     logits = trainer.predict(X, decode=raw)
     np.testing.assert_allclose(
-        trainer.predict(X, decode=lambda o: o.T), logits.T, rtol=1e-6
+        trainer.predict(X, decode=lambda o: o.T),
+        logits.T,
+        rtol=1e-6,
     )
-    flat = trainer.predict(X, decode=lambda o: o.reshape(-1))
-    np.testing.assert_allclose(flat, logits.reshape(-1), rtol=1e-6)
+    flat = trainer.predict(
+        X,
+        decode=lambda o: o.reshape(-1),
+    )
+    np.testing.assert_allclose(
+        flat,
+        logits.reshape(-1),
+        rtol=1e-6,
+    )
 
 
 def test_what_has_no_batch_dim_is_returned_where_one_batch_holds_all():
     trainer = make()
     logits = trainer.predict(X[:9], decode=raw)
-    total = trainer.predict(X[:9], decode=lambda o: {"all": o, "mean": o.mean()})
+    total = trainer.predict(
+        X[:9],
+        decode=lambda o: {"all": o, "mean": o.mean()},
+    )
     assert total["mean"] == pytest.approx(logits.mean(), rel=1e-5)
     np.testing.assert_allclose(
-        trainer.predict(X[:9], decode=lambda o: o @ o.T), logits @ logits.T, rtol=1e-4
+        trainer.predict(
+            X[:9],
+            decode=lambda o: o @ o.T,
+        ),
+        logits @ logits.T,
+        rtol=1e-4,
     )
     for decode, path in (
         (lambda o: {"all": o, "mean": o.mean()}, "mean"),
@@ -428,8 +575,15 @@ def test_a_decode_over_the_batch_sees_its_own_batch_alone():
     centred = [
         logits[a:b] - logits[a:b].mean(0) for a, b in ((0, 16), (16, 32), (32, 40))
     ]
-    found = trainer.predict(X, decode=lambda o: o - o.mean(0))
-    np.testing.assert_allclose(found, np.concatenate(centred), atol=1e-5)
+    found = trainer.predict(
+        X,
+        decode=lambda o: o - o.mean(0),
+    )
+    np.testing.assert_allclose(
+        found,
+        np.concatenate(centred),
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -447,11 +601,17 @@ def test_predict_does_not_turn_nan_into_a_class(devices):
 
 
 def test_nan_is_looked_for_where_it_would_be_hidden_and_nowhere_else():
-    trainer = make(model=Several, loss=lambda o, t: cross_entropy(o["logits"], t))
+    trainer = make(
+        model=Several,
+        loss=lambda o, t: cross_entropy(o["logits"], t),
+    )
     inputs = X[:20].copy()
     inputs[3] = np.nan
     with pytest.raises(lepton.DataError, match="rows 3"):
-        trainer.predict(inputs, decode=lambda o: {"label": o["weights"][0].argmax(-1)})
+        trainer.predict(
+            inputs,
+            decode=lambda o: {"label": o["weights"][0].argmax(-1)},
+        )
     # the logits show it
     both = trainer.predict(
         inputs,
@@ -459,7 +619,10 @@ def test_nan_is_looked_for_where_it_would_be_hidden_and_nowhere_else():
     )
     assert np.isnan(both["logits"][3]).all()
     # outputs that the labels are not made of
-    labels = trainer.predict(inputs, decode=lambda o: jnp.arange(o["logits"].shape[0]))
+    labels = trainer.predict(
+        inputs,
+        decode=lambda o: jnp.arange(o["logits"].shape[0]),
+    )
     assert labels.shape == (20,)
     # a row of NaN that only fills the last batch is the first one
     inputs = X.copy()

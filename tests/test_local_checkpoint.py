@@ -1,4 +1,6 @@
-"""Fast checkpoints on the hosts' own disks: exact, only where they are whole, never in place of the durable ones."""
+"""Fast checkpoints on the hosts' own disks: exact, only where they are whole, never in
+place of the durable ones.
+"""
 
 import os
 import shutil
@@ -14,19 +16,42 @@ from lepton_jax.monitor import read_events
 
 
 def make(blobs, run, near, **fields):
-    fields = {"model": lambda rngs: lepton.models.MLP((12, 16, 3), dropout=0.2, rngs=rngs), "steps": 40, "save_every": 15,
-              "steps_per_call": 1, "local_every": 0.0} | fields
-    return lepton.Trainer(optimizer=optax.adam, learning_rate=0.01, loss=lepton.losses.cross_entropy, train=blobs, run_dir=run,
-                          batch_size=24, local_dir=near, shuffle=True, **fields)
+    fields = {
+        "model": lambda rngs: lepton.models.MLP(
+            (12, 16, 3),
+            dropout=0.2,
+            rngs=rngs,
+        ),
+        "steps": 40,
+        "save_every": 15,
+        "steps_per_call": 1,
+        "local_every": 0.0,
+    } | fields
+    return lepton.Trainer(
+        optimizer=optax.adam,
+        learning_rate=0.01,
+        loss=lepton.losses.cross_entropy,
+        train=blobs,
+        run_dir=run,
+        batch_size=24,
+        local_dir=near,
+        shuffle=True,
+        **fields,
+    )
 
 
 def files(near):
-    return sorted(near.rglob("*.state"), key=lambda path: int(path.stem))
+    return sorted(
+        near.rglob("*.state"),
+        key=lambda path: int(path.stem),
+    )
 
 
 @pytest.fixture(scope="module")
 def lost(blobs, tmp_path_factory):
-    """A run of 40 steps whose last durable checkpoint is of step 30; the two local ones are later."""
+    """A run of 40 steps whose last durable checkpoint is of step 30; the two local ones
+    are later.
+    """
     folder = tmp_path_factory.mktemp("lost")
     trainer = make(blobs, folder / "run", folder / "near")
     trainer.fit()
@@ -52,7 +77,11 @@ def test_a_run_goes_on_from_the_newest_local_step_to_the_same_bits(stopped, blob
     shutil.rmtree(run / "checkpoints" / "44")
     plain = make(blobs, None, None, steps=44)
     plain.fit()
-    for a, b in zip(jax.tree.leaves(again.state.params), jax.tree.leaves(plain.state.params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(again.state.params),
+        jax.tree.leaves(plain.state.params),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -60,7 +89,9 @@ def damage(path, how):
     data = bytearray(path.read_bytes())
     if how == "a bit":
         data[-5] ^= 1
-    path.write_bytes({"a bit": data, "torn": data[:-9], "header": b"{" + data[3:], "empty": b""}[how])
+    path.write_bytes(
+        {"a bit": data, "torn": data[:-9], "header": b"{" + data[3:], "empty": b""}[how]
+    )
 
 
 @pytest.mark.parametrize("how", ["a bit", "torn", "header", "empty"])
@@ -73,12 +104,18 @@ def test_what_is_damaged_is_passed_over(stopped, blobs, how):
     before = len(read_events(run))
     assert make(blobs, run, near).resume().step == 30
     told = [event["kind"] for event in read_events(run)[before:]]
-    assert told == (["damaged", "damaged"] if how == "a bit" else [])  # the others are no checkpoints at all
+    # the others are no checkpoints at all
+    assert told == (["damaged", "damaged"] if how == "a bit" else [])
 
 
 def test_of_another_layout_or_of_another_run_nothing_is_taken(stopped, blobs, tmp_path):
     run, near = stopped
-    other = make(blobs, run, near, model=lambda rngs: lepton.models.MLP((12, 24, 3), rngs=rngs))
+    other = make(
+        blobs,
+        run,
+        near,
+        model=lambda rngs: lepton.models.MLP((12, 24, 3), rngs=rngs),
+    )
     with pytest.raises(lepton.CheckpointError, match="leaves differ"):
         other.resume()
     shutil.copytree(run, tmp_path / "elsewhere")
@@ -89,11 +126,27 @@ def test_a_full_disk_is_told_and_the_run_goes_on(blobs, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lepton_jax.local_checkpoint.os", SimpleNamespace(**vars(os) | {"replace": refuse}))
-    trainer = make(blobs, tmp_path / "run", tmp_path / "near", save_every=40)
+    monkeypatch.setattr(
+        "lepton_jax.local_checkpoint.os",
+        SimpleNamespace(**vars(os) | {"replace": refuse}),
+    )
+    trainer = make(
+        blobs,
+        tmp_path / "run",
+        tmp_path / "near",
+        save_every=40,
+    )
     assert trainer.fit().steps == 40
-    texts = [event["text"] for event in read_events(tmp_path / "run") if event["kind"] == "warning"]
-    assert texts and all("No space left on device" in text for text in texts) and not files(tmp_path / "near")
+    texts = [
+        event["text"]
+        for event in read_events(tmp_path / "run")
+        if event["kind"] == "warning"
+    ]
+    assert (
+        texts
+        and all("No space left on device" in text for text in texts)
+        and not files(tmp_path / "near")
+    )
 
 
 def test_steps_that_a_run_has_left_are_deleted(stopped, blobs):

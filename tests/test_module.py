@@ -34,7 +34,12 @@ def trainer(model, data, **fields):
         "devices": 1,
     } | fields
     return lepton.Trainer(
-        model=model, train=data, batch_size=BATCH, steps=STEPS, shuffle=False, **fields
+        model=model,
+        train=data,
+        batch_size=BATCH,
+        steps=STEPS,
+        shuffle=False,
+        **fields,
     )
 
 
@@ -50,11 +55,25 @@ def step_key(step):
 
 def close(left, right, rtol=2e-6):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), left, right
+        lambda a, b: np.testing.assert_allclose(
+            a,
+            b,
+            rtol=rtol,
+            atol=1e-7,
+        ),
+        left,
+        right,
     )
 
 
-def linen_by_hand(net, data, call, loss=cross_entropy, auxiliary=None, variables=None):
+def linen_by_hand(
+    net,
+    data,
+    call,
+    loss=cross_entropy,
+    auxiliary=None,
+    variables=None,
+):
     """Losses, parameters and other variables of a plain loop.
 
     Args:
@@ -64,7 +83,12 @@ def linen_by_hand(net, data, call, loss=cross_entropy, auxiliary=None, variables
     x = jax.tree.map(lambda x: x[:BATCH], data[0])
     if variables is None:
         init = partial(net.init, jax.random.key(0))
-        variables = call(init, x, False, jax.random.key(0))
+        variables = call(
+            init,
+            x,
+            False,
+            jax.random.key(0),
+        )
     variables = dict(variables)
     params = variables.pop("params")
     sown = {
@@ -80,25 +104,46 @@ def linen_by_hand(net, data, call, loss=cross_entropy, auxiliary=None, variables
             apply = partial(net.apply, {"params": params, **variables})
             rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)}
             outputs, after = call(
-                partial(apply, mutable=mutable, rngs=rngs), x, True, key
+                partial(apply, mutable=mutable, rngs=rngs),
+                x,
+                True,
+                key,
             )
             value = loss(outputs, y).mean()
             value += auxiliary(after) if auxiliary else 0
             return value, {n: after[n] for n in variables}
 
         (value, after), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        params = jax.tree.map(lambda p, g: p - RATE * jnp.conj(g), params, gradients)
+        params = jax.tree.map(
+            lambda p, g: p - RATE * jnp.conj(g),
+            params,
+            gradients,
+        )
         return params, after, value
 
     losses = []
     for index, (x, y) in batches(data):
-        params, variables, value = step(params, variables, step_key(index), x, y)
+        params, variables, value = step(
+            params,
+            variables,
+            step_key(index),
+            x,
+            y,
+        )
         losses.append(value)
     return np.array(losses), params, variables
 
 
-def nnx_by_hand(build, data, call, loss=cross_entropy, auxiliary=None):
-    """Losses and parameters of a plain loop; `call`: (module, inputs, key) to outputs."""
+def nnx_by_hand(
+    build,
+    data,
+    call,
+    loss=cross_entropy,
+    auxiliary=None,
+):
+    """Losses and parameters of a plain loop; `call`: (module, inputs, key) to
+    outputs.
+    """
     module = build(nnx.Rngs(0))
 
     def loss_of(module, key, x, y):
@@ -111,7 +156,12 @@ def nnx_by_hand(build, data, call, loss=cross_entropy, auxiliary=None):
         value, gradients = nnx.value_and_grad(loss_of)(module, key, x, y)
         params = nnx.state(module, nnx.Param)
         nnx.update(
-            module, jax.tree.map(lambda p, g: p - RATE * jnp.conj(g), params, gradients)
+            module,
+            jax.tree.map(
+                lambda p, g: p - RATE * jnp.conj(g),
+                params,
+                gradients,
+            ),
         )
         nnx.pop(module, nnx.Intermediate)
         return value
@@ -120,7 +170,7 @@ def nnx_by_hand(build, data, call, loss=cross_entropy, auxiliary=None):
     return np.array(losses), nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-# ---- the mode -----------------------------------------------------------------------
+# ---- the mode ----
 
 NAMES = [
     ("train", True), ("is_training", True), ("training_mode", True), ("enable_dropout", True),
@@ -159,17 +209,30 @@ def classes(name, sense, default="off"):
 @pytest.fixture(scope="module")
 def linen_losses(data):
     net = classes("train", True)[0]()
-    return linen_by_hand(net, data, lambda apply, x, train, key: apply(x, train=train))
+    return linen_by_hand(
+        net,
+        data,
+        lambda apply, x, train, key: apply(x, train=train),
+    )
 
 
 @pytest.fixture(scope="module")
 def nnx_losses(data):
     return nnx_by_hand(
-        classes("train", True)[1], data, lambda m, x, key: m(x, train=True)
+        classes("train", True)[1],
+        data,
+        lambda m, x, key: m(x, train=True),
     )
 
 
-def applied(module, train, params, variables, inputs, key):
+def applied(
+    module,
+    train,
+    params,
+    variables,
+    inputs,
+    key,
+):
     return module.apply(params, variables, inputs, key, train, None)[:2]
 
 
@@ -190,7 +253,12 @@ def test_a_mode_by_any_name_is_set(name, sense, data):
 
 @pytest.mark.parametrize("default", ["off", "on"])
 @pytest.mark.parametrize(
-    ("name", "sense"), [("is_eval", False), ("frozen", False), ("active", True)]
+    ("name", "sense"),
+    [
+        ("is_eval", False),
+        ("frozen", False),
+        ("active", True),
+    ],
 )
 def test_linen_with_a_mode_of_its_own_trains_as_by_hand(
     name, sense, default, data, linen_losses
@@ -204,7 +272,12 @@ def test_linen_with_a_mode_of_its_own_trains_as_by_hand(
 
 @pytest.mark.parametrize("default", ["off", "on"])
 @pytest.mark.parametrize(
-    ("name", "sense"), [("testing", False), ("serving", False), ("regularize", True)]
+    ("name", "sense"),
+    [
+        ("testing", False),
+        ("serving", False),
+        ("regularize", True),
+    ],
 )
 def test_nnx_with_a_mode_of_its_own_trains_as_by_hand(
     name, sense, default, data, nnx_losses
@@ -233,7 +306,13 @@ class Plain(nnx.Module):
     def __init__(self, rngs):
         self.layer = nnx.Linear(6, 3, rngs=rngs)
 
-    def __call__(self, x, return_hidden=False, causal=True, decode: bool = False):
+    def __call__(
+        self,
+        x,
+        return_hidden=False,
+        causal=True,
+        decode: bool = False,
+    ):
         if decode:
             raise ValueError("there is no cache")
         x = self.layer(x)
@@ -242,9 +321,20 @@ class Plain(nnx.Module):
 
 class PlainLinen(linen.Module):
     @linen.compact
-    def __call__(self, x, return_hidden=False, causal=True, decode: bool = False):
+    def __call__(
+        self,
+        x,
+        return_hidden=False,
+        causal=True,
+        decode: bool = False,
+    ):
         if decode:
-            cache = self.variable("cache", "x", jnp.zeros, x.shape)
+            cache = self.variable(
+                "cache",
+                "x",
+                jnp.zeros,
+                x.shape,
+            )
             cache.value = x
         x = linen.Dense(3)(x)
         return (x, x) if return_hidden else x if causal else -x
@@ -274,7 +364,7 @@ def test_an_unknown_mode_costs_its_traces_once(data):
     assert sorted(calls) == [False, True]
 
 
-# ---- random streams -----------------------------------------------------------------
+# ---- random streams ----
 
 
 class TakesRngs(nnx.Module):
@@ -283,7 +373,12 @@ class TakesRngs(nnx.Module):
         self.drop = nnx.Dropout(0.5)
 
     def __call__(self, x, *, rngs):
-        return self.last(self.drop(self.first(x), rngs=rngs))
+        return self.last(
+            self.drop(
+                self.first(x),
+                rngs=rngs,
+            )
+        )
 
 
 class MayTakeRngs(TakesRngs):
@@ -293,9 +388,18 @@ class MayTakeRngs(TakesRngs):
 
 
 class TakesRngsWhereItDrops(TakesRngs):
-    def __call__(self, x, rngs: nnx.Rngs | None = None, deterministic=None):
+    def __call__(
+        self,
+        x,
+        rngs: nnx.Rngs | None = None,
+        deterministic=None,
+    ):
         return self.last(
-            self.drop(self.first(x), rngs=rngs, deterministic=deterministic)
+            self.drop(
+                self.first(x),
+                rngs=rngs,
+                deterministic=deterministic,
+            )
         )
 
 
@@ -337,7 +441,11 @@ class OwnStreams(nnx.Module):
 
 
 def test_rngs_that_a_plain_call_leaves_out_stay_out(data):
-    losses, _ = nnx_by_hand(OwnStreams, data, lambda m, x, key: m(x))
+    losses, _ = nnx_by_hand(
+        OwnStreams,
+        data,
+        lambda m, x, key: m(x),
+    )
     close(trainer(OwnStreams, data).fit()["loss"], losses)
 
 
@@ -352,7 +460,14 @@ class LinenRngs(linen.Module):
     """Arguments with the names of those of `apply`."""
 
     @linen.compact
-    def __call__(self, x, method, *, rngs, train=False):
+    def __call__(
+        self,
+        x,
+        method,
+        *,
+        rngs,
+        train=False,
+    ):
         x = x + jax.random.normal(rngs["dropout"], x.shape) * train
         return linen.Dense(3)(x * method)
 
@@ -363,7 +478,11 @@ def test_linen_takes_arguments_that_are_named_as_those_of_apply(data):
 
     def call(apply, inputs, train, key):
         streams = {"dropout": jax.random.fold_in(key, 1)}
-        method = lambda m: m(**inputs, rngs=streams, train=train)  # noqa: E731
+        method = lambda m: m(
+            **inputs,
+            rngs=streams,
+            train=train,
+        )  # noqa: E731
         return apply(method=method)
 
     run = trainer(net, data)
@@ -374,7 +493,9 @@ def test_linen_takes_arguments_that_are_named_as_those_of_apply(data):
 def test_linen_takes_a_key(data):
     net = LinenKey()
     losses, params, _ = linen_by_hand(
-        net, data, lambda apply, x, train, key: apply(x, key, train)
+        net,
+        data,
+        lambda apply, x, train, key: apply(x, key, train),
     )
     run = trainer(net, data)
     close(run.fit()["loss"], losses)
@@ -392,7 +513,11 @@ class LinenNamedKeys(linen.Module):
 
 
 def test_keys_by_any_name_that_says_key_are_filled_and_differ(data):
-    run = trainer(LinenNamedKeys(), data, loss=lambda o, t: cross_entropy(o, t))
+    run = trainer(
+        LinenNamedKeys(),
+        data,
+        loss=lambda o, t: cross_entropy(o, t),
+    )
     plain = trainer(linen.Dense(3), data)
     noisy, quiet = run.fit()["loss"], plain.fit()["loss"]
     assert np.isfinite(noisy).all()
@@ -416,7 +541,11 @@ class WholeBatchNnx(nnx.Module):
         return self.layer(inputs["left"] - 2 * inputs["right"])
 
 
-@pytest.mark.parametrize("model", [WholeBatch(), WholeBatchNnx], ids=["linen", "nnx"])
+@pytest.mark.parametrize(
+    "model",
+    [WholeBatch(), WholeBatchNnx],
+    ids=["linen", "nnx"],
+)
 def test_a_model_that_takes_the_whole_batch_gets_the_dict(model, data):
     inputs = {"left": data[0], "right": data[0][:, ::-1].copy()}
     run = trainer(model, (inputs, data[1]))
@@ -445,7 +574,12 @@ class Noisy(linen.Module):
 
 
 @pytest.mark.parametrize(
-    "net", [Noisy("dropout"), Noisy("sampling"), Noisy("lstm", True)]
+    "net",
+    [
+        Noisy("dropout"),
+        Noisy("sampling"),
+        Noisy("lstm", True),
+    ],
 )
 def test_linen_may_draw_outside_of_training(net, data):
     call = lambda apply, x, train, key: apply(x, train)  # noqa: E731
@@ -458,7 +592,11 @@ def test_linen_may_draw_outside_of_training(net, data):
         rngs={"params": key, "dropout": jax.random.fold_in(key, 1)},
     )  # fmt: skip
     one = run.evaluate(jax.tree.map(lambda x: x[:BATCH], data))
-    close(one.loss, cross_entropy(outputs, data[1][:BATCH]).mean(), rtol=1e-5)
+    close(
+        one.loss,
+        cross_entropy(outputs, data[1][:BATCH]).mean(),
+        rtol=1e-5,
+    )
     np.testing.assert_array_equal(run.predict(data[0]), run.predict(data[0]))
 
 
@@ -474,10 +612,14 @@ def test_who_asks_whether_there_is_a_stream_is_not_given_one_outside_of_training
     plain = cross_entropy(
         Asking().apply({"params": run.state.params}, data[0]), data[1]
     )
-    close(run.evaluate(data).loss, plain.mean(), rtol=1e-5)
+    close(
+        run.evaluate(data).loss,
+        plain.mean(),
+        rtol=1e-5,
+    )
 
 
-# ---- bare arrays --------------------------------------------------------------------
+# ---- bare arrays ----
 
 
 class Bare(nnx.Module):
@@ -529,14 +671,22 @@ class Nested(nnx.Module):
 def test_a_bare_array_is_a_constant_that_a_checkpoint_holds(
     model, devices, data, tmp_path
 ):
-    losses, params = nnx_by_hand(model, data, lambda m, x, key: m(x))
+    losses, params = nnx_by_hand(
+        model,
+        data,
+        lambda m, x, key: m(x),
+    )
     run = trainer(model, data, devices=devices)
     close(run.fit()["loss"], losses)
     close(run.state.params, params, rtol=1e-5)
     run.save(tmp_path / "saved")
     again = trainer(model, data, devices=devices).load(tmp_path / "saved")
     np.testing.assert_array_equal(again.evaluate(data), run.evaluate(data))
-    instance = trainer(model(nnx.Rngs(0)), data, devices=devices)
+    instance = trainer(
+        model(nnx.Rngs(0)),
+        data,
+        devices=devices,
+    )
     close(instance.fit()["loss"], losses)
 
 
@@ -550,7 +700,7 @@ def test_a_bare_array_comes_back_from_a_checkpoint(data, tmp_path):
     )
 
 
-# ---- axis names ---------------------------------------------------------------------
+# ---- axis names ----
 
 
 class Normed(linen.Module):
@@ -565,7 +715,11 @@ class Normed(linen.Module):
 class NormedNnx(nnx.Module):
     def __init__(self, rngs, axis=None):
         self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, axis_name=axis, rngs=rngs)
+        self.norm = nnx.BatchNorm(
+            8,
+            axis_name=axis,
+            rngs=rngs,
+        )
 
     def __call__(self, x):
         return self.last(self.norm(self.first(x)))
@@ -604,19 +758,31 @@ def test_collectives_in_model_loss_and_preprocess_are_over_the_whole_batch(data)
             return super().__call__(x + 0.5)
 
     named = trainer(
-        Summed, data, loss=loss, preprocess=preprocess, metrics={"accuracy": accuracy}
+        Summed,
+        data,
+        loss=loss,
+        preprocess=preprocess,
+        metrics={"accuracy": accuracy},
     )
-    plain = trainer(Unsummed, data, metrics={"accuracy": lepton.metrics.accuracy})
+    plain = trainer(
+        Unsummed,
+        data,
+        metrics={"accuracy": lepton.metrics.accuracy},
+    )
     histories = named.fit(), plain.fit()
     close(histories[0]["loss"], histories[1]["loss"])
     close(histories[0]["accuracy"], histories[1]["accuracy"])
-    close(tuple(named.evaluate(data)), tuple(plain.evaluate(data)), rtol=1e-5)
+    close(
+        tuple(named.evaluate(data)),
+        tuple(plain.evaluate(data)),
+        rtol=1e-5,
+    )
     np.testing.assert_array_equal(
         named.predict(data[0]).argmax(-1), plain.predict(data[0])
     )
 
 
-# ---- sown values --------------------------------------------------------------------
+# ---- sown values ----
 
 
 class Experts(linen.Module):
@@ -639,7 +805,11 @@ class Experts(linen.Module):
                     init_fn=lambda: 0.0, reduce_fn=lambda a, b: a + b,
                 )  # fmt: skip
             else:
-                self.sow(self.collection, "balance", 6 * (shares**2).sum())
+                self.sow(
+                    self.collection,
+                    "balance",
+                    6 * (shares**2).sum(),
+                )
             x = x * gates
         return linen.Dense(3)(x)
 
@@ -658,7 +828,11 @@ class SowingLayer(nnx.Module):
 
     def __call__(self, x):
         gates = nnx.softmax(self.gate(x))
-        self.sow(self.kind, "balance", 6 * (gates.mean(0) ** 2).sum())
+        self.sow(
+            self.kind,
+            "balance",
+            6 * (gates.mean(0) ** 2).sum(),
+        )
         self.sow(nnx.Intermediate, "gates", gates)
         return x * gates
 
@@ -690,18 +864,39 @@ def test_what_linen_sows_is_added_to_the_loss(net, devices, data):
     for weight in (0.3, 0.0):
         losses, params, variables = by_hand(weight)
         auxiliary = {net.collection: weight} if weight else {}
-        run = trainer(net, data, devices=devices, auxiliary=auxiliary)
-        close(run.fit()["loss"], losses, rtol=5e-6)
+        run = trainer(
+            net,
+            data,
+            devices=devices,
+            auxiliary=auxiliary,
+        )
+        close(
+            run.fit()["loss"],
+            losses,
+            rtol=5e-6,
+        )
         close(run.state.params, params, rtol=1e-5)
         assert set(run.state.variables) == {"batch_stats"}
         close(run.state.variables, variables, rtol=1e-5)
     variables = {"params": run.state.params, **run.state.variables}
     plain = cross_entropy(net.apply(variables, data[0]), data[1]).mean()
-    close(run.evaluate(data).loss, plain, rtol=1e-5)
+    close(
+        run.evaluate(data).loss,
+        plain,
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("kind", [AuxLoss, Term, nnx.Intermediate, "side_losses"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        AuxLoss,
+        Term,
+        nnx.Intermediate,
+        "side_losses",
+    ],
+)
 def test_what_nnx_sows_is_added_to_the_loss(kind, devices, data):
     name = kind if isinstance(kind, str) else kind.__name__
     build = partial(Sowing, kind=kind)
@@ -720,9 +915,23 @@ def test_what_nnx_sows_is_added_to_the_loss(kind, devices, data):
             )
         return module(x)
 
-    losses, params = nnx_by_hand(build, data, call, auxiliary=auxiliary)
-    run = trainer(build, data, devices=devices, auxiliary={name: 0.3})
-    close(run.fit()["loss"], losses, rtol=5e-6)
+    losses, params = nnx_by_hand(
+        build,
+        data,
+        call,
+        auxiliary=auxiliary,
+    )
+    run = trainer(
+        build,
+        data,
+        devices=devices,
+        auxiliary={name: 0.3},
+    )
+    close(
+        run.fit()["loss"],
+        losses,
+        rtol=5e-6,
+    )
     close(run.state.params, params, rtol=1e-5)
     assert run.state.variables == {}
     quiet = trainer(build, data, devices=devices)
@@ -739,15 +948,32 @@ def test_auxiliary_terms_are_averaged_over_micro_batches(micro_batches, data):
         def __call__(self, x):
             x = linen.Dense(3)(x)
             self.sow("losses", "size", jnp.square(x))
-            self.sow("losses", "mean", jnp.abs(x).mean())
+            self.sow(
+                "losses",
+                "mean",
+                jnp.abs(x).mean(),
+            )
             return x
 
     whole, parts = (
-        trainer(Linear(), data, auxiliary={"losses": 0.5}, micro_batches=count)
+        trainer(
+            Linear(),
+            data,
+            auxiliary={"losses": 0.5},
+            micro_batches=count,
+        )
         for count in (1, micro_batches)
     )
-    close(parts.fit()["loss"], whole.fit()["loss"], rtol=1e-5)
-    close(parts.state.params, whole.state.params, rtol=1e-5)
+    close(
+        parts.fit()["loss"],
+        whole.fit()["loss"],
+        rtol=1e-5,
+    )
+    close(
+        parts.state.params,
+        whole.state.params,
+        rtol=1e-5,
+    )
 
 
 def test_a_term_that_is_sown_only_in_training_or_in_a_loop_counts(data):
@@ -758,7 +984,11 @@ def test_a_term_that_is_sown_only_in_training_or_in_a_loop_counts(data):
         def __call__(self, x, _):
             x = linen.Dense(6)(x)
             if self.train:
-                self.sow("losses", "square", jnp.square(x).mean())
+                self.sow(
+                    "losses",
+                    "square",
+                    jnp.square(x).mean(),
+                )
             return x, None
 
     class Scanned(linen.Module):
@@ -797,7 +1027,7 @@ def test_a_name_that_nothing_is_sown_under_is_an_error(model, data):
         trainer(model, data, auxiliary={near[:-1]: 1.0}).fit()
 
 
-# ---- where training starts from -----------------------------------------------------
+# ---- where training starts from ----
 
 
 def test_a_bound_linen_module_and_an_nnx_instance_start_from_their_own_weights(data):
@@ -848,7 +1078,7 @@ def test_a_module_bound_to_other_shapes_is_an_error(data):
         trainer(linen.Dense(3).bind(variables), data).fit()
 
 
-# ---- complex parameters -------------------------------------------------------------
+# ---- complex parameters ----
 
 
 class Spectral(nnx.Module):
@@ -858,7 +1088,12 @@ class Spectral(nnx.Module):
         self.filter = nnx.Param(1 + 0.3 * (values[0] + 1j * values[1]))
 
     def __call__(self, x):
-        return self.layer(jnp.fft.irfft(jnp.fft.rfft(x) * self.filter, n=6))
+        return self.layer(
+            jnp.fft.irfft(
+                jnp.fft.rfft(x) * self.filter,
+                n=6,
+            )
+        )
 
 
 class SpectralLinen(linen.Module):
@@ -877,20 +1112,43 @@ class SpectralLinen(linen.Module):
 @pytest.mark.parametrize("model", [Spectral, SpectralLinen()])
 def test_complex_parameters_descend(model, devices, data, tmp_path):
     if model is Spectral:
-        losses, params = nnx_by_hand(model, data, lambda m, x, key: m(x))
+        losses, params = nnx_by_hand(
+            model,
+            data,
+            lambda m, x, key: m(x),
+        )
     else:
         losses, params, _ = linen_by_hand(
-            model, data, lambda apply, x, train, key: apply(x)
+            model,
+            data,
+            lambda apply, x, train, key: apply(x),
         )
     run = trainer(model, data, devices=devices)
-    close(run.fit()["loss"], losses, rtol=5e-6)
+    close(
+        run.fit()["loss"],
+        losses,
+        rtol=5e-6,
+    )
     close(run.state.params, params, rtol=1e-5)
     assert losses[-1] != losses[0]
     run.save(tmp_path / "saved")
     again = trainer(model, data, devices=devices).load(tmp_path / "saved")
-    jax.tree.map(np.testing.assert_array_equal, again.state.params, run.state.params)
-    parts = trainer(model, data, devices=devices, micro_batches=2)
-    close(parts.fit()["loss"], losses, rtol=1e-5)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        again.state.params,
+        run.state.params,
+    )
+    parts = trainer(
+        model,
+        data,
+        devices=devices,
+        micro_batches=2,
+    )
+    close(
+        parts.fit()["loss"],
+        losses,
+        rtol=1e-5,
+    )
 
 
 def test_complex_parameters_with_adam_clipping_and_signals(data):
@@ -920,14 +1178,30 @@ def test_complex_parameters_with_adam_clipping_and_signals(data):
         controller=(watching,),
     )  # fmt: skip
     history = run.fit()
-    close(history["loss"], np.array(losses), rtol=1e-5)
-    close(history["gradient_norm"], np.array(norms), rtol=1e-5)
-    close(history["update_norm"][1:], np.array(sizes[:-1]), rtol=1e-4)
+    close(
+        history["loss"],
+        np.array(losses),
+        rtol=1e-5,
+    )
+    close(
+        history["gradient_norm"],
+        np.array(norms),
+        rtol=1e-5,
+    )
+    close(
+        history["update_norm"][1:],
+        np.array(sizes[:-1]),
+        rtol=1e-4,
+    )
     assert (abs(history["cosine"]) <= 1.0001).all()
-    close(run.state.params, nnx.to_pure_dict(params), rtol=1e-4)
+    close(
+        run.state.params,
+        nnx.to_pure_dict(params),
+        rtol=1e-4,
+    )
 
 
-# ---- outputs in a tree --------------------------------------------------------------
+# ---- outputs in a tree ----
 
 
 class Several(Plain):
@@ -952,9 +1226,23 @@ def test_outputs_may_hold_scalars_and_nothing(scalar, devices, data):
         values = values + 0.1 * outputs["size"]
         return values.mean() if scalar else values
 
-    losses, params = nnx_by_hand(Several, data, lambda m, x, key: m(x), loss)
-    run = trainer(Several, data, loss=loss, devices=devices)
-    close(run.fit()["loss"], losses, rtol=5e-6)
+    losses, params = nnx_by_hand(
+        Several,
+        data,
+        lambda m, x, key: m(x),
+        loss,
+    )
+    run = trainer(
+        Several,
+        data,
+        loss=loss,
+        devices=devices,
+    )
+    close(
+        run.fit()["loss"],
+        losses,
+        rtol=5e-6,
+    )
     close(run.state.params, params, rtol=1e-5)
 
 

@@ -1,4 +1,6 @@
-"""The notebook example of the design page, as written, with an NNX and with a Linen module."""
+"""The notebook example of the design page, as written, with an NNX and with a Linen
+module.
+"""
 
 import numpy as np
 import optax
@@ -7,17 +9,17 @@ from flax import linen, nnx
 
 import lepton_jax
 
-EXAMPLE = '''
+EXAMPLE = """
 print(trainer.plan("v5p:4x4x4"))                # look before you run, on hardware you don't have
 history = trainer.fit(train, epochs=10, batch_size=32)
 loss, accuracy = trainer.evaluate(test)
 labels = trainer.predict(images)
 trainer.save("cat_dog_classifier")
-'''
-HEAD = '''
+"""
+HEAD = """
 import lepton_jax as lepton
 from flax import nnx
-'''
+"""
 
 
 class Net(nnx.Module):
@@ -34,27 +36,54 @@ class LinenNet(linen.Module):
         return linen.Dense(3)(x)
 
 
-PARTS = {"model": Net, "loss": lepton_jax.losses.cross_entropy, "optimizer": optax.adam(5e-2),
-         "metrics": {"accuracy": lepton_jax.metrics.accuracy}}
+PARTS = {
+    "model": Net,
+    "loss": lepton_jax.losses.cross_entropy,
+    "optimizer": optax.adam(5e-2),
+    "metrics": {"accuracy": lepton_jax.metrics.accuracy},
+}
 
 
-@pytest.mark.parametrize(("making", "parts"), [
-    ("trainer = lepton.Trainer(recipe)", {"train": True}),
-    ("trainer = lepton.Trainer(model=Net, **parts)", {}),
-    ("trainer = lepton.Trainer(recipe)", {"train": True, "model": LinenNet()}),
-    ("trainer = lepton.Trainer(recipe)", {"train": True, "model": LinenNet}),
-], ids=["recipe", "parts", "linen", "linen class"])
-def test_runs_as_written(making, parts, blobs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("making", "parts"),
+    [
+        ("trainer = lepton.Trainer(recipe)", {"train": True}),
+        ("trainer = lepton.Trainer(model=Net, **parts)", {}),
+        ("trainer = lepton.Trainer(recipe)", {"train": True, "model": LinenNet()}),
+        ("trainer = lepton.Trainer(recipe)", {"train": True, "model": LinenNet}),
+    ],
+    ids=["recipe", "parts", "linen", "linen class"],
+)
+def test_runs_as_written(
+    making,
+    parts,
+    blobs,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.chdir(tmp_path)
     train, test = (blobs[0][:480], blobs[1][:480]), (blobs[0][480:], blobs[1][480:])
-    fields = PARTS | {k: v for k, v in parts.items() if k != "train"} | ({"train": train} if "train" in parts else {})
-    names = {"Net": Net, "parts": {k: v for k, v in PARTS.items() if k != "model"}, "train": train, "test": test,
-             "images": test[0], "recipe": lepton_jax.Recipe(**fields)}
+    fields = (
+        PARTS
+        | {k: v for k, v in parts.items() if k != "train"}
+        | ({"train": train} if "train" in parts else {})
+    )
+    names = {
+        "Net": Net,
+        "parts": {k: v for k, v in PARTS.items() if k != "model"},
+        "train": train,
+        "test": test,
+        "images": test[0],
+        "recipe": lepton_jax.Recipe(**fields),
+    }
     exec(HEAD + making + EXAMPLE, names)
     printed = capsys.readouterr().out
     assert "v5p:4x4x4" in printed and "data=64" in printed and "12x3" in printed
     assert names["history"].steps == 150 and names["accuracy"] > 0.9
     assert np.mean(names["labels"] == test[1]) == pytest.approx(names["accuracy"])
-    fresh = lepton_jax.Trainer(names["recipe"].with_(train=None)).load("cat_dog_classifier")
+    fresh = lepton_jax.Trainer(names["recipe"].with_(train=None)).load(
+        "cat_dog_classifier"
+    )
     np.testing.assert_array_equal(fresh.predict(test[0]), names["labels"])
     assert fresh.evaluate(test) == (names["loss"], names["accuracy"])

@@ -15,17 +15,36 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def recipe(blobs=None, **fields):
-    fields = {"model": lambda rngs: lepton.models.MLP((12, 16, 3), rngs=rngs), "loss": lepton.losses.cross_entropy,
-              "optimizer": optax.adam(1e-3), "batch_size": 64, "train": blobs} | fields
+    fields = {
+        "model": lambda rngs: lepton.models.MLP((12, 16, 3), rngs=rngs),
+        "loss": lepton.losses.cross_entropy,
+        "optimizer": optax.adam(1e-3),
+        "batch_size": 64,
+        "train": blobs,
+    } | fields
     return lepton.Recipe(**fields)
 
 
 def test_a_trace_allocates_nothing_and_counts_the_work(blobs, monkeypatch):
-    monkeypatch.setattr(jax, "device_put", lambda *a, **k: pytest.fail("an array was put on a device"))
-    traced = lepton.trace(recipe(), jax.ShapeDtypeStruct((1, 12), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))
+    monkeypatch.setattr(
+        jax,
+        "device_put",
+        lambda *a, **k: pytest.fail("an array was put on a device"),
+    )
+    traced = lepton.trace(
+        recipe(),
+        jax.ShapeDtypeStruct((1, 12), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
     assert traced.flops == 3 * 2 * 64 * (12 * 16 + 16 * 3)
-    assert traced.inputs.shape == (64, 12) and traced.outputs.shape == (64, 3) and traced.classes == 3
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(traced.state))
+    assert (
+        traced.inputs.shape == (64, 12)
+        and traced.outputs.shape == (64, 3)
+        and traced.classes == 3
+    )
+    assert all(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(traced.state)
+    )
     assert "259 parameters" in str(traced)
 
 
@@ -35,10 +54,17 @@ def test_loops_are_multiplied_out_in_the_work():
             self.inner = nnx.Linear(8, 8, rngs=rngs)
 
         def __call__(self, x):
-            return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ self.inner.kernel[...]), None), x, length=10)[0]
+            return jax.lax.scan(
+                lambda carry, _: (jnp.tanh(carry @ self.inner.kernel[...]), None),
+                x,
+                length=10,
+            )[0]
 
-    traced = lepton.trace(recipe(model=Repeats, loss=optax.squared_error), jax.ShapeDtypeStruct((1, 8), jnp.float32),
-                          jax.ShapeDtypeStruct((1, 8), jnp.float32))
+    traced = lepton.trace(
+        recipe(model=Repeats, loss=optax.squared_error),
+        jax.ShapeDtypeStruct((1, 8), jnp.float32),
+        jax.ShapeDtypeStruct((1, 8), jnp.float32),
+    )
     assert traced.flops == 3 * 10 * 2 * 64 * 8 * 8
 
 
@@ -59,7 +85,10 @@ def test_every_array_of_the_state_lies_as_planned(blobs):
     leaves = by_path(trainer.state)
     assert leaves.keys() == specs.keys()
     for path, leaf in leaves.items():
-        assert tuple(leaf.sharding.spec) == specs[path] and len(leaf.sharding.device_set) == 8, path
+        assert (
+            tuple(leaf.sharding.spec) == specs[path]
+            and len(leaf.sharding.device_set) == 8
+        ), path
 
 
 def test_gathering_a_resident_batch_moves_nothing_between_devices(blobs):
@@ -71,24 +100,37 @@ def test_gathering_a_resident_batch_moves_nothing_between_devices(blobs):
     indices = jax.device_put(np.arange(64, dtype=np.int32), program.block_sharding)
     text = program._train.lower(trainer.state, indices, data).compile().as_text()
     assert "all-reduce" in text, "the gradients are reduced"
-    assert not any(kind in text for kind in ("all-gather", "all-to-all", "collective-permute"))
+    assert not any(
+        kind in text for kind in ("all-gather", "all-to-all", "collective-permute")
+    )
 
 
-def test_data_that_does_not_fit_is_streamed_and_gives_the_same_losses(blobs, monkeypatch):
+def test_data_that_does_not_fit_is_streamed_and_gives_the_same_losses(
+    blobs, monkeypatch
+):
     import sys
 
     resident = lepton.Trainer(recipe(blobs), devices=2)
     expected = resident.fit(steps=20)["loss"]
-    monkeypatch.setattr(sys.modules["lepton_jax.planner.schedule"], "RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr(
+        sys.modules["lepton_jax.planner.schedule"], "RESIDENT_SHARE", 0.0
+    )
     streamed = lepton.Trainer(recipe(blobs), devices=2)
     np.testing.assert_array_equal(streamed.fit(steps=20)["loss"], expected)
-    assert (resident.program.plan.data, streamed.program.plan.data) == ("resident", "streamed")
+    assert (resident.program.plan.data, streamed.program.plan.data) == (
+        "resident",
+        "streamed",
+    )
 
 
 def test_plans_are_plain_data(blobs):
     plan = lepton.Trainer(recipe(blobs)).plan("h200:8")
     assert lepton.Plan.from_json(plan.to_json()) == plan
-    assert plan.mesh == {"data": 8} and "layers/0/kernel" in str(plan) and "12x16" in str(plan)
+    assert (
+        plan.mesh == {"data": 8}
+        and "layers/0/kernel" in str(plan)
+        and "12x16" in str(plan)
+    )
     with pytest.raises(lepton.PlanError, match="8 devices"):
         plan.make_mesh(jax.devices()[:4])
 
@@ -101,20 +143,52 @@ def test_a_plan_without_data_covers_the_parameters():
 
 def test_steps_per_call_follow_the_cost_of_a_step(blobs):
     small = lepton.Trainer(recipe(blobs)).plan("cpu:1")
-    large = lepton.Trainer(recipe(blobs, model=lambda rngs: lepton.models.MLP((12, 4096, 4096, 3), rngs=rngs))).plan("cpu:1")
+    large = lepton.Trainer(
+        recipe(
+            blobs,
+            model=lambda rngs: lepton.models.MLP(
+                (12, 4096, 4096, 3),
+                rngs=rngs,
+            ),
+        )
+    ).plan("cpu:1")
     asked = lepton.Trainer(recipe(blobs, steps_per_call=5)).plan("cpu:1")
-    assert (small.steps_per_call, large.steps_per_call, asked.steps_per_call) == (32, 1, 5)
+    assert (small.steps_per_call, large.steps_per_call, asked.steps_per_call) == (
+        32,
+        1,
+        5,
+    )
 
 
-@pytest.mark.parametrize(("name", "devices", "platform"), [
-    ("cpu:8", 8, "cpu"), ("v5p:4x4x4", 64, "tpu"), ("V5E:16x16", 256, "tpu"), ("h100:8", 8, "cuda"), ("tpu7x:2x2x1", 8, "tpu")])
+@pytest.mark.parametrize(
+    ("name", "devices", "platform"),
+    [
+        ("cpu:8", 8, "cpu"),
+        ("v5p:4x4x4", 64, "tpu"),
+        ("V5E:16x16", 256, "tpu"),
+        ("h100:8", 8, "cuda"),
+        ("tpu7x:2x2x1", 8, "tpu"),
+    ],
+)
 def test_topologies_by_name(name, devices, platform):
     found = lepton.topology(name)
-    assert (found.devices, found.platform, found.name) == (devices, platform, name.lower())
+    assert (found.devices, found.platform, found.name) == (
+        devices,
+        platform,
+        name.lower(),
+    )
 
 
-@pytest.mark.parametrize(("name", "fragment"), [
-    ("v5q:4x4", "did you mean 'v5"), ("v5p", "chip:count"), ("v5p:4x", "chip:count"), ("v5p:0x4", "chip:count"), ("", "chip")])
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("v5q:4x4", "did you mean 'v5"),
+        ("v5p", "chip:count"),
+        ("v5p:4x", "chip:count"),
+        ("v5p:0x4", "chip:count"),
+        ("", "chip"),
+    ],
+)
 def test_topologies_that_are_none(name, fragment):
     with pytest.raises(lepton.PlanError, match=fragment):
         lepton.topology(name)
@@ -123,7 +197,10 @@ def test_topologies_that_are_none(name, fragment):
 def test_the_catalogue_knows_each_chip_by_its_own_kinds():
     kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
     assert len(kinds) == len(set(kinds))
-    assert all(chip.bf16_flops > 0 and chip.memory > 2**30 and chip.bandwidth > 0 for chip in CHIPS.values())
+    assert all(
+        chip.bf16_flops > 0 and chip.memory > 2**30 and chip.bandwidth > 0
+        for chip in CHIPS.values()
+    )
 
 
 def test_linen_needs_the_shapes_of_its_inputs():

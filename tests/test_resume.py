@@ -1,4 +1,6 @@
-"""Killed at any moment and resumed, a run's losses and parameters are to the bit those of a run left alone."""
+"""Killed at any moment and resumed, a run's losses and parameters are to the bit those
+of a run left alone.
+"""
 
 import json
 import os
@@ -19,12 +21,16 @@ STEPS = 400
 
 
 def losses(folder: Path) -> np.ndarray:
-    """Loss of each step; where a resumed run repeated steps, the later record, which must equal the earlier one."""
+    """Loss of each step; where a resumed run repeated steps, the later record, which
+    must equal the earlier one.
+    """
     found: dict[int, float] = {}
     for event in read_events(folder / "events.jsonl"):
         if event["kind"] == "steps":
             for step, loss in enumerate(event["records"]["loss"], event["first"]):
-                assert found.setdefault(step, loss) == loss, f"step {step} was {found[step]}, repeated it is {loss}"
+                assert found.setdefault(step, loss) == loss, (
+                    f"step {step} was {found[step]}, repeated it is {loss}"
+                )
     return np.array([found[step] for step in range(1, STEPS + 1)])
 
 
@@ -71,55 +77,116 @@ def _reached(folder: Path, step: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("moment", [pytest.param(20, marks=pytest.mark.slow), pytest.param(140, marks=pytest.mark.slow),
-                                    300, "write"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(20, marks=pytest.mark.slow),
+        pytest.param(140, marks=pytest.mark.slow),
+        300,
+        "write",
+    ],
+)
 def test_killed_and_resumed_is_bitwise_the_same(moment, undisturbed, launch, tmp_path):
     folder = tmp_path / "run"
     rng = np.random.default_rng(0 if moment == "write" else moment)
-    killed = launch(RECIPE, "--run-dir", folder, "--steps", STEPS, "--devices", 1)
+    killed = launch(
+        RECIPE,
+        "--run-dir",
+        folder,
+        "--steps",
+        STEPS,
+        "--devices",
+        1,
+    )
     if moment == "write":
-        # Orbax writes into a folder with a temporary name; the kill lands while the second one is there
+        # Orbax writes into a folder with a temporary name; the kill lands while the
+        # second one is there
         def writing():
             return bool(Checkpoints(folder / "checkpoints").steps()) and any(
-                "tmp" in p.name for p in (folder / "checkpoints").glob("*"))
+                "tmp" in p.name for p in (folder / "checkpoints").glob("*")
+            )
 
         kill_when(killed, writing)
     else:
         kill_when(killed, lambda: _reached(folder, moment))
         time.sleep(rng.uniform(0, 0.05))
     committed = Checkpoints(folder / "checkpoints").steps()
-    assert not committed or committed[-1] < STEPS, "the kill came too late to prove anything"
-    summary = finish(launch("--resume", folder, "--devices", 1, "--json"))
+    assert not committed or committed[-1] < STEPS, (
+        "the kill came too late to prove anything"
+    )
+    summary = finish(
+        launch(
+            "--resume",
+            folder,
+            "--devices",
+            1,
+            "--json",
+        )
+    )
     assert summary["steps"] == STEPS and summary["compilations"] == 1
-    resumed = [e["step"] for e in read_events(folder / "events.jsonl") if e["kind"] == "start"][1]
+    resumed = [
+        e["step"] for e in read_events(folder / "events.jsonl") if e["kind"] == "start"
+    ][1]
     assert resumed == (committed[-1] if committed else 0)
     expected, state = undisturbed
     np.testing.assert_array_equal(losses(folder), expected)
     found = final_state(folder)
     assert found.keys() == state.keys()
     for name in state:
-        np.testing.assert_array_equal(found[name], state[name], err_msg=name)
+        np.testing.assert_array_equal(
+            found[name],
+            state[name],
+            err_msg=name,
+        )
 
 
-@pytest.mark.parametrize("change", [{"precision": "float16"}, {"precision": "bfloat16"}, {"steps_per_call": 7},
-                                    {"shuffle": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "float16"},
+        {"precision": "bfloat16"},
+        {"steps_per_call": 7},
+        {"shuffle": False},
+    ],
+)
 def test_stopped_anywhere_and_loaded_goes_on_to_the_same_bits(change, tmp_path):
-    recipe = _recipe(steps=60).with_(test=None, evaluate_every=None, save_every=13, **change)
+    recipe = _recipe(steps=60).with_(
+        test=None, evaluate_every=None, save_every=13, **change
+    )
     whole = lepton.Trainer(recipe, devices=1)
     expected = whole.fit()["loss"]
-    part = lepton.Trainer(recipe, devices=1, run_dir=tmp_path / "run")
+    part = lepton.Trainer(
+        recipe,
+        devices=1,
+        run_dir=tmp_path / "run",
+    )
     part.fit(steps=31)
     for step in (26, 31):
-        rest = lepton.Trainer(recipe, devices=1).load(tmp_path / "run", step=step)
+        rest = lepton.Trainer(recipe, devices=1).load(
+            tmp_path / "run",
+            step=step,
+        )
         np.testing.assert_array_equal(rest.fit()["loss"], expected[step:])
-        for a, b in zip(jax.tree.leaves(rest.state.params), jax.tree.leaves(whole.state.params), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(rest.state.params),
+            jax.tree.leaves(whole.state.params),
+            strict=True,
+        ):
             np.testing.assert_array_equal(a, b)
 
 
 def test_resumed_on_other_devices_consumes_the_same_samples(tmp_path):
-    recipe = _recipe(steps=60).with_(test=None, evaluate_every=None, micro_batches=1, save_every=20)
+    recipe = _recipe(steps=60).with_(
+        test=None, evaluate_every=None, micro_batches=1, save_every=20
+    )
     expected = lepton.Trainer(recipe, devices=1).fit()["loss"]
     lepton.Trainer(recipe, devices=1, run_dir=tmp_path / "run").fit(steps=20)
     moved = lepton.Trainer(recipe, devices=8, run_dir=tmp_path / "run").resume()
-    np.testing.assert_allclose(moved.fit()["loss"], expected[20:], rtol=1e-5)
-    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(moved.state.params))
+    np.testing.assert_allclose(
+        moved.fit()["loss"],
+        expected[20:],
+        rtol=1e-5,
+    )
+    assert all(
+        len(x.sharding.device_set) == 8 for x in jax.tree.leaves(moved.state.params)
+    )

@@ -22,7 +22,11 @@ def net(rngs):
     return lepton.models.MLP((12, 8, 3), rngs=rngs)
 
 
-def trainer(blobs, run_dir=None, **changes) -> lepton.Trainer:
+def trainer(
+    blobs,
+    run_dir=None,
+    **changes,
+) -> lepton.Trainer:
     fields = {
         "model": net,
         "loss": lepton.losses.cross_entropy,
@@ -33,11 +37,19 @@ def trainer(blobs, run_dir=None, **changes) -> lepton.Trainer:
         "steps": 4,
         "save_every": 4,
     }
-    return lepton.Trainer(devices=1, run_dir=run_dir, **fields | changes)
+    return lepton.Trainer(
+        devices=1,
+        run_dir=run_dir,
+        **fields | changes,
+    )
 
 
 def equal(left, right) -> bool:
-    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    pairs = zip(
+        jax.tree.leaves(left),
+        jax.tree.leaves(right),
+        strict=True,
+    )
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
@@ -48,12 +60,18 @@ def leaves(tree) -> dict:
 def test_a_resumed_run_trains_at_the_rate_that_is_given_now(blobs, tmp_path):
     trainer(blobs, tmp_path / "run").fit()
     with pytest.warns(UserWarning, match="learning_rate is 0.001, as the recipe says"):
-        resumed = trainer(blobs, tmp_path / "run", steps=8, learning_rate=0.001).resume()
+        resumed = trainer(
+            blobs, tmp_path / "run", steps=8, learning_rate=0.001
+        ).resume()
     history = resumed.fit()
     np.testing.assert_array_equal(history["learning_rate"], np.float32([0.001] * 4))
 
     # the same as going on by hand at that rate
-    by_hand = trainer(blobs, steps=8, learning_rate=lambda n: jnp.where(n < 4, 0.1, 0.001))
+    by_hand = trainer(
+        blobs,
+        steps=8,
+        learning_rate=lambda n: jnp.where(n < 4, 0.1, 0.001),
+    )
     by_hand.fit()
     assert equal(resumed.state.params, by_hand.state.params)
 
@@ -74,7 +92,11 @@ def test_the_run_folder_says_what_was_changed(blobs, tmp_path):
 
 
 def test_another_schedule_is_journaled_too(blobs, tmp_path):
-    trainer(blobs, tmp_path / "run", learning_rate=optax.linear_schedule(0.1, 0, 8)).fit()
+    trainer(
+        blobs,
+        tmp_path / "run",
+        learning_rate=optax.linear_schedule(0.1, 0, 8),
+    ).fit()
     now = optax.linear_schedule(0.8, 0, 8)
     with pytest.warns(UserWarning, match="schedule is another than the checkpoint's"):
         resumed = trainer(blobs, tmp_path / "run", steps=8, learning_rate=now).resume()
@@ -100,8 +122,16 @@ def test_an_unchanged_recipe_changes_nothing_and_says_nothing(blobs, tmp_path, r
 @pytest.mark.parametrize(
     ("then", "now", "rates"),
     [
-        (optax.linear_schedule(0.1, 0.0, 8), 0.01, [0.01] * 4),
-        (0.1, optax.linear_schedule(0.08, 0.0, 8), [0.04, 0.03, 0.02, 0.01]),
+        (
+            optax.linear_schedule(0.1, 0.0, 8),
+            0.01,
+            [0.01] * 4,
+        ),
+        (
+            0.1,
+            optax.linear_schedule(0.08, 0.0, 8),
+            [0.04, 0.03, 0.02, 0.01],
+        ),
         (
             optax.linear_schedule(0.1, 0.0, 8),
             optax.linear_schedule(0.8, 0.0, 8),
@@ -110,14 +140,20 @@ def test_an_unchanged_recipe_changes_nothing_and_says_nothing(blobs, tmp_path, r
     ],
     ids=["schedule-to-number", "number-to-schedule", "schedule-to-schedule"],
 )
-def test_a_loaded_model_follows_the_rate_of_the_recipe(blobs, tmp_path, then, now, rates):
+def test_a_loaded_model_follows_the_rate_of_the_recipe(
+    blobs, tmp_path, then, now, rates
+):
     first = trainer(blobs, learning_rate=then)
     first.fit()
     saved = first.save(tmp_path / "saved")
     with pytest.warns(UserWarning, match=r"learning_rate|learning rate"):
         loaded = trainer(blobs, learning_rate=now).load(saved)
     history = loaded.fit(steps=4)
-    np.testing.assert_allclose(history["learning_rate"], rates, rtol=1e-5)
+    np.testing.assert_allclose(
+        history["learning_rate"],
+        rates,
+        rtol=1e-5,
+    )
     assert np.isfinite(history["loss"]).all()
 
 
@@ -132,18 +168,35 @@ def test_what_was_set_live_stays_until_the_recipe_says_otherwise(blobs, tmp_path
     assert float(same.state.controller.base["learning_rate"]) == np.float32(0.03)
 
     recipe = trainer(blobs, steps=12).recipe
-    asked = lepton.Trainer(recipe, devices=1, run_dir=run, learning_rate=0.1)
+    asked = lepton.Trainer(
+        recipe,
+        devices=1,
+        run_dir=run,
+        learning_rate=0.1,
+    )
     with pytest.warns(UserWarning, match="learning_rate is 0.1"):
         asked.resume()
     assert float(asked.state.controller.base["learning_rate"]) == np.float32(0.1)
 
-    other = trainer(blobs, run, steps=12, learning_rate=0.2)
+    other = trainer(
+        blobs,
+        run,
+        steps=12,
+        learning_rate=0.2,
+    )
     with pytest.warns(UserWarning, match="learning_rate is 0.2"):
         other.resume()
     assert float(other.state.controller.base["learning_rate"]) == np.float32(0.2)
 
 
-@pytest.mark.parametrize(("then", "now"), [(5.0, 0.01), (None, 0.01), (0.01, None)])
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (5.0, 0.01),
+        (None, 0.01),
+        (0.01, None),
+    ],
+)
 def test_another_clip_norm_is_in_effect(blobs, tmp_path, then, now):
     trainer(blobs, tmp_path / "run", clip_norm=then).fit()
     with pytest.warns(UserWarning, match="clip_norm"):
@@ -156,7 +209,11 @@ def test_another_clip_norm_is_in_effect(blobs, tmp_path, then, now):
         assert moved > 0.0011
     else:
         # a step of plain SGD is the rate times the clipped gradient
-        np.testing.assert_allclose(moved, 0.1 * now, rtol=1e-3)
+        np.testing.assert_allclose(
+            moved,
+            0.1 * now,
+            rtol=1e-3,
+        )
 
 
 def test_a_clip_norm_that_an_older_checkpoint_does_not_tell(blobs, tmp_path):
@@ -176,25 +233,37 @@ def test_injected_hyperparameters_are_the_recipes(blobs, tmp_path):
     def make(rate):
         return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
 
-    first = trainer(blobs, optimizer=make(0.1), learning_rate=None)
+    first = trainer(
+        blobs,
+        optimizer=make(0.1),
+        learning_rate=None,
+    )
     first.fit()
     saved = first.save(tmp_path / "saved")
-    with pytest.warns(UserWarning, match="hyperparams/learning_rate is 0.0, as|is 0, as"):
+    with pytest.warns(
+        UserWarning, match="hyperparams/learning_rate is 0.0, as|is 0, as"
+    ):
         loaded = trainer(blobs, optimizer=make(0.0), learning_rate=None).load(saved)
     before = leaves(loaded.state.params)
     loaded.fit(steps=2)
     assert equal(before, leaves(loaded.state.params))
 
 
-# ---- another optimizer, other policies ---------------------------------------------------
+# ---- another optimizer, other policies ----
 
 
 def test_another_optimizer_begins_anew_and_says_so(blobs, tmp_path):
-    first = trainer(blobs, optimizer=optax.adam, learning_rate=1e-2)
+    first = trainer(
+        blobs,
+        optimizer=optax.adam,
+        learning_rate=1e-2,
+    )
     first.fit()
     saved = first.save(tmp_path / "saved")
     fine = trainer(
-        blobs, optimizer=lambda r: optax.sgd(r, momentum=0.9), learning_rate=1e-2
+        blobs,
+        optimizer=lambda r: optax.sgd(r, momentum=0.9),
+        learning_rate=1e-2,
     )
     with pytest.warns(UserWarning, match=r"begins anew: optimizer/0 \(trace\)"):
         fine.load(saved)
@@ -205,22 +274,39 @@ def test_another_optimizer_begins_anew_and_says_so(blobs, tmp_path):
     # by hand: the loaded parameters, a fresh momentum
     batch = next(iter(fine_batches(fine)))
     gradient = fine.program._gradients(fine.state, batch)[0]
-    expected = jax.tree.map(lambda p, g: p - 1e-2 * g, fine.state.params, gradient)
+    expected = jax.tree.map(
+        lambda p, g: p - 1e-2 * g,
+        fine.state.params,
+        gradient,
+    )
     expected = leaves(expected)
     fine.fit(steps=1)
     for path, value in leaves(fine.state.params).items():
-        np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            value,
+            expected[path],
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 def fine_batches(trainer):
     data = trainer.recipe.train
     start = trainer._position["samples"]
-    order = ArrayStream(data, trainer.recipe.seed, trainer.recipe.shuffle)
+    order = ArrayStream(
+        data,
+        trainer.recipe.seed,
+        trainer.recipe.shuffle,
+    )
     yield order.rows(start, start + trainer.recipe.batch_size)
 
 
 def test_moments_that_stand_elsewhere_in_the_chain_are_kept(blobs, tmp_path):
-    first = trainer(blobs, optimizer=optax.adam, learning_rate=1e-2)
+    first = trainer(
+        blobs,
+        optimizer=optax.adam,
+        learning_rate=1e-2,
+    )
     first.fit()
     saved = first.save(tmp_path / "saved")
 
@@ -236,7 +322,11 @@ def test_moments_that_stand_elsewhere_in_the_chain_are_kept(blobs, tmp_path):
 
 @pytest.mark.parametrize("name", ["average", "adaptive", "plateau", "float16"])
 def test_a_loaded_model_gets_a_controller(blobs, tmp_path, name):
-    first = trainer(blobs, optimizer=optax.adam, learning_rate=1e-2)
+    first = trainer(
+        blobs,
+        optimizer=optax.adam,
+        learning_rate=1e-2,
+    )
     first.fit()
     saved = first.save(tmp_path / "saved")
     changes = {
@@ -245,7 +335,12 @@ def test_a_loaded_model_gets_a_controller(blobs, tmp_path, name):
         "plateau": {"controller": controllers.plateau()},
         "float16": {"precision": "float16"},
     }[name]
-    fine = trainer(blobs, optimizer=optax.adam, learning_rate=1e-2, **changes)
+    fine = trainer(
+        blobs,
+        optimizer=optax.adam,
+        learning_rate=1e-2,
+        **changes,
+    )
     with pytest.warns(UserWarning, match="begins anew"):
         fine.load(saved)
     assert equal(fine.state.optimizer, first.state.optimizer)
@@ -274,7 +369,10 @@ def test_a_changed_model_is_an_error_still(blobs, tmp_path):
     first = trainer(blobs)
     first.fit()
     saved = first.save(tmp_path / "saved")
-    wider = trainer(blobs, model=lambda rngs: lepton.models.MLP((12, 9, 3), rngs=rngs))
+    wider = trainer(
+        blobs,
+        model=lambda rngs: lepton.models.MLP((12, 9, 3), rngs=rngs),
+    )
     with pytest.raises(lepton.CheckpointError, match="params/layers/0/kernel"):
         wider.load(saved)
 
@@ -286,7 +384,11 @@ def test_a_rollback_after_a_changed_rate_keeps_the_changed_rate(blobs, tmp_path)
     run = tmp_path / "run"
     trainer(blobs, run, controller=policies, optimizer=optax.sgd).fit()
     poisoned[:] = inputs
-    order = ArrayStream(lepton.data.Arrays(inputs, targets), 0, True)
+    order = ArrayStream(
+        lepton.data.Arrays(inputs, targets),
+        0,
+        True,
+    )
     poisoned[order.indices(30 * 6, 30 * 7)] = np.nan
     with pytest.warns(UserWarning, match="learning_rate is 0.01"):
         again = trainer(
@@ -301,7 +403,7 @@ def test_a_rollback_after_a_changed_rate_keeps_the_changed_rate(blobs, tmp_path)
     assert float(again.state.controller.base["learning_rate"]) == np.float32(0.01)
 
 
-# ---- the command line --------------------------------------------------------------------
+# ---- the command line ----
 
 
 def test_resume_with_another_learning_rate_on_the_command_line(tmp_path, capsys):
@@ -310,18 +412,30 @@ def test_resume_with_another_learning_rate_on_the_command_line(tmp_path, capsys)
     one = ["--devices", "1"]
     assert cli.main([str(file), "--run-dir", run, *one]) == 0
     capsys.readouterr()
-    more = ["--resume", run, "--steps", "5", "--learning-rate", "0.001", *one]
+    more = [
+        "--resume",
+        run,
+        "--steps",
+        "5",
+        "--learning-rate",
+        "0.001",
+        *one,
+    ]
     assert cli.main(more) == 0
     printed = capsys.readouterr().err
-    assert "learning_rate is 0.001, as the recipe says; the checkpoint had 0.1" in printed
+    assert (
+        "learning_rate is 0.001, as the recipe says; the checkpoint had 0.1" in printed
+    )
     rates = []
     for event in read_events(tmp_path / "run"):
         if event["kind"] == "steps":
             rates += event["records"]["learning_rate"]
-    np.testing.assert_array_equal(np.float32(rates), np.float32([0.1] * 3 + [0.001] * 2))
+    np.testing.assert_array_equal(
+        np.float32(rates), np.float32([0.1] * 3 + [0.001] * 2)
+    )
 
 
-# ---- the whole budget, in pieces ---------------------------------------------------------
+# ---- the whole budget, in pieces ----
 
 
 def test_pieces_of_a_whole_budget_are_the_whole_run_to_the_bit(blobs):
@@ -344,7 +458,11 @@ def test_pieces_of_a_whole_budget_are_the_whole_run_to_the_bit(blobs):
 
 
 def test_pieces_without_a_whole_budget_are_warned_of(blobs, recwarn):
-    pieces = trainer(blobs, controller=controllers.decay(), steps=None)
+    pieces = trainer(
+        blobs,
+        controller=controllers.decay(),
+        steps=None,
+    )
     pieces.fit(epochs=1)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     with pytest.warns(UserWarning, match="took step .* for the end of the run"):
@@ -352,7 +470,11 @@ def test_pieces_without_a_whole_budget_are_warned_of(blobs, recwarn):
 
 
 def test_pieces_under_policies_that_know_no_end_are_not(blobs, recwarn):
-    pieces = trainer(blobs, controller=controllers.plateau(), steps=None)
+    pieces = trainer(
+        blobs,
+        controller=controllers.plateau(),
+        steps=None,
+    )
     for _ in range(3):
         pieces.fit(epochs=1)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]

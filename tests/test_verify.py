@@ -28,22 +28,57 @@ EIGHT = topology("cpu:8")
 MESH = {"fsdp": 4, "tensor": 2}
 
 
-def language_model(loop="scan", precision="float32", batch_size=32, **fields):
+def language_model(
+    loop="scan",
+    precision="float32",
+    batch_size=32,
+    **fields,
+):
     recipe = lepton.Recipe(
-        model=lambda rngs: TransformerLM(512, dim=128, layers=2, heads=4, loop=loop, rngs=rngs),
-        loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3), batch_size=batch_size, precision=precision, **fields)
+        model=lambda rngs: TransformerLM(
+            512,
+            dim=128,
+            layers=2,
+            heads=4,
+            loop=loop,
+            rngs=rngs,
+        ),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam(1e-3),
+        batch_size=batch_size,
+        precision=precision,
+        **fields,
+    )
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     return trace(recipe, tokens, tokens)
 
 
-def planned(traced, where=EIGHT, sizes=(4, 2), remat="none"):
-    """Weights in parts over the first axis; over the second, if there is one, heads, hidden width and vocabulary."""
+def planned(
+    traced,
+    where=EIGHT,
+    sizes=(4, 2),
+    remat="none",
+):
+    """Weights in parts over the first axis; over the second, if there is one, heads,
+    hidden width and vocabulary.
+    """
     split = ("key", "up", "embed.0", "head.1") if len(sizes) > 1 else ()
     groups = [g.name for g in Names(traced.gradient(remat), traced.arguments).groups]
-    masks = {"batch": 1} | {name: 2 for name in groups if any(part in name for part in split)}
-    problem, assignment = Problem(traced, where, "time", Pins()), by_hand(traced, sizes, masks, 1, remat)
-    return build(traced, where, problem.names(remat), assignment,
-                 estimate=problem.cost(remat).estimate(assignment, causes=True), held=problem.memory(remat).predict(assignment))
+    masks = {"batch": 1} | {
+        name: 2 for name in groups if any(part in name for part in split)
+    }
+    problem, assignment = (
+        Problem(traced, where, "time", Pins()),
+        by_hand(traced, sizes, masks, 1, remat),
+    )
+    return build(
+        traced,
+        where,
+        problem.names(remat),
+        assignment,
+        estimate=problem.cost(remat).estimate(assignment, causes=True),
+        held=problem.memory(remat).predict(assignment),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,55 +106,139 @@ def test_a_plan_that_xla_follows(check):
         assert before > 0 and after == pytest.approx(before, rel=0.1), axes
     assert check.found["flops"] == pytest.approx(check.predicted["flops"], rel=0.02)
     assert check.fits and check.memory_error is None
-    assert check.found["arguments"] == pytest.approx(check.predicted["arguments"], rel=0.02)
-    assert check.peak == check.memory.peak == check.found["arguments"] + check.found["temporaries"]
+    assert check.found["arguments"] == pytest.approx(
+        check.predicted["arguments"], rel=0.02
+    )
+    assert (
+        check.peak
+        == check.memory.peak
+        == check.found["arguments"] + check.found["temporaries"]
+    )
 
 
 def test_the_text_and_the_record(check):
     text, record = str(check), json.loads(json.dumps(check.to_dict()))
-    assert "the plan explains all collectives" in text and "fsdp=4 x tensor=2" in text and "+0.0%" in text
-    assert record["fits"] and record["unexpected"] == [] and record["xla"]["peak"] == check.peak
+    assert (
+        "the plan explains all collectives" in text
+        and "fsdp=4 x tensor=2" in text
+        and "+0.0%" in text
+    )
+    assert (
+        record["fits"]
+        and record["unexpected"] == []
+        and record["xla"]["peak"] == check.peak
+    )
     assert {tuple(row["axes"]) for row in record["traffic"]} >= {("fsdp",), ("tensor",)}
 
 
-def test_several_steps_a_call_and_micro_batches_are_those_of_one_step(traced, plan, check):
-    several = verify(traced, replace(plan, steps_per_call=plan.steps_per_call % 4 + 2))
+def test_several_steps_a_call_and_micro_batches_are_those_of_one_step(
+    traced, plan, check
+):
+    several = verify(
+        traced,
+        replace(
+            plan,
+            steps_per_call=plan.steps_per_call % 4 + 2,
+        ),
+    )
     assert several.rows == check.rows and several.flops == check.flops
     parts = verify(traced, replace(plan, micro_batches=2))
     assert parts.flops == check.flops and parts.unexpected == ()
-    gathered = [sum(r.found for r in c.rows if (r.axes, r.kind) == (("fsdp",), "all-gather")) for c in (check, parts)]
+    gathered = [
+        sum(r.found for r in c.rows if (r.axes, r.kind) == (("fsdp",), "all-gather"))
+        for c in (check, parts)
+    ]
     assert gathered[1] == pytest.approx(2 * gathered[0], rel=0.1)  # for each part anew
 
 
 def test_what_a_weights_gradient_sums_over_two_axes_is_sent_at_once():
-    """Samples over one axis, their tokens over the other, the state in parts over both."""
+    """Samples over one axis, their tokens over the other, the state in parts over
+    both.
+    """
     traced = language_model()
-    check = verify(traced, build(traced, EIGHT, Names(traced.gradient("none"), traced.arguments),
-                                 by_hand(traced, (4, 2), {"batch": 1, "inputs.1": 2}, 3)))
+    check = verify(
+        traced,
+        build(
+            traced,
+            EIGHT,
+            Names(traced.gradient("none"), traced.arguments),
+            by_hand(
+                traced,
+                (4, 2),
+                {"batch": 1, "inputs.1": 2},
+                3,
+            ),
+        ),
+    )
     # XLA for CPU sums what it scatters over one axis after the other
     assert all("scatter-add" in u.op_name for u in check.unexpected)
-    (row,) = (r for r in check.rows if r.axes == ("fsdp", "sequence") and r.kind == "all-reduce")
+    (row,) = (
+        r
+        for r in check.rows
+        if r.axes == ("fsdp", "sequence") and r.kind == "all-reduce"
+    )
     embedding = 2 * 7 / 8 * 512 * 128 * 4
-    assert row.found == pytest.approx(row.planned - embedding, rel=0.02) and row.planned > 5 * embedding
+    assert (
+        row.found == pytest.approx(row.planned - embedding, rel=0.02)
+        and row.planned > 5 * embedding
+    )
 
 
 def test_a_recurrent_cell_gathers_nothing_but_its_state():
-    """A `jnp.where` in a loop: under a mesh JAX traces a `reshard` there, which the graph before it does not have."""
-    recipe = lepton.Recipe(model=lambda rngs: LSTM(512, 8, dim=32, hidden=64, rngs=rngs), loss=lepton.losses.cross_entropy,
-                           optimizer=optax.sgd(0.1), batch_size=32)
-    traced = trace(recipe, jax.ShapeDtypeStruct((1, 12), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32))
-    check = verify(traced, build(traced, EIGHT, Names(traced.gradient("none"), traced.arguments),
-                                 by_hand(traced, (8,), {"out.0": 1}, 0)))
+    """A `jnp.where` in a loop: under a mesh JAX traces a `reshard` there, which the
+    graph before it does not have.
+    """
+    recipe = lepton.Recipe(
+        model=lambda rngs: LSTM(
+            512,
+            8,
+            dim=32,
+            hidden=64,
+            rngs=rngs,
+        ),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=32,
+    )
+    traced = trace(
+        recipe,
+        jax.ShapeDtypeStruct((1, 12), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    check = verify(
+        traced,
+        build(
+            traced,
+            EIGHT,
+            Names(traced.gradient("none"), traced.arguments),
+            by_hand(
+                traced,
+                (8,),
+                {"out.0": 1},
+                0,
+            ),
+        ),
+    )
     (gathered,) = (row for row in check.rows if row.kind == "all-gather")
-    assert check.unexpected == () and (gathered.found, gathered.found_count) == (gathered.planned, gathered.planned_count)
+    assert check.unexpected == () and (gathered.found, gathered.found_count) == (
+        gathered.planned,
+        gathered.planned_count,
+    )
 
 
 def test_a_step_without_the_constraints_is_told_line_by_line(traced, plan, monkeypatch):
-    monkeypatch.setattr("lepton_jax.program.laid_out", lambda function, *args, **options: function)
+    monkeypatch.setattr(
+        "lepton_jax.program.laid_out", lambda function, *args, **options: function
+    )
     broken = verify(traced, plan)
-    assert broken.unexpected and list(broken.unexpected) == sorted(broken.unexpected, key=lambda u: -u.excess)
+    assert broken.unexpected and list(broken.unexpected) == sorted(
+        broken.unexpected, key=lambda u: -u.excess
+    )
     first = broken.unexpected[0]
-    assert first.where.rpartition(":")[0].endswith("models/transformer.py") and first.bytes >= first.excess > 0
+    assert (
+        first.where.rpartition(":")[0].endswith("models/transformer.py")
+        and first.bytes >= first.excess > 0
+    )
     assert 0.01 < first.share < 1 and first.count >= 1 and set(first.axes) <= set(MESH)
     assert first.where in str(broken)
 
@@ -130,22 +249,60 @@ def test_bfloat16_on_a_cpu_is_sent_as_float32():
     assert check.unexpected == () and any("16-bit" in note for note in check.notes)
 
 
-# ---- matching, without a compiler -----------------------------------------------------------------------------------------
+# ---- matching, without a compiler ----
 
 
-FSDP, TENSOR = ((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 1), (2, 3), (4, 5), (6, 7))
+FSDP, TENSOR = (
+    ((0, 2, 4, 6), (1, 3, 5, 7)),
+    (
+        (0, 1),
+        (2, 3),
+        (4, 5),
+        (6, 7),
+    ),
+)
 
 
-def found(kind, size, groups, times=1, line=1, **fields):
-    return CollectiveFound(kind, size, groups, times, "jit(step)/dot_general", "model.py", line, **fields)
+def found(
+    kind,
+    size,
+    groups,
+    times=1,
+    line=1,
+    **fields,
+):
+    return CollectiveFound(
+        kind,
+        size,
+        groups,
+        times,
+        "jit(step)/dot_general",
+        "model.py",
+        line,
+        **fields,
+    )
 
 
-def move(kind, axes, sent, line=1, count=1):
+def move(
+    kind,
+    axes,
+    sent,
+    line=1,
+    count=1,
+):
     return Expected(f"model.py:{line}", kind, axes, count, sent)
 
 
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather():
-    moves = [move("reduce-scatter", ("fsdp",), 750), move("all-gather", ("fsdp",), 750, line=2)]
+    moves = [
+        move("reduce-scatter", ("fsdp",), 750),
+        move(
+            "all-gather",
+            ("fsdp",),
+            750,
+            line=2,
+        ),
+    ]
     assert compare(moves, [found("all-reduce", 1000, FSDP)], MESH)[1] == ()
 
 
@@ -162,52 +319,133 @@ def test_several_joined_under_one_line_are_expected():
 
 def test_a_gather_decomposed_into_a_ring_is_expected():
     ring = tuple((i, (i + 2) % 8) for i in range(8))
-    pieces = found("collective-permute", 250, ring, times=5, windowed=True)
-    rows, told = compare([move("all-gather", ("fsdp",), 750)], [pieces], MESH)
+    pieces = found(
+        "collective-permute",
+        250,
+        ring,
+        times=5,
+        windowed=True,
+    )
+    rows, told = compare(
+        [move("all-gather", ("fsdp",), 750)],
+        [pieces],
+        MESH,
+    )
     assert told == () and sum(r.found for r in rows) == pytest.approx(750, rel=0.15)
 
 
 def test_an_axis_over_which_nothing_is_planned():
     moves = [move("all-gather", ("fsdp",), 750)]
-    rows, (told,) = compare(moves, [found("all-gather", 1000, FSDP), found("all-reduce", 100, TENSOR, 3, line=7)], MESH)
-    assert told.axes == ("tensor",) and told.where == "model.py:7" and told.count == 3 and "nothing is planned" in told.why
+    rows, (told,) = compare(
+        moves,
+        [
+            found("all-gather", 1000, FSDP),
+            found(
+                "all-reduce",
+                100,
+                TENSOR,
+                3,
+                line=7,
+            ),
+        ],
+        MESH,
+    )
+    assert (
+        told.axes == ("tensor",)
+        and told.where == "model.py:7"
+        and told.count == 3
+        and "nothing is planned" in told.why
+    )
     assert [r.axes for r in rows] == [("fsdp",), ("tensor",)]
 
 
 def test_groups_that_are_no_axes():
-    (told,) = compare([move("all-gather", ("fsdp",), 750)], [found("all-reduce", 5000, ((0, 1, 2), (3, 4, 5, 6, 7)))], MESH)[1]
+    (told,) = compare(
+        [move("all-gather", ("fsdp",), 750)],
+        [
+            found(
+                "all-reduce",
+                5000,
+                ((0, 1, 2), (3, 4, 5, 6, 7)),
+            )
+        ],
+        MESH,
+    )[1]
     assert told.axes == () and "no product" in told.why
 
 
 def test_too_much_over_an_axis_names_the_lines_that_are_not_planned():
-    moves = [move("all-gather", ("fsdp",), 750, line=1)]
-    known, more = found("all-gather", 1000, FSDP, line=1), found("all-gather", 900, FSDP, line=2)
+    moves = [
+        move(
+            "all-gather",
+            ("fsdp",),
+            750,
+            line=1,
+        )
+    ]
+    known, more = (
+        found("all-gather", 1000, FSDP, line=1),
+        found("all-gather", 900, FSDP, line=2),
+    )
     (told,) = compare(moves, [more, known], MESH)[1]
     assert told.where == "model.py:2" and told.excess == 675
-    assert compare(moves, [found("all-gather", 200, FSDP, line=2), known], MESH)[1] == ()  # a quarter may come on top
+    # a quarter may come on top
+    assert (
+        compare(moves, [found("all-gather", 200, FSDP, line=2), known], MESH)[1] == ()
+    )
 
 
-# ---- proving --------------------------------------------------------------------------------------------------------------
+# ---- proving ----
 
 
 def too_large(needed):
-    error = ahead.TooLarge("XLA refuses the program", where="device memory", remedy="shard more")
+    error = ahead.TooLarge(
+        "XLA refuses the program", where="device memory", remedy="shard more"
+    )
     error.needed = needed
     return error
 
 
 def test_a_candidate_that_does_not_fit_is_passed_over(traced, monkeypatch):
-    fast, lean = (replace(planned(traced, sizes=(8,), remat=remat), memory=int(12e6)) for remat in ("none", "full"))
-    monkeypatch.setattr(verification, "candidates", lambda *args, **options: [fast, lean])
+    fast, lean = (
+        replace(
+            planned(
+                traced,
+                sizes=(8,),
+                remat=remat,
+            ),
+            memory=int(12e6),
+        )
+        for remat in ("none", "full")
+    )
+    monkeypatch.setattr(
+        verification,
+        "candidates",
+        lambda *args, **options: [fast, lean],
+    )
     chosen, (first, second) = prove(traced, EIGHT, 2)
-    assert chosen.remat == "full" and not first.fits and second.fits and second.plan == chosen
+    assert (
+        chosen.remat == "full"
+        and not first.fits
+        and second.fits
+        and second.plan == chosen
+    )
     proven, passed = chosen.notes[-2:]
-    assert proven.startswith("proven: XLA's peak is") and proven.endswith("MiB of 11.4 MiB")
+    assert proven.startswith("proven: XLA's peak is") and proven.endswith(
+        "MiB of 11.4 MiB"
+    )
     assert passed.startswith("passed over: FSDP (mesh fsdp=8, remat none) needs")
 
 
 def test_a_candidate_that_xla_refuses_is_passed_over(traced, monkeypatch):
-    fast, lean = planned(traced, sizes=(8,)), planned(traced, sizes=(8,), remat="full")
+    fast, lean = (
+        planned(traced, sizes=(8,)),
+        planned(
+            traced,
+            sizes=(8,),
+            remat="full",
+        ),
+    )
     refused, compile_for = too_large(33.5 * 2**30), ahead.compile_for
     answers = iter([refused, None])
 
@@ -217,10 +455,23 @@ def test_a_candidate_that_xla_refuses_is_passed_over(traced, monkeypatch):
         return compile_for(lowered)
 
     monkeypatch.setattr(ahead, "compile_for", refusing)
-    monkeypatch.setattr(verification, "candidates", lambda *args, **options: [fast, lean])
+    monkeypatch.setattr(
+        verification,
+        "candidates",
+        lambda *args, **options: [fast, lean],
+    )
     chosen, (first, second) = prove(traced, EIGHT, 2)
-    assert chosen.remat == "full" and second.fits and not first.fits and first.peak == refused.needed
-    assert "33.5 GiB" in chosen.notes[-1] and "does not fit" in str(first) and first.to_dict()["memory_error"]
+    assert (
+        chosen.remat == "full"
+        and second.fits
+        and not first.fits
+        and first.peak == refused.needed
+    )
+    assert (
+        "33.5 GiB" in chosen.notes[-1]
+        and "does not fit" in str(first)
+        and first.to_dict()["memory_error"]
+    )
 
 
 def test_nothing_fits(traced, monkeypatch):
@@ -228,23 +479,47 @@ def test_nothing_fits(traced, monkeypatch):
         raise too_large(33.5 * 2**30)
 
     monkeypatch.setattr(ahead, "compile_for", refusing)
-    monkeypatch.setattr(verification, "candidates", lambda *args, **options: [planned(traced, sizes=(8,))])
+    monkeypatch.setattr(
+        verification,
+        "candidates",
+        lambda *args, **options: [planned(traced, sizes=(8,))],
+    )
     with pytest.raises(PlanError, match="none of the 1 best plans fits") as error:
         prove(traced, EIGHT, 1)
     assert "33.5 GiB of 1" in error.value.what and "micro_batches" in error.value.remedy
 
 
 def test_a_recipe_without_data_has_no_step():
-    recipe = lepton.Recipe(model=lambda rngs: TransformerLM(64, dim=32, layers=1, heads=2, rngs=rngs),
-                           loss=lepton.losses.cross_entropy, optimizer=optax.sgd(0.1), batch_size=8)
+    recipe = lepton.Recipe(
+        model=lambda rngs: TransformerLM(
+            64,
+            dim=32,
+            layers=1,
+            heads=2,
+            rngs=rngs,
+        ),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=8,
+    )
     with pytest.raises(PlanError, match="no batch"):
         verify(trace(recipe, None, None), None)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for a TPU that is not there")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="compiles for a TPU that is not there",
+)
 def test_a_plan_for_tpus_that_are_not_there():
     traced, where = language_model(precision="bfloat16"), topology("v5e:2x2")
-    check = verify(traced, planned(traced, where, sizes=(4,)))
+    check = verify(
+        traced,
+        planned(
+            traced,
+            where,
+            sizes=(4,),
+        ),
+    )
     assert check.fits and check.peak < check.plan.memory
     assert check.flops == pytest.approx(check.predicted["flops"], rel=0.02)
     assert {row.axes for row in check.rows if row.found} == {("fsdp",)}

@@ -1,4 +1,6 @@
-"""Measure Lepton against what one would use without it: python tools/bench.py COMMAND [options]; see --help."""
+"""Measure Lepton against what one would use without it: python tools/bench.py COMMAND
+[options]; see --help.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,31 @@ import jax
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.launch.settings import Parser
 
-# Each has add(commands, shared), whose parser's default `run` takes the options and returns what --json keeps.
-COMMANDS = (bench_step, bench_overhead, bench_lm, bench_memory, bench_regret, bench_controller, bench_faults,
-            bench_restart)
-ENVIRONMENT = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "XLA_CLIENT_MEM_FRACTION")  # what changes the figures
+# Each has add(commands, shared), whose parser's default `run` takes the options and
+# returns what --json keeps.
+COMMANDS = (
+    bench_step,
+    bench_overhead,
+    bench_lm,
+    bench_memory,
+    bench_regret,
+    bench_controller,
+    bench_faults,
+    bench_restart,
+)
+# what changes the figures
+ENVIRONMENT = (
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+    "CUDA_VISIBLE_DEVICES",
+    "XLA_CLIENT_MEM_FRACTION",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error of the user's."""
+    """Run the command line; returns the exit code: 0, or 2 for an error of the
+    user's.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = _parser().parse_args(arguments)
@@ -52,20 +71,51 @@ def main(arguments: list[str] | None = None) -> int:
 
 def surroundings(arguments: list[str]) -> dict[str, Any]:
     """Where, when, on what and by which command the figures were made."""
-    given = [f"{name}={shlex.quote(os.environ[name])}" for name in ENVIRONMENT if name in os.environ]
-    return {"command": " ".join([*given, "python tools/bench.py", shlex.join(arguments)]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": {"cpu": _cpu(), "cores": _cores(), "system": platform.system(),
-                        "architecture": platform.machine()},
-            "platform": jax.default_backend(), "device_kind": jax.devices()[0].device_kind,
-            "versions": {"python": platform.python_version(),
-                         **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "lepton-jax")}}}
+    given = [
+        f"{name}={shlex.quote(os.environ[name])}"
+        for name in ENVIRONMENT
+        if name in os.environ
+    ]
+    return {
+        "command": " ".join(
+            [
+                *given,
+                "python tools/bench.py",
+                shlex.join(arguments),
+            ]
+        ),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": _cpu(),
+            "cores": _cores(),
+            "system": platform.system(),
+            "architecture": platform.machine(),
+        },
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: version(name)
+                for name in ("jax", "jaxlib", "flax", "optax", "lepton-jax")
+            },
+        },
+    }
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="bench.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog="bench.py",
+        description=__doc__,
+        allow_abbrev=False,
+    )
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--json", type=Path, metavar="FILE", help="also write results, machine and versions to FILE")
+    shared.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write results, machine and versions to FILE",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands, shared)
@@ -77,28 +127,42 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    names = (
+        line.partition(":")[2].strip()
+        for line in lines
+        if line.startswith("model name")
+    )
     return next(names, platform.processor())
 
 
 def _cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 def _writable(file: Path) -> None:
     """Found out before minutes of measuring, not after."""
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise SettingError("the results can't be written there", where=file,
-                           remedy="name a file in a folder that exists and that you may write to")
+        raise SettingError(
+            "the results can't be written there",
+            where=file,
+            remedy="name a file in a folder that exists and that you may write to",
+        )
 
 
 def _write(file: Path, results: dict[str, Any]) -> None:
     try:
         file.write_text(json.dumps(results, indent=1) + "\n")
     except OSError as error:
-        raise SettingError(f"the results can't be written: {error.strerror}", where=file,
-                           remedy="mend that and measure again; the table above is complete") from error
+        raise SettingError(
+            f"the results can't be written: {error.strerror}",
+            where=file,
+            remedy="mend that and measure again; the table above is complete",
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The tasks of `bench.py controller`: small models on real data, each split into training, validation and test."""
+"""The tasks of `bench.py controller`: small models on real data, each split into
+training, validation and test.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ SPLIT_SEED = 0
 
 
 class Task(NamedTuple):
-    """A recipe whose `test` is the validation set, and the samples whose loss is reported."""
+    """A recipe whose `test` is the validation set, and the samples whose loss is
+    reported.
+    """
 
     recipe: lepton.Recipe
     report: Arrays
@@ -35,12 +39,28 @@ def digits(data: Path) -> Task:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("scikit-learn, which holds the digits, is not installed", where="bench.py controller",
-                        remedy="pip install -e '.[recipes]', or leave the task out with --tasks") from error
+        raise DataError(
+            "scikit-learn, which holds the digits, is not installed",
+            where="bench.py controller",
+            remedy="pip install -e '.[recipes]', or leave the task out with --tasks",
+        ) from error
     images, labels = load_digits(return_X_y=True)
-    train, validation, report = three(Arrays(images.reshape(-1, 8, 8, 1).astype("uint8"), labels), 0.2, 0.35)
-    model = partial(lepton.models.CNN, 10, size=(8, 8, 1), widths=(8, 16, 16), dense=32, dropout=0.3)
-    return Task(recipe_of(model, train, validation, 320, 128, preprocess=_sixteenths), report)
+    train, validation, report = three(
+        Arrays(images.reshape(-1, 8, 8, 1).astype("uint8"), labels),
+        0.2,
+        0.35,
+    )
+    model = partial(
+        lepton.models.CNN,
+        10,
+        size=(8, 8, 1),
+        widths=(8, 16, 16),
+        dense=32,
+        dropout=0.3,
+    )
+    return Task(
+        recipe_of(model, train, validation, 320, 128, preprocess=_sixteenths), report
+    )
 
 
 def mnist(data: Path) -> Task:
@@ -48,13 +68,38 @@ def mnist(data: Path) -> Task:
     train, test = lepton.data.idx(data / "mnist")
     train, validation = train.split(1 / 30, SPLIT_SEED)
     report, _ = test.split(0.6, SPLIT_SEED)
-    return Task(recipe_of(partial(lepton.models.MLP, (784, 128, 10)), train, validation, 1200, 128, preprocess=_pixels), report)
+    return Task(
+        recipe_of(
+            partial(lepton.models.MLP, (784, 128, 10)),
+            train,
+            validation,
+            1200,
+            128,
+            preprocess=_pixels,
+        ),
+        report,
+    )
 
 
 def adult(data: Path) -> Task:
     """UCI Adult: bins and embeddings through an MLP with dropout."""
-    names = ("age", "work", "weight", "education", "years", "marital", "occupation", "relation", "race", "sex", "gain", "loss",
-             "hours", "country", "income")
+    names = (
+        "age",
+        "work",
+        "weight",
+        "education",
+        "years",
+        "marital",
+        "occupation",
+        "relation",
+        "race",
+        "sex",
+        "gain",
+        "loss",
+        "hours",
+        "country",
+        "income",
+    )
     tables: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as folder:
         for part in ("data", "test"):
@@ -63,26 +108,71 @@ def adult(data: Path) -> Task:
                 writer = csv.writer(file)
                 writer.writerow(names)
                 for line in _lines(data / "adult" / f"adult.{part}.gz"):
-                    if len(cells := [cell.strip().rstrip(".") for cell in line.split(",")]) == len(names):
+                    if len(
+                        cells := [cell.strip().rstrip(".") for cell in line.split(",")]
+                    ) == len(names):
                         writer.writerow(cells)
-        train, validation = lepton.data.table_split(tables["data"], "income", 0.1, SPLIT_SEED)
+        train, validation = lepton.data.table_split(
+            tables["data"], "income", 0.1, SPLIT_SEED
+        )
         report = lepton.data.table(tables["test"], "income", schema=train.schema).arrays
-    model = partial(lepton.models.TabularMLP, 2, edges=train.schema.edges, sizes=train.schema.sizes, hidden=(64, 32),
-                    dropout=0.2)
-    return Task(recipe_of(model, train.arrays, validation.arrays, 800, 128), report.split(0.4, SPLIT_SEED)[1])
+    model = partial(
+        lepton.models.TabularMLP,
+        2,
+        edges=train.schema.edges,
+        sizes=train.schema.sizes,
+        hidden=(64, 32),
+        dropout=0.2,
+    )
+    return Task(
+        recipe_of(
+            model,
+            train.arrays,
+            validation.arrays,
+            800,
+            128,
+        ),
+        report.split(0.4, SPLIT_SEED)[1],
+    )
 
 
 def shakespeare(data: Path) -> Task:
-    """Characters of Shakespeare's plays, in their order: a transformer of two layers."""
+    """Characters of Shakespeare's plays, in their order: a transformer of two
+    layers.
+    """
     text = _text(data / "tinyshakespeare" / "input.txt")
-    tokens = np.unique(np.frombuffer(text.encode("utf-8"), np.uint8), return_inverse=True)[1].astype(np.int32)
+    tokens = np.unique(
+        np.frombuffer(text.encode("utf-8"), np.uint8),
+        return_inverse=True,
+    )[1].astype(np.int32)
     length = 32
     count = (len(tokens) - 1) // length
-    inputs, targets = (tokens[i:i + count * length].reshape(count, length) for i in (0, 1))
+    inputs, targets = (
+        tokens[i : i + count * length].reshape(count, length) for i in (0, 1)
+    )
     cuts = [round(count * share) for share in (0.0, 0.9, 0.95, 1.0)]
-    train, validation, report = (Arrays(inputs[a:b], targets[a:b]) for a, b in itertools.pairwise(cuts))
-    model = partial(lepton.models.TransformerLM, int(tokens.max()) + 1, dim=32, layers=2, heads=2, hidden=96)
-    return Task(recipe_of(model, train, first(validation, 500), 600, 16, b2=0.95), first(report, 1000))
+    train, validation, report = (
+        Arrays(inputs[a:b], targets[a:b]) for a, b in itertools.pairwise(cuts)
+    )
+    model = partial(
+        lepton.models.TransformerLM,
+        int(tokens.max()) + 1,
+        dim=32,
+        layers=2,
+        heads=2,
+        hidden=96,
+    )
+    return Task(
+        recipe_of(
+            model,
+            train,
+            first(validation, 500),
+            600,
+            16,
+            b2=0.95,
+        ),
+        first(report, 1000),
+    )
 
 
 def movielens(data: Path) -> Task:
@@ -90,23 +180,66 @@ def movielens(data: Path) -> Task:
     lines = _lines(data / "movielens_latest_small" / "ratings.csv")
     next(lines)
     cells = [line.split(",") for line in lines]
-    pairs = [np.unique([int(cell[k]) for cell in cells], return_inverse=True)[1].astype(np.int32) for k in (0, 1)]
+    pairs = [
+        np.unique([int(cell[k]) for cell in cells], return_inverse=True)[1].astype(
+            np.int32
+        )
+        for k in (0, 1)
+    ]
     stars = np.asarray([float(cell[2]) for cell in cells], np.float32)
-    train, validation, report = three(Arrays({"user": pairs[0], "item": pairs[1]}, stars), 0.1, 0.1)
-    model = partial(lepton.models.TwoTower, *(int(pair.max()) + 1 for pair in pairs), dim=16, hidden=(32,), width=16,
-                    center=float(train.targets.mean()))
-    return Task(recipe_of(model, train, validation, 600, 256, loss=losses.squared_error), report)
+    train, validation, report = three(
+        Arrays({"user": pairs[0], "item": pairs[1]}, stars),
+        0.1,
+        0.1,
+    )
+    model = partial(
+        lepton.models.TwoTower,
+        *(int(pair.max()) + 1 for pair in pairs),
+        dim=16,
+        hidden=(32,),
+        width=16,
+        center=float(train.targets.mean()),
+    )
+    return Task(
+        recipe_of(model, train, validation, 600, 256, loss=losses.squared_error), report
+    )
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {
-    "digits": digits, "mnist": mnist, "adult": adult, "shakespeare": shakespeare, "movielens": movielens}
+    "digits": digits,
+    "mnist": mnist,
+    "adult": adult,
+    "shakespeare": shakespeare,
+    "movielens": movielens,
+}
 
 
-def recipe_of(model: Any, train: Arrays, validation: Arrays, steps: int, batch_size: int, loss: Any = losses.cross_entropy,
-            b2: float = 0.999, preprocess: Any = None) -> lepton.Recipe:
-    return lepton.Recipe(model=model, loss=loss, optimizer=partial(optax.adamw, b2=b2, weight_decay=0.01), learning_rate=1e-3,
-                         train=train, test=validation, steps=steps, batch_size=batch_size, preprocess=preprocess,
-                         evaluate_every=steps // EVALUATIONS)
+def recipe_of(
+    model: Any,
+    train: Arrays,
+    validation: Arrays,
+    steps: int,
+    batch_size: int,
+    loss: Any = losses.cross_entropy,
+    b2: float = 0.999,
+    preprocess: Any = None,
+) -> lepton.Recipe:
+    return lepton.Recipe(
+        model=model,
+        loss=loss,
+        optimizer=partial(
+            optax.adamw,
+            b2=b2,
+            weight_decay=0.01,
+        ),
+        learning_rate=1e-3,
+        train=train,
+        test=validation,
+        steps=steps,
+        batch_size=batch_size,
+        preprocess=preprocess,
+        evaluate_every=steps // EVALUATIONS,
+    )
 
 
 def _sixteenths(pixels: Any) -> Any:
@@ -114,10 +247,13 @@ def _sixteenths(pixels: Any) -> Any:
 
 
 def _pixels(pixels: Any) -> Any:
-    return (pixels.astype("float32") / 255 - 0.1307) / 0.3081  # mean and standard deviation of the training images
+    # mean and standard deviation of the training images
+    return (pixels.astype("float32") / 255 - 0.1307) / 0.3081
 
 
-def three(samples: Arrays, validation: float, report: float) -> tuple[Arrays, Arrays, Arrays]:
+def three(
+    samples: Arrays, validation: float, report: float
+) -> tuple[Arrays, Arrays, Arrays]:
     """Training, validation and test samples; the shares are of all samples."""
     rest, tested = samples.split(report, SPLIT_SEED)
     return *rest.split(validation / (1 - report), SPLIT_SEED), tested
@@ -135,6 +271,14 @@ def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"the file can't be read: {error.strerror}", where=path, remedy="give the folder that holds the data "
-                        "sets with --data, or leave the task out with --tasks") from error
-    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+        raise DataError(
+            f"the file can't be read: {error.strerror}",
+            where=path,
+            remedy=(
+                "give the folder that holds the data "
+                "sets with --data, or leave the task out with --tasks"
+            ),
+        ) from error
+    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode(
+        "utf-8"
+    )

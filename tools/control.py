@@ -1,4 +1,6 @@
-"""Ask a run that is under way for something: python tools/control.py RUN set learning_rate=3e-4; see --help."""
+"""Ask a run that is under way for something: python tools/control.py RUN set
+learning_rate=3e-4; see --help.
+"""
 
 import sys
 from pathlib import Path

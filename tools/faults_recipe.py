@@ -1,8 +1,10 @@
-"""What `tools/faults.py` trains: next tokens of three filtered, mixed and packed sources; and faults, where it is told so.
+"""What `tools/faults.py` trains: next tokens of three filtered, mixed and packed
+sources; and faults, where it is told so.
 
-A fault is made inside the training process, at an exact place: when it enters a phase at a step. $LEPTON_FAULTS names a file
-with a list of faults, {"kind", "host", "phase", "step", "generation", "seconds"}; each happens once in a run, whatever is
-restarted, unless it says "always".
+A fault is made inside the training process, at an exact place: when it enters a phase
+at a step. $LEPTON_FAULTS names a file with a list of faults, {"kind", "host", "phase",
+"step", "generation", "seconds"}; each happens once in a run, whatever is restarted,
+unless it says "always".
 """
 
 from __future__ import annotations
@@ -40,35 +42,73 @@ class NextToken(nnx.Module):
 
 
 def recipe(steps: int = 60, batch_size: int = 24) -> Recipe:
-    """A tiny next-token model on three sources of documents: filtered, mixed 5:3:2, packed to 16 tokens."""
+    """A tiny next-token model on three sources of documents: filtered, mixed 5:3:2,
+    packed to 16 tokens.
+    """
     rng = np.random.default_rng(7)
-    sources = {name: Source([rng.integers(0, TOKENS, size=rng.integers(5, 40)) for _ in range(count)])
-               for name, count in (("a", 150), ("b", 90), ("c", 70))}
+    sources = {
+        name: Source(
+            [rng.integers(0, TOKENS, size=rng.integers(5, 40)) for _ in range(count)]
+        )
+        for name, count in (("a", 150), ("b", 90), ("c", 70))
+    }
     sources["b"] = sources["b"].filter(lambda tokens: len(tokens) % 3 != 0)
     train = mix(sources, weights={"a": 5, "b": 3, "c": 2}).pack(LENGTH)
-    test = tuple(rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32) for _ in range(2))
-    return Recipe(model=NextToken, loss=LOSS, optimizer=optax.adam, learning_rate=0.01, train=train, test=test,
-                  batch_size=batch_size, steps=steps, steps_per_call=1, evaluate_every=20, save_every=10, keep=4, shuffle=True,
-                  seed=3, metrics={"accuracy": metrics.accuracy}, name="faults")
+    test = tuple(
+        rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32) for _ in range(2)
+    )
+    return Recipe(
+        model=NextToken,
+        loss=LOSS,
+        optimizer=optax.adam,
+        learning_rate=0.01,
+        train=train,
+        test=test,
+        batch_size=batch_size,
+        steps=steps,
+        steps_per_call=1,
+        evaluate_every=20,
+        save_every=10,
+        keep=4,
+        shuffle=True,
+        seed=3,
+        metrics={"accuracy": metrics.accuracy},
+        name="faults",
+    )
 
 
-# ---- the faults -------------------------------------------------------------------------------------------------------------
+# ---- the faults ----
 
 
 class Agent:
-    """Makes the faults of a file come true in this process, which trains as some host in some attempt."""
+    """Makes the faults of a file come true in this process, which trains as some host
+    in some attempt.
+    """
 
-    def __init__(self, file: Path, told: watchdog.Told):
+    def __init__(
+        self,
+        file: Path,
+        told: watchdog.Told,
+    ):
         self.file, self.host, self.generation = file, told.host_id, told.generation
-        self.faults = [(i, fault) for i, fault in enumerate(json.loads(file.read_text()))
-                       if fault.get("host", 0) == self.host and fault.get("generation", 1) <= self.generation]
+        self.faults = [
+            (i, fault)
+            for i, fault in enumerate(json.loads(file.read_text()))
+            if fault.get("host", 0) == self.host
+            and fault.get("generation", 1) <= self.generation
+        ]
         self._stepped = False
         self._reached, self._phase = phase.reached, phase.phase
         phase.reached, phase.phase = self.reached, self.entered
         self._spoil_data()
         self.look()
 
-    def reached(self, step: int | None = None, done: int | None = None, phase: str | None = None) -> None:
+    def reached(
+        self,
+        step: int | None = None,
+        done: int | None = None,
+        phase: str | None = None,
+    ) -> None:
         self._reached(step, done, phase)
         if step is not None and not self._stepped:
             self._stepped = True
@@ -90,11 +130,23 @@ class Agent:
             if here and (self.note(f"fired.{i}") or fault.get("always")):
                 getattr(self, "do_" + fault["kind"].replace("-", "_"))(fault)
 
-    def note(self, name: str, **what: Any) -> bool:
+    def note(
+        self,
+        name: str,
+        **what: Any,
+    ) -> bool:
         """Write down that something happened now; False if it had already."""
         try:
             with open(f"{self.file}.{name}", "x") as file:
-                json.dump({"time": time.time(), "host": self.host, "generation": self.generation, **what}, file)
+                json.dump(
+                    {
+                        "time": time.time(),
+                        "host": self.host,
+                        "generation": self.generation,
+                        **what,
+                    },
+                    file,
+                )
         except FileExistsError:
             return False
         return True
@@ -118,7 +170,8 @@ class Agent:
         time.sleep(3600)
 
     def do_freeze(self, fault: dict[str, Any]) -> None:
-        re.match(r"(a|aa)+$", "a" * 200 + "b")  # takes for ever, and holds the interpreter's lock
+        # takes for ever, and holds the interpreter's lock
+        re.match(r"(a|aa)+$", "a" * 200 + "b")
 
     def do_sigterm(self, fault: dict[str, Any]) -> None:
         os.kill(os.getppid(), signal.SIGTERM)
@@ -135,8 +188,13 @@ class Agent:
 
     def do_network(self, fault: dict[str, Any]) -> None:
         """The campaign cuts the link of this host; not sooner than that it goes on."""
-        number, until = next(i for i, each in self.faults if each is fault), time.monotonic() + 5
-        while not os.path.exists(f"{self.file}.cut.{number}") and time.monotonic() < until:
+        number, until = (
+            next(i for i, each in self.faults if each is fault),
+            time.monotonic() + 5,
+        )
+        while (
+            not os.path.exists(f"{self.file}.cut.{number}") and time.monotonic() < until
+        ):
             time.sleep(0.005)
 
     def do_disk(self, fault: dict[str, Any]) -> None:
@@ -144,10 +202,18 @@ class Agent:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
     def do_damage(self, fault: dict[str, Any]) -> None:
-        """To the newest checkpoint: a "bit" of its largest file flips, it is "truncate"d or "delete"d, or "half" are gone."""
+        """To the newest checkpoint: a "bit" of its largest file flips, it is
+        "truncate"d or "delete"d, or "half" are gone.
+        """
         checkpoints = Path(watchdog.begin().run_dir) / "checkpoints"
-        newest = max((p for p in checkpoints.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-        files = sorted((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        newest = max(
+            (p for p in checkpoints.iterdir() if p.name.isdigit()),
+            key=lambda p: int(p.name),
+        )
+        files = sorted(
+            (p for p in (newest / "state").rglob("*") if p.is_file()),
+            key=lambda p: p.stat().st_size,
+        )
         how, victim = fault["how"], files[-1]
         if how == "bit":
             data = bytearray(victim.read_bytes())
@@ -158,12 +224,16 @@ class Agent:
         elif how == "delete":
             victim.unlink()
         else:
-            for file in files[len(files) // 2:]:
+            for file in files[len(files) // 2 :]:
                 file.unlink()
 
     def _spoil_data(self) -> None:
-        """Of the samples of a step and later, this host's can't be read, or are no tokens."""
-        spoiled = [(i, fault) for i, fault in self.faults if fault["phase"] == "reading"]
+        """Of the samples of a step and later, this host's can't be read, or are no
+        tokens.
+        """
+        spoiled = [
+            (i, fault) for i, fault in self.faults if fault["phase"] == "reading"
+        ]
         read = loader.Sequence.__getitem__
 
         def spoil(sequence: Any, index: Any) -> Any:
@@ -188,7 +258,11 @@ def _loss() -> Any:
     if file is None or told is None:
         return losses.cross_entropy
     Agent(Path(file), told)
-    different = [f for f in json.loads(Path(file).read_text()) if f["kind"] == "program" and f["host"] == told.host_id]
+    different = [
+        f
+        for f in json.loads(Path(file).read_text())
+        if f["kind"] == "program" and f["host"] == told.host_id
+    ]
     if not different:
         return losses.cross_entropy
     return lambda outputs, targets: losses.cross_entropy(outputs, targets) * 1.25

@@ -40,7 +40,8 @@ from lepton_jax.state import by_path
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 30
 TOPOLOGIES = ("cpu:8", "h200:8", "v5e:4x4", "v5p:4x4x4")
-# Settings with which a recipe's steps are short: what is compared is bits, not learning.
+# Settings with which a recipe's steps are short: what is compared is bits, not
+# learning.
 QUICK = {"lm": {"length": 64, "batch_size": 8}}
 # Twenty mistakes on the command line of `tools/launch.py`; "{recipes}" is the folder of
 # the recipes, "{tmp}" an empty one that holds the files of `_write_bad_files`.
@@ -93,7 +94,11 @@ def exit_texts() -> dict[str, str]:
 
 def write_run(folder: Path) -> None:
     """Write a run folder and a saved model, for a later `compare` to open."""
-    trainer = lepton.Trainer(_digits(STEPS), devices=1, run_dir=folder / "run")
+    trainer = lepton.Trainer(
+        _digits(STEPS),
+        devices=1,
+        run_dir=folder / "run",
+    )
     trainer.fit()
     trainer.save(folder / "model")
 
@@ -106,12 +111,20 @@ def reopened(folder: Path) -> dict[str, Any]:
     return {"resumed": _digest(resumed), "loaded": _digest(model)}
 
 
-def differences(before: Any, after: Any, place: str = "") -> list[str]:
+def differences(
+    before: Any,
+    after: Any,
+    place: str = "",
+) -> list[str]:
     """List where two records differ, a line each."""
     if isinstance(before, dict) and isinstance(after, dict):
         lines = []
         for key in dict.fromkeys((*before, *after)):
-            lines += differences(before.get(key), after.get(key), f"{place}/{key}")
+            lines += differences(
+                before.get(key),
+                after.get(key),
+                f"{place}/{key}",
+            )
         return lines
     return [] if before == after else [f"{place}: {_short(before)} -> {_short(after)}"]
 
@@ -146,16 +159,33 @@ def main() -> int:
 
 def _digits(steps: int) -> lepton.Recipe:
     recipe = settings.load(ROOT / "recipes" / "digits_cnn.py")(steps=2 * STEPS)
-    return dataclasses.replace(recipe, steps=steps, save_every=STEPS // 3)
+    return dataclasses.replace(
+        recipe,
+        steps=steps,
+        save_every=STEPS // 3,
+    )
 
 
-def _run(recipe: lepton.Recipe, devices: int, policies: str) -> dict[str, Any]:
+def _run(
+    recipe: lepton.Recipe,
+    devices: int,
+    policies: str,
+) -> dict[str, Any]:
     controller = controllers.adaptive() if policies == "adaptive" else ()
-    recipe = dataclasses.replace(recipe, controller=controller, test=None, best=None)
+    recipe = dataclasses.replace(
+        recipe,
+        controller=controller,
+        test=None,
+        best=None,
+    )
     trainer = lepton.Trainer(recipe, devices=devices)
     history = trainer.fit()
     losses = [float(loss).hex() for loss in history["loss"]]
-    return {"losses": losses, "parameters": _digest(trainer), "step": trainer.step}
+    return {
+        "losses": losses,
+        "parameters": _digest(trainer),
+        "step": trainer.step,
+    }
 
 
 def _digest(trainer: lepton.Trainer) -> str:
@@ -180,7 +210,11 @@ def _write_bad_files(folder: Path) -> None:
 def _exit_text(command: str, folder: str) -> str:
     arguments = command.format(recipes=ROOT / "recipes", tmp=folder).split()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "launch.py"), *arguments],
+        [
+            sys.executable,
+            str(ROOT / "tools" / "launch.py"),
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         cwd=folder,

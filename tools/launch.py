@@ -1,4 +1,6 @@
-"""Train a recipe: python tools/launch.py RECIPE.py [--setting value ...]; see --help."""
+"""Train a recipe: python tools/launch.py RECIPE.py [--setting value ...]; see
+--help.
+"""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Policies that watch a run from inside its step and change its strategy there.
 
-A policy is two pure functions; `chain` puts several together; `Recipe.controller` takes them. Importable as
-`lepton_jax.controllers`.
+A policy is two pure functions; `chain` puts several together; `Recipe.controller` takes
+them. Importable as `lepton_jax.controllers`.
 """
 
 from lepton_jax.controller.adaptive import adaptive
@@ -10,7 +10,16 @@ from lepton_jax.controller.averaging import averaging
 from lepton_jax.controller.batch_growth import batch_growth
 from lepton_jax.controller.clipping import clip_by_history
 from lepton_jax.controller.conformance import Conformance, conformance
-from lepton_jax.controller.core import Controller, ControllerState, Pieces, fed, released, served, set_base, slowed
+from lepton_jax.controller.core import (
+    Controller,
+    ControllerState,
+    Pieces,
+    fed,
+    released,
+    served,
+    set_base,
+    slowed,
+)
 from lepton_jax.controller.decay import decay
 from lepton_jax.controller.guard import guard
 from lepton_jax.controller.journal import read_journal
@@ -28,8 +37,38 @@ from lepton_jax.controller.warmup import warmup
 from lepton_jax.optimizers import switchable
 
 __all__ = [
-    "KNOBS", "SIGNALS", "Conformance", "Controller", "ControllerState", "Knob", "Pieces", "Policy", "adaptive", "adjustable",
-    "averaging", "batch_growth", "chain", "clip_by_history", "conformance", "decay", "fed", "guard", "label_noise",
-    "learning_free", "loss_scaling", "norm", "plateau", "read_journal", "released", "replay", "served", "set_base", "settable",
-    "slowed", "switch_optimizer", "switchable", "until", "warmup",
+    "KNOBS",
+    "SIGNALS",
+    "Conformance",
+    "Controller",
+    "ControllerState",
+    "Knob",
+    "Pieces",
+    "Policy",
+    "adaptive",
+    "adjustable",
+    "averaging",
+    "batch_growth",
+    "chain",
+    "clip_by_history",
+    "conformance",
+    "decay",
+    "fed",
+    "guard",
+    "label_noise",
+    "learning_free",
+    "loss_scaling",
+    "norm",
+    "plateau",
+    "read_journal",
+    "released",
+    "replay",
+    "served",
+    "set_base",
+    "settable",
+    "slowed",
+    "switch_optimizer",
+    "switchable",
+    "until",
+    "warmup",
 ]

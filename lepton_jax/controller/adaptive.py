@@ -11,7 +11,8 @@ from lepton_jax.controller.policy import Policy, chain
 
 
 def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
-    """Training that needs no learning rate and no schedule: for Adam, AdamW, Lion and optimizers like them.
+    """Training that needs no learning rate and no schedule: for Adam, AdamW, Lion and
+    optimizers like them.
 
     The learning rate, whatever `Recipe.learning_rate` is, comes from these policies:
 
@@ -24,15 +25,23 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
       guard          keeps spikes and what is not finite out, and goes back at most `rollbacks` times where that does not help.
       label_noise    when labels become wrong, weighs samples by how likely theirs is right (Patrini et al. 2017).
 
-    Memory: three copies of the parameters: those at the start, a weighted sum of the gradients, and the average.
+    Memory: three copies of the parameters: those at the start, a weighted sum of the
+    gradients, and the average.
 
-    What it reaches, and where it falls short: `python tools/bench.py controller`, benchmarks/controller.json; what faults cost
-    it: `python tools/bench.py faults`, benchmarks/faults.json. It looks at
-    the training loss alone: where a model overfits, it stops no sooner than its budget says.
+    What it reaches, and where it falls short: `python tools/bench.py controller`,
+    benchmarks/controller.json; what faults cost it: `python tools/bench.py faults`,
+    benchmarks/faults.json. It looks at the training loss alone: where a model overfits,
+    it stops no sooner than its budget says.
 
     Raises:
-      RecipeError: an argument is out of range; and, when the recipe is traced, an optimizer that has its own learning rate
-        or whose updates grow with the gradient (SGD, Adagrad).
+      RecipeError: an argument is out of range; and, when the recipe is traced, an
+        optimizer that has its own learning rate or whose updates grow with the gradient
+        (SGD, Adagrad).
     """
-    return chain(guard(deviations=6.0, rollbacks=rollbacks), label_noise(), learning_free(1e-2, 2.0, growth=10.0, until=0.1),
-                 decay(0.5, "linear", 0.1), averaging(decay=None, share=0.15))
+    return chain(
+        guard(deviations=6.0, rollbacks=rollbacks),
+        label_noise(),
+        learning_free(1e-2, 2.0, growth=10.0, until=0.1),
+        decay(0.5, "linear", 0.1),
+        averaging(decay=None, share=0.15),
+    )

@@ -1,7 +1,8 @@
 """When a run must stop or go back, and to where: the host's part.
 
-What a run has gone back from is part of each later checkpoint. Until there is one it stands in `rollback.json`, so that a run
-that is killed in between neither repeats the fault nor forgets the count.
+What a run has gone back from is part of each later checkpoint. Until there is one it
+stands in `rollback.json`, so that a run that is killed in between neither repeats the
+fault nor forgets the count.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Halt(NamedTuple):
 
     Attributes:
       step: the last one that counts.
-      knob: "stop" or "rollback", which a policy asked for; None: a number is not finite and nobody refused the update.
+      knob: "stop" or "rollback", which a policy asked for; None: a number is not finite
+        and nobody refused the update.
       policy: that asked.
       why: in words.
     """
@@ -64,7 +66,9 @@ def find_halt(
         # A single batch whose forward pass overflows float16 is skipped, as is usual.
         # The loss is measured before it is scaled: no smaller scale would help several.
         bad &= _in_a_row(bad, lost) >= MOST_LOST
-    stop, back = (columns.get(knob, np.zeros(len(rows))) > 0 for knob in ("stop", "rollback"))
+    stop, back = (
+        columns.get(knob, np.zeros(len(rows))) > 0 for knob in ("stop", "rollback")
+    )
     if not (bad | stop | back).any():
         return None
     row = int(np.argmax(bad | stop | back))
@@ -72,14 +76,24 @@ def find_halt(
     if bad[row]:
         return Halt(step, None, None, f"the loss of step {step} is {rows[row, 0]}")
     knob = "rollback" if back[row] else "stop"
-    policy = next(controller.policies[p] for p, k in controller.moves
-                  if k == knob and columns[f"{controller.policies[p].name}:{k}"][row] != 0)
-    seen = ", ".join(f"{name} is {columns[name][row]:.6g}" for name in policy.watches[:SHOWN] if name in columns)
+    policy = next(
+        controller.policies[p]
+        for p, k in controller.moves
+        if k == knob and columns[f"{controller.policies[p].name}:{k}"][row] != 0
+    )
+    seen = ", ".join(
+        f"{name} is {columns[name][row]:.6g}"
+        for name in policy.watches[:SHOWN]
+        if name in columns
+    )
     return Halt(step, knob, policy.name, seen or "it said so")
 
 
 def lost_at_the_end(
-    rows: np.ndarray, names: Sequence[str], controller: Controller, lost: int
+    rows: np.ndarray,
+    names: Sequence[str],
+    controller: Controller,
+    lost: int,
 ) -> int:
     """Count the last steps, without a gap, whose losses are not finite.
 
@@ -93,7 +107,9 @@ def lost_at_the_end(
     return int(_in_a_row(_not_finite(columns, controller), lost)[-1])
 
 
-def _not_finite(columns: Mapping[str, np.ndarray], controller: Controller) -> np.ndarray:
+def _not_finite(
+    columns: Mapping[str, np.ndarray], controller: Controller
+) -> np.ndarray:
     """Steps whose loss is not finite, and that no policy has seen to."""
     bad = ~np.isfinite(columns["loss"])
     if WEIGHT in columns:
@@ -119,20 +135,29 @@ class Rollbacks:
     """How often a run went back, and where it goes next.
 
     Args:
-      limits: of the policies: "rollbacks" at most (0: none), "rate" factor of the learning rate at each (1), "patience" steps
-        for which the run was lost before a policy asks (0): what was saved in them is no good.
+      limits: of the policies: "rollbacks" at most (0: none), "rate" factor of the
+        learning rate at each (1), "patience" steps for which the run was lost before a
+        policy asks (0): what was saved in them is no good.
       kept: of the checkpoint that the run goes on from.
 
     Attributes:
-      slow: arguments of `slowed` after the last rollback. Number k lowers the learning rate by rate**k, and lets it grow to
-        rate**(k - 1) within a quarter of the way back: where the data was at fault, which is skipped, that costs next to
-        nothing; a rate that was at fault is lowered for good the next time.
+      slow: arguments of `slowed` after the last rollback. Number k lowers the learning
+        rate by rate**k, and lets it grow to rate**(k - 1) within a quarter of the way
+        back: where the data was at fault, which is skipped, that costs next to nothing;
+        a rate that was at fault is lowered for good the next time.
       tried: what was done so far, in words.
     """
 
-    def __init__(self, limits: Mapping[str, Any], kept: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        limits: Mapping[str, Any],
+        kept: Mapping[str, Any] | None = None,
+    ):
         kept = kept or {}
-        self.most, self._factor = int(limits.get("rollbacks", 0)), float(limits.get("rate", 1.0))
+        self.most, self._factor = (
+            int(limits.get("rollbacks", 0)),
+            float(limits.get("rate", 1.0)),
+        )
         self._patience = int(limits.get("patience", 0))
         self.count, self.slow = kept.get("count", 0), (1.0, 1.0, 1)
         self._used, self.tried = list(kept.get("used", [])), list(kept.get("tried", []))
@@ -140,7 +165,11 @@ class Rollbacks:
     @property
     def kept(self) -> dict[str, Any]:
         """Plain data for a checkpoint's record."""
-        return {"count": self.count, "used": self._used, "tried": self.tried}
+        return {
+            "count": self.count,
+            "used": self._used,
+            "tried": self.tried,
+        }
 
     def restore(
         self,
@@ -151,8 +180,8 @@ class Rollbacks:
     ) -> tuple[int, Any]:
         """Read the checkpoint to go back to, and count it.
 
-        It is the newest readable one from before the run was lost that was not gone back
-        to before; the oldest for want of others.
+        It is the newest readable one from before the run was lost that was not gone
+        back to before; the oldest for want of others.
 
         Args:
           checkpoints: of the run.
@@ -169,24 +198,42 @@ class Rollbacks:
         checkpoints.close()  # a save that is on its way counts
         committed = checkpoints.steps()
         before = halt.step - (self._patience if halt.knob else 0)
-        targets = sorted({step for step in committed if step <= before} - set(self._used), reverse=True) or committed[:1]
+        targets = (
+            sorted(
+                {step for step in committed if step <= before} - set(self._used),
+                reverse=True,
+            )
+            or committed[:1]
+        )
         for to in targets:
             try:
                 state = read(to)
             except Damaged as error:
                 on_damaged(to, error.reason)
                 continue
-            self.slow = self._factor ** (self.count + 1), self._factor**self.count, max(1, (halt.step - to) // 4)
+            self.slow = (
+                self._factor ** (self.count + 1),
+                self._factor**self.count,
+                max(1, (halt.step - to) // 4),
+            )
             self.count += 1
             self._used = [*(step for step in self._used if step < to), to]
-            self.tried.append(f"at step {halt.step} ({halt.why}) back to step {to}, learning rate times {self.slow[0]:g}")
+            self.tried.append(
+                f"at step {halt.step} ({halt.why}) back to step {to}, learning rate"
+                f" times {self.slow[0]:g}"
+            )
             return to, state
-        raise CheckpointError(f"the run can't go back at step {halt.step} ({halt.why}): none of its checkpoints can be read",
-                              where=checkpoints.folder, remedy="start it anew, or mend the folder and go on with --resume")
+        raise CheckpointError(
+            f"the run can't go back at step {halt.step} ({halt.why}): none of its"
+            " checkpoints can be read",
+            where=checkpoints.folder,
+            remedy="start it anew, or mend the folder and go on with --resume",
+        )
 
 
 def remember(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Add what a rollback left, with its step as "to", to the run's file; it is on the disk when this returns.
+    """Add what a rollback left, with its step as "to", to the run's file; it is on the
+    disk when this returns.
 
     Raises:
       CheckpointError: it can't be written.
@@ -199,14 +246,30 @@ def remember(folder: Path, entry: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise CheckpointError(f"the rollback can't be written down: {error.strerror or error}", where=path,
-                              remedy=f"{writing_remedy(error)}; then go on with --resume, or resume() in a notebook") from error
+        raise CheckpointError(
+            f"the rollback can't be written down: {error.strerror or error}",
+            where=path,
+            remedy=(
+                f"{writing_remedy(error)}; then go on with --resume, or resume() in a"
+                " notebook"
+            ),
+        ) from error
 
 
-def recalled(folder: Path, step: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's record as it stands after the rollbacks to it that it does not know of."""
+def recalled(
+    folder: Path,
+    step: int,
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A checkpoint's record as it stands after the rollbacks to it that it does not
+    know of.
+    """
     count = (record.get("rollbacks") or {}).get("count", 0)
-    later = [entry for entry in _entries(folder / FILE) if entry["to"] == step and entry["rollbacks"]["count"] > count]
+    later = [
+        entry
+        for entry in _entries(folder / FILE)
+        if entry["to"] == step and entry["rollbacks"]["count"] > count
+    ]
     return {**record, **later[-1]} if later else dict(record)
 
 
@@ -216,5 +279,10 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"what a rollback left can't be read: {error}", where=path,
-                              remedy="restore it from a copy, or delete it: the run then goes back once more") from error
+        raise CheckpointError(
+            f"what a rollback left can't be read: {error}",
+            where=path,
+            remedy=(
+                "restore it from a copy, or delete it: the run then goes back once more"
+            ),
+        ) from error

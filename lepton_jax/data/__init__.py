@@ -3,13 +3,38 @@
 from lepton_jax.data.arrays import Arrays, from_any
 from lepton_jax.data.idx import idx, read_idx
 from lepton_jax.data.limits import Limit, check_limits
-from lepton_jax.data.loader import Loader, blocks_between, described, epoch_samples, one_pass, sample
+from lepton_jax.data.loader import (
+    Loader,
+    blocks_between,
+    described,
+    epoch_samples,
+    one_pass,
+    sample,
+)
 from lepton_jax.data.pipeline import Dataset, Source, mix
 from lepton_jax.data.sources import Documents
 from lepton_jax.data.table import MISSING, Schema, Table, table, table_split
 
 __all__ = [
-    "MISSING", "Arrays", "Dataset", "Documents", "Limit", "Loader", "Schema", "Source", "Table", "blocks_between",
-    "check_limits", "described", "epoch_samples", "from_any", "idx", "mix", "one_pass", "read_idx", "sample", "table",
+    "MISSING",
+    "Arrays",
+    "Dataset",
+    "Documents",
+    "Limit",
+    "Loader",
+    "Schema",
+    "Source",
+    "Table",
+    "blocks_between",
+    "check_limits",
+    "described",
+    "epoch_samples",
+    "from_any",
+    "idx",
+    "mix",
+    "one_pass",
+    "read_idx",
+    "sample",
+    "table",
     "table_split",
 ]

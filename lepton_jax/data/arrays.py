@@ -12,10 +12,15 @@ import numpy as np
 
 from lepton_jax.errors import DataError
 
-ALIGNMENT = 64  # bytes; JAX adopts a host buffer on the CPU without a copy only if it is so aligned
-_NARROWER = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dtype(np.uint32),
-             np.dtype(np.float64): np.dtype(np.float32), np.dtype(np.longdouble): np.dtype(np.float32),
-             np.dtype(np.complex128): np.dtype(np.complex64)}
+# bytes; JAX adopts a host buffer on the CPU without a copy only if it is so aligned
+ALIGNMENT = 64
+_NARROWER = {
+    np.dtype(np.int64): np.dtype(np.int32),
+    np.dtype(np.uint64): np.dtype(np.uint32),
+    np.dtype(np.float64): np.dtype(np.float32),
+    np.dtype(np.longdouble): np.dtype(np.float32),
+    np.dtype(np.complex128): np.dtype(np.complex64),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,10 +29,12 @@ class Arrays:
 
     The arrays must not be changed afterwards: devices may hold copies of them.
 
-    64-bit numbers become 32-bit ones, as JAX would make them; a value that doesn't fit is an error, not a wrap-around.
+    64-bit numbers become 32-bit ones, as JAX would make them; a value that doesn't fit
+    is an error, not a wrap-around.
 
     Attributes:
-      inputs: an array of shape (n, ...), or a dict of them; anything `np.asarray` takes.
+      inputs: an array of shape (n, ...), or a dict of them; anything `np.asarray`
+        takes.
       targets: the same, or None for samples that are only to be predicted.
 
     Raises:
@@ -38,16 +45,31 @@ class Arrays:
     targets: Any = None
 
     def __post_init__(self):
-        object.__setattr__(self, "inputs", _tree(self.inputs, "inputs"))
+        object.__setattr__(
+            self,
+            "inputs",
+            _tree(self.inputs, "inputs"),
+        )
         if self.targets is not None:
-            object.__setattr__(self, "targets", _tree(self.targets, "targets"))
+            object.__setattr__(
+                self,
+                "targets",
+                _tree(self.targets, "targets"),
+            )
         lengths = {name: len(x) for name, x in self._named()}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{name} has {count}" for name, count in lengths.items())
-            raise DataError(f"the arrays differ in length: {counts}", where="Arrays",
-                            remedy="give every array one row per sample")
+            raise DataError(
+                f"the arrays differ in length: {counts}",
+                where="Arrays",
+                remedy="give every array one row per sample",
+            )
         if len(self) == 0:
-            raise DataError(f"there are no samples: {self!r}", where="Arrays", remedy="give at least one sample")
+            raise DataError(
+                f"there are no samples: {self!r}",
+                where="Arrays",
+                remedy="give at least one sample",
+            )
 
     def __len__(self) -> int:
         return len(self._named()[0][1])
@@ -64,46 +86,86 @@ class Arrays:
                 parts.append((name, tree))
         return parts
 
-    def take(self, indices: Any, empty: Callable[[tuple[int, ...], Any], np.ndarray] | None = None) -> tuple[Any, Any]:
-        """The samples at `indices` (integers from 0 to n - 1, shape (k,)), copied: (inputs, targets) of k rows each.
+    def take(
+        self,
+        indices: Any,
+        empty: Callable[[tuple[int, ...], Any], np.ndarray] | None = None,
+    ) -> tuple[Any, Any]:
+        """The samples at `indices` (integers from 0 to n - 1, shape (k,)), copied:
+        (inputs, targets) of k rows each.
 
-        `empty(shape, dtype)` gives the memory they are copied into; None: `aligned_empty`.
+        `empty(shape, dtype)` gives the memory they are copied into; None:
+        `aligned_empty`.
         """
         empty = empty or aligned_empty
         indices = np.asarray(indices)
         if indices.ndim != 1 or (indices.dtype.kind not in "iu" and indices.size):
-            raise DataError(f"indices are {indices.dtype}{list(indices.shape)}, not a vector of integers",
-                            where="Arrays.take", remedy="give the positions of the samples")
+            raise DataError(
+                f"indices are {indices.dtype}{list(indices.shape)}, not a vector of"
+                " integers",
+                where="Arrays.take",
+                remedy="give the positions of the samples",
+            )
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
-            raise DataError(f"indices run from {indices.min()} to {indices.max()}, but there are {len(self)} samples",
-                            where="Arrays.take", remedy=f"use positions from 0 to {len(self) - 1}")
+            raise DataError(
+                f"indices run from {indices.min()} to {indices.max()}, but there are"
+                f" {len(self)} samples",
+                where="Arrays.take",
+                remedy=f"use positions from 0 to {len(self) - 1}",
+            )
         indices = indices.astype(np.intp, copy=False)
         rows = lambda x: _rows(x, indices, empty)  # noqa: E731
         return _map(rows, self.inputs), _map(rows, self.targets)
 
-    def split(self, fraction: float, seed: int) -> tuple[Arrays, Arrays]:
-        """Two random parts that keep the samples' order; the second has round(fraction * n) samples."""
+    def split(
+        self,
+        fraction: float,
+        seed: int,
+    ) -> tuple[Arrays, Arrays]:
+        """Two random parts that keep the samples' order; the second has round(fraction
+        * n) samples.
+        """
         first, second = partition(len(self), fraction, seed)
         return Arrays(*self.take(first)), Arrays(*self.take(second))
 
 
 def from_any(data: Any) -> Arrays:
-    """`Arrays` as they are; a pair (inputs, targets) of arrays, dicts of arrays or lists made into them."""
+    """`Arrays` as they are; a pair (inputs, targets) of arrays, dicts of arrays or
+    lists made into them.
+    """
     if isinstance(data, Arrays):
         return data
     if isinstance(data, tuple | list) and len(data) == 2:
         return Arrays(*data)
     size = f" of {len(data)}" if isinstance(data, tuple | list) else ""
-    raise DataError(f"the data are a {type(data).__name__}{size}, not a pair of inputs and targets", where="data",
-                    remedy="give (inputs, targets), or lepton_jax.data.Arrays(inputs) where there are no targets")
+    raise DataError(
+        f"the data are a {type(data).__name__}{size}, not a pair of inputs and targets",
+        where="data",
+        remedy=(
+            "give (inputs, targets), or lepton_jax.data.Arrays(inputs) where there are"
+            " no targets"
+        ),
+    )
 
 
-def partition(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random partition of range(count), each part in ascending order; the second has round(fraction * count)."""
+def partition(
+    count: int,
+    fraction: float,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random partition of range(count), each part in ascending order; the second has
+    round(fraction * count).
+    """
     second = round(fraction * count) if math.isfinite(fraction) else -1
     if not 0 < second < count:
-        raise DataError(f"a fraction of {fraction!r} splits {count} samples into {count - second} and {second}",
-                        where="split", remedy="choose a fraction between 0 and 1 that leaves samples on both sides")
+        raise DataError(
+            f"a fraction of {fraction!r} splits {count} samples into {count - second}"
+            f" and {second}",
+            where="split",
+            remedy=(
+                "choose a fraction between 0 and 1 that leaves samples on both sides"
+            ),
+        )
     order = np.random.default_rng(seed).permutation(count)
     return np.sort(order[second:]), np.sort(order[:second])
 
@@ -114,20 +176,27 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class Buffers:
-    """Aligned memory that is given out again as soon as nobody refers to what was made of it.
+    """Aligned memory that is given out again as soon as nobody refers to what was made
+    of it.
 
-    The kernel's work for a block of fresh pages costs about as much as gathering the rows into it. An array that JAX
-    has adopted, or still copies from, counts as referred to until the last computation on it is over.
+    The kernel's work for a block of fresh pages costs about as much as gathering the
+    rows into it. An array that JAX has adopted, or still copies from, counts as
+    referred to until the last computation on it is over.
     """
 
     def __init__(self) -> None:
         self._made: dict[int, list[np.ndarray]] = {}
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def empty(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+    ) -> np.ndarray:
         """Like `aligned_empty`."""
         made = self._made.setdefault(math.prod(shape) * np.dtype(dtype).itemsize, [])
         for raw in made:
-            if sys.getrefcount(raw) == 3:  # the list, the loop's variable, the call's argument
+            # the list, the loop's variable, the call's argument
+            if sys.getrefcount(raw) == 3:
                 return _aligned(raw, shape, dtype)
         made.append(_raw(shape, dtype))
         return _aligned(made[-1], shape, dtype)
@@ -137,15 +206,30 @@ def _raw(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.empty(math.prod(shape) * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
 
 
-def _aligned(raw: np.ndarray, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _aligned(
+    raw: np.ndarray,
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> np.ndarray:
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start:start + len(raw) - ALIGNMENT].view(dtype).reshape(shape)
+    return raw[start : start + len(raw) - ALIGNMENT].view(dtype).reshape(shape)
 
 
-def _rows(x: np.ndarray, indices: np.ndarray, empty: Callable[[tuple[int, ...], Any], np.ndarray]) -> np.ndarray:
+def _rows(
+    x: np.ndarray,
+    indices: np.ndarray,
+    empty: Callable[[tuple[int, ...], Any], np.ndarray],
+) -> np.ndarray:
     out = empty((len(indices), *x.shape[1:]), x.dtype)
-    # Only "clip" and "wrap" let np.take write straight into `out`; the indices are checked already.
-    return np.take(x, indices, axis=0, out=out, mode="clip")
+    # Only "clip" and "wrap" let np.take write straight into `out`; the indices are
+    # checked already.
+    return np.take(
+        x,
+        indices,
+        axis=0,
+        out=out,
+        mode="clip",
+    )
 
 
 def _map(function: Any, tree: Any) -> Any:
@@ -158,34 +242,58 @@ def _tree(data: Any, name: str) -> Any:
     if not isinstance(data, Mapping):
         return _array(data, name)
     if not data or not all(isinstance(key, str) for key in data):
-        raise DataError(f"{name} is a dict with the keys {list(data)}", where=name,
-                        remedy="name each array by a string: the argument of the model that it goes to")
+        raise DataError(
+            f"{name} is a dict with the keys {list(data)}",
+            where=name,
+            remedy=(
+                "name each array by a string: the argument of the model that it goes to"
+            ),
+        )
     return {key: _array(x, f"{name}[{key!r}]") for key, x in data.items()}
 
 
 def _array(data: Any, name: str) -> np.ndarray:
     """A native NumPy array of at most 32-bit numbers and at least one dim."""
     if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
-        raise DataError(f"{name} has masked values", where=name, remedy="fill them in or leave out their samples")
+        raise DataError(
+            f"{name} has masked values",
+            where=name,
+            remedy="fill them in or leave out their samples",
+        )
     try:
         x = np.asarray(data)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{name} can't be made into an array: {error}", where=name,
-                        remedy="give an array, or lists of equal lengths") from error
+        raise DataError(
+            f"{name} can't be made into an array: {error}",
+            where=name,
+            remedy="give an array, or lists of equal lengths",
+        ) from error
     except Exception as error:  # whatever a container of another library says
         kind = f"{type(data).__module__}.{type(data).__qualname__}"
         raise DataError(
-            f"{name} can't be made into an array: the {kind} says: {_first_line(error)}",
+            f"{name} can't be made into an array: the {kind} says:"
+            f" {_first_line(error)}",
             where=name,
-            remedy="convert it to a NumPy array first, as its own message or its "
-            "library's documentation says (a tensor: x.detach().cpu().numpy())",
+            remedy=(
+                "convert it to a NumPy array first, as its own message or its "
+                "library's documentation says (a tensor: x.detach().cpu().numpy())"
+            ),
         ) from error
     # bfloat16 and the like, of the ml_dtypes package, are of kind "V", as records are.
-    if x.dtype.kind not in "biufc" and not x.dtype.name.startswith(("bfloat", "float", "int", "uint")):
-        raise DataError(f"{name} has dtype {x.dtype}, which holds no numbers", where=name,
-                        remedy="convert it to numbers (categories to integers) first")
+    if x.dtype.kind not in "biufc" and not x.dtype.name.startswith(
+        ("bfloat", "float", "int", "uint")
+    ):
+        raise DataError(
+            f"{name} has dtype {x.dtype}, which holds no numbers",
+            where=name,
+            remedy="convert it to numbers (categories to integers) first",
+        )
     if x.ndim == 0:
-        raise DataError(f"{name} is the single value {x}", where=name, remedy="give an array with one row per sample")
+        raise DataError(
+            f"{name} is the single value {x}",
+            where=name,
+            remedy="give an array with one row per sample",
+        )
     if not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
     return _narrow(x, name)
@@ -203,13 +311,20 @@ def _narrow(x: np.ndarray, name: str) -> np.ndarray:
     if narrow.kind in "iu":
         limits = np.iinfo(str(narrow))
         if x.size and (x.min() < limits.min or x.max() > limits.max):
-            raise DataError(f"{name} has values from {x.min()} to {x.max()}, which don't fit {narrow}", where=name,
-                            remedy=f"map them to the range {limits.min} to {limits.max}")
+            raise DataError(
+                f"{name} has values from {x.min()} to {x.max()}, which don't fit"
+                f" {narrow}",
+                where=name,
+                remedy=f"map them to the range {limits.min} to {limits.max}",
+            )
         return x.astype(narrow)
     with np.errstate(over="ignore"):
         out = x.astype(narrow)
     overflown = np.isinf(out) & np.isfinite(x)
     if overflown.any():
-        raise DataError(f"{name} has the value {x[overflown][0]}, which doesn't fit {narrow}", where=name,
-                        remedy="scale the values to within 3.4e38")
+        raise DataError(
+            f"{name} has the value {x[overflown][0]}, which doesn't fit {narrow}",
+            where=name,
+            remedy="scale the values to within 3.4e38",
+        )
     return out

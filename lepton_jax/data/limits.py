@@ -1,4 +1,5 @@
-"""Which whole numbers a program can take from its data, and the check that it gets no others.
+"""Which whole numbers a program can take from its data, and the check that it gets no
+others.
 
 An index beyond its table stops nothing on a device: it reads another row, or NaN.
 """

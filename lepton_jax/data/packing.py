@@ -1,9 +1,10 @@
 """Documents of any length as rows of one length, for next-token prediction.
 
-The documents are written one after the other and cut every `length` tokens. Each token is an input once and a target
-once, nothing is padded, and all that is in hand between two rows is how far the last document has been used. Whole
-documents fitted into rows would keep them uncut, but leave gaps, bar documents longer than a row, and make the position
-a set of half-filled rows.
+The documents are written one after the other and cut every `length` tokens. Each token
+is an input once and a target once, nothing is padded, and all that is in hand between
+two rows is how far the last document has been used. Whole documents fitted into rows
+would keep them uncut, but leave gaps, bar documents longer than a row, and make the
+position a set of half-filled rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ class PackDraw:
       segments: whether inputs say which document each token is of.
     """
 
-    def __init__(self, documents: Draw, ends: np.ndarray, starts: np.ndarray, length: int, end: int | None, segments: bool):
+    def __init__(
+        self,
+        documents: Draw,
+        ends: np.ndarray,
+        starts: np.ndarray,
+        length: int,
+        end: int | None,
+        segments: bool,
+    ):
         self.documents, self.ends, self.starts = documents, ends, starts
         self.length, self.end, self.segments = length, end, segments
 
@@ -39,22 +48,52 @@ class PackDraw:
         return len(self.starts)
 
     def take(self, which: Any) -> PackDraw:
-        return PackDraw(self.documents, self.ends, self.starts[which], self.length, self.end, self.segments)
+        return PackDraw(
+            self.documents,
+            self.ends,
+            self.starts[which],
+            self.length,
+            self.end,
+            self.segments,
+        )
 
     def _pieces(self, beyond: int) -> list[list[tuple[int, int, int]]]:
-        """For each row, (document, from, to) of what it and `beyond` tokens more consist of; in the document's tokens."""
+        """For each row, (document, from, to) of what it and `beyond` tokens more
+        consist of; in the document's tokens.
+        """
         first = np.searchsorted(self.ends, self.starts, "right").tolist()
         stops = self.starts + self.length + beyond
         last = np.searchsorted(self.ends, stops, "left").tolist()
-        begins = np.concatenate([[0], self.ends]).tolist()  # of document d at d, and its end at d + 1
-        return [[(d, max(start, begins[d]) - begins[d], min(stop, begins[d + 1]) - begins[d]) for d in range(low, high + 1)]
-                for start, stop, low, high in zip(self.starts.tolist(), stops.tolist(), first, last, strict=True)]
+        # of document d at d, and its end at d + 1
+        begins = np.concatenate([[0], self.ends]).tolist()
+        return [
+            [
+                (
+                    d,
+                    max(start, begins[d]) - begins[d],
+                    min(stop, begins[d + 1]) - begins[d],
+                )
+                for d in range(low, high + 1)
+            ]
+            for start, stop, low, high in zip(
+                self.starts.tolist(),
+                stops.tolist(),
+                first,
+                last,
+                strict=True,
+            )
+        ]
 
     def identifiers(self) -> list[str]:
         rows = self._pieces(0)
         low = rows[0][0][0] if rows else 0
-        names = self.documents.take(slice(low, rows[-1][-1][0] + 1 if rows else 0)).identifiers()
-        return ["+".join(f"{names[d - low]}[{start}:{stop}]" for d, start, stop in row) for row in rows]
+        names = self.documents.take(
+            slice(low, rows[-1][-1][0] + 1 if rows else 0)
+        ).identifiers()
+        return [
+            "+".join(f"{names[d - low]}[{start}:{stop}]" for d, start, stop in row)
+            for row in rows
+        ]
 
     def read(self) -> Rows:
         rows, shape = self._pieces(1), (len(self), self.length)
@@ -63,53 +102,95 @@ class PackDraw:
         assert isinstance(contents, list)
         documents = dict(zip(needed, contents, strict=True))
         for d, tokens in documents.items():
-            expected = self.ends[d] - (self.ends[d - 1] if d else 0) - (self.end is not None)
+            expected = (
+                self.ends[d] - (self.ends[d - 1] if d else 0) - (self.end is not None)
+            )
             if len(tokens) != expected:
-                raise DataError(f"a document has {len(tokens)} tokens, and had {expected} when it was measured",
-                                where=self.documents.take(slice(d, d + 1)).identifiers()[0],
-                                remedy="give documents whose length is the same whenever they are read")
+                raise DataError(
+                    f"a document has {len(tokens)} tokens, and had {expected} when it"
+                    " was measured",
+                    where=self.documents.take(slice(d, d + 1)).identifiers()[0],
+                    remedy=(
+                        "give documents whose length is the same whenever they are read"
+                    ),
+                )
         tokens = np.empty((len(self), self.length + 1), np.int32)
         numbers, positions = np.empty((2, len(self), self.length + 1), np.int32)
         for i, row in enumerate(rows):
             at = 0
             for number, (d, start, stop) in enumerate(row, 1):
                 piece, to = documents[d][start:stop], at + stop - start
-                tokens[i, at:at + len(piece)] = piece
+                tokens[i, at : at + len(piece)] = piece
                 if at + len(piece) < to:
                     tokens[i, to - 1] = self.end
                 if self.segments:
-                    numbers[i, at:to], positions[i, at:to] = number, np.arange(stop - start)
+                    numbers[i, at:to], positions[i, at:to] = (
+                        number,
+                        np.arange(stop - start),
+                    )
                 at = to
-        inputs, targets, *more = (aligned_empty(shape, np.int32) for _ in range(4 if self.segments else 2))
+        inputs, targets, *more = (
+            aligned_empty(shape, np.int32) for _ in range(4 if self.segments else 2)
+        )
         inputs[:], targets[:] = tokens[:, :-1], tokens[:, 1:]
         if not self.segments:
             return inputs, targets
         more[0][:], more[1][:] = numbers[:, :-1], positions[:, :-1]
         return {"tokens": inputs, "segments": more[0], "positions": more[1]}, targets
 
-    def measured(self, key: Any, function: Callable[[Rows], np.ndarray]) -> np.ndarray:
+    def measured(
+        self,
+        key: Any,
+        function: Callable[[Rows], np.ndarray],
+    ) -> np.ndarray:
         raise AssertionError("rows are not filtered")
 
 
 class PackStream:
     """Rows of `length` tokens of a stream of documents."""
 
-    def __init__(self, stream: Stream, length: int, end: int | None, segments: bool):
-        self.stream, self.length, self.end, self.segments = stream, length, end, segments
+    def __init__(
+        self,
+        stream: Stream,
+        length: int,
+        end: int | None,
+        segments: bool,
+    ):
+        self.stream, self.length, self.end, self.segments = (
+            stream,
+            length,
+            end,
+            segments,
+        )
         self._used = 0  # tokens of the next document that earlier rows had
-        self._ends = np.empty(0, np.int64)  # of the next documents that have been measured, from the next document's start
+        # of the next documents that have been measured, from the next document's start
+        self._ends = np.empty(0, np.int64)
         lengths(stream.peek(1).read())  # for its error
 
     def peek(self, count: int) -> PackDraw:
-        needed = self._used + count * self.length + 1  # the last row's last target is the token after it
+        # the last row's last target is the token after it
+        needed = self._used + count * self.length + 1
         while self._last < needed:
             known, missing = len(self._ends), needed - self._last
             more = min(missing, missing * known // max(self._last, 1) + 16)
-            found = self.stream.peek(known + more).take(slice(known, None)).measured(self, lengths)
-            self._ends = np.concatenate([self._ends, self._last + np.cumsum(found + (self.end is not None))])
-        ends = self._ends[:np.searchsorted(self._ends, needed, "left") + 1]
+            found = (
+                self.stream.peek(known + more)
+                .take(slice(known, None))
+                .measured(self, lengths)
+            )
+            self._ends = np.concatenate(
+                [self._ends, self._last + np.cumsum(found + (self.end is not None))]
+            )
+        ends = self._ends[: np.searchsorted(self._ends, needed, "left") + 1]
         starts = self._used + np.arange(count, dtype=np.int64) * self.length
-        return PackDraw(self.stream.peek(len(ends)), ends, starts, self.length, self.end, self.segments)
+        return PackDraw(
+            self.stream.peek(len(ends)),
+            ends,
+            starts,
+            self.length,
+            self.end,
+            self.segments,
+        )
 
     @property
     def _last(self) -> int:
@@ -117,7 +198,13 @@ class PackStream:
 
     def advance(self, count: int) -> None:
         used = self._used + count * self.length
-        documents = int(np.searchsorted(self._ends, used, "right"))
+        documents = int(
+            np.searchsorted(
+                self._ends,
+                used,
+                "right",
+            )
+        )
         begin = int(self._ends[documents - 1]) if documents else 0
         self.stream.advance(documents)
         self._used, self._ends = used - begin, self._ends[documents:] - begin

@@ -1,8 +1,10 @@
-"""Data sets put together from sources: filtered, mapped, mixed and packed, with one exact position for any hosts.
+"""Data sets put together from sources: filtered, mapped, mixed and packed, with one
+exact position for any hosts.
 
-A data set here is a description that nothing changes; `open_stream` makes it a sequence of samples. All hosts draw the
-same sequence and each reads the contents of its own devices' rows only, so neither the number of hosts and devices nor
-the batch size has a part in which sample comes when.
+A data set here is a description that nothing changes; `open_stream` makes it a sequence
+of samples. All hosts draw the same sequence and each reads the contents of its own
+devices' rows only, so neither the number of hosts and devices nor the batch size has a
+part in which sample comes when.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ from lepton_jax.data.packing import PackStream
 from lepton_jax.data.rows import Function, Rows, described
 from lepton_jax.data.shuffling import Order
 from lepton_jax.data.sources import checked, reader
-from lepton_jax.data.streams import FilterStream, MapStream, MixStream, SourceStream, Stream, fields
+from lepton_jax.data.streams import (
+    FilterStream,
+    MapStream,
+    MixStream,
+    SourceStream,
+    Stream,
+    fields,
+)
 from lepton_jax.errors import DataError, of_a_library
 
 
@@ -33,78 +42,132 @@ class _Opening:
 
 
 class Dataset:
-    """An endless sequence of samples; `Source` and `mix` make one, its methods others of it."""
+    """An endless sequence of samples; `Source` and `mix` make one, its methods others
+    of it.
+    """
 
     is_sequential = True  # read in order, as its position is more than a number
     epoch_samples = None  # there is no end
     is_packed = False
 
-    def filter(self, predicate: Callable[..., Any], *, batched: bool = False) -> Dataset:
+    def filter(
+        self,
+        predicate: Callable[..., Any],
+        *,
+        batched: bool = False,
+    ) -> Dataset:
         """Only the samples of which `predicate` is true.
 
-        Every host evaluates it, once for each sample of a source; its results stay in memory, a byte a sample. Of random
-        transformations by Grain, it sees those of epoch 0.
+        Every host evaluates it, once for each sample of a source; its results stay in
+        memory, a byte a sample. Of random transformations by Grain, it sees those of
+        epoch 0.
 
         Args:
-          predicate: a pure function of a sample: of (inputs, targets), or of (tokens) for a document.
-          batched: give it up to 256 samples at once, along the arrays' leading dim (documents: in a list); it returns
-            bool (samples,). Much faster.
+          predicate: a pure function of a sample: of (inputs, targets), or of (tokens)
+            for a document.
+          batched: give it up to 256 samples at once, along the arrays' leading dim
+            (documents: in a list); it returns bool (samples,). Much faster.
 
         Raises:
-          DataError: rows are packed already. Later, in reading: it fails, returns no booleans, or is true of no sample.
+          DataError: rows are packed already. Later, in reading: it fails, returns no
+            booleans, or is true of no sample.
         """
         if self.is_packed:
-            raise DataError("packed rows can't be filtered", where="filter",
-                            remedy="filter the documents: .filter(...).pack(...)")
+            raise DataError(
+                "packed rows can't be filtered",
+                where="filter",
+                remedy="filter the documents: .filter(...).pack(...)",
+            )
         return _Filter(self, _function(predicate, batched, "filter"))
 
-    def map(self, function: Callable[..., Any], *, batched: bool = False) -> Dataset:
-        """Each sample as `function` makes it: a pair of arrays (inputs, targets), or a document.
+    def map(
+        self,
+        function: Callable[..., Any],
+        *,
+        batched: bool = False,
+    ) -> Dataset:
+        """Each sample as `function` makes it: a pair of arrays (inputs, targets), or a
+        document.
 
         Args:
-          function: a pure function, with the arguments of `filter`'s. Only the hosts that want a sample call it, unless
-            it comes before a filter, or changes documents that are packed.
-          batched: as in `filter`; it returns a pair of arrays with as many rows, or a list of documents.
+          function: a pure function, with the arguments of `filter`'s. Only the hosts
+            that want a sample call it, unless it comes before a filter, or changes
+            documents that are packed.
+          batched: as in `filter`; it returns a pair of arrays with as many rows, or a
+            list of documents.
         """
         return _Map(self, _function(function, batched, "map"))
 
-    def pack(self, length: int, *, end: int | None = None, segments: bool = False) -> Dataset:
-        """Documents as rows of `length` tokens: inputs and targets, the inputs' next tokens, int32 (length,) each.
+    def pack(
+        self,
+        length: int,
+        *,
+        end: int | None = None,
+        segments: bool = False,
+    ) -> Dataset:
+        """Documents as rows of `length` tokens: inputs and targets, the inputs' next
+        tokens, int32 (length,) each.
 
-        The documents are written one after the other and cut every `length` tokens, so each token is an input once and a
-        target once, and nothing is padded. A row's last target is the first input of the next.
+        The documents are written one after the other and cut every `length` tokens, so
+        each token is an input once and a target once, and nothing is padded. A row's
+        last target is the first input of the next.
 
         Args:
           end: a token written after each document, such as a tokenizer's end of text.
-          segments: make the inputs a dict of int32 (length,): "tokens"; "segments", the number of the document in the
-            row, from 1; and "positions" in the document, or in the part of it that the row begins with, from 0.
+          segments: make the inputs a dict of int32 (length,): "tokens"; "segments", the
+            number of the document in the row, from 1; and "positions" in the document,
+            or in the part of it that the row begins with, from 0.
 
         Raises:
-          DataError: the length is below 2, or rows are packed already. Later, in reading: the samples are no documents.
+          DataError: the length is below 2, or rows are packed already. Later, in
+            reading: the samples are no documents.
         """
         if self.is_packed:
-            raise DataError("packed rows can't be packed again", where="pack", remedy="pack the documents once")
+            raise DataError(
+                "packed rows can't be packed again",
+                where="pack",
+                remedy="pack the documents once",
+            )
         for name, value, least in (("length", length, 2), ("end", end, 0)):
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not (whole and least <= value < 2**31) and (value is not None or name == "length"):  # type: ignore[operator]
-                raise DataError(f"{name} is {value!r}", where="pack", remedy=f"give a whole number of at least {least}")
-        return _Pack(self, int(length), None if end is None else int(end), bool(segments))
+            if not (whole and least <= value < 2**31) and (
+                value is not None or name == "length"
+            ):  # type: ignore[operator]
+                raise DataError(
+                    f"{name} is {value!r}",
+                    where="pack",
+                    remedy=f"give a whole number of at least {least}",
+                )
+        return _Pack(
+            self,
+            int(length),
+            None if end is None else int(end),
+            bool(segments),
+        )
 
-    def _open(self, opening: _Opening, path: str) -> Stream:
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Source(Dataset):
-    """Samples of one origin; shuffled anew each epoch, if the recipe shuffles, by (seed, name, epoch).
+    """Samples of one origin; shuffled anew each epoch, if the recipe shuffles, by
+    (seed, name, epoch).
 
     Attributes:
-      data: a pair of arrays (inputs, targets), an `Arrays`; a `grain.MapDataset` of pairs, or of documents; a list of
-        documents (vectors of token ids), or a `Documents`.
-      name: in the samples' identifiers and for the order. None: the names that mixtures give it, joined by "/", or "data".
+      data: a pair of arrays (inputs, targets), an `Arrays`; a `grain.MapDataset` of
+        pairs, or of documents; a list of documents (vectors of token ids), or a
+        `Documents`.
+      name: in the samples' identifiers and for the order. None: the names that mixtures
+        give it, joined by "/", or "data".
 
     Raises:
-      DataError: the data are of another kind, or empty; a document is empty or holds no integers.
+      DataError: the data are of another kind, or empty; a document is empty or holds no
+        integers.
     """
 
     data: Any
@@ -118,14 +181,33 @@ class Source(Dataset):
     def __repr__(self) -> str:
         return f"Source({self.data!r}{f', name={self.name!r}' if self.name else ''})"
 
-    def _open(self, opening: _Opening, path: str) -> Stream:
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
         name = self.name or path or "data"
         if name in opening.names:
-            raise DataError(f"there are two sources with the name {name!r}", where="Source",
-                            remedy="give each a name of its own, or none: then it has the name that mix gives it")
+            raise DataError(
+                f"there are two sources with the name {name!r}",
+                where="Source",
+                remedy=(
+                    "give each a name of its own, or none: then it has the name that"
+                    " mix gives it"
+                ),
+            )
         opening.names.add(name)
-        order = Order(len(self.data), opening.seed, name, opening.shuffle)
-        return SourceStream(name, reader(self.data, name), order)
+        order = Order(
+            len(self.data),
+            opening.seed,
+            name,
+            opening.shuffle,
+        )
+        return SourceStream(
+            name,
+            reader(self.data, name),
+            order,
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -136,7 +218,11 @@ class _Filter(Dataset):
     def __repr__(self) -> str:
         return f"{self.dataset!r}.filter({self.function.name})"
 
-    def _open(self, opening: _Opening, path: str) -> Stream:
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
         return FilterStream(self.dataset._open(opening, path), self.function)
 
 
@@ -152,7 +238,11 @@ class _Map(Dataset):
     def is_packed(self) -> bool:  # type: ignore[override]
         return self.dataset.is_packed
 
-    def _open(self, opening: _Opening, path: str) -> Stream:
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
         return MapStream(self.dataset._open(opening, path), self.function)
 
 
@@ -168,8 +258,17 @@ class _Pack(Dataset):
         end = "" if self.end is None else f", end={self.end}"
         return f"{self.dataset!r}.pack({self.length}{end}{', segments=True' if self.segments else ''})"
 
-    def _open(self, opening: _Opening, path: str) -> Stream:
-        return PackStream(self.dataset._open(opening, path), self.length, self.end, self.segments)
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
+        return PackStream(
+            self.dataset._open(opening, path),
+            self.length,
+            self.end,
+            self.segments,
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,124 +277,216 @@ class _Mix(Dataset):
     weights: list[int]
 
     def __repr__(self) -> str:
-        return f"mix({dict(self.datasets)!r}, weights={dict(zip(self.datasets, self.weights, strict=True))})"
+        return (
+            f"mix({dict(self.datasets)!r},"
+            f" weights={dict(zip(self.datasets, self.weights, strict=True))})"
+        )
 
     @property
     def is_packed(self) -> bool:  # type: ignore[override]
         return any(dataset.is_packed for dataset in self.datasets.values())
 
-    def _open(self, opening: _Opening, path: str) -> Stream:
-        streams = {name: dataset._open(opening, f"{path}/{name}" if path else name) for name, dataset in self.datasets.items()}
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
+        streams = {
+            name: dataset._open(opening, f"{path}/{name}" if path else name)
+            for name, dataset in self.datasets.items()
+        }
         return MixStream(streams, self.weights)
 
 
-def mix(datasets: Mapping[str, Dataset], *, weights: Mapping[str, float]) -> Dataset:
-    """Samples of several data sets, taking turns in a fixed pattern: after any t samples, each gave its share, within 1.
+def mix(
+    datasets: Mapping[str, Dataset],
+    *,
+    weights: Mapping[str, float],
+) -> Dataset:
+    """Samples of several data sets, taking turns in a fixed pattern: after any t
+    samples, each gave its share, within 1.
 
     Args:
       datasets: by name.
-      weights: their proportions, by the same names; exact: a float stands for the decimal that it prints as. They count
-        what is left after the data sets' own filters, and rows where they are packed.
+      weights: their proportions, by the same names; exact: a float stands for the
+        decimal that it prints as. They count what is left after the data sets' own
+        filters, and rows where they are packed.
 
     Raises:
-      DataError: the names differ, or a weight is no positive number. Later, in reading: samples differ in shape or dtype.
+      DataError: the names differ, or a weight is no positive number. Later, in reading:
+        samples differ in shape or dtype.
     """
     if not isinstance(datasets, Mapping) or not datasets:
-        raise DataError(f"mix takes a dict of data sets, not {datasets!r}", where="mix",
-                        remedy='give {"name": Source(...), ...}')
+        raise DataError(
+            f"mix takes a dict of data sets, not {datasets!r}",
+            where="mix",
+            remedy='give {"name": Source(...), ...}',
+        )
     for name, dataset in datasets.items():
         _name(name, "mix")
         if not isinstance(dataset, Dataset):
-            raise DataError(f"{name!r} is a {type(dataset).__name__}", where="mix", remedy="make it a Source(...)")
-    names = sorted(datasets)  # so that the order in which a dict was written has no part in the pattern
+            raise DataError(
+                f"{name!r} is a {type(dataset).__name__}",
+                where="mix",
+                remedy="make it a Source(...)",
+            )
+    # so that the order in which a dict was written has no part in the pattern
+    names = sorted(datasets)
     return _Mix({name: datasets[name] for name in names}, proportions(names, weights))
 
 
 class Samples:
     """A data set's samples from a position on; only one thread may use it at a time."""
 
-    def __init__(self, dataset: Dataset, seed: int, shuffle: bool):
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        shuffle: bool,
+    ):
         self._order = {"seed": int(seed), "shuffle": bool(shuffle)}
-        self._stream, self._position = dataset._open(_Opening(int(seed), bool(shuffle)), ""), 0
+        self._stream, self._position = (
+            dataset._open(_Opening(int(seed), bool(shuffle)), ""),
+            0,
+        )
         first = self._stream.peek(1).read()
         if isinstance(first, list):
-            raise DataError("the samples are documents, not pairs (inputs, targets) of one shape", where=repr(dataset),
-                            remedy="call .pack(length), or map them to pairs; a pair of arrays is a tuple, not a list")
+            raise DataError(
+                "the samples are documents, not pairs (inputs, targets) of one shape",
+                where=repr(dataset),
+                remedy=(
+                    "call .pack(length), or map them to pairs; a pair of arrays is a"
+                    " tuple, not a list"
+                ),
+            )
         self._first: tuple[Any, Any] = first
         self._beginning = self._stream.state()
 
-    def take(self, count: int, wanted: Any = None) -> tuple[tuple[Any, Any], list[str]]:
+    def take(
+        self,
+        count: int,
+        wanted: Any = None,
+    ) -> tuple[tuple[Any, Any], list[str]]:
         """Consume `count` samples, and read some.
 
         Args:
-          wanted: which of them to read: ascending integers from 0 to count - 1. None: all.
+          wanted: which of them to read: ascending integers from 0 to count - 1. None:
+            all.
 
         Returns:
-          (rows, identifiers): the wanted samples, a pair of arrays or dicts of them with len(wanted) rows each; and, for
-          all `count`, "source:epoch:index", or of a packed row the documents' identifiers with the tokens that they
-          give its inputs, "source:epoch:index[start:stop]", joined by "+".
+          (rows, identifiers): the wanted samples, a pair of arrays or dicts of them
+          with len(wanted) rows each; and, for all `count`, "source:epoch:index", or of
+          a packed row the documents' identifiers with the tokens that they give its
+          inputs, "source:epoch:index[start:stop]", joined by "+".
         """
         draw = self._stream.peek(count)
         which = np.arange(count) if wanted is None else np.asarray(wanted, np.int64)
-        rows: Rows = jax.tree.map(lambda x: np.empty((0, *x.shape[1:]), x.dtype), self._first)
+        rows: Rows = jax.tree.map(
+            lambda x: np.empty((0, *x.shape[1:]), x.dtype), self._first
+        )
         if len(which):
             rows = draw.take(which).read()
         assert isinstance(rows, tuple)
         if described(rows) != described(self._first):
-            raise DataError(f"the first sample is {described(self._first)}; samples after {self._position} are "
-                            f"{described(rows)}", where="data set", remedy="give all samples one shape and dtype")
+            raise DataError(
+                f"the first sample is {described(self._first)}; samples after"
+                f" {self._position} are {described(rows)}",
+                where="data set",
+                remedy="give all samples one shape and dtype",
+            )
         identifiers = draw.identifiers()
         self._stream.advance(count)
         self._position += count
         return rows, identifiers
 
     def state(self) -> dict[str, Any]:
-        """The position of the next sample to be consumed: plain data that survive JSON, for any number of hosts."""
-        return {**self._order, "samples": self._position, "position": self._stream.state()}
+        """The position of the next sample to be consumed: plain data that survive JSON,
+        for any number of hosts.
+        """
+        return {
+            **self._order,
+            "samples": self._position,
+            "position": self._stream.state(),
+        }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go on where `state()` was; {} or None: from the beginning.
 
         Raises:
-          DataError: the position was saved with another seed, other sources or weights, or other sizes of the sources.
+          DataError: the position was saved with another seed, other sources or weights,
+            or other sizes of the sources.
         """
         if not state:
-            state = {**self._order, "samples": 0, "position": self._beginning}
-        fields(state, {"seed", "shuffle", "samples", "position"}, "data set")
+            state = {
+                **self._order,
+                "samples": 0,
+                "position": self._beginning,
+            }
+        fields(
+            state,
+            {"seed", "shuffle", "samples", "position"},
+            "data set",
+        )
         for name, value in self._order.items():
             if state[name] != value:
-                raise DataError(f"the position was saved with {name} {state[name]}, and {name} is {value} now",
-                                where=f"Recipe.{name}", remedy=f"go on with {name}={state[name]}, or start a new run")
+                raise DataError(
+                    f"the position was saved with {name} {state[name]}, and {name} is"
+                    f" {value} now",
+                    where=f"Recipe.{name}",
+                    remedy=f"go on with {name}={state[name]}, or start a new run",
+                )
         self._stream.restore(state["position"])
         self._position = state["samples"]
 
 
-def open_stream(dataset: Dataset, seed: int = 0, shuffle: bool = False) -> Samples:
+def open_stream(
+    dataset: Dataset,
+    seed: int = 0,
+    shuffle: bool = False,
+) -> Samples:
     """A data set's samples from the beginning; one sample is read, for its shapes.
 
     Raises:
-      DataError: the samples are documents of different lengths, those of a mixture's parts differ in shape, two sources
-        have one name, or a filter keeps nothing.
+      DataError: the samples are documents of different lengths, those of a mixture's
+        parts differ in shape, two sources have one name, or a filter keeps nothing.
     """
     return Samples(dataset, seed, shuffle)
 
 
 def sample(dataset: Dataset) -> tuple[Any, Any]:
-    """The first sample in the data's own order, batch dim first, to take shapes from; no position moves."""
+    """The first sample in the data's own order, batch dim first, to take shapes from;
+    no position moves.
+    """
     return open_stream(dataset)._first
 
 
-def _function(function: Any, batched: bool, kind: str) -> Function:
+def _function(
+    function: Any,
+    batched: bool,
+    kind: str,
+) -> Function:
     if not callable(function):
-        raise DataError(f"{kind} was given {function!r}, which can't be called", where=kind,
-                        remedy="give a function of (inputs, targets), or of a document's tokens")
+        raise DataError(
+            f"{kind} was given {function!r}, which can't be called",
+            where=kind,
+            remedy="give a function of (inputs, targets), or of a document's tokens",
+        )
     name = getattr(function, "__name__", type(function).__name__)
     code = getattr(function, "__code__", None)
-    where = name if code is None or of_a_library(code.co_filename) else f"{code.co_filename}:{code.co_firstlineno}"
-    return Function(function, batched, kind, "function" if name == "<lambda>" else name, where)
+    where = (
+        name
+        if code is None or of_a_library(code.co_filename)
+        else f"{code.co_filename}:{code.co_firstlineno}"
+    )
+    return Function(
+        function, batched, kind, "function" if name == "<lambda>" else name, where
+    )
 
 
 def _name(name: Any, where: str) -> None:
     if not isinstance(name, str) or not name or set(name) & set(":+[] \t\n"):
-        raise DataError(f"{name!r} is no name for a source", where=where,
-                        remedy="name it by a string without spaces, colons, pluses and brackets")
+        raise DataError(
+            f"{name!r} is no name for a source",
+            where=where,
+            remedy="name it by a string without spaces, colons, pluses and brackets",
+        )

@@ -1,4 +1,6 @@
-"""Several samples at once: a pair (inputs, targets) of arrays, samples along the leading dim, or a list of documents."""
+"""Several samples at once: a pair (inputs, targets) of arrays, samples along the
+leading dim, or a list of documents.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Function:
 
     Attributes:
       function: of (inputs, targets), or of (tokens) for a document.
-      batched: whether it takes rows instead: arrays with the samples along their leading dim, or a list of documents.
+      batched: whether it takes rows instead: arrays with the samples along their
+        leading dim, or a list of documents.
       kind, name, where: what it is, is called and stands, for messages.
     """
 
@@ -42,13 +45,23 @@ class Function:
         if self.batched:
             kept = np.asarray(results)
             if kept.dtype != np.bool_ or kept.shape != (length(rows),):
-                raise DataError(f"{self.role} returned {kept.dtype}{list(kept.shape)}", where=self.where,
-                                remedy=f"return booleans, one for each of the {length(rows)} samples")
+                raise DataError(
+                    f"{self.role} returned {kept.dtype}{list(kept.shape)}",
+                    where=self.where,
+                    remedy=(
+                        f"return booleans, one for each of the {length(rows)} samples"
+                    ),
+                )
             return kept
         for value in results:
-            if not isinstance(value, bool) and (getattr(value, "dtype", None) != np.bool_ or np.shape(value)):
-                raise DataError(f"{self.role} returned {value!r}", where=self.where,
-                                remedy="return True to keep the sample, False to leave it out")
+            if not isinstance(value, bool) and (
+                getattr(value, "dtype", None) != np.bool_ or np.shape(value)
+            ):
+                raise DataError(
+                    f"{self.role} returned {value!r}",
+                    where=self.where,
+                    remedy="return True to keep the sample, False to leave it out",
+                )
         return np.array(results, bool)
 
     def maps(self, rows: Rows) -> Rows:
@@ -62,18 +75,35 @@ class Function:
             pairs = Arrays(*results)
             made = pairs.inputs, pairs.targets
         else:
-            raise DataError(f"{self.role} returned a {type(results).__name__}", where=self.where,
-                            remedy="return a pair of arrays (inputs, targets), or a list of documents")
+            raise DataError(
+                f"{self.role} returned a {type(results).__name__}",
+                where=self.where,
+                remedy=(
+                    "return a pair of arrays (inputs, targets), or a list of documents"
+                ),
+            )
         if length(made) != length(rows):
-            raise DataError(f"{self.role} made {length(made)} samples of {length(rows)}", where=self.where,
-                            remedy="return as many as came in; filter() leaves samples out")
+            raise DataError(
+                f"{self.role} made {length(made)} samples of {length(rows)}",
+                where=self.where,
+                remedy="return as many as came in; filter() leaves samples out",
+            )
         return made
 
     def _call(self, rows: Rows) -> Any:
-        with pointing_at_user(self.role, "compare what the function expects with the samples' shapes and dtypes: "
-                              + described(rows), where=self.where, kind=DataError):
+        with pointing_at_user(
+            self.role,
+            "compare what the function expects with the samples' shapes and dtypes: "
+            + described(rows),
+            where=self.where,
+            kind=DataError,
+        ):
             if self.batched:
-                return self.function(rows) if isinstance(rows, list) else self.function(*rows)
+                return (
+                    self.function(rows)
+                    if isinstance(rows, list)
+                    else self.function(*rows)
+                )
             return [self.function(*one) for one in samples(rows)]
 
     def _stacked(self, results: list) -> Any:
@@ -81,20 +111,36 @@ class Function:
         if not any(pairs):
             return results
         if not all(pairs):
-            raise DataError(f"{self.role} returned a pair for one sample and a {type(results[pairs.index(False)]).__name__} "
-                            "for another", where=self.where, remedy="return a pair (inputs, targets) for each")
+            raise DataError(
+                f"{self.role} returned a pair for one sample and a"
+                f" {type(results[pairs.index(False)]).__name__} for another",
+                where=self.where,
+                remedy="return a pair (inputs, targets) for each",
+            )
         return stacked(results, self.role, self.where)
 
 
-def stacked(pairs: Sequence[tuple[Any, Any]], role: str, where: str) -> tuple[Any, Any]:
+def stacked(
+    pairs: Sequence[tuple[Any, Any]],
+    role: str,
+    where: str,
+) -> tuple[Any, Any]:
     """Rows of samples that are pairs of arrays of one shape, or of dicts of them.
 
     Raises:
       DataError: the samples' shapes differ, or they hold no numbers.
     """
-    with pointing_at_user(f"stacking the samples of {role}", "make them pairs (inputs, targets) of one shape", where=where,
-                          kind=DataError):
-        rows = Arrays(*jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *pairs))
+    with pointing_at_user(
+        f"stacking the samples of {role}",
+        "make them pairs (inputs, targets) of one shape",
+        where=where,
+        kind=DataError,
+    ):
+        rows = Arrays(
+            *jax.tree.map(
+                lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *pairs
+            )
+        )
     return rows.inputs, rows.targets
 
 
@@ -105,12 +151,21 @@ def document(x: Any, name: str) -> np.ndarray:
       DataError: it is empty, of another rank, or holds no whole numbers.
     """
     if np.ndim(x) != 1 or not np.size(x):
-        raise DataError(f"{name} has the shape {np.shape(x)}", where=name,
-                        remedy="give each document as a vector of at least one token; leave out those that are empty; a "
-                        "pair (inputs, targets) is a tuple")
+        raise DataError(
+            f"{name} has the shape {np.shape(x)}",
+            where=name,
+            remedy=(
+                "give each document as a vector of at least one token; leave out those"
+                " that are empty; a pair (inputs, targets) is a tuple"
+            ),
+        )
     tokens = Arrays(x).inputs
     if tokens.dtype.kind not in "iu":
-        raise DataError(f"{name} has dtype {tokens.dtype}", where=name, remedy="give token ids as integers")
+        raise DataError(
+            f"{name} has dtype {tokens.dtype}",
+            where=name,
+            remedy="give token ids as integers",
+        )
     return tokens
 
 
@@ -125,8 +180,11 @@ def lengths(rows: Rows) -> np.ndarray:
       DataError: the samples are no documents.
     """
     if not isinstance(rows, list):
-        raise DataError(f"there are no documents to pack, but {described(rows)}", where="pack",
-                        remedy="pack a source of documents: a list of vectors of token ids")
+        raise DataError(
+            f"there are no documents to pack, but {described(rows)}",
+            where="pack",
+            remedy="pack a source of documents: a list of vectors of token ids",
+        )
     return np.array([len(tokens) for tokens in rows], np.int64)
 
 
@@ -167,5 +225,7 @@ def described(rows: Rows) -> str:
 
 @functools.lru_cache(256)
 def _described(tree: Any, leaves: tuple) -> str:
-    inputs, targets = jax.tree.unflatten(tree, [f"{dtype}{list(shape)}" for dtype, shape in leaves])
+    inputs, targets = jax.tree.unflatten(
+        tree, [f"{dtype}{list(shape)}" for dtype, shape in leaves]
+    )
     return f"inputs {inputs}, targets {targets}".replace("'", "")

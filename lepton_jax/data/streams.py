@@ -1,8 +1,9 @@
 """Endless streams of samples, of which only the order is known until some are read.
 
-A stream is asked twice: `peek` describes the samples that come next, at no cost to its position, and `advance` consumes
-some. So what a filter or a packer had to look at beyond what was consumed is never part of the position: that is the
-cursor of each source, and whatever is in hand of the last document.
+A stream is asked twice: `peek` describes the samples that come next, at no cost to its
+position, and `advance` consumes some. So what a filter or a packer had to look at
+beyond what was consumed is never part of the position: that is the cursor of each
+source, and whatever is in hand of the last document.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ LOOKED_AT = 128  # samples at least that a filter looks at together
 LOOKED_AHEAD = 4  # times as many as are wanted
 FRUITLESS = 4096  # samples none of which is kept, after which all are looked at
 
-Test = tuple[Any, Callable[[Rows], np.ndarray]]  # a key under which its results are kept, and the test
+# a key under which its results are kept, and the test
+Test = tuple[Any, Callable[[Rows], np.ndarray]]
 
 
 class Draw(Protocol):
@@ -39,8 +41,14 @@ class Draw(Protocol):
 
     def identifiers(self) -> list[str]: ...
 
-    def measured(self, key: Any, function: Callable[[Rows], np.ndarray]) -> np.ndarray:
-        """Whole numbers of at least 0 that a pure function gives the samples, (count,); kept under `key`, read once."""
+    def measured(
+        self,
+        key: Any,
+        function: Callable[[Rows], np.ndarray],
+    ) -> np.ndarray:
+        """Whole numbers of at least 0 that a pure function gives the samples, (count,);
+        kept under `key`, read once.
+        """
 
 
 class Stream(Protocol):
@@ -61,33 +69,60 @@ class Stream(Protocol):
 
 
 class SourceDraw:
-    def __init__(self, source: SourceStream, epochs: np.ndarray, indices: np.ndarray):
+    def __init__(
+        self,
+        source: SourceStream,
+        epochs: np.ndarray,
+        indices: np.ndarray,
+    ):
         self.source, self.epochs, self.indices = source, epochs, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def take(self, which: Any) -> SourceDraw:
-        return SourceDraw(self.source, self.epochs[which], self.indices[which])
+        return SourceDraw(
+            self.source,
+            self.epochs[which],
+            self.indices[which],
+        )
 
     def read(self) -> Rows:
         return self.source.reader.read(self.indices, self.epochs)
 
     def identifiers(self) -> list[str]:
         name = self.source.name
-        return [f"{name}:{epoch}:{index}" for epoch, index in
-                zip(self.epochs.tolist(), self.indices.tolist(), strict=True)]
+        return [
+            f"{name}:{epoch}:{index}"
+            for epoch, index in zip(
+                self.epochs.tolist(),
+                self.indices.tolist(),
+                strict=True,
+            )
+        ]
 
-    def measured(self, key: Any, function: Callable[[Rows], np.ndarray]) -> np.ndarray:
+    def measured(
+        self,
+        key: Any,
+        function: Callable[[Rows], np.ndarray],
+    ) -> np.ndarray:
         known = self.source.reader.lengths
-        return self.source.measured(key, function, self.indices) if function is not lengths or known is None else \
-            known[self.indices]
+        return (
+            self.source.measured(key, function, self.indices)
+            if function is not lengths or known is None
+            else known[self.indices]
+        )
 
 
 class SourceStream:
     """The samples of one source, epoch after epoch."""
 
-    def __init__(self, name: str, reader: Reader, order: Order):
+    def __init__(
+        self,
+        name: str,
+        reader: Reader,
+        order: Order,
+    ):
         self.name, self.reader, self.order, self.position = name, reader, order, 0
         self._measured: dict[Any, np.ndarray] = {}
 
@@ -99,25 +134,43 @@ class SourceStream:
 
     def state(self) -> dict[str, int]:
         epoch, offset = divmod(self.position, len(self.reader))
-        return {"epoch": epoch, "offset": offset, "samples": len(self.reader)}
+        return {
+            "epoch": epoch,
+            "offset": offset,
+            "samples": len(self.reader),
+        }
 
     def restore(self, state: Any) -> None:
         fields(state, {"epoch", "offset", "samples"}, f"source {self.name!r}")
         if state["samples"] != len(self.reader):
-            raise DataError(f"the source {self.name!r} had {state['samples']} samples when its position was saved, and has "
-                            f"{len(self.reader)} now", where=f"source {self.name!r}",
-                            remedy="go on with the same data, or start a new run")
+            raise DataError(
+                f"the source {self.name!r} had {state['samples']} samples when its"
+                f" position was saved, and has {len(self.reader)} now",
+                where=f"source {self.name!r}",
+                remedy="go on with the same data, or start a new run",
+            )
         self.position = state["epoch"] * len(self.reader) + state["offset"]
 
-    def measured(self, key: Any, function: Callable[[Rows], np.ndarray], indices: np.ndarray) -> np.ndarray:
-        # Decisions are made by a sample as it is in epoch 0: its random transformations must not change which epoch's
-        # version was looked at first, and so what a resumed run decides.
+    def measured(
+        self,
+        key: Any,
+        function: Callable[[Rows], np.ndarray],
+        indices: np.ndarray,
+    ) -> np.ndarray:
+        # Decisions are made by a sample as it is in epoch 0: its random transformations
+        # must not change which epoch's version was looked at first, and so what a
+        # resumed run decides.
         if key not in self._measured:
-            self._measured[key] = np.full(len(self.reader), -1, np.int8)  # enough for a test
+            # enough for a test
+            self._measured[key] = np.full(
+                len(self.reader),
+                -1,
+                np.int8,
+            )
         known = self._measured[key]
         unknown = np.unique(indices[known[indices] < 0])
         for start in range(0, len(unknown), READ_AT_ONCE):
-            chunk = unknown[start:start + READ_AT_ONCE]
+            chunk = unknown[start : start + READ_AT_ONCE]
             values = function(self.reader.read(chunk))
             if values.dtype != np.bool_ and known.dtype == np.int8:
                 known = self._measured[key] = known.astype(np.int64)
@@ -151,7 +204,11 @@ class MapDraw:
     def identifiers(self) -> list[str]:
         return self.draw.identifiers()
 
-    def measured(self, key: Any, function: Callable[[Rows], np.ndarray]) -> np.ndarray:
+    def measured(
+        self,
+        key: Any,
+        function: Callable[[Rows], np.ndarray],
+    ) -> np.ndarray:
         return self.draw.measured(key, lambda rows: function(self.function.maps(rows)))
 
 
@@ -160,7 +217,11 @@ class MapStream:
 
     def __init__(self, stream: Stream, function: Function):
         self.stream, self.function = stream, function
-        self.advance, self.state, self.restore = stream.advance, stream.state, stream.restore
+        self.advance, self.state, self.restore = (
+            stream.advance,
+            stream.state,
+            stream.restore,
+        )
 
     def peek(self, count: int) -> MapDraw:
         return MapDraw(self.stream.peek(count), self.function)
@@ -181,8 +242,10 @@ class FilterStream:
         self._forget()
 
     def _forget(self) -> None:
-        self._seen, self._kept = 0, np.empty(0, np.int64)  # beyond the stream's position: samples tested, those that passed
-        self._draw, self._consumed = self.stream.peek(0), 0  # those that passed when it was last looked further, and are used
+        # beyond the stream's position: samples tested, those that passed
+        self._seen, self._kept = 0, np.empty(0, np.int64)
+        # those that passed when it was last looked further, and are used
+        self._draw, self._consumed = self.stream.peek(0), 0
 
     def peek(self, count: int) -> Draw:
         if len(self._kept) < count:
@@ -190,28 +253,52 @@ class FilterStream:
         return self._draw.take(slice(self._consumed, self._consumed + count))
 
     def _look(self, count: int) -> None:
-        """Find at least `count` samples; some more, since describing them costs as much for a few."""
+        """Find at least `count` samples; some more, since describing them costs as much
+        for a few.
+        """
         while len(self._kept) < count:
-            expected = (LOOKED_AHEAD * count - len(self._kept)) * self._tried / self._passed
-            # at least twice as far each time, since the samples before are described again
-            more = max(int(expected), LOOKED_AT, self._seen if not len(self._kept) else 0)
+            expected = (
+                (LOOKED_AHEAD * count - len(self._kept)) * self._tried / self._passed
+            )
+            # at least twice as far each time, since the samples before are described
+            # again
+            more = max(
+                int(expected),
+                LOOKED_AT,
+                self._seen if not len(self._kept) else 0,
+            )
             draw = self.stream.peek(self._seen + more)
-            passed = np.flatnonzero(draw.take(slice(self._seen, None)).measured(self, self.function.tests))
+            passed = np.flatnonzero(
+                draw.take(slice(self._seen, None)).measured(self, self.function.tests)
+            )
             self._kept = np.concatenate([self._kept, self._seen + passed])
-            self._seen, self._tried, self._passed = self._seen + more, self._tried + more, self._passed + len(passed)
+            self._seen, self._tried, self._passed = (
+                self._seen + more,
+                self._tried + more,
+                self._passed + len(passed),
+            )
             self._possible = self._possible or bool(len(passed))
             if not self._possible and self._tried > FRUITLESS:
                 self._possible = self.possible([])
                 if not self._possible:
-                    raise DataError(f"{self.function.role} keeps no sample", where=self.function.where,
-                                    remedy="correct the condition: it must be true of some of the samples that come to it")
+                    raise DataError(
+                        f"{self.function.role} keeps no sample",
+                        where=self.function.where,
+                        remedy=(
+                            "correct the condition: it must be true of some of the"
+                            " samples that come to it"
+                        ),
+                    )
         self._draw, self._consumed = draw.take(self._kept), 0
 
     def advance(self, count: int) -> None:
         if count:
             consumed = int(self._kept[count - 1]) + 1
             self.stream.advance(consumed)
-            self._seen, self._kept = self._seen - consumed, self._kept[count:] - consumed
+            self._seen, self._kept = (
+                self._seen - consumed,
+                self._kept[count:] - consumed,
+            )
             self._consumed += count
 
     def restore(self, state: Any) -> None:
@@ -223,7 +310,12 @@ class FilterStream:
 
 
 class MixDraw:
-    def __init__(self, parts: Sequence[Draw], which: np.ndarray, slots: np.ndarray):
+    def __init__(
+        self,
+        parts: Sequence[Draw],
+        which: np.ndarray,
+        slots: np.ndarray,
+    ):
         self.parts, self.which, self.slots = parts, which, slots
 
     def __len__(self) -> int:
@@ -240,18 +332,37 @@ class MixDraw:
     def read(self) -> Rows:
         places = places_of(self.which, len(self.parts))
         # a part's places ascend, as its samples do: `take` and `peek` number them so
-        return merged([(p, part.read()) for p, part in zip(places, self.parts, strict=True) if len(p)], len(self))
+        return merged(
+            [
+                (p, part.read())
+                for p, part in zip(places, self.parts, strict=True)
+                if len(p)
+            ],
+            len(self),
+        )
 
     def identifiers(self) -> list[str]:
         out = np.empty(len(self), object)
-        for places, part in zip(places_of(self.which, len(self.parts)), self.parts, strict=True):
+        for places, part in zip(
+            places_of(self.which, len(self.parts)),
+            self.parts,
+            strict=True,
+        ):
             if len(places):
                 out[places] = part.identifiers()
         return out.tolist()
 
-    def measured(self, key: Any, function: Callable[[Rows], np.ndarray]) -> np.ndarray:
+    def measured(
+        self,
+        key: Any,
+        function: Callable[[Rows], np.ndarray],
+    ) -> np.ndarray:
         out = np.empty(len(self), np.int64)
-        for places, part in zip(places_of(self.which, len(self.parts)), self.parts, strict=True):
+        for places, part in zip(
+            places_of(self.which, len(self.parts)),
+            self.parts,
+            strict=True,
+        ):
             if len(places):
                 out[places] = part.measured(key, function)
         return out
@@ -260,37 +371,88 @@ class MixDraw:
 class MixStream:
     """Several streams, taking turns by a `Pattern`."""
 
-    def __init__(self, streams: dict[str, Stream], weights: Sequence[int]):
-        self.names, self.streams, self.pattern = list(streams), list(streams.values()), Pattern(weights)
-        shapes = {name: described(stream.peek(1).read()) for name, stream in streams.items()}
+    def __init__(
+        self,
+        streams: dict[str, Stream],
+        weights: Sequence[int],
+    ):
+        self.names, self.streams, self.pattern = (
+            list(streams),
+            list(streams.values()),
+            Pattern(weights),
+        )
+        shapes = {
+            name: described(stream.peek(1).read()) for name, stream in streams.items()
+        }
         for name, shape in shapes.items():
             if shape != shapes[self.names[0]]:
-                raise DataError(f"samples of {self.names[0]!r} are {shapes[self.names[0]]}; those of {name!r} are {shape}",
-                                where="mix", remedy="give all sources samples of one shape and dtype, e.g. with map")
+                raise DataError(
+                    f"samples of {self.names[0]!r} are {shapes[self.names[0]]}; those"
+                    f" of {name!r} are {shape}",
+                    where="mix",
+                    remedy=(
+                        "give all sources samples of one shape and dtype, e.g. with map"
+                    ),
+                )
 
     def peek(self, count: int) -> MixDraw:
         which = self.pattern.peek(count)
         slots, parts = np.empty(count, np.int64), []
-        for stream, places in zip(self.streams, places_of(which, len(self.streams)), strict=True):
+        for stream, places in zip(
+            self.streams,
+            places_of(which, len(self.streams)),
+            strict=True,
+        ):
             parts.append(stream.peek(len(places)))
             slots[places] = np.arange(len(places))
         return MixDraw(parts, which, slots)
 
     def advance(self, count: int) -> None:
-        for stream, consumed in zip(self.streams, self.pattern.advance(count), strict=True):
+        for stream, consumed in zip(
+            self.streams,
+            self.pattern.advance(count),
+            strict=True,
+        ):
             stream.advance(consumed)
 
     def state(self) -> dict[str, Any]:
-        return {"weights": dict(zip(self.names, self.pattern.weights, strict=True)),
-                "taken": dict(zip(self.names, self.pattern.taken, strict=True)),
-                "sources": {name: stream.state() for name, stream in zip(self.names, self.streams, strict=True)}}
+        return {
+            "weights": dict(
+                zip(
+                    self.names,
+                    self.pattern.weights,
+                    strict=True,
+                )
+            ),
+            "taken": dict(
+                zip(
+                    self.names,
+                    self.pattern.taken,
+                    strict=True,
+                )
+            ),
+            "sources": {
+                name: stream.state()
+                for name, stream in zip(self.names, self.streams, strict=True)
+            },
+        }
 
     def restore(self, state: Any) -> None:
         fields(state, {"weights", "taken", "sources"}, "mixture")
-        weights = dict(zip(self.names, self.pattern.weights, strict=True))
+        weights = dict(
+            zip(
+                self.names,
+                self.pattern.weights,
+                strict=True,
+            )
+        )
         if state["weights"] != weights:
-            raise DataError(f"the mixture's weights were {state['weights']} when its position was saved, and are {weights} "
-                            "now", where="mix", remedy="go on with the same sources and weights, or start a new run")
+            raise DataError(
+                f"the mixture's weights were {state['weights']} when its position was"
+                f" saved, and are {weights} now",
+                where="mix",
+                remedy="go on with the same sources and weights, or start a new run",
+            )
         for name, stream in zip(self.names, self.streams, strict=True):
             stream.restore(state["sources"][name])
         self.pattern.restore([state["taken"][name] for name in self.names])
@@ -306,9 +468,23 @@ def places_of(which: np.ndarray, count: int) -> list[np.ndarray]:
     return [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def fields(state: Any, names: set[str], what: str) -> None:
+def fields(
+    state: Any,
+    names: set[str],
+    what: str,
+) -> None:
     """Check that a saved position is one of this kind of stream."""
     if not isinstance(state, dict) or set(state) != names:
-        found = f"the fields {sorted(state)}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise DataError(f"the saved position of the {what} has {found}, not {sorted(names)}", where=what,
-                        remedy="go on with the data set that the position was saved with, or start a new run")
+        found = (
+            f"the fields {sorted(state)}"
+            if isinstance(state, dict)
+            else f"a {type(state).__name__}"
+        )
+        raise DataError(
+            f"the saved position of the {what} has {found}, not {sorted(names)}",
+            where=what,
+            remedy=(
+                "go on with the data set that the position was saved with, or start a"
+                " new run"
+            ),
+        )

@@ -1,12 +1,33 @@
-"""What a run executes on: chips, how many, how they are linked, and what work and collectives cost there."""
+"""What a run executes on: chips, how many, how they are linked, and what work and
+collectives cost there.
+"""
 
 from lepton_jax.hardware.calibrate import calibrate_cpu
 from lepton_jax.hardware.chips import CHIPS, Chip, read_chips
 from lepton_jax.hardware.links import COLLECTIVES, Link, arrange, join, lay
-from lepton_jax.hardware.roofline import convolution_flops, matmul_seconds, memory_seconds, taps
+from lepton_jax.hardware.roofline import (
+    convolution_flops,
+    matmul_seconds,
+    memory_seconds,
+    taps,
+)
 from lepton_jax.hardware.topology import Topology, here, topology
 
 __all__ = [
-    "CHIPS", "COLLECTIVES", "Chip", "Link", "Topology", "arrange", "calibrate_cpu", "convolution_flops", "here", "join",
-    "lay", "matmul_seconds", "memory_seconds", "read_chips", "taps", "topology",
+    "CHIPS",
+    "COLLECTIVES",
+    "Chip",
+    "Link",
+    "Topology",
+    "arrange",
+    "calibrate_cpu",
+    "convolution_flops",
+    "here",
+    "join",
+    "lay",
+    "matmul_seconds",
+    "memory_seconds",
+    "read_chips",
+    "taps",
+    "topology",
 ]

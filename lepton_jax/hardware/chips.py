@@ -1,6 +1,8 @@
-"""The chip catalogue: what planning needs to know of a chip, each figure with its source.
+"""The chip catalogue: what planning needs to know of a chip, each figure with its
+source.
 
-`catalogue.toml` holds the chips known here; `read_chips` reads more from a file of the same form.
+`catalogue.toml` holds the chips known here; `read_chips` reads more from a file of the
+same form.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ PLATFORMS = ("tpu", "cuda", "cpu")
 
 @dataclass(frozen=True)
 class Chip:
-    """One JAX device; on the platform "cpu", the machine that all its virtual devices share.
+    """One JAX device; on the platform "cpu", the machine that all its virtual devices
+    share.
 
     Attributes:
       name: as in a topology's name.
@@ -38,10 +41,13 @@ class Chip:
       op_seconds: what an operation costs beside its work.
       tile: rows and columns to which a matmul's output is padded.
       tile_depth: to what its contracted dim is padded.
-      torus: dims of the links' torus (TPU: 2 or 3); 0 where devices are joined by switches or memory.
-      wrap_size: of a 2-D torus a dim wraps if this divides it; a 3-D torus wraps in each dim if this divides all of them.
+      torus: dims of the links' torus (TPU: 2 or 3); 0 where devices are joined by
+        switches or memory.
+      wrap_size: of a 2-D torus a dim wraps if this divides it; a 3-D torus wraps in
+        each dim if this divides all of them.
       node: chips of one host; where NVLink joins them, of one NVLink domain.
-      link_bandwidth: one way, bytes/s: of one torus link, of one device into NVLink, or of shared memory as a whole.
+      link_bandwidth: one way, bytes/s: of one torus link, of one device into NVLink, or
+        of shared memory as a whole.
       link_fraction: share of it that a large collective reaches.
       link_latency: seconds per hop or step.
       call_latency: seconds per collective, whatever its size.
@@ -52,7 +58,8 @@ class Chip:
       network_latency: seconds per step between nodes.
       host_bandwidth: between host and device, one way, bytes/s per device.
       price: list price on demand, US dollars per chip-hour; None where none was found.
-      sources: field (of peaks: "peaks.bfloat16") to title, address and date read, or "assumption: ...".
+      sources: field (of peaks: "peaks.bfloat16") to title, address and date read, or
+        "assumption: ...".
     """
 
     name: str
@@ -82,7 +89,11 @@ class Chip:
     network_latency: float = 5e-6
     host_bandwidth: float = 16e9
     price: float | None = None
-    sources: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    sources: Mapping[str, str] = field(
+        default_factory=dict,
+        repr=False,
+        hash=False,
+    )
 
     @property
     def bf16_flops(self) -> float:
@@ -92,33 +103,79 @@ class Chip:
     def peak(self, dtype: Any = "bfloat16") -> float:
         """Dense matmul peak for operands of `dtype` at JAX's default precision, FLOP/s.
 
-        A dtype that the chip has no units for counts as the next wider one that it has: float8, int8 and float16 as
-        bfloat16, and whatever is wider than float32 as float32.
+        A dtype that the chip has no units for counts as the next wider one that it has:
+        float8, int8 and float16 as bfloat16, and whatever is wider than float32 as
+        float32.
         """
         name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
         found = self.peaks.get(name)
         if found is None:
-            name = "float8" if name.startswith("float8") else "int8" if name.endswith(("int8", "int4")) else name
+            name = (
+                "float8"
+                if name.startswith("float8")
+                else "int8"
+                if name.endswith(("int8", "int4"))
+                else name
+            )
             wide = name not in ("bfloat16", "float16", "float8", "int8")
-            found = self.peaks.get(name) or self.peaks.get("float32" if wide else "bfloat16") or self.bf16_flops
+            found = (
+                self.peaks.get(name)
+                or self.peaks.get("float32" if wide else "bfloat16")
+                or self.bf16_flops
+            )
         return found
 
     def __str__(self) -> str:
         """A line per figure: value, source."""
         shown = {f"peaks.{dtype}": peak for dtype, peak in self.peaks.items()}
-        shown |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "peaks", "sources")}
-        rows = [(key, "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
-                for key, value in shown.items() if key in self.sources or key == "price"]
-        wide = max((len(value) for _, value in rows), default=0)
-        return "\n".join([self.name, *(f"  {key:<17} {value:<{wide}}  {self.sources.get(key, '')}".rstrip()
-                                       for key, value in rows)])
+        shown |= {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("name", "peaks", "sources")
+        }
+        rows = [
+            (
+                key,
+                (
+                    "unknown"
+                    if value is None
+                    else f"{value:.4g}"
+                    if isinstance(value, float)
+                    else str(value)
+                ),
+            )
+            for key, value in shown.items()
+            if key in self.sources or key == "price"
+        ]
+        wide = max(
+            (len(value) for _, value in rows),
+            default=0,
+        )
+        return "\n".join(
+            [
+                self.name,
+                *(
+                    f"  {key:<17} {value:<{wide}}  {self.sources.get(key, '')}".rstrip()
+                    for key, value in rows
+                ),
+            ]
+        )
 
 
 _REQUIRED = ("platform", "peaks", "memory", "bandwidth", "link_bandwidth")
 _COUNTS = ("devices_per_chip", "tile", "tile_depth", "torus", "wrap_size", "node")
 _TEXTS = ("kinds", "aliases")
-_MAY_BE_ZERO = ("op_seconds", "link_latency", "call_latency", "ramp_seconds", "network_latency", "torus", "price")
-# what belongs to a product, not to its kind: an own entry `like` another doesn't answer to its names nor cost the same
+_MAY_BE_ZERO = (
+    "op_seconds",
+    "link_latency",
+    "call_latency",
+    "ramp_seconds",
+    "network_latency",
+    "torus",
+    "price",
+)
+# what belongs to a product, not to its kind: an own entry `like` another doesn't answer
+# to its names nor cost the same
 _OWN = ("kinds", "aliases", "price")
 _KEYS = [f.name for f in fields(Chip) if f.name not in ("name", "sources")]
 
@@ -126,12 +183,14 @@ _KEYS = [f.name for f in fields(Chip) if f.name not in ("name", "sources")]
 def read_chips(path: str | Path) -> dict[str, Chip]:
     """Chips of a TOML file, by name: a table for each, with the fields of `Chip`.
 
-    A figure is a bare number or `{ value = 3.5, source = "our contract" }`. With `like = "h200"` the fields left out are
-    those of another chip of the file (further up) or of the catalogue, but for its names and its price. Required without
-    `like`: platform, peaks.bfloat16, memory, bandwidth, link_bandwidth, and torus on a TPU.
+    A figure is a bare number or `{ value = 3.5, source = "our contract" }`. With `like
+    = "h200"` the fields left out are those of another chip of the file (further up) or
+    of the catalogue, but for its names and its price. Required without `like`:
+    platform, peaks.bfloat16, memory, bandwidth, link_bandwidth, and torus on a TPU.
 
     Raises:
-      PlanError: no such file, no TOML, or a field that is missing, unknown, ill-typed or out of range.
+      PlanError: no such file, no TOML, or a field that is missing, unknown, ill-typed
+        or out of range.
     """
     return _read(Path(path), CHIPS)
 
@@ -140,17 +199,32 @@ def _read(path: Path, known: Mapping[str, Chip]) -> dict[str, Chip]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanError(f"the chips can't be read: {error.strerror}", where=path, remedy="name a file that is there") from error
+        raise PlanError(
+            f"the chips can't be read: {error.strerror}",
+            where=path,
+            remedy="name a file that is there",
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"the chips are no TOML: {error}", where=path,
-                        remedy="mend the line; a table begins with [name], a field is name = value") from error
+        raise PlanError(
+            f"the chips are no TOML: {error}",
+            where=path,
+            remedy="mend the line; a table begins with [name], a field is name = value",
+        ) from error
     cited = tables.pop("sources", {})
     chips: dict[str, Chip] = {}
     for name, table in tables.items():
         if not isinstance(table, dict) or not re.fullmatch(r"[\w-]+", name):
-            raise PlanError(f"{name!r} is no table of a chip", where=path,
-                            remedy='write [name], of letters, digits, "-" and "_", and its fields below')
-        chips[name.lower()] = _Table(path, name, cited if isinstance(cited, dict) else {}).chip(table, {**known, **chips})
+            raise PlanError(
+                f"{name!r} is no table of a chip",
+                where=path,
+                remedy=(
+                    'write [name], of letters, digits, "-" and "_", and its fields'
+                    " below"
+                ),
+            )
+        chips[name.lower()] = _Table(
+            path, name, cited if isinstance(cited, dict) else {}
+        ).chip(table, {**known, **chips})
     return chips
 
 
@@ -162,56 +236,134 @@ class _Table:
     name: str
     cited: dict[str, str]
 
-    def error(self, key: str, what: str, remedy: str) -> PlanError:
-        return PlanError(what, where=f"{self.path}, [{self.name}] {key}".rstrip(), remedy=remedy)
+    def error(
+        self,
+        key: str,
+        what: str,
+        remedy: str,
+    ) -> PlanError:
+        return PlanError(
+            what, where=f"{self.path}, [{self.name}] {key}".rstrip(), remedy=remedy
+        )
 
-    def chip(self, table: dict[str, Any], known: Mapping[str, Chip]) -> Chip:
+    def chip(
+        self,
+        table: dict[str, Any],
+        known: Mapping[str, Chip],
+    ) -> Chip:
         table, base = dict(table), table.get("like")
         if "like" in table:
             table.pop("like")
             if not isinstance(base, str) or base.lower() not in known:
                 near = nearest(base, known) if isinstance(base, str) else ""
-                raise self.error("like", f"{base!r} is no chip{near}", f"name one of {', '.join(known)}")
+                raise self.error(
+                    "like",
+                    f"{base!r} is no chip{near}",
+                    f"name one of {', '.join(known)}",
+                )
         for key in table:
             if key not in _KEYS:
-                raise self.error(key, f"a chip has no field {key!r}{nearest(key, _KEYS)}", f"it has like, {', '.join(_KEYS)}")
+                raise self.error(
+                    key,
+                    f"a chip has no field {key!r}{nearest(key, _KEYS)}",
+                    f"it has like, {', '.join(_KEYS)}",
+                )
         sources: dict[str, str] = {}
         values: dict[str, Any] = {}
         for key, entry in table.items():
-            values[key] = self.peaks(entry, sources) if key == "peaks" else self.one(key, entry, sources)
+            values[key] = (
+                self.peaks(entry, sources)
+                if key == "peaks"
+                else self.one(key, entry, sources)
+            )
         if base is not None:
-            return self._like(known[base.lower()], values, sources)
-        for key in (*_REQUIRED, *(("torus",) if values.get("platform") == "tpu" else ())):
-            if key not in values or (key == "peaks" and "bfloat16" not in values["peaks"]):
+            return self._like(
+                known[base.lower()],
+                values,
+                sources,
+            )
+        for key in (
+            *_REQUIRED,
+            *(("torus",) if values.get("platform") == "tpu" else ()),
+        ):
+            if key not in values or (
+                key == "peaks" and "bfloat16" not in values["peaks"]
+            ):
                 key = "peaks.bfloat16" if key == "peaks" else key
-                raise self.error(key, f"chip {self.name!r} has no {key}", f'give {key}, or start from a chip: like = "h200"')
-        return Chip(name=self.name.lower(), sources=sources, **values)
+                raise self.error(
+                    key,
+                    f"chip {self.name!r} has no {key}",
+                    f'give {key}, or start from a chip: like = "h200"',
+                )
+        return Chip(
+            name=self.name.lower(),
+            sources=sources,
+            **values,
+        )
 
-    def _like(self, base: Chip, values: dict[str, Any], sources: dict[str, str]) -> Chip:
+    def _like(
+        self,
+        base: Chip,
+        values: dict[str, Any],
+        sources: dict[str, str],
+    ) -> Chip:
         inherited = {key: text for key, text in base.sources.items() if key not in _OWN}
-        fresh: dict[str, Any] = dict.fromkeys(("kinds", "aliases"), ()) | {"price": None} | values
+        fresh: dict[str, Any] = (
+            dict.fromkeys(("kinds", "aliases"), ()) | {"price": None} | values
+        )
         fresh["peaks"] = {**base.peaks, **values.get("peaks", {})}
-        return replace(base, name=self.name.lower(), sources=inherited | sources, **fresh)
+        return replace(
+            base,
+            name=self.name.lower(),
+            sources=inherited | sources,
+            **fresh,
+        )
 
-    def peaks(self, entry: Any, sources: dict[str, str]) -> dict[str, float]:
+    def peaks(
+        self,
+        entry: Any,
+        sources: dict[str, str],
+    ) -> dict[str, float]:
         if not isinstance(entry, dict):
-            raise self.error("peaks", f"peaks is {entry!r}, not a table by dtype", "write peaks.bfloat16 = 989e12")
+            raise self.error(
+                "peaks",
+                f"peaks is {entry!r}, not a table by dtype",
+                "write peaks.bfloat16 = 989e12",
+            )
         for dtype in entry:
             if dtype not in DTYPES:
-                raise self.error(f"peaks.{dtype}", f"{dtype!r} is no dtype of peaks{nearest(dtype, DTYPES)}",
-                                 f"it has {', '.join(DTYPES)}")
-        return {dtype: self.one(f"peaks.{dtype}", value, sources) for dtype, value in entry.items()}
+                raise self.error(
+                    f"peaks.{dtype}",
+                    f"{dtype!r} is no dtype of peaks{nearest(dtype, DTYPES)}",
+                    f"it has {', '.join(DTYPES)}",
+                )
+        return {
+            dtype: self.one(f"peaks.{dtype}", value, sources)
+            for dtype, value in entry.items()
+        }
 
-    def one(self, key: str, entry: Any, sources: dict[str, str]) -> Any:
+    def one(
+        self,
+        key: str,
+        entry: Any,
+        sources: dict[str, str],
+    ) -> Any:
         """The value of a field; its source goes to `sources`."""
         source = str(self.path)
         if isinstance(entry, dict):
             for part in entry:
                 if part not in ("value", "source"):
-                    raise self.error(key, f"a figure has no {part!r}", "write { value = ..., source = \"...\" }")
+                    raise self.error(
+                        key,
+                        f"a figure has no {part!r}",
+                        'write { value = ..., source = "..." }',
+                    )
             if "value" not in entry or not isinstance(entry.get("source", ""), str):
-                raise self.error(key, "a figure needs a value, and its source is text",
-                                 "write { value = ..., source = \"...\" }")
+                raise self.error(
+                    key,
+                    "a figure needs a value, and its source is text",
+                    'write { value = ..., source = "..." }',
+                )
             source = self._cite(entry.get("source", source))
             entry = entry["value"]
         if key not in ("platform", "aliases"):
@@ -224,22 +376,45 @@ class _Table:
             return text
         return f"{self.cited[name]};{remark}" if remark else str(self.cited[name])
 
-    def _checked(self, key: str, value: Any) -> Any:
+    def _checked(
+        self,
+        key: str,
+        value: Any,
+    ) -> Any:
         if key == "platform":
             if value not in PLATFORMS:
-                raise self.error(key, f"{value!r} is no platform", f"one of {', '.join(PLATFORMS)}")
+                raise self.error(
+                    key, f"{value!r} is no platform", f"one of {', '.join(PLATFORMS)}"
+                )
             return value
         if key in _TEXTS:
-            if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-                raise self.error(key, f"{key} is {value!r}, not a list of texts", f'write {key} = ["..."]')
+            if not isinstance(value, list) or not all(
+                isinstance(text, str) for text in value
+            ):
+                raise self.error(
+                    key,
+                    f"{key} is {value!r}, not a list of texts",
+                    f'write {key} = ["..."]',
+                )
             return tuple(value)
-        kinds, what = (int, "a whole number") if key in _COUNTS else (int | float, "a number")
-        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) < 1e30:  # NaN, too, is not below
+        kinds, what = (
+            (int, "a whole number") if key in _COUNTS else (int | float, "a number")
+        )
+        # NaN, too, is not below
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kinds)
+            or not abs(value) < 1e30
+        ):
             raise self.error(key, f"{key} is {value!r}, not {what}", f"give {what}")
         if value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
             raise self.error(key, f"{key} is {value}", "give a number above zero")
         if key.endswith("_fraction") and value > 1:
-            raise self.error(key, f"{key} is {value}, more than the whole", "give a share between 0 and 1")
+            raise self.error(
+                key,
+                f"{key} is {value}, more than the whole",
+                "give a share between 0 and 1",
+            )
         return value if key in _COUNTS else float(value)
 
 

@@ -42,7 +42,11 @@ class Refused:
         self._named: set[str] = set()
         self._said = 0.0
 
-    def add(self, address: str, why: str) -> None:
+    def add(
+        self,
+        address: str,
+        why: str,
+    ) -> None:
         self.count += 1
         now = time.monotonic()
         if address not in self._named and len(self._named) < MOST_NAMED:
@@ -59,7 +63,11 @@ class Refused:
         are = "connection was" if self.count == 1 else "connections were"
         return f"; {self.count} {are} refused without proof of the run's token"
 
-    def _say(self, text: str, now: float) -> None:
+    def _say(
+        self,
+        text: str,
+        now: float,
+    ) -> None:
         self._said = now
         with contextlib.suppress(
             OSError
@@ -79,7 +87,12 @@ class Door:
       refused: connections without a proof.
     """
 
-    def __init__(self, listener: socket.socket, token: str, channel: str):
+    def __init__(
+        self,
+        listener: socket.socket,
+        token: str,
+        channel: str,
+    ):
         self.listener = listener
         self.refused = Refused()
         self._token = token
@@ -146,13 +159,18 @@ class Door:
             self.drop(line)
         self._selector.close()
 
-    # ---- internals ------------------------------------------------------------------
+    # ---- internals ----
 
     def _take_in(self) -> None:
         for _ in range(CALLS_A_TURN):
             try:
                 connection, address = self.listener.accept()
-                line = Line(connection, self._token, self._channel, head=True)
+                line = Line(
+                    connection,
+                    self._token,
+                    self._channel,
+                    head=True,
+                )
             except OSError:  # there is nobody more, or it has gone already
                 return
             self._make_room()
@@ -176,7 +194,11 @@ class Door:
             elif now > until or not line.open:
                 self.drop(line)
 
-    def _refuse(self, line: Line, why: str) -> None:
+    def _refuse(
+        self,
+        line: Line,
+        why: str,
+    ) -> None:
         address = self._address[line]
         self.drop(line)
         remedy = f"; {proof.REMEDY}" if why == proof.NOT_GIVEN else ""

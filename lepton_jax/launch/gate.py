@@ -1,4 +1,6 @@
-"""Where the supervisors of all hosts come to the head: who is let in, who is turned away, and whose connection is lost."""
+"""Where the supervisors of all hosts come to the head: who is let in, who is turned
+away, and whose connection is lost.
+"""
 
 from __future__ import annotations
 
@@ -28,27 +30,56 @@ class Seat:
       code, error: how its last worker ended.
       place, at: where its worker was when last heard of, and when that was.
       over: its supervisor finds it over its limit.
-      silent: for how long its worker has said nothing; `state`: that process's state, as the system calls it.
+      silent: for how long its worker has said nothing; `state`: that process's state,
+        as the system calls it.
       stack: of its worker, since it last made progress; `asked`: for it.
     """
 
-    def __init__(self, host: int, line: Line, name: str):
+    def __init__(
+        self,
+        host: int,
+        line: Line,
+        name: str,
+    ):
         self.host, self.line, self.name = host, line, name
         self.generation: int | None = None
         self.forget(Place(), 0.0)
 
-    def forget(self, place: Place, now: float) -> None:
+    def forget(
+        self,
+        place: Place,
+        now: float,
+    ) -> None:
         """All that an earlier worker left."""
         self.code: int | None = None
         self.error: dict[str, Any] | None = None
         self.stack: tuple[str, ...] = ()
         self.asked = False
-        self.place, self.at, self.over, self.silent, self.state = place, now, False, 0.0, ""
+        self.place, self.at, self.over, self.silent, self.state = (
+            place,
+            now,
+            False,
+            0.0,
+            "",
+        )
 
-    def hear(self, place: Place, now: float, over: bool, silent: float, state: str) -> None:
+    def hear(
+        self,
+        place: Place,
+        now: float,
+        over: bool,
+        silent: float,
+        state: str,
+    ) -> None:
         if place.age < self.where(now).age - 1.0:  # it goes on
             self.stack, self.asked = (), False
-        self.place, self.at, self.over, self.silent, self.state = place, now, over, silent, state
+        self.place, self.at, self.over, self.silent, self.state = (
+            place,
+            now,
+            over,
+            silent,
+            state,
+        )
 
     def where(self, now: float) -> Place:
         return self.place._replace(age=self.place.age + now - self.at)
@@ -61,11 +92,18 @@ def listen(cluster: Cluster) -> socket.socket:
       SettingError: the port is taken.
     """
     if cluster.coordinator is None:
-        return socket.create_server(("127.0.0.1", 0), backlog=max(cluster.hosts, BACKLOG))
+        return socket.create_server(
+            ("127.0.0.1", 0),
+            backlog=max(cluster.hosts, BACKLOG),
+        )
     port, ipv6 = int(split(cluster.coordinator)[1]), socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(("", port), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6,
-                                    backlog=max(cluster.hosts, BACKLOG))
+        return socket.create_server(
+            ("", port),
+            family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+            dualstack_ipv6=ipv6,
+            backlog=max(cluster.hosts, BACKLOG),
+        )
     except OSError as error:
         raise meeting.taken(port, error, cluster) from error
 
@@ -87,7 +125,8 @@ class Gate:
       seats: by host.
       secret: by which the supervisors in this very process are known.
       misfit: the hosts do not fit to each other.
-      begun: the hosts have met; a second process that says it is one of them is told to come again later.
+      begun: the hosts have met; a second process that says it is one of them is told to
+        come again later.
     """
 
     def __init__(
@@ -103,7 +142,11 @@ class Gate:
         self.run = run
         self._obey = obey
         self._came = came
-        self.own = {"host": 0, "hosts": cluster.hosts, "facts": dict(facts)}
+        self.own = {
+            "host": 0,
+            "hosts": cluster.hosts,
+            "facts": dict(facts),
+        }
         self.secret = secrets.token_hex(8)
         self.token = token or tokens.make()
         self.seats: dict[int, Seat] = {}
@@ -112,7 +155,11 @@ class Gate:
         self._seated: dict[Line, Seat] = {}
         self.listener = listen(cluster)
         self.port = self.listener.getsockname()[1]
-        self.door = Door(self.listener, self.token, CHANNEL)
+        self.door = Door(
+            self.listener,
+            self.token,
+            CHANNEL,
+        )
 
     def serve(self, seconds: float) -> None:
         """Hear what comes within so many seconds."""
@@ -125,8 +172,14 @@ class Gate:
             except (KeyError, TypeError, ValueError):  # of another version, or broken
                 line.give_up(LANGUAGE)
 
-    def lost(self, now: float, patience: float) -> list[Seat]:
-        """The hosts whose connection was closed, or has been silent for too long; they have no seat any more."""
+    def lost(
+        self,
+        now: float,
+        patience: float,
+    ) -> list[Seat]:
+        """The hosts whose connection was closed, or has been silent for too long; they
+        have no seat any more.
+        """
         gone = []
         for seat in [*self.seats.values()]:
             if seat.line.open and now - seat.line.heard > patience:
@@ -143,16 +196,29 @@ class Gate:
         for seat in self.seats.values():
             seat.at += seconds
 
-    def tell(self, do: str, **more: Any) -> None:
+    def tell(
+        self,
+        do: str,
+        **more: Any,
+    ) -> None:
         """All hosts."""
         for seat in self.seats.values():
             seat.line.send(do=do, **more)
 
-    def close(self, code: int, error: LeptonError | None) -> None:
-        """Say that it is over, and give it the time to arrive: the others close their ends when they have read it."""
+    def close(
+        self,
+        code: int,
+        error: LeptonError | None,
+    ) -> None:
+        """Say that it is over, and give it the time to arrive: the others close their
+        ends when they have read it.
+        """
         said = None if error is None else {"what": error.what, "remedy": error.remedy}
         self.tell("over", code=code, error=said)
-        lines, until = [seat.line for seat in self.seats.values()], time.monotonic() + FLUSH_TIME
+        lines, until = (
+            [seat.line for seat in self.seats.values()],
+            time.monotonic() + FLUSH_TIME,
+        )
         while any(line.open for line in lines) and time.monotonic() < until:
             time.sleep(PAUSE)
             for line in lines:
@@ -160,39 +226,64 @@ class Gate:
                 line.receive()
         self.door.close()
 
-    def _admit(self, line: Line, hello: dict[str, Any]) -> None:
+    def _admit(
+        self,
+        line: Line,
+        hello: dict[str, Any],
+    ) -> None:
         """A supervisor says who it is."""
         if not line.open:  # it has left already
             return
-        if not (isinstance(hello.get("host"), int) and isinstance(hello.get("facts"), dict)
-                and isinstance(hello.get("generation"), int)):
+        if not (
+            isinstance(hello.get("host"), int)
+            and isinstance(hello.get("facts"), dict)
+            and isinstance(hello.get("generation"), int)
+        ):
             line.give_up("it is no supervisor")
             return
         host, fault = hello["host"], None
         before = self.seats.get(host)
         if hello.get("run") != self.run:
-            _refuse(line, SettingError(f"host {host} belongs to another run: {hello.get('run')!r} there, {self.run!r} here",
-                                       where=self.cluster, remedy="end what an earlier start left behind, or give this run "
-                                       "another port by --coordinator"))
+            _refuse(
+                line,
+                SettingError(
+                    f"host {host} belongs to another run: {hello.get('run')!r} there,"
+                    f" {self.run!r} here",
+                    where=self.cluster,
+                    remedy=(
+                        "end what an earlier start left behind, or give this run "
+                        "another port by --coordinator"
+                    ),
+                ),
+            )
             return
         if hello.get("secret") != self.secret:
-            fault = meeting.differs(self.own, hello, self.cluster)
+            fault = meeting.differs(
+                self.own,
+                hello,
+                self.cluster,
+            )
         if fault is None and before is not None and before.line.open and not self.begun:
             fault = meeting.twice(host, self.cluster)
         if fault is not None:
             _refuse(line, fault)
             self.misfit = fault
-        elif before is not None:  # a machine that went down without a word may be back before its silence is noticed
+        # a machine that went down without a word may be back before its silence is
+        # noticed
+        elif before is not None:
             line.send(do="later", why=f"another process is host {host} already")
         else:
             self.door.keep(line)
-            seat = self.seats[host] = self._seated[line] = Seat(host, line, str(hello.get("name", "")))
+            seat = self.seats[host] = self._seated[line] = Seat(
+                host, line, str(hello.get("name", ""))
+            )
             line.send(do="welcome")
             self._came(seat, hello["generation"])
 
 
 def signals_after(count: int, last: float) -> int:
-    """How many signals have come with this one: what comes twice at once was sent once to a process and once to its group.
+    """How many signals have come with this one: what comes twice at once was sent once
+    to a process and once to its group.
 
     Args:
       count: how many came before.
@@ -202,4 +293,9 @@ def signals_after(count: int, last: float) -> int:
 
 
 def _refuse(line: Line, error: SettingError) -> None:
-    line.send(do="refuse", what=error.what, remedy=error.remedy)  # the other end closes it, or the patience ends
+    # the other end closes it, or the patience ends
+    line.send(
+        do="refuse",
+        what=error.what,
+        remedy=error.remedy,
+    )

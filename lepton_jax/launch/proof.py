@@ -70,7 +70,13 @@ def read_nonce(line: bytes) -> bytes | None:
     return line if _HEX.fullmatch(line) else None
 
 
-def proof(token: str, channel: str, role: bytes, host: bytes, head: bytes) -> bytes:
+def proof(
+    token: str,
+    channel: str,
+    role: bytes,
+    host: bytes,
+    head: bytes,
+) -> bytes:
     """The line by which one side proves that it has the token.
 
     Args:
@@ -79,28 +85,62 @@ def proof(token: str, channel: str, role: bytes, host: bytes, head: bytes) -> by
       role: HOST or HEAD, whose proof it is.
       host, head: the random numbers of the two sides.
     """
-    return _hmac(token.encode(), b"proof", channel.encode(), role, host, head)
+    return _hmac(
+        token.encode(),
+        b"proof",
+        channel.encode(),
+        role,
+        host,
+        head,
+    )
 
 
 def proves(
-    line: bytes, token: str, channel: str, role: bytes, host: bytes, head: bytes
+    line: bytes,
+    token: str,
+    channel: str,
+    role: bytes,
+    host: bytes,
+    head: bytes,
 ) -> bool:
     """Whether a line is that side's proof; takes the same time however it is wrong."""
-    return hmac.compare_digest(line, proof(token, channel, role, host, head))
+    return hmac.compare_digest(
+        line,
+        proof(
+            token,
+            channel,
+            role,
+            host,
+            head,
+        ),
+    )
 
 
-def keys(token: str, channel: str, host: bytes, head: bytes) -> dict[bytes, bytes]:
+def keys(
+    token: str,
+    channel: str,
+    host: bytes,
+    head: bytes,
+) -> dict[bytes, bytes]:
     """The keys that seal what each side says, by its role."""
     text = (channel.encode(), host, head)
     return {role: _hmac(token.encode(), b"key", role, *text) for role in (HOST, HEAD)}
 
 
-def seal(key: bytes, number: int, message: bytes) -> bytes:
+def seal(
+    key: bytes,
+    number: int,
+    message: bytes,
+) -> bytes:
     """The line for the message with this number; the message has no line end in it."""
     return _seal(key, number, message) + b" " + message
 
 
-def unseal(key: bytes, number: int, line: bytes) -> bytes | None:
+def unseal(
+    key: bytes,
+    number: int,
+    line: bytes,
+) -> bytes | None:
     """The message of a line; None if it was not sealed with this key and number."""
     said, message = line[:SEAL], line[SEAL + 1 :]
     whole = line[SEAL : SEAL + 1] == b" "
@@ -109,8 +149,17 @@ def unseal(key: bytes, number: int, line: bytes) -> bytes | None:
     return message
 
 
-def _seal(key: bytes, number: int, message: bytes) -> bytes:
-    return _hmac(key, b"message", str(number).encode(), message)
+def _seal(
+    key: bytes,
+    number: int,
+    message: bytes,
+) -> bytes:
+    return _hmac(
+        key,
+        b"message",
+        str(number).encode(),
+        message,
+    )
 
 
 def _hmac(key: bytes, *parts: bytes) -> bytes:

@@ -17,13 +17,18 @@ from lepton_jax.launch.verdict import Fault, Place, behind
 
 SELDOM = 1.0  # seconds between two writes
 LATELY = 60.0  # seconds over which a share of time is taken
-LEAST, MUTE, HELD = 3.0, 5.0, 2.0  # seconds: of such a share; without a line; for which others wait, that are worth a word
-SHARE, TIMES = 0.02, 2.0  # of its time a host waits for data, and so many times as much as the others, to be called slow
+# seconds: of such a share; without a line; for which others wait, that are worth a word
+LEAST, MUTE, HELD = 3.0, 5.0, 2.0
+# of its time a host waits for data, and so many times as much as the others, to be
+# called slow
+SHARE, TIMES = 0.02, 2.0
 
 
 @dataclass
 class HostRecord:
-    """A host as last heard of: `state` is "missing", "waiting", "running", "ended" or "lost"."""
+    """A host as last heard of: `state` is "missing", "waiting", "running", "ended" or
+    "lost".
+    """
 
     state: str = "missing"
     name: str = ""
@@ -32,9 +37,15 @@ class HostRecord:
     heard: float = 0.0  # monotonic
     silent: float = 0.0
     slow: float = 0.0  # seconds for which it was the slowest, over all attempts
-    recent: deque[tuple[float, float]] = field(default_factory=deque)  # time and its seconds in "data", a second apart
+    # time and its seconds in "data", a second apart
+    recent: deque[tuple[float, float]] = field(default_factory=deque)
 
-    def hear(self, place: Place, heard: float, silent: float) -> None:
+    def hear(
+        self,
+        place: Place,
+        heard: float,
+        silent: float,
+    ) -> None:
         """Where its worker was at `heard`, which may be what was known already."""
         if place.data < self.data:  # another worker
             self.recent.clear()
@@ -50,7 +61,9 @@ class HostRecord:
 
     @property
     def data_share(self) -> float | None:
-        """Of the last minute, what it waited for data; None while less than three seconds are known."""
+        """Of the last minute, what it waited for data; None while less than three
+        seconds are known.
+        """
         if not self.recent or self.heard - self.recent[0][0] < LEAST:
             return None
         (began, before), (now, after) = self.recent[0], self.recent[-1]
@@ -58,48 +71,98 @@ class HostRecord:
 
     def unheard(self, now: float) -> float:
         """Seconds without a line of its worker's; its supervisor's silence counts."""
-        return self.silent + now - self.heard if self.state in ("running", "lost") and self.heard else self.silent
+        return (
+            self.silent + now - self.heard
+            if self.state in ("running", "lost") and self.heard
+            else self.silent
+        )
 
     def to_json(self, now: float) -> dict[str, Any]:
         at, share = self.place, self.data_share
-        where = {} if at is None else {
-            "phase": at.phase, "step": at.step, "done": at.done, "seconds_in_it": round(at.age + now - self.heard, 1),
-            "limit": at.limit if at.limit < float("inf") else None,
-            "seconds": {"data": at.data, "steps": at.steps, "evaluation": at.evaluation, "save": at.save},
-            "data_share": None if share is None else round(share, 4), "memory": at.memory, "device_memory": at.device_memory}
-        return {"state": self.state, "machine": self.name, "host_id": self.host_id, **where,
-                "seconds_silent": round(self.unheard(now), 1), "seconds_slowest": round(self.slow, 1)}
+        where = (
+            {}
+            if at is None
+            else {
+                "phase": at.phase,
+                "step": at.step,
+                "done": at.done,
+                "seconds_in_it": round(at.age + now - self.heard, 1),
+                "limit": at.limit if at.limit < float("inf") else None,
+                "seconds": {
+                    "data": at.data,
+                    "steps": at.steps,
+                    "evaluation": at.evaluation,
+                    "save": at.save,
+                },
+                "data_share": None if share is None else round(share, 4),
+                "memory": at.memory,
+                "device_memory": at.device_memory,
+            }
+        )
+        return {
+            "state": self.state,
+            "machine": self.name,
+            "host_id": self.host_id,
+            **where,
+            "seconds_silent": round(self.unheard(now), 1),
+            "seconds_slowest": round(self.slow, 1),
+        }
 
 
 def slowest(hosts: Mapping[int, HostRecord], now: float) -> dict[str, Any] | None:
     """The host that the others wait for, as {"host", "why"}; None if none stands out.
 
-    In one program all hosts wait for the slowest, and so all take the same time for a step. What tells them apart is time of a
-    host's own: it is silent, the others have got further and wait, or it waits for data more than they do. A device that
-    computes more slowly than the others does not show.
+    In one program all hosts wait for the slowest, and so all take the same time for a
+    step. What tells them apart is time of a host's own: it is silent, the others have
+    got further and wait, or it waits for data more than they do. A device that computes
+    more slowly than the others does not show.
     """
-    running = {host: each for host, each in hosts.items() if each.state == "running" and each.place is not None}
+    running = {
+        host: each
+        for host, each in hosts.items()
+        if each.state == "running" and each.place is not None
+    }
     if len(running) < 2:
         return None
-    mute = max(running, key=lambda host: running[host].unheard(now))
+    mute = max(
+        running,
+        key=lambda host: running[host].unheard(now),
+    )
     if running[mute].unheard(now) > MUTE:
         return {"host": mute, "why": f"silent for {running[mute].unheard(now):.0f} s"}
-    places = {host: each.place for host, each in running.items() if each.place is not None}
+    places = {
+        host: each.place for host, each in running.items() if each.place is not None
+    }
     # hosts that go on are heard of at different times, and so at different steps
     held = min(at.age + now - running[host].heard for host, at in places.items())
     last = behind(places)
     if held > HELD and len(last) == 1:
         host = last[0]
-        return {"host": host, "why": f"{places[host]} for {places[host].age + now - running[host].heard:.0f} s, and the others "
-                                     "wait for it"}
-    shares = {host: share for host, each in running.items() if (share := each.data_share) is not None}
+        return {
+            "host": host,
+            "why": (
+                f"{places[host]} for {places[host].age + now - running[host].heard:.0f}"
+                " s, and the others wait for it"
+            ),
+        }
+    shares = {
+        host: share
+        for host, each in running.items()
+        if (share := each.data_share) is not None
+    }
     if len(shares) < 2:
         return None
     host = max(shares, key=lambda host: shares[host])
     usual = statistics.median(share for other, share in shares.items() if other != host)
     if shares[host] < max(SHARE, TIMES * usual):
         return None
-    return {"host": host, "why": f"{100 * shares[host]:.0f} % of its time it waits for data, the others {100 * usual:.0f} %"}
+    return {
+        "host": host,
+        "why": (
+            f"{100 * shares[host]:.0f} % of its time it waits for data, the others"
+            f" {100 * usual:.0f} %"
+        ),
+    }
 
 
 @dataclass
@@ -108,7 +171,8 @@ class Recovery:
 
     Attributes:
       seen: when the head heard of it.
-      since: when the host had last made progress, which for one that is stuck is long before.
+      since: when the host had last made progress, which for one that is stuck is long
+        before.
       ended: when all workers had ended.
       begun: when the next attempt began.
       stepped: when all hosts had trained a step of it.
@@ -123,11 +187,25 @@ class Recovery:
     stepped: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        after = {name: None if at is None else round(at - self.seen, 3)
-                 for name, at in (("ended", self.ended), ("begun", self.begun), ("stepped", self.stepped))}
-        return {"generation": self.generation, "host": self.fault.host, "cause": self.fault.cause, "what": str(self.fault),
-                "phase": self.fault.place.phase, "step": self.fault.place.step, "stack": list(self.fault.stack),
-                "seconds_to_notice": round(self.seen - self.since, 3), **{f"seconds_to_{k}": v for k, v in after.items()}}
+        after = {
+            name: None if at is None else round(at - self.seen, 3)
+            for name, at in (
+                ("ended", self.ended),
+                ("begun", self.begun),
+                ("stepped", self.stepped),
+            )
+        }
+        return {
+            "generation": self.generation,
+            "host": self.fault.host,
+            "cause": self.fault.cause,
+            "what": str(self.fault),
+            "phase": self.fault.place.phase,
+            "step": self.fault.place.step,
+            "stack": list(self.fault.stack),
+            "seconds_to_notice": round(self.seen - self.since, 3),
+            **{f"seconds_to_{k}": v for k, v in after.items()},
+        }
 
 
 @dataclass
@@ -137,7 +215,8 @@ class Record:
     Attributes:
       state: "meeting", "running", "stopping", "ending", "waiting" or "over".
       generation: which attempt this is, from 1.
-      restarts, restarts_left: attempts after a failure so far, and how many more are allowed.
+      restarts, restarts_left: attempts after a failure so far, and how many more are
+        allowed.
       hosts: by number.
       recoveries: one for each fault.
       refused_connections: how many callers at the coordinator's port were turned away
@@ -160,14 +239,31 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Plain data; times in seconds."""
         now = time.monotonic()
-        return {"time": time.time(), "state": self.state, "generation": self.generation, "restarts": self.restarts,
-                "restarts_left": self.restarts_left, "exit_code": self.exit_code,
-                "hosts": {str(host): each.to_json(now) for host, each in sorted(self.hosts.items())},
-                "slowest": self.slowest, "refused_connections": self.refused_connections,
-                "recoveries": [each.to_json() for each in self.recoveries]}
+        return {
+            "time": time.time(),
+            "state": self.state,
+            "generation": self.generation,
+            "restarts": self.restarts,
+            "restarts_left": self.restarts_left,
+            "exit_code": self.exit_code,
+            "hosts": {
+                str(host): each.to_json(now)
+                for host, each in sorted(self.hosts.items())
+            },
+            "slowest": self.slowest,
+            "refused_connections": self.refused_connections,
+            "recoveries": [each.to_json() for each in self.recoveries],
+        }
 
-    def write(self, folder: Path | None, now: float, at_once: bool = False) -> None:
-        """Into the run folder, at most once a second; a full disk is no reason to end the run."""
+    def write(
+        self,
+        folder: Path | None,
+        now: float,
+        at_once: bool = False,
+    ) -> None:
+        """Into the run folder, at most once a second; a full disk is no reason to end
+        the run.
+        """
         if folder is None or (now - self.written < SELDOM and not at_once):
             return
         self.slowest = slowest(self.hosts, now)

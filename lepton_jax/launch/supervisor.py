@@ -1,7 +1,9 @@
-"""On each host, around the training process: starts it as the head says, tells the head of it, ends it when the head is lost.
+"""On each host, around the training process: starts it as the head says, tells the head
+of it, ends it when the head is lost.
 
-What is kept over a restart is nothing but the connection to the head: every attempt is a new process with a new port for JAX,
-and every message carries the number of its attempt.
+What is kept over a restart is nothing but the connection to the head: every attempt is
+a new process with a new port for JAX, and every message carries the number of its
+attempt.
 """
 
 from __future__ import annotations
@@ -36,25 +38,40 @@ TICK, BEAT, AGAIN_AFTER = 0.1, 0.5, 0.5
 
 
 def wanted(cluster: Cluster, rules: Rules) -> bool:
-    """Whether the run is watched: several hosts always are, one alone where it shall be restarted."""
+    """Whether the run is watched: several hosts always are, one alone where it shall be
+    restarted.
+    """
     return cluster.hosts > 1 or bool(rules.restarts)
 
 
-def run(cluster: Cluster, rules: Rules, command: Sequence[str], *, facts: Mapping[str, str], limit: float, run: str = "",
-        folder: Path | None = None, environment: Mapping[str, str] | None = None,
-        token: tokens.Token | None = None) -> dict[str, Any]:
-    """This host's share in watching over the run, until it is over: host 0's as the head too, "local" for all hosts.
+def run(
+    cluster: Cluster,
+    rules: Rules,
+    command: Sequence[str],
+    *,
+    facts: Mapping[str, str],
+    limit: float,
+    run: str = "",
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    token: tokens.Token | None = None,
+) -> dict[str, Any]:
+    """This host's share in watching over the run, until it is over: host 0's as the
+    head too, "local" for all hosts.
 
     Args:
       cluster: as this host found it.
-      rules: limits, restarts, grace; those of host 0 count, but for `grace`, `lost` and `ending`.
+      rules: limits, restarts, grace; those of host 0 count, but for `grace`, `lost` and
+        `ending`.
       command: what a worker runs; what it is told comes by `watchdog.begin`.
       facts: what must not differ between the hosts, by name.
       limit: seconds in which all must have come.
-      run: what the hosts of one run have in common, so that those of another are turned away.
+      run: what the hosts of one run have in common, so that those of another are turned
+        away.
       folder: of the run.
       environment: variables on top of this process's own.
-      token: by which the hosts know each other; None: as `tokens.of_run` finds it with this folder.
+      token: by which the hosts know each other; None: as `tokens.of_run` finds it with
+        this folder.
 
     Returns:
       {"status": "finished", "interrupted" or "failed", "exit_code": ...}.
@@ -66,11 +83,32 @@ def run(cluster: Cluster, rules: Rules, command: Sequence[str], *, facts: Mappin
     token = token or tokens.of_run(cluster, folder)
     head = None
     if cluster.host_id == 0:
-        head = Head(cluster, rules, facts, run, folder, limit, token=_at_head(token))
-    make = functools.partial(Supervisor, cluster, rules, command, facts=facts, limit=limit, run=run, environment=environment)
+        head = Head(
+            cluster,
+            rules,
+            facts,
+            run,
+            folder,
+            limit,
+            token=_at_head(token),
+        )
+    make = functools.partial(
+        Supervisor,
+        cluster,
+        rules,
+        command,
+        facts=facts,
+        limit=limit,
+        run=run,
+        environment=environment,
+    )
     if head is None:
         name, port = split(cluster.coordinator or "")
-        alone = make(cluster.host_id, (name, int(port)), token=token)
+        alone = make(
+            cluster.host_id,
+            (name, int(port)),
+            token=token,
+        )
         with _signals(alone.signalled):
             code = alone.run()
     else:
@@ -85,7 +123,10 @@ def run(cluster: Cluster, rules: Rules, command: Sequence[str], *, facts: Mappin
             )
             for host in numbers
         ]
-        threads = [threading.Thread(target=each.run_quietly, name=f"supervisor {each.host}") for each in own]
+        threads = [
+            threading.Thread(target=each.run_quietly, name=f"supervisor {each.host}")
+            for each in own
+        ]
         with _signals(head.signalled):
             try:
                 for thread in threads:
@@ -97,7 +138,10 @@ def run(cluster: Cluster, rules: Rules, command: Sequence[str], *, facts: Mappin
                 for thread in threads:
                     thread.join()
                 token.forget()
-    return {"status": {0: "finished", INTERRUPTED: "interrupted"}.get(code, "failed"), "exit_code": code}
+    return {
+        "status": {0: "finished", INTERRUPTED: "interrupted"}.get(code, "failed"),
+        "exit_code": code,
+    }
 
 
 def _at_head(token: tokens.Token) -> str:
@@ -119,10 +163,14 @@ def _at_head(token: tokens.Token) -> str:
 @contextlib.contextmanager
 def _signals(heed: Any) -> Iterator[None]:
     """SIGINT and SIGTERM call `heed` while it is open."""
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: heed()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda *_: heed())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -137,22 +185,50 @@ class Supervisor:
       cluster, rules, command, facts, limit, run, environment: as `run` takes them.
       host: its number.
       address: the head's name and port.
-      token: by which the hosts know each other; asked for anew with each connection, for host 0 may still have to leave it.
+      token: by which the hosts know each other; asked for anew with each connection,
+        for host 0 may still have to leave it.
       secret: the head's, for the supervisors in its own process.
-      prefix: its worker's output goes to standard error behind `[host I] `, unless it is host 0's.
+      prefix: its worker's output goes to standard error behind `[host I] `, unless it
+        is host 0's.
     """
 
-    def __init__(self, cluster: Cluster, rules: Rules, command: Sequence[str], host: int, address: tuple[str, int], *,
-                 token: tokens.Token, facts: Mapping[str, str], limit: float, run: str = "",
-                 environment: Mapping[str, str] | None = None,
-                 secret: str = "", prefix: bool = False):
-        self.cluster, self.rules, self.command, self.host, self.address, self.limit = \
-            cluster, rules, list(command), host, address, limit
+    def __init__(
+        self,
+        cluster: Cluster,
+        rules: Rules,
+        command: Sequence[str],
+        host: int,
+        address: tuple[str, int],
+        *,
+        token: tokens.Token,
+        facts: Mapping[str, str],
+        limit: float,
+        run: str = "",
+        environment: Mapping[str, str] | None = None,
+        secret: str = "",
+        prefix: bool = False,
+    ):
+        self.cluster, self.rules, self.command, self.host, self.address, self.limit = (
+            cluster,
+            rules,
+            list(command),
+            host,
+            address,
+            limit,
+        )
         self.environment = environment
         self.token = token
         self._told_of_token = False
-        self.hello = {"at": "hello", "run": run, "host": host, "hosts": cluster.hosts, "facts": dict(facts), "secret": secret,
-                      "name": platform.node(), "session": secrets.token_hex(8)}
+        self.hello = {
+            "at": "hello",
+            "run": run,
+            "host": host,
+            "hosts": cluster.hosts,
+            "facts": dict(facts),
+            "secret": secret,
+            "name": platform.node(),
+            "session": secrets.token_hex(8),
+        }
         self.prefix = prefix and host > 0
         self.abandoned = threading.Event()
         self.worker: Worker | None = None
@@ -164,7 +240,9 @@ class Supervisor:
         self._phase = ""
 
     def signalled(self) -> None:
-        """A person, or the scheduler, asks for the end: the first time with a save, the second time at once. For handlers."""
+        """A person, or the scheduler, asks for the end: the first time with a save, the
+        second time at once. For handlers.
+        """
         self._signals = signals_after(self._signals, self._signalled)
         self._signalled = time.monotonic()
 
@@ -195,30 +273,55 @@ class Supervisor:
                 fault = line.fault
                 self._tell_of_token(fault)
                 if self._welcome:
-                    self._welcome, self._met, until = False, True, time.monotonic() + self.rules.grace
+                    self._welcome, self._met, until = (
+                        False,
+                        True,
+                        time.monotonic() + self.rules.grace,
+                    )
                     self._lost = fault
-                    self._say(f"host 0 is lost: {fault}; host {self.host} ends its training process, and looks for host 0 for "
-                              f"{self.rules.grace:g} s")
+                    self._say(
+                        f"host 0 is lost: {fault}; host {self.host} ends its training"
+                        f" process, and looks for host 0 for {self.rules.grace:g} s"
+                    )
                 self._end_worker(self.rules.ending)
                 self.abandoned.wait(AGAIN_AFTER)
         finally:
             self._end_worker(0.0)
 
-    def _connect(self, until: float, fault: str) -> Line | None:
+    def _connect(
+        self,
+        until: float,
+        fault: str,
+    ) -> Line | None:
         """To the head, until then; None if that is no longer wanted."""
         name, port = self.address
         while not (self._signals or self.abandoned.is_set()):
             left = until - time.monotonic()
             if left <= 0:
                 if not self._met:
-                    raise meeting.unmet(name, port, self.cluster, self.limit, fault)
-                raise HostsError(f"host 0 is lost: {self._lost}, and for {self.rules.grace:.0f} s it could not be met again: "
-                                 f"{fault}", where=f"host {self.host}, {joined(name, port)}", remedy="look at the network "
-                                 "between the two; then start this host again if host 0 still runs, else host 0 and all "
-                                 "others, by --resume or --go-on")
+                    raise meeting.unmet(
+                        name,
+                        port,
+                        self.cluster,
+                        self.limit,
+                        fault,
+                    )
+                raise HostsError(
+                    f"host 0 is lost: {self._lost}, and for {self.rules.grace:.0f} s it"
+                    f" could not be met again: {fault}",
+                    where=f"host {self.host}, {joined(name, port)}",
+                    remedy=(
+                        "look at the network between the two; then start this host"
+                        " again if host 0 still runs, else host 0 and all others, by"
+                        " --resume or --go-on"
+                    ),
+                )
             try:
                 token = self.token()
-                connection = socket.create_connection((name, port), timeout=min(5.0, max(0.1, left)))
+                connection = socket.create_connection(
+                    (name, port),
+                    timeout=min(5.0, max(0.1, left)),
+                )
                 line = Line(connection, token, CHANNEL, head=False)
             except (tokens.NotThereError, OSError) as error:
                 fault = getattr(error, "strerror", None) or str(error)
@@ -229,7 +332,8 @@ class Supervisor:
         return None
 
     def _serve(self, line: Line) -> int | None:
-        """Do what the head says; the run's exit code once it is over, None if the head is lost.
+        """Do what the head says; the run's exit code once it is over, None if the head
+        is lost.
 
         Raises:
           SettingError: the head refuses this host.
@@ -238,10 +342,18 @@ class Supervisor:
         while True:
             for message in line.receive():
                 if message.get("do") == "refuse":
-                    raise SettingError(message["what"], where=self.cluster, remedy=message["remedy"])
+                    raise SettingError(
+                        message["what"],
+                        where=self.cluster,
+                        remedy=message["remedy"],
+                    )
                 if message.get("do") == "over":
                     if message["error"]:
-                        raise SettingError(message["error"]["what"], where=self.cluster, remedy=message["error"]["remedy"])
+                        raise SettingError(
+                            message["error"]["what"],
+                            where=self.cluster,
+                            remedy=message["error"]["remedy"],
+                        )
                     return message["code"]
                 if message.get("do") == "later":
                     line.give_up(message["why"])
@@ -266,20 +378,51 @@ class Supervisor:
             else:
                 select.select([line], [], [], TICK)
 
-    def _obey(self, message: Mapping[str, Any], line: Line) -> None:
+    def _obey(
+        self,
+        message: Mapping[str, Any],
+        line: Line,
+    ) -> None:
         do, now = message.get("do"), time.monotonic()
         if do == "begin":
             self._end_worker(0.0)
-            told = {name: message[name] for name in ("generation", "hosts", "host_id", "coordinator", "run_dir", "limits")}
+            told = {
+                name: message[name]
+                for name in (
+                    "generation",
+                    "hosts",
+                    "host_id",
+                    "coordinator",
+                    "run_dir",
+                    "limits",
+                )
+            }
             self.generation = told["generation"]
             try:
-                self.worker = Worker(self.command, variables(self.environment), told,
-                                     functools.partial(forward, host=self.host) if self.prefix else None)
+                self.worker = Worker(
+                    self.command,
+                    variables(self.environment),
+                    told,
+                    functools.partial(forward, host=self.host) if self.prefix else None,
+                )
             except OSError as error:
-                what = f"the training process can't be started: {error.strerror or error}"
-                line.send(at="ended", generation=self.generation, code=MISTAKE, error={
-                    "what": what, "where": self.command[0], "remedy": "mend that, and start again"})
-        elif self.worker is None or message.get("generation", self.generation) != self.generation:
+                what = (
+                    f"the training process can't be started: {error.strerror or error}"
+                )
+                line.send(
+                    at="ended",
+                    generation=self.generation,
+                    code=MISTAKE,
+                    error={
+                        "what": what,
+                        "where": self.command[0],
+                        "remedy": "mend that, and start again",
+                    },
+                )
+        elif (
+            self.worker is None
+            or message.get("generation", self.generation) != self.generation
+        ):
             return
         elif do == "stop":
             self.worker.stop()
@@ -288,7 +431,11 @@ class Supervisor:
         elif do == "stack":
             self.worker.ask_stack()
 
-    def _report(self, line: Line, now: float) -> None:
+    def _report(
+        self,
+        line: Line,
+        now: float,
+    ) -> None:
         """What is new, or that nothing is."""
         if self._signals > self._told:
             self._told = self._signals
@@ -299,15 +446,38 @@ class Supervisor:
                 worker.end(0.0, now)
             worker.listen(now)
             code = worker.code(now)
-            place, stack, silent = worker.place(now), worker.stack(now), worker.silent(now)
+            place, stack, silent = (
+                worker.place(now),
+                worker.stack(now),
+                worker.silent(now),
+            )
             if stack:
-                line.send(at="stack", generation=worker.generation, stack=list(stack))
-            if now - self._beat > BEAT or place.phase != self._phase or code is not None:
+                line.send(
+                    at="stack",
+                    generation=worker.generation,
+                    stack=list(stack),
+                )
+            if (
+                now - self._beat > BEAT
+                or place.phase != self._phase
+                or code is not None
+            ):
                 self._beat, self._phase = now, place.phase
-                line.send(at="where", generation=worker.generation, place=list(place), over=worker.over(now), silent=silent,
-                          state=worker.state() if silent > 1.0 else "")
+                line.send(
+                    at="where",
+                    generation=worker.generation,
+                    place=list(place),
+                    over=worker.over(now),
+                    silent=silent,
+                    state=worker.state() if silent > 1.0 else "",
+                )
             if code is not None:
-                line.send(at="ended", generation=worker.generation, code=code, error=worker.error)
+                line.send(
+                    at="ended",
+                    generation=worker.generation,
+                    code=code,
+                    error=worker.error,
+                )
                 self.worker = None
         elif now - self._beat > BEAT:
             self._beat = now
@@ -324,8 +494,10 @@ class Supervisor:
             self._say(f"host 0 is not met yet: {fault}; {proof.REMEDY}")
 
     def _say(self, text: str) -> None:
-        if not self.hello["secret"]:  # the head's own process speaks for those beside it
-            with contextlib.suppress(OSError):  # a closed terminal is no reason to end the run
+        # the head's own process speaks for those beside it
+        if not self.hello["secret"]:
+            # a closed terminal is no reason to end the run
+            with contextlib.suppress(OSError):
                 print(f"hosts: {text}", file=sys.stderr, flush=True)
 
     def _end_worker(self, seconds: float) -> None:

@@ -45,7 +45,12 @@ class Token:
       makes: this host makes the file if there is none.
     """
 
-    def __init__(self, text: str | None, file: Path | None = None, makes: bool = False):
+    def __init__(
+        self,
+        text: str | None,
+        file: Path | None = None,
+        makes: bool = False,
+    ):
         self._text = text
         self._file = file
         self._makes = makes
@@ -103,8 +108,9 @@ def of_run(
             raise SettingError(
                 f"the run's token can't be read: {error.strerror or error}",
                 where=f"--token-file {file}",
-                remedy=f"make one, and bring it to all hosts: "
-                f"(umask 077; {MAKE} > {file})",
+                remedy=(
+                    f"make one, and bring it to all hosts: (umask 077; {MAKE} > {file})"
+                ),
             ) from error
 
     text = environ.get(VARIABLE, "").strip()
@@ -113,13 +119,19 @@ def of_run(
     if cluster.hosts == 1 or cluster.coordinator is None:
         return Token(make())
     if folder is not None:
-        return Token(None, folder / FILE, makes=cluster.host_id == 0)
+        return Token(
+            None,
+            folder / FILE,
+            makes=cluster.host_id == 0,
+        )
 
     raise SettingError(
         f"the {cluster.hosts} hosts have no token by which to know each other",
         where=cluster,
-        remedy="name the same --run-dir on all hosts, in storage that all of them "
-        f"see, or set {VARIABLE} to the same value on all; {MAKE} makes one",
+        remedy=(
+            "name the same --run-dir on all hosts, in storage that all of them "
+            f"see, or set {VARIABLE} to the same value on all; {MAKE} makes one"
+        ),
     )
 
 
@@ -157,8 +169,10 @@ def read(file: Path) -> str:
             f"the file of the run's token is user {about.st_uid}'s and has mode "
             f"{modes:04o}: others know the token",
             where=file,
-            remedy="delete it and start again; where the file system keeps no modes, "
-            f"set {VARIABLE} to the same value on all hosts",
+            remedy=(
+                "delete it and start again; where the file system keeps no modes, "
+                f"set {VARIABLE} to the same value on all hosts"
+            ),
         )
     if not text:
         raise OSError(f"{file} is still empty")
@@ -178,7 +192,11 @@ def _leave(file: Path) -> None:
         if stat.S_ISREG(about.st_mode) and not about.st_size:
             file.unlink()
     with contextlib.suppress(FileExistsError):
-        number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        number = os.open(
+            file,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+            0o600,
+        )
         with open(number, "w", encoding="utf-8") as stream:
             stream.write(make() + "\n")
 

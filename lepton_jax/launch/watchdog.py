@@ -1,7 +1,9 @@
-"""In the worker: a thread that tells the supervisor what the process is doing, and a way to have its stack at any time.
+"""In the worker: a thread that tells the supervisor what the process is doing, and a
+way to have its stack at any time.
 
-It must speak while the main thread computes, waits or hangs. The stack is written by a signal's handler in C, which needs no
-interpreter: it works also where something holds that for ever.
+It must speak while the main thread computes, waits or hangs. The stack is written by a
+signal's handler in C, which needs no interpreter: it works also where something holds
+that for ever.
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ EVERY = 0.5  # seconds between two lines
 LOOK = 0.1  # seconds between two looks
 SHOW_STACK = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 PR_SET_PDEATHSIG = 1
-AGAIN = 75  # exit code of a worker that stopped so that the run may go on with other hosts
+# exit code of a worker that stopped so that the run may go on with other hosts
+AGAIN = 75
 INTERRUPTED = 130  # of one that was asked to stop by a person, and has saved
-EARLY = 131  # of one that was asked to stop where it could not agree on it with the others: they wait for it in vain
+# of one that was asked to stop where it could not agree on it with the others: they
+# wait for it in vain
+EARLY = 131
 COUNTED = ("data", "steps", "evaluation", "save")  # phases whose seconds are told
 _watchdog: Watchdog | None = None
 _device_memory: int | None = None
@@ -45,11 +50,13 @@ class Told:
 
     Args:
       generation: which attempt this is, from 1.
-      hosts, host_id: how many take part in it, and which of them this is; a host that is lost leaves no gap.
+      hosts, host_id: how many take part in it, and which of them this is; a host that
+        is lost leaves no gap.
       coordinator: "name:port" for JAX; None where there is one host.
       run_dir: of the run.
       limits: those that are not the usual ones.
-      pipe, stack, lifeline: file descriptors: lines to the supervisor, the stack, and what ends with the supervisor.
+      pipe, stack, lifeline: file descriptors: lines to the supervisor, the stack, and
+        what ends with the supervisor.
       parent: process id of the supervisor.
     """
 
@@ -66,7 +73,8 @@ class Told:
 
 
 def begin(environ: MutableMapping[str, str] = os.environ) -> Told | None:
-    """Start the watchdog if this process is a worker, once; what its supervisor told it, else None.
+    """Start the watchdog if this process is a worker, once; what its supervisor told
+    it, else None.
 
     From then on the process ends when its supervisor does.
     """
@@ -79,15 +87,28 @@ def begin(environ: MutableMapping[str, str] = os.environ) -> Told | None:
 
 
 def tell(error: LeptonError) -> bool:
-    """Hand a person's mistake to the supervisor, which shows it once for all hosts; False if there is none to take it."""
+    """Hand a person's mistake to the supervisor, which shows it once for all hosts;
+    False if there is none to take it.
+    """
     if _watchdog is None:
         return False
-    return _watchdog.write({"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}, patience=5.0)
+    return _watchdog.write(
+        {
+            "error": {
+                "what": error.what,
+                "where": error.where,
+                "remedy": error.remedy,
+            }
+        },
+        patience=5.0,
+    )
 
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Inside, a worker that fails ends at once: at its exit JAX waits minutes for the other hosts, who wait for this one."""
+    """Inside, a worker that fails ends at once: at its exit JAX waits minutes for the
+    other hosts, who wait for this one.
+    """
     try:
         yield
     except SystemExit:
@@ -113,13 +134,24 @@ def leave(code: int) -> int:
 def reading(limit: float) -> dict[str, Any]:
     """How this process stands, as the fields of a `verdict.Place`."""
     at, spent = phase.where(), phase.spent()
-    return {"phase": at.phase, "step": at.step, "done": at.done, "age": round(time.monotonic() - at.since, 3), "limit": limit,
-            **{name: round(spent[name], 3) for name in COUNTED}, "memory": _resident(), "device_memory": _device_memory}
+    return {
+        "phase": at.phase,
+        "step": at.step,
+        "done": at.done,
+        "age": round(time.monotonic() - at.since, 3),
+        "limit": limit,
+        **{name: round(spent[name], 3) for name in COUNTED},
+        "memory": _resident(),
+        "device_memory": _device_memory,
+    }
 
 
-def measure(read: Callable[[], int | None], every: float = 5.0) -> None:
-    """Have the devices' memory read from time to time, by a thread of its own: a device that does not answer must not silence
-    the watchdog.
+def measure(
+    read: Callable[[], int | None],
+    every: float = 5.0,
+) -> None:
+    """Have the devices' memory read from time to time, by a thread of its own: a device
+    that does not answer must not silence the watchdog.
 
     Args:
       read: bytes in use on the device that has the most; None: it can't be known.
@@ -145,7 +177,9 @@ def _resident() -> int | None:
 
 
 class Watchdog(threading.Thread):
-    """Writes a line of what `reading` gives each half second, and at once when the phase changes; see `Told`."""
+    """Writes a line of what `reading` gives each half second, and at once when the
+    phase changes; see `Told`.
+    """
 
     def __init__(self, told: Told):
         super().__init__(name="watchdog", daemon=True)
@@ -159,8 +193,13 @@ class Watchdog(threading.Thread):
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.told.parent:
             _end()
-        atexit.register(lambda: self.write(self.line()))  # of a process that is killed the last line is up to `EVERY` old
-        faulthandler.register(SHOW_STACK, file=self.told.stack, all_threads=True)
+        # of a process that is killed the last line is up to `EVERY` old
+        atexit.register(lambda: self.write(self.line()))
+        faulthandler.register(
+            SHOW_STACK,
+            file=self.told.stack,
+            all_threads=True,
+        )
         super().start()
 
     def run(self) -> None:
@@ -183,17 +222,28 @@ class Watchdog(threading.Thread):
     def line(self) -> dict[str, Any]:
         return reading(self.limits.of(phase.where().phase))
 
-    def write(self, line: dict[str, Any], patience: float = 0.0) -> bool:
+    def write(
+        self,
+        line: dict[str, Any],
+        patience: float = 0.0,
+    ) -> bool:
         """A line, if there is room for it within `patience` seconds."""
         text, until = json.dumps(line).encode() + b"\n", time.monotonic() + patience
         with self._lock:
             while text:
                 try:
-                    text = text[os.write(self.told.pipe, text):]
+                    text = text[os.write(self.told.pipe, text) :]
                 except BlockingIOError:
                     if time.monotonic() > until:
-                        return False  # a line shorter than the pipe's unit is written whole or not at all
-                    select.select([], [self.told.pipe], [], 0.1)
+                        # a line shorter than the pipe's unit is written whole or not at
+                        # all
+                        return False
+                    select.select(
+                        [],
+                        [self.told.pipe],
+                        [],
+                        0.1,
+                    )
                 except OSError:
                     return False
         return True

@@ -39,7 +39,13 @@ class Line:
       broken: what came was not what the other end says by these rules.
     """
 
-    def __init__(self, connection: socket.socket, token: str, channel: str, head: bool):
+    def __init__(
+        self,
+        connection: socket.socket,
+        token: str,
+        channel: str,
+        head: bool,
+    ):
         self.connection = connection
         self.heard = time.monotonic()
         self.open = True
@@ -114,7 +120,7 @@ class Line:
         self.open = False
         self.connection.close()
 
-    # ---- internals ------------------------------------------------------------------
+    # ---- internals ----
 
     def _read(self) -> None:
         most = LONGEST if self.proven else LONGEST_UNPROVEN
@@ -157,7 +163,11 @@ class Line:
             return
         if self._head:
             self._answer(self._proof(proof.HEAD))
-        self._keys = proof.keys(self._token, self._channel, *self._numbers())
+        self._keys = proof.keys(
+            self._token,
+            self._channel,
+            *self._numbers(),
+        )
         self.proven = True
         self._seal()
         self.flush()
@@ -168,7 +178,12 @@ class Line:
         return (self._their, self._own) if self._head else (self._own, self._their)
 
     def _proof(self, role: bytes) -> bytes:
-        return proof.proof(self._token, self._channel, role, *self._numbers())
+        return proof.proof(
+            self._token,
+            self._channel,
+            role,
+            *self._numbers(),
+        )
 
     def _answer(self, line: bytes) -> None:
         self._out += line + b"\n"

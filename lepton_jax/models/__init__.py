@@ -9,4 +9,14 @@ from lepton_jax.models.tabular import TabularMLP
 from lepton_jax.models.transformer import TransformerLM, transformer_size
 from lepton_jax.models.two_tower import TwoTower
 
-__all__ = ["CNN", "LSTM", "MLP", "Logistic", "MoELM", "TabularMLP", "TransformerLM", "TwoTower", "transformer_size"]
+__all__ = [
+    "CNN",
+    "LSTM",
+    "MLP",
+    "Logistic",
+    "MoELM",
+    "TabularMLP",
+    "TransformerLM",
+    "TwoTower",
+    "transformer_size",
+]

@@ -9,9 +9,11 @@ from flax import nnx
 
 
 class CNN(nnx.Module):
-    """3x3 convolutions with ReLU and 2x2 max pooling between them, then one dense layer and the logits.
+    """3x3 convolutions with ReLU and 2x2 max pooling between them, then one dense layer
+    and the logits.
 
-    The defaults are the classic MNIST network: 32-64-64 convolutions and 64 dense units.
+    The defaults are the classic MNIST network: 32-64-64 convolutions and 64 dense
+    units.
 
     Args:
       classes: number of logits.
@@ -24,23 +26,56 @@ class CNN(nnx.Module):
       rngs: streams `params` and, with dropout, `dropout`.
     """
 
-    def __init__(self, classes: int, *, size: Sequence[int] = (28, 28, 1), widths: Sequence[int] = (32, 64, 64),
-                 dense: int = 64, padding: str = "SAME", batch_norm: bool = False, dropout: float = 0.0,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        classes: int,
+        *,
+        size: Sequence[int] = (28, 28, 1),
+        widths: Sequence[int] = (32, 64, 64),
+        dense: int = 64,
+        padding: str = "SAME",
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         height, width, channels = size
         convs, pools = [], []
         for i, features in enumerate(widths):
-            convs.append(nnx.Conv(channels, features, (3, 3), padding=padding, use_bias=not batch_norm, rngs=rngs))
-            height, width = (height, width) if padding == "SAME" else (height - 2, width - 2)
+            convs.append(
+                nnx.Conv(
+                    channels,
+                    features,
+                    (3, 3),
+                    padding=padding,
+                    use_bias=not batch_norm,
+                    rngs=rngs,
+                )
+            )
+            height, width = (
+                (height, width) if padding == "SAME" else (height - 2, width - 2)
+            )
             if min(height, width) < 1:
-                raise ValueError(f"images of {tuple(size)} are too small for {len(widths)} {padding} convolutions")
+                raise ValueError(
+                    f"images of {tuple(size)} are too small for {len(widths)} {padding}"
+                    " convolutions"
+                )
             pools.append(i < len(widths) - 1 and min(height, width) >= 2)
             height, width = (height // 2, width // 2) if pools[-1] else (height, width)
             channels = features
         self.convs, self.pools = nnx.List(convs), tuple(pools)
-        self.norms = nnx.List([nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in widths if batch_norm])
-        self.dense = nnx.Linear(height * width * channels, dense, rngs=rngs)
-        self.out = nnx.Linear(dense, classes, rngs=rngs)
+        self.norms = nnx.List(
+            [nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in widths if batch_norm]
+        )
+        self.dense = nnx.Linear(
+            height * width * channels,
+            dense,
+            rngs=rngs,
+        )
+        self.out = nnx.Linear(
+            dense,
+            classes,
+            rngs=rngs,
+        )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
@@ -53,7 +88,11 @@ class CNN(nnx.Module):
                 x = self.norms[i](x)
             x = nnx.relu(x)
             if self.pools[i]:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+                x = nnx.max_pool(
+                    x,
+                    (2, 2),
+                    strides=(2, 2),
+                )
         x = self._drop(x.reshape(x.shape[0], -1))
         return self.out(self._drop(nnx.relu(self.dense(x))))
 

@@ -18,10 +18,20 @@ class MLP(nnx.Module):
       rngs: streams `params` and, with dropout, `dropout`.
     """
 
-    def __init__(self, features: Sequence[int], *, dropout: float = 0.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: Sequence[int],
+        *,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         if len(features) < 2:
-            raise ValueError(f"features {tuple(features)} need an input and an output width")
-        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(features)])
+            raise ValueError(
+                f"features {tuple(features)} need an input and an output width"
+            )
+        self.layers = nnx.List(
+            [nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(features)]
+        )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None

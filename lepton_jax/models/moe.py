@@ -13,13 +13,16 @@ from lepton_jax.models.transformer import Decoder
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts of which a router chooses a few for each token (Shazeer et al. 2017, "Outrageously Large Neural
-    Networks"), as dense products over slots (Lepikhin et al. 2020, "GShard", algorithm 1).
+    """SwiGLU experts of which a router chooses a few for each token (Shazeer et al.
+    2017, "Outrageously Large Neural Networks"), as dense products over slots (Lepikhin
+    et al. 2020, "GShard", algorithm 1).
 
-    Tokens are dealt with in groups. In a group each expert has ceil(chosen * group * capacity / experts) slots, but
-    never more than a group has tokens. They fill up in the order of the tokens, all first choices before all second
-    ones; a token that finds no slot gets nothing from that expert. So where slots are short, later tokens' first choices
-    can cost a token its second one: strictly causal are only chosen=1 and capacity >= experts / chosen.
+    Tokens are dealt with in groups. In a group each expert has ceil(chosen * group *
+    capacity / experts) slots, but never more than a group has tokens. They fill up in
+    the order of the tokens, all first choices before all second ones; a token that
+    finds no slot gets nothing from that expert. So where slots are short, later tokens'
+    first choices can cost a token its second one: strictly causal are only chosen=1 and
+    capacity >= experts / chosen.
 
     Args:
       dim: width of the inputs and outputs.
@@ -31,15 +34,38 @@ class Experts(nnx.Module):
       rngs: stream `params`.
     """
 
-    def __init__(self, dim: int, hidden: int, experts: int, *, chosen: int = 2, capacity: float = 1.25, group: int = 1024,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        experts: int,
+        *,
+        chosen: int = 2,
+        capacity: float = 1.25,
+        group: int = 1024,
+        rngs: nnx.Rngs,
+    ):
         if not 1 <= chosen <= experts:
             raise ValueError(f"a token can't go to {chosen} of {experts} experts")
         if not capacity > 0 or group < 1:
-            raise ValueError(f"capacity is {capacity} and group {group}; both must be positive")
-        self.experts, self.chosen, self.capacity, self.group = experts, chosen, capacity, group
-        # float32 whatever the inputs are: rounded scores send tokens to other experts (Fedus et al. 2021, section 2.4)
-        self.router = nnx.Linear(dim, experts, use_bias=False, dtype=jnp.float32, rngs=rngs)
+            raise ValueError(
+                f"capacity is {capacity} and group {group}; both must be positive"
+            )
+        self.experts, self.chosen, self.capacity, self.group = (
+            experts,
+            chosen,
+            capacity,
+            group,
+        )
+        # float32 whatever the inputs are: rounded scores send tokens to other experts
+        # (Fedus et al. 2021, section 2.4)
+        self.router = nnx.Linear(
+            dim,
+            experts,
+            use_bias=False,
+            dtype=jnp.float32,
+            rngs=rngs,
+        )
         init = nnx.initializers.lecun_normal(batch_axis=0)
         self.gate = nnx.Param(init(rngs.params(), (experts, dim, hidden)))
         self.up = nnx.Param(init(rngs.params(), (experts, dim, hidden)))
@@ -50,31 +76,67 @@ class Experts(nnx.Module):
         batch, length, dim = x.shape
         group = min(self.group, length)
         if length % group:
-            raise ValueError(f"a length of {length} is no multiple of the group of {group} tokens")
-        x = x.reshape(batch, length // group, group, dim)
+            raise ValueError(
+                f"a length of {length} is no multiple of the group of {group} tokens"
+            )
+        x = x.reshape(
+            batch,
+            length // group,
+            group,
+            dim,
+        )
         dispatch, combine = self.route(x)
         # b: batch, g: group, s: token of a group, e: expert, c: slot, d: dim, h: hidden
         slots = jnp.einsum("bgsec,bgsd->ebgcd", dispatch, x)
-        gate = jnp.einsum("ebgcd,edh->ebgch", slots, self.gate[...])
-        up = jnp.einsum("ebgcd,edh->ebgch", slots, self.up[...])
-        slots = jnp.einsum("ebgch,ehd->ebgcd", nnx.silu(gate) * up, self.down[...])
-        return jnp.einsum("bgsec,ebgcd->bgsd", combine, slots).reshape(batch, length, dim)
+        gate = jnp.einsum(
+            "ebgcd,edh->ebgch",
+            slots,
+            self.gate[...],
+        )
+        up = jnp.einsum(
+            "ebgcd,edh->ebgch",
+            slots,
+            self.up[...],
+        )
+        slots = jnp.einsum(
+            "ebgch,ehd->ebgcd",
+            nnx.silu(gate) * up,
+            self.down[...],
+        )
+        return jnp.einsum("bgsec,ebgcd->bgsd", combine, slots).reshape(
+            batch, length, dim
+        )
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Who goes where: inputs (b, g, s, dim) to (dispatch, combine), both (b, g, s, experts, slots).
+        """Who goes where: inputs (b, g, s, dim) to (dispatch, combine), both (b, g, s,
+        experts, slots).
 
-        `dispatch` is 1 where a token takes a slot; `combine` is its gate there: the router's probability, for more than
-        one choice over the sum of the chosen ones'.
+        `dispatch` is 1 where a token takes a slot; `combine` is its gate there: the
+        router's probability, for more than one choice over the sum of the chosen ones'.
         """
-        slots = min(x.shape[2], math.ceil(self.chosen * x.shape[2] * self.capacity / self.experts))
+        slots = min(
+            x.shape[2],
+            math.ceil(self.chosen * x.shape[2] * self.capacity / self.experts),
+        )
         probabilities = jax.nn.softmax(self.router(x))
-        left, taken = probabilities, jnp.zeros((*x.shape[:2], 1, self.experts), jnp.int32)
+        left, taken = (
+            probabilities,
+            jnp.zeros((*x.shape[:2], 1, self.experts), jnp.int32),
+        )
         places, gates = [], []
         for _ in range(self.chosen):
-            choice = jax.nn.one_hot(left.argmax(-1), self.experts, dtype=jnp.int32)
+            choice = jax.nn.one_hot(
+                left.argmax(-1),
+                self.experts,
+                dtype=jnp.int32,
+            )
             slot = ((jnp.cumsum(choice, axis=2) - choice + taken) * choice).sum(-1)
             # one_hot gives zeros for a slot beyond the last: such a token is dropped
-            spot = jax.nn.one_hot(slot, slots, dtype=x.dtype)
+            spot = jax.nn.one_hot(
+                slot,
+                slots,
+                dtype=x.dtype,
+            )
             places.append(choice.astype(x.dtype)[..., None] * spot[..., None, :])
             gates.append((probabilities * choice).sum(-1)[..., None, None])
             taken = taken + choice.sum(2, keepdims=True)
@@ -82,26 +144,63 @@ class Experts(nnx.Module):
         if self.chosen > 1:
             total = sum(gates[1:], gates[0])
             gates = [gate / total for gate in gates]
-        weighted = [place * gate.astype(x.dtype) for place, gate in zip(places, gates, strict=True)]
+        weighted = [
+            place * gate.astype(x.dtype)
+            for place, gate in zip(places, gates, strict=True)
+        ]
         return sum(places[1:], places[0]), sum(weighted[1:], weighted[0])
 
 
 class MoELM(Decoder):
-    """The Llama shape of `TransformerLM` with a mixture of experts (`Experts`) in place of each feed-forward layer.
+    """The Llama shape of `TransformerLM` with a mixture of experts (`Experts`) in place
+    of each feed-forward layer.
 
-    No balancing loss is added: a loss sees a model's outputs only. Watch the share of dropped tokens in long runs.
+    No balancing loss is added: a loss sees a model's outputs only. Watch the share of
+    dropped tokens in long runs.
 
     Args:
-      vocab, dim, layers, heads, kv_heads, tied, theta, loop, rngs: as of `TransformerLM`.
+      vocab, dim, layers, heads, kv_heads, tied, theta, loop, rngs: as of
+      `TransformerLM`.
       hidden: width of an expert. None: 8/3 of dim, rounded up to a multiple of 64.
       experts, chosen, capacity, group: as of `Experts`.
     """
 
-    def __init__(self, vocab: int, *, dim: int, layers: int, heads: int, kv_heads: int | None = None,
-                 hidden: int | None = None, experts: int = 8, chosen: int = 2, capacity: float = 1.25, group: int = 1024,
-                 tied: bool = False, theta: float = 10_000.0, loop: Literal["unrolled", "scan"] = "unrolled",
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        vocab: int,
+        *,
+        dim: int,
+        layers: int,
+        heads: int,
+        kv_heads: int | None = None,
+        hidden: int | None = None,
+        experts: int = 8,
+        chosen: int = 2,
+        capacity: float = 1.25,
+        group: int = 1024,
+        tied: bool = False,
+        theta: float = 10_000.0,
+        loop: Literal["unrolled", "scan"] = "unrolled",
+        rngs: nnx.Rngs,
+    ):
         width = -(-8 * dim // 192) * 64 if hidden is None else hidden
-        super().__init__(vocab, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, tied=tied, theta=theta, loop=loop,
-                         feed_forward=lambda rngs: Experts(dim, width, experts, chosen=chosen, capacity=capacity,
-                                                           group=group, rngs=rngs), rngs=rngs)
+        super().__init__(
+            vocab,
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            tied=tied,
+            theta=theta,
+            loop=loop,
+            feed_forward=lambda rngs: Experts(
+                dim,
+                width,
+                experts,
+                chosen=chosen,
+                capacity=capacity,
+                group=group,
+                rngs=rngs,
+            ),
+            rngs=rngs,
+        )

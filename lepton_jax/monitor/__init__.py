@@ -10,13 +10,29 @@ from lepton_jax.monitor.samples import SampleTrace, read_samples
 from lepton_jax.monitor.sinks import TensorBoard
 from lepton_jax.monitor.status import Watch, prometheus
 
-__all__ = ["Lines", "Monitor", "Progress", "SampleTrace", "Sink", "TensorBoard", "Watch", "encode", "plain", "prometheus",
-           "read_events", "read_samples", "write_report"]
+__all__ = [
+    "Lines",
+    "Monitor",
+    "Progress",
+    "SampleTrace",
+    "Sink",
+    "TensorBoard",
+    "Watch",
+    "encode",
+    "plain",
+    "prometheus",
+    "read_events",
+    "read_samples",
+    "write_report",
+]
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `folder/report.html` and returns its path; see `lepton_jax.monitor.report.write_report`."""
-    # Imported on demand: `python -m lepton_jax.monitor.report` must not find that module imported already.
+    """Writes `folder/report.html` and returns its path; see
+    `lepton_jax.monitor.report.write_report`.
+    """
+    # Imported on demand: `python -m lepton_jax.monitor.report` must not find that
+    # module imported already.
     from lepton_jax.monitor import report
 
     return report.write_report(folder)

@@ -1,7 +1,8 @@
 """The journal of a run: one JSON line per event, in `events.jsonl`.
 
-A line is `{"time": unix seconds, "kind": ..., ...}`. JSON has no word for a float that is not finite, so such a float
-is written as the string "NaN", "Infinity" or "-Infinity", and those strings are read back as floats.
+A line is `{"time": unix seconds, "kind": ..., ...}`. JSON has no word for a float that
+is not finite, so such a float is written as the string "NaN", "Infinity" or
+"-Infinity", and those strings are read back as floats.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ import numpy as np
 from lepton_jax.errors import DataError, LeptonError, writing_remedy
 
 FILE = "events.jsonl"
-_WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_WORDS = {
+    "NaN": math.nan,
+    "Infinity": math.inf,
+    "-Infinity": -math.inf,
+}
 
 
 class Sink(Protocol):
@@ -37,9 +42,11 @@ class Sink(Protocol):
 
 
 class Lines:
-    """A file of events to which whole lines are appended, one write to the operating system each.
+    """A file of events to which whole lines are appended, one write to the operating
+    system each.
 
-    A killed process loses at most the line that it was writing; opening the file again mends that line.
+    A killed process loses at most the line that it was writing; opening the file again
+    mends that line.
 
     Args:
       path: of the file; its folder is made if missing.
@@ -52,7 +59,11 @@ class Lines:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(
+                self.path,
+                os.O_RDWR | os.O_CREAT | os.O_APPEND,
+                0o644,
+            )
             _mend(self._file)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise self._failed(error) from error
@@ -80,13 +91,18 @@ class Lines:
     def _failed(self, error: OSError | ValueError) -> LeptonError:
         reason = getattr(error, "strerror", None) or error
         return LeptonError(
-            f"the journal of the run can't be written: {reason}", where=self.path,
-            remedy=f"{writing_remedy(error)}, or name another run folder; "
-                   "then start again: the run goes on from its last checkpoint")
+            f"the journal of the run can't be written: {reason}",
+            where=self.path,
+            remedy=(
+                f"{writing_remedy(error)}, or name another run folder; "
+                "then start again: the run goes on from its last checkpoint"
+            ),
+        )
 
 
 class Monitor:
-    """Appends events to `folder/events.jsonl` and hands them to sinks. Safe to call from several threads.
+    """Appends events to `folder/events.jsonl` and hands them to sinks. Safe to call
+    from several threads.
 
     Args:
       folder: of the run, made if missing. None: no file.
@@ -96,18 +112,32 @@ class Monitor:
       LeptonError: the file can't be opened, or (from `event`) written.
     """
 
-    def __init__(self, folder: Path | None, sinks: Sequence[Sink] = ()):
+    def __init__(
+        self,
+        folder: Path | None,
+        sinks: Sequence[Sink] = (),
+    ):
         self.path = None if folder is None else Path(folder) / FILE
         self._sinks, self._lock, self._closed = tuple(sinks), threading.RLock(), False
         self._file = None if self.path is None else Lines(self.path)
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Records one event. Arrays and NumPy scalars become lists and numbers; float32 values stay exact.
+    def event(
+        self,
+        kind: str,
+        **fields: Any,
+    ) -> None:
+        """Records one event. Arrays and NumPy scalars become lists and numbers; float32
+        values stay exact.
 
         Raises:
-          LeptonError: the line could not be written (the disk is full, say). The file keeps only whole lines.
+          LeptonError: the line could not be written (the disk is full, say). The file
+            keeps only whole lines.
         """
-        event = {"time": time.time(), "kind": kind, **plain(fields)}
+        event = {
+            "time": time.time(),
+            "kind": kind,
+            **plain(fields),
+        }
         line = encode(event)
         with self._lock:
             assert not self._closed, "an event after close()"
@@ -128,8 +158,12 @@ class Monitor:
                 sink.close()
 
 
-def read_events(path: Path, name: str = FILE) -> list[dict[str, Any]]:
-    """All events of a journal, oldest first; a last line that a killed process left torn is skipped.
+def read_events(
+    path: Path,
+    name: str = FILE,
+) -> list[dict[str, Any]]:
+    """All events of a journal, oldest first; a last line that a killed process left
+    torn is skipped.
 
     Args:
       path: the file, or the run folder that holds it.
@@ -148,20 +182,35 @@ def read_events(path: Path, name: str = FILE) -> list[dict[str, Any]]:
                 if event is not None:
                     events.append(event)
                 elif line.endswith(b"\n"):
-                    raise DataError(f"an event is damaged: {line[:60]!r}", where=f"{path}, line {number}",
-                                    remedy="delete that line, or restore the file from a copy")
+                    raise DataError(
+                        f"an event is damaged: {line[:60]!r}",
+                        where=f"{path}, line {number}",
+                        remedy="delete that line, or restore the file from a copy",
+                    )
     except OSError as error:
-        raise DataError(f"the events of the run can't be read: {error.strerror or error}", where=path,
-                        remedy=f"name a run folder: one that holds {name}") from error
+        raise DataError(
+            f"the events of the run can't be read: {error.strerror or error}",
+            where=path,
+            remedy=f"name a run folder: one that holds {name}",
+        ) from error
     return events
 
 
 def encode(event: Mapping[str, Any]) -> bytes:
     """One event as a line of standard JSON."""
     try:
-        text = json.dumps(event, allow_nan=False, separators=(",", ":"))
-    except ValueError:  # a float that is not finite: rare, so only then is the event walked through
-        text = json.dumps(_named(event), allow_nan=False, separators=(",", ":"))
+        text = json.dumps(
+            event,
+            allow_nan=False,
+            separators=(",", ":"),
+        )
+    # a float that is not finite: rare, so only then is the event walked through
+    except ValueError:
+        text = json.dumps(
+            _named(event),
+            allow_nan=False,
+            separators=(",", ":"),
+        )
     return text.encode() + b"\n"
 
 
@@ -173,21 +222,24 @@ def _append(file: int, line: bytes) -> None:
         while written < len(line):
             written += os.write(file, line[written:])
     except OSError:
-        with contextlib.suppress(OSError):  # the disk refuses even that: the next opening mends the line
+        # the disk refuses even that: the next opening mends the line
+        with contextlib.suppress(OSError):
             if written:
                 os.ftruncate(file, os.fstat(file).st_size - written)
         raise
 
 
 def _mend(file: int) -> None:
-    """Ends the file with a whole line: a torn last one goes, one that lacks only its newline gets it."""
+    """Ends the file with a whole line: a torn last one goes, one that lacks only its
+    newline gets it.
+    """
     size, tail = os.fstat(file).st_size, b""
     start = size
     while start and b"\n" not in tail:
         chunk = min(start, 1 << 16)
         start -= chunk
         tail = os.pread(file, chunk, start) + tail
-    tail = tail[tail.rfind(b"\n") + 1:]
+    tail = tail[tail.rfind(b"\n") + 1 :]
     if not tail:
         return
     if _decode(tail) is None:
@@ -221,8 +273,11 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if hasattr(value, "__array__"):
         array = np.asarray(value)
-        # bfloat16 and its like, which NumPy knows only as raw bytes, are exact in float64.
-        return plain((array.astype(np.float64) if array.dtype.kind == "V" else array).tolist())
+        # bfloat16 and its like, which NumPy knows only as raw bytes, are exact in
+        # float64.
+        return plain(
+            (array.astype(np.float64) if array.dtype.kind == "V" else array).tolist()
+        )
     return str(value)
 
 

@@ -1,4 +1,6 @@
-"""How the report looks and answers the pointer: its style sheet and its script, both put into the page."""
+"""How the report looks and answers the pointer: its style sheet and its script, both
+put into the page.
+"""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ FILE = "samples.jsonl"
 
 
 class SampleTrace:
-    """Writes {"step": s, "samples": [identifiers]} for each step that the run's state has seen; what a resumed or rolled back
-    run does not know of any more is taken away.
+    """Writes {"step": s, "samples": [identifiers]} for each step that the run's state
+    has seen; what a resumed or rolled back run does not know of any more is taken away.
 
     Args:
       folder: of the run.
@@ -27,7 +27,11 @@ class SampleTrace:
         steps = [line["step"] for line in _read(self._lines.path)]
         self._lines.cut(sum(done <= step for done in steps))
 
-    def add(self, step: int, names: list[str]) -> None:
+    def add(
+        self,
+        step: int,
+        names: list[str],
+    ) -> None:
         self._lines.append(encode({"step": step, "samples": names}))
 
     def close(self) -> None:

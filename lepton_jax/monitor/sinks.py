@@ -9,8 +9,9 @@ from lepton_jax.errors import LeptonError, writing_remedy
 
 
 class TensorBoard:
-    """Writes scalars for TensorBoard: `train/<record>` at each step, `evaluation/<metric>`, `time/step_seconds` (mean
-    over a window) and `time/data_wait` (share of that window, 0 to 1).
+    """Writes scalars for TensorBoard: `train/<record>` at each step,
+    `evaluation/<metric>`, `time/step_seconds` (mean over a window) and `time/data_wait`
+    (share of that window, 0 to 1).
 
     Args:
       folder: for the event files; made if missing.
@@ -23,23 +24,33 @@ class TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise LeptonError("TensorBoard's writer, tensorboardX, is not installed", where="TensorBoard",
-                              remedy="pip install 'lepton-jax[tensorboard]'") from error
-        # tensorboardX takes "gs:..." and "s3:..." at the beginning of a path for buckets
+            raise LeptonError(
+                "TensorBoard's writer, tensorboardX, is not installed",
+                where="TensorBoard",
+                remedy="pip install 'lepton-jax[tensorboard]'",
+            ) from error
+        # tensorboardX takes "gs:..." and "s3:..." at the beginning of a path for
+        # buckets
         self._folder, self._make = Path(folder).absolute(), SummaryWriter
         self._writer: Any = None
 
     def event(self, event: dict[str, Any]) -> None:
         kind = event.get("kind")
         if kind == "start" and self._writer is None:
-            # A resumed run repeats steps: TensorBoard is told to forget what earlier files say of them.
+            # A resumed run repeats steps: TensorBoard is told to forget what earlier
+            # files say of them.
             step = event.get("step") or 0
             self._open(purge_step=step + 1 if step else None)
         elif kind == "steps":
             self._steps(event)
         elif kind == "evaluation":
             for name, value in (event.get("metrics") or {}).items():
-                self._scalar(f"evaluation/{name}", value, event.get("step"), event.get("time"))
+                self._scalar(
+                    f"evaluation/{name}",
+                    value,
+                    event.get("step"),
+                    event.get("time"),
+                )
 
     def close(self) -> None:
         if self._writer is not None:
@@ -48,25 +59,61 @@ class TensorBoard:
 
     def _open(self, **options: Any) -> None:
         try:
-            self._writer = self._make(logdir=str(self._folder), **options)
+            self._writer = self._make(
+                logdir=str(self._folder),
+                **options,
+            )
         except OSError as error:
-            raise LeptonError(f"TensorBoard's files can't be written: {error.strerror or error}", where=self._folder,
-                              remedy=f"{writing_remedy(error)}, or leave out --tensorboard") from error
+            raise LeptonError(
+                f"TensorBoard's files can't be written: {error.strerror or error}",
+                where=self._folder,
+                remedy=f"{writing_remedy(error)}, or leave out --tensorboard",
+            ) from error
 
     def _steps(self, event: dict[str, Any]) -> None:
-        first, last, seconds = event.get("first"), event.get("last"), event.get("seconds")
+        first, last, seconds = (
+            event.get("first"),
+            event.get("last"),
+            event.get("seconds"),
+        )
         if first is None or last is None:
             return
         for name, values in (event.get("records") or {}).items():
             for step, value in enumerate(values, first):
-                self._scalar(f"train/{name}", value, step, event.get("time"))
+                self._scalar(
+                    f"train/{name}",
+                    value,
+                    step,
+                    event.get("time"),
+                )
         if seconds:
-            self._scalar("time/step_seconds", seconds / (last - first + 1), last, event.get("time"))
-            self._scalar("time/data_wait", (event.get("data_wait") or 0) / seconds, last, event.get("time"))
+            self._scalar(
+                "time/step_seconds",
+                seconds / (last - first + 1),
+                last,
+                event.get("time"),
+            )
+            self._scalar(
+                "time/data_wait",
+                (event.get("data_wait") or 0) / seconds,
+                last,
+                event.get("time"),
+            )
 
-    def _scalar(self, name: str, value: Any, step: int | None, time: float | None) -> None:
+    def _scalar(
+        self,
+        name: str,
+        value: Any,
+        step: int | None,
+        time: float | None,
+    ) -> None:
         if not isinstance(value, int | float):
             return
         if self._writer is None:
             self._open()
-        self._writer.add_scalar(name, value, step, walltime=time)
+        self._writer.add_scalar(
+            name,
+            value,
+            step,
+            walltime=time,
+        )

@@ -53,7 +53,12 @@ class Scheduled:
     def __call__(self, count: Any) -> Any:
         return self._read(count)
 
-    def _with(self, operation: Callable[[Any, Any], Any], other: Any, swapped: bool) -> Any:
+    def _with(
+        self,
+        operation: Callable[[Any, Any], Any],
+        other: Any,
+        swapped: bool,
+    ) -> Any:
         if not isinstance(other, Scheduled) and not _is_number(other):
             return NotImplemented
 
@@ -141,7 +146,12 @@ class Readings:
             count = checkpoint_name(count, MARK)
         return self._rate(count)
 
-    def of(self, program: ClosedJaxpr, state: Any, after: int) -> list[Reading]:
+    def of(
+        self,
+        program: ClosedJaxpr,
+        state: Any,
+        after: int,
+    ) -> list[Reading]:
         """List where the traced update reads the schedule.
 
         Args:
@@ -152,7 +162,13 @@ class Readings:
         """
         jaxpr = program.jaxpr
         owners = _owners(state)
-        leaves = dict(zip(jaxpr.invars, range(len(owners)), strict=False))
+        leaves = dict(
+            zip(
+                jaxpr.invars,
+                range(len(owners)),
+                strict=False,
+            )
+        )
         marks = list(_marks(jaxpr, leaves))
 
         found = []
@@ -161,7 +177,9 @@ class Readings:
                 found.append(Reading(None, False, False))
                 continue
             # a count that anything else decides upon may stand still, or begin anew
-            alone = inputs_of(jaxpr, jaxpr.outvars[after + leaf]) == {jaxpr.invars[leaf]}
+            alone = inputs_of(jaxpr, jaxpr.outvars[after + leaf]) == {
+                jaxpr.invars[leaf]
+            }
             plain = alone and owners[leaf].__name__ in COUNTED
             scales = owners[leaf].__name__ in SCALING
             found.append(Reading(leaf, plain, scales))
@@ -171,7 +189,11 @@ class Readings:
         return found
 
 
-def skips(program: ClosedJaxpr, state: Any, rate: int) -> bool:
+def skips(
+    program: ClosedJaxpr,
+    state: Any,
+    rate: int,
+) -> bool:
     """Whether a wrapper decides in which updates a rate is used.
 
     Args:
@@ -195,7 +217,9 @@ def skips(program: ClosedJaxpr, state: Any, rate: int) -> bool:
 
 
 def nodes(state: Any) -> Iterator[Any]:
-    """List the containers in an optimizer's state that are named tuples, outer ones first."""
+    """List the containers in an optimizer's state that are named tuples, outer ones
+    first.
+    """
     if hasattr(state, "_fields"):
         yield state
     if isinstance(state, dict):
@@ -235,7 +259,11 @@ def _marks(jaxpr: Any, leaves: dict[Any, int]) -> Iterator[int | None]:
             passed: dict[Any, int] = {}
             if len(inner.invars) == len(operands):
                 pairs = zip(inner.invars, operands, strict=True)
-                passed = {i: leaves[o] for i, o in pairs if not isinstance(o, Literal) and o in leaves}
+                passed = {
+                    i: leaves[o]
+                    for i, o in pairs
+                    if not isinstance(o, Literal) and o in leaves
+                }
             yield from _marks(inner, passed)
 
 

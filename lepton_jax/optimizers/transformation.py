@@ -1,4 +1,6 @@
-"""An Optax transformation as a train step applies it, and what Optax says where it can't be."""
+"""An Optax transformation as a train step applies it, and what Optax says where it
+can't be.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ LACKING = {
 }
 
 # the optimizer's own updates are tied to more weights than these: see `scaled`
-BOUND = (optax.contrib.ScheduleFreeState, optax.LookaheadState, optax.contrib.SAMState)
+BOUND = (
+    optax.contrib.ScheduleFreeState,
+    optax.LookaheadState,
+    optax.contrib.SAMState,
+)
 
 
 class Lookahead(NamedTuple):
@@ -55,7 +61,9 @@ class Transformation:
     """
 
     def __init__(self, given: Any):
-        if is_transformation(given) and not isinstance(given, optax.GradientTransformation):
+        if is_transformation(given) and not isinstance(
+            given, optax.GradientTransformation
+        ):
             given = optax.GradientTransformationExtraArgs(given.init, given.update)
         if not isinstance(given, optax.GradientTransformation):
             raise RecipeError(
@@ -84,12 +92,18 @@ class Transformation:
         return jax.tree.map(lambda x: jnp.copy(x) if id(x) in own else x, state)
 
     def update(
-        self, gradients: Callable[[], Any], state: Any, params: Any, value: Any, factor: Any = None
+        self,
+        gradients: Callable[[], Any],
+        state: Any,
+        params: Any,
+        value: Any,
+        factor: Any = None,
     ) -> tuple[Any, Any]:
         """Make one update.
 
         Args:
-          gradients: gives the gradients, which are like params; called where they are used.
+          gradients: gives the gradients, which are like params; called where they are
+            used.
           state: what `init` or the update before gave.
           params: the parameters.
           value: the loss, for those that look at it.
@@ -105,15 +119,37 @@ class Transformation:
             # a factor of 1 changes no number, but how XLA rounds those around it
             return jax.lax.cond(
                 factor == 1,
-                lambda: self._applied(gradients, state, params, value, None),
-                lambda: self._applied(gradients, state, params, value, factor),
+                lambda: self._applied(
+                    gradients,
+                    state,
+                    params,
+                    value,
+                    None,
+                ),
+                lambda: self._applied(
+                    gradients,
+                    state,
+                    params,
+                    value,
+                    factor,
+                ),
             )
         return self._applied(gradients, state, params, value, None)
 
     def _applied(
-        self, gradients: Callable[[], Any], state: Any, params: Any, value: Any, factor: Any
+        self,
+        gradients: Callable[[], Any],
+        state: Any,
+        params: Any,
+        value: Any,
+        factor: Any,
     ) -> tuple[Any, Any]:
-        updates, after = self.updates(gradients(), state, params, value)
+        updates, after = self.updates(
+            gradients(),
+            state,
+            params,
+            value,
+        )
         if factor is not None:
             updates = scaled(updates, factor, state)
 
@@ -122,21 +158,41 @@ class Transformation:
             return moved.fast, after._replace(slow=moved.slow)
         return optax.apply_updates(params, updates), after
 
-    def updates(self, gradients: Any, state: Any, params: Any, value: Any) -> tuple[Any, Any]:
-        """Give the updates that the transformation makes of gradients, and its state after them.
+    def updates(
+        self,
+        gradients: Any,
+        state: Any,
+        params: Any,
+        value: Any,
+    ) -> tuple[Any, Any]:
+        """Give the updates that the transformation makes of gradients, and its state
+        after them.
 
         With `optax.lookahead` the updates are `optax.LookaheadParams`, and the slow
         weights in the state are still those before the update.
         """
         with fitting(params):
             if isinstance(state, Lookahead):
-                updates, inner = self._call(gradients, state.inner, _both(params, state), value)
+                updates, inner = self._call(
+                    gradients, state.inner, _both(params, state), value
+                )
                 return updates, state._replace(inner=inner)
             return self._call(gradients, state, params, value)
 
-    def _call(self, gradients: Any, state: Any, params: Any, value: Any) -> tuple[Any, Any]:
+    def _call(
+        self,
+        gradients: Any,
+        state: Any,
+        params: Any,
+        value: Any,
+    ) -> tuple[Any, Any]:
         try:
-            return self.whole.update(gradients, state, params, value=value)
+            return self.whole.update(
+                gradients,
+                state,
+                params,
+                value=value,
+            )
         except TypeError as error:
             # some, such as contrib.sam, take only the arguments that they use
             if "unexpected keyword argument 'value'" not in str(error):
@@ -154,7 +210,11 @@ def is_transformation(given: Any) -> bool:
     return not isinstance(given, type) and all(callable(part) for part in parts)
 
 
-def scaled(updates: Any, factor: Any, state: Any) -> Any:
+def scaled(
+    updates: Any,
+    factor: Any,
+    state: Any,
+) -> Any:
     """Updates times a factor: for most of Optax's, the same as a scaled learning rate.
 
     Raises:
@@ -165,27 +225,39 @@ def scaled(updates: Any, factor: Any, state: Any) -> Any:
     if bound:
         kind = type(bound[0]).__name__.removesuffix("State")
         raise RecipeError(
-            f"the learning rate of this optimizer ({kind}) can't be moved from outside: "
-            "its updates also move weights of its own",
+            f"the learning rate of this optimizer ({kind}) can't be moved from outside:"
+            " its updates also move weights of its own",
             where=WHERE,
-            remedy="give it as a function of the learning rate, e.g. lambda rate: "
-            "optax.contrib.schedule_free_sgd(rate), with Recipe.learning_rate",
+            remedy=(
+                "give it as a function of the learning rate, e.g. lambda rate: "
+                "optax.contrib.schedule_free_sgd(rate), with Recipe.learning_rate"
+            ),
         )
     return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
 
 
 class fitting(pointing_at_user):
-    """Context in which a fault of an optimizer's code is told with the parameters' names.
+    """Context in which a fault of an optimizer's code is told with the parameters'
+    names.
 
     Args:
       params: the parameters.
     """
 
     def __init__(self, params: Any):
-        super().__init__("the optimizer", where=WHERE, kind=RecipeError)
+        super().__init__(
+            "the optimizer",
+            where=WHERE,
+            kind=RecipeError,
+        )
         self._params = params
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: Any,
+        error: BaseException | None,
+        trace: Any,
+    ) -> None:
         try:
             super().__exit__(kind, error, trace)
         except RecipeError as told:
@@ -193,7 +265,11 @@ class fitting(pointing_at_user):
             raise _told(told, error, self._params) from error
 
 
-def _told(error: RecipeError, cause: BaseException, params: Any) -> RecipeError:
+def _told(
+    error: RecipeError,
+    cause: BaseException,
+    params: Any,
+) -> RecipeError:
     text = str(cause)
     lacking = [name for name in LACKING if re.search(rf"\b{name}\b", text)]
     if lacking and isinstance(cause, TypeError | ValueError):
@@ -202,46 +278,68 @@ def _told(error: RecipeError, cause: BaseException, params: Any) -> RecipeError:
             f"the optimizer's update needs {what}; a train step gives gradients, "
             "parameters and the loss's value",
             where=error.where,
-            remedy="give an optimizer without a line search or second-order estimates, "
-            "e.g. optimizer=optax.adamw, learning_rate=1e-3",
+            remedy=(
+                "give an optimizer without a line search or second-order estimates, "
+                "e.g. optimizer=optax.adamw, learning_rate=1e-3"
+            ),
         )
     if "batch dimension" in text:
         return RecipeError(
-            "the optimizer needs the gradient of each sample; a train step gives the mean gradient of a batch",
+            "the optimizer needs the gradient of each sample; a train step gives the"
+            " mean gradient of a batch",
             where=error.where,
-            remedy="leave out what clips or aggregates single samples' gradients "
-            "(differentially_private_aggregate, dpsgd, per_example_*_norm_clip)",
+            remedy=(
+                "leave out what clips or aggregates single samples' gradients "
+                "(differentially_private_aggregate, dpsgd, per_example_*_norm_clip)"
+            ),
         )
     if "no corresponding transformation" in text:
         unknown = _unknown_labels(text)
         return RecipeError(
             f"the optimizer's labels of parameters name no transformation: {unknown}",
             where=error.where,
-            remedy="give each label a transformation, or change the labels of the "
-            f"parameters, which are {named(params)}",
+            remedy=(
+                "give each label a transformation, or change the labels of the "
+                f"parameters, which are {named(params)}"
+            ),
         )
     if "pytree" in text or isinstance(cause, KeyError | IndexError | AttributeError):
         return RecipeError(
-            f"the optimizer does not fit the parameters: {type(cause).__name__}: {_brief(text)}",
+            f"the optimizer does not fit the parameters: {type(cause).__name__}:"
+            f" {_brief(text)}",
             where=error.where,
-            remedy="let masks and labels be nested dicts of the parameters' names, or "
-            f"functions of such a dict; the parameters are {named(params)}",
+            remedy=(
+                "let masks and labels be nested dicts of the parameters' names, or "
+                f"functions of such a dict; the parameters are {named(params)}"
+            ),
         )
     if isinstance(cause, jax.errors.ConcretizationTypeError):
         return RecipeError(
-            f"the optimizer looks at values that are not known when the step is compiled: {_brief(text.partition('.')[0])}",
+            "the optimizer looks at values that are not known when the step is"
+            f" compiled: {_brief(text.partition('.')[0])}",
             where=error.where,
-            remedy="let masks and labels go by the parameters' names, shapes or dtypes; "
-            f"the parameters are {named(params)}",
+            remedy=(
+                "let masks and labels go by the parameters' names, shapes or dtypes; "
+                f"the parameters are {named(params)}"
+            ),
         )
-    remedy = "give an Optax transformation that needs gradients, parameters and the loss's value alone"
-    return RecipeError(error.what, where=error.where, remedy=remedy)
+    remedy = (
+        "give an Optax transformation that needs gradients, parameters and the loss's"
+        " value alone"
+    )
+    return RecipeError(
+        error.what,
+        where=error.where,
+        remedy=remedy,
+    )
 
 
 def _unknown_labels(text: str) -> str:
     """Optax's lists of labels and of transformations, in one line."""
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    return "; ".join(line.replace("Transforms keys", "transformations") for line in lines)
+    return "; ".join(
+        line.replace("Transforms keys", "transformations") for line in lines
+    )
 
 
 def _brief(text: str) -> str:
@@ -257,7 +355,10 @@ def named(params: Any) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def _masks(function: Any, seen: set[int] | None = None) -> Iterator[Any]:
+def _masks(
+    function: Any,
+    seen: set[int] | None = None,
+) -> Iterator[Any]:
     """Find the masks in an optimizer that are not within other masks or partitions.
 
     Optax keeps a mask in the closure of `optax.masked`, and nothing in a state says
@@ -276,11 +377,18 @@ def _masks(function: Any, seen: set[int] | None = None) -> Iterator[Any]:
     if isinstance(held, optax.MultiSteps):
         yield from _masks(held.inner_opt, seen)
 
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    code, cells = (
+        getattr(function, "__code__", None),
+        getattr(function, "__closure__", None),
+    )
     if code is None or cells is None:
         return
     name = getattr(function, "__qualname__", "")
-    values = {n: c.cell_contents for n, c in zip(code.co_freevars, cells, strict=True) if _filled(c)}
+    values = {
+        n: c.cell_contents
+        for n, c in zip(code.co_freevars, cells, strict=True)
+        if _filled(c)
+    }
     if name.startswith("masked.<locals>.update_fn") and of_a_library(code.co_filename):
         yield values.get("mask")
     elif not name.startswith("partition.<locals>."):
@@ -304,8 +412,10 @@ def _check_mask(mask: Any, params: Any) -> None:
     raise RecipeError(
         "a mask of the optimizer matches no parameter",
         where=_defined(mask) or WHERE,
-        remedy=f"let the mask be true for some of the parameters, which are {named(params)}; "
-        "or leave what is masked out",
+        remedy=(
+            "let the mask be true for some of the parameters, which are"
+            f" {named(params)}; or leave what is masked out"
+        ),
     )
 
 
@@ -319,7 +429,9 @@ def _defined(function: Any) -> str | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep `optax.lookahead` from warning of the parameters with which it is tried first."""
+    """Keep `optax.lookahead` from warning of the parameters with which it is tried
+    first.
+    """
     logger = logging.getLogger("absl")
     before = logger.disabled
     logger.disabled = True

@@ -1,4 +1,6 @@
-"""From a recipe to the plan that drives its program: trace, find its named axes, search, explain, verify."""
+"""From a recipe to the plan that drives its program: trace, find its named axes,
+search, explain, verify.
+"""
 
 from lepton_jax.planner import ahead
 from lepton_jax.planner.apply import laid_out
@@ -9,5 +11,22 @@ from lepton_jax.planner.ranges import limits
 from lepton_jax.planner.remat import rematerialized
 from lepton_jax.planner.trace import ARGUMENTS, Trace, objective, trace
 
-__all__ = ["ARGUMENTS", "ArrayPlan", "Evaluation", "Plan", "Prediction", "Trace", "ahead", "candidates", "check_plan",
-           "evaluated", "laid_out", "limits", "nan_rows", "objective", "plan", "rematerialized", "trace"]
+__all__ = [
+    "ARGUMENTS",
+    "ArrayPlan",
+    "Evaluation",
+    "Plan",
+    "Prediction",
+    "Trace",
+    "ahead",
+    "candidates",
+    "check_plan",
+    "evaluated",
+    "laid_out",
+    "limits",
+    "nan_rows",
+    "objective",
+    "plan",
+    "rematerialized",
+    "trace",
+]

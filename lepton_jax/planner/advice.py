@@ -16,8 +16,8 @@ from lepton_jax.planner.schedule import size
 from lepton_jax.planner.search import LITTLE, Candidate, Problem, fewest, powers, search
 from lepton_jax.planner.trace import trace as traced
 
-# seconds of computing for each kind of change. Assumption: who is told that nothing fits
-# waits for advice about as long as for a plan
+# seconds of computing for each kind of change. Assumption: who is told that nothing
+# fits waits for advice about as long as for a plan
 ADVICE_SECONDS = 10.0
 GUESSES = 4  # sizes that are guessed from the two around them; then the rest is halved
 SOLID = 4  # assignments of the failed search that are tried on a smaller batch
@@ -34,8 +34,13 @@ def does_not_fit(
       doublings: how many larger topologies are tried.
     """
     best = leanest(found)
-    largest = sorted(best.bytes.items(), key=lambda x: -x[1])
-    fills = ", ".join(f"{kind} {size(n)}" for kind, n in largest if n > 0.02 * best.peak)
+    largest = sorted(
+        best.bytes.items(),
+        key=lambda x: -x[1],
+    )
+    fills = ", ".join(
+        f"{kind} {size(n)}" for kind, n in largest if n > 0.02 * best.peak
+    )
     a, topology, patience = best.assignment, problem.topology, problem.patience
     names = problem.names(a.remat)
     parts = f"{a.micro_batches} micro-batch{'es' if a.micro_batches > 1 else ''}"
@@ -68,14 +73,32 @@ def leanest(found: Sequence[Candidate]) -> Candidate:
     return min(lean, key=simplicity)
 
 
-def nearest_change(problem: Problem, found: Sequence[Candidate], doublings: int) -> str:
-    """Fewer samples, more rematerialization, or the smallest topology of the same chip that holds it."""
+def nearest_change(
+    problem: Problem,
+    found: Sequence[Candidate],
+    doublings: int,
+) -> str:
+    """Fewer samples, more rematerialization, or the smallest topology of the same chip
+    that holds it.
+    """
     changes, pins, trace = [], problem.pins, problem.trace
     best = leanest(found)
-    if pins.remat not in (None, "full") or pins.micro_batches is not None or pins.meshes:
-        free = unpinned(problem, problem.topology, problem.patience.limit)
+    if (
+        pins.remat not in (None, "full")
+        or pins.micro_batches is not None
+        or pins.meshes
+    ):
+        free = unpinned(
+            problem,
+            problem.topology,
+            problem.patience.limit,
+        )
         if search(free)[0].fits:
-            fixed = (("the mesh", pins.meshes), ("remat", pins.remat), ("micro_batches", pins.micro_batches))
+            fixed = (
+                ("the mesh", pins.meshes),
+                ("remat", pins.remat),
+                ("micro_batches", pins.micro_batches),
+            )
             what = [word for word, on in fixed if on]
             return f"let the planner choose {' and '.join(what)}: then it fits"
     room = problem.limit - _state(best)
@@ -95,13 +118,23 @@ def _state(candidate: Candidate) -> int:
     return sum(candidate.bytes.get(kind, 0) for kind in kinds)
 
 
-def unpinned(problem: Problem, topology: Topology, limit: float | None) -> Problem:
+def unpinned(
+    problem: Problem,
+    topology: Topology,
+    limit: float | None,
+) -> Problem:
     """The same problem without pins, maybe elsewhere, with a clock of its own.
 
     What does not depend on either is shared.
     """
     clock = Patience("planning", limit)
-    free = Problem(problem.trace, topology, problem.objective, Pins(), clock)
+    free = Problem(
+        problem.trace,
+        topology,
+        problem.objective,
+        Pins(),
+        clock,
+    )
     if not problem.pins.storage:
         free._names = problem._names
         free._sizes = problem._sizes
@@ -114,8 +147,8 @@ class Trial:
 
     Args:
       problem: that search's.
-      assignments: some of its assignments, with masks of the policy "none", each with the
-        rematerialization under which it holds the least.
+      assignments: some of its assignments, with masks of the policy "none", each with
+        the rematerialization under which it holds the least.
     """
 
     problem: Problem
@@ -125,10 +158,21 @@ class Trial:
         """The same problem with a batch of so many rows."""
         trace = self.problem.trace
         recipe = trace.recipe.with_(batch_size=rows)
-        less = traced(recipe, trace.inputs, trace.targets, trace.samples)
+        less = traced(
+            recipe,
+            trace.inputs,
+            trace.targets,
+            trace.samples,
+        )
         clock = Patience("planning", self.problem.patience.limit)
         whole = self.problem
-        return Problem(less, whole.topology, whole.objective, whole.pins, clock)
+        return Problem(
+            less,
+            whole.topology,
+            whole.objective,
+            whole.pins,
+            clock,
+        )
 
     def peak(self, rows: int) -> float:
         """Bytes of the leanest plan for so many rows, or of the first that fits."""
@@ -143,7 +187,15 @@ class Trial:
             asked = less.pins.micro_batches
             options = [asked] if asked else powers(rows // split)
             parts = fewest(less, moved, options)
-            least = min(least, less.peak(replace(moved, micro_batches=parts)))
+            least = min(
+                least,
+                less.peak(
+                    replace(
+                        moved,
+                        micro_batches=parts,
+                    )
+                ),
+            )
             if least <= less.limit:
                 return least
         return least
@@ -152,13 +204,23 @@ class Trial:
         """Whether a whole search finds a plan for so many rows."""
         return search(self.smaller(rows))[0].fits
 
-    def _moved(self, assignment: Assignment, less: Problem) -> Assignment | None:
+    def _moved(
+        self,
+        assignment: Assignment,
+        less: Problem,
+    ) -> Assignment | None:
         """An assignment for the smaller batch; None where that does not divide.
 
         A batch that does not divide is not split.
         """
         groups = self.problem.names("none").groups
-        by_name = dict(zip((g.name for g in groups), assignment.masks, strict=True))
+        by_name = dict(
+            zip(
+                (g.name for g in groups),
+                assignment.masks,
+                strict=True,
+            )
+        )
         names, counts = less.names("none"), assignment.counts
         masks = []
         for number, group in enumerate(names.groups):
@@ -172,12 +234,13 @@ class Trial:
 
 
 def fewer_samples(problem: Problem, found: Sequence[Candidate]) -> int | None:
-    """The largest batch size that fits, as far as `ADVICE_SECONDS` reach; None: none does.
+    """The largest batch size that fits, as far as `ADVICE_SECONDS` reach; None: none
+    does.
 
     Multiples of the number of devices come first, then of those that the leanest plan
     splits the batch over, since any other size leaves devices idle. Memory grows with
-    the rows nearly in a straight line, so few sizes are traced: each is guessed from the
-    two around it.
+    the rows nearly in a straight line, so few sizes are traced: each is guessed from
+    the two around it.
     """
     total = problem.trace.recipe.batch_size
     batch = problem.names("none").batch
@@ -194,14 +257,24 @@ def fewer_samples(problem: Problem, found: Sequence[Candidate]) -> int | None:
 
     patience = Patience("planning", ADVICE_SECONDS)
     for count in dict.fromkeys([problem.topology.devices, split, 1]):
-        fits = _largest(trial, count * parts, total, chosen[0], patience)
+        fits = _largest(
+            trial,
+            count * parts,
+            total,
+            chosen[0],
+            patience,
+        )
         if fits:
             return fits
     return None
 
 
 def _largest(
-    trial: Trial, step: int, total: int, failed: Candidate, patience: Patience
+    trial: Trial,
+    step: int,
+    total: int,
+    failed: Candidate,
+    patience: Patience,
 ) -> int | None:
     """The largest multiple of a step below `total` that fits.
 
@@ -217,7 +290,9 @@ def _largest(
     high, above = -(-total // step), float(failed.peak)  # what doesn't
     tried = 0
     while high - low > 1 and not patience.over():
-        trial.problem.patience.detail = f"nothing fits; trying batches of {low * step:,} to {high * step:,}"
+        trial.problem.patience.detail = (
+            f"nothing fits; trying batches of {low * step:,} to {high * step:,}"
+        )
         share = (limit - below) / max(above - below, 1.0)
         guess = low + math.floor(share * (high - low))
         if tried >= GUESSES:  # the line is bent

@@ -1,4 +1,6 @@
-"""A function laid out on a mesh: its jaxpr run again, with constraints on what it computes; the function is not touched."""
+"""A function laid out on a mesh: its jaxpr run again, with constraints on what it
+computes; the function is not touched.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,23 @@ from lepton_jax.planner.rules import ELEMENTWISE, SOURCES
 from lepton_jax.planner.trace import argument_paths
 
 # what XLA's own propagation never gets wrong needs no constraint
-FOLLOWING = {*ELEMENTWISE, *SOURCES, "broadcast_in_dim", "transpose", "squeeze", "expand_dims"}
+FOLLOWING = {
+    *ELEMENTWISE,
+    *SOURCES,
+    "broadcast_in_dim",
+    "transpose",
+    "squeeze",
+    "expand_dims",
+}
 
 
-def laid_out(function: Callable, layout: Callable[[Graph, list[str]], Layout], mesh: Mesh, names: tuple[str, ...],
-             gradients: bool = False) -> Callable:
+def laid_out(
+    function: Callable,
+    layout: Callable[[Graph, list[str]], Layout],
+    mesh: Mesh,
+    names: tuple[str, ...],
+    gradients: bool = False,
+) -> Callable:
     """`function` with its values constrained to a layout.
 
     Args:
@@ -36,7 +50,9 @@ def laid_out(function: Callable, layout: Callable[[Graph, list[str]], Layout], m
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         count = len(jax.tree.leaves(args[0]))
         graph = Graph(program, count, count if gradients else 0)
-        results = Evaluation(layout(graph, argument_paths(names, args)), mesh).program(jax.tree.leaves(args))
+        results = Evaluation(layout(graph, argument_paths(names, args)), mesh).program(
+            jax.tree.leaves(args)
+        )
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return constrained
@@ -51,26 +67,56 @@ class Evaluation:
 
     def program(self, leaves: list[Any]) -> list[Any]:
         block = self.layout.graph.block
-        return self._block(block, [self._put(x, self.layout.spec(v)) for x, v in zip(leaves, block.inputs, strict=True)])
+        return self._block(
+            block,
+            [
+                self._put(x, self.layout.spec(v))
+                for x, v in zip(leaves, block.inputs, strict=True)
+            ],
+        )
 
-    def _put(self, x: Any, spec: Spec) -> Any:
+    def _put(
+        self,
+        x: Any,
+        spec: Spec,
+    ) -> Any:
         if not spec:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition(spec, self.mesh.axis_names)))
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, partition(spec, self.mesh.axis_names))
+        )
 
-    def _block(self, block: Block, args: list[Any]) -> list[Any]:
+    def _block(
+        self,
+        block: Block,
+        args: list[Any],
+    ) -> list[Any]:
         env: dict[int, Any] = {}
-        for value, x in [*zip(block.inputs, args, strict=True), *zip(block.constants, block.consts, strict=True)]:
+        for value, x in [
+            *zip(block.inputs, args, strict=True),
+            *zip(block.constants, block.consts, strict=True),
+        ]:
             env[value.index] = x
         for op in block.operations:
-            literals = [getattr(v, "val", None) for v in op.eqn.invars] if op.name != BARRIER else [None] * len(op.inputs)
-            inputs = [x if v is None else env[v.index] for x, v in zip(literals, op.inputs, strict=True)]
+            literals = (
+                [getattr(v, "val", None) for v in op.eqn.invars]
+                if op.name != BARRIER
+                else [None] * len(op.inputs)
+            )
+            inputs = [
+                x if v is None else env[v.index]
+                for x, v in zip(literals, op.inputs, strict=True)
+            ]
             with at_source(op.eqn, op.callers):
                 outputs = self._operation(op, inputs)
             env.update((v.index, x) for v, x in zip(op.outputs, outputs, strict=True))
         return [env[v.index] if isinstance(v, Value) else v.val for v in block.results]
 
-    def _operation(self, op: Operation, inputs: list[Any]) -> list[Any]:
+    def _operation(
+        self,
+        op: Operation,
+        inputs: list[Any],
+    ) -> list[Any]:
         if op.name == BARRIER:
             return list(jax.lax.optimization_barrier(tuple(inputs)))
         if op.name == "scan":
@@ -86,93 +132,202 @@ class Evaluation:
             assert value is not None
             if value.stored is not None and self.layout.spec(value) != spec:
                 inputs[i] = self._gather(value, inputs[i], spec)
-            else:  # from where it lies: else XLA would carry what this operation wants back into what made it
-                inputs[i] = self._put(self._put(inputs[i], self.layout.spec(value)), spec)
+            # from where it lies: else XLA would carry what this operation wants back
+            # into what made it
+            else:
+                inputs[i] = self._put(
+                    self._put(inputs[i], self.layout.spec(value)), spec
+                )
         grouped = product is not None and product.groups > 1
-        out = [self._grouped(op, product, inputs, decision)] if grouped else _bind(op.eqn, inputs)  # type: ignore[arg-type]
+        out = (
+            [self._grouped(op, product, inputs, decision)]
+            if grouped
+            else _bind(op.eqn, inputs)
+        )  # type: ignore[arg-type]
         if op.name in FOLLOWING and not decision.inputs:
             return out
         if op.known and op.whole and product is None:
-            # else XLA splits what needs all of a dim along that dim, and e.g. a pad between elements comes out wrong
-            out = [self._put(x, made) if (made := self.layout.made(op, v)) != self.layout.spec(v) else x
-                   for x, v in zip(out, op.outputs, strict=True)]
-        if decision.natural is not None and not _summed(op, product, decision.natural, self.layout.spec(op.outputs[0])):
+            # else XLA splits what needs all of a dim along that dim, and e.g. a pad
+            # between elements comes out wrong
+            out = [
+                (
+                    self._put(x, made)
+                    if (made := self.layout.made(op, v)) != self.layout.spec(v)
+                    else x
+                )
+                for x, v in zip(out, op.outputs, strict=True)
+            ]
+        if decision.natural is not None and not _summed(
+            op,
+            product,
+            decision.natural,
+            self.layout.spec(op.outputs[0]),
+        ):
             out[0] = self._put(out[0], decision.natural)
-        return [self._put(x, self.layout.spec(v)) if hasattr(x, "shape") and op.known else x
-                for x, v in zip(out, op.outputs, strict=True)]
+        return [
+            self._put(x, self.layout.spec(v)) if hasattr(x, "shape") and op.known else x
+            for x, v in zip(out, op.outputs, strict=True)
+        ]
 
-    def _gather(self, value: Value, x: Any, spec: Spec) -> Any:
-        """A stored value as it is used, gathered once a block; but not kept from the forward pass to the backward pass."""
+    def _gather(
+        self,
+        value: Value,
+        x: Any,
+        spec: Spec,
+    ) -> Any:
+        """A stored value as it is used, gathered once a block; but not kept from the
+        forward pass to the backward pass.
+        """
         done = self._gathered.get((value.index, spec))
         if done is not None and value.index not in self.layout.graph.lasting:
             return done
-        gathered = self._put(x if done is None else jax.lax.optimization_barrier(x), spec)
+        gathered = self._put(
+            x if done is None else jax.lax.optimization_barrier(x), spec
+        )
         self._gathered[value.index, spec] = gathered
         return gathered
 
-    def _grouped(self, op: Operation, product: Contraction, inputs: list[Any], decision: Decision) -> Any:
-        """A grouped convolution on each device's part: of most, XLA's partitioner (jax 0.10, 0.12) gathers all operands."""
-        left, right = (decision.inputs.get(i, self.layout.spec(op.inputs[i])) for i in (0, 1))  # type: ignore[arg-type]
+    def _grouped(
+        self,
+        op: Operation,
+        product: Contraction,
+        inputs: list[Any],
+        decision: Decision,
+    ) -> Any:
+        """A grouped convolution on each device's part: of most, XLA's partitioner (jax
+        0.10, 0.12) gathers all operands.
+        """
+        left, right = (
+            decision.inputs.get(i, self.layout.spec(op.inputs[i])) for i in (0, 1)
+        )  # type: ignore[arg-type]
         out = decision.natural or self.layout.spec(op.outputs[0])
         if not any((*left, *right, *out)):
             return _bind(op.eqn, inputs)[0]
-        group, summed = product.indices[0], [index for index in product.indices if index.out is None]
+        group, summed = (
+            product.indices[0],
+            [index for index in product.indices if index.out is None],
+        )
         sums = 0
         for index in summed:
             sums |= left[index.left]  # type: ignore[index]
         split = self.layout.counts[left[group.left]]  # type: ignore[index]
-        counted = {k: n // split if n > 1 else n for k, n in op.params.items() if k.endswith("_group_count")}
+        counted = {
+            k: n // split if n > 1 else n
+            for k, n in op.params.items()
+            if k.endswith("_group_count")
+        }
         names = self.mesh.axis_names
 
         def local(x: Any, kernel: Any) -> Any:
-            y = op.eqn.primitive.bind(x, kernel, **{**op.eqn.primitive.get_bind_params(op.eqn.params), **counted})
-            return jax.lax.psum(y, tuple(n for i, n in enumerate(names) if sums >> i & 1)) if sums else y
+            y = op.eqn.primitive.bind(
+                x,
+                kernel,
+                **{**op.eqn.primitive.get_bind_params(op.eqn.params), **counted},
+            )
+            return (
+                jax.lax.psum(y, tuple(n for i, n in enumerate(names) if sums >> i & 1))
+                if sums
+                else y
+            )
 
         specs = [partition(spec, names) for spec in (left, right, out)]
-        return jax.shard_map(local, mesh=self.mesh, in_specs=tuple(specs[:2]), out_specs=specs[2], check_vma=False)(*inputs)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=tuple(specs[:2]),
+            out_specs=specs[2],
+            check_vma=False,
+        )(*inputs)
 
-    def _scan(self, op: Operation, inputs: list[Any]) -> list[Any]:
+    def _scan(
+        self,
+        op: Operation,
+        inputs: list[Any],
+    ) -> list[Any]:
         consts, carried = scan_counts(op.eqn)
-        head, carry = inputs[:consts], inputs[consts:consts + carried]
-        for i, value in enumerate(op.inputs[consts + carried:], consts + carried):
+        head, carry = inputs[:consts], inputs[consts : consts + carried]
+        for i, value in enumerate(op.inputs[consts + carried :], consts + carried):
             spec = () if value is None else self.layout.spec(value)
             if spec and spec[0]:  # a loop over samples: gathered once, not at each step
                 inputs[i] = self._put(inputs[i], (0, *spec[1:]))
-        xs = inputs[consts + carried:]
+        xs = inputs[consts + carried :]
         block = op.blocks[0]
         specs = [self.layout.spec(v) for v in block.inputs]
 
         def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-            args = [x if x is None else self._put(x, s) for x, s in zip([*head, *carry, *xs], specs, strict=True)]
+            args = [
+                x if x is None else self._put(x, s)
+                for x, s in zip([*head, *carry, *xs], specs, strict=True)
+            ]
             results = self._block(block, args)
-            results = [self._put(x, self.layout.spec(v)) if isinstance(v, Value) else x
-                       for x, v in zip(results, block.results, strict=True)]
+            results = [
+                self._put(x, self.layout.spec(v)) if isinstance(v, Value) else x
+                for x, v in zip(results, block.results, strict=True)
+            ]
             return results[:carried], results[carried:]
 
         p = op.params
-        carry, ys = jax.lax.scan(body, carry, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
-        return [self._put(x, self.layout.spec(v)) for x, v in zip([*carry, *ys], op.outputs, strict=True)]
+        carry, ys = jax.lax.scan(
+            body,
+            carry,
+            xs,
+            length=p["length"],
+            reverse=p["reverse"],
+            unroll=p["unroll"],
+        )
+        return [
+            self._put(x, self.layout.spec(v))
+            for x, v in zip([*carry, *ys], op.outputs, strict=True)
+        ]
 
-    def _while(self, op: Operation, inputs: list[Any]) -> list[Any]:
+    def _while(
+        self,
+        op: Operation,
+        inputs: list[Any],
+    ) -> list[Any]:
         nc, nb = op.params["cond_nconsts"], op.params["body_nconsts"]
         cond, body = op.blocks
-        return jax.lax.while_loop(lambda c: self._block(cond, [*inputs[:nc], *c])[0],
-                                  lambda c: self._block(body, [*inputs[nc:nc + nb], *c]), inputs[nc + nb:])
+        return jax.lax.while_loop(
+            lambda c: self._block(cond, [*inputs[:nc], *c])[0],
+            lambda c: self._block(body, [*inputs[nc : nc + nb], *c]),
+            inputs[nc + nb :],
+        )
 
-    def _cond(self, op: Operation, inputs: list[Any]) -> list[Any]:
+    def _cond(
+        self,
+        op: Operation,
+        inputs: list[Any],
+    ) -> list[Any]:
         branches = [lambda *args, b=b: self._block(b, list(args)) for b in op.blocks]
-        return jax.lax.switch(inputs[0], branches, *inputs[1:])
+        return jax.lax.switch(
+            inputs[0],
+            branches,
+            *inputs[1:],
+        )
 
 
 def partition(spec: Spec, names: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(*(tuple(n for i, n in enumerate(names) if mask >> i & 1) or None for mask in spec))
+    return PartitionSpec(
+        *(
+            tuple(n for i, n in enumerate(names) if mask >> i & 1) or None
+            for mask in spec
+        )
+    )
 
 
-def _summed(op: Operation, product: Contraction | None, natural: Spec, spec: Spec) -> bool:
-    """Whether a result differs from what is wanted only by sums that are still to be scattered."""
+def _summed(
+    op: Operation,
+    product: Contraction | None,
+    natural: Spec,
+    spec: Spec,
+) -> bool:
+    """Whether a result differs from what is wanted only by sums that are still to be
+    scattered.
+    """
     if product is None:
         return False
-    if op.name == "gather":  # XLA (jax 0.10, 0.12) looks up wrong rows where such a dim is split already
+    # XLA (jax 0.10, 0.12) looks up wrong rows where such a dim is split already
+    if op.name == "gather":
         return all(n in (0, s) for n, s in zip(natural, spec, strict=True))
     return all(n & ~s == 0 for n, s in zip(natural, spec, strict=True))
 

@@ -56,10 +56,10 @@ class Batches:
         """A note for a plan with so many micro-batches, which nobody asked for."""
         rows = self.batch_size // parts
         return (
-            f"the {parts} micro-batches, which the planner chose, change the model: "
-            f"{self.why}. It now sees {rows} samples at a time instead of "
-            f"{self.batch_size}. A batch_size of {rows} has the same memory without them; "
-            f"micro_batches={parts} in the recipe says that this is meant"
+            f"the {parts} micro-batches, which the planner chose, change the model:"
+            f" {self.why}. It now sees {rows} samples at a time instead of"
+            f" {self.batch_size}. A batch_size of {rows} has the same memory without"
+            f" them; micro_batches={parts} in the recipe says that this is meant"
         )
 
 
@@ -80,7 +80,11 @@ def _written(trace: Trace) -> list[str]:
 
 
 def _random(leaf: Any) -> bool:
-    """Whether a variable is a random stream's: its key, or how often it was drawn from."""
+    """Whether a variable is a random stream's: its key, or how often it was drawn
+    from.
+    """
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return True
-    return leaf.shape == () and jax.dtypes.issubdtype(leaf.dtype, jax.numpy.unsignedinteger)
+    return leaf.shape == () and jax.dtypes.issubdtype(
+        leaf.dtype, jax.numpy.unsignedinteger
+    )

@@ -1,9 +1,9 @@
 """The passage of a data set through evaluation and prediction, found before it runs.
 
-Both take batches of one size, and the last one is seldom full. It is filled up with rows
-that are masked afterwards, so that one compiled program fits all batches, where no sample
-can tell what else is in its batch. Where samples meet (`interaction`), it runs at its own
-size, which costs one more compilation.
+Both take batches of one size, and the last one is seldom full. It is filled up with
+rows that are masked afterwards, so that one compiled program fits all batches, where no
+sample can tell what else is in its batch. Where samples meet (`interaction`), it runs
+at its own size, which costs one more compilation.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Dims = list[tuple[int, ...]]  # of each leaf: the dims whose extent follows the 
 class Evaluation:
     """The loss and the metrics of a test set, put together from its batches.
 
-    A loss or metric with one value per sample is averaged over the samples. A scalar loss
-    is averaged over batches, by their rows. A scalar metric that is a mean of samples is
-    too; another one, such as an area under a curve, is applied once to the outputs and
-    targets of the whole test set.
+    A loss or metric with one value per sample is averaged over the samples. A scalar
+    loss is averaged over batches, by their rows. A scalar metric that is a mean of
+    samples is too; another one, such as an area under a curve, is applied once to the
+    outputs and targets of the whole test set.
 
     Attributes:
       whole: names of the metrics that are applied to the whole test set.
@@ -67,7 +67,12 @@ class Evaluation:
         if self._scalars:
             return f"{self._scalars[0]} is one number of a batch"
 
-        def measured(params: Any, variables: Any, inputs: Any, targets: Any) -> Any:
+        def measured(
+            params: Any,
+            variables: Any,
+            inputs: Any,
+            targets: Any,
+        ) -> Any:
             outputs = evaluated(self.trace, params, variables, inputs)
             names = ["loss", *self.recipe.metrics]
             each = [n for n in names if n not in self.whole]
@@ -76,7 +81,11 @@ class Evaluation:
         state = self.trace.state
         batch = (self.trace.inputs, self.trace.targets)
         with pointing_at_user("evaluating"):
-            return where_they_meet(measured, (state.params, state.variables), batch)
+            return where_they_meet(
+                measured,
+                (state.params, state.variables),
+                batch,
+            )
 
     @cached_property
     def dims(self) -> Dims:
@@ -89,10 +98,25 @@ class Evaluation:
         """Zeros of the sums over a batch, float32: {name: (sum, weight)}."""
         valid = jax.ShapeDtypeStruct((self.recipe.batch_size,), jnp.bool_)
 
-        def measure(outputs: Any, targets: Any, valid: Any) -> Any:
-            return losses.measure(self.recipe, outputs, targets, valid, self.whole)
+        def measure(
+            outputs: Any,
+            targets: Any,
+            valid: Any,
+        ) -> Any:
+            return losses.measure(
+                self.recipe,
+                outputs,
+                targets,
+                valid,
+                self.whole,
+            )
 
-        shapes = jax.eval_shape(measure, self.trace.outputs, self.trace.targets, valid)
+        shapes = jax.eval_shape(
+            measure,
+            self.trace.outputs,
+            self.trace.targets,
+            valid,
+        )
         return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
     def check(self, samples: int) -> None:
@@ -110,27 +134,35 @@ class Evaluation:
         size = rows * sum(nbytes(x) for x in arrays)
         if size > MOST_GATHERED:
             raise DataError(
-                f"the metric {name!r} is no mean over samples, so it takes the outputs "
-                f"and targets of all {samples} samples at once: {size / 2**30:.1f} GiB; "
-                f"at most {MOST_GATHERED / 2**30:.0f} GiB are gathered",
+                f"the metric {name!r} is no mean over samples, so it takes the outputs"
+                f" and targets of all {samples} samples at once: {size / 2**30:.1f}"
+                f" GiB; at most {MOST_GATHERED / 2**30:.0f} GiB are gathered",
                 where="test data",
-                remedy="evaluate on fewer samples, or make the metric one of sums over "
-                "samples: lepton_jax.metrics.Metric(values, finish)",
+                remedy=(
+                    "evaluate on fewer samples, or make the metric one of sums over "
+                    "samples: lepton_jax.metrics.Metric(values, finish)"
+                ),
             )
         if samples > self.recipe.batch_size:
             paths = by_path(self.trace.outputs)
             for path, dims in zip(paths, self.dims, strict=True):
                 if len(dims) != 1:
                     raise ModelError(
-                        f"the metric {name!r} is no mean over samples, and the output "
-                        f"{path or 'of the model'} {_shape(paths[path])} can't be joined "
-                        f"from several batches: {_counted(dims)}",
+                        f"the metric {name!r} is no mean over samples, and the output"
+                        f" {path or 'of the model'} {_shape(paths[path])} can't be"
+                        f" joined from several batches: {_counted(dims)}",
                         where=f"Recipe.metrics[{name!r}]",
-                        remedy="return one value per sample from the metric, or leave "
-                        "that output out of the model's",
+                        remedy=(
+                            "return one value per sample from the metric, or leave "
+                            "that output out of the model's"
+                        ),
                     )
 
-    def real(self, part: tuple[Any, Any], rows: int) -> tuple[Any, Any]:
+    def real(
+        self,
+        part: tuple[Any, Any],
+        rows: int,
+    ) -> tuple[Any, Any]:
         """Outputs and targets of a batch on the host, without its filling."""
         outputs, targets = jax.tree.map(np.asarray, part)
         size = len(jax.tree.leaves(targets)[0])
@@ -145,7 +177,9 @@ class Evaluation:
         return outputs, jax.tree.map(lambda x: x[:rows], targets)
 
     def of_whole(self, parts: Sequence[tuple[Any, Any]]) -> dict[str, float]:
-        """Apply the metrics of the whole test set to (outputs, targets) of its batches."""
+        """Apply the metrics of the whole test set to (outputs, targets) of its
+        batches.
+        """
         tree = jax.tree.structure(self.trace.outputs)
         pieces = [jax.tree.leaves(outputs) for outputs, _ in parts]
         leaves = [
@@ -160,10 +194,21 @@ class Evaluation:
         for name in self.whole:
             with pointing_at_user(f"the metric {name!r} of the whole test set"):
                 value = self._jitted[name](outputs, targets)
-                found[name] = float(losses.finish(self.recipe, name, value))
+                found[name] = float(
+                    losses.finish(
+                        self.recipe,
+                        name,
+                        value,
+                    )
+                )
         return found
 
-    def _values(self, name: str, outputs: Any, targets: Any) -> Any:
+    def _values(
+        self,
+        name: str,
+        outputs: Any,
+        targets: Any,
+    ) -> Any:
         function, several = self.recipe.loss, False
         if name != "loss":
             function, several = losses.sums_of(self.recipe.metrics[name])
@@ -207,7 +252,11 @@ class Prediction:
       hides: whether a prediction is not floating-point, so that it can't show a NaN.
     """
 
-    def __init__(self, trace: Trace, decode: Callable[[Any], Any]):
+    def __init__(
+        self,
+        trace: Trace,
+        decode: Callable[[Any], Any],
+    ):
         self.trace = trace
         self._decode = decode
         size = trace.recipe.batch_size
@@ -231,8 +280,19 @@ class Prediction:
     def meeting(self) -> str | None:
         """Where samples of a batch meet; None: the last batch is filled up."""
 
-        def predict(params: Any, variables: Any, inputs: Any) -> Any:
-            return self._decode(evaluated(self.trace, params, variables, inputs))
+        def predict(
+            params: Any,
+            variables: Any,
+            inputs: Any,
+        ) -> Any:
+            return self._decode(
+                evaluated(
+                    self.trace,
+                    params,
+                    variables,
+                    inputs,
+                )
+            )
 
         state = self.trace.state
         fixed = (state.params, state.variables)
@@ -257,16 +317,22 @@ class Prediction:
             if len(dims) == 1 and not (mixed and self.meeting is not None):
                 continue
             raise ModelError(
-                f"the prediction {path or 'of the model'} {_shape(leaf)} can't be joined "
-                f"from the batches of {size} that {samples} inputs make: "
-                f"{_counted(dims)}",
+                f"the prediction {path or 'of the model'} {_shape(leaf)} can't be"
+                f" joined from the batches of {size} that {samples} inputs make:"
+                f" {_counted(dims)}",
                 where="Trainer.predict",
-                remedy="choose what has one dim for the samples: predict(inputs, "
-                "decode=lambda outputs: outputs[...]); or give at most "
-                f"{size} inputs at once",
+                remedy=(
+                    "choose what has one dim for the samples: predict(inputs, "
+                    "decode=lambda outputs: outputs[...]); or give at most "
+                    f"{size} inputs at once"
+                ),
             )
 
-    def joined(self, parts: Sequence[Any], rows: Sequence[int]) -> Any:
+    def joined(
+        self,
+        parts: Sequence[Any],
+        rows: Sequence[int],
+    ) -> Any:
         """Predictions of all batches, of which the first `rows` samples are real."""
         size = self.trace.recipe.batch_size
         tree = jax.tree.structure(parts[0])
@@ -287,9 +353,22 @@ class Prediction:
         return jax.tree.unflatten(tree, found)
 
 
-def evaluated(trace: Trace, params: Any, variables: Any, inputs: Any) -> Any:
+def evaluated(
+    trace: Trace,
+    params: Any,
+    variables: Any,
+    inputs: Any,
+) -> Any:
     """The model's outputs outside of training."""
-    run = (trace.recipe, trace.functional, params, variables, inputs, None, False)
+    run = (
+        trace.recipe,
+        trace.functional,
+        params,
+        variables,
+        inputs,
+        None,
+        False,
+    )
     return forward(*run)[0]
 
 
@@ -297,19 +376,32 @@ def outputs_of(trace: Trace, inputs: Any) -> Any:
     """Shapes of the outputs outside of training."""
     state = trace.state
 
-    def run(params: Any, variables: Any, inputs: Any) -> Any:
+    def run(
+        params: Any,
+        variables: Any,
+        inputs: Any,
+    ) -> Any:
         return evaluated(trace, params, variables, inputs)
 
-    return jax.eval_shape(run, state.params, state.variables, inputs)
+    return jax.eval_shape(
+        run,
+        state.params,
+        state.variables,
+        inputs,
+    )
 
 
-def batch_dims(few: Any, many: Any, size: int) -> Dims:
+def batch_dims(
+    few: Any,
+    many: Any,
+    size: int,
+) -> Dims:
     """Find the dims of each leaf whose extent follows the batch size.
 
     Args:
       few: shapes for a batch of `size`.
-      many: the same for a batch of another size. None: it is not known, and the first dim
-        of the extent `size` is taken.
+      many: the same for a batch of another size. None: it is not known, and the first
+        dim of the extent `size` is taken.
     """
     if many is None:
         leaves = jax.tree.leaves(few)
@@ -318,12 +410,22 @@ def batch_dims(few: Any, many: Any, size: int) -> Dims:
 
     found = []
     for small, large in zip(jax.tree.leaves(few), jax.tree.leaves(many), strict=True):
-        extents = enumerate(zip(small.shape, large.shape, strict=True))
+        extents = enumerate(
+            zip(
+                small.shape,
+                large.shape,
+                strict=True,
+            )
+        )
         found.append(tuple(d for d, (a, b) in extents if a != b))
     return found
 
 
-def nan_rows(leaves: Sequence[Any], dims: Dims, rows: int) -> Any:
+def nan_rows(
+    leaves: Sequence[Any],
+    dims: Dims,
+    rows: int,
+) -> Any:
     """Which samples hold a NaN in any of some leaves: bool (rows,)."""
     found = jnp.zeros(rows, jnp.bool_)
     for leaf, own in zip(leaves, dims, strict=True):
@@ -337,7 +439,7 @@ def nan_rows(leaves: Sequence[Any], dims: Dims, rows: int) -> Any:
     return found
 
 
-# ---- internals ----------------------------------------------------------------------
+# ---- internals ----
 
 
 def _of_rows(batch: Any, rows: int) -> Any:
@@ -348,7 +450,9 @@ def _of_rows(batch: Any, rows: int) -> Any:
 
 
 def _outputs_of_two_sizes(trace: Trace) -> tuple[Any, Any]:
-    """Shapes of the outputs for a batch and for one of twice its size, if it has any."""
+    """Shapes of the outputs for a batch and for one of twice its size, if it has
+    any.
+    """
     size = trace.recipe.batch_size
     with pointing_at_user("evaluating"):
         few = outputs_of(trace, trace.inputs)
@@ -368,7 +472,11 @@ def _used(decode: Callable[[Any], Any], outputs: Any) -> list[bool]:
     return [id(v) in needed for v in program.invars]
 
 
-def _first(x: np.ndarray, dim: int, count: int) -> np.ndarray:
+def _first(
+    x: np.ndarray,
+    dim: int,
+    count: int,
+) -> np.ndarray:
     return x[(slice(None),) * dim + (slice(count),)]
 
 

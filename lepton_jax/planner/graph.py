@@ -1,8 +1,10 @@
-"""A jaxpr as a graph of operations on values, calls inlined; and its dims joined into named axes.
+"""A jaxpr as a graph of operations on values, calls inlined; and its dims joined into
+named axes.
 
-A *named axis* is a class of dims that are the same thing all over a program: the batch, the heads, the vocabulary. They
-are found by union-find: each operation says which dims of its operands and results are one (`rules`). Cf. the named
-dims of TOAST (Alabed et al. 2025, arXiv 2508.15010).
+A *named axis* is a class of dims that are the same thing all over a program: the batch,
+the heads, the vocabulary. They are found by union-find: each operation says which dims
+of its operands and results are one (`rules`). Cf. the named dims of TOAST (Alabed et
+al. 2025, arXiv 2508.15010).
 """
 
 from __future__ import annotations
@@ -15,10 +17,26 @@ from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.rules import ELEMENTWISE, RULES, unknown
 
 # inlined: what they compute is what their jaxpr says
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-         "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
 BARRIER = "optimization_barrier"
-POSITIONAL = {*ELEMENTWISE, "iota", "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims"} - {BARRIER}
+POSITIONAL = {
+    *ELEMENTWISE,
+    "iota",
+    "broadcast_in_dim",
+    "reshape",
+    "transpose",
+    "squeeze",
+    "expand_dims",
+} - {BARRIER}
 WORTH_SINKING = 2**16  # elements
 
 
@@ -26,13 +44,20 @@ class Value:
     """An array of the program: shape, dtype, and a node of the union-find for each dim.
 
     Attributes:
-      stored: (parameter's index, its dim behind each dim) of a value that is a parameter or a parameter's gradient as
-        the state keeps it: only cast, transposed or sliced by a loop since or before.
+      stored: (parameter's index, its dim behind each dim) of a value that is a
+        parameter or a parameter's gradient as the state keeps it: only cast, transposed
+        or sliced by a loop since or before.
     """
 
     __slots__ = ("dtype", "index", "nodes", "shape", "stored")
 
-    def __init__(self, index: int, shape: tuple[int, ...], dtype: Any, nodes: tuple[int, ...]):
+    def __init__(
+        self,
+        index: int,
+        shape: tuple[int, ...],
+        dtype: Any,
+        nodes: tuple[int, ...],
+    ):
         self.index, self.shape, self.dtype, self.nodes = index, shape, dtype, nodes
         self.stored: tuple[int, tuple[int, ...]] | None = None
 
@@ -53,10 +78,33 @@ class Operation:
       known: whether there is a rule for the primitive.
     """
 
-    __slots__ = ("blocks", "callers", "eqn", "inputs", "known", "name", "outputs", "reduced", "times", "whole")
+    __slots__ = (
+        "blocks",
+        "callers",
+        "eqn",
+        "inputs",
+        "known",
+        "name",
+        "outputs",
+        "reduced",
+        "times",
+        "whole",
+    )
 
-    def __init__(self, eqn: Any, inputs: list[Value | None], outputs: list[Value], callers: tuple, times: int):
-        self.eqn, self.name, self.inputs, self.outputs = eqn, eqn.primitive.name, inputs, outputs
+    def __init__(
+        self,
+        eqn: Any,
+        inputs: list[Value | None],
+        outputs: list[Value],
+        callers: tuple,
+        times: int,
+    ):
+        self.eqn, self.name, self.inputs, self.outputs = (
+            eqn,
+            eqn.primitive.name,
+            inputs,
+            outputs,
+        )
         self.callers, self.times = callers, times
         self.blocks: tuple[Block, ...] = ()
         self.whole: list[tuple[int, int]] = []
@@ -73,7 +121,12 @@ class Block:
 
     __slots__ = ("constants", "consts", "inputs", "operations", "results")
 
-    def __init__(self, inputs: list[Value], constants: list[Value], consts: list[Any]):
+    def __init__(
+        self,
+        inputs: list[Value],
+        constants: list[Value],
+        consts: list[Any],
+    ):
         self.inputs, self.constants, self.consts = inputs, constants, consts
         self.operations: list[Operation] = []
         self.results: list[Any] = []
@@ -83,7 +136,8 @@ class Graph:
     """A program's operations and the named axes among its dims.
 
     Args:
-      program: a closed jaxpr. Its first inputs and its first results may be told to be parameters and their gradients:
+      program: a closed jaxpr. Its first inputs and its first results may be told to be
+        parameters and their gradients:
       parameters: how many inputs are parameters.
       gradients: how many results, the first ones, are their gradients.
 
@@ -91,21 +145,34 @@ class Graph:
       block: the operations.
       values: all values, by index.
       unknown: primitive name to count, of those without a rule.
-      pieces: node of a grouped convolution's channels to the number of groups, none of which can be split.
+      pieces: node of a grouped convolution's channels to the number of groups, none of
+        which can be split.
       stepping: loops with the numbers of the inputs that they take slices of.
-      lasting: indices of the stored values that live from the forward pass to the backward pass.
+      lasting: indices of the stored values that live from the forward pass to the
+        backward pass.
     """
 
-    def __init__(self, program: ClosedJaxpr, parameters: int = 0, gradients: int = 0):
+    def __init__(
+        self,
+        program: ClosedJaxpr,
+        parameters: int = 0,
+        gradients: int = 0,
+    ):
         self.values: list[Value] = []
         self.parents: list[int] = []
         self.loops: set[int] = set()  # nodes along which a loop steps
         self.stepping: list[tuple[Operation, int]] = []  # loops, and inputs of theirs
         self.unknown: dict[str, int] = {}
         self.pieces: dict[int, int] = {}
-        self._free: dict[int, Operation | None] = {}  # values that only positions decide; None: a scalar constant
+        # values that only positions decide; None: a scalar constant
+        self._free: dict[int, Operation | None] = {}
         self._consts: dict[int, Any] = {}
-        self.block = self._block(program.jaxpr, list(program.consts), (), 1)
+        self.block = self._block(
+            program.jaxpr,
+            list(program.consts),
+            (),
+            1,
+        )
         _prune(self.block)
         for index, value in enumerate(self.block.inputs[:parameters]):
             value.stored = (index, tuple(range(len(value.shape))))
@@ -115,17 +182,38 @@ class Graph:
                 value.stored = (index, tuple(range(len(value.shape))))
                 self.join_all(value, self.block.inputs[index])
         _spread_gradients(self.block)
-        held = {v.index for op in self.block.operations if op.name == BARRIER for v in op.outputs}
-        straight = [*self.block.inputs, *(v for op in self.block.operations for v in op.outputs)]
-        self.lasting = {v.index for v in straight if v.stored is not None and v.index not in held}
+        held = {
+            v.index
+            for op in self.block.operations
+            if op.name == BARRIER
+            for v in op.outputs
+        }
+        straight = [
+            *self.block.inputs,
+            *(v for op in self.block.operations for v in op.outputs),
+        ]
+        self.lasting = {
+            v.index for v in straight if v.stored is not None and v.index not in held
+        }
 
-    # ---- union-find -----------------------------------------------------------------------------------------------
+    # ---- union-find ----
 
-    def value(self, shape: tuple[int, ...], dtype: Any) -> Value:
+    def value(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+    ) -> Value:
         first = len(self.parents)
         nodes = tuple(range(first, first + len(shape)))
         self.parents.extend(nodes)
-        self.values.append(Value(len(self.values), tuple(shape), dtype, nodes))
+        self.values.append(
+            Value(
+                len(self.values),
+                tuple(shape),
+                dtype,
+                nodes,
+            )
+        )
         return self.values[-1]
 
     def find(self, node: int) -> int:
@@ -135,13 +223,27 @@ class Graph:
             node = parents[node]
         return node
 
-    def join(self, left: int, right: int) -> None:
+    def join(
+        self,
+        left: int,
+        right: int,
+    ) -> None:
         left, right = self.find(left), self.find(right)
         if left != right:
             self.parents[max(left, right)] = min(left, right)
 
-    def join_all(self, left: Value, right: Value) -> None:
-        for a, b, m, n in zip(left.nodes, right.nodes, left.shape, right.shape, strict=True):
+    def join_all(
+        self,
+        left: Value,
+        right: Value,
+    ) -> None:
+        for a, b, m, n in zip(
+            left.nodes,
+            right.nodes,
+            left.shape,
+            right.shape,
+            strict=True,
+        ):
             if m == n:
                 self.join(a, b)
 
@@ -149,23 +251,56 @@ class Graph:
         """All operations, those inside of loops after the loop."""
         yield from _walk(self.block)
 
-    # ---- building -------------------------------------------------------------------------------------------------
+    # ---- building ----
 
-    def _block(self, jaxpr: Jaxpr, consts: list[Any], callers: tuple, times: int) -> Block:
-        new = lambda var: self.value(getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None))  # noqa: E731
-        block = Block([new(v) for v in jaxpr.invars], [new(v) for v in jaxpr.constvars], consts)
-        env = dict(zip(jaxpr.invars, block.inputs, strict=True)) | dict(zip(jaxpr.constvars, block.constants, strict=True))
+    def _block(
+        self,
+        jaxpr: Jaxpr,
+        consts: list[Any],
+        callers: tuple,
+        times: int,
+    ) -> Block:
+        new = lambda var: self.value(
+            getattr(var.aval, "shape", ()),
+            getattr(
+                var.aval,
+                "dtype",
+                None,
+            ),
+        )  # noqa: E731
+        block = Block(
+            [new(v) for v in jaxpr.invars],
+            [new(v) for v in jaxpr.constvars],
+            consts,
+        )
+        env = dict(zip(jaxpr.invars, block.inputs, strict=True)) | dict(
+            zip(jaxpr.constvars, block.constants, strict=True)
+        )
         self._fill(block, jaxpr, env, callers, times)
         block.results = [v if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
         return block
 
-    def _fill(self, block: Block, jaxpr: Jaxpr, env: dict, callers: tuple, times: int) -> None:
+    def _fill(
+        self,
+        block: Block,
+        jaxpr: Jaxpr,
+        env: dict,
+        callers: tuple,
+        times: int,
+    ) -> None:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             inputs = [None if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            if name in CALLS and CALLS[name] in eqn.params and self._inline(block, eqn, inputs, env, callers, times):
+            if (
+                name in CALLS
+                and CALLS[name] in eqn.params
+                and self._inline(block, eqn, inputs, env, callers, times)
+            ):
                 continue
-            outputs = [self.value(getattr(v.aval, "shape", ()), getattr(v.aval, "dtype", None)) for v in eqn.outvars]
+            outputs = [
+                self.value(getattr(v.aval, "shape", ()), getattr(v.aval, "dtype", None))
+                for v in eqn.outvars
+            ]
             operation = Operation(eqn, inputs, outputs, callers, times)
             if name == "scan":
                 self._scan(operation)
@@ -178,18 +313,42 @@ class Graph:
                 if not operation.known:
                     self.unknown[name] = self.unknown.get(name, 0) + 1
             block.operations.append(operation)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-            if name in POSITIONAL and len(outputs) == 1 and all(v is None or v.index in self._free for v in inputs):
+            env.update(
+                zip(
+                    eqn.outvars,
+                    outputs,
+                    strict=True,
+                )
+            )
+            if (
+                name in POSITIONAL
+                and len(outputs) == 1
+                and all(v is None or v.index in self._free for v in inputs)
+            ):
                 self._free[outputs[0].index] = operation
 
-    def _inline(self, block: Block, eqn: Any, inputs: list, env: dict, callers: tuple, times: int) -> bool:
+    def _inline(
+        self,
+        block: Block,
+        eqn: Any,
+        inputs: list,
+        env: dict,
+        callers: tuple,
+        times: int,
+    ) -> bool:
         inner = eqn.params[CALLS[eqn.primitive.name]]
         closed = isinstance(inner, ClosedJaxpr)
         jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
         if len(jaxpr.invars) != len(inputs):
             return False
         if eqn.params.get("differentiated") and eqn.params.get("prevent_cse", True):
-            inputs = self._barrier(block, eqn, inputs, callers, times)
+            inputs = self._barrier(
+                block,
+                eqn,
+                inputs,
+                callers,
+                times,
+            )
 
         def constant(aval: Any, const: Any) -> Value:
             value = self.value(aval.shape, aval.dtype)
@@ -204,15 +363,38 @@ class Graph:
             inside[var] = constant(outer.aval, outer.val) if value is None else value
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             inside[var] = constant(var.aval, const)
-        self._fill(block, jaxpr, inside, (*callers, eqn), times)
+        self._fill(
+            block,
+            jaxpr,
+            inside,
+            (*callers, eqn),
+            times,
+        )
         for var, out in zip(eqn.outvars, jaxpr.outvars, strict=True):
-            env[var] = constant(out.aval, out.val) if isinstance(out, Literal) else inside[out]
+            env[var] = (
+                constant(out.aval, out.val) if isinstance(out, Literal) else inside[out]
+            )
         return True
 
-    def _barrier(self, block: Block, eqn: Any, inputs: list, callers: tuple, times: int) -> list:
-        """Copies of the inputs that hold back what is computed from them: how JAX lowers rematerialization."""
+    def _barrier(
+        self,
+        block: Block,
+        eqn: Any,
+        inputs: list,
+        callers: tuple,
+        times: int,
+    ) -> list:
+        """Copies of the inputs that hold back what is computed from them: how JAX
+        lowers rematerialization.
+        """
         held = [v for v in inputs if v is not None]
-        operation = Operation(eqn, held, [self.value(v.shape, v.dtype) for v in held], callers, times)
+        operation = Operation(
+            eqn,
+            held,
+            [self.value(v.shape, v.dtype) for v in held],
+            callers,
+            times,
+        )
         operation.name = BARRIER
         RULES[BARRIER](self, operation)
         block.operations.append(operation)
@@ -222,7 +404,12 @@ class Graph:
     def _scan(self, operation: Operation) -> None:
         p, ins, outs = operation.params, operation.inputs, operation.outputs
         consts, carried = scan_counts(operation.eqn)
-        body = self._block(p["jaxpr"].jaxpr, list(p["jaxpr"].consts), (), operation.times * p["length"])
+        body = self._block(
+            p["jaxpr"].jaxpr,
+            list(p["jaxpr"].consts),
+            (),
+            operation.times * p["length"],
+        )
         operation.blocks = (body,)
         for index in range(consts):
             self._sink(operation, index, body)
@@ -242,13 +429,24 @@ class Graph:
             elif isinstance(inner, Value):
                 self._stacked(outer, inner)
 
-    def _sink(self, operation: Operation, index: int, body: Block) -> None:
-        """Make a loop's constant, such as a mask, in the body, if nothing but positions goes into it.
+    def _sink(
+        self,
+        operation: Operation,
+        index: int,
+        body: Block,
+    ) -> None:
+        """Make a loop's constant, such as a mask, in the body, if nothing but positions
+        goes into it.
 
-        JAX moves such constants out of loops that it differentiates, and they would lie in memory, broadcast to full size.
+        JAX moves such constants out of loops that it differentiates, and they would lie
+        in memory, broadcast to full size.
         """
         outer = operation.inputs[index]
-        if outer is None or math.prod(outer.shape) < WORTH_SINKING or outer.index not in self._free:
+        if (
+            outer is None
+            or math.prod(outer.shape) < WORTH_SINKING
+            or outer.index not in self._free
+        ):
             return
         chain: dict[int, Operation] = {}
         pending = [outer.index]
@@ -269,37 +467,69 @@ class Graph:
 
         clones = []
         for op in sorted(chain.values(), key=lambda op: op.outputs[0].index):
-            clone = Operation(op.eqn, [None if v is None else inner(v) for v in op.inputs], [inner(op.outputs[0])], op.callers,
-                              operation.times * operation.params["length"])
+            clone = Operation(
+                op.eqn,
+                [None if v is None else inner(v) for v in op.inputs],
+                [inner(op.outputs[0])],
+                op.callers,
+                operation.times * operation.params["length"],
+            )
             RULES[op.name](self, clone)
             clones.append(clone)
         body.operations[:0] = clones
         operation.inputs[index] = None
 
-    def _stacked(self, outer: Value, inner: Value) -> None:
+    def _stacked(
+        self,
+        outer: Value,
+        inner: Value,
+    ) -> None:
         self.loops.add(outer.nodes[0])
         for a, b in zip(outer.nodes[1:], inner.nodes, strict=True):
             self.join(a, b)
 
     def _while(self, operation: Operation) -> None:
         p, ins, outs = operation.params, operation.inputs, operation.outputs
-        cond = self._block(p["cond_jaxpr"].jaxpr, list(p["cond_jaxpr"].consts), (), operation.times)
-        body = self._block(p["body_jaxpr"].jaxpr, list(p["body_jaxpr"].consts), (), operation.times)
+        cond = self._block(
+            p["cond_jaxpr"].jaxpr,
+            list(p["cond_jaxpr"].consts),
+            (),
+            operation.times,
+        )
+        body = self._block(
+            p["body_jaxpr"].jaxpr,
+            list(p["body_jaxpr"].consts),
+            (),
+            operation.times,
+        )
         operation.blocks = (cond, body)
         nc, nb = p["cond_nconsts"], p["body_nconsts"]
-        pairs = [*zip(ins[:nc], cond.inputs[:nc], strict=True), *zip(ins[nc:nc + nb], body.inputs[:nb], strict=True)]
-        pairs += [*zip(ins[nc + nb:], cond.inputs[nc:], strict=True), *zip(ins[nc + nb:], body.inputs[nb:], strict=True)]
-        pairs += [*zip(outs, body.inputs[nb:], strict=True), *zip(outs, body.results, strict=True)]
+        pairs = [
+            *zip(ins[:nc], cond.inputs[:nc], strict=True),
+            *zip(ins[nc : nc + nb], body.inputs[:nb], strict=True),
+        ]
+        pairs += [
+            *zip(ins[nc + nb :], cond.inputs[nc:], strict=True),
+            *zip(ins[nc + nb :], body.inputs[nb:], strict=True),
+        ]
+        pairs += [
+            *zip(outs, body.inputs[nb:], strict=True),
+            *zip(outs, body.results, strict=True),
+        ]
         for a, b in pairs:
             if isinstance(a, Value) and isinstance(b, Value):
                 self.join_all(a, b)
 
     def _cond(self, operation: Operation) -> None:
         branches = operation.params["branches"]
-        operation.blocks = tuple(self._block(b.jaxpr, list(b.consts), (), operation.times) for b in branches)
+        operation.blocks = tuple(
+            self._block(b.jaxpr, list(b.consts), (), operation.times) for b in branches
+        )
         for block in operation.blocks:
-            for a, b in [*zip(operation.inputs[1:], block.inputs, strict=True),
-                         *zip(operation.outputs, block.results, strict=True)]:
+            for a, b in [
+                *zip(operation.inputs[1:], block.inputs, strict=True),
+                *zip(operation.outputs, block.results, strict=True),
+            ]:
                 if isinstance(a, Value) and isinstance(b, Value):
                     self.join_all(a, b)
 
@@ -324,24 +554,43 @@ def _walk(block: Block) -> Iterator[Operation]:
             yield from _walk(inner)
 
 
-# ---- what is stored: parameters on their way in, gradients on their way out -------------------------------------------
+# ---- what is stored: parameters on their way in, gradients on their way out ----
 
-KEEPING = {"convert_element_type", "copy", "neg", "name", "optimization_barrier", "reduce_precision", "transpose",
-           "stop_gradient", "copy_p"}
+KEEPING = {
+    "convert_element_type",
+    "copy",
+    "neg",
+    "name",
+    "optimization_barrier",
+    "reduce_precision",
+    "transpose",
+    "stop_gradient",
+    "copy_p",
+}
 
 
-def _through(operation: Operation, stored: tuple[int, tuple[int, ...]]) -> tuple[int, tuple[int, ...]]:
+def _through(
+    operation: Operation, stored: tuple[int, tuple[int, ...]]
+) -> tuple[int, tuple[int, ...]]:
     if operation.name != "transpose":
         return stored
     return stored[0], tuple(stored[1][d] for d in operation.params["permutation"])
 
 
 def _entering(operation: Operation) -> Iterator[tuple[Any, Value, bool]]:
-    """(value outside, value inside, whether the loop takes slices of it) of what enters the blocks."""
+    """(value outside, value inside, whether the loop takes slices of it) of what enters
+    the blocks.
+    """
     if operation.name == "scan":
         head, carried = scan_counts(operation.eqn)
         first = head + carried
-        for index, (outer, inner) in enumerate(zip(operation.inputs, operation.blocks[0].inputs, strict=True)):
+        for index, (outer, inner) in enumerate(
+            zip(
+                operation.inputs,
+                operation.blocks[0].inputs,
+                strict=True,
+            )
+        ):
             if index < head or index >= first:
                 yield outer, inner, index >= first
     elif operation.name == "cond":
@@ -353,18 +602,28 @@ def _entering(operation: Operation) -> Iterator[tuple[Any, Value, bool]]:
 def _spread_stored(block: Block) -> None:
     for operation in block.operations:
         if operation.name in KEEPING:
-            for source, target in zip(operation.inputs, operation.outputs, strict=False):
-                if source is not None and source.stored is not None and target.stored is None:
+            for source, target in zip(
+                operation.inputs, operation.outputs, strict=False
+            ):
+                if (
+                    source is not None
+                    and source.stored is not None
+                    and target.stored is None
+                ):
                     target.stored = _through(operation, source.stored)
         for outer, inner, sliced in _entering(operation):
             if outer is not None and outer.stored is not None:
-                inner.stored = (outer.stored[0], outer.stored[1][1:]) if sliced else outer.stored
+                inner.stored = (
+                    (outer.stored[0], outer.stored[1][1:]) if sliced else outer.stored
+                )
         for inside in operation.blocks:
             _spread_stored(inside)
 
 
 def _spread_gradients(block: Block) -> None:
-    """From the gradients back to the operations that make them, through casts, transposes, sums and loops."""
+    """From the gradients back to the operations that make them, through casts,
+    transposes, sums and loops.
+    """
     for operation in reversed(block.operations):
         for index, target in enumerate(operation.outputs):
             if target.stored is None:
@@ -375,11 +634,17 @@ def _spread_gradients(block: Block) -> None:
                     back = target.stored[1]
                     if operation.name == "transpose":
                         order = operation.params["permutation"]
-                        back = tuple(target.stored[1][order.index(d)] for d in range(len(order)))
+                        back = tuple(
+                            target.stored[1][order.index(d)] for d in range(len(order))
+                        )
                     source.stored = (target.stored[0], back)
             elif operation.name == "add_any":
                 for source in operation.inputs:
-                    if source is not None and source.stored is None and source.shape == target.shape:
+                    if (
+                        source is not None
+                        and source.stored is None
+                        and source.shape == target.shape
+                    ):
                         source.stored = target.stored
             elif operation.name == "scan":
                 _into_blocks(operation, index, target)
@@ -387,7 +652,11 @@ def _spread_gradients(block: Block) -> None:
             _spread_gradients(inside)
 
 
-def _into_blocks(operation: Operation, index: int, target: Value) -> None:
+def _into_blocks(
+    operation: Operation,
+    index: int,
+    target: Value,
+) -> None:
     assert target.stored is not None
     inside = operation.blocks[0].results[index]
     consts, carried = scan_counts(operation.eqn)

@@ -7,9 +7,9 @@ each array that holds them, and nothing takes that dim apart:
     x: (batch, 4) -- dot w: (4, 3) --> (batch, 3) -- sum over dim 1 --> (batch,)
 
 Here the sum is over another dim. A mean over dim 0, x @ x.T (the batch twice in one
-array), a sort or a slice along the batch, a loop over it, and each operation that is not
-known let samples meet. The answer errs on one side only: samples that are said to stay
-apart do.
+array), a sort or a slice along the batch, a loop over it, and each operation that is
+not known let samples meet. The answer errs on one side only: samples that are said to
+stay apart do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ LONGEST_MEAN = 32  # operations from a sum over the batch to the mean; assumptio
 
 
 def where_samples_meet(
-    program: ClosedJaxpr, batched: Iterable[int], means: bool = False
+    program: ClosedJaxpr,
+    batched: Iterable[int],
+    means: bool = False,
 ) -> str | None:
     """Find the first operation at which samples of a batch can meet.
 
@@ -72,19 +74,39 @@ def where_samples_of_a_step_meet(trace: Trace) -> str | None:
       "mean at file.py:12 (function)", or None where the samples stay apart.
     """
 
-    def step(params: Any, variables: Any, key: Any, inputs: Any, targets: Any) -> Any:
+    def step(
+        params: Any,
+        variables: Any,
+        key: Any,
+        inputs: Any,
+        targets: Any,
+    ) -> Any:
         outputs, after = forward(
-            trace.recipe, trace.functional, params, variables, inputs, key, True
+            trace.recipe,
+            trace.functional,
+            params,
+            variables,
+            inputs,
+            key,
+            True,
         )
         return losses.values(trace.recipe.loss, outputs, targets), after
 
     state = trace.state
     fixed = (state.params, state.variables, state.key)
-    return where_they_meet(step, fixed, (trace.inputs, trace.targets), means=True)
+    return where_they_meet(
+        step,
+        fixed,
+        (trace.inputs, trace.targets),
+        means=True,
+    )
 
 
 def where_they_meet(
-    function: Callable, fixed: tuple, batch: tuple, means: bool = False
+    function: Callable,
+    fixed: tuple,
+    batch: tuple,
+    means: bool = False,
 ) -> str | None:
     """`where_samples_meet` of a function of pytrees of shapes.
 
@@ -97,14 +119,18 @@ def where_they_meet(
     program = jax.make_jaxpr(function)(*fixed, *batch)
     first = len(jax.tree.leaves(fixed))
     count = len(jax.tree.leaves(batch))
-    return where_samples_meet(program, range(first, first + count), means)
+    return where_samples_meet(
+        program,
+        range(first, first + count),
+        means,
+    )
 
 
 def is_mean_of_samples(function: Callable, batches: Sequence[tuple]) -> bool:
     """Whether a scalar of a batch is the mean of one value for each sample.
 
-    So it is if its program ends in sums over the batch of values in which samples do not
-    meet, times constants that halve where the batch is twice as large.
+    So it is if its program ends in sums over the batch of values in which samples do
+    not meet, times constants that halve where the batch is twice as large.
 
     Args:
       function: of batches to a scalar.
@@ -123,10 +149,15 @@ def is_mean_of_samples(function: Callable, batches: Sequence[tuple]) -> bool:
     return all(abs(a - 2 * b) <= 1e-6 * abs(a) for a, b in pairs)
 
 
-# ---- internals ----------------------------------------------------------------------
+# ---- internals ----
 
 
-def _meets(graph: Graph, op: Operation, batch: set[int], size: int) -> bool:
+def _meets(
+    graph: Graph,
+    op: Operation,
+    batch: set[int],
+    size: int,
+) -> bool:
     """Whether an operation brings samples together, or may do so."""
     if op.name in LOOPS or not op.outputs:
         return False
@@ -151,7 +182,10 @@ def _meets(graph: Graph, op: Operation, batch: set[int], size: int) -> bool:
 
 
 def _hides_a_meeting(
-    op: Operation, held: list[list[int]], made: list[list[int]], size: int
+    op: Operation,
+    held: list[list[int]],
+    made: list[list[int]],
+    size: int,
 ) -> bool:
     """Whether an operation mixes samples though its dims alone do not show it."""
     if op.name == "reshape":
@@ -177,15 +211,25 @@ def _described(op: Operation) -> str:
 def _sums_of_a_mean(
     function: Callable, batch: tuple, batches: Sequence[tuple]
 ) -> tuple[Any, list[float]] | None:
-    """The constant and the factors of the sums that make a scalar, if nothing else does."""
+    """The constant and the factors of the sums that make a scalar, if nothing else
+    does.
+    """
     dims = _batch_dims(batches)
     leaves = jax.tree.leaves(batch)
     size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
 
     graph = Graph(jax.make_jaxpr(function)(*batch))
-    places = zip(graph.block.inputs, dims, strict=True)
+    places = zip(
+        graph.block.inputs,
+        dims,
+        strict=True,
+    )
     classes = {graph.find(v.nodes[d]) for v, d in places if d is not None}
-    made = _affine(graph, classes, graph.block.results[0])
+    made = _affine(
+        graph,
+        classes,
+        graph.block.results[0],
+    )
     if made is None or _looped(graph, classes):
         return None
 
@@ -222,7 +266,12 @@ def _final_sums(graph: Graph, batch: set[int]) -> list[Operation]:
 Affine = tuple[Any, list[tuple[Operation, float]]]
 
 
-def _affine(graph: Graph, batch: set[int], value: Any, steps: int = 0) -> Affine | None:
+def _affine(
+    graph: Graph,
+    batch: set[int],
+    value: Any,
+    steps: int = 0,
+) -> Affine | None:
     """Take a value apart into a constant and sums over the batch times constants.
 
     Returns:
@@ -288,6 +337,12 @@ def _batch_dims(batches: Sequence[tuple]) -> list[int | None]:
     found: list[int | None] = []
     few, many = (jax.tree.leaves(batch) for batch in batches)
     for small, large in zip(few, many, strict=True):
-        pairs = enumerate(zip(small.shape, large.shape, strict=True))
+        pairs = enumerate(
+            zip(
+                small.shape,
+                large.shape,
+                strict=True,
+            )
+        )
         found.append(next((d for d, (a, b) in pairs if a != b), None))
     return found

@@ -1,4 +1,6 @@
-"""An assignment of mesh axes to named axes, and what follows from it for every value and every operation."""
+"""An assignment of mesh axes to named axes, and what follows from it for every value
+and every operation.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ Spec = tuple[int, ...]
 
 
 class Index(NamedTuple):
-    """One index of a contraction: which dim of its operands and of its result it is (None: of none).
+    """One index of a contraction: which dim of its operands and of its result it is
+    (None: of none).
 
-    An index without a result dim is summed over; `sizes` are of no interest, their product is the work.
+    An index without a result dim is summed over; `sizes` are of no interest, their
+    product is the work.
     """
 
     left: int | None
@@ -29,7 +33,8 @@ class Contraction:
 
     Attributes:
       left, right: inputs' numbers.
-      indices: the first of a grouped convolution is that of its groups, each of which is whole on a device.
+      indices: the first of a grouped convolution is that of its groups, each of which
+        is whole on a device.
       groups: of a convolution.
     """
 
@@ -40,7 +45,8 @@ class Contraction:
 
 
 class Move(NamedTuple):
-    """A collective that an operation needs: over the mesh axes in `axes`, of `bytes` a device (see Link.seconds).
+    """A collective that an operation needs: over the mesh axes in `axes`, of `bytes` a
+    device (see Link.seconds).
 
     `where` is "left", "right", "out" or "input N".
     """
@@ -53,7 +59,9 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """How an operation is split: the specs that it wants of its inputs, the one its result has by itself, and the moves."""
+    """How an operation is split: the specs that it wants of its inputs, the one its
+    result has by itself, and the moves.
+    """
 
     inputs: dict[int, Spec]
     natural: Spec | None
@@ -61,7 +69,9 @@ class Decision:
 
 
 def contraction(op: Operation) -> Contraction | None:
-    """The indices of dots, convolutions, lookups, scattered sums and reductions; None for other operations."""
+    """The indices of dots, convolutions, lookups, scattered sums and reductions; None
+    for other operations.
+    """
     name, p = op.name, op.params
     if name == "dot_general" and None not in op.inputs[:2]:
         return _dot(op)
@@ -71,10 +81,19 @@ def contraction(op: Operation) -> Contraction | None:
         return _lookup(op)
     if name in ("scatter-add", "scatter_add") and None not in op.inputs[1:3]:
         return _scattered(op)
-    if name.startswith("reduce_") and "axes" in p and op.inputs[0] is not None and len(op.outputs) == 1:
+    if (
+        name.startswith("reduce_")
+        and "axes" in p
+        and op.inputs[0] is not None
+        and len(op.outputs) == 1
+    ):
         kept = iter(range(len(op.outputs[0].shape)))
         rank = range(len(op.inputs[0].shape))
-        return Contraction(0, None, tuple(Index(d, None, None if d in p["axes"] else next(kept)) for d in rank))
+        return Contraction(
+            0,
+            None,
+            tuple(Index(d, None, None if d in p["axes"] else next(kept)) for d in rank),
+        )
     return None
 
 
@@ -84,27 +103,68 @@ def _dot(op: Operation) -> Contraction:
     assert left is not None and right is not None
     out = iter(range(len(op.outputs[0].shape)))
     found = [Index(a, b, next(out)) for a, b in zip(lb, rb, strict=True)]
-    found += [Index(d, None, next(out)) for d in range(len(left.shape)) if d not in (*lc, *lb)]
-    found += [Index(None, d, next(out)) for d in range(len(right.shape)) if d not in (*rc, *rb)]
+    found += [
+        Index(d, None, next(out)) for d in range(len(left.shape)) if d not in (*lc, *lb)
+    ]
+    found += [
+        Index(None, d, next(out))
+        for d in range(len(right.shape))
+        if d not in (*rc, *rb)
+    ]
     found += [Index(a, b, None) for a, b in zip(lc, rc, strict=True)]
     return Contraction(0, 1, tuple(found))
 
 
 def _convolution(op: Operation) -> Contraction:
     n, p = op.params["dimension_numbers"], op.params
-    sample, summed = Index(n.lhs_spec[0], None, n.out_spec[0]), Index(n.lhs_spec[1], n.rhs_spec[1], None)
+    sample, summed = (
+        Index(
+            n.lhs_spec[0],
+            None,
+            n.out_spec[0],
+        ),
+        Index(
+            n.lhs_spec[1],
+            n.rhs_spec[1],
+            None,
+        ),
+    )
     if p["feature_group_count"] > 1:
-        return Contraction(0, 1, (Index(n.lhs_spec[1], n.rhs_spec[0], n.out_spec[1]), sample), p["feature_group_count"])
+        return Contraction(
+            0,
+            1,
+            (Index(n.lhs_spec[1], n.rhs_spec[0], n.out_spec[1]), sample),
+            p["feature_group_count"],
+        )
     if p["batch_group_count"] > 1:
-        return Contraction(0, 1, (Index(n.lhs_spec[0], n.rhs_spec[0], n.out_spec[1]), summed), p["batch_group_count"])
-    return Contraction(0, 1, (sample, summed, Index(None, n.rhs_spec[0], n.out_spec[1])))
+        return Contraction(
+            0,
+            1,
+            (Index(n.lhs_spec[0], n.rhs_spec[0], n.out_spec[1]), summed),
+            p["batch_group_count"],
+        )
+    return Contraction(
+        0,
+        1,
+        (
+            sample,
+            summed,
+            Index(None, n.rhs_spec[0], n.out_spec[1]),
+        ),
+    )
 
 
 def _lookup(op: Operation) -> Contraction:
     n, source, out = op.params["dimension_numbers"], op.inputs[0], op.outputs[0]
     assert source is not None
-    batching = dict(zip(n.start_indices_batching_dims, n.operand_batching_dims, strict=True))
-    kept = [d for d in range(len(source.shape)) if d not in (*n.collapsed_slice_dims, *n.operand_batching_dims)]
+    batching = dict(
+        zip(n.start_indices_batching_dims, n.operand_batching_dims, strict=True)
+    )
+    kept = [
+        d
+        for d in range(len(source.shape))
+        if d not in (*n.collapsed_slice_dims, *n.operand_batching_dims)
+    ]
     found = [Index(d, None, o) for d, o in zip(kept, n.offset_dims, strict=True)]
     found += [Index(d, None, None) for d in n.collapsed_slice_dims]
     places = [o for o in range(len(out.shape)) if o not in n.offset_dims]
@@ -115,8 +175,14 @@ def _lookup(op: Operation) -> Contraction:
 def _scattered(op: Operation) -> Contraction:
     n, updates, out = op.params["dimension_numbers"], op.inputs[2], op.outputs[0]
     assert updates is not None
-    batching = dict(zip(n.scatter_indices_batching_dims, n.operand_batching_dims, strict=True))
-    kept = [d for d in range(len(out.shape)) if d not in (*n.inserted_window_dims, *n.operand_batching_dims)]
+    batching = dict(
+        zip(n.scatter_indices_batching_dims, n.operand_batching_dims, strict=True)
+    )
+    kept = [
+        d
+        for d in range(len(out.shape))
+        if d not in (*n.inserted_window_dims, *n.operand_batching_dims)
+    ]
     found = [Index(u, None, d) for d, u in zip(kept, n.update_window_dims, strict=True)]
     found += [Index(None, None, d) for d in n.inserted_window_dims]
     places = [u for u in range(len(updates.shape)) if u not in n.update_window_dims]
@@ -130,17 +196,31 @@ class Layout:
     Args:
       graph: the program.
       sizes: of the mesh axes; axis i is bit 1 << i.
-      uses: root of a named axis to the mask of the mesh axes that split it in computing.
+      uses: root of a named axis to the mask of the mesh axes that split it in
+        computing.
       storage: for each parameter, one mask a dim: how the state keeps it.
-      prefers: by value's index, dims that win where two of them would take one mesh axis (see `meets_stored`).
-      batched, parts: indices of the values that hold samples, and in how many micro-batches these come.
+      prefers: by value's index, dims that win where two of them would take one mesh
+        axis (see `meets_stored`).
+      batched, parts: indices of the values that hold samples, and in how many
+        micro-batches these come.
     """
 
-    def __init__(self, graph: Graph, sizes: tuple[int, ...], uses: dict[int, int], storage: list[Spec],
-                 prefers: dict[int, int] | None = None, batched: frozenset[int] = frozenset(), parts: int = 1):
+    def __init__(
+        self,
+        graph: Graph,
+        sizes: tuple[int, ...],
+        uses: dict[int, int],
+        storage: list[Spec],
+        prefers: dict[int, int] | None = None,
+        batched: frozenset[int] = frozenset(),
+        parts: int = 1,
+    ):
         self.graph, self.sizes, self.uses, self.storage = graph, sizes, uses, storage
         self.prefers, self.batched, self.parts = prefers or {}, batched, parts
-        self.counts = [math.prod(n for i, n in enumerate(sizes) if mask >> i & 1) for mask in range(1 << len(sizes))]
+        self.counts = [
+            math.prod(n for i, n in enumerate(sizes) if mask >> i & 1)
+            for mask in range(1 << len(sizes))
+        ]
 
     def use(self, value: Value) -> Spec:
         """How a value lies while it is computed with."""
@@ -150,7 +230,11 @@ class Layout:
             return (0,) * len(wanted)
         taken, spec = 0, [0] * len(wanted)
         first = self.prefers.get(value.index)
-        order = range(len(wanted)) if first is None else (first, *(d for d in range(len(wanted)) if d != first))
+        order = (
+            range(len(wanted))
+            if first is None
+            else (first, *(d for d in range(len(wanted)) if d != first))
+        )
         for d in order:
             spec[d] = wanted[d] & ~taken
             if spec[d] and value.shape[d] % self.counts[spec[d]]:
@@ -165,29 +249,59 @@ class Layout:
         index, dims = value.stored
         return tuple(self.storage[index][d] for d in dims)
 
-    def made(self, op: Operation, value: Value) -> Spec:
-        """How a result of an operation with whole dims comes out of it: split only as its inputs are."""
+    def made(
+        self,
+        op: Operation,
+        value: Value,
+    ) -> Spec:
+        """How a result of an operation with whole dims comes out of it: split only as
+        its inputs are.
+        """
         spec, find = self.spec(value), self.graph.find
         if not any(spec):
             return spec
-        split = {find(n) for i, v in enumerate(op.inputs) if v is not None for d, n in enumerate(v.nodes)
-                 if (i, d) not in op.whole}
-        return tuple(m if find(n) in split else 0 for m, n in zip(spec, value.nodes, strict=True))
+        split = {
+            find(n)
+            for i, v in enumerate(op.inputs)
+            if v is not None
+            for d, n in enumerate(v.nodes)
+            if (i, d) not in op.whole
+        }
+        return tuple(
+            m if find(n) in split else 0 for m, n in zip(spec, value.nodes, strict=True)
+        )
 
-    def bytes(self, value: Value, spec: Spec) -> float:
+    def bytes(
+        self,
+        value: Value,
+        spec: Spec,
+    ) -> float:
         mask = 0
         for m in spec:
             mask |= m
         parts = self.parts if value.index in self.batched else 1
         return math.prod(value.shape) * itemsize(value) / self.counts[mask] / parts
 
-    def decide(self, op: Operation, product: Contraction | None) -> Decision:
-        """How the operation is split: where its arrays disagree, the way that moves the least."""
+    def decide(
+        self,
+        op: Operation,
+        product: Contraction | None,
+    ) -> Decision:
+        """How the operation is split: where its arrays disagree, the way that moves the
+        least.
+        """
         wanted: dict[int, Spec] = {}
         moves: list[Move] = []
         specs: dict[int, Spec] = {}
-        keeps = op.name in KEEPING or op.name in ("add_any", "scan", "while", "cond", BARRIER) or (
-            bool(op.outputs) and op.outputs[0].stored is not None and op.name in ("mul", "div", "select_n", "add", "sub"))
+        keeps = (
+            op.name in KEEPING
+            or op.name in ("add_any", "scan", "while", "cond", BARRIER)
+            or (
+                bool(op.outputs)
+                and op.outputs[0].stored is not None
+                and op.name in ("mul", "div", "select_n", "add", "sub")
+            )
+        )
         for i, value in enumerate(op.inputs):
             if value is None:
                 continue
@@ -197,32 +311,71 @@ class Layout:
                 if use != specs[i]:
                     axes = _mask(specs[i]) & ~_mask(use)
                     if axes:
-                        moves.append(Move("all-gather", axes, self.bytes(value, use), f"input {i}"))
+                        moves.append(
+                            Move(
+                                "all-gather", axes, self.bytes(value, use), f"input {i}"
+                            )
+                        )
                     wanted[i] = specs[i] = use
         if product is None:
             for i, d in op.whole:
                 if i in specs and specs[i][d] and op.inputs[i] is not None:
                     value, mask = op.inputs[i], specs[i][d]
-                    specs[i] = wanted[i] = tuple(0 if k == d else m for k, m in enumerate(specs[i]))
-                    moves.append(Move("all-gather", mask, self.bytes(value, specs[i]), f"input {i}"))  # type: ignore[arg-type]
+                    specs[i] = wanted[i] = tuple(
+                        0 if k == d else m for k, m in enumerate(specs[i])
+                    )
+                    moves.append(
+                        Move(
+                            "all-gather",
+                            mask,
+                            self.bytes(value, specs[i]),
+                            f"input {i}",
+                        )
+                    )  # type: ignore[arg-type]
             return Decision(wanted, None, tuple(moves))
         return self._contract(op, product, specs, wanted, moves)
 
-    def _contract(self, op: Operation, product: Contraction, specs: dict[int, Spec], wanted: dict[int, Spec],
-                  moves: list[Move]) -> Decision:
-        arrays = [op.inputs[product.left], None if product.right is None else op.inputs[product.right], op.outputs[0]]
-        have = [specs[product.left], () if product.right is None else specs[product.right], self.spec(op.outputs[0])]
+    def _contract(
+        self,
+        op: Operation,
+        product: Contraction,
+        specs: dict[int, Spec],
+        wanted: dict[int, Spec],
+        moves: list[Move],
+    ) -> Decision:
+        arrays = [
+            op.inputs[product.left],
+            None if product.right is None else op.inputs[product.right],
+            op.outputs[0],
+        ]
+        have = [
+            specs[product.left],
+            () if product.right is None else specs[product.right],
+            self.spec(op.outputs[0]),
+        ]
         groups: dict[tuple, int] = {}
         mask = _mask(have[0]) | _mask(have[1]) | _mask(have[2])
         for bit in range(len(self.sizes)):
             if mask >> bit & 1:
-                at = tuple(next((d for d, m in enumerate(spec) if m >> bit & 1), None) for spec in have)
+                at = tuple(
+                    next((d for d, m in enumerate(spec) if m >> bit & 1), None)
+                    for spec in have
+                )
                 groups[at] = groups.get(at, 0) | 1 << bit
         wants = [list(spec) for spec in have]
-        sizes = [0.0 if v is None else self.bytes(v, s) for v, s in zip(arrays, have, strict=True)]
+        sizes = [
+            0.0 if v is None else self.bytes(v, s)
+            for v, s in zip(arrays, have, strict=True)
+        ]
         mine: list[Move] = []
         for at, axes in groups.items():
-            index, group_moves = self._split(at, axes, product, sizes, arrays)
+            index, group_moves = self._split(
+                at,
+                axes,
+                product,
+                sizes,
+                arrays,
+            )
             mine += group_moves
             for side, place in enumerate(at):
                 goal = index[side] if index is not None else None
@@ -234,72 +387,163 @@ class Layout:
             if number is not None and tuple(wants[side]) != have[side]:
                 wanted[number] = tuple(wants[side])
         natural = tuple(wants[2])
-        return Decision(wanted, None if natural == have[2] else natural, (*moves, *self._at_once(mine)))
+        return Decision(
+            wanted,
+            None if natural == have[2] else natural,
+            (*moves, *self._at_once(mine)),
+        )
 
     def _at_once(self, moves: list[Move]) -> list[Move]:
         """Moves of one kind at one place are one collective over the axes of all."""
         found: list[Move] = []
         for move in moves:
-            alike = (i for i, m in enumerate(found) if (m.kind, m.where) == (move.kind, move.where) and m.kind != "all-to-all")
+            alike = (
+                i
+                for i, m in enumerate(found)
+                if (m.kind, m.where) == (move.kind, move.where)
+                and m.kind != "all-to-all"
+            )
             place = next(alike, None)
             if place is None:
                 found.append(move)
                 continue
             first = found[place]
-            whole = move.kind == "all-reduce" or (move.kind == "all-gather" and move.where == "out")
-            found[place] = first._replace(axes=first.axes | move.axes,
-                                          bytes=first.bytes * (1 if whole else self.counts[move.axes]))
+            whole = move.kind == "all-reduce" or (
+                move.kind == "all-gather" and move.where == "out"
+            )
+            found[place] = first._replace(
+                axes=first.axes | move.axes,
+                bytes=first.bytes * (1 if whole else self.counts[move.axes]),
+            )
         return found
 
-    def _split(self, at: tuple, axes: int, product: Contraction, sizes: list[float], arrays: list[Any],
-               ) -> tuple[Index | None, list[Move]]:
-        """The index that a group of mesh axes splits, and what that moves; `at` are the dims they split in each array."""
+    def _split(
+        self,
+        at: tuple,
+        axes: int,
+        product: Contraction,
+        sizes: list[float],
+        arrays: list[Any],
+    ) -> tuple[Index | None, list[Move]]:
+        """The index that a group of mesh axes splits, and what that moves; `at` are the
+        dims they split in each array.
+        """
         count = self.counts[axes]
         best: tuple[float, Index | None, list[Move]] | None = None
         for index in product.indices:
-            if not any(d is not None and d == p for d, p in zip(index, at, strict=True)):
+            if not any(
+                d is not None and d == p for d, p in zip(index, at, strict=True)
+            ):
                 continue
-            if any(d is not None and v is not None and v.shape[d] % count for d, v in zip(index, arrays, strict=True)):
+            if any(
+                d is not None and v is not None and v.shape[d] % count
+                for d, v in zip(index, arrays, strict=True)
+            ):
                 continue
-            if index is product.indices[0] and product.groups > 1 and product.groups % count:
+            if (
+                index is product.indices[0]
+                and product.groups > 1
+                and product.groups % count
+            ):
                 continue
             moves = []
             for side, name in ((0, "left"), (1, "right")):
                 if at[side] is None or at[side] == index[side]:
                     continue
                 if index[side] is None:
-                    moves.append(Move("all-gather", axes, sizes[side] * count, name))
+                    moves.append(
+                        Move(
+                            "all-gather",
+                            axes,
+                            sizes[side] * count,
+                            name,
+                        )
+                    )
                 else:
-                    moves.append(Move("all-to-all", axes, sizes[side], name))
+                    moves.append(
+                        Move(
+                            "all-to-all",
+                            axes,
+                            sizes[side],
+                            name,
+                        )
+                    )
             if index.out is None:
                 if at[2] is None:
-                    moves.append(Move("all-reduce", axes, sizes[2], "out"))
+                    moves.append(
+                        Move(
+                            "all-reduce",
+                            axes,
+                            sizes[2],
+                            "out",
+                        )
+                    )
                 else:
-                    moves.append(Move("reduce-scatter", axes, sizes[2] * count, "out"))
+                    moves.append(
+                        Move(
+                            "reduce-scatter",
+                            axes,
+                            sizes[2] * count,
+                            "out",
+                        )
+                    )
             elif at[2] is None:
-                moves.append(Move("all-gather", axes, sizes[2], "out"))
+                moves.append(
+                    Move(
+                        "all-gather",
+                        axes,
+                        sizes[2],
+                        "out",
+                    )
+                )
             elif at[2] != index.out:
-                moves.append(Move("all-to-all", axes, sizes[2], "out"))
-            cost = sum(m.bytes * (2 if m.kind == "all-reduce" else 1 / count if m.kind == "all-to-all" else 1) for m in moves)
+                moves.append(
+                    Move(
+                        "all-to-all",
+                        axes,
+                        sizes[2],
+                        "out",
+                    )
+                )
+            cost = sum(
+                m.bytes
+                * (
+                    2
+                    if m.kind == "all-reduce"
+                    else 1 / count
+                    if m.kind == "all-to-all"
+                    else 1
+                )
+                for m in moves
+            )
             if best is None or cost < best[0]:
                 best = (cost, index, moves)
         if best is None:  # nothing to split: every device gets all of it
-            moves = [Move("all-gather", axes, sizes[side] * count, name)
-                     for side, name in ((0, "left"), (1, "right")) if at[side] is not None]
+            moves = [
+                Move("all-gather", axes, sizes[side] * count, name)
+                for side, name in ((0, "left"), (1, "right"))
+                if at[side] is not None
+            ]
             return None, moves
         return best[1], best[2]
 
 
 def meets_stored(graph: Graph) -> dict[int, int]:
-    """Values that meet a parameter along a dot's batch dim, as tokens meet their expert's kernel: by index, that dim.
+    """Values that meet a parameter along a dot's batch dim, as tokens meet their
+    expert's kernel: by index, that dim.
 
-    There the parameter's dim wins the mesh axis that both it and the samples could take: tokens move to the experts.
+    There the parameter's dim wins the mesh axis that both it and the samples could
+    take: tokens move to the experts.
     """
     found: dict[int, int] = {}
     pending: list[tuple[Value, int]] = []
     near: dict[int, list[tuple[Value, dict[int, int]]]] = {}
 
-    def link(a: Value, b: Value, dims: dict[int, int]) -> None:
+    def link(
+        a: Value,
+        b: Value,
+        dims: dict[int, int],
+    ) -> None:
         near.setdefault(a.index, []).append((b, dims))
         near.setdefault(b.index, []).append((a, {v: k for k, v in dims.items()}))
 
@@ -309,21 +553,41 @@ def meets_stored(graph: Graph) -> dict[int, int]:
             left, right = op.inputs[:2]
             assert left is not None and right is not None
             for place, (a, b) in enumerate(zip(lb, rb, strict=True)):
-                trio = ((left, a), (right, b), (op.outputs[0], place))
+                trio = (
+                    (left, a),
+                    (right, b),
+                    (op.outputs[0], place),
+                )
                 if any(v.stored is not None for v, _ in trio):
                     pending += [(v, d) for v, d in trio if v.stored is None]
         elif op.name == "transpose" and op.inputs[0] is not None:
-            link(op.inputs[0], op.outputs[0], {d: o for o, d in enumerate(op.params["permutation"])})
+            link(
+                op.inputs[0],
+                op.outputs[0],
+                {d: o for o, d in enumerate(op.params["permutation"])},
+            )
         elif op.known and op.outputs:
             for value in op.inputs:
-                if value is not None and value.shape == op.outputs[0].shape and not op.whole:
-                    link(value, op.outputs[0], {d: d for d in range(len(value.shape))})
+                if (
+                    value is not None
+                    and value.shape == op.outputs[0].shape
+                    and not op.whole
+                ):
+                    link(
+                        value,
+                        op.outputs[0],
+                        {d: d for d in range(len(value.shape))},
+                    )
     while pending:
         value, dim = pending.pop()
         if value.index in found:
             continue
         found[value.index] = dim
-        pending += [(other, dims[dim]) for other, dims in near.get(value.index, ()) if dim in dims and other.stored is None]
+        pending += [
+            (other, dims[dim])
+            for other, dims in near.get(value.index, ())
+            if dim in dims and other.stored is None
+        ]
     return found
 
 

@@ -1,4 +1,6 @@
-"""The named axes of a graph, repeated layers tied to each other: what a search assigns mesh axes to."""
+"""The named axes of a graph, repeated layers tied to each other: what a search assigns
+mesh axes to.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from dataclasses import dataclass, replace
 from lepton_jax.planner.graph import Graph
 from lepton_jax.planner.layout import Spec
 
-SMALL = 2**16  # bytes: an array below is kept whole on each device; gathering it would cost more than it frees
+# bytes: an array below is kept whole on each device; gathering it would cost more than
+# it frees
+SMALL = 2**16
 MOST_STORED = 4096  # assignments whose storage is remembered
 
 
@@ -23,7 +27,8 @@ class Group:
       name: after the first parameter (or input) that has it.
       roots: of the union-find.
       size: the largest extent.
-      divisor: what the number of devices along it must divide: the greatest common divisor of the extents.
+      divisor: what the number of devices along it must divide: the greatest common
+        divisor of the extents.
       members: (parameter's or input's index in the graph's inputs, dim) pairs.
       weight: bytes of the arrays in `members`.
     """
@@ -42,7 +47,8 @@ class Names:
     Args:
       graph: with parameters first among its inputs.
       paths: of its inputs (see `argument_paths`).
-      pinned: path of a parameter to the spec with which it is kept, whatever else is decided.
+      pinned: path of a parameter to the spec with which it is kept, whatever else is
+        decided.
 
     Attributes:
       groups: by weight, heaviest first.
@@ -53,7 +59,12 @@ class Names:
       patterns: for each input, its path with layer numbers starred.
     """
 
-    def __init__(self, graph: Graph, paths: list[str], pinned: Mapping[str, Spec] | None = None):
+    def __init__(
+        self,
+        graph: Graph,
+        paths: list[str],
+        pinned: Mapping[str, Spec] | None = None,
+    ):
         self.graph, self.paths, self.pinned = graph, paths, pinned or {}
         self.patterns = [starred(path) for path in paths]
         values = graph.block.inputs
@@ -65,8 +76,12 @@ class Names:
                 sizes.setdefault(find(node), []).append(extent)
         for node, pieces in graph.pieces.items():
             sizes[find(node)].append(pieces)
-        anchored = [(i, d) for i, path in enumerate(paths) if path.startswith(("params", "inputs", "targets"))
-                    for d in range(len(values[i].shape))]
+        anchored = [
+            (i, d)
+            for i, path in enumerate(paths)
+            if path.startswith(("params", "inputs", "targets"))
+            for d in range(len(values[i].shape))
+        ]
         root = {(i, d): find(values[i].nodes[d]) for i, d in anchored}
         tied = self._tie(root)
         members: dict[int, list[tuple[int, int]]] = {}
@@ -78,28 +93,62 @@ class Names:
             roots = tuple(dict.fromkeys(root[p] for p in places))
             extents = [n for r in roots for n in sizes[r]]
             weight = sum(math.prod(values[i].shape) * 4.0 for i, _ in places)
-            groups.append(Group(self._name(places), roots, max(values[i].shape[d] for i, d in places),
-                                math.gcd(*extents), tuple(places), weight))
+            groups.append(
+                Group(
+                    self._name(places),
+                    roots,
+                    max(values[i].shape[d] for i, d in places),
+                    math.gcd(*extents),
+                    tuple(places),
+                    weight,
+                )
+            )
         alike = Counter(g.name for g in groups)
-        groups = [g if alike[g.name] == 1 else replace(g, name=self._name(list(g.members[:1]), paths)) for g in groups]
+        groups = [
+            (
+                g
+                if alike[g.name] == 1
+                else replace(g, name=self._name(list(g.members[:1]), paths))
+            )
+            for g in groups
+        ]
         self.groups = sorted(groups, key=lambda g: -g.weight)
         self.of = {r: k for k, g in enumerate(self.groups) for r in g.roots}
-        first = [i for i, path in enumerate(paths) if path.startswith(("inputs", "targets"))]
+        first = [
+            i for i, path in enumerate(paths) if path.startswith(("inputs", "targets"))
+        ]
         heads = [self.of.get(root.get((i, 0), -1)) for i in first]
         self.batch = next((k for k in heads if k is not None), None)
         self.rows = self._rows()
         # each input's dims: extent, group, and whether a loop steps along it
-        self._looks = [tuple((n, self.of.get(find(node)), node in graph.loops)
-                             for n, node in zip(v.shape, v.nodes, strict=True)) for v in values]
+        self._looks = [
+            tuple(
+                (
+                    n,
+                    self.of.get(find(node)),
+                    node in graph.loops,
+                )
+                for n, node in zip(v.shape, v.nodes, strict=True)
+            )
+            for v in values
+        ]
         self._stored: dict[tuple, list[Spec]] = {}
         batch = set() if self.batch is None else set(self.groups[self.batch].roots)
-        self.batched = frozenset(v.index for v in graph.values if v.stored is None and any(find(n) in batch for n in v.nodes))
+        self.batched = frozenset(
+            v.index
+            for v in graph.values
+            if v.stored is None and any(find(n) in batch for n in v.nodes)
+        )
 
     def _rows(self) -> set[int]:
         """Groups by which a parameter is looked up: the rows of embeddings."""
         found = set()
         for op in self.graph.operations():
-            if op.name == "gather" and op.inputs[0] is not None and op.inputs[0].stored is not None:
+            if (
+                op.name == "gather"
+                and op.inputs[0] is not None
+                and op.inputs[0].stored is not None
+            ):
                 for d in op.params["dimension_numbers"].collapsed_slice_dims:
                     group = self.of.get(self.graph.find(op.inputs[0].nodes[d]))
                     if group is not None:
@@ -107,7 +156,9 @@ class Names:
         return found - {self.batch}
 
     def _tie(self, root: dict[tuple[int, int], int]) -> dict[int, int]:
-        """Root to the representative of its tied axes. What would make two dims of one array the same stays apart."""
+        """Root to the representative of its tied axes. What would make two dims of one
+        array the same stays apart.
+        """
         parent = {r: r for r in root.values()}
 
         def find(r: int) -> int:
@@ -117,7 +168,9 @@ class Names:
 
         places: dict[tuple, list[tuple[int, int]]] = {}
         for i, d in root:
-            places.setdefault((self.patterns[i], d, self.graph.block.inputs[i].shape), []).append((i, d))
+            places.setdefault(
+                (self.patterns[i], d, self.graph.block.inputs[i].shape), []
+            ).append((i, d))
         arrays: dict[int, list[int]] = {}
         for (i, _), r in root.items():
             arrays.setdefault(i, []).append(r)
@@ -126,27 +179,63 @@ class Names:
             before = dict(parent)
             for place in alike[1:]:
                 parent[find(root[place])] = find(root[alike[0]])
-            if parent != before and any(len({find(r) for r in roots}) < len(roots) for roots in distinct):
+            if parent != before and any(
+                len({find(r) for r in roots}) < len(roots) for roots in distinct
+            ):
                 parent = before
         return {r: find(r) for r in parent}
 
-    def _name(self, places: list[tuple[int, int]], paths: list[str] | None = None) -> str:
-        """"batch" and "inputs.1" for dims of a batch, else the shortest parameter path, and the dim."""
+    def _name(
+        self,
+        places: list[tuple[int, int]],
+        paths: list[str] | None = None,
+    ) -> str:
+        """ "batch" and "inputs.1" for dims of a batch, else the shortest parameter
+        path, and the dim.
+        """
         paths = paths or self.patterns
-        params = [(len(paths[i]), paths[i], d) for i, d in places if paths[i].startswith("params")]
+        params = [
+            (
+                len(paths[i]),
+                paths[i],
+                d,
+            )
+            for i, d in places
+            if paths[i].startswith("params")
+        ]
         if any(d == 0 and not self.paths[i].startswith("params") for i, d in places):
             return "batch"
         if not params:
             return f"{self.paths[places[0][0]]}.{places[0][1]}"
-        _, path, d = min(params, key=lambda p: (p[1].count("/"), p[0], p[1], p[2]))
+        _, path, d = min(
+            params,
+            key=lambda p: (
+                p[1].count("/"),
+                p[0],
+                p[1],
+                p[2],
+            ),
+        )
         return f"{path.removeprefix('params/').removesuffix('/kernel').removesuffix('/embedding')}.{d}"
 
     def uses(self, masks: list[int]) -> dict[int, int]:
         """Root to mask, from a mask for each group."""
-        return {r: mask for g, mask in zip(self.groups, masks, strict=True) if mask for r in g.roots}
+        return {
+            r: mask
+            for g, mask in zip(self.groups, masks, strict=True)
+            if mask
+            for r in g.roots
+        }
 
-    def storage(self, masks: Sequence[int], keep: int, counts: Sequence[int]) -> list[Spec]:
-        """How each parameter is kept: as it is used, and split over the axes of `keep` besides where that is worthwhile."""
+    def storage(
+        self,
+        masks: Sequence[int],
+        keep: int,
+        counts: Sequence[int],
+    ) -> list[Spec]:
+        """How each parameter is kept: as it is used, and split over the axes of `keep`
+        besides where that is worthwhile.
+        """
         key = (tuple(masks), keep, tuple(counts))
         if key not in self._stored:
             if len(self._stored) > MOST_STORED:
@@ -158,12 +247,22 @@ class Names:
                     continue
                 look = self._looks[i]
                 if look not in alike or path in self.pinned:
-                    alike[look] = self.pinned.get(path) or self.store(i, self.use(i, masks, counts), keep, counts)
+                    alike[look] = self.pinned.get(path) or self.store(
+                        i,
+                        self.use(i, masks, counts),
+                        keep,
+                        counts,
+                    )
                 found.append(alike[look])
             self._stored[key] = found
         return self._stored[key]
 
-    def use(self, index: int, masks: Sequence[int], counts: Sequence[int]) -> Spec:
+    def use(
+        self,
+        index: int,
+        masks: Sequence[int],
+        counts: Sequence[int],
+    ) -> Spec:
         """How an input is used: the first dim that could take a mesh axis takes it."""
         taken, spec = 0, []
         for extent, group, _ in self._looks[index]:
@@ -174,20 +273,41 @@ class Names:
             spec.append(mask)
         return tuple(spec)
 
-    def store(self, index: int, use: Spec, keep: int, counts: Sequence[int]) -> Spec:
-        """`use`, and what is left of the axes of `keep` on the dim that stays largest."""
+    def store(
+        self,
+        index: int,
+        use: Spec,
+        keep: int,
+        counts: Sequence[int],
+    ) -> Spec:
+        """`use`, and what is left of the axes of `keep` on the dim that stays
+        largest.
+        """
         taken, look = 0, self._looks[index]
         for mask in use:
             taken |= mask
         more = keep & ~taken
-        if any(mask and group in self.rows for mask, (_, group, _) in zip(use, look, strict=True)):
+        if any(
+            mask and group in self.rows
+            for mask, (_, group, _) in zip(use, look, strict=True)
+        ):
             return use  # what is looked up where it lies is not gathered
-        if not more or math.prod(n for n, _, stepped in look if not stepped) * 4 < SMALL:
+        if (
+            not more
+            or math.prod(n for n, _, stepped in look if not stepped) * 4 < SMALL
+        ):
             return use
-        fits = [d for d, (n, _, stepped) in enumerate(look) if not stepped and n % (counts[use[d]] * counts[more]) == 0]
+        fits = [
+            d
+            for d, (n, _, stepped) in enumerate(look)
+            if not stepped and n % (counts[use[d]] * counts[more]) == 0
+        ]
         if not fits:
             return use
-        best = max(fits, key=lambda d: (use[d] == 0, look[d][0] // counts[use[d]]))
+        best = max(
+            fits,
+            key=lambda d: (use[d] == 0, look[d][0] // counts[use[d]]),
+        )
         return tuple(m | more if d == best else m for d, m in enumerate(use))
 
 
@@ -199,7 +319,8 @@ def _samples(graph: Graph, paths: list[str]) -> set[int]:
     """
     first = [
         graph.find(value.nodes[0])
-        for path, value in zip(paths, graph.block.inputs, strict=False)  # knobs: no path
+        # knobs: no path
+        for path, value in zip(paths, graph.block.inputs, strict=False)
         if path.startswith(("inputs", "targets")) and value.nodes
     ]
     for operation, index in graph.stepping:

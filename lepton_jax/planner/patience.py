@@ -7,7 +7,8 @@ import threading
 import time
 from types import TracebackType
 
-SILENT_SECONDS = 2.0  # assumption: who waits for longer wonders whether anything happens
+# assumption: who waits for longer wonders whether anything happens
+SILENT_SECONDS = 2.0
 # seconds of the planning thread's own computing after which the best plan so far is
 # taken. Assumption: as long as XLA takes to compile a large model's step
 LIMIT_SECONDS = 60.0
@@ -33,7 +34,11 @@ class Patience:
       cut: whether something was left out because time was over.
     """
 
-    def __init__(self, doing: str, limit: float | None = None):
+    def __init__(
+        self,
+        doing: str,
+        limit: float | None = None,
+    ):
         self.doing = doing
         self.detail = ""
         self.limit = limit
@@ -77,7 +82,11 @@ class Patience:
             seconds = time.monotonic() - begun
             detail = f": {self.detail}" if self.detail else ""
             try:
-                print(f"{self.doing}, {seconds:.0f} s{detail}", file=sys.stderr, flush=True)
+                print(
+                    f"{self.doing}, {seconds:.0f} s{detail}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             except (OSError, ValueError):  # a stream that is closed
                 return
             wait = seconds

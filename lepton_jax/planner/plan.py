@@ -1,4 +1,6 @@
-"""The plan: how a traced recipe lies on a topology, as plain data, what it will cost, and why."""
+"""The plan: how a traced recipe lies on a topology, as plain data, what it will cost,
+and why.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,12 @@ class ArrayPlan:
     """How one array lies.
 
     Attributes:
-      path, kind, shape, dtype: of the array; kind is a field of State, "inputs" or "targets".
+      path, kind, shape, dtype: of the array; kind is a field of State, "inputs" or
+        "targets".
       bytes: of all of it.
       spec: mesh axes of each dim as it is kept; () if each device has a copy.
-      use: the same while it is computed with: a parameter is gathered along what `spec` has more.
+      use: the same while it is computed with: a parameter is gathered along what `spec`
+        has more.
       reason: why.
     """
 
@@ -48,7 +52,8 @@ class Axis:
     """A named axis of the model: one thing, found as a dim of many arrays.
 
     Attributes:
-      name: after a parameter (path and dim) or an input that has it; repeated layers share one.
+      name: after a parameter (path and dim) or an input that has it; repeated layers
+        share one.
       size: its extent, the largest where dims that merge several factors differ.
       mesh: the mesh axes that split it in computing.
       members: how many dims of parameters it is.
@@ -62,7 +67,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Collective:
-    """Communication of one step: bytes as in `Link.seconds`, summed over `count` of them; `what` are the largest causes."""
+    """Communication of one step: bytes as in `Link.seconds`, summed over `count` of
+    them; `what` are the largest causes.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -74,7 +81,9 @@ class Collective:
 
 @dataclass(frozen=True)
 class Rival:
-    """A plan that was not chosen: its step's seconds, its peak bytes, and by how much it loses in the objective."""
+    """A plan that was not chosen: its step's seconds, its peak bytes, and by how much
+    it loses in the objective.
+    """
 
     name: str
     mesh: dict[str, int]
@@ -91,22 +100,25 @@ class Plan:
 
     Attributes:
       topology: its name.
-      name: the strategy in the field's words: "data parallel", "FSDP x tensor parallel", ...
+      name: the strategy in the field's words: "data parallel", "FSDP x tensor
+        parallel", ...
       objective: what it is best in: "time", "memory" or "cost".
       mesh: mesh axis name to size, outermost first.
       batch_axes: the mesh axes over which a batch is split.
       arrays: one entry per array of the state.
       batch: one entry per array of a batch.
       axes: the named axes that were found, largest first.
-      batch_size, micro_batches: samples a step, and parts in which they pass through the model.
+      batch_size, micro_batches: samples a step, and parts in which they pass through
+        the model.
       remat: rematerialization: "none", "dots" or "full".
       unroll_micro_batches: micro-batches as straight code instead of a loop.
       steps_per_call: steps that one XLA call runs.
-      data: "resident": the training data lies on each device, and a batch is gathered there by its indices;
-        "streamed": batches come from the host.
+      data: "resident": the training data lies on each device, and a batch is gathered
+        there by its indices; "streamed": batches come from the host.
       bytes_per_device: predicted bytes by kind; their sum is the predicted peak.
       memory: bytes that a device has.
-      seconds: predicted seconds of a step by kind ("matmul", "memory", "communication", ...): their sum.
+      seconds: predicted seconds of a step by kind ("matmul", "memory", "communication",
+        ...): their sum.
       flops: of a step on one device.
       collectives: predicted communication of a step.
       price_per_hour: of the whole topology in US dollars; None: not known.
@@ -151,7 +163,11 @@ class Plan:
     @property
     def price_per_step(self) -> float | None:
         """US dollars."""
-        return None if self.price_per_hour is None else self.price_per_hour * self.step_seconds / 3600
+        return (
+            None
+            if self.price_per_hour is None
+            else self.price_per_hour * self.step_seconds / 3600
+        )
 
     def make_mesh(self, devices: Any) -> Mesh:
         """The mesh over live devices (a list, or an array of the mesh's shape).
@@ -161,18 +177,32 @@ class Plan:
         """
         count = devices.size if hasattr(devices, "size") else len(devices)
         if count != math.prod(self.mesh.values()):
-            raise PlanError(f"the plan is for {math.prod(self.mesh.values())} devices, {count} are given",
-                            where=f"plan for {self.topology}", remedy="plan anew for the devices that are there")
+            raise PlanError(
+                f"the plan is for {math.prod(self.mesh.values())} devices, {count} are"
+                " given",
+                where=f"plan for {self.topology}",
+                remedy="plan anew for the devices that are there",
+            )
         return make_mesh(self.mesh, devices)
 
-    def state_shardings(self, mesh: Mesh, state: Any) -> Any:
+    def state_shardings(
+        self,
+        mesh: Mesh,
+        state: Any,
+    ) -> Any:
         """A NamedSharding for each leaf of a state."""
         specs = {a.path: PartitionSpec(*a.spec) for a in self.arrays}
         leaves = [NamedSharding(mesh, specs[path]) for path in by_path(state)]
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
-    def layout(self, graph: Graph, paths: list[str]) -> Layout:
-        """What the plan says of a program, whose inputs have these paths: parameters first (see `laid_out`)."""
+    def layout(
+        self,
+        graph: Graph,
+        paths: list[str],
+    ) -> Layout:
+        """What the plan says of a program, whose inputs have these paths: parameters
+        first (see `laid_out`).
+        """
         bits = {name: 1 << i for i, name in enumerate(self.mesh)}
         masks = lambda entries: tuple(sum(bits[n] for n in _names(e)) for e in entries)  # noqa: E731
         known = {a.path: a for a in (*self.arrays, *self.batch)}
@@ -188,8 +218,14 @@ class Plan:
                     uses[graph.find(node)] = uses.get(graph.find(node), 0) | mask
             if array.kind == "params":
                 spec = masks(array.spec)
-                storage.append(spec + full[len(spec):])
-        return Layout(graph, tuple(self.mesh.values()), uses, storage, meets_stored(graph))
+                storage.append(spec + full[len(spec) :])
+        return Layout(
+            graph,
+            tuple(self.mesh.values()),
+            uses,
+            storage,
+            meets_stored(graph),
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -205,11 +241,22 @@ class Plan:
             data: Any = _tuples(json.loads(text))
             if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
                 raise ValueError("its entries are not a plan's")
-            kinds = {"arrays": ArrayPlan, "batch": ArrayPlan, "axes": Axis, "collectives": Collective, "rivals": Rival}
-            made: dict[str, Any] = {k: tuple(kinds[k](**x) for x in v) if k in kinds else v for k, v in data.items()}
+            kinds = {
+                "arrays": ArrayPlan,
+                "batch": ArrayPlan,
+                "axes": Axis,
+                "collectives": Collective,
+                "rivals": Rival,
+            }
+            made: dict[str, Any] = {
+                k: tuple(kinds[k](**x) for x in v) if k in kinds else v
+                for k, v in data.items()
+            }
             return cls(**made)
         except (ValueError, TypeError, KeyError) as error:
-            raise PlanError(f"not a plan: {error}", where="plan.json", remedy="plan anew") from error
+            raise PlanError(
+                f"not a plan: {error}", where="plan.json", remedy="plan anew"
+            ) from error
 
     @classmethod
     def load(cls, file: str | Path) -> Plan:
@@ -221,8 +268,11 @@ class Plan:
         try:
             text = Path(file).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"the plan can't be read: {error}", where=file,
-                            remedy="name a file that Plan.save wrote") from error
+            raise PlanError(
+                f"the plan can't be read: {error}",
+                where=file,
+                remedy="name a file that Plan.save wrote",
+            ) from error
         return cls.from_json(text)
 
     def save(self, file: str | Path) -> None:
@@ -234,8 +284,11 @@ class Plan:
         try:
             Path(file).write_text(self.to_json() + "\n")
         except OSError as error:
-            raise PlanError(f"the plan can't be written: {error}", where=file, remedy="name a file in a folder that exists"
-                            ) from error
+            raise PlanError(
+                f"the plan can't be written: {error}",
+                where=file,
+                remedy="name a file in a folder that exists",
+            ) from error
 
     def diff(self, other: Plan) -> str:
         """What differs from another plan, a line each; empty if nothing does."""
@@ -249,7 +302,9 @@ class Plan:
                 for path in dict.fromkeys((*left, *right)):
                     a, b = left.get(path), right.get(path)
                     if a is None or b is None:
-                        lines.append(f"{path}: only in the {'second' if a is None else 'first'}")
+                        lines.append(
+                            f"{path}: only in the {'second' if a is None else 'first'}"
+                        )
                     elif replace(a, reason="") != replace(b, reason=""):
                         lines.append(f"{path}: {_described(a)} -> {_described(b)}")
             else:
@@ -257,7 +312,8 @@ class Plan:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        from lepton_jax.planner.show import text  # the picture of a plan is drawn from the plan
+        # the picture of a plan is drawn from the plan
+        from lepton_jax.planner.show import text
 
         return text(self)
 
@@ -278,12 +334,20 @@ def check_plan(plan: Plan, trace: Any) -> None:
     wrong = [path for path in (*mine, *planned) if mine.get(path) != planned.get(path)]
     if wrong:
         path = wrong[0]
-        raise PlanError(f"the plan is for another recipe: {path} is {planned.get(path, 'absent')} in the plan and "
-                        f"{mine.get(path, 'absent')} in the recipe; {len(wrong)} arrays differ",
-                        where=f"plan for {plan.topology}", remedy="plan this recipe anew")
+        raise PlanError(
+            f"the plan is for another recipe: {path} is {planned.get(path, 'absent')}"
+            f" in the plan and {mine.get(path, 'absent')} in the recipe; {len(wrong)}"
+            " arrays differ",
+            where=f"plan for {plan.topology}",
+            remedy="plan this recipe anew",
+        )
     if plan.batch_size != trace.recipe.batch_size:
-        raise PlanError(f"the plan is for batches of {plan.batch_size}, and the recipe has {trace.recipe.batch_size}",
-                        where=f"plan for {plan.topology}", remedy="set the recipe's batch_size, or plan anew")
+        raise PlanError(
+            f"the plan is for batches of {plan.batch_size}, and the recipe has"
+            f" {trace.recipe.batch_size}",
+            where=f"plan for {plan.topology}",
+            remedy="set the recipe's batch_size, or plan anew",
+        )
     check_effects(trace, math.prod(plan.mesh.values()))
 
 
@@ -305,8 +369,10 @@ def check_effects(trace: Any, devices: int) -> None:
             f"a {eqn.primitive.name} with ordered=True can't run on {devices} devices: "
             "JAX keeps the order of callbacks on one device only",
             where=source_line(eqn),
-            remedy="leave out ordered=True, or train on one device: "
-            "Trainer(devices=1), --devices 1",
+            remedy=(
+                "leave out ordered=True, or train on one device: "
+                "Trainer(devices=1), --devices 1"
+            ),
         )
 
 
@@ -326,7 +392,10 @@ def _names(entry: Entry) -> tuple[str, ...]:
 
 
 def _described(array: ArrayPlan) -> str:
-    return f"{list(array.shape)} {array.dtype} {array.spec or 'replicated'}, used as {array.use or 'replicated'}"
+    return (
+        f"{list(array.shape)} {array.dtype} {array.spec or 'replicated'}, used as"
+        f" {array.use or 'replicated'}"
+    )
 
 
 def _tuples(data: Any) -> Any:

@@ -1,15 +1,16 @@
-"""Which whole numbers a model and its loss can take from the data, read off the program.
+"""Which whole numbers a model and its loss can take from the data, read off the
+program.
 
-Each integer leaf of the samples is followed to where it becomes an index, as long as its
-values stay what they are:
+Each integer leaf of the samples is followed to where it becomes an index, as long as
+its values stay what they are:
 
     tokens (8, 6) -- slice --> (8, 5) -- reshape --> (40,) -- gather in (50, 16): 0 to 49
 
-jnp's indexing counts negative indices from the end: i -> select_n(i < 0, i, i + 50). That
-is looked through. Indices that the person's code computes, clamps or replaces have no
-bound of their own, and nothing is claimed. Where the code compares the leaf with a number,
-such as `labels >= 0` or `labels != -100`, it has plans for the values on that side, and
-they are let through.
+jnp's indexing counts negative indices from the end: i -> select_n(i < 0, i, i + 50).
+That is looked through. Indices that the person's code computes, clamps or replaces have
+no bound of their own, and nothing is claimed. Where the code compares the leaf with a
+number, such as `labels >= 0` or `labels != -100`, it has plans for the values on that
+side, and they are let through.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from lepton_jax.planner.graph import CALLS
 from lepton_jax.planner.trace import ARGUMENTS, Trace, argument_paths
 from lepton_jax.state import by_path
 
-# Above so many elements of a batch the places are not followed one by one, and a slice of
-# the leaf loses its bound. 16 MiB of int32; assumption.
+# Above so many elements of a batch the places are not followed one by one, and a slice
+# of the leaf loses its bound. 16 MiB of int32; assumption.
 MOST_PLACES = 2**22
 
 UNCHANGED = {
@@ -43,7 +44,14 @@ UNCHANGED = {
     "stop_gradient",
 }
 COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
-MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
+MIRRORED = {
+    "lt": "gt",
+    "le": "ge",
+    "gt": "lt",
+    "ge": "le",
+    "eq": "eq",
+    "ne": "ne",
+}
 OTHER = -1  # a place that holds no value of the leaf
 
 
@@ -53,8 +61,9 @@ class Followed:
 
     Attributes:
       leaf: its path.
-      places: for each element, its place in the flattened batch; `OTHER` where it is not
-        the leaf's. Of a bag: the places that its values may come from, in any shape.
+      places: for each element, its place in the flattened batch; `OTHER` where it is
+        not the leaf's. Of a bag: the places that its values may come from, in any
+        shape.
       bag: whether nothing is known of which element is which.
       wrapped: the size by which negative values were counted from the end.
     """
@@ -131,7 +140,12 @@ def limits(trace: Trace) -> list[Limit]:
 
     samples = by_path({"inputs": trace.inputs, "targets": trace.targets})
     search = _Search({path: math.prod(x.shape[1:]) for path, x in samples.items()})
-    search.follow(trace.jaxpr.jaxpr, facts, trace.jaxpr.consts, ())
+    search.follow(
+        trace.jaxpr.jaxpr,
+        facts,
+        trace.jaxpr.consts,
+        (),
+    )
     return search.limits()
 
 
@@ -142,9 +156,15 @@ def _entering(path: str, leaf: Any) -> Any:
     if not path.startswith(("inputs", "targets")) or leaf.dtype.kind not in "iu":
         return None
     if math.prod(leaf.shape) > MOST_PLACES:
-        sample = np.arange(math.prod(leaf.shape[1:]), dtype=np.int32)
+        sample = np.arange(
+            math.prod(leaf.shape[1:]),
+            dtype=np.int32,
+        )
         return Followed(path, sample, bag=True)
-    places = np.arange(math.prod(leaf.shape), dtype=np.int32)
+    places = np.arange(
+        math.prod(leaf.shape),
+        dtype=np.int32,
+    )
     return Followed(path, places.reshape(leaf.shape))
 
 
@@ -170,24 +190,38 @@ class _Search:
         for seen in self.compared:
             if not seen.own or seen.source.leaf != limit.path:
                 continue
-            # Written as a bound: "< c" and ">= c" part the numbers before c from the rest.
+            # Written as a bound: "< c" and ">= c" part the numbers before c from the
+            # rest.
             first = seen.number + (seen.name in ("le", "gt"))
             if seen.name in ("eq", "ne"):
                 if seen.number.is_integer():
-                    limit = replace(limit, spared=(*limit.spared, int(seen.number)))
+                    limit = replace(
+                        limit,
+                        spared=(*limit.spared, int(seen.number)),
+                    )
             elif first == 0:
                 limit = replace(limit, negative=True)
             elif first == limit.size:
                 limit = replace(limit, beyond=True)
         return limit
 
-    # ---- the walk -------------------------------------------------------------------
+    # ---- the walk ----
 
     def follow(
-        self, jaxpr: Any, facts: Iterable[Any], consts: Iterable[Any], callers: tuple
+        self,
+        jaxpr: Any,
+        facts: Iterable[Any],
+        consts: Iterable[Any],
+        callers: tuple,
     ) -> list[Any]:
         """Look at all equations of a jaxpr; returns what is known of its results."""
-        env: dict[Any, Any] = dict(zip(jaxpr.invars, facts, strict=True))
+        env: dict[Any, Any] = dict(
+            zip(
+                jaxpr.invars,
+                facts,
+                strict=True,
+            )
+        )
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             env[var] = Constant(const) if np.ndim(const) == 0 else None
 
@@ -197,11 +231,26 @@ class _Search:
             return env.get(var)
 
         for eqn in jaxpr.eqns:
-            results = self._equation(eqn, [known(v) for v in eqn.invars], callers)
-            env.update(zip(eqn.outvars, results, strict=True))
+            results = self._equation(
+                eqn,
+                [known(v) for v in eqn.invars],
+                callers,
+            )
+            env.update(
+                zip(
+                    eqn.outvars,
+                    results,
+                    strict=True,
+                )
+            )
         return [known(v) for v in jaxpr.outvars]
 
-    def _equation(self, eqn: Any, facts: list[Any], callers: tuple) -> list[Any]:
+    def _equation(
+        self,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> list[Any]:
         name = eqn.primitive.name
         nothing = [None] * len(eqn.outvars)
         if all(fact is None for fact in facts) and name != "iota":
@@ -213,7 +262,12 @@ class _Search:
             if len(jaxpr.invars) != len(facts):
                 return nothing
             consts = inner.consts if closed else ()
-            return self.follow(jaxpr, facts, consts, (*callers, eqn))
+            return self.follow(
+                jaxpr,
+                facts,
+                consts,
+                (*callers, eqn),
+            )
         if name == "scan":
             return self._scan(eqn, facts, callers)
         if name == "cond":
@@ -233,7 +287,13 @@ class _Search:
             return facts
         return [self._result(name, eqn, facts, callers)]
 
-    def _result(self, name: str, eqn: Any, facts: list[Any], callers: tuple) -> Any:
+    def _result(
+        self,
+        name: str,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> Any:
         """Knowledge of the one result of an operation."""
         first = facts[0] if facts else None
         if name == "iota":
@@ -262,35 +322,66 @@ class _Search:
         places = _moved(name, eqn, first)
         return None if places is None else replace(first, places=places)
 
-    # ---- operations ---------------------------------------------------------------
+    # ---- operations ----
 
-    def _comparison(self, name: str, eqn: Any, facts: list[Any], callers: tuple) -> Any:
+    def _comparison(
+        self,
+        name: str,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> Any:
         pair = _with_constant(facts)
         if pair is not None:
             source, number = pair
             if source.wrapped is not None:
                 return None
             mirrored = isinstance(facts[0], Constant)
-            seen = Compared(source, MIRRORED[name] if mirrored else name, float(number))
+            seen = Compared(
+                source,
+                MIRRORED[name] if mirrored else name,
+                float(number),
+            )
             self.compared.append(seen)
             return seen
         kinds = {type(fact): fact for fact in facts}
         if name == "eq" and kinds.keys() == {Followed, Counter}:
-            self._one_hot(eqn, kinds[Followed], kinds[Counter], callers)
+            self._one_hot(
+                eqn,
+                kinds[Followed],
+                kinds[Counter],
+                callers,
+            )
         return None
 
     def _one_hot(
-        self, eqn: Any, source: Followed, counter: Counter, callers: tuple
+        self,
+        eqn: Any,
+        source: Followed,
+        counter: Counter,
+        callers: tuple,
     ) -> None:
         """A leaf set against 0, 1, ...: each of its values is one column."""
         if source.wrapped is not None:
             return
         if not source.bag:
-            along = np.take(source.places, [0], axis=counter.dim)
+            along = np.take(
+                source.places,
+                [0],
+                axis=counter.dim,
+            )
             if not (source.places == along).all():  # set against its own positions
                 return
         # Negative values are a common way to say "no class", which gives zeros.
-        self._limit(eqn, source, source.places, counter.size, None, callers, True)
+        self._limit(
+            eqn,
+            source,
+            source.places,
+            counter.size,
+            None,
+            callers,
+            True,
+        )
 
     def _select(self, facts: list[Any]) -> Any:
         """jnp's own i -> i < 0 ? i + size : i."""
@@ -308,7 +399,12 @@ class _Search:
         seen.own = False
         return replace(plain, wrapped=shifted.by)
 
-    def _gather(self, eqn: Any, facts: list[Any], callers: tuple) -> None:
+    def _gather(
+        self,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> None:
         """A lookup: each component of its index vectors has the range of a dim."""
         operand, indices = facts[:2]
         if _chosen_mode(eqn):
@@ -323,9 +419,22 @@ class _Search:
             size = shape[dim] - sizes[dim] + 1
             if part.wrapped in (None, size):
                 table = operand.path if isinstance(operand, Parameter) else None
-                self._limit(eqn, part, part.places, size, table, callers, False)
+                self._limit(
+                    eqn,
+                    part,
+                    part.places,
+                    size,
+                    table,
+                    callers,
+                    False,
+                )
 
-    def _dynamic_slice(self, eqn: Any, facts: list[Any], callers: tuple) -> None:
+    def _dynamic_slice(
+        self,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> None:
         """How jnp's indexing by one number looks it up, in a loop over samples."""
         shape = eqn.invars[0].aval.shape
         sizes = eqn.params["slice_sizes"]
@@ -334,7 +443,15 @@ class _Search:
             one = sizes[dim] == 1 and isinstance(start, Followed)
             if one and start.wrapped == shape[dim]:
                 places, size = start.places, shape[dim]
-                self._limit(eqn, start, places, size, table, callers, False)
+                self._limit(
+                    eqn,
+                    start,
+                    places,
+                    size,
+                    table,
+                    callers,
+                    False,
+                )
 
     def _limit(
         self,
@@ -370,9 +487,23 @@ class _Search:
             remedy = "fix the values, or make room for them in the model"
         whole = len(used) == self._sizes[source.leaf]
         columns = None if whole else tuple(used.tolist())
-        self.found.append(Limit(source.leaf, size, why, remedy, columns, negative))
+        self.found.append(
+            Limit(
+                source.leaf,
+                size,
+                why,
+                remedy,
+                columns,
+                negative,
+            )
+        )
 
-    def _scan(self, eqn: Any, facts: list[Any], callers: tuple) -> list[Any]:
+    def _scan(
+        self,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> list[Any]:
         consts, carried = scan_counts(eqn)
         inner = list(facts)
         for number, fact in enumerate(facts):
@@ -381,27 +512,50 @@ class _Search:
             elif number >= consts + carried:
                 inner[number] = _any_of(fact)
         body = eqn.params["jaxpr"]
-        results = self.follow(body.jaxpr, inner, body.consts, (*callers, eqn))
+        results = self.follow(
+            body.jaxpr,
+            inner,
+            body.consts,
+            (*callers, eqn),
+        )
         stacked = [x if isinstance(x, Followed) and x.bag else None for x in results]
         return [None] * carried + stacked[carried:]
 
-    def _cond(self, eqn: Any, facts: list[Any], callers: tuple) -> None:
+    def _cond(
+        self,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> None:
         """Branches may not run; what they compare is still the person's plan."""
         before = self._certain
         self._certain = False
         for branch in eqn.params["branches"]:
-            self.follow(branch.jaxpr, facts[1:], branch.consts, (*callers, eqn))
+            self.follow(
+                branch.jaxpr,
+                facts[1:],
+                branch.consts,
+                (*callers, eqn),
+            )
         self._certain = before
 
-    def _split(self, eqn: Any, source: Followed) -> list[Any]:
+    def _split(
+        self,
+        eqn: Any,
+        source: Followed,
+    ) -> list[Any]:
         if source.bag:
             return [None] * len(eqn.outvars)
         ends = np.cumsum(eqn.params["sizes"])[:-1]
-        parts = np.split(source.places, ends, axis=eqn.params["axis"])
+        parts = np.split(
+            source.places,
+            ends,
+            axis=eqn.params["axis"],
+        )
         return [replace(source, places=part) for part in parts]
 
 
-# ---- internals ----------------------------------------------------------------------
+# ---- internals ----
 
 
 def _chosen_mode(eqn: Any) -> bool:
@@ -443,10 +597,18 @@ def _any_of(fact: Any) -> Any:
     """Knowledge of one step's part of an array that a loop runs along."""
     if not isinstance(fact, Followed):
         return None
-    return replace(fact, places=np.unique(fact.places), bag=True)
+    return replace(
+        fact,
+        places=np.unique(fact.places),
+        bag=True,
+    )
 
 
-def _component(indices: Any, number: int, count: int) -> Followed | None:
+def _component(
+    indices: Any,
+    number: int,
+    count: int,
+) -> Followed | None:
     """One component of index vectors, which lie along the last dim."""
     if isinstance(indices, Columns):
         part = indices.parts[number] if len(indices.parts) == count else None
@@ -460,8 +622,14 @@ def _component(indices: Any, number: int, count: int) -> Followed | None:
     return replace(indices, places=indices.places[..., number])
 
 
-def _moved(name: str, eqn: Any, source: Followed) -> np.ndarray | None:
-    """The places after an operation that only moves values, or None if it is another."""
+def _moved(
+    name: str,
+    eqn: Any,
+    source: Followed,
+) -> np.ndarray | None:
+    """The places after an operation that only moves values, or None if it is
+    another.
+    """
     p = eqn.params
     shape = eqn.outvars[0].aval.shape
     if name in UNCHANGED:
@@ -481,14 +649,23 @@ def _moved(name: str, eqn: Any, source: Followed) -> np.ndarray | None:
         return np.broadcast_to(source.places.reshape(between), shape)
     if name == "slice":
         strides = p["strides"] or (1,) * len(shape)
-        bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+        bounds = zip(
+            p["start_indices"],
+            p["limit_indices"],
+            strides,
+            strict=True,
+        )
         return source.places[tuple(slice(*bound) for bound in bounds)]
     if name == "rev":
         return np.flip(source.places, p["dimensions"])
     return None
 
 
-def _moved_counter(name: str, eqn: Any, counter: Counter) -> Counter | None:
+def _moved_counter(
+    name: str,
+    eqn: Any,
+    counter: Counter,
+) -> Counter | None:
     """A counter after an operation that only moves it."""
     shape = eqn.outvars[0].aval.shape
     if name in UNCHANGED:
@@ -529,7 +706,11 @@ def _padded(eqn: Any, source: Followed) -> Followed | None:
     if source.bag or any(between for _, _, between in config):
         return None
     more = [(max(low, 0), max(high, 0)) for low, high, _ in config]
-    places = np.pad(source.places, more, constant_values=OTHER)
+    places = np.pad(
+        source.places,
+        more,
+        constant_values=OTHER,
+    )
     kept = []
     for (low, high, _), extent in zip(config, places.shape, strict=True):
         kept.append(slice(max(-low, 0), extent - max(-high, 0)))

@@ -1,8 +1,9 @@
 """Roles of a mesh's axes, by their names.
 
-A person who writes `mesh={"fsdp": 8, "tensor": 4}` means something by it. Some names are
-words of the field, and an axis so called does what the word says; other names, such as
-"x", leave it to the search. A number at the end does not count: "tensor2" is a "tensor".
+A person who writes `mesh={"fsdp": 8, "tensor": 4}` means something by it. Some names
+are words of the field, and an axis so called does what the word says; other names, such
+as "x", leave it to the search. A number at the end does not count: "tensor2" is a
+"tensor".
 
     data       splits the samples; the state is not kept in parts over it
     fsdp       splits the samples, and the state is kept in parts over it
@@ -72,7 +73,8 @@ class Roles:
         self._may = [every] * len(names.groups)  # mesh axes of each group
         self._keeps = every
         self._kept = 0  # mesh axes over which the state must be kept in parts
-        self._must: dict[int, list[int]] = {}  # mesh axis to groups, one of which has it
+        # mesh axis to groups, one of which has it
+        self._must: dict[int, list[int]] = {}
 
         count = 1
         for bit, word in enumerate(self._words):
@@ -101,7 +103,11 @@ class Roles:
         keep = assignment.keep
         if keep & ~self._keeps or self._kept & ~keep:
             return False
-        pairs = zip(assignment.masks, self._may, strict=True)
+        pairs = zip(
+            assignment.masks,
+            self._may,
+            strict=True,
+        )
         if any(mask & ~may for mask, may in pairs if mask):
             return False
         return not any(self._missing(assignment))
@@ -118,7 +124,13 @@ class Roles:
             mask & may for mask, may in zip(assignment.masks, self._may, strict=True)
         )
         keep = assignment.keep & self._keeps | self._kept
-        pending = [replace(assignment, masks=masks, keep=keep)]
+        pending = [
+            replace(
+                assignment,
+                masks=masks,
+                keep=keep,
+            )
+        ]
         while pending:
             one = pending.pop()
             bit = next(self._missing(one), None)
@@ -188,21 +200,32 @@ class Roles:
     def _of_parameters(self, k: int) -> bool:
         return any(_parameter(self.names, i) for i, _ in self.names.groups[k].members)
 
-    def _able(self, groups: list[int], size: int) -> list[int]:
+    def _able(
+        self,
+        groups: list[int],
+        size: int,
+    ) -> list[int]:
         return [k for k in groups if self.names.groups[k].divisor % size == 0]
 
-    def _idle(self, bit: int, word: str, size: int) -> str:
+    def _idle(
+        self,
+        bit: int,
+        word: str,
+        size: int,
+    ) -> str:
         axis = self._pins.axes[bit]
         groups = self._splitters()[word]
         has = ", ".join(
             f"{self.names.groups[k].name} ({self.names.groups[k].divisor})"
             for k in groups[:4]
         )
-        why = f"{has} can't be split over {size} devices" if has else "the model has none"
+        why = (
+            f"{has} can't be split over {size} devices" if has else "the model has none"
+        )
         return (
-            f"the mesh axis {axis!r} is idle: by its name it splits {SPLITS[word]}, and "
-            f"{why}; a name that is no such word, e.g. 'x', leaves it to the search what "
-            "the axis does"
+            f"the mesh axis {axis!r} is idle: by its name it splits {SPLITS[word]}, and"
+            f" {why}; a name that is no such word, e.g. 'x', leaves it to the search"
+            " what the axis does"
         )
 
 

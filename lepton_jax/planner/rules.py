@@ -1,47 +1,161 @@
-"""What each primitive does to the dims of its arrays: which of them are one, which it sums over, which it needs whole."""
+"""What each primitive does to the dims of its arrays: which of them are one, which it
+sums over, which it needs whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-# A rule is called with the graph, whose join(a, b) says that two nodes are one, and the operation, whose `whole` and
-# `reduced` it fills. What a rule does not join stays apart, and can then not be sharded beyond the operation.
+# A rule is called with the graph, whose join(a, b) says that two nodes are one, and the
+# operation, whose `whole` and `reduced` it fills. What a rule does not join stays
+# apart, and can then not be sharded beyond the operation.
 Rule = Callable[[Any, Any], None]
 
 ELEMENTWISE = [
-    "abs", "add", "add_any", "and", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
-    "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "convert_element_type", "copy", "copy_p",
-    "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge",
-    "gt", "igamma", "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log",
-    "log1p", "logistic", "lt", "lt_to", "max", "min", "mul", "ne", "neg", "nextafter", "not",
-    "optimization_barrier", "or", "polygamma", "population_count", "pow", "random_gamma_grad", "real",
-    "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left",
-    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
-    "sub", "tan", "tanh", "xor", "zeta", "name", "sharding_constraint", "device_put", "mul_add", "opaque_cast",
-    "pvary", "reshard", "bitcast_convert_type", "nan_to_num", "random_clone", "log2", "mulhi", "one_minus_square",
+    "abs",
+    "add",
+    "add_any",
+    "and",
+    "acos",
+    "acosh",
+    "asin",
+    "asinh",
+    "atan",
+    "atan2",
+    "atanh",
+    "bessel_i0e",
+    "bessel_i1e",
+    "cbrt",
+    "ceil",
+    "clamp",
+    "clz",
+    "complex",
+    "conj",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "cos",
+    "cosh",
+    "digamma",
+    "div",
+    "eq",
+    "eq_to",
+    "erf",
+    "erf_inv",
+    "erfc",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "ge",
+    "gt",
+    "igamma",
+    "igamma_grad_a",
+    "igammac",
+    "imag",
+    "integer_pow",
+    "is_finite",
+    "le",
+    "le_to",
+    "lgamma",
+    "log",
+    "log1p",
+    "logistic",
+    "lt",
+    "lt_to",
+    "max",
+    "min",
+    "mul",
+    "ne",
+    "neg",
+    "nextafter",
+    "not",
+    "optimization_barrier",
+    "or",
+    "polygamma",
+    "population_count",
+    "pow",
+    "random_gamma_grad",
+    "real",
+    "reduce_precision",
+    "regularized_incomplete_beta",
+    "rem",
+    "round",
+    "rsqrt",
+    "select_n",
+    "shift_left",
+    "shift_right_arithmetic",
+    "shift_right_logical",
+    "sign",
+    "sin",
+    "sinh",
+    "sqrt",
+    "square",
+    "stop_gradient",
+    "sub",
+    "tan",
+    "tanh",
+    "xor",
+    "zeta",
+    "name",
+    "sharding_constraint",
+    "device_put",
+    "mul_add",
+    "opaque_cast",
+    "pvary",
+    "reshard",
+    "bitcast_convert_type",
+    "nan_to_num",
+    "random_clone",
+    "log2",
+    "mulhi",
+    "one_minus_square",
 ]
 
 REDUCTIONS = [
-    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor",
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "reduce_and",
+    "reduce_or",
+    "reduce_xor",
 ]
 
 # no arrays of the model go in, or only keys and scalars: nothing to join
 SOURCES = [
-    "iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split",
-    "threefry2x32", "empty", "create_token", "axis_index", "rng_uniform",
+    "iota",
+    "random_bits",
+    "random_seed",
+    "random_wrap",
+    "random_unwrap",
+    "random_fold_in",
+    "random_split",
+    "threefry2x32",
+    "empty",
+    "create_token",
+    "axis_index",
+    "rng_uniform",
     "rng_bit_generator",
 ]
 
 
 def unknown(graph: Any, op: Any) -> None:
-    """Nothing is claimed about a primitive without a rule: it gets all of its operands on each device."""
+    """Nothing is claimed about a primitive without a rule: it gets all of its operands
+    on each device.
+    """
     op.known = False
     _all_whole(op)
 
 
 def _all_whole(op: Any) -> None:
-    op.whole += [(i, d) for i, value in enumerate(op.inputs) if value is not None for d in range(len(value.shape))]
+    op.whole += [
+        (i, d)
+        for i, value in enumerate(op.inputs)
+        if value is not None
+        for d in range(len(value.shape))
+    ]
 
 
 def _told(graph: Any, op: Any) -> None:
@@ -60,8 +174,14 @@ def _elementwise(graph: Any, op: Any) -> None:
                 graph.join_all(value, target)
 
 
-def _kept(graph: Any, op: Any, gone: tuple[int, ...]) -> None:
-    """Dims of the first operand that are not gone are those of each result, in their order."""
+def _kept(
+    graph: Any,
+    op: Any,
+    gone: tuple[int, ...],
+) -> None:
+    """Dims of the first operand that are not gone are those of each result, in their
+    order.
+    """
     source = op.inputs[0]
     if source is None:
         return
@@ -84,13 +204,21 @@ def _arg_reduction(graph: Any, op: Any) -> None:
 
 
 def _squeeze(graph: Any, op: Any) -> None:
-    _kept(graph, op, tuple(op.params["dimensions"]))
+    _kept(
+        graph,
+        op,
+        tuple(op.params["dimensions"]),
+    )
 
 
 def _expand_dims(graph: Any, op: Any) -> None:
     source, target = op.inputs[0], op.outputs[0]
     new = {d % len(target.shape) for d in op.params["dimensions"]}
-    for a, b in zip(source.nodes, [n for d, n in enumerate(target.nodes) if d not in new], strict=True):
+    for a, b in zip(
+        source.nodes,
+        [n for d, n in enumerate(target.nodes) if d not in new],
+        strict=True,
+    ):
         graph.join(a, b)
 
 
@@ -109,7 +237,9 @@ def _broadcast_in_dim(graph: Any, op: Any) -> None:
 
 
 def _reshape(graph: Any, op: Any) -> None:
-    """A merged dim is its major factor: sharding that one leaves each device a contiguous part of the whole."""
+    """A merged dim is its major factor: sharding that one leaves each device a
+    contiguous part of the whole.
+    """
     source, target = op.inputs[0], op.outputs[0]
     if source is None:
         return
@@ -154,7 +284,9 @@ def _dot(graph: Any, op: Any) -> None:
 
 
 def _conv(graph: Any, op: Any) -> None:
-    """Groups (of channels, as in a depthwise convolution, or of the batch) are the major factor of the dims they divide."""
+    """Groups (of channels, as in a depthwise convolution, or of the batch) are the
+    major factor of the dims they divide.
+    """
     left, right, out = op.inputs[0], op.inputs[1], op.outputs[0]
     numbers = op.params["dimension_numbers"]
     channels, batches = op.params["feature_group_count"], op.params["batch_group_count"]
@@ -171,7 +303,9 @@ def _conv(graph: Any, op: Any) -> None:
         graph.join(left.nodes[feature], right.nodes[in_feature])
         op.reduced.append((0, feature))
     if channels > 1 or batches > 1:
-        graph.join(left.nodes[feature if channels > 1 else batch], out.nodes[out_channel])
+        graph.join(
+            left.nodes[feature if channels > 1 else batch], out.nodes[out_channel]
+        )
         graph.pieces[out.nodes[out_channel]] = max(channels, batches)
     if channels > 1:
         op.whole.append((1, in_feature))
@@ -179,17 +313,26 @@ def _conv(graph: Any, op: Any) -> None:
 
 def _gather(graph: Any, op: Any) -> None:
     source, indices = op.inputs[:2]
-    numbers, sizes, out = op.params["dimension_numbers"], op.params["slice_sizes"], op.outputs[0]
+    numbers, sizes, out = (
+        op.params["dimension_numbers"],
+        op.params["slice_sizes"],
+        op.outputs[0],
+    )
     if source is None:
         return
     batching = tuple(numbers.operand_batching_dims)
-    kept = [d for d in range(len(source.shape)) if d not in (*numbers.collapsed_slice_dims, *batching)]
+    kept = [
+        d
+        for d in range(len(source.shape))
+        if d not in (*numbers.collapsed_slice_dims, *batching)
+    ]
     for d, o in zip(kept, numbers.offset_dims, strict=True):
         if sizes[d] == source.shape[d]:
             graph.join(source.nodes[d], out.nodes[o])
         else:
             op.whole.append((0, d))
-    op.reduced += [(0, d) for d in numbers.collapsed_slice_dims]  # rows that are elsewhere count as zero
+    # rows that are elsewhere count as zero
+    op.reduced += [(0, d) for d in numbers.collapsed_slice_dims]
     if indices is None:
         return
     places = [n for d, n in enumerate(out.nodes) if d not in numbers.offset_dims]
@@ -207,13 +350,19 @@ def _scatter(graph: Any, op: Any) -> None:
     if updates is None:
         return
     batching = tuple(numbers.operand_batching_dims)
-    kept = [d for d in range(len(out.shape)) if d not in (*numbers.inserted_window_dims, *batching)]
+    kept = [
+        d
+        for d in range(len(out.shape))
+        if d not in (*numbers.inserted_window_dims, *batching)
+    ]
     for d, u in zip(kept, numbers.update_window_dims, strict=True):
         if updates.shape[u] == out.shape[d]:
             graph.join(out.nodes[d], updates.nodes[u])
         else:
             op.whole.append((2, u))
-    places = [d for d in range(len(updates.shape)) if d not in numbers.update_window_dims]
+    places = [
+        d for d in range(len(updates.shape)) if d not in numbers.update_window_dims
+    ]
     joined = set()
     if indices is not None:
         for d, i in zip(batching, numbers.scatter_indices_batching_dims, strict=True):
@@ -223,13 +372,17 @@ def _scatter(graph: Any, op: Any) -> None:
             graph.join(indices.nodes[i], updates.nodes[u])
     # each device adds its updates to its own copy; the copies are then summed
     missing = [(2, u) for i, u in enumerate(places) if i not in joined]
-    (op.reduced if op.name in ("scatter-add", "scatter_add") else op.whole).extend(missing)
+    (op.reduced if op.name in ("scatter-add", "scatter_add") else op.whole).extend(
+        missing
+    )
 
 
 def _same_extent(graph: Any, op: Any) -> None:
     """Slices, pads and the like: a dim that keeps its extent is the same dim."""
     target = op.outputs[0]
-    for i, value in enumerate(op.inputs[:2] if op.name == "dynamic_update_slice" else op.inputs[:1]):
+    for i, value in enumerate(
+        op.inputs[:2] if op.name == "dynamic_update_slice" else op.inputs[:1]
+    ):
         if value is None:
             continue
         for d, (m, n) in enumerate(zip(value.shape, target.shape, strict=True)):
@@ -274,7 +427,10 @@ def _stack(graph: Any, op: Any) -> None:
 
 
 def _along(name: str) -> Rule:
-    """Operations that need one dim whole, and keep all: cumulative ones, sort, reversal."""
+    """Operations that need one dim whole, and keep all: cumulative ones, sort,
+    reversal.
+    """
+
     def rule(graph: Any, op: Any) -> None:
         dims = op.params[name]
         dims = (dims,) if isinstance(dims, int) else tuple(dims)
@@ -283,6 +439,7 @@ def _along(name: str) -> Rule:
                 if value is not None and len(value.shape) == len(target.shape):
                     graph.join_all(value, target)
             op.whole += [(i, d) for d in dims] if value is not None else []
+
     return rule
 
 
@@ -325,18 +482,49 @@ def _nothing(graph: Any, op: Any) -> None:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, _elementwise), **dict.fromkeys(REDUCTIONS, _reduction), **dict.fromkeys(SOURCES, _nothing),
-    "argmax": _arg_reduction, "argmin": _arg_reduction, "broadcast_in_dim": _broadcast_in_dim,
-    "concatenate": _concatenate, "conv_general_dilated": _conv, "cumlogsumexp": _along("axis"), "cummax": _along("axis"),
-    "cummin": _along("axis"), "cumprod": _along("axis"), "cumsum": _along("axis"), "debug_callback": _told,
-    "debug_print": _told, "dot_general": _dot,
-    "dynamic_slice": _same_extent, "dynamic_update_slice": _same_extent, "expand_dims": _expand_dims, "fft": _fft,
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys(SOURCES, _nothing),
+    "argmax": _arg_reduction,
+    "argmin": _arg_reduction,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "concatenate": _concatenate,
+    "conv_general_dilated": _conv,
+    "cumlogsumexp": _along("axis"),
+    "cummax": _along("axis"),
+    "cummin": _along("axis"),
+    "cumprod": _along("axis"),
+    "cumsum": _along("axis"),
+    "debug_callback": _told,
+    "debug_print": _told,
+    "dot_general": _dot,
+    "dynamic_slice": _same_extent,
+    "dynamic_update_slice": _same_extent,
+    "expand_dims": _expand_dims,
+    "fft": _fft,
     "gather": _gather,
-    "pad": _same_extent, "reduce_window_max": _windows, "reduce_window_min": _windows, "reduce_window_sum": _windows,
-    "reshape": _reshape, "rev": _along("dimensions"), "scatter": _scatter, "scatter-add": _scatter,
-    "scatter_add": _scatter, "scatter-max": _scatter, "scatter-min": _scatter, "scatter-mul": _scatter,
-    "scatter-sub": _scatter, "select_and_gather_add": _windows, "select_and_scatter_add": _windows, "slice": _same_extent,
+    "pad": _same_extent,
+    "reduce_window_max": _windows,
+    "reduce_window_min": _windows,
+    "reduce_window_sum": _windows,
+    "reshape": _reshape,
+    "rev": _along("dimensions"),
+    "scatter": _scatter,
+    "scatter-add": _scatter,
+    "scatter_add": _scatter,
+    "scatter-max": _scatter,
+    "scatter-min": _scatter,
+    "scatter-mul": _scatter,
+    "scatter-sub": _scatter,
+    "select_and_gather_add": _windows,
+    "select_and_scatter_add": _windows,
+    "slice": _same_extent,
     "sort": _along("dimension"),
-    "split": _split, "squeeze": _squeeze, "stack": _stack, "tile": _same_extent, "top_k": _top_k, "transpose": _transpose,
+    "split": _split,
+    "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _same_extent,
+    "top_k": _top_k,
+    "transpose": _transpose,
     "unstack": _stack,
 }

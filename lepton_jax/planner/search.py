@@ -1,8 +1,10 @@
-"""The search: mesh shapes x assignments of mesh axes to named axes x rematerialization x micro-batches, for an objective.
+"""The search: mesh shapes x assignments of mesh axes to named axes x rematerialization
+x micro-batches, for an objective.
 
-For each mesh shape a greedy descent runs from a few starting points that stand for what experts write by hand; each turns
-the assignment of one mesh axis to one named axis on or off while that helps. The best of them all then get the mildest
-rematerialization and the fewest micro-batches that fit.
+For each mesh shape a greedy descent runs from a few starting points that stand for what
+experts write by hand; each turns the assignment of one mesh axis to one named axis on
+or off while that helps. The best of them all then get the mildest rematerialization and
+the fewest micro-batches that fit.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from dataclasses import dataclass, field, replace
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assemble import Assignment, expert_groups
 from lepton_jax.planner.batches import Batches
-from lepton_jax.planner.build import by_hand, fixed  # noqa: F401  for a plan without a search
+from lepton_jax.planner.build import (
+    by_hand,
+    fixed,
+)  # noqa: F401  for a plan without a search
 from lepton_jax.planner.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.memory import Sizes, Timeline, predict
 from lepton_jax.planner.named import Names
@@ -27,19 +32,25 @@ from lepton_jax.planner.schedule import residence, slow_loops, steps_per_call
 from lepton_jax.planner.trace import Trace
 
 OBJECTIVES = ("time", "memory", "cost")
-MARGIN = 0.92  # of a device's memory may be planned for: predictions err by some percent
-MARGIN_CONVOLVING = 0.7  # of convolutions on TPUs they fall short by up to 30 % (bench.py planner-memory)
-ALIKE = 0.005  # plans that differ by less in the objective are equally good, and so are those that differ by less than
-ALIKE_SECONDS = 1e-4  # what dispatching a call costs the host: the simplest of them is taken
+# of a device's memory may be planned for: predictions err by some percent
+MARGIN = 0.92
+# of convolutions on TPUs they fall short by up to 30 % (bench.py planner-memory)
+MARGIN_CONVOLVING = 0.7
+# plans that differ by less in the objective are equally good, and so are those that
+# differ by less than
+ALIKE = 0.005
+# what dispatching a call costs the host: the simplest of them is taken
+ALIKE_SECONDS = 1e-4
 MOST_GROUPS = 10
 MOST_MESHES = 18
 FINALISTS = 8
 MOST_PAIRED = 20  # turns up to which two at a time are tried, too
-# Twice as many micro-batches that free less than this share of the peak free little: what
-# they could free at the most halves each time
+# Twice as many micro-batches that free less than this share of the peak free little:
+# what they could free at the most halves each time
 LITTLE = 0.01
 MOST_WHOLE = 16  # leaner assignments that are tried in one piece, where samples meet
-SMALL_MESH = 16  # devices up to which it is worth looking for what no expert would write
+# devices up to which it is worth looking for what no expert would write
+SMALL_MESH = 16
 
 
 @dataclass(frozen=True)
@@ -57,24 +68,56 @@ class Candidate:
 class Memory:
     """What an assignment holds on a device, for one rematerialization policy."""
 
-    def __init__(self, trace: Trace, names: Names, topology: Topology, sizes: Sizes):
-        self.trace, self.names, self.topology, self.sizes = trace, names, topology, sizes
+    def __init__(
+        self,
+        trace: Trace,
+        names: Names,
+        topology: Topology,
+        sizes: Sizes,
+    ):
+        self.trace, self.names, self.topology, self.sizes = (
+            trace,
+            names,
+            topology,
+            sizes,
+        )
         self._timeline = Timeline(names.graph, topology.platform)
         self.each = optimizer_bytes(trace, names)
         self._straight = slow_loops(trace, topology)
-        self._steps, self._data = steps_per_call(trace, topology)[0], residence(trace, topology)[0]
+        self._steps, self._data = (
+            steps_per_call(trace, topology)[0],
+            residence(trace, topology)[0],
+        )
 
     def predict(self, assignment: Assignment) -> dict[str, int]:
-        if self._straight:  # micro-batches in straight code: XLA keeps what each of them needs at once
+        # micro-batches in straight code: XLA keeps what each of them needs at once
+        if self._straight:
             assignment = replace(assignment, micro_batches=1)
-        return predict(self.trace, self.names.graph, self.names, assignment, self.topology, samples=self.trace.samples,
-                       timeline=self._timeline, sizes=self.sizes, steps_per_call=self._steps, data=self._data)[0]
+        return predict(
+            self.trace,
+            self.names.graph,
+            self.names,
+            assignment,
+            self.topology,
+            samples=self.trace.samples,
+            timeline=self._timeline,
+            sizes=self.sizes,
+            steps_per_call=self._steps,
+            data=self._data,
+        )[0]
 
     def state(self, assignment: Assignment) -> float:
         """Bytes of parameters, their gradients and the optimizer's state."""
         total, counts = 0.0, assignment.counts
-        for spec, (own, more) in zip(self.names.storage(list(assignment.masks), assignment.keep, counts), self.each,
-                                     strict=True):
+        for spec, (own, more) in zip(
+            self.names.storage(
+                list(assignment.masks),
+                assignment.keep,
+                counts,
+            ),
+            self.each,
+            strict=True,
+        ):
             mask = 0
             for m in spec:
                 mask |= m
@@ -84,7 +127,9 @@ class Memory:
 
 @dataclass
 class Problem:
-    """A traced recipe on a topology, with what costs and memory need of it, by rematerialization policy."""
+    """A traced recipe on a topology, with what costs and memory need of it, by
+    rematerialization policy.
+    """
 
     trace: Trace
     topology: Topology
@@ -105,7 +150,11 @@ class Problem:
         if remat not in self._names:
             before = self.patience.detail
             self.patience.detail = f"tracing the gradient, remat {remat}"
-            self._names[remat] = Names(self.trace.gradient(remat), self.trace.arguments, self.pins.storage)
+            self._names[remat] = Names(
+                self.trace.gradient(remat),
+                self.trace.arguments,
+                self.pins.storage,
+            )
             self.patience.detail = before
         return self._names[remat]
 
@@ -116,16 +165,28 @@ class Problem:
 
     def cost(self, remat: str) -> Cost:
         if remat not in self._costs:
-            self._costs[remat] = Cost(self.trace, self.names(remat), self.topology, self.sizes(remat))
+            self._costs[remat] = Cost(
+                self.trace,
+                self.names(remat),
+                self.topology,
+                self.sizes(remat),
+            )
         return self._costs[remat]
 
     def memory(self, remat: str) -> Memory:
         if remat not in self._memories:
-            self._memories[remat] = Memory(self.trace, self.names(remat), self.topology, self.sizes(remat))
+            self._memories[remat] = Memory(
+                self.trace,
+                self.names(remat),
+                self.topology,
+                self.sizes(remat),
+            )
         return self._memories[remat]
 
     def shared(self, names: Names) -> set[int]:
-        """Groups that may share a mesh axis with the samples: experts, and rows that are looked up."""
+        """Groups that may share a mesh axis with the samples: experts, and rows that
+        are looked up.
+        """
         if self._shared is None:
             self._shared = expert_groups(names) | names.rows
         return self._shared
@@ -151,7 +212,9 @@ class Problem:
         return self.pins.micro_batches is None and self.batches.change
 
     def lightly(self, assignment: Assignment) -> tuple[float, Assignment]:
-        """The time of an assignment, made worse by how much of the state would not fit."""
+        """The time of an assignment, made worse by how much of the state would not
+        fit.
+        """
         if assignment not in self._lightly:
             self._lightly[assignment] = self._light(assignment)
         return self._lightly[assignment], assignment
@@ -160,30 +223,59 @@ class Problem:
         seconds = self.cost("none").estimate(assignment).total
         held = self.memory("none").state(assignment)
         score = held if self.objective == "memory" else seconds
-        return score * (1 + 10 * max(0.0, held / self.limit - 0.9)) + 1e-9 * held / self.limit
+        return (
+            score * (1 + 10 * max(0.0, held / self.limit - 0.9))
+            + 1e-9 * held / self.limit
+        )
 
     def least_flops(self, a: Assignment) -> float:
         """FLOP of a step on one device, all of it."""
         if self._flops is None:
-            self._flops = self.cost("none").estimate(replace(a, masks=(0,) * len(a.masks), keep=0)).flops
+            self._flops = (
+                self.cost("none")
+                .estimate(
+                    replace(
+                        a,
+                        masks=(0,) * len(a.masks),
+                        keep=0,
+                    )
+                )
+                .flops
+            )
         return self._flops
 
     @property
     def limit(self) -> float:
-        convolves = self.topology.platform == "tpu" and "conv_general_dilated" in self.trace.operations
-        return self.topology.device.memory * (MARGIN_CONVOLVING if convolves else MARGIN)
+        convolves = (
+            self.topology.platform == "tpu"
+            and "conv_general_dilated" in self.trace.operations
+        )
+        return self.topology.device.memory * (
+            MARGIN_CONVOLVING if convolves else MARGIN
+        )
 
     def candidate(self, assignment: Assignment) -> Candidate:
-        """Both predictions of an assignment whose masks are those of the policy "none"."""
+        """Both predictions of an assignment whose masks are those of the policy
+        "none".
+        """
         assignment = self.translated(assignment)
         estimate = self.cost(assignment.remat).estimate(assignment)
         held = self.memory(assignment.remat).predict(assignment)
         peak = sum(held.values())
         score = float(peak) if self.objective == "memory" else estimate.total
-        return Candidate(assignment, estimate, peak, held, peak <= self.limit, score)
+        return Candidate(
+            assignment,
+            estimate,
+            peak,
+            held,
+            peak <= self.limit,
+            score,
+        )
 
     def peak(self, assignment: Assignment) -> int:
-        """Bytes that an assignment whose masks are those of "none" holds at the most."""
+        """Bytes that an assignment whose masks are those of "none" holds at the
+        most.
+        """
         assignment = self.translated(assignment)
         return sum(self.memory(assignment.remat).predict(assignment).values())
 
@@ -191,41 +283,82 @@ class Problem:
         """Masks in the order of the groups of the assignment's own policy."""
         if assignment.remat == "none":
             return assignment
-        by_name = dict(zip((g.name for g in self.names("none").groups), assignment.masks, strict=True))
-        return replace(assignment, masks=tuple(by_name.get(g.name, 0) for g in self.names(assignment.remat).groups))
+        by_name = dict(
+            zip(
+                (g.name for g in self.names("none").groups),
+                assignment.masks,
+                strict=True,
+            )
+        )
+        return replace(
+            assignment,
+            masks=tuple(
+                by_name.get(g.name, 0) for g in self.names(assignment.remat).groups
+            ),
+        )
 
     def untranslated(self, assignment: Assignment) -> Assignment:
         if assignment.remat == "none":
             return assignment
-        by_name = dict(zip((g.name for g in self.names(assignment.remat).groups), assignment.masks, strict=True))
-        return replace(assignment, masks=tuple(by_name.get(g.name, 0) for g in self.names("none").groups))
+        by_name = dict(
+            zip(
+                (g.name for g in self.names(assignment.remat).groups),
+                assignment.masks,
+                strict=True,
+            )
+        )
+        return replace(
+            assignment,
+            masks=tuple(by_name.get(g.name, 0) for g in self.names("none").groups),
+        )
 
 
 def search(problem: Problem) -> list[Candidate]:
     """Candidates, best first: those that fit before those that don't."""
     if problem.topology.devices == 1:
-        return order(problem, finish(problem, Assignment((1,), (0,) * len(problem.names("none").groups), 0)))
+        return order(
+            problem,
+            finish(
+                problem,
+                Assignment(
+                    (1,),
+                    (0,) * len(problem.names("none").groups),
+                    0,
+                ),
+            ),
+        )
     found: dict[tuple, tuple[float, Assignment]] = {}
     names, patience = problem.names("none"), problem.patience
     shapes = problem.pins.meshes or meshes(problem.topology, names)
     for number, sizes in enumerate(shapes):
         patience.detail = _looked_at(number, len(shapes), found)
-        nothing = problem.pins.force(Assignment(sizes, (0,) * len(names.groups), 0), names)
+        nothing = problem.pins.force(
+            Assignment(sizes, (0,) * len(names.groups), 0), names
+        )
         begins = [*starts(problem, sizes)] or [nothing]
-        begins = [ok for start in begins for ok in problem.roles.starts(start)] or begins
+        begins = [
+            ok for start in begins for ok in problem.roles.starts(start)
+        ] or begins
         for start in dict.fromkeys(begins):
-            if number and patience.over():  # what experts write is looked at in any case
+            # what experts write is looked at in any case
+            if number and patience.over():
                 break
             for score, a in (problem.lightly(start), descend(problem, start)):
                 a = a if problem.pins.meshes else merged(a)
                 key = (a.sizes, a.masks, a.keep)
                 if key not in found or found[key][0] > score:
                     found[key] = (score, a)
-    ranked = sorted(found.values(), key=lambda f: f[0])
+    ranked = sorted(
+        found.values(),
+        key=lambda f: f[0],
+    )
     ranked = [f for f in ranked if not idle(problem, f[1])] or ranked
     alike = [f for f in ranked if f[0] <= ranked[0][0] * (1 + ALIKE) + ALIKE_SECONDS]
     alike.sort(key=lambda f: (_complexity(problem, f[1]), f[0]))
-    ranked = [*alike[:FINALISTS // 2], *(f for f in ranked if f not in alike[:FINALISTS // 2])]
+    ranked = [
+        *alike[: FINALISTS // 2],
+        *(f for f in ranked if f not in alike[: FINALISTS // 2]),
+    ]
     finished: dict[tuple, Candidate] = {}
     for number, (_, a) in enumerate(ranked[:FINALISTS]):
         fits = [c.estimate.total for c in finished.values() if c.fits]
@@ -263,9 +396,16 @@ def in_one_piece(problem: Problem, assignments: list[Assignment]) -> Candidate |
     return None
 
 
-def _looked_at(number: int, count: int, found: dict) -> str:
+def _looked_at(
+    number: int,
+    count: int,
+    found: dict,
+) -> str:
     """Progress of a search, for the person who waits."""
-    best = min((score for score, _ in found.values()), default=None)
+    best = min(
+        (score for score, _ in found.values()),
+        default=None,
+    )
     told = "" if best is None else f", best so far about {best:.3g}"
     return f"mesh shape {number + 1} of {count}{told}"
 
@@ -281,9 +421,19 @@ def merged(a: Assignment) -> Assignment:
     for bit in range(len(a.sizes) - 1):
         roles = [tuple(m >> b & 1 for m in (*a.masks, a.keep)) for b in (bit, bit + 1)]
         if roles[0] == roles[1]:
-            sizes = (*a.sizes[:bit], a.sizes[bit] * a.sizes[bit + 1], *a.sizes[bit + 2:])
-            return merged(replace(a, sizes=sizes, masks=tuple(_without(m, bit + 1) for m in a.masks),
-                                  keep=_without(a.keep, bit + 1)))
+            sizes = (
+                *a.sizes[:bit],
+                a.sizes[bit] * a.sizes[bit + 1],
+                *a.sizes[bit + 2 :],
+            )
+            return merged(
+                replace(
+                    a,
+                    sizes=sizes,
+                    masks=tuple(_without(m, bit + 1) for m in a.masks),
+                    keep=_without(a.keep, bit + 1),
+                )
+            )
     return a
 
 
@@ -298,7 +448,10 @@ def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
 
     Where micro-batches would change the model, those without come first.
     """
-    rest = sorted(candidates, key=lambda c: (not c.fits, c.score if c.fits else c.peak))
+    rest = sorted(
+        candidates,
+        key=lambda c: (not c.fits, c.score if c.fits else c.peak),
+    )
     pool = [c for c in rest if c.fits]
     whole = [c for c in pool if c.assignment.micro_batches == 1]
     if 0 < len(whole) < len(pool) and problem.whole:
@@ -308,7 +461,12 @@ def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
 
     slack = 0.0 if problem.objective == "memory" else ALIKE_SECONDS
     alike = [c for c in pool if c.score <= pool[0].score * (1 + ALIKE) + slack]
-    alike.sort(key=lambda c: (_complexity(problem, problem.untranslated(c.assignment)), c.score))
+    alike.sort(
+        key=lambda c: (
+            _complexity(problem, problem.untranslated(c.assignment)),
+            c.score,
+        )
+    )
     first = [*alike, *(c for c in pool if c not in alike)]
     return [*first, *(c for c in rest if c not in first)]
 
@@ -318,15 +476,28 @@ def _complexity(problem: Problem, a: Assignment) -> tuple:
     names, policies = problem.names("none"), list(POLICIES)
     batch = 0 if names.batch is None else a.masks[names.batch]
     beside = sum(n > 1 and not batch >> bit & 1 for bit, n in enumerate(a.sizes))
-    return (a.micro_batches, policies.index(a.remat), beside, sum(n > 1 for n in a.sizes), sum(m != 0 for m in a.masks), a.keep)
+    return (
+        a.micro_batches,
+        policies.index(a.remat),
+        beside,
+        sum(n > 1 for n in a.sizes),
+        sum(m != 0 for m in a.masks),
+        a.keep,
+    )
 
 
 def meshes(topology: Topology, names: Names) -> list[tuple[int, ...]]:
-    """Factorizations of the number of devices into at most three axes, the likelier first."""
+    """Factorizations of the number of devices into at most three axes, the likelier
+    first.
+    """
     n = topology.devices
     pairs = [(n // k, k) for k in _divisors(n) if 1 < k < n]
-    triples = [(a, b, c) for a, rest in [(n // k, k) for k in _divisors(n) if 1 < k < n] for b, c in
-               [(rest // k, k) for k in _divisors(rest) if 1 < k < rest] if a >= b >= c and c <= 16]
+    triples = [
+        (a, b, c)
+        for a, rest in [(n // k, k) for k in _divisors(n) if 1 < k < n]
+        for b, c in [(rest // k, k) for k in _divisors(rest) if 1 < k < rest]
+        if a >= b >= c and c <= 16
+    ]
     triples.sort(key=lambda t: (abs(math.log2(t[2]) - 2), -t[0]))
     return [(n,), *pairs[:12], *triples][:MOST_MESHES] if n > 1 else [(1,)]
 
@@ -345,12 +516,18 @@ def _divisors(n: int) -> list[int]:
 
 
 def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
-    """Data parallelism, FSDP, both with an axis left for others, experts, sequences, rows of embeddings."""
+    """Data parallelism, FSDP, both with an axis left for others, experts, sequences,
+    rows of embeddings.
+    """
     names, count = problem.names("none"), len(sizes)
     every, last, batch = (1 << count) - 1, 1 << (count - 1), names.batch
 
     def start(masks: dict[int, int], keep: int) -> list[Assignment]:
-        if any(names.groups[k].divisor % math.prod(n for i, n in enumerate(sizes) if m >> i & 1) for k, m in masks.items()):
+        if any(
+            names.groups[k].divisor
+            % math.prod(n for i, n in enumerate(sizes) if m >> i & 1)
+            for k, m in masks.items()
+        ):
             return []
         full = tuple(masks.get(k, 0) for k in range(len(names.groups)))
         return [problem.pins.force(Assignment(sizes, full, keep), names)]
@@ -387,12 +564,21 @@ def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
 
 def sequences(names: Names) -> list[int]:
     """Groups of inputs' later dims that no parameter has."""
-    return [k for k, g in enumerate(names.groups) if k != names.batch and
-            all(names.paths[i].startswith(("inputs", "targets")) and d > 0 for i, d in g.members)]
+    return [
+        k
+        for k, g in enumerate(names.groups)
+        if k != names.batch
+        and all(
+            names.paths[i].startswith(("inputs", "targets")) and d > 0
+            for i, d in g.members
+        )
+    ]
 
 
 def descend(problem: Problem, start: Assignment) -> tuple[float, Assignment]:
-    """The best assignment reached by turning one (named axis, mesh axis) pair on or off at a time."""
+    """The best assignment reached by turning one (named axis, mesh axis) pair on or off
+    at a time.
+    """
     names = problem.names("none")
     best = problem.lightly(start)
     one = turns(problem, names, start.sizes)
@@ -407,7 +593,13 @@ def descend(problem: Problem, start: Assignment) -> tuple[float, Assignment]:
                 return best
             neighbour: Assignment | None = best[1]
             for k, flip in move:
-                neighbour = neighbour and turned(problem, names, neighbour, k, flip)
+                neighbour = neighbour and turned(
+                    problem,
+                    names,
+                    neighbour,
+                    k,
+                    flip,
+                )
             if neighbour is not None and problem.roles.allowed(neighbour):
                 there = problem.lightly(neighbour)
                 if there[0] < best[0] * (1 - 1e-6):
@@ -415,17 +607,37 @@ def descend(problem: Problem, start: Assignment) -> tuple[float, Assignment]:
     return best
 
 
-def turns(problem: Problem, names: Names, sizes: tuple[int, ...]) -> list[tuple[int | None, int]]:
-    """(group, mesh axes) pairs that may be turned; group None: whether the axes keep the state in parts."""
+def turns(
+    problem: Problem,
+    names: Names,
+    sizes: tuple[int, ...],
+) -> list[tuple[int | None, int]]:
+    """(group, mesh axes) pairs that may be turned; group None: whether the axes keep
+    the state in parts.
+    """
     bits = [1 << i for i, n in enumerate(sizes) if n > 1]
     if problem.topology.devices <= SMALL_MESH:
-        bits = [mask for mask in range(1, 1 << len(sizes)) if all(1 << i in bits for i in range(len(sizes)) if mask >> i & 1)]
-    free = [k for k in considered(names) if names.groups[k].name not in problem.pins.groups]
+        bits = [
+            mask
+            for mask in range(1, 1 << len(sizes))
+            if all(1 << i in bits for i in range(len(sizes)) if mask >> i & 1)
+        ]
+    free = [
+        k for k in considered(names) if names.groups[k].name not in problem.pins.groups
+    ]
     return [(k, flip) for k in (*free, None) for flip in bits]
 
 
-def turned(problem: Problem, names: Names, a: Assignment, k: int | None, flip: int) -> Assignment | None:
-    """The assignment with one pair turned; None where that is impossible or senseless."""
+def turned(
+    problem: Problem,
+    names: Names,
+    a: Assignment,
+    k: int | None,
+    flip: int,
+) -> Assignment | None:
+    """The assignment with one pair turned; None where that is impossible or
+    senseless.
+    """
     if k is None:
         return replace(a, keep=a.keep ^ flip)
     mask = a.masks[k] ^ flip
@@ -433,7 +645,12 @@ def turned(problem: Problem, names: Names, a: Assignment, k: int | None, flip: i
         return None
     shared = problem.shared(names)
     more = mask & flip
-    if k != names.batch and names.batch is not None and more & a.masks[names.batch] and k not in shared:
+    if (
+        k != names.batch
+        and names.batch is not None
+        and more & a.masks[names.batch]
+        and k not in shared
+    ):
         return None  # samples have the axis already wherever both are
     masks = list(a.masks)
     masks[k] = mask
@@ -444,31 +661,58 @@ def turned(problem: Problem, names: Names, a: Assignment, k: int | None, flip: i
 
 def considered(names: Names) -> list[int]:
     """The groups worth splitting: the heaviest, the batch and sequences."""
-    return list(dict.fromkeys([*range(min(len(names.groups), MOST_GROUPS)), *([] if names.batch is None else [names.batch]),
-                               *sequences(names)]))
+    return list(
+        dict.fromkeys(
+            [
+                *range(min(len(names.groups), MOST_GROUPS)),
+                *([] if names.batch is None else [names.batch]),
+                *sequences(names),
+            ]
+        )
+    )
 
 
 def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
-    """For each rematerialization the fewest micro-batches that fit, or from which on more free little."""
+    """For each rematerialization the fewest micro-batches that fit, or from which on
+    more free little.
+    """
     names = problem.names("none")
     batch = names.batch
     rows = 1
     if batch is not None:
-        rows = problem.trace.recipe.batch_size // assignment.counts[assignment.masks[batch]]
+        rows = (
+            problem.trace.recipe.batch_size
+            // assignment.counts[assignment.masks[batch]]
+        )
     asked = problem.pins.micro_batches
     for remat in [problem.pins.remat] if problem.pins.remat else POLICIES:
         options = [asked] if asked else powers(rows)
         if not options:
             continue
-        parts = fewest(problem, replace(assignment, remat=remat), options)
-        final = problem.candidate(replace(assignment, remat=remat, micro_batches=parts))
+        parts = fewest(
+            problem,
+            replace(assignment, remat=remat),
+            options,
+        )
+        final = problem.candidate(
+            replace(
+                assignment,
+                remat=remat,
+                micro_batches=parts,
+            )
+        )
         yield final
         if final.fits and parts == 1 and problem.objective != "memory":
             return
 
 
-def fewest(problem: Problem, assignment: Assignment, options: list[int]) -> int:
-    """The fewest micro-batches that fit; where none do, those from which on more free little.
+def fewest(
+    problem: Problem,
+    assignment: Assignment,
+    options: list[int],
+) -> int:
+    """The fewest micro-batches that fit; where none do, those from which on more free
+    little.
 
     Args:
       problem, assignment: what is planned; its own micro-batches do not count.

@@ -29,9 +29,16 @@ STEPS, BATCH = 80, 25
 
 
 def trained(blobs, rate=1e-3):
-    trainer = lepton.Trainer(model=partial(MLP, (12, 16, 3)), loss=lepton.losses.cross_entropy, optimizer=optax.adamw,
-                             learning_rate=rate, batch_size=BATCH, shuffle=False, devices=1,
-                             controller=controllers.adaptive())
+    trainer = lepton.Trainer(
+        model=partial(MLP, (12, 16, 3)),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adamw,
+        learning_rate=rate,
+        batch_size=BATCH,
+        shuffle=False,
+        devices=1,
+        controller=controllers.adaptive(),
+    )
     return trainer, trainer.fit(blobs, steps=STEPS)
 
 
@@ -43,14 +50,24 @@ def usual(blobs):
 @pytest.mark.parametrize("rate", [1e-3 / 30, 1e-3 * 30])
 def test_the_run_is_the_same_at_any_learning_rate(blobs, usual, rate):
     _, history = trained(blobs, rate)
-    np.testing.assert_allclose(history["learning_rate"], usual[1]["learning_rate"], rtol=1e-3)
-    np.testing.assert_allclose(history["loss"], usual[1]["loss"], rtol=1e-3)
+    np.testing.assert_allclose(
+        history["learning_rate"],
+        usual[1]["learning_rate"],
+        rtol=1e-3,
+    )
+    np.testing.assert_allclose(
+        history["loss"],
+        usual[1]["loss"],
+        rtol=1e-3,
+    )
 
 
 def test_a_rate_set_later_acts_by_its_ratio(blobs):
     (left, _), (halved, _) = trained(blobs), trained(blobs)
     halved.state = controllers.set_base(halved.state, learning_rate=0.5e-3)
-    rates = [trainer.fit(blobs, steps=1)["learning_rate"][0] for trainer in (left, halved)]
+    rates = [
+        trainer.fit(blobs, steps=1)["learning_rate"][0] for trainer in (left, halved)
+    ]
     assert rates[1] == pytest.approx(0.5 * rates[0], rel=1e-5) and rates[1] > 0
 
 
@@ -65,7 +82,14 @@ def test_it_learns_serves_the_average_and_ends_with_a_small_rate(blobs, usual):
     assert history["learning_rate"][-1] < 0.15 * history["learning_rate"].max()
     assert not history["skip"].any() and not history["rollback"].any()
     params, _ = controllers.served(trainer.state)
-    away = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trainer.state.params), strict=True)]
+    away = [
+        np.abs(a - b).max()
+        for a, b in zip(
+            jax.tree.leaves(params),
+            jax.tree.leaves(trainer.state.params),
+            strict=True,
+        )
+    ]
     assert max(away) > 0
 
 
@@ -73,58 +97,139 @@ def blocks(data):
     """A task of the benchmark whose validation set is its training set."""
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 320).astype(np.int32)
-    points = np.eye(3, dtype=np.float32)[labels] + random.normal(0, 0.5, (320, 3)).astype(np.float32)
+    points = np.eye(3, dtype=np.float32)[labels] + random.normal(
+        0, 0.5, (320, 3)
+    ).astype(np.float32)
     samples = Arrays(points, labels)
-    return bench_controller.Task(bench_controller_tasks.recipe_of(partial(MLP, (3, 8, 3)), samples, samples, 80, 16), samples)
+    return bench_controller.Task(
+        bench_controller_tasks.recipe_of(
+            partial(MLP, (3, 8, 3)),
+            samples,
+            samples,
+            80,
+            16,
+        ),
+        samples,
+    )
 
 
 def test_the_trainer_gives_the_losses_of_the_benchmarks_own_loop(monkeypatch):
     task = blocks(None)
     order = np.tile(np.arange(320, dtype=np.int32), 4).reshape(40, 2, 16)
-    monkeypatch.setattr(bench_controller, "_orders", lambda recipe, samples, seed: order)
+    monkeypatch.setattr(
+        bench_controller, "_orders", lambda recipe, samples, seed: order
+    )
     curves = bench_controller.Runner(task, bench_controller.adaptive)(1e-3, 5)
-    recipe = task.recipe.with_(controller=controllers.adaptive(), shuffle=False, seed=5)
+    recipe = task.recipe.with_(
+        controller=controllers.adaptive(),
+        shuffle=False,
+        seed=5,
+    )
     trainer = lepton.Trainer(recipe, devices=1)
     history = trainer.fit()
-    np.testing.assert_allclose(np.asarray(history["loss"]).reshape(40, 2).mean(1), curves.train, rtol=2e-4)
-    np.testing.assert_allclose(trainer.evaluate(task.report)[0], curves.test[-1], rtol=2e-4)
+    np.testing.assert_allclose(
+        np.asarray(history["loss"]).reshape(40, 2).mean(1),
+        curves.train,
+        rtol=2e-4,
+    )
+    np.testing.assert_allclose(
+        trainer.evaluate(task.report)[0],
+        curves.test[-1],
+        rtol=2e-4,
+    )
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [
-    (optax.sgd, 0.1), (partial(optax.sgd, momentum=0.9), 0.1), (optax.adagrad, 0.1), (optax.adamw(1e-3), None)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [
+        (optax.sgd, 0.1),
+        (partial(optax.sgd, momentum=0.9), 0.1),
+        (optax.adagrad, 0.1),
+        (optax.adamw(1e-3), None),
+    ],
+)
 def test_an_optimizer_that_it_cannot_drive_is_refused(blobs, optimizer, rate):
     with pytest.raises(lepton.RecipeError, match="learning_free") as caught:
-        lepton.Trainer(model=partial(MLP, (12, 3)), loss=lepton.losses.cross_entropy, optimizer=optimizer, learning_rate=rate,
-                       controller=controllers.adaptive()).fit(blobs, steps=2)
+        lepton.Trainer(
+            model=partial(MLP, (12, 3)),
+            loss=lepton.losses.cross_entropy,
+            optimizer=optimizer,
+            learning_rate=rate,
+            controller=controllers.adaptive(),
+        ).fit(blobs, steps=2)
     assert "optax.adamw" in str(caught.value)
 
 
-@pytest.mark.parametrize("optimizer", [optax.adam, optax.lion, partial(optax.adamw, weight_decay=0.1), optax.contrib.muon])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam,
+        optax.lion,
+        partial(optax.adamw, weight_decay=0.1),
+        optax.contrib.muon,
+    ],
+)
 def test_optimizers_with_updates_of_the_rates_size_are_taken(optimizer):
-    recipe = lepton.Recipe(model=partial(MLP, (12, 3)), loss=lepton.losses.cross_entropy, optimizer=optimizer,
-                           learning_rate=1e-3, controller=controllers.adaptive())
+    recipe = lepton.Recipe(
+        model=partial(MLP, (12, 3)),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optimizer,
+        learning_rate=1e-3,
+        controller=controllers.adaptive(),
+    )
     assert "learning_rate" in controllers.Controller(recipe).base
 
 
-@pytest.mark.parametrize("options", [{"start": 0.0}, {"coefficient": -1.0}, {"growth": 0.9}, {"until": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": 0.0},
+        {"coefficient": -1.0},
+        {"growth": 0.9},
+        {"until": 2.0},
+    ],
+)
 def test_arguments_out_of_range_are_refused(options):
-    with pytest.raises(lepton.RecipeError, match=next(iter(options))):
+    with pytest.raises(
+        lepton.RecipeError,
+        match=next(iter(options)),
+    ):
         controllers.learning_free(**options)
 
 
-NUMBER = st.floats(width=32, allow_nan=True, allow_infinity=True)
+NUMBER = st.floats(
+    width=32,
+    allow_nan=True,
+    allow_infinity=True,
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.tuples(NUMBER, NUMBER),
+        min_size=1,
+        max_size=8,
+    )
+)
 def test_the_estimate_is_finite_and_never_falls(measured):
     policy = controllers.learning_free()
     state, before = policy.init(), 0.0
     for step, (product, size) in enumerate(measured):
-        signals = {"gradient_dot_distance": product, "gradient_sum_norm": abs(size), "parameter_rms": 0.1, "base_rate": 1e-3,
-                   "step": step, "progress": (step + 1) / 10}
-        moves, state = policy.update({n: jnp.float32(x) for n, x in signals.items()}, state)
+        signals = {
+            "gradient_dot_distance": product,
+            "gradient_sum_norm": abs(size),
+            "parameter_rms": 0.1,
+            "base_rate": 1e-3,
+            "step": step,
+            "progress": (step + 1) / 10,
+        }
+        moves, state = policy.update(
+            {n: jnp.float32(x) for n, x in signals.items()}, state
+        )
         estimate = float(state.estimate)
         assert math.isfinite(estimate) and estimate >= before
         before = estimate
-        np.testing.assert_allclose(float(moves["learning_rate"]) * 1e-3, estimate, rtol=1e-5)
+        np.testing.assert_allclose(
+            float(moves["learning_rate"]) * 1e-3, estimate, rtol=1e-5
+        )

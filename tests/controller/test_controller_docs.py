@@ -26,19 +26,28 @@ class Net(nnx.Module):
 def table(header):
     """The cells of each row under a table's header."""
     rows = TEXT.split(f"| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
-    return [[cell.strip().strip("`") for cell in row.strip("| ").split(" | ")] for row in rows]
+    return [
+        [cell.strip().strip("`") for cell in row.strip("| ").split(" | ")]
+        for row in rows
+    ]
 
 
 def test_the_tables_are_the_codes():
     assert table("signal | what it is") == [list(row) for row in SIGNALS.items()]
-    assert table("knob | contributions combine by | what it is") == [[n, k.combine, k.meaning] for n, k in KNOBS.items()]
+    assert table("knob | contributions combine by | what it is") == [
+        [n, k.combine, k.meaning] for n, k in KNOBS.items()
+    ]
     laws = sys.modules[controllers.conformance.__module__].LAWS
     assert table("law | what must hold") == [list(row) for row in laws.items()]
 
 
 def test_every_policy_is_in_the_table_with_the_knobs_that_it_moves():
     made = {n: getattr(controllers, n) for n in controllers.__all__}
-    policies = {n for n, f in made.items() if inspect.isfunction(f) and f.__annotations__.get("return") == "Policy"}
+    policies = {
+        n
+        for n, f in made.items()
+        if inspect.isfunction(f) and f.__annotations__.get("return") == "Policy"
+    }
     rows = {name: moves for name, moves, _ in table("policy | moves | what it does")}
     assert set(rows) == policies - {"replay"}
     for name, moves in rows.items():

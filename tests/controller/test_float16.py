@@ -1,4 +1,6 @@
-"""float16 on a model whose gradients overflow: the loss scale finds its place, and the losses are float32's."""
+"""float16 on a model whose gradients overflow: the loss scale finds its place, and the
+losses are float32's.
+"""
 
 import numpy as np
 import optax
@@ -12,30 +14,55 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Steep(nnx.Module):
-    """Activations of about a hundred: at the first loss scale the gradients of the last kernel are beyond float16."""
+    """Activations of about a hundred: at the first loss scale the gradients of the last
+    kernel are beyond float16.
+    """
 
     def __init__(self, rngs):
         small = nnx.initializers.normal(1e-3)
-        self.first, self.last = nnx.Linear(12, 32, rngs=rngs), nnx.Linear(32, 3, kernel_init=small, rngs=rngs)
+        self.first, self.last = (
+            nnx.Linear(12, 32, rngs=rngs),
+            nnx.Linear(
+                32,
+                3,
+                kernel_init=small,
+                rngs=rngs,
+            ),
+        )
 
     def __call__(self, x):
         return self.last(nnx.relu(self.first(100 * x)))
 
 
 def fit(blobs, folder, precision):
-    trainer = lepton.Trainer(model=Steep, loss=lepton.losses.cross_entropy, optimizer=optax.adam, learning_rate=1e-4,
-                             batch_size=50, devices=1, precision=precision, run_dir=folder)
+    trainer = lepton.Trainer(
+        model=Steep,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam,
+        learning_rate=1e-4,
+        batch_size=50,
+        devices=1,
+        precision=precision,
+        run_dir=folder,
+    )
     return trainer.fit(blobs, steps=300, test=blobs)
 
 
 @pytest.mark.slow
 def test_an_overflow_prone_model_trains_to_the_float32_loss(blobs, tmp_path):
-    full, low = fit(blobs, tmp_path / "full", "float32"), fit(blobs, tmp_path / "low", "float16")
+    full, low = (
+        fit(blobs, tmp_path / "full", "float32"),
+        fit(blobs, tmp_path / "low", "float16"),
+    )
     expected, found = (h.evaluations[-1][1]["loss"] for h in (full, low))
     assert abs(found - expected) < 0.01 * expected
     scale = low["loss_scale"]
     assert low["skip"].sum() >= 2 and scale[-1] < 2**15 and np.isfinite(scale).all()
-    moves = [line for line in controllers.read_journal(tmp_path / "low") if line.get("policy") == "loss_scaling"]
+    moves = [
+        line
+        for line in controllers.read_journal(tmp_path / "low")
+        if line.get("policy") == "loss_scaling"
+    ]
     halved = [line for line in moves if line["knob"] == "loss_scale"]
     assert halved and halved[0]["from"] == 2**15 and halved[0]["signals"]["finite"] == 0
     assert not (tmp_path / "full" / "controller.jsonl").exists()

@@ -1,4 +1,6 @@
-"""Every knob, driven through several values in one run on all devices, with one compilation of the train step."""
+"""Every knob, driven through several values in one run on all devices, with one
+compilation of the train step.
+"""
 
 import itertools
 from functools import partial
@@ -20,21 +22,70 @@ ROWS, RATE = 32, 0.01
 
 # contributions by step; a step that is not named has the neutral one
 SCHEDULE = {
-    "learning_rate": {0: 0, 1: 0, 2: 0, 3: 0, 8: 3, 9: 0.1, 18: 0.5},
-    "dropout": {0: 0, 1: 0, 2: 0, 3: 3, 4: 0.5},
+    "learning_rate": {
+        0: 0,
+        1: 0,
+        2: 0,
+        3: 0,
+        8: 3,
+        9: 0.1,
+        18: 0.5,
+    },
+    "dropout": {
+        0: 0,
+        1: 0,
+        2: 0,
+        3: 3,
+        4: 0.5,
+    },
     "loss_scale": {1: 8, 2: 1024, 6: 2},
     "weight_decay": {5: 1000, 6: 0, 7: 10},
-    "b1": {5: 0.5, 6: 0.99}, "b2": {6: 0.9, 7: 0.99}, "momentum": {17: 0.5, 18: 0.0, 19: 0.99},
+    "b1": {5: 0.5, 6: 0.99},
+    "b2": {6: 0.9, 7: 0.99},
+    "momentum": {
+        17: 0.5,
+        18: 0.0,
+        19: 0.99,
+    },
     "clip_norm": {9: 0.01, 10: 0.1},
-    "accumulate": {11: 2, 12: 2, 13: 3, 14: 3, 15: 3},
-    "optimizer": {16: 1, 17: 1, 18: 1, 19: 1, 20: 2},
-    "averaging_decay": {6: 0.5, 7: 0.9, 8: 0.25},
-    "loss_limit": {9: 2.0, 10: 0.5, 12: 1.0}, "loss_mark": {1: 1.0, 2: 2.0, 12: 0.5},
+    "accumulate": {
+        11: 2,
+        12: 2,
+        13: 3,
+        14: 3,
+        15: 3,
+    },
+    "optimizer": {
+        16: 1,
+        17: 1,
+        18: 1,
+        19: 1,
+        20: 2,
+    },
+    "averaging_decay": {
+        6: 0.5,
+        7: 0.9,
+        8: 0.25,
+    },
+    "loss_limit": {
+        9: 2.0,
+        10: 0.5,
+        12: 1.0,
+    },
+    "loss_mark": {
+        1: 1.0,
+        2: 2.0,
+        12: 0.5,
+    },
     "gradient_weight": {4: 0.5, 5: 2},
-    "anchor": {9: 1, 20: 1}, "skip": {8: 1, 18: 1}, "restore": {10: 1, 22: 1},
-    "rollback": {23: 1}, "stop": {24: 1},
+    "anchor": {9: 1, 20: 1},
+    "skip": {8: 1, 18: 1},
+    "restore": {10: 1, 22: 1},
+    "rollback": {23: 1},
+    "stop": {24: 1},
 }
-STEP = [*range(25), 24]  # of each call: the one after the rollback finds the run halted, and counts for nothing
+# of each call: the one after the rollback finds the run halted, and counts for nothing
+STEP = [*range(25), 24]
 
 
 class Net(nnx.Module):
@@ -56,38 +107,98 @@ def scheduled():
         return {k: jnp.asarray(x)[at] for k, x in table.items()}, state
 
     watches = ("step", "gradient_norm", "gradient_sum_norm")
-    return controllers.Policy("scheduled", lambda: (), update, watches, tuple(KNOBS)), table
+    return (
+        controllers.Policy(
+            "scheduled",
+            lambda: (),
+            update,
+            watches,
+            tuple(KNOBS),
+        ),
+        table,
+    )
 
 
 @pytest.fixture(scope="module")
 def run(blobs):
-    """(program, rows, states): the records of each step as dicts, and the state before each step and after the last."""
+    """(program, rows, states): the records of each step as dicts, and the state before
+    each step and after the last.
+    """
     policy, _ = scheduled()
-    recipe = lepton.Recipe(model=Net, loss=lepton.losses.cross_entropy, learning_rate=RATE, batch_size=ROWS, steps_per_call=1,
-                           optimizer=controllers.switchable(optax.adamw, partial(optax.sgd, momentum=0.9), optax.lion),
-                           controller=policy)
-    batch = tuple(a[:ROWS] for a in blobs)  # the same in each step, so that what differs is due to a knob
+    recipe = lepton.Recipe(
+        model=Net,
+        loss=lepton.losses.cross_entropy,
+        learning_rate=RATE,
+        batch_size=ROWS,
+        steps_per_call=1,
+        optimizer=controllers.switchable(
+            optax.adamw,
+            partial(optax.sgd, momentum=0.9),
+            optax.lion,
+        ),
+        controller=policy,
+    )
+    # the same in each step, so that what differs is due to a knob
+    batch = tuple(a[:ROWS] for a in blobs)
     topology, devices = lepton.hardware.here()
     trace = lepton.trace(recipe, *batch)
-    program = lepton.Program(trace, lepton.plan(trace, topology), devices)
+    program = lepton.Program(
+        trace,
+        lepton.plan(trace, topology),
+        devices,
+    )
     state, rows, states = program.init(0), [], []
     block = jax.device_put(batch, program.block_sharding)
     for call in range(len(STEP)):
-        states.append(jax.device_get(jax.tree.map(jnp.copy, (state.params, state.optimizer, state.controller))))
+        states.append(
+            jax.device_get(
+                jax.tree.map(
+                    jnp.copy,
+                    (
+                        state.params,
+                        state.optimizer,
+                        state.controller,
+                    ),
+                )
+            )
+        )
         state, records = program.train(state, block, 0, 1)
-        rows.append(dict(zip(program.records, np.asarray(records)[0], strict=True)))
+        rows.append(
+            dict(
+                zip(
+                    program.records,
+                    np.asarray(records)[0],
+                    strict=True,
+                )
+            )
+        )
         if call == 24:
             state = controllers.released(state)
-    states.append(jax.device_get((state.params, state.optimizer, state.controller)))
+    states.append(
+        jax.device_get(
+            (
+                state.params,
+                state.optimizer,
+                state.controller,
+            )
+        )
+    )
     return program, rows, states
 
 
 def test_one_compilation_serves_every_value_of_every_knob(run):
     program, *_ = run
-    assert len(jax.devices()) == 8 and program.mesh.size == 8 and set(SCHEDULE) == set(KNOBS)
+    assert (
+        len(jax.devices()) == 8
+        and program.mesh.size == 8
+        and set(SCHEDULE) == set(KNOBS)
+    )
     assert [c.count for c in program.compilations if c.program == "train"] == [1]
-    assert all(len(set(values.values()) | {NEUTRAL[KNOBS[k].combine]}) >= 3 for k, values in SCHEDULE.items()
-               if KNOBS[k].combine != "any")
+    assert all(
+        len(set(values.values()) | {NEUTRAL[KNOBS[k].combine]}) >= 3
+        for k, values in SCHEDULE.items()
+        if KNOBS[k].combine != "any"
+    )
 
 
 def test_each_steps_knobs_are_base_and_contributions(run):
@@ -98,7 +209,15 @@ def test_each_steps_knobs_are_base_and_contributions(run):
     for step, row in zip(STEP, rows, strict=True):
         for knob in KNOBS:
             np.testing.assert_array_equal(row[f"scheduled:{knob}"], table[knob][step])
-            np.testing.assert_array_equal(row[knob], combined(knob, base[knob], [table[knob][step]]), f"{knob} in step {step}")
+            np.testing.assert_array_equal(
+                row[knob],
+                combined(
+                    knob,
+                    base[knob],
+                    [table[knob][step]],
+                ),
+                f"{knob} in step {step}",
+            )
 
 
 def flat(tree):
@@ -107,7 +226,10 @@ def flat(tree):
 
 def plain(row):
     """Steps in which the update is that of this step's gradient alone."""
-    return not any(row[k] for k in ("skip", "restore", "rollback")) and row["accumulate"] == 1
+    return (
+        not any(row[k] for k in ("skip", "restore", "rollback"))
+        and row["accumulate"] == 1
+    )
 
 
 def test_learning_rate_weight_decay_and_moments_act_as_optax_says(run):
@@ -120,27 +242,54 @@ def test_learning_rate_weight_decay_and_moments_act_as_optax_says(run):
         (p, old, _), (fresh, new, _) = before, after
         gradient = min(row["gradient_norm"], row["clip_norm"])
         if row["optimizer"] == 0:
-            (was, now), restarted = (s["each"][0][0] for s in (old, new)), old["index"] != 0
-            mu, nu = (0 * flat(x) if restarted and name == "nu" else flat(x) for name, x in (("mu", was.mu), ("nu", was.nu)))
+            (was, now), restarted = (
+                (s["each"][0][0] for s in (old, new)),
+                old["index"] != 0,
+            )
+            mu, nu = (
+                0 * flat(x) if restarted and name == "nu" else flat(x)
+                for name, x in (("mu", was.mu), ("nu", was.nu))
+            )
             if not restarted:
                 entered = (flat(now.mu) - row["b1"] * mu) / (1 - row["b1"])
-                np.testing.assert_allclose(np.linalg.norm(entered), gradient, rtol=2e-3)
-            np.testing.assert_allclose(((flat(now.nu) - row["b2"] * nu) / (1 - row["b2"])).sum(), gradient**2, rtol=2e-2)
-            m, v = flat(now.mu) / (1 - row["b1"]**now.count), flat(now.nu) / (1 - row["b2"]**now.count)
+                np.testing.assert_allclose(
+                    np.linalg.norm(entered),
+                    gradient,
+                    rtol=2e-3,
+                )
+            np.testing.assert_allclose(
+                ((flat(now.nu) - row["b2"] * nu) / (1 - row["b2"])).sum(),
+                gradient**2,
+                rtol=2e-2,
+            )
+            m, v = (
+                flat(now.mu) / (1 - row["b1"] ** now.count),
+                flat(now.nu) / (1 - row["b2"] ** now.count),
+            )
             step = m / (np.sqrt(v) + 1e-8) + row["weight_decay"] * flat(p)
         elif row["optimizer"] == 2:
             continue
         else:
             trace, step = (flat(s["each"][1][0].trace) for s in (old, new))
             if old["index"] == 1:
-                np.testing.assert_allclose(np.linalg.norm(step - row["momentum"] * trace), gradient, rtol=2e-3)
-        np.testing.assert_allclose(flat(fresh) - flat(p), -row["learning_rate"] * step, rtol=2e-3, atol=1e-7)
+                np.testing.assert_allclose(
+                    np.linalg.norm(step - row["momentum"] * trace),
+                    gradient,
+                    rtol=2e-3,
+                )
+        np.testing.assert_allclose(
+            flat(fresh) - flat(p),
+            -row["learning_rate"] * step,
+            rtol=2e-3,
+            atol=1e-7,
+        )
     assert seen > 12
 
 
 def test_dropout_and_loss_scale_act_in_the_next_step(run):
     _, rows, _ = run
-    loss, norms = ([row[n] for row in rows] for n in ("loss", "gradient_norm"))  # the rate is 0 until step 4
+    # the rate is 0 until step 4
+    loss, norms = ([row[n] for row in rows] for n in ("loss", "gradient_norm"))
     assert loss[0] != loss[1] == loss[2] == loss[3] != loss[4]
     assert norms[1] == norms[2] == norms[3] != norms[4]  # under scales 1, 8 and 1024
 
@@ -151,7 +300,8 @@ def test_skip_accumulate_anchor_and_restore_decide_what_is_kept(run):
     moved = [not np.array_equal(a, b) for a, b in itertools.pairwise(params)]
     assert not any(moved[:4]) and all(moved[4:8]) and not moved[8] and not moved[18]
     assert moved[11:16] == [False, True, False, False, True]
-    np.testing.assert_array_equal(params[11], params[10])  # restored to what the anchor of step 9 holds
+    # restored to what the anchor of step 9 holds
+    np.testing.assert_array_equal(params[11], params[10])
     np.testing.assert_array_equal(params[23], params[21])
     assert not np.array_equal(params[22], params[21])
     assert [int(c.updates) for *_, c in states[11:17]] == [9, 9, 10, 10, 10, 11]
@@ -160,22 +310,46 @@ def test_skip_accumulate_anchor_and_restore_decide_what_is_kept(run):
 def test_the_optimizer_is_switched_and_the_first_moment_carried(run):
     _, _, states = run
     assert [int(o["index"]) for _, o, _ in states[15:22]] == [0, 0, 1, 1, 1, 1, 2]
-    adam, sgd = (flat(states[16][1]["each"][0][0].mu), flat(states[17][1]["each"][1][0].trace))
-    np.testing.assert_allclose(np.linalg.norm(sgd - 0.9 * adam), run[1][16]["gradient_norm"], rtol=2e-3)
+    adam, sgd = (
+        flat(states[16][1]["each"][0][0].mu),
+        flat(states[17][1]["each"][1][0].trace),
+    )
+    np.testing.assert_allclose(
+        np.linalg.norm(sgd - 0.9 * adam),
+        run[1][16]["gradient_norm"],
+        rtol=2e-3,
+    )
 
 
 def test_the_average_follows_its_decay(run):
     _, rows, states = run
-    for row, (_, _, before), (params, _, after) in zip(rows[:8], states, states[1:], strict=False):
+    for row, (_, _, before), (params, _, after) in zip(
+        rows[:8],
+        states,
+        states[1:],
+        strict=False,
+    ):
         old, new, now = flat(before.average[0]), flat(after.average[0]), flat(params)
-        np.testing.assert_allclose(new, row["averaging_decay"] * old + (1 - row["averaging_decay"]) * now, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(
+            new,
+            row["averaging_decay"] * old + (1 - row["averaging_decay"]) * now,
+            rtol=1e-4,
+            atol=1e-7,
+        )
 
 
 def test_nothing_changes_between_a_halt_and_its_release(run):
     _, rows, states = run
     assert rows[23]["rollback"] and rows[25]["stop"]
-    assert [bool(c.halted) for *_, c in states[22:]] == [False, False, True, False, True]
+    assert [bool(c.halted) for *_, c in states[22:]] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
     held = [flat(p) for p, _, _ in states[23:26]]
     np.testing.assert_array_equal(held[0], held[1])
     np.testing.assert_array_equal(held[1], held[2])
-    assert not np.array_equal(flat(states[26][0]), held[2])  # the step that stops is still made
+    # the step that stops is still made
+    assert not np.array_equal(flat(states[26][0]), held[2])

@@ -1,4 +1,6 @@
-"""Samples that count by how likely their label is right: in the step, in the policy, and on a real task."""
+"""Samples that count by how likely their label is right: in the step, in the policy,
+and on a real task.
+"""
 
 from functools import cache, partial
 
@@ -17,9 +19,21 @@ LIMIT, MARK, ROWS = 1.1, 0.7, 32
 
 def fixed(limit, mark=MARK):
     """A policy that sets both knobs and shows all that is measured with them."""
-    watches = ("loss_kept", "loss_blank", "loss_values", "mark_weight", "mark_weight_square", "gradient_norm")
-    return controllers.Policy("fixed", lambda: (), lambda signals, state: ({"loss_limit": limit, "loss_mark": mark}, state),
-                              watches, ("loss_limit", "loss_mark"))
+    watches = (
+        "loss_kept",
+        "loss_blank",
+        "loss_values",
+        "mark_weight",
+        "mark_weight_square",
+        "gradient_norm",
+    )
+    return controllers.Policy(
+        "fixed",
+        lambda: (),
+        lambda signals, state: ({"loss_limit": limit, "loss_mark": mark}, state),
+        watches,
+        ("loss_limit", "loss_mark"),
+    )
 
 
 def mean_loss(outputs, targets):
@@ -31,81 +45,216 @@ def weighted(outputs, targets):
 
 
 def by_token(outputs, targets):
-    return jnp.stack([losses.cross_entropy(outputs, targets), losses.cross_entropy(-outputs, targets)], axis=1)
+    return jnp.stack(
+        [
+            losses.cross_entropy(outputs, targets),
+            losses.cross_entropy(-outputs, targets),
+        ],
+        axis=1,
+    )
 
 
-def trained(blobs, loss, policy, steps=3, **fields):
-    fields = {"optimizer": optax.sgd, "learning_rate": 0.05, "batch_size": ROWS, "shuffle": False, "devices": 1} | fields
-    trainer = lepton.Trainer(model=lambda rngs: lepton.models.MLP((12, 16, 3), rngs=rngs), loss=loss, train=blobs,
-                             controller=policy, **fields)
+def trained(
+    blobs,
+    loss,
+    policy,
+    steps=3,
+    **fields,
+):
+    fields = {
+        "optimizer": optax.sgd,
+        "learning_rate": 0.05,
+        "batch_size": ROWS,
+        "shuffle": False,
+        "devices": 1,
+    } | fields
+    trainer = lepton.Trainer(
+        model=lambda rngs: lepton.models.MLP((12, 16, 3), rngs=rngs),
+        loss=loss,
+        train=blobs,
+        controller=policy,
+        **fields,
+    )
     return trainer, trainer.fit(steps=steps)
 
 
-@pytest.mark.parametrize("loss", [losses.cross_entropy, mean_loss, weighted, by_token])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.cross_entropy,
+        mean_loss,
+        weighted,
+        by_token,
+    ],
+)
 def test_the_gradient_is_of_the_weighted_loss_and_the_signals_say_so(loss, blobs):
-    trainer, history = trained(blobs, loss, fixed(LIMIT), steps=2)
-    plain, _ = trained(blobs, loss, (), steps=1)  # the knobs act in the second step
+    trainer, history = trained(
+        blobs,
+        loss,
+        fixed(LIMIT),
+        steps=2,
+    )
+    plain, _ = trained(
+        blobs,
+        loss,
+        (),
+        steps=1,
+    )  # the knobs act in the second step
     graph = plain.trace.functional
-    inputs, targets = (a[ROWS:2 * ROWS] for a in blobs)
+    inputs, targets = (a[ROWS : 2 * ROWS] for a in blobs)
     given = losses.cross_entropy if loss is mean_loss else loss
 
     def by_hand(params):
-        result = given(graph.apply(params, plain.state.variables, inputs, None, True)[0], targets)
-        values, weights = result if isinstance(result, tuple) else (result, jnp.ones_like(result))
+        result = given(
+            graph.apply(params, plain.state.variables, inputs, None, True)[0], targets
+        )
+        values, weights = (
+            result if isinstance(result, tuple) else (result, jnp.ones_like(result))
+        )
         kept = jax.lax.stop_gradient(jax.nn.sigmoid(LIMIT - values))
         share = jax.nn.sigmoid(MARK - values)
-        measured = [(x * weights).sum() / weights.sum() for x in (values, share, share**2)]
+        measured = [
+            (x * weights).sum() / weights.sum() for x in (values, share, share**2)
+        ]
         return (values * weights * kept).sum() / weights.sum(), measured
 
-    (kept, (mean, weight, square)), gradient = jax.value_and_grad(by_hand, has_aux=True)(plain.state.params)
-    expected = {"loss": mean, "loss_kept": kept, "mark_weight": weight, "mark_weight_square": square,
-                "gradient_norm": optax.tree.norm(gradient), "loss_blank": np.log(3),
-                "loss_values": 2 if loss is by_token else 1}
+    (kept, (mean, weight, square)), gradient = jax.value_and_grad(
+        by_hand, has_aux=True
+    )(plain.state.params)
+    expected = {
+        "loss": mean,
+        "loss_kept": kept,
+        "mark_weight": weight,
+        "mark_weight_square": square,
+        "gradient_norm": optax.tree.norm(gradient),
+        "loss_blank": np.log(3),
+        "loss_values": 2 if loss is by_token else 1,
+    }
     for name, value in expected.items():
-        np.testing.assert_allclose(history[name][1], value, rtol=1e-5, err_msg=name)
-    jax.tree.map(lambda new, old, g: np.testing.assert_allclose(new, old - 0.05 * g, rtol=1e-4, atol=1e-6),
-                 trainer.state.params, plain.state.params, gradient)
-    assert history["loss_kept"][0] == history["loss"][0] and history["mark_weight"][0] == 1, "neutral before the first move"
+        np.testing.assert_allclose(
+            history[name][1],
+            value,
+            rtol=1e-5,
+            err_msg=name,
+        )
+    jax.tree.map(
+        lambda new, old, g: np.testing.assert_allclose(
+            new, old - 0.05 * g, rtol=1e-4, atol=1e-6
+        ),
+        trainer.state.params,
+        plain.state.params,
+        gradient,
+    )
+    assert (
+        history["loss_kept"][0] == history["loss"][0] and history["mark_weight"][0] == 1
+    ), "neutral before the first move"
 
 
 @pytest.mark.usefixtures("quick_compilation_here")
-@pytest.mark.parametrize("fields", [{"micro_batches": 4}, {"devices": 8}, {"devices": 8, "micro_batches": 2},
-                                    {"steps_per_call": 4}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"micro_batches": 4},
+        {"devices": 8},
+        {"devices": 8, "micro_batches": 2},
+        {"steps_per_call": 4},
+    ],
+)
 def test_micro_batches_and_devices_make_no_difference(fields, blobs):
-    _, whole = trained(blobs, losses.cross_entropy, fixed(LIMIT), steps=8)
-    _, parts = trained(blobs, losses.cross_entropy, fixed(LIMIT), steps=8, **fields)
-    for name in ("loss", "loss_kept", "mark_weight", "mark_weight_square", "loss_blank", "gradient_norm"):
-        np.testing.assert_allclose(parts[name], whole[name], rtol=2e-5, err_msg=name)
+    _, whole = trained(
+        blobs,
+        losses.cross_entropy,
+        fixed(LIMIT),
+        steps=8,
+    )
+    _, parts = trained(
+        blobs,
+        losses.cross_entropy,
+        fixed(LIMIT),
+        steps=8,
+        **fields,
+    )
+    for name in (
+        "loss",
+        "loss_kept",
+        "mark_weight",
+        "mark_weight_square",
+        "loss_blank",
+        "gradient_norm",
+    ):
+        np.testing.assert_allclose(
+            parts[name],
+            whole[name],
+            rtol=2e-5,
+            err_msg=name,
+        )
     assert parts.compilations <= 1 + (fields.get("steps_per_call") is None)
 
 
 def test_a_scalar_loss_that_is_not_limited_keeps_its_bits(blobs):
-    silent = controllers.Policy("silent", lambda: (), lambda signals, state: ({}, state), (), ("loss_limit", "loss_mark"))
-    (left, one), (right, two) = (trained(blobs, mean_loss, policy, steps=20) for policy in ((), silent))
+    silent = controllers.Policy(
+        "silent",
+        lambda: (),
+        lambda signals, state: ({}, state),
+        (),
+        ("loss_limit", "loss_mark"),
+    )
+    (left, one), (right, two) = (
+        trained(blobs, mean_loss, policy, steps=20) for policy in ((), silent)
+    )
     np.testing.assert_array_equal(one["loss"], two["loss"])
-    jax.tree.map(np.testing.assert_array_equal, left.state.params, right.state.params)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        left.state.params,
+        right.state.params,
+    )
 
 
-# ---- the policy alone -------------------------------------------------------------------------------------------------------
+# ---- the policy alone ----
 
 
 class Labels:
-    """Batches of losses of a model that is right about most samples, of which a share is labelled wrongly; and the policy."""
+    """Batches of losses of a model that is right about most samples, of which a share
+    is labelled wrongly; and the policy.
+    """
 
     def __init__(self, **options):
-        self.policy, self.random = controllers.label_noise(**options), np.random.default_rng(0)
+        self.policy, self.random = (
+            controllers.label_noise(**options),
+            np.random.default_rng(0),
+        )
         self.update, self.state = jax.jit(self.policy.update), self.policy.init()
         self.moves = {"loss_limit": np.inf, "loss_mark": np.inf}
         self.step(0.0, loss=np.log(10))  # a model that knows nothing yet
 
-    def step(self, share, update_norm=0.01, loss=None, rows=128):
+    def step(
+        self,
+        share,
+        update_norm=0.01,
+        loss=None,
+        rows=128,
+    ):
         wrong = self.random.random(rows) < share
-        each = np.where(wrong, self.random.uniform(3, 9, rows), self.random.exponential(0.1, rows))
-        weight = 1 / (1 + np.exp(np.minimum(each - float(self.moves["loss_mark"]), 500)))
-        signals = {"mark_weight": weight.mean(), "mark_weight_square": (weight**2).mean(), "update_norm": update_norm,
-                   "loss": each.mean() if loss is None else loss, "loss_blank": np.log(10), "loss_values": 1,
-                   "batch_size": rows}
-        moves, self.state = self.update({n: jnp.float32(x) for n, x in signals.items()}, self.state)
+        each = np.where(
+            wrong,
+            self.random.uniform(3, 9, rows),
+            self.random.exponential(0.1, rows),
+        )
+        weight = 1 / (
+            1 + np.exp(np.minimum(each - float(self.moves["loss_mark"]), 500))
+        )
+        signals = {
+            "mark_weight": weight.mean(),
+            "mark_weight_square": (weight**2).mean(),
+            "update_norm": update_norm,
+            "loss": each.mean() if loss is None else loss,
+            "loss_blank": np.log(10),
+            "loss_values": 1,
+            "batch_size": rows,
+        }
+        moves, self.state = self.update(
+            {n: jnp.float32(x) for n, x in signals.items()}, self.state
+        )
         self.moves = {n: float(x) for n, x in moves.items()}
         return self.moves
 
@@ -154,7 +303,9 @@ def test_what_an_update_broke_is_not_blamed_on_the_labels():
     assert not any(limited(labels.steps(50, 0.9, update_norm=3.0)))
     labels = Labels()
     labels.steps(100, 0.01)
-    assert limited(labels.steps(10, 0.3))[-1] and not any(limited(labels.steps(10, 0.9, update_norm=3.0)))
+    assert limited(labels.steps(10, 0.3))[-1] and not any(
+        limited(labels.steps(10, 0.9, update_norm=3.0))
+    )
 
 
 def test_a_loss_that_is_no_number_changes_nothing():
@@ -163,19 +314,40 @@ def test_a_loss_that_is_no_number_changes_nothing():
     before = jax.device_get(labels.state)
     moves = labels.step(0.01, loss=np.nan)
     assert not moves["skip"]
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(labels.state))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        before,
+        jax.device_get(labels.state),
+    )
 
 
-@pytest.mark.parametrize("options", [{"most": 0}, {"most": 1.0}, {"budget": 0}, {"window": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"most": 0},
+        {"most": 1.0},
+        {"budget": 0},
+        {"window": 1.5},
+    ],
+)
 def test_arguments_out_of_range_are_errors(options):
-    with pytest.raises(lepton.RecipeError, match=next(iter(options))):
+    with pytest.raises(
+        lepton.RecipeError,
+        match=next(iter(options)),
+    ):
         controllers.label_noise(**options)
 
 
-# ---- on a real task ---------------------------------------------------------------------------------------------------------
+# ---- on a real task ----
 
-BATCH, STEPS, AT, BLOCK = 50, 500, 200, 20  # a window is longer than the 30 steps that the guard alone would skip
-SPANS = {"clean": (0, 0.0), "window": (100, 0.5), "lasting": (STEPS, 0.2), "most": (60, 0.8)}
+# a window is longer than the 30 steps that the guard alone would skip
+BATCH, STEPS, AT, BLOCK = 50, 500, 200, 20
+SPANS = {
+    "clean": (0, 0.0),
+    "window": (100, 0.5),
+    "lasting": (STEPS, 0.2),
+    "most": (60, 0.8),
+}
 
 
 @cache
@@ -187,48 +359,111 @@ def digits():
 
 @cache
 def program(controller):
-    recipe = lepton.Recipe(model=partial(lepton.models.MLP, (64, 64, 10)), loss=losses.cross_entropy, optimizer=optax.adamw,
-                           learning_rate=3e-3, batch_size=BATCH, steps_per_call=BLOCK, controller=controller())
+    recipe = lepton.Recipe(
+        model=partial(lepton.models.MLP, (64, 64, 10)),
+        loss=losses.cross_entropy,
+        optimizer=optax.adamw,
+        learning_rate=3e-3,
+        batch_size=BATCH,
+        steps_per_call=BLOCK,
+        controller=controller(),
+    )
     topology, devices = lepton.hardware.here(1)
     trace = lepton.trace(recipe, *digits()[0])
-    return lepton.Program(trace, lepton.plan(trace, topology), devices)
+    return lepton.Program(
+        trace,
+        lepton.plan(trace, topology),
+        devices,
+    )
 
 
 @cache
 def final(fault, seed, controller):
-    """(evaluation loss at the end, records) of a run, the labels of some of its steps being wrong."""
-    random, ((x, y), test), made = np.random.default_rng(seed), digits(), program(controller)
-    rows = np.concatenate([random.permutation(len(x)) for _ in range(18)])[:BATCH * STEPS]
+    """(evaluation loss at the end, records) of a run, the labels of some of its steps
+    being wrong.
+    """
+    random, ((x, y), test), made = (
+        np.random.default_rng(seed),
+        digits(),
+        program(controller),
+    )
+    rows = np.concatenate([random.permutation(len(x)) for _ in range(18)])[
+        : BATCH * STEPS
+    ]
     steps, share = SPANS[fault]
-    wrong = np.where(random.random(len(rows)) < share, random.integers(1, 10, len(rows)), 0)
-    wrong[:BATCH * AT] = wrong[BATCH * (AT + steps):] = 0
-    blocks = [part.reshape(-1, BLOCK, BATCH, *part.shape[1:]) for part in (x[rows], ((y[rows] + wrong) % 10).astype(np.int32))]
+    wrong = np.where(
+        random.random(len(rows)) < share,
+        random.integers(1, 10, len(rows)),
+        0,
+    )
+    wrong[: BATCH * AT] = wrong[BATCH * (AT + steps) :] = 0
+    blocks = [
+        part.reshape(
+            -1,
+            BLOCK,
+            BATCH,
+            *part.shape[1:],
+        )
+        for part in (x[rows], ((y[rows] + wrong) % 10).astype(np.int32))
+    ]
     state, records = controllers.fed(made.init(seed), steps=float(STEPS)), []
     for block in zip(*blocks, strict=True):
-        state, record = made.train(state, jax.device_put(block, made.block_sharding), 0, BLOCK)
+        state, record = made.train(
+            state,
+            jax.device_put(block, made.block_sharding),
+            0,
+            BLOCK,
+        )
         records.append(np.asarray(record))
-    loss = made.metrics(made.evaluate(None, state, jax.device_put(test, made.batch_sharding), len(test[1])))["loss"]
-    return loss, dict(zip(made.records, np.concatenate(records).T, strict=True))
+    loss = made.metrics(
+        made.evaluate(
+            None,
+            state,
+            jax.device_put(test, made.batch_sharding),
+            len(test[1]),
+        )
+    )["loss"]
+    return loss, dict(
+        zip(
+            made.records,
+            np.concatenate(records).T,
+            strict=True,
+        )
+    )
 
 
 def without():
     """`adaptive()` but for this policy."""
-    return tuple(policy for policy in controllers.adaptive() if policy.name != "label_noise")
+    return tuple(
+        policy for policy in controllers.adaptive() if policy.name != "label_noise"
+    )
 
 
 @pytest.mark.usefixtures("quick_compilation_here")
-@pytest.mark.parametrize("fault", [pytest.param("window", marks=pytest.mark.slow), "lasting", "most"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("window", marks=pytest.mark.slow),
+        "lasting",
+        "most",
+    ],
+)
 def test_wrong_labels_cost_less_than_one_per_cent(fault):
     ratios, bare, gave_up = [], [], False
     for seed in range(4):
         clean, undisturbed = final("clean", seed, controllers.adaptive)
-        assert not np.isfinite(undisturbed["label_noise:loss_limit"]).any() and not undisturbed["label_noise:skip"].any()
+        assert (
+            not np.isfinite(undisturbed["label_noise:loss_limit"]).any()
+            and not undisturbed["label_noise:skip"].any()
+        )
         loss, records = final(fault, seed, controllers.adaptive)
-        assert np.isfinite(records["label_noise:loss_limit"][AT:AT + 3]).any()
+        assert np.isfinite(records["label_noise:loss_limit"][AT : AT + 3]).any()
         assert not records["rollback"].any()
         ratios.append(loss / clean)
         loss, records = final(fault, seed, without)
         bare.append(loss / final("clean", seed, without)[0])
         gave_up |= records["rollback"].any()
     assert np.mean(ratios) < 1.01
-    assert gave_up or np.mean(bare) > 1.01, "the same controller without this policy goes back, or misses the bar"
+    assert gave_up or np.mean(bare) > 1.01, (
+        "the same controller without this policy goes back, or misses the bar"
+    )

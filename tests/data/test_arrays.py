@@ -35,13 +35,26 @@ def test_take_reads_strided_and_bfloat16_arrays():
     assert y.dtype == ml_dtypes.bfloat16
 
 
-@pytest.mark.parametrize("indices", [[-1], [3], [[0, 1]], [0.5], [True, False, True]])
+@pytest.mark.parametrize(
+    "indices",
+    [
+        [-1],
+        [3],
+        [[0, 1]],
+        [0.5],
+        [True, False, True],
+    ],
+)
 def test_take_refuses_what_is_no_position(indices):
     with pytest.raises(DataError):
         Arrays(np.arange(3)).take(indices)
 
 
-@given(count=st.integers(2, 300), fraction=st.floats(0.01, 0.99), seed=st.integers(0, 9))
+@given(
+    count=st.integers(2, 300),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 9),
+)
 def test_a_partition_is_exact_or_refused(count, fraction, seed):
     size = round(fraction * count)
     if not 0 < size < count:
@@ -62,25 +75,64 @@ def test_split_keeps_samples_whole():
     assert list(second.inputs["x"]) != list(data.split(0.3, seed=2)[1].inputs["x"])
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan"), float("inf"), 0.01])
+@pytest.mark.parametrize(
+    "fraction",
+    [
+        0,
+        1,
+        -0.1,
+        1.5,
+        float("nan"),
+        float("inf"),
+        0.01,
+    ],
+)
 def test_split_refuses_empty_parts(fraction):
     with pytest.raises(DataError, match="fraction"):
         Arrays(np.arange(10)).split(fraction, seed=0)
 
 
-@pytest.mark.parametrize(("wide", "narrow"), [(np.int64, np.int32), (np.uint64, np.uint32), (np.float64, np.float32),
-                                              (np.complex128, np.complex64), (">i4", np.int32), (">f8", np.float32)])
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [
+        (np.int64, np.int32),
+        (np.uint64, np.uint32),
+        (np.float64, np.float32),
+        (np.complex128, np.complex64),
+        (">i4", np.int32),
+        (">f8", np.float32),
+    ],
+)
 def test_numbers_become_native_32_bit_ones(wide, narrow):
     x = Arrays(np.array([1, 2, 3], wide)).inputs
     assert x.dtype == narrow and x.dtype.isnative and list(x) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float16, np.bool_, np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        np.uint8,
+        np.int16,
+        np.float16,
+        np.bool_,
+        np.float32,
+        ml_dtypes.bfloat16,
+    ],
+)
 def test_narrow_numbers_stay(dtype):
     assert Arrays(np.ones(3, dtype)).inputs.dtype == dtype
 
 
-@pytest.mark.parametrize("value", [2**31, -2**31 - 1, np.uint64(2**32), 1e39, np.float64("-1e300")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        2**31,
+        -(2**31) - 1,
+        np.uint64(2**32),
+        1e39,
+        np.float64("-1e300"),
+    ],
+)
 def test_a_value_that_does_not_fit_is_an_error_that_names_the_array(value):
     with pytest.raises(DataError, match=r"inputs\['x'\].*fit"):
         Arrays({"x": np.array([value])})
@@ -91,21 +143,55 @@ def test_infinity_and_nan_are_no_overflow():
     assert np.isinf(x[0]) and np.isnan(x[1])
 
 
-@pytest.mark.parametrize(("inputs", "targets", "message"), [
-    (np.zeros((3, 2)), np.zeros(4), r"inputs has 3, targets has 4"),
-    ({"a": [1], "b": [1, 2]}, None, r"inputs\['a'\] has 1, inputs\['b'\] has 2"),
-    (np.zeros((0, 3)), None, "no samples"),
-    ({}, None, "keys"),
-    ({1: [1]}, None, "keys"),
-    (3.0, None, "single value"),
-    ([1, 2], 5, "targets is the single value 5"),
-    (["a", "b"], None, "no numbers"),
-    ([object()], None, "no numbers"),
-    (np.array(["2020-01-01"], "datetime64[D]"), None, "no numbers"),
-    (np.zeros(2, [("a", np.int32)]), None, "no numbers"),
-    ([[1, 2], [3]], None, "inputs can't be made"),
-    (np.ma.array([1, 2], mask=[True, False]), None, "masked"),
-])
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [
+        (
+            np.zeros((3, 2)),
+            np.zeros(4),
+            r"inputs has 3, targets has 4",
+        ),
+        (
+            {"a": [1], "b": [1, 2]},
+            None,
+            r"inputs\['a'\] has 1, inputs\['b'\] has 2",
+        ),
+        (
+            np.zeros((0, 3)),
+            None,
+            "no samples",
+        ),
+        ({}, None, "keys"),
+        ({1: [1]}, None, "keys"),
+        (3.0, None, "single value"),
+        ([1, 2], 5, "targets is the single value 5"),
+        (["a", "b"], None, "no numbers"),
+        ([object()], None, "no numbers"),
+        (
+            np.array(["2020-01-01"], "datetime64[D]"),
+            None,
+            "no numbers",
+        ),
+        (
+            np.zeros(2, [("a", np.int32)]),
+            None,
+            "no numbers",
+        ),
+        (
+            [[1, 2], [3]],
+            None,
+            "inputs can't be made",
+        ),
+        (
+            np.ma.array(
+                [1, 2],
+                mask=[True, False],
+            ),
+            None,
+            "masked",
+        ),
+    ],
+)
 def test_unusable_data_is_refused_by_name(inputs, targets, message):
     with pytest.raises(DataError, match=message):
         Arrays(inputs, targets)
@@ -126,7 +212,15 @@ def test_repr_is_one_line_of_shapes():
     assert text == "Arrays(inputs['x'] float32[2, 3], targets int32[2])"
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (1, 0, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (),
+        (0,),
+        (3, 5),
+        (1, 0, 2),
+    ],
+)
 def test_aligned_empty(shape):
     for dtype in (np.uint8, np.float32, ml_dtypes.bfloat16):
         x = aligned_empty(shape, dtype)

@@ -39,7 +39,11 @@ def spoiled(x, *changes):
     return x
 
 
-LATE = spoiled(LABELS, (30, -1), (41, 3))
+LATE = spoiled(
+    LABELS,
+    (30, -1),
+    (41, 3),
+)
 WRONG_IDS = spoiled(IDS, ((33, 2), 50))
 
 
@@ -48,7 +52,15 @@ def in_memory(inputs, targets):
 
 
 def as_elements(inputs, targets):
-    return grain.MapDataset.source(list(zip(inputs, targets, strict=True)))
+    return grain.MapDataset.source(
+        list(
+            zip(
+                inputs,
+                targets,
+                strict=True,
+            )
+        )
+    )
 
 
 def as_iterable(inputs, targets):
@@ -65,7 +77,11 @@ def as_mixture(inputs, targets):
 
 
 def trainer(**fields):
-    defaults = {"model": Net, "loss": cross_entropy, "optimizer": optax.sgd(0.1)}
+    defaults = {
+        "model": Net,
+        "loss": cross_entropy,
+        "optimizer": optax.sgd(0.1),
+    }
     return lepton.Trainer(**defaults | {"batch_size": 8, "devices": 1} | fields)
 
 
@@ -79,7 +95,13 @@ DATA = {
 
 
 @pytest.mark.parametrize("make", DATA)
-@pytest.mark.parametrize("loss", [cross_entropy, lambda o, t: 2 * cross_entropy(o, t)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        cross_entropy,
+        lambda o, t: 2 * cross_entropy(o, t),
+    ],
+)
 def test_labels_out_of_range_do_not_train_as_other_classes(make, loss):
     data = make(IDS, LATE)
     with pytest.raises(
@@ -97,7 +119,10 @@ def test_ids_beyond_the_table_are_named(make):
     with pytest.raises(
         lepton.DataError, match="'table/embedding', which has 50 rows"
     ) as caught:
-        trainer(shuffle=False).fit(make(WRONG_IDS, LABELS), steps=15)
+        trainer(shuffle=False).fit(
+            make(WRONG_IDS, LABELS),
+            steps=15,
+        )
     assert DATA[make].replace("30: -1", "33: 50") in caught.value.where
 
 
@@ -135,9 +160,16 @@ def test_the_remedy_for_labels_that_do_not_count_works():
     def weighted(outputs, labels):
         return cross_entropy(outputs, labels), labels >= 0
 
-    ignored = spoiled(LABELS, (30, -1), (41, -2))
+    ignored = spoiled(
+        LABELS,
+        (30, -1),
+        (41, -2),
+    )
     for make in (in_memory, as_elements, as_source):
-        history = trainer(loss=weighted).fit(make(IDS, ignored), steps=6)
+        history = trainer(loss=weighted).fit(
+            make(IDS, ignored),
+            steps=6,
+        )
         assert np.isfinite(history["loss"]).all()
     of_all = trainer(loss=weighted)
     logits = of_all.fit((IDS, ignored), steps=1) and of_all.predict(
@@ -154,11 +186,20 @@ def test_an_id_that_wraps_around_at_32_bits_is_seen_before_it_does():
     wide = IDS.astype(np.int64)
     wide[5, 0] = 2**32 + 1
     with pytest.raises(lepton.DataError) as caught:
-        trainer(shuffle=False).fit(as_elements(wide, LABELS), steps=2)
+        trainer(shuffle=False).fit(
+            as_elements(wide, LABELS),
+            steps=2,
+        )
     assert f"sample 5: {2**32 + 1}" in caught.value.where
 
 
 def test_data_in_range_train_as_they_did():
-    history = trainer(shuffle=False).fit(as_elements(IDS, LABELS), steps=12)
-    other = trainer(shuffle=False).fit((IDS, LABELS), steps=12)
+    history = trainer(shuffle=False).fit(
+        as_elements(IDS, LABELS),
+        steps=12,
+    )
+    other = trainer(shuffle=False).fit(
+        (IDS, LABELS),
+        steps=12,
+    )
     np.testing.assert_array_equal(history["loss"], other["loss"])

@@ -1,4 +1,6 @@
-"""The order of samples: exact under every batch size, block size, position and number of devices."""
+"""The order of samples: exact under every batch size, block size, position and number
+of devices.
+"""
 
 import jax
 import numpy as np
@@ -19,53 +21,111 @@ def identifiers(loader):
 
 
 def numbered(count):
-    return Arrays(np.arange(count, dtype=np.float32)[:, None], np.arange(count, dtype=np.int32))
+    return Arrays(
+        np.arange(count, dtype=np.float32)[:, None], np.arange(count, dtype=np.int32)
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 50), st.integers(0, 200), st.integers(1, 120), st.integers(0, 2**32 - 1), st.booleans())
+@given(
+    st.integers(1, 50),
+    st.integers(0, 200),
+    st.integers(1, 120),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
 def test_positions_alone_decide_the_samples(samples, start, count, seed, shuffle):
     stream = ArrayStream(numbered(samples), seed, shuffle)
     whole = stream.indices(0, start + count)
-    np.testing.assert_array_equal(ArrayStream(numbered(samples), seed, shuffle).indices(start, start + count), whole[start:])
+    np.testing.assert_array_equal(
+        ArrayStream(numbered(samples), seed, shuffle).indices(start, start + count),
+        whole[start:],
+    )
     np.testing.assert_array_equal(stream.rows(start, start + count)[1], whole[start:])
     for epoch in range((start + count) // samples):
-        assert sorted(whole[epoch * samples:(epoch + 1) * samples]) == list(range(samples))
+        assert sorted(whole[epoch * samples : (epoch + 1) * samples]) == list(
+            range(samples)
+        )
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(1, 6), st.integers(0, 60), st.booleans())
-def test_blocks_cut_the_stream_without_gap_or_overlap(samples, batch, steps, blocks, start, resident):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.integers(0, 60),
+    st.booleans(),
+)
+def test_blocks_cut_the_stream_without_gap_or_overlap(
+    samples, batch, steps, blocks, start, resident
+):
     data = numbered(samples)
-    loader = Loader(data, batch_size=batch, steps=steps, sharding=ONE, seed=1, shuffle=True, position=start, blocks=blocks,
-                    resident=resident)
-    found = np.concatenate([np.asarray(b if resident else b[1]).reshape(-1) for b in loader])
+    loader = Loader(
+        data,
+        batch_size=batch,
+        steps=steps,
+        sharding=ONE,
+        seed=1,
+        shuffle=True,
+        position=start,
+        blocks=blocks,
+        resident=resident,
+    )
+    found = np.concatenate(
+        [np.asarray(b if resident else b[1]).reshape(-1) for b in loader]
+    )
     expected = ArrayStream(data, 1, True).indices(start, start + blocks * batch * steps)
-    np.testing.assert_array_equal(found[:len(expected)], expected)
-    assert len(found) - len(expected) < 64 * batch  # resident indices are read some steps ahead
+    np.testing.assert_array_equal(found[: len(expected)], expected)
+    # resident indices are read some steps ahead
+    assert len(found) - len(expected) < 64 * batch
 
 
 def test_state_says_where_to_go_on():
-    make = lambda position: Loader(numbered(30), batch_size=4, steps=3, sharding=ONE, seed=2, shuffle=True,  # noqa: E731
-                                   position=position, blocks=6)
+    make = lambda position: Loader(
+        numbered(30),
+        batch_size=4,
+        steps=3,
+        sharding=ONE,
+        seed=2,
+        shuffle=True,  # noqa: E731
+        position=position,
+        blocks=6,
+    )
     first = make(0)
     head = [next(first) for _ in range(2)]
-    position = first.state(unused=4)  # of the second block's three batches, two are consumed
+    # of the second block's three batches, two are consumed
+    position = first.state(unused=4)
     first.close()
     assert position["samples"] == 20
     consumed = np.concatenate([np.asarray(b[1]).reshape(-1) for b in head])[:20]
     rest = identifiers(make(position))
-    np.testing.assert_array_equal(np.concatenate([consumed, rest])[:60], ArrayStream(numbered(30), 2, True).indices(0, 60))
+    np.testing.assert_array_equal(
+        np.concatenate([consumed, rest])[:60],
+        ArrayStream(numbered(30), 2, True).indices(0, 60),
+    )
 
 
 def test_seeds_and_epochs_give_other_orders():
-    one, other = (ArrayStream(numbered(100), seed, True).indices(0, 200) for seed in (0, 1))
+    one, other = (
+        ArrayStream(numbered(100), seed, True).indices(0, 200) for seed in (0, 1)
+    )
     assert (one[:100] != one[100:]).any() and (one != other).any()
 
 
 def test_a_buffer_is_not_used_again_while_a_block_lives():
-    data = Arrays(np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32), np.arange(512, dtype=np.int32))
-    loader = Loader(data, batch_size=64, steps=1, sharding=ONE, shuffle=True, blocks=64)
+    data = Arrays(
+        np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32),
+        np.arange(512, dtype=np.int32),
+    )
+    loader = Loader(
+        data,
+        batch_size=64,
+        steps=1,
+        sharding=ONE,
+        shuffle=True,
+        blocks=64,
+    )
     held = list(loader)
     for inputs, targets in held:
         np.testing.assert_array_equal(inputs, data.inputs[np.asarray(targets)])
@@ -77,17 +137,31 @@ def test_a_buffer_is_used_again_once_nobody_holds_it():
     address, view = first.ctypes.data, first[10:20]
     assert buffers.empty((1000,), np.float32).ctypes.data != address
     del first
-    assert buffers.empty((1000,), np.float32).ctypes.data != address, "a view still refers to it"
+    assert buffers.empty((1000,), np.float32).ctypes.data != address, (
+        "a view still refers to it"
+    )
     del view
     assert address in {buffers.empty((1000,), np.float32).ctypes.data}
 
 
 def test_blocks_are_sharded_over_the_batch_dim():
     mesh = make_mesh({"data": 8}, jax.devices())
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
-    loader = Loader(numbered(64), batch_size=16, steps=2, sharding=sharding, blocks=2)
+    sharding = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(None, "data")
+    )
+    loader = Loader(
+        numbered(64),
+        batch_size=16,
+        steps=2,
+        sharding=sharding,
+        blocks=2,
+    )
     inputs, _ = next(loader)
-    assert inputs.shape == (2, 16, 1) and inputs.addressable_shards[3].data.shape == (2, 2, 1)
+    assert inputs.shape == (2, 16, 1) and inputs.addressable_shards[3].data.shape == (
+        2,
+        2,
+        1,
+    )
     loader.close()
 
 
@@ -100,4 +174,12 @@ def test_an_error_in_reading_reaches_the_loop():
 
     data = Breaks(np.zeros((30, 1), np.float32), np.zeros(30, np.int32))
     with pytest.raises(Exception, match="the disk is gone"):
-        list(Loader(data, batch_size=5, steps=1, sharding=ONE, blocks=6))
+        list(
+            Loader(
+                data,
+                batch_size=5,
+                steps=1,
+                sharding=ONE,
+                blocks=6,
+            )
+        )

@@ -1,7 +1,8 @@
-"""A worker without JAX, for tests: it steps when all hosts do, saves, goes on from there, and fails as it is told.
+"""A worker without JAX, for tests: it steps when all hosts do, saves, goes on from
+there, and fails as it is told.
 
-python dummy.py '{"until": 9, "every": 3, "seconds": 0.02, "faults": [{"host": 1, "generation": 1, "phase": "data", "step": 4,
-"do": "kill"}]}'
+python dummy.py '{"until": 9, "every": 3, "seconds": 0.02, "faults": [{"host": 1,
+"generation": 1, "phase": "data", "step": 4, "do": "kill"}]}'
 """
 
 import ctypes
@@ -15,8 +16,12 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-for name, path in (("lepton_jax", ROOT / "lepton_jax"), ("lepton_jax.launch", ROOT / "lepton_jax" / "launch")):
-    sys.modules[name] = types.ModuleType(name)  # without what the packages import, which takes seconds
+for name, path in (
+    ("lepton_jax", ROOT / "lepton_jax"),
+    ("lepton_jax.launch", ROOT / "lepton_jax" / "launch"),
+):
+    # without what the packages import, which takes seconds
+    sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(path)]
 
 from lepton_jax import phase  # noqa: E402
@@ -28,9 +33,18 @@ class Dummy:
     def __init__(self, plan):
         self.plan, self.told, self.asked = plan, watchdog.begin(), []
         self.folder = Path(self.told.run_dir)
-        signal.signal(signal.SIGTERM, lambda number, _: self.asked.append(number))
-        here = {**vars(self.told), "pid": os.getpid(), "variables": sorted(k for k in os.environ if "LEPTON" in k)}
-        self.write(f"worker-{self.told.generation}-{self.told.host_id}", json.dumps(here))
+        signal.signal(
+            signal.SIGTERM,
+            lambda number, _: self.asked.append(number),
+        )
+        here = {
+            **vars(self.told),
+            "pid": os.getpid(),
+            "variables": sorted(k for k in os.environ if "LEPTON" in k),
+        }
+        self.write(
+            f"worker-{self.told.generation}-{self.told.host_id}", json.dumps(here)
+        )
 
     def write(self, name, text):
         (self.folder / f"{name}.new").write_text(text)
@@ -38,13 +52,19 @@ class Dummy:
 
     def fail(self, here, step):
         for fault in self.plan.get("faults", ()):
-            if (fault["host"] in (self.told.host_id, "all") and fault.get("generation", self.told.generation) ==
-                    self.told.generation and fault["phase"] == here and fault.get("step", step) == step):
+            if (
+                fault["host"] in (self.told.host_id, "all")
+                and fault.get("generation", self.told.generation)
+                == self.told.generation
+                and fault["phase"] == here
+                and fault.get("step", step) == step
+            ):
                 self.do(fault["do"])
 
     def do(self, what):
         kind, _, number = what.partition(" ")
-        time.sleep(0.6 if kind in ("kill", "freeze", "hold", "exit") else 0.0)  # so that it is known where
+        # so that it is known where
+        time.sleep(0.6 if kind in ("kill", "freeze", "hold", "exit") else 0.0)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "freeze":
@@ -59,7 +79,9 @@ class Dummy:
             while True:
                 c.pthread_mutex_lock(mutex)
         elif kind == "mistake":
-            watchdog.tell(DataError("a bad cell", where="table.csv:7", remedy="mend it"))
+            watchdog.tell(
+                DataError("a bad cell", where="table.csv:7", remedy="mend it")
+            )
             sys.exit(2)
         elif kind == "exit":
             os._exit(int(number))
@@ -67,15 +89,27 @@ class Dummy:
     def hang(self):
         time.sleep(1000)
 
-    def reach(self, step, what="reached", for_ever=False):
-        """Wait for the others, as a collective does, in one place; False if a stop was asked for meanwhile."""
+    def reach(
+        self,
+        step,
+        what="reached",
+        for_ever=False,
+    ):
+        """Wait for the others, as a collective does, in one place; False if a stop was
+        asked for meanwhile.
+        """
         self.write(f"{what}-{self.told.generation}-{self.told.host_id}", str(step))
-        marks = [self.folder / f"{what}-{self.told.generation}-{host}" for host in range(self.told.hosts)]
+        marks = [
+            self.folder / f"{what}-{self.told.generation}-{host}"
+            for host in range(self.told.hosts)
+        ]
         met, over = [], threading.Event()
 
         def look():
             while not met and (for_ever or not self.asked):
-                if all(mark.exists() and int(mark.read_text()) >= step for mark in marks):
+                if all(
+                    mark.exists() and int(mark.read_text()) >= step for mark in marks
+                ):
                     met.append(True)
                 time.sleep(0.01 * (not met))
             over.set()
@@ -87,14 +121,23 @@ class Dummy:
     def save(self, step):
         with phase.phase("save"):
             self.fail("save", step)
-            self.reach(len(list(self.folder.glob("checkpoints/*"))), "saved", for_ever=True)
+            self.reach(
+                len(list(self.folder.glob("checkpoints/*"))),
+                "saved",
+                for_ever=True,
+            )
             if self.told.host_id == 0:
-                (self.folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+                (self.folder / "checkpoints" / str(step)).mkdir(
+                    parents=True, exist_ok=True
+                )
 
     def train(self):
         self.fail("start", 0)
         with phase.phase("restore"):
-            step = max((int(each.name) for each in self.folder.glob("checkpoints/*")), default=0)
+            step = max(
+                (int(each.name) for each in self.folder.glob("checkpoints/*")),
+                default=0,
+            )
             self.fail("restore", step)
             phase.reached(step=step, done=step)
         self.write(f"began-{self.told.generation}-{self.told.host_id}", str(step))

@@ -1,4 +1,6 @@
-"""Launches that can't work: each ends soon, with exit code 2, in an error that says what is wrong and how to mend it."""
+"""Launches that can't work: each ends soon, with exit code 2, in an error that says
+what is wrong and how to mend it.
+"""
 
 import os
 import shutil
@@ -21,8 +23,22 @@ from lepton_jax.launch import cli, hosts, meeting, planning
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "logistic.py")
 LIMIT = 60.0  # seconds, for the longest of them
-AROUND = ("SLURM_", "OMPI_", "PMIX_", "TPU_", "MEGASCALE_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JOB_",
-          "JOBSET_", "REPLICATED_", "KUBERNETES_", "CUDA_VISIBLE", "LEPTON_")
+AROUND = (
+    "SLURM_",
+    "OMPI_",
+    "PMIX_",
+    "TPU_",
+    "MEGASCALE_",
+    "JAX_COORDINATOR",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "JOB_",
+    "JOBSET_",
+    "REPLICATED_",
+    "KUBERNETES_",
+    "CUDA_VISIBLE",
+    "LEPTON_",
+)
 
 
 class Bad(NamedTuple):
@@ -40,77 +56,400 @@ def without(whole, *names):
 
 
 ENVIRONMENTS = [
-    Bad("slurm-without-rank", (), "SLURM_PROCID is not", "by srun", without(SLURM, "SLURM_PROCID")),
-    Bad("slurm-without-nodes", (), "SLURM_STEP_NODELIST is not", "by srun", without(SLURM, "SLURM_STEP_NODELIST")),
-    Bad("slurm-without-job", (), "SLURM_JOB_ID is not", "by srun", without(SLURM, "SLURM_JOB_ID")),
-    Bad("slurm-batch-without-srun", (), "srun did not start this process", "write `srun`",
-        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "2"}),
-    Bad("slurm-allocation-without-srun", (), "for 2 tasks", "--hosts 1", {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}),
-    Bad("slurm-shell-of-a-step", (), "srun did not start this process", "write `srun`", {**SLURM, "SLURM_PTY_PORT": "1234"}),
-    Bad("slurm-rank-beyond-tasks", (), "SLURM_PROCID is '2'", "from 0 to 1", {**SLURM, "SLURM_PROCID": "2"}),
-    Bad("slurm-nodes-cut", (), "'n[1-' is no list of nodes", "node[01-03,07]", {**SLURM, "SLURM_STEP_NODELIST": "n[1-"}),
-    Bad("slurm-heterogeneous", (), "heterogeneous", "one kind", {**SLURM, "SLURM_HET_SIZE": "2"}),
-    Bad("mpi-without-rank", (), "OMPI_COMM_WORLD_RANK is not", "mpirun", without(MPI, "OMPI_COMM_WORLD_RANK")),
-    Bad("mpi-rank-beyond-size", (), "OMPI_COMM_WORLD_RANK is '4'", "from 0 to 3", {**MPI, "OMPI_COMM_WORLD_RANK": "4"}),
-    Bad("mpi-hides-rank-0", (), "rank 0 is", "-x JAX_COORDINATOR_ADDRESS", without(MPI, "PMIX_NAMESPACE")),
-    Bad("tpu-without-names", (), "TPU_WORKER_HOSTNAMES is not", "as GKE does", without(TPU, "TPU_WORKER_HOSTNAMES")),
-    Bad("tpu-without-number", (), "TPU_WORKER_ID is not", "as GKE does", without(TPU, "TPU_WORKER_ID")),
-    Bad("tpu-number-beyond-names", (), "TPU_WORKER_ID is '4'", "from 0 to 3", {**TPU, "TPU_WORKER_ID": "4"}),
-    Bad("tpu-slices-half-set", (), "MEGASCALE_SLICE_ID is not", "as GKE does",
-        {**TPU, **without(SLICES, "MEGASCALE_SLICE_ID")}),
-    Bad("pods-without-count", (), "JAX_NUM_PROCESSES is not", "in the manifest", without(INDEXED, "JAX_NUM_PROCESSES")),
-    Bad("pods-without-coordinator", (), "JAX_COORDINATOR_ADDRESS is not", "in the manifest",
-        without(INDEXED, "JAX_COORDINATOR_ADDRESS")),
-    Bad("pods-index-beyond-count", (), "JOB_COMPLETION_INDEX is '3'", "from 0 to 2", {**INDEXED, "JOB_COMPLETION_INDEX": "3"}),
-    Bad("jobset-without-name", (), "JOBSET_NAME is not", "in the manifest", without(JOBSET, "JOBSET_NAME")),
-    Bad("coordinator-alone", (), "JAX_NUM_PROCESSES and JAX_PROCESS_ID are not", "set all three",
-        {"JAX_COORDINATOR_ADDRESS": "first"}),
-    Bad("count-of-letters", (), "JAX_NUM_PROCESSES is 'two'", "a whole number", {**NAMED, "JAX_NUM_PROCESSES": "two"}),
-    Bad("address-without-port", (), "'first:http' is no address", "NAME:PORT",
-        {**NAMED, "JAX_COORDINATOR_ADDRESS": "first:http"}),
-    Bad("slurm-and-tpu", (), "two clusters at once", "unset", {**SLURM, **TPU}),
-    Bad("tpu-and-jax", (), "two clusters at once", "unset", {**TPU, **NAMED}),
+    Bad(
+        "slurm-without-rank",
+        (),
+        "SLURM_PROCID is not",
+        "by srun",
+        without(SLURM, "SLURM_PROCID"),
+    ),
+    Bad(
+        "slurm-without-nodes",
+        (),
+        "SLURM_STEP_NODELIST is not",
+        "by srun",
+        without(SLURM, "SLURM_STEP_NODELIST"),
+    ),
+    Bad(
+        "slurm-without-job",
+        (),
+        "SLURM_JOB_ID is not",
+        "by srun",
+        without(SLURM, "SLURM_JOB_ID"),
+    ),
+    Bad(
+        "slurm-batch-without-srun",
+        (),
+        "srun did not start this process",
+        "write `srun`",
+        {
+            "SLURM_JOB_ID": "1",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": "0",
+            "SLURM_JOB_NUM_NODES": "2",
+        },
+    ),
+    Bad(
+        "slurm-allocation-without-srun",
+        (),
+        "for 2 tasks",
+        "--hosts 1",
+        {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},
+    ),
+    Bad(
+        "slurm-shell-of-a-step",
+        (),
+        "srun did not start this process",
+        "write `srun`",
+        {**SLURM, "SLURM_PTY_PORT": "1234"},
+    ),
+    Bad(
+        "slurm-rank-beyond-tasks",
+        (),
+        "SLURM_PROCID is '2'",
+        "from 0 to 1",
+        {**SLURM, "SLURM_PROCID": "2"},
+    ),
+    Bad(
+        "slurm-nodes-cut",
+        (),
+        "'n[1-' is no list of nodes",
+        "node[01-03,07]",
+        {**SLURM, "SLURM_STEP_NODELIST": "n[1-"},
+    ),
+    Bad(
+        "slurm-heterogeneous",
+        (),
+        "heterogeneous",
+        "one kind",
+        {**SLURM, "SLURM_HET_SIZE": "2"},
+    ),
+    Bad(
+        "mpi-without-rank",
+        (),
+        "OMPI_COMM_WORLD_RANK is not",
+        "mpirun",
+        without(MPI, "OMPI_COMM_WORLD_RANK"),
+    ),
+    Bad(
+        "mpi-rank-beyond-size",
+        (),
+        "OMPI_COMM_WORLD_RANK is '4'",
+        "from 0 to 3",
+        {**MPI, "OMPI_COMM_WORLD_RANK": "4"},
+    ),
+    Bad(
+        "mpi-hides-rank-0",
+        (),
+        "rank 0 is",
+        "-x JAX_COORDINATOR_ADDRESS",
+        without(MPI, "PMIX_NAMESPACE"),
+    ),
+    Bad(
+        "tpu-without-names",
+        (),
+        "TPU_WORKER_HOSTNAMES is not",
+        "as GKE does",
+        without(TPU, "TPU_WORKER_HOSTNAMES"),
+    ),
+    Bad(
+        "tpu-without-number",
+        (),
+        "TPU_WORKER_ID is not",
+        "as GKE does",
+        without(TPU, "TPU_WORKER_ID"),
+    ),
+    Bad(
+        "tpu-number-beyond-names",
+        (),
+        "TPU_WORKER_ID is '4'",
+        "from 0 to 3",
+        {**TPU, "TPU_WORKER_ID": "4"},
+    ),
+    Bad(
+        "tpu-slices-half-set",
+        (),
+        "MEGASCALE_SLICE_ID is not",
+        "as GKE does",
+        {**TPU, **without(SLICES, "MEGASCALE_SLICE_ID")},
+    ),
+    Bad(
+        "pods-without-count",
+        (),
+        "JAX_NUM_PROCESSES is not",
+        "in the manifest",
+        without(INDEXED, "JAX_NUM_PROCESSES"),
+    ),
+    Bad(
+        "pods-without-coordinator",
+        (),
+        "JAX_COORDINATOR_ADDRESS is not",
+        "in the manifest",
+        without(INDEXED, "JAX_COORDINATOR_ADDRESS"),
+    ),
+    Bad(
+        "pods-index-beyond-count",
+        (),
+        "JOB_COMPLETION_INDEX is '3'",
+        "from 0 to 2",
+        {**INDEXED, "JOB_COMPLETION_INDEX": "3"},
+    ),
+    Bad(
+        "jobset-without-name",
+        (),
+        "JOBSET_NAME is not",
+        "in the manifest",
+        without(JOBSET, "JOBSET_NAME"),
+    ),
+    Bad(
+        "coordinator-alone",
+        (),
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID are not",
+        "set all three",
+        {"JAX_COORDINATOR_ADDRESS": "first"},
+    ),
+    Bad(
+        "count-of-letters",
+        (),
+        "JAX_NUM_PROCESSES is 'two'",
+        "a whole number",
+        {**NAMED, "JAX_NUM_PROCESSES": "two"},
+    ),
+    Bad(
+        "address-without-port",
+        (),
+        "'first:http' is no address",
+        "NAME:PORT",
+        {**NAMED, "JAX_COORDINATOR_ADDRESS": "first:http"},
+    ),
+    Bad(
+        "slurm-and-tpu",
+        (),
+        "two clusters at once",
+        "unset",
+        {**SLURM, **TPU},
+    ),
+    Bad(
+        "tpu-and-jax",
+        (),
+        "two clusters at once",
+        "unset",
+        {**TPU, **NAMED},
+    ),
 ]
 OPTIONS = [
-    Bad("local-in-slurm", ("--hosts", "local:2"), "two clusters at once", "--hosts 1", SLURM),
-    Bad("options-against-slurm", ("--hosts", "2", "--coordinator", "a:1", "--host-id", "0"), "two clusters at once", "unset",
-        SLURM),
-    Bad("hosts-alone", ("--hosts", "2"), "--coordinator and --host-id are not", "local:N"),
-    Bad("coordinator-option-alone", ("--coordinator", "a:1"), "--hosts and --host-id are not", "all three"),
-    Bad("host-beyond-hosts", ("--hosts", "2", "--coordinator", "a:1", "--host-id", "2"), "--host-id is 2", "from 0 to 1"),
-    Bad("port-beyond-65535", ("--hosts", "2", "--coordinator", "a:99999", "--host-id", "1"), "'a:99999'", "1 to 65535"),
+    Bad(
+        "local-in-slurm",
+        ("--hosts", "local:2"),
+        "two clusters at once",
+        "--hosts 1",
+        SLURM,
+    ),
+    Bad(
+        "options-against-slurm",
+        ("--hosts", "2", "--coordinator", "a:1", "--host-id", "0"),
+        "two clusters at once",
+        "unset",
+        SLURM,
+    ),
+    Bad(
+        "hosts-alone",
+        ("--hosts", "2"),
+        "--coordinator and --host-id are not",
+        "local:N",
+    ),
+    Bad(
+        "coordinator-option-alone",
+        ("--coordinator", "a:1"),
+        "--hosts and --host-id are not",
+        "all three",
+    ),
+    Bad(
+        "host-beyond-hosts",
+        ("--hosts", "2", "--coordinator", "a:1", "--host-id", "2"),
+        "--host-id is 2",
+        "from 0 to 1",
+    ),
+    Bad(
+        "port-beyond-65535",
+        ("--hosts", "2", "--coordinator", "a:99999", "--host-id", "1"),
+        "'a:99999'",
+        "1 to 65535",
+    ),
     Bad("no-hosts", ("--hosts", "local:0"), "--hosts is 'local:0'", "local:4"),
-    Bad("local-with-coordinator", ("--hosts", "local:2", "--coordinator", "a:1"), "can't go with", "leave out"),
-    Bad("no-token", ("--hosts", "2", "--coordinator", "a:1", "--host-id", "0"), "the 2 hosts have no token",
-        "LEPTON_TOKEN to the same value", {"LEPTON_TOKEN": " "}),
-    Bad("no-token-in-slurm", (), "the 2 hosts have no token", "name the same --run-dir", {**SLURM, "LEPTON_TOKEN": ""}),
-    Bad("token-of-a-few-letters", ("--hosts", "local:2"), "the run's token has 6 characters", "secrets.token_hex",
-        {"LEPTON_TOKEN": "secret"}),
-    Bad("token-of-words", ("--hosts", "local:2"), "holds spaces", "letters, digits", {"LEPTON_TOKEN": "our own secret " * 4}),
-    Bad("token-not-in-ascii", ("--hosts", "local:2"), "none of ASCII's", "letters, digits", {"LEPTON_TOKEN": "\u00e9" * 40}),
-    Bad("token-file-gone", ("--hosts", "local:2", "--token-file", "gone"), "No such file", "umask 077"),
-    Bad("token-file-is-a-folder", ("--hosts", "local:2", "--token-file", "old"), "is no file", "name a file"),
-    Bad("token-file-empty", ("--hosts", "local:2", "--token-file", "empty"), "still empty", "umask 077"),
-    Bad("token-file-that-others-read", ("--hosts", "local:2", "--token-file", "open"), "mode 0644: others know", "delete it"),
-    Bad("token-in-a-job", ("--on", "slurm", "--job-env", "LEPTON_TOKEN=x"), "where others read it", "leave it out"),
-    Bad("least-beyond-hosts", ("--hosts", "local:2", "--least-hosts", "3"), "--least-hosts is 3", "at most 2"),
-    Bad("least-of-none", ("--hosts", "local:2", "--least-hosts", "0"), "--least-hosts is 0", "from 1"),
-    Bad("limit-unknown", ("--hosts", "local:2", "--limit", "step=5"), "did you mean 'steps'", "NAME=SECONDS"),
-    Bad("limit-of-letters", ("--hosts", "local:2", "--limit", "steps=long"), "'long' is no number", "steps=60"),
-    Bad("grace-negative", ("--hosts", "local:2", "--grace", "-1"), "'-1' is no number of seconds", "--grace"),
-    Bad("restarts-of-letters", ("--hosts", "local:2", "--restarts", "many"), "'many' is no whole number", "--restarts"),
-    Bad("go-on-nowhere", ("--hosts", "local:2", "--go-on"), "without --run-dir", "--run-dir"),
-    Bad("run-folder-is-a-file", ("--hosts", "local:2", "--run-dir", "file"), "is a file", "another folder"),
-    Bad("run-folder-occupied", ("--hosts", "local:2", "--run-dir", "old"), "already holds a run", "--resume old"),
-    Bad("nothing-to-resume", ("--hosts", "local:2", "--resume", "gone"), "no run to resume", "name the folder"),
-    Bad("setting-unknown", ("--hosts", "local:2", "--step", "3"), "did you mean '--steps'", "the settings are"),
-    Bad("devices-of-none", ("--hosts", "local:2", "--devices", "0"), "--devices is 0", "1 to"),
-    Bad("on-the-moon", ("--on", "moon", "--submit"), "--on is 'moon'", "slurm, k8s"),
-    Bad("submitted-without-client", ("--on", "slurm", "--submit"), "sbatch is not installed here", "leave out --submit"),
-    Bad("hosts-file-gone", ("--on", "ssh:gone", "--submit"), "can't be read", "a host a line"),
-    Bad("pods-without-image", ("--on", "k8s", "--submit"), "needs an image", "--job-image"),
-    Bad("pods-without-volume", ("--on", "k8s", "--job-image", "i", "--run-dir", "/data/run", "--submit"),
-        "lost with its container", "--job-volume"),
+    Bad(
+        "local-with-coordinator",
+        ("--hosts", "local:2", "--coordinator", "a:1"),
+        "can't go with",
+        "leave out",
+    ),
+    Bad(
+        "no-token",
+        ("--hosts", "2", "--coordinator", "a:1", "--host-id", "0"),
+        "the 2 hosts have no token",
+        "LEPTON_TOKEN to the same value",
+        {"LEPTON_TOKEN": " "},
+    ),
+    Bad(
+        "no-token-in-slurm",
+        (),
+        "the 2 hosts have no token",
+        "name the same --run-dir",
+        {**SLURM, "LEPTON_TOKEN": ""},
+    ),
+    Bad(
+        "token-of-a-few-letters",
+        ("--hosts", "local:2"),
+        "the run's token has 6 characters",
+        "secrets.token_hex",
+        {"LEPTON_TOKEN": "secret"},
+    ),
+    Bad(
+        "token-of-words",
+        ("--hosts", "local:2"),
+        "holds spaces",
+        "letters, digits",
+        {"LEPTON_TOKEN": "our own secret " * 4},
+    ),
+    Bad(
+        "token-not-in-ascii",
+        ("--hosts", "local:2"),
+        "none of ASCII's",
+        "letters, digits",
+        {"LEPTON_TOKEN": "\u00e9" * 40},
+    ),
+    Bad(
+        "token-file-gone",
+        ("--hosts", "local:2", "--token-file", "gone"),
+        "No such file",
+        "umask 077",
+    ),
+    Bad(
+        "token-file-is-a-folder",
+        ("--hosts", "local:2", "--token-file", "old"),
+        "is no file",
+        "name a file",
+    ),
+    Bad(
+        "token-file-empty",
+        ("--hosts", "local:2", "--token-file", "empty"),
+        "still empty",
+        "umask 077",
+    ),
+    Bad(
+        "token-file-that-others-read",
+        ("--hosts", "local:2", "--token-file", "open"),
+        "mode 0644: others know",
+        "delete it",
+    ),
+    Bad(
+        "token-in-a-job",
+        ("--on", "slurm", "--job-env", "LEPTON_TOKEN=x"),
+        "where others read it",
+        "leave it out",
+    ),
+    Bad(
+        "least-beyond-hosts",
+        ("--hosts", "local:2", "--least-hosts", "3"),
+        "--least-hosts is 3",
+        "at most 2",
+    ),
+    Bad(
+        "least-of-none",
+        ("--hosts", "local:2", "--least-hosts", "0"),
+        "--least-hosts is 0",
+        "from 1",
+    ),
+    Bad(
+        "limit-unknown",
+        ("--hosts", "local:2", "--limit", "step=5"),
+        "did you mean 'steps'",
+        "NAME=SECONDS",
+    ),
+    Bad(
+        "limit-of-letters",
+        ("--hosts", "local:2", "--limit", "steps=long"),
+        "'long' is no number",
+        "steps=60",
+    ),
+    Bad(
+        "grace-negative",
+        ("--hosts", "local:2", "--grace", "-1"),
+        "'-1' is no number of seconds",
+        "--grace",
+    ),
+    Bad(
+        "restarts-of-letters",
+        ("--hosts", "local:2", "--restarts", "many"),
+        "'many' is no whole number",
+        "--restarts",
+    ),
+    Bad(
+        "go-on-nowhere",
+        ("--hosts", "local:2", "--go-on"),
+        "without --run-dir",
+        "--run-dir",
+    ),
+    Bad(
+        "run-folder-is-a-file",
+        ("--hosts", "local:2", "--run-dir", "file"),
+        "is a file",
+        "another folder",
+    ),
+    Bad(
+        "run-folder-occupied",
+        ("--hosts", "local:2", "--run-dir", "old"),
+        "already holds a run",
+        "--resume old",
+    ),
+    Bad(
+        "nothing-to-resume",
+        ("--hosts", "local:2", "--resume", "gone"),
+        "no run to resume",
+        "name the folder",
+    ),
+    Bad(
+        "setting-unknown",
+        ("--hosts", "local:2", "--step", "3"),
+        "did you mean '--steps'",
+        "the settings are",
+    ),
+    Bad(
+        "devices-of-none",
+        ("--hosts", "local:2", "--devices", "0"),
+        "--devices is 0",
+        "1 to",
+    ),
+    Bad(
+        "on-the-moon",
+        ("--on", "moon", "--submit"),
+        "--on is 'moon'",
+        "slurm, k8s",
+    ),
+    Bad(
+        "submitted-without-client",
+        ("--on", "slurm", "--submit"),
+        "sbatch is not installed here",
+        "leave out --submit",
+    ),
+    Bad(
+        "hosts-file-gone",
+        ("--on", "ssh:gone", "--submit"),
+        "can't be read",
+        "a host a line",
+    ),
+    Bad(
+        "pods-without-image",
+        ("--on", "k8s", "--submit"),
+        "needs an image",
+        "--job-image",
+    ),
+    Bad(
+        "pods-without-volume",
+        ("--on", "k8s", "--job-image", "i", "--run-dir", "/data/run", "--submit"),
+        "lost with its container",
+        "--job-volume",
+    ),
 ]
 
 
@@ -133,18 +472,27 @@ def here(tmp_path, monkeypatch):
 
 def check(case, code, err, seconds):
     assert code == 2 and seconds < LIMIT, err
-    what, _, remedy = err[err.rindex("error: "):].rpartition("\n  remedy: ")
+    what, _, remedy = err[err.rindex("error: ") :].rpartition("\n  remedy: ")
     assert case.what in what and "\n  where:  " in what and case.remedy in remedy, err
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("case", ENVIRONMENTS + OPTIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    ENVIRONMENTS + OPTIONS,
+    ids=lambda case: case.name,
+)
 def test_what_is_wrong_before_anything_starts(case, here, monkeypatch, capsys):
     for name, value in case.environ.items():
         monkeypatch.setenv(name, value)
     before, started = sorted(here.rglob("*")), time.monotonic()
     code = cli.main([RECIPE, *case.given])
-    check(case, code, capsys.readouterr().err, time.monotonic() - started)
+    check(
+        case,
+        code,
+        capsys.readouterr().err,
+        time.monotonic() - started,
+    )
     assert sorted(here.rglob("*")) == before, "nothing is left behind"
 
 
@@ -152,7 +500,7 @@ def test_the_time_to_meet_is_within_the_limit():
     assert hosts.SOON + meeting.MARGIN < LIMIT
 
 
-# ---- hosts that do not fit to each other ----------------------------------------------------------------------------
+# ---- hosts that do not fit to each other ----
 
 
 def free_port():
@@ -162,11 +510,20 @@ def free_port():
 
 
 def together(port, *each, name="127.0.0.1"):
-    """Command lines of hosts at the same time: (exit code of each, seconds); a `None` is a host that does not come."""
+    """Command lines of hosts at the same time: (exit code of each, seconds); a `None`
+    is a host that does not come.
+    """
     codes = {}
 
     def one(number, given):
-        codes[number] = cli.main([RECIPE, "--coordinator", f"{name}:{port}", *given])
+        codes[number] = cli.main(
+            [
+                RECIPE,
+                "--coordinator",
+                f"{name}:{port}",
+                *given,
+            ]
+        )
 
     threads = [threading.Thread(target=one, args=pair) for pair in enumerate(each)]
     started = time.monotonic()
@@ -179,16 +536,50 @@ def together(port, *each, name="127.0.0.1"):
 
 
 def host(number, count=2, *more):
-    return ["--hosts", str(count), "--host-id", str(number), *more]
+    return [
+        "--hosts",
+        str(count),
+        "--host-id",
+        str(number),
+        *more,
+    ]
 
 
 MISFITS = {
-    "host-missing": ([host(0)], "of 2 hosts 1 did not come within 1 s: 1", "look whether they were started"),
-    "coordinator-unreachable": ([host(1)], "host 0 can't be met at 127.0.0.1:", "look whether host 0 runs"),
-    "counts-differ": ([host(0, 2), host(1, 3)], "host 1 counts 3 hosts, host 0 counts 2", "the same --hosts"),
-    "numbered-twice": ([host(0, 3), host(1, 3), host(1, 3)], "two processes say that they are host 1", "its own --host-id"),
-    "settings-differ": ([host(0), host(1, 2, "--steps", "7")], "host 1 differs from host 0 in settings", "the same on all"),
-    "runs-differ": ([host(0, 2, "--run-dir", "a"), host(1, 2, "--run-dir", "b")], "another run", "another port"),
+    "host-missing": (
+        [host(0)],
+        "of 2 hosts 1 did not come within 1 s: 1",
+        "look whether they were started",
+    ),
+    "coordinator-unreachable": (
+        [host(1)],
+        "host 0 can't be met at 127.0.0.1:",
+        "look whether host 0 runs",
+    ),
+    "counts-differ": (
+        [host(0, 2), host(1, 3)],
+        "host 1 counts 3 hosts, host 0 counts 2",
+        "the same --hosts",
+    ),
+    "numbered-twice": (
+        [
+            host(0, 3),
+            host(1, 3),
+            host(1, 3),
+        ],
+        "two processes say that they are host 1",
+        "its own --host-id",
+    ),
+    "settings-differ": (
+        [host(0), host(1, 2, "--steps", "7")],
+        "host 1 differs from host 0 in settings",
+        "the same on all",
+    ),
+    "runs-differ": (
+        [host(0, 2, "--run-dir", "a"), host(1, 2, "--run-dir", "b")],
+        "another run",
+        "another port",
+    ),
 }
 
 
@@ -199,7 +590,9 @@ def test_hosts_that_do_not_fit(name, here, monkeypatch, capsys):
     codes, seconds = together(free_port(), *each)
     err = capsys.readouterr().err
     assert codes == [2] * len(each) and seconds < LIMIT and "Traceback" not in err, err
-    assert what in err and remedy in err and err.count("\n  remedy: ") == len(each), "all hosts say so"
+    assert what in err and remedy in err and err.count("\n  remedy: ") == len(each), (
+        "all hosts say so"
+    )
 
 
 @pytest.mark.parametrize("fact", ["jax", "lepton_jax", "recipe"])
@@ -208,25 +601,53 @@ def test_versions_that_differ(fact, here, monkeypatch, capsys):
     if fact == "recipe":
         text = Path(RECIPE).read_bytes()
         copies = iter([text, text + b"\n"])
-        monkeypatch.setattr(Path, "read_bytes", lambda path: next(copies))
+        monkeypatch.setattr(
+            Path,
+            "read_bytes",
+            lambda path: next(copies),
+        )
     else:
         same = hosts.facts()
         facts = iter([same, {**same, fact: "0.0.1"}])
         monkeypatch.setattr(hosts, "facts", lambda: next(facts))
-    codes, seconds = together(free_port(), host(0), host(1))
+    codes, seconds = together(
+        free_port(),
+        host(0),
+        host(1),
+    )
     err = capsys.readouterr().err
     for code in codes:
-        check(Bad("", (), f"host 1 differs from host 0 in {fact}: ", "the same on all hosts"), code, err, seconds)
+        check(
+            Bad(
+                "",
+                (),
+                f"host 1 differs from host 0 in {fact}: ",
+                "the same on all hosts",
+            ),
+            code,
+            err,
+            seconds,
+        )
 
 
 def test_a_port_that_is_taken(here, capsys):
     with socket.create_server(("", 0)) as taken:
         codes, seconds = together(taken.getsockname()[1], host(0))
-    check(Bad("", (), "host 0 can't listen on port", "--coordinator"), *codes, capsys.readouterr().err, seconds)
+    check(
+        Bad("", (), "host 0 can't listen on port", "--coordinator"),
+        *codes,
+        capsys.readouterr().err,
+        seconds,
+    )
 
 
-@pytest.mark.parametrize(("answer", "fault"), [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "it speaks another language"),
-                                               (b"", "the connection was closed")])
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it speaks another language"),
+        (b"", "the connection was closed"),
+    ],
+)
 def test_a_port_that_is_somebody_elses(answer, fault, here, monkeypatch, capsys):
     monkeypatch.setattr(hosts, "SOON", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
@@ -245,43 +666,105 @@ def test_a_port_that_is_somebody_elses(answer, fault, here, monkeypatch, capsys)
         threading.Thread(target=serve, daemon=True).start()
         codes, seconds = together(stranger.getsockname()[1], host(1))
         stranger.shutdown(socket.SHUT_RDWR)
-    check(Bad("", (), f"within 1 s: {fault}", "that name and port are right"), *codes, capsys.readouterr().err, seconds)
+    check(
+        Bad("", (), f"within 1 s: {fault}", "that name and port are right"),
+        *codes,
+        capsys.readouterr().err,
+        seconds,
+    )
 
 
 def test_a_name_that_is_none(here, monkeypatch, capsys):
     monkeypatch.setattr(hosts, "SOON", 1.0)
-    codes, seconds = together(8476, host(1), name="nobody.invalid")
-    check(Bad("", (), "host 0 can't be met at nobody.invalid:8476", "name and port"), *codes, capsys.readouterr().err, seconds)
+    codes, seconds = together(
+        8476,
+        host(1),
+        name="nobody.invalid",
+    )
+    check(
+        Bad("", (), "host 0 can't be met at nobody.invalid:8476", "name and port"),
+        *codes,
+        capsys.readouterr().err,
+        seconds,
+    )
 
 
-# ---- what only the training processes find: real ones ----------------------------------------------------------------
+# ---- what only the training processes find: real ones ----
 
 TWO = ("--hosts", "local:2")
 PROCESSES = [
-    Bad("no-permission-in-the-run-folder", (*TWO, "--run-dir", "/proc/lepton"), "/proc/lepton", "another run folder"),
-    Bad("a-mesh-that-does-not-fit", (*TWO, "--devices", "1", "--plan", "eight.json"),
-        "the plan is for 8 devices, 2 are given", "plan anew"),
-    Bad("no-such-platform", TWO, "Backend 'nope' is not in the list of known", "JAX_PLATFORMS=cpu", {"JAX_PLATFORMS": "nope"}),
-    Bad("no-permission-for-local-checkpoints", (*TWO, "--local-dir", "/proc/lepton"), "/proc/lepton", "--local-dir"),
-    Bad("data-that-are-gone", (*TWO, "--data", "gone.csv"), "gone.csv", "check the path"),
-    Bad("a-recipe-that-can-not-be", (*TWO, "--seed", "-1"), "seed is -1", "seed=0"),
+    Bad(
+        "no-permission-in-the-run-folder",
+        (*TWO, "--run-dir", "/proc/lepton"),
+        "/proc/lepton",
+        "another run folder",
+    ),
+    Bad(
+        "a-mesh-that-does-not-fit",
+        (*TWO, "--devices", "1", "--plan", "eight.json"),
+        "the plan is for 8 devices, 2 are given",
+        "plan anew",
+    ),
+    Bad(
+        "no-such-platform",
+        TWO,
+        "Backend 'nope' is not in the list of known",
+        "JAX_PLATFORMS=cpu",
+        {"JAX_PLATFORMS": "nope"},
+    ),
+    Bad(
+        "no-permission-for-local-checkpoints",
+        (*TWO, "--local-dir", "/proc/lepton"),
+        "/proc/lepton",
+        "--local-dir",
+    ),
+    Bad(
+        "data-that-are-gone", (*TWO, "--data", "gone.csv"), "gone.csv", "check the path"
+    ),
+    Bad(
+        "a-recipe-that-can-not-be",
+        (*TWO, "--seed", "-1"),
+        "seed is -1",
+        "seed=0",
+    ),
 ]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def processes(tmp_path_factory):
-    """By name, (exit code, standard error, seconds) of what is started now, beside the other tests."""
+    """By name, (exit code, standard error, seconds) of what is started now, beside the
+    other tests.
+    """
     plan = tmp_path_factory.mktemp("plan") / "eight.json"
     assert planning.main([RECIPE, "--on", "cpu:8", "--save", str(plan)]) == 0
 
     def start(case):
         folder = tmp_path_factory.mktemp("process")
         shutil.copy(plan, folder / "eight.json")
-        environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith(AROUND)}
+        environ = {
+            k: v
+            for k, v in os.environ.items()
+            if k != "XLA_FLAGS" and not k.startswith(AROUND)
+        }
         started = time.monotonic()
-        done = subprocess.run([sys.executable, ROOT / "tools" / "launch.py", RECIPE, *case.given], cwd=folder, text=True,
-                              env={**environ, "JAX_PLATFORMS": "cpu", **case.environ}, capture_output=True, timeout=120,
-                              check=False)
+        done = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "tools" / "launch.py",
+                RECIPE,
+                *case.given,
+            ],
+            cwd=folder,
+            text=True,
+            env={
+                **environ,
+                "JAX_PLATFORMS": "cpu",
+                **case.environ,
+            },
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
         return done.returncode, done.stderr, time.monotonic() - started
 
     with ThreadPoolExecutor(2) as pool:
@@ -290,7 +773,11 @@ def processes(tmp_path_factory):
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("case", PROCESSES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    PROCESSES,
+    ids=lambda case: case.name,
+)
 def test_what_the_workers_find(case, processes):
     code, err, seconds = processes(case.name)
     check(case, code, err, seconds)

@@ -1,4 +1,6 @@
-"""Under a real SLURM of two nodes on this machine, where its daemons are installed (Debian: slurmctld, slurmd, munge)."""
+"""Under a real SLURM of two nodes on this machine, where its daemons are installed
+(Debian: slurmctld, slurmd, munge).
+"""
 
 import contextlib
 import json
@@ -19,9 +21,17 @@ from lepton_jax.monitor import read_events, read_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
-missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
-pytestmark = [pytest.mark.skipif(bool(missing), reason=f"no SLURM here: {', '.join(missing)} not installed"),
-              pytest.mark.skipif(os.geteuid() != 0, reason="slurmd starts tasks only as root")]
+missing = [
+    name
+    for name in NEEDED
+    if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+]
+pytestmark = [
+    pytest.mark.skipif(
+        bool(missing), reason=f"no SLURM here: {', '.join(missing)} not installed"
+    ),
+    pytest.mark.skipif(os.geteuid() != 0, reason="slurmd starts tasks only as root"),
+]
 CONFIGURATION = """
 ClusterName=one
 SlurmctldHost={host}
@@ -75,21 +85,46 @@ def slurm():
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=host, ports=ports))
+    (folder / "slurm.conf").write_text(
+        CONFIGURATION.format(
+            folder=folder,
+            host=host,
+            ports=ports,
+        )
+    )
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o600)
     folder.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu", "LEPTON_TOKEN": "the-token-of-a-run-in-these-tests"}
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "LEPTON_TOKEN": "the-token-of-a-run-in-these-tests",
+    }
 
     def start(*command):
         with (folder / "daemons.log").open("ab") as log:
-            daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            daemons.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
 
     try:
-        start("munged", "--foreground", "--force", f"--key-file={folder}/key", f"--socket={folder}/munge.socket",
-              f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/seed")
+        start(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={folder}/key",
+            f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munged.pid",
+            f"--log-file={folder}/munged.log",
+            f"--seed-file={folder}/seed",
+        )
         until = time.monotonic() + 60
         while not (folder / "munge.socket").exists() and time.monotonic() < until:
             time.sleep(0.1)
@@ -98,10 +133,20 @@ def slurm():
         start("slurmd", "-D", "-N", f"{host}b")
         nodes = ""
         while nodes.split() != ["2", "idle"]:
-            done = subprocess.run(["sinfo", "--noheader", "--format=%D %t"], env=environment, capture_output=True, text=True,
-                                  check=False, timeout=60)
+            done = subprocess.run(
+                ["sinfo", "--noheader", "--format=%D %t"],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
             nodes = done.stdout
-            logs = [(folder / name).read_text()[-2000:] for name in ("daemons.log", "ctld.log") if (folder / name).exists()]
+            logs = [
+                (folder / name).read_text()[-2000:]
+                for name in ("daemons.log", "ctld.log")
+                if (folder / name).exists()
+            ]
             assert time.monotonic() < until, (nodes, done.stderr, *logs)
             time.sleep(0.2)
         yield environment
@@ -117,7 +162,13 @@ def slurm():
 
 
 def shown(environment, job):
-    return subprocess.run(["scontrol", "show", "job", job], env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["scontrol", "show", "job", job],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
 
 
 def finished(environment, job, limit=120):
@@ -134,8 +185,22 @@ def finished(environment, job, limit=120):
 
 def submitted(environment, folder, *arguments):
     """The number of a job that launch.py has submitted."""
-    done = subprocess.run([sys.executable, ROOT / "tools" / "launch.py", *map(str, arguments), "--on", "slurm", "--submit"],
-                          env=environment, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tools" / "launch.py",
+            *map(str, arguments),
+            "--on",
+            "slurm",
+            "--submit",
+        ],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]
 
@@ -143,48 +208,108 @@ def submitted(environment, folder, *arguments):
 def test_from_submit_to_finished(slurm, tmp_path):
     folder = tmp_path / "a folder"
     folder.mkdir()
-    arguments = [ROOT / "recipes" / "logistic.py", "--steps", 20, "--run-dir", "runs/mine", "--job-time", "10m", "--job-name",
-                 "mine"]
+    arguments = [
+        ROOT / "recipes" / "logistic.py",
+        "--steps",
+        20,
+        "--run-dir",
+        "runs/mine",
+        "--job-time",
+        "10m",
+        "--job-name",
+        "mine",
+    ]
     job = submitted(slurm, folder, *arguments)
     state, log = finished(slurm, job), (folder / f"mine-{job}.log").read_text()
     assert state == "COMPLETED", log
     assert f"cluster: one host: SLURM job {job}, step 0 on" in log
-    events = [json.loads(line) for line in (folder / "runs" / "mine" / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)
+        for line in (folder / "runs" / "mine" / "events.jsonl").read_text().splitlines()
+    ]
     assert max(event.get("step") or 0 for event in events) == 20
 
 
 @pytest.mark.slow
 def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
-    job = submitted(slurm, tmp_path, ROOT / "recipes" / "logistic.py", "--steps", 600, "--save-every", 50, "--hosts", 2,
-                    "--run-dir", "run", "--trace-samples", "--job-name", "twice", "--job-time", "10m")
-    run, log, until = tmp_path / "run", tmp_path / f"twice-{job}.log", time.monotonic() + 100
+    job = submitted(
+        slurm,
+        tmp_path,
+        ROOT / "recipes" / "logistic.py",
+        "--steps",
+        600,
+        "--save-every",
+        50,
+        "--hosts",
+        2,
+        "--run-dir",
+        "run",
+        "--trace-samples",
+        "--job-name",
+        "twice",
+        "--job-time",
+        "10m",
+    )
+    run, log, until = (
+        tmp_path / "run",
+        tmp_path / f"twice-{job}.log",
+        time.monotonic() + 100,
+    )
     while not (run / "checkpoints" / "50").exists():
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.02)
-    subprocess.run(["scontrol", "requeue", job], env=slurm, check=True)
+    subprocess.run(
+        ["scontrol", "requeue", job],
+        env=slurm,
+        check=True,
+    )
     while "JobState=PENDING" not in shown(slurm, job):
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.1)
     # SLURM lets a job that was queued again wait for two minutes
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=True)
+    subprocess.run(
+        ["scontrol", "update", f"JobId={job}", "StartTime=now"],
+        env=slurm,
+        check=True,
+    )
     state, said = finished(slurm, job), log.read_text()
     assert state == "COMPLETED" and "Restarts=1" in shown(slurm, job), said
     events = read_events(run)
     starts = [event for event in events if event["kind"] == "start"]
-    ends = [(event["status"], event["step"]) for event in events if event["kind"] == "end"]
-    assert [event["devices"] for event in starts] == [2, 2] and [status for status, _ in ends] == ["interrupted", "finished"]
+    ends = [
+        (event["status"], event["step"]) for event in events if event["kind"] == "end"
+    ]
+    assert [event["devices"] for event in starts] == [2, 2] and [
+        status for status, _ in ends
+    ] == ["interrupted", "finished"]
     saved = ends[0][1]  # by SIGTERM, not by the next fifty
     assert saved in [event["step"] for event in events if event["kind"] == "save"]
-    assert f"resumed at step {saved}" in said and "going on, attempt" not in said and "[Gloo]" not in said
+    assert (
+        f"resumed at step {saved}" in said
+        and "going on, attempt" not in said
+        and "[Gloo]" not in said
+    )
     first = [event["first"] for event in events if event["kind"] == "steps"]
     assert saved + 1 in first and sorted(set(first)) == sorted(first)
     samples = [name for line in read_samples(run) for name in line["samples"]]
-    assert len(samples) == 600 * 256 and len(set(samples[:16000])) == 16000, "each of an epoch's samples once"
+    assert len(samples) == 600 * 256 and len(set(samples[:16000])) == 16000, (
+        "each of an epoch's samples once"
+    )
 
 
 @pytest.mark.slow
 def test_a_mistake_is_not_tried_again(slurm, tmp_path):
-    job = submitted(slurm, tmp_path, ROOT / "recipes" / "csv_mlp.py", "--data", "gone.csv", "--label", "x", "--job-name", "bad")
+    job = submitted(
+        slurm,
+        tmp_path,
+        ROOT / "recipes" / "csv_mlp.py",
+        "--data",
+        "gone.csv",
+        "--label",
+        "x",
+        "--job-name",
+        "bad",
+    )
     state, log = finished(slurm, job), (tmp_path / f"bad-{job}.log").read_text()
     assert state == "FAILED" and log.count("gone.csv") >= 1 and "going on" not in log
     assert "error: " in log and "remedy:" in log
@@ -192,9 +317,18 @@ def test_a_mistake_is_not_tried_again(slurm, tmp_path):
 
 def test_two_nodes_join(slurm, tmp_path):
     (tmp_path / "work.py").write_text(JOINED)
-    command = f"srun --nodes=2 --ntasks-per-node=1 {shlex.quote(sys.executable)} work.py"
-    done = subprocess.run(["salloc", "--nodes=2", "bash", "-c", command], env=slurm, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=200, check=False)
+    command = (
+        f"srun --nodes=2 --ntasks-per-node=1 {shlex.quote(sys.executable)} work.py"
+    )
+    done = subprocess.run(
+        ["salloc", "--nodes=2", "bash", "-c", command],
+        env=slurm,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     saw = [path.read_text() for path in sorted(tmp_path.glob("saw*"))]
     assert saw == ["0 2 4 [0, 1]", "1 2 4 [0, 1]"]
@@ -202,13 +336,31 @@ def test_two_nodes_join(slurm, tmp_path):
 
 
 def test_without_srun_it_is_an_error(slurm, tmp_path):
-    command = f"{shlex.quote(sys.executable)} -m lepton_jax.launch {ROOT}/recipes/logistic.py"
-    done = subprocess.run(["salloc", "--nodes=2", "bash", "-c", command], env=slurm, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=100, check=False)
+    command = (
+        f"{shlex.quote(sys.executable)} -m lepton_jax.launch {ROOT}/recipes/logistic.py"
+    )
+    done = subprocess.run(
+        ["salloc", "--nodes=2", "bash", "-c", command],
+        env=slurm,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 2 and "srun did not start this process" in done.stderr
 
 
-@pytest.mark.parametrize("nodes", ["node[01-03,07],gpu5", "a[1-2]b[08-11]", "n[0-1],n[5,9]", "x", "n[099-101]"])
+@pytest.mark.parametrize(
+    "nodes",
+    ["node[01-03,07],gpu5", "a[1-2]b[08-11]", "n[0-1],n[5,9]", "x", "n[099-101]"],
+)
 def test_lists_of_nodes_read_as_slurm_reads_them(slurm, nodes):
-    said = subprocess.run(["scontrol", "show", "hostnames", nodes], env=slurm, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes],
+        env=slurm,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert expand(nodes) == said.stdout.split()

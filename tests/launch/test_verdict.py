@@ -15,24 +15,59 @@ from lepton_jax.launch.rules import DEFAULTS, HostsError, Limits, Rules, nested
 from lepton_jax.launch.verdict import Budget, Fault, Place
 
 
-def died(code, host=0, place=None, error=None):
-    return verdict.died(host, code, place or Place("steps", 7), error)
+def died(
+    code,
+    host=0,
+    place=None,
+    error=None,
+):
+    return verdict.died(
+        host,
+        code,
+        place or Place("steps", 7),
+        error,
+    )
 
 
-@pytest.mark.parametrize(("places", "expected"), [
-    ({0: ("steps", 9, 5), 1: ("data", 8, 5)}, [1]),  # has handed over less
-    ({0: ("steps", 8, 8), 1: ("steps", 8, 5)}, [1]),  # has handed over as much, and knows less of it done
-    ({0: ("steps", 8, 8), 1: ("save", 8, 8), 2: ("steps", 8, 8)}, [1]),  # the others wait in the step after
-    ({0: ("steps", 1, 0), 1: ("restore", 0, 0)}, [1]),
-    ({0: ("agreement", 0, 0), 1: ("compile", 0, 0), 2: ("agreement", 0, 0)}, [1]),  # the others wait for what it says
-    ({0: ("compile", 0, 0), 1: ("start", 0, 0), 2: ("compile", 0, 0)}, [1]),
-    ({0: ("steps", 8, 8), 1: ("steps", 8, 8)}, [0, 1])])
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ({0: ("steps", 9, 5), 1: ("data", 8, 5)}, [1]),  # has handed over less
+        # has handed over as much, and knows less of it done
+        ({0: ("steps", 8, 8), 1: ("steps", 8, 5)}, [1]),
+        # the others wait in the step after
+        ({0: ("steps", 8, 8), 1: ("save", 8, 8), 2: ("steps", 8, 8)}, [1]),
+        ({0: ("steps", 1, 0), 1: ("restore", 0, 0)}, [1]),
+        # the others wait for what it says
+        ({0: ("agreement", 0, 0), 1: ("compile", 0, 0), 2: ("agreement", 0, 0)}, [1]),
+        ({0: ("compile", 0, 0), 1: ("start", 0, 0), 2: ("compile", 0, 0)}, [1]),
+        ({0: ("steps", 8, 8), 1: ("steps", 8, 8)}, [0, 1]),
+    ],
+)
 def test_who_is_behind(places, expected):
-    assert verdict.behind({host: Place(*place) for host, place in places.items()}) == expected
+    assert (
+        verdict.behind({host: Place(*place) for host, place in places.items()})
+        == expected
+    )
 
 
 def test_only_who_is_behind_is_measured_by_its_limit():
-    waits, works = Place("steps", 9, 5, age=100.0, limit=10.0), Place("save", 5, 5, age=100.0, limit=500.0)
+    waits, works = (
+        Place(
+            "steps",
+            9,
+            5,
+            age=100.0,
+            limit=10.0,
+        ),
+        Place(
+            "save",
+            5,
+            5,
+            age=100.0,
+            limit=500.0,
+        ),
+    )
     assert verdict.over({0: waits, 1: works}, {0}) == []
     assert verdict.over({0: waits, 1: works._replace(age=800.0)}, set()) == [1]
     assert verdict.over({0: waits, 1: works}, {1}) == [1], "by its supervisor's word"
@@ -40,21 +75,45 @@ def test_only_who_is_behind_is_measured_by_its_limit():
 
 
 def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
-    waits, stands = ("b.py:1 in wait", "a.py:1 in step"), ("c.py:1 in read", "a.py:1 in step")
+    waits, stands = (
+        ("b.py:1 in wait", "a.py:1 in step"),
+        (
+            "c.py:1 in read",
+            "a.py:1 in step",
+        ),
+    )
     assert verdict.odd({0: waits, 1: stands, 2: waits}) == 1
-    assert verdict.odd({0: waits, 1: stands}) is None and verdict.odd({0: waits, 1: waits, 2: waits}) is None
+    assert (
+        verdict.odd({0: waits, 1: stands}) is None
+        and verdict.odd({0: waits, 1: waits, 2: waits}) is None
+    )
     assert verdict.odd({0: waits, 1: stands, 2: waits, 3: stands}) is None
-    inside = ("/venv/lib/site-packages/jax/_src/api.py:1 in block_until_ready", "a.py:1 in step")
-    assert verdict.odd({0: inside, 1: waits}) == 1 and verdict.odd({0: inside, 1: inside}) is None
+    inside = (
+        "/venv/lib/site-packages/jax/_src/api.py:1 in block_until_ready",
+        "a.py:1 in step",
+    )
+    assert (
+        verdict.odd({0: inside, 1: waits}) == 1
+        and verdict.odd({0: inside, 1: inside}) is None
+    )
     assert verdict.odd({0: inside, 1: waits, 2: stands}) is None
     places = {host: Place("save", 8, 8, 70.0, 60.0) for host in range(3)}
-    fault = verdict.stuck(places, [0, 1, 2], {0: waits, 1: stands, 2: waits})
+    fault = verdict.stuck(
+        places,
+        [0, 1, 2],
+        {0: waits, 1: stands, 2: waits},
+    )
     assert fault.host == 1 and "c.py:1 in read" in fault.story()
     assert "none is behind the others" in str(verdict.stuck(places, [0, 1, 2], {}))
 
 
 def test_the_root_of_several_faults():
-    aborted, failed, killed, mistake = died(-6), died(1, 1), died(-9, 2), died(2, 3, error={"what": "x"})
+    aborted, failed, killed, mistake = (
+        died(-6),
+        died(1, 1),
+        died(-9, 2),
+        died(2, 3, error={"what": "x"}),
+    )
     lost = Fault(4, "lost", "is lost", Place())
     assert verdict.root([aborted, failed, killed]) is killed
     assert verdict.root([failed, mistake, aborted]) is mistake
@@ -65,19 +124,26 @@ def test_the_root_of_several_faults():
 def test_jaxs_coordinator_takes_the_others_with_it():
     first, its, failed = died(-6, 2), died(-6, 0), died(1, 1)
     assert verdict.root([first, its], at_once=2, coordinator=0) is its
-    assert verdict.root([first, its], at_once=1, coordinator=0) is first, "it died of the others, later"
+    assert verdict.root([first, its], at_once=1, coordinator=0) is first, (
+        "it died of the others, later"
+    )
     assert verdict.root([first, its, failed], at_once=3, coordinator=0) is failed
     assert verdict.root([first, died(-6, 1)], at_once=2, coordinator=0) is first
 
 
 def test_the_stack_of_the_main_thread():
-    text = ('Thread 0x01 (most recent call first):\n  File "/x/watchdog.py", line 9 in run\n\n'
-            'Current thread 0x02 [python] (most recent call first):\n  File "/x/a b.py", line 3 in inner\n'
-            '  File "<string>", line 1 in <module>\n')
+    text = (
+        'Thread 0x01 (most recent call first):\n  File "/x/watchdog.py", line 9 in'
+        ' run\n\nCurrent thread 0x02 [python] (most recent call first):\n  File "/x/a'
+        ' b.py", line 3 in inner\n  File "<string>", line 1 in <module>\n'
+    )
     assert verdict.frames(text) == ("/x/a b.py:3 in inner", "<string>:1 in <module>")
     library = f"{sys.prefix}/lib/python3.11/site-packages/jax/x.py:5 in wait"
     ours, user = f"{verdict.__file__}:5 in died", f"{__file__}:7 in f"
-    assert verdict.innermost([library, ours, user]) == user and verdict.innermost([library, ours]) == ours
+    assert (
+        verdict.innermost([library, ours, user]) == user
+        and verdict.innermost([library, ours]) == ours
+    )
     assert verdict.innermost([library]) == library and verdict.innermost([]) is None
     assert verdict.shown([library] * 20 + [user])[-1].startswith(user)
 
@@ -102,7 +168,10 @@ def test_what_repeats_is_told_from_what_does_not():
     budget = Budget(10, 1.0)
     for code in (1, 3, 1, 1):  # not three times in a row
         budget.charge(died(code), None, 0.0)
-    with pytest.raises(HostsError, match="for the third time, and with no checkpoint: it is not tried again") as caught:
+    with pytest.raises(
+        HostsError,
+        match="for the third time, and with no checkpoint: it is not tried again",
+    ) as caught:
         budget.charge(died(1), None, 0.0)
     assert caught.value.exit_code == 2
     other = Budget(10, 1.0)
@@ -139,15 +208,33 @@ def options(*arguments):
 
 def test_options():
     assert rules.read(options()) == Rules()
-    found = rules.read(options("--limit", "steps=5", "--limit", "pause=0", "--restarts", "0", "--grace", "2.5", "--least-hosts",
-                               "3"))
+    found = rules.read(
+        options(
+            "--limit",
+            "steps=5",
+            "--limit",
+            "pause=0",
+            "--restarts",
+            "0",
+            "--grace",
+            "2.5",
+            "--least-hosts",
+            "3",
+        )
+    )
     assert found == Rules({"steps": 5.0, "pause": math.inf}, 0, 2.5, 3)
 
 
-@pytest.mark.parametrize(("arguments", "what"), [
-    (["--limit", "step=5"], "did you mean 'steps'"), (["--limit", "steps"], "no number of seconds"),
-    (["--limit", "steps=-1"], "no number of seconds"), (["--limit", "steps=nan"], "no number of seconds"),
-    (["--least-hosts", "0"], "--least-hosts is 0")])
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--limit", "step=5"], "did you mean 'steps'"),
+        (["--limit", "steps"], "no number of seconds"),
+        (["--limit", "steps=-1"], "no number of seconds"),
+        (["--limit", "steps=nan"], "no number of seconds"),
+        (["--least-hosts", "0"], "--least-hosts is 0"),
+    ],
+)
 def test_wrong_options(arguments, what):
     with pytest.raises(SettingError, match=what):
         rules.read(options(*arguments))
@@ -155,7 +242,11 @@ def test_wrong_options(arguments, what):
 
 def test_more_hosts_must_be_left_than_there_are():
     with pytest.raises(SettingError, match="--least-hosts is 3, and there are 2"):
-        Head(Cluster("local", "a test", hosts=2), Rules(least_hosts=3), {})
+        Head(
+            Cluster("local", "a test", hosts=2),
+            Rules(least_hosts=3),
+            {},
+        )
 
 
 def test_what_is_committed(tmp_path):
@@ -166,7 +257,16 @@ def test_what_is_committed(tmp_path):
 
 
 def test_a_record_is_plain_data():
-    head = Head(Cluster("local", "a test", hosts=2), Rules(), {})
+    head = Head(
+        Cluster("local", "a test", hosts=2),
+        Rules(),
+        {},
+    )
     head.gate.close(0, None)
-    found = json.loads(json.dumps(head.record.to_json(), allow_nan=False))
+    found = json.loads(
+        json.dumps(
+            head.record.to_json(),
+            allow_nan=False,
+        )
+    )
     assert found["hosts"]["1"]["state"] == "missing" and found["restarts_left"] == 10

@@ -20,33 +20,56 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-# ---- flax/examples/mnist: NNX, random numbers handed to each call --------------------
+# ---- flax/examples/mnist: NNX, random numbers handed to each call ----
 
 
 class MnistCNN(nnx.Module):
     """CNN whose dropout has no stream of its own: `rngs` is an argument of the call."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(1, 4, kernel_size=(3, 3), rngs=rngs)
+        self.conv1 = nnx.Conv(
+            1,
+            4,
+            kernel_size=(3, 3),
+            rngs=rngs,
+        )
         self.batch_norm1 = nnx.BatchNorm(4, rngs=rngs)
         self.dropout1 = nnx.Dropout(rate=0.1)
-        self.conv2 = nnx.Conv(4, 6, kernel_size=(3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(
+            4,
+            6,
+            kernel_size=(3, 3),
+            rngs=rngs,
+        )
         self.batch_norm2 = nnx.BatchNorm(6, rngs=rngs)
-        self.avg_pool = partial(nnx.avg_pool, window_shape=(2, 2), strides=(2, 2))
+        self.avg_pool = partial(
+            nnx.avg_pool,
+            window_shape=(2, 2),
+            strides=(2, 2),
+        )
         self.linear1 = nnx.Linear(24, 12, rngs=rngs)
         self.dropout2 = nnx.Dropout(rate=0.1)
         self.linear2 = nnx.Linear(12, 10, rngs=rngs)
 
-    def __call__(self, x, rngs: nnx.Rngs | None):
+    def __call__(
+        self,
+        x,
+        rngs: nnx.Rngs | None,
+    ):
         x = self.dropout1(self.conv1(x), rngs=rngs)
         x = self.avg_pool(nnx.relu(self.batch_norm1(x)))
         x = self.avg_pool(nnx.relu(self.batch_norm2(self.conv2(x))))
         x = x.reshape(x.shape[0], -1)
-        x = nnx.relu(self.dropout2(self.linear1(x), rngs=rngs))
+        x = nnx.relu(
+            self.dropout2(
+                self.linear1(x),
+                rngs=rngs,
+            )
+        )
         return self.linear2(x)
 
 
-# ---- flax/examples/imagenet: Linen, batch norm over a named axis, train=True ---------
+# ---- flax/examples/imagenet: Linen, batch norm over a named axis, train=True ----
 
 ModuleDef = Any
 
@@ -85,7 +108,11 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = True):
-        conv = partial(self.conv, use_bias=False, dtype=self.dtype)
+        conv = partial(
+            self.conv,
+            use_bias=False,
+            dtype=self.dtype,
+        )
         norm = partial(
             nn.BatchNorm,
             use_running_average=not train,
@@ -96,7 +123,12 @@ class ResNet(nn.Module):
         )
         x = conv(self.num_filters, (3, 3), name="conv_init")(x)
         x = nn.relu(norm(name="bn_init")(x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        x = nn.max_pool(
+            x,
+            (3, 3),
+            strides=(2, 2),
+            padding="SAME",
+        )
         for i, block_size in enumerate(self.stage_sizes):
             for j in range(block_size):
                 x = self.block_cls(
@@ -111,7 +143,11 @@ class ResNet(nn.Module):
         return jnp.asarray(x, self.dtype)
 
 
-TinyResNet = partial(ResNet, stage_sizes=[1, 1], block_cls=ResNetBlock)
+TinyResNet = partial(
+    ResNet,
+    stage_sizes=[1, 1],
+    block_cls=ResNetBlock,
+)
 
 
 # ---- flax/examples/lm1b: Linen, packed text, mode and names of axes in the config ----
@@ -142,7 +178,10 @@ class TransformerConfig:
         return nn.with_logical_partitioning(self.bias_init, names)
 
 
-def shift_inputs(x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+def shift_inputs(
+    x: jax.Array,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
     """Tokens one place later, with a zero where a document begins."""
     shifted = jnp.pad(x, ((0, 0), (1, 0)))[:, :-1]
     if segment_ids is not None:
@@ -155,7 +194,10 @@ def sinusoids(max_len: int, width: int) -> jax.Array:
     """Fixed table of positions, shape (1, max_len, width)."""
     position = np.arange(max_len)[:, None]
     rate = np.exp(np.arange(width // 2) * -(np.log(10_000.0) / (width // 2)))
-    table = np.concatenate([np.sin(position * rate), np.cos(position * rate)], axis=1)
+    table = np.concatenate(
+        [np.sin(position * rate), np.cos(position * rate)],
+        axis=1,
+    )
     return jnp.array(table[None].astype(np.float32))
 
 
@@ -172,7 +214,11 @@ class AddPositionEmbs(nn.Module):
         table = sinusoids(self.config.max_len, inputs.shape[-1])[:, : inputs.shape[1]]
         if inputs_positions is None:
             return inputs + table
-        return inputs + jnp.take(table[0], inputs_positions, axis=0)
+        return inputs + jnp.take(
+            table[0],
+            inputs_positions,
+            axis=0,
+        )
 
 
 class LMBlock(nn.Module):
@@ -227,10 +273,19 @@ class TransformerLM(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, inputs, inputs_positions=None, inputs_segmentation=None):
+    def __call__(
+        self,
+        inputs,
+        inputs_positions=None,
+        inputs_segmentation=None,
+    ):
         config = self.config
         mask = nn.combine_masks(
-            nn.make_attention_mask(inputs > 0, inputs > 0, dtype=config.dtype),
+            nn.make_attention_mask(
+                inputs > 0,
+                inputs > 0,
+                dtype=config.dtype,
+            ),
             nn.make_causal_mask(inputs, dtype=config.dtype),
         )
         if inputs_segmentation is not None:
@@ -285,7 +340,11 @@ class DecoderLSTMCell(nn.RNNCellBase):
         lstm_state, y = nn.LSTMCell(self.features)(lstm_state, x)
         logits = nn.Dense(self.vocab_size)(y)
         token = jax.random.categorical(self.make_rng("lstm"), logits)
-        prediction = jax.nn.one_hot(token, self.vocab_size, dtype=jnp.float32)
+        prediction = jax.nn.one_hot(
+            token,
+            self.vocab_size,
+            dtype=jnp.float32,
+        )
         return (lstm_state, prediction), (logits, prediction)
 
     @property
@@ -304,7 +363,9 @@ class Seq2seq(nn.Module):
     @nn.compact
     def __call__(self, encoder_inputs, decoder_inputs):
         encoder = nn.RNN(
-            nn.LSTMCell(self.hidden_size), return_carry=True, name="encoder"
+            nn.LSTMCell(self.hidden_size),
+            return_carry=True,
+            name="encoder",
         )
         decoder = nn.RNN(
             DecoderLSTMCell(self.hidden_size, self.teacher_force, self.vocab_size),
@@ -315,15 +376,19 @@ class Seq2seq(nn.Module):
             encoder_inputs, seq_lengths=self.get_seq_lengths(encoder_inputs)
         )
         logits, predictions = decoder(
-            decoder_inputs[:, :-1], initial_carry=(state, decoder_inputs[:, 0])
+            decoder_inputs[:, :-1],
+            initial_carry=(state, decoder_inputs[:, 0]),
         )
         return logits, predictions
 
     def get_seq_lengths(self, inputs):
-        return jnp.argmax(jnp.argmax(inputs, axis=-1) == self.eos_id, axis=-1)
+        return jnp.argmax(
+            jnp.argmax(inputs, axis=-1) == self.eos_id,
+            axis=-1,
+        )
 
 
-# ---- flax/examples/vae: Linen, setup(), a key as an argument, three outputs ----------
+# ---- flax/examples/vae: Linen, setup(), a key as an argument, three outputs ----
 
 
 class Encoder(nn.Module):
@@ -413,7 +478,9 @@ class Encoder1DBlock(nn.Module):
         )(y, y)
         x = out["+sa"] = x + nn.Dropout(rate=self.dropout)(y, deterministic)
         y = out["mlp"] = MlpBlock(
-            mlp_dim=self.mlp_dim, dropout=self.dropout, dtype_mm=self.dtype_mm
+            mlp_dim=self.mlp_dim,
+            dropout=self.dropout,
+            dtype_mm=self.dtype_mm,
         )(nn.LayerNorm()(x), deterministic)
         x = out["+mlp"] = x + nn.Dropout(rate=self.dropout)(y, deterministic)
         return x, out
@@ -488,17 +555,34 @@ class _ViT(nn.Module):
         return x, out
 
 
-def ViT(num_classes=None, *, variant=None, **kw):
+def ViT(
+    num_classes=None,
+    *,
+    variant=None,
+    **kw,
+):
     """A vision transformer by the name of its sizes."""
-    sizes = {"nano": {"width": 12, "depth": 2, "mlp_dim": 24, "num_heads": 2}}
+    sizes = {
+        "nano": {
+            "width": 12,
+            "depth": 2,
+            "mlp_dim": 24,
+            "num_heads": 2,
+        }
+    }
     return _ViT(num_classes, **{**(sizes[variant] if variant else {}), **kw})
 
 
-# ---- nanodo: Linen, setup() with a list of rematerialized blocks, a tied head --------
+# ---- nanodo: Linen, setup() with a list of rematerialized blocks, a tied head ----
 
 
 XAVIER = nn.initializers.xavier_uniform()
-FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+FAN_IN = nn.initializers.variance_scaling(
+    1.0,
+    "fan_in",
+    "normal",
+    out_axis=0,
+)
 
 
 @dataclasses.dataclass
@@ -556,8 +640,17 @@ class CausalAttn(nn.Module):
         att_BxHxLxL = jnp.einsum("...qhd,...khd->...hqk", q_BxLxHxDh, k_BxLxHxDh)
         att_BxHxLxL = att_BxHxLxL.astype(jnp.float32)
         L = x_BxLxD.shape[1]
-        mask_1x1xLxL = jnp.tril(jnp.ones((1, 1, L, L), dtype=jnp.bool_))
-        att_BxHxLxL = jnp.where(mask_1x1xLxL, att_BxHxLxL, jnp.finfo(cfg.dtype).min)
+        mask_1x1xLxL = jnp.tril(
+            jnp.ones(
+                (1, 1, L, L),
+                dtype=jnp.bool_,
+            )
+        )
+        att_BxHxLxL = jnp.where(
+            mask_1x1xLxL,
+            att_BxHxLxL,
+            jnp.finfo(cfg.dtype).min,
+        )
         att_BxHxLxL = jax.nn.softmax(att_BxHxLxL, axis=-1).astype(cfg.dtype)
         out_BxLxHxDh = jnp.einsum("...hqk,...khd->...qhd", att_BxHxLxL, v_BxLxHxDh)
         return nn.DenseGeneral(
@@ -578,7 +671,11 @@ class TBlock(nn.Module):
     @nn.compact
     def __call__(self, in_BxLxD: jax.Array):
         cfg = self.docfg
-        norm = partial(nn.LayerNorm, dtype=cfg.dtype, use_bias=False)
+        norm = partial(
+            nn.LayerNorm,
+            dtype=cfg.dtype,
+            use_bias=False,
+        )
         linear = partial(
             nn.Dense,
             kernel_init=fsdp_init("mlp_kernel", cfg),
@@ -598,7 +695,9 @@ class TransformerDo(nn.Module):
     def setup(self):
         cfg = self.docfg
         embed = partial(
-            nn.Embed, features=cfg.D, embedding_init=fsdp_init("embedding", cfg)
+            nn.Embed,
+            features=cfg.D,
+            embedding_init=fsdp_init("embedding", cfg),
         )
         self.embed = embed(num_embeddings=cfg.V)
         self.pos_embed = embed(num_embeddings=cfg.L)
@@ -614,7 +713,7 @@ class TransformerDo(nn.Module):
         return self.embed.attend(self.out_ln(y_BxLxD).astype(jnp.float32))
 
 
-# ---- bonsai/models/resnet: NNX, config first, rngs by keyword alone ------------------
+# ---- bonsai/models/resnet: NNX, config first, rngs by keyword alone ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -633,7 +732,13 @@ class ConvNorm(nnx.Module):
     """Convolution and batch norm, built for evaluation as pretrained models are."""
 
     def __init__(
-        self, inputs: int, outputs: int, size: int, stride=1, *, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        stride=1,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.conv = nnx.Conv(
             inputs,
@@ -644,7 +749,11 @@ class ConvNorm(nnx.Module):
             use_bias=False,
             rngs=rngs,
         )
-        self.bn = nnx.BatchNorm(outputs, use_running_average=True, rngs=rngs)
+        self.bn = nnx.BatchNorm(
+            outputs,
+            use_running_average=True,
+            rngs=rngs,
+        )
 
     def __call__(self, x):
         return self.bn(self.conv(x))
@@ -653,10 +762,34 @@ class ConvNorm(nnx.Module):
 class Bottleneck(nnx.Module):
     """Residual block; `downsample` is a module or None."""
 
-    def __init__(self, inputs, outputs, stride=1, downsample=None, *, rngs: nnx.Rngs):
-        self.part0 = ConvNorm(inputs, outputs, 1, rngs=rngs)
-        self.part1 = ConvNorm(outputs, outputs, 3, stride, rngs=rngs)
-        self.part2 = ConvNorm(outputs, outputs * 2, 1, rngs=rngs)
+    def __init__(
+        self,
+        inputs,
+        outputs,
+        stride=1,
+        downsample=None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.part0 = ConvNorm(
+            inputs,
+            outputs,
+            1,
+            rngs=rngs,
+        )
+        self.part1 = ConvNorm(
+            outputs,
+            outputs,
+            3,
+            stride,
+            rngs=rngs,
+        )
+        self.part2 = ConvNorm(
+            outputs,
+            outputs * 2,
+            1,
+            rngs=rngs,
+        )
         self.downsample = downsample
 
     def __call__(self, x):
@@ -672,7 +805,12 @@ class Bottleneck(nnx.Module):
 class BottleneckResNet(nnx.Module):
     """ResNet of groups of blocks in `nnx.List`s."""
 
-    def __init__(self, cfg: ResNetConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: ResNetConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.stem = ConvNorm(3, 4, 3, 2, rngs=rngs)
         self.groups = nnx.List()
         inputs = 4
@@ -683,12 +821,30 @@ class BottleneckResNet(nnx.Module):
                 stride = 2 if index and not block else 1
                 downsample = None
                 if stride != 1 or inputs != outputs * 2:
-                    downsample = ConvNorm(inputs, outputs * 2, 1, stride, rngs=rngs)
-                group.append(Bottleneck(inputs, outputs, stride, downsample, rngs=rngs))
+                    downsample = ConvNorm(
+                        inputs,
+                        outputs * 2,
+                        1,
+                        stride,
+                        rngs=rngs,
+                    )
+                group.append(
+                    Bottleneck(
+                        inputs,
+                        outputs,
+                        stride,
+                        downsample,
+                        rngs=rngs,
+                    )
+                )
                 inputs = outputs * 2
             self.groups.append(group)
         self.pool = partial(lambda x: x.mean(axis=(1, 2)))
-        self.fc = nnx.Linear(inputs, cfg.num_classes, rngs=rngs)
+        self.fc = nnx.Linear(
+            inputs,
+            cfg.num_classes,
+            rngs=rngs,
+        )
 
     def __call__(self, x):
         x = nnx.relu(self.stem(x))
@@ -698,7 +854,7 @@ class BottleneckResNet(nnx.Module):
         return self.fc(self.pool(x))
 
 
-# ---- bonsai's language models: NNX, a cache that is None in training, dict outputs ---
+# ---- bonsai's language models: NNX, a cache that is None in training, dict outputs ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -720,7 +876,13 @@ class GemmaConfig:
 class GemmaRMSNorm(nnx.Module):
     """Norm in float32 whose scale is 1 + a parameter."""
 
-    def __init__(self, dim: int, eps: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        eps: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.scale = nnx.Param(nnx.initializers.zeros_init()(rngs.params(), dim))
         self.norm_eps = eps
 
@@ -732,7 +894,11 @@ class GemmaRMSNorm(nnx.Module):
         return (x32 * (1.0 + self.scale[...])).astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: int) -> jax.Array:
+def rope(
+    x: jax.Array,
+    positions: jax.Array,
+    theta: int,
+) -> jax.Array:
     """Rotate (batch, time, heads, dim) by positions (batch, time)."""
     half = x.shape[-1] // 2
     rate = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
@@ -745,22 +911,52 @@ def rope(x: jax.Array, positions: jax.Array, theta: int) -> jax.Array:
     sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
     left, right = x[..., :half], x[..., half:]
     return jnp.concatenate(
-        [left * cos - right * sin, right * cos + left * sin], axis=-1
+        [left * cos - right * sin, right * cos + left * sin],
+        axis=-1,
     )
 
 
 class GemmaAttention(nnx.Module):
     """Attention with grouped heads; scores and their sums in the config's dtype."""
 
-    def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: GemmaConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.cfg = cfg
         heads, kv, dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.q_proj = nnx.Einsum("BTD,DNH->BTNH", (cfg.emb_dim, heads, dim), rngs=rngs)
-        self.k_proj = nnx.Einsum("BSD,DKH->BSKH", (cfg.emb_dim, kv, dim), rngs=rngs)
-        self.v_proj = nnx.Einsum("BSD,DKH->BSKH", (cfg.emb_dim, kv, dim), rngs=rngs)
-        self.o_proj = nnx.Einsum("BTNH,NHD->BTD", (heads, dim, cfg.emb_dim), rngs=rngs)
-        self.q_norm = nnx.RMSNorm(dim, epsilon=cfg.norm_eps, rngs=rngs)
-        self.k_norm = nnx.RMSNorm(dim, epsilon=cfg.norm_eps, rngs=rngs)
+        self.q_proj = nnx.Einsum(
+            "BTD,DNH->BTNH",
+            (cfg.emb_dim, heads, dim),
+            rngs=rngs,
+        )
+        self.k_proj = nnx.Einsum(
+            "BSD,DKH->BSKH",
+            (cfg.emb_dim, kv, dim),
+            rngs=rngs,
+        )
+        self.v_proj = nnx.Einsum(
+            "BSD,DKH->BSKH",
+            (cfg.emb_dim, kv, dim),
+            rngs=rngs,
+        )
+        self.o_proj = nnx.Einsum(
+            "BTNH,NHD->BTD",
+            (heads, dim, cfg.emb_dim),
+            rngs=rngs,
+        )
+        self.q_norm = nnx.RMSNorm(
+            dim,
+            epsilon=cfg.norm_eps,
+            rngs=rngs,
+        )
+        self.k_norm = nnx.RMSNorm(
+            dim,
+            epsilon=cfg.norm_eps,
+            rngs=rngs,
+        )
         self.scale = dim**-0.5
 
     @jax.named_scope("attention")
@@ -776,9 +972,19 @@ class GemmaAttention(nnx.Module):
         if cache is not None:
             raise NotImplementedError("the test model is only trained")
         b, t, n, h = q.shape
-        q = q.reshape(b, t, cfg.num_kv_heads, n // cfg.num_kv_heads, h)
+        q = q.reshape(
+            b,
+            t,
+            cfg.num_kv_heads,
+            n // cfg.num_kv_heads,
+            h,
+        )
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) * self.scale
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(cfg.dtype).min)
+        scores = jnp.where(
+            mask[:, None, None],
+            scores,
+            jnp.finfo(cfg.dtype).min,
+        )
         weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(cfg.dtype)
         out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(b, t, n, h)
         return self.o_proj(out.astype(x.dtype))
@@ -787,19 +993,37 @@ class GemmaAttention(nnx.Module):
 class GemmaLayer(nnx.Module):
     """Decoder layer."""
 
-    def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
-        self.input_layernorm = GemmaRMSNorm(cfg.emb_dim, cfg.norm_eps, rngs=rngs)
+    def __init__(
+        self,
+        cfg: GemmaConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.input_layernorm = GemmaRMSNorm(
+            cfg.emb_dim,
+            cfg.norm_eps,
+            rngs=rngs,
+        )
         self.attn = GemmaAttention(cfg, rngs=rngs)
         self.post_attention_layernorm = GemmaRMSNorm(
             cfg.emb_dim, cfg.norm_eps, rngs=rngs
         )
-        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        linear = partial(
+            nnx.Linear,
+            use_bias=False,
+            rngs=rngs,
+        )
         self.gate_proj = linear(cfg.emb_dim, cfg.mlp_dim)
         self.up_proj = linear(cfg.emb_dim, cfg.mlp_dim)
         self.down_proj = linear(cfg.mlp_dim, cfg.emb_dim)
 
     def __call__(self, x, cache, positions, mask):
-        x = x + self.attn(self.input_layernorm(x), cache, positions, mask)
+        x = x + self.attn(
+            self.input_layernorm(x),
+            cache,
+            positions,
+            mask,
+        )
         y = self.post_attention_layernorm(x)
         return x + self.down_proj(nnx.gelu(self.gate_proj(y)) * self.up_proj(y))
 
@@ -807,13 +1031,26 @@ class GemmaLayer(nnx.Module):
 class Gemma(nnx.Module):
     """Language model that takes a cache to generate with, and returns it."""
 
-    def __init__(self, cfg: GemmaConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: GemmaConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.config = cfg
-        self.embedder = nnx.Embed(cfg.vocab_size, cfg.emb_dim, rngs=rngs)
+        self.embedder = nnx.Embed(
+            cfg.vocab_size,
+            cfg.emb_dim,
+            rngs=rngs,
+        )
         self.layers = nnx.List(
             [GemmaLayer(cfg, rngs=rngs) for _ in range(cfg.num_layers)]
         )
-        self.final_norm = GemmaRMSNorm(cfg.emb_dim, cfg.norm_eps, rngs=rngs)
+        self.final_norm = GemmaRMSNorm(
+            cfg.emb_dim,
+            cfg.norm_eps,
+            rngs=rngs,
+        )
 
     def __call__(
         self,
@@ -831,14 +1068,19 @@ class Gemma(nnx.Module):
         mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
         hidden_states = [x] if output_hidden_states else None
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if cache is None else cache[i], positions, mask)
+            x = layer(
+                x,
+                None if cache is None else cache[i],
+                positions,
+                mask,
+            )
             if hidden_states is not None:
                 hidden_states.append(x)
         logits = self.embedder.attend(self.final_norm(x))
         return {"logits": logits, "cache": cache, "hidden_states": hidden_states}
 
 
-# ---- recurrentgemma/jax: Linen, linear recurrences, caches as named tuples -----------
+# ---- recurrentgemma/jax: Linen, linear recurrences, caches as named tuples ----
 
 
 class TemporalBlockType(enum.Enum):
@@ -900,7 +1142,11 @@ class GriffinRMSNorm(nn.Module):
     eps: float = 1e-6
 
     def setup(self):
-        self.scale = self.param("scale", nn.initializers.zeros_init(), [self.width])
+        self.scale = self.param(
+            "scale",
+            nn.initializers.zeros_init(),
+            [self.width],
+        )
 
     def __call__(self, x):
         return (
@@ -919,17 +1165,33 @@ class BlockDiagonalLinear(nn.Module):
     def setup(self):
         size = self.width // self.num_blocks
         self.w = self.param(
-            "w", nn.initializers.lecun_normal(), [self.num_blocks, size, size]
+            "w",
+            nn.initializers.lecun_normal(),
+            [self.num_blocks, size, size],
         )
-        self.b = self.param("b", nn.initializers.zeros_init(), [self.num_blocks, size])
+        self.b = self.param(
+            "b",
+            nn.initializers.zeros_init(),
+            [self.num_blocks, size],
+        )
 
     def __call__(self, x):
-        parts = x.reshape(*x.shape[:-1], self.num_blocks, -1)
+        parts = x.reshape(
+            *x.shape[:-1],
+            self.num_blocks,
+            -1,
+        )
         return (jnp.einsum("...hi,hij->...hj", parts, self.w) + self.b).reshape(x.shape)
 
 
 def _a_param_init(key, shape, dtype=jnp.float32):
-    radius = jax.random.uniform(key, shape, dtype, 0.9**2 + 1e-8, 0.999**2)
+    radius = jax.random.uniform(
+        key,
+        shape,
+        dtype,
+        0.9**2 + 1e-8,
+        0.999**2,
+    )
     return jnp.log(jnp.expm1(-0.5 * jnp.log(radius)))
 
 
@@ -940,11 +1202,21 @@ class RGLRU(nn.Module):
     num_heads: int
 
     def setup(self):
-        self.a_param = self.param("a_param", _a_param_init, [self.width])
+        self.a_param = self.param(
+            "a_param",
+            _a_param_init,
+            [self.width],
+        )
         self.input_gate = BlockDiagonalLinear(self.width, self.num_heads)
         self.a_gate = BlockDiagonalLinear(self.width, self.num_heads)
 
-    def __call__(self, x, segment_pos, cache=None, return_cache=True):
+    def __call__(
+        self,
+        x,
+        segment_pos,
+        cache=None,
+        return_cache=True,
+    ):
         assert segment_pos.shape == x.shape[:2]
         gate_x = jax.nn.sigmoid(self.input_gate(x))
         gate_a = jax.nn.sigmoid(self.a_gate(x))
@@ -959,7 +1231,11 @@ class RGLRU(nn.Module):
 
         if cache is not None:
             inputs = inputs.at[:, 0].add(a[:, 0] * cache)
-        _, y = jax.lax.associative_scan(combine, (a, inputs), axis=1)
+        _, y = jax.lax.associative_scan(
+            combine,
+            (a, inputs),
+            axis=1,
+        )
         return y, (y[:, -1] if return_cache else None)
 
 
@@ -971,10 +1247,24 @@ class Conv1D(nn.Module):
 
     def setup(self):
         init = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
-        self.w = self.param("w", init, [self.temporal_width, self.width])
-        self.b = self.param("b", nn.initializers.zeros_init(), [self.width])
+        self.w = self.param(
+            "w",
+            init,
+            [self.temporal_width, self.width],
+        )
+        self.b = self.param(
+            "b",
+            nn.initializers.zeros_init(),
+            [self.width],
+        )
 
-    def __call__(self, x, segment_pos, cache=None, return_cache=True):
+    def __call__(
+        self,
+        x,
+        segment_pos,
+        cache=None,
+        return_cache=True,
+    ):
         y = self.b
         for shift in range(self.temporal_width):
             moved = jnp.pad(x, ((0, 0), (shift, 0), (0, 0)))[:, : x.shape[1]]
@@ -999,11 +1289,27 @@ class RecurrentBlock(nn.Module):
         self.conv_1d = Conv1D(self.width)
         self.rg_lru = RGLRU(self.width, self.num_heads)
 
-    def __call__(self, x, segment_pos, cache=None, return_cache=True):
+    def __call__(
+        self,
+        x,
+        segment_pos,
+        cache=None,
+        return_cache=True,
+    ):
         y = jax.nn.gelu(self.linear_y(x))
         x = self.linear_x(x)
-        x, conv1d_state = self.conv_1d(x, segment_pos, None, return_cache)
-        x, rg_lru_state = self.rg_lru(x, segment_pos, None, return_cache)
+        x, conv1d_state = self.conv_1d(
+            x,
+            segment_pos,
+            None,
+            return_cache,
+        )
+        x, rg_lru_state = self.rg_lru(
+            x,
+            segment_pos,
+            None,
+            return_cache,
+        )
         x = self.linear_out(x * y)
         if not return_cache:
             return x, None
@@ -1019,20 +1325,41 @@ class LocalAttentionBlock(nn.Module):
 
     def setup(self):
         self.proj_q = nn.Dense(self.width, use_bias=False)
-        self.proj_k = nn.Dense(self.width // self.num_heads, use_bias=False)
-        self.proj_v = nn.Dense(self.width // self.num_heads, use_bias=False)
+        self.proj_k = nn.Dense(
+            self.width // self.num_heads,
+            use_bias=False,
+        )
+        self.proj_v = nn.Dense(
+            self.width // self.num_heads,
+            use_bias=False,
+        )
         self.proj_final = nn.Dense(self.width)
 
-    def __call__(self, x, segment_pos, cache=None, return_cache=True):
+    def __call__(
+        self,
+        x,
+        segment_pos,
+        cache=None,
+        return_cache=True,
+    ):
         b, t, _ = x.shape
-        queries = self.proj_q(x).reshape(b, t, self.num_heads, -1)
+        queries = self.proj_q(x).reshape(
+            b,
+            t,
+            self.num_heads,
+            -1,
+        )
         keys, values = self.proj_k(x), self.proj_v(x)
         segment = jnp.cumsum(segment_pos == 0, axis=-1)
         apart = jnp.arange(t)[:, None] - jnp.arange(t)[None]
         near = (apart >= 0) & (apart < self.window_size)
         mask = (segment[:, :, None] == segment[:, None, :]) & near
         scores = jnp.einsum("bthd,bsd->bhts", queries, keys) / np.sqrt(keys.shape[-1])
-        scores = jnp.where(mask[:, None], scores, -2.3819763e38)
+        scores = jnp.where(
+            mask[:, None],
+            scores,
+            -2.3819763e38,
+        )
         weights = jax.nn.softmax(scores, axis=-1)
         out = jnp.einsum("bhts,bsd->bthd", weights, values).reshape(b, t, -1)
         out = self.proj_final(out)
@@ -1040,7 +1367,9 @@ class LocalAttentionBlock(nn.Module):
             return out, None
         last = slice(-self.window_size, None)
         return out, AttentionBlockCache(
-            keys[:, last], values[:, last], segment_pos[:, -1] + 1
+            keys[:, last],
+            values[:, last],
+            segment_pos[:, -1] + 1,
         )
 
 
@@ -1069,11 +1398,26 @@ class ResidualBlock(nn.Module):
             return self.recurrent_block
         return self.attention_block
 
-    def __call__(self, x, segment_pos, cache=None, return_cache=True):
+    def __call__(
+        self,
+        x,
+        segment_pos,
+        cache=None,
+        return_cache=True,
+    ):
         y = self.temporal_pre_norm(x)
-        y, cache = self.temporal_block(y, segment_pos, cache, return_cache)
+        y, cache = self.temporal_block(
+            y,
+            segment_pos,
+            cache,
+            return_cache,
+        )
         x = x + y
-        gate, up = jnp.split(self.ffw_up(self.channel_pre_norm(x)), 2, axis=-1)
+        gate, up = jnp.split(
+            self.ffw_up(self.channel_pre_norm(x)),
+            2,
+            axis=-1,
+        )
         return x + self.ffw_down(jax.nn.gelu(gate) * up), cache
 
 
@@ -1110,7 +1454,10 @@ class Griffin(nn.Module):
         for i, block in enumerate(self.blocks):
             name = f"blocks.{i}"
             x, new_cache[name] = block(
-                x, segment_pos, None if cache is None else cache[name], return_cache
+                x,
+                segment_pos,
+                None if cache is None else cache[name],
+                return_cache,
             )
         if not return_logits:
             return None, new_cache
@@ -1121,7 +1468,7 @@ class Griffin(nn.Module):
         return logits, (new_cache if return_cache else None)
 
 
-# ---- flax/examples/ogbg_molpcba: Linen, a batch of graphs as one graph ---------------
+# ---- flax/examples/ogbg_molpcba: Linen, a batch of graphs as one graph ----
 
 
 class GraphsTuple(NamedTuple):
@@ -1181,11 +1528,23 @@ class GraphNet(nn.Module):
             deterministic=self.deterministic,
         )
         for _ in range(self.message_passing_steps):
-            at_edges = [edges, nodes[graphs.senders], nodes[graphs.receivers]]
+            at_edges = [
+                edges,
+                nodes[graphs.senders],
+                nodes[graphs.receivers],
+            ]
             at_edges.append(glob[graph_of_edge])
             edges = edges + mlp()(jnp.concatenate(at_edges, axis=-1))
-            sent = jax.ops.segment_sum(edges, graphs.senders, nodes_in_all)
-            received = jax.ops.segment_sum(edges, graphs.receivers, nodes_in_all)
+            sent = jax.ops.segment_sum(
+                edges,
+                graphs.senders,
+                nodes_in_all,
+            )
+            received = jax.ops.segment_sum(
+                edges,
+                graphs.receivers,
+                nodes_in_all,
+            )
             at_nodes = [nodes, sent, received, glob[graph_of_node]]
             nodes = nodes + mlp()(jnp.concatenate(at_nodes, axis=-1))
             pooled_nodes = jax.ops.segment_sum(nodes, graph_of_node, count)
@@ -1196,22 +1555,33 @@ class GraphNet(nn.Module):
             edges = nn.LayerNorm()(edges)
             glob = nn.LayerNorm()(glob)
         logits = nn.Dense(self.output_globals_size, name="decode_globals")(glob)
-        return graphs._replace(nodes=nodes, edges=edges, globals=logits)
+        return graphs._replace(
+            nodes=nodes,
+            edges=edges,
+            globals=logits,
+        )
 
 
-# ---- jaxnerf: Linen, rays, a coarse and a fine level, a list of tuples ---------------
+# ---- jaxnerf: Linen, rays, a coarse and a fine level, a list of tuples ----
 
 
 def posenc(x: jax.Array, degree: int) -> jax.Array:
     """Coordinates, with their sines and cosines at `degree` frequencies."""
     scaled = x[..., None, :] * 2.0 ** jnp.arange(degree)[:, None]
     scaled = scaled.reshape(*x.shape[:-1], -1)
-    waves = jnp.sin(jnp.concatenate([scaled, scaled + 0.5 * jnp.pi], axis=-1))
+    waves = jnp.sin(
+        jnp.concatenate(
+            [scaled, scaled + 0.5 * jnp.pi],
+            axis=-1,
+        )
+    )
     return jnp.concatenate([x, waves], axis=-1)
 
 
 def along_rays(
-    z_vals: jax.Array, origins: jax.Array, directions: jax.Array
+    z_vals: jax.Array,
+    origins: jax.Array,
+    directions: jax.Array,
 ) -> jax.Array:
     """Points (batch, samples, 3) at distances (batch, samples) from the origins."""
     return origins[:, None, :] + z_vals[..., None] * directions[:, None, :]
@@ -1220,12 +1590,23 @@ def along_rays(
 def volumetric_rendering(rgb, sigma, z_vals, directions, white_bkgd):
     """Color, inverse distance, opacity and weight of each sample of a ray."""
     steps = jnp.concatenate(
-        [z_vals[:, 1:] - z_vals[:, :-1], jnp.full_like(z_vals[:, :1], 1e10)], axis=-1
+        [z_vals[:, 1:] - z_vals[:, :-1], jnp.full_like(z_vals[:, :1], 1e10)],
+        axis=-1,
     )
-    steps = steps * jnp.linalg.norm(directions, axis=-1, keepdims=True)
+    steps = steps * jnp.linalg.norm(
+        directions,
+        axis=-1,
+        keepdims=True,
+    )
     alpha = 1.0 - jnp.exp(-sigma[..., 0] * steps)
-    through = jnp.cumprod(1.0 - alpha[:, :-1] + 1e-10, axis=-1)
-    through = jnp.concatenate([jnp.ones_like(alpha[:, :1]), through], axis=-1)
+    through = jnp.cumprod(
+        1.0 - alpha[:, :-1] + 1e-10,
+        axis=-1,
+    )
+    through = jnp.concatenate(
+        [jnp.ones_like(alpha[:, :1]), through],
+        axis=-1,
+    )
     weights = alpha * through
     color = (weights[..., None] * rgb).sum(axis=-2)
     depth = (weights * z_vals).sum(axis=-1)
@@ -1254,7 +1635,10 @@ class RadianceMLP(nn.Module):
         raw_sigma = dense(1)(x)
         if condition is not None:
             condition = jnp.tile(condition[:, None, :], (1, x.shape[1], 1))
-            x = jnp.concatenate([dense(self.net_width)(x), condition], axis=-1)
+            x = jnp.concatenate(
+                [dense(self.net_width)(x), condition],
+                axis=-1,
+            )
             x = nn.relu(dense(self.net_width)(x))
         return dense(3)(x), raw_sigma
 
@@ -1272,19 +1656,39 @@ class NerfModel(nn.Module):
     deg_view: int = 1
 
     @nn.compact
-    def __call__(self, origins, directions, viewdirs=None, randomized=False):
+    def __call__(
+        self,
+        origins,
+        directions,
+        viewdirs=None,
+        randomized=False,
+    ):
         batch = origins.shape[0]
-        z_vals = jnp.linspace(self.near, self.far, self.num_coarse_samples)
+        z_vals = jnp.linspace(
+            self.near,
+            self.far,
+            self.num_coarse_samples,
+        )
         z_vals = jnp.broadcast_to(z_vals, (batch, self.num_coarse_samples))
         if randomized:
             middle = 0.5 * (z_vals[:, 1:] + z_vals[:, :-1])
-            upper = jnp.concatenate([middle, z_vals[:, -1:]], axis=-1)
-            lower = jnp.concatenate([z_vals[:, :1], middle], axis=-1)
+            upper = jnp.concatenate(
+                [middle, z_vals[:, -1:]],
+                axis=-1,
+            )
+            lower = jnp.concatenate(
+                [z_vals[:, :1], middle],
+                axis=-1,
+            )
             share = jax.random.uniform(self.make_rng("coarse"), z_vals.shape)
             z_vals = lower + (upper - lower) * share
         condition = None
         if viewdirs is not None:
-            norms = jnp.linalg.norm(viewdirs, axis=-1, keepdims=True)
+            norms = jnp.linalg.norm(
+                viewdirs,
+                axis=-1,
+                keepdims=True,
+            )
             condition = posenc(viewdirs / norms, self.deg_view)
 
         ret = []
@@ -1322,11 +1726,15 @@ class NerfModel(nn.Module):
             share = share + 0.05 * (jitter - 0.5)
         drawn = jax.vmap(jnp.interp)(share, cdf, bins)
         return jnp.sort(
-            jnp.concatenate([z_vals, jax.lax.stop_gradient(drawn)], axis=-1), axis=-1
+            jnp.concatenate(
+                [z_vals, jax.lax.stop_gradient(drawn)],
+                axis=-1,
+            ),
+            axis=-1,
         )
 
 
-# ---- score_sde/models/ddpm: Linen, time embedding, group norm, skip connections ------
+# ---- score_sde/models/ddpm: Linen, time embedding, group norm, skip connections ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1345,7 +1753,13 @@ def default_init(scale: float = 1.0) -> Callable:
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
-def conv3x3(x, out_ch: int, stride: int = 1, init_scale: float = 1.0, name=None):
+def conv3x3(
+    x,
+    out_ch: int,
+    stride: int = 1,
+    init_scale: float = 1.0,
+    name=None,
+):
     """A convolution that becomes a submodule of the module that calls this."""
     return nn.Conv(
         out_ch,
@@ -1362,7 +1776,10 @@ def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     half = dim // 2
     rate = jnp.exp(jnp.arange(half) * -(jnp.log(10_000.0) / max(half - 1, 1)))
     angle = timesteps.astype(jnp.float32)[:, None] * rate[None]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
+    return jnp.concatenate(
+        [jnp.sin(angle), jnp.cos(angle)],
+        axis=1,
+    )
 
 
 class ResnetBlockDDPM(nn.Module):
@@ -1374,7 +1791,12 @@ class ResnetBlockDDPM(nn.Module):
     dropout: float = 0.1
 
     @nn.compact
-    def __call__(self, x, temb=None, train=True):
+    def __call__(
+        self,
+        x,
+        temb=None,
+        train=True,
+    ):
         out_ch = self.out_ch or x.shape[-1]
         h = conv3x3(self.act(self.normalize()(x)), out_ch)
         if temb is not None:
@@ -1397,11 +1819,22 @@ class AttnBlock(nn.Module):
     def __call__(self, x):
         b, h, w, c = x.shape
         y = self.normalize()(x)
-        dense = partial(nn.Dense, c, kernel_init=default_init())
+        dense = partial(
+            nn.Dense,
+            c,
+            kernel_init=default_init(),
+        )
         q, k, v = dense()(y), dense()(y), dense()(y)
         scores = jnp.einsum("bhwc,bHWc->bhwHW", q, k) * c**-0.5
-        scores = jax.nn.softmax(scores.reshape(b, h, w, h * w), axis=-1)
-        y = jnp.einsum("bhwHW,bHWc->bhwc", scores.reshape(b, h, w, h, w), v)
+        scores = jax.nn.softmax(
+            scores.reshape(b, h, w, h * w),
+            axis=-1,
+        )
+        y = jnp.einsum(
+            "bhwHW,bHWc->bhwc",
+            scores.reshape(b, h, w, h, w),
+            v,
+        )
         return x + nn.Dense(c, kernel_init=default_init(0.1))(y)
 
 
@@ -1428,7 +1861,11 @@ class ScoreUNet(nn.Module):
         hs = []
         for level, mult in enumerate(config.ch_mult):
             if level != 0:
-                h = conv3x3(h, h.shape[-1], stride=2)
+                h = conv3x3(
+                    h,
+                    h.shape[-1],
+                    stride=2,
+                )
             h = resnet_block(out_ch=config.nf * mult)(h, temb, train)
             if h.shape[1] in config.attn_resolutions:
                 h = AttnBlock(normalize)(h)
@@ -1440,7 +1877,15 @@ class ScoreUNet(nn.Module):
             h = resnet_block(out_ch=config.nf * mult)(h, temb, train)
             if level != 0:
                 b, height, width, c = h.shape
-                h = jax.image.resize(h, (b, 2 * height, 2 * width, c), method="nearest")
+                h = jax.image.resize(
+                    h,
+                    (b, 2 * height, 2 * width, c),
+                    method="nearest",
+                )
                 h = conv3x3(h, c)
         assert not hs
-        return conv3x3(act(normalize()(h)), x.shape[-1], init_scale=0.1)
+        return conv3x3(
+            act(normalize()(h)),
+            x.shape[-1],
+            init_scale=0.1,
+        )

@@ -60,7 +60,12 @@ class Case:
         test = jax.tree.map(lambda x: x[TRAIN:], data)
         return train, test
 
-    def trainer(self, devices: int, served: bool = False, **options: Any) -> Any:
+    def trainer(
+        self,
+        devices: int,
+        served: bool = False,
+        **options: Any,
+    ) -> Any:
         train, test = self.parts()
         return lepton.Trainer(
             model=self.served if served and self.served is not None else self.model,
@@ -78,10 +83,14 @@ class Case:
         )
 
 
-# ---- how each kind of module is called by hand ---------------------------------------
+# ---- how each kind of module is called by hand ----
 
 
-def linen_by_hand(net: Any, call: Callable, served: Any = None) -> Callable:
+def linen_by_hand(
+    net: Any,
+    call: Callable,
+    served: Any = None,
+) -> Callable:
     """The forward pass of a Linen module.
 
     Args:
@@ -112,10 +121,19 @@ def nnx_by_hand(build: Callable, call: Callable) -> Callable:
     """The forward pass of an NNX module; `call` is (module, inputs, key, train)."""
 
     def forward(params, variables, inputs, key, train):
-        graph, own, rest = nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)
+        graph, own, rest = nnx.split(
+            build(nnx.Rngs(0)),
+            nnx.Param,
+            ...,
+        )
         nnx.replace_by_pure_dict(own, params)
         nnx.replace_by_pure_dict(rest, variables)
-        module = nnx.merge(graph, own, rest, copy=True)
+        module = nnx.merge(
+            graph,
+            own,
+            rest,
+            copy=True,
+        )
         module.train() if train else module.eval()
         outputs = call(module, inputs, key, train)
         return outputs, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
@@ -128,7 +146,7 @@ def vae_by_hand(params, variables, inputs, key, train):
     return VAE.apply({"params": params}, inputs, key), variables
 
 
-# ---- data ----------------------------------------------------------------------------
+# ---- data ----
 
 
 def pictures(rng, shape, classes):
@@ -142,7 +160,11 @@ def packed_text(rng):
     first = rng.integers(3, 6, (len(tokens), 1))
     second = rng.integers(4, 6, (len(tokens), 1))
     place = np.arange(12)[None]
-    segments = np.where(place < first, 1, np.where(place < first + second, 2, 0))
+    segments = np.where(
+        place < first,
+        1,
+        np.where(place < first + second, 2, 0),
+    )
     positions = np.where(segments == 2, place - first, place) * (segments > 0)
     tokens = tokens * (segments > 0)
     inputs = {
@@ -157,10 +179,26 @@ def additions(rng):
     """One-hot questions and answers of several lengths, each ended by token 1."""
 
     def strings(length):
-        ids = rng.integers(2, 7, (TRAIN + TEST, length))
-        ends = rng.integers(1, length, (len(ids), 1))
-        ids = np.where(np.arange(length) == ends, 1, ids)
-        ids = np.where(np.arange(length) > ends, 0, ids)
+        ids = rng.integers(
+            2,
+            7,
+            (TRAIN + TEST, length),
+        )
+        ends = rng.integers(
+            1,
+            length,
+            (len(ids), 1),
+        )
+        ids = np.where(
+            np.arange(length) == ends,
+            1,
+            ids,
+        )
+        ids = np.where(
+            np.arange(length) > ends,
+            0,
+            ids,
+        )
         return np.eye(7, dtype=np.float32)[ids], ends[:, 0]
 
     questions, _ = strings(5)
@@ -195,7 +233,11 @@ def tokens_with_positions(rng):
     tokens, targets = next_tokens(rng)
     split = rng.integers(2, 7, (len(tokens), 1))
     place = np.arange(tokens.shape[1])[None]
-    positions = np.where(place >= split, place - split, place)
+    positions = np.where(
+        place >= split,
+        place - split,
+        place,
+    )
     return {"tokens": tokens, "segment_pos": positions.astype(np.int32)}, targets
 
 
@@ -220,7 +262,11 @@ def molecules(rng):
         "n_node": n_node.astype(np.int32),
         "n_edge": n_edge.astype(np.int32),
     }
-    return inputs, np.where(rng.random(labels.shape) < 0.2, np.nan, labels)
+    return inputs, np.where(
+        rng.random(labels.shape) < 0.2,
+        np.nan,
+        labels,
+    )
 
 
 def one_graph(inputs: dict[str, jax.Array]) -> public.GraphsTuple:
@@ -264,7 +310,7 @@ def noisy_pictures(rng):
     return inputs, {"noise": noise, "std": std}
 
 
-# ---- losses --------------------------------------------------------------------------
+# ---- losses ----
 
 cross_entropy = lepton.losses.cross_entropy
 
@@ -283,7 +329,10 @@ def of_answers(outputs, targets):
 def negative_elbo(outputs, x):
     recon_x, mean, logvar = outputs
     bce = optax.sigmoid_binary_cross_entropy(recon_x, x).sum(axis=-1)
-    kld = -0.5 * jnp.sum(1 + logvar - jnp.square(mean) - jnp.exp(logvar), axis=-1)
+    kld = -0.5 * jnp.sum(
+        1 + logvar - jnp.square(mean) - jnp.exp(logvar),
+        axis=-1,
+    )
     return bce + kld
 
 
@@ -316,17 +365,33 @@ most_likely = partial(jnp.argmax, axis=-1)
 ADAMW = optax.adamw(1e-3, eps=1e-4)
 
 
-# ---- the models ----------------------------------------------------------------------
+# ---- the models ----
 
 MNIST = public.MnistCNN
 RESNET = public.TinyResNet(num_classes=3)
 LM = public.TransformerConfig(vocab_size=16)
 LM_SERVED = public.TransformerLM(LM.replace(deterministic=True))
-SEQ2SEQ = public.Seq2seq(teacher_force=True, hidden_size=8, vocab_size=7)
+SEQ2SEQ = public.Seq2seq(
+    teacher_force=True,
+    hidden_size=8,
+    vocab_size=7,
+)
 VAE = public.VAE(12)
-VIT = public.ViT(5, variant="nano", dropout=0.1)
+VIT = public.ViT(
+    5,
+    variant="nano",
+    dropout=0.1,
+)
 NANODO = public.TransformerDo(
-    public.DoConfig(D=8, H=2, L=8, N=1, V=16, F=16, remat=True)
+    public.DoConfig(
+        D=8,
+        H=2,
+        L=8,
+        N=1,
+        V=16,
+        F=16,
+        remat=True,
+    )
 )
 BONSAI = partial(public.BottleneckResNet, public.ResNetConfig.nano())
 GEMMA = partial(public.Gemma, public.GemmaConfig())
@@ -350,7 +415,11 @@ SCORE = public.ScoreUNet(public.ScoreConfig())
 CASES = {
     "mnist": Case(
         model=MNIST,
-        data=partial(pictures, shape=(8, 8, 1), classes=10),
+        data=partial(
+            pictures,
+            shape=(8, 8, 1),
+            classes=10,
+        ),
         loss=cross_entropy,
         forward=nnx_by_hand(
             lambda rngs: MNIST(rngs),
@@ -361,14 +430,23 @@ CASES = {
     ),
     "imagenet": Case(
         model=RESNET,
-        data=partial(pictures, shape=(8, 8, 3), classes=3),
+        data=partial(
+            pictures,
+            shape=(8, 8, 3),
+            classes=3,
+        ),
         loss=cross_entropy,
         # by hand the batch is whole: there is no axis to average over
         forward=linen_by_hand(
-            RESNET.clone(axis_name=None), lambda apply, x, train: apply(x, train=train)
+            RESNET.clone(axis_name=None),
+            lambda apply, x, train: apply(x, train=train),
         ),
         decode=most_likely,
-        optimizer=optax.sgd(0.05, momentum=0.9, nesterov=True),
+        optimizer=optax.sgd(
+            0.05,
+            momentum=0.9,
+            nesterov=True,
+        ),
         fields={"metrics": {"accuracy": lepton.metrics.accuracy}},
     ),
     "lm1b": Case(
@@ -378,7 +456,9 @@ CASES = {
         optimizer=ADAMW,
         loss=of_tokens_that_count,
         forward=linen_by_hand(
-            public.TransformerLM(LM), lambda apply, x, train: apply(**x), LM_SERVED
+            public.TransformerLM(LM),
+            lambda apply, x, train: apply(**x),
+            LM_SERVED,
         ),
     ),
     "seq2seq": Case(
@@ -402,22 +482,31 @@ CASES = {
         data=labelled_pictures,
         loss=sigmoid_xent,
         forward=linen_by_hand(
-            VIT, lambda apply, x, train: apply(x["image"], train=train)
+            VIT,
+            lambda apply, x, train: apply(x["image"], train=train),
         ),
     ),
     "nanodo": Case(
         model=NANODO,
         data=next_tokens,
         loss=cross_entropy,
-        forward=linen_by_hand(NANODO, lambda apply, x, train: apply(x)),
+        forward=linen_by_hand(
+            NANODO,
+            lambda apply, x, train: apply(x),
+        ),
         fields={"decode": lambda logits: logits},
     ),
     "bonsai": Case(
         model=BONSAI,
-        data=partial(pictures, shape=(8, 8, 3), classes=3),
+        data=partial(
+            pictures,
+            shape=(8, 8, 3),
+            classes=3,
+        ),
         loss=cross_entropy,
         forward=nnx_by_hand(
-            lambda rngs: BONSAI(rngs=rngs), lambda net, x, key, train: net(x)
+            lambda rngs: BONSAI(rngs=rngs),
+            lambda net, x, key, train: net(x),
         ),
         fields={"decode": jax.nn.softmax},
     ),
@@ -427,7 +516,8 @@ CASES = {
         optimizer=ADAMW,
         loss=lambda outputs, targets: cross_entropy(outputs["logits"], targets),
         forward=nnx_by_hand(
-            lambda rngs: GEMMA(rngs=rngs), lambda net, x, key, train: net(**x)
+            lambda rngs: GEMMA(rngs=rngs),
+            lambda net, x, key, train: net(**x),
         ),
     ),
     "recurrentgemma": Case(
@@ -435,14 +525,18 @@ CASES = {
         data=tokens_with_positions,
         loss=lambda outputs, targets: cross_entropy(outputs[0], targets),
         forward=linen_by_hand(
-            GRIFFIN, lambda apply, x, train: apply(x["tokens"], x["segment_pos"])
+            GRIFFIN,
+            lambda apply, x, train: apply(x["tokens"], x["segment_pos"]),
         ),
     ),
     "ogbg": Case(
         model=GRAPHS,
         data=molecules,
         loss=of_known_labels,
-        forward=linen_by_hand(GRAPHS, lambda apply, x, train: apply(one_graph(x))),
+        forward=linen_by_hand(
+            GRAPHS,
+            lambda apply, x, train: apply(one_graph(x)),
+        ),
         fields={"preprocess": one_graph, "decode": lambda graphs: graphs.globals[::2]},
     ),
     "nerf": Case(
@@ -452,7 +546,10 @@ CASES = {
         forward=linen_by_hand(
             NERF,
             lambda apply, x, train: apply(
-                x["origins"], x["directions"], x["viewdirs"], randomized=train
+                x["origins"],
+                x["directions"],
+                x["viewdirs"],
+                randomized=train,
             ),
         ),
     ),
@@ -461,13 +558,18 @@ CASES = {
         data=noisy_pictures,
         loss=score_matching,
         forward=linen_by_hand(
-            SCORE, lambda apply, x, train: apply(x["x"], x["labels"], train=train)
+            SCORE,
+            lambda apply, x, train: apply(
+                x["x"],
+                x["labels"],
+                train=train,
+            ),
         ),
     ),
 }
 
 
-# ---- by hand -------------------------------------------------------------------------
+# ---- by hand ----
 
 
 def mean_of(result: Any) -> Any:
@@ -478,27 +580,51 @@ def mean_of(result: Any) -> Any:
     return result.mean()
 
 
-def train_by_hand(case: Case, params: Any, variables: Any) -> tuple[Any, Any, Any]:
+def train_by_hand(
+    case: Case,
+    params: Any,
+    variables: Any,
+) -> tuple[Any, Any, Any]:
     """(losses, parameters, variables) after STEPS updates on the training samples."""
     train, _ = case.parts()
     opt_state = case.optimizer.init(params)
 
     @jax.jit
-    def step(params, variables, opt_state, index, inputs, targets):
+    def step(
+        params,
+        variables,
+        opt_state,
+        index,
+        inputs,
+        targets,
+    ):
         key = jax.random.fold_in(jax.random.key(0), index)
 
         def loss_of(params):
-            outputs, after = case.forward(params, variables, inputs, key, True)
+            outputs, after = case.forward(
+                params,
+                variables,
+                inputs,
+                key,
+                True,
+            )
             return mean_of(case.loss(outputs, targets)), after
 
         (loss, after), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        updates, opt_state = case.optimizer.update(gradients, opt_state, params)
+        updates, opt_state = case.optimizer.update(
+            gradients,
+            opt_state,
+            params,
+        )
         return optax.apply_updates(params, updates), after, opt_state, loss
 
     losses = []
     for index in range(STEPS):
         rows = slice(index * BATCH, (index + 1) * BATCH)
-        batch = jax.tree.map(lambda x, rows=rows: x[rows], train)
+        batch = jax.tree.map(
+            lambda x, rows=rows: x[rows],
+            train,
+        )
         params, variables, opt_state, loss = step(
             params, variables, opt_state, index, *batch
         )
@@ -506,7 +632,11 @@ def train_by_hand(case: Case, params: Any, variables: Any) -> tuple[Any, Any, An
     return np.array(losses), params, variables
 
 
-def evaluate_by_hand(case: Case, params: Any, variables: Any) -> tuple[float, Any]:
+def evaluate_by_hand(
+    case: Case,
+    params: Any,
+    variables: Any,
+) -> tuple[float, Any]:
     """(loss, outputs as predicted) of the test samples, batch by batch.
 
     Each batch draws the same random numbers.
@@ -516,13 +646,22 @@ def evaluate_by_hand(case: Case, params: Any, variables: Any) -> tuple[float, An
 
     @jax.jit
     def evaluate(params, variables, inputs, targets):
-        outputs, _ = case.forward(params, variables, inputs, jax.random.key(0), False)
+        outputs, _ = case.forward(
+            params,
+            variables,
+            inputs,
+            jax.random.key(0),
+            False,
+        )
         return case.loss(outputs, targets), decode(outputs)
 
     found = []
     for start in range(0, TEST, BATCH):
         rows = np.arange(start, start + BATCH) % TEST
-        batch = jax.tree.map(lambda x, rows=rows: x[rows], test)
+        batch = jax.tree.map(
+            lambda x, rows=rows: x[rows],
+            test,
+        )
         found.append(evaluate(params, variables, *batch))
     result, outputs = jax.tree.map(lambda *x: np.concatenate(x)[:TEST], *found)
     return float(mean_of(result)), outputs
@@ -532,13 +671,17 @@ def near(actual: Any, expected: Any) -> None:
     """Assert that two trees of arrays have the same shape and nearly same values."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=TOLERANCE, atol=TOLERANCE),
+        partial(
+            np.testing.assert_allclose,
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+        ),
         actual,
         expected,
     )
 
 
-# ---- the tests -----------------------------------------------------------------------
+# ---- the tests ----
 
 
 class Runs:
@@ -548,31 +691,59 @@ class Runs:
         self.folder = folder
         self._made: dict[Any, Any] = {}
 
-    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+    def once(
+        self,
+        name: Any,
+        make: Callable[[], Any],
+    ) -> Any:
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
-    def run_dir(self, name: str, devices: int) -> Path:
+    def run_dir(
+        self,
+        name: str,
+        devices: int,
+    ) -> Path:
         return self.folder / f"{name}-{devices}"
 
-    def whole(self, name: str, devices: int) -> Any:
+    def whole(
+        self,
+        name: str,
+        devices: int,
+    ) -> Any:
         """A trainer that has trained all STEPS, and its history."""
 
         def make():
-            run = CASES[name].trainer(devices, run_dir=self.run_dir(name, devices))
+            run = CASES[name].trainer(
+                devices,
+                run_dir=self.run_dir(name, devices),
+            )
             return run, run.fit()
 
         return self.once((name, devices), make)
 
-    def fresh(self, name: str, devices: int, **options: Any) -> Any:
+    def fresh(
+        self,
+        name: str,
+        devices: int,
+        **options: Any,
+    ) -> Any:
         """Another trainer; it follows the plan of `whole`, for a search takes long."""
         run, _ = self.whole(name, devices)
         same = CASES[name].served is None or "served" not in options
         plan = run.program.plan if same else None
-        return CASES[name].trainer(devices, plan=plan, **options)
+        return CASES[name].trainer(
+            devices,
+            plan=plan,
+            **options,
+        )
 
-    def saved(self, name: str, devices: int) -> Path:
+    def saved(
+        self,
+        name: str,
+        devices: int,
+    ) -> Path:
         """The model that `whole` has saved."""
 
         def make():
@@ -581,7 +752,11 @@ class Runs:
 
         return self.once((name, devices, "saved"), make)
 
-    def serving(self, name: str, devices: int) -> Any:
+    def serving(
+        self,
+        name: str,
+        devices: int,
+    ) -> Any:
         """A fresh trainer that has loaded what `whole` has saved."""
 
         def make():
@@ -596,7 +771,11 @@ class Runs:
         def make():
             run, _ = self.whole(name, 1)
             state = run.program.init(0)
-            return train_by_hand(CASES[name], state.params, state.variables)
+            return train_by_hand(
+                CASES[name],
+                state.params,
+                state.variables,
+            )
 
         return self.once((name, "by hand"), make)
 
@@ -665,7 +844,11 @@ def test_predictions_of_what_is_saved_and_loaded_are_those_by_hand(name, devices
     near(predicted, expected)
     if CASES[name].served is None:
         run, _ = runs.whole(name, devices)
-        jax.tree.map(np.testing.assert_array_equal, run.predict(inputs), predicted)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            run.predict(inputs),
+            predicted,
+        )
 
 
 @over_models_and_devices

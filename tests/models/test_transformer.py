@@ -18,20 +18,54 @@ def parameters(model) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-LM = {"vocab": 13, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2}
+LM = {
+    "vocab": 13,
+    "dim": 16,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+}
 
 
-@pytest.mark.parametrize("build", [
-    partial(models.TransformerLM, **LM),
-    partial(models.TransformerLM, **LM, tied=True, loop="scan"),
-    partial(models.MoELM, **LM, experts=4, capacity=2.0),
-    partial(models.MoELM, **LM, experts=4, chosen=1, capacity=0.5),
-])
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(models.TransformerLM, **LM),
+        partial(
+            models.TransformerLM,
+            **LM,
+            tied=True,
+            loop="scan",
+        ),
+        partial(
+            models.MoELM,
+            **LM,
+            experts=4,
+            capacity=2.0,
+        ),
+        partial(
+            models.MoELM,
+            **LM,
+            experts=4,
+            chosen=1,
+            capacity=0.5,
+        ),
+    ],
+)
 def test_a_token_never_sees_the_ones_after_it(build):
     model = build(rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(0), (1, 8), 0, 13)
+    tokens = jax.random.randint(
+        jax.random.key(0),
+        (1, 8),
+        0,
+        13,
+    )
     out, changed = model(tokens), model(tokens.at[0, 5].set((tokens[0, 5] + 1) % 13))
-    np.testing.assert_allclose(out[:, :5], changed[:, :5], atol=1e-6)
+    np.testing.assert_allclose(
+        out[:, :5],
+        changed[:, :5],
+        atol=1e-6,
+    )
     assert (jnp.abs(out - changed)[0, 5:].max(axis=-1) > 1e-4).all()
 
 
@@ -39,17 +73,39 @@ def test_rotary_positions_tell_order_apart_but_only_by_distance():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
     turn = lambda x: rotary(jnp.broadcast_to(x, (1, 12, 1, 8)), 10_000.0)[0, :, 0]  # noqa: E731
     scores = turn(query) @ turn(key).T
-    np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-5)
+    np.testing.assert_allclose(
+        scores[1:, 1:],
+        scores[:-1, :-1],
+        atol=1e-5,
+    )
     assert abs(scores[0, 1] - scores[1, 0]) > 1e-3
     np.testing.assert_allclose(turn(key)[0], key[0, 0, 0])
 
 
 def test_transformer_parameters_and_impossible_heads():
-    model = models.TransformerLM(50, dim=64, layers=1, heads=8, kv_heads=4, hidden=172, tied=True, rngs=nnx.Rngs(0))
-    assert parameters(model) == 50 * 64 + 64 * (64 + 32 + 32 + 64) + 3 * 64 * 172 + 3 * 64
+    model = models.TransformerLM(
+        50,
+        dim=64,
+        layers=1,
+        heads=8,
+        kv_heads=4,
+        hidden=172,
+        tied=True,
+        rngs=nnx.Rngs(0),
+    )
+    assert (
+        parameters(model) == 50 * 64 + 64 * (64 + 32 + 32 + 64) + 3 * 64 * 172 + 3 * 64
+    )
     for heads, kv_heads in ((3, 3), (4, 3)):
         with pytest.raises(ValueError, match="heads"):
-            models.TransformerLM(50, dim=64, layers=1, heads=heads, kv_heads=kv_heads, rngs=nnx.Rngs(0))
+            models.TransformerLM(
+                50,
+                dim=64,
+                layers=1,
+                heads=heads,
+                kv_heads=kv_heads,
+                rngs=nnx.Rngs(0),
+            )
 
 
 def stacked(looped: dict) -> dict:
@@ -59,15 +115,41 @@ def stacked(looped: dict) -> dict:
 
 
 MODELS = {
-    "dense": lambda loop: models.TransformerLM(13, dim=16, layers=3, heads=4, kv_heads=2, loop=loop, rngs=nnx.Rngs(0)),
-    "experts": lambda loop: models.MoELM(13, dim=16, layers=3, heads=4, kv_heads=2, experts=4, loop=loop, rngs=nnx.Rngs(0)),
+    "dense": lambda loop: models.TransformerLM(
+        13,
+        dim=16,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        loop=loop,
+        rngs=nnx.Rngs(0),
+    ),
+    "experts": lambda loop: models.MoELM(
+        13,
+        dim=16,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        experts=4,
+        loop=loop,
+        rngs=nnx.Rngs(0),
+    ),
 }
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    "build",
+    MODELS.values(),
+    ids=MODELS,
+)
 def test_a_scan_over_the_layers_computes_what_the_unrolled_loop_does(build):
     looped, scanned = build("unrolled"), build("scan")
-    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 13)
+    tokens = jax.random.randint(
+        jax.random.key(0),
+        (2, 8),
+        0,
+        13,
+    )
 
     def loss(model, params):
         graph, state = nnx.split(model)
@@ -76,40 +158,86 @@ def test_a_scan_over_the_layers_computes_what_the_unrolled_loop_does(build):
 
     params = nnx.to_pure_dict(nnx.state(looped))
     value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(looped, p)))(params)
-    other, others = jax.jit(jax.value_and_grad(lambda p: loss(scanned, p)))(stacked(params))
+    other, others = jax.jit(jax.value_and_grad(lambda p: loss(scanned, p)))(
+        stacked(params)
+    )
     np.testing.assert_allclose(value, other, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), stacked(gradient), others)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a,
+            b,
+            rtol=1e-3,
+            atol=1e-6,
+        ),
+        stacked(gradient),
+        others,
+    )
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    "build",
+    MODELS.values(),
+    ids=MODELS,
+)
 def test_the_scan_carries_the_residual_stream_only_and_layers_start_different(build):
     model = build("scan")
     graph, state = nnx.split(model)
-    jaxpr = jax.make_jaxpr(lambda s, tokens: nnx.merge(graph, s)(tokens))(state, jnp.zeros((2, 8), int))
+    jaxpr = jax.make_jaxpr(lambda s, tokens: nnx.merge(graph, s)(tokens))(
+        state, jnp.zeros((2, 8), int)
+    )
     scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     layers = jax.tree.leaves(nnx.state(model.blocks))
-    assert len(scans) == 1 and len(scans[0].invars) == 1 + len(layers) and len(scans[0].outvars) == 1
+    assert (
+        len(scans) == 1
+        and len(scans[0].invars) == 1 + len(layers)
+        and len(scans[0].outvars) == 1
+    )
     assert all(x.shape[0] == 3 for x in layers)
     kernels = model.blocks.attention.query.kernel[...]
     assert all((kernels[i] != kernels[j]).any() for i, j in ((0, 1), (1, 2)))
-    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(nnx.state(model, nnx.Param))), "nothing but parameters"
+    assert len(jax.tree.leaves(state)) == len(
+        jax.tree.leaves(nnx.state(model, nnx.Param))
+    ), "nothing but parameters"
 
 
 def test_every_parameter_has_a_gradient():
     for build in MODELS.values():
         model = build("scan")
-        tokens = jax.random.randint(jax.random.key(0), (4, 8), 0, 13)
+        tokens = jax.random.randint(
+            jax.random.key(0),
+            (4, 8),
+            0,
+            13,
+        )
         weights = jax.random.normal(jax.random.key(1), (4, 8, 13))
-        gradient = nnx.jit(nnx.grad(lambda m, t=tokens, w=weights: (m(t) * w).sum()))(model)
+        gradient = nnx.jit(nnx.grad(lambda m, t=tokens, w=weights: (m(t) * w).sum()))(
+            model
+        )
         for path, leaf in nnx.to_flat_state(gradient):
             assert (leaf[...] != 0).any(), path
 
 
-@pytest.mark.parametrize(("size", "billions"), [("1m", 0.0009944), ("10m", 0.01072), ("124m", 0.1236), ("1b", 1.236),
-                                                ("8b", 8.030), ("70b", 70.55), ("405b", 405.9)])
+@pytest.mark.parametrize(
+    ("size", "billions"),
+    [
+        ("1m", 0.0009944),
+        ("10m", 0.01072),
+        ("124m", 0.1236),
+        ("1b", 1.236),
+        ("8b", 8.030),
+        ("70b", 70.55),
+        ("405b", 405.9),
+    ],
+)
 def test_sizes_have_their_parameters(size, billions):
     arguments = models.transformer_size(size)
-    model = nnx.eval_shape(lambda: models.TransformerLM(**arguments, loop="scan", rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: models.TransformerLM(
+            **arguments,
+            loop="scan",
+            rngs=nnx.Rngs(0),
+        )
+    )
     assert parameters(model) / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
@@ -117,4 +245,11 @@ def test_an_unknown_size_or_loop_is_refused():
     with pytest.raises(ValueError, match="'7b' is none of 1m"):
         models.transformer_size("7b")
     with pytest.raises(ValueError, match="'scan'"):
-        models.TransformerLM(5, dim=8, layers=1, heads=2, loop="rolled", rngs=nnx.Rngs(0))
+        models.TransformerLM(
+            5,
+            dim=8,
+            layers=1,
+            heads=2,
+            loop="rolled",
+            rngs=nnx.Rngs(0),
+        )

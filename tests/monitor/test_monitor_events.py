@@ -27,25 +27,47 @@ class Heard:
 
 def test_float32_and_non_finite_values_come_back_exactly(tmp_path):
     values = np.random.default_rng(0).standard_normal(200).astype(np.float32)
-    values[:3] = [np.nan, np.inf, -np.inf]
+    values[:3] = [
+        np.nan,
+        np.inf,
+        -np.inf,
+    ]
     heard = Heard()
     monitor = Monitor(tmp_path, [heard])
-    monitor.event("steps", records={"loss": values}, scalar=np.float32(0.1), deep=[{"x": math.nan}], path=tmp_path)
+    monitor.event(
+        "steps",
+        records={"loss": values},
+        scalar=np.float32(0.1),
+        deep=[{"x": math.nan}],
+        path=tmp_path,
+    )
     monitor.close()
     for line in (tmp_path / "events.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     (event,) = read_events(tmp_path)
-    np.testing.assert_array_equal(np.array(event["records"]["loss"], np.float32), values)
+    np.testing.assert_array_equal(
+        np.array(event["records"]["loss"], np.float32), values
+    )
     assert event["scalar"] == np.float32(0.1) and math.isnan(event["deep"][0]["x"])
-    np.testing.assert_array_equal(heard.events[0]["records"]["loss"], event["records"]["loss"])
+    np.testing.assert_array_equal(
+        heard.events[0]["records"]["loss"], event["records"]["loss"]
+    )
 
 
 def test_bfloat16_records_become_numbers(tmp_path):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     monitor = Monitor(tmp_path)
-    monitor.event("steps", loss=np.array([1.5, np.nan], ml_dtypes.bfloat16), one=ml_dtypes.bfloat16(0.25))
+    monitor.event(
+        "steps",
+        loss=np.array([1.5, np.nan], ml_dtypes.bfloat16),
+        one=ml_dtypes.bfloat16(0.25),
+    )
     (event,) = read_events(tmp_path)
-    assert event["loss"][0] == 1.5 and math.isnan(event["loss"][1]) and event["one"] == 0.25
+    assert (
+        event["loss"][0] == 1.5
+        and math.isnan(event["loss"][1])
+        and event["one"] == 0.25
+    )
 
 
 def test_an_event_is_in_the_file_before_the_next_begins(tmp_path):
@@ -84,10 +106,14 @@ def test_a_journal_that_is_one_torn_line_starts_empty(tmp_path):
     assert [e["kind"] for e in read_events(path)] == ["start"]
 
 
-@pytest.mark.parametrize("line", [b'{"time": 1, "ki\n', b"7\n", b'{"time": 1}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "line", [b'{"time": 1, "ki\n', b"7\n", b'{"time": 1}\n', b"\xff\xfe\n"]
+)
 def test_damage_elsewhere_names_file_and_line(tmp_path, line):
     path = tmp_path / "events.jsonl"
-    path.write_bytes(b'{"time": 1, "kind": "start"}\n' + line + b'{"time": 2, "kind": "end"}\n')
+    path.write_bytes(
+        b'{"time": 1, "kind": "start"}\n' + line + b'{"time": 2, "kind": "end"}\n'
+    )
     with pytest.raises(DataError) as error:
         read_events(path)
     assert error.value.where == f"{path}, line 2"
@@ -106,7 +132,7 @@ def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path, monkeypatch
     def full(file, data):
         if not room[0]:
             raise OSError(28, "No space left on device")
-        data, room[0] = data[:room[0]], 0
+        data, room[0] = data[: room[0]], 0
         return write(file, data)
 
     monkeypatch.setattr(events_module.os, "write", full)
@@ -134,10 +160,15 @@ def test_without_a_folder_sinks_still_hear_and_close_once():
 
 
 def test_monitor_does_not_import_jax():
-    code = ("import sys, importlib.machinery as m, types\n"
-            "package = types.ModuleType('lepton_jax'); package.__path__ = [sys.argv[1]]\n"
-            "sys.modules['lepton_jax'] = package\n"
-            "import lepton_jax.monitor, lepton_jax.monitor.report\n"
-            "sys.exit('jax' in sys.modules or 'rich' in sys.modules)")
+    code = (
+        "import sys, importlib.machinery as m, types\n"
+        "package = types.ModuleType('lepton_jax'); package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['lepton_jax'] = package\n"
+        "import lepton_jax.monitor, lepton_jax.monitor.report\n"
+        "sys.exit('jax' in sys.modules or 'rich' in sys.modules)"
+    )
     folder = os.path.dirname(os.path.dirname(events_module.__file__))
-    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code, folder], check=False).returncode
+        == 0
+    )

@@ -9,15 +9,17 @@ from lepton_jax.monitor import Monitor, TensorBoard
 
 
 def read(folder):
-    """(tag, step) to value, and the steps from which earlier files are to be forgotten."""
+    """(tag, step) to value, and the steps from which earlier files are to be
+    forgotten.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     scalars, purged = {}, []
     for path in sorted(folder.glob("events.out*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
-            size = int.from_bytes(data[at:at + 8], "little")
-            event = Event.FromString(data[at + 12:at + 12 + size])
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
             at += size + 16  # a record is length (8), checksum (4), data, checksum (4)
             if event.HasField("session_log"):
                 purged.append(event.step)
@@ -30,13 +32,29 @@ def test_scalars_lie_at_their_steps(tmp_path):
     pytest.importorskip("tensorboardX")
     monitor = Monitor(None, [TensorBoard(tmp_path)])
     monitor.event("start", step=4)
-    monitor.event("steps", first=5, last=6, seconds=0.5, data_wait=0.125, records={"loss": [3.0, 2.0], "name": ["x"]})
-    monitor.event("evaluation", step=6, metrics={"accuracy": 0.75})
+    monitor.event(
+        "steps",
+        first=5,
+        last=6,
+        seconds=0.5,
+        data_wait=0.125,
+        records={"loss": [3.0, 2.0], "name": ["x"]},
+    )
+    monitor.event(
+        "evaluation",
+        step=6,
+        metrics={"accuracy": 0.75},
+    )
     monitor.event("end")
     monitor.close()
     scalars, purged = read(tmp_path)
-    assert scalars == {("train/loss", 5): 3.0, ("train/loss", 6): 2.0, ("evaluation/accuracy", 6): 0.75,
-                       ("time/step_seconds", 6): 0.25, ("time/data_wait", 6): 0.25}
+    assert scalars == {
+        ("train/loss", 5): 3.0,
+        ("train/loss", 6): 2.0,
+        ("evaluation/accuracy", 6): 0.75,
+        ("time/step_seconds", 6): 0.25,
+        ("time/data_wait", 6): 0.25,
+    }
     assert purged == [5]
 
 

@@ -1,4 +1,6 @@
-"""Where nothing fits, the advice is the nearest that works; a plan chosen for being simple says what is faster."""
+"""Where nothing fits, the advice is the nearest that works; a plan chosen for being
+simple says what is faster.
+"""
 
 import dataclasses
 import functools
@@ -21,7 +23,10 @@ LABEL = jax.ShapeDtypeStruct((1,), jnp.int32)
 def on(name, memory):
     """A topology whose devices have so many bytes."""
     whole = lepton.topology(name)
-    return dataclasses.replace(whole, chip=dataclasses.replace(whole.chip, memory=memory))
+    return dataclasses.replace(
+        whole,
+        chip=dataclasses.replace(whole.chip, memory=memory),
+    )
 
 
 def numbers(*shape):
@@ -29,29 +34,74 @@ def numbers(*shape):
 
 
 def images(batch_size, **fields):
-    return recipe(functools.partial(models.CNN, 10), (numbers(28, 28, 1), LABEL), batch_size, fields)
+    return recipe(
+        functools.partial(models.CNN, 10),
+        (numbers(28, 28, 1), LABEL),
+        batch_size,
+        fields,
+    )
 
 
 def wide(batch_size, **fields):
-    return recipe(functools.partial(models.MLP, (1_000_000, 10)), (numbers(1_000_000), LABEL), batch_size, fields)
+    return recipe(
+        functools.partial(models.MLP, (1_000_000, 10)),
+        (numbers(1_000_000), LABEL),
+        batch_size,
+        fields,
+    )
 
 
 def language(batch_size, **fields):
-    model = functools.partial(models.TransformerLM, 512, dim=64, layers=2, heads=4)
+    model = functools.partial(
+        models.TransformerLM,
+        512,
+        dim=64,
+        layers=2,
+        heads=4,
+    )
     return recipe(model, (TOKENS, TOKENS), batch_size, fields)
 
 
 def recipe(model, shapes, batch_size, fields):
-    made = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3),
-                         batch_size=batch_size, **fields)
+    made = lepton.Recipe(
+        model=model,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam(1e-3),
+        batch_size=batch_size,
+        **fields,
+    )
     return lepton.trace(made, *shapes)
 
 
 CASES = {  # on one device any size will do; on several a multiple
-    "images on one device": (images, 50, {}, on("cpu:1", 30e6), 1),
-    "images on eight": (images, 256, {}, on("cpu:8", 30e6), 8),
-    "wide rows": (wide, 65_536, {}, lepton.topology("v5e:2x2"), 4),
-    "an odd batch of images": (images, 42, {}, on("cpu:1", 20e6), 1),
+    "images on one device": (
+        images,
+        50,
+        {},
+        on("cpu:1", 30e6),
+        1,
+    ),
+    "images on eight": (
+        images,
+        256,
+        {},
+        on("cpu:8", 30e6),
+        8,
+    ),
+    "wide rows": (
+        wide,
+        65_536,
+        {},
+        lepton.topology("v5e:2x2"),
+        4,
+    ),
+    "an odd batch of images": (
+        images,
+        42,
+        {},
+        on("cpu:1", 20e6),
+        1,
+    ),
 }
 
 
@@ -71,19 +121,34 @@ def test_the_batch_size_that_is_advised_fits_and_the_next_does_not(case, monkeyp
 
 
 def test_micro_batches_that_are_asked_for_are_the_first_to_change():
-    with pytest.raises(lepton.PlanError, match="let the planner choose micro_batches: then it fits"):
+    with pytest.raises(
+        lepton.PlanError, match="let the planner choose micro_batches: then it fits"
+    ):
         planning.plan(language(64, micro_batches=2), on("h200:2", 30e6))
     assert planning.plan(language(64), on("h200:2", 30e6)).micro_batches > 2
 
 
 def test_micro_batches_that_free_little_are_not_offered(monkeypatch):
     monkeypatch.setattr(planning, "DOUBLINGS", 0)
-    trace = recipe(functools.partial(models.MLP, (1024, 1024, 10)), (numbers(1024), LABEL), 1024, {})
+    trace = recipe(
+        functools.partial(models.MLP, (1024, 1024, 10)),
+        (numbers(1024), LABEL),
+        1024,
+        {},
+    )
     with pytest.raises(lepton.PlanError) as caught:
         planning.plan(trace, on("h200:1", 2e6))
     parts = int(re.search(r"remat \w+, ([\d,]+) micro-batch", caught.value.what)[1])
     leanest = float(re.search(r"holds ([\d.]+) MiB", caught.value.what)[1])
-    most = planning.plan(trace, lepton.topology("h200:1"), remat="full", micro_batches=1024).peak / 2**20
+    most = (
+        planning.plan(
+            trace,
+            lepton.topology("h200:1"),
+            remat="full",
+            micro_batches=1024,
+        ).peak
+        / 2**20
+    )
     assert parts < 128 and leanest < 1.03 * most
 
 
@@ -93,14 +158,29 @@ def test_micro_batches_that_free_nothing_are_one():
 
 
 def test_a_faster_rival_is_not_called_slower_and_the_plan_not_the_best():
-    trace = recipe(functools.partial(models.MLP, (784, 2048, 10)), (numbers(784), LABEL), 16, {})
+    trace = recipe(
+        functools.partial(models.MLP, (784, 2048, 10)),
+        (numbers(784), LABEL),
+        16,
+        {},
+    )
     plan = planning.plan(trace, lepton.topology("h200:8"))
-    faster = [r for r in plan.rivals if r.seconds < plan.step_seconds * 0.999 and not r.loses.startswith("does not fit")]
+    faster = [
+        r
+        for r in plan.rivals
+        if r.seconds < plan.step_seconds * 0.999
+        and not r.loses.startswith("does not fit")
+    ]
     assert faster, "the case has a rival that is faster by microseconds"
     for rival in faster:
         share = plan.step_seconds / rival.seconds - 1
-        assert rival.loses.startswith(f"{share:.1%} faster, by ") and rival.loses.endswith("µs; less simple")
-    assert "best in time" not in " ".join(head(plan)) and "the simplest of the fastest" in head(plan)[0]
+        assert rival.loses.startswith(
+            f"{share:.1%} faster, by "
+        ) and rival.loses.endswith("µs; less simple")
+    assert (
+        "best in time" not in " ".join(head(plan))
+        and "the simplest of the fastest" in head(plan)[0]
+    )
     assert "faster, by" in str(plan) and "dispatching" in plan.reasons["the simplest"]
 
 

@@ -1,4 +1,6 @@
-"""Micro-batches that the planner picks by itself: not where they change the model, or not without a word."""
+"""Micro-batches that the planner picks by itself: not where they change the model, or
+not without a word.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +21,9 @@ class Deep(nnx.Module):
     """A tower of layers, with what is normal between them."""
 
     def __init__(self, normal, rngs):
-        self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(LAYERS)])
+        self.layers = nnx.List(
+            [nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(LAYERS)]
+        )
         self.normals = nnx.List([normal(rngs) for _ in range(LAYERS)])
         self.drop = nnx.Dropout(0.1, rngs=rngs)
 
@@ -52,27 +56,48 @@ def centred(rngs):
 
 def contrastive(outputs, targets):
     scores = outputs @ outputs.T
-    return optax.softmax_cross_entropy_with_integer_labels(scores, jnp.arange(len(scores)))
+    return optax.softmax_cross_entropy_with_integer_labels(
+        scores, jnp.arange(len(scores))
+    )
 
 
 @functools.cache
-def traced(normal, loss=lepton.losses.cross_entropy, **fields):
-    recipe = lepton.Recipe(model=functools.partial(Deep, normal), loss=loss, optimizer=optax.sgd(0.1),
-                           batch_size=ROWS, **fields)
+def traced(
+    normal,
+    loss=lepton.losses.cross_entropy,
+    **fields,
+):
+    recipe = lepton.Recipe(
+        model=functools.partial(Deep, normal),
+        loss=loss,
+        optimizer=optax.sgd(0.1),
+        batch_size=ROWS,
+        **fields,
+    )
     row = jax.ShapeDtypeStruct((1, WIDTH), jnp.float32)
-    return lepton.trace(recipe, row, jax.ShapeDtypeStruct((1,), jnp.int32))
+    return lepton.trace(
+        recipe,
+        row,
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
 
 
 def on(peak):
     """A device on which so many bytes fit, and its catalogue entry otherwise."""
     whole = lepton.topology("h200:1")
-    return dataclasses.replace(whole, chip=dataclasses.replace(whole.chip, memory=peak / 0.92))
+    return dataclasses.replace(
+        whole,
+        chip=dataclasses.replace(whole.chip, memory=peak / 0.92),
+    )
 
 
 def peak(trace, parts, *policies):
     """Bytes of the leanest plan in so many parts."""
     whole = lepton.topology("h200:1")
-    return min(planning.plan(trace, whole, remat=remat, micro_batches=parts).peak for remat in policies)
+    return min(
+        planning.plan(trace, whole, remat=remat, micro_batches=parts).peak
+        for remat in policies
+    )
 
 
 def test_rematerialization_goes_before_micro_batches_where_batch_norm_would_see_fewer_samples():
@@ -83,26 +108,47 @@ def test_rematerialization_goes_before_micro_batches_where_batch_norm_would_see_
     assert plan.micro_batches == 1 and plan.remat != "none" and not plan.notes
 
 
-@pytest.mark.parametrize(("normal", "loss", "says"), [
-    (batch_norm, lepton.losses.cross_entropy, ["normalization.py", "normals/0/mean", "samples of a batch meet"]),
-    (centred, lepton.losses.cross_entropy, ["test_batches.py", "(centred"]),
-    (layer_norm, contrastive, ["test_batches.py", "(contrastive)"]),
-    (Counter, lepton.losses.cross_entropy, ["normals/0/calls"]),
-], ids=["batch norm", "a mean of the batch", "a loss over pairs", "a counter"])
+@pytest.mark.parametrize(
+    ("normal", "loss", "says"),
+    [
+        (
+            batch_norm,
+            lepton.losses.cross_entropy,
+            ["normalization.py", "normals/0/mean", "samples of a batch meet"],
+        ),
+        (
+            centred,
+            lepton.losses.cross_entropy,
+            ["test_batches.py", "(centred"],
+        ),
+        (layer_norm, contrastive, ["test_batches.py", "(contrastive)"]),
+        (Counter, lepton.losses.cross_entropy, ["normals/0/calls"]),
+    ],
+    ids=["batch norm", "a mean of the batch", "a loss over pairs", "a counter"],
+)
 def test_micro_batches_that_change_the_model_are_said_with_the_line(normal, loss, says):
     trace = traced(normal, loss)
     plan = planning.plan(trace, on(peak(trace, 8, "none", "dots", "full") * 1.02))
     assert plan.micro_batches > 1
     (note,) = plan.notes
-    assert f"{plan.micro_batches} micro-batches" in note and f"{ROWS // plan.micro_batches} samples at a time" in note
+    assert (
+        f"{plan.micro_batches} micro-batches" in note
+        and f"{ROWS // plan.micro_batches} samples at a time" in note
+    )
     assert all(words in note for words in says) and "rngs" not in note
-    assert note.split()[0] in str(plan) and "change the model" in str(plan).replace("\n", " ")
+    assert note.split()[0] in str(plan) and "change the model" in str(plan).replace(
+        "\n", " "
+    )
 
 
 def test_micro_batches_that_are_asked_for_or_change_nothing_are_not_worth_a_word():
     trace = traced(layer_norm)
     plan = planning.plan(trace, on(peak(trace, 8, "none", "dots", "full") * 1.02))
     assert plan.micro_batches > 1 and not plan.notes
-    asked = planning.plan(traced(batch_norm, micro_batches=8), lepton.topology("h200:1"))
+    asked = planning.plan(
+        traced(batch_norm, micro_batches=8), lepton.topology("h200:1")
+    )
     assert asked.micro_batches == 8 and not asked.notes
-    assert not planning.plan(traced(batch_norm), lepton.topology("h200:1"), micro_batches=4).notes
+    assert not planning.plan(
+        traced(batch_norm), lepton.topology("h200:1"), micro_batches=4
+    ).notes

@@ -1,4 +1,6 @@
-"""The cost's FLOP are XLA's, of convolutions too; collectives are those that a platform has."""
+"""The cost's FLOP are XLA's, of convolutions too; collectives are those that a platform
+has.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +21,77 @@ from lepton_jax.program import Program
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
-@pytest.mark.parametrize(("image", "kernel", "options"), [
-    ((2, 8, 8, 3), (3, 3, 3, 5), {}),
-    ((2, 7, 5, 3), (3, 2, 3, 5), {"window_strides": (2, 3)}),
-    ((2, 9, 9, 3), (3, 3, 3, 5), {"rhs_dilation": (2, 4)}),
-    ((2, 5, 5, 3), (3, 3, 3, 5), {"padding": ((2, 1), (-1, 3)), "lhs_dilation": (2, 3)}),
-    ((2, 8, 8, 8), (3, 3, 2, 12), {"feature_group_count": 4}),
-    ((4, 8, 8, 3), (3, 3, 3, 8), {"batch_group_count": 2}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("image", "kernel", "options"),
+    [
+        (
+            (2, 8, 8, 3),
+            (3, 3, 3, 5),
+            {},
+        ),
+        (
+            (2, 7, 5, 3),
+            (3, 2, 3, 5),
+            {"window_strides": (2, 3)},
+        ),
+        (
+            (2, 9, 9, 3),
+            (3, 3, 3, 5),
+            {"rhs_dilation": (2, 4)},
+        ),
+        (
+            (2, 5, 5, 3),
+            (3, 3, 3, 5),
+            {"padding": ((2, 1), (-1, 3)), "lhs_dilation": (2, 3)},
+        ),
+        (
+            (2, 8, 8, 8),
+            (3, 3, 2, 12),
+            {"feature_group_count": 4},
+        ),
+        (
+            (4, 8, 8, 3),
+            (3, 3, 3, 8),
+            {"batch_group_count": 2},
+        ),
+    ],
+    ids=str,
+)
 def test_flops_of_a_convolution_are_those_that_xla_counts(image, kernel, options):
     x, w = jnp.zeros(image), jnp.zeros(kernel)
-    options = {"window_strides": (1, 1), "padding": "SAME", **options}
-    function = jax.jit(lambda x, w: lax.conv_general_dilated(x, w, dimension_numbers=NHWC, **options))
-    (eqn,) = (e for e in function.trace(x, w).jaxpr.eqns if e.primitive.name == "conv_general_dilated")
-    ours = convolution_flops(eqn.params, image, kernel, eqn.outvars[0].aval.shape)
-    ones = lax.conv_general_dilated(jnp.ones((1, *image[1:3], 1)), jnp.ones((*kernel[:2], 1, 1)), dimension_numbers=NHWC, **{
-        k: v for k, v in options.items() if not k.endswith("_count")})
-    by_hand = 2 * float(ones.sum()) * eqn.outvars[0].aval.shape[0] * kernel[3] * kernel[2]
+    options = {
+        "window_strides": (1, 1),
+        "padding": "SAME",
+        **options,
+    }
+    function = jax.jit(
+        lambda x, w: lax.conv_general_dilated(
+            x,
+            w,
+            dimension_numbers=NHWC,
+            **options,
+        )
+    )
+    (eqn,) = (
+        e
+        for e in function.trace(x, w).jaxpr.eqns
+        if e.primitive.name == "conv_general_dilated"
+    )
+    ours = convolution_flops(
+        eqn.params,
+        image,
+        kernel,
+        eqn.outvars[0].aval.shape,
+    )
+    ones = lax.conv_general_dilated(
+        jnp.ones((1, *image[1:3], 1)),
+        jnp.ones((*kernel[:2], 1, 1)),
+        dimension_numbers=NHWC,
+        **{k: v for k, v in options.items() if not k.endswith("_count")},
+    )
+    by_hand = (
+        2 * float(ones.sum()) * eqn.outvars[0].aval.shape[0] * kernel[3] * kernel[2]
+    )
     assert ours == by_hand
     if "batch_group_count" not in options:  # which XLA rewrites
         assert ours == function.lower(x, w).compile().cost_analysis()["flops"]
@@ -45,8 +101,30 @@ class Net(nnx.Module):
     """At 6x6 a fifth of a padded 3x3 convolution's taps lie on padding."""
 
     def __init__(self, rngs):
-        self.convs = nnx.List([nnx.Conv(4, 16, (3, 3), rngs=rngs), nnx.Conv(16, 32, (3, 3), feature_group_count=4, rngs=rngs),
-                               nnx.Conv(32, 32, (3, 3), strides=2, rngs=rngs)])
+        self.convs = nnx.List(
+            [
+                nnx.Conv(
+                    4,
+                    16,
+                    (3, 3),
+                    rngs=rngs,
+                ),
+                nnx.Conv(
+                    16,
+                    32,
+                    (3, 3),
+                    feature_group_count=4,
+                    rngs=rngs,
+                ),
+                nnx.Conv(
+                    32,
+                    32,
+                    (3, 3),
+                    strides=2,
+                    rngs=rngs,
+                ),
+            ]
+        )
         self.out = nnx.Linear(32, 8, rngs=rngs)
 
     def __call__(self, x):
@@ -57,8 +135,17 @@ class Net(nnx.Module):
 
 @pytest.fixture(scope="module")
 def traced():
-    recipe = lepton.Recipe(model=Net, loss=lepton.losses.cross_entropy, optimizer=optax.sgd(0.1), batch_size=16)
-    return trace(recipe, np.zeros((16, 6, 6, 4), np.float32), np.zeros(16, np.int32))
+    recipe = lepton.Recipe(
+        model=Net,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=16,
+    )
+    return trace(
+        recipe,
+        np.zeros((16, 6, 6, 4), np.float32),
+        np.zeros(16, np.int32),
+    )
 
 
 def estimated(traced, sizes, masks):
@@ -70,21 +157,41 @@ def estimated(traced, sizes, masks):
 
 
 def test_a_step_of_convolutions_takes_as_many_flops_as_xla_finds(traced):
-    alone = search.fixed(traced, topology("cpu:1"), search.by_hand(traced, (1,), {}, 0))
+    alone = search.fixed(
+        traced,
+        topology("cpu:1"),
+        search.by_hand(traced, (1,), {}, 0),
+    )
     compiled = Program(traced, alone, jax.devices()[:1]).lower().compile()
-    assert estimated(traced, (1,), {}).flops == pytest.approx(hlo.read(compiled.as_text()).dot_flops, rel=1e-6)
+    assert estimated(traced, (1,), {}).flops == pytest.approx(
+        hlo.read(compiled.as_text()).dot_flops,
+        rel=1e-6,
+    )
 
 
-@pytest.mark.parametrize("masks", [{"batch": 1}, {"convs/*/bias.0": 1, "out.0": 1}], ids=str)
+@pytest.mark.parametrize(
+    "masks",
+    [{"batch": 1}, {"convs/*/bias.0": 1, "out.0": 1}],
+    ids=str,
+)
 def test_splitting_samples_or_channels_splits_the_flops(traced, masks):
-    assert estimated(traced, (4,), masks).flops == pytest.approx(estimated(traced, (1,), {}).flops / 4)
+    assert estimated(traced, (4,), masks).flops == pytest.approx(
+        estimated(traced, (1,), {}).flops / 4
+    )
 
 
-@pytest.mark.parametrize(("kind", "count", "where", "compiled"), [
-    ("reduce-scatter", 8, "cpu:8", "all-reduce"), ("all-gather", 8, "cpu:8", "all-gather"),
-    ("reduce-scatter", 64, "v5p:4x4x4", "all-reduce"), ("all-gather", 64, "v5p:4x4x4", "all-reduce"),
-    ("reduce-scatter", 16, "v5p:4x4x4", "reduce-scatter"), ("reduce-scatter", 64, "v5e:8x8", "all-reduce"),
-    ("all-gather", 64, "v5e:8x8", "all-gather"), ("reduce-scatter", 16, "v5e:4x4", "reduce-scatter"),
-])
+@pytest.mark.parametrize(
+    ("kind", "count", "where", "compiled"),
+    [
+        ("reduce-scatter", 8, "cpu:8", "all-reduce"),
+        ("all-gather", 8, "cpu:8", "all-gather"),
+        ("reduce-scatter", 64, "v5p:4x4x4", "all-reduce"),
+        ("all-gather", 64, "v5p:4x4x4", "all-reduce"),
+        ("reduce-scatter", 16, "v5p:4x4x4", "reduce-scatter"),
+        ("reduce-scatter", 64, "v5e:8x8", "all-reduce"),
+        ("all-gather", 64, "v5e:8x8", "all-gather"),
+        ("reduce-scatter", 16, "v5e:4x4", "reduce-scatter"),
+    ],
+)
 def test_collectives_are_those_that_xla_makes(kind, count, where, compiled):
     assert as_compiled(kind, count, topology(where)) == compiled

@@ -1,4 +1,6 @@
-"""Prints and callbacks in a model or a loss: once a step, of the right value, however the step is planned."""
+"""Prints and callbacks in a model or a loss: once a step, of the right value, however
+the step is planned.
+"""
 
 import math
 
@@ -45,7 +47,11 @@ def by_callback(x):
 
 
 def by_io(x):
-    return x + io_callback(count, jax.ShapeDtypeStruct((), jnp.float32), lax.stop_gradient(x))
+    return x + io_callback(
+        count,
+        jax.ShapeDtypeStruct((), jnp.float32),
+        lax.stop_gradient(x),
+    )
 
 
 def by_io_alone(x):
@@ -54,14 +60,23 @@ def by_io_alone(x):
 
 
 def in_a_branch(x):
-    return lax.cond(x.sum() < 1e9, by_callback, lambda x: x, x)
+    return lax.cond(
+        x.sum() < 1e9,
+        by_callback,
+        lambda x: x,
+        x,
+    )
 
 
 class Deep(nnx.Module):
-    """Layers that are large enough to be worth rematerializing, in a row or in a loop."""
+    """Layers that are large enough to be worth rematerializing, in a row or in a
+    loop.
+    """
 
     def __init__(self, telling, loop, rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (LAYERS, WIDTH, WIDTH)) / 6)
+        self.kernel = nnx.Param(
+            jax.random.normal(rngs.params(), (LAYERS, WIDTH, WIDTH)) / 6
+        )
         self.last = nnx.Linear(WIDTH, 4, rngs=rngs)
         self.telling, self.loop = telling, loop
 
@@ -82,22 +97,50 @@ class Deep(nnx.Module):
 
 def traced(telling, loop, **fields):
     recipe = lepton.Recipe(
-        model=lambda rngs: Deep(telling, loop, rngs), loss=fields.pop("loss", lepton.losses.cross_entropy),
-        optimizer=optax.sgd(0.1), batch_size=BATCH, steps_per_call=1, **fields)
+        model=lambda rngs: Deep(telling, loop, rngs),
+        loss=fields.pop("loss", lepton.losses.cross_entropy),
+        optimizer=optax.sgd(0.1),
+        batch_size=BATCH,
+        steps_per_call=1,
+        **fields,
+    )
     row = jax.ShapeDtypeStruct((1, WIDTH), jnp.float32)
-    return lepton.trace(recipe, row, jax.ShapeDtypeStruct((1,), jnp.int32))
+    return lepton.trace(
+        recipe,
+        row,
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
 
 
 def step(trace, topology, remat):
     """One train step; (the parameters before it, its batch, its loss)."""
     masks = {"batch": 1} if topology is CPU else {}
-    plan = search.fixed(trace, topology, search.by_hand(trace, (topology.devices,), masks, 0, remat))
-    program = Program(trace, plan, jax.devices()[:topology.devices])
+    plan = search.fixed(
+        trace,
+        topology,
+        search.by_hand(
+            trace,
+            (topology.devices,),
+            masks,
+            0,
+            remat,
+        ),
+    )
+    program = Program(
+        trace,
+        plan,
+        jax.devices()[: topology.devices],
+    )
     state = program.init(0)
     params = jax.tree.map(np.asarray, state.params)
     rng = np.random.default_rng(0)
-    batch = rng.normal(size=(BATCH, WIDTH)).astype(np.float32), rng.integers(0, 4, BATCH).astype(np.int32)
-    records = program.train(state, jax.device_put(batch, program.block_sharding), 0, 1)[1]
+    batch = (
+        rng.normal(size=(BATCH, WIDTH)).astype(np.float32),
+        rng.integers(0, 4, BATCH).astype(np.int32),
+    )
+    records = program.train(state, jax.device_put(batch, program.block_sharding), 0, 1)[
+        1
+    ]
     jax.effects_barrier()
     return params, batch, float(records[0, 0])
 
@@ -113,33 +156,67 @@ def by_hand(params, x):
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("topology", [ONE, CPU], ids=["1", "8"])
-@pytest.mark.parametrize("loop", [False, True], ids=["layers in a row", "layers in a loop"])
-@pytest.mark.parametrize("telling", [by_callback, by_io, in_a_branch])
+@pytest.mark.parametrize(
+    "topology",
+    [ONE, CPU],
+    ids=["1", "8"],
+)
+@pytest.mark.parametrize(
+    "loop", [False, True], ids=["layers in a row", "layers in a loop"]
+)
+@pytest.mark.parametrize(
+    "telling",
+    [
+        by_callback,
+        by_io,
+        in_a_branch,
+    ],
+)
 def test_each_layer_tells_its_value_once_a_step(telling, loop, topology, remat):
     trace = traced(telling, loop)
     params, (x, _), loss = step(trace, topology, remat)
-    np.testing.assert_allclose(sorted(told), sorted(by_hand(params, x)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        sorted(told),
+        sorted(by_hand(params, x)),
+        rtol=1e-4,
+        atol=1e-6,
+    )
     told.clear()
-    assert loss == pytest.approx(step(traced(lambda x: x, loop), ONE, "none")[2], rel=1e-5)
+    assert loss == pytest.approx(
+        step(traced(lambda x: x, loop), ONE, "none")[2],
+        rel=1e-5,
+    )
     assert told == []
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_callback_that_gives_nothing_is_called_once_a_step(remat):
     """In straight code: of a loop that it differentiates, JAX itself drops it."""
-    params, (x, _), _ = step(traced(by_io_alone, False), CPU, remat)
-    np.testing.assert_allclose(sorted(told), sorted(by_hand(params, x)), rtol=1e-4, atol=1e-6)
+    params, (x, _), _ = step(
+        traced(by_io_alone, False),
+        CPU,
+        remat,
+    )
+    np.testing.assert_allclose(
+        sorted(told),
+        sorted(by_hand(params, x)),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_rematerialization_still_keeps_less_of_a_loop_that_prints():
     def kept(telling, remat):
         trace = traced(telling, True)
         plan = planning.plan(trace, ONE, remat=remat)
-        return plan.bytes_per_device["activations"] + plan.bytes_per_device["temporaries"]
+        return (
+            plan.bytes_per_device["activations"] + plan.bytes_per_device["temporaries"]
+        )
 
     assert kept(by_callback, "full") < kept(by_callback, "none") / 2
-    assert kept(by_callback, "full") == pytest.approx(kept(lambda x: x, "full"), rel=0.1)
+    assert kept(by_callback, "full") == pytest.approx(
+        kept(lambda x: x, "full"), rel=0.1
+    )
 
 
 def test_what_is_told_between_checkpoints_keeps_its_operands():
@@ -170,10 +247,22 @@ def told_inputs(x):
     return x
 
 
-@pytest.mark.parametrize("topology", [ONE, CPU], ids=["1", "8"])
-@pytest.mark.parametrize("fields", [{"loss": told_loss}, {"preprocess": told_inputs}], ids=["loss", "preprocess"])
+@pytest.mark.parametrize(
+    "topology",
+    [ONE, CPU],
+    ids=["1", "8"],
+)
+@pytest.mark.parametrize(
+    "fields",
+    [{"loss": told_loss}, {"preprocess": told_inputs}],
+    ids=["loss", "preprocess"],
+)
 def test_a_print_in_loss_or_preprocessing_is_one_a_step(fields, topology):
-    _, (x, _), _ = step(traced(lambda x: x, True, **fields), topology, "none")
+    _, (x, _), _ = step(
+        traced(lambda x: x, True, **fields),
+        topology,
+        "none",
+    )
     assert len(told) == 1 and math.isfinite(told[0])
     if "preprocess" in fields:
         assert told == [pytest.approx(x.mean(), rel=1e-4)]
@@ -184,29 +273,81 @@ def test_jax_debug_print_trains_and_prints_what_there_is(capfd):
         jax.debug.print("mean {}", x.mean())
         return x
 
-    params, (x, _), _ = step(traced(telling, True), CPU, "full")
-    printed = [float(line.split()[1]) for line in capfd.readouterr().out.splitlines() if line.startswith("mean ")]
-    np.testing.assert_allclose(sorted(printed), sorted(by_hand(params, x)), rtol=1e-4, atol=1e-6)
+    params, (x, _), _ = step(
+        traced(telling, True),
+        CPU,
+        "full",
+    )
+    printed = [
+        float(line.split()[1])
+        for line in capfd.readouterr().out.splitlines()
+        if line.startswith("mean ")
+    ]
+    np.testing.assert_allclose(
+        sorted(printed),
+        sorted(by_hand(params, x)),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def ordered(x):
-    jax.debug.print("mean {}", x.mean(), ordered=True)
+    jax.debug.print(
+        "mean {}",
+        x.mean(),
+        ordered=True,
+    )
     return x
 
 
 def ordered_callback(x):
-    io_callback(tell, None, lax.stop_gradient(x), ordered=True)
+    io_callback(
+        tell,
+        None,
+        lax.stop_gradient(x),
+        ordered=True,
+    )
     return x
 
 
-@pytest.mark.parametrize("telling", [ordered, ordered_callback, jax.jit(ordered), lambda x: lax.cond(
-    x.sum() < 9, ordered, lambda x: x, x)], ids=["print", "io_callback", "in jit", "in cond"])
+@pytest.mark.parametrize(
+    "telling",
+    [
+        ordered,
+        ordered_callback,
+        jax.jit(ordered),
+        lambda x: lax.cond(
+            x.sum() < 9,
+            ordered,
+            lambda x: x,
+            x,
+        ),
+    ],
+    ids=["print", "io_callback", "in jit", "in cond"],
+)
 def test_an_ordered_effect_on_several_devices_is_an_error_that_names_the_line(telling):
     trace = traced(telling, False)
-    with pytest.raises(PlanError, match=r"ordered=True can't run on 8 devices") as error:
+    with pytest.raises(
+        PlanError, match=r"ordered=True can't run on 8 devices"
+    ) as error:
         planning.plan(trace, CPU)
-    assert "test_effects.py" in error.value.where and "Trainer(devices=1)" in error.value.remedy
+    assert (
+        "test_effects.py" in error.value.where
+        and "Trainer(devices=1)" in error.value.remedy
+    )
     with pytest.raises(PlanError, match="ordered=True"):
-        lepton.planner.check_plan(search.fixed(trace, CPU, search.by_hand(trace, (8,), {"batch": 1}, 0)), trace)
+        lepton.planner.check_plan(
+            search.fixed(
+                trace,
+                CPU,
+                search.by_hand(
+                    trace,
+                    (8,),
+                    {"batch": 1},
+                    0,
+                ),
+            ),
+            trace,
+        )
     planning.plan(trace, ONE)
     assert math.isfinite(step(trace, ONE, "none")[2])

@@ -1,4 +1,6 @@
-"""What experts lay out by hand, the search finds by itself; a plan that changes here changes what users run."""
+"""What experts lay out by hand, the search finds by itself; a plan that changes here
+changes what users run.
+"""
 
 import re
 from functools import partial
@@ -12,20 +14,37 @@ import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.planner import planning, trace
 
-TOKEN, IMAGE, LABEL = (jax.ShapeDtypeStruct(s, d) for s, d in (
-    ((1,), jnp.int32), ((1, 28, 28, 1), jnp.float32), ((1,), jnp.int32)))
+TOKEN, IMAGE, LABEL = (
+    jax.ShapeDtypeStruct(s, d)
+    for s, d in (((1,), jnp.int32), ((1, 28, 28, 1), jnp.float32), ((1,), jnp.int32))
+)
 
 
-def language(size, length, batch_size, model=models.TransformerLM, **more):
+def language(
+    size,
+    length,
+    batch_size,
+    model=models.TransformerLM,
+    **more,
+):
     arguments = models.transformer_size(size) | {"loop": "scan"} | more
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    recipe = lepton.Recipe(model=partial(model, **arguments), loss=lepton.losses.cross_entropy, optimizer=optax.adamw(1e-4),
-                           batch_size=batch_size, precision="bfloat16")
+    recipe = lepton.Recipe(
+        model=partial(model, **arguments),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adamw(1e-4),
+        batch_size=batch_size,
+        precision="bfloat16",
+    )
     return trace(recipe, tokens, tokens)
 
 
 def specs(plan):
-    return {a.path.removeprefix("params/"): a.spec for a in plan.arrays if a.kind == "params"}
+    return {
+        a.path.removeprefix("params/"): a.spec
+        for a in plan.arrays
+        if a.kind == "params"
+    }
 
 
 def test_one_billion_parameters_on_a_node_are_fsdp():
@@ -33,48 +52,108 @@ def test_one_billion_parameters_on_a_node_are_fsdp():
     assert (plan.name, plan.mesh, plan.batch_axes) == ("FSDP", {"fsdp": 8}, ("fsdp",))
     found = specs(plan)
     assert found["blocks/feed_forward/gate/kernel"] == (None, None, "fsdp")
-    assert found["blocks/attention/query/kernel"] == (None, "fsdp") and found["embed/embedding"] == ("fsdp",)
+    assert found["blocks/attention/query/kernel"] == (None, "fsdp") and found[
+        "embed/embedding"
+    ] == ("fsdp",)
     assert found["norm/scale"] == (), "8 KiB are not worth a collective"
-    assert all(a.use == () for a in plan.arrays if a.kind == "params"), "gathered where they are used"
-    moments = [a for a in plan.arrays if a.path.startswith("optimizer/0/mu/") and "gate" in a.path]
-    assert [a.spec for a in moments] == [(None, None, "fsdp")], "the optimizer's state lies as its parameter"
+    assert all(a.use == () for a in plan.arrays if a.kind == "params"), (
+        "gathered where they are used"
+    )
+    moments = [
+        a
+        for a in plan.arrays
+        if a.path.startswith("optimizer/0/mu/") and "gate" in a.path
+    ]
+    assert [a.spec for a in moments] == [(None, None, "fsdp")], (
+        "the optimizer's state lies as its parameter"
+    )
 
 
 def test_seventy_billion_on_small_chips_need_two_axes():
     plan = lepton.plan(language("70b", 4096, 1024), lepton.topology("v5e:16x16"))
-    assert len(plan.mesh) == 2 and all(n > 1 for n in plan.mesh.values()) and "fsdp" in plan.mesh
+    assert (
+        len(plan.mesh) == 2
+        and all(n > 1 for n in plan.mesh.values())
+        and "fsdp" in plan.mesh
+    )
     assert plan.peak < plan.memory and plan.remat != "none"
-    assert all(len([e for e in spec if e]) for path, spec in specs(plan).items() if path.startswith("blocks/feed_forward/"))
+    assert all(
+        len([e for e in spec if e])
+        for path, spec in specs(plan).items()
+        if path.startswith("blocks/feed_forward/")
+    )
 
 
 def test_a_mixture_sends_tokens_to_experts():
-    traced = language("1b", 2048, 64, model=models.MoELM, experts=32)
+    traced = language(
+        "1b",
+        2048,
+        64,
+        model=models.MoELM,
+        experts=32,
+    )
     plan = lepton.plan(traced, lepton.topology("h200:8"))
-    assert plan.name.startswith("expert parallel") and plan.mesh == {"expert": 8} and plan.batch_axes == ("expert",)
-    kernels = {p: s for p, s in specs(plan).items() if p.startswith("blocks/feed_forward/") and "router" not in p}
-    assert kernels and all(spec[1] == "expert" for spec in kernels.values()), "dim 0 is the layer, dim 1 the expert"
+    assert (
+        plan.name.startswith("expert parallel")
+        and plan.mesh == {"expert": 8}
+        and plan.batch_axes == ("expert",)
+    )
+    kernels = {
+        p: s
+        for p, s in specs(plan).items()
+        if p.startswith("blocks/feed_forward/") and "router" not in p
+    }
+    assert kernels and all(spec[1] == "expert" for spec in kernels.values()), (
+        "dim 0 is the layer, dim 1 the expert"
+    )
     assert any(c.kind == "all-to-all" for c in plan.collectives)
 
 
 def test_a_recommenders_tables_are_split_by_rows():
-    recipe = lepton.Recipe(model=partial(models.TwoTower, 10_000_000, 1_000_000, dim=64), loss=lepton.losses.squared_error,
-                           optimizer=optax.adagrad(1e-2), batch_size=8192)
-    traced = trace(recipe, {"user": TOKEN, "item": TOKEN}, jax.ShapeDtypeStruct((1,), jnp.float32))
+    recipe = lepton.Recipe(
+        model=partial(
+            models.TwoTower,
+            10_000_000,
+            1_000_000,
+            dim=64,
+        ),
+        loss=lepton.losses.squared_error,
+        optimizer=optax.adagrad(1e-2),
+        batch_size=8192,
+    )
+    traced = trace(
+        recipe,
+        {"user": TOKEN, "item": TOKEN},
+        jax.ShapeDtypeStruct((1,), jnp.float32),
+    )
     for name, devices in (("h200:8", 8), ("v5e:4x4", 16)):
         plan = lepton.plan(traced, lepton.topology(name))
         assert "row-sharded embeddings" in plan.name and plan.mesh == {"data": devices}
-        tables = [spec for path, spec in specs(plan).items() if path.endswith("embedding")]
+        tables = [
+            spec for path, spec in specs(plan).items() if path.endswith("embedding")
+        ]
         assert tables == [("data",), ("data",)]
-        gathered = max((c.bytes for c in plan.collectives if c.kind == "all-gather"), default=0)
+        gathered = max(
+            (c.bytes for c in plan.collectives if c.kind == "all-gather"),
+            default=0,
+        )
         assert gathered < 1e7, "rows travel, tables don't"
 
 
 @pytest.mark.parametrize("name", ["h200:8", "v5e:4x4"])
 def test_a_small_network_is_data_parallel(name):
-    recipe = lepton.Recipe(model=partial(models.CNN, 10), loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3),
-                           batch_size=1024)
+    recipe = lepton.Recipe(
+        model=partial(models.CNN, 10),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam(1e-3),
+        batch_size=1024,
+    )
     plan = lepton.plan(trace(recipe, IMAGE, LABEL), lepton.topology(name))
-    assert plan.name == "data parallel" and plan.remat == "none" and plan.micro_batches == 1
+    assert (
+        plan.name == "data parallel"
+        and plan.remat == "none"
+        and plan.micro_batches == 1
+    )
     assert all(a.spec == () for a in plan.arrays)
     assert {c.kind for c in plan.collectives} == {"all-reduce"}
 
@@ -88,11 +167,25 @@ def test_a_sequence_too_long_for_one_device_is_split():
 
 def test_the_objective_decides():
     traced = language("1b", 2048, 64)
-    time, memory = (lepton.plan(traced, lepton.topology("h200:8"), objective=o) for o in ("time", "memory"))
+    time, memory = (
+        lepton.plan(
+            traced,
+            lepton.topology("h200:8"),
+            objective=o,
+        )
+        for o in ("time", "memory")
+    )
     assert memory.peak < time.peak and memory.step_seconds > time.step_seconds
-    assert lepton.plan(traced, lepton.topology("h200:8"), objective="cost").price_per_step > 0
+    assert (
+        lepton.plan(traced, lepton.topology("h200:8"), objective="cost").price_per_step
+        > 0
+    )
     with pytest.raises(lepton.PlanError, match="price of b200"):
-        lepton.plan(traced, lepton.topology("b200:8"), objective="cost")
+        lepton.plan(
+            traced,
+            lepton.topology("b200:8"),
+            objective="cost",
+        )
 
 
 def test_what_cannot_fit_gets_an_answer():
@@ -101,18 +194,34 @@ def test_what_cannot_fit_gets_an_answer():
         lepton.plan(traced, lepton.topology("v5e:2x2"))
     text = str(caught.value)
     assert "nothing fits" in text and "optimizer" in text and "GiB" in text
-    assert "v5e:" in caught.value.remedy and "smallest that holds it" in caught.value.remedy
+    assert (
+        "v5e:" in caught.value.remedy
+        and "smallest that holds it" in caught.value.remedy
+    )
     with pytest.raises(lepton.PlanError, match="let the planner choose remat"):
-        lepton.plan(language("1b", 4096, 64), lepton.topology("v5e:4x4"), remat="none", micro_batches=1)
+        lepton.plan(
+            language("1b", 4096, 64),
+            lepton.topology("v5e:4x4"),
+            remat="none",
+            micro_batches=1,
+        )
 
 
 def test_a_batch_that_is_asked_for_instead_fits(monkeypatch):
     monkeypatch.setattr(planning, "DOUBLINGS", 0)
 
     def wide(batch_size):
-        recipe = lepton.Recipe(model=partial(models.MLP, (1_000_000, 10)), loss=lepton.losses.cross_entropy,
-                               optimizer=optax.sgd(0.1), batch_size=batch_size)
-        return trace(recipe, jax.ShapeDtypeStruct((1, 1_000_000), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))
+        recipe = lepton.Recipe(
+            model=partial(models.MLP, (1_000_000, 10)),
+            loss=lepton.losses.cross_entropy,
+            optimizer=optax.sgd(0.1),
+            batch_size=batch_size,
+        )
+        return trace(
+            recipe,
+            jax.ShapeDtypeStruct((1, 1_000_000), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+        )
 
     with pytest.raises(lepton.PlanError) as caught:
         lepton.plan(wide(65_536), lepton.topology("v5e:2x2"))
@@ -122,7 +231,10 @@ def test_a_batch_that_is_asked_for_instead_fits(monkeypatch):
         lepton.plan(wide(4 * asked), lepton.topology("v5e:2x2"))
     with pytest.raises(lepton.PlanError) as caught:  # not even one sample
         lepton.plan(language("1b", 131_072, 64), lepton.topology("v5e:2x2"))
-    assert "batch_size" not in caught.value.remedy and "smaller samples" in caught.value.remedy
+    assert (
+        "batch_size" not in caught.value.remedy
+        and "smaller samples" in caught.value.remedy
+    )
 
 
 def test_five_rivals_and_a_plan_that_replays(tmp_path):
@@ -130,5 +242,9 @@ def test_five_rivals_and_a_plan_that_replays(tmp_path):
     assert 1 <= len(plan.rivals) <= 5 and all(r.loses for r in plan.rivals)
     plan.save(tmp_path / "plan.json")
     assert lepton.Plan.load(tmp_path / "plan.json") == plan and not plan.diff(plan)
-    other = lepton.plan(language("8b", 2048, 64), lepton.topology("v5p:4x4x4"), remat="full")
+    other = lepton.plan(
+        language("8b", 2048, 64),
+        lepton.topology("v5p:4x4x4"),
+        remat="full",
+    )
     assert "remat" in plan.diff(other) if plan.remat != "full" else not plan.diff(other)

@@ -19,7 +19,14 @@ Y = jax.ShapeDtypeStruct((8,), jnp.int32)
 
 APART = {
     "loss": lambda x, y: cross_entropy(x, y),
-    "norm of each": lambda x, y: x / jnp.linalg.norm(x, axis=1, keepdims=True),
+    "norm of each": lambda x, y: (
+        x
+        / jnp.linalg.norm(
+            x,
+            axis=1,
+            keepdims=True,
+        )
+    ),
     "reshape and back": lambda x, y: x.reshape(-1).reshape(8, 2, 2) * y[:, None, None],
     "sort of each": lambda x, y: jnp.sort(x, axis=1),
     "matmul": lambda x, y: x @ jnp.ones((4, 3)),
@@ -39,22 +46,36 @@ MEET = {
     "sort of the batch": lambda x, y: jnp.sort(x, axis=0),
     "reversed": lambda x, y: x[::-1],
     "rolled": lambda x, y: jnp.roll(x, 1, axis=0),
-    "shifted": lambda x, y: jax.lax.pad(x, 0.0, ((1, -1, 0), (0, 0, 0))),
+    "shifted": lambda x, y: jax.lax.pad(
+        x,
+        0.0,
+        ((1, -1, 0), (0, 0, 0)),
+    ),
     "other rows": lambda x, y: x[jnp.arange(8)[::-1]],
     "the first row": lambda x, y: x - x[:1],
     "groups": lambda x, y: x.reshape(2, 4, 4).sum(1),
     "reshape to mixed rows": lambda x, y: x.reshape(4, 8) * 2,
     "transposed rows": lambda x, y: x.T.reshape(8, 4),
     "loop over the batch": lambda x, y: jax.lax.scan(
-        lambda c, r: (c + r, c), jnp.zeros(4), x
+        lambda c, r: (c + r, c),
+        jnp.zeros(4),
+        x,
     )[1],
-    "places at experts": lambda x, y: jnp.cumsum(jax.nn.one_hot(y, 3), axis=0),
+    "places at experts": lambda x, y: jnp.cumsum(
+        jax.nn.one_hot(y, 3),
+        axis=0,
+    ),
     "segments": lambda x, y: jax.ops.segment_sum(x, y, 3),
     "a branch by all": lambda x, y: jax.lax.cond(
-        x.sum() > 0, lambda x: x, lambda x: -x, x
+        x.sum() > 0,
+        lambda x: x,
+        lambda x: -x,
+        x,
     ),
     "a loop until all are": lambda x, y: jax.lax.while_loop(
-        lambda x: x.max() > 1, lambda x: x / 2, x
+        lambda x: x.max() > 1,
+        lambda x: x / 2,
+        x,
     ),
     "a callback": lambda x, y: jax.pure_callback(lambda x: x, X, x),
     "mean of losses": lambda x, y: cross_entropy(x, y).mean(),
@@ -76,11 +97,25 @@ def test_an_operation_at_which_samples_meet_is_named(name):
 
 def test_a_mean_at_the_end_is_no_meeting_where_means_are_wanted():
     for function, apart in (
-        (lambda x, y: cross_entropy(x, y).mean(), True),
-        (lambda x, y: cross_entropy(x - x.mean(0), y).mean(), False),
-        (lambda x, y: jnp.var(x), False),
+        (
+            lambda x, y: cross_entropy(x, y).mean(),
+            True,
+        ),
+        (
+            lambda x, y: cross_entropy(x - x.mean(0), y).mean(),
+            False,
+        ),
+        (
+            lambda x, y: jnp.var(x),
+            False,
+        ),
     ):
-        found = where_they_meet(function, (), (X, Y), means=True)
+        found = where_they_meet(
+            function,
+            (),
+            (X, Y),
+            means=True,
+        )
         assert (found is None) is apart
 
 
@@ -89,22 +124,58 @@ def test_two_inputs_that_are_batches_meet_in_their_product():
 
 
 ZOO = {
-    "MLP": (lambda rngs: models.MLP((12, 8, 3), dropout=0.5, rngs=rngs), (8, 12), None),
+    "MLP": (
+        lambda rngs: models.MLP(
+            (12, 8, 3),
+            dropout=0.5,
+            rngs=rngs,
+        ),
+        (8, 12),
+        None,
+    ),
     "CNN": (
-        lambda rngs: models.CNN(3, size=(8, 8, 1), batch_norm=True, rngs=rngs),
+        lambda rngs: models.CNN(
+            3,
+            size=(8, 8, 1),
+            batch_norm=True,
+            rngs=rngs,
+        ),
         (8, 8, 8, 1),
         "reduce_sum",
     ),
-    "LSTM": (lambda rngs: models.LSTM(11, 3, dim=4, hidden=8, rngs=rngs), (8, 6), None),
+    "LSTM": (
+        lambda rngs: models.LSTM(
+            11,
+            3,
+            dim=4,
+            hidden=8,
+            rngs=rngs,
+        ),
+        (8, 6),
+        None,
+    ),
     "transformer": (
         lambda rngs: models.TransformerLM(
-            11, dim=16, layers=2, heads=4, kv_heads=2, loop="scan", rngs=rngs
+            11,
+            dim=16,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            loop="scan",
+            rngs=rngs,
         ),
         (8, 6),
         None,
     ),
     "experts, whose places are those of one sequence": (
-        lambda rngs: models.MoELM(11, dim=16, layers=1, heads=2, experts=4, rngs=rngs),
+        lambda rngs: models.MoELM(
+            11,
+            dim=16,
+            layers=1,
+            heads=2,
+            experts=4,
+            rngs=rngs,
+        ),
         (8, 6),
         None,
     ),
@@ -117,7 +188,10 @@ def test_the_zoo_keeps_samples_apart_but_for_batch_norm_in_training(name):
     kind = jnp.int32 if shape == (8, 6) else jnp.float32
     targets = shape if shape == (8, 6) and name != "LSTM" else shape[:1]
     recipe = Recipe(
-        model=model, loss=cross_entropy, optimizer=optax.sgd(0.1), batch_size=8
+        model=model,
+        loss=cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=8,
     )
     traced = trace(
         recipe,
@@ -144,16 +218,46 @@ def batches(rows):
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (lambda o, t: cross_entropy(o, t).mean(), True),
-        (lambda o, t: (o.argmax(-1) == t).mean(), True),
-        (lambda o, t: 1 - (o.argmax(-1) == t).sum() / len(t), True),
-        (lambda o, t: cross_entropy(o, t).mean() + 0.1 * (o**2).mean(), True),
-        (lambda o, t: o.mean(0).sum(), True),
-        (lambda o, t: cross_entropy(o, t).sum(), False),
-        (lambda o, t: jnp.exp(cross_entropy(o, t).mean()), False),
-        (lambda o, t: jnp.var(o), False),
-        (lambda o, t: (cross_entropy(o, t) * (t > 0)).sum() / (t > 0).sum(), False),
-        (lambda o, t: cross_entropy(o @ o.T, jnp.arange(len(t))).mean(), False),
+        (
+            lambda o, t: cross_entropy(o, t).mean(),
+            True,
+        ),
+        (
+            lambda o, t: (o.argmax(-1) == t).mean(),
+            True,
+        ),
+        (
+            lambda o, t: 1 - (o.argmax(-1) == t).sum() / len(t),
+            True,
+        ),
+        (
+            lambda o, t: cross_entropy(o, t).mean() + 0.1 * (o**2).mean(),
+            True,
+        ),
+        (
+            lambda o, t: o.mean(0).sum(),
+            True,
+        ),
+        (
+            lambda o, t: cross_entropy(o, t).sum(),
+            False,
+        ),
+        (
+            lambda o, t: jnp.exp(cross_entropy(o, t).mean()),
+            False,
+        ),
+        (
+            lambda o, t: jnp.var(o),
+            False,
+        ),
+        (
+            lambda o, t: (cross_entropy(o, t) * (t > 0)).sum() / (t > 0).sum(),
+            False,
+        ),
+        (
+            lambda o, t: cross_entropy(o @ o.T, jnp.arange(len(t))).mean(),
+            False,
+        ),
     ],
 )
 def test_a_scalar_is_known_to_be_a_mean_of_samples(function, expected):

@@ -1,4 +1,6 @@
-"""Predicted memory against what XLA reports for the same program, and what makes a prediction usable in a search."""
+"""Predicted memory against what XLA reports for the same program, and what makes a
+prediction usable in a search.
+"""
 
 import time
 from functools import partial
@@ -18,7 +20,15 @@ from lepton_jax.planner import ahead, heap, trace
 from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.build import fixed
 from lepton_jax.planner.graph import Graph
-from lepton_jax.planner.memory import Sizes, Timeline, describe, peak, predict, tiling, windowed
+from lepton_jax.planner.memory import (
+    Sizes,
+    Timeline,
+    describe,
+    peak,
+    predict,
+    tiling,
+    windowed,
+)
 from lepton_jax.planner.named import Names
 from lepton_jax.program import Program
 
@@ -27,21 +37,55 @@ LABEL = jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
 def language(batch_size=64, **more):
-    model = partial(models.TransformerLM, 1024, dim=128, layers=3, heads=4, **more)
-    return lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3), batch_size=batch_size,
-                         steps_per_call=1)
+    model = partial(
+        models.TransformerLM,
+        1024,
+        dim=128,
+        layers=3,
+        heads=4,
+        **more,
+    )
+    return lepton.Recipe(
+        model=model,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam(1e-3),
+        batch_size=batch_size,
+        steps_per_call=1,
+    )
 
 
 def perceptron(batch_size=4096):
-    return lepton.Recipe(model=partial(models.MLP, (256, 1024, 1024, 10)), loss=lepton.losses.cross_entropy,
-                         optimizer=optax.adam(1e-3), batch_size=batch_size, steps_per_call=1)
+    return lepton.Recipe(
+        model=partial(models.MLP, (256, 1024, 1024, 10)),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam(1e-3),
+        batch_size=batch_size,
+        steps_per_call=1,
+    )
 
 
-CASES = {"mlp": (perceptron, jax.ShapeDtypeStruct((1, 256), jnp.float32), LABEL),
-         "lm": (language, TOKENS, TOKENS), "lm-scan": (partial(language, loop="scan"), TOKENS, TOKENS)}
+CASES = {
+    "mlp": (
+        perceptron,
+        jax.ShapeDtypeStruct((1, 256), jnp.float32),
+        LABEL,
+    ),
+    "lm": (language, TOKENS, TOKENS),
+    "lm-scan": (
+        partial(language, loop="scan"),
+        TOKENS,
+        TOKENS,
+    ),
+}
 
 
-def assigned(traced, keep, sizes=(8,), remat="none", micro_batches=1):
+def assigned(
+    traced,
+    keep,
+    sizes=(8,),
+    remat="none",
+    micro_batches=1,
+):
     names = Names(traced.gradient(remat), traced.arguments)
     masks = tuple(1 if k == names.batch else 0 for k in range(len(names.groups)))
     return names, Assignment(sizes, masks, keep, remat, micro_batches)
@@ -50,9 +94,19 @@ def assigned(traced, keep, sizes=(8,), remat="none", micro_batches=1):
 def both(traced, where, keep, **more):
     """(predicted bytes by kind, XLA's account)"""
     names, assignment = assigned(traced, keep, **more)
-    found, _ = predict(traced, names.graph, names, assignment, where)
+    found, _ = predict(
+        traced,
+        names.graph,
+        names,
+        assignment,
+        where,
+    )
     plan = fixed(traced, where, assignment)
-    devices = ahead.mesh_devices(where, plan.mesh, ahead.devices_for(where)[:where.devices])
+    devices = ahead.mesh_devices(
+        where,
+        plan.mesh,
+        ahead.devices_for(where)[: where.devices],
+    )
     return found, ahead.compile_for(Program(traced, plan, devices).lower())[1]
 
 
@@ -60,14 +114,27 @@ def both(traced, where, keep, **more):
 @pytest.mark.parametrize("name", CASES)
 def test_prediction_is_what_xla_reports(name, keep):
     recipe, inputs, targets = CASES[name]
-    found, memory = both(trace(recipe(), inputs, targets), topology("cpu:8"), keep)
-    held = sum(found[kind] for kind in ("params", "optimizer", "variables", "batch", "data"))
-    assert held == pytest.approx(memory.arguments, rel=1e-3), "arguments are known, not predicted"
+    found, memory = both(
+        trace(recipe(), inputs, targets),
+        topology("cpu:8"),
+        keep,
+    )
+    held = sum(
+        found[kind] for kind in ("params", "optimizer", "variables", "batch", "data")
+    )
+    assert held == pytest.approx(memory.arguments, rel=1e-3), (
+        "arguments are known, not predicted"
+    )
     assert sum(found.values()) == pytest.approx(memory.peak, rel=0.15)
 
 
 def test_prediction_of_straight_code_that_is_computed_again():
-    found, memory = both(trace(language(), TOKENS, TOKENS), topology("cpu:8"), 1, remat="full")
+    found, memory = both(
+        trace(language(), TOKENS, TOKENS),
+        topology("cpu:8"),
+        1,
+        remat="full",
+    )
     assert sum(found.values()) == pytest.approx(memory.peak, rel=0.15)
 
 
@@ -80,20 +147,38 @@ def test_micro_batches_share_the_activations():
 
 
 def test_rematerialization_of_a_loop_keeps_less():
-    traced = trace(language(8192, loop="scan"), TOKENS, TOKENS)
+    traced = trace(
+        language(8192, loop="scan"),
+        TOKENS,
+        TOKENS,
+    )
     totals = {}
     for remat in ("none", "dots", "full"):
         names, assignment = assigned(traced, 1, remat=remat)
         for where in ("v5p:2x2x2", "cpu:8"):
-            totals[where, remat] = sum(predict(traced, names.graph, names, assignment, topology(where))[0].values())
-    assert totals["v5p:2x2x2", "none"] > totals["v5p:2x2x2", "dots"] > totals["v5p:2x2x2", "full"]
+            totals[where, remat] = sum(
+                predict(traced, names.graph, names, assignment, topology(where))[
+                    0
+                ].values()
+            )
+    assert (
+        totals["v5p:2x2x2", "none"]
+        > totals["v5p:2x2x2", "dots"]
+        > totals["v5p:2x2x2", "full"]
+    )
     assert totals["cpu:8", "none"] > totals["cpu:8", "full"]
 
 
 def test_the_largest_values_name_their_line():
     traced = trace(language(), TOKENS, TOKENS)
     names, assignment = assigned(traced, 0)
-    found, largest = predict(traced, names.graph, names, assignment, topology("cpu:8"))
+    found, largest = predict(
+        traced,
+        names.graph,
+        names,
+        assignment,
+        topology("cpu:8"),
+    )
     sizes = [size for size, _ in largest]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] < sum(found.values())
     assert any("transformer.py:" in text for _, text in largest)
@@ -102,35 +187,72 @@ def test_the_largest_values_name_their_line():
 def test_one_buffer_of_a_chain_is_alive_at_a_time():
     """Elementwise operations write nothing, and what was read is given up."""
     model = partial(models.MLP, (64, 64, 64, 64, 4))
-    recipe = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.sgd(0.1), batch_size=64)
-    traced = trace(recipe, jax.ShapeDtypeStruct((1, 64), jnp.float32), LABEL)
+    recipe = lepton.Recipe(
+        model=model,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=64,
+    )
+    traced = trace(
+        recipe,
+        jax.ShapeDtypeStruct((1, 64), jnp.float32),
+        LABEL,
+    )
     graph = traced.gradient("none")
     timeline = Timeline(graph, "gpu")
     assert len(timeline.values) < len(graph.values) / 2
-    assert (timeline.ends >= timeline.starts).all() and (timeline.cuts <= timeline.ends).all()
+    assert (timeline.ends >= timeline.starts).all() and (
+        timeline.cuts <= timeline.ends
+    ).all()
     bytes_ = np.full(len(graph.values), 1.0)
     top = peak(timeline, bytes_, bytes_)
-    assert top.bytes == top.each[top.alive].sum() or top.bytes == timeline.gradients.sum()
-    assert describe(timeline, int(np.flatnonzero(top.alive)[0])).startswith(("float32", "int32", "bool"))
+    assert (
+        top.bytes == top.each[top.alive].sum() or top.bytes == timeline.gradients.sum()
+    )
+    assert describe(timeline, int(np.flatnonzero(top.alive)[0])).startswith(
+        ("float32", "int32", "bool")
+    )
 
 
 def test_a_loop_hides_a_buffer_from_what_libtpu_counts():
     traced = trace(language(loop="scan"), TOKENS, TOKENS)
     timeline = Timeline(traced.gradient("none"), "tpu")
-    stacks = [b for b in range(len(timeline.values)) if timeline.owners[b] is not None and timeline.owners[b].name == "scan"]
-    assert stacks and all(timeline.cuts[b] < timeline.ends[b] for b in stacks if timeline.starts[b] < timeline.length / 2)
+    stacks = [
+        b
+        for b in range(len(timeline.values))
+        if timeline.owners[b] is not None and timeline.owners[b].name == "scan"
+    ]
+    assert stacks and all(
+        timeline.cuts[b] < timeline.ends[b]
+        for b in stacks
+        if timeline.starts[b] < timeline.length / 2
+    )
 
 
 def buffers(timeline, *shape):
     """Buffers that anything makes of values of this shape."""
-    return [b for b in range(len(timeline.values)) if timeline.made[b] and timeline.value(b).shape == shape]
+    return [
+        b
+        for b in range(len(timeline.values))
+        if timeline.made[b] and timeline.value(b).shape == shape
+    ]
 
 
 def test_a_product_on_tpu_writes_what_its_end_computes():
-    """The gradient behind a relu is written, masked, instead of the product; the relu itself is computed where it is read."""
-    recipe = lepton.Recipe(model=partial(models.MLP, (256, 512, 10)), loss=lepton.losses.cross_entropy,
-                           optimizer=optax.sgd(0.1), batch_size=64)
-    traced = trace(recipe, jax.ShapeDtypeStruct((1, 256), jnp.float32), LABEL)
+    """The gradient behind a relu is written, masked, instead of the product; the relu
+    itself is computed where it is read.
+    """
+    recipe = lepton.Recipe(
+        model=partial(models.MLP, (256, 512, 10)),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=64,
+    )
+    traced = trace(
+        recipe,
+        jax.ShapeDtypeStruct((1, 256), jnp.float32),
+        LABEL,
+    )
     timeline = Timeline(traced.gradient("none"), "tpu")
     names, assignment = assigned(traced, 0)
     top = peak(timeline, *Sizes(names.graph, names).bytes(assignment))
@@ -142,25 +264,64 @@ def test_a_loop_keeps_one_stack_of_what_is_the_same():
     def loss(params, xs):
         def step(carry, x):
             carry = jnp.tanh(carry @ params)
-            return carry, (carry * 2, carry * 2, x.sum())
+            return carry, (
+                carry * 2,
+                carry * 2,
+                x.sum(),
+            )
+
         carry, (one, two, _) = jax.lax.scan(step, xs[0], xs)
         return (one * two).sum() + carry.sum()
 
-    shapes = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((7, 32, 64), jnp.float32)
-    graph = Graph(jax.make_jaxpr(loss)(*shapes), 1, 0)
+    shapes = (
+        jax.ShapeDtypeStruct((64, 64), jnp.float32),
+        jax.ShapeDtypeStruct((7, 32, 64), jnp.float32),
+    )
+    graph = Graph(
+        jax.make_jaxpr(loss)(*shapes),
+        1,
+        0,
+    )
     assert len(buffers(Timeline(graph, "tpu"), 7, 32, 64)) == 1
 
 
-@pytest.mark.parametrize("optimizer, arrays", [(optax.sgd(1e-3), 1), (optax.adam(1e-3), 3)])
-def test_narrow_rows_are_copied_with_all_that_the_optimizer_keeps_of_them(optimizer, arrays):
-    recipe = lepton.Recipe(model=partial(models.TwoTower, 4096, 1024, dim=32, hidden=(64,)), loss=lepton.losses.squared_error,
-                           optimizer=optimizer, batch_size=64)
-    traced = trace(recipe, {"user": LABEL, "item": LABEL}, jax.ShapeDtypeStruct((1,), jnp.float32))
+@pytest.mark.parametrize(
+    "optimizer, arrays", [(optax.sgd(1e-3), 1), (optax.adam(1e-3), 3)]
+)
+def test_narrow_rows_are_copied_with_all_that_the_optimizer_keeps_of_them(
+    optimizer, arrays
+):
+    recipe = lepton.Recipe(
+        model=partial(
+            models.TwoTower,
+            4096,
+            1024,
+            dim=32,
+            hidden=(64,),
+        ),
+        loss=lepton.losses.squared_error,
+        optimizer=optimizer,
+        batch_size=64,
+    )
+    traced = trace(
+        recipe,
+        {"user": LABEL, "item": LABEL},
+        jax.ShapeDtypeStruct((1,), jnp.float32),
+    )
     names, assignment = assigned(traced, 0)
     timeline, sizes = Timeline(names.graph, "tpu"), Sizes(names.graph, names)
-    top = peak(timeline, *sizes.bytes(assignment), moments=sizes.moments(traced))
-    held = sorted(top.each[b] for b in timeline.tables if timeline.value(b).shape[-1] == 32)
-    assert held == [1024 * 128 * 4 * arrays, 4096 * 128 * 4 * arrays], "rows are as wide as the vector"
+    top = peak(
+        timeline,
+        *sizes.bytes(assignment),
+        moments=sizes.moments(traced),
+    )
+    held = sorted(
+        top.each[b] for b in timeline.tables if timeline.value(b).shape[-1] == 32
+    )
+    assert held == [
+        1024 * 128 * 4 * arrays,
+        4096 * 128 * 4 * arrays,
+    ], "rows are as wide as the vector"
 
 
 def test_kernels_are_made_ready_before_a_loop_over_micro_batches():
@@ -178,12 +339,21 @@ def test_kernels_are_made_ready_before_a_loop_over_micro_batches():
 
 def wide_perceptron():
     model = partial(models.MLP, (256, 512, 512, 512, 10))
-    return trace(lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.sgd(0.1), batch_size=65_536),
-                 *CASES["mlp"][1:])
+    return trace(
+        lepton.Recipe(
+            model=model,
+            loss=lepton.losses.cross_entropy,
+            optimizer=optax.sgd(0.1),
+            batch_size=65_536,
+        ),
+        *CASES["mlp"][1:],
+    )
 
 
 def test_gradients_that_are_summed_in_a_loop_wait_for_the_chain():
-    """libtpu computes them behind the backward pass from layer to layer, and keeps what they need until then."""
+    """libtpu computes them behind the backward pass from layer to layer, and keeps what
+    they need until then.
+    """
     graph = wide_perceptron().gradient("none")
     plain = Timeline(graph, "tpu", eager=True)
     waits = plain.variant(windowed=True, eager=True)
@@ -192,88 +362,193 @@ def test_gradients_that_are_summed_in_a_loop_wait_for_the_chain():
         assert summed.sum() == 4
         chain = timeline.works[~summed].max()
         assert (timeline.works[summed] > chain).all() == (timeline is waits)
-    kept = [sum(t.ends[b] - t.starts[b] for b in buffers(t, 65_536, 512)) / t.length for t in (plain, waits)]
+    kept = [
+        sum(t.ends[b] - t.starts[b] for b in buffers(t, 65_536, 512)) / t.length
+        for t in (plain, waits)
+    ]
     assert kept[1] > kept[0]
-    assert waits.variant(False, True) is not waits and plain.variant(True, True) is waits
+    assert (
+        waits.variant(False, True) is not waits and plain.variant(True, True) is waits
+    )
 
 
-@pytest.mark.parametrize("shares, batch_size, found", [(8, 65_536, True), (4, 65_536, False), (64, 1_048_576, False),
-                                                       (8, 4096, False)])
-def test_products_over_few_rows_or_devices_are_summed_afterwards(shares, batch_size, found):
-    recipe = lepton.Recipe(model=partial(models.MLP, (256, 512, 512, 10)), loss=lepton.losses.cross_entropy,
-                           optimizer=optax.sgd(0.1), batch_size=batch_size)
+@pytest.mark.parametrize(
+    "shares, batch_size, found",
+    [
+        (8, 65_536, True),
+        (4, 65_536, False),
+        (64, 1_048_576, False),
+        (8, 4096, False),
+    ],
+)
+def test_products_over_few_rows_or_devices_are_summed_afterwards(
+    shares, batch_size, found
+):
+    recipe = lepton.Recipe(
+        model=partial(models.MLP, (256, 512, 512, 10)),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=batch_size,
+    )
     traced = trace(recipe, *CASES["mlp"][1:])
-    names, assignment = assigned(traced, 1, sizes=(shares,))
+    names, assignment = assigned(
+        traced,
+        1,
+        sizes=(shares,),
+    )
     timeline = Timeline(names.graph, "tpu")
     used = Sizes(names.graph, names).bytes(assignment)[1]
     assert windowed(timeline, names, assignment, used) == found
 
 
 def test_the_head_is_made_ready_before_a_loop_over_micro_batches_on_tpu():
-    timeline = Timeline(trace(language(loop="scan"), TOKENS, TOKENS).gradient("none"), "tpu")
+    timeline = Timeline(
+        trace(language(loop="scan"), TOKENS, TOKENS).gradient("none"), "tpu"
+    )
     ready = [timeline.value(b).shape for b in np.flatnonzero(timeline.fixed)]
     assert (128, 1024) in ready, "the head, which no loop over layers slices"
     assert all(len(shape) == 2 for shape in ready)
 
 
 def test_what_waits_long_has_no_room_beside_the_memory():
-    """An activation of the forward pass gives way to what is fetched for the next product."""
+    """An activation of the forward pass gives way to what is fetched for the next
+    product.
+    """
     traced = wide_perceptron()
     names, assignment = assigned(traced, 1)
     timeline = Timeline(names.graph, "tpu").variant(True, True)
     kept, used = Sizes(names.graph, names).bytes(assignment)
     chip = topology("v5p:2x2x2").chip
-    bytes_ = [peak(timeline, kept, used, room, chip=chip).bytes for room in (0.0, 48 * 2.0**20, 2.0**40)]
+    bytes_ = [
+        peak(timeline, kept, used, room, chip=chip).bytes
+        for room in (0.0, 48 * 2.0**20, 2.0**40)
+    ]
     assert bytes_[0] > bytes_[1] > bytes_[2]
 
 
 def test_the_order_of_the_program_leaves_gaps_that_the_order_of_size_does_not():
-    starts, ends, sizes = np.array([0, 0, 2]), np.array([1, 9, 9]), np.array([2.0, 1.0, 3.0])
+    starts, ends, sizes = (
+        np.array([0, 0, 2]),
+        np.array([1, 9, 9]),
+        np.array([2.0, 1.0, 3.0]),
+    )
     assert heap.packed("tpu", starts, ends, sizes) == 6.0
     assert heap.packed("cpu", starts, ends, sizes) == 4.0
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12), st.integers(0, 9)), max_size=30),
-       st.sampled_from(["tpu", "cpu", "gpu"]))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 30),
+            st.integers(0, 12),
+            st.integers(0, 9),
+        ),
+        max_size=30,
+    ),
+    st.sampled_from(["tpu", "cpu", "gpu"]),
+)
 def test_a_heap_holds_what_is_alive_and_no_more_than_all(spans, platform):
     starts, lasts, sizes = (np.array([s[i] for s in spans], np.int64) for i in range(3))
-    need = heap.packed(platform, starts, starts + lasts, sizes.astype(float))
-    alive = heap.alive(starts, starts + lasts, sizes.astype(float)).max() if spans else 0.0
+    need = heap.packed(
+        platform,
+        starts,
+        starts + lasts,
+        sizes.astype(float),
+    )
+    alive = (
+        heap.alive(starts, starts + lasts, sizes.astype(float)).max() if spans else 0.0
+    )
     assert alive <= need <= sizes.sum()
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8), st.integers(0, 70), st.integers(0, 3)), max_size=20))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 20),
+            st.integers(0, 8),
+            st.integers(0, 70),
+            st.integers(0, 3),
+        ),
+        max_size=20,
+    )
+)
 def test_the_memory_beside_is_never_overfull(spans):
-    starts, lasts, sizes, rank = (np.array([s[i] for s in spans], np.int64) for i in range(4))
-    chosen = heap.beside(starts, starts + lasts, sizes.astype(float), 64.0, rank)
-    assert heap.alive(starts, starts + lasts, np.where(chosen, sizes, 0).astype(float)).max() <= 64 if spans else True
+    starts, lasts, sizes, rank = (
+        np.array([s[i] for s in spans], np.int64) for i in range(4)
+    )
+    chosen = heap.beside(
+        starts,
+        starts + lasts,
+        sizes.astype(float),
+        64.0,
+        rank,
+    )
+    assert (
+        heap.alive(
+            starts,
+            starts + lasts,
+            np.where(chosen, sizes, 0).astype(float),
+        ).max()
+        <= 64
+        if spans
+        else True
+    )
     assert not chosen[sizes > 64].any()
 
 
 def test_the_memory_beside_is_for_what_is_read_soon():
     starts, ends, sizes = np.array([0, 4]), np.array([9, 5]), np.array([60.0, 50.0])
-    assert heap.beside(starts, ends, sizes, 100.0, np.array([3, 0])).tolist() == [False, True]
-    assert heap.beside(starts, ends, sizes, 100.0, np.array([0, 0])).tolist() == [True, False]
+    assert heap.beside(starts, ends, sizes, 100.0, np.array([3, 0])).tolist() == [
+        False,
+        True,
+    ]
+    assert heap.beside(starts, ends, sizes, 100.0, np.array([0, 0])).tolist() == [
+        True,
+        False,
+    ]
 
 
-@pytest.mark.parametrize("shape, times", [((1024, 1024), 1.0), ((8, 64), 128 / 64), ((2048, 10), 16 / 10),
-                                          ((12, 12, 768), 16 / 12), ((4, 512), 1.0), ((1, 1), 1.0)])
+@pytest.mark.parametrize(
+    "shape, times",
+    [
+        ((1024, 1024), 1.0),
+        ((8, 64), 128 / 64),
+        ((2048, 10), 16 / 10),
+        ((12, 12, 768), 16 / 12),
+        ((4, 512), 1.0),
+        ((1, 1), 1.0),
+    ],
+)
 def test_tiles(shape, times):
-    assert tiling(np.array([shape], float), np.zeros(1, bool))[0] == pytest.approx(times)
+    assert tiling(np.array([shape], float), np.zeros(1, bool))[0] == pytest.approx(
+        times
+    )
 
 
 def test_tiles_of_images_lie_along_batch_and_channels():
     image = np.array([[32.0, 96.0, 96.0, 64.0]])
-    assert tiling(image, np.ones(1, bool))[0] == 2.0 and tiling(image, np.zeros(1, bool))[0] < 2.0
+    assert (
+        tiling(image, np.ones(1, bool))[0] == 2.0
+        and tiling(image, np.zeros(1, bool))[0] < 2.0
+    )
 
 
 def test_a_prediction_is_cheap():
     traced = trace(language(), TOKENS, TOKENS)
     names, assignment = assigned(traced, 1)
     timeline, sizes = Timeline(names.graph, "tpu"), Sizes(names.graph, names)
-    ask = partial(predict, traced, names.graph, names, assignment, topology("v5p:2x2x2"), timeline=timeline, sizes=sizes)
+    ask = partial(
+        predict,
+        traced,
+        names.graph,
+        names,
+        assignment,
+        topology("v5p:2x2x2"),
+        timeline=timeline,
+        sizes=sizes,
+    )
     ask()
     begun = time.perf_counter()
     for _ in range(20):

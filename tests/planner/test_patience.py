@@ -19,16 +19,30 @@ TOKENS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
 
 
 def language(batch_size=64, **fields):
-    model = functools.partial(models.TransformerLM, 512, dim=256, layers=2, heads=8)
-    recipe = lepton.Recipe(model=model, loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3),
-                           batch_size=batch_size, **fields)
+    model = functools.partial(
+        models.TransformerLM,
+        512,
+        dim=256,
+        layers=2,
+        heads=8,
+    )
+    recipe = lepton.Recipe(
+        model=model,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam(1e-3),
+        batch_size=batch_size,
+        **fields,
+    )
     return lepton.trace(recipe, TOKENS, TOKENS)
 
 
 @pytest.mark.parametrize("topology", ["v5p:4x4x4", "h200:8", "cpu:8"])
 def test_when_time_is_over_the_best_plan_so_far_is_taken_and_says_so(topology):
     trace, on = language(), lepton.topology(topology)
-    hasty, calm = planning.plan(trace, on, time_limit=1e-9), planning.plan(trace, on, time_limit=None)
+    hasty, calm = (
+        planning.plan(trace, on, time_limit=1e-9),
+        planning.plan(trace, on, time_limit=None),
+    )
     (note,) = [note for note in hasty.notes if "the search stopped" in note]
     assert "time_limit" in note and hasty.peak < hasty.memory and hasty.batch_axes
     assert not [note for note in calm.notes if "stopped" in note]
@@ -37,14 +51,27 @@ def test_when_time_is_over_the_best_plan_so_far_is_taken_and_says_so(topology):
 
 def test_a_search_that_is_cut_short_does_not_claim_that_nothing_fits_without_saying_so():
     with pytest.raises(lepton.PlanError) as caught:
-        planning.plan(language(4096), lepton.topology("v5e:1x1"), time_limit=1e-9, micro_batches=1, remat="none")
-    assert "let the planner choose" in caught.value.remedy or "time_limit" in caught.value.remedy
+        planning.plan(
+            language(4096),
+            lepton.topology("v5e:1x1"),
+            time_limit=1e-9,
+            micro_batches=1,
+            remat="none",
+        )
+    assert (
+        "let the planner choose" in caught.value.remedy
+        or "time_limit" in caught.value.remedy
+    )
 
 
 @pytest.mark.parametrize("limit", [0, -1.0])
 def test_a_limit_that_is_none_is_an_error(limit):
     with pytest.raises(lepton.PlanError, match="time_limit"):
-        planning.plan(language(), lepton.topology("cpu:1"), time_limit=limit)
+        planning.plan(
+            language(),
+            lepton.topology("cpu:1"),
+            time_limit=limit,
+        )
 
 
 def test_what_takes_long_says_what_it_does_less_and_less_often(capsys, monkeypatch):
@@ -55,7 +82,11 @@ def test_what_takes_long_says_what_it_does_less_and_less_often(capsys, monkeypat
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and 2 <= len(lines) <= 5
-    assert all(line.startswith("planning for v5p:4x4x4, ") and line.endswith("mesh shape 3 of 18") for line in lines)
+    assert all(
+        line.startswith("planning for v5p:4x4x4, ")
+        and line.endswith("mesh shape 3 of 18")
+        for line in lines
+    )
 
 
 def test_what_is_quick_says_nothing(capsys):
@@ -73,18 +104,40 @@ def test_only_the_planning_threads_own_computing_counts():
         assert clock.cut and clock.spent >= 0.2
 
 
-def test_the_command_line_tells_on_stderr_and_keeps_its_output_clean(capsys, monkeypatch, tmp_path):
+def test_the_command_line_tells_on_stderr_and_keeps_its_output_clean(
+    capsys, monkeypatch, tmp_path
+):
     monkeypatch.setattr(patience, "SILENT_SECONDS", 0.01)
-    arguments = ["recipes/digits_cnn.py", "--on", "v5e:2x2", "--time-limit", "30", "--json", str(tmp_path / "plan.json")]
+    arguments = [
+        "recipes/digits_cnn.py",
+        "--on",
+        "v5e:2x2",
+        "--time-limit",
+        "30",
+        "--json",
+        str(tmp_path / "plan.json"),
+    ]
     assert tool.main(arguments) == 0
     out, err = capsys.readouterr()
     assert "planning for v5e:2x2, " in err and "planning for" not in out
     assert json.loads((tmp_path / "plan.json").read_text())["plans"]
-    assert tool.main(["recipes/digits_cnn.py", "--on", "v5e:2x2", "--time-limit", "0"]) == 2
+    assert (
+        tool.main(["recipes/digits_cnn.py", "--on", "v5e:2x2", "--time-limit", "0"])
+        == 2
+    )
     assert "--time-limit" in capsys.readouterr().err
 
 
 def test_layers_that_are_alike_are_sized_once():
     trace = language()
-    rows = len(planning.Problem(trace, lepton.topology("cpu:8"), "time", planning.pinning.Pins()).sizes("none").extents)
+    rows = len(
+        planning.Problem(
+            trace,
+            lepton.topology("cpu:8"),
+            "time",
+            planning.pinning.Pins(),
+        )
+        .sizes("none")
+        .extents
+    )
     assert rows < len(trace.gradient("none").values) / 2

@@ -72,9 +72,19 @@ class Spelling(Tokens):
         return self.layer(self.table(x % 50).mean(1) + self.table(x[:, 0] // 2))
 
 
-def found(model=Net, inputs=X, targets=Y, loss=cross_entropy, **fields):
+def found(
+    model=Net,
+    inputs=X,
+    targets=Y,
+    loss=cross_entropy,
+    **fields,
+):
     recipe = Recipe(
-        model=model, loss=loss, optimizer=optax.sgd(0.1), batch_size=ROWS, **fields
+        model=model,
+        loss=loss,
+        optimizer=optax.sgd(0.1),
+        batch_size=ROWS,
+        **fields,
     )
     return limits(trace(recipe, inputs, targets))
 
@@ -96,7 +106,9 @@ LOSSES = {
     ),
     "of columns": lambda o, t: (
         -jnp.take_along_axis(
-            jax.nn.log_softmax(o), t.reshape(-1, 1).astype(jnp.int16), axis=-1
+            jax.nn.log_softmax(o),
+            t.reshape(-1, 1).astype(jnp.int16),
+            axis=-1,
         )[:, 0]
     ),
 }
@@ -135,11 +147,15 @@ UNBOUND = {
     "clipped": lambda o, t: jnp.take_along_axis(o, t[:, None], 1, mode="clip")[:, 0],
     "filled": lambda o, t: o.T.at[t].get(mode="fill", fill_value=0).sum(1),
     "a number among numbers": lambda o, t: jnp.where(
-        t.astype(jnp.float32) == jnp.inf, 0, o[:, 0] + jnp.minimum(t + jnp.nan, jnp.inf)
+        t.astype(jnp.float32) == jnp.inf,
+        0,
+        o[:, 0] + jnp.minimum(t + jnp.nan, jnp.inf),
     ),
     "counted": lambda o, t: jnp.square(o[:, 0] - t),
     "in one branch": lambda o, t: jax.lax.cond(
-        o.sum() > 0, lambda: cross_entropy(o, t), lambda: o[:, 0]
+        o.sum() > 0,
+        lambda: cross_entropy(o, t),
+        lambda: o[:, 0],
     ),
     "wrapped by hand": lambda o, t: cross_entropy(o, jnp.where(t < 0, t + 3, t)),
     "set against positions": lambda o, t: (t == jnp.arange(8)) * o[:, 0],
@@ -153,16 +169,48 @@ def test_what_the_code_changes_itself_has_no_bound(name):
 
 
 LOOKED_OUT_FOR = {
-    "weights": (lambda o, t: (cross_entropy(o, t), t >= 0), True, ()),
-    "where": (lambda o, t: jnp.where(t > -1, cross_entropy(o, t), 0), True, ()),
-    "zero first": (lambda o, t: jnp.where(~(t >= 0), 0, cross_entropy(o, t)), True, ()),
+    "weights": (
+        lambda o, t: (cross_entropy(o, t), t >= 0),
+        True,
+        (),
+    ),
+    "where": (
+        lambda o, t: jnp.where(
+            t > -1,
+            cross_entropy(o, t),
+            0,
+        ),
+        True,
+        (),
+    ),
+    "zero first": (
+        lambda o, t: jnp.where(
+            ~(t >= 0),
+            0,
+            cross_entropy(o, t),
+        ),
+        True,
+        (),
+    ),
     "one value": (
-        lambda o, t: jnp.where(t != -100, cross_entropy(o, t), 0),
+        lambda o, t: jnp.where(
+            t != -100,
+            cross_entropy(o, t),
+            0,
+        ),
         False,
         (-100,),
     ),
-    "padding": (lambda o, t: (cross_entropy(o, t), t != 0), False, (0,)),
-    "not these": (lambda o, t: (cross_entropy(o, t), t > 0), False, ()),
+    "padding": (
+        lambda o, t: (cross_entropy(o, t), t != 0),
+        False,
+        (0,),
+    ),
+    "not these": (
+        lambda o, t: (cross_entropy(o, t), t > 0),
+        False,
+        (),
+    ),
 }
 
 
@@ -185,7 +233,11 @@ def test_token_ids_have_the_range_of_the_table():
 
 def test_preprocessing_is_followed():
     bytes_ = jax.ShapeDtypeStruct((ROWS, 6), jnp.uint8)
-    through = found(Tokens, bytes_, preprocess=lambda x: x.astype(jnp.int32)[:, ::-1])
+    through = found(
+        Tokens,
+        bytes_,
+        preprocess=lambda x: x.astype(jnp.int32)[:, ::-1],
+    )
     assert sizes(through, "inputs") == [(50, None)]
     assert sizes(found(Tokens, bytes_, preprocess=lambda x: x // 6), "inputs") == []
     pixels = jax.ShapeDtypeStruct((ROWS, 4), jnp.uint8)
@@ -195,14 +247,26 @@ def test_preprocessing_is_followed():
 def test_the_zoo_has_the_ranges_of_its_tables():
     lm = found(
         lambda rngs: models.TransformerLM(
-            11, dim=16, layers=2, heads=4, loop="scan", rngs=rngs
+            11,
+            dim=16,
+            layers=2,
+            heads=4,
+            loop="scan",
+            rngs=rngs,
         ),
         IDS,
         IDS,
     )
     assert sizes(lm, "inputs") == sizes(lm) == [(11, None)]
     towers = found(
-        lambda rngs: models.TwoTower(7, 5, dim=4, hidden=(6,), width=3, rngs=rngs),
+        lambda rngs: models.TwoTower(
+            7,
+            5,
+            dim=4,
+            hidden=(6,),
+            width=3,
+            rngs=rngs,
+        ),
         {"user": Y, "item": Y},
         jax.ShapeDtypeStruct((ROWS,), jnp.float32),
         squared_error,
@@ -219,10 +283,12 @@ def test_a_binary_loss_bounds_nothing():
 
 
 def test_limits_find_what_breaks_them():
-    (limit,) = found(loss=lambda o, t: (cross_entropy(o, t), t >= 0))
+    (limit,) = found(
+        loss=lambda o, t: (cross_entropy(o, t), t >= 0),
+    )
     assert limit.broken(np.array([-1, 0, 2])) is None
     np.testing.assert_array_equal(limit.broken(np.array([-1, 3, 2]))[:, 0], [0, 1, 0])
-    (first, _, _) = found(Columns, IDS)
+    first, _, _ = found(Columns, IDS)
     rows = np.full((2, 6), 60)
     rows[:, 0] = 3, 50
     np.testing.assert_array_equal(first.broken(rows)[:, 0], [False, True])

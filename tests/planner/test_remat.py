@@ -25,7 +25,15 @@ def layer(x, w):
 def straight(params, x, key):
     for i in range(LAYERS):
         x = layer(x, jax.tree.map(lambda p: p[i], params))  # noqa: B023
-        x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), 0.9, x.shape), x, 0)
+        x = jnp.where(
+            jax.random.bernoulli(
+                jax.random.fold_in(key, i),
+                0.9,
+                x.shape,
+            ),
+            x,
+            0,
+        )
     return (x**2).mean(), x.sum()
 
 
@@ -42,31 +50,61 @@ def looped(params, x, key):
 
 def arguments():
     rng = np.random.default_rng(0)
-    params = {"up": rng.normal(size=(LAYERS, DIM, 4 * DIM)) / 6, "down": rng.normal(size=(LAYERS, 4 * DIM, DIM)) / 12}
-    return jax.tree.map(jnp.float32, params), jnp.float32(rng.normal(size=(ROWS, DIM))), jax.random.key(1)
+    params = {
+        "up": rng.normal(size=(LAYERS, DIM, 4 * DIM)) / 6,
+        "down": rng.normal(size=(LAYERS, 4 * DIM, DIM)) / 12,
+    }
+    return (
+        jax.tree.map(jnp.float32, params),
+        jnp.float32(rng.normal(size=(ROWS, DIM))),
+        jax.random.key(1),
+    )
 
 
 def kept(function):
     """Bytes that the forward pass keeps for the backward pass, parameters apart."""
     args = arguments()
-    backward = jax.eval_shape(lambda *a: jax.vjp(lambda p: function(p, *a[1:]), a[0], has_aux=True)[1], *args)
-    parameters = {x.shape for x in jax.tree.leaves(args[0])} | {x.shape[1:] for x in jax.tree.leaves(args[0])}
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward) if x.shape not in parameters)
+    backward = jax.eval_shape(
+        lambda *a: jax.vjp(lambda p: function(p, *a[1:]), a[0], has_aux=True)[1], *args
+    )
+    parameters = {x.shape for x in jax.tree.leaves(args[0])} | {
+        x.shape[1:] for x in jax.tree.leaves(args[0])
+    }
+    return sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(backward)
+        if x.shape not in parameters
+    )
 
 
 @pytest.mark.parametrize("policy", ["dots", "full"])
 @pytest.mark.parametrize("function", [straight, looped])
 def test_values_gradients_and_random_numbers_are_the_same(function, policy):
     args = arguments()
-    expected, ours = (jax.jit(jax.value_and_grad(f, has_aux=True))(*args) for f in (function, rematerialized(function, policy)))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), ours, expected)
+    expected, ours = (
+        jax.jit(jax.value_and_grad(f, has_aux=True))(*args)
+        for f in (function, rematerialized(function, policy))
+    )
+    jax.tree.map(
+        functools.partial(
+            np.testing.assert_allclose,
+            rtol=1e-5,
+            atol=1e-7,
+        ),
+        ours,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("function", [straight, looped])
 def test_the_stricter_policy_keeps_less(function):
-    none, dots, full = (kept(rematerialized(function, policy)) for policy in ("none", "dots", "full"))
+    none, dots, full = (
+        kept(rematerialized(function, policy)) for policy in ("none", "dots", "full")
+    )
     assert full < dots < none
-    assert full < none / (8 if function is looped else 3), "what enters each layer, of all that it computes"
+    assert full < none / (8 if function is looped else 3), (
+        "what enters each layer, of all that it computes"
+    )
 
 
 def test_no_rematerialization_is_the_function_itself():
@@ -75,22 +113,43 @@ def test_no_rematerialization_is_the_function_itself():
 
 def test_cast_parameters_are_kept_and_not_cast_again_in_each_segment():
     def cast(params, x, key):
-        return straight(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), x.astype(jnp.bfloat16), key)
+        return straight(
+            jax.tree.map(lambda p: p.astype(jnp.bfloat16), params),
+            x.astype(jnp.bfloat16),
+            key,
+        )
 
     program = jax.make_jaxpr(rematerialized(cast, "full"))(*arguments())
-    segments = [e for e in program.jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint")]
+    segments = [
+        e for e in program.jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint")
+    ]
     assert len(segments) > 2
-    inside = [e for s in segments[1:] for e in s.params["jaxpr"].eqns if e.primitive.name == "convert_element_type"]
+    inside = [
+        e
+        for s in segments[1:]
+        for e in s.params["jaxpr"].eqns
+        if e.primitive.name == "convert_element_type"
+    ]
     assert not any(e.invars[0].aval.shape[:1] == (LAYERS,) for e in inside)
 
 
 def test_straight_code_is_cut_where_little_is_alive():
     jaxpr = jax.make_jaxpr(straight)(*arguments()).jaxpr
     cuts = boundaries(jaxpr, 2)
-    assert cuts[0] == 0 and cuts[-1] == len(jaxpr.eqns) and cuts == sorted(set(cuts)) and len(cuts) > 3
+    assert (
+        cuts[0] == 0
+        and cuts[-1] == len(jaxpr.eqns)
+        and cuts == sorted(set(cuts))
+        and len(cuts) > 3
+    )
     for cut in cuts[1:-1]:
         made = {v for e in jaxpr.eqns[:cut] for v in e.outvars}
-        across = {v for e in jaxpr.eqns[cut:] for v in e.invars if not isinstance(v, remat.Literal) and v in made}
+        across = {
+            v
+            for e in jaxpr.eqns[cut:]
+            for v in e.invars
+            if not isinstance(v, remat.Literal) and v in made
+        }
         activations = [v.aval.shape for v in across if v.aval.shape[:1] == (ROWS,)]
         assert len(activations) <= 2, "not within a layer, where the wide ones live too"
 
@@ -104,20 +163,34 @@ def test_loops_and_small_code_are_not_cut():
 
 def test_the_body_of_a_loop_is_run_again_but_not_a_small_cell():
     def cell(params, x, key):
-        return lax.scan(lambda h, w: (jnp.tanh(h * w[0, 0]), None), x, params["up"])[0].mean(), key
+        return (
+            lax.scan(lambda h, w: (jnp.tanh(h * w[0, 0]), None), x, params["up"])[
+                0
+            ].mean(),
+            key,
+        )
 
     def checkpoints(function):
         eqns = jax.make_jaxpr(rematerialized(function, "full"))(*arguments()).jaxpr.eqns
         (loop,) = (e for e in eqns if e.primitive.name == "scan")
-        return [e for e in loop.params["jaxpr"].jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint")]
+        return [
+            e
+            for e in loop.params["jaxpr"].jaxpr.eqns
+            if e.primitive.name in ("remat2", "checkpoint")
+        ]
 
     assert len(checkpoints(looped)) == 1 and checkpoints(cell) == []
 
 
 def test_a_second_run_is_held_back_until_it_is_needed():
-    """A graph inlines it; without a barrier XLA would merge it with the first run and keep everything after all."""
+    """A graph inlines it; without a barrier XLA would merge it with the first run and
+    keep everything after all.
+    """
+
     def graph(function):
-        program = jax.make_jaxpr(jax.grad(rematerialized(function, "full"), has_aux=True))(*arguments())
+        program = jax.make_jaxpr(
+            jax.grad(rematerialized(function, "full"), has_aux=True)
+        )(*arguments())
         return Graph(program, 2, 2)
 
     assert any(op.name == BARRIER for op in graph(straight).operations())
@@ -126,8 +199,14 @@ def test_a_second_run_is_held_back_until_it_is_needed():
 
 def test_source_lines_and_scopes_are_kept():
     program = jax.make_jaxpr(rematerialized(straight, "full"))(*arguments())
-    segment = next(e for e in program.jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint"))
-    dots = [e for e in segment.params["jaxpr"].eqns if e.primitive.name == "dot_general"]
+    segment = next(
+        e for e in program.jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint")
+    )
+    dots = [
+        e for e in segment.params["jaxpr"].eqns if e.primitive.name == "dot_general"
+    ]
     assert dots
     for eqn in dots:
-        assert "test_remat.py" in source_line(eqn) and "layer" in str(eqn.source_info.name_stack)
+        assert "test_remat.py" in source_line(eqn) and "layer" in str(
+            eqn.source_info.name_stack
+        )

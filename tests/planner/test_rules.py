@@ -1,4 +1,6 @@
-"""Which dims are one thing: each family of primitives, and that no assignment changes what a function computes."""
+"""Which dims are one thing: each family of primitives, and that no assignment changes
+what a function computes.
+"""
 
 import random
 from functools import partial
@@ -28,26 +30,47 @@ def ids(*shape):
 
 
 def graph_of(function, *args):
-    return Graph(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(a, jnp.float32) if isinstance(a, tuple) else a for a in args)))
+    return Graph(
+        jax.make_jaxpr(function)(
+            *(
+                jax.ShapeDtypeStruct(a, jnp.float32) if isinstance(a, tuple) else a
+                for a in args
+            )
+        )
+    )
 
 
 def axes(graph):
-    """"ab,bc->ac" of a matrix product: a letter for each named axis, in the order in which inputs and results show them."""
+    """ "ab,bc->ac" of a matrix product: a letter for each named axis, in the order in
+    which inputs and results show them.
+    """
     letters: dict[int, str] = {}
 
     def word(value):
-        return "".join(letters.setdefault(graph.find(n), chr(97 + len(letters))) for n in value.nodes)
+        return "".join(
+            letters.setdefault(graph.find(n), chr(97 + len(letters)))
+            for n in value.nodes
+        )
 
     assert all(isinstance(v, Value) for v in graph.block.results)
-    return ",".join(map(word, graph.block.inputs)) + "->" + ",".join(map(word, graph.block.results))
+    return (
+        ",".join(map(word, graph.block.inputs))
+        + "->"
+        + ",".join(map(word, graph.block.results))
+    )
 
 
 def backward(function, wrt=None):
-    """The last argument is the result's cotangent; the gradients of the first `wrt` of the others come out."""
+    """The last argument is the result's cotangent; the gradients of the first `wrt` of
+    the others come out.
+    """
+
     def gradients(*args):
         *args, cotangent = args
         count = len(args) if wrt is None else wrt
-        return jax.vjp(lambda *primals: function(*primals, *args[count:]), *args[:count])[1](cotangent)
+        return jax.vjp(
+            lambda *primals: function(*primals, *args[count:]), *args[:count]
+        )[1](cotangent)
 
     return gradients
 
@@ -57,7 +80,9 @@ def own_sine(x):
     return jnp.sin(x)
 
 
-own_sine.defjvp(lambda primals, tangents: (own_sine(*primals), tangents[0] * jnp.cos(primals[0])))
+own_sine.defjvp(
+    lambda primals, tangents: (own_sine(*primals), tangents[0] * jnp.cos(primals[0]))
+)
 
 
 @jax.custom_vjp
@@ -65,107 +90,559 @@ def own_product(x, w):
     return x @ w
 
 
-own_product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+own_product.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda kept, g: (g @ kept[1].T, kept[0].T @ g),
+)
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-conv = partial(lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC)
-max_pool, avg_pool = (partial(pool, window_shape=(2, 2), strides=(2, 2)) for pool in (nnx.max_pool, nnx.avg_pool))
+conv = partial(
+    lax.conv_general_dilated,
+    window_strides=(1, 1),
+    padding="SAME",
+    dimension_numbers=NHWC,
+)
+max_pool, avg_pool = (
+    partial(
+        pool,
+        window_shape=(2, 2),
+        strides=(2, 2),
+    )
+    for pool in (nnx.max_pool, nnx.avg_pool)
+)
 
 
 def recurrent(h, xs, w):
-    return lax.scan(lambda h, x: (jnp.tanh(h @ w + x), h), h, xs)
+    return lax.scan(
+        lambda h, x: (jnp.tanh(h @ w + x), h),
+        h,
+        xs,
+    )
 
 
 FAMILIES = {
-    "elementwise": (lambda x, y: x + y * jnp.exp(x), "ab,ab->ab", (4, 6), (4, 6)),
-    "bias": (lambda x, b: x + b, "ab,b->ab", (4, 6), (6,)),
-    "a size of 1 is not what it meets": (jnp.minimum, "ab,cb->ab", (4, 6), (1, 6)),
-    "positions": (lambda x: x + jnp.arange(6.0), "ab->ab", (4, 6)),
-    "where": (lambda x: jnp.where(x > 0, jnp.clip(x, 0, 1), 0), "ab->ab", (4, 6)),
-    "sum": (lambda x: x.sum(1), "ab->a", (4, 6)),
-    "mean kept": (lambda x: x - x.mean(1, keepdims=True), "ab->ab", (4, 6)),
-    "softmax": (jax.nn.softmax, "ab->ab", (4, 6)),
-    "logsumexp": (partial(jax.nn.logsumexp, axis=-1), "ab->a", (4, 6)),
-    "argmax": (lambda x: x.argmax(-1), "ab->a", (4, 6)),
-    "argmin": (lambda x: x.argmin(0), "ab->b", (4, 6)),
-    "one_hot": (lambda i: jax.nn.one_hot(i, 5), "a->ab", ids(4)),
-    "transpose": (lambda x: x.transpose(2, 0, 1), "abc->cab", (4, 6, 2)),
-    "squeeze": (lambda x: x.squeeze(1), "abc->ac", (4, 1, 6)),
-    "expand_dims": (lambda x: jnp.expand_dims(x, (0, 2)), "ab->cadb", (4, 6)),
-    "broadcast": (lambda x: jnp.broadcast_to(x, (4, 6)), "ab->cb", (1, 6)),
-    "with itself": (lambda x: x[:, None] * x[None], "a->aa", (4,)),
-    "reshape splits": (lambda x: x.reshape(6, 2, 4), "ab->abc", (6, 8)),
-    "reshape merges": (lambda x: x.reshape(6, 8), "abc->ab", (6, 2, 4)),
-    "reshape regroups": (lambda x: x.reshape(3, 8), "ab->ac", (6, 4)),
-    "reshape, two groups": (lambda x: x.reshape(2, 3, 35), "abc->adb", (6, 5, 7)),
-    "reshape flattens": (lambda x: x.reshape(-1), "ab->a", (4, 6)),
-    "reshape, ones within": (lambda x: x.reshape(4, 6, 1), "abc->acd", (4, 1, 6)),
-    "reshape, ones before": (lambda x: x.reshape(1, 24), "ab->ca", (4, 6)),
-    "reshape, ones after": (lambda x: x.reshape(4, 6, 1, 1), "ab->abcd", (4, 6)),
-    "reshape, ones alone": (lambda x: x.reshape(1, 1, 1), "ab->cde", (1, 1)),
-    "reshape, read in another order": (lambda x: lax.reshape(x, (8, 6), (1, 2, 0)), "abc->ba", (6, 2, 4)),
-    "repeat": (lambda x: jnp.repeat(x, 2, 1), "ab->ab", (4, 6)),
-    "dot": (jnp.matmul, "ab,bc->ac", (4, 6), (6, 8)),
-    "dot with batch": (jnp.matmul, "abc,acd->abd", (3, 4, 6), (3, 6, 8)),
-    "outer": (jnp.outer, "a,b->ab", (4,), (6,)),
-    "einsum": (partial(jnp.einsum, "bgsec,bgsd->ebgcd"), "abcde,abcf->dabef", (2, 3, 4, 5, 6), (2, 3, 4, 7)),
-    "attention, grouped": (jax.nn.dot_product_attention, "abcd,aecd,aecf->abcf", (2, 8, 4, 6), (2, 9, 2, 6), (2, 9, 2, 6)),
-    "conv": (conv, "abcd,efdg->ahig", (2, 8, 8, 3), (3, 3, 3, 5)),
-    "conv backward": (backward(conv), "abcd,efdg,ahig->ajkd,lmdg", (2, 8, 8, 3), (3, 3, 3, 5), (2, 8, 8, 5)),
-    "conv by channel": (partial(conv, feature_group_count=4), "abcd,efgd->ahid", (2, 8, 8, 4), (3, 3, 1, 8)),
-    "conv by groups": (partial(conv, feature_group_count=2), "abcd,efgd->ahid", (2, 8, 8, 4), (3, 3, 2, 6)),
-    "conv by groups backward": (backward(partial(conv, feature_group_count=2)), "abcd,efgd,ahid->ajkd,lmnd", (2, 8, 8, 4),
-                                (3, 3, 2, 6), (2, 8, 8, 6)),
-    "conv by groups of the batch": (partial(conv, batch_group_count=2), "abcd,efda->ghia", (4, 8, 8, 3), (3, 3, 3, 6)),
-    "max pool": (max_pool, "abcd->aefd", (2, 8, 8, 3)),
-    "max pool backward": (backward(max_pool), "abcd,aefd->aghd", (2, 8, 8, 3), (2, 4, 4, 3)),
-    "avg pool": (avg_pool, "abcd->aefd", (2, 8, 8, 3)),
-    "avg pool backward": (backward(avg_pool), "abcd,efgh->eijh", (2, 8, 8, 3), (2, 4, 4, 3)),
-    "lookup": (lambda t, i: t[i], "ab,cd->cdb", (10, 4), ids(2, 3)),
-    "lookup of columns": (lambda t, i: jnp.take(t, i, axis=1), "ab,c->ac", (10, 4), ids(3)),
-    "lookup backward": (backward(lambda t, i: t[i], 1), "ab,cd,cde->fe", (10, 4), ids(2, 3), (2, 3, 4)),
-    "take_along_axis": (lambda x, i: jnp.take_along_axis(x, i, 1), "ab,ac->ac", (4, 10), ids(4, 3)),
-    "take_along_axis backward": (backward(lambda x, i: jnp.take_along_axis(x, i, 1), 1), "ab,ac,ac->ad", (4, 10), ids(4, 3),
-                                 (4, 3)),
-    "scatter": (lambda x, i, u: x.at[i].set(u), "ab,c,cb->ab", (10, 4), ids(3), (3, 4)),
-    "scatter-max": (lambda x, i, u: x.at[i].max(u), "ab,c,cb->ab", (10, 4), ids(3), (3, 4)),
-    "scatter-mul": (lambda x, i, u: x.at[i].multiply(u), "ab,c,cb->ab", (10, 4), ids(3), (3, 4)),
-    "segment_sum": (lambda x, i: jax.ops.segment_sum(x, i, 5), "ab,a->cb", (10, 4), ids(10)),
-    "cumsum": (partial(jnp.cumsum, axis=1), "ab->ab", (4, 6)),
-    "cumlogsumexp": (partial(lax.cumlogsumexp, axis=1), "ab->ab", (4, 6)),
-    "sort": (partial(jnp.sort, axis=1), "ab->ab", (4, 6)),
-    "sort of pairs": (lambda k, v: lax.sort((k, v), num_keys=1, dimension=0), "ab,ab->ab,ab", (4, 6), (4, 6)),
-    "argsort": (jnp.argsort, "ab->ab", (4, 6)),
-    "top_k": (lambda x: lax.top_k(x, 2), "ab->ac,ad", (4, 6)),
-    "reversal": (lambda x: x[:, ::-1], "ab->ab", (4, 6)),
-    "concatenate": (lambda x, y: jnp.concatenate([x, y], 1), "ab,ac->ad", (4, 6), (4, 2)),
-    "stack": (lambda x, y: jnp.stack([x, y], 1), "ab,ab->acb", (4, 6), (4, 6)),
-    "tile": (lambda x: jnp.tile(x, (1, 2)), "ab->ac", (4, 6)),
-    "split": (lambda x: jnp.split(x, 2, 1), "ab->ac,ad", (4, 6)),
-    "slice": (lambda x: x[:, 1:3], "ab->ac", (4, 6)),
-    "stride": (lambda x: x[::2], "ab->cb", (4, 6)),
-    "pad": (lambda x: jnp.pad(x, ((0, 0), (1, 1))), "ab->ac", (4, 6)),
-    "dynamic_slice": (lambda x, i: lax.dynamic_slice(x, (0, i[0]), (4, 2)), "ab,c->ad", (4, 6), ids(1)),
-    "dynamic_update_slice": (lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i[0])), "ab,ac,d->ab", (4, 6), (4, 2), ids(1)),
-    "scan, carry and stacks": (recurrent, "ab,cab,bb->ab,dab", (2, 4), (5, 2, 4), (4, 4)),
-    "scan over layers": (lambda x, ws: lax.scan(lambda x, w: (x @ w[0] @ w[1], None), x, ws)[0], "ab,cdbb->ab", (2, 4),
-                         (3, 2, 4, 4)),
-    "associative_scan": (partial(lax.associative_scan, jnp.add, axis=1), "ab->ac", (4, 8)),
-    "while": (lambda x, w: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * w), (0, x))[1], "ab,b->ab", (4, 6),
-              (6,)),
-    "fori_loop": (lambda x, w: lax.fori_loop(0, 3, lambda i, c: c * w[i], x), "ab,cb->ab", (4, 6), (3, 6)),
-    "cond": (lambda p, x, y: lax.cond(p[0] > 0, lambda x, y: x, lambda x, y: y.T, x, y), "a,bc,cb->bc", (1,), (4, 6), (6, 4)),
-    "switch": (lambda i, x: lax.switch(i[0], [jnp.sin, jnp.cos, lambda x: x * 2], x), "a,bc->bc", ids(1), (4, 6)),
+    "elementwise": (
+        lambda x, y: x + y * jnp.exp(x),
+        "ab,ab->ab",
+        (4, 6),
+        (4, 6),
+    ),
+    "bias": (
+        lambda x, b: x + b,
+        "ab,b->ab",
+        (4, 6),
+        (6,),
+    ),
+    "a size of 1 is not what it meets": (
+        jnp.minimum,
+        "ab,cb->ab",
+        (4, 6),
+        (1, 6),
+    ),
+    "positions": (
+        lambda x: x + jnp.arange(6.0),
+        "ab->ab",
+        (4, 6),
+    ),
+    "where": (
+        lambda x: jnp.where(
+            x > 0,
+            jnp.clip(x, 0, 1),
+            0,
+        ),
+        "ab->ab",
+        (4, 6),
+    ),
+    "sum": (
+        lambda x: x.sum(1),
+        "ab->a",
+        (4, 6),
+    ),
+    "mean kept": (
+        lambda x: x - x.mean(1, keepdims=True),
+        "ab->ab",
+        (4, 6),
+    ),
+    "softmax": (
+        jax.nn.softmax,
+        "ab->ab",
+        (4, 6),
+    ),
+    "logsumexp": (
+        partial(jax.nn.logsumexp, axis=-1),
+        "ab->a",
+        (4, 6),
+    ),
+    "argmax": (
+        lambda x: x.argmax(-1),
+        "ab->a",
+        (4, 6),
+    ),
+    "argmin": (
+        lambda x: x.argmin(0),
+        "ab->b",
+        (4, 6),
+    ),
+    "one_hot": (
+        lambda i: jax.nn.one_hot(i, 5),
+        "a->ab",
+        ids(4),
+    ),
+    "transpose": (
+        lambda x: x.transpose(2, 0, 1),
+        "abc->cab",
+        (4, 6, 2),
+    ),
+    "squeeze": (
+        lambda x: x.squeeze(1),
+        "abc->ac",
+        (4, 1, 6),
+    ),
+    "expand_dims": (
+        lambda x: jnp.expand_dims(x, (0, 2)),
+        "ab->cadb",
+        (4, 6),
+    ),
+    "broadcast": (
+        lambda x: jnp.broadcast_to(x, (4, 6)),
+        "ab->cb",
+        (1, 6),
+    ),
+    "with itself": (
+        lambda x: x[:, None] * x[None],
+        "a->aa",
+        (4,),
+    ),
+    "reshape splits": (
+        lambda x: x.reshape(6, 2, 4),
+        "ab->abc",
+        (6, 8),
+    ),
+    "reshape merges": (
+        lambda x: x.reshape(6, 8),
+        "abc->ab",
+        (6, 2, 4),
+    ),
+    "reshape regroups": (
+        lambda x: x.reshape(3, 8),
+        "ab->ac",
+        (6, 4),
+    ),
+    "reshape, two groups": (
+        lambda x: x.reshape(2, 3, 35),
+        "abc->adb",
+        (6, 5, 7),
+    ),
+    "reshape flattens": (
+        lambda x: x.reshape(-1),
+        "ab->a",
+        (4, 6),
+    ),
+    "reshape, ones within": (
+        lambda x: x.reshape(4, 6, 1),
+        "abc->acd",
+        (4, 1, 6),
+    ),
+    "reshape, ones before": (
+        lambda x: x.reshape(1, 24),
+        "ab->ca",
+        (4, 6),
+    ),
+    "reshape, ones after": (
+        lambda x: x.reshape(4, 6, 1, 1),
+        "ab->abcd",
+        (4, 6),
+    ),
+    "reshape, ones alone": (
+        lambda x: x.reshape(1, 1, 1),
+        "ab->cde",
+        (1, 1),
+    ),
+    "reshape, read in another order": (
+        lambda x: lax.reshape(x, (8, 6), (1, 2, 0)),
+        "abc->ba",
+        (6, 2, 4),
+    ),
+    "repeat": (
+        lambda x: jnp.repeat(x, 2, 1),
+        "ab->ab",
+        (4, 6),
+    ),
+    "dot": (
+        jnp.matmul,
+        "ab,bc->ac",
+        (4, 6),
+        (6, 8),
+    ),
+    "dot with batch": (
+        jnp.matmul,
+        "abc,acd->abd",
+        (3, 4, 6),
+        (3, 6, 8),
+    ),
+    "outer": (
+        jnp.outer,
+        "a,b->ab",
+        (4,),
+        (6,),
+    ),
+    "einsum": (
+        partial(jnp.einsum, "bgsec,bgsd->ebgcd"),
+        "abcde,abcf->dabef",
+        (2, 3, 4, 5, 6),
+        (2, 3, 4, 7),
+    ),
+    "attention, grouped": (
+        jax.nn.dot_product_attention,
+        "abcd,aecd,aecf->abcf",
+        (2, 8, 4, 6),
+        (2, 9, 2, 6),
+        (2, 9, 2, 6),
+    ),
+    "conv": (
+        conv,
+        "abcd,efdg->ahig",
+        (2, 8, 8, 3),
+        (3, 3, 3, 5),
+    ),
+    "conv backward": (
+        backward(conv),
+        "abcd,efdg,ahig->ajkd,lmdg",
+        (2, 8, 8, 3),
+        (3, 3, 3, 5),
+        (2, 8, 8, 5),
+    ),
+    "conv by channel": (
+        partial(conv, feature_group_count=4),
+        "abcd,efgd->ahid",
+        (2, 8, 8, 4),
+        (3, 3, 1, 8),
+    ),
+    "conv by groups": (
+        partial(conv, feature_group_count=2),
+        "abcd,efgd->ahid",
+        (2, 8, 8, 4),
+        (3, 3, 2, 6),
+    ),
+    "conv by groups backward": (
+        backward(partial(conv, feature_group_count=2)),
+        "abcd,efgd,ahid->ajkd,lmnd",
+        (2, 8, 8, 4),
+        (3, 3, 2, 6),
+        (2, 8, 8, 6),
+    ),
+    "conv by groups of the batch": (
+        partial(conv, batch_group_count=2),
+        "abcd,efda->ghia",
+        (4, 8, 8, 3),
+        (3, 3, 3, 6),
+    ),
+    "max pool": (
+        max_pool,
+        "abcd->aefd",
+        (2, 8, 8, 3),
+    ),
+    "max pool backward": (
+        backward(max_pool),
+        "abcd,aefd->aghd",
+        (2, 8, 8, 3),
+        (2, 4, 4, 3),
+    ),
+    "avg pool": (
+        avg_pool,
+        "abcd->aefd",
+        (2, 8, 8, 3),
+    ),
+    "avg pool backward": (
+        backward(avg_pool),
+        "abcd,efgh->eijh",
+        (2, 8, 8, 3),
+        (2, 4, 4, 3),
+    ),
+    "lookup": (
+        lambda t, i: t[i],
+        "ab,cd->cdb",
+        (10, 4),
+        ids(2, 3),
+    ),
+    "lookup of columns": (
+        lambda t, i: jnp.take(t, i, axis=1),
+        "ab,c->ac",
+        (10, 4),
+        ids(3),
+    ),
+    "lookup backward": (
+        backward(lambda t, i: t[i], 1),
+        "ab,cd,cde->fe",
+        (10, 4),
+        ids(2, 3),
+        (2, 3, 4),
+    ),
+    "take_along_axis": (
+        lambda x, i: jnp.take_along_axis(x, i, 1),
+        "ab,ac->ac",
+        (4, 10),
+        ids(4, 3),
+    ),
+    "take_along_axis backward": (
+        backward(
+            lambda x, i: jnp.take_along_axis(x, i, 1),
+            1,
+        ),
+        "ab,ac,ac->ad",
+        (4, 10),
+        ids(4, 3),
+        (4, 3),
+    ),
+    "scatter": (
+        lambda x, i, u: x.at[i].set(u),
+        "ab,c,cb->ab",
+        (10, 4),
+        ids(3),
+        (3, 4),
+    ),
+    "scatter-max": (
+        lambda x, i, u: x.at[i].max(u),
+        "ab,c,cb->ab",
+        (10, 4),
+        ids(3),
+        (3, 4),
+    ),
+    "scatter-mul": (
+        lambda x, i, u: x.at[i].multiply(u),
+        "ab,c,cb->ab",
+        (10, 4),
+        ids(3),
+        (3, 4),
+    ),
+    "segment_sum": (
+        lambda x, i: jax.ops.segment_sum(x, i, 5),
+        "ab,a->cb",
+        (10, 4),
+        ids(10),
+    ),
+    "cumsum": (
+        partial(jnp.cumsum, axis=1),
+        "ab->ab",
+        (4, 6),
+    ),
+    "cumlogsumexp": (
+        partial(lax.cumlogsumexp, axis=1),
+        "ab->ab",
+        (4, 6),
+    ),
+    "sort": (
+        partial(jnp.sort, axis=1),
+        "ab->ab",
+        (4, 6),
+    ),
+    "sort of pairs": (
+        lambda k, v: lax.sort(
+            (k, v),
+            num_keys=1,
+            dimension=0,
+        ),
+        "ab,ab->ab,ab",
+        (4, 6),
+        (4, 6),
+    ),
+    "argsort": (
+        jnp.argsort,
+        "ab->ab",
+        (4, 6),
+    ),
+    "top_k": (
+        lambda x: lax.top_k(x, 2),
+        "ab->ac,ad",
+        (4, 6),
+    ),
+    "reversal": (
+        lambda x: x[:, ::-1],
+        "ab->ab",
+        (4, 6),
+    ),
+    "concatenate": (
+        lambda x, y: jnp.concatenate([x, y], 1),
+        "ab,ac->ad",
+        (4, 6),
+        (4, 2),
+    ),
+    "stack": (
+        lambda x, y: jnp.stack([x, y], 1),
+        "ab,ab->acb",
+        (4, 6),
+        (4, 6),
+    ),
+    "tile": (
+        lambda x: jnp.tile(x, (1, 2)),
+        "ab->ac",
+        (4, 6),
+    ),
+    "split": (
+        lambda x: jnp.split(x, 2, 1),
+        "ab->ac,ad",
+        (4, 6),
+    ),
+    "slice": (
+        lambda x: x[:, 1:3],
+        "ab->ac",
+        (4, 6),
+    ),
+    "stride": (
+        lambda x: x[::2],
+        "ab->cb",
+        (4, 6),
+    ),
+    "pad": (
+        lambda x: jnp.pad(x, ((0, 0), (1, 1))),
+        "ab->ac",
+        (4, 6),
+    ),
+    "dynamic_slice": (
+        lambda x, i: lax.dynamic_slice(x, (0, i[0]), (4, 2)),
+        "ab,c->ad",
+        (4, 6),
+        ids(1),
+    ),
+    "dynamic_update_slice": (
+        lambda x, u, i: lax.dynamic_update_slice(x, u, (0, i[0])),
+        "ab,ac,d->ab",
+        (4, 6),
+        (4, 2),
+        ids(1),
+    ),
+    "scan, carry and stacks": (
+        recurrent,
+        "ab,cab,bb->ab,dab",
+        (2, 4),
+        (5, 2, 4),
+        (4, 4),
+    ),
+    "scan over layers": (
+        lambda x, ws: lax.scan(lambda x, w: (x @ w[0] @ w[1], None), x, ws)[0],
+        "ab,cdbb->ab",
+        (2, 4),
+        (3, 2, 4, 4),
+    ),
+    "associative_scan": (
+        partial(lax.associative_scan, jnp.add, axis=1),
+        "ab->ac",
+        (4, 8),
+    ),
+    "while": (
+        lambda x, w: lax.while_loop(
+            lambda c: c[0] < 3,
+            lambda c: (c[0] + 1, c[1] * w),
+            (0, x),
+        )[1],
+        "ab,b->ab",
+        (4, 6),
+        (6,),
+    ),
+    "fori_loop": (
+        lambda x, w: lax.fori_loop(
+            0,
+            3,
+            lambda i, c: c * w[i],
+            x,
+        ),
+        "ab,cb->ab",
+        (4, 6),
+        (3, 6),
+    ),
+    "cond": (
+        lambda p, x, y: lax.cond(
+            p[0] > 0,
+            lambda x, y: x,
+            lambda x, y: y.T,
+            x,
+            y,
+        ),
+        "a,bc,cb->bc",
+        (1,),
+        (4, 6),
+        (6, 4),
+    ),
+    "switch": (
+        lambda i, x: lax.switch(
+            i[0],
+            [
+                jnp.sin,
+                jnp.cos,
+                lambda x: x * 2,
+            ],
+            x,
+        ),
+        "a,bc->bc",
+        ids(1),
+        (4, 6),
+    ),
     "custom_jvp": (own_sine, "ab->ab", (4, 6)),
-    "custom_jvp backward": (backward(own_sine), "ab,ab->ab", (4, 6), (4, 6)),
-    "custom_vjp": (own_product, "ab,bc->ac", (4, 6), (6, 8)),
-    "custom_vjp backward": (backward(own_product), "ab,bc,ac->ab,bc", (4, 6), (6, 8), (4, 8)),
-    "remat": (jax.checkpoint(lambda x, w: jnp.sin(x @ w)), "ab,bc->ac", (4, 6), (6, 8)),
-    "remat backward": (backward(jax.checkpoint(lambda x, w: jnp.sin(x @ w))), "ab,bc,ac->ab,bc", (4, 6), (6, 8), (4, 8)),
-    "jit in jit": (jax.jit(lambda x, w: jax.jit(jnp.dot)(x, w)), "ab,bc->ac", (4, 6), (6, 8)),
-    "vmap": (jax.vmap(lambda x, w: x @ w, (1, None)), "ab,ac->bc", (5, 4), (5, 8)),
-    "vmap of a lookup": (jax.vmap(lambda t, i: t[i]), "abc,ad->adc", (3, 10, 4), ids(3, 5)),
-    "vmap of a scan": (jax.vmap(lambda h, xs: lax.scan(lambda h, x: (h + x, h), h, xs)), "ab,acb->ab,adb", (3, 4), (3, 5, 4)),
+    "custom_jvp backward": (
+        backward(own_sine),
+        "ab,ab->ab",
+        (4, 6),
+        (4, 6),
+    ),
+    "custom_vjp": (
+        own_product,
+        "ab,bc->ac",
+        (4, 6),
+        (6, 8),
+    ),
+    "custom_vjp backward": (
+        backward(own_product),
+        "ab,bc,ac->ab,bc",
+        (4, 6),
+        (6, 8),
+        (4, 8),
+    ),
+    "remat": (
+        jax.checkpoint(lambda x, w: jnp.sin(x @ w)),
+        "ab,bc->ac",
+        (4, 6),
+        (6, 8),
+    ),
+    "remat backward": (
+        backward(jax.checkpoint(lambda x, w: jnp.sin(x @ w))),
+        "ab,bc,ac->ab,bc",
+        (4, 6),
+        (6, 8),
+        (4, 8),
+    ),
+    "jit in jit": (
+        jax.jit(lambda x, w: jax.jit(jnp.dot)(x, w)),
+        "ab,bc->ac",
+        (4, 6),
+        (6, 8),
+    ),
+    "vmap": (
+        jax.vmap(
+            lambda x, w: x @ w,
+            (1, None),
+        ),
+        "ab,ac->bc",
+        (5, 4),
+        (5, 8),
+    ),
+    "vmap of a lookup": (
+        jax.vmap(lambda t, i: t[i]),
+        "abc,ad->adc",
+        (3, 10, 4),
+        ids(3, 5),
+    ),
+    "vmap of a scan": (
+        jax.vmap(
+            lambda h, xs: lax.scan(
+                lambda h, x: (h + x, h),
+                h,
+                xs,
+            )
+        ),
+        "ab,acb->ab,adb",
+        (3, 4),
+        (3, 5, 4),
+    ),
 }
 
 
@@ -176,29 +653,87 @@ def test_dims_that_are_one_thing(family):
     assert axes(graph) == expected and not graph.unknown
 
 
-@pytest.mark.parametrize(("function", "args", "whole", "reduced"), [
-    (lambda x: x.sum(1), [(4, 6)], [], [(0, 1)]),
-    (jnp.matmul, [(4, 6), (6, 8)], [], [(0, 1)]),
-    (lambda t, i: t[i], [(10, 4), ids(3)], [], [(0, 0)]),
-    (partial(jnp.cumsum, axis=1), [(4, 6)], [(0, 1)], []),
-    (lambda x: x.reshape(6, 8), [(6, 2, 4)], [(0, 2)], []),
-    (lambda x: x[:, 1:3], [(4, 6)], [(0, 1)], []),
-    (lambda x: lax.top_k(x, 2), [(4, 6)], [(0, 1)], []),
-    (lambda x, y: jnp.concatenate([x, y], 1), [(4, 6), (4, 2)], [(0, 1), (1, 1)], []),
-    (max_pool, [(2, 8, 8, 3)], [(0, 1), (0, 2)], []),
-])
-def test_what_is_summed_over_and_what_each_device_needs_all_of(function, args, whole, reduced):
-    operations = [op for op in graph_of(function, *args).operations() if op.whole or op.reduced]
+@pytest.mark.parametrize(
+    ("function", "args", "whole", "reduced"),
+    [
+        (
+            lambda x: x.sum(1),
+            [(4, 6)],
+            [],
+            [(0, 1)],
+        ),
+        (
+            jnp.matmul,
+            [(4, 6), (6, 8)],
+            [],
+            [(0, 1)],
+        ),
+        (
+            lambda t, i: t[i],
+            [(10, 4), ids(3)],
+            [],
+            [(0, 0)],
+        ),
+        (
+            partial(jnp.cumsum, axis=1),
+            [(4, 6)],
+            [(0, 1)],
+            [],
+        ),
+        (
+            lambda x: x.reshape(6, 8),
+            [(6, 2, 4)],
+            [(0, 2)],
+            [],
+        ),
+        (
+            lambda x: x[:, 1:3],
+            [(4, 6)],
+            [(0, 1)],
+            [],
+        ),
+        (
+            lambda x: lax.top_k(x, 2),
+            [(4, 6)],
+            [(0, 1)],
+            [],
+        ),
+        (
+            lambda x, y: jnp.concatenate([x, y], 1),
+            [(4, 6), (4, 2)],
+            [(0, 1), (1, 1)],
+            [],
+        ),
+        (
+            max_pool,
+            [(2, 8, 8, 3)],
+            [(0, 1), (0, 2)],
+            [],
+        ),
+    ],
+)
+def test_what_is_summed_over_and_what_each_device_needs_all_of(
+    function, args, whole, reduced
+):
+    operations = [
+        op for op in graph_of(function, *args).operations() if op.whole or op.reduced
+    ]
     assert [(op.whole, op.reduced) for op in operations] == [(whole, reduced)]
 
 
 def test_an_unknown_primitive_claims_nothing():
     graph = graph_of(lambda x: jnp.sin(jnp.linalg.cholesky(x)), (4, 4))
-    assert axes(graph) == "aa->bc" and graph.unknown == {"cholesky": 1}  # jnp symmetrizes its argument
+    # jnp symmetrizes its argument
+    assert axes(graph) == "aa->bc" and graph.unknown == {"cholesky": 1}
 
 
 def test_loops_have_dims_of_their_own_and_count():
-    graph = graph_of(recurrent, (2, 4), (5, 2, 4), (4, 4))
+    graph = graph_of(
+        recurrent,
+        (2, 4),
+        (5, 2, 4),
+        (4, 4),
+    )
     steps = {graph.find(n) for n in graph.loops}
     stepped = [[graph.find(n) in steps for n in v.nodes] for v in graph.block.inputs]
     assert stepped == [[False, False], [True, False, False], [False, False]]
@@ -207,60 +742,165 @@ def test_loops_have_dims_of_their_own_and_count():
 
 def test_a_parameters_gradient_is_stored_like_it():
     def loss(w, x):
-        return (jnp.tanh(x @ w["a"]) @ w["b"].astype(jnp.bfloat16).T).sum().astype(jnp.float32)
+        return (
+            (jnp.tanh(x @ w["a"]) @ w["b"].astype(jnp.bfloat16).T)
+            .sum()
+            .astype(jnp.float32)
+        )
 
-    shapes = {"a": jax.ShapeDtypeStruct((6, 8), jnp.float32), "b": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
-    graph = Graph(jax.make_jaxpr(jax.grad(loss))(shapes, jax.ShapeDtypeStruct((2, 6), jnp.float32)), 2, 2)
+    shapes = {
+        "a": jax.ShapeDtypeStruct((6, 8), jnp.float32),
+        "b": jax.ShapeDtypeStruct((4, 8), jnp.float32),
+    }
+    graph = Graph(
+        jax.make_jaxpr(jax.grad(loss))(
+            shapes, jax.ShapeDtypeStruct((2, 6), jnp.float32)
+        ),
+        2,
+        2,
+    )
     assert [v.stored for v in graph.block.results] == [(0, (0, 1)), (1, (0, 1))]
-    products = [op.outputs[0].stored for op in graph.operations() if op.name == "dot_general"]
-    assert sorted(stored[0] for stored in products if stored) == [0, 1], "what makes a gradient makes it as it is kept"
+    products = [
+        op.outputs[0].stored for op in graph.operations() if op.name == "dot_general"
+    ]
+    assert sorted(stored[0] for stored in products if stored) == [
+        0,
+        1,
+    ], "what makes a gradient makes it as it is kept"
     cast = next(op for op in graph.operations() if op.name == "transpose")
-    assert cast.outputs[0].stored == (1, (1, 0)), "cast and transposed it is still the parameter"
+    assert cast.outputs[0].stored == (
+        1,
+        (1, 0),
+    ), "cast and transposed it is still the parameter"
 
 
 def test_contractions_say_how_indices_run():
-    (op,) = graph_of(partial(jnp.einsum, "bij,bjk->bik"), (3, 4, 6), (3, 6, 8)).operations()
-    assert set(contraction(op).indices) == {(0, 0, 0), (1, None, 1), (None, 2, 2), (2, 1, None)}
+    (op,) = graph_of(
+        partial(jnp.einsum, "bij,bjk->bik"),
+        (3, 4, 6),
+        (3, 6, 8),
+    ).operations()
+    assert set(contraction(op).indices) == {
+        (0, 0, 0),
+        (1, None, 1),
+        (None, 2, 2),
+        (2, 1, None),
+    }
 
 
-@pytest.mark.parametrize(("sizes", "storage", "moves"), [
-    ((2, 4), (0, 0), [("all-reduce", 3, 6 * 8 * 4)]),
-    ((2, 4), (0, 3), [("reduce-scatter", 3, 6 * 8 * 4)]),
-    ((2, 4), (0, 2), [("all-reduce", 1, 6 * 2 * 4), ("reduce-scatter", 2, 6 * 8 * 4)]),
-    ((2, 2), (1, 2), [("reduce-scatter", 3, 6 * 8 * 4)]),
-])
+@pytest.mark.parametrize(
+    ("sizes", "storage", "moves"),
+    [
+        (
+            (2, 4),
+            (0, 0),
+            [("all-reduce", 3, 6 * 8 * 4)],
+        ),
+        (
+            (2, 4),
+            (0, 3),
+            [("reduce-scatter", 3, 6 * 8 * 4)],
+        ),
+        (
+            (2, 4),
+            (0, 2),
+            [
+                ("all-reduce", 1, 6 * 2 * 4),
+                (
+                    "reduce-scatter",
+                    2,
+                    6 * 8 * 4,
+                ),
+            ],
+        ),
+        (
+            (2, 2),
+            (1, 2),
+            [("reduce-scatter", 3, 6 * 8 * 4)],
+        ),
+    ],
+)
 def test_what_two_mesh_axes_sum_is_one_collective_of_the_whole(sizes, storage, moves):
-    """Samples over axis 0 and their sequence over axis 1: a weight's gradient is summed over both."""
+    """Samples over axis 0 and their sequence over axis 1: a weight's gradient is summed
+    over both.
+    """
+
     def gradient(w, x, g):
         return jnp.einsum("bsd,bsf->df", x, g) + 0 * w
 
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 8), (4, 8, 6), (4, 8, 8))]
-    graph = Graph(jax.make_jaxpr(gradient)(*shapes), 1, 1)
+    shapes = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 8), (4, 8, 6), (4, 8, 8))
+    ]
+    graph = Graph(
+        jax.make_jaxpr(gradient)(*shapes),
+        1,
+        1,
+    )
     (op,) = (op for op in graph.operations() if op.name == "dot_general")
     op.outputs[0].stored = (0, (0, 1))
     samples, steps = (graph.find(n) for n in graph.block.inputs[1].nodes[:2])
-    decision = Layout(graph, sizes, {samples: 1, steps: 2}, [storage]).decide(op, contraction(op))
+    decision = Layout(graph, sizes, {samples: 1, steps: 2}, [storage]).decide(
+        op, contraction(op)
+    )
     assert [(m.kind, m.axes, m.bytes) for m in decision.moves] == moves
 
 
 def test_the_channels_of_a_grouped_convolution_divide_by_its_groups():
     function = partial(conv, feature_group_count=3)
-    graph = graph_of(lambda w, x: function(x, w), (3, 3, 2, 12), (4, 8, 8, 6))
-    (channels,) = (g for g in Names(graph, ["params/kernel", "inputs"]).groups if (0, 3) in g.members)
-    assert channels.divisor == 3, "6 and 12 channels divide by 2 and 6, the groups do not"
+    graph = graph_of(
+        lambda w, x: function(x, w),
+        (3, 3, 2, 12),
+        (4, 8, 8, 6),
+    )
+    (channels,) = (
+        g
+        for g in Names(graph, ["params/kernel", "inputs"]).groups
+        if (0, 3) in g.members
+    )
+    assert channels.divisor == 3, (
+        "6 and 12 channels divide by 2 and 6, the groups do not"
+    )
 
 
 def test_every_rule_is_of_a_primitive_that_there_is():
-    from jax._src.lax import control_flow, convolution, slicing, special, windowed_reductions
+    from jax._src.lax import (
+        control_flow,
+        convolution,
+        slicing,
+        special,
+        windowed_reductions,
+    )
     from jax._src.lax import lax as base
 
-    known = {p.name for m in (base, slicing, special, windowed_reductions, convolution, control_flow)
-             for n, p in vars(m).items() if n.endswith("_p")} | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp"}
-    assert {"scatter-max", "scatter-add", "stack", "sort", "reduce_window_max"} <= known & RULES.keys()
-    assert {name for name in RULES if name.startswith(("reduce_", "scatter-", "select_and_", "cum", "arg"))} <= known
+    known = {
+        p.name
+        for m in (
+            base,
+            slicing,
+            special,
+            windowed_reductions,
+            convolution,
+            control_flow,
+        )
+        for n, p in vars(m).items()
+        if n.endswith("_p")
+    } | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp"}
+    assert {
+        "scatter-max",
+        "scatter-add",
+        "stack",
+        "sort",
+        "reduce_window_max",
+    } <= known & RULES.keys()
+    assert {
+        name
+        for name in RULES
+        if name.startswith(("reduce_", "scatter-", "select_and_", "cum", "arg"))
+    } <= known
 
 
-# ---- no assignment changes what is computed ---------------------------------------------------------------------------
+# ---- no assignment changes what is computed ----
+
 
 def looped(x, w):
     return lax.scan(lambda h, row: (jnp.tanh(h @ w + row), h), x[0], x)[1]
@@ -274,7 +914,17 @@ STEPS = {  # (8, 16, 8) and weights (8, 8) to the same
     "merge": lambda x, w: jnp.sin(x.reshape(128, 8)).reshape(8, 16, 8),
     "regroup": lambda x, w: jnp.cos(x.reshape(4, 32, 8)).reshape(8, 16, 8) + x,
     "flat": lambda x, w: x.reshape(-1)[::-1].reshape(x.shape),
-    "attend": lambda x, w: jnp.einsum("bst,btd->bsd", jax.nn.softmax(jnp.einsum("bsd,btd->bst", x @ w, x)), x),
+    "attend": lambda x, w: jnp.einsum(
+        "bst,btd->bsd",
+        jax.nn.softmax(
+            jnp.einsum(
+                "bsd,btd->bst",
+                x @ w,
+                x,
+            )
+        ),
+        x,
+    ),
     "cumsum": lambda x, w: jnp.cumsum(x, 1) / 8,
     "sort": lambda x, w: jnp.sort(x, 2),
     "halves": lambda x, w: jnp.concatenate(jnp.split(x, 2, 1)[::-1], 1),
@@ -282,26 +932,81 @@ STEPS = {  # (8, 16, 8) and weights (8, 8) to the same
     "stack": lambda x, w: jnp.stack([x, -x], 1).reshape(8, 32, 8)[:, 8:24],
     "pad": lambda x, w: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1],
     "lookup": lambda x, w: x + w[jnp.argmax(x, -1)],
-    "along": lambda x, w: jnp.take_along_axis(x, jnp.argsort(x, 1), 1),
+    "along": lambda x, w: jnp.take_along_axis(
+        x,
+        jnp.argsort(x, 1),
+        1,
+    ),
     "add rows": lambda x, w: x.at[:, jnp.arange(4) * 3].add(w[:4]),
     "top_k": lambda x, w: x + jnp.pad(lax.top_k(x, 4)[0], ((0, 0), (0, 0), (0, 4))),
     "loop": looped,
     "layers": lambda x, w: lax.scan(lambda x, row: (jnp.tanh(x * row), None), x, w)[0],
     "while": lambda x, w: lax.fori_loop(0, 3, lambda i, x: x * w[i] + x.mean(0), x),
-    "cond": lambda x, w: lax.cond(w[0, 0] > 0, lambda x: jnp.tanh(x @ w), lambda x: x, x),
-    "pool": lambda x, w: jnp.repeat(nnx.max_pool(x, (4,), strides=(4,)), 4, 1),
-    "conv": lambda x, w: lax.conv_general_dilated(x, w[None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
-    "depthwise": lambda x, w: lax.conv_general_dilated(x, w[:3, None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
-                                                       feature_group_count=8),
-    "groups": lambda x, w: lax.conv_general_dilated(x, w[None, :2], (2,), "SAME", (2,), (2,), ("NWC", "WIO", "NWC"), 4),
-    "batch groups": lambda x, w: jnp.tile(lax.conv_general_dilated(x, w[None], (1,), "SAME", batch_group_count=4,
-                                                                   dimension_numbers=("NWC", "WIO", "NWC")), (4, 1, 1)),
+    "cond": lambda x, w: lax.cond(
+        w[0, 0] > 0,
+        lambda x: jnp.tanh(x @ w),
+        lambda x: x,
+        x,
+    ),
+    "pool": lambda x, w: jnp.repeat(
+        nnx.max_pool(x, (4,), strides=(4,)),
+        4,
+        1,
+    ),
+    "conv": lambda x, w: lax.conv_general_dilated(
+        x,
+        w[None],
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    ),
+    "depthwise": lambda x, w: lax.conv_general_dilated(
+        x,
+        w[:3, None],
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=8,
+    ),
+    "groups": lambda x, w: lax.conv_general_dilated(
+        x,
+        w[None, :2],
+        (2,),
+        "SAME",
+        (2,),
+        (2,),
+        ("NWC", "WIO", "NWC"),
+        4,
+    ),
+    "batch groups": lambda x, w: jnp.tile(
+        lax.conv_general_dilated(
+            x,
+            w[None],
+            (1,),
+            "SAME",
+            batch_group_count=4,
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        ),
+        (4, 1, 1),
+    ),
     "remat": jax.checkpoint(lambda x, w: jnp.sin(x @ w) @ w.T),
     "own rule": lambda x, w: own_product(x.reshape(128, 8), w).reshape(8, 16, 8),
     "scan sums": lambda x, w: lax.associative_scan(jnp.add, x, axis=1) / 8,
     "vmapped": lambda x, w: jax.vmap(lambda row: own_sine(row @ w))(x),
-    "experts": lambda x, w: jnp.einsum("ebd,edf->ebf", x, w[:, :, None] * jnp.ones(8)).reshape(8, 16, 8),
-    "dropped": lambda x, w: jnp.where(jax.random.bernoulli(jax.random.key(3), 0.7, x.shape), x, 0),
+    "experts": (
+        lambda x, w: jnp.einsum("ebd,edf->ebf", x, w[:, :, None] * jnp.ones(8)).reshape(
+            8, 16, 8
+        )
+    ),
+    "dropped": lambda x, w: jnp.where(
+        jax.random.bernoulli(
+            jax.random.key(3),
+            0.7,
+            x.shape,
+        ),
+        x,
+        0,
+    ),
     "cholesky": lambda x, w: x @ jnp.linalg.cholesky(w @ w.T + jnp.eye(8)),
 }
 
@@ -316,68 +1021,156 @@ def composed(names):
 
 
 def anyhow(seed, sizes):
-    """A layout drawn at random: any mesh axes for any named axis and for what is stored, where they divide."""
+    """A layout drawn at random: any mesh axes for any named axis and for what is
+    stored, where they divide.
+    """
+
     def layout(graph, paths):
         draw = random.Random(seed)
         counts = Layout(graph, sizes, {}, []).counts
         masks = lambda n: [m for m, c in enumerate(counts) if n % c == 0]  # noqa: E731
-        roots = sorted({graph.find(n) for v in graph.values for n in v.nodes} - {graph.find(n) for n in graph.loops})
-        uses = {root: draw.randrange(len(counts)) for root in roots if draw.random() < 0.6}
+        roots = sorted(
+            {graph.find(n) for v in graph.values for n in v.nodes}
+            - {graph.find(n) for n in graph.loops}
+        )
+        uses = {
+            root: draw.randrange(len(counts)) for root in roots if draw.random() < 0.6
+        }
         storage = []
-        for value in graph.block.inputs[:sum(p.startswith("params") for p in paths)]:
+        for value in graph.block.inputs[: sum(p.startswith("params") for p in paths)]:
             dim = draw.randrange(len(value.shape))
-            storage.append(tuple(draw.choice(masks(n)) if d == dim else 0 for d, n in enumerate(value.shape)))
-        return Layout(graph, sizes, uses, storage, meets_stored(graph))
+            storage.append(
+                tuple(
+                    draw.choice(masks(n)) if d == dim else 0
+                    for d, n in enumerate(value.shape)
+                )
+            )
+        return Layout(
+            graph,
+            sizes,
+            uses,
+            storage,
+            meets_stored(graph),
+        )
 
     return layout
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), seed=st.integers(0, 2**20),
-       sizes=st.sampled_from([(8,), (2, 4), (4, 2), (2, 2, 2)]))
+@given(
+    names=st.lists(
+        st.sampled_from(sorted(STEPS)),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 2**20),
+    sizes=st.sampled_from(
+        [
+            (8,),
+            (2, 4),
+            (4, 2),
+            (2, 2, 2),
+        ]
+    ),
+)
 def test_any_layout_of_any_composition_computes_the_same(names, seed, sizes):
     rng = np.random.default_rng(seed)
     weights = [rng.normal(size=(8, 8)).astype(np.float32) / 3 for _ in names]
     x = rng.normal(size=(8, 16, 8)).astype(np.float32)
     mesh = make_mesh({f"axis{i}": n for i, n in enumerate(sizes)}, jax.devices()[:8])
     function = composed(names)
-    split = laid_out(function, anyhow(seed, sizes), mesh, ("params", "inputs"), gradients=True)
-    # sums run in another order; relative to the largest entry too, for small ones are sums of large ones
-    found, expected = (jax.tree.leaves(jax.jit(f)(weights, x)) for f in (split, function))
+    split = laid_out(
+        function,
+        anyhow(seed, sizes),
+        mesh,
+        ("params", "inputs"),
+        gradients=True,
+    )
+    # sums run in another order; relative to the largest entry too, for small ones are
+    # sums of large ones
+    found, expected = (
+        jax.tree.leaves(jax.jit(f)(weights, x)) for f in (split, function)
+    )
     for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(theirs).max()))
+        np.testing.assert_allclose(
+            ours,
+            theirs,
+            rtol=1e-5,
+            atol=1e-5 * max(1.0, np.abs(theirs).max()),
+        )
 
 
-@pytest.mark.parametrize("split", [{1: 1}, {1: 4}, {1: 7}], ids=str)
+@pytest.mark.parametrize(
+    "split",
+    [{1: 1}, {1: 4}, {1: 7}],
+    ids=str,
+)
 def test_dims_that_only_an_operation_makes_are_not_split_within_it(split):
-    """XLA pads between the elements of a split dim wrongly; jax.lax.associative_scan interleaves its halves so."""
+    """XLA pads between the elements of a split dim wrongly; jax.lax.associative_scan
+    interleaves its halves so.
+    """
     rows = np.random.default_rng(0).normal(size=(4, 32, 8)).astype(np.float32)
-    everywhere = lambda graph: {graph.find(v.nodes[d]): m  # noqa: E731
-                                for v in graph.values if len(v.shape) == 3 for d, m in split.items()}
-    check_split(partial(lax.associative_scan, jnp.add, axis=1), everywhere, rows)
+    everywhere = lambda graph: {
+        graph.find(v.nodes[d]): m  # noqa: E731
+        for v in graph.values
+        if len(v.shape) == 3
+        for d, m in split.items()
+    }
+    check_split(
+        partial(lax.associative_scan, jnp.add, axis=1),
+        everywhere,
+        rows,
+    )
 
 
 def test_a_lookup_by_split_indices_in_a_split_dim():
-    """XLA looks up wrong rows where indices and rows are split, and the result over the axes of both."""
-    rows, places = np.random.default_rng(0).normal(size=(8, 16, 8)).astype(np.float32), np.arange(4, dtype=np.int32) * 3
+    """XLA looks up wrong rows where indices and rows are split, and the result over the
+    axes of both.
+    """
+    rows, places = (
+        np.random.default_rng(0).normal(size=(8, 16, 8)).astype(np.float32),
+        np.arange(4, dtype=np.int32) * 3,
+    )
 
     def uses(graph):
         x, indices = graph.block.inputs
         return {graph.find(x.nodes[1]): 1, graph.find(indices.nodes[0]): 5}
 
-    check_split(lambda x, i: x[:, i], uses, rows, places)
+    check_split(
+        lambda x, i: x[:, i],
+        uses,
+        rows,
+        places,
+    )
 
 
-@pytest.mark.parametrize(("groups", "kernel", "stride"), [(16, (3, 3, 1, 16), 1), (16, (3, 3, 1, 32), 1), (8, (3, 3, 2, 24), 1),
-                                                          (8, (3, 3, 2, 16), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("groups", "kernel", "stride"),
+    [
+        (16, (3, 3, 1, 16), 1),
+        (16, (3, 3, 1, 32), 1),
+        (8, (3, 3, 2, 24), 1),
+        (8, (3, 3, 2, 16), 2),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("split", ["samples", "channels"])
 def test_grouped_convolutions_move_nothing_but_gradients(groups, kernel, stride, split):
     """XLA's partitioner alone gathers samples and channels of most of them."""
     rng = np.random.default_rng(0)
-    x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 8, 8, 16), kernel))
+    x, w = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((8, 8, 8, 16), kernel)
+    )
 
     def squared(w, x):
-        y = lax.conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=NHWC, feature_group_count=groups)
+        y = lax.conv_general_dilated(
+            x,
+            w,
+            (stride, stride),
+            "SAME",
+            dimension_numbers=NHWC,
+            feature_group_count=groups,
+        )
         return (y * y).sum()
 
     gradients = jax.grad(squared, (0, 1))
@@ -385,12 +1178,36 @@ def test_grouped_convolutions_move_nothing_but_gradients(groups, kernel, stride,
     def layout(graph, paths):
         weights, images = graph.block.inputs
         root = graph.find(images.nodes[0] if split == "samples" else weights.nodes[3])
-        return Layout(graph, (8,), {root: 1}, [(0, 0, 0, 0 if split == "samples" else 1)])
+        return Layout(
+            graph,
+            (8,),
+            {root: 1},
+            [
+                (
+                    0,
+                    0,
+                    0,
+                    0 if split == "samples" else 1,
+                )
+            ],
+        )
 
     mesh = make_mesh({"axis": 8}, jax.devices()[:8])
-    function = jax.jit(laid_out(gradients, layout, mesh, ("params", "x")))
+    function = jax.jit(
+        laid_out(
+            gradients,
+            layout,
+            mesh,
+            ("params", "x"),
+        )
+    )
     for ours, theirs in zip(function(w, x), jax.jit(gradients)(w, x), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(
+            ours,
+            theirs,
+            rtol=1e-5,
+            atol=1e-4,
+        )
     moved = read(function.lower(w, x).compile().as_text()).collectives
     gathered = {"samples": [("all-reduce", w.nbytes)], "channels": []}[split]
     assert [(c.kind, c.bytes) for c in moved if c.bytes > 4] == gathered
@@ -398,6 +1215,21 @@ def test_grouped_convolutions_move_nothing_but_gradients(groups, kernel, stride,
 
 def check_split(function, uses, *args):
     mesh = make_mesh({"a": 2, "b": 2, "c": 2}, jax.devices()[:8])
-    layout = lambda graph, paths: Layout(graph, (2, 2, 2), uses(graph), [])  # noqa: E731
-    split = laid_out(lambda _, *args: function(*args), layout, mesh, ("params", "x", "i"))
-    np.testing.assert_allclose(jax.jit(split)((), *args), function(*args), rtol=1e-5, atol=1e-5)
+    layout = lambda graph, paths: Layout(
+        graph,
+        (2, 2, 2),
+        uses(graph),
+        [],
+    )  # noqa: E731
+    split = laid_out(
+        lambda _, *args: function(*args),
+        layout,
+        mesh,
+        ("params", "x", "i"),
+    )
+    np.testing.assert_allclose(
+        jax.jit(split)((), *args),
+        function(*args),
+        rtol=1e-5,
+        atol=1e-5,
+    )

@@ -1,4 +1,6 @@
-"""The recipes that bring their own data: a few steps of each, what they make of files, and what they refuse."""
+"""The recipes that bring their own data: a few steps of each, what they make of files,
+and what they refuse.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +36,42 @@ def ratings(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("settings", [pytest.param({}, id="dense", marks=pytest.mark.slow),
-                                      pytest.param({"experts": 4, "loop": "scan"}, id="experts")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(
+            {},
+            id="dense",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"experts": 4, "loop": "scan"}, id="experts"),
+    ],
+)
 def test_a_text_is_learned_character_by_character(text, settings):
-    recipe = lm.recipe(text=text, length=16, batch_size=8, steps=12, **settings)
+    recipe = lm.recipe(
+        text=text,
+        length=16,
+        batch_size=8,
+        steps=12,
+        **settings,
+    )
     history = lepton.Trainer(recipe, devices=1).fit()
     assert recipe.model.keywords["vocab"] == len(set(SENTENCE))
     assert history["loss"][-1] < history["loss"][0]
-    assert history.metrics["perplexity"] == pytest.approx(np.exp(history.metrics["loss"]), rel=1e-4)
+    assert history.metrics["perplexity"] == pytest.approx(
+        np.exp(history.metrics["loss"]), rel=1e-4
+    )
 
 
 def test_each_token_is_predicted_once_from_those_before_it(text):
     recipe = lm.recipe(text=text, length=16)
     characters = sorted(set(SENTENCE))
-    inputs, targets = (np.concatenate([getattr(part, name) for part in (recipe.train, recipe.test)]).ravel()
-                       for name in ("inputs", "targets"))
+    inputs, targets = (
+        np.concatenate(
+            [getattr(part, name) for part in (recipe.train, recipe.test)]
+        ).ravel()
+        for name in ("inputs", "targets")
+    )
     back = "".join(characters[i] for i in inputs)
     assert (SENTENCE * 40).startswith(back) and len(back) > 40 * len(SENTENCE) - 17
     np.testing.assert_array_equal(inputs[1:], targets[:-1])
@@ -58,27 +81,52 @@ def test_each_token_is_predicted_once_from_those_before_it(text):
 def test_gzip_and_a_byte_order_mark_change_nothing(text, tmp_path):
     packed = tmp_path / "text.gz"
     packed.write_bytes(gzip.compress("\ufeff".encode() + text.read_bytes()))
-    np.testing.assert_array_equal(lm.recipe(text=packed).train.inputs, lm.recipe(text=text).train.inputs)
+    np.testing.assert_array_equal(
+        lm.recipe(text=packed).train.inputs, lm.recipe(text=text).train.inputs
+    )
 
 
 @pytest.mark.parametrize("size", ["8b", "405b"])
 def test_the_large_sizes_bring_their_vocabulary_and_cost_nothing_to_look_at(size):
     recipe = lm.recipe(size)
-    assert recipe.model.keywords["vocab"] == 128_256 and recipe.model.keywords["loop"] == "scan"
+    assert (
+        recipe.model.keywords["vocab"] == 128_256
+        and recipe.model.keywords["loop"] == "scan"
+    )
     assert recipe.precision == "bfloat16" and recipe.train.inputs.shape[1] == 8192
-    assert np.shares_memory(recipe.train.inputs, recipe.train.targets), "views of one array"
-    assert recipe.train.inputs.flags.c_contiguous, "else np.take would copy it all for each batch"
+    assert np.shares_memory(recipe.train.inputs, recipe.train.targets), (
+        "views of one array"
+    )
+    assert recipe.train.inputs.flags.c_contiguous, (
+        "else np.take would copy it all for each batch"
+    )
 
 
 def test_settings_go_before_what_is_usual(text):
-    recipe = lm.recipe("124m", text, length=32, batch_size=4, precision="float32", loop="scan", vocab=77)
-    assert (recipe.batch_size, recipe.precision, recipe.train.inputs.shape[1]) == (4, "float32", 32)
-    assert recipe.model.keywords["vocab"] == 77 and recipe.model.keywords["loop"] == "scan"
+    recipe = lm.recipe(
+        "124m",
+        text,
+        length=32,
+        batch_size=4,
+        precision="float32",
+        loop="scan",
+        vocab=77,
+    )
+    assert (recipe.batch_size, recipe.precision, recipe.train.inputs.shape[1]) == (
+        4,
+        "float32",
+        32,
+    )
+    assert (
+        recipe.model.keywords["vocab"] == 77 and recipe.model.keywords["loop"] == "scan"
+    )
 
 
 @dataclass
 class Processor:
-    """What the recipe uses of sentencepiece: a token a word, numbered by its first letter."""
+    """What the recipe uses of sentencepiece: a token a word, numbered by its first
+    letter.
+    """
 
     model_proto: bytes
 
@@ -94,10 +142,18 @@ class Processor:
 
 
 def test_pieces_of_a_tokenizer(text, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", types.SimpleNamespace(SentencePieceProcessor=Processor))
+    monkeypatch.setitem(
+        sys.modules,
+        "sentencepiece",
+        types.SimpleNamespace(SentencePieceProcessor=Processor),
+    )
     model = tmp_path / "words.model"
     model.write_bytes(b"pieces")
-    recipe = lm.recipe(text=text, tokenizer=model, length=16)
+    recipe = lm.recipe(
+        text=text,
+        tokenizer=model,
+        length=16,
+    )
     assert recipe.model.keywords["vocab"] == 300
     assert recipe.train.inputs[0, :4].tolist() == [ord(c) for c in "tqbf"]
     model.write_bytes(b"nothing of the kind")
@@ -110,45 +166,159 @@ def test_pieces_of_a_tokenizer(text, tmp_path, monkeypatch):
         lm.recipe(text=text, tokenizer=model)
 
 
-def refused(function, kind: type[LeptonError], what: str, remedy: str, **settings):
+def refused(
+    function,
+    kind: type[LeptonError],
+    what: str,
+    remedy: str,
+    **settings,
+):
     with pytest.raises(kind) as caught:
         function(**settings)
-    assert what in caught.value.what and remedy in caught.value.remedy and caught.value.where
+    assert (
+        what in caught.value.what
+        and remedy in caught.value.remedy
+        and caught.value.where
+    )
 
 
 def test_texts_and_sizes_that_cannot_be_used(text, tmp_path):
-    refused(lm.recipe, RecipeError, "did you mean '70b'", "405b", size="7b")
-    refused(lm.recipe, DataError, "no such file", "check the path", text=tmp_path / "none.txt")
-    refused(lm.recipe, DataError, "2,000 tokens", "999 or less", text=text, length=1000)
-    refused(lm.recipe, RecipeError, "length is 0", "length=256", text=text, length=0)
-    refused(lm.recipe, DataError, "has 9 rows", "vocab", text=text, vocab=9)
-    refused(lm.recipe, RecipeError, "experts is -1", "none", text=text, experts=-1)
+    refused(
+        lm.recipe,
+        RecipeError,
+        "did you mean '70b'",
+        "405b",
+        size="7b",
+    )
+    refused(
+        lm.recipe,
+        DataError,
+        "no such file",
+        "check the path",
+        text=tmp_path / "none.txt",
+    )
+    refused(
+        lm.recipe,
+        DataError,
+        "2,000 tokens",
+        "999 or less",
+        text=text,
+        length=1000,
+    )
+    refused(
+        lm.recipe,
+        RecipeError,
+        "length is 0",
+        "length=256",
+        text=text,
+        length=0,
+    )
+    refused(
+        lm.recipe,
+        DataError,
+        "has 9 rows",
+        "vocab",
+        text=text,
+        vocab=9,
+    )
+    refused(
+        lm.recipe,
+        RecipeError,
+        "experts is -1",
+        "none",
+        text=text,
+        experts=-1,
+    )
     for content, what in ((b"", "empty"), (b"ab", "tokens"), (b"fine\n\xff", "0xff")):
         text.write_bytes(content)
-        refused(lm.recipe, DataError, what, "", text=text)
+        refused(
+            lm.recipe,
+            DataError,
+            what,
+            "",
+            text=text,
+        )
 
 
 def test_ratings_are_learned_and_unknown_ones_have_a_row(ratings):
-    recipe = two_tower.recipe(ratings, batch_size=32, learning_rate=1e-2)
+    recipe = two_tower.recipe(
+        ratings,
+        batch_size=32,
+        learning_rate=1e-2,
+    )
     history = lepton.Trainer(recipe, devices=1).fit(steps=60)
     assert history.metrics["rmse"] < np.std(recipe.test.targets)
     model = recipe.model.keywords
     assert model["users"] == 14 and model["items"] == 8, "those of the file, and row 0"
-    assert set(recipe.train.inputs) == {"user", "item"} and recipe.train.inputs["user"].min() == 1
+    assert (
+        set(recipe.train.inputs) == {"user", "item"}
+        and recipe.train.inputs["user"].min() == 1
+    )
     assert set(np.unique(recipe.train.targets)) == {1 + i / 2 for i in range(9)}
 
 
 def test_embeddings_can_be_larger_than_the_data():
-    recipe = two_tower.recipe(users=3_000_000, items=1_000_000, dim=128)
-    assert recipe.train.inputs["user"].max() > 2_900_000 and len(recipe.train) == 180_000
-    assert (recipe.model.keywords["users"], recipe.model.keywords["items"]) == (3_000_000, 1_000_000)
+    recipe = two_tower.recipe(
+        users=3_000_000,
+        items=1_000_000,
+        dim=128,
+    )
+    assert (
+        recipe.train.inputs["user"].max() > 2_900_000 and len(recipe.train) == 180_000
+    )
+    assert (recipe.model.keywords["users"], recipe.model.keywords["items"]) == (
+        3_000_000,
+        1_000_000,
+    )
 
 
 def test_ratings_that_cannot_be_used(ratings, tmp_path):
-    refused(two_tower.recipe, DataError, "no such file", "check the path", data=tmp_path / "none.csv")
-    refused(two_tower.recipe, DataError, "did you mean 'userId'", "", data=ratings, user="userid")
-    refused(two_tower.recipe, RecipeError, "three columns", "different", data=ratings, item="userId")
-    refused(two_tower.recipe, RecipeError, "9 rows, but the ratings take 14", "14 or more", data=ratings, users=9)
-    refused(two_tower.recipe, RecipeError, "users is 0", "users=1000", users=0)
-    ratings.write_text("userId,movieId,rating\n" + "".join(f"{i},{i},{('good', 'bad')[i % 2]}\n" for i in range(40)))
-    refused(two_tower.recipe, DataError, "no numbers", "numbers", data=ratings)
+    refused(
+        two_tower.recipe,
+        DataError,
+        "no such file",
+        "check the path",
+        data=tmp_path / "none.csv",
+    )
+    refused(
+        two_tower.recipe,
+        DataError,
+        "did you mean 'userId'",
+        "",
+        data=ratings,
+        user="userid",
+    )
+    refused(
+        two_tower.recipe,
+        RecipeError,
+        "three columns",
+        "different",
+        data=ratings,
+        item="userId",
+    )
+    refused(
+        two_tower.recipe,
+        RecipeError,
+        "9 rows, but the ratings take 14",
+        "14 or more",
+        data=ratings,
+        users=9,
+    )
+    refused(
+        two_tower.recipe,
+        RecipeError,
+        "users is 0",
+        "users=1000",
+        users=0,
+    )
+    ratings.write_text(
+        "userId,movieId,rating\n"
+        + "".join(f"{i},{i},{('good', 'bad')[i % 2]}\n" for i in range(40))
+    )
+    refused(
+        two_tower.recipe,
+        DataError,
+        "no numbers",
+        "numbers",
+        data=ratings,
+    )

@@ -17,7 +17,12 @@ import bench_step
 from lepton_jax.models import MLP
 
 CONTENDERS = ["hand", "hand-fed", "lepton", "nnx"]
-TINY = bench_step.Case(partial(MLP, (12, 8, 10)), partial(bench_step.images, 100, 12), 16, optax.adam)
+TINY = bench_step.Case(
+    partial(MLP, (12, 8, 10)),
+    partial(bench_step.images, 100, 12),
+    16,
+    optax.adam,
+)
 
 
 @pytest.fixture
@@ -28,7 +33,17 @@ def tiny(monkeypatch):
 @pytest.mark.slow
 def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     file = tmp_path / "step.json"
-    arguments = ["step", "--only", "tiny", "--rounds", "3", "--seconds", "0.02", "--json", str(file)]
+    arguments = [
+        "step",
+        "--only",
+        "tiny",
+        "--rounds",
+        "3",
+        "--seconds",
+        "0.02",
+        "--json",
+        str(file),
+    ]
     assert bench.main(arguments) == 0
     document = json.loads(file.read_text())
     assert document["command"].endswith("python tools/bench.py " + " ".join(arguments))
@@ -40,31 +55,62 @@ def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     assert result["loss_difference"] <= 1e-5
     for rival in ("hand", "hand-fed", "nnx"):
         ratios = result["lepton_to"][rival]
-        assert ratios["rounds"] == [a / b for a, b in zip(ms["lepton"]["rounds"], ms[rival]["rounds"], strict=True)]
-        assert ratios["min"] <= ratios["median"] <= ratios["max"] and len(ratios["rounds"]) == 3
+        assert ratios["rounds"] == [
+            a / b
+            for a, b in zip(ms["lepton"]["rounds"], ms[rival]["rounds"], strict=True)
+        ]
+        assert (
+            ratios["min"] <= ratios["median"] <= ratios["max"]
+            and len(ratios["rounds"]) == 3
+        )
     row = capsys.readouterr().out.splitlines()[1].split()
-    assert row[0] == "tiny" and row[1:5] == [f"{ms[name]['median']:.4g}" for name in CONTENDERS]
+    assert row[0] == "tiny" and row[1:5] == [
+        f"{ms[name]['median']:.4g}" for name in CONTENDERS
+    ]
 
 
 @pytest.mark.slow
 def test_the_order_rotates_so_that_each_contender_is_first_once():
     order = []
-    runs = {name: partial(lambda name, steps: order.append(name), name) for name in CONTENDERS}
-    bench_step._rounds(runs, dict.fromkeys(CONTENDERS, 1), 4)
+    runs = {
+        name: partial(
+            lambda name, steps: order.append(name),
+            name,
+        )
+        for name in CONTENDERS
+    }
+    bench_step._rounds(
+        runs,
+        dict.fromkeys(CONTENDERS, 1),
+        4,
+    )
     assert sorted(order[::4]) == CONTENDERS
-    assert all(sorted(order[i:i + 4]) == CONTENDERS for i in range(0, 16, 4))
+    assert all(sorted(order[i : i + 4]) == CONTENDERS for i in range(0, 16, 4))
 
 
 def test_a_model_that_differs_is_seen_in_the_losses(monkeypatch):
     x, y = TINY.data()
     real = bench_step._trainer
-    monkeypatch.setattr(bench_step, "_trainer", lambda case, x, y, **options: real(case, x * 2, y, **options))
+    monkeypatch.setattr(
+        bench_step,
+        "_trainer",
+        lambda case, x, y, **options: real(
+            case,
+            x * 2,
+            y,
+            **options,
+        ),
+    )
     assert bench_step._loss_difference(TINY, x, y) > 1e-3
 
 
 def test_a_slice_lasts_about_as_long_as_asked(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(bench_step.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(
+        bench_step.time,
+        "perf_counter",
+        lambda: clock[0],
+    )
 
     def run(steps):
         clock[0] += 0.1 + steps * 0.01  # a fixed cost, and 10 ms a step
@@ -89,27 +135,41 @@ def test_the_journal_survives_the_fits_that_close_it(tmp_path):
     from lepton_jax.monitor import read_events
 
     journal = bench_step.Journal(tmp_path)
-    trainer = bench_step._trainer(TINY, *TINY.data(), [journal])
+    trainer = bench_step._trainer(
+        TINY,
+        *TINY.data(),
+        [journal],
+    )
     for _ in range(2):
         bench_step._fit(trainer, 4)
     journal.end()
     events = read_events(tmp_path)
     assert [e["kind"] for e in events].count("end") == 2
-    assert [(e["first"], e["last"]) for e in events if e["kind"] == "steps"] == [(1, 4), (5, 8)]
+    assert [(e["first"], e["last"]) for e in events if e["kind"] == "steps"] == [
+        (1, 4),
+        (5, 8),
+    ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    ([], "COMMAND"),
-    (["setp"], "step"),
-    (["step", "--only", "mlp-265"], "did you mean 'mlp-256'"),
-    (["step", "--rounds", "0"], "--rounds is 0"),
-    (["step", "--seconds", "nan"], "--seconds is nan"),
-    (["step", "--rounds", "few"], "--rounds"),
-    (["step", "--round", "2"], "--round"),
-    (["step", "--json", "no/such/folder/step.json"], "no/such/folder"),
-])
-def test_a_wrong_argument_is_said_before_anything_is_measured(arguments, says, capsys, monkeypatch):
-    monkeypatch.setattr(bench_step, "measure", lambda *unused: pytest.fail("it measures"))
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["setp"], "step"),
+        (["step", "--only", "mlp-265"], "did you mean 'mlp-256'"),
+        (["step", "--rounds", "0"], "--rounds is 0"),
+        (["step", "--seconds", "nan"], "--seconds is nan"),
+        (["step", "--rounds", "few"], "--rounds"),
+        (["step", "--round", "2"], "--round"),
+        (["step", "--json", "no/such/folder/step.json"], "no/such/folder"),
+    ],
+)
+def test_a_wrong_argument_is_said_before_anything_is_measured(
+    arguments, says, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        bench_step, "measure", lambda *unused: pytest.fail("it measures")
+    )
     assert bench.main(arguments) == 2
     error = capsys.readouterr().err
     assert says in error and "remedy:" in error and "Traceback" not in error
@@ -118,9 +178,29 @@ def test_a_wrong_argument_is_said_before_anything_is_measured(arguments, says, c
 @pytest.mark.slow
 def test_overhead_compares_policies_with_none(tiny, tmp_path):
     file = tmp_path / "overhead.json"
-    assert bench.main(["overhead", "--only", "tiny", "--rounds", "2", "--seconds", "0.02", "--json", str(file)]) == 0
+    assert (
+        bench.main(
+            [
+                "overhead",
+                "--only",
+                "tiny",
+                "--rounds",
+                "2",
+                "--seconds",
+                "0.02",
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
     (result,) = json.loads(file.read_text())["results"]
     ms = result["ms_a_step"]
-    assert list(ms) == ["plain", "signals", "adaptive"] and all(len(s["rounds"]) == 2 for s in ms.values())
+    assert list(ms) == ["plain", "signals", "adaptive"] and all(
+        len(s["rounds"]) == 2 for s in ms.values()
+    )
     for name, ratio in result["to_plain"].items():
-        assert ratio["rounds"] == [a / b for a, b in zip(ms[name]["rounds"], ms["plain"]["rounds"], strict=True)]
+        assert ratio["rounds"] == [
+            a / b
+            for a, b in zip(ms[name]["rounds"], ms["plain"]["rounds"], strict=True)
+        ]

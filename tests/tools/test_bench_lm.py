@@ -1,4 +1,6 @@
-"""The language-model benchmark, tiny, with a stand-in for the PyTorch that CI doesn't have."""
+"""The language-model benchmark, tiny, with a stand-in for the PyTorch that CI doesn't
+have.
+"""
 
 import argparse
 import importlib.util
@@ -36,7 +38,8 @@ for line in sys.stdin:
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setattr(bench, "COMMANDS", (bench_lm,))
-    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.75")  # as somebody chose it: the benchmark leaves it
+    # as somebody chose it: the benchmark leaves it
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.75")
 
 
 @pytest.fixture
@@ -59,29 +62,66 @@ def measured(arguments, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_lm_beside_another(stand_in, tmp_path, capsys):
-    result, printed = measured(["--torch", stand_in()], tmp_path, capsys)
-    assert "shrunken" in printed and result["size"] == "1m" and result["precision"] == "float32"
-    assert result["parameters"] == 994_400 and result["batch_size"] == 2 and result["micro_batches"] == 1
+    result, printed = measured(
+        ["--torch", stand_in()],
+        tmp_path,
+        capsys,
+    )
+    assert (
+        "shrunken" in printed
+        and result["size"] == "1m"
+        and result["precision"] == "float32"
+    )
+    assert (
+        result["parameters"] == 994_400
+        and result["batch_size"] == 2
+        and result["micro_batches"] == 1
+    )
     ms, rates = result["ms_a_step"], result["tokens_per_second"]
-    assert rates["torch"]["rounds"] == pytest.approx([2 * 16 / t * 1e3 for t in ms["torch"]["rounds"]])
+    assert rates["torch"]["rounds"] == pytest.approx(
+        [2 * 16 / t * 1e3 for t in ms["torch"]["rounds"]]
+    )
     assert ms["torch"]["min"] >= 1.0  # what the stand-in sleeps
-    assert result["mfu"]["lepton"] == pytest.approx(rates["lepton"]["median"] * result["model_flop_a_token"]
-                                                    / result["peak_flops"])
+    assert result["mfu"]["lepton"] == pytest.approx(
+        rates["lepton"]["median"] * result["model_flop_a_token"] / result["peak_flops"]
+    )
     assert result["lepton_to_torch"]["rounds"] == pytest.approx(
-        [a / b for a, b in zip(rates["lepton"]["rounds"], rates["torch"]["rounds"], strict=True)])
-    assert result["measured_to_predicted"] == pytest.approx(ms["lepton"]["median"] / result["predicted_ms_a_step"])
+        [
+            a / b
+            for a, b in zip(
+                rates["lepton"]["rounds"],
+                rates["torch"]["rounds"],
+                strict=True,
+            )
+        ]
+    )
+    assert result["measured_to_predicted"] == pytest.approx(
+        ms["lepton"]["median"] / result["predicted_ms_a_step"]
+    )
     memory = result["peak_bytes"]
-    assert memory["torch"] == {"allocated": 2**30} and memory["lepton"]["allocated"] is None
+    assert (
+        memory["torch"] == {"allocated": 2**30}
+        and memory["lepton"]["allocated"] is None
+    )
     assert 0.5 < memory["lepton"]["predicted"] / memory["lepton"]["xla"] < 2
     assert re.search(r"^torch 9\.9, compiled .* 1\.0 GiB$", printed, re.MULTILINE)
     assert "6 N" in printed and "TFLOP/s dense in float32" in printed
 
 
 def test_a_rival_that_fails_is_told_and_left_out(stand_in):
-    case = bench_lm.Case("1m", lepton.models.transformer_size("1m"), 16, "float32")
-    with bench_lm.Torch(case, 2, stand_in("raise MemoryError('too much')"), "cpu") as rival:
+    case = bench_lm.Case(
+        "1m",
+        lepton.models.transformer_size("1m"),
+        16,
+        "float32",
+    )
+    with bench_lm.Torch(
+        case, 2, stand_in("raise MemoryError('too much')"), "cpu"
+    ) as rival:
         assert rival.about == {}
-        assert rival.notes == ["without PyTorch: its process ended with code 1: MemoryError: too much"]
+        assert rival.notes == [
+            "without PyTorch: its process ended with code 1: MemoryError: too much"
+        ]
     with bench_lm.Torch(case, 2, None, "cpu") as rival:
         assert rival.about == {} and rival.notes == []
     with bench_lm.Torch(case, 2, stand_in(), "cpu") as rival:
@@ -99,17 +139,34 @@ def test_an_interpreter_without_torch_is_no_error_and_none_is(tmp_path, capsys):
         bench_lm._no_torch(str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize(("arguments", "what"), [
-    (["--size", "1g"], "did you mean '1m'"), (["--batch", "0"], "--batch is '0'"), (["--seconds", "nan"], "--seconds is nan"),
-    (["--rounds", "0"], "--rounds is 0"), (["--length", "-3"], "--length is -3")])
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--size", "1g"], "did you mean '1m'"),
+        (["--batch", "0"], "--batch is '0'"),
+        (["--seconds", "nan"], "--seconds is nan"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--length", "-3"], "--length is -3"),
+    ],
+)
 def test_settings_that_can_not_be(arguments, what, capsys):
     assert bench.main(["lm", *arguments]) == 2
     assert what in capsys.readouterr().err
 
 
 def test_the_flop_of_a_token_are_those_of_the_traced_dots():
-    """But for the attention, of which the formula counts the causal half and the dots all."""
-    shape = {"vocab": 96, "dim": 64, "layers": 3, "heads": 8, "kv_heads": 8, "hidden": 160, "tied": False}
+    """But for the attention, of which the formula counts the causal half and the dots
+    all.
+    """
+    shape = {
+        "vocab": 96,
+        "dim": 64,
+        "layers": 3,
+        "heads": 8,
+        "kv_heads": 8,
+        "hidden": 160,
+        "tied": False,
+    }
     case = bench_lm.Case("untied", shape, 32, "float32")
     trainer = lepton.Trainer(case.recipe(4), devices=1)
     trainer.plan()
@@ -117,25 +174,41 @@ def test_the_flop_of_a_token_are_those_of_the_traced_dots():
     parameters = sum(x.size for x in jax.tree.leaves(trainer.trace.state.params))
     attention = 6 * 3 * 32 * 64
     norms = 6 * 7 * 64  # counted among the N, and no dots
-    assert case.flops(parameters) + attention - norms == pytest.approx(trainer.trace.flops / (4 * 32))
+    assert case.flops(parameters) + attention - norms == pytest.approx(
+        trainer.trace.flops / (4 * 32)
+    )
 
 
 def test_the_batch_found_is_the_largest_that_fits(monkeypatch):
     largest = {"none": 0, None: 6}
     tried = []
 
-    def plan(self, on=None, *, remat=None, micro_batches=None):
+    def plan(
+        self,
+        on=None,
+        *,
+        remat=None,
+        micro_batches=None,
+    ):
         tried.append((self.recipe.batch_size, remat))
         if self.recipe.batch_size > largest[remat]:
             raise PlanError("nothing fits", remedy="")
-        return argparse.Namespace(batch_size=self.recipe.batch_size, remat=remat, micro_batches=micro_batches)
+        return argparse.Namespace(
+            batch_size=self.recipe.batch_size, remat=remat, micro_batches=micro_batches
+        )
 
     monkeypatch.setattr(lepton.Trainer, "plan", plan)
-    case = bench_lm.Case("1m", lepton.models.transformer_size("1m"), 16, "float32")
+    case = bench_lm.Case(
+        "1m",
+        lepton.models.transformer_size("1m"),
+        16,
+        "float32",
+    )
     found = bench_lm.fitting(case)
     assert (found.batch_size, found.remat, found.micro_batches) == (4, None, 1)
     largest["none"] = 2
-    assert bench_lm.fitting(case).batch_size == 2  # plain, though more would fit with rematerialization
+    # plain, though more would fit with rematerialization
+    assert bench_lm.fitting(case).batch_size == 2
     monkeypatch.setattr(bench_lm, "MOST_TOKENS", 16)
     assert bench_lm.fitting(case).batch_size == 1
     largest.update({"none": 0, None: 0})
@@ -146,15 +219,25 @@ def test_the_batch_found_is_the_largest_that_fits(monkeypatch):
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_after_all_is_halved(monkeypatch):
     monkeypatch.setattr(bench_lm, "MOST_TOKENS", 4 * 16)
-    case = bench_lm.Case("1m", lepton.models.transformer_size("1m"), 16, "float32")
+    case = bench_lm.Case(
+        "1m",
+        lepton.models.transformer_size("1m"),
+        16,
+        "float32",
+    )
 
     def fit(trainer, steps):
         if trainer.recipe.batch_size > 1:
-            raise ModelError("the train program failed: RESOURCE_EXHAUSTED: Out of memory", remedy="")
+            raise ModelError(
+                "the train program failed: RESOURCE_EXHAUSTED: Out of memory", remedy=""
+            )
 
     monkeypatch.setattr(bench_lm.bench_step, "_fit", fit)
     started = bench_lm._start(case, 0)
     assert started.plan.batch_size == 1
-    assert [note.partition(" was")[0] for note in started.notes] == ["a batch of 4", "a batch of 2"]
+    assert [note.partition(" was")[0] for note in started.notes] == [
+        "a batch of 4",
+        "a batch of 2",
+    ]
     with pytest.raises(ModelError):
         bench_lm._start(case, 4)  # asked for, so not changed

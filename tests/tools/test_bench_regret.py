@@ -1,4 +1,6 @@
-"""The regret benchmark enumerates what it says, and measures a small model in seconds."""
+"""The regret benchmark enumerates what it says, and measures a small model in
+seconds.
+"""
 
 import json
 import sys
@@ -20,33 +22,68 @@ from lepton_jax.planner.assemble import Assignment
 from lepton_jax.planner.pins import Pins
 from lepton_jax.planner.search import Problem
 
-TINY = bench_regret.Case(partial(lepton.models.MLP, (16, 64, 3)), partial(bench_regret.images, 32, 16, classes=3),
-                         ("layers/*",))
+TINY = bench_regret.Case(
+    partial(lepton.models.MLP, (16, 64, 3)),
+    partial(bench_regret.images, 32, 16, classes=3),
+    ("layers/*",),
+)
 
 
 @pytest.fixture(scope="module")
 def problem():
     batch = TINY.data()
-    recipe = lepton.Recipe(model=TINY.model, loss=TINY.loss, optimizer=optax.adam(1e-3), batch_size=32)
-    return Problem(trace(recipe, *batch), topology("cpu:8"), "time", Pins())
+    recipe = lepton.Recipe(
+        model=TINY.model,
+        loss=TINY.loss,
+        optimizer=optax.adam(1e-3),
+        batch_size=32,
+    )
+    return Problem(
+        trace(recipe, *batch),
+        topology("cpu:8"),
+        "time",
+        Pins(),
+    )
 
 
 def test_it_measures_a_model_and_writes_what_it_printed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "COMMANDS", (bench_regret,))
     monkeypatch.setattr(bench_regret, "CASES", {"tiny": TINY})
     file, cache = tmp_path / "regret.json", tmp_path / "cache.json"
-    arguments = ["planner-regret", "--models", "tiny", "--limit", "2", "--sample", "1", "--rounds", "1", "--steps", "1",
-                 "--json", str(file), "--cache", str(cache)]
+    arguments = [
+        "planner-regret",
+        "--models",
+        "tiny",
+        "--limit",
+        "2",
+        "--sample",
+        "1",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+        "--json",
+        str(file),
+        "--cache",
+        str(cache),
+    ]
     assert bench.main(arguments) == 0
     (result,) = json.loads(file.read_text())["results"]
     assert result["distinct"] < result["assignments"]
     assert result["compiled"] == len(result["candidates"]) <= 2 + result["drawn"]
-    assert result["distinct"] == result["bounded"] - result["drawn"] + result["compiled"] + result["cut"]
+    assert (
+        result["distinct"]
+        == result["bounded"] - result["drawn"] + result["compiled"] + result["cut"]
+    )
     scores = [c["score"] for c in result["candidates"]]
     assert result["regret"] == result["chosen"]["score"] / min(scores) - 1 >= 0
     assert all(len(c["ms"]) == 1 for c in result["candidates"])
-    assert capsys.readouterr().out.splitlines()[2].split()[:2] == ["tiny", str(result["assignments"])]
-    monkeypatch.setattr(bench_regret, "measure", None)  # what is in the cache is not measured again
+    assert capsys.readouterr().out.splitlines()[2].split()[:2] == [
+        "tiny",
+        str(result["assignments"]),
+    ]
+    # what is in the cache is not measured again
+    monkeypatch.setattr(bench_regret, "measure", None)
     assert bench.main(arguments) == 0
     assert json.loads(file.read_text())["results"] == [result]
 
@@ -60,7 +97,11 @@ def test_axes_that_split_the_same_and_their_order_make_no_other_candidate(proble
         masks[batch], masks[hidden] = on_batch, on_hidden
         return bench_regret.signature(problem, Assignment(sizes, tuple(masks), 0))
 
-    assert signature((2, 4), 0b11, 0) == signature((8,), 1, 0) == signature((2, 2, 2), 0b111, 0)
+    assert (
+        signature((2, 4), 0b11, 0)
+        == signature((8,), 1, 0)
+        == signature((2, 2, 2), 0b111, 0)
+    )
     assert signature((2, 4), 0b10, 0b01) == signature((4, 2), 0b01, 0b10)
     assert signature((2, 4), 0b10, 0b01) != signature((2, 4), 0b01, 0b10)
 

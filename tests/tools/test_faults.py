@@ -1,5 +1,5 @@
-"""Twenty-one of the campaign's faults on two hosts, several to a run: it ends as if nothing had been, or with the reason; and
-lost networks.
+"""Twenty-one of the campaign's faults on two hosts, several to a run: it ends as if
+nothing had been, or with the reason; and lost networks.
 """
 
 import json
@@ -18,7 +18,14 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 import faults
 import faults_network
 
-FAST = {"silence": 5, "compile": 10, "steps": 5, "data": 5, "evaluation": 5, "save": 5}
+FAST = {
+    "silence": 5,
+    "compile": 10,
+    "steps": 5,
+    "data": 5,
+    "evaluation": 5,
+    "save": 5,
+}
 
 
 def stages(*each):
@@ -32,9 +39,27 @@ def undisturbed(tmp_path_factory):
     return folder, faults.reference(folder, 2, 1)
 
 
-def trial(undisturbed, name, promise, *each, says="", **more):
+def trial(
+    undisturbed,
+    name,
+    promise,
+    *each,
+    says="",
+    **more,
+):
     folder, expected = undisturbed
-    found = faults.Trial(folder / name, 2, 1, faults.Fault(name, promise, stages(*each), says=says, **more))
+    found = faults.Trial(
+        folder / name,
+        2,
+        1,
+        faults.Fault(
+            name,
+            promise,
+            stages(*each),
+            says=says,
+            **more,
+        ),
+    )
     row = found.run(expected)
     log = (folder / name / "log.txt").read_text(errors="replace")
     assert row["kept"], f"{row['wrong']}\n{log}"
@@ -44,49 +69,126 @@ def trial(undisturbed, name, promise, *each, says="", **more):
 
 @pytest.mark.slow
 def test_hosts_that_die_one_after_the_other(undisturbed):
-    found, _ = trial(undisturbed, "die", "recovered", (1, "kill", 1, "data", 12), (2, "kill", 0, "save", 20),
-                     (3, "kill", 1, "compile", 0), (4, "abort", 1, "steps", 33), (5, "exit", 0, "evaluation", 40),
-                     (6, "kill", 0, "plan", 0), (7, "raise", 1, "data", 52))
-    assert found.restarts == [(1, "SIGKILL"), (0, "SIGKILL"), (1, "SIGKILL"), (1, "SIGABRT"), (0, "exit code 3"),
-                              (0, "SIGKILL"), (1, "exit code 1")]
+    found, _ = trial(
+        undisturbed,
+        "die",
+        "recovered",
+        (1, "kill", 1, "data", 12),
+        (2, "kill", 0, "save", 20),
+        (3, "kill", 1, "compile", 0),
+        (4, "abort", 1, "steps", 33),
+        (5, "exit", 0, "evaluation", 40),
+        (6, "kill", 0, "plan", 0),
+        (7, "raise", 1, "data", 52),
+    )
+    assert found.restarts == [
+        (1, "SIGKILL"),
+        (0, "SIGKILL"),
+        (1, "SIGKILL"),
+        (1, "SIGABRT"),
+        (0, "exit code 3"),
+        (0, "SIGKILL"),
+        (1, "exit code 1"),
+    ]
 
 
 @pytest.mark.slow
 def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
     monkeypatch.setattr(faults, "LIMITS", faults.LIMITS | FAST)
-    found, log = trial(undisturbed, "hang", "recovered", (1, "stop", 1, "save", 10), (2, "stall", 0, "data", 22),
-                       (3, "freeze", 1, "steps", 33), (4, "stall", 1, "compile", 30))
+    found, log = trial(
+        undisturbed,
+        "hang",
+        "recovered",
+        (1, "stop", 1, "save", 10),
+        (2, "stall", 0, "data", 22),
+        (3, "freeze", 1, "steps", 33),
+        (4, "stall", 1, "compile", 30),
+    )
     assert found.restarts == [(1, "silent"), (0, "stuck"), (1, "silent"), (1, "stuck")]
     assert "do_stall" in log  # the stack of the one that slept
 
 
 @pytest.mark.slow
 def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed):
-    trial(undisturbed, "damage", "recovered", (1, "kill", 1, "steps", 35), (2, "damage", 0, "plan", 0, ("how", "bit")),
-          (2, "kill", 1, "restore", 0), (3, "damage", 0, "plan", 0, ("how", "delete")), (3, "kill", 0, "compile", 0),
-          (4, "kill", 1, "shutdown", 60))
+    trial(
+        undisturbed,
+        "damage",
+        "recovered",
+        (1, "kill", 1, "steps", 35),
+        (
+            2,
+            "damage",
+            0,
+            "plan",
+            0,
+            ("how", "bit"),
+        ),
+        (2, "kill", 1, "restore", 0),
+        (
+            3,
+            "damage",
+            0,
+            "plan",
+            0,
+            ("how", "delete"),
+        ),
+        (3, "kill", 0, "compile", 0),
+        (4, "kill", 1, "shutdown", 60),
+    )
 
 
-@pytest.mark.parametrize(("name", "stage", "says"), [
-    ("full disk", (1, "disk", 1, "save", 20),  # whichever host says it first
-     r"(host 1: .*can't be written|can't be written.*host 1: ).*(File too large|OUT_OF_RANGE)"),
-    pytest.param("unreadable data", (1, "no-data", 1, "reading", 15), "host 1: .*a shard of the data can't be read",
-                 marks=pytest.mark.slow),
-    pytest.param("corrupted data", (1, "bad-data", 1, "reading", 25), r"the loss of step \d+ is nan",
-                 marks=pytest.mark.slow),
-])
-def test_what_a_person_must_mend_ends_the_run_with_the_reason(undisturbed, name, stage, says):
-    _, log = trial(undisturbed, name, "ended, then goes on", stage, says=says)
+@pytest.mark.parametrize(
+    ("name", "stage", "says"),
+    [
+        (
+            "full disk",
+            (1, "disk", 1, "save", 20),  # whichever host says it first
+            (
+                r"(host 1: .*can't be written|can't be written.*host 1: ).*(File too"
+                r" large|OUT_OF_RANGE)"
+            ),
+        ),
+        pytest.param(
+            "unreadable data",
+            (1, "no-data", 1, "reading", 15),
+            "host 1: .*a shard of the data can't be read",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "corrupted data",
+            (1, "bad-data", 1, "reading", 25),
+            r"the loss of step \d+ is nan",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_a_person_must_mend_ends_the_run_with_the_reason(
+    undisturbed, name, stage, says
+):
+    _, log = trial(
+        undisturbed,
+        name,
+        "ended, then goes on",
+        stage,
+        says=says,
+    )
     assert "remedy:" in log and "Traceback" not in log
 
 
 def test_the_same_fault_is_not_tried_for_ever(undisturbed):
-    stage = (1, "raise", 1, "steps", 15, ("always", True))
+    stage = (
+        1,
+        "raise",
+        1,
+        "steps",
+        15,
+        ("always", True),
+    )
     found, log = trial(undisturbed, "repeated", "given up", stage)
     assert 2 <= len(found.restarts) <= 4 and "a fault of the program's own" in log
 
 
-# ---- networks of their own --------------------------------------------------------------------------------------------------
+# ---- networks of their own ----
 
 
 @pytest.fixture
@@ -103,8 +205,18 @@ def test_a_link_that_is_cut_loses_packets_without_a_word(tmp_path, permitted, ho
     network = faults_network.Network(tmp_path, 2)
 
     def dial():
-        command = network.inside(0, [sys.executable, "-c", DIAL, "host1"])
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stderr
+        command = network.inside(
+            0,
+            [
+                sys.executable,
+                "-c",
+                DIAL,
+                "host1",
+            ],
+        )
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20
+        ).stderr
 
     try:
         assert "Connection refused" in dial(), "there is an answer"
@@ -117,18 +229,30 @@ def test_a_link_that_is_cut_loses_packets_without_a_word(tmp_path, permitted, ho
 
 
 def test_nothing_of_a_network_is_left_when_its_campaign_is_killed(tmp_path, permitted):
-    script = ("import subprocess, sys, time, pathlib, faults_network; n = faults_network.Network(pathlib.Path(sys.argv[1]), 2);"
-              "p = subprocess.Popen(n.inside(1, ['sleep', '600'])); print(n._process.pid, *n.holders, p.pid, flush=True);"
-              "time.sleep(600)")
+    script = (
+        "import subprocess, sys, time, pathlib, faults_network; n ="
+        " faults_network.Network(pathlib.Path(sys.argv[1]), 2);p ="
+        " subprocess.Popen(n.inside(1, ['sleep', '600'])); print(n._process.pid,"
+        " *n.holders, p.pid, flush=True);time.sleep(600)"
+    )
     environment = os.environ | {"PYTHONPATH": str(Path(faults_network.__file__).parent)}
-    campaign = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                env=environment)
+    campaign = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     pids = campaign.stdout.readline().split()
     campaign.send_signal(signal.SIGKILL)
     campaign.communicate()
     until = time.monotonic() + 10
     assert len(pids) == 4
-    while left := [pid for pid in pids if (status := Path("/proc", pid, "stat")).exists() and ") Z " not in status.read_text()]:
+    while left := [
+        pid
+        for pid in pids
+        if (status := Path("/proc", pid, "stat")).exists()
+        and ") Z " not in status.read_text()
+    ]:
         assert time.monotonic() < until, left
         time.sleep(0.02)
 
@@ -137,22 +261,73 @@ def test_nothing_of_a_network_is_left_when_its_campaign_is_killed(tmp_path, perm
 @pytest.mark.parametrize(("host", "seconds"), [(1, 2.0), (0, 20.0)])
 def test_the_network_comes_back(undisturbed, permitted, host, seconds):
     says = "" if seconds < 10 else f"host {host} is lost: no word from it for 10 s"
-    found, _ = trial(undisturbed, f"away {seconds}", "recovered", (1, "network", host, "steps", 12, ("seconds", seconds),
-                     ("how", "silent")), says=says, apart=True, network=True)
+    found, _ = trial(
+        undisturbed,
+        f"away {seconds}",
+        "recovered",
+        (
+            1,
+            "network",
+            host,
+            "steps",
+            12,
+            ("seconds", seconds),
+            ("how", "silent"),
+        ),
+        says=says,
+        apart=True,
+        network=True,
+    )
     assert seconds < 10 or found.restarts[0][1] == "lost"
 
 
 @pytest.mark.slow
-def test_a_host_that_is_cut_off_for_good_ends_and_the_other_goes_on(undisturbed, permitted):
-    says = r"(?s)(?=.*going on without host 1)(?=.*host 0 is lost: [^\n]*could not be met again)"
-    trial(undisturbed, "cut off", "went on with what is left", (1, "network", 1, "save", 20, ("seconds", None),
-          ("how", "unplugged")), says=says, apart=True, network=True, options=faults_network.without(2))
+def test_a_host_that_is_cut_off_for_good_ends_and_the_other_goes_on(
+    undisturbed, permitted
+):
+    says = (
+        r"(?s)(?=.*going on without host 1)(?=.*host 0 is lost: [^\n]*could not be met"
+        r" again)"
+    )
+    trial(
+        undisturbed,
+        "cut off",
+        "went on with what is left",
+        (
+            1,
+            "network",
+            1,
+            "save",
+            20,
+            ("seconds", None),
+            ("how", "unplugged"),
+        ),
+        says=says,
+        apart=True,
+        network=True,
+        options=faults_network.without(2),
+    )
 
 
-def test_where_networks_are_not_permitted_their_trials_are_skipped(undisturbed, monkeypatch, capsys):
+def test_where_networks_are_not_permitted_their_trials_are_skipped(
+    undisturbed, monkeypatch, capsys
+):
     monkeypatch.setattr(faults_network, "forbidden", lambda: "not permitted")
-    code = faults.main(["--only", "network", "network lost", "--count", "2", "--hosts", "2", "--devices", "1", "--folder",
-                        str(undisturbed[0])])
+    code = faults.main(
+        [
+            "--only",
+            "network",
+            "network lost",
+            "--count",
+            "2",
+            "--hosts",
+            "2",
+            "--devices",
+            "1",
+            "--folder",
+            str(undisturbed[0]),
+        ]
+    )
     said = capsys.readouterr().out
     assert code == 0 and said.count("skipped: ") == 2 and "0 of 0 as promised" in said
 
@@ -168,4 +343,6 @@ def test_the_campaign_is_drawn_from_the_seed():
         for seed in range(20):
             one = kind(random.Random(seed))
             json.dumps(one.stages)
-            assert replace(one, name="x").promise in faults.PROMISES and all(stage["host"] < 4 for stage in one.stages)
+            assert replace(one, name="x").promise in faults.PROMISES and all(
+                stage["host"] < 4 for stage in one.stages
+            )

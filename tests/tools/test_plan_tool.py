@@ -1,4 +1,6 @@
-"""The planning command line: what it prints and writes, and each wrong argument said before anything is searched."""
+"""The planning command line: what it prints and writes, and each wrong argument said
+before anything is searched.
+"""
 
 import json
 import subprocess
@@ -52,22 +54,48 @@ def test_one_topology_prints_its_plan(look, tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     (entry,) = result["plans"]
     plan = Plan.from_json(json.dumps(entry["plan"]))
-    assert str(plan) in out and plan.topology == "v5e:2x2" and "512x512" in out, "the recipe's own setting counts"
+    assert str(plan) in out and plan.topology == "v5e:2x2" and "512x512" in out, (
+        "the recipe's own setting counts"
+    )
     predicted = entry["predicted"]
-    assert predicted["peak_bytes"] == plan.peak == sum(predicted["bytes_per_device"].values())
-    assert predicted["step_seconds"] == plan.step_seconds > 0 and predicted["unit"] == "samples"
-    assert result["peak_rss_bytes"] > 2**20 and 0 < result["seconds"]["trace"] < result["seconds"]["process"]
+    assert (
+        predicted["peak_bytes"]
+        == plan.peak
+        == sum(predicted["bytes_per_device"].values())
+    )
+    assert (
+        predicted["step_seconds"] == plan.step_seconds > 0
+        and predicted["unit"] == "samples"
+    )
+    assert (
+        result["peak_rss_bytes"] > 2**20
+        and 0 < result["seconds"]["trace"] < result["seconds"]["process"]
+    )
 
 
 def test_several_topologies_print_the_frontier(look, tmp_path):
-    out = look("--on", "v5e:2x2, h200:8 ,v5e:2x2", "--tokens", "5e6", "--json", tmp_path / "r.json", "--html",
-               tmp_path / "r.html").out
+    out = look(
+        "--on",
+        "v5e:2x2, h200:8 ,v5e:2x2",
+        "--tokens",
+        "5e6",
+        "--json",
+        tmp_path / "r.json",
+        "--html",
+        tmp_path / "r.html",
+    ).out
     result = json.loads((tmp_path / "r.json").read_text())
-    assert "5e6 samples" in out and out.count("v5e:2x2") == 1, "named twice, planned once"
+    assert "5e6 samples" in out and out.count("v5e:2x2") == 1, (
+        "named twice, planned once"
+    )
     seconds = [p["predicted"]["step_seconds"] * 5e6 / 64 for p in result["plans"]]
-    assert [p["seconds"] for p in result["frontier"]["points"]] == pytest.approx(seconds)
+    assert [p["seconds"] for p in result["frontier"]["points"]] == pytest.approx(
+        seconds
+    )
     page = (tmp_path / "r.html").read_text()
-    assert page.startswith("<!doctype html>") and page.count('class="lepton"') == 3, "the comparison and both plans"
+    assert page.startswith("<!doctype html>") and page.count('class="lepton"') == 3, (
+        "the comparison and both plans"
+    )
 
 
 def test_what_is_asked_for_reaches_the_planner(look, monkeypatch):
@@ -75,12 +103,43 @@ def test_what_is_asked_for_reaches_the_planner(look, monkeypatch):
 
     asked = {}
     real = planning.plan
-    monkeypatch.setattr(planning, "plan", lambda traced, target, **options: (asked.update(
-        options, recipe=traced.recipe.micro_batches), real(traced, target))[1])
-    look("--on", "cpu:8", "--mesh", "data=4, tensor=2", "--pin", "**/kernel=None,tensor", "--pin", "a=b=data+tensor,-", "--pin",
-         "x=", "--remat", "full", "--objective", "memory", "--micro-batches", 2)
-    assert asked == {"mesh": {"data": 4, "tensor": 2}, "remat": "full", "objective": "memory", "recipe": 2,
-                     "pins": {"**/kernel": P(None, "tensor"), "a=b": P(("data", "tensor"), None), "x": P()}}
+    monkeypatch.setattr(
+        planning,
+        "plan",
+        lambda traced, target, **options: (
+            asked.update(options, recipe=traced.recipe.micro_batches),
+            real(traced, target),
+        )[1],
+    )
+    look(
+        "--on",
+        "cpu:8",
+        "--mesh",
+        "data=4, tensor=2",
+        "--pin",
+        "**/kernel=None,tensor",
+        "--pin",
+        "a=b=data+tensor,-",
+        "--pin",
+        "x=",
+        "--remat",
+        "full",
+        "--objective",
+        "memory",
+        "--micro-batches",
+        2,
+    )
+    assert asked == {
+        "mesh": {"data": 4, "tensor": 2},
+        "remat": "full",
+        "objective": "memory",
+        "recipe": 2,
+        "pins": {
+            "**/kernel": P(None, "tensor"),
+            "a=b": P(("data", "tensor"), None),
+            "x": P(),
+        },
+    }
 
 
 def test_a_saved_plan_is_replayed_without_a_search(look, tmp_path, monkeypatch):
@@ -89,12 +148,23 @@ def test_a_saved_plan_is_replayed_without_a_search(look, tmp_path, monkeypatch):
     assert "nothing differs" in look("--on", "cpu:8", "--diff", file).out
     changed = look("--on", "cpu:8", "--diff", file, "--batch-size", 128).out
     assert "batch_size: 64 -> 128" in changed
-    monkeypatch.setattr(planning, "plan", lambda *a, **k: pytest.fail("it searches"))
+    monkeypatch.setattr(
+        planning,
+        "plan",
+        lambda *a, **k: pytest.fail("it searches"),
+    )
     again = look("--replay", file).out
-    assert first[:first.index("traced")] == again[:again.index("traced")]
+    assert first[: first.index("traced")] == again[: again.index("traced")]
     error = look("--replay", file, "--width", 512, code=2).err
-    assert "arrays differ" in error and "[32, 256] in the plan, [32, 512] in the recipe" in error and str(file) in error
-    assert "for cpu:8, not for v5e:2x2" in look("--replay", file, "--on", "v5e:2x2", code=2).err
+    assert (
+        "arrays differ" in error
+        and "[32, 256] in the plan, [32, 512] in the recipe" in error
+        and str(file) in error
+    )
+    assert (
+        "for cpu:8, not for v5e:2x2"
+        in look("--replay", file, "--on", "v5e:2x2", code=2).err
+    )
 
 
 def test_without_on_the_live_devices_are_planned_for(look):
@@ -104,7 +174,15 @@ def test_without_on_the_live_devices_are_planned_for(look):
 def test_what_cannot_fit_is_an_answer(look, tmp_path):
     chips = tmp_path / "chips.toml"
     chips.write_text('[tiny]\nlike = "v5e"\nmemory = 6e5\n')
-    error = look("--on", "tiny:2x2", "--chips", chips, "--json", tmp_path / "r.json", code=2).err
+    error = look(
+        "--on",
+        "tiny:2x2",
+        "--chips",
+        chips,
+        "--json",
+        tmp_path / "r.json",
+        code=2,
+    ).err
     assert "nothing fits" in error and "remedy" in error
     (entry,) = json.loads((tmp_path / "r.json").read_text())["plans"]
     assert "nothing fits" in entry["error"]["what"] and "plan" not in entry
@@ -121,50 +199,74 @@ def test_verify_is_shown_and_kept(look, tmp_path):
 
 def test_what_xla_refuses_is_a_failure(look, monkeypatch):
     refused = types.SimpleNamespace(fits=False)
-    monkeypatch.setitem(sys.modules, "lepton_jax.verify", types.SimpleNamespace(verify=lambda *_: refused))
+    monkeypatch.setitem(
+        sys.modules,
+        "lepton_jax.verify",
+        types.SimpleNamespace(verify=lambda *_: refused),
+    )
     look("--on", "cpu:8", "--verify", code=2)
 
 
 def test_prove_takes_the_plan_that_xla_chose(look, tmp_path):
     out = look("--on", "cpu:8", "--prove", 2, "--json", tmp_path / "r.json").out
     (entry,) = json.loads((tmp_path / "r.json").read_text())["plans"]
-    assert 1 <= len(entry["prove"]) <= 2 and out.count("compiled for cpu:8") == len(entry["prove"])
-    assert entry["plan"]["mesh"] in [check["mesh"] for check in entry["prove"] if check["fits"]]
+    assert 1 <= len(entry["prove"]) <= 2 and out.count("compiled for cpu:8") == len(
+        entry["prove"]
+    )
+    assert entry["plan"]["mesh"] in [
+        check["mesh"] for check in entry["prove"] if check["fits"]
+    ]
 
 
 def test_help_lists_the_recipes_settings_and_the_tools_own(look):
     out = look("--help").out
-    assert "--width" in out and "units of a hidden layer" in out and "--objective" in out and "--micro-batches" in out
+    assert (
+        "--width" in out
+        and "units of a hidden layer" in out
+        and "--objective" in out
+        and "--micro-batches" in out
+    )
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["--on", "v5q:4x4"], "did you mean 'v5"),
-    (["--on", "v5p"], "chip:count"),
-    (["--on", ","], "names no topology"),
-    (["--on", "cpu:8", "--mesh", "data=0"], "axis=size"),
-    (["--on", "cpu:8", "--mesh", "data:8"], "axis=size"),
-    (["--on", "cpu:8", "--mesh", "data=2,data=4"], "given twice"),
-    (["--on", "cpu:8", "--mesh", "data=3"], "devices"),
-    (["--on", "cpu:8", "--pin", "tensor,None"], "pattern=spec"),
-    (["--on", "cpu:8", "--pin", "**/kernel=P(tensor)"], "no mesh axis"),
-    (["--on", "cpu:8", "--mesh", "data=8", "--pin", "**/kernle=data"], "did you mean 'kernel'"),
-    (["--on", "cpu:8", "--remat", "ful"], "did you mean 'full'"),
-    (["--on", "cpu:8", "--objective", "speed"], "not one of time, memory, cost"),
-    (["--on", "cpu:8", "--micro-batches", "5"], "64"),
-    (["--on", "cpu:8", "--tokens", "-1"], "--tokens is -1"),
-    (["--on", "cpu:8", "--prove", "0"], "--prove is 0"),
-    (["--on", "cpu:8", "--prove", "2", "--verify"], "both given"),
-    (["--on", "cpu:8", "--onn", "cpu:4"], "did you mean '--on'"),
-    (["--on", "cpu:8", "--widht", "4"], "did you mean '--width'"),
-    (["--on", "cpu:8", "--width", "wide"], "not a whole number"),
-    (["--on", "cpu:8", "--chips", "none.toml"], "none.toml"),
-    (["--on", "cpu:8", "--diff", "none.json"], "none.json"),
-    (["--replay", "none.json"], "none.json"),
-    (["--on", "cpu:8,v5e:2x2", "--save", "plan.json"], "name one topology"),
-    (["--on", "cpu:8", "--json", "no/such/folder/r.json"], "no/such/folder"),
-    (["--on", "cpu:8,v5e:2x4", "--mesh", "data=8", "--pin", "**/kernle=data"], "matches no parameter"),
-])
-def test_a_wrong_argument_is_said_with_its_remedy(arguments, says, look, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--on", "v5q:4x4"], "did you mean 'v5"),
+        (["--on", "v5p"], "chip:count"),
+        (["--on", ","], "names no topology"),
+        (["--on", "cpu:8", "--mesh", "data=0"], "axis=size"),
+        (["--on", "cpu:8", "--mesh", "data:8"], "axis=size"),
+        (["--on", "cpu:8", "--mesh", "data=2,data=4"], "given twice"),
+        (["--on", "cpu:8", "--mesh", "data=3"], "devices"),
+        (["--on", "cpu:8", "--pin", "tensor,None"], "pattern=spec"),
+        (["--on", "cpu:8", "--pin", "**/kernel=P(tensor)"], "no mesh axis"),
+        (
+            ["--on", "cpu:8", "--mesh", "data=8", "--pin", "**/kernle=data"],
+            "did you mean 'kernel'",
+        ),
+        (["--on", "cpu:8", "--remat", "ful"], "did you mean 'full'"),
+        (["--on", "cpu:8", "--objective", "speed"], "not one of time, memory, cost"),
+        (["--on", "cpu:8", "--micro-batches", "5"], "64"),
+        (["--on", "cpu:8", "--tokens", "-1"], "--tokens is -1"),
+        (["--on", "cpu:8", "--prove", "0"], "--prove is 0"),
+        (["--on", "cpu:8", "--prove", "2", "--verify"], "both given"),
+        (["--on", "cpu:8", "--onn", "cpu:4"], "did you mean '--on'"),
+        (["--on", "cpu:8", "--widht", "4"], "did you mean '--width'"),
+        (["--on", "cpu:8", "--width", "wide"], "not a whole number"),
+        (["--on", "cpu:8", "--chips", "none.toml"], "none.toml"),
+        (["--on", "cpu:8", "--diff", "none.json"], "none.json"),
+        (["--replay", "none.json"], "none.json"),
+        (["--on", "cpu:8,v5e:2x2", "--save", "plan.json"], "name one topology"),
+        (["--on", "cpu:8", "--json", "no/such/folder/r.json"], "no/such/folder"),
+        (
+            ["--on", "cpu:8,v5e:2x4", "--mesh", "data=8", "--pin", "**/kernle=data"],
+            "matches no parameter",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_said_with_its_remedy(
+    arguments, says, look, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     error = look(*arguments, code=2).err
     assert says in error and "remedy:" in error and "Traceback" not in error
@@ -179,9 +281,15 @@ def test_a_file_that_is_no_plan_is_named(content, look, tmp_path):
     assert str(file) in error and "remedy:" in error
 
 
-@pytest.mark.parametrize(("arguments", "says"), [([], "no recipe is named"), (["--on", "cpu:8"], "no recipe is named"),
-                                                 (["gone.py", "--on", "cpu:8"], "no recipe file"),
-                                                 (["--nothing"], "'--nothing' is not known")])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no recipe is named"),
+        (["--on", "cpu:8"], "no recipe is named"),
+        (["gone.py", "--on", "cpu:8"], "no recipe file"),
+        (["--nothing"], "'--nothing' is not known"),
+    ],
+)
 def test_a_recipe_must_be_there(arguments, says, capsys):
     assert planning.main(arguments) == 2
     assert says in capsys.readouterr().err
@@ -193,15 +301,40 @@ def test_a_recipe_may_come_after_the_options(recipe, capsys):
 
 
 def test_planning_by_name_starts_no_backend_and_survives_a_closed_pipe(recipe):
-    code = ("import sys; from lepton_jax.launch.planning import main; code = main(sys.argv[1:]); "
-            "from jax._src import xla_bridge; raise SystemExit(code or 10 * len(xla_bridge._backends))")
-    process = subprocess.Popen([sys.executable, "-c", code, recipe, "--on", "v5p:4x4x4"], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    code = (
+        "import sys; from lepton_jax.launch.planning import main; code ="
+        " main(sys.argv[1:]); from jax._src import xla_bridge; raise SystemExit(code or"
+        " 10 * len(xla_bridge._backends))"
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            code,
+            recipe,
+            "--on",
+            "v5p:4x4x4",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == ("", 0)
 
 
 def test_the_tool_is_the_module(recipe):
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "plan.py"), recipe, "--on", "v5e:2x2"], capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tools" / "plan.py"),
+            recipe,
+            "--on",
+            "v5e:2x2",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and "v5e:2x2" in done.stdout, done.stderr

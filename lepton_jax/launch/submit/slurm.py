@@ -1,4 +1,6 @@
-"""A batch script for SLURM: one task a machine, which gets all that was asked for there."""
+"""A batch script for SLURM: one task a machine, which gets all that was asked for
+there.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from lepton_jax.launch.submit.job import (
 
 SUFFIX = ".sbatch"
 NOTICE = 120  # seconds before the time limit at which the hosts are told, to save
-LEAVING = 90  # seconds, beyond the grace for the first one that has ended, in which the others end by themselves
+# seconds, beyond the grace for the first one that has ended, in which the others end by
+# themselves
+LEAVING = 90
 
 
 def client(job: Job, file: Path) -> list[str]:
@@ -33,8 +37,14 @@ def render(job: Job) -> str:
       SettingError: volumes without an image; an option that is no #SBATCH line.
     """
     if job.volumes and job.image is None:
-        raise SettingError("--job-volume is given without --job-image", where="command line, --job-volume",
-                           remedy="SLURM's machines see the cluster's folders as they are: leave it out, or name an image")
+        raise SettingError(
+            "--job-volume is given without --job-image",
+            where="command line, --job-volume",
+            remedy=(
+                "SLURM's machines see the cluster's folders as they are: leave it out,"
+                " or name an image"
+            ),
+        )
     asked = [f"--job-name={job.name}", f"--nodes={job.hosts}", "--ntasks-per-node=1"]
     asked += [f"--gpus-per-node={job.gpus}"] if job.gpus else []
     asked += [f"--cpus-per-task={job.cpus}"] if job.cpus else []
@@ -50,24 +60,49 @@ def render(job: Job) -> str:
     asked += ["--output=%x-%j.log", "--open-mode=append", "--requeue"]
     for option in job.options:
         if not re.fullmatch(r"--?[A-Za-z][^\r\n]*", option):
-            raise SettingError(f"--job-option is {option!r}", where="command line, --job-option",
-                               remedy="write an option of sbatch, e.g. --job-option=--partition=gpu")
+            raise SettingError(
+                f"--job-option is {option!r}",
+                where="command line, --job-option",
+                remedy="write an option of sbatch, e.g. --job-option=--partition=gpu",
+            )
         asked.append(option)
     step = ["srun"]
-    if job.hosts > 1:  # the hosts see by themselves that one is lost, and say which and where; what then still runs is stuck
+    # the hosts see by themselves that one is lost, and say which and where; what then
+    # still runs is stuck
+    if job.hosts > 1:
         step += ["--kill-on-bad-exit=0"]
-        step += ["--no-kill", "--wait=0"] if job.goes_on_with_fewer else [f"--wait={job.grace + LEAVING}"]
+        step += (
+            ["--no-kill", "--wait=0"]
+            if job.goes_on_with_fewer
+            else [f"--wait={job.grace + LEAVING}"]
+        )
     if job.image:
         step.append(f"--container-image={job.image}")
         if job.volumes:
-            mounts = ",".join(f"{each.source}:{each.folder}{':ro' if each.read_only else ''}" for each in job.volumes)
+            mounts = ",".join(
+                f"{each.source}:{each.folder}{':ro' if each.read_only else ''}"
+                for each in job.volumes
+            )
             step.append(f"--container-mounts={mounts}")
         step += [f"--container-workdir={job.folder}"] if job.folder else []
     variables = job.variables("cuda" if job.gpus else None)
     if job.cpus:
-        variables |= {"SRUN_CPUS_PER_TASK": (str(job.cpus), "since SLURM 22.05 srun does not take it over from sbatch")}
-    lines = ["#!/bin/bash", *heading(job), *(f"#SBATCH {each}" for each in asked), "set -euo pipefail", *exports(variables),
-             *(_token() if job.hosts > 1 else []), *job.setup, *retrying(shlex.join([*step, *job.command]), job.retries)]
+        variables |= {
+            "SRUN_CPUS_PER_TASK": (
+                str(job.cpus),
+                "since SLURM 22.05 srun does not take it over from sbatch",
+            )
+        }
+    lines = [
+        "#!/bin/bash",
+        *heading(job),
+        *(f"#SBATCH {each}" for each in asked),
+        "set -euo pipefail",
+        *exports(variables),
+        *(_token() if job.hosts > 1 else []),
+        *job.setup,
+        *retrying(shlex.join([*step, *job.command]), job.retries),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -80,6 +115,9 @@ def _token() -> list[str]:
 def _quoted(text: str) -> str:
     """As sbatch reads a #SBATCH line: it takes quotes, but knows no shell."""
     if re.search(r"[\"'\\\r\n]", text):
-        raise SettingError(f"SLURM can't be told of the folder {text!r}", where="--job-dir",
-                           remedy="name a folder without quotes, backslashes and line ends")
+        raise SettingError(
+            f"SLURM can't be told of the folder {text!r}",
+            where="--job-dir",
+            remedy="name a folder without quotes, backslashes and line ends",
+        )
     return f'"{text}"' if re.search(r"[\s#]", text) else text

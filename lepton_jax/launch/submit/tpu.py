@@ -27,7 +27,9 @@ def client(job: Job, file: Path) -> list[str]:
 
 
 def render(job: Job) -> str:
-    """A script for the workstation; the hosts find each other by the TPU's own metadata."""
+    """A script for the workstation; the hosts find each other by the TPU's own
+    metadata.
+    """
     variables = job.variables("tpu")
     # every worker gets the same command, which ps would show: so the token goes ahead
     file = f".lepton-{job.name}.token"
@@ -41,10 +43,28 @@ def render(job: Job) -> str:
     else:
         start = [f"cd {shlex.quote(job.folder)}"] if job.folder else []
         plain = {name: (value, "") for name, (value, _) in variables.items()}
-        inside = [*start, *exports(plain), *inside, f"exec {shlex.join(job.command)}"]
+        inside = [
+            *start,
+            *exports(plain),
+            *inside,
+            f"exec {shlex.join(job.command)}",
+        ]
     # a login shell of any kind, that it ends where a line fails
-    remote = shlex.join(["bash", "-c", "\n".join(["set -e", *inside])])
-    command = [*GCLOUD, "ssh", job.name, "--worker=all", *job.options, f"--command={remote}"]
+    remote = shlex.join(
+        [
+            "bash",
+            "-c",
+            "\n".join(["set -e", *inside]),
+        ]
+    )
+    command = [
+        *GCLOUD,
+        "ssh",
+        job.name,
+        "--worker=all",
+        *job.options,
+        f"--command={remote}",
+    ]
     lines = [
         "#!/bin/bash",
         *heading(job),
@@ -56,7 +76,9 @@ def render(job: Job) -> str:
 
 
 def _send_token(job: Job, file: str) -> list[str]:
-    """Lines that copy a new token to all workers, into a file that its owner alone reads."""
+    """Lines that copy a new token to all workers, into a file that its owner alone
+    reads.
+    """
     options = [each for each in job.options if not each.startswith(OF_SSH_ALONE)]
     to = shlex.join([f"{job.name}:{file}", "--worker=all", *options])
     return [
