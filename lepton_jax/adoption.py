@@ -196,7 +196,8 @@ def _elements(state: Any) -> dict[str, list[str]]:
         )
         # the state itself is the outermost dataclass: its fields are elements
         depth = max(depth, 1) if len(path) > 1 else 0
-        prefix, name = path_of(path[:depth]), path_of(path[depth:])
+        prefix = path_of(path[:depth])
+        name = path_of(path[depth:])
         prefix = prefix if prefix else ""
         elements.setdefault(prefix, []).append(name)
     return elements

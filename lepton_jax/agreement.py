@@ -150,10 +150,8 @@ def barrier(
       TimeoutError: some did not come in time.
       LeptonError: a host wishes for what `given_up` names.
     """
-    until, count = (
-        time.monotonic() + seconds,
-        _client().key_value_increment(f"lepton-barrier/{key}", 1),
-    )
+    until = time.monotonic() + seconds
+    count = _client().key_value_increment(f"lepton-barrier/{key}", 1)
     all_here = -(-count // hosts()) * hosts()  # the key may be another round's
     while count < all_here:
         if gone := wished(given_up):
@@ -179,7 +177,8 @@ class Beat:
 
     def __init__(self) -> None:
         self.next = 0
-        self._step, self._time = 0, time.monotonic()
+        self._step = 0
+        self._time = time.monotonic()
 
     def due(self, step: int) -> bool:
         """Whether one falls on this step; on a single host, on each."""
@@ -204,7 +203,8 @@ class Beat:
     def _steps_ahead(self, step: int) -> int:
         now = time.monotonic()
         rate = max(0, step - self._step) / max(now - self._time, 1e-6)
-        self._step, self._time = step, now
+        self._step = step
+        self._time = now
         return min(1000, max(1, round(rate * BEAT)))
 
 

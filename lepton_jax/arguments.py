@@ -199,7 +199,8 @@ def read(
     names = set(inputs) if by_name else set()
     others = {n: p for n, p in named.items() if n not in names}
 
-    data, takes = None, names
+    data = None
+    takes = names
     if not by_name:
         data = _data_parameter(parameters, where)
         takes = {data} if data is not None else set()
@@ -559,7 +560,8 @@ def _found(
     others = [
         n for n, default in arguments.open.items() if default is REQUIRED and n != name
     ]
-    with_true, with_false = None, None
+    with_true = None
+    with_false = None
     for values in itertools.product((False, True), repeat=len(others)):
         base = {
             **mode.values,

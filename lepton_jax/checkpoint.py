@@ -355,7 +355,8 @@ class Checkpoints:
             return {_unquoted(name): _unquoted(name) for name in wanted}
 
         def fits(path: str, source: str) -> bool:
-            mine, theirs = wanted[_quoted(path)], stored[_quoted(source)]
+            mine = wanted[_quoted(path)]
+            theirs = stored[_quoted(source)]
             return _shape(mine) == _shape(theirs)
 
         def strict(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -389,7 +390,8 @@ class Checkpoints:
           CheckpointError: no step can be read, or the newest readable one does not fit
             the template.
         """
-        steps, reasons = self.steps(), []
+        steps = self.steps()
+        reasons = []
         for step in reversed(steps):
             try:
                 return (step, *self.restore(step, template, choose))
@@ -484,7 +486,8 @@ class Checkpoints:
         wanted: dict[str, Any],
         stored: dict[str, Any],
     ) -> None:
-        missing, surplus = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+        missing = wanted.keys() - stored.keys()
+        surplus = stored.keys() - wanted.keys()
         lines = [
             f"missing in the checkpoint: {_unquoted(n)} {_shape(wanted[n])}"
             for n in sorted(missing)
@@ -635,7 +638,8 @@ class Checkpoints:
     def _failed(self, error: Exception) -> Exception:
         if of_another_host(error) or isinstance(error, CheckpointError):
             return error
-        step, self._saving = self._saving, None
+        step = self._saving
+        self._saving = None
         committed = self._committed()
         last = (
             f"step {committed[-1]} is the last committed one"

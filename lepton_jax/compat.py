@@ -124,7 +124,8 @@ _WRITE = compiler._cache_write
 
 
 def _write_as_process_0(*args: Any) -> None:
-    own, distributed.global_state.process_id = distributed.global_state.process_id, 0
+    own = distributed.global_state.process_id
+    distributed.global_state.process_id = 0
     try:
         _WRITE(*args)
     finally:

@@ -89,7 +89,8 @@ def diagnose(
       state: with parameters that are finite.
       batch: inputs and targets, batch dim first.
     """
-    recipe, functional = program.recipe, program.trace.functional
+    recipe = program.recipe
+    functional = program.trace.functional
     knobs = program.controller.forward_knobs(state.controller)
     key = jax.random.fold_in(state.key, state.step)
     finding = Finding()
@@ -252,8 +253,10 @@ class _Search:
     ) -> None:
         """Run the loop's body, iteration by iteration, to find the operation in it."""
         consts, carried = scan_counts(eqn)
-        closed, length = eqn.params["jaxpr"], eqn.params["length"]
-        carry, stacked = inputs[consts : consts + carried], inputs[consts + carried :]
+        closed = eqn.params["jaxpr"]
+        length = eqn.params["length"]
+        carry = inputs[consts : consts + carried]
+        stacked = inputs[consts + carried :]
         order = range(length)
         for i in reversed(order) if eqn.params["reverse"] else order:
             args = [

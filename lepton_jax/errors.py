@@ -33,11 +33,9 @@ class LeptonError(Exception):
         where: object = None,
         remedy: str,
     ):
-        self.what, self.where, self.remedy = (
-            what,
-            None if where is None else str(where),
-            remedy,
-        )
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.remedy = remedy
         place = f"\n  where:  {self.where}" if self.where else ""
         super().__init__(f"{what}{place}\n  remedy: {remedy}")
 
@@ -98,7 +96,10 @@ class pointing_at_user:
         where: object = None,
         kind: type[LeptonError] = ModelError,
     ):
-        self.doing, self.remedy, self.where, self.kind = doing, remedy, where, kind
+        self.doing = doing
+        self.remedy = remedy
+        self.where = where
+        self.kind = kind
 
     def __enter__(self) -> None:
         return None

@@ -92,7 +92,8 @@ class History:
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
         names = list(self.evaluations[0][1]) if self.evaluations else []
-        rows, losses = [], self.records["loss"]
+        rows = []
+        losses = self.records["loss"]
         for step, metrics in self.evaluations:
             trained = losses[max(0, step - self.first - 10) : step - self.first]
             train = f"{trained.mean():.4f}" if len(trained) else "-"

@@ -174,7 +174,8 @@ class LocalCheckpoints:
             "record": record,
             "parts": {},
         }
-        blocks, at = [], 0
+        blocks = []
+        at = 0
         for path, found in parts.items():
             listed = header["parts"][path] = []
             for bounds, array in found.items():
@@ -212,7 +213,8 @@ class LocalCheckpoints:
             part.unlink(missing_ok=True)
 
     def _tell(self) -> None:
-        fault, self._fault = self._fault, None
+        fault = self._fault
+        self._fault = None
         if fault is not None:
             reason = getattr(fault, "strerror", None) or fault
             raise LeptonError(
@@ -236,7 +238,8 @@ def _read(path: Path, whole: bool) -> _File | None:
             sealed = json.loads(file.readline())
             if zlib.crc32(sealed["body"].encode()) != sealed["crc32"]:
                 return None
-            header, first = json.loads(sealed["body"]), file.tell()
+            header = json.loads(sealed["body"])
+            first = file.tell()
             end = file.seek(0, os.SEEK_END)
             parts: dict[str, dict[tuple, Any]] = {}
             for name, listed in header["parts"].items():

@@ -118,20 +118,24 @@ class Loop:
         given: Mapping[str, float] | None = None,
         reader: Reader | None = None,
     ):
-        self.program, self.state, self.step, self.until = program, state, step, until
-        self.recipe, self.monitor, self.checkpoints, self.folder = (
-            program.recipe,
-            monitor,
-            checkpoints,
-            folder,
-        )
-        self.train, self.test, self.position = train, test, position
+        self.program = program
+        self.state = state
+        self.step = step
+        self.until = until
+        self.recipe = program.recipe
+        self.monitor = monitor
+        self.checkpoints = checkpoints
+        self.folder = folder
+        self.train = train
+        self.test = test
+        self.position = position
         self.budget = until if budget is None else budget
         self._given_knobs = dict(given or {})
         self._reader = reader or Reader(program)
         self.history = History(first=step, names=program.records)
         self.stop_requested = self.stop_wished = False
-        kept, controller = kept or {}, program.controller
+        kept = kept or {}
+        controller = program.controller
         own = None if agreement.host() else folder
         self.journal = Journal(
             own,
@@ -142,10 +146,13 @@ class Loop:
             kept.get("journal"),
         )
         self.rollbacks = Rollbacks(controller.limits, kept.get("rollbacks"))
-        self._live, self._saved, self._beat = live or Live(None), -1, agreement.Beat()
+        self._live = live or Live(None)
+        self._saved = -1
+        self._beat = agreement.Beat()
         self._measured: dict[str, float] = {}
         self._samples = samples
-        self._local, self._locally_saved = local, time.monotonic()
+        self._local = local
+        self._locally_saved = time.monotonic()
         self._halt: Halt | None = None
         self._slow = kept.get("slow")
         self._stopped: str | None = kept.get("stopped") if step >= until else None
@@ -172,10 +179,8 @@ class Loop:
                     if self._beat.due(self.step):
                         self._live.obey(self)
                     last = self.step == self.until or self.stop_requested
-                    evaluating, saving = (
-                        last or self._due("evaluate_every"),
-                        last or self._due("save_every"),
-                    )
+                    evaluating = last or self._due("evaluate_every")
+                    saving = last or self._due("save_every")
                     self.read(everything=evaluating or saving)
                     if not self.halted:
                         self._close_step(evaluating, saving)
@@ -238,10 +243,8 @@ class Loop:
 
     def _open(self) -> None:
         """Read data from this position on."""
-        per_block, resident = (
-            self.program.plan.steps_per_call,
-            self.program.plan.data == "resident",
-        )
+        per_block = self.program.plan.steps_per_call
+        resident = self.program.plan.data == "resident"
         self._loader = Loader(
             self.train,
             batch_size=self.recipe.batch_size,
@@ -255,13 +258,15 @@ class Loop:
             limits=self.program.limits,
         )
         self._data = self.program.resident(self.train) if resident else None
-        self._block, self._offset = None, per_block
+        self._block = None
+        self._offset = per_block
 
     def _hand_over(self) -> None:
         """Hand the devices one call: what is left of a block of steps, up to the next
         step at which something may be due.
         """
-        per_block, batch_size = self.program.plan.steps_per_call, self.recipe.batch_size
+        per_block = self.program.plan.steps_per_call
+        batch_size = self.recipe.batch_size
         if self.step in self._jumps:
             self.position = self._jumps.pop(self.step)
             self._loader.close()
@@ -269,10 +274,12 @@ class Loop:
         if self._offset == per_block:
             waiting = time.perf_counter()
             with phase.phase("data"):
-                self._block, self._offset = next(self._loader), 0
+                self._block = next(self._loader)
+                self._offset = 0
             self._wait += time.perf_counter() - waiting
         count = min(per_block - self._offset, self._next_stop() - self.step)
-        start, self._offset = self._offset, self._offset + count
+        start = self._offset
+        self._offset = self._offset + count
         self.state, records = self.program.train(
             self.state,
             self._block,
@@ -427,7 +434,8 @@ class Loop:
                 ),
             }
 
-        heard, self._measured = self._beat.hear(self.step, say), {}
+        heard = self._beat.hear(self.step, say)
+        self._measured = {}
         self.stop_requested |= heard["stop"]
         if heard["fed"]:
             self.state = fed(self.state, **heard["fed"])
@@ -440,7 +448,8 @@ class Loop:
         told, and the run goes on.
         """
         assert self._local is not None
-        began, self._locally_saved = time.perf_counter(), time.monotonic()
+        began = time.perf_counter()
+        self._locally_saved = time.monotonic()
         self.read(everything=True)
         if self.halted:
             return
@@ -539,7 +548,8 @@ class Loop:
             )
         ):
             records, start, stop, position = self._pending.popleft()
-            rows, done = np.asarray(records)[start:stop], self.history.last
+            rows = np.asarray(records)[start:stop]
+            done = self.history.last
             self._halt = find_halt(
                 rows,
                 self.program.records,
@@ -556,7 +566,8 @@ class Loop:
             self._tell_of_weightless(rows, done)
             if self._halt is not None:
                 surplus = len(rows) - (self._halt.step - done)
-                rows, self.step = rows[: len(rows) - surplus], self._halt.step
+                rows = rows[: len(rows) - surplus]
+                self.step = self._halt.step
                 if surplus:
                     self.position = (
                         self._loader.at(
@@ -597,11 +608,9 @@ class Loop:
 
     def _report(self) -> None:
         """The decisions and the event of the steps read since the last one."""
-        now, rows, last = (
-            time.perf_counter(),
-            np.concatenate(self._window),
-            self.history.last,
-        )
+        now = time.perf_counter()
+        rows = np.concatenate(self._window)
+        last = self.history.last
         seconds = now - self._window_began
         self.journal.flush()
         self.monitor.event(
@@ -626,10 +635,13 @@ class Loop:
             "data_wait": self._wait / max(seconds, 1e-9),
         }
         if agreement.hosts() == 1:
-            self.state, self._measured = fed(self.state, **self._measured), {}
+            self.state = fed(self.state, **self._measured)
+            self._measured = {}
         self.history.data_wait += self._wait
         self._last_row = rows[-1]
-        self._window, self._window_began, self._wait = [], now, 0.0
+        self._window = []
+        self._window_began = now
+        self._wait = 0.0
 
     # ---- stopping, going back ----
 
@@ -637,7 +649,8 @@ class Loop:
         """End the run with the step that halted it, or go back; returns whether it was
         the last one.
         """
-        halt, self._halt = self._halt, None
+        halt = self._halt
+        self._halt = None
         assert halt is not None
         if halt.knob != "stop":
             self._go_back(halt)
@@ -659,7 +672,8 @@ class Loop:
             or self.folder is None
         ):
             raise self._diverged(halt)
-        began, checkpoints = time.perf_counter(), self.checkpoints
+        began = time.perf_counter()
+        checkpoints = self.checkpoints
         self.state = None  # type: ignore[assignment]  # what is restored needs its memory
 
         def read(step: int) -> State:
@@ -701,15 +715,13 @@ class Loop:
         phase.reached(step=to, done=to)
         self.journal.begin(self.state, to)
         self.history.truncate(to)
-        own, entry = (
-            self.folder,
-            {
-                "to": to,
-                "position": self.position,
-                "slow": self.rollbacks.slow,
-                **self.kept,
-            },
-        )
+        own = self.folder
+        entry = {
+            "to": to,
+            "position": self.position,
+            "slow": self.rollbacks.slow,
+            **self.kept,
+        }
         agreement.first(lambda: remember(own, entry))
         self.checkpoints.set_aside(to)
         if self._local is not None:
@@ -864,7 +876,8 @@ def evaluate(
     assert samples is not None
     program.evaluation.check(samples)
 
-    sums, parts = None, []
+    sums = None
+    parts = []
     fill = samples % size == 0 or program.evaluation.meeting is None
     for batch, rows in one_pass(test, size, program.sharding_of, fill, program.limits):
         sums, part = program.evaluate_and_keep(

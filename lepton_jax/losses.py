@@ -175,7 +175,8 @@ def discounted(
         weights = jnp.full_like(values, 1 / values.size)
     values = _as_float(values)
     weights = jnp.ones_like(values) if weights is None else weights
-    constant, found = jax.lax.stop_gradient(values), {}
+    constant = jax.lax.stop_gradient(values)
+    found = {}
     # of one sample; not zeros, which XLA would fold, at length
     zeros = jax.tree.map(lambda x: 0 * (x[:1] if jnp.ndim(x) else x), outputs)
     first = jax.tree.map(lambda x: x[:1], targets)
@@ -191,10 +192,8 @@ def discounted(
             0,
             jax.nn.sigmoid(constant - limit),
         )
-        whole, missing = (
-            (1.0 if scalar is not None else weights.sum()),
-            (less * weights).sum(),
-        )
+        whole = 1.0 if scalar is not None else weights.sum()
+        missing = (less * weights).sum()
         kept = (values * (1 - less) * weights).sum()
         # the batch's own mean, to the bit, where nothing is discounted
         if scalar is not None:
@@ -383,7 +382,8 @@ def _checked(
     """(values, weights or None) that a function gives, if they are as described
     above.
     """
-    name, where = _name(function), _where(function)
+    name = _name(function)
+    where = _where(function)
     batch = _samples(outputs, targets)
     given = f"outputs {shapes(outputs)} and targets {shapes(targets)}"
     remedy = "give targets, or a model, of the shapes and dtypes that it takes"

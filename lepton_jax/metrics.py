@@ -77,14 +77,16 @@ def _f1_counts(outputs: Any, targets: Any) -> dict[str, Any]:
         found = jax.nn.one_hot(jnp.argmax(outputs, axis=-1), classes) > 0
         labelled = targets[..., None] == jnp.arange(classes)
     if found.shape[-1] == 2:
-        found, labelled = found[..., 1:], labelled[..., 1:]
+        found = found[..., 1:]
+        labelled = labelled[..., 1:]
 
     counts = {
         "hits": found & labelled,
         "found": found,
         "labelled": labelled,
     }
-    batch, classes = found.shape[0], found.shape[-1]
+    batch = found.shape[0]
+    classes = found.shape[-1]
 
     def of_sample(x: Any) -> Any:
         return x.reshape(batch, -1, classes).mean(
@@ -147,7 +149,8 @@ def auc(outputs: Any, targets: Any) -> Any:
         "auc",
     )
     classes = outputs.shape[-1]
-    outputs, targets = outputs.reshape(-1, classes), targets.reshape(-1)
+    outputs = outputs.reshape(-1, classes)
+    targets = targets.reshape(-1)
     if classes == 2:
         return _area(outputs[:, 1] - outputs[:, 0], targets == 1)
     shares = jax.nn.softmax(outputs).T

@@ -107,7 +107,8 @@ def reached(
 
 def _change(fresh: Where) -> None:
     global _now, _account
-    now, (seconds, present, since) = time.monotonic(), _account
+    now = time.monotonic()
+    (seconds, present, since) = _account
     if fresh.phase != present:
         # replaced as a whole, for other threads read it
         _account = _Account(

@@ -86,7 +86,9 @@ class Program:
         devices: Any,
         on_compile: Callable[[Compilation], None] = lambda compilation: None,
     ):
-        self.recipe, self.trace, self.plan = trace.recipe, trace, plan
+        self.recipe = trace.recipe
+        self.trace = trace
+        self.plan = plan
         self.mesh = plan.make_mesh(devices)
         self.state_sharding = plan.state_shardings(self.mesh, trace.state)
         rows = plan.batch_axes or None
@@ -107,7 +109,9 @@ class Program:
             *self.controller.records,
         ]
         self.compilations: list[Compilation] = []
-        self._on_compile, self._traced, self._lowered = on_compile, 0, ""
+        self._on_compile = on_compile
+        self._traced = 0
+        self._lowered = ""
         self._signatures: dict[str, list[dict[str, str]]] = {}
         # programs that wait for each other's collectives can use up the threads that
         # XLA's virtual CPU devices share
@@ -253,7 +257,8 @@ class Program:
         """The train step lowered for the mesh's devices, which need not be there:
         `.compile()` compiles it ahead of time.
         """
-        trace, plan = self.trace, self.plan
+        trace = self.trace
+        plan = self.plan
         placed = lambda x, s: jax.ShapeDtypeStruct(
             x.shape,
             x.dtype,
@@ -265,7 +270,8 @@ class Program:
             self.state_sharding,
         )
         many = () if plan.steps_per_call == 1 else (plan.steps_per_call,)
-        batch, data = (trace.inputs, trace.targets), None
+        batch = (trace.inputs, trace.targets)
+        data = None
         if plan.data == "resident":
             rows = lambda x: jax.ShapeDtypeStruct(
                 (trace.samples, *x.shape[1:]),
@@ -294,10 +300,12 @@ class Program:
         """The train step as it goes to the compiler, in words: what must be the same on
         all hosts. It costs one tracing, which the first step need not do again.
         """
-        traced, before = self._traced, phase.where().phase
+        traced = self._traced
+        before = phase.where().phase
         text = self.lower().as_text()
         if self._traced != traced:
-            self._traced, self._lowered = traced, "train"
+            self._traced = traced
+            self._lowered = "train"
             phase.reached(phase=before)
         return text
 
@@ -787,14 +795,13 @@ class Program:
         function: Callable,
         *args: Any,
     ) -> Any:
-        traced, begun, before, hits = (
-            self._traced,
-            time.perf_counter(),
-            phase.where().phase,
-            cache_hits(),
-        )
+        traced = self._traced
+        begun = time.perf_counter()
+        before = phase.where().phase
+        hits = cache_hits()
         if program == self._lowered:
-            self._lowered, traced = "", -1
+            self._lowered = ""
+            traced = -1
             phase.reached(phase="compile")
         with pointing_at_user(
             f"the {program} program",

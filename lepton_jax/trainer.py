@@ -140,18 +140,15 @@ class Trainer:
             train=_settled(None, recipe.train),
             test=_settled(None, recipe.test),
         )
-        self.run_dir, (self.topology, self._devices) = (
-            (None if run_dir is None else Path(run_dir)),
-            here(devices),
-        )
-        self._sinks, self._source = (
-            (() if agreement.host() else tuple(sinks)),
-            source or {},
-        )
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        (self.topology, self._devices) = here(devices)
+        self._sinks = () if agreement.host() else tuple(sinks)
+        self._source = source or {}
         self._given = (
             plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
         )
-        self._monitor, self._trace_samples = Monitor(None), trace_samples
+        self._monitor = Monitor(None)
+        self._trace_samples = trace_samples
         self._local = None
         if local_dir is not None and self.run_dir is not None:
             self._local = LocalCheckpoints(
@@ -246,10 +243,8 @@ class Trainer:
           DataError, ModelError, PlanError, CheckpointError: as their messages say.
         """
         given = self.recipe.train if train is None else train
-        train, test = (
-            _settled(train, self.recipe.train),
-            _settled(test, self.recipe.test),
-        )
+        train = _settled(train, self.recipe.train)
+        test = _settled(test, self.recipe.test)
         if train is None:
             raise DataError(
                 "there is nothing to train on",
@@ -257,19 +252,15 @@ class Trainer:
                 remedy="pass (inputs, targets), or set Recipe.train",
             )
         if batch_size is not None and batch_size != self.recipe.batch_size:
-            self.recipe, self.trace, self.program = (
-                self.recipe.with_(batch_size=batch_size),
-                None,
-                None,
-            )
+            self.recipe = self.recipe.with_(batch_size=batch_size)
+            self.trace = None
+            self.program = None
         if isinstance(train, grain.IterDataset) and self.recipe.steps_per_call != 1:
             # between the batches of a block the position of a data set that can only be
             # iterated is not known
-            self.recipe, self.trace, self.program = (
-                self.recipe.with_(steps_per_call=1),
-                None,
-                None,
-            )
+            self.recipe = self.recipe.with_(steps_per_call=1)
+            self.trace = None
+            self.program = None
         if self.trace is not None and self.trace.samples != _count(train):
             self.trace = self.program = None
         program = self._ready(sample(train), _count(train))
@@ -345,7 +336,9 @@ class Trainer:
         prediction = program.prediction(decode)
         prediction.check(len(data))
 
-        parts, rows, hidden = [], [], []
+        parts = []
+        rows = []
+        hidden = []
         fill = len(data) % size == 0 or prediction.meeting is None
         for (batch, _), count in one_pass(data, size, program.sharding_of, fill):
             decoded, look = program.predict_and_look(
@@ -379,10 +372,8 @@ class Trainer:
                 where=folder,
                 remedy="name another folder",
             )
-        fresh, old = (
-            folder.with_name(folder.name + ".new"),
-            folder.with_name(folder.name + ".old"),
-        )
+        fresh = folder.with_name(folder.name + ".new")
+        old = folder.with_name(folder.name + ".old")
         shutil.rmtree(fresh, ignore_errors=True)
         agreement.first(lambda: self._describe(fresh))
         checkpoints = Checkpoints(
@@ -540,7 +531,8 @@ class Trainer:
             self._trained_on is not None and not _same(given, self._trained_on)
         ):
             self._position = {"samples": 0, "grain": None}
-        self._trained_on, self._resumed = given, False
+        self._trained_on = given
+        self._resumed = False
 
     def _planned_steps(self, train: Any) -> int | None:
         """Steps of the whole run as the recipe says; None if it says nothing."""
@@ -584,7 +576,10 @@ class Trainer:
         monitor = self._monitor = Monitor(
             None if agreement.host() else self.run_dir, self._sinks
         )
-        checkpoints, loop, live, samples = None, None, None, None
+        checkpoints = None
+        loop = None
+        live = None
+        samples = None
         status = "failed"
         reason: BaseException | None = None
         try:
@@ -649,7 +644,8 @@ class Trainer:
             loop.run()
             status = loop.history.status
         except DivergedError as error:
-            status, reason = "diverged", error
+            status = "diverged"
+            reason = error
             raise
         except BaseException as error:
             reason = error
@@ -658,19 +654,15 @@ class Trainer:
             phase.reached(phase="shutdown")
             try:
                 if loop is not None:
-                    self.state, self.step, self._position, self._kept = (
-                        loop.state,
-                        loop.step,
-                        loop.position,
-                        loop.kept,
-                    )
+                    self.state = loop.state
+                    self.step = loop.step
+                    self._position = loop.position
+                    self._kept = loop.kept
                     # the checkpoints that it should go back to can't be read
                     if self.state is None:
-                        self.step, self._position, self._kept = (
-                            0,
-                            {"samples": 0, "grain": None},
-                            {},
-                        )
+                        self.step = 0
+                        self._position = {"samples": 0, "grain": None}
+                        self._kept = {}
                     self._conclude(loop.history, program, status, reason)
             finally:
                 if live is not None:
@@ -740,7 +732,8 @@ class Trainer:
         status: str,
         reason: BaseException | None,
     ) -> None:
-        history.status, history.folder = status, self.run_dir
+        history.status = status
+        history.folder = self.run_dir
         history.compilations = sum(c.program == "train" for c in program.compilations)
         why = {"reason": history.reason} if history.reason else {}
         why = (

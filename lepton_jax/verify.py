@@ -116,7 +116,8 @@ class Verification:
         """The plan's figures under XLA's names; empty of a plan without a
         prediction.
         """
-        held, found = self.plan.bytes_per_device, {}
+        held = self.plan.bytes_per_device
+        found = {}
         if held:
             arguments = sum(held.get(kind, 0) for kind in ARGUMENTS)
             found = {
@@ -457,12 +458,12 @@ def expected(
     """
     graph = trace.gradient(plan.remat)
     layout = plan.layout(graph, trace.arguments)
-    layout.batched, layout.parts = (
-        Names(graph, trace.arguments).batched,
-        plan.micro_batches,
-    )
+    layout.batched = Names(graph, trace.arguments).batched
+    layout.parts = plan.micro_batches
     where = _topology(plan)
-    terms, gathered, found = summed(graph.block, {}), set(), []
+    terms = summed(graph.block, {})
+    gathered = set()
+    found = []
     for op in graph.operations():
         for move in layout.decide(op, contraction(op)).moves:
             value = op.outputs[0] if move.where == "out" else op.inputs[_side(op, move)]
@@ -473,7 +474,8 @@ def expected(
                 gathered.add(value.index)
             axes = tuple(name for i, name in enumerate(plan.mesh) if move.axes >> i & 1)
             count = op.times * plan.micro_batches
-            kind, buffer = move.kind, move.bytes
+            kind = move.kind
+            buffer = move.bytes
             if where is not None:
                 kind = as_compiled(
                     kind,
@@ -645,7 +647,8 @@ def _unexpected(
     moves: Sequence[Expected],
     total: float,
 ) -> Unexpected:
-    first, sent = alike[0], sum(f.sent for f in alike)
+    first = alike[0]
+    sent = sum(f.sent for f in alike)
     kinds: dict[str, float] = defaultdict(float)
     for m in moves:
         if m.axes == first.axes:

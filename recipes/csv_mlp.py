@@ -130,7 +130,8 @@ def recipe(
             schema=train.schema,
             **form,
         )
-    classes, targets = train.schema.classes, train.arrays.targets
+    classes = train.schema.classes
+    targets = train.arrays.targets
     model = partial(
         lepton.models.TabularMLP,
         edges=train.schema.edges,

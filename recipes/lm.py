@@ -146,7 +146,8 @@ def recipe(
             chosen=chosen,
             capacity=capacity,
         )
-    total, peak = max(steps, 1), used.learning_rate
+    total = max(steps, 1)
+    peak = used.learning_rate
     return lepton.Recipe(
         name="lm",
         model=partial(model, **shape),

@@ -100,7 +100,8 @@ def recipe(
             lepton.data.Arrays(part.arrays.inputs["numbers"], part.arrays.targets)
             for part in tables
         )
-    mean, spread = np.nanmean(train.inputs, axis=0), np.nanstd(train.inputs, axis=0)
+    mean = np.nanmean(train.inputs, axis=0)
+    spread = np.nanstd(train.inputs, axis=0)
     spread[spread == 0] = 1
     total = steps or math.ceil(epochs * len(train) / batch_size)
     return lepton.Recipe(

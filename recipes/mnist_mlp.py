@@ -71,7 +71,8 @@ def recipe(
         x, x_test, y, y_test = train_test_split(
             images, labels, test_size=0.2, stratify=labels, random_state=0
         )
-        train, test = lepton.data.Arrays(x, y), lepton.data.Arrays(x_test, y_test)
+        train = lepton.data.Arrays(x, y)
+        test = lepton.data.Arrays(x_test, y_test)
     total = steps or math.ceil(epochs * len(train) / batch_size)
     return lepton.Recipe(
         name="mnist_mlp",

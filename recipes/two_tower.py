@@ -12,7 +12,11 @@ import optax
 import lepton_jax as lepton
 from lepton_jax.errors import RecipeError
 
-USERS, ITEMS, RATINGS, NOISE = 2000, 1000, 200_000, 0.5  # of the embedded data
+# of the embedded data
+USERS = 2000
+ITEMS = 1000
+RATINGS = 200_000
+NOISE = 0.5
 
 
 def recipe(
@@ -128,18 +132,16 @@ def _synthetic(users: int, items: int) -> lepton.data.Arrays:
                 remedy=f"set e.g. {name}=1000",
             )
     generator = np.random.default_rng(0)
-    pairs, factors = (
-        [
-            generator.integers(
-                0,
-                count,
-                RATINGS,
-                dtype=np.int32,
-            )
-            for count in (users, items)
-        ],
-        [],
-    )
+    pairs = [
+        generator.integers(
+            0,
+            count,
+            RATINGS,
+            dtype=np.int32,
+        )
+        for count in (users, items)
+    ]
+    factors = []
     for who in pairs:
         # only who is in a pair gets factors, so that millions of others cost nothing
         # here

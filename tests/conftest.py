@@ -84,10 +84,8 @@ def _quick_compilation():
     import jax  # reads the environment
     from jax._src import compiler
 
-    usual, options = (
-        compiler.get_compile_options,
-        {"xla_cpu_use_fusion_emitters": False},
-    )
+    usual = compiler.get_compile_options
+    options = {"xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda x: x).lower(0.0).compile(options)
     except jax.errors.JaxRuntimeError:  # newer XLA has no choice of emitters

@@ -114,7 +114,9 @@ def test_command_line(
     monkeypatch,
     capsys,
 ):
-    launch, short_of_memory, errors = cli.launch, cli._short_of_memory, []
+    launch = cli.launch
+    short_of_memory = cli._short_of_memory
+    errors = []
 
     def recording(arguments):
         try:
@@ -334,10 +336,8 @@ def test_whichever_file_of_the_latest_step_is_damaged(
         if p.is_file() and p.stat().st_size
     ):
         run = shutil.copytree(committed, tmp_path / "run")
-        spoiled, content = (
-            run / file.relative_to(committed),
-            bytearray(file.read_bytes()),
-        )
+        spoiled = run / file.relative_to(committed)
+        content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 0xFF
         (
             spoiled.unlink()
@@ -474,10 +474,8 @@ def test_a_model_that_cannot_be_saved_leaves_the_older_save(wide, tmp_path):
         settings.load(wide.parent / "small.py")(width=20000),
         devices=1,
     ).load(wide)
-    saved, before = (
-        model.save(tmp_path / "saved"),
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-    )
+    saved = model.save(tmp_path / "saved")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
     try:
         with pytest.raises(CheckpointError, match="can't be written"):

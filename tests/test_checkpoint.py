@@ -73,7 +73,8 @@ def same(left, right):
 
 
 def test_round_trip_keeps_every_bit_and_the_record(tmp_path):
-    checkpoints, state = Checkpoints(tmp_path), state_of()
+    checkpoints = Checkpoints(tmp_path)
+    state = state_of()
     checkpoints.save(
         7,
         state,
@@ -86,7 +87,8 @@ def test_round_trip_keeps_every_bit_and_the_record(tmp_path):
 
 
 def test_restores_onto_other_devices(tmp_path):
-    checkpoints, state = Checkpoints(tmp_path), state_of()
+    checkpoints = Checkpoints(tmp_path)
+    state = state_of()
     checkpoints.save(1, state, {})
     checkpoints.close()
     mesh = make_mesh({"data": 8}, jax.devices())
@@ -102,7 +104,8 @@ def test_restores_onto_other_devices(tmp_path):
 
 
 def test_the_saved_values_are_those_at_the_call(tmp_path):
-    checkpoints, state = Checkpoints(tmp_path), state_of(rows=100_000)
+    checkpoints = Checkpoints(tmp_path)
+    state = state_of(rows=100_000)
     expected = jax.tree.map(lambda x: x.copy(), state)
     checkpoints.save(1, state, {})
     jax.jit(
@@ -201,7 +204,8 @@ def test_quoted_paths_come_back_and_never_collide(left, right):
 
 
 def test_an_uncommitted_folder_is_not_the_latest(tmp_path):
-    checkpoints, state = Checkpoints(tmp_path), state_of()
+    checkpoints = Checkpoints(tmp_path)
+    state = state_of()
     checkpoints.save(3, state, {})
     checkpoints.close()
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
@@ -276,7 +280,8 @@ NAMES = [
 def test_a_folder_of_any_name_gives_back_what_was_saved(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = tmp_path / name / "checkpoints"
-    checkpoints, states = Checkpoints(folder), {1: state_of(1), 2: state_of(2)}
+    checkpoints = Checkpoints(folder)
+    states = {1: state_of(1), 2: state_of(2)}
     checkpoints.begin()
     for step, state in states.items():
         checkpoints.save(step, state, {"step": step})
@@ -334,7 +339,8 @@ def test_a_name_that_reads_as_a_pattern_finds_no_neighbours_files(tmp_path):
     """Orbax looks for its parts by a glob; `a*` matches `ab`, which saves at the same
     time.
     """
-    pattern, neighbour = Checkpoints(tmp_path / "a*"), Checkpoints(tmp_path / "ab")
+    pattern = Checkpoints(tmp_path / "a*")
+    neighbour = Checkpoints(tmp_path / "ab")
     states = state_of(1, rows=4000), state_of(2, rows=4000)
     for _ in range(3):
         neighbour.save(
@@ -356,7 +362,8 @@ def test_a_name_that_reads_as_a_pattern_finds_no_neighbours_files(tmp_path):
 
 
 def test_a_damaged_step_is_named_by_the_folder_and_not_by_the_link(tmp_path):
-    checkpoints, state = Checkpoints(tmp_path / "a#b"), state_of()
+    checkpoints = Checkpoints(tmp_path / "a#b")
+    state = state_of()
     checkpoints.save(1, state, {})
     checkpoints.close()
     for file in (tmp_path / "a#b" / "1" / "state").rglob("manifest*"):

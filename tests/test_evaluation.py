@@ -17,7 +17,8 @@ from lepton_jax.metrics import Metric
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ROWS, BATCH = 40, 16
+ROWS = 40
+BATCH = 16
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32)
 Y = np.random.default_rng(1).integers(0, 3, ROWS).astype(np.int32)
 
@@ -226,7 +227,8 @@ def test_an_evaluation_of_nothing_says_so(name):
 
 
 def scalar_f1(outputs, targets):
-    found, labelled = outputs.argmax(-1) == 1, targets == 1
+    found = outputs.argmax(-1) == 1
+    labelled = targets == 1
     return 2 * (found & labelled).sum() / (found.sum() + labelled.sum())
 
 
@@ -443,7 +445,8 @@ def test_several_sums_are_recorded_over_all_micro_batches():
         steps_per_call=2,
     )
     outputs = whole.predict(X[:BATCH], decode=raw)
-    history, other = whole.fit(steps=3), parts.fit(steps=3)
+    history = whole.fit(steps=3)
+    other = parts.fit(steps=3)
     assert history["spread"][0] == pytest.approx(outputs.var(0).mean(), rel=1e-4)
     means = outputs.mean(0)
     product = means[0] + means[1] * Y[:BATCH].mean()

@@ -14,7 +14,8 @@ from flax import linen, nnx
 
 import lepton_jax as lepton
 
-STEPS, BATCH = 50, 24
+STEPS = 50
+BATCH = 24
 
 
 class LinenNet(linen.Module):
@@ -28,11 +29,10 @@ class LinenNet(linen.Module):
 
 class NnxNet(nnx.Module):
     def __init__(self, rngs):
-        self.first, self.last = (
-            nnx.Linear(12, 32, rngs=rngs),
-            nnx.Linear(32, 3, rngs=rngs),
-        )
-        self.norm, self.drop = nnx.BatchNorm(32, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
+        self.first = nnx.Linear(12, 32, rngs=rngs)
+        self.last = nnx.Linear(32, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, rngs=rngs)
+        self.drop = nnx.Dropout(0.2, rngs=rngs)
 
     def __call__(self, x):
         return self.last(self.drop(nnx.relu(self.norm(self.first(x)))))
@@ -40,10 +40,8 @@ class NnxNet(nnx.Module):
 
 class Recurrent(nnx.Module):
     def __init__(self, rngs):
-        self.cells, self.last = (
-            nnx.RNN(nnx.LSTMCell(3, 8, rngs=rngs)),
-            nnx.Linear(8, 3, rngs=rngs),
-        )
+        self.cells = nnx.RNN(nnx.LSTMCell(3, 8, rngs=rngs))
+        self.last = nnx.Linear(8, 3, rngs=rngs)
 
     def __call__(self, x):
         return self.last(self.cells(x.reshape(x.shape[0], 4, 3))[:, -1])
@@ -160,13 +158,15 @@ def test_one_device_is_the_hand_written_loop_to_the_bit(model, blobs):
 
 def test_linen_is_its_hand_written_loop_to_the_bit(blobs):
     inputs, targets = blobs
-    optimizer, net = optax.adamw(1e-2), LinenNet()
+    optimizer = optax.adamw(1e-2)
+    net = LinenNet()
     variables = net.init(
         jax.random.key(0),
         inputs[:1],
         train=False,
     )
-    params, stats = variables["params"], variables["batch_stats"]
+    params = variables["params"]
+    stats = variables["batch_stats"]
     opt_state = optimizer.init(params)
 
     @jax.jit

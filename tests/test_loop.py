@@ -244,7 +244,8 @@ def test_a_mean_loss_is_evaluated_like_the_losses_it_is_the_mean_of(blobs):
 
 
 def test_a_row_of_padding_that_is_nan_does_not_count():
-    outputs, targets = jnp.array([[1.0], [jnp.nan]]), jnp.array([[0.0], [0.0]])
+    outputs = jnp.array([[1.0], [jnp.nan]])
+    targets = jnp.array([[0.0], [0.0]])
     total, weight = lepton.losses.totals(
         optax.squared_error,
         outputs,
@@ -382,10 +383,8 @@ def test_history_and_evaluation_show_themselves(blobs):
 def test_rnn_carries_and_sown_values_leave_the_state_as_it_is(blobs):
     class Sows(nnx.Module):
         def __init__(self, rngs):
-            self.last, self.count = (
-                nnx.Linear(12, 3, rngs=rngs),
-                nnx.Variable(jnp.int32(0)),
-            )
+            self.last = nnx.Linear(12, 3, rngs=rngs)
+            self.count = nnx.Variable(jnp.int32(0))
 
         def __call__(self, x):
             self.sow(

@@ -15,7 +15,8 @@ import lepton_jax as lepton
 from lepton_jax.errors import ModelError
 from lepton_jax.losses import cross_entropy
 
-STEPS, BATCH = 4, 24
+STEPS = 4
+BATCH = 24
 RATE = 0.1
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -369,7 +370,8 @@ def test_an_unknown_mode_costs_its_traces_once(data):
 
 class TakesRngs(nnx.Module):
     def __init__(self, rngs):
-        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.first = nnx.Linear(6, 8, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
         self.drop = nnx.Dropout(0.5)
 
     def __call__(self, x, *, rngs):
@@ -519,7 +521,8 @@ def test_keys_by_any_name_that_says_key_are_filled_and_differ(data):
         loss=lambda o, t: cross_entropy(o, t),
     )
     plain = trainer(linen.Dense(3), data)
-    noisy, quiet = run.fit()["loss"], plain.fit()["loss"]
+    noisy = run.fit()["loss"]
+    quiet = plain.fit()["loss"]
     assert np.isfinite(noisy).all()
     # the same key twice would leave no noise at all
     assert np.abs(noisy - quiet).min() > 1e-5
@@ -714,7 +717,8 @@ class Normed(linen.Module):
 
 class NormedNnx(nnx.Module):
     def __init__(self, rngs, axis=None):
-        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.first = nnx.Linear(6, 8, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
         self.norm = nnx.BatchNorm(
             8,
             axis_name=axis,
@@ -824,7 +828,8 @@ class Term(nnx.Variable):
 
 class SowingLayer(nnx.Module):
     def __init__(self, rngs, kind):
-        self.gate, self.kind = nnx.Linear(6, 6, rngs=rngs), kind
+        self.gate = nnx.Linear(6, 6, rngs=rngs)
+        self.kind = kind
 
     def __call__(self, x):
         gates = nnx.softmax(self.gate(x))
@@ -1156,7 +1161,9 @@ def test_complex_parameters_with_adam_clipping_and_signals(data):
     module = Spectral(nnx.Rngs(0))
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     state = optimizer.init(params)
-    losses, norms, sizes = [], [], []
+    losses = []
+    norms = []
+    sizes = []
     for _, (x, y) in batches(data):
 
         def loss_of(params, x=x, y=y):

@@ -63,7 +63,8 @@ def test_runs_as_written(
     capsys,
 ):
     monkeypatch.chdir(tmp_path)
-    train, test = (blobs[0][:480], blobs[1][:480]), (blobs[0][480:], blobs[1][480:])
+    train = (blobs[0][:480], blobs[1][:480])
+    test = (blobs[0][480:], blobs[1][480:])
     fields = (
         PARTS
         | {k: v for k, v in parts.items() if k != "train"}

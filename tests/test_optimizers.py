@@ -256,7 +256,8 @@ def test_a_schedule_is_read_where_plain_optax_reads_it_to_the_bit(name, blobs):
     )
     policies = never(["learning_rate", "skip"])
     for clip_norm, controller in ((None, ()), (0.2, policies)):
-        optimizer, looks = WRAPPED[name](SCHEDULE), name == "lookahead"
+        optimizer = WRAPPED[name](SCHEDULE)
+        looks = name == "lookahead"
         losses, params, _ = by_hand(
             blobs, optimizer, loss=loss, clip_norm=clip_norm, looks=looks
         )
@@ -383,9 +384,11 @@ def resting(optimizer, state, params, updates):
 @pytest.mark.parametrize("name", MORE)
 def test_other_wrappers_read_their_own_count_too(name):
     params = some_params()
-    ours, plain = optimizers.build(recipe(MORE[name])), MORE[name](SCHEDULE)
+    ours = optimizers.build(recipe(MORE[name]))
+    plain = MORE[name](SCHEDULE)
     looks = "lookahead" in name
-    mine, state = params, ours.init(params)
+    mine = params
+    state = ours.init(params)
     theirs = optax.LookaheadParams.init_synced(params) if looks else params
     plain_state = plain.init(theirs)
 

@@ -67,10 +67,8 @@ def planned(
     masks = {"batch": 1} | {
         name: 2 for name in groups if any(part in name for part in split)
     }
-    problem, assignment = (
-        Problem(traced, where, "time", Pins()),
-        by_hand(traced, sizes, masks, 1, remat),
-    )
+    problem = Problem(traced, where, "time", Pins())
+    assignment = by_hand(traced, sizes, masks, 1, remat)
     return build(
         traced,
         where,
@@ -117,7 +115,8 @@ def test_a_plan_that_xla_follows(check):
 
 
 def test_the_text_and_the_record(check):
-    text, record = str(check), json.loads(json.dumps(check.to_dict()))
+    text = str(check)
+    record = json.loads(json.dumps(check.to_dict()))
     assert (
         "the plan explains all collectives" in text
         and "fsdp=4 x tensor=2" in text
@@ -252,14 +251,12 @@ def test_bfloat16_on_a_cpu_is_sent_as_float32():
 # ---- matching, without a compiler ----
 
 
-FSDP, TENSOR = (
-    ((0, 2, 4, 6), (1, 3, 5, 7)),
-    (
-        (0, 1),
-        (2, 3),
-        (4, 5),
-        (6, 7),
-    ),
+FSDP = ((0, 2, 4, 6), (1, 3, 5, 7))
+TENSOR = (
+    (0, 1),
+    (2, 3),
+    (4, 5),
+    (6, 7),
 )
 
 
@@ -383,10 +380,8 @@ def test_too_much_over_an_axis_names_the_lines_that_are_not_planned():
             line=1,
         )
     ]
-    known, more = (
-        found("all-gather", 1000, FSDP, line=1),
-        found("all-gather", 900, FSDP, line=2),
-    )
+    known = found("all-gather", 1000, FSDP, line=1)
+    more = found("all-gather", 900, FSDP, line=2)
     (told,) = compare(moves, [more, known], MESH)[1]
     assert told.where == "model.py:2" and told.excess == 675
     # a quarter may come on top
@@ -438,15 +433,14 @@ def test_a_candidate_that_does_not_fit_is_passed_over(traced, monkeypatch):
 
 
 def test_a_candidate_that_xla_refuses_is_passed_over(traced, monkeypatch):
-    fast, lean = (
-        planned(traced, sizes=(8,)),
-        planned(
-            traced,
-            sizes=(8,),
-            remat="full",
-        ),
+    fast = planned(traced, sizes=(8,))
+    lean = planned(
+        traced,
+        sizes=(8,),
+        remat="full",
     )
-    refused, compile_for = too_large(33.5 * 2**30), ahead.compile_for
+    refused = too_large(33.5 * 2**30)
+    compile_for = ahead.compile_for
     answers = iter([refused, None])
 
     def refusing(lowered):
@@ -511,7 +505,8 @@ def test_a_recipe_without_data_has_no_step():
     reason="compiles for a TPU that is not there",
 )
 def test_a_plan_for_tpus_that_are_not_there():
-    traced, where = language_model(precision="bfloat16"), topology("v5e:2x2")
+    traced = language_model(precision="bfloat16")
+    where = topology("v5e:2x2")
     check = verify(
         traced,
         planned(

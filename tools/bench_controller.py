@@ -427,7 +427,8 @@ def _orders(
     permutation for every epoch.
     """
     assert recipe.steps is not None
-    random, total = np.random.default_rng(seed), recipe.steps * recipe.batch_size
+    random = np.random.default_rng(seed)
+    total = recipe.steps * recipe.batch_size
     order = np.concatenate(
         [random.permutation(samples) for _ in range(math.ceil(total / samples))]
     )[:total]
@@ -470,7 +471,10 @@ class Campaign:
         seeds: Sequence[int],
         steps: int | None = None,
     ):
-        self.data, self.cache, self.seeds, self.steps = data, cache, seeds, steps
+        self.data = data
+        self.cache = cache
+        self.seeds = seeds
+        self.steps = steps
         self._tasks: dict[str, Task] = {}
         self._runners: dict[tuple[str, str], Runner] = {}
         self._known: dict[Cell, Curves] = {}
@@ -500,10 +504,8 @@ class Campaign:
         rate: float,
         seed: int,
     ) -> Curves:
-        runner, rate = (
-            self._runner(task, contestant),
-            (1.0 if contestant in RATE_FREE else rate),
-        )
+        runner = self._runner(task, contestant)
+        rate = 1.0 if contestant in RATE_FREE else rate
         cell = Cell(
             task,
             contestant,
@@ -714,11 +716,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         list(dict.fromkeys(options.seeds)),
         options.steps,
     )
-    factors, contestants = (
-        sorted(set(options.rates)),
-        list(dict.fromkeys(options.contestants)),
-    )
-    references, cells = [], []
+    factors = sorted(set(options.rates))
+    contestants = list(dict.fromkeys(options.contestants))
+    references = []
+    cells = []
     for task in dict.fromkeys(options.tasks):
         references.append(campaign.reference(task))
         print(

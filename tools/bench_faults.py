@@ -76,7 +76,9 @@ FAULTS = (
     "lasting-50",
     "rate",
 )
-AT, WINDOW, BURST = 0.4, 0.1, 20
+AT = 0.4
+WINDOW = 0.1
+BURST = 20
 TOLERANCE = 0.01
 CONTESTANTS: dict[str, Callable[[], Any]] = {
     "plain": tuple,
@@ -163,7 +165,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         _remember_programs(Path(folder, "programs"))
         for name in dict.fromkeys(options.tasks):
-            task, found = made(name, options.data), []
+            task = made(name, options.data)
+            found = []
             for contestant in dict.fromkeys(options.contestants):
                 for fault in (
                     "clean",
@@ -252,19 +255,20 @@ def final(
             loss=partial(_likelihood, classes=classes),
             metrics={},
         )
-        train, test = (
-            (
-                train[0],
-                {
-                    "label": train[1],
-                    "share": share_of_wrong(
-                        recipe,
-                        fault,
-                        train[1],
-                    ),
-                },
-            ),
-            (test[0], {"label": test[1], "share": np.zeros(test[1].shape, np.float32)}),
+        train = (
+            train[0],
+            {
+                "label": train[1],
+                "share": share_of_wrong(
+                    recipe,
+                    fault,
+                    train[1],
+                ),
+            },
+        )
+        test = (
+            test[0],
+            {"label": test[1], "share": np.zeros(test[1].shape, np.float32)},
         )
     test = (
         test
@@ -322,7 +326,10 @@ class _Person:
         step: int,
         rate: float,
     ):
-        self.folder, self.step, self.rate, self.asked = folder, step, rate, False
+        self.folder = folder
+        self.step = step
+        self.rate = rate
+        self.asked = False
 
     def event(self, event: Mapping[str, Any]) -> None:
         if not self.asked and event["kind"] == "steps" and event["last"] >= self.step:
@@ -349,11 +356,10 @@ def spoiled(
     """All samples of a run in their order, the fault among them, and the preprocessing
     for it; `known` for "bound".
     """
-    steps, size = int(recipe.steps or 0), recipe.batch_size
-    rows, random = (
-        _orders(recipe, len(recipe.train), seed).ravel(),
-        np.random.default_rng(1000 + seed),
-    )
+    steps = int(recipe.steps or 0)
+    size = recipe.batch_size
+    rows = _orders(recipe, len(recipe.train), seed).ravel()
+    random = np.random.default_rng(1000 + seed)
     given = recipe.train.inputs, recipe.train.targets
     inputs, targets = jax.tree.map(lambda x: np.asarray(x)[rows], given)
     at = int(AT * steps)
@@ -361,7 +367,8 @@ def spoiled(
     kind, _, percent = fault.partition("-")
     if fault in ("nan", "burst", "mild"):
         span = slice(at * size, (at + (1 if fault == "nan" else BURST)) * size)
-        inputs, preprocess = _prepared(recipe, inputs), None
+        inputs = _prepared(recipe, inputs)
+        preprocess = None
         for part in jax.tree.leaves(inputs):
             if fault == "nan":
                 part[span] = np.nan
@@ -407,7 +414,8 @@ def share_of_wrong(
     recipe: lepton.Recipe, fault: str, targets: np.ndarray
 ) -> np.ndarray:
     """Of the labels of each sample's step, float32, in the shape of the targets."""
-    steps, shares = int(recipe.steps or 0), np.zeros(targets.shape, np.float32)
+    steps = int(recipe.steps or 0)
+    shares = np.zeros(targets.shape, np.float32)
     kind, _, percent = fault.partition("-")
     if kind in ("window", "lasting"):
         first = int(AT * steps)
@@ -424,10 +432,8 @@ def _likelihood(
     classes: int,
 ) -> Any:
     """Cross-entropy of labels of which a share is another one, all alike."""
-    plain, share = (
-        lepton.losses.cross_entropy(outputs, targets["label"]),
-        targets["share"],
-    )
+    plain = lepton.losses.cross_entropy(outputs, targets["label"])
+    share = targets["share"]
     right = jnp.exp(-plain)
     noisy = -jnp.log((1 - share) * right + share * (1 - right) / (classes - 1) + 1e-30)
     return jnp.where(share > 0, noisy, plain)
@@ -495,7 +501,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     summary = []
     for key in dict.fromkeys((r["task"], r["contestant"], r["fault"]) for r in rows):
         own = [r for r in rows if (r["task"], r["contestant"], r["fault"]) == key]
-        ratios, losses = [r["ratio"] for r in own], [r["loss"] for r in own]
+        ratios = [r["ratio"] for r in own]
+        losses = [r["loss"] for r in own]
         mean = statistics.fmean(losses)
         summary.append(
             {

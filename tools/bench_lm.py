@@ -62,7 +62,8 @@ ON_CPU = 8  # samples a step, unless --batch says otherwise
 MOST_TOKENS = 2**17  # of a step, that --batch auto tries
 SAMPLES = 512
 OPTIMIZER = {"b2": 0.95, "weight_decay": 0.1}
-RATE, CLIP_NORM = 3e-4, 1.0
+RATE = 3e-4
+CLIP_NORM = 1.0
 JAX_SHARE = 0.5  # of a GPU's memory that PyTorch uses, too
 # by either of which a user decides that
 SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -253,7 +254,8 @@ def measure(
     """One size at one batch (0: found by the planner), beside the PyTorch of an
     interpreter, if one is given.
     """
-    device, before = here(1)[1][0], _allocated(here(1)[1][0])
+    device = here(1)[1][0]
+    before = _allocated(here(1)[1][0])
     trainer, plan, notes = _start(case, batch)
     program = trainer.program
     assert program is not None and program.trace is not None
@@ -278,7 +280,8 @@ def measure(
         with bench_step.compilations() as compiled:
             ms = bench_step._rounds(runs, steps, rounds)
         assert not compiled, f"compiled while it was measured: {compiled}"
-    peak, per_token = topology.chip.peak(case.precision), case.flops(parameters)
+    peak = topology.chip.peak(case.precision)
+    per_token = case.flops(parameters)
     after = _allocated(device)
     memory = {
         "lepton": {

@@ -412,7 +412,8 @@ def signature(problem: Problem, a: Assignment) -> Any:
 
 def by_rules(problem: Problem, tensor: Sequence[str]) -> dict[str, Assignment]:
     """What experts write by hand for a language model."""
-    names, n = problem.names("none"), problem.topology.devices
+    names = problem.names("none")
+    n = problem.topology.devices
     assert names.batch is not None
 
     def rule(
@@ -485,7 +486,8 @@ def compiled(
     a: Assignment,
     estimate: Estimate,
 ) -> tuple[Found, Step]:
-    names, where = problem.names("none"), problem.topology
+    names = problem.names("none")
+    where = problem.topology
     made = build(
         problem.trace,
         where,
@@ -577,7 +579,8 @@ class Step:
     """A compiled train step to be timed."""
 
     def __init__(self, program: Program, executable: Any):
-        self.program, self.executable = program, executable
+        self.program = program
+        self.executable = executable
 
     def ms(
         self,
@@ -717,7 +720,8 @@ def compile_all(
     """
     found: dict[Any, Found] = {}
     runs: dict[Any, Step] = {}
-    least, bounded = float("inf"), []
+    least = float("inf")
+    bounded = []
     for key in sorted(
         distinct,
         key=lambda key: (key not in named, estimates[key].total),
@@ -750,7 +754,8 @@ def timed(
     """Fill in milliseconds: in each round each candidate once, in an order of chance,
     so that none is always disturbed.
     """
-    order, random = list(range(len(pairs))), np.random.default_rng(SEED)
+    order = list(range(len(pairs)))
+    random = np.random.default_rng(SEED)
     for _ in range(rounds):
         random.shuffle(order)
         for i in order:

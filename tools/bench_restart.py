@@ -100,7 +100,8 @@ def _measure(
         "--go-on",
         *arguments,
     ]
-    seconds, cached = [], []
+    seconds = []
+    cached = []
     # the first one compiles for a new run, the second one what only a resumed one needs
     for number in range(rounds + 2):
         began = time.time()

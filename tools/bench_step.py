@@ -498,7 +498,8 @@ def _fed(
     y: np.ndarray,
 ) -> Iterator[Batch]:
     """Shuffled batches without end; what is left over at an epoch's end is dropped."""
-    random, size = np.random.default_rng(SEED), case.batch_size
+    random = np.random.default_rng(SEED)
+    size = case.batch_size
     while True:
         order = random.permutation(len(x))
         for start in range(0, len(x) - size + 1, size):

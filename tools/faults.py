@@ -37,7 +37,8 @@ from lepton_jax.launch.settings import Parser
 from lepton_jax.monitor import read_samples
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH, RECIPE = ROOT / "tools" / "launch.py", ROOT / "tools" / "faults_recipe.py"
+LAUNCH = ROOT / "tools" / "launch.py"
+RECIPE = ROOT / "tools" / "faults_recipe.py"
 STEPS = 60
 # short limits, so that what hangs is noticed soon; four processes on two cores must
 # still get by
@@ -109,7 +110,8 @@ def kinds(hosts: int) -> dict[str, Callable[[random.Random], Fault]]:
         *phases: str,
         **more: Any,
     ) -> tuple[dict[str, Any], ...]:
-        phase, host = rng.choice(phases), rng.randrange(hosts)
+        phase = rng.choice(phases)
+        host = rng.randrange(hosts)
         early = phase in ("start", "plan", "compile", "restore")
         step = (
             0
@@ -347,7 +349,9 @@ class Started:
         fault: Fault,
         faulty: bool = True,
     ):
-        self.folder, self.hosts, self.fault = folder, hosts, fault
+        self.folder = folder
+        self.hosts = hosts
+        self.fault = fault
         self.environment = {
             k: v
             for k, v in os.environ.items()
@@ -494,7 +498,11 @@ def look(folder: Path, codes: list[int] | None) -> Ending:
     from lepton_jax.checkpoint import Checkpoints
     from lepton_jax.monitor import read_events
 
-    at, run, checksums, samples, losses = time.time(), folder / "run", {}, [], {}
+    at = time.time()
+    run = folder / "run"
+    checksums = {}
+    samples = []
+    losses = {}
     checkpoints = Checkpoints(run / "checkpoints")
     if STEPS in checkpoints.steps():
         checksums = checkpoints._record(STEPS)[1]
@@ -648,12 +656,10 @@ class Trial:
         devices: int,
         fault: Fault,
     ):
-        self.folder, self.hosts, self.devices, self.fault = (
-            folder,
-            hosts,
-            devices,
-            fault,
-        )
+        self.folder = folder
+        self.hosts = hosts
+        self.devices = devices
+        self.fault = fault
         self.restarts: list[tuple[int, str]] = []
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -661,14 +667,12 @@ class Trial:
 
     def run(self, reference: Ending) -> dict[str, Any]:
         """Run it, and judge it."""
-        began, run = (
-            time.monotonic(),
-            Started(
-                self.folder,
-                self.hosts,
-                self.devices,
-                self.fault,
-            ),
+        began = time.monotonic()
+        run = Started(
+            self.folder,
+            self.hosts,
+            self.devices,
+            self.fault,
         )
         bound = BOUND * max(1, len(self.fault.stages) / 2)
         try:
@@ -773,7 +777,8 @@ def reference(
 def campaign(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the trials that are not done yet; prints a line for each."""
     options.folder.mkdir(parents=True, exist_ok=True)
-    results, done = options.folder / f"seed{options.seed}.jsonl", {}
+    results = options.folder / f"seed{options.seed}.jsonl"
+    done = {}
     if results.exists():
         done = {
             row["number"]: row

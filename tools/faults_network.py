@@ -25,15 +25,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-NETWORK, PORT = "10.77.0", 8476  # host I is .(I + 1)
+# host I is .(I + 1)
+NETWORK = "10.77.0"
+PORT = 8476
 # of sched.h
-NEW_MOUNT, NEW_NAMES, NEW_USER, NEW_NETWORK = (
-    0x00020000,
-    0x04000000,
-    0x10000000,
-    0x40000000,
-)
-BIND, PRIVATE = 4096, 16384 | 1 << 18  # of sys/mount.h; all below as well
+NEW_MOUNT = 0x00020000
+NEW_NAMES = 0x04000000
+NEW_USER = 0x10000000
+NEW_NETWORK = 0x40000000
+# of sys/mount.h; all below as well
+BIND = 4096
+PRIVATE = 16384 | 1 << 18
 END_WITH_PARENT = 1  # of sys/prctl.h
 TIME = 30  # seconds for making a network
 ANSWER = 10  # seconds for a change of it
@@ -71,7 +73,8 @@ def kinds(
         }
 
     def away(rng: random.Random) -> dict[str, Any]:
-        short, host = rng.random() < 0.5, rng.randrange(hosts)
+        short = rng.random() < 0.5
+        host = rng.randrange(hosts)
         seconds = round(rng.uniform(1, 3) if short else rng.uniform(20, 40), 1)
         one = stage(
             rng,
@@ -206,7 +209,8 @@ class Network(Loopback):
         stages: Sequence[Mapping[str, Any]] = (),
     ):
         self.coordinator = f"{address(0)}:{PORT}"
-        self.file, self.stages = folder / "faults.json", stages
+        self.file = folder / "faults.json"
+        self.stages = stages
         self.cuts: dict[int, float] = {}
         self.mended: dict[int, float] = {}
         self.ended: dict[int, tuple[float, int]] = {}
@@ -344,7 +348,8 @@ def hold(
     try:
         _call("unshare", NEW_NETWORK)
     except PermissionError:  # a user of their own namespace may do it
-        user, group = os.geteuid(), os.getegid()
+        user = os.geteuid()
+        group = os.getegid()
         _call("unshare", NEW_USER | NEW_NETWORK)
         for file, text in (
             ("setgroups", "deny"),
@@ -366,7 +371,8 @@ def hold(
             )
         )
         ours, theirs = socket.socketpair()
-        holder, pid = os.getpid(), os.fork()
+        holder = os.getpid()
+        pid = os.fork()
         if pid == 0:
             _be_host(host, theirs, holder, names)
         theirs.close()

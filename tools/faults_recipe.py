@@ -28,7 +28,8 @@ from lepton_jax import Recipe, losses, metrics, phase
 from lepton_jax.data import Source, loader, mix
 from lepton_jax.launch import watchdog
 
-TOKENS, LENGTH = 64, 16
+TOKENS = 64
+LENGTH = 16
 
 
 class NextToken(nnx.Module):
@@ -90,7 +91,9 @@ class Agent:
         file: Path,
         told: watchdog.Told,
     ):
-        self.file, self.host, self.generation = file, told.host_id, told.generation
+        self.file = file
+        self.host = told.host_id
+        self.generation = told.generation
         self.faults = [
             (i, fault)
             for i, fault in enumerate(json.loads(file.read_text()))
@@ -98,8 +101,10 @@ class Agent:
             and fault.get("generation", 1) <= self.generation
         ]
         self._stepped = False
-        self._reached, self._phase = phase.reached, phase.phase
-        phase.reached, phase.phase = self.reached, self.entered
+        self._reached = phase.reached
+        self._phase = phase.phase
+        phase.reached = self.reached
+        phase.phase = self.entered
         self._spoil_data()
         self.look()
 
@@ -188,10 +193,8 @@ class Agent:
 
     def do_network(self, fault: dict[str, Any]) -> None:
         """The campaign cuts the link of this host; not sooner than that it goes on."""
-        number, until = (
-            next(i for i, each in self.faults if each is fault),
-            time.monotonic() + 5,
-        )
+        number = next(i for i, each in self.faults if each is fault)
+        until = time.monotonic() + 5
         while (
             not os.path.exists(f"{self.file}.cut.{number}") and time.monotonic() < until
         ):
@@ -214,7 +217,8 @@ class Agent:
             (p for p in (newest / "state").rglob("*") if p.is_file()),
             key=lambda p: p.stat().st_size,
         )
-        how, victim = fault["how"], files[-1]
+        how = fault["how"]
+        victim = files[-1]
         if how == "bit":
             data = bytearray(victim.read_bytes())
             data[len(data) // 2] ^= 4
@@ -254,7 +258,8 @@ def _none(put: Any, rows: Any) -> Any:
 
 def _loss() -> Any:
     """The loss; another one on the host that is told to differ."""
-    file, told = os.environ.get("LEPTON_FAULTS"), watchdog.begin()
+    file = os.environ.get("LEPTON_FAULTS")
+    told = watchdog.begin()
     if file is None or told is None:
         return losses.cross_entropy
     Agent(Path(file), told)

@@ -56,8 +56,10 @@ class Attention(nn.Module):
         kv_heads: int,
     ):
         super().__init__()
-        self.head, self.grouped = dim // heads, heads != kv_heads
-        self.query, self.out = linear(dim, dim), linear(dim, dim)
+        self.head = dim // heads
+        self.grouped = heads != kv_heads
+        self.query = linear(dim, dim)
+        self.out = linear(dim, dim)
         self.key, self.value = (
             linear(dim, kv_heads * self.head),
             linear(dim, kv_heads * self.head),
@@ -74,7 +76,8 @@ class Attention(nn.Module):
             layer(x).view(batch, length, -1, self.head).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
+        query = rotated(query, cos, sin)
+        key = rotated(key, cos, sin)
         grouped = {"enable_gqa": True} if self.grouped else {}
         mixed = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, **grouped
@@ -91,13 +94,12 @@ class Block(nn.Module):
         hidden: int,
     ):
         super().__init__()
-        self.attention_norm, self.feed_forward_norm = RMSNorm(dim), RMSNorm(dim)
+        self.attention_norm = RMSNorm(dim)
+        self.feed_forward_norm = RMSNorm(dim)
         self.attention = Attention(dim, heads, kv_heads)
-        self.gate, self.up, self.down = (
-            linear(dim, hidden),
-            linear(dim, hidden),
-            linear(hidden, dim),
-        )
+        self.gate = linear(dim, hidden)
+        self.up = linear(dim, hidden)
+        self.down = linear(hidden, dim)
 
     def forward(
         self,
@@ -119,7 +121,8 @@ class LM(nn.Module):
 
     def __init__(self, spec: dict[str, Any]):
         super().__init__()
-        dim, half = spec["dim"], spec["dim"] // spec["heads"] // 2
+        dim = spec["dim"]
+        half = spec["dim"] // spec["heads"] // 2
         self.dtype = getattr(torch, spec["precision"])
         self.embed = nn.Embedding(spec["vocab"], dim)
         nn.init.normal_(self.embed.weight, std=dim**-0.5)
@@ -183,7 +186,8 @@ class Training:
 
     def __init__(self, spec: dict[str, Any]):
         torch.manual_seed(0)
-        self.device, self.batch = spec["device"], spec["batch"]
+        self.device = spec["device"]
+        self.batch = spec["batch"]
         if self.device == "cuda":
             # TF32, which XLA takes by default
             torch.set_float32_matmul_precision("high")

@@ -66,10 +66,8 @@ def batch_growth(
     def update(
         signals: Mapping[str, Any], state: Growth
     ) -> tuple[dict[str, Any], Growth]:
-        wanted, now = (
-            share * signals["noise_scale"] / signals["batch_size"],
-            jnp.exp2(state.power.astype(jnp.float32)),
-        )
+        wanted = share * signals["noise_scale"] / signals["batch_size"]
+        now = jnp.exp2(state.power.astype(jnp.float32))
         more = jnp.isfinite(wanted) & (wanted >= 2 * now) & (state.power < highest)
         fewer = jnp.isfinite(wanted) & (wanted <= now / 2) & (state.power > 0) & shrink
         asked = jnp.where(

@@ -74,10 +74,8 @@ def clip_by_history(
         signals: Mapping[str, Any], state: History
     ) -> tuple[dict[str, Any], History]:
         norm = signals["gradient_norm"]
-        usable, log = (
-            jnp.isfinite(norm) & (norm > 0),
-            jnp.log(jnp.clip(norm, 1e-30, 1e30)),
-        )
+        usable = jnp.isfinite(norm) & (norm > 0)
+        log = jnp.log(jnp.clip(norm, 1e-30, 1e30))
         gain = jnp.maximum(1 / (state.count + 1.0), 2 / window)
         spread = state.spread + gain * (jnp.abs(log - state.quantile) - state.spread)
         moved = state.quantile + 2 * gain * spread * (

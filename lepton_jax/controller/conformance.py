@@ -69,7 +69,9 @@ WILD = (
     1e-38,
     -1.0,
 )
-ROWS, WIDTH, CLASSES = 16, 4, 3
+ROWS = 16
+WIDTH = 4
+CLASSES = 3
 EAGER = 12  # steps without jit, which take as long as hundreds with it
 
 
@@ -211,7 +213,8 @@ class _Watched(Mapping):
         values: Mapping[str, Any],
         policy: Policy,
     ):
-        self.values_, self.policy = values, policy
+        self.values_ = values
+        self.policy = policy
 
     def __getitem__(self, name: str) -> Any:
         _require(
@@ -294,7 +297,8 @@ def _followed(
         return
     few = rows[:EAGER]
     with _law("pure", policy):
-        eager, repeated = _sequence(update, few, begin), _sequence(update, few, begin)
+        eager = _sequence(update, few, begin)
+        repeated = _sequence(update, few, begin)
         traced_again = _sequence(
             jax.jit(lambda *a: update(*a)),
             few,
@@ -490,10 +494,8 @@ class _Tiny:
         like: Any = None,
     ):
         moved = {k for p in like or policies for k in p.moves}
-        self.dropout, self.names = (
-            "dropout" in moved,
-            ", ".join(p.name for p in policies),
-        )
+        self.dropout = "dropout" in moved
+        self.names = ", ".join(p.name for p in policies)
         momentum = functools.partial(optax.sgd, momentum=0.9)
         optimizer = (
             switchable(optax.adamw, momentum)

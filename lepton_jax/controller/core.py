@@ -149,7 +149,8 @@ class Controller:
         ]
 
     def _bases(self) -> dict[str, float]:
-        recipe, moved = self.recipe, {knob for _, knob in self.moves}
+        recipe = self.recipe
+        moved = {knob for _, knob in self.moves}
         own = self.optimizer.base
         moved |= {"learning_rate"} & own.keys() if "rate" in self.limits else set()
         base = {
@@ -194,7 +195,8 @@ class Controller:
         if not self.policies and not self.base:
             return optimizer, ()
         copied = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731  (a donated state must hold no array twice)
-        moved, names = {knob for _, knob in self.moves}, [*self.base, *self.flags]
+        moved = {knob for _, knob in self.moves}
+        names = [*self.base, *self.flags]
         neutral = (
             jnp.asarray(
                 [_neutral(self.policies[p], k) for p, k in self.moves], jnp.float32
@@ -373,7 +375,8 @@ class Controller:
     def _consult(
         self, signals: Mapping[str, Any], state: ControllerState
     ) -> tuple[Any, tuple]:
-        contributions, states = [], []
+        contributions = []
+        states = []
         for policy, held in zip(self.policies, state.policies, strict=True):
             with pointing_at_user(
                 f"the policy {policy.name!r}",
@@ -557,12 +560,10 @@ class Controller:
             )
             more["anchor"] = _where(renewed, pieces, state.anchor)
         if "averaging_decay" in knobs:
-            decay, now = (
-                knobs["averaging_decay"],
-                (
-                    pieces.params,
-                    floats(pieces.variables),
-                ),
+            decay = knobs["averaging_decay"]
+            now = (
+                pieces.params,
+                floats(pieces.variables),
             )
             moving = jax.tree.map(
                 lambda a, x: x + (decay * (a - x)).astype(x.dtype),
@@ -638,7 +639,8 @@ def served(
       RecipeError: `evaluate_params` can't be used.
     """
     given = None if recipe is None else recipe.evaluate_params
-    params, variables = state.params, state.variables
+    params = state.params
+    variables = state.variables
     averaged = (
         isinstance(state.controller, ControllerState) and state.controller.average != ()
     )
@@ -684,7 +686,8 @@ def slowed(
     """A `State` whose learning rate is `factor` times its base, and grows to `later`
     times it over so many steps.
     """
-    held, later = state.controller, factor if later is None else later
+    held = state.controller
+    later = factor if later is None else later
     rate = np.array([factor, later, (later - factor) / steps], np.float32)
     return _replaced(state, held._replace(rate=placed(rate, held.rate.sharding)))
 

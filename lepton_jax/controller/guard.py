@@ -137,15 +137,13 @@ def guard(
     def update(
         signals: Mapping[str, Any], state: Guard
     ) -> tuple[dict[str, Any], Guard]:
-        loss, log = (
-            signals["loss_kept"],
-            jnp.log(
-                jnp.clip(
-                    signals["gradient_norm"],
-                    1e-30,
-                    1e30,
-                )
-            ),
+        loss = signals["loss_kept"]
+        log = jnp.log(
+            jnp.clip(
+                signals["gradient_norm"],
+                1e-30,
+                1e30,
+            )
         )
         finite = (
             jnp.isfinite(loss)

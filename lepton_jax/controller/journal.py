@@ -67,9 +67,12 @@ class Journal:
         until: int,
         keep: int | None = None,
     ):
-        self.controller, self.until, self.lines = controller, until, 0
+        self.controller = controller
+        self.until = until
+        self.lines = 0
         self._columns = {name: i for i, name in enumerate(records)}
-        self._path, self._step = None if folder is None else Path(folder) / FILE, step
+        self._path = None if folder is None else Path(folder) / FILE
+        self._step = step
         self._file: Lines | None = None
         self._rows: list[np.ndarray] = []
         self._base: dict[str, float] = {}
@@ -77,7 +80,8 @@ class Journal:
         # after which step, knob, base, who
         self._asked: list[tuple[int, str, float, dict[str, Any]]] = []
         self.undone = self._cut(keep)
-        self._first, self._announced = step, False
+        self._first = step
+        self._announced = False
         if controller.policies:
             self._announce()
 
@@ -89,7 +93,9 @@ class Journal:
         """Decisions from here on are what differs from this state's. It waits for the
         devices.
         """
-        held, self._step, self._rows = state.controller, step, []
+        held = state.controller
+        self._step = step
+        self._rows = []
         # a rollback undoes the others
         self._asked = [asked for asked in self._asked if asked[0] <= step]
         if not isinstance(held, ControllerState):
@@ -116,7 +122,8 @@ class Journal:
         """Write what was decided in the steps added so far."""
         if not self._rows or not self._columns:
             return
-        rows, self._rows = np.concatenate(self._rows), []
+        rows = np.concatenate(self._rows)
+        self._rows = []
         lines = sorted(
             [*self._by_policies(rows), *self._by_nobody(rows)],
             key=lambda line: line["step"],
@@ -362,7 +369,8 @@ class Journal:
         return [line for line in old[keep:] if line["kind"] == "live"]
 
     def _announce(self) -> None:
-        self._announced, policies = True, self.controller.policies
+        self._announced = True
+        policies = self.controller.policies
         watched = dict.fromkeys(name for p in policies for name in p.watches)
         moved = dict.fromkeys(knob for p in policies for knob in p.moves)
         self._write(

@@ -19,10 +19,12 @@ DECAY = 0.98  # of the moving means
 PRIOR = 0.05  # share of wrong labels that is looked for while all is calm
 NARROW = 0.004  # least standard deviation of the share of a batch
 # cumulative sum of deviations: what is left out of each, and where it gives the alarm
-SLACK, ALARM = 1.0, 8.0
+SLACK = 1.0
+ALARM = 8.0
 ENTERING = 3.0  # deviations by which a batch moves the usual share at most
 # weight of a batch in the estimate, in the first steps after an alarm, and later
-QUICK, SLOW = 0.5, 0.05
+QUICK = 0.5
+SLOW = 0.05
 FASTER = 4.0  # times the step of expectation maximization, at most
 OVER = 0.02  # share of wrong labels below which they are right again
 LARGEST = 0.95
@@ -168,7 +170,9 @@ def _followed(
         ]
     ).all()
     usable &= jnp.abs(signals["loss"]) < 1e30
-    first, was, known = state.count < 0, state.since > 0, state.count >= LEAST
+    first = state.count < 0
+    was = state.since > 0
+    known = state.count >= LEAST
     nothing = jnp.where(
         jnp.isfinite(signals["loss_blank"]),
         signals["loss_blank"],

@@ -50,7 +50,9 @@ class Live:
     """
 
     def __init__(self, folder: Path | None):
-        self.paused, self._polled, self._file = False, 0.0, -1
+        self.paused = False
+        self._polled = 0.0
+        self._file = -1
         if folder is None:
             return
         self.folder = Path(folder) / FOLDER
@@ -137,13 +139,11 @@ class Live:
         request: dict[str, Any],
     ) -> dict[str, Any]:
         """Do one request, say so, and return the answer."""
-        what, who = (
-            request.get("do"),
-            {
-                "who": str(request.get("who", "?")),
-                "pid": request.get("pid"),
-            },
-        )
+        what = request.get("do")
+        who = {
+            "who": str(request.get("who", "?")),
+            "pid": request.get("pid"),
+        }
         try:
             if what not in REQUESTS:
                 raise SettingError(
@@ -184,7 +184,8 @@ class Live:
         request: dict[str, Any],
         who: dict[str, Any],
     ) -> dict[str, Any]:
-        present, asked = run.program.controller.base, request.get("settings") or {}
+        present = run.program.controller.base
+        asked = request.get("settings") or {}
         if not asked:
             raise SettingError(
                 "nothing is given to set",
@@ -314,10 +315,8 @@ class Live:
             who,
             {},
         )
-        run.stop_requested, run.history.reason = (
-            True,
-            f"stopped at step {run.step} by {who['who']}",
-        )
+        run.stop_requested = True
+        run.history.reason = f"stopped at step {run.step} by {who['who']}"
         self.paused = False
         return {"text": f"stops after step {run.step}"}
 
@@ -393,12 +392,11 @@ def ask(
       SettingError: no run is at work there, or it does not answer.
     """
     folder = Path(folder)
-    control, name = (
-        folder / FOLDER,
-        f"{time.time_ns():020}-{os.getpid()}-{secrets.token_hex(4)}",
-    )
+    control = folder / FOLDER
+    name = f"{time.time_ns():020}-{os.getpid()}-{secrets.token_hex(4)}"
     _check_alive(folder)
-    path, answer = control / f"{name}.request", control / f"{name}.answer"
+    path = control / f"{name}.request"
+    answer = control / f"{name}.answer"
     request = {
         "who": f"{getpass.getuser()}@{platform.node()}",
         "pid": os.getpid(),
@@ -413,7 +411,8 @@ def ask(
             where=control,
             remedy="ask as a user who may write into the run folder",
         ) from error
-    until, looked = time.monotonic() + timeout, time.monotonic()
+    until = time.monotonic() + timeout
+    looked = time.monotonic()
     try:
         while not answer.exists():
             now = time.monotonic()

@@ -96,23 +96,21 @@ def plateau(
                 posinf=0.0,
                 neginf=0.0,
             ).astype(jnp.int32)
-            look, total, seen = (
-                (count != state.seen) & jnp.isfinite(value),
-                state.total,
-                count,
-            )
+            look = (count != state.seen) & jnp.isfinite(value)
+            total = state.total
+            seen = count
         else:
             usable = jnp.isfinite(value)
-            total, seen = (
-                jnp.where(
-                    usable,
-                    state.total + value,
-                    state.total,
-                ),
-                state.seen + usable,
+            total = jnp.where(
+                usable,
+                state.total + value,
+                state.total,
             )
-            look, value = seen >= every, total / jnp.maximum(seen, 1)
-            total, seen = jnp.where(look, 0.0, total), jnp.where(look, 0, seen)
+            seen = state.seen + usable
+            look = seen >= every
+            value = total / jnp.maximum(seen, 1)
+            total = jnp.where(look, 0.0, total)
+            seen = jnp.where(look, 0, seen)
         better = value < jnp.where(
             jnp.isfinite(state.best),
             state.best - rtol * jnp.abs(state.best),

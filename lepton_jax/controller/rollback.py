@@ -154,13 +154,13 @@ class Rollbacks:
         kept: Mapping[str, Any] | None = None,
     ):
         kept = kept or {}
-        self.most, self._factor = (
-            int(limits.get("rollbacks", 0)),
-            float(limits.get("rate", 1.0)),
-        )
+        self.most = int(limits.get("rollbacks", 0))
+        self._factor = float(limits.get("rate", 1.0))
         self._patience = int(limits.get("patience", 0))
-        self.count, self.slow = kept.get("count", 0), (1.0, 1.0, 1)
-        self._used, self.tried = list(kept.get("used", [])), list(kept.get("tried", []))
+        self.count = kept.get("count", 0)
+        self.slow = (1.0, 1.0, 1)
+        self._used = list(kept.get("used", []))
+        self.tried = list(kept.get("tried", []))
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -238,7 +238,8 @@ def remember(folder: Path, entry: Mapping[str, Any]) -> None:
     Raises:
       CheckpointError: it can't be written.
     """
-    path, part = folder / FILE, folder / f"{FILE}.part"
+    path = folder / FILE
+    part = folder / f"{FILE}.part"
     try:
         with part.open("w") as file:
             json.dump([*_entries(path), entry], file)

@@ -80,7 +80,10 @@ SIGNALS = {
 FED = ("evaluations", "seconds", "price", "data_wait")
 # of the gradients' sum: the square root of Adam's usual b2, as in Prodigy
 MEMORY = 0.9995
-QUICK, SLOW, NOISE = 0.9, 0.98, 0.95  # decays of the moving means
+# decays of the moving means
+QUICK = 0.9
+SLOW = 0.98
+NOISE = 0.95
 
 
 class Smoothed(NamedTuple):
@@ -138,7 +141,8 @@ class Signals:
         self.watched = tuple(
             dict.fromkeys(known(name, self.metrics) for name in watched)
         )
-        self.batch_size, self.micro_batches = batch_size, micro_batches
+        self.batch_size = batch_size
+        self.micro_batches = micro_batches
         self.by_micro_batch = "noise_scale" in self.watched and micro_batches > 1
         self.needs_anchor = bool(
             {"distance", "gradient_dot_distance"} & set(self.watched)
@@ -192,10 +196,8 @@ class Signals:
           parts: mean squared norm of the micro-batches' gradients, where
             `by_micro_batch`.
         """
-        after, values = (
-            dict(state),
-            {name: jnp.asarray(x, jnp.float32) for name, x in given.items()},
-        )
+        after = dict(state)
+        values = {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
         for name in {*self.watched, "gradient_norm"} if self._norm else self.watched:
             kind, _, prefix = name.partition("/")
             if kind in ("gradient_norm", "parameter_norm"):
@@ -294,7 +296,8 @@ class Signals:
         big: Any,
         parts: Any,
     ) -> tuple[Any, Noise]:
-        size, first = self.batch_size, state.count == 0
+        size = self.batch_size
+        first = state.count == 0
         if self.by_micro_batch:
             small = size / self.micro_batches
             squared = (size * big - small * parts) / (size - small)
@@ -365,11 +368,9 @@ def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
 def _smooth(state: Smoothed, loss: Any) -> tuple[dict[str, Any], Smoothed]:
     count = state.count.astype(jnp.float32)
     past = lambda decay, x: x / jnp.maximum(1 - decay**count, 1e-6)  # noqa: E731
-    quick, slow, squares = (
-        past(QUICK, state.quick),
-        past(SLOW, state.slow),
-        past(SLOW, state.squares),
-    )
+    quick = past(QUICK, state.quick)
+    slow = past(SLOW, state.slow)
+    squares = past(SLOW, state.squares)
     some = state.count > 0
     values = {
         "loss_mean": jnp.where(some, slow, loss),

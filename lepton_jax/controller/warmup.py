@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from lepton_jax.controller.policy import Policy, checked
 
 # decays of the two moving means of the gradient norm's logarithm
-QUICK, SLOW = 0.8, 0.95
+QUICK = 0.8
+SLOW = 0.95
 FINISH = 1.1  # growth of the factor in an update, once settled
 
 
@@ -83,13 +84,11 @@ def warmup(
             return {"learning_rate": linear(updates)}, state
         log = jnp.log(jnp.maximum(signals["gradient_norm"], 1e-30))
         usable = jnp.isfinite(log)
-        first, log = (
-            state.count == 0,
-            jnp.where(
-                usable,
-                log,
-                state.slow,
-            ),
+        first = state.count == 0
+        log = jnp.where(
+            usable,
+            log,
+            state.slow,
         )
         quick = jnp.where(
             first,

@@ -35,7 +35,8 @@ def idx(folder: str | Path) -> tuple[Arrays, Arrays]:
       (train, test): inputs uint8 of shape (n, height, width, 1), targets int32 of shape
       (n,).
     """
-    train, test = _part(Path(folder), "train"), _part(Path(folder), "t10k")
+    train = _part(Path(folder), "train")
+    test = _part(Path(folder), "t10k")
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
         raise DataError(
             f"train images are {train.inputs.shape[1:]}, test images"
@@ -47,11 +48,10 @@ def idx(folder: str | Path) -> tuple[Arrays, Arrays]:
 
 
 def _part(folder: Path, part: str) -> Arrays:
-    image_file, label_file = (
-        _find(folder, f"{part}-images", 3),
-        _find(folder, f"{part}-labels", 1),
-    )
-    images, labels = read_idx(image_file), read_idx(label_file)
+    image_file = _find(folder, f"{part}-images", 3)
+    label_file = _find(folder, f"{part}-labels", 1)
+    images = read_idx(image_file)
+    labels = read_idx(label_file)
     for file, array, rank in ((image_file, images, 3), (label_file, labels, 1)):
         if array.dtype != np.uint8 or array.ndim != rank:
             raise DataError(
@@ -115,7 +115,8 @@ def read_idx(path: str | Path) -> np.ndarray:
             where=path,
             remedy=_AGAIN,
         )
-    dtype, rank = np.dtype(_DTYPES[data[2]]), data[3]
+    dtype = np.dtype(_DTYPES[data[2]])
+    rank = data[3]
     start = 4 + 4 * rank
     if len(data) < start:
         raise DataError(

@@ -55,7 +55,8 @@ class Limit:
         if not values.size or values.dtype.kind not in "iu":
             return None
 
-        low, high = values.min(), values.max()
+        low = values.min()
+        high = values.max()
         if (low >= 0 or self.negative) and (high < self.size or self.beyond):
             return None
         wrong = np.zeros(values.shape, bool)

@@ -48,12 +48,10 @@ class ArrayStream:
         seed: int,
         shuffle: bool,
     ):
-        self.data, self.samples, self.seed, self.shuffle = (
-            data,
-            len(data),
-            seed,
-            shuffle,
-        )
+        self.data = data
+        self.samples = len(data)
+        self.seed = seed
+        self.shuffle = shuffle
         self._orders: dict[int, np.ndarray] = {}
         self._buffers = Buffers()
 
@@ -82,10 +80,8 @@ class ArrayStream:
             return (np.arange(start, stop) % self.samples).astype(np.int32)
         indices = np.empty(stop - start, np.int32)
         for epoch in range(start // self.samples, (stop - 1) // self.samples + 1):
-            low, high = (
-                max(start, epoch * self.samples),
-                min(stop, (epoch + 1) * self.samples),
-            )
+            low = max(start, epoch * self.samples)
+            high = min(stop, (epoch + 1) * self.samples)
             indices[low - start : high - start] = self._order(epoch)[
                 low % self.samples :
             ][: high - low]
@@ -138,10 +134,8 @@ class Share:
         batch_size: int,
         steps: int,
     ):
-        self.sharding, self._shape = (
-            sharding,
-            ((batch_size,) if steps == 1 else (steps, batch_size)),
-        )
+        self.sharding = sharding
+        self._shape = (batch_size,) if steps == 1 else (steps, batch_size)
         ranges = [
             index[-1].indices(batch_size)[:2]
             for index in sharding.addressable_devices_indices_map(self._shape).values()
@@ -213,14 +207,14 @@ class Sequence:
         limits: collections.abc.Sequence[Limit] = (),
     ):
         self.limits = limits
-        self.stream, self.share, self.batch_size, self.steps = (
-            open_stream(data, seed, shuffle),
-            share,
-            batch_size,
-            steps,
-        )
+        self.stream = open_stream(data, seed, shuffle)
+        self.share = share
+        self.batch_size = batch_size
+        self.steps = steps
         self.stream.restore(saved)
-        self.blocks, self.consumed, self._next = blocks, start, 0
+        self.blocks = blocks
+        self.consumed = start
+        self._next = 0
 
     def __len__(self) -> int:
         return self.blocks if self.blocks is not None else 2**40
@@ -230,14 +224,17 @@ class Sequence:
             f"block {index} is asked for after block {self._next - 1}"
         )
         self._next += 1
-        parts, states, names = [], {}, {}
+        parts = []
+        states = {}
+        names = {}
         for _ in range(self.steps):
             rows, ids = self.stream.take(self.batch_size, self.share.rows)
             own = [ids[row] for row in self.share.rows]
             check_limits(self.limits, rows, READ, own.__getitem__)
             self.consumed += self.batch_size
             parts.append(rows)
-            states[self.consumed], names[self.consumed] = self.stream.state(), ids
+            states[self.consumed] = self.stream.state()
+            names[self.consumed] = ids
         whole = (
             parts[0]
             if self.steps == 1
@@ -353,13 +350,12 @@ class Loader:
         limits: collections.abc.Sequence[Limit] = (),
     ):
         self._rows = batch_size * steps
-        self._iterable, self._resident = isinstance(data, grain.IterDataset), resident
-        self._data, self._seed, self._shuffle, self._batch_size = (
-            data,
-            seed,
-            shuffle,
-            batch_size,
-        )
+        self._iterable = isinstance(data, grain.IterDataset)
+        self._resident = resident
+        self._data = data
+        self._seed = seed
+        self._shuffle = shuffle
+        self._batch_size = batch_size
         self._states: dict[int, dict[str, Any]] | None = None
         self._names: dict[int, list[str]] = {}
         self._read = np.empty(0, np.int32)
@@ -420,7 +416,8 @@ class Loader:
                     grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
                 )
             )
-            self._states, self._put = {start: then or {}}, self._kept
+            self._states = {start: then or {}}
+            self._put = self._kept
         else:
             samples = stream(data, seed, shuffle)
             assert isinstance(samples, ArrayStream) or not resident
@@ -464,10 +461,8 @@ class Loader:
                     block = self._put(next(self._iterator))
                 else:
                     self._read = self._read if len(self._read) else next(self._iterator)
-                    rows, self._read = (
-                        self._read[: self._rows],
-                        self._read[self._rows :],
-                    )
+                    rows = self._read[: self._rows]
+                    self._read = self._read[self._rows :]
                     block = self._put(rows)
         except StopIteration:
             if self._iterable:
@@ -622,7 +617,10 @@ class _Blocks:
         rows: int,
         blocks: int | None,
     ):
-        self.read, self.start, self.rows, self.blocks = read, start, rows, blocks
+        self.read = read
+        self.start = start
+        self.rows = rows
+        self.blocks = blocks
 
     def __len__(self) -> int:
         return self.blocks if self.blocks is not None else 2**40

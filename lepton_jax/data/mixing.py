@@ -32,7 +32,8 @@ class Pattern:
     """
 
     def __init__(self, weights: Sequence[int]):
-        self.weights, self.total = list(weights), sum(weights)
+        self.weights = list(weights)
+        self.total = sum(weights)
         self._period = (
             self._after([0] * len(weights), self.total)
             if self.total <= PERIOD
@@ -66,14 +67,17 @@ class Pattern:
         return counts
 
     def restore(self, taken: Sequence[int]) -> None:
-        self.taken, self._ahead = list(taken), np.empty(0, np.int16)
+        self.taken = list(taken)
+        self._ahead = np.empty(0, np.int16)
 
     def _after(
         self,
         taken: Sequence[int],
         count: int,
     ) -> np.ndarray:
-        total, weights, start = self.total, self.weights, sum(taken)
+        total = self.total
+        weights = self.weights
+        start = sum(taken)
         given = list(taken)
         due = [
             (-(-(n + 1) * total // w), i)

@@ -29,11 +29,13 @@ NUMERIC_SHARE = 0.9
 SUSPECT_SHARE = 0.5
 # A column of so few distinct cells, each there so often, is one of categories, "3+"
 # next to "1" and "2", say.
-FEW_DISTINCT, OFTEN = 20, 5
+FEW_DISTINCT = 20
+OFTEN = 5
 # Different words that a column of numbers may have for a missing value; with more of
 # them, and so large a share of the distinct cells, the column is one of codes: the
 # tickets of the Titanic are "113803", "PC 17609", "LINE" ...
-MOST_WORDS, CODE_SHARE = 4, 0.2
+MOST_WORDS = 4
+CODE_SHARE = 0.2
 GREATEST = 3.4e38  # float32 ends here
 MINUS = "\u2212"  # the minus of typesetters
 
@@ -369,7 +371,8 @@ def _parts(cell: str) -> _Parts | None:
     match = _CELL.fullmatch(text[1:-1].strip() if negative else text)
     if match is None:
         return None
-    before, after = match["before"], match["after"].strip()
+    before = match["before"]
+    after = match["after"].strip()
     if match["sign"] and match["inner"]:
         return None
     if any(map(str.isalpha, before)) and not _CURRENCY.fullmatch(before):

@@ -41,8 +41,12 @@ class PackDraw:
         end: int | None,
         segments: bool,
     ):
-        self.documents, self.ends, self.starts = documents, ends, starts
-        self.length, self.end, self.segments = length, end, segments
+        self.documents = documents
+        self.ends = ends
+        self.starts = starts
+        self.length = length
+        self.end = end
+        self.segments = segments
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -96,7 +100,8 @@ class PackDraw:
         ]
 
     def read(self) -> Rows:
-        rows, shape = self._pieces(1), (len(self), self.length)
+        rows = self._pieces(1)
+        shape = (len(self), self.length)
         needed = sorted({d for row in rows for d, _, _ in row})
         contents = self.documents.take(np.array(needed)).read()
         assert isinstance(contents, list)
@@ -119,7 +124,8 @@ class PackDraw:
         for i, row in enumerate(rows):
             at = 0
             for number, (d, start, stop) in enumerate(row, 1):
-                piece, to = documents[d][start:stop], at + stop - start
+                piece = documents[d][start:stop]
+                to = at + stop - start
                 tokens[i, at : at + len(piece)] = piece
                 if at + len(piece) < to:
                     tokens[i, to - 1] = self.end
@@ -132,7 +138,8 @@ class PackDraw:
         inputs, targets, *more = (
             aligned_empty(shape, np.int32) for _ in range(4 if self.segments else 2)
         )
-        inputs[:], targets[:] = tokens[:, :-1], tokens[:, 1:]
+        inputs[:] = tokens[:, :-1]
+        targets[:] = tokens[:, 1:]
         if not self.segments:
             return inputs, targets
         more[0][:], more[1][:] = numbers[:, :-1], positions[:, :-1]
@@ -156,12 +163,10 @@ class PackStream:
         end: int | None,
         segments: bool,
     ):
-        self.stream, self.length, self.end, self.segments = (
-            stream,
-            length,
-            end,
-            segments,
-        )
+        self.stream = stream
+        self.length = length
+        self.end = end
+        self.segments = segments
         self._used = 0  # tokens of the next document that earlier rows had
         # of the next documents that have been measured, from the next document's start
         self._ends = np.empty(0, np.int64)
@@ -171,7 +176,8 @@ class PackStream:
         # the last row's last target is the token after it
         needed = self._used + count * self.length + 1
         while self._last < needed:
-            known, missing = len(self._ends), needed - self._last
+            known = len(self._ends)
+            missing = needed - self._last
             more = min(missing, missing * known // max(self._last, 1) + 16)
             found = (
                 self.stream.peek(known + more)
@@ -207,7 +213,8 @@ class PackStream:
         )
         begin = int(self._ends[documents - 1]) if documents else 0
         self.stream.advance(documents)
-        self._used, self._ends = used - begin, self._ends[documents:] - begin
+        self._used = used - begin
+        self._ends = self._ends[documents:] - begin
 
     def state(self) -> dict[str, Any]:
         return {"used": self._used, "documents": self.stream.state()}
@@ -215,7 +222,8 @@ class PackStream:
     def restore(self, state: Any) -> None:
         fields(state, {"used", "documents"}, "packed rows")
         self.stream.restore(state["documents"])
-        self._used, self._ends = state["used"], np.empty(0, np.int64)
+        self._used = state["used"]
+        self._ends = np.empty(0, np.int64)
 
     def possible(self, tests: Sequence[Test]) -> bool:
         raise AssertionError("rows are not filtered")

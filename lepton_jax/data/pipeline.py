@@ -345,10 +345,8 @@ class Samples:
         shuffle: bool,
     ):
         self._order = {"seed": int(seed), "shuffle": bool(shuffle)}
-        self._stream, self._position = (
-            dataset._open(_Opening(int(seed), bool(shuffle)), ""),
-            0,
-        )
+        self._stream = dataset._open(_Opening(int(seed), bool(shuffle)), "")
+        self._position = 0
         first = self._stream.peek(1).read()
         if isinstance(first, list):
             raise DataError(

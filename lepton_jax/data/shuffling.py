@@ -15,7 +15,9 @@ SORTED = 2**16  # samples up to which an order is kept in memory, sorted by rand
 # positions that are computed at once: NumPy's calls cost more than their work on a few
 COMPUTED = 2**12
 ROUNDS = 8
-_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
 
 
 class Order:
@@ -35,12 +37,15 @@ class Order:
         name: str,
         shuffle: bool,
     ):
-        self.samples, self.shuffle = samples, shuffle
+        self.samples = samples
+        self.shuffle = shuffle
         self._key = int.from_bytes(
             hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big"
         )
-        self._first, self._sorted = 0, np.empty((0, samples), np.int64)
-        self._start, self._ahead = 0, (np.empty(0, np.int64),) * 2
+        self._first = 0
+        self._sorted = np.empty((0, samples), np.int64)
+        self._start = 0
+        self._ahead = (np.empty(0, np.int64),) * 2
 
     def at(
         self,
@@ -83,14 +88,16 @@ class Order:
         start: int,
         count: int,
     ) -> np.ndarray:
-        first, last = start // self.samples, (start + count - 1) // self.samples
+        first = start // self.samples
+        last = (start + count - 1) // self.samples
         if first < self._first or last >= self._first + len(self._sorted):
             last = max(last, first + COMPUTED // self.samples)
             words = self._words(np.arange(first, last + 1))[:, None]
             keys = _mixed(
                 words + np.arange(self.samples, dtype=np.uint64) * np.uint64(_GOLDEN)
             )
-            self._first, self._sorted = first, keys.argsort(axis=1, kind="stable")
+            self._first = first
+            self._sorted = keys.argsort(axis=1, kind="stable")
         return self._sorted.reshape(-1)[start - self._first * self.samples :][:count]
 
     def _walked(
@@ -102,9 +109,11 @@ class Order:
         low = bits // 2
         masks = np.uint64(2 ** (bits - low) - 1), np.uint64(2**low - 1)
         keys = self._words(epoch * ROUNDS + np.arange(ROUNDS))
-        out, outside = offsets.astype(np.uint64), np.arange(len(offsets))
+        out = offsets.astype(np.uint64)
+        outside = np.arange(len(offsets))
         while len(outside):
-            high, rest = out[outside] >> np.uint64(low), out[outside] & masks[1]
+            high = out[outside] >> np.uint64(low)
+            rest = out[outside] & masks[1]
             for i in range(0, ROUNDS, 2):
                 high ^= _mixed(rest ^ keys[i]) & masks[0]
                 rest ^= _mixed(high ^ keys[i + 1]) & masks[1]

@@ -131,7 +131,8 @@ class ArraysReader:
 
 class DocumentsReader:
     def __init__(self, data: Documents):
-        self.data, self.lengths = data, data.lengths
+        self.data = data
+        self.lengths = data.lengths
 
     def __len__(self) -> int:
         return len(self.data)
@@ -162,7 +163,9 @@ class GrainReader:
         data: grain.MapDataset,
         name: str,
     ):
-        self.samples, self.name, self.data = len(data), name, data.repeat()
+        self.samples = len(data)
+        self.name = name
+        self.data = data.repeat()
 
     def __len__(self) -> int:
         return self.samples

@@ -75,7 +75,9 @@ class SourceDraw:
         epochs: np.ndarray,
         indices: np.ndarray,
     ):
-        self.source, self.epochs, self.indices = source, epochs, indices
+        self.source = source
+        self.epochs = epochs
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -123,7 +125,10 @@ class SourceStream:
         reader: Reader,
         order: Order,
     ):
-        self.name, self.reader, self.order, self.position = name, reader, order, 0
+        self.name = name
+        self.reader = reader
+        self.order = order
+        self.position = 0
         self._measured: dict[Any, np.ndarray] = {}
 
     def peek(self, count: int) -> SourceDraw:
@@ -190,7 +195,8 @@ class SourceStream:
 
 class MapDraw:
     def __init__(self, draw: Draw, function: Function):
-        self.draw, self.function = draw, function
+        self.draw = draw
+        self.function = function
 
     def __len__(self) -> int:
         return len(self.draw)
@@ -216,12 +222,11 @@ class MapStream:
     """Samples as a function makes them."""
 
     def __init__(self, stream: Stream, function: Function):
-        self.stream, self.function = stream, function
-        self.advance, self.state, self.restore = (
-            stream.advance,
-            stream.state,
-            stream.restore,
-        )
+        self.stream = stream
+        self.function = function
+        self.advance = stream.advance
+        self.state = stream.state
+        self.restore = stream.restore
 
     def peek(self, count: int) -> MapDraw:
         return MapDraw(self.stream.peek(count), self.function)
@@ -237,15 +242,21 @@ class FilterStream:
     """The samples that pass a test."""
 
     def __init__(self, stream: Stream, function: Function):
-        self.stream, self.function, self.state = stream, function, stream.state
-        self._tried, self._passed, self._possible = 1, 1, False
+        self.stream = stream
+        self.function = function
+        self.state = stream.state
+        self._tried = 1
+        self._passed = 1
+        self._possible = False
         self._forget()
 
     def _forget(self) -> None:
         # beyond the stream's position: samples tested, those that passed
-        self._seen, self._kept = 0, np.empty(0, np.int64)
+        self._seen = 0
+        self._kept = np.empty(0, np.int64)
         # those that passed when it was last looked further, and are used
-        self._draw, self._consumed = self.stream.peek(0), 0
+        self._draw = self.stream.peek(0)
+        self._consumed = 0
 
     def peek(self, count: int) -> Draw:
         if len(self._kept) < count:
@@ -272,11 +283,9 @@ class FilterStream:
                 draw.take(slice(self._seen, None)).measured(self, self.function.tests)
             )
             self._kept = np.concatenate([self._kept, self._seen + passed])
-            self._seen, self._tried, self._passed = (
-                self._seen + more,
-                self._tried + more,
-                self._passed + len(passed),
-            )
+            self._seen = self._seen + more
+            self._tried = self._tried + more
+            self._passed = self._passed + len(passed)
             self._possible = self._possible or bool(len(passed))
             if not self._possible and self._tried > FRUITLESS:
                 self._possible = self.possible([])
@@ -289,16 +298,15 @@ class FilterStream:
                             " samples that come to it"
                         ),
                     )
-        self._draw, self._consumed = draw.take(self._kept), 0
+        self._draw = draw.take(self._kept)
+        self._consumed = 0
 
     def advance(self, count: int) -> None:
         if count:
             consumed = int(self._kept[count - 1]) + 1
             self.stream.advance(consumed)
-            self._seen, self._kept = (
-                self._seen - consumed,
-                self._kept[count:] - consumed,
-            )
+            self._seen = self._seen - consumed
+            self._kept = self._kept[count:] - consumed
             self._consumed += count
 
     def restore(self, state: Any) -> None:
@@ -316,14 +324,18 @@ class MixDraw:
         which: np.ndarray,
         slots: np.ndarray,
     ):
-        self.parts, self.which, self.slots = parts, which, slots
+        self.parts = parts
+        self.which = which
+        self.slots = slots
 
     def __len__(self) -> int:
         return len(self.which)
 
     def take(self, which: Any) -> MixDraw:
-        sources, slots = self.which[which], self.slots[which]
-        parts, renumbered = list(self.parts), np.empty_like(slots)
+        sources = self.which[which]
+        slots = self.slots[which]
+        parts = list(self.parts)
+        renumbered = np.empty_like(slots)
         for i, places in enumerate(places_of(sources, len(parts))):
             parts[i] = self.parts[i].take(slots[places])
             renumbered[places] = np.arange(len(places))
@@ -376,11 +388,9 @@ class MixStream:
         streams: dict[str, Stream],
         weights: Sequence[int],
     ):
-        self.names, self.streams, self.pattern = (
-            list(streams),
-            list(streams.values()),
-            Pattern(weights),
-        )
+        self.names = list(streams)
+        self.streams = list(streams.values())
+        self.pattern = Pattern(weights)
         shapes = {
             name: described(stream.peek(1).read()) for name, stream in streams.items()
         }
@@ -397,7 +407,8 @@ class MixStream:
 
     def peek(self, count: int) -> MixDraw:
         which = self.pattern.peek(count)
-        slots, parts = np.empty(count, np.int64), []
+        slots = np.empty(count, np.int64)
+        parts = []
         for stream, places in zip(
             self.streams,
             places_of(which, len(self.streams)),

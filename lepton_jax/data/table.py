@@ -444,7 +444,9 @@ def _read(
         else []
     )
 
-    rows, lines, start = [], [], 1
+    rows = []
+    lines = []
+    start = 1
     reader = csv.reader(
         io.StringIO(text, newline=""),
         skipinitialspace=True,
@@ -697,7 +699,11 @@ def _fit(
         absent,
         marks,
     )
-    numbers, edges, notations, categories, vocabularies = [], [], [], [], []
+    numbers = []
+    edges = []
+    notations = []
+    categories = []
+    vocabularies = []
     for name in used:
         cells = train.columns[name]
         if name in spelled and not absent.issuperset(cells):

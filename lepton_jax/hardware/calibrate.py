@@ -71,7 +71,8 @@ def _copy_rate() -> float:
 
 def _all_reduce_rate(devices: list[jax.Device]) -> tuple[float, float]:
     """Bytes/s of the machine's memory for collectives, and seconds of an empty one."""
-    n, mesh = len(devices), Mesh(np.asarray(devices), ("all",))
+    n = len(devices)
+    mesh = Mesh(np.asarray(devices), ("all",))
     reduce = jax.jit(
         jax.shard_map(
             partial(jax.lax.psum, axis_name="all"),
@@ -103,7 +104,8 @@ def _seconds(
     seconds.
     """
     run(*args).block_until_ready()
-    best, end = float("inf"), time.perf_counter() + most
+    best = float("inf")
+    end = time.perf_counter() + most
     for _ in range(20):
         start = time.perf_counter()
         run(*args).block_until_ready()

@@ -313,10 +313,8 @@ def _torus(parts: tuple[Part, ...], topology: Topology) -> Link:
     do the devices of a chip, unless they are on the axis themselves: then each half of
     what the chip gathers crosses to the other device.
     """
-    chip, ici = (
-        topology.chip,
-        [part for part in parts if part.dim < topology.chip.torus],
-    )
+    chip = topology.chip
+    ici = [part for part in parts if part.dim < topology.chip.torus]
     n, chips = (math.prod(part.size for part in some) for some in (parts, ici))
     rings = {
         part: topology.wraps[part.dim] and part.size == topology.grid[part.dim]
@@ -401,15 +399,11 @@ def _switched(parts: tuple[Part, ...], topology: Topology) -> Link:
         math.prod(part.size for part in parts if part.dim == dim) for dim in (0, 1)
     )
     n = nodes * inside
-    nvlink, network = (
-        chip.link_bandwidth * chip.link_fraction,
-        chip.network_bandwidth * chip.network_fraction,
-    )
+    nvlink = chip.link_bandwidth * chip.link_fraction
+    network = chip.network_bandwidth * chip.network_fraction
     through = (n - 1) / n / nvlink if inside > 1 else 0.0
-    gather, exchange = (
-        max(through, (nodes - 1) / n / network),
-        max(through, (n - inside) / n / network),
-    )
+    gather = max(through, (nodes - 1) / n / network)
+    exchange = max(through, (n - inside) / n / network)
     words = [
         f"NVLink among {inside} of a node" if inside > 1 else "",
         f"the network among {nodes} nodes" if nodes > 1 else "",
@@ -434,7 +428,8 @@ def _switched(parts: tuple[Part, ...], topology: Topology) -> Link:
 
 def _memory(parts: tuple[Part, ...], topology: Topology) -> Link:
     """Virtual devices copy through one memory, all at the same time."""
-    chip, n = topology.chip, math.prod(part.size for part in parts)
+    chip = topology.chip
+    n = math.prod(part.size for part in parts)
     rate = chip.link_bandwidth * chip.link_fraction / topology.devices
     return Link(
         n,

@@ -44,7 +44,8 @@ def matmul_seconds(
     if not m * n * k * batch:
         return 0.0
     short, long = (m, n) if m < n else (n, m)
-    tile, depth = chip.tile, chip.tile_depth
+    tile = chip.tile
+    depth = chip.tile_depth
     short = (
         -(-short // tile) * tile
         if short > tile

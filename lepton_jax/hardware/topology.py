@@ -69,7 +69,8 @@ class Topology:
     @cached_property
     def wraps(self) -> tuple[bool, ...]:
         """Of each dim of the grid, whether its links close to a ring."""
-        size, torus = self.chip.wrap_size, self.grid[: self.chip.torus]
+        size = self.chip.wrap_size
+        torus = self.grid[: self.chip.torus]
         rings = [n >= size and n % size == 0 and n > 2 for n in torus]
         if self.chip.torus == 3:
             rings = [all(rings)] * 3
@@ -98,7 +99,8 @@ class Topology:
         """
         if self.platform != "cpu":
             return self.chip
-        chip, n = self.chip, self.devices
+        chip = self.chip
+        n = self.devices
         return replace(
             chip,
             peaks={dtype: peak / n for dtype, peak in chip.peaks.items()},
@@ -218,7 +220,8 @@ def here(count: int | None = None) -> tuple[Topology, list[jax.Device]]:
             ),
         )
     devices = devices[:count]
-    kind, platform = devices[0].device_kind, devices[0].platform
+    kind = devices[0].device_kind
+    platform = devices[0].platform
     chip = next((c for c in CHIPS.values() if kind in c.kinds), None)
     if chip is None:
         stats = devices[0].memory_stats() or {}

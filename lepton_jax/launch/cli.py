@@ -172,11 +172,9 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     options, given = settings.parse(parser, arguments, names)
     kept = {k: v for k, v in run.get("settings", {}).items() if k not in given}
     chosen = _typed(parser, kept, Path(head.resume or "") / "recipe.json") | given
-    options.resume, options.run_dir, options.go_on = (
-        head.resume,
-        head.run_dir,
-        head.go_on,
-    )
+    options.resume = head.resume
+    options.run_dir = head.run_dir
+    options.go_on = head.go_on
     folder = _folder(options, Path(file).stem)
     if submit.wanted(options) or around is None:
         return _said(
@@ -524,7 +522,8 @@ def _head(
             remedy=f"ask for 1 to {MOST_DEVICES} devices",
         )
     if told is not None and told.run_dir is not None:
-        head.run_dir, head.go_on = told.run_dir, True
+        head.run_dir = told.run_dir
+        head.go_on = True
     if head.run_dir == "":
         raise SettingError(
             "--run-dir is empty",

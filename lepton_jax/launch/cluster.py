@@ -15,7 +15,8 @@ from lepton_jax.errors import PlanError, SettingError
 from lepton_jax.launch import settings
 
 # above what Linux gives out by itself (ip_local_port_range ends at 60999)
-FIRST_PORT, PORTS = 61440, 4096
+FIRST_PORT = 61440
+PORTS = 4096
 PORT = 8476  # where nobody else can be on the machine, or the user names no other
 MOST_HOSTS = 65536  # a typing error shall not take all memory
 START_HERE = "to train on this machine alone, add --hosts 1"

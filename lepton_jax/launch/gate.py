@@ -19,7 +19,8 @@ from lepton_jax.launch.wire import LANGUAGE, Line
 
 CHANNEL = "supervisors"
 TWICE = 0.5  # seconds in which a second signal is the first one's echo
-FLUSH_TIME, PAUSE = 2.0, 0.01
+FLUSH_TIME = 2.0
+PAUSE = 0.01
 
 
 class Seat:
@@ -41,7 +42,9 @@ class Seat:
         line: Line,
         name: str,
     ):
-        self.host, self.line, self.name = host, line, name
+        self.host = host
+        self.line = line
+        self.name = name
         self.generation: int | None = None
         self.forget(Place(), 0.0)
 
@@ -55,13 +58,11 @@ class Seat:
         self.error: dict[str, Any] | None = None
         self.stack: tuple[str, ...] = ()
         self.asked = False
-        self.place, self.at, self.over, self.silent, self.state = (
-            place,
-            now,
-            False,
-            0.0,
-            "",
-        )
+        self.place = place
+        self.at = now
+        self.over = False
+        self.silent = 0.0
+        self.state = ""
 
     def hear(
         self,
@@ -72,14 +73,13 @@ class Seat:
         state: str,
     ) -> None:
         if place.age < self.where(now).age - 1.0:  # it goes on
-            self.stack, self.asked = (), False
-        self.place, self.at, self.over, self.silent, self.state = (
-            place,
-            now,
-            over,
-            silent,
-            state,
-        )
+            self.stack = ()
+            self.asked = False
+        self.place = place
+        self.at = now
+        self.over = over
+        self.silent = silent
+        self.state = state
 
     def where(self, now: float) -> Place:
         return self.place._replace(age=self.place.age + now - self.at)
@@ -96,7 +96,8 @@ def listen(cluster: Cluster) -> socket.socket:
             ("127.0.0.1", 0),
             backlog=max(cluster.hosts, BACKLOG),
         )
-    port, ipv6 = int(split(cluster.coordinator)[1]), socket.has_dualstack_ipv6()
+    port = int(split(cluster.coordinator)[1])
+    ipv6 = socket.has_dualstack_ipv6()
     try:
         return socket.create_server(
             ("", port),
@@ -215,10 +216,8 @@ class Gate:
         """
         said = None if error is None else {"what": error.what, "remedy": error.remedy}
         self.tell("over", code=code, error=said)
-        lines, until = (
-            [seat.line for seat in self.seats.values()],
-            time.monotonic() + FLUSH_TIME,
-        )
+        lines = [seat.line for seat in self.seats.values()]
+        until = time.monotonic() + FLUSH_TIME
         while any(line.open for line in lines) and time.monotonic() < until:
             time.sleep(PAUSE)
             for line in lines:
@@ -241,7 +240,8 @@ class Gate:
         ):
             line.give_up("it is no supervisor")
             return
-        host, fault = hello["host"], None
+        host = hello["host"]
+        fault = None
         before = self.seats.get(host)
         if hello.get("run") != self.run:
             _refuse(

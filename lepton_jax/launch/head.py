@@ -29,7 +29,8 @@ from lepton_jax.launch.rules import RESTARTS, HostsError, Rules
 from lepton_jax.launch.verdict import Fault, Place
 from lepton_jax.launch.watchdog import AGAIN, EARLY, INTERRUPTED
 
-TICK, PING = 0.05, 1.0
+TICK = 0.05
+PING = 1.0
 # a tick that comes so late says that this process was stopped, not that all others fell
 # silent
 HELD_UP = 2.0
@@ -76,12 +77,10 @@ class Head:
                 where=cluster,
                 remedy=f"write at most {cluster.hosts}",
             )
-        self.cluster, self.rules, self.folder, self.limit = (
-            cluster,
-            rules,
-            folder,
-            limit,
-        )
+        self.cluster = cluster
+        self.rules = rules
+        self.folder = folder
+        self.limit = limit
         restarts = (
             rules.restarts
             if rules.restarts is not None
@@ -181,7 +180,8 @@ class Head:
         """A supervisor tells of its worker; what it says of an earlier generation
         counts for nothing.
         """
-        now, kind = time.monotonic(), message.get("at")
+        now = time.monotonic()
+        kind = message.get("at")
         if kind == "signal":
             # a scheduler tells every host once
             self._signals = max(self._signals, message["count"])
@@ -202,11 +202,9 @@ class Head:
         elif kind == "stack":
             seat.stack = tuple(message["stack"])
         elif kind == "ended":
-            seat.generation, seat.code, seat.error = (
-                None,
-                message["code"],
-                message.get("error"),
-            )
+            seat.generation = None
+            seat.code = message["code"]
+            seat.error = message.get("error")
             if self._state == self._running and seat.code not in (
                 0,
                 AGAIN,
@@ -224,7 +222,8 @@ class Head:
                 self._faulted(now)
 
     def _tick(self, now: float) -> None:
-        late, self._ticked = now - self._ticked, now
+        late = now - self._ticked
+        self._ticked = now
         if late > HELD_UP:
             self.gate.held_up(late)
             self._until += late
@@ -290,14 +289,13 @@ class Head:
         """
         assert all(seat.generation is None for seat in self.seats.values())
         self.generation = max(self.generation, self._floor) + 1
-        self.members, self.gate.begun = sorted(self.seats), True
-        self._faults, self._at_once, self._fault, self._asked_at, self._why = (
-            [],
-            0,
-            None,
-            None,
-            "",
-        )
+        self.members = sorted(self.seats)
+        self.gate.begun = True
+        self._faults = []
+        self._at_once = 0
+        self._fault = None
+        self._asked_at = None
+        self._why = ""
         self._base = self.saved() or 0
         address = (
             joined(self.name, self._free_port()) if len(self.members) > 1 else None
@@ -443,7 +441,8 @@ class Head:
         well.
         """
         if len(self._faults) == 1:
-            self._first, self._until = now, now + self.rules.settle
+            self._first = now
+            self._until = now + self.rules.settle
         if now <= self._until:
             self._at_once = len(self._faults)
 
@@ -474,10 +473,8 @@ class Head:
             generation=self.generation,
             seconds=self.rules.ending,
         )
-        self._until, self._state = (
-            now + 2 * self.rules.ending + self.rules.lost,
-            self._ending,
-        )
+        self._until = now + 2 * self.rules.ending + self.rules.lost
+        self._state = self._ending
 
     def _stop(
         self,
@@ -494,10 +491,8 @@ class Head:
         )
         # where a host is still starting there is nothing to save yet
         limit = self.rules.limit("stop")
-        self._until, self._state = (
-            now + (min(limit, STOP_START) if starts else limit),
-            self._stopping,
-        )
+        self._until = now + (min(limit, STOP_START) if starts else limit)
+        self._state = self._stopping
 
     def _busy(self) -> list[Seat]:
         return [seat for seat in self.seats.values() if seat.generation is not None]
@@ -522,10 +517,8 @@ class Head:
                 generation=self.generation,
                 seconds=self.rules.ending,
             )
-            self._until, self._state = (
-                now + 2 * self.rules.ending + self.rules.lost,
-                self._ending,
-            )
+            self._until = now + 2 * self.rules.ending + self.rules.lost
+            self._state = self._ending
         else:
             self._stopped(now, [seat.code for seat in seats])
 
@@ -581,12 +574,10 @@ class Head:
         now: float,
         pause: float,
     ) -> None:
-        self._first, self._until, self._asked_at, self._state = (
-            now,
-            now + pause,
-            None,
-            self._waiting,
-        )
+        self._first = now
+        self._until = now + pause
+        self._asked_at = None
+        self._state = self._waiting
 
     def _waiting(self, now: float) -> None:
         """For the back-off, and for the hosts that took part until now."""
@@ -633,7 +624,8 @@ class Head:
         code: int,
         error: LeptonError | None = None,
     ) -> None:
-        self._exit, self.record.exit_code = (code, error), code
+        self._exit = (code, error)
+        self.record.exit_code = code
 
     # ---- small things ----
 
@@ -650,7 +642,8 @@ class Head:
                 generation=self.generation,
                 seconds=0.0,
             )
-            self._until, self._state = now + self.rules.lost, self._ending
+            self._until = now + self.rules.lost
+            self._state = self._ending
         elif self._state == self._running:
             self._stop("person", now)
         else:
@@ -694,11 +687,9 @@ class Head:
         record = self.record
         state = "over" if self._exit else self._state.__name__.strip("_")
         changed = (state, self.generation) != (record.state, record.generation)
-        record.state, record.generation, record.restarts_left = (
-            state,
-            self.generation,
-            self.budget.left,
-        )
+        record.state = state
+        record.generation = self.generation
+        record.restarts_left = self.budget.left
         record.refused_connections = self.gate.door.refused.count
         for host, each in record.hosts.items():
             seat = self.seats.get(host)

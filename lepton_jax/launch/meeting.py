@@ -205,7 +205,8 @@ def differs(
     if not 0 < host < own["hosts"]:
         return twice(host, cluster)
     for name in sorted(own["facts"].keys() | heard["facts"].keys()):
-        here, there = own["facts"].get(name), heard["facts"].get(name)
+        here = own["facts"].get(name)
+        there = heard["facts"].get(name)
         if here != there:
             return SettingError(
                 f"host {host} differs from host 0 in {name}: {there} there, {here}"

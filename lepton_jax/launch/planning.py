@@ -89,7 +89,8 @@ def look(arguments: list[str]) -> int:
     Raises:
       LeptonError: whatever the user can mend.
     """
-    file, wants_help = _recipe_file(arguments), bool({"-h", "--help"} & set(arguments))
+    file = _recipe_file(arguments)
+    wants_help = bool({"-h", "--help"} & set(arguments))
     function = None if file is None else settings.load(Path(file))
     own = [] if function is None else list(inspect.signature(function).parameters)
     parser = _parser("micro_batches" not in own)
@@ -455,14 +456,12 @@ def _planned(
     asked = {name: value for name, value in asked.items() if value is not None} | {
         "objective": options.objective
     }
-    start, result = (
-        time.perf_counter(),
-        Result(
-            target,
-            replayed,
-            None,
-            0.0,
-        ),
+    start = time.perf_counter()
+    result = Result(
+        target,
+        replayed,
+        None,
+        0.0,
     )
     if replayed is not None:
         _matching(replayed, traced, options.replay)
@@ -644,7 +643,8 @@ def _record(
 
 
 def _entry(result: Result) -> dict[str, Any]:
-    on, made = result.topology, result.plan
+    on = result.topology
+    made = result.plan
     entry: dict[str, Any] = {
         "topology": on.name,
         "devices": on.devices,

@@ -32,7 +32,8 @@ GLOO = re.compile(
     rb"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected number of connected"
     rb" peer ranks is : \d+\n"
 )
-GLOO_BEGINS, LONGEST_GLOO = b"[Gloo] Rank ", 160
+GLOO_BEGINS = b"[Gloo] Rank "
+LONGEST_GLOO = 160
 
 
 def variables(more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -95,7 +96,8 @@ class Worker:
             else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         )
         if forward is None and full.hosts > 1:
-            streams, forward = {"stdout": subprocess.PIPE}, pass_on
+            streams = {"stdout": subprocess.PIPE}
+            forward = pass_on
         try:
             # a group of its own: Ctrl-C in the terminal reaches the supervisor alone
             self.process = subprocess.Popen(
@@ -128,10 +130,8 @@ class Worker:
         self.generation = full.generation
         self.heard: float | None = None
         self.error: dict[str, Any] | None = None
-        self._place, self._at = (
-            Place(limit=full.limits.get("start", DEFAULTS["start"])),
-            time.monotonic(),
-        )
+        self._place = Place(limit=full.limits.get("start", DEFAULTS["start"]))
+        self._at = time.monotonic()
         self._lines = self._text = b""
         self._text_at: float | None = None
         self._asked = False
@@ -162,10 +162,12 @@ class Worker:
                 if "error" in said:
                     self.error = said["error"]
                 else:
-                    self._place, self._at = Place(**said), now
+                    self._place = Place(**said)
+                    self._at = now
         more = self._read(self._stack)
         if more:
-            self._text, self._text_at = (self._text + more)[-MOST:], now
+            self._text = (self._text + more)[-MOST:]
+            self._text_at = now
 
     def _read(self, end: int) -> bytes:
         if end not in self._open:
@@ -218,7 +220,9 @@ class Worker:
         """A stack that has come and was not taken yet, innermost first."""
         if self._text_at is None or now - self._text_at < QUIET:
             return ()
-        text, self._text, self._text_at = self._text.decode(errors="replace"), b"", None
+        text = self._text.decode(errors="replace")
+        self._text = b""
+        self._text_at = None
         return frames(text)
 
     def stop(self) -> None:

@@ -142,7 +142,8 @@ def unseal(
     line: bytes,
 ) -> bytes | None:
     """The message of a line; None if it was not sealed with this key and number."""
-    said, message = line[:SEAL], line[SEAL + 1 :]
+    said = line[:SEAL]
+    message = line[SEAL + 1 :]
     whole = line[SEAL : SEAL + 1] == b" "
     if not whole or not hmac.compare_digest(said, _seal(key, number, message)):
         return None

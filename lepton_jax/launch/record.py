@@ -18,10 +18,13 @@ from lepton_jax.launch.verdict import Fault, Place, behind
 SELDOM = 1.0  # seconds between two writes
 LATELY = 60.0  # seconds over which a share of time is taken
 # seconds: of such a share; without a line; for which others wait, that are worth a word
-LEAST, MUTE, HELD = 3.0, 5.0, 2.0
+LEAST = 3.0
+MUTE = 5.0
+HELD = 2.0
 # of its time a host waits for data, and so many times as much as the others, to be
 # called slow
-SHARE, TIMES = 0.02, 2.0
+SHARE = 0.02
+TIMES = 2.0
 
 
 @dataclass
@@ -53,7 +56,9 @@ class HostRecord:
             self.recent.append((heard, place.data))
         while heard - self.recent[0][0] > LATELY:
             self.recent.popleft()
-        self.place, self.heard, self.silent = place, heard, silent
+        self.place = place
+        self.heard = heard
+        self.silent = silent
 
     @property
     def data(self) -> float:
@@ -78,7 +83,8 @@ class HostRecord:
         )
 
     def to_json(self, now: float) -> dict[str, Any]:
-        at, share = self.place, self.data_share
+        at = self.place
+        share = self.data_share
         where = (
             {}
             if at is None
@@ -269,7 +275,8 @@ class Record:
         self.slowest = slowest(self.hosts, now)
         if self.slowest is not None:
             self.hosts[self.slowest["host"]].slow += min(now - self.written, 2 * SELDOM)
-        self.written, fresh = now, folder / f"hosts.json.{os.getpid()}"
+        self.written = now
+        fresh = folder / f"hosts.json.{os.getpid()}"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             fresh.write_text(json.dumps(self.to_json()) + "\n")

@@ -34,7 +34,9 @@ DEFAULTS = {
     "stop": 90.0,
 }
 # of a step: while no one knows how long one takes; from how many; how many
-UNKNOWN, KNOWN_AFTER, TIMES = 600.0, 3, 10.0
+UNKNOWN = 600.0
+KNOWN_AFTER = 3
+TIMES = 10.0
 NAMES = (*PHASES, "silence", "stop")
 assert set(DEFAULTS) == set(NAMES)
 RESTARTS = 10  # of several hosts, in a day, without a checkpoint in between
@@ -104,12 +106,15 @@ class Limits:
     """
 
     def __init__(self, given: Mapping[str, float]):
-        self._limits, self._adapts = {**DEFAULTS, **given}, "steps" not in given
-        self.longest, self.seen = 0.0, 0
+        self._limits = {**DEFAULTS, **given}
+        self._adapts = "steps" not in given
+        self.longest = 0.0
+        self.seen = 0
 
     def saw(self, seconds: float) -> None:
         """So long nothing changed between two changes within "steps"."""
-        self.longest, self.seen = max(self.longest, seconds), self.seen + 1
+        self.longest = max(self.longest, seconds)
+        self.seen = self.seen + 1
 
     def of(self, phase: str) -> float:
         """Seconds; inf where there is none."""

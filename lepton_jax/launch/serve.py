@@ -101,13 +101,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         family, _, _, _, where = socket.getaddrinfo(
             *place, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        self.address_family, self.folder = family, Path(folder)
-        self._watch, self._hosts, self._lock = Watch(folder), hosts, threading.Lock()
-        self._room, self._tokens, self._looked = (
-            threading.BoundedSemaphore(AT_ONCE),
-            set[str](),
-            0.0,
-        )
+        self.address_family = family
+        self.folder = Path(folder)
+        self._watch = Watch(folder)
+        self._hosts = hosts
+        self._lock = threading.Lock()
+        self._room = threading.BoundedSemaphore(AT_ONCE)
+        self._tokens = set[str]()
+        self._looked = 0.0
         super().__init__((str(where[0]), int(where[1])), Handler)
         self.name, self.port = str(self.server_address[0]), int(self.server_address[1])
         self.loopback = ipaddress.ip_address(self.name.partition("%")[0]).is_loopback
@@ -199,11 +200,9 @@ class _Request(io.RawIOBase):
     """What a client sends: so many bytes at most, within so many seconds in all."""
 
     def __init__(self, connection: socket.socket):
-        self._connection, self._left, self._until = (
-            connection,
-            MOST,
-            time.monotonic() + PATIENCE,
-        )
+        self._connection = connection
+        self._left = MOST
+        self._until = time.monotonic() + PATIENCE
 
     def readable(self) -> bool:
         return True
@@ -416,7 +415,8 @@ def page(found: Mapping[str, Any]) -> str:
     """The status as a page that needs nothing else, and comes anew every five
     seconds.
     """
-    evaluation, seconds = found["evaluation"], found["seconds"]
+    evaluation = found["evaluation"]
+    seconds = found["seconds"]
     rate = (
         ""
         if found["steps_per_second"] is None
@@ -481,10 +481,8 @@ class Here:
     """
 
     def __init__(self) -> None:
-        self._record, self._lock = (
-            HostRecord("running", socket.gethostname(), 0),
-            threading.Lock(),
-        )
+        self._record = HostRecord("running", socket.gethostname(), 0)
+        self._lock = threading.Lock()
 
     def __call__(self) -> dict[str, Any]:
         now = time.monotonic()

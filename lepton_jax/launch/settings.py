@@ -249,7 +249,8 @@ def parse(
 def descriptions(function: Callable) -> dict[str, str]:
     """Setting to its text, from the docstring's `Args:` section."""
     section = ARGS.search(inspect.getdoc(function) or "")
-    found, name = {}, None
+    found = {}
+    name = None
     for line in section[1].splitlines() if section else []:
         match = re.match(r"\s*(\w+): (.*)", line)
         if match:

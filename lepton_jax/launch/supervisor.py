@@ -34,7 +34,9 @@ from lepton_jax.launch.verdict import MISTAKE
 from lepton_jax.launch.watchdog import INTERRUPTED
 from lepton_jax.launch.wire import Line
 
-TICK, BEAT, AGAIN_AFTER = 0.1, 0.5, 0.5
+TICK = 0.1
+BEAT = 0.5
+AGAIN_AFTER = 0.5
 
 
 def wanted(cluster: Cluster, rules: Rules) -> bool:
@@ -208,14 +210,12 @@ class Supervisor:
         secret: str = "",
         prefix: bool = False,
     ):
-        self.cluster, self.rules, self.command, self.host, self.address, self.limit = (
-            cluster,
-            rules,
-            list(command),
-            host,
-            address,
-            limit,
-        )
+        self.cluster = cluster
+        self.rules = rules
+        self.command = list(command)
+        self.host = host
+        self.address = address
+        self.limit = limit
         self.environment = environment
         self.token = token
         self._told_of_token = False
@@ -258,7 +258,8 @@ class Supervisor:
           SettingError: the hosts do not meet, or this one is refused.
           HostsError: the head is lost, and does not come back.
         """
-        until, fault = time.monotonic() + self.limit, "no answer"
+        until = time.monotonic() + self.limit
+        fault = "no answer"
         try:
             while True:
                 line = self._connect(until, fault)
@@ -273,11 +274,9 @@ class Supervisor:
                 fault = line.fault
                 self._tell_of_token(fault)
                 if self._welcome:
-                    self._welcome, self._met, until = (
-                        False,
-                        True,
-                        time.monotonic() + self.rules.grace,
-                    )
+                    self._welcome = False
+                    self._met = True
+                    until = time.monotonic() + self.rules.grace
                     self._lost = fault
                     self._say(
                         f"host 0 is lost: {fault}; host {self.host} ends its training"
@@ -338,7 +337,8 @@ class Supervisor:
         Raises:
           SettingError: the head refuses this host.
         """
-        self._ticked, self._told = time.monotonic(), 0
+        self._ticked = time.monotonic()
+        self._told = 0
         while True:
             for message in line.receive():
                 if message.get("do") == "refuse":
@@ -361,7 +361,8 @@ class Supervisor:
                     self._welcome = True
                     self._obey(message, line)
             now = time.monotonic()
-            late, self._ticked = now - self._ticked, now
+            late = now - self._ticked
+            self._ticked = now
             if late > HELD_UP:
                 line.heard += late
                 if self.worker is not None:
@@ -383,7 +384,8 @@ class Supervisor:
         message: Mapping[str, Any],
         line: Line,
     ) -> None:
-        do, now = message.get("do"), time.monotonic()
+        do = message.get("do")
+        now = time.monotonic()
         if do == "begin":
             self._end_worker(0.0)
             told = {
@@ -446,11 +448,9 @@ class Supervisor:
                 worker.end(0.0, now)
             worker.listen(now)
             code = worker.code(now)
-            place, stack, silent = (
-                worker.place(now),
-                worker.stack(now),
-                worker.silent(now),
-            )
+            place = worker.place(now)
+            stack = worker.stack(now)
+            silent = worker.silent(now)
             if stack:
                 line.send(
                     at="stack",
@@ -462,7 +462,8 @@ class Supervisor:
                 or place.phase != self._phase
                 or code is not None
             ):
-                self._beat, self._phase = now, place.phase
+                self._beat = now
+                self._phase = place.phase
                 line.send(
                     at="where",
                     generation=worker.generation,
@@ -502,7 +503,8 @@ class Supervisor:
 
     def _end_worker(self, seconds: float) -> None:
         """It can't go on."""
-        worker, self.worker = self.worker, None
+        worker = self.worker
+        self.worker = None
         if worker is None:
             return
         worker.end(seconds, time.monotonic())

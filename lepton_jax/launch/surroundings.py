@@ -165,7 +165,8 @@ def tpu(
         and metadata is not None
         and "TPU_SKIP_MDS_QUERY" not in environ
     ):
-        environ, where = {**_of_server(metadata), **environ}, "the metadata server"
+        environ = {**_of_server(metadata), **environ}
+        where = "the metadata server"
     if not any(name in environ for name in names):
         return None
     workers = [split(each)[0] for each in environ.get(addresses, "").split(",") if each]
@@ -196,7 +197,9 @@ def tpu(
         if "TPU_WORKER_ID" in environ
         else 0
     )
-    slices, slice_id, first = 1, 0, workers[0]
+    slices = 1
+    slice_id = 0
+    first = workers[0]
     if several:
         slices = _number(environ, "MEGASCALE_NUM_SLICES", 1)
         slice_id = _number(environ, "MEGASCALE_SLICE_ID", 0, slices - 1)
@@ -225,10 +228,8 @@ def _of_server(metadata: Metadata) -> dict[str, str]:
     """The variables that GKE would set, from what the metadata server of a TPU VM
     knows.
     """
-    worker, endpoints = (
-        metadata("agent-worker-number"),
-        metadata("worker-network-endpoints"),
-    )
+    worker = metadata("agent-worker-number")
+    endpoints = metadata("worker-network-endpoints")
     if worker is None or endpoints is None:
         return {}
     # older servers write name:id:address
@@ -508,7 +509,8 @@ def _range(text: str, nodes: str) -> list[str]:
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part, re.ASCII)
         if not match:
             raise _bad_nodes(nodes)
-        first, last = int(match[1]), int(match[2] or match[1])
+        first = int(match[1])
+        last = int(match[2] or match[1])
         if not first <= last < first + MOST_HOSTS:
             raise _bad_nodes(nodes)
         numbers += [

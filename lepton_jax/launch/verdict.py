@@ -35,7 +35,8 @@ ORDER = {
 SHOWN = 12  # lines of a stack
 # so often the same fault without a checkpoint in between, and it is not tried again
 SAME = 3
-DAY, LONGEST_PAUSE = 86400.0, 60.0
+DAY = 86400.0
+LONGEST_PAUSE = 60.0
 
 
 class Place(NamedTuple):
@@ -333,7 +334,8 @@ class Budget:
     """
 
     def __init__(self, restarts: int, pause: float):
-        self.restarts, self.pause = restarts, pause
+        self.restarts = restarts
+        self.pause = pause
         self.failures: list[float] = []
         self._saved: int | None = None
         self._last: tuple | None = None
@@ -360,7 +362,9 @@ class Budget:
           HostsError: it is of no use to try again, or not allowed.
         """
         if saved is not None and (self._saved is None or saved > self._saved):
-            self.failures, self._last, self._saved = [], None, saved
+            self.failures = []
+            self._last = None
+            self._saved = saved
         same = (fault.cause, fault.place.phase, saved)
         self._same = self._same + 1 if same == self._last else 1
         self._last = same

@@ -133,7 +133,8 @@ def leave(code: int) -> int:
 
 def reading(limit: float) -> dict[str, Any]:
     """How this process stands, as the fields of a `verdict.Place`."""
-    at, spent = phase.where(), phase.spent()
+    at = phase.where()
+    spent = phase.spent()
     return {
         "phase": at.phase,
         "step": at.step,
@@ -183,7 +184,9 @@ class Watchdog(threading.Thread):
 
     def __init__(self, told: Told):
         super().__init__(name="watchdog", daemon=True)
-        self.told, self.limits, self._lock = told, Limits(told.limits), threading.Lock()
+        self.told = told
+        self.limits = Limits(told.limits)
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         for end in (self.told.pipe, self.told.stack, self.told.lifeline):
@@ -203,9 +206,12 @@ class Watchdog(threading.Thread):
         super().start()
 
     def run(self) -> None:
-        last, told, written = phase.where(), 0.0, None
+        last = phase.where()
+        told = 0.0
+        written = None
         while True:
-            at, now = phase.where(), time.monotonic()
+            at = phase.where()
+            now = time.monotonic()
             if at.since != last.since and at.phase == last.phase == "steps":
                 self.limits.saw(at.since - last.since)
             limit = self.limits.of(at.phase)
@@ -228,7 +234,8 @@ class Watchdog(threading.Thread):
         patience: float = 0.0,
     ) -> bool:
         """A line, if there is room for it within `patience` seconds."""
-        text, until = json.dumps(line).encode() + b"\n", time.monotonic() + patience
+        text = json.dumps(line).encode() + b"\n"
+        until = time.monotonic() + patience
         with self._lock:
             while text:
                 try:

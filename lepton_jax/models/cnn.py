@@ -39,7 +39,8 @@ class CNN(nnx.Module):
         rngs: nnx.Rngs,
     ):
         height, width, channels = size
-        convs, pools = [], []
+        convs = []
+        pools = []
         for i, features in enumerate(widths):
             convs.append(
                 nnx.Conv(
@@ -62,7 +63,8 @@ class CNN(nnx.Module):
             pools.append(i < len(widths) - 1 and min(height, width) >= 2)
             height, width = (height // 2, width // 2) if pools[-1] else (height, width)
             channels = features
-        self.convs, self.pools = nnx.List(convs), tuple(pools)
+        self.convs = nnx.List(convs)
+        self.pools = tuple(pools)
         self.norms = nnx.List(
             [nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in widths if batch_norm]
         )

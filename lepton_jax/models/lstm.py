@@ -39,7 +39,9 @@ class LSTM(nnx.Module):
     ):
         if pool not in ("mean", "last"):
             raise ValueError(f"pool is {pool!r}; it must be 'mean' or 'last'")
-        self.pool, self.padding, self.hidden = pool, padding, hidden
+        self.pool = pool
+        self.padding = padding
+        self.hidden = hidden
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
         # The gates (input, forget, cell, output) have a dim of their own, so that
         # either dim can be sharded alone. An initializer sees them flattened.

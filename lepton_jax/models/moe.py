@@ -51,12 +51,10 @@ class Experts(nnx.Module):
             raise ValueError(
                 f"capacity is {capacity} and group {group}; both must be positive"
             )
-        self.experts, self.chosen, self.capacity, self.group = (
-            experts,
-            chosen,
-            capacity,
-            group,
-        )
+        self.experts = experts
+        self.chosen = chosen
+        self.capacity = capacity
+        self.group = group
         # float32 whatever the inputs are: rounded scores send tokens to other experts
         # (Fedus et al. 2021, section 2.4)
         self.router = nnx.Linear(
@@ -119,11 +117,10 @@ class Experts(nnx.Module):
             math.ceil(self.chosen * x.shape[2] * self.capacity / self.experts),
         )
         probabilities = jax.nn.softmax(self.router(x))
-        left, taken = (
-            probabilities,
-            jnp.zeros((*x.shape[:2], 1, self.experts), jnp.int32),
-        )
-        places, gates = [], []
+        left = probabilities
+        taken = jnp.zeros((*x.shape[:2], 1, self.experts), jnp.int32)
+        places = []
+        gates = []
         for _ in range(self.chosen):
             choice = jax.nn.one_hot(
                 left.argmax(-1),

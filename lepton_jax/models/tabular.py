@@ -52,7 +52,9 @@ class TabularMLP(nnx.Module):
     ):
         if not (edges or sizes):
             raise ValueError("a table needs numbers (edges) or categories (sizes)")
-        self.scalar, self.center, self.spread = outputs is None, center, spread
+        self.scalar = outputs is None
+        self.center = center
+        self.spread = spread
         self.starts = tuple(itertools.accumulate(sizes, initial=0))[:-1]
         table = _padded(edges)
         self.edges = Edges(jnp.asarray(table)) if edges else None
@@ -142,7 +144,8 @@ def _padded(edges: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _codes(numbers: jax.Array, edges: jax.Array) -> jax.Array:
     """Numbers (batch, a) to codes (batch, a, bins + 1)."""
-    low, high = edges[:, :-1], edges[:, 1:]
+    low = edges[:, :-1]
+    high = edges[:, 1:]
     width = high - low
     floor = jnp.where(
         jnp.arange(low.shape[1]) == 0,

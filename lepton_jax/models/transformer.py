@@ -24,12 +24,10 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.heads, self.kv_heads, self.theta, head = (
-            heads,
-            kv_heads,
-            theta,
-            dim // heads,
-        )
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.theta = theta
+        head = dim // heads
         self.query = nnx.Linear(
             dim,
             heads * head,
@@ -321,7 +319,8 @@ def rotary(x: jax.Array, theta: float) -> jax.Array:
     angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies
     # The angles are float32 whatever x is: in bfloat16, positions above 256 would fall
     # together.
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    cos = jnp.cos(angles).astype(x.dtype)
+    sin = jnp.sin(angles).astype(x.dtype)
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate(
         [left * cos - right * sin, right * cos + left * sin],

@@ -41,10 +41,8 @@ class TwoTower(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.center = center
-        self.users, self.items = (
-            nnx.Embed(users, dim, rngs=rngs),
-            nnx.Embed(items, dim, rngs=rngs),
-        )
+        self.users = nnx.Embed(users, dim, rngs=rngs)
+        self.items = nnx.Embed(items, dim, rngs=rngs)
         self.user_tower = MLP(
             (dim, *hidden, width),
             dropout=dropout,

@@ -124,7 +124,8 @@ def smooth(
         )
     if len(x) < 30:
         return x, y
-    weights, fine = np.hanning(2 * (len(x) // 30) + 3), np.isfinite(y)
+    weights = np.hanning(2 * (len(x) // 30) + 3)
+    fine = np.isfinite(y)
     share = np.convolve(fine, weights, "same")
     weighted = np.convolve(
         np.where(fine, y, 0.0),
@@ -149,7 +150,8 @@ def linear(
     """
     if not high > low:
         pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+        low = low - pad
+        high = high + pad
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(
@@ -221,16 +223,16 @@ def draw(
             f'<figure class="{kind}">{head}</figcaption><p class="empty">No finite'
             " value was recorded.</p></figure>"
         )
-    across, up = (
-        linear(*steps),
-        _vertical(
-            values,
-            zero,
-            log,
-            unit,
-        ),
+    across = linear(*steps)
+    up = _vertical(
+        values,
+        zero,
+        log,
+        unit,
     )
-    lines, points, data = [], [], []
+    lines = []
+    points = []
+    data = []
     for curve in curves:
         x, y = downsample(curve.x, curve.y)
         lines.append(
@@ -298,7 +300,8 @@ def _vertical(
     log: bool,
     unit: str,
 ) -> Scale:
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     if log and low > 0 and high / low > 50:
         pad = (high / low) ** 0.04
         return logarithmic(
@@ -307,7 +310,8 @@ def _vertical(
             unit,
         )
     if max(abs(low), abs(high)) > 1e300:  # the width of the axis itself would overflow
-        low, high = max(low, -1e300), min(high, 1e300)
+        low = max(low, -1e300)
+        high = min(high, 1e300)
     pad = (high - low) * 0.05
     bottom = 0.0 if zero or 0 <= low < pad else low - pad
     top = 1.0 if low >= 0 and high <= 1 < high + pad else high + pad
@@ -326,7 +330,8 @@ def _path(
     """The `d` of a curve in 0..1: a stroke per run of finite points; a point alone, or
     each of `dots`, is a dot.
     """
-    parts, fresh = [], True
+    parts = []
+    fresh = True
     fine = np.isfinite(y)
     for i, (a, b) in enumerate(zip(x, y, strict=True)):
         if not fine[i]:

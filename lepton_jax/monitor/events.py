@@ -118,7 +118,9 @@ class Monitor:
         sinks: Sequence[Sink] = (),
     ):
         self.path = None if folder is None else Path(folder) / FILE
-        self._sinks, self._lock, self._closed = tuple(sinks), threading.RLock(), False
+        self._sinks = tuple(sinks)
+        self._lock = threading.RLock()
+        self._closed = False
         self._file = None if self.path is None else Lines(self.path)
 
     def event(
@@ -233,7 +235,8 @@ def _mend(file: int) -> None:
     """Ends the file with a whole line: a torn last one goes, one that lacks only its
     newline gets it.
     """
-    size, tail = os.fstat(file).st_size, b""
+    size = os.fstat(file).st_size
+    tail = b""
     start = size
     while start and b"\n" not in tail:
         chunk = min(start, 1 << 16)

@@ -38,7 +38,9 @@ class Progress:
         self._unicode = "utf" in (getattr(self._stream, "encoding", None) or "").lower()
         self._folder = None if folder is None else str(folder)
         self._start: dict[str, Any] = {}
-        self._step, self._shown, self._drawn = 0, -math.inf, False
+        self._step = 0
+        self._shown = -math.inf
+        self._drawn = False
         # steps, seconds, samples
         self._windows: deque[tuple[int, float, int]] = deque(maxlen=20)
         self._seconds = self._waited = 0.0
@@ -58,7 +60,8 @@ class Progress:
             self._drawn = False
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        self._start, self._step = event, event.get("step") or 0
+        self._start = event
+        self._step = event.get("step") or 0
         self._folder = self._folder or event.get("folder")
         parts = []
         if event.get("parameters") is not None:
@@ -99,10 +102,8 @@ class Progress:
         last = event.get("last")
         if last is None:
             return
-        seconds, count = (
-            event.get("seconds") or 0.0,
-            last - (event.get("first") or last) + 1,
-        )
+        seconds = event.get("seconds") or 0.0
+        count = last - (event.get("first") or last) + 1
         self._windows.append(
             (
                 count,
@@ -110,10 +111,8 @@ class Progress:
                 event.get("samples") or 0,
             )
         )
-        self._seconds, self._waited = (
-            self._seconds + seconds,
-            self._waited + (event.get("data_wait") or 0.0),
-        )
+        self._seconds = self._seconds + seconds
+        self._waited = self._waited + (event.get("data_wait") or 0.0)
         self._step = last
         self._train.update(
             {
@@ -222,10 +221,8 @@ class Progress:
 
     def _summary(self, event: dict[str, Any]) -> dict[str, str]:
         """The rows of the closing table, in order."""
-        step, steps = (
-            event.get("step", self._step),
-            self._start.get("steps") or event.get("steps"),
-        )
+        step = event.get("step", self._step)
+        steps = self._start.get("steps") or event.get("steps")
         rows = {
             "status": (
                 (event.get("status") or "ended")
@@ -260,12 +257,11 @@ class Progress:
         """What the line says, in order, each with its rank: the greatest goes first
         when the line is too long.
         """
-        steps, parts = self._start.get("steps"), []
+        steps = self._start.get("steps")
+        parts = []
         parts.append((0, f"step {self._step:,}" + (f"/{steps:,}" if steps else "")))
-        size, epoch = (
-            self._start.get("batch_size"),
-            self._start.get("samples_per_epoch"),
-        )
+        size = self._start.get("batch_size")
+        epoch = self._start.get("samples_per_epoch")
         if size and epoch:
             # the last batch may be filled up from an epoch that does not count
             total = max(1, math.ceil((steps - 1) * size / epoch)) if steps else None
@@ -302,14 +298,16 @@ class Progress:
         return parts
 
     def _redraw(self) -> None:
-        room, parts = self._width() - 1, self._segments()
+        room = self._width() - 1
+        parts = self._segments()
 
         def text() -> str:
             return self._dot().join(part for _, part in parts)
 
         while len(parts) > 1 and len(text()) > room:
             parts.remove(max(parts, key=lambda part: part[0]))
-        line, steps = text()[:room], self._start.get("steps")
+        line = text()[:room]
+        steps = self._start.get("steps")
         length = min(24, room - len(line) - 2)
         if steps and length >= 6:
             done = min(length, length * self._step // steps)
@@ -373,7 +371,8 @@ def best_evaluation(
     """
     rule = start.get("best") or (start.get("settings") or {}).get("best")
     rule = rule if isinstance(rule, str) else "-loss"
-    name, sign = rule.removeprefix("-"), -1 if rule.startswith("-") else 1
+    name = rule.removeprefix("-")
+    sign = -1 if rule.startswith("-") else 1
     found = [
         (sign * metrics[name], -step)
         for step, metrics in evaluations
@@ -404,7 +403,8 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s" if seconds >= 9.995 else f"{seconds:.2f} s"
-    minutes, hours = round(seconds) // 60, round(seconds / 60) // 60
+    minutes = round(seconds) // 60
+    hours = round(seconds / 60) // 60
     if minutes < 60:
         return f"{minutes} min {round(seconds) % 60:02} s"
     if hours < 48:

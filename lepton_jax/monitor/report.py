@@ -75,17 +75,15 @@ def write_report(folder: Path) -> Path:
             where=folder / FILE,
             remedy="name the folder of a run that began",
         )
-    page, path = (
-        render(
-            events,
-            _read(folder / "plan.json"),
-            _read(folder / "recipe.json"),
-            folder.resolve().name,
-            decisions.read_decisions(folder),
-            _read(folder / "hosts.json"),
-        ),
-        folder / "report.html",
+    page = render(
+        events,
+        _read(folder / "plan.json"),
+        _read(folder / "recipe.json"),
+        folder.resolve().name,
+        decisions.read_decisions(folder),
+        _read(folder / "hosts.json"),
     )
+    path = folder / "report.html"
     try:
         part = path.with_suffix(".html.part")
         part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
@@ -106,11 +104,13 @@ def collect(events: Iterable[dict[str, Any]]) -> Run:
     """Puts the events of a folder together; `O(events)`, and fields that are missing
     are passed over.
     """
-    run, began = Run(), None
+    run = Run()
+    began = None
     parts: dict[str, Any] = {}
     windows: list[Any] = []
     for event in events:
-        kind, at = event["kind"], event.get("time") or 0.0
+        kind = event["kind"]
+        at = event.get("time") or 0.0
         began = at if began is None or kind == "start" else began
         step = event.get("step")
         # a start may first find damage
@@ -123,11 +123,9 @@ def collect(events: Iterable[dict[str, Any]]) -> Run:
                         step or 0, "resume", "resumed", f"resumed at step {step or 0:,}"
                     )
                 )
-            run.starts, run.start, run.end = (
-                [*run.starts, {"at": at, "until": at}],
-                event,
-                {},
-            )
+            run.starts = [*run.starts, {"at": at, "until": at}]
+            run.start = event
+            run.end = {}
             run.compilations = {}
         elif kind == "steps":
             _add_steps(run, event, parts, windows)
@@ -181,7 +179,8 @@ def collect(events: Iterable[dict[str, Any]]) -> Run:
         x, seconds, waits = (
             np.array(column, np.float64) for column in zip(*windows, strict=True)
         )
-        run.step_seconds, run.waits = _series([x], [seconds]), _series([x], [waits])
+        run.step_seconds = _series([x], [seconds])
+        run.waits = _series([x], [waits])
     return run
 
 
@@ -191,7 +190,8 @@ def _add_steps(
     parts: dict,
     windows: list,
 ) -> None:
-    first, last = event.get("first"), event.get("last")
+    first = event.get("first")
+    last = event.get("last")
     if first is None or last is None or last < first:
         return
     for name, values in (event.get("records") or {}).items():
@@ -201,7 +201,8 @@ def _add_steps(
         parts.setdefault(name, []).append(
             (np.arange(first, first + len(y), dtype=np.float64), y)
         )
-    seconds, wait = event.get("seconds"), event.get("data_wait")
+    seconds = event.get("seconds")
+    wait = event.get("data_wait")
     if seconds:
         share = math.nan if wait is None else 100 * wait / seconds
         windows.append(
@@ -211,10 +212,8 @@ def _add_steps(
                 share,
             )
         )
-        run.window_seconds, run.wait_seconds = (
-            run.window_seconds + seconds,
-            run.wait_seconds + (wait or 0.0),
-        )
+        run.window_seconds = run.window_seconds + seconds
+        run.wait_seconds = run.wait_seconds + (wait or 0.0)
         run.samples += event.get("samples") or 0
     run.last = last
 
@@ -343,7 +342,9 @@ def render(
 
 def _tiles(run: Run) -> str:
     """The key figures: (what, figure, remark)."""
-    start, end, tiles = run.start, run.end, []
+    start = run.start
+    end = run.end
+    tiles = []
     latest = run.evaluations[max(run.evaluations)] if run.evaluations else {}
     best = best_evaluation(list(run.evaluations.items()), start)
     for name, value in (end.get("metrics") or latest).items():
@@ -363,7 +364,8 @@ def _tiles(run: Run) -> str:
                 "at the last step",
             )
         )
-    step, target = end.get("step", run.last), start.get("steps")
+    step = end.get("step", run.last)
+    target = start.get("steps")
     resumed = f", resumed at step {start['step']:,}" if start.get("step") else ""
     tiles.append(
         (
@@ -440,7 +442,8 @@ def _charts(run: Run) -> str:
     ends = [x[[0, -1]] for x, _ in run.records.values() if len(x)] + [
         np.array(list(run.evaluations) or [run.last])
     ]
-    low, high = float(min(e.min() for e in ends)), float(max(e.max() for e in ends))
+    low = float(min(e.min() for e in ends))
+    high = float(max(e.max() for e in ends))
     steps = (0.0 if low < 0.1 * high else low, max(high, low + 1))
     evaluated = {name for metrics in run.evaluations.values() for name in metrics}
     known = [
@@ -551,15 +554,14 @@ def _counted(curves: list[Curve]) -> str:
 def _parameters(table: list[dict[str, Any]]) -> str:
     if not table:
         return _empty("The run recorded no parameter table.")
-    total, most = (
-        sum(row.get("bytes") or 0 for row in table),
-        max(row.get("bytes") or 0 for row in table) or 1,
-    )
+    total = sum(row.get("bytes") or 0 for row in table)
+    most = max(row.get("bytes") or 0 for row in table) or 1
     kinds = len({row.get("kind") for row in table}) > 1
     rows = []
     for row in table:
         count = row.get("bytes") or 0
-        share, width = count / total if total else 0.0, 100 * count / most
+        share = count / total if total else 0.0
+        width = 100 * count / most
         shape = " \u00d7 ".join(map(str, row.get("shape") or ())) or "scalar"
         cells = [
             f"<td><code>{_breakable(row.get('path'))}</code></td>",
@@ -618,11 +620,13 @@ def _notes(events: list[dict[str, Any]]) -> str:
     """The table of what happened besides steps and evaluations, with times since the
     first event.
     """
-    began, running = events[0].get("time") or 0.0, False
+    began = events[0].get("time") or 0.0
+    running = False
     rows: list[Any] = []
     saves: dict[Any, Any] = {}
     for event in events:
-        step, kind = event.get("step"), event["kind"]
+        step = event.get("step")
+        kind = event["kind"]
         if kind == "committed" and step in saves:
             row = saves.pop(step)
             row[3] += (
@@ -631,14 +635,13 @@ def _notes(events: list[dict[str, Any]]) -> str:
             )
             continue
         if kind == "start":
-            kind, what = ("resumed" if step or running else "started"), ""
+            kind = "resumed" if step or running else "started"
+            what = ""
             running = True
         elif kind == "compile":
             again = (event.get("count") or 1) > 1
-            kind, what = (
-                ("compiled again" if again else "compiled"),
-                str(event.get("program") or ""),
-            )
+            kind = "compiled again" if again else "compiled"
+            what = str(event.get("program") or "")
             what += (
                 f" in {duration(event['seconds'])}"
                 if event.get("seconds") is not None
@@ -652,7 +655,8 @@ def _notes(events: list[dict[str, Any]]) -> str:
                 else "written"
             )
         elif kind == "rollback":
-            kind, what = "rolled back", f"to step {event.get('to')}: {event.get('why')}"
+            kind = "rolled back"
+            what = f"to step {event.get('to')}: {event.get('why')}"
         elif kind == "control":
             kind = (
                 f"{event.get('do')}"
@@ -665,10 +669,8 @@ def _notes(events: list[dict[str, Any]]) -> str:
                 event.get("reason") or "a checkpoint that can't be read was passed over"
             )
         elif kind == "end":
-            kind, what = (
-                str(event.get("status") or "ended"),
-                str(event.get("reason") or ""),
-            )
+            kind = str(event.get("status") or "ended")
+            what = str(event.get("reason") or "")
         elif kind in ("steps", "evaluation", "committed"):
             continue
         else:

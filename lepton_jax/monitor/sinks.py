@@ -31,7 +31,8 @@ class TensorBoard:
             ) from error
         # tensorboardX takes "gs:..." and "s3:..." at the beginning of a path for
         # buckets
-        self._folder, self._make = Path(folder).absolute(), SummaryWriter
+        self._folder = Path(folder).absolute()
+        self._make = SummaryWriter
         self._writer: Any = None
 
     def event(self, event: dict[str, Any]) -> None:
@@ -71,11 +72,9 @@ class TensorBoard:
             ) from error
 
     def _steps(self, event: dict[str, Any]) -> None:
-        first, last, seconds = (
-            event.get("first"),
-            event.get("last"),
-            event.get("seconds"),
-        )
+        first = event.get("first")
+        last = event.get("last")
+        seconds = event.get("seconds")
         if first is None or last is None:
             return
         for name, values in (event.get("records") or {}).items():

@@ -24,7 +24,9 @@ from lepton_jax.monitor.events import FILE, _decode
 LATELY = 60.0  # seconds over which rates are taken
 STALE = 30.0  # seconds; hosts.json is written each second
 WINDOWS = 4096  # windows of steps that are kept apart
-CHUNK, HEAD = 1 << 20, 64  # bytes
+# bytes
+CHUNK = 1 << 20
+HEAD = 64
 STATES = (
     "meeting",
     "starting",
@@ -67,7 +69,8 @@ class Watch:
         self._forget()
 
     def _forget(self) -> None:
-        self._read, self._damaged = 0, 0
+        self._read = 0
+        self._damaged = 0
         self._head = b""
         self.history = History()
 
@@ -123,7 +126,8 @@ class Watch:
                 ),
             )
         self._catch_up()
-        now, past = time.time(), self.history
+        now = time.time()
+        past = self.history
         told = _json(self.folder / "hosts.json") or {}
         if (
             _number(told.get("time")) is None
@@ -278,13 +282,13 @@ class History:
         if self.starts and self.ended not in ("finished", "interrupted"):
             self.restarts += 1
         self.starts += 1
-        self.start, self.began, self.ended, self.reason = (
-            dict(event),
-            event["time"],
-            None,
-            None,
-        )
-        self.until, self._lately, self._compiling = _whole(event.get("steps")), [], 0.0
+        self.start = dict(event)
+        self.began = event["time"]
+        self.ended = None
+        self.reason = None
+        self.until = _whole(event.get("steps"))
+        self._lately = []
+        self._compiling = 0.0
         self._back(_whole(event.get("step")) or 0)
 
     def _on_compile(self, event: Mapping[str, Any]) -> None:
@@ -292,14 +296,14 @@ class History:
             self._compiling += _number(event.get("seconds")) or 0.0
 
     def _on_steps(self, event: Mapping[str, Any]) -> None:
-        first, last = _whole(event.get("first")), _whole(event.get("last"))
+        first = _whole(event.get("first"))
+        last = _whole(event.get("last"))
         if first is None or last is None or last < first:
             return
-        seconds, wait = (
-            _number(event.get("seconds")) or 0.0,
-            _number(event.get("data_wait")) or 0.0,
-        )
-        compiling, self._compiling = min(self._compiling, seconds), 0.0
+        seconds = _number(event.get("seconds")) or 0.0
+        wait = _number(event.get("data_wait")) or 0.0
+        compiling = min(self._compiling, seconds)
+        self._compiling = 0.0
         self._spent["compile"] += compiling
         self._spent["data"] += wait
         seconds -= compiling
@@ -360,7 +364,8 @@ class History:
         """The run stands after this step: the later ones don't count."""
         kept = []
         for first, last, seconds, wait in self._windows:
-            count, stay = last - first + 1, max(0, min(last, step) - first + 1)
+            count = last - first + 1
+            stay = max(0, min(last, step) - first + 1)
             self._spent["undone"] += seconds * (count - stay) / count
             if stay:
                 kept.append(
@@ -371,7 +376,8 @@ class History:
                         wait * stay / count,
                     )
                 )
-        self._windows, self.step = kept, step
+        self._windows = kept
+        self.step = step
         if self.evaluation is not None and (self.evaluation["step"] or 0) > step:
             self.evaluation = None
 
@@ -565,8 +571,12 @@ def prometheus(status: Mapping[str, Any]) -> str:
 
     https://prometheus.io/docs/instrumenting/exposition_formats/
     """
-    out, one = _Metrics(), {}  # type: ignore[var-annotated]
-    add, seconds, memory = out.add, status["seconds"], status["memory"]
+    # type: ignore[var-annotated]
+    out = _Metrics()
+    one = {}
+    add = out.add
+    seconds = status["seconds"]
+    memory = status["memory"]
     add(
         "run_info",
         "gauge",
@@ -737,7 +747,8 @@ def prometheus(status: Mapping[str, Any]) -> str:
 
 
 def _by_host(out: _Metrics, status: Mapping[str, Any]) -> None:
-    hosts, slow = status["hosts"].items(), (status["slowest"] or {}).get("host")
+    hosts = status["hosts"].items()
+    slow = (status["slowest"] or {}).get("host")
 
     def add(
         name: str,

@@ -42,7 +42,8 @@ def rows(hosts: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _row(host: str, each: Mapping[str, Any]) -> tuple[str, ...]:
-    seconds, share = each.get("seconds") or {}, each.get("data_share")
+    seconds = each.get("seconds") or {}
+    share = each.get("data_share")
     data = _duration(seconds.get("data")) + (
         "" if share is None else f" ({100 * share:.0f} % lately)"
     )

@@ -721,7 +721,8 @@ def _factors(jaxpr: Any, kinds: list[str]) -> tuple[list[str], bool]:
                 )
             )
             continue
-        product, found = eqn.primitive.name in ("mul", "div"), set(into)
+        product = eqn.primitive.name in ("mul", "div")
+        found = set(into)
         literal = any(hasattr(v, "val") for v in eqn.invars)
         again |= product and (
             {"rate", "scaled"} <= found or ("update" in found and not literal)

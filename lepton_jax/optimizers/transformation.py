@@ -377,10 +377,8 @@ def _masks(
     if isinstance(held, optax.MultiSteps):
         yield from _masks(held.inner_opt, seen)
 
-    code, cells = (
-        getattr(function, "__code__", None),
-        getattr(function, "__closure__", None),
-    )
+    code = getattr(function, "__code__", None)
+    cells = getattr(function, "__closure__", None)
     if code is None or cells is None:
         return
     name = getattr(function, "__qualname__", "")

@@ -41,7 +41,9 @@ def does_not_fit(
     fills = ", ".join(
         f"{kind} {size(n)}" for kind, n in largest if n > 0.02 * best.peak
     )
-    a, topology, patience = best.assignment, problem.topology, problem.patience
+    a = best.assignment
+    topology = problem.topology
+    patience = problem.patience
     names = problem.names(a.remat)
     parts = f"{a.micro_batches} micro-batch{'es' if a.micro_batches > 1 else ''}"
     what = (
@@ -81,7 +83,9 @@ def nearest_change(
     """Fewer samples, more rematerialization, or the smallest topology of the same chip
     that holds it.
     """
-    changes, pins, trace = [], problem.pins, problem.trace
+    changes = []
+    pins = problem.pins
+    trace = problem.trace
     best = leanest(found)
     if (
         pins.remat not in (None, "full")
@@ -221,7 +225,8 @@ class Trial:
                 strict=True,
             )
         )
-        names, counts = less.names("none"), assignment.counts
+        names = less.names("none")
+        counts = assignment.counts
         masks = []
         for number, group in enumerate(names.groups):
             mask = by_name.get(group.name, 0)
@@ -286,8 +291,12 @@ def _largest(
       patience: how long to look.
     """
     limit = trial.problem.limit
-    low, below = 0, float(_state(failed))  # in steps: what fits, and its bytes
-    high, above = -(-total // step), float(failed.peak)  # what doesn't
+    # in steps: what fits, and its bytes
+    low = 0
+    below = float(_state(failed))
+    # what doesn't
+    high = -(-total // step)
+    above = float(failed.peak)
     tried = 0
     while high - low > 1 and not patience.over():
         trial.problem.patience.detail = (
@@ -301,9 +310,11 @@ def _largest(
         held = trial.peak(middle * step)
         tried += 1
         if held <= limit:
-            low, below = middle, held
+            low = middle
+            below = held
         else:
-            high, above = middle, held
+            high = middle
+            above = held
     while low > 0 and not trial.fits(low * step):
         low //= 2
     if low == 0:

@@ -62,7 +62,8 @@ class Evaluation:
     """Runs a graph under a layout."""
 
     def __init__(self, layout: Layout, mesh: Mesh):
-        self.layout, self.mesh = layout, mesh
+        self.layout = layout
+        self.mesh = mesh
         self._gathered: dict[tuple[int, Spec], Any] = {}
 
     def program(self, leaves: list[Any]) -> list[Any]:
@@ -203,10 +204,8 @@ class Evaluation:
         out = decision.natural or self.layout.spec(op.outputs[0])
         if not any((*left, *right, *out)):
             return _bind(op.eqn, inputs)[0]
-        group, summed = (
-            product.indices[0],
-            [index for index in product.indices if index.out is None],
-        )
+        group = product.indices[0]
+        summed = [index for index in product.indices if index.out is None]
         sums = 0
         for index in summed:
             sums |= left[index.left]  # type: ignore[index]
@@ -245,7 +244,8 @@ class Evaluation:
         inputs: list[Any],
     ) -> list[Any]:
         consts, carried = scan_counts(op.eqn)
-        head, carry = inputs[:consts], inputs[consts : consts + carried]
+        head = inputs[:consts]
+        carry = inputs[consts : consts + carried]
         for i, value in enumerate(op.inputs[consts + carried :], consts + carried):
             spec = () if value is None else self.layout.spec(value)
             if spec and spec[0]:  # a loop over samples: gathered once, not at each step
@@ -285,7 +285,8 @@ class Evaluation:
         op: Operation,
         inputs: list[Any],
     ) -> list[Any]:
-        nc, nb = op.params["cond_nconsts"], op.params["body_nconsts"]
+        nc = op.params["cond_nconsts"]
+        nb = op.params["body_nconsts"]
         cond, body = op.blocks
         return jax.lax.while_loop(
             lambda c: self._block(cond, [*inputs[:nc], *c])[0],

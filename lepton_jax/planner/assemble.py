@@ -73,7 +73,8 @@ def expert_groups(names: Names) -> set[int]:
     """Groups along which parameters meet samples as a dot's batch dim: the experts of a
     mixture.
     """
-    graph, found = names.graph, set()
+    graph = names.graph
+    found = set()
     for op in graph.operations():
         if op.name == "dot_general" and None not in op.inputs[:2]:
             (_, _), (lb, rb) = op.params["dimension_numbers"]
@@ -130,7 +131,8 @@ def arrays(
     """How each array of the state lies: optimizer state as the parameter that it
     belongs to.
     """
-    counts, masks = assignment.counts, list(assignment.masks)
+    counts = assignment.counts
+    masks = list(assignment.masks)
     params = {p: i for i, p in enumerate(names.paths) if p.startswith("params")}
     stored = dict(
         zip(
@@ -147,17 +149,17 @@ def arrays(
     }
     for path, leaf in leaves.items():
         dtype = dtype_name(leaf)
-        kind, shape = path.partition("/")[0], tuple(leaf.shape)
+        kind = path.partition("/")[0]
+        shape = tuple(leaf.shape)
         spec: Spec = (0,) * len(shape)
-        use, reason = spec, "small; a copy on each device"
+        use = spec
+        reason = "small; a copy on each device"
         if path in params:
-            spec, use = (
-                stored[path],
-                names.use(
-                    params[path],
-                    masks,
-                    counts,
-                ),
+            spec = stored[path]
+            use = names.use(
+                params[path],
+                masks,
+                counts,
             )
             reason = _why(
                 shape,
@@ -250,7 +252,8 @@ def _follow(
         spec, whole = stored[tail]
         if shape == whole:
             return spec, f"lies as {tail}"
-        places, start = [], 0
+        places = []
+        start = 0
         for extent in shape:  # a factored moment has the parameter's dims without one
             place = next(
                 (d for d in range(start, len(whole)) if whole[d] == extent), None
@@ -273,7 +276,8 @@ def _why(
     names: Names,
     index: int,
 ) -> str:
-    graph, parts = names.graph, []
+    graph = names.graph
+    parts = []
     for d, mask in enumerate(use):
         if mask:
             group = names.groups[

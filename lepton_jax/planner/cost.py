@@ -108,7 +108,9 @@ class Cost:
         topology: Topology,
         sizes: Sizes | None = None,
     ):
-        self.names, self.topology, self.chip = names, topology, topology.device
+        self.names = names
+        self.topology = topology
+        self.chip = topology.device
         self.graph = names.graph
         self.prefers = meets_stored(self.graph)
         self.jobs = self._jobs()
@@ -130,7 +132,8 @@ class Cost:
         self._lay(assignment.sizes)
         layout = self.layout(assignment)
         parts = assignment.micro_batches
-        compute, flops = 0.0, 0.0
+        compute = 0.0
+        flops = 0.0
         shown: dict[tuple[int, str, int, int], float] = defaultdict(float)
         hidden: dict[tuple[int, str, int, int], float] = defaultdict(float)
         ledger: dict[tuple[str, int], list[Any]] = {}
@@ -205,7 +208,8 @@ class Cost:
     def _lay(self, sizes: tuple[int, ...]) -> None:
         if sizes == self._sizes:
             return
-        self._sizes, self._memo = sizes, {}
+        self._sizes = sizes
+        self._memo = {}
         links = list(
             lay({str(i): n for i, n in enumerate(sizes)}, self.topology).values()
         )
@@ -234,7 +238,8 @@ class Cost:
     ) -> tuple[float, float, tuple[Move, ...]]:
         if job.gather is not None:
             value = job.gather
-            have, use = layout.spec(value), layout.use(value)
+            have = layout.spec(value)
+            use = layout.use(value)
             axes = 0
             for h, u in zip(have, use, strict=True):
                 axes |= h & ~u
@@ -299,13 +304,12 @@ class Cost:
         self, job: Job, layout: Layout, decision: Any
     ) -> tuple[int, int, int, int]:
         """m, n, k and batch of a dot, or of a convolution as one, on a device."""
-        op, product = job.op, job.product
+        op = job.op
+        product = job.product
         assert product is not None and product.right is not None
-        left, right, out = (
-            op.inputs[product.left],
-            op.inputs[product.right],
-            op.outputs[0],
-        )
+        left = op.inputs[product.left]
+        right = op.inputs[product.right]
+        out = op.outputs[0]
         assert left is not None and right is not None
         specs = [
             decision.inputs.get(product.left, layout.use(left)),

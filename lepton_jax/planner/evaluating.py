@@ -209,7 +209,8 @@ class Evaluation:
         outputs: Any,
         targets: Any,
     ) -> Any:
-        function, several = self.recipe.loss, False
+        function = self.recipe.loss
+        several = False
         if name != "loss":
             function, several = losses.sums_of(self.recipe.metrics[name])
         return losses.values(function, outputs, targets, several)

@@ -19,8 +19,15 @@ from lepton_jax.planner.plan import Plan
 from lepton_jax.planner.schedule import size
 from lepton_jax.planner.show import WIDTH, duration, grid, meshed, money
 
-COLUMNS, LINES = 72, 13  # of the chart in text
-LEFT, TOP, WIDE, HIGH, BELOW = 66, 26, 660, 330, 28  # pixels of the drawing
+# of the chart in text
+COLUMNS = 72
+LINES = 13
+# pixels of the drawing
+LEFT = 66
+TOP = 26
+WIDE = 660
+HIGH = 330
+BELOW = 28
 LETTER = 7.2  # pixels of a letter, about
 REACHES = (10, 22, 36, 52)  # pixels from a point to its label
 
@@ -316,16 +323,12 @@ def _chart(points: Sequence[Point], marks: Sequence[str]) -> list[str]:
     ]
     if len(placed) < 2:
         return []
-    across, up = (
-        Log.over([seconds for _, seconds, _ in placed]),
-        Log.over([price for _, _, price in placed]),
-    )
+    across = Log.over([seconds for _, seconds, _ in placed])
+    up = Log.over([price for _, _, price in placed])
     field = [[" "] * COLUMNS for _ in range(LINES)]
     for mark, seconds, price in sorted(placed):
-        x, y = (
-            round(across.at(seconds) * (COLUMNS - 3)),
-            round((1 - up.at(price)) * (LINES - 1)),
-        )
+        x = round(across.at(seconds) * (COLUMNS - 3))
+        y = round((1 - up.at(price)) * (LINES - 1))
         while any(
             c != " " for c in field[y][x : x + len(mark)]
         ) and x < COLUMNS - 2 * len(mark):
@@ -340,9 +343,11 @@ def _chart(points: Sequence[Point], marks: Sequence[str]) -> list[str]:
         f"{prices.get(y, ''):>{wide}} {'┤' if y in prices else '│'}{''.join(row)}".rstrip()
         for y, row in enumerate(field)
     ]
-    axis, words = ["─"] * COLUMNS, [" "] * (COLUMNS + 12)
+    axis = ["─"] * COLUMNS
+    words = [" "] * (COLUMNS + 12)
     for value in across.ticks(TIMES):
-        x, label = round(across.at(value) * (COLUMNS - 3)), _trimmed(duration(value))
+        x = round(across.at(value) * (COLUMNS - 3))
+        label = _trimmed(duration(value))
         if all(c == " " for c in words[max(0, x - 1) : x + len(label) + 1]):
             axis[x] = "┴"
             words[x : x + len(label)] = label
@@ -447,7 +452,8 @@ def _drawing(front: Frontier) -> str:
         TOP + HIGH + strip,
         [p.best for p in timed],
     )
-    wide, tall = LEFT + WIDE + 24, TOP + HIGH + strip + BELOW
+    wide = LEFT + WIDE + 24
+    tall = TOP + HIGH + strip + BELOW
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="front" viewBox="0 0 {wide}'
         f' {tall}" width="{wide}" role="img" aria-label="time and price of each'
@@ -476,7 +482,8 @@ def _frame(
     strip: int,
     priced: bool,
 ) -> str:
-    bottom, parts = TOP + HIGH + strip, []
+    bottom = TOP + HIGH + strip
+    parts = []
     for value in across.ticks(TIMES):
         a = LEFT + across.at(value) * WIDE
         parts.append(

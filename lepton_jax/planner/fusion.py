@@ -135,13 +135,13 @@ class Group:
         places: tuple[int, ...] = (),
         updates: Iterable[int] = (),
     ):
-        self.reads, self.writes, self.body, self.places = (
-            tuple(dict.fromkeys(reads)),
-            tuple(writes),
-            body,
-            places,
-        )
-        self.updates, self.late, self.product = tuple(updates), False, None
+        self.reads = tuple(dict.fromkeys(reads))
+        self.writes = tuple(writes)
+        self.body = body
+        self.places = places
+        self.updates = tuple(updates)
+        self.late = False
+        self.product = None
 
 
 class Fusion:
@@ -208,7 +208,8 @@ class Fusion:
                     self.users.setdefault(value.index, []).append(op)
             inside = range(0)
             if op.name == "scan":
-                first, results = scan_counts(op.eqn)[1], op.blocks[0].results
+                first = scan_counts(op.eqn)[1]
+                results = op.blocks[0].results
                 inside = range(first, len(results))
                 self.stacks.update(
                     (v.index, outer)
@@ -250,7 +251,8 @@ class Fusion:
 
     def _block(self, block: Block) -> list[Group]:
         groups: list[Group] = []
-        outer, self.same = self.same, {}
+        outer = self.same
+        self.same = {}
         for op in block.operations:
             inputs = [v for v in op.inputs if v is not None]
             merges = op.name not in UNMERGED and not op.eqn.effects
@@ -326,10 +328,8 @@ class Fusion:
         target: Value,
         alike: bool = True,
     ) -> None:
-        self.near[target.index], self.far[target.index] = (
-            self.near[source.index],
-            self.far[source.index],
-        )
+        self.near[target.index] = self.near[source.index]
+        self.far[target.index] = self.far[source.index]
         if alike:
             self.first[target.index] = self.first.get(source.index, source.index)
         if source.index in self.heavy:

@@ -60,7 +60,8 @@ class TpuFusion(Fusion):
         windowed: bool = False,
         eager: bool = False,
     ):
-        self.windowed, self.eager = windowed, eager
+        self.windowed = windowed
+        self.eager = eager
         # groups of the products that values stem from
         self.products: dict[int, Group] = {}
         # values to the product, and its buffer, that only they need
@@ -373,7 +374,8 @@ class TpuFusion(Fusion):
         product.reads = tuple(
             dict.fromkeys((*product.reads, *(b for b in sources if b != raw)))
         )
-        self.only[target.index], self.products[target.index] = (product, own), product
+        self.only[target.index] = (product, own)
+        self.products[target.index] = product
         return True
 
     def _reads(
@@ -418,7 +420,9 @@ class TpuFusion(Fusion):
         return (*self.far[value.index], self.whole[value.stored[0]])
 
     def _block(self, block: Block) -> list[Group]:
-        outer, self.whole, self.last = (self.whole, self.last), {}, 0
+        outer = (self.whole, self.last)
+        self.whole = {}
+        self.last = 0
         self.depth += 1
         groups = super()._block(block)
         self.depth -= 1
@@ -448,10 +452,8 @@ class TpuFusion(Fusion):
                 if self.windowed:
                     # what it frees is most of what it needs
                     head = not self.weighing and size(inputs[0]) > size(inputs[1])
-                    groups[-1].writes, groups[-1].late = (
-                        groups[-1].writes[:1],
-                        not (head and self.eager),
-                    )
+                    groups[-1].writes = groups[-1].writes[:1]
+                    groups[-1].late = not (head and self.eager)
                     self._turn(inputs[0], op, groups)
                 self.weighing.append((*(v.index for v in inputs), op.outputs[0].index))
             self._turn_state(op, groups)
@@ -601,13 +603,11 @@ class CpuFusion(Fusion):
             )
         )
         for value in op.outputs:
-            self.near[value.index], self.far[value.index] = (
-                (
-                    *self.near[value.index],
-                    token,
-                ),
-                (*self.far[value.index], token),
+            self.near[value.index] = (
+                *self.near[value.index],
+                token,
             )
+            self.far[value.index] = (*self.far[value.index], token)
 
     def _spreadout(
         self,
@@ -741,7 +741,8 @@ class CpuFusion(Fusion):
         """The gradient of pooling by maximum: indices of every number for each dim, and
         of each window's greatest.
         """
-        source, operand = inputs[0], inputs[1]
+        source = inputs[0]
+        operand = inputs[1]
         dims = len(operand.shape)
         indices = [self.buffer(operand, op, WORDS) for _ in range(dims)]
         zeros = self.own(op.outputs[0], op)
@@ -836,7 +837,9 @@ class CpuFusion(Fusion):
 
     def _block(self, block: Block) -> list[Group]:
         outer = self.wide, self.whole, self.spread
-        self.wide, self.whole, self.spread = {}, {}, {}
+        self.wide = {}
+        self.whole = {}
+        self.spread = {}
         self.depth += 1
         groups = super()._block(block)
         self.depth -= 1

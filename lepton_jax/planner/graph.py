@@ -58,7 +58,10 @@ class Value:
         dtype: Any,
         nodes: tuple[int, ...],
     ):
-        self.index, self.shape, self.dtype, self.nodes = index, shape, dtype, nodes
+        self.index = index
+        self.shape = shape
+        self.dtype = dtype
+        self.nodes = nodes
         self.stored: tuple[int, tuple[int, ...]] | None = None
 
 
@@ -99,13 +102,12 @@ class Operation:
         callers: tuple,
         times: int,
     ):
-        self.eqn, self.name, self.inputs, self.outputs = (
-            eqn,
-            eqn.primitive.name,
-            inputs,
-            outputs,
-        )
-        self.callers, self.times = callers, times
+        self.eqn = eqn
+        self.name = eqn.primitive.name
+        self.inputs = inputs
+        self.outputs = outputs
+        self.callers = callers
+        self.times = times
         self.blocks: tuple[Block, ...] = ()
         self.whole: list[tuple[int, int]] = []
         self.reduced: list[tuple[int, int]] = []
@@ -127,7 +129,9 @@ class Block:
         constants: list[Value],
         consts: list[Any],
     ):
-        self.inputs, self.constants, self.consts = inputs, constants, consts
+        self.inputs = inputs
+        self.constants = constants
+        self.consts = consts
         self.operations: list[Operation] = []
         self.results: list[Any] = []
 
@@ -228,7 +232,8 @@ class Graph:
         left: int,
         right: int,
     ) -> None:
-        left, right = self.find(left), self.find(right)
+        left = self.find(left)
+        right = self.find(right)
         if left != right:
             self.parents[max(left, right)] = min(left, right)
 
@@ -355,7 +360,8 @@ class Graph:
             block.constants.append(value)
             block.consts.append(const)
             if not aval.shape:
-                self._free[value.index], self._consts[value.index] = None, const
+                self._free[value.index] = None
+                self._consts[value.index] = const
             return value
 
         inside: dict[Any, Any] = {}
@@ -402,7 +408,9 @@ class Graph:
         return [None if v is None else next(copies) for v in inputs]
 
     def _scan(self, operation: Operation) -> None:
-        p, ins, outs = operation.params, operation.inputs, operation.outputs
+        p = operation.params
+        ins = operation.inputs
+        outs = operation.outputs
         consts, carried = scan_counts(operation.eqn)
         body = self._block(
             p["jaxpr"].jaxpr,
@@ -489,7 +497,9 @@ class Graph:
             self.join(a, b)
 
     def _while(self, operation: Operation) -> None:
-        p, ins, outs = operation.params, operation.inputs, operation.outputs
+        p = operation.params
+        ins = operation.inputs
+        outs = operation.outputs
         cond = self._block(
             p["cond_jaxpr"].jaxpr,
             list(p["cond_jaxpr"].consts),
@@ -503,7 +513,8 @@ class Graph:
             operation.times,
         )
         operation.blocks = (cond, body)
-        nc, nb = p["cond_nconsts"], p["body_nconsts"]
+        nc = p["cond_nconsts"]
+        nb = p["body_nconsts"]
         pairs = [
             *zip(ins[:nc], cond.inputs[:nc], strict=True),
             *zip(ins[nc : nc + nb], body.inputs[:nb], strict=True),

@@ -29,16 +29,18 @@ def packed(
     if not len(there):
         return 0.0
     order = there[np.argsort(-sizes[there], kind="stable")]
-    big, rest = np.sort(order[:MOST]), order[MOST:]
+    big = np.sort(order[:MOST])
+    rest = order[MOST:]
     small = float(alive(starts[rest], ends[rest], sizes[rest]).max(initial=0.0))
-    starts, ends, sizes = starts[big], ends[big], sizes[big]
+    starts = starts[big]
+    ends = ends[big]
+    sizes = sizes[big]
     if platform == "tpu":
         return small + _in_order(starts, ends, sizes)
-    lasting, number = starts - ends, np.arange(len(big))
-    by_size, by_time = (
-        np.lexsort((number, lasting, -sizes)),
-        np.lexsort((number, -sizes, lasting)),
-    )
+    lasting = starts - ends
+    number = np.arange(len(big))
+    by_size = np.lexsort((number, lasting, -sizes))
+    by_time = np.lexsort((number, -sizes, lasting))
     return small + min(
         _by_rank(order, starts, ends, sizes) for order in (by_size, by_time)
     )
@@ -80,11 +82,15 @@ def _in_order(
         if gone:
             held.remove(places.pop(i))
             continue
-        size, reach, at, least = wanted[i], 0.0, -1.0, np.inf
+        size = wanted[i]
+        reach = 0.0
+        at = -1.0
+        least = np.inf
         for low, high in held:
             gap = low - reach
             if size <= gap < least:
-                at, least = reach, gap
+                at = reach
+                least = gap
             reach = high
         at = reach if at < 0 else at
         places[i] = (at, at + size)
@@ -102,7 +108,8 @@ def _by_rank(
     """Each buffer in the smallest gap among those that were placed before it and are
     there with it.
     """
-    low, count = np.zeros(len(order)), 0
+    low = np.zeros(len(order))
+    count = 0
     ranked = starts[order], ends[order], sizes[order]
     top = 0.0
     for start, end, size in zip(*ranked, strict=True):
@@ -116,7 +123,8 @@ def _by_rank(
         gaps = low[beside] - reach[:-1]
         fits = np.flatnonzero(gaps >= size)
         low[count] = reach[fits[np.argmin(gaps[fits])]] if len(fits) else reach[-1]
-        top, count = max(top, low[count] + size), count + 1
+        top = max(top, low[count] + size)
+        count = count + 1
     return float(top)
 
 

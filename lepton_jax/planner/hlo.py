@@ -239,7 +239,8 @@ class _Module:
 
     def __init__(self, text: str):
         self.computations, self.entry = parse(text)
-        self.sources, self.unknown = Sources(text), set[str]()
+        self.sources = Sources(text)
+        self.unknown = set[str]()
         counts = re.findall(
             r"\b(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")]
         )
@@ -258,7 +259,8 @@ class _Module:
         """Runs of each computation in one call of the program, and whether that is
         exact.
         """
-        times, exact = {self.entry: 1}, {self.entry: True}
+        times = {self.entry: 1}
+        exact = {self.entry: True}
         for name in reversed(self.computations):  # callers before callees
             for instruction in (
                 self.computations[name].instructions.values() if name in times else ()
@@ -341,7 +343,8 @@ class _Module:
         if not isinstance(left, tuple) or right is None:
             return None
         index, offset = left
-        begin, then = start[index], after[index]
+        begin = start[index]
+        then = after[index]
         if (
             not isinstance(begin, int)
             or not isinstance(then, tuple)
@@ -403,7 +406,8 @@ class _Module:
         """
         here = self.computations[computation]
         instruction = here.instructions[name]
-        opcode, operands = instruction.opcode, instruction.operands
+        opcode = instruction.opcode
+        operands = instruction.operands
         if not instruction.shape.startswith("(") and "[]" not in instruction.shape:
             # no scalar; to look further takes a time that doubles with each operation
             return None
@@ -418,10 +422,8 @@ class _Module:
         if opcode == "tuple":
             return [self._value(computation, operand, given) for operand in operands]
         if opcode == "get-tuple-element":
-            whole, index = (
-                self._value(computation, operands[0], given),
-                int(instruction.get("index")),
-            )
+            whole = self._value(computation, operands[0], given)
+            index = int(instruction.get("index"))
             return (
                 (index, 0)
                 if whole == "carry"
@@ -561,7 +563,8 @@ class _Module:
                 name.startswith("all-reduce-scatter")
                 or (caller and "AllReduceScatter" in caller.attributes)
             ):
-                kind, sliced = "reduce-scatter", False
+                kind = "reduce-scatter"
+                sliced = False
             op_name, file, line = self.sources.of(instruction.attributes)
             if not op_name and caller:
                 op_name, file, line = self.sources.of(caller.attributes)

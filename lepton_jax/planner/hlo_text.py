@@ -155,7 +155,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     the one that a call runs.
     """
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry = ""
+    current = None
     for line in text.splitlines():
         if match := LINE.match(line):
             if current is not None:
@@ -323,10 +324,8 @@ class Sources:
         start = attributes.find("metadata={")
         data = attributes[start:] if start >= 0 else ""
         name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', data)
-        file, line = (
-            re.search(r'source_file="([^"]*)"', data),
-            re.search(r"source_line=(\d+)", data),
-        )
+        file = re.search(r'source_file="([^"]*)"', data)
+        line = re.search(r"source_line=(\d+)", data)
         op_name = name[1] if name else ""
         if file:
             return op_name, file[1], int(line[1]) if line else 0

@@ -72,7 +72,8 @@ def contraction(op: Operation) -> Contraction | None:
     """The indices of dots, convolutions, lookups, scattered sums and reductions; None
     for other operations.
     """
-    name, p = op.name, op.params
+    name = op.name
+    p = op.params
     if name == "dot_general" and None not in op.inputs[:2]:
         return _dot(op)
     if name == "conv_general_dilated" and None not in op.inputs[:2]:
@@ -116,18 +117,17 @@ def _dot(op: Operation) -> Contraction:
 
 
 def _convolution(op: Operation) -> Contraction:
-    n, p = op.params["dimension_numbers"], op.params
-    sample, summed = (
-        Index(
-            n.lhs_spec[0],
-            None,
-            n.out_spec[0],
-        ),
-        Index(
-            n.lhs_spec[1],
-            n.rhs_spec[1],
-            None,
-        ),
+    n = op.params["dimension_numbers"]
+    p = op.params
+    sample = Index(
+        n.lhs_spec[0],
+        None,
+        n.out_spec[0],
+    )
+    summed = Index(
+        n.lhs_spec[1],
+        n.rhs_spec[1],
+        None,
     )
     if p["feature_group_count"] > 1:
         return Contraction(
@@ -155,7 +155,9 @@ def _convolution(op: Operation) -> Contraction:
 
 
 def _lookup(op: Operation) -> Contraction:
-    n, source, out = op.params["dimension_numbers"], op.inputs[0], op.outputs[0]
+    n = op.params["dimension_numbers"]
+    source = op.inputs[0]
+    out = op.outputs[0]
     assert source is not None
     batching = dict(
         zip(n.start_indices_batching_dims, n.operand_batching_dims, strict=True)
@@ -173,7 +175,9 @@ def _lookup(op: Operation) -> Contraction:
 
 
 def _scattered(op: Operation) -> Contraction:
-    n, updates, out = op.params["dimension_numbers"], op.inputs[2], op.outputs[0]
+    n = op.params["dimension_numbers"]
+    updates = op.inputs[2]
+    out = op.outputs[0]
     assert updates is not None
     batching = dict(
         zip(n.scatter_indices_batching_dims, n.operand_batching_dims, strict=True)
@@ -215,8 +219,13 @@ class Layout:
         batched: frozenset[int] = frozenset(),
         parts: int = 1,
     ):
-        self.graph, self.sizes, self.uses, self.storage = graph, sizes, uses, storage
-        self.prefers, self.batched, self.parts = prefers or {}, batched, parts
+        self.graph = graph
+        self.sizes = sizes
+        self.uses = uses
+        self.storage = storage
+        self.prefers = prefers or {}
+        self.batched = batched
+        self.parts = parts
         self.counts = [
             math.prod(n for i, n in enumerate(sizes) if mask >> i & 1)
             for mask in range(1 << len(sizes))
@@ -224,11 +233,13 @@ class Layout:
 
     def use(self, value: Value) -> Spec:
         """How a value lies while it is computed with."""
-        uses, find = self.uses, self.graph.find
+        uses = self.uses
+        find = self.graph.find
         wanted = [uses.get(find(n), 0) for n in value.nodes]
         if not any(wanted):
             return (0,) * len(wanted)
-        taken, spec = 0, [0] * len(wanted)
+        taken = 0
+        spec = [0] * len(wanted)
         first = self.prefers.get(value.index)
         order = (
             range(len(wanted))
@@ -257,7 +268,8 @@ class Layout:
         """How a result of an operation with whole dims comes out of it: split only as
         its inputs are.
         """
-        spec, find = self.spec(value), self.graph.find
+        spec = self.spec(value)
+        find = self.graph.find
         if not any(spec):
             return spec
         split = {
@@ -320,7 +332,8 @@ class Layout:
         if product is None:
             for i, d in op.whole:
                 if i in specs and specs[i][d] and op.inputs[i] is not None:
-                    value, mask = op.inputs[i], specs[i][d]
+                    value = op.inputs[i]
+                    mask = specs[i][d]
                     specs[i] = wanted[i] = tuple(
                         0 if k == d else m for k, m in enumerate(specs[i])
                     )

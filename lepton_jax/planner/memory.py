@@ -362,7 +362,9 @@ def peak(
       chip: a TPU, which keeps some buffers in the `vector` bytes.
     """
     each = _sizes(timeline, kept, used, moments)
-    starts, ends, cuts = timeline.starts, timeline.ends, timeline.cuts
+    starts = timeline.starts
+    ends = timeline.ends
+    cuts = timeline.cuts
     if stepping and timeline.tables:  # that loop carries them
         tables = np.isin(np.arange(len(each)), list(timeline.tables))
         starts, ends, cuts = (
@@ -391,7 +393,8 @@ def peak(
             np.isin(timeline.moves[:, 0], timeline.works)
         ].T
         late = (moments > starts[fetched]) & (rank[fetched] > PATIENCE)
-        moments, fetched = moments[late], fetched[late]
+        moments = moments[late]
+        fetched = fetched[late]
         chosen = heap.beside(
             np.append(starts, moments),
             np.append(ends, moments),
@@ -464,8 +467,10 @@ def _sizes(
     moments: np.ndarray | None,
 ) -> np.ndarray:
     """Bytes of each buffer, 0 of one that is not there."""
-    values, kinds = timeline.values, timeline.kinds
-    lying, using = kept[values], used[values]
+    values = timeline.values
+    kinds = timeline.kinds
+    lying = kept[values]
+    using = used[values]
     gathered = np.where(
         using > 1.001 * lying,
         using,
@@ -624,7 +629,8 @@ def _fed(
 
 def describe(timeline: Timeline, buffer: int) -> str:
     """ "float32[8, 4] exp at file.py:12 (function)" of a buffer."""
-    value, op = timeline.value(buffer), timeline.owners[buffer]
+    value = timeline.value(buffer)
+    op = timeline.owners[buffer]
     return f"{value.dtype}{list(value.shape)}" + (
         "" if op is None else f" {op.name} at {source_line(op.eqn)}"
     )

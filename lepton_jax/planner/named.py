@@ -65,7 +65,9 @@ class Names:
         paths: list[str],
         pinned: Mapping[str, Spec] | None = None,
     ):
-        self.graph, self.paths, self.pinned = graph, paths, pinned or {}
+        self.graph = graph
+        self.paths = paths
+        self.pinned = pinned or {}
         self.patterns = [starred(path) for path in paths]
         values = graph.block.inputs
         find = graph.find
@@ -264,7 +266,8 @@ class Names:
         counts: Sequence[int],
     ) -> Spec:
         """How an input is used: the first dim that could take a mesh axis takes it."""
-        taken, spec = 0, []
+        taken = 0
+        spec = []
         for extent, group, _ in self._looks[index]:
             mask = 0 if group is None else masks[group] & ~taken
             if mask and extent % counts[mask]:
@@ -283,7 +286,8 @@ class Names:
         """`use`, and what is left of the axes of `keep` on the dim that stays
         largest.
         """
-        taken, look = 0, self._looks[index]
+        taken = 0
+        look = self._looks[index]
         for mask in use:
             taken |= mask
         more = keep & ~taken

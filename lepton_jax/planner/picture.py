@@ -30,8 +30,13 @@ from lepton_jax.planner.show import (
 if TYPE_CHECKING:
     from lepton_jax.planner.plan import ArrayPlan, Entries, Plan
 
-CELL, GAP = 15, 2  # pixels of a device's square, and between two
-COLUMNS, ROWS, PANELS = 16, 8, 2  # squares of a drawing, at most
+# pixels of a device's square, and between two
+CELL = 15
+GAP = 2
+# squares of a drawing, at most
+COLUMNS = 16
+ROWS = 8
+PANELS = 2
 FIGURES = 4  # arrays that are drawn
 SIDE = 132  # pixels of an array's longer side
 TOLD = 128  # squares that each say what they hold, at most
@@ -179,7 +184,8 @@ def _story(plan: Plan) -> str:
 
 
 def _tiles(plan: Plan) -> str:
-    tiles, seconds = [], plan.step_seconds
+    tiles = []
+    seconds = plan.step_seconds
     if plan.seconds:
         tiles.append(("predicted step", duration(seconds), ""))
         if seconds > 0:
@@ -204,7 +210,8 @@ def _tiles(plan: Plan) -> str:
         tiles.append(
             ("memory, a device", size(plan.peak), f"of {size(plan.memory)}{share}")
         )
-    hourly, price = plan.price_per_hour, plan.price_per_step
+    hourly = plan.price_per_hour
+    price = plan.price_per_step
     if hourly is not None and price is not None:
         tiles.append(
             (
@@ -221,7 +228,9 @@ def _tiles(plan: Plan) -> str:
 
 
 def _bars(plan: Plan) -> str:
-    figures, limit, free = [], plan.memory, plan.memory - plan.peak
+    figures = []
+    limit = plan.memory
+    free = plan.memory - plan.peak
     if plan.bytes_per_device:
         note = f"{size(plan.peak)} of {size(limit)} a device"
         note = note if free >= 0 else f"{note}: {size(-free)} too much"
@@ -289,7 +298,9 @@ def _bar(
     limit: float | None = None,
 ) -> str:
     """A stacked bar with its legend; a red line where `limit` is."""
-    at, drawn, keys = 0.0, "", ""
+    at = 0.0
+    drawn = ""
+    keys = ""
     for kind, colour, told, share in segments:
         keys += (
             "<li><s"
@@ -405,7 +416,8 @@ def _size(axes: Sequence[tuple[str, int]]) -> int:
 def _indices(axes: Sequence[tuple[str, int]], i: int) -> dict[str, int]:
     found = {}
     for name, n in reversed(axes):
-        found[name], i = i % n, i // n
+        found[name] = i % n
+        i = i // n
     return found
 
 
@@ -494,7 +506,9 @@ def _devices(
     plan: Plan,
 ) -> str:
     columns, lines, panels = places.counts
-    step, split, drawn = CELL + GAP, _split(entries, plan), ""
+    step = CELL + GAP
+    split = _split(entries, plan)
+    drawn = ""
     wide = columns * step + 12
     for x, y, p, where in places.squares():
         parts = {}
@@ -550,11 +564,14 @@ def _array(
     down, across = ([None] * 2 + sorted(dims))[-2:]
     tall, long = (1 if d is None else array.shape[d] for d in (down, across))
     ratio = min(1.6, max(0.45, (tall / long) ** 0.5)) if down is not None else 0.16
-    width, height = SIDE / max(ratio, 1), SIDE * min(ratio, 1)
+    width = SIDE / max(ratio, 1)
+    height = SIDE * min(ratio, 1)
     lines, columns = (
         min(COLUMNS, 1 if d is None else parts.get(d, 1)) for d in (down, across)
     )
-    w, h, drawn = width / columns, height / lines, ""
+    w = width / columns
+    h = height / lines
+    drawn = ""
     for y, x in itertools.product(range(lines), range(columns)):
         part = {
             d: (i * parts[d] // n, parts[d])
@@ -589,7 +606,8 @@ def _svg(
     label: str,
 ) -> str:
     """A drawing below a line of words."""
-    wide, tall = max(width, 6.2 * len(words)), height + 2
+    wide = max(width, 6.2 * len(words))
+    tall = height + 2
     return (
         f'<svg width="{wide:.0f}" height="{tall:.0f}" role="img"'
         f' aria-label="{escape(label)}"><text y="10"'
@@ -641,7 +659,8 @@ def _oklch(
     """#rrggbb of an OKLCH colour: even steps to the eye (Ottosson 2020,
     https://bottosson.github.io/posts/oklab).
     """
-    a, b = chroma * math.cos(hue), chroma * math.sin(hue)
+    a = chroma * math.cos(hue)
+    b = chroma * math.sin(hue)
     x, y, z = (
         (lightness + p * a + q * b) ** 3
         for p, q in (

@@ -202,10 +202,8 @@ def _pinned(
                 k = names.of.get(names.graph.find(value.nodes[d]))
                 if not mask or k is None:
                     continue
-                group, count = (
-                    names.groups[k],
-                    math.prod(n for a, n in mesh.items() if bits[a] & mask),
-                )
+                group = names.groups[k]
+                count = math.prod(n for a, n in mesh.items() if bits[a] & mask)
                 parameter = names.paths[params[path]].startswith("params/")
                 if parameter and group.divisor % count:
                     continue  # kept in parts and gathered where it is used

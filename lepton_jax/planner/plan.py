@@ -294,13 +294,15 @@ class Plan:
         """What differs from another plan, a line each; empty if nothing does."""
         lines = []
         for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            mine = getattr(self, f.name)
+            theirs = getattr(other, f.name)
             if mine == theirs or f.name in ("rivals", "reasons", "collectives", "axes"):
                 continue
             if f.name in ("arrays", "batch"):
                 left, right = ({a.path: a for a in x} for x in (mine, theirs))
                 for path in dict.fromkeys((*left, *right)):
-                    a, b = left.get(path), right.get(path)
+                    a = left.get(path)
+                    b = right.get(path)
                     if a is None or b is None:
                         lines.append(
                             f"{path}: only in the {'second' if a is None else 'first'}"

@@ -134,7 +134,8 @@ def _plan(
     chosen: Candidate,
     found: Sequence[Candidate],
 ) -> Plan:
-    a, names = chosen.assignment, problem.names(chosen.assignment.remat)
+    a = chosen.assignment
+    names = problem.names(chosen.assignment.remat)
     a = replace(a, keep=_kept(names, a))
     best = problem.cost(a.remat).estimate(a, causes=True)
     rivals = [_rival(problem, chosen, c) for c in _rivals(chosen, found)]
@@ -168,7 +169,8 @@ def _rivals(chosen: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _notes(problem: Problem, chosen: Candidate) -> list[str]:
-    patience, notes = problem.patience, list(problem.roles.notes)
+    patience = problem.patience
+    notes = list(problem.roles.notes)
     if chosen.assignment.micro_batches > 1 and problem.whole:
         notes.append(problem.batches.note(chosen.assignment.micro_batches))
     if not patience.cut:

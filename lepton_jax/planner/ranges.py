@@ -442,7 +442,8 @@ class _Search:
         for dim, start in enumerate(facts[1:]):
             one = sizes[dim] == 1 and isinstance(start, Followed)
             if one and start.wrapped == shape[dim]:
-                places, size = start.places, shape[dim]
+                places = start.places
+                size = shape[dim]
                 self._limit(
                     eqn,
                     start,

@@ -219,7 +219,8 @@ def _scan(
     policy: Any,
 ) -> list[Any]:
     consts, carried = scan_counts(eqn)
-    closed, p = eqn.params["jaxpr"], eqn.params
+    closed = eqn.params["jaxpr"]
+    p = eqn.params
 
     def plain(*args: Any) -> list[Any]:
         return jax.core.eval_jaxpr(
@@ -329,7 +330,8 @@ def boundaries(jaxpr: Any, parameters: int) -> list[int]:
     pieces = max(
         2, round(math.sqrt(inside / (sum(alive[i] for i in places) / len(places))))
     )
-    cuts, filled = [0], 0
+    cuts = [0]
+    filled = 0
     for i in range(1, count):
         filled += sum(_bytes(v) for v in jaxpr.eqns[i - 1].outvars if v not in fixed)
         if i in places and filled >= inside / pieces:

@@ -186,7 +186,9 @@ class Roles:
         A learned table of positions has the dim of the sequence, but so has the first
         kernel the features of a sample: only whole numbers stand for tokens.
         """
-        names, found, tokens = self.names, [], []
+        names = self.names
+        found = []
+        tokens = []
         for k, group in enumerate(names.groups):
             if k == names.batch:
                 continue

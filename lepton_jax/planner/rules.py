@@ -212,7 +212,8 @@ def _squeeze(graph: Any, op: Any) -> None:
 
 
 def _expand_dims(graph: Any, op: Any) -> None:
-    source, target = op.inputs[0], op.outputs[0]
+    source = op.inputs[0]
+    target = op.outputs[0]
     new = {d % len(target.shape) for d in op.params["dimensions"]}
     for a, b in zip(
         source.nodes,
@@ -228,7 +229,8 @@ def _transpose(graph: Any, op: Any) -> None:
 
 
 def _broadcast_in_dim(graph: Any, op: Any) -> None:
-    source, target = op.inputs[0], op.outputs[0]
+    source = op.inputs[0]
+    target = op.outputs[0]
     if source is None:
         return
     for d, t in enumerate(op.params["broadcast_dimensions"]):
@@ -240,17 +242,24 @@ def _reshape(graph: Any, op: Any) -> None:
     """A merged dim is its major factor: sharding that one leaves each device a
     contiguous part of the whole.
     """
-    source, target = op.inputs[0], op.outputs[0]
+    source = op.inputs[0]
+    target = op.outputs[0]
     if source is None:
         return
     order = op.params.get("dimensions")  # in which the dims are read
     order = range(len(source.shape)) if order is None else order
-    a, b, i, j = [source.shape[d] for d in order], target.shape, 0, 0
+    a = [source.shape[d] for d in order]
+    b = target.shape
+    i = 0
+    j = 0
     if 0 in a or 0 in b:
         _all_whole(op)
         return
     while i < len(a) and j < len(b):
-        left, right, i0, j0 = a[i], b[j], i, j
+        left = a[i]
+        right = b[j]
+        i0 = i
+        j0 = j
         while left != right:
             if left < right:
                 i += 1
@@ -264,7 +273,8 @@ def _reshape(graph: Any, op: Any) -> None:
         if lefts and rights:
             graph.join(source.nodes[order[lefts[0]]], target.nodes[rights[0]])
             op.whole += [(0, order[d]) for d in lefts[1:]]
-        i, j = i + 1, j + 1
+        i = i + 1
+        j = j + 1
 
 
 def _dot(graph: Any, op: Any) -> None:
@@ -287,9 +297,12 @@ def _conv(graph: Any, op: Any) -> None:
     """Groups (of channels, as in a depthwise convolution, or of the batch) are the
     major factor of the dims they divide.
     """
-    left, right, out = op.inputs[0], op.inputs[1], op.outputs[0]
+    left = op.inputs[0]
+    right = op.inputs[1]
+    out = op.outputs[0]
     numbers = op.params["dimension_numbers"]
-    channels, batches = op.params["feature_group_count"], op.params["batch_group_count"]
+    channels = op.params["feature_group_count"]
+    batches = op.params["batch_group_count"]
     batch, feature, *space = numbers.lhs_spec
     out_feature, in_feature, *window = numbers.rhs_spec
     out_batch, out_channel, *_ = numbers.out_spec
@@ -313,11 +326,9 @@ def _conv(graph: Any, op: Any) -> None:
 
 def _gather(graph: Any, op: Any) -> None:
     source, indices = op.inputs[:2]
-    numbers, sizes, out = (
-        op.params["dimension_numbers"],
-        op.params["slice_sizes"],
-        op.outputs[0],
-    )
+    numbers = op.params["dimension_numbers"]
+    sizes = op.params["slice_sizes"]
+    out = op.outputs[0]
     if source is None:
         return
     batching = tuple(numbers.operand_batching_dims)
@@ -344,7 +355,8 @@ def _gather(graph: Any, op: Any) -> None:
 
 def _scatter(graph: Any, op: Any) -> None:
     target, indices, updates = op.inputs[:3]
-    numbers, out = op.params["dimension_numbers"], op.outputs[0]
+    numbers = op.params["dimension_numbers"]
+    out = op.outputs[0]
     if target is not None:
         graph.join_all(target, out)
     if updates is None:
@@ -393,7 +405,8 @@ def _same_extent(graph: Any, op: Any) -> None:
 
 
 def _split(graph: Any, op: Any) -> None:
-    axis, source = op.params["axis"], op.inputs[0]
+    axis = op.params["axis"]
+    source = op.inputs[0]
     for target in op.outputs:
         for d, (a, b) in enumerate(zip(source.nodes, target.nodes, strict=True)):
             if d != axis:
@@ -402,7 +415,8 @@ def _split(graph: Any, op: Any) -> None:
 
 
 def _concatenate(graph: Any, op: Any) -> None:
-    axis, target = op.params["dimension"], op.outputs[0]
+    axis = op.params["dimension"]
+    target = op.outputs[0]
     for i, value in enumerate(op.inputs):
         if value is None:
             continue
@@ -414,7 +428,8 @@ def _concatenate(graph: Any, op: Any) -> None:
 
 def _stack(graph: Any, op: Any) -> None:
     """One dim more, or (unstack) one less: it steps from array to array."""
-    axis, wide = op.params["axis"], (op.outputs if op.name == "stack" else op.inputs)[0]
+    axis = op.params["axis"]
+    wide = (op.outputs if op.name == "stack" else op.inputs)[0]
     if wide is None:
         return
     nodes = [n for d, n in enumerate(wide.nodes) if d != axis % len(wide.nodes)]
@@ -445,7 +460,8 @@ def _along(name: str) -> Rule:
 
 def _fft(graph: Any, op: Any) -> None:
     """The last dims are transformed, each from all of its elements; the others stay."""
-    source, target = op.inputs[0], op.outputs[0]
+    source = op.inputs[0]
+    target = op.outputs[0]
     if source is None:
         return
     kept = len(source.shape) - len(op.params["fft_lengths"])

@@ -75,19 +75,15 @@ class Memory:
         topology: Topology,
         sizes: Sizes,
     ):
-        self.trace, self.names, self.topology, self.sizes = (
-            trace,
-            names,
-            topology,
-            sizes,
-        )
+        self.trace = trace
+        self.names = names
+        self.topology = topology
+        self.sizes = sizes
         self._timeline = Timeline(names.graph, topology.platform)
         self.each = optimizer_bytes(trace, names)
         self._straight = slow_loops(trace, topology)
-        self._steps, self._data = (
-            steps_per_call(trace, topology)[0],
-            residence(trace, topology)[0],
-        )
+        self._steps = steps_per_call(trace, topology)[0]
+        self._data = residence(trace, topology)[0]
 
     def predict(self, assignment: Assignment) -> dict[str, int]:
         # micro-batches in straight code: XLA keeps what each of them needs at once
@@ -108,7 +104,8 @@ class Memory:
 
     def state(self, assignment: Assignment) -> float:
         """Bytes of parameters, their gradients and the optimizer's state."""
-        total, counts = 0.0, assignment.counts
+        total = 0.0
+        counts = assignment.counts
         for spec, (own, more) in zip(
             self.names.storage(
                 list(assignment.masks),
@@ -328,7 +325,8 @@ def search(problem: Problem) -> list[Candidate]:
             ),
         )
     found: dict[tuple, tuple[float, Assignment]] = {}
-    names, patience = problem.names("none"), problem.patience
+    names = problem.names("none")
+    patience = problem.patience
     shapes = problem.pins.meshes or meshes(problem.topology, names)
     for number, sizes in enumerate(shapes):
         patience.detail = _looked_at(number, len(shapes), found)
@@ -473,7 +471,8 @@ def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def _complexity(problem: Problem, a: Assignment) -> tuple:
     """What makes a plan harder to follow, the weightiest first."""
-    names, policies = problem.names("none"), list(POLICIES)
+    names = problem.names("none")
+    policies = list(POLICIES)
     batch = 0 if names.batch is None else a.masks[names.batch]
     beside = sum(n > 1 and not batch >> bit & 1 for bit, n in enumerate(a.sizes))
     return (
@@ -519,8 +518,11 @@ def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
     """Data parallelism, FSDP, both with an axis left for others, experts, sequences,
     rows of embeddings.
     """
-    names, count = problem.names("none"), len(sizes)
-    every, last, batch = (1 << count) - 1, 1 << (count - 1), names.batch
+    names = problem.names("none")
+    count = len(sizes)
+    every = (1 << count) - 1
+    last = 1 << (count - 1)
+    batch = names.batch
 
     def start(masks: dict[int, int], keep: int) -> list[Assignment]:
         if any(
@@ -536,7 +538,9 @@ def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
         yield from start({}, every)
         yield from start({}, 0)
         return
-    experts, rows, later = expert_groups(names), names.rows, sequences(names)
+    experts = expert_groups(names)
+    rows = names.rows
+    later = sequences(names)
     if count == 1 or problem.pins.meshes:
         yield from start({batch: every}, 0)
         yield from start({batch: every}, every)
@@ -603,7 +607,8 @@ def descend(problem: Problem, start: Assignment) -> tuple[float, Assignment]:
             if neighbour is not None and problem.roles.allowed(neighbour):
                 there = problem.lightly(neighbour)
                 if there[0] < best[0] * (1 - 1e-6):
-                    best, improved = there, True
+                    best = there
+                    improved = True
     return best
 
 

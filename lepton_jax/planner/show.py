@@ -129,10 +129,8 @@ def prediction(plan: Plan) -> list[str]:
         return [
             "the step's time is not known yet: there is no batch to take shapes from"
         ]
-    seconds, words = (
-        plan.step_seconds,
-        [f"predicted {duration(plan.step_seconds)} a step"],
-    )
+    seconds = plan.step_seconds
+    words = [f"predicted {duration(plan.step_seconds)} a step"]
     count, unit = units(plan)
     price = plan.price_per_step
     words.append("price not known" if price is None else f"{money(price)} a step")
@@ -367,24 +365,23 @@ def _totals(plan: Plan) -> list[str]:
         ]
     if not left or not right:
         return left or right
-    count, width = max(len(left), len(right)), max(map(len, left)) + 4
+    count = max(len(left), len(right))
+    width = max(map(len, left)) + 4
     left, right = (part + [""] * (count - len(part)) for part in (left, right))
     return [f"{a:<{width}}{b}".rstrip() for a, b in zip(left, right, strict=True)]
 
 
 def _bars(kinds: list[tuple[str, str, float]]) -> list[str]:
-    left, right = (
-        min(
-            16,
-            max(
-                (len(kind) for kind, _, _ in kinds),
-                default=0,
-            ),
-        ),
+    left = min(
+        16,
         max(
-            (len(v) for _, v, _ in kinds),
+            (len(kind) for kind, _, _ in kinds),
             default=0,
         ),
+    )
+    right = max(
+        (len(v) for _, v, _ in kinds),
+        default=0,
     )
     return [
         f"  {cut(kind, left):<{left}} {value:>{right}} {_bar(share)}".rstrip()

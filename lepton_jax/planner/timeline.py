@@ -67,7 +67,8 @@ class Timeline:
         windowed: bool = False,
         eager: bool = False,
     ):
-        self.graph, self.platform = graph, platform
+        self.graph = graph
+        self.platform = platform
         self._variants: dict[tuple[bool, bool], Timeline] = {(windowed, eager): self}
         if platform == "tpu":
             fusion: Fusion = TpuFusion(graph, windowed, eager)
@@ -75,11 +76,10 @@ class Timeline:
             fusion = CpuFusion(graph) if platform == "cpu" else Fusion(graph)
         self.owners = fusion.owners
         count = len(fusion.values)
-        self.values, self.kinds = (
-            np.array(fusion.values, np.int64),
-            np.array(fusion.kinds, np.int64),
-        )
-        self.starts, self.ends = np.zeros(count, np.int64), np.full(count, -1)
+        self.values = np.array(fusion.values, np.int64)
+        self.kinds = np.array(fusion.kinds, np.int64)
+        self.starts = np.zeros(count, np.int64)
+        self.ends = np.full(count, -1)
         self.cuts = np.full(count, np.iinfo(np.int64).max)
         self._over: dict[int, int] = {}
         self._loops: list[tuple[int, int]] = []
@@ -92,10 +92,8 @@ class Timeline:
                 self.ends[b] -= 1
         self.ends = np.maximum(self.starts, self.ends)
         self.cuts = np.minimum(self.cuts, self.ends)
-        self.conditions, self.tables = (
-            fusion.conditions,
-            {b: parameter for parameter, b in fusion.tables.items()},
-        )
+        self.conditions = fusion.conditions
+        self.tables = {b: parameter for parameter, b in fusion.tables.items()}
         self.fixed = np.isin(np.arange(count), fusion.fixed)
         self.gradients = np.zeros(count, bool)
         self.gradients[fusion.gradients] = True
@@ -266,7 +264,8 @@ def _as_ready(groups: list[Group]) -> list[Group]:
         for j in needs:
             users[j].append(i)
     users = [sorted(following, key=lambda j: groups[j].late) for following in users]
-    order, ready = [], deque(i for i, n in enumerate(missing) if not n)
+    order = []
+    ready = deque(i for i, n in enumerate(missing) if not n)
     while ready:
         i = ready.popleft()
         order.append(groups[i])

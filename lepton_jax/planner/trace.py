@@ -63,10 +63,8 @@ class Trace:
                 rematerialized(objective(self.recipe, self.functional, 1), remat),
                 has_aux=True,
             )
-            state, knobs = (
-                self.state,
-                Controller(self.recipe).forward_knobs(self.state.controller),
-            )
+            state = self.state
+            knobs = Controller(self.recipe).forward_knobs(self.state.controller)
             program = jax.make_jaxpr(function)(
                 state.params,
                 state.variables,
@@ -366,9 +364,11 @@ def _check_variables(
     before: Any,
     after: Any,
 ) -> None:
-    old, new = by_path(before), by_path(after)
+    old = by_path(before)
+    new = by_path(after)
     for path in old.keys() | new.keys():
-        a, b = old.get(path), new.get(path)
+        a = old.get(path)
+        b = new.get(path)
         if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
             describe = lambda x: "absent" if x is None else f"{x.dtype}{list(x.shape)}"  # noqa: E731
             raise ModelError(

@@ -25,7 +25,8 @@ import bench_controller_tasks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-STEPS, BATCH = 80, 25
+STEPS = 80
+BATCH = 25
 
 
 def trained(blobs, rate=1e-3):
@@ -214,7 +215,8 @@ NUMBER = st.floats(
 )
 def test_the_estimate_is_finite_and_never_falls(measured):
     policy = controllers.learning_free()
-    state, before = policy.init(), 0.0
+    state = policy.init()
+    before = 0.0
     for step, (product, size) in enumerate(measured):
         signals = {
             "gradient_dot_distance": product,

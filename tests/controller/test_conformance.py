@@ -12,7 +12,8 @@ from lepton_jax import RecipeError, controllers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-Policy, conformance = controllers.Policy, controllers.conformance
+Policy = controllers.Policy
+conformance = controllers.conformance
 
 OURS = {
     "warmup": controllers.warmup,

@@ -10,7 +10,8 @@ from flax import nnx
 
 from lepton_jax import controllers
 
-KNOBS, SIGNALS = controllers.KNOBS, controllers.SIGNALS
+KNOBS = controllers.KNOBS
+SIGNALS = controllers.SIGNALS
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "controller.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 

@@ -20,14 +20,12 @@ class Steep(nnx.Module):
 
     def __init__(self, rngs):
         small = nnx.initializers.normal(1e-3)
-        self.first, self.last = (
-            nnx.Linear(12, 32, rngs=rngs),
-            nnx.Linear(
-                32,
-                3,
-                kernel_init=small,
-                rngs=rngs,
-            ),
+        self.first = nnx.Linear(12, 32, rngs=rngs)
+        self.last = nnx.Linear(
+            32,
+            3,
+            kernel_init=small,
+            rngs=rngs,
         )
 
     def __call__(self, x):
@@ -50,10 +48,8 @@ def fit(blobs, folder, precision):
 
 @pytest.mark.slow
 def test_an_overflow_prone_model_trains_to_the_float32_loss(blobs, tmp_path):
-    full, low = (
-        fit(blobs, tmp_path / "full", "float32"),
-        fit(blobs, tmp_path / "low", "float16"),
-    )
+    full = fit(blobs, tmp_path / "full", "float32")
+    low = fit(blobs, tmp_path / "low", "float16")
     expected, found = (h.evaluations[-1][1]["loss"] for h in (full, low))
     assert abs(found - expected) < 0.01 * expected
     scale = low["loss_scale"]

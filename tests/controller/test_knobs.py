@@ -18,7 +18,8 @@ from lepton_jax.controller.knobs import KNOBS, NEUTRAL, combined, neutral
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ROWS, RATE = 32, 0.01
+ROWS = 32
+RATE = 0.01
 
 # contributions by step; a step that is not named has the neutral one
 SCHEDULE = {
@@ -90,7 +91,8 @@ STEP = [*range(25), 24]
 
 class Net(nnx.Module):
     def __init__(self, rngs):
-        self.out, self.drop = nnx.Linear(12, 3, rngs=rngs), nnx.Dropout(0.3, rngs=rngs)
+        self.out = nnx.Linear(12, 3, rngs=rngs)
+        self.drop = nnx.Dropout(0.3, rngs=rngs)
 
     def __call__(self, x):
         return self.out(self.drop(x))
@@ -147,7 +149,9 @@ def run(blobs):
         lepton.plan(trace, topology),
         devices,
     )
-    state, rows, states = program.init(0), [], []
+    state = program.init(0)
+    rows = []
+    states = []
     block = jax.device_put(batch, program.block_sharding)
     for call in range(len(STEP)):
         states.append(
@@ -262,10 +266,8 @@ def test_learning_rate_weight_decay_and_moments_act_as_optax_says(run):
                 gradient**2,
                 rtol=2e-2,
             )
-            m, v = (
-                flat(now.mu) / (1 - row["b1"] ** now.count),
-                flat(now.nu) / (1 - row["b2"] ** now.count),
-            )
+            m = flat(now.mu) / (1 - row["b1"] ** now.count)
+            v = flat(now.nu) / (1 - row["b2"] ** now.count)
             step = m / (np.sqrt(v) + 1e-8) + row["weight_decay"] * flat(p)
         elif row["optimizer"] == 2:
             continue
@@ -310,10 +312,8 @@ def test_skip_accumulate_anchor_and_restore_decide_what_is_kept(run):
 def test_the_optimizer_is_switched_and_the_first_moment_carried(run):
     _, _, states = run
     assert [int(o["index"]) for _, o, _ in states[15:22]] == [0, 0, 1, 1, 1, 1, 2]
-    adam, sgd = (
-        flat(states[16][1]["each"][0][0].mu),
-        flat(states[17][1]["each"][1][0].trace),
-    )
+    adam = flat(states[16][1]["each"][0][0].mu)
+    sgd = flat(states[17][1]["each"][1][0].trace)
     np.testing.assert_allclose(
         np.linalg.norm(sgd - 0.9 * adam),
         run[1][16]["gradient_norm"],
@@ -329,7 +329,9 @@ def test_the_average_follows_its_decay(run):
         states[1:],
         strict=False,
     ):
-        old, new, now = flat(before.average[0]), flat(after.average[0]), flat(params)
+        old = flat(before.average[0])
+        new = flat(after.average[0])
+        now = flat(params)
         np.testing.assert_allclose(
             new,
             row["averaging_decay"] * old + (1 - row["averaging_decay"]) * now,

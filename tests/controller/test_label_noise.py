@@ -14,7 +14,9 @@ from sklearn.datasets import load_digits
 import lepton_jax as lepton
 from lepton_jax import controllers, losses
 
-LIMIT, MARK, ROWS = 1.1, 0.7, 32
+LIMIT = 1.1
+MARK = 0.7
+ROWS = 32
 
 
 def fixed(limit, mark=MARK):
@@ -219,10 +221,8 @@ class Labels:
     """
 
     def __init__(self, **options):
-        self.policy, self.random = (
-            controllers.label_noise(**options),
-            np.random.default_rng(0),
-        )
+        self.policy = controllers.label_noise(**options)
+        self.random = np.random.default_rng(0)
         self.update, self.state = jax.jit(self.policy.update), self.policy.init()
         self.moves = {"loss_limit": np.inf, "loss_mark": np.inf}
         self.step(0.0, loss=np.log(10))  # a model that knows nothing yet
@@ -341,7 +341,10 @@ def test_arguments_out_of_range_are_errors(options):
 # ---- on a real task ----
 
 # a window is longer than the 30 steps that the guard alone would skip
-BATCH, STEPS, AT, BLOCK = 50, 500, 200, 20
+BATCH = 50
+STEPS = 500
+AT = 200
+BLOCK = 20
 SPANS = {
     "clean": (0, 0.0),
     "window": (100, 0.5),
@@ -353,7 +356,8 @@ SPANS = {
 @cache
 def digits():
     x, y = load_digits(return_X_y=True)
-    x, y = (x / 16).astype(np.float32), y.astype(np.int32)
+    x = (x / 16).astype(np.float32)
+    y = y.astype(np.int32)
     return (x[:1400], y[:1400]), (x[1400:], y[1400:])
 
 
@@ -406,7 +410,8 @@ def final(fault, seed, controller):
         )
         for part in (x[rows], ((y[rows] + wrong) % 10).astype(np.int32))
     ]
-    state, records = controllers.fed(made.init(seed), steps=float(STEPS)), []
+    state = controllers.fed(made.init(seed), steps=float(STEPS))
+    records = []
     for block in zip(*blocks, strict=True):
         state, record = made.train(
             state,
@@ -449,7 +454,9 @@ def without():
     ],
 )
 def test_wrong_labels_cost_less_than_one_per_cent(fault):
-    ratios, bare, gave_up = [], [], False
+    ratios = []
+    bare = []
+    gave_up = False
     for seed in range(4):
         clean, undisturbed = final("clean", seed, controllers.adaptive)
         assert (

@@ -281,7 +281,8 @@ def test_requests_that_came_while_it_compiled_and_rubbish_beside_them(
     blobs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(live, "POLL_SECONDS", 0.0)
-    control, late = tmp_path / "run" / "control", time.time() + 60
+    control = tmp_path / "run" / "control"
+    late = time.time() + 60
     control.mkdir(parents=True)
     for index, request in enumerate(
         [

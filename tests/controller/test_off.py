@@ -14,7 +14,8 @@ from flax import nnx
 import lepton_jax as lepton
 from lepton_jax.controller.knobs import neutral
 
-STEPS, BATCH = 200, 24
+STEPS = 200
+BATCH = 24
 OPTIMIZERS = {
     "sgd": optax.sgd,
     "momentum": partial(optax.sgd, momentum=0.9),
@@ -35,10 +36,8 @@ RATES = {
 
 class Net(nnx.Module):
     def __init__(self, rngs, rate=0.0):
-        self.first, self.last = (
-            nnx.Linear(12, 32, rngs=rngs),
-            nnx.Linear(32, 3, rngs=rngs),
-        )
+        self.first = nnx.Linear(12, 32, rngs=rngs)
+        self.last = nnx.Linear(32, 3, rngs=rngs)
         self.drop = nnx.Dropout(rate, rngs=rngs)
 
     def __call__(self, x):
@@ -69,7 +68,8 @@ def model(name):
 
 
 def fit(blobs, name, controller):
-    optimizer, rate = OPTIMIZERS[name], RATES[name]
+    optimizer = OPTIMIZERS[name]
+    rate = RATES[name]
     trainer = lepton.Trainer(
         model=model(name),
         loss=lepton.losses.cross_entropy,

@@ -418,7 +418,9 @@ def test_history_and_report_leave_out_what_was_undone(blobs, tmp_path):
 
 # ---- faults, on a real task ----
 
-BATCH, STEPS, AT = 50, 500, 200
+BATCH = 50
+STEPS = 500
+AT = 200
 
 
 @cache
@@ -426,11 +428,14 @@ def digits(fault):
     """Batches of digits in a fixed order, the fault from step AT on: (train, test)."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
-    x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)
+    x = (x[order] / 16).astype(np.float32)
+    y = y[order].astype(np.int32)
     rows = np.concatenate(
         [np.random.default_rng(epoch).permutation(1400) for epoch in range(20)]
     )[: BATCH * (STEPS + 50)]
-    inputs, targets, rng = x[rows], y[rows], np.random.default_rng(1)
+    inputs = x[rows]
+    targets = y[rows]
+    rng = np.random.default_rng(1)
     if fault == "nan":
         inputs[BATCH * AT : BATCH * (AT + 1)] = np.nan
     if fault == "burst":

@@ -134,7 +134,8 @@ def test_a_buffer_is_not_used_again_while_a_block_lives():
 def test_a_buffer_is_used_again_once_nobody_holds_it():
     buffers = Buffers()
     first = buffers.empty((1000,), np.float32)
-    address, view = first.ctypes.data, first[10:20]
+    address = first.ctypes.data
+    view = first[10:20]
     assert buffers.empty((1000,), np.float32).ctypes.data != address
     del first
     assert buffers.empty((1000,), np.float32).ctypes.data != address, (

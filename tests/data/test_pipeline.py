@@ -62,7 +62,8 @@ class Model:
         """By the definition: of the sources that are not ahead of their share, the one
         that must be served soonest.
         """
-        taken, total = dict.fromkeys(streams, 0), sum(weights.values())
+        taken = dict.fromkeys(streams, 0)
+        total = sum(weights.values())
         for position in itertools.count():
             share = {n: Fraction(weights[n]) / total for n in streams}
             open_ = [n for n in sorted(streams) if int(taken[n] / share[n]) <= position]
@@ -158,7 +159,9 @@ def made(draw):
     names = ["a", "b", "c"][: draw(st.integers(1, 3))]
     weights = {name: draw(st.sampled_from([1, 2, 5, 0.3])) for name in names}
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
-    sources, models, left = {}, {}, []
+    sources = {}
+    models = {}
+    left = []
     for i, name in enumerate(names):
         if ragged:
             contents = documents(
@@ -171,15 +174,13 @@ def made(draw):
             )
         else:
             inputs, targets = pairs(draw(st.integers(1, 12)), 1000 * i)
-            data, contents = (
-                (inputs, targets),
-                list(
-                    zip(
-                        inputs,
-                        targets,
-                        strict=True,
-                    )
-                ),
+            data = (inputs, targets)
+            contents = list(
+                zip(
+                    inputs,
+                    targets,
+                    strict=True,
+                )
             )
         kind, some = passing(draw(KINDS), contents)
         left += some
@@ -189,17 +190,16 @@ def made(draw):
         models[name] = lambda seed, shuffle, c=contents, n=name, k=kind: kept(
             Model.source(c, n, seed, shuffle), k
         )
-    kind, times = passing(draw(KINDS), left)[0], draw(st.integers(1, 2))
+    kind = passing(draw(KINDS), left)[0]
+    times = draw(st.integers(1, 2))
     dataset = filtered(mix(sources, weights=weights), kind)
     model = lambda *order: kept(
         Model.mix({n: m(*order) for n, m in models.items()}, exact), kind
     )  # noqa: E731
     if ragged:
-        length, end, batched = (
-            draw(st.integers(2, 11)),
-            draw(st.sampled_from([None, 0])),
-            draw(st.booleans()),
-        )
+        length = draw(st.integers(2, 11))
+        end = draw(st.sampled_from([None, 0]))
+        batched = draw(st.booleans())
         if times == 2:
             dataset = dataset.map(
                 (
@@ -247,7 +247,8 @@ def test_however_it_is_read_it_is_the_model(
 ):
     dataset, model = dataset
     expected = list(itertools.islice(model(seed, shuffle), sum(counts)))
-    streams, at = [open_stream(dataset, seed, shuffle) for _ in range(hosts)], 0
+    streams = [open_stream(dataset, seed, shuffle) for _ in range(hosts)]
+    at = 0
     for count, restart in zip(counts, restarts, strict=False):
         whole = expected[at : at + count]
         bounds = np.linspace(0, count, hosts + 1).astype(int)
@@ -302,11 +303,13 @@ def three_sources():
 
 
 def test_hosts_and_devices_come_and_go_within_one_run():
-    batch, steps = 24, 12
+    batch = 24
+    steps = 12
     (inputs, targets), names = open_stream(three_sources(), 3, True).take(
         batch * 4 * steps
     )
-    state, step = None, 0
+    state = None
+    step = 0
     for hosts, devices in ((4, 8), (3, 6), (2, 4), (4, 8)):
         # a device has consecutive rows, a host consecutive devices
         rows_of = np.arange(batch).reshape(devices, -1)
@@ -429,7 +432,8 @@ def test_proportions_hold_at_every_prefix_within_one(weights, count, data):
     )
     exact = [Fraction(str(weight)) for weight in weights]
     assert [Fraction(w, sum(whole)) for w in whole] == [w / sum(exact) for w in exact]
-    pattern, cut = Pattern(whole), data.draw(st.integers(0, count))
+    pattern = Pattern(whole)
+    cut = data.draw(st.integers(0, count))
     taken = pattern.advance(cut)
     resumed = Pattern(whole)
     resumed.restore(pattern.taken)
@@ -692,7 +696,8 @@ def test_a_sample_is_the_first_and_moves_nothing():
     assert stream.take(3)[1] == first
 
 
-A, B = Source(pairs(5)), Source(pairs(4))
+A = Source(pairs(5))
+B = Source(pairs(4))
 WORDS = Source(documents([3, 4]))
 MISTAKES = {
     "no such source; did you mean": lambda: mix(

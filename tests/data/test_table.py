@@ -73,10 +73,8 @@ def test_numbers_categories_and_labels(write):
     ],
 )
 def test_other_encodings_of_the_same_table(write, encode):
-    plain, other = (
-        table(write(PEOPLE), "sex"),
-        table(write(encode(PEOPLE.encode()), "other"), "sex"),
-    )
+    plain = table(write(PEOPLE), "sex")
+    other = table(write(encode(PEOPLE.encode()), "other"), "sex")
     assert other.schema == plain.schema
     np.testing.assert_array_equal(
         other.arrays.inputs["numbers"], plain.arrays.inputs["numbers"]
@@ -435,10 +433,8 @@ def test_what_may_be_a_thousand_or_one_is_an_error_unless_the_file_tells(write):
     assert values(table(path, "y", thousands=","))[2] == 1994
     assert values(table(path, "y", decimal=","))[2] == np.float32(1.994)
     both = "a;b;y\n" + "".join(f"{i * 997:,};{{}};{'uv'[i % 2]}\n" for i in range(30))
-    comma, point = (
-        write(both.replace("{}", "1,5")),
-        write(both.replace("{}", "1.5"), "point.csv"),
-    )
+    comma = write(both.replace("{}", "1,5"))
+    point = write(both.replace("{}", "1.5"), "point.csv")
     assert table(comma, "y").arrays.inputs["numbers"][2].tolist() == [
         np.float32(1.994),
         1.5,
@@ -772,7 +768,8 @@ FAULTS = [
     ids=range(len(FAULTS)),
 )
 def test_remedies_name_only_settings_that_the_recipe_has(function, text, write):
-    path, own = write(text), inspect.signature(function).parameters
+    path = write(text)
+    own = inspect.signature(function).parameters
     names = {"label": "y"}
     if function is two_tower.recipe:
         path = write(

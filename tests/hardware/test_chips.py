@@ -90,7 +90,8 @@ def test_a_chip_prints_its_figures_and_sources():
 
 
 def test_peaks_by_dtype():
-    v5p, h100 = CHIPS["v5p"], CHIPS["h100"]
+    v5p = CHIPS["v5p"]
+    h100 = CHIPS["h100"]
     assert (
         h100.peak("bfloat16"),
         h100.peak(jnp.float32),
@@ -264,7 +265,8 @@ def test_topologies_that_cannot_be(name, fragments):
 
 
 def test_virtual_cpu_devices_share_their_machine():
-    one, eight = topology("cpu:1"), topology("cpu:8")
+    one = topology("cpu:1")
+    eight = topology("cpu:8")
     assert (
         eight.device.bf16_flops == one.device.bf16_flops / 8
         and eight.device.memory == one.device.memory / 8

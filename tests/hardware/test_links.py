@@ -148,11 +148,9 @@ def test_an_axis_over_nodes_uses_the_network_cards_of_all_its_gpus():
     """Scaling book, part 12: V / min(GPU, node egress); an axis sharded inside the node
     leaves one card per group.
     """
-    alone, half, whole = (
-        laid("h200:64", 8, 8)[0],
-        laid("h200:64", 16, 4)[0],
-        laid("h200:64", 64)[0],
-    )
+    alone = laid("h200:64", 8, 8)[0]
+    half = laid("h200:64", 16, 4)[0]
+    whole = laid("h200:64", 64)[0]
     assert alone.bandwidth == pytest.approx(0.85 * 50 * GB)
     assert half.bandwidth == pytest.approx(0.85 * 50 * GB * 15 / 7)
     assert whole.bandwidth == pytest.approx(0.82 * 450 * GB), (
@@ -168,7 +166,8 @@ def test_an_axis_over_nodes_uses_the_network_cards_of_all_its_gpus():
 
 
 def test_cpu_devices_share_one_memory():
-    few, many = laid("cpu:2", 2)[0], laid("cpu:8", 4, 2)[1]
+    few = laid("cpu:2", 2)[0]
+    many = laid("cpu:8", 4, 2)[1]
     assert (few.kind, many.physical) == (
         "memory",
         "shared memory",
@@ -249,8 +248,10 @@ def test_the_books_formulas_on_a_wrapped_axis():
     """Part 3: all-gather V / W2, all-to-all a quarter of it for the same global array
     (V = 16 local payloads).
     """
-    link, v = laid("v5e:16x16", 16, 16)[1], 1e10
-    gather, exchange = link.seconds("all-gather", v), link.seconds("all-to-all", v / 16)
+    link = laid("v5e:16x16", 16, 16)[1]
+    v = 1e10
+    gather = link.seconds("all-gather", v)
+    exchange = link.seconds("all-to-all", v / 16)
     assert gather == pytest.approx(v / 90e9, rel=0.07) and exchange == pytest.approx(
         v / 90e9 / 4, rel=0.01
     )
@@ -284,7 +285,8 @@ NAMES = (
 @st.composite
 def laid_meshes(draw):
     target = topology(draw(st.sampled_from(NAMES)))
-    left, mesh = target.devices, {}
+    left = target.devices
+    mesh = {}
     while left > 1 and len(mesh) < 3:
         mesh[f"axis{len(mesh)}"] = size = draw(
             st.sampled_from([n for n in range(1, left + 1) if left % n == 0])
@@ -322,10 +324,8 @@ def test_costs_grow_with_the_payload_and_agree(laying, small, large):
 @given(laid_meshes())
 def test_all_axes_joined_are_the_whole_machine(laying):
     target, mesh = laying
-    whole, joined = (
-        lay({"all": target.devices}, target)["all"],
-        join(lay(mesh, target).values()),
-    )
+    whole = lay({"all": target.devices}, target)["all"]
+    joined = join(lay(mesh, target).values())
     assert (joined.size, joined.kind, joined.wraps, joined.physical) == (
         whole.size,
         whole.kind,

@@ -31,7 +31,9 @@ from lepton_jax.launch import watchdog  # noqa: E402
 
 class Dummy:
     def __init__(self, plan):
-        self.plan, self.told, self.asked = plan, watchdog.begin(), []
+        self.plan = plan
+        self.told = watchdog.begin()
+        self.asked = []
         self.folder = Path(self.told.run_dir)
         signal.signal(
             signal.SIGTERM,
@@ -75,7 +77,8 @@ class Dummy:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self.hang()
         elif kind == "hold":  # the interpreter, for ever
-            c, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+            c = ctypes.PyDLL(None)
+            mutex = ctypes.create_string_buffer(64)
             while True:
                 c.pthread_mutex_lock(mutex)
         elif kind == "mistake":
@@ -103,7 +106,8 @@ class Dummy:
             self.folder / f"{what}-{self.told.generation}-{host}"
             for host in range(self.told.hosts)
         ]
-        met, over = [], threading.Event()
+        met = []
+        over = threading.Event()
 
         def look():
             while not met and (for_ever or not self.asked):

@@ -485,7 +485,8 @@ def check(case, code, err, seconds):
 def test_what_is_wrong_before_anything_starts(case, here, monkeypatch, capsys):
     for name, value in case.environ.items():
         monkeypatch.setenv(name, value)
-    before, started = sorted(here.rglob("*")), time.monotonic()
+    before = sorted(here.rglob("*"))
+    started = time.monotonic()
     code = cli.main([RECIPE, *case.given])
     check(
         case,

@@ -499,13 +499,15 @@ PREFIX = st.from_regex(r"[a-z]([a-z-]{0,5}[a-z])?", fullmatch=True)
 @st.composite
 def node_lists(draw):
     """A list of nodes as SLURM writes it, and the names that it stands for."""
-    parts, names = [], []
+    parts = []
+    names = []
     for prefix in draw(st.lists(PREFIX, min_size=1, max_size=4)):
         if draw(st.booleans()):
             parts.append(prefix)
             names.append(prefix)
             continue
-        width, ranges = draw(st.integers(1, 4)), []
+        width = draw(st.integers(1, 4))
+        ranges = []
         for first, more in draw(
             st.lists(
                 st.tuples(st.integers(0, 2000), st.integers(0, 12)),

@@ -426,7 +426,8 @@ def test_output_comes_at_once(capfd):
     )
     thread.start()
     os.write(writing, b"no end of line yet")
-    until, seen = time.monotonic() + 10, ""
+    until = time.monotonic() + 10
+    seen = ""
     while not seen and time.monotonic() < until:
         seen = capfd.readouterr().out
     os.close(writing)

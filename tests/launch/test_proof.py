@@ -101,7 +101,8 @@ def test_the_lines_are_these():
     host.send(n=2)
     greeting = other.recv(1000)
     assert greeting.startswith(b"lepton-hosts 1 ") and greeting.endswith(b"\n")
-    mine, yours = greeting[15:-1], secrets.token_hex(32).encode()
+    mine = greeting[15:-1]
+    yours = secrets.token_hex(32).encode()
 
     other.sendall(yours + b"\n")
     assert host.receive() == []
@@ -157,7 +158,8 @@ def test_a_host_believes_nobody_who_has_no_token_and_tells_nothing():
     one, other = socket.socketpair()
     host = Line(one, TOKEN, "a", head=False)
     host.send(at="hello", facts={"jax": "1"})
-    mine, yours = other.recv(1000)[15:-1], secrets.token_hex(32).encode()
+    mine = other.recv(1000)[15:-1]
+    yours = secrets.token_hex(32).encode()
     other.sendall(yours + b"\n")
     host.receive()
     own_proof = other.recv(1000)

@@ -46,16 +46,15 @@ def run(tmp_path_factory):
         samples=40,
         records={"loss": [3.0, 2.5, 2.0, 1.5, 1.0]},
     )
-    live, over = Live(folder), threading.Event()
+    live = Live(folder)
+    over = threading.Event()
 
     class Loop:
-        step, halted, stop_requested, monitor, test = (
-            5,
-            False,
-            False,
-            Monitor(None),
-            None,
-        )
+        step = 5
+        halted = False
+        stop_requested = False
+        monitor = Monitor(None)
+        test = None
 
         def hear(self, requests):
             return requests()
@@ -495,7 +494,8 @@ def test_a_run_under_supervision_is_seen_steered_and_seen_after_its_end(
         name = "127.0.0.1"
 
     there.port = port
-    until, found = time.monotonic() + 120, {}
+    until = time.monotonic() + 120
+    found = {}
     while not found.get("step"):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.1)

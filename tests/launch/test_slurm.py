@@ -79,7 +79,8 @@ hosts.run(found, work)
 def slurm():
     """The environment of a cluster with two nodes, both of them this machine."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path is short
-    host, daemons = socket.gethostname(), []
+    host = socket.gethostname()
+    daemons = []
     (folder / "state").mkdir()
     probes = [socket.create_server(("", 0)) for _ in range(3)]
     ports = [probe.getsockname()[1] for probe in probes]
@@ -220,7 +221,8 @@ def test_from_submit_to_finished(slurm, tmp_path):
         "mine",
     ]
     job = submitted(slurm, folder, *arguments)
-    state, log = finished(slurm, job), (folder / f"mine-{job}.log").read_text()
+    state = finished(slurm, job)
+    log = (folder / f"mine-{job}.log").read_text()
     assert state == "COMPLETED", log
     assert f"cluster: one host: SLURM job {job}, step 0 on" in log
     events = [
@@ -250,11 +252,9 @@ def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
         "--job-time",
         "10m",
     )
-    run, log, until = (
-        tmp_path / "run",
-        tmp_path / f"twice-{job}.log",
-        time.monotonic() + 100,
-    )
+    run = tmp_path / "run"
+    log = tmp_path / f"twice-{job}.log"
+    until = time.monotonic() + 100
     while not (run / "checkpoints" / "50").exists():
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.02)
@@ -272,7 +272,8 @@ def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
         env=slurm,
         check=True,
     )
-    state, said = finished(slurm, job), log.read_text()
+    state = finished(slurm, job)
+    said = log.read_text()
     assert state == "COMPLETED" and "Restarts=1" in shown(slurm, job), said
     events = read_events(run)
     starts = [event for event in events if event["kind"] == "start"]
@@ -310,7 +311,8 @@ def test_a_mistake_is_not_tried_again(slurm, tmp_path):
         "--job-name",
         "bad",
     )
-    state, log = finished(slurm, job), (tmp_path / f"bad-{job}.log").read_text()
+    state = finished(slurm, job)
+    log = (tmp_path / f"bad-{job}.log").read_text()
     assert state == "FAILED" and log.count("gone.csv") >= 1 and "going on" not in log
     assert "error: " in log and "remedy:" in log
 

@@ -538,7 +538,8 @@ def test_the_pods_find_their_cluster(capsys, kind, first):
 def what_follows(spec, code=1, condition=None):
     """What a Job does after a pod that ended so; the first rule that fits decides."""
     for rule in spec["podFailurePolicy"]["rules"]:
-        exits, conditions = rule.get("onExitCodes"), rule.get("onPodConditions", ())
+        exits = rule.get("onExitCodes")
+        conditions = rule.get("onPodConditions", ())
         if (exits and code in exits["values"]) or condition in [
             each["type"] for each in conditions
         ]:

@@ -227,7 +227,8 @@ def reached(
 
 def gone(*pids, limit=5.0):
     """Until none of these processes runs."""
-    until, alive = time.monotonic() + limit, set(pids)
+    until = time.monotonic() + limit
+    alive = set(pids)
     while alive:
         assert time.monotonic() < until, "a worker outlives its supervisor"
         for pid in sorted(alive):
@@ -477,7 +478,8 @@ def test_a_signal_to_any_supervisor_stops_all(tmp_path):
 
 
 def test_going_on_with_what_is_left_and_taking_in_who_comes_back(tmp_path):
-    port, rules = free_port(), {"least_hosts": 2, "grace": 0.5}
+    port = free_port()
+    rules = {"least_hosts": 2, "grace": 0.5}
     plan = {"until": 2000, "every": 50, "seconds": 0.01}
     runs = start(
         tmp_path,

@@ -27,7 +27,8 @@ def secret(path, text=GIVEN, mode=0o600):
 
 
 def test_the_file_goes_before_the_variable_and_that_before_the_run_folder(tmp_path):
-    file, environ = secret(tmp_path / "mine"), {"LEPTON_TOKEN": f" {OTHER}\n"}
+    file = secret(tmp_path / "mine")
+    environ = {"LEPTON_TOKEN": f" {OTHER}\n"}
     for host in range(2):
         given = tokens.of_run(
             by_hand(host),

@@ -180,7 +180,8 @@ def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
         RECIPE,
         *options,
     ]
-    run, control = tmp_path / "run", [sys.executable, ROOT / "tools" / "control.py"]
+    run = tmp_path / "run"
+    control = [sys.executable, ROOT / "tools" / "control.py"]
     with subprocess.Popen(
         command,
         env=environment,
@@ -281,17 +282,15 @@ def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
 
 
 def test_sigterm_to_one_host_that_still_plans_ends_all(tmp_path):
-    began, faults = (
-        time.monotonic(),
-        [
-            {
-                "kind": "sigterm-worker",
-                "host": 1,
-                "phase": "plan",
-                "step": 0,
-            }
-        ],
-    )
+    began = time.monotonic()
+    faults = [
+        {
+            "kind": "sigterm-worker",
+            "host": 1,
+            "phase": "plan",
+            "step": 0,
+        }
+    ]
     done = launch(
         tmp_path, "--hosts", "local:2", "--run-dir", "run", "--go-on", faults=faults
     )

@@ -52,21 +52,19 @@ def test_who_is_behind(places, expected):
 
 
 def test_only_who_is_behind_is_measured_by_its_limit():
-    waits, works = (
-        Place(
-            "steps",
-            9,
-            5,
-            age=100.0,
-            limit=10.0,
-        ),
-        Place(
-            "save",
-            5,
-            5,
-            age=100.0,
-            limit=500.0,
-        ),
+    waits = Place(
+        "steps",
+        9,
+        5,
+        age=100.0,
+        limit=10.0,
+    )
+    works = Place(
+        "save",
+        5,
+        5,
+        age=100.0,
+        limit=500.0,
     )
     assert verdict.over({0: waits, 1: works}, {0}) == []
     assert verdict.over({0: waits, 1: works._replace(age=800.0)}, set()) == [1]
@@ -75,12 +73,10 @@ def test_only_who_is_behind_is_measured_by_its_limit():
 
 
 def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
-    waits, stands = (
-        ("b.py:1 in wait", "a.py:1 in step"),
-        (
-            "c.py:1 in read",
-            "a.py:1 in step",
-        ),
+    waits = ("b.py:1 in wait", "a.py:1 in step")
+    stands = (
+        "c.py:1 in read",
+        "a.py:1 in step",
     )
     assert verdict.odd({0: waits, 1: stands, 2: waits}) == 1
     assert (
@@ -108,12 +104,10 @@ def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
 
 
 def test_the_root_of_several_faults():
-    aborted, failed, killed, mistake = (
-        died(-6),
-        died(1, 1),
-        died(-9, 2),
-        died(2, 3, error={"what": "x"}),
-    )
+    aborted = died(-6)
+    failed = died(1, 1)
+    killed = died(-9, 2)
+    mistake = died(2, 3, error={"what": "x"})
     lost = Fault(4, "lost", "is lost", Place())
     assert verdict.root([aborted, failed, killed]) is killed
     assert verdict.root([failed, mistake, aborted]) is mistake
@@ -122,7 +116,9 @@ def test_the_root_of_several_faults():
 
 
 def test_jaxs_coordinator_takes_the_others_with_it():
-    first, its, failed = died(-6, 2), died(-6, 0), died(1, 1)
+    first = died(-6, 2)
+    its = died(-6, 0)
+    failed = died(1, 1)
     assert verdict.root([first, its], at_once=2, coordinator=0) is its
     assert verdict.root([first, its], at_once=1, coordinator=0) is first, (
         "it died of the others, later"
@@ -139,7 +135,8 @@ def test_the_stack_of_the_main_thread():
     )
     assert verdict.frames(text) == ("/x/a b.py:3 in inner", "<string>:1 in <module>")
     library = f"{sys.prefix}/lib/python3.11/site-packages/jax/x.py:5 in wait"
-    ours, user = f"{verdict.__file__}:5 in died", f"{__file__}:7 in f"
+    ours = f"{verdict.__file__}:5 in died"
+    user = f"{__file__}:7 in f"
     assert (
         verdict.innermost([library, ours, user]) == user
         and verdict.innermost([library, ours]) == ours

@@ -102,9 +102,9 @@ class Watched:
         command=None,
         **more,
     ):
-        self.folder, self.name = (
-            folder,
-            f"supervisor-{'all' if host is None else host}-{time.monotonic_ns()}",
+        self.folder = folder
+        self.name = (
+            f"supervisor-{'all' if host is None else host}-{time.monotonic_ns()}"
         )
         cluster = (
             {"source": "local", "why": "a test", "hosts": hosts}

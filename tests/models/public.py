@@ -908,8 +908,10 @@ def rope(
         rate,
         precision=jax.lax.Precision.HIGHEST,
     )
-    sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
-    left, right = x[..., :half], x[..., half:]
+    sin = jnp.sin(angle)[:, :, None]
+    cos = jnp.cos(angle)[:, :, None]
+    left = x[..., :half]
+    right = x[..., half:]
     return jnp.concatenate(
         [left * cos - right * sin, right * cos + left * sin],
         axis=-1,
@@ -926,7 +928,9 @@ class GemmaAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.cfg = cfg
-        heads, kv, dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        heads = cfg.num_heads
+        kv = cfg.num_kv_heads
+        dim = cfg.head_dim
         self.q_proj = nnx.Einsum(
             "BTD,DNH->BTNH",
             (cfg.emb_dim, heads, dim),
@@ -1349,7 +1353,8 @@ class LocalAttentionBlock(nn.Module):
             self.num_heads,
             -1,
         )
-        keys, values = self.proj_k(x), self.proj_v(x)
+        keys = self.proj_k(x)
+        values = self.proj_v(x)
         segment = jnp.cumsum(segment_pos == 0, axis=-1)
         apart = jnp.arange(t)[:, None] - jnp.arange(t)[None]
         near = (apart >= 0) & (apart < self.window_size)
@@ -1510,7 +1515,8 @@ class GraphNet(nn.Module):
 
     @nn.compact
     def __call__(self, graphs: GraphsTuple) -> GraphsTuple:
-        count, nodes_in_all = graphs.n_node.shape[0], graphs.nodes.shape[0]
+        count = graphs.n_node.shape[0]
+        nodes_in_all = graphs.nodes.shape[0]
         edges_in_all = graphs.edges.shape[0]
         graph_of_node = jnp.repeat(
             jnp.arange(count), graphs.n_node, total_repeat_length=nodes_in_all
@@ -1824,7 +1830,9 @@ class AttnBlock(nn.Module):
             c,
             kernel_init=default_init(),
         )
-        q, k, v = dense()(y), dense()(y), dense()(y)
+        q = dense()(y)
+        k = dense()(y)
+        v = dense()(y)
         scores = jnp.einsum("bhwc,bHWc->bhwHW", q, k) * c**-0.5
         scores = jax.nn.softmax(
             scores.reshape(b, h, w, h * w),

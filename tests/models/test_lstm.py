@@ -22,7 +22,8 @@ def by_hand(model: models.LSTM, tokens: np.ndarray) -> np.ndarray:
             model.recurrent.kernel,
         )
     )
-    sigmoid, pooled = (lambda z: 1 / (1 + np.exp(-z))), []
+    sigmoid = lambda z: 1 / (1 + np.exp(-z))
+    pooled = []
     for text in tokens:
         state = cell = np.zeros(model.hidden)
         states = []

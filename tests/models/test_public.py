@@ -241,7 +241,9 @@ def tokens_with_positions(rng):
     return {"tokens": tokens, "segment_pos": positions.astype(np.int32)}, targets
 
 
-NODES, EDGES = 5, 7  # of a graph, with what fills it up
+# of a graph, with what fills it up
+NODES = 5
+EDGES = 7
 
 
 def molecules(rng):

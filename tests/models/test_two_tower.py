@@ -18,11 +18,10 @@ def test_a_score_is_the_product_of_the_two_vectors_and_each_row_its_own():
         center=2.5,
         rngs=nnx.Rngs(0),
     )
-    user, item = jnp.array([0, 6, 6]), jnp.array([4, 4, 0])
-    left, right = (
-        model.user_tower(model.users.embedding[...])[user],
-        model.item_tower(model.items.embedding[...])[item],
-    )
+    user = jnp.array([0, 6, 6])
+    item = jnp.array([4, 4, 0])
+    left = model.user_tower(model.users.embedding[...])[user]
+    right = model.item_tower(model.items.embedding[...])[item]
     np.testing.assert_allclose(
         model(user=user, item=item),
         2.5 + (left * right).sum(-1),

@@ -16,7 +16,8 @@ from lepton_jax.monitor import events as events_module
 
 class Heard:
     def __init__(self):
-        self.events, self.closed = [], 0
+        self.events = []
+        self.closed = 0
 
     def event(self, event):
         self.events.append(event)
@@ -78,7 +79,8 @@ def test_an_event_is_in_the_file_before_the_next_begins(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 10, 70_000])
 def test_a_torn_last_line_is_skipped_then_mended(tmp_path, cut):
-    monitor, path = Monitor(tmp_path), tmp_path / "events.jsonl"
+    monitor = Monitor(tmp_path)
+    path = tmp_path / "events.jsonl"
     monitor.event("start")
     monitor.event("steps", text="y" * 100_000)
     monitor.close()
@@ -90,7 +92,8 @@ def test_a_torn_last_line_is_skipped_then_mended(tmp_path, cut):
 
 
 def test_a_whole_event_without_its_newline_is_kept(tmp_path):
-    monitor, path = Monitor(tmp_path), tmp_path / "events.jsonl"
+    monitor = Monitor(tmp_path)
+    path = tmp_path / "events.jsonl"
     monitor.event("start")
     monitor.close()
     os.truncate(path, path.stat().st_size - 1)
@@ -125,14 +128,17 @@ def test_no_journal_is_an_error_that_names_the_file(tmp_path):
 
 
 def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path, monkeypatch):
-    monitor, path, write = Monitor(tmp_path), tmp_path / "events.jsonl", os.write
+    monitor = Monitor(tmp_path)
+    path = tmp_path / "events.jsonl"
+    write = os.write
     monitor.event("start")
     room = [10]
 
     def full(file, data):
         if not room[0]:
             raise OSError(28, "No space left on device")
-        data, room[0] = data[: room[0]], 0
+        data = data[: room[0]]
+        room[0] = 0
         return write(file, data)
 
     monkeypatch.setattr(events_module.os, "write", full)

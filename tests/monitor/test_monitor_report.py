@@ -31,13 +31,11 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.attributes, self.text, self.charts, self.open = (
-            [],
-            [],
-            "",
-            {},
-            [],
-        )
+        self.tags = []
+        self.attributes = []
+        self.text = ""
+        self.charts = {}
+        self.open = []
         self.feed(text)
         assert not self.open, self.open
 
@@ -403,7 +401,8 @@ def test_damaged_json_beside_the_events_is_said_not_raised(tmp_path):
 
 
 def test_down_sampling_keeps_spikes_and_gaps():
-    x, y = np.arange(100_000.0), np.ones(100_000)
+    x = np.arange(100_000.0)
+    y = np.ones(100_000)
     y[[31_234, 77_777]] = [500.0, -3.0]
     y[50_000] = np.nan
     a, b = downsample(x, y)
@@ -412,7 +411,8 @@ def test_down_sampling_keeps_spikes_and_gaps():
 
 
 def test_smoothing_keeps_a_constant_a_gap_and_what_follows_a_huge_value():
-    x, y = np.arange(1.0, 10_001), np.full(10_000, 0.5)
+    x = np.arange(1.0, 10_001)
+    y = np.full(10_000, 0.5)
     y[2000] = 1e30
     y[6000:6400] = np.nan
     a, b = smooth(x, y)

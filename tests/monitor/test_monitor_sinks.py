@@ -14,9 +14,11 @@ def read(folder):
     """
     from tensorboardX.proto.event_pb2 import Event
 
-    scalars, purged = {}, []
+    scalars = {}
+    purged = []
     for path in sorted(folder.glob("events.out*")):
-        data, at = path.read_bytes(), 0
+        data = path.read_bytes()
+        at = 0
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "little")
             event = Event.FromString(data[at + 12 : at + 12 + size])

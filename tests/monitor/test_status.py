@@ -191,7 +191,8 @@ def test_who_goes_on_after_an_end_was_not_restarted_by_a_failure(tmp_path):
 
 
 def test_looking_again_reads_only_what_is_new_and_a_torn_line_later(restarted):
-    watch, path = Watch(restarted), restarted / "events.jsonl"
+    watch = Watch(restarted)
+    path = restarted / "events.jsonl"
     assert watch.status()["step"] == 10
     line = encode(
         {
@@ -462,14 +463,17 @@ def parsed(text):
     """{(name, labels): value} of the text format 0.0.4; fails on what its grammar does
     not allow.
     """
-    found, family, kinds = {}, None, {}
+    found = {}
+    family = None
+    kinds = {}
     assert text.endswith("\n")
     for line in text[:-1].split("\n"):
         if match := re.fullmatch(
             r"# HELP ([a-zA-Z_:][a-zA-Z0-9_:]*) (?:[^\\\n]|\\\\|\\n)+", line
         ):
             assert match[1] not in kinds, "a family stands in one piece"
-            family, kinds[match[1]] = match[1], None
+            family = match[1]
+            kinds[match[1]] = None
         elif match := re.fullmatch(r"# TYPE (\S+) (counter|gauge)", line):
             assert match[1] == family and kinds[family] is None
             kinds[family] = match[2]
@@ -718,18 +722,16 @@ def test_the_share_is_of_the_last_minute_and_of_one_worker():
 
 
 def test_the_record_tells_of_each_host_for_how_long_it_was_the_slowest(tmp_path):
-    record, now = (
-        Record(
-            state="running",
-            hosts=heard(
-                STEPS,
-                STEPS,
-                shares=[0.0, 0.5],
-                at=time.monotonic(),
-            ),
+    record = Record(
+        state="running",
+        hosts=heard(
+            STEPS,
+            STEPS,
+            shares=[0.0, 0.5],
+            at=time.monotonic(),
         ),
-        time.monotonic(),
     )
+    now = time.monotonic()
     for second in range(5):
         record.write(tmp_path, now + second)
     told = json.loads((tmp_path / "hosts.json").read_text())

@@ -14,7 +14,9 @@ from flax import nnx
 import lepton_jax as lepton
 from lepton_jax.planner import planning
 
-ROWS, WIDTH, LAYERS = 16384, 64, 8
+ROWS = 16384
+WIDTH = 64
+LAYERS = 8
 
 
 class Deep(nnx.Module):

@@ -20,7 +20,10 @@ from lepton_jax.planner import assemble, named, planning, search
 from lepton_jax.program import Program
 from lepton_jax.state import by_path
 
-STEPS, BATCH, LENGTH, VOCAB = 5, 16, 8, 64
+STEPS = 5
+BATCH = 16
+LENGTH = 8
+VOCAB = 64
 RTOL = 1e-5  # of the losses in float32
 CPU = lepton.topology("cpu:8")
 MESHES = [
@@ -35,10 +38,8 @@ class Adversaries(nnx.Module):
     """A generator and its critic, each with a loss of its own in the outputs."""
 
     def __init__(self, rngs):
-        self.generator, self.critic = (
-            models.MLP((8, 32, 16), rngs=rngs),
-            models.MLP((16, 32, 8), rngs=rngs),
-        )
+        self.generator = models.MLP((8, 32, 16), rngs=rngs)
+        self.critic = models.MLP((16, 32, 8), rngs=rngs)
         self.noise = nnx.Rngs(noise=7)
 
     def __call__(self, x):

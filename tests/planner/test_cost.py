@@ -58,7 +58,8 @@ NHWC = ("NHWC", "HWIO", "NHWC")
     ids=str,
 )
 def test_flops_of_a_convolution_are_those_that_xla_counts(image, kernel, options):
-    x, w = jnp.zeros(image), jnp.zeros(kernel)
+    x = jnp.zeros(image)
+    w = jnp.zeros(kernel)
     options = {
         "window_strides": (1, 1),
         "padding": "SAME",

@@ -25,7 +25,8 @@ from lepton_jax.state import by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CPU, ONE = lepton.topology("cpu:8"), lepton.topology("cpu:1")
+CPU = lepton.topology("cpu:8")
+ONE = lepton.topology("cpu:1")
 STEPS = 3
 
 doubled_p = Primitive("doubled")
@@ -88,10 +89,8 @@ class Odd(nnx.Module):
     """Two layers, and between them an operation that the planner has never heard of."""
 
     def __init__(self, operation, rngs):
-        self.first, self.last = (
-            nnx.Linear(16, 32, rngs=rngs),
-            nnx.Linear(32, 8, rngs=rngs),
-        )
+        self.first = nnx.Linear(16, 32, rngs=rngs)
+        self.last = nnx.Linear(32, 8, rngs=rngs)
         self.operation = operation
 
     def __call__(self, x):
@@ -126,7 +125,9 @@ def losses(trace, plan):
         plan,
         jax.devices()[: math.prod(plan.mesh.values())],
     )
-    state, rng, found = program.init(0), np.random.default_rng(0), []
+    state = program.init(0)
+    rng = np.random.default_rng(0)
+    found = []
     for _ in range(STEPS):
         batch = (
             rng.normal(size=trace.inputs.shape).astype(np.float32),

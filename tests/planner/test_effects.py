@@ -23,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CPU = lepton.topology("cpu:8")
 ONE = lepton.topology("cpu:1")
-BATCH, WIDTH, LAYERS = 16, 32, 6
+BATCH = 16
+WIDTH = 32
+LAYERS = 6
 told = []
 
 
@@ -78,7 +80,8 @@ class Deep(nnx.Module):
             jax.random.normal(rngs.params(), (LAYERS, WIDTH, WIDTH)) / 6
         )
         self.last = nnx.Linear(WIDTH, 4, rngs=rngs)
-        self.telling, self.loop = telling, loop
+        self.telling = telling
+        self.loop = loop
 
     def __call__(self, x):
         def layer(x, kernel):
@@ -226,7 +229,8 @@ def test_what_is_told_between_checkpoints_keeps_its_operands():
             x = by_callback(x)
         return x.sum()
 
-    w, x = np.eye(64, dtype=np.float32), np.ones((64, 64), np.float32)
+    w = np.eye(64, dtype=np.float32)
+    x = np.ones((64, 64), np.float32)
     expected = jax.grad(function)(w, x)
     jax.effects_barrier()
     before = sorted(told)

@@ -152,11 +152,9 @@ def test_labels_cover_neither_each_other_nor_a_point(seed):
     boxes = []
     for text in root.findall(".//{*}text"):
         if text.get("style"):
-            wide, x, y = (
-                6.2 * len(text.text),
-                float(text.get("x")),
-                float(text.get("y")),
-            )
+            wide = 6.2 * len(text.text)
+            x = float(text.get("x"))
+            y = float(text.get("y"))
             left = x - wide if text.get("text-anchor") == "end" else x
             assert left >= 0 and left + wide <= width and 0 < y <= height
             boxes.append(

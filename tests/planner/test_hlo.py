@@ -759,7 +759,9 @@ def test_known_collectives_of_a_shard_map(mesh):
 
 def test_a_loop_of_gathered_layers_and_its_gradient(mesh):
     """Seven layers of FSDP along a, matmuls split along b, by shardings alone."""
-    batch, width, hidden = 64, 32, 128
+    batch = 64
+    width = 32
+    hidden = 128
     pin = jax.lax.with_sharding_constraint
 
     def loss(weights, x):
@@ -801,7 +803,8 @@ def test_a_loop_of_gathered_layers_and_its_gradient(mesh):
     assert compiled.dot_flops == 7 * 3 * 2 * (2 * batch * width * hidden) / 8
     loops = [c for c in compiled.collectives if c.times == 7]
     gathers = [c for c in loops if c.kind == "all-gather"]
-    weight, activation = width * hidden // 4 * 4, batch // 2 * width * 4
+    weight = width * hidden // 4 * 4
+    activation = batch // 2 * width * 4
     assert {(c.bytes, c.axes(MESH_SHAPE)) for c in gathers} == {
         (weight, ("a",))
     } and len(gathers) >= 2

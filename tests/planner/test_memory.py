@@ -309,7 +309,8 @@ def test_narrow_rows_are_copied_with_all_that_the_optimizer_keeps_of_them(
         jax.ShapeDtypeStruct((1,), jnp.float32),
     )
     names, assignment = assigned(traced, 0)
-    timeline, sizes = Timeline(names.graph, "tpu"), Sizes(names.graph, names)
+    timeline = Timeline(names.graph, "tpu")
+    sizes = Sizes(names.graph, names)
     top = peak(
         timeline,
         *sizes.bytes(assignment),
@@ -427,11 +428,9 @@ def test_what_waits_long_has_no_room_beside_the_memory():
 
 
 def test_the_order_of_the_program_leaves_gaps_that_the_order_of_size_does_not():
-    starts, ends, sizes = (
-        np.array([0, 0, 2]),
-        np.array([1, 9, 9]),
-        np.array([2.0, 1.0, 3.0]),
-    )
+    starts = np.array([0, 0, 2])
+    ends = np.array([1, 9, 9])
+    sizes = np.array([2.0, 1.0, 3.0])
     assert heap.packed("tpu", starts, ends, sizes) == 6.0
     assert heap.packed("cpu", starts, ends, sizes) == 4.0
 
@@ -499,7 +498,9 @@ def test_the_memory_beside_is_never_overfull(spans):
 
 
 def test_the_memory_beside_is_for_what_is_read_soon():
-    starts, ends, sizes = np.array([0, 4]), np.array([9, 5]), np.array([60.0, 50.0])
+    starts = np.array([0, 4])
+    ends = np.array([9, 5])
+    sizes = np.array([60.0, 50.0])
     assert heap.beside(starts, ends, sizes, 100.0, np.array([3, 0])).tolist() == [
         False,
         True,
@@ -538,7 +539,8 @@ def test_tiles_of_images_lie_along_batch_and_channels():
 def test_a_prediction_is_cheap():
     traced = trace(language(), TOKENS, TOKENS)
     names, assignment = assigned(traced, 1)
-    timeline, sizes = Timeline(names.graph, "tpu"), Sizes(names.graph, names)
+    timeline = Timeline(names.graph, "tpu")
+    sizes = Sizes(names.graph, names)
     ask = partial(
         predict,
         traced,

@@ -38,11 +38,10 @@ def language(batch_size=64, **fields):
 
 @pytest.mark.parametrize("topology", ["v5p:4x4x4", "h200:8", "cpu:8"])
 def test_when_time_is_over_the_best_plan_so_far_is_taken_and_says_so(topology):
-    trace, on = language(), lepton.topology(topology)
-    hasty, calm = (
-        planning.plan(trace, on, time_limit=1e-9),
-        planning.plan(trace, on, time_limit=None),
-    )
+    trace = language()
+    on = lepton.topology(topology)
+    hasty = planning.plan(trace, on, time_limit=1e-9)
+    calm = planning.plan(trace, on, time_limit=None)
     (note,) = [note for note in hasty.notes if "the search stopped" in note]
     assert "time_limit" in note and hasty.peak < hasty.memory and hasty.batch_axes
     assert not [note for note in calm.notes if "stopped" in note]

@@ -233,7 +233,8 @@ class Attention(nnx.Module):
             nnx.Linear(32, 32 // heads * kv_heads, rngs=rngs) for _ in range(2)
         )
         self.out = nnx.Linear(32, 64, rngs=rngs)
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads = heads
+        self.kv_heads = kv_heads
 
     def __call__(self, tokens):
         x = self.embed(tokens)
@@ -253,7 +254,8 @@ def trained(trace, plan):
         plan,
         jax.devices()[: math.prod(plan.mesh.values())],
     )
-    state, losses = program.init(0), []
+    state = program.init(0)
+    losses = []
     assert {k: tuple(x.sharding.spec) for k, x in by_path(state).items()} == {
         a.path: a.spec for a in plan.arrays
     }

@@ -13,7 +13,9 @@ from lepton_jax.planner import remat
 from lepton_jax.planner.graph import BARRIER, Graph
 from lepton_jax.planner.remat import boundaries, rematerialized
 
-DIM, ROWS, LAYERS = 32, 64, 8
+DIM = 32
+ROWS = 64
+LAYERS = 8
 
 
 def layer(x, w):

@@ -265,7 +265,8 @@ def test_what_the_names_make_of_a_model_trains_like_one_device(mesh):
             plan,
             jax.devices()[: math.prod(plan.mesh.values())],
         )
-        state, found = program.init(0), []
+        state = program.init(0)
+        found = []
         for step in range(2):
             tokens = (
                 np.random.default_rng(step)

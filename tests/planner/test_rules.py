@@ -1127,10 +1127,8 @@ def test_a_lookup_by_split_indices_in_a_split_dim():
     """XLA looks up wrong rows where indices and rows are split, and the result over the
     axes of both.
     """
-    rows, places = (
-        np.random.default_rng(0).normal(size=(8, 16, 8)).astype(np.float32),
-        np.arange(4, dtype=np.int32) * 3,
-    )
+    rows = np.random.default_rng(0).normal(size=(8, 16, 8)).astype(np.float32)
+    places = np.arange(4, dtype=np.int32) * 3
 
     def uses(graph):
         x, indices = graph.block.inputs

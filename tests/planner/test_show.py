@@ -296,7 +296,8 @@ class Balanced(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags = [], []
+        self.open = []
+        self.tags = []
         self.feed(text)
         assert not self.open
 

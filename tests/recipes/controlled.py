@@ -17,11 +17,10 @@ SPIKES = (90, 91, 170)  # samples whose inputs are a thousand times too large
 
 class Net(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.first, self.last = (
-            nnx.Linear(12, 32, rngs=rngs),
-            nnx.Linear(32, 3, rngs=rngs),
-        )
-        self.norm, self.drop = nnx.BatchNorm(32, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
+        self.first = nnx.Linear(12, 32, rngs=rngs)
+        self.last = nnx.Linear(32, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, rngs=rngs)
+        self.drop = nnx.Dropout(0.2, rngs=rngs)
 
     def __call__(self, x):
         return self.last(self.drop(nnx.relu(self.norm(self.first(x)))))

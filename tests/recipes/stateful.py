@@ -17,14 +17,10 @@ class Net(nnx.Module):
         width: int,
         rngs: nnx.Rngs,
     ):
-        self.first, self.last = (
-            nnx.Linear(12, width, rngs=rngs),
-            nnx.Linear(width, 3, rngs=rngs),
-        )
-        self.norm, self.drop = (
-            nnx.BatchNorm(width, rngs=rngs),
-            nnx.Dropout(0.3, rngs=rngs),
-        )
+        self.first = nnx.Linear(12, width, rngs=rngs)
+        self.last = nnx.Linear(width, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.drop = nnx.Dropout(0.3, rngs=rngs)
 
     def __call__(self, x):
         return self.last(self.drop(nnx.relu(self.norm(self.first(x)))))

@@ -49,7 +49,8 @@ def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     assert document["command"].endswith("python tools/bench.py " + " ".join(arguments))
     assert document["platform"] == "cpu" and document["machine"]["cores"] >= 1
     (result,) = document["results"]
-    ms, steps = result["ms_a_step"], result["steps_a_slice"]
+    ms = result["ms_a_step"]
+    steps = result["steps_a_slice"]
     assert list(ms) == CONTENDERS == list(steps)
     assert steps["lepton"] % result["steps_per_call"] == 0
     assert result["loss_difference"] <= 1e-5

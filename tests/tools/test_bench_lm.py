@@ -77,7 +77,8 @@ def test_lm_beside_another(stand_in, tmp_path, capsys):
         and result["batch_size"] == 2
         and result["micro_batches"] == 1
     )
-    ms, rates = result["ms_a_step"], result["tokens_per_second"]
+    ms = result["ms_a_step"]
+    rates = result["tokens_per_second"]
     assert rates["torch"]["rounds"] == pytest.approx(
         [2 * 16 / t * 1e3 for t in ms["torch"]["rounds"]]
     )

@@ -49,7 +49,8 @@ def problem():
 def test_it_measures_a_model_and_writes_what_it_printed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "COMMANDS", (bench_regret,))
     monkeypatch.setattr(bench_regret, "CASES", {"tiny": TINY})
-    file, cache = tmp_path / "regret.json", tmp_path / "cache.json"
+    file = tmp_path / "regret.json"
+    cache = tmp_path / "cache.json"
     arguments = [
         "planner-regret",
         "--models",

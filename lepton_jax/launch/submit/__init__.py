@@ -72,7 +72,8 @@ GRACE = {
 
 def options(group: Any) -> None:
     """Add --on and what goes with it."""
-    add, number = group.add_argument, settings.reader(int)
+    add = group.add_argument
+    number = settings.reader(int)
     add(
         "--on",
         metavar="WHERE",
@@ -464,7 +465,8 @@ def _flags(given: dict[str, Any]) -> list[str]:
 
 def _inside(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:
     """The options for the hosts that were typed."""
-    flags, typed = [], _typed(arguments)
+    flags = []
+    typed = _typed(arguments)
     for name, value in vars(options).items():
         flag = f"--{name.replace('_', '-')}"
         if (

@@ -16,7 +16,8 @@ from lepton_jax.launch.cluster import PORT, joined
 from lepton_jax.launch.submit.job import MISTAKE, Job, Volume, heading
 
 SUFFIX = ".yaml"
-CONTAINER, ROLE = "train", "hosts"
+CONTAINER = "train"
+ROLE = "hosts"
 TOKEN_KEY = "token"
 # in a manifest that is only shown; a run refuses it, for it has spaces
 NO_TOKEN = "write another here: openssl rand -hex 32"
