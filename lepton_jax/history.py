@@ -133,7 +133,7 @@ class History:
         header, rows = self._rows()
         cell = lambda tag, row: "".join(
             f"<{tag}>{html.escape(value)}</{tag}>" for value in row
-        )  # noqa: E731
+        )
         body = "".join(f"<tr>{cell('td', row)}</tr>" for row in rows)
         return (
             f"<table><tr>{cell('th', header)}</tr>{body}</table>"

@@ -128,7 +128,7 @@ class LocalCheckpoints:
                 host
                 for host, intact in enumerate(agreement.every(lambda: read is not None))
                 if not intact
-            ]  # noqa: B023
+            ]
             if not bad:
                 assert read is not None
                 return step, _state(read, template), read.record

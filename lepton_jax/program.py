@@ -263,7 +263,7 @@ class Program:
             x.shape,
             x.dtype,
             sharding=s,
-        )  # noqa: E731
+        )
         state = jax.tree.map(
             placed,
             trace.state,
@@ -277,7 +277,7 @@ class Program:
                 (trace.samples, *x.shape[1:]),
                 x.dtype,
                 sharding=self.replicated,
-            )  # noqa: E731
+            )
             data = jax.tree.map(rows, batch)
             batch = jax.ShapeDtypeStruct((self.recipe.batch_size,), jnp.int32)  # type: ignore[assignment]
         block = jax.tree.map(
@@ -510,7 +510,7 @@ class Program:
         variables: Any,
         inputs: Any,
     ) -> Any:
-        run = lambda p, v, x: evaluated(self.trace, p, v, x)  # noqa: E731
+        run = lambda p, v, x: evaluated(self.trace, p, v, x)
         return laid_out(
             run,
             self.plan.layout,
@@ -714,7 +714,7 @@ class Program:
                     carry,
                     index,
                     jax.tree.map(lambda x: x[index], parts),
-                )  # noqa: B023
+                )
         else:
             carry, _ = jax.lax.scan(
                 lambda c, x: (add(c, *x), None),

@@ -869,7 +869,7 @@ class Trainer:
         for name, expected, found in pairs:
             one = lambda x: (
                 f"{jax.dtypes.canonicalize_dtype(x.dtype)}{list(x.shape[1:])}"
-            )  # noqa: E731
+            )
             expected, found = (
                 {path: one(leaf) for path, leaf in by_path(x).items()}
                 for x in (expected, found)
@@ -1055,7 +1055,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _shapes_in(folder: Path) -> tuple[Any, Any]:
-    is_leaf = lambda x: set(x) == {"shape", "dtype"}  # noqa: E731
+    is_leaf = lambda x: set(x) == {"shape", "dtype"}
     try:
         batch = json.loads((folder / "recipe.json").read_text())["batch"]
         shapes = jax.tree.map(

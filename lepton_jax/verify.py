@@ -168,7 +168,7 @@ class Verification:
         ]
         if self.memory_error is not None:
             return "\n".join([*lines, f"it does not fit: {self.memory_error.what}"])
-        told = lambda name, n: si(n) + "FLOP" if name == "flops" else size(n)  # noqa: E731
+        told = lambda name, n: si(n) + "FLOP" if name == "flops" else size(n)
         cells = [
             [
                 name,

@@ -61,7 +61,7 @@ def same(left, right):
         jax.random.key_data(x)
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         else x
-    )  # noqa: E731
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(data(a), data(b)),
         left,
@@ -220,7 +220,7 @@ def test_an_uncommitted_folder_is_not_the_latest(tmp_path):
 def test_a_damaged_run_resumes_from_the_step_before_and_says_so(blobs, tmp_path):
     make = lambda: lepton.Trainer(
         model=lambda rngs: lepton.models.MLP((12, 8, 3), rngs=rngs),
-        train=blobs,  # noqa: E731
+        train=blobs,
         loss=lepton.losses.cross_entropy,
         optimizer=optax.adam(1e-2),
         batch_size=30,

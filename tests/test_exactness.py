@@ -365,7 +365,7 @@ def test_float16_skips_overflowing_steps_and_halves_the_scale(blobs):
     inputs, targets = blobs
     steep = lambda o, t: (
         1e4 * optax.softmax_cross_entropy_with_integer_labels(o.astype(jnp.float16), t)
-    )  # noqa: E731
+    )
     run = lepton.Trainer(
         model=NnxNet,
         loss=steep,

@@ -225,7 +225,7 @@ def test_evaluation_counts_each_sample_once(samples, blobs):
 
 def test_a_mean_loss_is_evaluated_like_the_losses_it_is_the_mean_of(blobs):
     inputs, targets = (x[:31] for x in blobs)
-    mean = lambda o, t: optax.softmax_cross_entropy_with_integer_labels(o, t).mean()  # noqa: E731
+    mean = lambda o, t: optax.softmax_cross_entropy_with_integer_labels(o, t).mean()
     trainer = lepton.Trainer(
         model=net,
         loss=mean,

@@ -47,7 +47,7 @@ def trainer(model, data, **fields):
 def batches(data):
     for step in range(STEPS):
         rows = slice(step * BATCH, (step + 1) * BATCH)
-        yield step, jax.tree.map(lambda x: x[rows], data)  # noqa: B023
+        yield step, jax.tree.map(lambda x: x[rows], data)
 
 
 def step_key(step):
@@ -484,7 +484,7 @@ def test_linen_takes_arguments_that_are_named_as_those_of_apply(data):
             **inputs,
             rngs=streams,
             train=train,
-        )  # noqa: E731
+        )
         return apply(method=method)
 
     run = trainer(net, data)
@@ -585,7 +585,7 @@ class Noisy(linen.Module):
     ],
 )
 def test_linen_may_draw_outside_of_training(net, data):
-    call = lambda apply, x, train, key: apply(x, train)  # noqa: E731
+    call = lambda apply, x, train, key: apply(x, train)
     losses, params, _ = linen_by_hand(net, data, call)
     run = trainer(net, data, test=data)
     close(run.fit()["loss"], losses)

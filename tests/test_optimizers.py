@@ -348,7 +348,7 @@ def test_the_rates_of_four_accumulated_steps_are_the_schedules_first_four(blobs)
 def test_a_scaled_rate_stays_a_schedule(blobs):
     scaled = lambda r: optax.MultiSteps(
         optax.adamw(10 * r / 4 + 1e-3, weight_decay=r), 4
-    )  # noqa: E731
+    )
     plain = optax.MultiSteps(
         optax.adamw(lambda n: 10 * SCHEDULE(n) / 4 + 1e-3, weight_decay=SCHEDULE), 4
     )
@@ -529,7 +529,7 @@ def test_a_resumed_run_reads_on_where_it_was(blobs, tmp_path):
 
 
 def test_a_rate_kept_in_the_state_follows_policies_too(blobs):
-    make = lambda r: optax.inject_hyperparams(optax.sgd)(learning_rate=r)  # noqa: E731
+    make = lambda r: optax.inject_hyperparams(optax.sgd)(learning_rate=r)
     _, params, _ = by_hand(blobs, optax.sgd(0.25 * RATE))
     trainer, _ = trained(
         blobs,
@@ -662,7 +662,7 @@ def test_a_frozen_half_of_a_linen_model_stays_as_it_was_made(blobs):
 def test_adaptive_is_tried_on_the_models_own_names(blobs):
     make = lambda r: optax.partition(
         {"slow": optax.set_to_zero(), "fast": optax.adam(r)}, halves
-    )  # noqa: E731
+    )
     trainer, history = trained(
         blobs,
         make,
@@ -678,10 +678,10 @@ def test_adaptive_is_tried_on_the_models_own_names(blobs):
 def test_a_mask_that_matches_nothing_names_the_parameters(rate, blobs):
     misspelt = lambda p: traverse_util.path_aware_map(
         lambda path, x: path[-1] == "kernal", p
-    )  # noqa: E731
+    )
     wrapped = lambda r: optax.MultiSteps(
         optax.chain(optax.clip(1.0), optax.adamw(r, mask=misspelt)), 2
-    )  # noqa: E731
+    )
     with pytest.raises(lepton.RecipeError, match="matches no parameter") as error:
         trained(blobs, wrapped, rate)
     assert (

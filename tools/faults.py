@@ -233,14 +233,14 @@ def kinds(hosts: int) -> dict[str, Callable[[random.Random], Fault]]:
 
         return draw
 
-    other = lambda rng: rng.randrange(1, hosts)  # noqa: E731
+    other = lambda rng: rng.randrange(1, hosts)
     cut = lambda fields: (
         lambda rng: Fault(
             **fields(rng),
             apart=True,
             network=True,
         )
-    )  # noqa: E731
+    )
     few = faults_network.without(hosts)
     return {
         "kill": dies(

@@ -697,7 +697,7 @@ def _same(
     """
     is_key = lambda x: jax.dtypes.issubdtype(
         getattr(x, "dtype", None), jax.dtypes.prng_key
-    )  # noqa: E731
+    )
     one, two = (
         [
             np.asarray(jax.random.key_data(x) if is_key(x) else x)

@@ -194,7 +194,7 @@ class Controller:
         optimizer = self.optimizer.init(params)
         if not self.policies and not self.base:
             return optimizer, ()
-        copied = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731  (a donated state must hold no array twice)
+        copied = lambda tree: jax.tree.map(jnp.copy, tree)
         moved = {knob for _, knob in self.moves}
         names = [*self.base, *self.flags]
         neutral = (
@@ -531,7 +531,7 @@ class Controller:
                 gradients,
                 knobs,
                 loss,
-            )  # noqa: E731
+            )
             pieces = (
                 update()
                 if taken is None
@@ -607,7 +607,7 @@ class Controller:
         # optax's own formula: below the threshold it is the gradient, to the bit
         clip = lambda g: optax.clip_by_global_norm(knobs["clip_norm"]).update(
             g, optax.EmptyState()
-        )[0]  # noqa: E731
+        )[0]
         if self.recipe.clip_norm is not None:
             return clip(gradients)
         # plain Optax would not clip: the gradient is left whole, as above

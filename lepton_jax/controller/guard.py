@@ -124,7 +124,7 @@ def guard(
             jnp.float32(0),
             jnp.float32(0),
             jnp.int32(0),
-        )  # noqa: E731
+        )
         return Guard(
             band(),
             band(),

@@ -140,7 +140,7 @@ def label_noise(
 
 
 def _begun() -> Doubt:
-    zero = lambda: jnp.float32(0)  # noqa: E731  (leaves of a donated state must not be one array)
+    zero = lambda: jnp.float32(0)
     return Doubt(
         zero(),
         zero(),

@@ -79,7 +79,7 @@ def learning_free(
     checked("learning_free", 1e-3, 1, until=until)
 
     def init() -> Distance:
-        zero = lambda: jnp.float32(0)  # noqa: E731  (leaves of a donated state must not be one array)
+        zero = lambda: jnp.float32(0)
         return Distance(
             zero(),
             zero(),
@@ -200,13 +200,13 @@ def _steady(optimizer: Optimizer, params: Any) -> bool:
             gradients = jax.tree.map(
                 lambda x: scale * jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape),
                 params,
-            )  # noqa: B023
+            )
             after, _ = optimizer.update(
                 lambda: gradients,
                 optimizer.init(params),
                 params,
                 knobs,
                 jnp.float32(1),
-            )  # noqa: B023
+            )
             sizes.append(float(norm(after)))
     return sizes[1] < LINEAR * sizes[0]

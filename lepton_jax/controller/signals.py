@@ -154,7 +154,7 @@ class Signals:
     def init(self, params: Any) -> dict[str, Any]:
         """The state of the moving means."""
         state: dict[str, Any] = {}
-        zero = lambda: jnp.float32(0)  # noqa: E731  (leaves of a donated state must not be one array)
+        zero = lambda: jnp.float32(0)
         if {"loss_mean", "loss_variance", "loss_trend"} & set(self.watched):
             state["loss"] = Smoothed(
                 zero(),
@@ -367,7 +367,7 @@ def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
 
 def _smooth(state: Smoothed, loss: Any) -> tuple[dict[str, Any], Smoothed]:
     count = state.count.astype(jnp.float32)
-    past = lambda decay, x: x / jnp.maximum(1 - decay**count, 1e-6)  # noqa: E731
+    past = lambda decay, x: x / jnp.maximum(1 - decay**count, 1e-6)
     quick = past(QUICK, state.quick)
     slow = past(SLOW, state.slow)
     squares = past(SLOW, state.squares)

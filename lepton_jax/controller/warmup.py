@@ -79,7 +79,7 @@ def warmup(
         signals: Mapping[str, Any], state: Warmup
     ) -> tuple[dict[str, Any], Warmup]:
         updates = signals["updates"]
-        linear = lambda n: jnp.minimum(start + (1 - start) * n / bound, 1.0)  # noqa: E731
+        linear = lambda n: jnp.minimum(start + (1 - start) * n / bound, 1.0)
         if tolerance is None:
             return {"learning_rate": linear(updates)}, state
         log = jnp.log(jnp.maximum(signals["gradient_norm"], 1e-30))

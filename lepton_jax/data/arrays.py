@@ -114,7 +114,7 @@ class Arrays:
                 remedy=f"use positions from 0 to {len(self) - 1}",
             )
         indices = indices.astype(np.intp, copy=False)
-        rows = lambda x: _rows(x, indices, empty)  # noqa: E731
+        rows = lambda x: _rows(x, indices, empty)
         return _map(rows, self.inputs), _map(rows, self.targets)
 
     def split(

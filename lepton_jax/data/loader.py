@@ -448,7 +448,7 @@ class Loader:
             # indices alone are cheap: every host makes them all
             whole = lambda x: placed(
                 x if steps == 1 else x.reshape(steps, batch_size), sharding
-            )  # noqa: E731
+            )
             self._put = whole if resident else lambda rows: rows
 
     def __iter__(self) -> Iterator[Any]:

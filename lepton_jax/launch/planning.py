@@ -519,7 +519,7 @@ def _matching(
         batch = by_path({"inputs": traced.inputs, "targets": traced.targets})
         there |= {path: tuple(leaf.shape) for path, leaf in batch.items()}
     planned = {a.path: a.shape for a in (*plan.arrays, *plan.batch)}
-    told = lambda shape: "absent" if shape is None else str(list(shape))  # noqa: E731
+    told = lambda shape: "absent" if shape is None else str(list(shape))
     differ = [
         f"{path} {told(planned.get(path))} in the plan, {told(there.get(path))} in the"
         " recipe"

@@ -129,7 +129,7 @@ class Parser(argparse.ArgumentParser):
         args: Any = None,
         namespace: Any = None,
     ) -> Any:
-        hyphens = lambda match: match[0].replace("_", "-")  # noqa: E731
+        hyphens = lambda match: match[0].replace("_", "-")
         return super().parse_known_args(
             [re.sub(r"^--[^=]*", hyphens, arg) for arg in args or ()], namespace
         )

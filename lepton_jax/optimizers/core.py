@@ -695,7 +695,7 @@ def _factors(jaxpr: Any, kinds: list[str]) -> tuple[list[str], bool]:
             strict=True,
         )
     )
-    of = lambda v: "constant" if hasattr(v, "val") else known.get(v, "constant")  # noqa: E731  (what is closed over is, too)
+    of = lambda v: "constant" if hasattr(v, "val") else known.get(v, "constant")
     again = False
     for eqn in jaxpr.eqns:
         into = [of(v) for v in eqn.invars]

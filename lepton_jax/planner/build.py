@@ -35,7 +35,7 @@ def build(
 ) -> Plan:
     """The plan of an assignment, whose masks are in the order of `names`."""
     axes = axes or assemble.axis_names(assignment, names)
-    pick = lambda mask: tuple(n for i, n in enumerate(axes) if mask >> i & 1)  # noqa: E731
+    pick = lambda mask: tuple(n for i, n in enumerate(axes) if mask >> i & 1)
     batch = 0 if names.batch is None else assignment.masks[names.batch]
     data, why_data = schedule.residence(trace, topology)
     steps, why = schedule.steps_per_call(trace, topology)

@@ -429,10 +429,10 @@ def _drawing(front: Frontier) -> str:
     up = Log.over([p.price or 0.0 for p in priced]) if priced else Log(1, 10)
     # below the axis: those without a price
     strip = 34 if len(priced) < len(timed) else 0
-    x = lambda p: LEFT + across.at(p.seconds or 0.0) * WIDE  # noqa: E731
+    x = lambda p: LEFT + across.at(p.seconds or 0.0) * WIDE
     y = lambda p: (
         TOP + (HIGH + strip - 14 if p.price is None else (1 - up.at(p.price)) * HIGH)
-    )  # noqa: E731
+    )
     at = [(x(p), y(p)) for p in timed]
     line = sorted(a for a, p in zip(at, timed, strict=True) if p.best)
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in line)

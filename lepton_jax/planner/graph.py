@@ -272,7 +272,7 @@ class Graph:
                 "dtype",
                 None,
             ),
-        )  # noqa: E731
+        )
         block = Block(
             [new(v) for v in jaxpr.invars],
             [new(v) for v in jaxpr.constvars],

@@ -204,7 +204,7 @@ class Plan:
         first (see `laid_out`).
         """
         bits = {name: 1 << i for i, name in enumerate(self.mesh)}
-        masks = lambda entries: tuple(sum(bits[n] for n in _names(e)) for e in entries)  # noqa: E731
+        masks = lambda entries: tuple(sum(bits[n] for n in _names(e)) for e in entries)
         known = {a.path: a for a in (*self.arrays, *self.batch)}
         uses: dict[int, int] = {}
         storage = []

@@ -20,7 +20,7 @@ from lepton_jax.planner.batches import Batches
 from lepton_jax.planner.build import (
     by_hand,
     fixed,
-)  # noqa: F401  for a plan without a search
+)
 from lepton_jax.planner.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.memory import Sizes, Timeline, predict
 from lepton_jax.planner.named import Names

@@ -370,7 +370,7 @@ def _check_variables(
         a = old.get(path)
         b = new.get(path)
         if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
-            describe = lambda x: "absent" if x is None else f"{x.dtype}{list(x.shape)}"  # noqa: E731
+            describe = lambda x: "absent" if x is None else f"{x.dtype}{list(x.shape)}"
             raise ModelError(
                 f"a call changes the variable {path!r} from {describe(a)} to"
                 f" {describe(b)}",

@@ -154,7 +154,7 @@ def test_replay_is_the_run_to_the_bit(run, tmp_path):
 
 
 def test_a_schedule_is_journaled_and_a_plain_run_writes_no_journal(blobs, tmp_path):
-    net = lambda rngs: lepton.models.MLP((12, 16, 3), rngs=rngs)  # noqa: E731
+    net = lambda rngs: lepton.models.MLP((12, 16, 3), rngs=rngs)
     fields = {
         "model": net,
         "loss": lepton.losses.cross_entropy,

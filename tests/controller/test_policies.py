@@ -557,7 +557,7 @@ def test_arguments_that_cannot_be_are_named(make, named):
 @given(st.integers(0, 2**31))
 def test_no_policy_leaves_a_knobs_range_on_any_signals(seed):
     rng = np.random.default_rng(seed)
-    draw = lambda: rng.choice([np.nan, np.inf, -np.inf, 0, 1e38, -1e38, 1.0, 0.3], 400)  # noqa: E731
+    draw = lambda: rng.choice([np.nan, np.inf, -np.inf, 0, 1e38, -1e38, 1.0, 0.3], 400)
     for policy in (
         controllers.plateau(every=2, patience=1),
         controllers.guard("clip", patience=3),

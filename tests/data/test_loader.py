@@ -88,7 +88,7 @@ def test_state_says_where_to_go_on():
         steps=3,
         sharding=ONE,
         seed=2,
-        shuffle=True,  # noqa: E731
+        shuffle=True,
         position=position,
         blocks=6,
     )

@@ -195,7 +195,7 @@ def made(draw):
     dataset = filtered(mix(sources, weights=weights), kind)
     model = lambda *order: kept(
         Model.mix({n: m(*order) for n, m in models.items()}, exact), kind
-    )  # noqa: E731
+    )
     if ragged:
         length = draw(st.integers(2, 11))
         end = draw(st.sampled_from([None, 0]))
@@ -211,7 +211,7 @@ def made(draw):
             )
         repeated = lambda *order: (
             (name, np.repeat(x, times)) for name, x in model(*order)
-        )  # noqa: E731
+        )
         return dataset.pack(length, end=end), lambda *order: Model.pack(
             repeated(*order), length, end
         )

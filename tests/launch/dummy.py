@@ -24,9 +24,9 @@ for name, path in (
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(path)]
 
-from lepton_jax import phase  # noqa: E402
-from lepton_jax.errors import DataError  # noqa: E402
-from lepton_jax.launch import watchdog  # noqa: E402
+from lepton_jax import phase
+from lepton_jax.errors import DataError
+from lepton_jax.launch import watchdog
 
 
 class Dummy:

@@ -89,7 +89,7 @@ class Watched:
       more: facts, run, limit.
     """
 
-    started: list = []  # noqa: RUF012  # all of them, so that a test that fails leaves none behind
+    started: list = []  # all of them, so that a test that fails leaves none behind
 
     def __init__(
         self,

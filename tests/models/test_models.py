@@ -205,7 +205,7 @@ def test_shapes_sizes_and_gradients_under_jit(build, inputs, shape, size):
 
     @nnx.jit
     def gradients(model, inputs):
-        call = lambda m: m(**inputs) if isinstance(inputs, dict) else m(inputs)  # noqa: E731
+        call = lambda m: m(**inputs) if isinstance(inputs, dict) else m(inputs)
         return call(model), nnx.grad(lambda m: jnp.square(call(m)).sum())(model)
 
     out, grads = gradients(model, inputs)

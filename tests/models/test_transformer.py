@@ -72,7 +72,7 @@ def test_a_token_never_sees_the_ones_after_it(build):
 
 def test_rotary_positions_tell_order_apart_but_only_by_distance():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    turn = lambda x: rotary(jnp.broadcast_to(x, (1, 12, 1, 8)), 10_000.0)[0, :, 0]  # noqa: E731
+    turn = lambda x: rotary(jnp.broadcast_to(x, (1, 12, 1, 8)), 10_000.0)[0, :, 0]
     scores = turn(query) @ turn(key).T
     np.testing.assert_allclose(
         scores[1:, 1:],

@@ -111,7 +111,7 @@ def test_a_rollback_takes_back_what_came_after_it_and_shows_it_apart(tmp_path):
         {
             "first": first,
             "last": first + len(losses) - 1,
-            "records": {  # noqa: E731
+            "records": {
                 "loss": losses,
                 "skip": [0.0] * len(losses),
                 "guard:skip": [0.0] * len(losses),

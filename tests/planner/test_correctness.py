@@ -342,7 +342,7 @@ def run(program, batches, state):
     for i in range(STEPS):
         batch = jax.device_put(
             jax.tree.map(lambda x: x[i], batches), program.block_sharding
-        )  # noqa: B023
+        )
         state, records = program.train(state, batch, 0, 1)
         losses.append(float(records[0, 0]))
     return Run(

@@ -261,5 +261,5 @@ def batches(rows):
     ],
 )
 def test_a_scalar_is_known_to_be_a_mean_of_samples(function, expected):
-    wrapped = lambda o, t: jnp.asarray(function(o, t))  # noqa: E731
+    wrapped = lambda o, t: jnp.asarray(function(o, t))
     assert is_mean_of_samples(wrapped, [batches(8), batches(16)]) is expected

@@ -125,7 +125,7 @@ def test_looped_layers_have_the_axes_of_unrolled_ones_and_the_loop_is_none():
 def test_rematerialization_leaves_the_axes_as_they_are(loop, remat):
     key = lambda names: {
         (g.name, g.size, g.divisor, len(g.members)) for g in names.groups
-    }  # noqa: E731
+    }
     assert key(lm(loop, remat=remat)) == key(lm(loop))
 
 

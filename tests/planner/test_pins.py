@@ -238,7 +238,7 @@ class Attention(nnx.Module):
 
     def __call__(self, tokens):
         x = self.embed(tokens)
-        split = lambda x, n: x.reshape(*x.shape[:2], n, -1)  # noqa: E731
+        split = lambda x, n: x.reshape(*x.shape[:2], n, -1)
         x = jax.nn.dot_product_attention(
             split(self.query(x), self.heads),
             split(self.key(x), self.kv_heads),

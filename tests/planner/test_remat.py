@@ -26,7 +26,7 @@ def layer(x, w):
 
 def straight(params, x, key):
     for i in range(LAYERS):
-        x = layer(x, jax.tree.map(lambda p: p[i], params))  # noqa: B023
+        x = layer(x, jax.tree.map(lambda p: p[i], params))
         x = jnp.where(
             jax.random.bernoulli(
                 jax.random.fold_in(key, i),

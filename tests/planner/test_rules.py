@@ -1028,7 +1028,7 @@ def anyhow(seed, sizes):
     def layout(graph, paths):
         draw = random.Random(seed)
         counts = Layout(graph, sizes, {}, []).counts
-        masks = lambda n: [m for m, c in enumerate(counts) if n % c == 0]  # noqa: E731
+        masks = lambda n: [m for m, c in enumerate(counts) if n % c == 0]
         roots = sorted(
             {graph.find(n) for v in graph.values for n in v.nodes}
             - {graph.find(n) for n in graph.loops}
@@ -1111,7 +1111,7 @@ def test_dims_that_only_an_operation_makes_are_not_split_within_it(split):
     """
     rows = np.random.default_rng(0).normal(size=(4, 32, 8)).astype(np.float32)
     everywhere = lambda graph: {
-        graph.find(v.nodes[d]): m  # noqa: E731
+        graph.find(v.nodes[d]): m
         for v in graph.values
         if len(v.shape) == 3
         for d, m in split.items()
@@ -1218,7 +1218,7 @@ def check_split(function, uses, *args):
         (2, 2, 2),
         uses(graph),
         [],
-    )  # noqa: E731
+    )
     split = laid_out(
         lambda _, *args: function(*args),
         layout,
