@@ -19,7 +19,7 @@ import optax
 
 from lepton_jax.compat import whole_axes
 from lepton_jax.errors import ModelError, pointing_at_user
-from lepton_jax.state import by_path, shapes
+from lepton_jax.trees import by_path, shapes
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 binary_cross_entropy = optax.sigmoid_binary_cross_entropy

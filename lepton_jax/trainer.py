@@ -21,11 +21,10 @@ import grain
 import jax
 import numpy as np
 
-from lepton_jax import agreement, phase
-from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.checkpoint.durable import Checkpoints
+from lepton_jax.checkpoint.local import LocalCheckpoints
 from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.controller.live import Live
-from lepton_jax.controller.rollback import recalled
 from lepton_jax.data import (
     Arrays,
     Dataset,
@@ -48,16 +47,19 @@ from lepton_jax.errors import (
     writing_remedy,
 )
 from lepton_jax.hardware import Topology, here, topology
-from lepton_jax.history import History
-from lepton_jax.local_checkpoint import LocalCheckpoints
-from lepton_jax.loop import Loop, evaluate, order
-from lepton_jax.module import is_linen
+from lepton_jax.hosts import agreement, phase
 from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
-from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan, trace
-from lepton_jax.program import Compilation, Program
+from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan
+from lepton_jax.planner.program import trace
 from lepton_jax.recipe import Recipe
-from lepton_jax.restore import Reader, Restored
-from lepton_jax.state import State, by_path
+from lepton_jax.step.module import is_linen
+from lepton_jax.step.state import State
+from lepton_jax.train.history import History
+from lepton_jax.train.loop import Loop, evaluate, order
+from lepton_jax.train.program import Compilation, Program
+from lepton_jax.train.recovery import recalled
+from lepton_jax.train.restore import Reader, Restored
+from lepton_jax.trees import by_path
 
 ROWS_SHOWN = 5  # rows that a message names
 NOTHING = "there is no committed checkpoint"

@@ -32,6 +32,8 @@ from bad_inputs import (
 from bad_notebooks import NOTEBOOKS, REGRESSION, elements, trainer
 
 import lepton_jax as lepton
+from lepton_jax.cli import launch as cli
+from lepton_jax.cli import settings
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -39,7 +41,6 @@ from lepton_jax.errors import (
     LeptonError,
     PlanError,
 )
-from lepton_jax.launch import cli, settings
 from lepton_jax.losses import squared_error
 from lepton_jax.monitor import read_events
 
@@ -238,7 +239,9 @@ def process(
     which it can write no file.
     """
     command = (
-        ["-m", "lepton_jax.launch"] if module else [str(ROOT / "tools" / "launch.py")]
+        ["-m", "lepton_jax", "launch"]
+        if module
+        else [str(ROOT / "tools" / "launch.py")]
     )
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     if limit is not None:

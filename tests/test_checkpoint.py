@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lepton_jax as lepton
-from lepton_jax.checkpoint import (
+from lepton_jax.checkpoint.durable import (
     Checkpoints,
     Damaged,
     _copy_and_checksum,
@@ -29,7 +29,7 @@ from lepton_jax.checkpoint import (
 from lepton_jax.compat import make_mesh
 from lepton_jax.errors import CheckpointError, writing_remedy
 from lepton_jax.monitor import read_events
-from lepton_jax.restore import Reader
+from lepton_jax.train.restore import Reader
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

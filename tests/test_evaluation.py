@@ -475,7 +475,7 @@ def test_several_sums_count_each_sample_once_in_an_evaluation(rows):
 def test_a_metric_of_the_whole_set_that_does_not_fit_is_refused_before_it_begins(
     monkeypatch,
 ):
-    from lepton_jax.planner import evaluating
+    from lepton_jax.planner.program import evaluation as evaluating
 
     monkeypatch.setattr(evaluating, "MOST_GATHERED", 40 * 16 - 1)
     with pytest.raises(

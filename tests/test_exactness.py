@@ -300,7 +300,7 @@ def test_unrolled_micro_batches_are_the_loop(blobs, monkeypatch):
     losses = unrolled.fit(data, steps=20)["loss"]
     assert unrolled.program.plan.unroll_micro_batches
     monkeypatch.setattr(
-        sys.modules["lepton_jax.planner.schedule"],
+        sys.modules["lepton_jax.planner.estimate.feeding"],
         "slow_loops",
         lambda trace, topology: False,
     )

@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(blobs, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        "lepton_jax.local_checkpoint.os",
+        "lepton_jax.checkpoint.local.os",
         SimpleNamespace(**vars(os) | {"replace": refuse}),
     )
     trainer = make(

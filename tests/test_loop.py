@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import lepton_jax as lepton
-from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.monitor import read_events
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -47,7 +47,7 @@ def trainer(model, data, **fields):
 def batches(data):
     for step in range(STEPS):
         rows = slice(step * BATCH, (step + 1) * BATCH)
-        yield step, jax.tree.map(lambda x: x[rows], data)
+        yield step, jax.tree.map(lambda x: x[rows], data)  # noqa: B023
 
 
 def step_key(step):

@@ -12,8 +12,9 @@ import pytest
 from flax import linen, nnx, traverse_util
 
 import lepton_jax as lepton
-from lepton_jax import controllers, optimizers
+from lepton_jax import controllers
 from lepton_jax.controller.knobs import neutral
+from lepton_jax.step import optimizers
 
 BATCH = 24
 STEPS = 21

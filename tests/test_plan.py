@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 import lepton_jax as lepton
 from lepton_jax.hardware import CHIPS
-from lepton_jax.state import by_path
+from lepton_jax.trees import by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -113,7 +113,7 @@ def test_data_that_does_not_fit_is_streamed_and_gives_the_same_losses(
     resident = lepton.Trainer(recipe(blobs), devices=2)
     expected = resident.fit(steps=20)["loss"]
     monkeypatch.setattr(
-        sys.modules["lepton_jax.planner.schedule"], "RESIDENT_SHARE", 0.0
+        sys.modules["lepton_jax.planner.estimate.feeding"], "RESIDENT_SHARE", 0.0
     )
     streamed = lepton.Trainer(recipe(blobs), devices=2)
     np.testing.assert_array_equal(streamed.fit(steps=20)["loss"], expected)

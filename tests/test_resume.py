@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lepton_jax as lepton
-from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.monitor import read_events
 
 RECIPE = Path(__file__).parent / "recipes" / "stateful.py"
@@ -65,7 +65,7 @@ def undisturbed(tmp_path_factory):
 
 
 def _recipe(**settings):
-    from lepton_jax.launch.settings import load
+    from lepton_jax.cli.settings import load
 
     return load(RECIPE)(**settings)
 

@@ -9,11 +9,11 @@ from bad_inputs import RECIPE, write
 
 import lepton_jax as lepton
 from lepton_jax import controllers
-from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.checkpoint.durable import Checkpoints
+from lepton_jax.cli import launch as cli
 from lepton_jax.data.loader import ArrayStream
-from lepton_jax.launch import cli
 from lepton_jax.monitor import read_events
-from lepton_jax.state import by_path
+from lepton_jax.trees import by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

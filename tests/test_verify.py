@@ -10,17 +10,18 @@ import optax
 import pytest
 
 import lepton_jax as lepton
-from lepton_jax import verify as verification
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import topology
 from lepton_jax.models import LSTM, TransformerLM
-from lepton_jax.planner import ahead, trace
-from lepton_jax.planner.build import build, by_hand
-from lepton_jax.planner.hlo import CollectiveFound
-from lepton_jax.planner.named import Names
-from lepton_jax.planner.pins import Pins
-from lepton_jax.planner.search import Problem
-from lepton_jax.verify import Expected, compare, prove, verify
+from lepton_jax.planner import ahead
+from lepton_jax.planner.program import trace
+from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.search.build import build, by_hand
+from lepton_jax.planner.search.descent import Problem
+from lepton_jax.planner.search.pins import Pins
+from lepton_jax.verify import comparison as verification
+from lepton_jax.verify.comparison import Expected, compare, prove, verify
+from lepton_jax.verify.hlo import CollectiveFound
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -227,7 +228,7 @@ def test_a_recurrent_cell_gathers_nothing_but_its_state():
 
 def test_a_step_without_the_constraints_is_told_line_by_line(traced, plan, monkeypatch):
     monkeypatch.setattr(
-        "lepton_jax.program.laid_out", lambda function, *args, **options: function
+        "lepton_jax.train.program.laid_out", lambda function, *args, **options: function
     )
     broken = verify(traced, plan)
     assert broken.unexpected and list(broken.unexpected) == sorted(

@@ -27,8 +27,8 @@ import bench_restart
 import bench_step
 import jax
 
+from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
-from lepton_jax.launch.settings import Parser
 
 # Each has add(commands, shared), whose parser's default `run` takes the options and
 # returns what --json keeps.

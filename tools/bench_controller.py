@@ -48,7 +48,7 @@ from bench_controller_tasks import EVALUATIONS, TASKS, Task
 import lepton_jax as lepton
 from lepton_jax import controllers, losses
 from lepton_jax.errors import SettingError, nearest
-from lepton_jax.module import forward, functional
+from lepton_jax.step.module import forward, functional
 
 FACTORS = (
     1 / 30,

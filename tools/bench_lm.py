@@ -47,8 +47,8 @@ import lepton_jax as lepton
 from lepton_jax.errors import LeptonError, PlanError, SettingError, nearest
 from lepton_jax.hardware import Topology, here
 from lepton_jax.planner import Plan, ahead
-from lepton_jax.planner.schedule import size
-from lepton_jax.planner.show import grid
+from lepton_jax.planner.estimate.feeding import size
+from lepton_jax.planner.show.text import grid
 
 # and their usual lengths
 SIZES = {

@@ -49,14 +49,16 @@ import optax
 import lepton_jax as lepton
 from lepton_jax.errors import SettingError, nearest
 from lepton_jax.hardware import Topology, calibrate_cpu, join, lay, topology
-from lepton_jax.planner import ahead, hlo, trace
-from lepton_jax.planner.assemble import Assignment
-from lepton_jax.planner.build import build
-from lepton_jax.planner.cost import Estimate
-from lepton_jax.planner.pins import Pins
+from lepton_jax.planner import ahead
+from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.estimate.cost import Estimate
 from lepton_jax.planner.plan import Plan
-from lepton_jax.planner.search import Problem, search
-from lepton_jax.program import Program
+from lepton_jax.planner.program import trace
+from lepton_jax.planner.search.build import build
+from lepton_jax.planner.search.descent import Problem, search
+from lepton_jax.planner.search.pins import Pins
+from lepton_jax.train.program import Program
+from lepton_jax.verify import hlo
 
 DEVICES = 8
 SEED = 0

@@ -32,8 +32,8 @@ import faults_network
 from bench import surroundings
 from faults_network import Loopback, Network
 
+from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
-from lepton_jax.launch.settings import Parser
 from lepton_jax.monitor import read_samples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -495,7 +495,7 @@ class Ending:
 
 def look(folder: Path, codes: list[int] | None) -> Ending:
     """See how a run ended; processes that are left of it are counted."""
-    from lepton_jax.checkpoint import Checkpoints
+    from lepton_jax.checkpoint.durable import Checkpoints
     from lepton_jax.monitor import read_events
 
     at = time.time()

@@ -24,8 +24,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lepton_jax import Recipe, losses, metrics, phase
+from lepton_jax import Recipe, losses, metrics
 from lepton_jax.data import Source, loader, mix
+from lepton_jax.hosts import phase
 from lepton_jax.launch import watchdog
 
 TOKENS = 64

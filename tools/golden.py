@@ -34,8 +34,8 @@ import numpy as np
 
 import lepton_jax as lepton
 from lepton_jax import controllers
-from lepton_jax.launch import settings
-from lepton_jax.state import by_path
+from lepton_jax.cli import settings
+from lepton_jax.trees import by_path
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 30

@@ -4,11 +4,6 @@ A policy is two pure functions; `chain` puts several together; `Recipe.controlle
 them. Importable as `lepton_jax.controllers`.
 """
 
-from lepton_jax.controller.adaptive import adaptive
-from lepton_jax.controller.adjustable import adjustable
-from lepton_jax.controller.averaging import averaging
-from lepton_jax.controller.batch_growth import batch_growth
-from lepton_jax.controller.clipping import clip_by_history
 from lepton_jax.controller.conformance import Conformance, conformance
 from lepton_jax.controller.core import (
     Controller,
@@ -20,21 +15,26 @@ from lepton_jax.controller.core import (
     set_base,
     slowed,
 )
-from lepton_jax.controller.decay import decay
-from lepton_jax.controller.guard import guard
 from lepton_jax.controller.journal import read_journal
 from lepton_jax.controller.knobs import KNOBS, Knob, settable
-from lepton_jax.controller.label_noise import label_noise
-from lepton_jax.controller.learning_free import learning_free
-from lepton_jax.controller.loss_scaling import loss_scaling
-from lepton_jax.controller.plateau import plateau
+from lepton_jax.controller.policies.adaptive import adaptive
+from lepton_jax.controller.policies.adjustable import adjustable
+from lepton_jax.controller.policies.averaging import averaging
+from lepton_jax.controller.policies.batch_growth import batch_growth
+from lepton_jax.controller.policies.clipping import clip_by_history
+from lepton_jax.controller.policies.decay import decay
+from lepton_jax.controller.policies.guard import guard
+from lepton_jax.controller.policies.label_noise import label_noise
+from lepton_jax.controller.policies.learning_free import learning_free
+from lepton_jax.controller.policies.loss_scaling import loss_scaling
+from lepton_jax.controller.policies.plateau import plateau
+from lepton_jax.controller.policies.switch import switch_optimizer
+from lepton_jax.controller.policies.target import until
+from lepton_jax.controller.policies.warmup import warmup
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.replay import replay
 from lepton_jax.controller.signals import SIGNALS, norm
-from lepton_jax.controller.switch import switch_optimizer
-from lepton_jax.controller.target import until
-from lepton_jax.controller.warmup import warmup
-from lepton_jax.optimizers import switchable
+from lepton_jax.step.optimizers import switchable
 
 __all__ = [
     "KNOBS",

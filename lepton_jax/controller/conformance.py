@@ -21,16 +21,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lepton_jax.controller.knobs as knobs_
 from lepton_jax import losses
-from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.compat import jit_on, make_mesh
 from lepton_jax.controller.core import Controller, Pieces, fed
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import SIGNALS, norm
 from lepton_jax.errors import LeptonError, RecipeError
-from lepton_jax.optimizers import switchable
-from lepton_jax.precision import cast
 from lepton_jax.recipe import Recipe
-from lepton_jax.state import State, by_path
+from lepton_jax.step.optimizers import switchable
+from lepton_jax.step.precision import cast
+from lepton_jax.step.state import State
+from lepton_jax.trees import by_path
 
 LAWS = {
     "declared": (

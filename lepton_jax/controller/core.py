@@ -24,12 +24,12 @@ import numpy as np
 import optax
 
 import lepton_jax.controller.knobs as knobs_
-from lepton_jax import optimizers, precision
 from lepton_jax.compat import placed
-from lepton_jax.controller.loss_scaling import loss_scaling
+from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import Signals
 from lepton_jax.errors import RecipeError, pointing_at_user
+from lepton_jax.step import optimizers, precision
 
 if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe

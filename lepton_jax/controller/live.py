@@ -25,7 +25,7 @@ from typing import Any
 from lepton_jax.controller.core import set_base, slowed
 from lepton_jax.controller.knobs import settable
 from lepton_jax.errors import LeptonError, SettingError, nearest, writing_remedy
-from lepton_jax.phase import reached
+from lepton_jax.hosts.phase import reached
 
 FOLDER = "control"
 POLL_SECONDS = 0.25

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.errors import RecipeError, nearest
-from lepton_jax.state import by_path
+from lepton_jax.trees import by_path
 
 SIGNALS = {
     "step": "steps done before this one",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.errors import DataError
-from lepton_jax.state import by_path
+from lepton_jax.trees import by_path
 
 
 @dataclass(frozen=True)

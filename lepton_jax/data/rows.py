@@ -192,7 +192,7 @@ def samples(rows: Rows) -> list[tuple]:
     """Each sample as the arguments of a person's function."""
     if isinstance(rows, list):
         return [(tokens,) for tokens in rows]
-    return [jax.tree.map(lambda x: x[i], rows) for i in range(length(rows))]
+    return [jax.tree.map(lambda x: x[i], rows) for i in range(length(rows))]  # noqa: B023
 
 
 def merged(parts: Sequence[tuple[np.ndarray, Rows]], count: int) -> Rows:

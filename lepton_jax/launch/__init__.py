@@ -1,5 +1,1 @@
-"""Running a recipe from a command line."""
-
-from lepton_jax.launch.cli import main
-
-__all__ = ["main"]
+"""The hosts of a run: who they are, how they meet, who supervises them."""

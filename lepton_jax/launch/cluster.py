@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
+from lepton_jax.cli import settings
 from lepton_jax.errors import PlanError, SettingError
-from lepton_jax.launch import settings
 
 # above what Linux gives out by itself (ip_local_port_range ends at 60999)
 FIRST_PORT = 61440

@@ -307,4 +307,4 @@ def pass_on(stream: IO[bytes]) -> None:
 
 def python() -> list[str]:
     """The command that starts a worker, before its arguments."""
-    return [sys.executable, "-m", "lepton_jax.launch"]
+    return [sys.executable, "-m", "lepton_jax", "launch"]

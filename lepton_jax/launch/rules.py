@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lepton_jax.errors import LeptonError, SettingError, nearest
-from lepton_jax.phase import PHASES
+from lepton_jax.hosts.phase import PHASES
 
 # seconds without any change; large models have taken 24 minutes to compile
 DEFAULTS = {

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from lepton_jax import phase
 from lepton_jax.errors import LeptonError
+from lepton_jax.hosts import phase
 from lepton_jax.launch.rules import Limits
 
 VARIABLE = "LEPTON_WORKER"

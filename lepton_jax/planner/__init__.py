@@ -4,12 +4,17 @@ search, explain, verify.
 
 from lepton_jax.planner import ahead
 from lepton_jax.planner.apply import laid_out
-from lepton_jax.planner.evaluating import Evaluation, Prediction, evaluated, nan_rows
 from lepton_jax.planner.plan import ArrayPlan, Plan, check_plan
 from lepton_jax.planner.planning import candidates, plan
-from lepton_jax.planner.ranges import limits
-from lepton_jax.planner.remat import rematerialized
-from lepton_jax.planner.trace import ARGUMENTS, Trace, objective, trace
+from lepton_jax.planner.program.evaluation import (
+    Evaluation,
+    Prediction,
+    evaluated,
+    nan_rows,
+)
+from lepton_jax.planner.program.ranges import limits
+from lepton_jax.planner.program.remat import rematerialized
+from lepton_jax.planner.program.trace import ARGUMENTS, Trace, objective, trace
 
 __all__ = [
     "ARGUMENTS",

@@ -11,10 +11,16 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import at_source, scan_counts
-from lepton_jax.planner.graph import BARRIER, Block, Graph, Operation, Value
-from lepton_jax.planner.layout import Contraction, Decision, Layout, Spec, contraction
-from lepton_jax.planner.rules import ELEMENTWISE, SOURCES
-from lepton_jax.planner.trace import argument_paths
+from lepton_jax.planner.program.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.program.layout import (
+    Contraction,
+    Decision,
+    Layout,
+    Spec,
+    contraction,
+)
+from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
+from lepton_jax.planner.program.trace import argument_paths
 
 # what XLA's own propagation never gets wrong needs no constraint
 FOLLOWING = {

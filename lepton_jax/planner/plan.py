@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import make_mesh, ordered_effect, source_line
 from lepton_jax.errors import PlanError
-from lepton_jax.planner.graph import Graph
-from lepton_jax.planner.layout import Layout, meets_stored
-from lepton_jax.state import by_path
+from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.program.layout import Layout, meets_stored
+from lepton_jax.trees import by_path
 
 Entry = str | tuple[str, ...] | None  # the mesh axes of one dim, as in a PartitionSpec
 Entries = tuple[Entry, ...]
@@ -315,12 +315,12 @@ class Plan:
 
     def __str__(self) -> str:
         # the picture of a plan is drawn from the plan
-        from lepton_jax.planner.show import text
+        from lepton_jax.planner.show.text import text
 
         return text(self)
 
     def _repr_html_(self) -> str:
-        from lepton_jax.planner.show import html
+        from lepton_jax.planner.show.text import html
 
         return html(self)
 

@@ -8,15 +8,16 @@ from typing import Any
 
 from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
-from lepton_jax.planner import advice
-from lepton_jax.planner import pins as pinning
-from lepton_jax.planner.assemble import axis_names, strategy
-from lepton_jax.planner.build import build, without_data
-from lepton_jax.planner.named import Names
+from lepton_jax.planner.assignment import axis_names, strategy
+from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
 from lepton_jax.planner.plan import Plan, Rival, check_effects
-from lepton_jax.planner.schedule import size
-from lepton_jax.planner.search import (
+from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.search import advice
+from lepton_jax.planner.search import pins as pinning
+from lepton_jax.planner.search.build import build, without_data
+from lepton_jax.planner.search.descent import (
     ALIKE,
     ALIKE_SECONDS,
     OBJECTIVES,
@@ -24,8 +25,7 @@ from lepton_jax.planner.search import (
     Problem,
     search,
 )
-from lepton_jax.planner.show import SIMPLEST, duration
-from lepton_jax.planner.trace import Trace
+from lepton_jax.planner.show.text import SIMPLEST, duration
 
 RIVALS = 5
 DOUBLINGS = 8  # of a topology that is too small, tried for a remedy

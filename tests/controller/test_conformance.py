@@ -105,7 +105,7 @@ def policy(
     return Policy(name, init, update, watches, moves)
 
 
-def counting(signals, state, calls=[]):
+def counting(signals, state, calls=[]):  # noqa: B006
     calls.append(None)
     return {"learning_rate": jnp.float32(1 / len(calls))}, state
 

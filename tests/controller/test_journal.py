@@ -14,11 +14,11 @@ import optax
 import pytest
 
 import lepton_jax as lepton
-from lepton_jax.checkpoint import Checkpoints, _storable
+from lepton_jax.checkpoint.durable import Checkpoints, _storable
+from lepton_jax.cli.settings import load
 from lepton_jax.controller.journal import in_effect
 from lepton_jax.controller.knobs import KNOBS
 from lepton_jax.controller.replay import _table
-from lepton_jax.launch.settings import load
 from lepton_jax.monitor import read_events
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "controlled.py"

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import lepton_jax as lepton
-from lepton_jax.checkpoint import Checkpoints
+from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.controller import live
 from lepton_jax.controller.live import Live, ask
 from lepton_jax.monitor import read_events
@@ -319,7 +319,7 @@ def test_requests_that_came_while_it_compiled_and_rubbish_beside_them(
 
 
 def test_the_seat_for_servers_asks_for_the_token(blobs, tmp_path):
-    from lepton_jax.launch.control import apply
+    from lepton_jax.cli.control import apply
 
     held = Live(tmp_path / "run")
     token = json.loads((tmp_path / "run" / "control" / "run.json").read_text())["token"]

@@ -16,17 +16,13 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-for name, path in (
-    ("lepton_jax", ROOT / "lepton_jax"),
-    ("lepton_jax.launch", ROOT / "lepton_jax" / "launch"),
-):
-    # without what the packages import, which takes seconds
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [str(path)]
+# without what the package imports, which takes seconds
+sys.modules["lepton_jax"] = types.ModuleType("lepton_jax")
+sys.modules["lepton_jax"].__path__ = [str(ROOT / "lepton_jax")]
 
-from lepton_jax import phase
-from lepton_jax.errors import DataError
-from lepton_jax.launch import watchdog
+from lepton_jax.errors import DataError  # noqa: E402
+from lepton_jax.hosts import phase  # noqa: E402
+from lepton_jax.launch import watchdog  # noqa: E402
 
 
 class Dummy:

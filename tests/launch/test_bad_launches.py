@@ -18,7 +18,9 @@ from typing import NamedTuple
 import pytest
 from test_cluster import INDEXED, JOBSET, MPI, NAMED, SLICES, SLURM, TPU
 
-from lepton_jax.launch import cli, hosts, meeting, planning
+from lepton_jax.cli import launch as cli
+from lepton_jax.cli import plan as planning
+from lepton_jax.launch import hosts, meeting
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "logistic.py")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from lepton_jax.cli import launch as cli
 from lepton_jax.errors import SettingError
-from lepton_jax.launch import cli, hosts
+from lepton_jax.launch import hosts
 from lepton_jax.launch.cluster import Cluster
 from lepton_jax.launch.head import Head
 from lepton_jax.launch.meeting import meet

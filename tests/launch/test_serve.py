@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from lepton_jax import phase
+from lepton_jax.cli.control import main
 from lepton_jax.controller.live import Live
 from lepton_jax.errors import SettingError
+from lepton_jax.hosts import phase
 from lepton_jax.launch import serve, watchdog
-from lepton_jax.launch.control import main
 from lepton_jax.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -339,7 +339,7 @@ def test_two_nodes_join(slurm, tmp_path):
 
 def test_without_srun_it_is_an_error(slurm, tmp_path):
     command = (
-        f"{shlex.quote(sys.executable)} -m lepton_jax.launch {ROOT}/recipes/logistic.py"
+        f"{shlex.quote(sys.executable)} -m lepton_jax launch {ROOT}/recipes/logistic.py"
     )
     done = subprocess.run(
         ["salloc", "--nodes=2", "bash", "-c", command],

@@ -19,7 +19,7 @@ from lepton_jax.monitor import read_events, read_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
-import faults_recipe
+import faults_recipe  # noqa: E402
 
 RECIPE = ROOT / "tools" / "faults_recipe.py"
 

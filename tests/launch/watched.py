@@ -89,7 +89,7 @@ class Watched:
       more: facts, run, limit.
     """
 
-    started: list = []  # all of them, so that a test that fails leaves none behind
+    started: list = []  # all of them, so that a test that fails leaves none behind  # noqa: RUF012
 
     def __init__(
         self,

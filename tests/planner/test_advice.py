@@ -14,7 +14,7 @@ import pytest
 import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.planner import planning
-from lepton_jax.planner.show import head
+from lepton_jax.planner.show.text import head
 
 TOKENS = jax.ShapeDtypeStruct((1, 256), jnp.int32)
 LABEL = jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import topology
-from lepton_jax.planner import ahead, hlo
+from lepton_jax.planner import ahead
+from lepton_jax.verify import hlo
 
 P = PartitionSpec
 

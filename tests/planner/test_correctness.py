@@ -16,9 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import assemble, named, planning, search
-from lepton_jax.program import Program
-from lepton_jax.state import by_path
+from lepton_jax.planner import assignment as assemble
+from lepton_jax.planner import planning
+from lepton_jax.planner.program import named
+from lepton_jax.planner.search import descent as search
+from lepton_jax.train.program import Program
+from lepton_jax.trees import by_path
 
 STEPS = 5
 BATCH = 16
@@ -341,7 +344,7 @@ def run(program, batches, state):
     losses = []
     for i in range(STEPS):
         batch = jax.device_put(
-            jax.tree.map(lambda x: x[i], batches), program.block_sharding
+            jax.tree.map(lambda x: x[i], batches), program.block_sharding  # noqa: B023
         )
         state, records = program.train(state, batch, 0, 1)
         losses.append(float(records[0, 0]))

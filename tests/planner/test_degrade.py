@@ -19,9 +19,12 @@ from jax.interpreters import mlir
 
 import lepton_jax as lepton
 from lepton_jax.errors import ModelError, PlanError
-from lepton_jax.planner import assemble, named, planning, search
-from lepton_jax.program import Program
-from lepton_jax.state import by_path
+from lepton_jax.planner import assignment as assemble
+from lepton_jax.planner import planning
+from lepton_jax.planner.program import named
+from lepton_jax.planner.search import descent as search
+from lepton_jax.train.program import Program
+from lepton_jax.trees import by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

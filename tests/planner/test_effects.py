@@ -15,9 +15,10 @@ from jax.experimental import io_callback
 
 import lepton_jax as lepton
 from lepton_jax.errors import PlanError
-from lepton_jax.planner import planning, search
-from lepton_jax.planner.remat import rematerialized
-from lepton_jax.program import Program
+from lepton_jax.planner import planning
+from lepton_jax.planner.program.remat import rematerialized
+from lepton_jax.planner.search import descent as search
+from lepton_jax.train.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,7 +12,7 @@ from test_show import GIB, Balanced, plan
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import topology
-from lepton_jax.planner.frontier import TIMES, Log, amount, frontier
+from lepton_jax.planner.show.frontier import TIMES, Log, amount, frontier
 
 NAMES = [
     "v5e:4x4",

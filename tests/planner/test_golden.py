@@ -12,7 +12,8 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import planning, trace
+from lepton_jax.planner import planning
+from lepton_jax.planner.program import trace
 
 TOKEN, IMAGE, LABEL = (
     jax.ShapeDtypeStruct(s, d)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lepton_jax.planner import hlo
+from lepton_jax.verify import hlo
 
 P = PartitionSpec
 ADD = """

@@ -7,12 +7,12 @@ import pytest
 
 from lepton_jax import Recipe, models, trace
 from lepton_jax.losses import cross_entropy
-from lepton_jax.module import forward
-from lepton_jax.planner.interaction import (
+from lepton_jax.planner.program.interaction import (
     is_mean_of_samples,
     where_samples_of_a_step_meet,
     where_they_meet,
 )
+from lepton_jax.step.module import forward
 
 X = jax.ShapeDtypeStruct((8, 4), jnp.float32)
 Y = jax.ShapeDtypeStruct((8,), jnp.int32)

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.hardware import topology
-from lepton_jax.planner import ahead, heap, trace
-from lepton_jax.planner.assemble import Assignment
-from lepton_jax.planner.build import fixed
-from lepton_jax.planner.graph import Graph
-from lepton_jax.planner.memory import (
+from lepton_jax.planner import ahead
+from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.estimate.memory import (
     Sizes,
     Timeline,
     describe,
@@ -29,8 +27,12 @@ from lepton_jax.planner.memory import (
     tiling,
     windowed,
 )
-from lepton_jax.planner.named import Names
-from lepton_jax.program import Program
+from lepton_jax.planner.program import trace
+from lepton_jax.planner.program.graph import Graph
+from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.search.build import fixed
+from lepton_jax.planner.xla import heap
+from lepton_jax.train.program import Program
 
 TOKENS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
 LABEL = jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -11,8 +11,9 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import assemble, named
-from lepton_jax.planner.named import Names, starred
+from lepton_jax.planner import assignment as assemble
+from lepton_jax.planner.program import named
+from lepton_jax.planner.program.named import Names, starred
 
 
 @functools.cache

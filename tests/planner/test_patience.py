@@ -11,7 +11,7 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.launch import planning as tool
+from lepton_jax.cli import plan as tool
 from lepton_jax.planner import patience, planning
 from lepton_jax.planner.patience import Patience
 

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import lepton_jax as lepton
 from lepton_jax.errors import PlanError
-from lepton_jax.planner import planning, search
-from lepton_jax.program import Program
-from lepton_jax.state import by_path
+from lepton_jax.planner import planning
+from lepton_jax.planner.search import descent as search
+from lepton_jax.train.program import Program
+from lepton_jax.trees import by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -86,7 +87,7 @@ def test_a_spec_may_be_a_tuple_a_list_or_shorter_than_the_shape(spec):
 
 
 def test_a_pin_of_none_keeps_an_array_whole(monkeypatch):
-    monkeypatch.setattr("lepton_jax.planner.named.SMALL", 0)
+    monkeypatch.setattr("lepton_jax.planner.program.named.SMALL", 0)
     found = plan(
         mesh={"fsdp": 8},
         pins={"head/kernel": P()},

@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 
 from lepton_jax.compat import source_line
-from lepton_jax.planner import remat
-from lepton_jax.planner.graph import BARRIER, Graph
-from lepton_jax.planner.remat import boundaries, rematerialized
+from lepton_jax.planner.program import remat
+from lepton_jax.planner.program.graph import BARRIER, Graph
+from lepton_jax.planner.program.remat import boundaries, rematerialized
 
 DIM = 32
 ROWS = 64
@@ -26,7 +26,7 @@ def layer(x, w):
 
 def straight(params, x, key):
     for i in range(LAYERS):
-        x = layer(x, jax.tree.map(lambda p: p[i], params))
+        x = layer(x, jax.tree.map(lambda p: p[i], params))  # noqa: B023
         x = jnp.where(
             jax.random.bernoulli(
                 jax.random.fold_in(key, i),

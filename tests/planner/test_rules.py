@@ -16,11 +16,11 @@ from jax import lax
 
 from lepton_jax.compat import make_mesh
 from lepton_jax.planner.apply import laid_out
-from lepton_jax.planner.graph import Graph, Value
-from lepton_jax.planner.hlo import read
-from lepton_jax.planner.layout import Layout, contraction, meets_stored
-from lepton_jax.planner.named import Names
-from lepton_jax.planner.rules import RULES
+from lepton_jax.planner.program.graph import Graph, Value
+from lepton_jax.planner.program.layout import Layout, contraction, meets_stored
+from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.rules import RULES
+from lepton_jax.verify.hlo import read
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

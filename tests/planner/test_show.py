@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lepton_jax.planner import show
-from lepton_jax.planner.picture import page
 from lepton_jax.planner.plan import ArrayPlan, Axis, Collective, Plan, Rival
+from lepton_jax.planner.show import text as show
+from lepton_jax.planner.show.html import page
 
 GIB = 2**30
 REASON = (

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from lepton_jax.cli.control import main
 from lepton_jax.controller import read_journal
-from lepton_jax.launch.control import main
 from lepton_jax.monitor import read_events
 
 ROOT = Path(__file__).resolve().parents[2]

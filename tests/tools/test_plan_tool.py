@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lepton_jax.launch import planning
+from lepton_jax.cli import plan as planning
 from lepton_jax.planner import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,7 +201,7 @@ def test_what_xla_refuses_is_a_failure(look, monkeypatch):
     refused = types.SimpleNamespace(fits=False)
     monkeypatch.setitem(
         sys.modules,
-        "lepton_jax.verify",
+        "lepton_jax.verify.comparison",
         types.SimpleNamespace(verify=lambda *_: refused),
     )
     look("--on", "cpu:8", "--verify", code=2)
@@ -302,7 +302,7 @@ def test_a_recipe_may_come_after_the_options(recipe, capsys):
 
 def test_planning_by_name_starts_no_backend_and_survives_a_closed_pipe(recipe):
     code = (
-        "import sys; from lepton_jax.launch.planning import main; code ="
+        "import sys; from lepton_jax.cli.plan import main; code ="
         " main(sys.argv[1:]); from jax._src import xla_bridge; raise SystemExit(code or"
         " 10 * len(xla_bridge._backends))"
     )

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lepton_jax.cli import settings
 from lepton_jax.errors import SettingError, nearest
-from lepton_jax.launch import settings, tokens
+from lepton_jax.launch import tokens
 from lepton_jax.launch.submit import kubernetes, slurm, ssh, tpu
 from lepton_jax.launch.submit.job import (
     Job,
@@ -418,7 +419,8 @@ def _job(
         command=(
             python,
             "-m",
-            "lepton_jax.launch",
+            "lepton_jax",
+            "launch",
             str(file),
             *_flags(given),
             f"--run-dir={folder}",

@@ -1,0 +1,7 @@
+"""`python -m lepton_jax launch | plan | control ...`."""
+
+import sys
+
+from lepton_jax.cli import main
+
+sys.exit(main())

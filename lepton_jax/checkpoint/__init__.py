@@ -1,0 +1,1 @@
+"""States on disk: the durable tier, the fast local tier, and their adoption."""

@@ -1,0 +1,827 @@
+"""Checkpoints by Orbax, asynchronous and atomic; the latest is the newest that is
+committed and readable.
+
+A step's folder appears under its name only when it is whole. Beside the arrays it holds
+a JSON record with a checksum of every array, made on the device from the very values
+that were to be written, and a checksum of itself: what was damaged on disk is told from
+what is intact, whatever the storage format notices.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import traceback
+import weakref
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers
+
+from lepton_jax.checkpoint.adoption import REPLACEABLE
+from lepton_jax.compat import jit_where, make_mesh
+from lepton_jax.errors import (
+    CheckpointError,
+    LeptonError,
+    of_another_host,
+    writing_remedy,
+)
+from lepton_jax.hosts import agreement
+from lepton_jax.trees import by_path
+
+T = TypeVar("T")
+Choose = Callable[
+    [dict[str, Any], list[str], Callable[[str, str], bool]], dict[str, str]
+]
+GIVEN_UP = "a save is given up"
+# who watches the run is sooner; and Orbax reads the clock, which may jump
+MONTH = 30 * 86400
+
+# Paths that reach the libraries below as they are. Others are reached through a link:
+# Orbax looks for its parts by a glob over the whole path ("*", "?", "[x]"), etils takes
+# /gs/, /s3/, /az/, /hf/ and "gs:/" for buckets, TensorStore refuses backslashes and
+# what is not UTF-8 (seen in orbax-checkpoint 0.12.8 with tensorstore 0.1).
+PLAIN = re.compile(r"(?!/(?:gs|s3|az|hf)(?:/|$))[\w./ =,+@~()'-]*")
+# characters; Orbax adds about 200 of its own, and Linux takes 4096
+LONGEST_PLAIN = 2000
+
+
+class Checkpoints:
+    """The checkpoints of one folder.
+
+    Args:
+      folder: created with the first save.
+      keep: how many of the latest stay.
+      best: a metric's name, after "-" for lowest first: one more checkpoint stays, the
+        best by it.
+      again: how a person goes on after a save that failed, for the error.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 3,
+        best: str | None = None,
+        again: str = "go on with --resume, or resume() in a notebook",
+    ):
+        self.folder = Path(folder).absolute()
+        self._again = again
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        if best is not None:
+            name = best.removeprefix("-")
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[name],
+                    reverse=best.startswith("-"),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._preserved = checkpoint_managers.AnyPreservationPolicy(policies)
+        self._manager: ocp.CheckpointManager | None = None
+        self._reader: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
+        self._link: Path | None = None
+        self._unlink: Callable[[], object] | None = None
+
+    def begin(self) -> None:
+        """Make the folder and try it, so that what can't be saved there is known before
+        anything is computed.
+
+        Raises:
+          CheckpointError: nothing can be written there, or what is written can't be
+            read back.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            raise self._failed(error) from error
+
+        if agreement.first(lambda: self._reached() != self.folder):
+            self._try()
+
+    def _try(self) -> None:
+        """Save and restore a small array in a folder next to this one, on all hosts
+        together.
+        """
+        place = self.folder.with_name(f".{self.folder.name}.try")
+        everywhere = NamedSharding(
+            make_mesh({"data": jax.device_count()}, jax.devices()), PartitionSpec()
+        )
+        values = np.arange(3, dtype=np.int32)
+        state = {
+            "tried": jax.make_array_from_callback(
+                values.shape, everywhere, lambda index: values[index]
+            )
+        }
+        template = {
+            "tried": jax.ShapeDtypeStruct(
+                values.shape, values.dtype, sharding=everywhere
+            )
+        }
+        trial = Checkpoints(place, keep=1)
+        try:
+            trial.save(1, state, {})
+            trial.wait()
+            trial.restore(1, template)
+        except Damaged as error:
+            raise CheckpointError(
+                f"what is saved in this folder can't be read back: {error.reason}",
+                where=self.folder,
+                remedy=(
+                    "name a folder whose path has letters, digits, '-', '_' and '.'"
+                    " alone"
+                ),
+            ) from error
+        finally:
+            trial.close()
+            agreement.first(lambda: shutil.rmtree(place, ignore_errors=True))
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        record: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Start to save; the state is copied before this returns, and may be donated
+        afterwards.
+
+        Args:
+          step: of the state.
+          state: a pytree of arrays.
+          record: JSON-able; what else going on from here takes.
+          metrics: of the latest evaluation, for `best`.
+
+        Raises:
+          CheckpointError: this or the save before it could not be written.
+        """
+        self.wait()
+        self._saving = step
+        try:
+            arrays, sums = _copy_and_checksum(_storable(state))
+            checksums = {
+                path: int(value) for path, value in jax.device_get(sums).items()
+            }
+            body = json.dumps(
+                {
+                    "step": step,
+                    "record": record,
+                    "checksums": checksums,
+                }
+            )
+            sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
+            saved = self._open().save(
+                step,
+                metrics=metrics,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays),
+                    record=ocp.args.JsonSave(sealed),
+                ),
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+        assert saved, f"Orbax skips step {step}; the steps are {self.steps()}"
+
+    def wait(self) -> None:
+        """Return when what was saved is committed.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self._manager is not None:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                raise self._failed(error) from error
+        self._saving = None
+
+    def close(self) -> None:
+        """Wait, and let go of the folder."""
+        if self._manager is not None:
+            self.wait()
+            self._manager.close()
+            self._manager = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        if self._unlink is not None:
+            self._unlink()
+            self._link = None
+            self._unlink = None
+
+    def prove(self, step: int) -> None:
+        """Open a step that is committed, as one who restores it does.
+
+        Raises:
+          Damaged: it can't be read.
+        """
+        _alike(step, lambda: self._index(step))
+
+    def steps(self) -> list[int]:
+        """Committed steps, in order, as host 0 sees them; whether they can be read is
+        seen by reading them.
+        """
+        return agreement.first(self._committed)
+
+    def _committed(self) -> list[int]:
+        if not os.path.isdir(self.folder):  # False for a path that is too long, too
+            return []
+        return sorted(
+            int(p.name)
+            for p in self.folder.iterdir()
+            if p.is_dir() and re.fullmatch(r"\d+", p.name)
+        )
+
+    def set_aside(self, after: int) -> list[int]:
+        """Move steps later than `after` into the folder `set_aside` beside this one, so
+        that they can be saved anew.
+        """
+        later = [step for step in self.steps() if step > after]
+        if later:
+            self.close()  # Orbax remembers which steps there are
+        agreement.first(lambda: self._moved(later))
+        return later
+
+    def _moved(self, steps: list[int]) -> None:
+        place = self.folder.with_name("set_aside")
+        for step in steps:
+            place.mkdir(exist_ok=True)
+            taken = len(list(place.glob(f"{step}*")))
+            (self.folder / str(step)).rename(
+                place / (f"{step}.{taken}" if taken else str(step))
+            )
+
+    def restore(
+        self,
+        step: int,
+        template: Any,
+        choose: Choose | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Read one step's state, laid out as the template's shardings say, and its
+        record.
+
+        Args:
+          step: a committed one.
+          template: a pytree of `jax.ShapeDtypeStruct` with shardings.
+          choose: decides where each leaf of the template comes from, given the
+            checkpoint's record, its paths, and whether two paths fit; None: each from
+            the leaf of its own path, and all have to fit.
+
+        Returns:
+          The state and the record. Leaves that `choose` gives no source stay the
+          template's.
+
+        Raises:
+          CheckpointError: there is no such step, or leaves that have to fit do not;
+            each difference is named.
+          Damaged: the content on disk is not the one that was saved.
+        """
+        if step not in self.steps():
+            raise CheckpointError(
+                f"there is no checkpoint of step {step!r}",
+                where=self.folder,
+                remedy=(
+                    "name one of the steps"
+                    f" {', '.join(map(str, self.steps())) or '(there are none)'}"
+                ),
+            )
+        wanted = jax.eval_shape(_storable, template)
+        record, checksums, stored = _alike(step, lambda: self._index(step))
+        sources = self._sources(
+            step,
+            wanted,
+            stored,
+            record,
+            choose,
+        )
+        places = by_path(jax.tree.map(lambda x: x.sharding, template))
+
+        shapes = {}
+        for path, source in sources.items():
+            leaf = wanted[_quoted(path)]
+            shapes[_quoted(source)] = jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=places[path]
+            )
+        some = len(shapes) < len(stored)
+        arrays = _alike(step, lambda: self._arrays(step, shapes, some))
+
+        for name, value in jax.device_get(_copy_and_checksum(arrays)[1]).items():
+            if checksums.get(name) != int(value):
+                raise Damaged(step, f"the checksum of {_unquoted(name)} does not match")
+        leaves = []
+        for path, leaf in by_path(template).items():
+            if _quoted(path) not in wanted:
+                array = _without_elements(leaf)
+            elif path not in sources:
+                leaves.append(leaf)
+                continue
+            else:
+                array = arrays[_quoted(sources[path])]
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                array = jax.device_put(
+                    jax.random.wrap_key_data(array, impl=_key_impl(leaf)), leaf.sharding
+                )
+            leaves.append(array)
+        return jax.tree.unflatten(jax.tree.structure(template), leaves), record
+
+    def _sources(
+        self,
+        step: int,
+        wanted: dict[str, Any],
+        stored: dict[str, Any],
+        record: dict[str, Any],
+        choose: Choose | None,
+    ) -> dict[str, str]:
+        """Path of each leaf that is restored, to its path in the checkpoint."""
+        if choose is None:
+            self._compare(step, wanted, stored)
+            return {_unquoted(name): _unquoted(name) for name in wanted}
+
+        def fits(path: str, source: str) -> bool:
+            mine = wanted[_quoted(path)]
+            theirs = stored[_quoted(source)]
+            return _shape(mine) == _shape(theirs)
+
+        def strict(leaves: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: leaf
+                for name, leaf in leaves.items()
+                if not _unquoted(name).startswith(REPLACEABLE)
+            }
+
+        self._compare(
+            step,
+            strict(wanted),
+            strict(stored),
+        )
+        return choose(
+            record,
+            [_unquoted(name) for name in stored],
+            fits,
+        )
+
+    def restore_latest(
+        self,
+        template: Any,
+        on_damaged: Callable[[int, str], None],
+        choose: Choose | None = None,
+    ) -> tuple[int, Any, dict[str, Any]]:
+        """(step, state, record) of the newest readable step; each newer one that is
+        damaged is reported and left.
+
+        Raises:
+          CheckpointError: no step can be read, or the newest readable one does not fit
+            the template.
+        """
+        steps = self.steps()
+        reasons = []
+        for step in reversed(steps):
+            try:
+                return (step, *self.restore(step, template, choose))
+            except Damaged as error:
+                on_damaged(step, error.reason)
+                reasons.append(f"step {step}: {error.reason}")
+        what = "\n    ".join(
+            [f"none of the {len(steps)} checkpoints can be read", *reasons]
+        )
+        raise CheckpointError(
+            what,
+            where=self.folder,
+            remedy="start the run anew, or name another run folder",
+        )
+
+    def _index(
+        self, step: int
+    ) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
+        """Record, checksums, and what arrays there are."""
+        record, checksums = self._record(step)
+        try:
+            # the index alone; Orbax would find the fault in as many threads as there
+            # are arrays
+            place = {
+                "driver": "file",
+                "path": f"{self._reached() / str(step) / 'state'}/",
+            }
+            tensorstore.KvStore.open(
+                {"driver": "ocdbt", "base": place}
+            ).result().list().result()
+            return record, checksums, self._read().item_metadata(step)["state"].tree
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _arrays(
+        self,
+        step: int,
+        shapes: dict[str, Any],
+        some: bool,
+    ) -> dict[str, Any]:
+        """Read arrays; `some`: the checkpoint has others that are not wanted."""
+        try:
+            if some:
+                return self._some_arrays(step, shapes)
+            return self._read().restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)),
+            )["state"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _some_arrays(
+        self,
+        step: int,
+        shapes: dict[str, Any],
+    ) -> dict[str, Any]:
+        # Orbax's standard handler reads all arrays of a step or none
+        hosts = None if agreement.hosts() == 1 else [agreement.host()]
+        manager = self._make(hosts, ocp.PyTreeCheckpointHandler)
+        restore = ocp.args.PyTreeRestore(
+            item=shapes,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+            partial_restore=True,
+        )
+        try:
+            return manager.restore(step, args=ocp.args.Composite(state=restore))[
+                "state"
+            ]
+        finally:
+            manager.close()
+
+    def _record(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
+        try:
+            sealed = self._read().restore(
+                step,
+                args=ocp.args.Composite(record=ocp.args.JsonRestore()),
+            )["record"]
+            body = sealed["body"]
+            intact = zlib.crc32(body.encode()) == sealed["crc32"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        if not intact:
+            raise Damaged(step, "the checksum of its record does not match")
+        content = json.loads(body)
+        if content["step"] != step:
+            raise Damaged(step, f"it holds step {content['step']} under another name")
+        return content["record"], content["checksums"]
+
+    def _compare(
+        self,
+        step: int,
+        wanted: dict[str, Any],
+        stored: dict[str, Any],
+    ) -> None:
+        missing = wanted.keys() - stored.keys()
+        surplus = stored.keys() - wanted.keys()
+        lines = [
+            f"missing in the checkpoint: {_unquoted(n)} {_shape(wanted[n])}"
+            for n in sorted(missing)
+        ]
+        lines += [
+            f"surplus in the checkpoint: {_unquoted(n)} {_shape(stored[n])}"
+            for n in sorted(surplus)
+        ]
+        lines += [
+            f"{_unquoted(n)}: the checkpoint has {_shape(stored[n])}, the model"
+            f" {_shape(wanted[n])}"
+            for n in sorted(wanted.keys() & stored.keys())
+            if _shape(stored[n]) != _shape(wanted[n])
+        ]
+        if lines:
+            raise CheckpointError(
+                f"the checkpoint does not fit the model, {len(lines)} leaves"
+                " differ:\n    " + "\n    ".join(lines),
+                where=self.folder / str(step),
+                remedy="restore with the model and optimizer that it was saved with",
+            )
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self._manager = self._make(
+                None if agreement.hosts() == 1 else range(agreement.hosts())
+            )
+        return self._manager
+
+    def _read(self) -> ocp.CheckpointManager:
+        """Each host reads by itself: who can't read would leave the others waiting for
+        it.
+        """
+        if agreement.hosts() == 1:
+            return self._open()
+        if self._reader is None:
+            self._reader = self._make([agreement.host()])
+        return self._reader
+
+    def _make(
+        self,
+        hosts: Iterable[int] | None,
+        handler: Callable[..., Any] = ocp.StandardCheckpointHandler,
+    ) -> ocp.CheckpointManager:
+        _quieten()
+        together = (
+            {}
+            if hosts is None
+            else {
+                "multiprocessing_options": ocp.options.MultiprocessingOptions(
+                    primary_host=min(hosts),
+                    active_processes=set(hosts),
+                    barrier_sync_key_prefix=f"hosts{min(hosts)}to{max(hosts)}",
+                )
+            }
+        )
+        try:
+            # Orbax finds out late, and in another thread
+            self.folder.mkdir(parents=True, exist_ok=True)
+            waiting = (
+                {}
+                if hosts is None or len(list(hosts)) == 1
+                else {
+                    "async_options": ocp.AsyncOptions(
+                        timeout_secs=MONTH, barrier_sync_fn=_wait_for_the_others
+                    )
+                }
+            )
+            options = ocp.CheckpointManagerOptions(
+                create=hosts is None,
+                preservation_policy=self._preserved,
+                **together,
+                **waiting,
+            )
+            return ocp.CheckpointManager(
+                self._reached(),
+                options=options,
+                item_handlers={
+                    "state": handler(**together),
+                    "record": ocp.JsonCheckpointHandler(**together),
+                },
+            )
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            raise self._failed(error) from error
+
+    def _reached(self) -> Path:
+        """The folder by a path that the libraries take as it is: its own, or a link to
+        it for as long as it is open.
+        """
+        path = str(self.folder)
+        if PLAIN.fullmatch(path) and len(path) <= LONGEST_PLAIN:
+            return self.folder
+        if self._link is None:
+            self._link = self._linked()
+        return self._link
+
+    def _linked(self) -> Path:
+        """A new link to the folder, which is removed when this is closed, or at the
+        latest at the end of the process.
+        """
+        temporary = Path(tempfile.gettempdir()).absolute()
+        fault = (
+            ""
+            if PLAIN.fullmatch(str(temporary))
+            else f"{temporary}, where a link to it would be, has none either"
+        )
+        place = temporary
+        try:
+            if not fault:
+                place = Path(tempfile.mkdtemp(prefix="lepton-", dir=temporary))
+                (place / "checkpoints").symlink_to(
+                    self.folder, target_is_directory=True
+                )
+        except OSError as error:
+            fault = f"a link to it can't be made: {error}"
+        if fault:
+            raise CheckpointError(
+                f"the folder's path is no plain one, and {fault}",
+                where=self.folder,
+                remedy=(
+                    "name a folder whose path has letters, digits, '-', '_' and '.'"
+                    " alone, or set TMPDIR to such a folder, where this user may write"
+                ),
+            )
+        self._unlink = weakref.finalize(
+            self,
+            shutil.rmtree,
+            place,
+            ignore_errors=True,
+        )
+        return place / "checkpoints"
+
+    def _shown(self, reason: str) -> str:
+        """A reason that names the folder as the person did, not by the link."""
+        return (
+            reason
+            if self._link is None
+            else reason.replace(str(self._reached()), str(self.folder))
+        )
+
+    def _damaged(
+        self,
+        step: int,
+        error: Exception,
+    ) -> Damaged:
+        return Damaged(step, self._shown(_reason(error)))
+
+    def _failed(self, error: Exception) -> Exception:
+        if of_another_host(error) or isinstance(error, CheckpointError):
+            return error
+        step = self._saving
+        self._saving = None
+        committed = self._committed()
+        last = (
+            f"step {committed[-1]} is the last committed one"
+            if committed
+            else "no step is committed yet"
+        )
+        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        fault = self._shown(_reason(error))
+        return CheckpointError(
+            f"{which} can't be written ({last}): {fault}",
+            where=self.folder,
+            remedy=f"{writing_remedy(error)}; then {self._again}",
+        )
+
+
+def _quieten() -> None:
+    """Keep off stderr what Orbax writes there beside the error that it raises.
+
+    It logs each failed save with its traceback. And when one array can't be read or
+    written it closes its event loop over the others, whose complaints reach asyncio's
+    logger and the hook for exceptions that nobody can catch.
+    """
+    for name, noise in (("absl", _logged_by_orbax), ("asyncio", _left_by_orbax)):
+        if noise not in logging.getLogger(name).filters:
+            logging.getLogger(name).addFilter(noise)
+    before = sys.unraisablehook
+    if getattr(before, "__module__", None) == __name__:
+        return
+
+    def hook(unraisable: Any) -> None:
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        if str(unraisable.exc_value) != "Event loop is closed" and not any(
+            "/orbax/" in f.filename for f in frames
+        ):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _logged_by_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in record.pathname
+
+
+def _left_by_orbax(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "never retrieved" not in text or not any(
+        word in text for word in ("/orbax/", "zarr", "OCDBT", "TensorStore")
+    )
+
+
+class Damaged(CheckpointError):
+    """A committed step that can't be read; `reason` says why."""
+
+    def __init__(self, step: int, reason: object):
+        self.reason = _reason(reason)
+        super().__init__(
+            f"the checkpoint of step {step} is damaged: {self.reason}",
+            where=f"step {step}",
+            remedy="use an earlier step",
+        )
+
+
+def _wait_for_the_others(
+    *,
+    key: str,
+    timeout_ms: int,
+) -> None:
+    """Orbax's threads meet here while a save goes on. On a host where it has failed
+    they come with that error on its way, and the others must not wait for what will not
+    be.
+    """
+    error = sys.exc_info()[1]
+    if error is None:
+        agreement.barrier(key, timeout_ms / 1000, GIVEN_UP)
+    elif not agreement.wished(GIVEN_UP):
+        agreement.wish(GIVEN_UP, _reason(error))
+
+
+def _alike(step: int, read: Callable[[], T]) -> T:
+    """What this host reads, if all can; else all see what the first one that can't has
+    found.
+    """
+    fault: Damaged | None = None
+    try:
+        found = read()
+    except Damaged as error:
+        fault = error
+    reasons = agreement.every(lambda: fault and fault.reason)
+    if fault is not None:
+        raise fault
+    for host, reason in enumerate(reasons):
+        if reason is not None:
+            raise Damaged(step, f"host {host}: {reason}")
+    return found
+
+
+def _reason(error: object) -> str:
+    """The first line of what a library says, of a long one the beginning and the end:
+    the cause stands last.
+    """
+    if isinstance(error, LeptonError):
+        return error.what
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:100]} ... {line[-200:]}"
+
+
+def _quoted(path: str) -> str:
+    return path.replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
+
+
+def _unquoted(path: str) -> str:
+    return path.replace("%2E", ".").replace("%2F", "/").replace("%25", "%")
+
+
+def _shape(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _storable(state: Any) -> dict[str, Any]:
+    """The leaves under their paths, quoted for Orbax, random keys as their key data.
+
+    Arrays without elements, which Orbax refuses, are left out: there is nothing in them
+    to keep.
+    """
+    found = {}
+    for path, leaf in by_path(state).items():
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if math.prod(leaf.shape):
+            found[_quoted(path)] = leaf
+    return found
+
+
+def _key_impl(leaf: Any) -> Any:
+    return (
+        str(jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array)
+        else leaf.dtype._impl
+    )
+
+
+def _without_elements(leaf: Any) -> jax.Array:
+    """An array without elements, laid out as this leaf of a template; of random keys
+    their key data.
+    """
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(jax.eval_shape(jax.random.key_data, leaf).shape, jnp.uint32)
+    return jax.make_array_from_callback(
+        leaf.shape,
+        leaf.sharding,
+        lambda index: np.zeros(leaf.shape, leaf.dtype)[index],
+    )
+
+
+@jit_where
+def _copy_and_checksum(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Copies, and for each array the sum of its words times odd weights, modulo 2**32.
+
+    A changed word changes the sum unless another makes up for it; integer sums do not
+    depend on the layout.
+    """
+
+    def checksum(x: Any) -> Any:
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            x = jnp.stack(
+                [x.real, x.imag],
+                axis=-1,
+            )
+
+        limits = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
+        bits = limits(x.dtype).bits  # 4 for int4, whose itemsize is a whole byte
+        words = (
+            jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+            .astype(jnp.uint32)
+            .reshape(-1)
+        )
+        return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(
+            dtype=jnp.uint32
+        )
+
+    # copies that share no buffer with the donated state: an asynchronous save reads
+    # them later
+    return jax.tree.map(lambda x: x.copy(), arrays), jax.tree.map(checksum, arrays)

@@ -1,5 +1,0 @@
-import sys
-
-from lepton_jax.launch.cli import main
-
-sys.exit(main())

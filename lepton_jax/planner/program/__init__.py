@@ -1,0 +1,1 @@
+"""The traced program, and what a sharding does to it."""

@@ -1,0 +1,1 @@
+"""A plan for people: text, HTML, and several topologies side by side."""

@@ -1,0 +1,1 @@
+"""A model of XLA's compiler: its fusion, its schedule, its heap."""

@@ -1,0 +1,1 @@
+"""What one train step computes, as pure functions."""

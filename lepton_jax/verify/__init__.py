@@ -1,0 +1,1 @@
+"""A plan against XLA's compiled program."""
