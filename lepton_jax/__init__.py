@@ -17,8 +17,7 @@ from lepton_jax.errors import (
     SettingError,
 )
 from lepton_jax.hardware import Topology, topology
-from lepton_jax.planner import Plan, Trace, plan
-from lepton_jax.planner.program import trace
+from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.state import State
 from lepton_jax.train.history import History

@@ -49,8 +49,7 @@ from lepton_jax.errors import (
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
-from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan
-from lepton_jax.planner.program import trace
+from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
 from lepton_jax.step.state import State
@@ -306,11 +305,11 @@ class Trainer:
         program = self._ready(sample(test))
         self._check(test, "test data")
         metrics = evaluate(program, self._state(program), test)
-        result: Any = collections.namedtuple(
+        result: Any = collections.namedtuple(  # type: ignore[misc]
             "Evaluation",
             list(metrics),
             rename=True,
-        )  # type: ignore[misc]
+        )
         return result(*metrics.values())
 
     def predict(

@@ -13,8 +13,7 @@ import lepton_jax as lepton
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import topology
 from lepton_jax.models import LSTM, TransformerLM
-from lepton_jax.planner import ahead
-from lepton_jax.planner.program import trace
+from lepton_jax.planner import ahead, trace
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search.build import build, by_hand
 from lepton_jax.planner.search.descent import Problem

@@ -26,8 +26,7 @@ import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.errors import PlanError, SettingError, nearest
 from lepton_jax.hardware import Topology, topology
-from lepton_jax.planner import ahead
-from lepton_jax.planner.program import trace
+from lepton_jax.planner import ahead, trace
 from lepton_jax.train.program import Program
 
 TOPOLOGIES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "cpu:8")

@@ -49,11 +49,10 @@ import optax
 import lepton_jax as lepton
 from lepton_jax.errors import SettingError, nearest
 from lepton_jax.hardware import Topology, calibrate_cpu, join, lay, topology
-from lepton_jax.planner import ahead
+from lepton_jax.planner import ahead, trace
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.cost import Estimate
-from lepton_jax.planner.plan import Plan
-from lepton_jax.planner.program import trace
+from lepton_jax.planner.plans import Plan
 from lepton_jax.planner.search.build import build
 from lepton_jax.planner.search.descent import Problem, search
 from lepton_jax.planner.search.pins import Pins

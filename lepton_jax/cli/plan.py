@@ -26,9 +26,8 @@ from lepton_jax.data import from_any, sample
 from lepton_jax.errors import LeptonError, PlanError, SettingError
 from lepton_jax.hardware import Chip, Topology, here, read_chips, topology
 from lepton_jax.launch import cluster
-from lepton_jax.planner import Plan, Trace, plan
+from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.planner.patience import LIMIT_SECONDS
-from lepton_jax.planner.program import trace
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.show.frontier import Frontier, frontier
 from lepton_jax.planner.show.text import duration, units

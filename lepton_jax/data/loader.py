@@ -422,10 +422,10 @@ class Loader:
             samples = stream(data, seed, shuffle)
             assert isinstance(samples, ArrayStream) or not resident
             read: Any = (
-                samples.indices
+                samples.indices  # type: ignore[union-attr]
                 if resident
                 else partial(samples.rows, wanted=share.wanted)
-            )  # type: ignore[union-attr]
+            )
             if limits and isinstance(samples, GrainStream):
                 read = partial(_checked_rows, samples, share.wanted, limits)
             at_once = max(1, STEPS_PER_READ // steps) if resident else 1

@@ -130,9 +130,9 @@ class Dataset:
             )
         for name, value, least in (("length", length, 2), ("end", end, 0)):
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not (whole and least <= value < 2**31) and (
+            if not (whole and least <= int(value or 0) < 2**31) and (
                 value is not None or name == "length"
-            ):  # type: ignore[operator]
+            ):
                 raise DataError(
                     f"{name} is {value!r}",
                     where="pack",

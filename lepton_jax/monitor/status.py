@@ -571,9 +571,8 @@ def prometheus(status: Mapping[str, Any]) -> str:
 
     https://prometheus.io/docs/instrumenting/exposition_formats/
     """
-    # type: ignore[var-annotated]
     out = _Metrics()
-    one = {}
+    one: dict[str, str] = {}
     add = out.add
     seconds = status["seconds"]
     memory = status["memory"]

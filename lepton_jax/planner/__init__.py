@@ -4,8 +4,8 @@ search, explain, verify.
 
 from lepton_jax.planner import ahead
 from lepton_jax.planner.apply import laid_out
-from lepton_jax.planner.plan import ArrayPlan, Plan, check_plan
 from lepton_jax.planner.planning import candidates, plan
+from lepton_jax.planner.plans import ArrayPlan, Plan, check_plan
 from lepton_jax.planner.program.evaluation import (
     Evaluation,
     Prediction,

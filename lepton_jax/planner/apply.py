@@ -147,10 +147,10 @@ class Evaluation:
                 )
         grouped = product is not None and product.groups > 1
         out = (
-            [self._grouped(op, product, inputs, decision)]
+            [self._grouped(op, product, inputs, decision)]  # type: ignore[arg-type]
             if grouped
             else _bind(op.eqn, inputs)
-        )  # type: ignore[arg-type]
+        )
         if op.name in FOLLOWING and not decision.inputs:
             return out
         if op.known and op.whole and product is None:
@@ -205,8 +205,9 @@ class Evaluation:
         0.10, 0.12) gathers all operands.
         """
         left, right = (
-            decision.inputs.get(i, self.layout.spec(op.inputs[i])) for i in (0, 1)
-        )  # type: ignore[arg-type]
+            decision.inputs.get(i, self.layout.spec(op.inputs[i]))  # type: ignore[arg-type]
+            for i in (0, 1)
+        )
         out = decision.natural or self.layout.spec(op.outputs[0])
         if not any((*left, *right, *out)):
             return _bind(op.eqn, inputs)[0]

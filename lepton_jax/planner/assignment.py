@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lepton_jax.planner.plan import ArrayPlan, entries
+from lepton_jax.planner.plans import ArrayPlan, entries
 from lepton_jax.planner.program.layout import Spec
 from lepton_jax.planner.program.named import SMALL, Names
 from lepton_jax.planner.program.trace import Trace

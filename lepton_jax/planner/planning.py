@@ -11,7 +11,7 @@ from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import axis_names, strategy
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
-from lepton_jax.planner.plan import Plan, Rival, check_effects
+from lepton_jax.planner.plans import Plan, Rival, check_effects
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.search import advice

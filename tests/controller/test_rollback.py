@@ -15,8 +15,7 @@ from sklearn.datasets import load_digits
 
 import lepton_jax as lepton
 from lepton_jax.checkpoint.durable import Checkpoints
-from lepton_jax.controller import Policy, live, read_journal, replay
-from lepton_jax.controller.policies import guard
+from lepton_jax.controller import Policy, guard, live, read_journal, replay
 from lepton_jax.monitor import read_events
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

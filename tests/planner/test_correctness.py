@@ -344,7 +344,8 @@ def run(program, batches, state):
     losses = []
     for i in range(STEPS):
         batch = jax.device_put(
-            jax.tree.map(lambda x: x[i], batches), program.block_sharding  # noqa: B023
+            jax.tree.map(lambda x: x[i], batches),
+            program.block_sharding,  # noqa: B023
         )
         state, records = program.train(state, batch, 0, 1)
         losses.append(float(records[0, 0]))

@@ -12,9 +12,9 @@ from jax import lax
 
 import lepton_jax as lepton
 from lepton_jax.hardware import convolution_flops, topology
+from lepton_jax.planner import trace
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.cost import Cost, as_compiled
-from lepton_jax.planner.program import trace
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search import descent as search
 from lepton_jax.train.program import Program

@@ -12,8 +12,7 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import planning
-from lepton_jax.planner.program import trace
+from lepton_jax.planner import planning, trace
 
 TOKEN, IMAGE, LABEL = (
     jax.ShapeDtypeStruct(s, d)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.hardware import topology
-from lepton_jax.planner import ahead
+from lepton_jax.planner import ahead, trace
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.memory import (
     Sizes,
@@ -27,7 +27,6 @@ from lepton_jax.planner.estimate.memory import (
     tiling,
     windowed,
 )
-from lepton_jax.planner.program import trace
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search.build import fixed

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lepton_jax.planner.plan import ArrayPlan, Axis, Collective, Plan, Rival
+from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.show import text as show
 from lepton_jax.planner.show.html import page
 

@@ -17,8 +17,8 @@ import bench_regret
 
 import lepton_jax as lepton
 from lepton_jax.hardware import topology
+from lepton_jax.planner import trace
 from lepton_jax.planner.assignment import Assignment
-from lepton_jax.planner.program import trace
 from lepton_jax.planner.search.descent import Problem
 from lepton_jax.planner.search.pins import Pins
 

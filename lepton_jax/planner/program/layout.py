@@ -341,10 +341,10 @@ class Layout:
                         Move(
                             "all-gather",
                             mask,
-                            self.bytes(value, specs[i]),
+                            self.bytes(value, specs[i]),  # type: ignore[arg-type]
                             f"input {i}",
                         )
-                    )  # type: ignore[arg-type]
+                    )
             return Decision(wanted, None, tuple(moves))
         return self._contract(op, product, specs, wanted, moves)
 

@@ -11,7 +11,7 @@ from lepton_jax.planner import assignment as assemble
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import feeding as schedule
 from lepton_jax.planner.estimate.cost import Estimate
-from lepton_jax.planner.plan import ArrayPlan, Axis, Collective, Plan, Rival
+from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import MEANINGS
 from lepton_jax.planner.program.trace import Trace

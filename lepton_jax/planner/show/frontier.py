@@ -15,7 +15,7 @@ from html import escape
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.estimate.feeding import size
-from lepton_jax.planner.plan import Plan
+from lepton_jax.planner.plans import Plan
 from lepton_jax.planner.show.html import LIGHT, table, wrapped
 from lepton_jax.planner.show.text import WIDTH, duration, grid, meshed, money
 

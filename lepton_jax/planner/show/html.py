@@ -28,7 +28,7 @@ from lepton_jax.planner.show.text import (
 )
 
 if TYPE_CHECKING:
-    from lepton_jax.planner.plan import ArrayPlan, Entries, Plan
+    from lepton_jax.planner.plans import ArrayPlan, Entries, Plan
 
 # pixels of a device's square, and between two
 CELL = 15

@@ -14,7 +14,7 @@ from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.program.named import starred
 
 if TYPE_CHECKING:
-    from lepton_jax.planner.plan import ArrayPlan, Entries, Entry, Plan
+    from lepton_jax.planner.plans import ArrayPlan, Entries, Entry, Plan
 
 WIDTH = 110  # columns of the text
 # columns of what a rival loses by: names and meshes give way before it does
