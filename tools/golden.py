@@ -57,7 +57,7 @@ BAD_COMMANDS = (
     "{recipes}/digits_cnn.py --learning-rate nan",
     "{recipes}/digits_cnn.py --precision float8",
     "{recipes}/digits_cnn.py --epochs 0",
-    "{recipes}/digits_cnn.py --devices 99",
+    "{recipes}/digits_cnn.py --devices 0",
     "{recipes}/digits_cnn.py --devices none",
     "{recipes}/digits_cnn.py --resume {tmp}/nowhere",
     "{recipes}/digits_cnn.py --run-dir {tmp}/file.txt",
@@ -171,13 +171,11 @@ def _run(
     devices: int,
     policies: str,
 ) -> dict[str, Any]:
-    controller = controllers.adaptive() if policies == "adaptive" else ()
-    recipe = dataclasses.replace(
-        recipe,
-        controller=controller,
-        test=None,
-        best=None,
-    )
+    recipe = dataclasses.replace(recipe, test=None, best=None, controller=())
+    if policies == "adaptive":  # which finds the rate, and refuses a schedule
+        recipe = dataclasses.replace(
+            recipe, controller=controllers.adaptive(), learning_rate=1e-3
+        )
     trainer = lepton.Trainer(recipe, devices=devices)
     history = trainer.fit()
     losses = [float(loss).hex() for loss in history["loss"]]
