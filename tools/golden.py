@@ -53,7 +53,7 @@ BAD_COMMANDS = (
     "{recipes}/digits_cnn.py --width three",
     "{recipes}/digits_cnn.py --width 0",
     "{recipes}/digits_cnn.py --batch-size -1",
-    "{recipes}/digits_cnn.py --batch-size 100000",
+    "{recipes}/digits_cnn.py --batch-size big",
     "{recipes}/digits_cnn.py --learning-rate nan",
     "{recipes}/digits_cnn.py --precision float8",
     "{recipes}/digits_cnn.py --epochs 0",
