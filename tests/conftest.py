@@ -101,6 +101,8 @@ def _quick_compilation():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+        # operations outside of a jit that were compiled so would go on being used
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
