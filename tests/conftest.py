@@ -36,7 +36,31 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before pytest takes out what -m leaves out
+def pytest_collection_modifyitems(config, items):
+    """Mark what tests/slow.txt lists, and put the longest files first."""
+    _mark_slow(items, whole_files=not any("::" in argument for argument in config.args))
+    _longest_first(items)
+
+
+def _mark_slow(items, whole_files):
+    lines = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+    listed = {line for line in lines if line and not line.startswith("#")}
+    collected = set()
+    files = set()
+    for item in items:
+        file = str(item.path.relative_to(ROOT / "tests"))
+        name = f"{file}::{item.nodeid.partition('::')[2]}"
+        files.add(file)
+        if name in listed:
+            collected.add(name)
+            item.add_marker(pytest.mark.slow)
+    if whole_files:
+        gone = [name for name in listed - collected if name.partition("::")[0] in files]
+        assert not gone, f"tests/slow.txt lists what is not there: {sorted(gone)}"
+
+
+def _longest_first(items):
     """The longest files first, so that at the end no core waits for the other; those of
     many processes not at once.
     """
