@@ -35,9 +35,9 @@ from typing import Any
 from lepton_jax.controller.live import REQUESTS, ask, holder
 from lepton_jax.errors import DataError, LeptonError, SettingError
 from lepton_jax.launch.cluster import joined, split
-from lepton_jax.launch.record import HostRecord
-from lepton_jax.launch.verdict import Place
-from lepton_jax.launch.watchdog import reading
+from lepton_jax.launch.supervise.record import HostRecord
+from lepton_jax.launch.supervise.verdict import Place
+from lepton_jax.launch.supervise.watchdog import reading
 from lepton_jax.monitor import Watch, encode, prometheus, stragglers
 from lepton_jax.monitor.page import STYLE
 from lepton_jax.monitor.progress import duration, number

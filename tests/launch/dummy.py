@@ -22,7 +22,7 @@ sys.modules["lepton_jax"].__path__ = [str(ROOT / "lepton_jax")]
 
 from lepton_jax.errors import DataError  # noqa: E402
 from lepton_jax.hosts import phase  # noqa: E402
-from lepton_jax.launch import watchdog  # noqa: E402
+from lepton_jax.launch.supervise import watchdog  # noqa: E402
 
 
 class Dummy:

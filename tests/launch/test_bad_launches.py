@@ -20,7 +20,7 @@ from test_cluster import INDEXED, JOBSET, MPI, NAMED, SLICES, SLURM, TPU
 
 from lepton_jax.cli import launch as cli
 from lepton_jax.cli import plan as planning
-from lepton_jax.launch import hosts, meeting
+from lepton_jax.launch import joining, meeting
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "logistic.py")
@@ -500,7 +500,7 @@ def test_what_is_wrong_before_anything_starts(case, here, monkeypatch, capsys):
 
 
 def test_the_time_to_meet_is_within_the_limit():
-    assert hosts.SOON + meeting.MARGIN < LIMIT
+    assert joining.SOON + meeting.MARGIN < LIMIT
 
 
 # ---- hosts that do not fit to each other ----
@@ -588,7 +588,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_hosts_that_do_not_fit(name, here, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "SOON", 1.0)
+    monkeypatch.setattr(joining, "SOON", 1.0)
     each, what, remedy = MISFITS[name]
     codes, seconds = together(free_port(), *each)
     err = capsys.readouterr().err
@@ -600,7 +600,7 @@ def test_hosts_that_do_not_fit(name, here, monkeypatch, capsys):
 
 @pytest.mark.parametrize("fact", ["jax", "lepton_jax", "recipe"])
 def test_versions_that_differ(fact, here, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "SOON", 20.0)
+    monkeypatch.setattr(joining, "SOON", 20.0)
     if fact == "recipe":
         text = Path(RECIPE).read_bytes()
         copies = iter([text, text + b"\n"])
@@ -610,9 +610,9 @@ def test_versions_that_differ(fact, here, monkeypatch, capsys):
             lambda path: next(copies),
         )
     else:
-        same = hosts.facts()
+        same = joining.facts()
         facts = iter([same, {**same, fact: "0.0.1"}])
-        monkeypatch.setattr(hosts, "facts", lambda: next(facts))
+        monkeypatch.setattr(joining, "facts", lambda: next(facts))
     codes, seconds = together(
         free_port(),
         host(0),
@@ -652,7 +652,7 @@ def test_a_port_that_is_taken(here, capsys):
     ],
 )
 def test_a_port_that_is_somebody_elses(answer, fault, here, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "SOON", 1.0)
+    monkeypatch.setattr(joining, "SOON", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
 
         def serve():
@@ -678,7 +678,7 @@ def test_a_port_that_is_somebody_elses(answer, fault, here, monkeypatch, capsys)
 
 
 def test_a_name_that_is_none(here, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "SOON", 1.0)
+    monkeypatch.setattr(joining, "SOON", 1.0)
     codes, seconds = together(
         8476,
         host(1),

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_jax.errors import SettingError
-from lepton_jax.launch.cluster import FIRST_PORT, PORTS, Cluster, address, find, split
+from lepton_jax.launch.cluster import FIRST_PORT, PORTS, Cluster, address, split
+from lepton_jax.launch.discovery import find
 from lepton_jax.launch.surroundings import expand, tasks_per_node
 
 # as `srun` of SLURM 22.05 sets them in the second of two tasks on two nodes, of four

@@ -16,32 +16,31 @@ import pytest
 
 from lepton_jax.cli import launch as cli
 from lepton_jax.errors import SettingError
-from lepton_jax.launch import hosts
+from lepton_jax.launch import children, joining
 from lepton_jax.launch.cluster import Cluster
-from lepton_jax.launch.head import Head
 from lepton_jax.launch.meeting import meet
-from lepton_jax.launch.process import pass_on
-from lepton_jax.launch.rules import Rules
+from lepton_jax.launch.supervise.head import Head
+from lepton_jax.launch.supervise.rules import Rules
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "the-token-of-a-run-in-these-tests"
 JOINED = """
 import sys
 import jax
-from lepton_jax.launch import cluster, hosts
+from lepton_jax.launch import discovery, joining
 address, count, host = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-found = cluster.find({}, coordinator=address, hosts=count, host_id=host, devices=2)
-cluster.join(2)
+cluster = discovery.find({}, coordinator=address, hosts=count, host_id=host, devices=2)
+joining.ask_for_devices(2)
 
 def work():
     from jax.experimental.multihost_utils import process_allgather
     seen = process_allgather(jax.numpy.array(jax.process_index())).tolist()
     print("saw", jax.process_count(), jax.local_device_count(), jax.device_count(), seen)
 
-hosts.run(found, work)
+joining.run(cluster, work)
 """
 SPAWN = (
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lepton_jax.launch.hosts"
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lepton_jax.launch.children"
     " import spawn; "
 )
 
@@ -202,8 +201,8 @@ def test_processes_join_into_one_jax_even_in_the_environment_of_slurm(tmp_path):
 
 NOWHERE = {
     "own-name": None,
-    hosts.ELSEWHERE[0]: None,
-    hosts.ELSEWHERE[1]: None,
+    joining.ELSEWHERE[0]: None,
+    joining.ELSEWHERE[1]: None,
 }
 
 
@@ -226,7 +225,7 @@ NOWHERE = {
             {
                 "head": "127.0.1.1",
                 "own-name": "127.0.1.1",
-                hosts.ELSEWHERE[0]: "10.1.0.2",
+                joining.ELSEWHERE[0]: "10.1.0.2",
             },
             "10.1.0.2",
         ),
@@ -239,11 +238,11 @@ def test_the_address_at_which_others_find_this_host(
 ):
     monkeypatch.setattr(socket, "gethostname", lambda: "own-name")
     monkeypatch.setattr(
-        hosts,
+        joining,
         "_source",
         ({"127.0.0.1": "127.0.0.1"} | ways).get,
     )
-    assert hosts.own_address(coordinator) == expected
+    assert joining.own_address(coordinator) == expected
 
 
 def test_output_of_all_hosts(capfd):
@@ -251,7 +250,7 @@ def test_output_of_all_hosts(capfd):
         "import sys; print('out', sys.argv[1]); print('err', sys.argv[1],"
         " file=sys.stderr)"
     )
-    assert hosts.spawn([python(code, host) for host in range(3)]) == 0
+    assert children.spawn([python(code, host) for host in range(3)]) == 0
     out, err = capfd.readouterr()
     assert out == "out 0\n"
     assert sorted(err.splitlines()) == [
@@ -280,7 +279,7 @@ def test_one_that_fails_ends_all(capfd, tmp_path, fail, code, how):
         f" 'up').exists(): time.sleep(0.01)\n{fail}"
     )
     started = time.monotonic()
-    assert hosts.spawn([python(lives), python(fails), python(lives)]) == code
+    assert children.spawn([python(lives), python(fails), python(lives)]) == code
     assert time.monotonic() - started < 8
     err = capfd.readouterr().err
     assert f"host 1 {how}; the others were stopped" in err and "remedy" in err
@@ -293,7 +292,7 @@ def test_one_that_fails_ends_nobody_where_fewer_may_go_on(capfd, code):
         f" SystemExit({code})"
     )
     assert (
-        hosts.spawn(
+        children.spawn(
             [
                 python(lives),
                 python("raise SystemExit(7)"),
@@ -312,14 +311,14 @@ def test_one_that_fails_ends_nobody_where_fewer_may_go_on(capfd, code):
 
 
 def test_one_that_does_not_listen_is_ended_after_the_grace(monkeypatch, capfd):
-    monkeypatch.setattr(hosts, "GRACE", 0.5)
+    monkeypatch.setattr(children, "GRACE", 0.5)
     deaf = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         " print('up'); time.sleep(60)"
     )
     started = time.monotonic()
     assert (
-        hosts.spawn(
+        children.spawn(
             [python(deaf), python("import time; time.sleep(1); raise SystemExit(3)")]
         )
         == 3
@@ -366,7 +365,7 @@ def test_signals_reach_every_host_once(number):
 
 def test_a_host_that_cannot_be_started(tmp_path):
     with pytest.raises(SettingError, match="host 1 can't be started"):
-        hosts.spawn(
+        children.spawn(
             [python("import time; time.sleep(60)"), [str(tmp_path / "nothing")]]
         )
 
@@ -400,7 +399,7 @@ GLOO = (
 def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
     reading, writing = os.pipe()
     thread = threading.Thread(
-        target=pass_on,
+        target=children.pass_on,
         args=(os.fdopen(reading, "rb"),),
     )
     thread.start()
@@ -414,7 +413,7 @@ def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
         ["printf", "%s", "".join(pieces)],
         stdout=subprocess.PIPE,
     )
-    hosts.forward(stream.stdout, 1)
+    children.forward(stream.stdout, 1)
     stream.wait()
     assert "is connected to" not in capfd.readouterr().err
 
@@ -422,7 +421,7 @@ def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
 def test_output_comes_at_once(capfd):
     reading, writing = os.pipe()
     thread = threading.Thread(
-        target=pass_on,
+        target=children.pass_on,
         args=(os.fdopen(reading, "rb"),),
     )
     thread.start()
@@ -441,7 +440,7 @@ def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tm
         "import os, sys, json; print(json.dumps([sys.argv[1:],"
         " os.environ['JAX_PLATFORMS'], os.environ['LEPTON_WORKER']]))"
     )
-    monkeypatch.setattr("lepton_jax.launch.process.python", lambda: python(code))
+    monkeypatch.setattr("lepton_jax.launch.children.python", lambda: python(code))
     monkeypatch.delenv("JAX_PLATFORMS")
     arguments = [
         str(ROOT / "recipes/logistic.py"),

@@ -24,9 +24,9 @@ from watched import Watched
 from lepton_jax.errors import SettingError
 from lepton_jax.launch import door, proof
 from lepton_jax.launch.cluster import Cluster
-from lepton_jax.launch.head import Head
 from lepton_jax.launch.meeting import meet
-from lepton_jax.launch.rules import Rules
+from lepton_jax.launch.supervise.head import Head
+from lepton_jax.launch.supervise.rules import Rules
 from lepton_jax.launch.wire import LONGEST_UNPROVEN, Line
 
 HERE = Path(__file__).resolve().parent

@@ -20,7 +20,8 @@ from lepton_jax.cli.control import main
 from lepton_jax.controller.live import Live
 from lepton_jax.errors import SettingError
 from lepton_jax.hosts import phase
-from lepton_jax.launch import serve, watchdog
+from lepton_jax.launch import serve
+from lepton_jax.launch.supervise import watchdog
 from lepton_jax.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parents[2]

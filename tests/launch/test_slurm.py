@@ -60,9 +60,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 JOINED = """
 import os
 from pathlib import Path
-from lepton_jax.launch import cluster, hosts
-found = cluster.find(os.environ, devices=2)
-cluster.join(2)
+from lepton_jax.launch import discovery, joining
+cluster = discovery.find(os.environ, devices=2)
+joining.ask_for_devices(2)
 
 def work():
     import jax
@@ -71,7 +71,7 @@ def work():
     said = f"{jax.process_index()} {jax.process_count()} {jax.device_count()} {seen}"
     Path(f"saw{jax.process_index()}").write_text(said)  # Gloo writes to the output too, in the middle of a line
 
-hosts.run(found, work)
+joining.run(cluster, work)
 """
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lepton_jax.cli import launch as cli
 from lepton_jax.launch import submit
-from lepton_jax.launch.cluster import find
+from lepton_jax.launch.discovery import find
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "recipes" / "digits_cnn.py")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from watched import QUICK, Watched
 
-from lepton_jax.launch import watchdog
+from lepton_jax.launch.supervise import watchdog
 
 HERE = Path(__file__).resolve().parent
 
@@ -622,7 +622,7 @@ def test_hosts_that_do_not_fit_end_in_one_error_everywhere(
 
 def test_a_stranger_and_another_run_are_turned_away(tmp_path):
     port = free_port()
-    first = start(tmp_path, [0], port, hosts=2, run="mine", plan={"until": 6})[0]
+    first = start(tmp_path, [0], port, hosts=2, name="mine", plan={"until": 6})[0]
     for words in (
         b"GET / HTTP/1.1\r\n\r\n",
         b'{"host": "x"}\n',
@@ -639,12 +639,12 @@ def test_a_stranger_and_another_run_are_turned_away(tmp_path):
                 connection.sendall(words)
                 break
             time.sleep(0.02)
-    other = start(tmp_path, [1], port, hosts=2, run="other")[0].done()[0]
+    other = start(tmp_path, [1], port, hosts=2, name="other")[0].done()[0]
     assert (
         "host 1 belongs to another run: 'other' there, 'mine' here" in other["what"]
         and other["exit_code"] == 2
     )
-    second = start(tmp_path, [1], port, hosts=2, run="mine", plan={"until": 6})[0]
+    second = start(tmp_path, [1], port, hosts=2, name="mine", plan={"until": 6})[0]
     assert [each.done()[0] for each in (first, second)] == [FINISHED] * 2
 
 

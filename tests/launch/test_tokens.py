@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lepton_jax.errors import SettingError
-from lepton_jax.launch import process, tokens
+from lepton_jax.launch import children, tokens
 from lepton_jax.launch.cluster import Cluster
 
 GIVEN = "0123456789abcdef" * 4
@@ -151,7 +151,7 @@ def test_workers_do_not_get_it(monkeypatch):
     code = "import os, json; print(json.dumps([*os.environ.values()]))"
     seen = subprocess.run(
         [sys.executable, "-c", code],
-        env=process.variables({"A": "b"}),
+        env=children.variables({"A": "b"}),
         capture_output=True,
         text=True,
         check=True,

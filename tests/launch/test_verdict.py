@@ -8,11 +8,17 @@ import sys
 import pytest
 
 from lepton_jax.errors import SettingError
-from lepton_jax.launch import rules, verdict
 from lepton_jax.launch.cluster import Cluster
-from lepton_jax.launch.head import Head, committed
-from lepton_jax.launch.rules import DEFAULTS, HostsError, Limits, Rules, nested
-from lepton_jax.launch.verdict import Budget, Fault, Place
+from lepton_jax.launch.supervise import rules, verdict
+from lepton_jax.launch.supervise.head import Head, committed
+from lepton_jax.launch.supervise.rules import (
+    DEFAULTS,
+    HostsError,
+    Limits,
+    Rules,
+    nested,
+)
+from lepton_jax.launch.supervise.verdict import Budget, Fault, Place
 
 
 def died(
@@ -199,7 +205,7 @@ def test_the_limit_of_a_step_follows_the_longest_one():
 
 def options(*arguments):
     parser = argparse.ArgumentParser(exit_on_error=False)
-    rules.options(parser)
+    rules.add_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -11,9 +11,9 @@ import traceback
 from pathlib import Path
 
 from lepton_jax.errors import LeptonError
-from lepton_jax.launch import supervisor
 from lepton_jax.launch.cluster import Cluster
-from lepton_jax.launch.rules import Rules
+from lepton_jax.launch.supervise import supervisor
+from lepton_jax.launch.supervise.rules import Rules
 
 DUMMY = Path(__file__).with_name("dummy.py")
 LIMITS = {
@@ -50,13 +50,10 @@ def watch(
         )
     result = {"crashed": True}
     try:
-        result = supervisor.run(
-            Cluster(**cluster),
-            Rules(**rules),
-            command,
-            folder=folder,
-            **more,
+        run = supervisor.WatchedRun(
+            Cluster(**cluster), Rules(**rules), command, folder=folder, **more
         )
+        result = supervisor.run(run)
     except LeptonError as error:
         result = {
             "error": type(error).__name__,
@@ -86,7 +83,7 @@ class Watched:
       port: the coordinator's.
       plan: of the workers.
       rules: other than QUICK.
-      more: facts, run, limit.
+      more: fields of WatchedRun: facts, name, limit.
     """
 
     started: list = []  # all of them, so that a test that fails leaves none behind  # noqa: RUF012

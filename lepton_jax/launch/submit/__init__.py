@@ -16,9 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lepton_jax.cli import settings
 from lepton_jax.errors import SettingError, nearest
 from lepton_jax.launch import tokens
+from lepton_jax.launch.options import reader
 from lepton_jax.launch.submit import kubernetes, slurm, ssh, tpu
 from lepton_jax.launch.submit.job import (
     Job,
@@ -71,10 +71,10 @@ GRACE = {
 }
 
 
-def options(group: Any) -> None:
+def add_options(group: Any) -> None:
     """Add --on and what goes with it."""
     add = group.add_argument
-    number = settings.reader(int)
+    number = reader(int)
     add(
         "--on",
         metavar="WHERE",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lepton_jax.errors import SettingError
 from lepton_jax.launch import tokens
+from lepton_jax.launch.children import spawn
 from lepton_jax.launch.cluster import joined, port_of
-from lepton_jax.launch.hosts import spawn
 from lepton_jax.launch.submit.job import (
     MISTAKE,
     NEW_TOKEN,
