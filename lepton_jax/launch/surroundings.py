@@ -214,7 +214,8 @@ def _tpu_workers(
     several: bool,
 ) -> list[str]:
     """Return the names of a slice's hosts, once all variables are known to be there."""
-    workers = [split(text)[0] for text in environ.get(addresses, "").split(",") if text]
+    texts = environ.get(addresses, "").split(",")
+    workers = [split(text)[0] for text in texts if text]
     # where there is one host, it needs no number
     if several or len(workers) != 1 or "TPU_WORKER_ID" in environ:
         needed: tuple[str, ...] = ("TPU_WORKER_ID", addresses)

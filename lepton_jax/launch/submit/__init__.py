@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -401,28 +402,43 @@ def _job(
     }
     _check_asked(asked, place)
     hosts = _hosts(options, place, asked)
-    grace = GRACE[place]
     several = hosts > 1 or "topology" in asked or place in ("tpu", "ssh")
-    inside = _inside(options, arguments)
-    if "--grace" in _typed(arguments):
+    here = place in ("slurm", "ssh") and "image" not in asked
+
+    typed = _typed(arguments)
+    inside = _inside(options, typed)
+    grace = GRACE[place]
+    if "--grace" in typed:
         grace = math.ceil(options.grace)
     elif several:
         inside.append(f"--grace={grace}")
 
-    here = place in ("slurm", "ssh") and "image" not in asked
     python = asked.get("python", sys.executable if here else "python3")
     launch = [python, "-m", "lepton_jax", "launch", str(file)]
     run = [f"--run-dir={folder}", "--go-on"]
     made_by = ""
     if all(word.isprintable() for word in arguments):
         made_by = f"launch.py {shlex.join(arguments)}"
-    return Job(
+    job = Job(
         name=plain_name(asked.get("name"), folder.name),
+        command=(*launch, *_flags(given), *run, *inside),
+        run_dir=str(folder),
         made_by=made_by,
         detail=detail,
-        run_dir=str(folder),
         hosts=hosts,
-        command=(*launch, *_flags(given), *run, *inside),
+        retries=asked.get("retries", RETRIES),
+        folder=asked.get("dir") or (os.getcwd() if here else None),
+        grace=grace,
+        goes_on_with_fewer=options.least_hosts is not None,
+        token="" if options.dry_run else tokens.make(),
+    )
+    return _with_software(_with_machines(job, asked), asked)
+
+
+def _with_machines(job: Job, asked: dict[str, Any]) -> Job:
+    """Return the job with the machines that were asked for."""
+    return replace(
+        job,
         gpus=asked.get("gpus", 0),
         cpus=asked.get("cpus"),
         memory=read_size(asked.get("memory")),
@@ -430,16 +446,18 @@ def _job(
         topology=asked.get("topology"),
         slices=asked.get("slices", 1),
         node=read_environment(asked.get("node", ()), "--job-node"),
+    )
+
+
+def _with_software(job: Job, asked: dict[str, Any]) -> Job:
+    """Return the job with the image, folders and variables that were asked for."""
+    return replace(
+        job,
         image=asked.get("image"),
         volumes=tuple(read_volume(text) for text in asked.get("volume", ())),
         environment=read_environment(asked.get("env", ()), "--job-env"),
-        retries=asked.get("retries", RETRIES),
-        folder=asked.get("dir") or (os.getcwd() if here else None),
         setup=tuple(asked.get("setup", ())),
         options=tuple(asked.get("option", ())),
-        grace=grace,
-        goes_on_with_fewer=options.least_hosts is not None,
-        token="" if options.dry_run else tokens.make(),
     )
 
 
@@ -499,10 +517,9 @@ def _setting_flag(name: str, value: Any) -> str:
     return f"--{flag}={value}"
 
 
-def _inside(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:
+def _inside(options: argparse.Namespace, typed: set[str]) -> list[str]:
     """Return the options that were typed and that are for the hosts."""
     flags = []
-    typed = _typed(arguments)
     for name, value in vars(options).items():
         of_job = name in OUTSIDE or name.startswith(("job_", "setting:"))
         flag = _flag(name)

@@ -36,7 +36,7 @@ from lepton_jax.launch.supervise.worker import Worker
 from lepton_jax.launch.wire import Line
 
 TICK = 0.1  # seconds
-BEAT = 0.5  # seconds between two reports
+REPORT_EVERY = 0.5  # seconds
 AGAIN_AFTER = 0.5  # seconds between two attempts to connect
 CALL_TIME = 5.0  # seconds for one attempt to connect
 LEAST_CALL_TIME = 0.1
@@ -244,7 +244,7 @@ class Supervisor:
         self._signals = 0
         self._told = 0  # the number of signals that this head knows of
         self._signalled = 0.0
-        self._beat = 0.0
+        self._reported = 0.0
         self._ticked = 0.0
         self._phase = ""
 
@@ -484,8 +484,8 @@ class Supervisor:
             line.send(at="signal", count=self._signals)
         if self.worker is not None:
             self._report_worker(self.worker, line, now)
-        elif now - self._beat > BEAT:
-            self._beat = now
+        elif now - self._reported > REPORT_EVERY:
+            self._reported = now
             line.send(at="idle")
         line.flush()
 
@@ -500,9 +500,9 @@ class Supervisor:
         if stack:
             line.send(at="stack", generation=worker.generation, stack=list(stack))
 
-        due = now - self._beat > BEAT
+        due = now - self._reported > REPORT_EVERY
         if due or place.phase != self._phase or code is not None:
-            self._beat = now
+            self._reported = now
             self._phase = place.phase
             silent = worker.silent(now)
             line.send(
