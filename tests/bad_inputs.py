@@ -160,7 +160,7 @@ RECIPE_FILES = [
         recipe("a = 1\ndef f(:\n"),
         RecipeError,
         "r.py:2: def f(:",
-        "mend",
+        "fix the recipe file",
         "SyntaxError",
     ),
     Bad(
@@ -168,18 +168,23 @@ RECIPE_FILES = [
         recipe(b"a = 1\0b"),
         RecipeError,
         "r.py",
-        "mend",
+        "fix the recipe file",
         "null bytes",
     ),
     Bad(
-        "recipe-not-utf8", recipe(b"a = '\xff'\n"), RecipeError, "r.py", "mend", "utf-8"
+        "recipe-not-utf8",
+        recipe(b"a = '\xff'\n"),
+        RecipeError,
+        "r.py",
+        "fix the recipe file",
+        "utf-8",
     ),
     Bad(
         "recipe-import-error",
         recipe("import nothere\n"),
         RecipeError,
         "r.py:1: import nothere",
-        "mend",
+        "fix the recipe file",
         "No module named 'nothere'",
     ),
     Bad(
@@ -187,7 +192,7 @@ RECIPE_FILES = [
         recipe("x = 1\n1 / 0\n"),
         RecipeError,
         "r.py:2: 1 / 0",
-        "mend",
+        "fix the recipe file",
         "ZeroDivisionError",
     ),
     Bad(
@@ -195,7 +200,7 @@ RECIPE_FILES = [
         recipe("import sys\nsys.exit(0)\n"),
         RecipeError,
         "r.py:2: sys.exit(0)",
-        "mend",
+        "fix the recipe file",
         "SystemExit",
     ),
     Bad(
@@ -331,7 +336,7 @@ RECIPE_FILES = [
         recipe("def recipe(a: int = 1):\n    return {}['k']\n"),
         RecipeError,
         "r.py:2: return {}['k']",
-        "mend the recipe or its settings",
+        "fix the recipe or its settings",
         "KeyError: 'k'",
     ),
     Bad(
@@ -339,14 +344,14 @@ RECIPE_FILES = [
         recipe("import json\ndef recipe(a: int = 1):\n    return json.loads('{')\n"),
         RecipeError,
         "r.py:3: return json.loads",
-        "mend the recipe",
+        "fix the recipe",
     ),
     Bad(
         "recipe-exits",
         recipe("def recipe(a: int = 1):\n    raise SystemExit(0)\n"),
         RecipeError,
         "r.py:2",
-        "mend",
+        "fix the recipe",
         "SystemExit",
     ),
     Bad(
@@ -354,7 +359,7 @@ RECIPE_FILES = [
         recipe(HEAD + "def recipe():\n    return lepton.Recipe(model=Net, los=3)\n"),
         RecipeError,
         "r.py:13",
-        "mend",
+        "fix the recipe",
         "'los'",
     ),
 ]

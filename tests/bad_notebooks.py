@@ -1086,7 +1086,7 @@ DATA = [
         fit(train=elements().map(lambda pair: (pair[0], 1 // int(1 - pair[1])))),
         DataError,
         HERE,
-        "mend the data set",
+        "the data set",
         "ZeroDivisionError",
     ),
     Bad(

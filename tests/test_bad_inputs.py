@@ -60,7 +60,8 @@ def check(error: BaseException, case: Bad) -> None:
     assert type(error) is case.error, repr(error)
     assert isinstance(error, LeptonError)
     assert case.place in (error.where or "no place"), error
-    assert case.remedy and case.remedy in error.remedy, error
+    assert case.remedy, error
+    assert case.remedy in error.remedy, error
     assert case.what in error.what, error
     assert "Traceback" not in str(error)
 
@@ -139,7 +140,8 @@ def test_command_line(
     printed = capsys.readouterr().err
     assert code == 2
     check(errors[0], case)
-    assert printed.endswith(f"error: {errors[0]}\n") and "Traceback" not in printed
+    assert printed.endswith(f"error: {errors[0]}\n")
+    assert "Traceback" not in printed
     assert case not in RUN_FOLDERS or {1, 2, 3} <= set(
         restorable(reader, tmp_path / "run")
     )
@@ -166,12 +168,10 @@ def test_numbers_of_numpy_are_numbers():
 def test_an_error_as_json(capsys):
     assert cli.main(["nothing.py", "--json"]) == 2
     summary = json.loads(capsys.readouterr().out)
-    assert (
-        summary["status"] == "failed"
-        and "nothing.py" in summary["error"]
-        and summary["remedy"]
-        and summary["where"]
-    )
+    assert summary["status"] == "failed"
+    assert "nothing.py" in summary["error"]
+    assert summary["remedy"]
+    assert summary["where"]
 
 
 @rows(NOTEBOOKS)
@@ -300,15 +300,14 @@ def test_process(case, finished, reader):
     done, folder = finished[case.name]
     assert done.returncode == 2, done.stderr
     what, where, remedy = done.stderr[done.stderr.rindex("error: ") :].rsplit("\n  ", 2)
-    assert case.what in what and case.place in where and case.remedy in remedy, (
-        done.stderr
-    )
-    assert (
-        where.startswith("where:")
-        and remedy.startswith("remedy:")
-        and "Traceback" not in done.stderr
-    )
-    assert done.stdout == "" and restorable(reader, folder / "run") == [1, 2, 3]
+    assert case.what in what, done.stderr
+    assert case.place in where, done.stderr
+    assert case.remedy in remedy, done.stderr
+    assert where.startswith("where:")
+    assert remedy.startswith("remedy:")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert restorable(reader, folder / "run") == [1, 2, 3]
 
 
 # ---- checkpoints that are damaged, or can't be written ----
@@ -365,14 +364,14 @@ def test_a_damaged_step_is_passed_over_reported_and_saved_anew(run, reader, capf
     damage(run / "checkpoints" / "3")
     assert cli.main(["--resume", str(run), "--devices", "1"]) == 0
     printed = capfd.readouterr().err
-    assert (
-        "checkpoint of step 3 is damaged" in printed
-        and "resumed at step 2" in printed
-        and "Traceback" not in printed
-    )
+    assert "checkpoint of step 3 is damaged" in printed
+    assert "resumed at step 2" in printed
+    assert "Traceback" not in printed
     (event,) = (e for e in read_events(run) if e["kind"] == "damaged")
-    assert event["step"] == 3 and event["reason"]
-    assert restorable(reader, run) == [1, 2, 3] and (run / "set_aside" / "3").is_dir()
+    assert event["step"] == 3
+    assert event["reason"]
+    assert restorable(reader, run) == [1, 2, 3]
+    assert (run / "set_aside" / "3").is_dir()
 
 
 def test_a_step_under_another_name_is_passed_over(run, reader):
@@ -387,15 +386,11 @@ def test_if_all_are_damaged_each_is_listed(run, capfd):
         damage(step)
     assert cli.main(["--resume", str(run), "--devices", "1"]) == 2
     printed = capfd.readouterr().err
-    assert (
-        "none of the 3 checkpoints can be read" in printed
-        and "where:" in printed
-        and "remedy:" in printed
-    )
-    assert (
-        all(f"step {step}: " in printed for step in (1, 2, 3))
-        and "Traceback" not in printed
-    )
+    assert "none of the 3 checkpoints can be read" in printed
+    assert "where:" in printed
+    assert "remedy:" in printed
+    assert all(f"step {step}: " in printed for step in (1, 2, 3))
+    assert "Traceback" not in printed
 
 
 @pytest.fixture(scope="module")
@@ -423,12 +418,14 @@ def test_a_checkpoint_that_cannot_be_written(wide, tmp_path):
         tmp_path,
         limit=500_000,
     )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert (
         "error: the checkpoint of step 3 can't be written (step 2 is the last committed"
         " one)" in done.stderr
     )
-    assert "where:" in done.stderr and "remedy: free disk space" in done.stderr
+    assert "where:" in done.stderr
+    assert "remedy: free disk space" in done.stderr
     assert read_events(run)[-1]["status"] == "failed"
     assert cli.main(["--resume", str(run), "--steps", "4", "--devices", "1"]) == 0
     wide_reader = lepton.Trainer(
@@ -461,7 +458,8 @@ def test_a_disk_that_is_full(wide, tmp_path):
             ["r.py", "--run-dir", "disk/run", "--width", "20000", "--steps", "9"],
             tmp_path,
         )
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
         assert "remedy: free disk space" in done.stderr
         wide_reader = lepton.Trainer(
             settings.load(wide.parent / "small.py")(width=20000),
@@ -500,12 +498,15 @@ def test_a_journal_that_cannot_be_written(run, reader, tmp_path):
         tmp_path,
         limit=journal.stat().st_size + 5000,
     )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert (
         "error: the journal of the run can't be written: File too large" in done.stderr
     )
-    assert "run/events.jsonl\n" in done.stderr and "another run folder" in done.stderr
-    assert len(restorable(reader, run)) >= 3 and read_events(run)
+    assert "run/events.jsonl\n" in done.stderr
+    assert "another run folder" in done.stderr
+    assert len(restorable(reader, run)) >= 3
+    assert read_events(run)
 
 
 def test_data_that_end_leave_the_steps_before(tmp_path):
@@ -513,7 +514,8 @@ def test_data_that_end_leave_the_steps_before(tmp_path):
     with pytest.raises(DataError, match="ended after 16 samples"):
         trainer(train=data, steps=3, save_every=1, run_dir=tmp_path / "run").fit()
     end = read_events(tmp_path / "run")[-1]
-    assert end["status"] == "failed" and "ended after 16 samples" in end["reason"]
+    assert end["status"] == "failed"
+    assert "ended after 16 samples" in end["reason"]
     assert restorable(trainer(steps_per_call=1), tmp_path / "run") == [1, 2]
 
 
@@ -541,15 +543,15 @@ def diverging(run: Path, rate: float) -> lepton.Trainer:
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(DivergedError, match="parameters that are not finite") as caught:
         diverging(tmp_path / "run", np.inf).fit()
-    assert (
-        caught.value.where == "step 4"
-        and "step 3 is the last committed checkpoint" in caught.value.remedy
-    )
+    assert caught.value.where == "step 4"
+    assert "step 3 is the last committed checkpoint" in caught.value.remedy
     assert read_events(tmp_path / "run")[-1]["status"] == "diverged"
-    mended = diverging(tmp_path / "run", 0.01).resume()
-    assert mended.step == 3 and restorable(mended, tmp_path / "run") == [1, 2, 3]
-    mended.load(tmp_path / "run")
-    assert np.isfinite(mended.fit()["loss"]).all() and mended.step == 8
+    repaired = diverging(tmp_path / "run", 0.01).resume()
+    assert repaired.step == 3
+    assert restorable(repaired, tmp_path / "run") == [1, 2, 3]
+    repaired.load(tmp_path / "run")
+    assert np.isfinite(repaired.fit()["loss"]).all()
+    assert repaired.step == 8
 
 
 def test_a_learning_rate_that_diverges_leaves_the_steps_before(tmp_path):
@@ -559,13 +561,11 @@ def test_a_learning_rate_that_diverges_leaves_the_steps_before(tmp_path):
     with pytest.raises(DivergedError, match="the loss of step 5 is inf") as caught:
         diverging(tmp_path / "run", 1e30).fit()
     assert "step 4 is the last committed checkpoint" in caught.value.remedy
-    mended = diverging(tmp_path / "run", 0.01).load(
+    repaired = diverging(tmp_path / "run", 0.01).load(
         tmp_path / "run",
         step=3,
     )
-    history = mended.fit()
-    assert (
-        history.first == 3
-        and np.isfinite(history["loss"]).all()
-        and (tmp_path / "run" / "set_aside" / "4").is_dir()
-    )
+    history = repaired.fit()
+    assert history.first == 3
+    assert np.isfinite(history["loss"]).all()
+    assert (tmp_path / "run" / "set_aside" / "4").is_dir()

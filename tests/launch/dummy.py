@@ -79,7 +79,7 @@ class Dummy:
                 c.pthread_mutex_lock(mutex)
         elif kind == "mistake":
             watchdog.tell(
-                DataError("a bad cell", where="table.csv:7", remedy="mend it")
+                DataError("a bad cell", where="table.csv:7", remedy="fix it")
             )
             sys.exit(2)
         elif kind == "exit":

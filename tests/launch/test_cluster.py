@@ -198,7 +198,8 @@ def test_what_is_found(environ, source, hosts, host_id, coordinator):
         host_id,
         coordinator,
     )
-    assert "\n" not in str(found) and found.why
+    assert "\n" not in str(found)
+    assert found.why
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,8 @@ def test_what_is_found(environ, source, hosts, host_id, coordinator):
 def test_open_mpi_knows_where_rank_0_is(more, host):
     found = find({**MPI, **more})
     name, port = split(found.coordinator)
-    assert name == host and (found.hosts, found.host_id) == (4, 2)
+    assert name == host
+    assert (found.hosts, found.host_id) == (4, 2)
     assert FIRST_PORT <= int(port) < FIRST_PORT + PORTS or port == "8476"
 
 
@@ -308,7 +310,8 @@ def test_half_of_a_cluster_is_an_error_that_names_what_is_missing(complete):
 def test_wrong_values_are_errors_with_a_remedy(environ):
     with pytest.raises(SettingError) as error:
         find(environ)
-    assert error.value.where and error.value.remedy
+    assert error.value.where
+    assert error.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -539,7 +542,9 @@ def test_what_is_no_list_of_nodes_is_an_error_and_nothing_else(text):
         names = expand(text)
     except SettingError:
         return
-    assert names and all(names) and not any(set(name) & set("[], ") for name in names)
+    assert names
+    assert all(names)
+    assert not any(set(name) & set("[], ") for name in names)
 
 
 @given(
@@ -561,7 +566,8 @@ def test_tasks_of_nodes(counts):
 @given(st.sampled_from(["a", "a.b", "10.0.0.1", "fd00::1"]), st.integers(1, 65535))
 def test_addresses_survive(name, port):
     text = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-    assert address(text, "here") == text and split(text) == (name, str(port))
+    assert address(text, "here") == text
+    assert split(text) == (name, str(port))
 
 
 @given(
@@ -589,6 +595,5 @@ def test_no_environment_is_more_than_an_error(environ):
         found = find(environ)
     except SettingError:
         return
-    assert 0 <= found.host_id < found.hosts and (found.coordinator is None) == (
-        found.hosts == 1
-    )
+    assert 0 <= found.host_id < found.hosts
+    assert (found.coordinator is None) == (found.hosts == 1)

@@ -90,7 +90,10 @@ def test_both_prove_themselves_and_what_waited_is_said():
         [{"do": "welcome"}],
         [{"at": "hello", "number": 1}, {"at": "where", "place": [1, "é\n"]}],
     ]
-    assert host.proven and head.proven and host.open and head.open
+    assert host.proven
+    assert head.proven
+    assert host.open
+    assert head.open
 
 
 def test_the_lines_are_these():
@@ -100,7 +103,8 @@ def test_the_lines_are_these():
     host.send(n=1)
     host.send(n=2)
     greeting = other.recv(1000)
-    assert greeting.startswith(b"lepton-hosts 1 ") and greeting.endswith(b"\n")
+    assert greeting.startswith(b"lepton-hosts 1 ")
+    assert greeting.endswith(b"\n")
     mine = greeting[15:-1]
     yours = secrets.token_hex(32).encode()
 
@@ -112,7 +116,8 @@ def test_the_lines_are_these():
     assert not host.proven, "it waits for the other's proof"
 
     other.sendall(mac(key, b"proof", b"supervisors", b"head", mine, yours) + b"\n")
-    assert host.receive() == [] and host.proven
+    assert host.receive() == []
+    assert host.proven
     to_head = mac(
         key,
         b"key",
@@ -151,7 +156,8 @@ def test_another_token_or_channel_is_no_proof_and_learns_nothing(tokens, channel
     head.close()
     host.receive()
     assert (host.fault, host.proven) == (proof.NOT_TAKEN, False)
-    assert head._in == b"" and TOKEN.encode() not in host._out
+    assert head._in == b""
+    assert TOKEN.encode() not in host._out
 
 
 def test_a_host_believes_nobody_who_has_no_token_and_tells_nothing():
@@ -164,7 +170,8 @@ def test_a_host_believes_nobody_who_has_no_token_and_tells_nothing():
     host.receive()
     own_proof = other.recv(1000)
     other.sendall(own_proof + b'{"do": "over", "code": 0}\n')  # its own, sent back
-    assert host.receive() == [] and host.fault == proof.NOT_GIVEN
+    assert host.receive() == []
+    assert host.fault == proof.NOT_GIVEN
     host.close()
     assert other.recv(1000) == b"", "not the hello"
     assert mine != yours
@@ -197,7 +204,8 @@ def test_messages_that_were_tampered_with_are_not_believed(change):
     wires[1][0].sendall(b"".join(changed))
     expected = [] if change == "swap" else [{"number": 0}]
     assert head.receive() == expected
-    assert not head.open and head.fault
+    assert not head.open
+    assert head.fault
 
 
 MESSAGES = st.lists(
@@ -300,7 +308,8 @@ def test_whatever_a_stranger_says_is_no_message(text, as_host):
     line = Line(far, TOKEN, "a", head=as_host)
     with contextlib.suppress(OSError):
         near.sendall(text)
-    assert line.receive() == [] and not line.proven
+    assert line.receive() == []
+    assert not line.proven
     if text.count(b"\n") > 1 or len(text) > LONGEST_UNPROVEN:
         assert not line.open
     near.close()
@@ -702,7 +711,8 @@ def test_a_head_that_drips_letters_does_not_hold_a_host(forkserver, tmp_path):
         thread.join()
         for connection in held:
             connection.close()
-    assert "host 0 can't be met" in result["what"] and result["exit_code"] == 2
+    assert "host 0 can't be met" in result["what"]
+    assert result["exit_code"] == 2
 
 
 @pytest.mark.parametrize(
@@ -744,7 +754,8 @@ def test_a_host_that_talks_nonsense_loses_its_seat_and_ends_nobody(message):
     line.send(**message)
     head.gate.serve(0.5)
     [seat] = head.gate.lost(time.monotonic(), 10.0)
-    assert seat.line.fault == "it speaks another language" and head.seats == {}
+    assert seat.line.fault == "it speaks another language"
+    assert head.seats == {}
     line.close()
     head.gate.close(0, None)
 
@@ -772,7 +783,8 @@ def test_hosts_of_two_tokens_say_so_on_both_sides(forkserver, tmp_path, monkeypa
     assert "it did not take this host's proof of the run's token" in second["what"]
     for each, run in ((first, runs[0]), (second, runs[1])):
         assert "LEPTON_TOKEN to the same value on all hosts" in each["remedy"]
-        assert TOKEN not in run.said() and OTHER not in run.said()
+        assert TOKEN not in run.said()
+        assert OTHER not in run.said()
     assert "refused a connection from 127.0.0.1" in runs[0].said()
 
 
@@ -807,7 +819,8 @@ def test_who_floods_from_one_address_does_not_push_out_others(monkeypatch):
             callers.append(near)
             gate.serve(0.1)
         there = list(gate._address.values())
-        assert there.count("127.0.0.2") == 1 and there.count("127.0.0.3") == 7
+        assert there.count("127.0.0.2") == 1
+        assert there.count("127.0.0.3") == 7
         assert gate.refused.count == 23
         for near in callers:
             near.close()

@@ -274,28 +274,26 @@ def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
     )
     state = finished(slurm, job)
     said = log.read_text()
-    assert state == "COMPLETED" and "Restarts=1" in shown(slurm, job), said
+    assert state == "COMPLETED", said
+    assert "Restarts=1" in shown(slurm, job), said
     events = read_events(run)
     starts = [event for event in events if event["kind"] == "start"]
     ends = [
         (event["status"], event["step"]) for event in events if event["kind"] == "end"
     ]
-    assert [event["devices"] for event in starts] == [2, 2] and [
-        status for status, _ in ends
-    ] == ["interrupted", "finished"]
+    assert [event["devices"] for event in starts] == [2, 2]
+    assert [status for status, _ in ends] == ["interrupted", "finished"]
     saved = ends[0][1]  # by SIGTERM, not by the next fifty
     assert saved in [event["step"] for event in events if event["kind"] == "save"]
-    assert (
-        f"resumed at step {saved}" in said
-        and "going on, attempt" not in said
-        and "[Gloo]" not in said
-    )
+    assert f"resumed at step {saved}" in said
+    assert "going on, attempt" not in said
+    assert "[Gloo]" not in said
     first = [event["first"] for event in events if event["kind"] == "steps"]
-    assert saved + 1 in first and sorted(set(first)) == sorted(first)
+    assert saved + 1 in first
+    assert sorted(set(first)) == sorted(first)
     samples = [name for line in read_samples(run) for name in line["samples"]]
-    assert len(samples) == 600 * 256 and len(set(samples[:16000])) == 16000, (
-        "each of an epoch's samples once"
-    )
+    assert len(samples) == 600 * 256, "each of an epoch's samples once"
+    assert len(set(samples[:16000])) == 16000, "each of an epoch's samples once"
 
 
 @pytest.mark.slow
@@ -313,8 +311,11 @@ def test_a_mistake_is_not_tried_again(slurm, tmp_path):
     )
     state = finished(slurm, job)
     log = (tmp_path / f"bad-{job}.log").read_text()
-    assert state == "FAILED" and log.count("gone.csv") >= 1 and "going on" not in log
-    assert "error: " in log and "remedy:" in log
+    assert state == "FAILED"
+    assert log.count("gone.csv") >= 1
+    assert "going on" not in log
+    assert "error: " in log
+    assert "remedy:" in log
 
 
 def test_two_nodes_join(slurm, tmp_path):
@@ -334,7 +335,8 @@ def test_two_nodes_join(slurm, tmp_path):
     assert done.returncode == 0, done.stderr
     saw = [path.read_text() for path in sorted(tmp_path.glob("saw*"))]
     assert saw == ["0 2 4 [0, 1]", "1 2 4 [0, 1]"]
-    assert "cluster: host 0 of 2" in done.stderr and "SLURM job" in done.stderr
+    assert "cluster: host 0 of 2" in done.stderr
+    assert "SLURM job" in done.stderr
 
 
 def test_without_srun_it_is_an_error(slurm, tmp_path):
@@ -350,7 +352,8 @@ def test_without_srun_it_is_an_error(slurm, tmp_path):
         timeout=100,
         check=False,
     )
-    assert done.returncode == 2 and "srun did not start this process" in done.stderr
+    assert done.returncode == 2
+    assert "srun did not start this process" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -696,7 +696,8 @@ def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd,
                 timeout=20,
             )
         tokens = [out.read_text() for out in there.glob("out.*")]
-        assert len(tokens) == (2 if "ssh" in place else 1) and len(set(tokens)) == 1
+        assert len(tokens) == (2 if "ssh" in place else 1)
+        assert len(set(tokens)) == 1
         assert re.fullmatch("[0-9a-f]{64}", tokens[0])
         seen.append(tokens[0])
     assert seen[0] != seen[1]
@@ -712,9 +713,8 @@ def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd,
         "which is copied there, to be read by its owner alone"
     )
     assert not held or (there / ".lepton-mine.token").stat().st_mode & 0o777 == 0o600
-    assert "arguments" in written and not any(
-        token in out.out + out.err for token in seen
-    )
+    assert "arguments" in written
+    assert not any(token in out.out + out.err for token in seen)
 
 
 def test_a_manifest_brings_its_token_as_a_secret(there, capsys):
@@ -733,13 +733,11 @@ def test_a_manifest_brings_its_token_as_a_secret(there, capsys):
         reference = entry["valueFrom"]["secretKeyRef"]
         assert reference["name"] == secret["metadata"]["name"]
         token = secret["stringData"][reference["key"]]
-        assert (
-            re.fullmatch("[0-9a-f]{64}", token) and kept.read_text().count(token) == 1
-        )
+        assert re.fullmatch("[0-9a-f]{64}", token)
+        assert kept.read_text().count(token) == 1
         seen.add(token)
-    assert len(seen) == 2 and not any(
-        token in "".join(capsys.readouterr()) for token in seen
-    )
+    assert len(seen) == 2
+    assert not any(token in "".join(capsys.readouterr()) for token in seen)
 
 
 def test_the_network_policy_is_of_the_pods_of_the_example():
@@ -778,15 +776,12 @@ def test_a_slurm_step_outlives_a_host_only_where_fewer_may_go_on(capsys):
             [*several, "--least-hosts", "3"],
         )
     )
-    assert "\n    srun /" in alone and "--grace" not in alone
-    assert (
-        "srun --kill-on-bad-exit=0 --wait=150 " in all_four
-        and "--no-kill" not in all_four
-    )
-    assert (
-        "srun --kill-on-bad-exit=0 --no-kill --wait=0 " in fewer
-        and "#SBATCH --no-kill\n" in fewer
-    )
+    assert "\n    srun /" in alone
+    assert "--grace" not in alone
+    assert "srun --kill-on-bad-exit=0 --wait=150 " in all_four
+    assert "--no-kill" not in all_four
+    assert "srun --kill-on-bad-exit=0 --no-kill --wait=0 " in fewer
+    assert "#SBATCH --no-kill\n" in fewer
     assert "--grace=30 " in fewer or "--grace=30 ||" in fewer
 
 
@@ -818,7 +813,8 @@ def test_the_example_in_the_documentation_is_what_the_tool_prints(capsys):
     example = (ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text()
     command = shlex.split(example.partition("\n")[0].removeprefix("# launch.py "))
     assert shown(capsys, *command[:-1]) == example
-    assert command[-1] == "--dry-run" and command[0] == "recipes/lm.py"
+    assert command[-1] == "--dry-run"
+    assert command[0] == "recipes/lm.py"
 
 
 def test_the_dockerfile_copies_what_there_is():
@@ -851,7 +847,8 @@ def test_dry_run_writes_nothing(there, capsys, place):
         place,
         *(IN_CLUSTER if place == "k8s" else []),
     )
-    assert re.search(r"lepton_jax\s+(- )?launch", text) and files() == before
+    assert re.search(r"lepton_jax\s+(- )?launch", text)
+    assert files() == before
 
 
 def test_submit_hands_it_to_the_client(there, capfd):
@@ -913,14 +910,11 @@ def test_ssh_runs_every_host_and_ends_all_if_one_fails(there, capfd, monkeypatch
     ]
     assert run(*arguments, "--job-retries", "1") == 5
     out, err = capfd.readouterr()
-    assert out.count("--host-id=0") == 2 and err.count("--host-id=1") == 2, (
-        "once more after the failure"
-    )
-    assert (
-        "[host 1]" in err
-        and "host 1 ended with exit code 5" in err
-        and "attempt 1 of 1" in err
-    )
+    assert out.count("--host-id=0") == 2, "once more after the failure"
+    assert err.count("--host-id=1") == 2, "once more after the failure"
+    assert "[host 1]" in err
+    assert "host 1 ended with exit code 5" in err
+    assert "attempt 1 of 1" in err
     for host in ("out", "err"):
         assert re.search(
             r"'--text=a b', .*'--coordinator=first:\d+', '--hosts=2'",
@@ -957,7 +951,8 @@ def test_a_connection_that_ends_reaches_the_run_as_sigterm(there, end):
         process.stdin.close()
     else:
         process.send_signal(signal.SIGHUP)
-    assert process.stdout.read() == "saving\nsaved\n" and process.wait(20) == 130
+    assert process.stdout.read() == "saving\nsaved\n"
+    assert process.wait(20) == 130
     process.stdin.close()
     process.stdout.close()
 
@@ -1003,7 +998,8 @@ def test_ctrl_c_lets_every_host_save(there, how):
         seen += process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)
     out = process.stdout.read()
-    assert out.count("saved") == 2 and "going on" not in out, out
+    assert out.count("saved") == 2, out
+    assert "going on" not in out, out
     assert process.wait(20) == (130 if how == "--submit" else 1)
     process.stdout.close()
 
@@ -1077,7 +1073,9 @@ def test_mistakes_are_errors_with_a_remedy(there, capsys, arguments, named):
     dry = ["--dry-run"] if "--on" in arguments and "--submit" not in arguments else []
     assert run("recipe.py", *arguments, *dry) == 2
     err = capsys.readouterr().err
-    assert named in err and "remedy:" in err and not (there / "runs").exists()
+    assert named in err
+    assert "remedy:" in err
+    assert not (there / "runs").exists()
 
 
 def test_help_tells_the_two_on_apart(capsys):

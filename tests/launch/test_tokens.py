@@ -53,7 +53,8 @@ def test_the_file_goes_before_the_variable_and_that_before_the_run_folder(tmp_pa
 def test_hosts_of_one_process_have_a_token_that_nobody_else_has(tmp_path, cluster):
     first, second = (tokens.of_run(cluster, tmp_path, None, {}) for _ in range(2))
     assert first() == first() != second()
-    assert len(first()) == 64 and not list(tmp_path.iterdir())
+    assert len(first()) == 64
+    assert not list(tmp_path.iterdir())
 
 
 def test_host_0_leaves_one_in_the_run_folder_and_takes_it_away_again(tmp_path):
@@ -67,7 +68,8 @@ def test_host_0_leaves_one_in_the_run_folder_and_takes_it_away_again(tmp_path):
     finally:
         os.umask(mask)
     assert (folder / "token").stat().st_mode & 0o777 == 0o600
-    assert token == head() == host() and len(token) == 64
+    assert token == head() == host()
+    assert len(token) == 64
     again = tokens.of_run(
         by_hand(0),
         folder,
@@ -156,7 +158,8 @@ def test_workers_do_not_get_it(monkeypatch):
         text=True,
         check=True,
     )
-    assert "b" in json.loads(seen.stdout) and GIVEN not in seen.stdout
+    assert "b" in json.loads(seen.stdout)
+    assert GIVEN not in seen.stdout
 
 
 def test_it_is_not_printed():

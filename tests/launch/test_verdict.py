@@ -85,19 +85,15 @@ def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
         "a.py:1 in step",
     )
     assert verdict.odd({0: waits, 1: stands, 2: waits}) == 1
-    assert (
-        verdict.odd({0: waits, 1: stands}) is None
-        and verdict.odd({0: waits, 1: waits, 2: waits}) is None
-    )
+    assert verdict.odd({0: waits, 1: stands}) is None
+    assert verdict.odd({0: waits, 1: waits, 2: waits}) is None
     assert verdict.odd({0: waits, 1: stands, 2: waits, 3: stands}) is None
     inside = (
         "/venv/lib/site-packages/jax/_src/api.py:1 in block_until_ready",
         "a.py:1 in step",
     )
-    assert (
-        verdict.odd({0: inside, 1: waits}) == 1
-        and verdict.odd({0: inside, 1: inside}) is None
-    )
+    assert verdict.odd({0: inside, 1: waits}) == 1
+    assert verdict.odd({0: inside, 1: inside}) is None
     assert verdict.odd({0: inside, 1: waits, 2: stands}) is None
     places = {host: Place("save", 8, 8, 70.0, 60.0) for host in range(3)}
     fault = verdict.stuck(
@@ -105,7 +101,8 @@ def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
         [0, 1, 2],
         {0: waits, 1: stands, 2: waits},
     )
-    assert fault.host == 1 and "c.py:1 in read" in fault.story()
+    assert fault.host == 1
+    assert "c.py:1 in read" in fault.story()
     assert "none is behind the others" in str(verdict.stuck(places, [0, 1, 2], {}))
 
 
@@ -143,11 +140,10 @@ def test_the_stack_of_the_main_thread():
     library = f"{sys.prefix}/lib/python3.11/site-packages/jax/x.py:5 in wait"
     ours = f"{verdict.__file__}:5 in died"
     user = f"{__file__}:7 in f"
-    assert (
-        verdict.innermost([library, ours, user]) == user
-        and verdict.innermost([library, ours]) == ours
-    )
-    assert verdict.innermost([library]) == library and verdict.innermost([]) is None
+    assert verdict.innermost([library, ours, user]) == user
+    assert verdict.innermost([library, ours]) == ours
+    assert verdict.innermost([library]) == library
+    assert verdict.innermost([]) is None
     assert verdict.shown([library] * 20 + [user])[-1].startswith(user)
 
 
@@ -160,7 +156,8 @@ def test_pauses_double_and_end_at_a_minute():
 def test_a_checkpoint_and_a_day_make_the_budget_whole():
     budget = Budget(2, 1.0)
     assert [budget.charge(died(1), 5, 0.0), budget.charge(died(3), 5, 1.0)] == [1, 2]
-    assert budget.charge(died(1), 6, 2.0) == 1 and budget.left == 1
+    assert budget.charge(died(1), 6, 2.0) == 1
+    assert budget.left == 1
     budget.charge(died(3), 6, 3.0)
     with pytest.raises(HostsError, match="the 2 restarts of --restarts are used up"):
         budget.charge(died(4), 6, 4.0)
@@ -190,7 +187,8 @@ def test_limits_nest():
 
 def test_the_limit_of_a_step_follows_the_longest_one():
     limits = Limits({})
-    assert limits.of("steps") == rules.UNKNOWN and limits.of("save") == DEFAULTS["save"]
+    assert limits.of("steps") == rules.UNKNOWN
+    assert limits.of("save") == DEFAULTS["save"]
     for seconds in (200.0, 0.1, 0.1):
         limits.saw(seconds)
     assert limits.of("steps") == 2000.0
@@ -253,7 +251,8 @@ def test_more_hosts_must_be_left_than_there_are():
 
 
 def test_what_is_committed(tmp_path):
-    assert committed(tmp_path) is None and committed(None) is None
+    assert committed(tmp_path) is None
+    assert committed(None) is None
     for name in ("5", "40", "60.orbax-checkpoint-tmp-1", "set_aside"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert committed(tmp_path) == 40
@@ -272,4 +271,5 @@ def test_a_record_is_plain_data():
             allow_nan=False,
         )
     )
-    assert found["hosts"]["1"]["state"] == "missing" and found["restarts_left"] == 10
+    assert found["hosts"]["1"]["state"] == "missing"
+    assert found["restarts_left"] == 10

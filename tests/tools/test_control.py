@@ -63,20 +63,17 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
         timeout=120,
         check=False,
     )
-    assert tool.returncode == 0 and "learning_rate is 0.0003" in tool.stdout, (
-        tool.stderr
-    )
+    assert tool.returncode == 0, tool.stderr
+    assert "learning_rate is 0.0003" in tool.stdout, tool.stderr
     code, out, _ = control(
         run,
         "status",
         capsys=capsys,
     )
-    assert (
-        code == 0
-        and "step " in out
-        and " of 10,000,000" in out
-        and "learning_rate  0.0003" in out
-    )
+    assert code == 0
+    assert "step " in out
+    assert " of 10,000,000" in out
+    assert "learning_rate  0.0003" in out
     code, out, _ = control(
         run,
         "save",
@@ -108,27 +105,26 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
             *arguments,
             capsys=capsys,
         )
-        assert (
-            code == 2
-            and fault in err
-            and remedy in err
-            and not out
-            and "Traceback" not in err
-        ), err
+        assert code == 2, err
+        assert fault in err, err
+        assert remedy in err, err
+        assert not out, err
+        assert "Traceback" not in err, err
     assert control(run, "stop", capsys=capsys)[0] == 0
     assert process.wait(timeout=60) == 130
-    assert (
-        read_events(run)[-1]["status"] == "interrupted"
-        and (run / "checkpoints" / str(saved)).is_dir()
-    )
+    assert read_events(run)[-1]["status"] == "interrupted"
+    assert (run / "checkpoints" / str(saved)).is_dir()
     who = {line["who"] for line in read_journal(run) if line["kind"] == "live"}
-    assert len(who) == 1 and "@" in who.pop()
+    assert len(who) == 1
+    assert "@" in who.pop()
     code, _, err = control(
         run,
         "status",
         capsys=capsys,
     )
-    assert code == 2 and "the run is not at work" in err and f"--resume {run}" in err
+    assert code == 2
+    assert "the run is not at work" in err
+    assert f"--resume {run}" in err
 
 
 def test_of_a_killed_run_it_says_so_at_once(launch, tmp_path, capsys):
@@ -152,11 +148,9 @@ def test_of_a_killed_run_it_says_so_at_once(launch, tmp_path, capsys):
         "--json",
         capsys=capsys,
     )
-    assert (
-        code == 2
-        and f"process {process.pid} on " in err
-        and "has gone" in json.loads(out)["error"]
-    )
+    assert code == 2
+    assert f"process {process.pid} on " in err
+    assert "has gone" in json.loads(out)["error"]
     assert time.monotonic() - began < 5
     for place, fault in (
         (tmp_path / "nothing", "no such run folder"),
@@ -167,7 +161,8 @@ def test_of_a_killed_run_it_says_so_at_once(launch, tmp_path, capsys):
             "save",
             capsys=capsys,
         )
-        assert code == 2 and fault in err
+        assert code == 2
+        assert fault in err
 
 
 def test_help_says_what_there_is(capsys):
