@@ -1,5 +1,6 @@
-"""Bad inputs, and what each must be told: rows for `test_bad_inputs.py`, with the files
-that provoke them.
+"""Bad inputs, and the error of each: rows for `test_bad_inputs.py`.
+
+The files that provoke them are here, too.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from lepton_jax.errors import (
 
 
 class Bad(NamedTuple):
-    """One mistake. `provoke(folder)` makes it in an empty folder; a command line is
-    returned, not run.
+    """One mistake.
 
-    `place`, `remedy` and `what` are fragments of the error's `where`, `remedy` and
-    `what`.
+    Args:
+      name: of the row.
+      provoke: makes the mistake in an empty folder; a command line is returned, not
+        run.
+      error: class of the error.
+      place: fragment of its `where`.
+      remedy: fragment of its `remedy`.
+      what: fragment of its `what`.
     """
 
     name: str
@@ -48,7 +54,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 # ---- recipe files ----
 
-HEAD = """
+HEAD = """\
 import lepton_jax as lepton, numpy as np, optax
 from flax import nnx
 from pathlib import Path
@@ -56,39 +62,61 @@ from typing import Literal
 
 class Net(nnx.Module):
     def __init__(self, width, rngs):
-        self.a, self.b = nnx.Linear(4, width, rngs=rngs), nnx.Linear(width, 3, rngs=rngs)
+        self.a = nnx.Linear(4, width, rngs=rngs)
+        self.b = nnx.Linear(width, 3, rngs=rngs)
     def __call__(self, x):
         return self.b(nnx.relu(self.a(x)))
 """
 RECIPE = (
     HEAD
     + """
-def recipe(width: int = 8, mode: Literal["plain", "fancy"] = "plain", bright: bool = False, data: Path | None = None,
-           learning_rate: float = 0.1, batch_size: int = 8, micro_batches: int = 1, epochs: float | None = None,
-           steps: int | None = 3, precision: str = "float32", seed: int = 0) -> lepton.Recipe:
+def recipe(
+    width: int = 8,
+    mode: Literal["plain", "fancy"] = "plain",
+    bright: bool = False,
+    data: Path | None = None,
+    learning_rate: float = 0.1,
+    batch_size: int = 8,
+    micro_batches: int = 1,
+    epochs: float | None = None,
+    steps: int | None = 3,
+    precision: str = "float32",
+    seed: int = 0,
+) -> lepton.Recipe:
     x = np.random.default_rng(0).normal(size=(16, 4))
-    return lepton.Recipe(model=lambda rngs: Net(width, rngs), loss=lepton.losses.cross_entropy, optimizer=optax.adam,
-                         learning_rate=learning_rate, train=(x, np.arange(16) % 3), batch_size=batch_size,
-                         micro_batches=micro_batches, epochs=epochs, steps=steps, precision=precision, seed=seed,
-                         save_every=1, keep=10)
+    return lepton.Recipe(
+        model=lambda rngs: Net(width, rngs),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam,
+        learning_rate=learning_rate,
+        train=(x, np.arange(16) % 3),
+        batch_size=batch_size,
+        micro_batches=micro_batches,
+        epochs=epochs,
+        steps=steps,
+        precision=precision,
+        seed=seed,
+        save_every=1,
+        keep=10,
+    )
 """
 )
 
 
 def recipe(text: str | bytes, *arguments: str) -> Callable[[Path], list[str]]:
-    """A command line with a recipe file of this text."""
+    """Return a command line with a recipe file of this text."""
     return lambda folder: [str(write(folder / "r.py", text)), *arguments]
 
 
 def given(*arguments: object) -> Callable[[Path], list[str]]:
-    """A command line with a good recipe and these arguments."""
+    """Return a command line with a good recipe and these arguments."""
     return recipe(RECIPE, *map(str, arguments))
 
 
 def prepared(
     prepare: Callable[[Path], Any], *arguments: object
 ) -> Callable[[Path], list[str]]:
-    """The same, after something was done to the folder."""
+    """Return the same, after something was done to the folder."""
 
     def provoke(folder: Path) -> list[str]:
         prepare(folder)
@@ -100,8 +128,9 @@ def prepared(
 def resumed(
     change: Callable[[dict[str, Any]], Any], *arguments: object
 ) -> Callable[[Path], list[str]]:
-    """`--resume` of a run of three steps, whose recipe.json is what `change` makes of
-    it (a dict, or text).
+    """Return `--resume` of a run of three steps with a changed recipe.json.
+
+    `change` returns its new content, a dict or a text.
     """
 
     def provoke(folder: Path) -> list[str]:
@@ -932,7 +961,7 @@ GOOD_CSV = "a,b,y\n" + "".join(
 
 
 def numbered(cell: Callable[[int], object]) -> str:
-    """Thirty rows of one column and two classes."""
+    """Return thirty rows of one column and two classes."""
     return "a,y\n" + "".join(f"{cell(i)},{'uv'[i % 2]}\n" for i in range(30))
 
 
@@ -949,7 +978,7 @@ def csv(
 
 
 def tested(content: str) -> Callable[[Path], Any]:
-    """A test table encoded by the schema of the good one."""
+    """Return a test table encoded by the schema of the good one."""
 
     def provoke(folder: Path) -> Any:
         schema = data.table(write(folder / "train.csv", GOOD_CSV), "y").schema
@@ -1257,8 +1286,9 @@ def idx_bytes(values: np.ndarray) -> bytes:
 
 
 def idx(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], Any]:
-    """Reads a folder of idx files, one of which is what `change` makes of it (None: not
-    there).
+    """Read a folder of idx files, one of which is changed.
+
+    `change` returns its new content; None: it is not there.
     """
 
     def provoke(folder: Path) -> Any:

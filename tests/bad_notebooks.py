@@ -212,7 +212,7 @@ def trainer(
 
 
 def fit(**changes):
-    """What provokes the row: a fit with these fields."""
+    """Return what provokes the row: a fit with these fields."""
     return lambda folder: trainer(**changes).fit()
 
 
@@ -224,7 +224,7 @@ def ready() -> lepton.Trainer:
 
 
 def settled(act):
-    """What provokes the row: an act on a trained model, and on a folder."""
+    """Return what provokes the row: an act on a trained model, and on a folder."""
     return lambda folder: act(ready(), folder)
 
 

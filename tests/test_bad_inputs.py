@@ -1,5 +1,7 @@
-"""A person's mistakes: each is a LeptonError with its place and remedy, exit code 2, no
-traceback, and nothing lost.
+"""A person's mistakes.
+
+Each is a LeptonError with its place and remedy, exit code 2, no traceback, and nothing
+lost.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def check(error: BaseException, case: Bad) -> None:
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory) -> Path:
-    """A run folder with the committed steps 1, 2 and 3."""
+    """Return a run folder with the committed steps 1, 2 and 3."""
     # --devices would otherwise decide how many there are for the whole session
     jax.devices()
     folder = tmp_path_factory.mktemp("committed")
@@ -92,7 +94,7 @@ def reader(committed) -> lepton.Trainer:
 
 @pytest.fixture
 def run(committed, tmp_path) -> Path:
-    """A copy of it, for a test to spoil."""
+    """Return a copy of that run folder, for a test to spoil."""
     return shutil.copytree(committed, tmp_path / "run")
 
 
@@ -189,8 +191,15 @@ NAN = (
 def recipe():
     x = np.ones((16, 4))
     x[5, 2] = np.nan
-    return lepton.Recipe(model=lambda rngs: Net(4, rngs), loss=lepton.losses.cross_entropy, optimizer=optax.sgd,
-                         learning_rate=0.1, train=(x, np.zeros(16, int)), batch_size=8, steps=9)
+    return lepton.Recipe(
+        model=lambda rngs: Net(4, rngs),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd,
+        learning_rate=0.1,
+        train=(x, np.zeros(16, int)),
+        batch_size=8,
+        steps=9,
+    )
 """
 )
 PROCESSES = [
@@ -235,8 +244,9 @@ def process(
     platform: str = "cpu",
     module: bool = False,
 ):
-    """tools/launch.py as a process of its own; `limit` is the size in bytes beyond
-    which it can write no file.
+    """Run tools/launch.py as a process of its own.
+
+    `limit` is the size in bytes beyond which it can write no file.
     """
     command = (
         ["-m", "lepton_jax", "launch"]
@@ -268,7 +278,7 @@ def process(
 
 @pytest.fixture(scope="module")
 def finished(committed, tmp_path_factory):
-    """Every case's process, ended, and its folder; two run at a time."""
+    """Return every case's process, ended, and its folder; two run at a time."""
 
     def start(numbered):
         index, case = numbered
@@ -324,8 +334,10 @@ def damage(step: Path) -> None:
 def test_whichever_file_of_the_latest_step_is_damaged(
     how, committed, reader, tmp_path, capfd
 ):
-    """What is read then is the latest step, if the file holds nothing of it, or the one
-    before; never a mixture.
+    """A run with a damaged file is read as a whole step.
+
+    That is the latest step, if the file holds nothing of it, or the one before; never a
+    mixture.
     """
     expected = {
         step: jax.device_get(reader.load(committed, step).state.params)
@@ -395,7 +407,7 @@ def test_if_all_are_damaged_each_is_listed(run, capfd):
 
 @pytest.fixture(scope="module")
 def wide(committed) -> Path:
-    """A run whose checkpoints take megabytes; steps 1 and 2 are committed."""
+    """Return a run whose checkpoints take megabytes; steps 1 and 2 are committed."""
     folder = committed.parent
     arguments = [
         "--width",
@@ -523,7 +535,7 @@ def test_data_that_end_leave_the_steps_before(tmp_path):
 
 
 def schedule(rate: float):
-    """0.01, and from the fourth step on `rate`."""
+    """Return a schedule: 0.01, and from the fourth step on `rate`."""
     return lambda step: jnp.where(step < 3, 0.01, rate)
 
 
@@ -555,8 +567,9 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
 
 
 def test_a_learning_rate_that_diverges_leaves_the_steps_before(tmp_path):
-    """The update of step 4 overshoots to numbers that are finite still; an earlier step
-    can be named to go on from.
+    """A person can name an earlier step to go on from.
+
+    The update of step 4 overshoots to numbers that are still finite.
     """
     with pytest.raises(DivergedError, match="the loss of step 5 is inf") as caught:
         diverging(tmp_path / "run", 1e30).fit()

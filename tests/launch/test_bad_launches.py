@@ -1,5 +1,6 @@
-"""Launches that can't work: each ends soon, with exit code 2, in an error that says
-what is wrong and how to mend it.
+"""Launches that can't work.
+
+Each ends soon, with exit code 2, in an error that says what is wrong and how to fix it.
 """
 
 import os
@@ -44,7 +45,7 @@ AROUND = (
 
 
 class Bad(NamedTuple):
-    """What is given, and fragments of the error and of its remedy."""
+    """A bad command line with its environment, and fragments of its error."""
 
     name: str
     given: tuple[str, ...]
@@ -457,7 +458,7 @@ OPTIONS = [
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder of its own, with nothing of a cluster around, and no client of one."""
+    """Make a working folder without a cluster around it, and without its client."""
     for name in os.environ:
         if name.startswith(AROUND):
             monkeypatch.delenv(name)
@@ -516,8 +517,10 @@ def free_port():
 
 
 def together(port, *each, name="127.0.0.1"):
-    """Command lines of hosts at the same time: (exit code of each, seconds); a `None`
-    is a host that does not come.
+    """Run the command lines of several hosts at the same time.
+
+    A `None` is a host that does not come. Returns the exit code of each, and the
+    seconds.
     """
     codes = {}
 
@@ -740,8 +743,9 @@ PROCESSES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def processes(tmp_path_factory):
-    """By name, (exit code, standard error, seconds) of what is started now, beside the
-    other tests.
+    """Start processes next to the other tests.
+
+    Returns exit code, standard error and seconds of each, by name.
     """
     plan = tmp_path_factory.mktemp("plan") / "eight.json"
     assert planning.main([RECIPE, "--on", "cpu:8", "--save", str(plan)]) == 0

@@ -1,5 +1,7 @@
-"""Finding the cluster: each environment as its launcher really sets it, halves,
-contradictions, and SLURM's lists of nodes.
+"""Finding the cluster.
+
+Environments are as each launcher really sets them, halves of them, and contradictions;
+and there are SLURM's lists of nodes.
 """
 
 import re
@@ -372,7 +374,7 @@ def test_two_that_agree_are_one():
     assert find({**SLURM, **NAMED}).coordinator == "first:8476"
 
 
-def test_the_command_line_goes_before_the_environment_unless_they_contradict_each_other():
+def test_the_command_line_goes_before_the_environment_unless_they_contradict():
     three = {"coordinator": "first:1234", "hosts": "2", "host_id": 1}
     expected = Cluster(
         "options", "--coordinator, --hosts and --host-id", 2, 1, "first:1234", devices=3
@@ -502,7 +504,7 @@ PREFIX = st.from_regex(r"[a-z]([a-z-]{0,5}[a-z])?", fullmatch=True)
 
 @st.composite
 def node_lists(draw):
-    """A list of nodes as SLURM writes it, and the names that it stands for."""
+    """Draw a list of nodes as SLURM writes it, and the names that it stands for."""
     parts = []
     names = []
     for prefix in draw(st.lists(PREFIX, min_size=1, max_size=4)):

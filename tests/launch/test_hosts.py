@@ -1,5 +1,6 @@
-"""Several processes of one machine as hosts: the roll call, joining JAX, output,
-signals, and the end of all if one fails.
+"""Several processes of one machine as hosts.
+
+The roll call, joining JAX, output, signals, and the end of all if one fails.
 """
 
 import json
@@ -35,7 +36,8 @@ joining.ask_for_devices(2)
 def work():
     from jax.experimental.multihost_utils import process_allgather
     seen = process_allgather(jax.numpy.array(jax.process_index())).tolist()
-    print("saw", jax.process_count(), jax.local_device_count(), jax.device_count(), seen)
+    devices = jax.local_device_count(), jax.device_count()
+    print("saw", jax.process_count(), *devices, seen)
 
 joining.run(cluster, work)
 """
@@ -62,8 +64,9 @@ def python(code, *arguments):
 
 
 def call(clusters, facts=None, limit=10.0):
-    """Each cluster meets in a thread of its own: what it raised, None if all was
-    well.
+    """Let each cluster meet in a thread of its own.
+
+    Returns the error of each, None if all was well.
     """
     raised = [None] * len(clusters)
 
@@ -472,8 +475,10 @@ def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tm
 
 
 def test_a_signal_that_every_host_hears_once_is_one():
-    """A scheduler's SIGTERM may reach host 1, whose supervisor says so, seconds before
-    host 0 hears of it.
+    """A signal that a scheduler sends to every host asks for one stop.
+
+    SIGTERM may reach host 1, whose supervisor says so, seconds before host 0 hears of
+    it.
     """
     head = Head(
         Cluster("local", "a test", 2),

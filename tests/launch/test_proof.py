@@ -1,4 +1,4 @@
-"""Hosts know each other by the run's token: the exchange, and who tries to get past it.
+"""Proofs of the run's token: the exchange, and callers who try to get past it.
 
 The callers here write the exchange by hand, by the words of `lepton_jax.launch.proof`.
 """
@@ -53,7 +53,7 @@ def ends(
     tokens=(TOKEN, TOKEN),
     channels=("a", "a"),
 ):
-    """A host's end and host 0's, joined."""
+    """Return a host's end and host 0's, joined."""
     one, other = socket.socketpair()
     return (
         Line(
@@ -72,7 +72,7 @@ def ends(
 
 
 def spoken(*lines):
-    """What each has received, once all has come."""
+    """Return the messages that each end has received, once all have come."""
     heard = [[] for _ in lines]
     for _ in range(4):
         for messages, line in zip(heard, lines, strict=True):
@@ -97,7 +97,7 @@ def test_both_prove_themselves_and_what_waited_is_said():
 
 
 def test_the_lines_are_these():
-    """Every byte, by another computation than the one that is tested."""
+    """Every byte is compared with a second computation."""
     one, other = socket.socketpair()
     host = Line(one, TOKEN, "supervisors", head=False)
     host.send(n=1)
@@ -225,7 +225,7 @@ QUIET = settings(
 
 
 def cut(text, places):
-    """Pieces of a text, which is cut at these places."""
+    """Return the pieces of a text that is cut at these places."""
     edges = [
         0,
         *sorted(place % (len(text) + 1) for place in places),
@@ -332,7 +332,7 @@ class Caller:
         self.connection.sendall(text)
 
     def line(self):
-        """The next line; empty once it is closed."""
+        """Return the next line; empty once the connection is closed."""
         text = b""
         with contextlib.suppress(OSError):
             while not text.endswith(b"\n"):
@@ -343,7 +343,7 @@ class Caller:
         return text[:-1]
 
     def greet(self):
-        """The other's random number."""
+        """Return the other's random number."""
         self.say(b"lepton-hosts 1 " + self.mine + b"\n")
         return self.line()
 
@@ -372,7 +372,7 @@ class Caller:
 
 
 def calling(act):
-    """An attack that goes on until it is told to stop."""
+    """Run an attack again and again until it is told to stop."""
 
     def attack(port, channel, token, over, done):
         while not over.is_set():
@@ -387,7 +387,7 @@ def calling(act):
 
 @calling
 def lies(port, channel, token, over):
-    """The right exchange with another token, then what a host would say."""
+    """Make the right exchange with another token, then say what a host would."""
     with contextlib.closing(Caller(port)) as caller:
         assert not caller.prove(OTHER, channel)
         caller.say(b'{"host": 1, "hosts": 2, "facts": {}}\n')
@@ -397,7 +397,7 @@ def lies(port, channel, token, over):
 
 @calling
 def speaks_without_proof(port, channel, token, over):
-    """As hosts did before they proved themselves, and as a browser does."""
+    """Speak as hosts did before they proved themselves, and as a browser does."""
     hello = {
         "at": "hello",
         "run": "",
@@ -414,7 +414,7 @@ def speaks_without_proof(port, channel, token, over):
 
 @calling
 def plays_again(port, channel, token, over):
-    """Word for word what a true host said."""
+    """Repeat, word for word, what a true host said."""
     with contextlib.closing(Caller(port)) as true:
         proven = true.prove(token(), channel)
     if not proven:
@@ -432,7 +432,7 @@ def plays_again(port, channel, token, over):
 
 @calling
 def reflects(port, channel, token, over):
-    """Gives back host 0's own number, or lets one connection answer another."""
+    """Give back host 0's own number, or let one connection answer another."""
     with (
         contextlib.closing(Caller(port)) as one,
         contextlib.closing(Caller(port)) as two,
@@ -449,7 +449,7 @@ def reflects(port, channel, token, over):
 
 @calling
 def floods(port, channel, token, over):
-    """Many connections at once, and megabytes without a line end."""
+    """Open many connections at once, and send megabytes without a line end."""
     held = []
     try:
         for number in range(400):
@@ -467,7 +467,7 @@ def floods(port, channel, token, over):
 
 @calling
 def says_nothing(port, channel, token, over):
-    """Holds hundreds of connections, and opens them again when they are closed."""
+    """Hold hundreds of connections, and open them again when they are closed."""
     held = []
     try:
         while len(held) < 300 and not over.is_set():
@@ -480,7 +480,7 @@ def says_nothing(port, channel, token, over):
 
 @calling
 def proves_and_rants(port, channel, token, over):
-    """Has the token, and then says what is no message, or none of a host's."""
+    """Prove the token, then say what is no message, or none of a host's."""
     for text in (b"\0\xff" * 100 + b"\n", b'{"host": 1}\n', b"x" * (1 << 21)):
         with contextlib.closing(Caller(port)) as caller:
             if caller.prove(token(), channel):
@@ -509,7 +509,10 @@ ATTACKS = {
 
 @contextlib.contextmanager
 def attacked(name, port, channel, token):
-    """While it is open, somebody is at the port; yields how often they got there."""
+    """Have an attacker at the port inside the block.
+
+    Yields how often it got there.
+    """
     over = threading.Event()
     done: list[int] = []
     failed: list[BaseException] = []

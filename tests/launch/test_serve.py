@@ -1,5 +1,6 @@
-"""The server of a run's status: what it tells whom, what it refuses, and that nothing a
-client does reaches the run.
+"""The server of a run's status.
+
+What it tells to whom, what it refuses, and that no client's doing reaches the run.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run at work, which answers what it is asked: its folder and its token."""
+    """Return folder and token of a run at work, which answers requests."""
     folder = tmp_path_factory.mktemp("run")
     monitor = Monitor(folder)
     monitor.event(
@@ -94,7 +95,7 @@ def ask(
     body=None,
     **headers,
 ):
-    """(status, headers, body)."""
+    """Return status, headers and body."""
     connection = http.client.HTTPConnection(
         server.name,
         server.port,
@@ -114,8 +115,9 @@ def ask(
 
 
 def send(server, data):
-    """What comes back for raw bytes; who sends too much is hung up on before the
-    end.
+    """Return the answer to raw bytes.
+
+    A client that sends too much is hung up on before the end.
     """
     found = b""
     with (

@@ -1,5 +1,6 @@
-"""Under a real SLURM of two nodes on this machine, where its daemons are installed
-(Debian: slurmctld, slurmd, munge).
+"""Runs under a real SLURM of two nodes on this machine.
+
+They need its daemons (Debian: slurmctld, slurmd, munge).
 """
 
 import contextlib
@@ -69,7 +70,8 @@ def work():
     from jax.experimental.multihost_utils import process_allgather
     seen = process_allgather(jax.numpy.array(jax.process_index())).tolist()
     said = f"{jax.process_index()} {jax.process_count()} {jax.device_count()} {seen}"
-    Path(f"saw{jax.process_index()}").write_text(said)  # Gloo writes to the output too, in the middle of a line
+    # Gloo writes to the output too, in the middle of a line
+    Path(f"saw{jax.process_index()}").write_text(said)
 
 joining.run(cluster, work)
 """
@@ -77,7 +79,7 @@ joining.run(cluster, work)
 
 @pytest.fixture(scope="module")
 def slurm():
-    """The environment of a cluster with two nodes, both of them this machine."""
+    """Return the environment of a cluster with two nodes, both of them this machine."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path is short
     host = socket.gethostname()
     daemons = []
@@ -173,7 +175,7 @@ def shown(environment, job):
 
 
 def finished(environment, job, limit=120):
-    """The job's state once it has ended."""
+    """Return the job's state once it has ended."""
     until = time.monotonic() + limit
     while True:
         said = shown(environment, job)
@@ -185,7 +187,7 @@ def finished(environment, job, limit=120):
 
 
 def submitted(environment, folder, *arguments):
-    """The number of a job that launch.py has submitted."""
+    """Return the number of a job that launch.py has submitted."""
     done = subprocess.run(
         [
             sys.executable,

@@ -1,5 +1,7 @@
-"""Starting a run elsewhere: what is written passes the checkers of its own kind, and
-every setting arrives as it was typed.
+"""Starting a run elsewhere.
+
+What is written passes the checkers of its own kind, and every setting arrives as it was
+typed.
 """
 
 import copy
@@ -52,8 +54,15 @@ from typing import Literal
 from pathlib import Path
 import lepton_jax as lepton
 
-def recipe(text: str = "", other_text: str | None = None, rate: float = 1.0, count: int = 1, flag: bool = False,
-           data: Path | None = None, kind: Literal["a b", "c"] = "c") -> lepton.Recipe:
+def recipe(
+    text: str = "",
+    other_text: str | None = None,
+    rate: float = 1.0,
+    count: int = 1,
+    flag: bool = False,
+    data: Path | None = None,
+    kind: Literal["a b", "c"] = "c",
+) -> lepton.Recipe:
     "A recipe."
 """
 # what starts a process, reduced to that: the options dropped, the rest run as the real
@@ -74,9 +83,7 @@ CLIENTS = {
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    """A folder of its own as the working folder, with clients that do no more than
-    start the command.
-    """
+    """Make a working folder, with clients that only start the command."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, body in CLIENTS.items():
@@ -97,7 +104,7 @@ def run(*arguments):
 
 
 def shown(capsys, *arguments):
-    """What --dry-run prints."""
+    """Return what --dry-run prints."""
     assert run(*arguments, "--dry-run") == 0
     return capsys.readouterr().out
 
@@ -280,7 +287,7 @@ def test_every_setting_arrives_as_it_was_typed(there, place):
 
 
 def read(arguments):
-    """The recipe's settings on a command line, as launch.py reads them."""
+    """Return the recipe's settings on a command line, as launch.py reads them."""
     from lepton_jax.cli import settings
 
     function = settings.load(Path("recipe.py"))
@@ -290,8 +297,9 @@ def read(arguments):
 
 
 def expanded(text):
-    """As Kubernetes expands commands: $(NAME) where NAME is set, $$ as $ (kubernetes,
-    third_party/forked/golang/expansion).
+    """Return a text as Kubernetes expands it: $(NAME) where NAME is set, $$ as $.
+
+    See kubernetes, third_party/forked/golang/expansion.
     """
     return re.sub(
         r"\$\$|\$\(\w+\)",
@@ -537,7 +545,10 @@ def test_the_pods_find_their_cluster(capsys, kind, first):
 
 
 def what_follows(spec, code=1, condition=None):
-    """What a Job does after a pod that ended so; the first rule that fits decides."""
+    """Return what a Job does after a pod that ended like this.
+
+    The first rule that fits decides.
+    """
     for rule in spec["podFailurePolicy"]["rules"]:
         exits = rule.get("onExitCodes")
         conditions = rule.get("onPodConditions", ())
@@ -659,8 +670,9 @@ def texts(folder):
     "place", ["slurm", "tpu", "tpu, container", "ssh", "ssh, submitted"]
 )
 def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd, place):
-    """New with each start, in the environment alone: in no argument, no script, no
-    output.
+    """Each start has a new token, which is in the environment alone.
+
+    It is in no argument, no script and no output.
     """
     (there / "my code").mkdir()
     (there / "hosts").write_text("first\nsecond\n")
@@ -757,7 +769,7 @@ def test_the_network_policy_is_of_the_pods_of_the_example():
 
 
 def test_the_token_of_an_example_is_refused(capsys, monkeypatch):
-    """Else all who apply it as it stands would share one that everybody knows."""
+    """All who apply the example as it stands would share a token that is no secret."""
     secret, _ = yaml.safe_load_all(
         (ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text()
     )

@@ -1,8 +1,7 @@
-"""Supervisors, their head and the watchdog, with real processes and signals; the
-workers (dummy.py) need no JAX.
+"""Supervisors, their head and the watchdog, with real processes and signals.
 
-Most of the time is waiting for limits and graces, so the runs of PLANS go on beside the
-other tests, three at once.
+The workers (dummy.py) need no JAX. Most of the time is waiting for limits and graces,
+so the runs of PLANS go on next to the other tests, three at once.
 """
 
 import contextlib
@@ -153,8 +152,9 @@ PLANS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def runs(tmp_path_factory, forkserver):
-    """By name, what a run ended with, its output and its folder: of all PLANS, which
-    are begun now.
+    """Begin the runs of all PLANS.
+
+    Returns a function from a name to the run's result, its output and its folder.
     """
     # made by who asks first, which no two threads may be
     tmp_path_factory.getbasetemp()
@@ -209,7 +209,7 @@ def text(path, limit=20.0):
 
 
 def worker(folder, generation, host):
-    """What the worker was told; waits for it."""
+    """Wait for a worker, and return what it was told."""
     return json.loads(text(folder / f"worker-{generation}-{host}"))
 
 
@@ -226,7 +226,7 @@ def reached(
 
 
 def gone(*pids, limit=5.0):
-    """Until none of these processes runs."""
+    """Wait until none of these processes runs."""
     until = time.monotonic() + limit
     alive = set(pids)
     while alive:

@@ -1,4 +1,4 @@
-"""Where a host has the run's token from, and who else gets to see it."""
+"""Sources of the run's token, and who else gets to see it."""
 
 import json
 import os

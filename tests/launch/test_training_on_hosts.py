@@ -1,5 +1,6 @@
-"""Training by several processes on this machine: the same run as one process makes, on
-whatever hosts go on with it.
+"""Training by several processes on this machine.
+
+It is the same run as one process makes, on any hosts that go on with it.
 """
 
 import json
@@ -30,7 +31,7 @@ def launch(
     faults=None,
     within=(),
 ):
-    """A run of the launcher, to its end."""
+    """Run the launcher to its end."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     if faults is not None:
         (folder / "faults.json").write_text(json.dumps(faults))
@@ -67,7 +68,7 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The undisturbed run of one process with eight devices."""
+    """Return the undisturbed run of one process with eight devices."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     lepton.Trainer(
         faults_recipe.recipe(steps=40),
@@ -111,8 +112,9 @@ def test_two_hosts_train_what_one_does(alone, tmp_path):
 
 @pytest.mark.slow
 def test_the_samples_do_not_depend_on_the_hosts(alone, tmp_path):
-    """Four hosts, then three, two, and four again; eight devices, six, four, eight:
-    filtered, mixed and packed all along.
+    """Data are filtered, mixed and packed while the hosts change.
+
+    Four hosts, then three, two, and four again; eight devices, six, four, eight.
     """
     arguments = ["--run-dir", "run", "--go-on", "--trace-samples"]
     for hosts, steps in ((4, 10), (3, 20), (2, 30), (4, 40)):

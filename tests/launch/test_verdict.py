@@ -1,4 +1,4 @@
-"""Who it was, which limit holds, and whether to try again: without processes."""
+"""Which host it was, which limit holds, and whether to try again: without processes."""
 
 import argparse
 import json

@@ -1,5 +1,6 @@
-"""A supervisor as a process of its own, for tests: forked where the imports are done
-already.
+"""A supervisor as a process of its own, for tests.
+
+It is forked from a server where the imports are done already.
 """
 
 import json
@@ -73,16 +74,16 @@ def watch(
 
 
 class Watched:
-    """A run with dummy workers, or one host of it: a process, and what it leaves in the
-    folder.
+    """A run with dummy workers, or one host of it, in a process of its own.
 
     Args:
       folder: of the run.
-      hosts: how many there are.
-      host: which of them this is; None: all, on this machine.
+      hosts: number of hosts.
+      host: the one that this process watches over; None: all, on this machine.
       port: the coordinator's.
       plan: of the workers.
       rules: other than QUICK.
+      command: of a worker; None: dummy.py with its plan.
       more: fields of WatchedRun: facts, name, limit.
     """
 
@@ -140,9 +141,7 @@ class Watched:
         self.started.append(self)
 
     def done(self, limit=40.0):
-        """What it ended with, and what it wrote to standard output and standard
-        error.
-        """
+        """Wait for the end; return the result, standard output and standard error."""
         self.process.join(limit)
         assert self.process.exitcode is not None, "it does not end"
         result = self.folder / f"{self.name}.result"

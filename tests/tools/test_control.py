@@ -1,5 +1,6 @@
-"""tools/control.py against a run in another process: the same words, exit codes and
-answers as a person sees.
+"""tools/control.py against a run in another process.
+
+Words, exit codes and answers are those that a person sees.
 """
 
 import json
@@ -21,7 +22,7 @@ RECIPE = ROOT / "tests" / "recipes" / "stateful.py"
 
 
 def control(*arguments, capsys):
-    """(exit code, standard output, standard error)."""
+    """Return exit code, standard output and standard error."""
     code = main(list(map(str, arguments)))
     return code, *capsys.readouterr()
 
@@ -138,7 +139,8 @@ def test_of_a_killed_run_it_says_so_at_once(launch, tmp_path, capsys):
         "--devices",
         1,
     )
-    wait_for((run / "control" / "run.json").exists, process)
+    about = run / "control" / "run.json"
+    wait_for(lambda: about.exists() and about.read_text(), process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     began = time.monotonic()
