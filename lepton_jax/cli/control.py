@@ -11,7 +11,7 @@ from typing import Any
 
 from lepton_jax.cli import settings
 from lepton_jax.controller.live import REQUESTS, ask, holder
-from lepton_jax.errors import LeptonError, SettingError
+from lepton_jax.errors import LeptonError, SettingError, nearest
 from lepton_jax.launch import serve
 from lepton_jax.launch.options import reader
 from lepton_jax.monitor import stragglers
@@ -133,7 +133,7 @@ def apply(
 
 def _parser() -> settings.Parser:
     parser = settings.Parser(
-        prog="control.py",
+        prog=settings.program("control"),
         description=DESCRIPTION,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -183,6 +183,13 @@ def _request(what: str, words: list[str]) -> dict[str, Any]:
       what: name of the request.
       words: KNOB=VALUE, for set.
     """
+    requests = (*REQUESTS, "serve")
+    if what not in requests:
+        raise SettingError(
+            f"a run can't {what!r}{nearest(what, requests)}",
+            where="command line",
+            remedy=f"ask for one of {', '.join(requests)}",
+        )
     if words and what != "set":
         raise SettingError(
             f"{what} takes no values, but {words[0]!r} is given",

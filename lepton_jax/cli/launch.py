@@ -428,13 +428,14 @@ def _print_summary(
 
 
 def _parser() -> settings.Parser:
+    program = settings.program("launch")
     parser = settings.Parser(
-        prog="launch.py",
+        prog=program,
         description=DESCRIPTION,
         add_help=False,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="launch.py RECIPE.py [--setting value ...] [options]",
+        usage=f"{program} RECIPE.py [--setting value ...] [options]",
     )
     parser.add_argument(
         "recipe",

@@ -127,12 +127,15 @@ def look(arguments: list[str]) -> int:
 
 def _parser(micro_batches: bool) -> settings.Parser:
     parser = settings.Parser(
-        prog="plan.py",
+        prog=settings.program("plan"),
         description=DESCRIPTION,
         add_help=False,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="plan.py RECIPE.py [--on TOPOLOGY,...] [--setting value ...] [options]",
+        usage=(
+            f"{settings.program('plan')} RECIPE.py [--on TOPOLOGY,...]"
+            " [--setting value ...] [options]"
+        ),
     )
     parser.add_argument(
         "recipe",

@@ -208,6 +208,20 @@ def _hyphenated(match: re.Match) -> str:
     return match[0].replace("_", "-")
 
 
+def program(command: str) -> str:
+    """Return the words by which a person has started a command.
+
+    They are `lepton launch`, `python -m lepton_jax launch` or, for tools/launch.py and
+    where nothing is known, `launch.py`.
+    """
+    script = Path(sys.argv[0])
+    if script.name == "lepton":
+        return f"lepton {command}"
+    if script.parts[-2:] == ("lepton_jax", "__main__.py"):
+        return f"python -m lepton_jax {command}"
+    return f"{command}.py"
+
+
 def add(parser: argparse.ArgumentParser, function: Callable[..., Recipe]) -> None:
     """Add an option to a parser for each setting of a recipe.
 
