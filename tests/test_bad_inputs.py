@@ -222,17 +222,17 @@ PROCESSES = [
         "platform-unknown",
         given(),
         PlanError,
-        "JAX_PLATFORMS=nope",
-        "JAX_PLATFORMS=cpu",
-        "no devices",
+        place="JAX_PLATFORMS=nope",
+        remedy="JAX_PLATFORMS=cpu",
+        what="no devices",
     ),
     Bad(
         "data-not-finite",
         recipe(NAN),
         DivergedError,
-        "first in 5",
-        "leave out these samples",
-        "is nan",
+        place="first in 5",
+        remedy="leave out these samples",
+        what="is nan",
     ),
 ]
 

@@ -58,13 +58,12 @@ def load(path: Path) -> Callable[..., Recipe]:
 def _module(path: Path) -> types.ModuleType:
     """Import a recipe file."""
     if not path.is_file():
-        folder = path.parent
         siblings = (
-            [file.name for file in folder.glob("*.py")] if folder.is_dir() else []
+            [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         )
         raise RecipeError(
             f"there is no recipe file {str(path)!r}{nearest(path.name, siblings)}",
-            where=folder.resolve(),
+            where=path.parent.resolve(),
             remedy="name a Python file with a function `recipe`",
         )
     spec = importlib.util.spec_from_file_location(f"lepton_recipe_{path.stem}", path)

@@ -360,15 +360,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # ---- answers ----
 
-    def _status(self, status: Mapping[str, Any]) -> tuple[str, bytes]:
-        return "application/json", encode(status)
+    def _status(self, found: Mapping[str, Any]) -> tuple[str, bytes]:
+        return "application/json", encode(found)
 
-    def _metrics(self, status: Mapping[str, Any]) -> tuple[str, bytes]:
-        return "text/plain; version=0.0.4; charset=utf-8", prometheus(status).encode()
+    def _metrics(self, found: Mapping[str, Any]) -> tuple[str, bytes]:
+        return "text/plain; version=0.0.4; charset=utf-8", prometheus(found).encode()
 
-    def _page(self, status: Mapping[str, Any]) -> tuple[str, bytes]:
-        html = page(status)
-        return "text/html; charset=utf-8", html.encode("utf-8", "xmlcharrefreplace")
+    def _page(self, found: Mapping[str, Any]) -> tuple[str, bytes]:
+        return "text/html; charset=utf-8", page(found).encode(
+            "utf-8", "xmlcharrefreplace"
+        )
 
     def _refuse(
         self,
@@ -398,16 +399,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-
-def _is_request(request: Any) -> bool:
-    """Whether it is a request that the run understands."""
-    if not isinstance(request, dict) or not request.keys() <= {"do", "settings"}:
-        return False
-    settings = request.get("settings", {})
-    if request.get("do") not in REQUESTS or not isinstance(settings, dict):
-        return False
-    return all(isinstance(value, str | int | float) for value in settings.values())
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -533,3 +524,13 @@ def serving(
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # a closed terminal
         print(text, file=sys.stderr, flush=True)
+
+
+def _is_request(request: Any) -> bool:
+    """Whether it is a request that the run understands."""
+    if not isinstance(request, dict) or not request.keys() <= {"do", "settings"}:
+        return False
+    settings = request.get("settings", {})
+    if request.get("do") not in REQUESTS or not isinstance(settings, dict):
+        return False
+    return all(isinstance(value, str | int | float) for value in settings.values())
