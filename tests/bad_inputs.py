@@ -632,11 +632,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ZOO = [
     Bad(
         "zoo-csv-missing",
-        lambda folder: [
-            str(RECIPES / "csv_mlp.py"),
-            "--data",
-            "nothing.csv",
-        ],
+        lambda folder: [str(RECIPES / "csv_mlp.py"), "--data", "nothing.csv"],
         DataError,
         place="nothing.csv",
         remedy="check the path",
@@ -644,11 +640,7 @@ ZOO = [
     ),
     Bad(
         "zoo-idx-missing",
-        lambda folder: [
-            str(RECIPES / "mnist_cnn.py"),
-            "--data",
-            "nothing",
-        ],
+        lambda folder: [str(RECIPES / "mnist_cnn.py"), "--data", "nothing"],
         DataError,
         place="nothing",
         remedy="four idx files",
@@ -675,11 +667,7 @@ ZOO = [
     ),
     Bad(
         "zoo-width-zero",
-        lambda folder: [
-            str(RECIPES / "mnist_mlp.py"),
-            "--hidden",
-            "0",
-        ],
+        lambda folder: [str(RECIPES / "mnist_mlp.py"), "--hidden", "0"],
         ModelError,
         place="",
         remedy="at least 1",
@@ -926,8 +914,7 @@ RUN_FOLDERS = [
         place="checkpoints/3",
         remedy="model and optimizer",
         what=(
-            "params/a/kernel: the checkpoint has float32[4, 8], the model"
-            " float32[4, 5]"
+            "params/a/kernel: the checkpoint has float32[4, 8], the model float32[4, 5]"
         ),
     ),
     Bad(
@@ -969,15 +956,9 @@ def numbered(cell: Callable[[int], object]) -> str:
 
 
 def csv(
-    content: str | bytes,
-    label: str = "y",
-    **options: Any,
+    content: str | bytes, label: str = "y", **options: Any
 ) -> Callable[[Path], Any]:
-    return lambda folder: data.table(
-        write(folder / "t.csv", content),
-        label,
-        **options,
-    )
+    return lambda folder: data.table(write(folder / "t.csv", content), label, **options)
 
 
 def tested(content: str) -> Callable[[Path], Any]:
@@ -985,11 +966,7 @@ def tested(content: str) -> Callable[[Path], Any]:
 
     def provoke(folder: Path) -> Any:
         schema = data.table(write(folder / "train.csv", GOOD_CSV), "y").schema
-        return data.table(
-            write(folder / "t.csv", content),
-            "y",
-            schema=schema,
-        )
+        return data.table(write(folder / "t.csv", content), "y", schema=schema)
 
     return provoke
 
@@ -1137,12 +1114,7 @@ CSV_FILES = [
     ),
     Bad(
         "csv-split-leaves-nothing",
-        lambda folder: data.table_split(
-            write(folder / "t.csv", GOOD_CSV),
-            "y",
-            1.0,
-            0,
-        ),
+        lambda folder: data.table_split(write(folder / "t.csv", GOOD_CSV), "y", 1.0, 0),
         DataError,
         place="split",
         remedy="between 0 and 1",

@@ -29,11 +29,7 @@ Y = np.arange(16, dtype=np.int32) % 3
 
 
 class Net(nnx.Module):
-    def __init__(
-        self,
-        rngs: nnx.Rngs,
-        outputs: int = 3,
-    ):
+    def __init__(self, rngs: nnx.Rngs, outputs: int = 3):
         self.layer = nnx.Linear(4, outputs, rngs=rngs)
 
     def __call__(self, x):
@@ -42,11 +38,7 @@ class Net(nnx.Module):
 
 class Printing(Net):
     def __call__(self, x):
-        jax.debug.print(
-            "{}",
-            x.mean(),
-            ordered=True,
-        )
+        jax.debug.print("{}", x.mean(), ordered=True)
         return self.layer(x)
 
 
@@ -152,11 +144,7 @@ class Ambiguous(linen.Module):
 class Sower(linen.Module):
     @linen.compact
     def __call__(self, x):
-        self.sow(
-            "losses",
-            "size",
-            jnp.square(x).mean(),
-        )
+        self.sow("losses", "size", jnp.square(x).mean())
         return linen.Dense(3)(x)
 
 
@@ -181,18 +169,10 @@ class Refusing:
 
 
 def looking() -> lepton.Trainer:
-    return trainer(
-        model=Looking,
-        train=(Y[:, None] % 2, Y),
-    )
+    return trainer(model=Looking, train=(Y[:, None] % 2, Y))
 
 
-def trainer(
-    *recipes,
-    run_dir=None,
-    devices=1,
-    **changes,
-) -> lepton.Trainer:
+def trainer(*recipes, run_dir=None, devices=1, **changes) -> lepton.Trainer:
     fields = (
         {
             "model": Net,
@@ -627,12 +607,7 @@ RECIPES = [
     ),
     Bad(
         "mask-for-another-model",
-        fit(
-            optimizer=lambda r: optax.adamw(
-                r,
-                mask={"params": True},
-            )
-        ),
+        fit(optimizer=lambda r: optax.adamw(r, mask={"params": True})),
         RecipeError,
         place="Recipe.optimizer",
         remedy="layer/bias, layer/kernel",
@@ -640,12 +615,7 @@ RECIPES = [
     ),
     Bad(
         "mask-of-a-missing-name",
-        fit(
-            optimizer=lambda r: optax.adamw(
-                r,
-                mask=lambda p: {"layer": p["encoder"]},
-            )
-        ),
+        fit(optimizer=lambda r: optax.adamw(r, mask=lambda p: {"layer": p["encoder"]})),
         RecipeError,
         place=HERE,
         remedy="layer/kernel",
@@ -655,8 +625,7 @@ RECIPES = [
         "mask-of-nothing",
         fit(
             optimizer=optax.adamw(
-                0.1,
-                mask={"layer": {"bias": False, "kernel": False}},
+                0.1, mask={"layer": {"bias": False, "kernel": False}}
             ),
             learning_rate=None,
         ),
@@ -669,8 +638,7 @@ RECIPES = [
         "mask-by-values",
         fit(
             optimizer=lambda r: optax.adamw(
-                r,
-                mask=lambda p: {"layer": bool(p["layer"]["bias"].any())},
+                r, mask=lambda p: {"layer": bool(p["layer"]["bias"].any())}
             )
         ),
         RecipeError,
@@ -703,9 +671,7 @@ RECIPES = [
         "optimizer-wants-a-gradient-function",
         fit(
             optimizer=lambda r: optax.contrib.sam(
-                optax.sgd(r),
-                optax.sgd(0.1),
-                opaque_mode=True,
+                optax.sgd(r), optax.sgd(0.1), opaque_mode=True
             )
         ),
         RecipeError,
@@ -893,16 +859,7 @@ DATA = [
     ),
     Bad(
         "int64-out-of-range",
-        fit(
-            train=(
-                X,
-                spoiled(
-                    Y.astype(np.int64),
-                    3,
-                    2**40,
-                ),
-            )
-        ),
+        fit(train=(X, spoiled(Y.astype(np.int64), 3, 2**40))),
         DataError,
         place="targets",
         remedy="map them",
@@ -973,10 +930,7 @@ DATA = [
     ),
     Bad(
         "targets-crossed-by-hand",
-        fit(
-            loss=lambda o, t: (o - t) ** 2,
-            **REGRESSION,
-        ),
+        fit(loss=lambda o, t: (o - t) ** 2, **REGRESSION),
         ModelError,
         place=HERE,
         remedy="pass y[:, None]",
@@ -1107,11 +1061,7 @@ DATA = [
     ),
     Bad(
         "grain-iterated-by-epochs",
-        fit(
-            train=elements().to_iter_dataset(),
-            steps=None,
-            epochs=1,
-        ),
+        fit(train=elements().to_iter_dataset(), steps=None, epochs=1),
         RecipeError,
         place="Recipe.steps",
         remedy="set steps=...",
@@ -1136,14 +1086,7 @@ DATA = [
     Bad(
         "target-not-finite",
         fit(
-            train=(
-                X,
-                spoiled(
-                    np.ones((16, 1), np.float32),
-                    3,
-                    np.inf,
-                ),
-            ),
+            train=(X, spoiled(np.ones((16, 1), np.float32), 3, np.inf)),
             loss=squared_error,
             model=partial(Net, outputs=1),
         ),
@@ -1168,10 +1111,7 @@ DATA = [
     ),
     Bad(
         "labels-negative-from-grain",
-        fit(
-            train=elements(*zip(X, Y - 2, strict=True)),
-            shuffle=False,
-        ),
+        fit(train=elements(*zip(X, Y - 2, strict=True)), shuffle=False),
         DataError,
         place="first in sample 0: -2",
         remedy="fix the labels",
@@ -1187,10 +1127,7 @@ DATA = [
     ),
     Bad(
         "labels-out-of-range-in-a-loss-of-ones-own",
-        fit(
-            loss=lambda o, t: 0.5 * cross_entropy(o, t),
-            train=(X, Y - 1),
-        ),
+        fit(loss=lambda o, t: 0.5 * cross_entropy(o, t), train=(X, Y - 1)),
         DataError,
         place="training data, first in sample 0: -1",
         remedy="fix the labels",
@@ -1209,10 +1146,7 @@ DATA = [
     ),
     Bad(
         "ids-beyond-the-table",
-        fit(
-            model=Looking,
-            train=(Y[:, None], Y),
-        ),
+        fit(model=Looking, train=(Y[:, None], Y)),
         DataError,
         place="first in sample 2: 2",
         remedy="give 'table/embedding' more rows",
@@ -1423,9 +1357,7 @@ MODELS = [
     ),
     Bad(
         "loss-of-fewer-samples",
-        fit(
-            loss=lambda o, t: cross_entropy(o, t)[:3],
-        ),
+        fit(loss=lambda o, t: cross_entropy(o, t)[:3]),
         ModelError,
         place=HERE,
         remedy="one value per sample",
@@ -1457,9 +1389,7 @@ MODELS = [
     ),
     Bad(
         "loss-weights-of-other-shape",
-        fit(
-            loss=lambda o, t: (cross_entropy(o, t), t[:, None]),
-        ),
+        fit(loss=lambda o, t: (cross_entropy(o, t), t[:, None])),
         ModelError,
         place=HERE,
         remedy="one shape",
@@ -1467,9 +1397,7 @@ MODELS = [
     ),
     Bad(
         "loss-complex",
-        fit(
-            loss=lambda o, t: o.sum(-1) * 1j,
-        ),
+        fit(loss=lambda o, t: o.sum(-1) * 1j),
         ModelError,
         place=HERE,
         remedy="real numbers",
@@ -1477,9 +1405,7 @@ MODELS = [
     ),
     Bad(
         "loss-without-gradient",
-        fit(
-            loss=lambda o, t: o.argmax(-1) != t,
-        ),
+        fit(loss=lambda o, t: o.argmax(-1) != t),
         ModelError,
         place=HERE,
         remedy="is a metric",
@@ -1515,12 +1441,7 @@ MODELS = [
     ),
     Bad(
         "decode-fails",
-        settled(
-            lambda t, _: t.predict(
-                X,
-                decode=lambda o: o @ o,
-            )
-        ),
+        settled(lambda t, _: t.predict(X, decode=lambda o: o @ o)),
         ModelError,
         place=HERE,
         remedy="shapes",
@@ -1552,10 +1473,7 @@ MODELS = [
     ),
     Bad(
         "model-misspells-an-input",
-        fit(
-            model=ByNames,
-            train=({"imag": X, "mask": X}, Y),
-        ),
+        fit(model=ByNames, train=({"imag": X, "mask": X}, Y)),
         ModelError,
         place="ByNames.__call__",
         remedy="name them",
@@ -1677,8 +1595,7 @@ MODELS = [
         fit(
             metrics={
                 "f": lepton.metrics.Metric(
-                    lambda o, t: {"a": o},
-                    lambda means: means["b"],
+                    lambda o, t: {"a": o}, lambda means: means["b"]
                 )
             }
         ),
@@ -1692,8 +1609,7 @@ MODELS = [
         fit(
             metrics={
                 "f": lepton.metrics.Metric(
-                    lambda o, t: {"a": o.mean(0)},
-                    lambda means: means["a"].sum(),
+                    lambda o, t: {"a": o.mean(0)}, lambda means: means["a"].sum()
                 )
             }
         ),
@@ -1712,12 +1628,7 @@ MODELS = [
     ),
     Bad(
         "predict-what-has-no-samples",
-        settled(
-            lambda t, _: t.predict(
-                X,
-                decode=lambda o: {"sum": o.sum()},
-            )
-        ),
+        settled(lambda t, _: t.predict(X, decode=lambda o: {"sum": o.sum()})),
         ModelError,
         place="Trainer.predict",
         remedy="decode=lambda outputs:",
@@ -1725,12 +1636,7 @@ MODELS = [
     ),
     Bad(
         "predict-pairs",
-        settled(
-            lambda t, _: t.predict(
-                X,
-                decode=lambda o: o @ o.T,
-            )
-        ),
+        settled(lambda t, _: t.predict(X, decode=lambda o: o @ o.T)),
         ModelError,
         place="Trainer.predict",
         remedy="at most 8 inputs",
@@ -1807,12 +1713,7 @@ FOLDERS = [
     ),
     Bad(
         "load-a-step-that-is-not-there",
-        settled(
-            lambda t, folder: t.load(
-                t.save(folder / "a"),
-                step=9,
-            )
-        ),
+        settled(lambda t, folder: t.load(t.save(folder / "a"), step=9)),
         CheckpointError,
         place="checkpoints",
         remedy="the steps 2",

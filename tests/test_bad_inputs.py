@@ -51,11 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def rows(cases: list[Bad]):
     assert len({case.name for case in cases}) == len(cases)
-    return pytest.mark.parametrize(
-        "case",
-        cases,
-        ids=lambda case: case.name,
-    )
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def check(error: BaseException, case: Bad) -> None:
@@ -86,10 +82,7 @@ def committed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(committed) -> lepton.Trainer:
-    return lepton.Trainer(
-        settings.load(committed.parent / "small.py")(),
-        devices=1,
-    )
+    return lepton.Trainer(settings.load(committed.parent / "small.py")(), devices=1)
 
 
 @pytest.fixture
@@ -110,14 +103,7 @@ def restorable(reader: lepton.Trainer, run: Path) -> list[int]:
 
 
 @rows(COMMAND_LINES)
-def test_command_line(
-    case,
-    committed,
-    reader,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
+def test_command_line(case, committed, reader, tmp_path, monkeypatch, capsys):
     launch = cli.launch
     short_of_memory = cli._short_of_memory
     errors = []
@@ -159,9 +145,7 @@ def test_data_file(case, tmp_path):
 def test_numbers_of_numpy_are_numbers():
     assert (
         trainer(
-            steps=np.int64(2),
-            learning_rate=np.float32(0.5),
-            seed=np.uint8(1),
+            steps=np.int64(2), learning_rate=np.float32(0.5), seed=np.uint8(1)
         ).recipe.seed
         == 1
     )
@@ -287,10 +271,7 @@ def finished(committed, tmp_path_factory):
         platform = "nope" if case.name == "platform-unknown" else "cpu"
         return (
             process(
-                case.provoke(folder),
-                folder,
-                platform=platform,
-                module=bool(index % 2),
+                case.provoke(folder), folder, platform=platform, module=bool(index % 2)
             ),
             folder,
         )
@@ -425,11 +406,7 @@ def wide(committed) -> Path:
 
 def test_a_checkpoint_that_cannot_be_written(wide, tmp_path):
     run = shutil.copytree(wide, tmp_path / "run")
-    done = process(
-        ["--resume", "run", "--steps", "6"],
-        tmp_path,
-        limit=500_000,
-    )
+    done = process(["--resume", "run", "--steps", "6"], tmp_path, limit=500_000)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert (
@@ -441,8 +418,7 @@ def test_a_checkpoint_that_cannot_be_written(wide, tmp_path):
     assert read_events(run)[-1]["status"] == "failed"
     assert cli.main(["--resume", str(run), "--steps", "4", "--devices", "1"]) == 0
     wide_reader = lepton.Trainer(
-        settings.load(wide.parent / "small.py")(width=20000),
-        devices=1,
+        settings.load(wide.parent / "small.py")(width=20000), devices=1
     )
     assert restorable(wide_reader, run) == [1, 2, 3, 4]
 
@@ -451,15 +427,7 @@ def test_a_disk_that_is_full(wide, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
-        [
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            "size=3m",
-            "none",
-            disk,
-        ],
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk],
         capture_output=True,
         check=False,
     ).returncode:
@@ -474,8 +442,7 @@ def test_a_disk_that_is_full(wide, tmp_path):
         assert "Traceback" not in done.stderr, done.stderr
         assert "remedy: free disk space" in done.stderr
         wide_reader = lepton.Trainer(
-            settings.load(wide.parent / "small.py")(width=20000),
-            devices=1,
+            settings.load(wide.parent / "small.py")(width=20000), devices=1
         )
         assert restorable(wide_reader, disk / "run")
     finally:
@@ -484,8 +451,7 @@ def test_a_disk_that_is_full(wide, tmp_path):
 
 def test_a_model_that_cannot_be_saved_leaves_the_older_save(wide, tmp_path):
     model = lepton.Trainer(
-        settings.load(wide.parent / "small.py")(width=20000),
-        devices=1,
+        settings.load(wide.parent / "small.py")(width=20000), devices=1
     ).load(wide)
     saved = model.save(tmp_path / "saved")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -574,10 +540,7 @@ def test_a_learning_rate_that_diverges_leaves_the_steps_before(tmp_path):
     with pytest.raises(DivergedError, match="the loss of step 5 is inf") as caught:
         diverging(tmp_path / "run", 1e30).fit()
     assert "step 4 is the last committed checkpoint" in caught.value.remedy
-    repaired = diverging(tmp_path / "run", 0.01).load(
-        tmp_path / "run",
-        step=3,
-    )
+    repaired = diverging(tmp_path / "run", 0.01).load(tmp_path / "run", step=3)
     history = repaired.fit()
     assert history.first == 3
     assert np.isfinite(history["loss"]).all()

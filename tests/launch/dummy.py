@@ -35,10 +35,7 @@ class Dummy:
         self.told = watchdog.begin()
         self.asked = []
         self.folder = Path(self.told.run_dir)
-        signal.signal(
-            signal.SIGTERM,
-            lambda number, _: self.asked.append(number),
-        )
+        signal.signal(signal.SIGTERM, lambda number, _: self.asked.append(number))
         here = {
             **vars(self.told),
             "pid": os.getpid(),
@@ -92,12 +89,7 @@ class Dummy:
     def hang(self):
         time.sleep(1000)
 
-    def reach(
-        self,
-        step,
-        what="reached",
-        for_ever=False,
-    ):
+    def reach(self, step, what="reached", for_ever=False):
         """Wait for the others, as a collective does, in one place.
 
         Returns False if a stop was asked for meanwhile.
@@ -129,9 +121,7 @@ class Dummy:
         with phase.phase("save"):
             self.fail("save", step)
             self.reach(
-                len(list(self.folder.glob("checkpoints/*"))),
-                "saved",
-                for_ever=True,
+                len(list(self.folder.glob("checkpoints/*"))), "saved", for_ever=True
             )
             if self.told.host_id == 0:
                 (self.folder / "checkpoints" / str(step)).mkdir(

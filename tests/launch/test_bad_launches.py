@@ -488,23 +488,14 @@ def check(case, code, err, seconds):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    "case",
-    ENVIRONMENTS + OPTIONS,
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", ENVIRONMENTS + OPTIONS, ids=lambda case: case.name)
 def test_what_is_wrong_before_anything_starts(case, here, monkeypatch, capsys):
     for name, value in case.environ.items():
         monkeypatch.setenv(name, value)
     before = sorted(here.rglob("*"))
     started = time.monotonic()
     code = cli.main([RECIPE, *case.given])
-    check(
-        case,
-        code,
-        capsys.readouterr().err,
-        time.monotonic() - started,
-    )
+    check(case, code, capsys.readouterr().err, time.monotonic() - started)
     assert sorted(here.rglob("*")) == before, "nothing is left behind"
 
 
@@ -530,14 +521,7 @@ def together(port, *each, name="127.0.0.1"):
     codes = {}
 
     def one(number, given):
-        codes[number] = cli.main(
-            [
-                RECIPE,
-                "--coordinator",
-                f"{name}:{port}",
-                *given,
-            ]
-        )
+        codes[number] = cli.main([RECIPE, "--coordinator", f"{name}:{port}", *given])
 
     threads = [threading.Thread(target=one, args=pair) for pair in enumerate(each)]
     started = time.monotonic()
@@ -550,13 +534,7 @@ def together(port, *each, name="127.0.0.1"):
 
 
 def host(number, count=2, *more):
-    return [
-        "--hosts",
-        str(count),
-        "--host-id",
-        str(number),
-        *more,
-    ]
+    return ["--hosts", str(count), "--host-id", str(number), *more]
 
 
 MISFITS = {
@@ -576,11 +554,7 @@ MISFITS = {
         "the same --hosts",
     ),
     "numbered-twice": (
-        [
-            host(0, 3),
-            host(1, 3),
-            host(1, 3),
-        ],
+        [host(0, 3), host(1, 3), host(1, 3)],
         "two processes say that they are host 1",
         "its own --host-id",
     ),
@@ -617,20 +591,12 @@ def test_versions_that_differ(fact, here, monkeypatch, capsys):
     if fact == "recipe":
         text = Path(RECIPE).read_bytes()
         copies = iter([text, text + b"\n"])
-        monkeypatch.setattr(
-            Path,
-            "read_bytes",
-            lambda path: next(copies),
-        )
+        monkeypatch.setattr(Path, "read_bytes", lambda path: next(copies))
     else:
         same = joining.facts()
         facts = iter([same, {**same, fact: "0.0.1"}])
         monkeypatch.setattr(joining, "facts", lambda: next(facts))
-    codes, seconds = together(
-        free_port(),
-        host(0),
-        host(1),
-    )
+    codes, seconds = together(free_port(), host(0), host(1))
     err = capsys.readouterr().err
     for code in codes:
         check(
@@ -692,11 +658,7 @@ def test_a_port_that_is_somebody_elses(answer, fault, here, monkeypatch, capsys)
 
 def test_a_name_that_is_none(here, monkeypatch, capsys):
     monkeypatch.setattr(joining, "SOON", 1.0)
-    codes, seconds = together(
-        8476,
-        host(1),
-        name="nobody.invalid",
-    )
+    codes, seconds = together(8476, host(1), name="nobody.invalid")
     check(
         Bad(
             "",
@@ -773,19 +735,10 @@ def processes(tmp_path_factory):
         }
         started = time.monotonic()
         done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "tools" / "launch.py",
-                RECIPE,
-                *case.given,
-            ],
+            [sys.executable, ROOT / "tools" / "launch.py", RECIPE, *case.given],
             cwd=folder,
             text=True,
-            env={
-                **environ,
-                "JAX_PLATFORMS": "cpu",
-                **case.environ,
-            },
+            env={**environ, "JAX_PLATFORMS": "cpu", **case.environ},
             capture_output=True,
             timeout=120,
             check=False,
@@ -798,11 +751,7 @@ def processes(tmp_path_factory):
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize(
-    "case",
-    PROCESSES,
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", PROCESSES, ids=lambda case: case.name)
 def test_what_the_workers_find(case, processes):
     code, err, seconds = processes(case.name)
     check(case, code, err, seconds)

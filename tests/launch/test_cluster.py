@@ -133,20 +133,8 @@ NAMED = {
             3,
             "10.0.0.1:8476",
         ),
-        (
-            {**TPU, **SLICES},
-            "tpu",
-            8,
-            7,
-            "job-0-0.job:8476",
-        ),
-        (
-            {**TPU, "MEGASCALE_NUM_SLICES": "1"},
-            "tpu",
-            4,
-            3,
-            "t-0.s:8476",
-        ),
+        ({**TPU, **SLICES}, "tpu", 8, 7, "job-0-0.job:8476"),
+        ({**TPU, "MEGASCALE_NUM_SLICES": "1"}, "tpu", 4, 3, "t-0.s:8476"),
         (
             {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"},
             "tpu",
@@ -154,21 +142,9 @@ NAMED = {
             0,
             None,
         ),
-        (
-            {"TPU_WORKER_HOSTNAMES": "localhost"},
-            "tpu",
-            1,
-            0,
-            None,
-        ),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu", 1, 0, None),
         (INDEXED, "kubernetes", 3, 1, "run-0.run:8476"),
-        (
-            {**INDEXED, "JAX_PROCESS_ID": "2"},
-            "kubernetes",
-            3,
-            2,
-            "run-0.run:8476",
-        ),
+        ({**INDEXED, "JAX_PROCESS_ID": "2"}, "kubernetes", 3, 2, "run-0.run:8476"),
         (JOBSET, "kubernetes", 3, 1, "run-hosts-0-0.run:8476"),
         (NAMED, "environment", 2, 1, "first:8476"),
         (
@@ -239,11 +215,7 @@ def test_open_mpi_that_does_not_say_where_rank_0_is():
 def test_jobs_that_share_a_node_get_ports_of_their_own():
     ports = {
         find(
-            {
-                **SLURM,
-                "SLURM_JOB_ID": str(job),
-                "SLURM_STEP_ID": str(step),
-            }
+            {**SLURM, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
         ).coordinator
         for job in range(5000, 5100)
         for step in range(3)
@@ -253,14 +225,7 @@ def test_jobs_that_share_a_node_get_ports_of_their_own():
 
 @pytest.mark.parametrize(
     "complete",
-    [
-        SLURM,
-        MPI,
-        {**TPU, **SLICES},
-        INDEXED,
-        JOBSET,
-        NAMED,
-    ],
+    [SLURM, MPI, {**TPU, **SLICES}, INDEXED, JOBSET, NAMED],
     ids=lambda e: next(iter(e)),
 )
 def test_half_of_a_cluster_is_an_error_that_names_what_is_missing(complete):
@@ -550,11 +515,7 @@ def test_what_is_no_list_of_nodes_is_an_error_and_nothing_else(text):
 
 
 @given(
-    st.lists(
-        st.tuples(st.integers(1, 9), st.integers(1, 5)),
-        min_size=1,
-        max_size=5,
-    )
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=5)
 )
 def test_tasks_of_nodes(counts):
     text = ",".join(
@@ -575,17 +536,7 @@ def test_addresses_survive(name, port):
 @given(
     st.dictionaries(
         st.sampled_from(
-            sorted(
-                {
-                    **SLURM,
-                    **MPI,
-                    **TPU,
-                    **SLICES,
-                    **INDEXED,
-                    **JOBSET,
-                    **NAMED,
-                }
-            )
+            sorted({**SLURM, **MPI, **TPU, **SLICES, **INDEXED, **JOBSET, **NAMED})
         ),
         st.sampled_from(
             ["0", "1", "2", "4", "n[1-2]", "a,b", "x", "", " ", "1(x2)", "-1", "٣"]

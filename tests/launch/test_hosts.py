@@ -54,13 +54,7 @@ def free_port():
 
 
 def python(code, *arguments):
-    return [
-        sys.executable,
-        "-u",
-        "-c",
-        code,
-        *map(str, arguments),
-    ]
+    return [sys.executable, "-u", "-c", code, *map(str, arguments)]
 
 
 def call(clusters, facts=None, limit=10.0):
@@ -72,12 +66,7 @@ def call(clusters, facts=None, limit=10.0):
 
     def one(number, cluster):
         try:
-            meet(
-                cluster,
-                (facts or {}).get(number, {"jax": "1"}),
-                limit,
-                TOKEN,
-            )
+            meet(cluster, (facts or {}).get(number, {"jax": "1"}), limit, TOKEN)
         except SettingError as error:
             raised[number] = error
 
@@ -104,16 +93,8 @@ def test_all_hosts_meet_in_any_order():
 @pytest.mark.parametrize(
     ("clusters", "facts", "named"),
     [
-        (
-            lambda port: numbered(3, [0, 1], port),
-            None,
-            "1 did not come within",
-        ),
-        (
-            lambda port: numbered(2, [1], port),
-            None,
-            "can't be met",
-        ),
+        (lambda port: numbered(3, [0, 1], port), None, "1 did not come within"),
+        (lambda port: numbered(2, [1], port), None, "can't be met"),
         (
             lambda port: numbered(2, [0], port) + numbered(3, [1], port),
             None,
@@ -133,11 +114,7 @@ def test_all_hosts_meet_in_any_order():
     ids=["missing", "no coordinator", "counts", "twice", "facts"],
 )
 def test_hosts_that_do_not_fit_end_in_one_error_everywhere(clusters, facts, named):
-    errors = call(
-        clusters(free_port()),
-        facts,
-        limit=1.5,
-    )
+    errors = call(clusters(free_port()), facts, limit=1.5)
     assert all(error is not None and named in error.what for error in errors), errors
 
 
@@ -202,11 +179,7 @@ def test_processes_join_into_one_jax_even_in_the_environment_of_slurm(tmp_path):
     assert "cluster: host 1" not in err, "host 0 speaks for all"
 
 
-NOWHERE = {
-    "own-name": None,
-    joining.ELSEWHERE[0]: None,
-    joining.ELSEWHERE[1]: None,
-}
+NOWHERE = {"own-name": None, joining.ELSEWHERE[0]: None, joining.ELSEWHERE[1]: None}
 
 
 @pytest.mark.parametrize(
@@ -218,11 +191,7 @@ NOWHERE = {
         ("head:9001", {"head": "10.1.0.7"}, "10.1.0.7"),
         ("[fd00::2]:9001", {"fd00::2": "fd00::7"}, "fd00::7"),
         # the head, as Debian writes its hosts file
-        (
-            "head:9001",
-            {"head": "127.0.1.1", "own-name": "10.1.0.2"},
-            "10.1.0.2",
-        ),
+        ("head:9001", {"head": "127.0.1.1", "own-name": "10.1.0.2"}, "10.1.0.2"),
         (
             "head:9001",
             {
@@ -240,11 +209,7 @@ def test_the_address_at_which_others_find_this_host(
     monkeypatch, coordinator, ways, expected
 ):
     monkeypatch.setattr(socket, "gethostname", lambda: "own-name")
-    monkeypatch.setattr(
-        joining,
-        "_source",
-        ({"127.0.0.1": "127.0.0.1"} | ways).get,
-    )
+    monkeypatch.setattr(joining, "_source", ({"127.0.0.1": "127.0.0.1"} | ways).get)
     assert joining.own_address(coordinator) == expected
 
 
@@ -297,11 +262,7 @@ def test_one_that_fails_ends_nobody_where_fewer_may_go_on(capfd, code):
     )
     assert (
         children.spawn(
-            [
-                python(lives),
-                python("raise SystemExit(7)"),
-                python(lives),
-            ],
+            [python(lives), python("raise SystemExit(7)"), python(lives)],
             with_fewer=True,
         )
         == code
@@ -384,12 +345,7 @@ GLOO = (
         (["before\n", GLOO, "after\n"], "before\nafter\n"),
         (["a line", GLOO, "\n"], "a line\n"),
         (
-            [
-                "[",
-                GLOO[:20],
-                GLOO[20:] + "[Glo",
-                "w] on\n[1, 2]\n",
-            ],
+            ["[", GLOO[:20], GLOO[20:] + "[Glo", "w] on\n[1, 2]\n"],
             "[[Glow] on\n[1, 2]\n",
         ),
         (
@@ -400,10 +356,7 @@ GLOO = (
 )
 def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
     reading, writing = os.pipe()
-    thread = threading.Thread(
-        target=children.pass_on,
-        args=(os.fdopen(reading, "rb"),),
-    )
+    thread = threading.Thread(target=children.pass_on, args=(os.fdopen(reading, "rb"),))
     thread.start()
     for piece in pieces:
         os.write(writing, piece.encode())
@@ -411,10 +364,7 @@ def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
     os.close(writing)
     thread.join(10)
     assert capfd.readouterr().out == expected
-    stream = subprocess.Popen(
-        ["printf", "%s", "".join(pieces)],
-        stdout=subprocess.PIPE,
-    )
+    stream = subprocess.Popen(["printf", "%s", "".join(pieces)], stdout=subprocess.PIPE)
     children.forward(stream.stdout, 1)
     stream.wait()
     assert "is connected to" not in capfd.readouterr().err
@@ -422,10 +372,7 @@ def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
 
 def test_output_comes_at_once(capfd):
     reading, writing = os.pipe()
-    thread = threading.Thread(
-        target=children.pass_on,
-        args=(os.fdopen(reading, "rb"),),
-    )
+    thread = threading.Thread(target=children.pass_on, args=(os.fdopen(reading, "rb"),))
     thread.start()
     os.write(writing, b"no end of line yet")
     until = time.monotonic() + 10
@@ -480,11 +427,7 @@ def test_a_signal_that_every_host_hears_once_is_one():
     SIGTERM may reach host 1, whose supervisor says so, seconds before host 0 hears of
     it.
     """
-    head = Head(
-        Cluster("local", "a test", 2),
-        Rules(),
-        {"jax": "1"},
-    )
+    head = Head(Cluster("local", "a test", 2), Rules(), {"jax": "1"})
     head._obey(None, {"at": "signal", "count": 1})
     head.signalled()
     assert head._signals == 1, "else all would be ended without a save"
@@ -512,10 +455,7 @@ def test_a_worker_goes_by_what_its_supervisor_says(launch, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     worker = subprocess.run(
-        ["pgrep", "-P", str(process.pid)],
-        capture_output=True,
-        text=True,
-        check=True,
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout
     os.kill(int(worker), signal.SIGKILL)
     out, err = process.communicate(timeout=100)
@@ -581,13 +521,7 @@ def test_sigterm_is_ctrl_c_in_a_job_that_may_be_started_again(tmp_path):
     ]
     # as a shell starts what is in the background: deaf for Ctrl-C
     process = subprocess.Popen(
-        [
-            "sh",
-            "-c",
-            'trap "" INT; exec "$@"',
-            "sh",
-            *map(str, arguments),
-        ],
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *map(str, arguments)],
         cwd=tmp_path,
         text=True,
         stdout=subprocess.PIPE,

@@ -49,25 +49,12 @@ def free_port():
 # ---- the exchange ----
 
 
-def ends(
-    tokens=(TOKEN, TOKEN),
-    channels=("a", "a"),
-):
+def ends(tokens=(TOKEN, TOKEN), channels=("a", "a")):
     """Return a host's end and host 0's, joined."""
     one, other = socket.socketpair()
     return (
-        Line(
-            one,
-            tokens[0],
-            channels[0],
-            head=False,
-        ),
-        Line(
-            other,
-            tokens[1],
-            channels[1],
-            head=True,
-        ),
+        Line(one, tokens[0], channels[0], head=False),
+        Line(other, tokens[1], channels[1], head=True),
     )
 
 
@@ -118,26 +105,12 @@ def test_the_lines_are_these():
     other.sendall(mac(key, b"proof", b"supervisors", b"head", mine, yours) + b"\n")
     assert host.receive() == []
     assert host.proven
-    to_head = mac(
-        key,
-        b"key",
-        b"host",
-        b"supervisors",
-        mine,
-        yours,
-    )
+    to_head = mac(key, b"key", b"host", b"supervisors", mine, yours)
     first = mac(to_head, b"message", b"0", b'{"n": 1}') + b' {"n": 1}\n'
     second = mac(to_head, b"message", b"1", b'{"n": 2}') + b' {"n": 2}\n'
     assert other.recv(1000) == first + second
 
-    to_host = mac(
-        key,
-        b"key",
-        b"head",
-        b"supervisors",
-        mine,
-        yours,
-    )
+    to_host = mac(key, b"key", b"head", b"supervisors", mine, yours)
     other.sendall(mac(to_host, b"message", b"0", b'{"do": 3}') + b' {"do": 3}\n')
     assert host.receive() == [{"do": 3}]
 
@@ -191,11 +164,7 @@ def test_messages_that_were_tampered_with_are_not_believed(change):
     lines = wires[0][1].recv(1000).splitlines(keepends=True)
     back = wires[1][0].recv(1000)
     changed = {
-        "repeat": [
-            lines[0],
-            lines[0],
-            lines[1],
-        ],
+        "repeat": [lines[0], lines[0], lines[1]],
         "swap": [lines[1], lines[0]],
         "leave out": [lines[0], lines[2]],
         "other way": [lines[0], back],
@@ -210,9 +179,7 @@ def test_messages_that_were_tampered_with_are_not_believed(change):
 
 MESSAGES = st.lists(
     st.dictionaries(
-        st.text(max_size=4),
-        st.integers() | st.text(max_size=8),
-        max_size=3,
+        st.text(max_size=4), st.integers() | st.text(max_size=8), max_size=3
     ),
     max_size=4,
 )
@@ -226,22 +193,12 @@ QUIET = settings(
 
 def cut(text, places):
     """Return the pieces of a text that is cut at these places."""
-    edges = [
-        0,
-        *sorted(place % (len(text) + 1) for place in places),
-        len(text),
-    ]
+    edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @QUIET
-@given(
-    MESSAGES,
-    st.lists(
-        st.integers(0, 10**6),
-        max_size=6,
-    ),
-)
+@given(MESSAGES, st.lists(st.integers(0, 10**6), max_size=6))
 def test_messages_arrive_however_the_network_cuts_them(messages, places):
     host, head = ends()
     spoken(host, head)
@@ -267,12 +224,7 @@ def test_messages_arrive_however_the_network_cuts_them(messages, places):
 
 
 @QUIET
-@given(
-    MESSAGES,
-    st.integers(0, 10**6),
-    st.binary(max_size=90),
-    st.integers(0, 90),
-)
+@given(MESSAGES, st.integers(0, 10**6), st.binary(max_size=90), st.integers(0, 90))
 def test_of_a_stream_that_was_changed_only_true_messages_are_believed(
     messages, place, put, taken
 ):
@@ -354,18 +306,9 @@ class Caller:
         self.say(mac(token.encode(), b"proof", *said) + b"\n")
         whole = channel.encode(), b"head", self.mine, yours
         self.key = mac(
-            token.encode(),
-            b"key",
-            b"host",
-            channel.encode(),
-            self.mine,
-            yours,
+            token.encode(), b"key", b"host", channel.encode(), self.mine, yours
         )
-        return self.line() == mac(
-            token.encode(),
-            b"proof",
-            *whole,
-        )
+        return self.line() == mac(token.encode(), b"proof", *whole)
 
     def close(self):
         self.connection.close()
@@ -398,13 +341,7 @@ def lies(port, channel, token, over):
 @calling
 def speaks_without_proof(port, channel, token, over):
     """Speak as hosts did before they proved themselves, and as a browser does."""
-    hello = {
-        "at": "hello",
-        "run": "",
-        "host": 1,
-        "hosts": 9,
-        "facts": {"x": "y"},
-    }
+    hello = {"at": "hello", "run": "", "host": 1, "hosts": 9, "facts": {"x": "y"}}
     for text in (json.dumps({**hello, "generation": 0}).encode(), b"GET / HTTP/1.1"):
         with contextlib.closing(Caller(port)) as caller:
             caller.say(text + b"\n")
@@ -568,14 +505,7 @@ def test_the_roll_is_called_whoever_else_calls(name, capfd):
 @pytest.fixture(scope="module")
 def forkserver():
     before = os.environ.get("PYTHONPATH")
-    paths = filter(
-        None,
-        [
-            str(HERE),
-            str(HERE.parents[1]),
-            before,
-        ],
-    )
+    paths = filter(None, [str(HERE), str(HERE.parents[1]), before])
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     multiprocessing.set_forkserver_preload(["watched"])
     yield
@@ -609,26 +539,12 @@ def test_a_run_meets_trains_and_ends_well_whoever_calls(forkserver, tmp_path, na
             raise OSError("not yet") from error
 
     with attacked(name, port, "supervisors", token) as done:
-        runs = [
-            Watched(
-                tmp_path,
-                host=0,
-                port=port,
-                **more,
-            )
-        ]
+        runs = [Watched(tmp_path, host=0, port=port, **more)]
         until = time.monotonic() + 20
         while not done and name != "says nothing" and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.3)
-        runs.append(
-            Watched(
-                tmp_path,
-                host=1,
-                port=port,
-                **more,
-            )
-        )
+        runs.append(Watched(tmp_path, host=1, port=port, **more))
         results = [each.done(60.0)[0] for each in runs]
     said = runs[0].said()
     assert results == [FINISHED] * 2, said
@@ -646,15 +562,7 @@ def test_a_head_that_is_none_does_not_stop_a_host(forkserver, tmp_path):
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)
     with socket.create_server(("127.0.0.1", port)) as false:
-        runs = [
-            Watched(
-                tmp_path,
-                hosts=2,
-                host=1,
-                port=port,
-                limit=30.0,
-            )
-        ]
+        runs = [Watched(tmp_path, hosts=2, host=1, port=port, limit=30.0)]
         for _ in range(2):
             connection, _ = false.accept()
             with connection:
@@ -665,15 +573,7 @@ def test_a_head_that_is_none_does_not_stop_a_host(forkserver, tmp_path):
                 connection.sendall(b"0" * 64 + b"\n" + b'{"do": "over", "code": 0}\n')
                 with contextlib.suppress(OSError):
                     heard.append(connection.recv(1000))
-    runs.append(
-        Watched(
-            tmp_path,
-            hosts=2,
-            host=0,
-            port=port,
-            limit=30.0,
-        )
-    )
+    runs.append(Watched(tmp_path, hosts=2, host=0, port=port, limit=30.0))
     assert [each.done()[0] for each in runs] == [FINISHED] * 2, runs[0].said()
     assert (
         runs[0].said().count("host 0 is not met yet: it did not prove that it has") == 1
@@ -701,14 +601,7 @@ def test_a_head_that_drips_letters_does_not_hold_a_host(forkserver, tmp_path):
         thread = threading.Thread(target=drip)
         thread.start()
         rules = {"lost": 1.0}
-        run = Watched(
-            tmp_path,
-            hosts=2,
-            host=1,
-            port=port,
-            limit=3.0,
-            rules=rules,
-        )
+        run = Watched(tmp_path, hosts=2, host=1, port=port, limit=3.0, rules=rules)
         result = run.done(20.0)[0]
         over.set()
         thread.join()
@@ -732,21 +625,10 @@ def test_a_head_that_drips_letters_does_not_hold_a_host(forkserver, tmp_path):
 def test_a_host_that_talks_nonsense_loses_its_seat_and_ends_nobody(message):
     port = free_port()
     cluster = Cluster("options", "a test", 2, 0, f"127.0.0.1:{port}")
-    head = Head(
-        cluster,
-        Rules(),
-        {},
-        token=TOKEN,
-    )
+    head = Head(cluster, Rules(), {}, token=TOKEN)
     near = socket.create_connection(("127.0.0.1", port))
     line = Line(near, TOKEN, "supervisors", head=False)
-    hello = {
-        "at": "hello",
-        "run": "",
-        "host": 1,
-        "hosts": 2,
-        "facts": {},
-    }
+    hello = {"at": "hello", "run": "", "host": 1, "hosts": 2, "facts": {}}
     line.send(**hello, generation=0)
     heard = []
     for _ in range(4):
@@ -771,13 +653,7 @@ def test_hosts_of_two_tokens_say_so_on_both_sides(forkserver, tmp_path, monkeypa
         (tmp_path / str(host) / "token").write_text(token)
         (tmp_path / str(host) / "token").chmod(0o600)
         runs.append(
-            Watched(
-                tmp_path / str(host),
-                hosts=2,
-                host=host,
-                port=port,
-                limit=3.0,
-            )
+            Watched(tmp_path / str(host), hosts=2, host=host, port=port, limit=3.0)
         )
     first, second = (each.done()[0] for each in runs)
     assert (first["exit_code"], second["exit_code"]) == (2, 2)
@@ -793,11 +669,7 @@ def test_hosts_of_two_tokens_say_so_on_both_sides(forkserver, tmp_path, monkeypa
 
 def test_refusals_are_counted_and_cannot_fill_a_disk(capfd, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(
-        door.time,
-        "monotonic",
-        lambda: now[0],
-    )
+    monkeypatch.setattr(door.time, "monotonic", lambda: now[0])
     refused = door.Refused()
     for number in range(50_000):
         now[0] += 0.01

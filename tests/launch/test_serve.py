@@ -33,12 +33,7 @@ def run(tmp_path_factory):
     """Return folder and token of a run at work, which answers requests."""
     folder = tmp_path_factory.mktemp("run")
     monitor = Monitor(folder)
-    monitor.event(
-        "start",
-        name="<b>toy</b>",
-        step=0,
-        steps=100,
-    )
+    monitor.event("start", name="<b>toy</b>", step=0, steps=100)
     monitor.event(
         "steps",
         first=1,
@@ -88,19 +83,9 @@ def server(run):
         yield server
 
 
-def ask(
-    server,
-    path="/status",
-    method="GET",
-    body=None,
-    **headers,
-):
+def ask(server, path="/status", method="GET", body=None, **headers):
     """Return status, headers and body."""
-    connection = http.client.HTTPConnection(
-        server.name,
-        server.port,
-        timeout=20,
-    )
+    connection = http.client.HTTPConnection(server.name, server.port, timeout=20)
     try:
         connection.request(
             method,
@@ -169,13 +154,7 @@ def test_a_change_takes_the_token_of_the_run_at_work(server, run):
         {"Authorization": f"Bearer {token[:-1]}"},
         {"Authorization": "Bearer \xff\xfe"},
     ):
-        code, headers, body = ask(
-            server,
-            "/control",
-            "POST",
-            request,
-            **wrong,
-        )
+        code, headers, body = ask(server, "/control", "POST", request, **wrong)
         assert code == 401
         assert headers["WWW-Authenticate"] == "Bearer"
         assert token.encode() not in body

@@ -89,11 +89,7 @@ def slurm():
     for probe in probes:
         probe.close()
     (folder / "slurm.conf").write_text(
-        CONFIGURATION.format(
-            folder=folder,
-            host=host,
-            ports=ports,
-        )
+        CONFIGURATION.format(folder=folder, host=host, ports=ports)
     )
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o600)
@@ -109,12 +105,7 @@ def slurm():
     def start(*command):
         with (folder / "daemons.log").open("ab") as log:
             daemons.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdout=log,
-                    stderr=log,
-                )
+                subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             )
 
     try:
@@ -260,19 +251,13 @@ def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
     while not (run / "checkpoints" / "50").exists():
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.02)
-    subprocess.run(
-        ["scontrol", "requeue", job],
-        env=slurm,
-        check=True,
-    )
+    subprocess.run(["scontrol", "requeue", job], env=slurm, check=True)
     while "JobState=PENDING" not in shown(slurm, job):
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.1)
     # SLURM lets a job that was queued again wait for two minutes
     subprocess.run(
-        ["scontrol", "update", f"JobId={job}", "StartTime=now"],
-        env=slurm,
-        check=True,
+        ["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=True
     )
     state = finished(slurm, job)
     said = log.read_text()

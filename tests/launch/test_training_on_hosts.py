@@ -25,12 +25,7 @@ import faults_recipe  # noqa: E402
 RECIPE = ROOT / "tools" / "faults_recipe.py"
 
 
-def launch(
-    folder,
-    *arguments,
-    faults=None,
-    within=(),
-):
+def launch(folder, *arguments, faults=None, within=()):
     """Run the launcher to its end."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     if faults is not None:
@@ -71,9 +66,7 @@ def alone(tmp_path_factory):
     """Return the undisturbed run of one process with eight devices."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     lepton.Trainer(
-        faults_recipe.recipe(steps=40),
-        run_dir=folder,
-        trace_samples=True,
+        faults_recipe.recipe(steps=40), run_dir=folder, trace_samples=True
     ).fit()
     return folder
 
@@ -95,11 +88,7 @@ def test_two_hosts_train_what_one_does(alone, tmp_path):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert read_samples(run) == read_samples(alone)
-    np.testing.assert_allclose(
-        losses(run),
-        losses(alone),
-        rtol=2e-6,
-    )
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=2e-6)
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["steps"] == 40
     assert summary["compilations"] == 1
@@ -131,11 +120,7 @@ def test_the_samples_do_not_depend_on_the_hosts(alone, tmp_path):
         assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert read_samples(run) == read_samples(alone)
-    np.testing.assert_allclose(
-        losses(run),
-        losses(alone),
-        rtol=1e-5,
-    )
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
     assert [e["devices"] for e in read_events(run) if e["kind"] == "start"] == [
         8,
         6,
@@ -151,13 +136,7 @@ def test_a_host_that_differs_is_refused_before_the_first_step(tmp_path):
         "local:2",
         "--run-dir",
         "run",
-        faults=[
-            {
-                "kind": "program",
-                "host": 1,
-                "phase": "never",
-            }
-        ],
+        faults=[{"kind": "program", "host": 1, "phase": "never"}],
     )
     assert done.returncode == 2, done.stderr
     assert "host 1 differs from host 0 in the train step, first in line" in done.stderr
@@ -170,12 +149,7 @@ def test_a_host_that_differs_is_refused_before_the_first_step(tmp_path):
 def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     options = ["--hosts", "local:2", "--run-dir", "run", "--steps", "99999"]
-    command = [
-        sys.executable,
-        ROOT / "tools" / "launch.py",
-        RECIPE,
-        *options,
-    ]
+    command = [sys.executable, ROOT / "tools" / "launch.py", RECIPE, *options]
     run = tmp_path / "run"
     control = [sys.executable, ROOT / "tools" / "control.py"]
     with subprocess.Popen(
@@ -235,25 +209,9 @@ def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
     assert end["status"] == "interrupted"
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        0,
-        pytest.param(
-            1,
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
+@pytest.mark.parametrize("host", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
-    faults = [
-        {
-            "kind": "sigterm-worker",
-            "host": host,
-            "phase": "steps",
-            "step": 17,
-        }
-    ]
+    faults = [{"kind": "sigterm-worker", "host": host, "phase": "steps", "step": 17}]
     done = launch(
         tmp_path,
         "--hosts",
@@ -278,14 +236,7 @@ def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
 
 def test_sigterm_to_one_host_that_still_plans_ends_all(tmp_path):
     began = time.monotonic()
-    faults = [
-        {
-            "kind": "sigterm-worker",
-            "host": 1,
-            "phase": "plan",
-            "step": 0,
-        }
-    ]
+    faults = [{"kind": "sigterm-worker", "host": 1, "phase": "plan", "step": 0}]
     done = launch(
         tmp_path, "--hosts", "local:2", "--run-dir", "run", "--go-on", faults=faults
     )
@@ -306,14 +257,7 @@ def test_a_proxy_and_a_machine_without_a_name_are_no_hindrance(tmp_path, monkeyp
     ):
         within = []  # not permitted here: the proxy alone
     done = launch(
-        tmp_path,
-        "--hosts",
-        "local:2",
-        "--run-dir",
-        "run",
-        "--steps",
-        2,
-        within=within,
+        tmp_path, "--hosts", "local:2", "--run-dir", "run", "--steps", 2, within=within
     )
     assert done.returncode == 0, done.stderr
     assert "proxy" not in done.stderr, done.stderr

@@ -21,18 +21,8 @@ from lepton_jax.launch.supervise.rules import (
 from lepton_jax.launch.supervise.verdict import Budget, Fault, Place
 
 
-def died(
-    code,
-    host=0,
-    place=None,
-    error=None,
-):
-    return verdict.died(
-        host,
-        code,
-        place or Place("steps", 7),
-        error,
-    )
+def died(code, host=0, place=None, error=None):
+    return verdict.died(host, code, place or Place("steps", 7), error)
 
 
 @pytest.mark.parametrize(
@@ -58,20 +48,8 @@ def test_who_is_behind(places, expected):
 
 
 def test_only_who_is_behind_is_measured_by_its_limit():
-    waits = Place(
-        "steps",
-        9,
-        5,
-        age=100.0,
-        limit=10.0,
-    )
-    works = Place(
-        "save",
-        5,
-        5,
-        age=100.0,
-        limit=500.0,
-    )
+    waits = Place("steps", 9, 5, age=100.0, limit=10.0)
+    works = Place("save", 5, 5, age=100.0, limit=500.0)
     assert verdict.over({0: waits, 1: works}, {0}) == []
     assert verdict.over({0: waits, 1: works._replace(age=800.0)}, set()) == [1]
     assert verdict.over({0: waits, 1: works}, {1}) == [1], "by its supervisor's word"
@@ -80,10 +58,7 @@ def test_only_who_is_behind_is_measured_by_its_limit():
 
 def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
     waits = ("b.py:1 in wait", "a.py:1 in step")
-    stands = (
-        "c.py:1 in read",
-        "a.py:1 in step",
-    )
+    stands = ("c.py:1 in read", "a.py:1 in step")
     assert verdict.odd({0: waits, 1: stands, 2: waits}) == 1
     assert verdict.odd({0: waits, 1: stands}) is None
     assert verdict.odd({0: waits, 1: waits, 2: waits}) is None
@@ -96,11 +71,7 @@ def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
     assert verdict.odd({0: inside, 1: inside}) is None
     assert verdict.odd({0: inside, 1: waits, 2: stands}) is None
     places = {host: Place("save", 8, 8, 70.0, 60.0) for host in range(3)}
-    fault = verdict.stuck(
-        places,
-        [0, 1, 2],
-        {0: waits, 1: stands, 2: waits},
-    )
+    fault = verdict.stuck(places, [0, 1, 2], {0: waits, 1: stands, 2: waits})
     assert fault.host == 1
     assert "c.py:1 in read" in fault.story()
     assert "none is behind the others" in str(verdict.stuck(places, [0, 1, 2], {}))
@@ -243,11 +214,7 @@ def test_wrong_options(arguments, what):
 
 def test_more_hosts_must_be_left_than_there_are():
     with pytest.raises(SettingError, match="--least-hosts is 3, and there are 2"):
-        Head(
-            Cluster("local", "a test", hosts=2),
-            Rules(least_hosts=3),
-            {},
-        )
+        Head(Cluster("local", "a test", hosts=2), Rules(least_hosts=3), {})
 
 
 def test_what_is_committed(tmp_path):
@@ -259,17 +226,8 @@ def test_what_is_committed(tmp_path):
 
 
 def test_a_record_is_plain_data():
-    head = Head(
-        Cluster("local", "a test", hosts=2),
-        Rules(),
-        {},
-    )
+    head = Head(Cluster("local", "a test", hosts=2), Rules(), {})
     head.gate.close(0, None)
-    found = json.loads(
-        json.dumps(
-            head.record.to_json(),
-            allow_nan=False,
-        )
-    )
+    found = json.loads(json.dumps(head.record.to_json(), allow_nan=False))
     assert found["hosts"]["1"]["state"] == "missing"
     assert found["restarts_left"] == 10

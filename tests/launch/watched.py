@@ -36,14 +36,7 @@ QUICK = {
 }
 
 
-def watch(
-    folder,
-    name,
-    cluster,
-    rules,
-    command,
-    more,
-):
+def watch(folder, name, cluster, rules, command, more):
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(
             os.open(folder / f"{name}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -118,13 +111,7 @@ class Watched:
         command = command or [
             sys.executable,
             str(DUMMY),
-            json.dumps(
-                {
-                    "until": 12,
-                    "every": 4,
-                    **(plan or {}),
-                }
-            ),
+            json.dumps({"until": 12, "every": 4, **(plan or {})}),
         ]
         self.process = multiprocessing.get_context("forkserver").Process(
             target=watch,

@@ -58,29 +58,16 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
         "learning_rate=3e-4",
     ]
     tool = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        command, capture_output=True, text=True, timeout=120, check=False
     )
     assert tool.returncode == 0, tool.stderr
     assert "learning_rate is 0.0003" in tool.stdout, tool.stderr
-    code, out, _ = control(
-        run,
-        "status",
-        capsys=capsys,
-    )
+    code, out, _ = control(run, "status", capsys=capsys)
     assert code == 0
     assert "step " in out
     assert " of 10,000,000" in out
     assert "learning_rate  0.0003" in out
-    code, out, _ = control(
-        run,
-        "save",
-        "--json",
-        capsys=capsys,
-    )
+    code, out, _ = control(run, "save", "--json", capsys=capsys)
     saved = json.loads(out)["step"]
     for arguments, fault, remedy in (
         (
@@ -101,11 +88,7 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
         (("pause", "x=1"), "pause takes no values", "write pause alone"),
         (("fly",), "can't 'fly'", "ask for one of set, save"),
     ):
-        code, out, err = control(
-            run,
-            *arguments,
-            capsys=capsys,
-        )
+        code, out, err = control(run, *arguments, capsys=capsys)
         assert code == 2, err
         assert fault in err, err
         assert remedy in err, err
@@ -118,11 +101,7 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
     who = {line["who"] for line in read_journal(run) if line["kind"] == "live"}
     assert len(who) == 1
     assert "@" in who.pop()
-    code, _, err = control(
-        run,
-        "status",
-        capsys=capsys,
-    )
+    code, _, err = control(run, "status", capsys=capsys)
     assert code == 2
     assert "the run is not at work" in err
     assert f"--resume {run}" in err
@@ -130,26 +109,13 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
 
 def test_of_a_killed_run_it_says_so_at_once(launch, tmp_path, capsys):
     run = tmp_path / "run"
-    process = launch(
-        RECIPE,
-        "--run-dir",
-        run,
-        "--steps",
-        10_000_000,
-        "--devices",
-        1,
-    )
+    process = launch(RECIPE, "--run-dir", run, "--steps", 10_000_000, "--devices", 1)
     about = run / "control" / "run.json"
     wait_for(lambda: about.exists() and about.read_text(), process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     began = time.monotonic()
-    code, out, err = control(
-        run,
-        "save",
-        "--json",
-        capsys=capsys,
-    )
+    code, out, err = control(run, "save", "--json", capsys=capsys)
     assert code == 2
     assert f"process {process.pid} on " in err
     assert "has gone" in json.loads(out)["error"]
@@ -158,11 +124,7 @@ def test_of_a_killed_run_it_says_so_at_once(launch, tmp_path, capsys):
         (tmp_path / "nothing", "no such run folder"),
         (tmp_path, "is not at work"),
     ):
-        code, _, err = control(
-            place,
-            "save",
-            capsys=capsys,
-        )
+        code, _, err = control(place, "save", capsys=capsys)
         assert code == 2
         assert fault in err
 
