@@ -270,10 +270,12 @@ def _watch(order: _Order, around: Cluster) -> dict[str, Any]:
     if around.host_id == 0 and around.hosts > 1:
         print(around, file=sys.stderr, flush=True)
     options = order.options
-    texts = {name: str(value) for name, value in sorted(order.given.items())}
+    digest = hashlib.sha256(order.file.read_bytes()).hexdigest()
+    given = sorted(order.given.items())
+    texts = {name: str(value) for name, value in given}
     facts = {
         **joining.facts(),
-        "recipe": hashlib.sha256(order.file.read_bytes()).hexdigest()[:DIGEST],
+        "recipe": digest[:DIGEST],
         "settings": json.dumps(texts),
     }
     name = [options.run_dir or options.resume, os.environ.get("SLURM_JOB_ID")]
@@ -379,9 +381,11 @@ def _asked(order: _Order) -> set[str]:
 
     A job that goes on by itself, and a worker that is begun again, change none.
     """
-    by_a_person = any(word.partition("=")[0] == "--resume" for word in order.arguments)
+    options = [word.partition("=")[0] for word in order.arguments]
     again = order.told is not None and order.told.generation > 1
-    return set(order.given) if by_a_person and not again else set()
+    if again or "--resume" not in options:
+        return set()
+    return set(order.given)
 
 
 def _device_memory() -> int | None:

@@ -102,10 +102,9 @@ def every(say: Callable[[], Any]) -> list[Any]:
     answer, fault = _tried(say)
     _client().key_value_set(f"{key}/{host()}", json.dumps(answer))
     answers = [_heard(f"{key}/{number}") for number in range(hosts())]
-    # this host's own error keeps its cause
-    is_first = all("fault" not in earlier for earlier in answers[: host()])
-    if fault is not None and is_first:
-        raise fault
+    earlier = answers[: host()]
+    if fault is not None and all("fault" not in answer for answer in earlier):
+        raise fault  # this host's own error keeps its cause
     return [_opened(answer) for answer in answers]
 
 
@@ -123,18 +122,24 @@ def same(facts: Mapping[str, str]) -> None:
     """
     if hosts() == 1:
         return
-    sums = every(lambda: {name: _checksum(text) for name, text in facts.items()})
+    own_sums = {name: _checksum(text) for name, text in facts.items()}
+    sums = every(lambda: own_sums)
     differing = _first_difference(sums, list(facts))
     if differing is None:
         return
 
     other, name = differing
     lines = facts[name].splitlines()
-    marks = [_checksum(line) for line in lines]
-    all_marks = every(lambda: marks if host() in (0, other) else None)
+    marks = None
+    if host() in (0, other):
+        marks = [_checksum(line) for line in lines]
+    all_marks = every(lambda: marks)
+
     number = _unequal(all_marks[0], all_marks[other])
-    line = lines[number].strip()[:SHOWN] if number < len(lines) else "nothing"
-    shown = every(lambda: line)
+    own_line = "nothing"
+    if number < len(lines):
+        own_line = lines[number].strip()[:SHOWN]
+    shown = every(lambda: own_line)
     raise SettingError(
         f"host {other} differs from host 0 in {name}, first in line {number + 1}:"
         f" {shown[other]} there, {shown[0]} on host 0",
@@ -160,10 +165,11 @@ def _first_difference(
 
 def _unequal(marks: Sequence[int], others: Sequence[int]) -> int:
     """Return the first position at which two lists differ."""
-    for position, (mark, other) in enumerate(zip(marks, others, strict=False)):
-        if mark != other:
+    shorter = min(len(marks), len(others))
+    for position in range(shorter):
+        if marks[position] != others[position]:
             return position
-    return min(len(marks), len(others))
+    return shorter
 
 
 # ---- wishes and barriers ----
@@ -185,7 +191,11 @@ def wished(name: str) -> dict[int, str]:
     if hosts() == 1:
         return {}
     wishes = _client().key_value_dir_get(f"lepton-wish/{name}/")
-    return {int(key.rpartition("/")[2]): why for key, why in wishes}
+    reasons = {}
+    for key, why in wishes:
+        _, _, number = key.rpartition("/")
+        reasons[int(number)] = why
+    return reasons
 
 
 def barrier(
@@ -253,7 +263,12 @@ class Beat:
         """Return host 0's `say()` at this step."""
         if hosts() == 1:
             return say()
-        words = first(lambda: {**say(), "next": step + self._steps_ahead(step)})
+
+        def say_and_name_next() -> dict[str, Any]:
+            words = say()
+            return {**words, "next": step + self._steps_ahead(step)}
+
+        words = first(say_and_name_next)
         self.next = words.pop("next")
         return words
 
@@ -268,7 +283,8 @@ class Beat:
         rate = steps / max(now - self._time, LEAST_SECONDS)
         self._step = step
         self._time = now
-        return min(MOST_STEPS, max(1, round(rate * BEAT)))
+        ahead = max(1, round(rate * BEAT))
+        return min(MOST_STEPS, ahead)
 
 
 # ---- messages ----
@@ -294,10 +310,13 @@ def _heard(key: str) -> dict[str, Any]:
     """
     milliseconds = int(PATIENCE * 1000)
     with phase.phase("agreement"):
-        return json.loads(_client().blocking_key_value_get(key, milliseconds))
+        text = _client().blocking_key_value_get(key, milliseconds)
+    return json.loads(text)
 
 
-def _tried(say: Callable[[], Any]) -> tuple[dict[str, Any], LeptonError | None]:
+def _tried(
+    say: Callable[[], Any],
+) -> tuple[dict[str, Any], LeptonError | None]:
     """Return the message with a result, or with an error and that error."""
     try:
         return {"said": say()}, None
@@ -315,5 +334,6 @@ def _opened(answer: dict[str, Any]) -> Any:
     """
     if "fault" not in answer:
         return answer["said"]
-    kind, what, where, remedy = answer["fault"]
-    raise getattr(errors, kind, LeptonError)(what, where=where, remedy=remedy)
+    name, what, where, remedy = answer["fault"]
+    kind = getattr(errors, name, LeptonError)
+    raise kind(what, where=where, remedy=remedy)

@@ -74,7 +74,8 @@ def spent() -> dict[str, float]:
     for other hosts; the time in "data" is its own.
     """
     seconds, present, since = _account
-    return {**seconds, present: seconds[present] + time.monotonic() - since}
+    total = seconds[present] + time.monotonic() - since
+    return {**seconds, present: total}
 
 
 @contextlib.contextmanager

@@ -300,7 +300,8 @@ def pass_on(stream: IO[bytes]) -> None:
 def _unfinished(text: bytes) -> bytes:
     """Return the end of a text, if it may be the beginning of Gloo's line."""
     tail = text[max(text.rfind(b"["), 0) :]
-    may_be_gloo = tail[:1] == b"[" and GLOO_BEGINS.startswith(tail[: len(GLOO_BEGINS)])
+    head = tail[: len(GLOO_BEGINS)]
+    may_be_gloo = head != b"" and GLOO_BEGINS.startswith(head)
     if may_be_gloo and len(tail) < LONGEST_GLOO and b"\n" not in tail:
         return tail
     return b""

@@ -17,6 +17,7 @@ PORTS = 4096
 # used where nobody else can be on the machine, or the user names no other port; the
 # one that JAX itself uses on a TPU pod
 PORT = 8476
+MOST_PORT = 65535
 # assumption: more than any run needs, so that a typing error cannot take all memory
 MOST_HOSTS = 65536
 START_HERE = "to train on this machine alone, add --hosts 1"
@@ -85,9 +86,8 @@ def address(text: str, where: str) -> str:
     """
     name, port = split(text)
     name_is_good = bool(name) and not re.search(r"[\s/,]", name)
-    port_is_good = (
-        re.fullmatch(r"\d{1,5}", port, re.ASCII) is not None and 0 < int(port) < 65536
-    )
+    is_number = re.fullmatch(r"\d{1,5}", port, re.ASCII) is not None
+    port_is_good = is_number and 0 < int(port) <= MOST_PORT
     if not (name_is_good and port_is_good):
         raise SettingError(
             f"{text!r} is no address",

@@ -324,9 +324,11 @@ def differs(
     if not 0 < host < own["hosts"]:
         return twice(host, cluster)
 
-    for name in sorted(own["facts"].keys() | hello["facts"].keys()):
-        here = own["facts"].get(name)
-        there = hello["facts"].get(name)
+    own_facts = own["facts"]
+    its_facts = hello["facts"]
+    for name in sorted(own_facts.keys() | its_facts.keys()):
+        here = own_facts.get(name)
+        there = its_facts.get(name)
         if here != there:
             return SettingError(
                 f"host {host} differs from host 0 in {name}: {there} there, {here}"

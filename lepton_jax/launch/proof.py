@@ -113,9 +113,11 @@ def keys(
     head: bytes,
 ) -> dict[bytes, bytes]:
     """Return the keys that seal the messages of each side, by its role."""
+    secret = token.encode()
     exchange = (channel.encode(), host, head)
     return {
-        role: _hmac(token.encode(), b"key", role, *exchange) for role in (HOST, HEAD)
+        HOST: _hmac(secret, b"key", HOST, *exchange),
+        HEAD: _hmac(secret, b"key", HEAD, *exchange),
     }
 
 

@@ -121,10 +121,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._room = threading.BoundedSemaphore(AT_ONCE)
         self._tokens = set[str]()
         self._looked = 0.0
-        super().__init__((str(address[0]), int(address[1])), Handler)
+        name = str(address[0])
+        port = int(address[1])
+        super().__init__((name, port), Handler)
         self.name = str(self.server_address[0])
         self.port = int(self.server_address[1])
-        self.loopback = ipaddress.ip_address(self.name.partition("%")[0]).is_loopback
+        number = self.name.partition("%")[0]
+        self.loopback = ipaddress.ip_address(number).is_loopback
 
     @property
     def url(self) -> str:

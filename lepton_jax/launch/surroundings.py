@@ -57,8 +57,8 @@ def innermost(
       SettingError: half-set or wrong variables; two clusters of which neither contains
         the other.
     """
-    environ = {name: value.strip() for name, value in environ.items()}
-    environ = {name: value for name, value in environ.items() if value}
+    stripped = {name: value.strip() for name, value in environ.items()}
+    environ = {name: value for name, value in stripped.items() if value}
 
     # the processes of mpirun also inherit the variables of what started mpirun
     mpi = open_mpi(environ)
@@ -243,8 +243,10 @@ def _from_server(metadata: Metadata) -> dict[str, str]:
     # older servers write name:id:address
     hosts = []
     for endpoint in endpoints.split(","):
-        parts = endpoint.strip().split(":")
-        hosts.append(parts[-1] if len(parts) == 3 else endpoint.strip())
+        host = endpoint.strip()
+        if host.count(":") == 2:
+            host = host.split(":")[-1]
+        hosts.append(host)
 
     variables = {
         "TPU_WORKER_ID": worker.strip(),

@@ -106,18 +106,20 @@ class Job:
         Args:
           chips: the platform that must be there, "cuda" or "tpu"; None: any.
         """
-        ours = {
+        variables = {
             "PYTHONUNBUFFERED": (
                 "1",
                 "the log holds what a host that was killed wrote last",
             )
         }
         if chips:
-            ours["JAX_PLATFORMS"] = (
+            variables["JAX_PLATFORMS"] = (
                 f"{chips},cpu",
                 "a host whose chips fail ends, instead of training on its CPU",
             )
-        return ours | {name: (value, "") for name, value in self.environment.items()}
+        for name, value in self.environment.items():
+            variables[name] = (value, "")
+        return variables
 
 
 def exports(variables: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -277,7 +279,10 @@ def read_size(text: str | None) -> int | None:
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,9})([KMGT]?)(?:i?B)?", text, re.ASCII | re.IGNORECASE)
-    size = int(match[1]) * SIZES[match[2].upper()] if match else 0
+    size = 0
+    if match:
+        number, unit = match.groups()
+        size = int(number) * SIZES[unit.upper()]
     if size < LEAST_MEMORY:
         raise SettingError(
             f"--job-memory is {text!r}",
@@ -296,7 +301,8 @@ def read_volume(text: str) -> Volume:
             where="command line, --job-volume",
             remedy="write SOURCE:/FOLDER or SOURCE:/FOLDER:ro, without commas",
         )
-    return Volume(match[1], match[2], read_only=match[3] == "ro")
+    source, folder, mode = match.groups()
+    return Volume(source, folder, read_only=mode == "ro")
 
 
 def read_environment(texts: Iterable[str], option: str) -> dict[str, str]:

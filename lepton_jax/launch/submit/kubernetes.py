@@ -173,7 +173,8 @@ def _plain(job: Job) -> list[dict[str, Any]]:
         },
     }
     spec = _job_spec(job, job.hosts, 0, f"{job.name}-0.{job.name}")
-    spec["template"]["spec"] = {"subdomain": job.name, **spec["template"]["spec"]}
+    template = spec["template"]
+    template["spec"] = {"subdomain": job.name, **template["spec"]}
     return [
         service,
         {

@@ -37,7 +37,8 @@ def render(job: Job) -> str:
     # in a file
     file = f".lepton-{job.name}.token"
     # a login shell of any kind must end where a line fails
-    remote = ["bash", "-c", "\n".join(["set -e", *_inside(job, file)])]
+    script = "\n".join(["set -e", *_inside(job, file)])
+    remote = ["bash", "-c", script]
     command = [
         *GCLOUD,
         "ssh",

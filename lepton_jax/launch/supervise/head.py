@@ -217,7 +217,8 @@ class Head:
             seat.code = message["code"]
             seat.error = message.get("error")
             if self._state == self._running and seat.code not in WITHOUT_FAULT:
-                fault = verdict.died(seat.host, message["code"], seat.place, seat.error)
+                code = message["code"]
+                fault = verdict.died(seat.host, code, seat.place, seat.error)
                 self._faulted(fault, now)
 
     def _faulted(self, fault: Fault, now: float) -> None:
@@ -312,7 +313,8 @@ class Head:
     # ---- the state "meeting" ----
 
     def _meeting(self, now: float) -> None:
-        missing = [host for host in range(self.cluster.hosts) if host not in self.seats]
+        hosts = range(self.cluster.hosts)
+        missing = [host for host in hosts if host not in self.seats]
         if not missing:
             self._begin(now)
         elif now > self._until:
@@ -387,9 +389,9 @@ class Head:
     # ---- the state "running" ----
 
     def _running(self, now: float) -> None:
-        seats = {host: self.seats[host] for host in self.members if host in self.seats}
-        running = {host: seat for host, seat in seats.items() if seat.code is None}
-        codes = {seat.code for seat in seats.values()}
+        seats = self._member_seats()
+        running = {seat.host: seat for seat in seats if seat.code is None}
+        codes = {seat.code for seat in seats}
         late = self.seats.keys() - self.members
         if self._faults:
             self._judge(bool(running), now)
@@ -484,8 +486,7 @@ class Head:
         """Ask all workers to stop with a save."""
         self._why = why
         self.gate.tell("stop", generation=self.generation)
-        places = [self.seats[host].place for host in self.members if host in self.seats]
-        starts = any(self._starts(place) for place in places)
+        starts = any(self._starts(seat.place) for seat in self._member_seats())
         # where a host is still starting there is nothing to save yet
         limit = self.rules.limit("stop")
         self._until = now + (min(limit, STOP_START) if starts else limit)
@@ -496,7 +497,7 @@ class Head:
         return place.phase == "start" or waits_at_start
 
     def _stopping(self, now: float) -> None:
-        seats = [self.seats[host] for host in self.members if host in self.seats]
+        seats = self._member_seats()
         busy = self._busy()
         codes = [seat.code for seat in seats]
         failed = len(seats) < len(self.members) or any(
@@ -594,6 +595,10 @@ class Head:
             f" {self.budget.restarts} in {pause:g} s{fault.story()}"
         )
         self._wait(now, pause)
+
+    def _member_seats(self) -> list[Seat]:
+        """Return the hosts of this generation whose supervisors are connected."""
+        return [self.seats[host] for host in self.members if host in self.seats]
 
     def _busy(self) -> list[Seat]:
         """Return the hosts on which a worker still runs."""

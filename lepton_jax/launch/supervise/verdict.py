@@ -290,7 +290,8 @@ def stuck(
     """
     known: int | None = last[0]
     if len(last) > 1:
-        known = odd({host: stacks[host] for host in last if stacks.get(host)})
+        with_stack = [host for host in last if stacks.get(host)]
+        known = odd({host: stacks[host] for host in with_stack})
     host = known
     if host is None:
         host = max(last, key=lambda host: places[host].age)
@@ -306,7 +307,8 @@ def stuck(
     how = (
         f"has been stuck for {place.age:.0f} s (limit {place.limit:.0f} s){rest}; it is"
     )
-    return Fault(host, "stuck", how, place, tuple(stacks.get(host, ())))
+    stack = tuple(stacks.get(host, ()))
+    return Fault(host, "stuck", how, place, stack)
 
 
 def _waiting(places: Mapping[int, Place], host: int) -> str:
@@ -361,7 +363,10 @@ def shown(stack: Sequence[str]) -> list[str]:
     lines = []
     for frame in selected:
         match = re.fullmatch(r"(.*):(\d+) in .+", frame)
-        source = linecache.getline(match[1], int(match[2])).strip() if match else ""
+        source = ""
+        if match:
+            file, number = match.groups()
+            source = linecache.getline(file, int(number)).strip()
         lines.append(f"{frame}: {source}" if source else frame)
     return lines
 
@@ -423,8 +428,9 @@ class Budget:
         self.failures = [when for when in self.failures if now - when < DAY]
         if not self.left:
             raise self._used_up(fault)
+        pause = self.pause * 2 ** len(self.failures)
         self.failures.append(now)
-        return min(LONGEST_PAUSE, self.pause * 2 ** (len(self.failures) - 1))
+        return min(LONGEST_PAUSE, pause)
 
     def _useless(self, fault: Fault, saved: int | None) -> HostsError:
         checkpoint = "no checkpoint"

@@ -240,10 +240,8 @@ class Worker:
             self.kill()
         # The end is seen but not yet collected: until the group is killed, its number
         # must not become another's.
-        if (
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            is None
-        ):
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        if os.waitid(os.P_PID, self.process.pid, look) is None:
             return None
 
         self.kill()
