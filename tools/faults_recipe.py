@@ -90,7 +90,7 @@ class Agent:
     def __init__(
         self,
         file: Path,
-        told: watchdog.Told,
+        told: watchdog.Assignment,
     ):
         self.file = file
         self.host = told.host_id

@@ -142,7 +142,7 @@ class _Order:
     Args:
       arguments: as they were typed.
       options: of the launcher.
-      told: the message of this process's supervisor; None without one.
+      assignment: of this process by its supervisor; None without one.
       function: the recipe's.
       file: of the recipe.
       given: settings that were typed.
@@ -152,7 +152,7 @@ class _Order:
 
     arguments: list[str]
     options: argparse.Namespace
-    told: watchdog.Told | None
+    assignment: watchdog.Assignment | None
     function: Callable[..., Recipe]
     file: Path
     given: dict[str, Any]
@@ -169,9 +169,9 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     Raises:
       LeptonError: a mistake that the user can fix.
     """
-    told = watchdog.begin()
+    assignment = watchdog.begin()
     parser = _parser()
-    early = _early_options(parser, arguments, told)
+    early = _early_options(parser, arguments, assignment)
     wants_help = "-h" in arguments or "--help" in arguments
     if wants_help and early.recipe is None:
         parser.print_help()
@@ -180,10 +180,10 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     run = _resumed(early.resume)
     file = _recipe_file(early, run)
     place = None if early.status is None else serve.address(early.status)
-    around = None if wants_help or early.on is not None else _around(early, told)
+    around = None if wants_help or early.on is not None else _around(early, assignment)
     watched = (
         around is not None
-        and told is None
+        and assignment is None
         and supervisor.wanted(around, rules.read(early))
     )
     if watched:
@@ -199,14 +199,16 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
 
     options, given, chosen = _settings(parser, arguments, function, early, run)
     folder = _folder(options, file.stem)
-    order = _Order(arguments, options, told, function, file, given, chosen, folder)
+    order = _Order(
+        arguments, options, assignment, function, file, given, chosen, folder
+    )
     if submit.wanted(options):
         _check_folder(order)
         summary = submit.start(options, given, file, folder, arguments)
         return _print_summary(options, summary)
 
     assert around is not None
-    if told is None and around.host_id == 0:
+    if assignment is None and around.host_id == 0:
         _check_folder(order)
     else:
         place = None  # one server for a run
@@ -239,7 +241,9 @@ def _settings(
     return options, given, _typed(parser, stored, path) | given
 
 
-def _around(options: argparse.Namespace, told: watchdog.Told | None) -> Cluster:
+def _around(
+    options: argparse.Namespace, assignment: watchdog.Assignment | None
+) -> Cluster:
     """Return the cluster of this process.
 
     A worker learns from its supervisor how many hosts take part, and where they meet.
@@ -252,13 +256,13 @@ def _around(options: argparse.Namespace, told: watchdog.Told | None) -> Cluster:
         devices=options.devices,
         metadata=surroundings.metadata_server(os.environ),
     )
-    if told is None:
+    if assignment is None:
         return around
     return replace(
         around,
-        hosts=told.hosts,
-        host_id=told.host_id,
-        coordinator=told.coordinator,
+        hosts=assignment.hosts,
+        host_id=assignment.host_id,
+        coordinator=assignment.coordinator,
     )
 
 
@@ -319,16 +323,16 @@ def _work(
     place: tuple[str, int] | None,
 ) -> dict[str, Any]:
     """Join the other hosts, and train."""
-    told = order.told
+    assignment = order.assignment
     if order.options.go_on:
-        joining.heed_sigterm(once=told is not None)
+        joining.heed_sigterm(once=assignment is not None)
     joining.ask_for_devices(order.options.devices)
 
     def work() -> dict[str, Any]:
         return _train(order, settings.call(order.function, order.chosen))
 
     with serve.serving(place, order.folder, serve.Here()):
-        summary = joining.run(around, work, told=told is not None)
+        summary = joining.run(around, work, supervised=assignment is not None)
     if around.host_id == 0:
         _print_summary(order.options, summary)
     return summary
@@ -382,7 +386,7 @@ def _asked(order: _Order) -> set[str]:
     A job that goes on by itself, and a worker that is begun again, change none.
     """
     options = [word.partition("=")[0] for word in order.arguments]
-    again = order.told is not None and order.told.generation > 1
+    again = order.assignment is not None and order.assignment.generation > 1
     if again or "--resume" not in options:
         return set()
     return set(order.given)
@@ -550,7 +554,7 @@ def _add_local(group: Any) -> None:
 def _early_options(
     parser: settings.Parser,
     arguments: list[str],
-    told: watchdog.Told | None,
+    assignment: watchdog.Assignment | None,
 ) -> argparse.Namespace:
     """Return the options that are known before the recipe's settings are.
 
@@ -570,8 +574,8 @@ def _early_options(
             where="command line, --devices",
             remedy=f"ask for 1 to {MOST_DEVICES} devices",
         )
-    if told is not None and told.run_dir is not None:
-        early.run_dir = told.run_dir
+    if assignment is not None and assignment.run_dir is not None:
+        early.run_dir = assignment.run_dir
         early.go_on = True
     if early.run_dir == "":
         raise SettingError(

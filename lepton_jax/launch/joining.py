@@ -35,14 +35,14 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def run(
     cluster: Cluster,
     work: Callable[[], T],
-    told: bool = False,
+    supervised: bool = False,
 ) -> T:
     """Join the other hosts, and do this host's share of the run.
 
     Args:
       cluster: as `discovery.find` gave it.
       work: called once all hosts have met.
-      told: a supervisor started this process, where all have met already.
+      supervised: a supervisor started this process, where all have met already.
 
     Returns:
       The result of `work`.
@@ -50,10 +50,10 @@ def run(
     Raises:
       SettingError: the hosts do not meet.
     """
-    if not told and cluster.host_id == 0 and cluster.source != "alone":
+    if not supervised and cluster.host_id == 0 and cluster.source != "alone":
         print(cluster, file=sys.stderr, flush=True)
     if cluster.hosts > 1:
-        join(cluster, met=told)
+        join(cluster, met=supervised)
     return work()
 
 

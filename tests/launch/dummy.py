@@ -32,17 +32,18 @@ class Dummy:
 
     def __init__(self, plan):
         self.plan = plan
-        self.told = watchdog.begin()
+        self.assignment = watchdog.begin()
         self.asked = []
-        self.folder = Path(self.told.run_dir)
+        self.folder = Path(self.assignment.run_dir)
         signal.signal(signal.SIGTERM, lambda number, _: self.asked.append(number))
         here = {
-            **vars(self.told),
+            **vars(self.assignment),
             "pid": os.getpid(),
             "variables": sorted(k for k in os.environ if "LEPTON" in k),
         }
         self.write(
-            f"worker-{self.told.generation}-{self.told.host_id}", json.dumps(here)
+            f"worker-{self.assignment.generation}-{self.assignment.host_id}",
+            json.dumps(here),
         )
 
     def write(self, name, text):
@@ -51,10 +52,10 @@ class Dummy:
 
     def fail(self, here, step):
         """Do what the plan says for this place."""
-        generation = self.told.generation
+        generation = self.assignment.generation
         for fault in self.plan.get("faults", ()):
             if (
-                fault["host"] in (self.told.host_id, "all")
+                fault["host"] in (self.assignment.host_id, "all")
                 and fault.get("generation", generation) == generation
                 and fault["phase"] == here
                 and fault.get("step", step) == step
@@ -94,10 +95,12 @@ class Dummy:
 
         Returns False if a stop was asked for meanwhile.
         """
-        self.write(f"{what}-{self.told.generation}-{self.told.host_id}", str(step))
+        self.write(
+            f"{what}-{self.assignment.generation}-{self.assignment.host_id}", str(step)
+        )
         marks = [
-            self.folder / f"{what}-{self.told.generation}-{host}"
-            for host in range(self.told.hosts)
+            self.folder / f"{what}-{self.assignment.generation}-{host}"
+            for host in range(self.assignment.hosts)
         ]
         met = []
         over = threading.Event()
@@ -123,7 +126,7 @@ class Dummy:
             self.reach(
                 len(list(self.folder.glob("checkpoints/*"))), "saved", for_ever=True
             )
-            if self.told.host_id == 0:
+            if self.assignment.host_id == 0:
                 (self.folder / "checkpoints" / str(step)).mkdir(
                     parents=True, exist_ok=True
                 )
@@ -137,7 +140,9 @@ class Dummy:
             )
             self.fail("restore", step)
             phase.reached(step=step, done=step)
-        self.write(f"began-{self.told.generation}-{self.told.host_id}", str(step))
+        self.write(
+            f"began-{self.assignment.generation}-{self.assignment.host_id}", str(step)
+        )
         with phase.phase("compile"):
             self.fail("compile", step)
         phase.reached(phase="steps")

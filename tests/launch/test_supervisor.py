@@ -13,6 +13,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from watched import QUICK, Watched
@@ -28,80 +29,108 @@ def fault(host, phase, do, step=5, generation=1):
     )
 
 
-# host, phase, what, step; how the host is named, and from which step it goes on
+class Failure(NamedTuple):
+    """A worker that fails, and what follows.
+
+    Args:
+      host: number of the host.
+      phase: where it fails.
+      do: how it fails, see dummy.py.
+      step: at which step.
+      told: end of the sentence that names the host.
+      resumed: the step from which the next generation goes on.
+    """
+
+    host: int
+    phase: str
+    do: str
+    step: int
+    told: str
+    resumed: int
+
+
 FAULTS = {
-    "killed": (
+    "killed": Failure(
         0,
         "data",
         "kill",
-        5,
-        "was ended by SIGKILL, last seen in data at step 5",
-        4,
+        step=5,
+        told="was ended by SIGKILL, last seen in data at step 5",
+        resumed=4,
     ),
-    "exit in save": (
+    "exit in save": Failure(
         1,
         "save",
         "exit 3",
-        8,
-        "ended with exit code 3, last seen in save at step 8",
-        4,
+        step=8,
+        told="ended with exit code 3, last seen in save at step 8",
+        resumed=4,
     ),
-    "exit in compile": (
+    "exit in compile": Failure(
         2,
         "compile",
         "exit 1",
-        0,
-        "ended with exit code 1, last seen in compile at step 0",
-        0,
+        step=0,
+        told="ended with exit code 1, last seen in compile at step 0",
+        resumed=0,
     ),
-    "killed at the start": (
+    "killed at the start": Failure(
         1,
         "start",
         "kill",
-        0,
-        "was ended by SIGKILL, last seen in start at step 0",
-        0,
+        step=0,
+        told="was ended by SIGKILL, last seen in start at step 0",
+        resumed=0,
     ),
-    "stuck in data": (
+    "stuck in data": Failure(
         2,
         "data",
         "hang",
-        5,
-        "while the others wait in steps at step 6; it is in data at step 5",
-        4,
+        step=5,
+        told="while the others wait in steps at step 6; it is in data at step 5",
+        resumed=4,
     ),
-    "stuck and deaf in save": (
+    "stuck and deaf in save": Failure(
         0,
         "save",
         "deaf",
-        8,
-        "while the others wait in save at step 8; it is in save at step 8",
-        4,
+        step=8,
+        told="while the others wait in save at step 8; it is in save at step 8",
+        resumed=4,
     ),
-    "stuck before a collective": (
+    "stuck before a collective": Failure(
         1,
         "steps",
         "hang",
-        5,
-        "the others wait in steps at step 6; it is in steps at step 5",
-        4,
+        step=5,
+        told="the others wait in steps at step 6; it is in steps at step 5",
+        resumed=4,
     ),
-    "stuck in restore": (0, "restore", "hang", 0, "it is in restore at step 0", 0),
-    "frozen": (
+    "stuck in restore": Failure(
+        0,
+        "restore",
+        "hang",
+        step=0,
+        told="it is in restore at step 0",
+        resumed=0,
+    ),
+    "frozen": Failure(
         1,
         "data",
         "freeze",
-        5,
-        "(limit 1.5 s): the process is stopped; it was last seen in data at step 5",
-        4,
+        step=5,
+        told=(
+            "(limit 1.5 s): the process is stopped; it was last seen in data at step 5"
+        ),
+        resumed=4,
     ),
-    "holds the interpreter": (
+    "holds the interpreter": Failure(
         2,
         "data",
         "hold",
-        5,
-        "no thread of it gets to run Python; it was last seen in data",
-        4,
+        step=5,
+        told="no thread of it gets to run Python; it was last seen in data",
+        resumed=4,
     ),
 }
 ENDS = {
@@ -140,7 +169,7 @@ ENDS = {
     ),
 }
 PLANS = {
-    name: ({"faults": [fault(*what[:4])]}, {}) for name, what in FAULTS.items()
+    name: ({"faults": [fault(*failure[:4])]}, {}) for name, failure in FAULTS.items()
 } | ENDS
 
 
@@ -605,31 +634,28 @@ def test_all_is_well(runs):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_and_the_run_goes_on(runs, name):
-    host, phase, do, _, said, resumed = FAULTS[name]
+    failure = FAULTS[name]
     result, out, err, folder = runs(name)
     assert result == FINISHED
     line = next(line for line in err.splitlines() if line.startswith("hosts: "))
-    assert line.startswith(f"hosts: host {host} "), err
-    assert said in line, err
+    assert line.startswith(f"hosts: host {failure.host} "), err
+    assert failure.told in line, err
     assert "restart 1 of 10" in line, err
     source = {
         "hang": "time.sleep(1000)",
         "deaf": "time.sleep(1000)",
         "hold": "c.pthread_mutex_lock(mutex)",
-    }.get(do)
+    }.get(failure.do)
     assert source is None or ("dummy.py" in err and source in err), err
     assert out.splitlines()[-1] == "done 12"
-    assert [text(folder / f"began-2-{each}") for each in range(3)] == [
-        str(resumed)
-    ] * 3, "from the last committed step"
+    began = [text(folder / f"began-2-{host}") for host in range(3)]
+    assert began == [str(failure.resumed)] * 3, "from the last committed step"
     gone(*(worker(folder, 1, each)["pid"] for each in range(3)), limit=0.1)
     assert worker(folder, 1, 0)["coordinator"] != worker(folder, 2, 0)["coordinator"]
     (recovery,) = status(folder)["recoveries"]
-    assert (recovery["host"], recovery["phase"], status(folder)["restarts"]) == (
-        host,
-        phase,
-        1,
-    )
+    assert recovery["host"] == failure.host
+    assert recovery["phase"] == failure.phase
+    assert status(folder)["restarts"] == 1
     assert (
         0
         < recovery["seconds_to_ended"]
@@ -637,7 +663,8 @@ def test_a_fault_is_named_and_the_run_goes_on(runs, name):
         < recovery["seconds_to_stepped"]
         < 15
     )
-    assert recovery["seconds_to_notice"] < (6 if source or do == "freeze" else 1)
+    patience = 6 if source or failure.do == "freeze" else 1
+    assert recovery["seconds_to_notice"] < patience
 
 
 def test_what_follows_from_a_death_is_not_taken_for_its_cause(runs):

@@ -41,7 +41,7 @@ AGAIN_AFTER = 0.5  # seconds between two attempts to connect
 CALL_TIME = 5.0  # seconds for one attempt to connect
 LEAST_CALL_TIME = 0.1
 QUIET = 1.0  # seconds of silence from which on the system's word on a worker is asked
-# of the message "begin", what the worker is told
+# the fields of the message "begin" that are for the worker
 FOR_THE_WORKER = (
     "generation",
     "hosts",
@@ -446,8 +446,8 @@ class Supervisor:
 
     def _begin(self, message: Mapping[str, Any], line: Line) -> None:
         """Start the worker of a generation."""
-        told = {name: message[name] for name in FOR_THE_WORKER}
-        self.generation = told["generation"]
+        fields = {name: message[name] for name in FOR_THE_WORKER}
+        self.generation = fields["generation"]
         forwarder = None
         if self.watched.all_here and self.host > 0:
             forwarder = functools.partial(forward, host=self.host)
@@ -455,7 +455,7 @@ class Supervisor:
             self.worker = Worker(
                 self.watched.command,
                 variables(self.watched.environment),
-                told,
+                fields,
                 forwarder,
             )
         except OSError as error:

@@ -46,7 +46,7 @@ _device_memory: int | None = None
 
 
 @dataclass(frozen=True)
-class Told:
+class Assignment:
     """Message from the supervisor to its worker, by the variable LEPTON_WORKER.
 
     Args:
@@ -74,7 +74,7 @@ class Told:
     parent: int
 
 
-def begin(environ: MutableMapping[str, str] = os.environ) -> Told | None:
+def begin(environ: MutableMapping[str, str] = os.environ) -> Assignment | None:
     """Start the watchdog, once, if this process is a worker.
 
     From then on the process ends when its supervisor does.
@@ -85,9 +85,9 @@ def begin(environ: MutableMapping[str, str] = os.environ) -> Told | None:
     global _watchdog
     if _watchdog is None and VARIABLE in environ:
         # neither the variable nor the pipes are for its children
-        _watchdog = Watchdog(Told(**json.loads(environ.pop(VARIABLE))))
+        _watchdog = Watchdog(Assignment(**json.loads(environ.pop(VARIABLE))))
         _watchdog.start()
-    return None if _watchdog is None else _watchdog.told
+    return None if _watchdog is None else _watchdog.assignment
 
 
 def tell(error: LeptonError) -> bool:
@@ -194,32 +194,36 @@ class Watchdog(threading.Thread):
     A line is the result of `reading` as JSON.
     """
 
-    def __init__(self, told: Told):
+    def __init__(self, assignment: Assignment):
         super().__init__(name="watchdog", daemon=True)
-        self.told = told
-        self.limits = Limits(told.limits)
+        self.assignment = assignment
+        self.limits = Limits(assignment.limits)
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """Tie the process to its supervisor, and start the thread."""
-        for end in (self.told.pipe, self.told.stack, self.told.lifeline):
+        for end in (
+            self.assignment.pipe,
+            self.assignment.stack,
+            self.assignment.lifeline,
+        ):
             os.set_inheritable(end, False)
             os.set_blocking(end, False)  # nobody may be reading
 
         if sys.platform == "linux":
             ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self.told.parent:
+        if os.getppid() != self.assignment.parent:
             _end()
         # without it, the last line of a process would be up to `EVERY` old
         atexit.register(lambda: self.write(self.line()))
-        faulthandler.register(SHOW_STACK, file=self.told.stack, all_threads=True)
+        faulthandler.register(SHOW_STACK, file=self.assignment.stack, all_threads=True)
         super().start()
 
     def run(self) -> None:
         """Write lines, and the stack when a limit is over, until the lifeline ends."""
         last = phase.where()
-        told = 0.0
-        written = None
+        written_at = 0.0
+        stack_of = None
         while True:
             where = phase.where()
             now = time.monotonic()
@@ -227,15 +231,15 @@ class Watchdog(threading.Thread):
                 self.limits.saw(where.since - last.since)
 
             limit = self.limits.of(where.phase)
-            if where.phase != last.phase or now - told >= EVERY:
+            if where.phase != last.phase or now - written_at >= EVERY:
                 self.write(self.line())
-                told = now
-            if now - where.since > limit and written != where:
-                faulthandler.dump_traceback(self.told.stack)
-                written = where
+                written_at = now
+            if now - where.since > limit and stack_of != where:
+                faulthandler.dump_traceback(self.assignment.stack)
+                stack_of = where
             last = where
 
-            readable, _, _ = select.select([self.told.lifeline], [], [], LOOK)
+            readable, _, _ = select.select([self.assignment.lifeline], [], [], LOOK)
             if readable:
                 _end()
 
@@ -254,13 +258,13 @@ class Watchdog(threading.Thread):
         with self._lock:
             while text:
                 try:
-                    text = text[os.write(self.told.pipe, text) :]
+                    text = text[os.write(self.assignment.pipe, text) :]
                 except BlockingIOError:
                     if time.monotonic() > until:
                         # a line shorter than the pipe's unit is written whole or not at
                         # all
                         return False
-                    select.select([], [self.told.pipe], [], LOOK)
+                    select.select([], [self.assignment.pipe], [], LOOK)
                 except OSError:
                     return False
         return True

@@ -20,7 +20,7 @@ from typing import IO, Any
 from lepton_jax.launch.children import CHUNK, pass_on
 from lepton_jax.launch.supervise.rules import DEFAULTS, nested
 from lepton_jax.launch.supervise.verdict import Place, frames
-from lepton_jax.launch.supervise.watchdog import SHOW_STACK, VARIABLE, Told
+from lepton_jax.launch.supervise.watchdog import SHOW_STACK, VARIABLE, Assignment
 
 QUIET = 0.2  # seconds without more after which a stack is whole
 MOST = 1 << 20  # bytes of a stack, or of a line
@@ -33,7 +33,7 @@ class Worker:
     Args:
       command: of the process.
       environment: all of its variables.
-      told: fields of `watchdog.Told` without the pipes.
+      fields: of the worker's `watchdog.Assignment`, without the pipes.
       forward: takes the output stream, in a thread; None: the worker writes to this
         process's own output, or as good as that.
 
@@ -50,15 +50,15 @@ class Worker:
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        told: Mapping[str, Any],
+        fields: Mapping[str, Any],
         forward: Callable[[IO[bytes]], None] | None = None,
     ):
         self._pipe, pipe = os.pipe()
         self._stack, stack = os.pipe()
         lifeline, self._lifeline = os.pipe()
         self._open = {self._pipe, self._stack}
-        full = Told(
-            **told,
+        assignment = Assignment(
+            **fields,
             pipe=pipe,
             stack=stack,
             lifeline=lifeline,
@@ -68,12 +68,12 @@ class Worker:
         streams: dict[str, Any] = {}
         if forward is not None:
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        elif full.hosts > 1:
+        elif assignment.hosts > 1:
             # Gloo's words are taken out
             streams = {"stdout": subprocess.PIPE}
             forward = pass_on
 
-        self.process = self._start(command, environment, full, streams)
+        self.process = self._start(command, environment, assignment, streams)
         for end in self._open:
             os.set_blocking(end, False)
         self._forwarding: threading.Thread | None = None
@@ -83,10 +83,10 @@ class Worker:
             )
             self._forwarding.start()
 
-        self.generation = full.generation
+        self.generation = assignment.generation
         self.heard: float | None = None
         self.error: dict[str, Any] | None = None
-        self._place = Place(limit=full.limits.get("start", DEFAULTS["start"]))
+        self._place = Place(limit=assignment.limits.get("start", DEFAULTS["start"]))
         self._at = time.monotonic()
         self._lines = b""
         self._text = b""
@@ -98,15 +98,15 @@ class Worker:
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        told: Told,
+        assignment: Assignment,
         streams: Mapping[str, Any],
     ) -> subprocess.Popen:
-        theirs = (told.pipe, told.stack, told.lifeline)
+        theirs = (assignment.pipe, assignment.stack, assignment.lifeline)
         try:
             # a group of its own: Ctrl-C in the terminal reaches the supervisor alone
             return subprocess.Popen(
                 command,
-                env={**environment, VARIABLE: json.dumps(vars(told))},
+                env={**environment, VARIABLE: json.dumps(vars(assignment))},
                 process_group=0,
                 stdin=subprocess.DEVNULL,
                 pass_fds=theirs,
