@@ -51,6 +51,7 @@ from lepton_jax.launch.supervise import rules, supervisor, watchdog
 from lepton_jax.launch.supervise.verdict import LOST_PEER
 from lepton_jax.monitor import Progress, TensorBoard
 from lepton_jax.recipe import Recipe
+from lepton_jax.train.history import History
 from lepton_jax.trainer import Trainer
 
 # exit codes
@@ -171,6 +172,8 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     """
     assignment = watchdog.begin()
     parser = _parser()
+    # The recipe's settings are options only once the recipe has been loaded, and before
+    # that the platform must be known: so the command line is read twice.
     early = _early_options(parser, arguments, assignment)
     wants_help = "-h" in arguments or "--help" in arguments
     if wants_help and early.recipe is None:
@@ -180,11 +183,13 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
     run = _resumed(early.resume)
     file = _recipe_file(early, run)
     place = None if early.status is None else serve.address(early.status)
-    around = None if wants_help or early.on is not None else _around(early, assignment)
+    cluster = (
+        None if wants_help or early.on is not None else _cluster(early, assignment)
+    )
     watched = (
-        around is not None
+        cluster is not None
         and assignment is None
-        and supervisor.wanted(around, rules.read(early))
+        and supervisor.wanted(cluster, rules.read(early))
     )
     if watched:
         # the chips are the worker's, should the recipe compute when it is imported
@@ -206,16 +211,32 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
         _check_folder(order)
         summary = submit.start(options, given, file, folder, arguments)
         return _print_summary(options, summary)
+    assert cluster is not None
+    return _run(order, cluster, place, watched)
 
-    assert around is not None
-    if assignment is None and around.host_id == 0:
+
+def _run(
+    order: _Order,
+    cluster: Cluster,
+    place: tuple[str, int] | None,
+    watched: bool,
+) -> dict[str, Any]:
+    """Do this process's share of the run: watch over a worker, or train.
+
+    Args:
+      order: the command line.
+      cluster: as this process found it.
+      place: name and port to serve the status at; None: nowhere.
+      watched: whether this process starts a worker and watches over it.
+    """
+    if order.assignment is None and cluster.host_id == 0:
         _check_folder(order)
     else:
         place = None  # one server for a run
-    if watched:
-        with serve.serving(place, folder):
-            return _print_summary(options, _watch(order, around))
-    return _work(order, around, place)
+    if not watched:
+        return _work(order, cluster, place)
+    with serve.serving(place, order.folder):
+        return _print_summary(order.options, _watch(order, cluster))
 
 
 def _settings(
@@ -241,14 +262,14 @@ def _settings(
     return options, given, _typed(parser, stored, path) | given
 
 
-def _around(
+def _cluster(
     options: argparse.Namespace, assignment: watchdog.Assignment | None
 ) -> Cluster:
     """Return the cluster of this process.
 
     A worker learns from its supervisor how many hosts take part, and where they meet.
     """
-    around = discovery.find(
+    cluster = discovery.find(
         os.environ,
         coordinator=options.coordinator,
         hosts=options.hosts,
@@ -257,9 +278,9 @@ def _around(
         metadata=surroundings.metadata_server(os.environ),
     )
     if assignment is None:
-        return around
+        return cluster
     return replace(
-        around,
+        cluster,
         hosts=assignment.hosts,
         host_id=assignment.host_id,
         coordinator=assignment.coordinator,
@@ -269,10 +290,10 @@ def _around(
 # ---- watching over a worker ----
 
 
-def _watch(order: _Order, around: Cluster) -> dict[str, Any]:
+def _watch(order: _Order, cluster: Cluster) -> dict[str, Any]:
     """Start this host's share of the run as another process, and watch over it."""
-    if around.host_id == 0 and around.hosts > 1:
-        print(around, file=sys.stderr, flush=True)
+    if cluster.host_id == 0 and cluster.hosts > 1:
+        print(cluster, file=sys.stderr, flush=True)
     options = order.options
     digest = hashlib.sha256(order.file.read_bytes()).hexdigest()
     given = sorted(order.given.items())
@@ -284,23 +305,23 @@ def _watch(order: _Order, around: Cluster) -> dict[str, Any]:
     }
     name = [options.run_dir or options.resume, os.environ.get("SLURM_JOB_ID")]
     environment = None
-    if around.source == "local":
+    if cluster.source == "local":
         # hosts on one machine can't share its chips
         environment = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"}
     watched = supervisor.WatchedRun(
-        around,
+        cluster,
         rules.read(options),
         [*children.python(), *order.arguments],
         facts=facts,
-        limit=joining.time_to_meet(around),
+        limit=joining.time_to_meet(cluster),
         name=" ".join(part for part in name if part),
         folder=order.folder,
         environment=environment,
     )
-    return supervisor.run(watched, _token(options, around))
+    return supervisor.run(watched, _token(options, cluster))
 
 
-def _token(options: argparse.Namespace, around: Cluster) -> tokens.Token:
+def _token(options: argparse.Namespace, cluster: Cluster) -> tokens.Token:
     """Return the source of the run's token.
 
     A folder that nobody named is not the same on all hosts.
@@ -308,7 +329,7 @@ def _token(options: argparse.Namespace, around: Cluster) -> tokens.Token:
     named = options.run_dir or options.resume
     file = options.token_file
     return tokens.of_run(
-        around,
+        cluster,
         Path(named) if named else None,
         Path(file) if file else None,
     )
@@ -319,7 +340,7 @@ def _token(options: argparse.Namespace, around: Cluster) -> tokens.Token:
 
 def _work(
     order: _Order,
-    around: Cluster,
+    cluster: Cluster,
     place: tuple[str, int] | None,
 ) -> dict[str, Any]:
     """Join the other hosts, and train."""
@@ -332,8 +353,8 @@ def _work(
         return _train(order, settings.call(order.function, order.chosen))
 
     with serve.serving(place, order.folder, serve.Here()):
-        summary = joining.run(around, work, supervised=assignment is not None)
-    if around.host_id == 0:
+        summary = joining.run(cluster, work, supervised=assignment is not None)
+    if cluster.host_id == 0:
         _print_summary(order.options, summary)
     return summary
 
@@ -367,7 +388,10 @@ def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
     watchdog.measure(_device_memory)
     if options.resume is not None:
         trainer.resume(asked=_asked(order))
-    history = trainer.fit()
+    return _summary(trainer, trainer.fit(), folder)
+
+
+def _summary(trainer: Trainer, history: History, folder: Path) -> dict[str, Any]:
     rate = history.samples / history.seconds if history.steps else 0.0
     return {
         "run_dir": str(folder),
