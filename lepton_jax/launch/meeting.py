@@ -147,7 +147,7 @@ class _Roll:
         self._door.keep(line)
 
     def end_without_some(self) -> None:
-        """Find fault with the hosts that have not come in time."""
+        """Note the hosts that have not come in time as the fault."""
         numbers = range(1, self._cluster.hosts)
         absent = [host for host in numbers if host not in self._line]
         refused = str(self._door.refused)

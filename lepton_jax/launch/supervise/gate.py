@@ -238,7 +238,7 @@ class Gate:
         line: Line,
         hello: dict[str, Any],
     ) -> None:
-        """Give a supervisor that says who it is a seat, or turn it away."""
+        """Seat a supervisor that says who it is, or turn it away."""
         if not line.open:
             return  # it has left already
         if not _is_supervisor(hello):
