@@ -127,6 +127,7 @@ def test_command_line(case, committed, reader, tmp_path, monkeypatch, capsys):
     code = cli.main(case.provoke(tmp_path))
     printed = capsys.readouterr().err
     assert code == 2
+
     check(errors[0], case)
     assert printed.endswith(f"error: {errors[0]}\n")
     assert "Traceback" not in printed
@@ -417,6 +418,7 @@ def test_a_checkpoint_that_cannot_be_written(wide, tmp_path):
     assert "remedy: free disk space" in done.stderr
     assert read_events(run)[-1]["status"] == "failed"
     assert cli.main(["--resume", str(run), "--steps", "4", "--devices", "1"]) == 0
+
     wide_reader = lepton.Trainer(
         settings.load(wide.parent / "small.py")(width=20000), devices=1
     )
@@ -540,6 +542,7 @@ def test_a_learning_rate_that_diverges_leaves_the_steps_before(tmp_path):
     with pytest.raises(DivergedError, match="the loss of step 5 is inf") as caught:
         diverging(tmp_path / "run", 1e30).fit()
     assert "step 4 is the last committed checkpoint" in caught.value.remedy
+
     repaired = diverging(tmp_path / "run", 0.01).load(tmp_path / "run", step=3)
     history = repaired.fit()
     assert history.first == 3

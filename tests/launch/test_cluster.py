@@ -245,6 +245,7 @@ def test_half_of_a_cluster_is_an_error_that_names_what_is_missing(complete):
         "JAX_PROCESS_ID",
     } & set(complete)
     assert needed
+
     for name in needed:
         with pytest.raises(SettingError, match=re.escape(name)) as error:
             find({key: value for key, value in complete.items() if key != name})
@@ -350,6 +351,7 @@ def test_the_command_line_goes_before_the_environment_unless_they_contradict():
     assert (
         find({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, **three, devices=3) == expected
     )
+
     with pytest.raises(SettingError, match="two clusters at once"):
         find({**SLURM, "SLURM_PROCID": "0"}, **three)
     with pytest.raises(SettingError, match="two clusters at once"):
@@ -408,12 +410,14 @@ def test_the_metadata_server_of_a_tpu_vm():
         "10.9.0.1:8476",
     )
     assert "metadata" in str(found)
+
     said = {
         "agent-worker-number": "1",
         "worker-network-endpoints": "10.0.0.1, 10.0.0.2",
     }
     assert find({}, metadata=said.get).coordinator == "10.0.0.1:8476"
     assert find({}, metadata=lambda name: None).source == "alone"
+
     asked = []
     find(TPU, metadata=asked.append)
     find({"TPU_SKIP_MDS_QUERY": "1"}, metadata=asked.append)
@@ -445,6 +449,7 @@ def test_a_list_of_nodes():
     ]
     assert expand("r[1-2]n[09-10].x") == ["r1n09.x", "r1n10.x", "r2n09.x", "r2n10.x"]
     assert expand("a") == ["a"]
+
     for wrong in (
         "",
         "a[",

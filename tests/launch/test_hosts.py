@@ -137,6 +137,7 @@ def test_a_stranger_on_the_port_is_passed_over():
     thread = threading.Thread(target=strange)
     thread.start()
     assert call([first]) == [None]
+
     thread.join(20)
     assert raised == [None]
 
@@ -219,6 +220,7 @@ def test_output_of_all_hosts(capfd):
         " file=sys.stderr)"
     )
     assert children.spawn([python(code, host) for host in range(3)]) == 0
+
     out, err = capfd.readouterr()
     assert out == "out 0\n"
     assert sorted(err.splitlines()) == [
@@ -249,6 +251,7 @@ def test_one_that_fails_ends_all(capfd, tmp_path, fail, code, how):
     started = time.monotonic()
     assert children.spawn([python(lives), python(fails), python(lives)]) == code
     assert time.monotonic() - started < 8
+
     err = capfd.readouterr().err
     assert f"host 1 {how}; the others were stopped" in err
     assert "remedy" in err
@@ -267,6 +270,7 @@ def test_one_that_fails_ends_nobody_where_fewer_may_go_on(capfd, code):
         )
         == code
     )
+
     out, err = capfd.readouterr()
     assert out == "lives\n"
     assert "[host 2] lives" in err
@@ -313,11 +317,13 @@ def test_signals_reach_every_host_once(number):
     )
     reader.start()
     assert process.stdout.readline() == "up\n"
+
     while sum("up" in line for line in lines) < 2:
         time.sleep(0.01)
         assert process.poll() is None
     os.killpg(process.pid, number)  # as a terminal does
     assert process.wait(20) == 130
+
     reader.join(5)
     assert process.stdout.read() == f"came [{int(number)}]\n"
     assert sorted(line for line in lines if "came" in line) == [
@@ -364,6 +370,7 @@ def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
     os.close(writing)
     thread.join(10)
     assert capfd.readouterr().out == expected
+
     stream = subprocess.Popen(["printf", "%s", "".join(pieces)], stdout=subprocess.PIPE)
     children.forward(stream.stdout, 1)
     stream.wait()
@@ -401,6 +408,7 @@ def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tm
         "3",
     ]
     assert cli.main(arguments) == 0
+
     out, err = capfd.readouterr()
     said = [
         json.loads(line)
@@ -410,6 +418,7 @@ def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tm
         )
     ]
     assert [each[:2] for each in said] == [[arguments, "cpu"]] * 2
+
     told = [json.loads(each[2]) for each in said]
     folder = str(tmp_path / "run")
     assert [(each["hosts"], each["host_id"], each["run_dir"]) for each in told] == [
@@ -431,8 +440,10 @@ def test_a_signal_that_every_host_hears_once_is_one():
     head._obey(None, {"at": "signal", "count": 1})
     head.signalled()
     assert head._signals == 1, "else all would be ended without a save"
+
     head._obey(None, {"at": "signal", "count": 2})
     assert head._signals == 2, "a person insists"
+
     head.gate.close(0, None)
 
 
@@ -463,6 +474,7 @@ def test_a_worker_goes_by_what_its_supervisor_says(launch, tmp_path):
     assert "hosts: host 0 was ended by SIGKILL, last seen in " in err
     assert "restart 1 of 2" in err
     assert json.loads(out.splitlines()[-1])["steps"] == 300
+
     said = json.loads((tmp_path / "run" / "hosts.json").read_text())
     assert (said["state"], said["restarts"], said["recoveries"][0]["cause"]) == (
         "over",

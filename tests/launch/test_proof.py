@@ -92,11 +92,13 @@ def test_the_lines_are_these():
     greeting = other.recv(1000)
     assert greeting.startswith(b"lepton-hosts 1 ")
     assert greeting.endswith(b"\n")
+
     mine = greeting[15:-1]
     yours = secrets.token_hex(32).encode()
 
     other.sendall(yours + b"\n")
     assert host.receive() == []
+
     key = TOKEN.encode()
     said = b"proof", b"supervisors", b"host", mine, yours
     assert other.recv(1000) == mac(key, *said) + b"\n"
@@ -105,6 +107,7 @@ def test_the_lines_are_these():
     other.sendall(mac(key, b"proof", b"supervisors", b"head", mine, yours) + b"\n")
     assert host.receive() == []
     assert host.proven
+
     to_head = mac(key, b"key", b"host", b"supervisors", mine, yours)
     first = mac(to_head, b"message", b"0", b'{"n": 1}') + b' {"n": 1}\n'
     second = mac(to_head, b"message", b"1", b'{"n": 2}') + b' {"n": 2}\n'
@@ -145,6 +148,7 @@ def test_a_host_believes_nobody_who_has_no_token_and_tells_nothing():
     other.sendall(own_proof + b'{"do": "over", "code": 0}\n')  # its own, sent back
     assert host.receive() == []
     assert host.fault == proof.NOT_GIVEN
+
     host.close()
     assert other.recv(1000) == b"", "not the hello"
     assert mine != yours
@@ -249,6 +253,7 @@ def test_of_a_stream_that_was_changed_only_true_messages_are_believed(
     near.close()
     head.close()
     assert heard == messages[: len(heard)]
+
     if changed.startswith(sent):
         assert heard == messages
 
@@ -548,6 +553,7 @@ def test_a_run_meets_trains_and_ends_well_whoever_calls(forkserver, tmp_path, na
         results = [each.done(60.0)[0] for each in runs]
     said = runs[0].said()
     assert results == [FINISHED] * 2, said
+
     found = status(tmp_path)
     assert (found["restarts"], found["recoveries"], found["generation"]) == (0, [], 1)
     assert found["refused_connections"] >= 1
@@ -635,12 +641,14 @@ def test_a_host_that_talks_nonsense_loses_its_seat_and_ends_nobody(message):
         head.gate.serve(0.2)
         heard += line.receive()
     assert heard == [{"do": "welcome"}]
+
     head.seats[1].generation = 0
     line.send(**message)
     head.gate.serve(0.5)
     [seat] = head.gate.lost(time.monotonic(), 10.0)
     assert seat.line.fault == "it speaks another language"
     assert head.seats == {}
+
     line.close()
     head.gate.close(0, None)
 
@@ -660,6 +668,7 @@ def test_hosts_of_two_tokens_say_so_on_both_sides(forkserver, tmp_path, monkeypa
     assert "of 2 hosts 1 did not come within 3 s: 1; " in first["what"]
     assert "connections were refused without proof of the run's token" in first["what"]
     assert "it did not take this host's proof of the run's token" in second["what"]
+
     for each, run in ((first, runs[0]), (second, runs[1])):
         assert "LEPTON_TOKEN to the same value on all hosts" in each["remedy"]
         assert TOKEN not in run.said()

@@ -127,16 +127,19 @@ def test_what_it_tells(server, run):
     )
     assert headers["Content-Type"] == "application/json"
     assert headers["Cache-Control"] == "no-store"
+
     code, headers, body = ask(server, "/metrics?x=1")
     assert code == 200
     assert b"\nlepton_step 5\n" in body
     assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+
     code, headers, body = ask(server, "/")
     assert code == 200
     assert b"&lt;b&gt;toy&lt;/b&gt;" in body
     assert b"<b>toy" not in body
     assert b"<script" not in body
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+
     code, headers, body = ask(server, method="HEAD")
     assert code == 200
     assert int(headers["Content-Length"]) > 100
@@ -159,6 +162,7 @@ def test_a_change_takes_the_token_of_the_run_at_work(server, run):
         assert headers["WWW-Authenticate"] == "Bearer"
         assert token.encode() not in body
     assert not [*(folder / "control").glob("*.request")]
+
     code, _, body = ask(
         server,
         "/control",
@@ -168,6 +172,7 @@ def test_a_change_takes_the_token_of_the_run_at_work(server, run):
     )
     assert code == 200
     assert json.loads(body)["until"] == 100
+
     code, _, body = ask(
         server,
         "/control",
@@ -177,6 +182,7 @@ def test_a_change_takes_the_token_of_the_run_at_work(server, run):
     )
     assert code == 409
     assert "nothing to evaluate on" in json.loads(body)["text"]
+
     path = folder / "control" / "run.json"
     before = path.read_text()
     path.write_text(before.replace(token, "another"))  # as the next attempt does
@@ -188,6 +194,7 @@ def test_a_change_takes_the_token_of_the_run_at_work(server, run):
     assert (
         ask(server, Authorization=f"Bearer {token}", Host="elsewhere.example")[0] == 200
     ), "it may still look"
+
     path.write_text(before)
 
 
@@ -292,6 +299,7 @@ def test_a_client_that_dawdles_is_hung_up_on_and_many_hold_nobody_up_for_ever(
             assert connection.recv(1 << 16) == b""
         connection.close()
     assert time.monotonic() - began < 10
+
     until = time.monotonic() + 10
     while True:
         try:
@@ -314,6 +322,7 @@ def test_who_asks_by_another_name_or_from_elsewhere_needs_the_token(
     ):
         assert ask(server, Host=name)[0] == 401, name
     assert ask(server, Host="evil.example", Authorization=f"Bearer {run[1]}")[0] == 200
+
     with serve.serving(("0.0.0.0", 0), run[0]) as everywhere:
         assert not everywhere.loopback
         for path in ("/", "/status", "/metrics"):
@@ -438,10 +447,12 @@ def test_seconds_spent_in_each_phase():
     assert during - before["save"] >= 0.02
     assert after["data"] - before["data"] >= 0.03
     assert 0.02 <= after["save"] - before["save"] < during - before["save"] + 0.02
+
     step = phase.where().step
     phase.reached(step=step + 1)
     assert phase.spent()["save"] == after["save"]
     assert phase.spent()[phase.where().phase] >= after[phase.where().phase]
+
     phase.reached(step=step)
 
 
@@ -482,6 +493,7 @@ def test_a_run_under_supervision_is_seen_steered_and_seen_after_its_end(
     assert found["restarts"] == 0
     assert main([str(tmp_path / "run"), "status"]) == 0
     assert re.search(r"^0 \S+ +running +\w+ ", capsys.readouterr().out, re.MULTILINE)
+
     token = json.loads((tmp_path / "run" / "control" / "run.json").read_text())["token"]
     code, _, body = ask(
         there, "/control", "POST", '{"do": "stop"}', Authorization=f"Bearer {token}"
@@ -489,6 +501,7 @@ def test_a_run_under_supervision_is_seen_steered_and_seen_after_its_end(
     assert code == 200
     assert "stops after step" in json.loads(body)["text"]
     assert process.wait(60) == 130
+
     tool = subprocess.Popen(
         [
             sys.executable,

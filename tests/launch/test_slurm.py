@@ -218,6 +218,7 @@ def test_from_submit_to_finished(slurm, tmp_path):
     log = (folder / f"mine-{job}.log").read_text()
     assert state == "COMPLETED", log
     assert f"cluster: one host: SLURM job {job}, step 0 on" in log
+
     events = [
         json.loads(line)
         for line in (folder / "runs" / "mine" / "events.jsonl").read_text().splitlines()
@@ -263,6 +264,7 @@ def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
     said = log.read_text()
     assert state == "COMPLETED", said
     assert "Restarts=1" in shown(slurm, job), said
+
     events = read_events(run)
     starts = [event for event in events if event["kind"] == "start"]
     ends = [
@@ -270,14 +272,17 @@ def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
     ]
     assert [event["devices"] for event in starts] == [2, 2]
     assert [status for status, _ in ends] == ["interrupted", "finished"]
+
     saved = ends[0][1]  # by SIGTERM, not by the next fifty
     assert saved in [event["step"] for event in events if event["kind"] == "save"]
     assert f"resumed at step {saved}" in said
     assert "going on, attempt" not in said
     assert "[Gloo]" not in said
+
     first = [event["first"] for event in events if event["kind"] == "steps"]
     assert saved + 1 in first
     assert sorted(set(first)) == sorted(first)
+
     samples = [name for line in read_samples(run) for name in line["samples"]]
     assert len(samples) == 600 * 256, "each of an epoch's samples once"
     assert len(set(samples[:16000])) == 16000, "each of an epoch's samples once"
@@ -320,6 +325,7 @@ def test_two_nodes_join(slurm, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
     saw = [path.read_text() for path in sorted(tmp_path.glob("saw*"))]
     assert saw == ["0 2 4 [0, 1]", "1 2 4 [0, 1]"]
     assert "cluster: host 0 of 2" in done.stderr

@@ -161,6 +161,7 @@ def test_scripts_pass_the_shell_checkers(there, capsys, place):
         capsys, DIGITS, "--width", "16", *PLACES[place], "--job-env", "NAME=a 'b' $c"
     )
     assert text.startswith("#!/bin/bash\n")
+
     scripts = [("bash", text)]
     # the scripts inside of it, which a shell elsewhere reads
     for word in shlex.split(text, comments=True):
@@ -171,6 +172,7 @@ def test_scripts_pass_the_shell_checkers(there, capsys, place):
             else []
         )
     assert (len(scripts) > 1) == (not place.startswith("slurm"))
+
     for shell, script in scripts:
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
         checker = shutil.which("shellcheck", path=BIN)
@@ -527,6 +529,7 @@ def test_pods_are_replaced_one_by_one_unless_it_was_a_mistake(capsys, kind):
         "backoffLimit" in spec,
     ) == (5, 0, False)
     assert inner["restartPolicy"] == "Never", "else there may be no failure policy"
+
     if kind == "k8s":
         assert document["spec"]["failurePolicy"] == {"maxRestarts": 0}, (
             "nothing above counts them once more"
@@ -642,6 +645,7 @@ def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd,
         assert re.fullmatch("[0-9a-f]{64}", tokens[0])
         seen.append(tokens[0])
     assert seen[0] != seen[1]
+
     written = texts(there)
     out = capfd.readouterr()
     held = {
@@ -739,6 +743,7 @@ def test_a_tpu_slice_asks_for_its_machines(capsys):
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
         "cloud.google.com/gke-tpu-topology": "4x4x4",
     }
+
     names = [each["name"] for each in inner["containers"][0]["env"]]
     assert "JAX_NUM_PROCESSES" not in names, "GKE numbers a TPU's hosts itself"
 
@@ -790,6 +795,7 @@ def test_submit_hands_it_to_the_client(there, capfd):
         run("recipe.py", "--on", "slurm", "--submit", "--job-name", "mine", "--json")
         == 0
     )
+
     out = capfd.readouterr().out.splitlines()
     assert out[0] == "Submitted batch job 7: runs/mine.sbatch"
     assert json.loads(out[1]) == {
@@ -798,6 +804,7 @@ def test_submit_hands_it_to_the_client(there, capfd):
         "client": ["sbatch", "runs/mine.sbatch"],
         "exit_code": 0,
     }
+
     (there / "bin" / "sbatch").write_text("#!/bin/sh\nexit 3\n")
     assert run("recipe.py", "--on", "slurm", "--submit") == 2
     assert "sbatch did not take the job: exit code 3" in capfd.readouterr().err
@@ -831,12 +838,14 @@ def test_ssh_runs_every_host_and_ends_all_if_one_fails(there, capfd, monkeypatch
         there / "python",
     ]
     assert run(*arguments, "--job-retries", "1") == 5
+
     out, err = capfd.readouterr()
     assert out.count("--host-id=0") == 2, "once more after the failure"
     assert err.count("--host-id=1") == 2, "once more after the failure"
     assert "[host 1]" in err
     assert "host 1 ended with exit code 5" in err
     assert "attempt 1 of 1" in err
+
     for host in ("out", "err"):
         assert re.search(
             r"'--text=a b', .*'--coordinator=first:\d+', '--hosts=2'",
@@ -869,12 +878,14 @@ def test_a_connection_that_ends_reaches_the_run_as_sigterm(there, end):
         text=True,
     )
     assert process.stdout.readline() == "up\n"
+
     if end == "standard input":
         process.stdin.close()
     else:
         process.send_signal(signal.SIGHUP)
     assert process.stdout.read() == "saving\nsaved\n"
     assert process.wait(20) == 130
+
     process.stdin.close()
     process.stdout.close()
 
@@ -923,6 +934,7 @@ def test_ctrl_c_lets_every_host_save(there, how):
     assert out.count("saved") == 2, out
     assert "going on" not in out, out
     assert process.wait(20) == (130 if how == "--submit" else 1)
+
     process.stdout.close()
 
 

@@ -314,10 +314,12 @@ def test_a_second_signal_ends_at_once(tmp_path):
     run.signal(signal.SIGTERM)
     time.sleep(0.8)
     assert run.process.is_alive(), "it waits for the save"
+
     began = time.monotonic()
     run.signal(signal.SIGTERM)
     assert run.done()[0]["exit_code"] == 130, "not after the limit of 60 s"
     assert time.monotonic() - began < 10, "not after the limit of 60 s"
+
     gone(*(worker(tmp_path, 1, host)["pid"] for host in range(3)), limit=1.0)
 
 
@@ -384,6 +386,7 @@ def test_a_supervisor_that_is_killed_and_comes_back(tmp_path):
     heard(runs[1], "host 2 is lost: the connection was closed")
     runs[0] = start(tmp_path, [2], port, plan={"until": 400})[0]
     assert worker(tmp_path, 2, 2)["hosts"] == 3
+
     reached(tmp_path, 5, generation=2)
     for each in runs:
         each.process.terminate()
@@ -415,6 +418,7 @@ def test_a_host_that_hears_of_nobody_else_is_named_itself(tmp_path):
         in result["what"]
     )
     assert result["exit_code"] == 1
+
     for each in runs[1:]:
         each.process.kill()
 
@@ -461,12 +465,14 @@ def test_going_on_with_what_is_left_and_taking_in_who_comes_back(tmp_path):
         None,
         1,
     ]
+
     runs[1] = start(tmp_path, [1], port, plan=plan, rules=rules)[0]
     reached(tmp_path, 75, generation=3)
     assert worker(tmp_path, 3, 2)["hosts"] == 3
     assert "taking in host 1" in runs[0].said()
     assert int(text(tmp_path / "began-3-0")) >= 70, "they saved before they stopped"
     assert status(tmp_path)["restarts"] == 1, "to take in a host is no failure"
+
     runs[0].signal(signal.SIGTERM)
     assert [each.done()[0]["exit_code"] for each in runs] == [130] * 3
 
@@ -494,6 +500,7 @@ def test_the_head_is_killed_and_comes_back(tmp_path):
     assert worker(tmp_path, 2, 1)["hosts"] == 3, (
         "the generations go on where the lost head had them"
     )
+
     reached(tmp_path, 3, generation=2)
     runs[1].signal(signal.SIGTERM)
     assert [each.done()[0]["exit_code"] for each in runs] == [130] * 3
@@ -513,6 +520,7 @@ def test_without_a_head_the_others_end(tmp_path):
         " again" in result["what"]
     )
     assert "look at the network" in result["remedy"]
+
     gone(worker(tmp_path, 1, 1)["pid"], limit=0.1)
 
 
@@ -577,6 +585,7 @@ def test_a_stranger_and_another_run_are_turned_away(tmp_path):
     other = start(tmp_path, [1], port, hosts=2, name="other")[0].done()[0]
     assert "host 1 belongs to another run: 'other' there, 'mine' here" in other["what"]
     assert other["exit_code"] == 2
+
     second = start(tmp_path, [1], port, hosts=2, name="mine", plan={"until": 6})[0]
     assert [each.done()[0] for each in (first, second)] == [FINISHED] * 2
 
@@ -589,10 +598,12 @@ def test_a_second_process_of_a_host_that_runs_is_told_to_come_later(tmp_path):
     time.sleep(1.0)
     assert second.process.is_alive()
     assert status(tmp_path)["generation"] == 1
+
     runs[1].process.kill()
     assert worker(tmp_path, 2, 1)["parent"] == second.process.pid, (
         "once the place is free it is let in"
     )
+
     runs[0].signal(signal.SIGTERM)
     assert [each.done()[0]["exit_code"] for each in (runs[0], second)] == [130] * 2
 
@@ -610,6 +621,7 @@ def test_a_taken_port_is_an_error(tmp_path):
 def test_all_is_well(runs):
     result, out, err, folder = runs("well")
     assert result == FINISHED
+
     told = [worker(folder, 1, host) for host in range(3)]
     assert [(each["hosts"], each["host_id"]) for each in told] == [
         (3, 0),
@@ -623,6 +635,7 @@ def test_all_is_well(runs):
     )
     assert out == "done 12\n"
     assert sorted(err.splitlines()) == ["[host 1] done 12", "[host 2] done 12"]
+
     found = status(folder)
     assert (
         found["state"],
@@ -637,10 +650,12 @@ def test_a_fault_is_named_and_the_run_goes_on(runs, name):
     failure = FAULTS[name]
     result, out, err, folder = runs(name)
     assert result == FINISHED
+
     line = next(line for line in err.splitlines() if line.startswith("hosts: "))
     assert line.startswith(f"hosts: host {failure.host} "), err
     assert failure.told in line, err
     assert "restart 1 of 10" in line, err
+
     source = {
         "hang": "time.sleep(1000)",
         "deaf": "time.sleep(1000)",
@@ -648,10 +663,13 @@ def test_a_fault_is_named_and_the_run_goes_on(runs, name):
     }.get(failure.do)
     assert source is None or ("dummy.py" in err and source in err), err
     assert out.splitlines()[-1] == "done 12"
+
     began = [text(folder / f"began-2-{host}") for host in range(3)]
     assert began == [str(failure.resumed)] * 3, "from the last committed step"
+
     gone(*(worker(folder, 1, each)["pid"] for each in range(3)), limit=0.1)
     assert worker(folder, 1, 0)["coordinator"] != worker(folder, 2, 0)["coordinator"]
+
     (recovery,) = status(folder)["recoveries"]
     assert recovery["host"] == failure.host
     assert recovery["phase"] == failure.phase
@@ -663,6 +681,7 @@ def test_a_fault_is_named_and_the_run_goes_on(runs, name):
         < recovery["seconds_to_stepped"]
         < 15
     )
+
     patience = 6 if source or failure.do == "freeze" else 1
     assert recovery["seconds_to_notice"] < patience
 

@@ -61,12 +61,16 @@ def test_host_0_leaves_one_in_the_run_folder_and_takes_it_away_again(tmp_path):
     assert (folder / "token").stat().st_mode & 0o777 == 0o600
     assert token == head() == host()
     assert len(token) == 64
+
     again = tokens.of_run(by_hand(0), folder, None, {})
     assert again() == token, "host 0 was started again, and the others wait for it"
+
     host.forget()
     assert (folder / "token").exists(), "it is host 0's"
+
     head.forget()
     assert not (folder / "token").exists()
+
     head.forget()
     assert again() != token
 

@@ -86,13 +86,16 @@ def test_two_hosts_train_what_one_does(alone, tmp_path):
         "--json",
     )
     assert done.returncode == 0, done.stderr
+
     run = tmp_path / "run"
     assert read_samples(run) == read_samples(alone)
+
     np.testing.assert_allclose(losses(run), losses(alone), rtol=2e-6)
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["steps"] == 40
     assert summary["compilations"] == 1
     assert summary["status"] == "finished"
+
     events = read_events(run)
     assert [e["kind"] for e in events].count("start") == 1
     assert (run / "report.html").exists()
@@ -120,6 +123,7 @@ def test_the_samples_do_not_depend_on_the_hosts(alone, tmp_path):
         assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert read_samples(run) == read_samples(alone)
+
     np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
     assert [e["devices"] for e in read_events(run) if e["kind"] == "start"] == [
         8,
@@ -193,6 +197,7 @@ def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
         "resume",
         "stop",
     ]
+
     rates = {
         rate
         for e in events
@@ -200,6 +205,7 @@ def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
         for rate in e["records"].get("learning_rate", [])
     }
     assert rates == {np.float32(0.01).item(), np.float32(0.02).item()}
+
     end = (
         events[-1]
         if events[-1]["kind"] == "end"
@@ -223,6 +229,7 @@ def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
         faults=faults,
     )
     assert done.returncode == 130, done.stderr
+
     saved = max(
         int(path.name)
         for path in (tmp_path / "run" / "checkpoints").iterdir()

@@ -63,6 +63,7 @@ def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
     assert verdict.odd({0: waits, 1: stands}) is None
     assert verdict.odd({0: waits, 1: waits, 2: waits}) is None
     assert verdict.odd({0: waits, 1: stands, 2: waits, 3: stands}) is None
+
     inside = (
         "/venv/lib/site-packages/jax/_src/api.py:1 in block_until_ready",
         "a.py:1 in step",
@@ -70,6 +71,7 @@ def test_of_hosts_that_are_level_the_one_that_stands_elsewhere():
     assert verdict.odd({0: inside, 1: waits}) == 1
     assert verdict.odd({0: inside, 1: inside}) is None
     assert verdict.odd({0: inside, 1: waits, 2: stands}) is None
+
     places = {host: Place("save", 8, 8, 70.0, 60.0) for host in range(3)}
     fault = verdict.stuck(places, [0, 1, 2], {0: waits, 1: stands, 2: waits})
     assert fault.host == 1
@@ -108,6 +110,7 @@ def test_the_stack_of_the_main_thread():
         ' b.py", line 3 in inner\n  File "<string>", line 1 in <module>\n'
     )
     assert verdict.frames(text) == ("/x/a b.py:3 in inner", "<string>:1 in <module>")
+
     library = f"{sys.prefix}/lib/python3.11/site-packages/jax/x.py:5 in wait"
     ours = f"{verdict.__file__}:5 in died"
     user = f"{__file__}:7 in f"
@@ -145,6 +148,7 @@ def test_what_repeats_is_told_from_what_does_not():
     ) as caught:
         budget.charge(died(1), None, 0.0)
     assert caught.value.exit_code == 2
+
     other = Budget(10, 1.0)
     for saved in (1, 2, 3, 4):
         other.charge(died(1), saved, 0.0)
@@ -160,13 +164,16 @@ def test_the_limit_of_a_step_follows_the_longest_one():
     limits = Limits({})
     assert limits.of("steps") == rules.UNKNOWN
     assert limits.of("save") == DEFAULTS["save"]
+
     for seconds in (200.0, 0.1, 0.1):
         limits.saw(seconds)
     assert limits.of("steps") == 2000.0
+
     quick = Limits({})
     for _ in range(3):
         quick.saw(0.01)
     assert quick.of("steps") == DEFAULTS["steps"]
+
     given = Limits({"steps": 5.0})
     given.saw(100.0)
     assert given.of("steps") == 5.0
@@ -180,6 +187,7 @@ def options(*arguments):
 
 def test_options():
     assert rules.read(options()) == Rules()
+
     found = rules.read(
         options(
             "--limit",

@@ -62,11 +62,13 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
     )
     assert tool.returncode == 0, tool.stderr
     assert "learning_rate is 0.0003" in tool.stdout, tool.stderr
+
     code, out, _ = control(run, "status", capsys=capsys)
     assert code == 0
     assert "step " in out
     assert " of 10,000,000" in out
     assert "learning_rate  0.0003" in out
+
     code, out, _ = control(run, "save", "--json", capsys=capsys)
     saved = json.loads(out)["step"]
     for arguments, fault, remedy in (
@@ -98,9 +100,11 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
     assert process.wait(timeout=60) == 130
     assert read_events(run)[-1]["status"] == "interrupted"
     assert (run / "checkpoints" / str(saved)).is_dir()
+
     who = {line["who"] for line in read_journal(run) if line["kind"] == "live"}
     assert len(who) == 1
     assert "@" in who.pop()
+
     code, _, err = control(run, "status", capsys=capsys)
     assert code == 2
     assert "the run is not at work" in err
@@ -120,6 +124,7 @@ def test_of_a_killed_run_it_says_so_at_once(launch, tmp_path, capsys):
     assert f"process {process.pid} on " in err
     assert "has gone" in json.loads(out)["error"]
     assert time.monotonic() - began < 5
+
     for place, fault in (
         (tmp_path / "nothing", "no such run folder"),
         (tmp_path, "is not at work"),
@@ -133,6 +138,7 @@ def test_help_says_what_there_is(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
+
     text = capsys.readouterr().out
     assert all(
         word in text
