@@ -1,4 +1,4 @@
-"""`python -m lepton_jax launch | plan | control ...`."""
+"""The command line: `python -m lepton_jax launch | plan | control ...`."""
 
 import sys
 

@@ -1,5 +1,7 @@
-"""A person's mistakes: each is a LeptonError with its place and remedy, exit code 2, no
-traceback, and nothing lost.
+"""A person's mistakes.
+
+Each is a LeptonError with its place and remedy, exit code 2, no traceback, and nothing
+lost.
 """
 
 from __future__ import annotations
@@ -49,18 +51,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def rows(cases: list[Bad]):
     assert len({case.name for case in cases}) == len(cases)
-    return pytest.mark.parametrize(
-        "case",
-        cases,
-        ids=lambda case: case.name,
-    )
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def check(error: BaseException, case: Bad) -> None:
     assert type(error) is case.error, repr(error)
     assert isinstance(error, LeptonError)
     assert case.place in (error.where or "no place"), error
-    assert case.remedy and case.remedy in error.remedy, error
+    assert case.remedy, error
+    assert case.remedy in error.remedy, error
     assert case.what in error.what, error
     assert "Traceback" not in str(error)
 
@@ -70,7 +69,7 @@ def check(error: BaseException, case: Bad) -> None:
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory) -> Path:
-    """A run folder with the committed steps 1, 2 and 3."""
+    """Return a run folder with the committed steps 1, 2 and 3."""
     # --devices would otherwise decide how many there are for the whole session
     jax.devices()
     folder = tmp_path_factory.mktemp("committed")
@@ -83,15 +82,12 @@ def committed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(committed) -> lepton.Trainer:
-    return lepton.Trainer(
-        settings.load(committed.parent / "small.py")(),
-        devices=1,
-    )
+    return lepton.Trainer(settings.load(committed.parent / "small.py")(), devices=1)
 
 
 @pytest.fixture
 def run(committed, tmp_path) -> Path:
-    """A copy of it, for a test to spoil."""
+    """Return a copy of that run folder, for a test to spoil."""
     return shutil.copytree(committed, tmp_path / "run")
 
 
@@ -107,14 +103,7 @@ def restorable(reader: lepton.Trainer, run: Path) -> list[int]:
 
 
 @rows(COMMAND_LINES)
-def test_command_line(
-    case,
-    committed,
-    reader,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
+def test_command_line(case, committed, reader, tmp_path, monkeypatch, capsys):
     launch = cli.launch
     short_of_memory = cli._short_of_memory
     errors = []
@@ -138,8 +127,10 @@ def test_command_line(
     code = cli.main(case.provoke(tmp_path))
     printed = capsys.readouterr().err
     assert code == 2
+
     check(errors[0], case)
-    assert printed.endswith(f"error: {errors[0]}\n") and "Traceback" not in printed
+    assert printed.endswith(f"error: {errors[0]}\n")
+    assert "Traceback" not in printed
     assert case not in RUN_FOLDERS or {1, 2, 3} <= set(
         restorable(reader, tmp_path / "run")
     )
@@ -155,9 +146,7 @@ def test_data_file(case, tmp_path):
 def test_numbers_of_numpy_are_numbers():
     assert (
         trainer(
-            steps=np.int64(2),
-            learning_rate=np.float32(0.5),
-            seed=np.uint8(1),
+            steps=np.int64(2), learning_rate=np.float32(0.5), seed=np.uint8(1)
         ).recipe.seed
         == 1
     )
@@ -166,12 +155,10 @@ def test_numbers_of_numpy_are_numbers():
 def test_an_error_as_json(capsys):
     assert cli.main(["nothing.py", "--json"]) == 2
     summary = json.loads(capsys.readouterr().out)
-    assert (
-        summary["status"] == "failed"
-        and "nothing.py" in summary["error"]
-        and summary["remedy"]
-        and summary["where"]
-    )
+    assert summary["status"] == "failed"
+    assert "nothing.py" in summary["error"]
+    assert summary["remedy"]
+    assert summary["where"]
 
 
 @rows(NOTEBOOKS)
@@ -189,8 +176,15 @@ NAN = (
 def recipe():
     x = np.ones((16, 4))
     x[5, 2] = np.nan
-    return lepton.Recipe(model=lambda rngs: Net(4, rngs), loss=lepton.losses.cross_entropy, optimizer=optax.sgd,
-                         learning_rate=0.1, train=(x, np.zeros(16, int)), batch_size=8, steps=9)
+    return lepton.Recipe(
+        model=lambda rngs: Net(4, rngs),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd,
+        learning_rate=0.1,
+        train=(x, np.zeros(16, int)),
+        batch_size=8,
+        steps=9,
+    )
 """
 )
 PROCESSES = [
@@ -213,17 +207,17 @@ PROCESSES = [
         "platform-unknown",
         given(),
         PlanError,
-        "JAX_PLATFORMS=nope",
-        "JAX_PLATFORMS=cpu",
-        "no devices",
+        place="JAX_PLATFORMS=nope",
+        remedy="JAX_PLATFORMS=cpu",
+        what="no devices",
     ),
     Bad(
         "data-not-finite",
         recipe(NAN),
         DivergedError,
-        "first in 5",
-        "leave out these samples",
-        "is nan",
+        place="first in 5",
+        remedy="leave out these samples",
+        what="is nan",
     ),
 ]
 
@@ -235,8 +229,9 @@ def process(
     platform: str = "cpu",
     module: bool = False,
 ):
-    """tools/launch.py as a process of its own; `limit` is the size in bytes beyond
-    which it can write no file.
+    """Run tools/launch.py as a process of its own.
+
+    `limit` is the size in bytes beyond which it can write no file.
     """
     command = (
         ["-m", "lepton_jax", "launch"]
@@ -268,7 +263,7 @@ def process(
 
 @pytest.fixture(scope="module")
 def finished(committed, tmp_path_factory):
-    """Every case's process, ended, and its folder; two run at a time."""
+    """Return every case's process, ended, and its folder; two run at a time."""
 
     def start(numbered):
         index, case = numbered
@@ -277,10 +272,7 @@ def finished(committed, tmp_path_factory):
         platform = "nope" if case.name == "platform-unknown" else "cpu"
         return (
             process(
-                case.provoke(folder),
-                folder,
-                platform=platform,
-                module=bool(index % 2),
+                case.provoke(folder), folder, platform=platform, module=bool(index % 2)
             ),
             folder,
         )
@@ -300,15 +292,14 @@ def test_process(case, finished, reader):
     done, folder = finished[case.name]
     assert done.returncode == 2, done.stderr
     what, where, remedy = done.stderr[done.stderr.rindex("error: ") :].rsplit("\n  ", 2)
-    assert case.what in what and case.place in where and case.remedy in remedy, (
-        done.stderr
-    )
-    assert (
-        where.startswith("where:")
-        and remedy.startswith("remedy:")
-        and "Traceback" not in done.stderr
-    )
-    assert done.stdout == "" and restorable(reader, folder / "run") == [1, 2, 3]
+    assert case.what in what, done.stderr
+    assert case.place in where, done.stderr
+    assert case.remedy in remedy, done.stderr
+    assert where.startswith("where:")
+    assert remedy.startswith("remedy:")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert restorable(reader, folder / "run") == [1, 2, 3]
 
 
 # ---- checkpoints that are damaged, or can't be written ----
@@ -325,8 +316,10 @@ def damage(step: Path) -> None:
 def test_whichever_file_of_the_latest_step_is_damaged(
     how, committed, reader, tmp_path, capfd
 ):
-    """What is read then is the latest step, if the file holds nothing of it, or the one
-    before; never a mixture.
+    """A run with a damaged file is read as a whole step.
+
+    That is the latest step, if the file holds nothing of it, or the one before; never a
+    mixture.
     """
     expected = {
         step: jax.device_get(reader.load(committed, step).state.params)
@@ -365,14 +358,14 @@ def test_a_damaged_step_is_passed_over_reported_and_saved_anew(run, reader, capf
     damage(run / "checkpoints" / "3")
     assert cli.main(["--resume", str(run), "--devices", "1"]) == 0
     printed = capfd.readouterr().err
-    assert (
-        "checkpoint of step 3 is damaged" in printed
-        and "resumed at step 2" in printed
-        and "Traceback" not in printed
-    )
+    assert "checkpoint of step 3 is damaged" in printed
+    assert "resumed at step 2" in printed
+    assert "Traceback" not in printed
     (event,) = (e for e in read_events(run) if e["kind"] == "damaged")
-    assert event["step"] == 3 and event["reason"]
-    assert restorable(reader, run) == [1, 2, 3] and (run / "set_aside" / "3").is_dir()
+    assert event["step"] == 3
+    assert event["reason"]
+    assert restorable(reader, run) == [1, 2, 3]
+    assert (run / "set_aside" / "3").is_dir()
 
 
 def test_a_step_under_another_name_is_passed_over(run, reader):
@@ -387,20 +380,16 @@ def test_if_all_are_damaged_each_is_listed(run, capfd):
         damage(step)
     assert cli.main(["--resume", str(run), "--devices", "1"]) == 2
     printed = capfd.readouterr().err
-    assert (
-        "none of the 3 checkpoints can be read" in printed
-        and "where:" in printed
-        and "remedy:" in printed
-    )
-    assert (
-        all(f"step {step}: " in printed for step in (1, 2, 3))
-        and "Traceback" not in printed
-    )
+    assert "none of the 3 checkpoints can be read" in printed
+    assert "where:" in printed
+    assert "remedy:" in printed
+    assert all(f"step {step}: " in printed for step in (1, 2, 3))
+    assert "Traceback" not in printed
 
 
 @pytest.fixture(scope="module")
 def wide(committed) -> Path:
-    """A run whose checkpoints take megabytes; steps 1 and 2 are committed."""
+    """Return a run whose checkpoints take megabytes; steps 1 and 2 are committed."""
     folder = committed.parent
     arguments = [
         "--width",
@@ -418,22 +407,20 @@ def wide(committed) -> Path:
 
 def test_a_checkpoint_that_cannot_be_written(wide, tmp_path):
     run = shutil.copytree(wide, tmp_path / "run")
-    done = process(
-        ["--resume", "run", "--steps", "6"],
-        tmp_path,
-        limit=500_000,
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    done = process(["--resume", "run", "--steps", "6"], tmp_path, limit=500_000)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert (
         "error: the checkpoint of step 3 can't be written (step 2 is the last committed"
         " one)" in done.stderr
     )
-    assert "where:" in done.stderr and "remedy: free disk space" in done.stderr
+    assert "where:" in done.stderr
+    assert "remedy: free disk space" in done.stderr
     assert read_events(run)[-1]["status"] == "failed"
     assert cli.main(["--resume", str(run), "--steps", "4", "--devices", "1"]) == 0
+
     wide_reader = lepton.Trainer(
-        settings.load(wide.parent / "small.py")(width=20000),
-        devices=1,
+        settings.load(wide.parent / "small.py")(width=20000), devices=1
     )
     assert restorable(wide_reader, run) == [1, 2, 3, 4]
 
@@ -442,15 +429,7 @@ def test_a_disk_that_is_full(wide, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
-        [
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            "size=3m",
-            "none",
-            disk,
-        ],
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk],
         capture_output=True,
         check=False,
     ).returncode:
@@ -461,11 +440,11 @@ def test_a_disk_that_is_full(wide, tmp_path):
             ["r.py", "--run-dir", "disk/run", "--width", "20000", "--steps", "9"],
             tmp_path,
         )
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
         assert "remedy: free disk space" in done.stderr
         wide_reader = lepton.Trainer(
-            settings.load(wide.parent / "small.py")(width=20000),
-            devices=1,
+            settings.load(wide.parent / "small.py")(width=20000), devices=1
         )
         assert restorable(wide_reader, disk / "run")
     finally:
@@ -474,8 +453,7 @@ def test_a_disk_that_is_full(wide, tmp_path):
 
 def test_a_model_that_cannot_be_saved_leaves_the_older_save(wide, tmp_path):
     model = lepton.Trainer(
-        settings.load(wide.parent / "small.py")(width=20000),
-        devices=1,
+        settings.load(wide.parent / "small.py")(width=20000), devices=1
     ).load(wide)
     saved = model.save(tmp_path / "saved")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -500,12 +478,15 @@ def test_a_journal_that_cannot_be_written(run, reader, tmp_path):
         tmp_path,
         limit=journal.stat().st_size + 5000,
     )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert (
         "error: the journal of the run can't be written: File too large" in done.stderr
     )
-    assert "run/events.jsonl\n" in done.stderr and "another run folder" in done.stderr
-    assert len(restorable(reader, run)) >= 3 and read_events(run)
+    assert "run/events.jsonl\n" in done.stderr
+    assert "another run folder" in done.stderr
+    assert len(restorable(reader, run)) >= 3
+    assert read_events(run)
 
 
 def test_data_that_end_leave_the_steps_before(tmp_path):
@@ -513,7 +494,8 @@ def test_data_that_end_leave_the_steps_before(tmp_path):
     with pytest.raises(DataError, match="ended after 16 samples"):
         trainer(train=data, steps=3, save_every=1, run_dir=tmp_path / "run").fit()
     end = read_events(tmp_path / "run")[-1]
-    assert end["status"] == "failed" and "ended after 16 samples" in end["reason"]
+    assert end["status"] == "failed"
+    assert "ended after 16 samples" in end["reason"]
     assert restorable(trainer(steps_per_call=1), tmp_path / "run") == [1, 2]
 
 
@@ -521,7 +503,7 @@ def test_data_that_end_leave_the_steps_before(tmp_path):
 
 
 def schedule(rate: float):
-    """0.01, and from the fourth step on `rate`."""
+    """Return a schedule: 0.01, and from the fourth step on `rate`."""
     return lambda step: jnp.where(step < 3, 0.01, rate)
 
 
@@ -541,31 +523,28 @@ def diverging(run: Path, rate: float) -> lepton.Trainer:
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(DivergedError, match="parameters that are not finite") as caught:
         diverging(tmp_path / "run", np.inf).fit()
-    assert (
-        caught.value.where == "step 4"
-        and "step 3 is the last committed checkpoint" in caught.value.remedy
-    )
+    assert caught.value.where == "step 4"
+    assert "step 3 is the last committed checkpoint" in caught.value.remedy
     assert read_events(tmp_path / "run")[-1]["status"] == "diverged"
-    mended = diverging(tmp_path / "run", 0.01).resume()
-    assert mended.step == 3 and restorable(mended, tmp_path / "run") == [1, 2, 3]
-    mended.load(tmp_path / "run")
-    assert np.isfinite(mended.fit()["loss"]).all() and mended.step == 8
+    repaired = diverging(tmp_path / "run", 0.01).resume()
+    assert repaired.step == 3
+    assert restorable(repaired, tmp_path / "run") == [1, 2, 3]
+    repaired.load(tmp_path / "run")
+    assert np.isfinite(repaired.fit()["loss"]).all()
+    assert repaired.step == 8
 
 
 def test_a_learning_rate_that_diverges_leaves_the_steps_before(tmp_path):
-    """The update of step 4 overshoots to numbers that are finite still; an earlier step
-    can be named to go on from.
+    """A person can name an earlier step to go on from.
+
+    The update of step 4 overshoots to numbers that are still finite.
     """
     with pytest.raises(DivergedError, match="the loss of step 5 is inf") as caught:
         diverging(tmp_path / "run", 1e30).fit()
     assert "step 4 is the last committed checkpoint" in caught.value.remedy
-    mended = diverging(tmp_path / "run", 0.01).load(
-        tmp_path / "run",
-        step=3,
-    )
-    history = mended.fit()
-    assert (
-        history.first == 3
-        and np.isfinite(history["loss"]).all()
-        and (tmp_path / "run" / "set_aside" / "4").is_dir()
-    )
+
+    repaired = diverging(tmp_path / "run", 0.01).load(tmp_path / "run", step=3)
+    history = repaired.fit()
+    assert history.first == 3
+    assert np.isfinite(history["loss"]).all()
+    assert (tmp_path / "run" / "set_aside" / "4").is_dir()

@@ -1,5 +1,6 @@
-"""Ask a run that is under way for something: python tools/control.py RUN set
-learning_rate=3e-4; see --help.
+"""Put requests to a run that is under way; see --help.
+
+For example: `python tools/control.py RUN set learning_rate=3e-4`.
 """
 
 import sys

@@ -27,7 +27,7 @@ from flax import nnx
 from lepton_jax import Recipe, losses, metrics
 from lepton_jax.data import Source, loader, mix
 from lepton_jax.hosts import phase
-from lepton_jax.launch import watchdog
+from lepton_jax.launch.supervise import watchdog
 
 TOKENS = 64
 LENGTH = 16
@@ -90,7 +90,7 @@ class Agent:
     def __init__(
         self,
         file: Path,
-        told: watchdog.Told,
+        told: watchdog.Assignment,
     ):
         self.file = file
         self.host = told.host_id

@@ -1,6 +1,4 @@
-"""Train a recipe: python tools/launch.py RECIPE.py [--setting value ...]; see
---help.
-"""
+"""Train a recipe: `python tools/launch.py RECIPE.py [--setting value ...]`."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Plan a recipe for hardware that need not be there: python tools/plan.py RECIPE.py
---on v5p:4x4x4; see --help.
+"""Plan a recipe for hardware that need not be there; see --help.
+
+For example: `python tools/plan.py RECIPE.py --on v5p:4x4x4`.
 """
 
 import sys

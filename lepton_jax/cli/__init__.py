@@ -1,4 +1,4 @@
-"""Command lines: `lepton launch | plan | control`.
+"""The command line: `lepton launch | plan | control`.
 
 Each command has a module of its own with a `main(arguments)` that returns the exit
 code. `tools/launch.py`, `tools/plan.py` and `tools/control.py` are doors to the same
@@ -7,6 +7,7 @@ functions.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -17,43 +18,34 @@ COMMANDS = {
     "plan": "show what a step would cost, on hardware that need not be there",
     "control": "ask a run that is under way for something",
 }
+MISTAKE = 2  # exit code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one of the commands; returns its exit code, 2 for a mistake."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    usage = _usage()
-    if not given:
-        print(usage, file=sys.stderr)
-        return 2
-    name, *rest = given
+    """Run one of the commands and return its exit code, 2 for a mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        print(_usage(), file=sys.stderr)
+        return MISTAKE
+
+    name, *rest = words
     if name in ("-h", "--help"):
-        print(usage)
+        print(_usage())
         return 0
     if name not in COMMANDS:
-        print(
-            f"{usage}\n\nerror: no command {name!r}{nearest(name, COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
-    # imported here, as each command brings along what the others don't need
-    if name == "launch":
-        from lepton_jax.cli.launch import main as command
-    elif name == "plan":
-        from lepton_jax.cli.plan import main as command
-    else:
-        from lepton_jax.cli.control import main as command
-    return command(rest)
+        error = f"error: there is no command {name!r}{nearest(name, COMMANDS)}"
+        print(f"{_usage()}\n\n{error}", file=sys.stderr)
+        return MISTAKE
+
+    # imported here, for each command needs packages that the others don't
+    command = importlib.import_module(f"lepton_jax.cli.{name}")
+    return command.main(rest)
 
 
 def _usage() -> str:
-    lines = [f"  {name:<9}{what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: lepton COMMAND ...",
-            "",
-            *lines,
-            "",
-            "lepton COMMAND --help says more.",
-        ]
-    )
+    commands = "\n".join(f"  {name:<9}{text}" for name, text in COMMANDS.items())
+    return f"""usage: lepton COMMAND ...
+
+{commands}
+
+lepton COMMAND --help lists the options of a command."""

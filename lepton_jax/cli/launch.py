@@ -1,5 +1,11 @@
-"""`python tools/launch.py RECIPE.py ...`, which is `python -m lepton_jax launch
-RECIPE.py ...`.
+"""`lepton launch RECIPE.py ...`: train a recipe, here or on many hosts.
+
+`python tools/launch.py` and `python -m lepton_jax launch` are the same. One process
+goes one of three ways:
+
+    --on WHERE                   write or submit a job, see `launch.submit`
+    several hosts, or --restarts watch over a worker process, see `launch.supervise`
+    else, and in each worker     join the other hosts and train, see `launch.joining`
 """
 
 from __future__ import annotations
@@ -12,7 +18,8 @@ import os
 import platform
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +37,32 @@ from lepton_jax.errors import (
     of_another_host,
 )
 from lepton_jax.launch import (
-    cluster,
-    hosts,
-    process,
-    rules,
+    children,
+    discovery,
+    joining,
     serve,
     submit,
-    supervisor,
     surroundings,
     tokens,
-    watchdog,
 )
-from lepton_jax.launch.verdict import LOST_PEER
+from lepton_jax.launch.cluster import Cluster
+from lepton_jax.launch.options import reader
+from lepton_jax.launch.supervise import rules, supervisor, watchdog
+from lepton_jax.launch.supervise.verdict import LOST_PEER
 from lepton_jax.monitor import Progress, TensorBoard
 from lepton_jax.recipe import Recipe
+from lepton_jax.train.history import History
 from lepton_jax.trainer import Trainer
 
-# virtual ones of a CPU take memory and threads; a typing error shall not take all
+# exit codes
+MISTAKE = 2
+INTERRUPTED = 130
+# assumption: virtual devices of a CPU take memory and threads, and a typing error must
+# not take all of them
 MOST_DEVICES = 1024
+LONGEST_REASON = 300  # characters of an error of another host's
+# characters of a digest by which hosts compare the recipe's file
+DIGEST = 12
 DESCRIPTION = (
     "Train a recipe: plan it for the devices that are there, run it, keep what it"
     " leaves in a run folder."
@@ -55,9 +70,11 @@ DESCRIPTION = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for an error of the user's, 1
-    where the hosts of a run could not go on, 130 after Ctrl-C; that of another process
-    which it started and which failed.
+    """Run the command line and return its exit code.
+
+    Returns:
+      0; 2 for an error of the user's; 1 where the hosts of a run could not go on; 130
+      after Ctrl-C; else the exit code of a process that was started and failed.
     """
     with watchdog.leaving():
         return watchdog.leave(_main(sys.argv[1:] if arguments is None else arguments))
@@ -68,51 +85,45 @@ def _main(arguments: list[str]) -> int:
         summary = launch(arguments)
     except (LeptonError, MemoryError, JaxRuntimeError) as problem:
         if of_another_host(problem):
-            print(
-                "another host can no longer be reached:"
-                f" {str(problem).strip().partition(chr(10))[0][:300]}",
-                file=sys.stderr,
-            )
+            reason = _first_line(problem)[:LONGEST_REASON]
+            print(f"another host can no longer be reached: {reason}", file=sys.stderr)
             return LOST_PEER
-        error = (
-            problem if isinstance(problem, LeptonError) else _short_of_memory(problem)
-        )
-        if watchdog.tell(error):
-            return 2
-        print(f"error: {error}", file=sys.stderr)
-        if "--json" in arguments:
-            print(
-                json.dumps(
-                    {
-                        "status": "failed",
-                        "error": error.what,
-                        "where": error.where,
-                        "remedy": error.remedy,
-                    }
-                )
-            )
-        return error.exit_code if isinstance(error, rules.HostsError) else 2
+        if isinstance(problem, LeptonError):
+            return _report_error(problem, arguments)
+        return _report_error(_short_of_memory(problem), arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130 if watchdog.begin() is None else watchdog.EARLY
+        return INTERRUPTED if watchdog.begin() is None else watchdog.EARLY
+
     if summary and "exit_code" in summary:
         return summary["exit_code"]
-    return 130 if summary and summary["status"] == "interrupted" else 0
+    interrupted = summary is not None and summary["status"] == "interrupted"
+    return INTERRUPTED if interrupted else 0
+
+
+def _report_error(error: LeptonError, arguments: list[str]) -> int:
+    """Print an error, or hand it to the supervisor; return the exit code."""
+    if watchdog.tell(error):
+        return MISTAKE
+    print(f"error: {error}", file=sys.stderr)
+    if "--json" in arguments:
+        settings.print_failure(error, status="failed")
+    return error.exit_code if isinstance(error, rules.HostsError) else MISTAKE
 
 
 def _short_of_memory(problem: Exception) -> LeptonError:
-    """Of this machine or of a device; a fault of XLA's other than that is raised
-    again.
+    """Return the error of a machine or a device whose memory does not suffice.
+
+    Raises:
+      JaxRuntimeError: it is another fault of XLA's.
     """
+    # XLA raises one class for all its faults, so that only the text tells them apart
     text = str(problem)
-    if (
-        isinstance(problem, JaxRuntimeError)
-        and "out of memory" not in text.lower()
-        and "RESOURCE_EXHAUSTED" not in text
-    ):
+    out_of_memory = "out of memory" in text.lower() or "RESOURCE_EXHAUSTED" in text
+    if isinstance(problem, JaxRuntimeError) and not out_of_memory:
         raise problem
     return LeptonError(
-        f"the memory does not suffice: {text.strip().partition(chr(10))[0]}",
+        f"the memory does not suffice: {_first_line(problem)}",
         where=f"host {platform.node()}",
         remedy=(
             "lower batch_size, raise micro_batches, or make the model or the data"
@@ -121,124 +132,144 @@ def _short_of_memory(problem: Exception) -> LeptonError:
     )
 
 
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A command line that has been read.
+
+    Args:
+      arguments: as they were typed.
+      options: of the launcher.
+      assignment: of this process by its supervisor; None without one.
+      function: the recipe's.
+      file: of the recipe.
+      given: settings that were typed.
+      chosen: settings of the run: those of `given`, and of the run that goes on.
+      folder: of the run.
+    """
+
+    arguments: list[str]
+    options: argparse.Namespace
+    assignment: watchdog.Assignment | None
+    function: Callable[..., Recipe]
+    file: Path
+    given: dict[str, Any]
+    chosen: dict[str, Any]
+    folder: Path
+
+
 def launch(arguments: list[str]) -> dict[str, Any] | None:
-    """Parse, train, and say where it ended; None if only help was asked for.
+    """Do what a command line says.
+
+    Returns:
+      A summary of the run; None if only help was asked for.
 
     Raises:
-      LeptonError: whatever the user can mend.
+      LeptonError: a mistake that the user can fix.
     """
-    told = watchdog.begin()
+    assignment = watchdog.begin()
     parser = _parser()
-    head, rest = _head(parser, arguments, told)
-    wants_help = bool({"-h", "--help"} & set(rest))
-    if wants_help and head.recipe is None:
+    # The recipe's settings are options only once the recipe has been loaded, and before
+    # that the platform must be known: so the command line is read twice.
+    early = _early_options(parser, arguments, assignment)
+    wants_help = "-h" in arguments or "--help" in arguments
+    if wants_help and early.recipe is None:
         parser.print_help()
         return None
-    run = _resumed(head.resume)
-    file = head.recipe or run.get("file")
-    if file is None:
-        raise SettingError(
-            (
-                "no recipe is named"
-                if head.resume is None
-                else "the run was not started from a recipe file"
-            ),
-            where="command line",
-            remedy="name a recipe file, e.g. recipes/digits_cnn.py",
-        )
-    if head.recipe is None and not Path(file).is_file():
-        raise RecipeError(
-            f"the recipe of the run is gone: there is no file {file}",
-            where=Path(head.resume) / "recipe.json",
-            remedy=f"say where it is now: launch.py RECIPE.py --resume {head.resume}",
-        )
-    place = None if head.status is None else serve.address(head.status)
-    around = None if wants_help or head.on is not None else _around(head, told)
+
+    run = _resumed(early.resume)
+    file = _recipe_file(early, run)
+    place = None if early.status is None else serve.address(early.status)
+    cluster = (
+        None if wants_help or early.on is not None else _cluster(early, assignment)
+    )
     watched = (
-        around is not None
-        and told is None
-        and supervisor.wanted(around, rules.read(head))
+        cluster is not None
+        and assignment is None
+        and supervisor.wanted(cluster, rules.read(early))
     )
     if watched:
         # the chips are the worker's, should the recipe compute when it is imported
         jax.config.update("jax_platforms", "cpu")
-    function = settings.load(Path(file))
+
+    function = settings.load(file)
     parser.description = settings.story(function) or DESCRIPTION
     settings.add(parser, function)
     if wants_help:
         parser.print_help()
         return None
+
+    options, given, chosen = _settings(parser, arguments, function, early, run)
+    folder = _folder(options, file.stem)
+    order = _Order(
+        arguments, options, assignment, function, file, given, chosen, folder
+    )
+    if submit.wanted(options):
+        _check_folder(order)
+        summary = submit.start(options, given, file, folder, arguments)
+        return _print_summary(options, summary)
+    assert cluster is not None
+    return _run(order, cluster, place, watched)
+
+
+def _run(
+    order: _Order,
+    cluster: Cluster,
+    place: tuple[str, int] | None,
+    watched: bool,
+) -> dict[str, Any]:
+    """Do this process's share of the run: watch over a worker, or train.
+
+    Args:
+      order: the command line.
+      cluster: as this process found it.
+      place: name and port to serve the status at; None: nowhere.
+      watched: whether this process starts a worker and watches over it.
+    """
+    if order.assignment is None and cluster.host_id == 0:
+        _check_folder(order)
+    else:
+        place = None  # one server for a run
+    if not watched:
+        return _work(order, cluster, place)
+    with serve.serving(place, order.folder):
+        return _print_summary(order.options, _watch(order, cluster))
+
+
+def _settings(
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    function: Callable[..., Recipe],
+    early: argparse.Namespace,
+    run: dict[str, Any],
+) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any]]:
+    """Return the options, the settings that were typed, and those of the run."""
     names = list(inspect.signature(function).parameters)
     options, given = settings.parse(parser, arguments, names)
-    kept = {k: v for k, v in run.get("settings", {}).items() if k not in given}
-    chosen = _typed(parser, kept, Path(head.resume or "") / "recipe.json") | given
-    options.resume = head.resume
-    options.run_dir = head.run_dir
-    options.go_on = head.go_on
-    folder = _folder(options, Path(file).stem)
-    if submit.wanted(options) or around is None:
-        return _said(
-            options,
-            submit.start(
-                options,
-                given,
-                Path(file),
-                _fresh(options, folder),
-                arguments,
-            ),
-        )
-    if told is None and around.host_id == 0:
-        _fresh(options, folder)
-    place = place if told is None and around.host_id == 0 else None  # one server a run
-    if watched:
-        with serve.serving(place, folder):
-            return _said(
-                options,
-                _watch(
-                    options,
-                    around,
-                    Path(file),
-                    given,
-                    folder,
-                    arguments,
-                ),
-            )
-    if options.go_on:
-        hosts.heed_sigterm(once=told is not None)
-    cluster.join(options.devices)
-    by_a_person = any(word.partition("=")[0] == "--resume" for word in arguments)
-    again = told is not None and told.generation > 1
-    asked = set(given) if by_a_person and not again else set()
+    options.resume = early.resume
+    options.run_dir = early.run_dir
+    options.go_on = early.go_on
 
-    def work() -> dict[str, Any]:
-        recipe = settings.call(function, chosen)
-        return _train(
-            options,
-            recipe,
-            Path(file),
-            chosen,
-            folder,
-            asked,
-        )
-
-    with serve.serving(
-        place,
-        folder,
-        serve.Here(),
-    ):
-        summary = hosts.run(
-            around,
-            work,
-            told=told is not None,
-        )
-    return _said(options, summary) if around.host_id == 0 else summary
+    stored = {
+        name: value
+        for name, value in run.get("settings", {}).items()
+        if name not in given
+    }
+    path = Path(early.resume or "") / "recipe.json"
+    return options, given, _typed(parser, stored, path) | given
 
 
-def _around(options: argparse.Namespace, told: watchdog.Told | None) -> cluster.Cluster:
-    """The cluster of this process; how many take part, and where they meet, a worker
-    learns from its supervisor.
+def _cluster(
+    options: argparse.Namespace, assignment: watchdog.Assignment | None
+) -> Cluster:
+    """Return the cluster of this process.
+
+    A worker learns from its supervisor how many hosts take part, and where they meet.
     """
-    around = cluster.find(
+    cluster = discovery.find(
         os.environ,
         coordinator=options.coordinator,
         hosts=options.hosts,
@@ -246,88 +277,101 @@ def _around(options: argparse.Namespace, told: watchdog.Told | None) -> cluster.
         devices=options.devices,
         metadata=surroundings.metadata_server(os.environ),
     )
-    return (
-        around
-        if told is None
-        else replace(
-            around,
-            hosts=told.hosts,
-            host_id=told.host_id,
-            coordinator=told.coordinator,
-        )
+    if assignment is None:
+        return cluster
+    return replace(
+        cluster,
+        hosts=assignment.hosts,
+        host_id=assignment.host_id,
+        coordinator=assignment.coordinator,
     )
 
 
-def _watch(
-    options: argparse.Namespace,
-    around: cluster.Cluster,
-    file: Path,
-    given: dict[str, Any],
-    folder: Path,
-    arguments: list[str],
-) -> dict[str, Any]:
+# ---- watching over a worker ----
+
+
+def _watch(order: _Order, cluster: Cluster) -> dict[str, Any]:
     """Start this host's share of the run as another process, and watch over it."""
-    if around.host_id == 0 and around.hosts > 1:
-        print(around, file=sys.stderr, flush=True)
+    if cluster.host_id == 0 and cluster.hosts > 1:
+        print(cluster, file=sys.stderr, flush=True)
+    options = order.options
+    digest = hashlib.sha256(order.file.read_bytes()).hexdigest()
+    given = sorted(order.given.items())
+    texts = {name: str(value) for name, value in given}
     facts = {
-        **hosts.facts(),
-        "recipe": hashlib.sha256(file.read_bytes()).hexdigest()[:12],
-        "settings": json.dumps(
-            {name: str(value) for name, value in sorted(given.items())}
-        ),
+        **joining.facts(),
+        "recipe": digest[:DIGEST],
+        "settings": json.dumps(texts),
     }
-    several_here = around.source == "local"  # they can't share chips
-    return supervisor.run(
-        around,
+    name = [options.run_dir or options.resume, os.environ.get("SLURM_JOB_ID")]
+    environment = None
+    if cluster.source == "local":
+        # hosts on one machine can't share its chips
+        environment = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"}
+    watched = supervisor.WatchedRun(
+        cluster,
         rules.read(options),
-        [*process.python(), *arguments],
+        [*children.python(), *order.arguments],
         facts=facts,
-        limit=hosts.time_to_meet(around),
-        run=" ".join(
-            filter(
-                None,
-                [options.run_dir or options.resume, os.environ.get("SLURM_JOB_ID")],
-            )
-        ),
-        folder=folder,
-        environment=(
-            {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"}
-            if several_here
-            else None
-        ),
-        token=_token(options, around),
+        limit=joining.time_to_meet(cluster),
+        name=" ".join(part for part in name if part),
+        folder=order.folder,
+        environment=environment,
     )
+    return supervisor.run(watched, _token(options, cluster))
 
 
-def _token(options: argparse.Namespace, around: cluster.Cluster) -> tokens.Token:
-    """Where this host has the run's token from; a folder that nobody named is not the
-    same on all hosts.
+def _token(options: argparse.Namespace, cluster: Cluster) -> tokens.Token:
+    """Return the source of the run's token.
+
+    A folder that nobody named is not the same on all hosts.
     """
     named = options.run_dir or options.resume
     file = options.token_file
     return tokens.of_run(
-        around,
+        cluster,
         Path(named) if named else None,
         Path(file) if file else None,
     )
 
 
-def _train(
-    options: argparse.Namespace,
-    recipe: Recipe,
-    file: Path,
-    chosen: dict[str, Any],
-    folder: Path,
-    asked: set[str],
+# ---- training ----
+
+
+def _work(
+    order: _Order,
+    cluster: Cluster,
+    place: tuple[str, int] | None,
 ) -> dict[str, Any]:
+    """Join the other hosts, and train."""
+    assignment = order.assignment
+    if order.options.go_on:
+        joining.heed_sigterm(once=assignment is not None)
+    joining.ask_for_devices(order.options.devices)
+
+    def work() -> dict[str, Any]:
+        return _train(order, settings.call(order.function, order.chosen))
+
+    with serve.serving(place, order.folder, serve.Here()):
+        summary = joining.run(cluster, work, supervised=assignment is not None)
+    if cluster.host_id == 0:
+        _print_summary(order.options, summary)
+    return summary
+
+
+def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
+    options = order.options
+    folder = order.folder
     if recipe.name == "run":
-        recipe = recipe.with_(name=file.stem)
+        recipe = recipe.with_(name=order.file.stem)
     plain = {
-        k: str(v.resolve()) if isinstance(v, Path) else v for k, v in chosen.items()
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in order.chosen.items()
     }
     sinks: list[Any] = [Progress()]
     if options.tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))
+
     # so that a restart need not compile again
     keep_executables(folder.resolve() / "cache")
     trainer = Trainer(
@@ -335,7 +379,7 @@ def _train(
         run_dir=folder,
         devices=None if coordination() else options.devices,
         sinks=sinks,
-        source={"file": str(file.resolve()), "settings": plain},
+        source={"file": str(order.file.resolve()), "settings": plain},
         plan=options.plan,
         trace_samples=options.trace_samples,
         local_dir=options.local_dir,
@@ -343,64 +387,87 @@ def _train(
     )
     watchdog.measure(_device_memory)
     if options.resume is not None:
-        trainer.resume(asked=asked)
-    history = trainer.fit()
+        trainer.resume(asked=_asked(order))
+    return _summary(trainer, trainer.fit(), folder)
+
+
+def _summary(trainer: Trainer, history: History, folder: Path) -> dict[str, Any]:
+    rate = history.samples / history.seconds if history.steps else 0.0
     return {
         "run_dir": str(folder),
         "status": history.status,
         "steps": trainer.step,
         "seconds": history.seconds,
-        "samples_per_second": (
-            history.samples / history.seconds if history.steps else 0.0
-        ),
+        "samples_per_second": rate,
         "compilations": history.compilations,
         "metrics": history.metrics,
     }
 
 
+def _asked(order: _Order) -> set[str]:
+    """Return the settings that a person changes by this resume.
+
+    A job that goes on by itself, and a worker that is begun again, change none.
+    """
+    options = [word.partition("=")[0] for word in order.arguments]
+    again = order.assignment is not None and order.assignment.generation > 1
+    if again or "--resume" not in options:
+        return set()
+    return set(order.given)
+
+
 def _device_memory() -> int | None:
-    """Bytes in use on that of this host's devices that has the most; None where the
-    platform does not tell.
+    """Return the bytes in use on that of this host's devices that has the most.
+
+    None where the platform does not tell.
     """
-    told = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
-    return max(
-        (stats.get("bytes_in_use", 0) for stats in told),
-        default=None,
-    )
+    sizes = [
+        stats.get("bytes_in_use", 0)
+        for device in jax.local_devices()
+        if (stats := device.memory_stats())
+    ]
+    return max(sizes, default=None)
 
 
-def _said(options: argparse.Namespace, summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary, printed if it was asked for; of hosts that were started here, host 0
-    has done so if all went well.
+def _print_summary(
+    options: argparse.Namespace, summary: dict[str, Any]
+) -> dict[str, Any]:
+    """Print the summary if it was asked for; return it.
+
+    Where hosts were started here and all went well, host 0 has printed it already.
     """
-    if options.json and (
-        summary.keys() != {"status", "exit_code"} or summary["status"] == "failed"
-    ):
-        try:
-            print(json.dumps(summary), flush=True)
-        except OSError as error:
-            done = (
+    of_workers = summary.keys() == {"status", "exit_code"}
+    if not options.json or (of_workers and summary["status"] != "failed"):
+        return summary
+    try:
+        print(json.dumps(summary), flush=True)
+    except OSError as error:
+        remedy = "it is done nevertheless"
+        if "run_dir" in summary:
+            remedy = (
                 f"the run itself is whole, in {summary['run_dir']}; read its"
                 " events.jsonl"
-                if "run_dir" in summary
-                else "it is done nevertheless"
             )
-            raise LeptonError(
-                f"the summary can't be printed: {error.strerror or error}",
-                where="standard output",
-                remedy=done,
-            ) from error
+        raise LeptonError(
+            f"the summary can't be printed: {error.strerror or error}",
+            where="standard output",
+            remedy=remedy,
+        ) from error
     return summary
 
 
+# ---- the command line ----
+
+
 def _parser() -> settings.Parser:
+    program = settings.program("launch")
     parser = settings.Parser(
-        prog="launch.py",
+        prog=program,
         description=DESCRIPTION,
         add_help=False,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="launch.py RECIPE.py [--setting value ...] [options]",
+        usage=f"{program} RECIPE.py [--setting value ...] [options]",
     )
     parser.add_argument(
         "recipe",
@@ -430,9 +497,19 @@ def _parser() -> settings.Parser:
             "settings are the run's, unless given"
         ),
     )
+    _add_outputs(group)
+    _add_local(group)
+    discovery.add_options(parser.add_argument_group("where the hosts are"))
+    rules.add_options(parser.add_argument_group("when something fails"))
+    submit.add_options(parser.add_argument_group("starting it somewhere else"))
+    return parser
+
+
+def _add_outputs(group: Any) -> None:
+    """Add the options about devices, plan and output to an argparse group."""
     group.add_argument(
         "--devices",
-        type=settings.reader(int),
+        type=reader(int),
         metavar="N",
         help="use N devices; on a CPU, N virtual ones (default: all)",
     )
@@ -469,6 +546,10 @@ def _parser() -> settings.Parser:
             " control/run.json (default: not)"
         ),
     )
+
+
+def _add_local(group: Any) -> None:
+    """Add the options about checkpoints and restarts to an argparse group."""
     group.add_argument(
         "--local-dir",
         metavar="DIR",
@@ -479,7 +560,7 @@ def _parser() -> settings.Parser:
     )
     group.add_argument(
         "--local-every",
-        type=settings.reader(float),
+        type=reader(float),
         metavar="SECONDS",
         default=60.0,
         help="seconds between them (default: 60)",
@@ -492,61 +573,82 @@ def _parser() -> settings.Parser:
             " take SIGTERM for Ctrl-C: for a job that a scheduler ends and starts again"
         ),
     )
-    cluster.options(parser.add_argument_group("where the hosts are"))
-    rules.options(parser.add_argument_group("when something fails"))
-    submit.options(parser.add_argument_group("starting it somewhere else"))
-    return parser
 
 
-def _head(
+def _early_options(
     parser: settings.Parser,
     arguments: list[str],
-    told: watchdog.Told | None,
-) -> tuple[argparse.Namespace, list[str]]:
-    """The options known before the recipe is; the recipe is the argument that no option
-    takes as its value.
+    assignment: watchdog.Assignment | None,
+) -> argparse.Namespace:
+    """Return the options that are known before the recipe's settings are.
+
+    The recipe is the argument that no option takes as its value.
     """
+    early, unknown = parser.parse_known_args(arguments)
     if arguments and not arguments[0].startswith("-"):
-        head, _ = parser.parse_known_args(arguments)
-        head.recipe = arguments[0]
-    else:
-        head, unknown = parser.parse_known_args(arguments)
-        if unknown and head.resume is None:
-            head.recipe = next((a for a in arguments if a.endswith(".py")), None)
-        elif head.recipe is not None and not head.recipe.endswith(".py"):
-            head.recipe = None
-    if head.devices is not None and not 1 <= head.devices <= MOST_DEVICES:
+        early.recipe = arguments[0]
+    elif unknown and early.resume is None:
+        early.recipe = next((word for word in arguments if word.endswith(".py")), None)
+    elif early.recipe is not None and not early.recipe.endswith(".py"):
+        early.recipe = None
+
+    if early.devices is not None and not 1 <= early.devices <= MOST_DEVICES:
         raise SettingError(
-            f"--devices is {head.devices}",
+            f"--devices is {early.devices}",
             where="command line, --devices",
             remedy=f"ask for 1 to {MOST_DEVICES} devices",
         )
-    if told is not None and told.run_dir is not None:
-        head.run_dir = told.run_dir
-        head.go_on = True
-    if head.run_dir == "":
+    if assignment is not None and assignment.run_dir is not None:
+        early.run_dir = assignment.run_dir
+        early.go_on = True
+    if early.run_dir == "":
         raise SettingError(
             "--run-dir is empty",
             where="command line, --run-dir",
             remedy="name a folder, or leave it out",
         )
-    if head.go_on and head.run_dir is None:
+    if early.go_on and early.run_dir is None:
         raise SettingError(
             "--go-on is given without --run-dir",
             where="command line, --go-on",
             remedy="name the folder of the run by --run-dir",
         )
-    if (
-        head.go_on
-        and head.resume is None
-        and os.path.exists(Path(head.run_dir) / "recipe.json")
-    ):
-        head.resume = head.run_dir
-    return head, arguments
+    if early.go_on and early.resume is None and _holds_run(early.run_dir):
+        early.resume = early.run_dir
+    return early
+
+
+def _holds_run(folder: str) -> bool:
+    # unlike Path.exists this takes a path that is too long
+    return os.path.exists(Path(folder) / "recipe.json")
+
+
+def _recipe_file(early: argparse.Namespace, run: dict[str, Any]) -> Path:
+    """Return the recipe's file, named on the command line or by the run to resume."""
+    file = early.recipe or run.get("file")
+    if file is None:
+        what = "no recipe is named"
+        if early.resume is not None:
+            what = "the run was not started from a recipe file"
+        raise SettingError(
+            what,
+            where="command line",
+            remedy="name a recipe file, e.g. recipes/digits_cnn.py",
+        )
+    if early.recipe is None and not Path(file).is_file():
+        raise RecipeError(
+            f"the recipe of the run is gone: there is no file {file}",
+            where=Path(early.resume) / "recipe.json",
+            remedy=f"say where it is now: launch.py RECIPE.py --resume {early.resume}",
+        )
+    return Path(file)
+
+
+# ---- the run folder ----
 
 
 def _resumed(folder: str | None) -> dict[str, Any]:
-    """recipe.json of the run to resume."""
+    """Return recipe.json of the run to resume; empty without one."""
     if folder is None:
         return {}
     path = Path(folder) / "recipe.json"
@@ -582,22 +684,22 @@ def _damaged(path: Path, fault: object) -> CheckpointError:
 
 def _typed(
     parser: argparse.ArgumentParser,
-    kept: dict[str, Any],
+    stored: dict[str, Any],
     path: Path,
 ) -> dict[str, Any]:
-    """Settings as kept in a run's recipe.json, in the types of their options.
+    """Return the settings of a run's recipe.json in the types of their options.
 
     Raises:
       SettingError: the recipe no longer has a setting, or the setting is of another
         type now.
     """
     actions = {
-        a.dest.removeprefix("setting:"): a
-        for a in parser._actions
-        if a.dest.startswith("setting:")
+        action.dest.removeprefix("setting:"): action
+        for action in parser._actions
+        if action.dest.startswith("setting:")
     }
     typed = {}
-    for name, value in kept.items():
+    for name, value in stored.items():
         if name not in actions:
             raise SettingError(
                 f"the run was started with {name}={value!r}, a setting that the recipe"
@@ -621,38 +723,38 @@ def _typed(
 
 
 def _folder(options: argparse.Namespace, name: str) -> Path:
-    if options.resume is not None:
-        if (
-            options.run_dir is not None
-            and Path(options.run_dir).resolve() != Path(options.resume).resolve()
-        ):
-            raise SettingError(
-                "--run-dir and --resume name different folders",
-                where="command line",
-                remedy="a resumed run goes on in its own folder: leave out --run-dir",
-            )
-        return Path(options.resume)
-    return Path(
-        options.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    """Return the folder of the run."""
+    if options.resume is None:
+        usual = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return Path(options.run_dir or usual)
+
+    resumed = Path(options.resume)
+    named = resumed if options.run_dir is None else Path(options.run_dir)
+    if named.resolve() != resumed.resolve():
+        raise SettingError(
+            "--run-dir and --resume name different folders",
+            where="command line",
+            remedy="a resumed run goes on in its own folder: leave out --run-dir",
+        )
+    return resumed
 
 
-def _fresh(options: argparse.Namespace, folder: Path) -> Path:
-    """The folder, if the run may be there."""
-    if options.resume is not None:
-        return folder
+def _check_folder(order: _Order) -> None:
+    """Raise SettingError if the run may not be in its folder."""
+    folder = order.folder
+    if order.options.resume is not None:
+        return
     # unlike Path.exists this takes a path that is too long
     if os.path.exists(folder) and not folder.is_dir():
         raise SettingError(
             "the run folder is a file", where=folder, remedy="name another folder"
         )
-    if not options.go_on and any(
-        os.path.exists(folder / name)
-        for name in ("recipe.json", "checkpoints", "events.jsonl")
-    ):
+    traces = ("recipe.json", "checkpoints", "events.jsonl")
+    if order.options.go_on:
+        return
+    if any(os.path.exists(folder / name) for name in traces):
         raise SettingError(
             "the folder already holds a run",
             where=folder,
             remedy=f"go on with it by --resume {folder}, or name another folder",
         )
-    return folder

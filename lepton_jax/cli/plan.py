@@ -25,7 +25,7 @@ from lepton_jax.cli import settings
 from lepton_jax.data import from_any, sample
 from lepton_jax.errors import LeptonError, PlanError, SettingError
 from lepton_jax.hardware import Chip, Topology, here, read_chips, topology
-from lepton_jax.launch import cluster
+from lepton_jax.launch.joining import ask_for_devices
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.planner.patience import LIMIT_SECONDS
 from lepton_jax.planner.program.remat import POLICIES
@@ -127,12 +127,15 @@ def look(arguments: list[str]) -> int:
 
 def _parser(micro_batches: bool) -> settings.Parser:
     parser = settings.Parser(
-        prog="plan.py",
+        prog=settings.program("plan"),
         description=DESCRIPTION,
         add_help=False,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="plan.py RECIPE.py [--on TOPOLOGY,...] [--setting value ...] [options]",
+        usage=(
+            f"{settings.program('plan')} RECIPE.py [--on TOPOLOGY,...]"
+            " [--setting value ...] [options]"
+        ),
     )
     parser.add_argument(
         "recipe",
@@ -409,7 +412,7 @@ def _platform(options: argparse.Namespace, targets: Sequence[Topology]) -> None:
     if not getattr(jax.config, "jax_platforms", None):
         jax.config.update("jax_platforms", "cpu")
     if compiles:
-        cluster.join(
+        ask_for_devices(
             max(
                 (t.devices for t in targets if t.platform == "cpu"),
                 default=None,

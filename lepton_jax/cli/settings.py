@@ -1,10 +1,16 @@
-"""A recipe's signature as a command line."""
+"""A recipe's signature as a command line.
+
+The keyword arguments of the function `recipe` are its settings, their annotations the
+types, their defaults the defaults, and the section `Args:` of the docstring the help:
+`def recipe(width: int = 32)` becomes `--width INT`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import types
@@ -12,19 +18,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from lepton_jax.errors import RecipeError, SettingError, nearest, pointing_at_user
+from lepton_jax.errors import (
+    LeptonError,
+    RecipeError,
+    SettingError,
+    nearest,
+    pointing_at_user,
+)
+from lepton_jax.launch.options import reader
 from lepton_jax.recipe import Recipe
 
 ARGS = re.compile(r"\n\s*Args:\s*\n(.*?)(?:\n\s*\n|\Z)", re.DOTALL)
 
 
+# ---- the recipe ----
+
+
 def load(path: Path) -> Callable[..., Recipe]:
-    """The function `recipe` of a recipe file.
+    """Return the function `recipe` of a recipe file.
 
     Raises:
-      RecipeError: no such file, it does not import, or has no function `recipe` of
-        keyword settings.
+      RecipeError: there is no such file, it does not import, or it has no function
+        `recipe` of keyword settings.
     """
+    module = _module(path)
+    function = getattr(module, "recipe", None)
+    if function is None:
+        members = vars(module).items()
+        names = [name for name, value in members if inspect.isfunction(value)]
+        hint = nearest("recipe", names)
+        raise _no_recipe(path, f"the file has no function `recipe`{hint}")
+    if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
+        raise _no_recipe(path, f"`recipe` is {function!r}, not a plain function")
+    for parameter in inspect.signature(function).parameters.values():
+        _check_setting(parameter, function)
+    return function
+
+
+def _module(path: Path) -> types.ModuleType:
+    """Import a recipe file."""
     if not path.is_file():
         siblings = (
             [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
@@ -45,57 +77,49 @@ def load(path: Path) -> Callable[..., Recipe]:
     # dataclasses and pickling of classes defined in the file look it up there
     sys.modules[spec.name] = module
     with pointing_at_user(
-        f"importing {path.name}", "mend the recipe file", where=path, kind=RecipeError
+        f"importing {path.name}", "fix the recipe file", where=path, kind=RecipeError
     ):
         spec.loader.exec_module(module)
-    function = getattr(module, "recipe", None)
-    if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
-        functions = [
-            name for name, value in vars(module).items() if inspect.isfunction(value)
-        ]
-        fault = (
-            f"the file has no function `recipe`{nearest('recipe', functions)}"
-            if function is None
-            else f"`recipe` is {function!r}, not a plain function"
-        )
-        raise RecipeError(
-            fault,
-            where=path,
-            remedy="write `def recipe(setting: type = default, ...) -> Recipe:` in it",
-        )
-    for name, parameter in inspect.signature(function).parameters.items():
-        fault = (
-            "has no name of its own"
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            else (
-                "can't be given by name"
-                if parameter.kind is parameter.POSITIONAL_ONLY
-                else "has no default"
-                if parameter.default is parameter.empty
-                else ""
-            )
-        )
-        if fault:
-            raise RecipeError(
-                f"the setting `{str(parameter).partition(':')[0]}` {fault}",
-                where=place(function),
-                remedy=(
-                    "give every setting of the recipe a name, a type and a default:"
-                    f" {name}: int = 1"
-                ),
-            )
-    return function
+    return module
+
+
+def _no_recipe(path: Path, fault: str) -> RecipeError:
+    return RecipeError(
+        fault,
+        where=path,
+        remedy="write `def recipe(setting: type = default, ...) -> Recipe:` in it",
+    )
+
+
+def _check_setting(parameter: inspect.Parameter, function: Callable) -> None:
+    """Raise RecipeError if a command line can't give a value to the parameter."""
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        fault = "has no name of its own"
+    elif parameter.kind is parameter.POSITIONAL_ONLY:
+        fault = "can't be given by name"
+    elif parameter.default is parameter.empty:
+        fault = "has no default"
+    else:
+        return
+    raise RecipeError(
+        f"the setting `{str(parameter).partition(':')[0]}` {fault}",
+        where=place(function),
+        remedy=(
+            "give every setting of the recipe a name, a type and a default:"
+            f" {parameter.name}: int = 1"
+        ),
+    )
 
 
 def call(function: Callable[..., Recipe], settings: dict[str, Any]) -> Recipe:
-    """The recipe for these settings.
+    """Return the recipe for these settings.
 
     Raises:
-      LeptonError: what the recipe raises, or its own error at its own line.
+      LeptonError: the recipe raised it, or failed with an error at its own line.
     """
     with pointing_at_user(
         "the recipe",
-        "mend the recipe or its settings",
+        "fix the recipe or its settings",
         where=place(function),
         kind=RecipeError,
     ):
@@ -110,18 +134,40 @@ def call(function: Callable[..., Recipe], settings: dict[str, Any]) -> Recipe:
 
 
 def place(function: Callable) -> str:
-    """File and line of a function."""
+    """Return "file:line" of a function."""
     return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
 
 
 def story(function: Callable) -> str:
-    """The docstring without its `Args:` section."""
+    """Return the docstring without its `Args:` section."""
     return ARGS.sub("", inspect.getdoc(function) or "").strip()
 
 
+def descriptions(function: Callable) -> dict[str, str]:
+    """Return the text for each setting in the docstring's `Args:` section."""
+    section = ARGS.search(inspect.getdoc(function) or "")
+    if section is None:
+        return {}
+
+    texts: dict[str, str] = {}
+    name = None
+    for line in section[1].splitlines():
+        match = re.match(r"\s*(\w+): (.*)", line)
+        if match:
+            name = match[1]
+            texts[name] = match[2].strip()
+        elif name:
+            texts[name] += " " + line.strip()
+    return texts
+
+
+# ---- its command line ----
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are SettingErrors, and to which --batch_size
-    is --batch-size.
+    """An argparse parser that raises SettingErrors.
+
+    It takes --batch_size as --batch-size.
     """
 
     def parse_known_args(
@@ -129,12 +175,15 @@ class Parser(argparse.ArgumentParser):
         args: Any = None,
         namespace: Any = None,
     ) -> Any:
-        hyphens = lambda match: match[0].replace("_", "-")
-        return super().parse_known_args(
-            [re.sub(r"^--[^=]*", hyphens, arg) for arg in args or ()], namespace
-        )
+        """Parse what is known, with hyphens for underscores in names of options."""
+        words = [re.sub(r"^--[^=]*", _hyphenated, word) for word in args or ()]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Raise argparse's complaint as a SettingError.
+
+        argparse gives nothing but a text, so that the text tells what is wrong.
+        """
         match = re.fullmatch(r"argument (--[\w-]+)\S*: (.*)", message, re.DOTALL)
         if not match:
             raise SettingError(
@@ -154,9 +203,26 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def _hyphenated(match: re.Match) -> str:
+    return match[0].replace("_", "-")
+
+
+def program(command: str) -> str:
+    """Return the words by which a person has started a command.
+
+    They are `lepton launch`, `python -m lepton_jax launch` or, for tools/launch.py and
+    where nothing is known, `launch.py`.
+    """
+    script = Path(sys.argv[0])
+    if script.name == "lepton":
+        return f"lepton {command}"
+    if script.parts[-2:] == ("lepton_jax", "__main__.py"):
+        return f"python -m lepton_jax {command}"
+    return f"{command}.py"
+
+
 def add(parser: argparse.ArgumentParser, function: Callable[..., Recipe]) -> None:
-    """Add an option for each of the recipe's settings, by its annotation, default and
-    docstring.
+    """Add an option to a parser for each setting of a recipe.
 
     Raises:
       RecipeError: an annotation that no command line can express, or a name that the
@@ -170,95 +236,50 @@ def add(parser: argparse.ArgumentParser, function: Callable[..., Recipe]) -> Non
         kind=RecipeError,
     ):
         hints = get_type_hints(function)
-    group = parser.add_argument_group(
-        f"settings of {Path(function.__code__.co_filename).name}"
-    )
-    described = descriptions(function)
+
+    recipe_name = Path(function.__code__.co_filename).name
+    group = parser.add_argument_group(f"settings of {recipe_name}")
+    texts = descriptions(function)
     for name, parameter in inspect.signature(function).parameters.items():
-        flag = f"--{name.replace('_', '-')}"
-        kind, optional, choices = _kind(
-            hints.get(name, type(parameter.default)),
-            name,
-            file,
-        )
-        negated = [f"--no-{flag.removeprefix('--')}"] if kind is bool else []
-        taken = [
-            each for each in [flag, *negated] if each in parser._option_string_actions
-        ]
-        if taken:
-            raise RecipeError(
-                f"the setting {name!r} would be {taken[0]}, which is an option already",
-                where=file,
-                remedy="give the setting another name",
-            )
-        text = (
-            (described.get(name, "") + f" (default: {parameter.default})")
-            .strip()
-            .replace("%", "%%")
-        )
+        default = parameter.default
+        hint = hints.get(name, type(default))
+        kind, optional, choices = _kind(hint, name, file)
+        _check_free(parser, name, kind, file)
+
+        text = f"{texts.get(name, '')} (default: {default})".strip()
         options: dict[str, Any] = {
             "dest": f"setting:{name}",
             "default": argparse.SUPPRESS,
-            "help": text,
+            "help": text.replace("%", "%%"),
         }
         if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            group.add_argument(
-                flag,
-                type=reader(kind, optional, choices),
-                metavar=(choices and "{" + ",".join(map(str, choices)) + "}")
-                or kind.__name__.upper(),
-                **options,
+            options["type"] = reader(kind, optional, choices)
+            options["metavar"] = kind.__name__.upper()
+            if choices:
+                options["metavar"] = "{" + ",".join(map(str, choices)) + "}"
+        group.add_argument(_flag(name), **options)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_free(
+    parser: argparse.ArgumentParser, name: str, kind: type, file: str
+) -> None:
+    """Raise RecipeError if the launcher has an option of this name already."""
+    flags = [_flag(name)]
+    if kind is bool:
+        flags.append(f"--no-{_flag(name).removeprefix('--')}")
+    for flag in flags:
+        if flag in parser._option_string_actions:
+            raise RecipeError(
+                f"the setting {name!r} would be {flag}, which is an option already",
+                where=file,
+                remedy="give the setting another name",
             )
-
-
-def parse(
-    parser: argparse.ArgumentParser,
-    arguments: list[str],
-    names: list[str],
-) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The launcher's options, and the settings that were given.
-
-    Raises:
-      SettingError: an unknown option, with the nearest known; an ill-typed value.
-    """
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        known = [
-            flag for flag in parser._option_string_actions if flag.startswith("--")
-        ]
-        name = unknown[0].partition("=")[0]
-        raise SettingError(
-            f"{name!r} is not known{nearest(name, known)}",
-            where="command line",
-            remedy=(
-                "the settings are"
-                f" {', '.join('--' + n.replace('_', '-') for n in names) or 'none'};"
-                f" see {parser.prog} --help"
-            ),
-        )
-    settings = {
-        k.removeprefix("setting:"): v
-        for k, v in vars(options).items()
-        if k.startswith("setting:")
-    }
-    return options, settings
-
-
-def descriptions(function: Callable) -> dict[str, str]:
-    """Setting to its text, from the docstring's `Args:` section."""
-    section = ARGS.search(inspect.getdoc(function) or "")
-    found = {}
-    name = None
-    for line in section[1].splitlines() if section else []:
-        match = re.match(r"\s*(\w+): (.*)", line)
-        if match:
-            name = match[1]
-            found[name] = match[2].strip()
-        elif name:
-            found[name] += " " + line.strip()
-    return found
 
 
 def _kind(
@@ -266,64 +287,78 @@ def _kind(
     name: str,
     file: Any,
 ) -> tuple[type, bool, tuple | None]:
+    """Return the type of a setting, whether it may be None, and its choices."""
     optional = False
     if get_origin(hint) in (Union, types.UnionType):
-        inner = [a for a in get_args(hint) if a is not type(None)]
+        inner = [kind for kind in get_args(hint) if kind is not type(None)]
         optional = len(inner) < len(get_args(hint))
         hint = inner[0] if len(inner) == 1 else hint
+
     choices = get_args(hint) if get_origin(hint) is Literal else None
     kind = type(choices[0]) if choices else hint
-    if kind not in (int, float, str, bool, Path):
-        fault = (
-            "has no annotation"
-            if hint is type(None)
-            else f"is annotated {hint!r}, which a command line can't express"
-        )
-        raise RecipeError(
-            f"the setting {name!r} {fault}",
-            where=file,
-            remedy=(
-                "annotate it as int, float, str, bool, Path, a Literal, or one of these"
-                " | None"
-            ),
-        )
-    return kind, optional, choices
+    if kind in (int, float, str, bool, Path):
+        return kind, optional, choices
+
+    fault = f"is annotated {hint!r}, which a command line can't express"
+    if hint is type(None):
+        fault = "has no annotation"
+    raise RecipeError(
+        f"the setting {name!r} {fault}",
+        where=file,
+        remedy=(
+            "annotate it as int, float, str, bool, Path, a Literal, or one of these"
+            " | None"
+        ),
+    )
 
 
-def reader(
-    kind: type,
-    optional: bool = False,
-    choices: tuple | None = None,
-) -> Callable[[str], Any]:
-    """A setting's text to its value; argparse.ArgumentTypeError says what is wrong with
-    the text.
+def parse(
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    names: list[str],
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the launcher's options, and the settings that were given.
+
+    Args:
+      parser: with options for all settings, see `add`.
+      arguments: of the command line.
+      names: of all settings.
+
+    Raises:
+      SettingError: an unknown option, with the nearest known; an ill-typed value.
     """
-
-    def read(text: str) -> Any:
-        if optional and text.lower() == "none":
-            return None
-        for choice in choices or ():
-            if text == str(choice):
-                return choice
-        try:
-            value = kind(text)
-        except ValueError:
-            article = {int: "a whole number", float: "a number"}.get(
-                kind, kind.__name__
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is not {article}") from None
-        if choices and value not in choices:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not one of {', '.join(map(str, choices))}"
-                f"{nearest(text, map(str, choices))}"
-            )
-        return value
-
-    return read
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag for flag in parser._option_string_actions if flag[:2] == "--"]
+        name = unknown[0].partition("=")[0]
+        settings = ", ".join(_flag(name) for name in names)
+        raise SettingError(
+            f"{name!r} is not known{nearest(name, flags)}",
+            where="command line",
+            remedy=(f"the settings are {settings or 'none'}; see {parser.prog} --help"),
+        )
+    prefix = "setting:"
+    given = {
+        key.removeprefix(prefix): value
+        for key, value in vars(options).items()
+        if key.startswith(prefix)
+    }
+    return options, given
 
 
 def yes_or_no(text: str) -> bool:
-    """The bool that JSON kept."""
+    """Return the bool that JSON has kept as a text."""
     if text not in ("True", "False"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text == "True"
+
+
+def print_failure(error: LeptonError, **status: Any) -> None:
+    """Print an error as one JSON object, for --json.
+
+    Args:
+      error: the error.
+      status: fields that say that the command has failed; they come first.
+    """
+    fields = {"error": error.what, "where": error.where, "remedy": error.remedy}
+    print(json.dumps(status | fields))

@@ -1,1 +1,1 @@
-"""What a process knows of the other hosts of its run, and what they agree on."""
+"""Knowledge of a process about the other hosts of its run, and their agreements."""

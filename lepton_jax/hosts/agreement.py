@@ -1,8 +1,30 @@
-"""What the hosts of a run must do alike: one of them says it, the others hear it.
+"""Decisions that the hosts of a run must make alike: one host speaks, the others hear.
 
-A host is a process. What is said goes through the key-value store of `jax.distributed`,
-not through the devices: it neither waits for a step nor has to be in one. All hosts
-call these functions in the same order. On a single host they cost nothing.
+A host is a process. The words go through the key-value store of `jax.distributed`, not
+through the devices: an agreement neither waits for a step nor has to be in one. All
+hosts call these functions in the same order, which numbers the messages. On a single
+host they cost nothing.
+
+Example, for two hosts that begin a run with the third call of `first` or `every`:
+
+    host 0                                       host 1
+    first(lambda: 7)                             first(lambda: 8)
+      sets "lepton/3" to {"said": 7}               waits for "lepton/3"
+      returns 7                                    returns 7, without calling its lambda
+
+A *beat* is such a moment within training. Only host 0 knows the time and a person's
+requests, so at steps that it has named one beat ahead it says whether to save or to
+stop (`Beat`). If it has seen 40 steps a second, it names a step 10 steps ahead, so that
+a beat comes about four times a second:
+
+    step   90: host 0 says {"stop": False, "next": 100}; both hosts train on
+    step   91 to 99: neither hears from the other but through the devices
+    step  100: host 0, which had SIGTERM at step 93, says {"stop": True, "next": 110};
+               both save after step 100
+
+If a host fails, the others wait for it in the phase "agreement" until their supervisors
+end them (see `launch/supervise/head.py`); the next generation begins with fresh
+processes and a fresh store.
 """
 
 from __future__ import annotations
@@ -10,7 +32,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,26 +42,32 @@ from lepton_jax.compat import coordination
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.hosts import phase
 
-# seconds to wait for what another host has to say; who watches the run is sooner
+# assumption: seconds to wait for another host's word; supervisors notice sooner
 PATIENCE = 1800.0
 POLL = 0.02  # seconds between two looks at a barrier
 BEAT = 0.25  # seconds between two beats, about
+MOST_STEPS = 1000  # between two beats
+LEAST_SECONDS = 1e-6  # that have passed, where a rate is taken
 KEPT = 256  # messages that are still there when a slow host comes to read them
+SHOWN = 200  # characters of a line in an error
 _said = 0
 
 
 def hosts() -> int:
-    """How many there are."""
+    """Return the number of hosts."""
     return jax.process_count()
 
 
 def host() -> int:
-    """Which one this is, from 0."""
+    """Return this host's number, from 0."""
     return jax.process_index()
 
 
 def first(say: Callable[[], Any]) -> Any:
-    """What host 0's `say()` returns, in plain data; the others don't call theirs.
+    """Return host 0's `say()` on every host; the others don't call theirs.
+
+    Args:
+      say: returns plain data.
 
     Raises:
       LeptonError: the one that host 0's `say` raised, on every host.
@@ -49,6 +77,7 @@ def first(say: Callable[[], Any]) -> Any:
     key = _key()
     if host():
         return _opened(_heard(key))
+
     answer, fault = _tried(say)
     _client().key_value_set(key, json.dumps(answer))
     if _said > KEPT:
@@ -59,7 +88,10 @@ def first(say: Callable[[], Any]) -> Any:
 
 
 def every(say: Callable[[], Any]) -> list[Any]:
-    """What each host's `say()` returns, in plain data, by host.
+    """Return each host's `say()`, by host.
+
+    Args:
+      say: returns plain data.
 
     Raises:
       LeptonError: the one that the first such host's `say` raised, on every host.
@@ -69,47 +101,45 @@ def every(say: Callable[[], Any]) -> list[Any]:
     key = _key()
     answer, fault = _tried(say)
     _client().key_value_set(f"{key}/{host()}", json.dumps(answer))
-    answers = [_heard(f"{key}/{i}") for i in range(hosts())]
-    if fault is not None and all("fault" not in answers[i] for i in range(host())):
-        raise fault
+    answers = [_heard(f"{key}/{number}") for number in range(hosts())]
+    earlier = answers[: host()]
+    if fault is not None and all("fault" not in answer for answer in earlier):
+        raise fault  # this host's own error keeps its cause
     return [_opened(answer) for answer in answers]
 
 
+# ---- facts that must be the same ----
+
+
 def same(facts: Mapping[str, str]) -> None:
-    """Compare what must not differ between the hosts: texts, by what they are.
+    """Compare texts that must not differ between the hosts, by name.
+
+    The hosts exchange checksums, and only the line that differs.
 
     Raises:
-      SettingError: on every host: which one differs from host 0 in what, with the first
-        line that does.
+      SettingError: on every host: which host differs from host 0 in what, with the
+        first line that does.
     """
     if hosts() == 1:
         return
-    sums = every(
-        lambda: {name: zlib.crc32(text.encode()) for name, text in facts.items()}
-    )
-    differing = [
-        (i, name)
-        for i, found in enumerate(sums)
-        for name in facts
-        if found.get(name) != sums[0].get(name)
-    ]
-    if not differing:
+    own_sums = {name: _checksum(text) for name, text in facts.items()}
+    sums = every(lambda: own_sums)
+    differing = _first_difference(sums, list(facts))
+    if differing is None:
         return
-    other, name = differing[0]
+
+    other, name = differing
     lines = facts[name].splitlines()
-    marks = [zlib.crc32(line.encode()) for line in lines]
-    theirs = every(lambda: marks if host() in (0, other) else None)
-    number = next(
-        (
-            i
-            for i, (a, b) in enumerate(zip(theirs[0], theirs[other], strict=False))
-            if a != b
-        ),
-        min(len(theirs[0]), len(theirs[other])),
-    )
-    shown = every(
-        lambda: lines[number].strip()[:200] if number < len(lines) else "nothing"
-    )
+    marks = None
+    if host() in (0, other):
+        marks = [_checksum(line) for line in lines]
+    all_marks = every(lambda: marks)
+
+    number = _unequal(all_marks[0], all_marks[other])
+    own_line = "nothing"
+    if number < len(lines):
+        own_line = lines[number].strip()[:SHOWN]
+    shown = every(lambda: own_line)
     raise SettingError(
         f"host {other} differs from host 0 in {name}, first in line {number + 1}:"
         f" {shown[other]} there, {shown[0]} on host 0",
@@ -118,9 +148,37 @@ def same(facts: Mapping[str, str]) -> None:
     )
 
 
+def _checksum(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+def _first_difference(
+    sums: Sequence[Mapping[str, int]], names: Sequence[str]
+) -> tuple[int, str] | None:
+    """Return the first host that differs from host 0, and in what."""
+    for number, its in enumerate(sums):
+        for name in names:
+            if its.get(name) != sums[0].get(name):
+                return number, name
+    return None
+
+
+def _unequal(marks: Sequence[int], others: Sequence[int]) -> int:
+    """Return the first position at which two lists differ."""
+    shorter = min(len(marks), len(others))
+    for position in range(shorter):
+        if marks[position] != others[position]:
+            return position
+    return shorter
+
+
+# ---- wishes and barriers ----
+
+
 def wish(name: str, why: str = "") -> None:
-    """Say that this host wants something, at any time and from any thread; see
-    `wished`.
+    """Say that this host wants something, at any time and from any thread.
+
+    See `wished`.
     """
     if hosts() > 1:
         _client().key_value_set(
@@ -129,13 +187,15 @@ def wish(name: str, why: str = "") -> None:
 
 
 def wished(name: str) -> dict[int, str]:
-    """Which hosts have said that they want this, and why."""
+    """Return the hosts that have said that they want this, and why."""
     if hosts() == 1:
         return {}
-    return {
-        int(key.rpartition("/")[2]): why
-        for key, why in _client().key_value_dir_get(f"lepton-wish/{name}/")
-    }
+    wishes = _client().key_value_dir_get(f"lepton-wish/{name}/")
+    reasons = {}
+    for key, why in wishes:
+        _, _, number = key.rpartition("/")
+        reasons[int(number)] = why
+    return reasons
 
 
 def barrier(
@@ -143,9 +203,14 @@ def barrier(
     seconds: float,
     given_up: str,
 ) -> None:
-    """Return when all hosts have called this with the same key, from whatever thread.
+    """Return when all hosts have called this with the same key, from any thread.
 
-    `wait_at_barrier` of the key-value store can't be told that somebody will not come.
+    `wait_at_barrier` of the key-value store can't be told that a host will not come.
+
+    Args:
+      key: name of the barrier, which may be used in several rounds.
+      seconds: to wait.
+      given_up: name of the wish by which a host says that it will not come.
 
     Raises:
       TimeoutError: some did not come in time.
@@ -153,14 +218,15 @@ def barrier(
     """
     until = time.monotonic() + seconds
     count = _client().key_value_increment(f"lepton-barrier/{key}", 1)
-    all_here = -(-count // hosts()) * hosts()  # the key may be another round's
+    rounds = -(-count // hosts())
+    all_here = rounds * hosts()
     while count < all_here:
         if gone := wished(given_up):
             other, why = next(iter(gone.items()))
             raise LeptonError(
                 f"host {other}: {why}",
                 where=f"host {other}",
-                remedy="mend that, and start again",
+                remedy="fix that, and start again",
             )
         if time.monotonic() > until:
             raise TimeoutError(
@@ -172,8 +238,12 @@ def barrier(
 
 
 class Beat:
-    """The moments at which all hosts hear from host 0: at steps that it chooses one
-    beat ahead, about four a second.
+    """Moments at which all hosts hear from host 0, about four a second.
+
+    They fall on steps that host 0 chooses one beat ahead.
+
+    Attributes:
+      next: step of the next beat.
     """
 
     def __init__(self) -> None:
@@ -182,7 +252,7 @@ class Beat:
         self._time = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether one falls on this step; on a single host, on each."""
+        """Whether a beat falls on this step; on a single host, on each."""
         return hosts() == 1 or step >= self.next
 
     def hear(
@@ -190,26 +260,38 @@ class Beat:
         step: int,
         say: Callable[[], dict[str, Any]],
     ) -> dict[str, Any]:
-        """What host 0 says at this step."""
+        """Return host 0's `say()` at this step."""
         if hosts() == 1:
             return say()
-        heard = first(lambda: {**say(), "next": step + self._steps_ahead(step)})
-        self.next = heard.pop("next")
-        return heard
+
+        def say_and_name_next() -> dict[str, Any]:
+            words = say()
+            return {**words, "next": step + self._steps_ahead(step)}
+
+        words = first(say_and_name_next)
+        self.next = words.pop("next")
+        return words
 
     def again(self, step: int) -> None:
-        """The run has gone back to a step: the next beat is there."""
-        self.next = self._step = step
+        """Put the next beat at a step to which the run has gone back."""
+        self.next = step
+        self._step = step
 
     def _steps_ahead(self, step: int) -> int:
         now = time.monotonic()
-        rate = max(0, step - self._step) / max(now - self._time, 1e-6)
+        steps = max(0, step - self._step)
+        rate = steps / max(now - self._time, LEAST_SECONDS)
         self._step = step
         self._time = now
-        return min(1000, max(1, round(rate * BEAT)))
+        ahead = max(1, round(rate * BEAT))
+        return min(MOST_STEPS, ahead)
+
+
+# ---- messages ----
 
 
 def _key() -> str:
+    """Return the key of the next message."""
     global _said
     _said += 1
     return f"lepton/{_said}"
@@ -222,33 +304,36 @@ def _client() -> Any:
 
 
 def _heard(key: str) -> dict[str, Any]:
-    """What another host says under a key; until then this one waits, and is not behind
-    it.
+    """Wait for another host's message under a key, and return it.
+
+    A host that waits here is not behind the others.
     """
+    milliseconds = int(PATIENCE * 1000)
     with phase.phase("agreement"):
-        return json.loads(_client().blocking_key_value_get(key, int(PATIENCE * 1000)))
+        text = _client().blocking_key_value_get(key, milliseconds)
+    return json.loads(text)
 
 
-def _tried(say: Callable[[], Any]) -> tuple[dict[str, Any], LeptonError | None]:
+def _tried(
+    say: Callable[[], Any],
+) -> tuple[dict[str, Any], LeptonError | None]:
+    """Return the message with a result, or with an error and that error."""
     try:
         return {"said": say()}, None
     except LeptonError as error:
-        return {
-            "fault": [
-                type(error).__name__,
-                error.what,
-                str(error.where),
-                error.remedy,
-            ]
-        }, error
+        kind = type(error).__name__
+        fields = [kind, error.what, str(error.where), error.remedy]
+        return {"fault": fields}, error
 
 
 def _opened(answer: dict[str, Any]) -> Any:
+    """Return the result in a message.
+
+    Raises:
+      LeptonError: the message holds an error; it has the class of the original.
+    """
     if "fault" not in answer:
         return answer["said"]
-    kind, what, where, remedy = answer["fault"]
-    raise getattr(errors, kind, LeptonError)(
-        what,
-        where=where,
-        remedy=remedy,
-    )
+    name, what, where, remedy = answer["fault"]
+    kind = getattr(errors, name, LeptonError)
+    raise kind(what, where=where, remedy=remedy)

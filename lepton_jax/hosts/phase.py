@@ -1,8 +1,13 @@
-"""What this process is doing: a phase, the step that it has reached, and since when
-nothing has changed.
+"""The present phase of this process, the step it has reached, and since when.
 
-Whoever watches a run (see `launch/`) asks here, from another thread; whoever trains
-only says what begins.
+The training thread says what begins; a watchdog (see `launch/supervise/`) asks here,
+from another thread.
+
+>>> with phase("save"):
+...     where().phase
+'save'
+>>> where().phase
+'start'
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# in "agreement" a host waits for what another one has to say
+# in "agreement" a host waits for another one's word
 PHASES = (
     "start",
     "plan",
@@ -29,8 +34,13 @@ PHASES = (
 
 
 class Where(NamedTuple):
-    """Phase, the last step that was handed to the devices, the last one known to be
-    done, and the time (monotonic, in seconds) of the last change of any of these.
+    """State of this process.
+
+    Args:
+      phase: one of PHASES.
+      step: the last step that was handed to the devices.
+      done: the last step known to be done.
+      since: time of the last change of any of these (monotonic, in seconds).
     """
 
     phase: str
@@ -47,37 +57,32 @@ class _Account(NamedTuple):
     since: float
 
 
-_now = Where(
-    "start",
-    0,
-    0,
-    time.monotonic(),
-)
-_account = _Account(
-    dict.fromkeys(PHASES, 0.0),
-    _now.phase,
-    _now.since,
-)
+# both are replaced as a whole, for other threads read them
+_now = Where("start", step=0, done=0, since=time.monotonic())
+_account = _Account(dict.fromkeys(PHASES, 0.0), _now.phase, _now.since)
 
 
 def where() -> Where:
-    """How it stands; a snapshot that no other thread can tear."""
+    """Return the present state; a snapshot that no other thread can tear."""
     return _now
 
 
 def spent() -> dict[str, float]:
-    """Seconds in each of PHASES since this process began, up to now. In "steps" and in
-    most others the host also waits for its devices, and through them for other hosts;
-    the time in "data" is its own.
+    """Return the seconds in each of PHASES since this process began.
+
+    In "steps" and in most others the host also waits for its devices, and through them
+    for other hosts; the time in "data" is its own.
     """
     seconds, present, since = _account
-    return {**seconds, present: seconds[present] + time.monotonic() - since}
+    total = seconds[present] + time.monotonic() - since
+    return {**seconds, present: total}
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Inside, this process is in another phase; after it, in the one before. To enter a
-    phase anew counts as a change.
+    """Be in a phase inside the block, and in the one before after it.
+
+    To enter the present phase anew counts as a change.
     """
     assert name in PHASES, name
     before = _now.phase
@@ -93,8 +98,12 @@ def reached(
     done: int | None = None,
     phase: str | None = None,
 ) -> None:
-    """A step was handed over, or is known to be done, or a phase begins that ends with
-    the next one.
+    """Note progress; without any change, `since` stays.
+
+    Args:
+      step: the last step that was handed to the devices.
+      done: the last step known to be done.
+      phase: a phase that begins, and ends with the next one.
     """
     fresh = _now._replace(
         step=_now.step if step is None else step,
@@ -108,12 +117,8 @@ def reached(
 def _change(fresh: Where) -> None:
     global _now, _account
     now = time.monotonic()
-    (seconds, present, since) = _account
+    seconds, present, since = _account
     if fresh.phase != present:
-        # replaced as a whole, for other threads read it
-        _account = _Account(
-            {**seconds, present: seconds[present] + now - since},
-            fresh.phase,
-            now,
-        )
+        total = seconds[present] + now - since
+        _account = _Account({**seconds, present: total}, fresh.phase, now)
     _now = fresh._replace(since=now)

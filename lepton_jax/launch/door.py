@@ -2,8 +2,8 @@
 
 Nothing here waits for a caller. One that has not proved itself has `PROOF_TIME` and a
 few hundred bytes, and there are at most `MOST_UNPROVEN` of them: a further one takes
-the place of the oldest, of that address which has most of them. A host that is pushed
-out so comes again.
+the place of the oldest caller from the address that has the most of them. A host that
+is pushed out like that comes again.
 """
 
 from __future__ import annotations
@@ -17,24 +17,40 @@ from collections import Counter
 from typing import Any
 
 from lepton_jax.launch import proof
+from lepton_jax.launch.cluster import Cluster
 from lepton_jax.launch.wire import Line
 
-PROOF_TIME = (
-    5.0  # seconds from the call to the proof, and to the first message after it
-)
+# seconds from the call to the proof, and to the first message after it (assumption)
+PROOF_TIME = 5.0
+# assumptions, for a port that strangers may call at any rate
 MOST_UNPROVEN = 128  # callers at once
 BACKLOG = 512  # callers for whom the system answers until it is their turn
-CALLS_A_TURN = 64  # callers taken in before those are heard who are there
-MOST_NAMED = 16  # addresses that are told of by themselves
+CALLS_A_TURN = 64  # callers taken in before those that are there are heard
+MOST_NAMED = 16  # addresses that get a line of their own
 SELDOM = 60.0  # seconds between two lines about all others
 Messages = list[tuple[Line, dict[str, Any]]]
 
 
+def listen(port: int, cluster: Cluster) -> socket.socket:
+    """Listen on a port of all addresses, as host 0.
+
+    Raises:
+      OSError: the port is taken.
+    """
+    ipv6 = socket.has_dualstack_ipv6()
+    return socket.create_server(
+        ("", port),
+        family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+        dualstack_ipv6=ipv6,
+        backlog=max(cluster.hosts, BACKLOG),
+    )
+
+
 class Refused:
-    """Counts the connections that were turned away, and says so, but not so often.
+    """Count of the connections that were turned away; says so, but not too often.
 
     Attributes:
-      count: how many there were.
+      count: number of these connections.
     """
 
     def __init__(self) -> None:
@@ -47,6 +63,7 @@ class Refused:
         address: str,
         why: str,
     ) -> None:
+        """Count a connection, and say why it was refused."""
         self.count += 1
         now = time.monotonic()
         if address not in self._named and len(self._named) < MOST_NAMED:
@@ -57,7 +74,10 @@ class Refused:
             self._say(f"{many}: {why}", now)
 
     def __str__(self) -> str:
-        """For an error of a host that did not come; empty if nobody was refused."""
+        """Return the end of an error about a host that did not come.
+
+        Empty if nobody was refused.
+        """
         if not self.count:
             return ""
         are = "connection was" if self.count == 1 else "connections were"
@@ -69,19 +89,18 @@ class Refused:
         now: float,
     ) -> None:
         self._said = now
-        with contextlib.suppress(
-            OSError
-        ):  # a closed terminal is no reason to end the run
+        # a closed terminal is no reason to end the run
+        with contextlib.suppress(OSError):
             print(f"hosts: {text}", file=sys.stderr, flush=True)
 
 
 class Door:
-    """A port, and all who came by it.
+    """A port, and all connections that came by it.
 
     Args:
       listener: at the port; it is closed with the door.
       token: of the run.
-      channel: what the connections are for.
+      channel: purpose of the connections.
 
     Attributes:
       refused: connections without a proof.
@@ -97,39 +116,37 @@ class Door:
         self.refused = Refused()
         self._token = token
         self._channel = channel
-        self._address: dict[
-            Line, str
-        ] = {}  # of all who are there, in the order they came
-        self._until: dict[Line, float] = {}  # of those who may not stay
+        # of all connections, in the order in which they came
+        self._address: dict[Line, str] = {}
+        # time until which a connection may stay, where that is limited
+        self._until: dict[Line, float] = {}
         listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
     def serve(self, seconds: float) -> Messages:
-        """Take in callers for so many seconds; returns what proven ones have said.
+        """Take in callers for some seconds; return the messages of proven ones.
 
         Lines that were closed are no longer listened to.
         """
-        heard: Messages = []
+        messages: Messages = []
         for key, _ in self._selector.select(seconds):
             if key.data is None:
                 self._take_in()
                 continue
             line = key.data
-            if (
-                line not in self._address
-            ):  # it had to make room for another in this turn
-                continue
-            heard += [(line, message) for message in line.receive()]
+            if line not in self._address:
+                continue  # it had to make room for another in this turn
+            messages += [(line, message) for message in line.receive()]
             if line.broken or not (line.proven or line.open):
-                self._refuse(line, line.fault)
+                self._refuse(line, line.error)
             elif not line.open:
                 self.drop(line)
         self._end_patience(time.monotonic())
-        return heard
+        return messages
 
     def keep(self, line: Line) -> None:
-        """It may stay as long as it likes."""
+        """Let a connection stay as long as it likes."""
         self._until.pop(line, None)
 
     def drop(self, line: Line) -> None:
@@ -141,19 +158,20 @@ class Door:
         line.close()
 
     def held_up(self, seconds: float) -> None:
-        """So long this process itself was stopped."""
+        """Make up for a time in which this process itself was stopped."""
         for line in self._address:
             line.heard += seconds
         for line in self._until:
             self._until[line] += seconds
 
     def lock(self) -> None:
-        """Nobody new comes in, and the port is free."""
+        """Let nobody new in, and free the port."""
         if self.listener.fileno() >= 0:
             self._selector.unregister(self.listener)
             self.listener.close()
 
     def close(self) -> None:
+        """Close the port and all connections."""
         self.lock()
         for line in [*self._address]:
             self.drop(line)
@@ -165,14 +183,9 @@ class Door:
         for _ in range(CALLS_A_TURN):
             try:
                 connection, address = self.listener.accept()
-                line = Line(
-                    connection,
-                    self._token,
-                    self._channel,
-                    head=True,
-                )
-            except OSError:  # there is nobody more, or it has gone already
-                return
+                line = Line(connection, self._token, self._channel, head=True)
+            except OSError:
+                return  # nobody more is there, or the caller has gone already
             self._make_room()
             self._address[line] = address[0].removeprefix("::ffff:")
             self._until[line] = time.monotonic() + PROOF_TIME
@@ -197,9 +210,9 @@ class Door:
     def _refuse(
         self,
         line: Line,
-        why: str,
+        why: object,
     ) -> None:
         address = self._address[line]
         self.drop(line)
-        remedy = f"; {proof.REMEDY}" if why == proof.NOT_GIVEN else ""
-        self.refused.add(address, why + remedy)
+        remedy = f"; {proof.REMEDY}" if isinstance(why, proof.TokenError) else ""
+        self.refused.add(address, f"{why}{remedy}")

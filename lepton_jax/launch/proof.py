@@ -1,4 +1,4 @@
-"""How hosts prove to each other that they are of one run, by a token that stays home.
+"""Proofs between hosts that both have the run's token, without sending it.
 
     a host                                     host 0
       "lepton-hosts 1 A"          ------->                A, B: fresh, random, 32 bytes
@@ -6,7 +6,7 @@
       HMAC(token, "host", A, B)   ------->     believes the host from here on, or closes
                                   <-------     HMAC(token, "head", A, B)
       the host believes host 0 from here on, or closes
-      HMAC(key, n, message) message  <---->    key: of A, B and the direction
+      HMAC(key, n, message) message  <---->    key: made of A, B and the direction
                                                n: 0, 1, 2, ... in each direction
 
 Until its proof has come, host 0 answers a caller with nothing but a random number, and
@@ -20,10 +20,10 @@ another (the channel is part of it); and against messages that somebody on the n
 changes, repeats, leaves out, sends back or puts in between (each has its number and its
 direction in its seal). A message that was cut off is none.
 
-It does not protect against reading along: nothing is encrypted. Nor against a network
-that loses or closes what it carries, nor against somebody who has the token. A token
-that a person made up can be guessed from one recorded exchange; hence the least length,
-and `tokens.make`.
+It does not protect against reading along: nothing is encrypted. Nor does it protect
+against a network that loses or closes what it carries, or against somebody who has the
+token. A token that a person made up can be guessed from one recorded exchange; hence
+the least length, and `tokens.make`.
 
 Lines are bytes without their line end.
 """
@@ -40,7 +40,7 @@ HEAD = b"head"
 HOST = b"host"
 SEAL = 64  # characters of an HMAC-SHA256, and of a random number, in hexadecimal
 
-# why a connection counts as lost, where the token is the reason
+# texts of `TokenError`
 NOT_TAKEN = "it did not take this host's proof of the run's token"
 NOT_GIVEN = "it did not prove that it has the run's token"
 REMEDY = "set LEPTON_TOKEN to the same value on all hosts"
@@ -48,25 +48,29 @@ REMEDY = "set LEPTON_TOKEN to the same value on all hosts"
 _HEX = re.compile(rb"[0-9a-f]{64}")
 
 
+class TokenError(ConnectionError):
+    """A connection is lost because the two ends do not have the same token."""
+
+
 def nonce() -> bytes:
-    """A fresh random number, as it is sent."""
+    """Return a fresh random number, as it is sent."""
     return secrets.token_hex(SEAL // 2).encode()
 
 
 def opening(own: bytes) -> bytes:
-    """The first line of a host."""
+    """Return the first line of a host."""
     return GREETING + own
 
 
 def read_opening(line: bytes) -> bytes | None:
-    """The random number in a host's first line; None if it is no such line."""
+    """Return the random number in a host's first line; None if it is no such line."""
     if not line.startswith(GREETING):
         return None
     return read_nonce(line.removeprefix(GREETING))
 
 
 def read_nonce(line: bytes) -> bytes | None:
-    """The random number that a line is; None if it is none."""
+    """Return the random number that a line consists of; None if it is none."""
     return line if _HEX.fullmatch(line) else None
 
 
@@ -77,22 +81,16 @@ def proof(
     host: bytes,
     head: bytes,
 ) -> bytes:
-    """The line by which one side proves that it has the token.
+    """Return the line by which one side proves that it has the token.
 
     Args:
       token: of the run.
-      channel: what the connection is for.
-      role: HOST or HEAD, whose proof it is.
-      host, head: the random numbers of the two sides.
+      channel: purpose of the connection.
+      role: the side that proves itself, HOST or HEAD.
+      host: the host's random number.
+      head: host 0's random number.
     """
-    return _hmac(
-        token.encode(),
-        b"proof",
-        channel.encode(),
-        role,
-        host,
-        head,
-    )
+    return _hmac(token.encode(), b"proof", channel.encode(), role, host, head)
 
 
 def proves(
@@ -104,16 +102,8 @@ def proves(
     head: bytes,
 ) -> bool:
     """Whether a line is that side's proof; takes the same time however it is wrong."""
-    return hmac.compare_digest(
-        line,
-        proof(
-            token,
-            channel,
-            role,
-            host,
-            head,
-        ),
-    )
+    expected = proof(token, channel, role, host, head)
+    return hmac.compare_digest(line, expected)
 
 
 def keys(
@@ -122,9 +112,13 @@ def keys(
     host: bytes,
     head: bytes,
 ) -> dict[bytes, bytes]:
-    """The keys that seal what each side says, by its role."""
-    text = (channel.encode(), host, head)
-    return {role: _hmac(token.encode(), b"key", role, *text) for role in (HOST, HEAD)}
+    """Return the keys that seal the messages of each side, by its role."""
+    secret = token.encode()
+    exchange = (channel.encode(), host, head)
+    return {
+        HOST: _hmac(secret, b"key", HOST, *exchange),
+        HEAD: _hmac(secret, b"key", HEAD, *exchange),
+    }
 
 
 def seal(
@@ -132,7 +126,7 @@ def seal(
     number: int,
     message: bytes,
 ) -> bytes:
-    """The line for the message with this number; the message has no line end in it."""
+    """Return the line for a message without line ends, sealed with its number."""
     return _seal(key, number, message) + b" " + message
 
 
@@ -141,13 +135,13 @@ def unseal(
     number: int,
     line: bytes,
 ) -> bytes | None:
-    """The message of a line; None if it was not sealed with this key and number."""
-    said = line[:SEAL]
+    """Return the message of a line; None if key and number do not fit its seal."""
+    sealed = line[:SEAL]
     message = line[SEAL + 1 :]
-    whole = line[SEAL : SEAL + 1] == b" "
-    if not whole or not hmac.compare_digest(said, _seal(key, number, message)):
-        return None
-    return message
+    has_space = line[SEAL : SEAL + 1] == b" "
+    if has_space and hmac.compare_digest(sealed, _seal(key, number, message)):
+        return message
+    return None
 
 
 def _seal(
@@ -155,15 +149,10 @@ def _seal(
     number: int,
     message: bytes,
 ) -> bytes:
-    return _hmac(
-        key,
-        b"message",
-        str(number).encode(),
-        message,
-    )
+    return _hmac(key, b"message", str(number).encode(), message)
 
 
 def _hmac(key: bytes, *parts: bytes) -> bytes:
-    """The HMAC, in hexadecimal; only the last of the parts may hold a line end."""
+    """Return the HMAC in hexadecimal; only the last part may hold a line end."""
     text = b"\n".join(parts)
     return hmac.new(key, text, hashlib.sha256).hexdigest().encode()

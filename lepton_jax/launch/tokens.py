@@ -1,9 +1,9 @@
-"""The token of a run, by which its hosts know each other: where a host has it from.
+"""The token of a run, by which its hosts know each other, and its sources.
 
-One host alone, and hosts that one process starts (`local:N`), get one that never leaves
-the process. Else, in this order: `--token-file`, the variable LEPTON_TOKEN, the file
-`token` in the run folder, which host 0 makes and all hosts read that see the folder.
-Where none of these can be, the run does not begin.
+One host alone, and hosts that one process starts (`local:N`), get a token that never
+leaves the process. Else it comes, in this order, from `--token-file`, from the variable
+LEPTON_TOKEN, or from the file `token` in the run folder, which host 0 makes and all
+hosts read that see the folder. Where none of these can be, the run does not begin.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from lepton_jax.launch.cluster import Cluster
 VARIABLE = "LEPTON_TOKEN"
 FILE = "token"
 LEAST = 32  # characters; in hexadecimal these are 128 bits, beyond all guessing
-MOST = 512  # characters
+MOST = 512  # characters (assumption)
+BYTES = 32  # of a new token
 GOOD = re.compile(f"[!-~]{{{LEAST},{MOST}}}")
+OF_OTHERS = 0o077  # modes by which others than the owner may use a file
+ROOT = 0  # user number
 MAKE = "python3 -c 'import secrets; print(secrets.token_hex(32))'"
 
 
 def make() -> str:
-    """A new token."""
-    return secrets.token_hex(32)
+    """Return a new token."""
+    return secrets.token_hex(BYTES)
 
 
 class NotThereError(Exception):
@@ -37,12 +40,12 @@ class NotThereError(Exception):
 
 
 class Token:
-    """Where one host has the token of its run from; called, it gives the token.
+    """Source of a run's token for one host; called, it returns the token.
 
     Args:
       text: the token itself; None: it lies in the run folder.
-      file: in the run folder.
-      makes: this host makes the file if there is none.
+      file: its file in the run folder.
+      makes: whether this host makes the file if there is none.
     """
 
     def __init__(
@@ -56,29 +59,29 @@ class Token:
         self._makes = makes
 
     def __call__(self) -> str:
-        """The token.
+        """Return the token.
 
         Raises:
           NotThereError: the file in the run folder is not there yet, or can't be read
             or made.
-          SettingError: it is no file of this user's alone, or holds no token.
+          SettingError: the file is not this user's alone, or holds no token.
         """
         if self._text is not None:
             return self._text
         assert self._file is not None
         try:
             if self._makes:
-                _leave(self._file)
+                _make_file(self._file)
             return read(self._file)
         except OSError as error:
-            has = "can leave" if self._makes else "has left"
+            verb = "can leave" if self._makes else "has left"
             raise NotThereError(
-                f"host 0 {has} no token of the run in {self._file}: "
+                f"host 0 {verb} no token of the run in {self._file}: "
                 f"{error.strerror or error}"
             ) from error
 
     def forget(self) -> None:
-        """The run is over: leave no file with its token behind."""
+        """Delete the file that this host made, once the run is over."""
         if self._makes and self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.unlink()
@@ -90,7 +93,7 @@ def of_run(
     file: Path | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Token:
-    """Find the token of the run that this host takes part in.
+    """Return the source of the token of the run that this host takes part in.
 
     Args:
       cluster: as this host found it.
@@ -99,7 +102,7 @@ def of_run(
       environ: the environment variables.
 
     Raises:
-      SettingError: there is none, or it is too short, or others can read its file.
+      SettingError: there is no token, or it is too short, or others can read its file.
     """
     if file is not None:
         try:
@@ -119,11 +122,7 @@ def of_run(
     if cluster.hosts == 1 or cluster.coordinator is None:
         return Token(make())
     if folder is not None:
-        return Token(
-            None,
-            folder / FILE,
-            makes=cluster.host_id == 0,
-        )
+        return Token(None, folder / FILE, makes=cluster.host_id == 0)
 
     raise SettingError(
         f"the {cluster.hosts} hosts have no token by which to know each other",
@@ -136,7 +135,7 @@ def of_run(
 
 
 def read(file: Path) -> str:
-    """The token in a file.
+    """Return the token in a file.
 
     Raises:
       OSError: it can't be read, or is not whole yet.
@@ -147,13 +146,9 @@ def read(file: Path) -> str:
     os.listdir(file.parent)
     number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        about = os.fstat(number)
-        regular = stat.S_ISREG(about.st_mode)
-        text = (
-            os.read(number, 2 * MOST).decode(errors="replace").strip()
-            if regular
-            else ""
-        )
+        status = os.fstat(number)
+        regular = stat.S_ISREG(status.st_mode)
+        content = os.read(number, 2 * MOST) if regular else b""
     finally:
         os.close(number)
     if not regular:
@@ -163,10 +158,10 @@ def read(file: Path) -> str:
             remedy="name a file, or delete what stands there",
         )
 
-    modes = stat.S_IMODE(about.st_mode)
-    if modes & 0o077 or about.st_uid not in (os.geteuid(), 0):
+    modes = stat.S_IMODE(status.st_mode)
+    if modes & OF_OTHERS or status.st_uid not in (os.geteuid(), ROOT):
         raise SettingError(
-            f"the file of the run's token is user {about.st_uid}'s and has mode "
+            f"the file of the run's token is user {status.st_uid}'s and has mode "
             f"{modes:04o}: others know the token",
             where=file,
             remedy=(
@@ -174,12 +169,14 @@ def read(file: Path) -> str:
                 f"set {VARIABLE} to the same value on all hosts"
             ),
         )
+
+    text = content.decode(errors="replace").strip()
     if not text:
         raise OSError(f"{file} is still empty")
     return _checked(text, file)
 
 
-def _leave(file: Path) -> None:
+def _make_file(file: Path) -> None:
     """Make the file with a new token, unless it is there.
 
     Raises:
@@ -187,23 +184,21 @@ def _leave(file: Path) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
-        about = file.stat()
-        # of a process that was killed before it had written
-        if stat.S_ISREG(about.st_mode) and not about.st_size:
+        status = file.stat()
+        # left by a process that was killed before it had written
+        if stat.S_ISREG(status.st_mode) and not status.st_size:
             file.unlink()
     with contextlib.suppress(FileExistsError):
-        number = os.open(
-            file,
-            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
-            0o600,
-        )
+        number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(number, "w", encoding="utf-8") as stream:
             stream.write(make() + "\n")
 
 
 def _checked(text: str, where: object) -> str:
+    """Return the token if it is a good one."""
     if GOOD.fullmatch(text):
         return text
+
     fault = f"has {len(text)} characters, and could be guessed"
     if len(text) >= LEAST:
         fault = "holds spaces or other characters that are none of ASCII's"

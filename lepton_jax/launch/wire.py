@@ -10,10 +10,11 @@ from typing import Any
 
 from lepton_jax.launch import proof
 
-# bytes of a line, and of what waits to be sent: beyond that the other end is not one of
-# ours, or does not read
+# assumption: bytes of a line, and of what waits to be sent; beyond that the other end
+# is not one of ours, or does not read
 LONGEST = 1 << 20
 LONGEST_UNPROVEN = 256  # bytes; the longest line before the proof has 79
+CHUNK = 1 << 16  # bytes of one read
 CLOSED = "the connection was closed"
 LANGUAGE = "it speaks another language"
 
@@ -21,22 +22,23 @@ LANGUAGE = "it speaks another language"
 class Line:
     """One end of a connection.
 
-    Both ends first prove that they have the run's token, see `proof`. What is sent
-    before that waits for it; what comes before it is no message.
+    Both ends first prove that they have the run's token, see `proof`. A message sent
+    before that waits for it; nothing that comes before it is a message.
 
     Args:
       connection: with the other end.
       token: of the run.
-      channel: what the connection is for; both ends must say the same.
-      head: this end is host 0's.
+      channel: purpose of the connection; both ends must say the same.
+      head: whether this end is host 0's.
 
     Attributes:
-      heard: when something last came by these rules (monotonic, in seconds); a letter
-        now and then does not keep a connection alive.
+      heard: time of the last line that kept these rules (monotonic, in seconds); a
+        letter now and then does not keep a connection alive.
       proven: the other end has proved itself.
-      open: False once the other end has closed it or has said something that is no such
-        line; `fault` says why.
-      broken: what came was not what the other end says by these rules.
+      open: False once the other end has closed it or has broken the rules.
+      error: the reason why it is no longer open; a `proof.TokenError` if that is the
+        token.
+      broken: the other end has broken the rules.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Line:
         self.connection = connection
         self.heard = time.monotonic()
         self.open = True
-        self.fault = ""
+        self.error: Exception | None = None
         self.proven = False
         self.broken = False
         connection.setblocking(False)
@@ -71,10 +73,17 @@ class Line:
         if not head:
             self._answer(proof.opening(self._own))
 
+    @property
+    def fault(self) -> str:
+        """Text of `error`; empty without one."""
+        return "" if self.error is None else str(self.error)
+
     def fileno(self) -> int:
+        """Return the file descriptor, for `select`."""
         return self.connection.fileno()
 
     def send(self, **message: Any) -> None:
+        """Send a message, as far as that does not have to wait."""
         if not self.open:
             return
         self._waiting.append(json.dumps(message).encode())
@@ -82,7 +91,7 @@ class Line:
         self.flush()
 
     def flush(self) -> bool:
-        """Send what goes; whether nothing is left."""
+        """Send as much as goes; return whether nothing is left."""
         try:
             while self._out and self.open:
                 self._out = self._out[self.connection.send(self._out) :]
@@ -96,7 +105,7 @@ class Line:
         return not self._out or not self.open
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come."""
+        """Return the messages that have come."""
         self._read()
         *lines, self._in = self._in.split(b"\n")
         messages = []
@@ -110,13 +119,14 @@ class Line:
             self.heard = time.monotonic()
         return messages
 
-    def give_up(self, fault: str) -> None:
-        """It counts as lost; the first reason is kept."""
+    def give_up(self, fault: str | Exception) -> None:
+        """Count the connection as lost; the first reason is kept."""
         if self.open:
             self.open = False
-            self.fault = fault
+            self.error = ConnectionError(fault) if isinstance(fault, str) else fault
 
     def close(self) -> None:
+        """Close the connection."""
         self.open = False
         self.connection.close()
 
@@ -124,12 +134,13 @@ class Line:
 
     def _read(self) -> None:
         most = LONGEST if self.proven else LONGEST_UNPROVEN
+        size = CHUNK if self.proven else 2 * most
         try:
             while self.open:
-                more = self.connection.recv(1 << 16 if self.proven else 2 * most)
-                if not more:
+                chunk = self.connection.recv(size)
+                if not chunk:
                     self.give_up(self._closed())
-                self._in += more
+                self._in += chunk
                 if len(self._in) > most:
                     self._break("a line without an end" if self.proven else LANGUAGE)
         except BlockingIOError:
@@ -139,13 +150,15 @@ class Line:
         except OSError as error:
             self.give_up(error.strerror or str(error))
 
-    def _closed(self) -> str:
-        """The fault of a connection that the other end has closed."""
+    def _closed(self) -> Exception:
+        """Return the fault of a connection that the other end has closed."""
         waits_for_proof = not self._head and self._their is not None and not self.proven
-        return proof.NOT_TAKEN if waits_for_proof else CLOSED
+        if waits_for_proof:
+            return proof.TokenError(proof.NOT_TAKEN)
+        return ConnectionError(CLOSED)
 
     def _shake(self, line: bytes) -> None:
-        """Take a line of the other end's before its proof."""
+        """Take a line that came before the other end's proof."""
         if self._their is None:
             read = proof.read_opening if self._head else proof.read_nonce
             self._their = read(line)
@@ -158,39 +171,31 @@ class Line:
             return
 
         role = proof.HOST if self._head else proof.HEAD
-        if not proof.proves(line, self._token, self._channel, role, *self._numbers()):
-            self._break(proof.NOT_GIVEN)
+        numbers = self._numbers()
+        if not proof.proves(line, self._token, self._channel, role, *numbers):
+            self._break(proof.TokenError(proof.NOT_GIVEN))
             return
         if self._head:
             self._answer(self._proof(proof.HEAD))
-        self._keys = proof.keys(
-            self._token,
-            self._channel,
-            *self._numbers(),
-        )
+        self._keys = proof.keys(self._token, self._channel, *numbers)
         self.proven = True
         self._seal()
         self.flush()
 
     def _numbers(self) -> tuple[bytes, bytes]:
-        """The random numbers of the host and of host 0."""
+        """Return the random numbers of the host and of host 0."""
         assert self._their is not None
         return (self._their, self._own) if self._head else (self._own, self._their)
 
     def _proof(self, role: bytes) -> bytes:
-        return proof.proof(
-            self._token,
-            self._channel,
-            role,
-            *self._numbers(),
-        )
+        return proof.proof(self._token, self._channel, role, *self._numbers())
 
     def _answer(self, line: bytes) -> None:
         self._out += line + b"\n"
         self.flush()
 
     def _seal(self) -> None:
-        """Let go what waits for the proof."""
+        """Move the messages that waited for the proof to what is sent."""
         if not self.proven:
             return
         key = self._keys[proof.HEAD if self._head else proof.HOST]
@@ -200,7 +205,7 @@ class Line:
         self._waiting.clear()
 
     def _message(self, line: bytes) -> dict[str, Any] | None:
-        """The message of a line; None if the other end has not sealed it."""
+        """Return the message of a line; None if the other end has not sealed it."""
         key = self._keys[proof.HOST if self._head else proof.HEAD]
         text = proof.unseal(key, self._received, line)
         self._received += 1
@@ -216,7 +221,7 @@ class Line:
             return None
         return message
 
-    def _break(self, fault: str) -> None:
-        """Nothing more of what has come counts."""
+    def _break(self, fault: str | Exception) -> None:
+        """Give up a connection whose other end has broken the rules."""
         self.broken = True
         self.give_up(fault)

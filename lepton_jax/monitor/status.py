@@ -110,7 +110,7 @@ class Watch:
           "refused_connections": callers at the coordinator's port without proof of the
             run's token, as in hosts.json;
           "hosts": by number, as in hosts.json; "slowest": {"host", "why"} or None, as
-            `launch.record.slowest` finds it;
+            `launch.supervise.record.slowest` finds it;
           "event_age": since the last event; "eta": until the last step, with
             evaluations and saves, as long as nothing fails.
 

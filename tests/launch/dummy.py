@@ -1,8 +1,10 @@
-"""A worker without JAX, for tests: it steps when all hosts do, saves, goes on from
-there, and fails as it is told.
+"""A worker without JAX, for tests.
 
-python dummy.py '{"until": 9, "every": 3, "seconds": 0.02, "faults": [{"host": 1,
-"generation": 1, "phase": "data", "step": 4, "do": "kill"}]}'
+It steps when all hosts do, saves, goes on from the last save, and fails as its plan
+says:
+
+    python dummy.py '{"until": 9, "every": 3, "seconds": 0.02, "faults": [{"host": 1,
+    "generation": 1, "phase": "data", "step": 4, "do": "kill"}]}'
 """
 
 import ctypes
@@ -22,26 +24,26 @@ sys.modules["lepton_jax"].__path__ = [str(ROOT / "lepton_jax")]
 
 from lepton_jax.errors import DataError  # noqa: E402
 from lepton_jax.hosts import phase  # noqa: E402
-from lepton_jax.launch import watchdog  # noqa: E402
+from lepton_jax.launch.supervise import watchdog  # noqa: E402
 
 
 class Dummy:
+    """A worker that goes by a plan, see above."""
+
     def __init__(self, plan):
         self.plan = plan
-        self.told = watchdog.begin()
+        self.assignment = watchdog.begin()
         self.asked = []
-        self.folder = Path(self.told.run_dir)
-        signal.signal(
-            signal.SIGTERM,
-            lambda number, _: self.asked.append(number),
-        )
+        self.folder = Path(self.assignment.run_dir)
+        signal.signal(signal.SIGTERM, lambda number, _: self.asked.append(number))
         here = {
-            **vars(self.told),
+            **vars(self.assignment),
             "pid": os.getpid(),
             "variables": sorted(k for k in os.environ if "LEPTON" in k),
         }
         self.write(
-            f"worker-{self.told.generation}-{self.told.host_id}", json.dumps(here)
+            f"worker-{self.assignment.generation}-{self.assignment.host_id}",
+            json.dumps(here),
         )
 
     def write(self, name, text):
@@ -49,20 +51,22 @@ class Dummy:
         (self.folder / f"{name}.new").replace(self.folder / name)
 
     def fail(self, here, step):
+        """Do what the plan says for this place."""
+        generation = self.assignment.generation
         for fault in self.plan.get("faults", ()):
             if (
-                fault["host"] in (self.told.host_id, "all")
-                and fault.get("generation", self.told.generation)
-                == self.told.generation
+                fault["host"] in (self.assignment.host_id, "all")
+                and fault.get("generation", generation) == generation
                 and fault["phase"] == here
                 and fault.get("step", step) == step
             ):
                 self.do(fault["do"])
 
     def do(self, what):
+        """Fail in one of the ways that a plan knows."""
         kind, _, number = what.partition(" ")
-        # so that it is known where
-        time.sleep(0.6 if kind in ("kill", "freeze", "hold", "exit") else 0.0)
+        if kind in ("kill", "freeze", "hold", "exit"):
+            time.sleep(0.6)  # for the watchdog to tell where this happens
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "freeze":
@@ -78,9 +82,7 @@ class Dummy:
             while True:
                 c.pthread_mutex_lock(mutex)
         elif kind == "mistake":
-            watchdog.tell(
-                DataError("a bad cell", where="table.csv:7", remedy="mend it")
-            )
+            watchdog.tell(DataError("a bad cell", where="table.csv:7", remedy="fix it"))
             sys.exit(2)
         elif kind == "exit":
             os._exit(int(number))
@@ -88,30 +90,30 @@ class Dummy:
     def hang(self):
         time.sleep(1000)
 
-    def reach(
-        self,
-        step,
-        what="reached",
-        for_ever=False,
-    ):
-        """Wait for the others, as a collective does, in one place; False if a stop was
-        asked for meanwhile.
+    def reach(self, step, what="reached", for_ever=False):
+        """Wait for the others, as a collective does, in one place.
+
+        Returns False if a stop was asked for meanwhile.
         """
-        self.write(f"{what}-{self.told.generation}-{self.told.host_id}", str(step))
+        self.write(
+            f"{what}-{self.assignment.generation}-{self.assignment.host_id}", str(step)
+        )
         marks = [
-            self.folder / f"{what}-{self.told.generation}-{host}"
-            for host in range(self.told.hosts)
+            self.folder / f"{what}-{self.assignment.generation}-{host}"
+            for host in range(self.assignment.hosts)
         ]
         met = []
         over = threading.Event()
 
+        def has_reached(mark):
+            return mark.exists() and int(mark.read_text()) >= step
+
         def look():
             while not met and (for_ever or not self.asked):
-                if all(
-                    mark.exists() and int(mark.read_text()) >= step for mark in marks
-                ):
+                if all(has_reached(mark) for mark in marks):
                     met.append(True)
-                time.sleep(0.01 * (not met))
+                else:
+                    time.sleep(0.01)
             over.set()
 
         threading.Thread(target=look, daemon=True).start()
@@ -122,11 +124,9 @@ class Dummy:
         with phase.phase("save"):
             self.fail("save", step)
             self.reach(
-                len(list(self.folder.glob("checkpoints/*"))),
-                "saved",
-                for_ever=True,
+                len(list(self.folder.glob("checkpoints/*"))), "saved", for_ever=True
             )
-            if self.told.host_id == 0:
+            if self.assignment.host_id == 0:
                 (self.folder / "checkpoints" / str(step)).mkdir(
                     parents=True, exist_ok=True
                 )
@@ -140,7 +140,9 @@ class Dummy:
             )
             self.fail("restore", step)
             phase.reached(step=step, done=step)
-        self.write(f"began-{self.told.generation}-{self.told.host_id}", str(step))
+        self.write(
+            f"began-{self.assignment.generation}-{self.assignment.host_id}", str(step)
+        )
         with phase.phase("compile"):
             self.fail("compile", step)
         phase.reached(phase="steps")

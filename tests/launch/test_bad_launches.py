@@ -1,5 +1,6 @@
-"""Launches that can't work: each ends soon, with exit code 2, in an error that says
-what is wrong and how to mend it.
+"""Launches that can't work.
+
+Each ends soon, with exit code 2, in an error that says what is wrong and how to fix it.
 """
 
 import os
@@ -20,7 +21,7 @@ from test_cluster import INDEXED, JOBSET, MPI, NAMED, SLICES, SLURM, TPU
 
 from lepton_jax.cli import launch as cli
 from lepton_jax.cli import plan as planning
-from lepton_jax.launch import hosts, meeting
+from lepton_jax.launch import joining, meeting
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "logistic.py")
@@ -44,7 +45,7 @@ AROUND = (
 
 
 class Bad(NamedTuple):
-    """What is given, and fragments of the error and of its remedy."""
+    """A bad command line with its environment, and fragments of its error."""
 
     name: str
     given: tuple[str, ...]
@@ -61,30 +62,30 @@ ENVIRONMENTS = [
     Bad(
         "slurm-without-rank",
         (),
-        "SLURM_PROCID is not",
-        "by srun",
-        without(SLURM, "SLURM_PROCID"),
+        what="SLURM_PROCID is not",
+        remedy="by srun",
+        environ=without(SLURM, "SLURM_PROCID"),
     ),
     Bad(
         "slurm-without-nodes",
         (),
-        "SLURM_STEP_NODELIST is not",
-        "by srun",
-        without(SLURM, "SLURM_STEP_NODELIST"),
+        what="SLURM_STEP_NODELIST is not",
+        remedy="by srun",
+        environ=without(SLURM, "SLURM_STEP_NODELIST"),
     ),
     Bad(
         "slurm-without-job",
         (),
-        "SLURM_JOB_ID is not",
-        "by srun",
-        without(SLURM, "SLURM_JOB_ID"),
+        what="SLURM_JOB_ID is not",
+        remedy="by srun",
+        environ=without(SLURM, "SLURM_JOB_ID"),
     ),
     Bad(
         "slurm-batch-without-srun",
         (),
-        "srun did not start this process",
-        "write `srun`",
-        {
+        what="srun did not start this process",
+        remedy="write `srun`",
+        environ={
             "SLURM_JOB_ID": "1",
             "SLURM_NTASKS": "2",
             "SLURM_PROCID": "0",
@@ -94,370 +95,375 @@ ENVIRONMENTS = [
     Bad(
         "slurm-allocation-without-srun",
         (),
-        "for 2 tasks",
-        "--hosts 1",
-        {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},
+        what="for 2 tasks",
+        remedy="--hosts 1",
+        environ={"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},
     ),
     Bad(
         "slurm-shell-of-a-step",
         (),
-        "srun did not start this process",
-        "write `srun`",
-        {**SLURM, "SLURM_PTY_PORT": "1234"},
+        what="srun did not start this process",
+        remedy="write `srun`",
+        environ={**SLURM, "SLURM_PTY_PORT": "1234"},
     ),
     Bad(
         "slurm-rank-beyond-tasks",
         (),
-        "SLURM_PROCID is '2'",
-        "from 0 to 1",
-        {**SLURM, "SLURM_PROCID": "2"},
+        what="SLURM_PROCID is '2'",
+        remedy="from 0 to 1",
+        environ={**SLURM, "SLURM_PROCID": "2"},
     ),
     Bad(
         "slurm-nodes-cut",
         (),
-        "'n[1-' is no list of nodes",
-        "node[01-03,07]",
-        {**SLURM, "SLURM_STEP_NODELIST": "n[1-"},
+        what="'n[1-' is no list of nodes",
+        remedy="node[01-03,07]",
+        environ={**SLURM, "SLURM_STEP_NODELIST": "n[1-"},
     ),
     Bad(
         "slurm-heterogeneous",
         (),
-        "heterogeneous",
-        "one kind",
-        {**SLURM, "SLURM_HET_SIZE": "2"},
+        what="heterogeneous",
+        remedy="one kind",
+        environ={**SLURM, "SLURM_HET_SIZE": "2"},
     ),
     Bad(
         "mpi-without-rank",
         (),
-        "OMPI_COMM_WORLD_RANK is not",
-        "mpirun",
-        without(MPI, "OMPI_COMM_WORLD_RANK"),
+        what="OMPI_COMM_WORLD_RANK is not",
+        remedy="mpirun",
+        environ=without(MPI, "OMPI_COMM_WORLD_RANK"),
     ),
     Bad(
         "mpi-rank-beyond-size",
         (),
-        "OMPI_COMM_WORLD_RANK is '4'",
-        "from 0 to 3",
-        {**MPI, "OMPI_COMM_WORLD_RANK": "4"},
+        what="OMPI_COMM_WORLD_RANK is '4'",
+        remedy="from 0 to 3",
+        environ={**MPI, "OMPI_COMM_WORLD_RANK": "4"},
     ),
     Bad(
         "mpi-hides-rank-0",
         (),
-        "rank 0 is",
-        "-x JAX_COORDINATOR_ADDRESS",
-        without(MPI, "PMIX_NAMESPACE"),
+        what="rank 0 is",
+        remedy="-x JAX_COORDINATOR_ADDRESS",
+        environ=without(MPI, "PMIX_NAMESPACE"),
     ),
     Bad(
         "tpu-without-names",
         (),
-        "TPU_WORKER_HOSTNAMES is not",
-        "as GKE does",
-        without(TPU, "TPU_WORKER_HOSTNAMES"),
+        what="TPU_WORKER_HOSTNAMES is not",
+        remedy="as GKE does",
+        environ=without(TPU, "TPU_WORKER_HOSTNAMES"),
     ),
     Bad(
         "tpu-without-number",
         (),
-        "TPU_WORKER_ID is not",
-        "as GKE does",
-        without(TPU, "TPU_WORKER_ID"),
+        what="TPU_WORKER_ID is not",
+        remedy="as GKE does",
+        environ=without(TPU, "TPU_WORKER_ID"),
     ),
     Bad(
         "tpu-number-beyond-names",
         (),
-        "TPU_WORKER_ID is '4'",
-        "from 0 to 3",
-        {**TPU, "TPU_WORKER_ID": "4"},
+        what="TPU_WORKER_ID is '4'",
+        remedy="from 0 to 3",
+        environ={**TPU, "TPU_WORKER_ID": "4"},
     ),
     Bad(
         "tpu-slices-half-set",
         (),
-        "MEGASCALE_SLICE_ID is not",
-        "as GKE does",
-        {**TPU, **without(SLICES, "MEGASCALE_SLICE_ID")},
+        what="MEGASCALE_SLICE_ID is not",
+        remedy="as GKE does",
+        environ={**TPU, **without(SLICES, "MEGASCALE_SLICE_ID")},
     ),
     Bad(
         "pods-without-count",
         (),
-        "JAX_NUM_PROCESSES is not",
-        "in the manifest",
-        without(INDEXED, "JAX_NUM_PROCESSES"),
+        what="JAX_NUM_PROCESSES is not",
+        remedy="in the manifest",
+        environ=without(INDEXED, "JAX_NUM_PROCESSES"),
     ),
     Bad(
         "pods-without-coordinator",
         (),
-        "JAX_COORDINATOR_ADDRESS is not",
-        "in the manifest",
-        without(INDEXED, "JAX_COORDINATOR_ADDRESS"),
+        what="JAX_COORDINATOR_ADDRESS is not",
+        remedy="in the manifest",
+        environ=without(INDEXED, "JAX_COORDINATOR_ADDRESS"),
     ),
     Bad(
         "pods-index-beyond-count",
         (),
-        "JOB_COMPLETION_INDEX is '3'",
-        "from 0 to 2",
-        {**INDEXED, "JOB_COMPLETION_INDEX": "3"},
+        what="JOB_COMPLETION_INDEX is '3'",
+        remedy="from 0 to 2",
+        environ={**INDEXED, "JOB_COMPLETION_INDEX": "3"},
     ),
     Bad(
         "jobset-without-name",
         (),
-        "JOBSET_NAME is not",
-        "in the manifest",
-        without(JOBSET, "JOBSET_NAME"),
+        what="JOBSET_NAME is not",
+        remedy="in the manifest",
+        environ=without(JOBSET, "JOBSET_NAME"),
     ),
     Bad(
         "coordinator-alone",
         (),
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID are not",
-        "set all three",
-        {"JAX_COORDINATOR_ADDRESS": "first"},
+        what="JAX_NUM_PROCESSES and JAX_PROCESS_ID are not",
+        remedy="set all three",
+        environ={"JAX_COORDINATOR_ADDRESS": "first"},
     ),
     Bad(
         "count-of-letters",
         (),
-        "JAX_NUM_PROCESSES is 'two'",
-        "a whole number",
-        {**NAMED, "JAX_NUM_PROCESSES": "two"},
+        what="JAX_NUM_PROCESSES is 'two'",
+        remedy="a whole number",
+        environ={**NAMED, "JAX_NUM_PROCESSES": "two"},
     ),
     Bad(
         "address-without-port",
         (),
-        "'first:http' is no address",
-        "NAME:PORT",
-        {**NAMED, "JAX_COORDINATOR_ADDRESS": "first:http"},
+        what="'first:http' is no address",
+        remedy="NAME:PORT",
+        environ={**NAMED, "JAX_COORDINATOR_ADDRESS": "first:http"},
     ),
     Bad(
         "slurm-and-tpu",
         (),
-        "two clusters at once",
-        "unset",
-        {**SLURM, **TPU},
+        what="two clusters at once",
+        remedy="unset",
+        environ={**SLURM, **TPU},
     ),
     Bad(
         "tpu-and-jax",
         (),
-        "two clusters at once",
-        "unset",
-        {**TPU, **NAMED},
+        what="two clusters at once",
+        remedy="unset",
+        environ={**TPU, **NAMED},
     ),
 ]
 OPTIONS = [
     Bad(
         "local-in-slurm",
         ("--hosts", "local:2"),
-        "two clusters at once",
-        "--hosts 1",
-        SLURM,
+        what="two clusters at once",
+        remedy="--hosts 1",
+        environ=SLURM,
     ),
     Bad(
         "options-against-slurm",
         ("--hosts", "2", "--coordinator", "a:1", "--host-id", "0"),
-        "two clusters at once",
-        "unset",
-        SLURM,
+        what="two clusters at once",
+        remedy="unset",
+        environ=SLURM,
     ),
     Bad(
         "hosts-alone",
         ("--hosts", "2"),
-        "--coordinator and --host-id are not",
-        "local:N",
+        what="--coordinator and --host-id are not",
+        remedy="local:N",
     ),
     Bad(
         "coordinator-option-alone",
         ("--coordinator", "a:1"),
-        "--hosts and --host-id are not",
-        "all three",
+        what="--hosts and --host-id are not",
+        remedy="all three",
     ),
     Bad(
         "host-beyond-hosts",
         ("--hosts", "2", "--coordinator", "a:1", "--host-id", "2"),
-        "--host-id is 2",
-        "from 0 to 1",
+        what="--host-id is 2",
+        remedy="from 0 to 1",
     ),
     Bad(
         "port-beyond-65535",
         ("--hosts", "2", "--coordinator", "a:99999", "--host-id", "1"),
-        "'a:99999'",
-        "1 to 65535",
+        what="'a:99999'",
+        remedy="1 to 65535",
     ),
-    Bad("no-hosts", ("--hosts", "local:0"), "--hosts is 'local:0'", "local:4"),
+    Bad(
+        "no-hosts",
+        ("--hosts", "local:0"),
+        what="--hosts is 'local:0'",
+        remedy="local:4",
+    ),
     Bad(
         "local-with-coordinator",
         ("--hosts", "local:2", "--coordinator", "a:1"),
-        "can't go with",
-        "leave out",
+        what="can't go with",
+        remedy="leave out",
     ),
     Bad(
         "no-token",
         ("--hosts", "2", "--coordinator", "a:1", "--host-id", "0"),
-        "the 2 hosts have no token",
-        "LEPTON_TOKEN to the same value",
-        {"LEPTON_TOKEN": " "},
+        what="the 2 hosts have no token",
+        remedy="LEPTON_TOKEN to the same value",
+        environ={"LEPTON_TOKEN": " "},
     ),
     Bad(
         "no-token-in-slurm",
         (),
-        "the 2 hosts have no token",
-        "name the same --run-dir",
-        {**SLURM, "LEPTON_TOKEN": ""},
+        what="the 2 hosts have no token",
+        remedy="name the same --run-dir",
+        environ={**SLURM, "LEPTON_TOKEN": ""},
     ),
     Bad(
         "token-of-a-few-letters",
         ("--hosts", "local:2"),
-        "the run's token has 6 characters",
-        "secrets.token_hex",
-        {"LEPTON_TOKEN": "secret"},
+        what="the run's token has 6 characters",
+        remedy="secrets.token_hex",
+        environ={"LEPTON_TOKEN": "secret"},
     ),
     Bad(
         "token-of-words",
         ("--hosts", "local:2"),
-        "holds spaces",
-        "letters, digits",
-        {"LEPTON_TOKEN": "our own secret " * 4},
+        what="holds spaces",
+        remedy="letters, digits",
+        environ={"LEPTON_TOKEN": "our own secret " * 4},
     ),
     Bad(
         "token-not-in-ascii",
         ("--hosts", "local:2"),
-        "none of ASCII's",
-        "letters, digits",
-        {"LEPTON_TOKEN": "\u00e9" * 40},
+        what="none of ASCII's",
+        remedy="letters, digits",
+        environ={"LEPTON_TOKEN": "\u00e9" * 40},
     ),
     Bad(
         "token-file-gone",
         ("--hosts", "local:2", "--token-file", "gone"),
-        "No such file",
-        "umask 077",
+        what="No such file",
+        remedy="umask 077",
     ),
     Bad(
         "token-file-is-a-folder",
         ("--hosts", "local:2", "--token-file", "old"),
-        "is no file",
-        "name a file",
+        what="is no file",
+        remedy="name a file",
     ),
     Bad(
         "token-file-empty",
         ("--hosts", "local:2", "--token-file", "empty"),
-        "still empty",
-        "umask 077",
+        what="still empty",
+        remedy="umask 077",
     ),
     Bad(
         "token-file-that-others-read",
         ("--hosts", "local:2", "--token-file", "open"),
-        "mode 0644: others know",
-        "delete it",
+        what="mode 0644: others know",
+        remedy="delete it",
     ),
     Bad(
         "token-in-a-job",
         ("--on", "slurm", "--job-env", "LEPTON_TOKEN=x"),
-        "where others read it",
-        "leave it out",
+        what="where others read it",
+        remedy="leave it out",
     ),
     Bad(
         "least-beyond-hosts",
         ("--hosts", "local:2", "--least-hosts", "3"),
-        "--least-hosts is 3",
-        "at most 2",
+        what="--least-hosts is 3",
+        remedy="at most 2",
     ),
     Bad(
         "least-of-none",
         ("--hosts", "local:2", "--least-hosts", "0"),
-        "--least-hosts is 0",
-        "from 1",
+        what="--least-hosts is 0",
+        remedy="from 1",
     ),
     Bad(
         "limit-unknown",
         ("--hosts", "local:2", "--limit", "step=5"),
-        "did you mean 'steps'",
-        "NAME=SECONDS",
+        what="did you mean 'steps'",
+        remedy="NAME=SECONDS",
     ),
     Bad(
         "limit-of-letters",
         ("--hosts", "local:2", "--limit", "steps=long"),
-        "'long' is no number",
-        "steps=60",
+        what="'long' is no number",
+        remedy="steps=60",
     ),
     Bad(
         "grace-negative",
         ("--hosts", "local:2", "--grace", "-1"),
-        "'-1' is no number of seconds",
-        "--grace",
+        what="'-1' is no number of seconds",
+        remedy="--grace",
     ),
     Bad(
         "restarts-of-letters",
         ("--hosts", "local:2", "--restarts", "many"),
-        "'many' is no whole number",
-        "--restarts",
+        what="'many' is no whole number",
+        remedy="--restarts",
     ),
     Bad(
         "go-on-nowhere",
         ("--hosts", "local:2", "--go-on"),
-        "without --run-dir",
-        "--run-dir",
+        what="without --run-dir",
+        remedy="--run-dir",
     ),
     Bad(
         "run-folder-is-a-file",
         ("--hosts", "local:2", "--run-dir", "file"),
-        "is a file",
-        "another folder",
+        what="is a file",
+        remedy="another folder",
     ),
     Bad(
         "run-folder-occupied",
         ("--hosts", "local:2", "--run-dir", "old"),
-        "already holds a run",
-        "--resume old",
+        what="already holds a run",
+        remedy="--resume old",
     ),
     Bad(
         "nothing-to-resume",
         ("--hosts", "local:2", "--resume", "gone"),
-        "no run to resume",
-        "name the folder",
+        what="no run to resume",
+        remedy="name the folder",
     ),
     Bad(
         "setting-unknown",
         ("--hosts", "local:2", "--step", "3"),
-        "did you mean '--steps'",
-        "the settings are",
+        what="did you mean '--steps'",
+        remedy="the settings are",
     ),
     Bad(
         "devices-of-none",
         ("--hosts", "local:2", "--devices", "0"),
-        "--devices is 0",
-        "1 to",
+        what="--devices is 0",
+        remedy="1 to",
     ),
     Bad(
         "on-the-moon",
         ("--on", "moon", "--submit"),
-        "--on is 'moon'",
-        "slurm, k8s",
+        what="--on is 'moon'",
+        remedy="slurm, k8s",
     ),
     Bad(
         "submitted-without-client",
         ("--on", "slurm", "--submit"),
-        "sbatch is not installed here",
-        "leave out --submit",
+        what="sbatch is not installed here",
+        remedy="leave out --submit",
     ),
     Bad(
         "hosts-file-gone",
         ("--on", "ssh:gone", "--submit"),
-        "can't be read",
-        "a host a line",
+        what="can't be read",
+        remedy="a host a line",
     ),
     Bad(
         "pods-without-image",
         ("--on", "k8s", "--submit"),
-        "needs an image",
-        "--job-image",
+        what="needs an image",
+        remedy="--job-image",
     ),
     Bad(
         "pods-without-volume",
         ("--on", "k8s", "--job-image", "i", "--run-dir", "/data/run", "--submit"),
-        "lost with its container",
-        "--job-volume",
+        what="lost with its container",
+        remedy="--job-volume",
     ),
 ]
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder of its own, with nothing of a cluster around, and no client of one."""
+    """Make a working folder without a cluster around it, and without its client."""
     for name in os.environ:
         if name.startswith(AROUND):
             monkeypatch.delenv(name)
@@ -473,34 +479,28 @@ def here(tmp_path, monkeypatch):
 
 
 def check(case, code, err, seconds):
-    assert code == 2 and seconds < LIMIT, err
+    assert code == 2, err
+    assert seconds < LIMIT, err
     what, _, remedy = err[err.rindex("error: ") :].rpartition("\n  remedy: ")
-    assert case.what in what and "\n  where:  " in what and case.remedy in remedy, err
+    assert case.what in what, err
+    assert "\n  where:  " in what, err
+    assert case.remedy in remedy, err
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    "case",
-    ENVIRONMENTS + OPTIONS,
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", ENVIRONMENTS + OPTIONS, ids=lambda case: case.name)
 def test_what_is_wrong_before_anything_starts(case, here, monkeypatch, capsys):
     for name, value in case.environ.items():
         monkeypatch.setenv(name, value)
     before = sorted(here.rglob("*"))
     started = time.monotonic()
     code = cli.main([RECIPE, *case.given])
-    check(
-        case,
-        code,
-        capsys.readouterr().err,
-        time.monotonic() - started,
-    )
+    check(case, code, capsys.readouterr().err, time.monotonic() - started)
     assert sorted(here.rglob("*")) == before, "nothing is left behind"
 
 
 def test_the_time_to_meet_is_within_the_limit():
-    assert hosts.SOON + meeting.MARGIN < LIMIT
+    assert joining.SOON + meeting.MARGIN < LIMIT
 
 
 # ---- hosts that do not fit to each other ----
@@ -513,20 +513,15 @@ def free_port():
 
 
 def together(port, *each, name="127.0.0.1"):
-    """Command lines of hosts at the same time: (exit code of each, seconds); a `None`
-    is a host that does not come.
+    """Run the command lines of several hosts at the same time.
+
+    A `None` is a host that does not come. Returns the exit code of each, and the
+    seconds.
     """
     codes = {}
 
     def one(number, given):
-        codes[number] = cli.main(
-            [
-                RECIPE,
-                "--coordinator",
-                f"{name}:{port}",
-                *given,
-            ]
-        )
+        codes[number] = cli.main([RECIPE, "--coordinator", f"{name}:{port}", *given])
 
     threads = [threading.Thread(target=one, args=pair) for pair in enumerate(each)]
     started = time.monotonic()
@@ -539,13 +534,7 @@ def together(port, *each, name="127.0.0.1"):
 
 
 def host(number, count=2, *more):
-    return [
-        "--hosts",
-        str(count),
-        "--host-id",
-        str(number),
-        *more,
-    ]
+    return ["--hosts", str(count), "--host-id", str(number), *more]
 
 
 MISFITS = {
@@ -565,11 +554,7 @@ MISFITS = {
         "the same --hosts",
     ),
     "numbered-twice": (
-        [
-            host(0, 3),
-            host(1, 3),
-            host(1, 3),
-        ],
+        [host(0, 3), host(1, 3), host(1, 3)],
         "two processes say that they are host 1",
         "its own --host-id",
     ),
@@ -588,44 +573,38 @@ MISFITS = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_hosts_that_do_not_fit(name, here, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "SOON", 1.0)
+    monkeypatch.setattr(joining, "SOON", 1.0)
     each, what, remedy = MISFITS[name]
     codes, seconds = together(free_port(), *each)
     err = capsys.readouterr().err
-    assert codes == [2] * len(each) and seconds < LIMIT and "Traceback" not in err, err
-    assert what in err and remedy in err and err.count("\n  remedy: ") == len(each), (
-        "all hosts say so"
-    )
+    assert codes == [2] * len(each), err
+    assert seconds < LIMIT, err
+    assert "Traceback" not in err, err
+    assert what in err, "all hosts say so"
+    assert remedy in err, "all hosts say so"
+    assert err.count("\n  remedy: ") == len(each), "all hosts say so"
 
 
 @pytest.mark.parametrize("fact", ["jax", "lepton_jax", "recipe"])
 def test_versions_that_differ(fact, here, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "SOON", 20.0)
+    monkeypatch.setattr(joining, "SOON", 20.0)
     if fact == "recipe":
         text = Path(RECIPE).read_bytes()
         copies = iter([text, text + b"\n"])
-        monkeypatch.setattr(
-            Path,
-            "read_bytes",
-            lambda path: next(copies),
-        )
+        monkeypatch.setattr(Path, "read_bytes", lambda path: next(copies))
     else:
-        same = hosts.facts()
+        same = joining.facts()
         facts = iter([same, {**same, fact: "0.0.1"}])
-        monkeypatch.setattr(hosts, "facts", lambda: next(facts))
-    codes, seconds = together(
-        free_port(),
-        host(0),
-        host(1),
-    )
+        monkeypatch.setattr(joining, "facts", lambda: next(facts))
+    codes, seconds = together(free_port(), host(0), host(1))
     err = capsys.readouterr().err
     for code in codes:
         check(
             Bad(
                 "",
                 (),
-                f"host 1 differs from host 0 in {fact}: ",
-                "the same on all hosts",
+                what=f"host 1 differs from host 0 in {fact}: ",
+                remedy="the same on all hosts",
             ),
             code,
             err,
@@ -637,7 +616,7 @@ def test_a_port_that_is_taken(here, capsys):
     with socket.create_server(("", 0)) as taken:
         codes, seconds = together(taken.getsockname()[1], host(0))
     check(
-        Bad("", (), "host 0 can't listen on port", "--coordinator"),
+        Bad("", (), what="host 0 can't listen on port", remedy="--coordinator"),
         *codes,
         capsys.readouterr().err,
         seconds,
@@ -652,7 +631,7 @@ def test_a_port_that_is_taken(here, capsys):
     ],
 )
 def test_a_port_that_is_somebody_elses(answer, fault, here, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "SOON", 1.0)
+    monkeypatch.setattr(joining, "SOON", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
 
         def serve():
@@ -670,7 +649,7 @@ def test_a_port_that_is_somebody_elses(answer, fault, here, monkeypatch, capsys)
         codes, seconds = together(stranger.getsockname()[1], host(1))
         stranger.shutdown(socket.SHUT_RDWR)
     check(
-        Bad("", (), f"within 1 s: {fault}", "that name and port are right"),
+        Bad("", (), what=f"within 1 s: {fault}", remedy="that name and port are right"),
         *codes,
         capsys.readouterr().err,
         seconds,
@@ -678,14 +657,15 @@ def test_a_port_that_is_somebody_elses(answer, fault, here, monkeypatch, capsys)
 
 
 def test_a_name_that_is_none(here, monkeypatch, capsys):
-    monkeypatch.setattr(hosts, "SOON", 1.0)
-    codes, seconds = together(
-        8476,
-        host(1),
-        name="nobody.invalid",
-    )
+    monkeypatch.setattr(joining, "SOON", 1.0)
+    codes, seconds = together(8476, host(1), name="nobody.invalid")
     check(
-        Bad("", (), "host 0 can't be met at nobody.invalid:8476", "name and port"),
+        Bad(
+            "",
+            (),
+            what="host 0 can't be met at nobody.invalid:8476",
+            remedy="name and port",
+        ),
         *codes,
         capsys.readouterr().err,
         seconds,
@@ -699,44 +679,48 @@ PROCESSES = [
     Bad(
         "no-permission-in-the-run-folder",
         (*TWO, "--run-dir", "/proc/lepton"),
-        "/proc/lepton",
-        "another run folder",
+        what="/proc/lepton",
+        remedy="another run folder",
     ),
     Bad(
         "a-mesh-that-does-not-fit",
         (*TWO, "--devices", "1", "--plan", "eight.json"),
-        "the plan is for 8 devices, 2 are given",
-        "plan anew",
+        what="the plan is for 8 devices, 2 are given",
+        remedy="plan anew",
     ),
     Bad(
         "no-such-platform",
         TWO,
-        "Backend 'nope' is not in the list of known",
-        "JAX_PLATFORMS=cpu",
-        {"JAX_PLATFORMS": "nope"},
+        what="Backend 'nope' is not in the list of known",
+        remedy="JAX_PLATFORMS=cpu",
+        environ={"JAX_PLATFORMS": "nope"},
     ),
     Bad(
         "no-permission-for-local-checkpoints",
         (*TWO, "--local-dir", "/proc/lepton"),
-        "/proc/lepton",
-        "--local-dir",
+        what="/proc/lepton",
+        remedy="--local-dir",
     ),
     Bad(
-        "data-that-are-gone", (*TWO, "--data", "gone.csv"), "gone.csv", "check the path"
+        "data-that-are-gone",
+        (*TWO, "--data", "gone.csv"),
+        what="gone.csv",
+        remedy="check the path",
     ),
     Bad(
         "a-recipe-that-can-not-be",
         (*TWO, "--seed", "-1"),
-        "seed is -1",
-        "seed=0",
+        what="seed is -1",
+        remedy="seed=0",
     ),
 ]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def processes(tmp_path_factory):
-    """By name, (exit code, standard error, seconds) of what is started now, beside the
-    other tests.
+    """Start processes next to the other tests.
+
+    Returns exit code, standard error and seconds of each, by name.
     """
     plan = tmp_path_factory.mktemp("plan") / "eight.json"
     assert planning.main([RECIPE, "--on", "cpu:8", "--save", str(plan)]) == 0
@@ -751,19 +735,10 @@ def processes(tmp_path_factory):
         }
         started = time.monotonic()
         done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "tools" / "launch.py",
-                RECIPE,
-                *case.given,
-            ],
+            [sys.executable, ROOT / "tools" / "launch.py", RECIPE, *case.given],
             cwd=folder,
             text=True,
-            env={
-                **environ,
-                "JAX_PLATFORMS": "cpu",
-                **case.environ,
-            },
+            env={**environ, "JAX_PLATFORMS": "cpu", **case.environ},
             capture_output=True,
             timeout=120,
             check=False,
@@ -776,11 +751,7 @@ def processes(tmp_path_factory):
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize(
-    "case",
-    PROCESSES,
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", PROCESSES, ids=lambda case: case.name)
 def test_what_the_workers_find(case, processes):
     code, err, seconds = processes(case.name)
     check(case, code, err, seconds)

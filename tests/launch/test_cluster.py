@@ -1,5 +1,7 @@
-"""Finding the cluster: each environment as its launcher really sets it, halves,
-contradictions, and SLURM's lists of nodes.
+"""Finding the cluster.
+
+Environments are as each launcher really sets them, halves of them, and contradictions;
+and there are SLURM's lists of nodes.
 """
 
 import re
@@ -9,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_jax.errors import SettingError
-from lepton_jax.launch.cluster import FIRST_PORT, PORTS, Cluster, address, find, split
+from lepton_jax.launch.cluster import FIRST_PORT, PORTS, Cluster, address, split
+from lepton_jax.launch.discovery import find
 from lepton_jax.launch.surroundings import expand, tasks_per_node
 
 # as `srun` of SLURM 22.05 sets them in the second of two tasks on two nodes, of four
@@ -130,20 +133,8 @@ NAMED = {
             3,
             "10.0.0.1:8476",
         ),
-        (
-            {**TPU, **SLICES},
-            "tpu",
-            8,
-            7,
-            "job-0-0.job:8476",
-        ),
-        (
-            {**TPU, "MEGASCALE_NUM_SLICES": "1"},
-            "tpu",
-            4,
-            3,
-            "t-0.s:8476",
-        ),
+        ({**TPU, **SLICES}, "tpu", 8, 7, "job-0-0.job:8476"),
+        ({**TPU, "MEGASCALE_NUM_SLICES": "1"}, "tpu", 4, 3, "t-0.s:8476"),
         (
             {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"},
             "tpu",
@@ -151,21 +142,9 @@ NAMED = {
             0,
             None,
         ),
-        (
-            {"TPU_WORKER_HOSTNAMES": "localhost"},
-            "tpu",
-            1,
-            0,
-            None,
-        ),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu", 1, 0, None),
         (INDEXED, "kubernetes", 3, 1, "run-0.run:8476"),
-        (
-            {**INDEXED, "JAX_PROCESS_ID": "2"},
-            "kubernetes",
-            3,
-            2,
-            "run-0.run:8476",
-        ),
+        ({**INDEXED, "JAX_PROCESS_ID": "2"}, "kubernetes", 3, 2, "run-0.run:8476"),
         (JOBSET, "kubernetes", 3, 1, "run-hosts-0-0.run:8476"),
         (NAMED, "environment", 2, 1, "first:8476"),
         (
@@ -197,7 +176,8 @@ def test_what_is_found(environ, source, hosts, host_id, coordinator):
         host_id,
         coordinator,
     )
-    assert "\n" not in str(found) and found.why
+    assert "\n" not in str(found)
+    assert found.why
 
 
 @pytest.mark.parametrize(
@@ -221,7 +201,8 @@ def test_what_is_found(environ, source, hosts, host_id, coordinator):
 def test_open_mpi_knows_where_rank_0_is(more, host):
     found = find({**MPI, **more})
     name, port = split(found.coordinator)
-    assert name == host and (found.hosts, found.host_id) == (4, 2)
+    assert name == host
+    assert (found.hosts, found.host_id) == (4, 2)
     assert FIRST_PORT <= int(port) < FIRST_PORT + PORTS or port == "8476"
 
 
@@ -234,11 +215,7 @@ def test_open_mpi_that_does_not_say_where_rank_0_is():
 def test_jobs_that_share_a_node_get_ports_of_their_own():
     ports = {
         find(
-            {
-                **SLURM,
-                "SLURM_JOB_ID": str(job),
-                "SLURM_STEP_ID": str(step),
-            }
+            {**SLURM, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
         ).coordinator
         for job in range(5000, 5100)
         for step in range(3)
@@ -248,14 +225,7 @@ def test_jobs_that_share_a_node_get_ports_of_their_own():
 
 @pytest.mark.parametrize(
     "complete",
-    [
-        SLURM,
-        MPI,
-        {**TPU, **SLICES},
-        INDEXED,
-        JOBSET,
-        NAMED,
-    ],
+    [SLURM, MPI, {**TPU, **SLICES}, INDEXED, JOBSET, NAMED],
     ids=lambda e: next(iter(e)),
 )
 def test_half_of_a_cluster_is_an_error_that_names_what_is_missing(complete):
@@ -275,6 +245,7 @@ def test_half_of_a_cluster_is_an_error_that_names_what_is_missing(complete):
         "JAX_PROCESS_ID",
     } & set(complete)
     assert needed
+
     for name in needed:
         with pytest.raises(SettingError, match=re.escape(name)) as error:
             find({key: value for key, value in complete.items() if key != name})
@@ -307,7 +278,8 @@ def test_half_of_a_cluster_is_an_error_that_names_what_is_missing(complete):
 def test_wrong_values_are_errors_with_a_remedy(environ):
     with pytest.raises(SettingError) as error:
         find(environ)
-    assert error.value.where and error.value.remedy
+    assert error.value.where
+    assert error.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -368,7 +340,7 @@ def test_two_that_agree_are_one():
     assert find({**SLURM, **NAMED}).coordinator == "first:8476"
 
 
-def test_the_command_line_goes_before_the_environment_unless_they_contradict_each_other():
+def test_the_command_line_goes_before_the_environment_unless_they_contradict():
     three = {"coordinator": "first:1234", "hosts": "2", "host_id": 1}
     expected = Cluster(
         "options", "--coordinator, --hosts and --host-id", 2, 1, "first:1234", devices=3
@@ -379,6 +351,7 @@ def test_the_command_line_goes_before_the_environment_unless_they_contradict_eac
     assert (
         find({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, **three, devices=3) == expected
     )
+
     with pytest.raises(SettingError, match="two clusters at once"):
         find({**SLURM, "SLURM_PROCID": "0"}, **three)
     with pytest.raises(SettingError, match="two clusters at once"):
@@ -437,12 +410,14 @@ def test_the_metadata_server_of_a_tpu_vm():
         "10.9.0.1:8476",
     )
     assert "metadata" in str(found)
+
     said = {
         "agent-worker-number": "1",
         "worker-network-endpoints": "10.0.0.1, 10.0.0.2",
     }
     assert find({}, metadata=said.get).coordinator == "10.0.0.1:8476"
     assert find({}, metadata=lambda name: None).source == "alone"
+
     asked = []
     find(TPU, metadata=asked.append)
     find({"TPU_SKIP_MDS_QUERY": "1"}, metadata=asked.append)
@@ -474,6 +449,7 @@ def test_a_list_of_nodes():
     ]
     assert expand("r[1-2]n[09-10].x") == ["r1n09.x", "r1n10.x", "r2n09.x", "r2n10.x"]
     assert expand("a") == ["a"]
+
     for wrong in (
         "",
         "a[",
@@ -498,7 +474,7 @@ PREFIX = st.from_regex(r"[a-z]([a-z-]{0,5}[a-z])?", fullmatch=True)
 
 @st.composite
 def node_lists(draw):
-    """A list of nodes as SLURM writes it, and the names that it stands for."""
+    """Draw a list of nodes as SLURM writes it, and the names that it stands for."""
     parts = []
     names = []
     for prefix in draw(st.lists(PREFIX, min_size=1, max_size=4)):
@@ -538,15 +514,13 @@ def test_what_is_no_list_of_nodes_is_an_error_and_nothing_else(text):
         names = expand(text)
     except SettingError:
         return
-    assert names and all(names) and not any(set(name) & set("[], ") for name in names)
+    assert names
+    assert all(names)
+    assert not any(set(name) & set("[], ") for name in names)
 
 
 @given(
-    st.lists(
-        st.tuples(st.integers(1, 9), st.integers(1, 5)),
-        min_size=1,
-        max_size=5,
-    )
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=5)
 )
 def test_tasks_of_nodes(counts):
     text = ",".join(
@@ -560,23 +534,14 @@ def test_tasks_of_nodes(counts):
 @given(st.sampled_from(["a", "a.b", "10.0.0.1", "fd00::1"]), st.integers(1, 65535))
 def test_addresses_survive(name, port):
     text = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-    assert address(text, "here") == text and split(text) == (name, str(port))
+    assert address(text, "here") == text
+    assert split(text) == (name, str(port))
 
 
 @given(
     st.dictionaries(
         st.sampled_from(
-            sorted(
-                {
-                    **SLURM,
-                    **MPI,
-                    **TPU,
-                    **SLICES,
-                    **INDEXED,
-                    **JOBSET,
-                    **NAMED,
-                }
-            )
+            sorted({**SLURM, **MPI, **TPU, **SLICES, **INDEXED, **JOBSET, **NAMED})
         ),
         st.sampled_from(
             ["0", "1", "2", "4", "n[1-2]", "a,b", "x", "", " ", "1(x2)", "-1", "٣"]
@@ -588,6 +553,5 @@ def test_no_environment_is_more_than_an_error(environ):
         found = find(environ)
     except SettingError:
         return
-    assert 0 <= found.host_id < found.hosts and (found.coordinator is None) == (
-        found.hosts == 1
-    )
+    assert 0 <= found.host_id < found.hosts
+    assert (found.coordinator is None) == (found.hosts == 1)

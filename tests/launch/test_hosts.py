@@ -1,5 +1,6 @@
-"""Several processes of one machine as hosts: the roll call, joining JAX, output,
-signals, and the end of all if one fails.
+"""Several processes of one machine as hosts.
+
+The roll call, joining JAX, output, signals, and the end of all if one fails.
 """
 
 import json
@@ -16,32 +17,32 @@ import pytest
 
 from lepton_jax.cli import launch as cli
 from lepton_jax.errors import SettingError
-from lepton_jax.launch import hosts
+from lepton_jax.launch import children, joining
 from lepton_jax.launch.cluster import Cluster
-from lepton_jax.launch.head import Head
 from lepton_jax.launch.meeting import meet
-from lepton_jax.launch.process import pass_on
-from lepton_jax.launch.rules import Rules
+from lepton_jax.launch.supervise.head import Head
+from lepton_jax.launch.supervise.rules import Rules
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "the-token-of-a-run-in-these-tests"
 JOINED = """
 import sys
 import jax
-from lepton_jax.launch import cluster, hosts
+from lepton_jax.launch import discovery, joining
 address, count, host = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-found = cluster.find({}, coordinator=address, hosts=count, host_id=host, devices=2)
-cluster.join(2)
+cluster = discovery.find({}, coordinator=address, hosts=count, host_id=host, devices=2)
+joining.ask_for_devices(2)
 
 def work():
     from jax.experimental.multihost_utils import process_allgather
     seen = process_allgather(jax.numpy.array(jax.process_index())).tolist()
-    print("saw", jax.process_count(), jax.local_device_count(), jax.device_count(), seen)
+    devices = jax.local_device_count(), jax.device_count()
+    print("saw", jax.process_count(), *devices, seen)
 
-hosts.run(found, work)
+joining.run(cluster, work)
 """
 SPAWN = (
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lepton_jax.launch.hosts"
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lepton_jax.launch.children"
     " import spawn; "
 )
 
@@ -53,29 +54,19 @@ def free_port():
 
 
 def python(code, *arguments):
-    return [
-        sys.executable,
-        "-u",
-        "-c",
-        code,
-        *map(str, arguments),
-    ]
+    return [sys.executable, "-u", "-c", code, *map(str, arguments)]
 
 
 def call(clusters, facts=None, limit=10.0):
-    """Each cluster meets in a thread of its own: what it raised, None if all was
-    well.
+    """Let each cluster meet in a thread of its own.
+
+    Returns the error of each, None if all was well.
     """
     raised = [None] * len(clusters)
 
     def one(number, cluster):
         try:
-            meet(
-                cluster,
-                (facts or {}).get(number, {"jax": "1"}),
-                limit,
-                TOKEN,
-            )
+            meet(cluster, (facts or {}).get(number, {"jax": "1"}), limit, TOKEN)
         except SettingError as error:
             raised[number] = error
 
@@ -102,16 +93,8 @@ def test_all_hosts_meet_in_any_order():
 @pytest.mark.parametrize(
     ("clusters", "facts", "named"),
     [
-        (
-            lambda port: numbered(3, [0, 1], port),
-            None,
-            "1 did not come within",
-        ),
-        (
-            lambda port: numbered(2, [1], port),
-            None,
-            "can't be met",
-        ),
+        (lambda port: numbered(3, [0, 1], port), None, "1 did not come within"),
+        (lambda port: numbered(2, [1], port), None, "can't be met"),
         (
             lambda port: numbered(2, [0], port) + numbered(3, [1], port),
             None,
@@ -131,11 +114,7 @@ def test_all_hosts_meet_in_any_order():
     ids=["missing", "no coordinator", "counts", "twice", "facts"],
 )
 def test_hosts_that_do_not_fit_end_in_one_error_everywhere(clusters, facts, named):
-    errors = call(
-        clusters(free_port()),
-        facts,
-        limit=1.5,
-    )
+    errors = call(clusters(free_port()), facts, limit=1.5)
     assert all(error is not None and named in error.what for error in errors), errors
 
 
@@ -158,6 +137,7 @@ def test_a_stranger_on_the_port_is_passed_over():
     thread = threading.Thread(target=strange)
     thread.start()
     assert call([first]) == [None]
+
     thread.join(20)
     assert raised == [None]
 
@@ -200,11 +180,7 @@ def test_processes_join_into_one_jax_even_in_the_environment_of_slurm(tmp_path):
     assert "cluster: host 1" not in err, "host 0 speaks for all"
 
 
-NOWHERE = {
-    "own-name": None,
-    hosts.ELSEWHERE[0]: None,
-    hosts.ELSEWHERE[1]: None,
-}
+NOWHERE = {"own-name": None, joining.ELSEWHERE[0]: None, joining.ELSEWHERE[1]: None}
 
 
 @pytest.mark.parametrize(
@@ -216,17 +192,13 @@ NOWHERE = {
         ("head:9001", {"head": "10.1.0.7"}, "10.1.0.7"),
         ("[fd00::2]:9001", {"fd00::2": "fd00::7"}, "fd00::7"),
         # the head, as Debian writes its hosts file
-        (
-            "head:9001",
-            {"head": "127.0.1.1", "own-name": "10.1.0.2"},
-            "10.1.0.2",
-        ),
+        ("head:9001", {"head": "127.0.1.1", "own-name": "10.1.0.2"}, "10.1.0.2"),
         (
             "head:9001",
             {
                 "head": "127.0.1.1",
                 "own-name": "127.0.1.1",
-                hosts.ELSEWHERE[0]: "10.1.0.2",
+                joining.ELSEWHERE[0]: "10.1.0.2",
             },
             "10.1.0.2",
         ),
@@ -238,12 +210,8 @@ def test_the_address_at_which_others_find_this_host(
     monkeypatch, coordinator, ways, expected
 ):
     monkeypatch.setattr(socket, "gethostname", lambda: "own-name")
-    monkeypatch.setattr(
-        hosts,
-        "_source",
-        ({"127.0.0.1": "127.0.0.1"} | ways).get,
-    )
-    assert hosts.own_address(coordinator) == expected
+    monkeypatch.setattr(joining, "_source", ({"127.0.0.1": "127.0.0.1"} | ways).get)
+    assert joining.own_address(coordinator) == expected
 
 
 def test_output_of_all_hosts(capfd):
@@ -251,7 +219,8 @@ def test_output_of_all_hosts(capfd):
         "import sys; print('out', sys.argv[1]); print('err', sys.argv[1],"
         " file=sys.stderr)"
     )
-    assert hosts.spawn([python(code, host) for host in range(3)]) == 0
+    assert children.spawn([python(code, host) for host in range(3)]) == 0
+
     out, err = capfd.readouterr()
     assert out == "out 0\n"
     assert sorted(err.splitlines()) == [
@@ -280,10 +249,12 @@ def test_one_that_fails_ends_all(capfd, tmp_path, fail, code, how):
         f" 'up').exists(): time.sleep(0.01)\n{fail}"
     )
     started = time.monotonic()
-    assert hosts.spawn([python(lives), python(fails), python(lives)]) == code
+    assert children.spawn([python(lives), python(fails), python(lives)]) == code
     assert time.monotonic() - started < 8
+
     err = capfd.readouterr().err
-    assert f"host 1 {how}; the others were stopped" in err and "remedy" in err
+    assert f"host 1 {how}; the others were stopped" in err
+    assert "remedy" in err
 
 
 @pytest.mark.parametrize("code", [0, 4])
@@ -293,33 +264,28 @@ def test_one_that_fails_ends_nobody_where_fewer_may_go_on(capfd, code):
         f" SystemExit({code})"
     )
     assert (
-        hosts.spawn(
-            [
-                python(lives),
-                python("raise SystemExit(7)"),
-                python(lives),
-            ],
+        children.spawn(
+            [python(lives), python("raise SystemExit(7)"), python(lives)],
             with_fewer=True,
         )
         == code
     )
+
     out, err = capfd.readouterr()
-    assert (
-        out == "lives\n"
-        and "[host 2] lives" in err
-        and ("host 0 ended with exit code 4" in err) == bool(code)
-    )
+    assert out == "lives\n"
+    assert "[host 2] lives" in err
+    assert ("host 0 ended with exit code 4" in err) == bool(code)
 
 
 def test_one_that_does_not_listen_is_ended_after_the_grace(monkeypatch, capfd):
-    monkeypatch.setattr(hosts, "GRACE", 0.5)
+    monkeypatch.setattr(children, "GRACE", 0.5)
     deaf = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         " print('up'); time.sleep(60)"
     )
     started = time.monotonic()
     assert (
-        hosts.spawn(
+        children.spawn(
             [python(deaf), python("import time; time.sleep(1); raise SystemExit(3)")]
         )
         == 3
@@ -351,11 +317,13 @@ def test_signals_reach_every_host_once(number):
     )
     reader.start()
     assert process.stdout.readline() == "up\n"
+
     while sum("up" in line for line in lines) < 2:
         time.sleep(0.01)
         assert process.poll() is None
     os.killpg(process.pid, number)  # as a terminal does
     assert process.wait(20) == 130
+
     reader.join(5)
     assert process.stdout.read() == f"came [{int(number)}]\n"
     assert sorted(line for line in lines if "came" in line) == [
@@ -366,7 +334,7 @@ def test_signals_reach_every_host_once(number):
 
 def test_a_host_that_cannot_be_started(tmp_path):
     with pytest.raises(SettingError, match="host 1 can't be started"):
-        hosts.spawn(
+        children.spawn(
             [python("import time; time.sleep(60)"), [str(tmp_path / "nothing")]]
         )
 
@@ -383,12 +351,7 @@ GLOO = (
         (["before\n", GLOO, "after\n"], "before\nafter\n"),
         (["a line", GLOO, "\n"], "a line\n"),
         (
-            [
-                "[",
-                GLOO[:20],
-                GLOO[20:] + "[Glo",
-                "w] on\n[1, 2]\n",
-            ],
+            ["[", GLOO[:20], GLOO[20:] + "[Glo", "w] on\n[1, 2]\n"],
             "[[Glow] on\n[1, 2]\n",
         ),
         (
@@ -399,10 +362,7 @@ GLOO = (
 )
 def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
     reading, writing = os.pipe()
-    thread = threading.Thread(
-        target=pass_on,
-        args=(os.fdopen(reading, "rb"),),
-    )
+    thread = threading.Thread(target=children.pass_on, args=(os.fdopen(reading, "rb"),))
     thread.start()
     for piece in pieces:
         os.write(writing, piece.encode())
@@ -410,21 +370,16 @@ def test_what_gloo_says_is_left_out_of_the_output(pieces, expected, capfd):
     os.close(writing)
     thread.join(10)
     assert capfd.readouterr().out == expected
-    stream = subprocess.Popen(
-        ["printf", "%s", "".join(pieces)],
-        stdout=subprocess.PIPE,
-    )
-    hosts.forward(stream.stdout, 1)
+
+    stream = subprocess.Popen(["printf", "%s", "".join(pieces)], stdout=subprocess.PIPE)
+    children.forward(stream.stdout, 1)
     stream.wait()
     assert "is connected to" not in capfd.readouterr().err
 
 
 def test_output_comes_at_once(capfd):
     reading, writing = os.pipe()
-    thread = threading.Thread(
-        target=pass_on,
-        args=(os.fdopen(reading, "rb"),),
-    )
+    thread = threading.Thread(target=children.pass_on, args=(os.fdopen(reading, "rb"),))
     thread.start()
     os.write(writing, b"no end of line yet")
     until = time.monotonic() + 10
@@ -441,7 +396,7 @@ def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tm
         "import os, sys, json; print(json.dumps([sys.argv[1:],"
         " os.environ['JAX_PLATFORMS'], os.environ['LEPTON_WORKER']]))"
     )
-    monkeypatch.setattr("lepton_jax.launch.process.python", lambda: python(code))
+    monkeypatch.setattr("lepton_jax.launch.children.python", lambda: python(code))
     monkeypatch.delenv("JAX_PLATFORMS")
     arguments = [
         str(ROOT / "recipes/logistic.py"),
@@ -453,6 +408,7 @@ def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tm
         "3",
     ]
     assert cli.main(arguments) == 0
+
     out, err = capfd.readouterr()
     said = [
         json.loads(line)
@@ -462,32 +418,32 @@ def test_local_hosts_are_numbered_and_get_virtual_devices(monkeypatch, capfd, tm
         )
     ]
     assert [each[:2] for each in said] == [[arguments, "cpu"]] * 2
+
     told = [json.loads(each[2]) for each in said]
     folder = str(tmp_path / "run")
     assert [(each["hosts"], each["host_id"], each["run_dir"]) for each in told] == [
         (2, 0, folder),
         (2, 1, folder),
     ]
-    assert told[0]["coordinator"] == told[1]["coordinator"] and told[0][
-        "coordinator"
-    ].startswith("127.0.0.1:")
+    assert told[0]["coordinator"] == told[1]["coordinator"]
+    assert told[0]["coordinator"].startswith("127.0.0.1:")
     assert "cluster: 2 hosts on this machine" in err
 
 
 def test_a_signal_that_every_host_hears_once_is_one():
-    """A scheduler's SIGTERM may reach host 1, whose supervisor says so, seconds before
-    host 0 hears of it.
+    """A signal that a scheduler sends to every host asks for one stop.
+
+    SIGTERM may reach host 1, whose supervisor says so, seconds before host 0 hears of
+    it.
     """
-    head = Head(
-        Cluster("local", "a test", 2),
-        Rules(),
-        {"jax": "1"},
-    )
+    head = Head(Cluster("local", "a test", 2), Rules(), {"jax": "1"})
     head._obey(None, {"at": "signal", "count": 1})
     head.signalled()
     assert head._signals == 1, "else all would be ended without a save"
+
     head._obey(None, {"at": "signal", "count": 2})
     assert head._signals == 2, "a person insists"
+
     head.gate.close(0, None)
 
 
@@ -506,22 +462,19 @@ def test_a_worker_goes_by_what_its_supervisor_says(launch, tmp_path):
     )
     until = time.monotonic() + 100
     while not (tmp_path / "run" / "checkpoints" / "100").exists():
-        assert time.monotonic() < until and process.poll() is None
+        assert time.monotonic() < until
+        assert process.poll() is None
         time.sleep(0.01)
     worker = subprocess.run(
-        ["pgrep", "-P", str(process.pid)],
-        capture_output=True,
-        text=True,
-        check=True,
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout
     os.kill(int(worker), signal.SIGKILL)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
-    assert (
-        "hosts: host 0 was ended by SIGKILL, last seen in " in err
-        and "restart 1 of 2" in err
-    )
+    assert "hosts: host 0 was ended by SIGKILL, last seen in " in err
+    assert "restart 1 of 2" in err
     assert json.loads(out.splitlines()[-1])["steps"] == 300
+
     said = json.loads((tmp_path / "run" / "hosts.json").read_text())
     assert (said["state"], said["restarts"], said["recoveries"][0]["cause"]) == (
         "over",
@@ -543,12 +496,10 @@ def test_a_mistake_of_a_worker_is_the_command_lines_error(launch, tmp_path):
         "run",
     )
     err = process.communicate(timeout=100)[1]
-    assert (
-        process.returncode == 2
-        and err.count("gone.csv") == 1
-        and err.startswith("error: ")
-        and "Traceback" not in err
-    )
+    assert process.returncode == 2
+    assert err.count("gone.csv") == 1
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
 
 
 def test_one_host_is_as_without_options(launch, tmp_path):
@@ -582,13 +533,7 @@ def test_sigterm_is_ctrl_c_in_a_job_that_may_be_started_again(tmp_path):
     ]
     # as a shell starts what is in the background: deaf for Ctrl-C
     process = subprocess.Popen(
-        [
-            "sh",
-            "-c",
-            'trap "" INT; exec "$@"',
-            "sh",
-            *map(str, arguments),
-        ],
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *map(str, arguments)],
         cwd=tmp_path,
         text=True,
         stdout=subprocess.PIPE,
@@ -600,7 +545,8 @@ def test_sigterm_is_ctrl_c_in_a_job_that_may_be_started_again(tmp_path):
                 break
         process.send_signal(signal.SIGTERM)
         out = process.communicate(timeout=60)[0]
-        assert process.returncode == 130 and "interrupted" in out, out
+        assert process.returncode == 130, out
+        assert "interrupted" in out, out
     finally:
         process.kill()
         process.communicate()
@@ -624,4 +570,5 @@ def test_go_on(launch, tmp_path):
         json.loads(line).get("step")
         for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     ]
-    assert 4 in steps and (tmp_path / "run" / "checkpoints").is_dir()
+    assert 4 in steps
+    assert (tmp_path / "run" / "checkpoints").is_dir()

@@ -1,4 +1,4 @@
-"""Hosts know each other by the run's token: the exchange, and who tries to get past it.
+"""Proofs of the run's token: the exchange, and callers who try to get past it.
 
 The callers here write the exchange by hand, by the words of `lepton_jax.launch.proof`.
 """
@@ -24,9 +24,9 @@ from watched import Watched
 from lepton_jax.errors import SettingError
 from lepton_jax.launch import door, proof
 from lepton_jax.launch.cluster import Cluster
-from lepton_jax.launch.head import Head
 from lepton_jax.launch.meeting import meet
-from lepton_jax.launch.rules import Rules
+from lepton_jax.launch.supervise.head import Head
+from lepton_jax.launch.supervise.rules import Rules
 from lepton_jax.launch.wire import LONGEST_UNPROVEN, Line
 
 HERE = Path(__file__).resolve().parent
@@ -49,30 +49,17 @@ def free_port():
 # ---- the exchange ----
 
 
-def ends(
-    tokens=(TOKEN, TOKEN),
-    channels=("a", "a"),
-):
-    """A host's end and host 0's, joined."""
+def ends(tokens=(TOKEN, TOKEN), channels=("a", "a")):
+    """Return a host's end and host 0's, joined."""
     one, other = socket.socketpair()
     return (
-        Line(
-            one,
-            tokens[0],
-            channels[0],
-            head=False,
-        ),
-        Line(
-            other,
-            tokens[1],
-            channels[1],
-            head=True,
-        ),
+        Line(one, tokens[0], channels[0], head=False),
+        Line(other, tokens[1], channels[1], head=True),
     )
 
 
 def spoken(*lines):
-    """What each has received, once all has come."""
+    """Return the messages that each end has received, once all have come."""
     heard = [[] for _ in lines]
     for _ in range(4):
         for messages, line in zip(heard, lines, strict=True):
@@ -90,49 +77,43 @@ def test_both_prove_themselves_and_what_waited_is_said():
         [{"do": "welcome"}],
         [{"at": "hello", "number": 1}, {"at": "where", "place": [1, "é\n"]}],
     ]
-    assert host.proven and head.proven and host.open and head.open
+    assert host.proven
+    assert head.proven
+    assert host.open
+    assert head.open
 
 
 def test_the_lines_are_these():
-    """Every byte, by another computation than the one that is tested."""
+    """Every byte is compared with a second computation."""
     one, other = socket.socketpair()
     host = Line(one, TOKEN, "supervisors", head=False)
     host.send(n=1)
     host.send(n=2)
     greeting = other.recv(1000)
-    assert greeting.startswith(b"lepton-hosts 1 ") and greeting.endswith(b"\n")
+    assert greeting.startswith(b"lepton-hosts 1 ")
+    assert greeting.endswith(b"\n")
+
     mine = greeting[15:-1]
     yours = secrets.token_hex(32).encode()
 
     other.sendall(yours + b"\n")
     assert host.receive() == []
+
     key = TOKEN.encode()
     said = b"proof", b"supervisors", b"host", mine, yours
     assert other.recv(1000) == mac(key, *said) + b"\n"
     assert not host.proven, "it waits for the other's proof"
 
     other.sendall(mac(key, b"proof", b"supervisors", b"head", mine, yours) + b"\n")
-    assert host.receive() == [] and host.proven
-    to_head = mac(
-        key,
-        b"key",
-        b"host",
-        b"supervisors",
-        mine,
-        yours,
-    )
+    assert host.receive() == []
+    assert host.proven
+
+    to_head = mac(key, b"key", b"host", b"supervisors", mine, yours)
     first = mac(to_head, b"message", b"0", b'{"n": 1}') + b' {"n": 1}\n'
     second = mac(to_head, b"message", b"1", b'{"n": 2}') + b' {"n": 2}\n'
     assert other.recv(1000) == first + second
 
-    to_host = mac(
-        key,
-        b"key",
-        b"head",
-        b"supervisors",
-        mine,
-        yours,
-    )
+    to_host = mac(key, b"key", b"head", b"supervisors", mine, yours)
     other.sendall(mac(to_host, b"message", b"0", b'{"do": 3}') + b' {"do": 3}\n')
     assert host.receive() == [{"do": 3}]
 
@@ -151,7 +132,8 @@ def test_another_token_or_channel_is_no_proof_and_learns_nothing(tokens, channel
     head.close()
     host.receive()
     assert (host.fault, host.proven) == (proof.NOT_TAKEN, False)
-    assert head._in == b"" and TOKEN.encode() not in host._out
+    assert head._in == b""
+    assert TOKEN.encode() not in host._out
 
 
 def test_a_host_believes_nobody_who_has_no_token_and_tells_nothing():
@@ -164,7 +146,9 @@ def test_a_host_believes_nobody_who_has_no_token_and_tells_nothing():
     host.receive()
     own_proof = other.recv(1000)
     other.sendall(own_proof + b'{"do": "over", "code": 0}\n')  # its own, sent back
-    assert host.receive() == [] and host.fault == proof.NOT_GIVEN
+    assert host.receive() == []
+    assert host.fault == proof.NOT_GIVEN
+
     host.close()
     assert other.recv(1000) == b"", "not the hello"
     assert mine != yours
@@ -184,11 +168,7 @@ def test_messages_that_were_tampered_with_are_not_believed(change):
     lines = wires[0][1].recv(1000).splitlines(keepends=True)
     back = wires[1][0].recv(1000)
     changed = {
-        "repeat": [
-            lines[0],
-            lines[0],
-            lines[1],
-        ],
+        "repeat": [lines[0], lines[0], lines[1]],
         "swap": [lines[1], lines[0]],
         "leave out": [lines[0], lines[2]],
         "other way": [lines[0], back],
@@ -197,14 +177,13 @@ def test_messages_that_were_tampered_with_are_not_believed(change):
     wires[1][0].sendall(b"".join(changed))
     expected = [] if change == "swap" else [{"number": 0}]
     assert head.receive() == expected
-    assert not head.open and head.fault
+    assert not head.open
+    assert head.fault
 
 
 MESSAGES = st.lists(
     st.dictionaries(
-        st.text(max_size=4),
-        st.integers() | st.text(max_size=8),
-        max_size=3,
+        st.text(max_size=4), st.integers() | st.text(max_size=8), max_size=3
     ),
     max_size=4,
 )
@@ -217,23 +196,13 @@ QUIET = settings(
 
 
 def cut(text, places):
-    """Pieces of a text, which is cut at these places."""
-    edges = [
-        0,
-        *sorted(place % (len(text) + 1) for place in places),
-        len(text),
-    ]
+    """Return the pieces of a text that is cut at these places."""
+    edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @QUIET
-@given(
-    MESSAGES,
-    st.lists(
-        st.integers(0, 10**6),
-        max_size=6,
-    ),
-)
+@given(MESSAGES, st.lists(st.integers(0, 10**6), max_size=6))
 def test_messages_arrive_however_the_network_cuts_them(messages, places):
     host, head = ends()
     spoken(host, head)
@@ -259,12 +228,7 @@ def test_messages_arrive_however_the_network_cuts_them(messages, places):
 
 
 @QUIET
-@given(
-    MESSAGES,
-    st.integers(0, 10**6),
-    st.binary(max_size=90),
-    st.integers(0, 90),
-)
+@given(MESSAGES, st.integers(0, 10**6), st.binary(max_size=90), st.integers(0, 90))
 def test_of_a_stream_that_was_changed_only_true_messages_are_believed(
     messages, place, put, taken
 ):
@@ -289,6 +253,7 @@ def test_of_a_stream_that_was_changed_only_true_messages_are_believed(
     near.close()
     head.close()
     assert heard == messages[: len(heard)]
+
     if changed.startswith(sent):
         assert heard == messages
 
@@ -300,7 +265,8 @@ def test_whatever_a_stranger_says_is_no_message(text, as_host):
     line = Line(far, TOKEN, "a", head=as_host)
     with contextlib.suppress(OSError):
         near.sendall(text)
-    assert line.receive() == [] and not line.proven
+    assert line.receive() == []
+    assert not line.proven
     if text.count(b"\n") > 1 or len(text) > LONGEST_UNPROVEN:
         assert not line.open
     near.close()
@@ -323,7 +289,7 @@ class Caller:
         self.connection.sendall(text)
 
     def line(self):
-        """The next line; empty once it is closed."""
+        """Return the next line; empty once the connection is closed."""
         text = b""
         with contextlib.suppress(OSError):
             while not text.endswith(b"\n"):
@@ -334,7 +300,7 @@ class Caller:
         return text[:-1]
 
     def greet(self):
-        """The other's random number."""
+        """Return the other's random number."""
         self.say(b"lepton-hosts 1 " + self.mine + b"\n")
         return self.line()
 
@@ -345,25 +311,16 @@ class Caller:
         self.say(mac(token.encode(), b"proof", *said) + b"\n")
         whole = channel.encode(), b"head", self.mine, yours
         self.key = mac(
-            token.encode(),
-            b"key",
-            b"host",
-            channel.encode(),
-            self.mine,
-            yours,
+            token.encode(), b"key", b"host", channel.encode(), self.mine, yours
         )
-        return self.line() == mac(
-            token.encode(),
-            b"proof",
-            *whole,
-        )
+        return self.line() == mac(token.encode(), b"proof", *whole)
 
     def close(self):
         self.connection.close()
 
 
 def calling(act):
-    """An attack that goes on until it is told to stop."""
+    """Run an attack again and again until it is told to stop."""
 
     def attack(port, channel, token, over, done):
         while not over.is_set():
@@ -378,7 +335,7 @@ def calling(act):
 
 @calling
 def lies(port, channel, token, over):
-    """The right exchange with another token, then what a host would say."""
+    """Make the right exchange with another token, then say what a host would."""
     with contextlib.closing(Caller(port)) as caller:
         assert not caller.prove(OTHER, channel)
         caller.say(b'{"host": 1, "hosts": 2, "facts": {}}\n')
@@ -388,14 +345,8 @@ def lies(port, channel, token, over):
 
 @calling
 def speaks_without_proof(port, channel, token, over):
-    """As hosts did before they proved themselves, and as a browser does."""
-    hello = {
-        "at": "hello",
-        "run": "",
-        "host": 1,
-        "hosts": 9,
-        "facts": {"x": "y"},
-    }
+    """Speak as hosts did before they proved themselves, and as a browser does."""
+    hello = {"at": "hello", "run": "", "host": 1, "hosts": 9, "facts": {"x": "y"}}
     for text in (json.dumps({**hello, "generation": 0}).encode(), b"GET / HTTP/1.1"):
         with contextlib.closing(Caller(port)) as caller:
             caller.say(text + b"\n")
@@ -405,7 +356,7 @@ def speaks_without_proof(port, channel, token, over):
 
 @calling
 def plays_again(port, channel, token, over):
-    """Word for word what a true host said."""
+    """Repeat, word for word, what a true host said."""
     with contextlib.closing(Caller(port)) as true:
         proven = true.prove(token(), channel)
     if not proven:
@@ -423,7 +374,7 @@ def plays_again(port, channel, token, over):
 
 @calling
 def reflects(port, channel, token, over):
-    """Gives back host 0's own number, or lets one connection answer another."""
+    """Give back host 0's own number, or let one connection answer another."""
     with (
         contextlib.closing(Caller(port)) as one,
         contextlib.closing(Caller(port)) as two,
@@ -440,7 +391,7 @@ def reflects(port, channel, token, over):
 
 @calling
 def floods(port, channel, token, over):
-    """Many connections at once, and megabytes without a line end."""
+    """Open many connections at once, and send megabytes without a line end."""
     held = []
     try:
         for number in range(400):
@@ -458,7 +409,7 @@ def floods(port, channel, token, over):
 
 @calling
 def says_nothing(port, channel, token, over):
-    """Holds hundreds of connections, and opens them again when they are closed."""
+    """Hold hundreds of connections, and open them again when they are closed."""
     held = []
     try:
         while len(held) < 300 and not over.is_set():
@@ -471,7 +422,7 @@ def says_nothing(port, channel, token, over):
 
 @calling
 def proves_and_rants(port, channel, token, over):
-    """Has the token, and then says what is no message, or none of a host's."""
+    """Prove the token, then say what is no message, or none of a host's."""
     for text in (b"\0\xff" * 100 + b"\n", b'{"host": 1}\n', b"x" * (1 << 21)):
         with contextlib.closing(Caller(port)) as caller:
             if caller.prove(token(), channel):
@@ -500,7 +451,10 @@ ATTACKS = {
 
 @contextlib.contextmanager
 def attacked(name, port, channel, token):
-    """While it is open, somebody is at the port; yields how often they got there."""
+    """Have an attacker at the port inside the block.
+
+    Yields how often it got there.
+    """
     over = threading.Event()
     done: list[int] = []
     failed: list[BaseException] = []
@@ -556,14 +510,7 @@ def test_the_roll_is_called_whoever_else_calls(name, capfd):
 @pytest.fixture(scope="module")
 def forkserver():
     before = os.environ.get("PYTHONPATH")
-    paths = filter(
-        None,
-        [
-            str(HERE),
-            str(HERE.parents[1]),
-            before,
-        ],
-    )
+    paths = filter(None, [str(HERE), str(HERE.parents[1]), before])
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     multiprocessing.set_forkserver_preload(["watched"])
     yield
@@ -597,29 +544,16 @@ def test_a_run_meets_trains_and_ends_well_whoever_calls(forkserver, tmp_path, na
             raise OSError("not yet") from error
 
     with attacked(name, port, "supervisors", token) as done:
-        runs = [
-            Watched(
-                tmp_path,
-                host=0,
-                port=port,
-                **more,
-            )
-        ]
+        runs = [Watched(tmp_path, host=0, port=port, **more)]
         until = time.monotonic() + 20
         while not done and name != "says nothing" and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.3)
-        runs.append(
-            Watched(
-                tmp_path,
-                host=1,
-                port=port,
-                **more,
-            )
-        )
+        runs.append(Watched(tmp_path, host=1, port=port, **more))
         results = [each.done(60.0)[0] for each in runs]
     said = runs[0].said()
     assert results == [FINISHED] * 2, said
+
     found = status(tmp_path)
     assert (found["restarts"], found["recoveries"], found["generation"]) == (0, [], 1)
     assert found["refused_connections"] >= 1
@@ -634,15 +568,7 @@ def test_a_head_that_is_none_does_not_stop_a_host(forkserver, tmp_path):
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)
     with socket.create_server(("127.0.0.1", port)) as false:
-        runs = [
-            Watched(
-                tmp_path,
-                hosts=2,
-                host=1,
-                port=port,
-                limit=30.0,
-            )
-        ]
+        runs = [Watched(tmp_path, hosts=2, host=1, port=port, limit=30.0)]
         for _ in range(2):
             connection, _ = false.accept()
             with connection:
@@ -653,15 +579,7 @@ def test_a_head_that_is_none_does_not_stop_a_host(forkserver, tmp_path):
                 connection.sendall(b"0" * 64 + b"\n" + b'{"do": "over", "code": 0}\n')
                 with contextlib.suppress(OSError):
                     heard.append(connection.recv(1000))
-    runs.append(
-        Watched(
-            tmp_path,
-            hosts=2,
-            host=0,
-            port=port,
-            limit=30.0,
-        )
-    )
+    runs.append(Watched(tmp_path, hosts=2, host=0, port=port, limit=30.0))
     assert [each.done()[0] for each in runs] == [FINISHED] * 2, runs[0].said()
     assert (
         runs[0].said().count("host 0 is not met yet: it did not prove that it has") == 1
@@ -689,20 +607,14 @@ def test_a_head_that_drips_letters_does_not_hold_a_host(forkserver, tmp_path):
         thread = threading.Thread(target=drip)
         thread.start()
         rules = {"lost": 1.0}
-        run = Watched(
-            tmp_path,
-            hosts=2,
-            host=1,
-            port=port,
-            limit=3.0,
-            rules=rules,
-        )
+        run = Watched(tmp_path, hosts=2, host=1, port=port, limit=3.0, rules=rules)
         result = run.done(20.0)[0]
         over.set()
         thread.join()
         for connection in held:
             connection.close()
-    assert "host 0 can't be met" in result["what"] and result["exit_code"] == 2
+    assert "host 0 can't be met" in result["what"]
+    assert result["exit_code"] == 2
 
 
 @pytest.mark.parametrize(
@@ -719,32 +631,24 @@ def test_a_head_that_drips_letters_does_not_hold_a_host(forkserver, tmp_path):
 def test_a_host_that_talks_nonsense_loses_its_seat_and_ends_nobody(message):
     port = free_port()
     cluster = Cluster("options", "a test", 2, 0, f"127.0.0.1:{port}")
-    head = Head(
-        cluster,
-        Rules(),
-        {},
-        token=TOKEN,
-    )
+    head = Head(cluster, Rules(), {}, token=TOKEN)
     near = socket.create_connection(("127.0.0.1", port))
     line = Line(near, TOKEN, "supervisors", head=False)
-    hello = {
-        "at": "hello",
-        "run": "",
-        "host": 1,
-        "hosts": 2,
-        "facts": {},
-    }
+    hello = {"at": "hello", "run": "", "host": 1, "hosts": 2, "facts": {}}
     line.send(**hello, generation=0)
     heard = []
     for _ in range(4):
         head.gate.serve(0.2)
         heard += line.receive()
     assert heard == [{"do": "welcome"}]
+
     head.seats[1].generation = 0
     line.send(**message)
     head.gate.serve(0.5)
     [seat] = head.gate.lost(time.monotonic(), 10.0)
-    assert seat.line.fault == "it speaks another language" and head.seats == {}
+    assert seat.line.fault == "it speaks another language"
+    assert head.seats == {}
+
     line.close()
     head.gate.close(0, None)
 
@@ -757,32 +661,24 @@ def test_hosts_of_two_tokens_say_so_on_both_sides(forkserver, tmp_path, monkeypa
         (tmp_path / str(host) / "token").write_text(token)
         (tmp_path / str(host) / "token").chmod(0o600)
         runs.append(
-            Watched(
-                tmp_path / str(host),
-                hosts=2,
-                host=host,
-                port=port,
-                limit=3.0,
-            )
+            Watched(tmp_path / str(host), hosts=2, host=host, port=port, limit=3.0)
         )
     first, second = (each.done()[0] for each in runs)
     assert (first["exit_code"], second["exit_code"]) == (2, 2)
     assert "of 2 hosts 1 did not come within 3 s: 1; " in first["what"]
     assert "connections were refused without proof of the run's token" in first["what"]
     assert "it did not take this host's proof of the run's token" in second["what"]
+
     for each, run in ((first, runs[0]), (second, runs[1])):
         assert "LEPTON_TOKEN to the same value on all hosts" in each["remedy"]
-        assert TOKEN not in run.said() and OTHER not in run.said()
+        assert TOKEN not in run.said()
+        assert OTHER not in run.said()
     assert "refused a connection from 127.0.0.1" in runs[0].said()
 
 
 def test_refusals_are_counted_and_cannot_fill_a_disk(capfd, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(
-        door.time,
-        "monotonic",
-        lambda: now[0],
-    )
+    monkeypatch.setattr(door.time, "monotonic", lambda: now[0])
     refused = door.Refused()
     for number in range(50_000):
         now[0] += 0.01
@@ -807,7 +703,8 @@ def test_who_floods_from_one_address_does_not_push_out_others(monkeypatch):
             callers.append(near)
             gate.serve(0.1)
         there = list(gate._address.values())
-        assert there.count("127.0.0.2") == 1 and there.count("127.0.0.3") == 7
+        assert there.count("127.0.0.2") == 1
+        assert there.count("127.0.0.3") == 7
         assert gate.refused.count == 23
         for near in callers:
             near.close()

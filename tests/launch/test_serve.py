@@ -1,5 +1,6 @@
-"""The server of a run's status: what it tells whom, what it refuses, and that nothing a
-client does reaches the run.
+"""The server of a run's status.
+
+What it tells to whom, what it refuses, and that no client's doing reaches the run.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from lepton_jax.cli.control import main
 from lepton_jax.controller.live import Live
 from lepton_jax.errors import SettingError
 from lepton_jax.hosts import phase
-from lepton_jax.launch import serve, watchdog
+from lepton_jax.launch import serve
+from lepton_jax.launch.supervise import watchdog
 from lepton_jax.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,15 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run at work, which answers what it is asked: its folder and its token."""
+    """Return folder and token of a run at work, which answers requests."""
     folder = tmp_path_factory.mktemp("run")
     monitor = Monitor(folder)
-    monitor.event(
-        "start",
-        name="<b>toy</b>",
-        step=0,
-        steps=100,
-    )
+    monitor.event("start", name="<b>toy</b>", step=0, steps=100)
     monitor.event(
         "steps",
         first=1,
@@ -86,19 +83,9 @@ def server(run):
         yield server
 
 
-def ask(
-    server,
-    path="/status",
-    method="GET",
-    body=None,
-    **headers,
-):
-    """(status, headers, body)."""
-    connection = http.client.HTTPConnection(
-        server.name,
-        server.port,
-        timeout=20,
-    )
+def ask(server, path="/status", method="GET", body=None, **headers):
+    """Return status, headers and body."""
+    connection = http.client.HTTPConnection(server.name, server.port, timeout=20)
     try:
         connection.request(
             method,
@@ -113,8 +100,9 @@ def ask(
 
 
 def send(server, data):
-    """What comes back for raw bytes; who sends too much is hung up on before the
-    end.
+    """Return the answer to raw bytes.
+
+    A client that sends too much is hung up on before the end.
     """
     found = b""
     with (
@@ -137,26 +125,25 @@ def test_what_it_tells(server, run):
         "running",
         1.0,
     )
-    assert (
-        headers["Content-Type"] == "application/json"
-        and headers["Cache-Control"] == "no-store"
-    )
+    assert headers["Content-Type"] == "application/json"
+    assert headers["Cache-Control"] == "no-store"
+
     code, headers, body = ask(server, "/metrics?x=1")
-    assert (
-        code == 200
-        and b"\nlepton_step 5\n" in body
-        and headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    )
+    assert code == 200
+    assert b"\nlepton_step 5\n" in body
+    assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+
     code, headers, body = ask(server, "/")
-    assert (
-        code == 200
-        and b"&lt;b&gt;toy&lt;/b&gt;" in body
-        and b"<b>toy" not in body
-        and b"<script" not in body
-    )
+    assert code == 200
+    assert b"&lt;b&gt;toy&lt;/b&gt;" in body
+    assert b"<b>toy" not in body
+    assert b"<script" not in body
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+
     code, headers, body = ask(server, method="HEAD")
-    assert code == 200 and int(headers["Content-Length"]) > 100 and body == b""
+    assert code == 200
+    assert int(headers["Content-Length"]) > 100
+    assert body == b""
 
 
 def test_a_change_takes_the_token_of_the_run_at_work(server, run):
@@ -170,19 +157,12 @@ def test_a_change_takes_the_token_of_the_run_at_work(server, run):
         {"Authorization": f"Bearer {token[:-1]}"},
         {"Authorization": "Bearer \xff\xfe"},
     ):
-        code, headers, body = ask(
-            server,
-            "/control",
-            "POST",
-            request,
-            **wrong,
-        )
-        assert (
-            code == 401
-            and headers["WWW-Authenticate"] == "Bearer"
-            and token.encode() not in body
-        )
+        code, headers, body = ask(server, "/control", "POST", request, **wrong)
+        assert code == 401
+        assert headers["WWW-Authenticate"] == "Bearer"
+        assert token.encode() not in body
     assert not [*(folder / "control").glob("*.request")]
+
     code, _, body = ask(
         server,
         "/control",
@@ -190,7 +170,9 @@ def test_a_change_takes_the_token_of_the_run_at_work(server, run):
         json.dumps({"do": "status"}),
         Authorization=f"bearer {token}",
     )
-    assert code == 200 and json.loads(body)["until"] == 100
+    assert code == 200
+    assert json.loads(body)["until"] == 100
+
     code, _, body = ask(
         server,
         "/control",
@@ -198,17 +180,21 @@ def test_a_change_takes_the_token_of_the_run_at_work(server, run):
         json.dumps({"do": "evaluate"}),
         Authorization=f"Bearer {token}",
     )
-    assert code == 409 and "nothing to evaluate on" in json.loads(body)["text"]
+    assert code == 409
+    assert "nothing to evaluate on" in json.loads(body)["text"]
+
     path = folder / "control" / "run.json"
     before = path.read_text()
     path.write_text(before.replace(token, "another"))  # as the next attempt does
     code, _, body = ask(
         server, "/control", "POST", request, Authorization=f"Bearer {token}"
     )
-    assert code == 409 and "of an earlier attempt" in json.loads(body)["error"]
+    assert code == 409
+    assert "of an earlier attempt" in json.loads(body)["error"]
     assert (
         ask(server, Authorization=f"Bearer {token}", Host="elsewhere.example")[0] == 200
     ), "it may still look"
+
     path.write_text(before)
 
 
@@ -237,7 +223,8 @@ def test_requests_that_are_none(server, run, body, length, code):
         **({} if length is None else {"Content_Length": length}),
     }
     assert ask(server, "/control", "POST", body, **headers)[0] == code
-    assert not [*(run[0] / "control").glob("*.request")] and ask(server)[0] == 200
+    assert not [*(run[0] / "control").glob("*.request")]
+    assert ask(server)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -256,7 +243,8 @@ def test_requests_that_are_none(server, run, body, length, code):
 )
 def test_there_are_no_other_places(server, run, path):
     answer = send(server, f"GET {path} HTTP/1.0\r\n\r\n".encode("latin-1"))
-    assert re.match(rb"HTTP/1.0 40[45] ", answer) and run[1].encode() not in answer
+    assert re.match(rb"HTTP/1.0 40[45] ", answer)
+    assert run[1].encode() not in answer
 
 
 @pytest.mark.parametrize(
@@ -284,11 +272,9 @@ def test_there_are_no_other_places(server, run, path):
 )
 def test_hostile_bytes(server, run, data, capfd):
     answer = send(server, data)
-    assert (
-        len(answer) < 4000
-        and run[1].encode() not in answer
-        and b"<script>" not in answer.partition(b"\r\n\r\n")[0]
-    )
+    assert len(answer) < 4000
+    assert run[1].encode() not in answer
+    assert b"<script>" not in answer.partition(b"\r\n\r\n")[0]
     assert b"text/html" not in answer
     assert ask(server)[0] == 200
     assert "Traceback" not in capfd.readouterr().err
@@ -313,6 +299,7 @@ def test_a_client_that_dawdles_is_hung_up_on_and_many_hold_nobody_up_for_ever(
             assert connection.recv(1 << 16) == b""
         connection.close()
     assert time.monotonic() - began < 10
+
     until = time.monotonic() + 10
     while True:
         try:
@@ -335,20 +322,20 @@ def test_who_asks_by_another_name_or_from_elsewhere_needs_the_token(
     ):
         assert ask(server, Host=name)[0] == 401, name
     assert ask(server, Host="evil.example", Authorization=f"Bearer {run[1]}")[0] == 200
+
     with serve.serving(("0.0.0.0", 0), run[0]) as everywhere:
         assert not everywhere.loopback
         for path in ("/", "/status", "/metrics"):
-            assert (
-                ask(everywhere, path)[0] == 401
-                and ask(everywhere, path, Authorization="Bearer x")[0] == 401
-            )
+            assert ask(everywhere, path)[0] == 401
+            assert ask(everywhere, path, Authorization="Bearer x")[0] == 401
             assert ask(everywhere, path, Authorization=f"Bearer {run[1]}")[0] == 200
 
 
 def test_before_there_is_a_run_and_after_it(tmp_path):
     with serve.serving(("127.0.0.1", 0), tmp_path / "run") as server:
         code, _, body = ask(server)
-        assert code == 503 and "no run" in json.loads(body)["error"]
+        assert code == 503
+        assert "no run" in json.loads(body)["error"]
         assert (
             ask(server, "/control", "POST", '{"do": "save"}', Authorization="Bearer x")[
                 0
@@ -378,16 +365,16 @@ def test_a_port_that_is_taken_is_no_reason_to_end_the_run(tmp_path, capsys):
         with serve.serving(place, tmp_path) as server:
             assert server is None
         err = capsys.readouterr().err
-        assert (
-            err.startswith(
-                f"warning: the status can't be served at 127.0.0.1:{place[1]}: "
-            )
-            and err.count("\n") == 1
+        assert err.startswith(
+            f"warning: the status can't be served at 127.0.0.1:{place[1]}: "
         )
+        assert err.count("\n") == 1
         (tmp_path / "events.jsonl").touch()
         assert main([str(tmp_path), "serve", "--port", str(place[1])]) == 2
         err = capsys.readouterr().err
-        assert "can't be had" in err and "--port" in err and "Traceback" not in err
+        assert "can't be had" in err
+        assert "--port" in err
+        assert "Traceback" not in err
     with serve.serving(("no-such-name.invalid", 80), tmp_path) as server:
         assert server is None
     with serve.serving(None, tmp_path) as server:
@@ -441,11 +428,9 @@ def test_one_host_alone_tells_of_itself(run, monkeypatch):
         with serve.serving(("127.0.0.1", 0), run[0], here) as server:
             found = json.loads(ask(server)[2])
     row = found["hosts"]["0"]
-    assert (
-        row["phase"] == "data"
-        and row["seconds"]["data"] >= 0.05
-        and row["limit"] is None
-    )
+    assert row["phase"] == "data"
+    assert row["seconds"]["data"] >= 0.05
+    assert row["limit"] is None
     assert row["device_memory"] == found["memory"]["device"] == 9
     assert row["memory"] is None or row["memory"] > 10 * 2**20
 
@@ -459,14 +444,15 @@ def test_seconds_spent_in_each_phase():
             time.sleep(0.03)
     after = phase.spent()
     assert set(after) == set(phase.PHASES)
-    assert during - before["save"] >= 0.02 and after["data"] - before["data"] >= 0.03
+    assert during - before["save"] >= 0.02
+    assert after["data"] - before["data"] >= 0.03
     assert 0.02 <= after["save"] - before["save"] < during - before["save"] + 0.02
+
     step = phase.where().step
     phase.reached(step=step + 1)
-    assert (
-        phase.spent()["save"] == after["save"]
-        and phase.spent()[phase.where().phase] >= after[phase.where().phase]
-    )
+    assert phase.spent()["save"] == after["save"]
+    assert phase.spent()[phase.where().phase] >= after[phase.where().phase]
+
     phase.reached(step=step)
 
 
@@ -497,23 +483,25 @@ def test_a_run_under_supervision_is_seen_steered_and_seen_after_its_end(
     until = time.monotonic() + 120
     found = {}
     while not found.get("step"):
-        assert time.monotonic() < until and process.poll() is None
+        assert time.monotonic() < until
+        assert process.poll() is None
         time.sleep(0.1)
         code, _, body = ask(there)
         found = json.loads(body) if code == 200 else {}
-    assert (
-        found["state"] == "running"
-        and found["hosts"]["0"]["seconds"]["steps"] >= 0
-        and found["restarts"] == 0
-    )
+    assert found["state"] == "running"
+    assert found["hosts"]["0"]["seconds"]["steps"] >= 0
+    assert found["restarts"] == 0
     assert main([str(tmp_path / "run"), "status"]) == 0
     assert re.search(r"^0 \S+ +running +\w+ ", capsys.readouterr().out, re.MULTILINE)
+
     token = json.loads((tmp_path / "run" / "control" / "run.json").read_text())["token"]
     code, _, body = ask(
         there, "/control", "POST", '{"do": "stop"}', Authorization=f"Bearer {token}"
     )
-    assert code == 200 and "stops after step" in json.loads(body)["text"]
+    assert code == 200
+    assert "stops after step" in json.loads(body)["text"]
     assert process.wait(60) == 130
+
     tool = subprocess.Popen(
         [
             sys.executable,
@@ -531,7 +519,8 @@ def test_a_run_under_supervision_is_seen_steered_and_seen_after_its_end(
         there.port = int(re.search(r":(\d+)/", tool.stderr.readline())[1])
         assert json.loads(ask(there)[2])["state"] == "interrupted"
         tool.send_signal(2)
-        assert tool.wait(20) == 130 and tool.stderr.read() == ""
+        assert tool.wait(20) == 130
+        assert tool.stderr.read() == ""
     finally:
         tool.kill()
         tool.communicate()

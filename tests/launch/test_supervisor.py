@@ -1,8 +1,7 @@
-"""Supervisors, their head and the watchdog, with real processes and signals; the
-workers (dummy.py) need no JAX.
+"""Supervisors, their head and the watchdog, with real processes and signals.
 
-Most of the time is waiting for limits and graces, so the runs of PLANS go on beside the
-other tests, three at once.
+The workers (dummy.py) need no JAX. Most of the time is waiting for limits and graces,
+so the runs of PLANS go on next to the other tests, three at once.
 """
 
 import contextlib
@@ -14,101 +13,124 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from watched import QUICK, Watched
 
-from lepton_jax.launch import watchdog
+from lepton_jax.launch.supervise import watchdog
 
 HERE = Path(__file__).resolve().parent
 
 
-def fault(
-    host,
-    phase,
-    do,
-    step=5,
-    generation=1,
-):
+def fault(host, phase, do, step=5, generation=1):
     return {"host": host, "phase": phase, "do": do, "step": step} | (
         {"generation": generation} if generation else {}
     )
 
 
-# host, phase, what, step; how the host is named, and from which step it goes on
+class Failure(NamedTuple):
+    """A worker that fails, and what follows.
+
+    Args:
+      host: number of the host.
+      phase: where it fails.
+      do: how it fails, see dummy.py.
+      step: at which step.
+      told: end of the sentence that names the host.
+      resumed: the step from which the next generation goes on.
+    """
+
+    host: int
+    phase: str
+    do: str
+    step: int
+    told: str
+    resumed: int
+
+
 FAULTS = {
-    "killed": (
+    "killed": Failure(
         0,
         "data",
         "kill",
-        5,
-        "was ended by SIGKILL, last seen in data at step 5",
-        4,
+        step=5,
+        told="was ended by SIGKILL, last seen in data at step 5",
+        resumed=4,
     ),
-    "exit in save": (
+    "exit in save": Failure(
         1,
         "save",
         "exit 3",
-        8,
-        "ended with exit code 3, last seen in save at step 8",
-        4,
+        step=8,
+        told="ended with exit code 3, last seen in save at step 8",
+        resumed=4,
     ),
-    "exit in compile": (
+    "exit in compile": Failure(
         2,
         "compile",
         "exit 1",
-        0,
-        "ended with exit code 1, last seen in compile at step 0",
-        0,
+        step=0,
+        told="ended with exit code 1, last seen in compile at step 0",
+        resumed=0,
     ),
-    "killed at the start": (
+    "killed at the start": Failure(
         1,
         "start",
         "kill",
-        0,
-        "was ended by SIGKILL, last seen in start at step 0",
-        0,
+        step=0,
+        told="was ended by SIGKILL, last seen in start at step 0",
+        resumed=0,
     ),
-    "stuck in data": (
+    "stuck in data": Failure(
         2,
         "data",
         "hang",
-        5,
-        "while the others wait in steps at step 6; it is in data at step 5",
-        4,
+        step=5,
+        told="while the others wait in steps at step 6; it is in data at step 5",
+        resumed=4,
     ),
-    "stuck and deaf in save": (
+    "stuck and deaf in save": Failure(
         0,
         "save",
         "deaf",
-        8,
-        "while the others wait in save at step 8; it is in save at step 8",
-        4,
+        step=8,
+        told="while the others wait in save at step 8; it is in save at step 8",
+        resumed=4,
     ),
-    "stuck before a collective": (
+    "stuck before a collective": Failure(
         1,
         "steps",
         "hang",
-        5,
-        "the others wait in steps at step 6; it is in steps at step 5",
-        4,
+        step=5,
+        told="the others wait in steps at step 6; it is in steps at step 5",
+        resumed=4,
     ),
-    "stuck in restore": (0, "restore", "hang", 0, "it is in restore at step 0", 0),
-    "frozen": (
+    "stuck in restore": Failure(
+        0,
+        "restore",
+        "hang",
+        step=0,
+        told="it is in restore at step 0",
+        resumed=0,
+    ),
+    "frozen": Failure(
         1,
         "data",
         "freeze",
-        5,
-        "(limit 1.5 s): the process is stopped; it was last seen in data at step 5",
-        4,
+        step=5,
+        told=(
+            "(limit 1.5 s): the process is stopped; it was last seen in data at step 5"
+        ),
+        resumed=4,
     ),
-    "holds the interpreter": (
+    "holds the interpreter": Failure(
         2,
         "data",
         "hold",
-        5,
-        "no thread of it gets to run Python; it was last seen in data",
-        4,
+        step=5,
+        told="no thread of it gets to run Python; it was last seen in data",
+        resumed=4,
     ),
 }
 ENDS = {
@@ -147,14 +169,15 @@ ENDS = {
     ),
 }
 PLANS = {
-    name: ({"faults": [fault(*what[:4])]}, {}) for name, what in FAULTS.items()
+    name: ({"faults": [fault(*failure[:4])]}, {}) for name, failure in FAULTS.items()
 } | ENDS
 
 
 @pytest.fixture(autouse=True, scope="module")
 def runs(tmp_path_factory, forkserver):
-    """By name, what a run ended with, its output and its folder: of all PLANS, which
-    are begun now.
+    """Begin the runs of all PLANS.
+
+    Returns a function from a name to the run's result, its output and its folder.
     """
     # made by who asks first, which no two threads may be
     tmp_path_factory.getbasetemp()
@@ -174,14 +197,7 @@ def runs(tmp_path_factory, forkserver):
 def forkserver():
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(
-            None,
-            [
-                str(HERE),
-                str(HERE.parents[1]),
-                before,
-            ],
-        )
+        filter(None, [str(HERE), str(HERE.parents[1]), before])
     )
     # which it finds by PYTHONPATH alone
     multiprocessing.set_forkserver_preload(["watched"])
@@ -209,16 +225,11 @@ def text(path, limit=20.0):
 
 
 def worker(folder, generation, host):
-    """What the worker was told; waits for it."""
+    """Wait for a worker, and return what it was told."""
     return json.loads(text(folder / f"worker-{generation}-{host}"))
 
 
-def reached(
-    folder,
-    step,
-    generation=1,
-    host=0,
-):
+def reached(folder, step, generation=1, host=0):
     until = time.monotonic() + 20
     while int(text(folder / f"reached-{generation}-{host}")) < step:
         assert time.monotonic() < until
@@ -226,7 +237,7 @@ def reached(
 
 
 def gone(*pids, limit=5.0):
-    """Until none of these processes runs."""
+    """Wait until none of these processes runs."""
     until = time.monotonic() + limit
     alive = set(pids)
     while alive:
@@ -265,13 +276,15 @@ def test_one_host_alone_is_restarted(tmp_path):
         rules={"restarts": 2},
         plan={"faults": [fault(0, "data", "kill")]},
     ).done()
-    assert result == FINISHED and out == "done 12\n"
+    assert result == FINISHED
+    assert out == "done 12\n"
     assert worker(tmp_path, 2, 0)["coordinator"] is None
 
 
 def test_a_worker_that_cannot_be_started(tmp_path):
     result = Watched(tmp_path, hosts=2, command=[str(tmp_path / "nothing")]).done()[0]
-    assert "can't be started" in result["what"] and result["exit_code"] == 2
+    assert "can't be started" in result["what"]
+    assert result["exit_code"] == 2
 
 
 ENDLESS = {"until": 10**6, "every": 10**6}
@@ -286,10 +299,8 @@ def test_a_signal_saves_and_ends_all(tmp_path, number):
     run.signal(number)  # to the process and to its group, as a terminal does
     result, out, err = run.done()
     assert result == {"status": "interrupted", "exit_code": 130}
-    assert out == "asked 1\n" and sorted(err.splitlines()) == [
-        "[host 1] asked 1",
-        "[host 2] asked 1",
-    ]
+    assert out == "asked 1\n"
+    assert sorted(err.splitlines()) == ["[host 1] asked 1", "[host 2] asked 1"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
@@ -303,15 +314,13 @@ def test_a_second_signal_ends_at_once(tmp_path):
     run.signal(signal.SIGTERM)
     time.sleep(0.8)
     assert run.process.is_alive(), "it waits for the save"
+
     began = time.monotonic()
     run.signal(signal.SIGTERM)
-    assert run.done()[0]["exit_code"] == 130 and time.monotonic() - began < 10, (
-        "not after the limit of 60 s"
-    )
-    gone(
-        *(worker(tmp_path, 1, host)["pid"] for host in range(3)),
-        limit=1.0,
-    )
+    assert run.done()[0]["exit_code"] == 130, "not after the limit of 60 s"
+    assert time.monotonic() - began < 10, "not after the limit of 60 s"
+
+    gone(*(worker(tmp_path, 1, host)["pid"] for host in range(3)), limit=1.0)
 
 
 def test_who_does_not_stop_is_ended_after_the_limit(tmp_path):
@@ -324,11 +333,9 @@ def test_who_does_not_stop_is_ended_after_the_limit(tmp_path):
     reached(tmp_path, 3, host=1)
     run.signal(signal.SIGINT)
     result, _, err = run.done()
-    assert (
-        result["exit_code"] == 130
-        and "ended without a save: " in err
-        and "host 1 in data at step 3" in err
-    )
+    assert result["exit_code"] == 130
+    assert "ended without a save: " in err
+    assert "host 1 in data at step 3" in err
 
 
 def test_who_was_asked_to_stop_before_it_could_agree_takes_the_others_along(tmp_path):
@@ -342,17 +349,12 @@ def test_who_was_asked_to_stop_before_it_could_agree_takes_the_others_along(tmp_
     run = Watched(
         tmp_path,
         plan=plan,
-        rules={
-            "limits": {
-                "stop": 60.0,
-                "data": 60.0,
-                "silence": 60.0,
-            }
-        },
+        rules={"limits": {"stop": 60.0, "data": 60.0, "silence": 60.0}},
     )
     result, _, err = run.done()
     assert result == {"status": "interrupted", "exit_code": 130}
-    assert "ended without a save: " in err and "restart" not in err
+    assert "ended without a save: " in err
+    assert "restart" not in err
 
 
 def test_workers_end_with_their_supervisor_even_if_it_is_killed(tmp_path):
@@ -370,24 +372,13 @@ def test_workers_end_with_their_supervisor_even_if_it_is_killed(tmp_path):
 # ---- hosts whose supervisors are processes of their own ----
 
 
-def start(
-    folder,
-    ids,
-    port,
-    hosts=3,
-    **more,
-):
+def start(folder, ids, port, hosts=3, **more):
     return [Watched(folder, hosts=hosts, host=host, port=port, **more) for host in ids]
 
 
 def test_a_supervisor_that_is_killed_and_comes_back(tmp_path):
     port = free_port()
-    runs = start(
-        tmp_path,
-        [2, 0, 1],
-        port,
-        plan={"until": 400},
-    )
+    runs = start(tmp_path, [2, 0, 1], port, plan={"until": 400})
     reached(tmp_path, 5)
     old = worker(tmp_path, 1, 2)["pid"]
     runs[0].process.kill()
@@ -395,6 +386,7 @@ def test_a_supervisor_that_is_killed_and_comes_back(tmp_path):
     heard(runs[1], "host 2 is lost: the connection was closed")
     runs[0] = start(tmp_path, [2], port, plan={"until": 400})[0]
     assert worker(tmp_path, 2, 2)["hosts"] == 3
+
     reached(tmp_path, 5, generation=2)
     for each in runs:
         each.process.terminate()
@@ -404,32 +396,19 @@ def test_a_supervisor_that_is_killed_and_comes_back(tmp_path):
 
 def test_a_supervisor_that_is_silent_is_told_apart(tmp_path):
     runs = start(
-        tmp_path,
-        [0, 1],
-        free_port(),
-        hosts=2,
-        plan=ENDLESS,
-        rules={"restarts": 0},
+        tmp_path, [0, 1], free_port(), hosts=2, plan=ENDLESS, rules={"restarts": 0}
     )
     reached(tmp_path, 3)
     runs[1].signal(signal.SIGSTOP)
     result = runs[0].done()[0]
-    assert (
-        "host 1 is lost: no word from its supervisor for 2.5 s" in result["what"]
-        and result["exit_code"] == 1
-    )
+    assert "host 1 is lost: no word from its supervisor for 2.5 s" in result["what"]
+    assert result["exit_code"] == 1
     runs[1].signal(signal.SIGCONT)
     runs[1].process.kill()
 
 
 def test_a_host_that_hears_of_nobody_else_is_named_itself(tmp_path):
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        free_port(),
-        plan=ENDLESS,
-        rules={"restarts": 0},
-    )
+    runs = start(tmp_path, [0, 1, 2], free_port(), plan=ENDLESS, rules={"restarts": 0})
     reached(tmp_path, 3)
     for each in runs[1:]:
         each.signal(signal.SIGSTOP)
@@ -439,18 +418,13 @@ def test_a_host_that_hears_of_nobody_else_is_named_itself(tmp_path):
         in result["what"]
     )
     assert result["exit_code"] == 1
+
     for each in runs[1:]:
         each.process.kill()
 
 
 def test_a_head_that_falls_silent_is_named_and_met_again(tmp_path):
-    runs = start(
-        tmp_path,
-        [0, 1],
-        free_port(),
-        hosts=2,
-        plan=ENDLESS,
-    )
+    runs = start(tmp_path, [0, 1], free_port(), hosts=2, plan=ENDLESS)
     reached(tmp_path, 3)
     runs[0].signal(signal.SIGSTOP)
     heard(
@@ -465,12 +439,7 @@ def test_a_head_that_falls_silent_is_named_and_met_again(tmp_path):
 
 
 def test_a_signal_to_any_supervisor_stops_all(tmp_path):
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        free_port(),
-        plan=ENDLESS,
-    )
+    runs = start(tmp_path, [0, 1, 2], free_port(), plan=ENDLESS)
     reached(tmp_path, 3)
     runs[2].signal(signal.SIGTERM)
     assert [each.done()[0]["exit_code"] for each in runs] == [130] * 3
@@ -481,13 +450,7 @@ def test_going_on_with_what_is_left_and_taking_in_who_comes_back(tmp_path):
     port = free_port()
     rules = {"least_hosts": 2, "grace": 0.5}
     plan = {"until": 2000, "every": 50, "seconds": 0.01}
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        port,
-        plan=plan,
-        rules=rules,
-    )
+    runs = start(tmp_path, [0, 1, 2], port, plan=plan, rules=rules)
     reached(tmp_path, 60)
     runs[1].process.kill()
     reached(tmp_path, 70, generation=2)
@@ -495,53 +458,40 @@ def test_going_on_with_what_is_left_and_taking_in_who_comes_back(tmp_path):
         (worker(tmp_path, 2, host)["hosts"], worker(tmp_path, 2, host)["host_id"])
         for host in (0, 1)
     ] == [(2, 0), (2, 1)]
-    assert (
-        text(tmp_path / "began-2-0") == "50"
-        and "hosts: going on without host 1" in runs[0].said()
-    )
+    assert text(tmp_path / "began-2-0") == "50"
+    assert "hosts: going on without host 1" in runs[0].said()
     assert [each["host_id"] for each in status(tmp_path)["hosts"].values()] == [
         0,
         None,
         1,
     ]
+
     runs[1] = start(tmp_path, [1], port, plan=plan, rules=rules)[0]
     reached(tmp_path, 75, generation=3)
-    assert worker(tmp_path, 3, 2)["hosts"] == 3 and "taking in host 1" in runs[0].said()
+    assert worker(tmp_path, 3, 2)["hosts"] == 3
+    assert "taking in host 1" in runs[0].said()
     assert int(text(tmp_path / "began-3-0")) >= 70, "they saved before they stopped"
     assert status(tmp_path)["restarts"] == 1, "to take in a host is no failure"
+
     runs[0].signal(signal.SIGTERM)
     assert [each.done()[0]["exit_code"] for each in runs] == [130] * 3
 
 
 def test_without_enough_hosts_it_ends(tmp_path):
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        free_port(),
-        plan=ENDLESS,
-        rules={"grace": 0.5},
-    )
+    runs = start(tmp_path, [0, 1, 2], free_port(), plan=ENDLESS, rules={"grace": 0.5})
     reached(tmp_path, 3)
     runs[2].process.kill()
     result = runs[0].done()[0]
-    assert (
-        "host 2 did not come back within 0.5 s" in result["what"]
-        and "--least-hosts" in result["what"]
+    assert "host 2 did not come back within 0.5 s" in result["what"]
+    assert "--least-hosts" in result["what"]
+    assert runs[1].done()[0] == {"status": "failed", "exit_code": 1}, (
+        "host 0 speaks for all"
     )
-    assert runs[1].done()[0] == {
-        "status": "failed",
-        "exit_code": 1,
-    }, "host 0 speaks for all"
 
 
 def test_the_head_is_killed_and_comes_back(tmp_path):
     port = free_port()
-    runs = start(
-        tmp_path,
-        [0, 1, 2],
-        port,
-        plan={"until": 400},
-    )
+    runs = start(tmp_path, [0, 1, 2], port, plan={"until": 400})
     reached(tmp_path, 3)
     pids = [worker(tmp_path, 1, host)["pid"] for host in range(3)]
     runs[0].process.kill()
@@ -550,6 +500,7 @@ def test_the_head_is_killed_and_comes_back(tmp_path):
     assert worker(tmp_path, 2, 1)["hosts"] == 3, (
         "the generations go on where the lost head had them"
     )
+
     reached(tmp_path, 3, generation=2)
     runs[1].signal(signal.SIGTERM)
     assert [each.done()[0]["exit_code"] for each in runs] == [130] * 3
@@ -557,22 +508,19 @@ def test_the_head_is_killed_and_comes_back(tmp_path):
 
 def test_without_a_head_the_others_end(tmp_path):
     runs = start(
-        tmp_path,
-        [0, 1],
-        free_port(),
-        hosts=2,
-        plan=ENDLESS,
-        rules={"grace": 1.0},
+        tmp_path, [0, 1], free_port(), hosts=2, plan=ENDLESS, rules={"grace": 1.0}
     )
     reached(tmp_path, 3)
     runs[0].process.kill()
     result = runs[1].done()[0]
-    assert result["error"] == "HostsError" and result["exit_code"] == 1
+    assert result["error"] == "HostsError"
+    assert result["exit_code"] == 1
     assert (
         "host 0 is lost: the connection was closed, and for 1 s it could not be met"
         " again" in result["what"]
     )
     assert "look at the network" in result["remedy"]
+
     gone(worker(tmp_path, 1, 1)["pid"], limit=0.1)
 
 
@@ -581,12 +529,7 @@ def test_without_a_head_the_others_end(tmp_path):
     [
         (3, [0, 1], {}, "of 3 hosts 1 did not come within 2 s: 2"),
         (2, [1], {}, "host 0 can't be met"),
-        (
-            3,
-            [0, 1, 1],
-            {},
-            "two processes say that they are host 1",
-        ),
+        (3, [0, 1, 1], {}, "two processes say that they are host 1"),
         (
             2,
             [0, 1],
@@ -622,7 +565,7 @@ def test_hosts_that_do_not_fit_end_in_one_error_everywhere(
 
 def test_a_stranger_and_another_run_are_turned_away(tmp_path):
     port = free_port()
-    first = start(tmp_path, [0], port, hosts=2, run="mine", plan={"until": 6})[0]
+    first = start(tmp_path, [0], port, hosts=2, name="mine", plan={"until": 6})[0]
     for words in (
         b"GET / HTTP/1.1\r\n\r\n",
         b'{"host": "x"}\n',
@@ -639,32 +582,28 @@ def test_a_stranger_and_another_run_are_turned_away(tmp_path):
                 connection.sendall(words)
                 break
             time.sleep(0.02)
-    other = start(tmp_path, [1], port, hosts=2, run="other")[0].done()[0]
-    assert (
-        "host 1 belongs to another run: 'other' there, 'mine' here" in other["what"]
-        and other["exit_code"] == 2
-    )
-    second = start(tmp_path, [1], port, hosts=2, run="mine", plan={"until": 6})[0]
+    other = start(tmp_path, [1], port, hosts=2, name="other")[0].done()[0]
+    assert "host 1 belongs to another run: 'other' there, 'mine' here" in other["what"]
+    assert other["exit_code"] == 2
+
+    second = start(tmp_path, [1], port, hosts=2, name="mine", plan={"until": 6})[0]
     assert [each.done()[0] for each in (first, second)] == [FINISHED] * 2
 
 
 def test_a_second_process_of_a_host_that_runs_is_told_to_come_later(tmp_path):
     port = free_port()
-    runs = start(
-        tmp_path,
-        [0, 1],
-        port,
-        hosts=2,
-        plan=ENDLESS,
-    )
+    runs = start(tmp_path, [0, 1], port, hosts=2, plan=ENDLESS)
     reached(tmp_path, 3)
     second = start(tmp_path, [1], port, hosts=2, plan=ENDLESS)[0]
     time.sleep(1.0)
-    assert second.process.is_alive() and status(tmp_path)["generation"] == 1
+    assert second.process.is_alive()
+    assert status(tmp_path)["generation"] == 1
+
     runs[1].process.kill()
     assert worker(tmp_path, 2, 1)["parent"] == second.process.pid, (
         "once the place is free it is let in"
     )
+
     runs[0].signal(signal.SIGTERM)
     assert [each.done()[0]["exit_code"] for each in (runs[0], second)] == [130] * 2
 
@@ -672,7 +611,8 @@ def test_a_second_process_of_a_host_that_runs_is_told_to_come_later(tmp_path):
 def test_a_taken_port_is_an_error(tmp_path):
     with socket.create_server(("", 0)) as taken:
         result = start(tmp_path, [0], taken.getsockname()[1], hosts=2)[0].done()[0]
-    assert "host 0 can't listen on port" in result["what"] and result["exit_code"] == 2
+    assert "host 0 can't listen on port" in result["what"]
+    assert result["exit_code"] == 2
 
 
 # ---- the runs of PLANS ----
@@ -681,23 +621,21 @@ def test_a_taken_port_is_an_error(tmp_path):
 def test_all_is_well(runs):
     result, out, err, folder = runs("well")
     assert result == FINISHED
+
     told = [worker(folder, 1, host) for host in range(3)]
     assert [(each["hosts"], each["host_id"]) for each in told] == [
         (3, 0),
         (3, 1),
         (3, 2),
     ]
-    assert (
-        len({each["coordinator"] for each in told}) == 1
-        and len({each["pid"] for each in told}) == 3
-    )
+    assert len({each["coordinator"] for each in told}) == 1
+    assert len({each["pid"] for each in told}) == 3
     assert not any(each["variables"] for each in told), (
         "what a worker is told is not for its children"
     )
-    assert out == "done 12\n" and sorted(err.splitlines()) == [
-        "[host 1] done 12",
-        "[host 2] done 12",
-    ]
+    assert out == "done 12\n"
+    assert sorted(err.splitlines()) == ["[host 1] done 12", "[host 2] done 12"]
+
     found = status(folder)
     assert (
         found["state"],
@@ -709,36 +647,33 @@ def test_all_is_well(runs):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_and_the_run_goes_on(runs, name):
-    host, phase, do, _, said, resumed = FAULTS[name]
+    failure = FAULTS[name]
     result, out, err, folder = runs(name)
     assert result == FINISHED
+
     line = next(line for line in err.splitlines() if line.startswith("hosts: "))
-    assert (
-        line.startswith(f"hosts: host {host} ")
-        and said in line
-        and "restart 1 of 10" in line
-    ), err
+    assert line.startswith(f"hosts: host {failure.host} "), err
+    assert failure.told in line, err
+    assert "restart 1 of 10" in line, err
+
     source = {
         "hang": "time.sleep(1000)",
         "deaf": "time.sleep(1000)",
         "hold": "c.pthread_mutex_lock(mutex)",
-    }.get(do)
+    }.get(failure.do)
     assert source is None or ("dummy.py" in err and source in err), err
     assert out.splitlines()[-1] == "done 12"
-    assert [text(folder / f"began-2-{each}") for each in range(3)] == [
-        str(resumed)
-    ] * 3, "from the last committed step"
-    gone(
-        *(worker(folder, 1, each)["pid"] for each in range(3)),
-        limit=0.1,
-    )
+
+    began = [text(folder / f"began-2-{host}") for host in range(3)]
+    assert began == [str(failure.resumed)] * 3, "from the last committed step"
+
+    gone(*(worker(folder, 1, each)["pid"] for each in range(3)), limit=0.1)
     assert worker(folder, 1, 0)["coordinator"] != worker(folder, 2, 0)["coordinator"]
+
     (recovery,) = status(folder)["recoveries"]
-    assert (recovery["host"], recovery["phase"], status(folder)["restarts"]) == (
-        host,
-        phase,
-        1,
-    )
+    assert recovery["host"] == failure.host
+    assert recovery["phase"] == failure.phase
+    assert status(folder)["restarts"] == 1
     assert (
         0
         < recovery["seconds_to_ended"]
@@ -746,12 +681,15 @@ def test_a_fault_is_named_and_the_run_goes_on(runs, name):
         < recovery["seconds_to_stepped"]
         < 15
     )
-    assert recovery["seconds_to_notice"] < (6 if source or do == "freeze" else 1)
+
+    patience = 6 if source or failure.do == "freeze" else 1
+    assert recovery["seconds_to_notice"] < patience
 
 
 def test_what_follows_from_a_death_is_not_taken_for_its_cause(runs):
     result, _, err, _ = runs("all follow one")
-    assert result == FINISHED and "hosts: host 2 was ended by SIGKILL" in err
+    assert result == FINISHED
+    assert "hosts: host 2 was ended by SIGKILL" in err
 
 
 @pytest.mark.parametrize("host", [0, 1])
@@ -762,10 +700,11 @@ def test_a_mistake_is_shown_once_and_not_tried_again(runs, host):
         "error": "LeptonError",
         "what": what,
         "where": "table.csv:7",
-        "remedy": "mend it",
+        "remedy": "fix it",
         "exit_code": 2,
     }
-    assert status(folder)["generation"] == 1 and status(folder)["exit_code"] == 2
+    assert status(folder)["generation"] == 1
+    assert status(folder)["exit_code"] == 2
     assert "a bad cell" not in err, "the command line shows it"
 
 
@@ -789,14 +728,11 @@ def test_failures_with_checkpoints_between_them_are_forgiven_and_others_are_not(
 
 def test_without_restarts_a_fault_ends_it_with_the_stack(runs):
     result = runs("no restarts")[0]
-    assert (result["error"], result["exit_code"]) == ("HostsError", 1) and result[
-        "what"
-    ].startswith("host 1 has been stuck")
-    assert (
-        "dummy.py" in result["where"]
-        and "in hang" in result["where"]
-        and "--restarts" in result["remedy"]
-    )
+    assert (result["error"], result["exit_code"]) == ("HostsError", 1)
+    assert result["what"].startswith("host 1 has been stuck")
+    assert "dummy.py" in result["where"]
+    assert "in hang" in result["where"]
+    assert "--restarts" in result["remedy"]
 
 
 assert QUICK["grace"] > QUICK["lost"], "a host that is lost can come back"

@@ -1,4 +1,4 @@
-"""Where a host has the run's token from, and who else gets to see it."""
+"""Sources of the run's token, and who else gets to see it."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lepton_jax.errors import SettingError
-from lepton_jax.launch import process, tokens
+from lepton_jax.launch import children, tokens
 from lepton_jax.launch.cluster import Cluster
 
 GIVEN = "0123456789abcdef" * 4
@@ -30,12 +30,7 @@ def test_the_file_goes_before_the_variable_and_that_before_the_run_folder(tmp_pa
     file = secret(tmp_path / "mine")
     environ = {"LEPTON_TOKEN": f" {OTHER}\n"}
     for host in range(2):
-        given = tokens.of_run(
-            by_hand(host),
-            tmp_path,
-            file,
-            environ,
-        )
+        given = tokens.of_run(by_hand(host), tmp_path, file, environ)
         assert given() == GIVEN
         assert tokens.of_run(by_hand(host), tmp_path, None, environ)() == OTHER
     assert not (tmp_path / "token").exists()
@@ -43,17 +38,14 @@ def test_the_file_goes_before_the_variable_and_that_before_the_run_folder(tmp_pa
 
 @pytest.mark.parametrize(
     "cluster",
-    [
-        Cluster("local", "a test", 4),
-        Cluster("alone", ""),
-        Cluster("slurm", "one", 1),
-    ],
+    [Cluster("local", "a test", 4), Cluster("alone", ""), Cluster("slurm", "one", 1)],
     ids=lambda cluster: cluster.source,
 )
 def test_hosts_of_one_process_have_a_token_that_nobody_else_has(tmp_path, cluster):
     first, second = (tokens.of_run(cluster, tmp_path, None, {}) for _ in range(2))
     assert first() == first() != second()
-    assert len(first()) == 64 and not list(tmp_path.iterdir())
+    assert len(first()) == 64
+    assert not list(tmp_path.iterdir())
 
 
 def test_host_0_leaves_one_in_the_run_folder_and_takes_it_away_again(tmp_path):
@@ -67,18 +59,18 @@ def test_host_0_leaves_one_in_the_run_folder_and_takes_it_away_again(tmp_path):
     finally:
         os.umask(mask)
     assert (folder / "token").stat().st_mode & 0o777 == 0o600
-    assert token == head() == host() and len(token) == 64
-    again = tokens.of_run(
-        by_hand(0),
-        folder,
-        None,
-        {},
-    )
+    assert token == head() == host()
+    assert len(token) == 64
+
+    again = tokens.of_run(by_hand(0), folder, None, {})
     assert again() == token, "host 0 was started again, and the others wait for it"
+
     host.forget()
     assert (folder / "token").exists(), "it is host 0's"
+
     head.forget()
     assert not (folder / "token").exists()
+
     head.forget()
     assert again() != token
 
@@ -127,21 +119,13 @@ def test_a_folder_in_which_no_token_can_be_left(folder):
 def test_without_any_of_them_nothing_begins():
     for host in range(2):
         with pytest.raises(SettingError, match="have no token") as caught:
-            tokens.of_run(
-                by_hand(host),
-                None,
-                None,
-                {"LEPTON_TOKEN": ""},
-            )
+            tokens.of_run(by_hand(host), None, None, {"LEPTON_TOKEN": ""})
         assert "set LEPTON_TOKEN to the same value on all" in caught.value.remedy
 
 
 def test_the_command_of_the_remedies_makes_a_token():
     made = subprocess.run(
-        ["sh", "-c", tokens.MAKE],
-        capture_output=True,
-        text=True,
-        check=True,
+        ["sh", "-c", tokens.MAKE], capture_output=True, text=True, check=True
     )
     assert tokens.GOOD.fullmatch(made.stdout.strip())
 
@@ -151,12 +135,13 @@ def test_workers_do_not_get_it(monkeypatch):
     code = "import os, json; print(json.dumps([*os.environ.values()]))"
     seen = subprocess.run(
         [sys.executable, "-c", code],
-        env=process.variables({"A": "b"}),
+        env=children.variables({"A": "b"}),
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "b" in json.loads(seen.stdout) and GIVEN not in seen.stdout
+    assert "b" in json.loads(seen.stdout)
+    assert GIVEN not in seen.stdout
 
 
 def test_it_is_not_printed():

@@ -1,5 +1,6 @@
-"""Training by several processes on this machine: the same run as one process makes, on
-whatever hosts go on with it.
+"""Training by several processes on this machine.
+
+It is the same run as one process makes, on any hosts that go on with it.
 """
 
 import json
@@ -24,13 +25,8 @@ import faults_recipe  # noqa: E402
 RECIPE = ROOT / "tools" / "faults_recipe.py"
 
 
-def launch(
-    folder,
-    *arguments,
-    faults=None,
-    within=(),
-):
-    """A run of the launcher, to its end."""
+def launch(folder, *arguments, faults=None, within=()):
+    """Run the launcher to its end."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     if faults is not None:
         (folder / "faults.json").write_text(json.dumps(faults))
@@ -67,12 +63,10 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The undisturbed run of one process with eight devices."""
+    """Return the undisturbed run of one process with eight devices."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     lepton.Trainer(
-        faults_recipe.recipe(steps=40),
-        run_dir=folder,
-        trace_samples=True,
+        faults_recipe.recipe(steps=40), run_dir=folder, trace_samples=True
     ).fit()
     return folder
 
@@ -92,30 +86,27 @@ def test_two_hosts_train_what_one_does(alone, tmp_path):
         "--json",
     )
     assert done.returncode == 0, done.stderr
+
     run = tmp_path / "run"
     assert read_samples(run) == read_samples(alone)
-    np.testing.assert_allclose(
-        losses(run),
-        losses(alone),
-        rtol=2e-6,
-    )
+
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=2e-6)
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert (
-        summary["steps"] == 40
-        and summary["compilations"] == 1
-        and summary["status"] == "finished"
-    )
+    assert summary["steps"] == 40
+    assert summary["compilations"] == 1
+    assert summary["status"] == "finished"
+
     events = read_events(run)
-    assert [e["kind"] for e in events].count("start") == 1 and (
-        run / "report.html"
-    ).exists()
+    assert [e["kind"] for e in events].count("start") == 1
+    assert (run / "report.html").exists()
     assert [e["devices"] for e in events if e["kind"] == "start"] == [4]
 
 
 @pytest.mark.slow
 def test_the_samples_do_not_depend_on_the_hosts(alone, tmp_path):
-    """Four hosts, then three, two, and four again; eight devices, six, four, eight:
-    filtered, mixed and packed all along.
+    """Data are filtered, mixed and packed while the hosts change.
+
+    Four hosts, then three, two, and four again; eight devices, six, four, eight.
     """
     arguments = ["--run-dir", "run", "--go-on", "--trace-samples"]
     for hosts, steps in ((4, 10), (3, 20), (2, 30), (4, 40)):
@@ -132,11 +123,8 @@ def test_the_samples_do_not_depend_on_the_hosts(alone, tmp_path):
         assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert read_samples(run) == read_samples(alone)
-    np.testing.assert_allclose(
-        losses(run),
-        losses(alone),
-        rtol=1e-5,
-    )
+
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
     assert [e["devices"] for e in read_events(run) if e["kind"] == "start"] == [
         8,
         6,
@@ -152,34 +140,20 @@ def test_a_host_that_differs_is_refused_before_the_first_step(tmp_path):
         "local:2",
         "--run-dir",
         "run",
-        faults=[
-            {
-                "kind": "program",
-                "host": 1,
-                "phase": "never",
-            }
-        ],
+        faults=[{"kind": "program", "host": 1, "phase": "never"}],
     )
     assert done.returncode == 2, done.stderr
-    assert (
-        "host 1 differs from host 0 in the train step, first in line" in done.stderr
-        and "remedy:" in done.stderr
-    )
-    assert "Traceback" not in done.stderr and not list(
-        (tmp_path / "run" / "checkpoints").glob("*")
-    )
+    assert "host 1 differs from host 0 in the train step, first in line" in done.stderr
+    assert "remedy:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
 @pytest.mark.slow
 def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     options = ["--hosts", "local:2", "--run-dir", "run", "--steps", "99999"]
-    command = [
-        sys.executable,
-        ROOT / "tools" / "launch.py",
-        RECIPE,
-        *options,
-    ]
+    command = [sys.executable, ROOT / "tools" / "launch.py", RECIPE, *options]
     run = tmp_path / "run"
     control = [sys.executable, ROOT / "tools" / "control.py"]
     with subprocess.Popen(
@@ -195,9 +169,8 @@ def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
                 e["kind"] == "steps"
                 for e in (read_events(run) if (run / "events.jsonl").exists() else ())
             ):
-                assert process.poll() is None and time.monotonic() < until, (
-                    process.stderr.read()
-                )
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < until, process.stderr.read()
                 time.sleep(0.2)
             for request in (
                 ["set", "learning_rate=0.02"],
@@ -224,6 +197,7 @@ def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
         "resume",
         "stop",
     ]
+
     rates = {
         rate
         for e in events
@@ -231,35 +205,19 @@ def test_a_request_is_obeyed_by_all_hosts_at_one_step(tmp_path):
         for rate in e["records"].get("learning_rate", [])
     }
     assert rates == {np.float32(0.01).item(), np.float32(0.02).item()}
+
     end = (
         events[-1]
         if events[-1]["kind"] == "end"
         else next(e for e in reversed(events) if e["kind"] == "end")
     )
-    assert (run / "checkpoints" / str(end["step"])).is_dir() and end[
-        "status"
-    ] == "interrupted"
+    assert (run / "checkpoints" / str(end["step"])).is_dir()
+    assert end["status"] == "interrupted"
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        0,
-        pytest.param(
-            1,
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
+@pytest.mark.parametrize("host", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
-    faults = [
-        {
-            "kind": "sigterm-worker",
-            "host": host,
-            "phase": "steps",
-            "step": 17,
-        }
-    ]
+    faults = [{"kind": "sigterm-worker", "host": host, "phase": "steps", "step": 17}]
     done = launch(
         tmp_path,
         "--hosts",
@@ -271,30 +229,26 @@ def test_sigterm_to_any_host_stops_all_at_one_step_and_saves(host, tmp_path):
         faults=faults,
     )
     assert done.returncode == 130, done.stderr
+
     saved = max(
         int(path.name)
         for path in (tmp_path / "run" / "checkpoints").iterdir()
         if path.name.isdigit()
     )
-    assert saved >= 17 and saved == max(
+    assert saved >= 17
+    assert saved == max(
         e["step"] for e in read_events(tmp_path / "run") if e["kind"] == "save"
     )
 
 
 def test_sigterm_to_one_host_that_still_plans_ends_all(tmp_path):
     began = time.monotonic()
-    faults = [
-        {
-            "kind": "sigterm-worker",
-            "host": 1,
-            "phase": "plan",
-            "step": 0,
-        }
-    ]
+    faults = [{"kind": "sigterm-worker", "host": 1, "phase": "plan", "step": 0}]
     done = launch(
         tmp_path, "--hosts", "local:2", "--run-dir", "run", "--go-on", faults=faults
     )
-    assert done.returncode == 130 and "[host 1] interrupted" in done.stderr, done.stderr
+    assert done.returncode == 130, done.stderr
+    assert "[host 1] interrupted" in done.stderr, done.stderr
     assert time.monotonic() - began < 60, "JAX waits for minutes"
 
 
@@ -310,16 +264,10 @@ def test_a_proxy_and_a_machine_without_a_name_are_no_hindrance(tmp_path, monkeyp
     ):
         within = []  # not permitted here: the proxy alone
     done = launch(
-        tmp_path,
-        "--hosts",
-        "local:2",
-        "--run-dir",
-        "run",
-        "--steps",
-        2,
-        within=within,
+        tmp_path, "--hosts", "local:2", "--run-dir", "run", "--steps", 2, within=within
     )
-    assert done.returncode == 0 and "proxy" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "proxy" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("named", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -349,5 +297,7 @@ def test_after_a_restart_nothing_is_compiled(named, tmp_path, monkeypatch):
         [e["cached"] for e in part if e["kind"] == "compile"]
         for part in (events[:second], events[second:])
     )
-    assert first == [[False, False]] * 3 and again == [[True, True]] * 2
-    assert cache.is_dir() and jax.process_count() == 1
+    assert first == [[False, False]] * 3
+    assert again == [[True, True]] * 2
+    assert cache.is_dir()
+    assert jax.process_count() == 1

@@ -1,5 +1,6 @@
-"""A supervisor as a process of its own, for tests: forked where the imports are done
-already.
+"""A supervisor as a process of its own, for tests.
+
+It is forked from a server where the imports are done already.
 """
 
 import json
@@ -11,9 +12,9 @@ import traceback
 from pathlib import Path
 
 from lepton_jax.errors import LeptonError
-from lepton_jax.launch import supervisor
 from lepton_jax.launch.cluster import Cluster
-from lepton_jax.launch.rules import Rules
+from lepton_jax.launch.supervise import supervisor
+from lepton_jax.launch.supervise.rules import Rules
 
 DUMMY = Path(__file__).with_name("dummy.py")
 LIMITS = {
@@ -35,14 +36,7 @@ QUICK = {
 }
 
 
-def watch(
-    folder,
-    name,
-    cluster,
-    rules,
-    command,
-    more,
-):
+def watch(folder, name, cluster, rules, command, more):
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(
             os.open(folder / f"{name}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -50,13 +44,10 @@ def watch(
         )
     result = {"crashed": True}
     try:
-        result = supervisor.run(
-            Cluster(**cluster),
-            Rules(**rules),
-            command,
-            folder=folder,
-            **more,
+        run = supervisor.WatchedRun(
+            Cluster(**cluster), Rules(**rules), command, folder=folder, **more
         )
+        result = supervisor.run(run)
     except LeptonError as error:
         result = {
             "error": type(error).__name__,
@@ -76,17 +67,17 @@ def watch(
 
 
 class Watched:
-    """A run with dummy workers, or one host of it: a process, and what it leaves in the
-    folder.
+    """A run with dummy workers, or one host of it, in a process of its own.
 
     Args:
       folder: of the run.
-      hosts: how many there are.
-      host: which of them this is; None: all, on this machine.
+      hosts: number of hosts.
+      host: the one that this process watches over; None: all, on this machine.
       port: the coordinator's.
       plan: of the workers.
       rules: other than QUICK.
-      more: facts, run, limit.
+      command: of a worker; None: dummy.py with its plan.
+      more: fields of WatchedRun: facts, name, limit.
     """
 
     started: list = []  # all of them, so that a test that fails leaves none behind  # noqa: RUF012
@@ -120,13 +111,7 @@ class Watched:
         command = command or [
             sys.executable,
             str(DUMMY),
-            json.dumps(
-                {
-                    "until": 12,
-                    "every": 4,
-                    **(plan or {}),
-                }
-            ),
+            json.dumps({"until": 12, "every": 4, **(plan or {})}),
         ]
         self.process = multiprocessing.get_context("forkserver").Process(
             target=watch,
@@ -143,9 +128,7 @@ class Watched:
         self.started.append(self)
 
     def done(self, limit=40.0):
-        """What it ended with, and what it wrote to standard output and standard
-        error.
-        """
+        """Wait for the end; return the result, standard output and standard error."""
         self.process.join(limit)
         assert self.process.exitcode is not None, "it does not end"
         result = self.folder / f"{self.name}.result"

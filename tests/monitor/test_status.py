@@ -12,8 +12,8 @@ import time
 import pytest
 
 from lepton_jax.errors import DataError
-from lepton_jax.launch.record import HostRecord, Record, slowest
-from lepton_jax.launch.verdict import Fault, Place
+from lepton_jax.launch.supervise.record import HostRecord, Record, slowest
+from lepton_jax.launch.supervise.verdict import Fault, Place
 from lepton_jax.monitor import encode, prometheus, status, stragglers, write_report
 from lepton_jax.monitor.status import AT_WORK, STATES, Watch
 

@@ -1,5 +1,6 @@
-"""tools/control.py against a run in another process: the same words, exit codes and
-answers as a person sees.
+"""tools/control.py against a run in another process.
+
+Words, exit codes and answers are those that a person sees.
 """
 
 import json
@@ -21,7 +22,7 @@ RECIPE = ROOT / "tests" / "recipes" / "stateful.py"
 
 
 def control(*arguments, capsys):
-    """(exit code, standard output, standard error)."""
+    """Return exit code, standard output and standard error."""
     code = main(list(map(str, arguments)))
     return code, *capsys.readouterr()
 
@@ -57,32 +58,18 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
         "learning_rate=3e-4",
     ]
     tool = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        command, capture_output=True, text=True, timeout=120, check=False
     )
-    assert tool.returncode == 0 and "learning_rate is 0.0003" in tool.stdout, (
-        tool.stderr
-    )
-    code, out, _ = control(
-        run,
-        "status",
-        capsys=capsys,
-    )
-    assert (
-        code == 0
-        and "step " in out
-        and " of 10,000,000" in out
-        and "learning_rate  0.0003" in out
-    )
-    code, out, _ = control(
-        run,
-        "save",
-        "--json",
-        capsys=capsys,
-    )
+    assert tool.returncode == 0, tool.stderr
+    assert "learning_rate is 0.0003" in tool.stdout, tool.stderr
+
+    code, out, _ = control(run, "status", capsys=capsys)
+    assert code == 0
+    assert "step " in out
+    assert " of 10,000,000" in out
+    assert "learning_rate  0.0003" in out
+
+    code, out, _ = control(run, "save", "--json", capsys=capsys)
     saved = json.loads(out)["step"]
     for arguments, fault, remedy in (
         (
@@ -103,77 +90,55 @@ def test_a_run_is_steered_from_the_command_line(launch, tmp_path, capsys):
         (("pause", "x=1"), "pause takes no values", "write pause alone"),
         (("fly",), "can't 'fly'", "ask for one of set, save"),
     ):
-        code, out, err = control(
-            run,
-            *arguments,
-            capsys=capsys,
-        )
-        assert (
-            code == 2
-            and fault in err
-            and remedy in err
-            and not out
-            and "Traceback" not in err
-        ), err
+        code, out, err = control(run, *arguments, capsys=capsys)
+        assert code == 2, err
+        assert fault in err, err
+        assert remedy in err, err
+        assert not out, err
+        assert "Traceback" not in err, err
     assert control(run, "stop", capsys=capsys)[0] == 0
     assert process.wait(timeout=60) == 130
-    assert (
-        read_events(run)[-1]["status"] == "interrupted"
-        and (run / "checkpoints" / str(saved)).is_dir()
-    )
+    assert read_events(run)[-1]["status"] == "interrupted"
+    assert (run / "checkpoints" / str(saved)).is_dir()
+
     who = {line["who"] for line in read_journal(run) if line["kind"] == "live"}
-    assert len(who) == 1 and "@" in who.pop()
-    code, _, err = control(
-        run,
-        "status",
-        capsys=capsys,
-    )
-    assert code == 2 and "the run is not at work" in err and f"--resume {run}" in err
+    assert len(who) == 1
+    assert "@" in who.pop()
+
+    code, _, err = control(run, "status", capsys=capsys)
+    assert code == 2
+    assert "the run is not at work" in err
+    assert f"--resume {run}" in err
 
 
 def test_of_a_killed_run_it_says_so_at_once(launch, tmp_path, capsys):
     run = tmp_path / "run"
-    process = launch(
-        RECIPE,
-        "--run-dir",
-        run,
-        "--steps",
-        10_000_000,
-        "--devices",
-        1,
-    )
-    wait_for((run / "control" / "run.json").exists, process)
+    process = launch(RECIPE, "--run-dir", run, "--steps", 10_000_000, "--devices", 1)
+    about = run / "control" / "run.json"
+    wait_for(lambda: about.exists() and about.read_text(), process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     began = time.monotonic()
-    code, out, err = control(
-        run,
-        "save",
-        "--json",
-        capsys=capsys,
-    )
-    assert (
-        code == 2
-        and f"process {process.pid} on " in err
-        and "has gone" in json.loads(out)["error"]
-    )
+    code, out, err = control(run, "save", "--json", capsys=capsys)
+    assert code == 2
+    assert f"process {process.pid} on " in err
+    assert "has gone" in json.loads(out)["error"]
     assert time.monotonic() - began < 5
+
     for place, fault in (
         (tmp_path / "nothing", "no such run folder"),
         (tmp_path, "is not at work"),
     ):
-        code, _, err = control(
-            place,
-            "save",
-            capsys=capsys,
-        )
-        assert code == 2 and fault in err
+        code, _, err = control(place, "save", capsys=capsys)
+        assert code == 2
+        assert fault in err
 
 
 def test_help_says_what_there_is(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
+
     text = capsys.readouterr().out
     assert all(
         word in text

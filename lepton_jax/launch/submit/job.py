@@ -1,6 +1,4 @@
-"""A run to be started elsewhere, and the pieces that shell scripts for it have in
-common.
-"""
+"""A run to be started elsewhere, and the common pieces of its shell scripts."""
 
 from __future__ import annotations
 
@@ -12,61 +10,67 @@ from dataclasses import dataclass, field
 from lepton_jax.errors import SettingError
 from lepton_jax.launch import tokens
 
-UNITS = {
-    "s": 1,
-    "m": 60,
-    "h": 3600,
-    "d": 86400,
-}
-SIZES = {
-    "": 1,
-    "K": 2**10,
-    "M": 2**20,
-    "G": 2**30,
-    "T": 2**40,
-}
-MISTAKE = 2  # launch.py's exit code for what trying again does not mend
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # bytes
+LEAST_MEMORY = 2**20  # bytes; SLURM and Kubernetes are told in MiB
+MISTAKE = 2  # launch.py's exit code for a mistake, which trying again does not fix
 # Kubernetes adds indices to it, within the 63 characters of a host name
 LONGEST_NAME = 40
-PAUSE = 10  # seconds between attempts
-# a token of its own for each start, which stands in no file and in nobody's command
-# line
+PAUSE = 10  # seconds between attempts (assumption)
+RETRIES = 3  # after the first attempt (assumption)
+# a token of its own for each start, which is in no file and on nobody's command line
 NEW_TOKEN = "$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
 WHY_TOKEN = "# by which the hosts know each other; docs/clusters.md"
 
 
 @dataclass(frozen=True)
 class Volume:
-    """`source` of the cluster, seen as `folder` by the run."""
+    """A folder that the run sees.
+
+    Args:
+      source: its name for the cluster: a folder, a claim or a bucket.
+      folder: its path for the run.
+      read_only: whether the run may only read it.
+    """
 
     source: str
     folder: str
     read_only: bool = False
 
+    def __str__(self) -> str:
+        """Return it as docker and pyxis write it."""
+        return f"{self.source}:{self.folder}{':ro' if self.read_only else ''}"
+
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of a cluster.
+    """Request to a cluster.
 
     Args:
       name: of the job; a label of a host name.
-      command: what every host runs.
+      command: of every host.
       run_dir: the run's folder, as the hosts see it.
       made_by: the command line that made it; empty if it does not fit on a line.
-      detail: what follows the colon of --on, else the place itself.
-      hosts: how many.
-      gpus, cpus, memory: of each host; memory in bytes.
+      detail: the part of --on behind its colon, else the place itself.
+      hosts: number of hosts.
+      gpus: GPUs of each host.
+      cpus: CPU cores of each host.
+      memory: bytes of each host.
       seconds: the time limit.
-      topology, slices: TPU slices, as `lepton_jax.topology` names them.
+      topology: TPU slice, as `lepton_jax.topology` names it.
+      slices: number of these slices.
       node: labels of the nodes.
+      image: of the container; None: none.
+      volumes: folders that are mounted.
       environment: variables of the user's, which go before ours.
-      retries: how often to go on after a failure.
+      retries: number of times to go on after a failure.
       folder: the working folder; None: the image's, or the home.
       setup: shell commands before the run.
       options: for the cluster's own client.
       grace: seconds that the hosts wait for one of them that is lost.
-      goes_on_with_fewer: than all hosts, should some be lost for longer.
-      token: by which the hosts know each other, where what is written must hold it.
+      goes_on_with_fewer: whether the run goes on without hosts that are lost for
+        longer.
+      token: by which the hosts know each other, where the script must hold it.
     """
 
     name: str
@@ -85,7 +89,7 @@ class Job:
     image: str | None = None
     volumes: tuple[Volume, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    retries: int = 3
+    retries: int = RETRIES
     folder: str | None = None
     setup: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -97,39 +101,53 @@ class Job:
         self,
         chips: str | None = None,
     ) -> dict[str, tuple[str, str]]:
-        """Environment variables with the reason for each; `chips`: the platform that
-        must be there, "cuda" or "tpu".
+        """Return environment variables with the reason for each.
+
+        Args:
+          chips: the platform that must be there, "cuda" or "tpu"; None: any.
         """
-        ours = {
+        variables = {
             "PYTHONUNBUFFERED": (
                 "1",
                 "the log holds what a host that was killed wrote last",
             )
         }
         if chips:
-            ours["JAX_PLATFORMS"] = (
+            variables["JAX_PLATFORMS"] = (
                 f"{chips},cpu",
                 "a host whose chips fail ends, instead of training on its CPU",
             )
-        return ours | {name: (value, "") for name, value in self.environment.items()}
+        for name, value in self.environment.items():
+            variables[name] = (value, "")
+        return variables
 
 
 def exports(variables: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Lines of a shell script, each reason above its variable."""
+    """Return lines of a shell script, each reason above its variable."""
     lines = []
     for name, (value, why) in variables.items():
-        lines += [f"# {why}"] if why else []
+        if why:
+            lines.append(f"# {why}")
         lines.append(f"export {name}={shlex.quote(value)}")
     return lines
 
 
+def without_reasons(
+    variables: Mapping[str, tuple[str, str]],
+) -> dict[str, tuple[str, str]]:
+    """Return the variables for a script whose comments nobody would see."""
+    return {name: (value, "") for name, (value, _) in variables.items()}
+
+
 def heading(job: Job) -> list[str]:
+    """Return the comment with the command line that made the script."""
     return [f"# {job.made_by}"] if job.made_by else []
 
 
 def retrying(command: str, retries: int) -> list[str]:
-    """Lines of a shell script that run a command, and again after a failure; its exit
-    code is the last one's.
+    """Return lines of a shell script that run a command, and again after a failure.
+
+    The script's exit code is that of the last attempt.
     """
     if not retries:
         return [f"exec {command}"]
@@ -164,42 +182,57 @@ def contained(
     privileged: bool,
     with_token: bool,
 ) -> list[str]:
-    """The command in a container of docker's, on the host's own network: the hosts must
-    reach each other.
+    """Return the command in a container of docker's.
+
+    It uses the host's own network: the hosts must reach each other.
+
+    Args:
+      job: with an image.
+      command: inside the container.
+      variables: with a reason for each, which is left out.
+      privileged: whether it needs the machine's devices, as a TPU does.
+      with_token: whether it gets the run's token.
     """
     assert job.image is not None
-    made = ["docker", "run", "--rm", "--init", "--net=host", "--ipc=host"]
+    docker = ["docker", "run", "--rm", "--init", "--net=host", "--ipc=host"]
     if privileged:
-        sudo = ["sudo", *([f"--preserve-env={tokens.VARIABLE}"] if with_token else [])]
-        made = [*sudo, *made, "--privileged"]  # a TPU's devices
+        sudo = ["sudo"]
+        if with_token:
+            sudo.append(f"--preserve-env={tokens.VARIABLE}")
+        docker = [*sudo, *docker, "--privileged"]
     if job.gpus:
-        made.append("--gpus=all")
-    for each in job.volumes:
-        made.append(
-            f"--volume={each.source}:{each.folder}{':ro' if each.read_only else ''}"
-        )
-    made += [f"--env={name}={value}" for name, (value, _) in variables.items()]
+        docker.append("--gpus=all")
+    docker += [f"--volume={volume}" for volume in job.volumes]
+    docker += [f"--env={name}={value}" for name, (value, _) in variables.items()]
     if with_token:
-        # its value out of docker's own environment
-        made.append(f"--env={tokens.VARIABLE}")
-    made += [f"--workdir={job.folder}"] if job.folder else []
-    return [*made, job.image, *command]
+        # docker takes the value from its own environment
+        docker.append(f"--env={tokens.VARIABLE}")
+    if job.folder:
+        docker.append(f"--workdir={job.folder}")
+    return [*docker, job.image, *command]
+
+
+# ---- options ----
 
 
 def plain_name(asked: str | None, folder: str) -> str:
-    """The job's name, checked; without one, the run folder's as far as it is one.
+    """Return the job's name.
+
+    Args:
+      asked: that of --job-name; None: make one from the run folder's.
+      folder: name of the run folder.
 
     Raises:
       SettingError: it is no label of a host name, or too long.
     """
     if asked is None:
-        made = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")
-        made = made if made[:1].isalpha() else f"run-{made}"
-        return made[:LONGEST_NAME].strip("-")
-    if (
-        not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", asked)
-        or len(asked) > LONGEST_NAME
-    ):
+        name = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")
+        if not name[:1].isalpha():
+            name = f"run-{name}"
+        return name[:LONGEST_NAME].strip("-")
+
+    is_label = re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", asked)
+    if not is_label or len(asked) > LONGEST_NAME:
         raise SettingError(
             f"--job-name is {asked!r}",
             where="command line, --job-name",
@@ -212,18 +245,22 @@ def plain_name(asked: str | None, folder: str) -> str:
 
 
 def read_seconds(text: str | None) -> int | None:
-    """90m, 4h, 2d, 04:00:00 or 1-12:00:00 in seconds."""
+    """Return the seconds of a time.
+
+    >>> read_seconds("90m"), read_seconds("04:00:00"), read_seconds("1-12:00:00")
+    (5400, 14400, 129600)
+    """
     if text is None:
         return None
+
+    seconds = 0
     if match := re.fullmatch(r"(\d{1,9})([smhd])", text, re.ASCII):
         seconds = int(match[1]) * UNITS[match[2]]
     elif match := re.fullmatch(
         r"(?:(\d{1,4})-)?(\d{1,4}):([0-5]?\d):([0-5]?\d)", text, re.ASCII
     ):
-        days, hours, minutes, rest = (int(each or 0) for each in match.groups())
+        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
         seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
-    else:
-        seconds = 0
     if not seconds:
         raise SettingError(
             f"--job-time is {text!r}",
@@ -234,16 +271,19 @@ def read_seconds(text: str | None) -> int | None:
 
 
 def read_size(text: str | None) -> int | None:
-    """64G in bytes."""
+    """Return the bytes of a size.
+
+    >>> read_size("64G")
+    68719476736
+    """
     if text is None:
         return None
-    match = re.fullmatch(
-        r"(\d{1,9})([KMGT]?)(?:i?B)?",
-        text,
-        re.ASCII | re.IGNORECASE,
-    )
-    size = int(match[1]) * SIZES[match[2].upper()] if match else 0
-    if size < 2**20:
+    match = re.fullmatch(r"(\d{1,9})([KMGT]?)(?:i?B)?", text, re.ASCII | re.IGNORECASE)
+    size = 0
+    if match:
+        number, unit = match.groups()
+        size = int(number) * SIZES[unit.upper()]
+    if size < LEAST_MEMORY:
         raise SettingError(
             f"--job-memory is {text!r}",
             where="command line, --job-memory",
@@ -253,7 +293,7 @@ def read_size(text: str | None) -> int | None:
 
 
 def read_volume(text: str) -> Volume:
-    """claim:/data, /scratch:/data:ro, gs://bucket:/data."""
+    """Return the volume of "claim:/data", "/scratch:/data:ro", "gs://bucket:/data"."""
     match = re.fullmatch(r"(.+?):(/[^:,]*)(?::(ro|rw))?", text)
     if not match or "," in match[1]:
         raise SettingError(
@@ -261,17 +301,19 @@ def read_volume(text: str) -> Volume:
             where="command line, --job-volume",
             remedy="write SOURCE:/FOLDER or SOURCE:/FOLDER:ro, without commas",
         )
-    return Volume(
-        match[1],
-        match[2],
-        match[3] == "ro",
-    )
+    source, folder, mode = match.groups()
+    return Volume(source, folder, read_only=mode == "ro")
 
 
 def read_environment(texts: Iterable[str], option: str) -> dict[str, str]:
-    """NAME=VALUE; a label's key may have dots, a slash and hyphens."""
+    """Return the values of texts like NAME=VALUE, by name.
+
+    Args:
+      texts: of the option.
+      option: --job-env, or --job-node whose names may have dots, slashes and hyphens.
+    """
     pattern = r"[A-Za-z_]\w*" if option == "--job-env" else r"[A-Za-z0-9][\w./-]*"
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if name == tokens.VARIABLE:
@@ -287,5 +329,5 @@ def read_environment(texts: Iterable[str], option: str) -> dict[str, str]:
                 where=f"command line, {option}",
                 remedy="write NAME=VALUE",
             )
-        found[name] = value
-    return found
+        values[name] = value
+    return values

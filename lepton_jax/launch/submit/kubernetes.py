@@ -1,11 +1,12 @@
-"""A manifest for Kubernetes: a JobSet, or a plain indexed Job with its service where
-JobSet is not installed.
+"""Manifest for Kubernetes: a JobSet, or a plain indexed Job with its service.
+
+The latter is for clusters where JobSet is not installed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -19,38 +20,48 @@ SUFFIX = ".yaml"
 CONTAINER = "train"
 ROLE = "hosts"
 TOKEN_KEY = "token"
-# in a manifest that is only shown; a run refuses it, for it has spaces
+# stands in a manifest that is only shown; a run refuses it, for it has spaces
 NO_TOKEN = "write another here: openssl rand -hex 32"
 # seconds from SIGTERM to SIGKILL; the supervisors' own limit, "stop", is shorter
 TIME_TO_SAVE = 120
-# seconds in which a machine that does not answer is waited for; Kubernetes' own are 300
+# assumption: seconds for which a machine that does not answer is waited for;
+# Kubernetes' own are 300
 TIME_TO_RETURN = 30
 GCSFUSE = "gcsfuse.csi.storage.gke.io"
-# GKE's name of the machines, the most chips that one machine of the kind has alone, and
-# the chips of one in a larger slice
-# (cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, tables of machine types
-# and topologies)
+
+
+class TpuMachine(NamedTuple):
+    """Machines of one kind of TPU on GKE.
+
+    Args:
+      accelerator: GKE's name of the machines.
+      alone: the most chips of a machine that is a slice by itself.
+      among: chips of a machine in a larger slice.
+    """
+
+    accelerator: str
+    alone: int
+    among: int
+
+
+# cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, tables of machine types
+# and topologies
 TPUS = {
-    "v4": ("tpu-v4-podslice", 4, 4),
-    "v5e": ("tpu-v5-lite-podslice", 8, 4),
-    "v5p": ("tpu-v5p-slice", 4, 4),
-    "v6e": ("tpu-v6e-slice", 8, 4),
-    "tpu7x": ("tpu7x", 4, 4),
+    "v4": TpuMachine("tpu-v4-podslice", 4, 4),
+    "v5e": TpuMachine("tpu-v5-lite-podslice", 8, 4),
+    "v5p": TpuMachine("tpu-v5p-slice", 4, 4),
+    "v6e": TpuMachine("tpu-v6e-slice", 8, 4),
+    "tpu7x": TpuMachine("tpu7x", 4, 4),
 }
 
 
 def client(job: Job, file: Path) -> list[str]:
-    return [
-        "kubectl",
-        "create",
-        *job.options,
-        "-f",
-        str(file),
-    ]
+    """Return the command that submits the manifest."""
+    return ["kubectl", "create", *job.options, "-f", str(file)]
 
 
 def render(job: Job) -> str:
-    """The manifest as YAML.
+    """Return the manifest as YAML.
 
     Raises:
       SettingError: no image; a run folder that would be lost with its container; an
@@ -66,8 +77,8 @@ def render(job: Job) -> str:
         )
     run_dir = PurePosixPath(job.run_dir)
     if not any(
-        run_dir.is_relative_to(each.folder) and not each.read_only
-        for each in job.volumes
+        run_dir.is_relative_to(volume.folder) and not volume.read_only
+        for volume in job.volumes
     ):
         raise SettingError(
             f"the run folder {job.run_dir} would be lost with its container",
@@ -88,23 +99,23 @@ def render(job: Job) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists indented below their key, as manifests are written; nothing by
-    reference.
-    """
+    """YAML as manifests are written: lists below their key, nothing by reference."""
 
     def increase_indent(
         self,
         flow: bool = False,
         indentless: bool = False,
     ) -> None:
+        """Indent lists, too."""
         super().increase_indent(flow, False)
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Write out what stands in several places."""
         return True
 
 
 def _secret(job: Job) -> dict[str, Any]:
-    """The token by which the hosts know each other."""
+    """Return the secret that holds the token by which the hosts know each other."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -118,6 +129,7 @@ def _secret_name(job: Job) -> str:
 
 
 def _jobset(job: Job) -> dict[str, Any]:
+    """Return a JobSet: one indexed Job for each slice."""
     hosts, chips = _machines(job)
     first = f"{job.name}-{ROLE}-0-0.{job.name}"
     template = _job_spec(job, hosts, chips, first)
@@ -127,7 +139,8 @@ def _jobset(job: Job) -> dict[str, Any]:
         "template": {"spec": template},
     }
     metadata: dict[str, Any] = {"name": job.name}
-    if job.slices > 1:  # the hosts of a slice lie in one node pool, and nobody else's
+    # the hosts of a slice lie in one node pool, which no other job uses
+    if job.slices > 1:
         metadata["annotations"] = {
             "alpha.jobset.sigs.k8s.io/exclusive-topology": (
                 "cloud.google.com/gke-nodepool"
@@ -147,6 +160,7 @@ def _jobset(job: Job) -> dict[str, Any]:
 
 
 def _plain(job: Job) -> list[dict[str, Any]]:
+    """Return an indexed Job, and the service by which its pods have names."""
     labels = {"job-name": job.name}
     service = {
         "apiVersion": "v1",
@@ -159,7 +173,8 @@ def _plain(job: Job) -> list[dict[str, Any]]:
         },
     }
     spec = _job_spec(job, job.hosts, 0, f"{job.name}-0.{job.name}")
-    spec["template"]["spec"] = {"subdomain": job.name, **spec["template"]["spec"]}
+    template = spec["template"]
+    template["spec"] = {"subdomain": job.name, **template["spec"]}
     return [
         service,
         {
@@ -177,20 +192,16 @@ def _job_spec(
     chips: int,
     first: str,
 ) -> dict[str, Any]:
-    """A pod that fails is replaced, and its supervisor found again by the others, who
-    wait for it.
+    """Return the specification of an indexed Job.
+
+    A pod that fails is replaced; the supervisors of the others wait for its own.
+
+    Args:
+      job: the request.
+      hosts: number of pods.
+      chips: TPU chips of each; 0: none.
+      first: name of the pod with index 0.
     """
-    code = {"containerName": CONTAINER, "operator": "In"}
-    rules = [
-        {"action": "FailJob", "onExitCodes": {**code, "values": [MISTAKE]}},
-        # of a pod that is evicted, and of the others, which have saved with it:
-        # that is no failure
-        {
-            "action": "Ignore",
-            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-        },
-        {"action": "Ignore", "onExitCodes": {**code, "values": [130, 143]}},
-    ]
     spec: dict[str, Any] = {
         "completionMode": "Indexed",
         "parallelism": hosts,
@@ -198,31 +209,33 @@ def _job_spec(
     }
     if job.seconds:
         spec["activeDeadlineSeconds"] = job.seconds
-    annotations = (
-        {"gke-gcsfuse/volumes": "true"}
-        if any(_bucket(each) for each in job.volumes)
-        else {}
-    )
-    template: dict[str, Any] = (
-        {"metadata": {"annotations": annotations}} if annotations else {}
-    )
     # counted for each pod by itself, for when a run ends all do
-    spec |= {
-        "backoffLimitPerIndex": job.retries,
-        "maxFailedIndexes": 0,
-        "podFailurePolicy": {"rules": rules},
-    }
-    return spec | {
-        "template": template
-        | {
-            "spec": _pod(
-                job,
-                hosts,
-                chips,
-                first,
-            )
-        }
-    }
+    spec["backoffLimitPerIndex"] = job.retries
+    spec["maxFailedIndexes"] = 0
+    spec["podFailurePolicy"] = {"rules": _failure_rules()}
+
+    template: dict[str, Any] = {}
+    if any(_bucket(volume) for volume in job.volumes):
+        template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
+    template["spec"] = _pod(job, hosts, chips, first)
+    return spec | {"template": template}
+
+
+def _failure_rules() -> list[dict[str, Any]]:
+    """Return which ends of a pod are a failure."""
+    code = {"containerName": CONTAINER, "operator": "In"}
+    return [
+        {"action": "FailJob", "onExitCodes": {**code, "values": [MISTAKE]}},
+        # a pod that is evicted, and the others, which have saved with it, did not fail
+        {
+            "action": "Ignore",
+            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+        },
+        {"action": "Ignore", "onExitCodes": {**code, "values": [130, 143]}},
+    ]
+
+
+# ---- the pod ----
 
 
 def _pod(
@@ -231,64 +244,19 @@ def _pod(
     chips: int,
     first: str,
 ) -> dict[str, Any]:
-    node = dict(job.node)
-    if job.topology:
-        kind, _, shape = job.topology.partition(":")
-        node = {
-            "cloud.google.com/gke-tpu-accelerator": TPUS[kind][0],
-            "cloud.google.com/gke-tpu-topology": shape,
-        } | node
-    variables = {
-        name: value
-        for name, (value, _) in job.variables(
-            "tpu" if chips else "cuda" if job.gpus else None
-        ).items()
-    }
-    # GKE tells a TPU's hosts of each other by itself; their number Kubernetes tells all
-    if not chips and hosts > 1:
-        variables = {
-            "JAX_COORDINATOR_ADDRESS": joined(first, PORT),
-            "JAX_NUM_PROCESSES": str(hosts),
-        } | variables
-    amounts: dict[str, Any] = {}
-    if job.cpus:
-        amounts["cpu"] = job.cpus
-    if job.memory:
-        amounts["memory"] = f"{job.memory // 2**20}Mi"
-    extra = (
-        {"google.com/tpu": chips}
-        if chips
-        else {"nvidia.com/gpu": job.gpus}
-        if job.gpus
-        else {}
-    )
-    container: dict[str, Any] = {"name": CONTAINER, "image": job.image}
-    if job.folder:
-        container["workingDir"] = job.folder
-    container["command"] = [_literal(word) for word in job.command]
-    container["env"] = [
-        {"name": name, "value": _literal(value)} for name, value in variables.items()
-    ]
-    if hosts * job.slices > 1:
-        of = {"secretKeyRef": {"name": _secret_name(job), "key": TOKEN_KEY}}
-        container["env"].append({"name": tokens.VARIABLE, "valueFrom": of})
-    if amounts or extra:
-        container["resources"] = (
-            {"requests": amounts, "limits": amounts | extra}
-            if amounts
-            else {"limits": extra}
-        )
+    """Return the specification of a pod; arguments as of `_job_spec`."""
     mounts, volumes = _volumes(job)
-    if not chips and hosts > 1:
-        container["ports"] = [{"containerPort": PORT}]
+    container = _container(job, hosts, chips, first)
     if mounts:
         container["volumeMounts"] = mounts
+
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": TIME_TO_SAVE,
     }
-    if node:
-        pod["nodeSelector"] = node
+    labels = _labels(job)
+    if labels:
+        pod["nodeSelector"] = labels
     pod["tolerations"] = [
         {
             "key": f"node.kubernetes.io/{state}",
@@ -298,44 +266,121 @@ def _pod(
         }
         for state in ("not-ready", "unreachable")
     ]
-    if job.gpus:  # machines with GPUs are kept free of whatever does not say this
+    if job.gpus:  # machines with GPUs are kept free of pods that do not say this
         pod["tolerations"].append(
             {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
         )
-    return pod | {"containers": [container]} | ({"volumes": volumes} if volumes else {})
+    pod["containers"] = [container]
+    if volumes:
+        pod["volumes"] = volumes
+    return pod
+
+
+def _labels(job: Job) -> dict[str, str]:
+    """Return the labels that a node must have; the user's come last, and win."""
+    if not job.topology:
+        return dict(job.node)
+    kind, _, shape = job.topology.partition(":")
+    labels = {
+        "cloud.google.com/gke-tpu-accelerator": TPUS[kind].accelerator,
+        "cloud.google.com/gke-tpu-topology": shape,
+    }
+    return labels | dict(job.node)
+
+
+def _container(
+    job: Job,
+    hosts: int,
+    chips: int,
+    first: str,
+) -> dict[str, Any]:
+    container: dict[str, Any] = {"name": CONTAINER, "image": job.image}
+    if job.folder:
+        container["workingDir"] = job.folder
+    container["command"] = [_literal(word) for word in job.command]
+    container["env"] = _environment(job, hosts, chips, first)
+    resources = _resources(job, chips)
+    if resources:
+        container["resources"] = resources
+    if not chips and hosts > 1:
+        container["ports"] = [{"containerPort": PORT}]
+    return container
+
+
+def _environment(
+    job: Job,
+    hosts: int,
+    chips: int,
+    first: str,
+) -> list[dict[str, Any]]:
+    """Return the variables of a container."""
+    platform = "cuda" if job.gpus else None
+    variables: dict[str, str] = {}
+    if chips:
+        # GKE tells a TPU's hosts of each other by itself
+        platform = "tpu"
+    elif hosts > 1:
+        variables["JAX_COORDINATOR_ADDRESS"] = joined(first, PORT)
+        variables["JAX_NUM_PROCESSES"] = str(hosts)
+    for name, (value, _) in job.variables(platform).items():
+        variables[name] = value
+
+    environment: list[dict[str, Any]] = [
+        {"name": name, "value": _literal(value)} for name, value in variables.items()
+    ]
+    if hosts * job.slices > 1:
+        key = {"name": _secret_name(job), "key": TOKEN_KEY}
+        environment.append(
+            {"name": tokens.VARIABLE, "valueFrom": {"secretKeyRef": key}}
+        )
+    return environment
+
+
+def _resources(job: Job, chips: int) -> dict[str, Any]:
+    """Return what a container requests, and its limits."""
+    amounts: dict[str, Any] = {}
+    if job.cpus:
+        amounts["cpu"] = job.cpus
+    if job.memory:
+        amounts["memory"] = f"{job.memory // 2**20}Mi"
+
+    limits = dict(amounts)
+    if chips:
+        limits["google.com/tpu"] = chips
+    elif job.gpus:
+        limits["nvidia.com/gpu"] = job.gpus
+
+    resources = {}
+    if amounts:
+        resources["requests"] = amounts
+    if limits:
+        resources["limits"] = limits
+    return resources
 
 
 def _literal(text: str) -> str:
-    """Kubernetes puts variables in for $(NAME); doubled, a $ is only a $."""
+    """Return a text in which Kubernetes puts no variable in for $(NAME)."""
     return text.replace("$", "$$")
 
 
 def _bucket(volume: Volume) -> str:
-    return (
-        volume.source.removeprefix("gs://") if volume.source.startswith("gs://") else ""
-    )
+    """Return the name of a bucket; empty if the volume is none."""
+    prefix = "gs://"
+    if volume.source.startswith(prefix):
+        return volume.source.removeprefix(prefix)
+    return ""
 
 
 def _volumes(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the mounts of the container, and the volumes of the pod."""
     mounts: list[dict[str, Any]] = []
     volumes: list[dict[str, Any]] = []
-    for number, each in enumerate(job.volumes):
+    for number, volume in enumerate(job.volumes):
         name = f"volume-{number}"
-        only = {"readOnly": True} if each.read_only else {}
-        mounts.append({"name": name, "mountPath": each.folder} | only)
-        if _bucket(each):
-            source: dict[str, Any] = {
-                "csi": {
-                    "driver": GCSFUSE,
-                    **only,
-                    "volumeAttributes": {"bucketName": _bucket(each)},
-                }
-            }
-        elif each.source.startswith("/"):
-            source = {"hostPath": {"path": each.source}}
-        else:
-            source = {"persistentVolumeClaim": {"claimName": each.source} | only}
-        volumes.append({"name": name} | source)
+        mount = {"name": name, "mountPath": volume.folder}
+        mounts.append(mount | _read_only(volume))
+        volumes.append({"name": name} | _source(volume))
+
     # NCCL's GPUs of a machine meet in shared memory, of which a container has 64 MB
     if job.gpus > 1:
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
@@ -343,8 +388,28 @@ def _volumes(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return mounts, volumes
 
 
+def _source(volume: Volume) -> dict[str, Any]:
+    """Return where Kubernetes finds a volume: a bucket, a node's folder, or a claim."""
+    if _bucket(volume):
+        return {
+            "csi": {
+                "driver": GCSFUSE,
+                **_read_only(volume),
+                "volumeAttributes": {"bucketName": _bucket(volume)},
+            }
+        }
+    if volume.source.startswith("/"):
+        return {"hostPath": {"path": volume.source}}
+    claim = {"claimName": volume.source} | _read_only(volume)
+    return {"persistentVolumeClaim": claim}
+
+
+def _read_only(volume: Volume) -> dict[str, Any]:
+    return {"readOnly": True} if volume.read_only else {}
+
+
 def _machines(job: Job) -> tuple[int, int]:
-    """Hosts of a slice, and chips of a host; 0 chips where there is no TPU."""
+    """Return the hosts of a slice, and the chips of a host; 0 chips without a TPU."""
     if job.topology is None:
         if job.slices > 1:
             raise SettingError(
@@ -370,13 +435,13 @@ def _machines(job: Job) -> tuple[int, int]:
             remedy="leave out one of them",
         )
     chips = topology(job.topology).chips
-    _, alone, among = TPUS[kind]
-    if chips <= alone:
+    machine = TPUS[kind]
+    if chips <= machine.alone:
         return 1, chips
-    if chips % among:
+    if chips % machine.among:
         raise SettingError(
-            f"{job.topology} has {chips} chips, and a machine has {among}",
+            f"{job.topology} has {chips} chips, and a machine has {machine.among}",
             where="command line, --job-topology",
             remedy="name a slice of whole machines",
         )
-    return chips // among, among
+    return chips // machine.among, machine.among

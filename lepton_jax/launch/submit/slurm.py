@@ -1,6 +1,4 @@
-"""A batch script for SLURM: one task a machine, which gets all that was asked for
-there.
-"""
+"""Batch script for SLURM: one task on each machine, with all of its resources."""
 
 from __future__ import annotations
 
@@ -20,18 +18,19 @@ from lepton_jax.launch.submit.job import (
 )
 
 SUFFIX = ".sbatch"
-NOTICE = 120  # seconds before the time limit at which the hosts are told, to save
-# seconds, beyond the grace for the first one that has ended, in which the others end by
-# themselves
+# assumptions, in seconds
+NOTICE = 120  # before the time limit, when the hosts are told to save
+# for the other hosts to end by themselves, after the grace for the first that has ended
 LEAVING = 90
 
 
 def client(job: Job, file: Path) -> list[str]:
+    """Return the command that submits the script."""
     return ["sbatch", str(file)]
 
 
 def render(job: Job) -> str:
-    """The script; `sbatch` takes it as it is.
+    """Return the script, which `sbatch` takes as it is.
 
     Raises:
       SettingError: volumes without an image; an option that is no #SBATCH line.
@@ -45,75 +44,89 @@ def render(job: Job) -> str:
                 " or name an image"
             ),
         )
-    asked = [f"--job-name={job.name}", f"--nodes={job.hosts}", "--ntasks-per-node=1"]
-    asked += [f"--gpus-per-node={job.gpus}"] if job.gpus else []
-    asked += [f"--cpus-per-task={job.cpus}"] if job.cpus else []
-    asked += [f"--mem={job.memory // 2**20}M"] if job.memory else []
-    if job.seconds:
-        minutes, seconds = divmod(job.seconds, 60)
-        asked += [f"--time={minutes}:{seconds:02}"]
-        asked += [f"--signal=TERM@{NOTICE}"] if job.seconds > 2 * NOTICE else []
-    if job.folder:
-        asked.append(f"--chdir={_quoted(job.folder)}")
-    asked += ["--no-kill"] if job.goes_on_with_fewer else []
-    # a job that is queued again goes on with its log as with its run
-    asked += ["--output=%x-%j.log", "--open-mode=append", "--requeue"]
-    for option in job.options:
-        if not re.fullmatch(r"--?[A-Za-z][^\r\n]*", option):
-            raise SettingError(
-                f"--job-option is {option!r}",
-                where="command line, --job-option",
-                remedy="write an option of sbatch, e.g. --job-option=--partition=gpu",
-            )
-        asked.append(option)
-    step = ["srun"]
-    # the hosts see by themselves that one is lost, and say which and where; what then
-    # still runs is stuck
-    if job.hosts > 1:
-        step += ["--kill-on-bad-exit=0"]
-        step += (
-            ["--no-kill", "--wait=0"]
-            if job.goes_on_with_fewer
-            else [f"--wait={job.grace + LEAVING}"]
-        )
-    if job.image:
-        step.append(f"--container-image={job.image}")
-        if job.volumes:
-            mounts = ",".join(
-                f"{each.source}:{each.folder}{':ro' if each.read_only else ''}"
-                for each in job.volumes
-            )
-            step.append(f"--container-mounts={mounts}")
-        step += [f"--container-workdir={job.folder}"] if job.folder else []
     variables = job.variables("cuda" if job.gpus else None)
     if job.cpus:
-        variables |= {
-            "SRUN_CPUS_PER_TASK": (
-                str(job.cpus),
-                "since SLURM 22.05 srun does not take it over from sbatch",
-            )
-        }
+        variables["SRUN_CPUS_PER_TASK"] = (
+            str(job.cpus),
+            "since SLURM 22.05 srun does not take it over from sbatch",
+        )
+    command = shlex.join([*_step(job), *job.command])
     lines = [
         "#!/bin/bash",
         *heading(job),
-        *(f"#SBATCH {each}" for each in asked),
+        *(f"#SBATCH {option}" for option in _options(job)),
         "set -euo pipefail",
         *exports(variables),
         *(_token() if job.hosts > 1 else []),
         *job.setup,
-        *retrying(shlex.join([*step, *job.command]), job.retries),
+        *retrying(command, job.retries),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _options(job: Job) -> list[str]:
+    """Return the options of sbatch."""
+    options = [f"--job-name={job.name}", f"--nodes={job.hosts}", "--ntasks-per-node=1"]
+    if job.gpus:
+        options.append(f"--gpus-per-node={job.gpus}")
+    if job.cpus:
+        options.append(f"--cpus-per-task={job.cpus}")
+    if job.memory:
+        options.append(f"--mem={job.memory // 2**20}M")
+    if job.seconds:
+        minutes, seconds = divmod(job.seconds, 60)
+        options.append(f"--time={minutes}:{seconds:02}")
+        if job.seconds > 2 * NOTICE:
+            options.append(f"--signal=TERM@{NOTICE}")
+    if job.folder:
+        options.append(f"--chdir={_quoted(job.folder)}")
+    if job.goes_on_with_fewer:
+        options.append("--no-kill")
+    # a job that is queued again goes on with its log as with its run
+    options += ["--output=%x-%j.log", "--open-mode=append", "--requeue"]
+    return options + [_checked(option) for option in job.options]
+
+
+def _checked(option: str) -> str:
+    """Return a user's option if it fits on a #SBATCH line."""
+    if not re.fullmatch(r"--?[A-Za-z][^\r\n]*", option):
+        raise SettingError(
+            f"--job-option is {option!r}",
+            where="command line, --job-option",
+            remedy="write an option of sbatch, e.g. --job-option=--partition=gpu",
+        )
+    return option
+
+
+def _step(job: Job) -> list[str]:
+    """Return srun and its options, before the hosts' command."""
+    step = ["srun"]
+    # the hosts see by themselves that one is lost, and say which and where; a process
+    # that still runs long after that is stuck
+    if job.hosts > 1:
+        step.append("--kill-on-bad-exit=0")
+        if job.goes_on_with_fewer:
+            step += ["--no-kill", "--wait=0"]
+        else:
+            step.append(f"--wait={job.grace + LEAVING}")
+    if job.image:
+        step.append(f"--container-image={job.image}")
+        if job.volumes:
+            mounts = ",".join(str(volume) for volume in job.volumes)
+            step.append(f"--container-mounts={mounts}")
+        if job.folder:
+            step.append(f"--container-workdir={job.folder}")
+    return step
+
+
 def _token() -> list[str]:
-    """Lines that give the hosts a token, by the environment that srun hands on."""
+    """Return lines that give the hosts a token, in the environment of srun."""
     name = tokens.VARIABLE
     return [WHY_TOKEN, f"{name}={NEW_TOKEN}", f"export {name}"]
 
 
 def _quoted(text: str) -> str:
-    """As sbatch reads a #SBATCH line: it takes quotes, but knows no shell."""
+    """Return a folder as sbatch reads it: it takes quotes, but knows no shell."""
     if re.search(r"[\"'\\\r\n]", text):
         raise SettingError(
             f"SLURM can't be told of the folder {text!r}",

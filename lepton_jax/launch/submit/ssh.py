@@ -1,4 +1,4 @@
-"""Machines that ssh reaches: a command for each; the first one is the coordinator."""
+"""Script for machines that ssh reaches; the first one is the coordinator."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import shlex
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from lepton_jax.errors import SettingError
 from lepton_jax.launch import tokens
+from lepton_jax.launch.children import spawn
 from lepton_jax.launch.cluster import joined, port_of
-from lepton_jax.launch.hosts import spawn
 from lepton_jax.launch.submit.job import (
     MISTAKE,
     NEW_TOKEN,
@@ -22,9 +23,11 @@ from lepton_jax.launch.submit.job import (
     contained,
     exports,
     heading,
+    without_reasons,
 )
 
 SUFFIX = ".ssh.sh"
+ASKED_TO_END = (130, 143)  # exit codes: Ctrl-C, SIGTERM
 # no password prompts, which many hosts would ask at once; a machine that is gone is
 # noticed within a minute
 CLIENT = (
@@ -36,8 +39,8 @@ CLIENT = (
     "-o",
     "ServerAliveCountMax=4",
 )
-# ssh passes on no signal: standard input that ends says that the run shall, which hears
-# SIGTERM, saves, and is still heard
+# ssh passes on no signal. So the end of standard input asks the run to end: it gets
+# SIGTERM, saves, and can still be heard
 WATCH = """child=$!
 { cat; kill -TERM "$child"; } <&3 >/dev/null 2>&1 &
 watch=$!
@@ -59,119 +62,98 @@ if [ -s "$pipe.failed" ]; then cat "$pipe.failed" >&2; rm "$pipe.failed"; exit 1
 
 
 def client(job: Job, file: Path) -> list[str]:
+    """Return the command that runs the script."""
     return ["bash", str(file)]
 
 
 def render(job: Job) -> str:
-    """A script with the command of every worker; as it stands it starts all and waits
-    for them.
-    """
+    """Return a script that starts the workers of all hosts, and waits for them."""
+    host_commands = commands(job)
     lines = [
         "#!/bin/bash",
         *heading(job),
         "# --submit also ends all when one fails, and goes on from the last checkpoint",
     ]
-    made = commands(job)
     given = '<"$pipe"'
-    if len(made) > 1:
+    if len(host_commands) > 1:
         lines += [WHY_TOKEN, f"token={NEW_TOKEN}"]
         given = """< <(printf '%s\\n' "$token"; exec cat <"$pipe" 9>&-)"""
     lines.append(START)
-    for host, each in enumerate(made):
+    for host, command in enumerate(host_commands):
         failed = f'echo "host {host}: exit code $?" >>"$pipe.failed"'
-        lines.append(f"{shlex.join(each)} {given} 9>&- || {failed} &")
+        lines.append(f"{shlex.join(command)} {given} 9>&- || {failed} &")
     lines.append(END)
     return "\n".join(lines) + "\n"
 
 
 def commands(job: Job) -> list[list[str]]:
-    """What this machine runs for each host."""
+    """Return the command of this machine for each host."""
     hosts = read_hosts(Path(job.detail))
     port = port_of(zlib.crc32(job.run_dir.encode()))
-    first = re.sub(
-        r"^[^@]*@",
-        "",
-        hosts[0][0],
-    )
-    made = []
+    first = re.sub(r"^[^@]*@", "", hosts[0][0])
+    several = len(hosts) > 1
+    host_commands = []
     for number, (host, *own) in enumerate(hosts):
-        where = (
-            ()
-            if len(hosts) == 1
-            else (
+        command = list(job.command)
+        if several:
+            command += [
                 f"--coordinator={joined(first, port)}",
                 f"--hosts={len(hosts)}",
                 f"--host-id={number}",
-            )
-        )
-        remote = _remote(
-            job,
-            (*job.command, *where),
-            with_token=len(hosts) > 1,
-        )
-        made.append(
-            [
-                *CLIENT,
-                *job.options,
-                *own,
-                host,
-                remote,
             ]
-        )
-    return made
+        remote = _remote(job, command, with_token=several)
+        host_commands.append([*CLIENT, *job.options, *own, host, remote])
+    return host_commands
 
 
 def _remote(
     job: Job,
-    command: tuple[str, ...],
+    command: Sequence[str],
     with_token: bool,
 ) -> str:
+    """Return the command of a host, in a shell that ends it with standard input."""
     variables = job.variables("cuda" if job.gpus else None)
-    start = [f"cd {shlex.quote(job.folder)}"] if job.folder and not job.image else []
+    start = []
     if job.image:
-        command = tuple(
-            contained(
-                job,
-                command,
-                variables,
-                privileged=False,
-                with_token=with_token,
-            )
+        command = contained(
+            job, command, variables, privileged=False, with_token=with_token
         )
-    plain = {name: (value, "") for name, (value, _) in variables.items()}
-    # the first line of its input, which no list of processes shows
-    read = [f"read -r {tokens.VARIABLE}", f"export {tokens.VARIABLE}"]
+    else:
+        if job.folder:
+            start.append(f"cd {shlex.quote(job.folder)}")
+        start += exports(without_reasons(variables))
+
+    read_token = []
+    if with_token:
+        # the first line of its input, which no list of processes shows
+        read_token = [f"read -r {tokens.VARIABLE}", f"export {tokens.VARIABLE}"]
     script = [
         "set -e",
-        *(read if with_token else []),
+        *read_token,
         "exec 3<&0",
         *start,
-        *([] if job.image else exports(plain)),
         *job.setup,
         f"{shlex.join(command)} &",
         WATCH,
     ]
-    return shlex.join(
-        [
-            "exec",
-            "sh",
-            "-c",
-            "\n".join(script),
-        ]
-    )
+    return shlex.join(["exec", "sh", "-c", "\n".join(script)])
 
 
 def submit(job: Job) -> int:
-    """Start all hosts and wait for them; again after a failure, of which the
-    supervisors alone may take care. The exit code.
+    """Start all hosts and wait for them; return the exit code.
+
+    After a failure that the supervisors can't survive, all hosts are started again.
     """
-    made = commands(job)
+    host_commands = commands(job)
     for attempt in range(job.retries + 1):
-        first = f"{tokens.make()}\n" if len(made) > 1 else ""
+        token = f"{tokens.make()}\n" if len(host_commands) > 1 else ""
         code = spawn(
-            made, lifeline=True, with_fewer=job.goes_on_with_fewer, first=first
+            host_commands,
+            lifeline=True,
+            with_fewer=job.goes_on_with_fewer,
+            first=token,
         )
-        if code in (0, MISTAKE, 130, 143) or attempt == job.retries:
+        if code in (0, MISTAKE, *ASKED_TO_END) or attempt == job.retries:
             break
         print(
             f"exit code {code}: going on, attempt {attempt + 1} of {job.retries}",
@@ -183,11 +165,12 @@ def submit(job: Job) -> int:
 
 
 def read_hosts(file: Path) -> list[list[str]]:
-    """The hosts of a file, one a line as `[user@]name`, each with options of its own
-    for ssh before it; # begins a comment.
+    """Return the hosts of a file, each followed by options of its own for ssh.
+
+    A line has the options and then the host as `[user@]name`; # begins a comment.
 
     Raises:
-      SettingError: there is no such file, nobody in it, or somebody twice.
+      SettingError: there is no such file, it names no host, or one twice.
     """
     try:
         text = file.read_text(encoding="utf-8")

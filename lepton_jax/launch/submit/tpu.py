@@ -1,4 +1,4 @@
-"""A TPU VM that is there: one command for all of its workers, by gcloud."""
+"""Script for a TPU VM that exists: one command for all of its workers, by gcloud."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lepton_jax.launch.submit.job import (
     exports,
     heading,
     retrying,
+    without_reasons,
 )
 
 SUFFIX = ".tpu.sh"
@@ -23,47 +24,28 @@ OF_SSH_ALONE = ("--ssh-flag", "--output-directory", "--dry-run")
 
 
 def client(job: Job, file: Path) -> list[str]:
+    """Return the command that runs the script."""
     return ["bash", str(file)]
 
 
 def render(job: Job) -> str:
-    """A script for the workstation; the hosts find each other by the TPU's own
-    metadata.
+    """Return a script for the workstation.
+
+    The hosts find each other by the TPU's own metadata.
     """
-    variables = job.variables("tpu")
     # every worker gets the same command, which ps would show: so the token goes ahead
+    # in a file
     file = f".lepton-{job.name}.token"
-    read = [f'{tokens.VARIABLE}=$(cat "$HOME/{file}")', f"export {tokens.VARIABLE}"]
-    inside = [*read, *job.setup]
-    if job.image:
-        command = contained(
-            job, job.command, variables, privileged=True, with_token=True
-        )
-        inside.append(f"exec {shlex.join(command)}")
-    else:
-        start = [f"cd {shlex.quote(job.folder)}"] if job.folder else []
-        plain = {name: (value, "") for name, (value, _) in variables.items()}
-        inside = [
-            *start,
-            *exports(plain),
-            *inside,
-            f"exec {shlex.join(job.command)}",
-        ]
-    # a login shell of any kind, that it ends where a line fails
-    remote = shlex.join(
-        [
-            "bash",
-            "-c",
-            "\n".join(["set -e", *inside]),
-        ]
-    )
+    # a login shell of any kind must end where a line fails
+    script = "\n".join(["set -e", *_inside(job, file)])
+    remote = ["bash", "-c", script]
     command = [
         *GCLOUD,
         "ssh",
         job.name,
         "--worker=all",
         *job.options,
-        f"--command={remote}",
+        f"--command={shlex.join(remote)}",
     ]
     lines = [
         "#!/bin/bash",
@@ -75,11 +57,32 @@ def render(job: Job) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _inside(job: Job, file: str) -> list[str]:
+    """Return the lines that each worker runs."""
+    variables = job.variables("tpu")
+    read = [f'{tokens.VARIABLE}=$(cat "$HOME/{file}")', f"export {tokens.VARIABLE}"]
+    if job.image:
+        command = contained(
+            job, job.command, variables, privileged=True, with_token=True
+        )
+        return [*read, *job.setup, f"exec {shlex.join(command)}"]
+
+    folder = [f"cd {shlex.quote(job.folder)}"] if job.folder else []
+    return [
+        *folder,
+        *exports(without_reasons(variables)),
+        *read,
+        *job.setup,
+        f"exec {shlex.join(job.command)}",
+    ]
+
+
 def _send_token(job: Job, file: str) -> list[str]:
-    """Lines that copy a new token to all workers, into a file that its owner alone
-    reads.
+    """Return lines that copy a new token to all workers.
+
+    Only its owner can read the file.
     """
-    options = [each for each in job.options if not each.startswith(OF_SSH_ALONE)]
+    options = [option for option in job.options if not option.startswith(OF_SSH_ALONE)]
     to = shlex.join([f"{job.name}:{file}", "--worker=all", *options])
     return [
         WHY_TOKEN,

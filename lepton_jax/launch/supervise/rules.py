@@ -1,9 +1,12 @@
-"""How long what may take, and what happens after a fault: the limits of each phase, one
-inside the other, and the options.
+"""Limits and restarts: how long each phase may take, and what happens after a fault.
 
-A worker's own limit is the innermost: when it is over, the worker writes its stack. Its
-supervisor's is somewhat longer, and the head's longer again, so that the inner one,
-which knows most, speaks first; the scheduler's must be longer than all.
+The limits lie one inside the other. A worker's own is the innermost: when it is over,
+the worker writes its stack. Its supervisor's is somewhat longer, and the head's longer
+again, so that the inner one, which knows most, speaks first; the scheduler's must be
+longer than all.
+
+Example: no step may take more than 60 s. The worker writes its stack after 60 s, its
+supervisor reports it after 64 s (`nested(60, 1)`), the head acts by itself after 68 s.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 from lepton_jax.errors import LeptonError, SettingError, nearest
 from lepton_jax.hosts.phase import PHASES
 
-# seconds without any change; large models have taken 24 minutes to compile
+# assumptions: seconds without any change; large models have taken 24 minutes to compile
 DEFAULTS = {
     "start": 300.0,
     "plan": 600.0,
@@ -33,18 +36,21 @@ DEFAULTS = {
     "silence": 60.0,
     "stop": 90.0,
 }
-# of a step: while no one knows how long one takes; from how many; how many
-UNKNOWN = 600.0
+# assumptions about the limit of a step
+UNKNOWN = 600.0  # seconds, until `KNOWN_AFTER` steps have been seen
 KNOWN_AFTER = 3
-TIMES = 10.0
+TIMES = 10.0  # times the longest step seen
 NAMES = (*PHASES, "silence", "stop")
 assert set(DEFAULTS) == set(NAMES)
-RESTARTS = 10  # of several hosts, in a day, without a checkpoint in between
+# assumption: of several hosts, in a day, without a checkpoint in between
+RESTARTS = 10
 
 
 class HostsError(LeptonError):
-    """The hosts of a run can't go on; `exit_code` says whether trying again may help
-    (1) or will not (2).
+    """The hosts of a run can't go on.
+
+    Attributes:
+      exit_code: 1 if trying again may help, 2 if it will not.
     """
 
     def __init__(
@@ -55,26 +61,22 @@ class HostsError(LeptonError):
         remedy: str,
         exit_code: int = 1,
     ):
-        super().__init__(
-            what,
-            where=where,
-            remedy=remedy,
-        )
+        super().__init__(what, where=where, remedy=remedy)
         self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the supervisors of a run go by.
+    """Limits, restarts and patience of a run's supervisors.
 
     Args:
-      limits: seconds by phase, and of "silence" and "stop", where they are not
+      limits: seconds by phase, and for "silence" and "stop", where they differ from
         `DEFAULTS`; inf: none.
-      restarts: how many failures are survived in a day, without those that were
-        followed by a checkpoint; None: the usual.
+      restarts: number of failures that are survived in a day, without those that were
+        followed by a checkpoint; None: `RESTARTS` for several hosts.
       grace: seconds to wait for a host that is lost.
-      least_hosts: with how many the run goes on if the others don't come back; None:
-        with all only.
+      least_hosts: number of hosts with which the run goes on if the others don't come
+        back; None: only with all.
       lost: seconds without a word between supervisors after which the connection counts
         as lost.
       ending: seconds from SIGTERM to SIGKILL for a worker that can't go on anyway.
@@ -85,6 +87,7 @@ class Rules:
 
     limits: Mapping[str, float] = field(default_factory=dict)
     restarts: int | None = None
+    # assumptions
     grace: float = 300.0
     least_hosts: int | None = None
     lost: float = 10.0
@@ -93,16 +96,24 @@ class Rules:
     pause: float = 1.0
 
     def limit(self, name: str) -> float:
+        """Return the seconds of a phase, of "silence" or of "stop"."""
         return self.limits.get(name, DEFAULTS[name])
 
 
 class Limits:
-    """The limits of one worker; that of "steps" follows the longest step seen so far,
-    unless it was given.
+    """Limits of one worker; that of "steps" adapts, unless it was given.
 
-    That limit is ten times the longest pause between two changes within "steps", but at
-    least 60 s; and 600 s until three such changes have been seen, for the first steps
-    may take any time.
+    It is ten times the longest pause between two changes within "steps", but at least
+    60 s. Until three such changes have been seen it is 600 s, for the first steps may
+    take any time.
+
+    >>> limits = Limits({})
+    >>> limits.of("steps")
+    600.0
+    >>> for seconds in (8.0, 9.0, 7.0):
+    ...     limits.saw(seconds)
+    >>> limits.of("steps")
+    90.0
     """
 
     def __init__(self, given: Mapping[str, float]):
@@ -112,28 +123,33 @@ class Limits:
         self.seen = 0
 
     def saw(self, seconds: float) -> None:
-        """So long nothing changed between two changes within "steps"."""
+        """Note the time between two changes within "steps"."""
         self.longest = max(self.longest, seconds)
         self.seen = self.seen + 1
 
     def of(self, phase: str) -> float:
-        """Seconds; inf where there is none."""
+        """Return the seconds of a phase; inf where there is no limit."""
         if phase != "steps" or not self._adapts:
             return self._limits[phase]
-        return (
-            UNKNOWN
-            if self.seen < KNOWN_AFTER
-            else max(self._limits["steps"], TIMES * self.longest)
-        )
+        if self.seen < KNOWN_AFTER:
+            return UNKNOWN
+        return max(self._limits["steps"], TIMES * self.longest)
 
 
 def nested(limit: float, level: int) -> float:
-    """The limit `level` steps further out: each is 1 s and a twentieth longer."""
+    """Return the limit `level` steps further out: each is 1 s and a twentieth longer.
+
+    >>> [nested(60.0, level) for level in (0, 1, 2)]
+    [60.0, 64.0, 68.0]
+    """
     return limit + level * (1.0 + limit / 20)
 
 
-def options(group: Any) -> None:
-    """Add the options that say what happens when something fails."""
+# ---- the command line ----
+
+
+def add_options(group: Any) -> None:
+    """Add the options about failures to an argparse group."""
     group.add_argument(
         "--limit",
         action="append",
@@ -173,28 +189,13 @@ def options(group: Any) -> None:
 
 
 def read(options: argparse.Namespace) -> Rules:
-    """The rules that the options say.
+    """Return the rules that the options say.
 
     Raises:
-      SettingError: a limit that is none.
+      SettingError: a limit has no such name or is no number of seconds, or
+        --least-hosts is 0.
     """
-    limits: dict[str, float] = {}
-    for text in options.limit or ():
-        name, _, value = text.partition("=")
-        if name not in NAMES:
-            raise SettingError(
-                f"--limit {text}: {name!r} has no limit{nearest(name, NAMES)}",
-                where="command line, --limit",
-                remedy=f"write NAME=SECONDS, with one of {', '.join(NAMES)}",
-            )
-        try:
-            limits[name] = _seconds(value) or math.inf
-        except argparse.ArgumentTypeError as error:
-            raise SettingError(
-                f"--limit {text}: {error}",
-                where="command line, --limit",
-                remedy=f"write {name}=60, or {name}=0 for no limit",
-            ) from error
+    limits = dict(_limit(text) for text in options.limit or ())
     if options.least_hosts == 0:
         raise SettingError(
             "--least-hosts is 0",
@@ -202,11 +203,30 @@ def read(options: argparse.Namespace) -> Rules:
             remedy="write a number from 1",
         )
     return Rules(
-        limits,
-        options.restarts,
-        options.grace,
-        options.least_hosts,
+        limits=limits,
+        restarts=options.restarts,
+        grace=options.grace,
+        least_hosts=options.least_hosts,
     )
+
+
+def _limit(text: str) -> tuple[str, float]:
+    """Return name and seconds of one --limit."""
+    name, _, value = text.partition("=")
+    if name not in NAMES:
+        raise SettingError(
+            f"--limit {text}: {name!r} has no limit{nearest(name, NAMES)}",
+            where="command line, --limit",
+            remedy=f"write NAME=SECONDS, with one of {', '.join(NAMES)}",
+        )
+    try:
+        return name, _seconds(value) or math.inf
+    except argparse.ArgumentTypeError as error:
+        raise SettingError(
+            f"--limit {text}: {error}",
+            where="command line, --limit",
+            remedy=f"write {name}=60, or {name}=0 for no limit",
+        ) from error
 
 
 def _seconds(text: str) -> float:
