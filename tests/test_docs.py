@@ -10,7 +10,7 @@ PACKAGE = ROOT / "lepton_jax"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.py)`")
+FILE = re.compile(r"`((?:\w+/)*\w+\.py)`")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
