@@ -1,20 +1,15 @@
 """The step benchmark measures what it says, in one process and in no time."""
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax.numpy as jnp
 import optax
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import bench
-import bench_step
-
 from lepton_jax.models import MLP
+from tools.bench import cli as bench
+from tools.bench import step as bench_step
 
 CONTENDERS = ["hand", "hand-fed", "lepton", "nnx"]
 TINY = bench_step.Case(
@@ -46,7 +41,7 @@ def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     ]
     assert bench.main(arguments) == 0
     document = json.loads(file.read_text())
-    assert document["command"].endswith("python tools/bench.py " + " ".join(arguments))
+    assert document["command"].endswith("python -m tools.bench " + " ".join(arguments))
     assert document["platform"] == "cpu" and document["machine"]["cores"] >= 1
     (result,) = document["results"]
     ms = result["ms_a_step"]

@@ -2,21 +2,16 @@
 
 import json
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import bench
-import bench_controller
-import bench_controller_tasks
-
 from lepton_jax.data import Arrays
 from lepton_jax.models import MLP
+from tools.bench import cli as bench
+from tools.bench import controller as bench_controller
+from tools.bench import controller_tasks
 
 
 def blobs(data):
@@ -26,11 +21,11 @@ def blobs(data):
     points = np.eye(3, dtype=np.float32)[labels] + random.normal(
         0, 0.5, (300, 3)
     ).astype(np.float32)
-    train, validation, report = bench_controller_tasks.three(
+    train, validation, report = controller_tasks.three(
         Arrays(points, labels), 0.3, 0.3
     )
     return bench_controller.Task(
-        bench_controller_tasks.recipe_of(
+        controller_tasks.recipe_of(
             partial(MLP, (3, 8, 3)),
             train,
             validation,

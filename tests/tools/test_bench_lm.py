@@ -7,18 +7,14 @@ import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import bench
-import bench_lm
-
 import lepton_jax as lepton
 from lepton_jax.errors import ModelError, PlanError, SettingError
+from tools.bench import cli as bench
+from tools.bench import lm as bench_lm
 
 QUICK = ["lm", "--length", "16", "--batch", "2", "--seconds", "0.02", "--rounds", "2"]
 STAND_IN = """#!{python}

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-import faults
-import faults_network
+from tools.faults import campaign as faults
+from tools.faults import network as faults_network
 
 FAST = {
     "silence": 5,
@@ -230,12 +229,12 @@ def test_a_link_that_is_cut_loses_packets_without_a_word(tmp_path, permitted, ho
 
 def test_nothing_of_a_network_is_left_when_its_campaign_is_killed(tmp_path, permitted):
     script = (
-        "import subprocess, sys, time, pathlib, faults_network; n ="
-        " faults_network.Network(pathlib.Path(sys.argv[1]), 2);p ="
+        "import subprocess, sys, time, pathlib; from tools.faults import network; n ="
+        " network.Network(pathlib.Path(sys.argv[1]), 2);p ="
         " subprocess.Popen(n.inside(1, ['sleep', '600'])); print(n._process.pid,"
         " *n.holders, p.pid, flush=True);time.sleep(600)"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(faults_network.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(faults.ROOT)}
     campaign = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
         stdout=subprocess.PIPE,

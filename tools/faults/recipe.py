@@ -1,4 +1,4 @@
-"""What `tools/faults.py` trains: next tokens of three filtered, mixed and packed
+"""What `tools.faults` trains: next tokens of three filtered, mixed and packed
 sources; and faults, where it is told so.
 
 A fault is made inside the training process, at an exact place: when it enters a phase

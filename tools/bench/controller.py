@@ -1,4 +1,4 @@
-"""`bench.py controller`: what a controller is worth when the learning rate is not
+"""`tools.bench controller`: what a controller is worth when the learning rate is not
 known.
 
 Five small tasks on real data, each split into three: training, validation (which tunes
@@ -43,12 +43,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bench_controller_tasks import EVALUATIONS, TASKS, Task
 
 import lepton_jax as lepton
 from lepton_jax import controllers, losses
 from lepton_jax.errors import SettingError, nearest
 from lepton_jax.step.module import forward, functional
+from tools.bench.controller_tasks import EVALUATIONS, TASKS, Task
 
 FACTORS = (
     1 / 30,
@@ -64,7 +64,7 @@ GRID = tuple(10.0 ** (k / 3) for k in range(-12, 1))
 SEEDS = (0, 1, 2)
 TOLERANCE = 1.02
 WARM_UP = 0.1
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 # ---- the contestants ----

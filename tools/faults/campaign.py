@@ -26,19 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import faults_network
-from bench import surroundings
-from faults_network import Loopback, Network
-
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.monitor import read_samples
+from tools.bench.cli import surroundings
+from tools.faults import network as faults_network
+from tools.faults.network import Loopback, Network
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "tools" / "launch.py"
-RECIPE = ROOT / "tools" / "faults_recipe.py"
+RECIPE = ROOT / "tools" / "faults" / "recipe.py"
 STEPS = 60
 # short limits, so that what hangs is noticed soon; four processes on two cores must
 # still get by
@@ -66,7 +63,7 @@ class Fault:
     Attributes:
       name: of its kind.
       promise: what must become of the run; a key of `PROMISES`.
-      stages: for `tools/faults_recipe.py`.
+      stages: for `recipe.py`.
       says: pattern of what standard error must say.
       options: further ones of the command line.
       apart: each host is started by a command of its own, as on a cluster.
@@ -874,7 +871,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(
-        prog="faults.py",
+        prog="python -m tools.faults",
         description=__doc__,
         allow_abbrev=False,
     )
@@ -952,13 +949,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if options.json is not None:
         here = surroundings([]) | {
-            "command": f"python tools/faults.py {' '.join(arguments)}"
+            "command": f"python -m tools.faults {' '.join(arguments)}"
         }
         options.json.write_text(
             json.dumps({**here, "summary": found, "results": rows}, indent=1) + "\n"
         )
     return 0 if found["kept"] == found["trials"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

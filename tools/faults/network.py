@@ -1,8 +1,8 @@
 """Hosts of a trial in network namespaces of their own, joined by a switch, and links
-that go down: for `tools/faults.py`.
+that go down: for `tools.faults`.
 
-    faults_network.py hold PARENT HOSTS FOLDER    makes them; reads "cut HOST HOW" and "mend HOST" from its standard input
-    faults_network.py enter PARENT PID COMMAND... becomes a command in the host that a process holds
+    network.py hold PARENT HOSTS FOLDER    makes them; reads "cut HOST HOW" and "mend HOST" from its standard input
+    network.py enter PARENT PID COMMAND... becomes a command in the host that a process holds
 
 Namespaces, switch and links are nobody's but those processes', which end with the
 process that started them, however it does.

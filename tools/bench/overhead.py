@@ -1,6 +1,6 @@
-"""`bench.py overhead`: what signals and policies cost of a train step.
+"""`tools.bench overhead`: what signals and policies cost of a train step.
 
-The cases of `bench.py step`, each trained by `Trainer.fit` three times over on one
+The cases of `tools.bench step`, each trained by `Trainer.fit` three times over on one
 device: without policies ("plain"), with one that watches loss, gradient norm and
 finiteness and moves nothing ("signals"), and under `controllers.adaptive()`
 ("adaptive"). Rounds and ratios as there: everything compiled before, slices in rotating
@@ -15,7 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bench_step import (
+
+from lepton_jax import controllers
+from lepton_jax.errors import SettingError, nearest
+from tools.bench.step import (
     CASES,
     Case,
     _fit,
@@ -25,9 +28,6 @@ from bench_step import (
     _trainer,
     compilations,
 )
-
-from lepton_jax import controllers
-from lepton_jax.errors import SettingError, nearest
 
 WATCHED = ("loss_mean", "loss_variance", "loss_trend", "gradient_norm", "finite")
 

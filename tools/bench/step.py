@@ -1,4 +1,4 @@
-"""`bench.py step`: milliseconds a train step takes in Lepton, and in the loops that one
+"""`tools.bench step`: milliseconds a train step takes in Lepton, and in the loops that one
 would write without it.
 
 Every contender trains the same module by the same optimizer on the same arrays from the

@@ -1,4 +1,4 @@
-"""`bench.py lm`: tokens per second, model FLOP utilization and memory of a language
+"""`tools.bench lm`: tokens per second, model FLOP utilization and memory of a language
 model on one device, beside PyTorch.
 
 Both train the same Llama shape (RMSNorm, rotary positions, SwiGLU, grouped heads, tied
@@ -39,7 +39,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench_step
 import jax
 import optax
 
@@ -49,6 +48,7 @@ from lepton_jax.hardware import Topology, here
 from lepton_jax.planner import Plan, ahead
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.show.text import grid
+from tools.bench import step as bench_step
 
 # and their usual lengths
 SIZES = {

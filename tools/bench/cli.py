@@ -1,6 +1,4 @@
-"""Measure Lepton against what one would use without it: python tools/bench.py COMMAND
-[options]; see --help.
-"""
+"""Measure Lepton against what one would use without it."""
 
 from __future__ import annotations
 
@@ -15,32 +13,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import bench_controller
-import bench_faults
-import bench_lm
-import bench_memory
-import bench_overhead
-import bench_regret
-import bench_restart
-import bench_step
 import jax
 
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
+from tools.bench import (
+    controller,
+    faults,
+    lm,
+    memory,
+    overhead,
+    regret,
+    restart,
+    step,
+)
 
 # Each has add(commands, shared), whose parser's default `run` takes the options and
 # returns what --json keeps.
 COMMANDS = (
-    bench_step,
-    bench_overhead,
-    bench_lm,
-    bench_memory,
-    bench_regret,
-    bench_controller,
-    bench_faults,
-    bench_restart,
+    step,
+    overhead,
+    lm,
+    memory,
+    regret,
+    controller,
+    faults,
+    restart,
 )
 # what changes the figures
 ENVIRONMENT = (
@@ -80,7 +78,7 @@ def surroundings(arguments: list[str]) -> dict[str, Any]:
         "command": " ".join(
             [
                 *given,
-                "python tools/bench.py",
+                "python -m tools.bench",
                 shlex.join(arguments),
             ]
         ),
@@ -105,7 +103,7 @@ def surroundings(arguments: list[str]) -> dict[str, Any]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="bench.py",
+        prog="python -m tools.bench",
         description=__doc__,
         allow_abbrev=False,
     )
@@ -163,7 +161,3 @@ def _write(file: Path, results: dict[str, Any]) -> None:
             where=file,
             remedy="mend that and measure again; the table above is complete",
         ) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`bench.py planner-regret`: how much worse the planner's plan is than the best there
+"""`tools.bench planner-regret`: how much worse the planner's plan is than the best there
 is, on 8 virtual CPU devices.
 
 For each model all assignments are enumerated: every mesh of up to three axes, and on

@@ -1,7 +1,7 @@
-"""The rival of `bench.py lm`, which runs it as a process of its own: the zoo's
+"""The rival of `tools.bench lm`, which runs it as a process of its own: the zoo's
 TransformerLM in PyTorch, trained on request.
 
-    python tools/torch_lm.py '{"vocab": 256, "dim": 160, ..., "batch": 8, "precision": "float32", "device": "cpu"}'
+    python tools/bench/torch_lm.py '{"vocab": 256, "dim": 160, ..., "batch": 8, "precision": "float32", "device": "cpu"}'
 
 The first line out says what runs, as JSON; it comes when everything is compiled. Then
 each line in is a number of steps, and is answered by a line with the last loss and the

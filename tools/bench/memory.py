@@ -1,4 +1,4 @@
-"""`bench.py planner-memory`: the planner's predicted peak memory beside XLA's, models x
+"""`tools.bench planner-memory`: the planner's predicted peak memory beside XLA's, models x
 topologies.
 
 For each model and topology the planner plans, which predicts the peak; then XLA
@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from bench_regret import virtual_devices
 
 import lepton_jax as lepton
 from lepton_jax import models
@@ -28,6 +27,7 @@ from lepton_jax.errors import PlanError, SettingError, nearest
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import ahead, trace
 from lepton_jax.train.program import Program
+from tools.bench.regret import virtual_devices
 
 TOPOLOGIES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "cpu:8")
 

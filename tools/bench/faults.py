@@ -1,7 +1,7 @@
-"""`bench.py faults`: what a fault in the middle of a run costs it, with a controller
+"""`tools.bench faults`: what a fault in the middle of a run costs it, with a controller
 and without.
 
-The runs are `Trainer.fit` on tasks of `bench.py controller`, and digits with a small
+The runs are `Trainer.fit` on tasks of `tools.bench controller`, and digits with a small
 MLP. Batches come in a fixed order by seed, so that all runs of a task and seed see the
 same ones; a fault sets in after 40 % of the steps:
 
@@ -50,13 +50,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bench_controller import DATA, _orders
-from bench_controller_tasks import TASKS, Task
 
 import lepton_jax as lepton
 from lepton_jax import controllers
 from lepton_jax.controller import live
 from lepton_jax.errors import DivergedError, SettingError, nearest
+from tools.bench.controller import DATA, _orders
+from tools.bench.controller_tasks import TASKS, Task
 
 RATES = {
     "digits": 3e-3,

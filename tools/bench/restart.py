@@ -1,4 +1,4 @@
-"""`bench.py restart`: how soon a run that was stopped trains again.
+"""`tools.bench restart`: how soon a run that was stopped trains again.
 
 The quickstart (`recipes/digits_cnn.py`) is stopped again and again, and gone on with by
 a new process, or by several. Counted are the seconds from the start of the command to
@@ -23,7 +23,7 @@ from typing import Any
 from lepton_jax.errors import LeptonError, SettingError
 from lepton_jax.monitor import read_events
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = {"one host": (), "4 hosts": ("--hosts", "local:4", "--devices", "2")}
 
 

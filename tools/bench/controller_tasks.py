@@ -1,4 +1,4 @@
-"""The tasks of `bench.py controller`: small models on real data, each split into
+"""The tasks of `tools.bench controller`: small models on real data, each split into
 training, validation and test.
 """
 
@@ -41,7 +41,7 @@ def digits(data: Path) -> Task:
     except ImportError as error:
         raise DataError(
             "scikit-learn, which holds the digits, is not installed",
-            where="bench.py controller",
+            where="tools.bench controller",
             remedy="pip install -e '.[recipes]', or leave the task out with --tasks",
         ) from error
     images, labels = load_digits(return_X_y=True)
