@@ -10,6 +10,7 @@ import pytest
 from lepton_jax.models import MLP
 from tools.bench import cli as bench
 from tools.bench import step as bench_step
+from tools.bench import timing
 
 CONTENDERS = ["hand", "hand-fed", "lepton", "nnx"]
 TINY = bench_step.Case(
@@ -75,7 +76,7 @@ def test_the_order_rotates_so_that_each_contender_is_first_once():
         )
         for name in CONTENDERS
     }
-    bench_step._rounds(
+    timing.time_in_rounds(
         runs,
         dict.fromkeys(CONTENDERS, 1),
         4,
@@ -86,10 +87,10 @@ def test_the_order_rotates_so_that_each_contender_is_first_once():
 
 def test_a_model_that_differs_is_seen_in_the_losses(monkeypatch):
     x, y = TINY.data()
-    real = bench_step._trainer
+    real = bench_step.make_trainer
     monkeypatch.setattr(
         bench_step,
-        "_trainer",
+        "make_trainer",
         lambda case, x, y, **options: real(
             case,
             x * 2,
@@ -103,7 +104,7 @@ def test_a_model_that_differs_is_seen_in_the_losses(monkeypatch):
 def test_a_slice_lasts_about_as_long_as_asked(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(
-        bench_step.time,
+        timing.time,
         "perf_counter",
         lambda: clock[0],
     )
@@ -111,7 +112,7 @@ def test_a_slice_lasts_about_as_long_as_asked(monkeypatch):
     def run(steps):
         clock[0] += 0.1 + steps * 0.01  # a fixed cost, and 10 ms a step
 
-    steps = bench_step._slice(run, 8.0, 32)
+    steps = timing.steps_of_slice(run, 8.0, 32)
     assert steps % 32 == 0 and 6 <= 0.1 + steps * 0.01 <= 10
 
 
@@ -119,10 +120,10 @@ def test_a_compilation_among_the_measurements_is_noticed():
     import jax
 
     function = jax.jit(lambda x: x * 3 + 1)
-    with bench_step.compilations() as compiled:
+    with timing.compilations() as compiled:
         function(jnp.ones(7))
     assert compiled
-    with bench_step.compilations() as compiled:
+    with timing.compilations() as compiled:
         function(jnp.ones(7))
     assert not compiled
 
@@ -131,13 +132,13 @@ def test_the_journal_survives_the_fits_that_close_it(tmp_path):
     from lepton_jax.monitor import read_events
 
     journal = bench_step.Journal(tmp_path)
-    trainer = bench_step._trainer(
+    trainer = bench_step.make_trainer(
         TINY,
         *TINY.data(),
         [journal],
     )
     for _ in range(2):
-        bench_step._fit(trainer, 4)
+        bench_step.fit(trainer, 4)
     journal.end()
     events = read_events(tmp_path)
     assert [e["kind"] for e in events].count("end") == 2

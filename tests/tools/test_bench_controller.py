@@ -21,9 +21,7 @@ def blobs(data):
     points = np.eye(3, dtype=np.float32)[labels] + random.normal(
         0, 0.5, (300, 3)
     ).astype(np.float32)
-    train, validation, report = controller_tasks.three(
-        Arrays(points, labels), 0.3, 0.3
-    )
+    train, validation, report = controller_tasks.three(Arrays(points, labels), 0.3, 0.3)
     return bench_controller.Task(
         controller_tasks.recipe_of(
             partial(MLP, (3, 8, 3)),

@@ -229,7 +229,7 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(monkeypatch):
                 "the train program failed: RESOURCE_EXHAUSTED: Out of memory", remedy=""
             )
 
-    monkeypatch.setattr(bench_lm.bench_step, "_fit", fit)
+    monkeypatch.setattr(bench_lm.bench_step, "fit", fit)
     started = bench_lm._start(case, 0)
     assert started.plan.batch_size == 1
     assert [note.partition(" was")[0] for note in started.notes] == [

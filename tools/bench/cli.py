@@ -28,8 +28,8 @@ from tools.bench import (
     step,
 )
 
-# Each has add(commands, shared), whose parser's default `run` takes the options and
-# returns what --json keeps.
+# Each module has an `add(commands, shared)`. It adds a parser whose default `run` takes
+# the options and returns what --json keeps.
 COMMANDS = (
     step,
     overhead,
@@ -40,7 +40,7 @@ COMMANDS = (
     faults,
     restart,
 )
-# what changes the figures
+# Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
     "JAX_PLATFORMS",
     "XLA_FLAGS",
@@ -50,14 +50,12 @@ ENVIRONMENT = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error of the
-    user's.
-    """
+    """Run the command line; return 0, or 2 for a mistake of the user's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = _parser().parse_args(arguments)
         if options.json is not None:
-            _writable(options.json)
+            _check_writable(options.json)
         results = options.run(options)
         if options.json is not None:
             _write(options.json, {**surroundings(arguments), "results": results})
@@ -68,20 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def surroundings(arguments: list[str]) -> dict[str, Any]:
-    """Where, when, on what and by which command the figures were made."""
-    given = [
+    """Return where, when, on what and by which command figures were measured."""
+    variables = [
         f"{name}={shlex.quote(os.environ[name])}"
         for name in ENVIRONMENT
         if name in os.environ
     ]
+    command = [*variables, "python -m tools.bench", shlex.join(arguments)]
+    packages = ("jax", "jaxlib", "flax", "optax", "lepton-jax")
+    versions = {name: version(name) for name in packages}
     return {
-        "command": " ".join(
-            [
-                *given,
-                "python -m tools.bench",
-                shlex.join(arguments),
-            ]
-        ),
+        "command": " ".join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": _cpu(),
@@ -91,13 +86,7 @@ def surroundings(arguments: list[str]) -> dict[str, Any]:
         },
         "platform": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                name: version(name)
-                for name in ("jax", "jaxlib", "flax", "optax", "lepton-jax")
-            },
-        },
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
@@ -121,30 +110,28 @@ def _parser() -> Parser:
 
 
 def _cpu() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
-        lines = []
-    names = (
-        line.partition(":")[2].strip()
-        for line in lines
-        if line.startswith("model name")
-    )
-    return next(names, platform.processor())
+        return platform.processor()
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _writable(file: Path) -> None:
-    """Found out before minutes of measuring, not after."""
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+def _check_writable(file: Path) -> None:
+    """Raise a SettingError before minutes of measuring, not after."""
+    target = file if file.exists() else file.parent
+    if file.is_dir() or not os.access(target, os.W_OK):
         raise SettingError(
             "the results can't be written there",
             where=file,
@@ -159,5 +146,5 @@ def _write(file: Path, results: dict[str, Any]) -> None:
         raise SettingError(
             f"the results can't be written: {error.strerror}",
             where=file,
-            remedy="mend that and measure again; the table above is complete",
+            remedy="fix that and measure again; the table above is complete",
         ) from error

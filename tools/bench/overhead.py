@@ -1,10 +1,9 @@
-"""`tools.bench overhead`: what signals and policies cost of a train step.
+"""What signals and policies cost of a train step.
 
-The cases of `tools.bench step`, each trained by `Trainer.fit` three times over on one
-device: without policies ("plain"), with one that watches loss, gradient norm and
-finiteness and moves nothing ("signals"), and under `controllers.adaptive()`
-("adaptive"). Rounds and ratios as there: everything compiled before, slices in rotating
-order, ratios within a round.
+`tools.bench overhead`. The cases of `tools.bench step`, each trained by `Trainer.fit`
+on one device in three ways: without policies ("plain"), with one that watches loss,
+gradient norm and finiteness and moves nothing ("signals"), and under
+`controllers.adaptive()` ("adaptive"). Slices and rounds are those of `timing.py`.
 """
 
 from __future__ import annotations
@@ -13,20 +12,17 @@ import argparse
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lepton_jax import controllers
-from lepton_jax.errors import SettingError, nearest
-from tools.bench.step import (
-    CASES,
-    Case,
-    _fit,
-    _rounds,
-    _slice,
-    _spread,
-    _trainer,
+from tools.bench import options as checks
+from tools.bench.step import CASES, Case, count_parameters, fit, make_trainer
+from tools.bench.timing import (
     compilations,
+    spread,
+    spread_of_ratios,
+    steps_of_slice,
+    time_in_rounds,
 )
 
 WATCHED = ("loss_mean", "loss_variance", "loss_trend", "gradient_norm", "finite")
@@ -34,28 +30,14 @@ WATCHED = ("loss_mean", "loss_variance", "loss_trend", "gradient_norm", "finite"
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add `overhead` to the subcommands."""
-    parser = commands.add_parser(
+    parser = checks.add_command(
+        commands,
+        shared,
         "overhead",
-        parents=[shared],
-        allow_abbrev=False,
-        description=__doc__,
-        help="what signals and policies cost of a step",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
+        "what signals and policies cost of a step",
     )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=8,
-        metavar="N",
-        help="rounds a case (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=2.0,
-        metavar="S",
-        help="length of a slice (default: %(default)s)",
-    )
+    checks.add_timing(parser, rounds=8, seconds=2.0)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -72,54 +54,27 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
       SettingError: no such case, or a count or time that can't be.
     """
-    if options.rounds < 1 or not 0 < options.seconds < 1e6:
-        raise SettingError(
-            "there is nothing to measure",
-            where="--rounds, --seconds",
-            remedy="give numbers above 0",
-        )
-    for name in options.only:
-        if name not in CASES:
-            raise SettingError(
-                f"there is no case {name!r}{nearest(name, CASES)}",
-                where="--only",
-                remedy=f"the cases are {', '.join(CASES)}",
-            )
+    checks.check_positive(options, "rounds", "seconds")
+    checks.check_names(options.only, CASES, "--only", "case")
     print(
         f"{'case':8}  {'plain ms':>9}  {'signals/plain':>20}  {'adaptive/plain':>20}",
         flush=True,
     )
     results = []
     for name in dict.fromkeys(options.only):
-        results.append(
-            {
-                "case": name,
-                **measure(
-                    CASES[name],
-                    options.rounds,
-                    options.seconds,
-                ),
-            }
-        )
+        measured = measure(CASES[name], options.rounds, options.seconds)
+        results.append({"case": name, **measured})
+        plain = measured["ms_a_step"]["plain"]["median"]
         spreads = "  ".join(
-            f"{s['median']:6.3f} ({s['min']:.3f}-{s['max']:.3f})"
-            for s in results[-1]["to_plain"].values()
+            f"{ratio['median']:6.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})"
+            for ratio in measured["to_plain"].values()
         )
-        print(
-            f"{name:8}  {results[-1]['ms_a_step']['plain']['median']:9.4g}  {spreads}",
-            flush=True,
-        )
+        print(f"{name:8}  {plain:9.4g}  {spreads}", flush=True)
     return results
 
 
-def measure(
-    case: Case,
-    rounds: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """One case: milliseconds a step of each contender, and the ratios to the plain
-    one.
-    """
+def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """Return milliseconds a step of each contender, and the ratios to the plain one."""
     x, y = case.data()
     watching = controllers.Policy(
         "watching",
@@ -127,34 +82,29 @@ def measure(
         lambda signals, state: ({}, state),
         WATCHED,
     )
-    trainers = {
-        name: _trainer(case, x, y, controller=policies)
-        for name, policies in (
-            ("plain", ()),
-            ("signals", (watching,)),
-            ("adaptive", controllers.adaptive()),
-        )
+    policies = {
+        "plain": (),
+        "signals": (watching,),
+        "adaptive": controllers.adaptive(),
     }
-    runs = {name: partial(_fit, trainer) for name, trainer in trainers.items()}
+    trainers = {
+        name: make_trainer(case, x, y, controller=chain)
+        for name, chain in policies.items()
+    }
+    runs = {name: partial(fit, trainer) for name, trainer in trainers.items()}
     steps = {
-        name: _slice(
-            f,
-            seconds,
-            trainers[name].plan().steps_per_call,
-        )
-        for name, f in runs.items()
+        name: steps_of_slice(run, seconds, trainers[name].plan().steps_per_call)
+        for name, run in runs.items()
     }
     with compilations() as compiled:
-        ms = _rounds(runs, steps, rounds)
+        ms = time_in_rounds(runs, steps, rounds)
     assert not compiled, f"compiled while it was measured: {compiled}"
     return {
         "batch_size": case.batch_size,
-        "parameters": sum(
-            p.size for p in jax.tree.leaves(trainers["plain"].state.params)
-        ),
-        "ms_a_step": {name: _spread(values) for name, values in ms.items()},
+        "parameters": count_parameters(trainers["plain"]),
+        "ms_a_step": {name: spread(values) for name, values in ms.items()},
         "to_plain": {
-            name: _spread([a / b for a, b in zip(ms[name], ms["plain"], strict=True)])
+            name: spread_of_ratios(ms[name], ms["plain"])
             for name in ("signals", "adaptive")
         },
     }

@@ -1,36 +1,33 @@
-"""`tools.bench step`: milliseconds a train step takes in Lepton, and in the loops that one
-would write without it.
+"""Milliseconds that a train step takes in Lepton, and in loops written without it.
 
-Every contender trains the same module by the same optimizer on the same arrays from the
-same seed, on one device:
+`tools.bench step`. All contenders train the same model on the same synthetic data from
+the same seed, on one device:
 
-  hand      JAX and Optax by hand, in the form that is hardest to beat: the module split once, its parameters a plain
-            list, one jitted step with donated state; no metrics; an epoch of shuffled batches on the device beforehand.
-  hand-fed  the same step, and in the loop what JAX tutorials do: a permutation an epoch, `x[permutation[i:i + b]]`.
-  lepton    `Trainer.fit` as it comes: loader with prefetch and shuffling, loss and accuracy of every step read back,
-            the check for losses that aren't finite, progress lines to a stream, every event appended to a journal.
-            A slice is one `fit`, so what a fit costs once (the loader's thread, an epoch's order) is in it. Not in it:
-            evaluations (none of the others has any), checkpoints, and the report.
-  nnx       the Flax NNX tutorial: `nnx.jit`, `nnx.Optimizer`, `nnx.MultiMetric` of loss and accuracy; fed as hand-fed.
+  hand      JAX and Optax by hand, in the form that is hardest to beat: the module split
+            once, its parameters a plain list, one jitted step with donated state; no
+            metrics; an epoch of shuffled batches on the device beforehand
+  hand-fed  the same step, fed as JAX tutorials do it: a permutation an epoch,
+            `x[permutation[i:i + b]]`
+  lepton    `Trainer.fit` as it comes: loader with prefetch and shuffling, loss and
+            accuracy of every step read back, the check for losses that aren't finite,
+            progress lines to a stream, every event appended to a journal. A slice is
+            one `fit`, so what a fit costs once (the loader's thread, an epoch's order)
+            is included. Not included: evaluations (none of the others has any),
+            checkpoints, and the report
+  nnx       the Flax NNX tutorial: `nnx.jit`, `nnx.Optimizer`, `nnx.MultiMetric` of loss
+            and accuracy; fed as hand-fed
 
-Everything is compiled and each contender's slice sized before the rounds begin. In a
-round each contender runs one slice, in an order that rotates from round to round; a
-slice ends when the device is done. Ratios are taken within a round, since what disturbs
-a machine disturbs a round.
+`timing.py` says how slices are sized and timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import math
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,22 +39,36 @@ import optax
 from flax import nnx
 
 import lepton_jax as lepton
-from lepton_jax.errors import SettingError, nearest
 from lepton_jax.monitor.events import encode
+from tools.bench import options as checks
+from tools.bench.timing import (
+    Run,
+    compilations,
+    spread,
+    spread_of_ratios,
+    steps_of_slice,
+    time_in_rounds,
+)
 
 SEED = 0
-NEVER = 10**9  # steps
+NEVER = 10**9  # steps, more than any run has
 COMPARED = 20  # steps whose losses are compared
 RIVALS = ("hand", "hand-fed", "nnx")
+CONTENDERS = ("hand", "hand-fed", "lepton", "nnx")
 
-Run = Callable[[int], None]
 Batch = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the contenders train: `optimizer` is a function of the learning rate, `data`
-    makes (inputs, targets).
+    """What the contenders train.
+
+    Attributes:
+      model: takes `rngs`.
+      data: makes (inputs, targets).
+      batch_size: samples a step.
+      optimizer: a function of the learning rate.
+      learning_rate: for `optimizer`.
     """
 
     model: Callable[..., nnx.Module]
@@ -70,9 +81,8 @@ class Case:
 def images(samples: int, *shape: int) -> tuple[np.ndarray, np.ndarray]:
     """Noise in [0, 1), float32 (samples, *shape), with labels 0 to 9."""
     random = np.random.default_rng(SEED)
-    return random.random((samples, *shape), np.float32), random.integers(
-        0, 10, samples, np.int32
-    )
+    pixels = random.random((samples, *shape), np.float32)
+    return pixels, random.integers(0, 10, samples, np.int32)
 
 
 def tokens(
@@ -124,28 +134,14 @@ CASES = {
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add `step` to the subcommands."""
-    parser = commands.add_parser(
+    parser = checks.add_command(
+        commands,
+        shared,
         "step",
-        parents=[shared],
-        allow_abbrev=False,
-        description=__doc__,
-        help="milliseconds a train step, against loops by hand and the NNX tutorial's",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
+        "milliseconds a train step, against loops by hand and the NNX tutorial's",
     )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=8,
-        metavar="N",
-        help="rounds a case (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=2.0,
-        metavar="S",
-        help="length of a slice (default: %(default)s)",
-    )
+    checks.add_timing(parser, rounds=8, seconds=2.0)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -162,38 +158,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
       SettingError: no such case, or a count or time that can't be.
     """
-    if options.rounds < 1:
-        raise SettingError(
-            f"--rounds is {options.rounds}",
-            where="command line",
-            remedy="ask for 1 or more rounds",
-        )
-    if not (math.isfinite(options.seconds) and options.seconds > 0):
-        raise SettingError(
-            f"--seconds is {options.seconds:g}",
-            where="command line",
-            remedy="give a time above 0",
-        )
-    for name in options.only:
-        if name not in CASES:
-            raise SettingError(
-                f"there is no case {name!r}{nearest(name, CASES)}",
-                where="--only",
-                remedy=f"the cases are {', '.join(CASES)}",
-            )
+    checks.check_positive(options, "rounds", "seconds")
+    checks.check_names(options.only, CASES, "--only", "case")
     results = []
     print(_header(), flush=True)
     for name in dict.fromkeys(options.only):
-        results.append(
-            {
-                "case": name,
-                **measure(
-                    CASES[name],
-                    options.rounds,
-                    options.seconds,
-                ),
-            }
-        )
+        measured = measure(CASES[name], options.rounds, options.seconds)
+        results.append({"case": name, **measured})
         print(_line(results[-1]), flush=True)
     print(
         "ms a step: median of the rounds; ratios within a round: median"
@@ -203,137 +174,63 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def measure(
-    case: Case,
-    rounds: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """One case, in slices of about `seconds`: milliseconds a step, the ratios, and that
-    lepton and hand train alike.
+def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """Measure one case, in slices of about `seconds`.
+
+    Returns:
+      Milliseconds a step of each contender, the ratios, and by how much the losses of
+      lepton and hand differ.
     """
     x, y = case.data()
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        sinks = [
-            lepton.monitor.Progress(stack.enter_context(open(os.devnull, "w"))),
-            Journal(Path(folder)),
-        ]
-        stack.callback(sinks[1].end)
-        trainer = _trainer(case, x, y, sinks)
+    with _sinks() as sinks:
+        trainer = make_trainer(case, x, y, sinks)
         steps_per_call = trainer.plan().steps_per_call
         runs = {
             "hand": _hand(case, itertools.cycle(_on_device(case, x, y))),
             "hand-fed": _hand(case, _fed(case, x, y)),
-            "lepton": partial(_fit, trainer),
+            "lepton": partial(fit, trainer),
             "nnx": _nnx(case, _fed(case, x, y)),
         }
+        multiples = dict.fromkeys(runs, 1) | {"lepton": steps_per_call}
         steps = {
-            name: _slice(
-                f,
-                seconds,
-                steps_per_call if name == "lepton" else 1,
-            )
-            for name, f in runs.items()
+            name: steps_of_slice(run, seconds, multiples[name])
+            for name, run in runs.items()
         }
         difference = _loss_difference(case, x, y)
         with compilations() as compiled:
-            ms = _rounds(runs, steps, rounds)
+            ms = time_in_rounds(runs, steps, rounds)
         assert not compiled, f"compiled while it was measured: {compiled}"
-    ratios = {
-        rival: _spread([a / b for a, b in zip(ms["lepton"], ms[rival], strict=True)])
-        for rival in RIVALS
-    }
+
     assert trainer.state is not None
     return {
         "batch_size": case.batch_size,
         "samples": len(x),
         "seconds": seconds,
-        "parameters": sum(p.size for p in jax.tree.leaves(trainer.state.params)),
+        "parameters": count_parameters(trainer),
         "steps_per_call": steps_per_call,
         "steps_a_slice": steps,
         "loss_difference": difference,
-        "ms_a_step": {name: _spread(values) for name, values in ms.items()},
-        "lepton_to": ratios,
+        "ms_a_step": {name: spread(values) for name, values in ms.items()},
+        "lepton_to": {
+            rival: spread_of_ratios(ms["lepton"], ms[rival]) for rival in RIVALS
+        },
     }
 
 
-def _rounds(
-    runs: dict[str, Run],
-    steps: dict[str, int],
-    rounds: int,
-) -> dict[str, list[float]]:
-    """Milliseconds a step of each contender in each round."""
-    ms: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for first in range(rounds):
-        for name in (names[(first + i) % len(names)] for i in range(len(names))):
-            gc.collect()  # nobody pays for another's garbage
-            ms[name].append(_timed(runs[name], steps[name]) / steps[name] * 1e3)
-    return ms
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """The names of what XLA compiles in this context, anybody's."""
-    names: list[str] = []
-
-    def listen(
-        event: str,
-        duration_secs: float,
-        **kwargs: str | int,
-    ) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(kwargs.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def _slice(
-    run: Run,
-    seconds: float,
-    multiple: int,
-) -> int:
-    """Steps in a slice of about `seconds`, a multiple of `multiple`; everything is
-    compiled afterwards.
-    """
-    # what comes out of the first step may have another layout than what went in, and
-    # compile again
-    for _ in range(2):
-        run(multiple)
-    count = multiple
-    while (took := _timed(run, count)) < seconds / 4:
-        count *= 2
-    return math.ceil(count * seconds / took / multiple) * multiple
-
-
-def _timed(run: Run, steps: int) -> float:
-    began = time.perf_counter()
-    run(steps)
-    return time.perf_counter() - began
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "rounds": values,
-    }
+def count_parameters(trainer: lepton.Trainer) -> int:
+    """Return how many numbers the parameters of a trained model are."""
+    assert trainer.state is not None
+    return sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
 
 
 # ---- the contenders ----
 
 
 class Journal:
-    """Appends events to a file as a run folder's journal does, through any number of
-    fits.
+    """A file of events like a run folder's, which stays open over several fits.
 
     A trainer with a run folder would end every slice with a checkpoint and a report.
-    Without one the events are put in JSON all the same, so here that is done twice, at
+    Without one the events are put in JSON all the same. So here that is done twice, at
     Lepton's expense.
     """
 
@@ -342,16 +239,29 @@ class Journal:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def event(self, event: dict[str, Any]) -> None:
+        """Append an event."""
         os.write(self._file, encode(event))
 
     def close(self) -> None:
-        """Each fit closes its sinks; the file stays open for the next."""
+        """Leave the file open: each fit closes its sinks, and another one follows."""
 
     def end(self) -> None:
+        """Close the file."""
         os.close(self._file)
 
 
-def _trainer(
+@contextmanager
+def _sinks() -> Iterator[list[Any]]:
+    """Yield what a run usually tells its events to."""
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        journal = Journal(Path(folder))
+        try:
+            yield [lepton.monitor.Progress(nowhere), journal]
+        finally:
+            journal.end()
+
+
+def make_trainer(
     case: Case,
     x: np.ndarray,
     y: np.ndarray,
@@ -359,64 +269,49 @@ def _trainer(
     shuffle: bool = True,
     controller: Any = (),
 ) -> lepton.Trainer:
-    return lepton.Trainer(
-        lepton.Recipe(
-            model=case.model,
-            loss=lepton.losses.cross_entropy,
-            optimizer=case.optimizer,
-            learning_rate=case.learning_rate,
-            metrics={"accuracy": lepton.metrics.accuracy},
-            train=lepton.data.Arrays(x, y),
-            batch_size=case.batch_size,
-            seed=SEED,
-            shuffle=shuffle,
-            evaluate_every=NEVER,
-            save_every=NEVER,
-            controller=controller,
-        ),
-        devices=1,
-        sinks=sinks,
+    """Return a trainer of a case on one device, without evaluations or checkpoints."""
+    recipe = lepton.Recipe(
+        model=case.model,
+        loss=lepton.losses.cross_entropy,
+        optimizer=case.optimizer,
+        learning_rate=case.learning_rate,
+        metrics={"accuracy": lepton.metrics.accuracy},
+        train=lepton.data.Arrays(x, y),
+        batch_size=case.batch_size,
+        seed=SEED,
+        shuffle=shuffle,
+        evaluate_every=NEVER,
+        save_every=NEVER,
+        controller=controller,
     )
+    return lepton.Trainer(recipe, devices=1, sinks=sinks)
 
 
-def _fit(trainer: lepton.Trainer, steps: int) -> None:
+def fit(trainer: lepton.Trainer, steps: int) -> None:
+    """Train, and wait for the device."""
     trainer.fit(steps=steps)
     jax.block_until_ready(trainer.state)
 
 
 def _by_hand(case: Case) -> tuple[Callable[..., Any], Any, Any]:
-    """The step by hand, (params, state, x, y) to (params, state, loss); params and the
-    optimizer's first state.
+    """Return the step by hand, and what it begins with.
+
+    Returns:
+      A function (params, state, x, y) to (params, state, loss); the parameters; the
+      optimizer's first state.
     """
-    graph, state, rest = nnx.split(
-        case.model(rngs=nnx.Rngs(SEED)),
-        nnx.Param,
-        ...,
-    )
+    graph, state, rest = nnx.split(case.model(rngs=nnx.Rngs(SEED)), nnx.Param, ...)
     # a list of arrays: JAX flattens an nnx.State in Python at every call, and this
-    # rival shall not wait for that
+    # contender should not have to wait for that
     params, tree = jax.tree.flatten(state)
     optimizer = case.optimizer(case.learning_rate)
 
-    def mean_loss(
-        params: Any,
-        x: Any,
-        y: Any,
-    ) -> Any:
-        model: Any = nnx.merge(
-            graph,
-            jax.tree.unflatten(tree, params),
-            rest,
-        )
+    def mean_loss(params: Any, x: Any, y: Any) -> Any:
+        model: Any = nnx.merge(graph, jax.tree.unflatten(tree, params), rest)
         return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(
-        params: Any,
-        state: Any,
-        x: Any,
-        y: Any,
-    ) -> tuple[Any, Any, Any]:
+    def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
         loss, gradients = jax.value_and_grad(mean_loss)(params, x, y)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
@@ -440,54 +335,29 @@ def _hand(case: Case, batches: Iterator[Batch]) -> Run:
 def _nnx(case: Case, batches: Iterator[Batch]) -> Run:
     model: Any = case.model(rngs=nnx.Rngs(SEED))
     model.train()
-    optimizer = nnx.Optimizer(
-        model,
-        case.optimizer(case.learning_rate),
-        wrt=nnx.Param,
-    )
+    transformation = case.optimizer(case.learning_rate)
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
     metrics = nnx.MultiMetric(
         accuracy=nnx.metrics.Accuracy(),
         loss=nnx.metrics.Average("loss"),
     )
 
-    def mean_loss(
-        model: Any,
-        x: Any,
-        y: Any,
-    ) -> tuple[Any, Any]:
+    def mean_loss(model: Any, x: Any, y: Any) -> tuple[Any, Any]:
         logits = model(x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), logits
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses.mean(), logits
 
     @nnx.jit
-    def step(
-        model: Any,
-        optimizer: Any,
-        metrics: Any,
-        x: Any,
-        y: Any,
-    ) -> None:
-        (loss, logits), gradients = nnx.value_and_grad(mean_loss, has_aux=True)(
-            model, x, y
-        )
-        metrics.update(
-            loss=loss,
-            logits=logits,
-            labels=y,
-        )
+    def step(model: Any, optimizer: Any, metrics: Any, x: Any, y: Any) -> None:
+        gradient = nnx.value_and_grad(mean_loss, has_aux=True)
+        (loss, logits), gradients = gradient(model, x, y)
+        metrics.update(loss=loss, logits=logits, labels=y)
         optimizer.update(model, gradients)
 
     def run(steps: int) -> None:
         for _ in range(steps):
             step(model, optimizer, metrics, *next(batches))
-        jax.block_until_ready(
-            nnx.state(
-                (
-                    model,
-                    optimizer,
-                    metrics,
-                )
-            )
-        )
+        jax.block_until_ready(nnx.state((model, optimizer, metrics)))
 
     return run
 
@@ -497,7 +367,7 @@ def _fed(
     x: np.ndarray,
     y: np.ndarray,
 ) -> Iterator[Batch]:
-    """Shuffled batches without end; what is left over at an epoch's end is dropped."""
+    """Yield shuffled batches without end, the rest of each epoch dropped."""
     random = np.random.default_rng(SEED)
     size = case.batch_size
     while True:
@@ -512,36 +382,29 @@ def _on_device(
     x: np.ndarray,
     y: np.ndarray,
 ) -> list[Batch]:
-    """One epoch of shuffled batches, on the device."""
+    """Return one epoch of shuffled batches on the device."""
     batches = itertools.islice(_fed(case, x, y), len(x) // case.batch_size)
     # no device is named: committed batches would make the step compile once more, for
     # its own committed results
     return jax.block_until_ready([jax.device_put(batch) for batch in batches])
 
 
-def _loss_difference(
-    case: Case,
-    x: np.ndarray,
-    y: np.ndarray,
-) -> float:
-    """Greatest absolute difference of the first losses of lepton and of hand, on the
-    same batches.
+def _loss_difference(case: Case, x: np.ndarray, y: np.ndarray) -> float:
+    """Return the greatest difference of the first losses of lepton and of hand.
+
+    Both see the same batches, unshuffled.
     """
     step, params, state = _by_hand(case)
-    losses = []
+    by_hand = []
     for index in range(COMPARED):
-        rows = np.arange(index * case.batch_size, (index + 1) * case.batch_size) % len(
-            x
-        )
-        params, state, loss = step(
-            params,
-            state,
-            x[rows],
-            y[rows],
-        )
-        losses.append(float(loss))
-    history = _trainer(case, x, y, shuffle=False).fit(steps=COMPARED)
-    return float(np.abs(history.records["loss"] - np.asarray(losses)).max())
+        first = index * case.batch_size
+        rows = np.arange(first, first + case.batch_size) % len(x)
+        params, state, loss = step(params, state, x[rows], y[rows])
+        by_hand.append(float(loss))
+
+    history = make_trainer(case, x, y, shuffle=False).fit(steps=COMPARED)
+    difference = history.records["loss"] - np.asarray(by_hand)
+    return float(np.abs(difference).max())
 
 
 # ---- the table ----
@@ -549,19 +412,16 @@ def _loss_difference(
 
 def _header() -> str:
     ratios = "  ".join(f"{'lepton/' + rival:>18}" for rival in RIVALS)
-    ms = "  ".join(f"{name:>8}" for name in ("hand", "hand-fed", "lepton", "nnx"))
+    ms = "  ".join(f"{name:>8}" for name in CONTENDERS)
     return f"{'case':8}  {ms}  {ratios}  {'steps/call':>10}  loss difference"
 
 
 def _line(result: dict[str, Any]) -> str:
-    ms = "  ".join(
-        f"{result['ms_a_step'][name]['median']:8.4g}"
-        for name in ("hand", "hand-fed", "lepton", "nnx")
-    )
-    spreads = (result["lepton_to"][rival] for rival in RIVALS)
+    medians = [result["ms_a_step"][name]["median"] for name in CONTENDERS]
+    ms = "  ".join(f"{median:8.4g}" for median in medians)
     ratios = "  ".join(
-        f"{s['median']:5.2f} ({s['min']:4.2f}-{s['max']:4.2f})".rjust(18)
-        for s in spreads
+        f"{ratio['median']:5.2f} ({ratio['min']:4.2f}-{ratio['max']:4.2f})".rjust(18)
+        for ratio in (result["lepton_to"][rival] for rival in RIVALS)
     )
     return (
         f"{result['case']:8}  {ms}  {ratios}  {result['steps_per_call']:10} "
