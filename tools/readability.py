@@ -55,7 +55,9 @@ class Figures:
     long: list[str] = field(default_factory=list)
 
     @property
-    def large(self) -> list[tuple[int, str]]:
+    def large(
+        self,
+    ) -> list[tuple[int, str]]:
         """Functions with more than `LARGE_FUNCTION` tokens, largest first."""
         large = [entry for entry in self.functions if entry[0] > LARGE_FUNCTION]
         return sorted(large, reverse=True)

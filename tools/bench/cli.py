@@ -139,7 +139,10 @@ def _check_writable(file: Path) -> None:
         )
 
 
-def _write(file: Path, results: dict[str, Any]) -> None:
+def _write(
+    file: Path,
+    results: dict[str, Any],
+) -> None:
     try:
         file.write_text(json.dumps(results, indent=1) + "\n")
     except OSError as error:

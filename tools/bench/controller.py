@@ -149,14 +149,21 @@ def _plain(
     def init(params: Any, variables: Any) -> Any:
         return optimizer.init(params)
 
-    def at_averages(params: Any, variables: Any, state: Any) -> tuple[Any, Any]:
+    def at_averages(
+        params: Any,
+        variables: Any,
+        state: Any,
+    ) -> tuple[Any, Any]:
         return optax.contrib.schedule_free_eval_params(state, params), variables
 
     contestant = Contestant(init, update)
     return contestant._replace(evaluated=at_averages) if averaged else contestant
 
 
-def adaptive(recipe: lepton.Recipe, rate: Any) -> Contestant:
+def adaptive(
+    recipe: lepton.Recipe,
+    rate: Any,
+) -> Contestant:
     """The task's optimizer under `controllers.adaptive()`."""
     assert recipe.steps is not None
     controller = controllers.Controller(recipe.with_(controller=controllers.adaptive()))
@@ -184,7 +191,11 @@ def adaptive(recipe: lepton.Recipe, rate: Any) -> Contestant:
         )
         return pieces.params, pieces.variables, (pieces.optimizer, held)
 
-    def evaluated(params: Any, variables: Any, state: Any) -> tuple[Any, Any]:
+    def evaluated(
+        params: Any,
+        variables: Any,
+        state: Any,
+    ) -> tuple[Any, Any]:
         return controllers.served(Served(params, variables, state[1]))
 
     return Contestant(init, update, evaluated)
@@ -202,12 +213,18 @@ def _fed(
     return {name: news.get(name, value) for name, value in fed.items()}
 
 
-def constant(recipe: lepton.Recipe, rate: Any) -> Contestant:
+def constant(
+    recipe: lepton.Recipe,
+    rate: Any,
+) -> Contestant:
     """The task's optimizer at the cell's rate."""
     return _plain(recipe.optimizer(rate))
 
 
-def cosine(recipe: lepton.Recipe, rate: Any) -> Contestant:
+def cosine(
+    recipe: lepton.Recipe,
+    rate: Any,
+) -> Contestant:
     """Linear warm-up to the cell's rate, then a cosine to 0."""
     assert recipe.steps is not None
     warm_up = round(recipe.steps * WARM_UP)
@@ -215,7 +232,10 @@ def cosine(recipe: lepton.Recipe, rate: Any) -> Contestant:
     return _plain(recipe.optimizer(lambda count: rate * shape(count)))
 
 
-def plateau(recipe: lepton.Recipe, rate: Any) -> Contestant:
+def plateau(
+    recipe: lepton.Recipe,
+    rate: Any,
+) -> Contestant:
     """Optax's reduction on a plateau, on means of the training loss."""
     every = recipe.evaluate_every or 1
     reduce = optax.contrib.reduce_on_plateau(
@@ -224,7 +244,10 @@ def plateau(recipe: lepton.Recipe, rate: Any) -> Contestant:
     return _plain(optax.chain(recipe.optimizer(rate), reduce))
 
 
-def schedule_free(recipe: lepton.Recipe, rate: Any) -> Contestant:
+def schedule_free(
+    recipe: lepton.Recipe,
+    rate: Any,
+) -> Contestant:
     """Schedule-free AdamW with a warm-up, evaluated at its averages."""
     assert recipe.steps is not None
     optimizer = optax.contrib.schedule_free_adamw(
@@ -235,7 +258,10 @@ def schedule_free(recipe: lepton.Recipe, rate: Any) -> Contestant:
     return _plain(optimizer, averaged=True)
 
 
-def prodigy(recipe: lepton.Recipe, rate: Any) -> Contestant:
+def prodigy(
+    recipe: lepton.Recipe,
+    rate: Any,
+) -> Contestant:
     """Prodigy with its documented schedule; the cell's rate is not used."""
     assert recipe.steps is not None
     options = recipe.optimizer.keywords
@@ -299,13 +325,21 @@ class Runner:
         self.program = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._compiled: Any = None
 
-    def __call__(self, rate: float, seed: int) -> Curves:
+    def __call__(
+        self,
+        rate: float,
+        seed: int,
+    ) -> Curves:
         """Train once."""
         self._compiled = self._compiled or self._lowered.compile()
         curves = self._compiled(*self._arguments(rate, seed))
         return Curves(*(np.asarray(x, np.float64).tolist() for x in curves))
 
-    def _arguments(self, rate: float, seed: int) -> tuple[Any, ...]:
+    def _arguments(
+        self,
+        rate: float,
+        seed: int,
+    ) -> tuple[Any, ...]:
         orders = _orders(self.recipe, len(self.recipe.train), seed)
         return (np.float32(rate), np.uint32(seed), orders, *self._data)
 
@@ -330,7 +364,10 @@ def _program(
         key = jax.random.fold_in(jax.random.key(seed), 1)
         step = _step(method, mean_loss, train, key)
 
-        def window(carry: Any, indices: Any) -> tuple[Any, Any]:
+        def window(
+            carry: Any,
+            indices: Any,
+        ) -> tuple[Any, Any]:
             """Train up to an evaluation, and evaluate."""
             carry, trained = jax.lax.scan(step, carry, indices)
             at = method.evaluated(*carry[:3])
@@ -351,7 +388,10 @@ def _program(
     return run
 
 
-def _batch_shapes(recipe: lepton.Recipe, inputs: Any) -> Any:
+def _batch_shapes(
+    recipe: lepton.Recipe,
+    inputs: Any,
+) -> Any:
     """Return the shapes of a batch, as the model sees it."""
 
     def batched(x: Any) -> jax.ShapeDtypeStruct:
@@ -361,7 +401,10 @@ def _batch_shapes(recipe: lepton.Recipe, inputs: Any) -> Any:
     return jax.eval_shape(recipe.preprocess, shapes) if recipe.preprocess else shapes
 
 
-def _mean_loss(recipe: lepton.Recipe, module: Any) -> Callable[..., Any]:
+def _mean_loss(
+    recipe: lepton.Recipe,
+    module: Any,
+) -> Callable[..., Any]:
     def mean_loss(
         params: Any, variables: Any, batch: Any, key: Any, training: bool
     ) -> Any:
@@ -381,7 +424,10 @@ def _step(
     training_loss = partial(mean_loss, training=True)
     gradient = jax.value_and_grad(training_loss, has_aux=True)
 
-    def step(carry: Any, indices: Any) -> tuple[Any, Any]:
+    def step(
+        carry: Any,
+        indices: Any,
+    ) -> tuple[Any, Any]:
         params, variables, state, count, evaluated = carry
         batch = jax.tree.map(lambda x: x[indices], train)
         (loss, after), gradients = gradient(
@@ -389,7 +435,13 @@ def _step(
         )
         signals = Signals(count, loss, *evaluated)
         before = (params, variables)
-        updated = method.update(signals, gradients, before, after, state)
+        updated = method.update(
+            signals,
+            gradients,
+            before,
+            after,
+            state,
+        )
         return (*updated, count + 1, evaluated), loss
 
     return step
@@ -457,11 +509,23 @@ class Campaign:
         if cache is not None and cache.exists():
             self._read(cache)
 
-    def run(self, task: str, contestant: str, rate: float, seed: int) -> Curves:
+    def run(
+        self,
+        task: str,
+        contestant: str,
+        rate: float,
+        seed: int,
+    ) -> Curves:
         """Return the curves of a run, from the cache if it is there."""
         runner = self._runner(task, contestant)
         rate = 1.0 if contestant in RATE_FREE else rate
-        cell = Cell(task, contestant, f"{rate:.6g}", seed, runner.program)
+        cell = Cell(
+            task,
+            contestant,
+            f"{rate:.6g}",
+            seed,
+            runner.program,
+        )
         if cell not in self._known:
             self._known[cell] = runner(float(cell.rate), seed)
             self._keep(cell)
@@ -498,7 +562,11 @@ class Campaign:
             self._tasks[name] = task
         return self._tasks[name]
 
-    def _runner(self, task: str, contestant: str) -> Runner:
+    def _runner(
+        self,
+        task: str,
+        contestant: str,
+    ) -> Runner:
         key = (task, contestant)
         if key not in self._runners:
             self._runners[key] = Runner(self._task(task), CONTESTANTS[contestant])
@@ -523,7 +591,11 @@ class Campaign:
             "tuned": {f"{rate:.3g}": loss for rate, loss in tuned.items()},
         }
 
-    def _validation_loss(self, task: str, rate: float) -> float:
+    def _validation_loss(
+        self,
+        task: str,
+        rate: float,
+    ) -> float:
         runs = [self.run(task, "cosine", rate, seed) for seed in self.seeds]
         return statistics.fmean(_final(curves.validation) for curves in runs)
 
@@ -552,7 +624,10 @@ class Campaign:
             }
 
 
-def _first_at_most(goal: float, losses: Sequence[float]) -> float:
+def _first_at_most(
+    goal: float,
+    losses: Sequence[float],
+) -> float:
     """Return the number of the first loss that reaches a goal; infinity if none."""
     for number, loss in enumerate(losses, 1):
         if loss <= goal:
@@ -560,7 +635,10 @@ def _first_at_most(goal: float, losses: Sequence[float]) -> float:
     return math.inf
 
 
-def _shortened(recipe: lepton.Recipe, steps: int) -> lepton.Recipe:
+def _shortened(
+    recipe: lepton.Recipe,
+    steps: int,
+) -> lepton.Recipe:
     return recipe.with_(
         steps=steps,
         evaluate_every=math.gcd(steps, max(1, steps // EVALUATIONS)),
@@ -574,7 +652,10 @@ def _final(losses: Sequence[float]) -> float:
 # ---- the command ----
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `controller` to the subcommands."""
     parser = checks.add_command(
         commands,
@@ -726,7 +807,10 @@ def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["rank"])
 
 
-def _summary(name: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(
+    name: str,
+    cells: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """Return the row of one contestant."""
     by_factor: dict[tuple[str, float], list[float]] = {}
     for cell in cells:
@@ -749,7 +833,10 @@ def _summary(name: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _ratios(cells: Sequence[Mapping[str, Any]], factors: Sequence[float]) -> str:
+def _ratios(
+    cells: Sequence[Mapping[str, Any]],
+    factors: Sequence[float],
+) -> str:
     """Return a table: test loss divided by the reference's, means of the seeds."""
     titles = "".join(f"{f'x {factor:.3g}':>10}" for factor in factors)
     lines = [f"  {'loss / reference':16}{titles}"]

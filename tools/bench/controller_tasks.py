@@ -132,7 +132,11 @@ ADULT_COLUMNS = (
 )
 
 
-def _adult_table(data: Path, part: str, folder: str) -> Path:
+def _adult_table(
+    data: Path,
+    part: str,
+    folder: str,
+) -> Path:
     """Write a part of Adult as a CSV file with a header, without its odd lines."""
     file = Path(folder, f"{part}.csv")
     with file.open("w", newline="") as stream:

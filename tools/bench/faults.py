@@ -100,7 +100,10 @@ CONTESTANTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `faults` to the subcommands."""
     parser = checks.add_command(
         commands,
@@ -189,7 +192,14 @@ def _runs(
                 "fault": fault,
                 "seed": seed,
             }
-            outcome = final(task, RATES[name], contestant, fault, seed, run_dir)
+            outcome = final(
+                task,
+                RATES[name],
+                contestant,
+                fault,
+                seed,
+                run_dir,
+            )
             rows.append(row | outcome)
     return rows
 
@@ -295,7 +305,12 @@ def _with_shares(
 class _Person:
     """A sink that sets a learning rate once, as tools/control.py would."""
 
-    def __init__(self, folder: Path, step: int, rate: float):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        rate: float,
+    ):
         self.folder = folder
         self.step = step
         self.rate = rate
@@ -400,7 +415,10 @@ def _wrong_labels(
     return wrong, (targets + shift) % classes
 
 
-def _span_of_wrong(recipe: lepton.Recipe, fault: str) -> tuple[int, int]:
+def _span_of_wrong(
+    recipe: lepton.Recipe,
+    fault: str,
+) -> tuple[int, int]:
     """Return the first sample that may have a wrong label, and the first after them."""
     steps = int(recipe.steps or 0)
     first = int(AT * steps)
@@ -423,7 +441,11 @@ def share_of_wrong(
     return shares
 
 
-def _likelihood(outputs: Any, targets: Mapping[str, Any], classes: int) -> Any:
+def _likelihood(
+    outputs: Any,
+    targets: Mapping[str, Any],
+    classes: int,
+) -> Any:
     """Return the cross-entropy of labels of which a share is one of the others.
 
     With p the model's probability of the label as it comes and s the share,
@@ -437,7 +459,11 @@ def _likelihood(outputs: Any, targets: Mapping[str, Any], classes: int) -> Any:
     return jnp.where(share > 0, noisy, plain)
 
 
-def possible(task: Task, fault: str, contestant: str) -> bool:
+def possible(
+    task: Task,
+    fault: str,
+    contestant: str,
+) -> bool:
     """Return whether a contestant's run of a task can have a fault.
 
     Integers are never NaN; "bound" can't leave out a part of a sample with several
@@ -462,7 +488,10 @@ def _real(tree: Any) -> bool:
     return all(np.issubdtype(leaf.dtype, np.floating) for leaf in leaves)
 
 
-def _prepared(recipe: lepton.Recipe, inputs: Any) -> Any:
+def _prepared(
+    recipe: lepton.Recipe,
+    inputs: Any,
+) -> Any:
     """Return inputs as the model sees them.
 
     So a fault is not cut down to a pixel's range.
@@ -526,7 +555,10 @@ def _summary(
     }
 
 
-def table(task: str, summary: Sequence[Mapping[str, Any]]) -> str:
+def table(
+    task: str,
+    summary: Sequence[Mapping[str, Any]],
+) -> str:
     """Return a table of a task: means of the ratios (least to largest)."""
     names = list(dict.fromkeys(row["contestant"] for row in summary))
     lines = [f"{task:14}" + "".join(f"{name:>24}" for name in names)]

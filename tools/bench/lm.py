@@ -137,7 +137,10 @@ class Started(NamedTuple):
     notes: list[str]
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `lm` to the subcommands."""
     parser = checks.add_command(
         commands,
@@ -222,7 +225,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         python = None if without else options.torch
         results.append(
-            measure(case, batch, options.rounds, options.seconds, topology, python)
+            measure(
+                case,
+                batch,
+                options.rounds,
+                options.seconds,
+                topology,
+                python,
+            )
         )
         print("\n" + _table(results[-1]), flush=True)
     source = _source(topology, results[0]["precision"])
@@ -243,7 +253,8 @@ def measure(
     Args:
       case: the size.
       batch: samples a step; 0: found by the planner.
-      rounds, seconds: how many slices, and of which length.
+      rounds: slices of each contender.
+      seconds: length of a slice.
       topology: the live device.
       python: an interpreter with PyTorch; None: measure Lepton alone.
     """
@@ -300,7 +311,11 @@ def _time(
     return steps, ms
 
 
-def _settings(case: Case, plan: Plan, parameters: int) -> dict[str, Any]:
+def _settings(
+    case: Case,
+    plan: Plan,
+    parameters: int,
+) -> dict[str, Any]:
     return {
         "size": case.name,
         "parameters": parameters,
@@ -387,7 +402,10 @@ def planned(case: Case, batch: int) -> Plan:
         return trainer.plan()
 
 
-def fitting(case: Case, on: str | None = None) -> Plan:
+def fitting(
+    case: Case,
+    on: str | None = None,
+) -> Plan:
     """Return the plan of the largest batch, a power of two, that fits in one piece.
 
     Args:
@@ -409,7 +427,11 @@ def fitting(case: Case, on: str | None = None) -> Plan:
     return plan
 
 
-def _largest(case: Case, on: str | None, remat: str | None) -> Plan | None:
+def _largest(
+    case: Case,
+    on: str | None,
+    remat: str | None,
+) -> Plan | None:
     """Return the plan of the largest batch that fits; None if none does."""
     most = max(1, MOST_TOKENS // case.length)
     largest = None
@@ -460,7 +482,13 @@ class Torch:
       notes: why nothing does.
     """
 
-    def __init__(self, case: Case, batch: int, python: str | None, platform: str):
+    def __init__(
+        self,
+        case: Case,
+        batch: int,
+        python: str | None,
+        platform: str,
+    ):
         self.about: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.notes: list[str] = []
@@ -624,7 +652,10 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"! {note}" for note in result["notes"])])
 
 
-def _row(result: dict[str, Any], name: str) -> list[str]:
+def _row(
+    result: dict[str, Any],
+    name: str,
+) -> list[str]:
     """Return a contender's row of the table."""
     title = name
     if name == "torch":

@@ -210,7 +210,10 @@ MORE = {
 }
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `planner-memory` to the subcommands."""
     parser = checks.add_command(
         commands,
@@ -268,7 +271,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def measure(case: Case, where: Topology, devices: list[Any]) -> dict[str, Any]:
+def measure(
+    case: Case,
+    where: Topology,
+    devices: list[Any],
+) -> dict[str, Any]:
     """Measure one case.
 
     Returns:

@@ -28,7 +28,10 @@ from tools.bench.timing import (
 WATCHED = ("loss_mean", "loss_variance", "loss_trend", "gradient_norm", "finite")
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `overhead` to the subcommands."""
     parser = checks.add_command(
         commands,
@@ -73,7 +76,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(
+    case: Case,
+    rounds: int,
+    seconds: float,
+) -> dict[str, Any]:
     """Return milliseconds a step of each contender, and the ratios to the plain one."""
     x, y = case.data()
     watching = controllers.Policy(

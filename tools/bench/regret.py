@@ -203,7 +203,10 @@ CASES = {
 }
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `planner-regret` to the subcommands."""
     parser = checks.add_command(
         commands,
@@ -275,7 +278,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
       SettingError: no such model, or a count that can't be.
       PlanError: there are no 8 virtual devices, and it is too late to make them.
     """
-    checks.check_at_least(options, limit=1, sample=0, rounds=0, steps=1)
+    checks.check_at_least(
+        options,
+        limit=1,
+        sample=0,
+        rounds=0,
+        steps=1,
+    )
     checks.check_names(options.models, CASES, "--models", "model")
     virtual_devices()
     where = topology(f"cpu:{DEVICES}")
@@ -319,7 +328,10 @@ def virtual_devices() -> None:
 # ---- the space ----
 
 
-def space(problem: Problem, splits: Sequence[str]) -> tuple[int, dict[Any, Assignment]]:
+def space(
+    problem: Problem,
+    splits: Sequence[str],
+) -> tuple[int, dict[Any, Assignment]]:
     """Enumerate the assignments.
 
     Returns:
@@ -348,7 +360,10 @@ def space(problem: Problem, splits: Sequence[str]) -> tuple[int, dict[Any, Assig
 Role = tuple[frozenset[int], bool]
 
 
-def _roles(problem: Problem, splits: Sequence[str]) -> list[Role]:
+def _roles(
+    problem: Problem,
+    splits: Sequence[str],
+) -> list[Role]:
     """Return all that one mesh axis may do."""
     names = problem.names("none")
     batch = names.batch
@@ -385,14 +400,21 @@ def _assignment(
     return Assignment(sizes, tuple(masks), keep)
 
 
-def _factorings(n: int, most: int = MOST_AXES) -> list[tuple[int, ...]]:
+def _factorings(
+    n: int,
+    most: int = MOST_AXES,
+) -> list[tuple[int, ...]]:
     """Return `n` as products of at most `most` factors above 1, in falling order.
 
     >>> _factorings(8)
     [(8,), (4, 2), (2, 2, 2)]
     """
 
-    def products(n: int, largest: int, most: int) -> Iterator[tuple[int, ...]]:
+    def products(
+        n: int,
+        largest: int,
+        most: int,
+    ) -> Iterator[tuple[int, ...]]:
         if n == 1:
             yield ()
         if most == 0:
@@ -426,14 +448,21 @@ def signature(problem: Problem, a: Assignment) -> Any:
     return tuple(sorted((size, role) for role, size in axes.items()))
 
 
-def by_rules(problem: Problem, tensor: Sequence[str]) -> dict[str, Assignment]:
+def by_rules(
+    problem: Problem,
+    tensor: Sequence[str],
+) -> dict[str, Assignment]:
     """Return what experts write by hand for a language model, by name."""
     names = problem.names("none")
     devices = problem.topology.devices
     batch = names.batch
     assert batch is not None
 
-    def rule(sizes: tuple[int, ...], over_batch: int, over_tensor: int) -> Assignment:
+    def rule(
+        sizes: tuple[int, ...],
+        over_batch: int,
+        over_tensor: int,
+    ) -> Assignment:
         masks = []
         for group in names.groups:
             split = any(fnmatch(group.name, pattern) for pattern in tensor)
@@ -566,7 +595,11 @@ def compiled(
     return candidate, Step(program, executable)
 
 
-def _plan_of(problem: Problem, a: Assignment, estimate: Estimate) -> Plan:
+def _plan_of(
+    problem: Problem,
+    a: Assignment,
+    estimate: Estimate,
+) -> Plan:
     """Return the plan of an assignment, one step a call, without resident data."""
     plan = build(
         problem.trace,
@@ -622,7 +655,8 @@ class Step:
         """Return milliseconds a step, after one that is not timed.
 
         Args:
-          state, batch: on the host; the state has no key.
+          state: on the host, without its key.
+          batch: on the host.
           steps: how many are timed.
         """
         state = replace(state, key=jax.random.key(SEED))
@@ -640,7 +674,11 @@ class Step:
 # ---- one model ----
 
 
-def measure(case: Case, where: Topology, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    case: Case,
+    where: Topology,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
     """Enumerate, compile, score and time; return a summary and every candidate."""
     batch = case.data()
     recipe = lepton.Recipe(
@@ -670,7 +708,13 @@ def measure(case: Case, where: Topology, options: argparse.Namespace) -> dict[st
         problem, distinct, estimates, named, real, options.limit, options.sample
     )
     pairs = [(candidates[key], runs[key]) for key in candidates]
-    timed(state, batch, pairs, options.rounds, options.steps)
+    timed(
+        state,
+        batch,
+        pairs,
+        options.rounds,
+        options.steps,
+    )
     below_bound = sum(
         candidate.score < bound(estimates[key], real) * (1 - ROUNDING_OF_BOUND)
         for key, candidate in candidates.items()
@@ -722,7 +766,10 @@ def _estimates(
     return {key: cost.estimate(assignment) for key, assignment in by_mesh}
 
 
-def _judged(candidates: Mapping[Any, Candidate], chosen: Any) -> dict[str, Any]:
+def _judged(
+    candidates: Mapping[Any, Candidate],
+    chosen: Any,
+) -> dict[str, Any]:
     """Return the regrets of the chosen candidate, by XLA's figures."""
     own = candidates[chosen]
     fitting = [candidate for candidate in candidates.values() if candidate.fits]
@@ -776,7 +823,8 @@ def compile_all(
 
     Args:
       problem: of the model.
-      distinct, estimates: by signature.
+      distinct: candidates, by signature.
+      estimates: of these, by signature.
       named: signatures that are compiled in any case.
       real: XLA's share of the FLOP that the estimates count.
       limit: how many are compiled at the most.

@@ -32,7 +32,10 @@ NOT_COUNTED = 2
 CASES = {"one host": (), "4 hosts": ("--hosts", "local:4", "--devices", "2")}
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `restart` to the subcommands."""
     parser = checks.add_command(
         commands, shared, "restart", __doc__, "how soon a stopped run trains again"
@@ -63,7 +66,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _measure(folder: Path, arguments: tuple[str, ...], rounds: int) -> dict[str, Any]:
+def _measure(
+    folder: Path,
+    arguments: tuple[str, ...],
+    rounds: int,
+) -> dict[str, Any]:
     seconds = []
     cached: list[bool] = []
     for number in range(NOT_COUNTED + rounds):

@@ -132,7 +132,10 @@ CASES = {
 }
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `step` to the subcommands."""
     parser = checks.add_command(
         commands,
@@ -174,7 +177,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(
+    case: Case,
+    rounds: int,
+    seconds: float,
+) -> dict[str, Any]:
     """Measure one case, in slices of about `seconds`.
 
     Returns:
@@ -287,7 +294,10 @@ def make_trainer(
     return lepton.Trainer(recipe, devices=1, sinks=sinks)
 
 
-def fit(trainer: lepton.Trainer, steps: int) -> None:
+def fit(
+    trainer: lepton.Trainer,
+    steps: int,
+) -> None:
     """Train, and wait for the device."""
     trainer.fit(steps=steps)
     jax.block_until_ready(trainer.state)
@@ -306,12 +316,21 @@ def _by_hand(case: Case) -> tuple[Callable[..., Any], Any, Any]:
     params, tree = jax.tree.flatten(state)
     optimizer = case.optimizer(case.learning_rate)
 
-    def mean_loss(params: Any, x: Any, y: Any) -> Any:
+    def mean_loss(
+        params: Any,
+        x: Any,
+        y: Any,
+    ) -> Any:
         model: Any = nnx.merge(graph, jax.tree.unflatten(tree, params), rest)
         return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
+    def step(
+        params: Any,
+        state: Any,
+        x: Any,
+        y: Any,
+    ) -> tuple[Any, Any, Any]:
         loss, gradients = jax.value_and_grad(mean_loss)(params, x, y)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
@@ -319,7 +338,10 @@ def _by_hand(case: Case) -> tuple[Callable[..., Any], Any, Any]:
     return step, params, optimizer.init(params)
 
 
-def _hand(case: Case, batches: Iterator[Batch]) -> Run:
+def _hand(
+    case: Case,
+    batches: Iterator[Batch],
+) -> Run:
     step, params, state = _by_hand(case)
 
     def run(steps: int) -> None:
@@ -332,7 +354,10 @@ def _hand(case: Case, batches: Iterator[Batch]) -> Run:
     return run
 
 
-def _nnx(case: Case, batches: Iterator[Batch]) -> Run:
+def _nnx(
+    case: Case,
+    batches: Iterator[Batch],
+) -> Run:
     model: Any = case.model(rngs=nnx.Rngs(SEED))
     model.train()
     transformation = case.optimizer(case.learning_rate)
@@ -342,13 +367,23 @@ def _nnx(case: Case, batches: Iterator[Batch]) -> Run:
         loss=nnx.metrics.Average("loss"),
     )
 
-    def mean_loss(model: Any, x: Any, y: Any) -> tuple[Any, Any]:
+    def mean_loss(
+        model: Any,
+        x: Any,
+        y: Any,
+    ) -> tuple[Any, Any]:
         logits = model(x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return losses.mean(), logits
 
     @nnx.jit
-    def step(model: Any, optimizer: Any, metrics: Any, x: Any, y: Any) -> None:
+    def step(
+        model: Any,
+        optimizer: Any,
+        metrics: Any,
+        x: Any,
+        y: Any,
+    ) -> None:
         gradient = nnx.value_and_grad(mean_loss, has_aux=True)
         (loss, logits), gradients = gradient(model, x, y)
         metrics.update(loss=loss, logits=logits, labels=y)
@@ -389,7 +424,11 @@ def _on_device(
     return jax.block_until_ready([jax.device_put(batch) for batch in batches])
 
 
-def _loss_difference(case: Case, x: np.ndarray, y: np.ndarray) -> float:
+def _loss_difference(
+    case: Case,
+    x: np.ndarray,
+    y: np.ndarray,
+) -> float:
     """Return the greatest difference of the first losses of lepton and of hand.
 
     Both see the same batches, unshuffled.

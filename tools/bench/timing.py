@@ -40,7 +40,11 @@ def time_in_rounds(
     return ms
 
 
-def steps_of_slice(run: Run, seconds: float, multiple: int) -> int:
+def steps_of_slice(
+    run: Run,
+    seconds: float,
+    multiple: int,
+) -> int:
     """Return how many steps last about `seconds`: a multiple of `multiple`.
 
     Afterwards everything is compiled.

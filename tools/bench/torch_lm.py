@@ -48,7 +48,12 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped heads, fused."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+    ):
         super().__init__()
         self.head = dim // heads
         self.grouped = heads != kv_heads
@@ -57,7 +62,12 @@ class Attention(nn.Module):
         self.key = linear(dim, kv_heads * self.head)
         self.value = linear(dim, kv_heads * self.head)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
         """Mix (batch, length, dim) over the positions."""
         batch, length, _ = x.shape
 
@@ -77,7 +87,13 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A layer: attention and a SwiGLU, each behind a normalization."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, hidden: int):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        hidden: int,
+    ):
         super().__init__()
         self.attention_norm = RMSNorm(dim)
         self.feed_forward_norm = RMSNorm(dim)
@@ -86,7 +102,12 @@ class Block(nn.Module):
         self.up = linear(dim, hidden)
         self.down = linear(hidden, dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
         """Map (batch, length, dim) to the same shape."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         y = self.feed_forward_norm(x)
@@ -117,7 +138,11 @@ class LM(nn.Module):
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
         """Map tokens and those that follow, both (batch, length), to the mean loss."""
         # autocast alone would leave the residual stream in float32
         x = self.embed(tokens).to(self.dtype)
@@ -127,14 +152,21 @@ class LM(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
+def linear(
+    inputs: int,
+    outputs: int,
+) -> nn.Linear:
     """Return a projection without a bias, initialized as in the zoo's model."""
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=inputs**-0.5)
     return layer
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
     """Turn the pairs (x[i], x[i + d/2]) of (..., length, d) by their angles."""
     left, right = x.chunk(2, -1)
     turned_left = left * cos - right * sin

@@ -119,7 +119,11 @@ def _read_results(file: Path) -> dict[int, dict[str, Any]]:
     return {row["number"]: row for row in rows}
 
 
-def _skipped(number: int, fault: Fault, why: str) -> dict[str, Any]:
+def _skipped(
+    number: int,
+    fault: Fault,
+    why: str,
+) -> dict[str, Any]:
     print(
         f"{number:4}  {fault.name:32} {fault.promise:26} skipped: no networks of its"
         f" own here: {why}",

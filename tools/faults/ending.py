@@ -41,7 +41,10 @@ class Ending:
     recoveries: list[Any]
 
 
-def look(folder: Path, codes: list[int] | None) -> Ending:
+def look(
+    folder: Path,
+    codes: list[int] | None,
+) -> Ending:
     """Return how the run in a trial's folder ended."""
     run = folder / "run"
     at = time.time()

@@ -141,7 +141,11 @@ def _somewhere(
     return (first, stage | {"generation": 2})
 
 
-def _kill_in_steps(rng: random.Random, hosts: int, earliest: int) -> Stage:
+def _kill_in_steps(
+    rng: random.Random,
+    hosts: int,
+    earliest: int,
+) -> Stage:
     return {
         "kind": "kill",
         "host": rng.randrange(hosts),
@@ -192,7 +196,11 @@ def _damaged(hosts: int) -> Draw:
     return draw
 
 
-def _refused(hosts: int, kind: str, says: str) -> Draw:
+def _refused(
+    hosts: int,
+    kind: str,
+    says: str,
+) -> Draw:
     """Return a draw of a host whose program differs, so that nothing may start."""
 
     def draw(rng: random.Random) -> Fault:
@@ -240,7 +248,13 @@ def _clock_jumps(hosts: int) -> Draw:
 
     def draw(rng: random.Random) -> Fault:
         seconds = rng.choice([-day, -5.0, day])
-        stages = _somewhere(rng, hosts, "clock", ("start", "steps"), seconds=seconds)
+        stages = _somewhere(
+            rng,
+            hosts,
+            "clock",
+            ("start", "steps"),
+            seconds=seconds,
+        )
         return Fault("clock jump", "unharmed", stages)
 
     return draw
@@ -316,7 +330,14 @@ def _supervisor(
             "phase": "steps",
             "step": rng.randrange(CHECKPOINTS + 2, STEPS - 20),
         }
-        return Fault(name, promise, (stage,), apart=True, again=again, options=options)
+        return Fault(
+            name,
+            promise,
+            (stage,),
+            apart=True,
+            again=again,
+            options=options,
+        )
 
     return draw
 

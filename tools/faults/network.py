@@ -176,6 +176,7 @@ class Network(Loopback):
         ]
 
     def options(self, host: int) -> tuple[str, ...]:
+        """Return the options for the command line of a host."""
         graces = [
             stage["grace"]
             for stage in self.stages
@@ -196,7 +197,11 @@ class Network(Loopback):
             if code is not None:
                 self.ended.setdefault(host, (time.time(), code))
 
-    def _cut_if_fired(self, i: int, stage: Mapping[str, Any]) -> None:
+    def _cut_if_fired(
+        self,
+        i: int,
+        stage: Mapping[str, Any],
+    ) -> None:
         if not Path(f"{self.file}.fired.{i}").exists():
             return
         self.cuts[i] = self.tell("cut", stage["host"], stage["how"])
@@ -204,12 +209,21 @@ class Network(Loopback):
         record = json.dumps({"time": self.cuts[i]})
         Path(f"{self.file}.cut.{i}").write_text(record)
 
-    def _is_due(self, i: int, stage: Mapping[str, Any]) -> bool:
+    def _is_due(
+        self,
+        i: int,
+        stage: Mapping[str, Any],
+    ) -> bool:
         """Return whether a link that was cut is to be fixed by now."""
         seconds = stage["seconds"]
         return seconds is not None and time.time() >= self.cuts[i] + seconds
 
-    def tell(self, do: str, host: int, how: str) -> float:
+    def tell(
+        self,
+        do: str,
+        host: int,
+        how: str,
+    ) -> float:
         """Cut or fix the link of a host, and wait until that is done.
 
         Args:
@@ -226,6 +240,7 @@ class Network(Loopback):
         return self._answer()
 
     def wrong(self) -> str | None:
+        """Return what went wrong with a link or with a host that is cut off, if any."""
         for i, stage in enumerate(self.stages):
             if i not in self.cuts:
                 return "the link was not cut"
@@ -241,6 +256,7 @@ class Network(Loopback):
         return None
 
     def close(self) -> None:
+        """End the network, and all processes in it."""
         self._process.kill()
         self._process.communicate()
 
@@ -261,7 +277,11 @@ def address(host: int) -> str:
 # ---- in processes of their own ----
 
 
-def hold(parent: int, hosts: int, folder: Path) -> None:
+def hold(
+    parent: int,
+    hosts: int,
+    folder: Path,
+) -> None:
     """Make the network; then change it as standard input says, until that ends."""
     signal.alarm(TIME)
     _end_with(parent)
@@ -301,7 +321,11 @@ def _enter_new_network(parent: int) -> None:
     _end_with(parent)  # new capabilities have cleared it
 
 
-def _add_host(host: int, hosts: int, folder: Path) -> int:
+def _add_host(
+    host: int,
+    hosts: int,
+    folder: Path,
+) -> int:
     """Make a host with a link to the switch; return the process that holds it."""
     ours, theirs = socket.socketpair()
     names = _write_names(host, hosts, folder)
@@ -320,7 +344,11 @@ def _add_host(host: int, hosts: int, folder: Path) -> int:
     return pid
 
 
-def _write_names(host: int, hosts: int, folder: Path) -> Path:
+def _write_names(
+    host: int,
+    hosts: int,
+    folder: Path,
+) -> Path:
     """Write a host's /etc/hosts; its own name is 127.0.1.1, as Debian has it."""
     lines = ["127.0.0.1 localhost"]
     for other in range(hosts):

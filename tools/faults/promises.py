@@ -29,7 +29,10 @@ class Tried(Protocol):
     def on(self) -> Ending: ...
 
 
-def difference(ending: Ending, reference: Ending) -> str | None:
+def difference(
+    ending: Ending,
+    reference: Ending,
+) -> str | None:
     """Return how a run differs from the undisturbed one, to the bit, if it does."""
     if ending.checksums != reference.checksums:
         if not ending.checksums:
@@ -64,7 +67,12 @@ def unharmed(
     return difference(first, reference)
 
 
-def refused(fault: Fault, first: Ending, reference: Ending, trial: Tried) -> str | None:
+def refused(
+    fault: Fault,
+    first: Ending,
+    reference: Ending,
+    trial: Tried,
+) -> str | None:
     """Check that it ended as a mistake before its first step."""
     if first.codes is None or first.codes[0] != 2:
         return f"exit codes {first.codes}"
@@ -73,7 +81,12 @@ def refused(fault: Fault, first: Ending, reference: Ending, trial: Tried) -> str
     return "processes are left" if first.left else None
 
 
-def ended(fault: Fault, first: Ending, reference: Ending, trial: Tried) -> str | None:
+def ended(
+    fault: Fault,
+    first: Ending,
+    reference: Ending,
+    trial: Tried,
+) -> str | None:
     """Check that it ended, and goes on once a person has fixed the cause."""
     if first.codes is None or first.codes[0] not in (1, 2):
         return f"exit codes {first.codes}"

@@ -139,7 +139,9 @@ class Processes:
             start_new_session=True,
         )
 
-    def _codes(self) -> dict[int, int | None]:
+    def _codes(
+        self,
+    ) -> dict[int, int | None]:
         return {host: process.poll() for host, process in self.processes.items()}
 
     def _note_killed(self) -> None:
@@ -162,7 +164,10 @@ class Processes:
         return any(at < time.time() + bound for at in self._restarts.values())
 
 
-def _environment(folder: Path, faulty: bool) -> dict[str, str]:
+def _environment(
+    folder: Path,
+    faulty: bool,
+) -> dict[str, str]:
     dropped = ("XLA_FLAGS", "LEPTON_FAULTS")
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
     environment |= {
@@ -175,7 +180,11 @@ def _environment(folder: Path, faulty: bool) -> dict[str, str]:
     return environment
 
 
-def _command(folder: Path, devices: int, fault: Fault) -> list[str]:
+def _command(
+    folder: Path,
+    devices: int,
+    fault: Fault,
+) -> list[str]:
     limits = []
     for name, limit in LIMITS.items():
         limits += ["--limit", f"{name}={limit}"]
@@ -201,7 +210,13 @@ class Trial:
       restarts: after `run`: (host, cause) of each failure that was noticed.
     """
 
-    def __init__(self, folder: Path, hosts: int, devices: int, fault: Fault):
+    def __init__(
+        self,
+        folder: Path,
+        hosts: int,
+        devices: int,
+        fault: Fault,
+    ):
         self.folder = folder
         self.hosts = hosts
         self.devices = devices
@@ -238,7 +253,13 @@ class Trial:
     def on(self) -> Ending:
         """Go on with the run where nothing is wrong any more."""
         harmless = dataclasses.replace(self.fault, options=(), apart=False)
-        run = Processes(self.folder, self.hosts, self.devices, harmless, faulty=False)
+        run = Processes(
+            self.folder,
+            self.hosts,
+            self.devices,
+            harmless,
+            faulty=False,
+        )
         try:
             return look(self.folder, run.wait(BOUND))
         finally:
@@ -263,14 +284,22 @@ class Trial:
         after = [at for at in steps if at > fired[-1]]
         return round(min(after) - fired[-1], 2) if after else None
 
-    def _judge(self, first: Ending, reference: Ending) -> str | None:
+    def _judge(
+        self,
+        first: Ending,
+        reference: Ending,
+    ) -> str | None:
         if first.codes is None:
             return "it hangs"
         promise = PROMISES[self.fault.promise]
         return promise(self.fault, first, reference, self)
 
 
-def reference(folder: Path, hosts: int, devices: int) -> Ending:
+def reference(
+    folder: Path,
+    hosts: int,
+    devices: int,
+) -> Ending:
     """Return how an undisturbed run ends; it is made once for a campaign.
 
     Raises:
