@@ -43,11 +43,14 @@ def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     assert bench.main(arguments) == 0
     document = json.loads(file.read_text())
     assert document["command"].endswith("python -m tools.bench " + " ".join(arguments))
-    assert document["platform"] == "cpu" and document["machine"]["cores"] >= 1
+    assert document["platform"] == "cpu"
+    assert document["machine"]["cores"] >= 1
+
     (result,) = document["results"]
     ms = result["ms_a_step"]
     steps = result["steps_a_slice"]
-    assert list(ms) == CONTENDERS == list(steps)
+    assert list(ms) == CONTENDERS
+    assert list(steps) == CONTENDERS
     assert steps["lepton"] % result["steps_per_call"] == 0
     assert result["loss_difference"] <= 1e-5
     for rival in ("hand", "hand-fed", "nnx"):
@@ -56,31 +59,25 @@ def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
             a / b
             for a, b in zip(ms["lepton"]["rounds"], ms[rival]["rounds"], strict=True)
         ]
-        assert (
-            ratios["min"] <= ratios["median"] <= ratios["max"]
-            and len(ratios["rounds"]) == 3
-        )
+        assert ratios["min"] <= ratios["median"] <= ratios["max"]
+        assert len(ratios["rounds"]) == 3
+
     row = capsys.readouterr().out.splitlines()[1].split()
-    assert row[0] == "tiny" and row[1:5] == [
-        f"{ms[name]['median']:.4g}" for name in CONTENDERS
-    ]
+    assert row[0] == "tiny"
+    assert row[1:5] == [f"{ms[name]['median']:.4g}" for name in CONTENDERS]
 
 
 @pytest.mark.slow
 def test_the_order_rotates_so_that_each_contender_is_first_once():
     order = []
-    runs = {
-        name: partial(
-            lambda name, steps: order.append(name),
-            name,
-        )
-        for name in CONTENDERS
-    }
-    timing.time_in_rounds(
-        runs,
-        dict.fromkeys(CONTENDERS, 1),
-        4,
-    )
+
+    def note(name, steps):
+        order.append(name)
+
+    runs = {name: partial(note, name) for name in CONTENDERS}
+
+    timing.time_in_rounds(runs, dict.fromkeys(CONTENDERS, 1), 4)
+
     assert sorted(order[::4]) == CONTENDERS
     assert all(sorted(order[i : i + 4]) == CONTENDERS for i in range(0, 16, 4))
 
@@ -113,7 +110,9 @@ def test_a_slice_lasts_about_as_long_as_asked(monkeypatch):
         clock[0] += 0.1 + steps * 0.01  # a fixed cost, and 10 ms a step
 
     steps = timing.steps_of_slice(run, 8.0, 32)
-    assert steps % 32 == 0 and 6 <= 0.1 + steps * 0.01 <= 10
+
+    assert steps % 32 == 0
+    assert 6 <= 0.1 + steps * 0.01 <= 10
 
 
 def test_a_compilation_among_the_measurements_is_noticed():
@@ -169,7 +168,9 @@ def test_a_wrong_argument_is_said_before_anything_is_measured(
     )
     assert bench.main(arguments) == 2
     error = capsys.readouterr().err
-    assert says in error and "remedy:" in error and "Traceback" not in error
+    assert says in error
+    assert "remedy:" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
@@ -193,9 +194,8 @@ def test_overhead_compares_policies_with_none(tiny, tmp_path):
     )
     (result,) = json.loads(file.read_text())["results"]
     ms = result["ms_a_step"]
-    assert list(ms) == ["plain", "signals", "adaptive"] and all(
-        len(s["rounds"]) == 2 for s in ms.values()
-    )
+    assert list(ms) == ["plain", "signals", "adaptive"]
+    assert all(len(spread["rounds"]) == 2 for spread in ms.values())
     for name, ratio in result["to_plain"].items():
         assert ratio["rounds"] == [
             a / b

@@ -1,5 +1,6 @@
-"""Twenty-one of the campaign's faults on two hosts, several to a run: it ends as if
-nothing had been, or with the reason; and lost networks.
+"""Twenty-one of the campaign's faults on two hosts, several to a run.
+
+A run ends as if nothing had happened, or with the reason. Lost networks are among them.
 """
 
 import json
@@ -48,7 +49,7 @@ def try_fault(
     **more,
 ):
     folder, expected = undisturbed
-    found = trial.Trial(
+    tried = trial.Trial(
         folder / name,
         2,
         1,
@@ -60,16 +61,16 @@ def try_fault(
             **more,
         ),
     )
-    row = found.run(expected)
+    row = tried.run(expected)
     log = (folder / name / "log.txt").read_text(errors="replace")
     assert row["kept"], f"{row['wrong']}\n{log}"
-    assert len(found.fired) == len(each), log
-    return found, log
+    assert len(tried.fired) == len(each), log
+    return tried, log
 
 
 @pytest.mark.slow
 def test_hosts_that_die_one_after_the_other(undisturbed):
-    found, _ = try_fault(
+    tried, _ = try_fault(
         undisturbed,
         "die",
         "recovered",
@@ -81,7 +82,7 @@ def test_hosts_that_die_one_after_the_other(undisturbed):
         (6, "kill", 0, "plan", 0),
         (7, "raise", 1, "data", 52),
     )
-    assert found.restarts == [
+    assert tried.restarts == [
         (1, "SIGKILL"),
         (0, "SIGKILL"),
         (1, "SIGKILL"),
@@ -95,7 +96,7 @@ def test_hosts_that_die_one_after_the_other(undisturbed):
 @pytest.mark.slow
 def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
     monkeypatch.setattr(trial, "LIMITS", trial.LIMITS | FAST)
-    found, log = try_fault(
+    tried, log = try_fault(
         undisturbed,
         "hang",
         "recovered",
@@ -104,7 +105,7 @@ def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
         (3, "freeze", 1, "steps", 33),
         (4, "stall", 1, "compile", 30),
     )
-    assert found.restarts == [(1, "silent"), (0, "stuck"), (1, "silent"), (1, "stuck")]
+    assert tried.restarts == [(1, "silent"), (0, "stuck"), (1, "silent"), (1, "stuck")]
     assert "do_stall" in log  # the stack of the one that slept
 
 
@@ -162,7 +163,7 @@ def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed)
         ),
     ],
 )
-def test_what_a_person_must_mend_ends_the_run_with_the_reason(
+def test_what_a_person_must_fix_ends_the_run_with_the_reason(
     undisturbed, name, stage, says
 ):
     _, log = try_fault(
@@ -172,7 +173,8 @@ def test_what_a_person_must_mend_ends_the_run_with_the_reason(
         stage,
         says=says,
     )
-    assert "remedy:" in log and "Traceback" not in log
+    assert "remedy:" in log
+    assert "Traceback" not in log
 
 
 def test_the_same_fault_is_not_tried_for_ever(undisturbed):
@@ -184,8 +186,9 @@ def test_the_same_fault_is_not_tried_for_ever(undisturbed):
         15,
         ("always", True),
     )
-    found, log = try_fault(undisturbed, "repeated", "given up", stage)
-    assert 2 <= len(found.restarts) <= 4 and "a fault of the program's own" in log
+    tried, log = try_fault(undisturbed, "repeated", "given up", stage)
+    assert 2 <= len(tried.restarts) <= 4
+    assert "a fault of the program's own" in log
 
 
 # ---- networks of their own ----
@@ -261,7 +264,7 @@ def test_nothing_of_a_network_is_left_when_its_campaign_is_killed(tmp_path, perm
 @pytest.mark.parametrize(("host", "seconds"), [(1, 2.0), (0, 20.0)])
 def test_the_network_comes_back(undisturbed, permitted, host, seconds):
     says = "" if seconds < 10 else f"host {host} is lost: no word from it for 10 s"
-    found, _ = try_fault(
+    tried, _ = try_fault(
         undisturbed,
         f"away {seconds}",
         "recovered",
@@ -278,7 +281,7 @@ def test_the_network_comes_back(undisturbed, permitted, host, seconds):
         apart=True,
         network=True,
     )
-    assert seconds < 10 or found.restarts[0][1] == "lost"
+    assert seconds < 10 or tried.restarts[0][1] == "lost"
 
 
 @pytest.mark.slow
@@ -329,7 +332,9 @@ def test_where_networks_are_not_permitted_their_trials_are_skipped(
         ]
     )
     said = capsys.readouterr().out
-    assert code == 0 and said.count("skipped: ") == 2 and "0 of 0 as promised" in said
+    assert code == 0
+    assert said.count("skipped: ") == 2
+    assert "0 of 0 as promised" in said
 
 
 def test_the_campaign_is_drawn_from_the_seed():
