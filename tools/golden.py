@@ -116,7 +116,7 @@ def differences(
     after: Any,
     place: str = "",
 ) -> list[str]:
-    """Return where two records differ, a line each."""
+    """List where two records differ, a line each."""
     if isinstance(before, dict) and isinstance(after, dict):
         lines = []
         for key in dict.fromkeys((*before, *after)):
@@ -196,10 +196,7 @@ def _digest(trainer: lepton.Trainer) -> str:
     return digest.hexdigest()
 
 
-def _plan(
-    recipe: lepton.Recipe,
-    on: str,
-) -> dict[str, Any]:
+def _plan(recipe: lepton.Recipe, on: str) -> dict[str, Any]:
     return json.loads(lepton.Trainer(recipe, devices=1).plan(on).to_json())
 
 
