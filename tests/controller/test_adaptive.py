@@ -1,9 +1,7 @@
 """The learning-free rate and the adaptive composition."""
 
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +15,8 @@ import lepton_jax as lepton
 from lepton_jax import controllers
 from lepton_jax.data import Arrays
 from lepton_jax.models import MLP
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import bench_controller
-import bench_controller_tasks
+from tools.bench import controller as bench_controller
+from tools.bench import controller_tasks
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -103,7 +98,7 @@ def blocks(data):
     ).astype(np.float32)
     samples = Arrays(points, labels)
     return bench_controller.Task(
-        bench_controller_tasks.recipe_of(
+        controller_tasks.recipe_of(
             partial(MLP, (3, 8, 3)),
             samples,
             samples,

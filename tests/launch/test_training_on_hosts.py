@@ -17,12 +17,10 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax.monitor import read_events, read_samples
+from tools.faults import recipe as faults_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tools"))
-import faults_recipe  # noqa: E402
-
-RECIPE = ROOT / "tools" / "faults_recipe.py"
+RECIPE = ROOT / "tools" / "faults" / "recipe.py"
 
 
 def launch(folder, *arguments, faults=None, within=()):

@@ -1,20 +1,16 @@
 """The step benchmark measures what it says, in one process and in no time."""
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax.numpy as jnp
 import optax
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import bench
-import bench_step
-
 from lepton_jax.models import MLP
+from tools.bench import cli as bench
+from tools.bench import step as bench_step
+from tools.bench import timing
 
 CONTENDERS = ["hand", "hand-fed", "lepton", "nnx"]
 TINY = bench_step.Case(
@@ -46,12 +42,15 @@ def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     ]
     assert bench.main(arguments) == 0
     document = json.loads(file.read_text())
-    assert document["command"].endswith("python tools/bench.py " + " ".join(arguments))
-    assert document["platform"] == "cpu" and document["machine"]["cores"] >= 1
+    assert document["command"].endswith("python -m tools.bench " + " ".join(arguments))
+    assert document["platform"] == "cpu"
+    assert document["machine"]["cores"] >= 1
+
     (result,) = document["results"]
     ms = result["ms_a_step"]
     steps = result["steps_a_slice"]
-    assert list(ms) == CONTENDERS == list(steps)
+    assert list(ms) == CONTENDERS
+    assert list(steps) == CONTENDERS
     assert steps["lepton"] % result["steps_per_call"] == 0
     assert result["loss_difference"] <= 1e-5
     for rival in ("hand", "hand-fed", "nnx"):
@@ -60,41 +59,35 @@ def test_step_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
             a / b
             for a, b in zip(ms["lepton"]["rounds"], ms[rival]["rounds"], strict=True)
         ]
-        assert (
-            ratios["min"] <= ratios["median"] <= ratios["max"]
-            and len(ratios["rounds"]) == 3
-        )
+        assert ratios["min"] <= ratios["median"] <= ratios["max"]
+        assert len(ratios["rounds"]) == 3
+
     row = capsys.readouterr().out.splitlines()[1].split()
-    assert row[0] == "tiny" and row[1:5] == [
-        f"{ms[name]['median']:.4g}" for name in CONTENDERS
-    ]
+    assert row[0] == "tiny"
+    assert row[1:5] == [f"{ms[name]['median']:.4g}" for name in CONTENDERS]
 
 
 @pytest.mark.slow
 def test_the_order_rotates_so_that_each_contender_is_first_once():
     order = []
-    runs = {
-        name: partial(
-            lambda name, steps: order.append(name),
-            name,
-        )
-        for name in CONTENDERS
-    }
-    bench_step._rounds(
-        runs,
-        dict.fromkeys(CONTENDERS, 1),
-        4,
-    )
+
+    def note(name, steps):
+        order.append(name)
+
+    runs = {name: partial(note, name) for name in CONTENDERS}
+
+    timing.time_in_rounds(runs, dict.fromkeys(CONTENDERS, 1), 4)
+
     assert sorted(order[::4]) == CONTENDERS
     assert all(sorted(order[i : i + 4]) == CONTENDERS for i in range(0, 16, 4))
 
 
 def test_a_model_that_differs_is_seen_in_the_losses(monkeypatch):
     x, y = TINY.data()
-    real = bench_step._trainer
+    real = bench_step.make_trainer
     monkeypatch.setattr(
         bench_step,
-        "_trainer",
+        "make_trainer",
         lambda case, x, y, **options: real(
             case,
             x * 2,
@@ -108,7 +101,7 @@ def test_a_model_that_differs_is_seen_in_the_losses(monkeypatch):
 def test_a_slice_lasts_about_as_long_as_asked(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(
-        bench_step.time,
+        timing.time,
         "perf_counter",
         lambda: clock[0],
     )
@@ -116,18 +109,20 @@ def test_a_slice_lasts_about_as_long_as_asked(monkeypatch):
     def run(steps):
         clock[0] += 0.1 + steps * 0.01  # a fixed cost, and 10 ms a step
 
-    steps = bench_step._slice(run, 8.0, 32)
-    assert steps % 32 == 0 and 6 <= 0.1 + steps * 0.01 <= 10
+    steps = timing.steps_of_slice(run, 8.0, 32)
+
+    assert steps % 32 == 0
+    assert 6 <= 0.1 + steps * 0.01 <= 10
 
 
 def test_a_compilation_among_the_measurements_is_noticed():
     import jax
 
     function = jax.jit(lambda x: x * 3 + 1)
-    with bench_step.compilations() as compiled:
+    with timing.compilations() as compiled:
         function(jnp.ones(7))
     assert compiled
-    with bench_step.compilations() as compiled:
+    with timing.compilations() as compiled:
         function(jnp.ones(7))
     assert not compiled
 
@@ -136,13 +131,13 @@ def test_the_journal_survives_the_fits_that_close_it(tmp_path):
     from lepton_jax.monitor import read_events
 
     journal = bench_step.Journal(tmp_path)
-    trainer = bench_step._trainer(
+    trainer = bench_step.make_trainer(
         TINY,
         *TINY.data(),
         [journal],
     )
     for _ in range(2):
-        bench_step._fit(trainer, 4)
+        bench_step.fit(trainer, 4)
     journal.end()
     events = read_events(tmp_path)
     assert [e["kind"] for e in events].count("end") == 2
@@ -173,7 +168,9 @@ def test_a_wrong_argument_is_said_before_anything_is_measured(
     )
     assert bench.main(arguments) == 2
     error = capsys.readouterr().err
-    assert says in error and "remedy:" in error and "Traceback" not in error
+    assert says in error
+    assert "remedy:" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
@@ -197,9 +194,8 @@ def test_overhead_compares_policies_with_none(tiny, tmp_path):
     )
     (result,) = json.loads(file.read_text())["results"]
     ms = result["ms_a_step"]
-    assert list(ms) == ["plain", "signals", "adaptive"] and all(
-        len(s["rounds"]) == 2 for s in ms.values()
-    )
+    assert list(ms) == ["plain", "signals", "adaptive"]
+    assert all(len(spread["rounds"]) == 2 for spread in ms.values())
     for name, ratio in result["to_plain"].items():
         assert ratio["rounds"] == [
             a / b

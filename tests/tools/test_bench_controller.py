@@ -2,21 +2,16 @@
 
 import json
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import bench
-import bench_controller
-import bench_controller_tasks
-
 from lepton_jax.data import Arrays
 from lepton_jax.models import MLP
+from tools.bench import cli as bench
+from tools.bench import controller as bench_controller
+from tools.bench import controller_tasks
 
 
 def blobs(data):
@@ -26,11 +21,9 @@ def blobs(data):
     points = np.eye(3, dtype=np.float32)[labels] + random.normal(
         0, 0.5, (300, 3)
     ).astype(np.float32)
-    train, validation, report = bench_controller_tasks.three(
-        Arrays(points, labels), 0.3, 0.3
-    )
+    train, validation, report = controller_tasks.three(Arrays(points, labels), 0.3, 0.3)
     return bench_controller.Task(
-        bench_controller_tasks.recipe_of(
+        controller_tasks.recipe_of(
             partial(MLP, (3, 8, 3)),
             train,
             validation,
@@ -74,17 +67,16 @@ def test_it_tunes_compares_and_goes_on_from_what_it_kept(
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     (reference,) = results["references"]
-    assert reference["rate"] == 1e-1 and len(reference["losses"]) == 2
+    assert reference["rate"] == 1e-1
+    assert len(reference["losses"]) == 2
     own = [
         c for c in results["cells"] if c["contestant"] == "cosine" and c["factor"] == 1
     ]
-    assert [c["loss"] for c in own] == reference["losses"] and all(
-        c["steps"] <= 1 for c in own
-    )
+    assert [c["loss"] for c in own] == reference["losses"]
+    assert all(c["steps"] <= 1 for c in own)
     assert all(c["paired"] == 1 for c in own)
-    assert {c["rank"] for c in results["cells"]} <= {1, 1.5, 2} and len(
-        results["cells"]
-    ) == 8
+    assert {c["rank"] for c in results["cells"]} <= {1, 1.5, 2}
+    assert len(results["cells"]) == 8
     # two seeds of: a grid of 2, factor 30, 2 constants
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 10
     with monkeypatch.context() as patch:
@@ -121,7 +113,9 @@ def test_contestants_of_a_cell_share_their_start_and_their_batches():
         bench_controller.Runner(task, bench_controller.CONTESTANTS[name])(0.0, 3)
         for name in ("constant", "cosine")
     ]
-    assert still[0] == still[1] and len(set(still[0].test)) == 1
+    assert still[0] == still[1]
+    assert len(set(still[0].test)) == 1
+
     orders = bench_controller._orders(task.recipe, len(task.recipe.train), 3).reshape(
         -1
     )
@@ -164,7 +158,9 @@ def test_a_diverged_run_ranks_last_and_is_in_no_mean():
 def test_a_wrong_argument_is_said_without_a_traceback(arguments, says, capsys):
     assert bench.main(["controller", *arguments]) == 2
     error = capsys.readouterr().err
-    assert says in error and "remedy:" in error and "Traceback" not in error
+    assert says in error
+    assert "remedy:" in error
+    assert "Traceback" not in error
 
 
 def test_a_file_that_is_no_cache_is_left_alone(tiny, tmp_path, capsys):

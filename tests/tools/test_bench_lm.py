@@ -7,18 +7,14 @@ import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import bench
-import bench_lm
-
 import lepton_jax as lepton
 from lepton_jax.errors import ModelError, PlanError, SettingError
+from tools.bench import cli as bench
+from tools.bench import lm as bench_lm
 
 QUICK = ["lm", "--length", "16", "--batch", "2", "--seconds", "0.02", "--rounds", "2"]
 STAND_IN = """#!{python}
@@ -28,7 +24,8 @@ if sys.argv[1] == "-c":
 spec = json.loads(sys.argv[2])
 assert spec["batch"] == 2 and spec["length"] == 16 and spec["device"] == "cpu"
 {then}
-print(json.dumps({{"torch": "9.9", "compiled": True, "parameters": 994400}}), flush=True)
+about = {{"torch": "9.9", "compiled": True, "parameters": 994400}}
+print(json.dumps(about), flush=True)
 for line in sys.stdin:
     time.sleep(int(line) * 1e-3)
     print(json.dumps({{"loss": 5.5, "peak": 2**30}}), flush=True)
@@ -67,16 +64,13 @@ def test_lm_beside_another(stand_in, tmp_path, capsys):
         tmp_path,
         capsys,
     )
-    assert (
-        "shrunken" in printed
-        and result["size"] == "1m"
-        and result["precision"] == "float32"
-    )
-    assert (
-        result["parameters"] == 994_400
-        and result["batch_size"] == 2
-        and result["micro_batches"] == 1
-    )
+    assert "shrunken" in printed
+    assert result["size"] == "1m"
+    assert result["precision"] == "float32"
+    assert result["parameters"] == 994_400
+    assert result["batch_size"] == 2
+    assert result["micro_batches"] == 1
+
     ms = result["ms_a_step"]
     rates = result["tokens_per_second"]
     assert rates["torch"]["rounds"] == pytest.approx(
@@ -100,13 +94,12 @@ def test_lm_beside_another(stand_in, tmp_path, capsys):
         ms["lepton"]["median"] / result["predicted_ms_a_step"]
     )
     memory = result["peak_bytes"]
-    assert (
-        memory["torch"] == {"allocated": 2**30}
-        and memory["lepton"]["allocated"] is None
-    )
+    assert memory["torch"] == {"allocated": 2**30}
+    assert memory["lepton"]["allocated"] is None
     assert 0.5 < memory["lepton"]["predicted"] / memory["lepton"]["xla"] < 2
     assert re.search(r"^torch 9\.9, compiled .* 1\.0 GiB$", printed, re.MULTILINE)
-    assert "6 N" in printed and "TFLOP/s dense in float32" in printed
+    assert "6 N" in printed
+    assert "TFLOP/s dense in float32" in printed
 
 
 def test_a_rival_that_fails_is_told_and_left_out(stand_in):
@@ -156,9 +149,7 @@ def test_settings_that_can_not_be(arguments, what, capsys):
 
 
 def test_the_flop_of_a_token_are_those_of_the_traced_dots():
-    """But for the attention, of which the formula counts the causal half and the dots
-    all.
-    """
+    """The formula counts the causal half of the attention, the dots all of it."""
     shape = {
         "vocab": 96,
         "dim": 64,
@@ -205,8 +196,9 @@ def test_the_batch_found_is_the_largest_that_fits(monkeypatch):
         16,
         "float32",
     )
-    found = bench_lm.fitting(case)
-    assert (found.batch_size, found.remat, found.micro_batches) == (4, None, 1)
+    plan = bench_lm.fitting(case)
+    assert (plan.batch_size, plan.remat, plan.micro_batches) == (4, None, 1)
+
     largest["none"] = 2
     # plain, though more would fit with rematerialization
     assert bench_lm.fitting(case).batch_size == 2
@@ -233,7 +225,7 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(monkeypatch):
                 "the train program failed: RESOURCE_EXHAUSTED: Out of memory", remedy=""
             )
 
-    monkeypatch.setattr(bench_lm.bench_step, "_fit", fit)
+    monkeypatch.setattr(bench_lm.bench_step, "fit", fit)
     started = bench_lm._start(case, 0)
     assert started.plan.batch_size == 1
     assert [note.partition(" was")[0] for note in started.notes] == [

@@ -3,17 +3,10 @@ seconds.
 """
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import optax
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import bench
-import bench_regret
 
 import lepton_jax as lepton
 from lepton_jax.hardware import topology
@@ -21,6 +14,8 @@ from lepton_jax.planner import trace
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.search.descent import Problem
 from lepton_jax.planner.search.pins import Pins
+from tools.bench import cli as bench
+from tools.bench import regret as bench_regret
 
 TINY = bench_regret.Case(
     partial(lepton.models.MLP, (16, 64, 3)),

@@ -1,5 +1,6 @@
-"""Twenty-one of the campaign's faults on two hosts, several to a run: it ends as if
-nothing had been, or with the reason; and lost networks.
+"""Twenty-one of the campaign's faults on two hosts, several to a run.
+
+A run ends as if nothing had happened, or with the reason. Lost networks are among them.
 """
 
 import json
@@ -14,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-import faults
-import faults_network
+from tools.faults import campaign, network, trial
+from tools.faults.kinds import Fault, draw, kinds
+from tools.faults.promises import PROMISES
 
 FAST = {
     "silence": 5,
@@ -36,10 +37,10 @@ def stages(*each):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    return folder, faults.reference(folder, 2, 1)
+    return folder, trial.reference(folder, 2, 1)
 
 
-def trial(
+def try_fault(
     undisturbed,
     name,
     promise,
@@ -48,11 +49,11 @@ def trial(
     **more,
 ):
     folder, expected = undisturbed
-    found = faults.Trial(
+    tried = trial.Trial(
         folder / name,
         2,
         1,
-        faults.Fault(
+        Fault(
             name,
             promise,
             stages(*each),
@@ -60,16 +61,16 @@ def trial(
             **more,
         ),
     )
-    row = found.run(expected)
+    row = tried.run(expected)
     log = (folder / name / "log.txt").read_text(errors="replace")
     assert row["kept"], f"{row['wrong']}\n{log}"
-    assert len(found.fired) == len(each), log
-    return found, log
+    assert len(tried.fired) == len(each), log
+    return tried, log
 
 
 @pytest.mark.slow
 def test_hosts_that_die_one_after_the_other(undisturbed):
-    found, _ = trial(
+    tried, _ = try_fault(
         undisturbed,
         "die",
         "recovered",
@@ -81,7 +82,7 @@ def test_hosts_that_die_one_after_the_other(undisturbed):
         (6, "kill", 0, "plan", 0),
         (7, "raise", 1, "data", 52),
     )
-    assert found.restarts == [
+    assert tried.restarts == [
         (1, "SIGKILL"),
         (0, "SIGKILL"),
         (1, "SIGKILL"),
@@ -94,8 +95,8 @@ def test_hosts_that_die_one_after_the_other(undisturbed):
 
 @pytest.mark.slow
 def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
-    monkeypatch.setattr(faults, "LIMITS", faults.LIMITS | FAST)
-    found, log = trial(
+    monkeypatch.setattr(trial, "LIMITS", trial.LIMITS | FAST)
+    tried, log = try_fault(
         undisturbed,
         "hang",
         "recovered",
@@ -104,13 +105,13 @@ def test_hosts_that_hang_one_after_the_other(undisturbed, monkeypatch):
         (3, "freeze", 1, "steps", 33),
         (4, "stall", 1, "compile", 30),
     )
-    assert found.restarts == [(1, "silent"), (0, "stuck"), (1, "silent"), (1, "stuck")]
+    assert tried.restarts == [(1, "silent"), (0, "stuck"), (1, "silent"), (1, "stuck")]
     assert "do_stall" in log  # the stack of the one that slept
 
 
 @pytest.mark.slow
 def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed):
-    trial(
+    try_fault(
         undisturbed,
         "damage",
         "recovered",
@@ -162,17 +163,18 @@ def test_checkpoints_are_damaged_and_hosts_die_while_they_come_back(undisturbed)
         ),
     ],
 )
-def test_what_a_person_must_mend_ends_the_run_with_the_reason(
+def test_what_a_person_must_fix_ends_the_run_with_the_reason(
     undisturbed, name, stage, says
 ):
-    _, log = trial(
+    _, log = try_fault(
         undisturbed,
         name,
         "ended, then goes on",
         stage,
         says=says,
     )
-    assert "remedy:" in log and "Traceback" not in log
+    assert "remedy:" in log
+    assert "Traceback" not in log
 
 
 def test_the_same_fault_is_not_tried_for_ever(undisturbed):
@@ -184,8 +186,9 @@ def test_the_same_fault_is_not_tried_for_ever(undisturbed):
         15,
         ("always", True),
     )
-    found, log = trial(undisturbed, "repeated", "given up", stage)
-    assert 2 <= len(found.restarts) <= 4 and "a fault of the program's own" in log
+    tried, log = try_fault(undisturbed, "repeated", "given up", stage)
+    assert 2 <= len(tried.restarts) <= 4
+    assert "a fault of the program's own" in log
 
 
 # ---- networks of their own ----
@@ -193,19 +196,19 @@ def test_the_same_fault_is_not_tried_for_ever(undisturbed):
 
 @pytest.fixture
 def permitted():
-    if why := faults_network.forbidden():
+    if why := network.forbidden():
         pytest.skip(f"no network namespaces here: {why}")
 
 
 DIAL = "import socket, sys; socket.create_connection((sys.argv[1], 9), timeout=0.5)"
 
 
-@pytest.mark.parametrize("how", faults_network.WAYS)
+@pytest.mark.parametrize("how", network.WAYS)
 def test_a_link_that_is_cut_loses_packets_without_a_word(tmp_path, permitted, how):
-    network = faults_network.Network(tmp_path, 2)
+    cables = network.Network(tmp_path, 2)
 
     def dial():
-        command = network.inside(
+        command = cables.inside(
             0,
             [
                 sys.executable,
@@ -220,22 +223,22 @@ def test_a_link_that_is_cut_loses_packets_without_a_word(tmp_path, permitted, ho
 
     try:
         assert "Connection refused" in dial(), "there is an answer"
-        network.tell("cut", 1, how)
+        cables.tell("cut", 1, how)
         assert "timed out" in dial()
-        network.tell("mend", 1, how)
+        cables.tell("mend", 1, how)
         assert "Connection refused" in dial()
     finally:
-        network.close()
+        cables.close()
 
 
 def test_nothing_of_a_network_is_left_when_its_campaign_is_killed(tmp_path, permitted):
     script = (
-        "import subprocess, sys, time, pathlib, faults_network; n ="
-        " faults_network.Network(pathlib.Path(sys.argv[1]), 2);p ="
+        "import subprocess, sys, time, pathlib; from tools.faults import network; n ="
+        " network.Network(pathlib.Path(sys.argv[1]), 2);p ="
         " subprocess.Popen(n.inside(1, ['sleep', '600'])); print(n._process.pid,"
         " *n.holders, p.pid, flush=True);time.sleep(600)"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(faults_network.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(trial.ROOT)}
     campaign = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -261,7 +264,7 @@ def test_nothing_of_a_network_is_left_when_its_campaign_is_killed(tmp_path, perm
 @pytest.mark.parametrize(("host", "seconds"), [(1, 2.0), (0, 20.0)])
 def test_the_network_comes_back(undisturbed, permitted, host, seconds):
     says = "" if seconds < 10 else f"host {host} is lost: no word from it for 10 s"
-    found, _ = trial(
+    tried, _ = try_fault(
         undisturbed,
         f"away {seconds}",
         "recovered",
@@ -278,7 +281,7 @@ def test_the_network_comes_back(undisturbed, permitted, host, seconds):
         apart=True,
         network=True,
     )
-    assert seconds < 10 or found.restarts[0][1] == "lost"
+    assert seconds < 10 or tried.restarts[0][1] == "lost"
 
 
 @pytest.mark.slow
@@ -289,7 +292,7 @@ def test_a_host_that_is_cut_off_for_good_ends_and_the_other_goes_on(
         r"(?s)(?=.*going on without host 1)(?=.*host 0 is lost: [^\n]*could not be met"
         r" again)"
     )
-    trial(
+    try_fault(
         undisturbed,
         "cut off",
         "went on with what is left",
@@ -305,15 +308,15 @@ def test_a_host_that_is_cut_off_for_good_ends_and_the_other_goes_on(
         says=says,
         apart=True,
         network=True,
-        options=faults_network.without(2),
+        options=network.without(2),
     )
 
 
 def test_where_networks_are_not_permitted_their_trials_are_skipped(
     undisturbed, monkeypatch, capsys
 ):
-    monkeypatch.setattr(faults_network, "forbidden", lambda: "not permitted")
-    code = faults.main(
+    monkeypatch.setattr(network, "forbidden", lambda: "not permitted")
+    code = campaign.main(
         [
             "--only",
             "network",
@@ -329,20 +332,22 @@ def test_where_networks_are_not_permitted_their_trials_are_skipped(
         ]
     )
     said = capsys.readouterr().out
-    assert code == 0 and said.count("skipped: ") == 2 and "0 of 0 as promised" in said
+    assert code == 0
+    assert said.count("skipped: ") == 2
+    assert "0 of 0 as promised" in said
 
 
 def test_the_campaign_is_drawn_from_the_seed():
-    drawn = [faults.draw(3, number, 4) for number in range(40)]
-    assert drawn == [faults.draw(3, number, 4) for number in range(40)]
-    assert drawn != [faults.draw(4, number, 4) for number in range(40)]
-    assert {one.promise for one in drawn} <= faults.PROMISES.keys()
-    every = faults.kinds(4)
+    drawn = [draw(3, number, 4) for number in range(40)]
+    assert drawn == [draw(3, number, 4) for number in range(40)]
+    assert drawn != [draw(4, number, 4) for number in range(40)]
+    assert {one.promise for one in drawn} <= PROMISES.keys()
+    every = kinds(4)
     assert len({one.name.split()[0] for one in drawn}) >= 12 and len(every) > 20
     for kind in every.values():
         for seed in range(20):
             one = kind(random.Random(seed))
             json.dumps(one.stages)
-            assert replace(one, name="x").promise in faults.PROMISES and all(
+            assert replace(one, name="x").promise in PROMISES and all(
                 stage["host"] < 4 for stage in one.stages
             )

@@ -1,6 +1,4 @@
-"""Measure Lepton against what one would use without it: python tools/bench.py COMMAND
-[options]; see --help.
-"""
+"""Measure Lepton against what one would use without it."""
 
 from __future__ import annotations
 
@@ -15,34 +13,34 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import bench_controller
-import bench_faults
-import bench_lm
-import bench_memory
-import bench_overhead
-import bench_regret
-import bench_restart
-import bench_step
 import jax
 
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
-
-# Each has add(commands, shared), whose parser's default `run` takes the options and
-# returns what --json keeps.
-COMMANDS = (
-    bench_step,
-    bench_overhead,
-    bench_lm,
-    bench_memory,
-    bench_regret,
-    bench_controller,
-    bench_faults,
-    bench_restart,
+from tools.bench import (
+    controller,
+    faults,
+    lm,
+    memory,
+    overhead,
+    regret,
+    restart,
+    step,
 )
-# what changes the figures
+
+# Each module has an `add(commands, shared)`. It adds a parser whose default `run` takes
+# the options and returns what --json keeps.
+COMMANDS = (
+    step,
+    overhead,
+    lm,
+    memory,
+    regret,
+    controller,
+    faults,
+    restart,
+)
+# Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
     "JAX_PLATFORMS",
     "XLA_FLAGS",
@@ -52,14 +50,12 @@ ENVIRONMENT = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error of the
-    user's.
-    """
+    """Run the command line; return 0, or 2 for a mistake of the user's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = _parser().parse_args(arguments)
         if options.json is not None:
-            _writable(options.json)
+            _check_writable(options.json)
         results = options.run(options)
         if options.json is not None:
             _write(options.json, {**surroundings(arguments), "results": results})
@@ -70,20 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def surroundings(arguments: list[str]) -> dict[str, Any]:
-    """Where, when, on what and by which command the figures were made."""
-    given = [
+    """Return where, when, on what and by which command figures were measured."""
+    variables = [
         f"{name}={shlex.quote(os.environ[name])}"
         for name in ENVIRONMENT
         if name in os.environ
     ]
+    command = [*variables, "python -m tools.bench", shlex.join(arguments)]
+    packages = ("jax", "jaxlib", "flax", "optax", "lepton-jax")
+    versions = {name: version(name) for name in packages}
     return {
-        "command": " ".join(
-            [
-                *given,
-                "python tools/bench.py",
-                shlex.join(arguments),
-            ]
-        ),
+        "command": " ".join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": _cpu(),
@@ -93,19 +86,13 @@ def surroundings(arguments: list[str]) -> dict[str, Any]:
         },
         "platform": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                name: version(name)
-                for name in ("jax", "jaxlib", "flax", "optax", "lepton-jax")
-            },
-        },
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="bench.py",
+        prog="python -m tools.bench",
         description=__doc__,
         allow_abbrev=False,
     )
@@ -123,30 +110,28 @@ def _parser() -> Parser:
 
 
 def _cpu() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
-        lines = []
-    names = (
-        line.partition(":")[2].strip()
-        for line in lines
-        if line.startswith("model name")
-    )
-    return next(names, platform.processor())
+        return platform.processor()
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _writable(file: Path) -> None:
-    """Found out before minutes of measuring, not after."""
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+def _check_writable(file: Path) -> None:
+    """Raise a SettingError before minutes of measuring, not after."""
+    target = file if file.exists() else file.parent
+    if file.is_dir() or not os.access(target, os.W_OK):
         raise SettingError(
             "the results can't be written there",
             where=file,
@@ -154,16 +139,15 @@ def _writable(file: Path) -> None:
         )
 
 
-def _write(file: Path, results: dict[str, Any]) -> None:
+def _write(
+    file: Path,
+    results: dict[str, Any],
+) -> None:
     try:
         file.write_text(json.dumps(results, indent=1) + "\n")
     except OSError as error:
         raise SettingError(
             f"the results can't be written: {error.strerror}",
             where=file,
-            remedy="mend that and measure again; the table above is complete",
+            remedy="fix that and measure again; the table above is complete",
         ) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
-"""`bench.py planner-memory`: the planner's predicted peak memory beside XLA's, models x
-topologies.
+"""The planner's predicted peak memory, compared with XLA's, models x topologies.
 
-For each model and topology the planner plans, which predicts the peak; then XLA
-compiles the planned train step ahead of time, TPUs' by libtpu, the CPU's for virtual
-devices. XLA's peak is its arguments + temporaries + outputs - aliases.
+`tools.bench planner-memory`. For each model and topology the planner plans, which
+predicts the peak. Then XLA compiles the planned train step ahead of time: libtpu for
+TPUs, the CPU backend for virtual devices. XLA's peak is its arguments + temporaries +
+outputs - aliases.
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from bench_regret import virtual_devices
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.errors import PlanError, SettingError, nearest
+from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import ahead, trace
 from lepton_jax.train.program import Program
+from tools.bench import options as checks
+from tools.bench.regret import virtual_devices
 
 TOPOLOGIES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "cpu:8")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe and the shapes of one sample; `fixed` goes to the planner, e.g.
-    remat.
+    """What is planned.
+
+    Attributes:
+      model, batch_size, loss, optimizer, precision: as in `Recipe`.
+      inputs, targets: shapes of one sample.
+      fixed: arguments of the planner, e.g. remat.
     """
 
     model: Callable[..., Any]
@@ -48,10 +53,8 @@ class Case:
     fixed: dict[str, Any] = field(default_factory=dict)
 
 
-def shape(
-    *dims: int,
-    dtype: Any = jnp.int32,
-) -> jax.ShapeDtypeStruct:
+def shape(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    """Return the shape of a batch of one sample."""
     return jax.ShapeDtypeStruct((1, *dims), dtype)
 
 
@@ -62,6 +65,7 @@ def language(
     remat: str | None = None,
     **arguments: Any,
 ) -> Case:
+    """Return the case of a language model."""
     return Case(
         partial(model, **arguments),
         shape(length),
@@ -155,7 +159,7 @@ CASES = {
         **SMALL,
     ),
 }
-# of other sizes, for other topologies too; measured only if asked for by name
+# Cases of other sizes, for other topologies, too; measured only if named.
 MORE = {
     "mlp-wide": Case(
         partial(models.MLP, (1024, 8192, 8192, 8192, 1000)),
@@ -206,15 +210,17 @@ MORE = {
 }
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
     """Add `planner-memory` to the subcommands."""
-    parser = commands.add_parser(
+    parser = checks.add_command(
+        commands,
+        shared,
         "planner-memory",
-        parents=[shared],
-        allow_abbrev=False,
-        description=__doc__,
-        help="predicted peak memory beside XLA's, compiled ahead of time",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        __doc__,
+        "predicted peak memory next to XLA's, compiled ahead of time",
     )
     parser.add_argument(
         "--models",
@@ -241,42 +247,26 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
       PlanError: no such topology, or too few virtual CPU devices.
     """
     cases = CASES | MORE
-    for name in options.models:
-        if name not in cases:
-            raise SettingError(
-                f"there is no model {name!r}{nearest(name, cases)}",
-                where="--models",
-                remedy=f"the models are {', '.join(cases)}",
-            )
+    checks.check_names(options.models, cases, "--models", "model")
     where = [topology(name) for name in options.on]
     virtual_devices()
     devices = {t.name: ahead.devices_for(t) for t in where}
+
     results: list[dict[str, Any]] = []
-    print(
-        f"{'model':12} {'topology':10}  {'plan':44} {'predicted':>10} {'XLA':>10}"
-        f" {'error':>7} {'seconds':>8}",
-        flush=True,
-    )
+    print(HEADER, flush=True)
     for name in options.models:
-        for t in where:
-            results.append(
-                {
-                    "model": name,
-                    **measure(
-                        cases[name],
-                        t,
-                        devices[t.name],
-                    ),
-                }
-            )
+        for target in where:
+            measured = measure(cases[name], target, devices[target.name])
+            results.append({"model": name, **measured})
             print(_line(results[-1]), flush=True)
             gc.collect()
-    errors = [abs(r["error"]) for r in results if "error" in r]
+
+    errors = [abs(row["error"]) for row in results if "error" in row]
     if errors:
+        unfit = sum(row.get("fits") is False for row in results)
         print(
             f"{len(errors)} cases: median error {statistics.median(errors):.1%}, worst"
-            f" {max(errors):.1%}; {sum(r.get('fits') is False for r in results)} plans"
-            " do not fit"
+            f" {max(errors):.1%}; {unfit} plans do not fit"
         )
     return results
 
@@ -286,8 +276,11 @@ def measure(
     where: Topology,
     devices: list[Any],
 ) -> dict[str, Any]:
-    """One case: the plan, predicted bytes by kind, XLA's account; `fits` is False where
-    XLA refuses the program.
+    """Measure one case.
+
+    Returns:
+      The plan, predicted bytes by kind, and XLA's account; `fits` is False where XLA
+      refuses the program.
     """
     recipe = lepton.Recipe(
         model=case.model,
@@ -297,12 +290,13 @@ def measure(
         precision=case.precision,
     )
     traced = trace(recipe, case.inputs, case.targets)
-    begun = time.perf_counter()
+    began = time.perf_counter()
     try:
         plan = lepton.plan(traced, where, **case.fixed)
     except PlanError as error:
         return {"topology": where.name, "plan": f"none: {error}"}
-    result = {
+
+    predicted = {
         "topology": where.name,
         "plan": plan.name,
         "mesh": dict(plan.mesh),
@@ -311,41 +305,43 @@ def measure(
         "predicted": plan.peak,
         "kinds": dict(plan.bytes_per_device),
     }
-    program = Program(
-        traced,
-        plan,
-        ahead.mesh_devices(where, plan.mesh, devices),
-    )
+    program = Program(traced, plan, ahead.mesh_devices(where, plan.mesh, devices))
     try:
         _, memory = ahead.compile_for(program.lower())
     except ahead.TooLarge as error:
-        return result | {
+        return predicted | {
             "fits": False,
             "needed": error.needed,
-            "seconds": time.perf_counter() - begun,
+            "seconds": time.perf_counter() - began,
         }
-    return result | {
+    return predicted | {
         "xla": memory.peak,
         "arguments": memory.arguments,
         "temporaries": memory.temporaries,
         "fits": True,
         "error": plan.peak / memory.peak - 1,
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - began,
     }
 
 
-def _line(r: dict[str, Any]) -> str:
-    plan = (
-        r["plan"]
-        if "mesh" not in r
-        else (
-            f"{r['plan']} {'x'.join(map(str, r['mesh'].values()))}, remat {r['remat']},"
-            f" {r['micro_batches']} piece(s)"
-        )
-    )
-    figures = "" if "predicted" not in r else f" {r['predicted'] / 1e9:7.3f} GB"
-    figures += f" {r['xla'] / 1e9:7.3f} GB {r['error']:+7.1%}" if "xla" in r else ""
-    return (
-        f"{r['model']:12} {r['topology']:10}  {plan[:44]:44}{figures}"
-        f" {r.get('seconds', 0):8.1f}"
-    )
+# ---- the table ----
+
+HEADER = (
+    f"{'model':12} {'topology':10}  {'plan':44} {'predicted':>10} {'XLA':>10}"
+    f" {'error':>7} {'seconds':>8}"
+)
+
+
+def _line(row: dict[str, Any]) -> str:
+    plan = row["plan"]
+    if "mesh" in row:
+        mesh = "x".join(map(str, row["mesh"].values()))
+        plan += f" {mesh}, remat {row['remat']}, {row['micro_batches']} piece(s)"
+
+    figures = ""
+    if "predicted" in row:
+        figures += f" {row['predicted'] / 1e9:7.3f} GB"
+    if "xla" in row:
+        figures += f" {row['xla'] / 1e9:7.3f} GB {row['error']:+7.1%}"
+    figures += f" {row.get('seconds', 0):8.1f}"
+    return f"{row['model']:12} {row['topology']:10}  {plan[:44]:44}{figures}"

@@ -1,10 +1,10 @@
-"""What `tools/faults.py` trains: next tokens of three filtered, mixed and packed
-sources; and faults, where it is told so.
+"""The recipe that `tools.faults` trains, and the faults that it makes come true.
 
-A fault is made inside the training process, at an exact place: when it enters a phase
-at a step. $LEPTON_FAULTS names a file with a list of faults, {"kind", "host", "phase",
-"step", "generation", "seconds"}; each happens once in a run, whatever is restarted,
-unless it says "always".
+It predicts next tokens of three filtered, mixed and packed sources. A fault is made
+inside the training process, at an exact place: when it enters a phase at a step.
+$LEPTON_FAULTS names a file with a list of faults, {"kind", "host", "phase", "step",
+"generation", "seconds"}. Each happens once in a run, whatever is restarted, unless it
+says "always".
 """
 
 from __future__ import annotations
@@ -29,43 +29,52 @@ from lepton_jax.data import Source, loader, mix
 from lepton_jax.hosts import phase
 from lepton_jax.launch.supervise import watchdog
 
-TOKENS = 64
-LENGTH = 16
+TOKENS = 64  # different ones
+LENGTH = 16  # of a sample
+STALL_SECONDS = 3600  # longer than any limit
+CUT_SECONDS = 5  # in which the campaign must have cut a link
+POLL = 0.005  # seconds between two looks for that
 
 
 class NextToken(nnx.Module):
+    """An embedding and two layers."""
+
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(TOKENS, 32, rngs=rngs)
         self.hidden = nnx.Linear(32, 64, rngs=rngs)
         self.out = nnx.Linear(64, TOKENS, rngs=rngs)
 
     def __call__(self, tokens):
+        """Map tokens (batch, length) to logits (batch, length, TOKENS)."""
         return self.out(nnx.relu(self.hidden(self.embed(tokens))))
 
 
-def recipe(steps: int = 60, batch_size: int = 24) -> Recipe:
-    """A tiny next-token model on three sources of documents: filtered, mixed 5:3:2,
-    packed to 16 tokens.
+def recipe(
+    steps: int = 60,
+    batch_size: int = 24,
+) -> Recipe:
+    """A tiny next-token model on documents.
+
+    There are three sources, of which one is filtered; they are mixed 5:3:2 and packed
+    to 16 tokens.
     """
     rng = np.random.default_rng(7)
     sources = {
-        name: Source(
-            [rng.integers(0, TOKENS, size=rng.integers(5, 40)) for _ in range(count)]
-        )
-        for name, count in (("a", 150), ("b", 90), ("c", 70))
+        "a": _documents(rng, 150),
+        "b": _documents(rng, 90),
+        "c": _documents(rng, 70),
     }
     sources["b"] = sources["b"].filter(lambda tokens: len(tokens) % 3 != 0)
     train = mix(sources, weights={"a": 5, "b": 3, "c": 2}).pack(LENGTH)
-    test = tuple(
-        rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32) for _ in range(2)
-    )
+    inputs = rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32)
+    targets = rng.integers(0, TOKENS, size=(96, LENGTH)).astype(np.int32)
     return Recipe(
         model=NextToken,
         loss=LOSS,
         optimizer=optax.adam,
         learning_rate=0.01,
         train=train,
-        test=test,
+        test=(inputs, targets),
         batch_size=batch_size,
         steps=steps,
         steps_per_call=1,
@@ -79,12 +88,26 @@ def recipe(steps: int = 60, batch_size: int = 24) -> Recipe:
     )
 
 
+def _documents(
+    rng: np.random.Generator,
+    count: int,
+) -> Source:
+    documents = []
+    for _ in range(count):
+        length = rng.integers(5, 40)
+        documents.append(rng.integers(0, TOKENS, size=length))
+    return Source(documents)
+
+
 # ---- the faults ----
 
 
 class Agent:
-    """Makes the faults of a file come true in this process, which trains as some host
-    in some attempt.
+    """Makes the faults of a file come true in this process.
+
+    Args:
+      file: with the faults.
+      told: which host this process is, in which generation.
     """
 
     def __init__(
@@ -102,6 +125,7 @@ class Agent:
             and fault.get("generation", 1) <= self.generation
         ]
         self._stepped = False
+        # the training loop reports where it is by these two: look then
         self._reached = phase.reached
         self._phase = phase.phase
         phase.reached = self.reached
@@ -115,6 +139,7 @@ class Agent:
         done: int | None = None,
         phase: str | None = None,
     ) -> None:
+        """Take the place of `phase.reached`."""
         self._reached(step, done, phase)
         if step is not None and not self._stepped:
             self._stepped = True
@@ -123,101 +148,95 @@ class Agent:
 
     @contextlib.contextmanager
     def entered(self, name: str):
+        """Take the place of `phase.phase`."""
         with self._phase(name):
             self.look()
             yield
 
     def look(self) -> None:
+        """Make the faults come true that belong here."""
         at = phase.where()
         for i, fault in self.faults:
-            if fault["phase"] == "reading":
+            if fault["phase"] == "reading":  # see `_spoil_data`
                 continue
             here = at.phase == fault["phase"] and at.step >= fault.get("step", 0)
             if here and (self.note(f"fired.{i}") or fault.get("always")):
-                getattr(self, "do_" + fault["kind"].replace("-", "_"))(fault)
+                name = fault["kind"].replace("-", "_")
+                getattr(self, f"_do_{name}")(fault)
 
-    def note(
-        self,
-        name: str,
-        **what: Any,
-    ) -> bool:
-        """Write down that something happened now; False if it had already."""
+    def note(self, name: str, **more: Any) -> bool:
+        """Write down that something happened now; return False if it had already."""
+        record = {
+            "time": time.time(),
+            "host": self.host,
+            "generation": self.generation,
+            **more,
+        }
         try:
             with open(f"{self.file}.{name}", "x") as file:
-                json.dump(
-                    {
-                        "time": time.time(),
-                        "host": self.host,
-                        "generation": self.generation,
-                        **what,
-                    },
-                    file,
-                )
+                json.dump(record, file)
         except FileExistsError:
             return False
         return True
 
-    def do_kill(self, fault: dict[str, Any]) -> None:
+    def _do_kill(self, fault: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def do_stop(self, fault: dict[str, Any]) -> None:
+    def _do_stop(self, fault: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    def do_abort(self, fault: dict[str, Any]) -> None:
+    def _do_abort(self, fault: dict[str, Any]) -> None:
         os.abort()
 
-    def do_exit(self, fault: dict[str, Any]) -> None:
+    def _do_exit(self, fault: dict[str, Any]) -> None:
         os._exit(3)
 
-    def do_raise(self, fault: dict[str, Any]) -> None:
+    def _do_raise(self, fault: dict[str, Any]) -> None:
         raise RuntimeError("a fault of the program's own")
 
-    def do_stall(self, fault: dict[str, Any]) -> None:
-        time.sleep(3600)
+    def _do_stall(self, fault: dict[str, Any]) -> None:
+        time.sleep(STALL_SECONDS)
 
-    def do_freeze(self, fault: dict[str, Any]) -> None:
+    def _do_freeze(self, fault: dict[str, Any]) -> None:
         # takes for ever, and holds the interpreter's lock
         re.match(r"(a|aa)+$", "a" * 200 + "b")
 
-    def do_sigterm(self, fault: dict[str, Any]) -> None:
+    def _do_sigterm(self, fault: dict[str, Any]) -> None:
         os.kill(os.getppid(), signal.SIGTERM)
 
-    def do_sigterm_worker(self, fault: dict[str, Any]) -> None:
+    def _do_sigterm_worker(self, fault: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def do_supervisor(self, fault: dict[str, Any]) -> None:
+    def _do_supervisor(self, fault: dict[str, Any]) -> None:
         os.kill(os.getppid(), signal.SIGKILL)
 
-    def do_clock(self, fault: dict[str, Any]) -> None:
+    def _do_clock(self, fault: dict[str, Any]) -> None:
         real = time.time
         time.time = lambda: real() + fault.get("seconds", 86400.0)
 
-    def do_network(self, fault: dict[str, Any]) -> None:
-        """The campaign cuts the link of this host; not sooner than that it goes on."""
-        number = next(i for i, each in self.faults if each is fault)
-        until = time.monotonic() + 5
-        while (
-            not os.path.exists(f"{self.file}.cut.{number}") and time.monotonic() < until
-        ):
-            time.sleep(0.005)
+    def _do_network(self, fault: dict[str, Any]) -> None:
+        """Wait until the campaign has cut the link of this host, and go on then."""
+        number = next(i for i, other in self.faults if other is fault)
+        cut = Path(f"{self.file}.cut.{number}")
+        until = time.monotonic() + CUT_SECONDS
+        while not cut.exists() and time.monotonic() < until:
+            time.sleep(POLL)
 
-    def do_disk(self, fault: dict[str, Any]) -> None:
+    def _do_disk(self, fault: dict[str, Any]) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
-    def do_damage(self, fault: dict[str, Any]) -> None:
-        """To the newest checkpoint: a "bit" of its largest file flips, it is
-        "truncate"d or "delete"d, or "half" are gone.
+    def _do_damage(self, fault: dict[str, Any]) -> None:
+        """Damage the newest checkpoint.
+
+        A "bit" of its largest file is flipped, it is "truncate"d or "delete"d, or the
+        larger "half" of all files is deleted.
         """
         checkpoints = Path(watchdog.begin().run_dir) / "checkpoints"
-        newest = max(
-            (p for p in checkpoints.iterdir() if p.name.isdigit()),
-            key=lambda p: int(p.name),
-        )
-        files = sorted(
-            (p for p in (newest / "state").rglob("*") if p.is_file()),
-            key=lambda p: p.stat().st_size,
-        )
+        steps = [path for path in checkpoints.iterdir() if path.name.isdigit()]
+        newest = max(steps, key=lambda path: int(path.name))
+        files = [path for path in (newest / "state").rglob("*") if path.is_file()]
+        files.sort(key=lambda path: path.stat().st_size)
         how = fault["how"]
         victim = files[-1]
         if how == "bit":
@@ -233,9 +252,7 @@ class Agent:
                 file.unlink()
 
     def _spoil_data(self) -> None:
-        """Of the samples of a step and later, this host's can't be read, or are no
-        tokens.
-        """
+        """Let this host's samples of a step and later be unreadable, or no tokens."""
         spoiled = [
             (i, fault) for i, fault in self.faults if fault["phase"] == "reading"
         ]
@@ -258,7 +275,7 @@ def _none(put: Any, rows: Any) -> Any:
 
 
 def _loss() -> Any:
-    """The loss; another one on the host that is told to differ."""
+    """Return the loss; another one on a host whose program has to differ."""
     file = os.environ.get("LEPTON_FAULTS")
     told = watchdog.begin()
     if file is None or told is None:

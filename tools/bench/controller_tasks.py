@@ -1,5 +1,6 @@
-"""The tasks of `bench.py controller`: small models on real data, each split into
-training, validation and test.
+"""The tasks of `tools.bench controller`: small models on real data.
+
+The samples of each are split into training, validation and test.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ SPLIT_SEED = 0
 
 
 class Task(NamedTuple):
-    """A recipe whose `test` is the validation set, and the samples whose loss is
-    reported.
+    """A recipe and the test samples.
+
+    Attributes:
+      recipe: its `test` is the validation set.
+      report: the samples whose loss is reported.
     """
 
     recipe: lepton.Recipe
@@ -41,7 +45,7 @@ def digits(data: Path) -> Task:
     except ImportError as error:
         raise DataError(
             "scikit-learn, which holds the digits, is not installed",
-            where="bench.py controller",
+            where="tools.bench controller",
             remedy="pip install -e '.[recipes]', or leave the task out with --tasks",
         ) from error
     images, labels = load_digits(return_X_y=True)
@@ -83,35 +87,8 @@ def mnist(data: Path) -> Task:
 
 def adult(data: Path) -> Task:
     """UCI Adult: bins and embeddings through an MLP with dropout."""
-    names = (
-        "age",
-        "work",
-        "weight",
-        "education",
-        "years",
-        "marital",
-        "occupation",
-        "relation",
-        "race",
-        "sex",
-        "gain",
-        "loss",
-        "hours",
-        "country",
-        "income",
-    )
-    tables: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("data", "test"):
-            tables[part] = Path(folder, f"{part}.csv")
-            with tables[part].open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(names)
-                for line in _lines(data / "adult" / f"adult.{part}.gz"):
-                    if len(
-                        cells := [cell.strip().rstrip(".") for cell in line.split(",")]
-                    ) == len(names):
-                        writer.writerow(cells)
+        tables = {part: _adult_table(data, part, folder) for part in ("data", "test")}
         train, validation = lepton.data.table_split(
             tables["data"], "income", 0.1, SPLIT_SEED
         )
@@ -136,23 +113,57 @@ def adult(data: Path) -> Task:
     )
 
 
+ADULT_COLUMNS = (
+    "age",
+    "work",
+    "weight",
+    "education",
+    "years",
+    "marital",
+    "occupation",
+    "relation",
+    "race",
+    "sex",
+    "gain",
+    "loss",
+    "hours",
+    "country",
+    "income",
+)
+
+
+def _adult_table(
+    data: Path,
+    part: str,
+    folder: str,
+) -> Path:
+    """Write a part of Adult as a CSV file with a header, without its odd lines."""
+    file = Path(folder, f"{part}.csv")
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(ADULT_COLUMNS)
+        for line in _lines(data / "adult" / f"adult.{part}.gz"):
+            cells = [cell.strip().rstrip(".") for cell in line.split(",")]
+            if len(cells) == len(ADULT_COLUMNS):
+                writer.writerow(cells)
+    return file
+
+
 def shakespeare(data: Path) -> Task:
-    """Characters of Shakespeare's plays, in their order: a transformer of two
-    layers.
-    """
+    """Characters of Shakespeare's plays, in their order: a two-layer transformer."""
     text = _text(data / "tinyshakespeare" / "input.txt")
-    tokens = np.unique(
-        np.frombuffer(text.encode("utf-8"), np.uint8),
-        return_inverse=True,
-    )[1].astype(np.int32)
+    characters = np.frombuffer(text.encode("utf-8"), np.uint8)
+    tokens = _numbered(characters)
     length = 32
     count = (len(tokens) - 1) // length
-    inputs, targets = (
-        tokens[i : i + count * length].reshape(count, length) for i in (0, 1)
-    )
+    end = count * length
+    inputs = tokens[:end].reshape(count, length)
+    targets = tokens[1 : end + 1].reshape(count, length)
+
     cuts = [round(count * share) for share in (0.0, 0.9, 0.95, 1.0)]
     train, validation, report = (
-        Arrays(inputs[a:b], targets[a:b]) for a, b in itertools.pairwise(cuts)
+        Arrays(inputs[first:last], targets[first:last])
+        for first, last in itertools.pairwise(cuts)
     )
     model = partial(
         lepton.models.TransformerLM,
@@ -180,21 +191,15 @@ def movielens(data: Path) -> Task:
     lines = _lines(data / "movielens_latest_small" / "ratings.csv")
     next(lines)
     cells = [line.split(",") for line in lines]
-    pairs = [
-        np.unique([int(cell[k]) for cell in cells], return_inverse=True)[1].astype(
-            np.int32
-        )
-        for k in (0, 1)
-    ]
+    users = _numbered([int(cell[0]) for cell in cells])
+    items = _numbered([int(cell[1]) for cell in cells])
     stars = np.asarray([float(cell[2]) for cell in cells], np.float32)
-    train, validation, report = three(
-        Arrays({"user": pairs[0], "item": pairs[1]}, stars),
-        0.1,
-        0.1,
-    )
+    samples = Arrays({"user": users, "item": items}, stars)
+    train, validation, report = three(samples, 0.1, 0.1)
     model = partial(
         lepton.models.TwoTower,
-        *(int(pair.max()) + 1 for pair in pairs),
+        int(users.max()) + 1,
+        int(items.max()) + 1,
         dim=16,
         hidden=(32,),
         width=16,
@@ -214,6 +219,11 @@ TASKS: dict[str, Callable[[Path], Task]] = {
 }
 
 
+def _numbered(values: Any) -> np.ndarray:
+    """Return each value's place among the different ones, int32."""
+    return np.unique(values, return_inverse=True)[1].astype(np.int32)
+
+
 def recipe_of(
     model: Any,
     train: Arrays,
@@ -224,6 +234,7 @@ def recipe_of(
     b2: float = 0.999,
     preprocess: Any = None,
 ) -> lepton.Recipe:
+    """Return a task's recipe: AdamW, evaluated `EVALUATIONS` times."""
     return lepton.Recipe(
         model=model,
         loss=loss,
@@ -254,12 +265,14 @@ def _pixels(pixels: Any) -> Any:
 def three(
     samples: Arrays, validation: float, report: float
 ) -> tuple[Arrays, Arrays, Arrays]:
-    """Training, validation and test samples; the shares are of all samples."""
+    """Split samples into training, validation and test; shares are of all of them."""
     rest, tested = samples.split(report, SPLIT_SEED)
-    return *rest.split(validation / (1 - report), SPLIT_SEED), tested
+    train, validated = rest.split(validation / (1 - report), SPLIT_SEED)
+    return train, validated, tested
 
 
 def first(samples: Arrays, count: int) -> Arrays:
+    """Return the first samples."""
     return Arrays(*samples.take(np.arange(min(count, len(samples)))))
 
 
@@ -279,6 +292,6 @@ def _text(path: Path) -> str:
                 "sets with --data, or leave the task out with --tasks"
             ),
         ) from error
-    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode(
-        "utf-8"
-    )
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    return content.decode("utf-8")

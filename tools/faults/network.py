@@ -1,11 +1,14 @@
-"""Hosts of a trial in network namespaces of their own, joined by a switch, and links
-that go down: for `tools/faults.py`.
+"""Network namespaces for the hosts of a trial, joined by a switch whose links go down.
 
-    faults_network.py hold PARENT HOSTS FOLDER    makes them; reads "cut HOST HOW" and "mend HOST" from its standard input
-    faults_network.py enter PARENT PID COMMAND... becomes a command in the host that a process holds
+As a program, this file is run by `Network`:
 
-Namespaces, switch and links are nobody's but those processes', which end with the
-process that started them, however it does.
+    network.py hold PARENT HOSTS FOLDER
+        makes the namespaces; reads "cut HOST HOW" and "mend HOST HOW" lines
+    network.py enter PARENT PID COMMAND...
+        becomes a command in the host whose namespaces the process PID holds
+
+Namespaces, switch and links belong to these processes alone. They end with the process
+that started them, however that ends.
 """
 
 from __future__ import annotations
@@ -14,133 +17,52 @@ import ctypes
 import functools
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# host I is .(I + 1)
+# A private range (RFC 1918). Host I has the address .(I + 1).
 NETWORK = "10.77.0"
-PORT = 8476
-# of sched.h
+PORT = 8476  # of the coordinator
+
+# Flags of unshare(2), from sched.h.
 NEW_MOUNT = 0x00020000
 NEW_NAMES = 0x04000000
 NEW_USER = 0x10000000
 NEW_NETWORK = 0x40000000
-# of sys/mount.h; all below as well
+# Flags of mount(2), from sys/mount.h; PRIVATE holds for all mounts below, too.
 BIND = 4096
 PRIVATE = 16384 | 1 << 18
-END_WITH_PARENT = 1  # of sys/prctl.h
-TIME = 30  # seconds for making a network
-ANSWER = 10  # seconds for a change of it
-GRACE = 4  # seconds that the others wait for a host that is cut off
-# seconds after the cut in which such a host has ended: silence, grace, SIGKILL, and
-# some
+# PR_SET_PDEATHSIG of prctl(2), from sys/prctl.h.
+END_WITH_PARENT = 1
+
+# Seconds; the first two are assumptions, many times what it takes here.
+TIME = 30  # to make a network
+ANSWER = 10  # to change it
+GRACE = 4  # that the others wait for a host that is cut off
+# Seconds after the cut by which such a host must have ended: the supervisors' limit for
+# silence, the grace, the time before SIGKILL, and a margin.
 ENDS = 10.0 + GRACE + 3.0 + 8.0
-# a cable that is pulled is seen by the machine; a switch that forwards nothing is not
+
+# How a link is cut and fixed, as arguments of `ip link set`. The machine notices a
+# cable that is pulled; it does not notice a switch that forwards nothing.
 WAYS = {"unplugged": ("down", "up"), "silent": ("nomaster", "master switch")}
 
 
-# ---- what is drawn ----
-
-
-def kinds(
-    hosts: int, steps: int
-) -> dict[str, Callable[[random.Random], dict[str, Any]]]:
-    """By kind, what draws the fields of a `faults.Fault` of a run with so many hosts
-    and steps.
-    """
-
-    def stage(
-        rng: random.Random,
-        host: int,
-        seconds: float | None,
-        *phases: str,
-    ) -> dict[str, Any]:
-        return {
-            "kind": "network",
-            "host": host,
-            "phase": rng.choice(phases),
-            "step": rng.randrange(1, steps - 20),
-            "seconds": seconds,
-            "how": rng.choice(sorted(WAYS)),
-        }
-
-    def away(rng: random.Random) -> dict[str, Any]:
-        short = rng.random() < 0.5
-        host = rng.randrange(hosts)
-        seconds = round(rng.uniform(1, 3) if short else rng.uniform(20, 40), 1)
-        one = stage(
-            rng,
-            host,
-            seconds,
-            "steps",
-            "data",
-            "evaluation",
-            "save",
-        )
-        return {
-            "name": f"network away {seconds} s in {one['phase']}",
-            "promise": "recovered",
-            "stages": (one,),
-            "says": "" if short else rf"host {host} (is lost|has lost all)",
-        }
-
-    def lost(rng: random.Random) -> dict[str, Any]:
-        one = stage(
-            rng,
-            rng.randrange(1, hosts),
-            None,
-            "steps",
-            "data",
-            "evaluation",
-            "save",
-        )
-        return {
-            "name": f"network lost in {one['phase']}",
-            "promise": "went on with what is left",
-            "stages": (one,),
-            "says": (
-                rf"(?s)(?=.*host {one['host']} is lost)(?=.*host 0 is lost: [^\n]*could"
-                r" not be met again)"
-                r"(?=.*remedy: look at the network)"
-            ),
-            "options": without(hosts),
-        }
-
-    def late(rng: random.Random) -> dict[str, Any]:
-        one = stage(
-            rng,
-            rng.randrange(1, hosts),
-            round(rng.uniform(20, 24), 1),
-            "steps",
-            "data",
-        )
-        return {
-            "name": "network back late",
-            "promise": "went on with what is left",
-            "stages": (one | {"grace": 60},),
-            "says": rf"going on without host {one['host']}",
-            "options": without(hosts),
-        }
-
-    return {"network": away, "network lost": lost, "network back late": late}
-
-
 def without(hosts: int) -> tuple[str, ...]:
-    """Options with which a run goes on without one host."""
+    """Return the options with which a run goes on without one host."""
     return "--grace", str(GRACE), "--least-hosts", str(hosts - 1)
 
 
 @functools.cache
 def forbidden() -> str:
-    """Why there can be no such network here; empty where there can."""
+    """Return why there can be no such network here; empty where there can."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             Network(Path(folder), 2).close()
@@ -165,38 +87,41 @@ class Loopback:
         host: int,
         command: Sequence[str],
     ) -> list[str]:
-        """The command that runs another one on a host."""
+        """Return the command that runs another command on a host."""
         return [*command]
 
     def options(self, host: int) -> tuple[str, ...]:
-        """Of the command line of a host."""
+        """Return the options for the command line of a host."""
         return "--coordinator", self.coordinator
 
     def tend(self, codes: Mapping[int, int | None]) -> None:
-        """Do what is due; exit codes are by host, None of what still runs."""
+        """Do what is due.
+
+        Args:
+          codes: the exit code of each host's process; None while it runs.
+        """
 
     def wrong(self) -> str | None:
-        """What is wrong with the link, or with how a host ended that is cut off for
-        good.
-        """
+        """Return what went wrong with a link or with a host that is cut off, if any."""
         return None
 
     def close(self) -> None:
-        """Nothing is left of it."""
+        """End what belongs to the network."""
 
 
 class Network(Loopback):
-    """So many hosts with a link each to one switch.
+    """Hosts in namespaces of their own, each with a link to one switch.
 
     Args:
-      folder: for files of their names; and of the `faults.json` of the trial.
-      hosts: how many.
+      folder: of the trial, with its `faults.json`; the hosts' names are written there.
+      hosts: the number of hosts.
       stages: of the fault.
 
     Attributes:
       holders: by host, the process that holds its namespaces.
-      cuts: by stage, when its link was cut (Unix time); `mended`: likewise.
-      ended: by host, when its process had ended, and its exit code.
+      cuts: by stage, the Unix time at which its link was cut.
+      mended: by stage, the Unix time at which its link was fixed.
+      ended: by host, the Unix time at which its process ended, and its exit code.
 
     Raises:
       OSError: it is not permitted here, or a tool is missing.
@@ -240,7 +165,7 @@ class Network(Loopback):
         host: int,
         command: Sequence[str],
     ) -> list[str]:
-        """See above; it ends with this process."""
+        """Return the command that enters a host; it ends with this process."""
         return [
             sys.executable,
             __file__,
@@ -251,41 +176,47 @@ class Network(Loopback):
         ]
 
     def options(self, host: int) -> tuple[str, ...]:
+        """Return the options for the command line of a host."""
         graces = [
             stage["grace"]
             for stage in self.stages
             if stage["host"] == host and "grace" in stage
         ]
-        return *super().options(host), *(
-            text for grace in graces for text in ("--grace", str(grace))
-        )
+        more = [text for grace in graces for text in ("--grace", str(grace))]
+        return (*super().options(host), *more)
 
     def tend(self, codes: Mapping[int, int | None]) -> None:
-        """Cut and mend what is due."""
+        """Cut and fix the links that are due, and note which hosts have ended."""
         for i, stage in enumerate(self.stages):
             if i not in self.cuts:
-                if Path(f"{self.file}.fired.{i}").exists():
-                    self.cuts[i] = self.tell(
-                        "cut",
-                        stage["host"],
-                        stage["how"],
-                    )
-                    Path(f"{self.file}.cut.{i}").write_text(
-                        json.dumps({"time": self.cuts[i]})
-                    )
-            elif (
-                i not in self.mended
-                and stage["seconds"] is not None
-                and time.time() >= self.cuts[i] + stage["seconds"]
-            ):
-                self.mended[i] = self.tell(
-                    "mend",
-                    stage["host"],
-                    stage["how"],
-                )
+                self._cut_if_fired(i, stage)
+            elif i not in self.mended and self._is_due(i, stage):
+                self.mended[i] = self.tell("mend", stage["host"], stage["how"])
+
         for host, code in codes.items():
             if code is not None:
                 self.ended.setdefault(host, (time.time(), code))
+
+    def _cut_if_fired(
+        self,
+        i: int,
+        stage: Mapping[str, Any],
+    ) -> None:
+        if not Path(f"{self.file}.fired.{i}").exists():
+            return
+        self.cuts[i] = self.tell("cut", stage["host"], stage["how"])
+        # the host goes on when it sees this file
+        record = json.dumps({"time": self.cuts[i]})
+        Path(f"{self.file}.cut.{i}").write_text(record)
+
+    def _is_due(
+        self,
+        i: int,
+        stage: Mapping[str, Any],
+    ) -> bool:
+        """Return whether a link that was cut is to be fixed by now."""
+        seconds = stage["seconds"]
+        return seconds is not None and time.time() >= self.cuts[i] + seconds
 
     def tell(
         self,
@@ -293,8 +224,15 @@ class Network(Loopback):
         host: int,
         how: str,
     ) -> float:
-        """To "cut" the link of a host in one of `WAYS`, or to "mend" it; returns when
-        that was done.
+        """Cut or fix the link of a host, and wait until that is done.
+
+        Args:
+          do: "cut" or "mend".
+          host: the host whose link it is.
+          how: one of `WAYS`.
+
+        Returns:
+          The Unix time at which it was done.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(f"{do} {host} {how}\n")
@@ -302,20 +240,23 @@ class Network(Loopback):
         return self._answer()
 
     def wrong(self) -> str | None:
+        """Return what went wrong with a link or with a host that is cut off, if any."""
         for i, stage in enumerate(self.stages):
             if i not in self.cuts:
                 return "the link was not cut"
             if stage["seconds"] is not None:
                 continue
             at, code = self.ended[stage["host"]]
-            if code != 1 or at - self.cuts[i] > ENDS:
+            seconds = at - self.cuts[i]
+            if code != 1 or seconds > ENDS:
                 return (
                     f"host {stage['host']}, cut off, ended with exit code {code} after"
-                    f" {at - self.cuts[i]:.1f} s"
+                    f" {seconds:.1f} s"
                 )
         return None
 
     def close(self) -> None:
+        """End the network, and all processes in it."""
         self._process.kill()
         self._process.communicate()
 
@@ -323,14 +264,13 @@ class Network(Loopback):
         assert self._process.stdout is not None and self._process.stderr is not None
         line = self._process.stdout.readline()  # it has an alarm of its own
         if not line:
-            said = self._process.stderr.read().strip().splitlines() or [
-                "it takes too long"
-            ]
-            raise OSError(said[-1])
+            lines = self._process.stderr.read().strip().splitlines()
+            raise OSError(lines[-1] if lines else "it takes too long")
         return json.loads(line)
 
 
 def address(host: int) -> str:
+    """Return the address of a host."""
     return f"{NETWORK}.{host + 1}"
 
 
@@ -345,53 +285,78 @@ def hold(
     """Make the network; then change it as standard input says, until that ends."""
     signal.alarm(TIME)
     _end_with(parent)
-    try:
-        _call("unshare", NEW_NETWORK)
-    except PermissionError:  # a user of their own namespace may do it
-        user = os.geteuid()
-        group = os.getegid()
-        _call("unshare", NEW_USER | NEW_NETWORK)
-        for file, text in (
-            ("setgroups", "deny"),
-            ("uid_map", f"0 {user} 1"),
-            ("gid_map", f"0 {group} 1"),
-        ):
-            Path("/proc/self", file).write_text(text)
-        _end_with(parent)  # which new capabilities make void
+    _enter_new_network(parent)
+
     _ip("link add name switch type bridge")
     _ip("link set switch up")
-    holders = []
-    for host in range(hosts):
-        names = folder / f"names.{host}"  # its own as Debian writes it
-        names.write_text(
-            "127.0.0.1 localhost\n"
-            + "".join(
-                f"{address(other) if other != host else '127.0.1.1'} host{other}\n"
-                for other in range(hosts)
-            )
-        )
-        ours, theirs = socket.socketpair()
-        holder = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            _be_host(host, theirs, holder, names)
-        theirs.close()
-        holders.append(pid)
-        _expect(ours)
-        _ip(f"link add name port{host} type veth peer name eth0 netns {pid}")
-        _ip(f"link set port{host} master switch")
-        _ip(f"link set port{host} up")
-        ours.sendall(b".")
-        _expect(ours)
+    holders = [_add_host(host, hosts, folder) for host in range(hosts)]
     signal.alarm(0)
     print(json.dumps(holders), flush=True)
+
     for line in sys.stdin:
         do, number, how = line.split()
+        cut, fixed = WAYS[how]
         signal.alarm(ANSWER)
         now = time.time()
-        _ip(f"link set port{number} {WAYS[how][do == 'mend']}")
+        _ip(f"link set port{number} {fixed if do == 'mend' else cut}")
         print(json.dumps(now), flush=True)
         signal.alarm(0)
+
+
+def _enter_new_network(parent: int) -> None:
+    """Move this process into a network namespace of its own."""
+    try:
+        _call("unshare", NEW_NETWORK)
+        return
+    except PermissionError:
+        pass
+
+    # an ordinary user may do it within a user namespace, as its root
+    user = os.geteuid()
+    group = os.getegid()
+    _call("unshare", NEW_USER | NEW_NETWORK)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    _end_with(parent)  # new capabilities have cleared it
+
+
+def _add_host(
+    host: int,
+    hosts: int,
+    folder: Path,
+) -> int:
+    """Make a host with a link to the switch; return the process that holds it."""
+    ours, theirs = socket.socketpair()
+    names = _write_names(host, hosts, folder)
+    holder = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _be_host(host, theirs, holder, names)
+    theirs.close()
+
+    _expect(ours)  # its namespaces are there
+    _ip(f"link add name port{host} type veth peer name eth0 netns {pid}")
+    _ip(f"link set port{host} master switch")
+    _ip(f"link set port{host} up")
+    ours.sendall(b".")
+    _expect(ours)  # its end of the link is up
+    return pid
+
+
+def _write_names(
+    host: int,
+    hosts: int,
+    folder: Path,
+) -> Path:
+    """Write a host's /etc/hosts; its own name is 127.0.1.1, as Debian has it."""
+    lines = ["127.0.0.1 localhost"]
+    for other in range(hosts):
+        where = "127.0.1.1" if other == host else address(other)
+        lines.append(f"{where} host{other}")
+    file = folder / f"names.{host}"
+    file.write_text("\n".join(lines) + "\n")
+    return file
 
 
 def _be_host(
@@ -439,16 +404,17 @@ def enter(
         for kind in ("user", "net", "uts", "mnt")
     ]
     if os.fstat(ends[0]).st_ino == os.stat("/proc/self/ns/user").st_ino:
-        del ends[0]  # nobody may enter their own again
+        del ends[0]  # a process may not enter its own user namespace again
     for end in ends:
         _call("setns", end, 0)
         os.close(end)
     os.chdir(here)
-    _end_with(parent)  # new capabilities make it void before
+    _end_with(parent)  # only now, since new capabilities would have cleared it
     os.execvp(command[0], command)
 
 
 def _end_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends."""
     _call(
         "prctl",
         END_WITH_PARENT,
@@ -462,26 +428,26 @@ def _end_with(parent: int) -> None:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """A function of the C library's.
+    """Call a function of the C library.
 
     Raises:
       OSError: it failed.
     """
-    numbers = (
-        (
-            ctypes.c_ulong(each)
-            if isinstance(each, int) and name in ("prctl", "mount")
-            else each
-        )
-        for each in arguments
-    )
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*numbers):
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    given = list(arguments)
+    if name in ("prctl", "mount"):  # their numbers are unsigned long, not int
+        given = [ctypes.c_ulong(x) if isinstance(x, int) else x for x in given]
+    if function(*given):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), name)
 
 
 def _ip(command: str) -> None:
-    """Raises OSError: there is no `ip`, or it fails."""
+    """Run `ip`.
+
+    Raises:
+      OSError: there is no `ip`, or it fails.
+    """
     done = subprocess.run(
         ["ip", *command.split()],
         capture_output=True,

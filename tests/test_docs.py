@@ -1,0 +1,37 @@
+"""The pages name files that are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lepton_jax"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+FILE = re.compile(r"`((?:\w+/)*\w+\.py)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page):
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+
+    missing = [target for target in local if not (page.parent / target).exists()]
+
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["glossary.md", "planner.md"])
+def test_every_file_that_a_page_names_is_in_the_package(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    folders = [PACKAGE, PACKAGE / "planner", ROOT]
+
+    missing = [
+        file
+        for file in FILE.findall(text)
+        if not any((folder / file).exists() for folder in folders)
+    ]
+
+    assert not missing
