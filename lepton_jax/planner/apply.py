@@ -20,7 +20,7 @@ from lepton_jax.planner.program.layout import (
     contraction,
 )
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
-from lepton_jax.planner.program.trace import argument_paths
+from lepton_jax.step.training_loss import argument_paths
 
 # what XLA's own propagation never gets wrong needs no constraint
 FOLLOWING = {

@@ -27,7 +27,8 @@ from lepton_jax.compat import ClosedJaxpr, Literal, scan_counts, source_line
 from lepton_jax.data import Limit
 from lepton_jax.errors import of_a_library
 from lepton_jax.planner.program.graph import CALLS
-from lepton_jax.planner.program.trace import ARGUMENTS, Trace, argument_paths
+from lepton_jax.planner.program.trace import Trace
+from lepton_jax.step.training_loss import ARGUMENTS, argument_paths
 from lepton_jax.trees import by_path
 
 # Above so many elements of a batch the places are not followed one by one, and a slice

@@ -19,6 +19,7 @@ from lepton_jax.planner.program.remat import rematerialized
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import Functional, forward_sowing, functional, leaks
 from lepton_jax.step.state import State
+from lepton_jax.step.training_loss import ARGUMENTS, argument_paths, training_loss
 from lepton_jax.trees import by_path, nbytes
 
 
@@ -61,7 +62,7 @@ class Trace:
         """
         if remat not in self._gradients:
             function = jax.grad(
-                rematerialized(objective(self.recipe, self.functional, 1), remat),
+                rematerialized(training_loss(self.recipe, self.functional, 1), remat),
                 has_aux=True,
             )
             state = self.state
@@ -109,63 +110,6 @@ class Trace:
             for path, leaf in params.items()
         ]
         return "\n".join(lines)
-
-
-ARGUMENTS = ("params", "variables", "key", "inputs", "targets", "knobs")
-
-
-def objective(
-    recipe: Recipe,
-    module: Functional,
-    micro_batches: int,
-) -> Any:
-    """What a train step takes the gradient of.
-
-    Returns:
-      A function of `ARGUMENTS`, of one micro-batch, to its mean loss (its summed loss,
-      if it is one of several), and to the sums of loss and metrics, those of
-      `losses.discounted`, and the variables after.
-    """
-
-    def value(
-        params: Any,
-        variables: Any,
-        key: Any,
-        inputs: Any,
-        targets: Any,
-        knobs: Any,
-    ) -> tuple[Any, tuple]:
-        outputs, after, sown = forward_sowing(
-            recipe,
-            module,
-            params,
-            variables,
-            inputs,
-            key,
-            True,
-            knobs.get("dropout"),
-        )
-        sums = losses.measure(recipe, outputs, targets) | losses.discounted(
-            recipe.loss, outputs, targets, knobs
-        )
-        sums = losses.with_auxiliary(sums, recipe.auxiliary, sown)
-        total, weight = losses.objective(sums)
-        result = total / weight if micro_batches == 1 else total
-        return result * knobs["loss_scale"] if "loss_scale" in knobs else result, (
-            sums,
-            after,
-        )
-
-    return value
-
-
-def argument_paths(names: tuple[str, ...], args: tuple) -> list[str]:
-    """The leaves of arguments as "params/blocks/0/kernel", "inputs", ..."""
-    return [
-        path
-        for name, arg in zip(names, args, strict=False)
-        for path in by_path({name: arg})
-    ]
 
 
 def trace(
