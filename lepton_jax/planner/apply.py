@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import at_source, scan_counts
-from lepton_jax.planner.program.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import BARRIER, Region, Graph, Operation, Value
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -73,7 +73,7 @@ class Evaluation:
         self._gathered: dict[tuple[int, Spec], Any] = {}
 
     def program(self, leaves: list[Any]) -> list[Any]:
-        block = self.layout.graph.block
+        block = self.layout.graph.main
         return self._block(
             block,
             [
@@ -95,7 +95,7 @@ class Evaluation:
 
     def _block(
         self,
-        block: Block,
+        block: Region,
         args: list[Any],
     ) -> list[Any]:
         env: dict[int, Any] = {}
@@ -258,7 +258,7 @@ class Evaluation:
             if spec and spec[0]:  # a loop over samples: gathered once, not at each step
                 inputs[i] = self._put(inputs[i], (0, *spec[1:]))
         xs = inputs[consts + carried :]
-        block = op.blocks[0]
+        block = op.regions[0]
         specs = [self.layout.spec(v) for v in block.inputs]
 
         def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -294,7 +294,7 @@ class Evaluation:
     ) -> list[Any]:
         nc = op.params["cond_nconsts"]
         nb = op.params["body_nconsts"]
-        cond, body = op.blocks
+        cond, body = op.regions
         return jax.lax.while_loop(
             lambda c: self._block(cond, [*inputs[:nc], *c])[0],
             lambda c: self._block(body, [*inputs[nc : nc + nb], *c]),
@@ -306,7 +306,7 @@ class Evaluation:
         op: Operation,
         inputs: list[Any],
     ) -> list[Any]:
-        branches = [lambda *args, b=b: self._block(b, list(args)) for b in op.blocks]
+        branches = [lambda *args, b=b: self._block(b, list(args)) for b in op.regions]
         return jax.lax.switch(
             inputs[0],
             branches,

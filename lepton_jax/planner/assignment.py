@@ -281,7 +281,7 @@ def _why(
     for d, mask in enumerate(use):
         if mask:
             group = names.groups[
-                names.of[graph.find(graph.block.inputs[index].nodes[d])]
+                names.of[graph.find(graph.main.inputs[index].nodes[d])]
             ]
             parts.append(f"dim {d} is {group.name}, split over {_words(mask, axes)}")
     more = [
@@ -294,7 +294,7 @@ def _why(
             " used"
         )
     elif assignment.keep:
-        steps = [node in graph.loops for node in graph.block.inputs[index].nodes]
+        steps = [node in graph.loops for node in graph.main.inputs[index].nodes]
         small = (
             math.prod(n for n, step in zip(shape, steps, strict=True) if not step) * 4
             < SMALL

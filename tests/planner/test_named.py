@@ -116,7 +116,7 @@ def test_looped_layers_have_the_axes_of_unrolled_ones_and_the_loop_is_none():
         found.graph.find(n)
         for i, p in enumerate(found.paths)
         if p.startswith("params/blocks")
-        for n in found.graph.block.inputs[i].nodes[:1]
+        for n in found.graph.main.inputs[i].nodes[:1]
     ]
     assert not any(root in found.of for root in steps)
 
@@ -213,7 +213,7 @@ def test_ties_never_make_two_dims_of_one_array_the_same():
     for i, path in enumerate(found.paths):
         if path.endswith("kernel"):
             left, right = (
-                found.of[found.graph.find(n)] for n in found.graph.block.inputs[i].nodes
+                found.of[found.graph.find(n)] for n in found.graph.main.inputs[i].nodes
             )
             assert left != right, path
 

@@ -52,11 +52,11 @@ def axes(graph):
             for n in value.nodes
         )
 
-    assert all(isinstance(v, Value) for v in graph.block.results)
+    assert all(isinstance(v, Value) for v in graph.main.results)
     return (
-        ",".join(map(word, graph.block.inputs))
+        ",".join(map(word, graph.main.inputs))
         + "->"
-        + ",".join(map(word, graph.block.results))
+        + ",".join(map(word, graph.main.results))
     )
 
 
@@ -735,7 +735,7 @@ def test_loops_have_dims_of_their_own_and_count():
         (4, 4),
     )
     steps = {graph.find(n) for n in graph.loops}
-    stepped = [[graph.find(n) in steps for n in v.nodes] for v in graph.block.inputs]
+    stepped = [[graph.find(n) in steps for n in v.nodes] for v in graph.main.inputs]
     assert stepped == [[False, False], [True, False, False], [False, False]]
     assert [op.times for op in graph.operations() if op.name == "dot_general"] == [5]
 
@@ -759,7 +759,7 @@ def test_a_parameters_gradient_is_stored_like_it():
         2,
         2,
     )
-    assert [v.stored for v in graph.block.results] == [(0, (0, 1)), (1, (0, 1))]
+    assert [v.stored for v in graph.main.results] == [(0, (0, 1)), (1, (0, 1))]
     products = [
         op.outputs[0].stored for op in graph.operations() if op.name == "dot_general"
     ]
@@ -838,7 +838,7 @@ def test_what_two_mesh_axes_sum_is_one_collective_of_the_whole(sizes, storage, m
     )
     (op,) = (op for op in graph.operations() if op.name == "dot_general")
     op.outputs[0].stored = (0, (0, 1))
-    samples, steps = (graph.find(n) for n in graph.block.inputs[1].nodes[:2])
+    samples, steps = (graph.find(n) for n in graph.main.inputs[1].nodes[:2])
     decision = Layout(graph, sizes, {samples: 1, steps: 2}, [storage]).decide(
         op, contraction(op)
     )
@@ -1037,7 +1037,7 @@ def anyhow(seed, sizes):
             root: draw.randrange(len(counts)) for root in roots if draw.random() < 0.6
         }
         storage = []
-        for value in graph.block.inputs[: sum(p.startswith("params") for p in paths)]:
+        for value in graph.main.inputs[: sum(p.startswith("params") for p in paths)]:
             dim = draw.randrange(len(value.shape))
             storage.append(
                 tuple(
@@ -1131,7 +1131,7 @@ def test_a_lookup_by_split_indices_in_a_split_dim():
     places = np.arange(4, dtype=np.int32) * 3
 
     def uses(graph):
-        x, indices = graph.block.inputs
+        x, indices = graph.main.inputs
         return {graph.find(x.nodes[1]): 1, graph.find(indices.nodes[0]): 5}
 
     check_split(
@@ -1174,7 +1174,7 @@ def test_grouped_convolutions_move_nothing_but_gradients(groups, kernel, stride,
     gradients = jax.grad(squared, (0, 1))
 
     def layout(graph, paths):
-        weights, images = graph.block.inputs
+        weights, images = graph.main.inputs
         root = graph.find(images.nodes[0] if split == "samples" else weights.nodes[3])
         return Layout(
             graph,

@@ -69,8 +69,8 @@ def _written(trace: Trace) -> list[str]:
     if not variables:
         return []
     first = len(jax.tree.leaves(trace.state.params))
-    before = graph.block.inputs[first : first + len(variables)]
-    after = graph.block.results[-len(variables) :]
+    before = graph.main.inputs[first : first + len(variables)]
+    after = graph.main.results[-len(variables) :]
     found = []
     for (path, leaf), old, new in zip(variables.items(), before, after, strict=True):
         same = isinstance(new, Value) and new.index == old.index

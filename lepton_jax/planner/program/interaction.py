@@ -49,7 +49,7 @@ def where_samples_meet(
       "mean at file.py:12 (function)", or None where the samples stay apart.
     """
     graph = Graph(program)
-    inputs = [graph.block.inputs[index] for index in batched]
+    inputs = [graph.main.inputs[index] for index in batched]
     batch = {graph.find(value.nodes[0]) for value in inputs}
     size = inputs[0].shape[0]
 
@@ -220,7 +220,7 @@ def _sums_of_a_mean(
 
     graph = Graph(jax.make_jaxpr(function)(*batch))
     places = zip(
-        graph.block.inputs,
+        graph.main.inputs,
         dims,
         strict=True,
     )
@@ -228,7 +228,7 @@ def _sums_of_a_mean(
     made = _affine(
         graph,
         classes,
-        graph.block.results[0],
+        graph.main.results[0],
     )
     if made is None or _looped(graph, classes):
         return None
@@ -256,7 +256,7 @@ def _looped(graph: Graph, batch: set[int]) -> Operation | None:
 def _final_sums(graph: Graph, batch: set[int]) -> list[Operation]:
     """List the sums over the batch that a scalar result is a mean of."""
     found = []
-    for result in graph.block.results:
+    for result in graph.main.results:
         if isinstance(result, Value) and not result.shape:
             sums = _affine(graph, batch, result)
             found += [op for op, _ in sums[1]] if sums is not None else []
@@ -279,7 +279,7 @@ def _affine(
     """
     if isinstance(value, Literal):
         return value.val, []
-    block = graph.block
+    block = graph.main
     for known, const in zip(block.constants, block.consts, strict=True):
         if known is value:
             return (const, []) if jnp.ndim(const) == 0 else None

@@ -69,7 +69,7 @@ class Names:
         self.paths = paths
         self.pinned = pinned or {}
         self.patterns = [starred(path) for path in paths]
-        values = graph.block.inputs
+        values = graph.main.inputs
         find = graph.find
         loops = {find(n) for n in graph.loops} - _samples(graph, paths)
         sizes: dict[int, list[int]] = {}
@@ -171,7 +171,7 @@ class Names:
         places: dict[tuple, list[tuple[int, int]]] = {}
         for i, d in root:
             places.setdefault(
-                (self.patterns[i], d, self.graph.block.inputs[i].shape), []
+                (self.patterns[i], d, self.graph.main.inputs[i].shape), []
             ).append((i, d))
         arrays: dict[int, list[int]] = {}
         for (i, _), r in root.items():
@@ -324,7 +324,7 @@ def _samples(graph: Graph, paths: list[str]) -> set[int]:
     first = [
         graph.find(value.nodes[0])
         # knobs: no path
-        for path, value in zip(paths, graph.block.inputs, strict=False)
+        for path, value in zip(paths, graph.main.inputs, strict=False)
         if path.startswith(("inputs", "targets")) and value.nodes
     ]
     for operation, index in graph.stepping:
