@@ -159,7 +159,7 @@ class Evaluation:
             out = [
                 (
                     self._put(x, made)
-                    if (made := self.layout.made(op, v)) != self.layout.spec(v)
+                    if (made := self.layout.result(op, v)) != self.layout.spec(v)
                     else x
                 )
                 for x, v in zip(out, op.outputs, strict=True)

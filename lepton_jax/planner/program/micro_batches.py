@@ -1,25 +1,30 @@
-"""The differences that micro-batches make to what a train step computes."""
+"""The changes that micro-batches make to what a train step computes.
+
+Sums over samples stay what they are. Two things do not:
+
+- what samples of a batch compute together, such as the statistics of batch norm and
+  losses over pairs of samples: they see fewer samples at a time;
+- variables that each call of the model updates: they are updated more often.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lepton_jax.planner.program.graph import Value
 from lepton_jax.planner.program.interaction import where_samples_of_a_step_meet
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.trees import by_path
 
-SHOWN = 3  # variables that are named
+# Variables that a message names. Assumption: more do not help to find the layer.
+MOST_NAMED = 3
 
 
-class Batches:
+class MicroBatches:
     """Whether micro-batches change the model, and how.
-
-    They do not change sums over samples. They do change what samples of a batch compute
-    together, such as the statistics of batch norm and losses over pairs of samples, and
-    variables that each call updates.
 
     Args:
       trace: of the recipe.
@@ -30,9 +35,10 @@ class Batches:
     """
 
     def __init__(self, trace: Trace):
+        """Look for what would change."""
         self.batch_size = trace.recipe.batch_size
         self.meets = where_samples_of_a_step_meet(trace)
-        self.written = _written(trace)
+        self.written = _updated_variables(trace)
 
     @property
     def change(self) -> bool:
@@ -42,18 +48,22 @@ class Batches:
     @property
     def why(self) -> str:
         """The reasons, in a few words."""
-        found = []
+        reasons = []
         if self.meets is not None:
-            found.append(f"samples of a batch meet in {self.meets}")
+            reasons.append(f"samples of a batch meet in {self.meets}")
         if self.written:
-            shown = ", ".join(self.written[:SHOWN])
-            rest = len(self.written) - SHOWN
+            named = ", ".join(self.written[:MOST_NAMED])
+            rest = len(self.written) - MOST_NAMED
             more = f" and {rest} more" if rest > 0 else ""
-            found.append(f"each call updates the variables {shown}{more}")
-        return "; ".join(found)
+            reasons.append(f"each call updates the variables {named}{more}")
+        return "; ".join(reasons)
 
     def note(self, parts: int) -> str:
-        """A note for a plan with so many micro-batches, which nobody asked for."""
+        """Return a plan's note on micro-batches that nobody asked for.
+
+        Args:
+          parts: the number of micro-batches.
+        """
         rows = self.batch_size // parts
         return (
             f"the {parts} micro-batches, which the planner chose, change the model:"
@@ -63,28 +73,27 @@ class Batches:
         )
 
 
-def _written(trace: Trace) -> list[str]:
-    graph = trace.gradient("none")
+def _updated_variables(trace: Trace) -> list[str]:
+    """List the paths of the variables that a train step changes."""
     variables = by_path(trace.state.variables)
     if not variables:
         return []
+
+    graph = trace.gradient("none")
     first = len(jax.tree.leaves(trace.state.params))
     before = graph.main.inputs[first : first + len(variables)]
     after = graph.main.results[-len(variables) :]
-    found = []
-    for (path, leaf), old, new in zip(variables.items(), before, after, strict=True):
-        same = isinstance(new, Value) and new.index == old.index
-        if not same and not _random(leaf):
-            found.append(path)
-    return found
+    updated = []
+    for path, old, new in zip(variables, before, after, strict=True):
+        unchanged = isinstance(new, Value) and new.index == old.index
+        if not unchanged and not _is_random_stream(variables[path]):
+            updated.append(path)
+    return updated
 
 
-def _random(leaf: Any) -> bool:
-    """Whether a variable is a random stream's: its key, or how often it was drawn
-    from.
-    """
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+def _is_random_stream(leaf: Any) -> bool:
+    """Whether a variable is a random stream's key, or the count of its draws."""
+    dtype = leaf.dtype
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return True
-    return leaf.shape == () and jax.dtypes.issubdtype(
-        leaf.dtype, jax.numpy.unsignedinteger
-    )
+    return leaf.shape == () and jnp.issubdtype(dtype, jnp.unsignedinteger)

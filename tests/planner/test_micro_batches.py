@@ -121,9 +121,9 @@ def test_rematerialization_goes_before_micro_batches_where_batch_norm_would_see_
         (
             centred,
             lepton.losses.cross_entropy,
-            ["test_batches.py", "(centred"],
+            ["test_micro_batches.py", "(centred"],
         ),
-        (layer_norm, contrastive, ["test_batches.py", "(contrastive)"]),
+        (layer_norm, contrastive, ["test_micro_batches.py", "(contrastive)"]),
         (Counter, lepton.losses.cross_entropy, ["normals/0/calls"]),
     ],
     ids=["batch norm", "a mean of the batch", "a loss over pairs", "a counter"],
