@@ -972,7 +972,7 @@ STEPS = {  # (8, 16, 8) and weights (8, 8) to the same
         x,
         w[None, :2],
         (2,),
-        "SAME",
+        ((0, 0),),
         (2,),
         (2,),
         ("NWC", "WIO", "NWC"),

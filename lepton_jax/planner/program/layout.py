@@ -235,7 +235,7 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """How an operation is split.
+    """The split of one operation over the devices.
 
     Attributes:
       inputs: number of an input to the spec in which the operation takes it, where
