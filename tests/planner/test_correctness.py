@@ -304,7 +304,6 @@ def put(start, sharding):
 def small_arrays_are_split_too(quick_compilation):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(named, "SMALL", 0)
-        patch.setattr(assemble, "SMALL", 0)
         yield
     case.cache_clear()
 
