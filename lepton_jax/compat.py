@@ -48,7 +48,10 @@ __all__ = [
 ]
 
 
-def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
+def make_mesh(
+    axes: dict[str, int],
+    devices: Any,
+) -> Mesh:
     """Return a mesh whose axes XLA's partitioner fills in.
 
     JAX's own default from 0.12 on, Explicit, refuses models without annotations.
@@ -159,7 +162,10 @@ def _count_hit(event: str, **_: Any) -> None:
 jax.monitoring.register_event_listener(_count_hit)
 
 
-def placed(value: Any, sharding: Any) -> jax.Array:
+def placed(
+    value: Any,
+    sharding: Any,
+) -> jax.Array:
     """Put a host's array on devices, some of which may belong to other processes.
 
     All of these processes must hold the same value. `jax.device_put` would put it there
@@ -174,7 +180,10 @@ def placed(value: Any, sharding: Any) -> jax.Array:
 
 
 @contextlib.contextmanager
-def at_source(eqn: Any, callers: tuple) -> Iterator[None]:
+def at_source(
+    eqn: Any,
+    callers: tuple,
+) -> Iterator[None]:
     """Give equations that are bound in the context the source line of another one.
 
     Args:
@@ -189,7 +198,10 @@ def at_source(eqn: Any, callers: tuple) -> Iterator[None]:
         yield
 
 
-def source_line(eqn: Any, callers: tuple = ()) -> str:
+def source_line(
+    eqn: Any,
+    callers: tuple = (),
+) -> str:
     """Return the user's line that an equation stems from.
 
     Args:
@@ -243,7 +255,9 @@ def _ordered_effect_within(parameter: Any) -> Any | None:
     return None
 
 
-def scan_counts(eqn: Any) -> tuple[int, int]:
+def scan_counts(
+    eqn: Any,
+) -> tuple[int, int]:
     """Return the number of a scan's constants, and of its carried operands."""
     if "num_carry" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
@@ -324,7 +338,10 @@ def _unbound_axis(error: NameError) -> str | None:
     return match[1] if match else None
 
 
-def _with_axes(function: Callable, names: list[str]) -> Callable:
+def _with_axes(
+    function: Callable,
+    names: list[str],
+) -> Callable:
     """Return a function in which each name is an axis of one element."""
     if not names:
         return function
@@ -355,7 +372,10 @@ def _with_axes(function: Callable, names: list[str]) -> Callable:
 
 
 @contextlib.contextmanager
-def noting_sow(kind: type, note: Callable) -> Iterator[None]:
+def noting_sow(
+    kind: type,
+    note: Callable,
+) -> Iterator[None]:
     """Note each call of `sow` while the context is open.
 
     Neither Linen nor NNX says which variables were sown, and which the module keeps as

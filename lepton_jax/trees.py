@@ -20,7 +20,9 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(
+    tree: Any,
+) -> dict[str, Any]:
     """Return the leaves of a pytree under their paths, in the order of the tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_of(path): leaf for path, leaf in leaves}

@@ -69,7 +69,10 @@ def laid_out(
     return constrained
 
 
-def partition(spec: Spec, names: tuple[str, ...]) -> PartitionSpec:
+def partition(
+    spec: Spec,
+    names: tuple[str, ...],
+) -> PartitionSpec:
     """Return a spec as JAX takes it.
 
     Args:
@@ -91,7 +94,10 @@ class _Interpreter:
         # stored values as they are used: (value's index, spec) to array
         self._gathered: dict[tuple[int, Spec], Any] = {}
 
-    def run(self, leaves: list[Any]) -> list[Any]:
+    def run(
+        self,
+        leaves: list[Any],
+    ) -> list[Any]:
         """Run the graph's program on the leaves of its arguments."""
         main = self.layout.graph.main
         pairs = zip(leaves, main.inputs, strict=True)
@@ -380,7 +386,9 @@ class _Interpreter:
         def goes_on(carry: list[Any]) -> Any:
             return self._run_region(condition, [*condition_constants, *carry])[0]
 
-        def step(carry: list[Any]) -> list[Any]:
+        def step(
+            carry: list[Any],
+        ) -> list[Any]:
             return self._run_region(body, [*body_constants, *carry])
 
         return jax.lax.while_loop(goes_on, step, operands[first:])
@@ -397,7 +405,10 @@ class _Interpreter:
         return jax.lax.switch(operands[0], branches, *operands[1:])
 
 
-def _axes(mask: int, names: tuple[str, ...]) -> tuple[str, ...]:
+def _axes(
+    mask: int,
+    names: tuple[str, ...],
+) -> tuple[str, ...]:
     """Return the names of the mesh axes in a mask."""
     return tuple(name for axis, name in enumerate(names) if mask >> axis & 1)
 
@@ -453,7 +464,10 @@ def _only_scatters(
     return all(own & ~wanted == 0 for own, wanted in pairs)
 
 
-def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
+def _bind(
+    eqn: Any,
+    operands: list[Any],
+) -> list[Any]:
     params = eqn.primitive.get_bind_params(eqn.params)
     results = eqn.primitive.bind(*operands, **params)
     return list(results) if eqn.primitive.multiple_results else [results]

@@ -53,7 +53,10 @@ class Assignment:
 # ---- names ----
 
 
-def axis_names(assignment: Assignment, names: Names) -> tuple[str, ...]:
+def axis_names(
+    assignment: Assignment,
+    names: Names,
+) -> tuple[str, ...]:
     """Name each mesh axis by what it splits, in the field's words."""
     experts = expert_groups(names)
     axes: list[str] = []
@@ -361,5 +364,8 @@ def _why(
     return "; ".join(parts)
 
 
-def _axis_list(mask: int, axes: tuple[str, ...]) -> str:
+def _axis_list(
+    mask: int,
+    axes: tuple[str, ...],
+) -> str:
     return " and ".join(name for axis, name in enumerate(axes) if mask >> axis & 1)

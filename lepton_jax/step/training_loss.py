@@ -70,7 +70,9 @@ def training_loss(
     return loss
 
 
-def differentiated_sum(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
+def differentiated_sum(
+    sums: Mapping[str, tuple[Any, Any]],
+) -> tuple[Any, Any]:
     """Select the weighted sum to differentiate.
 
     Args:
@@ -82,7 +84,10 @@ def differentiated_sum(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
     return sums.get("loss_kept", sums["loss"])
 
 
-def argument_paths(names: tuple[str, ...], args: tuple) -> list[str]:
+def argument_paths(
+    names: tuple[str, ...],
+    args: tuple,
+) -> list[str]:
     """Return the path of each leaf of some arguments, such as "params/blocks/0/kernel".
 
     Args:

@@ -182,7 +182,10 @@ class Evaluation:
         outputs = jax.tree.unflatten(jax.tree.structure(outputs), cut)
         return outputs, jax.tree.map(lambda leaf: leaf[:rows], targets)
 
-    def of_whole(self, parts: Sequence[tuple[Any, Any]]) -> dict[str, float]:
+    def of_whole(
+        self,
+        parts: Sequence[tuple[Any, Any]],
+    ) -> dict[str, float]:
         """Apply the metrics of the whole test set.
 
         Args:
@@ -196,7 +199,10 @@ class Evaluation:
                 values[name] = float(losses.finish(self.recipe, name, sums))
         return values
 
-    def _join(self, parts: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+    def _join(
+        self,
+        parts: Sequence[tuple[Any, Any]],
+    ) -> tuple[Any, Any]:
         """Join outputs and targets of several batches."""
         pieces = [jax.tree.leaves(outputs) for outputs, _ in parts]
         leaves = []
@@ -321,7 +327,11 @@ class Prediction:
                 ),
             )
 
-    def _can_join(self, leaf: Any, dims: tuple[int, ...]) -> bool:
+    def _can_join(
+        self,
+        leaf: Any,
+        dims: tuple[int, ...],
+    ) -> bool:
         """Whether the rows of each sample lie together along one dim of a leaf."""
         if len(dims) != 1:
             return False
@@ -460,7 +470,9 @@ def _of_rows(batch: Any, rows: int) -> Any:
     return jax.tree.map(resized, batch)
 
 
-def _outputs_of_two_sizes(trace: Trace) -> tuple[Any, Any]:
+def _outputs_of_two_sizes(
+    trace: Trace,
+) -> tuple[Any, Any]:
     """Return the shapes of the outputs for a batch and for one of twice its size.
 
     The second ones are None if the model takes batches of one size only.
@@ -474,7 +486,10 @@ def _outputs_of_two_sizes(trace: Trace) -> tuple[Any, Any]:
         return few, None
 
 
-def _used(decode: Callable[[Any], Any], outputs: Any) -> list[bool]:
+def _used(
+    decode: Callable[[Any], Any],
+    outputs: Any,
+) -> list[bool]:
     """Return for each leaf of the outputs whether a function depends on it."""
     program = jax.make_jaxpr(decode)(outputs).jaxpr
     needed = {id(variable) for variable in program.outvars}
@@ -498,7 +513,9 @@ def _shape(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-def _why_not_one(dims: tuple[int, ...]) -> str:
+def _why_not_one(
+    dims: tuple[int, ...],
+) -> str:
     """Explain why a leaf with these batch dims can't be joined along one dim."""
     if not dims:
         return "it has no dim for the samples"

@@ -312,7 +312,10 @@ class Graph:
         self.values.append(value)
         return value
 
-    def _values_of(self, variables: Any) -> list[Value]:
+    def _values_of(
+        self,
+        variables: Any,
+    ) -> list[Value]:
         values = []
         for variable in variables:
             aval = variable.aval  # a token has neither shape nor dtype
@@ -509,7 +512,11 @@ class Graph:
         for a, b in zip(stacked.nodes[1:], piece.nodes, strict=True):
             self.join(a, b)
 
-    def _join_if_values(self, left: Any, right: Any) -> None:
+    def _join_if_values(
+        self,
+        left: Any,
+        right: Any,
+    ) -> None:
         if isinstance(left, Value) and isinstance(right, Value):
             self.join_all(left, right)
 
@@ -578,7 +585,10 @@ class Graph:
         body.operations[:0] = clones
         loop.inputs[index] = None
 
-    def _producers(self, value: Value) -> list[Operation]:
+    def _producers(
+        self,
+        value: Value,
+    ) -> list[Operation]:
         """List the operations that compute a value from positions, first to last."""
         producers: dict[int, Operation] = {}
         pending = [value.index]
@@ -637,7 +647,9 @@ class Graph:
         return lasting
 
 
-def opened(called: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, list[Any]]:
+def opened(
+    called: ClosedJaxpr | Jaxpr,
+) -> tuple[Jaxpr, list[Any]]:
     """Split the jaxpr of a call into the jaxpr and its constants."""
     if isinstance(called, ClosedJaxpr):
         return called.jaxpr, called.consts
@@ -695,7 +707,9 @@ def _slice_of(stored: Stored) -> Stored:
     return index, dims[1:]
 
 
-def _entering(operation: Operation) -> Iterator[tuple[Any, Value, bool]]:
+def _entering(
+    operation: Operation,
+) -> Iterator[tuple[Any, Value, bool]]:
     """Iterate over the values that enter an operation's regions, but for carried ones.
 
     Yields:

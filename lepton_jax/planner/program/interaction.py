@@ -136,7 +136,10 @@ def where_they_meet(
     return where_samples_meet(program, range(first, first + count), means)
 
 
-def is_mean_of_samples(function: Callable, batches: Sequence[tuple]) -> bool:
+def is_mean_of_samples(
+    function: Callable,
+    batches: Sequence[tuple],
+) -> bool:
     """Whether a scalar of a batch is the mean of one value for each sample.
 
     It is if its program ends in sums over the batch of values in which samples do not
@@ -194,7 +197,9 @@ def _meets(
     if op.name in LOOPS or not op.outputs:
         return False
 
-    def batch_dims(value: Value | None) -> list[int]:
+    def batch_dims(
+        value: Value | None,
+    ) -> list[int]:
         if value is None:
             return []
         return [d for d, node in enumerate(value.nodes) if graph.find(node) in batch]
@@ -247,7 +252,10 @@ def _hides_a_meeting(
     return False
 
 
-def _loop_over_samples(graph: Graph, batch: set[int]) -> Operation | None:
+def _loop_over_samples(
+    graph: Graph,
+    batch: set[int],
+) -> Operation | None:
     """Return a loop from sample to sample, which may carry something along."""
     for op in graph.operations():
         if op.name != "scan":
@@ -320,7 +328,10 @@ def _as_sums(
     return scalar
 
 
-def _sums_of_means(graph: Graph, batch: set[int]) -> list[_Sum]:
+def _sums_of_means(
+    graph: Graph,
+    batch: set[int],
+) -> list[_Sum]:
     """List the sums over the batch that scalar results are means of."""
     sums = []
     for result in graph.main.results:
@@ -385,7 +396,10 @@ def _sums_over(
     return bool(summed & batch)
 
 
-def _combined(name: str, parts: list[_Affine]) -> _Affine | None:
+def _combined(
+    name: str,
+    parts: list[_Affine],
+) -> _Affine | None:
     """Apply an operation to scalars that have been taken apart."""
     left = parts[0]
     if len(parts) == 1:
@@ -405,7 +419,9 @@ def _combined(name: str, parts: list[_Affine]) -> _Affine | None:
     return None
 
 
-def _batch_dims(batches: Sequence[tuple]) -> list[int | None]:
+def _batch_dims(
+    batches: Sequence[tuple],
+) -> list[int | None]:
     """Return the dim of each leaf whose extent differs between two batches."""
     dims: list[int | None] = []
     few, many = (jax.tree.leaves(batch) for batch in batches)

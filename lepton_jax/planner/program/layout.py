@@ -447,7 +447,10 @@ class Layout:
         as_wanted = natural == sides.specs[2]
         return Decision(wanted, None if as_wanted else natural, all_moves)
 
-    def _merged(self, moves: list[Move]) -> list[Move]:
+    def _merged(
+        self,
+        moves: list[Move],
+    ) -> list[Move]:
         """Merge moves of one kind at one place to one collective over all axes."""
         merged: list[Move] = []
         numbers: dict[tuple[str, str], int] = {}
@@ -541,7 +544,10 @@ class _Sides(NamedTuple):
             sizes.append(0.0 if value is None else layout.bytes(value, spec))
         return cls(values, own_specs, tuple(sizes))
 
-    def groups(self, axes: int) -> Iterator[tuple[tuple, int]]:
+    def groups(
+        self,
+        axes: int,
+    ) -> Iterator[tuple[tuple, int]]:
         """Group the mesh axes that split the same dims.
 
         Yields:
@@ -570,7 +576,10 @@ class _Sides(NamedTuple):
         return True
 
 
-def _with_first(first: int, dims: Iterable[int]) -> tuple[int, ...]:
+def _with_first(
+    first: int,
+    dims: Iterable[int],
+) -> tuple[int, ...]:
     return (first, *(dim for dim in dims if dim != first))
 
 
@@ -582,7 +591,10 @@ def _takes_as_stored(op: Operation) -> bool:
     return stored and op.name in AS_STORED_BETWEEN
 
 
-def _dim_with(spec: Spec, bit: int) -> int | None:
+def _dim_with(
+    spec: Spec,
+    bit: int,
+) -> int | None:
     """Return the first dim that a mesh axis splits."""
     for dim, mask in enumerate(spec):
         if mask & bit:
@@ -671,7 +683,9 @@ def _weight(move: Move, count: int) -> float:
 # ---- values that meet parameters ----
 
 
-def meets_stored(graph: Graph) -> dict[int, int]:
+def meets_stored(
+    graph: Graph,
+) -> dict[int, int]:
     """Find the values that meet a parameter along a dot's batch dim.
 
     Tokens meet the kernel of their expert so. There the parameter's dim wins the mesh
@@ -698,7 +712,9 @@ def meets_stored(graph: Graph) -> dict[int, int]:
     return meeting
 
 
-def _meetings(dot: Operation) -> list[tuple[Value, int]]:
+def _meetings(
+    dot: Operation,
+) -> list[tuple[Value, int]]:
     """List the values that meet a stored one along a dot's batch dim, with that dim."""
     left, right = dot.inputs[:2]
     if left is None or right is None:
@@ -766,7 +782,9 @@ class _Neighbors:
 # ---- sizes ----
 
 
-def device_counts(sizes: tuple[int, ...]) -> list[int]:
+def device_counts(
+    sizes: tuple[int, ...],
+) -> list[int]:
     """Return the number of devices along each mask of mesh axes of some sizes."""
     counts = []
     for mask in range(1 << len(sizes)):

@@ -173,7 +173,10 @@ class Names:
             weight=float(elements * ITEMSIZE),
         )
 
-    def _tie(self, roots: dict[Place, int]) -> dict[int, int]:
+    def _tie(
+        self,
+        roots: dict[Place, int],
+    ) -> dict[int, int]:
         """Map each root to the representative of the axes that it is tied to.
 
         Places are tied where pattern, dim and shape are the same, but not where that
@@ -192,7 +195,10 @@ class Names:
                 parent = before
         return {root: _representative(parent, root) for root in parent}
 
-    def _alike(self, roots: dict[Place, int]) -> list[list[Place]]:
+    def _alike(
+        self,
+        roots: dict[Place, int],
+    ) -> list[list[Place]]:
         """List the places that have pattern, dim and shape in common."""
         alike: dict[tuple, list[Place]] = {}
         for index, dim in roots:
@@ -203,7 +209,10 @@ class Names:
 
     # ---- names ----
 
-    def _distinctly_named(self, groups: list[Group]) -> list[Group]:
+    def _distinctly_named(
+        self,
+        groups: list[Group],
+    ) -> list[Group]:
         """Name groups with one name after the full path of their first member."""
         counts = Counter(group.name for group in groups)
         named = []
@@ -242,7 +251,10 @@ class Names:
 
     # ---- what the groups are ----
 
-    def _batch_group(self, roots: dict[Place, int]) -> int | None:
+    def _batch_group(
+        self,
+        roots: dict[Place, int],
+    ) -> int | None:
         """Return the number of the first group that is the leading dim of a batch."""
         for index, path in enumerate(self.paths):
             if path.startswith(("inputs", "targets")):
@@ -286,7 +298,10 @@ class Names:
 
     # ---- specs under an assignment ----
 
-    def uses(self, masks: list[int]) -> dict[int, int]:
+    def uses(
+        self,
+        masks: list[int],
+    ) -> dict[int, int]:
         """Return the mask of each root, from a mask for each group."""
         uses = {}
         for group, mask in zip(self.groups, masks, strict=True):
@@ -408,7 +423,10 @@ def starred(path: str) -> str:
 # ---- internals ----
 
 
-def _mark_loops_over_samples(graph: Graph, paths: list[str]) -> set[int]:
+def _mark_loops_over_samples(
+    graph: Graph,
+    paths: list[str],
+) -> set[int]:
     """Return the roots of the batch dims; mark loops along them as needing the whole.
 
     A loop over samples, as `jax.lax.map` makes, is run by each device for all of them.
@@ -430,13 +448,18 @@ def _mark_loops_over_samples(graph: Graph, paths: list[str]) -> set[int]:
     return samples
 
 
-def _representative(parent: dict[int, int], root: int) -> int:
+def _representative(
+    parent: dict[int, int],
+    root: int,
+) -> int:
     while parent[root] != root:
         root = parent[root]
     return root
 
 
-def _roots_of_arrays(roots: dict[Place, int]) -> list[set[int]]:
+def _roots_of_arrays(
+    roots: dict[Place, int],
+) -> list[set[int]]:
     """List the roots of each array that has several."""
     arrays: dict[int, set[int]] = {}
     for (index, _), root in roots.items():
@@ -444,7 +467,10 @@ def _roots_of_arrays(roots: dict[Place, int]) -> list[set[int]]:
     return [own for own in arrays.values() if len(own) > 1]
 
 
-def _any_merged(parent: dict[int, int], distinct: list[set[int]]) -> bool:
+def _any_merged(
+    parent: dict[int, int],
+    distinct: list[set[int]],
+) -> bool:
     """Whether roots that one array has are represented by the same one."""
     for roots in distinct:
         merged = {_representative(parent, root) for root in roots}

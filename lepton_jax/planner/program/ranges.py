@@ -215,7 +215,10 @@ class _Search:
       sizes: the number of values in a sample of each leaf.
     """
 
-    def __init__(self, sizes: dict[str, int]) -> None:
+    def __init__(
+        self,
+        sizes: dict[str, int],
+    ) -> None:
         self._sizes = sizes
         self._limits: list[Limit] = []
         self._compared: list[Compared] = []
@@ -488,7 +491,9 @@ class _Search:
         )
 
 
-def _explained(use: _Use) -> tuple[str, str]:
+def _explained(
+    use: _Use,
+) -> tuple[str, str]:
     """Return why the values of a use are limited, and what to do about others."""
     if use.table is not None:
         return (
@@ -547,7 +552,9 @@ def _chosen_mode(eqn: Any) -> bool:
     return not np.isnan(fill)
 
 
-def _with_constant(facts: list[Any]) -> tuple[Followed, Any] | None:
+def _with_constant(
+    facts: list[Any],
+) -> tuple[Followed, Any] | None:
     """Return the followed one and the constant of two operands."""
     kinds = {type(fact): fact for fact in facts}
     if len(facts) != 2 or kinds.keys() != {Followed, Constant}:
@@ -555,7 +562,9 @@ def _with_constant(facts: list[Any]) -> tuple[Followed, Any] | None:
     return kinds[Followed], kinds[Constant].number
 
 
-def _shifted(facts: list[Any]) -> Shifted | None:
+def _shifted(
+    facts: list[Any],
+) -> Shifted | None:
     pair = _with_constant(facts)
     if pair is None:
         return None
@@ -565,7 +574,9 @@ def _shifted(facts: list[Any]) -> Shifted | None:
     return Shifted(source, int(number))
 
 
-def _selected(facts: list[Any]) -> Followed | None:
+def _selected(
+    facts: list[Any],
+) -> Followed | None:
     """Look through jnp's own i -> i < 0 ? i + size : i."""
     if len(facts) != 3:
         return None
@@ -615,7 +626,10 @@ def _component(
     return replace(indices, places=indices.places[..., number])
 
 
-def _split(eqn: Any, source: Followed) -> list[Any]:
+def _split(
+    eqn: Any,
+    source: Followed,
+) -> list[Any]:
     if source.bag:
         return [None] * len(eqn.outvars)
     ends = np.cumsum(eqn.params["sizes"])[:-1]
@@ -623,7 +637,10 @@ def _split(eqn: Any, source: Followed) -> list[Any]:
     return [replace(source, places=part) for part in parts]
 
 
-def _concatenated(eqn: Any, facts: list[Any]) -> Any:
+def _concatenated(
+    eqn: Any,
+    facts: list[Any],
+) -> Any:
     """Return index vectors from their components, or a leaf among other values."""
     dim = eqn.params["dimension"]
     shapes = [atom.aval.shape for atom in eqn.invars]
@@ -673,12 +690,18 @@ def _known_after(eqn: Any, fact: Any) -> Any:
     return None if places is None else replace(fact, places=places)
 
 
-def _moved_bag(eqn: Any, bag: Followed) -> np.ndarray | None:
+def _moved_bag(
+    eqn: Any,
+    bag: Followed,
+) -> np.ndarray | None:
     name = eqn.primitive.name
     return bag.places if name in UNCHANGED or name in MOVING else None
 
 
-def _moved(eqn: Any, places: np.ndarray) -> np.ndarray | None:
+def _moved(
+    eqn: Any,
+    places: np.ndarray,
+) -> np.ndarray | None:
     """Return the places after an operation; None if it does more than move values."""
     name = eqn.primitive.name
     p = eqn.params
@@ -705,7 +728,10 @@ def _moved(eqn: Any, places: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def _moved_counter(eqn: Any, counter: Counter) -> Counter | None:
+def _moved_counter(
+    eqn: Any,
+    counter: Counter,
+) -> Counter | None:
     """Return a counter after an operation; None if it does more than move it."""
     name = eqn.primitive.name
     shape = eqn.outvars[0].aval.shape
@@ -720,7 +746,10 @@ def _moved_counter(eqn: Any, counter: Counter) -> Counter | None:
     return None
 
 
-def _padded(eqn: Any, source: Followed) -> Followed | None:
+def _padded(
+    eqn: Any,
+    source: Followed,
+) -> Followed | None:
     """Return a leaf moved along, such as the tokens before the next ones."""
     config = eqn.params["padding_config"]
     if source.bag or any(between for _, _, between in config):

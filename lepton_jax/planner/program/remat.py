@@ -96,7 +96,10 @@ def rematerialized(function: Callable, policy: str) -> Callable:
     return forward
 
 
-def boundaries(jaxpr: Any, parameters: int) -> list[int]:
+def boundaries(
+    jaxpr: Any,
+    parameters: int,
+) -> list[int]:
     """Choose the places at which straight code is cut.
 
     Loops are left to themselves: a program that has one worth a second run is not cut.
@@ -137,7 +140,10 @@ def boundaries(jaxpr: Any, parameters: int) -> list[int]:
 # ---- sizes ----
 
 
-def _fixed(jaxpr: Any, parameters: int) -> set[Any]:
+def _fixed(
+    jaxpr: Any,
+    parameters: int,
+) -> set[Any]:
     """Return the variables that the parameters alone decide: they are there anyway."""
     fixed = {*jaxpr.invars[:parameters], *jaxpr.constvars}
     for eqn in jaxpr.eqns:
@@ -146,7 +152,10 @@ def _fixed(jaxpr: Any, parameters: int) -> set[Any]:
     return fixed
 
 
-def _bytes_made(jaxpr: Any, fixed: set[Any]) -> list[int]:
+def _bytes_made(
+    jaxpr: Any,
+    fixed: set[Any],
+) -> list[int]:
     """Return the bytes that each equation makes, but for what is fixed."""
     made = []
     for eqn in jaxpr.eqns:
@@ -154,7 +163,10 @@ def _bytes_made(jaxpr: Any, fixed: set[Any]) -> list[int]:
     return made
 
 
-def _bytes_alive(jaxpr: Any, fixed: set[Any]) -> list[int]:
+def _bytes_alive(
+    jaxpr: Any,
+    fixed: set[Any],
+) -> list[int]:
     """Return the bytes that are alive before each equation, and after the last one.
 
     A variable is alive after the equation that makes it, up to the last one that uses
@@ -170,7 +182,10 @@ def _bytes_alive(jaxpr: Any, fixed: set[Any]) -> list[int]:
     return list(itertools.accumulate(change))
 
 
-def _is_valley(alive: list[int], place: int) -> bool:
+def _is_valley(
+    alive: list[int],
+    place: int,
+) -> bool:
     """Whether nowhere near a place less is alive, but something is."""
     first = max(1, place - VALLEY)
     near = alive[first : place + VALLEY + 1]
@@ -372,12 +387,16 @@ def _with_effects_apart(
 # ---- variables ----
 
 
-def _variables(atoms: Iterable[Any]) -> list[Any]:
+def _variables(
+    atoms: Iterable[Any],
+) -> list[Any]:
     """List the variables among some variables and literals."""
     return [atom for atom in atoms if not isinstance(atom, Literal)]
 
 
-def _operands(eqns: Iterable[Any]) -> dict[Any, None]:
+def _operands(
+    eqns: Iterable[Any],
+) -> dict[Any, None]:
     """Return the variables that equations read, in their order, as keys."""
     operands: dict[Any, None] = {}
     for eqn in eqns:
@@ -385,7 +404,9 @@ def _operands(eqns: Iterable[Any]) -> dict[Any, None]:
     return operands
 
 
-def _last_uses(eqns: Iterable[Any]) -> dict[Any, int]:
+def _last_uses(
+    eqns: Iterable[Any],
+) -> dict[Any, int]:
     """Return the number of the last equation that reads each variable."""
     last: dict[Any, int] = {}
     for number, eqn in enumerate(eqns):
@@ -405,5 +426,8 @@ def _environment(
     return env
 
 
-def _read(atoms: Iterable[Any], env: dict[Any, Any]) -> list[Any]:
+def _read(
+    atoms: Iterable[Any],
+    env: dict[Any, Any],
+) -> list[Any]:
     return [atom.val if isinstance(atom, Literal) else env[atom] for atom in atoms]

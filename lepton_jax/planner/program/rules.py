@@ -162,7 +162,10 @@ def _join_pairs(
         graph.join(a, b)
 
 
-def _without(nodes: tuple[int, ...], dims: Container[int]) -> list[int]:
+def _without(
+    nodes: tuple[int, ...],
+    dims: Container[int],
+) -> list[int]:
     """List the nodes of a value but for those of some dims."""
     return [node for dim, node in enumerate(nodes) if dim not in dims]
 
