@@ -127,9 +127,11 @@ class _Interpreter:
         args: list[Any],
     ) -> list[Any]:
         env: dict[int, Any] = {}
-        for value, x in zip(region.inputs, args, strict=True):
+        pairs = zip(region.inputs, args, strict=True)
+        for value, x in pairs:
             env[value.index] = x
-        for value, const in zip(region.constants, region.consts, strict=True):
+        pairs = zip(region.constants, region.consts, strict=True)
+        for value, const in pairs:
             env[value.index] = const
 
         for op in region.operations:
@@ -139,7 +141,8 @@ class _Interpreter:
                     operands[number] = env[operand.index]
             with at_source(op.eqn, op.callers):
                 results = self._run_operation(op, operands)
-            for value, x in zip(op.outputs, results, strict=True):
+            pairs = zip(op.outputs, results, strict=True)
+            for value, x in pairs:
                 env[value.index] = x
 
         results = []
@@ -209,12 +212,14 @@ class _Interpreter:
         if decision.natural is not None:
             spec = self.layout.spec(op.outputs[0])
             if not _only_scatters(op, product, decision.natural, spec):
-                results = [self._put(results[0], decision.natural), *results[1:]]
+                first = self._put(results[0], decision.natural)
+                results = [first, *results[1:]]
         if not op.known:
             return results
 
         constrained = []
-        for x, value in zip(results, op.outputs, strict=True):
+        pairs = zip(results, op.outputs, strict=True)
+        for x, value in pairs:
             is_array = hasattr(x, "shape")
             constrained.append(self._put_where_it_lies(x, value) if is_array else x)
         return constrained
@@ -230,7 +235,8 @@ class _Interpreter:
         pad between elements comes out wrong then.
         """
         constrained = []
-        for x, value in zip(results, op.outputs, strict=True):
+        pairs = zip(results, op.outputs, strict=True)
+        for x, value in pairs:
             spec = self.layout.result(op, value)
             if spec != self.layout.spec(value):
                 x = self._put(x, spec)
@@ -305,8 +311,10 @@ class _Interpreter:
         for number in (0, 1):
             value = op.inputs[number]
             assert value is not None
-            specs.append(decision.inputs.get(number, self.layout.spec(value)))
-        specs.append(decision.natural or self.layout.spec(op.outputs[0]))
+            lies = self.layout.spec(value)
+            specs.append(decision.inputs.get(number, lies))
+        wanted = self.layout.spec(op.outputs[0])
+        specs.append(decision.natural or wanted)
         return specs
 
     # ---- loops and conditionals ----
@@ -369,7 +377,8 @@ class _Interpreter:
         for number, value in enumerate(op.inputs[first:]):
             spec = () if value is None else self.layout.spec(value)
             if spec and spec[0]:
-                scanned[number] = self._put(scanned[number], (0, *spec[1:]))
+                gathered = (0, *spec[1:])
+                scanned[number] = self._put(scanned[number], gathered)
         return scanned
 
     def _while(

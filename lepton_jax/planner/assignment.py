@@ -10,7 +10,7 @@ import jax
 from lepton_jax.planner.plans import ArrayPlan, entries
 from lepton_jax.planner.program.graph import Operation
 from lepton_jax.planner.program.layout import Spec, device_counts
-from lepton_jax.planner.program.named import Group, Names
+from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.trees import by_path, nbytes
 
@@ -81,15 +81,17 @@ def _axis_word(
         return "expert"
     if names.batch in split:
         return "fsdp" if splits_state else "data"
-    if any(not _has_parameters(names, names.groups[k]) for k in others):
+    if not all(_has_parameters(names, k) for k in others):
         return "sequence"
     if others:
         return "tensor"
     return "fsdp" if splits_state else "idle"
 
 
-def _has_parameters(names: Names, group: Group) -> bool:
-    return any(names.paths[i].startswith("params") for i, _ in group.members)
+def _has_parameters(names: Names, group: int) -> bool:
+    members = names.groups[group].members
+    paths = [names.paths[index] for index, _ in members]
+    return any(path.startswith("params") for path in paths)
 
 
 def expert_groups(names: Names) -> set[int]:
@@ -101,8 +103,10 @@ def expert_groups(names: Names) -> set[int]:
     groups = set()
     for op in names.graph.operations():
         for node in _stored_batch_nodes(op):
-            groups.add(names.of.get(find(node)))
-    return {group for group in groups if group is not None} - {names.batch}
+            root = find(node)
+            if root in names.of:
+                groups.add(names.of[root])
+    return groups - {names.batch}
 
 
 def _stored_batch_nodes(op: Operation) -> list[int]:
@@ -111,7 +115,8 @@ def _stored_batch_nodes(op: Operation) -> list[int]:
         return []
     nodes = []
     _, batched = op.params["dimension_numbers"]
-    for value, dims in zip(op.inputs[:2], batched, strict=True):
+    pairs = zip(op.inputs[:2], batched, strict=True)
+    for value, dims in pairs:
         if value is not None and value.stored is not None:
             nodes += [value.nodes[dim] for dim in dims]
     return nodes
@@ -124,7 +129,8 @@ def strategy(
 ) -> str:
     """Return a plan's name in the field's words, such as "FSDP x tensor parallel"."""
     parts: list[str] = []
-    for axis, size in zip(axes, assignment.sizes, strict=True):
+    pairs = zip(axes, assignment.sizes, strict=True)
+    for axis, size in pairs:
         part = STRATEGIES[axis.rstrip("0123456789")]
         if size > 1 and part not in parts:
             parts.append(part)
@@ -136,7 +142,8 @@ def strategy(
 def _shards_rows(assignment: Assignment, names: Names) -> bool:
     """Whether the rows of an embedding are split over the devices of the batch."""
     batch = 0 if names.batch is None else assignment.masks[names.batch]
-    for group, mask in zip(names.groups, assignment.masks, strict=False):
+    pairs = zip(names.groups, assignment.masks, strict=False)
+    for group, mask in pairs:
         rows = any(
             names.paths[index].endswith("embedding") and dim == 0
             for index, dim in group.members
@@ -336,7 +343,8 @@ def _why(
     parts = []
     for dim, mask in enumerate(parameter.use):
         if mask:
-            group = names.groups[names.of[graph.find(value.nodes[dim])]]
+            root = graph.find(value.nodes[dim])
+            group = names.groups[names.of[root]]
             split = _axis_list(mask, axes)
             parts.append(f"dim {dim} is {group.name}, split over {split}")
 

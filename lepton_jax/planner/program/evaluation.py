@@ -126,8 +126,9 @@ class Evaluation:
 
     def _check_memory(self, samples: int) -> None:
         batches = -(-samples // self.recipe.batch_size)
-        arrays = jax.tree.leaves((self.trace.outputs, self.trace.targets))
-        size = batches * sum(nbytes(array) for array in arrays)
+        trace = self.trace
+        arrays = jax.tree.leaves((trace.outputs, trace.targets))
+        size = batches * sum(map(nbytes, arrays))
         if size > MOST_GATHERED:
             raise DataError(
                 f"the metric {self.whole[0]!r} is no mean over samples, so it takes"
@@ -144,7 +145,8 @@ class Evaluation:
     def _check_dims(self) -> None:
         name = self.whole[0]
         outputs = by_path(self.trace.outputs)
-        for (path, leaf), dims in zip(outputs.items(), self.dims, strict=True):
+        pairs = zip(outputs.items(), self.dims, strict=True)
+        for (path, leaf), dims in pairs:
             if len(dims) != 1:
                 raise ModelError(
                     f"the metric {name!r} is no mean over samples, and the output"
@@ -174,13 +176,16 @@ class Evaluation:
             return outputs, targets
 
         cut = []
-        for leaf, dims in zip(jax.tree.leaves(outputs), self.dims, strict=True):
+        pairs = zip(jax.tree.leaves(outputs), self.dims, strict=True)
+        for leaf, dims in pairs:
             if dims:
                 dim = dims[0]
-                leaf = _first(leaf, dim, leaf.shape[dim] // size * rows)
+                rows_of_a_sample = leaf.shape[dim] // size
+                leaf = _first(leaf, dim, rows_of_a_sample * rows)
             cut.append(leaf)
         outputs = jax.tree.unflatten(jax.tree.structure(outputs), cut)
-        return outputs, jax.tree.map(lambda leaf: leaf[:rows], targets)
+        targets = jax.tree.map(lambda leaf: leaf[:rows], targets)
+        return outputs, targets
 
     def of_whole(
         self,
@@ -206,10 +211,14 @@ class Evaluation:
         """Join outputs and targets of several batches."""
         pieces = [jax.tree.leaves(outputs) for outputs, _ in parts]
         leaves = []
-        for *alike, dims in zip(*pieces, self.dims, strict=True):
-            several = len(alike) > 1
-            leaves.append(np.concatenate(alike, axis=dims[0]) if several else alike[0])
-        outputs = jax.tree.unflatten(jax.tree.structure(self.trace.outputs), leaves)
+        pairs = zip(*pieces, self.dims, strict=True)
+        for *alike, dims in pairs:
+            if len(alike) == 1:
+                leaves.append(alike[0])
+            else:
+                leaves.append(np.concatenate(alike, axis=dims[0]))
+        tree = jax.tree.structure(self.trace.outputs)
+        outputs = jax.tree.unflatten(tree, leaves)
 
         all_targets = [targets for _, targets in parts]
         targets = jax.tree.map(lambda *alike: np.concatenate(alike), *all_targets)
@@ -228,8 +237,9 @@ class Evaluation:
         return losses.values(function, outputs, targets, several)
 
     def _is_scalar(self, name: str) -> bool:
+        trace = self.trace
         values = partial(self._values, name)
-        shapes = jax.eval_shape(values, self.trace.outputs, self.trace.targets)
+        shapes = jax.eval_shape(values, trace.outputs, trace.targets)
         leaves = jax.tree.leaves(shapes)
         return len(leaves) == 1 and leaves[0].shape == ()
 
@@ -282,8 +292,8 @@ class Prediction:
         self.dims = batch_dims(shapes, more, size)
         self._paths = by_path(shapes)
 
-        leaves = jax.tree.leaves(shapes)
-        self.hides = not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves)
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(shapes)]
+        self.hides = not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
         self.used = _used(decode, few) if self.hides else []
 
     @cached_property
@@ -312,7 +322,8 @@ class Prediction:
         size = self.trace.recipe.batch_size
         if samples <= size:
             return
-        for (path, leaf), dims in zip(self._paths.items(), self.dims, strict=True):
+        pairs = zip(self._paths.items(), self.dims, strict=True)
+        for (path, leaf), dims in pairs:
             if self._can_join(leaf, dims):
                 continue
             raise ModelError(
@@ -421,10 +432,13 @@ def batch_dims(
             dims.append(tuple(alike[:1]))
         return dims
 
-    pairs = zip(jax.tree.leaves(few), jax.tree.leaves(many), strict=True)
-    for small, large in pairs:
-        extents = list(zip(small.shape, large.shape, strict=True))
-        differing = [dim for dim, (a, b) in enumerate(extents) if a != b]
+    small_leaves = jax.tree.leaves(few)
+    large_leaves = jax.tree.leaves(many)
+    for small, large in zip(small_leaves, large_leaves, strict=True):
+        differing = []
+        for dim, extent in enumerate(small.shape):
+            if extent != large.shape[dim]:
+                differing.append(dim)
         dims.append(tuple(differing))
     return dims
 
@@ -451,8 +465,8 @@ def nan_rows(
             continue
         is_nan = jnp.isnan(leaf)
         if own_dims:
-            by_sample = jnp.moveaxis(is_nan, own_dims[0], 0).reshape(rows, -1)
-            has_nan |= by_sample.any(axis=1)
+            by_sample = jnp.moveaxis(is_nan, own_dims[0], 0)
+            has_nan |= by_sample.reshape(rows, -1).any(axis=1)
         else:
             has_nan |= is_nan.any()
     return has_nan

@@ -38,7 +38,7 @@ between them, which is tensor parallelism; splitting axis 4 is data parallelism.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -394,23 +394,26 @@ class Graph:
         Returns:
           Whether the equation is a call that could be inlined.
         """
-        inner = eqn.params.get(CALLS.get(eqn.primitive.name))
-        if inner is None:
+        called = eqn.params.get(CALLS.get(eqn.primitive.name))
+        if called is None:
             return False
-        jaxpr, consts = opened(inner)
+        jaxpr, consts = opened(called)
         if len(jaxpr.invars) != len(inputs):
             return False
         if eqn.params.get("differentiated") and eqn.params.get("prevent_cse", True):
             inputs = self._hold_back(scope, eqn, inputs)
 
         inside = self._operands(scope.region, jaxpr, eqn, inputs)
-        for variable, const in zip(jaxpr.constvars, consts, strict=True):
+        pairs = zip(jaxpr.constvars, consts, strict=True)
+        for variable, const in pairs:
             inside[variable] = self._constant(scope.region, variable.aval, const)
 
         callers = (*scope.callers, eqn)
-        self._fill(_Scope(scope.region, inside, callers, scope.times), jaxpr)
+        inner_scope = _Scope(scope.region, inside, callers, scope.times)
+        self._fill(inner_scope, jaxpr)
 
-        for variable, result in zip(eqn.outvars, jaxpr.outvars, strict=True):
+        pairs = zip(eqn.outvars, jaxpr.outvars, strict=True)
+        for variable, result in pairs:
             if isinstance(result, Literal):
                 value = self._constant(scope.region, result.aval, result.val)
             else:
@@ -520,25 +523,30 @@ class Graph:
         if isinstance(left, Value) and isinstance(right, Value):
             self.join_all(left, right)
 
+    def _join_lists(
+        self,
+        outer: Sequence[Any],
+        inner: Sequence[Any],
+    ) -> None:
+        """Join values outside of a loop or branch with those inside, one by one."""
+        for left, right in zip(outer, inner, strict=True):
+            self._join_if_values(left, right)
+
     def _while(self, loop: Operation) -> None:
         condition = self._region(loop.params["cond_jaxpr"], loop.times)
         body = self._region(loop.params["body_jaxpr"], loop.times)
         loop.regions = (condition, body)
 
         # operands: the condition's constants, the body's constants, what is carried
-        conds = loop.params["cond_nconsts"]
-        bodies = loop.params["body_nconsts"]
-        carried = loop.inputs[conds + bodies :]
-        pairs = [
-            *zip(loop.inputs[:conds], condition.inputs[:conds], strict=True),
-            *zip(loop.inputs[conds:][:bodies], body.inputs[:bodies], strict=True),
-            *zip(carried, condition.inputs[conds:], strict=True),
-            *zip(carried, body.inputs[bodies:], strict=True),
-            *zip(loop.outputs, body.inputs[bodies:], strict=True),
-            *zip(loop.outputs, body.results, strict=True),
-        ]
-        for outer, inner in pairs:
-            self._join_if_values(outer, inner)
+        first = loop.params["cond_nconsts"]
+        last = first + loop.params["body_nconsts"]
+        condition_constants = loop.inputs[:first]
+        body_constants = loop.inputs[first:last]
+        carried = loop.inputs[last:]
+        self._join_lists([*condition_constants, *carried], condition.inputs)
+        self._join_lists([*body_constants, *carried], body.inputs)
+        self._join_lists(loop.outputs, body.inputs[last - first :])
+        self._join_lists(loop.outputs, body.results)
 
     def _cond(self, conditional: Operation) -> None:
         branches = conditional.params["branches"]
@@ -546,10 +554,8 @@ class Graph:
         conditional.regions = tuple(regions)
         for region in regions:
             operands = conditional.inputs[1:]  # the first one chooses the branch
-            for outer, inner in zip(operands, region.inputs, strict=True):
-                self._join_if_values(outer, inner)
-            for outer, inner in zip(conditional.outputs, region.results, strict=True):
-                self._join_if_values(outer, inner)
+            self._join_lists(operands, region.inputs)
+            self._join_lists(conditional.outputs, region.results)
 
     # ---- constants of loops ----
 
@@ -640,11 +646,11 @@ class Graph:
 
     def _stored_outside_barriers(self) -> set[int]:
         """List the indices of the stored values that do not come out of a barrier."""
-        lasting = {v.index for v in self.main.inputs if v.stored is not None}
+        values = list(self.main.inputs)
         for op in self.main.operations:
             if op.name != BARRIER:
-                lasting |= {v.index for v in op.outputs if v.stored is not None}
-        return lasting
+                values += op.outputs
+        return {value.index for value in values if value.stored is not None}
 
 
 def opened(

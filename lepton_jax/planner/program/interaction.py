@@ -156,7 +156,8 @@ def is_mean_of_samples(
         return False
     if len(few.sums) != len(many.sums):
         return False
-    for one, other in zip(few.sums, many.sums, strict=True):
+    pairs = zip(few.sums, many.sums, strict=True)
+    for one, other in pairs:
         difference = abs(one.factor - 2 * other.factor)
         if not difference <= ROUNDING * abs(one.factor):
             return False
@@ -202,7 +203,11 @@ def _meets(
     ) -> list[int]:
         if value is None:
             return []
-        return [d for d, node in enumerate(value.nodes) if graph.find(node) in batch]
+        dims = []
+        for dim, node in enumerate(value.nodes):
+            if graph.find(node) in batch:
+                dims.append(dim)
+        return dims
 
     inputs = [batch_dims(value) for value in op.inputs]
     if not any(inputs):
@@ -235,11 +240,13 @@ def _hides_a_meeting(
     """
     if op.name == "reshape":
         # The batch must stay the major factor of its dim: (8, 6) to (6, 8) mixes rows.
-        extent = op.outputs[0].shape[outputs[0][0]]
+        dim = outputs[0][0]
+        extent = op.outputs[0].shape[dim]
         return op.params.get("dimensions") is not None or extent % size != 0
     if op.name == "pad":
         config = op.params["padding_config"]
-        return any(config[dim] != (0, 0, 0) for dim in inputs[0])
+        padding = [config[dim] for dim in inputs[0]]
+        return any(amounts != (0, 0, 0) for amounts in padding)
     if op.name == "gather" and op.inputs[1] is not None:
         index_vector = len(op.inputs[1].shape) - 1
         return index_vector in inputs[1]
@@ -261,8 +268,9 @@ def _loop_over_samples(
         if op.name != "scan":
             continue
         consts, carried = scan_counts(op.eqn)
-        stacked = [*op.inputs[consts + carried :], *op.outputs[carried:]]
-        for value in stacked:
+        sliced = op.inputs[consts + carried :]
+        stacked = op.outputs[carried:]
+        for value in (*sliced, *stacked):
             if value is not None and graph.find(value.nodes[0]) in batch:
                 return op
     return None
@@ -291,11 +299,14 @@ class _Affine:
     sums: list[_Sum]
 
     def scaled(self, factor: float) -> _Affine:
-        sums = [_Sum(part.operation, part.factor * factor) for part in self.sums]
+        sums = []
+        for part in self.sums:
+            sums.append(_Sum(part.operation, part.factor * factor))
         return _Affine(self.constant * factor, sums)
 
     def plus(self, other: _Affine) -> _Affine:
-        return _Affine(self.constant + other.constant, self.sums + other.sums)
+        constant = self.constant + other.constant
+        return _Affine(constant, self.sums + other.sums)
 
 
 def _as_sums(
@@ -314,7 +325,8 @@ def _as_sums(
     graph = Graph(jax.make_jaxpr(function)(*batch))
     size = 0
     roots = set()
-    for value, dim in zip(graph.main.inputs, dims, strict=True):
+    places = zip(graph.main.inputs, dims, strict=True)
+    for value, dim in places:
         if dim is not None:
             size = size or value.shape[dim]
             roots.add(graph.find(value.nodes[dim]))
@@ -362,7 +374,8 @@ def _affine(
     if isinstance(value, Literal):
         return _Affine(value.val, [])
     main = graph.main
-    for known, const in zip(main.constants, main.consts, strict=True):
+    pairs = zip(main.constants, main.consts, strict=True)
+    for known, const in pairs:
         if known is value:
             return None if jnp.ndim(const) else _Affine(const, [])
 
@@ -376,7 +389,8 @@ def _affine(
         return None
 
     parts = []
-    for operand, written in zip(op.inputs, op.eqn.invars, strict=True):
+    pairs = zip(op.inputs, op.eqn.invars, strict=True)
+    for operand, written in pairs:
         source = written if operand is None else operand
         part = _affine(graph, batch, source, steps + 1)
         if part is None:
@@ -392,8 +406,8 @@ def _sums_over(
 ) -> bool:
     summand = op.inputs[0]
     assert summand is not None  # a literal has no dims to sum over
-    summed = {graph.find(summand.nodes[dim]) for dim in op.params["axes"]}
-    return bool(summed & batch)
+    nodes = [summand.nodes[dim] for dim in op.params["axes"]]
+    return any(graph.find(node) in batch for node in nodes)
 
 
 def _combined(

@@ -162,13 +162,15 @@ def _lookup(op: Operation) -> Contraction:
 
     indices = []
     sliced = _other_dims(table, looked_up, table_batch)
-    for d, out in zip(sliced, numbers.offset_dims, strict=True):
+    pairs = zip(sliced, numbers.offset_dims, strict=True)
+    for d, out in pairs:
         indices.append(Index(d, None, out))
     for d in looked_up:
         indices.append(Index(d, None, None))
 
     table_dim = dict(zip(index_batch, table_batch, strict=True))
-    for d, out in enumerate(_other_dims(op.outputs[0], numbers.offset_dims)):
+    rows = _other_dims(op.outputs[0], numbers.offset_dims)
+    for d, out in enumerate(rows):
         indices.append(Index(table_dim.get(d), d, out))
     return Contraction(0, 1, tuple(indices))
 
@@ -185,13 +187,15 @@ def _scattered_sum(op: Operation) -> Contraction:
 
     indices = []
     sliced = _other_dims(out, inserted, out_batch)
-    for d, u in zip(sliced, numbers.update_window_dims, strict=True):
+    pairs = zip(sliced, numbers.update_window_dims, strict=True)
+    for d, u in pairs:
         indices.append(Index(u, None, d))
     for d in inserted:
         indices.append(Index(None, None, d))
 
     out_dim = dict(zip(index_batch, out_batch, strict=True))
-    for d, u in enumerate(_other_dims(updates, numbers.update_window_dims)):
+    rows = _other_dims(updates, numbers.update_window_dims)
+    for d, u in enumerate(rows):
         indices.append(Index(u, d, out_dim.get(d)))
     return Contraction(2, 1, tuple(indices))
 
@@ -204,7 +208,8 @@ def _reduction(op: Operation) -> Contraction | None:
     out = iter(range(len(op.outputs[0].shape)))
     indices = []
     for d in range(len(source.shape)):
-        indices.append(Index(d, None, None if d in axes else next(out)))
+        out_dim = None if d in axes else next(out)
+        indices.append(Index(d, None, out_dim))
     return Contraction(0, None, tuple(indices))
 
 
@@ -419,7 +424,8 @@ class Layout:
         axes = _union(spec) & ~_union(goal)
         if not axes:
             return []
-        return [Move("all-gather", axes, self.bytes(value, goal), f"input {number}")]
+        size = self.bytes(value, goal)
+        return [Move("all-gather", axes, size, f"input {number}")]
 
     def _contract(
         self,
@@ -570,7 +576,8 @@ class _Sides(NamedTuple):
         count: int,
     ) -> bool:
         """Whether a number of devices divides an index in each array that has it."""
-        for dim, value in zip(index, self.values, strict=True):
+        pairs = zip(index, self.values, strict=True)
+        for dim, value in pairs:
             if dim is not None and value is not None and value.shape[dim] % count:
                 return False
         return True
@@ -721,7 +728,8 @@ def _meetings(
         return []
     meetings = []
     _, batched = dot.params["dimension_numbers"]
-    for out_dim, (left_dim, right_dim) in enumerate(zip(*batched, strict=True)):
+    pairs = zip(*batched, strict=True)
+    for out_dim, (left_dim, right_dim) in enumerate(pairs):
         arrays = (
             (left, left_dim),
             (right, right_dim),
@@ -733,11 +741,15 @@ def _meetings(
     return meetings
 
 
+_Link = tuple[Value, dict[int, int]]
+
+
 class _Neighbors:
     """Values that are only elementwise or transposed from each other."""
 
     def __init__(self):
-        self._links: dict[int, list[tuple[Value, dict[int, int]]]] = {}
+        # a value's index to its neighbors, each with their dim for each of its dims
+        self._links: dict[int, list[_Link]] = {}
 
     def add(self, op: Operation) -> None:
         """Link the inputs of an operation to its result, if it is of that kind."""
@@ -763,8 +775,10 @@ class _Neighbors:
         dims: dict[int, int],
     ) -> None:
         back = {there: here for here, there in dims.items()}
-        self._links.setdefault(left.index, []).append((right, dims))
-        self._links.setdefault(right.index, []).append((left, back))
+        of_left = self._links.setdefault(left.index, [])
+        of_left.append((right, dims))
+        of_right = self._links.setdefault(right.index, [])
+        of_right.append((left, back))
 
     def along(
         self,

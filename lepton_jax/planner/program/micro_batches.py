@@ -84,7 +84,8 @@ def _updated_variables(trace: Trace) -> list[str]:
     before = graph.main.inputs[first : first + len(variables)]
     after = graph.main.results[-len(variables) :]
     updated = []
-    for path, old, new in zip(variables, before, after, strict=True):
+    pairs = zip(variables, before, after, strict=True)
+    for path, old, new in pairs:
         unchanged = isinstance(new, Value) and new.index == old.index
         if not unchanged and not _is_random_stream(variables[path]):
             updated.append(path)

@@ -138,15 +138,19 @@ class Names:
             if root not in loops and graph.main.inputs[index].shape[dim] > 1:
                 members.setdefault(tied[root], []).append(place)
 
+        groups = []
         extents = self._extents()
-        return [self._group(places, roots, extents) for places in members.values()]
+        for places in members.values():
+            groups.append(self._group(places, roots, extents))
+        return groups
 
     def _extents(self) -> dict[int, list[int]]:
         """Return the extents that each named axis has, and its numbers of pieces."""
         find = self.graph.find
         extents: dict[int, list[int]] = {}
         for value in self.graph.values:
-            for node, extent in zip(value.nodes, value.shape, strict=True):
+            pairs = zip(value.nodes, value.shape, strict=True)
+            for node, extent in pairs:
                 extents.setdefault(find(node), []).append(extent)
         for node, pieces in self.graph.pieces.items():
             extents[find(node)].append(pieces)
@@ -237,7 +241,8 @@ class Names:
         for index, dim in places:
             path = paths[index]
             if path.startswith("params"):
-                in_params.append((path.count("/"), len(path), path, dim))
+                rank = (path.count("/"), len(path))
+                in_params.append((*rank, path, dim))
             elif dim == 0:
                 return "batch"
         if not in_params:
@@ -258,9 +263,9 @@ class Names:
         """Return the number of the first group that is the leading dim of a batch."""
         for index, path in enumerate(self.paths):
             if path.startswith(("inputs", "targets")):
-                group = self.of.get(roots.get((index, 0), -1))
-                if group is not None:
-                    return group
+                root = roots.get((index, 0))
+                if root in self.of:
+                    return self.of[root]
         return None
 
     def _row_groups(self) -> set[int]:
@@ -271,8 +276,10 @@ class Names:
             if table is None or table.stored is None:
                 continue
             for dim in op.params["dimension_numbers"].collapsed_slice_dims:
-                rows.add(self.of.get(self.graph.find(table.nodes[dim])))
-        return {group for group in rows if group is not None} - {self.batch}
+                root = self.graph.find(table.nodes[dim])
+                if root in self.of:
+                    rows.add(self.of[root])
+        return rows - {self.batch}
 
     def _values_with_samples(self) -> frozenset[int]:
         if self.batch is None:
@@ -290,7 +297,8 @@ class Names:
         inputs = []
         for value in graph.main.inputs:
             dims = []
-            for extent, node in zip(value.shape, value.nodes, strict=True):
+            pairs = zip(value.shape, value.nodes, strict=True)
+            for extent, node in pairs:
                 group = self.of.get(graph.find(node))
                 dims.append(Dim(extent, group, node in graph.loops))
             inputs.append(tuple(dims))
@@ -304,7 +312,8 @@ class Names:
     ) -> dict[int, int]:
         """Return the mask of each root, from a mask for each group."""
         uses = {}
-        for group, mask in zip(self.groups, masks, strict=True):
+        pairs = zip(self.groups, masks, strict=True)
+        for group, mask in pairs:
             if mask:
                 uses.update(dict.fromkeys(group.roots, mask))
         return uses
@@ -386,7 +395,8 @@ class Names:
         """
         dims = self._dims[index]
         taken = 0
-        for mask, (_, group, _) in zip(use, dims, strict=True):
+        pairs = zip(use, dims, strict=True)
+        for mask, (_, group, _) in pairs:
             taken |= mask
             if mask and group in self.rows:
                 return use
@@ -407,11 +417,16 @@ class Names:
                 most = rank
         if best is None:
             return use
-        return (*use[:best], use[best] | rest, *use[best + 1 :])
+        spec = list(use)
+        spec[best] |= rest
+        return tuple(spec)
 
     def is_small(self, index: int) -> bool:
         """Whether an input, or what a loop takes of it, is not worth splitting."""
-        elements = math.prod(d.extent for d in self._dims[index] if not d.stepped)
+        elements = 1
+        for dim in self._dims[index]:
+            if not dim.stepped:
+                elements *= dim.extent
         return elements * ITEMSIZE < SMALL
 
 
@@ -434,7 +449,8 @@ def _mark_loops_over_samples(
     """
     samples = set()
     # the paths end before the knobs
-    for path, value in zip(paths, graph.main.inputs, strict=False):
+    pairs = zip(paths, graph.main.inputs, strict=False)
+    for path, value in pairs:
         if path.startswith(("inputs", "targets")) and value.nodes:
             samples.add(graph.find(value.nodes[0]))
 

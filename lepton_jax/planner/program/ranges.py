@@ -163,12 +163,15 @@ def limits(trace: Trace) -> list[Limit]:
     )
     paths = argument_paths(ARGUMENTS, arguments)
     leaves = jax.tree.leaves(arguments)
-    facts = [_known_of_argument(*pair) for pair in zip(paths, leaves, strict=True)]
+    facts = list(map(_known_of_argument, paths, leaves))
 
+    sizes = {}
     samples = by_path({"inputs": trace.inputs, "targets": trace.targets})
-    sizes = {path: math.prod(leaf.shape[1:]) for path, leaf in samples.items()}
+    for path, leaf in samples.items():
+        sizes[path] = math.prod(leaf.shape[1:])
     search = _Search(sizes)
-    search.follow(trace.jaxpr.jaxpr, facts, trace.jaxpr.consts, ())
+    program = trace.jaxpr
+    search.follow(program.jaxpr, facts, program.consts, ())
     return search.limits()
 
 
@@ -177,10 +180,12 @@ def _known_of_argument(path: str, leaf: Any) -> Any:
         return Parameter(path.removeprefix("params/"))
     if not path.startswith(("inputs", "targets")) or leaf.dtype.kind not in "iu":
         return None
-    if math.prod(leaf.shape) > MOST_PLACES:
-        size = math.prod(leaf.shape[1:])
-        return Followed(path, np.arange(size, dtype=np.int32), bag=True)
-    places = np.arange(math.prod(leaf.shape), dtype=np.int32)
+    count = math.prod(leaf.shape)
+    if count > MOST_PLACES:
+        of_a_sample = math.prod(leaf.shape[1:])
+        places = np.arange(of_a_sample, dtype=np.int32)
+        return Followed(path, places, bag=True)
+    places = np.arange(count, dtype=np.int32)
     return Followed(path, places.reshape(leaf.shape))
 
 
@@ -274,7 +279,8 @@ class _Search:
           What is known of its results.
         """
         env: dict[Any, Any] = dict(zip(jaxpr.invars, facts, strict=True))
-        for variable, const in zip(jaxpr.constvars, consts, strict=True):
+        pairs = zip(jaxpr.constvars, consts, strict=True)
+        for variable, const in pairs:
             env[variable] = _known_of_constant(const)
 
         def known(atom: Any) -> Any:
@@ -349,7 +355,8 @@ class _Search:
         facts: list[Any],
         callers: tuple,
     ) -> list[Any]:
-        jaxpr, consts = opened(eqn.params[CALLS[eqn.primitive.name]])
+        parameter = CALLS[eqn.primitive.name]
+        jaxpr, consts = opened(eqn.params[parameter])
         if len(jaxpr.invars) != len(facts):
             return [None] * len(eqn.outvars)
         return self.follow(jaxpr, facts, consts, (*callers, eqn))
@@ -421,7 +428,8 @@ class _Search:
             if _makes_one_hot(source, kinds[Counter]):
                 size = kinds[Counter].size
                 # negative values are a common way to say "no class": they give zeros
-                self._limit(_Use(eqn, callers, source, size, negative=True))
+                use = _Use(eqn, callers, source, size, negative=True)
+                self._limit(use)
         return None
 
     # ---- lookups ----
@@ -528,7 +536,8 @@ def _known_of_slice(fact: Any) -> Any:
     """Return what is known of one step's part of an array that a loop runs along."""
     if not isinstance(fact, Followed):
         return None
-    return replace(fact, places=np.unique(fact.places), bag=True)
+    places = np.unique(fact.places)
+    return replace(fact, places=places, bag=True)
 
 
 def _chosen_mode(eqn: Any) -> bool:
@@ -686,7 +695,8 @@ def _known_after(eqn: Any, fact: Any) -> Any:
         return _padded(eqn, fact)
     if name == "convert_element_type" and eqn.params["new_dtype"] == np.bool_:
         return None
-    places = _moved_bag(eqn, fact) if fact.bag else _moved(eqn, fact.places)
+    move = _moved_bag if fact.bag else _moved
+    places = move(eqn, fact.places)
     return None if places is None else replace(fact, places=places)
 
 
@@ -742,7 +752,8 @@ def _moved_counter(
         return Counter(counter.size, dim)
     if name in ("reshape", "squeeze", "expand_dims"):
         long = [dim for dim, extent in enumerate(shape) if extent != 1]
-        return Counter(counter.size, long[0]) if len(long) == 1 else None
+        if len(long) == 1:
+            return Counter(counter.size, long[0])
     return None
 
 
@@ -754,12 +765,13 @@ def _padded(
     config = eqn.params["padding_config"]
     if source.bag or any(between for _, _, between in config):
         return None
-    added = [(max(low, 0), max(high, 0)) for low, high, _ in config]
-    places = np.pad(source.places, added, constant_values=OTHER)
-
-    # negative padding cuts off
-    inside = []
-    for (low, high, _), extent in zip(config, places.shape, strict=True):
+    places = source.places
+    for dim, (low, high, _) in enumerate(config):
+        added = [(0, 0)] * len(config)
+        added[dim] = (max(low, 0), max(high, 0))
+        places = np.pad(places, added, constant_values=OTHER)
+        # negative padding cuts off
         first = max(-low, 0)
-        inside.append(slice(first, extent - max(-high, 0)))
-    return replace(source, places=places[tuple(inside)])
+        last = places.shape[dim] - max(-high, 0)
+        places = np.take(places, range(first, last), axis=dim)
+    return replace(source, places=places)

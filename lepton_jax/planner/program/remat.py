@@ -122,7 +122,8 @@ def boundaries(
     valleys = [place for place in range(1, count) if _is_valley(alive, place)]
     if not valleys:
         return [0, count]
-    low = sorted(alive[place] for place in valleys)[len(valleys) // 4]
+    depths = sorted(alive[place] for place in valleys)
+    low = depths[len(depths) // 4]
     valleys = [place for place in valleys if alive[place] <= MOST_BY_LOW_VALLEY * low]
 
     boundary = sum(alive[place] for place in valleys) / len(valleys)
@@ -159,7 +160,8 @@ def _bytes_made(
     """Return the bytes that each equation makes, but for what is fixed."""
     made = []
     for eqn in jaxpr.eqns:
-        made.append(sum(_bytes(v) for v in eqn.outvars if v not in fixed))
+        own = [variable for variable in eqn.outvars if variable not in fixed]
+        made.append(sum(map(_bytes, own)))
     return made
 
 

@@ -215,7 +215,8 @@ def _elementwise(graph: Any, op: Any) -> None:
 
 
 def _barrier(graph: Any, op: Any) -> None:
-    for value, target in zip(op.inputs, op.outputs, strict=True):
+    pairs = zip(op.inputs, op.outputs, strict=True)
+    for value, target in pairs:
         if value is not None:
             graph.join_all(value, target)
 
@@ -319,8 +320,10 @@ def _squeeze(graph: Any, op: Any) -> None:
 
 def _expand_dims(graph: Any, op: Any) -> None:
     target = op.outputs[0]
-    new = {dim % len(target.shape) for dim in op.params["dimensions"]}
-    _join_pairs(graph, op.inputs[0].nodes, _without(target.nodes, new))
+    rank = len(target.shape)
+    new = [dim % rank for dim in op.params["dimensions"]]
+    rest = _without(target.nodes, new)
+    _join_pairs(graph, op.inputs[0].nodes, rest)
 
 
 def _transpose(graph: Any, op: Any) -> None:
@@ -359,8 +362,9 @@ def _reshape(graph: Any, op: Any) -> None:
     extents = [source.shape[dim] for dim in order]
     for lefts, rights in _equal_products(extents, target.shape):
         if lefts and rights:
-            graph.join(source.nodes[order[lefts[0]]], target.nodes[rights[0]])
-            op.whole += [(0, order[dim]) for dim in lefts[1:]]
+            major, *minor = (order[dim] for dim in lefts)
+            graph.join(source.nodes[major], target.nodes[rights[0]])
+            op.whole += [(0, dim) for dim in minor]
 
 
 def _equal_products(
@@ -465,7 +469,8 @@ def _gather(graph: Any, op: Any) -> None:
     batched = numbers.operand_batching_dims
 
     sliced = _other_dims(source, looked_up, batched)
-    for dim, place in zip(sliced, numbers.offset_dims, strict=True):
+    pairs = zip(sliced, numbers.offset_dims, strict=True)
+    for dim, place in pairs:
         if sizes[dim] == source.shape[dim]:
             graph.join(source.nodes[dim], out.nodes[place])
         else:
@@ -492,7 +497,8 @@ def _scatter(graph: Any, op: Any) -> None:
     numbers = op.params["dimension_numbers"]
     batched = numbers.operand_batching_dims
     window = _other_dims(out, numbers.inserted_window_dims, batched)
-    for dim, place in zip(window, numbers.update_window_dims, strict=True):
+    pairs = zip(window, numbers.update_window_dims, strict=True)
+    for dim, place in pairs:
         if updates.shape[place] == out.shape[dim]:
             graph.join(out.nodes[dim], updates.nodes[place])
         else:
@@ -520,7 +526,8 @@ def _join_scattered_rows(
     numbers = op.params["dimension_numbers"]
     _, indices, updates = op.inputs[:3]
     index_dims = numbers.scatter_indices_batching_dims
-    for dim, index_dim in zip(numbers.operand_batching_dims, index_dims, strict=True):
+    pairs = zip(numbers.operand_batching_dims, index_dims, strict=True)
+    for dim, index_dim in pairs:
         graph.join(op.outputs[0].nodes[dim], indices.nodes[index_dim])
     for index_dim, place in enumerate(rows):
         graph.join(indices.nodes[index_dim], updates.nodes[place])
@@ -537,7 +544,8 @@ def _join_but_one(
     axis: int,
 ) -> None:
     """Join the dims of two values but for one dim."""
-    for dim, (a, b) in enumerate(zip(source.nodes, target.nodes, strict=True)):
+    pairs = zip(source.nodes, target.nodes, strict=True)
+    for dim, (a, b) in enumerate(pairs):
         if dim != axis:
             graph.join(a, b)
 
