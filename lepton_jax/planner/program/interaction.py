@@ -198,30 +198,34 @@ def _meets(
     if op.name in LOOPS or not op.outputs:
         return False
 
-    def batch_dims(
-        value: Value | None,
-    ) -> list[int]:
-        if value is None:
-            return []
-        dims = []
-        for dim, node in enumerate(value.nodes):
-            if graph.find(node) in batch:
-                dims.append(dim)
-        return dims
-
-    inputs = [batch_dims(value) for value in op.inputs]
+    inputs = [_dims_in(graph, batch, value) for value in op.inputs]
     if not any(inputs):
         return False
     for number, dim in (*op.reduced, *op.whole):
         if dim in inputs[number]:
             return True
 
-    outputs = [batch_dims(value) for value in op.outputs]
+    outputs = [_dims_in(graph, batch, value) for value in op.outputs]
     if any(len(dims) > 1 for dims in (*inputs, *outputs)):
         return True
     if not all(outputs):  # what comes out of samples must say which sample it is of
         return True
     return _hides_a_meeting(op, inputs, outputs, size)
+
+
+def _dims_in(
+    graph: Graph,
+    batch: set[int],
+    value: Value | None,
+) -> list[int]:
+    """List the dims of a value that are the batch."""
+    if value is None:
+        return []
+    dims = []
+    for dim, node in enumerate(value.nodes):
+        if graph.find(node) in batch:
+            dims.append(dim)
+    return dims
 
 
 def _hides_a_meeting(
@@ -389,8 +393,8 @@ def _affine(
         return None
 
     parts = []
-    pairs = zip(op.inputs, op.eqn.invars, strict=True)
-    for operand, written in pairs:
+    operands = zip(op.inputs, op.eqn.invars, strict=True)
+    for operand, written in operands:
         source = written if operand is None else operand
         part = _affine(graph, batch, source, steps + 1)
         if part is None:

@@ -702,10 +702,11 @@ def _known_after(eqn: Any, fact: Any) -> Any:
 
 def _moved_bag(
     eqn: Any,
-    bag: Followed,
+    places: np.ndarray,
 ) -> np.ndarray | None:
+    """Return the places of a bag after an operation (see `_moved`)."""
     name = eqn.primitive.name
-    return bag.places if name in UNCHANGED or name in MOVING else None
+    return places if name in UNCHANGED or name in MOVING else None
 
 
 def _moved(
