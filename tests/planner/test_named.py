@@ -94,16 +94,14 @@ def test_the_axes_of_a_transformer():
     assert heads == {
         (block + f"attention/{n}", 1) for n in ("query", "key", "value")
     } | {(block + "attention/out", 0)}
-    assert found.groups[found.batch].name == "batch" and ("inputs", 0) in members(
-        found, "batch"
-    )
+    assert found.groups[found.batch].name == "batch"
+    assert ("inputs", 0) in members(found, "batch")
 
 
 def test_a_tied_head_is_the_embeddings_vocabulary():
     assert "head.1" not in {g.name for g in lm(tied=True).groups}
-    assert lm(tied=True).groups and members(lm(tied=True), "embed.0") == {
-        ("embed/embedding", 0)
-    }
+    assert lm(tied=True).groups
+    assert members(lm(tied=True), "embed.0") == {("embed/embedding", 0)}
 
 
 def test_looped_layers_have_the_axes_of_unrolled_ones_and_the_loop_is_none():

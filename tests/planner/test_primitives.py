@@ -485,7 +485,8 @@ def planned(operations):
                 *plan.seconds.values(),
                 plan.flops,
             ]
-            assert np.isfinite(figures).all() and min(figures) >= 0
+            assert np.isfinite(figures).all()
+            assert min(figures) >= 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

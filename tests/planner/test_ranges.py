@@ -118,7 +118,9 @@ LOSSES = {
 def test_labels_are_classes_whatever_wraps_the_loss(name):
     (limit,) = found(loss=LOSSES[name])
     assert (limit.path, limit.size, limit.columns) == ("targets", 3, None)
-    assert not limit.negative and not limit.beyond and "3 classes" in limit.why
+    assert not limit.negative
+    assert not limit.beyond
+    assert "3 classes" in limit.why
 
 
 ONE_HOT = {

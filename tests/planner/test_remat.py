@@ -138,12 +138,10 @@ def test_cast_parameters_are_kept_and_not_cast_again_in_each_segment():
 def test_straight_code_is_cut_where_little_is_alive():
     jaxpr = jax.make_jaxpr(straight)(*arguments()).jaxpr
     cuts = boundaries(jaxpr, 2)
-    assert (
-        cuts[0] == 0
-        and cuts[-1] == len(jaxpr.eqns)
-        and cuts == sorted(set(cuts))
-        and len(cuts) > 3
-    )
+    assert cuts[0] == 0
+    assert cuts[-1] == len(jaxpr.eqns)
+    assert cuts == sorted(set(cuts))
+    assert len(cuts) > 3
     for cut in cuts[1:-1]:
         made = {v for e in jaxpr.eqns[:cut] for v in e.outvars}
         across = {
@@ -181,7 +179,8 @@ def test_the_body_of_a_loop_is_run_again_but_not_a_small_cell():
             if e.primitive.name in ("remat2", "checkpoint")
         ]
 
-    assert len(checkpoints(looped)) == 1 and checkpoints(cell) == []
+    assert len(checkpoints(looped)) == 1
+    assert checkpoints(cell) == []
 
 
 def test_a_second_run_is_held_back_until_it_is_needed():
@@ -196,7 +195,8 @@ def test_a_second_run_is_held_back_until_it_is_needed():
         return Graph(program, 2, 2)
 
     assert any(op.name == BARRIER for op in graph(straight).operations())
-    assert not graph(straight).unknown and not graph(looped).unknown
+    assert not graph(straight).unknown
+    assert not graph(looped).unknown
 
 
 def test_source_lines_and_scopes_are_kept():
@@ -209,6 +209,5 @@ def test_source_lines_and_scopes_are_kept():
     ]
     assert dots
     for eqn in dots:
-        assert "test_remat.py" in source_line(eqn) and "layer" in str(
-            eqn.source_info.name_stack
-        )
+        assert "test_remat.py" in source_line(eqn)
+        assert "layer" in str(eqn.source_info.name_stack)

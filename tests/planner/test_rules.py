@@ -650,7 +650,8 @@ FAMILIES = {
 def test_dims_that_are_one_thing(family):
     function, expected, *args = FAMILIES[family]
     graph = graph_of(function, *args)
-    assert axes(graph) == expected and not graph.unknown
+    assert axes(graph) == expected
+    assert not graph.unknown
 
 
 @pytest.mark.parametrize(
@@ -724,7 +725,8 @@ def test_what_is_summed_over_and_what_each_device_needs_all_of(
 def test_an_unknown_primitive_claims_nothing():
     graph = graph_of(lambda x: jnp.sin(jnp.linalg.cholesky(x)), (4, 4))
     # jnp symmetrizes its argument
-    assert axes(graph) == "aa->bc" and graph.unknown == {"cholesky": 1}
+    assert axes(graph) == "aa->bc"
+    assert graph.unknown == {"cholesky": 1}
 
 
 def test_loops_have_dims_of_their_own_and_count():
