@@ -1,5 +1,6 @@
-"""What the planner can't do is said, and the results stay right; planning touches no
-device.
+"""The planner says what it can't do, and the results stay right.
+
+Planning touches no device.
 """
 
 import functools

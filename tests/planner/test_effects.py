@@ -1,5 +1,6 @@
-"""Prints and callbacks in a model or a loss: once a step, of the right value, however
-the step is planned.
+"""Prints and callbacks in a model or a loss.
+
+They run once a step, with the right value, however the step is planned.
 """
 
 import math
@@ -72,9 +73,7 @@ def in_a_branch(x):
 
 
 class Deep(nnx.Module):
-    """Layers that are large enough to be worth rematerializing, in a row or in a
-    loop.
-    """
+    """Layers that are worth rematerializing, in a row or in a loop."""
 
     def __init__(self, telling, loop, rngs):
         self.kernel = nnx.Param(

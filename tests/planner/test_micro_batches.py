@@ -1,5 +1,6 @@
-"""Micro-batches that the planner picks by itself: not where they change the model, or
-not without a word.
+"""Micro-batches that the planner picks by itself.
+
+It picks none where they change the model, or says so.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ LAYERS = 8
 
 
 class Deep(nnx.Module):
-    """A tower of layers, with what is normal between them."""
+    """A tower of layers, with a normalization before each."""
 
     def __init__(self, normal, rngs):
         self.layers = nnx.List(
@@ -85,7 +86,7 @@ def traced(
 
 
 def on(peak):
-    """A device on which so many bytes fit, and its catalogue entry otherwise."""
+    """Return a device on which a peak of some bytes just fits."""
     whole = lepton.topology("h200:1")
     return dataclasses.replace(
         whole,
@@ -94,7 +95,7 @@ def on(peak):
 
 
 def peak(trace, parts, *policies):
-    """Bytes of the leanest plan in so many parts."""
+    """Return the bytes of the leanest plan in a number of micro-batches."""
     whole = lepton.topology("h200:1")
     return min(
         planning.plan(trace, whole, remat=remat, micro_batches=parts).peak
@@ -102,7 +103,7 @@ def peak(trace, parts, *policies):
     )
 
 
-def test_rematerialization_goes_before_micro_batches_where_batch_norm_would_see_fewer_samples():
+def test_rematerialization_goes_before_micro_batches_that_change_batch_norm():
     trace = traced(batch_norm)
     lean = peak(trace, 1, "dots", "full")
     assert peak(trace, 8, "none") < lean < peak(trace, 1, "none")
