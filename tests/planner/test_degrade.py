@@ -20,7 +20,6 @@ from jax.interpreters import mlir
 
 import lepton_jax as lepton
 from lepton_jax.errors import ModelError, PlanError
-from lepton_jax.planner import assignment as assemble
 from lepton_jax.planner import planning
 from lepton_jax.planner.program import named
 from lepton_jax.planner.search import descent as search
@@ -264,23 +263,16 @@ def test_a_batch_that_cannot_be_split_is_said():
 
 
 def test_what_is_asked_to_be_kept_in_parts_and_does_not_divide_says_so(monkeypatch):
-    for module in (named, assemble):
-        monkeypatch.setattr(module, "SMALL", 0)
-    trace = traced(
-        lambda rngs: lepton.models.MLP((7, 13, 11), rngs=rngs),
-        7,
-        16,
-    )
-    plan = search.fixed(
-        trace,
-        CPU,
-        search.by_hand(
-            trace,
-            (8,),
-            {"batch": 1},
-            1,
-        ),
-    )
+    monkeypatch.setattr(named, "SMALL", 0)
+
+    def model(rngs):
+        return lepton.models.MLP((7, 13, 11), rngs=rngs)
+
+    trace = traced(model, 7, 16)
+    assignment = search.by_hand(trace, (8,), {"batch": 1}, 1)
+
+    plan = search.fixed(trace, CPU, assignment)
+
     reasons = {a.path: a.reason for a in plan.arrays if a.kind == "params"}
     assert "7x13" in reasons["params/layers/0/kernel"]
     assert all(not a.spec for a in plan.arrays)

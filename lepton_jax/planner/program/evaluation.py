@@ -314,7 +314,7 @@ class Prediction:
             return where_they_meet(predict, fixed, (self.trace.inputs,))
 
     def check(self, samples: int) -> None:
-        """Check that predictions of so many inputs can be joined from batches.
+        """Check that predictions of a number of inputs can be joined from batches.
 
         Raises:
           ModelError: they take several, and a leaf has not exactly one dim for them.

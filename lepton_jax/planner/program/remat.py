@@ -158,11 +158,11 @@ def _bytes_made(
     fixed: set[Any],
 ) -> list[int]:
     """Return the bytes that each equation makes, but for what is fixed."""
-    made = []
+    sizes = []
     for eqn in jaxpr.eqns:
         own = [variable for variable in eqn.outvars if variable not in fixed]
-        made.append(sum(map(_bytes, own)))
-    return made
+        sizes.append(sum(map(_bytes, own)))
+    return sizes
 
 
 def _bytes_alive(
