@@ -192,9 +192,8 @@ class Names:
             before = dict(parent)
             first = roots[places[0]]
             for place in places[1:]:
-                parent[_representative(parent, roots[place])] = _representative(
-                    parent, first
-                )
+                own = _representative(parent, roots[place])
+                parent[own] = _representative(parent, first)
             if parent != before and _any_merged(parent, distinct):
                 parent = before
         return {root: _representative(parent, root) for root in parent}

@@ -113,8 +113,8 @@ def boundaries(
     """
     count = len(jaxpr.eqns)
     fixed = _fixed(jaxpr, parameters)
-    made = _bytes_made(jaxpr, fixed)
-    total = sum(made)
+    sizes = _bytes_made(jaxpr, fixed)
+    total = sum(sizes)
     if total < SMALL or any(map(_is_worthwhile, jaxpr.eqns)):
         return [0, count]
 
@@ -131,7 +131,7 @@ def boundaries(
     cuts = [0]
     filled = 0
     for place in range(1, count):
-        filled += made[place - 1]
+        filled += sizes[place - 1]
         if place in valleys and filled >= total / segments:
             cuts.append(place)
             filled = 0
@@ -235,8 +235,8 @@ def _run(
     *segments, last = itertools.pairwise(bounds)
     for start, stop in segments:
         eqns = jaxpr.eqns[start:stop]
-        made = {variable for eqn in eqns for variable in eqn.outvars}
-        wanted = {v for v in made if last_use.get(v, -1) >= stop}
+        outvars = {variable for eqn in eqns for variable in eqn.outvars}
+        wanted = {v for v in outvars if last_use.get(v, -1) >= stop}
         _checkpointed(eqns, env, wanted, policy)
 
     # the backward pass begins here: what this segment keeps, it frees at once
@@ -286,10 +286,10 @@ def _piece(
     """Run equations under `jax.checkpoint`, then those that only have effects."""
     pure = [eqn for eqn in eqns if not eqn.effects]
     effectful = [eqn for eqn in eqns if eqn.effects]
-    made = dict.fromkeys(variable for eqn in pure for variable in eqn.outvars)
-    needs = [variable for variable in _operands(pure) if variable not in made]
+    outvars = dict.fromkeys(variable for eqn in pure for variable in eqn.outvars)
+    needs = [variable for variable in _operands(pure) if variable not in outvars]
     wanted = wanted | _operands(effectful).keys()
-    gives = [variable for variable in made if variable in wanted]
+    gives = [variable for variable in outvars if variable in wanted]
 
     def segment(*values: Any) -> list[Any]:
         inside = dict(zip(needs, values, strict=True))
