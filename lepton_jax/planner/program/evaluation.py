@@ -436,8 +436,9 @@ def batch_dims(
     large_leaves = jax.tree.leaves(many)
     for small, large in zip(small_leaves, large_leaves, strict=True):
         differing = []
-        for dim, extent in enumerate(small.shape):
-            if extent != large.shape[dim]:
+        extents = zip(small.shape, large.shape, strict=True)
+        for dim, (before, after) in enumerate(extents):
+            if before != after:
                 differing.append(dim)
         dims.append(tuple(differing))
     return dims
