@@ -1,5 +1,6 @@
-"""The one place that knows where JAX versions differ (0.10 on Python 3.11, 0.12 on 3.12
-and later), or what it hides.
+"""The one place that knows where versions of JAX and Flax differ, or what they hide.
+
+JAX is 0.10 on Python 3.11, and 0.12 on 3.12 and later.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import (  # no public names
-    compiler,  # for who writes to the compilation cache
-    distributed,  # for the key-value store of jax.distributed
-    effects,  # to tell the effects that keep their order
-    source_info_util,  # to give an equation its place in the user's code again
-)
+
+# These have no public names. `compiler` decides which process writes to the compilation
+# cache, `distributed` holds the key-value store of jax.distributed, `effects` knows the
+# effects that keep their order, and `source_info_util` gives an equation its place in
+# the user's code again.
+from jax._src import compiler, distributed, effects, source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 from jaxlib import _jax  # for the address of a process's CPU devices
@@ -47,9 +48,17 @@ __all__ = [
 ]
 
 
-def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
-    """A mesh whose axes XLA's partitioner fills in; from 0.12 on JAX's default,
-    Explicit, refuses un-annotated models.
+def make_mesh(
+    axes: dict[str, int],
+    devices: Any,
+) -> Mesh:
+    """Return a mesh whose axes XLA's partitioner fills in.
+
+    JAX's own default from 0.12 on, Explicit, refuses models without annotations.
+
+    Args:
+      axes: name to size, outermost first.
+      devices: as many as the sizes' product.
     """
     shape = tuple(axes.values())
     return Mesh(
@@ -61,8 +70,9 @@ def make_mesh(axes: dict[str, int], devices: Any) -> Mesh:
 
 @contextlib.contextmanager
 def without_proxies() -> Iterator[None]:
-    """No proxy in the environment while it is open: gRPC would look for JAX's
-    coordinator through it, and wait for ever.
+    """Hide proxies from the environment while the context is open.
+
+    gRPC would look for JAX's coordinator through a proxy, and wait forever.
     """
     hidden = {
         name: os.environ.pop(name)
@@ -79,44 +89,47 @@ _GLOO = _jax.make_gloo_tcp_collectives
 
 
 def found_at(address: str | None) -> None:
-    """Let other processes find this one's CPU devices at an address; to be called
-    before JAX is first used.
+    """Let other processes find this one's CPU devices at an address.
 
-    Gloo takes what the machine's own name stands for, which in many containers is
-    nothing, and on Debian 127.0.1.1.
+    It must be called before JAX is first used. Gloo by itself resolves the machine's
+    own name, which in many containers gives nothing, and on Debian 127.0.1.1.
 
     Args:
       address: numerical; None leaves it to Gloo.
     """
-    _jax.make_gloo_tcp_collectives = (
-        _GLOO if address is None else functools.partial(_GLOO, hostname=address)
-    )
+    make = _GLOO
+    if address is not None:
+        make = functools.partial(_GLOO, hostname=address)
+    _jax.make_gloo_tcp_collectives = make
 
 
 def coordination() -> Any:
-    """The client of the key-value store that the processes of `jax.distributed` share;
-    None in a process alone.
+    """Return the client of the key-value store that `jax.distributed` processes share.
+
+    Returns:
+      The client; None in a process alone.
     """
     return distributed.global_state.client
 
 
 def keep_executables(folder: Any) -> None:
-    """Let JAX's persistent compilation cache be in a folder, unless the user has named
-    another; to be called before compiling.
+    """Put JAX's persistent compilation cache into a folder.
 
-    JAX lets only process 0 write to it. That serves all where they compile to the same
-    key; but the key of a program for CPUs holds which process it is for: there every
-    process writes its own.
+    It must be called before anything is compiled, and does nothing if the user has
+    named a folder.
+
+    JAX lets only process 0 write to the cache. That serves all processes where they
+    compile to the same key. The key of a program for CPUs, however, holds the process
+    that it is for: there every process writes its own.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if (
-        distributed.global_state.process_id
-        and jax.default_backend() == "cpu"
-        and compiler._cache_write is _WRITE
-    ):
+
+    not_first = bool(distributed.global_state.process_id)
+    untouched = compiler._cache_write is _WRITE
+    if not_first and untouched and jax.default_backend() == "cpu":
         compiler._cache_write = _write_as_process_0  # type: ignore[assignment]
 
 
@@ -136,26 +149,27 @@ _hits = 0
 
 
 def cache_hits() -> int:
-    """How many executables this process has read from JAX's persistent compilation
-    cache.
-    """
+    """Return how many executables this process has read from the compilation cache."""
     return _hits
 
 
-def _count(event: str, **_: Any) -> None:
+def _count_hit(event: str, **_: Any) -> None:
     global _hits
-    _hits += event == "/jax/compilation_cache/cache_hits"
+    if event == "/jax/compilation_cache/cache_hits":
+        _hits += 1
 
 
-jax.monitoring.register_event_listener(_count)
+jax.monitoring.register_event_listener(_count_hit)
 
 
-def placed(value: Any, sharding: Any) -> jax.Array:
-    """A host's array on devices, some of which may be other processes'; all of these
-    hold the same value.
+def placed(
+    value: Any,
+    sharding: Any,
+) -> jax.Array:
+    """Put a host's array on devices, some of which may belong to other processes.
 
-    `jax.device_put` would do so too, but first lets the devices compare what the
-    processes hold.
+    All of these processes must hold the same value. `jax.device_put` would put it there
+    too, but it first lets the devices compare the values of the processes.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
@@ -166,9 +180,15 @@ def placed(value: Any, sharding: Any) -> jax.Array:
 
 
 @contextlib.contextmanager
-def at_source(eqn: Any, callers: tuple) -> Iterator[None]:
-    """What is bound inside keeps the equation's source line, its name stack below those
-    of the calls around it.
+def at_source(
+    eqn: Any,
+    callers: tuple,
+) -> Iterator[None]:
+    """Give equations that are bound in the context the source line of another one.
+
+    Args:
+      eqn: the other equation; its name stack is put below those of the calls.
+      callers: the calls around it, outermost first.
     """
     names = source_info_util.current_name_stack()
     for outer in (*callers, eqn):
@@ -178,52 +198,67 @@ def at_source(eqn: Any, callers: tuple) -> Iterator[None]:
         yield
 
 
-def source_line(eqn: Any, callers: tuple = ()) -> str:
-    """ "file.py:12 (function)" of the user's line that an equation stems from; of its
-    innermost caller that has one.
+def source_line(
+    eqn: Any,
+    callers: tuple = (),
+) -> str:
+    """Return the user's line that an equation stems from.
+
+    Args:
+      eqn: the equation.
+      callers: the calls around it, outermost first.
+
+    Returns:
+      "file.py:12 (function)", of the innermost one of them that has such a line.
     """
     return source_info_util.summarize(_innermost(eqn, callers).source_info)
 
 
 def _innermost(eqn: Any, callers: tuple) -> Any:
-    """What JAX traces once and calls again, such as jnp.take, knows no line of the
-    user's; its call does.
+    """Return an equation, or the innermost of its callers, that has a user's line.
+
+    A function that JAX traces once and calls again, such as jnp.take, knows no line of
+    the user's; its call does.
     """
-    for one in (eqn, *reversed(callers)):
-        if source_info_util.user_frame(one.source_info.traceback) is not None:
-            return one
+    for candidate in (eqn, *reversed(callers)):
+        traceback = candidate.source_info.traceback
+        if source_info_util.user_frame(traceback) is not None:
+            return candidate
     return eqn
 
 
 def ordered_effect(jaxpr: Jaxpr) -> Any | None:
-    """The first equation with an effect that keeps its order, such as an ordered print.
+    """Return the first equation with an effect that keeps its order.
 
-    JAX compiles none of them for several devices. An equation that calls others gives
-    the first inside of it.
+    An ordered print is one, for instance. JAX compiles none of them for several
+    devices. An equation that calls others gives the first inside of it.
     """
     for eqn in jaxpr.eqns:
-        if not effects.ordered_effects.filter_in(eqn.effects):
-            continue
-        inner = (_ordered_within(value) for value in eqn.params.values())
-        return next((found for found in inner if found is not None), eqn)
+        if effects.ordered_effects.filter_in(eqn.effects):
+            for parameter in eqn.params.values():
+                inner = _ordered_effect_within(parameter)
+                if inner is not None:
+                    return inner
+            return eqn
     return None
 
 
-def _ordered_within(value: Any) -> Any | None:
-    """The first such equation of the jaxprs in a parameter of an equation."""
-    for sub in value if isinstance(value, tuple | list) else (value,):
-        jaxpr = getattr(sub, "jaxpr", sub)
+def _ordered_effect_within(parameter: Any) -> Any | None:
+    """Return the first such equation of the jaxprs in a parameter of an equation."""
+    several = isinstance(parameter, tuple | list)
+    for candidate in parameter if several else (parameter,):
+        jaxpr = getattr(candidate, "jaxpr", candidate)
         if isinstance(jaxpr, Jaxpr):
-            found = ordered_effect(jaxpr)
-            if found is not None:
-                return found
+            eqn = ordered_effect(jaxpr)
+            if eqn is not None:
+                return eqn
     return None
 
 
-def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many of a scan's operands are constants of its body, and how many are
-    carried.
-    """
+def scan_counts(
+    eqn: Any,
+) -> tuple[int, int]:
+    """Return the number of a scan's constants, and of its carried operands."""
     if "num_carry" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carried, _ = eqn.params["ft_in"].unpack()
@@ -235,28 +270,29 @@ def jit_on(
     function: Callable,
     **options: Any,
 ) -> Any:
-    """`jax.jit` with what XLA must be told of the devices.
+    """Return a function jitted with the compiler options that its devices need.
 
-    Its CPU backend starts collectives that don't depend on each other in any order, on
-    as many threads as there are cores: with several virtual devices they can wait for
-    each other for ever (seen on jax 0.10 and two cores).
+    XLA's CPU backend starts collectives that don't depend on each other in any order,
+    on as many threads as there are cores. With several virtual devices they can wait
+    for each other forever (seen on jax 0.10 and two cores).
+
+    Args:
+      devices: the devices on which it will run.
+      function: as `jax.jit` takes it.
+      options: for `jax.jit`.
     """
     devices = list(devices)
-    several = len(devices) > 1 and devices[0].platform == "cpu"
-    return jax.jit(
-        function,
-        compiler_options=(
-            {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-            if several
-            else None
-        ),
-        **options,
-    )
+    compiler_options = None
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        compiler_options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return jax.jit(function, compiler_options=compiler_options, **options)
 
 
 def jit_where(function: Callable) -> Callable:
-    """`function` of pytrees of arrays, jitted for the devices on which they lie (see
-    `jit_on`).
+    """Return a function jitted for the devices of its arguments (see `jit_on`).
+
+    Args:
+      function: of pytrees of arrays.
     """
     jitted: dict[frozenset, Any] = {}
 
@@ -297,12 +333,16 @@ def whole_axes(function: Callable) -> Callable:
 
 
 def _unbound_axis(error: NameError) -> str | None:
-    """The axis name that JAX (0.10, 0.12) complains about; None for another error."""
-    found = re.search(r"unbound axis name: ([^\s.]+)", str(error))
-    return found[1] if found else None
+    """Return the axis name that JAX (0.10, 0.12) misses; None for another error."""
+    match = re.search(r"unbound axis name: ([^\s.]+)", str(error))
+    return match[1] if match else None
 
 
-def _with_axes(function: Callable, names: list[str]) -> Callable:
+def _with_axes(
+    function: Callable,
+    names: list[str],
+) -> Callable:
+    """Return a function in which each name is an axis of one element."""
     if not names:
         return function
 
@@ -324,24 +364,27 @@ def _with_axes(function: Callable, names: list[str]) -> Callable:
         except ValueError as error:
             if "out_axes is None" not in str(error):
                 raise
-        # e.g. of `axis_index`: the results differ along the axis, as far as JAX knows
-        first = tuple(0 for _ in names)
+        # As far as JAX knows, the results differ along the axes, e.g. of `axis_index`.
+        first = (0,) * len(names)
         return jax.tree.map(lambda x: x[first], bound(0)(*args))
 
     return call
 
 
 @contextlib.contextmanager
-def noting_sow(kind: type, note: Callable) -> Iterator[None]:
-    """Tell of each call of `sow`, as long as it is open.
+def noting_sow(
+    kind: type,
+    note: Callable,
+) -> Iterator[None]:
+    """Note each call of `sow` while the context is open.
 
-    Neither Linen nor NNX says which variables were sown, rather than kept by the
-    module as its state. Flax's own function still runs; that NNX deprecates it outside
-    of `nnx.capture` is not for the user to hear, who does not make the call.
+    Neither Linen nor NNX says which variables were sown, and which the module keeps as
+    its state. Flax's own function still runs. NNX warns that it is deprecated outside
+    of `nnx.capture`; the user does not make this call, so the warning is hidden.
 
     Args:
       kind: `linen.Module` or `nnx.Module`.
-      note: told (module, collection or variable type, name) of each.
+      note: called with (module, collection or variable type, name) of each.
     """
     original: Any = kind.sow  # type: ignore[attr-defined]
     may_be_off = "capture_noop" in inspect.signature(original).parameters

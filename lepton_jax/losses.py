@@ -243,13 +243,6 @@ def with_auxiliary(
     return sums | added
 
 
-def objective(sums: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Of the sums of a batch those that its gradient is taken of: the loss, or what is
-    kept of it.
-    """
-    return sums.get("loss_kept", sums["loss"])
-
-
 def measure(
     recipe: Any,
     outputs: Any,

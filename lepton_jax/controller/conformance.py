@@ -31,6 +31,7 @@ from lepton_jax.recipe import Recipe
 from lepton_jax.step.optimizers import switchable
 from lepton_jax.step.precision import cast
 from lepton_jax.step.state import State
+from lepton_jax.step.training_loss import differentiated_sum
 from lepton_jax.trees import by_path
 
 LAWS = {
@@ -638,7 +639,7 @@ class _Tiny:
                 y,
                 held,
             )
-            total, weight = losses.objective(sums)
+            total, weight = differentiated_sum(sums)
             return total / weight * scale, {
                 name: total / weight for name, (total, weight) in sums.items()
             }

@@ -14,10 +14,9 @@ from lepton_jax.planner.program.evaluation import (
 )
 from lepton_jax.planner.program.ranges import limits
 from lepton_jax.planner.program.remat import rematerialized
-from lepton_jax.planner.program.trace import ARGUMENTS, Trace, objective, trace
+from lepton_jax.planner.program.trace import Trace, trace
 
 __all__ = [
-    "ARGUMENTS",
     "ArrayPlan",
     "Evaluation",
     "Plan",
@@ -30,7 +29,6 @@ __all__ = [
     "laid_out",
     "limits",
     "nan_rows",
-    "objective",
     "plan",
     "rematerialized",
     "trace",

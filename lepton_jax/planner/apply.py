@@ -1,17 +1,20 @@
-"""A function laid out on a mesh: its jaxpr run again, with constraints on what it
-computes; the function is not touched.
+"""A function laid out on a mesh, which is not touched itself.
+
+Its jaxpr is run again, operation by operation, with constraints on where the operands
+and results lie. XLA's partitioner fills in the collectives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_jax.compat import at_source, scan_counts
-from lepton_jax.planner.program.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import BARRIER, Graph, Operation, Region, Value
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -20,9 +23,10 @@ from lepton_jax.planner.program.layout import (
     contraction,
 )
 from lepton_jax.planner.program.rules import ELEMENTWISE, SOURCES
-from lepton_jax.planner.program.trace import argument_paths
+from lepton_jax.step.training_loss import argument_paths
 
-# what XLA's own propagation never gets wrong needs no constraint
+# Primitives whose results XLA's own propagation never gets wrong: they need no
+# constraint. Held by tests/planner/test_correctness.py.
 FOLLOWING = {
     *ELEMENTWISE,
     *SOURCES,
@@ -40,7 +44,7 @@ def laid_out(
     names: tuple[str, ...],
     gradients: bool = False,
 ) -> Callable:
-    """`function` with its values constrained to a layout.
+    """Return a function with its values constrained to a layout.
 
     Args:
       function: of arrays in pytrees; the first argument holds the parameters.
@@ -56,31 +60,49 @@ def laid_out(
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         count = len(jax.tree.leaves(args[0]))
         graph = Graph(program, count, count if gradients else 0)
-        results = Evaluation(layout(graph, argument_paths(names, args)), mesh).program(
-            jax.tree.leaves(args)
-        )
+        paths = argument_paths(names, args)
+
+        interpreter = _Interpreter(layout(graph, paths), mesh)
+        results = interpreter.run(jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return constrained
 
 
-class Evaluation:
+def partition(
+    spec: Spec,
+    names: tuple[str, ...],
+) -> PartitionSpec:
+    """Return a spec as JAX takes it.
+
+    Args:
+      spec: a mask of mesh axes for each dim.
+      names: of the mesh axes.
+    """
+    return PartitionSpec(*(_axes(mask, names) or None for mask in spec))
+
+
+# ---- internals ----
+
+
+class _Interpreter:
     """Runs a graph under a layout."""
 
     def __init__(self, layout: Layout, mesh: Mesh):
         self.layout = layout
         self.mesh = mesh
+        # stored values as they are used: (value's index, spec) to array
         self._gathered: dict[tuple[int, Spec], Any] = {}
 
-    def program(self, leaves: list[Any]) -> list[Any]:
-        block = self.layout.graph.block
-        return self._block(
-            block,
-            [
-                self._put(x, self.layout.spec(v))
-                for x, v in zip(leaves, block.inputs, strict=True)
-            ],
-        )
+    def run(
+        self,
+        leaves: list[Any],
+    ) -> list[Any]:
+        """Run the graph's program on the leaves of its arguments."""
+        main = self.layout.graph.main
+        pairs = zip(leaves, main.inputs, strict=True)
+        args = [self._put_where_it_lies(x, value) for x, value in pairs]
+        return self._run_region(main, args)
 
     def _put(
         self,
@@ -89,92 +111,137 @@ class Evaluation:
     ) -> Any:
         if not spec:
             return x
-        return jax.lax.with_sharding_constraint(
-            x, NamedSharding(self.mesh, partition(spec, self.mesh.axis_names))
-        )
+        sharding = NamedSharding(self.mesh, partition(spec, self.mesh.axis_names))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
-    def _block(
+    def _put_where_it_lies(
         self,
-        block: Block,
+        x: Any,
+        value: Value,
+    ) -> Any:
+        return self._put(x, self.layout.spec(value))
+
+    def _run_region(
+        self,
+        region: Region,
         args: list[Any],
     ) -> list[Any]:
         env: dict[int, Any] = {}
-        for value, x in [
-            *zip(block.inputs, args, strict=True),
-            *zip(block.constants, block.consts, strict=True),
-        ]:
+        pairs = zip(region.inputs, args, strict=True)
+        for value, x in pairs:
             env[value.index] = x
-        for op in block.operations:
-            literals = (
-                [getattr(v, "val", None) for v in op.eqn.invars]
-                if op.name != BARRIER
-                else [None] * len(op.inputs)
-            )
-            inputs = [
-                x if v is None else env[v.index]
-                for x, v in zip(literals, op.inputs, strict=True)
-            ]
-            with at_source(op.eqn, op.callers):
-                outputs = self._operation(op, inputs)
-            env.update((v.index, x) for v, x in zip(op.outputs, outputs, strict=True))
-        return [env[v.index] if isinstance(v, Value) else v.val for v in block.results]
+        pairs = zip(region.constants, region.consts, strict=True)
+        for value, const in pairs:
+            env[value.index] = const
 
-    def _operation(
+        for op in region.operations:
+            operands = _literals(op)
+            for number, operand in enumerate(op.inputs):
+                if operand is not None:
+                    operands[number] = env[operand.index]
+            with at_source(op.eqn, op.callers):
+                results = self._run_operation(op, operands)
+            pairs = zip(op.outputs, results, strict=True)
+            for value, x in pairs:
+                env[value.index] = x
+
+        results = []
+        for result in region.results:
+            is_value = isinstance(result, Value)
+            results.append(env[result.index] if is_value else result.val)
+        return results
+
+    # ---- one operation ----
+
+    def _run_operation(
         self,
         op: Operation,
-        inputs: list[Any],
+        operands: list[Any],
     ) -> list[Any]:
         if op.name == BARRIER:
-            return list(jax.lax.optimization_barrier(tuple(inputs)))
+            return list(jax.lax.optimization_barrier(tuple(operands)))
         if op.name == "scan":
-            return self._scan(op, inputs)
+            return self._scan(op, operands)
         if op.name == "while":
-            return self._while(op, inputs)
+            return self._while(op, operands)
         if op.name == "cond":
-            return self._cond(op, inputs)
+            return self._cond(op, operands)
+
         product = contraction(op)
         decision = self.layout.decide(op, product)
-        for i, spec in decision.inputs.items():
-            value = op.inputs[i]
-            assert value is not None
-            if value.stored is not None and self.layout.spec(value) != spec:
-                inputs[i] = self._gather(value, inputs[i], spec)
-            # from where it lies: else XLA would carry what this operation wants back
-            # into what made it
-            else:
-                inputs[i] = self._put(
-                    self._put(inputs[i], self.layout.spec(value)), spec
-                )
-        grouped = product is not None and product.groups > 1
-        out = (
-            [self._grouped(op, product, inputs, decision)]  # type: ignore[arg-type]
-            if grouped
-            else _bind(op.eqn, inputs)
-        )
+        operands = self._move_operands(op, operands, decision)
+        if product is not None and product.groups > 1:
+            results = [self._grouped(op, product, operands, decision)]
+        else:
+            results = _bind(op.eqn, operands)
         if op.name in FOLLOWING and not decision.inputs:
-            return out
+            return results
+        return self._constrain_results(op, product, decision, results)
+
+    def _move_operands(
+        self,
+        op: Operation,
+        operands: list[Any],
+        decision: Decision,
+    ) -> list[Any]:
+        """Put the operands where the operation wants them."""
+        moved = list(operands)
+        for number, spec in decision.inputs.items():
+            value = op.inputs[number]
+            assert value is not None
+            x = operands[number]
+            lies = self.layout.spec(value)
+            if value.stored is not None and lies != spec:
+                moved[number] = self._gather(value, x, spec)
+            else:
+                # Without the first constraint XLA would carry the second one back into
+                # the operation that makes the operand.
+                moved[number] = self._put(self._put(x, lies), spec)
+        return moved
+
+    def _constrain_results(
+        self,
+        op: Operation,
+        product: Contraction | None,
+        decision: Decision,
+        results: list[Any],
+    ) -> list[Any]:
+        """Put the results first where they come out, then where they are to lie."""
         if op.known and op.whole and product is None:
-            # else XLA splits what needs all of a dim along that dim, and e.g. a pad
-            # between elements comes out wrong
-            out = [
-                (
-                    self._put(x, made)
-                    if (made := self.layout.made(op, v)) != self.layout.spec(v)
-                    else x
-                )
-                for x, v in zip(out, op.outputs, strict=True)
-            ]
-        if decision.natural is not None and not _summed(
-            op,
-            product,
-            decision.natural,
-            self.layout.spec(op.outputs[0]),
-        ):
-            out[0] = self._put(out[0], decision.natural)
-        return [
-            self._put(x, self.layout.spec(v)) if hasattr(x, "shape") and op.known else x
-            for x, v in zip(out, op.outputs, strict=True)
-        ]
+            results = self._results_of_whole(op, results)
+        if decision.natural is not None:
+            spec = self.layout.spec(op.outputs[0])
+            if not _only_scatters(op, product, decision.natural, spec):
+                first = self._put(results[0], decision.natural)
+                results = [first, *results[1:]]
+        if not op.known:
+            return results
+
+        constrained = []
+        pairs = zip(results, op.outputs, strict=True)
+        for x, value in pairs:
+            is_array = hasattr(x, "shape")
+            constrained.append(self._put_where_it_lies(x, value) if is_array else x)
+        return constrained
+
+    def _results_of_whole(
+        self,
+        op: Operation,
+        results: list[Any],
+    ) -> list[Any]:
+        """Constrain the results of an operation with whole dims as its inputs lie.
+
+        XLA (jax 0.10, 0.12) would split such an operation along that dim, and e.g. a
+        pad between elements comes out wrong then.
+        """
+        constrained = []
+        pairs = zip(results, op.outputs, strict=True)
+        for x, value in pairs:
+            spec = self.layout.result(op, value)
+            if spec != self.layout.spec(value):
+                x = self._put(x, spec)
+            constrained.append(x)
+        return constrained
 
     def _gather(
         self,
@@ -182,15 +249,17 @@ class Evaluation:
         x: Any,
         spec: Spec,
     ) -> Any:
-        """A stored value as it is used, gathered once a block; but not kept from the
-        forward pass to the backward pass.
+        """Gather a stored value as it is used, once in each pass.
+
+        The backward pass gathers again what the forward pass has gathered, so that it
+        is not kept between them.
         """
-        done = self._gathered.get((value.index, spec))
-        if done is not None and value.index not in self.layout.graph.lasting:
-            return done
-        gathered = self._put(
-            x if done is None else jax.lax.optimization_barrier(x), spec
-        )
+        before = self._gathered.get((value.index, spec))
+        if before is not None:
+            if value.index not in self.layout.graph.lasting:
+                return before
+            x = jax.lax.optimization_barrier(x)
+        gathered = self._put(x, spec)
         self._gathered[value.index, spec] = gathered
         return gathered
 
@@ -198,148 +267,216 @@ class Evaluation:
         self,
         op: Operation,
         product: Contraction,
-        inputs: list[Any],
+        operands: list[Any],
         decision: Decision,
     ) -> Any:
-        """A grouped convolution on each device's part: of most, XLA's partitioner (jax
-        0.10, 0.12) gathers all operands.
+        """Run a grouped convolution on each device's part of it.
+
+        XLA's partitioner (jax 0.10, 0.12) gathers all operands of most of them.
         """
-        left, right = (
-            decision.inputs.get(i, self.layout.spec(op.inputs[i]))  # type: ignore[arg-type]
-            for i in (0, 1)
-        )
-        out = decision.natural or self.layout.spec(op.outputs[0])
-        if not any((*left, *right, *out)):
-            return _bind(op.eqn, inputs)[0]
-        group = product.indices[0]
-        summed = [index for index in product.indices if index.out is None]
+        specs = self._grouped_specs(op, decision)
+        if not any(any(spec) for spec in specs):
+            return _bind(op.eqn, operands)[0]
+
+        left = specs[0]
         sums = 0
-        for index in summed:
-            sums |= left[index.left]  # type: ignore[index]
-        split = self.layout.counts[left[group.left]]  # type: ignore[index]
-        counted = {
-            k: n // split if n > 1 else n
-            for k, n in op.params.items()
-            if k.endswith("_group_count")
-        }
-        names = self.mesh.axis_names
-
-        def local(x: Any, kernel: Any) -> Any:
-            y = op.eqn.primitive.bind(
-                x,
-                kernel,
-                **{**op.eqn.primitive.get_bind_params(op.eqn.params), **counted},
-            )
-            return (
-                jax.lax.psum(y, tuple(n for i, n in enumerate(names) if sums >> i & 1))
-                if sums
-                else y
-            )
-
-        specs = [partition(spec, names) for spec in (left, right, out)]
+        for index in product.indices:
+            if index.out is None:
+                assert index.left is not None
+                sums |= left[index.left]
+        place = product.indices[0].left
+        assert place is not None
+        local = partial(
+            _local_convolution,
+            op.eqn,
+            self.layout.counts[left[place]],
+            _axes(sums, self.mesh.axis_names),
+        )
+        partitions = [partition(spec, self.mesh.axis_names) for spec in specs]
         return jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=tuple(specs[:2]),
-            out_specs=specs[2],
+            in_specs=tuple(partitions[:2]),
+            out_specs=partitions[2],
             check_vma=False,
-        )(*inputs)
+        )(*operands)
+
+    def _grouped_specs(
+        self,
+        op: Operation,
+        decision: Decision,
+    ) -> list[Spec]:
+        """Return the specs in which left, right and result meet."""
+        specs = []
+        for number in (0, 1):
+            value = op.inputs[number]
+            assert value is not None
+            lies = self.layout.spec(value)
+            specs.append(decision.inputs.get(number, lies))
+        wanted = self.layout.spec(op.outputs[0])
+        specs.append(decision.natural or wanted)
+        return specs
+
+    # ---- loops and conditionals ----
 
     def _scan(
         self,
         op: Operation,
-        inputs: list[Any],
+        operands: list[Any],
     ) -> list[Any]:
         consts, carried = scan_counts(op.eqn)
-        head = inputs[:consts]
-        carry = inputs[consts : consts + carried]
-        for i, value in enumerate(op.inputs[consts + carried :], consts + carried):
-            spec = () if value is None else self.layout.spec(value)
-            if spec and spec[0]:  # a loop over samples: gathered once, not at each step
-                inputs[i] = self._put(inputs[i], (0, *spec[1:]))
-        xs = inputs[consts + carried :]
-        block = op.blocks[0]
-        specs = [self.layout.spec(v) for v in block.inputs]
+        sliced = consts + carried
+        constants = operands[:consts]
+        region = op.regions[0]
 
-        def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-            args = [
-                x if x is None else self._put(x, s)
-                for x, s in zip([*head, *carry, *xs], specs, strict=True)
-            ]
-            results = self._block(block, args)
-            results = [
-                self._put(x, self.layout.spec(v)) if isinstance(v, Value) else x
-                for x, v in zip(results, block.results, strict=True)
-            ]
+        def body(
+            carry: list[Any],
+            slices: list[Any],
+        ) -> tuple[list[Any], list[Any]]:
+            args = [*constants, *carry, *slices]
+            results = self._loop_body(region, args)
             return results[:carried], results[carried:]
 
-        p = op.params
-        carry, ys = jax.lax.scan(
+        carry, stacked = jax.lax.scan(
             body,
-            carry,
-            xs,
-            length=p["length"],
-            reverse=p["reverse"],
-            unroll=p["unroll"],
+            operands[consts:sliced],
+            self._scanned(op, operands, sliced),
+            length=op.params["length"],
+            reverse=op.params["reverse"],
+            unroll=op.params["unroll"],
         )
-        return [
-            self._put(x, self.layout.spec(v))
-            for x, v in zip([*carry, *ys], op.outputs, strict=True)
-        ]
+        pairs = zip([*carry, *stacked], op.outputs, strict=True)
+        return [self._put_where_it_lies(x, value) for x, value in pairs]
+
+    def _loop_body(
+        self,
+        region: Region,
+        args: list[Any],
+    ) -> list[Any]:
+        for number, value in enumerate(region.inputs):
+            if args[number] is not None:
+                args[number] = self._put_where_it_lies(args[number], value)
+        results = self._run_region(region, args)
+        for number, value in enumerate(region.results):
+            if isinstance(value, Value):
+                results[number] = self._put_where_it_lies(results[number], value)
+        return results
+
+    def _scanned(
+        self,
+        op: Operation,
+        operands: list[Any],
+        first: int,
+    ) -> list[Any]:
+        """Return the operands of which a loop takes slices.
+
+        Where the loop steps along a dim that is split, as one over samples does, they
+        are gathered once and not at each step.
+        """
+        scanned = operands[first:]
+        for number, value in enumerate(op.inputs[first:]):
+            spec = () if value is None else self.layout.spec(value)
+            if spec and spec[0]:
+                gathered = (0, *spec[1:])
+                scanned[number] = self._put(scanned[number], gathered)
+        return scanned
 
     def _while(
         self,
         op: Operation,
-        inputs: list[Any],
+        operands: list[Any],
     ) -> list[Any]:
-        nc = op.params["cond_nconsts"]
-        nb = op.params["body_nconsts"]
-        cond, body = op.blocks
-        return jax.lax.while_loop(
-            lambda c: self._block(cond, [*inputs[:nc], *c])[0],
-            lambda c: self._block(body, [*inputs[nc : nc + nb], *c]),
-            inputs[nc + nb :],
-        )
+        condition, body = op.regions
+        consts = op.params["cond_nconsts"]
+        first = consts + op.params["body_nconsts"]
+        condition_constants = operands[:consts]
+        body_constants = operands[consts:first]
+
+        def goes_on(carry: list[Any]) -> Any:
+            return self._run_region(condition, [*condition_constants, *carry])[0]
+
+        def step(
+            carry: list[Any],
+        ) -> list[Any]:
+            return self._run_region(body, [*body_constants, *carry])
+
+        return jax.lax.while_loop(goes_on, step, operands[first:])
 
     def _cond(
         self,
         op: Operation,
-        inputs: list[Any],
+        operands: list[Any],
     ) -> list[Any]:
-        branches = [lambda *args, b=b: self._block(b, list(args)) for b in op.blocks]
-        return jax.lax.switch(
-            inputs[0],
-            branches,
-            *inputs[1:],
-        )
+        def branch(region: Region, *args: Any) -> list[Any]:
+            return self._run_region(region, list(args))
+
+        branches = [partial(branch, region) for region in op.regions]
+        return jax.lax.switch(operands[0], branches, *operands[1:])
 
 
-def partition(spec: Spec, names: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(
-        *(
-            tuple(n for i, n in enumerate(names) if mask >> i & 1) or None
-            for mask in spec
-        )
-    )
+def _axes(
+    mask: int,
+    names: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Return the names of the mesh axes in a mask."""
+    return tuple(name for axis, name in enumerate(names) if mask >> axis & 1)
 
 
-def _summed(
+def _literals(op: Operation) -> list[Any]:
+    """Return the value of each operand that is a literal, None for the others."""
+    if op.name == BARRIER:  # it may stand for another equation
+        return [None] * len(op.inputs)
+    return [getattr(variable, "val", None) for variable in op.eqn.invars]
+
+
+def _local_convolution(
+    eqn: Any,
+    devices: int,
+    summed: tuple[str, ...],
+    x: Any,
+    kernel: Any,
+) -> Any:
+    """Run a grouped convolution on a device's part of its operands.
+
+    Args:
+      eqn: the convolution of the whole.
+      devices: the number of devices among which its groups are divided.
+      summed: mesh axes over which the parts of the result are added up.
+      x: the part of the left operand.
+      kernel: the part of the right operand.
+    """
+    params = dict(eqn.primitive.get_bind_params(eqn.params))
+    for name, count in eqn.params.items():
+        if name.endswith("_group_count") and count > 1:
+            params[name] = count // devices
+    y = eqn.primitive.bind(x, kernel, **params)
+    return jax.lax.psum(y, summed) if summed else y
+
+
+def _only_scatters(
     op: Operation,
     product: Contraction | None,
     natural: Spec,
     spec: Spec,
 ) -> bool:
-    """Whether a result differs from what is wanted only by sums that are still to be
-    scattered.
+    """Whether a result differs from the wanted one only by sums still to be scattered.
+
+    Without a constraint between sum and scatter, XLA can make one reduce-scatter of
+    them.
     """
     if product is None:
         return False
-    # XLA (jax 0.10, 0.12) looks up wrong rows where such a dim is split already
+    pairs = zip(natural, spec, strict=True)
     if op.name == "gather":
-        return all(n in (0, s) for n, s in zip(natural, spec, strict=True))
-    return all(n & ~s == 0 for n, s in zip(natural, spec, strict=True))
+        # XLA (jax 0.10, 0.12) looks up wrong rows where such a dim is split already
+        return all(own in (0, wanted) for own, wanted in pairs)
+    return all(own & ~wanted == 0 for own, wanted in pairs)
 
 
-def _bind(eqn: Any, inputs: list[Any]) -> list[Any]:
-    out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
+def _bind(
+    eqn: Any,
+    operands: list[Any],
+) -> list[Any]:
+    params = eqn.primitive.get_bind_params(eqn.params)
+    results = eqn.primitive.bind(*operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]

@@ -1,28 +1,40 @@
-"""From an assignment of mesh axes to the plan of each array, and why it lies so."""
+"""The plan of each array under an assignment of mesh axes, and its reason."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from lepton_jax.planner.plans import ArrayPlan, entries
-from lepton_jax.planner.program.layout import Spec
-from lepton_jax.planner.program.named import SMALL, Names
+from lepton_jax.planner.program.graph import Operation
+from lepton_jax.planner.program.layout import Spec, device_counts
+from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.trees import by_path, nbytes
+
+# the words for what the axes of a mesh do, in a plan's name
+STRATEGIES = {
+    "data": "data parallel",
+    "fsdp": "FSDP",
+    "tensor": "tensor parallel",
+    "expert": "expert parallel",
+    "sequence": "sequence parallel",
+    "idle": "idle",
+}
+
+UNSPLIT = "small; a copy on each device"
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a search decides.
+    """The outcome of a search.
 
     Attributes:
       sizes: of the mesh axes, outermost first; axis i is bit 1 << i.
       masks: for each group of `Names`, the mesh axes that split it.
-      keep: mesh axes over which the state is split besides (ZeRO-3, FSDP).
+      keep: mesh axes over which the state is split in addition (ZeRO-3, FSDP).
       remat, micro_batches: as in Plan.
     """
 
@@ -34,59 +46,80 @@ class Assignment:
 
     @property
     def counts(self) -> list[int]:
-        return [
-            math.prod(n for i, n in enumerate(self.sizes) if mask >> i & 1)
-            for mask in range(1 << len(self.sizes))
-        ]
+        """The number of devices along each mask of mesh axes."""
+        return device_counts(self.sizes)
 
 
-def axis_names(assignment: Assignment, names: Names) -> tuple[str, ...]:
-    """The field's word for each mesh axis, by what it splits."""
-    found: list[str] = []
+# ---- names ----
+
+
+def axis_names(
+    assignment: Assignment,
+    names: Names,
+) -> tuple[str, ...]:
+    """Name each mesh axis by what it splits, in the field's words."""
     experts = expert_groups(names)
-    for bit in range(len(assignment.sizes)):
-        split = [k for k, mask in enumerate(assignment.masks) if mask >> bit & 1]
-        others = [k for k in split if k != names.batch]
-        inputs = [
-            k
-            for k in others
-            if not any(
-                names.paths[i].startswith("params") for i, _ in names.groups[k].members
-            )
-        ]
-        if experts & set(others):
-            word = "expert"
-        elif names.batch in split:
-            word = "fsdp" if assignment.keep >> bit & 1 else "data"
-        elif inputs:
-            word = "sequence"
-        elif others:
-            word = "tensor"
-        else:
-            word = "fsdp" if assignment.keep >> bit & 1 else "idle"
-        count = sum(f.rstrip("0123456789") == word for f in found)
-        found.append(word if not count else f"{word}{count + 1}")
-    return tuple(found)
+    axes: list[str] = []
+    counts: dict[str, int] = {}
+    for axis in range(len(assignment.sizes)):
+        word = _axis_word(assignment, names, experts, axis)
+        counts[word] = counts.get(word, 0) + 1
+        axes.append(word if counts[word] == 1 else f"{word}{counts[word]}")
+    return tuple(axes)
+
+
+def _axis_word(
+    assignment: Assignment,
+    names: Names,
+    experts: set[int],
+    axis: int,
+) -> str:
+    split = {k for k, mask in enumerate(assignment.masks) if mask >> axis & 1}
+    others = split - {names.batch}
+    splits_state = assignment.keep >> axis & 1
+    if experts & others:
+        return "expert"
+    if names.batch in split:
+        return "fsdp" if splits_state else "data"
+    if not all(_has_parameters(names, k) for k in others):
+        return "sequence"
+    if others:
+        return "tensor"
+    return "fsdp" if splits_state else "idle"
+
+
+def _has_parameters(names: Names, group: int) -> bool:
+    members = names.groups[group].members
+    paths = [names.paths[index] for index, _ in members]
+    return any(path.startswith("params") for path in paths)
 
 
 def expert_groups(names: Names) -> set[int]:
-    """Groups along which parameters meet samples as a dot's batch dim: the experts of a
-    mixture.
+    """Find the groups along which parameters meet samples as a dot's batch dim.
+
+    They are the experts of a mixture.
     """
-    graph = names.graph
-    found = set()
-    for op in graph.operations():
-        if op.name == "dot_general" and None not in op.inputs[:2]:
-            (_, _), (lb, rb) = op.params["dimension_numbers"]
-            left, right = op.inputs[:2]
-            for value, dims in ((left, lb), (right, rb)):
-                if value is not None and value.stored is not None:
-                    found |= {
-                        names.of[graph.find(value.nodes[d])]
-                        for d in dims
-                        if graph.find(value.nodes[d]) in names.of
-                    }
-    return found - {names.batch}
+    find = names.graph.find
+    groups = set()
+    for op in names.graph.operations():
+        for node in _stored_batch_nodes(op):
+            root = find(node)
+            if root in names.of:
+                groups.add(names.of[root])
+    return groups - {names.batch}
+
+
+def _stored_batch_nodes(op: Operation) -> list[int]:
+    """List the nodes of a dot's batch dims in those of its operands that are stored."""
+    if op.name != "dot_general" or None in op.inputs[:2]:
+        return []
+    nodes = []
+    _, batched = op.params["dimension_numbers"]
+    pairs = zip(op.inputs[:2], batched, strict=True)
+    for value, dims in pairs:
+        if value is not None and value.stored is not None:
+            nodes += [value.nodes[dim] for dim in dims]
+    return nodes
 
 
 def strategy(
@@ -94,32 +127,33 @@ def strategy(
     axes: tuple[str, ...],
     names: Names,
 ) -> str:
-    """The plan's name in the field's words."""
-    words = {
-        "data": "data parallel",
-        "fsdp": "FSDP",
-        "tensor": "tensor parallel",
-        "expert": "expert parallel",
-        "sequence": "sequence parallel",
-        "idle": "idle",
-    }
-    parts = list(
-        dict.fromkeys(
-            words[a.rstrip("0123456789")]
-            for a, n in zip(axes, assignment.sizes, strict=True)
-            if n > 1
-        )
-    )
-    batch = 0 if names.batch is None else assignment.masks[names.batch]
-    for k, mask in enumerate(assignment.masks):
-        looked_up = any(
-            names.paths[i].endswith("embedding") and d == 0
-            for i, d in names.groups[k].members
-        )
-        if looked_up and mask & batch:
-            parts.append("row-sharded embeddings")
-            break
+    """Return a plan's name in the field's words, such as "FSDP x tensor parallel"."""
+    parts: list[str] = []
+    pairs = zip(axes, assignment.sizes, strict=True)
+    for axis, size in pairs:
+        part = STRATEGIES[axis.rstrip("0123456789")]
+        if size > 1 and part not in parts:
+            parts.append(part)
+    if _shards_rows(assignment, names):
+        parts.append("row-sharded embeddings")
     return " x ".join(parts) or "one device"
+
+
+def _shards_rows(assignment: Assignment, names: Names) -> bool:
+    """Whether the rows of an embedding are split over the devices of the batch."""
+    batch = 0 if names.batch is None else assignment.masks[names.batch]
+    pairs = zip(names.groups, assignment.masks, strict=False)
+    for group, mask in pairs:
+        rows = any(
+            names.paths[index].endswith("embedding") and dim == 0
+            for index, dim in group.members
+        )
+        if rows and mask & batch:
+            return True
+    return False
+
+
+# ---- arrays ----
 
 
 def arrays(
@@ -128,72 +162,86 @@ def arrays(
     assignment: Assignment,
     axes: tuple[str, ...],
 ) -> tuple[ArrayPlan, ...]:
-    """How each array of the state lies: optimizer state as the parameter that it
-    belongs to.
+    """Plan each array of the state.
+
+    State of the optimizer and of the controller lies as the parameter that it belongs
+    to.
+
+    Args:
+      trace: the program.
+      names: its groups.
+      assignment: the mesh axes of each group.
+      axes: names of the mesh axes.
     """
-    counts = assignment.counts
-    masks = list(assignment.masks)
-    params = {p: i for i, p in enumerate(names.paths) if p.startswith("params")}
-    stored = dict(
-        zip(
-            params,
-            names.storage(masks, assignment.keep, counts),
-            strict=True,
-        )
-    )
-    found = []
     leaves = by_path(trace.state)
-    tails = {
-        p.removeprefix("params/"): (spec, tuple(leaves[p].shape))
-        for p, spec in stored.items()
+    params = _parameters(leaves, names, assignment)
+    stored = {
+        path.removeprefix("params/"): (parameter.spec, parameter.shape)
+        for path, parameter in params.items()
     }
+    plans = []
     for path, leaf in leaves.items():
-        dtype = dtype_name(leaf)
         kind = path.partition("/")[0]
         shape = tuple(leaf.shape)
         spec: Spec = (0,) * len(shape)
         use = spec
-        reason = "small; a copy on each device"
-        if path in params:
-            spec = stored[path]
-            use = names.use(
-                params[path],
-                masks,
-                counts,
-            )
-            reason = _why(
-                shape,
-                spec,
-                use,
-                assignment,
-                axes,
-                names,
-                params[path],
-            )
+        reason = UNSPLIT
+        if kind == "params":
+            parameter = params[path]
+            spec = parameter.spec
+            use = parameter.use
+            reason = _why(parameter, assignment, axes, names)
         elif kind in ("optimizer", "controller"):
-            spec, reason = _follow(path, shape, tails)
+            spec, reason = _follow(path, shape, stored)
             use = spec
-        found.append(
+        plans.append(
             ArrayPlan(
                 path,
                 kind,
                 shape,
-                dtype,
+                dtype_name(leaf),
                 nbytes(leaf),
                 entries(spec, axes),
                 entries(use, axes),
                 reason,
             )
         )
-    return tuple(found)
+    return tuple(plans)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter: its number among the inputs, and how it is kept and used."""
+
+    index: int
+    shape: tuple[int, ...]
+    spec: Spec
+    use: Spec
+
+
+def _parameters(
+    leaves: dict[str, Any],
+    names: Names,
+    assignment: Assignment,
+) -> dict[str, _Parameter]:
+    """Return the parameters by their paths."""
+    masks = assignment.masks
+    counts = assignment.counts
+    specs = iter(names.storage(masks, assignment.keep, counts))
+    parameters = {}
+    for index, path in enumerate(names.paths):
+        if path.startswith("params"):
+            shape = tuple(leaves[path].shape)
+            use = names.use(index, masks, counts)
+            parameters[path] = _Parameter(index, shape, next(specs), use)
+    return parameters
 
 
 def dtype_name(leaf: Any) -> str:
-    return (
-        "key"
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else str(leaf.dtype)
-    )
+    """Return the name of an array's dtype; "key" for a random key."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return "key"
+    return str(leaf.dtype)
 
 
 def batch_arrays(
@@ -202,37 +250,37 @@ def batch_arrays(
     assignment: Assignment,
     axes: tuple[str, ...],
 ) -> tuple[ArrayPlan, ...]:
-    """How inputs and targets lie in the step."""
-    found = []
+    """Plan the inputs and the targets of a step, with the arguments of `arrays`."""
     if trace.inputs is None:
         return ()
+    plans = []
     leaves = by_path({"inputs": trace.inputs, "targets": trace.targets})
-    for i, path in enumerate(names.paths):
-        if path in leaves:
-            leaf = leaves[path]
-            use = names.use(
-                i,
-                list(assignment.masks),
-                assignment.counts,
+    for index, path in enumerate(names.paths):
+        if path not in leaves:
+            continue
+        leaf = leaves[path]
+        use = names.use(index, assignment.masks, assignment.counts)
+        fed = entries(use[:1], axes)
+        if fed:
+            reason = "split over the devices that hold different samples"
+        else:
+            reason = "each device gets all samples"
+        plans.append(
+            ArrayPlan(
+                path,
+                path.partition("/")[0],
+                tuple(leaf.shape),
+                str(leaf.dtype),
+                nbytes(leaf),
+                fed,
+                entries(use, axes),
+                reason,
             )
-            first = entries(use[:1], axes)
-            found.append(
-                ArrayPlan(
-                    path,
-                    path.partition("/")[0],
-                    tuple(leaf.shape),
-                    str(leaf.dtype),
-                    nbytes(leaf),
-                    first,
-                    entries(use, axes),
-                    (
-                        "split over the devices that hold different samples"
-                        if first
-                        else "each device gets all samples"
-                    ),
-                )
-            )
-    return tuple(found)
+        )
+    return tuple(plans)
+
+
+# ---- state that follows a parameter ----
 
 
 def _follow(
@@ -240,80 +288,92 @@ def _follow(
     shape: tuple[int, ...],
     stored: dict[str, tuple[Spec, tuple[int, ...]]],
 ) -> tuple[Spec, str]:
-    """State of optimizer and controller lies as the parameter whose path it ends in,
-    dim by dim where it has fewer.
+    """Return spec and reason of an array as of the parameter that its path ends in.
+
+    Args:
+      path: of an array of the optimizer's or the controller's state.
+      shape: its shape, which may lack dims of the parameter's.
+      stored: spec and shape of each parameter, by its path without "params/".
     """
-    parts = path.split("/")
-    tail = next(
-        (t for t in ("/".join(parts[i:]) for i in range(1, len(parts))) if t in stored),
-        None,
-    )
-    if tail is not None:
+    _, _, tail = path.partition("/")
+    while tail and tail not in stored:
+        _, _, tail = tail.partition("/")
+    if tail:
         spec, whole = stored[tail]
         if shape == whole:
             return spec, f"lies as {tail}"
-        places = []
-        start = 0
-        for extent in shape:  # a factored moment has the parameter's dims without one
-            place = next(
-                (d for d in range(start, len(whole)) if whole[d] == extent), None
-            )
-            if place is None:
-                break
-            places.append(place)
-            start = place + 1
-        if shape and len(places) == len(shape):
-            return tuple(spec[d] for d in places), f"lies as the same dims of {tail}"
-    return (0,) * len(shape), "small; a copy on each device"
+        dims = _same_dims(shape, whole)
+        if shape and len(dims) == len(shape):
+            return tuple(spec[d] for d in dims), f"lies as the same dims of {tail}"
+    return (0,) * len(shape), UNSPLIT
+
+
+def _same_dims(
+    shape: tuple[int, ...],
+    whole: tuple[int, ...],
+) -> list[int]:
+    """List the dims of `whole` that have the extents of `shape`, in that order.
+
+    A factored moment has a parameter's dims without one of them: (4, 3) of (4, 8, 3)
+    are its dims 0 and 2. The list ends where no dim is left that fits.
+    """
+    dims: list[int] = []
+    start = 0
+    for extent in shape:
+        if extent not in whole[start:]:
+            break
+        dim = whole.index(extent, start)
+        dims.append(dim)
+        start = dim + 1
+    return dims
+
+
+# ---- reasons ----
 
 
 def _why(
-    shape: tuple[int, ...],
-    spec: Spec,
-    use: Spec,
+    parameter: _Parameter,
     assignment: Assignment,
     axes: tuple[str, ...],
     names: Names,
-    index: int,
 ) -> str:
+    """Explain how a parameter is used and kept."""
     graph = names.graph
+    value = graph.main.inputs[parameter.index]
     parts = []
-    for d, mask in enumerate(use):
+    for dim, mask in enumerate(parameter.use):
         if mask:
-            group = names.groups[
-                names.of[graph.find(graph.block.inputs[index].nodes[d])]
-            ]
-            parts.append(f"dim {d} is {group.name}, split over {_words(mask, axes)}")
-    more = [
-        (d, s & ~u) for d, (s, u) in enumerate(zip(spec, use, strict=True)) if s & ~u
-    ]
-    if more:
-        d, mask = more[0]
+            root = graph.find(value.nodes[dim])
+            group = names.groups[names.of[root]]
+            split = _axis_list(mask, axes)
+            parts.append(f"dim {dim} is {group.name}, split over {split}")
+
+    pairs = zip(parameter.spec, parameter.use, strict=True)
+    in_addition = [kept & ~used for kept, used in pairs]
+    if any(in_addition):
+        mask = next(mask for mask in in_addition if mask)
+        dim = in_addition.index(mask)
+        split = _axis_list(mask, axes)
         parts.append(
-            f"kept in parts of dim {d} over {_words(mask, axes)}, gathered where it is"
-            " used"
+            f"kept in parts of dim {dim} over {split}, gathered where it is used"
         )
+    elif assignment.keep and names.is_small(parameter.index):
+        parts.append("too small to be worth splitting further")
     elif assignment.keep:
-        steps = [node in graph.loops for node in graph.block.inputs[index].nodes]
-        small = (
-            math.prod(n for n, step in zip(shape, steps, strict=True) if not step) * 4
-            < SMALL
-        )
-        parts.append(
-            "too small to be worth splitting further"
-            if small
-            else (
-                f"no dim of {'x'.join(map(str, shape))} divides by"
-                f" {assignment.counts[assignment.keep]} more"
-            )
-        )
+        shape = "x".join(map(str, value.shape))
+        count = assignment.counts[assignment.keep]
+        parts.append(f"no dim of {shape} divides by {count} more")
+
     if not parts:
-        parts.append(
+        return (
             "a copy on each device: what the copies cost in memory is less than what"
             " parts would cost in time"
         )
     return "; ".join(parts)
 
 
-def _words(mask: int, axes: tuple[str, ...]) -> str:
-    return " and ".join(n for i, n in enumerate(axes) if mask >> i & 1)
+def _axis_list(
+    mask: int,
+    axes: tuple[str, ...],
+) -> str:
+    return " and ".join(name for axis, name in enumerate(axes) if mask >> axis & 1)

@@ -208,7 +208,7 @@ class Plan:
         known = {a.path: a for a in (*self.arrays, *self.batch)}
         uses: dict[int, int] = {}
         storage = []
-        for path, value in zip(paths, graph.block.inputs, strict=True):
+        for path, value in zip(paths, graph.main.inputs, strict=True):
             array = known.get(path)
             if array is None:
                 continue

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts, source_line
-from lepton_jax.planner import objective
 from lepton_jax.planner.program.graph import CALLS
 from lepton_jax.step.module import forward
 from lepton_jax.step.state import State
+from lepton_jax.step.training_loss import training_loss
 from lepton_jax.train.program import Program
 from lepton_jax.trees import by_path
 
@@ -105,7 +105,7 @@ def diagnose(
         finding.samples = _bad_rows(jax.tree.leaves(batch))
         return finding
 
-    gradient = jax.value_and_grad(objective(recipe, functional, 1), has_aux=True)
+    gradient = jax.value_and_grad(training_loss(recipe, functional, 1), has_aux=True)
     args = (
         state.params,
         state.variables,

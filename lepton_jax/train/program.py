@@ -34,7 +34,6 @@ from lepton_jax.data import Limit
 from lepton_jax.errors import DataError, pointing_at_user
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.planner import (
-    ARGUMENTS,
     Evaluation,
     Plan,
     Prediction,
@@ -43,10 +42,14 @@ from lepton_jax.planner import (
     laid_out,
     limits,
     nan_rows,
-    objective,
     rematerialized,
 )
 from lepton_jax.step.state import State
+from lepton_jax.step.training_loss import (
+    ARGUMENTS,
+    differentiated_sum,
+    training_loss,
+)
 from lepton_jax.train.recovery import WEIGHT
 from lepton_jax.trees import by_path
 
@@ -657,7 +660,7 @@ class Program:
         count = self.plan.micro_batches
 
         value = rematerialized(
-            objective(self.recipe, self.trace.functional, count), self.plan.remat
+            training_loss(self.recipe, self.trace.functional, count), self.plan.remat
         )
         gradient = laid_out(
             jax.grad(value, has_aux=True),
@@ -688,7 +691,7 @@ class Program:
             if squares is not None:
                 squares = (
                     squares
-                    + (norm(_unscaled(more, scale)) / losses.objective(more_sums)[1])
+                    + (norm(_unscaled(more, scale)) / differentiated_sum(more_sums)[1])
                     ** 2
                 )
             return (
@@ -724,7 +727,7 @@ class Program:
                 (jnp.arange(count), parts),
             )
         gradients, sums, variables, squares = carry
-        weight = losses.objective(sums)[1]
+        weight = differentiated_sum(sums)[1]
         gradients = jax.tree.map(lambda g: g / weight, _unscaled(gradients, scale))
         return (
             _descending(gradients),

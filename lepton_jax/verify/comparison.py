@@ -462,7 +462,7 @@ def expected(
     layout.batched = Names(graph, trace.arguments).batched
     layout.parts = plan.micro_batches
     where = _topology(plan)
-    terms = summed(graph.block, {})
+    terms = summed(graph.main, {})
     gathered = set()
     found = []
     for op in graph.operations():

@@ -1,5 +1,6 @@
-"""What a plan computes is what one device computes, for every model of the zoo and
-however its arrays are split.
+"""A plan computes what one device computes.
+
+This holds for every model of the zoo, however its arrays are split.
 """
 
 import functools
@@ -85,8 +86,9 @@ class LinenLM(linen.Module):
 
 
 class Separable(nnx.Module):
-    """Depthwise and pointwise convolutions in turn, one of them strided, then one in
-    groups of four channels.
+    """Depthwise and pointwise convolutions in turn, then one in groups.
+
+    One of the depthwise convolutions is strided; the groups have four channels.
     """
 
     def __init__(self, rngs):
@@ -266,7 +268,7 @@ class Key(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Losses of the steps, the state after them, and how its arrays lay."""
+    """Losses of the steps, the state after them, and the specs of its arrays."""
 
     losses: np.ndarray
     state: Any
@@ -274,7 +276,7 @@ class Run(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A traced model with its batches, and what one device makes of them."""
+    """A traced model with its batches, and a run on one device."""
 
     trace: Any
     batches: Any
@@ -283,12 +285,10 @@ class Case(NamedTuple):
 
 
 def host(x):
-    """A copy that no donation takes."""
-    return (
-        Key(np.array(jax.random.key_data(x)))
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        else np.array(x)
-    )
+    """Return a copy on the host, which no donation takes."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return Key(np.array(jax.random.key_data(x)))
+    return np.array(x)
 
 
 def put(start, sharding):
@@ -304,7 +304,6 @@ def put(start, sharding):
 def small_arrays_are_split_too(quick_compilation):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(named, "SMALL", 0)
-        patch.setattr(assemble, "SMALL", 0)
         yield
     case.cache_clear()
 
@@ -320,81 +319,60 @@ def case(name, **fields):
         **fields,
     )
     trace = lepton.trace(recipe, *jax.tree.map(lambda x: x[0], batches))
-    single = search.fixed(
-        trace,
-        lepton.topology("cpu:1"),
-        search.by_hand(trace, (1,), {}, 0),
-    )
-    program = Program(
-        trace,
-        single,
-        jax.devices()[:1],
-    )
+    program = Program(trace, on_one_device(trace), jax.devices()[:1])
     state = program.init(0)
     start = jax.tree.map(host, state)
-    return Case(
-        trace,
-        batches,
-        start,
-        run(program, batches, state),
-    )
+    return Case(trace, batches, start, run(program, batches, state))
+
+
+def on_one_device(trace):
+    assignment = search.by_hand(trace, (1,), {}, 0)
+    return search.fixed(trace, lepton.topology("cpu:1"), assignment)
 
 
 def run(program, batches, state):
+    def batch_of(step):
+        return jax.tree.map(lambda x: x[step], batches)
+
     losses = []
-    for i in range(STEPS):
-        batch = jax.device_put(
-            jax.tree.map(lambda x: x[i], batches),
-            program.block_sharding,  # noqa: B023
-        )
+    for step in range(STEPS):
+        batch = jax.device_put(batch_of(step), program.block_sharding)
         state, records = program.train(state, batch, 0, 1)
         losses.append(float(records[0, 0]))
     return Run(
         np.array(losses),
         jax.tree.map(host, state),
-        lie(state),
+        specs_of(state),
     )
 
 
-def lie(state):
+def specs_of(state):
     return {path: tuple(leaf.sharding.spec) for path, leaf in by_path(state).items()}
 
 
 def check(known, plan, rtol=RTOL):
-    """Five steps under the plan give the losses, the variables and nearly the
-    parameters of one device.
+    """Check that five steps under a plan give what one device computes.
+
+    These are the losses, the variables and nearly the parameters.
     """
     program = Program(
         known.trace,
         plan,
         jax.devices()[: math.prod(plan.mesh.values())],
     )
-    found = run(
-        program,
-        known.batches,
-        put(known.start, program.state_sharding),
-    )
-    np.testing.assert_allclose(
-        found.losses,
-        known.one.losses,
-        rtol=rtol,
-    )
-    assert found.specs == {a.path: a.spec for a in plan.arrays}
+    start = put(known.start, program.state_sharding)
+
+    result = run(program, known.batches, start)
+
+    np.testing.assert_allclose(result.losses, known.one.losses, rtol=rtol)
+    assert result.specs == {a.path: a.spec for a in plan.arrays}
     near = functools.partial(
         np.testing.assert_allclose,
         rtol=100 * rtol,
         atol=10 * rtol,
     )
-    jax.tree.map(
-        near,
-        found.state.params,
-        known.one.state.params,
-    )
-    jax.tree.map(
-        near,
-        found.state.variables,
-        known.one.state.variables,
-    )
+    jax.tree.map(near, result.state.params, known.one.state.params)
+    jax.tree.map(near, result.state.variables, known.one.state.variables)
     return program
 
 
@@ -406,29 +384,24 @@ def assigned(
     remat="none",
     micro_batches=1,
 ):
-    return search.fixed(
+    assignment = search.by_hand(
         known.trace,
-        CPU,
-        search.by_hand(
-            known.trace,
-            sizes,
-            masks,
-            keep,
-            remat,
-            micro_batches,
-        ),
+        sizes,
+        masks,
+        keep,
+        remat,
+        micro_batches,
     )
+    return search.fixed(known.trace, CPU, assignment)
 
 
 def groups(known, *parts):
-    """Names of the named axes whose name ends in one of the parts."""
-    found = [
-        g.name
-        for g in named.Names(known.trace.gradient("none"), known.trace.arguments).groups
-        if g.name.endswith(parts)
-    ]
-    assert found, f"no named axis ends in {parts}"
-    return found
+    """List the named axes whose name ends in one of the parts."""
+    graph = known.trace.gradient("none")
+    axes = named.Names(graph, known.trace.arguments).groups
+    chosen = [axis.name for axis in axes if axis.name.endswith(parts)]
+    assert chosen, f"no named axis ends in {parts}"
+    return chosen
 
 
 @pytest.mark.parametrize(
@@ -444,7 +417,8 @@ def test_the_planners_choice_gives_the_losses_of_one_device(name, mesh):
         CPU,
         mesh=mesh,
     )
-    assert math.prod(plan.mesh.values()) == 8 and (mesh is None or plan.mesh == mesh)
+    assert math.prod(plan.mesh.values()) == 8
+    assert mesh is None or plan.mesh == mesh
     check(known, plan)
 
 
@@ -463,7 +437,8 @@ def test_every_named_axis_that_divides_may_be_split(name):
         masks,
         1,
     )
-    assert len(masks) > 1 and any(any(a.use) for a in plan.arrays)
+    assert len(masks) > 1
+    assert any(any(a.use) for a in plan.arrays)
     check(known, plan)
 
 
@@ -481,7 +456,7 @@ def test_state_in_parts_is_gathered_where_it_is_used():
     )
     program = check(known, plan)
     state = program.init(0)
-    assert lie(state) == {a.path: a.spec for a in plan.arrays}
+    assert specs_of(state) == {a.path: a.spec for a in plan.arrays}
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-6),
         jax.tree.map(host, state.params),
@@ -602,9 +577,8 @@ def test_pinned_arrays_lie_as_pinned():
         for a in plan.arrays
         if a.kind == "params"
     }
-    assert specs["embed/embedding"] == ("tensor",) and specs["head/kernel"] == (
-        ("data", "tensor"),
-    )
+    assert specs["embed/embedding"] == ("tensor",)
+    assert specs["head/kernel"] == (("data", "tensor"),)
     assert all(
         specs[f"blocks/{i}/attention/query/kernel"] == (None, "tensor")
         for i in range(2)
@@ -651,9 +625,8 @@ def test_pins_with_the_rest_left_to_the_search(name, pins, remat, micro_batches)
         remat=remat,
         micro_batches=micro_batches,
     )
-    assert plan.remat == (remat or plan.remat) and plan.micro_batches == (
-        micro_batches or plan.micro_batches
-    )
+    assert plan.remat == (remat or plan.remat)
+    assert plan.micro_batches == (micro_batches or plan.micro_batches)
     check(known, plan)
 
 
@@ -666,13 +639,16 @@ def test_factored_moments_lie_as_their_parameters():
         1,
     )
     rows = [a for a in plan.arrays if "v_row/" in a.path and a.shape != (1,)]
-    assert rows and all(a.spec for a in rows)
+    assert rows
+    assert all(a.spec for a in rows)
     check(known, plan)
 
 
 @pytest.mark.parametrize(("precision", "rtol"), [("bfloat16", 5e-3), ("float16", 5e-3)])
 def test_low_precision_agrees_to_its_rounding(precision, rtol):
-    """Partial sums of a split dim are rounded to 8 (or 11) bits before they are added:
+    """Losses agree to 5e-3.
+
+    Partial sums of a split dim are rounded to 8 (or 11) bits before they are added;
     2^-8 is 4e-3.
     """
     known = case("mlp" if precision == "float16" else "lm-scan", precision=precision)
@@ -691,34 +667,12 @@ def test_outputs_under_a_split_are_those_of_one_device():
     known = case("lm")
     inputs = known.batches[0][0]
     masks = {"batch": 1, **dict.fromkeys(groups(known, "up.1", "head.1"), 2)}
+    split = assigned(known, (2, 4), masks, 1)
     outputs = []
-    for plan in (
-        assigned(known, (2, 4), masks, 1),
-        search.fixed(
-            known.trace,
-            lepton.topology("cpu:1"),
-            search.by_hand(
-                known.trace,
-                (1,),
-                {},
-                0,
-            ),
-        ),
-    ):
-        program = Program(
-            known.trace,
-            plan,
-            jax.devices()[: math.prod(plan.mesh.values())],
-        )
-        outputs.append(
-            program.predict(
-                put(known.start, program.state_sharding),
-                jnp.asarray(inputs),
-                lambda x: x,
-            )
-        )
-    np.testing.assert_allclose(
-        *outputs,
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    for plan in (split, on_one_device(known.trace)):
+        devices = jax.devices()[: math.prod(plan.mesh.values())]
+        program = Program(known.trace, plan, devices)
+        state = put(known.start, program.state_sharding)
+        outputs.append(program.predict(state, jnp.asarray(inputs), lambda x: x))
+
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)

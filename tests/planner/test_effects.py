@@ -1,5 +1,6 @@
-"""Prints and callbacks in a model or a loss: once a step, of the right value, however
-the step is planned.
+"""Prints and callbacks in a model or a loss.
+
+They run once a step, with the right value, however the step is planned.
 """
 
 import math
@@ -72,9 +73,7 @@ def in_a_branch(x):
 
 
 class Deep(nnx.Module):
-    """Layers that are large enough to be worth rematerializing, in a row or in a
-    loop.
-    """
+    """Layers that are worth rematerializing, in a row or in a loop."""
 
     def __init__(self, telling, loop, rngs):
         self.kernel = nnx.Param(
@@ -268,7 +267,8 @@ def test_a_print_in_loss_or_preprocessing_is_one_a_step(fields, topology):
         topology,
         "none",
     )
-    assert len(told) == 1 and math.isfinite(told[0])
+    assert len(told) == 1
+    assert math.isfinite(told[0])
     if "preprocess" in fields:
         assert told == [pytest.approx(x.mean(), rel=1e-4)]
 
@@ -336,10 +336,8 @@ def test_an_ordered_effect_on_several_devices_is_an_error_that_names_the_line(te
         PlanError, match=r"ordered=True can't run on 8 devices"
     ) as error:
         planning.plan(trace, CPU)
-    assert (
-        "test_effects.py" in error.value.where
-        and "Trainer(devices=1)" in error.value.remedy
-    )
+    assert "test_effects.py" in error.value.where
+    assert "Trainer(devices=1)" in error.value.remedy
     with pytest.raises(PlanError, match="ordered=True"):
         lepton.planner.check_plan(
             search.fixed(

@@ -1,5 +1,6 @@
-"""Named axes of whole models: which dims of their parameters are one, what ties layers,
-and how arrays are kept.
+"""Named axes of whole models.
+
+Which dims of their parameters are one, what ties layers, and how arrays are kept.
 """
 
 import functools
@@ -65,7 +66,7 @@ def _lm(loop, tied):
 
 
 def members(names, name):
-    """Parameter paths (starred, without "params/") and dims of a named axis."""
+    """Return starred parameter paths, without "params/", and dims of a named axis."""
     (group,) = (g for g in names.groups if g.name == name)
     return {
         (names.patterns[i].removeprefix("params/").removesuffix("/kernel"), d)
@@ -74,9 +75,9 @@ def members(names, name):
 
 
 def test_the_axes_of_a_transformer():
-    found = lm()
+    axes = lm()
     block = "blocks/*/"
-    assert {g.name: (g.size, g.divisor) for g in found.groups} == {
+    assert {g.name: (g.size, g.divisor) for g in axes.groups} == {
         "norm/scale.0": (32, 32),
         "blocks/*/feed_forward/up.1": (40, 40),
         "blocks/*/attention/key.1": (32, 4),
@@ -85,25 +86,25 @@ def test_the_axes_of_a_transformer():
         "batch": (16, 16),
         "inputs.1": (12, 12),
     }
-    assert members(found, block + "feed_forward/up.1") == {
+    assert members(axes, block + "feed_forward/up.1") == {
         (block + "feed_forward/up", 1),
         (block + "feed_forward/gate", 1),
         (block + "feed_forward/down", 0),
     }
-    heads = members(found, block + "attention/key.1")
-    assert heads == {
-        (block + f"attention/{n}", 1) for n in ("query", "key", "value")
-    } | {(block + "attention/out", 0)}
-    assert found.groups[found.batch].name == "batch" and ("inputs", 0) in members(
-        found, "batch"
-    )
+    assert members(axes, block + "attention/key.1") == {
+        (block + "attention/query", 1),
+        (block + "attention/key", 1),
+        (block + "attention/value", 1),
+        (block + "attention/out", 0),
+    }
+    assert axes.groups[axes.batch].name == "batch"
+    assert ("inputs", 0) in members(axes, "batch")
 
 
 def test_a_tied_head_is_the_embeddings_vocabulary():
     assert "head.1" not in {g.name for g in lm(tied=True).groups}
-    assert lm(tied=True).groups and members(lm(tied=True), "embed.0") == {
-        ("embed/embedding", 0)
-    }
+    assert lm(tied=True).groups
+    assert members(lm(tied=True), "embed.0") == {("embed/embedding", 0)}
 
 
 def test_looped_layers_have_the_axes_of_unrolled_ones_and_the_loop_is_none():
@@ -111,23 +112,21 @@ def test_looped_layers_have_the_axes_of_unrolled_ones_and_the_loop_is_none():
         {(g.size, g.divisor) for g in lm(loop).groups} for loop in ("scan", "unrolled")
     )
     assert looped == unrolled
-    found = lm("scan")
-    steps = [
-        found.graph.find(n)
-        for i, p in enumerate(found.paths)
-        if p.startswith("params/blocks")
-        for n in found.graph.block.inputs[i].nodes[:1]
-    ]
-    assert not any(root in found.of for root in steps)
+
+    axes = lm("scan")
+    graph = axes.graph
+    for path, value in zip(axes.paths, graph.main.inputs, strict=False):
+        if path.startswith("params/blocks"):
+            assert graph.find(value.nodes[0]) not in axes.of, path
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 @pytest.mark.parametrize("loop", ["unrolled", "scan"])
 def test_rematerialization_leaves_the_axes_as_they_are(loop, remat):
-    key = lambda names: {
-        (g.name, g.size, g.divisor, len(g.members)) for g in names.groups
-    }
-    assert key(lm(loop, remat=remat)) == key(lm(loop))
+    def axes(names):
+        return {(g.name, g.size, g.divisor, len(g.members)) for g in names.groups}
+
+    assert axes(lm(loop, remat=remat)) == axes(lm(loop))
 
 
 def test_experts_are_a_group_that_meets_the_samples():
@@ -199,51 +198,55 @@ def test_channels_of_a_cnn_go_from_layer_to_layer():
 
 
 def test_ties_never_make_two_dims_of_one_array_the_same():
-    """Layers of 16 to 16: input and output of each are apart, although each output is
-    the next one's input.
+    """Input and output of layers of 16 to 16 are apart.
+
+    They are apart although the output of each is the next one's input.
     """
-    found = names(
-        lambda rngs: models.MLP(
-            (16, 16, 16, 16),
-            rngs=rngs,
-        ),
-        ((16,), jnp.float32),
-        ((), jnp.int32),
-    )
-    for i, path in enumerate(found.paths):
+
+    def model(rngs):
+        return models.MLP((16, 16, 16, 16), rngs=rngs)
+
+    axes = names(model, ((16,), jnp.float32), ((), jnp.int32))
+
+    graph = axes.graph
+    for path, value in zip(axes.paths, graph.main.inputs, strict=False):
         if path.endswith("kernel"):
-            left, right = (
-                found.of[found.graph.find(n)] for n in found.graph.block.inputs[i].nodes
-            )
+            left, right = (axes.of[graph.find(node)] for node in value.nodes)
             assert left != right, path
 
 
 def test_one_dim_takes_a_mesh_axis_and_the_rest_is_kept_where_most_is_left(monkeypatch):
     monkeypatch.setattr(named, "SMALL", 0)
-    found = lm()
-    numbers = {g.name: k for k, g in enumerate(found.groups)}
-    masks = [0] * len(found.groups)
-    masks[numbers["norm/scale.0"]] = masks[numbers["blocks/*/feed_forward/up.1"]] = 2
-    counts = [1, 2, 4, 8]  # of no axis, of 2, of 4, of both
-    up = found.paths.index("params/blocks/0/feed_forward/up/kernel")
-    assert found.use(up, masks, counts) == (2, 0), "the first dim that may takes it"
-    assert found.store(up, (2, 0), 3, counts) == (
-        2,
-        1,
-    ), "the rest goes to the dim that stays largest"
-    assert found.store(up, (0, 0), 3, counts) == (0, 3), "40 > 32"
-    assert found.store(up, (0, 0), 4, [1, 2, 4, 8, 3, 6, 12, 24]) == (
-        0,
-        0,
-    ), "neither 32 nor 40 divides by 3"
+    axes = lm()
+    numbers = {g.name: k for k, g in enumerate(axes.groups)}
+    masks = [0] * len(axes.groups)
+    masks[numbers["norm/scale.0"]] = 2
+    masks[numbers["blocks/*/feed_forward/up.1"]] = 2
+    counts = [1, 2, 4, 8]  # devices along no axis, axis 0, axis 1, both
+    up = axes.paths.index("params/blocks/0/feed_forward/up/kernel")  # (32, 40)
+
+    use = axes.use(up, masks, counts)
+    assert use == (2, 0), "the first dim that may takes it"
+
+    stored = axes.store(up, (2, 0), 3, counts)
+    assert stored == (2, 1), "the rest goes to the dim that stays largest"
+
+    stored = axes.store(up, (0, 0), 3, counts)
+    assert stored == (0, 3), "40 > 32"
+
+    with_three = [1, 2, 4, 8, 3, 6, 12, 24]
+    stored = axes.store(up, (0, 0), 4, with_three)
+    assert stored == (0, 0), "neither 32 nor 40 divides by 3"
+
     monkeypatch.setattr(named, "SMALL", 2**16)
-    assert found.store(up, (0, 0), 3, counts) == (0, 0), "too small"
+    assert axes.store(up, (0, 0), 3, counts) == (0, 0), "too small"
 
 
 def test_layers_of_a_loop_are_not_kept_along_it(monkeypatch):
     monkeypatch.setattr(named, "SMALL", 0)
-    found = names(
-        lambda rngs: models.TransformerLM(
+
+    def model(rngs):
+        return models.TransformerLM(
             48,
             dim=32,
             layers=8,
@@ -251,26 +254,16 @@ def test_layers_of_a_loop_are_not_kept_along_it(monkeypatch):
             hidden=40,
             loop="scan",
             rngs=rngs,
-        ),
-        ((12,), jnp.int32),
-        ((12,), jnp.int32),
-    )
+        )
+
+    axes = names(model, ((12,), jnp.int32), ((12,), jnp.int32))
     counts = [1, 8]
-    for i, path in enumerate(found.paths):
+    unsplit = [0] * len(axes.groups)
+    for index, path in enumerate(axes.paths):
         if path.startswith("params/blocks"):
-            assert (
-                found.store(
-                    i,
-                    found.use(
-                        i,
-                        [0] * len(found.groups),
-                        counts,
-                    ),
-                    1,
-                    counts,
-                )[0]
-                == 0
-            ), path
+            use = axes.use(index, unsplit, counts)
+            along_the_loop, *_ = axes.store(index, use, 1, counts)
+            assert along_the_loop == 0, path
 
 
 def test_numbers_in_paths_are_stars():

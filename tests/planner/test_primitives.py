@@ -1,6 +1,4 @@
-"""Models made of one primitive each: planned, and trained alike on one device and
-eight.
-"""
+"""Models made of one primitive each, planned and trained on one device and eight."""
 
 import functools
 import math
@@ -32,20 +30,21 @@ HIDDEN = 32
 
 
 def squares(x):
-    """(16, 32) to (16, 4, 4): positive definite, with eigenvalues far from each
-    other.
+    """Return positive definite matrices (16, 4, 4) from (16, 32).
+
+    Their eigenvalues are far from each other.
     """
     a = x.reshape(BATCH, 8, 4)
     return jnp.einsum("bij,bik->bjk", a, a) / 8 + jnp.diag(jnp.arange(1.0, 5.0))
 
 
 def summed(y):
-    """A number a sample, (16, 1)."""
+    """Return a number for each sample, (16, 1)."""
     return jnp.real(y).reshape(BATCH, -1).mean(1, keepdims=True)
 
 
 def constant(function):
-    """The operation without a gradient, which it has not."""
+    """Return an operation that has no gradient, cut off from it."""
     return lambda x, w: function(lax.stop_gradient(x), lax.stop_gradient(w))
 
 
@@ -458,12 +457,9 @@ def batches():
 
 
 def trained(trace, plan):
-    """Losses of two steps, and the parameters after them."""
-    program = Program(
-        trace,
-        plan,
-        jax.devices()[: math.prod(plan.mesh.values())],
-    )
+    """Return the losses of two steps, and the parameters after them."""
+    devices = jax.devices()[: math.prod(plan.mesh.values())]
+    program = Program(trace, plan, devices)
     state = program.init(0)
     losses = []
     for batch in batches():
@@ -474,7 +470,14 @@ def trained(trace, plan):
     return losses, jax.tree.map(np.asarray, state.params)
 
 
-def planned(operations):
+def trained_alone(trace):
+    """Train on one device."""
+    assignment = search.by_hand(trace, (1,), {}, 0)
+    return trained(trace, search.fixed(trace, ONE, assignment))
+
+
+def check_plans(operations):
+    """Check that plans for CPU and TPU warn of nothing and have finite figures."""
     trace = traced(operations)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -485,61 +488,36 @@ def planned(operations):
                 *plan.seconds.values(),
                 plan.flops,
             ]
-            assert np.isfinite(figures).all() and min(figures) >= 0
+            assert np.isfinite(figures).all()
+            assert min(figures) >= 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_planned_without_a_warning(family):
-    planned(tuple(FAMILIES[family].values()))
+    check_plans(tuple(FAMILIES[family].values()))
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_what_gives_nothing_is_planned_by_itself(name):
-    planned((ALONE[name],))
+    check_plans((ALONE[name],))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_devices_train_like_one(family, monkeypatch):
     monkeypatch.setattr(named, "SMALL", 0)
     trace = traced(tuple(FAMILIES[family].values()))
-    alone = trained(
-        trace,
-        search.fixed(
-            trace,
-            ONE,
-            search.by_hand(trace, (1,), {}, 0),
-        ),
-    )
+    expected_losses, expected_params = trained_alone(trace)
     groups = named.Names(trace.gradient("none"), trace.arguments).groups
     hidden = [g.name for g in groups if g.size == HIDDEN and g.name.startswith("first")]
     assert any(g.name == "batch" for g in groups)
     masks = {"batch": 1} | dict.fromkeys(hidden, 2)
-    split = search.fixed(
-        trace,
-        CPU,
-        search.by_hand(
-            trace,
-            (2, 4),
-            masks,
-            1,
-        ),
-    )
-    losses, params = trained(trace, split)
-    np.testing.assert_allclose(
-        losses,
-        alone[0],
-        rtol=1e-5,
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            a,
-            b,
-            rtol=1e-4,
-            atol=1e-5,
-        ),
-        params,
-        alone[1],
-    )
+    assignment = search.by_hand(trace, (2, 4), masks, 1)
+
+    losses, params = trained(trace, search.fixed(trace, CPU, assignment))
+
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, params, expected_params)
 
 
 @pytest.mark.parametrize(
@@ -553,26 +531,13 @@ def test_eight_devices_train_like_one(family, monkeypatch):
 )
 def test_a_loop_over_the_samples_leaves_the_rest_of_the_model_split(looped):
     trace = traced((looped,))
-    plan = planning.plan(
-        trace,
-        CPU,
-        mesh={"data": 8},
-    )
+    plan = planning.plan(trace, CPU, mesh={"data": 8})
     assert plan.batch_axes == ("data",)
-    found = trained(trace, plan)
-    alone = trained(
-        trace,
-        search.fixed(
-            trace,
-            ONE,
-            search.by_hand(trace, (1,), {}, 0),
-        ),
-    )
-    np.testing.assert_allclose(
-        found[0],
-        alone[0],
-        rtol=1e-5,
-    )
+
+    losses, _ = trained(trace, plan)
+
+    expected, _ = trained_alone(trace)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_a_loop_over_the_samples_under_a_controller_whose_knobs_enter_the_step():

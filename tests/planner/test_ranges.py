@@ -1,4 +1,4 @@
-"""Which whole numbers a program takes: by programs whose ranges are known."""
+"""The whole numbers that a program takes, by programs whose ranges are known."""
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class Spelling(Tokens):
         return self.layer(self.table(x % 50).mean(1) + self.table(x[:, 0] // 2))
 
 
-def found(
+def limits_of(
     model=Net,
     inputs=X,
     targets=Y,
@@ -116,9 +116,11 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_labels_are_classes_whatever_wraps_the_loss(name):
-    (limit,) = found(loss=LOSSES[name])
+    (limit,) = limits_of(loss=LOSSES[name])
     assert (limit.path, limit.size, limit.columns) == ("targets", 3, None)
-    assert not limit.negative and not limit.beyond and "3 classes" in limit.why
+    assert not limit.negative
+    assert not limit.beyond
+    assert "3 classes" in limit.why
 
 
 ONE_HOT = {
@@ -134,7 +136,7 @@ ONE_HOT = {
 
 @pytest.mark.parametrize("name", ONE_HOT)
 def test_one_hot_takes_negative_labels_for_none(name):
-    (limit,) = found(loss=ONE_HOT[name])
+    (limit,) = limits_of(loss=ONE_HOT[name])
     assert (limit.size, limit.negative, limit.beyond) == (3, True, False)
 
 
@@ -165,7 +167,7 @@ UNBOUND = {
 
 @pytest.mark.parametrize("name", UNBOUND)
 def test_what_the_code_changes_itself_has_no_bound(name):
-    assert found(loss=UNBOUND[name]) == []
+    assert limits_of(loss=UNBOUND[name]) == []
 
 
 LOOKED_OUT_FOR = {
@@ -217,35 +219,35 @@ LOOKED_OUT_FOR = {
 @pytest.mark.parametrize("name", LOOKED_OUT_FOR)
 def test_values_that_the_code_looks_out_for_are_let_through(name):
     loss, negative, spared = LOOKED_OUT_FOR[name]
-    (limit,) = found(loss=loss)
+    (limit,) = limits_of(loss=loss)
     assert (limit.size, limit.negative, limit.spared) == (3, negative, spared)
 
 
 def test_token_ids_have_the_range_of_the_table():
     for model in (Tokens, Looping):
-        inputs = [x for x in found(model, IDS) if x.path == "inputs"]
+        inputs = [x for x in limits_of(model, IDS) if x.path == "inputs"]
         assert sizes(inputs, "inputs") == [(50, None)]
         assert "'table/embedding', which has 50 rows" in inputs[0].why
-    assert sizes(found(Shifted, IDS), "inputs") == [(50, (0, 1, 2, 3, 4))]
-    assert sizes(found(Columns, IDS), "inputs") == [(50, (0,)), (7, (1,))]
-    assert sizes(found(Spelling, IDS), "inputs") == []
+    assert sizes(limits_of(Shifted, IDS), "inputs") == [(50, (0, 1, 2, 3, 4))]
+    assert sizes(limits_of(Columns, IDS), "inputs") == [(50, (0,)), (7, (1,))]
+    assert sizes(limits_of(Spelling, IDS), "inputs") == []
 
 
 def test_preprocessing_is_followed():
     bytes_ = jax.ShapeDtypeStruct((ROWS, 6), jnp.uint8)
-    through = found(
+    through = limits_of(
         Tokens,
         bytes_,
         preprocess=lambda x: x.astype(jnp.int32)[:, ::-1],
     )
     assert sizes(through, "inputs") == [(50, None)]
-    assert sizes(found(Tokens, bytes_, preprocess=lambda x: x // 6), "inputs") == []
+    assert sizes(limits_of(Tokens, bytes_, preprocess=lambda x: x // 6), "inputs") == []
     pixels = jax.ShapeDtypeStruct((ROWS, 4), jnp.uint8)
-    assert sizes(found(Net, pixels, preprocess=lambda x: x / 255), "inputs") == []
+    assert sizes(limits_of(Net, pixels, preprocess=lambda x: x / 255), "inputs") == []
 
 
 def test_the_zoo_has_the_ranges_of_its_tables():
-    lm = found(
+    lm = limits_of(
         lambda rngs: models.TransformerLM(
             11,
             dim=16,
@@ -258,7 +260,7 @@ def test_the_zoo_has_the_ranges_of_its_tables():
         IDS,
     )
     assert sizes(lm, "inputs") == sizes(lm) == [(11, None)]
-    towers = found(
+    towers = limits_of(
         lambda rngs: models.TwoTower(
             7,
             5,
@@ -279,16 +281,19 @@ def test_a_binary_loss_bounds_nothing():
     def logit(rngs):
         return models.Logistic(4, rngs=rngs)
 
-    assert found(logit, loss=binary_cross_entropy) == []
+    assert limits_of(logit, loss=binary_cross_entropy) == []
 
 
 def test_limits_find_what_breaks_them():
-    (limit,) = found(
-        loss=lambda o, t: (cross_entropy(o, t), t >= 0),
-    )
+    def weighted(outputs, targets):
+        return cross_entropy(outputs, targets), targets >= 0
+
+    (limit,) = limits_of(loss=weighted)
     assert limit.broken(np.array([-1, 0, 2])) is None
-    np.testing.assert_array_equal(limit.broken(np.array([-1, 3, 2]))[:, 0], [0, 1, 0])
-    first, _, _ = found(Columns, IDS)
+    broken = limit.broken(np.array([-1, 3, 2]))
+    np.testing.assert_array_equal(broken[:, 0], [0, 1, 0])
+
+    first, _, _ = limits_of(Columns, IDS)
     rows = np.full((2, 6), 60)
     rows[:, 0] = 3, 50
     np.testing.assert_array_equal(first.broken(rows)[:, 0], [False, True])

@@ -63,45 +63,47 @@ def arguments():
     )
 
 
-def kept(function):
-    """Bytes that the forward pass keeps for the backward pass, parameters apart."""
+def bytes_kept(function):
+    """Return the bytes that the forward pass keeps, parameters apart."""
+
+    def backward(params, *rest):
+        _, pullback, _ = jax.vjp(lambda p: function(p, *rest), params, has_aux=True)
+        return pullback
+
     args = arguments()
-    backward = jax.eval_shape(
-        lambda *a: jax.vjp(lambda p: function(p, *a[1:]), a[0], has_aux=True)[1], *args
-    )
-    parameters = {x.shape for x in jax.tree.leaves(args[0])} | {
-        x.shape[1:] for x in jax.tree.leaves(args[0])
-    }
+    residuals = jax.tree.leaves(jax.eval_shape(backward, *args))
+    parameters = set()
+    for leaf in jax.tree.leaves(args[0]):
+        parameters |= {leaf.shape, leaf.shape[1:]}
     return sum(
-        x.size * x.dtype.itemsize
-        for x in jax.tree.leaves(backward)
-        if x.shape not in parameters
+        x.size * x.dtype.itemsize for x in residuals if x.shape not in parameters
     )
+
+
+def checkpoints_of(jaxpr):
+    """List the equations of a jaxpr that `jax.checkpoint` makes."""
+    names = ("remat2", "checkpoint")
+    return [eqn for eqn in jaxpr.eqns if eqn.primitive.name in names]
 
 
 @pytest.mark.parametrize("policy", ["dots", "full"])
 @pytest.mark.parametrize("function", [straight, looped])
 def test_values_gradients_and_random_numbers_are_the_same(function, policy):
-    args = arguments()
-    expected, ours = (
-        jax.jit(jax.value_and_grad(f, has_aux=True))(*args)
-        for f in (function, rematerialized(function, policy))
-    )
-    jax.tree.map(
-        functools.partial(
-            np.testing.assert_allclose,
-            rtol=1e-5,
-            atol=1e-7,
-        ),
-        ours,
-        expected,
-    )
+    def results(function):
+        return jax.jit(jax.value_and_grad(function, has_aux=True))(*arguments())
+
+    expected = results(function)
+    ours = results(rematerialized(function, policy))
+
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(near, ours, expected)
 
 
 @pytest.mark.parametrize("function", [straight, looped])
 def test_the_stricter_policy_keeps_less(function):
     none, dots, full = (
-        kept(rematerialized(function, policy)) for policy in ("none", "dots", "full")
+        bytes_kept(rematerialized(function, policy))
+        for policy in ("none", "dots", "full")
     )
     assert full < dots < none
     assert full < none / (8 if function is looped else 3), (
@@ -122,37 +124,32 @@ def test_cast_parameters_are_kept_and_not_cast_again_in_each_segment():
         )
 
     program = jax.make_jaxpr(rematerialized(cast, "full"))(*arguments())
-    segments = [
-        e for e in program.jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint")
-    ]
+
+    segments = checkpoints_of(program.jaxpr)
     assert len(segments) > 2
-    inside = [
-        e
-        for s in segments[1:]
-        for e in s.params["jaxpr"].eqns
-        if e.primitive.name == "convert_element_type"
-    ]
-    assert not any(e.invars[0].aval.shape[:1] == (LAYERS,) for e in inside)
+    for segment in segments[1:]:
+        for eqn in segment.params["jaxpr"].eqns:
+            if eqn.primitive.name == "convert_element_type":
+                assert eqn.invars[0].aval.shape[:1] != (LAYERS,)
 
 
 def test_straight_code_is_cut_where_little_is_alive():
     jaxpr = jax.make_jaxpr(straight)(*arguments()).jaxpr
     cuts = boundaries(jaxpr, 2)
-    assert (
-        cuts[0] == 0
-        and cuts[-1] == len(jaxpr.eqns)
-        and cuts == sorted(set(cuts))
-        and len(cuts) > 3
-    )
+    assert cuts[0] == 0
+    assert cuts[-1] == len(jaxpr.eqns)
+    assert cuts == sorted(set(cuts))
+    assert len(cuts) > 3
     for cut in cuts[1:-1]:
-        made = {v for e in jaxpr.eqns[:cut] for v in e.outvars}
-        across = {
-            v
-            for e in jaxpr.eqns[cut:]
-            for v in e.invars
-            if not isinstance(v, remat.Literal) and v in made
+        before = {variable for eqn in jaxpr.eqns[:cut] for variable in eqn.outvars}
+        after = {
+            variable
+            for eqn in jaxpr.eqns[cut:]
+            for variable in eqn.invars
+            if not isinstance(variable, remat.Literal)
         }
-        activations = [v.aval.shape for v in across if v.aval.shape[:1] == (ROWS,)]
+        shapes = [variable.aval.shape for variable in before & after]
+        activations = [shape for shape in shapes if shape[:1] == (ROWS,)]
         assert len(activations) <= 2, "not within a layer, where the wide ones live too"
 
 
@@ -165,50 +162,43 @@ def test_loops_and_small_code_are_not_cut():
 
 def test_the_body_of_a_loop_is_run_again_but_not_a_small_cell():
     def cell(params, x, key):
-        return (
-            lax.scan(lambda h, w: (jnp.tanh(h * w[0, 0]), None), x, params["up"])[
-                0
-            ].mean(),
-            key,
-        )
+        def update(h, w):
+            return jnp.tanh(h * w[0, 0]), None
+
+        h, _ = lax.scan(update, x, params["up"])
+        return h.mean(), key
 
     def checkpoints(function):
-        eqns = jax.make_jaxpr(rematerialized(function, "full"))(*arguments()).jaxpr.eqns
-        (loop,) = (e for e in eqns if e.primitive.name == "scan")
-        return [
-            e
-            for e in loop.params["jaxpr"].jaxpr.eqns
-            if e.primitive.name in ("remat2", "checkpoint")
-        ]
+        program = jax.make_jaxpr(rematerialized(function, "full"))(*arguments())
+        (loop,) = (e for e in program.jaxpr.eqns if e.primitive.name == "scan")
+        return checkpoints_of(loop.params["jaxpr"].jaxpr)
 
-    assert len(checkpoints(looped)) == 1 and checkpoints(cell) == []
+    assert len(checkpoints(looped)) == 1
+    assert checkpoints(cell) == []
 
 
 def test_a_second_run_is_held_back_until_it_is_needed():
-    """A graph inlines it; without a barrier XLA would merge it with the first run and
-    keep everything after all.
+    """A graph that inlines it has a barrier before it.
+
+    Without one XLA would merge it with the first run, and keep everything after all.
     """
 
     def graph(function):
-        program = jax.make_jaxpr(
-            jax.grad(rematerialized(function, "full"), has_aux=True)
-        )(*arguments())
-        return Graph(program, 2, 2)
+        gradient = jax.grad(rematerialized(function, "full"), has_aux=True)
+        return Graph(jax.make_jaxpr(gradient)(*arguments()), 2, 2)
 
     assert any(op.name == BARRIER for op in graph(straight).operations())
-    assert not graph(straight).unknown and not graph(looped).unknown
+    assert not graph(straight).unknown
+    assert not graph(looped).unknown
 
 
 def test_source_lines_and_scopes_are_kept():
     program = jax.make_jaxpr(rematerialized(straight, "full"))(*arguments())
-    segment = next(
-        e for e in program.jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint")
-    )
-    dots = [
-        e for e in segment.params["jaxpr"].eqns if e.primitive.name == "dot_general"
-    ]
+
+    segment = checkpoints_of(program.jaxpr)[0]
+    eqns = segment.params["jaxpr"].eqns
+    dots = [eqn for eqn in eqns if eqn.primitive.name == "dot_general"]
     assert dots
     for eqn in dots:
-        assert "test_remat.py" in source_line(eqn) and "layer" in str(
-            eqn.source_info.name_stack
-        )
+        assert "test_remat.py" in source_line(eqn)
+        assert "layer" in str(eqn.source_info.name_stack)

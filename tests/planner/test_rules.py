@@ -1,5 +1,6 @@
-"""Which dims are one thing: each family of primitives, and that no assignment changes
-what a function computes.
+"""The rules of primitives: which dims are one thing, for each family of them.
+
+No assignment of mesh axes changes what a function computes.
 """
 
 import random
@@ -29,48 +30,51 @@ def ids(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def graph_of(function, *args):
-    return Graph(
-        jax.make_jaxpr(function)(
-            *(
-                jax.ShapeDtypeStruct(a, jnp.float32) if isinstance(a, tuple) else a
-                for a in args
-            )
-        )
-    )
+    """Return the graph of a function of shapes; a tuple is one of float32."""
+    shapes = [floats(*arg) if isinstance(arg, tuple) else arg for arg in args]
+    return Graph(jax.make_jaxpr(function)(*shapes))
 
 
 def axes(graph):
-    """ "ab,bc->ac" of a matrix product: a letter for each named axis, in the order in
-    which inputs and results show them.
+    """Return a letter for each named axis, such as "ab,bc->ac" of a matrix product.
+
+    The letters are in the order in which inputs and results show the axes.
     """
     letters: dict[int, str] = {}
 
     def word(value):
-        return "".join(
-            letters.setdefault(graph.find(n), chr(97 + len(letters)))
-            for n in value.nodes
-        )
+        roots = [graph.find(node) for node in value.nodes]
+        for root in roots:
+            letters.setdefault(root, chr(ord("a") + len(letters)))
+        return "".join(letters[root] for root in roots)
 
-    assert all(isinstance(v, Value) for v in graph.block.results)
-    return (
-        ",".join(map(word, graph.block.inputs))
-        + "->"
-        + ",".join(map(word, graph.block.results))
-    )
+    assert all(isinstance(result, Value) for result in graph.main.results)
+    inputs = ",".join(map(word, graph.main.inputs))
+    results = ",".join(map(word, graph.main.results))
+    return f"{inputs}->{results}"
 
 
 def backward(function, wrt=None):
-    """The last argument is the result's cotangent; the gradients of the first `wrt` of
-    the others come out.
+    """Return the backward pass of a function.
+
+    Its last argument is the result's cotangent. It returns the gradients of the first
+    `wrt` of the others.
     """
 
     def gradients(*args):
         *args, cotangent = args
         count = len(args) if wrt is None else wrt
-        return jax.vjp(
-            lambda *primals: function(*primals, *args[count:]), *args[:count]
-        )[1](cotangent)
+
+        def of_first(*primals):
+            return function(*primals, *args[count:])
+
+        _, pullback = jax.vjp(of_first, *args[:count])
+        return pullback(cotangent)
 
     return gradients
 
@@ -650,7 +654,8 @@ FAMILIES = {
 def test_dims_that_are_one_thing(family):
     function, expected, *args = FAMILIES[family]
     graph = graph_of(function, *args)
-    assert axes(graph) == expected and not graph.unknown
+    assert axes(graph) == expected
+    assert not graph.unknown
 
 
 @pytest.mark.parametrize(
@@ -724,7 +729,8 @@ def test_what_is_summed_over_and_what_each_device_needs_all_of(
 def test_an_unknown_primitive_claims_nothing():
     graph = graph_of(lambda x: jnp.sin(jnp.linalg.cholesky(x)), (4, 4))
     # jnp symmetrizes its argument
-    assert axes(graph) == "aa->bc" and graph.unknown == {"cholesky": 1}
+    assert axes(graph) == "aa->bc"
+    assert graph.unknown == {"cholesky": 1}
 
 
 def test_loops_have_dims_of_their_own_and_count():
@@ -735,7 +741,7 @@ def test_loops_have_dims_of_their_own_and_count():
         (4, 4),
     )
     steps = {graph.find(n) for n in graph.loops}
-    stepped = [[graph.find(n) in steps for n in v.nodes] for v in graph.block.inputs]
+    stepped = [[graph.find(n) in steps for n in v.nodes] for v in graph.main.inputs]
     assert stepped == [[False, False], [True, False, False], [False, False]]
     assert [op.times for op in graph.operations() if op.name == "dot_general"] == [5]
 
@@ -748,30 +754,20 @@ def test_a_parameters_gradient_is_stored_like_it():
             .astype(jnp.float32)
         )
 
-    shapes = {
-        "a": jax.ShapeDtypeStruct((6, 8), jnp.float32),
-        "b": jax.ShapeDtypeStruct((4, 8), jnp.float32),
-    }
-    graph = Graph(
-        jax.make_jaxpr(jax.grad(loss))(
-            shapes, jax.ShapeDtypeStruct((2, 6), jnp.float32)
-        ),
-        2,
-        2,
-    )
-    assert [v.stored for v in graph.block.results] == [(0, (0, 1)), (1, (0, 1))]
+    params = {"a": floats(6, 8), "b": floats(4, 8)}
+    program = jax.make_jaxpr(jax.grad(loss))(params, floats(2, 6))
+
+    graph = Graph(program, 2, 2)
+
+    assert [v.stored for v in graph.main.results] == [(0, (0, 1)), (1, (0, 1))]
     products = [
         op.outputs[0].stored for op in graph.operations() if op.name == "dot_general"
     ]
-    assert sorted(stored[0] for stored in products if stored) == [
-        0,
-        1,
-    ], "what makes a gradient makes it as it is kept"
-    cast = next(op for op in graph.operations() if op.name == "transpose")
-    assert cast.outputs[0].stored == (
-        1,
-        (1, 0),
-    ), "cast and transposed it is still the parameter"
+    parameters = sorted(stored[0] for stored in products if stored)
+    assert parameters == [0, 1], "a gradient is made as it is kept"
+    transpose = next(op for op in graph.operations() if op.name == "transpose")
+    stored = transpose.outputs[0].stored
+    assert stored == (1, (1, 0)), "cast and transposed it is still the parameter"
 
 
 def test_contractions_say_how_indices_run():
@@ -821,27 +817,23 @@ def test_contractions_say_how_indices_run():
     ],
 )
 def test_what_two_mesh_axes_sum_is_one_collective_of_the_whole(sizes, storage, moves):
-    """Samples over axis 0 and their sequence over axis 1: a weight's gradient is summed
-    over both.
+    """A weight's gradient is summed over samples and their sequence.
+
+    Samples are split over axis 0, and their sequence over axis 1.
     """
 
     def gradient(w, x, g):
         return jnp.einsum("bsd,bsf->df", x, g) + 0 * w
 
-    shapes = [
-        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((6, 8), (4, 8, 6), (4, 8, 8))
-    ]
-    graph = Graph(
-        jax.make_jaxpr(gradient)(*shapes),
-        1,
-        1,
-    )
+    program = jax.make_jaxpr(gradient)(floats(6, 8), floats(4, 8, 6), floats(4, 8, 8))
+    graph = Graph(program, 1, 1)
     (op,) = (op for op in graph.operations() if op.name == "dot_general")
     op.outputs[0].stored = (0, (0, 1))
-    samples, steps = (graph.find(n) for n in graph.block.inputs[1].nodes[:2])
-    decision = Layout(graph, sizes, {samples: 1, steps: 2}, [storage]).decide(
-        op, contraction(op)
-    )
+    samples, steps = (graph.find(n) for n in graph.main.inputs[1].nodes[:2])
+    layout = Layout(graph, sizes, {samples: 1, steps: 2}, [storage])
+
+    decision = layout.decide(op, contraction(op))
+
     assert [(m.kind, m.axes, m.bytes) for m in decision.moves] == moves
 
 
@@ -972,7 +964,7 @@ STEPS = {  # (8, 16, 8) and weights (8, 8) to the same
         x,
         w[None, :2],
         (2,),
-        "SAME",
+        ((0, 0),),
         (2,),
         (2,),
         ("NWC", "WIO", "NWC"),
@@ -1021,37 +1013,32 @@ def composed(names):
 
 
 def anyhow(seed, sizes):
-    """A layout drawn at random: any mesh axes for any named axis and for what is
-    stored, where they divide.
+    """Return a layout drawn at random.
+
+    Any mesh axes are given to any named axis and to any dim of a stored array, where
+    they divide it.
     """
 
     def layout(graph, paths):
         draw = random.Random(seed)
         counts = Layout(graph, sizes, {}, []).counts
-        masks = lambda n: [m for m, c in enumerate(counts) if n % c == 0]
-        roots = sorted(
-            {graph.find(n) for v in graph.values for n in v.nodes}
-            - {graph.find(n) for n in graph.loops}
-        )
-        uses = {
-            root: draw.randrange(len(counts)) for root in roots if draw.random() < 0.6
-        }
+        nodes = {graph.find(node) for value in graph.values for node in value.nodes}
+        loops = {graph.find(node) for node in graph.loops}
+        uses = {}
+        for root in sorted(nodes - loops):
+            if draw.random() < 0.6:
+                uses[root] = draw.randrange(len(counts))
+
         storage = []
-        for value in graph.block.inputs[: sum(p.startswith("params") for p in paths)]:
-            dim = draw.randrange(len(value.shape))
-            storage.append(
-                tuple(
-                    draw.choice(masks(n)) if d == dim else 0
-                    for d, n in enumerate(value.shape)
-                )
-            )
-        return Layout(
-            graph,
-            sizes,
-            uses,
-            storage,
-            meets_stored(graph),
-        )
+        for path, value in zip(paths, graph.main.inputs, strict=False):
+            if path.startswith("params"):
+                dim = draw.randrange(len(value.shape))
+                extent = value.shape[dim]
+                masks = [m for m, count in enumerate(counts) if extent % count == 0]
+                spec = [0] * len(value.shape)
+                spec[dim] = draw.choice(masks)
+                storage.append(tuple(spec))
+        return Layout(graph, sizes, uses, storage, meets_stored(graph))
 
     return layout
 
@@ -1086,12 +1073,13 @@ def test_any_layout_of_any_composition_computes_the_same(names, seed, sizes):
         ("params", "inputs"),
         gradients=True,
     )
+
+    results = jax.tree.leaves(jax.jit(split)(weights, x))
+
     # sums run in another order; relative to the largest entry too, for small ones are
     # sums of large ones
-    found, expected = (
-        jax.tree.leaves(jax.jit(f)(weights, x)) for f in (split, function)
-    )
-    for ours, theirs in zip(found, expected, strict=True):
+    expected = jax.tree.leaves(jax.jit(function)(weights, x))
+    for ours, theirs in zip(results, expected, strict=True):
         np.testing.assert_allclose(
             ours,
             theirs,
@@ -1106,32 +1094,33 @@ def test_any_layout_of_any_composition_computes_the_same(names, seed, sizes):
     ids=str,
 )
 def test_dims_that_only_an_operation_makes_are_not_split_within_it(split):
-    """XLA pads between the elements of a split dim wrongly; jax.lax.associative_scan
-    interleaves its halves so.
+    """XLA pads between the elements of a split dim wrongly.
+
+    jax.lax.associative_scan interleaves its halves so.
     """
     rows = np.random.default_rng(0).normal(size=(4, 32, 8)).astype(np.float32)
-    everywhere = lambda graph: {
-        graph.find(v.nodes[d]): m
-        for v in graph.values
-        if len(v.shape) == 3
-        for d, m in split.items()
-    }
-    check_split(
-        partial(lax.associative_scan, jnp.add, axis=1),
-        everywhere,
-        rows,
-    )
+
+    def everywhere(graph):
+        uses = {}
+        for value in graph.values:
+            if len(value.shape) == 3:
+                for dim, mask in split.items():
+                    uses[graph.find(value.nodes[dim])] = mask
+        return uses
+
+    check_split(partial(lax.associative_scan, jnp.add, axis=1), everywhere, rows)
 
 
 def test_a_lookup_by_split_indices_in_a_split_dim():
-    """XLA looks up wrong rows where indices and rows are split, and the result over the
-    axes of both.
+    """XLA looks up wrong rows in such a case.
+
+    Indices and rows are split, and the result over the axes of both.
     """
     rows = np.random.default_rng(0).normal(size=(8, 16, 8)).astype(np.float32)
     places = np.arange(4, dtype=np.int32) * 3
 
     def uses(graph):
-        x, indices = graph.block.inputs
+        x, indices = graph.main.inputs
         return {graph.find(x.nodes[1]): 1, graph.find(indices.nodes[0]): 5}
 
     check_split(
@@ -1156,9 +1145,8 @@ def test_a_lookup_by_split_indices_in_a_split_dim():
 def test_grouped_convolutions_move_nothing_but_gradients(groups, kernel, stride, split):
     """XLA's partitioner alone gathers samples and channels of most of them."""
     rng = np.random.default_rng(0)
-    x, w = (
-        rng.normal(size=shape).astype(np.float32) for shape in ((8, 8, 8, 16), kernel)
-    )
+    x = rng.normal(size=(8, 8, 8, 16)).astype(np.float32)
+    w = rng.normal(size=kernel).astype(np.float32)
 
     def squared(w, x):
         y = lax.conv_general_dilated(
@@ -1174,38 +1162,19 @@ def test_grouped_convolutions_move_nothing_but_gradients(groups, kernel, stride,
     gradients = jax.grad(squared, (0, 1))
 
     def layout(graph, paths):
-        weights, images = graph.block.inputs
-        root = graph.find(images.nodes[0] if split == "samples" else weights.nodes[3])
-        return Layout(
-            graph,
-            (8,),
-            {root: 1},
-            [
-                (
-                    0,
-                    0,
-                    0,
-                    0 if split == "samples" else 1,
-                )
-            ],
-        )
+        weights, images = graph.main.inputs
+        if split == "samples":
+            return Layout(graph, (8,), {graph.find(images.nodes[0]): 1}, [(0, 0, 0, 0)])
+        return Layout(graph, (8,), {graph.find(weights.nodes[3]): 1}, [(0, 0, 0, 1)])
 
     mesh = make_mesh({"axis": 8}, jax.devices()[:8])
-    function = jax.jit(
-        laid_out(
-            gradients,
-            layout,
-            mesh,
-            ("params", "x"),
-        )
-    )
-    for ours, theirs in zip(function(w, x), jax.jit(gradients)(w, x), strict=True):
-        np.testing.assert_allclose(
-            ours,
-            theirs,
-            rtol=1e-5,
-            atol=1e-4,
-        )
+    function = jax.jit(laid_out(gradients, layout, mesh, ("params", "x")))
+
+    results = function(w, x)
+
+    expected = jax.jit(gradients)(w, x)
+    for ours, theirs in zip(results, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
     moved = read(function.lower(w, x).compile().as_text()).collectives
     gathered = {"samples": [("all-reduce", w.nbytes)], "channels": []}[split]
     assert [(c.kind, c.bytes) for c in moved if c.bytes > 4] == gathered
@@ -1213,21 +1182,15 @@ def test_grouped_convolutions_move_nothing_but_gradients(groups, kernel, stride,
 
 def check_split(function, uses, *args):
     mesh = make_mesh({"a": 2, "b": 2, "c": 2}, jax.devices()[:8])
-    layout = lambda graph, paths: Layout(
-        graph,
-        (2, 2, 2),
-        uses(graph),
-        [],
-    )
-    split = laid_out(
-        lambda _, *args: function(*args),
-        layout,
-        mesh,
-        ("params", "x", "i"),
-    )
-    np.testing.assert_allclose(
-        jax.jit(split)((), *args),
-        function(*args),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+
+    def layout(graph, paths):
+        return Layout(graph, (2, 2, 2), uses(graph), [])
+
+    def without_params(_, *args):
+        return function(*args)
+
+    split = laid_out(without_params, layout, mesh, ("params", "x", "i"))
+
+    results = jax.jit(split)((), *args)
+
+    np.testing.assert_allclose(results, function(*args), rtol=1e-5, atol=1e-5)

@@ -28,7 +28,7 @@ from lepton_jax.hardware import (
 )
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.memory import Sizes
-from lepton_jax.planner.program.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import BARRIER, Region, Graph, Operation, Value
 from lepton_jax.planner.program.layout import (
     Contraction,
     Layout,
@@ -367,7 +367,7 @@ class Cost:
         jobs: list[Job] = []
         known: dict[tuple, int] = {}
         # XLA's CPU backend reduces each term of a sum over devices by itself
-        sums = {} if self.topology.platform == "cpu" else summed(self.graph.block, {})
+        sums = {} if self.topology.platform == "cpu" else summed(self.graph.main, {})
         gathered: dict[int, int] = {}
 
         def groups_of(values: list[Value]) -> tuple[int, ...]:
@@ -375,7 +375,7 @@ class Cost:
             for value in values:
                 nodes = list(value.nodes)
                 if value.stored is not None:
-                    nodes += self.graph.block.inputs[value.stored[0]].nodes
+                    nodes += self.graph.main.inputs[value.stored[0]].nodes
                 found.update(
                     dict.fromkeys(
                         names.of[r]
@@ -433,7 +433,7 @@ class Cost:
                 )
             )
 
-        def walk(block: Block, number: int) -> None:
+        def walk(block: Region, number: int) -> None:
             for op in block.operations:
                 product = contraction(op)
                 values = [v for v in (*op.inputs, *op.outputs[:1]) if v is not None]
@@ -452,10 +452,10 @@ class Cost:
                         ):
                             gathered[value.index] = 1
                             add(op, None, number, [value], value)
-                for inner in op.blocks:
+                for inner in op.regions:
                     walk(inner, number * 8 + 1 + block.operations.index(op) % 7)
 
-        walk(self.graph.block, 0)
+        walk(self.graph.main, 0)
         return jobs
 
     def _memory(
@@ -541,7 +541,7 @@ def traffic(graph: Graph) -> np.ndarray:
     sources: dict[int, tuple[int, ...]] = {}
     joining = {*FUSIBLE, *REDUCTIONS}
     for op in graph.operations():
-        if op.blocks or op.name in FREE:
+        if op.regions or op.name in FREE:
             continue
         inputs = [v for v in op.inputs if v is not None and v.shape]
         if op.name in ("dot_general", "conv_general_dilated", BARRIER):
@@ -578,7 +578,7 @@ def optimizer_bytes(trace: Trace, names: Names) -> list[tuple[float, float]]:
     return [(nbytes(leaf), state[path]) for path, leaf in params.items()]
 
 
-def summed(block: Block, found: dict[int, float]) -> dict[int, float]:
+def summed(block: Region, found: dict[int, float]) -> dict[int, float]:
     """Products that are only terms of a sum: their index to one over the number of such
     terms.
     """
@@ -587,7 +587,7 @@ def summed(block: Block, found: dict[int, float]) -> dict[int, float]:
         for value in op.inputs:
             if value is not None:
                 users[value.index].append(op)
-        for inner in op.blocks:
+        for inner in op.regions:
             summed(inner, found)
     totals: dict[int, int] = {}
     terms: dict[int, list[int]] = defaultdict(list)

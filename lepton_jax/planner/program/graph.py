@@ -1,22 +1,51 @@
-"""A jaxpr as a graph of operations on values, calls inlined; and its dims joined into
-named axes.
+"""The graph of a jaxpr, calls inlined, and the named axes among its dims.
 
-A *named axis* is a class of dims that are the same thing all over a program: the batch,
-the heads, the vocabulary. They are found by union-find: each operation says which dims
-of its operands and results are one (`rules`). Cf. the named dims of TOAST (Alabed et
-al. 2025, arXiv 2508.15010).
+A *named axis* is a class of dims that are the same thing all over a program, such as
+the batch, the heads or the vocabulary. Union-find builds these classes: the rule of
+each primitive says which dims of its operands and results are one (see `rules`). Cf.
+the named dims of TOAST (Alabed et al. 2025, arXiv 2508.15010).
+
+The program of a two-layer MLP has three operations:
+
+    >>> import jax, jax.numpy as jnp
+    >>> def mlp(w1, w2, x):
+    ...     return jnp.tanh(x @ w1) @ w2
+    >>> shapes = [(4, 16), (16, 3), (8, 4)]
+    >>> arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    >>> graph = Graph(jax.make_jaxpr(mlp)(*arguments))
+    >>> [operation.name for operation in graph.operations()]
+    ['dot_general', 'tanh', 'dot_general']
+
+At first each dim is a node of its own: 0 and 1 in `w1`, 2 and 3 in `w2`, 4 and 5 in
+`x`, and so on. The first product joins 5 with 0, since it sums over both, and the dims
+of its result with 4 and 1; the second one joins 2 with 1. The roots of the nodes are
+then the same wherever dims are the same thing:
+
+    >>> for value in graph.values:
+    ...     print(value.shape, [graph.find(node) for node in value.nodes])
+    (4, 16) [0, 1]
+    (16, 3) [1, 3]
+    (8, 4) [4, 0]
+    (8, 16) [4, 1]
+    (8, 16) [4, 1]
+    (8, 3) [4, 3]
+
+These are four named axes: 0 is the features, 1 the hidden units, 3 the classes and 4
+the batch. Splitting axis 1 over devices splits both kernels and the activations
+between them, which is tensor parallelism; splitting axis 4 is data parallelism.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts
 from lepton_jax.planner.program.rules import ELEMENTWISE, RULES, unknown
 
-# inlined: what they compute is what their jaxpr says
+# Calls are inlined: primitive name to the parameter that holds the jaxpr of the call.
 CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -27,7 +56,10 @@ CALLS = {
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
+
 BARRIER = "optimization_barrier"
+
+# Primitives whose result depends on positions alone if all of their operands do.
 POSITIONAL = {
     *ELEMENTWISE,
     "iota",
@@ -37,536 +69,8 @@ POSITIONAL = {
     "squeeze",
     "expand_dims",
 } - {BARRIER}
-WORTH_SINKING = 2**16  # elements
 
-
-class Value:
-    """An array of the program: shape, dtype, and a node of the union-find for each dim.
-
-    Attributes:
-      stored: (parameter's index, its dim behind each dim) of a value that is a
-        parameter or a parameter's gradient as the state keeps it: only cast, transposed
-        or sliced by a loop since or before.
-    """
-
-    __slots__ = ("dtype", "index", "nodes", "shape", "stored")
-
-    def __init__(
-        self,
-        index: int,
-        shape: tuple[int, ...],
-        dtype: Any,
-        nodes: tuple[int, ...],
-    ):
-        self.index = index
-        self.shape = shape
-        self.dtype = dtype
-        self.nodes = nodes
-        self.stored: tuple[int, tuple[int, ...]] | None = None
-
-
-class Operation:
-    """One equation.
-
-    Attributes:
-      eqn: the jaxpr's equation.
-      name: of its primitive.
-      inputs: values; None for literals.
-      outputs: values.
-      blocks: of a loop or a branch: the bodies.
-      callers: equations of the calls around it, outermost first.
-      times: how often a step runs it.
-      whole: (input, dim) pairs of which each device needs all.
-      reduced: (input, dim) pairs that are summed (or otherwise reduced) over.
-      known: whether there is a rule for the primitive.
-    """
-
-    __slots__ = (
-        "blocks",
-        "callers",
-        "eqn",
-        "inputs",
-        "known",
-        "name",
-        "outputs",
-        "reduced",
-        "times",
-        "whole",
-    )
-
-    def __init__(
-        self,
-        eqn: Any,
-        inputs: list[Value | None],
-        outputs: list[Value],
-        callers: tuple,
-        times: int,
-    ):
-        self.eqn = eqn
-        self.name = eqn.primitive.name
-        self.inputs = inputs
-        self.outputs = outputs
-        self.callers = callers
-        self.times = times
-        self.blocks: tuple[Block, ...] = ()
-        self.whole: list[tuple[int, int]] = []
-        self.reduced: list[tuple[int, int]] = []
-        self.known = True
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return self.eqn.params
-
-
-class Block:
-    """Operations in their order; `results` are values, or literals as they are."""
-
-    __slots__ = ("constants", "consts", "inputs", "operations", "results")
-
-    def __init__(
-        self,
-        inputs: list[Value],
-        constants: list[Value],
-        consts: list[Any],
-    ):
-        self.inputs = inputs
-        self.constants = constants
-        self.consts = consts
-        self.operations: list[Operation] = []
-        self.results: list[Any] = []
-
-
-class Graph:
-    """A program's operations and the named axes among its dims.
-
-    Args:
-      program: a closed jaxpr. Its first inputs and its first results may be told to be
-        parameters and their gradients:
-      parameters: how many inputs are parameters.
-      gradients: how many results, the first ones, are their gradients.
-
-    Attributes:
-      block: the operations.
-      values: all values, by index.
-      unknown: primitive name to count, of those without a rule.
-      pieces: node of a grouped convolution's channels to the number of groups, none of
-        which can be split.
-      stepping: loops with the numbers of the inputs that they take slices of.
-      lasting: indices of the stored values that live from the forward pass to the
-        backward pass.
-    """
-
-    def __init__(
-        self,
-        program: ClosedJaxpr,
-        parameters: int = 0,
-        gradients: int = 0,
-    ):
-        self.values: list[Value] = []
-        self.parents: list[int] = []
-        self.loops: set[int] = set()  # nodes along which a loop steps
-        self.stepping: list[tuple[Operation, int]] = []  # loops, and inputs of theirs
-        self.unknown: dict[str, int] = {}
-        self.pieces: dict[int, int] = {}
-        # values that only positions decide; None: a scalar constant
-        self._free: dict[int, Operation | None] = {}
-        self._consts: dict[int, Any] = {}
-        self.block = self._block(
-            program.jaxpr,
-            list(program.consts),
-            (),
-            1,
-        )
-        _prune(self.block)
-        for index, value in enumerate(self.block.inputs[:parameters]):
-            value.stored = (index, tuple(range(len(value.shape))))
-        _spread_stored(self.block)
-        for index, value in enumerate(self.block.results[:gradients]):
-            if isinstance(value, Value) and value.stored is None:
-                value.stored = (index, tuple(range(len(value.shape))))
-                self.join_all(value, self.block.inputs[index])
-        _spread_gradients(self.block)
-        held = {
-            v.index
-            for op in self.block.operations
-            if op.name == BARRIER
-            for v in op.outputs
-        }
-        straight = [
-            *self.block.inputs,
-            *(v for op in self.block.operations for v in op.outputs),
-        ]
-        self.lasting = {
-            v.index for v in straight if v.stored is not None and v.index not in held
-        }
-
-    # ---- union-find ----
-
-    def value(
-        self,
-        shape: tuple[int, ...],
-        dtype: Any,
-    ) -> Value:
-        first = len(self.parents)
-        nodes = tuple(range(first, first + len(shape)))
-        self.parents.extend(nodes)
-        self.values.append(
-            Value(
-                len(self.values),
-                tuple(shape),
-                dtype,
-                nodes,
-            )
-        )
-        return self.values[-1]
-
-    def find(self, node: int) -> int:
-        parents = self.parents
-        while parents[node] != node:
-            parents[node] = parents[parents[node]]
-            node = parents[node]
-        return node
-
-    def join(
-        self,
-        left: int,
-        right: int,
-    ) -> None:
-        left = self.find(left)
-        right = self.find(right)
-        if left != right:
-            self.parents[max(left, right)] = min(left, right)
-
-    def join_all(
-        self,
-        left: Value,
-        right: Value,
-    ) -> None:
-        for a, b, m, n in zip(
-            left.nodes,
-            right.nodes,
-            left.shape,
-            right.shape,
-            strict=True,
-        ):
-            if m == n:
-                self.join(a, b)
-
-    def operations(self) -> Iterator[Operation]:
-        """All operations, those inside of loops after the loop."""
-        yield from _walk(self.block)
-
-    # ---- building ----
-
-    def _block(
-        self,
-        jaxpr: Jaxpr,
-        consts: list[Any],
-        callers: tuple,
-        times: int,
-    ) -> Block:
-        new = lambda var: self.value(
-            getattr(var.aval, "shape", ()),
-            getattr(
-                var.aval,
-                "dtype",
-                None,
-            ),
-        )
-        block = Block(
-            [new(v) for v in jaxpr.invars],
-            [new(v) for v in jaxpr.constvars],
-            consts,
-        )
-        env = dict(zip(jaxpr.invars, block.inputs, strict=True)) | dict(
-            zip(jaxpr.constvars, block.constants, strict=True)
-        )
-        self._fill(block, jaxpr, env, callers, times)
-        block.results = [v if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
-        return block
-
-    def _fill(
-        self,
-        block: Block,
-        jaxpr: Jaxpr,
-        env: dict,
-        callers: tuple,
-        times: int,
-    ) -> None:
-        for eqn in jaxpr.eqns:
-            name = eqn.primitive.name
-            inputs = [None if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            if (
-                name in CALLS
-                and CALLS[name] in eqn.params
-                and self._inline(block, eqn, inputs, env, callers, times)
-            ):
-                continue
-            outputs = [
-                self.value(getattr(v.aval, "shape", ()), getattr(v.aval, "dtype", None))
-                for v in eqn.outvars
-            ]
-            operation = Operation(eqn, inputs, outputs, callers, times)
-            if name == "scan":
-                self._scan(operation)
-            elif name == "while":
-                self._while(operation)
-            elif name == "cond":
-                self._cond(operation)
-            else:
-                RULES.get(name, unknown)(self, operation)
-                if not operation.known:
-                    self.unknown[name] = self.unknown.get(name, 0) + 1
-            block.operations.append(operation)
-            env.update(
-                zip(
-                    eqn.outvars,
-                    outputs,
-                    strict=True,
-                )
-            )
-            if (
-                name in POSITIONAL
-                and len(outputs) == 1
-                and all(v is None or v.index in self._free for v in inputs)
-            ):
-                self._free[outputs[0].index] = operation
-
-    def _inline(
-        self,
-        block: Block,
-        eqn: Any,
-        inputs: list,
-        env: dict,
-        callers: tuple,
-        times: int,
-    ) -> bool:
-        inner = eqn.params[CALLS[eqn.primitive.name]]
-        closed = isinstance(inner, ClosedJaxpr)
-        jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
-        if len(jaxpr.invars) != len(inputs):
-            return False
-        if eqn.params.get("differentiated") and eqn.params.get("prevent_cse", True):
-            inputs = self._barrier(
-                block,
-                eqn,
-                inputs,
-                callers,
-                times,
-            )
-
-        def constant(aval: Any, const: Any) -> Value:
-            value = self.value(aval.shape, aval.dtype)
-            block.constants.append(value)
-            block.consts.append(const)
-            if not aval.shape:
-                self._free[value.index] = None
-                self._consts[value.index] = const
-            return value
-
-        inside: dict[Any, Any] = {}
-        for var, outer, value in zip(jaxpr.invars, eqn.invars, inputs, strict=True):
-            inside[var] = constant(outer.aval, outer.val) if value is None else value
-        for var, const in zip(jaxpr.constvars, consts, strict=True):
-            inside[var] = constant(var.aval, const)
-        self._fill(
-            block,
-            jaxpr,
-            inside,
-            (*callers, eqn),
-            times,
-        )
-        for var, out in zip(eqn.outvars, jaxpr.outvars, strict=True):
-            env[var] = (
-                constant(out.aval, out.val) if isinstance(out, Literal) else inside[out]
-            )
-        return True
-
-    def _barrier(
-        self,
-        block: Block,
-        eqn: Any,
-        inputs: list,
-        callers: tuple,
-        times: int,
-    ) -> list:
-        """Copies of the inputs that hold back what is computed from them: how JAX
-        lowers rematerialization.
-        """
-        held = [v for v in inputs if v is not None]
-        operation = Operation(
-            eqn,
-            held,
-            [self.value(v.shape, v.dtype) for v in held],
-            callers,
-            times,
-        )
-        operation.name = BARRIER
-        RULES[BARRIER](self, operation)
-        block.operations.append(operation)
-        copies = iter(operation.outputs)
-        return [None if v is None else next(copies) for v in inputs]
-
-    def _scan(self, operation: Operation) -> None:
-        p = operation.params
-        ins = operation.inputs
-        outs = operation.outputs
-        consts, carried = scan_counts(operation.eqn)
-        body = self._block(
-            p["jaxpr"].jaxpr,
-            list(p["jaxpr"].consts),
-            (),
-            operation.times * p["length"],
-        )
-        operation.blocks = (body,)
-        for index in range(consts):
-            self._sink(operation, index, body)
-        for index, (outer, inner) in enumerate(zip(ins, body.inputs, strict=True)):
-            if outer is None:
-                continue
-            if index < consts + carried:
-                self.join_all(outer, inner)
-            else:
-                self._stacked(outer, inner)
-                self.stepping.append((operation, index))
-        for index, (outer, inner) in enumerate(zip(outs, body.results, strict=True)):
-            if index < carried:
-                self.join_all(outer, body.inputs[consts + index])
-                if isinstance(inner, Value):
-                    self.join_all(outer, inner)
-            elif isinstance(inner, Value):
-                self._stacked(outer, inner)
-
-    def _sink(
-        self,
-        operation: Operation,
-        index: int,
-        body: Block,
-    ) -> None:
-        """Make a loop's constant, such as a mask, in the body, if nothing but positions
-        goes into it.
-
-        JAX moves such constants out of loops that it differentiates, and they would lie
-        in memory, broadcast to full size.
-        """
-        outer = operation.inputs[index]
-        if (
-            outer is None
-            or math.prod(outer.shape) < WORTH_SINKING
-            or outer.index not in self._free
-        ):
-            return
-        chain: dict[int, Operation] = {}
-        pending = [outer.index]
-        while pending:
-            made = self._free[pending.pop()]
-            if made is not None and made.outputs[0].index not in chain:
-                chain[made.outputs[0].index] = made
-                pending += [v.index for v in made.inputs if v is not None]
-        inside: dict[int, Value] = {outer.index: body.inputs[index]}
-
-        def inner(value: Value) -> Value:
-            if value.index not in inside:
-                inside[value.index] = self.value(value.shape, value.dtype)
-                if self._free[value.index] is None:
-                    body.constants.append(inside[value.index])
-                    body.consts.append(self._consts[value.index])
-            return inside[value.index]
-
-        clones = []
-        for op in sorted(chain.values(), key=lambda op: op.outputs[0].index):
-            clone = Operation(
-                op.eqn,
-                [None if v is None else inner(v) for v in op.inputs],
-                [inner(op.outputs[0])],
-                op.callers,
-                operation.times * operation.params["length"],
-            )
-            RULES[op.name](self, clone)
-            clones.append(clone)
-        body.operations[:0] = clones
-        operation.inputs[index] = None
-
-    def _stacked(
-        self,
-        outer: Value,
-        inner: Value,
-    ) -> None:
-        self.loops.add(outer.nodes[0])
-        for a, b in zip(outer.nodes[1:], inner.nodes, strict=True):
-            self.join(a, b)
-
-    def _while(self, operation: Operation) -> None:
-        p = operation.params
-        ins = operation.inputs
-        outs = operation.outputs
-        cond = self._block(
-            p["cond_jaxpr"].jaxpr,
-            list(p["cond_jaxpr"].consts),
-            (),
-            operation.times,
-        )
-        body = self._block(
-            p["body_jaxpr"].jaxpr,
-            list(p["body_jaxpr"].consts),
-            (),
-            operation.times,
-        )
-        operation.blocks = (cond, body)
-        nc = p["cond_nconsts"]
-        nb = p["body_nconsts"]
-        pairs = [
-            *zip(ins[:nc], cond.inputs[:nc], strict=True),
-            *zip(ins[nc : nc + nb], body.inputs[:nb], strict=True),
-        ]
-        pairs += [
-            *zip(ins[nc + nb :], cond.inputs[nc:], strict=True),
-            *zip(ins[nc + nb :], body.inputs[nb:], strict=True),
-        ]
-        pairs += [
-            *zip(outs, body.inputs[nb:], strict=True),
-            *zip(outs, body.results, strict=True),
-        ]
-        for a, b in pairs:
-            if isinstance(a, Value) and isinstance(b, Value):
-                self.join_all(a, b)
-
-    def _cond(self, operation: Operation) -> None:
-        branches = operation.params["branches"]
-        operation.blocks = tuple(
-            self._block(b.jaxpr, list(b.consts), (), operation.times) for b in branches
-        )
-        for block in operation.blocks:
-            for a, b in [
-                *zip(operation.inputs[1:], block.inputs, strict=True),
-                *zip(operation.outputs, block.results, strict=True),
-            ]:
-                if isinstance(a, Value) and isinstance(b, Value):
-                    self.join_all(a, b)
-
-
-def _prune(block: Block) -> None:
-    """Drop what nothing needs."""
-    needed = {v.index for v in block.results if isinstance(v, Value)}
-    kept = []
-    for operation in reversed(block.operations):
-        if operation.eqn.effects or any(v.index in needed for v in operation.outputs):
-            kept.append(operation)
-            needed.update(v.index for v in operation.inputs if v is not None)
-            for inner in operation.blocks:
-                _prune(inner)
-    block.operations = kept[::-1]
-
-
-def _walk(block: Block) -> Iterator[Operation]:
-    for operation in block.operations:
-        yield operation
-        for inner in operation.blocks:
-            yield from _walk(inner)
-
-
-# ---- what is stored: parameters on their way in, gradients on their way out ----
-
+# Primitives whose result is a parameter as the state keeps it if their operand is.
 KEEPING = {
     "convert_element_type",
     "copy",
@@ -579,104 +83,710 @@ KEEPING = {
     "copy_p",
 }
 
+# Elements from which on a loop's constant is computed in the loop (see `_sink`).
+# Assumption: below, a copy in memory costs less than computing it at each step.
+WORTH_SINKING = 2**16
 
-def _through(
-    operation: Operation, stored: tuple[int, tuple[int, ...]]
-) -> tuple[int, tuple[int, ...]]:
-    if operation.name != "transpose":
-        return stored
-    return stored[0], tuple(stored[1][d] for d in operation.params["permutation"])
+# (number of a parameter, the parameter's dim behind each dim of the value)
+Stored = tuple[int, tuple[int, ...]]
 
 
-def _entering(operation: Operation) -> Iterator[tuple[Any, Value, bool]]:
-    """(value outside, value inside, whether the loop takes slices of it) of what enters
-    the blocks.
+class Value:
+    """An array of the program: shape, dtype, and a node of the union-find for each dim.
+
+    Attributes:
+      index: its number in `Graph.values`.
+      shape, dtype: as in the jaxpr.
+      nodes: the node of each dim.
+      stored: set where the value is a parameter, or a parameter's gradient, as the
+        state keeps it: only cast, transposed or sliced by a loop since or before.
     """
-    if operation.name == "scan":
-        head, carried = scan_counts(operation.eqn)
-        first = head + carried
-        for index, (outer, inner) in enumerate(
-            zip(
-                operation.inputs,
-                operation.blocks[0].inputs,
-                strict=True,
-            )
+
+    __slots__ = ("dtype", "index", "nodes", "shape", "stored")
+
+    def __init__(
+        self,
+        index: int,
+        shape: tuple[int, ...],
+        dtype: Any,
+        nodes: tuple[int, ...],
+    ):
+        """Make a value that is not stored."""
+        self.index = index
+        self.shape = shape
+        self.dtype = dtype
+        self.nodes = nodes
+        self.stored: Stored | None = None
+
+
+class Operation:
+    """One equation of the program.
+
+    Attributes:
+      eqn: the jaxpr's equation.
+      name: the name of its primitive.
+      inputs: values; None for literals.
+      outputs: values.
+      regions: the bodies of a loop, or the branches of a conditional.
+      callers: equations of the calls around it, outermost first.
+      times: the number of times that a step runs it.
+      whole: (input, dim) pairs of which each device needs all.
+      reduced: (input, dim) pairs that are summed (or otherwise reduced) over.
+      known: whether there is a rule for the primitive.
+    """
+
+    __slots__ = (
+        "callers",
+        "eqn",
+        "inputs",
+        "known",
+        "name",
+        "outputs",
+        "reduced",
+        "regions",
+        "times",
+        "whole",
+    )
+
+    def __init__(
+        self,
+        eqn: Any,
+        inputs: list[Value | None],
+        outputs: list[Value],
+        callers: tuple,
+        times: int,
+    ):
+        """Make an operation to which no rule has been applied yet."""
+        self.eqn = eqn
+        self.name = eqn.primitive.name
+        self.inputs = inputs
+        self.outputs = outputs
+        self.callers = callers
+        self.times = times
+        self.regions: tuple[Region, ...] = ()
+        self.whole: list[tuple[int, int]] = []
+        self.reduced: list[tuple[int, int]] = []
+        self.known = True
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of the jaxpr's equation."""
+        return self.eqn.params
+
+
+class Region:
+    """The part of a graph that comes from one jaxpr: the program, a loop's body, ...
+
+    Attributes:
+      inputs: the values that the jaxpr takes.
+      constants: values that it holds itself.
+      consts: the array or number of each of the constants.
+      operations: in the order in which they run.
+      results: values, or literals as they are.
+    """
+
+    __slots__ = ("constants", "consts", "inputs", "operations", "results")
+
+    def __init__(
+        self,
+        inputs: list[Value],
+        constants: list[Value],
+        consts: list[Any],
+    ):
+        """Make a region without operations."""
+        self.inputs = inputs
+        self.constants = constants
+        self.consts = consts
+        self.operations: list[Operation] = []
+        self.results: list[Any] = []
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """The place of a jaxpr's equations while the graph is built.
+
+    Attributes:
+      region: where its operations go.
+      values: the value of each variable of the jaxpr.
+      callers, times: as in `Operation`.
+    """
+
+    region: Region
+    values: dict[Any, Value]
+    callers: tuple
+    times: int
+
+
+class Graph:
+    """A program's operations and the named axes among its dims.
+
+    Args:
+      program: a closed jaxpr, whose first inputs may be parameters and whose first
+        results may be their gradients.
+      parameters: the number of inputs that are parameters.
+      gradients: the number of results that are gradients.
+
+    Attributes:
+      main: the region of the program itself; other regions are in its operations.
+      values: all values, by index.
+      parents: the parent of each node of the union-find.
+      loops: nodes along which a loop steps.
+      stepping: loops with the numbers of the inputs of which they take slices.
+      unknown: primitive name to count, for the primitives without a rule.
+      pieces: node of a grouped convolution's channels to the number of groups, none of
+        which can be split.
+      lasting: indices of the stored values that live from the forward pass to the
+        backward pass.
+    """
+
+    def __init__(
+        self,
+        program: ClosedJaxpr,
+        parameters: int = 0,
+        gradients: int = 0,
+    ):
+        """Build the graph."""
+        self.values: list[Value] = []
+        self.parents: list[int] = []
+        self.loops: set[int] = set()
+        self.stepping: list[tuple[Operation, int]] = []
+        self.unknown: dict[str, int] = {}
+        self.pieces: dict[int, int] = {}
+
+        # values that only positions decide, with what computes them; None for constants
+        self._positional: dict[int, Operation | None] = {}
+        self._scalars: dict[int, Any] = {}
+
+        self.main = self._region(program, 1)
+        _prune(self.main)
+        self._mark_stored(parameters, gradients)
+        self.lasting = self._stored_outside_barriers()
+
+    def operations(self) -> Iterator[Operation]:
+        """Iterate over all operations, those of a loop's body after the loop."""
+        return _walk(self.main)
+
+    # ---- union-find ----
+
+    def find(self, node: int) -> int:
+        """Return the root of a node, which stands for its named axis."""
+        parents = self.parents
+        while parents[node] != node:
+            parents[node] = parents[parents[node]]
+            node = parents[node]
+        return node
+
+    def join(
+        self,
+        left: int,
+        right: int,
+    ) -> None:
+        """Make the named axes of two nodes one; the smaller root stays."""
+        left = self.find(left)
+        right = self.find(right)
+        if left != right:
+            self.parents[max(left, right)] = min(left, right)
+
+    def join_all(
+        self,
+        left: Value,
+        right: Value,
+    ) -> None:
+        """Join the dims of two values of one rank where their extents are equal."""
+        dims = zip(left.nodes, right.nodes, left.shape, right.shape, strict=True)
+        for a, b, m, n in dims:
+            if m == n:
+                self.join(a, b)
+
+    # ---- building ----
+
+    def _new_value(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+    ) -> Value:
+        first = len(self.parents)
+        nodes = tuple(range(first, first + len(shape)))
+        self.parents.extend(nodes)
+        value = Value(len(self.values), tuple(shape), dtype, nodes)
+        self.values.append(value)
+        return value
+
+    def _values_of(
+        self,
+        variables: Any,
+    ) -> list[Value]:
+        values = []
+        for variable in variables:
+            aval = variable.aval  # a token has neither shape nor dtype
+            shape = getattr(aval, "shape", ())
+            dtype = getattr(aval, "dtype", None)
+            values.append(self._new_value(shape, dtype))
+        return values
+
+    def _region(
+        self,
+        program: ClosedJaxpr,
+        times: int,
+    ) -> Region:
+        jaxpr = program.jaxpr
+        inputs = self._values_of(jaxpr.invars)
+        constants = self._values_of(jaxpr.constvars)
+        region = Region(inputs, constants, list(program.consts))
+
+        values = dict(zip(jaxpr.invars, inputs, strict=True))
+        values.update(zip(jaxpr.constvars, constants, strict=True))
+        self._fill(_Scope(region, values, (), times), jaxpr)
+
+        for variable in jaxpr.outvars:
+            literal = isinstance(variable, Literal)
+            region.results.append(variable if literal else values[variable])
+        return region
+
+    def _fill(
+        self,
+        scope: _Scope,
+        jaxpr: Jaxpr,
+    ) -> None:
+        """Append the operations of a jaxpr's equations to the scope's region."""
+        values = scope.values
+        for eqn in jaxpr.eqns:
+            inputs = [None if isinstance(v, Literal) else values[v] for v in eqn.invars]
+            if self._inline(scope, eqn, inputs):
+                continue
+
+            outputs = self._values_of(eqn.outvars)
+            operation = Operation(eqn, inputs, outputs, scope.callers, scope.times)
+            self._apply_rule(operation)
+            scope.region.operations.append(operation)
+            values.update(zip(eqn.outvars, outputs, strict=True))
+            self._note_if_positional(operation)
+
+    def _apply_rule(self, operation: Operation) -> None:
+        name = operation.name
+        if name == "scan":
+            self._scan(operation)
+        elif name == "while":
+            self._while(operation)
+        elif name == "cond":
+            self._cond(operation)
+        else:
+            RULES.get(name, unknown)(self, operation)
+            if not operation.known:
+                self.unknown[name] = self.unknown.get(name, 0) + 1
+
+    def _note_if_positional(self, operation: Operation) -> None:
+        if operation.name not in POSITIONAL or len(operation.outputs) != 1:
+            return
+        if all(v is None or v.index in self._positional for v in operation.inputs):
+            self._positional[operation.outputs[0].index] = operation
+
+    # ---- calls ----
+
+    def _inline(
+        self,
+        scope: _Scope,
+        eqn: Any,
+        inputs: list[Value | None],
+    ) -> bool:
+        """Put the operations of a call into its caller's region.
+
+        Returns:
+          Whether the equation is a call that could be inlined.
+        """
+        called = eqn.params.get(CALLS.get(eqn.primitive.name))
+        if called is None:
+            return False
+        jaxpr, consts = opened(called)
+        if len(jaxpr.invars) != len(inputs):
+            return False
+        if eqn.params.get("differentiated") and eqn.params.get("prevent_cse", True):
+            inputs = self._hold_back(scope, eqn, inputs)
+
+        inside = self._operands(scope.region, jaxpr, eqn, inputs)
+        pairs = zip(jaxpr.constvars, consts, strict=True)
+        for variable, const in pairs:
+            inside[variable] = self._constant(scope.region, variable.aval, const)
+
+        callers = (*scope.callers, eqn)
+        inner_scope = _Scope(scope.region, inside, callers, scope.times)
+        self._fill(inner_scope, jaxpr)
+
+        pairs = zip(eqn.outvars, jaxpr.outvars, strict=True)
+        for variable, result in pairs:
+            if isinstance(result, Literal):
+                value = self._constant(scope.region, result.aval, result.val)
+            else:
+                value = inside[result]
+            scope.values[variable] = value
+        return True
+
+    def _operands(
+        self,
+        region: Region,
+        jaxpr: Jaxpr,
+        call: Any,
+        inputs: list[Value | None],
+    ) -> dict[Any, Value]:
+        """Map the variables that a called jaxpr takes to the values given to it."""
+        operands = {}
+        for variable, given, value in zip(
+            jaxpr.invars,
+            call.invars,
+            inputs,
+            strict=True,
         ):
-            if index < head or index >= first:
-                yield outer, inner, index >= first
-    elif operation.name == "cond":
-        for block in operation.blocks:
-            for outer, inner in zip(operation.inputs[1:], block.inputs, strict=True):
-                yield outer, inner, False
+            if value is None:
+                value = self._constant(region, given.aval, given.val)
+            operands[variable] = value
+        return operands
+
+    def _constant(
+        self,
+        region: Region,
+        aval: Any,
+        const: Any,
+    ) -> Value:
+        """Add a constant to a region."""
+        value = self._new_value(aval.shape, aval.dtype)
+        region.constants.append(value)
+        region.consts.append(const)
+        if not aval.shape:
+            self._positional[value.index] = None
+            self._scalars[value.index] = const
+        return value
+
+    def _hold_back(
+        self,
+        scope: _Scope,
+        eqn: Any,
+        inputs: list[Value | None],
+    ) -> list[Value | None]:
+        """Put a barrier before a call, and return the copies that come out of it.
+
+        JAX lowers rematerialization so: the barrier keeps XLA from computing anything
+        of the call before its time.
+        """
+        given = [value for value in inputs if value is not None]
+        copies = [self._new_value(value.shape, value.dtype) for value in given]
+        barrier = Operation(eqn, [*given], copies, scope.callers, scope.times)
+        barrier.name = BARRIER
+        RULES[BARRIER](self, barrier)
+        scope.region.operations.append(barrier)
+
+        rest = iter(copies)
+        return [None if value is None else next(rest) for value in inputs]
+
+    # ---- loops and conditionals ----
+
+    def _scan(self, loop: Operation) -> None:
+        consts, carried = scan_counts(loop.eqn)
+        sliced = consts + carried
+        times = loop.times * loop.params["length"]
+        body = self._region(loop.params["jaxpr"], times)
+        loop.regions = (body,)
+        for index in range(consts):
+            self._sink(loop, index, body)
+
+        for index, outer in enumerate(loop.inputs):
+            if outer is None:
+                continue
+            if index < sliced:
+                self.join_all(outer, body.inputs[index])
+            else:
+                self._join_slices(outer, body.inputs[index])
+                self.stepping.append((loop, index))
+
+        for index, outer in enumerate(loop.outputs):
+            inner = body.results[index]
+            if index < carried:
+                self.join_all(outer, body.inputs[consts + index])
+                self._join_if_values(outer, inner)
+            elif isinstance(inner, Value):
+                self._join_slices(outer, inner)
+
+    def _join_slices(
+        self,
+        stacked: Value,
+        piece: Value,
+    ) -> None:
+        """Join an array with the slice of it that a loop takes or makes at a step."""
+        self.loops.add(stacked.nodes[0])
+        for a, b in zip(stacked.nodes[1:], piece.nodes, strict=True):
+            self.join(a, b)
+
+    def _join_if_values(
+        self,
+        left: Any,
+        right: Any,
+    ) -> None:
+        if isinstance(left, Value) and isinstance(right, Value):
+            self.join_all(left, right)
+
+    def _join_lists(
+        self,
+        outer: Sequence[Any],
+        inner: Sequence[Any],
+    ) -> None:
+        """Join values outside of a loop or branch with those inside, one by one."""
+        for left, right in zip(outer, inner, strict=True):
+            self._join_if_values(left, right)
+
+    def _while(self, loop: Operation) -> None:
+        condition = self._region(loop.params["cond_jaxpr"], loop.times)
+        body = self._region(loop.params["body_jaxpr"], loop.times)
+        loop.regions = (condition, body)
+
+        # operands: the condition's constants, the body's constants, what is carried
+        first = loop.params["cond_nconsts"]
+        last = first + loop.params["body_nconsts"]
+        condition_constants = loop.inputs[:first]
+        body_constants = loop.inputs[first:last]
+        carried = loop.inputs[last:]
+        self._join_lists([*condition_constants, *carried], condition.inputs)
+        self._join_lists([*body_constants, *carried], body.inputs)
+        self._join_lists(loop.outputs, body.inputs[last - first :])
+        self._join_lists(loop.outputs, body.results)
+
+    def _cond(self, conditional: Operation) -> None:
+        branches = conditional.params["branches"]
+        regions = [self._region(branch, conditional.times) for branch in branches]
+        conditional.regions = tuple(regions)
+        for region in regions:
+            operands = conditional.inputs[1:]  # the first one chooses the branch
+            self._join_lists(operands, region.inputs)
+            self._join_lists(conditional.outputs, region.results)
+
+    # ---- constants of loops ----
+
+    def _sink(
+        self,
+        loop: Operation,
+        index: int,
+        body: Region,
+    ) -> None:
+        """Compute a loop's constant in its body, if only positions decide it.
+
+        JAX moves constants such as masks out of loops that it differentiates. There
+        they would lie in memory, broadcast to full size.
+        """
+        constant = loop.inputs[index]
+        if constant is None or constant.index not in self._positional:
+            return
+        if math.prod(constant.shape) < WORTH_SINKING:
+            return
+
+        inside: dict[int, Value] = {constant.index: body.inputs[index]}
+        times = loop.times * loop.params["length"]
+        clones = []
+        for op in self._producers(constant):
+            inputs = [
+                None if v is None else self._copy_into(body, inside, v)
+                for v in op.inputs
+            ]
+            outputs = [self._copy_into(body, inside, v) for v in op.outputs]
+            clone = Operation(op.eqn, inputs, outputs, op.callers, times)
+            RULES[op.name](self, clone)
+            clones.append(clone)
+        body.operations[:0] = clones
+        loop.inputs[index] = None
+
+    def _producers(
+        self,
+        value: Value,
+    ) -> list[Operation]:
+        """List the operations that compute a value from positions, first to last."""
+        producers: dict[int, Operation] = {}
+        pending = [value.index]
+        while pending:
+            producer = self._positional[pending.pop()]
+            if producer is None:
+                continue
+            output = producer.outputs[0].index
+            if output not in producers:
+                producers[output] = producer
+                pending += [v.index for v in producer.inputs if v is not None]
+        return [producers[output] for output in sorted(producers)]
+
+    def _copy_into(
+        self,
+        body: Region,
+        inside: dict[int, Value],
+        value: Value,
+    ) -> Value:
+        """Return the copy of an outer value in a loop's body; a new one at first."""
+        if value.index not in inside:
+            copy = self._new_value(value.shape, value.dtype)
+            inside[value.index] = copy
+            if self._positional[value.index] is None:
+                body.constants.append(copy)
+                body.consts.append(self._scalars[value.index])
+        return inside[value.index]
+
+    # ---- parameters and gradients ----
+
+    def _mark_stored(
+        self,
+        parameters: int,
+        gradients: int,
+    ) -> None:
+        """Set `stored` on parameters and gradients, and on what is only moved of them.
+
+        Parameters are followed on their way in, gradients back on their way out.
+        """
+        for index, value in enumerate(self.main.inputs[:parameters]):
+            value.stored = (index, tuple(range(len(value.shape))))
+        _spread_stored(self.main)
+
+        for index, value in enumerate(self.main.results[:gradients]):
+            if isinstance(value, Value) and value.stored is None:
+                value.stored = (index, tuple(range(len(value.shape))))
+                self.join_all(value, self.main.inputs[index])
+        _spread_gradients(self.main)
+
+    def _stored_outside_barriers(self) -> set[int]:
+        """List the indices of the stored values that do not come out of a barrier."""
+        values = list(self.main.inputs)
+        for op in self.main.operations:
+            if op.name != BARRIER:
+                values += op.outputs
+        return {value.index for value in values if value.stored is not None}
 
 
-def _spread_stored(block: Block) -> None:
-    for operation in block.operations:
+def opened(
+    called: ClosedJaxpr | Jaxpr,
+) -> tuple[Jaxpr, list[Any]]:
+    """Split the jaxpr of a call into the jaxpr and its constants."""
+    if isinstance(called, ClosedJaxpr):
+        return called.jaxpr, called.consts
+    return called, []
+
+
+def _prune(region: Region) -> None:
+    """Drop the operations whose results nothing needs."""
+    needed = {v.index for v in region.results if isinstance(v, Value)}
+    used = []
+    for operation in reversed(region.operations):
+        if operation.eqn.effects or any(v.index in needed for v in operation.outputs):
+            used.append(operation)
+            needed.update(v.index for v in operation.inputs if v is not None)
+            for inner in operation.regions:
+                _prune(inner)
+    region.operations = used[::-1]
+
+
+def _walk(region: Region) -> Iterator[Operation]:
+    for operation in region.operations:
+        yield operation
+        for inner in operation.regions:
+            yield from _walk(inner)
+
+
+# ---- stored values: parameters on their way in ----
+
+
+def _spread_stored(region: Region) -> None:
+    for operation in region.operations:
         if operation.name in KEEPING:
-            for source, target in zip(
-                operation.inputs, operation.outputs, strict=False
-            ):
-                if (
-                    source is not None
-                    and source.stored is not None
-                    and target.stored is None
-                ):
-                    target.stored = _through(operation, source.stored)
+            _store_outputs(operation)
         for outer, inner, sliced in _entering(operation):
             if outer is not None and outer.stored is not None:
-                inner.stored = (
-                    (outer.stored[0], outer.stored[1][1:]) if sliced else outer.stored
-                )
-        for inside in operation.blocks:
+                inner.stored = _slice_of(outer.stored) if sliced else outer.stored
+        for inside in operation.regions:
             _spread_stored(inside)
 
 
-def _spread_gradients(block: Block) -> None:
-    """From the gradients back to the operations that make them, through casts,
-    transposes, sums and loops.
+def _store_outputs(operation: Operation) -> None:
+    pairs = zip(operation.inputs, operation.outputs, strict=False)
+    for source, target in pairs:
+        if source is None or source.stored is None or target.stored is not None:
+            continue
+        index, dims = source.stored
+        if operation.name == "transpose":
+            dims = tuple(dims[d] for d in operation.params["permutation"])
+        target.stored = (index, dims)
+
+
+def _slice_of(stored: Stored) -> Stored:
+    """Drop the leading dim of a stored array, along which a loop steps."""
+    index, dims = stored
+    return index, dims[1:]
+
+
+def _entering(
+    operation: Operation,
+) -> Iterator[tuple[Any, Value, bool]]:
+    """Iterate over the values that enter an operation's regions, but for carried ones.
+
+    Yields:
+      The value outside, the one inside, and whether a loop takes slices of it.
     """
-    for operation in reversed(block.operations):
+    if operation.name == "scan":
+        consts, carried = scan_counts(operation.eqn)
+        body = operation.regions[0]
+        pairs = zip(operation.inputs, body.inputs, strict=True)
+        for index, (outer, inner) in enumerate(pairs):
+            if index < consts:
+                yield outer, inner, False
+            elif index >= consts + carried:
+                yield outer, inner, True
+    elif operation.name == "cond":
+        for region in operation.regions:
+            for outer, inner in zip(operation.inputs[1:], region.inputs, strict=True):
+                yield outer, inner, False
+
+
+# ---- stored values: gradients, followed back to the operations that make them ----
+
+
+def _spread_gradients(region: Region) -> None:
+    for operation in reversed(region.operations):
         for index, target in enumerate(operation.outputs):
-            if target.stored is None:
-                continue
-            if operation.name in KEEPING:
-                source = operation.inputs[min(index, len(operation.inputs) - 1)]
-                if source is not None and source.stored is None:
-                    back = target.stored[1]
-                    if operation.name == "transpose":
-                        order = operation.params["permutation"]
-                        back = tuple(
-                            target.stored[1][order.index(d)] for d in range(len(order))
-                        )
-                    source.stored = (target.stored[0], back)
-            elif operation.name == "add_any":
-                for source in operation.inputs:
-                    if (
-                        source is not None
-                        and source.stored is None
-                        and source.shape == target.shape
-                    ):
-                        source.stored = target.stored
-            elif operation.name == "scan":
-                _into_blocks(operation, index, target)
-        for inside in operation.blocks:
+            if target.stored is not None:
+                _store_sources(operation, index, target)
+        for inside in operation.regions:
             _spread_gradients(inside)
 
 
-def _into_blocks(
+def _store_sources(
     operation: Operation,
     index: int,
     target: Value,
 ) -> None:
+    """Set `stored` on what a stored result is cast, transposed or summed from."""
     assert target.stored is not None
-    inside = operation.blocks[0].results[index]
-    consts, carried = scan_counts(operation.eqn)
-    stacked = index >= carried
-    stored = (target.stored[0], target.stored[1][1:]) if stacked else target.stored
-    if isinstance(inside, Value) and inside.stored is None:
-        inside.stored = stored
-    if not stacked:  # a sum over the loop
-        slot = consts + index
-        for value in (operation.inputs[slot], operation.blocks[0].inputs[slot]):
-            if value is not None and value.stored is None:
-                value.stored = stored
+    if operation.name in KEEPING:
+        source = operation.inputs[min(index, len(operation.inputs) - 1)]
+        parameter, dims = target.stored
+        if operation.name == "transpose":
+            order = operation.params["permutation"]
+            dims = tuple(dims[order.index(d)] for d in range(len(order)))
+        _store(source, (parameter, dims))
+    elif operation.name == "add_any":
+        for source in operation.inputs:
+            if source is not None and source.shape == target.shape:
+                _store(source, target.stored)
+    elif operation.name == "scan":
+        _store_in_loop(operation, index, target.stored)
+
+
+def _store_in_loop(
+    loop: Operation,
+    index: int,
+    stored: Stored,
+) -> None:
+    consts, carried = scan_counts(loop.eqn)
+    body = loop.regions[0]
+    if index >= carried:  # each step makes a slice of it
+        _store(body.results[index], _slice_of(stored))
+        return
+
+    # a sum over the loop's steps
+    _store(body.results[index], stored)
+    _store(loop.inputs[consts + index], stored)
+    _store(body.inputs[consts + index], stored)
+
+
+def _store(value: Any, stored: Stored) -> None:
+    if isinstance(value, Value) and value.stored is None:
+        value.stored = stored

@@ -1,5 +1,15 @@
-"""The named axes of a graph, repeated layers tied to each other: what a search assigns
-mesh axes to.
+"""Groups of named axes: what a search assigns mesh axes to.
+
+A network of many layers has as many named axes for its hidden units as it has layers,
+and all of them are best split alike. So the axes of repeated layers, whose paths differ
+in a number only, are tied to one group:
+
+    params/layers/0/kernel (4, 16): dims are the axes a and b
+    params/layers/1/kernel (4, 16): dims are the axes a and c
+
+Both dims 1 have the pattern `params/layers/*/kernel`, so b and c are one group, called
+`layers/*.1`. Axes stay apart where tying them would make two dims of one array the
+same.
 """
 
 from __future__ import annotations
@@ -9,14 +19,22 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Spec
 
-# bytes: an array below is kept whole on each device; gathering it would cost more than
-# it frees
+# Bytes: a smaller array is kept whole on each device. Assumption: gathering it would
+# cost more than it frees.
 SMALL = 2**16
-MOST_STORED = 4096  # assignments whose storage is remembered
+
+# Bytes of an element of the state, for sizes that are compared with each other.
+ITEMSIZE = 4
+
+# Assignments whose storage is remembered. Assumption: a search looks at fewer.
+MOST_STORED = 4096
+
+Place = tuple[int, int]  # (number of an input, dim)
 
 
 @dataclass(frozen=True)
@@ -25,9 +43,9 @@ class Group:
 
     Attributes:
       name: after the first parameter (or input) that has it.
-      roots: of the union-find.
+      roots: the roots of the axes in the graph's union-find.
       size: the largest extent.
-      divisor: what the number of devices along it must divide: the greatest common
+      divisor: the number of devices along it must divide this: the greatest common
         divisor of the extents.
       members: (parameter's or input's index in the graph's inputs, dim) pairs.
       weight: bytes of the arrays in `members`.
@@ -37,8 +55,16 @@ class Group:
     roots: tuple[int, ...]
     size: int
     divisor: int
-    members: tuple[tuple[int, int], ...]
+    members: tuple[Place, ...]
     weight: float
+
+
+class Dim(NamedTuple):
+    """A dim of an input: its extent, its group, and whether a loop steps along it."""
+
+    extent: int
+    group: int | None
+    stepped: bool
 
 
 class Names:
@@ -65,169 +91,231 @@ class Names:
         paths: list[str],
         pinned: Mapping[str, Spec] | None = None,
     ):
+        """Find the groups."""
         self.graph = graph
         self.paths = paths
         self.pinned = pinned or {}
         self.patterns = [starred(path) for path in paths]
-        values = graph.block.inputs
-        find = graph.find
-        loops = {find(n) for n in graph.loops} - _samples(graph, paths)
-        sizes: dict[int, list[int]] = {}
-        for value in graph.values:
-            for node, extent in zip(value.nodes, value.shape, strict=True):
-                sizes.setdefault(find(node), []).append(extent)
-        for node, pieces in graph.pieces.items():
-            sizes[find(node)].append(pieces)
-        anchored = [
-            (i, d)
-            for i, path in enumerate(paths)
-            if path.startswith(("params", "inputs", "targets"))
-            for d in range(len(values[i].shape))
-        ]
-        root = {(i, d): find(values[i].nodes[d]) for i, d in anchored}
-        tied = self._tie(root)
-        members: dict[int, list[tuple[int, int]]] = {}
-        for place in anchored:
-            if root[place] not in loops and values[place[0]].shape[place[1]] > 1:
-                members.setdefault(tied[root[place]], []).append(place)
-        groups = []
-        for places in members.values():
-            roots = tuple(dict.fromkeys(root[p] for p in places))
-            extents = [n for r in roots for n in sizes[r]]
-            weight = sum(math.prod(values[i].shape) * 4.0 for i, _ in places)
-            groups.append(
-                Group(
-                    self._name(places),
-                    roots,
-                    max(values[i].shape[d] for i, d in places),
-                    math.gcd(*extents),
-                    tuple(places),
-                    weight,
-                )
-            )
-        alike = Counter(g.name for g in groups)
-        groups = [
-            (
-                g
-                if alike[g.name] == 1
-                else replace(g, name=self._name(list(g.members[:1]), paths))
-            )
-            for g in groups
-        ]
-        self.groups = sorted(groups, key=lambda g: -g.weight)
-        self.of = {r: k for k, g in enumerate(self.groups) for r in g.roots}
-        first = [
-            i for i, path in enumerate(paths) if path.startswith(("inputs", "targets"))
-        ]
-        heads = [self.of.get(root.get((i, 0), -1)) for i in first]
-        self.batch = next((k for k in heads if k is not None), None)
-        self.rows = self._rows()
-        # each input's dims: extent, group, and whether a loop steps along it
-        self._looks = [
-            tuple(
-                (
-                    n,
-                    self.of.get(find(node)),
-                    node in graph.loops,
-                )
-                for n, node in zip(v.shape, v.nodes, strict=True)
-            )
-            for v in values
-        ]
+
+        samples = _mark_loops_over_samples(graph, paths)
+        roots = self._roots()
+        groups = self._distinctly_named(self._find_groups(roots, samples))
+        self.groups = sorted(groups, key=lambda group: -group.weight)
+        self.of = {}
+        for number, group in enumerate(self.groups):
+            self.of.update(dict.fromkeys(group.roots, number))
+
+        self.batch = self._batch_group(roots)
+        self.rows = self._row_groups()
+        self.batched = self._values_with_samples()
+        self._dims = self._dims_of_inputs()
         self._stored: dict[tuple, list[Spec]] = {}
-        batch = set() if self.batch is None else set(self.groups[self.batch].roots)
-        self.batched = frozenset(
-            v.index
-            for v in graph.values
-            if v.stored is None and any(find(n) in batch for n in v.nodes)
+
+    # ---- finding the groups ----
+
+    def _roots(self) -> dict[Place, int]:
+        """Return the root of each dim of the parameters, the inputs and the targets."""
+        roots = {}
+        for index, path in enumerate(self.paths):
+            if path.startswith(("params", "inputs", "targets")):
+                nodes = self.graph.main.inputs[index].nodes
+                for dim, node in enumerate(nodes):
+                    roots[index, dim] = self.graph.find(node)
+        return roots
+
+    def _find_groups(
+        self,
+        roots: dict[Place, int],
+        samples: set[int],
+    ) -> list[Group]:
+        """Collect the places of each group, those left out along which loops step."""
+        graph = self.graph
+        loops = {graph.find(node) for node in graph.loops} - samples
+        tied = self._tie(roots)
+        members: dict[int, list[Place]] = {}
+        for place, root in roots.items():
+            index, dim = place
+            if root not in loops and graph.main.inputs[index].shape[dim] > 1:
+                members.setdefault(tied[root], []).append(place)
+
+        groups = []
+        extents = self._extents()
+        for places in members.values():
+            groups.append(self._group(places, roots, extents))
+        return groups
+
+    def _extents(self) -> dict[int, list[int]]:
+        """Return the extents that each named axis has, and its numbers of pieces."""
+        find = self.graph.find
+        extents: dict[int, list[int]] = {}
+        for value in self.graph.values:
+            pairs = zip(value.nodes, value.shape, strict=True)
+            for node, extent in pairs:
+                extents.setdefault(find(node), []).append(extent)
+        for node, pieces in self.graph.pieces.items():
+            extents[find(node)].append(pieces)
+        return extents
+
+    def _group(
+        self,
+        places: list[Place],
+        roots: dict[Place, int],
+        extents: dict[int, list[int]],
+    ) -> Group:
+        inputs = self.graph.main.inputs
+        own_roots = tuple(dict.fromkeys(roots[place] for place in places))
+        divisor = 0
+        for root in own_roots:
+            divisor = math.gcd(divisor, *extents[root])
+        elements = sum(math.prod(inputs[index].shape) for index, _ in places)
+        return Group(
+            name=self._name(places, self.patterns),
+            roots=own_roots,
+            size=max(inputs[index].shape[dim] for index, dim in places),
+            divisor=divisor,
+            members=tuple(places),
+            weight=float(elements * ITEMSIZE),
         )
 
-    def _rows(self) -> set[int]:
-        """Groups by which a parameter is looked up: the rows of embeddings."""
-        found = set()
-        for op in self.graph.operations():
-            if (
-                op.name == "gather"
-                and op.inputs[0] is not None
-                and op.inputs[0].stored is not None
-            ):
-                for d in op.params["dimension_numbers"].collapsed_slice_dims:
-                    group = self.of.get(self.graph.find(op.inputs[0].nodes[d]))
-                    if group is not None:
-                        found.add(group)
-        return found - {self.batch}
+    def _tie(
+        self,
+        roots: dict[Place, int],
+    ) -> dict[int, int]:
+        """Map each root to the representative of the axes that it is tied to.
 
-    def _tie(self, root: dict[tuple[int, int], int]) -> dict[int, int]:
-        """Root to the representative of its tied axes. What would make two dims of one
-        array the same stays apart.
+        Places are tied where pattern, dim and shape are the same, but not where that
+        would make two dims of one array the same.
         """
-        parent = {r: r for r in root.values()}
-
-        def find(r: int) -> int:
-            while parent[r] != r:
-                r = parent[r]
-            return r
-
-        places: dict[tuple, list[tuple[int, int]]] = {}
-        for i, d in root:
-            places.setdefault(
-                (self.patterns[i], d, self.graph.block.inputs[i].shape), []
-            ).append((i, d))
-        arrays: dict[int, list[int]] = {}
-        for (i, _), r in root.items():
-            arrays.setdefault(i, []).append(r)
-        distinct = [set(roots) for roots in arrays.values() if len(set(roots)) > 1]
-        for alike in places.values():
+        parent = {root: root for root in roots.values()}
+        distinct = _roots_of_arrays(roots)
+        for places in self._alike(roots):
             before = dict(parent)
-            for place in alike[1:]:
-                parent[find(root[place])] = find(root[alike[0]])
-            if parent != before and any(
-                len({find(r) for r in roots}) < len(roots) for roots in distinct
-            ):
+            first = roots[places[0]]
+            for place in places[1:]:
+                own = _representative(parent, roots[place])
+                parent[own] = _representative(parent, first)
+            if parent != before and _any_merged(parent, distinct):
                 parent = before
-        return {r: find(r) for r in parent}
+        return {root: _representative(parent, root) for root in parent}
+
+    def _alike(
+        self,
+        roots: dict[Place, int],
+    ) -> list[list[Place]]:
+        """List the places that have pattern, dim and shape in common."""
+        alike: dict[tuple, list[Place]] = {}
+        for index, dim in roots:
+            shape = self.graph.main.inputs[index].shape
+            key = (self.patterns[index], dim, shape)
+            alike.setdefault(key, []).append((index, dim))
+        return list(alike.values())
+
+    # ---- names ----
+
+    def _distinctly_named(
+        self,
+        groups: list[Group],
+    ) -> list[Group]:
+        """Name groups with one name after the full path of their first member."""
+        counts = Counter(group.name for group in groups)
+        named = []
+        for group in groups:
+            if counts[group.name] > 1:
+                name = self._name(list(group.members[:1]), self.paths)
+                group = replace(group, name=name)
+            named.append(group)
+        return named
 
     def _name(
         self,
-        places: list[tuple[int, int]],
-        paths: list[str] | None = None,
+        places: list[Place],
+        paths: list[str],
     ) -> str:
-        """ "batch" and "inputs.1" for dims of a batch, else the shortest parameter
-        path, and the dim.
-        """
-        paths = paths or self.patterns
-        params = [
-            (
-                len(paths[i]),
-                paths[i],
-                d,
-            )
-            for i, d in places
-            if paths[i].startswith("params")
-        ]
-        if any(d == 0 and not self.paths[i].startswith("params") for i, d in places):
-            return "batch"
-        if not params:
-            return f"{self.paths[places[0][0]]}.{places[0][1]}"
-        _, path, d = min(
-            params,
-            key=lambda p: (
-                p[1].count("/"),
-                p[0],
-                p[1],
-                p[2],
-            ),
-        )
-        return f"{path.removeprefix('params/').removesuffix('/kernel').removesuffix('/embedding')}.{d}"
+        """Return the name of the group at some places.
 
-    def uses(self, masks: list[int]) -> dict[int, int]:
-        """Root to mask, from a mask for each group."""
-        return {
-            r: mask
-            for g, mask in zip(self.groups, masks, strict=True)
-            if mask
-            for r in g.roots
-        }
+        "batch" and "inputs.1" for dims of a batch, else the shortest parameter path,
+        and the dim.
+        """
+        in_params = []
+        for index, dim in places:
+            path = paths[index]
+            if path.startswith("params"):
+                rank = (path.count("/"), len(path))
+                in_params.append((*rank, path, dim))
+            elif dim == 0:
+                return "batch"
+        if not in_params:
+            index, dim = places[0]
+            return f"{self.paths[index]}.{dim}"
+
+        *_, path, dim = min(in_params)
+        path = path.removeprefix("params/")
+        path = path.removesuffix("/kernel").removesuffix("/embedding")
+        return f"{path}.{dim}"
+
+    # ---- what the groups are ----
+
+    def _batch_group(
+        self,
+        roots: dict[Place, int],
+    ) -> int | None:
+        """Return the number of the first group that is the leading dim of a batch."""
+        for index, path in enumerate(self.paths):
+            if path.startswith(("inputs", "targets")):
+                root = roots.get((index, 0))
+                if root in self.of:
+                    return self.of[root]
+        return None
+
+    def _row_groups(self) -> set[int]:
+        """Return the groups by which a parameter is looked up, the batch left out."""
+        rows = set()
+        for op in self.graph.operations():
+            table = op.inputs[0] if op.name == "gather" else None
+            if table is None or table.stored is None:
+                continue
+            for dim in op.params["dimension_numbers"].collapsed_slice_dims:
+                root = self.graph.find(table.nodes[dim])
+                if root in self.of:
+                    rows.add(self.of[root])
+        return rows - {self.batch}
+
+    def _values_with_samples(self) -> frozenset[int]:
+        if self.batch is None:
+            return frozenset()
+        find = self.graph.find
+        batch = set(self.groups[self.batch].roots)
+        return frozenset(
+            value.index
+            for value in self.graph.values
+            if value.stored is None and any(find(node) in batch for node in value.nodes)
+        )
+
+    def _dims_of_inputs(self) -> list[tuple[Dim, ...]]:
+        graph = self.graph
+        inputs = []
+        for value in graph.main.inputs:
+            dims = []
+            pairs = zip(value.shape, value.nodes, strict=True)
+            for extent, node in pairs:
+                group = self.of.get(graph.find(node))
+                dims.append(Dim(extent, group, node in graph.loops))
+            inputs.append(tuple(dims))
+        return inputs
+
+    # ---- specs under an assignment ----
+
+    def uses(
+        self,
+        masks: list[int],
+    ) -> dict[int, int]:
+        """Return the mask of each root, from a mask for each group."""
+        uses = {}
+        pairs = zip(self.groups, masks, strict=True)
+        for group, mask in pairs:
+            if mask:
+                uses.update(dict.fromkeys(group.roots, mask))
+        return uses
 
     def storage(
         self,
@@ -235,29 +323,42 @@ class Names:
         keep: int,
         counts: Sequence[int],
     ) -> list[Spec]:
-        """How each parameter is kept: as it is used, and split over the axes of `keep`
-        besides where that is worthwhile.
+        """Return the spec with which each parameter is kept.
+
+        It is kept as it is used, and in parts over the axes of `keep` in addition where
+        that is worthwhile (see `store`).
+
+        Args:
+          masks: the mesh axes of each group.
+          keep: mesh axes over which the state is split.
+          counts: the number of devices along each mask of mesh axes.
         """
         key = (tuple(masks), keep, tuple(counts))
         if key not in self._stored:
             if len(self._stored) > MOST_STORED:
                 self._stored.clear()
-            alike: dict[tuple, Spec] = {}
-            found = []
-            for i, path in enumerate(self.paths):
-                if not path.startswith("params"):
-                    continue
-                look = self._looks[i]
-                if look not in alike or path in self.pinned:
-                    alike[look] = self.pinned.get(path) or self.store(
-                        i,
-                        self.use(i, masks, counts),
-                        keep,
-                        counts,
-                    )
-                found.append(alike[look])
-            self._stored[key] = found
+            self._stored[key] = self._storage(masks, keep, counts)
         return self._stored[key]
+
+    def _storage(
+        self,
+        masks: Sequence[int],
+        keep: int,
+        counts: Sequence[int],
+    ) -> list[Spec]:
+        by_dims: dict[tuple[Dim, ...], Spec] = {}
+        specs = []
+        for index, path in enumerate(self.paths):
+            if not path.startswith("params"):
+                continue
+            dims = self._dims[index]
+            if path in self.pinned:
+                by_dims[dims] = self.pinned[path]
+            elif dims not in by_dims:
+                use = self.use(index, masks, counts)
+                by_dims[dims] = self.store(index, use, keep, counts)
+            specs.append(by_dims[dims])
+        return specs
 
     def use(
         self,
@@ -265,10 +366,13 @@ class Names:
         masks: Sequence[int],
         counts: Sequence[int],
     ) -> Spec:
-        """How an input is used: the first dim that could take a mesh axis takes it."""
+        """Return the spec with which an input is used.
+
+        The first dim that could take a mesh axis takes it.
+        """
         taken = 0
         spec = []
-        for extent, group, _ in self._looks[index]:
+        for extent, group, _ in self._dims[index]:
             mask = 0 if group is None else masks[group] & ~taken
             if mask and extent % counts[mask]:
                 mask = 0
@@ -283,59 +387,108 @@ class Names:
         keep: int,
         counts: Sequence[int],
     ) -> Spec:
-        """`use`, and what is left of the axes of `keep` on the dim that stays
-        largest.
+        """Return `use` with the rest of the axes of `keep` on the largest dim left.
+
+        An array stays as it is used where that dim does not divide, where it is small,
+        and where rows are looked up where they lie, so that none are gathered.
         """
+        dims = self._dims[index]
         taken = 0
-        look = self._looks[index]
-        for mask in use:
+        pairs = zip(use, dims, strict=True)
+        for mask, (_, group, _) in pairs:
             taken |= mask
-        more = keep & ~taken
-        if any(
-            mask and group in self.rows
-            for mask, (_, group, _) in zip(use, look, strict=True)
-        ):
-            return use  # what is looked up where it lies is not gathered
-        if (
-            not more
-            or math.prod(n for n, _, stepped in look if not stepped) * 4 < SMALL
-        ):
+            if mask and group in self.rows:
+                return use
+
+        rest = keep & ~taken
+        if not rest or self.is_small(index):
             return use
-        fits = [
-            d
-            for d, (n, _, stepped) in enumerate(look)
-            if not stepped and n % (counts[use[d]] * counts[more]) == 0
-        ]
-        if not fits:
+
+        best = None
+        most = (False, 0)
+        for number, dim in enumerate(dims):
+            mask = use[number]
+            if dim.stepped or dim.extent % (counts[mask] * counts[rest]):
+                continue
+            rank = (mask == 0, dim.extent // counts[mask])
+            if best is None or rank > most:
+                best = number
+                most = rank
+        if best is None:
             return use
-        best = max(
-            fits,
-            key=lambda d: (use[d] == 0, look[d][0] // counts[use[d]]),
-        )
-        return tuple(m | more if d == best else m for d, m in enumerate(use))
+        spec = list(use)
+        spec[best] |= rest
+        return tuple(spec)
+
+    def is_small(self, index: int) -> bool:
+        """Whether an input, or what a loop takes of it, is not worth splitting."""
+        elements = 1
+        for dim in self._dims[index]:
+            if not dim.stepped:
+                elements *= dim.extent
+        return elements * ITEMSIZE < SMALL
 
 
-def _samples(graph: Graph, paths: list[str]) -> set[int]:
-    """Roots of the batch dims, of which loops that step along them need the whole.
+def starred(path: str) -> str:
+    """Return a path with its numbers as stars, as repeated layers have it in common."""
+    return re.sub(r"\d+", "*", path)
+
+
+# ---- internals ----
+
+
+def _mark_loops_over_samples(
+    graph: Graph,
+    paths: list[str],
+) -> set[int]:
+    """Return the roots of the batch dims; mark loops along them as needing the whole.
 
     A loop over samples, as `jax.lax.map` makes, is run by each device for all of them.
     The rest of the model need not be: what the loop takes is gathered before it.
     """
-    first = [
-        graph.find(value.nodes[0])
-        # knobs: no path
-        for path, value in zip(paths, graph.block.inputs, strict=False)
-        if path.startswith(("inputs", "targets")) and value.nodes
-    ]
+    samples = set()
+    # the paths end before the knobs
+    pairs = zip(paths, graph.main.inputs, strict=False)
+    for path, value in pairs:
+        if path.startswith(("inputs", "targets")) and value.nodes:
+            samples.add(graph.find(value.nodes[0]))
+
     for operation, index in graph.stepping:
-        value = operation.inputs[index]
-        if value is None or graph.find(value.nodes[0]) not in first:
+        stacked = operation.inputs[index]
+        if stacked is None or graph.find(stacked.nodes[0]) not in samples:
             continue
-        if (index, 0) not in operation.whole:  # by the names of the same graph before
+        # a graph may be named twice
+        if (index, 0) not in operation.whole:
             operation.whole.append((index, 0))
-    return set(first)
+    return samples
 
 
-def starred(path: str) -> str:
-    """A path with its numbers as stars: what repeated layers have in common."""
-    return re.sub(r"\d+", "*", path)
+def _representative(
+    parent: dict[int, int],
+    root: int,
+) -> int:
+    while parent[root] != root:
+        root = parent[root]
+    return root
+
+
+def _roots_of_arrays(
+    roots: dict[Place, int],
+) -> list[set[int]]:
+    """List the roots of each array that has several."""
+    arrays: dict[int, set[int]] = {}
+    for (index, _), root in roots.items():
+        arrays.setdefault(index, set()).add(root)
+    return [own for own in arrays.values() if len(own) > 1]
+
+
+def _any_merged(
+    parent: dict[int, int],
+    distinct: list[set[int]],
+) -> bool:
+    """Whether roots that one array has are represented by the same one."""
+    for roots in distinct:
+        merged = {_representative(parent, root) for root in roots}
+        if len(merged) < len(roots):
+            return True
+    return False

@@ -1,10 +1,24 @@
-"""Which whole numbers a model and its loss can take from the data, read off the
-program.
+"""The whole numbers that a model and its loss can take from the data.
 
-Each integer leaf of the samples is followed to where it becomes an index, as long as
-its values stay what they are:
+They are read off the program. Each integer leaf of the samples is followed to where it
+becomes an index, as long as its values stay what they are:
 
-    tokens (8, 6) -- slice --> (8, 5) -- reshape --> (40,) -- gather in (50, 16): 0 to 49
+    >>> import jax, jax.numpy as jnp
+    >>> def embed(tokens, table):
+    ...     return table[tokens[:, :5].reshape(-1)]
+    >>> tokens = jax.ShapeDtypeStruct((8, 6), jnp.int32)
+    >>> table = jax.ShapeDtypeStruct((50, 16), jnp.float32)
+    >>> program = jax.make_jaxpr(embed)(tokens, table)
+
+The slice and the reshape move the tokens, each of which then chooses one of 50 rows.
+The last column is not looked at:
+
+    >>> facts = [_known_of_argument("inputs", tokens), Parameter("embed")]
+    >>> search = _Search({"inputs": 6})
+    >>> _ = search.follow(program.jaxpr, facts, program.consts, ())
+    >>> limit, = search.limits()
+    >>> limit.size, limit.columns
+    (50, (0, 1, 2, 3, 4))
 
 jnp's indexing counts negative indices from the end: i -> select_n(i < 0, i, i + 50).
 That is looked through. Indices that the person's code computes, clamps or replaces have
@@ -23,17 +37,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from lepton_jax.compat import ClosedJaxpr, Literal, scan_counts, source_line
+from lepton_jax.compat import Literal, scan_counts, source_line
 from lepton_jax.data import Limit
 from lepton_jax.errors import of_a_library
-from lepton_jax.planner.program.graph import CALLS
-from lepton_jax.planner.program.trace import ARGUMENTS, Trace, argument_paths
+from lepton_jax.planner.program.graph import CALLS, opened
+from lepton_jax.planner.program.trace import Trace
+from lepton_jax.step.training_loss import ARGUMENTS, argument_paths
 from lepton_jax.trees import by_path
 
-# Above so many elements of a batch the places are not followed one by one, and a slice
-# of the leaf loses its bound. 16 MiB of int32; assumption.
+# Elements of a batch above which the places are not followed one by one, so that a
+# slice of the leaf loses its bound. 16 MiB of int32; assumption.
 MOST_PLACES = 2**22
 
+# Primitives that leave the values of their first operand where and what they are.
 UNCHANGED = {
     "copy",
     "copy_p",
@@ -43,7 +59,11 @@ UNCHANGED = {
     "sharding_constraint",
     "stop_gradient",
 }
-COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
+
+# Primitives that move all values, and keep what they are.
+MOVING = {"reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose"}
+
+# Each comparison, and the one that means the same with its operands exchanged.
 MIRRORED = {
     "lt": "gt",
     "le": "ge",
@@ -52,7 +72,11 @@ MIRRORED = {
     "eq": "eq",
     "ne": "ne",
 }
+
 OTHER = -1  # a place that holds no value of the leaf
+
+
+# ---- what is known of a value ----
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +118,14 @@ class Compared:
 
 @dataclass(frozen=True)
 class Constant:
+    """A scalar that the program holds."""
+
     number: Any
 
 
 @dataclass(frozen=True)
 class Counter:
-    """0, 1, ..., size - 1 along one dim."""
+    """The numbers 0, 1, ..., size - 1 along one dim."""
 
     size: int
     dim: int
@@ -107,6 +133,8 @@ class Counter:
 
 @dataclass(frozen=True)
 class Parameter:
+    """A parameter of the model."""
+
     path: str
 
 
@@ -118,7 +146,7 @@ class Columns:
 
 
 def limits(trace: Trace) -> list[Limit]:
-    """The ranges of the integer leaves of a recipe's samples that its program sets.
+    """Return the ranges that a recipe's program sets for its samples' integer leaves.
 
     Args:
       trace: of the recipe; preprocessing, model, loss and metrics are followed.
@@ -134,74 +162,99 @@ def limits(trace: Trace) -> list[Limit]:
         trace.targets,
     )
     paths = argument_paths(ARGUMENTS, arguments)
-    facts = []
-    for path, leaf in zip(paths, jax.tree.leaves(arguments), strict=True):
-        facts.append(_entering(path, leaf))
+    leaves = jax.tree.leaves(arguments)
+    facts = list(map(_known_of_argument, paths, leaves))
 
+    sizes = {}
     samples = by_path({"inputs": trace.inputs, "targets": trace.targets})
-    search = _Search({path: math.prod(x.shape[1:]) for path, x in samples.items()})
-    search.follow(
-        trace.jaxpr.jaxpr,
-        facts,
-        trace.jaxpr.consts,
-        (),
-    )
+    for path, leaf in samples.items():
+        sizes[path] = math.prod(leaf.shape[1:])
+    search = _Search(sizes)
+    program = trace.jaxpr
+    search.follow(program.jaxpr, facts, program.consts, ())
     return search.limits()
 
 
-def _entering(path: str, leaf: Any) -> Any:
-    """Knowledge of an argument."""
+def _known_of_argument(path: str, leaf: Any) -> Any:
     if path.startswith("params"):
         return Parameter(path.removeprefix("params/"))
     if not path.startswith(("inputs", "targets")) or leaf.dtype.kind not in "iu":
         return None
-    if math.prod(leaf.shape) > MOST_PLACES:
-        sample = np.arange(
-            math.prod(leaf.shape[1:]),
-            dtype=np.int32,
-        )
-        return Followed(path, sample, bag=True)
-    places = np.arange(
-        math.prod(leaf.shape),
-        dtype=np.int32,
-    )
+    count = math.prod(leaf.shape)
+    if count > MOST_PLACES:
+        of_a_sample = math.prod(leaf.shape[1:])
+        places = np.arange(of_a_sample, dtype=np.int32)
+        return Followed(path, places, bag=True)
+    places = np.arange(count, dtype=np.int32)
     return Followed(path, places.reshape(leaf.shape))
 
 
-class _Search:
-    """Follows the leaves through a program and collects what bounds them."""
+# ---- the search ----
 
-    def __init__(self, sizes: dict[str, int]) -> None:
-        self._sizes = sizes  # values of a sample in each leaf
-        self.found: list[Limit] = []
-        self.compared: list[Compared] = []
-        self._certain = True  # whether what is looked at runs in every step
+
+@dataclass(frozen=True)
+class _Use:
+    """A place in the program where values of a leaf must be below a size.
+
+    Attributes:
+      eqn: the equation.
+      callers: the calls around it.
+      source: the leaf and the places whose values are used.
+      size: the values must be below it.
+      table: path of the parameter that they are looked up in, if it is one.
+      negative: whether negative values are meant too.
+    """
+
+    eqn: Any
+    callers: tuple
+    source: Followed
+    size: int
+    table: str | None = None
+    negative: bool = False
+
+
+class _Search:
+    """Follows the leaves through a program and collects what bounds them.
+
+    Args:
+      sizes: the number of values in a sample of each leaf.
+    """
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+    ) -> None:
+        self._sizes = sizes
+        self._limits: list[Limit] = []
+        self._compared: list[Compared] = []
+        self._certain = True  # whether the equations looked at run in every step
 
     def limits(self) -> list[Limit]:
-        """The limits found, less what the person's code looks out for itself."""
-        best: dict[tuple, Limit] = {}
-        for limit in self.found:
+        """Return the lowest limits, less what the person's code looks out for."""
+        lowest: dict[tuple, Limit] = {}
+        for limit in self._limits:
             key = (limit.path, limit.columns, limit.negative)
-            if key not in best or limit.size < best[key].size:
-                best[key] = limit
-        return [self._spared(limit) for limit in best.values()]
+            if key not in lowest or limit.size < lowest[key].size:
+                lowest[key] = limit
+        return [self._spare(limit) for limit in lowest.values()]
 
-    def _spared(self, limit: Limit) -> Limit:
-        for seen in self.compared:
-            if not seen.own or seen.source.leaf != limit.path:
+    def _spare(self, limit: Limit) -> Limit:
+        """Let values through for which the person's code has plans."""
+        for comparison in self._compared:
+            if not comparison.own or comparison.source.leaf != limit.path:
                 continue
-            # Written as a bound: "< c" and ">= c" part the numbers before c from the
-            # rest.
-            first = seen.number + (seen.name in ("le", "gt"))
-            if seen.name in ("eq", "ne"):
-                if seen.number.is_integer():
-                    limit = replace(
-                        limit,
-                        spared=(*limit.spared, int(seen.number)),
-                    )
-            elif first == 0:
+            number = comparison.number
+            if comparison.name in ("eq", "ne"):
+                if number.is_integer():
+                    spared = (*limit.spared, int(number))
+                    limit = replace(limit, spared=spared)
+                continue
+            # "< c" and ">= c" part the numbers before c from the rest; "<= c" and
+            # "> c" part those before c + 1
+            bound = number + (comparison.name in ("le", "gt"))
+            if bound == 0:
                 limit = replace(limit, negative=True)
-            elif first == limit.size:
+            elif bound == limit.size:
                 limit = replace(limit, beyond=True)
         return limit
 
@@ -214,36 +267,32 @@ class _Search:
         consts: Iterable[Any],
         callers: tuple,
     ) -> list[Any]:
-        """Look at all equations of a jaxpr; returns what is known of its results."""
-        env: dict[Any, Any] = dict(
-            zip(
-                jaxpr.invars,
-                facts,
-                strict=True,
-            )
-        )
-        for var, const in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = Constant(const) if np.ndim(const) == 0 else None
+        """Look at all equations of a jaxpr.
 
-        def known(var: Any) -> Any:
-            if isinstance(var, Literal):
-                return Constant(var.val) if np.ndim(var.val) == 0 else None
-            return env.get(var)
+        Args:
+          jaxpr: the jaxpr.
+          facts: what is known of its inputs.
+          consts: its constants.
+          callers: the calls around it.
+
+        Returns:
+          What is known of its results.
+        """
+        env: dict[Any, Any] = dict(zip(jaxpr.invars, facts, strict=True))
+        pairs = zip(jaxpr.constvars, consts, strict=True)
+        for variable, const in pairs:
+            env[variable] = _known_of_constant(const)
+
+        def known(atom: Any) -> Any:
+            if isinstance(atom, Literal):
+                return _known_of_constant(atom.val)
+            return env.get(atom)
 
         for eqn in jaxpr.eqns:
-            results = self._equation(
-                eqn,
-                [known(v) for v in eqn.invars],
-                callers,
-            )
-            env.update(
-                zip(
-                    eqn.outvars,
-                    results,
-                    strict=True,
-                )
-            )
-        return [known(v) for v in jaxpr.outvars]
+            operands = [known(atom) for atom in eqn.invars]
+            results = self._equation(eqn, operands, callers)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [known(atom) for atom in jaxpr.outvars]
 
     def _equation(
         self,
@@ -251,153 +300,139 @@ class _Search:
         facts: list[Any],
         callers: tuple,
     ) -> list[Any]:
+        """Return what is known of an equation's results."""
         name = eqn.primitive.name
         nothing = [None] * len(eqn.outvars)
         if all(fact is None for fact in facts) and name != "iota":
             return nothing
         if name in CALLS and CALLS[name] in eqn.params:
-            inner = eqn.params[CALLS[name]]
-            closed = isinstance(inner, ClosedJaxpr)
-            jaxpr = inner.jaxpr if closed else inner
-            if len(jaxpr.invars) != len(facts):
-                return nothing
-            consts = inner.consts if closed else ()
-            return self.follow(
-                jaxpr,
-                facts,
-                consts,
-                (*callers, eqn),
-            )
+            return self._call(eqn, facts, callers)
         if name == "scan":
             return self._scan(eqn, facts, callers)
-        if name == "cond":
-            self._cond(eqn, facts, callers)
-            return nothing
-        if name == "gather":
-            self._gather(eqn, facts, callers)
-            return nothing
-        if name == "dynamic_slice":
-            self._dynamic_slice(eqn, facts, callers)
-            return nothing
         if name == "split" and isinstance(facts[0], Followed):
-            return self._split(eqn, facts[0])
-        if len(eqn.outvars) != 1 and name != "optimization_barrier":
-            return nothing
+            return _split(eqn, facts[0])
         if name == "optimization_barrier":
             return facts
-        return [self._result(name, eqn, facts, callers)]
+
+        look = {
+            "cond": self._cond,
+            "gather": self._gather,
+            "dynamic_slice": self._dynamic_slice,
+        }.get(name)
+        if look is not None:
+            look(eqn, facts, callers)
+            return nothing
+        if len(eqn.outvars) != 1:
+            return nothing
+        return [self._result(eqn, facts, callers)]
 
     def _result(
         self,
-        name: str,
         eqn: Any,
         facts: list[Any],
         callers: tuple,
     ) -> Any:
-        """Knowledge of the one result of an operation."""
-        first = facts[0] if facts else None
+        """Return what is known of the one result of an operation."""
+        name = eqn.primitive.name
         if name == "iota":
             dim = eqn.params["dimension"]
             return Counter(eqn.params["shape"][dim], dim)
-        if name in COMPARISONS:
-            return self._comparison(name, eqn, facts, callers)
+        if name in MIRRORED:
+            return self._comparison(eqn, facts, callers)
         if name == "add":
             return _shifted(facts)
         if name == "select_n":
-            return self._select(facts)
+            return _selected(facts)
         if name == "concatenate":
             return _concatenated(eqn, facts)
-        if name == "pad" and isinstance(first, Followed):
-            return _padded(eqn, first)
-        if isinstance(first, Constant) and name in ("broadcast_in_dim", *UNCHANGED):
-            return first
-        if isinstance(first, Parameter) and name in UNCHANGED:
-            return first
-        if isinstance(first, Counter):
-            return _moved_counter(name, eqn, first)
-        if not isinstance(first, Followed):
-            return None
-        if name == "convert_element_type" and eqn.params["new_dtype"] == np.bool_:
-            return None
-        places = _moved(name, eqn, first)
-        return None if places is None else replace(first, places=places)
+        return _known_after(eqn, facts[0])
 
-    # ---- operations ----
+    # ---- calls, loops and branches ----
 
-    def _comparison(
+    def _call(
         self,
-        name: str,
         eqn: Any,
         facts: list[Any],
         callers: tuple,
-    ) -> Any:
+    ) -> list[Any]:
+        parameter = CALLS[eqn.primitive.name]
+        jaxpr, consts = opened(eqn.params[parameter])
+        if len(jaxpr.invars) != len(facts):
+            return [None] * len(eqn.outvars)
+        return self.follow(jaxpr, facts, consts, (*callers, eqn))
+
+    def _scan(
+        self,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> list[Any]:
+        consts, carried = scan_counts(eqn)
+        sliced = facts[consts + carried :]
+        inside = [
+            *facts[:consts],
+            *[None] * carried,
+            *map(_known_of_slice, sliced),
+        ]
+        body = eqn.params["jaxpr"]
+        callers = (*callers, eqn)
+        results = self.follow(body.jaxpr, inside, body.consts, callers)
+
+        # a bag stays one when it is stacked; of others the places would have to be
+        outside: list[Any] = [None] * carried
+        for fact in results[carried:]:
+            is_bag = isinstance(fact, Followed) and fact.bag
+            outside.append(fact if is_bag else None)
+        return outside
+
+    def _cond(
+        self,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> None:
+        """Look at branches, which may not run.
+
+        They set no limits, but what they compare is still the person's plan.
+        """
+        before = self._certain
+        self._certain = False
+        callers = (*callers, eqn)
+        for branch in eqn.params["branches"]:
+            self.follow(branch.jaxpr, facts[1:], branch.consts, callers)
+        self._certain = before
+
+    # ---- comparisons ----
+
+    def _comparison(
+        self,
+        eqn: Any,
+        facts: list[Any],
+        callers: tuple,
+    ) -> Compared | None:
+        name = eqn.primitive.name
         pair = _with_constant(facts)
         if pair is not None:
             source, number = pair
             if source.wrapped is not None:
                 return None
-            mirrored = isinstance(facts[0], Constant)
-            seen = Compared(
-                source,
-                MIRRORED[name] if mirrored else name,
-                float(number),
-            )
-            self.compared.append(seen)
-            return seen
+            if isinstance(facts[0], Constant):
+                name = MIRRORED[name]
+            comparison = Compared(source, name, float(number))
+            self._compared.append(comparison)
+            return comparison
+
         kinds = {type(fact): fact for fact in facts}
         if name == "eq" and kinds.keys() == {Followed, Counter}:
-            self._one_hot(
-                eqn,
-                kinds[Followed],
-                kinds[Counter],
-                callers,
-            )
+            source = kinds[Followed]
+            if _makes_one_hot(source, kinds[Counter]):
+                size = kinds[Counter].size
+                # negative values are a common way to say "no class": they give zeros
+                use = _Use(eqn, callers, source, size, negative=True)
+                self._limit(use)
         return None
 
-    def _one_hot(
-        self,
-        eqn: Any,
-        source: Followed,
-        counter: Counter,
-        callers: tuple,
-    ) -> None:
-        """A leaf set against 0, 1, ...: each of its values is one column."""
-        if source.wrapped is not None:
-            return
-        if not source.bag:
-            along = np.take(
-                source.places,
-                [0],
-                axis=counter.dim,
-            )
-            if not (source.places == along).all():  # set against its own positions
-                return
-        # Negative values are a common way to say "no class", which gives zeros.
-        self._limit(
-            eqn,
-            source,
-            source.places,
-            counter.size,
-            None,
-            callers,
-            True,
-        )
-
-    def _select(self, facts: list[Any]) -> Any:
-        """jnp's own i -> i < 0 ? i + size : i."""
-        if len(facts) != 3:
-            return None
-        seen, plain, shifted = facts
-        if not isinstance(seen, Compared) or not isinstance(shifted, Shifted):
-            return None
-        if not isinstance(plain, Followed) or (seen.name, seen.number) != ("lt", 0):
-            return None
-        if not plain.leaf == seen.source.leaf == shifted.source.leaf:
-            return None
-        if not np.array_equal(plain.places, shifted.source.places):
-            return None
-        seen.own = False
-        return replace(plain, wrapped=shifted.by)
+    # ---- lookups ----
 
     def _gather(
         self,
@@ -405,10 +440,11 @@ class _Search:
         facts: list[Any],
         callers: tuple,
     ) -> None:
-        """A lookup: each component of its index vectors has the range of a dim."""
-        operand, indices = facts[:2]
+        """Limit each component of a lookup's index vectors by the dim that it is in."""
         if _chosen_mode(eqn):
             return
+        operand, indices = facts[:2]
+        table = operand.path if isinstance(operand, Parameter) else None
         shape = eqn.invars[0].aval.shape
         sizes = eqn.params["slice_sizes"]
         dims = eqn.params["dimension_numbers"].start_index_map
@@ -418,16 +454,7 @@ class _Search:
                 continue
             size = shape[dim] - sizes[dim] + 1
             if part.wrapped in (None, size):
-                table = operand.path if isinstance(operand, Parameter) else None
-                self._limit(
-                    eqn,
-                    part,
-                    part.places,
-                    size,
-                    table,
-                    callers,
-                    False,
-                )
+                self._limit(_Use(eqn, callers, part, size, table))
 
     def _dynamic_slice(
         self,
@@ -435,128 +462,82 @@ class _Search:
         facts: list[Any],
         callers: tuple,
     ) -> None:
-        """How jnp's indexing by one number looks it up, in a loop over samples."""
+        """Limit the number by which jnp's indexing looks up, in a loop over samples."""
+        operand, *starts = facts
+        table = operand.path if isinstance(operand, Parameter) else None
         shape = eqn.invars[0].aval.shape
         sizes = eqn.params["slice_sizes"]
-        table = facts[0].path if isinstance(facts[0], Parameter) else None
-        for dim, start in enumerate(facts[1:]):
-            one = sizes[dim] == 1 and isinstance(start, Followed)
-            if one and start.wrapped == shape[dim]:
-                places = start.places
-                size = shape[dim]
-                self._limit(
-                    eqn,
-                    start,
-                    places,
-                    size,
-                    table,
-                    callers,
-                    False,
-                )
+        for dim, start in enumerate(starts):
+            if sizes[dim] != 1 or not isinstance(start, Followed):
+                continue
+            if start.wrapped == shape[dim]:
+                self._limit(_Use(eqn, callers, start, shape[dim], table))
 
-    def _limit(
-        self,
-        eqn: Any,
-        source: Followed,
-        places: np.ndarray,
-        size: int,
-        table: str | None,
-        callers: tuple,
-        negative: bool,
-    ) -> None:
+    # ---- limits ----
+
+    def _limit(self, use: _Use) -> None:
+        """Note the limit that a use sets, unless the use may not run."""
         if not self._certain:
             return
-        used = places[places != OTHER]
-        used = np.unique(used % self._sizes[source.leaf])
-        if not used.size:
+        leaf = use.source.leaf
+        places = use.source.places
+        values_of_a_sample = self._sizes[leaf]
+        columns = np.unique(places[places != OTHER] % values_of_a_sample)
+        if not columns.size:
             return
-        line = source_line(eqn, callers)
-        line = "" if of_a_library(line) else f" ({line})"
-        if table is not None:
-            why = f"the model looks them up in {table!r}, which has {size} rows"
-            remedy = f"fix the values, or give {table!r} more rows"
-        elif source.leaf.startswith("targets"):
-            why = f"there are {size} classes{line}"
-            remedy = "fix the labels, or give the model more outputs"
-            if not negative:
-                remedy += (
-                    "; for labels that do not count, let the loss return a pair "
-                    "(values, labels >= 0)"
-                )
-        else:
-            why = f"they choose one of {size}{line}"
-            remedy = "fix the values, or make room for them in the model"
-        whole = len(used) == self._sizes[source.leaf]
-        columns = None if whole else tuple(used.tolist())
-        self.found.append(
+        why, remedy = _explained(use)
+        whole = len(columns) == values_of_a_sample
+        self._limits.append(
             Limit(
-                source.leaf,
-                size,
+                leaf,
+                use.size,
                 why,
                 remedy,
-                columns,
-                negative,
+                None if whole else tuple(columns.tolist()),
+                use.negative,
             )
         )
 
-    def _scan(
-        self,
-        eqn: Any,
-        facts: list[Any],
-        callers: tuple,
-    ) -> list[Any]:
-        consts, carried = scan_counts(eqn)
-        inner = list(facts)
-        for number, fact in enumerate(facts):
-            if consts <= number < consts + carried:
-                inner[number] = None
-            elif number >= consts + carried:
-                inner[number] = _any_of(fact)
-        body = eqn.params["jaxpr"]
-        results = self.follow(
-            body.jaxpr,
-            inner,
-            body.consts,
-            (*callers, eqn),
-        )
-        stacked = [x if isinstance(x, Followed) and x.bag else None for x in results]
-        return [None] * carried + stacked[carried:]
 
-    def _cond(
-        self,
-        eqn: Any,
-        facts: list[Any],
-        callers: tuple,
-    ) -> None:
-        """Branches may not run; what they compare is still the person's plan."""
-        before = self._certain
-        self._certain = False
-        for branch in eqn.params["branches"]:
-            self.follow(
-                branch.jaxpr,
-                facts[1:],
-                branch.consts,
-                (*callers, eqn),
+def _explained(
+    use: _Use,
+) -> tuple[str, str]:
+    """Return why the values of a use are limited, and what to do about others."""
+    if use.table is not None:
+        return (
+            f"the model looks them up in {use.table!r}, which has {use.size} rows",
+            f"fix the values, or give {use.table!r} more rows",
+        )
+
+    line = source_line(use.eqn, use.callers)
+    where = "" if of_a_library(line) else f" ({line})"
+    if use.source.leaf.startswith("targets"):
+        remedy = "fix the labels, or give the model more outputs"
+        if not use.negative:
+            remedy += (
+                "; for labels that do not count, let the loss return a pair "
+                "(values, labels >= 0)"
             )
-        self._certain = before
-
-    def _split(
-        self,
-        eqn: Any,
-        source: Followed,
-    ) -> list[Any]:
-        if source.bag:
-            return [None] * len(eqn.outvars)
-        ends = np.cumsum(eqn.params["sizes"])[:-1]
-        parts = np.split(
-            source.places,
-            ends,
-            axis=eqn.params["axis"],
-        )
-        return [replace(source, places=part) for part in parts]
+        return f"there are {use.size} classes{where}", remedy
+    return (
+        f"they choose one of {use.size}{where}",
+        "fix the values, or make room for them in the model",
+    )
 
 
-# ---- internals ----
+# ---- operations ----
+
+
+def _known_of_constant(const: Any) -> Constant | None:
+    return Constant(const) if np.ndim(const) == 0 else None
+
+
+def _known_of_slice(fact: Any) -> Any:
+    """Return what is known of one step's part of an array that a loop runs along."""
+    if not isinstance(fact, Followed):
+        return None
+    places = np.unique(fact.places)
+    return replace(fact, places=places, bag=True)
 
 
 def _chosen_mode(eqn: Any) -> bool:
@@ -570,6 +551,8 @@ def _chosen_mode(eqn: Any) -> bool:
     fill = p["fill_value"]
     if not mode.endswith("FILL_OR_DROP") or fill is None:
         return False
+
+    # jnp's own fill values: the least, the largest, or NaN
     dtype = eqn.invars[0].aval.dtype
     if np.issubdtype(dtype, np.signedinteger):
         return bool(fill != np.iinfo(dtype).min)
@@ -578,31 +561,58 @@ def _chosen_mode(eqn: Any) -> bool:
     return not np.isnan(fill)
 
 
-def _with_constant(facts: list[Any]) -> tuple[Followed, Any] | None:
-    """The followed one and the constant of two operands."""
+def _with_constant(
+    facts: list[Any],
+) -> tuple[Followed, Any] | None:
+    """Return the followed one and the constant of two operands."""
     kinds = {type(fact): fact for fact in facts}
     if len(facts) != 2 or kinds.keys() != {Followed, Constant}:
         return None
     return kinds[Followed], kinds[Constant].number
 
 
-def _shifted(facts: list[Any]) -> Shifted | None:
+def _shifted(
+    facts: list[Any],
+) -> Shifted | None:
     pair = _with_constant(facts)
-    if pair is None or pair[0].wrapped is not None:
+    if pair is None:
         return None
-    whole = float(pair[1]).is_integer()
-    return Shifted(pair[0], int(pair[1])) if whole else None
+    source, number = pair
+    if source.wrapped is not None or not float(number).is_integer():
+        return None
+    return Shifted(source, int(number))
 
 
-def _any_of(fact: Any) -> Any:
-    """Knowledge of one step's part of an array that a loop runs along."""
-    if not isinstance(fact, Followed):
+def _selected(
+    facts: list[Any],
+) -> Followed | None:
+    """Look through jnp's own i -> i < 0 ? i + size : i."""
+    if len(facts) != 3:
         return None
-    return replace(
-        fact,
-        places=np.unique(fact.places),
-        bag=True,
-    )
+    comparison, plain, shifted = facts
+    if not isinstance(comparison, Compared) or not isinstance(plain, Followed):
+        return None
+    if not isinstance(shifted, Shifted):
+        return None
+    if (comparison.name, comparison.number) != ("lt", 0):
+        return None
+    if not plain.leaf == comparison.source.leaf == shifted.source.leaf:
+        return None
+    if not np.array_equal(plain.places, shifted.source.places):
+        return None
+    comparison.own = False
+    return replace(plain, wrapped=shifted.by)
+
+
+def _makes_one_hot(source: Followed, counter: Counter) -> bool:
+    """Whether a leaf set against 0, 1, ... makes each of its values a column."""
+    if source.wrapped is not None:
+        return False
+    if source.bag:
+        return True
+    # a leaf that differs along the counter is set against its own positions
+    along = np.take(source.places, [0], axis=counter.dim)
+    return bool((source.places == along).all())
 
 
 def _component(
@@ -610,9 +620,11 @@ def _component(
     number: int,
     count: int,
 ) -> Followed | None:
-    """One component of index vectors, which lie along the last dim."""
+    """Return one component of index vectors, which lie along the last dim."""
     if isinstance(indices, Columns):
-        part = indices.parts[number] if len(indices.parts) == count else None
+        if len(indices.parts) != count:
+            return None
+        part = indices.parts[number]
         return part if isinstance(part, Followed) else None
     if not isinstance(indices, Followed):
         return None
@@ -623,96 +635,144 @@ def _component(
     return replace(indices, places=indices.places[..., number])
 
 
-def _moved(
-    name: str,
+def _split(
     eqn: Any,
     source: Followed,
-) -> np.ndarray | None:
-    """The places after an operation that only moves values, or None if it is
-    another.
-    """
-    p = eqn.params
-    shape = eqn.outvars[0].aval.shape
-    if name in UNCHANGED:
-        return source.places
+) -> list[Any]:
     if source.bag:
-        kept = {"reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose"}
-        return source.places if name in kept else None
-    if name in ("reshape", "squeeze", "expand_dims"):
-        reordered = name == "reshape" and p["dimensions"] is not None
-        return None if reordered else source.places.reshape(shape)
-    if name == "transpose":
-        return source.places.transpose(p["permutation"])
-    if name == "broadcast_in_dim":
-        between = [1] * len(shape)
-        for dim, target in enumerate(p["broadcast_dimensions"]):
-            between[target] = source.places.shape[dim]
-        return np.broadcast_to(source.places.reshape(between), shape)
-    if name == "slice":
-        strides = p["strides"] or (1,) * len(shape)
-        bounds = zip(
-            p["start_indices"],
-            p["limit_indices"],
-            strides,
-            strict=True,
-        )
-        return source.places[tuple(slice(*bound) for bound in bounds)]
-    if name == "rev":
-        return np.flip(source.places, p["dimensions"])
-    return None
+        return [None] * len(eqn.outvars)
+    ends = np.cumsum(eqn.params["sizes"])[:-1]
+    parts = np.split(source.places, ends, axis=eqn.params["axis"])
+    return [replace(source, places=part) for part in parts]
 
 
-def _moved_counter(
-    name: str,
+def _concatenated(
     eqn: Any,
-    counter: Counter,
-) -> Counter | None:
-    """A counter after an operation that only moves it."""
-    shape = eqn.outvars[0].aval.shape
-    if name in UNCHANGED:
-        return counter
-    if name == "broadcast_in_dim":
-        return Counter(counter.size, eqn.params["broadcast_dimensions"][counter.dim])
-    if name in ("reshape", "squeeze", "expand_dims"):
-        long = [dim for dim, extent in enumerate(shape) if extent != 1]
-        return Counter(counter.size, long[0]) if len(long) == 1 else None
-    return None
-
-
-def _concatenated(eqn: Any, facts: list[Any]) -> Any:
-    """Index vectors from their components, or a leaf with other values around it."""
+    facts: list[Any],
+) -> Any:
+    """Return index vectors from their components, or a leaf among other values."""
     dim = eqn.params["dimension"]
-    shapes = [v.aval.shape for v in eqn.invars]
-    if dim == len(shapes[0]) - 1 and all(shape[dim] == 1 for shape in shapes):
+    shapes = [atom.aval.shape for atom in eqn.invars]
+    last = len(shapes[0]) - 1
+    if dim == last and all(shape[dim] == 1 for shape in shapes):
         return Columns(tuple(facts))
     first = next((fact for fact in facts if isinstance(fact, Followed)), None)
-    if first is None:
+    if first is None or first.bag:
         return None
 
     parts = []
     for fact, shape in zip(facts, shapes, strict=True):
-        same = isinstance(fact, Followed) and not fact.bag and fact.leaf == first.leaf
-        if same and fact.wrapped == first.wrapped:
+        if _goes_with(fact, first):
             parts.append(fact.places)
         else:
             parts.append(np.full(shape, OTHER, np.int32))
-    if first.bag:
-        return None
     return replace(first, places=np.concatenate(parts, axis=dim))
 
 
-def _padded(eqn: Any, source: Followed) -> Followed | None:
-    """A leaf moved along, such as the tokens before the next ones."""
+def _goes_with(fact: Any, first: Followed) -> bool:
+    """Whether a fact is of the same leaf as another one, and its places are known."""
+    if not isinstance(fact, Followed) or fact.bag:
+        return False
+    return fact.leaf == first.leaf and fact.wrapped == first.wrapped
+
+
+# ---- operations that only move values ----
+
+
+def _known_after(eqn: Any, fact: Any) -> Any:
+    """Return what is known of a moved, padded or cast value."""
+    name = eqn.primitive.name
+    if isinstance(fact, Constant):
+        moved = name in UNCHANGED or name == "broadcast_in_dim"
+        return fact if moved else None
+    if isinstance(fact, Parameter):
+        return fact if name in UNCHANGED else None
+    if isinstance(fact, Counter):
+        return _moved_counter(eqn, fact)
+    if not isinstance(fact, Followed):
+        return None
+    if name == "pad":
+        return _padded(eqn, fact)
+    if name == "convert_element_type" and eqn.params["new_dtype"] == np.bool_:
+        return None
+    move = _moved_bag if fact.bag else _moved
+    places = move(eqn, fact.places)
+    return None if places is None else replace(fact, places=places)
+
+
+def _moved_bag(
+    eqn: Any,
+    places: np.ndarray,
+) -> np.ndarray | None:
+    """Return the places of a bag after an operation (see `_moved`)."""
+    name = eqn.primitive.name
+    return places if name in UNCHANGED or name in MOVING else None
+
+
+def _moved(
+    eqn: Any,
+    places: np.ndarray,
+) -> np.ndarray | None:
+    """Return the places after an operation; None if it does more than move values."""
+    name = eqn.primitive.name
+    p = eqn.params
+    shape = eqn.outvars[0].aval.shape
+    if name in UNCHANGED:
+        return places
+    if name == "reshape" and p["dimensions"] is not None:
+        return None
+    if name in ("reshape", "squeeze", "expand_dims"):
+        return places.reshape(shape)
+    if name == "transpose":
+        return places.transpose(p["permutation"])
+    if name == "broadcast_in_dim":
+        between = [1] * len(shape)
+        for dim, target in enumerate(p["broadcast_dimensions"]):
+            between[target] = places.shape[dim]
+        return np.broadcast_to(places.reshape(between), shape)
+    if name == "slice":
+        strides = p["strides"] or (1,) * len(shape)
+        bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+        return places[tuple(slice(*bound) for bound in bounds)]
+    if name == "rev":
+        return np.flip(places, p["dimensions"])
+    return None
+
+
+def _moved_counter(
+    eqn: Any,
+    counter: Counter,
+) -> Counter | None:
+    """Return a counter after an operation; None if it does more than move it."""
+    name = eqn.primitive.name
+    shape = eqn.outvars[0].aval.shape
+    if name in UNCHANGED:
+        return counter
+    if name == "broadcast_in_dim":
+        dim = eqn.params["broadcast_dimensions"][counter.dim]
+        return Counter(counter.size, dim)
+    if name in ("reshape", "squeeze", "expand_dims"):
+        long = [dim for dim, extent in enumerate(shape) if extent != 1]
+        if len(long) == 1:
+            return Counter(counter.size, long[0])
+    return None
+
+
+def _padded(
+    eqn: Any,
+    source: Followed,
+) -> Followed | None:
+    """Return a leaf moved along, such as the tokens before the next ones."""
     config = eqn.params["padding_config"]
     if source.bag or any(between for _, _, between in config):
         return None
-    more = [(max(low, 0), max(high, 0)) for low, high, _ in config]
-    places = np.pad(
-        source.places,
-        more,
-        constant_values=OTHER,
-    )
-    kept = []
-    for (low, high, _), extent in zip(config, places.shape, strict=True):
-        kept.append(slice(max(-low, 0), extent - max(-high, 0)))
-    return replace(source, places=places[tuple(kept)])
+    places = source.places
+    for dim, (low, high, _) in enumerate(config):
+        added = [(0, 0)] * len(config)
+        added[dim] = (max(low, 0), max(high, 0))
+        places = np.pad(places, added, constant_values=OTHER)
+        # negative padding cuts off
+        first = max(-low, 0)
+        last = places.shape[dim] - max(-high, 0)
+        places = np.take(places, range(first, last), axis=dim)
+    return replace(source, places=places)

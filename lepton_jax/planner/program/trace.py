@@ -1,8 +1,12 @@
-"""A recipe's loss as a jaxpr and its state as shapes; no array is allocated."""
+"""The trace of a recipe: its loss as a jaxpr and its state as shapes.
+
+Tracing allocates no array.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +23,17 @@ from lepton_jax.planner.program.remat import rematerialized
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import Functional, forward_sowing, functional, leaks
 from lepton_jax.step.state import State
+from lepton_jax.step.training_loss import ARGUMENTS, argument_paths, training_loss
 from lepton_jax.trees import by_path, nbytes
+
+# FLOPs of a train step by those of its forward pass: the backward pass computes the
+# gradients of both operands of each product.
+STEP_BY_FORWARD = 3.0
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What is known of a recipe before it runs.
+    """A recipe as far as it is known before it runs.
 
     Attributes:
       recipe: what was traced.
@@ -34,9 +43,9 @@ class Trace:
       jaxpr: (params, variables, key, inputs, targets) to the mean loss of one batch and
         the model's outputs.
       flops: floating-point operations of one train step: dots and convolutions of the
-        jaxpr, times 3 for the backward.
+        jaxpr, times 3 for the backward pass.
       operations: how often each primitive occurs.
-      samples: in the training data, if that is arrays in memory.
+      samples: the number of samples in the training data, if that is arrays in memory.
       weighted: whether the loss gives weights, which may all be 0.
     """
 
@@ -56,41 +65,46 @@ class Trace:
     )
 
     def gradient(self, remat: str) -> Graph:
-        """Loss and gradients of one batch as a graph, under a rematerialization policy;
-        `arguments` names its inputs.
+        """Return the graph of one batch's gradients, weighted sums and variables.
+
+        Args:
+          remat: a rematerialization policy, one of `remat.POLICIES`.
+
+        Returns:
+          The graph, whose inputs are called as in `arguments`.
         """
         if remat not in self._gradients:
-            function = jax.grad(
-                rematerialized(objective(self.recipe, self.functional, 1), remat),
-                has_aux=True,
-            )
-            state = self.state
-            knobs = Controller(self.recipe).forward_knobs(self.state.controller)
-            program = jax.make_jaxpr(function)(
-                state.params,
-                state.variables,
-                state.key,
-                self.inputs,
-                self.targets,
-                knobs,
-            )
-            count = len(jax.tree.leaves(state.params))
-            self._gradients[remat] = Graph(program, count, count)
+            self._gradients[remat] = self._trace_gradient(remat)
         return self._gradients[remat]
+
+    def _trace_gradient(self, remat: str) -> Graph:
+        loss = training_loss(self.recipe, self.functional, micro_batches=1)
+        gradient = jax.grad(rematerialized(loss, remat), has_aux=True)
+        state = self.state
+        knobs = Controller(self.recipe).forward_knobs(state.controller)
+        program = jax.make_jaxpr(gradient)(
+            state.params,
+            state.variables,
+            state.key,
+            self.inputs,
+            self.targets,
+            knobs,
+        )
+        count = len(jax.tree.leaves(state.params))
+        return Graph(program, parameters=count, gradients=count)
 
     @property
     def arguments(self) -> list[str]:
-        """Paths of the inputs of `gradient`."""
-        return argument_paths(
-            ARGUMENTS,
-            (
-                self.state.params,
-                self.state.variables,
-                self.state.key,
-                self.inputs,
-                self.targets,
-            ),
+        """Paths of the inputs of `gradient`, the knobs left out."""
+        state = self.state
+        given = (
+            state.params,
+            state.variables,
+            state.key,
+            self.inputs,
+            self.targets,
         )
+        return argument_paths(ARGUMENTS, given)
 
     @property
     def classes(self) -> int:
@@ -98,74 +112,19 @@ class Trace:
         return jax.tree.leaves(self.outputs)[0].shape[-1]
 
     def __str__(self) -> str:
+        """Return a line for the program and one for each parameter."""
         params = by_path(self.state.params)
+        size = sum(leaf.size for leaf in params.values())
         lines = [
             f"{self.functional.name} ({self.functional.kind}):"
-            f" {sum(p.size for p in params.values()):,} parameters,"
+            f" {size:,} parameters,"
             f" {sum(self.operations.values())} operations, {self.flops:.3g} FLOP a step"
         ]
-        lines += [
-            f"  {path:40s} {leaf.shape!s:20s} {leaf.dtype}  {nbytes(leaf):,} B"
-            for path, leaf in params.items()
-        ]
+        for path, leaf in params.items():
+            lines.append(
+                f"  {path:40s} {leaf.shape!s:20s} {leaf.dtype}  {nbytes(leaf):,} B"
+            )
         return "\n".join(lines)
-
-
-ARGUMENTS = ("params", "variables", "key", "inputs", "targets", "knobs")
-
-
-def objective(
-    recipe: Recipe,
-    module: Functional,
-    micro_batches: int,
-) -> Any:
-    """What a train step takes the gradient of.
-
-    Returns:
-      A function of `ARGUMENTS`, of one micro-batch, to its mean loss (its summed loss,
-      if it is one of several), and to the sums of loss and metrics, those of
-      `losses.discounted`, and the variables after.
-    """
-
-    def value(
-        params: Any,
-        variables: Any,
-        key: Any,
-        inputs: Any,
-        targets: Any,
-        knobs: Any,
-    ) -> tuple[Any, tuple]:
-        outputs, after, sown = forward_sowing(
-            recipe,
-            module,
-            params,
-            variables,
-            inputs,
-            key,
-            True,
-            knobs.get("dropout"),
-        )
-        sums = losses.measure(recipe, outputs, targets) | losses.discounted(
-            recipe.loss, outputs, targets, knobs
-        )
-        sums = losses.with_auxiliary(sums, recipe.auxiliary, sown)
-        total, weight = losses.objective(sums)
-        result = total / weight if micro_batches == 1 else total
-        return result * knobs["loss_scale"] if "loss_scale" in knobs else result, (
-            sums,
-            after,
-        )
-
-    return value
-
-
-def argument_paths(names: tuple[str, ...], args: tuple) -> list[str]:
-    """The leaves of arguments as "params/blocks/0/kernel", "inputs", ..."""
-    return [
-        path
-        for name, arg in zip(names, args, strict=False)
-        for path in by_path({name: arg})
-    ]
 
 
 def trace(
@@ -182,113 +141,151 @@ def trace(
         `preprocess`; None where they are not known yet: only the state of an NNX model
         is traced then.
       targets: the same of the targets.
-      samples: how many there are to train on, if they are arrays in memory.
+      samples: the number of samples to train on, if they are arrays in memory.
+
+    Returns:
+      The trace, for batches of the recipe's size.
 
     Raises:
+      DataError: there are inputs but no targets.
       ModelError: the model, the loss or a metric fails on these shapes; the message
         points at the user's line.
     """
     with Patience("tracing the model"):
-        return _traced(recipe, inputs, targets, samples)
+        return _trace(recipe, inputs, targets, samples)
 
 
-def _traced(
+# ---- internals ----
+
+
+@dataclass(frozen=True)
+class _TracedLoss:
+    """The mean loss of a batch as a jaxpr, with the shapes of loss and outputs."""
+
+    jaxpr: ClosedJaxpr
+    loss: Any
+    outputs: Any
+    weighted: bool
+
+
+def _trace(
     recipe: Recipe,
     inputs: Any,
     targets: Any,
     samples: int | None,
 ) -> Trace:
-    def batched(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(
-            (recipe.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)
-        )
-
     if targets is None and inputs is not None:
         raise DataError(
             "the data has inputs but no targets",
             where="Recipe.train",
             remedy="give a pair (inputs, targets)",
         )
-    inputs, targets = jax.tree.map(batched, (inputs, targets))
-    with pointing_at_user("preprocess"):
-        prepared = (
-            jax.eval_shape(whole_axes(recipe.preprocess or (lambda x: x)), inputs)
-            if inputs is not None
-            else None
-        )
-    controller = Controller(recipe)
-    module, state = _module_and_state(recipe, prepared, controller, None)
-
+    inputs, targets = _batch_of(recipe.batch_size, (inputs, targets))
+    prepared = _preprocessed(recipe, inputs)
     if inputs is None:
-        return Trace(
-            recipe,
-            module,
-            state,
-            None,
-            None,
-            None,
-            None,
-            0.0,
-            {},
-            None,
-        )
+        module, state = _module_and_state(recipe, prepared, None)
+        return _trace_of_state(recipe, module, state)
 
-    given = (inputs, targets)
-    try:
-        jaxpr, shapes, weighted = _traced_loss(
-            recipe,
-            module,
-            state,
-            given,
+    module, state, traced = _trace_model(recipe, prepared, (inputs, targets))
+    if traced.loss.shape != ():
+        raise ModelError(
+            f"the loss of a batch has shape {traced.loss.shape}",
+            where="Recipe.loss",
+            remedy="return one value per sample",
         )
-        leaking = leaks(jaxpr)
+    operations: dict[str, int] = {}
+    flops = _count(traced.jaxpr.jaxpr, operations, 1)
+    return Trace(
+        recipe=recipe,
+        functional=module,
+        state=state,
+        inputs=inputs,
+        targets=targets,
+        outputs=traced.outputs,
+        jaxpr=traced.jaxpr,
+        flops=STEP_BY_FORWARD * flops,
+        operations=operations,
+        samples=samples,
+        weighted=traced.weighted,
+    )
+
+
+def _batch_of(size: int, arrays: Any) -> Any:
+    """Return the shapes of some arrays for a batch of another size."""
+
+    def resized(x: Any) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        return jax.ShapeDtypeStruct((size, *x.shape[1:]), dtype)
+
+    return jax.tree.map(resized, arrays)
+
+
+def _preprocessed(recipe: Recipe, inputs: Any) -> Any:
+    """Return the shapes of a batch of inputs after `Recipe.preprocess`."""
+    if inputs is None:
+        return None
+    preprocess = recipe.preprocess or (lambda x: x)
+    with pointing_at_user("preprocess"):
+        return jax.eval_shape(whole_axes(preprocess), inputs)
+
+
+def _trace_of_state(
+    recipe: Recipe,
+    module: Functional,
+    state: State,
+) -> Trace:
+    """Return the trace of a recipe whose data is not known yet."""
+    return Trace(
+        recipe=recipe,
+        functional=module,
+        state=state,
+        inputs=None,
+        targets=None,
+        outputs=None,
+        jaxpr=None,
+        flops=0.0,
+        operations={},
+        samples=None,
+    )
+
+
+def _trace_model(
+    recipe: Recipe,
+    prepared: Any,
+    batch: tuple[Any, Any],
+) -> tuple[Functional, State, _TracedLoss]:
+    """Trace the model and the loss of a batch.
+
+    A module that holds an array from when it was built in a function (see `leaks`) is
+    traced once more, then built anew from the recipe's seed in each program.
+    """
+    module, state = _module_and_state(recipe, prepared, None)
+    try:
+        traced = _trace_loss(recipe, module, state, batch)
+        leaking = leaks(traced.jaxpr)
     except ModelError as error:
         if not isinstance(error.__cause__, jax.errors.UnexpectedTracerError):
             raise
         leaking = True
     if leaking:
-        module, state = _module_and_state(
-            recipe,
-            prepared,
-            controller,
-            recipe.seed,
-        )
-        jaxpr, shapes, weighted = _traced_loss(
-            recipe,
-            module,
-            state,
-            given,
-        )
-    if shapes[0].shape != ():
-        raise ModelError(
-            f"the loss of a batch has shape {shapes[0].shape}",
-            where="Recipe.loss",
-            remedy="return one value per sample",
-        )
-    operations: dict[str, int] = {}
-    flops = _count(jaxpr.jaxpr, operations, 1)
-    return Trace(
-        recipe,
-        module,
-        state,
-        inputs,
-        targets,
-        shapes[1],
-        jaxpr,
-        3.0 * flops,
-        operations,
-        samples,
-        weighted,
-    )
+        module, state = _module_and_state(recipe, prepared, recipe.seed)
+        traced = _trace_loss(recipe, module, state, batch)
+    return module, state, traced
 
 
 def _module_and_state(
     recipe: Recipe,
     prepared: Any,
-    controller: Controller,
     seed: int | None,
 ) -> tuple[Functional, State]:
-    """The module as functions, and the state's shapes; `seed` is as in `functional`."""
+    """Return the module as functions and the state's shapes.
+
+    Args:
+      recipe: the recipe.
+      prepared: shapes of the inputs after preprocessing.
+      seed: as in `functional`.
+    """
+    controller = Controller(recipe)
     module = functional(
         recipe.model,
         prepared,
@@ -300,13 +297,13 @@ def _module_and_state(
     def init() -> State:
         key = jax.random.key(recipe.seed)
         params, variables = module.init(key)
-        optimizer, held = controller.init(params, variables)
+        optimizer, controlled = controller.init(params, variables)
         return State(
             jax.numpy.int32(0),
             params,
             variables,
             optimizer,
-            held,
+            controlled,
             key,
         )
 
@@ -321,15 +318,12 @@ def _module_and_state(
     return module, state
 
 
-def _traced_loss(
+def _trace_loss(
     recipe: Recipe,
     module: Functional,
     state: State,
     batch: tuple[Any, Any],
-) -> tuple[Any, Any, bool]:
-    """The jaxpr of a batch's mean loss and outputs, their shapes, whether it is
-    weighted.
-    """
+) -> _TracedLoss:
     weighted = False
 
     def loss(
@@ -345,7 +339,8 @@ def _traced_loss(
         )
         _check_variables(module.name, variables, after)
         sums = losses.measure(recipe, outputs, targets)
-        total, weight = losses.with_auxiliary(sums, recipe.auxiliary, sown)["loss"]
+        sums = losses.with_auxiliary(sums, recipe.auxiliary, sown)
+        total, weight = sums["loss"]
         weighted = isinstance(weight, jax.Array)
         return total / weight, outputs
 
@@ -357,7 +352,8 @@ def _traced_loss(
             state.key,
             *batch,
         )
-    return jaxpr, shapes, weighted
+    value, outputs = shapes
+    return _TracedLoss(jaxpr, value, outputs, weighted)
 
 
 def _check_variables(
@@ -365,16 +361,15 @@ def _check_variables(
     before: Any,
     after: Any,
 ) -> None:
+    """Check that a call of the model keeps shape and dtype of each variable."""
     old = by_path(before)
     new = by_path(after)
     for path in old.keys() | new.keys():
-        a = old.get(path)
-        b = new.get(path)
-        if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
-            describe = lambda x: "absent" if x is None else f"{x.dtype}{list(x.shape)}"
+        was = _described(old.get(path))
+        becomes = _described(new.get(path))
+        if was != becomes:
             raise ModelError(
-                f"a call changes the variable {path!r} from {describe(a)} to"
-                f" {describe(b)}",
+                f"a call changes the variable {path!r} from {was} to {becomes}",
                 where=name,
                 remedy=(
                     "keep shape and dtype, so that one compiled step fits every step"
@@ -382,37 +377,59 @@ def _check_variables(
             )
 
 
+def _described(leaf: Any) -> str:
+    return "absent" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+
+# ---- counting ----
+
+
 def _count(
     jaxpr: Jaxpr,
     operations: dict[str, int],
     times: int,
 ) -> float:
-    """FLOPs of dots and convolutions, loops multiplied out; primitives are counted into
-    `operations`.
+    """Return the FLOPs of dots and convolutions, and count the primitives.
+
+    Args:
+      jaxpr: the jaxpr; those in its equations' parameters count too.
+      operations: primitive name to count, added to.
+      times: how often the jaxpr runs.
     """
     flops = 0.0
-    eqn: Any
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         operations[name] = operations.get(name, 0) + 1
-        if name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            flops += (
-                2.0
-                * times
-                * math.prod(eqn.outvars[0].aval.shape)
-                * math.prod(shape[d] for d in contract)
-            )
-        elif name == "conv_general_dilated":
-            flops += times * convolution_flops(
-                eqn.params, *(v.aval.shape for v in (*eqn.invars[:2], eqn.outvars[0]))
-            )
+        flops += _product_flops(eqn, times)
+
         inner_times = times * eqn.params["length"] if name == "scan" else times
-        for value in eqn.params.values():
-            for sub in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(sub, ClosedJaxpr):
-                    flops += _count(sub.jaxpr, operations, inner_times)
-                elif isinstance(sub, Jaxpr):
-                    flops += _count(sub, operations, inner_times)
+        for inner in _inner_jaxprs(eqn):
+            flops += _count(inner, operations, inner_times)
     return flops
+
+
+def _product_flops(eqn: Any, times: int) -> float:
+    """Return the FLOPs of a dot or a convolution, 0 for another operation."""
+    name = eqn.primitive.name
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        left = eqn.invars[0].aval.shape
+        out = eqn.outvars[0].aval.shape
+        terms = math.prod(left[d] for d in contracted)
+        return 2.0 * times * math.prod(out) * terms
+    if name == "conv_general_dilated":
+        left, right = eqn.invars[:2]
+        arrays = (left, right, eqn.outvars[0])
+        shapes = [variable.aval.shape for variable in arrays]
+        return times * convolution_flops(eqn.params, *shapes)
+    return 0.0
+
+
+def _inner_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
+    for value in eqn.params.values():
+        candidates = value if isinstance(value, tuple | list) else (value,)
+        for candidate in candidates:
+            if isinstance(candidate, ClosedJaxpr):
+                yield candidate.jaxpr
+            elif isinstance(candidate, Jaxpr):
+                yield candidate

@@ -20,7 +20,7 @@ from lepton_jax.planner.estimate.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.estimate.feeding import residence, slow_loops, steps_per_call
 from lepton_jax.planner.estimate.memory import Sizes, Timeline, predict
 from lepton_jax.planner.patience import Patience
-from lepton_jax.planner.program.batches import Batches
+from lepton_jax.planner.program.micro_batches import MicroBatches
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.program.trace import Trace
@@ -137,7 +137,7 @@ class Problem:
     _memories: dict[str, Memory] = field(default_factory=dict)
     _shared: set[int] | None = None
     _roles: Roles | None = None
-    _batches: Batches | None = None
+    _batches: MicroBatches | None = None
     _flops: float | None = None
 
     def names(self, remat: str) -> Names:
@@ -193,11 +193,11 @@ class Problem:
         return self._roles
 
     @property
-    def batches(self) -> Batches:
+    def batches(self) -> MicroBatches:
         """Changes that micro-batches would make to the model."""
         if self._batches is None:
             self.patience.detail = "looking where samples meet"
-            self._batches = Batches(self.trace)
+            self._batches = MicroBatches(self.trace)
         return self._batches
 
     @property

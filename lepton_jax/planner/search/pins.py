@@ -173,7 +173,7 @@ def _pinned(
                 ),
             )
         for path in matched:
-            value = names.graph.block.inputs[params[path]]
+            value = names.graph.main.inputs[params[path]]
             _check_form(pattern, spec, where)
             if len(spec) > len(value.shape):
                 raise PlanError(

@@ -240,4 +240,4 @@ def _parameter(names: Names, index: int) -> bool:
 
 
 def _whole_numbers(names: Names, index: int) -> bool:
-    return str(names.graph.block.inputs[index].dtype).startswith(("int", "uint"))
+    return str(names.graph.main.inputs[index].dtype).startswith(("int", "uint"))

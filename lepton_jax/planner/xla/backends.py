@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from lepton_jax.planner.program.graph import Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import Region, Graph, Operation, Value
 from lepton_jax.planner.program.layout import itemsize
 from lepton_jax.planner.xla.fusion import (
     ALIASES,
@@ -154,7 +154,7 @@ class TpuFusion(Fusion):
                 continue
             for i, source in enumerate(user.inputs):
                 if source is value:
-                    inside = user.blocks[0].inputs if user.blocks else user.outputs
+                    inside = user.regions[0].inputs if user.regions else user.outputs
                     found += self._readers(inside[min(i, len(inside) - 1)])
         if value.index in self.stacks:
             found += self._readers(self.stacks[value.index])
@@ -252,7 +252,7 @@ class TpuFusion(Fusion):
             self.conditions[b] = target.index, "ungathered"
             self.turned.append(b)
 
-    def _finish(self, block: Block) -> list[int]:
+    def _finish(self, block: Region) -> list[int]:
         self.lying += self.tables.values()
         early = [b for b in self.tables.values() if self.eager or b not in self.turned]
         self.groups.insert(0, Group((), self.turned if self.eager else ()))
@@ -419,7 +419,7 @@ class TpuFusion(Fusion):
                 self.fixed.append(whole)
         return (*self.far[value.index], self.whole[value.stored[0]])
 
-    def _block(self, block: Block) -> list[Group]:
+    def _block(self, block: Region) -> list[Group]:
         outer = (self.whole, self.last)
         self.whole = {}
         self.last = 0
@@ -486,7 +486,7 @@ class CpuFusion(Fusion):
         self.unwritten: set[int] = set()
         super().__init__(graph)
 
-    def _finish(self, block: Block) -> list[int]:
+    def _finish(self, block: Region) -> list[int]:
         results = [v for v in block.results if isinstance(v, Value)]
         parts = [b for v in results if v.stored is not None for b in self.near[v.index]]
         summed = [self.buffer(v, None, USED) for v in results if v.stored is not None]
@@ -835,7 +835,7 @@ class CpuFusion(Fusion):
             self.near[value.index] = self.far[value.index] = self.wide[key]
         return self.wide[key]
 
-    def _block(self, block: Block) -> list[Group]:
+    def _block(self, block: Region) -> list[Group]:
         outer = self.wide, self.whole, self.spread
         self.wide = {}
         self.whole = {}

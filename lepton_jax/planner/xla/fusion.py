@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lepton_jax.compat import scan_counts
-from lepton_jax.planner.program.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import BARRIER, Region, Graph, Operation, Value
 from lepton_jax.planner.program.layout import itemsize
 from lepton_jax.planner.program.rules import ELEMENTWISE
 
@@ -184,14 +184,14 @@ class Fusion:
         self.lying: list[int] = []
         self.fixed: list[int] = []
         self.weighing: list[tuple[int, ...]] = []
-        block = graph.block
+        block = graph.main
         self._count(block)
         for value in (*block.inputs, *block.constants):
             self.near[value.index] = self.far[value.index] = ()
         self.groups = self._block(block)
         self.gradients = self._finish(block)
 
-    def _finish(self, block: Block) -> list[int]:
+    def _finish(self, block: Region) -> list[int]:
         """Hold the results until the end; returns the gradients' buffers."""
         results = [v for v in block.results if isinstance(v, Value)]
         self.groups.append(Group((b for v in results for b in self.near[v.index]), ()))
@@ -199,7 +199,7 @@ class Fusion:
 
     def _count(
         self,
-        block: Block,
+        block: Region,
         stacked: range = range(0),
     ) -> None:
         for op in block.operations:
@@ -209,7 +209,7 @@ class Fusion:
             inside = range(0)
             if op.name == "scan":
                 first = scan_counts(op.eqn)[1]
-                results = op.blocks[0].results
+                results = op.regions[0].results
                 inside = range(first, len(results))
                 self.stacks.update(
                     (v.index, outer)
@@ -220,7 +220,7 @@ class Fusion:
                     )
                     if isinstance(v, Value)
                 )
-            for inner in op.blocks:
+            for inner in op.regions:
                 self._count(inner, inside)
         for i, value in enumerate(block.results):
             if isinstance(value, Value) and i not in stacked:
@@ -249,18 +249,18 @@ class Fusion:
 
     # ---- operations ----
 
-    def _block(self, block: Block) -> list[Group]:
+    def _block(self, block: Region) -> list[Group]:
         groups: list[Group] = []
         outer = self.same
         self.same = {}
         for op in block.operations:
             inputs = [v for v in op.inputs if v is not None]
             merges = op.name not in UNMERGED and not op.eqn.effects
-            if inputs and not op.blocks and merges and self._again(op):
+            if inputs and not op.regions and merges and self._again(op):
                 continue
             if op.name == "scan":
                 self._scan(op, groups)
-            elif op.blocks:
+            elif op.regions:
                 self._branches(op, groups)
             elif op.name in ALIASES and len(inputs) == len(op.outputs):
                 for source, target in zip(inputs, op.outputs, strict=True):
@@ -534,7 +534,7 @@ class Fusion:
         groups: list[Group],
     ) -> None:
         consts, carried = scan_counts(op.eqn)
-        body = op.blocks[0]
+        body = op.regions[0]
         reads: list[int] = []
         writes: list[int] = []
         places: list[int] = []
@@ -637,7 +637,7 @@ class Fusion:
     ) -> None:
         reads = [b for v in op.inputs if v is not None for b in self.near[v.index]]
         inside: list[Group] = []
-        for inner in op.blocks:
+        for inner in op.regions:
             for value in (*inner.inputs, *inner.constants):
                 self.near[value.index] = self.far[value.index] = ()
             inside += self._block(inner)

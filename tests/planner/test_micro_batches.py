@@ -1,5 +1,6 @@
-"""Micro-batches that the planner picks by itself: not where they change the model, or
-not without a word.
+"""Micro-batches that the planner picks by itself.
+
+It picks none where they change the model, or says so.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ LAYERS = 8
 
 
 class Deep(nnx.Module):
-    """A tower of layers, with what is normal between them."""
+    """A tower of layers, with a normalization before each."""
 
     def __init__(self, normal, rngs):
         self.layers = nnx.List(
@@ -85,7 +86,7 @@ def traced(
 
 
 def on(peak):
-    """A device on which so many bytes fit, and its catalogue entry otherwise."""
+    """Return a device on which a peak of some bytes just fits."""
     whole = lepton.topology("h200:1")
     return dataclasses.replace(
         whole,
@@ -94,7 +95,7 @@ def on(peak):
 
 
 def peak(trace, parts, *policies):
-    """Bytes of the leanest plan in so many parts."""
+    """Return the bytes of the leanest plan in a number of micro-batches."""
     whole = lepton.topology("h200:1")
     return min(
         planning.plan(trace, whole, remat=remat, micro_batches=parts).peak
@@ -102,12 +103,14 @@ def peak(trace, parts, *policies):
     )
 
 
-def test_rematerialization_goes_before_micro_batches_where_batch_norm_would_see_fewer_samples():
+def test_rematerialization_goes_before_micro_batches_that_change_batch_norm():
     trace = traced(batch_norm)
     lean = peak(trace, 1, "dots", "full")
     assert peak(trace, 8, "none") < lean < peak(trace, 1, "none")
     plan = planning.plan(trace, on(lean * 1.02))
-    assert plan.micro_batches == 1 and plan.remat != "none" and not plan.notes
+    assert plan.micro_batches == 1
+    assert plan.remat != "none"
+    assert not plan.notes
 
 
 @pytest.mark.parametrize(
@@ -121,9 +124,9 @@ def test_rematerialization_goes_before_micro_batches_where_batch_norm_would_see_
         (
             centred,
             lepton.losses.cross_entropy,
-            ["test_batches.py", "(centred"],
+            ["test_micro_batches.py", "(centred"],
         ),
-        (layer_norm, contrastive, ["test_batches.py", "(contrastive)"]),
+        (layer_norm, contrastive, ["test_micro_batches.py", "(contrastive)"]),
         (Counter, lepton.losses.cross_entropy, ["normals/0/calls"]),
     ],
     ids=["batch norm", "a mean of the batch", "a loss over pairs", "a counter"],
@@ -133,24 +136,24 @@ def test_micro_batches_that_change_the_model_are_said_with_the_line(normal, loss
     plan = planning.plan(trace, on(peak(trace, 8, "none", "dots", "full") * 1.02))
     assert plan.micro_batches > 1
     (note,) = plan.notes
-    assert (
-        f"{plan.micro_batches} micro-batches" in note
-        and f"{ROWS // plan.micro_batches} samples at a time" in note
-    )
-    assert all(words in note for words in says) and "rngs" not in note
-    assert note.split()[0] in str(plan) and "change the model" in str(plan).replace(
-        "\n", " "
-    )
+    assert f"{plan.micro_batches} micro-batches" in note
+    assert f"{ROWS // plan.micro_batches} samples at a time" in note
+    assert all(words in note for words in says)
+    assert "rngs" not in note
+    assert note.split()[0] in str(plan)
+    assert "change the model" in str(plan).replace("\n", " ")
 
 
 def test_micro_batches_that_are_asked_for_or_change_nothing_are_not_worth_a_word():
     trace = traced(layer_norm)
     plan = planning.plan(trace, on(peak(trace, 8, "none", "dots", "full") * 1.02))
-    assert plan.micro_batches > 1 and not plan.notes
+    assert plan.micro_batches > 1
+    assert not plan.notes
     asked = planning.plan(
         traced(batch_norm, micro_batches=8), lepton.topology("h200:1")
     )
-    assert asked.micro_batches == 8 and not asked.notes
+    assert asked.micro_batches == 8
+    assert not asked.notes
     assert not planning.plan(
         traced(batch_norm), lepton.topology("h200:1"), micro_batches=4
     ).notes

@@ -1,0 +1,100 @@
+"""The training loss: the function that a train step differentiates.
+
+Three things are easily mixed up, so each has one word in this library. A *weighted sum*
+is the (sum, weight) pair that a loss or a metric returns for a batch. The *training
+loss* is the scalar made of one of these pairs, the one that is differentiated. The
+*objective* is what the planner minimizes in its search; it has no part in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lepton_jax import losses
+from lepton_jax.recipe import Recipe
+from lepton_jax.step.module import Functional, forward_sowing
+from lepton_jax.trees import by_path
+
+# the arguments of a training loss, in their order
+ARGUMENTS = ("params", "variables", "key", "inputs", "targets", "knobs")
+
+
+def training_loss(
+    recipe: Recipe,
+    module: Functional,
+    micro_batches: int,
+) -> Callable:
+    """Return the function that a train step differentiates.
+
+    Args:
+      recipe: the loss, the metrics and the weights of auxiliary losses.
+      module: the recipe's model as pure functions.
+      micro_batches: the number of parts in which a step takes its batch.
+
+    Returns:
+      A function of `ARGUMENTS`. From one micro-batch it computes its mean loss, or its
+      summed loss if there are several micro-batches, times the knob "loss_scale" if
+      there is one. Its auxiliary result holds the weighted sums of the loss, of the
+      metrics and of `losses.discounted`, and the variables after the micro-batch.
+    """
+
+    def loss(
+        params: Any,
+        variables: Any,
+        key: Any,
+        inputs: Any,
+        targets: Any,
+        knobs: Any,
+    ) -> tuple[Any, tuple]:
+        outputs, after, sown = forward_sowing(
+            recipe,
+            module,
+            params,
+            variables,
+            inputs,
+            key,
+            True,
+            knobs.get("dropout"),
+        )
+        sums = losses.measure(recipe, outputs, targets)
+        sums |= losses.discounted(recipe.loss, outputs, targets, knobs)
+        sums = losses.with_auxiliary(sums, recipe.auxiliary, sown)
+
+        total, weight = differentiated_sum(sums)
+        value = total / weight if micro_batches == 1 else total
+        if "loss_scale" in knobs:
+            value = value * knobs["loss_scale"]
+        return value, (sums, after)
+
+    return loss
+
+
+def differentiated_sum(
+    sums: Mapping[str, tuple[Any, Any]],
+) -> tuple[Any, Any]:
+    """Select the weighted sum to differentiate.
+
+    Args:
+      sums: (sum, weight) pairs by name, as `losses.with_auxiliary` returns them.
+
+    Returns:
+      The pair of the discounted loss if there is one, else that of the plain loss.
+    """
+    return sums.get("loss_kept", sums["loss"])
+
+
+def argument_paths(
+    names: tuple[str, ...],
+    args: tuple,
+) -> list[str]:
+    """Return the path of each leaf of some arguments, such as "params/blocks/0/kernel".
+
+    Args:
+      names: a name for each argument; the path of each of its leaves begins with it.
+      args: pytrees.
+    """
+    paths: list[str] = []
+    for name, arg in zip(names, args, strict=False):
+        paths += by_path({name: arg})
+    return paths
