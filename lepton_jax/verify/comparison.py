@@ -17,7 +17,7 @@ import numpy as np
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import Plan, Trace, ahead, candidates
-from lepton_jax.planner.estimate.cost import as_compiled, summed
+from lepton_jax.planner.estimate.cost import as_compiled, sum_shares
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.program.graph import Operation
 from lepton_jax.planner.program.layout import Move, contraction, itemsize
@@ -462,7 +462,7 @@ def expected(
     layout.batched = Names(graph, trace.arguments).batched
     layout.parts = plan.micro_batches
     where = _topology(plan)
-    terms = summed(graph.block, {})
+    terms = sum_shares(graph.block)
     gathered = set()
     found = []
     for op in graph.operations():

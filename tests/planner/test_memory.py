@@ -19,14 +19,13 @@ from lepton_jax.hardware import topology
 from lepton_jax.planner import ahead, trace
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.memory import (
-    Sizes,
     Timeline,
     describe,
     peak,
     predict,
-    tiling,
     windowed,
 )
+from lepton_jax.planner.estimate.sizes import Sizes, tiling
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search.build import fixed
@@ -97,7 +96,6 @@ def both(traced, where, keep, **more):
     names, assignment = assigned(traced, keep, **more)
     found, _ = predict(
         traced,
-        names.graph,
         names,
         assignment,
         where,
@@ -158,9 +156,7 @@ def test_rematerialization_of_a_loop_keeps_less():
         names, assignment = assigned(traced, 1, remat=remat)
         for where in ("v5p:2x2x2", "cpu:8"):
             totals[where, remat] = sum(
-                predict(traced, names.graph, names, assignment, topology(where))[
-                    0
-                ].values()
+                predict(traced, names, assignment, topology(where))[0].values()
             )
     assert (
         totals["v5p:2x2x2", "none"]
@@ -175,7 +171,6 @@ def test_the_largest_values_name_their_line():
     names, assignment = assigned(traced, 0)
     found, largest = predict(
         traced,
-        names.graph,
         names,
         assignment,
         topology("cpu:8"),
@@ -331,7 +326,7 @@ def test_kernels_are_made_ready_before_a_loop_over_micro_batches():
     timeline = Timeline(traced.gradient("none"), "cpu")
     names, assignment = assigned(traced, 1)
     bytes_ = Sizes(names.graph, names).bytes(assignment)
-    kernels = [b for b in buffers(timeline, 1024, 1024) if timeline.fixed[b]]
+    kernels = [b for b in buffers(timeline, 1024, 1024) if timeline.hoisted[b]]
     assert kernels, "gathered parameters"
     inside = peak(timeline, *bytes_, around=1.0)
     alone = peak(timeline, *bytes_)
@@ -360,10 +355,10 @@ def test_gradients_that_are_summed_in_a_loop_wait_for_the_chain():
     plain = Timeline(graph, "tpu", eager=True)
     waits = plain.variant(windowed=True, eager=True)
     for timeline in (plain, waits):
-        summed = np.isin(timeline.operands[:, 2], timeline.weighing[:, 2])
+        summed = np.isin(timeline.product_values[:, 2], timeline.kernel_products[:, 2])
         assert summed.sum() == 4
-        chain = timeline.works[~summed].max()
-        assert (timeline.works[summed] > chain).all() == (timeline is waits)
+        chain = timeline.product_moments[~summed].max()
+        assert (timeline.product_moments[summed] > chain).all() == (timeline is waits)
     kept = [
         sum(t.ends[b] - t.starts[b] for b in buffers(t, 65_536, 512)) / t.length
         for t in (plain, waits)
@@ -407,7 +402,7 @@ def test_the_head_is_made_ready_before_a_loop_over_micro_batches_on_tpu():
     timeline = Timeline(
         trace(language(loop="scan"), TOKENS, TOKENS).gradient("none"), "tpu"
     )
-    ready = [timeline.value(b).shape for b in np.flatnonzero(timeline.fixed)]
+    ready = [timeline.value(b).shape for b in np.flatnonzero(timeline.hoisted)]
     assert (128, 1024) in ready, "the head, which no loop over layers slices"
     assert all(len(shape) == 2 for shape in ready)
 
@@ -478,7 +473,7 @@ def test_the_memory_beside_is_never_overfull(spans):
     starts, lasts, sizes, rank = (
         np.array([s[i] for s in spans], np.int64) for i in range(4)
     )
-    chosen = heap.beside(
+    chosen = heap.in_vector_memory(
         starts,
         starts + lasts,
         sizes.astype(float),
@@ -502,11 +497,15 @@ def test_the_memory_beside_is_for_what_is_read_soon():
     starts = np.array([0, 4])
     ends = np.array([9, 5])
     sizes = np.array([60.0, 50.0])
-    assert heap.beside(starts, ends, sizes, 100.0, np.array([3, 0])).tolist() == [
+    assert heap.in_vector_memory(
+        starts, ends, sizes, 100.0, np.array([3, 0])
+    ).tolist() == [
         False,
         True,
     ]
-    assert heap.beside(starts, ends, sizes, 100.0, np.array([0, 0])).tolist() == [
+    assert heap.in_vector_memory(
+        starts, ends, sizes, 100.0, np.array([0, 0])
+    ).tolist() == [
         True,
         False,
     ]
@@ -545,7 +544,6 @@ def test_a_prediction_is_cheap():
     ask = partial(
         predict,
         traced,
-        names.graph,
         names,
         assignment,
         topology("v5p:2x2x2"),

@@ -18,7 +18,8 @@ from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment, expert_groups
 from lepton_jax.planner.estimate.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.estimate.feeding import residence, slow_loops, steps_per_call
-from lepton_jax.planner.estimate.memory import Sizes, Timeline, predict
+from lepton_jax.planner.estimate.memory import Timeline, predict
+from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.batches import Batches
 from lepton_jax.planner.program.named import Names
@@ -88,11 +89,9 @@ class Memory:
             assignment = replace(assignment, micro_batches=1)
         return predict(
             self.trace,
-            self.names.graph,
             self.names,
             assignment,
             self.topology,
-            samples=self.trace.samples,
             timeline=self._timeline,
             sizes=self.sizes,
             steps_per_call=self._steps,
