@@ -19,8 +19,10 @@ from lepton_jax.planner.search.build import build, by_hand
 from lepton_jax.planner.search.descent import Problem
 from lepton_jax.planner.search.pins import Pins
 from lepton_jax.verify import comparison as verification
-from lepton_jax.verify.comparison import Expected, compare, prove, verify
+from lepton_jax.verify.comparison import prove, verify
+from lepton_jax.verify.expected import Expected
 from lepton_jax.verify.hlo import CollectiveFound
+from lepton_jax.verify.matching import compare
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
