@@ -2,7 +2,13 @@
 
 from lepton_jax.hardware.calibrate import calibrate_cpu
 from lepton_jax.hardware.chips import CHIPS, Chip, read_chips
-from lepton_jax.hardware.links import COLLECTIVES, Link, arrange, join, lay
+from lepton_jax.hardware.links import (
+    COLLECTIVES,
+    Link,
+    arrange,
+    join,
+    lay,
+)
 from lepton_jax.hardware.roofline import (
     convolution_flops,
     matmul_seconds,

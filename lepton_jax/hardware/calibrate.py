@@ -32,8 +32,10 @@ LEAST_SECONDS = 1e-5
 def calibrate_cpu() -> Chip:
     """Return the catalogue's "cpu" with measured peaks, bandwidths and latencies.
 
-    It takes about a second. It measures a matmul in each of three dtypes, a copy, and an all-reduce over the CPU
-    devices of this process (with one device the links keep the catalogue's figures).
+    It takes about a second. It measures a matmul in each of three dtypes, a copy, and
+    an all-reduce over the CPU devices of this process. With one device the links keep
+    the catalogue's figures.
+
     Use the result as `topology("cpu:8", {"cpu": calibrate_cpu()})`. It varies from call
     to call as the machine's load does, so use one result for plans that are compared.
     """
@@ -94,7 +96,10 @@ def _all_reduce_rate(devices: list[jax.Device]) -> tuple[float, float]:
     return sent / max(large - small, LEAST_SECONDS), small / 2
 
 
-def _seconds(run: Callable[..., jax.Array], *args: jax.Array) -> float:
+def _seconds(
+    run: Callable[..., jax.Array],
+    *args: jax.Array,
+) -> float:
     """Return the seconds of the fastest of several runs, after one that compiles."""
     run(*args).block_until_ready()
     best = float("inf")

@@ -1,7 +1,7 @@
 """The chip catalogue: the figures that planning needs, each with its source.
 
-`catalogue.toml` holds the chips that Lepton knows; `read_chips` reads more from a file of the
-same form.
+`catalogue.toml` holds the chips that Lepton knows; `read_chips` reads more from a file
+of the same form.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ _MAY_BE_ZERO = (
     "torus",
     "price",
 )
-# Fields of one product and not of its kind: an entry `like` another chip has neither its
-# names nor its price.
+# Fields of one product and not of its kind: an entry `like` another chip has neither
+# its names nor its price.
 _OWN = ("kinds", "aliases", "price")
 _KEYS = [f.name for f in fields(Chip) if f.name not in ("name", "sources")]
 
@@ -178,7 +178,10 @@ def read_chips(path: str | Path) -> dict[str, Chip]:
     return _read(Path(path), CHIPS)
 
 
-def _read(path: Path, known: Mapping[str, Chip]) -> dict[str, Chip]:
+def _read(
+    path: Path,
+    known: Mapping[str, Chip],
+) -> dict[str, Chip]:
     tables = _toml(path)
     cited = tables.pop("sources", {})
     cited = cited if isinstance(cited, dict) else {}
@@ -228,11 +231,20 @@ class _Table:
     name: str
     cited: dict[str, str]
 
-    def error(self, key: str, what: str, remedy: str) -> PlanError:
+    def error(
+        self,
+        key: str,
+        what: str,
+        remedy: str,
+    ) -> PlanError:
         where = f"{self.path}, [{self.name}] {key}".rstrip()
         return PlanError(what, where=where, remedy=remedy)
 
-    def chip(self, table: dict[str, Any], known: Mapping[str, Chip]) -> Chip:
+    def chip(
+        self,
+        table: dict[str, Any],
+        known: Mapping[str, Chip],
+    ) -> Chip:
         table = dict(table)
         like = "like" in table
         base = self._base(table.pop("like"), known) if like else None
@@ -254,9 +266,17 @@ class _Table:
         if base is not None:
             return self._like(base, values, sources)
         self._require(values)
-        return Chip(name=self.name.lower(), sources=sources, **values)
+        return Chip(
+            name=self.name.lower(),
+            sources=sources,
+            **values,
+        )
 
-    def _base(self, name: Any, known: Mapping[str, Chip]) -> Chip:
+    def _base(
+        self,
+        name: Any,
+        known: Mapping[str, Chip],
+    ) -> Chip:
         if isinstance(name, str) and name.lower() in known:
             return known[name.lower()]
         near = nearest(name, known) if isinstance(name, str) else ""
@@ -289,9 +309,18 @@ class _Table:
         fresh: dict[str, Any] = {"kinds": (), "aliases": (), "price": None, **values}
         fresh["peaks"] = {**base.peaks, **values.get("peaks", {})}
         name = self.name.lower()
-        return replace(base, name=name, sources=inherited | sources, **fresh)
+        return replace(
+            base,
+            name=name,
+            sources=inherited | sources,
+            **fresh,
+        )
 
-    def peaks(self, entry: Any, sources: dict[str, str]) -> dict[str, float]:
+    def peaks(
+        self,
+        entry: Any,
+        sources: dict[str, str],
+    ) -> dict[str, float]:
         """Return the peaks by dtype; their sources go to `sources`."""
         if not isinstance(entry, dict):
             raise self.error(
@@ -311,7 +340,12 @@ class _Table:
             for dtype, value in entry.items()
         }
 
-    def figure(self, key: str, entry: Any, sources: dict[str, str]) -> Any:
+    def figure(
+        self,
+        key: str,
+        entry: Any,
+        sources: dict[str, str],
+    ) -> Any:
         """Return the value of a field; its source goes to `sources`."""
         source = str(self.path)
         if isinstance(entry, dict):
@@ -340,7 +374,11 @@ class _Table:
             return text
         return f"{self.cited[name]};{remark}" if remark else str(self.cited[name])
 
-    def _checked(self, key: str, value: Any) -> Any:
+    def _checked(
+        self,
+        key: str,
+        value: Any,
+    ) -> Any:
         if key == "platform":
             return self._checked_platform(value)
         if key in _TEXTS:
@@ -369,7 +407,11 @@ class _Table:
         what = f"{value!r} is no platform"
         raise self.error("platform", what, f"one of {', '.join(PLATFORMS)}")
 
-    def _checked_texts(self, key: str, value: Any) -> tuple[str, ...]:
+    def _checked_texts(
+        self,
+        key: str,
+        value: Any,
+    ) -> tuple[str, ...]:
         if isinstance(value, list) and all(isinstance(text, str) for text in value):
             return tuple(value)
         what = f"{key} is {value!r}, not a list of texts"

@@ -89,7 +89,11 @@ class Link:
     parts: tuple[Part, ...] = field(default=(), repr=False)
     topology: Topology | None = field(default=None, repr=False)
 
-    def seconds(self, collective: str, payload: float) -> float:
+    def seconds(
+        self,
+        collective: str,
+        payload: float,
+    ) -> float:
         """Return the seconds of a collective over this axis.
 
         Args:
@@ -114,7 +118,10 @@ class Link:
         return once
 
 
-def lay(mesh: Mapping[str, int], topology: Topology) -> dict[str, Link]:
+def lay(
+    mesh: Mapping[str, int],
+    topology: Topology,
+) -> dict[str, Link]:
     """Return the links of each mesh axis, axes from the least to the most local.
 
     On a TPU an axis gets whole dims of the torus where their product is its size, else
@@ -167,7 +174,8 @@ def arrange(
 
 @lru_cache(maxsize=4096)
 def _lay(
-    mesh: tuple[tuple[str, int], ...], topology: Topology
+    mesh: tuple[tuple[str, int], ...],
+    topology: Topology,
 ) -> tuple[tuple[str, Link], ...]:
     sizes = [size for _, size in mesh]
     if math.prod(sizes) != topology.devices or any(size < 1 for size in sizes):
@@ -205,7 +213,11 @@ def _whole(
         for parts in itertools.combinations(free, count):
             if math.prod(part.size for part in parts) == size:
                 choices.append(parts)
-    return max(choices, key=lambda parts: _link(parts, topology).bandwidth, default=())
+    return max(
+        choices,
+        key=lambda parts: _link(parts, topology).bandwidth,
+        default=(),
+    )
 
 
 def _split(
@@ -215,9 +227,9 @@ def _split(
 ) -> tuple[Part, ...]:
     """Return pieces of dims that multiply to `size`.
 
-    On a torus they are those with the most devices in whole dims, then those that break the
-    fewest dims for the axes to come, then the fastest; on GPUs as much as possible
-    inside a node.
+    On a torus they are those with the most devices in whole dims, then those that break
+    the fewest dims for the axes to come, then the fastest; on GPUs as much as possible
+    lies inside a node.
     """
     left = [n // t for n, t in zip(topology.grid, taken, strict=True)]
 
@@ -234,13 +246,19 @@ def _split(
     return _parts(best, taken)
 
 
-def _parts(pieces: Sequence[int], taken: Sequence[int]) -> tuple[Part, ...]:
+def _parts(
+    pieces: Sequence[int],
+    taken: Sequence[int],
+) -> tuple[Part, ...]:
     return tuple(
         Part(dim, size, taken[dim]) for dim, size in enumerate(pieces) if size > 1
     )
 
 
-def _factorings(size: int, left: Sequence[int]) -> Iterator[tuple[int, ...]]:
+def _factorings(
+    size: int,
+    left: Sequence[int],
+) -> Iterator[tuple[int, ...]]:
     """Yield all ways to write `size` as a product of a divisor of each number left.
 
     >>> list(_factorings(4, [4, 2]))
@@ -269,7 +287,11 @@ def _join(links: tuple[Link, ...]) -> Link:
     for part in parts:
         last = merged[-1] if merged else None
         if last and last.dim == part.dim and last.stride * last.size == part.stride:
-            merged[-1] = Part(last.dim, last.size * part.size, last.stride)
+            merged[-1] = Part(
+                last.dim,
+                last.size * part.size,
+                last.stride,
+            )
         else:
             merged.append(part)
     topology = links[0].topology
@@ -280,7 +302,10 @@ def _join(links: tuple[Link, ...]) -> Link:
 # ---- the links of parts ----
 
 
-def _link(parts: tuple[Part, ...], topology: Topology) -> Link:
+def _link(
+    parts: tuple[Part, ...],
+    topology: Topology,
+) -> Link:
     if not parts:
         return _one_device(topology)
     if topology.chip.torus:
@@ -311,7 +336,10 @@ def _size(parts: Iterable[Part]) -> int:
     return math.prod(part.size for part in parts)
 
 
-def _torus(parts: tuple[Part, ...], topology: Topology) -> Link:
+def _torus(
+    parts: tuple[Part, ...],
+    topology: Topology,
+) -> Link:
     """Return the link of pieces of a torus.
 
     All-gather of V bytes: the dims work at the same time, V (N-1)/N over the sum of
@@ -409,7 +437,10 @@ def _named(
     return ("ICI " if rings else "") + " and ".join(words)
 
 
-def _switched(parts: tuple[Part, ...], topology: Topology) -> Link:
+def _switched(
+    parts: tuple[Part, ...],
+    topology: Topology,
+) -> Link:
     """Return the link of GPUs in nodes.
 
     Inside, every byte goes through a device's NVLink; between, each device has its own
@@ -452,7 +483,10 @@ def _switched(parts: tuple[Part, ...], topology: Topology) -> Link:
     )
 
 
-def _memory(parts: tuple[Part, ...], topology: Topology) -> Link:
+def _memory(
+    parts: tuple[Part, ...],
+    topology: Topology,
+) -> Link:
     """Return the link of virtual devices, which all copy through one memory at once."""
     chip = topology.chip
     size = _size(parts)

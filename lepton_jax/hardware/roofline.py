@@ -70,7 +70,9 @@ def convolution_flops(
 
     Args:
       params: parameters of the primitive.
-      left, right, out: shapes of the operands and of the result.
+      left: shape of the input.
+      right: shape of the kernel.
+      out: shape of the result.
     """
     numbers = params["dimension_numbers"]
     pairs = 1
@@ -109,10 +111,13 @@ def taps(
         7
 
     Args:
-      size, kernel, out: extents of the input, the kernel and the output.
+      size: extent of the input.
+      kernel: extent of the kernel.
+      out: extent of the output.
       stride: steps of the input from one output to the next.
       low: padding before the input.
-      holes, apart: dilation of the input and of the kernel.
+      holes: dilation of the input.
+      apart: dilation of the kernel.
     """
     total = 0
     places = np.arange(out, dtype=np.int64) * stride - low

@@ -162,7 +162,11 @@ def topology(
     return Topology(chip, shape, chip.platform)
 
 
-def _chip(short: str, name: str, chips: Mapping[str, Chip]) -> Chip:
+def _chip(
+    short: str,
+    name: str,
+    chips: Mapping[str, Chip],
+) -> Chip:
     """Return the chip of the topology `name` by its name or an alias."""
     known = dict(CHIPS)
     known.update((key.lower(), chip) for key, chip in chips.items())
@@ -180,7 +184,12 @@ def _chip(short: str, name: str, chips: Mapping[str, Chip]) -> Chip:
     )
 
 
-def _check_shape(shape: tuple[int, ...], text: str, chip: Chip, name: str) -> None:
+def _check_shape(
+    shape: tuple[int, ...],
+    text: str,
+    chip: Chip,
+    name: str,
+) -> None:
     """Refuse a shape, written as `text`, that the chip's links can't have."""
     dims = chip.torus or (1 if chip.platform == "cpu" else 2)
     if len(shape) > dims:
@@ -270,7 +279,10 @@ def _unknown_chip(device: jax.Device) -> Chip:
     )
 
 
-def _memory(device: jax.Device, otherwise: float) -> float:
+def _memory(
+    device: jax.Device,
+    otherwise: float,
+) -> float:
     """Return the bytes that a device really has, `otherwise` if it doesn't tell.
 
     A CPU's are the machine's, which its virtual devices share.
@@ -282,7 +294,10 @@ def _memory(device: jax.Device, otherwise: float) -> float:
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _shape(devices: list[jax.Device], chip: Chip) -> tuple[int, ...]:
+def _shape(
+    devices: list[jax.Device],
+    chip: Chip,
+) -> tuple[int, ...]:
     """Return the grid of a TPU slice if the devices fill one; else their number."""
     count = max(1, len(devices) // chip.devices_per_chip)
     if chip.torus and all(hasattr(d, "coords") for d in devices):

@@ -108,7 +108,13 @@ def axes_of(
 
     order = np.argsort(ids)
     # Positions in the mesh, (groups, members), and whether each axis varies in a group.
-    places = order[np.searchsorted(ids, np.asarray(groups), sorter=order)]
+    places = order[
+        np.searchsorted(
+            ids,
+            np.asarray(groups),
+            sorter=order,
+        )
+    ]
     coordinates = np.stack(np.unravel_index(places, tuple(shape)), -1)
     varies = (coordinates != coordinates[:, :1]).any(1)
     if permute:

@@ -62,7 +62,15 @@ def verify(
         compiled, memory = ahead.compile_for(program.lower())
     except ahead.TooLarge as error:
         seconds = time.perf_counter() - start
-        return Verification(plan, None, error, 0.0, (), (), seconds)
+        return Verification(
+            plan,
+            None,
+            error,
+            0.0,
+            (),
+            (),
+            seconds,
+        )
     seconds = time.perf_counter() - start
 
     first = next(iter(devices.flat if hasattr(devices, "flat") else devices))
@@ -126,7 +134,11 @@ def prove(
     return plan, checks
 
 
-def _nothing_fits(checks: list[Verification], where: Topology, count: int) -> PlanError:
+def _nothing_fits(
+    checks: list[Verification],
+    where: Topology,
+    count: int,
+) -> PlanError:
     best = min(checks, key=lambda check: check.peak or float("inf"))
     return PlanError(
         f"none of the {len(checks)} best plans fits by XLA's account: {_needs(best)}",
@@ -147,7 +159,11 @@ def _needs(check: Verification) -> str:
     )
 
 
-def _notes(module: hlo.Compiled, platform: str, trace: Trace) -> Iterable[str]:
+def _notes(
+    module: hlo.Compiled,
+    platform: str,
+    trace: Trace,
+) -> Iterable[str]:
     """Yield the limits of the figures that were read from a module."""
     if module.unknown_loops:
         yield (

@@ -12,7 +12,12 @@ from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import Plan, Trace
 from lepton_jax.planner.estimate.cost import as_compiled, sum_shares
 from lepton_jax.planner.program.graph import Operation, Value
-from lepton_jax.planner.program.layout import Layout, Move, contraction, itemsize
+from lepton_jax.planner.program.layout import (
+    Layout,
+    Move,
+    contraction,
+    itemsize,
+)
 from lepton_jax.planner.program.named import Names
 from lepton_jax.verify.hlo_text import of_a_library
 
@@ -36,7 +41,11 @@ class Expected:
     sent: float
 
 
-def expected(trace: Trace, plan: Plan, platform: str) -> list[Expected]:
+def expected(
+    trace: Trace,
+    plan: Plan,
+    platform: str,
+) -> list[Expected]:
     """Return the collectives that the plan's layout needs, operation by operation.
 
     Each is as large as `platform` makes it.
@@ -58,7 +67,15 @@ def expected(trace: Trace, plan: Plan, platform: str) -> list[Expected]:
         buffer = move.bytes * _scale(value, kind, platform, shares)
         count = op.times * plan.micro_batches
         sent = ring(kind, axes, buffer, plan.mesh) * count
-        collectives.append(Expected(place(op), kind, axes, count, sent))
+        collectives.append(
+            Expected(
+                place(op),
+                kind,
+                axes,
+                count,
+                sent,
+            )
+        )
     return collectives
 
 
@@ -83,7 +100,10 @@ def _moves(
 
 
 def _scale(
-    value: Value, kind: str, platform: str, shares: Mapping[int, float]
+    value: Value,
+    kind: str,
+    platform: str,
+    shares: Mapping[int, float],
 ) -> float:
     """Return the bytes that XLA sends as a multiple of those that the layout says."""
     if platform == "cpu":

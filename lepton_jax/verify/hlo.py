@@ -69,7 +69,11 @@ def read(text: str) -> Compiled:
             continue
         instructions += computation.instructions.values()
         for collective in module.collectives(name, times[name]):
-            counted = replace(collective, times=times[name], exact=exact[name])
+            counted = replace(
+                collective,
+                times=times[name],
+                exact=exact[name],
+            )
             collectives.append(counted)
 
     calls: Counter[str] = Counter()

@@ -63,7 +63,11 @@ class Loops:
         self.computations = computations
         self.unknown: set[str] = set()
 
-    def turns(self, name: str, loop: Instruction) -> int | None:
+    def turns(
+        self,
+        name: str,
+        loop: Instruction,
+    ) -> int | None:
         """Return the turns of a while loop; None if the text doesn't tell.
 
         Args:
@@ -78,7 +82,11 @@ class Loops:
             self.unknown.add(loop.name)
         return turns
 
-    def _counted(self, name: str, loop: Instruction) -> int | None:
+    def _counted(
+        self,
+        name: str,
+        loop: Instruction,
+    ) -> int | None:
         """Count the turns of a loop that compares a counter with a constant.
 
         Each turn has to add a constant to the counter.
@@ -87,7 +95,11 @@ class Loops:
         body = called["body"]
         comparison = self._compared(called["condition"], {0: CARRY})
         start = self._value(name, loop.operands[0], {})
-        after = self._value(body, self.computations[body].root, {0: CARRY})
+        after = self._value(
+            body,
+            self.computations[body].root,
+            {0: CARRY},
+        )
         if comparison is None:
             return None
         if not isinstance(start, list) or not isinstance(after, list):
@@ -105,7 +117,11 @@ class Loops:
             return None
         return _turns(limit - first - counter.offset, then.offset, direction)
 
-    def _compared(self, name: str, given: Mapping[int, Any]) -> Comparison | None:
+    def _compared(
+        self,
+        name: str,
+        given: Mapping[int, Any],
+    ) -> Comparison | None:
         """Return what a condition compares, given the values of its parameters."""
         computation = self.computations[name]
         root = computation.instructions[computation.root]
@@ -117,7 +133,12 @@ class Loops:
             return Comparison(left, right, root.get("direction"))
         return self._compared(root.called()[0][1], dict(enumerate(operands)))
 
-    def _value(self, computation: str, name: str, given: Mapping[int, Any]) -> Any:
+    def _value(
+        self,
+        computation: str,
+        name: str,
+        given: Mapping[int, Any],
+    ) -> Any:
         """Return the value of an instruction as far as the text tells it."""
         instruction = self.computations[computation].instructions[name]
         opcode = instruction.opcode
@@ -153,9 +174,17 @@ class Loops:
             return operands
         if instruction.opcode in ("fusion", "call"):
             callee = self.computations[instruction.called()[0][1]]
-            return self._value(callee.name, callee.root, dict(enumerate(operands)))
+            return self._value(
+                callee.name,
+                callee.root,
+                dict(enumerate(operands)),
+            )
         left, right = operands
-        return _sum(left, right, 1 if instruction.opcode == "add" else -1)
+        return _sum(
+            left,
+            right,
+            1 if instruction.opcode == "add" else -1,
+        )
 
 
 def _element(whole: Any, index: int) -> Any:
@@ -164,7 +193,11 @@ def _element(whole: Any, index: int) -> Any:
     return whole[index] if isinstance(whole, list) else None
 
 
-def _sum(left: Any, right: Any, sign: int) -> Any:
+def _sum(
+    left: Any,
+    right: Any,
+    sign: int,
+) -> Any:
     """Return left + sign * right, if at most one of them is of the carry."""
     if isinstance(left, int) and isinstance(right, Carried) and sign > 0:
         left, right = right, left
@@ -182,7 +215,11 @@ def _counter_first(comparison: Comparison) -> Comparison:
     return comparison
 
 
-def _constant(value: Any, start: list, after: list) -> int | None:
+def _constant(
+    value: Any,
+    start: list,
+    after: list,
+) -> int | None:
     """Return a limit: a constant, or a carried value that no turn changes."""
     if isinstance(value, int):
         return value
@@ -193,7 +230,11 @@ def _constant(value: Any, start: list, after: list) -> int | None:
     return first + value.offset if unchanged and isinstance(first, int) else None
 
 
-def _turns(distance: int, step: int, direction: str) -> int | None:
+def _turns(
+    distance: int,
+    step: int,
+    direction: str,
+) -> int | None:
     """Return the turns of a counter that goes a distance in steps.
 
     >>> _turns(7, 2, "LT"), _turns(-7, -2, "GE"), _turns(7, 2, "GT")

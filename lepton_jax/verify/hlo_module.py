@@ -10,7 +10,13 @@ from typing import NamedTuple
 from lepton_jax.hardware import taps
 from lepton_jax.verify.collectives import KINDS, CollectiveFound
 from lepton_jax.verify.hlo_loops import PASSING, Loops
-from lepton_jax.verify.hlo_text import Instruction, Leaf, Sources, groups_of, parse
+from lepton_jax.verify.hlo_text import (
+    Instruction,
+    Leaf,
+    Sources,
+    groups_of,
+    parse,
+)
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
@@ -73,7 +79,11 @@ class Module:
             self._flops[name] = sum(self._flops_of(name, i) for i in instructions)
         return self._flops[name]
 
-    def _flops_of(self, name: str, instruction: Instruction) -> int:
+    def _flops_of(
+        self,
+        name: str,
+        instruction: Instruction,
+    ) -> int:
         """Return the FLOPs of an instruction and of what it runs."""
         inner = [self.flops(callee) for _, callee in instruction.called()]
         if instruction.opcode == "while":
@@ -102,12 +112,20 @@ class Module:
         values = roles.get(product.call, (left, right, out))
         return _convolution_flops(instruction, *values)
 
-    def _leaves(self, computation: str, name: str) -> list[Leaf]:
+    def _leaves(
+        self,
+        computation: str,
+        name: str,
+    ) -> list[Leaf]:
         return self.computations[computation].instructions[name].leaves
 
     # ---- collectives ----
 
-    def collectives(self, name: str, times: int) -> Iterator[CollectiveFound]:
+    def collectives(
+        self,
+        name: str,
+        times: int,
+    ) -> Iterator[CollectiveFound]:
         """Yield the collectives of a computation itself, each as one that runs once.
 
         XLA for TPU runs one next to a chain of fusions, and names it in each of them:
@@ -162,7 +180,12 @@ class Module:
             windowed=permutes and op_name.endswith(PRODUCTS),
         )
 
-    def _buffer_bytes(self, name: str, instruction: Instruction, kind: str) -> int:
+    def _buffer_bytes(
+        self,
+        name: str,
+        instruction: Instruction,
+        kind: str,
+    ) -> int:
         """Return the bytes of a collective's operands."""
         leaves = [
             leaf
@@ -215,7 +238,11 @@ class Module:
         inner = self.computations[user.called()[0][1]]
         around = (*outer, (computation, user.name))
         return all(
-            self._sliced(inner.name, inner.parameters[i], around)
+            self._sliced(
+                inner.name,
+                inner.parameters[i],
+                around,
+            )
             for i, operand in enumerate(user.operands)
             if operand == name
         )
@@ -289,7 +316,12 @@ def _convolution_flops(
         part.split("=") for part in instruction.get("window").split() if "=" in part
     )
     for d in range(len(left_labels) - 2):
-        low, _, _ = _of_dim(window, "pad", d, "0_0").partition("_")
+        low, _, _ = _of_dim(
+            window,
+            "pad",
+            d,
+            "0_0",
+        ).partition("_")
         total *= taps(
             size=left.dims[left_labels.index(str(d))],
             kernel=right.dims[right_labels.index(str(d))],
@@ -302,6 +334,11 @@ def _convolution_flops(
     return total // max(1, sum(instruction.numbers("batch_group_count")))
 
 
-def _of_dim(window: dict[str, str], key: str, dim: int, default: str) -> str:
+def _of_dim(
+    window: dict[str, str],
+    key: str,
+    dim: int,
+    default: str,
+) -> str:
     """Return a dim's part of a window's attribute, such as the "2" of stride=1x2."""
     return window[key].split("x")[dim] if key in window else default

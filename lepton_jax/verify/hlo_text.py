@@ -166,7 +166,11 @@ def _balanced(text: str, start: int) -> int:
     return len(text)
 
 
-def instruction_of(line: str, start: int, name: str) -> Instruction:
+def instruction_of(
+    line: str,
+    start: int,
+    name: str,
+) -> Instruction:
     """Return the instruction of a line whose result's type begins at `start`."""
     end = _balanced(line, start) if line[start] == "(" else line.index(" ", start)
     bracket = line.find("(", end)
@@ -211,7 +215,10 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 # ---- groups ----
 
 
-def groups_of(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
+def groups_of(
+    attributes: str,
+    partitions: int,
+) -> tuple[tuple[int, ...], ...]:
     """Return groups of device numbers, or (source, target) pairs.
 
     XLA writes them in several forms; `partitions` is the number of devices.
@@ -221,7 +228,10 @@ def groups_of(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
 
 
 @cache
-def _expanded(text: str, partitions: int) -> tuple[tuple[int, ...], ...]:
+def _expanded(
+    text: str,
+    partitions: int,
+) -> tuple[tuple[int, ...], ...]:
     key, _, form = text.partition("=")
     if form.startswith("mesh"):
         axes, ids, grouped = re.fullmatch(MESH, form).groups()  # type: ignore[union-attr]
@@ -292,7 +302,11 @@ def _of_mesh(
     sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", axes)}
     numbers = _device_numbers(ids, math.prod(sizes.values()))
     parts = [
-        _AxisPart(name, int(before or 1), int(size or sizes[name]))
+        _AxisPart(
+            name,
+            int(before or 1),
+            int(size or sizes[name]),
+        )
         for name, before, size in re.findall(
             r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", grouped
         )
@@ -314,7 +328,10 @@ def _of_mesh(
     return tuple(tuple(map(int, row)) for row in rows)
 
 
-def _device_numbers(ids: str | None, count: int) -> np.ndarray:
+def _device_numbers(
+    ids: str | None,
+    count: int,
+) -> np.ndarray:
     if not ids:
         return np.arange(count)
     if "[" in ids:
@@ -322,7 +339,11 @@ def _device_numbers(ids: str | None, count: int) -> np.ndarray:
     return np.asarray(_integers(ids))
 
 
-def _cuts(name: str, size: int, parts: list[_AxisPart]) -> list[int]:
+def _cuts(
+    name: str,
+    size: int,
+    parts: list[_AxisPart],
+) -> list[int]:
     """Return where parts cut an axis, as products of the sizes before each cut."""
     cuts = {1, size}
     for part in parts:
@@ -397,7 +418,11 @@ def _tables(text: str) -> dict[str, dict[str, str]]:
     parts = re.split(names, above, flags=re.MULTILINE)
     return {
         name: dict(re.findall(r"^(\d+) (.*)$", table, re.MULTILINE))
-        for name, table in zip(parts[1::2], parts[2::2], strict=True)
+        for name, table in zip(
+            parts[1::2],
+            parts[2::2],
+            strict=True,
+        )
     }
 
 

@@ -114,7 +114,10 @@ def compare(
     return _rows(moves, matches), tuple(notable)
 
 
-def _match(collective: CollectiveFound, mesh: Mapping[str, int]) -> Match:
+def _match(
+    collective: CollectiveFound,
+    mesh: Mapping[str, int],
+) -> Match:
     axes = collective.axes(mesh)
     axes = axes or hlo.axes_of(collective.groups, mesh, permute=True) or ()
     sent = collective.sent
@@ -123,10 +126,20 @@ def _match(collective: CollectiveFound, mesh: Mapping[str, int]) -> Match:
         # There are n or n + 1 pieces, where a ring of n needs n - 1.
         sent *= (devices - 1) / (devices + 0.5)
     where = f"{collective.file}:{collective.line}" if collective.file else ""
-    return Match(collective, where, collective.kind, axes, sent, sent)
+    return Match(
+        collective,
+        where,
+        collective.kind,
+        axes,
+        sent,
+        sent,
+    )
 
 
-def _explain(matches: list[Match], moves: Iterable[Expected]) -> None:
+def _explain(
+    matches: list[Match],
+    moves: Iterable[Expected],
+) -> None:
     """Subtract planned bytes from what is left of each match, the closest first."""
     left: dict[Key, float] = defaultdict(float)
     for move in moves:
@@ -143,7 +156,10 @@ def _explain(matches: list[Match], moves: Iterable[Expected]) -> None:
                     match.left -= used
 
 
-def _unexplained(matches: list[Match], planned: Mapping[Axes, float]) -> list[Match]:
+def _unexplained(
+    matches: list[Match],
+    planned: Mapping[Axes, float],
+) -> list[Match]:
     excess: dict[Axes, float] = defaultdict(float)
     for match in matches:
         excess[match.axes] += match.left
@@ -219,7 +235,10 @@ def _reason(
     return f"nothing is planned at this line over {over}"
 
 
-def _rows(moves: Iterable[Expected], matches: Iterable[Match]) -> tuple[Row, ...]:
+def _rows(
+    moves: Iterable[Expected],
+    matches: Iterable[Match],
+) -> tuple[Row, ...]:
     planned: dict[tuple[Axes, str], list[Expected]] = defaultdict(list)
     found: dict[tuple[Axes, str], list[Match]] = defaultdict(list)
     for move in moves:

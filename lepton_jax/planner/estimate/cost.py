@@ -43,7 +43,13 @@ from lepton_jax.hardware import (
 )
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.sizes import Sizes
-from lepton_jax.planner.program.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import (
+    BARRIER,
+    Block,
+    Graph,
+    Operation,
+    Value,
+)
 from lepton_jax.planner.program.layout import (
     Contraction,
     Decision,
@@ -188,7 +194,11 @@ class Cost:
         self._mesh: tuple[int, ...] = ()
         self._links: list[Link] = []
 
-    def estimate(self, assignment: Assignment, causes: bool = False) -> Estimate:
+    def estimate(
+        self,
+        assignment: Assignment,
+        causes: bool = False,
+    ) -> Estimate:
         """Return the seconds of one step.
 
         Args:
@@ -260,7 +270,11 @@ class Cost:
             chosen = [link for i, link in enumerate(links) if mask >> i & 1]
             self._links.append(join(chosen or links[:1]))
 
-    def _communication(self, moves: Joined, ledger: Ledger) -> float:
+    def _communication(
+        self,
+        moves: Joined,
+        ledger: Ledger,
+    ) -> float:
         total = 0.0
         for (_, kind, axes, runs), size in moves.items():
             seconds = self._links[axes].seconds(kind, size) * runs
@@ -269,7 +283,11 @@ class Cost:
                 ledger[kind, axes][2] += seconds
         return total
 
-    def _memory(self, assignment: Assignment, communicated: float) -> float:
+    def _memory(
+        self,
+        assignment: Assignment,
+        communicated: float,
+    ) -> float:
         """Return the seconds of elementwise groups' and collectives' memory traffic."""
         passed = self.sizes.total(assignment, self._traffic)
         moved = passed * assignment.micro_batches + communicated
@@ -291,7 +309,11 @@ class Cost:
     # ---- one job ----
 
     def _work(
-        self, number: int, job: Job, assignment: Assignment, layout: Layout
+        self,
+        number: int,
+        job: Job,
+        assignment: Assignment,
+        layout: Layout,
     ) -> Work:
         masks = assignment.masks
         chosen = [masks[group] for group in job.groups]
@@ -302,10 +324,18 @@ class Cost:
             self._memo[key] = work
         return work
 
-    def _computed_work(self, job: Job, layout: Layout) -> Work:
+    def _computed_work(
+        self,
+        job: Job,
+        layout: Layout,
+    ) -> Work:
         if job.gather is not None:
             moves = _gathers(job.gather, layout)
-            return Work(0.0, 0.0, self._compiled(moves, job, layout))
+            return Work(
+                0.0,
+                0.0,
+                self._compiled(moves, job, layout),
+            )
 
         decision = layout.decide(job.op, job.product)
         # Gathers of stored values are jobs of their own.
@@ -321,12 +351,24 @@ class Cost:
         return Work(seconds, flops, collectives)
 
     def _compiled(
-        self, moves: tuple[Move, ...], job: Job, layout: Layout
+        self,
+        moves: tuple[Move, ...],
+        job: Job,
+        layout: Layout,
     ) -> tuple[Collective, ...]:
         return tuple(self._compiled_move(move, job, layout) for move in moves)
 
-    def _compiled_move(self, move: Move, job: Job, layout: Layout) -> Collective:
-        kind = as_compiled(move.kind, layout.counts[move.axes], self.topology)
+    def _compiled_move(
+        self,
+        move: Move,
+        job: Job,
+        layout: Layout,
+    ) -> Collective:
+        kind = as_compiled(
+            move.kind,
+            layout.counts[move.axes],
+            self.topology,
+        )
         bytes_ = move.bytes
         if kind == "all-reduce" and job.share < 1:
             bytes_ *= job.share
@@ -339,19 +381,40 @@ class Cost:
         return Collective(kind, move.axes, bytes_, hidden)
 
     def _matmul_seconds(
-        self, job: Job, product: Contraction, shape: tuple[int, int, int, int]
+        self,
+        job: Job,
+        product: Contraction,
+        shape: tuple[int, int, int, int],
     ) -> float:
         m, n, k, batch = shape
         dtype = job.op.inputs[0].dtype  # type: ignore[union-attr]
-        seconds = matmul_seconds(self.chip, m, n, k, batch, dtype)
+        seconds = matmul_seconds(
+            self.chip,
+            m,
+            n,
+            k,
+            batch,
+            dtype,
+        )
         if product.groups > 1:
             # It may run as one dense product whose kernel is mostly zeros.
-            dense = matmul_seconds(self.chip, m, n * batch, k * batch, 1, dtype)
+            dense = matmul_seconds(
+                self.chip,
+                m,
+                n * batch,
+                k * batch,
+                1,
+                dtype,
+            )
             seconds = min(seconds, dense)
         return seconds
 
     def _matmul(
-        self, job: Job, product: Contraction, layout: Layout, decision: Decision
+        self,
+        job: Job,
+        product: Contraction,
+        layout: Layout,
+        decision: Decision,
     ) -> tuple[int, int, int, int]:
         """Return m, n, k and batch of a product or a convolution on a device."""
         op = job.op
@@ -405,7 +468,11 @@ class _Shape:
     k: float = 1.0
     batch: float = 1.0
 
-    def add(self, index: Index, extent: float) -> None:
+    def add(
+        self,
+        index: Index,
+        extent: float,
+    ) -> None:
         if index.out is None:
             self.k *= extent
         elif index.left is not None and index.right is not None:
@@ -416,7 +483,11 @@ class _Shape:
             self.n *= extent
 
     def add_groups(
-        self, groups: float, columns: float, extent: float, by_batch: bool
+        self,
+        groups: float,
+        columns: float,
+        extent: float,
+        by_batch: bool,
     ) -> None:
         """Count a grouped convolution's index of groups.
 
@@ -439,7 +510,10 @@ class _Shape:
         return m, n, k, batch
 
 
-def _gathers(value: Value, layout: Layout) -> tuple[Move, ...]:
+def _gathers(
+    value: Value,
+    layout: Layout,
+) -> tuple[Move, ...]:
     """Return the all-gather of a stored value, none if it is stored as it is used."""
     have = layout.spec(value)
     use = layout.use(value)
@@ -448,7 +522,14 @@ def _gathers(value: Value, layout: Layout) -> tuple[Move, ...]:
         axes |= h & ~u
     if not axes:
         return ()
-    return (Move("all-gather", axes, layout.bytes(value, use), "input"),)
+    return (
+        Move(
+            "all-gather",
+            axes,
+            layout.bytes(value, use),
+            "input",
+        ),
+    )
 
 
 def _gathers_stored(op: Operation, move: Move) -> bool:
@@ -458,7 +539,12 @@ def _gathers_stored(op: Operation, move: Move) -> bool:
     return value is not None and value.stored is not None
 
 
-def _note(ledger: Ledger, move: Collective, job: Job, parts: int) -> None:
+def _note(
+    ledger: Ledger,
+    move: Collective,
+    job: Job,
+    parts: int,
+) -> None:
     """Count a collective, and the line that needs it."""
     runs = job.count * parts
     entry = ledger.setdefault((move.kind, move.axes), [0, 0.0, 0.0, {}])
@@ -482,7 +568,12 @@ class _Jobs:
       shares: see `sum_shares`.
     """
 
-    def __init__(self, names: Names, prefers: dict[int, int], shares: dict[int, float]):
+    def __init__(
+        self,
+        names: Names,
+        prefers: dict[int, int],
+        shares: dict[int, float],
+    ):
         self.names = names
         self.graph = names.graph
         self.prefers = prefers
@@ -493,7 +584,11 @@ class _Jobs:
         self._loops = 0
         self._walk(self.graph.block, 0)
 
-    def _walk(self, block: Block, loop: int) -> None:
+    def _walk(
+        self,
+        block: Block,
+        loop: int,
+    ) -> None:
         for op in block.operations:
             product = contraction(op)
             values = [v for v in (*op.inputs, *op.outputs[:1]) if v is not None]
@@ -509,7 +604,11 @@ class _Jobs:
                 for inner in op.blocks:
                     self._walk(inner, inside)
 
-    def _add_gathers(self, op: Operation, loop: int) -> None:
+    def _add_gathers(
+        self,
+        op: Operation,
+        loop: int,
+    ) -> None:
         """Add the gathers of stored values that an operation is the first to read."""
         for value in op.inputs:
             if value is None or value.stored is None:
@@ -539,7 +638,16 @@ class _Jobs:
             self._known[key].count += op.times
             return
         taps = used_taps(op)
-        job = Job(op, product, op.times, groups, loop, share, gather, taps)
+        job = Job(
+            op,
+            product,
+            op.times,
+            groups,
+            loop,
+            share,
+            gather,
+            taps,
+        )
         self._known[key] = job
         self.jobs.append(job)
 
@@ -580,7 +688,11 @@ def used_taps(op: Operation) -> float:
     return convolution_flops(op.params, left, right, out) / all_taps
 
 
-def as_compiled(kind: str, count: int, topology: Topology) -> str:
+def as_compiled(
+    kind: str,
+    count: int,
+    topology: Topology,
+) -> str:
     """Return the collective that XLA makes of one over `count` devices.
 
     Its CPU backend has no reduce-scatter (jaxlib 0.10 and 0.12). On a TPU it has none
@@ -635,7 +747,10 @@ def traffic(graph: Graph) -> np.ndarray:
     return counts
 
 
-def optimizer_bytes(trace: Trace, names: Names) -> list[tuple[float, float]]:
+def optimizer_bytes(
+    trace: Trace,
+    names: Names,
+) -> list[tuple[float, float]]:
     """Return (its bytes, the bytes of its optimizer state) for each parameter."""
     params = by_path(trace.state.params)
     state: dict[str, float] = defaultdict(float)

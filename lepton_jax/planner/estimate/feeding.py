@@ -29,7 +29,10 @@ def batch_bytes(trace: Trace) -> int:
     return sum(nbytes(leaf) for leaf in leaves)
 
 
-def residence(trace: Trace, topology: Topology) -> tuple[str, str]:
+def residence(
+    trace: Trace,
+    topology: Topology,
+) -> tuple[str, str]:
     """Return where the training data lies ("resident" or "streamed"), and why."""
     if trace.samples is None:
         return "streamed", "it is not held as arrays in memory"
@@ -54,7 +57,10 @@ def slow_loops(trace: Trace, topology: Topology) -> bool:
     return topology.platform == "cpu" and "conv_general_dilated" in trace.operations
 
 
-def steps_per_call(trace: Trace, topology: Topology) -> tuple[int, str]:
+def steps_per_call(
+    trace: Trace,
+    topology: Topology,
+) -> tuple[int, str]:
     """Return how many steps one XLA call runs, and why."""
     asked = trace.recipe.steps_per_call
     if trace.jaxpr is None:

@@ -103,8 +103,8 @@ def peak(
 
     Args:
       timeline: the timeline of the graph.
-      stored, computed: bytes on one device of each value of the graph (see
-        `Sizes.bytes`).
+      stored: bytes on one device of each value as it is stored (see `Sizes.bytes`).
+      computed: the same as it is computed with.
       vector: bytes of the memory next to the HBM.
       around: bytes that exist all the time, in a loop around the program.
       moments: for each parameter, how many arrays of its shape the optimizer keeps.
@@ -124,9 +124,19 @@ def peak(
         fast = _in_vector_memory(timeline, spans, bytes_, waits, vector)
         in_hbm = np.where(fast, 0.0, bytes_)
 
-    held = heap.alive(spans.starts, spans.ends, in_hbm, timeline.length)
+    held = heap.alive(
+        spans.starts,
+        spans.ends,
+        in_hbm,
+        timeline.length,
+    )
     moment = int(np.argmax(held))
-    total = around + heap.packed(timeline.platform, spans.starts, spans.ends, in_hbm)
+    total = around + heap.packed(
+        timeline.platform,
+        spans.starts,
+        spans.ends,
+        in_hbm,
+    )
     if tpu:
         total += _fragmentation(spans, in_hbm, total, around)
     # Gradients that devices sum lie in the HBM in any case.
@@ -135,7 +145,11 @@ def peak(
     return Peak(total, moment, bytes_, alive)
 
 
-def _spans(timeline: Timeline, stepping: bool, micro_batches: bool) -> _Spans:
+def _spans(
+    timeline: Timeline,
+    stepping: bool,
+    micro_batches: bool,
+) -> _Spans:
     """Return when buffers exist in a program that loops may stand around."""
     starts = timeline.starts
     ends = timeline.ends
@@ -155,7 +169,10 @@ def _spans(timeline: Timeline, stepping: bool, micro_batches: bool) -> _Spans:
 
 
 def _fragmentation(
-    spans: _Spans, in_hbm: np.ndarray, total: float, around: float
+    spans: _Spans,
+    in_hbm: np.ndarray,
+    total: float,
+    around: float,
 ) -> float:
     """Return the bytes that libtpu reports for fragmentation, on top of the heap.
 
@@ -268,8 +285,10 @@ def predict(
       names: named axes of the graph `trace.gradient(assignment.remat)`.
       assignment: how it is split.
       topology: where it runs.
-      steps_per_call, data: as in the plan.
-      timeline, sizes: of the graph, if they exist already.
+      steps_per_call: as in the plan.
+      data: as in the plan.
+      timeline: timeline of the graph, if it exists already.
+      sizes: sizes of the graph, if they exist already.
 
     Returns:
       Bytes by kind, and (bytes, description) of the largest values that exist at the
@@ -311,7 +330,11 @@ def predict(
     return held, _largest(timeline, top)
 
 
-def _by_purpose(timeline: Timeline, top: Peak, around: float) -> dict[str, int]:
+def _by_purpose(
+    timeline: Timeline,
+    top: Peak,
+    around: float,
+) -> dict[str, int]:
     """Split a peak into gradients, activations and other temporaries."""
     gradients = float(top.each[top.alive & timeline.gradients].sum()) + around
     gradients = min(top.bytes, gradients)
@@ -325,7 +348,10 @@ def _by_purpose(timeline: Timeline, top: Peak, around: float) -> dict[str, int]:
     }
 
 
-def _largest(timeline: Timeline, top: Peak) -> list[tuple[int, str]]:
+def _largest(
+    timeline: Timeline,
+    top: Peak,
+) -> list[tuple[int, str]]:
     alive = np.where(top.alive, top.each, 0)
     order = [int(b) for b in np.argsort(-alive)[:SHOWN] if top.alive[b]]
     return [(int(top.each[b]), describe(timeline, b)) for b in order]

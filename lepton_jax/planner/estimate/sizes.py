@@ -45,7 +45,12 @@ class Sizes:
         known: dict[tuple, int] = {}
         self.row = np.zeros(len(graph.values), np.int64)
         for value in graph.values:
-            look = self._look(value, prefers.get(value.index), rank, convolves)
+            look = self._look(
+                value,
+                prefers.get(value.index),
+                rank,
+                convolves,
+            )
             self.row[value.index] = known.setdefault(look, len(known))
 
         table = np.array(list(known), np.int64)
@@ -106,9 +111,17 @@ class Sizes:
 
     def by_row(self, weights: np.ndarray) -> np.ndarray:
         """Sum a weight for each value to one for each row."""
-        return np.bincount(self.row, weights, len(self.extents))
+        return np.bincount(
+            self.row,
+            weights,
+            len(self.extents),
+        )
 
-    def total(self, assignment: Assignment, weights: np.ndarray) -> float:
+    def total(
+        self,
+        assignment: Assignment,
+        weights: np.ndarray,
+    ) -> float:
         """Return the bytes of all values as stored, weighted by row."""
         computed_masks = self._computed_masks(assignment)
         masks = self._stored_masks(assignment, computed_masks)
@@ -133,10 +146,17 @@ class Sizes:
         """Return the same as stored: for a parameter, as the state keeps it."""
         table = self.storage(assignment)
         stored = table[self._stored[:, None], self._stored_dims]
-        return np.where(self._stored[:, None] >= 0, stored, computed_masks)
+        return np.where(
+            self._stored[:, None] >= 0,
+            stored,
+            computed_masks,
+        )
 
     def _bytes(
-        self, assignment: Assignment, masks: np.ndarray, tiled: bool
+        self,
+        assignment: Assignment,
+        masks: np.ndarray,
+        tiled: bool,
     ) -> np.ndarray:
         local = self.extents / np.array(assignment.counts)[masks]
         parts = np.ones(len(masks))
@@ -190,7 +210,11 @@ class Sizes:
 
     def _leaves(self, trace: Trace) -> _State:
         if self._state is None:
-            self._state = _State(trace, self.names, self.extents.shape[1])
+            self._state = _State(
+                trace,
+                self.names,
+                self.extents.shape[1],
+            )
         return self._state
 
 
@@ -205,7 +229,12 @@ class _State:
       moments: arrays of its shape that the optimizer keeps of each parameter.
     """
 
-    def __init__(self, trace: Trace, names: Names, rank: int):
+    def __init__(
+        self,
+        trace: Trace,
+        names: Names,
+        rank: int,
+    ):
         self.paths = [path for path in names.paths if path.startswith("params")]
         self.leaves = by_path(trace.state)
         leaves = self.leaves
@@ -229,7 +258,12 @@ class _State:
         for row, path in enumerate(leaves):
             self._fill(row, path, marks)
 
-    def _fill(self, row: int, path: str, marks: dict[str, Any]) -> None:
+    def _fill(
+        self,
+        row: int,
+        path: str,
+        marks: dict[str, Any],
+    ) -> None:
         shape = tuple(self.leaves[path].shape)
         self.extents[row, : len(shape)] = shape
         kind, _, tail = path.partition("/")
@@ -249,7 +283,10 @@ class _State:
                 self.moments[parameter] += 1
 
 
-def tiling(shapes: np.ndarray, images: np.ndarray) -> np.ndarray:
+def tiling(
+    shapes: np.ndarray,
+    images: np.ndarray,
+) -> np.ndarray:
     """Return how many times its bytes an array takes in tiles of (8, 128).
 
     The dims are taken in the order that wastes the least. [2048, 10] takes 1.6 times

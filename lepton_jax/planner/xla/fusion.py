@@ -33,9 +33,20 @@ from collections.abc import Iterable
 from typing import Any
 
 from lepton_jax.compat import scan_counts
-from lepton_jax.planner.program.graph import BARRIER, Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import (
+    BARRIER,
+    Block,
+    Graph,
+    Operation,
+    Value,
+)
 from lepton_jax.planner.program.rules import ELEMENTWISE
-from lepton_jax.planner.xla.buffers import GATHERED, STORED, BufferKind, Group
+from lepton_jax.planner.xla.buffers import (
+    GATHERED,
+    STORED,
+    BufferKind,
+    Group,
+)
 from lepton_jax.planner.xla.operations import (
     ALIASES,
     COSTLY,
@@ -167,7 +178,11 @@ class Fusion:
         self._set(value, (buffer,))
         return buffer
 
-    def _set(self, value: Value, buffers: tuple[int, ...]) -> None:
+    def _set(
+        self,
+        value: Value,
+        buffers: tuple[int, ...],
+    ) -> None:
         self.buffers[value.index] = buffers
         self.sources[value.index] = buffers
 
@@ -187,7 +202,12 @@ class Fusion:
     def _original(self, value: Value) -> int:
         return self.originals.get(value.index, value.index)
 
-    def _alias(self, source: Value, target: Value, alike: bool = True) -> None:
+    def _alias(
+        self,
+        source: Value,
+        target: Value,
+        alike: bool = True,
+    ) -> None:
         """Let a value share the buffers of another.
 
         With `alike`, operations on one merge with the same operations on the other.
@@ -201,7 +221,11 @@ class Fusion:
 
     # ---- the whole program ----
 
-    def _find_users(self, block: Block, stacked: range = range(0)) -> None:
+    def _find_users(
+        self,
+        block: Block,
+        stacked: range = range(0),
+    ) -> None:
         """Note which operations read each value; None for the caller of the block.
 
         A loop doesn't read the `stacked` results of its body: they are its stacks.
@@ -249,7 +273,11 @@ class Fusion:
 
     # ---- one operation ----
 
-    def _add(self, op: Operation, groups: list[Group]) -> None:
+    def _add(
+        self,
+        op: Operation,
+        groups: list[Group],
+    ) -> None:
         inputs = [value for value in op.inputs if value is not None]
         merges = op.name not in UNMERGED and not op.eqn.effects
         if inputs and merges and not op.blocks and self._repeats(op):
@@ -312,7 +340,11 @@ class Fusion:
         if op.name == BARRIER:
             self._hold(op, groups)
 
-    def _hold(self, op: Operation, groups: list[Group]) -> None:
+    def _hold(
+        self,
+        op: Operation,
+        groups: list[Group],
+    ) -> None:
         """Hook: hold back the readers of a barrier until all its operands exist.
 
         There is nothing to do where groups run in the program's order.
@@ -386,7 +418,12 @@ class Fusion:
             op, target, sources, several_large, costly
         )
 
-    def _is_absorbed(self, op: Operation, target: Value, costly: bool) -> bool:
+    def _is_absorbed(
+        self,
+        op: Operation,
+        target: Value,
+        costly: bool,
+    ) -> bool:
         """Whether all readers of a value compute it in their own kernels."""
         users = self.users.get(target.index, ())
         if not users and target.index not in self.stacks:
@@ -409,13 +446,22 @@ class Fusion:
         written = self.materialize(target, op, self.kind(target))
         groups.append(Group(sources, (written,), reuses=reuses))
 
-    def _reusable(self, sources: tuple[int, ...], target: Value) -> tuple[int, ...]:
+    def _reusable(
+        self,
+        sources: tuple[int, ...],
+        target: Value,
+    ) -> tuple[int, ...]:
         """Return the buffers that a result may overwrite: those of its size."""
         bytes_ = size(target)
         values = self.graph.values
         return tuple(b for b in sources if size(values[self.values[b]]) == bytes_)
 
-    def absorbs(self, user: Operation, op: Operation, costly: bool) -> bool:
+    def absorbs(
+        self,
+        user: Operation,
+        op: Operation,
+        costly: bool,
+    ) -> bool:
         """Hook: whether `user` computes the result of `op` in its own kernel.
 
         Args:
@@ -520,7 +566,11 @@ class Fusion:
 
     # ---- loops and branches ----
 
-    def _add_scan(self, op: Operation, groups: list[Group]) -> None:
+    def _add_scan(
+        self,
+        op: Operation,
+        groups: list[Group],
+    ) -> None:
         consts, carried = scan_counts(op.eqn)
         sliced = consts + carried
         body = op.blocks[0]
@@ -534,7 +584,11 @@ class Fusion:
             reads += buffers
             self._set(inner, buffers)
 
-        carry = zip(pairs[consts:sliced], op.outputs[:carried], strict=True)
+        carry = zip(
+            pairs[consts:sliced],
+            op.outputs[:carried],
+            strict=True,
+        )
         for (outer, inner), target in carry:
             if outer is not None:
                 reuses += self.buffers[outer.index]
@@ -550,9 +604,23 @@ class Fusion:
         inside = self._add_body(op, sliced, carried)
         stacks = self._merged_stacks(op.outputs[carried:], body.results[carried:])
         inside.append(Group(self._buffers_of(body.results[:carried]), ()))
-        self._add_loop(groups, Group(reads, writes, inside, reuses), stacks)
+        self._add_loop(
+            groups,
+            Group(
+                reads,
+                writes,
+                inside,
+                reuses,
+            ),
+            stacks,
+        )
 
-    def _add_body(self, op: Operation, sliced: int, carried: int) -> list[Group]:
+    def _add_body(
+        self,
+        op: Operation,
+        sliced: int,
+        carried: int,
+    ) -> list[Group]:
         """Add buffers for a loop's stacks, then return the groups of its body."""
         body = op.blocks[0]
         for stack in op.outputs[carried:]:
@@ -562,7 +630,11 @@ class Fusion:
         inside = self._slice_copies(op, body.inputs[sliced:])
         return [*inside, *self._block(body)]
 
-    def _merged_stacks(self, stacks: list[Value], results: list[Any]) -> list[int]:
+    def _merged_stacks(
+        self,
+        stacks: list[Value],
+        results: list[Any],
+    ) -> list[int]:
         """Return the buffers of a loop's stacks, one for those that hold the same."""
         firsts: dict[int, Value] = {}
         for stack, result in zip(stacks, results, strict=True):
@@ -582,16 +654,29 @@ class Fusion:
         """Hook: return the buffers that a loop reads of an array that it slices."""
         return self.buffers[value.index]
 
-    def _slice_copies(self, op: Operation, values: list[Value]) -> list[Group]:
+    def _slice_copies(
+        self,
+        op: Operation,
+        values: list[Value],
+    ) -> list[Group]:
         """Hook: return groups that copy slices at the start of a loop's body."""
         return []
 
-    def _add_loop(self, groups: list[Group], loop: Group, stacks: list[int]) -> None:
+    def _add_loop(
+        self,
+        groups: list[Group],
+        loop: Group,
+        stacks: list[int],
+    ) -> None:
         """Hook: add a loop, which writes its stacks."""
         loop.writes = (*loop.writes, *stacks)
         groups.append(loop)
 
-    def _add_branches(self, op: Operation, groups: list[Group]) -> None:
+    def _add_branches(
+        self,
+        op: Operation,
+        groups: list[Group],
+    ) -> None:
         reads = self._buffers_of(op.inputs)
         inside: list[Group] = []
         for inner in op.blocks:

@@ -15,7 +15,12 @@ from typing import Any
 
 import jax
 
-from lepton_jax.planner.program.graph import Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import (
+    Block,
+    Graph,
+    Operation,
+    Value,
+)
 from lepton_jax.planner.program.layout import itemsize
 from lepton_jax.planner.xla.buffers import (
     COMPUTED,
@@ -28,7 +33,12 @@ from lepton_jax.planner.xla.buffers import (
     Group,
 )
 from lepton_jax.planner.xla.fusion import Fusion
-from lepton_jax.planner.xla.operations import DOTS, REDUCED, SCATTERS, sparse
+from lepton_jax.planner.xla.operations import (
+    DOTS,
+    REDUCED,
+    SCATTERS,
+    sparse,
+)
 
 # Whether this is the XLA of jaxlib 0.10, and not that of jaxlib 0.12.
 OLDER = jax.__version_info__ < (0, 11)
@@ -84,12 +94,21 @@ class CpuFusion(Fusion):
         self.groups.append(Group([*totals, *self._buffers_of(others)], ()))
         return totals
 
-    def _alias(self, source: Value, target: Value, alike: bool = True) -> None:
+    def _alias(
+        self,
+        source: Value,
+        target: Value,
+        alike: bool = True,
+    ) -> None:
         super()._alias(source, target, alike)
         if source.index in self.loose:
             self.loose.add(target.index)
 
-    def _hold(self, op: Operation, groups: list[Group]) -> None:
+    def _hold(
+        self,
+        op: Operation,
+        groups: list[Group],
+    ) -> None:
         """Let all readers of a barrier's results read a token as well.
 
         Groups run when their operands are ready, so only the token keeps the readers
@@ -105,7 +124,12 @@ class CpuFusion(Fusion):
 
     # ---- operations that fuse ----
 
-    def absorbs(self, user: Operation, op: Operation, costly: bool) -> bool:
+    def absorbs(
+        self,
+        user: Operation,
+        op: Operation,
+        costly: bool,
+    ) -> bool:
         """Whether a reader computes its operand in its own kernel.
 
         A product that is computed in float32 has its operands copied to float32, and
@@ -121,6 +145,11 @@ class CpuFusion(Fusion):
         several_large: bool,
         costly: bool,
     ) -> bool:
+        """Whether a value with several readers is written.
+
+        jaxlib 0.10 computes products of 16-bit numbers in float32. A 16-bit operand
+        that only products and reductions read exists only as the float32 copies.
+        """
         if OLDER and itemsize(target) == 2:
             users = self.users[target.index]
             fusing = DOTS | REDUCED
@@ -133,7 +162,13 @@ class CpuFusion(Fusion):
             # written in 16 bits.
             if any(self.kinds[b] == COMPUTED_DOUBLE for b in sources):
                 return True
-        return super().computed_once(op, target, sources, several_large, costly)
+        return super().computed_once(
+            op,
+            target,
+            sources,
+            several_large,
+            costly,
+        )
 
     def _add_fusible(
         self,
@@ -166,9 +201,20 @@ class CpuFusion(Fusion):
         rest = [b for value in others for b in self.sources[value.index]]
         total = self.materialize(op.outputs[0], op)
         groups.append(Group(rest, (total,)))
-        groups.append(Group(self.added[added.index], (), updates=(total,)))
+        groups.append(
+            Group(
+                self.added[added.index],
+                (),
+                updates=(total,),
+            )
+        )
 
-    def _broadcast(self, op: Operation, value: Value, groups: list[Group]) -> Value:
+    def _broadcast(
+        self,
+        op: Operation,
+        value: Value,
+        groups: list[Group],
+    ) -> Value:
         """Return an operand of an outer product, written at the result's size."""
         target = op.outputs[0]
         if (
@@ -182,7 +228,12 @@ class CpuFusion(Fusion):
         if key not in self.broadcast:
             # A value that is not in the graph: it needs a number of its own.
             number = -1 - len(self.broadcast)
-            wide = Value(number, target.shape, target.dtype, target.nodes)
+            wide = Value(
+                number,
+                target.shape,
+                target.dtype,
+                target.nodes,
+            )
             written = self.new_buffer(target, op)
             self._set(wide, (written,))
             groups.append(Group(self.sources[value.index], (written,)))
@@ -244,7 +295,11 @@ class CpuFusion(Fusion):
             self._set(target, ())
             return
         # The zeros are ready when the program starts.
-        zeros = self.materialize(target, op, STORED if sparse(op) else COMPUTED)
+        zeros = self.materialize(
+            target,
+            op,
+            STORED if sparse(op) else COMPUTED,
+        )
         groups.append(Group((), (zeros,)))
         groups.append(Group(reads, (), updates=(zeros,)))
 
@@ -398,7 +453,11 @@ class CpuFusion(Fusion):
 
     # ---- loops ----
 
-    def _slice_copies(self, op: Operation, values: list[Value]) -> list[Group]:
+    def _slice_copies(
+        self,
+        op: Operation,
+        values: list[Value],
+    ) -> list[Group]:
         groups = []
         for value in values:
             if str(value.dtype) == "float32" and value.stored is None:
@@ -421,7 +480,12 @@ class CpuFusion(Fusion):
         groups.append(Group(source, (copy,)))
         return (copy,)
 
-    def _add_loop(self, groups: list[Group], loop: Group, stacks: list[int]) -> None:
+    def _add_loop(
+        self,
+        groups: list[Group],
+        loop: Group,
+        stacks: list[int],
+    ) -> None:
         """Add a loop that updates its stacks in place.
 
         They are zeros first, which are ready when the program starts.

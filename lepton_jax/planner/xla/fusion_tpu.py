@@ -12,7 +12,12 @@ the masked gradient in place of its own result (`_ends_product`).
 
 from __future__ import annotations
 
-from lepton_jax.planner.program.graph import Block, Graph, Operation, Value
+from lepton_jax.planner.program.graph import (
+    Block,
+    Graph,
+    Operation,
+    Value,
+)
 from lepton_jax.planner.program.layout import itemsize
 from lepton_jax.planner.xla.buffers import (
     COMPUTED_ROWS,
@@ -58,7 +63,12 @@ class TpuFusion(Fusion):
 
     keeps_dots = False
 
-    def __init__(self, graph: Graph, windowed: bool = False, eager: bool = False):
+    def __init__(
+        self,
+        graph: Graph,
+        windowed: bool = False,
+        eager: bool = False,
+    ):
         self.windowed = windowed
         self.eager = eager
         # The group of the product that a value stems from.
@@ -106,7 +116,12 @@ class TpuFusion(Fusion):
                 self.groups.append(Group((buffer,), ()))
         return super()._finish(block) + self.taken
 
-    def _alias(self, source: Value, target: Value, alike: bool = True) -> None:
+    def _alias(
+        self,
+        source: Value,
+        target: Value,
+        alike: bool = True,
+    ) -> None:
         super()._alias(source, target, alike)
         if source.index in self.products:
             self.products[target.index] = self.products[source.index]
@@ -117,6 +132,7 @@ class TpuFusion(Fusion):
     # ---- operations that fuse ----
 
     def scatters_numbers(self, op: Operation) -> bool:
+        """Whether a scatter has no window: each update is a single number."""
         return (
             op.name in SCATTERS
             and not op.params["dimension_numbers"].update_window_dims
@@ -171,7 +187,11 @@ class TpuFusion(Fusion):
         whole = size(self.graph.values[self.values[buffer]])
         return whole / 2 if self.kinds[buffer] == STORED_HALF else whole
 
-    def kind(self, value: Value, sums: bool = False) -> BufferKind:
+    def kind(
+        self,
+        value: Value,
+        sums: bool = False,
+    ) -> BufferKind:
         """Return the form in which a value is written.
 
         Products round float32 operands to bfloat16 by default, so what only they read
@@ -291,7 +311,11 @@ class TpuFusion(Fusion):
             return False
 
         product, raw = before
-        written = self.materialize(target, op, self.kind(target, sums=True))
+        written = self.materialize(
+            target,
+            op,
+            self.kind(target, sums=True),
+        )
         self.ranks[written] = self._rank(raw)
         others = (b for b in sources if b != raw)
         product.writes = tuple(written if b == raw else b for b in product.writes)
@@ -365,7 +389,11 @@ class TpuFusion(Fusion):
         if len(source) != 1 or source[0] not in product.reads:
             return
         held = self.graph.values[self.values[source[0]]]
-        copy = self.new_buffer(held, op, self.kinds[source[0]])
+        copy = self.new_buffer(
+            held,
+            op,
+            self.kinds[source[0]],
+        )
         groups.insert(len(groups) - 1, Group(source, (copy,)))
         product.reads = tuple(copy if b == source[0] else b for b in product.reads)
 
@@ -408,7 +436,12 @@ class TpuFusion(Fusion):
             return reads
         return (*self.sources[value.index], self._gather(op, value, groups))
 
-    def _gather(self, op: Operation, value: Value, groups: list[Group]) -> int:
+    def _gather(
+        self,
+        op: Operation,
+        value: Value,
+        groups: list[Group],
+    ) -> int:
         """Return the buffer of a gathered parameter; gather it if that wasn't done.
 
         libtpu gathers a parameter once a block, while the product before runs. One that
@@ -480,7 +513,12 @@ class TpuFusion(Fusion):
             groups.append(Group((own,), ()))
         self._set(target, ())
 
-    def _take(self, gradient: int, reads: list[int], groups: list[Group]) -> None:
+    def _take(
+        self,
+        gradient: int,
+        reads: list[int],
+        groups: list[Group],
+    ) -> None:
         groups.append(Group(reads, (gradient,)))
         self.taken.append(gradient)
         self.in_hbm.append(gradient)

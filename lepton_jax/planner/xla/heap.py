@@ -47,7 +47,8 @@ def packed(
 
     Args:
       platform: "cpu", "tpu" or "gpu".
-      starts, ends: first and last moment of each buffer, inclusive.
+      starts: first moment of each buffer.
+      ends: last moment of each buffer, inclusive.
       sizes: bytes of each buffer.
     """
     occupied = np.flatnonzero(sizes > 0)
@@ -56,7 +57,13 @@ def packed(
     largest_first = occupied[np.argsort(-sizes[occupied], kind="stable")]
     big = np.sort(largest_first[:PACKED_SINGLY])
     rest = largest_first[PACKED_SINGLY:]
-    small = float(alive(starts[rest], ends[rest], sizes[rest]).max(initial=0.0))
+    small = float(
+        alive(
+            starts[rest],
+            ends[rest],
+            sizes[rest],
+        ).max(initial=0.0)
+    )
 
     starts = starts[big]
     ends = ends[big]
@@ -68,7 +75,13 @@ def packed(
     by_size = np.lexsort((number, negative_length, -sizes))
     by_time = np.lexsort((number, -sizes, negative_length))
     return small + min(
-        _packed_by_rank(order, starts, ends, sizes) for order in (by_size, by_time)
+        _packed_by_rank(
+            order,
+            starts,
+            ends,
+            sizes,
+        )
+        for order in (by_size, by_time)
     )
 
 
@@ -108,7 +121,10 @@ def _packed_in_order(
     return top
 
 
-def _smallest_gap(held: list[Span], size: float) -> float:
+def _smallest_gap(
+    held: list[Span],
+    size: float,
+) -> float:
     """Return where the smallest gap between spans begins that holds `size` bytes.
 
     The spans are in the order of their addresses. If no gap is large enough, this is
@@ -141,7 +157,14 @@ def _packed_by_rank(
     sizes = sizes[order]
     low = np.zeros(len(order))
     top = 0.0
-    for i, (start, end, size) in enumerate(zip(starts, ends, sizes, strict=True)):
+    for i, (start, end, size) in enumerate(
+        zip(
+            starts,
+            ends,
+            sizes,
+            strict=True,
+        )
+    ):
         together = np.flatnonzero((starts[:i] <= end) & (start <= ends[:i]))
         together = together[np.argsort(low[together], kind="stable")]
         tops = np.concatenate(([0.0], low[together] + sizes[together]))
@@ -168,7 +191,8 @@ def in_vector_memory(
     may have it in that memory for a time.
 
     Args:
-      starts, ends: first and last moment of each buffer, inclusive.
+      starts: first moment of each buffer.
+      ends: last moment of each buffer, inclusive.
       sizes: bytes of each buffer.
       room: bytes of the memory.
       rank: lower is more urgent.

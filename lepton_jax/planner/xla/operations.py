@@ -117,7 +117,10 @@ def sparse(op: Operation) -> bool:
     return False
 
 
-def large_inputs(inputs: list[Value], target: Value) -> list[Value]:
+def large_inputs(
+    inputs: list[Value],
+    target: Value,
+) -> list[Value]:
     """Return the inputs of at least the result's rank, dims of one left out.
 
     XLA's fusion guesses by rank which operands are small next to the result.

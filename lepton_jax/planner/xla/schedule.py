@@ -111,7 +111,11 @@ class Timeline:
         self.value_bytes = np.array([max(1, size(v)) for v in graph.values], float)
         self.number_bytes = np.array([itemsize(v) for v in graph.values], float)
 
-    def variant(self, windowed: bool, eager: bool) -> Timeline:
+    def variant(
+        self,
+        windowed: bool,
+        eager: bool,
+    ) -> Timeline:
         """Return the timeline of the same program in another order."""
         key = (windowed, eager)
         if key not in self._variants:
@@ -150,7 +154,11 @@ class Timeline:
         straight = [op is not None and op.name != "scan" for op in fusion.owners]
         self.summed = self.gradients & np.array(straight, bool)
 
-    def _take_products(self, clock: _Clock, fusion: Fusion) -> None:
+    def _take_products(
+        self,
+        clock: _Clock,
+        fusion: Fusion,
+    ) -> None:
         products = [
             (moment, op)
             for moment, op in clock.products
@@ -189,7 +197,10 @@ def _scale(kind: BufferKind, value: Value) -> float:
     return scale
 
 
-def _mask(chosen: Sequence[int], count: int) -> np.ndarray:
+def _mask(
+    chosen: Sequence[int],
+    count: int,
+) -> np.ndarray:
     mask = np.zeros(count, bool)
     mask[list(chosen)] = True
     return mask
@@ -216,7 +227,11 @@ class _Clock:
         self.products: list[tuple[int, Operation]] = []
         self.accesses: list[tuple[int, int]] = []
 
-    def run(self, groups: list[Group], clock: int) -> int:
+    def run(
+        self,
+        groups: list[Group],
+        clock: int,
+    ) -> int:
         """Give groups their moments, from `clock` on; return the last moment."""
         for group in self.order(groups):
             clock += 2
@@ -235,7 +250,11 @@ class _Clock:
                 ends[b] -= 1
         return ends
 
-    def _start(self, group: Group, clock: int) -> None:
+    def _start(
+        self,
+        group: Group,
+        clock: int,
+    ) -> None:
         if group.product is not None:
             self.products.append((clock, group.product))
         self.accesses += [(clock, b) for b in {*group.reads, *group.writes}]
@@ -246,7 +265,11 @@ class _Clock:
             self.overwritten[b] = clock
             self.ends[b] = max(self.ends[b], clock)
 
-    def _run_loop(self, group: Group, begin: int) -> int:
+    def _run_loop(
+        self,
+        group: Group,
+        begin: int,
+    ) -> int:
         """Run a loop's body once; its results exist from the loop's start on."""
         assert group.body is not None
         for b in (*group.reads, *group.writes, *group.reuses, *group.updates):
@@ -298,7 +321,10 @@ def _put_off(groups: list[Group]) -> list[Group]:
     return [*groups[:begin], *chain, *late, *others, *groups[end:]]
 
 
-def _chain(groups: list[Group], begin: int) -> tuple[set[Group], int]:
+def _chain(
+    groups: list[Group],
+    begin: int,
+) -> tuple[set[Group], int]:
     """Return the groups that late ones need, and the end of the chain among them.
 
     The end is the place after the last product with a kernel that a late group needs.
