@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import Plan, Trace
-from lepton_jax.planner.estimate.cost import as_compiled, sum_shares
+from lepton_jax.planner.estimate.cost import as_compiled
+from lepton_jax.planner.estimate.jobs import sum_shares
 from lepton_jax.planner.program.graph import Operation, Value
 from lepton_jax.planner.program.layout import (
     Layout,

@@ -30,23 +30,19 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lepton_jax.compat import source_line
 from lepton_jax.hardware import (
     Link,
     Topology,
-    convolution_flops,
     join,
     lay,
     matmul_seconds,
 )
 from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.sizes import Sizes
+from lepton_jax.planner.estimate.traffic import traffic
 from lepton_jax.planner.program.graph import (
-    BARRIER,
-    Block,
-    Graph,
     Operation,
     Value,
 )
@@ -56,60 +52,18 @@ from lepton_jax.planner.program.layout import (
     Index,
     Layout,
     Move,
-    contraction,
+    Spec,
     meets_stored,
 )
 from lepton_jax.planner.program.named import Names
-from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.xla.figures import HIDDEN_SHARE
-from lepton_jax.planner.xla.operations import DOTS, FREE
+from lepton_jax.planner.xla.operations import DOTS
 from lepton_jax.trees import by_path, nbytes
-
-# Operations that a fused group of elementwise operations may hold.
-FUSIBLE = {
-    *ELEMENTWISE,
-    "broadcast_in_dim",
-    "reshape",
-    "transpose",
-    "squeeze",
-    "expand_dims",
-    "concatenate",
-    "split",
-    "slice",
-    "pad",
-    "rev",
-} - {BARRIER}
 
 # Chips of a square torus from which on libtpu of jax 0.10 and 0.12 replaces collectives
 # over the whole of it; found by compiling for v5e:4x4, v5e:8x8 and v5p:4x4x4.
 WHOLE_TORUS = 64
-
-
-@dataclass
-class Job:
-    """Operations that are alike, as one piece of work.
-
-    Attributes:
-      op: the first of them.
-      product: its indices, if it is a contraction.
-      count: how often a step runs it, micro-batches apart.
-      groups: named axes that decide how it is split.
-      loop: number of the loop in whose body it stands; 0 outside of loops.
-      share: less than 1 for a term of a sum, since XLA reduces the sum over the
-        devices and not each term.
-      gather: the value of a job that only gathers a stored value.
-      taps: share of a convolution's taps that meet an element of its input.
-    """
-
-    op: Operation
-    product: Contraction | None
-    count: int
-    groups: tuple[int, ...]
-    loop: int
-    share: float
-    gather: Value | None = None
-    taps: float = 1.0
 
 
 class Collective(NamedTuple):
@@ -186,7 +140,7 @@ class Cost:
         # XLA's CPU backend reduces each term of a sum over devices by itself.
         cpu = topology.platform == "cpu"
         shares = {} if cpu else sum_shares(self.graph.block)
-        self.jobs = _Jobs(names, self.prefers, shares).jobs
+        self.jobs = Jobs(names, self.prefers, shares).jobs
         self.sizes = sizes or Sizes(self.graph, names)
         self._traffic = self.sizes.by_row(traffic(self.graph))
         self._optimizer = optimizer_bytes(trace, names)
@@ -232,17 +186,31 @@ class Cost:
         # Collectives read and write the memory, besides sending.
         sent = [*shown.items(), *hidden.items()]
         communicated = sum(2 * size * key[-1] for key, size in sent)
-        seconds = {"matmul": compute, "memory": self._memory(assignment, communicated)}
-        exposed = self._communication(shown, ledger)
-        next_to = self._communication(hidden, ledger)
-        if self.topology.platform == "cpu":
-            exposed += next_to
-        else:
-            busy = sum(seconds.values())
-            exposed += max(HIDDEN_SHARE * next_to, next_to - busy)
-        seconds["communication"] = exposed
-        seconds["optimizer"] = self._update(layout)
+        memory = self._memory(assignment, communicated)
+        waiting = self._communication(shown, ledger)
+        waiting += self._exposed(self._communication(hidden, ledger), compute + memory)
+        seconds = {
+            "matmul": compute,
+            "memory": memory,
+            "communication": waiting,
+            "optimizer": self._update(layout),
+        }
         return Estimate(seconds, flops, ledger)
+
+    def _exposed(
+        self,
+        hidden: float,
+        busy: float,
+    ) -> float:
+        """Return the part of hidden communication that shows.
+
+        Args:
+          hidden: seconds of communication that runs while the device computes.
+          busy: seconds of computing.
+        """
+        if self.topology.platform == "cpu":
+            return hidden
+        return max(HIDDEN_SHARE * hidden, hidden - busy)
 
     def layout(self, assignment: Assignment) -> Layout:
         """Return how the assignment splits each value and operation."""
@@ -423,26 +391,18 @@ class Cost:
         right = op.inputs[product.right]
         out = op.outputs[0]
         assert left is not None and right is not None
-        values = (left, right, out)
-        specs = (
-            decision.inputs.get(product.left, layout.use(left)),
-            decision.inputs.get(product.right, layout.use(right)),
-            decision.natural or layout.spec(out),
+        sides = (
+            (left, decision.inputs.get(product.left, layout.use(left))),
+            (right, decision.inputs.get(product.right, layout.use(right))),
+            (out, decision.natural or layout.spec(out)),
         )
 
         shape = _Shape()
         for index in product.indices:
-            side = next(s for s in (0, 1, 2) if index[s] is not None)
-            dim = index[side]
-            assert dim is not None
-            whole = values[side].shape[dim]
-            extent = whole / layout.counts[specs[side][dim]]
-            if layout.parts > 1 and self._is_batch(values[side].nodes[dim]):
-                extent /= layout.parts
-
+            extent = self._extent(sides, index, layout)
             if product.groups > 1 and index is product.indices[0]:
-                assert index.right is not None
-                shares = product.groups * extent / left.shape[dim]
+                assert index.left is not None and index.right is not None
+                shares = product.groups * extent / left.shape[index.left]
                 columns = right.shape[index.right] / product.groups
                 by_batch = op.params["batch_group_count"] > 1
                 shape.add_groups(shares, columns, extent, by_batch)
@@ -455,8 +415,21 @@ class Cost:
             shape.k *= math.prod(right.shape[d] for d in numbers.rhs_spec[2:])
         return shape.rounded()
 
-    def _is_batch(self, node: int) -> bool:
-        return self.names.of.get(self.graph.find(node)) == self.names.batch
+    def _extent(
+        self,
+        sides: tuple[tuple[Value, Spec], ...],
+        index: Index,
+        layout: Layout,
+    ) -> float:
+        """Return the extent of a product's index on a device, in one micro-batch."""
+        number, dim = next((i, d) for i, d in enumerate(index) if d is not None)
+        value, spec = sides[number]
+        extent = value.shape[dim] / layout.counts[spec[dim]]
+        if layout.parts > 1:
+            root = self.graph.find(value.nodes[dim])
+            if self.names.of.get(root) == self.names.batch:
+                extent /= layout.parts
+        return extent
 
 
 @dataclass
@@ -556,138 +529,6 @@ def _note(
     causes[cause] = causes.get(cause, 0.0) + move.bytes * job.count * parts
 
 
-# ---- the jobs of a graph ----
-
-
-class _Jobs:
-    """Collects the jobs of a graph.
-
-    Args:
-      names: the graph's named axes.
-      prefers: for a value, the dim that gets its mesh axes first.
-      shares: see `sum_shares`.
-    """
-
-    def __init__(
-        self,
-        names: Names,
-        prefers: dict[int, int],
-        shares: dict[int, float],
-    ):
-        self.names = names
-        self.graph = names.graph
-        self.prefers = prefers
-        self.shares = shares
-        self.jobs: list[Job] = []
-        self._known: dict[tuple, Job] = {}
-        self._gathered: set[int] = set()
-        self._loops = 0
-        self._walk(self.graph.block, 0)
-
-    def _walk(
-        self,
-        block: Block,
-        loop: int,
-    ) -> None:
-        for op in block.operations:
-            product = contraction(op)
-            values = [v for v in (*op.inputs, *op.outputs[:1]) if v is not None]
-            # An empty array computes and moves nothing.
-            empty = any(0 in v.shape for v in values)
-            if (product is not None or op.whole) and not empty:
-                self._add(op, product, loop, values, None)
-            if not op.blocks and any(v.stored is None for v in op.outputs):
-                self._add_gathers(op, loop)
-            if op.blocks:
-                self._loops += 1
-                inside = self._loops
-                for inner in op.blocks:
-                    self._walk(inner, inside)
-
-    def _add_gathers(
-        self,
-        op: Operation,
-        loop: int,
-    ) -> None:
-        """Add the gathers of stored values that an operation is the first to read."""
-        for value in op.inputs:
-            if value is None or value.stored is None:
-                continue
-            # One that lasts is gathered in the forward and in the backward pass.
-            if value.index in self._gathered and value.index not in self.graph.lasting:
-                continue
-            self._gathered.add(value.index)
-            self._add(op, None, loop, [value], value)
-
-    def _add(
-        self,
-        op: Operation,
-        product: Contraction | None,
-        loop: int,
-        values: list[Value],
-        gather: Value | None,
-    ) -> None:
-        groups = self._groups(values)
-        if not groups and op.name not in DOTS:
-            return
-        looks = tuple(self._look(value) for value in values)
-        # A print has no outputs.
-        share = self.shares.get(op.outputs[0].index, 1.0) if op.outputs else 1.0
-        key = (op.name, op.times, product, looks, gather is not None, loop, share)
-        if key in self._known:
-            self._known[key].count += op.times
-            return
-        taps = used_taps(op)
-        job = Job(
-            op,
-            product,
-            op.times,
-            groups,
-            loop,
-            share,
-            gather,
-            taps,
-        )
-        self._known[key] = job
-        self.jobs.append(job)
-
-    def _groups(self, values: list[Value]) -> tuple[int, ...]:
-        """Return the named axes of some values, and of the parameters behind them."""
-        numbers: dict[int, None] = {}
-        for value in values:
-            nodes = list(value.nodes)
-            if value.stored is not None:
-                nodes += self.graph.block.inputs[value.stored[0]].nodes
-            for node in nodes:
-                root = self.graph.find(node)
-                if root in self.names.of:
-                    numbers[self.names.of[root]] = None
-        return tuple(numbers)
-
-    def _look(self, value: Value) -> tuple:
-        """Return what makes a value like others for the cost."""
-        names = self.names
-        groups = tuple(names.of.get(self.graph.find(node)) for node in value.nodes)
-        stored = value.stored and (names.patterns[value.stored[0]], value.stored[1])
-        prefers = self.prefers.get(value.index)
-        return value.shape, str(value.dtype), groups, stored, prefers
-
-
-def used_taps(op: Operation) -> float:
-    """Return the share of a convolution's taps that meet an element of its input.
-
-    The others meet padding or a hole of a dilated input. It is 1 for anything else.
-    """
-    if op.name != "conv_general_dilated":
-        return 1.0
-    values = [v for v in (*op.inputs[:2], op.outputs[0]) if v is not None]
-    left, right, out = (value.shape for value in values)
-    output_channels = right[op.params["dimension_numbers"].rhs_spec[0]]
-    kernel = math.prod(right) / output_channels
-    all_taps = 2.0 * math.prod(out) * kernel
-    return convolution_flops(op.params, left, right, out) / all_taps
-
-
 def as_compiled(
     kind: str,
     count: int,
@@ -709,44 +550,6 @@ def as_compiled(
     return "all-reduce" if square and whole and kind in missing else kind
 
 
-def traffic(graph: Graph) -> np.ndarray:
-    """Count how often a step reads or writes each value in a device's memory.
-
-    What matmuls do with their operands is not counted. Elementwise operations and
-    reductions run together (XLA's fusion): only what something else needs is written,
-    and each such group reads its sources once.
-
-    Returns:
-      A float array, (values,).
-    """
-    readers: dict[int, list[str]] = defaultdict(list)
-    for op in graph.operations():
-        for value in op.inputs:
-            if value is not None:
-                readers[value.index].append(op.name)
-
-    counts = np.zeros(len(graph.values))
-    sources: dict[int, tuple[int, ...]] = {}
-    joining = {*FUSIBLE, *REDUCTIONS}
-    for op in graph.operations():
-        if op.blocks or op.name in FREE or op.name in DOTS or op.name == BARRIER:
-            continue
-        inputs = [v for v in op.inputs if v is not None and v.shape]
-        reads: dict[int, None] = {}
-        for value in inputs:
-            reads.update(dict.fromkeys(sources.get(value.index, (value.index,))))
-
-        users = readers[op.outputs[0].index] if op.name in FUSIBLE else ()
-        if users and all(user in joining for user in users):
-            sources[op.outputs[0].index] = tuple(reads)
-        elif op.name == "gather":
-            counts[op.outputs[0].index] += 2 * op.times
-        else:
-            for index in (*reads, *(v.index for v in op.outputs)):
-                counts[index] += op.times
-    return counts
-
-
 def optimizer_bytes(
     trace: Trace,
     names: Names,
@@ -761,37 +564,3 @@ def optimizer_bytes(
         if tail is not None:
             state[tail] += nbytes(leaf)
     return [(nbytes(leaf), state[path]) for path, leaf in params.items()]
-
-
-def sum_shares(block: Block) -> dict[int, float]:
-    """Return the share that each matmul has in a sum of several.
-
-    XLA reduces such a sum over the devices once, so each of n terms counts for 1/n.
-
-    Returns:
-      For the index of a term's value, one over the number of terms.
-    """
-    shares: dict[int, float] = {}
-    users: dict[int, list[Operation]] = defaultdict(list)
-    for op in block.operations:
-        for value in op.inputs:
-            if value is not None:
-                users[value.index].append(op)
-        for inner in op.blocks:
-            shares.update(sum_shares(inner))
-
-    # From the end, since a sum may itself be a term of a larger one.
-    totals: dict[int, int] = {}
-    terms: dict[int, list[int]] = defaultdict(list)
-    for op in reversed(block.operations):
-        for value in op.outputs:
-            using = users[value.index]
-            if len(using) != 1 or using[0].name != "add_any":
-                continue
-            total = using[0].outputs[0].index
-            totals[value.index] = totals.get(total, total)
-            if op.name == "dot_general":
-                terms[totals[value.index]].append(value.index)
-    for indices in terms.values():
-        shares.update((index, 1 / len(indices)) for index in indices)
-    return shares
