@@ -50,12 +50,7 @@ def verify(
             where="verify",
             remedy="give the recipe its data",
         )
-    devices: Any = on
-    if on is None or isinstance(on, Topology):
-        where = on or topology(plan.topology)
-        available = ahead.devices_for(where)
-        devices = ahead.mesh_devices(where, plan.mesh, available)
-
+    devices = _devices(plan, on)
     start = time.perf_counter()
     try:
         program = Program(trace, replace(plan, steps_per_call=1), devices)
@@ -63,13 +58,13 @@ def verify(
     except ahead.TooLarge as error:
         seconds = time.perf_counter() - start
         return Verification(
-            plan,
-            None,
-            error,
-            0.0,
-            (),
-            (),
-            seconds,
+            plan=plan,
+            memory=None,
+            memory_error=error,
+            flops=0.0,
+            rows=(),
+            unexpected=(),
+            seconds=seconds,
         )
     seconds = time.perf_counter() - start
 
@@ -88,6 +83,18 @@ def verify(
         seconds=seconds,
         notes=tuple(_notes(module, platform, trace)),
     )
+
+
+def _devices(
+    plan: Plan,
+    on: Topology | Sequence[Any] | np.ndarray | None,
+) -> Any:
+    """Return the devices to compile for: those given, or those of a topology."""
+    if on is not None and not isinstance(on, Topology):
+        return on
+    where = on or topology(plan.topology)
+    available = ahead.devices_for(where)
+    return ahead.mesh_devices(where, plan.mesh, available)
 
 
 def prove(

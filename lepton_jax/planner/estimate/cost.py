@@ -90,6 +90,12 @@ class Work(NamedTuple):
     collectives: tuple[Collective, ...]
 
 
+# Bytes of joined collectives, by (job or loop, kind, axes, runs in a step).
+Joined = dict[tuple[int, str, int, int], float]
+# Communication by (kind, axes): [count, bytes, seconds, causes].
+Ledger = dict[tuple[str, int], list[Any]]
+
+
 @dataclass
 class Estimate:
     """Seconds of a step.
@@ -102,17 +108,12 @@ class Estimate:
 
     seconds: dict[str, float]
     flops: float
-    moves: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
+    moves: Ledger = field(default_factory=dict)
 
     @property
     def total(self) -> float:
         """Seconds of all kinds together."""
         return sum(self.seconds.values())
-
-
-# Bytes of joined collectives, by (job or loop, kind, axes, runs in a step).
-Joined = dict[tuple[int, str, int, int], float]
-Ledger = dict[tuple[str, int], list[Any]]
 
 
 class Cost:
@@ -188,7 +189,8 @@ class Cost:
         communicated = sum(2 * size * key[-1] for key, size in sent)
         memory = self._memory(assignment, communicated)
         waiting = self._communication(shown, ledger)
-        waiting += self._exposed(self._communication(hidden, ledger), compute + memory)
+        alongside = self._communication(hidden, ledger)
+        waiting += self._exposed(alongside, compute + memory)
         seconds = {
             "matmul": compute,
             "memory": memory,
@@ -267,7 +269,8 @@ class Cost:
         It reads the gradients, and reads and writes the parameters and their state.
         """
         moved = 0.0
-        for spec, (own, state) in zip(layout.storage, self._optimizer, strict=True):
+        pairs = zip(layout.storage, self._optimizer, strict=True)
+        for spec, (own, state) in pairs:
             mask = 0
             for axes in spec:
                 mask |= axes
@@ -391,9 +394,10 @@ class Cost:
         right = op.inputs[product.right]
         out = op.outputs[0]
         assert left is not None and right is not None
+        inputs = decision.inputs
         sides = (
-            (left, decision.inputs.get(product.left, layout.use(left))),
-            (right, decision.inputs.get(product.right, layout.use(right))),
+            (left, inputs.get(product.left, layout.use(left))),
+            (right, inputs.get(product.right, layout.use(right))),
             (out, decision.natural or layout.spec(out)),
         )
 
@@ -411,8 +415,10 @@ class Cost:
 
         if op.name == "conv_general_dilated":
             numbers = op.params["dimension_numbers"]
-            shape.m *= math.prod(out.shape[d] for d in numbers.out_spec[2:])
-            shape.k *= math.prod(right.shape[d] for d in numbers.rhs_spec[2:])
+            places = numbers.out_spec[2:]
+            window = numbers.rhs_spec[2:]
+            shape.m *= math.prod(out.shape[d] for d in places)
+            shape.k *= math.prod(right.shape[d] for d in window)
         return shape.rounded()
 
     def _extent(
@@ -422,8 +428,10 @@ class Cost:
         layout: Layout,
     ) -> float:
         """Return the extent of a product's index on a device, in one micro-batch."""
-        number, dim = next((i, d) for i, d in enumerate(index) if d is not None)
+        number = next(i for i, dim in enumerate(index) if dim is not None)
         value, spec = sides[number]
+        dim = index[number]
+        assert dim is not None
         extent = value.shape[dim] / layout.counts[spec[dim]]
         if layout.parts > 1:
             root = self.graph.find(value.nodes[dim])
@@ -508,7 +516,8 @@ def _gathers(
 def _gathers_stored(op: Operation, move: Move) -> bool:
     if not move.where.startswith("input"):
         return False
-    value = op.inputs[int(move.where.removeprefix("input "))]
+    number = int(move.where.removeprefix("input "))
+    value = op.inputs[number]
     return value is not None and value.stored is not None
 
 
@@ -519,14 +528,15 @@ def _note(
     parts: int,
 ) -> None:
     """Count a collective, and the line that needs it."""
-    runs = job.count * parts
-    entry = ledger.setdefault((move.kind, move.axes), [0, 0.0, 0.0, {}])
-    entry[0] += runs
-    entry[1] += move.bytes * job.count * parts
+    key = (move.kind, move.axes)
+    sent = move.bytes * job.count * parts
+    entry = ledger.setdefault(key, [0, 0.0, 0.0, {}])
+    entry[0] += job.count * parts
+    entry[1] += sent
     causes = entry[3]
-    line = source_line(job.op.eqn, job.op.callers).rsplit("/", 1)[-1]
-    cause = f"{job.op.name} at {line}"
-    causes[cause] = causes.get(cause, 0.0) + move.bytes * job.count * parts
+    place = source_line(job.op.eqn, job.op.callers)
+    cause = f"{job.op.name} at {place.rsplit('/', 1)[-1]}"
+    causes[cause] = causes.get(cause, 0.0) + sent
 
 
 def as_compiled(
@@ -557,10 +567,13 @@ def optimizer_bytes(
     """Return (its bytes, the bytes of its optimizer state) for each parameter."""
     params = by_path(trace.state.params)
     state: dict[str, float] = defaultdict(float)
-    for path, leaf in by_path({"optimizer": trace.state.optimizer}).items():
-        parts = path.split("/")
-        tails = ("/".join(parts[start:]) for start in range(1, len(parts)))
-        tail = next((tail for tail in tails if tail in params), None)
-        if tail is not None:
-            state[tail] += nbytes(leaf)
+    leaves = by_path({"optimizer": trace.state.optimizer})
+    for path, leaf in leaves.items():
+        # An array of the state ends in the path of its parameter.
+        tail = path
+        while "/" in tail:
+            _, _, tail = tail.partition("/")
+            if tail in params:
+                state[tail] += nbytes(leaf)
+                break
     return [(nbytes(leaf), state[path]) for path, leaf in params.items()]

@@ -17,7 +17,7 @@ from lepton_jax.hardware import convolution_flops
 from lepton_jax.planner.program.graph import Block, Operation, Value
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
-from lepton_jax.planner.xla.operations import DOTS
+from lepton_jax.planner.xla.operations import DOTS, operands
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Jobs:
     ) -> None:
         for op in block.operations:
             product = contraction(op)
-            values = [v for v in (*op.inputs, *op.outputs[:1]) if v is not None]
+            values = operands(op) + op.outputs[:1]
             # An empty array computes and moves nothing.
             empty = any(0 in v.shape for v in values)
             if (product is not None or op.whole) and not empty:
@@ -104,7 +104,8 @@ class Jobs:
             if value is None or value.stored is None:
                 continue
             # One that lasts is gathered in the forward and in the backward pass.
-            if value.index in self._gathered and value.index not in self.graph.lasting:
+            index = value.index
+            if index in self._gathered and index not in self.graph.lasting:
                 continue
             self._gathered.add(value.index)
             self._add(op, None, loop, [value], value)
@@ -121,8 +122,10 @@ class Jobs:
         if not groups and op.name not in DOTS:
             return
         looks = tuple(self._look(value) for value in values)
+        share = 1.0
         # A print has no outputs.
-        share = self.shares.get(op.outputs[0].index, 1.0) if op.outputs else 1.0
+        if op.outputs:
+            share = self.shares.get(op.outputs[0].index, 1.0)
         key = (op.name, op.times, product, looks, gather is not None, loop, share)
         if key in self._known:
             self._known[key].count += op.times
@@ -157,8 +160,12 @@ class Jobs:
     def _look(self, value: Value) -> tuple:
         """Return what makes a value like others for the cost."""
         names = self.names
-        groups = tuple(names.of.get(self.graph.find(node)) for node in value.nodes)
-        stored = value.stored and (names.patterns[value.stored[0]], value.stored[1])
+        roots = map(self.graph.find, value.nodes)
+        groups = tuple(names.of.get(root) for root in roots)
+        stored: tuple | None = None
+        if value.stored:
+            parameter, dims = value.stored
+            stored = (names.patterns[parameter], dims)
         prefers = self.prefers.get(value.index)
         return value.shape, str(value.dtype), groups, stored, prefers
 
@@ -170,9 +177,10 @@ def used_taps(op: Operation) -> float:
     """
     if op.name != "conv_general_dilated":
         return 1.0
-    values = [v for v in (*op.inputs[:2], op.outputs[0]) if v is not None]
-    left, right, out = (value.shape for value in values)
-    output_channels = right[op.params["dimension_numbers"].rhs_spec[0]]
+    left, right = (value.shape for value in operands(op)[:2])
+    out = op.outputs[0].shape
+    numbers = op.params["dimension_numbers"]
+    output_channels = right[numbers.rhs_spec[0]]
     kernel = math.prod(right) / output_channels
     all_taps = 2.0 * math.prod(out) * kernel
     return convolution_flops(op.params, left, right, out) / all_taps

@@ -54,7 +54,9 @@ from lepton_jax.trees import by_path, nbytes
 
 __all__ = ["Peak", "Timeline", "describe", "peak", "predict", "windowed"]
 
-# Largest values that a prediction lists.
+# Largest values of a prediction: (bytes, description).
+Largest = list[tuple[int, str]]
+# How many of them it lists.
 SHOWN = 12
 # A value is gathered if it is larger in computing by more than rounding.
 LARGER = 1.001
@@ -140,7 +142,8 @@ def peak(
     if tpu:
         total += _fragmentation(spans, in_hbm, total, around)
     # Gradients that devices sum lie in the HBM in any case.
-    total = max(total, float(bytes_[timeline.gradients].sum()) + around)
+    gradients = float(bytes_[timeline.gradients].sum())
+    total = max(total, gradients + around)
     alive = (spans.starts <= moment) & (moment <= spans.ends)
     return Peak(total, moment, bytes_, alive)
 
@@ -157,7 +160,8 @@ def _spans(
     length = timeline.length
     if stepping and timeline.tables:
         # The loop over steps carries the tables.
-        tables = np.isin(np.arange(len(starts)), list(timeline.tables))
+        buffers = np.arange(len(starts))
+        tables = np.isin(buffers, list(timeline.tables))
         starts = np.where(tables, 0, starts)
         ends = np.where(tables, length, ends)
         cuts = np.where(tables, 0, cuts)
@@ -179,8 +183,9 @@ def _fragmentation(
     They are the heap less what libtpu counts as alive; it loses sight of a buffer as
     soon as a loop takes it in.
     """
-    counted = float(heap.alive(spans.starts, spans.cuts, in_hbm).max())
-    return total - min(total, max(counted, around))
+    seen = heap.alive(spans.starts, spans.cuts, in_hbm)
+    counted = max(float(seen.max()), around)
+    return total - min(total, counted)
 
 
 def _in_vector_memory(
@@ -226,7 +231,8 @@ def _waits(
     The unit is the time that moving it to or from the HBM takes.
     """
     operands = timeline.product_values
-    shares = (computed[operands] / timeline.value_bytes[operands]).min(1, initial=1.0)
+    shares = computed[operands] / timeline.value_bytes[operands]
+    shares = shares.min(1, initial=1.0)
     length = timeline.length + 2
     busy = np.bincount(
         timeline.product_moments,
@@ -277,7 +283,7 @@ def predict(
     data: str = "streamed",
     timeline: Timeline | None = None,
     sizes: Sizes | None = None,
-) -> tuple[dict[str, int], list[tuple[int, str]]]:
+) -> tuple[dict[str, int], Largest]:
     """Predict the bytes of one device by kind, whose sum is the peak.
 
     Args:
@@ -336,11 +342,12 @@ def _by_purpose(
     around: float,
 ) -> dict[str, int]:
     """Split a peak into gradients, activations and other temporaries."""
-    gradients = float(top.each[top.alive & timeline.gradients].sum()) + around
-    gradients = min(top.bytes, gradients)
+    held = top.each[top.alive & timeline.gradients]
+    gradients = min(top.bytes, float(held.sum()) + around)
     lasting = timeline.ends - timeline.starts > timeline.length // LASTING_PART
     kept = top.alive & ~timeline.gradients & lasting
-    activations = min(top.bytes - gradients, float(top.each[kept].sum()))
+    activations = float(top.each[kept].sum())
+    activations = min(top.bytes - gradients, activations)
     return {
         "gradients": int(gradients),
         "activations": int(activations),
@@ -351,10 +358,14 @@ def _by_purpose(
 def _largest(
     timeline: Timeline,
     top: Peak,
-) -> list[tuple[int, str]]:
+) -> Largest:
     alive = np.where(top.alive, top.each, 0)
-    order = [int(b) for b in np.argsort(-alive)[:SHOWN] if top.alive[b]]
-    return [(int(top.each[b]), describe(timeline, b)) for b in order]
+    largest = []
+    for buffer in np.argsort(-alive)[:SHOWN]:
+        if top.alive[buffer]:
+            text = describe(timeline, int(buffer))
+            largest.append((int(top.each[buffer]), text))
+    return largest
 
 
 def windowed(

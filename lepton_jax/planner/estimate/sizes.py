@@ -40,7 +40,8 @@ class Sizes:
         self._state: _State | None = None
         prefers = meets_stored(graph)
         rank = max((len(value.shape) for value in graph.values), default=0)
-        convolves = any(op.name == "conv_general_dilated" for op in graph.operations())
+        names_used = {op.name for op in graph.operations()}
+        convolves = "conv_general_dilated" in names_used
 
         known: dict[tuple, int] = {}
         self.row = np.zeros(len(graph.values), np.int64)
@@ -82,7 +83,8 @@ class Sizes:
         blank = rank - len(order)
         extents = [value.shape[d] for d in order] + [1] * blank
         roots = [self.graph.find(value.nodes[d]) for d in order]
-        groups = [self.names.of.get(root, -1) for root in roots] + [-1] * blank
+        groups = [self.names.of.get(root, -1) for root in roots]
+        groups += [-1] * blank
 
         parameter, own_dims = value.stored or (-1, ())
         dims = [rank] * rank
@@ -200,9 +202,10 @@ class Sizes:
         if tiled:
             pads = tiling(local, np.zeros(len(local), bool))
         bytes_ = leaves.bytes * local.prod(1) / elements * pads
-        return {
-            kind: int(bytes_[leaves.kinds == i].sum()) for i, kind in enumerate(KINDS)
-        }
+        totals = {}
+        for number, kind in enumerate(KINDS):
+            totals[kind] = int(bytes_[leaves.kinds == number].sum())
+        return totals
 
     def moments(self, trace: Trace) -> np.ndarray:
         """For each parameter, how many arrays of its shape the optimizer keeps."""
@@ -239,24 +242,33 @@ class _State:
         self.leaves = by_path(trace.state)
         leaves = self.leaves
         rank = max(rank, *(len(leaf.shape) for leaf in leaves.values()))
-        self.extents = np.ones((len(leaves), rank))
-        self.parameters = np.full((len(leaves), rank), len(self.paths))
-        self.dims = np.zeros((len(leaves), rank), np.int64)
-        self.bytes = np.array([nbytes(leaf) for leaf in leaves.values()], float)
+        table = (len(leaves), rank)
+        sizes = [nbytes(leaf) for leaf in leaves.values()]
+        self.extents = np.ones(table)
+        self.parameters = np.full(table, len(self.paths))
+        self.dims = np.zeros(table, np.int64)
+        self.bytes = np.array(sizes, float)
         self.moments = np.zeros(len(self.paths), np.int64)
 
         number = {"params": 0, "optimizer": 1}
         roots = [path.partition("/")[0] for path in leaves]
         self.kinds = np.array([number.get(root, 2) for root in roots])
 
-        # For each parameter a pair (its number, dim) in place of each dim's spec.
-        marks: dict[str, Any] = {}
-        for i, path in enumerate(self.paths):
-            shape = tuple(leaves[path].shape)
-            pairs = tuple((i, d) for d in range(len(shape)))
-            marks[path.removeprefix("params/")] = (pairs, shape)
+        marks = self._marks()
         for row, path in enumerate(leaves):
             self._fill(row, path, marks)
+
+    def _marks(self) -> dict[str, Any]:
+        """Return (number, dim) pairs in place of the spec of each parameter's dims.
+
+        A leaf of the optimizer gets the pairs of the parameter that it follows.
+        """
+        marks = {}
+        for number, path in enumerate(self.paths):
+            shape = tuple(self.leaves[path].shape)
+            pairs = tuple((number, dim) for dim in range(len(shape)))
+            marks[path.removeprefix("params/")] = (pairs, shape)
+        return marks
 
     def _fill(
         self,
@@ -305,7 +317,9 @@ def tiling(
     many = np.ceil(shapes / SUBLANES) * SUBLANES
     rows = np.where(shapes <= SUBLANES // 2, few, many) / shapes
 
-    barred = images[:, None] & (np.arange(shapes.shape[1]) % 3 != 0)
+    # Of an image only the first and the last of four dims count.
+    inner = np.arange(shapes.shape[1]) % 3 != 0
+    barred = images[:, None] & inner
     unfit = (shapes <= 1) | barred
     lanes[unfit] = np.inf
     rows[unfit] = np.inf

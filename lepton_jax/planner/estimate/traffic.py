@@ -8,7 +8,7 @@ import numpy as np
 
 from lepton_jax.planner.program.graph import BARRIER, Graph
 from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
-from lepton_jax.planner.xla.operations import DOTS, FREE
+from lepton_jax.planner.xla.operations import DOTS, FREE, operands
 
 # Operations that a fused group of elementwise operations may hold.
 FUSIBLE = {
@@ -26,6 +26,10 @@ FUSIBLE = {
 } - {BARRIER}
 
 
+# Operations that move nothing, or are counted as matmuls.
+UNCOUNTED = {*FREE, *DOTS, BARRIER}
+
+
 def traffic(graph: Graph) -> np.ndarray:
     """Count how often a step reads or writes each value in a device's memory.
 
@@ -41,12 +45,13 @@ def traffic(graph: Graph) -> np.ndarray:
     sources: dict[int, tuple[int, ...]] = {}
     joining = {*FUSIBLE, *REDUCTIONS}
     for op in graph.operations():
-        if op.blocks or op.name in FREE or op.name in DOTS or op.name == BARRIER:
+        if op.blocks or op.name in UNCOUNTED:
             continue
         reads: dict[int, None] = {}
-        for value in op.inputs:
-            if value is not None and value.shape:
-                reads.update(dict.fromkeys(sources.get(value.index, (value.index,))))
+        for value in operands(op):
+            if value.shape:
+                behind = sources.get(value.index, (value.index,))
+                reads.update(dict.fromkeys(behind))
 
         result = op.outputs[0].index if op.outputs else -1
         users = readers[result] if op.name in FUSIBLE else ()
@@ -55,7 +60,8 @@ def traffic(graph: Graph) -> np.ndarray:
         elif op.name == "gather":
             counts[result] += 2 * op.times
         else:
-            for index in (*reads, *(v.index for v in op.outputs)):
+            written = [value.index for value in op.outputs]
+            for index in (*reads, *written):
                 counts[index] += op.times
     return counts
 
@@ -64,7 +70,6 @@ def _readers(graph: Graph) -> dict[int, list[str]]:
     """Return the names of the operations that read each value."""
     readers: dict[int, list[str]] = defaultdict(list)
     for op in graph.operations():
-        for value in op.inputs:
-            if value is not None:
-                readers[value.index].append(op.name)
+        for value in operands(op):
+            readers[value.index].append(op.name)
     return readers

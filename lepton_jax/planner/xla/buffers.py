@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from lepton_jax.planner.program.graph import Operation
 
+# Numbers of buffers.
+Buffers = tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class BufferKind:
@@ -82,6 +85,6 @@ class Group:
         self.product = None
 
     @property
-    def needs(self) -> tuple[int, ...]:
+    def needs(self) -> Buffers:
         """Buffers that an earlier group has to provide."""
         return (*self.reads, *self.reuses, *self.updates)

@@ -29,7 +29,7 @@ The last group stands for the caller, who takes the results.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lepton_jax.compat import scan_counts
@@ -45,6 +45,7 @@ from lepton_jax.planner.xla.buffers import (
     GATHERED,
     STORED,
     BufferKind,
+    Buffers,
     Group,
 )
 from lepton_jax.planner.xla.operations import (
@@ -57,6 +58,7 @@ from lepton_jax.planner.xla.operations import (
     REDUCED,
     UNMERGED,
     large_inputs,
+    operands,
     size,
 )
 
@@ -113,8 +115,8 @@ class Fusion:
 
         # By a value's index: the buffers that a reader outside of its kernel reads, and
         # those from which a fused reader computes it again.
-        self.buffers: dict[int, tuple[int, ...]] = {}
-        self.sources: dict[int, tuple[int, ...]] = {}
+        self.buffers: dict[int, Buffers] = {}
+        self.sources: dict[int, Buffers] = {}
 
         self.users: dict[int, list[Operation | None]] = {}
         # Results of a loop's body that are stacked, and their stack.
@@ -130,7 +132,7 @@ class Fusion:
         self.tables: dict[int, int] = {}
         self.in_hbm: list[int] = []
         self.hoisted: list[int] = []
-        self.kernel_products: list[tuple[int, ...]] = []
+        self.kernel_products: list[Buffers] = []
 
         block = graph.block
         self._find_users(block)
@@ -178,10 +180,35 @@ class Fusion:
         self._set(value, (buffer,))
         return buffer
 
+    def copy(
+        self,
+        value: Value,
+        op: Operation,
+        source: Buffers,
+        groups: list[Group],
+        kind: BufferKind = STORED,
+    ) -> int:
+        """Add a group that writes a value to a buffer of its own; return the buffer.
+
+        Args:
+          value: the value.
+          op: the operation that needs the copy.
+          source: the buffers that the group reads.
+          groups: the groups so far.
+          kind: the form of the copy.
+        """
+        buffer = self.new_buffer(value, op, kind)
+        groups.append(Group(source, (buffer,)))
+        return buffer
+
+    def users_of(self, value: Value) -> Sequence[Operation | None]:
+        """Return the operations that read a value; None stands for the caller."""
+        return self.users.get(value.index, ())
+
     def _set(
         self,
         value: Value,
-        buffers: tuple[int, ...],
+        buffers: Buffers,
     ) -> None:
         self.buffers[value.index] = buffers
         self.sources[value.index] = buffers
@@ -195,7 +222,7 @@ class Fusion:
             for buffer in self.buffers[value.index]
         ]
 
-    def _sources_of(self, values: Iterable[Value]) -> tuple[int, ...]:
+    def _sources_of(self, values: Iterable[Value]) -> Buffers:
         buffers = [b for value in values for b in self.sources[value.index]]
         return tuple(dict.fromkeys(buffers))
 
@@ -254,7 +281,8 @@ class Fusion:
 
     def _finish(self, block: Block) -> list[int]:
         """Hold the results until the end; return the gradients' buffers."""
-        self.groups.append(Group(self._buffers_of(block.results), ()))
+        results = self._buffers_of(block.results)
+        self.groups.append(Group(results, ()))
         gradients = [
             value
             for value in block.results
@@ -278,7 +306,7 @@ class Fusion:
         op: Operation,
         groups: list[Group],
     ) -> None:
-        inputs = [value for value in op.inputs if value is not None]
+        inputs = operands(op)
         merges = op.name not in UNMERGED and not op.eqn.effects
         if inputs and merges and not op.blocks and self._repeats(op):
             return
@@ -316,7 +344,8 @@ class Fusion:
         )
         options = ""
         if op.name not in ELEMENTWISE:
-            options = str(sorted(op.params.items(), key=lambda item: item[0]))
+            params = sorted(op.params.items(), key=lambda item: item[0])
+            options = str(params)
         shapes = tuple(value.shape for value in op.outputs)
         dtypes = tuple(str(value.dtype) for value in op.outputs)
 
@@ -375,7 +404,7 @@ class Fusion:
         op: Operation,
         inputs: list[Value],
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
         costly: bool,
         groups: list[Group],
     ) -> None:
@@ -406,13 +435,13 @@ class Fusion:
         self,
         op: Operation,
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
         several_large: bool,
         costly: bool,
     ) -> bool:
         if self.must_write(target):
             return True
-        users = self.users.get(target.index, ())
+        users = self.users_of(target)
         readers = len(users) + (target.index in self.stacks)
         return readers > 1 and self.computed_once(
             op, target, sources, several_large, costly
@@ -425,7 +454,7 @@ class Fusion:
         costly: bool,
     ) -> bool:
         """Whether all readers of a value compute it in their own kernels."""
-        users = self.users.get(target.index, ())
+        users = self.users_of(target)
         if not users and target.index not in self.stacks:
             return False
         return all(
@@ -436,11 +465,11 @@ class Fusion:
         self,
         op: Operation,
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
         groups: list[Group],
     ) -> None:
         """Add a group that computes a value from its sources."""
-        reuses: tuple[int, ...] = ()
+        reuses: Buffers = ()
         if op.name != "transpose":
             reuses = self._reusable(sources, target)
         written = self.materialize(target, op, self.kind(target))
@@ -448,9 +477,9 @@ class Fusion:
 
     def _reusable(
         self,
-        sources: tuple[int, ...],
+        sources: Buffers,
         target: Value,
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         """Return the buffers that a result may overwrite: those of its size."""
         bytes_ = size(target)
         values = self.graph.values
@@ -472,8 +501,9 @@ class Fusion:
         if not user.outputs:
             # For example a print, which reads its operand from memory.
             return False
-        grows = math.prod(user.outputs[0].shape) > math.prod(op.outputs[0].shape)
-        if grows or user.name == "broadcast_in_dim":
+        before = math.prod(op.outputs[0].shape)
+        after = math.prod(user.outputs[0].shape)
+        if after > before or user.name == "broadcast_in_dim":
             return op.name not in COSTLY
         if user.name in DOTS:
             return not self.keeps_dots
@@ -487,7 +517,7 @@ class Fusion:
         self,
         op: Operation,
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
         several_large: bool,
         costly: bool,
     ) -> bool:
@@ -511,7 +541,7 @@ class Fusion:
         op: Operation,
         inputs: list[Value],
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
         fused: bool,
     ) -> bool:
         """Hook: whether the product before a value writes it as one more result."""
@@ -522,7 +552,7 @@ class Fusion:
         op: Operation,
         inputs: list[Value],
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
     ) -> bool:
         """Hook: whether the product before a value writes it and not its own result."""
         return False
@@ -550,18 +580,18 @@ class Fusion:
         op: Operation,
         value: Value,
         groups: list[Group],
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         """Hook: return the buffers that an unfused operation reads of an operand."""
         fuses = (
             op.name in REDUCED
             or self.scatters_numbers(op)
             or (op.name in DOTS and not self.keeps_dots)
         )
-        source = self.sources[value.index] if fuses else self.buffers[value.index]
+        buffers = self.sources if fuses else self.buffers
+        source = buffers[value.index]
         if value.stored is None or len(value.shape) < 2:
             return source
-        gathered = self.new_buffer(value, op, GATHERED)
-        groups.append(Group(source, (gathered,)))
+        gathered = self.copy(value, op, source, groups, GATHERED)
         return (*source, gathered)
 
     # ---- loops and branches ----
@@ -603,7 +633,8 @@ class Fusion:
 
         inside = self._add_body(op, sliced, carried)
         stacks = self._merged_stacks(op.outputs[carried:], body.results[carried:])
-        inside.append(Group(self._buffers_of(body.results[:carried]), ()))
+        next_carry = self._buffers_of(body.results[:carried])
+        inside.append(Group(next_carry, ()))
         self._add_loop(
             groups,
             Group(
@@ -650,7 +681,7 @@ class Fusion:
         value: Value,
         op: Operation,
         groups: list[Group],
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         """Hook: return the buffers that a loop reads of an array that it slices."""
         return self.buffers[value.index]
 

@@ -30,6 +30,7 @@ from lepton_jax.planner.xla.buffers import (
     STORED,
     STORED_WORDS,
     TOKEN,
+    Buffers,
     Group,
 )
 from lepton_jax.planner.xla.fusion import Fusion
@@ -37,6 +38,7 @@ from lepton_jax.planner.xla.operations import (
     DOTS,
     REDUCED,
     SCATTERS,
+    is_one_of,
     sparse,
 )
 
@@ -51,9 +53,9 @@ class CpuFusion(Fusion):
 
     def __init__(self, graph: Graph):
         # Copies of operands, by (value, transposed), for each block anew.
-        self.copies: dict[tuple[int, bool], tuple[int, ...]] = {}
-        # Buffers of gathered parameters by the value, for each block anew.
-        self.gathered: dict[int, tuple[int, ...]] = {}
+        self.copies: dict[tuple[int, bool], Buffers] = {}
+        # The buffer of each gathered parameter, for each block anew.
+        self.gathered: dict[int, int] = {}
         # Operands of outer products that are written at the result's size, by (value,
         # shape), for each block anew.
         self.broadcast: dict[tuple[int, Any], Value] = {}
@@ -61,7 +63,7 @@ class CpuFusion(Fusion):
         self.depth = 0
         # Sums that are scattered into zeros and then added to something: what they
         # read.
-        self.added: dict[int, tuple[int, ...]] = {}
+        self.added: dict[int, Buffers] = {}
         # Values that are transposes of others.
         self.transposed: set[int] = set()
         # Values that are computed number by number.
@@ -91,7 +93,7 @@ class CpuFusion(Fusion):
         parts = self._buffers_of(gradients)
         totals = [self.new_buffer(value, None, COMPUTED) for value in gradients]
         self.groups.append(Group(parts, totals))
-        self.groups.append(Group([*totals, *self._buffers_of(others)], ()))
+        self.groups.append(Group(totals + self._buffers_of(others), ()))
         return totals
 
     def _alias(
@@ -116,8 +118,8 @@ class CpuFusion(Fusion):
         """
         if self.drops_barriers:
             return
-        token = self.new_buffer(op.outputs[0], op, TOKEN)
-        groups.append(Group(self._buffers_of(op.inputs), (token,)))
+        awaited = tuple(self._buffers_of(op.inputs))
+        token = self.copy(op.outputs[0], op, awaited, groups, TOKEN)
         for value in op.outputs:
             self.buffers[value.index] = (*self.buffers[value.index], token)
             self.sources[value.index] = (*self.sources[value.index], token)
@@ -141,7 +143,7 @@ class CpuFusion(Fusion):
         self,
         op: Operation,
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
         several_large: bool,
         costly: bool,
     ) -> bool:
@@ -153,9 +155,7 @@ class CpuFusion(Fusion):
         if OLDER and itemsize(target) == 2:
             users = self.users[target.index]
             fusing = DOTS | REDUCED
-            if len(target.shape) < 3 and all(
-                user is not None and user.name in fusing for user in users
-            ):
+            if len(target.shape) < 3 and all(is_one_of(user, fusing) for user in users):
                 self.unwritten.add(target.index)
                 return False
             # A product gives float32; what several readers need of it in 16 bits is
@@ -234,9 +234,9 @@ class CpuFusion(Fusion):
                 target.dtype,
                 target.nodes,
             )
-            written = self.new_buffer(target, op)
+            source = self.sources[value.index]
+            written = self.copy(target, op, source, groups)
             self._set(wide, (written,))
-            groups.append(Group(self.sources[value.index], (written,)))
             self.broadcast[key] = wide
         return self.broadcast[key]
 
@@ -289,8 +289,8 @@ class CpuFusion(Fusion):
     ) -> None:
         """Add a sum that is scattered into zeros."""
         target = op.outputs[0]
-        users = self.users.get(target.index, ())
-        if len(users) == 1 and users[0] is not None and users[0].name == "add_any":
+        users = self.users_of(target)
+        if len(users) == 1 and is_one_of(users[0], {"add_any"}):
             self.added[target.index] = tuple(reads)
             self._set(target, ())
             return
@@ -316,7 +316,7 @@ class CpuFusion(Fusion):
         group.late = target.stored is not None
         groups.append(group)
 
-        users = self.users.get(target.index, ())
+        users = self.users_of(target)
         absorbed = all(
             user is not None and self.absorbs(user, op, True) for user in users
         )
@@ -378,25 +378,23 @@ class CpuFusion(Fusion):
         op: Operation,
         value: Value,
         groups: list[Group],
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         source = self.buffers[value.index]
         if op.name in REDUCED:
             source = self.sources[value.index]
             if value.index in self.transposed:
                 # A reduction along another dim reads a float32 copy.
-                copy = self.new_buffer(value, op, STORED_WORDS)
-                groups.append(Group(source, (copy,)))
-                return (copy,)
+                return (self.copy(value, op, source, groups, STORED_WORDS),)
         if value.stored is None or len(value.shape) < 2:
             return source
 
         key = self._original(value)
         if key not in self.gathered:
-            self.gathered[key] = (self.new_buffer(value, op, GATHERED),)
-            groups.append(Group(source, self.gathered[key]))
+            gathered = self.copy(value, op, source, groups, GATHERED)
+            self.gathered[key] = gathered
             if self.depth == 1:
-                self.hoisted += self.gathered[key]
-        return (*source, *self.gathered[key])
+                self.hoisted.append(gathered)
+        return (*source, self.gathered[key])
 
     def _widens(self, op: Operation) -> bool:
         """Whether an operation is a 16-bit product that is computed in float32."""
@@ -407,7 +405,7 @@ class CpuFusion(Fusion):
         op: Operation,
         value: Value,
         groups: list[Group],
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         """Return a transposed copy of an operand, made once for all readers.
 
         Kernels are read as they are.
@@ -415,8 +413,7 @@ class CpuFusion(Fusion):
         source = self._reads(op, value, groups)
         key = (self._original(value), True)
         if value.stored is None and key not in self.copies:
-            self.copies[key] = (self.new_buffer(value, op),)
-            groups.append(Group(source, self.copies[key]))
+            self.copies[key] = (self.copy(value, op, source, groups),)
         return self.copies.get(key, source)
 
     def _widened(
@@ -425,7 +422,7 @@ class CpuFusion(Fusion):
         value: Value,
         groups: list[Group],
         turned: bool = False,
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         """Return a product's operand in float32, as it is or transposed."""
         key = (self._original(value), turned)
         if key in self.copies:
@@ -438,13 +435,10 @@ class CpuFusion(Fusion):
         elif kernel:
             # It is gathered in float32 and rounded before it is widened again.
             for kind in (GATHERED_DOUBLE, COMPUTED):
-                step = (self.new_buffer(value, op, kind),)
-                groups.append(Group(source, step))
-                source = step
+                source = (self.copy(value, op, source, groups, kind),)
 
-        widened = (self.new_buffer(value, op, COMPUTED_DOUBLE),)
+        widened = (self.copy(value, op, source, groups, COMPUTED_DOUBLE),)
         self.copies[key] = widened
-        groups.append(Group(source, widened))
         if kernel and self.depth == 1:
             self.hoisted += widened
         if value.index in self.unwritten and not turned:
@@ -470,15 +464,13 @@ class CpuFusion(Fusion):
         value: Value,
         op: Operation,
         groups: list[Group],
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         """Return a 16-bit array as a float32 copy, made as a whole before the loop."""
         source = self.buffers[value.index]
         low = str(value.dtype) in ("bfloat16", "float16")
         if not OLDER or not low or value.stored is not None:
             return source
-        copy = self.new_buffer(value, op, COMPUTED_DOUBLE)
-        groups.append(Group(source, (copy,)))
-        return (copy,)
+        return (self.copy(value, op, source, groups, COMPUTED_DOUBLE),)
 
     def _add_loop(
         self,
@@ -503,9 +495,10 @@ def _transposes_operands(op: Operation) -> tuple[bool, bool]:
     after those that both share. Products of matrices are computed as they are.
     """
     (left, right), (_, shared) = op.params["dimension_numbers"]
-    rank = len(op.inputs[0].shape) if op.inputs[0] is not None else 0
+    operand = op.inputs[0]
+    rank = 0 if operand is None else len(operand.shape)
     if rank <= 2:
         return False, False
-    last = list(range(rank - len(left), rank))
-    first = list(range(len(shared), len(shared) + len(right)))
-    return sorted(left) != last, sorted(right) != first
+    last = range(rank - len(left), rank)
+    first = range(len(shared), len(shared) + len(right))
+    return sorted(left) != list(last), sorted(right) != list(first)

@@ -27,6 +27,7 @@ from lepton_jax.planner.xla.buffers import (
     STORED_HALF,
     STORED_ROWS,
     BufferKind,
+    Buffers,
     Group,
 )
 from lepton_jax.planner.xla.figures import LANES
@@ -40,7 +41,9 @@ from lepton_jax.planner.xla.operations import (
     SCATTERS,
     convolves,
     has_narrow_rows,
+    is_one_of,
     large_inputs,
+    operands,
     rounds_operands,
     size,
     sparse,
@@ -106,10 +109,14 @@ class TpuFusion(Fusion):
 
     def _finish(self, block: Block) -> list[int]:
         self.in_hbm += self.tables.values()
-        early = [b for b in self.tables.values() if self.eager or b not in self.turned]
-        self.groups.insert(0, Group((), self.turned if self.eager else ()))
-        self.groups.append(Group(early, ()))
-        if not self.eager:
+        tables = self.tables.values()
+        if self.eager:
+            self.groups.insert(0, Group((), self.turned))
+            self.groups.append(Group(tables, ()))
+        else:
+            others = [buffer for buffer in tables if buffer not in self.turned]
+            self.groups.insert(0, Group((), ()))
+            self.groups.append(Group(others, ()))
             # The copies exist one after the other, each while its kernel is updated.
             for buffer in self.turned:
                 self.groups.append(Group((), (buffer,)))
@@ -125,7 +132,7 @@ class TpuFusion(Fusion):
         super()._alias(source, target, alike)
         if source.index in self.products:
             self.products[target.index] = self.products[source.index]
-        users = self.users.get(source.index, ())
+        users = self.users_of(source)
         if source.index in self.only and len(users) == 1:
             self.only[target.index] = self.only[source.index]
 
@@ -147,15 +154,14 @@ class TpuFusion(Fusion):
             return False
         readers = self._readers(target)
         return len(readers) > 1 and any(
-            user is not None and user.name in DOTS and user.outputs[0].stored
-            for user in readers
+            is_one_of(user, DOTS) and user.outputs[0].stored for user in readers
         )
 
     def computed_once(
         self,
         op: Operation,
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
         several_large: bool,
         costly: bool,
     ) -> bool:
@@ -165,27 +171,28 @@ class TpuFusion(Fusion):
         read more than is written and read otherwise, or where several products would
         compute something costly again.
         """
-        users = self.users.get(target.index, ())
+        users = self.users_of(target)
         stacked = target.index in self.stacks
 
         if not several_large:
-            products = sum(user is not None and user.name in DOTS for user in users)
+            products = sum(is_one_of(user, DOTS) for user in users)
             writes = stacked or self.eager or not self.windowed
             return costly and writes and products + stacked > 1
 
         fusing = DOTS | REDUCED
-        if all(user is not None and user.name in fusing for user in users):
-            inputs = [value for value in op.inputs if value is not None]
+        if all(is_one_of(user, fusing) for user in users):
+            inputs = operands(op)
             return self._product_before(inputs, target, sources) is not None
 
         readers = len(users) + stacked
         before = sum(self._bytes(b) for b in sources)
-        after = size(target) / (2 if self.kind(target) == STORED_HALF else 1)
+        after = size(target) * self.kind(target).scale
         return readers * before >= before + after + readers * after
 
     def _bytes(self, buffer: int) -> float:
-        whole = size(self.graph.values[self.values[buffer]])
-        return whole / 2 if self.kinds[buffer] == STORED_HALF else whole
+        value = self.graph.values[self.values[buffer]]
+        half = self.kinds[buffer] == STORED_HALF
+        return size(value) / 2 if half else size(value)
 
     def kind(
         self,
@@ -206,12 +213,13 @@ class TpuFusion(Fusion):
         users = self._readers(value)
         if sums:
             users = [u for u in users if u is None or u.name not in REDUCED]
-        return STORED_HALF if users and all(map(rounds_operands, users)) else STORED
+        rounded = users and all(map(rounds_operands, users))
+        return STORED_HALF if rounded else STORED
 
     def _readers(self, value: Value) -> list[Operation | None]:
         """Return what reads a value, also as an alias or slice by slice in a loop."""
         readers: list[Operation | None] = []
-        for user in self.users.get(value.index, ()):
+        for user in self.users_of(value):
             if user is None or user.name not in PASSING:
                 readers.append(user)
                 continue
@@ -228,7 +236,7 @@ class TpuFusion(Fusion):
         op: Operation,
         inputs: list[Value],
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
         fused: bool,
     ) -> bool:
         if fused:
@@ -262,8 +270,8 @@ class TpuFusion(Fusion):
 
         A windowed gradient of a kernel absorbs nothing, so it counts too.
         """
-        users = self.users.get(target.index, ())
-        dots = [user for user in users if user is not None and user.name in DOTS]
+        users = self.users_of(target)
+        dots = [user for user in users if is_one_of(user, DOTS)]
         if len(dots) < 2:
             return False
         operands = [value for user in dots for value in user.inputs]
@@ -273,14 +281,14 @@ class TpuFusion(Fusion):
         self,
         inputs: list[Value],
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
     ) -> tuple[Group, int] | None:
         """Return the last product, and its buffer, that only this value needs."""
         candidates = [
             self.only[value.index]
             for value in inputs
             if value.index in self.only
-            and len(self.users.get(value.index, ())) == 1
+            and len(self.users_of(value)) == 1
             and value.index not in self.stacks
             and size(value) >= size(target) // 2
         ]
@@ -298,12 +306,12 @@ class TpuFusion(Fusion):
         op: Operation,
         inputs: list[Value],
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
     ) -> bool:
         before = self._product_before(inputs, target, sources)
         if before is None:
             return False
-        users = self.users.get(target.index, ())
+        users = self.users_of(target)
         if op.name == "transpose" and any(
             u is not None and u.name == "scan" for u in users
         ):
@@ -420,15 +428,13 @@ class TpuFusion(Fusion):
         op: Operation,
         value: Value,
         groups: list[Group],
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         if value.index in self.given:
             return self.buffers[value.index]
         if has_narrow_rows(op, value):
             return self._table(op, value, groups)
         if value.stored is None and convolves(op):
-            copy = self.new_buffer(value, op)
-            groups.append(Group(self.sources[value.index], (copy,)))
-            return (copy,)
+            return (self.copy(value, op, self.sources[value.index], groups),)
         if value.stored is None or len(value.shape) < 2 or op.name in ROWWISE:
             reads = super()._reads(op, value, groups)
             if value.stored is not None and self.depth == 1:
@@ -468,7 +474,7 @@ class TpuFusion(Fusion):
         op: Operation,
         value: Value,
         groups: list[Group],
-    ) -> tuple[int, ...]:
+    ) -> Buffers:
         """Return the buffers that a lookup in narrow rows reads.
 
         The state is copied so that each row has a whole register. If more is looked up
@@ -477,13 +483,10 @@ class TpuFusion(Fusion):
         assert value.stored is not None
         parameter = value.stored[0]
         if parameter not in self.tables:
-            copy = self.new_buffer(value, op, STORED_ROWS)
-            self.tables[parameter] = copy
-            groups.append(Group((), (copy,)))
-        reads: tuple[int, ...] = (self.tables[parameter],)
+            self.tables[parameter] = self.copy(value, op, (), groups, STORED_ROWS)
+        reads: Buffers = (self.tables[parameter],)
         if not sparse(op):
-            gathered = self.new_buffer(value, op, COMPUTED_ROWS)
-            groups.append(Group(reads, (gathered,)))
+            gathered = self.copy(value, op, reads, groups, COMPUTED_ROWS)
             reads = (*reads, gathered)
         return reads
 
@@ -503,9 +506,8 @@ class TpuFusion(Fusion):
         own = self.materialize(target, op, kind)
         self._take(own, reads, groups)
         if sparse(op):
-            total = self.new_buffer(target, op, STORED_ROWS)
+            total = self.copy(target, op, (own,), groups, STORED_ROWS)
             self.conditions[total] = (target.index, "unsplit")
-            groups.append(Group((own,), (total,)))
             groups.append(Group((total,), ()))
             self.taken.append(total)
             self.in_hbm.append(total)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
+from typing import TypeGuard
 
 from lepton_jax.planner.program.graph import BARRIER, Operation, Value
 from lepton_jax.planner.program.layout import itemsize
@@ -97,6 +99,16 @@ COSTLY = {
 }
 
 
+def operands(op: Operation) -> list[Value]:
+    """Return the inputs of an operation that are values, and no literals."""
+    return [value for value in op.inputs if value is not None]
+
+
+def is_one_of(user: Operation | None, names: Set[str]) -> TypeGuard[Operation]:
+    """Whether a reader is an operation of one of these names, and not the caller."""
+    return user is not None and user.name in names
+
+
 def size(value: Value) -> int:
     """Return the bytes of a whole value, before it is split over devices."""
     return math.prod(value.shape) * itemsize(value)
@@ -108,13 +120,15 @@ def sparse(op: Operation) -> bool:
     Then XLA moves the rows over the network, and not the table.
     """
     if op.name in SCATTERS and op.inputs[2] is not None:
-        updates = op.inputs[2]
-        return math.prod(updates.shape) < math.prod(op.outputs[0].shape)
+        return _numbers(op.inputs[2]) < _numbers(op.outputs[0])
 
     if op.name == "gather" and op.inputs[0] is not None:
-        table = op.inputs[0]
-        return math.prod(op.outputs[0].shape) < math.prod(table.shape)
+        return _numbers(op.outputs[0]) < _numbers(op.inputs[0])
     return False
+
+
+def _numbers(value: Value) -> int:
+    return math.prod(value.shape)
 
 
 def large_inputs(
@@ -150,7 +164,9 @@ def convolves(op: Operation) -> bool:
 
 def rounds_operands(op: Operation | None) -> bool:
     """Whether an operation is a product that rounds its operands to bfloat16."""
-    return op is not None and op.name in DOTS and op.params.get("precision") is None
+    if op is None or op.name not in DOTS:
+        return False
+    return op.params.get("precision") is None
 
 
 def has_narrow_rows(op: Operation, value: Value) -> bool:
