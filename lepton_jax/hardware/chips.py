@@ -306,7 +306,8 @@ class _Table:
         sources: dict[str, str],
     ) -> Chip:
         inherited = {key: text for key, text in base.sources.items() if key not in _OWN}
-        fresh: dict[str, Any] = {"kinds": (), "aliases": (), "price": None, **values}
+        own: dict[str, Any] = {"kinds": (), "aliases": (), "price": None}
+        fresh = own | values
         fresh["peaks"] = {**base.peaks, **values.get("peaks", {})}
         name = self.name.lower()
         return replace(

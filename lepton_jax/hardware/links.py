@@ -159,7 +159,10 @@ def arrange(
     )
     if topology.chip.torus:
         torus = topology.chip.torus
-        devices = sorted(devices, key=lambda d: (*d.coords[:torus], d.core_on_chip))
+        devices = sorted(
+            devices,
+            key=lambda device: (*device.coords[:torus], device.core_on_chip),
+        )
 
     # The grid of devices cut into the axes' parts, then its dims in the axes' order.
     links = lay(mesh, topology).values()
@@ -238,7 +241,8 @@ def _split(
             return (pieces[-1],)
         pairs = zip(pieces, topology.grid, strict=True)
         whole = math.prod(piece for piece, n in pairs if piece == n)
-        broken = sum(1 < piece < rest for piece, rest in zip(pieces, left, strict=True))
+        rests = zip(pieces, left, strict=True)
+        broken = sum(1 < piece < rest for piece, rest in rests)
         bandwidth = _link(_parts(pieces, taken), topology).bandwidth
         return whole, -broken, bandwidth, pieces
 
@@ -408,8 +412,9 @@ def _torus_passes(
     ways = {
         part: rate * (2 if ring else 1) / part.stride for part, ring in rings.items()
     }
-    most = [ways[part] * (chips - 1) / (part.size - 1) for part in rings]
-    gather += (chips - 1) / chips / (min(sum(ways.values()), *most) / sharing)
+    limits = [ways[part] * (chips - 1) / (part.size - 1) for part in rings]
+    fastest = min(sum(ways.values()), *limits) / sharing
+    gather += (chips - 1) / chips / fastest
     crossing = [
         part.size**2 // 4 / part.size * chip.devices_per_chip / ways[part]
         for part in rings

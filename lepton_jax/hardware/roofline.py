@@ -46,8 +46,10 @@ def matmul_seconds(
     short, long = (m, n) if m < n else (n, m)
     tile = chip.tile
     row = tile if short > tile else min(SHORT, tile)
-    padded = _padded(short, row) * _padded(long, tile) * _padded(k, chip.tile_depth)
-    compute = 2.0 * batch * padded / (chip.peak(dtype) * chip.matmul_fraction)
+    padded = _padded(short, row) * _padded(long, tile)
+    padded *= _padded(k, chip.tile_depth)
+    rate = chip.peak(dtype) * chip.matmul_fraction
+    compute = 2.0 * batch * padded / rate
     numbers = batch * (m * k + k * n + m * n)
     moved = numbers * itemsize(dtype) / (chip.bandwidth * chip.memory_fraction)
     return chip.op_seconds + (compute**OVERLAP + moved**OVERLAP) ** (1 / OVERLAP)

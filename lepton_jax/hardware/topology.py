@@ -69,7 +69,8 @@ class Topology:
         if len(self.shape) == 2:
             return (self.shape[0], self.shape[1] * chip.devices_per_chip)
         largest = min(self.chips, chip.node)
-        node = max(n for n in range(1, largest + 1) if self.chips % n == 0)
+        sizes = range(1, largest + 1)
+        node = max(size for size in sizes if self.chips % size == 0)
         return (self.chips // node, node * chip.devices_per_chip)
 
     @cached_property
@@ -80,7 +81,8 @@ class Topology:
         rings = [n >= size and n % size == 0 and n > 2 for n in torus]
         if self.chip.torus == 3:
             rings = [all(rings)] * 3
-        return (*rings, *(False,) * (len(self.grid) - len(torus)))
+        others = len(self.grid) - len(torus)
+        return (*rings, *(False,) * others)
 
     @property
     def nodes(self) -> int:
@@ -92,7 +94,8 @@ class Topology:
     @property
     def price_per_hour(self) -> float | None:
         """US dollars at list price; None where it isn't known."""
-        return None if self.chip.price is None else self.chip.price * self.chips
+        price = self.chip.price
+        return None if price is None else price * self.chips
 
     @cached_property
     def device(self) -> Chip:
@@ -288,7 +291,8 @@ def _memory(
     A CPU's are the machine's, which its virtual devices share.
     """
     if device.platform != "cpu":
-        return float((device.memory_stats() or {}).get("bytes_limit", otherwise))
+        stats = device.memory_stats() or {}
+        return float(stats.get("bytes_limit", otherwise))
     if not hasattr(os, "sysconf"):
         return otherwise
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

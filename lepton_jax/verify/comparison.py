@@ -68,8 +68,8 @@ def verify(
         )
     seconds = time.perf_counter() - start
 
-    first = next(iter(devices.flat if hasattr(devices, "flat") else devices))
-    platform = first.platform
+    flat = devices.flat if hasattr(devices, "flat") else devices
+    platform = next(iter(flat)).platform
     module = hlo.read(compiled.as_text() or "")
     moves = expected(trace, plan, platform)
     rows, unexpected = compare(moves, module.collectives, plan.mesh)
@@ -134,7 +134,8 @@ def prove(
         f"proven: XLA's peak is {size(chosen.peak or 0)} of {size(chosen.plan.memory)}"
     ]
     notes += [f"passed over: {_needs(check)}" for check in checks if not check.fits]
-    plan = replace(chosen.plan, notes=(*chosen.plan.notes, *notes))
+    notes = [*chosen.plan.notes, *notes]
+    plan = replace(chosen.plan, notes=tuple(notes))
     checks = [
         replace(check, plan=plan) if check is chosen else check for check in checks
     ]

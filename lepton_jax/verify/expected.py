@@ -60,7 +60,8 @@ def expected(
 
     collectives = []
     for op, value, move in _moves(layout, graph.lasting):
-        axes = tuple(name for i, name in enumerate(plan.mesh) if move.axes >> i & 1)
+        names = enumerate(plan.mesh)
+        axes = tuple(name for i, name in names if move.axes >> i & 1)
         kind = move.kind
         if where is not None:
             devices = math.prod(plan.mesh[axis] for axis in axes)
@@ -91,8 +92,7 @@ def _moves(
     gathered = set()
     for op in layout.graph.operations():
         for move in layout.decide(op, contraction(op)).moves:
-            value = op.outputs[0] if move.where == "out" else op.inputs[_side(op, move)]
-            assert value is not None
+            value = _moved(op, move)
             if move.where.startswith("input") and value.stored is not None:
                 if value.index in gathered and value.index not in lasting:
                     continue
@@ -150,6 +150,15 @@ def place(op: Operation) -> str:
             if not of_a_library(frame.file_name):
                 return f"{frame.file_name}:{frame.line_num}"
     return ""
+
+
+def _moved(op: Operation, move: Move) -> Value:
+    """Return the operand or the result of an operation that is moved."""
+    if move.where == "out":
+        return op.outputs[0]
+    value = op.inputs[_side(op, move)]
+    assert value is not None
+    return value
 
 
 def _side(op: Operation, move: Move) -> int:

@@ -131,7 +131,8 @@ class Loops:
         if root.opcode == "compare":
             left, right = operands
             return Comparison(left, right, root.get("direction"))
-        return self._compared(root.called()[0][1], dict(enumerate(operands)))
+        (_, callee), *_ = root.called()
+        return self._compared(callee, dict(enumerate(operands)))
 
     def _value(
         self,

@@ -104,7 +104,8 @@ class Module:
         )
         out = instruction.leaves[0]
         if not product.convolution:
-            return 2 * out.size * math.prod(left.dims[d] for d in product.contracted)
+            summed = math.prod(left.dims[d] for d in product.contracted)
+            return 2 * out.size * summed
         roles = {
             "convBackwardInput": (out, right, left),
             "convBackwardFilter": (left, out, right),
@@ -216,7 +217,10 @@ class Module:
         """
         here = self.computations[computation]
         if name == here.root:
-            return bool(outer) and self._sliced(*outer[-1], outer[:-1])
+            if not outer:
+                return False
+            caller, fusion = outer[-1]
+            return self._sliced(caller, fusion, outer[:-1])
         users = list(here.users(name))
         return bool(users) and all(
             self._takes_slice(computation, user, name, outer) for user in users
@@ -283,7 +287,8 @@ def product_of(instruction: Instruction) -> Product | None:
         dims = re.search(
             r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes
         )
-        contracted = [int(n) for n in re.findall(r"\d+", dims[1] if dims else "")]
+        numbers = re.findall(r"\d+", dims[1]) if dims else []
+        contracted = [int(number) for number in numbers]
     return Product(False, call, contracted) if contracted else None
 
 
@@ -312,9 +317,8 @@ def _convolution_flops(
     inputs = right.dims[right_labels.index("i")]
     total = 2 * batch * features * inputs
 
-    window = dict(
-        part.split("=") for part in instruction.get("window").split() if "=" in part
-    )
+    parts = instruction.get("window").split()
+    window = dict(part.split("=") for part in parts if "=" in part)
     for d in range(len(left_labels) - 2):
         low, _, _ = _of_dim(
             window,

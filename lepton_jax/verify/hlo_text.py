@@ -149,8 +149,8 @@ def _bits(kind: str) -> int:
 
 def _dims(text: str) -> tuple[int, ...]:
     """Return the extents in "8,<=4", where "<=" bounds a dynamic extent."""
-    parts = text.split(",")
-    return tuple(int(n.lstrip("<=")) for n in parts if n.strip("<= ").isdigit())
+    numbers = [part.strip("<= ") for part in text.split(",")]
+    return tuple(int(number) for number in numbers if number.isdigit())
 
 
 def _balanced(text: str, start: int) -> int:
@@ -172,7 +172,8 @@ def instruction_of(
     name: str,
 ) -> Instruction:
     """Return the instruction of a line whose result's type begins at `start`."""
-    end = _balanced(line, start) if line[start] == "(" else line.index(" ", start)
+    is_tuple = line[start] == "("
+    end = _balanced(line, start) if is_tuple else line.index(" ", start)
     bracket = line.find("(", end)
     bracket = len(line) if bracket < 0 else bracket
     close = _balanced(line, bracket)
@@ -234,8 +235,9 @@ def _expanded(
 ) -> tuple[tuple[int, ...], ...]:
     key, _, form = text.partition("=")
     if form.startswith("mesh"):
-        axes, ids, grouped = re.fullmatch(MESH, form).groups()  # type: ignore[union-attr]
-        return _of_mesh(axes, ids, grouped)
+        parts = re.fullmatch(MESH, form)
+        assert parts, form
+        return _of_mesh(*parts.groups())
     if form.startswith("["):
         return tuple(tuple(map(int, group)) for group in _iota(form))
     groups = tuple(
@@ -299,7 +301,8 @@ def _of_mesh(
       ids: the devices' numbers in the mesh's order; None: 0, 1, 2, ...
       grouped: the axes, or parts of axes, that a group spans.
     """
-    sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", axes)}
+    pairs = re.findall(r"'?([^',=]+)'?=(\d+)", axes)
+    sizes = {name: int(size) for name, size in pairs}
     numbers = _device_numbers(ids, math.prod(sizes.values()))
     parts = [
         _AxisPart(
@@ -390,7 +393,9 @@ class Sources:
         if file:
             return op_name, file[1], int(line[1]) if line else 0
         frame = re.search(r"stack_frame_id=(\d+)", data)
-        return op_name, *(self.line(frame[1]) if frame else ("", 0))
+        if not frame:
+            return op_name, "", 0
+        return op_name, *self.line(frame[1])
 
     def line(self, frame: str) -> tuple[str, int]:
         """Return (file, line) of a stack: the innermost that is no library's.
@@ -401,7 +406,8 @@ class Sources:
         while frame in self.frames:
             row = self.frames[frame]
             place = self.places.get(str(row["file_location_id"]), {})
-            file = self.files.get(str(place.get("file_name_id", 0)), "")
+            number = str(place.get("file_name_id", 0))
+            file = self.files.get(number, "")
             here = (file, place.get("line", 0))
             if file and not of_a_library(file):
                 return here

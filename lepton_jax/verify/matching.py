@@ -28,6 +28,9 @@ SMALL = 0.005
 # (assumption).
 REST = 0.1
 
+# Each of these sends half of what an all-reduce sends.
+HALVES = ("all-gather", "reduce-scatter")
+
 Axes = tuple[str, ...]
 # Where, kind and axes of expected collectives.
 Key = tuple[str, str, Axes]
@@ -98,7 +101,8 @@ def compare(
     of them. The rest is listed where it is more than `SLACK` of what is planned over
     the axes.
     """
-    matches = [match for c in collectives if (match := _match(c, mesh)).sent > 0]
+    matches = [_match(collective, mesh) for collective in collectives]
+    matches = [match for match in matches if match.sent > 0]
     total = max(sum(match.sent for match in matches), 1.0)
     _explain(matches, moves)
 
@@ -127,12 +131,12 @@ def _match(
         sent *= (devices - 1) / (devices + 0.5)
     where = f"{collective.file}:{collective.line}" if collective.file else ""
     return Match(
-        collective,
-        where,
-        collective.kind,
-        axes,
-        sent,
-        sent,
+        collective=collective,
+        where=where,
+        kind=collective.kind,
+        axes=axes,
+        sent=sent,
+        left=sent,
     )
 
 
@@ -225,7 +229,8 @@ def _reason(
     kinds: dict[str, float] = defaultdict(float)
     for move in same_axes:
         kinds[move.kind] += move.sent
-    halves = " and ".join(k for k in ("all-gather", "reduce-scatter") if kinds[k])
+    planned_halves = [kind for kind in HALVES if kinds[kind]]
+    halves = " and ".join(planned_halves)
     if reduces and halves and kinds["all-reduce"] < sent / 2:
         return f"{halves} planned over {over} would send half"
 
@@ -262,5 +267,8 @@ def _rows(
     weight: dict[Axes, float] = defaultdict(float)
     for row in rows:
         weight[row.axes] += row.found + row.planned
-    rows.sort(key=lambda r: (-weight[r.axes], r.axes, -r.found - r.planned))
-    return tuple(rows)
+
+    def place(row: Row) -> tuple[float, Axes, float]:
+        return -weight[row.axes], row.axes, -row.found - row.planned
+
+    return tuple(sorted(rows, key=place))

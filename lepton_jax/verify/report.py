@@ -189,7 +189,8 @@ class Verification:
             shown = "-" if expected is None else _amount(name, expected)
             error = f"{found / expected - 1:+.1%}" if expected else "-"
             cells.append([name, shown, _amount(name, found), error])
-        return list(grid(("a device", "predicted", "XLA", "off by"), cells, "<>>>"))
+        heads = ("a device", "predicted", "XLA", "off by")
+        return list(grid(heads, cells, "<>>>"))
 
     def _traffic_lines(self) -> list[str]:
         if not self.rows:

@@ -58,8 +58,7 @@ FIGURES = {
     ),
     # Buffers beyond this number are small, so only their sum counts.
     "packed_singly": Figure(320, "buffers", "assumption, to keep packing fast"),
-    # A buffer that exists longer than one part of so many of the program counts as an
-    # activation.
+    # A buffer that exists for more than a tenth of the program counts as an activation.
     "lasting_part": Figure(10, "parts of the program", "assumption"),
     # Of communication that XLA's latency-hiding scheduler runs next to computing, this
     # share shows all the same.
