@@ -175,17 +175,11 @@ class Loops:
             return operands
         if instruction.opcode in ("fusion", "call"):
             callee = self.computations[instruction.called()[0][1]]
-            return self._value(
-                callee.name,
-                callee.root,
-                dict(enumerate(operands)),
-            )
+            parameters = dict(enumerate(operands))
+            return self._value(callee.name, callee.root, parameters)
         left, right = operands
-        return _sum(
-            left,
-            right,
-            1 if instruction.opcode == "add" else -1,
-        )
+        sign = 1 if instruction.opcode == "add" else -1
+        return _sum(left, right, sign)
 
 
 def _element(whole: Any, index: int) -> Any:

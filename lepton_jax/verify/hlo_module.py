@@ -320,12 +320,8 @@ def _convolution_flops(
     parts = instruction.get("window").split()
     window = dict(part.split("=") for part in parts if "=" in part)
     for d in range(len(left_labels) - 2):
-        low, _, _ = _of_dim(
-            window,
-            "pad",
-            d,
-            "0_0",
-        ).partition("_")
+        padding = _of_dim(window, "pad", d, "0_0")
+        low, _, _ = padding.partition("_")
         total *= taps(
             size=left.dims[left_labels.index(str(d))],
             kernel=right.dims[right_labels.index(str(d))],

@@ -304,16 +304,11 @@ def _of_mesh(
     pairs = re.findall(r"'?([^',=]+)'?=(\d+)", axes)
     sizes = {name: int(size) for name, size in pairs}
     numbers = _device_numbers(ids, math.prod(sizes.values()))
-    parts = [
-        _AxisPart(
-            name,
-            int(before or 1),
-            int(size or sizes[name]),
-        )
-        for name, before, size in re.findall(
-            r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", grouped
-        )
-    ]
+    parts = []
+    written = re.findall(r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", grouped)
+    for name, before, size in written:
+        part = _AxisPart(name, int(before or 1), int(size or sizes[name]))
+        parts.append(part)
 
     shape: list[int] = []
     # The dim of the part of an axis that begins after `before` others.

@@ -302,11 +302,8 @@ class Cost:
     ) -> Work:
         if job.gather is not None:
             moves = _gathers(job.gather, layout)
-            return Work(
-                0.0,
-                0.0,
-                self._compiled(moves, job, layout),
-            )
+            collectives = self._compiled(moves, job, layout)
+            return Work(0.0, 0.0, collectives)
 
         decision = layout.decide(job.op, job.product)
         # Gathers of stored values are jobs of their own.

@@ -130,16 +130,15 @@ class Jobs:
         if key in self._known:
             self._known[key].count += op.times
             return
-        taps = used_taps(op)
         job = Job(
-            op,
-            product,
-            op.times,
-            groups,
-            loop,
-            share,
-            gather,
-            taps,
+            op=op,
+            product=product,
+            count=op.times,
+            groups=groups,
+            loop=loop,
+            share=share,
+            gather=gather,
+            taps=used_taps(op),
         )
         self._known[key] = job
         self.jobs.append(job)

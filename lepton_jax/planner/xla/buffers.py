@@ -36,16 +36,27 @@ class BufferKind:
     number_bytes: int | None = None
 
 
+# The value as it is stored, which for most values is as it is computed with.
 STORED = BufferKind()
+# In bfloat16, because only products read it that round their float32 operands (TPU).
 STORED_HALF = BufferKind(scale=0.5)
+# With each row in whole registers (TPU).
 STORED_ROWS = BufferKind(padded=True)
+# Four bytes for each number: indices, or a float32 copy (CPU).
 STORED_WORDS = BufferKind(number_bytes=4)
+
+# The value as it is computed with, such as a gradient before devices keep their parts.
 COMPUTED = BufferKind(computed=True)
+# A float32 copy of a 16-bit value (CPU).
 COMPUTED_DOUBLE = BufferKind(computed=True, scale=2.0)
 COMPUTED_ROWS = BufferKind(computed=True, padded=True)
+
+# What a collective fills or reads, if there is one: a gathered parameter, a gradient
+# that is reduced.
 GATHERED = BufferKind(computed=True, gathered=True)
 GATHERED_HALF = BufferKind(computed=True, scale=0.5, gathered=True)
 GATHERED_DOUBLE = BufferKind(computed=True, scale=2.0, gathered=True)
+
 # A token: it takes no memory, and only orders groups.
 TOKEN = BufferKind(scale=0.0)
 

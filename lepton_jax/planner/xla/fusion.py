@@ -635,16 +635,8 @@ class Fusion:
         stacks = self._merged_stacks(op.outputs[carried:], body.results[carried:])
         next_carry = self._buffers_of(body.results[:carried])
         inside.append(Group(next_carry, ()))
-        self._add_loop(
-            groups,
-            Group(
-                reads,
-                writes,
-                inside,
-                reuses,
-            ),
-            stacks,
-        )
+        loop = Group(reads, writes, inside, reuses)
+        self._add_loop(groups, loop, stacks)
 
     def _add_body(
         self,

@@ -201,13 +201,8 @@ class CpuFusion(Fusion):
         rest = [b for value in others for b in self.sources[value.index]]
         total = self.materialize(op.outputs[0], op)
         groups.append(Group(rest, (total,)))
-        groups.append(
-            Group(
-                self.added[added.index],
-                (),
-                updates=(total,),
-            )
-        )
+        scattered = self.added[added.index]
+        groups.append(Group(scattered, (), updates=(total,)))
 
     def _broadcast(
         self,
@@ -295,11 +290,8 @@ class CpuFusion(Fusion):
             self._set(target, ())
             return
         # The zeros are ready when the program starts.
-        zeros = self.materialize(
-            target,
-            op,
-            STORED if sparse(op) else COMPUTED,
-        )
+        kind = STORED if sparse(op) else COMPUTED
+        zeros = self.materialize(target, op, kind)
         groups.append(Group((), (zeros,)))
         groups.append(Group(reads, (), updates=(zeros,)))
 

@@ -312,18 +312,14 @@ class TpuFusion(Fusion):
         if before is None:
             return False
         users = self.users_of(target)
-        if op.name == "transpose" and any(
-            u is not None and u.name == "scan" for u in users
-        ):
+        looped = any(is_one_of(user, {"scan"}) for user in users)
+        if looped and op.name == "transpose":
             # A loop reads slices in its own order, so the transpose is a copy.
             return False
 
         product, raw = before
-        written = self.materialize(
-            target,
-            op,
-            self.kind(target, sums=True),
-        )
+        kind = self.kind(target, sums=True)
+        written = self.materialize(target, op, kind)
         self.ranks[written] = self._rank(raw)
         others = (b for b in sources if b != raw)
         product.writes = tuple(written if b == raw else b for b in product.writes)

@@ -57,13 +57,8 @@ def packed(
     largest_first = occupied[np.argsort(-sizes[occupied], kind="stable")]
     big = np.sort(largest_first[:PACKED_SINGLY])
     rest = largest_first[PACKED_SINGLY:]
-    small = float(
-        alive(
-            starts[rest],
-            ends[rest],
-            sizes[rest],
-        ).max(initial=0.0)
-    )
+    held = alive(starts[rest], ends[rest], sizes[rest])
+    small = float(held.max(initial=0.0))
 
     starts = starts[big]
     ends = ends[big]
@@ -75,13 +70,7 @@ def packed(
     by_size = np.lexsort((number, negative_length, -sizes))
     by_time = np.lexsort((number, -sizes, negative_length))
     return small + min(
-        _packed_by_rank(
-            order,
-            starts,
-            ends,
-            sizes,
-        )
-        for order in (by_size, by_time)
+        _packed_by_rank(order, starts, ends, sizes) for order in (by_size, by_time)
     )
 
 
@@ -157,21 +146,18 @@ def _packed_by_rank(
     sizes = sizes[order]
     low = np.zeros(len(order))
     top = 0.0
-    for i, (start, end, size) in enumerate(
-        zip(
-            starts,
-            ends,
-            sizes,
-            strict=True,
-        )
-    ):
+    buffers = zip(starts, ends, sizes, strict=True)
+    for i, (start, end, size) in enumerate(buffers):
         together = np.flatnonzero((starts[:i] <= end) & (start <= ends[:i]))
         together = together[np.argsort(low[together], kind="stable")]
         tops = np.concatenate(([0.0], low[together] + sizes[together]))
         reach = np.maximum.accumulate(tops)
         gaps = low[together] - reach[:-1]
         fits = np.flatnonzero(gaps >= size)
-        low[i] = reach[fits[np.argmin(gaps[fits])]] if len(fits) else reach[-1]
+        low[i] = reach[-1]
+        if len(fits):
+            smallest = fits[np.argmin(gaps[fits])]
+            low[i] = reach[smallest]
         top = max(top, low[i] + size)
     return float(top)
 
