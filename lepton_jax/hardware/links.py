@@ -1,4 +1,4 @@
-"""How mesh axes lie on physical links, and the cost of a collective over them.
+"""Links of mesh axes on the hardware, and the cost of a collective over them.
 
 The cost is alpha-beta: seconds = latency + bytes / bandwidth (Thakur, Rabenseifner and
 Gropp 2005, "Optimization of collective communication operations in MPICH"). Latency and

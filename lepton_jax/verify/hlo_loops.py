@@ -1,9 +1,9 @@
-"""How often the while loops of a compiled module turn.
+"""Turns of the while loops of a compiled module.
 
-XLA mostly writes it next to the loop (`known_trip_count`). If not, it is read from the
-counter. A loop carries a tuple, say (i, x), from turn to turn. Its condition compares
-`i < 7`, its body gives `(i + 2, ...)`, and it starts at `(0, ...)`, so it turns 4
-times. To see this, scalars are followed through the text:
+XLA mostly writes their number next to the loop (`known_trip_count`). If not, it is read
+from the counter. A loop carries a tuple, say (i, x), from turn to turn. Its condition
+compares `i < 7`, its body gives `(i + 2, ...)`, and it starts at `(0, ...)`, so it
+turns 4 times. To see this, scalars are followed through the text:
 
 - an int where the text gives a constant;
 - `Carried(0, 2)` for "element 0 of the carry, plus 2";

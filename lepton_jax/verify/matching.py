@@ -1,4 +1,4 @@
-"""Which collectives of a compiled step a plan explains.
+"""Matching of a compiled step's collectives with those that a plan expects.
 
 Collectives can't be matched one by one: XLA joins several, splits some, and makes one
 kind of another. So bytes are matched. For example, a plan expects a reduce-scatter of

@@ -1,4 +1,4 @@
-"""How the host feeds a plan's program: residence of the data, and steps of one call."""
+"""The feeding of a plan's program: residence of the data, and steps of one call."""
 
 from __future__ import annotations
 

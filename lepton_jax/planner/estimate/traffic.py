@@ -1,4 +1,4 @@
-"""How often a step reads and writes the device's memory, apart from matmuls."""
+"""Reads and writes of the device's memory in a step, apart from those of matmuls."""
 
 from __future__ import annotations
 

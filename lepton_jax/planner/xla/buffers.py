@@ -13,7 +13,7 @@ Buffers = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class BufferKind:
-    """How the bytes of a buffer follow from the value that it holds.
+    """The rule by which a buffer's bytes follow from the value that it holds.
 
     A value has two sizes on a device: as it is stored (a parameter may be split over
     devices) and as it is computed with (the same parameter, gathered). They are the

@@ -1,4 +1,4 @@
-"""How XLA's CPU backend fuses: products from memory, gradients summed at the end.
+"""Fusion by XLA's CPU backend: products from memory, gradients summed at the end.
 
 The rules were found by comparing with programs that jaxlib 0.10 and 0.12 compiled for
 virtual CPU devices: the models of `lepton_jax.models` in several sizes

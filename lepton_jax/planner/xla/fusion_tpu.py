@@ -1,4 +1,4 @@
-"""How libtpu fuses: products absorb their operands and write several forms of a result.
+"""Fusion by libtpu: products absorb operands and write several forms of a result.
 
 The rules were found by comparing with programs that libtpu of jax 0.10 and 0.12
 compiled for v5e, v5p and v6e: the models of `lepton_jax.models` in several sizes

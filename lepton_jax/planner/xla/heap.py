@@ -1,4 +1,4 @@
-"""How XLA packs buffers into one heap, and which a TPU keeps in its vector memory.
+"""XLA's heap: the packing of buffers, and those in a TPU's vector memory.
 
 The five operations of `fusion`'s example, `(tanh(x @ w) * 2 + 1).sum()`, have three
 buffers: the gathered parameter of 128 bytes at the moments 2 to 4, the product of 512

@@ -1,4 +1,4 @@
-"""Which primitives XLA fuses, and small questions about one operation."""
+"""The primitives that XLA fuses, and small questions about one operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When each buffer of a program is in memory: XLA's schedule, imitated.
+"""XLA's schedule, imitated: the moments at which each buffer is in memory.
 
 The groups that `fusion` leaves of a graph get a moment each, two apart, so that there
 is room in between. A buffer exists from the moment of the group that writes it to that
@@ -44,7 +44,7 @@ Order = Callable[[list[Group]], list[Group]]
 
 
 class Timeline:
-    """When each buffer of a program exists.
+    """The moments at which each buffer of a program exists.
 
     Args:
       graph: the graph of loss and gradients.
