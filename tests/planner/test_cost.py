@@ -134,3 +134,33 @@ def test_splitting_samples_or_channels_splits_the_flops(traced, masks):
 )
 def test_collectives_are_those_that_xla_makes(kind, count, where, compiled):
     assert as_compiled(kind, count, topology(where)) == compiled
+
+
+class Loops(nnx.Module):
+    """Nine loops one after the other, each around a matmul."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(9)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            kernel = layer.kernel[...]
+            x, _ = lax.scan(lambda x, _, w=kernel: (x @ w, None), x, length=3)
+        return x
+
+
+def test_each_loop_has_a_number_of_its_own():
+    recipe = lepton.Recipe(
+        model=Loops,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=16,
+    )
+    traced = trace(recipe, np.zeros((16, 8), np.float32), np.zeros(16, np.int32))
+    names = Names(traced.gradient("none"), traced.arguments)
+
+    jobs = Cost(traced, names, topology("h200:8")).jobs
+
+    loops = [op for op in names.graph.operations() if op.name == "scan"]
+    assert len(loops) >= 18
+    assert {job.loop for job in jobs} == set(range(len(loops) + 1))
