@@ -168,7 +168,8 @@ def arrange(
     links = lay(mesh, topology).values()
     pieces = [(part, axis) for axis, link in enumerate(links) for part in link.parts]
     pieces.sort(key=lambda piece: (piece[0].dim, -piece[0].stride))
-    order = sorted(range(len(pieces)), key=lambda i: (pieces[i][1], i))
+    axes = [axis for _, axis in pieces]
+    order = sorted(range(len(axes)), key=axes.__getitem__)
     grid = np.empty(len(devices), object)
     grid[:] = devices
     grid = grid.reshape([part.size for part, _ in pieces])

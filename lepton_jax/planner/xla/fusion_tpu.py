@@ -361,7 +361,8 @@ class TpuFusion(Fusion):
         self._turn_state(op)
         self.products[target.index] = groups[-1]
         if target.stored is None:
-            self.only[target.index] = (groups[-1], self.buffers[target.index][0])
+            result, *_ = self.buffers[target.index]
+            self.only[target.index] = (groups[-1], result)
         self.last = len(groups) - 1
 
     def _window(

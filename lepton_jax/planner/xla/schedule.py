@@ -38,7 +38,7 @@ from lepton_jax.planner.xla.figures import LANES
 from lepton_jax.planner.xla.fusion import Fusion
 from lepton_jax.planner.xla.fusion_cpu import CpuFusion
 from lepton_jax.planner.xla.fusion_tpu import TpuFusion
-from lepton_jax.planner.xla.operations import size
+from lepton_jax.planner.xla.operations import operands, size
 
 Order = Callable[[list[Group]], list[Group]]
 
@@ -108,8 +108,10 @@ class Timeline:
         self._take_products(clock, fusion)
         self.conditions = fusion.conditions
         self.tables = {b: parameter for parameter, b in fusion.tables.items()}
-        self.value_bytes = np.array([max(1, size(v)) for v in graph.values], float)
-        self.number_bytes = np.array([itemsize(v) for v in graph.values], float)
+        value_bytes = [max(1, size(value)) for value in graph.values]
+        number_bytes = [itemsize(value) for value in graph.values]
+        self.value_bytes = np.array(value_bytes, float)
+        self.number_bytes = np.array(number_bytes, float)
 
     def variant(
         self,
@@ -164,11 +166,9 @@ class Timeline:
             for moment, op in clock.products
             if op.inputs[0] is not None and op.inputs[1] is not None
         ]
-        values = [
-            [v.index for v in (*op.inputs[:2], op.outputs[0]) if v]
-            for _, op in products
-        ]
-        self.product_moments = np.array([moment for moment, _ in products], np.int64)
+        moments = [moment for moment, _ in products]
+        values = [_operands_and_result(op) for _, op in products]
+        self.product_moments = np.array(moments, np.int64)
         self.product_flops = np.array([flops(op) for _, op in products])
         self.product_values = np.array(values, np.int64).reshape(-1, 3)
         kernels = np.array(fusion.kernel_products, np.int64)
@@ -183,6 +183,12 @@ def flops(op: Operation) -> float:
         return convolution_flops(op.params, left, right, out)
     (contracted, _), _ = op.params["dimension_numbers"]
     return 2.0 * math.prod(out) * math.prod(left[d] for d in contracted)
+
+
+def _operands_and_result(product: Operation) -> list[int]:
+    """Return the indices of a product's two operands and of its result."""
+    values = operands(product)[:2] + product.outputs[:1]
+    return [value.index for value in values]
 
 
 def _scale(kind: BufferKind, value: Value) -> float:
