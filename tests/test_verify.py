@@ -1,4 +1,4 @@
-"""What XLA made of a plan, beside the plan."""
+"""XLA's program of a plan, next to the plan."""
 
 import importlib.util
 import json
@@ -19,8 +19,10 @@ from lepton_jax.planner.search.build import build, by_hand
 from lepton_jax.planner.search.descent import Problem
 from lepton_jax.planner.search.pins import Pins
 from lepton_jax.verify import comparison as verification
-from lepton_jax.verify.comparison import Expected, compare, prove, verify
+from lepton_jax.verify.comparison import prove, verify
+from lepton_jax.verify.expected import Expected
 from lepton_jax.verify.hlo import CollectiveFound
+from lepton_jax.verify.matching import compare
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -28,20 +30,10 @@ EIGHT = topology("cpu:8")
 MESH = {"fsdp": 4, "tensor": 2}
 
 
-def language_model(
-    loop="scan",
-    precision="float32",
-    batch_size=32,
-    **fields,
-):
+def language_model(loop="scan", precision="float32", batch_size=32, **fields):
     recipe = lepton.Recipe(
         model=lambda rngs: TransformerLM(
-            512,
-            dim=128,
-            layers=2,
-            heads=4,
-            loop=loop,
-            rngs=rngs,
+            512, dim=128, layers=2, heads=4, loop=loop, rngs=rngs
         ),
         loss=lepton.losses.cross_entropy,
         optimizer=optax.adam(1e-3),
@@ -53,14 +45,10 @@ def language_model(
     return trace(recipe, tokens, tokens)
 
 
-def planned(
-    traced,
-    where=EIGHT,
-    sizes=(4, 2),
-    remat="none",
-):
-    """Weights in parts over the first axis; over the second, if there is one, heads,
-    hidden width and vocabulary.
+def planned(traced, where=EIGHT, sizes=(4, 2), remat="none"):
+    """Return a plan that keeps weights in parts over the first axis.
+
+    The second axis, if there is one, splits heads, hidden width and vocabulary.
     """
     split = ("key", "up", "embed.0", "head.1") if len(sizes) > 1 else ()
     groups = [g.name for g in Names(traced.gradient(remat), traced.arguments).groups]
@@ -95,7 +83,8 @@ def check(traced, plan):
 
 
 def test_a_plan_that_xla_follows(check):
-    assert check.plan.mesh == MESH and check.unexpected == ()
+    assert check.plan.mesh == MESH
+    assert check.unexpected == ()
     sent = {axes: (a, b) for axes, a, b in check.totals}
     for row in check.rows:
         sent.setdefault(row.axes, (row.planned, row.found))
@@ -103,7 +92,8 @@ def test_a_plan_that_xla_follows(check):
         before, after = sent[axes]
         assert before > 0 and after == pytest.approx(before, rel=0.1), axes
     assert check.found["flops"] == pytest.approx(check.predicted["flops"], rel=0.02)
-    assert check.fits and check.memory_error is None
+    assert check.fits
+    assert check.memory_error is None
     assert check.found["arguments"] == pytest.approx(
         check.predicted["arguments"], rel=0.02
     )
@@ -117,32 +107,24 @@ def test_a_plan_that_xla_follows(check):
 def test_the_text_and_the_record(check):
     text = str(check)
     record = json.loads(json.dumps(check.to_dict()))
-    assert (
-        "the plan explains all collectives" in text
-        and "fsdp=4 x tensor=2" in text
-        and "+0.0%" in text
-    )
-    assert (
-        record["fits"]
-        and record["unexpected"] == []
-        and record["xla"]["peak"] == check.peak
-    )
+    assert "the plan explains all collectives" in text
+    assert "fsdp=4 x tensor=2" in text
+    assert "+0.0%" in text
+    assert record["fits"]
+    assert record["unexpected"] == []
+    assert record["xla"]["peak"] == check.peak
     assert {tuple(row["axes"]) for row in record["traffic"]} >= {("fsdp",), ("tensor",)}
 
 
 def test_several_steps_a_call_and_micro_batches_are_those_of_one_step(
     traced, plan, check
 ):
-    several = verify(
-        traced,
-        replace(
-            plan,
-            steps_per_call=plan.steps_per_call % 4 + 2,
-        ),
-    )
-    assert several.rows == check.rows and several.flops == check.flops
+    several = verify(traced, replace(plan, steps_per_call=plan.steps_per_call % 4 + 2))
+    assert several.rows == check.rows
+    assert several.flops == check.flops
     parts = verify(traced, replace(plan, micro_batches=2))
-    assert parts.flops == check.flops and parts.unexpected == ()
+    assert parts.flops == check.flops
+    assert parts.unexpected == ()
     gathered = [
         sum(r.found for r in c.rows if (r.axes, r.kind) == (("fsdp",), "all-gather"))
         for c in (check, parts)
@@ -151,9 +133,7 @@ def test_several_steps_a_call_and_micro_batches_are_those_of_one_step(
 
 
 def test_what_a_weights_gradient_sums_over_two_axes_is_sent_at_once():
-    """Samples over one axis, their tokens over the other, the state in parts over
-    both.
-    """
+    """Samples lie over one axis, their tokens over the other, the state over both."""
     traced = language_model()
     check = verify(
         traced,
@@ -161,12 +141,7 @@ def test_what_a_weights_gradient_sums_over_two_axes_is_sent_at_once():
             traced,
             EIGHT,
             Names(traced.gradient("none"), traced.arguments),
-            by_hand(
-                traced,
-                (4, 2),
-                {"batch": 1, "inputs.1": 2},
-                3,
-            ),
+            by_hand(traced, (4, 2), {"batch": 1, "inputs.1": 2}, 3),
         ),
     )
     # XLA for CPU sums what it scatters over one axis after the other
@@ -177,24 +152,17 @@ def test_what_a_weights_gradient_sums_over_two_axes_is_sent_at_once():
         if r.axes == ("fsdp", "sequence") and r.kind == "all-reduce"
     )
     embedding = 2 * 7 / 8 * 512 * 128 * 4
-    assert (
-        row.found == pytest.approx(row.planned - embedding, rel=0.02)
-        and row.planned > 5 * embedding
-    )
+    assert row.found == pytest.approx(row.planned - embedding, rel=0.02)
+    assert row.planned > 5 * embedding
 
 
 def test_a_recurrent_cell_gathers_nothing_but_its_state():
-    """A `jnp.where` in a loop: under a mesh JAX traces a `reshard` there, which the
-    graph before it does not have.
+    """Under a mesh JAX traces a `reshard` for a `jnp.where` in a loop.
+
+    The graph that the planner sees doesn't have it.
     """
     recipe = lepton.Recipe(
-        model=lambda rngs: LSTM(
-            512,
-            8,
-            dim=32,
-            hidden=64,
-            rngs=rngs,
-        ),
+        model=lambda rngs: LSTM(512, 8, dim=32, hidden=64, rngs=rngs),
         loss=lepton.losses.cross_entropy,
         optimizer=optax.sgd(0.1),
         batch_size=32,
@@ -210,16 +178,12 @@ def test_a_recurrent_cell_gathers_nothing_but_its_state():
             traced,
             EIGHT,
             Names(traced.gradient("none"), traced.arguments),
-            by_hand(
-                traced,
-                (8,),
-                {"out.0": 1},
-                0,
-            ),
+            by_hand(traced, (8,), {"out.0": 1}, 0),
         ),
     )
     (gathered,) = (row for row in check.rows if row.kind == "all-gather")
-    assert check.unexpected == () and (gathered.found, gathered.found_count) == (
+    assert check.unexpected == ()
+    assert (gathered.found, gathered.found_count) == (
         gathered.planned,
         gathered.planned_count,
     )
@@ -230,163 +194,110 @@ def test_a_step_without_the_constraints_is_told_line_by_line(traced, plan, monke
         "lepton_jax.train.program.laid_out", lambda function, *args, **options: function
     )
     broken = verify(traced, plan)
-    assert broken.unexpected and list(broken.unexpected) == sorted(
-        broken.unexpected, key=lambda u: -u.excess
-    )
+    assert broken.unexpected
+    assert list(broken.unexpected) == sorted(broken.unexpected, key=lambda u: -u.excess)
     first = broken.unexpected[0]
-    assert (
-        first.where.rpartition(":")[0].endswith("models/transformer.py")
-        and first.bytes >= first.excess > 0
-    )
-    assert 0.01 < first.share < 1 and first.count >= 1 and set(first.axes) <= set(MESH)
+    assert first.where.rpartition(":")[0].endswith("models/transformer.py")
+    assert first.bytes >= first.excess > 0
+    assert 0.01 < first.share < 1
+    assert first.count >= 1
+    assert set(first.axes) <= set(MESH)
     assert first.where in str(broken)
 
 
 def test_bfloat16_on_a_cpu_is_sent_as_float32():
     traced = language_model(precision="bfloat16")
     check = verify(traced, planned(traced, sizes=(8,)))
-    assert check.unexpected == () and any("16-bit" in note for note in check.notes)
+    assert check.unexpected == ()
+    assert any("16-bit" in note for note in check.notes)
 
 
 # ---- matching, without a compiler ----
 
 
 FSDP = ((0, 2, 4, 6), (1, 3, 5, 7))
-TENSOR = (
-    (0, 1),
-    (2, 3),
-    (4, 5),
-    (6, 7),
-)
+TENSOR = ((0, 1), (2, 3), (4, 5), (6, 7))
 
 
-def found(
-    kind,
-    size,
-    groups,
-    times=1,
-    line=1,
-    **fields,
-):
+def collective(kind, size, groups, times=1, line=1, **fields):
     return CollectiveFound(
-        kind,
-        size,
-        groups,
-        times,
-        "jit(step)/dot_general",
-        "model.py",
-        line,
-        **fields,
+        kind, size, groups, times, "jit(step)/dot_general", "model.py", line, **fields
     )
 
 
-def move(
-    kind,
-    axes,
-    sent,
-    line=1,
-    count=1,
-):
+def move(kind, axes, sent, line=1, count=1):
     return Expected(f"model.py:{line}", kind, axes, count, sent)
 
 
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather():
     moves = [
         move("reduce-scatter", ("fsdp",), 750),
-        move(
-            "all-gather",
-            ("fsdp",),
-            750,
-            line=2,
-        ),
+        move("all-gather", ("fsdp",), 750, line=2),
     ]
-    assert compare(moves, [found("all-reduce", 1000, FSDP)], MESH)[1] == ()
+    assert compare(moves, [collective("all-reduce", 1000, FSDP)], MESH)[1] == ()
 
 
 def test_a_reduce_scatter_that_was_not_formed():
     moves = [move("reduce-scatter", ("fsdp",), 750)]
-    (told,) = compare(moves, [found("all-reduce", 1000, FSDP, sliced=True)], MESH)[1]
-    assert told.excess == 750 and told.share == 1.0 and "did not form" in told.why
+    (item,) = compare(moves, [collective("all-reduce", 1000, FSDP, sliced=True)], MESH)[
+        1
+    ]
+    assert item.excess == 750
+    assert item.share == 1.0
+    assert "did not form" in item.why
 
 
 def test_several_joined_under_one_line_are_expected():
     moves = [move("all-gather", ("fsdp",), 750, line=n) for n in range(4)]
-    assert compare(moves, [found("all-gather", 4000, FSDP, line=2)], MESH)[1] == ()
+    assert compare(moves, [collective("all-gather", 4000, FSDP, line=2)], MESH)[1] == ()
 
 
 def test_a_gather_decomposed_into_a_ring_is_expected():
     ring = tuple((i, (i + 2) % 8) for i in range(8))
-    pieces = found(
-        "collective-permute",
-        250,
-        ring,
-        times=5,
-        windowed=True,
-    )
-    rows, told = compare(
-        [move("all-gather", ("fsdp",), 750)],
-        [pieces],
-        MESH,
-    )
-    assert told == () and sum(r.found for r in rows) == pytest.approx(750, rel=0.15)
+    pieces = collective("collective-permute", 250, ring, times=5, windowed=True)
+    rows, unexpected = compare([move("all-gather", ("fsdp",), 750)], [pieces], MESH)
+    assert unexpected == ()
+    assert sum(r.found for r in rows) == pytest.approx(750, rel=0.15)
 
 
 def test_an_axis_over_which_nothing_is_planned():
     moves = [move("all-gather", ("fsdp",), 750)]
-    rows, (told,) = compare(
+    rows, (item,) = compare(
         moves,
         [
-            found("all-gather", 1000, FSDP),
-            found(
-                "all-reduce",
-                100,
-                TENSOR,
-                3,
-                line=7,
-            ),
+            collective("all-gather", 1000, FSDP),
+            collective("all-reduce", 100, TENSOR, 3, line=7),
         ],
         MESH,
     )
-    assert (
-        told.axes == ("tensor",)
-        and told.where == "model.py:7"
-        and told.count == 3
-        and "nothing is planned" in told.why
-    )
+    assert item.axes == ("tensor",)
+    assert item.where == "model.py:7"
+    assert item.count == 3
+    assert "nothing is planned" in item.why
     assert [r.axes for r in rows] == [("fsdp",), ("tensor",)]
 
 
 def test_groups_that_are_no_axes():
-    (told,) = compare(
+    (item,) = compare(
         [move("all-gather", ("fsdp",), 750)],
-        [
-            found(
-                "all-reduce",
-                5000,
-                ((0, 1, 2), (3, 4, 5, 6, 7)),
-            )
-        ],
+        [collective("all-reduce", 5000, ((0, 1, 2), (3, 4, 5, 6, 7)))],
         MESH,
     )[1]
-    assert told.axes == () and "no product" in told.why
+    assert item.axes == ()
+    assert "no product" in item.why
 
 
 def test_too_much_over_an_axis_names_the_lines_that_are_not_planned():
-    moves = [
-        move(
-            "all-gather",
-            ("fsdp",),
-            750,
-            line=1,
-        )
-    ]
-    known = found("all-gather", 1000, FSDP, line=1)
-    more = found("all-gather", 900, FSDP, line=2)
-    (told,) = compare(moves, [more, known], MESH)[1]
-    assert told.where == "model.py:2" and told.excess == 675
+    moves = [move("all-gather", ("fsdp",), 750, line=1)]
+    known = collective("all-gather", 1000, FSDP, line=1)
+    more = collective("all-gather", 900, FSDP, line=2)
+    (item,) = compare(moves, [more, known], MESH)[1]
+    assert item.where == "model.py:2"
+    assert item.excess == 675
     # a quarter may come on top
     assert (
-        compare(moves, [found("all-gather", 200, FSDP, line=2), known], MESH)[1] == ()
+        compare(moves, [collective("all-gather", 200, FSDP, line=2), known], MESH)[1]
+        == ()
     )
 
 
@@ -403,42 +314,26 @@ def too_large(needed):
 
 def test_a_candidate_that_does_not_fit_is_passed_over(traced, monkeypatch):
     fast, lean = (
-        replace(
-            planned(
-                traced,
-                sizes=(8,),
-                remat=remat,
-            ),
-            memory=int(12e6),
-        )
+        replace(planned(traced, sizes=(8,), remat=remat), memory=int(12e6))
         for remat in ("none", "full")
     )
     monkeypatch.setattr(
-        verification,
-        "candidates",
-        lambda *args, **options: [fast, lean],
+        verification, "candidates", lambda *args, **options: [fast, lean]
     )
     chosen, (first, second) = prove(traced, EIGHT, 2)
-    assert (
-        chosen.remat == "full"
-        and not first.fits
-        and second.fits
-        and second.plan == chosen
-    )
+    assert chosen.remat == "full"
+    assert not first.fits
+    assert second.fits
+    assert second.plan == chosen
     proven, passed = chosen.notes[-2:]
-    assert proven.startswith("proven: XLA's peak is") and proven.endswith(
-        "MiB of 11.4 MiB"
-    )
+    assert proven.startswith("proven: XLA's peak is")
+    assert proven.endswith("MiB of 11.4 MiB")
     assert passed.startswith("passed over: FSDP (mesh fsdp=8, remat none) needs")
 
 
 def test_a_candidate_that_xla_refuses_is_passed_over(traced, monkeypatch):
     fast = planned(traced, sizes=(8,))
-    lean = planned(
-        traced,
-        sizes=(8,),
-        remat="full",
-    )
+    lean = planned(traced, sizes=(8,), remat="full")
     refused = too_large(33.5 * 2**30)
     compile_for = ahead.compile_for
     answers = iter([refused, None])
@@ -450,22 +345,16 @@ def test_a_candidate_that_xla_refuses_is_passed_over(traced, monkeypatch):
 
     monkeypatch.setattr(ahead, "compile_for", refusing)
     monkeypatch.setattr(
-        verification,
-        "candidates",
-        lambda *args, **options: [fast, lean],
+        verification, "candidates", lambda *args, **options: [fast, lean]
     )
     chosen, (first, second) = prove(traced, EIGHT, 2)
-    assert (
-        chosen.remat == "full"
-        and second.fits
-        and not first.fits
-        and first.peak == refused.needed
-    )
-    assert (
-        "33.5 GiB" in chosen.notes[-1]
-        and "does not fit" in str(first)
-        and first.to_dict()["memory_error"]
-    )
+    assert chosen.remat == "full"
+    assert second.fits
+    assert not first.fits
+    assert first.peak == refused.needed
+    assert "33.5 GiB" in chosen.notes[-1]
+    assert "does not fit" in str(first)
+    assert first.to_dict()["memory_error"]
 
 
 def test_nothing_fits(traced, monkeypatch):
@@ -480,18 +369,13 @@ def test_nothing_fits(traced, monkeypatch):
     )
     with pytest.raises(PlanError, match="none of the 1 best plans fits") as error:
         prove(traced, EIGHT, 1)
-    assert "33.5 GiB of 1" in error.value.what and "micro_batches" in error.value.remedy
+    assert "33.5 GiB of 1" in error.value.what
+    assert "micro_batches" in error.value.remedy
 
 
 def test_a_recipe_without_data_has_no_step():
     recipe = lepton.Recipe(
-        model=lambda rngs: TransformerLM(
-            64,
-            dim=32,
-            layers=1,
-            heads=2,
-            rngs=rngs,
-        ),
+        model=lambda rngs: TransformerLM(64, dim=32, layers=1, heads=2, rngs=rngs),
         loss=lepton.losses.cross_entropy,
         optimizer=optax.sgd(0.1),
         batch_size=8,
@@ -507,14 +391,8 @@ def test_a_recipe_without_data_has_no_step():
 def test_a_plan_for_tpus_that_are_not_there():
     traced = language_model(precision="bfloat16")
     where = topology("v5e:2x2")
-    check = verify(
-        traced,
-        planned(
-            traced,
-            where,
-            sizes=(4,),
-        ),
-    )
-    assert check.fits and check.peak < check.plan.memory
+    check = verify(traced, planned(traced, where, sizes=(4,)))
+    assert check.fits
+    assert check.peak < check.plan.memory
     assert check.flops == pytest.approx(check.predicted["flops"], rel=0.02)
     assert {row.axes for row in check.rows if row.found} == {("fsdp",)}

@@ -1,10 +1,14 @@
-"""What a run executes on: chips, how many, how they are linked, and what work and
-collectives cost there.
-"""
+"""The machine: chips, their number and links, and the cost of work and collectives."""
 
 from lepton_jax.hardware.calibrate import calibrate_cpu
 from lepton_jax.hardware.chips import CHIPS, Chip, read_chips
-from lepton_jax.hardware.links import COLLECTIVES, Link, arrange, join, lay
+from lepton_jax.hardware.links import (
+    COLLECTIVES,
+    Link,
+    arrange,
+    join,
+    lay,
+)
 from lepton_jax.hardware.roofline import (
     convolution_flops,
     matmul_seconds,

@@ -1,8 +1,7 @@
-"""The chip catalogue: what planning needs to know of a chip, each figure with its
-source.
+"""The chip catalogue: the figures that planning needs, each with its source.
 
-`catalogue.toml` holds the chips known here; `read_chips` reads more from a file of the
-same form.
+`catalogue.toml` holds the chips that Lepton knows; `read_chips` reads more from a file
+of the same form.
 """
 
 from __future__ import annotations
@@ -20,46 +19,47 @@ from lepton_jax.errors import PlanError, nearest
 
 DTYPES = ("bfloat16", "float16", "float32", "int8", "float8")
 PLATFORMS = ("tpu", "cuda", "cpu")
+# No figure of a chip is as large as this, so a larger number is a slip (assumption).
+MOST = 1e30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One JAX device; on the platform "cpu", the machine that all its virtual devices
-    share.
+    """One JAX device, or on the platform "cpu" the machine that virtual devices share.
 
     Attributes:
-      name: as in a topology's name.
-      platform: JAX's name of it: "tpu", "cuda" or "cpu".
+      name: its name in a topology's name.
+      platform: JAX's name of its platform: "tpu", "cuda" or "cpu".
       peaks: dense matmul peak by dtype, FLOP/s; see `peak`.
       memory: bytes of device memory that a program can use.
-      bandwidth: of device memory, bytes/s.
+      bandwidth: bandwidth of device memory, bytes/s.
       kinds: the `device_kind` strings that JAX reports for it.
-      aliases: other names of it in a topology's name.
+      aliases: its other names in a topology's name.
       devices_per_chip: JAX devices that one physical chip shows.
       matmul_fraction: best share of the peak that a large matmul reaches.
       memory_fraction: share of the memory bandwidth that is reached.
-      op_seconds: what an operation costs beside its work.
-      tile: rows and columns to which a matmul's output is padded.
-      tile_depth: to what its contracted dim is padded.
+      op_seconds: seconds that an operation costs in addition to its work.
+      tile: multiple to which rows and columns of a matmul's output are padded.
+      tile_depth: multiple to which its contracted dim is padded.
       torus: dims of the links' torus (TPU: 2 or 3); 0 where devices are joined by
         switches or memory.
       wrap_size: of a 2-D torus a dim wraps if this divides it; a 3-D torus wraps in
         each dim if this divides all of them.
       node: chips of one host; where NVLink joins them, of one NVLink domain.
-      link_bandwidth: one way, bytes/s: of one torus link, of one device into NVLink, or
+      link_bandwidth: bytes/s one way, of one torus link, of one device into NVLink, or
         of shared memory as a whole.
       link_fraction: share of it that a large collective reaches.
       link_latency: seconds per hop or step.
       call_latency: seconds per collective, whatever its size.
-      ramp_seconds: what a large collective loses until the links are full.
-      core_bandwidth: between the devices of one chip, one way, bytes/s.
-      network_bandwidth: between nodes (TPU: slices), one way, bytes/s per device.
+      ramp_seconds: seconds that a large collective loses until the links are full.
+      core_bandwidth: bytes/s one way between the devices of one chip.
+      network_bandwidth: bytes/s per device one way between nodes (TPU: slices).
       network_fraction: share of it that a large collective reaches.
       network_latency: seconds per step between nodes.
-      host_bandwidth: between host and device, one way, bytes/s per device.
+      host_bandwidth: bytes/s per device one way between host and device.
       price: list price on demand, US dollars per chip-hour; None where none was found.
-      sources: field (of peaks: "peaks.bfloat16") to title, address and date read, or
-        "assumption: ...".
+      sources: for each field (for peaks: "peaks.bfloat16") the title, address and date
+        read, or "assumption: ...".
     """
 
     name: str
@@ -101,65 +101,48 @@ class Chip:
         return self.peaks["bfloat16"]
 
     def peak(self, dtype: Any = "bfloat16") -> float:
-        """Dense matmul peak for operands of `dtype` at JAX's default precision, FLOP/s.
+        """Return the dense matmul peak for operands of `dtype`, FLOP/s.
 
-        A dtype that the chip has no units for counts as the next wider one that it has:
-        float8, int8 and float16 as bfloat16, and whatever is wider than float32 as
-        float32.
+        The products have JAX's default precision. A dtype that the chip has no units
+        for counts as the next wider one that it has: float8, int8 and float16 as
+        bfloat16, and anything wider than float32 as float32.
         """
         name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-        found = self.peaks.get(name)
-        if found is None:
-            name = (
-                "float8"
-                if name.startswith("float8")
-                else "int8"
-                if name.endswith(("int8", "int4"))
-                else name
-            )
-            wide = name not in ("bfloat16", "float16", "float8", "int8")
-            found = (
-                self.peaks.get(name)
-                or self.peaks.get("float32" if wide else "bfloat16")
-                or self.bf16_flops
-            )
-        return found
+        if name in self.peaks:
+            return self.peaks[name]
+        if name.startswith("float8"):
+            name = "float8"
+        elif name.endswith(("int8", "int4")):
+            name = "int8"
+        narrow = name in ("bfloat16", "float16", "float8", "int8")
+        wider = "bfloat16" if narrow else "float32"
+        return self.peaks.get(name) or self.peaks.get(wider) or self.bf16_flops
 
     def __str__(self) -> str:
-        """A line per figure: value, source."""
-        shown = {f"peaks.{dtype}": peak for dtype, peak in self.peaks.items()}
-        shown |= {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("name", "peaks", "sources")
+        """Return a line per figure: its name, value and source."""
+        figures: dict[str, Any] = {
+            f"peaks.{dtype}": peak for dtype, peak in self.peaks.items()
         }
-        rows = [
-            (
-                key,
-                (
-                    "unknown"
-                    if value is None
-                    else f"{value:.4g}"
-                    if isinstance(value, float)
-                    else str(value)
-                ),
-            )
-            for key, value in shown.items()
+        for item in fields(self):
+            if item.name not in ("name", "peaks", "sources"):
+                figures[item.name] = getattr(self, item.name)
+        rows = {
+            key: _shown(value)
+            for key, value in figures.items()
             if key in self.sources or key == "price"
-        ]
-        wide = max(
-            (len(value) for _, value in rows),
-            default=0,
-        )
-        return "\n".join(
-            [
-                self.name,
-                *(
-                    f"  {key:<17} {value:<{wide}}  {self.sources.get(key, '')}".rstrip()
-                    for key, value in rows
-                ),
-            ]
-        )
+        }
+        width = max((len(text) for text in rows.values()), default=0)
+        lines = [self.name]
+        for key, text in rows.items():
+            source = self.sources.get(key, "")
+            lines.append(f"  {key:<17} {text:<{width}}  {source}".rstrip())
+        return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 _REQUIRED = ("platform", "peaks", "memory", "bandwidth", "link_bandwidth")
@@ -174,14 +157,14 @@ _MAY_BE_ZERO = (
     "torus",
     "price",
 )
-# what belongs to a product, not to its kind: an own entry `like` another doesn't answer
-# to its names nor cost the same
+# Fields of one product and not of its kind: an entry `like` another chip has neither
+# its names nor its price.
 _OWN = ("kinds", "aliases", "price")
 _KEYS = [f.name for f in fields(Chip) if f.name not in ("name", "sources")]
 
 
 def read_chips(path: str | Path) -> dict[str, Chip]:
-    """Chips of a TOML file, by name: a table for each, with the fields of `Chip`.
+    """Return the chips of a TOML file by name: a table for each, with `Chip`'s fields.
 
     A figure is a bare number or `{ value = 3.5, source = "our contract" }`. With `like
     = "h200"` the fields left out are those of another chip of the file (further up) or
@@ -189,28 +172,19 @@ def read_chips(path: str | Path) -> dict[str, Chip]:
     platform, peaks.bfloat16, memory, bandwidth, link_bandwidth, and torus on a TPU.
 
     Raises:
-      PlanError: no such file, no TOML, or a field that is missing, unknown, ill-typed
-        or out of range.
+      PlanError: there is no such file, it is no TOML, or a field is missing, unknown,
+        ill-typed or out of range.
     """
     return _read(Path(path), CHIPS)
 
 
-def _read(path: Path, known: Mapping[str, Chip]) -> dict[str, Chip]:
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(
-            f"the chips can't be read: {error.strerror}",
-            where=path,
-            remedy="name a file that is there",
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"the chips are no TOML: {error}",
-            where=path,
-            remedy="mend the line; a table begins with [name], a field is name = value",
-        ) from error
+def _read(
+    path: Path,
+    known: Mapping[str, Chip],
+) -> dict[str, Chip]:
+    tables = _toml(path)
     cited = tables.pop("sources", {})
+    cited = cited if isinstance(cited, dict) else {}
     chips: dict[str, Chip] = {}
     for name, table in tables.items():
         if not isinstance(table, dict) or not re.fullmatch(r"[\w-]+", name):
@@ -222,15 +196,36 @@ def _read(path: Path, known: Mapping[str, Chip]) -> dict[str, Chip]:
                     " below"
                 ),
             )
-        chips[name.lower()] = _Table(
-            path, name, cited if isinstance(cited, dict) else {}
-        ).chip(table, {**known, **chips})
+        reader = _Table(path, name, cited)
+        chips[name.lower()] = reader.chip(table, {**known, **chips})
     return chips
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(
+            f"the chips can't be read: {error.strerror}",
+            where=path,
+            remedy="name a file that exists",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"the chips are no TOML: {error}",
+            where=path,
+            remedy="fix the line; a table begins with [name], a field is name = value",
+        ) from error
 
 
 @dataclass
 class _Table:
-    """Reads one chip's table; knows where it stands, for the errors."""
+    """Reads one chip's table.
+
+    Attributes:
+      path, name: the place of the table, for errors.
+      cited: full citations by the short names that sources use.
+    """
 
     path: Path
     name: str
@@ -242,25 +237,17 @@ class _Table:
         what: str,
         remedy: str,
     ) -> PlanError:
-        return PlanError(
-            what, where=f"{self.path}, [{self.name}] {key}".rstrip(), remedy=remedy
-        )
+        where = f"{self.path}, [{self.name}] {key}".rstrip()
+        return PlanError(what, where=where, remedy=remedy)
 
     def chip(
         self,
         table: dict[str, Any],
         known: Mapping[str, Chip],
     ) -> Chip:
-        table, base = dict(table), table.get("like")
-        if "like" in table:
-            table.pop("like")
-            if not isinstance(base, str) or base.lower() not in known:
-                near = nearest(base, known) if isinstance(base, str) else ""
-                raise self.error(
-                    "like",
-                    f"{base!r} is no chip{near}",
-                    f"name one of {', '.join(known)}",
-                )
+        table = dict(table)
+        like = "like" in table
+        base = self._base(table.pop("like"), known) if like else None
         for key in table:
             if key not in _KEYS:
                 raise self.error(
@@ -268,38 +255,49 @@ class _Table:
                     f"a chip has no field {key!r}{nearest(key, _KEYS)}",
                     f"it has like, {', '.join(_KEYS)}",
                 )
+
         sources: dict[str, str] = {}
         values: dict[str, Any] = {}
         for key, entry in table.items():
-            values[key] = (
-                self.peaks(entry, sources)
-                if key == "peaks"
-                else self.one(key, entry, sources)
-            )
+            if key == "peaks":
+                values[key] = self.peaks(entry, sources)
+            else:
+                values[key] = self.figure(key, entry, sources)
         if base is not None:
-            return self._like(
-                known[base.lower()],
-                values,
-                sources,
-            )
-        for key in (
-            *_REQUIRED,
-            *(("torus",) if values.get("platform") == "tpu" else ()),
-        ):
-            if key not in values or (
-                key == "peaks" and "bfloat16" not in values["peaks"]
-            ):
-                key = "peaks.bfloat16" if key == "peaks" else key
-                raise self.error(
-                    key,
-                    f"chip {self.name!r} has no {key}",
-                    f'give {key}, or start from a chip: like = "h200"',
-                )
+            return self._like(base, values, sources)
+        self._require(values)
         return Chip(
             name=self.name.lower(),
             sources=sources,
             **values,
         )
+
+    def _base(
+        self,
+        name: Any,
+        known: Mapping[str, Chip],
+    ) -> Chip:
+        if isinstance(name, str) and name.lower() in known:
+            return known[name.lower()]
+        near = nearest(name, known) if isinstance(name, str) else ""
+        raise self.error(
+            "like", f"{name!r} is no chip{near}", f"name one of {', '.join(known)}"
+        )
+
+    def _require(self, values: dict[str, Any]) -> None:
+        required = list(_REQUIRED)
+        if values.get("platform") == "tpu":
+            required.append("torus")
+        for key in required:
+            shown = "peaks.bfloat16" if key == "peaks" else key
+            if key not in values or (
+                key == "peaks" and "bfloat16" not in values["peaks"]
+            ):
+                raise self.error(
+                    shown,
+                    f"chip {self.name!r} has no {shown}",
+                    f'give {shown}, or start from a chip: like = "h200"',
+                )
 
     def _like(
         self,
@@ -308,13 +306,13 @@ class _Table:
         sources: dict[str, str],
     ) -> Chip:
         inherited = {key: text for key, text in base.sources.items() if key not in _OWN}
-        fresh: dict[str, Any] = (
-            dict.fromkeys(("kinds", "aliases"), ()) | {"price": None} | values
-        )
+        own: dict[str, Any] = {"kinds": (), "aliases": (), "price": None}
+        fresh = own | values
         fresh["peaks"] = {**base.peaks, **values.get("peaks", {})}
+        name = self.name.lower()
         return replace(
             base,
-            name=self.name.lower(),
+            name=name,
             sources=inherited | sources,
             **fresh,
         )
@@ -324,6 +322,7 @@ class _Table:
         entry: Any,
         sources: dict[str, str],
     ) -> dict[str, float]:
+        """Return the peaks by dtype; their sources go to `sources`."""
         if not isinstance(entry, dict):
             raise self.error(
                 "peaks",
@@ -338,17 +337,17 @@ class _Table:
                     f"it has {', '.join(DTYPES)}",
                 )
         return {
-            dtype: self.one(f"peaks.{dtype}", value, sources)
+            dtype: self.figure(f"peaks.{dtype}", value, sources)
             for dtype, value in entry.items()
         }
 
-    def one(
+    def figure(
         self,
         key: str,
         entry: Any,
         sources: dict[str, str],
     ) -> Any:
-        """The value of a field; its source goes to `sources`."""
+        """Return the value of a field; its source goes to `sources`."""
         source = str(self.path)
         if isinstance(entry, dict):
             for part in entry:
@@ -382,30 +381,16 @@ class _Table:
         value: Any,
     ) -> Any:
         if key == "platform":
-            if value not in PLATFORMS:
-                raise self.error(
-                    key, f"{value!r} is no platform", f"one of {', '.join(PLATFORMS)}"
-                )
-            return value
+            return self._checked_platform(value)
         if key in _TEXTS:
-            if not isinstance(value, list) or not all(
-                isinstance(text, str) for text in value
-            ):
-                raise self.error(
-                    key,
-                    f"{key} is {value!r}, not a list of texts",
-                    f'write {key} = ["..."]',
-                )
-            return tuple(value)
-        kinds, what = (
-            (int, "a whole number") if key in _COUNTS else (int | float, "a number")
-        )
-        # NaN, too, is not below
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, kinds)
-            or not abs(value) < 1e30
-        ):
+            return self._checked_texts(key, value)
+
+        count = key in _COUNTS
+        kinds = int if count else int | float
+        what = "a whole number" if count else "a number"
+        # NaN isn't below the limit either.
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not number or not abs(value) < MOST:
             raise self.error(key, f"{key} is {value!r}, not {what}", f"give {what}")
         if value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
             raise self.error(key, f"{key} is {value}", "give a number above zero")
@@ -415,7 +400,23 @@ class _Table:
                 f"{key} is {value}, more than the whole",
                 "give a share between 0 and 1",
             )
-        return value if key in _COUNTS else float(value)
+        return value if count else float(value)
+
+    def _checked_platform(self, value: Any) -> str:
+        if value in PLATFORMS:
+            return value
+        what = f"{value!r} is no platform"
+        raise self.error("platform", what, f"one of {', '.join(PLATFORMS)}")
+
+    def _checked_texts(
+        self,
+        key: str,
+        value: Any,
+    ) -> tuple[str, ...]:
+        if isinstance(value, list) and all(isinstance(text, str) for text in value):
+            return tuple(value)
+        what = f"{key} is {value!r}, not a list of texts"
+        raise self.error(key, what, f'write {key} = ["..."]')
 
 
 CHIPS: dict[str, Chip] = _read(Path(__file__).with_name("catalogue.toml"), {})

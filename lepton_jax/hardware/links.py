@@ -1,9 +1,20 @@
-"""How mesh axes lie on physical links, and what a collective over them costs.
+"""Links of mesh axes on the hardware, and the cost of a collective over them.
 
 The cost is alpha-beta: seconds = latency + bytes / bandwidth (Thakur, Rabenseifner and
-Gropp 2005, "Optimization of collective communication operations in MPICH"). What
-latency and bandwidth are on a torus and on a switched node follows "How to Scale Your
-Model", https://jax-ml.github.io/scaling-book, parts 3 (sharding) and 12 (GPUs).
+Gropp 2005, "Optimization of collective communication operations in MPICH"). Latency and
+bandwidth on a torus and on a switched node follow "How to Scale Your Model",
+https://jax-ml.github.io/scaling-book, parts 3 (sharding) and 12 (GPUs).
+
+An example: on "v5p:4x4x4" the mesh {"data": 16, "model": 4} gets a whole dim of the
+torus for "model" and the two others for "data". All dims wrap, so each device receives
+from two neighbours along each dim at the same time:
+
+    >>> from lepton_jax.hardware import topology
+    >>> links = lay({"data": 16, "model": 4}, topology("v5p:4x4x4"))
+    >>> links["data"].physical
+    'ICI dim 1 (4, wraps) and dim 2 (4, wraps)'
+    >>> links["model"].physical
+    'ICI dim 0 (4, wraps)'
 """
 
 from __future__ import annotations
@@ -18,7 +29,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lepton_jax.errors import PlanError
+from lepton_jax.hardware.chips import Chip
 from lepton_jax.hardware.topology import Topology
+
+# Shape of the ramp. A small message takes 1 + RAMP_SLOPE times as long as at the full
+# rate, a large one loses `ramp` seconds, and between lies a concave curve (assumption).
+RAMP_SLOPE = 3
 
 COLLECTIVES = (
     "all-gather",
@@ -30,8 +46,9 @@ COLLECTIVES = (
 
 
 class Part(NamedTuple):
-    """What an axis takes of one physical dim: `size` devices, each `stride` further
-    along `dim` of the topology's grid.
+    """The part of one physical dim that an axis takes.
+
+    It is `size` devices, each `stride` further along `dim` of the topology's grid.
     """
 
     dim: int
@@ -41,7 +58,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What one mesh axis, or several joined, has for its collectives.
+    """The links of one mesh axis, or of several joined, for its collectives.
 
     Attributes:
       size: devices along the axis.
@@ -55,7 +72,8 @@ class Link:
       ramp: seconds that a large collective loses until the links are full.
       wraps: whether the links close to rings.
       physical: the place, for explanations.
-      parts: of the physical dims; `join` needs them.
+      parts: parts of the physical dims, which `join` needs.
+      topology: the topology, which `join` needs.
     """
 
     size: int
@@ -76,7 +94,7 @@ class Link:
         collective: str,
         payload: float,
     ) -> float:
-        """Seconds of a collective over this axis.
+        """Return the seconds of a collective over this axis.
 
         Args:
           collective: one of `COLLECTIVES`.
@@ -89,25 +107,22 @@ class Link:
             return 0.0
         if collective == "collective-permute":
             return self.hop + payload / self.shift
-        flow = (
-            payload
-            * (n - 1)
-            / n
-            / (self.exchange if collective == "all-to-all" else self.bandwidth)
-        )
+        rate = self.exchange if collective == "all-to-all" else self.bandwidth
+        flow = payload * (n - 1) / n / rate
         once = self.latency + flow
         if self.ramp:
-            # small messages flow at a quarter of the rate, large ones lose a fixed
-            # time: a concave curve between
-            once += self.ramp * flow / (flow + self.ramp / 3)
+            once += self.ramp * flow / (flow + self.ramp / RAMP_SLOPE)
         if collective == "all-reduce":
             return 2 * once
         assert collective in COLLECTIVES, collective
         return once
 
 
-def lay(mesh: Mapping[str, int], topology: Topology) -> dict[str, Link]:
-    """The links of each mesh axis, axes from the least to the most local.
+def lay(
+    mesh: Mapping[str, int],
+    topology: Topology,
+) -> dict[str, Link]:
+    """Return the links of each mesh axis, axes from the least to the most local.
 
     On a TPU an axis gets whole dims of the torus where their product is its size, else
     pieces of dims, which don't wrap. On GPUs the last axes lie inside a node (an NVLink
@@ -120,7 +135,7 @@ def lay(mesh: Mapping[str, int], topology: Topology) -> dict[str, Link]:
 
 
 def join(links: Iterable[Link]) -> Link:
-    """The links of a collective over several axes of one `lay` at once."""
+    """Return the links of a collective over several axes of one `lay` at once."""
     links = tuple(links)
     assert links, "no links to join"
     return links[0] if len(links) == 1 else _join(links)
@@ -131,9 +146,11 @@ def arrange(
     topology: Topology,
     devices: Sequence[Any],
 ) -> np.ndarray:
-    """The devices in the mesh's shape, each where `lay` has it.
+    """Return the devices in the mesh's shape, each where `lay` has it.
 
     Args:
+      mesh: sizes of the mesh's axes.
+      topology: the topology.
       devices: as many as the topology has; on a TPU with `coords` and `core_on_chip`,
         else in JAX's own order.
     """
@@ -141,29 +158,28 @@ def arrange(
         f"{len(devices)} devices for {topology.name}"
     )
     if topology.chip.torus:
+        torus = topology.chip.torus
         devices = sorted(
             devices,
-            key=lambda d: (*d.coords[: topology.chip.torus], d.core_on_chip),
+            key=lambda device: (*device.coords[:torus], device.core_on_chip),
         )
+
+    # The grid of devices cut into the axes' parts, then its dims in the axes' order.
     links = lay(mesh, topology).values()
     pieces = [(part, axis) for axis, link in enumerate(links) for part in link.parts]
     pieces.sort(key=lambda piece: (piece[0].dim, -piece[0].stride))
-    wanted = sorted(
-        range(len(pieces)),
-        key=lambda i: (pieces[i][1], i),
-    )
+    axes = [axis for _, axis in pieces]
+    order = sorted(range(len(axes)), key=axes.__getitem__)
     grid = np.empty(len(devices), object)
     grid[:] = devices
-    return (
-        grid.reshape([part.size for part, _ in pieces])
-        .transpose(wanted)
-        .reshape(tuple(mesh.values()))
-    )
+    grid = grid.reshape([part.size for part, _ in pieces])
+    return grid.transpose(order).reshape(tuple(mesh.values()))
 
 
 @lru_cache(maxsize=4096)
 def _lay(
-    mesh: tuple[tuple[str, int], ...], topology: Topology
+    mesh: tuple[tuple[str, int], ...],
+    topology: Topology,
 ) -> tuple[tuple[str, Link], ...]:
     sizes = [size for _, size in mesh]
     if math.prod(sizes) != topology.devices or any(size < 1 for size in sizes):
@@ -190,22 +206,19 @@ def _whole(
     taken: list[int],
     topology: Topology,
 ) -> tuple[Part, ...]:
-    """Untouched dims that multiply to `size`, the fastest together; none if there are
-    none.
-    """
+    """Return untouched dims that multiply to `size`, the fastest together, if any."""
     free = [
         Part(dim, n, 1)
         for dim, n in enumerate(topology.grid)
         if n > 1 and taken[dim] == 1
     ]
-    found = [
-        parts
-        for count in range(1, len(free) + 1)
-        for parts in itertools.combinations(free, count)
-        if math.prod(part.size for part in parts) == size
-    ]
+    choices = []
+    for count in range(1, len(free) + 1):
+        for parts in itertools.combinations(free, count):
+            if math.prod(part.size for part in parts) == size:
+                choices.append(parts)
     return max(
-        found,
+        choices,
         key=lambda parts: _link(parts, topology).bandwidth,
         default=(),
     )
@@ -216,54 +229,67 @@ def _split(
     taken: list[int],
     topology: Topology,
 ) -> tuple[Part, ...]:
-    """Pieces of dims that multiply to `size`.
+    """Return pieces of dims that multiply to `size`.
 
-    On a torus those with the most devices in whole dims, then those that break the
-    fewest dims for the axes to come, then the fastest; on GPUs as much as possible
-    inside a node.
+    On a torus they are those with the most devices in whole dims, then those that break
+    the fewest dims for the axes to come, then the fastest; on GPUs as much as possible
+    lies inside a node.
     """
     left = [n // t for n, t in zip(topology.grid, taken, strict=True)]
 
     def merit(pieces: tuple[int, ...]) -> tuple[Any, ...]:
         if not topology.chip.torus:
             return (pieces[-1],)
-        whole = math.prod(
-            piece for piece, n in zip(pieces, topology.grid, strict=True) if piece == n
-        )
-        broken = sum(1 < piece < rest for piece, rest in zip(pieces, left, strict=True))
-        return whole, -broken, _link(_parts(pieces, taken), topology).bandwidth, pieces
+        pairs = zip(pieces, topology.grid, strict=True)
+        whole = math.prod(piece for piece, n in pairs if piece == n)
+        rests = zip(pieces, left, strict=True)
+        broken = sum(1 < piece < rest for piece, rest in rests)
+        bandwidth = _link(_parts(pieces, taken), topology).bandwidth
+        return whole, -broken, bandwidth, pieces
 
     best = max(_factorings(size, left), key=merit)
     return _parts(best, taken)
 
 
-def _parts(pieces: Sequence[int], taken: Sequence[int]) -> tuple[Part, ...]:
+def _parts(
+    pieces: Sequence[int],
+    taken: Sequence[int],
+) -> tuple[Part, ...]:
     return tuple(
         Part(dim, size, taken[dim]) for dim, size in enumerate(pieces) if size > 1
     )
 
 
-def _factorings(size: int, left: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Every way to write `size` as a product of one divisor of each number left."""
+def _factorings(
+    size: int,
+    left: Sequence[int],
+) -> Iterator[tuple[int, ...]]:
+    """Yield all ways to write `size` as a product of a divisor of each number left.
+
+    >>> list(_factorings(4, [4, 2]))
+    [(2, 2), (4, 1)]
+    """
     if not left:
         if size == 1:
             yield ()
         return
     for piece in range(1, min(size, left[0]) + 1):
         if left[0] % piece == 0 and size % piece == 0:
-            yield from ((piece, *rest) for rest in _factorings(size // piece, left[1:]))
+            for rest in _factorings(size // piece, left[1:]):
+                yield (piece, *rest)
 
 
 @lru_cache(maxsize=4096)
 def _join(links: tuple[Link, ...]) -> Link:
-    """Pieces of one dim that lie against each other become one piece; if that is the
-    whole dim, it wraps again.
+    """Return the link of several axes.
+
+    Pieces of one dim that lie next to each other become one piece; if that is the whole
+    dim, it wraps again.
     """
+    parts = [part for link in links for part in link.parts]
+    parts.sort(key=lambda part: (part.dim, part.stride))
     merged: list[Part] = []
-    for part in sorted(
-        (part for link in links for part in link.parts),
-        key=lambda part: (part.dim, part.stride),
-    ):
+    for part in parts:
         last = merged[-1] if merged else None
         if last and last.dim == part.dim and last.stride * last.size == part.stride:
             merged[-1] = Part(
@@ -278,89 +304,123 @@ def _join(links: tuple[Link, ...]) -> Link:
     return _link(tuple(merged), topology)
 
 
-def _link(parts: tuple[Part, ...], topology: Topology) -> Link:
+# ---- the links of parts ----
+
+
+def _link(
+    parts: tuple[Part, ...],
+    topology: Topology,
+) -> Link:
     if not parts:
-        return Link(
-            1,
-            "memory",
-            math.inf,
-            math.inf,
-            math.inf,
-            0.0,
-            0.0,
-            0.0,
-            False,
-            "one device",
-            (),
-            topology,
-        )
+        return _one_device(topology)
     if topology.chip.torus:
         return _torus(parts, topology)
-    return (
-        _memory(parts, topology)
-        if topology.platform == "cpu"
-        else _switched(parts, topology)
+    if topology.platform == "cpu":
+        return _memory(parts, topology)
+    return _switched(parts, topology)
+
+
+def _one_device(topology: Topology) -> Link:
+    return Link(
+        size=1,
+        kind="memory",
+        bandwidth=math.inf,
+        exchange=math.inf,
+        shift=math.inf,
+        latency=0.0,
+        hop=0.0,
+        ramp=0.0,
+        wraps=False,
+        physical="one device",
+        parts=(),
+        topology=topology,
     )
 
 
-def _torus(parts: tuple[Part, ...], topology: Topology) -> Link:
-    """Pieces of a torus, seconds per byte by the links that each has to cross.
+def _size(parts: Iterable[Part]) -> int:
+    return math.prod(part.size for part in parts)
 
-    All-gather of V bytes: the dims work at once, V (N-1)/N over the sum of their rates
-    (a ring sends both ways), but a dim of n carries at least V (n-1)/N. All-to-all: the
-    bytes that cross the middle of each dim, floor(n^2/4)/n of a device's payload, over
-    the links there. Groups that lie `stride` apart share the links between them, and so
-    do the devices of a chip, unless they are on the axis themselves: then each half of
-    what the chip gathers crosses to the other device.
+
+def _torus(
+    parts: tuple[Part, ...],
+    topology: Topology,
+) -> Link:
+    """Return the link of pieces of a torus.
+
+    All-gather of V bytes: the dims work at the same time, V (N-1)/N over the sum of
+    their rates (a ring sends both ways), but a dim of n carries at least V (n-1)/N.
+    All-to-all: the bytes that cross the middle of each dim, floor(n^2/4)/n of a
+    device's payload, over the links there. Groups that lie `stride` apart share the
+    links between them. So do the devices of a chip, unless they are on the axis
+    themselves: then each half of what the chip gathers crosses to the other device.
     """
     chip = topology.chip
-    ici = [part for part in parts if part.dim < topology.chip.torus]
-    n, chips = (math.prod(part.size for part in some) for some in (parts, ici))
+    ici = [part for part in parts if part.dim < chip.torus]
+    size = _size(parts)
+    # Whether the axis has all devices of each chip.
+    whole_chips = size > _size(ici)
     rings = {
         part: topology.wraps[part.dim] and part.size == topology.grid[part.dim]
         for part in ici
     }
-    link = chip.link_bandwidth * chip.link_fraction
-    ways = {part: link * (2 if rings[part] else 1) / part.stride for part in ici}
-    # both devices of each chip are on the axis
-    die = 1 / chip.core_bandwidth if n > chips else 0.0
-    # else they are in two groups that share the chip's links
-    apart = 1 if n > chips else chip.devices_per_chip
-    gather = exchange = die / 2
-    if ici:
-        rate = (
-            min(
-                sum(ways.values()),
-                *(ways[part] * (chips - 1) / (part.size - 1) for part in ici),
-            )
-            / apart
-        )
-        gather += (chips - 1) / chips / rate
-        exchange = max(
-            exchange,
-            *(
-                part.size**2 // 4 / part.size * chip.devices_per_chip / ways[part]
-                for part in ici
-            ),
-        )
+    rate = chip.link_bandwidth * chip.link_fraction
+    gather, exchange = _torus_passes(rings, chip, rate, whole_chips)
+
     stride = max((part.stride for part in ici), default=1)
-    hops = sum(
-        part.stride * (part.size // 2 if rings[part] else part.size - 1) for part in ici
-    ) + bool(die)
+    hops = 1 if whole_chips else 0
+    for part, ring in rings.items():
+        hops += part.stride * (part.size // 2 if ring else part.size - 1)
+    shift = rate / stride / chip.devices_per_chip if ici else chip.core_bandwidth
     return Link(
-        n,
-        "ici",
-        (n - 1) / n / gather,
-        (n - 1) / n / exchange,
-        link / stride / chip.devices_per_chip if ici else chip.core_bandwidth,
-        chip.call_latency + hops * chip.link_latency,
-        chip.call_latency + stride * chip.link_latency,
-        chip.ramp_seconds,
-        bool(ici) and all(rings.values()),
-        _named(parts, topology, rings),
-        parts,
-        topology,
+        size=size,
+        kind="ici",
+        bandwidth=(size - 1) / size / gather,
+        exchange=(size - 1) / size / exchange,
+        shift=shift,
+        latency=chip.call_latency + hops * chip.link_latency,
+        hop=chip.call_latency + stride * chip.link_latency,
+        ramp=chip.ramp_seconds,
+        wraps=bool(ici) and all(rings.values()),
+        physical=_named(parts, topology, rings),
+        parts=parts,
+        topology=topology,
     )
+
+
+def _torus_passes(
+    rings: Mapping[Part, bool],
+    chip: Chip,
+    rate: float,
+    whole_chips: bool,
+) -> tuple[float, float]:
+    """Return the seconds per byte of an all-gather and of an all-to-all on a torus.
+
+    Args:
+      rings: the pieces of the torus, and whether each wraps.
+      chip: the chip.
+      rate: bytes/s of a link.
+      whole_chips: whether the axis has all devices of each chip.
+    """
+    between_devices = 1 / chip.core_bandwidth if whole_chips else 0.0
+    gather = between_devices / 2
+    exchange = between_devices / 2
+    if not rings:
+        return gather, exchange
+
+    # The devices of a chip are in groups that share its links, unless on the axis.
+    sharing = 1 if whole_chips else chip.devices_per_chip
+    chips = _size(rings)
+    ways = {
+        part: rate * (2 if ring else 1) / part.stride for part, ring in rings.items()
+    }
+    limits = [ways[part] * (chips - 1) / (part.size - 1) for part in rings]
+    fastest = min(sum(ways.values()), *limits) / sharing
+    gather += (chips - 1) / chips / fastest
+    crossing = [
+        part.size**2 // 4 / part.size * chip.devices_per_chip / ways[part]
+        for part in rings
+    ]
+    return gather, max(exchange, *crossing)
 
 
 def _named(
@@ -368,80 +428,86 @@ def _named(
     topology: Topology,
     rings: Mapping[Part, bool],
 ) -> str:
-    """E.g. "ICI dim 0 (16, wraps) and 4 of dim 1 (16)"."""
+    """Return parts in words: "ICI dim 0 (16, wraps) and 4 of dim 1 (16)"."""
     words = []
     for part in parts:
         whole = topology.grid[part.dim]
         if part not in rings:
             words.append(f"the {part.size} devices of a chip")
         elif part.size == whole:
-            words.append(
-                f"dim {part.dim} ({whole}, {'wraps' if rings[part] else 'open'})"
-            )
+            closes = "wraps" if rings[part] else "open"
+            words.append(f"dim {part.dim} ({whole}, {closes})")
         else:
-            words.append(
-                f"{part.size} of dim {part.dim} ({whole}"
-                + (f", stride {part.stride})" if part.stride > 1 else ")")
-            )
+            stride = f", stride {part.stride}" if part.stride > 1 else ""
+            words.append(f"{part.size} of dim {part.dim} ({whole}{stride})")
     return ("ICI " if rings else "") + " and ".join(words)
 
 
-def _switched(parts: tuple[Part, ...], topology: Topology) -> Link:
-    """GPUs in nodes: inside, every byte goes through a device's NVLink; between, each
-    device has its own network card.
+def _switched(
+    parts: tuple[Part, ...],
+    topology: Topology,
+) -> Link:
+    """Return the link of GPUs in nodes.
 
-    All-gather of V bytes over N devices, `inside` of them in each of M nodes: the
-    slower of V (N-1)/N over NVLink and V (M-1)/M over the network cards of `inside`
-    devices. All-to-all: of a payload P, P (N-inside)/N leaves the node.
+    Inside, every byte goes through a device's NVLink; between, each device has its own
+    network card. All-gather of V bytes over N devices, `inside` of them in each of M
+    nodes: the slower of V (N-1)/N over NVLink and V (M-1)/M over the network cards of
+    `inside` devices. All-to-all: of a payload P, P (N-inside)/N leaves the node.
     """
     chip = topology.chip
-    nodes, inside = (
-        math.prod(part.size for part in parts if part.dim == dim) for dim in (0, 1)
-    )
-    n = nodes * inside
+    nodes = _size(part for part in parts if part.dim == 0)
+    inside = _size(part for part in parts if part.dim == 1)
+    size = nodes * inside
     nvlink = chip.link_bandwidth * chip.link_fraction
     network = chip.network_bandwidth * chip.network_fraction
-    through = (n - 1) / n / nvlink if inside > 1 else 0.0
-    gather = max(through, (nodes - 1) / n / network)
-    exchange = max(through, (n - inside) / n / network)
-    words = [
-        f"NVLink among {inside} of a node" if inside > 1 else "",
-        f"the network among {nodes} nodes" if nodes > 1 else "",
-    ]
+    through = (size - 1) / size / nvlink if inside > 1 else 0.0
+    gather = max(through, (nodes - 1) / size / network)
+    exchange = max(through, (size - inside) / size / network)
+
+    between = nodes > 1
+    inner_steps = (inside - 1) * chip.link_latency
+    outer_steps = (nodes - 1) * chip.network_latency
+    step = chip.network_latency if between else chip.link_latency
+    words = []
+    if inside > 1:
+        words.append(f"NVLink among {inside} of a node")
+    if between:
+        words.append(f"the network among {nodes} nodes")
     return Link(
-        n,
-        "network" if nodes > 1 else "nvlink",
-        (n - 1) / n / gather,
-        (n - 1) / n / exchange,
-        network if nodes > 1 else nvlink,
-        chip.call_latency
-        + (inside - 1) * chip.link_latency
-        + (nodes - 1) * chip.network_latency,
-        chip.call_latency + (chip.network_latency if nodes > 1 else chip.link_latency),
-        chip.ramp_seconds,
-        False,
-        " and ".join(filter(None, words)),
-        parts,
-        topology,
+        size=size,
+        kind="network" if between else "nvlink",
+        bandwidth=(size - 1) / size / gather,
+        exchange=(size - 1) / size / exchange,
+        shift=network if between else nvlink,
+        latency=chip.call_latency + inner_steps + outer_steps,
+        hop=chip.call_latency + step,
+        ramp=chip.ramp_seconds,
+        wraps=False,
+        physical=" and ".join(words),
+        parts=parts,
+        topology=topology,
     )
 
 
-def _memory(parts: tuple[Part, ...], topology: Topology) -> Link:
-    """Virtual devices copy through one memory, all at the same time."""
+def _memory(
+    parts: tuple[Part, ...],
+    topology: Topology,
+) -> Link:
+    """Return the link of virtual devices, which all copy through one memory at once."""
     chip = topology.chip
-    n = math.prod(part.size for part in parts)
+    size = _size(parts)
     rate = chip.link_bandwidth * chip.link_fraction / topology.devices
     return Link(
-        n,
-        "memory",
-        rate,
-        rate,
-        rate,
-        chip.call_latency + (n - 1) * chip.link_latency,
-        chip.call_latency + chip.link_latency,
-        chip.ramp_seconds,
-        False,
-        "shared memory",
-        parts,
-        topology,
+        size=size,
+        kind="memory",
+        bandwidth=rate,
+        exchange=rate,
+        shift=rate,
+        latency=chip.call_latency + (size - 1) * chip.link_latency,
+        hop=chip.call_latency + chip.link_latency,
+        ramp=chip.ramp_seconds,
+        wraps=False,
+        physical="shared memory",
+        parts=parts,
+        topology=topology,
     )

@@ -1,5 +1,4 @@
-"""Seconds of work on one device by the roofline: of computing and moving, the greater
-decides.
+"""Seconds of work on one device by the roofline: computing and moving overlap in part.
 
 How to Scale Your Model, part 1, https://jax-ml.github.io/scaling-book/roofline;
 Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model
@@ -8,7 +7,6 @@ for multicore architectures".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,9 +16,14 @@ import numpy as np
 
 from lepton_jax.hardware.chips import Chip
 
-OVERLAP = 1.5  # 1: one after the other; infinite: entirely at once
-# sublanes of a TPU's register, and the smallest dim of a tensor core's operation: the
-# shorter side pads to it
+# Exponent of the sum of computing and moving. With 1 one follows the other, with
+# infinity both run entirely at once. With 1.5 the published rates of one tpu7x device
+# for squares of 512 to 32768 come out within 17 % (AI-Hypercomputer,
+# accelerator-microbenchmarks, Ironwood readme).
+OVERLAP = 1.5
+# Numbers to which the shorter side of a matmul's output is padded if it is below a
+# tile: the sublanes of a TPU's register, and the smallest dim of a tensor core's
+# operation.
 SHORT = 8
 
 
@@ -32,34 +35,28 @@ def matmul_seconds(
     batch: int = 1,
     dtype: Any = "bfloat16",
 ) -> float:
-    """Seconds of `batch` products [m, k] x [k, n] -> [m, n] on one device, operands and
-    result in `dtype`.
+    """Return the seconds of `batch` products [m, k] x [k, n] -> [m, n] on one device.
 
-    The dims are padded to the chip's tiles: m and n to `tile` (the shorter of them, if
-    below it, to 8), k to `tile_depth`. Computing and moving overlap in part: with the
-    exponent 1.5 the published rates of one tpu7x device for squares of 512 to 32768
-    come out within 17 % (AI-Hypercomputer, accelerator-microbenchmarks, Ironwood
-    readme).
+    Operands and result have `dtype`. The dims are padded to the chip's tiles: m and n
+    to `tile` (the shorter of them, if below it, to `SHORT`), k to `tile_depth`.
+    Computing and moving overlap in part, see `OVERLAP`.
     """
     if not m * n * k * batch:
         return 0.0
     short, long = (m, n) if m < n else (n, m)
     tile = chip.tile
-    depth = chip.tile_depth
-    short = (
-        -(-short // tile) * tile
-        if short > tile
-        else -(-short // min(SHORT, tile)) * min(SHORT, tile)
-    )
-    padded = short * (-(-long // tile) * tile) * (-(-k // depth) * depth)
-    compute = 2.0 * batch * padded / (chip.peak(dtype) * chip.matmul_fraction)
-    moved = (
-        batch
-        * (m * k + k * n + m * n)
-        * itemsize(dtype)
-        / (chip.bandwidth * chip.memory_fraction)
-    )
+    row = tile if short > tile else min(SHORT, tile)
+    padded = _padded(short, row) * _padded(long, tile)
+    padded *= _padded(k, chip.tile_depth)
+    rate = chip.peak(dtype) * chip.matmul_fraction
+    compute = 2.0 * batch * padded / rate
+    numbers = batch * (m * k + k * n + m * n)
+    moved = numbers * itemsize(dtype) / (chip.bandwidth * chip.memory_fraction)
     return chip.op_seconds + (compute**OVERLAP + moved**OVERLAP) ** (1 / OVERLAP)
+
+
+def _padded(extent: int, multiple: int) -> int:
+    return -(-extent // multiple) * multiple
 
 
 def convolution_flops(
@@ -68,41 +65,33 @@ def convolution_flops(
     right: Sequence[int],
     out: Sequence[int],
 ) -> float:
-    """FLOP of JAX's `conv_general_dilated` for the shapes of its operands and result.
+    """Return the FLOPs of JAX's `conv_general_dilated`.
 
     A multiplication and an addition are two. Taps on padding or in the holes of a
     dilated input cost nothing, as XLA counts.
+
+    Args:
+      params: parameters of the primitive.
+      left: shape of the input.
+      right: shape of the kernel.
+      out: shape of the result.
     """
     numbers = params["dimension_numbers"]
-    space = zip(
-        numbers.lhs_spec[2:],
-        numbers.rhs_spec[2:],
-        numbers.out_spec[2:],
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        strict=True,
-    )
-    pairs = math.prod(
-        taps(
-            left[a],
-            right[b],
-            out[c],
-            stride,
-            low,
-            holes,
-            apart,
+    pairs = 1
+    for d in range(len(params["window_strides"])):
+        low, _ = params["padding"][d]
+        pairs *= taps(
+            size=left[numbers.lhs_spec[2 + d]],
+            kernel=right[numbers.rhs_spec[2 + d]],
+            out=out[numbers.out_spec[2 + d]],
+            stride=params["window_strides"][d],
+            low=low,
+            holes=params["lhs_dilation"][d],
+            apart=params["rhs_dilation"][d],
         )
-        for a, b, c, stride, (low, _), holes, apart in space
-    )
-    return (
-        2.0
-        * out[numbers.out_spec[0]]
-        * out[numbers.out_spec[1]]
-        * right[numbers.rhs_spec[1]]
-        * pairs
-    )
+    batch, features = (out[d] for d in numbers.out_spec[:2])
+    inputs = right[numbers.rhs_spec[1]]
+    return 2.0 * batch * features * inputs * pairs
 
 
 @lru_cache(maxsize=4096)
@@ -115,29 +104,38 @@ def taps(
     holes: int,
     apart: int,
 ) -> int:
-    """Pairs of an output's and a kernel's position along one dim that meet an element
-    of the input.
+    """Count the taps of a convolution along one dim that meet an element of its input.
+
+    A tap is a pair of an output's and a kernel's position. Three inputs under a kernel
+    of three with padding of one have nine taps, two of them on padding:
+
+        >>> taps(size=3, kernel=3, out=3, stride=1, low=1, holes=1, apart=1)
+        7
 
     Args:
+      size: extent of the input.
+      kernel: extent of the kernel.
+      out: extent of the output.
+      stride: steps of the input from one output to the next.
       low: padding before the input.
-      holes, apart: dilation of the input and of the kernel.
+      holes: dilation of the input.
+      apart: dilation of the kernel.
     """
     total = 0
     places = np.arange(out, dtype=np.int64) * stride - low
     for k in range(kernel):
         at = places + k * apart
-        total += int(np.sum((at >= 0) & (at < size * holes) & (at % holes == 0)))
+        inside = (at >= 0) & (at < size * holes)
+        total += int(np.sum(inside & (at % holes == 0)))
     return total
 
 
 def memory_seconds(chip: Chip, size: float) -> float:
-    """Seconds in which one device reads or writes `size` bytes of its memory; an
-    operation that does nothing else.
-    """
+    """Return the seconds of an operation that only reads or writes `size` bytes."""
     return chip.op_seconds + size / (chip.bandwidth * chip.memory_fraction)
 
 
 @lru_cache(maxsize=64)
 def itemsize(dtype: Any) -> int:
-    """Bytes of one element; "float8" is every dtype of that size."""
+    """Return the bytes of one element; "float8" stands for every dtype of that size."""
     return 1 if dtype == "float8" else jnp.dtype(dtype).itemsize

@@ -1,6 +1,4 @@
-"""A topology by name ("cpu:8", "h200:8", "v5p:4x4x4") or from the devices that are
-there.
-"""
+"""A topology by name ("cpu:8", "h200:8", "v5p:4x4x4") or of the live devices."""
 
 from __future__ import annotations
 
@@ -15,6 +13,12 @@ import jax
 
 from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware.chips import CHIPS, Chip
+
+# Figures of a chip that is in no catalogue (assumption): a bfloat16 peak in FLOP/s,
+# bytes of memory, and bytes/s of its memory.
+UNKNOWN_PEAK = 100e12
+UNKNOWN_MEMORY = 16 * 2**30
+UNKNOWN_BANDWIDTH = 1e12
 
 
 @dataclass(frozen=True)
@@ -34,68 +38,71 @@ class Topology:
 
     @property
     def name(self) -> str:
+        """Its name, such as "v5p:4x4x4"."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
+        """Number of chips."""
         return math.prod(self.shape)
 
     @property
     def devices(self) -> int:
-        """JAX devices, not chips."""
+        """Number of JAX devices, of which a chip may have several."""
         return math.prod(self.shape) * self.chip.devices_per_chip
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Devices along each physical dim, the most local last: (x, y, z), with the
-        devices of a chip as one more dim where it has several; (nodes, GPUs of each);
-        (devices,) of a CPU.
+        """Devices along each physical dim, the most local last.
+
+        On a TPU it is (x, y, z), with the devices of a chip as one more dim where it
+        has several; on GPUs (nodes, GPUs of each); on a CPU (devices,).
         """
         chip = self.chip
         if chip.torus:
             torus = self.shape + (1,) * (chip.torus - len(self.shape))
-            return (
-                torus if chip.devices_per_chip == 1 else (*torus, chip.devices_per_chip)
-            )
+            if chip.devices_per_chip == 1:
+                return torus
+            return (*torus, chip.devices_per_chip)
         if self.platform == "cpu":
             return (self.devices,)
         if len(self.shape) == 2:
             return (self.shape[0], self.shape[1] * chip.devices_per_chip)
-        node = max(
-            n for n in range(1, min(self.chips, chip.node) + 1) if self.chips % n == 0
-        )
+        largest = min(self.chips, chip.node)
+        sizes = range(1, largest + 1)
+        node = max(size for size in sizes if self.chips % size == 0)
         return (self.chips // node, node * chip.devices_per_chip)
 
     @cached_property
     def wraps(self) -> tuple[bool, ...]:
-        """Of each dim of the grid, whether its links close to a ring."""
+        """Whether the links of each dim of the grid close to a ring."""
         size = self.chip.wrap_size
         torus = self.grid[: self.chip.torus]
         rings = [n >= size and n % size == 0 and n > 2 for n in torus]
         if self.chip.torus == 3:
             rings = [all(rings)] * 3
-        return (*rings, *(False,) * (len(self.grid) - len(torus)))
+        others = len(self.grid) - len(torus)
+        return (*rings, *(False,) * others)
 
     @property
     def nodes(self) -> int:
-        """Hosts, or NVLink domains."""
-        return (
-            -(-self.chips // self.chip.node)
-            if self.chip.torus
-            else 1
-            if self.platform == "cpu"
-            else self.grid[0]
-        )
+        """Number of hosts, or of NVLink domains."""
+        if self.chip.torus:
+            return -(-self.chips // self.chip.node)
+        return 1 if self.platform == "cpu" else self.grid[0]
 
     @property
     def price_per_hour(self) -> float | None:
         """US dollars at list price; None where it isn't known."""
-        return None if self.chip.price is None else self.chip.price * self.chips
+        price = self.chip.price
+        return None if price is None else price * self.chips
 
     @cached_property
     def device(self) -> Chip:
-        """One device's figures: the chip's, but of virtual CPU devices each has its
-        share of the machine.
+        """The figures of one device.
+
+        They are the chip's, but each of several virtual CPU devices has its share of
+        the machine.
         """
         if self.platform != "cpu":
             return self.chip
@@ -110,20 +117,17 @@ class Topology:
         )
 
     def __str__(self) -> str:
-        rings = ", ".join(
-            f"{n} {'wraps' if ring else 'open'}"
-            for n, ring in zip(self.grid, self.wraps, strict=True)
-        )
-        links = (
-            f"ICI dims {rings}"
-            if self.chip.torus
-            else f"{self.nodes} node{'s' * (self.nodes != 1)}"
-        )
-        price = (
-            "price unknown"
-            if self.price_per_hour is None
-            else f"${self.price_per_hour:,.2f}/h"
-        )
+        if self.chip.torus:
+            rings = [
+                f"{n} {'wraps' if ring else 'open'}"
+                for n, ring in zip(self.grid, self.wraps, strict=True)
+            ]
+            links = f"ICI dims {', '.join(rings)}"
+        else:
+            links = f"{self.nodes} node{'s' * (self.nodes != 1)}"
+        price = "price unknown"
+        if self.price_per_hour is not None:
+            price = f"${self.price_per_hour:,.2f}/h"
         return (
             f"{self.name}: {self.devices} devices on {self.chips} chips, {links},"
             f" {self.device.memory / 1e9:.4g} GB and"
@@ -135,16 +139,18 @@ def topology(
     name: str,
     chips: Mapping[str, Chip] | None = None,
 ) -> Topology:
-    """The topology of a name: "chip:count", or "chip:AxBxC" for a slice of TPUs,
-    "chip:nodesxGPUs" for GPUs.
+    """Return the topology of a name.
+
+    It is "chip:count", or "chip:AxBxC" for a slice of TPUs, "chip:nodesxGPUs" for GPUs.
 
     Args:
-      chips: more chips than the catalogue's, as `read_chips` gives them; they win over
-        a name of the catalogue.
+      name: the name.
+      chips: chips in addition to the catalogue's, as `read_chips` gives them; they win
+        over a name of the catalogue.
 
     Raises:
-      PlanError: no such chip, a shape that isn't numbers, or one of more dims than the
-        chip's links have.
+      PlanError: there is no such chip, a shape isn't numbers, or it has more dims than
+        the chip's links have.
     """
     match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name.strip().lower())
     if not match or 0 in map(int, match[2].split("x")):
@@ -153,63 +159,102 @@ def topology(
             where=name,
             remedy='write e.g. "cpu:8", "h200:8", "v5p:4x4x4"',
         )
-    known = {**CHIPS, **{key.lower(): chip for key, chip in (chips or {}).items()}}
-    chip = known.get(match[1]) or next(
-        (c for c in known.values() if match[1] in c.aliases), None
-    )
-    if chip is None:
-        names = [*known, *(alias for c in known.values() for alias in c.aliases)]
-        raise PlanError(
-            f"chip {match[1]!r} is not in the catalogue{nearest(match[1], names)}",
-            where=name,
-            remedy=f"the catalogue has {', '.join(known)}",
-        )
+    chip = _chip(match[1], name, chips or {})
     shape = tuple(int(n) for n in match[2].split("x"))
+    _check_shape(shape, match[2], chip, name)
+    return Topology(chip, shape, chip.platform)
+
+
+def _chip(
+    short: str,
+    name: str,
+    chips: Mapping[str, Chip],
+) -> Chip:
+    """Return the chip of the topology `name` by its name or an alias."""
+    known = dict(CHIPS)
+    known.update((key.lower(), chip) for key, chip in chips.items())
+    if short in known:
+        return known[short]
+    for chip in known.values():
+        if short in chip.aliases:
+            return chip
+    aliases = [alias for chip in known.values() for alias in chip.aliases]
+    near = nearest(short, [*known, *aliases])
+    raise PlanError(
+        f"chip {short!r} is not in the catalogue{near}",
+        where=name,
+        remedy=f"the catalogue has {', '.join(known)}",
+    )
+
+
+def _check_shape(
+    shape: tuple[int, ...],
+    text: str,
+    chip: Chip,
+    name: str,
+) -> None:
+    """Refuse a shape, written as `text`, that the chip's links can't have."""
     dims = chip.torus or (1 if chip.platform == "cpu" else 2)
     if len(shape) > dims:
-        form = "x".join(["4"] * dims) if chip.torus else {1: "8", 2: "2x8"}[dims]
+        example = f'"{chip.name}:{"x".join(["4"] * dims)}"'
+        if not chip.torus:
+            nodes = f'"{chip.name}:2x8" (nodes x GPUs)'
+            example = f'"{chip.name}:8"' if dims == 1 else nodes
         raise PlanError(
-            f"{match[2]} has {len(shape)} dims, and the links of {chip.name} have"
-            f" {dims}",
+            f"{text} has {len(shape)} dims, and the links of {chip.name} have {dims}",
             where=name,
-            remedy=f'write e.g. "{chip.name}:{form}"'
-            + (" (nodes x GPUs)" if form == "2x8" else ""),
+            remedy=f"write e.g. {example}",
         )
     if not chip.torus and len(shape) == 2 and shape[1] > chip.node:
         raise PlanError(
-            f"{shape[1]} {chip.name} in a node, and at most {chip.node} are joined"
-            " in one",
+            f"{shape[1]} {chip.name} in a node, and at most {chip.node} are joined in"
+            " one",
             where=name,
             remedy=(
                 f'write "{chip.name}:{math.prod(shape)}", or nodes x GPUs with at most'
                 f" {chip.node} GPUs"
             ),
         )
-    return Topology(chip, shape, chip.platform)
 
 
 def here(count: int | None = None) -> tuple[Topology, list[jax.Device]]:
-    """The live devices (the first `count` of them) and their topology.
+    """Return the topology of the live devices, and these devices.
+
+    Args:
+      count: how many of them to take, the first ones; None: all.
 
     Raises:
-      PlanError: fewer devices are there than asked for.
+      PlanError: JAX finds no devices, or fewer than asked for.
     """
+    devices = _live_devices(count)
+    kind = devices[0].device_kind
+    platform = devices[0].platform
+    chip = next((c for c in CHIPS.values() if kind in c.kinds), None)
+    if chip is None:
+        chip = _unknown_chip(devices[0])
+    chip = replace(chip, memory=_memory(devices[0], chip.memory))
+    return Topology(chip, _shape(devices, chip), platform), devices
+
+
+def _live_devices(count: int | None) -> list[jax.Device]:
     try:
         devices = jax.devices()
-    # JAX_PLATFORMS names a platform that isn't there, or two settings contradict
+    # JAX_PLATFORMS names a platform that doesn't exist, or two settings contradict.
     except RuntimeError as error:
         raise PlanError(
             f"JAX finds no devices: {error}",
             where=f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}",
             remedy="set JAX_PLATFORMS=cpu, or install JAX for the chips that are there",
         ) from error
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+    if count is None:
+        return devices
+    if isinstance(count, bool) or not isinstance(count, int):
         raise PlanError(
             f"{count!r} devices are asked for",
             where="devices",
             remedy="give a whole number",
         )
-    if count is not None and not 1 <= count <= len(devices):
+    if not 1 <= count <= len(devices):
         raise PlanError(
             f"{count} devices are asked for, {len(devices)} are there",
             where=f"platform {jax.default_backend()}",
@@ -219,46 +264,45 @@ def here(count: int | None = None) -> tuple[Topology, list[jax.Device]]:
                 " launcher do it with --devices N"
             ),
         )
-    devices = devices[:count]
-    kind = devices[0].device_kind
-    platform = devices[0].platform
-    chip = next((c for c in CHIPS.values() if kind in c.kinds), None)
-    if chip is None:
-        stats = devices[0].memory_stats() or {}
-        chip = Chip(
-            kind,
-            platform,
-            {"bfloat16": 100e12},
-            stats.get("bytes_limit", 16 * 2**30),
-            1e12,
-            (kind,),
-            sources=dict.fromkeys(
-                ("peaks.bfloat16", "bandwidth"),
-                "assumption: a chip that is in no catalogue",
-            ),
-        )
-    chip = replace(
-        chip,
-        memory=_memory(devices[0], chip.memory),
+    return devices[:count]
+
+
+def _unknown_chip(device: jax.Device) -> Chip:
+    stats = device.memory_stats() or {}
+    kind = device.device_kind
+    source = "assumption: a chip that is in no catalogue"
+    return Chip(
+        name=kind,
+        platform=device.platform,
+        peaks={"bfloat16": UNKNOWN_PEAK},
+        memory=stats.get("bytes_limit", UNKNOWN_MEMORY),
+        bandwidth=UNKNOWN_BANDWIDTH,
+        kinds=(kind,),
+        sources=dict.fromkeys(("peaks.bfloat16", "bandwidth"), source),
     )
-    return Topology(chip, _shape(devices, chip), platform), devices
 
 
-def _memory(device: jax.Device, otherwise: float) -> float:
-    """Bytes that there really are: a CPU's are the machine's, which its virtual devices
-    share.
+def _memory(
+    device: jax.Device,
+    otherwise: float,
+) -> float:
+    """Return the bytes that a device really has, `otherwise` if it doesn't tell.
+
+    A CPU's are the machine's, which its virtual devices share.
     """
-    if device.platform == "cpu":
-        return (
-            float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-            if hasattr(os, "sysconf")
-            else otherwise
-        )
-    return float((device.memory_stats() or {}).get("bytes_limit", otherwise))
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return float(stats.get("bytes_limit", otherwise))
+    if not hasattr(os, "sysconf"):
+        return otherwise
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _shape(devices: list[jax.Device], chip: Chip) -> tuple[int, ...]:
-    """The grid of a TPU slice, if the devices fill one; else their number."""
+def _shape(
+    devices: list[jax.Device],
+    chip: Chip,
+) -> tuple[int, ...]:
+    """Return the grid of a TPU slice if the devices fill one; else their number."""
     count = max(1, len(devices) // chip.devices_per_chip)
     if chip.torus and all(hasattr(d, "coords") for d in devices):
         places = {tuple(d.coords[: chip.torus]) for d in devices}

@@ -1,5 +1,16 @@
-"""The text of a compiled module: its computations and instructions, groups of devices,
-and source lines.
+"""The text of a compiled module: instructions, groups of devices, and source lines.
+
+The text is a list of computations, callees before callers, each a list of instructions:
+
+    %add (x: f32[], y: f32[]) -> f32[] {
+      %x = f32[] parameter(0)
+      %y = f32[] parameter(1)
+      ROOT %sum = f32[] add(%x, %y)
+    }
+    ENTRY %main (p: f32[8]) -> f32[8] {
+      %p = f32[8]{0} parameter(0)
+      ROOT %r = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+    }
 """
 
 from __future__ import annotations
@@ -16,14 +27,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+# The first line of a computation: its name.
 HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
+# The start of an instruction: its name.
 LINE = re.compile(r"^\s+(ROOT\s+)?%([\w.\-]+) = ")
+# An array's type, such as f32[8,4].
 LEAF = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
+# The attributes that name computations that an instruction runs.
 CALLED = re.compile(
-    r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation|"
-    r"called_computations)=(\{[^}]*\}|%[\w.\-]+)"
+    r"\b(calls|to_apply|body|condition|branch_computations|true_computation|"
+    r"false_computation|called_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
 
+# Groups of devices written as axes of a mesh, and in any form.
 MESH = r"mesh\[(.*?)\](?:, device_ids=\(((?:[^()]|\([^()]*\))*)\))? ?\{(.*?)\}"
 GROUPS = re.compile(
     r"(?:replica_groups|source_target_pairs)=(?:\{(?:\{[\d,\s]*\},?\s*)*\}|"
@@ -39,15 +55,28 @@ class Leaf(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Elements of the array."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
+        """Bytes of the array, elements of few bits packed."""
         return -(-self.size * self.bits // 8)
 
 
 @dataclass
 class Instruction:
+    """One instruction.
+
+    Attributes:
+      name: its name, without "%".
+      shape: the type of its result, as text.
+      opcode: such as "dot".
+      operands: names of its operands.
+      literal: the text between the parentheses: a constant, a parameter's number.
+      attributes: the text after them.
+    """
+
     name: str
     shape: str
     opcode: str
@@ -58,31 +87,27 @@ class Instruction:
     @property
     def leaves(self) -> list[Leaf]:
         """Types of the arrays in the result, a tuple flattened."""
+        without_layouts = re.sub(r"\{[^}]*\}", "", self.shape)
         return [
-            Leaf(
-                _bits(kind),
-                tuple(
-                    int(n.lstrip("<="))
-                    for n in dims.split(",")
-                    if n.strip("<= ").isdigit()
-                ),
-            )
-            for kind, dims in LEAF.findall(re.sub(r"\{[^}]*\}", "", self.shape))
+            Leaf(_bits(kind), _dims(dims))
+            for kind, dims in LEAF.findall(without_layouts)
         ]
 
     def get(self, key: str) -> str:
-        """Text of an attribute `key={...}` or `key=word`, without braces; empty if
-        absent.
-        """
+        """Return an attribute `key={...}` or `key=word`, without braces, or ""."""
         match = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|([^\s,]+))", self.attributes)
-        return (match[1] or match[2] or "") if match else ""
+        if match is None:
+            return ""
+        return match[1] or match[2] or ""
 
     def numbers(self, key: str) -> list[int]:
+        """Return the numbers in an attribute."""
         return [int(n) for n in re.findall(r"\d+", self.get(key))]
 
     def called(self) -> list[tuple[str, str]]:
-        """(role, computation) of those that it runs; the later halves of an
-        asynchronous pair run none.
+        """Return (role, computation) of those that it runs.
+
+        The later halves of an asynchronous pair run none.
         """
         if self.opcode.endswith(("-done", "-update")):
             return []
@@ -95,12 +120,15 @@ class Instruction:
 
 @dataclass
 class Computation:
+    """Instructions by name, and the name of the one that gives the result."""
+
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
     root: str = ""
 
     @property
     def parameters(self) -> dict[int, str]:
+        """Names of the parameters by their number."""
         return {
             int(i.literal): i.name
             for i in self.instructions.values()
@@ -108,6 +136,7 @@ class Computation:
         }
 
     def users(self, name: str) -> Iterator[Instruction]:
+        """Yield the instructions that read the result of another."""
         return (i for i in self.instructions.values() if name in i.operands)
 
 
@@ -118,9 +147,16 @@ def _bits(kind: str) -> int:
     return int(match[0]) if match else 0
 
 
+def _dims(text: str) -> tuple[int, ...]:
+    """Return the extents in "8,<=4", where "<=" bounds a dynamic extent."""
+    numbers = [part.strip("<= ") for part in text.split(",")]
+    return tuple(int(number) for number in numbers if number.isdigit())
+
+
 def _balanced(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`; the end of the
-    text if none does.
+    """Return the index after the parenthesis that closes the one at `start`.
+
+    It is the end of the text if none does.
     """
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
@@ -135,24 +171,27 @@ def instruction_of(
     start: int,
     name: str,
 ) -> Instruction:
-    end = _balanced(line, start) if line[start] == "(" else line.index(" ", start)
+    """Return the instruction of a line whose result's type begins at `start`."""
+    is_tuple = line[start] == "("
+    end = _balanced(line, start) if is_tuple else line.index(" ", start)
     bracket = line.find("(", end)
     bracket = len(line) if bracket < 0 else bracket
     close = _balanced(line, bracket)
     inside = line[bracket + 1 : close - 1]
     return Instruction(
-        name,
-        line[start:end],
-        line[end:bracket].strip(),
-        re.findall(r"%([\w.\-]+)", inside),
-        inside.strip(),
-        line[close:],
+        name=name,
+        shape=line[start:end],
+        opcode=line[end:bracket].strip(),
+        operands=re.findall(r"%([\w.\-]+)", inside),
+        literal=inside.strip(),
+        attributes=line[close:],
     )
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations by name, callees before callers as in the text, and the name of
-    the one that a call runs.
+    """Return the computations by name, and the name of the one that a call runs.
+
+    They are in the order of the text, callees before callers.
     """
     computations: dict[str, Computation] = {}
     entry = ""
@@ -160,18 +199,16 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     for line in text.splitlines():
         if match := LINE.match(line):
             if current is not None:
-                instruction = instruction_of(
-                    line,
-                    match.end(),
-                    match[2],
-                )
-                current.instructions[instruction.name] = instruction
-                current.root = instruction.name if match[1] else current.root
+                name = match[2]
+                current.instructions[name] = instruction_of(line, match.end(), name)
+                if match[1]:
+                    current.root = name
         elif line.startswith("}"):
             current = None
         elif (match := HEADER.match(line)) and not line.startswith("HloModule"):
             current = computations.setdefault(match[2], Computation(match[2]))
-            entry = match[2] if match[1] else entry
+            if match[1]:
+                entry = match[2]
     assert entry, "not the text of an HLO module"
     return computations, entry
 
@@ -179,45 +216,70 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 # ---- groups ----
 
 
-def groups_of(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
-    """Groups of device numbers, or (source, target) pairs, from any of the forms that
-    XLA writes them in.
+def groups_of(
+    attributes: str,
+    partitions: int,
+) -> tuple[tuple[int, ...], ...]:
+    """Return groups of device numbers, or (source, target) pairs.
+
+    XLA writes them in several forms; `partitions` is the number of devices.
     """
     match = GROUPS.search(attributes)
     return _expanded(match[0] if match else "", partitions)
 
 
 @cache
-def _expanded(text: str, partitions: int) -> tuple[tuple[int, ...], ...]:
+def _expanded(
+    text: str,
+    partitions: int,
+) -> tuple[tuple[int, ...], ...]:
     key, _, form = text.partition("=")
     if form.startswith("mesh"):
-        axes, ids, grouped = re.fullmatch(MESH, form).groups()  # type: ignore[union-attr]
-        return _of_mesh(axes, ids, grouped)
+        parts = re.fullmatch(MESH, form)
+        assert parts, form
+        return _of_mesh(*parts.groups())
     if form.startswith("["):
         return tuple(tuple(map(int, group)) for group in _iota(form))
     groups = tuple(
         tuple(map(int, re.findall(r"\d+", group)))
         for group in re.findall(r"\{([\d,\s]*)\}", form[1:-1])
     )
-    return (
-        groups
-        if groups or key == "source_target_pairs"
-        else (tuple(range(partitions)),)
-    )
+    if groups or key == "source_target_pairs":
+        return groups
+    # No groups mean one of all devices.
+    return (tuple(range(partitions)),)
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]<=[2,4]T(1,0)`: 0, 1, 2, ... reshaped to (2, 4), transposed by (1, 0),
-    reshaped to (4, 2); the first may lack.
+    """Return the numbers that a reshaped and transposed range stands for.
+
+    `[4,2]<=[2,4]T(1,0)` is 0, 1, 2, ... reshaped to (2, 4), transposed by (1, 0) and
+    reshaped to (4, 2); the first brackets may be absent:
+
+        >>> _iota("[4,2]<=[2,4]T(1,0)").tolist()
+        [[0, 4], [1, 5], [2, 6], [3, 7]]
     """
     match = re.search(r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     assert match, text
-    shape, source, order = (
-        [int(n) for n in (part or "").split(",") if n] for part in match.groups()
-    )
+    shape = _integers(match[1])
+    source = _integers(match[2])
+    order = _integers(match[3])
     numbers: np.ndarray = np.arange(math.prod(source)).reshape(source)
-    numbers = numbers.transpose(order) if order else numbers
+    if order:
+        numbers = numbers.transpose(order)
     return numbers.reshape(shape) if shape else numbers
+
+
+def _integers(text: str | None) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text or "")]
+
+
+class _AxisPart(NamedTuple):
+    """A part of a mesh axis: the axis split as (before, size, rest), the middle one."""
+
+    name: str
+    before: int
+    size: int
 
 
 def _of_mesh(
@@ -225,102 +287,98 @@ def _of_mesh(
     ids: str | None,
     grouped: str,
 ) -> tuple[tuple[int, ...], ...]:
-    """`mesh['a'=2,'b'=4] {'b'}`; a part of an axis is written `'b':(2)2`: split b as
-    (2, 2, rest) and take the middle.
+    """Return the groups that span axes of a mesh, `mesh['a'=2,'b'=4] {'b'}`.
+
+    A part of an axis is written `'b':(2)2`: split b as (2, 2, rest), take the middle.
+
+        >>> _of_mesh("'a'=2,'b'=4", None, "'b'")
+        ((0, 1, 2, 3), (4, 5, 6, 7))
+        >>> _of_mesh("'a'=2,'b'=4", None, "'b':(2)2")
+        ((0, 1), (2, 3), (4, 5), (6, 7))
+
+    Args:
+      axes: names and sizes of the mesh's axes.
+      ids: the devices' numbers in the mesh's order; None: 0, 1, 2, ...
+      grouped: the axes, or parts of axes, that a group spans.
     """
-    sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", axes)}
-    numbers: np.ndarray = np.arange(math.prod(sizes.values()))
-    if ids:
-        numbers = (
-            _iota(ids).reshape(-1)
-            if "[" in ids
-            else np.asarray([int(n) for n in re.findall(r"\d+", ids)])
-        )
-    taken = [
-        (
-            name,
-            int(before or 1),
-            int(size or sizes[name]),
-        )
-        for name, before, size in re.findall(
-            r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", grouped
-        )
-    ]
+    pairs = re.findall(r"'?([^',=]+)'?=(\d+)", axes)
+    sizes = {name: int(size) for name, size in pairs}
+    numbers = _device_numbers(ids, math.prod(sizes.values()))
+    parts = []
+    written = re.findall(r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", grouped)
+    for name, before, size in written:
+        part = _AxisPart(name, int(before or 1), int(size or sizes[name]))
+        parts.append(part)
+
     shape: list[int] = []
-    # dim of the part of an axis that begins after `before` others
-    place: dict[tuple[str, int], int] = {}
+    # The dim of the part of an axis that begins after `before` others.
+    dims: dict[tuple[str, int], int] = {}
     for name, size in sizes.items():
-        cuts = sorted(
-            {1, size}
-            | {
-                c
-                for n, before, part in taken
-                if n == name
-                for c in (before, before * part)
-            }
-        )
-        for low, high in pairwise(cuts):
-            place[name, low] = len(shape)
+        for low, high in pairwise(_cuts(name, size, parts)):
+            dims[name, low] = len(shape)
             shape.append(high // low)
-    last = [place[name, before] for name, before, _ in taken if (name, before) in place]
+
+    places = [(part.name, part.before) for part in parts]
+    last = [dims[place] for place in places if place in dims]
     order = [d for d in range(len(shape)) if d not in last] + last
     width = math.prod(shape[d] for d in last)
-    return tuple(
-        tuple(map(int, row))
-        for row in numbers.reshape(shape).transpose(order).reshape(-1, width)
-    )
+    rows = numbers.reshape(shape).transpose(order).reshape(-1, width)
+    return tuple(tuple(map(int, row)) for row in rows)
+
+
+def _device_numbers(
+    ids: str | None,
+    count: int,
+) -> np.ndarray:
+    if not ids:
+        return np.arange(count)
+    if "[" in ids:
+        return _iota(ids).reshape(-1)
+    return np.asarray(_integers(ids))
+
+
+def _cuts(
+    name: str,
+    size: int,
+    parts: list[_AxisPart],
+) -> list[int]:
+    """Return where parts cut an axis, as products of the sizes before each cut."""
+    cuts = {1, size}
+    for part in parts:
+        if part.name == name:
+            cuts |= {part.before, part.before * part.size}
+    return sorted(cuts)
 
 
 # ---- source lines ----
 
 
 class Sources:
-    """Source lines of instructions, whether written in place or as a number in the
-    tables above the computations.
+    """Source lines of instructions.
+
+    They are written in place, or as a number in the tables above the computations.
+
+    Attributes:
+      files: names of files by number.
+      places: numbers of a file and a line by number.
+      frames: numbers of a place and of the parent frame by number.
     """
 
     def __init__(self, text: str):
-        above = text[: _tables_end(text)]
-        parts = re.split(
-            r"^(FileNames|FunctionNames|FileLocations|StackFrames)\n",
-            above,
-            flags=re.MULTILINE,
-        )
-        tables = dict(
-            zip(
-                parts[1::2],
-                parts[2::2],
-                strict=True,
-            )
-        )
-        rows = {
-            name: dict(
-                re.findall(
-                    r"^(\d+) (.*)$",
-                    table,
-                    re.MULTILINE,
-                )
-            )
-            for name, table in tables.items()
-        }
+        tables = _tables(text)
         self.files = {
             number: name.strip('"')
-            for number, name in rows.get("FileNames", {}).items()
+            for number, name in tables.get("FileNames", {}).items()
         }
-        self.places = {
-            number: _pairs(row) for number, row in rows.get("FileLocations", {}).items()
-        }
-        self.frames = {
-            number: _pairs(row) for number, row in rows.get("StackFrames", {}).items()
-        }
-        # XLA prints a parent's number plus one, so that a root names itself; plainly, a
-        # root's parent would be 0
-        self.shift = (
-            0 if any(f.get("parent_frame_id") == 0 for f in self.frames.values()) else 1
-        )
+        self.places = _parsed(tables.get("FileLocations", {}))
+        self.frames = _parsed(tables.get("StackFrames", {}))
+        # Some versions of XLA print a parent's number plus one, so that a root names
+        # itself. In the others a root's parent is 0.
+        parents = [frame.get("parent_frame_id") for frame in self.frames.values()]
+        self.shift = 0 if 0 in parents else 1
 
     def of(self, attributes: str) -> tuple[str, str, int]:
-        """(op_name, file, line) of an instruction."""
+        """Return (op_name, file, line) of an instruction's attributes."""
         start = attributes.find("metadata={")
         data = attributes[start:] if start >= 0 else ""
         name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', data)
@@ -330,19 +388,23 @@ class Sources:
         if file:
             return op_name, file[1], int(line[1]) if line else 0
         frame = re.search(r"stack_frame_id=(\d+)", data)
-        return op_name, *(self.line(frame[1]) if frame else ("", 0))
+        if not frame:
+            return op_name, "", 0
+        return op_name, *self.line(frame[1])
 
     def line(self, frame: str) -> tuple[str, int]:
-        """The innermost line of a stack that is no library's; else the innermost."""
+        """Return (file, line) of a stack: the innermost that is no library's.
+
+        If all are of libraries, it is the innermost.
+        """
         first = ("", 0)
         while frame in self.frames:
             row = self.frames[frame]
             place = self.places.get(str(row["file_location_id"]), {})
-            here = (
-                self.files.get(str(place.get("file_name_id", 0)), ""),
-                place.get("line", 0),
-            )
-            if here[0] and not of_a_library(here[0]):
+            number = str(place.get("file_name_id", 0))
+            file = self.files.get(number, "")
+            here = (file, place.get("line", 0))
+            if file and not of_a_library(file):
                 return here
             first = first if first[0] else here
             parent = str(row.get("parent_frame_id", 0) - self.shift)
@@ -350,8 +412,23 @@ class Sources:
         return first
 
 
+def _tables(text: str) -> dict[str, dict[str, str]]:
+    """Return the rows of each table above the computations, by number."""
+    above = text[: _tables_end(text)]
+    names = r"^(FileNames|FunctionNames|FileLocations|StackFrames)\n"
+    parts = re.split(names, above, flags=re.MULTILINE)
+    return {
+        name: dict(re.findall(r"^(\d+) (.*)$", table, re.MULTILINE))
+        for name, table in zip(
+            parts[1::2],
+            parts[2::2],
+            strict=True,
+        )
+    }
+
+
 def _tables_end(text: str) -> int:
-    """Where the tables end and the first computation begins."""
+    """Return where the tables end and the first computation begins."""
     match = re.search(
         r"^(?:ENTRY\s+)?%?[\w.\-]+ .*\{\s*$",
         text[text.find("\n") :],
@@ -360,16 +437,22 @@ def _tables_end(text: str) -> int:
     return match.start() + text.find("\n") if match else 0
 
 
-def _pairs(row: str) -> dict[str, int]:
-    return {key: int(number) for key, number in re.findall(r"(\w+)=(\d+)", row)}
+def _parsed(rows: dict[str, str]) -> dict[str, dict[str, int]]:
+    """Return rows such as "{file_name_id=1 line=12}" as numbers by name."""
+    parsed = {}
+    for number, row in rows.items():
+        pairs = re.findall(r"(\w+)=(\d+)", row)
+        parsed[number] = {key: int(text) for key, text in pairs}
+    return parsed
 
 
 def of_a_library(file: str) -> bool:
+    """Whether a source file is of Lepton, of Python or of an installed package."""
     package = Path(__file__).resolve().parents[1]
-    # a model of the zoo is the user's model
+    # A model of the zoo counts as the user's model.
     if file.startswith(str(package / "models")):
         return False
-    return file.startswith((str(package), "<")) or any(
-        part in file
-        for part in ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
-    )
+    if file.startswith((str(package), "<")):
+        return True
+    libraries = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
+    return any(part in file for part in libraries)

@@ -24,11 +24,7 @@ HARDWARE = Path(hardware.__file__).parent
 STRUCTURE = {"name", "platform", "aliases", "sources", "peaks", "price"}
 
 
-@pytest.mark.parametrize(
-    "chip",
-    CHIPS.values(),
-    ids=lambda chip: chip.name,
-)
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
 def test_each_figure_has_a_source_with_address_and_date_or_is_an_assumption(chip):
     defaults = {f.name: f.default for f in fields(Chip)}
     for key in [f.name for f in fields(Chip) if f.name not in STRUCTURE] + [
@@ -80,12 +76,10 @@ def test_the_catalogue_travels_with_the_package():
 
 def test_a_chip_prints_its_figures_and_sources():
     text = str(CHIPS["h200"])
-    assert (
-        "peaks.bfloat16" in text
-        and "9.89e+14" in text
-        and "https://" in text
-        and "assumption: " in text
-    )
+    assert "peaks.bfloat16" in text
+    assert "9.89e+14" in text
+    assert "https://" in text
+    assert "assumption: " in text
     assert "unknown" in str(CHIPS["tpu7x"]).splitlines()[-1], "no price was found"
 
 
@@ -127,112 +121,21 @@ def test_prices(name, price):
 @pytest.mark.parametrize(
     ("name", "chips", "devices", "nodes", "grid", "wraps"),
     [
-        (
-            "v7x:4x4x4",
-            64,
-            128,
-            16,
-            (4, 4, 4, 2),
-            (True, True, True, False),
-        ),
-        (
-            "v5p:2x2x4",
-            16,
-            16,
-            4,
-            (2, 2, 4),
-            (False,) * 3,
-        ),
-        (
-            "v5p:4x4x6",
-            96,
-            96,
-            24,
-            (4, 4, 6),
-            (False,) * 3,
-        ),
-        (
-            "v4:4x4x8",
-            128,
-            128,
-            32,
-            (4, 4, 8),
-            (True,) * 3,
-        ),
-        (
-            "v5e:8x16",
-            128,
-            128,
-            16,
-            (8, 16),
-            (False, True),
-        ),
-        (
-            "v6e:16x16",
-            256,
-            256,
-            32,
-            (16, 16),
-            (True, True),
-        ),
-        (
-            "v5e:8",
-            8,
-            8,
-            1,
-            (8, 1),
-            (False, False),
-        ),
-        (
-            "h200:64",
-            64,
-            64,
-            8,
-            (8, 8),
-            (False, False),
-        ),
-        (
-            "h200:8x8",
-            64,
-            64,
-            8,
-            (8, 8),
-            (False, False),
-        ),
-        (
-            "h200:2x4",
-            8,
-            8,
-            2,
-            (2, 4),
-            (False, False),
-        ),
-        (
-            "a100:12",
-            12,
-            12,
-            2,
-            (2, 6),
-            (False, False),
-        ),
-        (
-            "cpu:8",
-            8,
-            8,
-            1,
-            (8,),
-            (False,),
-        ),
+        ("v7x:4x4x4", 64, 128, 16, (4, 4, 4, 2), (True, True, True, False)),
+        ("v5p:2x2x4", 16, 16, 4, (2, 2, 4), (False,) * 3),
+        ("v5p:4x4x6", 96, 96, 24, (4, 4, 6), (False,) * 3),
+        ("v4:4x4x8", 128, 128, 32, (4, 4, 8), (True,) * 3),
+        ("v5e:8x16", 128, 128, 16, (8, 16), (False, True)),
+        ("v6e:16x16", 256, 256, 32, (16, 16), (True, True)),
+        ("v5e:8", 8, 8, 1, (8, 1), (False, False)),
+        ("h200:64", 64, 64, 8, (8, 8), (False, False)),
+        ("h200:8x8", 64, 64, 8, (8, 8), (False, False)),
+        ("h200:2x4", 8, 8, 2, (2, 4), (False, False)),
+        ("a100:12", 12, 12, 2, (2, 6), (False, False)),
+        ("cpu:8", 8, 8, 1, (8,), (False,)),
     ],
 )
-def test_topologies(
-    name,
-    chips,
-    devices,
-    nodes,
-    grid,
-    wraps,
-):
+def test_topologies(name, chips, devices, nodes, grid, wraps):
     found = topology(name)
     assert (found.chips, found.devices, found.nodes, found.grid, found.wraps) == (
         chips,
@@ -241,9 +144,8 @@ def test_topologies(
         grid,
         wraps,
     )
-    assert found.name == name.replace("v7x", "tpu7x") and str(found).startswith(
-        f"{found.name}: {devices} devices"
-    )
+    assert found.name == name.replace("v7x", "tpu7x")
+    assert str(found).startswith(f"{found.name}: {devices} devices")
 
 
 @pytest.mark.parametrize(
@@ -267,10 +169,8 @@ def test_topologies_that_cannot_be(name, fragments):
 def test_virtual_cpu_devices_share_their_machine():
     one = topology("cpu:1")
     eight = topology("cpu:8")
-    assert (
-        eight.device.bf16_flops == one.device.bf16_flops / 8
-        and eight.device.memory == one.device.memory / 8
-    )
+    assert eight.device.bf16_flops == one.device.bf16_flops / 8
+    assert eight.device.memory == one.device.memory / 8
     assert topology("h200:8").device is CHIPS["h200"]
 
 
@@ -301,7 +201,8 @@ def test_own_chips(tmp_path):
     path = tmp_path / "chips.toml"
     path.write_text(OWN)
     chips = read_chips(path)
-    assert list(chips) == ["acme-1", "acme-2", "lab"] and "acme-1" not in CHIPS
+    assert list(chips) == ["acme-1", "acme-2", "lab"]
+    assert "acme-1" not in CHIPS
     one, two, lab = chips.values()
     assert (one.memory, one.peak("float32"), one.kinds, one.price) == (
         96e9,
@@ -320,11 +221,9 @@ def test_own_chips(tmp_path):
         (),
         "our contract",
     )
-    assert (lab.memory, lab.network_bandwidth, lab.price) == (
-        141e9,
-        12.5e9,
-        None,
-    ), "the price isn't taken over"
+    assert (lab.memory, lab.network_bandwidth, lab.price) == (141e9, 12.5e9, None), (
+        "the price isn't taken over"
+    )
     found = topology("ACME-2:4x4", chips)
     assert (found.nodes, found.devices, found.price_per_hour, found.platform) == (
         4,
@@ -396,7 +295,8 @@ def test_own_chips_that_cannot_be_read(tmp_path, text, place, fragments):
     path.write_text(text)
     with pytest.raises(PlanError) as error:
         read_chips(path)
-    assert str(path) in error.value.where and place in error.value.where
+    assert str(path) in error.value.where
+    assert place in error.value.where
     assert all(fragment in str(error.value) for fragment in fragments), error.value
 
 
@@ -407,23 +307,17 @@ def test_a_file_of_chips_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize(
     ("side", "rate"),
-    [
-        (512, 105e12),
-        (1024, 350e12),
-        (2048, 679e12),
-        (4096, 893e12),
-        (16384, 950e12),
-    ],
+    [(512, 105e12), (1024, 350e12), (2048, 679e12), (4096, 893e12), (16384, 950e12)],
 )
 def test_matmuls_of_one_tpu7x_device_as_published(side, rate):
-    """AI-Hypercomputer/accelerator-microbenchmarks, Ironwood readme, GEMM."""
+    """See AI-Hypercomputer/accelerator-microbenchmarks, Ironwood readme, GEMM."""
     assert 2 * side**3 / matmul_seconds(
         CHIPS["tpu7x"], side, side, side
     ) == pytest.approx(rate, rel=0.17)
 
 
 def test_a_matmul_of_an_h100_as_published():
-    """https://gist.github.com/Chillee/2ec89696db8b7ed1c24461159e325405"""
+    """See https://gist.github.com/Chillee/2ec89696db8b7ed1c24461159e325405."""
     flops = 2 * 4224 * 8192 * 2048
     assert flops / matmul_seconds(CHIPS["h100"], 4224, 8192, 2048) == pytest.approx(
         780.2e12, rel=0.1
@@ -453,24 +347,19 @@ def test_matmuls_pad_to_tiles():
     assert matmul_seconds(chip, 0, 4096, 4096) == 0
     one = matmul_seconds(chip, 1, 8192, 8192)
     assert one == pytest.approx(
-        chip.op_seconds + 2 * 8192**2 / (0.9 * chip.bandwidth),
-        rel=0.2,
+        chip.op_seconds + 2 * 8192**2 / (0.9 * chip.bandwidth), rel=0.2
     ), "reading the weights decides"
 
 
 def test_calibration_measures_this_cpu():
     chip = calibrate_cpu()
-    assert (
-        chip.name == "cpu"
-        and chip.bf16_flops > 1e8
-        and chip.bandwidth > 1e8
-        and chip.link_bandwidth > 1e6
-    )
+    assert chip.name == "cpu"
+    assert chip.bf16_flops > 1e8
+    assert chip.bandwidth > 1e8
+    assert chip.link_bandwidth > 1e6
     assert all(
         "calibrated this CPU" in chip.sources[key]
         for key in ("peaks.float32", "bandwidth", "link_bandwidth")
     )
-    assert (
-        topology("cpu:8", {"cpu": chip}).chip is chip
-        and topology("cpu:8").chip is CHIPS["cpu"]
-    )
+    assert topology("cpu:8", {"cpu": chip}).chip is chip
+    assert topology("cpu:8").chip is CHIPS["cpu"]

@@ -1,7 +1,6 @@
-"""How axes lie on links, and that the costs agree with each other and with published
-measurements.
-"""
+"""Axes on links, and costs that agree with each other and with measurements."""
 
+import doctest
 import itertools
 import math
 from types import SimpleNamespace
@@ -12,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax import PlanError
-from lepton_jax.hardware import COLLECTIVES, arrange, join, lay, topology
+from lepton_jax.hardware import (
+    COLLECTIVES,
+    arrange,
+    join,
+    lay,
+    links,
+    roofline,
+    topology,
+)
 
 GB = 1e9
 
@@ -27,89 +34,28 @@ def laid(name: str, *sizes: int):
     ("name", "sizes", "bandwidths", "wraps"),
     [
         # v5p: 90 GB/s a link one way, so 180 a ring
-        (
-            "v5p:4x4x4",
-            (64,),
-            (540,),
-            (True,),
-        ),
-        (
-            "v5p:4x4x4",
-            (16, 4),
-            (360, 180),
-            (True, True),
-        ),
-        (
-            "v5p:4x4x4",
-            (4, 4, 4),
-            (180, 180, 180),
-            (True,) * 3,
-        ),
-        (
-            "v5p:4x4x4",
-            (8, 8),
-            (180 + 45, 180 + 90),
-            (False, False),
-        ),
-        (
-            "v5p:2x2x4",
-            (4, 4),
-            (90, 180),
-            (False, False),
-        ),
+        ("v5p:4x4x4", (64,), (540,), (True,)),
+        ("v5p:4x4x4", (16, 4), (360, 180), (True, True)),
+        ("v5p:4x4x4", (4, 4, 4), (180, 180, 180), (True,) * 3),
+        ("v5p:4x4x4", (8, 8), (180 + 45, 180 + 90), (False, False)),
+        ("v5p:2x2x4", (4, 4), (90, 180), (False, False)),
         # v5e: 45 a link; a ring only at the full 16
-        (
-            "v5e:16x16",
-            (16, 16),
-            (90, 90),
-            (True, True),
-        ),
-        (
-            "v5e:16x16",
-            (256,),
-            (180,),
-            (True,),
-        ),
-        (
-            "v5e:16x16",
-            (64, 4),
-            (90 + 45 / 4, 45),
-            (False, False),
-        ),
-        (
-            "v5e:4x4",
-            (4, 4),
-            (45, 45),
-            (False, False),
-        ),
-        (
-            "v5e:4x4",
-            (16,),
-            (90,),
-            (False,),
-        ),
+        ("v5e:16x16", (16, 16), (90, 90), (True, True)),
+        ("v5e:16x16", (256,), (180,), (True,)),
+        ("v5e:16x16", (64, 4), (90 + 45 / 4, 45), (False, False)),
+        ("v5e:4x4", (4, 4), (45, 45), (False, False)),
+        ("v5e:4x4", (16,), (90,), (False,)),
         # tpu7x: the chip's two devices share its links, unless they are on the axis
         # together
-        (
-            "tpu7x:4x4x4",
-            (64, 2),
-            (270, 600),
-            (True, False),
-        ),
-        (
-            "tpu7x:4x4x4",
-            (16, 8),
-            (180, 175),
-            (True, True),
-        ),
+        ("tpu7x:4x4x4", (64, 2), (270, 600), (True, False)),
+        ("tpu7x:4x4x4", (16, 8), (180, 175), (True, True)),
     ],
 )
 def test_axes_on_a_torus(name, sizes, bandwidths, wraps):
     links = laid(name, *sizes)
     assert [link.bandwidth / GB for link in links] == pytest.approx(bandwidths)
-    assert tuple(link.wraps for link in links) == wraps and {
-        link.kind for link in links
-    } == {"ici"}
+    assert tuple(link.wraps for link in links) == wraps
+    assert {link.kind for link in links} == {"ici"}
 
 
 def test_explanations():
@@ -145,8 +91,9 @@ def test_axes_on_gpus(sizes, kinds):
 
 
 def test_an_axis_over_nodes_uses_the_network_cards_of_all_its_gpus():
-    """Scaling book, part 12: V / min(GPU, node egress); an axis sharded inside the node
-    leaves one card per group.
+    """Scaling book, part 12: V / min(GPU, node egress).
+
+    An axis sharded inside the node leaves one card for each group.
     """
     alone = laid("h200:64", 8, 8)[0]
     half = laid("h200:64", 16, 4)[0]
@@ -168,21 +115,11 @@ def test_an_axis_over_nodes_uses_the_network_cards_of_all_its_gpus():
 def test_cpu_devices_share_one_memory():
     few = laid("cpu:2", 2)[0]
     many = laid("cpu:8", 4, 2)[1]
-    assert (few.kind, many.physical) == (
-        "memory",
-        "shared memory",
-    ) and few.bandwidth == 4 * many.bandwidth
+    assert (few.kind, many.physical) == ("memory", "shared memory")
+    assert few.bandwidth == 4 * many.bandwidth
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        (3, 4),
-        (64, 2),
-        (0, 64),
-        (64, -1),
-    ],
-)
+@pytest.mark.parametrize("sizes", [(3, 4), (64, 2), (0, 64), (64, -1)])
 def test_a_mesh_that_does_not_multiply_up(sizes):
     with pytest.raises(PlanError, match=r"v5p:4x4x4 has 64 devices"):
         laid("v5p:4x4x4", *sizes)
@@ -216,27 +153,19 @@ def test_all_reduces_of_8_h100(payload, bus):
 
 @pytest.mark.parametrize(("payload", "seconds"), [(34e6, 680e-6), (4 * 32e3, 8e-6)])
 def test_all_gathers_of_4_v5e_without_wrap(payload, seconds):
-    """Scaling book, part 3: 34 MB take 680 us; shards of 32 kB over 3 hops take 8
-    us.
-    """
+    """Scaling book, part 3: 34 MB take 680 us, and 32 kB over 3 hops take 8 us."""
     assert laid("v5e:4x4", 4, 4)[1].seconds("all-gather", payload) == pytest.approx(
         seconds, rel=0.3 if payload < 1e6 else 0.2
     )
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "rate"),
-    [
-        (1.6, 71.8),
-        (6.3, 129),
-        (25, 162),
-        (101, 175),
-        (403, 179),
-    ],
+    ("megabytes", "rate"), [(1.6, 71.8), (6.3, 129), (25, 162), (101, 175), (403, 179)]
 )
 def test_all_gathers_of_4_tpu7x_chips(megabytes, rate):
-    """AI-Hypercomputer/accelerator-microbenchmarks, Ironwood, all_gather.md: GB/s of
-    the bytes transferred, 2x2x1.
+    """GB/s of the bytes transferred on 2x2x1.
+
+    Source: AI-Hypercomputer/accelerator-microbenchmarks, Ironwood, all_gather.md.
     """
     measured = megabytes * 1e6 / (rate * GB)
     assert laid("tpu7x:2x2x1", 8)[0].seconds(
@@ -245,16 +174,16 @@ def test_all_gathers_of_4_tpu7x_chips(megabytes, rate):
 
 
 def test_the_books_formulas_on_a_wrapped_axis():
-    """Part 3: all-gather V / W2, all-to-all a quarter of it for the same global array
-    (V = 16 local payloads).
+    """Scaling book, part 3: an all-gather takes V / W2, an all-to-all a quarter of it.
+
+    Both are of the same global array, so V is 16 local payloads.
     """
     link = laid("v5e:16x16", 16, 16)[1]
     v = 1e10
     gather = link.seconds("all-gather", v)
     exchange = link.seconds("all-to-all", v / 16)
-    assert gather == pytest.approx(v / 90e9, rel=0.07) and exchange == pytest.approx(
-        v / 90e9 / 4, rel=0.01
-    )
+    assert gather == pytest.approx(v / 90e9, rel=0.07)
+    assert exchange == pytest.approx(v / 90e9 / 4, rel=0.01)
     open_link = laid("v5e:8x8", 8, 8)[1]
     assert open_link.seconds("all-to-all", v / 8) == pytest.approx(
         v / 45e9 / 4, rel=0.01
@@ -296,11 +225,7 @@ def laid_meshes(draw):
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    laid_meshes(),
-    st.floats(0, 1e10),
-    st.floats(0, 1e10),
-)
+@given(laid_meshes(), st.floats(0, 1e10), st.floats(0, 1e10))
 def test_costs_grow_with_the_payload_and_agree(laying, small, large):
     small, large = sorted((small, large))
     for link in lay(laying[1], laying[0]).values():
@@ -314,10 +239,8 @@ def test_costs_grow_with_the_payload_and_agree(laying, small, large):
         both = link.seconds("all-gather", large) + link.seconds("reduce-scatter", large)
         assert link.seconds("all-reduce", large) == pytest.approx(both)
         if link.size > 1:
-            assert (
-                link.seconds("all-gather", 0) > 0
-                and link.bandwidth >= link.exchange * 0.999
-            )
+            assert link.seconds("all-gather", 0) > 0
+            assert link.bandwidth >= link.exchange * 0.999
 
 
 @settings(deadline=None, max_examples=200)
@@ -376,10 +299,8 @@ def test_devices_are_arranged_as_laid(laying):
     if torus:
         devices.reverse()  # JAX's order isn't relied on
     placed = arrange(mesh, target, devices)
-    assert (
-        placed.shape == tuple(mesh.values())
-        and len({device.spot for device in placed.flat}) == target.devices
-    )
+    assert placed.shape == tuple(mesh.values())
+    assert len({device.spot for device in placed.flat}) == target.devices
     for axis, link in enumerate(lay(mesh, target).values()):
         line = np.moveaxis(placed, axis, 0).reshape(link.size, -1)[:, 0]
         for dim in range(len(target.grid)):
@@ -390,3 +311,11 @@ def test_devices_are_arranged_as_laid(laying):
                 if part
                 else reached[:1]
             )
+
+
+@pytest.mark.parametrize("module", [links, roofline], ids=lambda m: m.__name__)
+def test_the_examples_hold(module):
+    failed, tried = doctest.testmod(module)
+
+    assert tried > 0
+    assert failed == 0

@@ -1,6 +1,4 @@
-"""The cost's FLOP are XLA's, of convolutions too; collectives are those that a platform
-has.
-"""
+"""The cost's FLOPs are XLA's, and its collectives are those that a platform has."""
 
 import jax
 import jax.numpy as jnp
@@ -26,66 +24,32 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 @pytest.mark.parametrize(
     ("image", "kernel", "options"),
     [
-        (
-            (2, 8, 8, 3),
-            (3, 3, 3, 5),
-            {},
-        ),
-        (
-            (2, 7, 5, 3),
-            (3, 2, 3, 5),
-            {"window_strides": (2, 3)},
-        ),
-        (
-            (2, 9, 9, 3),
-            (3, 3, 3, 5),
-            {"rhs_dilation": (2, 4)},
-        ),
+        ((2, 8, 8, 3), (3, 3, 3, 5), {}),
+        ((2, 7, 5, 3), (3, 2, 3, 5), {"window_strides": (2, 3)}),
+        ((2, 9, 9, 3), (3, 3, 3, 5), {"rhs_dilation": (2, 4)}),
         (
             (2, 5, 5, 3),
             (3, 3, 3, 5),
             {"padding": ((2, 1), (-1, 3)), "lhs_dilation": (2, 3)},
         ),
-        (
-            (2, 8, 8, 8),
-            (3, 3, 2, 12),
-            {"feature_group_count": 4},
-        ),
-        (
-            (4, 8, 8, 3),
-            (3, 3, 3, 8),
-            {"batch_group_count": 2},
-        ),
+        ((2, 8, 8, 8), (3, 3, 2, 12), {"feature_group_count": 4}),
+        ((4, 8, 8, 3), (3, 3, 3, 8), {"batch_group_count": 2}),
     ],
     ids=str,
 )
 def test_flops_of_a_convolution_are_those_that_xla_counts(image, kernel, options):
     x = jnp.zeros(image)
     w = jnp.zeros(kernel)
-    options = {
-        "window_strides": (1, 1),
-        "padding": "SAME",
-        **options,
-    }
+    options = {"window_strides": (1, 1), "padding": "SAME", **options}
     function = jax.jit(
-        lambda x, w: lax.conv_general_dilated(
-            x,
-            w,
-            dimension_numbers=NHWC,
-            **options,
-        )
+        lambda x, w: lax.conv_general_dilated(x, w, dimension_numbers=NHWC, **options)
     )
     (eqn,) = (
         e
         for e in function.trace(x, w).jaxpr.eqns
         if e.primitive.name == "conv_general_dilated"
     )
-    ours = convolution_flops(
-        eqn.params,
-        image,
-        kernel,
-        eqn.outvars[0].aval.shape,
-    )
+    ours = convolution_flops(eqn.params, image, kernel, eqn.outvars[0].aval.shape)
     ones = lax.conv_general_dilated(
         jnp.ones((1, *image[1:3], 1)),
         jnp.ones((*kernel[:2], 1, 1)),
@@ -106,26 +70,9 @@ class Net(nnx.Module):
     def __init__(self, rngs):
         self.convs = nnx.List(
             [
-                nnx.Conv(
-                    4,
-                    16,
-                    (3, 3),
-                    rngs=rngs,
-                ),
-                nnx.Conv(
-                    16,
-                    32,
-                    (3, 3),
-                    feature_group_count=4,
-                    rngs=rngs,
-                ),
-                nnx.Conv(
-                    32,
-                    32,
-                    (3, 3),
-                    strides=2,
-                    rngs=rngs,
-                ),
+                nnx.Conv(4, 16, (3, 3), rngs=rngs),
+                nnx.Conv(16, 32, (3, 3), feature_group_count=4, rngs=rngs),
+                nnx.Conv(32, 32, (3, 3), strides=2, rngs=rngs),
             ]
         )
         self.out = nnx.Linear(32, 8, rngs=rngs)
@@ -144,11 +91,7 @@ def traced():
         optimizer=optax.sgd(0.1),
         batch_size=16,
     )
-    return trace(
-        recipe,
-        np.zeros((16, 6, 6, 4), np.float32),
-        np.zeros(16, np.int32),
-    )
+    return trace(recipe, np.zeros((16, 6, 6, 4), np.float32), np.zeros(16, np.int32))
 
 
 def estimated(traced, sizes, masks):
@@ -160,22 +103,15 @@ def estimated(traced, sizes, masks):
 
 
 def test_a_step_of_convolutions_takes_as_many_flops_as_xla_finds(traced):
-    alone = search.fixed(
-        traced,
-        topology("cpu:1"),
-        search.by_hand(traced, (1,), {}, 0),
-    )
+    alone = search.fixed(traced, topology("cpu:1"), search.by_hand(traced, (1,), {}, 0))
     compiled = Program(traced, alone, jax.devices()[:1]).lower().compile()
     assert estimated(traced, (1,), {}).flops == pytest.approx(
-        hlo.read(compiled.as_text()).dot_flops,
-        rel=1e-6,
+        hlo.read(compiled.as_text()).dot_flops, rel=1e-6
     )
 
 
 @pytest.mark.parametrize(
-    "masks",
-    [{"batch": 1}, {"convs/*/bias.0": 1, "out.0": 1}],
-    ids=str,
+    "masks", [{"batch": 1}, {"convs/*/bias.0": 1, "out.0": 1}], ids=str
 )
 def test_splitting_samples_or_channels_splits_the_flops(traced, masks):
     assert estimated(traced, (4,), masks).flops == pytest.approx(
@@ -198,3 +134,33 @@ def test_splitting_samples_or_channels_splits_the_flops(traced, masks):
 )
 def test_collectives_are_those_that_xla_makes(kind, count, where, compiled):
     assert as_compiled(kind, count, topology(where)) == compiled
+
+
+class Loops(nnx.Module):
+    """Nine loops one after the other, each around a matmul."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(9)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            kernel = layer.kernel[...]
+            x, _ = lax.scan(lambda x, _, w=kernel: (x @ w, None), x, length=3)
+        return x
+
+
+def test_each_loop_has_a_number_of_its_own():
+    recipe = lepton.Recipe(
+        model=Loops,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=16,
+    )
+    traced = trace(recipe, np.zeros((16, 8), np.float32), np.zeros(16, np.int32))
+    names = Names(traced.gradient("none"), traced.arguments)
+
+    jobs = Cost(traced, names, topology("h200:8")).jobs
+
+    loops = [op for op in names.graph.operations() if op.name == "scan"]
+    assert len(loops) >= 18
+    assert {job.loop for job in jobs} == set(range(len(loops) + 1))

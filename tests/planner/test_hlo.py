@@ -1,7 +1,6 @@
-"""Reading compiled modules: by hand-made texts of each form, and by programs whose
-collectives and flops are known.
-"""
+"""Reading compiled modules: texts of each form, and programs with known collectives."""
 
+import doctest
 import re
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lepton_jax.verify import hlo
+from lepton_jax.verify import collectives, hlo, hlo_loops, hlo_text
 
 P = PartitionSpec
 ADD = """
@@ -24,13 +23,8 @@ ADD = """
 """
 
 
-def module(
-    body,
-    before="",
-    parameters="p: f32[64,32]",
-    tables="",
-):
-    """A module of 8 devices whose entry is `body`."""
+def module(body, before="", parameters="p: f32[64,32]", tables=""):
+    """Return a module of 8 devices whose entry is `body`."""
     lines = "\n".join(f"  {line.strip()}" for line in body.strip().splitlines())
     return (
         f"HloModule jit_f, is_scheduled=true, num_partitions=8\n{tables}{ADD}{before}\n"
@@ -49,99 +43,24 @@ def only(text):
 @pytest.mark.parametrize(
     "written, groups, axes",
     [
-        (
-            "{{0,1,2,3},{4,5,6,7}}",
-            [[0, 1, 2, 3], [4, 5, 6, 7]],
-            ("b",),
-        ),
-        (
-            "{{0,4},{1,5},{2,6},{3,7}}",
-            [
-                [0, 4],
-                [1, 5],
-                [2, 6],
-                [3, 7],
-            ],
-            ("a",),
-        ),
-        (
-            "[2,4]<=[8]",
-            [[0, 1, 2, 3], [4, 5, 6, 7]],
-            ("b",),
-        ),
-        (
-            "[4,2]<=[2,4]T(1,0)",
-            [
-                [0, 4],
-                [1, 5],
-                [2, 6],
-                [3, 7],
-            ],
-            ("a",),
-        ),
-        (
-            "{}",
-            [list(range(8))],
-            ("a", "b"),
-        ),
-        (
-            "mesh['a'=2,'b'=4] {'a'}",
-            [
-                [0, 4],
-                [1, 5],
-                [2, 6],
-                [3, 7],
-            ],
-            ("a",),
-        ),
-        (
-            "mesh['a'=2,'b'=4] {'a','b'}",
-            [list(range(8))],
-            ("a", "b"),
-        ),
-        (
-            "mesh['z'=2,'y'=1,'x'=4] {'x'}",
-            [[0, 1, 2, 3], [4, 5, 6, 7]],
-            ("b",),
-        ),
-        (
-            "mesh['x'=8] {'x':(1)2}",
-            [
-                [0, 4],
-                [1, 5],
-                [2, 6],
-                [3, 7],
-            ],
-            ("a",),
-        ),
-        (
-            "mesh['x'=8] {'x':(2)2}",
-            [
-                [0, 2],
-                [1, 3],
-                [4, 6],
-                [5, 7],
-            ],
-            None,
-        ),
+        ("{{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]], ("b",)),
+        ("{{0,4},{1,5},{2,6},{3,7}}", [[0, 4], [1, 5], [2, 6], [3, 7]], ("a",)),
+        ("[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]], ("b",)),
+        ("[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]], ("a",)),
+        ("{}", [list(range(8))], ("a", "b")),
+        ("mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]], ("a",)),
+        ("mesh['a'=2,'b'=4] {'a','b'}", [list(range(8))], ("a", "b")),
+        ("mesh['z'=2,'y'=1,'x'=4] {'x'}", [[0, 1, 2, 3], [4, 5, 6, 7]], ("b",)),
+        ("mesh['x'=8] {'x':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]], ("a",)),
+        ("mesh['x'=8] {'x':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]], None),
         (
             "mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}",
-            [
-                [0, 4],
-                [1, 5],
-                [2, 6],
-                [3, 7],
-            ],
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
             ("a",),
         ),
         (
             "mesh['x'=2,'y'=4], device_ids=(0,2,4,6,1,3,5,7) {'x'}",
-            [
-                [0, 1],
-                [2, 3],
-                [4, 5],
-                [6, 7],
-            ],
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
             None,
         ),
     ],
@@ -152,7 +71,8 @@ def test_every_form_of_groups_is_expanded_to_devices_and_mesh_axes(
     found = only(
         module(
             f"""%p = f32[64,32]{{1,0}} parameter(0)
-        ROOT %r = f32[64,32]{{1,0}} all-reduce(%p), channel_id=1, replica_groups={written}, to_apply=%add"""
+        ROOT %r = f32[64,32]{{1,0}} all-reduce(%p), channel_id=1, \
+            replica_groups={written}, to_apply=%add"""
         )
     )
     assert [list(group) for group in found.groups] == groups
@@ -249,7 +169,8 @@ ASYNC = {
     "all-gather pair": (
         "",
         """
-        %s = (f32[64,32], f32[256,32]) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
+        %s = (f32[64,32], f32[256,32]) all-gather-start(%p), \
+            replica_groups=[2,4]<=[8], dimensions={0}
         ROOT %d = f32[256,32] all-gather-done(%s)""",
         "all-gather",
         4 * KIB,
@@ -257,7 +178,8 @@ ASYNC = {
     "permute pair": (
         "",
         """
-        %s = (f32[64,32], f32[64,32], u32[]{:S(2)}, u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
+        %s = (f32[64,32], f32[64,32], u32[]{:S(2)}, \
+            u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
         ROOT %d = f32[64,32] collective-permute-done(%s)""",
         "collective-permute",
         KIB,
@@ -266,7 +188,8 @@ ASYNC = {
         """
 %wrapped (w: f32[64,32]) -> f32[16,32] {
   %w = f32[64,32]{1,0} parameter(0)
-  ROOT %inner = f32[16,32]{1,0} reduce-scatter(%w), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  ROOT %inner = f32[16,32]{1,0} reduce-scatter(%w), replica_groups=[2,4]<=[8], \
+      dimensions={0}, to_apply=%add
 }
 """,
         """
@@ -280,11 +203,13 @@ ASYNC = {
         """
 %called (w: f32[64,32]) -> f32[256,32] {
   %w = f32[64,32]{1,0} parameter(0)
-  ROOT %inner = f32[256,32]{1,0} all-gather(%w), replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %inner = f32[256,32]{1,0} all-gather(%w), replica_groups=[2,4]<=[8], \
+      dimensions={0}
 }, execution_thread="sparsecore"
 """,
         """
-        %s = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%called
+        %s = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), \
+            async_execution_thread="sparsecore", to_apply=%called
         %u = ((f32[64,32]), f32[256,32]) call-update(%s, %p)
         ROOT %d = f32[256,32] call-done(%u)""",
         "all-gather",
@@ -295,7 +220,8 @@ ASYNC = {
             f"""
 %{name} (w: f32[64,32]) -> f32[256,32] {{
   %w = f32[64,32]{{1,0}} parameter(0)
-  ROOT %inner = f32[256,32]{{1,0}} all-gather(%w), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="3"}}
+  ROOT %inner = f32[256,32]{{1,0}} all-gather(%w), channel_id=7, \
+      replica_groups=[2,4]<=[8], frontend_attributes={{chain_id="3"}}
 }}
 """
             for name in ("begin", "on", "end")
@@ -322,7 +248,8 @@ SCATTER = """
   %q = f32[64,32]{1,0} parameter(0)
   %inner = f32[64,32]{1,0} all-reduce(%q), replica_groups=[2,4]<=[8], to_apply=%add
   %zero = u32[] constant(0)
-  ROOT %slice = f32[16,32]{1,0} dynamic-slice(%inner, %zero, %zero), dynamic_slice_sizes={16,32}
+  ROOT %slice = f32[16,32]{1,0} dynamic-slice(%inner, %zero, %zero), \
+      dynamic_slice_sizes={16,32}
 }
 """
 
@@ -331,7 +258,8 @@ def test_a_tpus_all_reduce_scatter_is_a_reduce_scatter_with_its_fusions_name():
     found = only(
         module(
             """%p = f32[64,32]{1,0} parameter(0)
-        ROOT %f = f32[16,32] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(f)/dot_general"}""",
+        ROOT %f = f32[16,32] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, \
+            metadata={op_name="jit(f)/dot_general"}""",
             SCATTER,
         )
     )
@@ -351,15 +279,14 @@ def test_a_permute_in_a_matmuls_name_is_a_piece_of_a_window(name, windowed):
     found = only(
         module(
             f"""%p = f32[64,32]{{1,0}} parameter(0)
-        ROOT %r = f32[64,32]{{1,0}} collective-permute(%p), source_target_pairs={{{{0,1}},{{1,0}}}}, """
+        ROOT %r = f32[64,32]{{1,0}} collective-permute(%p), \
+            source_target_pairs={{{{0,1}},{{1,0}}}}, """
             f"""metadata={{op_name="{name}"}}"""
         )
     )
-    assert (
-        found.windowed == windowed
-        and found.groups == ((0, 1), (1, 0))
-        and found.sent == KIB
-    )
+    assert found.windowed == windowed
+    assert found.groups == ((0, 1), (1, 0))
+    assert found.sent == KIB
 
 
 def test_an_all_reduce_that_is_only_sliced_is_marked():
@@ -368,7 +295,8 @@ def test_an_all_reduce_that_is_only_sliced_is_marked():
         %r = f32[64,32]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
         %c = bf16[64,32]{1,0} convert(%r)
         %zero = u32[] constant(0)
-        ROOT %s = bf16[16,32]{1,0} dynamic-slice(%c, %zero, %zero), dynamic_slice_sizes={16,32}"""
+        ROOT %s = bf16[16,32]{1,0} dynamic-slice(%c, %zero, %zero), \
+            dynamic_slice_sizes={16,32}"""
     )
     assert only(sliced).sliced
     assert not only(
@@ -391,7 +319,7 @@ def loop(
     carried="%a",
     op="add",
 ):
-    """A loop around an all-reduce and a 64x32 by 32x32 dot."""
+    """Return a module with a loop around an all-reduce and a 64x32 by 32x32 dot."""
     carry = "(s32[], f32[64,32], s32[])"
     return module(
         f"""%p = f32[64,32]{{1,0}} parameter(0)
@@ -410,7 +338,8 @@ def loop(
   %by = s32[] {step}
   %a = s32[] {op}(%i, %by)
   %w = f32[32,32]{{1,0}} constant({{...}})
-  %d = f32[64,32]{{1,0}} dot(%x, %w), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %d = f32[64,32]{{1,0}} dot(%x, %w), lhs_contracting_dims={{1}}, \
+      rhs_contracting_dims={{0}}
   %r = f32[64,32]{{1,0}} all-reduce(%d), replica_groups=[2,4]<=[8], to_apply=%add
   ROOT %t = {carry} tuple({carried}, %r, %l)
 }}
@@ -470,7 +399,8 @@ def loop(
 def test_what_a_loop_holds_counts_as_often_as_it_turns(options, turns):
     compiled = hlo.read(loop(**options))
     assert [(c.times, c.exact) for c in compiled.collectives] == [(turns, True)]
-    assert compiled.dot_flops == turns * 2 * 64 * 32 * 32 and not compiled.unknown_loops
+    assert compiled.dot_flops == turns * 2 * 64 * 32 * 32
+    assert not compiled.unknown_loops
 
 
 @pytest.mark.parametrize(
@@ -486,7 +416,8 @@ def test_what_a_loop_holds_counts_as_often_as_it_turns(options, turns):
 def test_a_loop_of_unknown_turns_counts_once_and_is_named(options):
     compiled = hlo.read(loop(**options))
     assert [(c.times, c.exact) for c in compiled.collectives] == [(1, False)]
-    assert compiled.unknown_loops == ["loop"] and compiled.dot_flops == 2 * 64 * 32 * 32
+    assert compiled.unknown_loops == ["loop"]
+    assert compiled.dot_flops == 2 * 64 * 32 * 32
 
 
 def test_of_a_conditional_the_costliest_branch_computes_and_all_communicate():
@@ -494,7 +425,8 @@ def test_of_a_conditional_the_costliest_branch_computes_and_all_communicate():
 %{name} (c: f32[64,32]) -> f32[64,32] {{
   %c = f32[64,32]{{1,0}} parameter(0)
   %w = f32[32,{size}]{{1,0}} constant({{...}})
-  %d = f32[64,{size}]{{1,0}} dot(%c, %w), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %d = f32[64,{size}]{{1,0}} dot(%c, %w), lhs_contracting_dims={{1}}, \
+      rhs_contracting_dims={{0}}
   ROOT %r = f32[64,32]{{1,0}} all-reduce(%c), replica_groups={{}}, to_apply=%add
 }}
 """
@@ -502,7 +434,8 @@ def test_of_a_conditional_the_costliest_branch_computes_and_all_communicate():
         module(
             """%p = f32[64,32]{1,0} parameter(0)
         %i = s32[] constant(0)
-        ROOT %r = f32[64,32]{1,0} conditional(%i, %p, %p), branch_computations={%one, %two}""",
+        ROOT %r = f32[64,32]{1,0} conditional(%i, %p, %p), branch_computations={%one, \
+            %two}""",
             branch.format(name="one", size=8) + branch.format(name="two", size=16),
         )
     )
@@ -555,7 +488,8 @@ def test_flops_of_a_gpu_librarys_calls():
         "bf16[4,64,32]",
         "bf16[4,32,16]",
     )
-    assert gemm.dot_flops == 2 * 4 * 64 * 16 * 32 and not gemm.custom_calls
+    assert gemm.dot_flops == 2 * 4 * 64 * 16 * 32
+    assert not gemm.custom_calls
     backward = flops(
         "ROOT %r = (f32[3,3,4,5], u8[0]) custom-call(%p0, %p1), window={size=3x3"
         " pad=1_1x1_1}, dim_labels=b01f_01io->b01f,"
@@ -568,7 +502,8 @@ def test_flops_of_a_gpu_librarys_calls():
         'ROOT %r = f32[8] custom-call(%p0), custom_call_target="__cudnn$fmhaSoftmax"',
         "f32[8]",
     )
-    assert kernel.dot_flops == 0 and kernel.custom_calls == {"__cudnn$fmhaSoftmax": 1}
+    assert kernel.dot_flops == 0
+    assert kernel.custom_calls == {"__cudnn$fmhaSoftmax": 1}
 
 
 def test_xlas_own_rematerialization_is_counted():
@@ -601,11 +536,7 @@ StackFrames
 """
 
 
-@pytest.mark.parametrize(
-    "parents",
-    ["123", "012"],
-    ids=["plus one", "plain"],
-)
+@pytest.mark.parametrize("parents", ["123", "012"], ids=["plus one", "plain"])
 @pytest.mark.parametrize("frame, line", [(1, 7), (2, 9), (3, 9)])
 def test_a_stack_frame_leads_to_the_users_innermost_line(parents, frame, line):
     tables = TABLES
@@ -614,7 +545,8 @@ def test_a_stack_frame_leads_to_the_users_innermost_line(parents, frame, line):
     found = only(
         module(
             f"""%p = f32[64,32]{{1,0}} parameter(0)
-        ROOT %r = f32[64,32]{{1,0}} all-reduce(%p), replica_groups={{}}, to_apply=%add, metadata={{op_name="jit(f)/x" """
+        ROOT %r = f32[64,32]{{1,0}} all-reduce(%p), replica_groups={{}}, \
+            to_apply=%add, metadata={{op_name="jit(f)/x" """
             f"stack_frame_id={frame}}}",
             tables=tables,
         )
@@ -631,7 +563,8 @@ def test_a_line_written_in_place_is_read():
         module(
             """%p = f32[64,32]{1,0} parameter(0)
         ROOT %r = f32[64,32]{1,0} all-reduce(%p), replica_groups={}, to_apply=%add,\
- metadata={op_type="psum" op_name="jit(f)/psum" source_file="/home/me/model.py" source_line=42}"""
+ metadata={op_type="psum" op_name="jit(f)/psum" \
+ source_file="/home/me/model.py" source_line=42}"""
         )
     )
     assert (found.file, found.line) == ("/home/me/model.py", 42)
@@ -653,11 +586,7 @@ def mesh():
 
 def compiled_text(mesh, function, *arguments):
     shapes = [
-        jax.ShapeDtypeStruct(
-            shape,
-            jnp.float32,
-            sharding=NamedSharding(mesh, spec),
-        )
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         for shape, spec in arguments
     ]
     return hlo.read(jax.jit(function).lower(*shapes).compile().as_text())
@@ -668,90 +597,41 @@ def test_known_collectives_of_a_shard_map(mesh):
         jax.shard_map,
         mesh=mesh,
         in_specs=(P("a", "b"), P("b")),
-        out_specs=(
-            P("a", "b"),
-            P("a"),
-            P(),
-        ),
+        out_specs=(P("a", "b"), P("a"), P()),
         check_vma=False,
     )
     def function(x, w):  # on a device (64, 32) and (8, 32)
         def body(x, _):
-            y = jnp.tanh(
-                x
-                @ jax.lax.all_gather(
-                    w * x.sum(),
-                    "b",
-                    axis=0,
-                    tiled=True,
-                )
-            )
+            y = jnp.tanh(x @ jax.lax.all_gather(w * x.sum(), "b", axis=0, tiled=True))
             y = jax.lax.psum_scatter(
-                jnp.concatenate([y, y, y, y], 1),
-                "b",
-                scatter_dimension=1,
-                tiled=True,
+                jnp.concatenate([y, y, y, y], 1), "b", scatter_dimension=1, tiled=True
             )
             return jax.lax.ppermute(y, "b", [(i, (i + 1) % 4) for i in range(4)]), None
 
-        x, _ = jax.lax.scan(
-            body,
-            x,
-            None,
-            length=7,
-        )
+        x, _ = jax.lax.scan(body, x, None, length=7)
         return (
             x,
-            jax.lax.all_to_all(
-                x,
-                "a",
-                split_axis=0,
-                concat_axis=1,
-                tiled=True,
-            ),
+            jax.lax.all_to_all(x, "a", split_axis=0, concat_axis=1, tiled=True),
             jax.lax.psum(x.sum(), ("a", "b")),
         )
 
     compiled = compiled_text(
-        mesh,
-        function,
-        ((128, 128), P("a", "b")),
-        ((32, 32), P("b")),
+        mesh, function, ((128, 128), P("a", "b")), ((32, 32), P("b"))
     )
     found = {
         (c.kind, c.bytes, c.times, c.axes(MESH_SHAPE)) for c in compiled.collectives
     }
     assert found == {
-        (
-            "all-gather",
-            32 * 32 * 4,
-            7,
-            ("b",),
-        ),
-        (
-            "reduce-scatter",
-            64 * 128 * 4,
-            7,
-            ("b",),
-        ),
-        (
-            "collective-permute",
-            64 * 32 * 4,
-            7,
-            ("b",),
-        ),
-        (
-            "all-to-all",
-            64 * 32 * 4,
-            1,
-            ("a",),
-        ),
+        ("all-gather", 32 * 32 * 4, 7, ("b",)),
+        ("reduce-scatter", 64 * 128 * 4, 7, ("b",)),
+        ("collective-permute", 64 * 32 * 4, 7, ("b",)),
+        ("all-to-all", 64 * 32 * 4, 1, ("a",)),
         ("all-reduce", 4, 1, ("a", "b")),
     }
-    assert len(compiled.collectives) == 5 and all(
-        c.exact and c.file == __file__ for c in compiled.collectives
-    )
-    assert compiled.dot_flops == 7 * 2 * 64 * 32 * 32 and compiled.partitions == 8
+    assert len(compiled.collectives) == 5
+    assert all(c.exact and c.file == __file__ for c in compiled.collectives)
+    assert compiled.dot_flops == 7 * 2 * 64 * 32 * 32
+    assert compiled.partitions == 8
     scatter = next(c for c in compiled.collectives if c.kind == "reduce-scatter")
     assert scatter.sent == 7 * 64 * 128 * 4 * 3 / 4
     assert "psum_scatter" in Path(__file__).read_text().splitlines()[scatter.line - 1]
@@ -782,9 +662,7 @@ def test_a_loop_of_gathered_layers_and_its_gradient(mesh):
 
     weights = tuple(
         jax.ShapeDtypeStruct(
-            (7, *shape),
-            jnp.float32,
-            sharding=NamedSharding(mesh, spec),
+            (7, *shape), jnp.float32, sharding=NamedSharding(mesh, spec)
         )
         for shape, spec in (
             ((width, hidden), P(None, "a", "b")),
@@ -792,9 +670,7 @@ def test_a_loop_of_gathered_layers_and_its_gradient(mesh):
         )
     )
     x = jax.ShapeDtypeStruct(
-        (batch, width),
-        jnp.float32,
-        sharding=NamedSharding(mesh, P("a")),
+        (batch, width), jnp.float32, sharding=NamedSharding(mesh, P("a"))
     )
     out = tuple(w.sharding for w in weights)
     compiled = hlo.read(
@@ -805,41 +681,35 @@ def test_a_loop_of_gathered_layers_and_its_gradient(mesh):
     gathers = [c for c in loops if c.kind == "all-gather"]
     weight = width * hidden // 4 * 4
     activation = batch // 2 * width * 4
-    assert {(c.bytes, c.axes(MESH_SHAPE)) for c in gathers} == {
-        (weight, ("a",))
-    } and len(gathers) >= 2
+    assert {(c.bytes, c.axes(MESH_SHAPE)) for c in gathers} == {(weight, ("a",))}
+    assert len(gathers) >= 2
     sums = [c for c in loops if c.kind == "all-reduce" and c.axes(MESH_SHAPE) == ("a",)]
-    assert sum(c.bytes for c in sums) == 2 * weight and all(c.sliced for c in sums)
+    assert sum(c.bytes for c in sums) == 2 * weight
+    assert all(c.sliced for c in sums)
     sums = [c for c in loops if c.kind == "all-reduce" and c.axes(MESH_SHAPE) == ("b",)]
-    assert sum(c.bytes for c in sums) == 2 * activation and not any(
-        c.sliced for c in sums
-    )
+    assert sum(c.bytes for c in sums) == 2 * activation
+    assert not any(c.sliced for c in sums)
 
 
 def test_a_loop_whose_turns_are_an_argument(mesh):
     def function(x, n):
-        return jax.lax.fori_loop(
-            0,
-            n.astype(int)[0],
-            lambda _, x: x @ x,
-            x,
-        )
+        return jax.lax.fori_loop(0, n.astype(int)[0], lambda _, x: x @ x, x)
 
-    compiled = compiled_text(
-        mesh,
-        function,
-        ((8, 8), P()),
-        ((1,), P()),
-    )
-    assert compiled.dot_flops == 2 * 8**3 and len(compiled.unknown_loops) == 1
+    compiled = compiled_text(mesh, function, ((8, 8), P()), ((1,), P()))
+    assert compiled.dot_flops == 2 * 8**3
+    assert len(compiled.unknown_loops) == 1
 
 
 def test_text_that_is_no_module_is_refused():
     with pytest.raises(AssertionError, match="not the text"):
-        hlo.read(
-            re.sub(
-                "ENTRY",
-                "",
-                module("%p = f32[64,32] parameter(0)"),
-            )
-        )
+        hlo.read(re.sub("ENTRY", "", module("%p = f32[64,32] parameter(0)")))
+
+
+@pytest.mark.parametrize(
+    "reader", [collectives, hlo_loops, hlo_text], ids=lambda reader: reader.__name__
+)
+def test_the_examples_of_the_readers_hold(reader):
+    failed, tried = doctest.testmod(reader)
+
+    assert tried > 0
+    assert failed == 0

@@ -1,11 +1,26 @@
-"""Seconds of a step under an assignment: computing, memory traffic and communication,
-from cited figures alone.
+"""Seconds of a step under an assignment, from cited figures of the chips alone.
 
-Assumptions, stated once: parameters are gathered and gradients reduced beside computing
-(XLA's latency-hiding scheduler on TPU and GPU), of which a `HIDDEN_SHARE` shows all the
-same; what moves activations waits for them and is waited for. On a CPU nothing
-overlaps. XLA joins collectives of one kind over the same axes into one, within a loop's
-body or outside; on a CPU not all-gathers.
+A cost is the sum of four kinds of seconds on one device: matmuls, memory traffic,
+communication that shows, and the optimizer's update. Take one layer, x[1024, 512] @
+w[512, 256], on eight devices:
+
+1. The work is a list of jobs: the product, its two products in the backward pass, and
+   the gather of w where it is stored split. Jobs that are alike, such as those of equal
+   layers outside of loops, are one job with a count.
+2. `Layout.decide` says how the assignment splits each job and which collectives it
+   needs. If the eight devices split the batch, a device multiplies [128, 512] by
+   [512, 256] (`matmul_seconds`). The gradient of w is then a partial sum on each
+   device, so an all-reduce of 512 * 256 numbers follows. If w is stored split as well,
+   it is a reduce-scatter, and w is gathered before it is used.
+3. Collectives of one kind over the same axes are joined into one within a loop's body
+   or outside of loops, as XLA does, so that their latency counts once. `Link.seconds`
+   gives the seconds of each.
+4. Gathers of parameters and reductions of gradients run while the device computes
+   (XLA's latency-hiding scheduler on TPU and GPU): only `HIDDEN_SHARE` of them shows,
+   or what is longer than the computing. What moves activations waits for them and is
+   waited for. On a CPU nothing overlaps, and all-gathers are not joined.
+5. Elementwise operations read and write each value once per fused group (`traffic`).
+   The update reads and writes the parameters and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -13,83 +28,91 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from lepton_jax.compat import source_line
 from lepton_jax.hardware import (
     Link,
     Topology,
-    convolution_flops,
     join,
     lay,
     matmul_seconds,
 )
 from lepton_jax.planner.assignment import Assignment
-from lepton_jax.planner.estimate.memory import Sizes
-from lepton_jax.planner.program.graph import BARRIER, Region, Graph, Operation, Value
+from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
+from lepton_jax.planner.estimate.sizes import Sizes
+from lepton_jax.planner.estimate.traffic import traffic
+from lepton_jax.planner.program.graph import (
+    Operation,
+    Value,
+)
 from lepton_jax.planner.program.layout import (
     Contraction,
+    Decision,
+    Index,
     Layout,
     Move,
-    contraction,
+    Spec,
     meets_stored,
 )
 from lepton_jax.planner.program.named import Names
-from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.xla.figures import HIDDEN_SHARE
+from lepton_jax.planner.xla.operations import DOTS
 from lepton_jax.trees import by_path, nbytes
 
-HIDDEN_SHARE = 0.1
-FREE = {"iota", "empty", "create_token", "axis_index"}
-FUSIBLE = {
-    *ELEMENTWISE,
-    "broadcast_in_dim",
-    "reshape",
-    "transpose",
-    "squeeze",
-    "expand_dims",
-    "concatenate",
-    "split",
-    "slice",
-    "pad",
-    "rev",
-} - {BARRIER}
+# Chips of a square torus from which on libtpu of jax 0.10 and 0.12 replaces collectives
+# over the whole of it; found by compiling for v5e:4x4, v5e:8x8 and v5p:4x4x4.
+WHOLE_TORUS = 64
 
 
-@dataclass
-class Job:
-    """Operations that are alike, `count` times a step (micro-batches apart); `groups`
-    decide how they are split.
+class Collective(NamedTuple):
+    """A collective of a job, as XLA compiles it.
 
-    `share` is less than 1 for terms of a sum: XLA reduces the sum over devices, not
-    each term. `gather` is the value of a job that only gathers a stored value. `taps`
-    is the share of a convolution's taps that meet an element of its input.
+    Attributes:
+      kind: such as "all-reduce".
+      axes: mask of the mesh axes.
+      bytes: bytes of the buffer on a device.
+      hidden: whether it runs while the device computes, and joins others of its loop.
     """
 
-    op: Operation
-    product: Contraction | None
-    count: int
-    groups: tuple[int, ...]
-    block: int
-    share: float
-    gather: Value | None = None
-    taps: float = 1.0
+    kind: str
+    axes: int
+    bytes: float
+    hidden: bool
+
+
+class Work(NamedTuple):
+    """One run of a job on one device."""
+
+    seconds: float
+    flops: float
+    collectives: tuple[Collective, ...]
+
+
+# Bytes of joined collectives, by (job or loop, kind, axes, runs in a step).
+Joined = dict[tuple[int, str, int, int], float]
+# Communication by (kind, axes): [count, bytes, seconds, causes].
+Ledger = dict[tuple[str, int], list[Any]]
 
 
 @dataclass
 class Estimate:
-    """Seconds by kind, FLOP of a device, and communication: (kind, axes) to [count,
-    bytes, seconds, causes].
+    """Seconds of a step.
+
+    Attributes:
+      seconds: by kind.
+      flops: FLOPs of a device.
+      moves: communication by (kind, axes): [count, bytes, seconds, causes].
     """
 
     seconds: dict[str, float]
     flops: float
-    moves: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
+    moves: Ledger = field(default_factory=dict)
 
     @property
     def total(self) -> float:
+        """Seconds of all kinds together."""
         return sum(self.seconds.values())
 
 
@@ -97,8 +120,10 @@ class Cost:
     """The cost of one graph on one topology.
 
     Args:
-      trace, names: of the recipe; `names` of the graph of a rematerialization policy.
-      topology: with chips and links.
+      trace: the trace of the recipe.
+      names: named axes of the graph of a rematerialization policy.
+      topology: chips and links.
+      sizes: bytes of the graph's values, if they exist already.
     """
 
     def __init__(
@@ -113,12 +138,15 @@ class Cost:
         self.chip = topology.device
         self.graph = names.graph
         self.prefers = meets_stored(self.graph)
-        self.jobs = self._jobs()
+        # XLA's CPU backend reduces each term of a sum over devices by itself.
+        cpu = topology.platform == "cpu"
+        shares = {} if cpu else sum_shares(self.graph.main)
+        self.jobs = Jobs(names, self.prefers, shares).jobs
         self.sizes = sizes or Sizes(self.graph, names)
         self._traffic = self.sizes.by_row(traffic(self.graph))
         self._optimizer = optimizer_bytes(trace, names)
-        self._memo: dict[tuple, tuple[float, float, tuple[Move, ...]]] = {}
-        self._sizes: tuple[int, ...] = ()
+        self._memo: dict[tuple, Work] = {}
+        self._mesh: tuple[int, ...] = ()
         self._links: list[Link] = []
 
     def estimate(
@@ -126,151 +154,207 @@ class Cost:
         assignment: Assignment,
         causes: bool = False,
     ) -> Estimate:
-        """Seconds of one step; with `causes`, its moves by kind and axes with their
-        operations.
+        """Return the seconds of one step.
+
+        Args:
+          assignment: how the program is split.
+          causes: whether to list the collectives with the operations that need them.
         """
         self._lay(assignment.sizes)
         layout = self.layout(assignment)
         parts = assignment.micro_batches
         compute = 0.0
         flops = 0.0
-        shown: dict[tuple[int, str, int, int], float] = defaultdict(float)
-        hidden: dict[tuple[int, str, int, int], float] = defaultdict(float)
-        ledger: dict[tuple[str, int], list[Any]] = {}
+        shown: Joined = defaultdict(float)
+        hidden: Joined = defaultdict(float)
+        ledger: Ledger = {}
+
         for number, job in enumerate(self.jobs):
-            key = (
-                number,
-                parts,
-                assignment.keep,
-                *[assignment.masks[g] for g in job.groups],
-            )
-            found = self._memo.get(key)
-            if found is None:
-                found = self._memo[key] = self._job(job, layout)
-            seconds, work, moves = found
-            compute += seconds * job.count * parts
-            flops += work * job.count * parts
-            for move in moves:
-                move = move._replace(
-                    kind=as_compiled(
-                        move.kind,
-                        assignment.counts[move.axes],
-                        self.topology,
-                    )
-                )
-                if move.kind == "all-reduce" and job.share < 1:
-                    move = move._replace(bytes=move.bytes * job.share)
-                stored = job.gather is not None or (
-                    move.where == "out" and job.op.outputs[0].stored is not None
-                )
-                if stored and not (
-                    move.kind == "all-gather" and self.topology.platform == "cpu"
-                ):
-                    hidden[job.block, move.kind, move.axes, job.op.times * parts] += (
-                        move.bytes * (job.count // job.op.times)
-                    )
+            work = self._work(number, job, assignment, layout)
+            runs = job.count * parts
+            compute += work.seconds * job.count * parts
+            flops += work.flops * job.count * parts
+            for move in work.collectives:
+                kind = move.kind
+                if move.hidden:
+                    key = (job.loop, kind, move.axes, job.op.times * parts)
+                    hidden[key] += move.bytes * (job.count // job.op.times)
                 else:
-                    shown[number, move.kind, move.axes, job.count * parts] += move.bytes
+                    shown[number, kind, move.axes, runs] += move.bytes
                 if causes:
                     _note(ledger, move, job, parts)
-        through = sum(
-            2 * size * key[-1]
-            for moves in (shown, hidden)
-            for key, size in moves.items()
-        )
-        time = {"matmul": compute, "memory": self._memory(assignment, through)}
-        exposed = self._communication(shown, ledger)
-        beside = self._communication(hidden, ledger)
+
+        # Collectives read and write the memory, besides sending.
+        sent = [*shown.items(), *hidden.items()]
+        communicated = sum(2 * size * key[-1] for key, size in sent)
+        memory = self._memory(assignment, communicated)
+        waiting = self._communication(shown, ledger)
+        alongside = self._communication(hidden, ledger)
+        waiting += self._exposed(alongside, compute + memory)
+        seconds = {
+            "matmul": compute,
+            "memory": memory,
+            "communication": waiting,
+            "optimizer": self._update(layout),
+        }
+        return Estimate(seconds, flops, ledger)
+
+    def _exposed(
+        self,
+        hidden: float,
+        busy: float,
+    ) -> float:
+        """Return the part of hidden communication that shows.
+
+        Args:
+          hidden: seconds of communication that runs while the device computes.
+          busy: seconds of computing.
+        """
         if self.topology.platform == "cpu":
-            exposed += beside
-        else:
-            exposed += max(HIDDEN_SHARE * beside, beside - sum(time.values()))
-        time["communication"] = exposed
-        time["optimizer"] = self._update(layout)
-        return Estimate(time, flops, ledger)
+            return hidden
+        return max(HIDDEN_SHARE * hidden, hidden - busy)
 
     def layout(self, assignment: Assignment) -> Layout:
+        """Return how the assignment splits each value and operation."""
         masks = list(assignment.masks)
         return Layout(
             self.graph,
             assignment.sizes,
             self.names.uses(masks),
-            self.names.storage(
-                masks,
-                assignment.keep,
-                assignment.counts,
-            ),
+            self.names.storage(masks, assignment.keep, assignment.counts),
             self.prefers,
             self.names.batched,
             assignment.micro_batches,
         )
 
     def _lay(self, sizes: tuple[int, ...]) -> None:
-        if sizes == self._sizes:
+        """Lay mesh axes of these sizes on the links, for each set of axes."""
+        if sizes == self._mesh:
             return
-        self._sizes = sizes
+        self._mesh = sizes
         self._memo = {}
-        links = list(
-            lay({str(i): n for i, n in enumerate(sizes)}, self.topology).values()
-        )
-        self._links = [
-            join([link for i, link in enumerate(links) if mask >> i & 1] or links[:1])
-            for mask in range(1 << len(sizes))
-        ]
+        axes = {str(i): size for i, size in enumerate(sizes)}
+        links = list(lay(axes, self.topology).values())
+        self._links = []
+        for mask in range(1 << len(sizes)):
+            chosen = [link for i, link in enumerate(links) if mask >> i & 1]
+            self._links.append(join(chosen or links[:1]))
 
     def _communication(
         self,
-        moves: dict[tuple[int, str, int, int], float],
-        ledger: dict[tuple[str, int], list[Any]],
+        moves: Joined,
+        ledger: Ledger,
     ) -> float:
         total = 0.0
-        for (_, kind, axes, times), size in moves.items():
-            seconds = self._links[axes].seconds(kind, size) * times
+        for (_, kind, axes, runs), size in moves.items():
+            seconds = self._links[axes].seconds(kind, size) * runs
             total += seconds
             if (kind, axes) in ledger:
                 ledger[kind, axes][2] += seconds
         return total
 
-    def _job(
+    def _memory(
+        self,
+        assignment: Assignment,
+        communicated: float,
+    ) -> float:
+        """Return the seconds of elementwise groups' and collectives' memory traffic."""
+        passed = self.sizes.total(assignment, self._traffic)
+        moved = passed * assignment.micro_batches + communicated
+        return moved / (self.chip.bandwidth * self.chip.memory_fraction)
+
+    def _update(self, layout: Layout) -> float:
+        """Return the seconds of the update's memory traffic.
+
+        It reads the gradients, and reads and writes the parameters and their state.
+        """
+        moved = 0.0
+        pairs = zip(layout.storage, self._optimizer, strict=True)
+        for spec, (own, state) in pairs:
+            mask = 0
+            for axes in spec:
+                mask |= axes
+            moved += (3 * own + 2 * state) / layout.counts[mask]
+        return moved / (self.chip.bandwidth * self.chip.memory_fraction)
+
+    # ---- one job ----
+
+    def _work(
+        self,
+        number: int,
+        job: Job,
+        assignment: Assignment,
+        layout: Layout,
+    ) -> Work:
+        masks = assignment.masks
+        chosen = [masks[group] for group in job.groups]
+        key = (number, assignment.micro_batches, assignment.keep, *chosen)
+        work = self._memo.get(key)
+        if work is None:
+            work = self._computed_work(job, layout)
+            self._memo[key] = work
+        return work
+
+    def _computed_work(
         self,
         job: Job,
         layout: Layout,
-    ) -> tuple[float, float, tuple[Move, ...]]:
+    ) -> Work:
         if job.gather is not None:
-            value = job.gather
-            have = layout.spec(value)
-            use = layout.use(value)
-            axes = 0
-            for h, u in zip(have, use, strict=True):
-                axes |= h & ~u
-            return (
-                0.0,
-                0.0,
-                (
-                    (
-                        Move(
-                            "all-gather",
-                            axes,
-                            layout.bytes(value, use),
-                            "input",
-                        ),
-                    )
-                    if axes
-                    else ()
-                ),
-            )
+            moves = _gathers(job.gather, layout)
+            collectives = self._compiled(moves, job, layout)
+            return Work(0.0, 0.0, collectives)
+
         decision = layout.decide(job.op, job.product)
-        moves = tuple(
-            m
-            for m in decision.moves
-            if not m.where.startswith("input") or not self._stored(job.op, m)
+        # Gathers of stored values are jobs of their own.
+        moves = tuple(m for m in decision.moves if not _gathers_stored(job.op, m))
+        collectives = self._compiled(moves, job, layout)
+        if job.op.name not in DOTS or job.product is None:
+            return Work(0.0, 0.0, collectives)
+
+        shape = self._matmul(job, job.product, layout, decision)
+        seconds = self._matmul_seconds(job, job.product, shape)
+        m, n, k, batch = shape
+        flops = 2.0 * m * n * k * batch * job.taps
+        return Work(seconds, flops, collectives)
+
+    def _compiled(
+        self,
+        moves: tuple[Move, ...],
+        job: Job,
+        layout: Layout,
+    ) -> tuple[Collective, ...]:
+        return tuple(self._compiled_move(move, job, layout) for move in moves)
+
+    def _compiled_move(
+        self,
+        move: Move,
+        job: Job,
+        layout: Layout,
+    ) -> Collective:
+        kind = as_compiled(
+            move.kind,
+            layout.counts[move.axes],
+            self.topology,
         )
-        if (
-            job.op.name not in ("dot_general", "conv_general_dilated")
-            or job.product is None
-        ):
-            return 0.0, 0.0, moves
-        m, n, k, batch = self._extents(job, layout, decision)
+        bytes_ = move.bytes
+        if kind == "all-reduce" and job.share < 1:
+            bytes_ *= job.share
+        hidden = job.gather is not None or (
+            move.where == "out" and job.op.outputs[0].stored is not None
+        )
+        # XLA's CPU backend joins no all-gathers.
+        if kind == "all-gather" and self.topology.platform == "cpu":
+            hidden = False
+        return Collective(kind, move.axes, bytes_, hidden)
+
+    def _matmul_seconds(
+        self,
+        job: Job,
+        product: Contraction,
+        shape: tuple[int, int, int, int],
+    ) -> float:
+        m, n, k, batch = shape
         dtype = job.op.inputs[0].dtype  # type: ignore[union-attr]
         seconds = matmul_seconds(
             self.chip,
@@ -280,218 +364,176 @@ class Cost:
             batch,
             dtype,
         )
-        # or as one dense product most of whose kernel is zero
-        if job.product.groups > 1:
-            seconds = min(
-                seconds,
-                matmul_seconds(
-                    self.chip,
-                    m,
-                    n * batch,
-                    k * batch,
-                    1,
-                    dtype,
-                ),
+        if product.groups > 1:
+            # It may run as one dense product whose kernel is mostly zeros.
+            dense = matmul_seconds(
+                self.chip,
+                m,
+                n * batch,
+                k * batch,
+                1,
+                dtype,
             )
-        return seconds, 2.0 * m * n * k * batch * job.taps, moves
+            seconds = min(seconds, dense)
+        return seconds
 
-    @staticmethod
-    def _stored(op: Operation, move: Move) -> bool:
-        value = op.inputs[int(move.where.removeprefix("input "))]
-        return value is not None and value.stored is not None
-
-    def _extents(
-        self, job: Job, layout: Layout, decision: Any
+    def _matmul(
+        self,
+        job: Job,
+        product: Contraction,
+        layout: Layout,
+        decision: Decision,
     ) -> tuple[int, int, int, int]:
-        """m, n, k and batch of a dot, or of a convolution as one, on a device."""
+        """Return m, n, k and batch of a product or a convolution on a device."""
         op = job.op
-        product = job.product
-        assert product is not None and product.right is not None
+        assert product.right is not None
         left = op.inputs[product.left]
         right = op.inputs[product.right]
         out = op.outputs[0]
         assert left is not None and right is not None
-        specs = [
-            decision.inputs.get(product.left, layout.use(left)),
-            decision.inputs.get(product.right, layout.use(right)),
-            decision.natural or layout.spec(out),
-        ]
-        m = n = k = batch = 1.0
-        for index in product.indices:
-            side = next(s for s in (0, 1, 2) if index[s] is not None)
-            dim = index[side]
-            assert dim is not None
-            extent = (left, right, out)[side].shape[dim] / layout.counts[
-                specs[side][dim]
-            ]
-            node = (left, right, out)[side].nodes[dim]
-            if (
-                layout.parts > 1
-                and self.names.of.get(self.graph.find(node)) == self.names.batch
-            ):
-                extent /= layout.parts
-            if product.groups > 1 and index is product.indices[0]:
-                groups = product.groups * extent / left.shape[dim]
-                batch *= groups
-                n *= right.shape[index.right] / product.groups  # type: ignore[index]
-                if op.params["batch_group_count"] > 1:
-                    m *= extent / groups
-                else:
-                    k *= extent / groups
-            elif index.out is None:
-                k *= extent
-            elif index.left is not None and index.right is not None:
-                batch *= extent
-            elif index.left is not None:
-                m *= extent
-            else:
-                n *= extent
-        if op.name == "conv_general_dilated":
-            m *= math.prod(
-                out.shape[d] for d in op.params["dimension_numbers"].out_spec[2:]
-            )
-            k *= math.prod(
-                right.shape[d] for d in op.params["dimension_numbers"].rhs_spec[2:]
-            )
-        return (
-            max(1, round(m)),
-            max(1, round(n)),
-            max(1, round(k)),
-            max(1, round(batch)),
+        inputs = decision.inputs
+        sides = (
+            (left, inputs.get(product.left, layout.use(left))),
+            (right, inputs.get(product.right, layout.use(right))),
+            (out, decision.natural or layout.spec(out)),
         )
 
-    # ---- what is looked at once ----
+        shape = _Shape()
+        for index in product.indices:
+            extent = self._extent(sides, index, layout)
+            if product.groups > 1 and index is product.indices[0]:
+                assert index.left is not None and index.right is not None
+                shares = product.groups * extent / left.shape[index.left]
+                columns = right.shape[index.right] / product.groups
+                by_batch = op.params["batch_group_count"] > 1
+                shape.add_groups(shares, columns, extent, by_batch)
+            else:
+                shape.add(index, extent)
 
-    def _jobs(self) -> list[Job]:
-        names = self.names
-        jobs: list[Job] = []
-        known: dict[tuple, int] = {}
-        # XLA's CPU backend reduces each term of a sum over devices by itself
-        sums = {} if self.topology.platform == "cpu" else summed(self.graph.main, {})
-        gathered: dict[int, int] = {}
+        if op.name == "conv_general_dilated":
+            numbers = op.params["dimension_numbers"]
+            places = numbers.out_spec[2:]
+            window = numbers.rhs_spec[2:]
+            shape.m *= math.prod(out.shape[d] for d in places)
+            shape.k *= math.prod(right.shape[d] for d in window)
+        return shape.rounded()
 
-        def groups_of(values: list[Value]) -> tuple[int, ...]:
-            found: dict[int, None] = {}
-            for value in values:
-                nodes = list(value.nodes)
-                if value.stored is not None:
-                    nodes += self.graph.main.inputs[value.stored[0]].nodes
-                found.update(
-                    dict.fromkeys(
-                        names.of[r]
-                        for r in map(self.graph.find, nodes)
-                        if r in names.of
-                    )
-                )
-            return tuple(found)
-
-        def add(
-            op: Operation,
-            product: Any,
-            block: int,
-            values: list[Value],
-            gather: Value | None,
-        ) -> None:
-            groups = groups_of(values)
-            if not groups and op.name not in ("dot_general", "conv_general_dilated"):
-                return
-            look = tuple(
-                (
-                    v.shape,
-                    str(v.dtype),
-                    tuple(names.of.get(self.graph.find(n)) for n in v.nodes),
-                    v.stored and (names.patterns[v.stored[0]], v.stored[1]),
-                    self.prefers.get(v.index),
-                )
-                for v in values
-            )
-            # a print gives nothing
-            share = sums.get(op.outputs[0].index, 1.0) if op.outputs else 1.0
-            key = (
-                op.name,
-                op.times,
-                product,
-                look,
-                gather is not None,
-                block,
-                share,
-            )
-            if key in known:
-                jobs[known[key]].count += op.times
-                return
-            known[key] = len(jobs)
-            jobs.append(
-                Job(
-                    op,
-                    product,
-                    op.times,
-                    groups,
-                    block,
-                    share,
-                    gather,
-                    met(op),
-                )
-            )
-
-        def walk(block: Region, number: int) -> None:
-            for op in block.operations:
-                product = contraction(op)
-                values = [v for v in (*op.inputs, *op.outputs[:1]) if v is not None]
-                empty = any(0 in v.shape for v in values)  # computes and moves nothing
-                if (product is not None or op.whole) and not empty:
-                    add(op, product, number, values, None)
-                if op.name not in ("scan", "while", "cond") and any(
-                    v.stored is None for v in op.outputs
-                ):
-                    for value in op.inputs:
-                        if value is None or value.stored is None:
-                            continue
-                        if (
-                            value.index not in gathered
-                            or value.index in self.graph.lasting
-                        ):
-                            gathered[value.index] = 1
-                            add(op, None, number, [value], value)
-                for inner in op.regions:
-                    walk(inner, number * 8 + 1 + block.operations.index(op) % 7)
-
-        walk(self.graph.main, 0)
-        return jobs
-
-    def _memory(
+    def _extent(
         self,
-        assignment: Assignment,
-        communicated: float,
+        sides: tuple[tuple[Value, Spec], ...],
+        index: Index,
+        layout: Layout,
     ) -> float:
-        """What elementwise groups read and write, and what collectives read and write
-        besides sending it.
+        """Return the extent of a product's index on a device, in one micro-batch."""
+        number = next(i for i, dim in enumerate(index) if dim is not None)
+        value, spec = sides[number]
+        dim = index[number]
+        assert dim is not None
+        extent = value.shape[dim] / layout.counts[spec[dim]]
+        if layout.parts > 1:
+            root = self.graph.find(value.nodes[dim])
+            if self.names.of.get(root) == self.names.batch:
+                extent /= layout.parts
+        return extent
+
+
+@dataclass
+class _Shape:
+    """Extents of a batch of products [m, k] x [k, n] on a device."""
+
+    m: float = 1.0
+    n: float = 1.0
+    k: float = 1.0
+    batch: float = 1.0
+
+    def add(
+        self,
+        index: Index,
+        extent: float,
+    ) -> None:
+        if index.out is None:
+            self.k *= extent
+        elif index.left is not None and index.right is not None:
+            self.batch *= extent
+        elif index.left is not None:
+            self.m *= extent
+        else:
+            self.n *= extent
+
+    def add_groups(
+        self,
+        groups: float,
+        columns: float,
+        extent: float,
+        by_batch: bool,
+    ) -> None:
+        """Count a grouped convolution's index of groups.
+
+        Args:
+          groups: groups on this device.
+          columns: output channels of a group.
+          extent: what the index has on this device: samples or input channels.
+          by_batch: whether the samples are in groups, and not the channels.
         """
-        passed = self.sizes.total(assignment, self._traffic)
-        moved = passed * assignment.micro_batches + communicated
-        return moved / (self.chip.bandwidth * self.chip.memory_fraction)
+        self.batch *= groups
+        self.n *= columns
+        if by_batch:
+            self.m *= extent / groups
+        else:
+            self.k *= extent / groups
 
-    def _update(self, layout: Layout) -> float:
-        """Reading and writing parameters and optimizer state, and reading gradients."""
-        moved = 0.0
-        for spec, (own, state) in zip(layout.storage, self._optimizer, strict=True):
-            mask = 0
-            for m in spec:
-                mask |= m
-            moved += (3 * own + 2 * state) / layout.counts[mask]
-        return moved / (self.chip.bandwidth * self.chip.memory_fraction)
+    def rounded(self) -> tuple[int, int, int, int]:
+        extents = (self.m, self.n, self.k, self.batch)
+        m, n, k, batch = (max(1, round(extent)) for extent in extents)
+        return m, n, k, batch
 
 
-def met(op: Operation) -> float:
-    """The share of a convolution's taps that meet an element of its input, and neither
-    padding nor a hole.
-    """
-    if op.name != "conv_general_dilated":
-        return 1.0
-    left, right, out = (v.shape for v in (*op.inputs[:2], op.outputs[0]))  # type: ignore[union-attr]
-    kernel = math.prod(right) / right[op.params["dimension_numbers"].rhs_spec[0]]
-    return convolution_flops(op.params, left, right, out) / (
-        2.0 * math.prod(out) * kernel
+def _gathers(
+    value: Value,
+    layout: Layout,
+) -> tuple[Move, ...]:
+    """Return the all-gather of a stored value, none if it is stored as it is used."""
+    have = layout.spec(value)
+    use = layout.use(value)
+    axes = 0
+    for h, u in zip(have, use, strict=True):
+        axes |= h & ~u
+    if not axes:
+        return ()
+    return (
+        Move(
+            "all-gather",
+            axes,
+            layout.bytes(value, use),
+            "input",
+        ),
     )
+
+
+def _gathers_stored(op: Operation, move: Move) -> bool:
+    if not move.where.startswith("input"):
+        return False
+    number = int(move.where.removeprefix("input "))
+    value = op.inputs[number]
+    return value is not None and value.stored is not None
+
+
+def _note(
+    ledger: Ledger,
+    move: Collective,
+    job: Job,
+    parts: int,
+) -> None:
+    """Count a collective, and the line that needs it."""
+    key = (move.kind, move.axes)
+    sent = move.bytes * job.count * parts
+    entry = ledger.setdefault(key, [0, 0.0, 0.0, {}])
+    entry[0] += job.count * parts
+    entry[1] += sent
+    causes = entry[3]
+    place = source_line(job.op.eqn, job.op.callers)
+    cause = f"{job.op.name} at {place.rsplit('/', 1)[-1]}"
+    causes[cause] = causes.get(cause, 0.0) + sent
 
 
 def as_compiled(
@@ -499,123 +541,36 @@ def as_compiled(
     count: int,
     topology: Topology,
 ) -> str:
-    """The collective that XLA makes of one over `count` devices.
+    """Return the collective that XLA makes of one over `count` devices.
 
-    Its CPU backend has no reduce-scatter. On a TPU (libtpu of jax 0.10 and 0.12, found
-    by compiling) it has none over the whole of a square torus of 64 chips or more
-    either, nor an all-gather over the whole of a cube.
+    Its CPU backend has no reduce-scatter (jaxlib 0.10 and 0.12). On a TPU it has none
+    over the whole of a square torus of `WHOLE_TORUS` chips or more either, nor an
+    all-gather over the whole of a cube.
     """
     if topology.platform == "cpu":
         return "all-reduce" if kind == "reduce-scatter" else kind
-    square = (
-        topology.chip.torus
-        and len(set(topology.shape)) == 1
-        and len(topology.shape) == topology.chip.torus
-    )
-    if (
-        square
-        and topology.chips >= 64
-        and count == topology.devices
-        and (
-            kind == "reduce-scatter"
-            or (kind == "all-gather" and topology.chip.torus == 3)
-        )
-    ):
-        return "all-reduce"
-    return kind
+    torus = topology.chip.torus
+    shape = topology.shape
+    square = torus and len(shape) == torus and len(set(shape)) == 1
+    whole = count == topology.devices and topology.chips >= WHOLE_TORUS
+    missing = ("reduce-scatter", "all-gather") if torus == 3 else ("reduce-scatter",)
+    return "all-reduce" if square and whole and kind in missing else kind
 
 
-def traffic(graph: Graph) -> np.ndarray:
-    """How often a step reads or writes each value in the device's memory, apart from
-    what dots do with their operands.
-
-    Elementwise operations and reductions run together (XLA's fusion): only what
-    something else needs is written, and each such group reads its sources once.
-    """
-    users: dict[int, list[str]] = defaultdict(list)
-    for op in graph.operations():
-        for value in op.inputs:
-            if value is not None:
-                users[value.index].append(op.name)
-    often = np.zeros(len(graph.values))
-    sources: dict[int, tuple[int, ...]] = {}
-    joining = {*FUSIBLE, *REDUCTIONS}
-    for op in graph.operations():
-        if op.regions or op.name in FREE:
-            continue
-        inputs = [v for v in op.inputs if v is not None and v.shape]
-        if op.name in ("dot_general", "conv_general_dilated", BARRIER):
-            continue
-        reads = tuple(
-            dict.fromkeys(i for v in inputs for i in sources.get(v.index, (v.index,)))
-        )
-        if (
-            op.name in FUSIBLE
-            and users[op.outputs[0].index]
-            and all(u in joining for u in users[op.outputs[0].index])
-        ):
-            sources[op.outputs[0].index] = reads
-            continue
-        if op.name == "gather":
-            often[op.outputs[0].index] += 2 * op.times
-            continue
-        for index in (*reads, *(v.index for v in op.outputs)):
-            often[index] += op.times
-    return often
-
-
-def optimizer_bytes(trace: Trace, names: Names) -> list[tuple[float, float]]:
-    """(bytes of it, bytes of its optimizer state) of each parameter."""
+def optimizer_bytes(
+    trace: Trace,
+    names: Names,
+) -> list[tuple[float, float]]:
+    """Return (its bytes, the bytes of its optimizer state) for each parameter."""
     params = by_path(trace.state.params)
     state: dict[str, float] = defaultdict(float)
-    for path, leaf in by_path({"optimizer": trace.state.optimizer}).items():
-        parts = path.split("/")
-        for start in range(1, len(parts)):
-            tail = "/".join(parts[start:])
+    leaves = by_path({"optimizer": trace.state.optimizer})
+    for path, leaf in leaves.items():
+        # An array of the state ends in the path of its parameter.
+        tail = path
+        while "/" in tail:
+            _, _, tail = tail.partition("/")
             if tail in params:
                 state[tail] += nbytes(leaf)
                 break
     return [(nbytes(leaf), state[path]) for path, leaf in params.items()]
-
-
-def summed(block: Region, found: dict[int, float]) -> dict[int, float]:
-    """Products that are only terms of a sum: their index to one over the number of such
-    terms.
-    """
-    users: dict[int, list[Operation]] = defaultdict(list)
-    for op in block.operations:
-        for value in op.inputs:
-            if value is not None:
-                users[value.index].append(op)
-        for inner in op.regions:
-            summed(inner, found)
-    totals: dict[int, int] = {}
-    terms: dict[int, list[int]] = defaultdict(list)
-    for op in reversed(block.operations):
-        for value in op.outputs:
-            using = users[value.index]
-            if len(using) == 1 and using[0].name == "add_any":
-                totals[value.index] = totals.get(
-                    using[0].outputs[0].index, using[0].outputs[0].index
-                )
-                if op.name == "dot_general":
-                    terms[totals[value.index]].append(value.index)
-    found.update(
-        (index, 1 / len(summed)) for summed in terms.values() for index in summed
-    )
-    return found
-
-
-def _note(
-    ledger: dict[tuple[str, int], list[Any]],
-    move: Move,
-    job: Job,
-    parts: int,
-) -> None:
-    entry = ledger.setdefault((move.kind, move.axes), [0, 0.0, 0.0, {}])
-    entry[0] += job.count * parts
-    entry[1] += move.bytes * job.count * parts
-    cause = (
-        f"{job.op.name} at {source_line(job.op.eqn, job.op.callers).rsplit('/', 1)[-1]}"
-    )
-    entry[3][cause] = entry[3].get(cause, 0.0) + move.bytes * job.count * parts

@@ -18,13 +18,13 @@ from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment, expert_groups
 from lepton_jax.planner.estimate.cost import Cost, Estimate, optimizer_bytes
 from lepton_jax.planner.estimate.feeding import residence, slow_loops, steps_per_call
-from lepton_jax.planner.estimate.memory import Sizes, Timeline, predict
+from lepton_jax.planner.estimate.memory import Timeline, predict
+from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.micro_batches import MicroBatches
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.search.build import by_hand, fixed
 from lepton_jax.planner.search.pins import Pins
 from lepton_jax.planner.search.roles import Roles
 
@@ -88,11 +88,9 @@ class Memory:
             assignment = replace(assignment, micro_batches=1)
         return predict(
             self.trace,
-            self.names.graph,
             self.names,
             assignment,
             self.topology,
-            samples=self.trace.samples,
             timeline=self._timeline,
             sizes=self.sizes,
             steps_per_call=self._steps,

@@ -1,454 +1,550 @@
-"""What of a graph XLA materializes: its fusion, imitated.
+"""XLA's fusion, imitated: which values of a graph are written to memory.
 
-A *buffer* holds a value that is materialized. What is fused into its consumers has
-none, and keeps alive what it is computed from instead. A *group* is what runs as one
-kernel: it reads buffers and writes buffers.
+A *buffer* holds a value that is written to memory. A value that is fused into its
+readers has no buffer; it keeps those alive from which it is computed. A *group* runs as
+one kernel: it reads buffers and writes buffers.
+
+A program of five operations becomes three groups. The parameter is gathered (if the
+plan splits it), the product is written, and the sum computes `tanh`, `mul` and `add` in
+its own kernel, so that these have no buffers:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from lepton_jax.planner.program.graph import Graph
+    >>> def loss(w, x):
+    ...     h = x @ w
+    ...     return (jnp.tanh(h) * 2.0 + 1.0).sum()
+    >>> w, x = jnp.ones((4, 8)), jnp.ones((16, 4))
+    >>> graph = Graph(jax.make_jaxpr(loss)(w, x), parameters=1)
+    >>> [op.name for op in graph.operations()]
+    ['dot_general', 'tanh', 'mul', 'add', 'reduce_sum']
+    >>> print(Fusion(graph))
+    reads nothing; writes 0: float32[4, 8] for dot_general
+    reads 0; writes 1: float32[16, 8] for dot_general
+    reads 1; writes 2: float32[] for reduce_sum
+    reads 2; writes nothing
+
+The last group stands for the caller, who takes the results.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lepton_jax.compat import scan_counts
-from lepton_jax.planner.program.graph import BARRIER, Region, Graph, Operation, Value
-from lepton_jax.planner.program.layout import itemsize
-from lepton_jax.planner.program.rules import ELEMENTWISE
-
-# the same bytes under another name
-ALIASES = {
-    "reshape",
-    "squeeze",
-    "expand_dims",
+from lepton_jax.planner.program.graph import (
     BARRIER,
-    "name",
-    "copy",
-    "copy_p",
-    "stop_gradient",
-    "sharding_constraint",
-    "bitcast_convert_type",
-    "random_wrap",
-    "random_unwrap",
-}
-FREE = {"iota", "empty", "create_token", "axis_index"}
-UNMERGED = ALIASES | FREE | {"random_bits"}
-LOOPED = {
-    *ELEMENTWISE,
-    "broadcast_in_dim",
-    "concatenate",
-    "dynamic_slice",
-    "pad",
-    "rev",
-    "slice",
-    "split",
-    "transpose",
-} - ALIASES
-REDUCED = {
-    "reduce_sum",
-    "reduce_max",
-    "reduce_min",
-    "reduce_prod",
-    "reduce_and",
-    "reduce_or",
-    "argmax",
-    "argmin",
-}
-FUSES = LOOPED | REDUCED | ALIASES
-DOTS = {"dot_general", "conv_general_dilated"}
-SCATTERS = {"scatter-add", "scatter_add"}
-ROWWISE = {"gather", "scatter", *SCATTERS}
-# XLA computes these once, however many need them, or where a broadcast would have them
-# computed many times
-COSTLY = {
-    "acos",
-    "asin",
-    "atan",
-    "atan2",
-    "cbrt",
-    "cos",
-    "cosh",
-    "digamma",
-    "div",
-    "erf",
-    "erf_inv",
-    "erfc",
-    "exp",
-    "exp2",
-    "expm1",
-    "lgamma",
-    "log",
-    "log1p",
-    "logistic",
-    "pow",
-    "random_bits",
-    "rem",
-    "rsqrt",
-    "sin",
-    "sinh",
-    "sqrt",
-    "tan",
-    "tanh",
-    "threefry2x32",
-}
-
-LANES = 128  # numbers in a row of a TPU's vector registers
-# A buffer's bytes: its value's as it lies; as it is used; the latter if that is
-# another, else none (gathered); half as it lies; as it is used, with rows padded to the
-# vector's width; twice as it is used; gathered and twice; 4 bytes for each number; as
-# it lies, with rows padded; gathered and half; none.
-(
-    KEPT,
-    USED,
+    Graph,
+    Operation,
+    Region,
+    Value,
+)
+from lepton_jax.planner.program.rules import ELEMENTWISE
+from lepton_jax.planner.xla.buffers import (
     GATHERED,
-    HALF,
-    ROWS,
-    DOUBLE,
-    GATHERED_DOUBLE,
-    WORDS,
-    KEPT_ROWS,
-    GATHERED_HALF,
-    NOTHING,
-) = range(11)
-
-
-class Group:
-    """What runs at once; of a loop, `body` holds what it repeats.
-
-    Attributes:
-      reads, writes, updates: buffers that are there before, that are new, that are
-        changed in place.
-      places: buffers that may be overwritten, if nothing else needs them.
-      late: whether it comes last of what gets ready at once (CPU), or waits (see
-        `TpuFusion`).
-      product: the product that it computes, if any.
-    """
-
-    product: Operation | None
-    __slots__ = ("body", "late", "places", "product", "reads", "updates", "writes")
-
-    def __init__(
-        self,
-        reads: Iterable[int],
-        writes: Iterable[int],
-        body: list[Group] | None = None,
-        places: tuple[int, ...] = (),
-        updates: Iterable[int] = (),
-    ):
-        self.reads = tuple(dict.fromkeys(reads))
-        self.writes = tuple(writes)
-        self.body = body
-        self.places = places
-        self.updates = tuple(updates)
-        self.late = False
-        self.product = None
+    STORED,
+    BufferKind,
+    Buffers,
+    Group,
+)
+from lepton_jax.planner.xla.operations import (
+    ALIASES,
+    COSTLY,
+    DOTS,
+    FREE,
+    FUSES,
+    LOOPED,
+    REDUCED,
+    UNMERGED,
+    large_inputs,
+    operands,
+    size,
+)
 
 
 class Fusion:
-    """Buffers and groups of a graph.
+    """Buffers and groups of a graph, by the rules that XLA's backends share (GPU).
+
+    A backend overrides the hooks below. For each operation, in the program's order,
+    they are called in this order:
+
+    1. `_repeats`: skip an operation that was computed before. Else one of these adds
+       it: `_add_scan`, `_add_branches`, `_add_alias` (and `_hold` for a barrier),
+       `_add_fusible`, `_add_unfused`.
+    2. `_add_fusible` asks for each result of an operation that may fuse:
+       `absorbs`: would every reader compute the result in its own kernel?
+       `must_write`, `computed_once`: is it written all the same?
+       `_joins_product`: does the product before it write it as one more result?
+       `_ends_product`: does the product before it write it in place of its own result?
+       `kind`: in which form is it written by a group of its own?
+    3. `_add_unfused` asks for each operand of a product, lookup, reduction, ...:
+       `_reads`: which buffers does it read, and does it need copies or a gather first?
+    4. `_add_scan` asks `_loop_reads` and `_slice_copies` what a loop copies of the
+       arrays that it slices, and `_add_loop` how its stacked results are written.
+
+    At the end `_finish` holds the results, and gives the buffers of the gradients.
 
     Attributes:
-      values, kinds, owners: of each buffer: its value's index; one of the kinds above;
-        the operation that made it.
+      values: for each buffer, the index of its value.
+      kinds: for each buffer, its kind.
+      owners: for each buffer, the operation that it was made for.
       groups: in the program's order.
       gradients: buffers of the parameters' gradients.
-      conditions: buffers that are there if a value is "ungathered" or "unsplit".
-      tables: parameters of which the state is copied to another layout: the buffer.
-      lying: buffers that are in the HBM, whatever is beside it.
-      fixed: buffers of what the parameters alone decide, which XLA computes before a
-        loop around the program.
-      weighing: of a TPU's products that give a kernel's gradient, both operands' values
-        and the result's.
+      conditions: buffers that exist only if a value is "ungathered" or "unsplit", as
+        (index of the value, condition).
+      tables: the buffer that holds a copy of a parameter's state in another layout, by
+        the parameter's index.
+      in_hbm: buffers that lie in the HBM even if the memory next to it has room.
+      hoisted: buffers that follow from the parameters alone, which XLA therefore
+        computes before a loop around the program.
+      kernel_products: for each product on TPU that gives a kernel's gradient, the
+        indices of both operands and of the result.
     """
 
-    keeps_dots = True  # whether dots read their operands from memory only
-    early = False  # whether barriers fall before what is computed twice is found
+    # Whether products read their operands from memory only.
+    keeps_dots = True
+    # Whether barriers are dropped before common subexpressions are merged.
+    drops_barriers = False
 
     def __init__(self, graph: Graph):
         self.graph = graph
         self.values: list[int] = []
-        self.kinds: list[int] = []
+        self.kinds: list[BufferKind] = []
         self.owners: list[Operation | None] = []
-        # what an operation that can't fuse reads of a value
-        self.near: dict[int, tuple[int, ...]] = {}
-        self.far: dict[int, tuple[int, ...]] = {}  # what a fused operation reads of it
+
+        # By a value's index: the buffers that a reader outside of its kernel reads, and
+        # those from which a fused reader computes it again.
+        self.buffers: dict[int, Buffers] = {}
+        self.sources: dict[int, Buffers] = {}
+
         self.users: dict[int, list[Operation | None]] = {}
-        # results of a loop's body that are stacked: the stack
+        # Results of a loop's body that are stacked, and their stack.
         self.stacks: dict[int, Value] = {}
-        self.heavy: set[int] = set()  # values with something costly fused into them
-        self.same: dict[Any, Operation] = {}
-        # values to the first of those that are computed alike
-        self.first: dict[int, int] = {}
+        # Values with something costly fused into them.
+        self.costly: set[int] = set()
+        # Operations of the block by what they compute.
+        self.computed: dict[Any, Operation] = {}
+        # Values that are computed alike: the first of them.
+        self.originals: dict[int, int] = {}
+
         self.conditions: dict[int, tuple[int, str]] = {}
         self.tables: dict[int, int] = {}
-        self.lying: list[int] = []
-        self.fixed: list[int] = []
-        self.weighing: list[tuple[int, ...]] = []
+        self.in_hbm: list[int] = []
+        self.hoisted: list[int] = []
+        self.kernel_products: list[Buffers] = []
+
         block = graph.main
-        self._count(block)
+        self._find_users(block)
         for value in (*block.inputs, *block.constants):
-            self.near[value.index] = self.far[value.index] = ()
+            self._set(value, ())
         self.groups = self._block(block)
         self.gradients = self._finish(block)
 
-    def _finish(self, block: Region) -> list[int]:
-        """Hold the results until the end; returns the gradients' buffers."""
-        results = [v for v in block.results if isinstance(v, Value)]
-        self.groups.append(Group((b for v in results for b in self.near[v.index]), ()))
-        return [b for v in results if v.stored is not None for b in self.near[v.index]]
+    def __str__(self) -> str:
+        lines = []
+        for group in self.groups:
+            reads = ", ".join(map(str, group.reads)) or "nothing"
+            writes = ", ".join(map(self._described, group.writes)) or "nothing"
+            lines.append(f"reads {reads}; writes {writes}")
+        return "\n".join(lines)
 
-    def _count(
-        self,
-        block: Region,
-        stacked: range = range(0),
-    ) -> None:
-        for op in block.operations:
-            for value in op.inputs:
-                if value is not None:
-                    self.users.setdefault(value.index, []).append(op)
-            inside = range(0)
-            if op.name == "scan":
-                first = scan_counts(op.eqn)[1]
-                results = op.regions[0].results
-                inside = range(first, len(results))
-                self.stacks.update(
-                    (v.index, outer)
-                    for v, outer in zip(
-                        results[first:],
-                        op.outputs[first:],
-                        strict=True,
-                    )
-                    if isinstance(v, Value)
-                )
-            for inner in op.regions:
-                self._count(inner, inside)
-        for i, value in enumerate(block.results):
-            if isinstance(value, Value) and i not in stacked:
-                self.users.setdefault(value.index, []).append(None)
+    def _described(self, buffer: int) -> str:
+        value = self.graph.values[self.values[buffer]]
+        op = self.owners[buffer]
+        maker = "" if op is None else f" for {op.name}"
+        return f"{buffer}: {value.dtype}{list(value.shape)}{maker}"
 
-    def buffer(
+    # ---- buffers ----
+
+    def new_buffer(
         self,
         value: Value,
         op: Operation | None,
-        kind: int = KEPT,
+        kind: BufferKind = STORED,
     ) -> int:
+        """Add a buffer for a value, made for `op`; return its number."""
         self.values.append(value.index)
         self.kinds.append(kind)
         self.owners.append(op)
         return len(self.values) - 1
 
-    def own(
+    def materialize(
         self,
         value: Value,
         op: Operation | None,
-        kind: int = KEPT,
+        kind: BufferKind = STORED,
     ) -> int:
-        b = self.buffer(value, op, kind)
-        self.near[value.index] = self.far[value.index] = (b,)
-        return b
+        """Add the buffer from which all readers of a value read it."""
+        buffer = self.new_buffer(value, op, kind)
+        self._set(value, (buffer,))
+        return buffer
 
-    # ---- operations ----
+    def copy(
+        self,
+        value: Value,
+        op: Operation,
+        source: Buffers,
+        groups: list[Group],
+        kind: BufferKind = STORED,
+    ) -> int:
+        """Add a group that writes a value to a buffer of its own; return the buffer.
+
+        Args:
+          value: the value.
+          op: the operation that needs the copy.
+          source: the buffers that the group reads.
+          groups: the groups so far.
+          kind: the form of the copy.
+        """
+        buffer = self.new_buffer(value, op, kind)
+        groups.append(Group(source, (buffer,)))
+        return buffer
+
+    def users_of(self, value: Value) -> Sequence[Operation | None]:
+        """Return the operations that read a value; None stands for the caller."""
+        return self.users.get(value.index, ())
+
+    def _set(
+        self,
+        value: Value,
+        buffers: Buffers,
+    ) -> None:
+        self.buffers[value.index] = buffers
+        self.sources[value.index] = buffers
+
+    def _buffers_of(self, values: Iterable[Any]) -> list[int]:
+        """Return the buffers of those that are values, and no literals."""
+        return [
+            buffer
+            for value in values
+            if isinstance(value, Value)
+            for buffer in self.buffers[value.index]
+        ]
+
+    def _sources_of(self, values: Iterable[Value]) -> Buffers:
+        buffers = [b for value in values for b in self.sources[value.index]]
+        return tuple(dict.fromkeys(buffers))
+
+    def _original(self, value: Value) -> int:
+        return self.originals.get(value.index, value.index)
+
+    def _alias(
+        self,
+        source: Value,
+        target: Value,
+        alike: bool = True,
+    ) -> None:
+        """Let a value share the buffers of another.
+
+        With `alike`, operations on one merge with the same operations on the other.
+        """
+        self.buffers[target.index] = self.buffers[source.index]
+        self.sources[target.index] = self.sources[source.index]
+        if alike:
+            self.originals[target.index] = self._original(source)
+        if source.index in self.costly:
+            self.costly.add(target.index)
+
+    # ---- the whole program ----
+
+    def _find_users(
+        self,
+        block: Region,
+        stacked: range = range(0),
+    ) -> None:
+        """Note which operations read each value; None for the caller of the block.
+
+        A loop doesn't read the `stacked` results of its body: they are its stacks.
+        """
+        for op in block.operations:
+            for value in op.inputs:
+                if value is not None:
+                    self.users.setdefault(value.index, []).append(op)
+            inside = self._find_stacks(op) if op.name == "scan" else range(0)
+            for inner in op.regions:
+                self._find_users(inner, inside)
+
+        for i, value in enumerate(block.results):
+            if isinstance(value, Value) and i not in stacked:
+                self.users.setdefault(value.index, []).append(None)
+
+    def _find_stacks(self, op: Operation) -> range:
+        """Note the stacks of a loop; return the numbers of the body's results in it."""
+        _, carried = scan_counts(op.eqn)
+        results = op.regions[0].results
+        stacks = op.outputs[carried:]
+        for value, stack in zip(results[carried:], stacks, strict=True):
+            if isinstance(value, Value):
+                self.stacks[value.index] = stack
+        return range(carried, len(results))
+
+    def _finish(self, block: Region) -> list[int]:
+        """Hold the results until the end; return the gradients' buffers."""
+        results = self._buffers_of(block.results)
+        self.groups.append(Group(results, ()))
+        gradients = [
+            value
+            for value in block.results
+            if isinstance(value, Value) and value.stored is not None
+        ]
+        return self._buffers_of(gradients)
 
     def _block(self, block: Region) -> list[Group]:
         groups: list[Group] = []
-        outer = self.same
-        self.same = {}
+        outer = self.computed
+        self.computed = {}
         for op in block.operations:
-            inputs = [v for v in op.inputs if v is not None]
-            merges = op.name not in UNMERGED and not op.eqn.effects
-            if inputs and not op.regions and merges and self._again(op):
-                continue
-            if op.name == "scan":
-                self._scan(op, groups)
-            elif op.regions:
-                self._branches(op, groups)
-            elif op.name in ALIASES and len(inputs) == len(op.outputs):
-                for source, target in zip(inputs, op.outputs, strict=True):
-                    self._rename(
-                        source,
-                        target,
-                        op.name != BARRIER or self.early,
-                    )
-                if op.name == BARRIER:
-                    self._hold(op, groups)
-            elif op.name in FREE or not inputs:
-                for target in op.outputs:
-                    self.near[target.index] = self.far[target.index] = ()
-            elif op.name in LOOPED or self.spreads(op):
-                self._fusible(op, inputs, groups)
-            else:
-                self._hard(op, inputs, groups)
-            for value in op.outputs:
-                # written straight into the stack of the loop's results
-                if value.index in self.stacks:
-                    groups.append(Group(self.far[value.index], ()))
-        self.same = outer
+            self._add(op, groups)
+        self.computed = outer
         return groups
+
+    # ---- one operation ----
+
+    def _add(
+        self,
+        op: Operation,
+        groups: list[Group],
+    ) -> None:
+        inputs = operands(op)
+        merges = op.name not in UNMERGED and not op.eqn.effects
+        if inputs and merges and not op.regions and self._repeats(op):
+            return
+
+        if op.name == "scan":
+            self._add_scan(op, groups)
+        elif op.regions:
+            self._add_branches(op, groups)
+        elif op.name in ALIASES and len(inputs) == len(op.outputs):
+            self._add_alias(op, inputs, groups)
+        elif op.name in FREE or not inputs:
+            for target in op.outputs:
+                self._set(target, ())
+        elif op.name in LOOPED or self.scatters_numbers(op):
+            self._add_fusible(op, inputs, groups)
+        else:
+            self._add_unfused(op, inputs, groups)
+
+        for value in op.outputs:
+            # It is written straight into the stack of the loop's results.
+            if value.index in self.stacks:
+                groups.append(Group(self.sources[value.index], ()))
+
+    def _repeats(self, op: Operation) -> bool:
+        """Whether the same was computed before; XLA then computes it once.
+
+        If so, the results share the buffers of the earlier ones.
+        """
+        literals = op.eqn.invars
+        operands = tuple(
+            repr(getattr(literal, "val", None))
+            if value is None
+            else self._original(value)
+            for value, literal in zip(op.inputs, literals, strict=False)
+        )
+        options = ""
+        if op.name not in ELEMENTWISE:
+            params = sorted(op.params.items(), key=lambda item: item[0])
+            options = str(params)
+        shapes = tuple(value.shape for value in op.outputs)
+        dtypes = tuple(str(value.dtype) for value in op.outputs)
+
+        key = (op.name, operands, shapes, dtypes, options)
+        earlier = self.computed.setdefault(key, op)
+        if earlier is op:
+            return False
+        for old, new in zip(earlier.outputs, op.outputs, strict=True):
+            self._alias(old, new)
+        return True
+
+    def _add_alias(
+        self,
+        op: Operation,
+        inputs: list[Value],
+        groups: list[Group],
+    ) -> None:
+        alike = op.name != BARRIER or self.drops_barriers
+        for source, target in zip(inputs, op.outputs, strict=True):
+            self._alias(source, target, alike)
+        if op.name == BARRIER:
+            self._hold(op, groups)
 
     def _hold(
         self,
         op: Operation,
         groups: list[Group],
     ) -> None:
-        """Hold back what reads a barrier's results until all its operands are there,
-        where the program's order doesn't.
+        """Hook: hold back the readers of a barrier until all its operands exist.
+
+        There is nothing to do where groups run in the program's order.
         """
 
-    def _again(self, op: Operation) -> bool:
-        """Whether the same is computed before: XLA computes it once."""
-        ins = tuple(
-            (
-                repr(getattr(e, "val", None))
-                if v is None
-                else self.first.get(v.index, v.index)
-            )
-            for v, e in zip(op.inputs, op.eqn.invars, strict=False)
-        )
-        key = (
-            op.name,
-            ins,
-            tuple(v.shape for v in op.outputs),
-            tuple(str(v.dtype) for v in op.outputs),
-            (
-                ""
-                if op.name in ELEMENTWISE
-                else str(sorted(op.params.items(), key=lambda p: p[0]))
-            ),
-        )
-        before = self.same.setdefault(key, op)
-        if before is op:
-            return False
-        for old, new in zip(before.outputs, op.outputs, strict=True):
-            self._rename(old, new)
-        return True
+    def scatters_numbers(self, op: Operation) -> bool:
+        """Hook: whether a scatter moves single numbers and so fuses like arithmetic.
 
-    def _rename(
-        self,
-        source: Value,
-        target: Value,
-        alike: bool = True,
-    ) -> None:
-        self.near[target.index] = self.near[source.index]
-        self.far[target.index] = self.far[source.index]
-        if alike:
-            self.first[target.index] = self.first.get(source.index, source.index)
-        if source.index in self.heavy:
-            self.heavy.add(target.index)
-
-    def spreads(self, op: Operation) -> bool:
-        """Whether an operation moves single numbers, which XLA makes a comparison with
-        an index of.
+        XLA may compile such a scatter as a comparison with an index.
         """
         return False
 
-    def _fusible(
+    # ---- operations that fuse ----
+
+    def _add_fusible(
         self,
         op: Operation,
         inputs: list[Value],
         groups: list[Group],
     ) -> None:
-        sources = tuple(dict.fromkeys(b for v in inputs for b in self.far[v.index]))
-        heavy = op.name in COSTLY or any(v.index in self.heavy for v in inputs)
+        sources = self._sources_of(inputs)
+        costly = op.name in COSTLY or any(v.index in self.costly for v in inputs)
         for target in op.outputs:
-            users = self.users.get(target.index, ())
-            stacked = target.index in self.stacks
-            wide = len(large(inputs, target)) > 1
-            fused = (bool(users) or stacked) and all(
-                u is not None and self.takes(u, op, heavy) for u in users
-            )
-            once = self.waits(target) or (
-                len(users) + stacked > 1
-                and self.once(
-                    op,
-                    target,
-                    sources,
-                    wide,
-                    heavy,
-                )
-            )
-            if heavy:
-                self.heavy.add(target.index)
-            if self._joins(op, inputs, target, sources, fused and not once):
-                continue
-            if fused and not once:
-                self.near[target.index] = self.far[target.index] = sources
-                continue
-            ends = self._ends_product(op, inputs, target, sources)
-            if not ends:
-                places = self._place(sources, target) if op.name != "transpose" else ()
-                groups.append(
-                    Group(
-                        sources,
-                        (
-                            self.own(
-                                target,
-                                op,
-                                self.kind(target),
-                            ),
-                        ),
-                        places=places,
-                    )
-                )
-            if wide or once or ends:
-                self.heavy.discard(target.index)
-            else:
-                self.far[target.index] = sources
+            self._add_result(op, inputs, target, sources, costly, groups)
 
-    def kind(self, value: Value) -> int:
-        return KEPT
-
-    def once(
-        self,
-        op: Operation,
-        target: Value,
-        sources: tuple[int, ...],
-        wide: bool,
-        heavy: bool,
-    ) -> bool:
-        """Whether an operation is not run again for each that needs its result.
-
-        Args:
-          op, target: the operation and its result, which several need.
-          sources: buffers that it is computed from.
-          wide, heavy: whether it has several large operands; whether something costly
-            is fused into it.
-        """
-        return wide or op.name in COSTLY
-
-    def waits(self, target: Value) -> bool:
-        """Whether something that takes nothing in needs a value, and something else
-        does too.
-        """
-        return False
-
-    def takes(
-        self,
-        user: Operation,
-        op: Operation,
-        heavy: bool,
-    ) -> bool:
-        """Whether what uses a value computes it by itself."""
-        if not user.outputs:  # such as a print, which reads it from memory
-            return False
-        if user.name == "broadcast_in_dim" or math.prod(
-            user.outputs[0].shape
-        ) > math.prod(op.outputs[0].shape):
-            return op.name not in COSTLY
-        if user.name in DOTS:
-            return not self.keeps_dots
-        return user.name in FUSES or self.spreads(user)
-
-    def _joins(
+    def _add_result(
         self,
         op: Operation,
         inputs: list[Value],
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
+        costly: bool,
+        groups: list[Group],
+    ) -> None:
+        """Fuse a result into its readers or into the product before it, or write it."""
+        several_large = len(large_inputs(inputs, target)) > 1
+        once = self._is_written_once(op, target, sources, several_large, costly)
+        fused = not once and self._is_absorbed(op, target, costly)
+        if costly:
+            self.costly.add(target.index)
+
+        if self._joins_product(op, inputs, target, sources, fused):
+            return
+        if fused:
+            self._set(target, sources)
+            return
+
+        ends = self._ends_product(op, inputs, target, sources)
+        if not ends:
+            self._write(op, target, sources, groups)
+
+        if several_large or once or ends:
+            self.costly.discard(target.index)
+        else:
+            # It is cheap enough for fused readers to compute it again.
+            self.sources[target.index] = sources
+
+    def _is_written_once(
+        self,
+        op: Operation,
+        target: Value,
+        sources: Buffers,
+        several_large: bool,
+        costly: bool,
+    ) -> bool:
+        if self.must_write(target):
+            return True
+        users = self.users_of(target)
+        readers = len(users) + (target.index in self.stacks)
+        return readers > 1 and self.computed_once(
+            op, target, sources, several_large, costly
+        )
+
+    def _is_absorbed(
+        self,
+        op: Operation,
+        target: Value,
+        costly: bool,
+    ) -> bool:
+        """Whether all readers of a value compute it in their own kernels."""
+        users = self.users_of(target)
+        if not users and target.index not in self.stacks:
+            return False
+        return all(
+            user is not None and self.absorbs(user, op, costly) for user in users
+        )
+
+    def _write(
+        self,
+        op: Operation,
+        target: Value,
+        sources: Buffers,
+        groups: list[Group],
+    ) -> None:
+        """Add a group that computes a value from its sources."""
+        reuses: Buffers = ()
+        if op.name != "transpose":
+            reuses = self._reusable(sources, target)
+        written = self.materialize(target, op, self.kind(target))
+        groups.append(Group(sources, (written,), reuses=reuses))
+
+    def _reusable(
+        self,
+        sources: Buffers,
+        target: Value,
+    ) -> Buffers:
+        """Return the buffers that a result may overwrite: those of its size."""
+        bytes_ = size(target)
+        values = self.graph.values
+        return tuple(b for b in sources if size(values[self.values[b]]) == bytes_)
+
+    def absorbs(
+        self,
+        user: Operation,
+        op: Operation,
+        costly: bool,
+    ) -> bool:
+        """Hook: whether `user` computes the result of `op` in its own kernel.
+
+        Args:
+          user: the operation that reads the result.
+          op: the operation that gives the result.
+          costly: whether the result has something costly fused into it.
+        """
+        if not user.outputs:
+            # For example a print, which reads its operand from memory.
+            return False
+        before = math.prod(op.outputs[0].shape)
+        after = math.prod(user.outputs[0].shape)
+        if after > before or user.name == "broadcast_in_dim":
+            return op.name not in COSTLY
+        if user.name in DOTS:
+            return not self.keeps_dots
+        return user.name in FUSES or self.scatters_numbers(user)
+
+    def must_write(self, target: Value) -> bool:
+        """Hook: whether a value is written because of who reads it."""
+        return False
+
+    def computed_once(
+        self,
+        op: Operation,
+        target: Value,
+        sources: Buffers,
+        several_large: bool,
+        costly: bool,
+    ) -> bool:
+        """Hook: whether a value with several readers is written, not computed by each.
+
+        Args:
+          op: the operation.
+          target: its result.
+          sources: buffers from which the result is computed.
+          several_large: whether the operation has several large operands.
+          costly: whether something costly is fused into the result.
+        """
+        return several_large or op.name in COSTLY
+
+    def kind(self, value: Value) -> BufferKind:
+        """Hook: the form in which a value is written."""
+        return STORED
+
+    def _joins_product(
+        self,
+        op: Operation,
+        inputs: list[Value],
+        target: Value,
+        sources: Buffers,
         fused: bool,
     ) -> bool:
-        """Whether a value is written by the group of the product before it, as one more
-        result.
-        """
+        """Hook: whether the product before a value writes it as one more result."""
         return False
 
     def _ends_product(
@@ -456,247 +552,159 @@ class Fusion:
         op: Operation,
         inputs: list[Value],
         target: Value,
-        sources: tuple[int, ...],
+        sources: Buffers,
     ) -> bool:
-        """Whether a value is what the product before it writes, in place of the product
-        itself.
-        """
+        """Hook: whether the product before a value writes it and not its own result."""
         return False
 
-    def _place(
-        self,
-        sources: tuple[int, ...],
-        target: Value,
-    ) -> tuple[int, ...]:
-        """Buffers that a result may overwrite."""
-        return tuple(
-            b
-            for b in sources
-            if size(self.graph.values[self.values[b]]) == size(target)
-        )
+    # ---- operations that don't fuse ----
 
-    def _reads(
-        self,
-        op: Operation,
-        value: Value,
-        groups: list[Group],
-    ) -> tuple[int, ...]:
-        """What an operation that isn't fused reads of a value."""
-        fuses = (
-            op.name in REDUCED
-            or self.spreads(op)
-            or (op.name in DOTS and not self.keeps_dots)
-        )
-        source = self.far[value.index] if fuses else self.near[value.index]
-        if value.stored is not None and len(value.shape) > 1:
-            whole = self.buffer(
-                value,
-                op,
-                self.gathers(op, value),
-            )
-            groups.append(Group(source, (whole,)))
-            return (*source, whole)
-        return source
-
-    def gathers(
-        self,
-        op: Operation,
-        value: Value,
-    ) -> int:
-        return GATHERED
-
-    def _hard(
+    def _add_unfused(
         self,
         op: Operation,
         inputs: list[Value],
         groups: list[Group],
     ) -> None:
         reads = [b for value in inputs for b in self._reads(op, value, groups)]
-        writes = [self.own(target, op, self.kind(target)) for target in op.outputs]
-        # a gradient is summed over the devices before each keeps its part
-        writes += [
-            self.buffer(
-                target,
-                op,
-                self.gathers(op, target),
-            )
-            for target in op.outputs
-            if target.stored is not None
-        ]
-        groups.append(Group(reads, writes))
-        groups[-1].product = op if op.name in DOTS else None
+        writes = [self.materialize(v, op, self.kind(v)) for v in op.outputs]
+        # A gradient is summed over the devices before each keeps its part.
+        for target in op.outputs:
+            if target.stored is not None:
+                writes.append(self.new_buffer(target, op, GATHERED))
+        group = Group(reads, writes)
+        group.product = op if op.name in DOTS else None
+        groups.append(group)
+
+    def _reads(
+        self,
+        op: Operation,
+        value: Value,
+        groups: list[Group],
+    ) -> Buffers:
+        """Hook: return the buffers that an unfused operation reads of an operand."""
+        fuses = (
+            op.name in REDUCED
+            or self.scatters_numbers(op)
+            or (op.name in DOTS and not self.keeps_dots)
+        )
+        buffers = self.sources if fuses else self.buffers
+        source = buffers[value.index]
+        if value.stored is None or len(value.shape) < 2:
+            return source
+        gathered = self.copy(value, op, source, groups, GATHERED)
+        return (*source, gathered)
 
     # ---- loops and branches ----
 
-    def _scan(
+    def _add_scan(
         self,
         op: Operation,
         groups: list[Group],
     ) -> None:
         consts, carried = scan_counts(op.eqn)
+        sliced = consts + carried
         body = op.regions[0]
+        pairs = list(zip(op.inputs, body.inputs, strict=True))
         reads: list[int] = []
         writes: list[int] = []
-        places: list[int] = []
-        for i, (outer, inner) in enumerate(zip(op.inputs, body.inputs, strict=True)):
-            sources = () if outer is None else self.near[outer.index]
-            if consts <= i < consts + carried:
-                target = op.outputs[i - consts]
-                writes.append(self.own(target, op))
-                places += sources
-                sources = self.near[target.index]
-            else:
-                if i >= consts and outer is not None:
-                    sources = self._enters(outer, op, groups)
-                reads += sources
-            self.near[inner.index] = self.far[inner.index] = sources
-        for outer in op.outputs[carried:]:
-            self.own(outer, op, self.kind(outer))
-        for value in body.constants:
-            self.near[value.index] = self.far[value.index] = ()
-        inside = self._slices(op, body.inputs[consts + carried :])
-        inside += self._block(body)
-        stacks = self._merged(op.outputs[carried:], body.results[carried:])
-        inside.append(
-            Group(
-                (
-                    b
-                    for v in body.results[:carried]
-                    if isinstance(v, Value)
-                    for b in self.near[v.index]
-                ),
-                (),
-            )
-        )
-        self._loop(
-            groups,
-            reads,
-            writes,
-            stacks,
-            inside,
-            tuple(places),
-        )
+        reuses: list[int] = []
 
-    def _merged(
+        for outer, inner in pairs[:consts]:
+            buffers = () if outer is None else self.buffers[outer.index]
+            reads += buffers
+            self._set(inner, buffers)
+
+        carry = zip(
+            pairs[consts:sliced],
+            op.outputs[:carried],
+            strict=True,
+        )
+        for (outer, inner), target in carry:
+            if outer is not None:
+                reuses += self.buffers[outer.index]
+            written = self.materialize(target, op)
+            writes.append(written)
+            self._set(inner, (written,))
+
+        for outer, inner in pairs[sliced:]:
+            buffers = () if outer is None else self._loop_reads(outer, op, groups)
+            reads += buffers
+            self._set(inner, buffers)
+
+        inside = self._add_body(op, sliced, carried)
+        stacks = self._merged_stacks(op.outputs[carried:], body.results[carried:])
+        next_carry = self._buffers_of(body.results[:carried])
+        inside.append(Group(next_carry, ()))
+        loop = Group(reads, writes, inside, reuses)
+        self._add_loop(groups, loop, stacks)
+
+    def _add_body(
+        self,
+        op: Operation,
+        sliced: int,
+        carried: int,
+    ) -> list[Group]:
+        """Add buffers for a loop's stacks, then return the groups of its body."""
+        body = op.regions[0]
+        for stack in op.outputs[carried:]:
+            self.materialize(stack, op, self.kind(stack))
+        for value in body.constants:
+            self._set(value, ())
+        inside = self._slice_copies(op, body.inputs[sliced:])
+        return [*inside, *self._block(body)]
+
+    def _merged_stacks(
         self,
         stacks: list[Value],
         results: list[Any],
     ) -> list[int]:
-        """Buffers of a loop's stacks: one for those that hold the same."""
+        """Return the buffers of a loop's stacks, one for those that hold the same."""
         firsts: dict[int, Value] = {}
         for stack, result in zip(stacks, results, strict=True):
-            if isinstance(result, Value):
-                first = firsts.setdefault(
-                    self.first.get(result.index, result.index), stack
-                )
-                if first is not stack and first.dtype == stack.dtype:
-                    self._rename(first, stack)
-        return list(
-            dict.fromkeys(b for stack in stacks for b in self.near[stack.index])
-        )
+            if not isinstance(result, Value):
+                continue
+            first = firsts.setdefault(self._original(result), stack)
+            if first is not stack and first.dtype == stack.dtype:
+                self._alias(first, stack)
+        return list(dict.fromkeys(self._buffers_of(stacks)))
 
-    def _enters(
+    def _loop_reads(
         self,
         value: Value,
         op: Operation,
         groups: list[Group],
-    ) -> tuple[int, ...]:
-        """What a loop reads of a stack."""
-        return self.near[value.index]
+    ) -> Buffers:
+        """Hook: return the buffers that a loop reads of an array that it slices."""
+        return self.buffers[value.index]
 
-    def _slices(
+    def _slice_copies(
         self,
         op: Operation,
         values: list[Value],
     ) -> list[Group]:
-        """What a loop's body copies of its stacks."""
+        """Hook: return groups that copy slices at the start of a loop's body."""
         return []
 
-    def _loop(
+    def _add_loop(
         self,
         groups: list[Group],
-        reads: list[int],
-        writes: list[int],
+        loop: Group,
         stacks: list[int],
-        inside: list[Group],
-        places: tuple[int, ...],
     ) -> None:
-        groups.append(
-            Group(
-                reads,
-                [*writes, *stacks],
-                inside,
-                places,
-            )
-        )
+        """Hook: add a loop, which writes its stacks."""
+        loop.writes = (*loop.writes, *stacks)
+        groups.append(loop)
 
-    def _branches(
+    def _add_branches(
         self,
         op: Operation,
         groups: list[Group],
     ) -> None:
-        reads = [b for v in op.inputs if v is not None for b in self.near[v.index]]
+        reads = self._buffers_of(op.inputs)
         inside: list[Group] = []
         for inner in op.regions:
             for value in (*inner.inputs, *inner.constants):
-                self.near[value.index] = self.far[value.index] = ()
+                self._set(value, ())
             inside += self._block(inner)
-        groups.append(
-            Group(
-                reads,
-                [self.own(v, op) for v in op.outputs],
-                inside,
-            )
-        )
-
-
-def size(value: Value) -> int:
-    return math.prod(value.shape) * itemsize(value)
-
-
-def sparse(op: Operation) -> bool:
-    """Whether fewer rows are looked up, or added to, than there are: then they are
-    moved, and not the table.
-    """
-    if op.name in SCATTERS and op.inputs[2] is not None:
-        return math.prod(op.inputs[2].shape) < math.prod(op.outputs[0].shape)
-    return (
-        op.name == "gather"
-        and op.inputs[0] is not None
-        and (math.prod(op.outputs[0].shape) < math.prod(op.inputs[0].shape))
-    )
-
-
-def large(inputs: list[Value], target: Value) -> list[Value]:
-    """The inputs of an operation that are not small beside its result, as XLA's fusion
-    guesses: by their rank.
-    """
-    rank = sum(n > 1 for n in target.shape)
-    return [v for v in inputs if sum(n > 1 for n in v.shape) >= rank]
-
-
-def convolves(op: Operation) -> bool:
-    """Whether a product's kernel has several free dims: it is a convolution along one
-    of them, and its operand is written for that.
-    """
-    if op.name != "dot_general" or op.inputs[1] is None or op.inputs[1].stored is None:
-        return False
-    (_, summed), (_, shared) = op.params["dimension_numbers"]
-    return len(op.inputs[1].shape) - len(summed) - len(shared) > 1
-
-
-def rounds(op: Operation | None) -> bool:
-    """Whether an operation is a product that rounds its operands to bfloat16."""
-    return op is not None and op.name in DOTS and op.params.get("precision") is None
-
-
-def narrow(op: Operation, value: Value) -> bool:
-    """Whether rows of a parameter, or of its gradient, are moved that are no multiple
-    of the vector's width.
-    """
-    return (
-        op.name in ROWWISE
-        and value.stored is not None
-        and len(value.shape) > 1
-        and value.shape[-1] % LANES > 0
-    )
+        writes = [self.materialize(value, op) for value in op.outputs]
+        groups.append(Group(reads, writes, inside))

@@ -1,0 +1,332 @@
+"""Bytes of a graph's values and of the state on one device, under an assignment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lepton_jax.planner import assignment as assemble
+from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.program.graph import Graph, Value
+from lepton_jax.planner.program.layout import itemsize, meets_stored
+from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.xla.figures import LANES, SUBLANES
+from lepton_jax.trees import by_path, nbytes
+
+KINDS = ("params", "optimizer", "variables")
+
+
+class Sizes:
+    """Bytes of a graph's values under an assignment.
+
+    Values that are alike under every assignment (same shape, dtype and named axes, like
+    those of repeated layers) are one row of the arrays here.
+
+    Args:
+      graph: the graph of loss and gradients.
+      names: its named axes.
+
+    Attributes:
+      row: the row of each value, by its index.
+      extents: each dim of a row, (rows, dims), int, filled up with 1.
+      groups: for each of these dims its number in `names.groups`, -1 for none.
+    """
+
+    def __init__(self, graph: Graph, names: Names):
+        self.graph = graph
+        self.names = names
+        self._state: _State | None = None
+        prefers = meets_stored(graph)
+        rank = max((len(value.shape) for value in graph.values), default=0)
+        names_used = {op.name for op in graph.operations()}
+        convolves = "conv_general_dilated" in names_used
+
+        known: dict[tuple, int] = {}
+        self.row = np.zeros(len(graph.values), np.int64)
+        for value in graph.values:
+            look = self._look(
+                value,
+                prefers.get(value.index),
+                rank,
+                convolves,
+            )
+            self.row[value.index] = known.setdefault(look, len(known))
+
+        table = np.array(list(known), np.int64)
+        table = table.reshape(len(known), 3 * rank + 3)
+        self.extents = table[:, :rank]
+        self.groups = table[:, rank : 2 * rank]
+        self._stored_dims = table[:, 2 * rank : 3 * rank]
+        self._stored = table[:, -3]
+        self._images = table[:, -2].astype(bool)
+        self._itemsizes = table[:, -1]
+
+    def _look(
+        self,
+        value: Value,
+        first: int | None,
+        rank: int,
+        convolves: bool,
+    ) -> tuple:
+        """Return what decides the bytes of a value: a row of the table.
+
+        Args:
+          value: the value.
+          first: the dim that gets its mesh axes before others.
+          rank: dims that a row has room for.
+          convolves: whether the graph has convolutions, so that a value of rank 4 is
+            an image.
+        """
+        order = sorted(range(len(value.shape)), key=lambda dim: dim != first)
+        blank = rank - len(order)
+        extents = [value.shape[d] for d in order] + [1] * blank
+        roots = [self.graph.find(value.nodes[d]) for d in order]
+        groups = [self.names.of.get(root, -1) for root in roots]
+        groups += [-1] * blank
+
+        parameter, own_dims = value.stored or (-1, ())
+        dims = [rank] * rank
+        if own_dims:
+            dims = [own_dims[d] for d in order] + [rank] * blank
+        image = convolves and len(value.shape) > 3
+        return (*extents, *groups, *dims, parameter, image, itemsize(value))
+
+    def bytes(
+        self, assignment: Assignment, tiled: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bytes of each value on one device, as stored and as computed with.
+
+        Args:
+          assignment: how the values are split.
+          tiled: whether to count the padding of arrays that lie in tiles, as on a TPU.
+
+        Returns:
+          Two float64 arrays, (values,).
+        """
+        computed_masks = self._computed_masks(assignment)
+        stored_masks = self._stored_masks(assignment, computed_masks)
+        stored = self._bytes(assignment, stored_masks, tiled)
+        computed = self._bytes(assignment, computed_masks, tiled)
+        return stored[self.row], computed[self.row]
+
+    def by_row(self, weights: np.ndarray) -> np.ndarray:
+        """Sum a weight for each value to one for each row."""
+        return np.bincount(
+            self.row,
+            weights,
+            len(self.extents),
+        )
+
+    def total(
+        self,
+        assignment: Assignment,
+        weights: np.ndarray,
+    ) -> float:
+        """Return the bytes of all values as stored, weighted by row."""
+        computed_masks = self._computed_masks(assignment)
+        masks = self._stored_masks(assignment, computed_masks)
+        return float(self._bytes(assignment, masks, False) @ weights)
+
+    def _computed_masks(self, assignment: Assignment) -> np.ndarray:
+        """Return the mesh axes (a mask) of each dim of each row in computing."""
+        counts = np.array(assignment.counts)
+        wanted = np.array([*assignment.masks, 0])[self.groups]
+        masks = np.zeros_like(wanted)
+        taken = np.zeros(len(wanted), np.int64)
+        for d in range(wanted.shape[1]):
+            mask = wanted[:, d] & ~taken
+            mask[self.extents[:, d] % counts[mask] != 0] = 0
+            masks[:, d] = mask
+            taken |= mask
+        return masks
+
+    def _stored_masks(
+        self, assignment: Assignment, computed_masks: np.ndarray
+    ) -> np.ndarray:
+        """Return the same as stored: for a parameter, as the state keeps it."""
+        table = self.storage(assignment)
+        stored = table[self._stored[:, None], self._stored_dims]
+        return np.where(
+            self._stored[:, None] >= 0,
+            stored,
+            computed_masks,
+        )
+
+    def _bytes(
+        self,
+        assignment: Assignment,
+        masks: np.ndarray,
+        tiled: bool,
+    ) -> np.ndarray:
+        local = self.extents / np.array(assignment.counts)[masks]
+        parts = np.ones(len(masks))
+        if assignment.micro_batches > 1 and self.names.batch is not None:
+            samples = (self.groups == self.names.batch).any(1)
+            parts[samples] = assignment.micro_batches
+        pads = tiling(local, self._images) if tiled else 1.0
+        return local.prod(1) * pads * self._itemsizes / parts
+
+    # ---- the state ----
+
+    def storage(self, assignment: Assignment) -> np.ndarray:
+        """Return the mesh axes (a mask) of each dim of each parameter in the state.
+
+        Returns:
+          An int array (parameters + 1, dims + 1), filled up with 0.
+        """
+        specs = self.names.storage(
+            list(assignment.masks), assignment.keep, assignment.counts
+        )
+        rank = self.extents.shape[1]
+        table = np.zeros((len(specs) + 1, rank + 1), np.int64)
+        for i, spec in enumerate(specs):
+            table[i, : len(spec)] = spec
+        return table
+
+    def state(
+        self, trace: Trace, assignment: Assignment, tiled: bool
+    ) -> dict[str, int]:
+        """Return the bytes of the state on one device.
+
+        Returns:
+          Bytes of "params", "optimizer" and "variables", which is all else.
+        """
+        leaves = self._leaves(trace)
+        counts = np.array(assignment.counts)
+        masks = self.storage(assignment)[leaves.parameters, leaves.dims]
+        local = leaves.extents / counts[masks]
+        elements = np.maximum(leaves.extents.prod(1), 1)
+        pads: Any = 1
+        if tiled:
+            pads = tiling(local, np.zeros(len(local), bool))
+        bytes_ = leaves.bytes * local.prod(1) / elements * pads
+        totals = {}
+        for number, kind in enumerate(KINDS):
+            totals[kind] = int(bytes_[leaves.kinds == number].sum())
+        return totals
+
+    def moments(self, trace: Trace) -> np.ndarray:
+        """For each parameter, how many arrays of its shape the optimizer keeps."""
+        return self._leaves(trace).moments
+
+    def _leaves(self, trace: Trace) -> _State:
+        if self._state is None:
+            self._state = _State(
+                trace,
+                self.names,
+                self.extents.shape[1],
+            )
+        return self._state
+
+
+class _State:
+    """The leaves of a state, and the parameter's dim that each of their dims follows.
+
+    Attributes:
+      extents: each dim of each leaf, (leaves, dims), filled up with 1.
+      parameters, dims: for each of these the row and the column of `Sizes.storage`.
+      bytes: bytes of each leaf, unsharded.
+      kinds: index in `KINDS` of each leaf.
+      moments: arrays of its shape that the optimizer keeps of each parameter.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        names: Names,
+        rank: int,
+    ):
+        self.paths = [path for path in names.paths if path.startswith("params")]
+        self.leaves = by_path(trace.state)
+        leaves = self.leaves
+        rank = max(rank, *(len(leaf.shape) for leaf in leaves.values()))
+        table = (len(leaves), rank)
+        sizes = [nbytes(leaf) for leaf in leaves.values()]
+        self.extents = np.ones(table)
+        self.parameters = np.full(table, len(self.paths))
+        self.dims = np.zeros(table, np.int64)
+        self.bytes = np.array(sizes, float)
+        self.moments = np.zeros(len(self.paths), np.int64)
+
+        number = {"params": 0, "optimizer": 1}
+        roots = [path.partition("/")[0] for path in leaves]
+        self.kinds = np.array([number.get(root, 2) for root in roots])
+
+        marks = self._marks()
+        for row, path in enumerate(leaves):
+            self._fill(row, path, marks)
+
+    def _marks(self) -> dict[str, Any]:
+        """Return (number, dim) pairs in place of the spec of each parameter's dims.
+
+        A leaf of the optimizer gets the pairs of the parameter that it follows.
+        """
+        marks = {}
+        for number, path in enumerate(self.paths):
+            shape = tuple(self.leaves[path].shape)
+            pairs = tuple((number, dim) for dim in range(len(shape)))
+            marks[path.removeprefix("params/")] = (pairs, shape)
+        return marks
+
+    def _fill(
+        self,
+        row: int,
+        path: str,
+        marks: dict[str, Any],
+    ) -> None:
+        shape = tuple(self.leaves[path].shape)
+        self.extents[row, : len(shape)] = shape
+        kind, _, tail = path.partition("/")
+        followed: Any = ()
+        if kind == "params":
+            followed = marks[tail][0]
+        elif kind in ("optimizer", "controller"):
+            followed = assemble._follow(path, shape, marks)[0]
+
+        for d, mark in enumerate(followed):
+            if mark:
+                self.parameters[row, d] = mark[0]
+                self.dims[row, d] = mark[1]
+        if kind == "optimizer" and shape and followed[0]:
+            parameter = followed[0][0]
+            if shape == tuple(self.leaves[self.paths[parameter]].shape):
+                self.moments[parameter] += 1
+
+
+def tiling(
+    shapes: np.ndarray,
+    images: np.ndarray,
+) -> np.ndarray:
+    """Return how many times its bytes an array takes in tiles of (8, 128).
+
+    The dims are taken in the order that wastes the least. [2048, 10] takes 1.6 times
+    its bytes: 2048 numbers lie along the 128 lanes, and 10 fill up to 16 rows.
+
+    Args:
+      shapes: float (arrays, dims), filled up with ones.
+      images: bool (arrays,), whether tiles lie along the first and the last dim: batch
+        and channels.
+    """
+    # An array without elements takes nothing anyway.
+    shapes = np.maximum(shapes, 1)
+    lanes = np.ceil(shapes / LANES) * LANES / shapes
+    # Up to four rows have smaller tiles, of a power of two.
+    few = 2 ** np.ceil(np.log2(shapes))
+    many = np.ceil(shapes / SUBLANES) * SUBLANES
+    rows = np.where(shapes <= SUBLANES // 2, few, many) / shapes
+
+    # Of an image only the first and the last of four dims count.
+    inner = np.arange(shapes.shape[1]) % 3 != 0
+    barred = images[:, None] & inner
+    unfit = (shapes <= 1) | barred
+    lanes[unfit] = np.inf
+    rows[unfit] = np.inf
+
+    best = np.full(len(shapes), np.inf)
+    for d in range(shapes.shape[1]):
+        others = np.delete(rows, d, 1).min(1, initial=np.inf)
+        others = np.where(np.isfinite(others), others, 1.0)
+        best = np.minimum(best, lanes[:, d] * others)
+    return np.where(np.isfinite(best), best, 1.0)

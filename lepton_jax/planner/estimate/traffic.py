@@ -1,0 +1,75 @@
+"""Reads and writes of the device's memory in a step, apart from those of matmuls."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from lepton_jax.planner.program.graph import BARRIER, Graph
+from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
+from lepton_jax.planner.xla.operations import DOTS, FREE, operands
+
+# Operations that a fused group of elementwise operations may hold.
+FUSIBLE = {
+    *ELEMENTWISE,
+    "broadcast_in_dim",
+    "reshape",
+    "transpose",
+    "squeeze",
+    "expand_dims",
+    "concatenate",
+    "split",
+    "slice",
+    "pad",
+    "rev",
+} - {BARRIER}
+
+
+# Operations that move nothing, or are counted as matmuls.
+UNCOUNTED = {*FREE, *DOTS, BARRIER}
+
+
+def traffic(graph: Graph) -> np.ndarray:
+    """Count how often a step reads or writes each value in a device's memory.
+
+    What matmuls do with their operands is not counted. Elementwise operations and
+    reductions run together (XLA's fusion): only what something else needs is written,
+    and each such group reads its sources once.
+
+    Returns:
+      A float array, (values,).
+    """
+    readers = _readers(graph)
+    counts = np.zeros(len(graph.values))
+    sources: dict[int, tuple[int, ...]] = {}
+    joining = {*FUSIBLE, *REDUCTIONS}
+    for op in graph.operations():
+        if op.regions or op.name in UNCOUNTED:
+            continue
+        reads: dict[int, None] = {}
+        for value in operands(op):
+            if value.shape:
+                behind = sources.get(value.index, (value.index,))
+                reads.update(dict.fromkeys(behind))
+
+        result = op.outputs[0].index if op.outputs else -1
+        users = readers[result] if op.name in FUSIBLE else ()
+        if users and all(user in joining for user in users):
+            sources[result] = tuple(reads)
+        elif op.name == "gather":
+            counts[result] += 2 * op.times
+        else:
+            written = [value.index for value in op.outputs]
+            for index in (*reads, *written):
+                counts[index] += op.times
+    return counts
+
+
+def _readers(graph: Graph) -> dict[int, list[str]]:
+    """Return the names of the operations that read each value."""
+    readers: dict[int, list[str]] = defaultdict(list)
+    for op in graph.operations():
+        for value in operands(op):
+            readers[value.index].append(op.name)
+    return readers

@@ -1,0 +1,164 @@
+"""The collectives that a plan expects of its compiled train step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lepton_jax.errors import PlanError
+from lepton_jax.hardware import Topology, topology
+from lepton_jax.planner import Plan, Trace
+from lepton_jax.planner.estimate.cost import as_compiled
+from lepton_jax.planner.estimate.jobs import sum_shares
+from lepton_jax.planner.program.graph import Operation, Value
+from lepton_jax.planner.program.layout import (
+    Layout,
+    Move,
+    contraction,
+    itemsize,
+)
+from lepton_jax.planner.program.named import Names
+from lepton_jax.verify.hlo_text import of_a_library
+
+
+@dataclass
+class Expected:
+    """A collective that the plan expects.
+
+    Attributes:
+      where: "file:line" of the user's code; empty if none is known.
+      kind: such as "all-reduce".
+      axes: the mesh axes.
+      count: runs in one step.
+      sent: bytes that a device sends in one step.
+    """
+
+    where: str
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    sent: float
+
+
+def expected(
+    trace: Trace,
+    plan: Plan,
+    platform: str,
+) -> list[Expected]:
+    """Return the collectives that the plan's layout needs, operation by operation.
+
+    Each is as large as `platform` makes it.
+    """
+    graph = trace.gradient(plan.remat)
+    layout = plan.layout(graph, trace.arguments)
+    layout.batched = Names(graph, trace.arguments).batched
+    layout.parts = plan.micro_batches
+    shares = sum_shares(graph.main)
+    where = _topology(plan)
+
+    collectives = []
+    for op, value, move in _moves(layout, graph.lasting):
+        names = enumerate(plan.mesh)
+        axes = tuple(name for i, name in names if move.axes >> i & 1)
+        kind = move.kind
+        if where is not None:
+            devices = math.prod(plan.mesh[axis] for axis in axes)
+            kind = as_compiled(kind, devices, where)
+        buffer = move.bytes * _scale(value, kind, platform, shares)
+        count = op.times * plan.micro_batches
+        sent = ring(kind, axes, buffer, plan.mesh) * count
+        collectives.append(Expected(place(op), kind, axes, count, sent))
+    return collectives
+
+
+def _moves(
+    layout: Layout, lasting: set[int]
+) -> Iterable[tuple[Operation, Value, Move]]:
+    """Yield each operation's moves, with the value that is moved.
+
+    A stored value is gathered once a block, so later gathers of it are left out. One
+    that lasts is gathered in the forward and in the backward pass.
+    """
+    gathered = set()
+    for op in layout.graph.operations():
+        for move in layout.decide(op, contraction(op)).moves:
+            value = _moved(op, move)
+            if move.where.startswith("input") and value.stored is not None:
+                if value.index in gathered and value.index not in lasting:
+                    continue
+                gathered.add(value.index)
+            yield op, value, move
+
+
+def _scale(
+    value: Value,
+    kind: str,
+    platform: str,
+    shares: Mapping[int, float],
+) -> float:
+    """Return the bytes that XLA sends as a multiple of those that the layout says."""
+    if platform == "cpu":
+        # XLA's backend reduces each term of a sum, and sends 16-bit numbers as float32.
+        return 2 if itemsize(value) == 2 else 1
+    return shares.get(value.index, 1.0) if kind == "all-reduce" else 1
+
+
+def _topology(plan: Plan) -> Topology | None:
+    """Return the plan's topology if the catalogue has its chip."""
+    with contextlib.suppress(PlanError):
+        return topology(plan.topology)
+    return None
+
+
+def ring(
+    kind: str,
+    axes: Iterable[str],
+    size: float,
+    mesh: Mapping[str, int],
+) -> float:
+    """Return the bytes that a device sends for a collective of a buffer.
+
+    Args:
+      kind: such as "all-reduce".
+      axes: mesh axes of the collective.
+      size: bytes of the buffer (cf. `CollectiveFound.sent`).
+      mesh: sizes of the mesh's axes.
+    """
+    devices = math.prod(mesh[axis] for axis in axes)
+    passes = 2 if kind == "all-reduce" else 1
+    return passes * size * (devices - 1) / devices
+
+
+def place(op: Operation) -> str:
+    """Return "file:line" of the innermost line of an operation that is no library's.
+
+    It is empty if there is none.
+    """
+    for eqn in (op.eqn, *reversed(op.callers)):
+        trace = eqn.source_info.traceback
+        for frame in () if trace is None else trace.frames:
+            if not of_a_library(frame.file_name):
+                return f"{frame.file_name}:{frame.line_num}"
+    return ""
+
+
+def _moved(op: Operation, move: Move) -> Value:
+    """Return the operand or the result of an operation that is moved."""
+    if move.where == "out":
+        return op.outputs[0]
+    value = op.inputs[_side(op, move)]
+    assert value is not None
+    return value
+
+
+def _side(op: Operation, move: Move) -> int:
+    """Return the number of the input that a move is of."""
+    if move.where.startswith("input"):
+        return int(move.where.removeprefix("input "))
+    product = contraction(op)
+    assert product is not None, move
+    side = product.left if move.where == "left" else product.right
+    assert side is not None, move
+    return side
