@@ -84,7 +84,7 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
-class Region(nn.Module):
+class Block(nn.Module):
     """A layer: attention and a SwiGLU, each behind a normalization."""
 
     def __init__(
@@ -125,8 +125,8 @@ class LM(nn.Module):
         self.dtype = getattr(torch, spec["precision"])
         self.embed = nn.Embedding(spec["vocab"], dim)
         nn.init.normal_(self.embed.weight, std=dim**-0.5)
-        self.regions = nn.ModuleList(
-            Region(dim, spec["heads"], spec["kv_heads"], spec["hidden"])
+        self.blocks = nn.ModuleList(
+            Block(dim, spec["heads"], spec["kv_heads"], spec["hidden"])
             for _ in range(spec["layers"])
         )
         self.norm = RMSNorm(dim)
@@ -146,7 +146,7 @@ class LM(nn.Module):
         """Map tokens and those that follow, both (batch, length), to the mean loss."""
         # autocast alone would leave the residual stream in float32
         x = self.embed(tokens).to(self.dtype)
-        for block in self.regions:
+        for block in self.blocks:
             x = block(x, self.cos.to(x.dtype), self.sin.to(x.dtype))
         logits = self.head(self.norm(x)).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
