@@ -22,7 +22,9 @@ from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.program.graph import Operation
 from lepton_jax.planner.program.layout import Move, contraction, itemsize
 from lepton_jax.planner.program.named import Names
-from lepton_jax.planner.show.text import grid, meshed, si
+from lepton_jax.planner.show.rows import meshed
+from lepton_jax.planner.show.text import grid
+from lepton_jax.planner.show.words import si
 from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
 from lepton_jax.verify.hlo import CollectiveFound

@@ -14,6 +14,7 @@ import pytest
 import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.planner import planning
+from lepton_jax.planner.search import limits
 from lepton_jax.planner.show.text import head
 
 TOKENS = jax.ShapeDtypeStruct((1, 256), jnp.int32)
@@ -107,7 +108,7 @@ CASES = {  # on one device any size will do; on several a multiple
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_batch_size_that_is_advised_fits_and_the_next_does_not(case, monkeypatch):
-    monkeypatch.setattr(planning, "DOUBLINGS", 0)
+    monkeypatch.setattr(limits, "DOUBLINGS", 0)
     model, rows, fields, topology, step = CASES[case]
     with pytest.raises(lepton.PlanError) as caught:
         planning.plan(model(rows, **fields), topology)
@@ -129,7 +130,7 @@ def test_micro_batches_that_are_asked_for_are_the_first_to_change():
 
 
 def test_micro_batches_that_free_little_are_not_offered(monkeypatch):
-    monkeypatch.setattr(planning, "DOUBLINGS", 0)
+    monkeypatch.setattr(limits, "DOUBLINGS", 0)
     trace = recipe(
         functools.partial(models.MLP, (1024, 1024, 10)),
         (numbers(1024), LABEL),

@@ -12,7 +12,9 @@ from test_show import GIB, Balanced, plan
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import topology
-from lepton_jax.planner.show.frontier import TIMES, Log, amount, frontier
+from lepton_jax.planner.show.axis import TIMES, Log
+from lepton_jax.planner.show.frontier import frontier
+from lepton_jax.planner.show.words import amount
 
 NAMES = [
     "v5e:4x4",

@@ -12,7 +12,8 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import planning, trace
+from lepton_jax.planner import trace
+from lepton_jax.planner.search import limits
 
 TOKEN, IMAGE, LABEL = (
     jax.ShapeDtypeStruct(s, d)
@@ -208,7 +209,7 @@ def test_what_cannot_fit_gets_an_answer():
 
 
 def test_a_batch_that_is_asked_for_instead_fits(monkeypatch):
-    monkeypatch.setattr(planning, "DOUBLINGS", 0)
+    monkeypatch.setattr(limits, "DOUBLINGS", 0)
 
     def wide(batch_size):
         recipe = lepton.Recipe(

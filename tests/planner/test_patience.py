@@ -14,6 +14,8 @@ from lepton_jax import models
 from lepton_jax.cli import plan as tool
 from lepton_jax.planner import patience, planning
 from lepton_jax.planner.patience import Patience
+from lepton_jax.planner.search.pins import Pins
+from lepton_jax.planner.search.problem import Problem
 
 TOKENS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
 
@@ -129,14 +131,8 @@ def test_the_command_line_tells_on_stderr_and_keeps_its_output_clean(
 
 def test_layers_that_are_alike_are_sized_once():
     trace = language()
-    rows = len(
-        planning.Problem(
-            trace,
-            lepton.topology("cpu:8"),
-            "time",
-            planning.pinning.Pins(),
-        )
-        .sizes("none")
-        .extents
-    )
+    problem = Problem(trace, lepton.topology("cpu:8"), "time", Pins())
+
+    rows = len(problem.sizes("none").extents)
+
     assert rows < len(trace.gradient("none").values) / 2

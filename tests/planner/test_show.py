@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 import pytest
 
 from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
-from lepton_jax.planner.show import text as show
-from lepton_jax.planner.show.html import page
+from lepton_jax.planner.show.html import html, page
+from lepton_jax.planner.show.rows import rows, units
+from lepton_jax.planner.show.text import BAR
+from lepton_jax.planner.show.words import duration
 
 GIB = 2**30
 REASON = (
@@ -157,7 +159,7 @@ def test_layers_that_lie_differently_are_not_one_line():
         kernel("params/blocks/1/k"),
         kernel("params/blocks/2/k", spec=()),
     )
-    found = [(row.path, row.count) for row in show.rows(plan(arrays=arrays, batch=()))]
+    found = [(row.path, row.count) for row in rows(plan(arrays=arrays, batch=()))]
     assert found == [("blocks/*/k", 2), ("blocks/2/k", 1)]
 
 
@@ -170,7 +172,7 @@ def test_the_figures_of_a_step_are_those_of_the_plan():
     )
     assert "$0.001 a step" in text and "10.0 GiB of 16.0 GiB (62%)" in text
     bar = re.search(r"activations +8\.0 GiB (█+) ", text)
-    assert len(bar[1]) == show.BAR // 2, "half of the device"
+    assert len(bar[1]) == BAR // 2, "half of the device"
     assert (
         "my_op is not known" in text
         and "data=8" in text
@@ -199,8 +201,7 @@ def test_each_reason_stands_once_and_is_referred_to():
 )
 def test_tokens_are_whole_numbers_in_a_row(shape, dtype, unit):
     assert (
-        " ".join(map(str, show.units(plan(batch=(batch("inputs", shape, dtype),)))))
-        == unit
+        " ".join(map(str, units(plan(batch=(batch("inputs", shape, dtype),))))) == unit
     )
 
 
@@ -254,9 +255,9 @@ def test_no_line_is_wider_than_a_terminal_of_110_columns():
 def test_a_plan_that_does_not_fit_says_by_how_much():
     tight = plan(bytes_per_device={"activations": 20 * GIB})
     assert re.search(r"too much +4\.0 GiB", str(tight))
-    assert "20.0 GiB of 16.0 GiB a device: 4.0 GiB too much" in show.html(
+    assert "20.0 GiB of 16.0 GiB a device: 4.0 GiB too much" in html(
         tight
-    ) and 'class="limit"' in show.html(tight)
+    ) and 'class="limit"' in html(tight)
 
 
 def test_without_data_there_is_no_time_but_a_plan():
@@ -270,7 +271,7 @@ def test_without_data_there_is_no_time_but_a_plan():
         notes=(),
     )
     assert "not known yet" in str(bare) and "blocks/*/up/kernel" in str(bare)
-    assert "not known yet" in show.html(bare)
+    assert "not known yet" in html(bare)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_without_data_there_is_no_time_but_a_plan():
     ],
 )
 def test_durations(seconds, text):
-    assert show.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 class Balanced(HTMLParser):
@@ -343,7 +344,7 @@ def test_the_page_needs_nothing_else_and_names_cannot_break_it():
             ),
         ),
     )
-    text = page(evil, show.html(hostile))
+    text = page(evil, html(hostile))
     parsed = Balanced(text)
     assert "script" not in {tag for tag, _ in parsed.tags} and "&lt;script&gt;" in text
     assert not any(
@@ -356,7 +357,7 @@ def test_the_page_needs_nothing_else_and_names_cannot_break_it():
 
 def grids(made):
     """Of each drawing of devices its label and the colour of each square."""
-    text = show.html(made)
+    text = html(made)
     return [
         (label, re.findall(r'<path color="(.*?)"', drawing))
         for label, drawing in re.findall(
@@ -380,7 +381,7 @@ def test_devices_that_hold_the_same_part_have_the_same_colour():
 
 
 def test_an_array_is_drawn_in_as_many_parts_as_it_is_kept_in():
-    text = show.html(
+    text = html(
         plan(
             arrays=(kernel("params/up/kernel"),),
             batch=(),
@@ -435,7 +436,7 @@ def test_any_mesh_can_be_drawn(mesh):
         ),
         axes=(),
     )
-    text = show.html(made)
+    text = html(made)
     Balanced(text)
     assert len(text) < 200_000, "a page of thousands of devices stays small"
     assert str(made)
