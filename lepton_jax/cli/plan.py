@@ -217,7 +217,10 @@ def _add_targets(add: Callable[..., Any]) -> None:
     )
 
 
-def _add_pins(add: Callable[..., Any], micro_batches: bool) -> None:
+def _add_pins(
+    add: Callable[..., Any],
+    micro_batches: bool,
+) -> None:
     add(
         "--mesh",
         type=_mesh,
@@ -360,7 +363,10 @@ def _pin(text: str) -> tuple[str, PartitionSpec]:
     return pattern, PartitionSpec(*(_dim(entry, text) for entry in entries))
 
 
-def _dim(entry: str, text: str) -> tuple[str, ...] | str | None:
+def _dim(
+    entry: str,
+    text: str,
+) -> tuple[str, ...] | str | None:
     """Return the mesh axes of one dim of the pin `text`."""
     axes = tuple(axis.strip() for axis in entry.split("+"))
     if axes in (("None",), ("-",)):
@@ -405,7 +411,10 @@ def _targets(options: argparse.Namespace) -> tuple[Plan | None, list[Topology]]:
 # ---- checks, before minutes are spent ----
 
 
-def _check(options: argparse.Namespace, targets: Sequence[Topology]) -> None:
+def _check(
+    options: argparse.Namespace,
+    targets: Sequence[Topology],
+) -> None:
     """Find contradictions, numbers out of range and files that can't be written."""
     _check_replay(options)
     _check_numbers(options)
@@ -465,7 +474,10 @@ def _check_writable(file: Path) -> None:
         )
 
 
-def _choose_platform(options: argparse.Namespace, targets: Sequence[Topology]) -> None:
+def _choose_platform(
+    options: argparse.Namespace,
+    targets: Sequence[Topology],
+) -> None:
     """Let JAX see only CPUs where no device is needed.
 
     Planning for chips by name needs none, so JAX must neither look for accelerators nor
@@ -619,7 +631,10 @@ def _page(session: Session, compared: Frontier | None) -> str:
     return page(f"{recipe} on {targets}", *elements)
 
 
-def _compared(options: argparse.Namespace, results: list[Result]) -> Frontier:
+def _compared(
+    options: argparse.Namespace,
+    results: list[Result],
+) -> Frontier:
     """Compare the topologies, those without a plan by their errors."""
     outcomes: list[tuple[Plan | PlanError, Topology]] = []
     for result in results:
@@ -632,7 +647,10 @@ def _compared(options: argparse.Namespace, results: list[Result]) -> Frontier:
     return frontier(outcomes, options.tokens or TOKENS, per_step, unit)
 
 
-def _record(session: Session, compared: Frontier | None) -> dict[str, Any]:
+def _record(
+    session: Session,
+    compared: Frontier | None,
+) -> dict[str, Any]:
     """Return what --json writes."""
     return {
         "command": ["tools/plan.py", *session.arguments],

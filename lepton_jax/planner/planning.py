@@ -179,7 +179,10 @@ def _with_real_keep(names: Names, assignment: Assignment) -> Assignment:
     return replace(assignment, keep=assignment.keep & real)
 
 
-def _notes(problem: Problem, chosen: Candidate) -> list[str]:
+def _notes(
+    problem: Problem,
+    chosen: Candidate,
+) -> list[str]:
     """Return what the person who reads the plan should know of the search."""
     patience = problem.patience
     parts = chosen.assignment.micro_batches
@@ -258,7 +261,10 @@ def _why_in_one_piece(
 # ---- rivals ----
 
 
-def _rivals(chosen: Candidate, ranked: Sequence[Candidate]) -> list[Candidate]:
+def _rivals(
+    chosen: Candidate,
+    ranked: Sequence[Candidate],
+) -> list[Candidate]:
     """Return the first of the others, and the one with the best score among them."""
     others = [c for c in ranked if c is not chosen]
     fitting = [c for c in others if c.fits]
@@ -289,7 +295,11 @@ def _rival(
     )
 
 
-def _loses(problem: Problem, chosen: Candidate, other: Candidate) -> str:
+def _loses(
+    problem: Problem,
+    chosen: Candidate,
+    other: Candidate,
+) -> str:
     """Return by how much a candidate loses against the chosen one, in words."""
     if not other.fits:
         memory = size(problem.topology.device.memory)

@@ -269,7 +269,11 @@ class Plan:
             meets_stored(graph),
         )
 
-    def check(self, trace: Any, where: object = None) -> None:
+    def check(
+        self,
+        trace: Any,
+        where: object = None,
+    ) -> None:
         """Check that the plan is one for this recipe.
 
         Where the plan or the trace knows no batch, batches are not compared.
@@ -429,7 +433,10 @@ def check_effects(trace: Any, devices: int) -> None:
         )
 
 
-def entries(spec: tuple[int, ...], names: tuple[str, ...]) -> Entries:
+def entries(
+    spec: tuple[int, ...],
+    names: tuple[str, ...],
+) -> Entries:
     """Return masks of mesh axes as a PartitionSpec's entries; () if nothing is split.
 
     >>> entries((0b01, 0b11, 0b00), ("data", "tensor"))
@@ -457,7 +464,10 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
 # ---- internals ----
 
 
-def _mask(entry: Entry, bits: dict[str, int]) -> int:
+def _mask(
+    entry: Entry,
+    bits: dict[str, int],
+) -> int:
     return sum(bits[name] for name in axes_of(entry))
 
 

@@ -25,6 +25,7 @@ from lepton_jax.planner.search.limits import (
     NAMED_SHARE,
     SOLID,
 )
+from lepton_jax.planner.search.masks import divides, reordered, sample_axes
 from lepton_jax.planner.search.problem import Candidate, Problem
 
 
@@ -62,9 +63,11 @@ def _described(problem: Problem, candidate: Candidate) -> str:
 
 def _contents(candidate: Candidate) -> str:
     """Return what holds the memory, the largest first."""
-    kinds = sorted(candidate.bytes.items(), key=lambda kind: -kind[1])
+    held = candidate.bytes
     least = NAMED_SHARE * candidate.peak
-    return ", ".join(f"{kind} {size(count)}" for kind, count in kinds if count > least)
+    kinds = [kind for kind, count in held.items() if count > least]
+    kinds.sort(key=lambda kind: -held[kind])
+    return ", ".join(f"{kind} {size(held[kind])}" for kind in kinds)
 
 
 def leanest(candidates: Sequence[Candidate]) -> Candidate:
@@ -73,13 +76,15 @@ def leanest(candidates: Sequence[Candidate]) -> Candidate:
     If many micro-batches or a stricter rematerialization free only a little, they are
     not worth naming.
     """
-    bound = min(c.peak for c in candidates) * (1 + LITTLE)
+    least = min(c.peak for c in candidates)
+    bound = least * (1 + LITTLE)
     lean = [c for c in candidates if c.peak <= bound]
     policies = list(POLICIES)
 
-    def simplicity(c: Candidate) -> tuple[int, int, int]:
-        a = c.assignment
-        return a.micro_batches, policies.index(a.remat), c.peak
+    def simplicity(candidate: Candidate) -> tuple[int, int, int]:
+        assignment = candidate.assignment
+        policy = policies.index(assignment.remat)
+        return assignment.micro_batches, policy, candidate.peak
 
     return min(lean, key=simplicity)
 
@@ -92,8 +97,9 @@ def nearest_change(
     """Return the remedy: which pins to leave out, or what else to use."""
     pinned = _pinned(problem)
     if pinned:
-        free = problem.without_pins(problem.topology, problem.patience.limit)
-        if search(free)[0].fits:
+        limit = problem.patience.limit
+        free = problem.without_pins(problem.topology, limit)
+        if finds_a_plan(free):
             return f"let the planner choose {' and '.join(pinned)}: then it fits"
 
     changes = []
@@ -123,13 +129,22 @@ def _pinned(problem: Problem) -> list[str]:
         "micro_batches": pins.micro_batches,
     }
     words = [word for word, setting in settings.items() if setting]
-    return [] if words == ["remat"] and pins.remat == "full" else words
+    if words == ["remat"] and pins.remat == "full":
+        return []
+    return words
+
+
+def finds_a_plan(problem: Problem) -> bool:
+    """Whether a whole search finds something that fits."""
+    best, *_ = search(problem)
+    return best.fits
 
 
 def _state(candidate: Candidate) -> int:
     """Return the bytes of a device that do not depend on the batch."""
+    held = candidate.bytes
     kinds = ("params", "optimizer", "variables")
-    return sum(candidate.bytes.get(kind, 0) for kind in kinds)
+    return sum(held.get(kind, 0) for kind in kinds)
 
 
 # ---- fewer samples ----
@@ -152,21 +167,20 @@ class Trial:
         """Return the same problem with a batch of so many rows."""
         trace = self.problem.trace
         recipe = trace.recipe.with_(batch_size=rows)
-        return self.problem.on_trace(
-            traced(recipe, trace.inputs, trace.targets, trace.samples)
-        )
+        smaller = traced(recipe, trace.inputs, trace.targets, trace.samples)
+        return self.problem.on_trace(smaller)
 
     def peak(self, rows: int) -> float:
         """Return the bytes of the leanest plan, or of the first that fits."""
         smaller = self.smaller(rows)
-        batch = smaller.names("none").batch
+        names = smaller.names("none")
         asked = smaller.pins.micro_batches
         least = math.inf
         for assignment in self.assignments:
             moved = self._moved(assignment, smaller)
             if moved is None:
                 continue
-            split = 1 if batch is None else moved.counts[moved.masks[batch]]
+            split = moved.counts[sample_axes(moved, names)]
             options = [asked] if asked else powers(rows // split)
             parts = fewest(smaller, moved, options)
             peak = smaller.peak(replace(moved, micro_batches=parts))
@@ -177,7 +191,7 @@ class Trial:
 
     def fits(self, rows: int) -> bool:
         """Whether a whole search finds a plan for so many rows."""
-        return search(self.smaller(rows))[0].fits
+        return finds_a_plan(self.smaller(rows))
 
     def _moved(
         self,
@@ -188,21 +202,21 @@ class Trial:
 
         A batch that does not divide is not split.
         """
-        old_names = [group.name for group in self.problem.names("none").groups]
-        by_name = dict(zip(old_names, assignment.masks, strict=True))
         names = smaller.names("none")
-        counts = assignment.counts
-        masks = []
-        for k, group in enumerate(names.groups):
-            mask = by_name.get(group.name, 0)
-            divides = group.divisor % counts[mask] == 0
-            if not divides and k != names.batch:
+        masks = reordered(assignment, self.problem.names("none"), names)
+        for k, mask in enumerate(masks):
+            if divides(names, k, assignment.counts[mask]):
+                continue
+            if k != names.batch:
                 return None
-            masks.append(mask if divides else 0)
+            masks[k] = 0
         return replace(assignment, masks=tuple(masks))
 
 
-def fewer_samples(problem: Problem, candidates: Sequence[Candidate]) -> int | None:
+def fewer_samples(
+    problem: Problem,
+    candidates: Sequence[Candidate],
+) -> int | None:
     """Return the largest batch size that fits, as far as `ADVICE_SECONDS` reach.
 
     Multiples of the number of devices come first, then of those that the leanest plan
@@ -211,23 +225,32 @@ def fewer_samples(problem: Problem, candidates: Sequence[Candidate]) -> int | No
     Returns:
       Rows; None: no size fits.
     """
-    leanest_of: dict[tuple, Candidate] = {}
-    for candidate in sorted(candidates, key=lambda c: c.peak):
-        a = problem.untranslated(candidate.assignment)
-        leanest_of.setdefault((a.sizes, a.masks, a.keep), candidate)
-    chosen = list(leanest_of.values())[:SOLID]
-    trial = Trial(problem, [problem.untranslated(c.assignment) for c in chosen])
+    by_peak = sorted(candidates, key=lambda c: c.peak)
+    failed = by_peak[0]
+    trial = Trial(problem, _leanest_forms(problem, by_peak)[:SOLID])
 
     first = trial.assignments[0]
-    batch = problem.names("none").batch
-    split = 1 if batch is None else first.counts[first.masks[batch]]
+    split = first.counts[sample_axes(first, problem.names("none"))]
     parts = problem.pins.micro_batches or 1
     patience = Patience("planning", ADVICE_SECONDS)
-    for count in dict.fromkeys([problem.topology.devices, split, 1]):
-        rows = _largest(trial, count * parts, chosen[0], patience)
+    counts = [problem.topology.devices, split, 1]
+    for count in dict.fromkeys(counts):
+        rows = _largest(trial, count * parts, failed, patience)
         if rows:
             return rows
     return None
+
+
+def _leanest_forms(
+    problem: Problem,
+    by_peak: Sequence[Candidate],
+) -> list[Assignment]:
+    """Return each assignment once, under the policy with which it holds the least."""
+    forms: dict[tuple, Assignment] = {}
+    for candidate in by_peak:
+        form = problem.untranslated(candidate.assignment)
+        forms.setdefault((form.sizes, form.masks, form.keep), form)
+    return list(forms.values())
 
 
 def _largest(
@@ -256,8 +279,9 @@ def _largest(
     stride = 1
     growing = True
     while stride > 0 and not patience.over():
-        if count + stride < most and trial.fits((count + stride) * step):
-            count += stride
+        more = count + stride
+        if more < most and trial.fits(more * step):
+            count = more
             stride *= 2 if growing else 1
         else:
             growing = False
@@ -293,7 +317,8 @@ def _guessed(
         trial.problem.patience.detail = (
             f"nothing fits; trying batches of {low * step:,} to {high * step:,}"
         )
-        share = (limit - low_bytes) / max(high_bytes - low_bytes, 1.0)
+        slope = max(high_bytes - low_bytes, 1.0)
+        share = (limit - low_bytes) / slope
         guess = low + math.floor(share * (high - low))
         if tried >= GUESSES:
             guess = (low + high) // 2
@@ -318,7 +343,8 @@ def larger_topology(problem: Problem, doublings: int) -> str | None:
     Its shape is the problem's, with the shortest dim doubled up to `doublings` times.
     """
     shape = list(problem.topology.shape)
-    state = sum(sum(pair) for pair in problem.memory("none").state_bytes)
+    state_bytes = problem.memory("none").state_bytes
+    state = sum(sum(pair) for pair in state_bytes)
     patience = Patience("planning", ADVICE_SECONDS)
     for _ in range(doublings):
         dim = shape.index(min(shape))
@@ -332,7 +358,8 @@ def larger_topology(problem: Problem, doublings: int) -> str | None:
 
         problem.patience.detail = f"trying {topology.name}"
         try:
-            if search(problem.without_pins(topology, ADVICE_SECONDS))[0].fits:
+            larger = problem.without_pins(topology, ADVICE_SECONDS)
+            if finds_a_plan(larger):
                 return topology.name
         except PlanError:
             continue

@@ -17,6 +17,7 @@ from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import MEANINGS
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.search.limits import CAUSES
+from lepton_jax.planner.search.masks import has, sample_axes
 from lepton_jax.trees import by_path, nbytes
 
 
@@ -56,15 +57,16 @@ def build(
     verdict = verdict or Verdict()
     words = assemble.axis_names(assignment, names)
     axes = axes or words
-    batch = 0 if names.batch is None else assignment.masks[names.batch]
     data, _ = feeding.residence(trace, topology)
     steps, _ = feeding.steps_per_call(trace, topology)
+    reasons = _feeding_reasons(trace, topology, assignment)
+    notes = _notes(trace, names, assignment)
     return Plan(
         topology=topology.name,
         objective=verdict.objective,
         name=assemble.strategy(assignment, words, names),
         mesh=dict(zip(axes, assignment.sizes, strict=True)),
-        batch_axes=_picked(batch, axes),
+        batch_axes=_picked(sample_axes(assignment, names), axes),
         arrays=assemble.arrays(trace, names, assignment, axes),
         batch=assemble.batch_arrays(trace, names, assignment, axes),
         axes=_named_axes(names, assignment, axes),
@@ -81,14 +83,17 @@ def build(
         collectives=_collectives(estimate, axes) if estimate else (),
         price_per_hour=topology.price_per_hour,
         rivals=verdict.rivals,
-        reasons={**verdict.reasons, **_feeding_reasons(trace, topology, assignment)},
-        notes=(*verdict.notes, *_notes(trace, names, assignment)),
+        reasons={**verdict.reasons, **reasons},
+        notes=(*verdict.notes, *notes),
     )
 
 
-def _picked(mask: int, axes: tuple[str, ...]) -> tuple[str, ...]:
+def _picked(
+    mask: int,
+    axes: tuple[str, ...],
+) -> tuple[str, ...]:
     """Return the names of the mesh axes in a mask."""
-    return tuple(name for i, name in enumerate(axes) if mask >> i & 1)
+    return tuple(name for axis, name in enumerate(axes) if has(mask, axis))
 
 
 def _named_axes(
@@ -96,22 +101,39 @@ def _named_axes(
     assignment: Assignment,
     axes: tuple[str, ...],
 ) -> tuple[Axis, ...]:
+    pairs = zip(names.groups, assignment.masks, strict=True)
     return tuple(
-        Axis(group.name, group.size, _picked(mask, axes), len(group.members))
-        for group, mask in zip(names.groups, assignment.masks, strict=True)
+        Axis(
+            name=group.name,
+            size=group.size,
+            mesh=_picked(mask, axes),
+            members=len(group.members),
+        )
+        for group, mask in pairs
     )
 
 
-def _collectives(estimate: Estimate, axes: tuple[str, ...]) -> tuple[Collective, ...]:
+def _collectives(
+    estimate: Estimate,
+    axes: tuple[str, ...],
+) -> tuple[Collective, ...]:
     """Return the communication of a step, the longest first."""
     collectives = []
-    for (kind, mask), (count, size, seconds, causes) in estimate.moves.items():
-        largest = sorted(causes, key=lambda cause: -causes[cause])[:CAUSES]
-        what = "; ".join(largest)
+    for (kind, mask), move in estimate.moves.items():
+        count, size, seconds, causes = move
+        largest = sorted(causes, key=lambda cause: -causes[cause])
         collectives.append(
-            Collective(kind, _picked(mask, axes), count, size, seconds, what)
+            Collective(
+                kind=kind,
+                axes=_picked(mask, axes),
+                count=count,
+                bytes=size,
+                seconds=seconds,
+                what="; ".join(largest[:CAUSES]),
+            )
         )
-    return tuple(sorted(collectives, key=lambda collective: -collective.seconds))
+    collectives.sort(key=lambda collective: -collective.seconds)
+    return tuple(collectives)
 
 
 def _feeding_reasons(
@@ -134,14 +156,17 @@ def _feeding_reasons(
     return reasons
 
 
-def _notes(trace: Trace, names: Names, assignment: Assignment) -> list[str]:
+def _notes(
+    trace: Trace,
+    names: Names,
+    assignment: Assignment,
+) -> list[str]:
     """Return what could not be done, or was left to XLA."""
     notes = []
     batch_size = trace.recipe.batch_size
     devices = math.prod(assignment.sizes)
     if names.batch is not None:
-        samples = assignment.masks[names.batch]
-        split = assignment.counts[samples]
+        split = assignment.counts[sample_axes(assignment, names)]
         if split < devices and batch_size % devices:
             notes.append(
                 f"a batch of {batch_size} does not divide by {devices}"
@@ -174,10 +199,10 @@ def without_data(trace: Trace, topology: Topology) -> Plan:
         )
         for path, leaf in by_path(trace.state).items()
     )
-    held = {
-        kind: sum(array.bytes for array in arrays if array.kind == kind)
-        for kind in ("params", "variables", "optimizer")
-    }
+    held = dict.fromkeys(("params", "variables", "optimizer"), 0)
+    for array in arrays:
+        if array.kind in held:
+            held[array.kind] += array.bytes
     steps, why_steps = feeding.steps_per_call(trace, topology)
     return Plan(
         topology=topology.name,
@@ -245,10 +270,5 @@ def by_hand(
             where="by_hand",
             remedy=f"there are {', '.join(known)}",
         )
-    return Assignment(
-        sizes,
-        tuple(masks.get(name, 0) for name in known),
-        keep,
-        remat,
-        micro_batches,
-    )
+    in_order = tuple(masks.get(name, 0) for name in known)
+    return Assignment(sizes, in_order, keep, remat, micro_batches)

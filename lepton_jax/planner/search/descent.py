@@ -53,7 +53,7 @@ order (`finalists.py`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -76,6 +76,12 @@ from lepton_jax.planner.search.limits import (
     MOST_PAIRED,
     SMALL_MESH,
 )
+from lepton_jax.planner.search.masks import (
+    divides,
+    nothing_split,
+    real_axes,
+    sample_axes,
+)
 from lepton_jax.planner.search.problem import Candidate, Problem, Scored
 from lepton_jax.planner.search.shapes import meshes, sequences, starts
 
@@ -92,19 +98,24 @@ class Turn(NamedTuple):
     axes: int
 
 
+# turns that are made at once
+Move = tuple[Turn, ...]
+
+
 # ---- the whole search ----
 
 
 def search(problem: Problem) -> list[Candidate]:
     """Return the candidates, best first: those that fit before those that don't."""
     if problem.topology.devices == 1:
-        alone = Assignment((1,), (0,) * len(problem.names("none").groups), 0)
+        alone = nothing_split((1,), problem.names("none"))
         return order(problem, finish(problem, alone))
 
     ranked = _ranked(problem, _explored(problem))
     candidates = _finished(problem, ranked[:FINALISTS])
     if _only_in_parts(candidates) and problem.whole:
-        whole = in_one_piece(problem, [scored.assignment for scored in ranked])
+        assignments = [scored.assignment for scored in ranked]
+        whole = in_one_piece(problem, assignments)
         if whole is not None:
             candidates.append(whole)
     return order(problem, candidates)
@@ -112,76 +123,93 @@ def search(problem: Problem) -> list[Candidate]:
 
 def _explored(problem: Problem) -> list[Scored]:
     """Return the assignments that descents begin and end with, on each mesh shape."""
-    best: dict[tuple, Scored] = {}
+    best: dict[Assignment, Scored] = {}
     shapes = problem.pins.meshes or meshes(problem.topology)
     for number, sizes in enumerate(shapes):
-        problem.patience.detail = _progress(number, len(shapes), best)
+        place = f"mesh shape {number + 1} of {len(shapes)}"
+        problem.patience.detail = place + _best_so_far(best.values())
         for start in _beginnings(problem, sizes):
             # what experts write on the first shape is looked at in any case
             if number and problem.patience.over():
                 break
-            for score, assignment in (problem.lightly(start), descend(problem, start)):
+            ends = (problem.lightly(start), descend(problem, start))
+            for score, assignment in ends:
                 if not problem.pins.meshes:
                     assignment = merged(assignment)
-                key = (assignment.sizes, assignment.masks, assignment.keep)
-                if key not in best or best[key].score > score:
-                    best[key] = Scored(score, assignment)
+                before = best.get(assignment)
+                if before is None or before.score > score:
+                    best[assignment] = Scored(score, assignment)
     return list(best.values())
 
 
-def _beginnings(problem: Problem, sizes: tuple[int, ...]) -> list[Assignment]:
+def _beginnings(
+    problem: Problem,
+    sizes: tuple[int, ...],
+) -> list[Assignment]:
     """Return the starting points on one mesh shape, as far as the pins allow them."""
     names = problem.names("none")
     begins = list(starts(problem, sizes))
     if not begins:
-        nothing = Assignment(sizes, (0,) * len(names.groups), 0)
+        nothing = nothing_split(sizes, names)
         begins = [problem.pins.force(nothing, names)]
 
-    allowed = [ok for start in begins for ok in problem.roles.starts(start)]
+    allowed: list[Assignment] = []
+    for start in begins:
+        allowed += problem.roles.starts(start)
     return list(dict.fromkeys(allowed or begins))
 
 
-def _ranked(problem: Problem, explored: list[Scored]) -> list[Scored]:
+def _ranked(
+    problem: Problem,
+    explored: list[Scored],
+) -> list[Scored]:
     """Sort by light score, but with the simplest of those that are alike in front."""
     ranked = sorted(explored, key=lambda scored: scored.score)
-    busy = [scored for scored in ranked if not idle(problem, scored.assignment)]
+    busy = [s for s in ranked if not idle(problem, s.assignment)]
     ranked = busy or ranked
 
-    bound = ranked[0].score * (1 + ALIKE) + ALIKE_SECONDS
+    def simplicity(scored: Scored) -> tuple:
+        return complexity(problem, scored.assignment), scored.score
+
+    best = ranked[0].score
+    bound = best * (1 + ALIKE) + ALIKE_SECONDS
     alike = [scored for scored in ranked if scored.score <= bound]
-    alike.sort(key=lambda s: (complexity(problem, s.assignment), s.score))
+    alike.sort(key=simplicity)
     simplest = alike[: FINALISTS // 2]
-    return [*simplest, *(scored for scored in ranked if scored not in simplest)]
+    rest = [scored for scored in ranked if scored not in simplest]
+    return [*simplest, *rest]
 
 
-def _finished(problem: Problem, finalists: list[Scored]) -> list[Candidate]:
+def _finished(
+    problem: Problem,
+    finalists: list[Scored],
+) -> list[Candidate]:
     """Return the finalists' candidates, as many as there is time for."""
     patience = problem.patience
     finished: dict[Assignment, Candidate] = {}
     for number, scored in enumerate(finalists):
-        seconds = [c.estimate.total for c in finished.values() if c.fits]
+        fitting = [c for c in finished.values() if c.fits]
+        seconds = [c.estimate.total for c in fitting]
         if seconds and patience.over():
             break
 
         best = f", best so far {min(seconds):.3g} s a step" if seconds else ""
         patience.detail = f"finalist {number + 1} of {len(finalists)}{best}"
         for candidate in finish(problem, scored.assignment):
-            finished[problem.untranslated(candidate.assignment)] = candidate
+            key = problem.untranslated(candidate.assignment)
+            finished[key] = candidate
     return list(finished.values())
 
 
 def _only_in_parts(candidates: Iterable[Candidate]) -> bool:
     """Whether something fits, but only in micro-batches."""
-    parts = [c.assignment.micro_batches for c in candidates if c.fits]
-    return bool(parts) and min(parts) > 1
+    fitting = [c.assignment for c in candidates if c.fits]
+    return bool(fitting) and all(a.micro_batches > 1 for a in fitting)
 
 
-def _progress(number: int, count: int, best: Mapping[tuple, Scored]) -> str:
-    text = f"mesh shape {number + 1} of {count}"
-    if best:
-        score = min(scored.score for scored in best.values())
-        text += f", best so far about {score:.3g}"
-    return text
+def _best_so_far(explored: Iterable[Scored]) -> str:
+    best = min((scored.score for scored in explored), default=None)
+    return "" if best is None else f", best so far about {best:.3g}"
 
 
 # ---- the descent ----
@@ -207,11 +235,15 @@ def descend(problem: Problem, start: Assignment) -> Scored:
     return best
 
 
-def _moves(problem: Problem, sizes: tuple[int, ...]) -> list[tuple[Turn, ...]]:
+def _moves(
+    problem: Problem,
+    sizes: tuple[int, ...],
+) -> list[Move]:
     """Return each turn, and on a small mesh also each two of them."""
     singles = turns(problem, sizes)
-    moves: list[tuple[Turn, ...]] = [(turn,) for turn in singles]
-    if problem.topology.devices <= SMALL_MESH and len(singles) <= MOST_PAIRED:
+    is_small = problem.topology.devices <= SMALL_MESH
+    moves: list[Move] = [(turn,) for turn in singles]
+    if is_small and len(singles) <= MOST_PAIRED:
         moves += itertools.combinations(singles, 2)
     return moves
 
@@ -219,7 +251,7 @@ def _moves(problem: Problem, sizes: tuple[int, ...]) -> list[tuple[Turn, ...]]:
 def _moved(
     problem: Problem,
     assignment: Assignment,
-    move: tuple[Turn, ...],
+    move: Move,
 ) -> Assignment | None:
     for turn in move:
         changed = turned(problem, assignment, turn)
@@ -229,21 +261,27 @@ def _moved(
     return assignment
 
 
-def turns(problem: Problem, sizes: tuple[int, ...]) -> list[Turn]:
+def turns(
+    problem: Problem,
+    sizes: tuple[int, ...],
+) -> list[Turn]:
     """Return the pairs that may be turned on a mesh of these sizes.
 
     On a small mesh several mesh axes may turn at once.
     """
-    names = problem.names("none")
-    real = sum(1 << i for i, n in enumerate(sizes) if n > 1)
+    flips = [1 << axis for axis in real_axes(sizes)]
     if problem.topology.devices <= SMALL_MESH:
-        flips = [mask for mask in range(1, 1 << len(sizes)) if not mask & ~real]
-    else:
-        flips = [1 << i for i, n in enumerate(sizes) if n > 1]
+        every = sum(flips)
+        flips = [mask for mask in range(1, every + 1) if not mask & ~every]
 
-    pinned = problem.pins.groups
-    free = [k for k in considered(names) if names.groups[k].name not in pinned]
-    return [Turn(k, flip) for k in (*free, None) for flip in flips]
+    names = problem.names("none")
+    groups: list[int | None] = []
+    for k in considered(names):
+        if names.groups[k].name not in problem.pins.groups:
+            groups.append(k)
+    groups.append(None)
+    pairs = itertools.product(groups, flips)
+    return [Turn(group, axes) for group, axes in pairs]
 
 
 def turned(
@@ -262,14 +300,14 @@ def turned(
         return replace(assignment, keep=assignment.keep ^ turn.axes)
 
     mask = assignment.masks[k] ^ turn.axes
-    if names.groups[k].divisor % assignment.counts[mask]:
+    if not divides(names, k, assignment.counts[mask]):
         return None
 
     added = mask & turn.axes
     shared = problem.shared(names)
     is_batch = k == names.batch
-    samples = 0 if names.batch is None else assignment.masks[names.batch]
-    if added & samples and not is_batch and k not in shared:
+    may_share = is_batch or k in shared
+    if added & sample_axes(assignment, names) and not may_share:
         return None
 
     masks = list(assignment.masks)
@@ -279,11 +317,14 @@ def turned(
         for other, held in enumerate(masks):
             if other != k and other not in shared:
                 masks[other] = held & ~added
-    return problem.pins.force(replace(assignment, masks=tuple(masks)), names)
+    result = replace(assignment, masks=tuple(masks))
+    return problem.pins.force(result, names)
 
 
 def considered(names: Names) -> list[int]:
     """Return the groups worth splitting: the heaviest, the batch and sequences."""
-    heaviest = range(min(len(names.groups), MOST_GROUPS))
-    batch = [] if names.batch is None else [names.batch]
-    return list(dict.fromkeys([*heaviest, *batch, *sequences(names)]))
+    groups = list(range(len(names.groups)))[:MOST_GROUPS]
+    if names.batch is not None:
+        groups.append(names.batch)
+    groups += sequences(names)
+    return list(dict.fromkeys(groups))

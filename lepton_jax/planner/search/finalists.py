@@ -21,20 +21,24 @@ from lepton_jax.planner.search.limits import (
     LITTLE,
     MOST_WHOLE,
 )
+from lepton_jax.planner.search.masks import has, real_axes, sample_axes
 from lepton_jax.planner.search.problem import Candidate, Problem
 
 # ---- rematerialization and micro-batches ----
 
 
-def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
+def finish(
+    problem: Problem,
+    assignment: Assignment,
+) -> Iterator[Candidate]:
     """Yield a candidate for each rematerialization, mildest first.
 
     Each has the fewest micro-batches that fit, or those from which on more free little.
     """
-    batch = problem.names("none").batch
+    names = problem.names("none")
     rows = 1
-    if batch is not None:
-        split = assignment.counts[assignment.masks[batch]]
+    if names.batch is not None:
+        split = assignment.counts[sample_axes(assignment, names)]
         rows = problem.trace.recipe.batch_size // split
 
     asked = problem.pins.micro_batches
@@ -43,8 +47,9 @@ def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
         return
 
     for remat in policies(problem):
-        parts = fewest(problem, replace(assignment, remat=remat), options)
-        final = replace(assignment, remat=remat, micro_batches=parts)
+        form = replace(assignment, remat=remat)
+        parts = fewest(problem, form, options)
+        final = replace(form, micro_batches=parts)
         candidate = problem.candidate(final)
         yield candidate
         if candidate.fits and parts == 1 and problem.objective != "memory":
@@ -53,7 +58,8 @@ def finish(problem: Problem, assignment: Assignment) -> Iterator[Candidate]:
 
 def policies(problem: Problem) -> list[str]:
     """Return the rematerialization policies to try, mildest first."""
-    return [problem.pins.remat] if problem.pins.remat else list(POLICIES)
+    pinned = problem.pins.remat
+    return [pinned] if pinned else list(POLICIES)
 
 
 def fewest(
@@ -74,7 +80,8 @@ def fewest(
 
     def peak(parts: int) -> int:
         if parts not in peaks:
-            peaks[parts] = problem.peak(replace(assignment, micro_batches=parts))
+            form = replace(assignment, micro_batches=parts)
+            peaks[parts] = problem.peak(form)
         return peaks[parts]
 
     last = options[-1]
@@ -83,14 +90,17 @@ def fewest(
             return parts
 
         # the sums of the gradients come with the second micro-batch
-        freed = math.inf
-        if number > 1:
-            freed = peaks[options[number - 1]] - peak(parts)
-        if freed < LITTLE * peak(parts) and peak(last) > problem.limit:
+        if number < 2:
+            continue
+        before = options[number - 1]
+        freed = peaks[before] - peak(parts)
+        is_little = freed < LITTLE * peak(parts)
+        if is_little and peak(last) > problem.limit:
             break
 
-    bound = min(peaks.values()) * (1 + LITTLE)
-    return next(parts for parts in options if peaks.get(parts, math.inf) <= bound)
+    least = min(peaks.values())
+    bound = least * (1 + LITTLE)
+    return min(parts for parts, held in peaks.items() if held <= bound)
 
 
 def powers(n: int) -> list[int]:
@@ -102,14 +112,19 @@ def powers(n: int) -> list[int]:
     divisors = [1]
     while n % (2 * divisors[-1]) == 0:
         divisors.append(2 * divisors[-1])
-    return divisors if divisors[-1] == n else [*divisors, n]
+    if divisors[-1] != n:
+        divisors.append(n)
+    return divisors
 
 
-def in_one_piece(problem: Problem, assignments: list[Assignment]) -> Candidate | None:
+def in_one_piece(
+    problem: Problem,
+    assignments: list[Assignment],
+) -> Candidate | None:
     """Return the first plan without micro-batches that fits, leanest state first."""
     memory = problem.memory("none")
-    lean = sorted(assignments, key=memory.state)[:MOST_WHOLE]
-    for assignment in lean:
+    lean = sorted(assignments, key=memory.state)
+    for assignment in lean[:MOST_WHOLE]:
         for remat in policies(problem):
             if problem.patience.over():
                 return None
@@ -122,7 +137,10 @@ def in_one_piece(problem: Problem, assignments: list[Assignment]) -> Candidate |
 # ---- comparison ----
 
 
-def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
+def order(
+    problem: Problem,
+    candidates: Iterable[Candidate],
+) -> list[Candidate]:
     """Sort by the objective; among those that are alike, the simpler comes first.
 
     What does not fit stands behind, leanest first. Where micro-batches would change the
@@ -134,7 +152,8 @@ def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
         return ranked
 
     whole = [c for c in pool if c.assignment.micro_batches == 1]
-    if 0 < len(whole) < len(pool) and problem.whole:
+    only_some = 0 < len(whole) < len(pool)
+    if only_some and problem.whole:
         pool = whole
 
     def simplicity(candidate: Candidate) -> tuple:
@@ -142,11 +161,12 @@ def order(problem: Problem, candidates: Iterable[Candidate]) -> list[Candidate]:
         return complexity(problem, assignment), candidate.score
 
     slack = 0.0 if problem.objective == "memory" else ALIKE_SECONDS
-    bound = pool[0].score * (1 + ALIKE) + slack
+    best = pool[0].score
+    bound = best * (1 + ALIKE) + slack
     alike = [c for c in pool if c.score <= bound]
     alike.sort(key=simplicity)
-    first = [*alike, *(c for c in pool if c not in alike)]
-    return [*first, *(c for c in ranked if c not in first)]
+    ahead = alike + [c for c in pool if c not in alike]
+    return ahead + [c for c in ranked if c not in ahead]
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float]:
@@ -157,10 +177,9 @@ def _rank(candidate: Candidate) -> tuple[bool, float]:
 
 def complexity(problem: Problem, assignment: Assignment) -> tuple:
     """Return what makes a plan harder to follow, the weightiest first."""
-    batch = problem.names("none").batch
-    samples = 0 if batch is None else assignment.masks[batch]
-    axes = [bit for bit, n in enumerate(assignment.sizes) if n > 1]
-    not_batch = [bit for bit in axes if not samples >> bit & 1]
+    samples = sample_axes(assignment, problem.names("none"))
+    axes = real_axes(assignment.sizes)
+    not_batch = [axis for axis in axes if not has(samples, axis)]
     split_groups = [mask for mask in assignment.masks if mask]
     return (
         assignment.micro_batches,
@@ -188,27 +207,28 @@ def merged(assignment: Assignment) -> Assignment:
     Assignment(sizes=(8,), masks=(1, 0), keep=0, remat='none', micro_batches=1)
     """
     masks = (*assignment.masks, assignment.keep)
-    for bit in range(len(assignment.sizes) - 1):
-        left = [mask >> bit & 1 for mask in masks]
-        right = [mask >> (bit + 1) & 1 for mask in masks]
+    for axis in range(len(assignment.sizes) - 1):
+        left = [has(mask, axis) for mask in masks]
+        right = [has(mask, axis + 1) for mask in masks]
         if left == right:
-            return merged(_joined(assignment, bit))
+            return merged(_joined(assignment, axis))
     return assignment
 
 
-def _joined(assignment: Assignment, bit: int) -> Assignment:
-    """Return the assignment with the mesh axes `bit` and `bit + 1` as one."""
-    sizes = assignment.sizes
-    product = sizes[bit] * sizes[bit + 1]
+def _joined(assignment: Assignment, axis: int) -> Assignment:
+    """Return the assignment with a mesh axis and the next one as one."""
+    sizes = list(assignment.sizes)
+    sizes[axis] *= sizes.pop(axis + 1)
+    masks = [_without(mask, axis + 1) for mask in assignment.masks]
     return replace(
         assignment,
-        sizes=(*sizes[:bit], product, *sizes[bit + 2 :]),
-        masks=tuple(_without(mask, bit + 1) for mask in assignment.masks),
-        keep=_without(assignment.keep, bit + 1),
+        sizes=tuple(sizes),
+        masks=tuple(masks),
+        keep=_without(assignment.keep, axis + 1),
     )
 
 
-def _without(mask: int, bit: int) -> int:
-    """Return a mask whose bits above `bit` have moved down by one."""
-    low = (1 << bit) - 1
+def _without(mask: int, axis: int) -> int:
+    """Return a mask without an axis; those above it have moved down by one."""
+    low = (1 << axis) - 1
     return mask & low | mask >> 1 & ~low

@@ -24,6 +24,7 @@ from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.search.limits import LISTED_PARAMETERS
+from lepton_jax.planner.search.masks import divides, parts, sample_axes
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ class Pins:
         if not self.groups:
             return assignment
 
-        samples = 0 if names.batch is None else assignment.masks[names.batch]
+        samples = sample_axes(assignment, names)
         masks = list(assignment.masks)
         for k, group in enumerate(names.groups):
             if group.name in self.groups:
                 taken = 0 if k == names.batch else samples
-                masks[k] = self.groups[group.name] & ~taken
+                pinned = self.groups[group.name]
+                masks[k] = pinned & ~taken
         return replace(assignment, masks=tuple(masks))
 
 
@@ -107,10 +109,12 @@ def read(
 
     _check_mesh(request.mesh, topology, where)
     reader = _Reader(names, request.mesh, where)
-    for pattern, spec in (request.pins or {}).items():
+    pins = request.pins or {}
+    for pattern, spec in pins.items():
         reader.pin(pattern, spec)
+    sizes = tuple(request.mesh.values())
     return Pins(
-        meshes=(tuple(request.mesh.values()),),
+        meshes=(sizes,),
         axes=tuple(request.mesh),
         groups=reader.groups,
         storage=reader.storage,
@@ -131,7 +135,11 @@ def _check_remat(remat: str | None, where: str) -> None:
         )
 
 
-def _check_micro_batches(parts: Any, batch_size: int, where: str) -> None:
+def _check_micro_batches(
+    parts: Any,
+    batch_size: int,
+    where: str,
+) -> None:
     if not _is_count(parts) or batch_size % parts:
         raise PlanError(
             f"{parts!r} micro-batches do not divide a batch of {batch_size}",
@@ -140,7 +148,11 @@ def _check_micro_batches(parts: Any, batch_size: int, where: str) -> None:
         )
 
 
-def _check_mesh(mesh: Mapping[str, int], topology: Topology, where: str) -> None:
+def _check_mesh(
+    mesh: Mapping[str, int],
+    topology: Topology,
+    where: str,
+) -> None:
     for name, size in mesh.items():
         if not _is_count(size):
             raise PlanError(
@@ -151,7 +163,8 @@ def _check_mesh(mesh: Mapping[str, int], topology: Topology, where: str) -> None
 
     places = math.prod(mesh.values())
     if places != topology.devices:
-        spelled = " x ".join(f"{name}={size}" for name, size in mesh.items())
+        axes = [f"{name}={size}" for name, size in mesh.items()]
+        spelled = " x ".join(axes)
         raise PlanError(
             f"the mesh {spelled} has {places} places, and {topology.name} has"
             f" {topology.devices} devices",
@@ -161,7 +174,9 @@ def _check_mesh(mesh: Mapping[str, int], topology: Topology, where: str) -> None
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return value >= 1
 
 
 # ---- specs of arrays ----
@@ -175,7 +190,12 @@ class _Reader:
       storage: parameter's path to the spec with which it is kept.
     """
 
-    def __init__(self, names: Names, mesh: Mapping[str, int], where: str):
+    def __init__(
+        self,
+        names: Names,
+        mesh: Mapping[str, int],
+        where: str,
+    ):
         self.groups: dict[str, int] = {}
         self.storage: dict[str, Spec] = {}
         self._names = names
@@ -186,24 +206,36 @@ class _Reader:
 
     def pin(self, pattern: str, spec: Any) -> None:
         """Note one pin for all arrays that its pattern matches."""
-        matched = [path for path in self._indices if _matches(path, pattern)]
+        paths = self._indices
+        matched = [path for path in paths if _matches(path, pattern)]
         if not matched:
             raise self._unmatched(pattern)
         for path in matched:
             self._pin_array(pattern, path, spec)
 
     def _unmatched(self, pattern: str) -> PlanError:
-        words = sorted({part for path in self._indices for part in path.split("/")})
-        similar = nearest(pattern.rsplit("/", 1)[-1], words)
-        patterns = {self._names.patterns[i] for i in self._indices.values()}
-        known = sorted(known.removeprefix("params/") for known in patterns)
+        words: set[str] = set()
+        patterns: set[str] = set()
+        for path, index in self._indices.items():
+            words.update(path.split("/"))
+            known_pattern = self._names.patterns[index]
+            patterns.add(known_pattern.removeprefix("params/"))
+
+        last = pattern.rpartition("/")[2]
+        similar = nearest(last, sorted(words))
+        known = sorted(patterns)
         return PlanError(
             f"the pin {pattern!r} matches no parameter{similar}",
             where=self._where,
             remedy="parameters are " + ", ".join(known[:LISTED_PARAMETERS]),
         )
 
-    def _pin_array(self, pattern: str, path: str, spec: Any) -> None:
+    def _pin_array(
+        self,
+        pattern: str,
+        path: str,
+        spec: Any,
+    ) -> None:
         index = self._indices[path]
         value = self._names.graph.block.inputs[index]
         shape = value.shape
@@ -221,15 +253,21 @@ class _Reader:
             axes = _axes(entry)
             self._check_axes(pattern, axes)
             self._check_divides(pattern, path, dim, shape[dim], axes)
-            masks.append(sum(self._bits[axis] for axis in axes))
+            mask = sum(self._bits[axis] for axis in axes)
+            masks.append(mask)
 
-        rest = (0,) * (len(shape) - len(masks))
-        self.storage[self._names.paths[index]] = (*masks, *rest)
+        not_named = len(shape) - len(masks)
+        full_path = self._names.paths[index]
+        self.storage[full_path] = (*masks, *(0,) * not_named)
         for dim, mask in enumerate(masks):
             if mask:
                 self._pin_group(pattern, path, value, dim, mask)
 
-    def _check_axes(self, pattern: str, axes: tuple[str, ...]) -> None:
+    def _check_axes(
+        self,
+        pattern: str,
+        axes: tuple[str, ...],
+    ) -> None:
         for axis in axes:
             if axis not in self._bits:
                 raise PlanError(
@@ -266,26 +304,29 @@ class _Reader:
     ) -> None:
         """Split the named axis of a dim in computing, too, if all its extents allow."""
         names = self._names
-        k = names.of.get(names.graph.find(value.nodes[dim]))
+        root = names.graph.find(value.nodes[dim])
+        k = names.of.get(root)
         if k is None:
             return
 
         group = names.groups[k]
-        count = math.prod(n for a, n in self._mesh.items() if self._bits[a] & mask)
-        divides = group.divisor % count == 0
-        is_parameter = names.paths[self._indices[path]].startswith("params/")
+        count = parts(tuple(self._mesh.values()), mask)
+        is_split = divides(names, k, count)
+        index = self._indices[path]
+        is_parameter = names.paths[index].startswith("params/")
         # such a parameter is kept in parts and gathered where it is used
-        if is_parameter and not divides:
+        if is_parameter and not is_split:
             return
 
-        if self.groups.get(group.name, mask) != mask:
+        before = self.groups.get(group.name, mask)
+        if before != mask:
             raise PlanError(
                 f"pins disagree on the named axis {group.name}, which {path}"
                 f" has as dim {dim}",
                 where=self._where,
                 remedy="pin dims that are one thing alike",
             )
-        if not divides:
+        if not is_split:
             raise PlanError(
                 f"the pin {pattern!r} splits the named axis {group.name} over"
                 f" {count}, but its extents have only {group.divisor} in common",
@@ -319,10 +360,14 @@ def _check_form(
     entries = list(spec) if is_list else [spec]
     axes: list[Any] = []
     for entry in entries:
-        axes += entry if isinstance(entry, tuple | list) else [entry]
+        if isinstance(entry, tuple | list):
+            axes += entry
+        else:
+            axes.append(entry)
     axes = [axis for axis in axes if axis is not None]
 
-    if not is_list or any(not isinstance(axis, str) for axis in axes):
+    all_names = all(isinstance(axis, str) for axis in axes)
+    if not is_list or not all_names:
         raise PlanError(
             f"the pin {pattern!r} is {spec!r}, and no PartitionSpec",
             where=where,
@@ -331,10 +376,10 @@ def _check_form(
                 ' P(None, "tensor")'
             ),
         )
-    twice = next((axis for axis in axes if axes.count(axis) > 1), None)
+    twice = [axis for axis in axes if axes.count(axis) > 1]
     if twice:
         raise PlanError(
-            f"the pin {pattern!r} has the mesh axis {twice!r} twice",
+            f"the pin {pattern!r} has the mesh axis {twice[0]!r} twice",
             where=where,
             remedy="split one dim alone by an axis",
         )
@@ -344,7 +389,9 @@ def _axes(entry: Any) -> tuple[str, ...]:
     """Return the mesh axes of one entry of a spec."""
     if entry is None:
         return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
+    if isinstance(entry, str):
+        return (entry,)
+    return tuple(entry)
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -33,6 +33,7 @@ from lepton_jax.planner.search.limits import (
     MARGIN_CONVOLVING,
     TIE_WEIGHT,
 )
+from lepton_jax.planner.search.masks import reordered
 from lepton_jax.planner.search.pins import Pins
 from lepton_jax.planner.search.roles import Roles
 
@@ -112,14 +113,16 @@ class Memory:
     def state(self, assignment: Assignment) -> float:
         """Return the bytes of parameters, their gradients and optimizer state."""
         counts = assignment.counts
-        specs = self.names.storage(list(assignment.masks), assignment.keep, counts)
+        masks = list(assignment.masks)
+        specs = self.names.storage(masks, assignment.keep, counts)
 
         total = 0.0
-        for spec, (own, more) in zip(specs, self.state_bytes, strict=True):
+        for spec, pair in zip(specs, self.state_bytes, strict=True):
+            own, optimizer = pair
             axes = 0
             for mask in spec:
                 axes |= mask
-            total += (2 * own + more) / counts[axes]
+            total += (2 * own + optimizer) / counts[axes]
         return total
 
 
@@ -258,9 +261,10 @@ class Problem:
     def least_flops(self, assignment: Assignment) -> float:
         """Return the FLOPs of a step on one device that does all of it."""
         if self._flops is None:
-            nothing_split = (0,) * len(assignment.masks)
-            alone = replace(assignment, masks=nothing_split, keep=0)
-            self._flops = self.cost("none").estimate(alone).flops
+            no_masks = (0,) * len(assignment.masks)
+            alone = replace(assignment, masks=no_masks, keep=0)
+            estimate = self.cost("none").estimate(alone)
+            self._flops = estimate.flops
         return self._flops
 
     def candidate(self, assignment: Assignment) -> Candidate:
@@ -273,13 +277,14 @@ class Problem:
         estimate = self.cost(assignment.remat).estimate(assignment)
         held = self.memory(assignment.remat).predict(assignment)
         peak = sum(held.values())
+        score = float(peak) if self.objective == "memory" else estimate.total
         return Candidate(
             assignment,
             estimate,
             peak,
             held,
             fits=peak <= self.limit,
-            score=float(peak) if self.objective == "memory" else estimate.total,
+            score=score,
         )
 
     def peak(self, assignment: Assignment) -> int:
@@ -289,7 +294,8 @@ class Problem:
           assignment: its masks are in the order of the groups of the policy "none".
         """
         assignment = self.translated(assignment)
-        return sum(self.memory(assignment.remat).predict(assignment).values())
+        held = self.memory(assignment.remat).predict(assignment)
+        return sum(held.values())
 
     # ---- groups under another policy ----
 
@@ -301,17 +307,24 @@ class Problem:
         """Return masks of the assignment's own policy in the order of "none"."""
         return self._reordered(assignment, assignment.remat, "none")
 
-    def _reordered(self, assignment: Assignment, old: str, new: str) -> Assignment:
+    def _reordered(
+        self,
+        assignment: Assignment,
+        old: str,
+        new: str,
+    ) -> Assignment:
         if old == new:
             return assignment
-        old_names = [group.name for group in self.names(old).groups]
-        by_name = dict(zip(old_names, assignment.masks, strict=True))
-        masks = tuple(by_name.get(group.name, 0) for group in self.names(new).groups)
-        return replace(assignment, masks=masks)
+        masks = reordered(assignment, self.names(old), self.names(new))
+        return replace(assignment, masks=tuple(masks))
 
     # ---- neighbours of the problem ----
 
-    def without_pins(self, topology: Topology, limit: float | None) -> Problem:
+    def without_pins(
+        self,
+        topology: Topology,
+        limit: float | None,
+    ) -> Problem:
         """Return the problem without pins, maybe on another topology.
 
         What depends on neither is shared.

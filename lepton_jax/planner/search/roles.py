@@ -14,12 +14,15 @@ as "x", leave it to the search. A number at the end does not count: "tensor2" is
 
 from __future__ import annotations
 
+import itertools
+import string
 from collections.abc import Iterator
 from dataclasses import replace
 
 from lepton_jax.planner.assignment import Assignment, expert_groups
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search.limits import LISTED_GROUPS
+from lepton_jax.planner.search.masks import divides, has
 from lepton_jax.planner.search.pins import Pins
 
 # the word of the field that each name of an axis stands for
@@ -96,7 +99,12 @@ class Roles:
             elif not self._stored(bit):
                 self.notes.append(self._idle(bit, word, size))
 
-    def _restrict(self, bit: int, word: str, groups: list[int]) -> None:
+    def _restrict(
+        self,
+        bit: int,
+        word: str,
+        groups: list[int],
+    ) -> None:
         """Leave an axis what its word says: to split these groups, and to keep state.
 
         Args:
@@ -124,9 +132,9 @@ class Roles:
         keep = assignment.keep
         if keep & ~self._may_keep or self._must_keep & ~keep:
             return False
-        for mask, may in zip(assignment.masks, self._may, strict=True):
-            if mask & ~may:
-                return False
+        pairs = zip(assignment.masks, self._may, strict=True)
+        if any(mask & ~may for mask, may in pairs):
+            return False
         return not any(self._missing(assignment))
 
     def starts(self, assignment: Assignment) -> Iterator[Assignment]:
@@ -150,26 +158,31 @@ class Roles:
             else:
                 pending += self._splits(candidate, bit)
 
-    def _splits(self, assignment: Assignment, bit: int) -> Iterator[Assignment]:
+    def _splits(
+        self,
+        assignment: Assignment,
+        bit: int,
+    ) -> Iterator[Assignment]:
         """Yield the assignment with each group that the axis must split one of."""
         for k in self._must[bit]:
             masks = list(assignment.masks)
             masks[k] |= 1 << bit
-            if self.names.groups[k].divisor % assignment.counts[masks[k]] == 0:
+            if divides(self.names, k, assignment.counts[masks[k]]):
                 yield replace(assignment, masks=tuple(masks))
 
     def _missing(self, assignment: Assignment) -> Iterator[int]:
         """Yield the axes that split none of the groups that they must split one of."""
-        for bit, groups in self._must.items():
-            splits = any(assignment.masks[k] >> bit & 1 for k in groups)
-            pinned = any(mask >> bit & 1 for mask in self._pins.groups.values())
-            if not splits and not pinned:
-                yield bit
+        pinned = self._pins.groups.values()
+        for axis, groups in self._must.items():
+            masks = [assignment.masks[k] for k in groups]
+            if not any(has(mask, axis) for mask in (*masks, *pinned)):
+                yield axis
 
-    def _stored(self, bit: int) -> bool:
+    def _stored(self, axis: int) -> bool:
         """Whether a pin keeps something in parts over an axis."""
-        masks = [mask for spec in self._pins.storage.values() for mask in spec]
-        return any(mask >> bit & 1 for mask in masks)
+        specs = self._pins.storage.values()
+        masks = itertools.chain.from_iterable(specs)
+        return any(has(mask, axis) for mask in masks)
 
     # ---- what each word stands for in this model ----
 
@@ -180,11 +193,12 @@ class Roles:
         experts = sorted(expert_groups(names))
         later = self._later()
         others = {*batch, *experts, *later}
-        rest = [k for k in range(len(names.groups)) if k not in others]
+        every = range(len(names.groups))
+        params = [k for k in every if self._of_parameters(k)]
         return {
             "data": batch,
             "fsdp": batch,
-            "tensor": [k for k in rest if self._of_parameters(k)],
+            "tensor": [k for k in params if k not in others],
             "expert": experts,
             "sequence": later,
         }
@@ -209,7 +223,8 @@ class Roles:
         for k, group in enumerate(names.groups):
             if k == names.batch:
                 continue
-            inputs = [i for i, d in group.members if d and not _parameter(names, i)]
+            later_dims = [i for i, dim in group.members if dim]
+            inputs = [i for i in later_dims if not _parameter(names, i)]
             if inputs and not self._of_parameters(k):
                 of_inputs.append(k)
             elif any(_whole_numbers(names, i) for i in inputs):
@@ -217,16 +232,28 @@ class Roles:
         return of_inputs or of_tokens
 
     def _of_parameters(self, k: int) -> bool:
-        return any(_parameter(self.names, i) for i, _ in self.names.groups[k].members)
+        members = self.names.groups[k].members
+        return any(_parameter(self.names, i) for i, _ in members)
 
-    def _able(self, groups: list[int], parts: int) -> list[int]:
+    def _able(
+        self,
+        groups: list[int],
+        parts: int,
+    ) -> list[int]:
         """Return the groups that can be split into so many parts."""
-        return [k for k in groups if self.names.groups[k].divisor % parts == 0]
+        return [k for k in groups if divides(self.names, k, parts)]
 
-    def _idle(self, bit: int, word: str, size: int) -> str:
+    def _idle(
+        self,
+        bit: int,
+        word: str,
+        size: int,
+    ) -> str:
         """Return the note that an axis is idle, and why."""
-        groups = [self.names.groups[k] for k in self._splitters()[word]]
-        listed = [f"{group.name} ({group.divisor})" for group in groups[:LISTED_GROUPS]]
+        listed = []
+        for k in self._splitters()[word][:LISTED_GROUPS]:
+            group = self.names.groups[k]
+            listed.append(f"{group.name} ({group.divisor})")
         if listed:
             why = f"{', '.join(listed)} can't be split over {size} devices"
         else:
@@ -240,7 +267,8 @@ class Roles:
 
 def _word(axis: str) -> str | None:
     """Return the word that a mesh axis is called after; None: its name is no word."""
-    return WORDS.get(axis.rstrip("0123456789").lower())
+    word = axis.rstrip(string.digits).lower()
+    return WORDS.get(word)
 
 
 def _samples(word: str) -> bool:
@@ -252,5 +280,5 @@ def _parameter(names: Names, index: int) -> bool:
 
 
 def _whole_numbers(names: Names, index: int) -> bool:
-    dtype = str(names.graph.block.inputs[index].dtype)
-    return dtype.startswith(("int", "uint"))
+    value = names.graph.block.inputs[index]
+    return str(value.dtype).startswith(("int", "uint"))

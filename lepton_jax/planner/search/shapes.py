@@ -21,8 +21,11 @@ from lepton_jax.planner.search.limits import (
     MOST_PAIRS,
     SMALL_MESH,
 )
+from lepton_jax.planner.search.masks import divides, parts
 from lepton_jax.planner.search.problem import Problem
 
+# sizes of the mesh axes, outermost first
+Sizes = tuple[int, ...]
 # masks of mesh axes by group, and the mask over which the state is kept in parts
 Start = tuple[dict[int, int], int]
 
@@ -30,7 +33,7 @@ Start = tuple[dict[int, int], int]
 # ---- mesh shapes ----
 
 
-def meshes(topology: Topology) -> list[tuple[int, ...]]:
+def meshes(topology: Topology) -> list[Sizes]:
     """Return factorizations of the devices into at most three axes, likelier first.
 
     >>> from lepton_jax.hardware import topology
@@ -41,7 +44,7 @@ def meshes(topology: Topology) -> list[tuple[int, ...]]:
     if devices == 1:
         return [(1,)]
 
-    pairs: list[tuple[int, ...]] = [*_pairs(devices)]
+    pairs: list[Sizes] = [*_pairs(devices)]
     triples = [
         (outer, middle, inner)
         for outer, rest in _pairs(devices)
@@ -49,12 +52,14 @@ def meshes(topology: Topology) -> list[tuple[int, ...]]:
         if outer >= middle >= inner and inner <= MOST_INNER
     ]
     triples.sort(key=_unlikely)
-    return [(devices,), *pairs[:MOST_PAIRS], *triples][:MOST_MESHES]
+    likely = [(devices,), *pairs[:MOST_PAIRS], *triples]
+    return likely[:MOST_MESHES]
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:
     """Return all (a, b) with a * b = count and both above 1, the largest a first."""
-    return [(count // k, k) for k in range(2, count) if count % k == 0]
+    divisors = [k for k in range(2, count) if count % k == 0]
+    return [(count // k, k) for k in divisors]
 
 
 def _unlikely(shape: tuple[int, int, int]) -> tuple[float, int]:
@@ -65,7 +70,10 @@ def _unlikely(shape: tuple[int, int, int]) -> tuple[float, int]:
 # ---- starting points ----
 
 
-def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
+def starts(
+    problem: Problem,
+    sizes: Sizes,
+) -> Iterator[Assignment]:
     """Yield the layouts that experts write for a mesh of these sizes.
 
     They are data parallelism, FSDP, both with an axis left for others, experts,
@@ -73,21 +81,18 @@ def starts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Assignment]:
     """
     names = problem.names("none")
     for masks, keep in _layouts(problem, sizes):
-        if not _divide(names, sizes, masks):
+        if not all(divides(names, k, parts(sizes, m)) for k, m in masks.items()):
             continue
-        full = tuple(masks.get(k, 0) for k in range(len(names.groups)))
-        yield problem.pins.force(Assignment(sizes, full, keep), names)
+        groups = range(len(names.groups))
+        full = tuple(masks.get(k, 0) for k in groups)
+        start = Assignment(sizes, full, keep)
+        yield problem.pins.force(start, names)
 
 
-def _divide(names: Names, sizes: tuple[int, ...], masks: dict[int, int]) -> bool:
-    for k, mask in masks.items():
-        parts = math.prod(n for i, n in enumerate(sizes) if mask >> i & 1)
-        if names.groups[k].divisor % parts:
-            return False
-    return True
-
-
-def _layouts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Start]:
+def _layouts(
+    problem: Problem,
+    sizes: Sizes,
+) -> Iterator[Start]:
     names = problem.names("none")
     every = (1 << len(sizes)) - 1
     batch = names.batch
@@ -108,15 +113,23 @@ def _layouts(problem: Problem, sizes: tuple[int, ...]) -> Iterator[Start]:
     yield from _experts(names, batch, len(sizes))
 
 
-def _batch_everywhere(names: Names, batch: int, every: int) -> Iterator[Start]:
+def _batch_everywhere(
+    names: Names,
+    batch: int,
+    every: int,
+) -> Iterator[Start]:
     """Yield data parallelism, FSDP, and rows of embeddings."""
     yield {batch: every}, 0
     yield {batch: every}, every
     if names.rows:
-        yield {batch: every, **dict.fromkeys(names.rows, every)}, 0
+        looked_up = dict.fromkeys(names.rows, every)
+        yield {batch: every, **looked_up}, 0
 
 
-def _one_axis(names: Names, every: int) -> Iterator[Start]:
+def _one_axis(
+    names: Names,
+    every: int,
+) -> Iterator[Start]:
     """Yield an idle axis, and one that splits a sequence."""
     yield {}, 0
     for k in sequences(names):
@@ -143,7 +156,11 @@ def _last_axis_free(
         yield {batch: last}, 0
 
 
-def _experts(names: Names, batch: int, count: int) -> Iterator[Start]:
+def _experts(
+    names: Names,
+    batch: int,
+    count: int,
+) -> Iterator[Start]:
     """Yield experts over the last axis, with and without the batch along it."""
     every = (1 << count) - 1
     last = 1 << (count - 1)
@@ -157,12 +174,18 @@ def _experts(names: Names, batch: int, count: int) -> Iterator[Start]:
 
 def sequences(names: Names) -> list[int]:
     """Return the groups of inputs' later dims that no parameter has."""
-    return [
-        k
-        for k, group in enumerate(names.groups)
-        if k != names.batch and all(_later_input(names, i, d) for i, d in group.members)
-    ]
+    groups = []
+    for k, group in enumerate(names.groups):
+        is_later = all(_later_input(names, i, dim) for i, dim in group.members)
+        if is_later and k != names.batch:
+            groups.append(k)
+    return groups
 
 
-def _later_input(names: Names, index: int, dim: int) -> bool:
-    return dim > 0 and names.paths[index].startswith(("inputs", "targets"))
+def _later_input(
+    names: Names,
+    index: int,
+    dim: int,
+) -> bool:
+    path = names.paths[index]
+    return dim > 0 and path.startswith(("inputs", "targets"))

@@ -26,7 +26,10 @@ class Mark(NamedTuple):
     price: float
 
 
-def chart(points: Sequence[Point], letters: Sequence[str]) -> list[str]:
+def chart(
+    points: Sequence[Point],
+    letters: Sequence[str],
+) -> list[str]:
     """Return letters where time (across) and price (up) meet.
 
     There are no lines for fewer than two topologies with a time and a price.
@@ -61,7 +64,11 @@ def _column(across: Log, seconds: float) -> int:
     return round(across.at(seconds) * (COLUMNS - RIGHT))
 
 
-def _field(marks: Sequence[Mark], across: Log, up: Log) -> list[str]:
+def _field(
+    marks: Sequence[Mark],
+    across: Log,
+    up: Log,
+) -> list[str]:
     """Return the lines with the letters; where two meet, one moves to the right."""
     field = [[" "] * COLUMNS for _ in range(LINES)]
     for mark in sorted(marks):

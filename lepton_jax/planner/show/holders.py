@@ -182,7 +182,10 @@ def _size(axes: Axes) -> int:
     return math.prod(n for _, n in axes)
 
 
-def _indices(axes: Axes, i: int) -> dict[str, int]:
+def _indices(
+    axes: Axes,
+    i: int,
+) -> dict[str, int]:
     """Return the index on each axis of device i, counted with the last axis fastest."""
     indices = {}
     for name, n in reversed(axes):
@@ -209,7 +212,10 @@ class Part(NamedTuple):
     total: int
 
 
-def _splits(entries: Entries, plan: Plan) -> list[Split]:
+def _splits(
+    entries: Entries,
+    plan: Plan,
+) -> list[Split]:
     """Return the dims that are split."""
     splits = []
     for dim, entry in enumerate(entries):
@@ -346,7 +352,10 @@ def _held(
     return parts
 
 
-def _title(indices: Mapping[str, int], parts: Mapping[int, Part]) -> str:
+def _title(
+    indices: Mapping[str, int],
+    parts: Mapping[int, Part],
+) -> str:
     """Return what a square says under the pointer."""
     device = ", ".join(f"{name} {i}" for name, i in indices.items())
     held = " and ".join(
@@ -417,7 +426,11 @@ def _array(
     )
 
 
-def _ratio(array: ArrayPlan, down: int | None, across: int | None) -> float:
+def _ratio(
+    array: ArrayPlan,
+    down: int | None,
+    across: int | None,
+) -> float:
     """Return height by width of a drawing: between the true one and a square."""
     if down is None or across is None:
         return VECTOR_RATIO
@@ -425,7 +438,10 @@ def _ratio(array: ArrayPlan, down: int | None, across: int | None) -> float:
     return min(MOST_RATIO, max(LEAST_RATIO, true**0.5))
 
 
-def _parts(parts: Mapping[int, int], dim: int | None) -> int:
+def _parts(
+    parts: Mapping[int, int],
+    dim: int | None,
+) -> int:
     return 1 if dim is None else parts.get(dim, 1)
 
 

@@ -105,7 +105,10 @@ def table(
     return f'<h4>{escape(title)}</h4><div class="scroll">{inner}</div>'
 
 
-def _cells(row: Sequence[str], classes: Sequence[str]) -> str:
+def _cells(
+    row: Sequence[str],
+    classes: Sequence[str],
+) -> str:
     pairs = zip(row, classes, strict=True)
     return "".join(f"<td{attribute}>{cell}</td>" for cell, attribute in pairs)
 
@@ -358,7 +361,10 @@ def _rivals(plan: Plan) -> str:
     return table("Rivals", heads, cells, "<<<>>>w")
 
 
-def _said(title: str, items: Iterable[tuple[str, str]]) -> str:
+def _said(
+    title: str,
+    items: Iterable[tuple[str, str]],
+) -> str:
     """Return a list of words with what is said of each; empty if there are none."""
     cells = ""
     for key, value in items:

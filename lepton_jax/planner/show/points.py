@@ -82,7 +82,10 @@ def margin_of(point: Point) -> str:
     return f"{size(point.margin)} ({point.margin / point.memory:.0%})"
 
 
-def _known(value: float | None, words: Callable[[float], str]) -> str:
+def _known(
+    value: float | None,
+    words: Callable[[float], str],
+) -> str:
     return "not known" if value is None else words(value)
 
 

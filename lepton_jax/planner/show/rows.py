@@ -79,7 +79,10 @@ def other_state(plan: Plan) -> list[str]:
     return phrases
 
 
-def _counted(arrays: Sequence[ArrayPlan], plan: Plan) -> str:
+def _counted(
+    arrays: Sequence[ArrayPlan],
+    plan: Plan,
+) -> str:
     if len(arrays) == 1:
         return ""
     split = sum(ways(array.spec, plan) > 1 for array in arrays)
@@ -136,6 +139,10 @@ def longest_first(plan: Plan) -> list[Collective]:
     return sorted(plan.collectives, key=lambda collective: -collective.seconds)
 
 
-def split_over(axes: Sequence[str], plan: Plan, between: str) -> str:
+def split_over(
+    axes: Sequence[str],
+    plan: Plan,
+    between: str,
+) -> str:
     """Return mesh axes with their sizes: fsdp (4) and tensor (2)."""
     return between.join(f"{name} ({plan.mesh.get(name, 1)})" for name in axes)

@@ -106,7 +106,12 @@ def scatter(points: Sequence[Point]) -> str:
 # ---- points ----
 
 
-def _spot(point: Point, across: Log, up: Log | None, bottom: float) -> Spot:
+def _spot(
+    point: Point,
+    across: Log,
+    up: Log | None,
+    bottom: float,
+) -> Spot:
     x = LEFT + across.at(point.seconds or 0.0) * WIDE
     # below the plane: those without a price
     if point.price is None or up is None:
@@ -141,7 +146,11 @@ def _words(point: Point) -> str:
 # ---- the frame ----
 
 
-def _frame(across: Log, up: Log | None, strip: int) -> str:
+def _frame(
+    across: Log,
+    up: Log | None,
+    strip: int,
+) -> str:
     """Return the axes with their ticks and titles.
 
     Args:
@@ -170,7 +179,11 @@ def _frame(across: Log, up: Log | None, strip: int) -> str:
     return "".join(parts)
 
 
-def _time_tick(across: Log, seconds: float, bottom: int) -> str:
+def _time_tick(
+    across: Log,
+    seconds: float,
+    bottom: int,
+) -> str:
     x = LEFT + across.at(seconds) * WIDE
     return (
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"'
@@ -241,7 +254,11 @@ def _places(label: Label) -> Iterator[Place]:
         yield Place(reach, box)
 
 
-def _badness(place: Place, taken: Sequence[Box], bottom: float) -> float:
+def _badness(
+    place: Place,
+    taken: Sequence[Box],
+    bottom: float,
+) -> float:
     """Return how far a label is from its point, and what it covers."""
     covered = sum(_overlap(place.box, other) for other in taken)
     return place.reach + covered + OUTSIDE * _is_outside(place.box, bottom)
@@ -269,7 +286,10 @@ def _drawn(label: Label, place: Place) -> str:
     )
 
 
-def _pieces(start: Spot, end: Spot) -> Iterator[Spot]:
+def _pieces(
+    start: Spot,
+    end: Spot,
+) -> Iterator[Spot]:
     """Yield spots along a line, `PIECE` pixels apart, without its end."""
     wide = end.x - start.x
     high = end.y - start.y

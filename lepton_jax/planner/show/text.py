@@ -144,7 +144,10 @@ def _axes(plan: Plan) -> list[str]:
     return grid(titles, cells, "<><>") if cells else []
 
 
-def _arrays(plan: Plan, numbers: dict[str, str]) -> list[str]:
+def _arrays(
+    plan: Plan,
+    numbers: dict[str, str],
+) -> list[str]:
     """Return the table of parameters, which refers to reasons by their numbers."""
     cells = []
     for row in rows(plan):
@@ -209,7 +212,10 @@ def _rivals(plan: Plan) -> list[str]:
     return grid(titles, cells, "<<<>>><", flexible=(0, 1)) if cells else []
 
 
-def _listed(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
+def _listed(
+    title: str,
+    items: Iterable[tuple[str, str]],
+) -> list[str]:
     lines = []
     for key, value in items:
         mark = f"  {key}  " if len(key) < 3 else f"  {key}: "
@@ -317,7 +323,11 @@ def grid(
     return [_line(line, widths, align) for line in lines]
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], align: str) -> str:
+def _line(
+    cells: Sequence[str],
+    widths: Sequence[int],
+    align: str,
+) -> str:
     columns = []
     for i, (cell, width, side) in enumerate(zip(cells, widths, align, strict=True)):
         short = cut(cell, width, front=i == 0)

@@ -59,7 +59,11 @@ def amount(value: float) -> str:
     return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
-def plural(count: int, word: str, ending: str = "s") -> str:
+def plural(
+    count: int,
+    word: str,
+    ending: str = "s",
+) -> str:
     """Return a count with its word: 1 step, 2 steps."""
     return f"{count} {word}{ending if count > 1 else ''}"
 
