@@ -145,12 +145,12 @@ def _plan(
 ) -> Plan:
     names = problem.names(chosen.assignment.remat)
     assignment = _with_real_keep(names, chosen.assignment)
-    estimate = problem.cost(assignment.remat).estimate(assignment, causes=True)
+    cost = problem.cost(assignment.remat)
+    estimate = cost.estimate(assignment, causes=True)
+    rivals = _rivals(chosen, ranked)
     verdict = Verdict(
         objective=problem.objective,
-        rivals=tuple(
-            _rival(problem, chosen, rival) for rival in _rivals(chosen, ranked)
-        ),
+        rivals=tuple(_rival(problem, chosen, rival) for rival in rivals),
         reasons=_reasons(problem, chosen, ranked),
         notes=tuple(_notes(problem, chosen)),
     )
@@ -216,7 +216,7 @@ def _why_not_the_fastest(
     problem: Problem, chosen: Candidate, ranked: Sequence[Candidate]
 ) -> str | None:
     """Return why a plan was chosen that is not the fastest; None if it is."""
-    fastest = min((c.score for c in ranked if c.fits), default=chosen.score)
+    fastest = min(c.score for c in ranked if c.fits)
     if problem.objective == "memory" or _alike(chosen.score, fastest):
         return None
     return (
@@ -232,9 +232,8 @@ def _why_not_plain(problem: Problem, chosen: Candidate) -> str | None:
     a = chosen.assignment
     if a.remat == "none" and a.micro_batches == 1:
         return None
-    plain = problem.candidate(
-        replace(problem.untranslated(a), remat="none", micro_batches=1)
-    )
+    form = problem.untranslated(a)
+    plain = problem.candidate(replace(form, remat="none", micro_batches=1))
     if plain.fits:
         return None
     return (
@@ -247,13 +246,10 @@ def _why_in_one_piece(
     problem: Problem, chosen: Candidate, ranked: Sequence[Candidate]
 ) -> str | None:
     """Return why a batch stays in one piece where micro-batches would be faster."""
-    faster_in_parts = [
-        c
-        for c in ranked
-        if c.fits and c.score < chosen.score and c.assignment.micro_batches > 1
-    ]
-    in_parts = chosen.assignment.micro_batches > 1
-    if in_parts or not faster_in_parts or not problem.whole:
+    faster = [c for c in ranked if c.fits and c.score < chosen.score]
+    is_faster_in_parts = any(c.assignment.micro_batches > 1 for c in faster)
+    is_in_parts = chosen.assignment.micro_batches > 1
+    if is_in_parts or not is_faster_in_parts or not problem.whole:
         return None
     return f"micro-batches would change the model: {problem.batches.why}"
 
@@ -314,7 +310,8 @@ def _loses(
 
 
 def _alike(score: float, other: float) -> bool:
-    return abs(score - other) <= limits.EQUAL * min(score, other)
+    difference = abs(score - other)
+    return difference <= limits.EQUAL * min(score, other)
 
 
 def _gain(slower: float, faster: float) -> str:

@@ -227,9 +227,13 @@ class Plan:
         state: Any,
     ) -> Any:
         """Return a NamedSharding for each leaf of a state."""
-        specs = {a.path: PartitionSpec(*a.spec) for a in self.arrays}
-        leaves = [NamedSharding(mesh, specs[path]) for path in by_path(state)]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+        specs = {array.path: array.spec for array in self.arrays}
+        leaves = []
+        for path in by_path(state):
+            spec = PartitionSpec(*specs[path])
+            leaves.append(NamedSharding(mesh, spec))
+        structure = jax.tree.structure(state)
+        return jax.tree.unflatten(structure, leaves)
 
     def layout(
         self,
@@ -243,7 +247,8 @@ class Plan:
           paths: of its inputs, parameters first (see `laid_out`).
         """
         bits = {name: 1 << i for i, name in enumerate(self.mesh)}
-        known = {array.path: array for array in (*self.arrays, *self.batch)}
+        arrays = (*self.arrays, *self.batch)
+        known = {array.path: array for array in arrays}
         uses: dict[int, int] = {}
         storage = []
         for path, value in zip(paths, graph.block.inputs, strict=True):
@@ -259,8 +264,8 @@ class Plan:
 
             if array.kind == "params":
                 spec = tuple(_mask(entry, bits) for entry in array.spec)
-                whole_dims = (0,) * (len(value.shape) - len(spec))
-                storage.append(spec + whole_dims)
+                not_named = len(value.shape) - len(spec)
+                storage.append(spec + (0,) * not_named)
         return Layout(
             graph,
             tuple(self.mesh.values()),
@@ -301,7 +306,8 @@ class Plan:
         traced = _shapes(trace.state)
         if self.batch and trace.inputs is not None:
             planned |= {array.path: array.shape for array in self.batch}
-            traced |= _shapes({"inputs": trace.inputs, "targets": trace.targets})
+            batch = {"inputs": trace.inputs, "targets": trace.targets}
+            traced |= _shapes(batch)
         differences = [
             f"{path} {_spelled(planned.get(path))} in the plan,"
             f" {_spelled(traced.get(path))} in the recipe"
@@ -337,9 +343,10 @@ class Plan:
             "collectives": Collective,
             "rivals": Rival,
         }
+        names = {f.name for f in fields(cls)}
         try:
             data: Any = _tuples(json.loads(text))
-            if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
+            if not isinstance(data, dict) or set(data) != names:
                 raise ValueError("its entries are not a plan's")
             for name, kind in kinds.items():
                 data[name] = tuple(kind(**entry) for entry in data[name])
@@ -389,11 +396,12 @@ class Plan:
     def diff(self, other: Plan) -> str:
         """Return what differs from another plan, a line each; empty if nothing does."""
         not_compared = ("rivals", "reasons", "collectives", "axes")
+        names = [f.name for f in fields(self)]
         lines = []
-        for name in (f.name for f in fields(self) if f.name not in not_compared):
+        for name in names:
             mine = getattr(self, name)
             theirs = getattr(other, name)
-            if mine == theirs:
+            if mine == theirs or name in not_compared:
                 continue
             if name in ("arrays", "batch"):
                 lines += _differing_arrays(mine, theirs)
@@ -444,9 +452,9 @@ def entries(
     """
     result: list[Entry] = []
     for mask in spec:
-        axes = tuple(name for i, name in enumerate(names) if mask >> i & 1)
+        axes = [name for i, name in enumerate(names) if mask >> i & 1]
         if len(axes) > 1:
-            result.append(axes)
+            result.append(tuple(axes))
         else:
             result.append(axes[0] if axes else None)
     while result and result[-1] is None:
@@ -458,7 +466,9 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
     """Return the mesh axes of one dim."""
     if entry is None:
         return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
+    if isinstance(entry, str):
+        return (entry,)
+    return tuple(entry)
 
 
 # ---- internals ----
@@ -472,7 +482,8 @@ def _mask(
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}
+    leaves = by_path(tree)
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 
 def _spelled(shape: tuple[int, ...] | None) -> str:

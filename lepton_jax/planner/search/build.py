@@ -78,9 +78,9 @@ def build(
         data=data,
         bytes_per_device=dict(held or {}),
         memory=int(topology.device.memory),
-        seconds=dict(estimate.seconds) if estimate else {},
-        flops=estimate.flops if estimate else 0.0,
-        collectives=_collectives(estimate, axes) if estimate else (),
+        seconds={} if estimate is None else dict(estimate.seconds),
+        flops=0.0 if estimate is None else estimate.flops,
+        collectives=() if estimate is None else _collectives(estimate, axes),
         price_per_hour=topology.price_per_hour,
         rivals=verdict.rivals,
         reasons={**verdict.reasons, **reasons},
@@ -185,20 +185,7 @@ def without_data(trace: Trace, topology: Topology) -> Plan:
 
     It covers the state, of which each device has a copy.
     """
-    reason = "the data is not known yet: a copy on each device"
-    arrays = tuple(
-        ArrayPlan(
-            path=path,
-            kind=path.partition("/")[0],
-            shape=tuple(leaf.shape),
-            dtype=assemble.dtype_name(leaf),
-            bytes=nbytes(leaf),
-            spec=(),
-            use=(),
-            reason=reason,
-        )
-        for path, leaf in by_path(trace.state).items()
-    )
+    arrays = _copied(trace)
     held = dict.fromkeys(("params", "variables", "optimizer"), 0)
     for array in arrays:
         if array.kind in held:
@@ -232,6 +219,25 @@ def without_data(trace: Trace, topology: Topology) -> Plan:
             )
         },
         notes=(why_steps,),
+    )
+
+
+def _copied(trace: Trace) -> tuple[ArrayPlan, ...]:
+    """Return the arrays of the state, of which each device has a copy."""
+    reason = "the data is not known yet: a copy on each device"
+    leaves = by_path(trace.state)
+    return tuple(
+        ArrayPlan(
+            path=path,
+            kind=path.partition("/")[0],
+            shape=tuple(leaf.shape),
+            dtype=assemble.dtype_name(leaf),
+            bytes=nbytes(leaf),
+            spec=(),
+            use=(),
+            reason=reason,
+        )
+        for path, leaf in leaves.items()
     )
 
 

@@ -19,8 +19,16 @@ LEAST_SPAN = 4
 LEAST_TICKS = 3
 
 # Ladders of round values, from coarse to fine: factors of each power of ten.
-PRICE_FACTORS = ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7))
-TIME_FACTORS = ((1,), (1, 3), (1, 1.5, 2, 3, 4, 5, 6, 8))
+PRICE_FACTORS = (
+    (1,),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 4, 5, 7),
+)
+TIME_FACTORS = (
+    (1,),
+    (1, 3),
+    (1, 1.5, 2, 3, 4, 5, 6, 8),
+)
 # (seconds of a unit, its count from which on the next unit is taken)
 UNITS = (
     (1e-6, 1000),
@@ -33,7 +41,8 @@ UNITS = (
 
 
 def _prices(factors: Sequence[float]) -> list[float]:
-    return sorted(factor * 10.0**k for k in range(-9, 12) for factor in factors)
+    powers = [10.0**k for k in range(-9, 12)]
+    return sorted(factor * power for power in powers for factor in factors)
 
 
 def _times(factors: Sequence[float]) -> list[float]:
@@ -63,7 +72,8 @@ class Log:
         low = max(min(values), TINY)
         high = max(max(values), TINY)
         span = high / low
-        pad = max(LEAST_PAD, span**PAD_POWER, (LEAST_SPAN / span) ** 0.5)
+        to_least_span = (LEAST_SPAN / span) ** 0.5
+        pad = max(LEAST_PAD, span**PAD_POWER, to_least_span)
         return cls(low / pad, high * pad)
 
     def at(self, value: float) -> float:
@@ -75,7 +85,7 @@ class Log:
         """Return those of the first ladder that gives three, else of the last."""
         ticks: list[float] = []
         for ladder in ladders:
-            ticks = [value for value in ladder if self.low <= value <= self.high]
+            ticks = [tick for tick in ladder if self.low <= tick <= self.high]
             if len(ticks) >= LEAST_TICKS:
                 break
         return ticks

@@ -34,18 +34,17 @@ def chart(
 
     There are no lines for fewer than two topologies with a time and a price.
     """
-    marks = [
-        Mark(letter, point.seconds, point.price)
-        for letter, point in zip(letters, points, strict=True)
-        if not point.problem and point.seconds is not None and point.price is not None
-    ]
+    marks = _marks(points, letters)
     if len(marks) < 2:
         return []
 
     across = Log.over([mark.seconds for mark in marks])
     up = Log.over([mark.price for mark in marks])
-    labels = {_line(up, price): trimmed(money(price)) for price in up.ticks(PRICES)}
-    wide = max(map(len, labels.values()), default=0)
+    labels = {}
+    for price in up.ticks(PRICES):
+        labels[_line(up, price)] = trimmed(money(price))
+    lengths = [len(label) for label in labels.values()]
+    wide = max(lengths, default=0)
     lines = ["price"]
     for y, row in enumerate(_field(marks, across, up)):
         edge = "┤" if y in labels else "│"
@@ -56,8 +55,19 @@ def chart(
     return lines
 
 
+def _marks(points: Sequence[Point], letters: Sequence[str]) -> list[Mark]:
+    """Return the topologies with a time and a price."""
+    marks = []
+    for letter, point in zip(letters, points, strict=True):
+        if point.problem or point.seconds is None or point.price is None:
+            continue
+        marks.append(Mark(letter, point.seconds, point.price))
+    return marks
+
+
 def _line(up: Log, price: float) -> int:
-    return round((1 - up.at(price)) * (LINES - 1))
+    from_top = 1 - up.at(price)
+    return round(from_top * (LINES - 1))
 
 
 def _column(across: Log, seconds: float) -> int:
@@ -75,7 +85,8 @@ def _field(
         row = field[_line(up, mark.price)]
         width = len(mark.letter)
         x = _column(across, mark.seconds)
-        while x < COLUMNS - 2 * width and not _is_free(row[x : x + width]):
+        last = COLUMNS - 2 * width
+        while x < last and not _is_free(row[x : x + width]):
             x += 1
         row[x : x + width] = mark.letter
     return ["".join(row) for row in field]
@@ -89,10 +100,12 @@ def _time_axis(across: Log) -> tuple[str, str]:
         x = _column(across, seconds)
         label = trimmed(duration(seconds))
         end = x + len(label)
-        if _is_free(words[max(0, x - 1) : end + 1]):
+        before = max(0, x - 1)
+        if _is_free(words[before : end + 1]):
             axis[x] = "┴"
             words[x:end] = label
-    return "".join(axis), "".join(words).rstrip()
+    labels = "".join(words)
+    return "".join(axis), labels.rstrip()
 
 
 def _is_free(cells: Sequence[str]) -> bool:

@@ -91,7 +91,8 @@ class Frontier:
 
         Both are logarithmic, with the frontier as a line; it is empty if nothing fits.
         """
-        colours = dict(pair.split(":") for pair in LIGHT.split(";"))
+        pairs = LIGHT.split(";")
+        colours = dict(pair.split(":") for pair in pairs)
         style = f".front text{{font:12.5px sans-serif;fill:{colours['--soft']}}}"
         drawing = re.sub(
             r"var\((--\w+)\)",
@@ -171,22 +172,22 @@ def frontier(
 def _marked(points: Sequence[Point]) -> list[Point]:
     """Return the points with what stands out among them."""
     fitting = [p for p in points if not p.problem]
-    seconds = [p.seconds for p in fitting if p.seconds is not None]
-    priced = [p for p in fitting if p.seconds is not None and p.price is not None]
-    fastest = min(seconds, default=None)
+    timed = [p for p in fitting if p.seconds is not None]
+    priced = [p for p in timed if p.price is not None]
+    fastest = min((p.seconds or 0.0 for p in timed), default=None)
     cheapest = min((p.price or 0.0 for p in priced), default=None)
 
     marked = []
     for point in points:
-        fits = not point.problem
-        is_priced = fits and point.seconds is not None and point.price is not None
-        beaten = any(_beats(other, point) for other in priced)
+        is_timed = any(point is other for other in timed)
+        is_priced = any(point is other for other in priced)
+        is_beaten = any(_beats(other, point) for other in priced)
         marked.append(
             replace(
                 point,
-                best=is_priced and not beaten,
-                fastest=fits and fastest is not None and point.seconds == fastest,
-                cheapest=fits and cheapest is not None and point.price == cheapest,
+                best=is_priced and not is_beaten,
+                fastest=is_timed and point.seconds == fastest,
+                cheapest=is_priced and point.price == cheapest,
             )
         )
     return marked
@@ -240,4 +241,5 @@ def _beats(point: Point, other: Point) -> bool:
     """Whether a point is at least as good in both, and better in one."""
     mine = (point.seconds or 0.0, point.price or 0.0)
     theirs = (other.seconds or 0.0, other.price or 0.0)
-    return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
+    pairs = zip(mine, theirs, strict=True)
+    return mine != theirs and all(a <= b for a, b in pairs)

@@ -48,6 +48,15 @@ OVERLAP = 0.6
 # squares that each say what they hold, at most
 MOST_TITLES = 128
 
+# OKLCH: chroma without and with a hue; the hues from blue to red, in degrees; the
+# lightnesses. Chosen so that sixteen parts can be told apart on both pages.
+PALE = 0.02
+VIVID = 0.115
+FIRST_HUE = 262
+HUES = -232
+DARKEST = 0.52
+LIGHTS = 0.3
+
 # (name, size) of mesh axes
 Axes = tuple[tuple[str, int], ...]
 
@@ -58,31 +67,37 @@ def holders(plan: Plan) -> str:
     if not every:
         return ""
 
-    alike: dict[tuple, list[Row]] = {}
-    for row in every:
-        key = (row.array.spec, row.array.use, row.array.kind == "params")
-        alike.setdefault(key, []).append(row)
-    heaviest = [
-        max(group, key=lambda row: row.elements)
-        for (_, _, is_parameter), group in alike.items()
-        if is_parameter
-    ]
+    groups = _alike(every)
+    params = [group for group in groups if group[0].array.kind == "params"]
+    heaviest = [max(group, key=lambda row: row.elements) for group in params]
     heaviest.sort(key=lambda row: -row.elements)
-    batch = [row for row in every if row.array.kind == "inputs"][:1]
-    drawn = [*batch, *heaviest[: FIGURES - len(batch)]]
+    inputs = [row for row in every if row.array.kind == "inputs"]
+    drawn = inputs[:1]
+    drawn += heaviest[: FIGURES - len(drawn)]
 
     places = Places.of(plan)
-    others = {id(row): len(group) - 1 for group in alike.values() for row in group}
     text = (
         f"Squares are devices, in the mesh {meshed(plan)}. A colour is a part of the"
         " array: its hue tells the parts that are computed with, its lightness those"
         f" in which it is kept besides; grey is a copy of all of it.{places.remark}"
     )
-    figures = [_figure(row, others[id(row)], places, plan) for row in drawn]
+    figures = ""
+    for row in drawn:
+        (group,) = (group for group in groups if row in group)
+        figures += _figure(row, len(group) - 1, places, plan)
     return (
-        f"<h4>Who holds what</h4><p style='margin:0 0 10px'>{escape(text)}</p>"
-        + "".join(figures)
+        f"<h4>Who holds what</h4><p style='margin:0 0 10px'>{escape(text)}</p>{figures}"
     )
+
+
+def _alike(every: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows in groups of those that lie alike; parameters by themselves."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in every:
+        array = row.array
+        key = (array.spec, array.use, array.kind == "params")
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
 
 
 # ---- the devices as squares ----
@@ -119,14 +134,13 @@ class Places:
     @classmethod
     def of(cls, plan: Plan) -> Places:
         """Return places for a plan's mesh, the two largest axes across and down."""
-        axes = [(name, n) for name, n in plan.mesh.items() if n > 1]
-        if not axes:
-            return cls((), (), (), wrap=1)
-        if len(axes) == 1:
-            (_, size) = axes[0]
-            return cls(tuple(axes), (), (), wrap=min(COLUMNS, size))
+        axes = tuple(axis for axis in plan.mesh.items() if axis[1] > 1)
+        if len(axes) < 2:
+            wrap = min(COLUMNS, _size(axes))
+            return cls(axes, down=(), stack=(), wrap=wrap)
 
-        across, down, *_ = sorted(axes, key=lambda axis: -axis[1])
+        by_size = sorted(axes, key=lambda axis: -axis[1])
+        across, down, *_ = by_size
         stack = tuple(axis for axis in axes if axis not in (across, down))
         return cls((across,), (down,), stack)
 
@@ -135,7 +149,8 @@ class Places:
         """Squares drawn along a row, along a column, and panels."""
         devices = _size(self.across)
         if self.wrap:
-            return self.wrap, min(ROWS, -(-devices // self.wrap)), 1
+            lines = math.ceil(devices / self.wrap)
+            return self.wrap, min(ROWS, lines), 1
         return (
             min(COLUMNS, devices),
             min(ROWS, _size(self.down)),
@@ -149,10 +164,12 @@ class Places:
             return
 
         columns, lines, panels = self.counts
-        places = itertools.product(range(panels), range(lines), range(columns))
+        wide = _size(self.across)
+        high = _size(self.down)
+        places = itertools.product(*map(range, (panels, lines, columns)))
         for panel, row, column in places:
-            across = _indices(self.across, column * _size(self.across) // columns)
-            down = _indices(self.down, row * _size(self.down) // lines)
+            across = _indices(self.across, column * wide // columns)
+            down = _indices(self.down, row * high // lines)
             stack = _indices(self.stack, panel)
             yield Square(column, row, panel, across | down | stack)
 
@@ -171,8 +188,11 @@ class Places:
         """Sentences about what the drawing leaves out."""
         columns, lines, panels = self.counts
         all_panels = _size(self.stack)
-        each = _size(self.across) * _size(self.down) / (columns * lines)
-        text = f" Each square stands for {each:.3g} devices." if each > 1 else ""
+        devices = _size(self.across) * _size(self.down)
+        a_square = devices / (columns * lines)
+        text = ""
+        if a_square > 1:
+            text = f" Each square stands for {a_square:.3g} devices."
         if panels < all_panels:
             text += f" The first {panels} of {all_panels} panels are drawn."
         return text
@@ -211,6 +231,11 @@ class Part(NamedTuple):
     number: int
     total: int
 
+    @property
+    def share(self) -> float:
+        """Where it lies: 0 for the first part, 1 for the last."""
+        return self.number / max(self.total - 1, 1)
+
 
 def _splits(
     entries: Entries,
@@ -220,7 +245,8 @@ def _splits(
     splits = []
     for dim, entry in enumerate(entries):
         axes = axes_of(entry)
-        parts = math.prod(plan.mesh.get(name, 1) for name in axes)
+        sizes = [plan.mesh.get(name, 1) for name in axes]
+        parts = math.prod(sizes)
         if parts > 1:
             splits.append(Split(dim, axes, parts))
     return splits
@@ -245,9 +271,8 @@ class Tones:
         plan: Plan,
     ) -> Tones:
         """Return tones whose hue is for parts that are computed with, if any."""
-        used = [split.dim for split in _splits(array.use, plan)]
-        stored = [split.dim for split in _splits(array.spec, plan)]
-        dims = list(dict.fromkeys([*used, *stored]))
+        splits = _splits(array.use, plan) + _splits(array.spec, plan)
+        dims = dict.fromkeys(split.dim for split in splits)
         hue, lightness, *_ = [*dims, None, None]
         return cls(hue, lightness)
 
@@ -262,12 +287,13 @@ class Tones:
         if hue is None and lightness is None:
             return "var(--copy)"
 
-        # hues go from blue to red; without a second dim the middle of three tones
-        chroma = 0.02 if hue is None else 0.115
-        i, n = hue or Part(0, 1)
-        j, m = lightness or Part(1, 3)
-        turn = math.radians(262 - 232 * (i / max(n - 1, 1)))
-        return oklch(0.52 + 0.3 * (j / max(m - 1, 1)), chroma, turn)
+        # without a second dim the middle of three tones
+        chroma = PALE if hue is None else VIVID
+        along_hue = (hue or Part(0, 1)).share
+        along_lightness = (lightness or Part(1, 3)).share
+        degrees = FIRST_HUE + HUES * along_hue
+        light = DARKEST + LIGHTS * along_lightness
+        return oklch(light, chroma, math.radians(degrees))
 
 
 # ---- the drawings ----
@@ -283,11 +309,14 @@ def _figure(
     array = row.array
     tones = Tones.of(array, plan)
     is_gathered = array.use != array.spec
+    kept = _devices(array.spec, tones, places, plan)
     panels = _panel("the array", _array(array, tones, plan))
-    title = "kept by the devices" if is_gathered else "on the devices"
-    panels += _panel(title, _devices(array.spec, tones, places, plan))
     if is_gathered:
-        panels += _panel("in use", _devices(array.use, tones, places, plan))
+        in_use = _devices(array.use, tones, places, plan)
+        panels += _panel("kept by the devices", kept)
+        panels += _panel("in use", in_use)
+    else:
+        panels += _panel("on the devices", kept)
 
     times = f"{row.count} x " if row.count > 1 else ""
     used = f", used as {spelled(array.use)}" if is_gathered else ""
@@ -347,7 +376,8 @@ def _held(
     for dim, axes, count in splits:
         index = 0
         for name in axes:
-            index = index * plan.mesh[name] + indices.get(name, 0)
+            index *= plan.mesh[name]
+            index += indices.get(name, 0)
         parts[dim] = Part(index, count)
     return parts
 
@@ -357,7 +387,8 @@ def _title(
     parts: Mapping[int, Part],
 ) -> str:
     """Return what a square says under the pointer."""
-    device = ", ".join(f"{name} {i}" for name, i in indices.items())
+    axes = [f"{name} {i}" for name, i in indices.items()]
+    device = ", ".join(axes)
     held = " and ".join(
         f"part {part.number + 1} of {part.total} along dim {dim}"
         for dim, part in parts.items()
@@ -386,12 +417,9 @@ def _array(
     plan: Plan,
 ) -> str:
     """Return the array's two most telling dims as a rectangle, cut into its parts."""
-    parts = {split.dim: split.parts for split in _splits(array.spec, plan)}
-    by_weight = sorted(
-        range(len(array.shape)),
-        key=lambda dim: (dim not in parts, -array.shape[dim]),
-    )
-    down, across = [None, None, *sorted(by_weight[:2])][-2:]
+    splits = _splits(array.spec, plan)
+    parts = {split.dim: split.parts for split in splits}
+    down, across = _telling_dims(array, parts)
     ratio = _ratio(array, down, across)
     width = SIDE / max(ratio, 1)
     height = SIDE * min(ratio, 1)
@@ -402,21 +430,17 @@ def _array(
 
     drawn = ""
     for row, column in itertools.product(range(lines), range(columns)):
-        drawn_parts = {
-            dim: Part(i * parts[dim] // drawn_count, parts[dim])
-            for dim, i, drawn_count in ((down, row, lines), (across, column, columns))
-            if dim in parts
-        }
+        cell: dict[int, Part] = {}
+        for dim, i, count in ((down, row, lines), (across, column, columns)):
+            if dim in parts:
+                total = parts[dim]
+                cell[dim] = Part(i * total // count, total)
         drawn += (
             f'<rect x="{column * cell_width:.1f}" y="{ABOVE + row * cell_height:.1f}"'
             f' width="{cell_width + OVERLAP:.1f}" height="{cell_height + OVERLAP:.1f}"'
-            f' fill="{tones.colour(drawn_parts)}"/>'
+            f' fill="{tones.colour(cell)}"/>'
         )
-    words = [
-        f"dim {dim}: {array.shape[dim]:,} {arrow}"
-        for dim, arrow in ((across, "→"), (down, "↓"))
-        if dim is not None
-    ]
+    words = _dim_words(array, across, "→") + _dim_words(array, down, "↓")
     return _svg(
         width,
         ABOVE + height,
@@ -424,6 +448,32 @@ def _array(
         drawn,
         f"{shaped(array.shape)} in parts",
     )
+
+
+def _telling_dims(
+    array: ArrayPlan,
+    parts: Mapping[int, int],
+) -> tuple[int | None, int | None]:
+    """Return the dims to draw down and across: those in parts, else the longest."""
+
+    def weight(dim: int) -> tuple[bool, int]:
+        return dim not in parts, -array.shape[dim]
+
+    dims = sorted(range(len(array.shape)), key=weight)
+    if not dims:
+        return None, None
+    if len(dims) == 1:
+        return None, dims[0]
+    down, across = sorted(dims[:2])
+    return down, across
+
+
+def _dim_words(
+    array: ArrayPlan,
+    dim: int | None,
+    arrow: str,
+) -> list[str]:
+    return [] if dim is None else [f"dim {dim}: {array.shape[dim]:,} {arrow}"]
 
 
 def _ratio(

@@ -349,7 +349,7 @@ def _rivals(plan: Plan) -> str:
     cells = [
         (
             escape(rival.name),
-            escape(joined_mesh(rival.mesh) if rival.mesh else ""),
+            escape(joined_mesh(rival.mesh)),
             rival.remat,
             str(rival.micro_batches),
             duration(rival.seconds),

@@ -46,23 +46,31 @@ def rows(plan: Plan) -> list[Row]:
     tied: dict[tuple, list[ArrayPlan]] = {}
     for array in (*plan.arrays, *plan.batch):
         if array.kind in ("params", "inputs", "targets"):
-            pattern = starred(array.path)
-            key = (pattern, array.shape, array.dtype, array.spec, array.use)
+            lie = (array.shape, array.dtype, array.spec, array.use)
+            key = (starred(array.path), *lie)
             tied.setdefault(key, []).append(array)
+    return [_row(arrays, plan) for arrays in tied.values()]
 
-    result = []
-    for (pattern, *_), arrays in tied.items():
-        path = pattern if len(arrays) > 1 else arrays[0].path
-        held = sum(bytes_on_device(array, plan) for array in arrays)
-        row = Row(path.removeprefix("params/"), arrays[0], len(arrays), held)
-        result.append(row)
-    return result
+
+def _row(arrays: Sequence[ArrayPlan], plan: Plan) -> Row:
+    """Return the row of arrays that repeated layers share."""
+    first = arrays[0]
+    path = starred(first.path) if len(arrays) > 1 else first.path
+    return Row(
+        path=path.removeprefix("params/"),
+        array=first,
+        count=len(arrays),
+        bytes=sum(bytes_on_device(array, plan) for array in arrays),
+    )
 
 
 def numbered_reasons(plan_rows: Sequence[Row]) -> dict[str, str]:
     """Return each reason with the number by which a table refers to it."""
-    reasons = dict.fromkeys(row.array.reason for row in plan_rows)
-    return {reason: str(number) for number, reason in enumerate(reasons, 1)}
+    numbers: dict[str, str] = {}
+    for row in plan_rows:
+        following = str(len(numbers) + 1)
+        numbers.setdefault(row.array.reason, following)
+    return numbers
 
 
 def other_state(plan: Plan) -> list[str]:
@@ -74,8 +82,9 @@ def other_state(plan: Plan) -> list[str]:
 
     phrases = []
     for kind, arrays in kinds.items():
-        held = size(sum(bytes_on_device(array, plan) for array in arrays))
-        phrases.append(f"{kind}{_counted(arrays, plan)}, {held} a device")
+        held = sum(bytes_on_device(array, plan) for array in arrays)
+        count = _counted(arrays, plan)
+        phrases.append(f"{kind}{count}, {size(held)} a device")
     return phrases
 
 
@@ -85,32 +94,40 @@ def _counted(
 ) -> str:
     if len(arrays) == 1:
         return ""
-    split = sum(ways(array.spec, plan) > 1 for array in arrays)
+    parts = [ways(array.spec, plan) for array in arrays]
+    split = sum(count > 1 for count in parts)
     in_parts = f" ({split:,} in parts)" if split else ""
     return f" {len(arrays):,} arrays{in_parts}"
 
 
 def bytes_on_device(array: ArrayPlan, plan: Plan) -> int:
     """Return the bytes of an array that one device holds."""
-    return -(-array.bytes // ways(array.spec, plan))
+    parts = ways(array.spec, plan)
+    return -(-array.bytes // parts)
 
 
 def ways(entries: Entries, plan: Plan) -> int:
     """Return the number of parts that an array is split into."""
-    axes = [name for entry in entries for name in axes_of(entry)]
-    return math.prod(plan.mesh.get(name, 1) for name in axes)
+    sizes = [plan.mesh.get(name, 1) for name in axes_in(entries)]
+    return math.prod(sizes)
+
+
+def axes_in(entries: Entries) -> list[str]:
+    """Return the mesh axes that split an array."""
+    return [name for entry in entries for name in axes_of(entry)]
 
 
 def spelled(entries: Entries) -> str:
     """Return a PartitionSpec without its quotes: P(None, data+fsdp)."""
-    dims = ["+".join(axes_of(entry)) or "None" for entry in entries]
-    return f"P({', '.join(dims)})"
+    dims = ["+".join(axes_of(entry)) for entry in entries]
+    words = [dim or "None" for dim in dims]
+    return f"P({', '.join(words)})"
 
 
 def handled(array: ArrayPlan) -> str:
     """Return what happens to an array before it is computed with."""
-    used = {name for entry in array.use for name in axes_of(entry)}
-    stored = [name for entry in array.spec for name in axes_of(entry)]
+    used = axes_in(array.use)
+    stored = axes_in(array.spec)
     gathered = [name for name in stored if name not in used]
     if gathered:
         return f"gathered: {'+'.join(gathered)}"
@@ -131,7 +148,7 @@ def units(plan: Plan) -> tuple[int, str]:
 
 def meshed(plan: Plan) -> str:
     """Return the plan's mesh: fsdp=4 x tensor=2."""
-    return joined_mesh(plan.mesh)
+    return joined_mesh(plan.mesh) or "one device"
 
 
 def longest_first(plan: Plan) -> list[Collective]:

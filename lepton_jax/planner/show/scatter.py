@@ -80,18 +80,18 @@ def scatter(points: Sequence[Point]) -> str:
     if not timed:
         return ""
 
-    across = Log.over([p.seconds or 0.0 for p in timed])
-    up = Log.over([p.price or 0.0 for p in priced]) if priced else None
+    seconds = [p.seconds or 0.0 for p in timed]
+    prices = [p.price or 0.0 for p in priced]
+    across = Log.over(seconds)
+    up = Log.over(prices) if prices else None
     strip = STRIP if len(priced) < len(timed) else 0
     bottom = TOP + HIGH + strip
     spots = [_spot(point, across, up, bottom) for point in timed]
-    line = sorted(spot for spot, point in zip(spots, timed, strict=True) if point.best)
+    pairs = list(zip(timed, spots, strict=True))
+    line = sorted(spot for point, spot in pairs if point.best)
     path = " ".join(f"{spot.x:.1f},{spot.y:.1f}" for spot in line)
-    dots = "".join(_dot(point, spot) for point, spot in zip(timed, spots, strict=True))
-    labels = [
-        Label(_words(point), spot, point.best)
-        for point, spot in zip(timed, spots, strict=True)
-    ]
+    dots = "".join(_dot(point, spot) for point, spot in pairs)
+    labels = [Label(_words(point), spot, point.best) for point, spot in pairs]
     width = LEFT + WIDE + RIGHT
     height = bottom + BELOW
     return (
@@ -116,7 +116,12 @@ def _spot(
     # below the plane: those without a price
     if point.price is None or up is None:
         return Spot(x, bottom - STRIP_BELOW)
-    return Spot(x, TOP + (1 - up.at(point.price)) * HIGH)
+    return Spot(x, _height(up, point.price))
+
+
+def _height(up: Log, price: float) -> float:
+    from_top = 1 - up.at(price)
+    return TOP + from_top * HIGH
 
 
 def _dot(point: Point, spot: Spot) -> str:
@@ -160,9 +165,11 @@ def _frame(
     """
     right = LEFT + WIDE
     bottom = TOP + HIGH + strip
-    parts = [_time_tick(across, seconds, bottom) for seconds in across.ticks(TIMES)]
+    times = across.ticks(TIMES)
+    parts = [_time_tick(across, seconds, bottom) for seconds in times]
     if up is not None:
-        parts += [_price_tick(up, price) for price in up.ticks(PRICES)]
+        prices = up.ticks(PRICES)
+        parts += [_price_tick(up, price) for price in prices]
     if strip:
         plane = TOP + HIGH
         parts.append(
@@ -193,7 +200,7 @@ def _time_tick(
 
 
 def _price_tick(up: Log, price: float) -> str:
-    y = TOP + (1 - up.at(price)) * HIGH
+    y = _height(up, price)
     return (
         f'<line x1="{LEFT}" x2="{LEFT + WIDE}" y1="{y:.1f}" y2="{y:.1f}"'
         f' stroke="var(--faint)"/><text x="{LEFT - 8}" y="{y + 4:.1f}"'
@@ -221,7 +228,8 @@ def _labels(
     """
     taken = [_around(label.spot, AROUND_POINT) for label in labels]
     for start, end in itertools.pairwise(line):
-        taken += [_around(spot, AROUND_LINE) for spot in _pieces(start, end)]
+        for spot in _pieces(start, end):
+            taken.append(_around(spot, AROUND_LINE))
 
     drawn = ""
     for label in sorted(labels, key=lambda label: not label.bold):
@@ -250,8 +258,9 @@ def _places(label: Label) -> Iterator[Place]:
         elif dx == 0:
             left -= width / 2
         middle = y + dy * reach
-        box = Box(left, middle - HALF_LABEL, left + width, middle + HALF_LABEL)
-        yield Place(reach, box)
+        top = middle - HALF_LABEL
+        bottom = middle + HALF_LABEL
+        yield Place(reach, Box(left, top, left + width, bottom))
 
 
 def _badness(
@@ -260,8 +269,10 @@ def _badness(
     bottom: float,
 ) -> float:
     """Return how far a label is from its point, and what it covers."""
-    covered = sum(_overlap(place.box, other) for other in taken)
-    return place.reach + covered + OUTSIDE * _is_outside(place.box, bottom)
+    box = place.box
+    covered = sum(_overlap(box, other) for other in taken)
+    outside = OUTSIDE * _is_outside(box, bottom)
+    return place.reach + covered + outside
 
 
 def _drawn(label: Label, place: Place) -> str:
@@ -293,9 +304,12 @@ def _pieces(
     """Yield spots along a line, `PIECE` pixels apart, without its end."""
     wide = end.x - start.x
     high = end.y - start.y
-    steps = max(2, int(max(abs(wide), abs(high)) / PIECE))
+    longer = max(abs(wide), abs(high))
+    steps = max(2, int(longer / PIECE))
     for i in range(steps):
-        yield Spot(start.x + wide * i / steps, start.y + high * i / steps)
+        x = start.x + wide * i / steps
+        y = start.y + high * i / steps
+        yield Spot(x, y)
 
 
 def _around(spot: Spot, pixels: float) -> Box:
@@ -310,6 +324,10 @@ def _is_outside(box: Box, bottom: float) -> bool:
 
 def _overlap(box: Box, other: Box) -> float:
     """Return the square pixels that two boxes share."""
-    width = min(box.right, other.right) - max(box.left, other.left)
-    height = min(box.bottom, other.bottom) - max(box.top, other.top)
-    return width * height if width > 0 and height > 0 else 0.0
+    left = max(box.left, other.left)
+    right = min(box.right, other.right)
+    top = max(box.top, other.top)
+    bottom = min(box.bottom, other.bottom)
+    if right <= left or bottom <= top:
+        return 0.0
+    return (right - left) * (bottom - top)

@@ -18,7 +18,14 @@ from lepton_jax.planner.show.rows import (
     split_over,
     units,
 )
-from lepton_jax.planner.show.words import duration, money, plural, shaped, si
+from lepton_jax.planner.show.words import (
+    duration,
+    joined_mesh,
+    money,
+    plural,
+    shaped,
+    si,
+)
 
 # columns of the text
 WIDTH = 110
@@ -50,6 +57,8 @@ def text(plan: Plan) -> str:
     shows where memory and time go, the communication, the rivals, and why.
     """
     numbers = numbered_reasons(rows(plan))
+    why = [(number, reason) for reason, number in numbers.items()]
+    notes = [("!", note) for note in plan.notes]
     blocks = [
         head(plan),
         _axes(plan),
@@ -57,11 +66,12 @@ def text(plan: Plan) -> str:
         _totals(plan),
         _collectives(plan),
         _rivals(plan),
-        _listed("why", [(number, reason) for reason, number in numbers.items()]),
+        _listed("why", why),
         _listed("decisions", plan.reasons.items()),
-        _listed("notes", [("!", note) for note in plan.notes]),
+        _listed("notes", notes),
     ]
-    return "\n\n".join("\n".join(block) for block in blocks if block)
+    paragraphs = ["\n".join(block) for block in blocks if block]
+    return "\n\n".join(paragraphs)
 
 
 # ---- the head ----
@@ -199,7 +209,7 @@ def _rivals(plan: Plan) -> list[str]:
     cells = [
         (
             rival.name,
-            ",".join(f"{name}={count}" for name, count in rival.mesh.items()),
+            joined_mesh(rival.mesh, ","),
             rival.remat,
             str(rival.micro_batches),
             duration(rival.seconds),
@@ -276,9 +286,10 @@ def _seconds(plan: Plan) -> list[str]:
 
 def _bars(kinds: list[tuple[str, str, float]]) -> list[str]:
     """Return a line for each (kind, value in words, share)."""
-    left = max((len(kind) for kind, _, _ in kinds), default=0)
-    left = min(LABEL, left)
-    right = max((len(value) for _, value, _ in kinds), default=0)
+    labels = [len(kind) for kind, _, _ in kinds]
+    values = [len(value) for _, value, _ in kinds]
+    left = min(LABEL, max(labels, default=0))
+    right = max(values, default=0)
     return [
         f"  {cut(kind, left):<{left}} {value:>{right}} {_bar(share)}".rstrip()
         for kind, value, share in kinds
@@ -288,7 +299,8 @@ def _bars(kinds: list[tuple[str, str, float]]) -> list[str]:
 def _bar(share: float) -> str:
     """Return a bar to an eighth of a column; what is there at all has a thin one."""
     within = max(0.0, min(1.0, share))
-    columns, eighths = divmod(round(within * BAR * 8), 8)
+    all_eighths = round(within * BAR * 8)
+    columns, eighths = divmod(all_eighths, 8)
     bar = "█" * columns + EIGHTHS[eighths].strip()
     return bar or "▏" * (share > 0)
 
@@ -313,7 +325,7 @@ def grid(
       width: columns of the text.
     """
     lines = [titles, *cells]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     between = 2 * (len(widths) - 1)
     while sum(widths) + between > width:
         widest = max(flexible, key=lambda i: widths[i])
@@ -328,9 +340,10 @@ def _line(
     widths: Sequence[int],
     align: str,
 ) -> str:
-    columns = []
-    for i, (cell, width, side) in enumerate(zip(cells, widths, align, strict=True)):
-        short = cut(cell, width, front=i == 0)
+    columns: list[str] = []
+    for cell, width, side in zip(cells, widths, align, strict=True):
+        is_first = not columns
+        short = cut(cell, width, front=is_first)
         columns.append(f"{short:{side}{width}}")
     return "  ".join(columns).rstrip()
 

@@ -16,8 +16,14 @@ DURATIONS = (
     (100 * MINUTE, MINUTE, "min"),
     (2 * DAY, HOUR, "h"),
 )
-# (value of a prefix, the prefix)
-PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+# prefix by its value, the largest first
+PREFIXES = {
+    1e15: "P",
+    1e12: "T",
+    1e9: "G",
+    1e6: "M",
+    1e3: "k",
+}
 # three digits round a value up to the next unit from this share of it on
 ROUNDS_UP = 0.9995
 
@@ -45,7 +51,7 @@ def money(dollars: float) -> str:
 
 def si(value: float) -> str:
     """Return a number that a unit follows: "3.40M", "1.20 G" (with a space), "12 "."""
-    for bound, prefix in PREFIXES:
+    for bound, prefix in PREFIXES.items():
         if abs(value) >= bound * ROUNDS_UP:
             space = " " if prefix in "GTP" else ""
             return f"{_three_digits(value / bound)}{space}{prefix}"
@@ -56,7 +62,8 @@ def amount(value: float) -> str:
     """Return a count of tokens or samples: 1e9, 2.5e12, 640."""
     if value < 1e6:
         return f"{value:,.0f}"
-    return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
+    short = f"{value:.3g}"
+    return short.replace("e+0", "e").replace("e+", "e")
 
 
 def plural(
@@ -68,10 +75,10 @@ def plural(
     return f"{count} {word}{ending if count > 1 else ''}"
 
 
-def joined_mesh(mesh: dict[str, int]) -> str:
+def joined_mesh(mesh: dict[str, int], between: str = " x ") -> str:
     """Return the axes of a mesh: fsdp=4 x tensor=2."""
-    axes = " x ".join(f"{name}={count}" for name, count in mesh.items())
-    return axes or "one device"
+    axes = [f"{name}={count}" for name, count in mesh.items()]
+    return between.join(axes)
 
 
 def shaped(shape: Sequence[int]) -> str:
@@ -89,6 +96,8 @@ def trimmed(words: str) -> str:
 
 def _three_digits(value: float) -> str:
     value = float(f"{value:.3g}")
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    digits = 0
+    if value:
+        digits = 2 - math.floor(math.log10(abs(value)))
     places = min(max(digits, 0), 9)
     return f"{value:,.{places}f}"
