@@ -52,7 +52,7 @@ INTERRUPTED = 130
 
 @dataclass
 class Result:
-    """What planning for one topology gave.
+    """The outcome of planning for one topology.
 
     Attributes:
       plan: None if there is none.
@@ -102,10 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
       Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    # a terminal without the bars' characters
-    if hasattr(sys.stdout, "reconfigure") and encoding != "utf8":
-        sys.stdout.reconfigure(errors="replace")
+    _replace_unknown_characters()
     try:
         code = look(arguments)
         sys.stdout.flush()
@@ -123,6 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _replace_unknown_characters() -> None:
+    """Print "?" on a terminal that does not have the bars' characters."""
+    encoding = sys.stdout.encoding or ""
+    is_utf8 = encoding.lower().replace("-", "") == "utf8"
+    if hasattr(sys.stdout, "reconfigure") and not is_utf8:
+        sys.stdout.reconfigure(errors="replace")
+
+
 def look(arguments: list[str]) -> int:
     """Parse, trace, plan and show; return the exit code.
 
@@ -132,7 +137,9 @@ def look(arguments: list[str]) -> int:
     file = _recipe_file(arguments)
     wants_help = bool({"-h", "--help"} & set(arguments))
     function = None if file is None else settings.load(Path(file))
-    own = [] if function is None else list(inspect.signature(function).parameters)
+    own: list[str] = []
+    if function is not None:
+        own += inspect.signature(function).parameters
     parser = _parser("micro_batches" not in own)
     if function is not None:
         parser.description = settings.story(function) or DESCRIPTION
@@ -157,9 +164,10 @@ def look(arguments: list[str]) -> int:
     clock = time.perf_counter()
     traced = _traced(settings.call(function, given))
     seconds = time.perf_counter() - clock
-    results = [
-        _planned(traced, target, options, replayed) for target in targets or [here()[0]]
-    ]
+    if not targets:
+        live, _ = here()
+        targets = [live]
+    results = [_planned(traced, target, options, replayed) for target in targets]
     return _show(Session(arguments, options, results, seconds))
 
 
@@ -268,7 +276,7 @@ def _add_checks(add: Callable[..., Any]) -> None:
         type=settings.reader(float),
         metavar="N",
         help=(
-            "compare the topologies for so many tokens, or samples "
+            "compare the topologies for this number of tokens, or of samples "
             "where there are no tokens (default: 1e9 where there are several)"
         ),
     )
@@ -276,8 +284,8 @@ def _add_checks(add: Callable[..., Any]) -> None:
         "--verify",
         action="store_true",
         help=(
-            "compile the planned step for the topology and set XLA's account beside the"
-            " plan"
+            "compile the planned step for the topology and show XLA's account next"
+            " to the plan"
         ),
     )
     add(
@@ -331,8 +339,10 @@ def _recipe_file(arguments: list[str]) -> str | None:
     """Return the recipe's file: the first argument, else the first that ends in .py."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
-    files = [a for a in arguments if a.endswith(".py") and not a.startswith("-")]
-    return files[0] if files else None
+    for argument in arguments:
+        if argument.endswith(".py") and not argument.startswith("-"):
+            return argument
+    return None
 
 
 def _mesh(text: str) -> dict[str, int]:
@@ -387,25 +397,34 @@ def _targets(options: argparse.Namespace) -> tuple[Plan | None, list[Topology]]:
     """
     chips = None if options.chips is None else read_chips(options.chips)
     replayed = None if options.replay is None else Plan.load(options.replay)
-    names = [name.strip() for name in (options.on or "").split(",") if name.strip()]
-    if options.on is not None and not names:
-        raise SettingError(
-            "--on names no topology",
-            where="command line, --on",
-            remedy='name one, e.g. "h200:8"',
-        )
-
-    targets = [topology(name, chips) for name in names]
+    named = [] if options.on is None else _named(options.on)
+    targets = {name: topology(name, chips) for name in named}
     if replayed is not None:
-        for name, target in zip(names, targets, strict=True):
+        for name, target in targets.items():
             if target.name != replayed.topology:
                 raise PlanError(
                     f"the plan is for {replayed.topology}, not for {name}",
                     where=options.replay,
                     remedy="leave out --on, or plan anew without --replay",
                 )
-        targets = [topology(replayed.topology, chips)]
-    return replayed, list({target.name: target for target in targets}.values())
+        targets = {"replayed": topology(replayed.topology, chips)}
+
+    # one topology may have several names, as in v5e:2x2 and V5E:2x2
+    different = {target.name: target for target in targets.values()}
+    return replayed, list(different.values())
+
+
+def _named(text: str) -> list[str]:
+    """Return the names in `v5e:2x2, h200:8`."""
+    words = [word.strip() for word in text.split(",")]
+    names = [word for word in words if word]
+    if not names:
+        raise SettingError(
+            "--on names no topology",
+            where="command line, --on",
+            remedy='name one, e.g. "h200:8"',
+        )
+    return names
 
 
 # ---- checks, before minutes are spent ----
@@ -424,7 +443,8 @@ def _check(
             where="command line",
             remedy="--prove verifies what it takes",
         )
-    for flag, file in (("--save", options.save), ("--diff", options.diff)):
+    of_one_plan = {"--save": options.save, "--diff": options.diff}
+    for flag, file in of_one_plan.items():
         if file is not None and len(targets) > 1:
             raise SettingError(
                 f"{flag} is for one plan, and {len(targets)} are made",
@@ -466,7 +486,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _check_writable(file: Path) -> None:
     place = file if file.exists() else file.parent
-    if file.is_dir() or not os.access(place, os.W_OK):
+    is_writable = os.access(place, os.W_OK)
+    if file.is_dir() or not is_writable:
         raise SettingError(
             "the file can't be written",
             where=file,
@@ -485,7 +506,8 @@ def _choose_platform(
     describes, and for CPUs, which can be virtual.
     """
     compiles = options.verify or options.prove is not None
-    on_live_chips = any(target.platform not in ("cpu", "tpu") for target in targets)
+    platforms = {target.platform for target in targets}
+    on_live_chips = bool(platforms - {"cpu", "tpu"})
     if not targets or (compiles and on_live_chips):
         return
     if not getattr(jax.config, "jax_platforms", None):
@@ -577,12 +599,14 @@ def _show(session: Session) -> int:
     plans = session.plans
     compared = None
     if len(results) > 1 or (options.tokens and plans):
-        compared = _compared(options, results)
+        compared = _compared(session)
     if options.json is not None:
-        _write(options.json, json.dumps(_record(session, compared), indent=1) + "\n")
+        record = _record(session, compared)
+        _write(options.json, json.dumps(record, indent=1) + "\n")
 
     errors = [result.error for result in results if result.error is not None]
-    if not plans and len({error.what for error in errors}) == 1:
+    is_one_error = len({error.what for error in errors}) == 1
+    if is_one_error and not plans:
         raise errors[0]
 
     _print(session, compared)
@@ -592,7 +616,9 @@ def _show(session: Session) -> int:
         _write(options.html, _page(session, compared))
     _print_times(session)
 
-    verdicts = [check for r in results for check in r.checks.get("verify", ())]
+    verdicts = []
+    for result in results:
+        verdicts += result.checks.get("verify", [])
     is_refused = any(not verdict.fits for verdict in verdicts)
     return MISTAKE if is_refused or not plans else 0
 
@@ -609,7 +635,8 @@ def _print(session: Session, compared: Frontier | None) -> None:
         for check in itertools.chain(*result.checks.values()):
             print(f"\n{check}")
     if options.diff is not None:
-        difference = Plan.load(options.diff).diff(session.plans[0])
+        other = Plan.load(options.diff)
+        difference = other.diff(session.plans[0])
         print(f"\n{difference or f'nothing differs from {options.diff}'}")
 
 
@@ -625,7 +652,8 @@ def _print_times(session: Session) -> None:
 def _page(session: Session, compared: Frontier | None) -> str:
     """Return a page of the comparison, if there is one, and all plans."""
     recipe = Path(_recipe_file(session.arguments) or "").stem
-    targets = ", ".join(result.topology.name for result in session.results)
+    names = [result.topology.name for result in session.results]
+    targets = ", ".join(names)
     elements = [] if compared is None else [compared._repr_html_()]
     elements += [plan._repr_html_() for plan in session.plans]
     return page(f"{recipe} on {targets}", *elements)
@@ -642,9 +670,10 @@ def _compared(
         assert outcome is not None
         outcomes.append((outcome, result.topology))
 
-    plans = [result.plan for result in results if result.plan is not None]
+    tokens = session.options.tokens or TOKENS
+    plans = session.plans
     per_step, unit = units(plans[0]) if plans else (1, "samples")
-    return frontier(outcomes, options.tokens or TOKENS, per_step, unit)
+    return frontier(outcomes, tokens, per_step, unit)
 
 
 def _record(
@@ -733,8 +762,10 @@ def _age() -> float:
     """Return the seconds since this process began, imports included."""
     try:
         # fields behind the process's name, which may hold spaces (proc(5))
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        start = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        text = Path("/proc/self/stat").read_text()
+        fields = text.rpartition(")")[2].split()
+        ticks = int(fields[19])
+        start = ticks / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - start
     # not Linux: what this thread and its imports have used
     except (OSError, AttributeError):

@@ -41,7 +41,7 @@ class Memory:
 
     Attributes:
       arguments: inputs of the program.
-      temporaries: what it holds besides inputs and outputs at the peak.
+      temporaries: what it holds at the peak in addition to inputs and outputs.
       outputs: results of the program.
       aliases: outputs that lie in donated arguments.
       code: the program itself.
@@ -183,7 +183,7 @@ def _described(topology: Topology) -> list[Any]:
         )
 
     # a shape smaller than a host's usual 2x2 must say so; a v4 shows two devices per
-    # chip unless told otherwise
+    # chip without "megacore"
     bounds = (*topology.shape, 1, 1)[:3]
     megacore = {"chip_config_name": "megacore"}
     small = {"chips_per_host_bounds": bounds}

@@ -35,7 +35,7 @@ Entries = tuple[Entry, ...]
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """How one array lies.
+    """The layout of one array.
 
     Attributes:
       path: its place in the state or the batch, as in "params/layers/0/kernel".
@@ -122,7 +122,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe lies on a topology.
+    """The layout of a recipe on a topology, and its predicted cost.
 
     Attributes:
       topology: name of the topology.
@@ -417,11 +417,11 @@ class Plan:
 
 
 def check_effects(trace: Any, devices: int) -> None:
-    """Check that JAX can compile the recipe's effects for so many devices.
+    """Check that JAX can compile the recipe's effects for a number of devices.
 
     Args:
       trace: of the recipe.
-      devices: their number.
+      devices: number of them.
 
     Raises:
       PlanError: a print or another callback is to keep its order, on several devices.

@@ -164,7 +164,7 @@ class Trial:
     assignments: list[Assignment]
 
     def smaller(self, rows: int) -> Problem:
-        """Return the same problem with a batch of so many rows."""
+        """Return the same problem with a batch of `rows`."""
         trace = self.problem.trace
         recipe = trace.recipe.with_(batch_size=rows)
         smaller = traced(recipe, trace.inputs, trace.targets, trace.samples)
@@ -190,7 +190,7 @@ class Trial:
         return least
 
     def fits(self, rows: int) -> bool:
-        """Whether a whole search finds a plan for so many rows."""
+        """Whether a whole search finds a plan for a batch of `rows`."""
         return finds_a_plan(self.smaller(rows))
 
     def _moved(

@@ -68,7 +68,7 @@ SMALL_MESH = 16
 # Leaner assignments that are tried in one piece where samples meet. Assumption.
 MOST_WHOLE = 16
 
-# ---- what is told ----
+# ---- lists in plans and errors ----
 
 # Plans that were not chosen and that a plan names. Assumption: what fits a screen.
 RIVALS = 5

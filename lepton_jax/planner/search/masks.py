@@ -44,7 +44,7 @@ def divides(
     group: int,
     count: int,
 ) -> bool:
-    """Whether all extents of a group can be split into so many parts."""
+    """Whether all extents of a group can be split into `count` parts."""
     return names.groups[group].divisor % count == 0
 
 

@@ -29,7 +29,7 @@ from lepton_jax.planner.search.masks import divides, parts, sample_axes
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks of the search, unchecked: see `planning.plan`."""
+    """The user's settings for a search, unchecked: see `planning.plan`."""
 
     objective: str = "time"
     mesh: Mapping[str, int] | None = None

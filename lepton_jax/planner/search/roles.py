@@ -115,8 +115,9 @@ class Roles:
         free = set(groups)
         if groups:
             free |= self._additional(word)
+        pinned = self._pins.groups
         for k, group in enumerate(self.names.groups):
-            if k not in free and group.name not in self._pins.groups:
+            if k not in free and group.name not in pinned:
                 self._may[k] &= ~(1 << bit)
 
         if word == "data" or not groups:
@@ -167,7 +168,8 @@ class Roles:
         for k in self._must[bit]:
             masks = list(assignment.masks)
             masks[k] |= 1 << bit
-            if divides(self.names, k, assignment.counts[masks[k]]):
+            count = assignment.counts[masks[k]]
+            if divides(self.names, k, count):
                 yield replace(assignment, masks=tuple(masks))
 
     def _missing(self, assignment: Assignment) -> Iterator[int]:
@@ -175,7 +177,8 @@ class Roles:
         pinned = self._pins.groups.values()
         for axis, groups in self._must.items():
             masks = [assignment.masks[k] for k in groups]
-            if not any(has(mask, axis) for mask in (*masks, *pinned)):
+            masks += pinned
+            if not any(has(mask, axis) for mask in masks):
                 yield axis
 
     def _stored(self, axis: int) -> bool:
@@ -240,7 +243,7 @@ class Roles:
         groups: list[int],
         parts: int,
     ) -> list[int]:
-        """Return the groups that can be split into so many parts."""
+        """Return those of the groups that can be split into `parts`."""
         return [k for k in groups if divides(self.names, k, parts)]
 
     def _idle(

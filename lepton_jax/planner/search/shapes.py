@@ -1,4 +1,4 @@
-"""Where the search starts: mesh shapes, and on each the layouts that experts write.
+"""Starting points of the search: mesh shapes, and the layouts that experts write.
 
 On a mesh of (4, 2) devices and a model with a batch and a sequence, the layouts are:
 the batch over the outer axis alone, with the state kept whole or in parts; the same

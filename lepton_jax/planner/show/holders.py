@@ -1,4 +1,4 @@
-"""Who holds what: arrays cut into their parts, and the devices that hold them.
+"""Drawings of arrays cut into their parts, and of the devices that hold them.
 
 Each square is a device. A colour is a part of an array: a device has the colour of the
 part that it holds, and the array's own drawing has it at the part's place. For a kernel
@@ -49,7 +49,7 @@ OVERLAP = 0.6
 MOST_TITLES = 128
 
 # OKLCH: chroma without and with a hue; the hues from blue to red, in degrees; the
-# lightnesses. Chosen so that sixteen parts can be told apart on both pages.
+# lightnesses. Assumption: sixteen parts can be told apart on a light and a dark page.
 PALE = 0.02
 VIVID = 0.115
 FIRST_HUE = 262
@@ -233,7 +233,7 @@ class Part(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Where it lies: 0 for the first part, 1 for the last."""
+        """Place among the parts: 0 for the first, 1 for the last."""
         return self.number / max(self.total - 1, 1)
 
 

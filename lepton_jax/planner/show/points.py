@@ -1,4 +1,4 @@
-"""What topologies give, as plain data that text, chart and drawing share."""
+"""Time and price on each topology, as plain data that all ways of showing share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lepton_jax.planner.show.words import duration, money
 
 @dataclass(frozen=True)
 class Point:
-    """What one topology gives.
+    """Time, price and memory on one topology.
 
     Attributes:
       topology: its name.
@@ -50,7 +50,7 @@ class Point:
 
     @property
     def marks(self) -> str:
-        """What stands out: "fastest, cheapest", "on the frontier", or nothing."""
+        """Words for a point that stands out: "fastest, cheapest", "on the frontier"."""
         words = ["fastest"] * self.fastest + ["cheapest"] * self.cheapest
         if not words and self.best:
             words = ["on the frontier"]

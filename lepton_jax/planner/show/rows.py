@@ -46,8 +46,9 @@ def rows(plan: Plan) -> list[Row]:
     tied: dict[tuple, list[ArrayPlan]] = {}
     for array in (*plan.arrays, *plan.batch):
         if array.kind in ("params", "inputs", "targets"):
-            lie = (array.shape, array.dtype, array.spec, array.use)
-            key = (starred(array.path), *lie)
+            pattern = starred(array.path)
+            layout = (array.spec, array.use)
+            key = (pattern, array.shape, array.dtype, layout)
             tied.setdefault(key, []).append(array)
     return [_row(arrays, plan) for arrays in tied.values()]
 

@@ -1,4 +1,4 @@
-"""Time against price as a drawing: points, the frontier, and labels beside them."""
+"""Time against price as a drawing: points, their labels, and the frontier."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def _labels(
 
 
 class Place(NamedTuple):
-    """Where a label could stand: pixels from its point, and the space that it takes."""
+    """A possible place of a label: pixels from its point, and the space it takes."""
 
     reach: int
     box: Box
