@@ -659,13 +659,10 @@ def _page(session: Session, compared: Frontier | None) -> str:
     return page(f"{recipe} on {targets}", *elements)
 
 
-def _compared(
-    options: argparse.Namespace,
-    results: list[Result],
-) -> Frontier:
+def _compared(session: Session) -> Frontier:
     """Compare the topologies, those without a plan by their errors."""
     outcomes: list[tuple[Plan | PlanError, Topology]] = []
-    for result in results:
+    for result in session.results:
         outcome = result.plan or result.error
         assert outcome is not None
         outcomes.append((outcome, result.topology))
