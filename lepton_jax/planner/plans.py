@@ -19,6 +19,7 @@ from lepton_jax.compat import make_mesh, ordered_effect, source_line
 from lepton_jax.errors import PlanError
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Layout, meets_stored
+from lepton_jax.planner.program.trace import Trace
 from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
@@ -276,7 +277,7 @@ class Plan:
 
     def check(
         self,
-        trace: Any,
+        trace: Trace,
         where: object = None,
     ) -> None:
         """Check that the plan is one for this recipe.
@@ -293,7 +294,6 @@ class Plan:
         """
         if where is None:
             where = f"plan for {self.topology}"
-        remedy = "give the recipe the settings that it was planned with, or plan anew"
         if self.batch_size != trace.recipe.batch_size:
             raise PlanError(
                 f"the plan is for batches of {self.batch_size}, and the recipe has"
@@ -319,7 +319,10 @@ class Plan:
                 f"the plan is not for this recipe: {len(differences)} arrays differ,"
                 f" e.g. {'; '.join(differences[:NAMED_ARRAYS])}",
                 where=where,
-                remedy=remedy,
+                remedy=(
+                    "give the recipe the settings that it was planned with, or plan"
+                    " anew"
+                ),
             )
         check_effects(trace, math.prod(self.mesh.values()))
 
@@ -416,7 +419,7 @@ class Plan:
         return self.renderers["html"](self)
 
 
-def check_effects(trace: Any, devices: int) -> None:
+def check_effects(trace: Trace, devices: int) -> None:
     """Check that JAX can compile the recipe's effects for a number of devices.
 
     Args:

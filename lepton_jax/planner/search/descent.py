@@ -98,7 +98,7 @@ class Turn(NamedTuple):
     axes: int
 
 
-# turns that are made at once
+# one turn, or two that only help together
 Move = tuple[Turn, ...]
 
 
@@ -216,7 +216,7 @@ def _best_so_far(explored: Iterable[Scored]) -> str:
 
 
 def descend(problem: Problem, start: Assignment) -> Scored:
-    """Return the best assignment that turns reach, each of which makes it better."""
+    """Return the assignment from which no further turn is better."""
     best = problem.lightly(start)
     moves = _moves(problem, start.sizes)
     improved = True
@@ -239,7 +239,7 @@ def _moves(
     problem: Problem,
     sizes: tuple[int, ...],
 ) -> list[Move]:
-    """Return each turn, and on a small mesh also each two of them."""
+    """Return each turn, and on a small mesh also each pair of turns."""
     singles = turns(problem, sizes)
     is_small = problem.topology.devices <= SMALL_MESH
     moves: list[Move] = [(turn,) for turn in singles]

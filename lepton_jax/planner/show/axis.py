@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from lepton_jax.planner.show.words import DAY, HOUR, MINUTE
 
+# The numbers below were chosen by eye.
+
 # seconds, or dollars, below which a value counts as this: zero has no logarithm
 TINY = 1e-12
 # factor of free space at each end: at least, and as a power of the whole range

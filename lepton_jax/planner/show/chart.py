@@ -9,7 +9,7 @@ from lepton_jax.planner.show.axis import PRICES, TIMES, Log
 from lepton_jax.planner.show.points import Point
 from lepton_jax.planner.show.words import duration, money, trimmed
 
-# columns and lines of the chart
+# columns and lines of the chart, chosen by eye
 COLUMNS = 72
 LINES = 13
 # columns at the right end that a mark of two letters may need

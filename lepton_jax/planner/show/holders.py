@@ -20,6 +20,8 @@ from lepton_jax.planner.show.colour import oklch
 from lepton_jax.planner.show.rows import Row, meshed, rows, spelled
 from lepton_jax.planner.show.words import shaped
 
+# The sizes below were chosen by eye.
+
 # pixels of a device's square, and between two
 CELL = 15
 GAP = 2
@@ -62,7 +64,7 @@ Axes = tuple[tuple[str, int], ...]
 
 
 def holders(plan: Plan) -> str:
-    """Return drawings of the batch and of the heaviest parameters that lie apart."""
+    """Return drawings of the batch and of the heaviest parameter of each layout."""
     every = rows(plan)
     if not every:
         return ""

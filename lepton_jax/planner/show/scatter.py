@@ -11,6 +11,8 @@ from lepton_jax.planner.show.axis import PRICES, TIMES, Log
 from lepton_jax.planner.show.points import Point, margin_of, price_of, time_of
 from lepton_jax.planner.show.words import duration, money, trimmed
 
+# The sizes below were chosen by eye.
+
 # pixels of the plane, and what is around it
 LEFT = 66
 TOP = 26

@@ -27,6 +27,8 @@ from lepton_jax.planner.show.words import (
     si,
 )
 
+# The widths below were chosen by eye.
+
 # columns of the text
 WIDTH = 110
 # columns for what a rival loses by: names and meshes give way before it does
