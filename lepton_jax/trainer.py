@@ -49,7 +49,7 @@ from lepton_jax.errors import (
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
-from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan, trace
+from lepton_jax.planner import Plan, Trace, ahead, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
 from lepton_jax.step.state import State
@@ -809,7 +809,7 @@ class Trainer:
         the other hosts have traced.
         """
         if self._given is not None:
-            check_plan(self._given, traced)
+            self._given.check(traced)
         if agreement.hosts() == 1:
             return self._given or plan(traced, self.topology)
         text = agreement.first(
@@ -817,7 +817,7 @@ class Trainer:
         )
         chosen = Plan.from_json(text)
         if agreement.host():
-            check_plan(chosen, traced)
+            chosen.check(traced)
         return chosen
 
     def _state(self, program: Program) -> State:

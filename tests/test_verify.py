@@ -16,8 +16,8 @@ from lepton_jax.models import LSTM, TransformerLM
 from lepton_jax.planner import ahead, trace
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search.build import build, by_hand
-from lepton_jax.planner.search.descent import Problem
 from lepton_jax.planner.search.pins import Pins
+from lepton_jax.planner.search.problem import Problem
 from lepton_jax.verify import comparison as verification
 from lepton_jax.verify.comparison import prove, verify
 from lepton_jax.verify.expected import Expected

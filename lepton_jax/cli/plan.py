@@ -1,5 +1,6 @@
-"""`python tools/plan.py RECIPE.py --on v5p:4x4x4`: what a step would cost, before an
-array exists, on any hardware.
+"""The `plan` tool: what a step would cost, before an array exists, on any hardware.
+
+python tools/plan.py RECIPE.py --on v5p:4x4x4
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,76 +25,121 @@ from jax.sharding import PartitionSpec
 from lepton_jax.cli import settings
 from lepton_jax.data import from_any, sample
 from lepton_jax.errors import LeptonError, PlanError, SettingError
-from lepton_jax.hardware import Chip, Topology, here, read_chips, topology
+from lepton_jax.hardware import Topology, here, read_chips, topology
 from lepton_jax.launch.joining import ask_for_devices
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.planner.patience import LIMIT_SECONDS
+from lepton_jax.planner.plans import OBJECTIVES
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.show.frontier import Frontier, frontier
-from lepton_jax.planner.show.text import duration, units
+from lepton_jax.planner.show.html import page
+from lepton_jax.planner.show.rows import units
+from lepton_jax.planner.show.words import duration
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
-from lepton_jax.trees import by_path
 
-OBJECTIVES = ("time", "memory", "cost")
-TOKENS = 1e9  # for which topologies are compared if nothing else is asked for
+# tokens, or samples, for which topologies are compared if nothing else is asked for
+TOKENS = 1e9
 DESCRIPTION = (
     "Plan a recipe for any hardware: how it would lie there, why, and what memory, time"
     " and money a step would take."
 )
-MEGA = 2**20
+MIB = 2**20
+# exit codes of a shell: a mistake of the user's or nothing that fits; Ctrl-C
+MISTAKE = 2
+INTERRUPTED = 130
 
 
 @dataclass
 class Result:
-    """What came of one topology: a plan, or the error that says why there is none and
-    what would fit; XLA's verdicts.
+    """The outcome of planning for one topology.
+
+    Attributes:
+      plan: None if there is none.
+      error: why there is no plan, and what would fit; None if there is one.
+      seconds: time of planning.
+      checks: XLA's verdicts, by the option that asked for them.
     """
 
     topology: Topology
-    plan: Plan | None
-    error: PlanError | None
-    seconds: float
+    plan: Plan | None = None
+    error: PlanError | None = None
+    seconds: float = 0.0
     checks: dict[str, list[Any]] = field(default_factory=dict)
 
 
+@dataclass
+class Session:
+    """All that one command line gave: what is shown and written.
+
+    Attributes:
+      arguments: as given.
+      options: parsed.
+      trace_seconds: time of tracing the recipe.
+    """
+
+    arguments: list[str]
+    options: argparse.Namespace
+    results: list[Result]
+    trace_seconds: float
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Plans of the topologies on which there is one."""
+        return [result.plan for result in self.results if result.plan is not None]
+
+    @property
+    def search_seconds(self) -> float:
+        """Time of planning for all topologies."""
+        return sum(result.seconds for result in self.results)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0; 2 for an error of the user's or
-    where nothing fits; 130 after Ctrl-C.
+    """Run the command line.
+
+    Returns:
+      The exit code: 0; 2 for an error of the user's or where nothing fits; 130 after
+      Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if (
-        hasattr(sys.stdout, "reconfigure")
-        and (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    ):
-        # a terminal without the bars' characters
-        sys.stdout.reconfigure(errors="replace")
+    _replace_unknown_characters()
     try:
         code = look(arguments)
         sys.stdout.flush()
         return code
     except LeptonError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     # as with `| head`; what Python flushes at its end goes nowhere
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+
+
+def _replace_unknown_characters() -> None:
+    """Print "?" on a terminal that does not have the bars' characters."""
+    encoding = sys.stdout.encoding or ""
+    is_utf8 = encoding.lower().replace("-", "") == "utf8"
+    if hasattr(sys.stdout, "reconfigure") and not is_utf8:
+        sys.stdout.reconfigure(errors="replace")
 
 
 def look(arguments: list[str]) -> int:
-    """Parse, trace, plan and show; the exit code.
+    """Parse, trace, plan and show; return the exit code.
 
     Raises:
-      LeptonError: whatever the user can mend.
+      LeptonError: a mistake that the user can fix.
     """
     file = _recipe_file(arguments)
     wants_help = bool({"-h", "--help"} & set(arguments))
     function = None if file is None else settings.load(Path(file))
-    own = [] if function is None else list(inspect.signature(function).parameters)
+    own: list[str] = []
+    if function is not None:
+        own += inspect.signature(function).parameters
     parser = _parser("micro_batches" not in own)
     if function is not None:
         parser.description = settings.story(function) or DESCRIPTION
@@ -109,23 +155,31 @@ def look(arguments: list[str]) -> int:
             where="command line",
             remedy="name a recipe file, e.g. recipes/digits_cnn.py",
         )
+
     options, given = settings.parse(parser, arguments, own)
     replayed, targets = _targets(options)
     _check(options, targets)
-    _platform(options, targets)
+    _choose_platform(options, targets)
+
     clock = time.perf_counter()
     traced = _traced(settings.call(function, given))
     seconds = time.perf_counter() - clock
-    results = [
-        _planned(traced, target, options, replayed) for target in targets or [here()[0]]
-    ]
-    return _tell(arguments, options, results, seconds)
+    if not targets:
+        live, _ = here()
+        targets = [live]
+    results = [_planned(traced, target, options, replayed) for target in targets]
+    return _show(Session(arguments, options, results, seconds))
 
 
 # ---- the command line ----
 
 
 def _parser(micro_batches: bool) -> settings.Parser:
+    """Return the parser.
+
+    Args:
+      micro_batches: whether there is an option for them, since the recipe has none.
+    """
     parser = settings.Parser(
         prog=settings.program("plan"),
         description=DESCRIPTION,
@@ -143,6 +197,14 @@ def _parser(micro_batches: bool) -> settings.Parser:
         help="a Python file with a function `recipe`; its settings become options",
     )
     add = parser.add_argument_group("options").add_argument
+    _add_targets(add)
+    _add_pins(add, micro_batches)
+    _add_checks(add)
+    _add_files(add)
+    return parser
+
+
+def _add_targets(add: Callable[..., Any]) -> None:
     add(
         "-h",
         "--help",
@@ -164,6 +226,12 @@ def _parser(micro_batches: bool) -> settings.Parser:
         metavar="|".join(OBJECTIVES),
         help="what the plan is best in (default: time)",
     )
+
+
+def _add_pins(
+    add: Callable[..., Any],
+    micro_batches: bool,
+) -> None:
     add(
         "--mesh",
         type=_mesh,
@@ -203,12 +271,15 @@ def _parser(micro_batches: bool) -> settings.Parser:
             f" {LIMIT_SECONDS:.0f})"
         ),
     )
+
+
+def _add_checks(add: Callable[..., Any]) -> None:
     add(
         "--tokens",
         type=settings.reader(float),
         metavar="N",
         help=(
-            "compare the topologies for so many tokens, or samples "
+            "compare the topologies for this number of tokens, or of samples "
             "where there are no tokens (default: 1e9 where there are several)"
         ),
     )
@@ -216,8 +287,8 @@ def _parser(micro_batches: bool) -> settings.Parser:
         "--verify",
         action="store_true",
         help=(
-            "compile the planned step for the topology and set XLA's account beside the"
-            " plan"
+            "compile the planned step for the topology and show XLA's account next"
+            " to the plan"
         ),
     )
     add(
@@ -244,6 +315,9 @@ def _parser(micro_batches: bool) -> settings.Parser:
         metavar="PLAN",
         help="print what differs from the plan of a file",
     )
+
+
+def _add_files(add: Callable[..., Any]) -> None:
     add(
         "--save",
         type=Path,
@@ -262,22 +336,25 @@ def _parser(micro_batches: bool) -> settings.Parser:
         metavar="FILE",
         help="write plans, predictions, and what planning took",
     )
-    return parser
 
 
 def _recipe_file(arguments: list[str]) -> str | None:
+    """Return the recipe's file: the first argument, else the first that ends in .py."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
-    return next(
-        (a for a in arguments if a.endswith(".py") and not a.startswith("-")), None
-    )
+    for argument in arguments:
+        if argument.endswith(".py") and not argument.startswith("-"):
+            return argument
+    return None
 
 
 def _mesh(text: str) -> dict[str, int]:
+    """Return the mesh of `fsdp=8,tensor=4`."""
     mesh: dict[str, int] = {}
     for part in text.split(","):
-        name, equals, size = (x.strip() for x in part.partition("="))
-        if not equals or not name.isidentifier() or not size.isdigit() or int(size) < 1:
+        name, _, size = (word.strip() for word in part.partition("="))
+        is_size = size.isdigit() and int(size) >= 1
+        if not name.isidentifier() or not is_size:
             raise argparse.ArgumentTypeError(
                 f"{part!r} is not of the form axis=size, as in fsdp=8,tensor=4"
             )
@@ -288,98 +365,89 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def _pin(text: str) -> tuple[str, PartitionSpec]:
-    pattern, equals, spec = (x.strip() for x in text.rpartition("="))
+    """Return the pattern and the spec of `**/embedding=tensor,None`."""
+    pattern, equals, spec = (word.strip() for word in text.rpartition("="))
     if not equals or not pattern:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not of the form pattern=spec, as in"
             " '**/embedding=tensor,None'"
         )
-    dims: list[tuple[str, ...] | str | None] = []
-    for entry in spec.split(",") if spec else ():
-        axes = tuple(axis.strip() for axis in entry.split("+"))
-        if axes in (("None",), ("-",)):
-            dims.append(None)
-            continue
-        bad = next((axis for axis in axes if not axis.isidentifier()), None)
-        if bad is not None:
+    entries = spec.split(",") if spec else []
+    return pattern, PartitionSpec(*(_dim(entry, text) for entry in entries))
+
+
+def _dim(
+    entry: str,
+    text: str,
+) -> tuple[str, ...] | str | None:
+    """Return the mesh axes of one dim of the pin `text`."""
+    axes = tuple(axis.strip() for axis in entry.split("+"))
+    if axes in (("None",), ("-",)):
+        return None
+    for axis in axes:
+        if not axis.isidentifier():
             raise argparse.ArgumentTypeError(
-                f"{bad!r} in {text!r} is no mesh axis; write axes dim by dim, as in"
+                f"{axis!r} in {text!r} is no mesh axis; write axes dim by dim, as in"
                 " tensor,None or fsdp+expert"
             )
-        dims.append(axes if len(axes) > 1 else axes[0])
-    return pattern, PartitionSpec(*dims)
+    return axes if len(axes) > 1 else axes[0]
 
 
 def _targets(options: argparse.Namespace) -> tuple[Plan | None, list[Topology]]:
-    """The plan to replay, and the topologies; none: the live devices, which nothing
-    here may start yet.
+    """Return the plan to replay, if any, and the topologies.
+
+    No topologies stand for the live devices, which nothing here may start yet.
     """
-    chips: Mapping[str, Chip] | None = (
-        None if options.chips is None else read_chips(options.chips)
-    )
-    replayed = None if options.replay is None else _read(options.replay)
-    names = (
-        []
-        if options.on is None
-        else [name.strip() for name in options.on.split(",") if name.strip()]
-    )
-    if options.on is not None and not names:
+    chips = None if options.chips is None else read_chips(options.chips)
+    replayed = None if options.replay is None else Plan.load(options.replay)
+    named = [] if options.on is None else _named(options.on)
+    targets = {name: topology(name, chips) for name in named}
+    if replayed is not None:
+        for name, target in targets.items():
+            if target.name != replayed.topology:
+                raise PlanError(
+                    f"the plan is for {replayed.topology}, not for {name}",
+                    where=options.replay,
+                    remedy="leave out --on, or plan anew without --replay",
+                )
+        targets = {"replayed": topology(replayed.topology, chips)}
+
+    # one topology may have several names, as in v5e:2x2 and V5E:2x2
+    different = {target.name: target for target in targets.values()}
+    return replayed, list(different.values())
+
+
+def _named(text: str) -> list[str]:
+    """Return the names in `v5e:2x2, h200:8`."""
+    words = [word.strip() for word in text.split(",")]
+    names = [word for word in words if word]
+    if not names:
         raise SettingError(
             "--on names no topology",
             where="command line, --on",
             remedy='name one, e.g. "h200:8"',
         )
-    if replayed is not None:
-        other = next(
-            (name for name in names if topology(name, chips).name != replayed.topology),
-            None,
-        )
-        if other is not None:
-            raise PlanError(
-                f"the plan is for {replayed.topology}, not for {other}",
-                where=options.replay,
-                remedy="leave out --on, or plan anew without --replay",
-            )
-        names = [replayed.topology]
-    return replayed, list(
-        {t.name: t for t in (topology(name, chips) for name in names)}.values()
-    )
+    return names
 
 
-def _check(options: argparse.Namespace, targets: Sequence[Topology]) -> None:
-    """Contradictions and files that can't be written, before minutes are spent."""
-    fixed = (
-        ("mesh", "pin", "remat", "micro_batches", "prove", "time_limit")
-        if options.replay is not None
-        else ()
-    )
-    for name in fixed:
-        if getattr(options, name, None) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise SettingError(
-                f"{flag} can't change a plan that is replayed",
-                where=f"command line, {flag}",
-                remedy=f"leave out {flag}, or plan anew without --replay",
-            )
-    for flag, number in (
-        ("--tokens", options.tokens),
-        ("--prove", options.prove),
-        ("--time-limit", options.time_limit),
-        ("--micro-batches", getattr(options, "micro_batches", None)),
-    ):
-        if number is not None and not 0 < number < float("inf"):
-            raise SettingError(
-                f"{flag} is {number}",
-                where=f"command line, {flag}",
-                remedy="give a number above 0",
-            )
+# ---- checks, before minutes are spent ----
+
+
+def _check(
+    options: argparse.Namespace,
+    targets: Sequence[Topology],
+) -> None:
+    """Find contradictions, numbers out of range and files that can't be written."""
+    _check_replay(options)
+    _check_numbers(options)
     if options.verify and options.prove is not None:
         raise SettingError(
             "--verify and --prove are both given",
             where="command line",
             remedy="--prove verifies what it takes",
         )
-    for flag, file in (("--save", options.save), ("--diff", options.diff)):
+    of_one_plan = {"--save": options.save, "--diff": options.diff}
+    for flag, file in of_one_plan.items():
         if file is not None and len(targets) > 1:
             raise SettingError(
                 f"{flag} is for one plan, and {len(targets)} are made",
@@ -387,45 +455,78 @@ def _check(options: argparse.Namespace, targets: Sequence[Topology]) -> None:
                 remedy="name one topology; --json keeps all plans",
             )
     if options.diff is not None:
-        _read(options.diff)
+        Plan.load(options.diff)
     for file in (options.save, options.html, options.json):
-        if file is not None and (
-            file.is_dir()
-            or not os.access(file if file.exists() else file.parent, os.W_OK)
-        ):
+        if file is not None:
+            _check_writable(file)
+
+
+def _check_replay(options: argparse.Namespace) -> None:
+    """Find options that can't change a plan that is replayed."""
+    if options.replay is None:
+        return
+    for name in ("mesh", "pin", "remat", "micro_batches", "prove", "time_limit"):
+        if getattr(options, name, None) is not None:
+            flag = f"--{name.replace('_', '-')}"
             raise SettingError(
-                "the file can't be written",
-                where=file,
-                remedy="name a file in a folder that exists and that you may write to",
+                f"{flag} can't change a plan that is replayed",
+                where=f"command line, {flag}",
+                remedy=f"leave out {flag}, or plan anew without --replay",
             )
 
 
-def _platform(options: argparse.Namespace, targets: Sequence[Topology]) -> None:
-    """Planning for chips by name needs no device: JAX shall not look for any, nor take
-    the accelerators that are there.
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name in ("tokens", "prove", "time_limit", "micro_batches"):
+        number = getattr(options, name, None)
+        if number is not None and not 0 < number < float("inf"):
+            flag = f"--{name.replace('_', '-')}"
+            raise SettingError(
+                f"{flag} is {number}",
+                where=f"command line, {flag}",
+                remedy="give a number above 0",
+            )
+
+
+def _check_writable(file: Path) -> None:
+    place = file if file.exists() else file.parent
+    is_writable = os.access(place, os.W_OK)
+    if file.is_dir() or not is_writable:
+        raise SettingError(
+            "the file can't be written",
+            where=file,
+            remedy="name a file in a folder that exists and that you may write to",
+        )
+
+
+def _choose_platform(
+    options: argparse.Namespace,
+    targets: Sequence[Topology],
+) -> None:
+    """Let JAX see only CPUs where no device is needed.
+
+    Planning for chips by name needs none, so JAX must neither look for accelerators nor
+    take those that are there. Compiling needs them, except for TPUs, which libtpu
+    describes, and for CPUs, which can be virtual.
     """
     compiles = options.verify or options.prove is not None
-    if not targets or (
-        compiles and any(t.platform not in ("cpu", "tpu") for t in targets)
-    ):
+    platforms = {target.platform for target in targets}
+    on_live_chips = bool(platforms - {"cpu", "tpu"})
+    if not targets or (compiles and on_live_chips):
         return
     if not getattr(jax.config, "jax_platforms", None):
         jax.config.update("jax_platforms", "cpu")
     if compiles:
-        ask_for_devices(
-            max(
-                (t.devices for t in targets if t.platform == "cpu"),
-                default=None,
-            )
-        )
+        cpus = [target.devices for target in targets if target.platform == "cpu"]
+        ask_for_devices(max(cpus, default=None))
 
 
 # ---- trace and plan ----
 
 
 def _traced(recipe: Recipe) -> Trace:
-    """The recipe traced on the shapes of its own data; without data the parameters
-    alone.
+    """Trace the recipe on the shapes of its own data.
+
+    Without data the trace covers the parameters alone.
     """
     data = recipe.train
     if data is None:
@@ -436,12 +537,13 @@ def _traced(recipe: Recipe) -> Trace:
                 remedy="give the settings with which the recipe has data",
             )
         return trace(recipe, None, None)
-    if not isinstance(data, grain.MapDataset | grain.IterDataset):
-        data = from_any(data)
-    count = (
-        None if isinstance(data, grain.MapDataset | grain.IterDataset) else len(data)
-    )
-    return trace(recipe, *sample(data), samples=count)
+    if isinstance(data, grain.MapDataset | grain.IterDataset):
+        return trace(recipe, *sample(data))
+
+    data = from_any(data)
+    if isinstance(data, grain.MapDataset | grain.IterDataset):
+        return trace(recipe, *sample(data))
+    return trace(recipe, *sample(data), samples=len(data))
 
 
 def _planned(
@@ -450,25 +552,12 @@ def _planned(
     options: argparse.Namespace,
     replayed: Plan | None,
 ) -> Result:
-    asked = {
-        "mesh": options.mesh,
-        "pins": dict(options.pin) if options.pin else None,
-        "remat": options.remat,
-        "micro_batches": getattr(options, "micro_batches", None),
-    }
-    asked |= {"time_limit": options.time_limit}
-    asked = {name: value for name, value in asked.items() if value is not None} | {
-        "objective": options.objective
-    }
+    """Plan for one topology, or take the plan that is replayed."""
+    result = Result(target, replayed)
+    asked = _asked(options)
     start = time.perf_counter()
-    result = Result(
-        target,
-        replayed,
-        None,
-        0.0,
-    )
     if replayed is not None:
-        _matching(replayed, traced, options.replay)
+        replayed.check(traced, where=options.replay)
     try:
         if options.prove is not None:
             # brings the programs and XLA's compilers along
@@ -482,206 +571,170 @@ def _planned(
     except PlanError as error:
         result.error = error
     result.seconds = time.perf_counter() - start
+
     if options.verify and result.plan is not None:
         from lepton_jax.verify.comparison import verify
 
-        result.checks["verify"] = [
-            verify(
-                traced,
-                result.plan,
-                target,
-            )
-        ]
+        result.checks["verify"] = [verify(traced, result.plan, target)]
     return result
 
 
-def _read(file: Path) -> Plan:
-    try:
-        return Plan.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"the plan can't be read: {getattr(error, 'strerror', None) or error}",
-            where=file,
-            remedy="name a file that --save, or a run, has written",
-        ) from error
-    except PlanError as error:
-        raise PlanError(
-            error.what,
-            where=file,
-            remedy="name a file that --save, or a run, has written",
-        ) from error
-
-
-def _matching(
-    plan: Plan,
-    traced: Trace,
-    file: Path,
-) -> None:
-    """That a plan of a file is for these arrays."""
-    there = {path: tuple(leaf.shape) for path, leaf in by_path(traced.state).items()}
-    if traced.inputs is not None:
-        batch = by_path({"inputs": traced.inputs, "targets": traced.targets})
-        there |= {path: tuple(leaf.shape) for path, leaf in batch.items()}
-    planned = {a.path: a.shape for a in (*plan.arrays, *plan.batch)}
-    told = lambda shape: "absent" if shape is None else str(list(shape))
-    differ = [
-        f"{path} {told(planned.get(path))} in the plan, {told(there.get(path))} in the"
-        " recipe"
-        for path in (*there, *(p for p in planned if p not in there))
-        if there.get(path) != planned.get(path)
-    ]
-    if differ:
-        raise PlanError(
-            f"the plan is not for this recipe: {len(differ)} arrays differ, e.g."
-            f" {'; '.join(differ[:3])}",
-            where=file,
-            remedy=(
-                "give the recipe the settings that it was planned with, or plan anew"
-            ),
-        )
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `plan` that the command line gives."""
+    asked = {
+        "objective": options.objective,
+        "mesh": options.mesh,
+        "pins": dict(options.pin) if options.pin else None,
+        "remat": options.remat,
+        "micro_batches": getattr(options, "micro_batches", None),
+        "time_limit": options.time_limit,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 # ---- what is printed and written ----
 
 
-def _tell(
-    arguments: list[str],
-    options: argparse.Namespace,
-    results: list[Result],
-    seconds: float,
-) -> int:
-    plans = [r.plan for r in results if r.plan is not None]
-    compared = (
-        _compared(options, results)
-        if len(results) > 1 or (options.tokens and plans)
-        else None
-    )
+def _show(session: Session) -> int:
+    """Print and write what was planned; return the exit code."""
+    options = session.options
+    results = session.results
+    plans = session.plans
+    compared = None
+    if len(results) > 1 or (options.tokens and plans):
+        compared = _compared(session)
     if options.json is not None:
-        _write(
-            options.json,
-            json.dumps(
-                _record(arguments, options, results, seconds, compared),
-                indent=1,
-            )
-            + "\n",
-        )
-    errors = [r.error for r in results if r.error is not None]
-    if errors and len({e.what for e in errors}) == 1 and not plans:
+        record = _record(session, compared)
+        _write(options.json, json.dumps(record, indent=1) + "\n")
+
+    errors = [result.error for result in results if result.error is not None]
+    is_one_error = len({error.what for error in errors}) == 1
+    if is_one_error and not plans:
         raise errors[0]
-    if len(results) == 1:
-        print(plans[0])
-    if compared is not None:
-        print("\n" * (len(results) == 1) + str(compared))
-    for result in results:
-        for check in itertools.chain(*result.checks.values()):
-            print(f"\n{check}")
-    if options.diff is not None:
-        difference = _read(options.diff).diff(plans[0])
-        print(
-            f"\n{difference}"
-            if difference
-            else f"\nnothing differs from {options.diff}"
-        )
+
+    _print(session, compared)
     if options.save is not None:
         _write(options.save, plans[0].to_json() + "\n")
     if options.html is not None:
-        from lepton_jax.planner.show.html import page
+        _write(options.html, _page(session, compared))
+    _print_times(session)
 
-        title = (
-            f"{Path(_recipe_file(arguments) or '').stem} on"
-            f" {', '.join(r.topology.name for r in results)}"
-        )
-        elements = [] if compared is None else [compared._repr_html_()]
-        _write(
-            options.html,
-            page(
-                title,
-                *elements,
-                *(made._repr_html_() for made in plans),
-            ),
-        )
-    searched = sum(r.seconds for r in results)
+    verdicts = []
+    for result in results:
+        verdicts += result.checks.get("verify", [])
+    is_refused = any(not verdict.fits for verdict in verdicts)
+    return MISTAKE if is_refused or not plans else 0
+
+
+def _print(session: Session, compared: Frontier | None) -> None:
+    """Print the plan or the comparison, XLA's verdicts, and what differs."""
+    options = session.options
+    is_single = len(session.results) == 1
+    if is_single:
+        print(session.plans[0])
+    if compared is not None:
+        print(f"\n{compared}" if is_single else compared)
+    for result in session.results:
+        for check in itertools.chain(*result.checks.values()):
+            print(f"\n{check}")
+    if options.diff is not None:
+        other = Plan.load(options.diff)
+        difference = other.diff(session.plans[0])
+        print(f"\n{difference or f'nothing differs from {options.diff}'}")
+
+
+def _print_times(session: Session) -> None:
+    verb = "checked" if session.options.replay else "planned"
     print(
-        f"\ntraced in {duration(seconds)}, {'checked' if options.replay else 'planned'}"
-        f" in {duration(searched)}; the process took {duration(_age())} and"
-        f" {_peak_bytes() / MEGA:,.0f} MiB in all"
+        f"\ntraced in {duration(session.trace_seconds)}, {verb}"
+        f" in {duration(session.search_seconds)}; the process took {duration(_age())}"
+        f" and {_peak_bytes() / MIB:,.0f} MiB in all"
     )
-    refused = any(
-        not check.fits
-        for result in results
-        for check in result.checks.get("verify", ())
-    )
-    return 2 if refused or not plans else 0
 
 
-def _compared(options: argparse.Namespace, results: list[Result]) -> Frontier:
-    plans = [r.plan for r in results if r.plan is not None]
-    per_step, unit = units(plans[0]) if plans else (1, "samples")
+def _page(session: Session, compared: Frontier | None) -> str:
+    """Return a page of the comparison, if there is one, and all plans."""
+    recipe = Path(_recipe_file(session.arguments) or "").stem
+    names = [result.topology.name for result in session.results]
+    targets = ", ".join(names)
+    elements = [] if compared is None else [compared._repr_html_()]
+    elements += [plan._repr_html_() for plan in session.plans]
+    return page(f"{recipe} on {targets}", *elements)
+
+
+def _compared(session: Session) -> Frontier:
+    """Compare the topologies, those without a plan by their errors."""
     outcomes: list[tuple[Plan | PlanError, Topology]] = []
-    for r in results:
-        outcome = r.plan or r.error
+    for result in session.results:
+        outcome = result.plan or result.error
         assert outcome is not None
-        outcomes.append((outcome, r.topology))
-    return frontier(outcomes, options.tokens or TOKENS, per_step, unit)
+        outcomes.append((outcome, result.topology))
+
+    tokens = session.options.tokens or TOKENS
+    plans = session.plans
+    per_step, unit = units(plans[0]) if plans else (1, "samples")
+    return frontier(outcomes, tokens, per_step, unit)
 
 
 def _record(
-    arguments: list[str],
-    options: argparse.Namespace,
-    results: list[Result],
-    seconds: float,
+    session: Session,
     compared: Frontier | None,
 ) -> dict[str, Any]:
+    """Return what --json writes."""
     return {
-        "command": ["tools/plan.py", *arguments],
-        "objective": options.objective,
+        "command": ["tools/plan.py", *session.arguments],
+        "objective": session.options.objective,
         "seconds": {
-            "trace": seconds,
-            "search": sum(r.seconds for r in results),
+            "trace": session.trace_seconds,
+            "search": session.search_seconds,
             "process": _age(),
         },
         "peak_rss_bytes": _peak_bytes(),
-        "plans": [_entry(r) for r in results],
+        "plans": [_entry(result) for result in session.results],
         "frontier": None if compared is None else asdict(compared),
     }
 
 
 def _entry(result: Result) -> dict[str, Any]:
-    on = result.topology
-    made = result.plan
+    """Return what --json writes of one topology."""
     entry: dict[str, Any] = {
-        "topology": on.name,
-        "devices": on.devices,
-        "chips": on.chips,
-        "price_per_hour": on.price_per_hour,
+        "topology": result.topology.name,
+        "devices": result.topology.devices,
+        "chips": result.topology.chips,
+        "price_per_hour": result.topology.price_per_hour,
         "search_seconds": result.seconds,
     }
-    if made is None:
+    if result.plan is None:
         assert result.error is not None
-        return entry | {
-            "error": {
-                "what": result.error.what,
-                "where": result.error.where,
-                "remedy": result.error.remedy,
-            }
+        entry["error"] = {
+            "what": result.error.what,
+            "where": result.error.where,
+            "remedy": result.error.remedy,
         }
-    count, unit = units(made)
-    entry["predicted"] = {
-        "step_seconds": made.step_seconds,
-        "seconds": made.seconds,
-        "peak_bytes": made.peak,
-        "memory_bytes": made.memory,
-        "bytes_per_device": made.bytes_per_device,
-        "flops": made.flops,
-        "price_per_step": made.price_per_step,
+        return entry
+
+    entry["predicted"] = _predicted(result.plan)
+    entry["plan"] = asdict(result.plan)
+    for name, checks in result.checks.items():
+        entry[name] = [check.to_dict() for check in checks]
+    return entry
+
+
+def _predicted(plan: Plan) -> dict[str, Any]:
+    """Return the predictions that are not entries of the plan itself, and those too."""
+    count, unit = units(plan)
+    rate = count / plan.step_seconds if plan.step_seconds else None
+    return {
+        "step_seconds": plan.step_seconds,
+        "seconds": plan.seconds,
+        "peak_bytes": plan.peak,
+        "memory_bytes": plan.memory,
+        "bytes_per_device": plan.bytes_per_device,
+        "flops": plan.flops,
+        "price_per_step": plan.price_per_step,
         "unit": unit,
         "units_per_step": count,
-        "units_per_second": count / made.step_seconds if made.step_seconds else None,
-    }
-    entry["plan"] = asdict(made)
-    return entry | {
-        name: [check.to_dict() for check in checks]
-        for name, checks in result.checks.items()
+        "units_per_second": rate,
     }
 
 
@@ -692,24 +745,28 @@ def _write(file: Path, text: str) -> None:
         raise SettingError(
             f"the file can't be written: {error.strerror}",
             where=file,
-            remedy="mend that and plan again",
+            remedy="fix that and plan again",
         ) from error
 
 
+# ---- what the process took ----
+
+
 def _peak_bytes() -> int:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    """Return the most memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _age() -> float:
-    """Seconds since this process began, imports included."""
+    """Return the seconds since this process began, imports included."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf(
-            "SC_CLK_TCK"
-        )
+        # fields behind the process's name, which may hold spaces (proc(5))
+        text = Path("/proc/self/stat").read_text()
+        fields = text.rpartition(")")[2].split()
+        ticks = int(fields[19])
+        start = ticks / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - start
     # not Linux: what this thread and its imports have used
     except (OSError, AttributeError):
         return time.process_time()

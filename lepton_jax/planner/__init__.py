@@ -1,11 +1,13 @@
-"""From a recipe to the plan that drives its program: trace, find its named axes,
-search, explain, verify.
+"""From a recipe to the plan that drives its program.
+
+The arrows are `trace` (the recipe's program and its named axes), `plan` (the search)
+and `laid_out` (the plan's constraints in the traced program).
 """
 
 from lepton_jax.planner import ahead
 from lepton_jax.planner.apply import laid_out
 from lepton_jax.planner.planning import candidates, plan
-from lepton_jax.planner.plans import ArrayPlan, Plan, check_plan
+from lepton_jax.planner.plans import ArrayPlan, Plan
 from lepton_jax.planner.program.evaluation import (
     Evaluation,
     Prediction,
@@ -15,6 +17,8 @@ from lepton_jax.planner.program.evaluation import (
 from lepton_jax.planner.program.ranges import limits
 from lepton_jax.planner.program.remat import rematerialized
 from lepton_jax.planner.program.trace import Trace, trace
+from lepton_jax.planner.show.html import html
+from lepton_jax.planner.show.text import text
 
 __all__ = [
     "ArrayPlan",
@@ -24,7 +28,6 @@ __all__ = [
     "Trace",
     "ahead",
     "candidates",
-    "check_plan",
     "evaluated",
     "laid_out",
     "limits",
@@ -33,3 +36,5 @@ __all__ = [
     "rematerialized",
     "trace",
 ]
+
+Plan.renderers |= {"text": text, "html": html}

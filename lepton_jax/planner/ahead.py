@@ -17,14 +17,15 @@ from jax.experimental import topologies
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology, arrange
 
-# without them libtpu asks a cloud host's metadata server who it is, for minutes where
-# there is none
+# Variables without which libtpu asks a cloud host's metadata server who it is, for
+# minutes where there is none.
 NOT_A_TPU_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# bytes of a unit in XLA's messages
 UNITS = {
     "": 1,
     "K": 2**10,
@@ -39,8 +40,9 @@ class Memory:
     """XLA's own account of one device's memory, in bytes.
 
     Attributes:
-      arguments, outputs: of the program.
-      temporaries: at the peak.
+      arguments: inputs of the program.
+      temporaries: what it holds at the peak in addition to inputs and outputs.
+      outputs: results of the program.
       aliases: outputs that lie in donated arguments.
       code: the program itself.
     """
@@ -53,6 +55,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """Bytes that the program holds at the most."""
         return self.arguments + self.temporaries + self.outputs - self.aliases
 
 
@@ -60,7 +63,8 @@ class TooLarge(PlanError):
     """XLA found that a program does not fit the device's memory.
 
     Attributes:
-      needed, available: bytes as far as XLA's message tells them, else None.
+      needed: bytes of the program; None: XLA's message does not say.
+      available: bytes of the device; None: the same.
     """
 
     needed: float | None = None
@@ -68,8 +72,9 @@ class TooLarge(PlanError):
 
 
 def devices_for(topology: Topology) -> list[Any]:
-    """As many devices as the topology has, to compile for: live ones if they are there,
-    else descriptions of TPUs.
+    """Return as many devices as the topology has, to compile for.
+
+    They are live ones if they are there, else descriptions of TPUs.
 
     Raises:
       PlanError: libtpu is missing or refuses the topology's name; too few virtual CPU
@@ -105,8 +110,9 @@ def mesh_devices(
     mesh: Mapping[str, int],
     devices: Sequence[Any],
 ) -> np.ndarray:
-    """The devices as an array of the mesh's shape, each where the cost model has it:
-    axes along the links of a torus.
+    """Return the devices as an array of the mesh's shape.
+
+    Each lies where the cost model has it: axes along the links of a torus.
 
     Raises:
       PlanError: the mesh's axes don't multiply up to the devices.
@@ -123,12 +129,10 @@ def compile_for(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Memor
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        message = str(error)
-        if "RESOURCE_EXHAUSTED" not in message:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        first = re.sub(
-            r"^RESOURCE_EXHAUSTED: (E\d+: \w+: )?", "", message.partition("\n")[0]
-        )
+        first_line = str(error).partition("\n")[0]
+        first = re.sub(r"^RESOURCE_EXHAUSTED: (E\d+: \w+: )?", "", first_line)
         large = TooLarge(
             f"XLA refuses the program: {first}",
             where="device memory",
@@ -157,44 +161,43 @@ def _live(
     except RuntimeError:
         devices = []
     kinds = topology.chip.kinds
-    there = [
-        device for device in devices if platform == "cpu" or device.device_kind in kinds
-    ]
-    if len(there) < topology.devices:
+    if platform != "cpu":
+        devices = [device for device in devices if device.device_kind in kinds]
+    if len(devices) < topology.devices:
         raise PlanError(
-            f"{topology.name} needs {topology.devices} devices, {len(there)} such are"
+            f"{topology.name} needs {topology.devices} devices, {len(devices)} such are"
             " here",
             where=topology.name,
             remedy=remedy,
         )
-    return there[: topology.devices]
+    return devices[: topology.devices]
 
 
 def _described(topology: Topology) -> list[Any]:
-    """Descriptions of TPUs from libtpu, which knows legal slices and their links."""
+    """Return descriptions of TPUs from libtpu, which knows slices and their links."""
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(
             f"compiling for {topology.name} needs libtpu, which is not installed",
             where=topology.name,
             remedy="pip install 'lepton-jax[tpu]'; it needs no TPU",
         )
-    bounds = (*topology.shape, 1, 1)[:3]
-    refused = []
+
     # a shape smaller than a host's usual 2x2 must say so; a v4 shows two devices per
-    # chip unless told otherwise
-    for options in (
-        {},
-        {"chip_config_name": "megacore"},
-        {"chips_per_host_bounds": bounds},
-        {"chips_per_host_bounds": bounds, "chip_config_name": "megacore"},
-    ):
+    # chip without "megacore"
+    bounds = (*topology.shape, 1, 1)[:3]
+    megacore = {"chip_config_name": "megacore"}
+    small = {"chips_per_host_bounds": bounds}
+    variables = NOT_A_TPU_HOST if jax.default_backend() != "tpu" else {}
+    refused = []
+    for options in ({}, megacore, small, small | megacore):
         try:
-            with _environment(NOT_A_TPU_HOST if jax.default_backend() != "tpu" else {}):
-                devices = topologies.get_topology_desc(
+            with _environment(variables):
+                description = topologies.get_topology_desc(
                     platform="tpu", topology_name=topology.name, **options
-                ).devices
+                )
+                devices = description.devices
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            refused.append(str(error).strip().partition("\n")[0])
+            refused.append(_first_line(error))
             continue
         if len(devices) == topology.devices:
             return list(devices)
@@ -209,9 +212,13 @@ def _described(topology: Topology) -> list[Any]:
     )
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables that are not set, as long as libtpu starts."""
+    """Set variables that are not set, while libtpu starts."""
     new = [name for name in values if name not in os.environ]
     os.environ.update({name: values[name] for name in new})
     try:
@@ -222,9 +229,18 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _sizes(message: str) -> tuple[float | None, float | None]:
-    """(needed, available) bytes from `... (33.54G) exceeds available HBM (15.75G)` or
-    `Used 20.1G of 15.75G hbm`.
+    """Return the bytes that a program needs and those that a device has.
+
+    Two forms of the message are known (jax 0.10 with libtpu):
+
+    >>> _sizes("temporaries (32.0G) exceeds available HBM (16.0G).")
+    (34359738368.0, 17179869184.0)
+    >>> _sizes("Used 32.0G of 16.0G hbm.")
+    (34359738368.0, 17179869184.0)
     """
-    found = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT]?)B?\b(?=[\s).,]|$)", message)
-    sizes = [float(number) * UNITS[unit] for number, unit in found if unit]
-    return (sizes[0], sizes[1]) if len(sizes) >= 2 else (None, None)
+    figures = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT]?)B?\b(?=[\s).,]|$)", message)
+    sizes = [float(number) * UNITS[unit] for number, unit in figures if unit]
+    if len(sizes) < 2:
+        return None, None
+    needed, available, *_ = sizes
+    return needed, available

@@ -7,15 +7,16 @@ import threading
 import time
 from types import TracebackType
 
-# assumption: who waits for longer wonders whether anything happens
+# Seconds without a word. Assumption: who waits for longer wonders whether anything
+# happens.
 SILENT_SECONDS = 2.0
-# seconds of the planning thread's own computing after which the best plan so far is
-# taken. Assumption: as long as XLA takes to compile a large model's step
+# Seconds of the planning thread's own computing after which the best plan so far is
+# taken. Assumption: as long as XLA takes to compile a large model's step.
 LIMIT_SECONDS = 60.0
 
 
 class Patience:
-    """Says on stderr what is being done, when that takes long; and knows a time limit.
+    """A time limit, and lines on stderr about what is being done when that takes long.
 
     It is a context manager. The first line comes after `SILENT_SECONDS`, and each next
     one after twice that time: few lines, however long it takes. A thread writes them,
@@ -29,7 +30,7 @@ class Patience:
       limit: seconds of computing; None: as long as it takes.
 
     Attributes:
-      detail: how far it is, for the next line; may be set at any time.
+      detail: how far the work is, for the next line; may be set at any time.
       limit: see above.
       cut: whether something was left out because time was over.
     """
@@ -65,11 +66,11 @@ class Patience:
 
     @property
     def spent(self) -> float:
-        """Seconds of computing so far, in the thread that asks."""
+        """Seconds of computing so far, in the thread that reads this."""
         return time.thread_time() - self._begun
 
     def over(self) -> bool:
-        """Whether time is over; the one who asks leaves out what is left."""
+        """Whether time is over; the caller then leaves out what is left."""
         if self.limit is None or self.spent < self.limit:
             return False
         self.cut = True
@@ -81,12 +82,9 @@ class Patience:
         while not self._done.wait(wait):
             seconds = time.monotonic() - begun
             detail = f": {self.detail}" if self.detail else ""
+            line = f"{self.doing}, {seconds:.0f} s{detail}"
             try:
-                print(
-                    f"{self.doing}, {seconds:.0f} s{detail}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(line, file=sys.stderr, flush=True)
             except (OSError, ValueError):  # a stream that is closed
                 return
             wait = seconds

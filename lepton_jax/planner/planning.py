@@ -1,4 +1,9 @@
-"""`plan`: the arrow from a trace to a plan."""
+"""`plan`: the arrow from a trace to a plan.
+
+The search (`search/`) finds candidates. Here the request is checked, and the best
+candidate becomes a plan that says why it was chosen, what else there was, and by how
+much each rival loses.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +13,18 @@ from typing import Any
 
 from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
-from lepton_jax.planner.assignment import axis_names, strategy
+from lepton_jax.planner.assignment import Assignment, axis_names, strategy
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.patience import LIMIT_SECONDS, Patience
-from lepton_jax.planner.plans import Plan, Rival, check_effects
+from lepton_jax.planner.plans import OBJECTIVES, SIMPLEST, Plan, Rival, check_effects
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.search import advice
+from lepton_jax.planner.search import advice, limits
 from lepton_jax.planner.search import pins as pinning
-from lepton_jax.planner.search.build import build, without_data
-from lepton_jax.planner.search.descent import (
-    ALIKE,
-    ALIKE_SECONDS,
-    OBJECTIVES,
-    Candidate,
-    Problem,
-    search,
-)
-from lepton_jax.planner.show.text import SIMPLEST, duration
-
-RIVALS = 5
-DOUBLINGS = 8  # of a topology that is too small, tried for a remedy
-EQUAL = 5e-4  # share of the objective below which plans are said to be equal
+from lepton_jax.planner.search.build import Verdict, build, without_data
+from lepton_jax.planner.search.descent import search
+from lepton_jax.planner.search.problem import Candidate, Problem
+from lepton_jax.planner.show.words import duration
 
 
 def plan(
@@ -43,17 +38,20 @@ def plan(
     micro_batches: int | None = None,
     time_limit: float | None = LIMIT_SECONDS,
 ) -> Plan:
-    """Search for the best way to lay a traced recipe out on a topology. No array is
-    allocated.
+    """Search for the best way to lay a traced recipe out on a topology.
+
+    No array is allocated.
 
     Args:
+      trace: of the recipe.
+      topology: the devices, which need not be there.
       objective: "time" of a step, "memory" of a device, or "cost" of a step in money,
         for which `topology` is what it is: over several topologies see `frontier`.
       mesh: mesh axis name to size, outermost first; None: the search decides.
       pins: pattern of parameter paths ("**/embedding") to the PartitionSpec with which
         they are kept, over axes of `mesh`.
       remat: "none", "dots" or "full"; None: the mildest that fits.
-      micro_batches: None: the recipe's, or the fewest that fit.
+      micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
       time_limit: seconds of computing after which the search stops and the best plan so
         far is taken, which the plan's notes then say; None: no limit. What takes longer
         than 2 s says on stderr how far it is.
@@ -79,19 +77,43 @@ def candidates(
     trace: Trace,
     topology: Topology,
     count: int,
-    *,
-    objective: str = "time",
-    mesh: Mapping[str, int] | None = None,
-    pins: Mapping[str, Any] | None = None,
-    remat: str | None = None,
-    micro_batches: int | None = None,
-    time_limit: float | None = LIMIT_SECONDS,
+    **asked: Any,
 ) -> list[Plan]:
-    """The `count` best plans, best first; the arguments are those of `plan`."""
+    """Return the `count` best plans, best first.
+
+    Args:
+      trace: of the recipe.
+      topology: the devices, which need not be there.
+      count: number of plans, at the most.
+      asked: the keyword arguments of `plan`.
+
+    Raises:
+      PlanError: as in `plan`.
+    """
+    request = pinning.Request(**asked)
+    _check_objective(request, topology)
+    if trace.jaxpr is None:
+        return [without_data(trace, topology)]
+    check_effects(trace, topology.devices)
+    _check_time_limit(request)
+
+    with Patience(f"planning for {topology.name}", request.time_limit) as patience:
+        patience.detail = "tracing the gradient"
+        names = Names(trace.gradient("none"), trace.arguments)
+        pins = pinning.read(request, trace, topology, names)
+        problem = Problem(trace, topology, request.objective, pins, patience)
+        ranked = search(problem)
+        if not ranked[0].fits:
+            raise advice.does_not_fit(problem, ranked, limits.DOUBLINGS)
+        return [_plan(problem, chosen, ranked) for chosen in ranked[:count]]
+
+
+def _check_objective(request: pinning.Request, topology: Topology) -> None:
+    objective = request.objective
     if objective not in OBJECTIVES:
+        similar = nearest(str(objective), OBJECTIVES)
         raise PlanError(
-            f"objective {objective!r} is not"
-            f" known{nearest(str(objective), OBJECTIVES)}",
+            f"objective {objective!r} is not known{similar}",
             where="plan",
             remedy=f"use one of {', '.join(OBJECTIVES)}",
         )
@@ -101,202 +123,153 @@ def candidates(
             where=f"plan for {topology.name}",
             remedy="give it in a TOML file of chips (--chips), or plan for time",
         )
-    if trace.jaxpr is None:
-        return [without_data(trace, topology)]
-    check_effects(trace, topology.devices)
-    if time_limit is not None and not time_limit > 0:
+
+
+def _check_time_limit(request: pinning.Request) -> None:
+    limit = request.time_limit
+    if limit is not None and not limit > 0:
         raise PlanError(
-            f"time_limit is {time_limit!r}",
+            f"time_limit is {limit!r}",
             where="plan",
             remedy="give seconds above 0, or None for no limit",
         )
-    with Patience(f"planning for {topology.name}", time_limit) as patience:
-        patience.detail = "tracing the gradient"
-        names = Names(trace.gradient("none"), trace.arguments)
-        checked = pinning.read(
-            trace,
-            topology,
-            names,
-            pins,
-            mesh,
-            remat,
-            micro_batches,
-        )
-        problem = Problem(trace, topology, objective, checked, patience)
-        found = search(problem)
-        if not found[0].fits:
-            raise advice.does_not_fit(problem, found, DOUBLINGS)
-        return [_plan(problem, chosen, found) for chosen in found[:count]]
+
+
+# ---- from a candidate to a plan ----
 
 
 def _plan(
     problem: Problem,
     chosen: Candidate,
-    found: Sequence[Candidate],
+    ranked: Sequence[Candidate],
 ) -> Plan:
-    a = chosen.assignment
     names = problem.names(chosen.assignment.remat)
-    a = replace(a, keep=_kept(names, a))
-    best = problem.cost(a.remat).estimate(a, causes=True)
-    rivals = [_rival(problem, chosen, c) for c in _rivals(chosen, found)]
+    assignment = _with_real_keep(names, chosen.assignment)
+    cost = problem.cost(assignment.remat)
+    estimate = cost.estimate(assignment, causes=True)
+    rivals = _rivals(chosen, ranked)
+    verdict = Verdict(
+        objective=problem.objective,
+        rivals=tuple(_rival(problem, chosen, rival) for rival in rivals),
+        reasons=_reasons(problem, chosen, ranked),
+        notes=tuple(_notes(problem, chosen)),
+    )
     return build(
         problem.trace,
         problem.topology,
         names,
-        a,
-        objective=problem.objective,
-        estimate=best,
+        assignment,
+        estimate=estimate,
         held=chosen.bytes,
-        rivals=rivals,
         axes=problem.pins.axes,
-        reasons=_reasons(problem, chosen, found),
-        notes=_notes(problem, chosen),
+        verdict=verdict,
     )
 
 
-def _rivals(chosen: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
-    """The first of the others, the one that the objective would take among them."""
-    others = [c for c in found if c is not chosen]
-    best = min(
-        (c for c in others if c.fits),
-        key=lambda c: c.score,
-        default=None,
-    )
-    rivals = others[:RIVALS]
-    if best is not None and best.score < chosen.score and best not in rivals:
-        rivals[-1] = best
-    return rivals
+def _with_real_keep(names: Names, assignment: Assignment) -> Assignment:
+    """Return the assignment with only the axes that really keep the state in parts."""
+    masks = list(assignment.masks)
+    counts = assignment.counts
+    stored = names.storage(masks, assignment.keep, counts)
+    used = names.storage(masks, 0, counts)
+    real = 0
+    for stored_spec, used_spec in zip(stored, used, strict=True):
+        for stored_mask, used_mask in zip(stored_spec, used_spec, strict=True):
+            real |= stored_mask & ~used_mask
+    return replace(assignment, keep=assignment.keep & real)
 
 
-def _notes(problem: Problem, chosen: Candidate) -> list[str]:
+def _notes(
+    problem: Problem,
+    chosen: Candidate,
+) -> list[str]:
+    """Return what the person who reads the plan should know of the search."""
     patience = problem.patience
+    parts = chosen.assignment.micro_batches
     notes = list(problem.roles.notes)
-    if chosen.assignment.micro_batches > 1 and problem.whole:
-        notes.append(problem.batches.note(chosen.assignment.micro_batches))
-    if not patience.cut:
-        return notes
-    return [
-        *notes,
-        (
+    if parts > 1 and problem.whole:
+        notes.append(problem.batches.note(parts))
+    if patience.cut:
+        notes.append(
             f"the search stopped after {patience.limit:.0f} s of computing, before it"
             " had tried everything: this is the best plan so far; time_limit"
             " (--time-limit) lets it look for longer"
-        ),
-    ]
+        )
+    return notes
 
 
-def _kept(names: Names, a: Any) -> int:
-    """The axes that really keep the state in parts."""
-    used = 0
-    for spec, use in zip(
-        names.storage(
-            list(a.masks),
-            a.keep,
-            a.counts,
-        ),
-        names.storage(
-            list(a.masks),
-            0,
-            a.counts,
-        ),
-        strict=True,
-    ):
-        for s, u in zip(spec, use, strict=True):
-            used |= s & ~u
-    return a.keep & used
+# ---- why it was chosen ----
 
 
 def _reasons(
-    problem: Problem, chosen: Candidate, found: Sequence[Candidate]
+    problem: Problem, chosen: Candidate, ranked: Sequence[Candidate]
 ) -> dict[str, str]:
+    reasons = {
+        SIMPLEST: _why_not_the_fastest(problem, chosen, ranked),
+        "memory": _why_not_plain(problem, chosen),
+        "in one piece": _why_in_one_piece(problem, chosen, ranked),
+    }
+    return {decision: why for decision, why in reasons.items() if why}
+
+
+def _why_not_the_fastest(
+    problem: Problem, chosen: Candidate, ranked: Sequence[Candidate]
+) -> str | None:
+    """Return why a plan was chosen that is not the fastest; None if it is."""
+    fastest = min(c.score for c in ranked if c.fits)
+    if problem.objective == "memory" or _alike(chosen.score, fastest):
+        return None
     return (
-        _simpler(problem, chosen, found)
-        | _memory(problem, chosen)
-        | _whole(problem, chosen, found)
+        f"another plan is {_gain(chosen.score, fastest)}, but less simple;"
+        f" plans within {limits.ALIKE:.1%}, or within"
+        f" {duration(limits.ALIKE_SECONDS)}, which is"
+        " what dispatching a call costs, are held to be as fast"
     )
 
 
-def _whole(
-    problem: Problem, chosen: Candidate, found: Sequence[Candidate]
-) -> dict[str, str]:
-    """Why a batch is kept in one piece where micro-batches would be faster."""
-    faster = [
-        c
-        for c in found
-        if c.fits and c.score < chosen.score and c.assignment.micro_batches > 1
-    ]
-    if chosen.assignment.micro_batches > 1 or not faster or not problem.whole:
-        return {}
-    return {
-        "in one piece": f"micro-batches would change the model: {problem.batches.why}"
-    }
-
-
-def _simpler(
-    problem: Problem, chosen: Candidate, found: Sequence[Candidate]
-) -> dict[str, str]:
-    """Why a plan is chosen that is not the fastest."""
-    fastest = min(
-        (c for c in found if c.fits),
-        key=lambda c: c.score,
-    )
-    if problem.objective == "memory" or _alike(chosen.score, fastest.score):
-        return {}
-    return {
-        SIMPLEST: (
-            f"another plan is {_gain(chosen.score, fastest.score)}, but less simple;"
-            f" plans within {ALIKE:.1%}, or within {duration(ALIKE_SECONDS)}, which is"
-            " what dispatching a call costs, are held to be as fast"
-        )
-    }
-
-
-def _alike(score: float, other: float) -> bool:
-    return abs(score - other) <= EQUAL * min(score, other)
-
-
-def _gain(slower: float, faster: float) -> str:
-    """ "15% faster, by 80.0 µs"."""
-    return f"{_percent(slower / faster - 1)} faster, by {duration(slower - faster)}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
-
-
-def _memory(problem: Problem, chosen: Candidate) -> dict[str, str]:
+def _why_not_plain(problem: Problem, chosen: Candidate) -> str | None:
+    """Return why activations are computed again, or a batch is taken in parts."""
     a = chosen.assignment
     if a.remat == "none" and a.micro_batches == 1:
-        return {}
-    plain = (
-        problem.candidate(
-            problem.untranslated(
-                replace(
-                    a,
-                    remat="none",
-                    micro_batches=1,
-                )
-            )
-        )
-        if a.remat == "none"
-        else problem.candidate(
-            replace(
-                problem.untranslated(a),
-                remat="none",
-                micro_batches=1,
-            )
-        )
-    )
+        return None
+    form = problem.untranslated(a)
+    plain = problem.candidate(replace(form, remat="none", micro_batches=1))
+    if plain.fits:
+        return None
     return (
-        {
-            "memory": (
-                "without rematerialization and in one piece a step would take"
-                f" {size(plain.peak)} of {size(problem.topology.device.memory)}"
-            )
-        }
-        if not plain.fits
-        else {}
+        "without rematerialization and in one piece a step would take"
+        f" {size(plain.peak)} of {size(problem.topology.device.memory)}"
     )
+
+
+def _why_in_one_piece(
+    problem: Problem, chosen: Candidate, ranked: Sequence[Candidate]
+) -> str | None:
+    """Return why a batch stays in one piece where micro-batches would be faster."""
+    faster = [c for c in ranked if c.fits and c.score < chosen.score]
+    is_faster_in_parts = any(c.assignment.micro_batches > 1 for c in faster)
+    is_in_parts = chosen.assignment.micro_batches > 1
+    if is_in_parts or not is_faster_in_parts or not problem.whole:
+        return None
+    return f"micro-batches would change the model: {problem.batches.why}"
+
+
+# ---- rivals ----
+
+
+def _rivals(
+    chosen: Candidate,
+    ranked: Sequence[Candidate],
+) -> list[Candidate]:
+    """Return the first of the others, and the one with the best score among them."""
+    others = [c for c in ranked if c is not chosen]
+    fitting = [c for c in others if c.fits]
+    rivals = others[: limits.RIVALS]
+    if fitting:
+        best = min(fitting, key=lambda c: c.score)
+        if best.score < chosen.score and best not in rivals:
+            rivals[-1] = best
+    return rivals
 
 
 def _rival(
@@ -305,33 +278,44 @@ def _rival(
     other: Candidate,
 ) -> Rival:
     names = problem.names(other.assignment.remat)
-    a = replace(other.assignment, keep=_kept(names, other.assignment))
-    axes = axis_names(a, names)
-    if not other.fits:
-        loses = (
-            f"does not fit: {size(other.peak)} of"
-            f" {size(problem.topology.device.memory)}"
-        )
-    elif problem.objective == "memory":
-        loses = f"{size(other.peak - chosen.peak)} more"
-    elif _alike(other.score, chosen.score):
-        loses = "equal in time; less simple"
-    elif other.score > chosen.score:
-        loses = f"{other.score / chosen.score - 1:.1%} slower"
-    else:
-        loses = f"{_gain(chosen.score, other.score)}; less simple"
+    assignment = _with_real_keep(names, other.assignment)
+    axes = axis_names(assignment, names)
     return Rival(
-        strategy(a, axes, names),
-        dict(
-            zip(
-                axes,
-                a.sizes,
-                strict=True,
-            )
-        ),
-        a.remat,
-        a.micro_batches,
-        other.estimate.total,
-        float(other.peak),
-        loses,
+        name=strategy(assignment, axes, names),
+        mesh=dict(zip(axes, assignment.sizes, strict=True)),
+        remat=assignment.remat,
+        micro_batches=assignment.micro_batches,
+        seconds=other.estimate.total,
+        bytes=float(other.peak),
+        loses=_loses(problem, chosen, other),
     )
+
+
+def _loses(
+    problem: Problem,
+    chosen: Candidate,
+    other: Candidate,
+) -> str:
+    """Return by how much a candidate loses against the chosen one, in words."""
+    if not other.fits:
+        memory = size(problem.topology.device.memory)
+        return f"does not fit: {size(other.peak)} of {memory}"
+    if problem.objective == "memory":
+        return f"{size(other.peak - chosen.peak)} more"
+    if _alike(other.score, chosen.score):
+        return "equal in time; less simple"
+    if other.score > chosen.score:
+        return f"{other.score / chosen.score - 1:.1%} slower"
+    return f"{_gain(chosen.score, other.score)}; less simple"
+
+
+def _alike(score: float, other: float) -> bool:
+    difference = abs(score - other)
+    return difference <= limits.EQUAL * min(score, other)
+
+
+def _gain(slower: float, faster: float) -> str:
+    """Return a gain in words, as in "15% faster, by 80.0 µs"."""
+    share = slower / faster - 1
+    percent = f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+    return f"{percent} faster, by {duration(slower - faster)}"

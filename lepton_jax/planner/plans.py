@@ -1,14 +1,16 @@
-"""The plan: how a traced recipe lies on a topology, as plain data, what it will cost,
-and why.
+"""The plan: how a traced recipe lies on a topology, what it will cost, and why.
+
+It is plain data: it saves as JSON, compares with another plan, and replays.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -17,24 +19,35 @@ from lepton_jax.compat import make_mesh, ordered_effect, source_line
 from lepton_jax.errors import PlanError
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.layout import Layout, meets_stored
+from lepton_jax.planner.program.trace import Trace
 from lepton_jax.trees import by_path
 
-Entry = str | tuple[str, ...] | None  # the mesh axes of one dim, as in a PartitionSpec
+# what a plan may be best in: time of a step, memory of a device, price of a step
+OBJECTIVES = ("time", "memory", "cost")
+# the key in `Plan.reasons` of a plan that is not the very best
+SIMPLEST = "the simplest"
+# arrays that an error names where a plan is for another recipe
+NAMED_ARRAYS = 3
+
+# the mesh axes of one dim, as in a PartitionSpec
+Entry = str | tuple[str, ...] | None
 Entries = tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """How one array lies.
+    """The layout of one array.
 
     Attributes:
-      path, kind, shape, dtype: of the array; kind is a field of State, "inputs" or
-        "targets".
-      bytes: of all of it.
+      path: its place in the state or the batch, as in "params/layers/0/kernel".
+      kind: a field of State, "inputs" or "targets".
+      shape: of the whole array.
+      dtype: as text, e.g. "float32".
+      bytes: size of the whole array.
       spec: mesh axes of each dim as it is kept; () if each device has a copy.
-      use: the same while it is computed with: a parameter is gathered along what `spec`
-        has more.
-      reason: why.
+      use: the same while it is computed with: a parameter is gathered along the axes
+        that only `spec` has.
+      reason: why it lies so.
     """
 
     path: str
@@ -52,11 +65,11 @@ class Axis:
     """A named axis of the model: one thing, found as a dim of many arrays.
 
     Attributes:
-      name: after a parameter (path and dim) or an input that has it; repeated layers
-        share one.
+      name: a parameter (path and dim) or an input that has it; repeated layers share
+        one name.
       size: its extent, the largest where dims that merge several factors differ.
       mesh: the mesh axes that split it in computing.
-      members: how many dims of parameters it is.
+      members: number of dims of parameters and inputs that it is.
     """
 
     name: str
@@ -67,8 +80,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Collective:
-    """Communication of one step: bytes as in `Link.seconds`, summed over `count` of
-    them; `what` are the largest causes.
+    """Communication of one kind over the same mesh axes in one step.
+
+    Attributes:
+      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", ...
+      axes: the mesh axes that it runs along.
+      count: number of collectives.
+      bytes: sum over them, as in `Link.seconds`.
+      seconds: sum over them.
+      what: the largest causes.
     """
 
     kind: str
@@ -81,8 +101,15 @@ class Collective:
 
 @dataclass(frozen=True)
 class Rival:
-    """A plan that was not chosen: its step's seconds, its peak bytes, and by how much
-    it loses in the objective.
+    """A plan that was not chosen.
+
+    Attributes:
+      name: the strategy, as in `Plan`.
+      mesh: mesh axis name to size.
+      remat, micro_batches: as in `Plan`.
+      seconds: predicted time of a step.
+      bytes: predicted peak of a device.
+      loses: by how much it loses in the objective, in words.
     """
 
     name: str
@@ -96,10 +123,10 @@ class Rival:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe lies on a topology.
+    """The layout of a recipe on a topology, and its predicted cost.
 
     Attributes:
-      topology: its name.
+      topology: name of the topology.
       name: the strategy in the field's words: "data parallel", "FSDP x tensor
         parallel", ...
       objective: what it is best in: "time", "memory" or "cost".
@@ -118,10 +145,10 @@ class Plan:
       bytes_per_device: predicted bytes by kind; their sum is the predicted peak.
       memory: bytes that a device has.
       seconds: predicted seconds of a step by kind ("matmul", "memory", "communication",
-        ...): their sum.
-      flops: of a step on one device.
+        ...); their sum is the time of a step.
+      flops: FLOPs of a step on one device.
       collectives: predicted communication of a step.
-      price_per_hour: of the whole topology in US dollars; None: not known.
+      price_per_hour: US dollars for the whole topology; None: not known.
       rivals: the five best of the plans that were not chosen.
       reasons: each decision that is not an array's, and why.
       notes: what could not be done, or was left to XLA.
@@ -151,35 +178,45 @@ class Plan:
     reasons: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    # How a plan shows itself, by form: "text" and "html". The package fills them in,
+    # since the room `show` knows plans, and a plan knows nothing of pictures.
+    renderers: ClassVar[dict[str, Callable[[Plan], str]]] = {}
+
+    # ---- figures ----
+
     @property
     def peak(self) -> int:
-        """Predicted bytes that a device holds at the most."""
+        """Predicted bytes that a device holds at the peak of a step."""
         return sum(self.bytes_per_device.values())
 
     @property
     def step_seconds(self) -> float:
+        """Predicted seconds of a step."""
         return sum(self.seconds.values())
 
     @property
     def price_per_step(self) -> float | None:
-        """US dollars."""
-        return (
-            None
-            if self.price_per_hour is None
-            else self.price_per_hour * self.step_seconds / 3600
-        )
+        """US dollars; None: not known."""
+        if self.price_per_hour is None:
+            return None
+        return self.price_per_hour * self.step_seconds / 3600
+
+    # ---- on devices ----
 
     def make_mesh(self, devices: Any) -> Mesh:
-        """The mesh over live devices (a list, or an array of the mesh's shape).
+        """Return the mesh over live devices.
+
+        Args:
+          devices: a list, or an array of the mesh's shape.
 
         Raises:
           PlanError: their number isn't the plan's.
         """
         count = devices.size if hasattr(devices, "size") else len(devices)
-        if count != math.prod(self.mesh.values()):
+        planned = math.prod(self.mesh.values())
+        if count != planned:
             raise PlanError(
-                f"the plan is for {math.prod(self.mesh.values())} devices, {count} are"
-                " given",
+                f"the plan is for {planned} devices, {count} are given",
                 where=f"plan for {self.topology}",
                 remedy="plan anew for the devices that are there",
             )
@@ -190,35 +227,46 @@ class Plan:
         mesh: Mesh,
         state: Any,
     ) -> Any:
-        """A NamedSharding for each leaf of a state."""
-        specs = {a.path: PartitionSpec(*a.spec) for a in self.arrays}
-        leaves = [NamedSharding(mesh, specs[path]) for path in by_path(state)]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+        """Return a NamedSharding for each leaf of a state."""
+        specs = {array.path: array.spec for array in self.arrays}
+        leaves = []
+        for path in by_path(state):
+            spec = PartitionSpec(*specs[path])
+            leaves.append(NamedSharding(mesh, spec))
+        structure = jax.tree.structure(state)
+        return jax.tree.unflatten(structure, leaves)
 
     def layout(
         self,
         graph: Graph,
         paths: list[str],
     ) -> Layout:
-        """What the plan says of a program, whose inputs have these paths: parameters
-        first (see `laid_out`).
+        """Return what the plan says of a program.
+
+        Args:
+          graph: of the program.
+          paths: of its inputs, parameters first (see `laid_out`).
         """
         bits = {name: 1 << i for i, name in enumerate(self.mesh)}
-        masks = lambda entries: tuple(sum(bits[n] for n in _names(e)) for e in entries)
-        known = {a.path: a for a in (*self.arrays, *self.batch)}
+        arrays = (*self.arrays, *self.batch)
+        known = {array.path: array for array in arrays}
         uses: dict[int, int] = {}
         storage = []
         for path, value in zip(paths, graph.main.inputs, strict=True):
             array = known.get(path)
             if array is None:
                 continue
-            full = (0,) * len(value.shape)
-            for node, mask in zip(value.nodes, masks(array.use), strict=False):
+
+            for node, entry in zip(value.nodes, array.use, strict=False):
+                mask = _mask(entry, bits)
                 if mask:
-                    uses[graph.find(node)] = uses.get(graph.find(node), 0) | mask
+                    root = graph.find(node)
+                    uses[root] = uses.get(root, 0) | mask
+
             if array.kind == "params":
-                spec = masks(array.spec)
-                storage.append(spec + full[len(spec) :])
+                spec = tuple(_mask(entry, bits) for entry in array.spec)
+                not_named = len(value.shape) - len(spec)
+                storage.append(spec + (0,) * not_named)
         return Layout(
             graph,
             tuple(self.mesh.values()),
@@ -227,32 +275,85 @@ class Plan:
             meets_stored(graph),
         )
 
+    def check(
+        self,
+        trace: Trace,
+        where: object = None,
+    ) -> None:
+        """Check that the plan is one for this recipe.
+
+        Where the plan or the trace knows no batch, batches are not compared.
+
+        Args:
+          trace: of the recipe.
+          where: place of the plan, for the error; None: the topology.
+
+        Raises:
+          PlanError: arrays, batch_size or batch are not the recipe's, or JAX can't
+            compile the recipe's effects for the plan's devices.
+        """
+        if where is None:
+            where = f"plan for {self.topology}"
+        if self.batch_size != trace.recipe.batch_size:
+            raise PlanError(
+                f"the plan is for batches of {self.batch_size}, and the recipe has"
+                f" {trace.recipe.batch_size}",
+                where=where,
+                remedy="set the recipe's batch_size, or plan anew",
+            )
+
+        planned = {array.path: array.shape for array in self.arrays}
+        traced = _shapes(trace.state)
+        if self.batch and trace.inputs is not None:
+            planned |= {array.path: array.shape for array in self.batch}
+            batch = {"inputs": trace.inputs, "targets": trace.targets}
+            traced |= _shapes(batch)
+        differences = [
+            f"{path} {_spelled(planned.get(path))} in the plan,"
+            f" {_spelled(traced.get(path))} in the recipe"
+            for path in dict.fromkeys((*traced, *planned))
+            if traced.get(path) != planned.get(path)
+        ]
+        if differences:
+            raise PlanError(
+                f"the plan is not for this recipe: {len(differences)} arrays differ,"
+                f" e.g. {'; '.join(differences[:NAMED_ARRAYS])}",
+                where=where,
+                remedy=(
+                    "give the recipe the settings that it was planned with, or plan"
+                    " anew"
+                ),
+            )
+        check_effects(trace, math.prod(self.mesh.values()))
+
+    # ---- on disk ----
+
     def to_json(self) -> str:
+        """Return the plan as JSON."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote.
+        """Return the plan that `to_json` wrote.
 
         Raises:
           PlanError: the text is no plan.
         """
+        kinds = {
+            "arrays": ArrayPlan,
+            "batch": ArrayPlan,
+            "axes": Axis,
+            "collectives": Collective,
+            "rivals": Rival,
+        }
+        names = {f.name for f in fields(cls)}
         try:
             data: Any = _tuples(json.loads(text))
-            if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
+            if not isinstance(data, dict) or set(data) != names:
                 raise ValueError("its entries are not a plan's")
-            kinds = {
-                "arrays": ArrayPlan,
-                "batch": ArrayPlan,
-                "axes": Axis,
-                "collectives": Collective,
-                "rivals": Rival,
-            }
-            made: dict[str, Any] = {
-                k: tuple(kinds[k](**x) for x in v) if k in kinds else v
-                for k, v in data.items()
-            }
-            return cls(**made)
+            for name, kind in kinds.items():
+                data[name] = tuple(kind(**entry) for entry in data[name])
+            return cls(**data)
         except (ValueError, TypeError, KeyError) as error:
             raise PlanError(
                 f"not a plan: {error}", where="plan.json", remedy="plan anew"
@@ -260,20 +361,23 @@ class Plan:
 
     @classmethod
     def load(cls, file: str | Path) -> Plan:
-        """The plan in a file.
+        """Return the plan in a file.
 
         Raises:
           PlanError: it can't be read, or holds no plan.
         """
+        remedy = "name a file that Plan.save, --save or a run has written"
         try:
-            text = Path(file).read_text()
+            text = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise PlanError(
-                f"the plan can't be read: {error}",
-                where=file,
-                remedy="name a file that Plan.save wrote",
+                f"the plan can't be read: {reason}", where=file, remedy=remedy
             ) from error
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(error.what, where=file, remedy=remedy) from error
 
     def save(self, file: str | Path) -> None:
         """Write the plan to a file, as JSON.
@@ -282,7 +386,7 @@ class Plan:
           PlanError: it can't be written.
         """
         try:
-            Path(file).write_text(self.to_json() + "\n")
+            Path(file).write_text(self.to_json() + "\n", encoding="utf-8")
         except OSError as error:
             raise PlanError(
                 f"the plan can't be written: {error}",
@@ -290,75 +394,37 @@ class Plan:
                 remedy="name a file in a folder that exists",
             ) from error
 
+    # ---- for people ----
+
     def diff(self, other: Plan) -> str:
-        """What differs from another plan, a line each; empty if nothing does."""
+        """Return what differs from another plan, a line each; empty if nothing does."""
+        not_compared = ("rivals", "reasons", "collectives", "axes")
+        names = [f.name for f in fields(self)]
         lines = []
-        for f in fields(self):
-            mine = getattr(self, f.name)
-            theirs = getattr(other, f.name)
-            if mine == theirs or f.name in ("rivals", "reasons", "collectives", "axes"):
+        for name in names:
+            mine = getattr(self, name)
+            theirs = getattr(other, name)
+            if mine == theirs or name in not_compared:
                 continue
-            if f.name in ("arrays", "batch"):
-                left, right = ({a.path: a for a in x} for x in (mine, theirs))
-                for path in dict.fromkeys((*left, *right)):
-                    a = left.get(path)
-                    b = right.get(path)
-                    if a is None or b is None:
-                        lines.append(
-                            f"{path}: only in the {'second' if a is None else 'first'}"
-                        )
-                    elif replace(a, reason="") != replace(b, reason=""):
-                        lines.append(f"{path}: {_described(a)} -> {_described(b)}")
+            if name in ("arrays", "batch"):
+                lines += _differing_arrays(mine, theirs)
             else:
-                lines.append(f"{f.name}: {mine} -> {theirs}")
+                lines.append(f"{name}: {mine} -> {theirs}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        # the picture of a plan is drawn from the plan
-        from lepton_jax.planner.show.text import text
-
-        return text(self)
+        return self.renderers["text"](self)
 
     def _repr_html_(self) -> str:
-        from lepton_jax.planner.show.text import html
-
-        return html(self)
+        return self.renderers["html"](self)
 
 
-def check_plan(plan: Plan, trace: Any) -> None:
-    """That a plan is one for this recipe.
-
-    Raises:
-      PlanError: its arrays or its batch are not the recipe's.
-    """
-    mine = {path: tuple(leaf.shape) for path, leaf in by_path(trace.state).items()}
-    planned = {a.path: a.shape for a in plan.arrays}
-    wrong = [path for path in (*mine, *planned) if mine.get(path) != planned.get(path)]
-    if wrong:
-        path = wrong[0]
-        raise PlanError(
-            f"the plan is for another recipe: {path} is {planned.get(path, 'absent')}"
-            f" in the plan and {mine.get(path, 'absent')} in the recipe; {len(wrong)}"
-            " arrays differ",
-            where=f"plan for {plan.topology}",
-            remedy="plan this recipe anew",
-        )
-    if plan.batch_size != trace.recipe.batch_size:
-        raise PlanError(
-            f"the plan is for batches of {plan.batch_size}, and the recipe has"
-            f" {trace.recipe.batch_size}",
-            where=f"plan for {plan.topology}",
-            remedy="set the recipe's batch_size, or plan anew",
-        )
-    check_effects(trace, math.prod(plan.mesh.values()))
-
-
-def check_effects(trace: Any, devices: int) -> None:
-    """Check that JAX can compile the recipe's effects for so many devices.
+def check_effects(trace: Trace, devices: int) -> None:
+    """Check that JAX can compile the recipe's effects for a number of devices.
 
     Args:
       trace: of the recipe.
-      devices: how many.
+      devices: number of them.
 
     Raises:
       PlanError: a print or another callback is to keep its order, on several devices.
@@ -378,19 +444,72 @@ def check_effects(trace: Any, devices: int) -> None:
         )
 
 
-def entries(spec: tuple[int, ...], names: tuple[str, ...]) -> Entries:
-    """Masks of mesh axes as a PartitionSpec's entries; () if nothing is split."""
-    found: list[Entry] = []
+def entries(
+    spec: tuple[int, ...],
+    names: tuple[str, ...],
+) -> Entries:
+    """Return masks of mesh axes as a PartitionSpec's entries; () if nothing is split.
+
+    >>> entries((0b01, 0b11, 0b00), ("data", "tensor"))
+    ('data', ('data', 'tensor'))
+    """
+    result: list[Entry] = []
     for mask in spec:
-        axes = tuple(n for i, n in enumerate(names) if mask >> i & 1)
-        found.append(None if not axes else axes[0] if len(axes) == 1 else axes)
-    while found and found[-1] is None:
-        found.pop()
-    return tuple(found)
+        axes = [name for i, name in enumerate(names) if mask >> i & 1]
+        if len(axes) > 1:
+            result.append(tuple(axes))
+        else:
+            result.append(axes[0] if axes else None)
+    while result and result[-1] is None:
+        result.pop()
+    return tuple(result)
 
 
-def _names(entry: Entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+def axes_of(entry: Entry) -> tuple[str, ...]:
+    """Return the mesh axes of one dim."""
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return (entry,)
+    return tuple(entry)
+
+
+# ---- internals ----
+
+
+def _mask(
+    entry: Entry,
+    bits: dict[str, int],
+) -> int:
+    return sum(bits[name] for name in axes_of(entry))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = by_path(tree)
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def _spelled(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def _differing_arrays(
+    mine: tuple[ArrayPlan, ...],
+    theirs: tuple[ArrayPlan, ...],
+) -> list[str]:
+    first = {array.path: array for array in mine}
+    second = {array.path: array for array in theirs}
+    lines = []
+    for path in dict.fromkeys((*first, *second)):
+        a = first.get(path)
+        b = second.get(path)
+        if a is None:
+            lines.append(f"{path}: only in the second")
+        elif b is None:
+            lines.append(f"{path}: only in the first")
+        elif replace(a, reason="") != replace(b, reason=""):
+            lines.append(f"{path}: {_described(a)} -> {_described(b)}")
+    return lines
 
 
 def _described(array: ArrayPlan) -> str:
@@ -401,7 +520,9 @@ def _described(array: ArrayPlan) -> str:
 
 
 def _tuples(data: Any) -> Any:
-    """JSON's lists as tuples."""
+    """Return JSON data with tuples in place of lists."""
     if isinstance(data, list):
-        return tuple(_tuples(x) for x in data)
-    return {k: _tuples(v) for k, v in data.items()} if isinstance(data, dict) else data
+        return tuple(_tuples(item) for item in data)
+    if isinstance(data, dict):
+        return {key: _tuples(value) for key, value in data.items()}
+    return data

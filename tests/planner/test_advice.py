@@ -1,5 +1,6 @@
-"""Where nothing fits, the advice is the nearest that works; a plan chosen for being
-simple says what is faster.
+"""Advice where nothing fits: the nearest change that works.
+
+A plan that was chosen because it is simple says what is faster.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import pytest
 import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.planner import planning
+from lepton_jax.planner.search import limits
 from lepton_jax.planner.show.text import head
 
 TOKENS = jax.ShapeDtypeStruct((1, 256), jnp.int32)
@@ -21,7 +23,7 @@ LABEL = jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
 def on(name, memory):
-    """A topology whose devices have so many bytes."""
+    """Return a topology whose devices have this number of bytes."""
     whole = lepton.topology(name)
     return dataclasses.replace(
         whole,
@@ -73,7 +75,9 @@ def recipe(model, shapes, batch_size, fields):
     return lepton.trace(made, *shapes)
 
 
-CASES = {  # on one device any size will do; on several a multiple
+# model, batch size, fields of the recipe, topology, and the step between sizes: on one
+# device any size will do; on several a multiple
+CASES = {
     "images on one device": (
         images,
         50,
@@ -107,14 +111,19 @@ CASES = {  # on one device any size will do; on several a multiple
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_batch_size_that_is_advised_fits_and_the_next_does_not(case, monkeypatch):
-    monkeypatch.setattr(planning, "DOUBLINGS", 0)
+    monkeypatch.setattr(limits, "DOUBLINGS", 0)
     model, rows, fields, topology, step = CASES[case]
     with pytest.raises(lepton.PlanError) as caught:
         planning.plan(model(rows, **fields), topology)
     advised = int(re.search(r"a batch_size of (\d+)", caught.value.remedy)[1])
-    assert advised % step == 0 and advised < rows
+
+    assert advised % step == 0
+    assert advised < rows
+
     planning.plan(model(advised, **fields), topology)
+
     assert advised > rows / 20, "the case has something to look for"
+
     if advised + step < rows:
         with pytest.raises(lepton.PlanError):
             planning.plan(model(advised + step, **fields), topology)
@@ -129,7 +138,7 @@ def test_micro_batches_that_are_asked_for_are_the_first_to_change():
 
 
 def test_micro_batches_that_free_little_are_not_offered(monkeypatch):
-    monkeypatch.setattr(planning, "DOUBLINGS", 0)
+    monkeypatch.setattr(limits, "DOUBLINGS", 0)
     trace = recipe(
         functools.partial(models.MLP, (1024, 1024, 10)),
         (numbers(1024), LABEL),
@@ -149,7 +158,9 @@ def test_micro_batches_that_free_little_are_not_offered(monkeypatch):
         ).peak
         / 2**20
     )
-    assert parts < 128 and leanest < 1.03 * most
+
+    assert parts < 128
+    assert leanest < 1.03 * most
 
 
 def test_micro_batches_that_free_nothing_are_one():
@@ -171,20 +182,23 @@ def test_a_faster_rival_is_not_called_slower_and_the_plan_not_the_best():
         if r.seconds < plan.step_seconds * 0.999
         and not r.loses.startswith("does not fit")
     ]
+
     assert faster, "the case has a rival that is faster by microseconds"
+
     for rival in faster:
         share = plan.step_seconds / rival.seconds - 1
-        assert rival.loses.startswith(
-            f"{share:.1%} faster, by "
-        ) and rival.loses.endswith("µs; less simple")
-    assert (
-        "best in time" not in " ".join(head(plan))
-        and "the simplest of the fastest" in head(plan)[0]
-    )
-    assert "faster, by" in str(plan) and "dispatching" in plan.reasons["the simplest"]
+        assert rival.loses.startswith(f"{share:.1%} faster, by ")
+        assert rival.loses.endswith("µs; less simple")
+
+    assert "best in time" not in " ".join(head(plan))
+    assert "the simplest of the fastest" in head(plan)[0]
+    assert "faster, by" in str(plan)
+    assert "dispatching" in plan.reasons["the simplest"]
 
 
 def test_a_plan_that_is_the_fastest_says_so():
     plan = planning.plan(language(64), lepton.topology("h200:8"))
+
     assert all(r.seconds >= plan.step_seconds * 0.999 for r in plan.rivals)
-    assert "the best in time" in head(plan)[0] and "the simplest" not in plan.reasons
+    assert "the best in time" in head(plan)[0]
+    assert "the simplest" not in plan.reasons

@@ -39,9 +39,9 @@ def shape(mesh, *dims, spec=None):
 
 def test_virtual_devices_lie_in_order():
     mesh = mesh_for("cpu:8", {"a": 2, "b": 4})
-    assert [device.id for device in mesh.devices.flat] == list(
-        range(8)
-    ) and mesh.devices.shape == (2, 4)
+
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    assert mesh.devices.shape == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,10 @@ def test_memory_counts_donated_arguments_once():
     compiled, memory = ahead.compile_for(
         jax.jit(lambda x: x * 2 + 1, donate_argnums=0).lower(argument)
     )
+
     assert memory.arguments == memory.outputs == memory.aliases == 1024 * 64 * 4 // 8
-    assert (
-        memory.peak == memory.arguments + memory.temporaries
-        and hlo.read(compiled.as_text()).partitions == 8
-    )
+    assert memory.peak == memory.arguments + memory.temporaries
+    assert hlo.read(compiled.as_text()).partitions == 8
 
 
 @pytest.mark.parametrize(
@@ -136,10 +135,9 @@ def libtpu():
 )
 def test_the_devices_of_a_slice(libtpu, name):
     devices = ahead.devices_for(topology(name))
-    assert (
-        len(devices) == topology(name).devices
-        and devices[0].device_kind in topology(name).chip.kinds
-    )
+
+    assert len(devices) == topology(name).devices
+    assert devices[0].device_kind in topology(name).chip.kinds
     assert "TPU_WORKER_HOSTNAMES" not in os.environ
 
 
@@ -152,8 +150,9 @@ def test_a_shape_that_libtpu_refuses(libtpu):
     "name, axes", [("v5e:4x4", {"a": 8, "b": 2}), ("tpu7x:2x2x1", {"a": 2, "b": 4})]
 )
 def test_known_collectives_on_a_tpu(libtpu, name, axes):
-    """The devices are not in the order of their ids here: groups are numbered by their
-    place in the mesh all the same.
+    """Groups are numbered by their place in the mesh.
+
+    The devices are not in the order of their ids here.
     """
     mesh = mesh_for(name, axes)
     a, b = axes.values()
@@ -215,6 +214,7 @@ def test_known_collectives_on_a_tpu(libtpu, name, axes):
     compiled, memory = ahead.compile_for(lowered)
     read = hlo.read(compiled.as_text())
     found = {c.kind: c for c in read.collectives if c.bytes > 1024}
+
     assert {kind: (c.times, c.axes(axes)) for kind, c in found.items()} == {
         "all-gather": (7, ("b",)),
         "reduce-scatter": (7, ("a",)),
@@ -222,17 +222,12 @@ def test_known_collectives_on_a_tpu(libtpu, name, axes):
     }
     # XLA may gather what the matmul will round anyway
     assert found["all-gather"].bytes in (256 * 256 * 2, 256 * 256 * 4)
-    assert (
-        found["reduce-scatter"].bytes == 512 * 256 * a * 4
-        and found["all-to-all"].bytes == 512 * 256 * 4
-    )
-    assert read.dot_flops == 7 * 2 * 512 * 256 * 256 and all(
-        c.file == __file__ and c.exact for c in found.values()
-    )
-    assert (
-        memory.arguments >= 512 * 256 * 4 + 256 // b * 256 * 4
-        and memory.peak > memory.arguments
-    )
+    assert found["reduce-scatter"].bytes == 512 * 256 * a * 4
+    assert found["all-to-all"].bytes == 512 * 256 * 4
+    assert read.dot_flops == 7 * 2 * 512 * 256 * 256
+    assert all(c.file == __file__ and c.exact for c in found.values())
+    assert memory.arguments >= 512 * 256 * 4 + 256 // b * 256 * 4
+    assert memory.peak > memory.arguments
 
 
 def test_a_program_that_does_not_fit(libtpu):
@@ -241,7 +236,6 @@ def test_a_program_that_does_not_fit(libtpu):
         ahead.compile_for(
             jax.jit(lambda x: jnp.sin(x @ x) @ x).lower(shape(mesh, 60000, 60000))
         )
-    assert (
-        caught.value.needed > caught.value.available
-        and 15 < caught.value.available / 2**30 < 16
-    )
+
+    assert caught.value.needed > caught.value.available
+    assert 15 < caught.value.available / 2**30 < 16

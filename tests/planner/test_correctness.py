@@ -20,7 +20,7 @@ from lepton_jax import models
 from lepton_jax.planner import assignment as assemble
 from lepton_jax.planner import planning
 from lepton_jax.planner.program import named
-from lepton_jax.planner.search import descent as search
+from lepton_jax.planner.search import build as search
 from lepton_jax.train.program import Program
 from lepton_jax.trees import by_path
 

@@ -14,7 +14,7 @@ from lepton_jax.planner import trace
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.cost import Cost, as_compiled
 from lepton_jax.planner.program.named import Names
-from lepton_jax.planner.search import descent as search
+from lepton_jax.planner.search import build as search
 from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
 

@@ -22,7 +22,7 @@ import lepton_jax as lepton
 from lepton_jax.errors import ModelError, PlanError
 from lepton_jax.planner import planning
 from lepton_jax.planner.program import named
-from lepton_jax.planner.search import descent as search
+from lepton_jax.planner.search import build as search
 from lepton_jax.train.program import Program
 from lepton_jax.trees import by_path
 

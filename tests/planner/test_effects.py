@@ -18,7 +18,7 @@ import lepton_jax as lepton
 from lepton_jax.errors import PlanError
 from lepton_jax.planner import planning
 from lepton_jax.planner.program.remat import rematerialized
-from lepton_jax.planner.search import descent as search
+from lepton_jax.planner.search import build as search
 from lepton_jax.train.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -339,18 +339,7 @@ def test_an_ordered_effect_on_several_devices_is_an_error_that_names_the_line(te
     assert "test_effects.py" in error.value.where
     assert "Trainer(devices=1)" in error.value.remedy
     with pytest.raises(PlanError, match="ordered=True"):
-        lepton.planner.check_plan(
-            search.fixed(
-                trace,
-                CPU,
-                search.by_hand(
-                    trace,
-                    (8,),
-                    {"batch": 1},
-                    0,
-                ),
-            ),
-            trace,
-        )
+        by_hand = search.by_hand(trace, (8,), {"batch": 1}, 0)
+        search.fixed(trace, CPU, by_hand).check(trace)
     planning.plan(trace, ONE)
     assert math.isfinite(step(trace, ONE, "none")[2])

@@ -1,6 +1,4 @@
-"""The comparison of topologies: who is on the frontier, what is said where nothing
-fits, and a drawing that can be read.
-"""
+"""The comparison of topologies, in words and as a drawing that can be read."""
 
 import random
 import re
@@ -12,7 +10,9 @@ from test_show import GIB, Balanced, plan
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import topology
-from lepton_jax.planner.show.frontier import TIMES, Log, amount, frontier
+from lepton_jax.planner.show.axis import TIMES, Log
+from lepton_jax.planner.show.frontier import frontier
+from lepton_jax.planner.show.words import amount
 
 NAMES = [
     "v5e:4x4",
@@ -42,8 +42,11 @@ def test_time_and_price_are_those_of_all_tokens():
         tokens=1e6,
         tokens_per_step=500,
     ).points
-    assert point.seconds == pytest.approx(4000) and point.price == pytest.approx(40.0)
-    assert point.margin == 6 * GIB and (point.best, point.fastest, point.cheapest) == (
+
+    assert point.seconds == pytest.approx(4000)
+    assert point.price == pytest.approx(40.0)
+    assert point.margin == 6 * GIB
+    assert (point.best, point.fastest, point.cheapest) == (
         True,
         True,
         True,
@@ -102,6 +105,7 @@ def test_where_nothing_fits_the_row_says_what_would():
         500,
     )
     text = str(shown)
+
     assert (
         "v5e:2x4: nothing fits: 40 GiB of 16; use v5e:4x4, the smallest that holds it"
         in text
@@ -111,7 +115,8 @@ def test_where_nothing_fits_the_row_says_what_would():
         True,
         False,
         False,
-    ] and "smallest that holds it" in shown._repr_html_()
+    ]
+    assert "smallest that holds it" in shown._repr_html_()
 
 
 def test_only_failures_still_print():
@@ -120,7 +125,10 @@ def test_only_failures_still_print():
         1e6,
         500,
     )
-    assert str(shown) == "1e6 tokens\nv5e:2x4: no; yes" and shown.svg() == ""
+
+    assert str(shown) == "1e6 tokens\nv5e:2x4: no; yes"
+    assert shown.svg() == ""
+
     Balanced(shown._repr_html_())
 
 
@@ -147,7 +155,9 @@ def test_labels_cover_neither_each_other_nor_a_point(seed):
     circles = [
         (float(c.get("cx")), float(c.get("cy"))) for c in root.findall(".//{*}circle")
     ]
+
     assert len(circles) == len(NAMES)
+
     width, height = map(float, root.get("viewBox").split()[2:])
     boxes = []
     for text in root.findall(".//{*}text"):
@@ -156,7 +166,9 @@ def test_labels_cover_neither_each_other_nor_a_point(seed):
             x = float(text.get("x"))
             y = float(text.get("y"))
             left = x - wide if text.get("text-anchor") == "end" else x
-            assert left >= 0 and left + wide <= width and 0 < y <= height
+            assert left >= 0
+            assert left + wide <= width
+            assert 0 < y <= height
             boxes.append(
                 (
                     left,
@@ -165,7 +177,9 @@ def test_labels_cover_neither_each_other_nor_a_point(seed):
                     y + 2,
                 )
             )
+
     assert len(boxes) == len(NAMES)
+
     for i, a in enumerate(boxes):
         assert not any(a[0] < x < a[2] and a[1] < y < a[3] for x, y in circles)
         assert not any(
@@ -181,7 +195,9 @@ def test_the_text_chart_has_each_priced_topology_once_and_in_its_place():
         500,
     )
     lines = str(shown).splitlines()
+
     assert max(map(len, lines)) <= 110
+
     chart = [
         line.partition("┤" if "┤" in line else "│")[2]
         for line in lines
@@ -193,12 +209,16 @@ def test_the_text_chart_has_each_priced_topology_once_and_in_its_place():
         for y, line in enumerate(chart)
         if mark in line
     }
+
     assert sorted(at) == list("abcd")
+
     xs, ys = zip(
         *(at[mark] for mark in "abcd"),
         strict=True,
     )
-    assert list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True), (
+
+    assert list(xs) == sorted(xs)
+    assert list(ys) == sorted(ys, reverse=True), (
         "slower is to the right, dearer further up"
     )
 
@@ -227,14 +247,18 @@ def test_topologies_in_one_spot_get_neighbouring_letters():
 def test_every_range_of_times_has_ticks_within_it(low, high):
     axis = Log.over([low, high])
     ticks = axis.ticks(TIMES)
-    assert len(ticks) >= 2 and all(axis.low <= t <= axis.high for t in ticks)
+
+    assert len(ticks) >= 2
+    assert all(axis.low <= t <= axis.high for t in ticks)
     assert 0 < axis.at(low) <= axis.at(high) < 1
 
 
 def test_the_page_is_whole_and_the_colours_of_a_lone_drawing_are_its_own():
     shown = spread(7)
     Balanced(shown._repr_html_())
-    assert "var(" not in shown.svg() and not re.search(r"nan|inf\b", shown.svg())
+
+    assert "var(" not in shown.svg()
+    assert not re.search(r"nan|inf\b", shown.svg())
 
 
 @pytest.mark.parametrize(

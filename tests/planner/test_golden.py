@@ -1,7 +1,9 @@
-"""What experts lay out by hand, the search finds by itself; a plan that changes here
-changes what users run.
+"""Golden plans: what experts lay out by hand, the search finds by itself.
+
+A plan that changes here changes what users run.
 """
 
+import doctest
 import re
 from functools import partial
 
@@ -12,12 +14,13 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import planning, trace
+from lepton_jax.planner import plans, trace
+from lepton_jax.planner.search import descent, finalists, limits, masks, shapes
+from lepton_jax.planner.show import colour
 
-TOKEN, IMAGE, LABEL = (
-    jax.ShapeDtypeStruct(s, d)
-    for s, d in (((1,), jnp.int32), ((1, 28, 28, 1), jnp.float32), ((1,), jnp.int32))
-)
+TOKEN = jax.ShapeDtypeStruct((1,), jnp.int32)
+IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+LABEL = jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
 def language(
@@ -49,21 +52,25 @@ def specs(plan):
 
 def test_one_billion_parameters_on_a_node_are_fsdp():
     plan = lepton.plan(language("1b", 2048, 64), lepton.topology("h200:8"))
+
     assert (plan.name, plan.mesh, plan.batch_axes) == ("FSDP", {"fsdp": 8}, ("fsdp",))
+
     found = specs(plan)
+
     assert found["blocks/feed_forward/gate/kernel"] == (None, None, "fsdp")
-    assert found["blocks/attention/query/kernel"] == (None, "fsdp") and found[
-        "embed/embedding"
-    ] == ("fsdp",)
+    assert found["blocks/attention/query/kernel"] == (None, "fsdp")
+    assert found["embed/embedding"] == ("fsdp",)
     assert found["norm/scale"] == (), "8 KiB are not worth a collective"
     assert all(a.use == () for a in plan.arrays if a.kind == "params"), (
         "gathered where they are used"
     )
+
     moments = [
         a
         for a in plan.arrays
         if a.path.startswith("optimizer/0/mu/") and "gate" in a.path
     ]
+
     assert [a.spec for a in moments] == [(None, None, "fsdp")], (
         "the optimizer's state lies as its parameter"
     )
@@ -71,12 +78,12 @@ def test_one_billion_parameters_on_a_node_are_fsdp():
 
 def test_seventy_billion_on_small_chips_need_two_axes():
     plan = lepton.plan(language("70b", 4096, 1024), lepton.topology("v5e:16x16"))
-    assert (
-        len(plan.mesh) == 2
-        and all(n > 1 for n in plan.mesh.values())
-        and "fsdp" in plan.mesh
-    )
-    assert plan.peak < plan.memory and plan.remat != "none"
+
+    assert len(plan.mesh) == 2
+    assert all(n > 1 for n in plan.mesh.values())
+    assert "fsdp" in plan.mesh
+    assert plan.peak < plan.memory
+    assert plan.remat != "none"
     assert all(
         len([e for e in spec if e])
         for path, spec in specs(plan).items()
@@ -93,17 +100,19 @@ def test_a_mixture_sends_tokens_to_experts():
         experts=32,
     )
     plan = lepton.plan(traced, lepton.topology("h200:8"))
-    assert (
-        plan.name.startswith("expert parallel")
-        and plan.mesh == {"expert": 8}
-        and plan.batch_axes == ("expert",)
-    )
+
+    assert plan.name.startswith("expert parallel")
+    assert plan.mesh == {"expert": 8}
+    assert plan.batch_axes == ("expert",)
+
     kernels = {
         p: s
         for p, s in specs(plan).items()
         if p.startswith("blocks/feed_forward/") and "router" not in p
     }
-    assert kernels and all(spec[1] == "expert" for spec in kernels.values()), (
+
+    assert kernels
+    assert all(spec[1] == "expert" for spec in kernels.values()), (
         "dim 0 is the layer, dim 1 the expert"
     )
     assert any(c.kind == "all-to-all" for c in plan.collectives)
@@ -128,7 +137,8 @@ def test_a_recommenders_tables_are_split_by_rows():
     )
     for name, devices in (("h200:8", 8), ("v5e:4x4", 16)):
         plan = lepton.plan(traced, lepton.topology(name))
-        assert "row-sharded embeddings" in plan.name and plan.mesh == {"data": devices}
+        assert "row-sharded embeddings" in plan.name
+        assert plan.mesh == {"data": devices}
         tables = [
             spec for path, spec in specs(plan).items() if path.endswith("embedding")
         ]
@@ -149,11 +159,10 @@ def test_a_small_network_is_data_parallel(name):
         batch_size=1024,
     )
     plan = lepton.plan(trace(recipe, IMAGE, LABEL), lepton.topology(name))
-    assert (
-        plan.name == "data parallel"
-        and plan.remat == "none"
-        and plan.micro_batches == 1
-    )
+
+    assert plan.name == "data parallel"
+    assert plan.remat == "none"
+    assert plan.micro_batches == 1
     assert all(a.spec == () for a in plan.arrays)
     assert {c.kind for c in plan.collectives} == {"all-reduce"}
 
@@ -161,25 +170,22 @@ def test_a_small_network_is_data_parallel(name):
 def test_a_sequence_too_long_for_one_device_is_split():
     traced = language("1b", 32768, 2)
     plan = lepton.plan(traced, lepton.topology("v5p:2x2x2"))
+
     assert any(axis.startswith("sequence") for axis in plan.mesh), plan.mesh
     assert any(a.name == "inputs.1" and a.mesh for a in plan.axes)
 
 
 def test_the_objective_decides():
     traced = language("1b", 2048, 64)
-    time, memory = (
-        lepton.plan(
-            traced,
-            lepton.topology("h200:8"),
-            objective=o,
-        )
-        for o in ("time", "memory")
-    )
-    assert memory.peak < time.peak and memory.step_seconds > time.step_seconds
-    assert (
-        lepton.plan(traced, lepton.topology("h200:8"), objective="cost").price_per_step
-        > 0
-    )
+    on = lepton.topology("h200:8")
+    time = lepton.plan(traced, on, objective="time")
+    memory = lepton.plan(traced, on, objective="memory")
+    cost = lepton.plan(traced, on, objective="cost")
+
+    assert memory.peak < time.peak
+    assert memory.step_seconds > time.step_seconds
+    assert cost.price_per_step > 0
+
     with pytest.raises(lepton.PlanError, match="price of b200"):
         lepton.plan(
             traced,
@@ -193,11 +199,13 @@ def test_what_cannot_fit_gets_an_answer():
     with pytest.raises(lepton.PlanError) as caught:
         lepton.plan(traced, lepton.topology("v5e:2x2"))
     text = str(caught.value)
-    assert "nothing fits" in text and "optimizer" in text and "GiB" in text
-    assert (
-        "v5e:" in caught.value.remedy
-        and "smallest that holds it" in caught.value.remedy
-    )
+
+    assert "nothing fits" in text
+    assert "optimizer" in text
+    assert "GiB" in text
+    assert "v5e:" in caught.value.remedy
+    assert "smallest that holds it" in caught.value.remedy
+
     with pytest.raises(lepton.PlanError, match="let the planner choose remat"):
         lepton.plan(
             language("1b", 4096, 64),
@@ -208,7 +216,7 @@ def test_what_cannot_fit_gets_an_answer():
 
 
 def test_a_batch_that_is_asked_for_instead_fits(monkeypatch):
-    monkeypatch.setattr(planning, "DOUBLINGS", 0)
+    monkeypatch.setattr(limits, "DOUBLINGS", 0)
 
     def wide(batch_size):
         recipe = lepton.Recipe(
@@ -226,25 +234,46 @@ def test_a_batch_that_is_asked_for_instead_fits(monkeypatch):
     with pytest.raises(lepton.PlanError) as caught:
         lepton.plan(wide(65_536), lepton.topology("v5e:2x2"))
     asked = int(re.search(r"a batch_size of (\d+)", caught.value.remedy)[1])
+
     assert lepton.plan(wide(asked), lepton.topology("v5e:2x2")).peak < 16 * 2**30
+
     with pytest.raises(lepton.PlanError):
         lepton.plan(wide(4 * asked), lepton.topology("v5e:2x2"))
-    with pytest.raises(lepton.PlanError) as caught:  # not even one sample
+    # not even one sample fits
+    with pytest.raises(lepton.PlanError) as caught:
         lepton.plan(language("1b", 131_072, 64), lepton.topology("v5e:2x2"))
-    assert (
-        "batch_size" not in caught.value.remedy
-        and "smaller samples" in caught.value.remedy
-    )
+
+    assert "batch_size" not in caught.value.remedy
+    assert "smaller samples" in caught.value.remedy
 
 
 def test_five_rivals_and_a_plan_that_replays(tmp_path):
     plan = lepton.plan(language("8b", 2048, 64), lepton.topology("v5p:4x4x4"))
-    assert 1 <= len(plan.rivals) <= 5 and all(r.loses for r in plan.rivals)
+
+    assert 1 <= len(plan.rivals) <= 5
+    assert all(r.loses for r in plan.rivals)
+
     plan.save(tmp_path / "plan.json")
-    assert lepton.Plan.load(tmp_path / "plan.json") == plan and not plan.diff(plan)
+
+    assert lepton.Plan.load(tmp_path / "plan.json") == plan
+    assert not plan.diff(plan)
+
     other = lepton.plan(
         language("8b", 2048, 64),
         lepton.topology("v5p:4x4x4"),
         remat="full",
     )
+
     assert "remat" in plan.diff(other) if plan.remat != "full" else not plan.diff(other)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [descent, finalists, masks, shapes, plans, colour],
+    ids=lambda module: module.__name__.rpartition(".")[2],
+)
+def test_the_worked_examples_hold(module):
+    results = doctest.testmod(module)
+
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -1,4 +1,4 @@
-"""Pins: what may be fixed, how it binds the search, and what each mistake is told."""
+"""Pins: what may be fixed, how it binds the search, and the error for each mistake."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lepton_jax as lepton
 from lepton_jax.errors import PlanError
 from lepton_jax.planner import planning
-from lepton_jax.planner.search import descent as search
+from lepton_jax.planner.search import build as search
 from lepton_jax.train.program import Program
 from lepton_jax.trees import by_path
 
@@ -60,16 +60,20 @@ def test_a_pin_is_kept_and_the_moments_lie_alike():
         pins={"**/up/kernel": P(None, "tensor")},
     )
     arrays = specs(found)
+
     assert all(
         arrays[f"blocks/{layer}/feed_forward/up/kernel"].spec == (None, "tensor")
         for layer in "01"
     )
+
     moments = [
         a
         for a in found.arrays
         if a.path.endswith("up/kernel") and a.kind == "optimizer"
     ]
-    assert len(moments) == 4 and all(a.spec == (None, "tensor") for a in moments)
+
+    assert len(moments) == 4
+    assert all(a.spec == (None, "tensor") for a in moments)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,7 @@ def test_a_pin_of_none_keeps_an_array_whole(monkeypatch):
         objective="memory",
     )
     arrays = specs(found)
+
     assert arrays["head/kernel"].spec == ()
     assert arrays["blocks/0/feed_forward/up/kernel"].spec != (), (
         "the others are split, to save memory"
@@ -106,6 +111,7 @@ def test_a_star_pins_all_it_matches_and_two_stars_no_folder_too():
         "**/embed/embedding": P("tensor"),
     }
     arrays = specs(plan(mesh=MESH, pins=pins))
+
     assert arrays["embed/embedding"].spec == ("tensor",)
     assert all(
         arrays[f"blocks/{i}/attention/key/kernel"].spec == (None, "tensor")
@@ -119,6 +125,7 @@ def test_mesh_remat_and_micro_batches_are_taken_as_given():
         remat="full",
         micro_batches=2,
     )
+
     assert (found.mesh, found.remat, found.micro_batches) == (
         {"a": 4, "b": 2},
         "full",
@@ -190,6 +197,7 @@ def test_mistakes_are_told_what_where_and_what_to_do(options, fragments):
         plan(**options)
     for fragment in fragments:
         assert fragment in str(error.value)
+
     assert "remedy:" in str(error.value)
 
 
@@ -238,8 +246,10 @@ class Attention(nnx.Module):
         self.kv_heads = kv_heads
 
     def __call__(self, tokens):
+        def split(x, heads):
+            return x.reshape(*x.shape[:2], heads, -1)
+
         x = self.embed(tokens)
-        split = lambda x, n: x.reshape(*x.shape[:2], n, -1)
         x = jax.nn.dot_product_attention(
             split(self.query(x), self.heads),
             split(self.key(x), self.kv_heads),
@@ -249,17 +259,18 @@ class Attention(nnx.Module):
 
 
 def trained(trace, plan):
-    """Losses of two steps."""
+    """Return the losses of two steps, of a state that lies as planned."""
     program = Program(
         trace,
         plan,
         jax.devices()[: math.prod(plan.mesh.values())],
     )
     state = program.init(0)
+    leaves = by_path(state)
+    specs = {path: tuple(leaf.sharding.spec) for path, leaf in leaves.items()}
+    assert specs == {array.path: array.spec for array in plan.arrays}
+
     losses = []
-    assert {k: tuple(x.sharding.spec) for k, x in by_path(state).items()} == {
-        a.path: a.spec for a in plan.arrays
-    }
     for step in range(2):
         draw = np.random.default_rng(step).integers
         batch = tuple(
@@ -379,7 +390,8 @@ def test_a_pin_of_storage_that_divides_is_kept_whatever_the_heads_have_in_common
             for path, a in arrays.items()
             if path.endswith(pattern.removeprefix("**/"))
         ]
-        assert found and all(a.spec == tuple(spec) for a in found)
+        assert found
+        assert all(a.spec == tuple(spec) for a in found)
     np.testing.assert_allclose(
         trained(trace, plan),
         expected,
@@ -395,8 +407,7 @@ def test_what_is_only_stored_in_parts_is_gathered_where_it_is_used():
         pins={"query/kernel": P(None, "tensor")},
     )
     query = specs(plan)["query/kernel"]
-    assert (
-        query.spec == (None, "tensor")
-        and query.use == ()
-        and "gathered where it is used" in query.reason
-    )
+
+    assert query.spec == (None, "tensor")
+    assert query.use == ()
+    assert "gathered where it is used" in query.reason

@@ -16,7 +16,7 @@ from jax.experimental import io_callback
 import lepton_jax as lepton
 from lepton_jax.planner import planning
 from lepton_jax.planner.program import named
-from lepton_jax.planner.search import descent as search
+from lepton_jax.planner.search import build as search
 from lepton_jax.train.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -13,7 +13,7 @@ import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.planner import planning
 from lepton_jax.planner.program import named
-from lepton_jax.planner.search import descent as search
+from lepton_jax.planner.search import build as search
 from lepton_jax.train.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -96,12 +96,12 @@ def test_tensor_splits_neither_samples_nor_only_storage(name, objective):
         mesh={name: 8},
         objective=objective,
     )
-    assert (
-        plan.batch_axes == ()
-        and "FSDP" not in plan.name
-        and plan.name.startswith("tensor parallel")
-    )
-    assert split(plan, name) and not split(plan, name) & {"batch", "inputs.1"}
+
+    assert plan.batch_axes == ()
+    assert "FSDP" not in plan.name
+    assert plan.name.startswith("tensor parallel")
+    assert split(plan, name)
+    assert not split(plan, name) & {"batch", "inputs.1"}
     assert any(a.use for a in plan.arrays if a.kind == "params")
 
 
@@ -121,7 +121,9 @@ def test_sixteen_ways_of_a_model_of_a_billion():
         lepton.topology("v5e:4x4"),
         mesh={"tensor": 16},
     )
-    assert plan.batch_axes == () and plan.name == "tensor parallel"
+
+    assert plan.batch_axes == ()
+    assert plan.name == "tensor parallel"
     assert any("feed_forward" in name for name in split(plan, "tensor"))
     assert (
         planning.plan(
@@ -141,10 +143,11 @@ def test_data_keeps_nothing_in_parts_but_rows_that_are_looked_up(objective):
         mesh={"data": 8},
         objective=objective,
     )
-    assert plan.name.startswith("data parallel") and plan.batch_axes == ("data",)
-    assert stored(plan, "data") <= {"params/embed/embedding"} and split(
-        plan, "data"
-    ) <= {"batch", "embed.0"}
+
+    assert plan.name.startswith("data parallel")
+    assert plan.batch_axes == ("data",)
+    assert stored(plan, "data") <= {"params/embed/embedding"}
+    assert split(plan, "data") <= {"batch", "embed.0"}
 
 
 def test_fsdp_splits_samples_and_keeps_the_state_in_parts():
@@ -153,21 +156,20 @@ def test_fsdp_splits_samples_and_keeps_the_state_in_parts():
         CPU,
         mesh={"fsdp": 8},
     )
-    assert (
-        plan.name == "FSDP"
-        and plan.batch_axes == ("fsdp",)
-        and len(stored(plan, "fsdp")) > 10
-    )
+
+    assert plan.name == "FSDP"
+    assert plan.batch_axes == ("fsdp",)
+    assert len(stored(plan, "fsdp")) > 10
+
     both = planning.plan(
         language(SMALL),
         CPU,
         mesh={"data": 2, "fsdp": 4},
     )
-    assert (
-        both.batch_axes == ("data", "fsdp")
-        and stored(both, "fsdp")
-        and not stored(both, "data")
-    )
+
+    assert both.batch_axes == ("data", "fsdp")
+    assert stored(both, "fsdp")
+    assert not stored(both, "data")
 
 
 @pytest.mark.parametrize("name", ["sequence", "context", "sp"])
@@ -177,7 +179,9 @@ def test_sequence_splits_a_later_dim_of_the_inputs(name):
         CPU,
         mesh={name: 8},
     )
-    assert plan.batch_axes == () and split(plan, name) == {"inputs.1"}
+
+    assert plan.batch_axes == ()
+    assert split(plan, name) == {"inputs.1"}
 
 
 def test_expert_splits_experts():
@@ -191,6 +195,7 @@ def test_expert_splits_experts():
         for a in plan.arrays
         if a.kind == "params" and "feed_forward/" in a.path
     }
+
     assert all(kernels[k].use[:1] == ("expert",) for k in ("gate", "up", "down"))
 
 
@@ -229,9 +234,13 @@ def test_an_axis_that_can_not_do_what_it_is_called_after_is_idle_and_the_plan_sa
         mesh=mesh,
     )
     (note,) = [note for note in plan.notes if "idle" in note]
+
     assert all(words in note for words in says)
+
     axis = note.split("'")[1]
-    assert not split(plan, axis) and not stored(plan, axis)
+
+    assert not split(plan, axis)
+    assert not stored(plan, axis)
 
 
 def test_other_names_leave_it_to_the_search():

@@ -1,6 +1,4 @@
-"""A plan shown: each number where it belongs, in the width that there is, and the
-pictures true to the specs.
-"""
+"""A plan shown: each number where it belongs, and pictures true to the specs."""
 
 import re
 from dataclasses import replace
@@ -9,8 +7,10 @@ from html.parser import HTMLParser
 import pytest
 
 from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
-from lepton_jax.planner.show import text as show
-from lepton_jax.planner.show.html import page
+from lepton_jax.planner.show.html import html, page
+from lepton_jax.planner.show.rows import rows, units
+from lepton_jax.planner.show.text import BAR
+from lepton_jax.planner.show.words import duration
 
 GIB = 2**30
 REASON = (
@@ -138,13 +138,11 @@ def test_tied_parameters_share_a_line_and_others_keep_their_names():
     (tied,) = [
         line for line in lines if line.startswith("blocks/") and "up/kernel" in line
     ]
-    assert (
-        tied.split()[:4] == ["blocks/*/up/kernel", "x12", "64x128", "f32"]
-        and "P(fsdp, tensor)" in tied
-    )
-    assert "gathered: fsdp" in tied and "48.0 KiB" in tied, (
-        "12 layers of 32 KiB, each over 8 devices"
-    )
+
+    assert tied.split()[:4] == ["blocks/*/up/kernel", "x12", "64x128", "f32"]
+    assert "P(fsdp, tensor)" in tied
+    assert "gathered: fsdp" in tied
+    assert "48.0 KiB" in tied, "12 layers of 32 KiB, each over 8 devices"
     assert [line.split()[1] for line in lines if line.startswith("layers/")] == [
         "12x16",
         "16x3",
@@ -157,34 +155,38 @@ def test_layers_that_lie_differently_are_not_one_line():
         kernel("params/blocks/1/k"),
         kernel("params/blocks/2/k", spec=()),
     )
-    found = [(row.path, row.count) for row in show.rows(plan(arrays=arrays, batch=()))]
+    found = [(row.path, row.count) for row in rows(plan(arrays=arrays, batch=()))]
+
     assert found == [("blocks/*/k", 2), ("blocks/2/k", 1)]
 
 
 def test_the_figures_of_a_step_are_those_of_the_plan():
     text = str(plan())
-    assert (
-        "predicted 400 ms a step" in text
-        and "1.28k tokens/s" in text
-        and "100 TFLOP/s" in text
-    )
-    assert "$0.001 a step" in text and "10.0 GiB of 16.0 GiB (62%)" in text
+
+    assert "predicted 400 ms a step" in text
+    assert "1.28k tokens/s" in text
+    assert "100 TFLOP/s" in text
+    assert "$0.001 a step" in text
+    assert "10.0 GiB of 16.0 GiB (62%)" in text
+
     bar = re.search(r"activations +8\.0 GiB (█+) ", text)
-    assert len(bar[1]) == show.BAR // 2, "half of the device"
-    assert (
-        "my_op is not known" in text
-        and "data=8" in text
-        and "without it a step would take 40 GiB" in text
-    )
+
+    assert len(bar[1]) == BAR // 2, "half of the device"
+    assert "my_op is not known" in text
+    assert "data=8" in text
+    assert "without it a step would take 40 GiB" in text
 
 
 def test_each_reason_stands_once_and_is_referred_to():
     text = str(plan())
     why = text[text.index("\nwhy\n") :]
+
     assert " ".join(why.split()).count("dim 1 is up.1, split over tensor") == 1
+
     number = next(
         line.split()[-1] for line in text.splitlines() if line.startswith("norm/scale")
     )
+
     assert re.search(rf"^ +{number}  too small", why, re.MULTILINE)
 
 
@@ -199,8 +201,7 @@ def test_each_reason_stands_once_and_is_referred_to():
 )
 def test_tokens_are_whole_numbers_in_a_row(shape, dtype, unit):
     assert (
-        " ".join(map(str, show.units(plan(batch=(batch("inputs", shape, dtype),)))))
-        == unit
+        " ".join(map(str, units(plan(batch=(batch("inputs", shape, dtype),))))) == unit
     )
 
 
@@ -247,16 +248,17 @@ def test_no_line_is_wider_than_a_terminal_of_110_columns():
             ),
         ),
     )
+
     assert max(map(len, str(wide).splitlines())) <= 110
     assert "/kernel" in str(wide), "a path's end tells more than its beginning"
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much():
     tight = plan(bytes_per_device={"activations": 20 * GIB})
+
     assert re.search(r"too much +4\.0 GiB", str(tight))
-    assert "20.0 GiB of 16.0 GiB a device: 4.0 GiB too much" in show.html(
-        tight
-    ) and 'class="limit"' in show.html(tight)
+    assert "20.0 GiB of 16.0 GiB a device: 4.0 GiB too much" in html(tight)
+    assert 'class="limit"' in html(tight)
 
 
 def test_without_data_there_is_no_time_but_a_plan():
@@ -269,8 +271,10 @@ def test_without_data_there_is_no_time_but_a_plan():
         axes=(),
         notes=(),
     )
-    assert "not known yet" in str(bare) and "blocks/*/up/kernel" in str(bare)
-    assert "not known yet" in show.html(bare)
+
+    assert "not known yet" in str(bare)
+    assert "blocks/*/up/kernel" in str(bare)
+    assert "not known yet" in html(bare)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,7 @@ def test_without_data_there_is_no_time_but_a_plan():
     ],
 )
 def test_durations(seconds, text):
-    assert show.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 class Balanced(HTMLParser):
@@ -343,20 +347,23 @@ def test_the_page_needs_nothing_else_and_names_cannot_break_it():
             ),
         ),
     )
-    text = page(evil, show.html(hostile))
+    text = page(evil, html(hostile))
     parsed = Balanced(text)
-    assert "script" not in {tag for tag, _ in parsed.tags} and "&lt;script&gt;" in text
+
+    assert "script" not in {tag for tag, _ in parsed.tags}
+    assert "&lt;script&gt;" in text
     assert not any(
         name in attributes
         for _, attributes in parsed.tags
         for name in ("src", "href", "onclick")
     )
-    assert "@import" not in text and "url(" not in text
+    assert "@import" not in text
+    assert "url(" not in text
 
 
 def grids(made):
-    """Of each drawing of devices its label and the colour of each square."""
-    text = show.html(made)
+    """Return (label, colours of the squares) of each drawing of devices."""
+    text = html(made)
     return [
         (label, re.findall(r'<path color="(.*?)"', drawing))
         for label, drawing in re.findall(
@@ -367,20 +374,19 @@ def grids(made):
 
 def test_devices_that_hold_the_same_part_have_the_same_colour():
     (_, data), (_, kept), (_, used), (_, copied) = grids(plan())
+
     assert len(data) == len(kept) == 8
     # columns are fsdp, the larger axis, and rows tensor
-    assert len(set(data)) == 4 and data[:4] == data[4:], (
-        "a batch over fsdp is the same along tensor"
-    )
+    assert len(set(data)) == 4
+    assert data[:4] == data[4:], "a batch over fsdp is the same along tensor"
     assert len(set(kept)) == 8, "each device keeps its own part"
-    assert len(set(used)) == 2 and len(set(used[:4])) == 1, (
-        "gathered along fsdp: one part per row"
-    )
+    assert len(set(used)) == 2
+    assert len(set(used[:4])) == 1, "gathered along fsdp: one part per row"
     assert set(copied) == {"var(--copy)"}
 
 
 def test_an_array_is_drawn_in_as_many_parts_as_it_is_kept_in():
-    text = show.html(
+    text = html(
         plan(
             arrays=(kernel("params/up/kernel"),),
             batch=(),
@@ -393,6 +399,7 @@ def test_an_array_is_drawn_in_as_many_parts_as_it_is_kept_in():
             batch=(),
         )
     )
+
     assert sorted(re.findall(r'fill="(.*?)"', drawing)) == sorted(kept), (
         "the same parts in the same colours"
     )
@@ -435,7 +442,8 @@ def test_any_mesh_can_be_drawn(mesh):
         ),
         axes=(),
     )
-    text = show.html(made)
+    text = html(made)
     Balanced(text)
+
     assert len(text) < 200_000, "a page of thousands of devices stays small"
     assert str(made)

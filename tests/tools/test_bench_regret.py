@@ -12,8 +12,8 @@ import lepton_jax as lepton
 from lepton_jax.hardware import topology
 from lepton_jax.planner import trace
 from lepton_jax.planner.assignment import Assignment
-from lepton_jax.planner.search.descent import Problem
 from lepton_jax.planner.search.pins import Pins
+from lepton_jax.planner.search.problem import Problem
 from tools.bench import cli as bench
 from tools.bench import regret as bench_regret
 

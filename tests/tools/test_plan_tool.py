@@ -1,5 +1,6 @@
-"""The planning command line: what it prints and writes, and each wrong argument said
-before anything is searched.
+"""The planning command line: what it prints and writes.
+
+Each wrong argument is an error before anything is searched.
 """
 
 import json
@@ -20,16 +21,27 @@ import optax
 import lepton_jax as lepton
 
 
-def recipe(width: int = 256, batch_size: int = 64, micro_batches: int | None = None, data: bool = True) -> lepton.Recipe:
+def recipe(
+    width: int = 256,
+    batch_size: int = 64,
+    micro_batches: int | None = None,
+    data: bool = True,
+) -> lepton.Recipe:
     """A small network.
 
     Args:
       width: units of a hidden layer.
     """
     train = (np.zeros((640, 32), np.float32), np.zeros(640, np.int32)) if data else None
-    return lepton.Recipe(model=lambda rngs: lepton.models.MLP((32, width, width, 10), rngs=rngs), train=train,
-                         loss=lepton.losses.cross_entropy, optimizer=optax.adam(1e-3), batch_size=batch_size, steps=10,
-                         micro_batches=micro_batches)
+    return lepton.Recipe(
+        model=lambda rngs: lepton.models.MLP((32, width, width, 10), rngs=rngs),
+        train=train,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.adam(1e-3),
+        batch_size=batch_size,
+        steps=10,
+        micro_batches=micro_batches,
+    )
 '''
 
 
@@ -54,23 +66,22 @@ def test_one_topology_prints_its_plan(look, tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     (entry,) = result["plans"]
     plan = Plan.from_json(json.dumps(entry["plan"]))
-    assert str(plan) in out and plan.topology == "v5e:2x2" and "512x512" in out, (
-        "the recipe's own setting counts"
-    )
+
+    assert str(plan) in out
+    assert plan.topology == "v5e:2x2"
+    assert "512x512" in out, "the recipe's own setting counts"
+
     predicted = entry["predicted"]
+
     assert (
         predicted["peak_bytes"]
         == plan.peak
         == sum(predicted["bytes_per_device"].values())
     )
-    assert (
-        predicted["step_seconds"] == plan.step_seconds > 0
-        and predicted["unit"] == "samples"
-    )
-    assert (
-        result["peak_rss_bytes"] > 2**20
-        and 0 < result["seconds"]["trace"] < result["seconds"]["process"]
-    )
+    assert predicted["step_seconds"] == plan.step_seconds > 0
+    assert predicted["unit"] == "samples"
+    assert result["peak_rss_bytes"] > 2**20
+    assert 0 < result["seconds"]["trace"] < result["seconds"]["process"]
 
 
 def test_several_topologies_print_the_frontier(look, tmp_path):
@@ -85,17 +96,20 @@ def test_several_topologies_print_the_frontier(look, tmp_path):
         tmp_path / "r.html",
     ).out
     result = json.loads((tmp_path / "r.json").read_text())
-    assert "5e6 samples" in out and out.count("v5e:2x2") == 1, (
-        "named twice, planned once"
-    )
+
+    assert "5e6 samples" in out
+    assert out.count("v5e:2x2") == 1, "named twice, planned once"
+
     seconds = [p["predicted"]["step_seconds"] * 5e6 / 64 for p in result["plans"]]
+
     assert [p["seconds"] for p in result["frontier"]["points"]] == pytest.approx(
         seconds
     )
+
     page = (tmp_path / "r.html").read_text()
-    assert page.startswith("<!doctype html>") and page.count('class="lepton"') == 3, (
-        "the comparison and both plans"
-    )
+
+    assert page.startswith("<!doctype html>")
+    assert page.count('class="lepton"') == 3, "the comparison and both plans"
 
 
 def test_what_is_asked_for_reaches_the_planner(look, monkeypatch):
@@ -129,6 +143,7 @@ def test_what_is_asked_for_reaches_the_planner(look, monkeypatch):
         "--micro-batches",
         2,
     )
+
     assert asked == {
         "mesh": {"data": 4, "tensor": 2},
         "remat": "full",
@@ -145,22 +160,27 @@ def test_what_is_asked_for_reaches_the_planner(look, monkeypatch):
 def test_a_saved_plan_is_replayed_without_a_search(look, tmp_path, monkeypatch):
     file = tmp_path / "plan.json"
     first = look("--on", "cpu:8", "--save", file).out
+
     assert "nothing differs" in look("--on", "cpu:8", "--diff", file).out
+
     changed = look("--on", "cpu:8", "--diff", file, "--batch-size", 128).out
+
     assert "batch_size: 64 -> 128" in changed
+
     monkeypatch.setattr(
         planning,
         "plan",
         lambda *a, **k: pytest.fail("it searches"),
     )
     again = look("--replay", file).out
+
     assert first[: first.index("traced")] == again[: again.index("traced")]
+
     error = look("--replay", file, "--width", 512, code=2).err
-    assert (
-        "arrays differ" in error
-        and "[32, 256] in the plan, [32, 512] in the recipe" in error
-        and str(file) in error
-    )
+
+    assert "arrays differ" in error
+    assert "[32, 256] in the plan, [32, 512] in the recipe" in error
+    assert str(file) in error
     assert (
         "for cpu:8, not for v5e:2x2"
         in look("--replay", file, "--on", "v5e:2x2", code=2).err
@@ -183,17 +203,27 @@ def test_what_cannot_fit_is_an_answer(look, tmp_path):
         tmp_path / "r.json",
         code=2,
     ).err
-    assert "nothing fits" in error and "remedy" in error
+
+    assert "nothing fits" in error
+    assert "remedy" in error
+
     (entry,) = json.loads((tmp_path / "r.json").read_text())["plans"]
-    assert "nothing fits" in entry["error"]["what"] and "plan" not in entry
+
+    assert "nothing fits" in entry["error"]["what"]
+    assert "plan" not in entry
+
     out = look("--on", "tiny:2x2,v5e:2x2", "--chips", chips).out
-    assert "tiny:2x2: nothing fits" in out and "fastest" in out
+
+    assert "tiny:2x2: nothing fits" in out
+    assert "fastest" in out
 
 
 def test_verify_is_shown_and_kept(look, tmp_path):
     out = look("--on", "cpu:8", "--verify", "--json", tmp_path / "r.json").out
     (entry,) = json.loads((tmp_path / "r.json").read_text())["plans"]
-    assert "compiled for cpu:8" in out and entry["verify"][0]["fits"]
+
+    assert "compiled for cpu:8" in out
+    assert entry["verify"][0]["fits"]
     assert entry["verify"][0]["predicted"]["peak"] == entry["predicted"]["peak_bytes"]
 
 
@@ -210,9 +240,9 @@ def test_what_xla_refuses_is_a_failure(look, monkeypatch):
 def test_prove_takes_the_plan_that_xla_chose(look, tmp_path):
     out = look("--on", "cpu:8", "--prove", 2, "--json", tmp_path / "r.json").out
     (entry,) = json.loads((tmp_path / "r.json").read_text())["plans"]
-    assert 1 <= len(entry["prove"]) <= 2 and out.count("compiled for cpu:8") == len(
-        entry["prove"]
-    )
+
+    assert 1 <= len(entry["prove"]) <= 2
+    assert out.count("compiled for cpu:8") == len(entry["prove"])
     assert entry["plan"]["mesh"] in [
         check["mesh"] for check in entry["prove"] if check["fits"]
     ]
@@ -220,12 +250,11 @@ def test_prove_takes_the_plan_that_xla_chose(look, tmp_path):
 
 def test_help_lists_the_recipes_settings_and_the_tools_own(look):
     out = look("--help").out
-    assert (
-        "--width" in out
-        and "units of a hidden layer" in out
-        and "--objective" in out
-        and "--micro-batches" in out
-    )
+
+    assert "--width" in out
+    assert "units of a hidden layer" in out
+    assert "--objective" in out
+    assert "--micro-batches" in out
 
 
 @pytest.mark.parametrize(
@@ -269,7 +298,10 @@ def test_a_wrong_argument_is_said_with_its_remedy(
 ):
     monkeypatch.chdir(tmp_path)
     error = look(*arguments, code=2).err
-    assert says in error and "remedy:" in error and "Traceback" not in error
+
+    assert says in error
+    assert "remedy:" in error
+    assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
 
 
@@ -278,7 +310,9 @@ def test_a_file_that_is_no_plan_is_named(content, look, tmp_path):
     file = tmp_path / "plan.json"
     file.write_bytes(content.encode("latin-1"))
     error = look("--replay", file, code=2).err
-    assert str(file) in error and "remedy:" in error
+
+    assert str(file) in error
+    assert "remedy:" in error
 
 
 @pytest.mark.parametrize(
@@ -321,6 +355,7 @@ def test_planning_by_name_starts_no_backend_and_survives_a_closed_pipe(recipe):
         text=True,
     )
     process.stdout.close()
+
     assert (process.stderr.read(), process.wait()) == ("", 0)
 
 
@@ -337,4 +372,6 @@ def test_the_tool_is_the_module(recipe):
         text=True,
         check=False,
     )
-    assert done.returncode == 0 and "v5e:2x2" in done.stdout, done.stderr
+
+    assert done.returncode == 0
+    assert "v5e:2x2" in done.stdout, done.stderr

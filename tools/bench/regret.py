@@ -56,8 +56,9 @@ from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.cost import Estimate
 from lepton_jax.planner.plans import Plan
 from lepton_jax.planner.search.build import build
-from lepton_jax.planner.search.descent import Problem, search
+from lepton_jax.planner.search.descent import search
 from lepton_jax.planner.search.pins import Pins
+from lepton_jax.planner.search.problem import Problem
 from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
 from tools.bench import options as checks

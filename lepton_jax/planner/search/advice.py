@@ -1,4 +1,8 @@
-"""Advice where nothing fits: the nearest change, tried before it is advised."""
+"""Advice where nothing fits: the nearest change, tried before it is advised.
+
+The changes are, in this order: to let the planner choose what was pinned, to take fewer
+samples a step, and to take more devices of the same chip.
+"""
 
 from __future__ import annotations
 
@@ -7,149 +11,143 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lepton_jax.errors import PlanError
-from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment, axis_names, strategy
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.program.trace import trace as traced
-from lepton_jax.planner.search.descent import (
+from lepton_jax.planner.search.descent import search
+from lepton_jax.planner.search.finalists import fewest, powers
+from lepton_jax.planner.search.limits import (
+    ADVICE_SECONDS,
+    GUESSES,
     LITTLE,
-    Candidate,
-    Problem,
-    fewest,
-    powers,
-    search,
+    NAMED_SHARE,
+    SOLID,
 )
-from lepton_jax.planner.search.pins import Pins
-
-# seconds of computing for each kind of change. Assumption: who is told that nothing
-# fits waits for advice about as long as for a plan
-ADVICE_SECONDS = 10.0
-GUESSES = 4  # sizes that are guessed from the two around them; then the rest is halved
-SOLID = 4  # assignments of the failed search that are tried on a smaller batch
+from lepton_jax.planner.search.masks import divides, reordered, sample_axes
+from lepton_jax.planner.search.problem import Candidate, Problem
 
 
 def does_not_fit(
-    problem: Problem, found: Sequence[Candidate], doublings: int
+    problem: Problem, candidates: Sequence[Candidate], doublings: int
 ) -> PlanError:
-    """What fills the memory, and the nearest change that fits.
+    """Return the error that says what fills the memory, and the nearest change.
 
     Args:
       problem: what was searched.
-      found: its candidates, none of which fits.
-      doublings: how many larger topologies are tried.
+      candidates: what the search found, none of which fits.
+      doublings: number of larger topologies to try.
     """
-    best = leanest(found)
-    largest = sorted(
-        best.bytes.items(),
-        key=lambda x: -x[1],
-    )
-    fills = ", ".join(
-        f"{kind} {size(n)}" for kind, n in largest if n > 0.02 * best.peak
-    )
-    a = best.assignment
-    topology = problem.topology
-    patience = problem.patience
-    names = problem.names(a.remat)
-    parts = f"{a.micro_batches} micro-batch{'es' if a.micro_batches > 1 else ''}"
+    best = leanest(candidates)
+    device = size(problem.topology.device.memory)
     what = (
-        f"nothing fits: the leanest plan ({strategy(a, axis_names(a, names), names)}, "
-        f"remat {a.remat}, {parts}) holds {size(best.peak)} on each device of "
-        f"{size(topology.device.memory)}: {fills}"
+        f"nothing fits: the leanest plan ({_described(problem, best)}) holds"
+        f" {size(best.peak)} on each device of {device}: {_contents(best)}"
     )
-    remedy = nearest_change(problem, found, doublings)
+    remedy = nearest_change(problem, candidates, doublings)
+    patience = problem.patience
     if patience.cut:
         what += f"; the search stopped after {patience.limit:.0f} s of computing"
         remedy += ", or let it look for longer with time_limit (--time-limit)"
-    return PlanError(what, where=f"plan for {topology.name}", remedy=remedy)
+    return PlanError(what, where=f"plan for {problem.topology.name}", remedy=remedy)
 
 
-def leanest(found: Sequence[Candidate]) -> Candidate:
-    """The simplest of the candidates that hold about the least.
+def _described(problem: Problem, candidate: Candidate) -> str:
+    """Return strategy, rematerialization and micro-batches in words."""
+    a = candidate.assignment
+    names = problem.names(a.remat)
+    parts = f"{a.micro_batches} micro-batch{'es' if a.micro_batches > 1 else ''}"
+    return f"{strategy(a, axis_names(a, names), names)}, remat {a.remat}, {parts}"
 
-    What many micro-batches or a stricter rematerialization free too little of is not
-    worth naming.
+
+def _contents(candidate: Candidate) -> str:
+    """Return what holds the memory, the largest first."""
+    held = candidate.bytes
+    least = NAMED_SHARE * candidate.peak
+    kinds = [kind for kind, count in held.items() if count > least]
+    kinds.sort(key=lambda kind: -held[kind])
+    return ", ".join(f"{kind} {size(held[kind])}" for kind in kinds)
+
+
+def leanest(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the simplest of the candidates that hold about the least.
+
+    If many micro-batches or a stricter rematerialization free only a little, they are
+    not worth naming.
     """
-    least = min(c.peak for c in found)
-    lean = [c for c in found if c.peak <= least * (1 + LITTLE)]
+    least = min(c.peak for c in candidates)
+    bound = least * (1 + LITTLE)
+    lean = [c for c in candidates if c.peak <= bound]
     policies = list(POLICIES)
 
-    def simplicity(c: Candidate) -> tuple[int, int, int]:
-        a = c.assignment
-        return a.micro_batches, policies.index(a.remat), c.peak
+    def simplicity(candidate: Candidate) -> tuple[int, int, int]:
+        assignment = candidate.assignment
+        policy = policies.index(assignment.remat)
+        return assignment.micro_batches, policy, candidate.peak
 
     return min(lean, key=simplicity)
 
 
 def nearest_change(
     problem: Problem,
-    found: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     doublings: int,
 ) -> str:
-    """Fewer samples, more rematerialization, or the smallest topology of the same chip
-    that holds it.
-    """
+    """Return the remedy: which pins to leave out, or what else to use."""
+    pinned = _pinned(problem)
+    if pinned:
+        limit = problem.patience.limit
+        free = problem.without_pins(problem.topology, limit)
+        if finds_a_plan(free):
+            return f"let the planner choose {' and '.join(pinned)}: then it fits"
+
     changes = []
-    pins = problem.pins
-    trace = problem.trace
-    best = leanest(found)
-    if (
-        pins.remat not in (None, "full")
-        or pins.micro_batches is not None
-        or pins.meshes
-    ):
-        free = unpinned(
-            problem,
-            problem.topology,
-            problem.patience.limit,
-        )
-        if search(free)[0].fits:
-            fixed = (
-                ("the mesh", pins.meshes),
-                ("remat", pins.remat),
-                ("micro_batches", pins.micro_batches),
-            )
-            what = [word for word, on in fixed if on]
-            return f"let the planner choose {' and '.join(what)}: then it fits"
-    room = problem.limit - _state(best)
-    if room > 0 and trace.recipe.batch_size > 1:
-        fewer = fewer_samples(problem, found)
-        changes += [f"a batch_size of {fewer}"] if fewer else []
+    room = problem.limit - _state(leanest(candidates))
+    if room > 0 and problem.trace.recipe.batch_size > 1:
+        fewer = fewer_samples(problem, candidates)
+        if fewer:
+            changes.append(f"a batch_size of {fewer}")
     larger = larger_topology(problem, doublings)
     if larger:
         changes.append(f"{larger}, the smallest that holds it")
-    smaller = "a smaller model, smaller samples" if room > 0 else "a smaller model"
-    return "use " + ", or ".join(changes or [smaller, "chips with more memory"])
+    if not changes:
+        model = "a smaller model, smaller samples" if room > 0 else "a smaller model"
+        changes = [model, "chips with more memory"]
+    return "use " + ", or ".join(changes)
+
+
+def _pinned(problem: Problem) -> list[str]:
+    """Return the settings that the planner may not choose; empty if none matters.
+
+    The strictest rematerialization matters only together with other pins.
+    """
+    pins = problem.pins
+    settings = {
+        "the mesh": pins.meshes,
+        "remat": pins.remat,
+        "micro_batches": pins.micro_batches,
+    }
+    words = [word for word, setting in settings.items() if setting]
+    if words == ["remat"] and pins.remat == "full":
+        return []
+    return words
+
+
+def finds_a_plan(problem: Problem) -> bool:
+    """Whether a whole search finds something that fits."""
+    best, *_ = search(problem)
+    return best.fits
 
 
 def _state(candidate: Candidate) -> int:
-    """Bytes of a device that the batch has no part in."""
+    """Return the bytes of a device that do not depend on the batch."""
+    held = candidate.bytes
     kinds = ("params", "optimizer", "variables")
-    return sum(candidate.bytes.get(kind, 0) for kind in kinds)
+    return sum(held.get(kind, 0) for kind in kinds)
 
 
-def unpinned(
-    problem: Problem,
-    topology: Topology,
-    limit: float | None,
-) -> Problem:
-    """The same problem without pins, maybe elsewhere, with a clock of its own.
-
-    What does not depend on either is shared.
-    """
-    clock = Patience("planning", limit)
-    free = Problem(
-        problem.trace,
-        topology,
-        problem.objective,
-        Pins(),
-        clock,
-    )
-    if not problem.pins.storage:
-        free._names = problem._names
-        free._sizes = problem._sizes
-    return free
+# ---- fewer samples ----
 
 
 @dataclass
@@ -157,7 +155,7 @@ class Trial:
     """Tries smaller batches with the assignments of a search in which nothing fitted.
 
     Args:
-      problem: that search's.
+      problem: what was searched.
       assignments: some of its assignments, with masks of the policy "none", each with
         the rematerialization under which it holds the least.
     """
@@ -166,197 +164,202 @@ class Trial:
     assignments: list[Assignment]
 
     def smaller(self, rows: int) -> Problem:
-        """The same problem with a batch of so many rows."""
+        """Return the same problem with a batch of `rows`."""
         trace = self.problem.trace
         recipe = trace.recipe.with_(batch_size=rows)
-        less = traced(
-            recipe,
-            trace.inputs,
-            trace.targets,
-            trace.samples,
-        )
-        clock = Patience("planning", self.problem.patience.limit)
-        whole = self.problem
-        return Problem(
-            less,
-            whole.topology,
-            whole.objective,
-            whole.pins,
-            clock,
-        )
+        smaller = traced(recipe, trace.inputs, trace.targets, trace.samples)
+        return self.problem.on_trace(smaller)
 
     def peak(self, rows: int) -> float:
-        """Bytes of the leanest plan for so many rows, or of the first that fits."""
-        less = self.smaller(rows)
+        """Return the bytes of the leanest plan, or of the first that fits."""
+        smaller = self.smaller(rows)
+        names = smaller.names("none")
+        asked = smaller.pins.micro_batches
         least = math.inf
         for assignment in self.assignments:
-            moved = self._moved(assignment, less)
+            moved = self._moved(assignment, smaller)
             if moved is None:
                 continue
-            batch = less.names("none").batch
-            split = 1 if batch is None else moved.counts[moved.masks[batch]]
-            asked = less.pins.micro_batches
+            split = moved.counts[sample_axes(moved, names)]
             options = [asked] if asked else powers(rows // split)
-            parts = fewest(less, moved, options)
-            least = min(
-                least,
-                less.peak(
-                    replace(
-                        moved,
-                        micro_batches=parts,
-                    )
-                ),
-            )
-            if least <= less.limit:
+            parts = fewest(smaller, moved, options)
+            peak = smaller.peak(replace(moved, micro_batches=parts))
+            least = min(least, peak)
+            if least <= smaller.limit:
                 return least
         return least
 
     def fits(self, rows: int) -> bool:
-        """Whether a whole search finds a plan for so many rows."""
-        return search(self.smaller(rows))[0].fits
+        """Whether a whole search finds a plan for a batch of `rows`."""
+        return finds_a_plan(self.smaller(rows))
 
     def _moved(
         self,
         assignment: Assignment,
-        less: Problem,
+        smaller: Problem,
     ) -> Assignment | None:
-        """An assignment for the smaller batch; None where that does not divide.
+        """Return the assignment for the smaller batch; None where it does not divide.
 
         A batch that does not divide is not split.
         """
-        groups = self.problem.names("none").groups
-        by_name = dict(
-            zip(
-                (g.name for g in groups),
-                assignment.masks,
-                strict=True,
-            )
-        )
-        names = less.names("none")
-        counts = assignment.counts
-        masks = []
-        for number, group in enumerate(names.groups):
-            mask = by_name.get(group.name, 0)
-            if group.divisor % counts[mask]:
-                if number != names.batch:
-                    return None
-                mask = 0
-            masks.append(mask)
+        names = smaller.names("none")
+        masks = reordered(assignment, self.problem.names("none"), names)
+        for k, mask in enumerate(masks):
+            if divides(names, k, assignment.counts[mask]):
+                continue
+            if k != names.batch:
+                return None
+            masks[k] = 0
         return replace(assignment, masks=tuple(masks))
 
 
-def fewer_samples(problem: Problem, found: Sequence[Candidate]) -> int | None:
-    """The largest batch size that fits, as far as `ADVICE_SECONDS` reach; None: none
-    does.
+def fewer_samples(
+    problem: Problem,
+    candidates: Sequence[Candidate],
+) -> int | None:
+    """Return the largest batch size that fits, as far as `ADVICE_SECONDS` reach.
 
     Multiples of the number of devices come first, then of those that the leanest plan
-    splits the batch over, since any other size leaves devices idle. Memory grows with
-    the rows nearly in a straight line, so few sizes are traced: each is guessed from
-    the two around it.
-    """
-    total = problem.trace.recipe.batch_size
-    batch = problem.names("none").batch
-    solid: dict[tuple, Candidate] = {}
-    for candidate in sorted(found, key=lambda c: c.peak):
-        a = problem.untranslated(candidate.assignment)
-        solid.setdefault((a.sizes, a.masks, a.keep), candidate)
-    chosen = list(solid.values())[:SOLID]
-    assignments = [problem.untranslated(c.assignment) for c in chosen]
-    first = assignments[0]
-    split = 1 if batch is None else first.counts[first.masks[batch]]
-    parts = problem.pins.micro_batches or 1
-    trial = Trial(problem, assignments)
+    splits the batch over, since any other size leaves devices idle.
 
+    Returns:
+      Rows; None: no size fits.
+    """
+    by_peak = sorted(candidates, key=lambda c: c.peak)
+    failed = by_peak[0]
+    trial = Trial(problem, _leanest_forms(problem, by_peak)[:SOLID])
+
+    first = trial.assignments[0]
+    split = first.counts[sample_axes(first, problem.names("none"))]
+    parts = problem.pins.micro_batches or 1
     patience = Patience("planning", ADVICE_SECONDS)
-    for count in dict.fromkeys([problem.topology.devices, split, 1]):
-        fits = _largest(
-            trial,
-            count * parts,
-            total,
-            chosen[0],
-            patience,
-        )
-        if fits:
-            return fits
+    counts = [problem.topology.devices, split, 1]
+    for count in dict.fromkeys(counts):
+        rows = _largest(trial, count * parts, failed, patience)
+        if rows:
+            return rows
     return None
+
+
+def _leanest_forms(
+    problem: Problem,
+    by_peak: Sequence[Candidate],
+) -> list[Assignment]:
+    """Return each assignment once, under the policy with which it holds the least."""
+    forms: dict[tuple, Assignment] = {}
+    for candidate in by_peak:
+        form = problem.untranslated(candidate.assignment)
+        forms.setdefault((form.sizes, form.masks, form.keep), form)
+    return list(forms.values())
 
 
 def _largest(
     trial: Trial,
     step: int,
-    total: int,
     failed: Candidate,
     patience: Patience,
 ) -> int | None:
-    """The largest multiple of a step below `total` that fits.
+    """Return the largest multiple of `step` below the batch size that fits.
 
     Args:
       trial: tries a size.
       step: rows.
-      total: rows that are too many.
-      failed: the leanest plan for them.
+      failed: the leanest plan for the whole batch.
       patience: how long to look.
     """
+    total = trial.problem.trace.recipe.batch_size
+    most = -(-total // step)
+    count = _guessed(trial, step, failed, patience)
+    while count > 0 and not trial.fits(count * step):
+        count //= 2
+    if count == 0:
+        return None
+
+    # a whole search may find what is leaner than the assignments that were tried
+    stride = 1
+    growing = True
+    while stride > 0 and not patience.over():
+        more = count + stride
+        if more < most and trial.fits(more * step):
+            count = more
+            stride *= 2 if growing else 1
+        else:
+            growing = False
+            stride //= 2
+    return count * step
+
+
+def _guessed(
+    trial: Trial,
+    step: int,
+    failed: Candidate,
+    patience: Patience,
+) -> int:
+    """Return the most steps of rows for which one of the trial's assignments fits.
+
+    Memory grows with the rows nearly in a straight line, so few sizes are traced: each
+    is guessed from the two around it. If 0 steps hold 2 GiB, 16 steps hold 10 GiB and
+    the limit is 6 GiB, the guess is 8 steps. Where the line is bent, guesses would only
+    creep, so after `GUESSES` of them the rest is halved.
+    """
     limit = trial.problem.limit
-    # in steps: what fits, and its bytes
+    total = trial.problem.trace.recipe.batch_size
+
+    # the most steps that fit so far, and their bytes
     low = 0
-    below = float(_state(failed))
-    # what doesn't
+    low_bytes = float(_state(failed))
+    # the fewest steps that don't, and theirs
     high = -(-total // step)
-    above = float(failed.peak)
+    high_bytes = float(failed.peak)
+
     tried = 0
     while high - low > 1 and not patience.over():
         trial.problem.patience.detail = (
             f"nothing fits; trying batches of {low * step:,} to {high * step:,}"
         )
-        share = (limit - below) / max(above - below, 1.0)
+        slope = max(high_bytes - low_bytes, 1.0)
+        share = (limit - low_bytes) / slope
         guess = low + math.floor(share * (high - low))
-        if tried >= GUESSES:  # the line is bent
+        if tried >= GUESSES:
             guess = (low + high) // 2
         middle = min(max(guess, low + 1), high - 1)
         held = trial.peak(middle * step)
         tried += 1
         if held <= limit:
             low = middle
-            below = held
+            low_bytes = held
         else:
             high = middle
-            above = held
-    while low > 0 and not trial.fits(low * step):
-        low //= 2
-    if low == 0:
-        return None
+            high_bytes = held
+    return low
 
-    # a whole search may find what is leaner than the assignments that were tried
-    stride = 1
-    growing = True
-    most = -(-total // step)
-    while stride > 0 and not patience.over():
-        if low + stride < most and trial.fits((low + stride) * step):
-            low += stride
-            stride *= 2 if growing else 1
-        else:
-            growing = False
-            stride //= 2
-    return low * step
+
+# ---- more devices ----
 
 
 def larger_topology(problem: Problem, doublings: int) -> str | None:
-    """The smallest topology of the same chip, in doublings, that something fits on."""
+    """Return the smallest topology of the same chip that something fits on.
+
+    Its shape is the problem's, with the shortest dim doubled up to `doublings` times.
+    """
     shape = list(problem.topology.shape)
-    least = sum(state for pair in problem.memory("none").each for state in pair)
+    state_bytes = problem.memory("none").state_bytes
+    state = sum(sum(pair) for pair in state_bytes)
     patience = Patience("planning", ADVICE_SECONDS)
     for _ in range(doublings):
         dim = shape.index(min(shape))
         shape[dim] *= 2
         topology = replace(problem.topology, shape=tuple(shape))
-        if least / topology.devices > topology.device.memory:
-            continue  # not even the state, evenly split
+        # not even the state fits, evenly split
+        if state / topology.devices > topology.device.memory:
+            continue
         if patience.over():
             return None
+
         problem.patience.detail = f"trying {topology.name}"
         try:
-            if search(unpinned(problem, topology, ADVICE_SECONDS))[0].fits:
+            larger = problem.without_pins(topology, ADVICE_SECONDS)
+            if finds_a_plan(larger):
                 return topology.name
         except PlanError:
             continue

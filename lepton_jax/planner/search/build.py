@@ -1,23 +1,34 @@
-"""A plan from what was decided and predicted."""
+"""A plan as plain data, from an assignment and what was predicted of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import Topology
 from lepton_jax.planner import assignment as assemble
 from lepton_jax.planner.assignment import Assignment
-from lepton_jax.planner.estimate import feeding as schedule
+from lepton_jax.planner.estimate import feeding
 from lepton_jax.planner.estimate.cost import Estimate
 from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import MEANINGS
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.search.limits import CAUSES
+from lepton_jax.planner.search.masks import has, sample_axes
 from lepton_jax.trees import by_path, nbytes
 
-CAUSES = 3
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a search chose an assignment, and what else it found: see `Plan`."""
+
+    objective: str = "time"
+    rivals: tuple[Rival, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -26,138 +37,167 @@ def build(
     names: Names,
     assignment: Assignment,
     *,
-    objective: str = "time",
     estimate: Estimate | None = None,
     held: Mapping[str, int] | None = None,
-    rivals: Sequence[Rival] = (),
     axes: tuple[str, ...] = (),
-    reasons: Mapping[str, str] | None = None,
-    notes: Sequence[str] = (),
+    verdict: Verdict | None = None,
 ) -> Plan:
-    """The plan of an assignment, whose masks are in the order of `names`."""
-    axes = axes or assemble.axis_names(assignment, names)
-    pick = lambda mask: tuple(n for i, n in enumerate(axes) if mask >> i & 1)
-    batch = 0 if names.batch is None else assignment.masks[names.batch]
-    data, why_data = schedule.residence(trace, topology)
-    steps, why = schedule.steps_per_call(trace, topology)
-    why_all = dict(reasons or {})
-    why_all[f"data {data}"] = why_data
-    why_all[f"{steps} step{'s' if steps > 1 else ''} per call"] = why
-    why_all[f"remat {assignment.remat}"] = MEANINGS[assignment.remat]
-    slow = schedule.slow_loops(trace, topology)
-    if assignment.micro_batches > 1 and slow:
-        why_all["micro-batches unrolled"] = (
-            "XLA's CPU backend runs convolutions inside loops on a slow path"
-        )
-    moves = (
-        ()
-        if estimate is None
-        else tuple(
-            Collective(
-                kind,
-                pick(mask),
-                count,
-                size,
-                seconds,
-                "; ".join(sorted(causes, key=lambda c: -causes[c])[:CAUSES]),
-            )
-            for (kind, mask), (count, size, seconds, causes) in sorted(
-                estimate.moves.items(),
-                key=lambda m: -m[1][2],
-            )
-        )
-    )
-    unknown = names.graph.unknown
-    rest = math.prod(n for i, n in enumerate(assignment.sizes) if not batch >> i & 1)
-    devices = math.prod(assignment.sizes)
-    if names.batch is not None and rest > 1 and trace.recipe.batch_size % devices:
-        notes = [
-            *notes,
-            (
-                f"a batch of {trace.recipe.batch_size} does not divide by {devices}"
-                f" devices: it is split in {devices // rest}"
-            ),
-        ]
-    notes = [
-        *notes,
-        *(
-            f"there is no rule for the primitive {name!r} ({count} of them): its"
-            " operands are whole on each device"
-            for name, count in unknown.items()
-        ),
-    ]
+    """Return the plan of an assignment.
+
+    Args:
+      trace: of the recipe.
+      topology: the devices.
+      assignment: what was decided.
+      names: named axes under the assignment's policy, whose order its masks have.
+      estimate: predicted time; None: not known.
+      held: predicted bytes of a device by kind; None: not known.
+      axes: names of the mesh axes; empty: the field's words for what they do.
+      verdict: of the search; None: there was none.
+    """
+    verdict = verdict or Verdict()
+    words = assemble.axis_names(assignment, names)
+    axes = axes or words
+    data, _ = feeding.residence(trace, topology)
+    steps, _ = feeding.steps_per_call(trace, topology)
+    reasons = _feeding_reasons(trace, topology, assignment)
+    notes = _notes(trace, names, assignment)
     return Plan(
         topology=topology.name,
-        objective=objective,
-        name=assemble.strategy(
-            assignment, assemble.axis_names(assignment, names), names
-        ),
-        mesh=dict(
-            zip(
-                axes,
-                assignment.sizes,
-                strict=True,
-            )
-        ),
-        batch_axes=pick(batch),
+        objective=verdict.objective,
+        name=assemble.strategy(assignment, words, names),
+        mesh=dict(zip(axes, assignment.sizes, strict=True)),
+        batch_axes=_picked(sample_axes(assignment, names), axes),
         arrays=assemble.arrays(trace, names, assignment, axes),
         batch=assemble.batch_arrays(trace, names, assignment, axes),
-        axes=tuple(
-            Axis(
-                g.name,
-                g.size,
-                pick(m),
-                len(g.members),
-            )
-            for g, m in zip(names.groups, assignment.masks, strict=True)
-        ),
+        axes=_named_axes(names, assignment, axes),
         batch_size=trace.recipe.batch_size,
         micro_batches=assignment.micro_batches,
         remat=assignment.remat,
-        unroll_micro_batches=slow,
+        unroll_micro_batches=feeding.slow_loops(trace, topology),
         steps_per_call=steps,
         data=data,
         bytes_per_device=dict(held or {}),
         memory=int(topology.device.memory),
         seconds={} if estimate is None else dict(estimate.seconds),
         flops=0.0 if estimate is None else estimate.flops,
-        collectives=moves,
+        collectives=() if estimate is None else _collectives(estimate, axes),
         price_per_hour=topology.price_per_hour,
-        rivals=tuple(rivals),
-        reasons=why_all,
-        notes=tuple(notes),
+        rivals=verdict.rivals,
+        reasons={**verdict.reasons, **reasons},
+        notes=(*verdict.notes, *notes),
     )
 
 
-def without_data(trace: Trace, topology: Topology) -> Plan:
-    """What can be said before the shapes of the data are known: the state, a copy of it
-    on each device.
-    """
-    copied = [
-        ArrayPlan(
-            path,
-            path.partition("/")[0],
-            tuple(leaf.shape),
-            assemble.dtype_name(leaf),
-            nbytes(leaf),
-            (),
-            (),
-            "the data is not known yet: a copy on each device",
+def _picked(
+    mask: int,
+    axes: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Return the names of the mesh axes in a mask."""
+    return tuple(name for axis, name in enumerate(axes) if has(mask, axis))
+
+
+def _named_axes(
+    names: Names,
+    assignment: Assignment,
+    axes: tuple[str, ...],
+) -> tuple[Axis, ...]:
+    pairs = zip(names.groups, assignment.masks, strict=True)
+    return tuple(
+        Axis(
+            name=group.name,
+            size=group.size,
+            mesh=_picked(mask, axes),
+            members=len(group.members),
         )
-        for path, leaf in by_path(trace.state).items()
-    ]
-    held = {
-        kind: sum(a.bytes for a in copied if a.kind == kind)
-        for kind in ("params", "variables", "optimizer")
+        for group, mask in pairs
+    )
+
+
+def _collectives(
+    estimate: Estimate,
+    axes: tuple[str, ...],
+) -> tuple[Collective, ...]:
+    """Return the communication of a step, the longest first."""
+    collectives = []
+    for (kind, mask), move in estimate.moves.items():
+        count, size, seconds, causes = move
+        largest = sorted(causes, key=lambda cause: -causes[cause])
+        collectives.append(
+            Collective(
+                kind=kind,
+                axes=_picked(mask, axes),
+                count=count,
+                bytes=size,
+                seconds=seconds,
+                what="; ".join(largest[:CAUSES]),
+            )
+        )
+    collectives.sort(key=lambda collective: -collective.seconds)
+    return tuple(collectives)
+
+
+def _feeding_reasons(
+    trace: Trace,
+    topology: Topology,
+    assignment: Assignment,
+) -> dict[str, str]:
+    """Return each decision that follows from the recipe and the topology, and why."""
+    data, why_data = feeding.residence(trace, topology)
+    steps, why_steps = feeding.steps_per_call(trace, topology)
+    reasons = {
+        f"data {data}": why_data,
+        f"{steps} step{'s' if steps > 1 else ''} per call": why_steps,
+        f"remat {assignment.remat}": MEANINGS[assignment.remat],
     }
-    steps, why = schedule.steps_per_call(trace, topology)
+    if assignment.micro_batches > 1 and feeding.slow_loops(trace, topology):
+        reasons["micro-batches unrolled"] = (
+            "XLA's CPU backend runs convolutions inside loops on a slow path"
+        )
+    return reasons
+
+
+def _notes(
+    trace: Trace,
+    names: Names,
+    assignment: Assignment,
+) -> list[str]:
+    """Return what could not be done, or was left to XLA."""
+    notes = []
+    batch_size = trace.recipe.batch_size
+    devices = math.prod(assignment.sizes)
+    if names.batch is not None:
+        split = assignment.counts[sample_axes(assignment, names)]
+        if split < devices and batch_size % devices:
+            notes.append(
+                f"a batch of {batch_size} does not divide by {devices}"
+                f" devices: it is split in {split}"
+            )
+    for name, count in names.graph.unknown.items():
+        notes.append(
+            f"there is no rule for the primitive {name!r} ({count} of them): its"
+            " operands are whole on each device"
+        )
+    return notes
+
+
+def without_data(trace: Trace, topology: Topology) -> Plan:
+    """Return what can be said before the shapes of the data are known.
+
+    It covers the state, of which each device has a copy.
+    """
+    arrays = _copied(trace)
+    held = dict.fromkeys(("params", "variables", "optimizer"), 0)
+    for array in arrays:
+        if array.kind in held:
+            held[array.kind] += array.bytes
+    steps, why_steps = feeding.steps_per_call(trace, topology)
     return Plan(
         topology=topology.name,
         name="data parallel",
         objective="time",
         mesh={"data": topology.devices},
         batch_axes=("data",),
-        arrays=tuple(copied),
+        arrays=arrays,
         batch=(),
         axes=(),
         batch_size=trace.recipe.batch_size,
@@ -178,8 +218,30 @@ def without_data(trace: Trace, topology: Topology) -> Plan:
                 "the data is not known yet, so neither activations nor time are"
             )
         },
-        notes=(why,),
+        notes=(why_steps,),
     )
+
+
+def _copied(trace: Trace) -> tuple[ArrayPlan, ...]:
+    """Return the arrays of the state, of which each device has a copy."""
+    reason = "the data is not known yet: a copy on each device"
+    leaves = by_path(trace.state)
+    return tuple(
+        ArrayPlan(
+            path=path,
+            kind=path.partition("/")[0],
+            shape=tuple(leaf.shape),
+            dtype=assemble.dtype_name(leaf),
+            bytes=nbytes(leaf),
+            spec=(),
+            use=(),
+            reason=reason,
+        )
+        for path, leaf in leaves.items()
+    )
+
+
+# ---- assignments written by hand ----
 
 
 def fixed(
@@ -187,13 +249,9 @@ def fixed(
     topology: Topology,
     assignment: Assignment,
 ) -> Plan:
-    """The plan of an assignment, without a search or a prediction."""
-    return build(
-        trace,
-        topology,
-        Names(trace.gradient(assignment.remat), trace.arguments),
-        assignment,
-    )
+    """Return the plan of an assignment, without a search or a prediction."""
+    names = Names(trace.gradient(assignment.remat), trace.arguments)
+    return build(trace, topology, names, assignment)
 
 
 def by_hand(
@@ -204,23 +262,19 @@ def by_hand(
     remat: str = "none",
     micro_batches: int = 1,
 ) -> Assignment:
-    """An assignment from the names of named axes to masks of mesh axes.
+    """Return an assignment from the names of named axes to masks of mesh axes.
 
     Raises:
       PlanError: there is no such named axis.
     """
     names = Names(trace.gradient(remat), trace.arguments)
-    unknown = set(masks) - {g.name for g in names.groups}
+    known = [group.name for group in names.groups]
+    unknown = sorted(set(masks) - set(known))
     if unknown:
         raise PlanError(
-            f"there is no named axis {sorted(unknown)[0]!r}",
+            f"there is no named axis {unknown[0]!r}",
             where="by_hand",
-            remedy=f"there are {', '.join(g.name for g in names.groups)}",
+            remedy=f"there are {', '.join(known)}",
         )
-    return Assignment(
-        sizes,
-        tuple(masks.get(g.name, 0) for g in names.groups),
-        keep,
-        remat,
-        micro_batches,
-    )
+    in_order = tuple(masks.get(name, 0) for name in known)
+    return Assignment(sizes, in_order, keep, remat, micro_batches)

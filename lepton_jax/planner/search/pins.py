@@ -1,5 +1,7 @@
-"""What the user fixes before the search: specs of arrays, the mesh, rematerialization,
-micro-batches.
+"""Pins: what the user fixes before the search.
+
+A person may fix the mesh, the specs with which parameters are kept, rematerialization
+and micro-batches. `read` checks all of it before anything is searched.
 """
 
 from __future__ import annotations
@@ -15,10 +17,26 @@ from jax.sharding import PartitionSpec
 from lepton_jax.errors import PlanError, nearest
 from lepton_jax.hardware import Topology
 from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.patience import LIMIT_SECONDS
+from lepton_jax.planner.program.graph import Value
 from lepton_jax.planner.program.layout import Spec
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.search.limits import LISTED_PARAMETERS
+from lepton_jax.planner.search.masks import divides, parts, sample_axes
+
+
+@dataclass(frozen=True)
+class Request:
+    """The user's settings for a search, unchecked: see `planning.plan`."""
+
+    objective: str = "time"
+    mesh: Mapping[str, int] | None = None
+    pins: Mapping[str, Any] | None = None
+    remat: str | None = None
+    micro_batches: int | None = None
+    time_limit: float | None = LIMIT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -46,31 +64,25 @@ class Pins:
         assignment: Assignment,
         names: Names,
     ) -> Assignment:
-        """The assignment with pinned named axes as they are pinned."""
+        """Return the assignment with pinned named axes as they are pinned."""
         if not self.groups:
             return assignment
-        batch = 0 if names.batch is None else assignment.masks[names.batch]
-        masks = [
-            (
-                self.groups[g.name] & ~(batch if k != names.batch else 0)
-                if g.name in self.groups
-                else mask
-            )
-            for k, (g, mask) in enumerate(
-                zip(names.groups, assignment.masks, strict=True)
-            )
-        ]
+
+        samples = sample_axes(assignment, names)
+        masks = list(assignment.masks)
+        for k, group in enumerate(names.groups):
+            if group.name in self.groups:
+                taken = 0 if k == names.batch else samples
+                pinned = self.groups[group.name]
+                masks[k] = pinned & ~taken
         return replace(assignment, masks=tuple(masks))
 
 
 def read(
+    request: Request,
     trace: Trace,
     topology: Topology,
     names: Names,
-    pins: Mapping[str, Any] | None,
-    mesh: Mapping[str, int] | None,
-    remat: str | None,
-    micro_batches: int | None,
 ) -> Pins:
     """Check what the user asks for.
 
@@ -79,151 +91,264 @@ def read(
         multiply up or don't divide.
     """
     where = f"plan for {topology.name}"
+    _check_remat(request.remat, where)
+    micro_batches = request.micro_batches
+    if micro_batches is None:
+        micro_batches = trace.recipe.micro_batches
+    if micro_batches is not None:
+        _check_micro_batches(micro_batches, trace.recipe.batch_size, where)
+
+    if request.mesh is None:
+        if request.pins:
+            raise PlanError(
+                "pins name mesh axes, but no mesh is given",
+                where=where,
+                remedy='give the mesh as well, e.g. mesh={"fsdp": 8, "tensor": 4}',
+            )
+        return Pins(remat=request.remat, micro_batches=micro_batches)
+
+    _check_mesh(request.mesh, topology, where)
+    reader = _Reader(names, request.mesh, where)
+    pins = request.pins or {}
+    for pattern, spec in pins.items():
+        reader.pin(pattern, spec)
+    sizes = tuple(request.mesh.values())
+    return Pins(
+        meshes=(sizes,),
+        axes=tuple(request.mesh),
+        groups=reader.groups,
+        storage=reader.storage,
+        remat=request.remat,
+        micro_batches=micro_batches,
+    )
+
+
+# ---- checks of single settings ----
+
+
+def _check_remat(remat: str | None, where: str) -> None:
     if remat is not None and remat not in POLICIES:
         raise PlanError(
             f"remat {remat!r} is not known{nearest(str(remat), POLICIES)}",
             where=where,
             remedy=f"use one of {', '.join(POLICIES)}",
         )
-    asked = trace.recipe.micro_batches if micro_batches is None else micro_batches
-    if asked is not None and (
-        isinstance(asked, bool)
-        or not isinstance(asked, int)
-        or asked < 1
-        or trace.recipe.batch_size % asked
-    ):
+
+
+def _check_micro_batches(
+    parts: Any,
+    batch_size: int,
+    where: str,
+) -> None:
+    if not _is_count(parts) or batch_size % parts:
         raise PlanError(
-            f"{asked!r} micro-batches do not divide a batch of"
-            f" {trace.recipe.batch_size}",
+            f"{parts!r} micro-batches do not divide a batch of {batch_size}",
             where=where,
             remedy="ask for a whole number that divides batch_size",
         )
-    if mesh is None:
-        if pins:
+
+
+def _check_mesh(
+    mesh: Mapping[str, int],
+    topology: Topology,
+    where: str,
+) -> None:
+    for name, size in mesh.items():
+        if not _is_count(size):
             raise PlanError(
-                "pins name mesh axes, but no mesh is given",
-                where=where,
-                remedy='give the mesh besides, e.g. mesh={"fsdp": 8, "tensor": 4}',
-            )
-        return Pins(remat=remat, micro_batches=asked)
-    sizes = tuple(mesh.values())
-    for name, n in mesh.items():
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise PlanError(
-                f"mesh axis {name!r} has size {n!r}",
+                f"mesh axis {name!r} has size {size!r}",
                 where=where,
                 remedy="give whole numbers of at least 1",
             )
-    if math.prod(sizes) != topology.devices:
+
+    places = math.prod(mesh.values())
+    if places != topology.devices:
+        axes = [f"{name}={size}" for name, size in mesh.items()]
+        spelled = " x ".join(axes)
         raise PlanError(
-            f"the mesh {' x '.join(f'{k}={v}' for k, v in mesh.items())} has"
-            f" {math.prod(sizes)} places, and {topology.name} has {topology.devices}"
-            " devices",
+            f"the mesh {spelled} has {places} places, and {topology.name} has"
+            f" {topology.devices} devices",
             where=where,
             remedy=f"let the sizes multiply to {topology.devices}",
         )
-    groups, storage = _pinned(
-        names,
-        pins or {},
-        mesh,
-        where,
-    )
-    return Pins(
-        (sizes,),
-        tuple(mesh),
-        groups,
-        storage,
-        remat,
-        asked,
-    )
 
 
-def _pinned(
-    names: Names,
-    pins: Mapping[str, Any],
-    mesh: Mapping[str, int],
-    where: str,
-) -> tuple[dict[str, int], dict[str, Spec]]:
-    bits = {name: 1 << i for i, name in enumerate(mesh)}
-    params = {
-        p.removeprefix("params/"): i
-        for i, p in enumerate(names.paths)
-        if p.startswith("params/")
-    }
-    params |= {
-        p: i for i, p in enumerate(names.paths) if p.startswith(("inputs", "targets"))
-    }
-    found: dict[str, int] = {}
-    storage: dict[str, Spec] = {}
-    for pattern, spec in pins.items():
-        matched = [p for p in params if _matches(p, pattern)]
+def _is_count(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return value >= 1
+
+
+# ---- specs of arrays ----
+
+
+class _Reader:
+    """Reads pins of arrays for one mesh.
+
+    Attributes:
+      groups: name of a named axis to the mesh axes that split it.
+      storage: parameter's path to the spec with which it is kept.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        mesh: Mapping[str, int],
+        where: str,
+    ):
+        self.groups: dict[str, int] = {}
+        self.storage: dict[str, Spec] = {}
+        self._names = names
+        self._mesh = mesh
+        self._bits = {name: 1 << i for i, name in enumerate(mesh)}
+        self._where = where
+        self._indices = _indices(names)
+
+    def pin(self, pattern: str, spec: Any) -> None:
+        """Note one pin for all arrays that its pattern matches."""
+        paths = self._indices
+        matched = [path for path in paths if _matches(path, pattern)]
         if not matched:
-            raise PlanError(
-                f"the pin {pattern!r} matches no"
-                f" parameter{nearest(pattern.rsplit('/', 1)[-1], _last(params))}",
-                where=where,
-                remedy="parameters are "
-                + ", ".join(
-                    sorted(
-                        {
-                            names.patterns[i].removeprefix("params/")
-                            for i in params.values()
-                        }
-                    )[:12]
-                ),
-            )
+            raise self._unmatched(pattern)
         for path in matched:
-            value = names.graph.main.inputs[params[path]]
-            _check_form(pattern, spec, where)
-            if len(spec) > len(value.shape):
-                raise PlanError(
-                    f"the pin {pattern!r} has {len(spec)} entries, and {path} has shape"
-                    f" {value.shape}",
-                    where=where,
-                    remedy=f"give at most {len(value.shape)} entries",
-                )
-            masks = [
-                _mask(
-                    pattern,
-                    path,
-                    d,
-                    entry,
-                    value.shape[d],
-                    mesh,
-                    bits,
-                    where,
-                )
-                for d, entry in enumerate(spec)
-            ]
-            storage[names.paths[params[path]]] = tuple(masks) + (0,) * (
-                len(value.shape) - len(masks)
+            self._pin_array(pattern, path, spec)
+
+    def _unmatched(self, pattern: str) -> PlanError:
+        words: set[str] = set()
+        patterns: set[str] = set()
+        for path, index in self._indices.items():
+            words.update(path.split("/"))
+            known_pattern = self._names.patterns[index]
+            patterns.add(known_pattern.removeprefix("params/"))
+
+        last = pattern.rpartition("/")[2]
+        similar = nearest(last, sorted(words))
+        known = sorted(patterns)
+        return PlanError(
+            f"the pin {pattern!r} matches no parameter{similar}",
+            where=self._where,
+            remedy="parameters are " + ", ".join(known[:LISTED_PARAMETERS]),
+        )
+
+    def _pin_array(
+        self,
+        pattern: str,
+        path: str,
+        spec: Any,
+    ) -> None:
+        index = self._indices[path]
+        value = self._names.graph.main.inputs[index]
+        shape = value.shape
+        _check_form(pattern, spec, self._where)
+        if len(spec) > len(shape):
+            raise PlanError(
+                f"the pin {pattern!r} has {len(spec)} entries, and {path} has shape"
+                f" {shape}",
+                where=self._where,
+                remedy=f"give at most {len(shape)} entries",
             )
-            for d, mask in enumerate(masks):
-                k = names.of.get(names.graph.find(value.nodes[d]))
-                if not mask or k is None:
-                    continue
-                group = names.groups[k]
-                count = math.prod(n for a, n in mesh.items() if bits[a] & mask)
-                parameter = names.paths[params[path]].startswith("params/")
-                if parameter and group.divisor % count:
-                    continue  # kept in parts and gathered where it is used
-                if found.get(group.name, mask) != mask:
-                    raise PlanError(
-                        f"pins disagree on the named axis {group.name}, which {path}"
-                        f" has as dim {d}",
-                        where=where,
-                        remedy="pin dims that are one thing alike",
-                    )
-                if group.divisor % count:
-                    raise PlanError(
-                        f"the pin {pattern!r} splits the named axis {group.name} over"
-                        f" {count}, but its extents have only {group.divisor} in"
-                        " common",
-                        where=where,
-                        remedy=f"use an axis whose size divides {group.divisor}",
-                    )
-                found[group.name] = mask
-    return found, storage
+
+        masks = []
+        for dim, entry in enumerate(spec):
+            axes = _axes(entry)
+            self._check_axes(pattern, axes)
+            self._check_divides(pattern, path, dim, shape[dim], axes)
+            mask = sum(self._bits[axis] for axis in axes)
+            masks.append(mask)
+
+        not_named = len(shape) - len(masks)
+        full_path = self._names.paths[index]
+        self.storage[full_path] = (*masks, *(0,) * not_named)
+        for dim, mask in enumerate(masks):
+            if mask:
+                self._pin_group(pattern, path, value, dim, mask)
+
+    def _check_axes(
+        self,
+        pattern: str,
+        axes: tuple[str, ...],
+    ) -> None:
+        for axis in axes:
+            if axis not in self._bits:
+                raise PlanError(
+                    f"the pin {pattern!r} names the mesh axis"
+                    f" {axis!r}{nearest(str(axis), self._bits)}",
+                    where=self._where,
+                    remedy=f"the mesh has {', '.join(self._bits)}",
+                )
+
+    def _check_divides(
+        self,
+        pattern: str,
+        path: str,
+        dim: int,
+        extent: int,
+        axes: tuple[str, ...],
+    ) -> None:
+        count = math.prod(self._mesh[axis] for axis in axes)
+        if extent % count:
+            raise PlanError(
+                f"the pin {pattern!r} splits dim {dim} of {path} over {count} devices:"
+                f" {extent} / {count} is {extent / count:.4g}",
+                where=self._where,
+                remedy="choose an axis whose size divides the dim",
+            )
+
+    def _pin_group(
+        self,
+        pattern: str,
+        path: str,
+        value: Value,
+        dim: int,
+        mask: int,
+    ) -> None:
+        """Split the named axis of a dim in computing, too, if all its extents allow."""
+        names = self._names
+        root = names.graph.find(value.nodes[dim])
+        k = names.of.get(root)
+        if k is None:
+            return
+
+        group = names.groups[k]
+        count = parts(tuple(self._mesh.values()), mask)
+        is_split = divides(names, k, count)
+        index = self._indices[path]
+        is_parameter = names.paths[index].startswith("params/")
+        # such a parameter is kept in parts and gathered where it is used
+        if is_parameter and not is_split:
+            return
+
+        before = self.groups.get(group.name, mask)
+        if before != mask:
+            raise PlanError(
+                f"pins disagree on the named axis {group.name}, which {path}"
+                f" has as dim {dim}",
+                where=self._where,
+                remedy="pin dims that are one thing alike",
+            )
+        if not is_split:
+            raise PlanError(
+                f"the pin {pattern!r} splits the named axis {group.name} over"
+                f" {count}, but its extents have only {group.divisor} in common",
+                where=self._where,
+                remedy=f"use an axis whose size divides {group.divisor}",
+            )
+        self.groups[group.name] = mask
+
+
+def _indices(names: Names) -> dict[str, int]:
+    """Return the number of each parameter and input by its path, parameters first."""
+    params = {
+        path.removeprefix("params/"): i
+        for i, path in enumerate(names.paths)
+        if path.startswith("params/")
+    }
+    inputs = {
+        path: i
+        for i, path in enumerate(names.paths)
+        if path.startswith(("inputs", "targets"))
+    }
+    return params | inputs
 
 
 def _check_form(
@@ -231,16 +356,18 @@ def _check_form(
     spec: Any,
     where: str,
 ) -> None:
-    listed = isinstance(spec, tuple | list | PartitionSpec)
-    parts = list(spec) if listed else [spec]
-    axes = [
-        a
-        for part in parts
-        for a in (part if isinstance(part, tuple | list) else (part,))
-        if a is not None
-    ]
-    twice = next((a for a in axes if axes.count(a) > 1), None)
-    if not listed or any(not isinstance(a, str) for a in axes):
+    is_list = isinstance(spec, tuple | list | PartitionSpec)
+    entries = list(spec) if is_list else [spec]
+    axes: list[Any] = []
+    for entry in entries:
+        if isinstance(entry, tuple | list):
+            axes += entry
+        else:
+            axes.append(entry)
+    axes = [axis for axis in axes if axis is not None]
+
+    all_names = all(isinstance(axis, str) for axis in axes)
+    if not is_list or not all_names:
         raise PlanError(
             f"the pin {pattern!r} is {spec!r}, and no PartitionSpec",
             where=where,
@@ -249,50 +376,27 @@ def _check_form(
                 ' P(None, "tensor")'
             ),
         )
+    twice = [axis for axis in axes if axes.count(axis) > 1]
     if twice:
         raise PlanError(
-            f"the pin {pattern!r} has the mesh axis {twice!r} twice",
+            f"the pin {pattern!r} has the mesh axis {twice[0]!r} twice",
             where=where,
             remedy="split one dim alone by an axis",
         )
 
 
-def _mask(
-    pattern: str,
-    path: str,
-    d: int,
-    entry: Any,
-    extent: int,
-    mesh: Mapping[str, int],
-    bits: Mapping[str, int],
-    where: str,
-) -> int:
-    axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-    for axis in axes:
-        if axis not in bits:
-            raise PlanError(
-                f"the pin {pattern!r} names the mesh axis"
-                f" {axis!r}{nearest(str(axis), bits)}",
-                where=where,
-                remedy=f"the mesh has {', '.join(bits)}",
-            )
-    count = math.prod(mesh[a] for a in axes)
-    if extent % count:
-        raise PlanError(
-            f"the pin {pattern!r} splits dim {d} of {path} over {count} devices:"
-            f" {extent} / {count} is {extent / count:.4g}",
-            where=where,
-            remedy="choose an axis whose size divides the dim",
-        )
-    return sum(bits[a] for a in axes)
+def _axes(entry: Any) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a spec."""
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return (entry,)
+    return tuple(entry)
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """As in a shell, "**/" also for no folder at all."""
-    return fnmatch.fnmatchcase(path, pattern) or (
-        pattern.startswith("**/") and fnmatch.fnmatchcase(path, pattern[3:])
-    )
-
-
-def _last(params: Mapping[str, int]) -> list[str]:
-    return sorted({part for p in params for part in p.split("/")})
+    """Whether a path matches as in a shell; "**/" also stands for no folder at all."""
+    if fnmatch.fnmatchcase(path, pattern):
+        return True
+    no_folder = pattern.removeprefix("**/")
+    return no_folder != pattern and fnmatch.fnmatchcase(path, no_folder)

@@ -8,19 +8,24 @@ as "x", leave it to the search. A number at the end does not count: "tensor2" is
     data       splits the samples; the state is not kept in parts over it
     fsdp       splits the samples, and the state is kept in parts over it
     tensor     splits a dim of parameters that is neither samples, experts nor sequence
-    expert     splits the experts; the samples may lie along it, too
+    expert     splits the experts; the samples may be split along it, too
     sequence   splits a later dim of the inputs
 """
 
 from __future__ import annotations
 
+import itertools
+import string
 from collections.abc import Iterator
 from dataclasses import replace
 
 from lepton_jax.planner.assignment import Assignment, expert_groups
 from lepton_jax.planner.program.named import Names
+from lepton_jax.planner.search.limits import LISTED_GROUPS
+from lepton_jax.planner.search.masks import divides, has
 from lepton_jax.planner.search.pins import Pins
 
+# the word of the field that each name of an axis stands for
 WORDS = {
     "data": "data",
     "batch": "data",
@@ -39,6 +44,7 @@ WORDS = {
     "sp": "sequence",
     "cp": "sequence",
 }
+# what an axis splits, by its word
 SPLITS = {
     "data": "samples",
     "fsdp": "samples",
@@ -52,7 +58,7 @@ class Roles:
     """Roles that the axes of a pinned mesh may have, and must.
 
     Args:
-      names: of the model.
+      names: named axes of the model.
       pins: with the mesh's axes; what they pin goes before what the names say.
 
     Attributes:
@@ -63,151 +69,182 @@ class Roles:
         self.names = names
         self.notes: list[str] = []
         self._pins = pins
-        self._words = [WORDS.get(a.rstrip("0123456789").lower()) for a in pins.axes]
+        self._words = [_word(axis) for axis in pins.axes]
         self._named = any(self._words)
         if not self._named:
             return
 
         every = (1 << len(self._words)) - 1
-        splitters = self._splitters()
-        self._may = [every] * len(names.groups)  # mesh axes of each group
-        self._keeps = every
-        self._kept = 0  # mesh axes over which the state must be kept in parts
-        # mesh axis to groups, one of which has it
+        # mesh axes that may split each group
+        self._may = [every] * len(names.groups)
+        # mesh axes over which the state may, and must, be kept in parts
+        self._may_keep = every
+        self._must_keep = 0
+        # mesh axis to groups, one of which it must split
         self._must: dict[int, list[int]] = {}
 
-        count = 1
+        splitters = self._splitters()
+        sample_parts = 1
         for bit, word in enumerate(self._words):
             size = pins.meshes[0][bit]
             if word is None or size == 1:
                 continue
-            able = self._able(splitters[word], size * (count if _samples(word) else 1))
-            free = set(splitters[word]) | self._beside(word) if able else set()
-            for k, group in enumerate(names.groups):
-                if k not in free and group.name not in pins.groups:
-                    self._may[k] &= ~(1 << bit)
+            parts = size * sample_parts if _samples(word) else size
+            able = self._able(splitters[word], parts)
+            self._restrict(bit, word, splitters[word] if able else [])
             if able:
                 self._must[bit] = able
-                count *= size if _samples(word) else 1
+                if _samples(word):
+                    sample_parts *= size
             elif not self._stored(bit):
                 self.notes.append(self._idle(bit, word, size))
-            if word == "data" or not able:
-                self._keeps &= ~(1 << bit)
-            elif word == "fsdp":
-                self._kept |= 1 << bit
+
+    def _restrict(
+        self,
+        bit: int,
+        word: str,
+        groups: list[int],
+    ) -> None:
+        """Leave an axis what its word says: to split these groups, and to keep state.
+
+        Args:
+          bit: number of the mesh axis.
+          word: what it is called after.
+          groups: what it must split one of; empty: it can't do what its word says.
+        """
+        free = set(groups)
+        if groups:
+            free |= self._additional(word)
+        pinned = self._pins.groups
+        for k, group in enumerate(self.names.groups):
+            if k not in free and group.name not in pinned:
+                self._may[k] &= ~(1 << bit)
+
+        if word == "data" or not groups:
+            self._may_keep &= ~(1 << bit)
+        elif word == "fsdp":
+            self._must_keep |= 1 << bit
 
     def allowed(self, assignment: Assignment) -> bool:
         """Whether each axis does what it is called after."""
         if not self._named:
             return True
+
         keep = assignment.keep
-        if keep & ~self._keeps or self._kept & ~keep:
+        if keep & ~self._may_keep or self._must_keep & ~keep:
             return False
-        pairs = zip(
-            assignment.masks,
-            self._may,
-            strict=True,
-        )
-        if any(mask & ~may for mask, may in pairs if mask):
+        pairs = zip(assignment.masks, self._may, strict=True)
+        if any(mask & ~may for mask, may in pairs):
             return False
         return not any(self._missing(assignment))
 
     def starts(self, assignment: Assignment) -> Iterator[Assignment]:
-        """The assignment changed to what is allowed, in each of the ways there are.
+        """Yield the assignment changed to what is allowed, in each of the ways.
 
-        Of what an axis must split, each group is tried by itself.
+        Where an axis must split one of several groups, each of them is tried by itself.
         """
         if not self._named:
             yield assignment
             return
-        masks = tuple(
-            mask & may for mask, may in zip(assignment.masks, self._may, strict=True)
-        )
-        keep = assignment.keep & self._keeps | self._kept
-        pending = [
-            replace(
-                assignment,
-                masks=masks,
-                keep=keep,
-            )
-        ]
+
+        pairs = zip(assignment.masks, self._may, strict=True)
+        masks = tuple(mask & may for mask, may in pairs)
+        keep = assignment.keep & self._may_keep | self._must_keep
+        pending = [replace(assignment, masks=masks, keep=keep)]
         while pending:
-            one = pending.pop()
-            bit = next(self._missing(one), None)
+            candidate = pending.pop()
+            bit = next(self._missing(candidate), None)
             if bit is None:
-                yield self._pins.force(one, self.names)
-                continue
-            for k in self._must[bit]:
-                more = list(one.masks)
-                more[k] |= 1 << bit
-                if self.names.groups[k].divisor % one.counts[more[k]] == 0:
-                    pending.append(replace(one, masks=tuple(more)))
+                yield self._pins.force(candidate, self.names)
+            else:
+                pending += self._splits(candidate, bit)
+
+    def _splits(
+        self,
+        assignment: Assignment,
+        bit: int,
+    ) -> Iterator[Assignment]:
+        """Yield the assignment with each group that the axis must split one of."""
+        for k in self._must[bit]:
+            masks = list(assignment.masks)
+            masks[k] |= 1 << bit
+            count = assignment.counts[masks[k]]
+            if divides(self.names, k, count):
+                yield replace(assignment, masks=tuple(masks))
 
     def _missing(self, assignment: Assignment) -> Iterator[int]:
-        """Axes that split nothing of what they must split one of."""
-        for bit, groups in self._must.items():
-            has = any(assignment.masks[k] >> bit & 1 for k in groups)
-            pinned = any(mask >> bit & 1 for mask in self._pins.groups.values())
-            if not has and not pinned:
-                yield bit
+        """Yield the axes that split none of the groups that they must split one of."""
+        pinned = self._pins.groups.values()
+        for axis, groups in self._must.items():
+            masks = [assignment.masks[k] for k in groups]
+            masks += pinned
+            if not any(has(mask, axis) for mask in masks):
+                yield axis
 
-    def _stored(self, bit: int) -> bool:
+    def _stored(self, axis: int) -> bool:
         """Whether a pin keeps something in parts over an axis."""
-        masks = [mask for spec in self._pins.storage.values() for mask in spec]
-        return any(mask >> bit & 1 for mask in masks)
+        specs = self._pins.storage.values()
+        masks = itertools.chain.from_iterable(specs)
+        return any(has(mask, axis) for mask in masks)
+
+    # ---- what each word stands for in this model ----
 
     def _splitters(self) -> dict[str, list[int]]:
-        """For each word, the groups that its axis must split one of."""
+        """Return for each word the groups that its axis must split one of."""
         names = self.names
         batch = [] if names.batch is None else [names.batch]
         experts = sorted(expert_groups(names))
         later = self._later()
         others = {*batch, *experts, *later}
-        rest = [k for k in range(len(names.groups)) if k not in others]
-        params = [k for k in rest if self._of_parameters(k)]
+        every = range(len(names.groups))
+        params = [k for k in every if self._of_parameters(k)]
         return {
             "data": batch,
             "fsdp": batch,
-            "tensor": params,
+            "tensor": [k for k in params if k not in others],
             "expert": experts,
             "sequence": later,
         }
 
-    def _beside(self, word: str) -> set[int]:
-        """Groups that an axis may split in addition to those."""
-        batch = set() if self.names.batch is None else {self.names.batch}
-        return {"data": self.names.rows, "fsdp": self.names.rows, "expert": batch}.get(
-            word, set()
-        )
+    def _additional(self, word: str) -> set[int]:
+        """Return the groups that an axis may split in addition to those."""
+        if _samples(word):
+            return set(self.names.rows)
+        if word == "expert" and self.names.batch is not None:
+            return {self.names.batch}
+        return set()
 
     def _later(self) -> list[int]:
-        """Later dims of the inputs: those that no parameter has, else those of tokens.
+        """Return later dims of the inputs: those that no parameter has, else of tokens.
 
         A learned table of positions has the dim of the sequence, but so has the first
         kernel the features of a sample: only whole numbers stand for tokens.
         """
         names = self.names
-        found = []
-        tokens = []
+        of_inputs = []
+        of_tokens = []
         for k, group in enumerate(names.groups):
             if k == names.batch:
                 continue
-            inputs = [i for i, d in group.members if d and not _parameter(names, i)]
+            later_dims = [i for i, dim in group.members if dim]
+            inputs = [i for i in later_dims if not _parameter(names, i)]
             if inputs and not self._of_parameters(k):
-                found.append(k)
+                of_inputs.append(k)
             elif any(_whole_numbers(names, i) for i in inputs):
-                tokens.append(k)
-        return found or tokens
+                of_tokens.append(k)
+        return of_inputs or of_tokens
 
     def _of_parameters(self, k: int) -> bool:
-        return any(_parameter(self.names, i) for i, _ in self.names.groups[k].members)
+        members = self.names.groups[k].members
+        return any(_parameter(self.names, i) for i, _ in members)
 
     def _able(
         self,
         groups: list[int],
-        size: int,
+        parts: int,
     ) -> list[int]:
-        return [k for k in groups if self.names.groups[k].divisor % size == 0]
+        """Return those of the groups that can be split into `parts`."""
+        return [k for k in groups if divides(self.names, k, parts)]
 
     def _idle(
         self,
@@ -215,20 +252,26 @@ class Roles:
         word: str,
         size: int,
     ) -> str:
-        axis = self._pins.axes[bit]
-        groups = self._splitters()[word]
-        has = ", ".join(
-            f"{self.names.groups[k].name} ({self.names.groups[k].divisor})"
-            for k in groups[:4]
-        )
-        why = (
-            f"{has} can't be split over {size} devices" if has else "the model has none"
-        )
+        """Return the note that an axis is idle, and why."""
+        listed = []
+        for k in self._splitters()[word][:LISTED_GROUPS]:
+            group = self.names.groups[k]
+            listed.append(f"{group.name} ({group.divisor})")
+        if listed:
+            why = f"{', '.join(listed)} can't be split over {size} devices"
+        else:
+            why = "the model has none"
         return (
-            f"the mesh axis {axis!r} is idle: by its name it splits {SPLITS[word]}, and"
-            f" {why}; a name that is no such word, e.g. 'x', leaves it to the search"
-            " what the axis does"
+            f"the mesh axis {self._pins.axes[bit]!r} is idle: by its name it splits"
+            f" {SPLITS[word]}, and {why}; a name that is no such word, e.g. 'x', leaves"
+            " it to the search what the axis does"
         )
+
+
+def _word(axis: str) -> str | None:
+    """Return the word that a mesh axis is called after; None: its name is no word."""
+    word = axis.rstrip(string.digits).lower()
+    return WORDS.get(word)
 
 
 def _samples(word: str) -> bool:
@@ -240,4 +283,5 @@ def _parameter(names: Names, index: int) -> bool:
 
 
 def _whole_numbers(names: Names, index: int) -> bool:
-    return str(names.graph.main.inputs[index].dtype).startswith(("int", "uint"))
+    value = names.graph.main.inputs[index]
+    return str(value.dtype).startswith(("int", "uint"))
