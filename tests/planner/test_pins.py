@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lepton_jax as lepton
 from lepton_jax.errors import PlanError
 from lepton_jax.planner import planning
-from lepton_jax.planner.search import build as search
+from lepton_jax.planner.search.build import by_hand, fixed
 from lepton_jax.train.program import Program
 from lepton_jax.trees import by_path
 
@@ -301,14 +301,9 @@ def language(model):
 @functools.cache
 def alone(model):
     trace = language(model)
-    return trace, trained(
-        trace,
-        search.fixed(
-            trace,
-            lepton.topology("cpu:1"),
-            search.by_hand(trace, (1,), {}, 0),
-        ),
-    )
+    assignment = by_hand(trace, (1,), {}, 0)
+    plan = fixed(trace, lepton.topology("cpu:1"), assignment)
+    return trace, trained(trace, plan)
 
 
 MHA = functools.partial(Attention, 4, 4)

@@ -13,7 +13,7 @@ import lepton_jax as lepton
 from lepton_jax import models
 from lepton_jax.planner import planning
 from lepton_jax.planner.program import named
-from lepton_jax.planner.search import build as search
+from lepton_jax.planner.search.build import by_hand, fixed
 from lepton_jax.train.program import Program
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -290,13 +290,8 @@ def test_what_the_names_make_of_a_model_trains_like_one_device(mesh):
         return found
 
     trace = language(SMALL)
-    expected = losses(
-        search.fixed(
-            trace,
-            lepton.topology("cpu:1"),
-            search.by_hand(trace, (1,), {}, 0),
-        )
-    )
+    alone = by_hand(trace, (1,), {}, 0)
+    expected = losses(fixed(trace, lepton.topology("cpu:1"), alone))
     np.testing.assert_allclose(
         losses(planning.plan(trace, CPU, mesh=mesh)),
         expected,
