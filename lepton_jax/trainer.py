@@ -24,7 +24,6 @@ import numpy as np
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints
 from lepton_jax.controller.journal import knobs_set_live
-from lepton_jax.controller.live import Live
 from lepton_jax.data import (
     Arrays,
     Dataset,
@@ -48,6 +47,7 @@ from lepton_jax.errors import (
 )
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
+from lepton_jax.hosts.mailbox import Mailbox, NoMailbox
 from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
 from lepton_jax.planner import Plan, Trace, ahead, check_plan, plan, trace
 from lepton_jax.recipe import Recipe
@@ -579,14 +579,14 @@ class Trainer:
         )
         checkpoints = None
         loop = None
-        live = None
+        mailbox = NoMailbox()
         samples = None
         status = "failed"
         reason: BaseException | None = None
         try:
             if self.run_dir is not None:
                 folder = self.run_dir
-                live = Live(None if agreement.host() else folder)
+                mailbox = NoMailbox() if agreement.host() else Mailbox(folder)
                 agreement.first(lambda: self._describe(folder, run=True))
                 samples = (
                     SampleTrace(folder)
@@ -633,7 +633,7 @@ class Trainer:
                 monitor,
                 checkpoints,
                 self.run_dir,
-                live,
+                mailbox,
                 {"journal": 0, **self._kept},
                 samples,
                 self._local,
@@ -666,8 +666,7 @@ class Trainer:
                         self._kept = {}
                     self._conclude(loop.history, program, status, reason)
             finally:
-                if live is not None:
-                    live.close(status)
+                mailbox.close(status)
                 monitor.close()
                 self._monitor = Monitor(None)
                 # a save on its way may end, and the report is written; should they fail

@@ -55,8 +55,8 @@ from bench_controller_tasks import TASKS, Task
 
 import lepton_jax as lepton
 from lepton_jax import controllers
-from lepton_jax.controller import live
 from lepton_jax.errors import DivergedError, SettingError, nearest
+from lepton_jax.hosts import mailbox
 
 RATES = {
     "digits": 3e-3,
@@ -277,7 +277,7 @@ def final(
     )
     asks: tuple[Any, ...] = ()
     if fault == "rate":
-        live.POLL_SECONDS = 0.0  # so that it acts at the same step in each run
+        mailbox.POLL_SECONDS = 0.0  # so that it acts at the same step in each run
         asks = (
             _Person(
                 folder,

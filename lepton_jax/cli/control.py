@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lepton_jax.cli import settings
-from lepton_jax.controller.live import REQUESTS, ask, holder
+from lepton_jax.controller.live import REQUESTS
 from lepton_jax.errors import LeptonError, SettingError
+from lepton_jax.hosts.mailbox import ask, holder
 from lepton_jax.launch import serve
 from lepton_jax.monitor import stragglers
 from lepton_jax.monitor.progress import duration, number
@@ -91,7 +92,7 @@ def apply(
     timeout: float = 60.0,
 ) -> dict[str, Any]:
     """Put a request to the run in a folder of this machine, and return its answer; see
-    `controller.live.ask`.
+    `hosts.mailbox.ask`.
 
     Args:
       folder: of the run.

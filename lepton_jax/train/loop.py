@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from lepton_jax.checkpoint.local import LocalCheckpoints
 from lepton_jax.compat import jit_where
 from lepton_jax.controller import fed, released, slowed
 from lepton_jax.controller.journal import Journal
-from lepton_jax.controller.live import Live
 from lepton_jax.data import (
     Arrays,
     Dataset,
@@ -32,6 +31,7 @@ from lepton_jax.data import (
 )
 from lepton_jax.errors import DivergedError, LeptonError
 from lepton_jax.hosts import agreement, phase
+from lepton_jax.hosts.mailbox import Letter, NoMailbox
 from lepton_jax.monitor import Monitor, SampleTrace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.precision import all_finite
@@ -47,10 +47,12 @@ from lepton_jax.train.recovery import (
     lost_at_the_end,
     remember,
 )
+from lepton_jax.train.requests import perform
 from lepton_jax.train.restore import Reader
 
 CALLS_IN_FLIGHT = 8
 LOG_SECONDS = 0.25
+PAUSE_SECONDS = 0.05  # between two looks of a paused run for requests
 
 
 class Loop:
@@ -86,7 +88,7 @@ class Loop:
       monitor: receives the events.
       checkpoints: None: nothing is saved.
       folder: of the run. None: no journal is written.
-      live: passes on a person's requests; with several hosts each has one.
+      mailbox: a person's requests; with several hosts only host 0 has one.
       kept: what the checkpoint that the run goes on from holds beside state and
         position.
       samples: is told what each step was made of.
@@ -109,7 +111,7 @@ class Loop:
         monitor: Monitor,
         checkpoints: Checkpoints | None,
         folder: Path | None = None,
-        live: Live | None = None,
+        mailbox: NoMailbox | None = None,
         kept: dict[str, Any] | None = None,
         samples: SampleTrace | None = None,
         local: LocalCheckpoints | None = None,
@@ -146,7 +148,8 @@ class Loop:
             kept.get("journal"),
         )
         self.rollbacks = Rollbacks(controller.limits, kept.get("rollbacks"))
-        self._live = live or Live(None)
+        self.paused = False
+        self._mailbox = mailbox or NoMailbox()
         self._saved = -1
         self._beat = agreement.Beat()
         self._measured: dict[str, float] = {}
@@ -177,7 +180,7 @@ class Loop:
                 while not last:
                     self._hand_over()
                     if self._beat.due(self.step):
-                        self._live.obey(self)
+                        self._listen()
                     last = self.step == self.until or self.stop_requested
                     evaluating = last or self._due("evaluate_every")
                     saving = last or self._due("save_every")
@@ -416,16 +419,32 @@ class Loop:
         """Whether the run can't simply go on from here."""
         return self._halt is not None
 
-    def hear(self, requests: Callable[[], list[Any]]) -> list[Any]:
-        """A person's requests, as host 0 found them; with several hosts also what only
-        one of them knows: the time, and whether somebody asked it for a stop.
+    def _listen(self) -> None:
+        """Do what host 0 says, and what a person asks; a paused run stays in here."""
+        while True:
+            letters = self._hear()
+            for name, content in letters:
+                self._mailbox.answer(name, perform(self, content))
+            if letters:
+                continue  # there may be more
+            if not self.paused or self.halted or self.stop_requested:
+                return
+            began = time.perf_counter()
+            phase.reached(phase="pause")
+            self.read(everything=True)
+            time.sleep(PAUSE_SECONDS)
+            self.waited(time.perf_counter() - began)
+
+    def _hear(self) -> list[Letter]:
+        """Hear from host 0: a person's requests, and with several hosts what only one
+        of them knows: the time, and whether somebody asked it for a stop.
         """
         if agreement.hosts() > 1 and agreement.host() and self.stop_wished:
             agreement.wish("stop")
 
         def say() -> dict[str, Any]:
             return {
-                "requests": requests(),
+                "requests": [] if self.halted else self._mailbox.take(),
                 "stop": self.stop_wished or bool(agreement.wished("stop")),
                 "fed": self._measured,
                 "save": (

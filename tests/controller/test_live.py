@@ -14,8 +14,8 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax.checkpoint.durable import Checkpoints
-from lepton_jax.controller import live
-from lepton_jax.controller.live import Live, ask
+from lepton_jax.hosts import mailbox
+from lepton_jax.hosts.mailbox import Mailbox, ask
 from lepton_jax.monitor import read_events
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -246,7 +246,7 @@ def test_a_second_process_may_not_work_in_the_folder_and_the_dead_do_not_answer(
         ask(tmp_path / "run", {"do": "status"})
     with pytest.raises(lepton.SettingError, match="no such run folder"):
         ask(tmp_path / "walk", {"do": "status"})
-    held = Live(tmp_path / "run")
+    held = Mailbox(tmp_path / "run")
     with pytest.raises(lepton.SettingError, match=f"process {os.getpid()} on "):
         make(blobs, tmp_path / "run", steps=2).fit()
     with pytest.raises(lepton.SettingError, match="withdrawn"):
@@ -269,7 +269,7 @@ def test_a_second_process_may_not_work_in_the_folder_and_the_dead_do_not_answer(
     thread.join()
     (tmp_path / "run" / "control").mkdir(exist_ok=True)
     (tmp_path / "run" / "control" / "run.json").write_text(
-        json.dumps({"pid": 1, "host": live.platform.node()})
+        json.dumps({"pid": 1, "host": mailbox.platform.node()})
     )
     # killed: the file is there, its lock is not
     with pytest.raises(lepton.SettingError, match=r"process 1 on .* has gone"):
@@ -280,7 +280,7 @@ def test_a_second_process_may_not_work_in_the_folder_and_the_dead_do_not_answer(
 def test_requests_that_came_while_it_compiled_and_rubbish_beside_them(
     blobs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(live, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(mailbox, "POLL_SECONDS", 0.0)
     control = tmp_path / "run" / "control"
     late = time.time() + 60
     control.mkdir(parents=True)
@@ -321,7 +321,7 @@ def test_requests_that_came_while_it_compiled_and_rubbish_beside_them(
 def test_the_seat_for_servers_asks_for_the_token(blobs, tmp_path):
     from lepton_jax.cli.control import apply
 
-    held = Live(tmp_path / "run")
+    held = Mailbox(tmp_path / "run")
     token = json.loads((tmp_path / "run" / "control" / "run.json").read_text())["token"]
     assert (tmp_path / "run" / "control" / "run.json").stat().st_mode & 0o077 == 0
     with pytest.raises(lepton.SettingError, match="token"):
@@ -345,9 +345,9 @@ def test_it_looks_at_the_folder_four_times_a_second_at_most(
     blobs, tmp_path, monkeypatch
 ):
     looks = []
-    claimed = Live._claimed
+    claimed = Mailbox._claimed
     monkeypatch.setattr(
-        Live,
+        Mailbox,
         "_claimed",
         lambda self: looks.append(time.monotonic()) or claimed(self),
     )

@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 
 import lepton_jax as lepton
 from lepton_jax.checkpoint.durable import Checkpoints
-from lepton_jax.controller import Policy, guard, live, read_journal, replay
+from lepton_jax.controller import Policy, guard, read_journal, replay
+from lepton_jax.hosts import mailbox
 from lepton_jax.monitor import read_events
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -511,7 +512,7 @@ def folder(tmp_path_factory):
 def test_with_the_guard_a_fault_costs_less_than_one_per_cent(
     fault, folder, monkeypatch
 ):
-    monkeypatch.setattr(live, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(mailbox, "POLL_SECONDS", 0.0)
     clean, _ = final("none", True, folder)
     assert clean == final("none", False, folder)[0], (
         "where nothing happens the guard does nothing"
