@@ -64,6 +64,10 @@ class CheckpointError(LeptonError):
     """A checkpoint that can't be written, read, or restored into this model."""
 
 
+class NoCheckpointError(CheckpointError):
+    """A folder in which there is no committed checkpoint."""
+
+
 class DivergedError(LeptonError):
     """A loss that is no longer a finite number."""
 

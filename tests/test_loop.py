@@ -457,7 +457,7 @@ def test_a_resumed_run_must_find_its_own_data(blobs, tmp_path):
         (blobs[0][:500], blobs[1][:500]),
         steps=2,
     )
-    assert history.steps == 2 and loaded._position["samples"] == 50, (
+    assert history.steps == 2 and loaded._record.position.samples == 50, (
         "other data begins at its first sample"
     )
 

@@ -219,7 +219,10 @@ def test_another_clip_norm_is_in_effect(blobs, tmp_path, then, now):
 def test_a_clip_norm_that_an_older_checkpoint_does_not_tell(blobs, tmp_path):
     first = trainer(blobs, clip_norm=5.0)
     first.fit()
-    forgotten = {"position": first._position, "plan": first.program.plan.to_json()}
+    forgotten = {
+        "position": first._record.position.to_json(),
+        "plan": first.program.plan.to_json(),
+    }
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     checkpoints.save(4, first.state, forgotten)
     checkpoints.close()
@@ -292,7 +295,7 @@ def test_another_optimizer_begins_anew_and_says_so(blobs, tmp_path):
 
 def fine_batches(trainer):
     data = trainer.recipe.train
-    start = trainer._position["samples"]
+    start = trainer._record.position.samples
     order = ArrayStream(
         data,
         trainer.recipe.seed,

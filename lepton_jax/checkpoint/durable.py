@@ -234,6 +234,10 @@ class Checkpoints:
         """
         _alike(step, lambda: self._index(step))
 
+    def lacks(self, step: int) -> bool:
+        """Whether this step still has to be saved."""
+        return step not in self.steps()
+
     def steps(self) -> list[int]:
         """Committed steps, in order, as host 0 sees them; whether they can be read is
         seen by reading them.
@@ -653,6 +657,31 @@ class Checkpoints:
             where=self.folder,
             remedy=f"{writing_remedy(error)}; then {self._again}",
         )
+
+
+class NoCheckpoints(Checkpoints):
+    """The checkpoints of a run that does not save any."""
+
+    def __init__(self) -> None:
+        self.folder = Path("none")
+
+    def begin(self) -> None:
+        pass
+
+    def lacks(self, step: int) -> bool:
+        return False
+
+    def steps(self) -> list[int]:
+        return []
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def set_aside(self, after: int) -> list[int]:
+        return []
 
 
 def _quieten() -> None:

@@ -14,6 +14,7 @@ part has its checksum.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
@@ -222,6 +223,24 @@ class LocalCheckpoints:
                 where=self.folder,
                 remedy=f"{writing_remedy(fault)}; the durable checkpoints go on",
             )
+
+
+class NoLocalCheckpoints(LocalCheckpoints):
+    """The fast tier of a run that has none."""
+
+    def __init__(self) -> None:
+        self.every = math.inf
+
+    def newest(
+        self,
+        after: int,
+        template: Any,
+        on_damaged: Callable[[int, str], None],
+    ) -> None:
+        return None
+
+    def forget(self, after: int) -> None:
+        pass
 
 
 class _File(NamedTuple):

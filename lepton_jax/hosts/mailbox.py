@@ -57,20 +57,7 @@ ALIVE_SECONDS = 0.5
 Letter = tuple[str, dict[str, Any]]
 
 
-class NoMailbox:
-    """The mailbox of a run that nobody can ask."""
-
-    def take(self) -> list[Letter]:
-        return []
-
-    def answer(self, name: str, answer: dict[str, Any]) -> None:
-        pass
-
-    def close(self, status: str) -> None:
-        pass
-
-
-class Mailbox(NoMailbox):
+class Mailbox:
     """The run's end of the folder.
 
     Args:
@@ -181,6 +168,22 @@ class Mailbox(NoMailbox):
                 "another folder"
             ),
         )
+
+
+class NoMailbox(Mailbox):
+    """The mailbox of a run that nobody can ask."""
+
+    def __init__(self) -> None:
+        pass
+
+    def take(self) -> list[Letter]:
+        return []
+
+    def answer(self, name: str, answer: dict[str, Any]) -> None:
+        pass
+
+    def close(self, status: str) -> None:
+        pass
 
 
 # ---- the client's end ----

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from lepton_jax.controller.journal import Journal
 from lepton_jax.controller.live import (
     Request,
     requested_bases,
@@ -17,10 +16,9 @@ from lepton_jax.controller.live import (
     with_bases,
 )
 from lepton_jax.errors import LeptonError, SettingError
-from lepton_jax.monitor import Monitor
 from lepton_jax.step.state import State
-from lepton_jax.train.history import History
 from lepton_jax.train.program import Program
+from lepton_jax.train.records import Records
 
 
 class Run(Protocol):
@@ -30,9 +28,7 @@ class Run(Protocol):
     state: State
     step: int
     test: Any
-    history: History
-    journal: Journal
-    monitor: Monitor
+    records: Records
     paused: bool
     stop_requested: bool
 
@@ -73,7 +69,7 @@ def perform(run: Run, content: Mapping[str, Any]) -> dict[str, Any]:
         }
     if request.action != "status":
         told = {name: value for name, value in answer.items() if name != "metrics"}
-        run.monitor.event("control", do=request.action, **told, **request.who)
+        run.records.monitor.event("control", do=request.action, **told, **request.who)
     return answer
 
 
@@ -82,7 +78,7 @@ def _set(run: Run, request: Request) -> dict[str, Any]:
     run.state = with_bases(run.state, bases)
     _journal(run, request, bases)
     texts = [
-        setting_in_words(name, value, run.journal.movers(name))
+        setting_in_words(name, value, run.records.journal.movers(name))
         for name, value in bases.items()
     ]
     return {
@@ -133,7 +129,7 @@ def _stop(run: Run, request: Request) -> dict[str, Any]:
     _journal(run, request)
     run.stop_requested = True
     run.paused = False
-    run.history.reason = f"stopped at step {run.step} by {request.who['who']}"
+    run.records.history.reason = f"stopped at step {run.step} by {request.who['who']}"
     return {"text": f"stops after step {run.step}"}
 
 
@@ -157,7 +153,7 @@ def _journal(
     request: Request,
     settings: Mapping[str, float] | None = None,
 ) -> None:
-    run.journal.requested(
+    run.records.journal.requested(
         run.step,
         request.action,
         dict(request.who),

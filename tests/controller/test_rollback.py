@@ -340,7 +340,7 @@ def test_a_run_rolls_back_the_same_way_again_and_a_kill_forgets_nothing(
         # right after a rollback, before anything newer is saved
         except KeyboardInterrupt:
             part = make(data, tmp_path / "run", **fields).resume()
-            assert part._kept["rollbacks"]["count"] == len(
+            assert part._record.rollbacks["count"] == len(
                 of(tmp_path / "run", "rollback")
             )
     assert_same(part, whole)

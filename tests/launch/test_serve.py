@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,7 +54,7 @@ def run(tmp_path_factory):
     class Loop:
         step = 5
         paused = False
-        monitor = Monitor(None)
+        records = SimpleNamespace(monitor=Monitor(None))
         test = None
 
         def status(self):
