@@ -59,6 +59,7 @@ from lepton_jax.train.checks import (
     check_data,
     check_hidden,
 )
+from lepton_jax.train.compilation import Compilation
 from lepton_jax.train.evaluation import evaluate
 from lepton_jax.train.folder import (
     describe,
@@ -69,7 +70,7 @@ from lepton_jax.train.folder import (
 from lepton_jax.train.history import History
 from lepton_jax.train.loop import Loop, Start
 from lepton_jax.train.outputs import Outputs
-from lepton_jax.train.program import Compilation, Program
+from lepton_jax.train.program import Program
 from lepton_jax.train.restore import Reader, Restored
 from lepton_jax.train.run_record import Position, RunRecord, order_of
 from lepton_jax.trees import by_path
@@ -481,7 +482,7 @@ class Trainer:
         local: LocalCheckpoints,
         step: int | None,
     ) -> tuple[int, Restored]:
-        """Read a step, or the newest one, from a folder or the local tier of its run."""
+        """Read a step, or the newest, from a folder or the local tier of its run."""
         checkpoints = Checkpoints(folder / "checkpoints")
         steps = checkpoints.steps()
         if not steps and isinstance(local, NoLocalCheckpoints):

@@ -15,8 +15,9 @@ LOG_SECONDS = 0.25
 class Cadence:
     """The steps at which something is due.
 
-    With `evaluate_every=4`, `save_every=6` and 10 steps, evaluations are due after steps
-    4 and 8, saves after step 6, and a call of the devices ends at each of 4, 6, 8, 10.
+    With `evaluate_every=4`, `save_every=6` and 10 steps, evaluations are due after
+    steps 4 and 8, saves after step 6, and a call of the devices ends at each of 4, 6,
+    8 and 10.
     Without these fields both are due at an epoch's end: after the first step that has
     consumed its last sample.
 

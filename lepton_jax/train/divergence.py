@@ -3,10 +3,10 @@
 The step's update has been made when the host reads its loss, so the parameters that it
 began with are gone. Two other sets of parameters tell the causes apart:
 
-    the same batch, with ...       its loss is         then at fault is
-    the parameters of the seed     not finite          the batch (any parameters show it)
-    the parameters of the seed     finite              the parameters, grown too large
-    the last checkpoint's          not finite          the operation that is named
+    the same batch, with ...     its loss is    then at fault is
+    the parameters of the seed   not finite     the batch: any parameters show it
+    the parameters of the seed   finite         the parameters, grown too large
+    the last checkpoint's        not finite     the operation that is named
 """
 
 from __future__ import annotations

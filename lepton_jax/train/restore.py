@@ -1,12 +1,12 @@
 """A state read from a checkpoint, and made to fit the recipe that goes on with it.
 
-Example: a run was saved with a learning rate of 0.1, a person set 0.05 while it went on,
-and the recipe now says:
+Example: a run began with a learning rate of 0.1, and a person set 0.05 while it went
+on. The rate then depends on what the recipe says now:
 
-    recipe now    the state goes on with
-    0.1           0.05: the recipe says what it said, so the person's value stays
-    0.2           0.2: the recipe has changed
-    0.1, and it is asked for by name (--learning-rate 0.1)    0.1
+    recipe now                                rate    because
+    0.1                                       0.05    the recipe has not changed
+    0.2                                       0.2     the recipe has changed
+    0.1, asked for as --learning-rate 0.1     0.1     a person wants it
 """
 
 from __future__ import annotations

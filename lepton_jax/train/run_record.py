@@ -9,7 +9,7 @@ A checkpoint of a run holds, as JSON:
     stopped    why a policy stopped it, or null
     given      the recipe's part in the state (`Program.given`)
 
-A saved model holds position, plan, rollbacks and given only: it is no run to go on with.
+A saved model holds only position, plan, rollbacks and given: it is no run to resume.
 Older checkpoints may lack any of these but the position.
 """
 
