@@ -19,6 +19,7 @@ from lepton_jax.errors import (
     DivergedError,
     LeptonError,
     ModelError,
+    NoCheckpointError,
     PlanError,
     RecipeError,
 )
@@ -1793,7 +1794,7 @@ FOLDERS = [
     Bad(
         "load-nothing",
         lambda folder: trainer().load(folder / "saved"),
-        CheckpointError,
+        NoCheckpointError,
         "saved",
         "folder of a run",
         "no committed checkpoint",
@@ -1801,7 +1802,7 @@ FOLDERS = [
     Bad(
         "load-a-file",
         lambda folder: trainer().load(write(folder / "a", "")),
-        CheckpointError,
+        NoCheckpointError,
         "a",
         "folder of a run",
     ),
