@@ -1,4 +1,4 @@
-"""What to train: a frozen dataclass of real objects."""
+"""The recipe: all that is to be trained, as a frozen dataclass of real objects."""
 
 from __future__ import annotations
 

@@ -507,7 +507,11 @@ class Trainer:
             checkpoints.close()
         return step, restored
 
-    def _settle_position(self, given: Any, now: dict[str, Any]) -> None:
+    def _settle_position(
+        self,
+        given: Any,
+        now: dict[str, Any],
+    ) -> None:
         """Begin at the first sample of other data, or of another order of it.
 
         A run that is resumed must find its own data, in its own order.
@@ -556,7 +560,11 @@ class Trainer:
             return None
         return self._steps(train, self.recipe.epochs, self.recipe.steps)
 
-    def _compare_budgets(self, program: Program, budget: int) -> None:
+    def _compare_budgets(
+        self,
+        program: Program,
+        budget: int,
+    ) -> None:
         """Warn where policies were told of another end of the run than the one to come.
 
         A policy that decays or averages towards the end does so once. A run in several
@@ -627,7 +635,12 @@ class Trainer:
                 self._close(outputs, loop is not None, status, reason)
         return loop.history
 
-    def _open(self, outputs: Outputs, folder: Path, program: Program) -> None:
+    def _open(
+        self,
+        outputs: Outputs,
+        folder: Path,
+        program: Program,
+    ) -> None:
         """Open what a run with a folder has, one after the other."""
         if not agreement.host():
             outputs.mailbox = Mailbox(folder)
@@ -640,7 +653,11 @@ class Trainer:
         outputs.local = self._local
         outputs.folder = folder
 
-    def _describe_run(self, folder: Path, program: Program) -> None:
+    def _describe_run(
+        self,
+        folder: Path,
+        program: Program,
+    ) -> None:
         if not self._is_same_run:
             (folder / recovery.FILE).unlink(missing_ok=True)
         describe(folder, program, self._source)
@@ -856,7 +873,11 @@ class Trainer:
     def _compiled(self, compilation: Compilation) -> None:
         self._monitor.event("compile", **asdict(compilation))
 
-    def _damaged(self, step: int, reason: str) -> None:
+    def _damaged(
+        self,
+        step: int,
+        reason: str,
+    ) -> None:
         self._notice("damaged", step=step, reason=reason)
 
     def _note(self, text: str) -> None:
@@ -866,7 +887,11 @@ class Trainer:
         if not self._sinks and not agreement.host():
             warnings.warn(text, stacklevel=users_frame())
 
-    def _notice(self, kind: str, **fields: Any) -> None:
+    def _notice(
+        self,
+        kind: str,
+        **fields: Any,
+    ) -> None:
         """Record an event outside of a fit."""
         has_folder = self.run_dir is not None and self.run_dir.is_dir()
         file = Monitor(self.run_dir if has_folder and agreement.host() == 0 else None)
@@ -934,7 +959,11 @@ def _loaded(given: Plan | str | Path | None) -> Plan | None:
     return given if given is None or isinstance(given, Plan) else Plan.load(given)
 
 
-def _check_hosts_alike(program: Program, train: Any, test: Any) -> None:
+def _check_hosts_alike(
+    program: Program,
+    train: Any,
+    test: Any,
+) -> None:
     """Check that all hosts have the same data and the same train step."""
     if agreement.hosts() > 1:
         agreement.same(
@@ -968,7 +997,10 @@ def _towards_the_end(program: Program) -> list[str]:
     return [policy.name for policy in policies if "progress" in policy.watches]
 
 
-def _told_end(program: Program, restored: Restored) -> int | None:
+def _told_end(
+    program: Program,
+    restored: Restored,
+) -> int | None:
     """Return the end that these policies knew when the state was saved.
 
     It is None if they begin anew.

@@ -34,7 +34,10 @@ class Request:
     who: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, content: Mapping[str, Any]) -> Request:
+    def read(
+        cls,
+        content: Mapping[str, Any],
+    ) -> Request:
         """Read what a client has put into the mailbox."""
         person = {
             "who": str(content.get("who", "?")),
@@ -56,7 +59,10 @@ class Request:
             )
 
 
-def requested_bases(request: Request, controller: Controller) -> dict[str, float]:
+def requested_bases(
+    request: Request,
+    controller: Controller,
+) -> dict[str, float]:
     """Return the knobs' new bases that a request to "set" asks for, checked.
 
     Raises:
@@ -83,7 +89,10 @@ def requested_bases(request: Request, controller: Controller) -> dict[str, float
     return bases
 
 
-def with_bases(state: Any, bases: Mapping[str, float]) -> Any:
+def with_bases(
+    state: Any,
+    bases: Mapping[str, float],
+) -> Any:
     """Return a `State` whose knobs have the bases that a person asked for."""
     state = set_base(state, **bases)
     if "learning_rate" in bases:
@@ -93,7 +102,11 @@ def with_bases(state: Any, bases: Mapping[str, float]) -> Any:
     return state
 
 
-def setting_in_words(name: str, value: float, movers: Sequence[str]) -> str:
+def setting_in_words(
+    name: str,
+    value: float,
+    movers: Sequence[str],
+) -> str:
     """Describe a knob's new base.
 
     Args:

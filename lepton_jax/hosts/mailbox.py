@@ -101,7 +101,11 @@ class Mailbox:
             return []
         return [claimed]
 
-    def answer(self, name: str, answer: dict[str, Any]) -> None:
+    def answer(
+        self,
+        name: str,
+        answer: dict[str, Any],
+    ) -> None:
         """Answer the request of this name."""
         if self._file < 0:
             return
@@ -179,7 +183,11 @@ class NoMailbox(Mailbox):
     def take(self) -> list[Letter]:
         return []
 
-    def answer(self, name: str, answer: dict[str, Any]) -> None:
+    def answer(
+        self,
+        name: str,
+        answer: dict[str, Any],
+    ) -> None:
         pass
 
     def close(self, status: str) -> None:
@@ -252,7 +260,12 @@ def holder(folder: Path) -> dict[str, Any] | None:
     return _read_card(Path(folder) / FOLDER)
 
 
-def _wait_for(answer: Path, request: Path, folder: Path, timeout: float) -> None:
+def _wait_for(
+    answer: Path,
+    request: Path,
+    folder: Path,
+    timeout: float,
+) -> None:
     until = time.monotonic() + timeout
     checked = time.monotonic()
     while not answer.exists():
@@ -286,7 +299,10 @@ def _withdrawn(path: Path) -> bool:
     return True
 
 
-def _check_alive(folder: Path, fault: str = "is not at work") -> None:
+def _check_alive(
+    folder: Path,
+    fault: str = "is not at work",
+) -> None:
     if not folder.is_dir():
         raise SettingError(
             "there is no such run folder",
@@ -313,7 +329,10 @@ def _check_alive(folder: Path, fault: str = "is not at work") -> None:
         )
 
 
-def _has_ended(path: Path, card: dict[str, Any]) -> bool:
+def _has_ended(
+    path: Path,
+    card: dict[str, Any],
+) -> bool:
     """Whether the process that wrote the card has ended, as far as seen from here."""
     if card.get("host") != platform.node():
         return False
@@ -360,7 +379,10 @@ def _place(card: dict[str, Any] | None) -> str:
     return f"process {card.get('pid')} on {card.get('host')}"
 
 
-def _put(path: Path, content: dict[str, Any]) -> None:
+def _put(
+    path: Path,
+    content: dict[str, Any],
+) -> None:
     """Write a file that appears whole."""
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(json.dumps(content))

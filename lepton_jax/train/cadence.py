@@ -1,4 +1,4 @@
-"""When a run evaluates, saves and reports."""
+"""The steps at which a run evaluates, saves and reports."""
 
 from __future__ import annotations
 
@@ -40,22 +40,38 @@ class Cadence:
         self.until = until
         self._stops = frozenset(stops)
 
-    def evaluates(self, step: int, consumed: int) -> bool:
+    def evaluates(
+        self,
+        step: int,
+        consumed: int,
+    ) -> bool:
         """Whether an evaluation is due after a step, `consumed` samples in all."""
         return self._is_due(self.recipe.evaluate_every, step, consumed)
 
-    def saves(self, step: int, consumed: int) -> bool:
+    def saves(
+        self,
+        step: int,
+        consumed: int,
+    ) -> bool:
         """Whether a save is due after a step, `consumed` samples in all."""
         every = self.recipe.save_every or self.recipe.evaluate_every
         return self._is_due(every, step, consumed)
 
-    def reports(self, step: int, seconds: float) -> bool:
+    def reports(
+        self,
+        step: int,
+        seconds: float,
+    ) -> bool:
         """Whether a report is due after a step, `seconds` after the one before."""
         if self.recipe.log_every:
             return step % self.recipe.log_every == 0
         return seconds >= LOG_SECONDS
 
-    def next_stop(self, step: int, consumed: int) -> int:
+    def next_stop(
+        self,
+        step: int,
+        consumed: int,
+    ) -> int:
         """Return the first step after this one at which something may be due."""
         recipe = self.recipe
         stops = [self.until]
@@ -69,7 +85,12 @@ class Cadence:
             stops.append(step + math.ceil(left / recipe.batch_size))
         return min(stops)
 
-    def _is_due(self, every: int | None, step: int, consumed: int) -> bool:
+    def _is_due(
+        self,
+        every: int | None,
+        step: int,
+        consumed: int,
+    ) -> bool:
         if every:
             return step % every == 0
         if self.epoch is None:

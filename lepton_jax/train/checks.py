@@ -18,7 +18,11 @@ INPUTS = "inputs"  # alone: there are no targets
 ROWS_SHOWN = 5  # rows that a message names
 
 
-def check_data(program: Program, data: Any, what: str) -> None:
+def check_data(
+    program: Program,
+    data: Any,
+    what: str,
+) -> None:
     """Check that data has the shapes and dtypes that the program is traced for.
 
     Labels must be within its classes.
@@ -48,7 +52,10 @@ def check_data(program: Program, data: Any, what: str) -> None:
         program.evaluation.check(epoch_samples(data) or 0)
 
 
-def check_hidden(rows: np.ndarray, total: int) -> None:
+def check_hidden(
+    rows: np.ndarray,
+    total: int,
+) -> None:
     """Check that no prediction was made of outputs that are not numbers.
 
     Args:
@@ -74,7 +81,12 @@ def check_hidden(rows: np.ndarray, total: int) -> None:
     )
 
 
-def _compare(name: str, traced: Any, given: Any, what: str) -> None:
+def _compare(
+    name: str,
+    traced: Any,
+    given: Any,
+    what: str,
+) -> None:
     expected = _kinds(traced)
     actual = _kinds(given)
     if actual != expected:

@@ -56,7 +56,11 @@ class CompilationLog:
       compilations: so far.
     """
 
-    def __init__(self, on_compile: Callable[[Compilation], None], waits: bool):
+    def __init__(
+        self,
+        on_compile: Callable[[Compilation], None],
+        waits: bool,
+    ):
         self.compilations: list[Compilation] = []
         self._on_compile = on_compile
         self._waits = waits
@@ -64,7 +68,11 @@ class CompilationLog:
         self._lowered = ""
         self._signatures: dict[str, list[dict[str, str]]] = {}
 
-    def trace(self, program: str, batch: Any) -> None:
+    def trace(
+        self,
+        program: str,
+        batch: Any,
+    ) -> None:
         """Note a trace; a program calls this while it is traced, and only then."""
         signature = {
             path or "value": f"{leaf.dtype}{list(leaf.shape)}"
@@ -74,7 +82,11 @@ class CompilationLog:
         self._traces += 1
         phase.reached(phase="compile")
 
-    def lower(self, program: str, lower: Callable[[], Any]) -> Any:
+    def lower(
+        self,
+        program: str,
+        lower: Callable[[], Any],
+    ) -> Any:
         """Lower a program before its first call.
 
         That call compiles what is traced here, and is the one that is noted.
@@ -88,7 +100,12 @@ class CompilationLog:
             phase.reached(phase=before)
         return lowered
 
-    def call(self, program: str, function: Callable, *args: Any) -> Any:
+    def call(
+        self,
+        program: str,
+        function: Callable,
+        *args: Any,
+    ) -> Any:
         """Call a program, and note whether it was compiled for that.
 
         Raises:
@@ -119,7 +136,12 @@ class CompilationLog:
             self._note(program, time.perf_counter() - began, cached)
         return result
 
-    def _note(self, program: str, seconds: float, cached: list[bool]) -> None:
+    def _note(
+        self,
+        program: str,
+        seconds: float,
+        cached: list[bool],
+    ) -> None:
         signatures = self._signatures[program]
         changed = None
         if len(signatures) > 1:
@@ -129,7 +151,10 @@ class CompilationLog:
         self._on_compile(compilation)
 
 
-def _difference(old: dict[str, str], new: dict[str, str]) -> str:
+def _difference(
+    old: dict[str, str],
+    new: dict[str, str],
+) -> str:
     """Say how the arguments of two calls differ."""
     parts = [
         f"{path or 'inputs'}: {old.get(path, 'absent')} to {new.get(path, 'absent')}"

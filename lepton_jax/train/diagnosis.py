@@ -114,7 +114,10 @@ def diagnose(
     return finding
 
 
-def described(finding: Finding, names: Sequence[str] | None) -> str:
+def described(
+    finding: Finding,
+    names: Sequence[str] | None,
+) -> str:
     """Describe a finding in a sentence.
 
     Args:

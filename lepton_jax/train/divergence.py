@@ -60,7 +60,12 @@ class Divergence:
         self._reader = reader
         self._folder = folder
 
-    def error(self, halt: Halt, rollbacks: Rollbacks, is_last: bool) -> DivergedError:
+    def error(
+        self,
+        halt: Halt,
+        rollbacks: Rollbacks,
+        is_last: bool,
+    ) -> DivergedError:
         """Return the error for a person.
 
         Args:
@@ -160,7 +165,8 @@ def _bad_samples_in_words(train: Any) -> str:
     for leaf in jax.tree.leaves((train.inputs, train.targets)):
         if not np.issubdtype(leaf.dtype, np.floating):
             continue
-        is_finite = np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1)
+        by_row = leaf.reshape(len(leaf), -1)
+        is_finite = np.isfinite(by_row).all(axis=1)
         rows = np.flatnonzero(~is_finite)
         if len(rows):
             return (

@@ -9,7 +9,11 @@ from lepton_jax.step.state import State
 from lepton_jax.train.program import Program
 
 
-def evaluate(program: Program, state: State, test: Any) -> dict[str, float]:
+def evaluate(
+    program: Program,
+    state: State,
+    test: Any,
+) -> dict[str, float]:
     """Return loss and metrics over a data set, every sample counted once.
 
     Where samples of a batch can meet, the last batch runs at its own size; otherwise it

@@ -19,7 +19,11 @@ RECIPE = "recipe.json"
 PLAN = "plan.json"
 
 
-def describe(folder: Path, program: Program, source: Mapping[str, Any]) -> None:
+def describe(
+    folder: Path,
+    program: Program,
+    source: Mapping[str, Any],
+) -> None:
     """Write recipe.json and plan.json.
 
     Args:
@@ -75,7 +79,11 @@ def is_a_saved_model(folder: Path) -> bool:
     return (folder / RECIPE).exists() and not (folder / "events.jsonl").exists()
 
 
-def replace_folder(folder: Path, fresh: Path, old: Path) -> None:
+def replace_folder(
+    folder: Path,
+    fresh: Path,
+    old: Path,
+) -> None:
     """Put a fresh folder in the place of another one.
 
     Args:
@@ -90,7 +98,8 @@ def replace_folder(folder: Path, fresh: Path, old: Path) -> None:
 
 
 def _plain_fields(recipe: Recipe) -> dict[str, Any]:
-    values = {field.name: getattr(recipe, field.name) for field in fields(Recipe)}
+    names = [field.name for field in fields(Recipe)]
+    values = {name: getattr(recipe, name) for name in names}
     return {
         name: value
         for name, value in values.items()

@@ -136,5 +136,8 @@ class History:
         )
 
 
-def _cells(tag: str, row: list[str]) -> str:
+def _cells(
+    tag: str,
+    row: list[str],
+) -> str:
     return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in row)

@@ -41,7 +41,7 @@ PAUSE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """The beginning of a run.
 
     Attributes:
       state: after `step`.
@@ -102,7 +102,7 @@ class Loop:
       train: the training data.
       test: the test data, or None.
       until: the step to reach.
-      outputs: where the run writes, and where it is asked.
+      outputs: folder, events, checkpoints and mailbox of the run.
       budget: step at which the whole run ends, which policies are told; None: `until`.
       reader: reads the checkpoints to which the run may go back; None: one of its own.
     """
@@ -228,12 +228,17 @@ class Loop:
             if agreement.hosts() == 1:
                 self.state = fed(self.state, **self.records.take_measured())
 
-    def _may_read(self, everything: bool, due: bool) -> bool:
+    def _may_read(
+        self,
+        everything: bool,
+        due: bool,
+    ) -> bool:
         """Whether the oldest call's records are to be read now."""
         if everything or len(self._pending) > CALLS_IN_FLIGHT:
             return True
         # Several hosts must find a halt at the same call, whichever is ahead.
-        return due and agreement.hosts() == 1 and self._pending[0].records.is_ready()
+        is_alone = agreement.hosts() == 1
+        return due and is_alone and self._pending[0].records.is_ready()
 
     def _read_call(self, call: _Call) -> None:
         rows = np.asarray(call.records)[call.start : call.stop]
@@ -248,7 +253,11 @@ class Loop:
             self._pending.clear()
         self.records.add(rows)
 
-    def _close_step(self, evaluating: bool, saving: bool) -> None:
+    def _close_step(
+        self,
+        evaluating: bool,
+        saving: bool,
+    ) -> None:
         metrics = None
         if evaluating and self.test is not None:
             try:
@@ -432,7 +441,8 @@ class Loop:
             raise self._diverged(halt)
         began = time.perf_counter()
         to, state = self._restore(halt)
-        self.state = fed(slowed(state, *self.rollbacks.slow), steps=self.budget)
+        state = slowed(state, *self.rollbacks.slow)
+        self.state = fed(state, steps=self.budget)
 
         self.step = to
         self._saved = to
@@ -496,7 +506,7 @@ class Loop:
 
     @property
     def record(self) -> RunRecord:
-        """What a checkpoint of this step holds next to the state."""
+        """Content of a checkpoint of this step, next to the state."""
         return RunRecord(
             position=self.supply.position,
             plan=self.program.plan.to_json(),

@@ -1,4 +1,4 @@
-"""Where a run writes, and where it is asked."""
+"""Files and mailbox of a run: everything that it writes to, and where it is asked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ class NoSampleTrace(SampleTrace):
     def back(self, step: int) -> None:
         pass
 
-    def add(self, step: int, names: list[str]) -> None:
+    def add(
+        self,
+        step: int,
+        names: list[str],
+    ) -> None:
         pass
 
     def close(self) -> None:

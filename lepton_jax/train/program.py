@@ -216,7 +216,10 @@ class Program:
         wanted = set(paths)
         shardings = by_path(self.state_sharding)
 
-        def begin(params: Any, variables: Any) -> dict[str, Any]:
+        def begin(
+            params: Any,
+            variables: Any,
+        ) -> dict[str, Any]:
             optimizer, controller = self.controller.init(params, variables)
             parts = {"optimizer": optimizer, "controller": controller}
             leaves = by_path(parts).items()
@@ -342,8 +345,9 @@ class Program:
         return self._predictions[decode]
 
     def sharding_of(self, rows: int) -> NamedSharding:
-        """Return where a batch of so many rows lies in evaluation and prediction."""
-        parts = math.prod(self.mesh.shape[axis] for axis in self.plan.batch_axes)
+        """Return where a batch of a number of rows lies, outside of training."""
+        sizes = [self.mesh.shape[axis] for axis in self.plan.batch_axes]
+        parts = math.prod(sizes)
         return self.replicated if rows % parts else self.batch_sharding
 
     def evaluate(
@@ -445,7 +449,11 @@ class Program:
     def _predictor(self, decode: Callable) -> Callable:
         prediction = self.prediction(decode)
 
-        def predict(params: Any, variables: Any, inputs: Any) -> Any:
+        def predict(
+            params: Any,
+            variables: Any,
+            inputs: Any,
+        ) -> Any:
             self._log.trace("predict", inputs)
             with pointing_at_user("predicting"):
                 outputs = self._forward(params, variables, inputs)
@@ -463,7 +471,12 @@ class Program:
     def _decoder(self, decode: Callable | None) -> Callable:
         return decode or self.recipe.decode or losses.decoder(self.recipe.loss)
 
-    def _forward(self, params: Any, variables: Any, inputs: Any) -> Any:
+    def _forward(
+        self,
+        params: Any,
+        variables: Any,
+        inputs: Any,
+    ) -> Any:
         forward = laid_out(
             partial(evaluated, self.trace),
             self.plan.layout,
@@ -497,7 +510,12 @@ class Program:
 
     # ---- the train step ----
 
-    def _one_step(self, state: State, batch: Any, data: Any) -> tuple[State, jax.Array]:
+    def _one_step(
+        self,
+        state: State,
+        batch: Any,
+        data: Any,
+    ) -> tuple[State, jax.Array]:
         self._log.trace("train", batch)
         state, record = self._step(state, _gathered(batch, data))
         return state, record[None]
@@ -537,7 +555,11 @@ class Program:
         )
         return state, records
 
-    def _step(self, state: State, batch: Any) -> tuple[State, jax.Array]:
+    def _step(
+        self,
+        state: State,
+        batch: Any,
+    ) -> tuple[State, jax.Array]:
         """Make one optimizer update from one batch."""
         gradients, sums, variables, squares = self._gradients(state, batch)
         values = {
@@ -582,7 +604,11 @@ class Program:
         row = [jnp.asarray(values[name], jnp.float32) for name in self.records]
         return state, jnp.stack(row)
 
-    def _still(self, state: State, record: dict[str, Any]) -> dict[str, Any]:
+    def _still(
+        self,
+        state: State,
+        record: dict[str, Any],
+    ) -> dict[str, Any]:
         """Return the record of a step that is none.
 
         Knobs are as they were; signals are unknown.
@@ -595,7 +621,11 @@ class Program:
 
     # ---- the gradients of a batch ----
 
-    def _gradients(self, state: State, batch: Any) -> _Gradients:
+    def _gradients(
+        self,
+        state: State,
+        batch: Any,
+    ) -> _Gradients:
         """Return the gradients of the mean loss over a batch, and what goes with them.
 
         With several micro-batches the gradients of their summed losses are added up,
@@ -613,7 +643,11 @@ class Program:
             gradients = _ascent(_unscaled(gradients, scale))
             return _Gradients(gradients, sums, variables, None)
 
-        def add(total: _Gradients, index: Any, micro_batch: Any) -> _Gradients:
+        def add(
+            total: _Gradients,
+            index: Any,
+            micro_batch: Any,
+        ) -> _Gradients:
             more, (more_sums, variables) = gradient(
                 state.params,
                 total.variables,
@@ -670,11 +704,16 @@ class Program:
                 total = add(total, index, part)
             return total
 
-        def body(total: _Gradients, item: Any) -> tuple[_Gradients, None]:
+        def body(
+            total: _Gradients,
+            item: Any,
+        ) -> tuple[_Gradients, None]:
             index, part = item
             return add(total, index, part), None
 
-        return jax.lax.scan(body, total, (jnp.arange(count), parts))[0]
+        items = (jnp.arange(count), parts)
+        total, _ = jax.lax.scan(body, total, items)
+        return total
 
     def _zeros(self, state: State) -> _Gradients:
         """Return the total of no micro-batch."""
@@ -683,8 +722,12 @@ class Program:
             self.trace.outputs,
             self.trace.targets,
         )
+
+        def zeros(leaf: Any) -> Any:
+            return jnp.zeros(leaf.shape, jnp.float32)
+
         zero = (jnp.float32(0), jnp.float32(0))
-        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+        sums = jax.tree.map(zeros, shapes)
         sums |= dict.fromkeys(self.controller.measured_forward, zero)
         return _Gradients(
             jax.tree.map(jnp.zeros_like, state.params),
@@ -708,7 +751,10 @@ def _gathered(batch: Any, data: Any) -> Any:
     return jax.tree.map(rows, data)
 
 
-def _shape_on(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def _shape_on(
+    leaf: Any,
+    sharding: Any,
+) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -1,4 +1,4 @@
-"""What is written about a run's steps: history, journal, events and sample trace."""
+"""Records of a run's steps: history, journal, events and sample trace."""
 
 from __future__ import annotations
 
@@ -68,7 +68,12 @@ class Records:
         self._began = time.perf_counter()
         self._window_began = self._began
 
-    def begin(self, state: Any, step: int, bases: Mapping[str, float]) -> None:
+    def begin(
+        self,
+        state: Any,
+        step: int,
+        bases: Mapping[str, float],
+    ) -> None:
         """Write what stands before the first step.
 
         Args:
@@ -96,7 +101,11 @@ class Records:
         """Whether the names of the samples are wanted, which takes time to find."""
         return not isinstance(self._samples, NoSampleTrace)
 
-    def trace(self, step: int, names: list[str]) -> None:
+    def trace(
+        self,
+        step: int,
+        names: list[str],
+    ) -> None:
         """Write the names of the samples that a step is made of."""
         self._samples.add(step, names)
 
@@ -150,7 +159,7 @@ class Records:
             seconds=seconds,
             data_wait=data_wait,
             samples=len(rows) * self._batch_size,
-            records=dict(zip(self.names, rows.T.tolist(), strict=True)),
+            records=self._by_name(rows.T),
         )
         seconds_so_far = now - self._began
         self.measured = {
@@ -184,7 +193,7 @@ class Records:
         samples: int | None,
         seconds: float,
     ) -> None:
-        """Record an evaluation on so many samples."""
+        """Record an evaluation on a number of samples."""
         self.history.evaluations.append((step, metrics))
         self.monitor.event(
             "evaluation",
@@ -194,7 +203,11 @@ class Records:
             seconds=seconds,
         )
 
-    def saved(self, step: int, seconds: float) -> None:
+    def saved(
+        self,
+        step: int,
+        seconds: float,
+    ) -> None:
         """Record that a checkpoint has begun."""
         self.monitor.event("save", step=step, seconds=seconds)
 
@@ -222,7 +235,10 @@ class Records:
         """Return the last record that was reported; before there is one, {}."""
         if self._last_row is None:
             return {}
-        return dict(zip(self.names, self._last_row.tolist(), strict=True))
+        return self._by_name(self._last_row)
+
+    def _by_name(self, values: np.ndarray) -> dict[str, Any]:
+        return dict(zip(self.names, values.tolist(), strict=True))
 
     def seconds(self) -> float:
         """Return the seconds since the fit began."""

@@ -1,4 +1,4 @@
-"""When a run must stop or go back, and to where: the host's part.
+"""Stops and rollbacks of a run: the host's part.
 
 The compiled step makes no update once a policy has asked for a stop or a rollback; the
 host finds that out when it reads the step's record, up to a few calls later:
@@ -70,19 +70,27 @@ class HaltWatch:
         finite and which float16 skipped.
     """
 
-    def __init__(self, names: Sequence[str], controller: Controller):
+    def __init__(
+        self,
+        names: Sequence[str],
+        controller: Controller,
+    ):
         self._names = list(names)
         self._controller = controller
         self.lost = 0
 
-    def look(self, rows: np.ndarray, done: int) -> Halt | None:
+    def look(
+        self,
+        rows: np.ndarray,
+        done: int,
+    ) -> Halt | None:
         """Find the first of the next steps that halts the run.
 
         Args:
           rows: their records, float32 (steps, names).
           done: steps before these.
         """
-        columns = {name: rows[:, i] for i, name in enumerate(self._names)}
+        columns = dict(zip(self._names, rows.T, strict=True))
         bad = self._not_finite(columns)
         if "loss_scale" in columns:
             # A single batch whose forward pass overflows float16 is skipped, as is
@@ -127,7 +135,11 @@ class HaltWatch:
         why = ", ".join(f"{name} is {columns[name][row]:.6g}" for name in signals)
         return Halt(step, knob, policy.name, why or "it said so")
 
-    def _asked(self, knob: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _asked(
+        self,
+        knob: str,
+        columns: Mapping[str, np.ndarray],
+    ) -> np.ndarray:
         """Steps in which a policy asked for a stop or a rollback: bool (steps,)."""
         steps = len(columns["loss"])
         return columns.get(knob, np.zeros(steps)) > 0
@@ -145,8 +157,11 @@ class HaltWatch:
         return bad
 
 
-def _in_a_row(bad: np.ndarray, before: int) -> np.ndarray:
-    """For each step the number of bad ones up to it, without a gap."""
+def _in_a_row(
+    bad: np.ndarray,
+    before: int,
+) -> np.ndarray:
+    """Count for each step the bad ones up to it, without a gap."""
     counts = []
     for is_bad in bad:
         before = before + 1 if is_bad else 0
@@ -155,7 +170,7 @@ def _in_a_row(bad: np.ndarray, before: int) -> np.ndarray:
 
 
 class Rollbacks:
-    """How often a run went back, and where it goes next.
+    """The rollbacks of a run so far, and the target of the next one.
 
     Args:
       limits: of the policies: "rollbacks" at most (0: none), "rate" factor of the
@@ -238,13 +253,21 @@ class Rollbacks:
             remedy="start it anew, or fix the folder and go on with --resume",
         )
 
-    def _targets(self, committed: Sequence[int], halt: Halt) -> list[int]:
+    def _targets(
+        self,
+        committed: Sequence[int],
+        halt: Halt,
+    ) -> list[int]:
         """Steps to go back to, the best first."""
         last_good = halt.step - (self._patience if halt.knob else 0)
         fresh = {step for step in committed if step <= last_good} - set(self._used)
         return sorted(fresh, reverse=True) or list(committed[:1])
 
-    def _count(self, to: int, halt: Halt) -> None:
+    def _count(
+        self,
+        to: int,
+        halt: Halt,
+    ) -> None:
         self.slow = (
             self._factor ** (self.count + 1),
             self._factor**self.count,

@@ -44,7 +44,10 @@ class Run(Protocol):
     def status(self) -> dict[str, Any]: ...
 
 
-def perform(run: Run, content: Mapping[str, Any]) -> dict[str, Any]:
+def perform(
+    run: Run,
+    content: Mapping[str, Any],
+) -> dict[str, Any]:
     """Perform one request, or refuse it with a reason.
 
     Args:
@@ -73,7 +76,10 @@ def perform(run: Run, content: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _set(run: Run, request: Request) -> dict[str, Any]:
+def _set(
+    run: Run,
+    request: Request,
+) -> dict[str, Any]:
     bases = requested_bases(request, run.program.controller)
     run.state = with_bases(run.state, bases)
     _journal(run, request, bases)
@@ -87,7 +93,10 @@ def _set(run: Run, request: Request) -> dict[str, Any]:
     }
 
 
-def _save(run: Run, request: Request) -> dict[str, Any]:
+def _save(
+    run: Run,
+    request: Request,
+) -> dict[str, Any]:
     _journal(run, request)
     run.read(everything=True)
     if run.halted:
@@ -96,7 +105,10 @@ def _save(run: Run, request: Request) -> dict[str, Any]:
     return {"text": f"step {run.step} is being saved"}
 
 
-def _evaluate(run: Run, request: Request) -> dict[str, Any]:
+def _evaluate(
+    run: Run,
+    request: Request,
+) -> dict[str, Any]:
     if run.test is None:
         raise SettingError(
             "there is nothing to evaluate on",
@@ -110,13 +122,19 @@ def _evaluate(run: Run, request: Request) -> dict[str, Any]:
     return {"text": f"{values} after step {run.step}", "metrics": metrics}
 
 
-def _pause(run: Run, request: Request) -> dict[str, Any]:
+def _pause(
+    run: Run,
+    request: Request,
+) -> dict[str, Any]:
     _journal(run, request)
     run.paused = True
     return {"text": f"paused after step {run.step}"}
 
 
-def _resume(run: Run, request: Request) -> dict[str, Any]:
+def _resume(
+    run: Run,
+    request: Request,
+) -> dict[str, Any]:
     _journal(run, request)
     was_paused = run.paused
     run.paused = False
@@ -125,7 +143,10 @@ def _resume(run: Run, request: Request) -> dict[str, Any]:
     return {"text": f"goes on after step {run.step}"}
 
 
-def _stop(run: Run, request: Request) -> dict[str, Any]:
+def _stop(
+    run: Run,
+    request: Request,
+) -> dict[str, Any]:
     _journal(run, request)
     run.stop_requested = True
     run.paused = False
@@ -133,7 +154,10 @@ def _stop(run: Run, request: Request) -> dict[str, Any]:
     return {"text": f"stops after step {run.step}"}
 
 
-def _status(run: Run, request: Request) -> dict[str, Any]:
+def _status(
+    run: Run,
+    request: Request,
+) -> dict[str, Any]:
     return {**run.status(), "paused": run.paused}
 
 

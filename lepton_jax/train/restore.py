@@ -86,14 +86,21 @@ class Reader:
     def template(self) -> State:
         """Return the state as shapes, laid out as planned."""
 
-        def shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        def shape(
+            leaf: Any,
+            sharding: Any,
+        ) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return jax.tree.map(
             shape, self.program.trace.state, self.program.state_sharding
         )
 
-    def read(self, checkpoints: Checkpoints, step: int) -> Restored:
+    def read(
+        self,
+        checkpoints: Checkpoints,
+        step: int,
+    ) -> Restored:
         """Read one step.
 
         Raises:
@@ -153,7 +160,11 @@ class Reader:
 
     # ---- internals ----
 
-    def _completed(self, step: int, state: State) -> State:
+    def _completed(
+        self,
+        step: int,
+        state: State,
+    ) -> State:
         """Return the state with the recipe's first values for leaves not restored."""
         missing = [
             path
@@ -180,7 +191,8 @@ class Reader:
         now = self._recipe_values(sources)
         leaves = by_path(state)
         scalars = {path: leaves[path] for path in now if path in leaves}
-        saved = {path: float(value) for path, value in jax.device_get(scalars).items()}
+        on_host = jax.device_get(scalars)
+        saved = {path: float(value) for path, value in on_host.items()}
         live = [f"{BASE}{name}" for name in self._set_live - self._asked]
         then = self._values_then(record, now, sources)
         changed = changed_values(now, then, saved, live)
@@ -211,7 +223,8 @@ class Reader:
         replaced = {f"{BASE}{name}" for name in self._asked}
         if self._schedule_changed(record):
             replaced.add(RATE)
-        places = {path: (sources or {}).get(path, path) for path in now}
+        moved = sources or {}
+        places = {path: moved.get(path, path) for path in now}
         return {
             path: values[place]
             for path, place in places.items()
@@ -279,16 +292,23 @@ def _change_in_words(name: str, change: Change) -> str:
     return f"{name} is {change.new:g}, as the recipe says; the checkpoint had {before}"
 
 
-def _with_values(state: State, changes: Mapping[str, Change]) -> State:
+def _with_values(
+    state: State,
+    changes: Mapping[str, Change],
+) -> State:
     leaves = by_path(state)
     fresh = {}
     for path, change in changes.items():
         leaf = leaves[path]
-        fresh[path] = placed(np.asarray(change.new, leaf.dtype), leaf.sharding)
+        value = np.asarray(change.new, leaf.dtype)
+        fresh[path] = placed(value, leaf.sharding)
     return _with_leaves(state, fresh)
 
 
-def _with_leaves(state: State, fresh: Mapping[str, Any]) -> State:
+def _with_leaves(
+    state: State,
+    fresh: Mapping[str, Any],
+) -> State:
     if not fresh:
         return state
     leaves = [fresh.get(path, leaf) for path, leaf in by_path(state).items()]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds next to the arrays: where the run is, and how it came there.
+"""The content of a checkpoint next to the arrays: a run's place and its past.
 
 A checkpoint of a run holds, as JSON:
 
@@ -47,7 +47,10 @@ class Position:
         return self.feed["samples"]
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Position:
+    def from_json(
+        cls,
+        content: Mapping[str, Any],
+    ) -> Position:
         """Read the position from a checkpoint's record."""
         feed = {name: value for name, value in content.items() if name not in ORDER}
         order = {name: content[name] for name in ORDER if name in content}
@@ -58,7 +61,10 @@ class Position:
         return {**self.feed, **self.order}
 
 
-def order_of(recipe: Recipe, train: Any) -> dict[str, Any]:
+def order_of(
+    recipe: Recipe,
+    train: Any,
+) -> dict[str, Any]:
     """Return the order in which a recipe reads its training data; see `Position`."""
     seed = recipe.seed if recipe.shuffle else None
     return {"seed": seed, "of": epoch_samples(train)}
@@ -90,7 +96,10 @@ class RunRecord:
     slow: tuple[float, float, int] | None = None
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> RunRecord:
+    def from_json(
+        cls,
+        content: Mapping[str, Any],
+    ) -> RunRecord:
         """Read a checkpoint's record, of a run or of a saved model."""
         slow = content.get("slow")
         return cls(

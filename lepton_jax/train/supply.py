@@ -60,9 +60,9 @@ class Supply:
         self.train = train
         self.position = position
         self.until = until
+        jumps = program.controller.limits.get("jumps", {})
         self.jumps: dict[int, Position] = {
-            after: Position.from_json(place)
-            for after, place in program.controller.limits.get("jumps", {}).items()
+            after: Position.from_json(place) for after, place in jumps.items()
         }
         self._per_block = program.plan.steps_per_call
         self._batch_size = program.recipe.batch_size
@@ -95,7 +95,11 @@ class Supply:
         if step in self.jumps:
             self.go_on(step, self.jumps.pop(step))
 
-    def go_on(self, step: int, position: Position) -> None:
+    def go_on(
+        self,
+        step: int,
+        position: Position,
+    ) -> None:
         """Go on with the step after this one, from another position."""
         self.position = position
         self.close()
@@ -118,8 +122,12 @@ class Supply:
         unused = (self._per_block - self._offset) * self._batch_size
         self.position = Position(self._reader.state(unused), self._order)
 
-    def go_back(self, position: Position, steps: int) -> None:
-        """Move to the position of so many steps before an earlier one."""
+    def go_back(
+        self,
+        position: Position,
+        steps: int,
+    ) -> None:
+        """Move to an earlier position, less a number of steps."""
         if steps:
             samples = position.samples - steps * self._batch_size
             position = Position(self._reader.at(samples), self._order)
