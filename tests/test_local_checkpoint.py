@@ -84,7 +84,8 @@ def stopped(lost, tmp_path):
 def test_a_run_goes_on_from_the_newest_local_step_to_the_same_bits(stopped, blobs):
     run, near = stopped
     newest = int(files(near)[-1].stem)
-    assert 30 < newest <= 40 and len(files(near)) == 2
+    assert 30 < newest <= 40
+    assert len(files(near)) == 2
     again = make(blobs, run, near, steps=44, save_every=100).resume()
     assert again.step == newest
     again.fit()
