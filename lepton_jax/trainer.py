@@ -168,11 +168,11 @@ class Trainer:
 
         Args:
           on: "v5p:4x4x4", "h200:8", ...; None: the live devices.
-          objective: see `lepton_jax.plan`, as for those that follow.
-          mesh: see there.
-          pins: see there.
-          remat: see there.
-          micro_batches: see there.
+          objective: "time", "memory" or "cost": what is to be least.
+          mesh: mesh axis name to size; None: the search decides.
+          pins: pattern of parameter paths to the PartitionSpec to use.
+          remat: "none", "dots" or "full"; None: the mildest that fits.
+          micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
 
         Raises:
           PlanError: no such topology, nothing fits, or a pin is impossible.

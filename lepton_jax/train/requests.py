@@ -71,8 +71,10 @@ def perform(
             "remedy": error.remedy,
         }
     if request.action != "status":
-        told = {name: value for name, value in answer.items() if name != "metrics"}
-        run.records.monitor.event("control", do=request.action, **told, **request.who)
+        # The metrics have an event of their own, that of the evaluation.
+        event = {name: value for name, value in answer.items() if name != "metrics"}
+        event |= request.who
+        run.records.monitor.event("control", do=request.action, **event)
     return answer
 
 
