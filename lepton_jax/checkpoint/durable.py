@@ -39,6 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from lepton_jax.checkpoint.adoption import REPLACEABLE
+from lepton_jax.checkpoint.keys import as_stored, as_wanted, is_key, stored_shape
 from lepton_jax.compat import jit_where, make_mesh
 from lepton_jax.errors import (
     CheckpointError,
@@ -488,13 +489,16 @@ class Checkpoints:
           CheckpointError: they differ; it names each difference.
         """
         lines = []
-        for name in sorted(wanted.keys() - stored.keys()):
+        missing = wanted.keys() - stored.keys()
+        surplus = stored.keys() - wanted.keys()
+        shared = wanted.keys() & stored.keys()
+        for name in sorted(missing):
             shape = _shape(wanted[name])
             lines.append(f"missing in the checkpoint: {_unquoted(name)} {shape}")
-        for name in sorted(stored.keys() - wanted.keys()):
+        for name in sorted(surplus):
             shape = _shape(stored[name])
             lines.append(f"surplus in the checkpoint: {_unquoted(name)} {shape}")
-        for name in sorted(wanted.keys() & stored.keys()):
+        for name in sorted(shared):
             theirs = _shape(stored[name])
             mine = _shape(wanted[name])
             if theirs != mine:
@@ -708,10 +712,7 @@ def _filled(
             leaves.append(leaf)
             continue
         array = restored[path] if is_stored else _without_elements(leaf)
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            keys = jax.random.wrap_key_data(array, impl=_key_impl(leaf))
-            array = jax.device_put(keys, leaf.sharding)
-        leaves.append(array)
+        leaves.append(as_wanted(array, leaf))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
@@ -845,17 +846,10 @@ def _storable(state: Any) -> dict[str, Any]:
     """
     arrays = {}
     for path, leaf in by_path(state).items():
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if math.prod(leaf.shape):
-            arrays[_quoted(path)] = leaf
+        array = as_stored(leaf)
+        if math.prod(array.shape):
+            arrays[_quoted(path)] = array
     return arrays
-
-
-def _key_impl(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-        return str(jax.random.key_impl(leaf))
-    return leaf.dtype._impl
 
 
 def _without_elements(leaf: Any) -> jax.Array:
@@ -863,9 +857,8 @@ def _without_elements(leaf: Any) -> jax.Array:
 
     For random keys it is their key data.
     """
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = jax.eval_shape(jax.random.key_data, leaf)
-        return jnp.zeros(data.shape, jnp.uint32)
+    if is_key(leaf):
+        return jnp.zeros(stored_shape(leaf), jnp.uint32)
     return jax.make_array_from_callback(
         leaf.shape,
         leaf.sharding,

@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import numpy as np
 
+from lepton_jax.checkpoint.keys import as_stored, as_wanted, stored_shape
 from lepton_jax.errors import CheckpointError, LeptonError, writing_remedy
 from lepton_jax.hosts import agreement
 from lepton_jax.trees import by_path
@@ -325,12 +326,9 @@ def _state(content: _File, template: Any) -> Any:
     """Return the arrays of a file as a state whose leaves lie as the template's."""
     leaves = []
     for path, leaf in by_path(template).items():
-        shape = _stored_shape(leaf)
+        shape = stored_shape(leaf)
         array = _assembled(shape, leaf.sharding, content.parts[path])
-        if _is_key(leaf):
-            keys = jax.random.wrap_key_data(array, impl=leaf.dtype._impl)
-            array = jax.device_put(keys, leaf.sharding)
-        leaves.append(array)
+        leaves.append(as_wanted(array, leaf))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
@@ -339,11 +337,10 @@ def _parts(leaf: jax.Array) -> dict[Bounds, np.ndarray]:
 
     They are copies because the state is donated to the next step.
     """
-    if _is_key(leaf):
-        leaf = jax.random.key_data(leaf)
+    array = as_stored(leaf)
     parts: dict[Bounds, np.ndarray] = {}
-    for shard in leaf.addressable_shards:
-        bounds = _bounds(shard.index, leaf.shape)
+    for shard in array.addressable_shards:
+        bounds = _bounds(shard.index, array.shape)
         if bounds not in parts:
             parts[bounds] = np.array(shard.data)
     return parts
@@ -365,21 +362,10 @@ def _needed(template: Any) -> dict[str, set[Bounds]]:
     """Return the parts of each array that this host's devices need."""
     needed = {}
     for path, leaf in by_path(template).items():
-        shape = _stored_shape(leaf)
+        shape = stored_shape(leaf)
         places = leaf.sharding.addressable_devices_indices_map(shape)
         needed[path] = {_bounds(index, shape) for index in places.values()}
     return needed
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _stored_shape(leaf: Any) -> tuple[int, ...]:
-    """Return the shape in which a leaf is stored: random keys as their key data."""
-    if _is_key(leaf):
-        return jax.eval_shape(jax.random.key_data, leaf).shape
-    return leaf.shape
 
 
 def _bounds(

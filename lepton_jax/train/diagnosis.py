@@ -260,7 +260,7 @@ class _Search:
         bad = next(value for value in results if not _is_finite(value))
         rows = None
         if jnp.ndim(bad) and bad.shape[0] == self._rows:
-            rows = np.flatnonzero(~np.asarray(_finite_rows(bad)))
+            rows = _not_finite_rows(bad)
         line = source_line(eqn, callers)
         self.origins.append(Origin(eqn.primitive.name, line, fault, rows))
 
@@ -330,7 +330,7 @@ def _bad_rows(leaves: Sequence[Any]) -> np.ndarray | None:
     for leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        rows = np.flatnonzero(~np.asarray(_finite_rows(leaf)))
+        rows = _not_finite_rows(leaf)
         if len(rows):
             return rows
     return None
@@ -356,6 +356,7 @@ def _is_inexact(value: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(value), jnp.inexact)
 
 
-def _finite_rows(leaf: Any) -> Any:
+def _not_finite_rows(leaf: Any) -> np.ndarray:
     by_row = jnp.isfinite(leaf).reshape(leaf.shape[0], -1)
-    return by_row.all(axis=1)
+    is_finite = np.asarray(by_row.all(axis=1))
+    return np.flatnonzero(~is_finite)
