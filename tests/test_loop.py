@@ -16,6 +16,8 @@ from flax import nnx
 import lepton_jax as lepton
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.monitor import read_events
+from lepton_jax.train.cadence import Cadence
+from lepton_jax.train.run_record import RunRecord
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -568,3 +570,45 @@ def test_what_fails_outside_of_training_fails_before_the_first_step(
         trainer.fit()
     assert trainer.step == 0
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_cadence_by_steps_and_by_epochs():
+    fields = {
+        "model": net,
+        "loss": lepton.losses.cross_entropy,
+        "optimizer": optax.sgd(0.1),
+        "batch_size": 25,
+    }
+    by_steps = lepton.Recipe(**fields, evaluate_every=4, save_every=6)
+    cadence = Cadence(by_steps, epoch=60, until=10)
+    steps = range(1, 11)
+    stops = [0]
+    while stops[-1] < 10:
+        stops.append(cadence.next_stop(stops[-1], 25 * stops[-1]))
+
+    assert [step for step in steps if cadence.evaluates(step, 25 * step)] == [4, 8]
+    assert [step for step in steps if cadence.saves(step, 25 * step)] == [6]
+    assert stops == [0, 4, 6, 8, 10]
+
+    by_epochs = Cadence(lepton.Recipe(**fields), epoch=60, until=10)
+    ends = [step for step in steps if by_epochs.evaluates(step, 25 * step)]
+    assert ends == [3, 5, 8, 10], "after the first step at or past an epoch's end"
+
+
+def test_a_record_is_read_as_it_was_written_and_older_ones_lack_some():
+    position = {"samples": 50, "grain": None, "seed": 0, "of": 600}
+    content = {
+        "position": position,
+        "plan": "{}",
+        "journal": 3,
+        "rollbacks": {"count": 0, "used": [], "tried": []},
+        "stopped": None,
+        "given": {"values": {}, "policies": [], "schedule": None},
+    }
+    assert json.dumps(RunRecord.from_json(content).to_json()) == json.dumps(content)
+
+    older = RunRecord.from_json({"position": {"samples": 50, "grain": None}})
+    assert older.position.samples == 50
+    assert older.position.order == {}
+    assert older.journal is None
+    assert older.given is None

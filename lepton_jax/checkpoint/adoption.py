@@ -146,7 +146,8 @@ def schedule_values(rate: Callable[[Any], Any]) -> list[float]:
     def values() -> list[Any]:
         return [jnp.float32(rate(count)) for count in counts]
 
-    return [float(value) for value in jax.device_get(values())]
+    on_host = jax.device_get(values())
+    return [float(value) for value in on_host]
 
 
 def changed_values(
@@ -292,13 +293,15 @@ class _Match:
         source: str,
     ) -> bool:
         """Whether an element stands in the checkpoint at `source`, and fits."""
-        if _fields(self._available, source) != _fields(self._wanted, prefix):
+        stored_fields = _fields(self._available, source)
+        if stored_fields != _fields(self._wanted, prefix):
             return False
         for name in names:
             stored = _joined(source, name)
             if stored not in self._available:
                 return False
-            if not self._fits(_joined(prefix, name), stored):
+            wanted = _joined(prefix, name)
+            if not self._fits(wanted, stored):
                 return False
         return True
 
@@ -309,7 +312,8 @@ class _Match:
     ) -> set[str]:
         """Places of the checkpoint at which an element stands that nothing took yet."""
         end = f"/{names[0]}"
-        free = self._available - set(self.adoption.sources.values())
+        taken = set(self.adoption.sources.values())
+        free = self._available - taken
         places = {
             path.removesuffix(end)
             for path in free
@@ -351,7 +355,8 @@ class _Match:
             if self._is_whole_group(source, sources):
                 self.adoption.sources |= sources
             elif part in (*COPIES, "signals", "policies", "base"):
-                self.adoption.anew.append(_part_in_words(part, rest, policies))
+                words = _part_in_words(part, rest, policies)
+                self.adoption.anew.append(words)
 
     def _is_whole_group(
         self,
@@ -369,8 +374,8 @@ class _Match:
 
     def note_left(self) -> None:
         """Note the elements of the checkpoint that nothing takes over."""
-        left = self._available - set(self.adoption.sources.values())
-        for path in sorted(left):
+        taken = set(self.adoption.sources.values())
+        for path in sorted(self._available - taken):
             top, *rest = path.split("/")
             if top == "optimizer":
                 self.adoption.left.append("/".join(["optimizer", *rest[:2]]))

@@ -130,8 +130,11 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise self._failed(error) from error
 
-        if agreement.first(lambda: self._reached() != self.folder):
+        if agreement.first(self._needs_link):
             self._try()
+
+    def _needs_link(self) -> bool:
+        return self._reached() != self.folder
 
     def _try(self) -> None:
         """Save and restore a small array in a folder next to this one.
@@ -146,7 +149,11 @@ class Checkpoints:
         array = jax.make_array_from_callback(
             values.shape, everywhere, lambda index: values[index]
         )
-        shape = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=everywhere)
+        shape = jax.ShapeDtypeStruct(
+            values.shape,
+            values.dtype,
+            sharding=everywhere,
+        )
         trial = Checkpoints(place, keep=1)
         try:
             trial.save(1, {"tried": array}, {})
@@ -269,7 +276,8 @@ class Checkpoints:
         Returns:
           The steps.
         """
-        later = [step for step in self.steps() if step > after]
+        steps = self.steps()
+        later = [step for step in steps if step > after]
         if later:
             self.close()  # Orbax remembers which steps there are
         agreement.first(lambda: self._moved(later))
@@ -281,7 +289,8 @@ class Checkpoints:
             place.mkdir(exist_ok=True)
             taken = len(list(place.glob(f"{step}*")))
             name = f"{step}.{taken}" if taken else str(step)
-            (self.folder / str(step)).rename(place / name)
+            folder = self.folder / str(step)
+            folder.rename(place / name)
 
     def restore(
         self,
@@ -359,8 +368,10 @@ class Checkpoints:
                 if not _unquoted(name).startswith(REPLACEABLE)
             }
 
-        self._compare(step, strict(wanted), strict(stored))
-        return choose(record, [_unquoted(name) for name in stored], fits)
+        fixed = strict(wanted)
+        self._compare(step, fixed, strict(stored))
+        paths = [_unquoted(name) for name in stored]
+        return choose(record, paths, fits)
 
     def restore_latest(
         self,

@@ -71,7 +71,8 @@ class LocalCheckpoints:
         name = encoded[:LONGEST].decode(errors="ignore")
         checksum = zlib.crc32(os.fsencode(path))
         own = f"{name}-{checksum:08x}"
-        self.folder = Path(folder).absolute() / own / f"host{agreement.host()}"
+        place = Path(folder).absolute()
+        self.folder = place / own / f"host{agreement.host()}"
         self._writer: threading.Thread | None = None
         self._fault: Exception | None = None
         try:
@@ -110,7 +111,8 @@ class LocalCheckpoints:
         if self._writer is not None and self._writer.is_alive():
             return False
         self._tell()
-        parts = {path: _parts(leaf) for path, leaf in by_path(state).items()}
+        leaves = by_path(state)
+        parts = {path: _parts(leaf) for path, leaf in leaves.items()}
         self._writer = threading.Thread(
             target=self._write,
             args=(step, parts, record),
@@ -144,8 +146,11 @@ class LocalCheckpoints:
         needed = _needed(template)
 
         def fitting() -> list[int]:
-            steps = [step for step in self._steps() if step > after]
-            return [step for step in steps if self._fits(step, needed)]
+            return [
+                step
+                for step in self._steps()
+                if step > after and self._fits(step, needed)
+            ]
 
         everywhere = set.intersection(*map(set, agreement.every(fitting)))
         for step in sorted(everywhere, reverse=True):
@@ -196,7 +201,8 @@ class LocalCheckpoints:
             body = json.dumps(header)
             sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
             with part.open("wb") as file:
-                file.write(json.dumps(sealed).encode() + b"\n")
+                line = json.dumps(sealed).encode()
+                file.write(line + b"\n")
                 file.writelines(blocks)
                 file.flush()
                 os.fsync(file.fileno())

@@ -80,7 +80,8 @@ class Cadence:
             if every:
                 stops.append((step // every + 1) * every)
 
-        if self.epoch is not None and not (recipe.evaluate_every and recipe.save_every):
+        counts_steps = recipe.evaluate_every and recipe.save_every
+        if self.epoch is not None and not counts_steps:
             left = self.epoch - consumed % self.epoch
             stops.append(step + math.ceil(left / recipe.batch_size))
         return min(stops)

@@ -105,7 +105,8 @@ def diagnose(
     args = (state.params, state.variables, key, *batch, knobs)
     traced = jax.make_jaxpr(gradient)(*args)
     search = _Search(rows=_row_count(batch))
-    results = search.run(traced.jaxpr, traced.consts, jax.tree.leaves(args), ())
+    leaves = jax.tree.leaves(args)
+    results = search.run(traced.jaxpr, traced.consts, leaves, ())
 
     finding = Finding(origins=search.origins)
     if results is not None:
@@ -222,13 +223,14 @@ class _Search:
         length = eqn.params["length"]
         carry = inputs[consts : consts + carried]
         stacked = inputs[consts + carried :]
+        inner_callers = (*callers, eqn)
         order = list(range(length))
         if eqn.params["reverse"]:
             order.reverse()
         for index in order:
             items = [leaf[index] for leaf in stacked]
             args = [*inputs[:consts], *carry, *items]
-            results = self.run(closed.jaxpr, closed.consts, args, (*callers, eqn))
+            results = self.run(closed.jaxpr, closed.consts, args, inner_callers)
             if results is None:
                 return
             carry = results[:carried]
@@ -243,9 +245,9 @@ class _Search:
             return None
         if any(map(_holds_nan, results)):
             return "nan"
-        if any(map(_holds_inf, results)) and not any(map(_holds_inf, inputs)):
-            return "inf"
-        return None
+        if any(map(_holds_inf, inputs)):
+            return None
+        return "inf" if any(map(_holds_inf, results)) else None
 
     def _known(self, fault: str) -> bool:
         return any(origin.value == fault for origin in self.origins)
@@ -315,11 +317,12 @@ def _bad_inputs(batch: tuple[Any, Any]) -> list[str]:
     """Return the paths of inputs and targets that hold what is not finite."""
     inputs, targets = batch
     leaves = by_path({"inputs": inputs, "targets": targets})
-    return [
-        path
+    floats = {
+        path: leaf
         for path, leaf in leaves.items()
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all()
-    ]
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return [path for path, leaf in floats.items() if not jnp.isfinite(leaf).all()]
 
 
 def _bad_rows(leaves: Sequence[Any]) -> np.ndarray | None:
@@ -337,11 +340,15 @@ def _bad_rows(leaves: Sequence[Any]) -> np.ndarray | None:
 
 
 def _holds_nan(value: Any) -> bool:
-    return _is_inexact(value) and bool(jnp.isnan(value).any())
+    if not _is_inexact(value):
+        return False
+    return bool(jnp.isnan(value).any())
 
 
 def _holds_inf(value: Any) -> bool:
-    return _is_inexact(value) and bool(jnp.isinf(value).any())
+    if not _is_inexact(value):
+        return False
+    return bool(jnp.isinf(value).any())
 
 
 def _is_finite(value: Any) -> bool:
@@ -351,7 +358,8 @@ def _is_finite(value: Any) -> bool:
 def _is_inexact(value: Any) -> bool:
     """Whether a value is floating-point or complex numbers."""
     dtype = getattr(value, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    is_typed = dtype is not None
+    if is_typed and jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return False  # random keys and tokens have no numbers to look at
     return jnp.issubdtype(jnp.result_type(value), jnp.inexact)
 

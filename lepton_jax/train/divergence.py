@@ -111,7 +111,8 @@ class Divergence:
         names = self._supply.names()
         seed = self.program.recipe.seed
         try:
-            finding = diagnose(self.program, self.program.init(seed), batch)
+            state = self.program.init(seed)
+            finding = diagnose(self.program, state, batch)
             if not finding.is_of_the_batch:
                 return self._cause_in_parameters(step, batch, finding.loss)
         except (LeptonError, JaxRuntimeError, MemoryError):
@@ -149,12 +150,14 @@ class Divergence:
             f"the same batch has a loss of {loss:.4g} with the parameters of the seed,"
             " so the parameters have grown too large"
         )
-        earlier = [saved for saved in self._checkpoints.steps() if saved < step]
+        steps = self._checkpoints.steps()
+        earlier = [saved for saved in steps if saved < step]
         if earlier:
-            state = self._reader.read(self._checkpoints, earlier[-1]).state
-            finding = diagnose(self.program, state, batch)
+            last = earlier[-1]
+            restored = self._reader.read(self._checkpoints, last)
+            finding = diagnose(self.program, restored.state, batch)
             if finding.origins:
-                what += f"; with those of step {earlier[-1]} {finding.origins[0]}"
+                what += f"; with those of step {last} {finding.origins[0]}"
         return Cause(what, "lower the learning rate, or set clip_norm")
 
 
@@ -162,7 +165,8 @@ def _bad_samples_in_words(train: Any) -> str:
     """Name the samples that hold a number which isn't finite, if the data is arrays."""
     if not isinstance(train, Arrays):
         return ""
-    for leaf in jax.tree.leaves((train.inputs, train.targets)):
+    samples = (train.inputs, train.targets)
+    for leaf in jax.tree.leaves(samples):
         if not np.issubdtype(leaf.dtype, np.floating):
             continue
         by_row = leaf.reshape(len(leaf), -1)

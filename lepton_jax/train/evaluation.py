@@ -31,7 +31,8 @@ def evaluate(
     sums = None
     parts = []
     fill = samples % size == 0 or program.evaluation.meeting is None
-    for batch, rows in one_pass(test, size, program.sharding_of, fill, program.limits):
+    batches = one_pass(test, size, program.sharding_of, fill, program.limits)
+    for batch, rows in batches:
         sums, part = program.evaluate_and_keep(sums, state, batch, rows)
         if part is not None:
             parts.append(program.evaluation.real(part, rows))

@@ -76,7 +76,9 @@ def read_shapes(folder: Path) -> tuple[Any, Any]:
 
 def is_a_saved_model(folder: Path) -> bool:
     """Whether a folder holds a saved model, and no run."""
-    return (folder / RECIPE).exists() and not (folder / "events.jsonl").exists()
+    is_described = (folder / RECIPE).exists()
+    is_run = (folder / "events.jsonl").exists()
+    return is_described and not is_run
 
 
 def replace_folder(

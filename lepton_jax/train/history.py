@@ -101,8 +101,9 @@ class History:
         names = list(self.evaluations[0][1]) if self.evaluations else []
         table = [["step", "train loss", *(f"test {name}" for name in names)]]
         for step, metrics in self.evaluations:
+            train_loss = self._train_loss(step)
             values = [f"{metrics[name]:.4f}" for name in names]
-            table.append([str(step), self._train_loss(step), *values])
+            table.append([str(step), train_loss, *values])
         return table
 
     def _train_loss(self, step: int) -> str:
@@ -120,11 +121,13 @@ class History:
 
     def __str__(self) -> str:
         table = self._table()
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        columns = zip(*table, strict=True)
+        widths = [max(map(len, column)) for column in columns]
         lines = []
         for row in table:
-            cells = zip(row, widths, strict=True)
-            lines.append("  ".join(cell.rjust(width) for cell, width in cells))
+            pairs = zip(row, widths, strict=True)
+            cells = [cell.rjust(width) for cell, width in pairs]
+            lines.append("  ".join(cells))
         return "\n".join([*lines, self._summary()])
 
     def _repr_html_(self) -> str:

@@ -129,9 +129,11 @@ class Loop:
         self.stop_wished = False
         self.stop_requested = False
 
-        self.supply = Supply(program, train, start.record.position, until)
-        self.records = Records(program, start.step, self.budget, outputs, start.record)
-        self.rollbacks = Rollbacks(program.controller.limits, start.record.rollbacks)
+        past = start.record
+        limits = program.controller.limits
+        self.supply = Supply(program, train, past.position, until)
+        self.records = Records(program, start.step, self.budget, outputs, past)
+        self.rollbacks = Rollbacks(limits, past.rollbacks)
         self._cadence = Cadence(
             program.recipe, epoch_samples(train), until, self.supply.jumps
         )
@@ -141,7 +143,7 @@ class Loop:
         self._beat = agreement.Beat()
         self._pending: deque[_Call] = deque()
         self._halt: Halt | None = None
-        self._stopped = start.record.stopped if start.step >= until else None
+        self._stopped = past.stopped if start.step >= until else None
         self._saved = -1
         self._locally_saved = time.monotonic()
 
@@ -207,11 +209,13 @@ class Loop:
         phase.reached(step=self.step, phase="steps")
         self.supply.advance()
         position = self.supply.position
-        self._pending.append(_Call(records, piece.start, piece.stop, position))
+        call = _Call(records, piece.start, piece.stop, position)
+        self._pending.append(call)
 
         if self.records.traces_samples:
             for back in reversed(range(count)):
-                self.records.trace(self.step - back, self.supply.names(back))
+                names = self.supply.names(back)
+                self.records.trace(self.step - back, names)
 
     def read(self, everything: bool) -> None:
         """Read the records that the devices have finished, or all of them.
@@ -320,8 +324,9 @@ class Loop:
             why = f"the update of step {self.step} made parameters that are not finite"
             self._halt = Halt(self.step, None, None, why)
             return
+        record = self.record.to_json()
         with phase.phase("save"):
-            checkpoints.save(self.step, self.state, self.record.to_json(), metrics)
+            checkpoints.save(self.step, self.state, record, metrics)
         self._saved = self.step
         self.records.saved(self.step, time.perf_counter() - began)
         self.records.pause(time.perf_counter() - began)
@@ -346,7 +351,8 @@ class Loop:
         if self.halted:
             return
         try:
-            self.outputs.local.save(self.step, self.state, self.record.to_json())
+            record = self.record.to_json()
+            self.outputs.local.save(self.step, self.state, record)
         except LeptonError as error:
             text = f"{error.what} ({error.where})"
             self.records.monitor.event("warning", text=text)

@@ -414,8 +414,7 @@ class Program:
                     where="evaluation",
                     remedy="evaluate on samples that count",
                 )
-            value = losses.finish(self.recipe, name, losses.mean(total, weight))
-            values[name] = float(value)
+            values[name] = float(self._finished(name, total, weight))
         if self.evaluation.whole:
             values |= self.evaluation.of_whole(parts)
         return {name: values[name] for name in ("loss", *self.recipe.metrics)}
@@ -563,7 +562,7 @@ class Program:
         """Make one optimizer update from one batch."""
         gradients, sums, variables, squares = self._gradients(state, batch)
         values = {
-            name: losses.finish(self.recipe, name, losses.mean(total, weight))
+            name: self._finished(name, total, weight)
             for name, (total, weight) in sums.items()
         }
         before = Pieces(state.params, state.variables, state.optimizer)
@@ -601,8 +600,19 @@ class Program:
             controller,
             state.key,
         )
-        row = [jnp.asarray(values[name], jnp.float32) for name in self.records]
+        row = [values[name] for name in self.records]
+        row = [jnp.asarray(value, jnp.float32) for value in row]
         return state, jnp.stack(row)
+
+    def _finished(
+        self,
+        name: str,
+        total: Any,
+        weight: Any,
+    ) -> Any:
+        """Return loss or metric from the sum and the weight of its samples."""
+        mean = losses.mean(total, weight)
+        return losses.finish(self.recipe, name, mean)
 
     def _still(
         self,

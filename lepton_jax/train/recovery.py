@@ -99,7 +99,9 @@ class HaltWatch:
             lost = _in_a_row(bad, self.lost)
             self.lost = int(lost[-1]) if len(lost) else 0
             bad &= lost >= MOST_LOST
-        halts = bad | self._asked("stop", columns) | self._asked("rollback", columns)
+        stops = self._asked("stop", columns)
+        rollbacks = self._asked("rollback", columns)
+        halts = bad | stops | rollbacks
         if not halts.any():
             return None
 
@@ -107,7 +109,7 @@ class HaltWatch:
         step = done + row + 1
         if bad[row]:
             return Halt(step, None, None, f"the loss of step {step} is {rows[row, 0]}")
-        knob = "rollback" if self._asked("rollback", columns)[row] else "stop"
+        knob = "rollback" if rollbacks[row] else "stop"
         return self._halt_by_policy(step, knob, columns, row)
 
     def halt_at_the_end(self, step: int) -> Halt:
@@ -260,7 +262,8 @@ class Rollbacks:
     ) -> list[int]:
         """Steps to go back to, the best first."""
         last_good = halt.step - (self._patience if halt.knob else 0)
-        fresh = {step for step in committed if step <= last_good} - set(self._used)
+        good = {step for step in committed if step <= last_good}
+        fresh = good - set(self._used)
         return sorted(fresh, reverse=True) or list(committed[:1])
 
     def _count(
@@ -348,7 +351,8 @@ def recalled(
     ]
     if not later:
         return record
-    return RunRecord.from_json({**record.to_json(), **later[-1]})
+    content = {**record.to_json(), **later[-1]}
+    return RunRecord.from_json(content)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -177,7 +177,8 @@ class Reader:
         updates = "controller/updates"
         if updates in fresh:
             # The checkpoint has no controller, so each step was one update.
-            fresh[updates] = placed(np.int32(step), fresh[updates].sharding)
+            sharding = fresh[updates].sharding
+            fresh[updates] = placed(np.int32(step), sharding)
         return _with_leaves(state, fresh)
 
     def _changes(
@@ -311,7 +312,8 @@ def _with_leaves(
 ) -> State:
     if not fresh:
         return state
-    leaves = [fresh.get(path, leaf) for path, leaf in by_path(state).items()]
+    old = by_path(state)
+    leaves = [fresh.get(path, leaf) for path, leaf in old.items()]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 

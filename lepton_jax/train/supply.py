@@ -86,7 +86,9 @@ class Supply:
             resident=is_resident,
             limits=self.program.limits,
         )
-        self._resident = self.program.resident(self.train) if is_resident else None
+        self._resident = None
+        if is_resident:
+            self._resident = self.program.resident(self.train)
         self._block: Any = None
         self._offset = self._per_block
 
@@ -119,8 +121,9 @@ class Supply:
 
     def advance(self) -> None:
         """Move the position past the batches taken, which the devices have now."""
-        unused = (self._per_block - self._offset) * self._batch_size
-        self.position = Position(self._reader.state(unused), self._order)
+        steps_left = self._per_block - self._offset
+        feed = self._reader.state(steps_left * self._batch_size)
+        self.position = Position(feed, self._order)
 
     def go_back(
         self,
