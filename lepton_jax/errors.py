@@ -16,9 +16,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# Words of Gloo, NCCL, and JAX's coordination service about a process that is gone.
+UNREACHABLE = re.compile(
+    "Gloo|NCCL|coordination|[Cc]onnection|[Ss]ocket|heartbeat"
+    "|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"
+)
+# How TensorStore writes the system's number of a fault into its text.
+SYSTEM_CODE = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
+# Words of libraries about memory that could not be had.
+NO_MEMORY = re.compile(
+    "out of memory|bad_alloc|Unable to allocate|RESOURCE_EXHAUSTED.*alloc",
+    re.IGNORECASE,
+)
+# Least likeness of two names, from 0 to 1, at which one is suggested for the other
+# (assumption).
+LEAST_LIKENESS = 0.5
+
 
 class LeptonError(Exception):
-    """Base of every error that a user can cause and mend.
+    """Base of every error that a user can cause and fix.
 
     Args:
       what: the fault, in one sentence, with the values that show it.
@@ -64,26 +80,37 @@ class CheckpointError(LeptonError):
     """A checkpoint that can't be written, read, or restored into this model."""
 
 
+class NoCheckpointError(CheckpointError):
+    """A folder in which there is no committed checkpoint."""
+
+
 class DivergedError(LeptonError):
     """A loss that is no longer a finite number."""
 
 
 def of_another_host(error: BaseException) -> bool:
-    """Whether an error of JAX's says that another process of the run can no longer be
-    reached: not a fault of what ran here.
+    """Whether an error of JAX's says that another process can no longer be reached.
+
+    Then it is not the fault of what ran here. JAX raises one class for everything that
+    its runtime reports, so only the text tells.
     """
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
         return False
-    words = r"Gloo|NCCL|coordination|[Cc]onnection|[Ss]ocket|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED"
-    return re.search(words, str(error)) is not None
+    return UNREACHABLE.search(str(error)) is not None
+
+
+COMPARE_SHAPES = (
+    "compare the shapes and dtypes of the batch with what the model and the loss expect"
+)
 
 
 class pointing_at_user:
-    """Context in which an error of a user's own code (model, loss, recipe) becomes a
-    LeptonError at the user's line.
+    """Context that makes a LeptonError of an error in a user's own code.
+
+    That is the model, the loss, the recipe; the LeptonError names the user's line.
 
     Args:
-      doing: what fails, for the message.
+      doing: for the message, what fails.
       remedy: of the error.
       where: the place, if no line of the user's own code is involved.
       kind: class of the error.
@@ -92,7 +119,7 @@ class pointing_at_user:
     def __init__(
         self,
         doing: str,
-        remedy: str = "compare the shapes and dtypes of the batch with what the model and the loss expect",
+        remedy: str = COMPARE_SHAPES,
         where: object = None,
         kind: type[LeptonError] = ModelError,
     ):
@@ -110,66 +137,68 @@ class pointing_at_user:
         error: BaseException | None,
         trace: Any,
     ) -> None:
-        # sys.exit() in a user's file would end the run without a word
-        if isinstance(
-            error, LeptonError | StopIteration | MemoryError
-        ) or not isinstance(error, Exception | SystemExit):
+        is_told = isinstance(error, LeptonError | StopIteration | MemoryError)
+        # sys.exit() in a user's file would end the run without a word.
+        is_error = isinstance(error, Exception | SystemExit)
+        if is_told or not is_error:
             return
+        assert error is not None
         if of_another_host(error):
             return
-        where = self.where
-        for frame in traceback.extract_tb(trace):
-            if not of_a_library(frame.filename):
-                where = f"{frame.filename}:{frame.lineno}: {frame.line}"
-        if (
-            isinstance(error, SyntaxError)
-            and error.filename
-            and not of_a_library(error.filename)
-        ):
-            where = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
+
         message = str(error).strip().partition("\n")[0]
+        colon = ": " if message else ""
         raise self.kind(
-            f"{self.doing} failed: {type(error).__name__}{message and ': '}{message}",
-            where=where,
+            f"{self.doing} failed: {type(error).__name__}{colon}{message}",
+            where=_users_line(error, trace) or self.where,
             remedy=self.remedy,
         ) from error
 
 
+def _users_line(error: BaseException, trace: Any) -> str | None:
+    """Return the innermost line of the user's own code; None: there is none."""
+    file = getattr(error, "filename", None)
+    if isinstance(error, SyntaxError) and file and not of_a_library(file):
+        text = (error.text or "").strip()
+        return f"{file}:{error.lineno}: {text}"
+    for frame in reversed(traceback.extract_tb(trace)):
+        if not of_a_library(frame.filename):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None
+
+
 def of_a_library(file: str) -> bool:
+    """Whether a file is not a user's own."""
     parts = (
         "site-packages",
         "dist-packages",
         sysconfig.get_path("stdlib"),
         str(Path(__file__).parent),
     )
-    return file.startswith(("<frozen", "<string")) or any(
-        part in file for part in parts
-    )
+    is_generated = file.startswith(("<frozen", "<string"))
+    return is_generated or any(part in file for part in parts)
 
 
 def users_frame() -> int:
-    """`stacklevel` by which the caller's warning points at the user's own line."""
-    own = str(Path(__file__).parent)
+    """Return the `stacklevel` with which a caller's warning names the user's line."""
+    package = str(Path(__file__).parent)
     frame = sys._getframe(1)
     level = 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+    while frame.f_back is not None:
+        if not frame.f_code.co_filename.startswith(package):
+            break
         frame = frame.f_back
         level += 1
     return level
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` if a known name is near, else an empty string."""
-    close = difflib.get_close_matches(
-        name,
-        list(known),
-        n=1,
-        cutoff=0.5,
-    )
+    """Return `"; did you mean 'x'?"` if a known name is near, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=LEAST_LIKENESS)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# What a person can do about each of the system's reasons not to write a file.
+# Remedies for each of the system's reasons not to write a file.
 _ROOM = "free disk space"
 _ALLOW = "let this user write there (chmod, chown)"
 _WRITING = {
@@ -202,23 +231,18 @@ def writing_remedy(error: BaseException) -> str:
     Args:
       error: from the system, or from a library that wraps what the system said.
     """
-    reasons = []
+    reasons: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in reasons:
         reasons.append(link)
         link = link.__cause__ or link.__context__
 
     for reason in reasons:
-        code = reason.errno if isinstance(reason, OSError) else None
-        # TensorStore raises ValueError with the system's number in the text
-        found = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(reason))
-        if code is None and found is not None:
-            code = int(found[1] or found[2])
+        code = _system_code(reason)
         if code in _WRITING:
             return _WRITING[code]
 
-    memory = r"out of memory|bad_alloc|Unable to allocate|RESOURCE_EXHAUSTED.*alloc"
-    if isinstance(error, MemoryError) or re.search(memory, str(error), re.IGNORECASE):
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         return (
             "free memory: a save holds a second copy of the state; use more devices, or"
             " make the model or its optimizer's state smaller"
@@ -229,3 +253,12 @@ def writing_remedy(error: BaseException) -> str:
             " data: the message names it"
         )
     return "remove the cause that the message names"
+
+
+def _system_code(error: BaseException) -> int | None:
+    """Return the system's number of a fault; None: the error has none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    # TensorStore raises ValueError with the number in the text.
+    match = SYSTEM_CODE.search(str(error))
+    return int(match[1] or match[2]) if match else None

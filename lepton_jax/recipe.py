@@ -1,4 +1,4 @@
-"""What to train: a frozen dataclass of real objects."""
+"""The recipe: all that is to be trained, as a frozen dataclass of real objects."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ import numpy as np
 from lepton_jax.errors import RecipeError, nearest
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+# Steps are counted in int32 on the devices, seeds are uint32 (jax.random.key).
+MOST_STEPS = 2**31 - 1
+MOST_SEED = 2**32 - 1
+COUNTS = (
+    "batch_size",
+    "micro_batches",
+    "steps_per_call",
+    "evaluate_every",
+    "save_every",
+    "log_every",
+    "keep",
+    "steps",
+)
+# Counts that are needed; the others may be None.
+NEEDED_COUNTS = ("batch_size", "keep")
+# Names of records, which a metric can't have.
+TAKEN = ("loss", "learning_rate", "loss_scale", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,140 +131,32 @@ class Recipe:
         for name, value in vars(self).copy().items():
             if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
-        for name in (
-            "batch_size",
-            "micro_batches",
-            "steps_per_call",
-            "evaluate_every",
-            "save_every",
-            "log_every",
-            "keep",
-            "steps",
-        ):
-            value = getattr(self, name)
-            optional = value is None and name not in ("batch_size", "keep")
-            if not optional and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise RecipeError(
-                    f"{name} is {value!r}; it must be a whole number of at least 1",
-                    where=f"Recipe.{name}",
-                    remedy=f"set {name} to 1 or more",
-                )
-        if (self.steps or 0) >= 2**31:
-            raise RecipeError(
-                f"the run would have {self.steps} steps",
-                where="Recipe.steps",
-                remedy=(
-                    "set steps, or epochs, for at most 2147483647 steps; stop sooner"
-                    " with Ctrl-C"
-                ),
-            )
+
+        for name in COUNTS:
+            _check_count(name, getattr(self, name))
+        _check_steps(self.steps)
         for name in ("epochs", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not (_number(value) and value > 0):
-                raise RecipeError(
-                    f"{name} is {value!r}; it must be a number above 0",
-                    where=f"Recipe.{name}",
-                    remedy=f"set {name} to a positive number, or leave it out",
-                )
-        rate = self.learning_rate
-        if (
-            rate is not None
-            and not callable(rate)
-            and not (_number(rate) and rate >= 0)
-        ):
-            raise RecipeError(
-                f"learning_rate is {rate!r}; it must be a number of at least 0, or an"
-                " Optax schedule",
-                where="Recipe.learning_rate",
-                remedy="give e.g. 1e-3 or optax.cosine_decay_schedule(...)",
-            )
-        if self.precision not in PRECISIONS:
-            raise RecipeError(
-                f"precision {self.precision!r} is not"
-                f" known{nearest(str(self.precision), PRECISIONS)}",
-                where="Recipe.precision",
-                remedy=f"use one of {', '.join(PRECISIONS)}",
-            )
-        if self.batch_size % (self.micro_batches or 1):
-            raise RecipeError(
-                f"batch_size {self.batch_size} does not divide into"
-                f" {self.micro_batches} micro-batches",
-                where="Recipe.micro_batches",
-                remedy="let micro_batches divide batch_size",
-            )
-        for name in ("model", "loss"):
-            if not callable(getattr(self, name)):
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)!r}, which can't be called",
-                    where=f"Recipe.{name}",
-                    remedy=(
-                        "give a Flax module or its factory"
-                        if name == "model"
-                        else (
-                            "give a function (outputs, targets) -> one value per sample"
-                        )
-                    ),
-                )
-        if self.evaluate_params is not None and not callable(self.evaluate_params):
-            raise RecipeError(
-                f"evaluate_params is {self.evaluate_params!r}, which can't be called",
-                where="Recipe.evaluate_params",
-                remedy=(
-                    "give a function (optimizer_state, params) -> params, e.g. "
-                    "optax.contrib.schedule_free_eval_params, or leave it out"
-                ),
-            )
-        for name in ("preprocess", "decode"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)!r}, which can't be called",
-                    where=f"Recipe.{name}",
-                    remedy="give a function of a batch, or leave it out",
-                )
+            _check_positive(name, getattr(self, name))
+        _check_rate(self.learning_rate)
+        _check_precision(self.precision)
+        _check_micro_batches(self.micro_batches, self.batch_size)
+        _check_functions(self)
         _check_metrics(self.metrics)
         _check_train_argument(self.train_argument)
         _check_auxiliary(self.auxiliary)
-        if not _policies(self.controller):
-            raise RecipeError(
-                f"controller is {self.controller!r}",
-                where="Recipe.controller",
-                remedy=(
-                    "give a tuple of lepton_jax.controllers.Policy, such as"
-                    " controllers.adaptive(), or leave it out"
-                ),
-            )
+        _check_controller(self.controller)
         for name, kind in (("name", str), ("shuffle", bool)):
-            if not isinstance(getattr(self, name), kind):
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)!r}; it must be a {kind.__name__}",
-                    where=f"Recipe.{name}",
-                    remedy=f"set {name} to a {kind.__name__}",
-                )
-        if isinstance(self.seed, bool) or not (
-            isinstance(self.seed, int) and 0 <= self.seed < 2**32
-        ):
-            raise RecipeError(
-                f"seed is {self.seed!r}; it must be a whole number from 0 to"
-                " 4294967295",
-                where="Recipe.seed",
-                remedy="set e.g. seed=0",
-            )
-        known = {"loss", *self.metrics}
-        if self.best is not None and str(self.best).removeprefix("-") not in known:
-            raise RecipeError(
-                f"best names {self.best!r}, which is no"
-                f" metric{nearest(str(self.best), known)}",
-                where="Recipe.best",
-                remedy=f"use one of {', '.join(sorted(known))}, with '-' for lowest",
-            )
+            _check_type(name, getattr(self, name), kind)
+        _check_seed(self.seed)
+        _check_best(self.best, self.metrics)
 
     def with_(self, **changes: Any) -> Recipe:
-        """A copy with some fields changed; an unknown name is an error that suggests
-        the nearest.
+        """Return a copy with some fields changed.
+
+        Raises:
+          RecipeError: there is no such field, or a value can't be.
         """
-        names = {f.name for f in fields(self)}
+        names = {field.name for field in fields(self)}
         for name in changes:
             if name not in names:
                 raise RecipeError(
@@ -258,11 +167,141 @@ class Recipe:
         return replace(self, **changes)
 
 
-def _policies(given: Any) -> bool:
+# ---- checks of the fields ----
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None and name not in NEEDED_COUNTS:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RecipeError(
+            f"{name} is {value!r}; it must be a whole number of at least 1",
+            where=f"Recipe.{name}",
+            remedy=f"set {name} to 1 or more",
+        )
+
+
+def _check_steps(steps: int | None) -> None:
+    if (steps or 0) > MOST_STEPS:
+        raise RecipeError(
+            f"the run would have {steps} steps",
+            where="Recipe.steps",
+            remedy=(
+                f"set steps, or epochs, for at most {MOST_STEPS} steps; stop sooner"
+                " with Ctrl-C"
+            ),
+        )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if value is not None and not (_is_number(value) and value > 0):
+        raise RecipeError(
+            f"{name} is {value!r}; it must be a number above 0",
+            where=f"Recipe.{name}",
+            remedy=f"set {name} to a positive number, or leave it out",
+        )
+
+
+def _check_rate(rate: Any) -> None:
+    if rate is None or callable(rate):
+        return
+    if not (_is_number(rate) and rate >= 0):
+        raise RecipeError(
+            f"learning_rate is {rate!r}; it must be a number of at least 0, or an"
+            " Optax schedule",
+            where="Recipe.learning_rate",
+            remedy="give e.g. 1e-3 or optax.cosine_decay_schedule(...)",
+        )
+
+
+def _check_precision(precision: Any) -> None:
+    if precision not in PRECISIONS:
+        raise RecipeError(
+            f"precision {precision!r} is not"
+            f" known{nearest(str(precision), PRECISIONS)}",
+            where="Recipe.precision",
+            remedy=f"use one of {', '.join(PRECISIONS)}",
+        )
+
+
+def _check_micro_batches(micro_batches: int | None, batch_size: int) -> None:
+    if batch_size % (micro_batches or 1):
+        raise RecipeError(
+            f"batch_size {batch_size} does not divide into"
+            f" {micro_batches} micro-batches",
+            where="Recipe.micro_batches",
+            remedy="let micro_batches divide batch_size",
+        )
+
+
+def _check_functions(recipe: Recipe) -> None:
+    remedies = {
+        "model": "give a Flax module or its factory",
+        "loss": "give a function (outputs, targets) -> one value per sample",
+        "evaluate_params": (
+            "give a function (optimizer_state, params) -> params, e.g. "
+            "optax.contrib.schedule_free_eval_params, or leave it out"
+        ),
+        "preprocess": "give a function of a batch, or leave it out",
+        "decode": "give a function of a batch, or leave it out",
+    }
+    for name, remedy in remedies.items():
+        value = getattr(recipe, name)
+        is_left_out = value is None and name not in ("model", "loss")
+        if not is_left_out and not callable(value):
+            raise RecipeError(
+                f"{name} is {value!r}, which can't be called",
+                where=f"Recipe.{name}",
+                remedy=remedy,
+            )
+
+
+def _check_controller(controller: Any) -> None:
+    if not _are_policies(controller):
+        raise RecipeError(
+            f"controller is {controller!r}",
+            where="Recipe.controller",
+            remedy=(
+                "give a tuple of lepton_jax.controllers.Policy, such as"
+                " controllers.adaptive(), or leave it out"
+            ),
+        )
+
+
+def _are_policies(given: Any) -> bool:
     """Whether this is a policy, or policies in tuples or lists."""
-    return callable(getattr(given, "update", None)) or (
-        isinstance(given, tuple | list) and all(map(_policies, given))
-    )
+    if callable(getattr(given, "update", None)):
+        return True
+    return isinstance(given, tuple | list) and all(map(_are_policies, given))
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise RecipeError(
+            f"{name} is {value!r}; it must be a {kind.__name__}",
+            where=f"Recipe.{name}",
+            remedy=f"set {name} to a {kind.__name__}",
+        )
+
+
+def _check_seed(seed: Any) -> None:
+    is_whole = isinstance(seed, int) and not isinstance(seed, bool)
+    if not is_whole or not 0 <= seed <= MOST_SEED:
+        raise RecipeError(
+            f"seed is {seed!r}; it must be a whole number from 0 to {MOST_SEED}",
+            where="Recipe.seed",
+            remedy="set e.g. seed=0",
+        )
+
+
+def _check_best(best: Any, metrics: Mapping[str, Any]) -> None:
+    known = {"loss", *metrics}
+    if best is not None and str(best).removeprefix("-") not in known:
+        raise RecipeError(
+            f"best names {best!r}, which is no metric{nearest(str(best), known)}",
+            where="Recipe.best",
+            remedy=f"use one of {', '.join(sorted(known))}, with '-' for lowest",
+        )
 
 
 def _check_metrics(metrics: Any) -> None:
@@ -276,13 +315,14 @@ def _check_metrics(metrics: Any) -> None:
             ),
         )
     for name, metric in metrics.items():
-        if name in ("loss", "learning_rate", "loss_scale", "step"):
+        if name in TAKEN:
             raise RecipeError(
                 f"metric name {name!r} is taken",
                 where="Recipe.metrics",
                 remedy="call the metric something else",
             )
-        if not isinstance(name, str) or not callable(getattr(metric, "values", metric)):
+        function = getattr(metric, "values", metric)
+        if not isinstance(name, str) or not callable(function):
             raise RecipeError(
                 f"metric {name!r} is {metric!r}",
                 where="Recipe.metrics",
@@ -296,10 +336,8 @@ def _check_metrics(metrics: Any) -> None:
 def _check_train_argument(name: Any) -> None:
     if name is None:
         return
-    if (
-        not isinstance(name, str)
-        or not name.removeprefix("not ").strip().isidentifier()
-    ):
+    argument = name.removeprefix("not ").strip() if isinstance(name, str) else ""
+    if not argument.isidentifier():
         raise RecipeError(
             f"train_argument is {name!r}",
             where="Recipe.train_argument",
@@ -318,7 +356,7 @@ def _check_auxiliary(auxiliary: Any) -> None:
             f"auxiliary is a {kind}", where="Recipe.auxiliary", remedy=remedy
         )
     for name, weight in auxiliary.items():
-        if not isinstance(name, str) or not _number(weight):
+        if not isinstance(name, str) or not _is_number(weight):
             raise RecipeError(
                 f"auxiliary {name!r} has the weight {weight!r}",
                 where="Recipe.auxiliary",
@@ -326,9 +364,7 @@ def _check_auxiliary(auxiliary: Any) -> None:
             )
 
 
-def _number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    )
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import math
 import os
 import platform
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,11 @@ import jax
 import numpy as np
 
 from lepton_jax.checkpoint.durable import Checkpoints
-from lepton_jax.checkpoint.local import LocalCheckpoints
+from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
 from lepton_jax.controller.journal import knobs_set_live
-from lepton_jax.controller.live import Live
 from lepton_jax.data import (
     Arrays,
     Dataset,
-    check_limits,
     described,
     epoch_samples,
     from_any,
@@ -40,29 +37,46 @@ from lepton_jax.errors import (
     DataError,
     DivergedError,
     LeptonError,
+    NoCheckpointError,
     PlanError,
     RecipeError,
     pointing_at_user,
     users_frame,
-    writing_remedy,
 )
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
+from lepton_jax.hosts.mailbox import Mailbox
 from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
 from lepton_jax.planner import Plan, Trace, ahead, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
 from lepton_jax.step.state import State
+from lepton_jax.train import recovery
+from lepton_jax.train.checks import (
+    INPUTS,
+    TEST_DATA,
+    TRAINING_DATA,
+    check_data,
+    check_hidden,
+)
+from lepton_jax.train.compilation import Compilation
+from lepton_jax.train.evaluation import evaluate
+from lepton_jax.train.folder import (
+    describe,
+    is_a_saved_model,
+    read_shapes,
+    replace_folder,
+)
 from lepton_jax.train.history import History
-from lepton_jax.train.loop import Loop, evaluate, order
-from lepton_jax.train.program import Compilation, Program
-from lepton_jax.train.recovery import recalled
+from lepton_jax.train.loop import Loop, Start
+from lepton_jax.train.outputs import Outputs
+from lepton_jax.train.program import Program
 from lepton_jax.train.restore import Reader, Restored
+from lepton_jax.train.run_record import Position, RunRecord, order_of
 from lepton_jax.trees import by_path
 
-ROWS_SHOWN = 5  # rows that a message names
-NOTHING = "there is no committed checkpoint"
-NAMES = {"seed": "the seed of the shuffling", "of": "the number of samples"}
+# Parts of the order of data, as a message calls them.
+ORDER_IN_WORDS = {"seed": "the seed of the shuffling", "of": "the number of samples"}
 
 
 class Trainer:
@@ -78,9 +92,10 @@ class Trainer:
         `Trainer.plan` gave, perhaps with pins.
       trace_samples: write into the run folder which samples each step was made of
         (`samples.jsonl`).
-      local_dir, local_every: a folder on each host's own disk (or in its memory) for
-        fast checkpoints beside those of the run folder, and seconds between them;
-        `resume` takes the newest that all hosts can read.
+      local_dir: a folder on each host's own disk (or in its memory) for fast
+        checkpoints next to those of the run folder; `resume` takes the newest that all
+        hosts can read.
+      local_every: seconds between two of these.
       changes: fields of a Recipe, instead of or on top of `recipe`.
     """
 
@@ -98,78 +113,40 @@ class Trainer:
         local_every: float = 60.0,
         **changes: Any,
     ):
-        if callable(recipe):
-            with pointing_at_user(
-                "making the recipe",
-                "give a Recipe or a function that returns one and needs no "
-                "arguments; a model goes to model=...",
-                where="Trainer(recipe)",
-                kind=RecipeError,
-            ):
-                recipe = recipe()
-        # fields next to a recipe are what a person asks for now; without one they are
-        # the recipe
+        # Fields next to a recipe are what a person asks for now; without a recipe they
+        # are the recipe.
         self._asked = set(changes) if recipe is not None else set()
-        if recipe is None:
-            needed = [
-                f.name
-                for f in fields(Recipe)
-                if f.default is MISSING and f.default_factory is MISSING
-            ]
-            missing = [name for name in needed if name not in changes]
-            if missing:
-                raise RecipeError(
-                    f"{' and '.join(missing)} not given",
-                    where="Trainer",
-                    remedy=(
-                        "pass a Recipe, or at least"
-                        f" {', '.join(f'{n}=...' for n in needed)}"
-                    ),
-                )
-            recipe = Recipe(**{n: changes.pop(n) for n in needed})
-        if not isinstance(recipe, Recipe):
-            raise RecipeError(
-                f"a {type(recipe).__name__} is given where a Recipe is expected",
-                where="Trainer",
-                remedy=(
-                    "give a Recipe, a function that returns one, or a Recipe's fields"
-                    " by name"
-                ),
-            )
-        recipe = recipe.with_(**changes)
+        recipe = _made(recipe, changes)
         self.recipe = recipe.with_(
             train=_settled(None, recipe.train),
             test=_settled(None, recipe.test),
         )
         self.run_dir = None if run_dir is None else Path(run_dir)
-        (self.topology, self._devices) = here(devices)
-        self._sinks = () if agreement.host() else tuple(sinks)
-        self._source = source or {}
-        self._given = (
-            plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
-        )
-        self._monitor = Monitor(None)
-        self._trace_samples = trace_samples
-        self._local = None
-        if local_dir is not None and self.run_dir is not None:
-            self._local = LocalCheckpoints(
-                Path(local_dir),
-                self.run_dir,
-                local_every,
-            )
+        self.topology, self._devices = here(devices)
         self.trace: Trace | None = None
         self.program: Program | None = None
         self.state: State | None = None
         self.step = 0
-        self._position: dict[str, Any] = {"samples": 0, "grain": None}
-        self._kept: dict[str, Any] = {}
-        self._trained_on: Any = None
-        self._resumed = False
-        self._reader: Reader | None = None
-        self._given_now: dict[str, float] = {}
-        # the end of the run, in steps, that the policies at work were told of
-        self._told_end: int | None = None
+
+        self._sinks = () if agreement.host() else tuple(sinks)
+        self._source = source or {}
+        self._given_plan = _loaded(plan)
+        self._trace_samples = trace_samples
+        self._local: LocalCheckpoints = NoLocalCheckpoints()
+        if local_dir is not None and self.run_dir is not None:
+            self._local = LocalCheckpoints(Path(local_dir), self.run_dir, local_every)
+        self._monitor = Monitor(None)
         self._notes: list[str] = []
+
+        # What the next fit goes on from.
+        self._record = RunRecord()
+        self._is_same_run = False  # whether that is a step of this run
+        self._is_resumed = False
+        self._trained_on: Any = None
+        self._reader: Reader | None = None
+        self._bases: dict[str, float] = {}
+        # The end of the run, in steps, that the policies at work were told of.
+        self._told_end: int | None = None
 
     # ---- the public verbs ----
 
@@ -183,16 +160,19 @@ class Trainer:
         remat: str | None = None,
         micro_batches: int | None = None,
     ) -> Plan:
-        """The plan for a topology by name, which need not be there; None: for the live
-        devices.
-
-        Args:
-          on: "v5p:4x4x4", "h200:8", ...
-          objective, mesh, pins, remat, micro_batches: as of `lepton_jax.plan`. To run a
-            plan that they decide, give it to `Trainer(..., plan=...)`.
+        """Return the plan for a topology, which need not be there.
 
         As long as there is no data to take shapes from, it covers an NNX model's
-        parameters and optimizer alone.
+        parameters and optimizer alone. To run a plan that the arguments decide, give it
+        to `Trainer(..., plan=...)`.
+
+        Args:
+          on: "v5p:4x4x4", "h200:8", ...; None: the live devices.
+          objective: "time", "memory" or "cost": what is to be least.
+          mesh: mesh axis name to size; None: the search decides.
+          pins: pattern of parameter paths to the PartitionSpec to use.
+          remat: "none", "dots" or "full"; None: the mildest that fits.
+          micro_batches: parts of a batch; None: the recipe's, or the fewest that fit.
 
         Raises:
           PlanError: no such topology, nothing fits, or a pin is impossible.
@@ -205,13 +185,12 @@ class Trainer:
                 where="Trainer.plan",
                 remedy='name one, e.g. "h200:8"',
             )
-        target = topology(on) if isinstance(on, str) else on or self.topology
-        if (
-            self.trace is None
-            and self.recipe.train is None
-            and not is_linen(self.recipe.model)
-        ):
-            return plan(trace(self.recipe, None, None), target)  # the parameters alone
+        target = self.topology
+        if on is not None:
+            target = topology(on) if isinstance(on, str) else on
+        knows_no_data = self.trace is None and self.recipe.train is None
+        if knows_no_data and not is_linen(self.recipe.model):
+            return plan(trace(self.recipe, None, None), target)
         return plan(
             self._tracing(None),
             target,
@@ -231,12 +210,18 @@ class Trainer:
         steps: int | None = None,
         batch_size: int | None = None,
     ) -> History:
-        """Train, evaluate and save as the recipe says; what is given here goes before
-        the recipe's.
+        """Train, evaluate and save as the recipe says.
 
         Without `epochs` and `steps` training goes on to the recipe's total, so a
         resumed run ends where the whole run would have; one that a policy has stopped
         stays where it is. With either of them it goes on for that much more.
+
+        Args:
+          train: data to train on; None: the recipe's.
+          test: data to evaluate on; None: the recipe's.
+          epochs: passes over the data to train for.
+          steps: steps to train for.
+          batch_size: samples of a step, from now on; None: as before.
 
         Raises:
           DivergedError: a loss is not finite. The last committed checkpoint is from
@@ -252,48 +237,22 @@ class Trainer:
                 where="Trainer.fit",
                 remedy="pass (inputs, targets), or set Recipe.train",
             )
-        if batch_size is not None and batch_size != self.recipe.batch_size:
-            self.recipe = self.recipe.with_(batch_size=batch_size)
-            self.trace = None
-            self.program = None
-        if isinstance(train, grain.IterDataset) and self.recipe.steps_per_call != 1:
-            # between the batches of a block the position of a data set that can only be
-            # iterated is not known
-            self.recipe = self.recipe.with_(steps_per_call=1)
-            self.trace = None
-            self.program = None
-        if self.trace is not None and self.trace.samples != _count(train):
-            self.trace = self.program = None
-        program = self._ready(sample(train), _count(train))
-        self._check(train, "training data")
-        if test is not None:
-            self._check(test, "test data")
-        elif self.recipe.best is not None:
-            raise RecipeError(
-                f"best={self.recipe.best!r} asks for evaluations, but there is nothing"
-                " to evaluate on",
-                where="Recipe.best",
-                remedy="set Recipe.test, or leave best out",
-            )
-        program.rehearse(None if test is None else epoch_samples(test))
-        self._settle_position(given, order(self.recipe, train))
-        more = epochs is not None or steps is not None
+        program = self._ready_to_train(train, test, batch_size)
+        self._settle_position(given, order_of(self.recipe, train))
         planned = self._planned_steps(train)
-        if more:
-            until = self.step + self._steps(train, epochs, steps)
-        elif self._kept.get("stopped"):
-            until = self.step
-        else:
-            until = max(
-                self._steps(train, self.recipe.epochs, self.recipe.steps), self.step
-            )
+        until = self._until(train, epochs, steps)
         budget = max(until, planned or 0)
         self._compare_budgets(program, budget)
         return self._run(program, train, test, until, budget)
 
     def evaluate(self, test: Any = None) -> Any:
-        """Loss and metrics on samples, each of which counts exactly once: a named
-        tuple, the loss first.
+        """Return loss and metrics on samples, each of which counts exactly once.
+
+        Args:
+          test: data to evaluate on; None: the recipe's.
+
+        Returns:
+          A named tuple, the loss first.
         """
         test = _settled(test, self.recipe.test)
         if test is None:
@@ -303,7 +262,7 @@ class Trainer:
                 remedy="pass (inputs, targets), or set Recipe.test",
             )
         program = self._ready(sample(test))
-        self._check(test, "test data")
+        check_data(program, test, TEST_DATA)
         metrics = evaluate(program, self._state(program), test)
         result: Any = collections.namedtuple(  # type: ignore[misc]
             "Evaluation",
@@ -317,7 +276,7 @@ class Trainer:
         inputs: Any,
         decode: Callable | None = None,
     ) -> Any:
-        """What the model makes of inputs, as NumPy arrays, one row a sample.
+        """Return the model's predictions, as NumPy arrays, one row a sample.
 
         Args:
           inputs: an array, or a dict of arrays as the model's keyword arguments.
@@ -332,7 +291,7 @@ class Trainer:
         """
         data = inputs if isinstance(inputs, Arrays) else Arrays(inputs)
         program = self._ready(None)
-        self._check(data, "inputs")
+        check_data(program, data, INPUTS)
         size = self.recipe.batch_size
         prediction = program.prediction(decode)
         prediction.check(len(data))
@@ -341,33 +300,43 @@ class Trainer:
         rows = []
         hidden = []
         fill = len(data) % size == 0 or prediction.meeting is None
-        for (batch, _), count in one_pass(data, size, program.sharding_of, fill):
-            decoded, look = program.predict_and_look(
-                self._state(program), batch, decode
-            )
+        batches = one_pass(data, size, program.sharding_of, fill)
+        for (batch, _), count in batches:
+            state = self._state(program)
+            decoded, hides = program.predict_and_look(state, batch, decode)
             parts.append(decoded)
             rows.append(count)
-            if look is not None:
-                hidden.append(look)
+            if hides is not None:
+                hidden.append(hides)
         if hidden:
-            looks = [np.asarray(x)[:n] for x, n in zip(hidden, rows, strict=True)]
-            _check_hidden(np.flatnonzero(np.concatenate(looks)), len(data))
+            is_hidden = [
+                np.asarray(batch)[:count]
+                for batch, count in zip(hidden, rows, strict=True)
+            ]
+            check_hidden(np.flatnonzero(np.concatenate(is_hidden)), len(data))
         return prediction.joined(parts, rows)
 
     def save(self, folder: str | Path) -> Path:
-        """Write state, recipe and plan to a folder; an older save there is replaced
-        once this one is whole.
+        """Write state, recipe and plan to a folder.
+
+        An older save there is replaced once this one is whole.
+
+        Returns:
+          The folder.
+
+        Raises:
+          CheckpointError: there is nothing to save, the folder holds something else, or
+            it can't be written.
         """
-        if self.program is None:
+        program = self.program
+        if program is None:
             raise CheckpointError(
                 "there is nothing to save yet",
                 where=folder,
                 remedy="call fit or load first",
             )
         folder = Path(folder)
-        if os.path.exists(folder) and (
-            not (folder / "recipe.json").exists() or (folder / "events.jsonl").exists()
-        ):
+        if os.path.exists(folder) and not is_a_saved_model(folder):
             raise CheckpointError(
                 "the folder exists and holds something else than a saved model",
                 where=folder,
@@ -376,26 +345,19 @@ class Trainer:
         fresh = folder.with_name(folder.name + ".new")
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(fresh, ignore_errors=True)
-        agreement.first(lambda: self._describe(fresh))
-        checkpoints = Checkpoints(
-            fresh / "checkpoints",
-            keep=1,
-            again="save again",
+        agreement.first(lambda: describe(fresh, program, self._source))
+
+        record = replace(
+            self._record,
+            plan=program.plan.to_json(),
+            given=program.given(),
         )
-        checkpoints.save(
-            self.step,
-            self._state(self.program),
-            {
-                "position": self._position,
-                "plan": self.program.plan.to_json(),
-                "rollbacks": self._kept.get("rollbacks"),
-                "given": self.program.given(),
-            },
-        )
+        checkpoints = Checkpoints(fresh / "checkpoints", keep=1, again="save again")
+        checkpoints.save(self.step, self._state(program), record.model_to_json())
         checkpoints.wait()
         checkpoints.prove(self.step)  # before the older save goes
         checkpoints.close()
-        agreement.first(lambda: _replace(folder, fresh, old))
+        agreement.first(lambda: replace_folder(folder, fresh, old))
         return folder
 
     def load(
@@ -403,74 +365,49 @@ class Trainer:
         folder: str | Path,
         step: int | None = None,
     ) -> Trainer:
-        """Go on from a saved model or a run folder: its latest readable step, or the
-        one given.
+        """Go on from a saved model or a run folder.
 
         Parameters and variables have to fit. The recipe may have another optimizer,
         other policies, knobs or rates: they are in effect; state of theirs that fits is
         kept, and the rest begins anew, which is said by name. A schedule is read at the
         count of updates, which goes on.
 
+        Args:
+          folder: of the saved model or the run.
+          step: which one; None: the latest readable one.
+
         Raises:
           CheckpointError: nothing readable is there, or it does not fit the model; each
             leaf that differs is named.
         """
         folder = Path(folder)
-        checkpoints = Checkpoints(folder / "checkpoints")
-        own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
-        steps = checkpoints.steps()
-        if not steps and not (own and self._local):
-            raise _nothing(folder)
-        program = self._ready(
-            None if self.recipe.train is not None else _shapes_in(folder)
-        )
-        reader = self._reader = Reader(
-            program,
-            self._asked,
-            knobs_set_live(folder),
-        )
-        with phase.phase("restore"):
-            local = self._local if own and step is None else None
-            newest = max(steps, default=0)
-            near = (
-                local.newest(
-                    newest,
-                    reader.template(),
-                    self._damaged,
-                )
-                if local
-                else None
-            )
-            if near is not None:
-                step, state, record = near
-                restored = reader.settle(step, state, record)
-            elif not steps:
-                raise _nothing(folder)
-            elif step is None:
-                step, restored = reader.read_latest(checkpoints, self._damaged)
-            else:
-                restored = reader.read(checkpoints, step)
-            checkpoints.close()
+        is_own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
+        local = self._local if is_own and step is None else NoLocalCheckpoints()
+        step, restored = self._restore(folder, local, step)
         phase.reached(step=step, done=step)
+
         record = restored.record
-        if own:
-            slow = record.get("slow", ())
-            record = recalled(folder, step, record)
-            record["slow"] = None if slow is None else record.get("slow")
+        if is_own:
+            record = recovery.recalled(folder, step, record)
+            if restored.resets_rate:
+                record = replace(record, slow=None)
+        else:
+            record = RunRecord(record.position, rollbacks=record.rollbacks)
+        assert self.program is not None
         self.step = step
         self.state = restored.state
-        self._position = record["position"]
-        names = ["rollbacks"] + (["journal", "stopped", "slow"] if own else [])
-        self._kept = {name: record.get(name) for name in names}
-        self._given_now = restored.knobs
-        self._told_end = _told_end(program, restored)
+        self._record = record
+        self._is_same_run = is_own
+        self._bases = restored.bases
+        self._told_end = _told_end(self.program, restored)
         for note in restored.notes:
             self._note(note)
         return self
 
     def resume(self, asked: Iterable[str] = ()) -> Trainer:
-        """Go on with the run in `run_dir`; one that was stopped before its first
-        checkpoint begins anew.
+        """Go on with the run in `run_dir`.
+
+        One that was stopped before its first checkpoint begins anew.
 
         A value that the recipe says now and did not say then is in effect: the learning
         rate, for example. A value that somebody set while the run went on stays as it
@@ -493,32 +430,99 @@ class Trainer:
         self._asked |= set(asked)
         try:
             self.load(self.run_dir)
-            self._resumed = True
-        except CheckpointError as error:
-            if error.what != NOTHING:
-                raise
+            self._is_resumed = True
+        except NoCheckpointError:
             self._notice(
                 "warning",
                 text="the run has no committed checkpoint; it begins at step 0",
             )
         return self
 
-    # ---- behind them ----
+    # ---- getting ready ----
+
+    def _ready_to_train(
+        self,
+        train: Any,
+        test: Any,
+        batch_size: int | None,
+    ) -> Program:
+        """Return the program, for which the data is checked."""
+        if batch_size is not None and batch_size != self.recipe.batch_size:
+            self._change_recipe(batch_size=batch_size)
+        if isinstance(train, grain.IterDataset) and self.recipe.steps_per_call != 1:
+            # Between the batches of a block the position of a data set that can only be
+            # iterated is not known.
+            self._change_recipe(steps_per_call=1)
+        if self.trace is not None and self.trace.samples != _count(train):
+            self._change_recipe()
+
+        program = self._ready(sample(train), _count(train))
+        check_data(program, train, TRAINING_DATA)
+        if test is not None:
+            check_data(program, test, TEST_DATA)
+        elif self.recipe.best is not None:
+            raise RecipeError(
+                f"best={self.recipe.best!r} asks for evaluations, but there is nothing"
+                " to evaluate on",
+                where="Recipe.best",
+                remedy="set Recipe.test, or leave best out",
+            )
+        program.rehearse(None if test is None else epoch_samples(test))
+        return program
+
+    def _change_recipe(self, **changes: Any) -> None:
+        """Change fields of the recipe, after which all is traced and planned anew."""
+        self.recipe = self.recipe.with_(**changes)
+        self.trace = None
+        self.program = None
+
+    def _restore(
+        self,
+        folder: Path,
+        local: LocalCheckpoints,
+        step: int | None,
+    ) -> tuple[int, Restored]:
+        """Read a step, or the newest, from a folder or the local tier of its run."""
+        checkpoints = Checkpoints(folder / "checkpoints")
+        steps = checkpoints.steps()
+        if not steps and isinstance(local, NoLocalCheckpoints):
+            raise _nothing(folder)
+        shapes = None if self.recipe.train is not None else read_shapes(folder)
+        program = self._ready(shapes)
+        reader = Reader(program, self._asked, knobs_set_live(folder))
+        self._reader = reader
+
+        with phase.phase("restore"):
+            newest = max(steps, default=0)
+            near = local.newest(newest, reader.template(), self._damaged)
+            if near is not None:
+                step, state, content = near
+                restored = reader.settle(step, state, content)
+            elif not steps:
+                raise _nothing(folder)
+            elif step is None:
+                step, restored = reader.read_latest(checkpoints, self._damaged)
+            else:
+                restored = reader.read(checkpoints, step)
+            checkpoints.close()
+        return step, restored
 
     def _settle_position(
         self,
         given: Any,
         now: dict[str, Any],
     ) -> None:
-        """Other data, or another order of it, starts at its first sample; but a run to
-        be resumed must find its own.
+        """Begin at the first sample of other data, or of another order of it.
+
+        A run that is resumed must find its own data, in its own order.
         """
-        then = {name: self._position[name] for name in now if name in self._position}
-        if then and then != now and self._resumed:
+        then = self._record.position.order
+        is_other_order = bool(then) and then != now
+        if is_other_order and self._is_resumed:
             what = ", ".join(
-                f"{NAMES[k]} was {then[k]} and is {now[k]}"
-                for k in now
-                if then[k] != now[k]
+                f"{words} was {then[name]} and is {now[name]}"
+                for name, words in ORDER_IN_WORDS.items()
+                if then[name] != now[name]
             )
             raise CheckpointError(
                 f"the run can't go on where it was in the data: {what}",
@@ -528,22 +532,33 @@ class Trainer:
                     " state and fit anew"
                 ),
             )
-        if (then and then != now) or (
-            self._trained_on is not None and not _same(given, self._trained_on)
-        ):
-            self._position = {"samples": 0, "grain": None}
+        is_other_data = self._trained_on is not None and not _same(
+            given, self._trained_on
+        )
+        if is_other_order or is_other_data:
+            self._record = replace(self._record, position=Position())
         self._trained_on = given
-        self._resumed = False
+        self._is_resumed = False
+
+    def _until(
+        self,
+        train: Any,
+        epochs: float | None,
+        steps: int | None,
+    ) -> int:
+        """Return the step at which this fit ends."""
+        if epochs is not None or steps is not None:
+            return self.step + self._steps(train, epochs, steps)
+        if self._record.stopped:
+            return self.step
+        total = self._steps(train, self.recipe.epochs, self.recipe.steps)
+        return max(total, self.step)
 
     def _planned_steps(self, train: Any) -> int | None:
-        """Steps of the whole run as the recipe says; None if it says nothing."""
+        """Return the steps of the whole run; None if the recipe doesn't say."""
         if self.recipe.epochs is None and self.recipe.steps is None:
             return None
-        return self._steps(
-            train,
-            self.recipe.epochs,
-            self.recipe.steps,
-        )
+        return self._steps(train, self.recipe.epochs, self.recipe.steps)
 
     def _compare_budgets(
         self,
@@ -566,6 +581,8 @@ class Trainer:
             " or Recipe.steps; fit(epochs=1) then trains pieces of it"
         )
 
+    # ---- one run ----
+
     def _run(
         self,
         program: Program,
@@ -574,74 +591,31 @@ class Trainer:
         until: int,
         budget: int,
     ) -> History:
-        monitor = self._monitor = Monitor(
-            None if agreement.host() else self.run_dir, self._sinks
+        """Train, and leave everything behind in order, whatever ends the run."""
+        outputs = Outputs(
+            Monitor(None if agreement.host() else self.run_dir, self._sinks)
         )
-        checkpoints = None
+        self._monitor = outputs.monitor
         loop = None
-        live = None
-        samples = None
         status = "failed"
         reason: BaseException | None = None
         try:
             if self.run_dir is not None:
-                folder = self.run_dir
-                live = Live(None if agreement.host() else folder)
-                agreement.first(lambda: self._describe(folder, run=True))
-                samples = (
-                    SampleTrace(folder)
-                    if self._trace_samples and agreement.host() == 0
-                    else None
-                )
-                checkpoints = Checkpoints(
-                    self.run_dir / "checkpoints",
-                    self.recipe.keep,
-                    self.recipe.best,
-                )
-            if agreement.hosts() > 1:
-                agreement.same(
-                    {
-                        "the training data": described(train),
-                        "the test data": described(test),
-                        "the train step": program.fingerprint(),
-                    }
-                )
+                self._open(outputs, self.run_dir, program)
+            _check_hosts_alike(program, train, test)
             self._announce(program, train, until)
-            for note in self._notes:
-                monitor.event("warning", text=note)
-            self._notes = []
-            if self._local is not None:
-                self._local.forget(self.step)
-            for later in checkpoints.set_aside(self.step) if checkpoints else ():
-                monitor.event(
-                    "warning",
-                    text=(
-                        f"the checkpoint of step {later} is later than this run; moved"
-                        " to set_aside/"
-                    ),
-                )
-            if checkpoints is not None:
-                checkpoints.begin()
+            self._clear(outputs)
             loop = Loop(
                 program,
-                self._state(program),
-                self.step,
+                Start(self._state(program), self.step, self._record, self._bases),
                 train,
                 test,
-                self._position,
                 until,
-                monitor,
-                checkpoints,
-                self.run_dir,
-                live,
-                {"journal": 0, **self._kept},
-                samples,
-                self._local,
-                budget=budget,
-                given=self._given_now,
-                reader=self._reader,
+                outputs,
+                budget,
+                self._reader,
             )
-            self._given_now = {}
+            self._bases = {}
             loop.run()
             status = loop.history.status
         except DivergedError as error:
@@ -655,32 +629,95 @@ class Trainer:
             phase.reached(phase="shutdown")
             try:
                 if loop is not None:
-                    self.state = loop.state
-                    self.step = loop.step
-                    self._position = loop.position
-                    self._kept = loop.kept
-                    # the checkpoints that it should go back to can't be read
-                    if self.state is None:
-                        self.step = 0
-                        self._position = {"samples": 0, "grain": None}
-                        self._kept = {}
+                    self._take_over(loop)
                     self._conclude(loop.history, program, status, reason)
             finally:
-                if live is not None:
-                    live.close(status)
-                monitor.close()
-                self._monitor = Monitor(None)
-                # a save on its way may end, and the report is written; should they fail
-                # too, what failed before is told
-                if self.run_dir is not None and (
-                    reason is None or isinstance(reason, Exception)
-                ):
-                    with contextlib.suppress(*[LeptonError] if reason else []):
-                        if checkpoints is not None:
-                            checkpoints.close()
-                        if loop is not None and agreement.host() == 0:
-                            write_report(self.run_dir)
+                self._close(outputs, loop is not None, status, reason)
         return loop.history
+
+    def _open(
+        self,
+        outputs: Outputs,
+        folder: Path,
+        program: Program,
+    ) -> None:
+        """Open what a run with a folder has, one after the other."""
+        if not agreement.host():
+            outputs.mailbox = Mailbox(folder)
+        agreement.first(lambda: self._describe_run(folder, program))
+        if self._trace_samples and agreement.host() == 0:
+            outputs.samples = SampleTrace(folder)
+        outputs.checkpoints = Checkpoints(
+            folder / "checkpoints", self.recipe.keep, self.recipe.best
+        )
+        outputs.local = self._local
+        outputs.folder = folder
+
+    def _describe_run(
+        self,
+        folder: Path,
+        program: Program,
+    ) -> None:
+        if not self._is_same_run:
+            (folder / recovery.FILE).unlink(missing_ok=True)
+        describe(folder, program, self._source)
+
+    def _clear(self, outputs: Outputs) -> None:
+        """Tell what is to be told, and put checkpoints away that are in the way."""
+        for note in self._notes:
+            outputs.monitor.event("warning", text=note)
+        self._notes = []
+        outputs.local.forget(self.step)
+        for later in outputs.checkpoints.set_aside(self.step):
+            outputs.monitor.event(
+                "warning",
+                text=(
+                    f"the checkpoint of step {later} is later than this run; moved"
+                    " to set_aside/"
+                ),
+            )
+        outputs.checkpoints.begin()
+
+    def _take_over(self, loop: Loop) -> None:
+        """Take over where the loop has ended."""
+        self.state = loop.state
+        if self.state is None:
+            # The checkpoints to which the run should have gone back can't be read.
+            self.step = 0
+            self._record = RunRecord()
+            self._is_same_run = False
+            return
+        self.step = loop.step
+        self._record = loop.record
+        self._is_same_run = True
+
+    def _close(
+        self,
+        outputs: Outputs,
+        has_begun: bool,
+        status: str,
+        reason: BaseException | None,
+    ) -> None:
+        """Close what the run had open, and write its report.
+
+        Args:
+          outputs: of the run.
+          has_begun: whether there was a loop.
+          status: how the run ended.
+          reason: what was raised.
+        """
+        outputs.mailbox.close(status)
+        outputs.monitor.close()
+        self._monitor = Monitor(None)
+        if self.run_dir is None or not isinstance(reason, Exception | None):
+            return
+        # A save that is on its way may end, and the report is written. Should they fail
+        # too, a person is told what failed first.
+        suppressed = [LeptonError] if reason else []
+        with contextlib.suppress(*suppressed):
+            outputs.checkpoints.close()
+            if has_begun and agreement.host() == 0:
+                write_report(self.run_dir)
 
     def _announce(
         self,
@@ -688,18 +725,7 @@ class Trainer:
         train: Any,
         until: int,
     ) -> None:
-        table = [
-            {
-                "path": a.path,
-                "kind": a.kind,
-                "shape": list(a.shape),
-                "dtype": a.dtype,
-                "bytes": a.bytes,
-                "spec": ", ".join(map(str, a.spec)) or "replicated",
-            }
-            for a in program.plan.arrays
-            if a.kind == "params"
-        ]
+        params = by_path(program.trace.state.params)
         self._monitor.event(
             "start",
             name=self.recipe.name,
@@ -710,9 +736,7 @@ class Trainer:
             platform=self.topology.platform,
             device_kind=self._devices[0].device_kind,
             devices=len(self._devices),
-            parameters=sum(
-                x.size for x in by_path(program.trace.state.params).values()
-            ),
+            parameters=sum(leaf.size for leaf in params.values()),
             steps=until,
             step=self.step,
             batch_size=self.recipe.batch_size,
@@ -720,7 +744,7 @@ class Trainer:
             metrics=list(self.recipe.metrics),
             best=self.recipe.best,
             plan=str(program.plan),
-            table=table,
+            table=_table(program.plan),
             recipe=self._source.get("file"),
             settings=self._source.get("settings", {}),
             folder=None if self.run_dir is None else str(self.run_dir),
@@ -736,12 +760,9 @@ class Trainer:
         history.status = status
         history.folder = self.run_dir
         history.compilations = sum(c.program == "train" for c in program.compilations)
-        why = {"reason": history.reason} if history.reason else {}
-        why = (
-            why
-            if reason is None
-            else {"reason": getattr(reason, "what", None) or repr(reason)}
-        )
+        why = history.reason
+        if reason is not None:
+            why = getattr(reason, "what", None) or repr(reason)
         rate = history.samples / history.seconds if history.seconds else None
         self._monitor.event(
             "end",
@@ -752,8 +773,10 @@ class Trainer:
             samples_per_second=rate,
             compilations=history.compilations,
             metrics=history.evaluations[-1][1] if history.evaluations else {},
-            **why,
+            **({"reason": why} if why else {}),
         )
+
+    # ---- trace, plan, program, state ----
 
     def _tracing(
         self,
@@ -771,11 +794,9 @@ class Trainer:
                         " first"
                     ),
                 )
-            self.trace = trace(
-                self.recipe,
-                *(shapes or sample(train)),
-                samples=samples or _count(train),
-            )
+            inputs, targets = shapes or sample(train)
+            samples = samples or _count(train)
+            self.trace = trace(self.recipe, inputs, targets, samples=samples)
         return self.trace
 
     def _ready(
@@ -783,39 +804,37 @@ class Trainer:
         shapes: tuple[Any, Any] | None,
         samples: int | None = None,
     ) -> Program:
+        """Return the program; it is traced and planned if there is none yet.
+
+        Args:
+          shapes: inputs and targets of a batch; None: as of the recipe's data.
+          samples: in an epoch; None: not known.
+        """
         if self.program is None:
             with phase.phase("plan"):
                 traced = self._tracing(shapes, samples)
                 chosen = self._planned(traced)
-            devices = (
-                ahead.mesh_devices(
-                    self.topology,
-                    chosen.mesh,
-                    self._devices,
-                )
-                if self._given is None
-                else self._devices
-            )
-            self.program = Program(
-                traced,
-                chosen,
-                devices,
-                self._compiled,
-            )
+            devices: Any = self._devices
+            if self._given_plan is None:
+                devices = ahead.mesh_devices(self.topology, chosen.mesh, self._devices)
+            self.program = Program(traced, chosen, devices, self._compiled)
         return self.program
 
     def _planned(self, traced: Trace) -> Plan:
-        """Host 0's plan: it is the one that is run everywhere, if it is one for what
-        the other hosts have traced.
+        """Return host 0's plan, which is run everywhere.
+
+        The other hosts check it against what they have traced.
         """
-        if self._given is not None:
-            self._given.check(traced)
+        if self._given_plan is not None:
+            self._given_plan.check(traced)
         if agreement.hosts() == 1:
-            return self._given or plan(traced, self.topology)
-        text = agreement.first(
-            lambda: (self._given or plan(traced, self.topology)).to_json()
-        )
-        chosen = Plan.from_json(text)
+            return self._given_plan or plan(traced, self.topology)
+
+        def say() -> str:
+            chosen = self._given_plan or plan(traced, self.topology)
+            return chosen.to_json()
+
+        chosen = Plan.from_json(agreement.first(say))
         if agreement.host():
             chosen.check(traced)
         return chosen
@@ -831,17 +850,17 @@ class Trainer:
         epochs: float | None,
         steps: int | None,
     ) -> int:
+        """Return the number of steps that a budget makes."""
         self.recipe.with_(epochs=epochs, steps=steps)  # checks them
         if steps is not None:
             return steps
         samples = epoch_samples(train)
         if epochs is None or samples is None:
+            fault = "the data's length is not known"
+            if epochs is None:
+                fault = "no budget is given"
             raise RecipeError(
-                (
-                    "no budget is given"
-                    if epochs is None
-                    else "the data's length is not known"
-                ),
+                fault,
                 where="Recipe.steps",
                 remedy="set steps=..." + (" or epochs=..." if samples else ""),
             )
@@ -849,97 +868,7 @@ class Trainer:
         self.recipe.with_(steps=steps)
         return steps
 
-    def _check(
-        self,
-        data: Any,
-        what: str,
-    ) -> None:
-        """That a data set has the shapes and dtypes that the program is traced for, and
-        labels within its classes.
-        """
-        assert self.trace is not None
-        if what == "test data" and epoch_samples(data) is None:
-            raise DataError(
-                "a data set that is read in order has no end to evaluate up to",
-                where=what,
-                remedy="give arrays or a grain.MapDataset",
-            )
-        inputs, targets = sample(data)
-        pairs = [("inputs", self.trace.inputs, inputs)]
-        pairs += [] if what == "inputs" else [("targets", self.trace.targets, targets)]
-        for name, expected, found in pairs:
-            one = lambda x: (
-                f"{jax.dtypes.canonicalize_dtype(x.dtype)}{list(x.shape[1:])}"
-            )
-            expected, found = (
-                {path: one(leaf) for path, leaf in by_path(x).items()}
-                for x in (expected, found)
-            )
-            if expected != found:
-                a, b = (
-                    ", ".join(f"{path} {kind}".strip() for path, kind in x.items())
-                    or "absent"
-                    for x in (expected, found)
-                )
-                raise DataError(
-                    f"{name} of a sample: {b}; the model was traced for {a}",
-                    where=what,
-                    remedy=(
-                        "give data of the shapes and dtypes that the model is"
-                        " trained on"
-                    ),
-                )
-        assert self.program is not None
-        if isinstance(data, Arrays):
-            targets = None if what == "inputs" else data.targets
-            check_limits(
-                self.program.limits,
-                (data.inputs, targets),
-                what,
-                str,
-            )
-        if what == "test data":
-            self.program.evaluation.check(epoch_samples(data) or 0)
-
-    def _describe(
-        self,
-        folder: Path,
-        run: bool = False,
-    ) -> None:
-        """recipe.json and plan.json."""
-        assert self.program is not None
-        if run and "journal" not in self._kept:  # not of this run: it begins anew
-            (folder / "rollback.json").unlink(missing_ok=True)
-        plain = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
-        plain = {
-            k: v for k, v in plain.items() if isinstance(v, int | float | str | None)
-        }
-        shapes = jax.tree.map(
-            lambda x: {"shape": list(x.shape), "dtype": str(x.dtype)},
-            {
-                "inputs": self.program.trace.inputs,
-                "targets": self.program.trace.targets,
-            },
-        )
-        text = json.dumps(
-            {
-                **self._source,
-                "model": self.program.trace.functional.name,
-                "fields": plain,
-                "batch": shapes,
-            },
-            indent=1,
-        )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "recipe.json").write_text(text)
-            (folder / "plan.json").write_text(self.program.plan.to_json())
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-            raise CheckpointError(
-                f"the run folder can't be written: {error}",
-                where=folder,
-                remedy=f"{writing_remedy(error)}, or name another folder",
-            ) from error
+    # ---- events ----
 
     def _compiled(self, compilation: Compilation) -> None:
         self._monitor.event("compile", **asdict(compilation))
@@ -953,91 +882,151 @@ class Trainer:
 
     def _note(self, text: str) -> None:
         """Tell a person something about the run to come; the run's events repeat it."""
-        if self._sinks or agreement.host():
-            # sinks hear it with the events of the fit
-            self._notes.append(text)
-            return
         self._notes.append(text)
-        warnings.warn(text, stacklevel=users_frame())
+        # Sinks hear it with the events of the fit.
+        if not self._sinks and not agreement.host():
+            warnings.warn(text, stacklevel=users_frame())
 
     def _notice(
         self,
         kind: str,
-        **what: Any,
+        **fields: Any,
     ) -> None:
-        """An event outside of a fit."""
-        folder = (
-            self.run_dir
-            if self.run_dir and self.run_dir.is_dir() and agreement.host() == 0
-            else None
-        )
-        file = Monitor(folder)
-        file.event(kind, **what)
+        """Record an event outside of a fit."""
+        has_folder = self.run_dir is not None and self.run_dir.is_dir()
+        file = Monitor(self.run_dir if has_folder and agreement.host() == 0 else None)
+        file.event(kind, **fields)
         file.close()
         for sink in self._sinks:
-            sink.event({"kind": kind, **what})
+            sink.event({"kind": kind, **fields})
+
+
+# ---- internals ----
+
+
+def _made(
+    recipe: Recipe | Callable[[], Recipe] | None,
+    changes: dict[str, Any],
+) -> Recipe:
+    """Return the recipe that a person has given, with the changes next to it.
+
+    Raises:
+      RecipeError: it is none, or lacks a field.
+    """
+    if callable(recipe):
+        with pointing_at_user(
+            "making the recipe",
+            "give a Recipe or a function that returns one and needs no "
+            "arguments; a model goes to model=...",
+            where="Trainer(recipe)",
+            kind=RecipeError,
+        ):
+            recipe = recipe()
+    if recipe is None:
+        return _of_fields(changes)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"a {type(recipe).__name__} is given where a Recipe is expected",
+            where="Trainer",
+            remedy=(
+                "give a Recipe, a function that returns one, or a Recipe's fields"
+                " by name"
+            ),
+        )
+    return recipe.with_(**changes)
+
+
+def _of_fields(given: dict[str, Any]) -> Recipe:
+    needed = [
+        field.name
+        for field in fields(Recipe)
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        examples = ", ".join(f"{name}=..." for name in needed)
+        raise RecipeError(
+            f"{' and '.join(missing)} not given",
+            where="Trainer",
+            remedy=f"pass a Recipe, or at least {examples}",
+        )
+    recipe = Recipe(**{name: given[name] for name in needed})
+    # An unknown name is an error that suggests the nearest.
+    return recipe.with_(**given)
+
+
+def _loaded(given: Plan | str | Path | None) -> Plan | None:
+    return given if given is None or isinstance(given, Plan) else Plan.load(given)
+
+
+def _check_hosts_alike(
+    program: Program,
+    train: Any,
+    test: Any,
+) -> None:
+    """Check that all hosts have the same data and the same train step."""
+    if agreement.hosts() > 1:
+        agreement.same(
+            {
+                "the training data": described(train),
+                "the test data": described(test),
+                "the train step": program.fingerprint(),
+            }
+        )
+
+
+def _table(plan: Plan) -> list[dict[str, Any]]:
+    """Return how the parameters lie on the devices, a row for each."""
+    return [
+        {
+            "path": array.path,
+            "kind": array.kind,
+            "shape": list(array.shape),
+            "dtype": array.dtype,
+            "bytes": array.bytes,
+            "spec": ", ".join(map(str, array.spec)) or "replicated",
+        }
+        for array in plan.arrays
+        if array.kind == "params"
+    ]
 
 
 def _towards_the_end(program: Program) -> list[str]:
-    """Names of the policies that do something towards the end of a run."""
-    return [p.name for p in program.controller.policies if "progress" in p.watches]
+    """Return the names of the policies that act towards the end of a run."""
+    policies = program.controller.policies
+    return [policy.name for policy in policies if "progress" in policy.watches]
 
 
-def _told_end(program: Program, restored: Restored) -> int | None:
-    """The end that these policies knew when the state was saved; None if they begin
-    anew.
+def _told_end(
+    program: Program,
+    restored: Restored,
+) -> int | None:
+    """Return the end that these policies knew when the state was saved.
+
+    It is None if they begin anew.
     """
-    given = restored.record.get("given")
-    known = None if given is None else given["policies"]
     names = _towards_the_end(program)
-    if not names or (known is not None and not set(names) <= set(known)):
+    given = restored.record.given
+    begins_anew = given is not None and not set(names) <= set(given["policies"])
+    if not names or begins_anew:
         return None
     return int(np.asarray(restored.state.controller.fed["steps"])) or None
 
 
-def _check_hidden(rows: np.ndarray, total: int) -> None:
-    """Check that no prediction was made of outputs that are not numbers."""
-    if not len(rows):
-        return
-    shown = ", ".join(map(str, rows[:ROWS_SHOWN])) + (
-        ", ..." if len(rows) > ROWS_SHOWN else ""
+def _nothing(folder: Path) -> NoCheckpointError:
+    return NoCheckpointError(
+        "there is no committed checkpoint",
+        where=folder,
+        remedy="name the folder of a run or of a saved model",
     )
-    raise DataError(
-        f"the model's outputs hold NaN for {len(rows)} of {total} inputs, and what "
-        "predict returns would not show it",
-        where=f"inputs, rows {shown}",
-        remedy=(
-            "look at those inputs, and at the model's parameters; to get the outputs "
-            "as they are, call predict(inputs, decode=lambda outputs: outputs)"
-        ),
-    )
-
-
-def _nothing(folder: Path) -> CheckpointError:
-    return CheckpointError(
-        NOTHING, where=folder, remedy="name the folder of a run or of a saved model"
-    )
-
-
-def _replace(
-    folder: Path,
-    fresh: Path,
-    old: Path,
-) -> None:
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _settled(data: Any, otherwise: Any) -> Any:
+    """Return data in one of the forms that can be read; None: there is none."""
     data = otherwise if data is None else data
-    return (
-        data
-        if data is None
-        or isinstance(data, grain.MapDataset | grain.IterDataset | Dataset)
-        else from_any(data)
-    )
+    if data is None or isinstance(data, grain.MapDataset | grain.IterDataset | Dataset):
+        return data
+    return from_any(data)
 
 
 def _count(data: Any) -> int | None:
@@ -1045,29 +1034,12 @@ def _count(data: Any) -> int | None:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Whether two arguments hold the very same data; a pair of arrays is written anew
-    at each call.
+    """Whether two arguments hold the very same data.
+
+    A pair of arrays is written anew at each call, so it is the arrays that count.
     """
-    if isinstance(left, tuple | list) and isinstance(right, tuple | list):
-        return len(left) == len(right) and all(
-            a is b for a, b in zip(left, right, strict=True)
-        )
-    return left is right
-
-
-def _shapes_in(folder: Path) -> tuple[Any, Any]:
-    is_leaf = lambda x: set(x) == {"shape", "dtype"}
-    try:
-        batch = json.loads((folder / "recipe.json").read_text())["batch"]
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x["shape"], x["dtype"]),
-            batch,
-            is_leaf=is_leaf,
-        )
-        return shapes["inputs"], shapes["targets"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"recipe.json can't be read: {error}",
-            where=folder,
-            remedy="name the folder of a run or of a saved model",
-        ) from error
+    if not isinstance(left, tuple | list) or not isinstance(right, tuple | list):
+        return left is right
+    if len(left) != len(right):
+        return False
+    return all(a is b for a, b in zip(left, right, strict=True))

@@ -19,6 +19,7 @@ from lepton_jax.errors import (
     DivergedError,
     LeptonError,
     ModelError,
+    NoCheckpointError,
     PlanError,
     RecipeError,
 )
@@ -1699,7 +1700,7 @@ FOLDERS = [
     Bad(
         "load-nothing",
         lambda folder: trainer().load(folder / "saved"),
-        CheckpointError,
+        NoCheckpointError,
         place="saved",
         remedy="folder of a run",
         what="no committed checkpoint",
@@ -1707,7 +1708,7 @@ FOLDERS = [
     Bad(
         "load-a-file",
         lambda folder: trainer().load(write(folder / "a", "")),
-        CheckpointError,
+        NoCheckpointError,
         place="a",
         remedy="folder of a run",
     ),

@@ -57,11 +57,10 @@ def template_of(state, sharding=None):
 
 
 def same(left, right):
-    data = lambda x: (
-        jax.random.key_data(x)
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        else x
-    )
+    def data(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(data(a), data(b)),
         left,
@@ -168,7 +167,9 @@ def test_the_latest_readable_step_is_used_and_the_damaged_one_reported(
     step, state, _ = Checkpoints(tmp_path).restore_latest(
         template_of(states[1]), lambda *what: reported.append(what)
     )
-    assert step == 1 and [s for s, _ in reported] == [2] and reported[0][1]
+    assert step == 1
+    assert [s for s, _ in reported] == [2]
+    assert reported[0][1]
     same(state, states[1])
     with pytest.raises(Damaged, match="step 2"):
         Checkpoints(tmp_path).restore(2, template_of(states[1]))
@@ -195,11 +196,9 @@ def test_any_flipped_bit_changes_the_checksum(byte, bit):
     ),
 )
 def test_quoted_paths_come_back_and_never_collide(left, right):
-    assert (
-        _unquoted(_quoted(left)) == left
-        and "/" not in _quoted(left)
-        and "." not in _quoted(left)
-    )
+    assert _unquoted(_quoted(left)) == left
+    assert "/" not in _quoted(left)
+    assert "." not in _quoted(left)
     assert (_quoted(left) == _quoted(right)) == (left == right)
 
 
@@ -218,17 +217,19 @@ def test_an_uncommitted_folder_is_not_the_latest(tmp_path):
 
 
 def test_a_damaged_run_resumes_from_the_step_before_and_says_so(blobs, tmp_path):
-    make = lambda: lepton.Trainer(
-        model=lambda rngs: lepton.models.MLP((12, 8, 3), rngs=rngs),
-        train=blobs,
-        loss=lepton.losses.cross_entropy,
-        optimizer=optax.adam(1e-2),
-        batch_size=30,
-        steps=20,
-        save_every=10,
-        devices=1,
-        run_dir=tmp_path / "run",
-    )
+    def make():
+        return lepton.Trainer(
+            model=lambda rngs: lepton.models.MLP((12, 8, 3), rngs=rngs),
+            train=blobs,
+            loss=lepton.losses.cross_entropy,
+            optimizer=optax.adam(1e-2),
+            batch_size=30,
+            steps=20,
+            save_every=10,
+            devices=1,
+            run_dir=tmp_path / "run",
+        )
+
     expected = make().fit()["loss"]
     for path in (tmp_path / "run" / "checkpoints" / "20").rglob("*"):
         if path.is_file():
@@ -390,7 +391,8 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(
         )
         with pytest.raises(CheckpointError) as caught:
             trainer.fit()
-        assert trainer.step == 0 and not [
+        assert trainer.step == 0
+        assert not [
             e for e in read_events(folder / "events.jsonl") if e["kind"] == "steps"
         ]
         return caught.value
@@ -404,7 +406,8 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(
     (tmp_path / "tmp#").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp#"))
     error = run(tmp_path / "two?")
-    assert "TMPDIR" in error.remedy and error.where.endswith("two?/checkpoints")
+    assert "TMPDIR" in error.remedy
+    assert error.where.endswith("two?/checkpoints")
     assert not list((tmp_path / "tmp#").iterdir())
 
 
@@ -538,10 +541,8 @@ def test_a_record_that_is_no_plain_data_is_named_and_not_the_disk(tmp_path):
             state_of(),
             {"folder": Path("x")},
         )
-    assert (
-        "disk" not in caught.value.remedy
-        and "no step is committed yet" in caught.value.what
-    )
+    assert "disk" not in caught.value.remedy
+    assert "no step is committed yet" in caught.value.what
 
 
 def test_a_path_that_is_too_long_is_to_be_shortened(tmp_path):
@@ -572,10 +573,8 @@ def test_a_disk_that_is_mounted_read_only_is_said_so(tmp_path):
             Checkpoints(disk / "c").save(1, state_of(), {})
     finally:
         subprocess.run(["umount", disk], check=True)
-    assert (
-        "mounted read-only" in caught.value.remedy
-        and "space" not in caught.value.remedy
-    )
+    assert "mounted read-only" in caught.value.remedy
+    assert "space" not in caught.value.remedy
     assert str(caught.value).count("can't be written") == 1
 
 

@@ -108,11 +108,11 @@ def test_a_fully_masked_row_of_attention_is_named_with_its_operation():
         model=Attention,
         train=({"x": X, "mask": mask}, Y),
     )
-    assert (
-        error.where.startswith("step 2") and "the loss of step 2 is nan" in error.what
-    )
+    assert error.where.startswith("step 2")
+    assert "the loss of step 2 is nan" in error.what
     assert "nan first comes out of 'sub' at" in error.what
-    assert "test_diagnosis.py" in error.what and "Attention.__call__" in error.what
+    assert "test_diagnosis.py" in error.what
+    assert "Attention.__call__" in error.what
     assert "samples 0:19, 0:26" in error.what
     assert "mask without a single True" in error.remedy
     assert "learning rate" not in error.remedy
@@ -123,8 +123,10 @@ def test_a_division_by_zero_is_named():
     inputs[40, 0] = 0
     error = diverged(model=Dividing, train=(inputs, Y))
     assert "the loss of step 3 is nan" in error.what
-    assert "'div' at" in error.what and "Dividing.__call__" in error.what
-    assert "samples 0:40" in error.what and "learning rate" not in error.remedy
+    assert "'div' at" in error.what
+    assert "Dividing.__call__" in error.what
+    assert "samples 0:40" in error.what
+    assert "learning rate" not in error.remedy
 
 
 def test_a_gradient_that_is_not_finite_is_found_in_the_backward_pass(tmp_path):
@@ -137,7 +139,8 @@ def test_a_gradient_that_is_not_finite_is_found_in_the_backward_pass(tmp_path):
         save_every=1,
     )
     assert "the update of step 1 made parameters that are not finite" in error.what
-    assert "Rooted.__call__" in error.what and "samples 0:5" in error.what
+    assert "Rooted.__call__" in error.what
+    assert "samples 0:5" in error.what
 
 
 def test_data_that_is_not_finite_is_told_as_such():
@@ -145,7 +148,8 @@ def test_data_that_is_not_finite_is_told_as_such():
     inputs[33, 2] = np.inf
     error = diverged(train=(inputs, Y))
     assert "inputs of the batch are not finite themselves" in error.what
-    assert "samples 0:33" in error.what and "fix or leave out" in error.remedy
+    assert "samples 0:33" in error.what
+    assert "fix or leave out" in error.remedy
 
 
 def test_features_beyond_float16_are_not_a_finished_run():
@@ -156,7 +160,8 @@ def test_features_beyond_float16_are_not_a_finished_run():
         precision="float16",
         steps=5,
     )
-    assert error.where.startswith("step 3") and "65504" in error.remedy
+    assert error.where.startswith("step 3")
+    assert "65504" in error.remedy
     assert "inf first comes out of 'convert_element_type'" in error.what
 
 
@@ -168,7 +173,8 @@ def test_a_short_float16_run_does_not_end_in_the_middle_of_it():
         precision="float16",
         steps=2,
     )
-    assert "the last 2 losses are not finite" in error.what and "65504" in error.remedy
+    assert "the last 2 losses are not finite" in error.what
+    assert "65504" in error.remedy
 
 
 def test_one_odd_batch_is_skipped_in_float16():
@@ -192,7 +198,8 @@ def test_a_rate_that_is_too_high_is_blamed_still(tmp_path):
         save_every=1,
     )
     assert "with the parameters of the seed, so the parameters have grown" in error.what
-    assert "with those of step" in error.what and "first comes out of" in error.what
+    assert "with those of step" in error.what
+    assert "first comes out of" in error.what
     assert error.remedy.startswith("lower the learning rate, or set clip_norm")
 
 
@@ -204,7 +211,8 @@ def test_the_parameters_are_blamed_where_the_batch_is_sound():
 
 def test_a_loop_is_looked_into():
     error = diverged(model=Looping)
-    assert "'log' at" in error.what and "Looping.__call__" in error.what
+    assert "'log' at" in error.what
+    assert "Looping.__call__" in error.what
 
 
 # ---- a batch without weight ----
@@ -235,7 +243,8 @@ def test_a_batch_without_weight_is_no_step(optimizer, clip, tmp_path):
         save_every=1,
     )
     history = whole.fit()
-    assert history.status == "finished" and whole.step == 3
+    assert history.status == "finished"
+    assert whole.step == 3
     assert history["weight"].tolist() == [16, 0, 16]
     assert np.isfinite(history["loss"]).tolist() == [True, False, True]
 
@@ -257,7 +266,8 @@ def test_a_batch_without_weight_is_no_step(optimizer, clip, tmp_path):
     ):
         np.testing.assert_array_equal(a, b)
     (event,) = [e for e in read_events(tmp_path / "run") if e["kind"] == "skipped"]
-    assert event["step"] == 2 and "weights of the batch are 0" in event["reason"]
+    assert event["step"] == 2
+    assert "weights of the batch are 0" in event["reason"]
 
 
 def test_a_batch_without_weight_is_no_step_under_policies_and_micro_batches():

@@ -355,17 +355,18 @@ def test_low_precision_follows_float32_with_float32_masters(
         .lower(low.state, blobs[0][:4])
         .as_text()
     )
-    assert (
-        "dot_general" in text
-        and {"bfloat16": "bf16", "float16": "f16"}[precision] in text
-    )
+    assert "dot_general" in text
+    assert {"bfloat16": "bf16", "float16": "f16"}[precision] in text
 
 
 def test_float16_skips_overflowing_steps_and_halves_the_scale(blobs):
     inputs, targets = blobs
-    steep = lambda o, t: (
-        1e4 * optax.softmax_cross_entropy_with_integer_labels(o.astype(jnp.float16), t)
-    )
+
+    def steep(outputs, labels):
+        logits = outputs.astype(jnp.float16)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return 1e4 * losses
+
     run = lepton.Trainer(
         model=NnxNet,
         loss=steep,

@@ -16,6 +16,8 @@ from flax import nnx
 import lepton_jax as lepton
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.monitor import read_events
+from lepton_jax.train.cadence import Cadence
+from lepton_jax.train.run_record import RunRecord
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -200,11 +202,9 @@ def test_a_second_compilation_says_what_changed(blobs):
     program.train(trainer.state, block, 0, 1)
     last = program.compilations[-1]
     assert (last.program, last.count) == ("train", 2)
-    assert (
-        "25, 12" in last.changed
-        and "16, 12" in last.changed
-        and "int32" in last.changed
-    )
+    assert "25, 12" in last.changed
+    assert "16, 12" in last.changed
+    assert "int32" in last.changed
 
 
 @pytest.mark.parametrize("samples", [1, 24, 25, 26, 77])
@@ -225,7 +225,11 @@ def test_evaluation_counts_each_sample_once(samples, blobs):
 
 def test_a_mean_loss_is_evaluated_like_the_losses_it_is_the_mean_of(blobs):
     inputs, targets = (x[:31] for x in blobs)
-    mean = lambda o, t: optax.softmax_cross_entropy_with_integer_labels(o, t).mean()
+
+    def mean(outputs, labels):
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        return losses.mean()
+
     trainer = lepton.Trainer(
         model=net,
         loss=mean,
@@ -349,7 +353,8 @@ def test_other_batch_sizes_keep_the_state(blobs):
     before = trainer.evaluate(blobs)
     trainer.fit(steps=1, batch_size=50)
     after = trainer.evaluate(blobs)
-    assert trainer.step == 41 and abs(after.loss - before.loss) < 0.1
+    assert trainer.step == 41
+    assert abs(after.loss - before.loss) < 0.1
     assert after.loss != before.loss
 
 
@@ -373,11 +378,10 @@ def test_history_and_evaluation_show_themselves(blobs):
     assert [line.split()[0] for line in lines[1:3]] == [
         "5",
         "10",
-    ] and "finished: 10 steps" in lines[3]
-    assert (
-        "<table>" in history._repr_html_()
-        and history.metrics["loss"] == history.evaluations[-1][1]["loss"]
-    )
+    ]
+    assert "finished: 10 steps" in lines[3]
+    assert "<table>" in history._repr_html_()
+    assert history.metrics["loss"] == history.evaluations[-1][1]["loss"]
 
 
 def test_rnn_carries_and_sown_values_leave_the_state_as_it_is(blobs):
@@ -403,9 +407,8 @@ def test_rnn_carries_and_sown_values_leave_the_state_as_it_is(blobs):
         devices=1,
     )
     trainer.fit(blobs, steps=7)
-    assert int(trainer.state.variables["count"]) == 7 and list(
-        trainer.state.variables
-    ) == ["count"]
+    assert int(trainer.state.variables["count"]) == 7
+    assert list(trainer.state.variables) == ["count"]
 
 
 def test_the_run_folder_holds_what_the_design_says(blobs, tmp_path):
@@ -457,7 +460,7 @@ def test_a_resumed_run_must_find_its_own_data(blobs, tmp_path):
         (blobs[0][:500], blobs[1][:500]),
         steps=2,
     )
-    assert history.steps == 2 and loaded._position["samples"] == 50, (
+    assert history.steps == 2 and loaded._record.position.samples == 50, (
         "other data begins at its first sample"
     )
 
@@ -490,9 +493,8 @@ def test_a_run_that_diverges_leaves_a_report_and_its_last_good_step(blobs, tmp_p
         trainer.fit(steps=40)
     assert "step 10 is the last committed checkpoint" in caught.value.remedy
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [5, 10]
-    assert (
-        sink.of("end")[0]["status"] == "diverged" and sink.of("end")[0]["seconds"] > 0
-    )
+    assert sink.of("end")[0]["status"] == "diverged"
+    assert sink.of("end")[0]["seconds"] > 0
     assert "diverged" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -566,4 +568,47 @@ def test_what_fails_outside_of_training_fails_before_the_first_step(
     trainer = lepton.Trainer(**fields | changes)
     with pytest.raises(lepton.ModelError, match=r"test_loop\.py"):
         trainer.fit()
-    assert trainer.step == 0 and not (tmp_path / "run" / "checkpoints").exists()
+    assert trainer.step == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_cadence_by_steps_and_by_epochs():
+    fields = {
+        "model": net,
+        "loss": lepton.losses.cross_entropy,
+        "optimizer": optax.sgd(0.1),
+        "batch_size": 25,
+    }
+    by_steps = lepton.Recipe(**fields, evaluate_every=4, save_every=6)
+    cadence = Cadence(by_steps, epoch=60, until=10)
+    steps = range(1, 11)
+    stops = [0]
+    while stops[-1] < 10:
+        stops.append(cadence.next_stop(stops[-1], 25 * stops[-1]))
+
+    assert [step for step in steps if cadence.evaluates(step, 25 * step)] == [4, 8]
+    assert [step for step in steps if cadence.saves(step, 25 * step)] == [6]
+    assert stops == [0, 4, 6, 8, 10]
+
+    by_epochs = Cadence(lepton.Recipe(**fields), epoch=60, until=10)
+    ends = [step for step in steps if by_epochs.evaluates(step, 25 * step)]
+    assert ends == [3, 5, 8, 10], "after the first step at or past an epoch's end"
+
+
+def test_a_record_is_read_as_it_was_written_and_older_ones_lack_some():
+    position = {"samples": 50, "grain": None, "seed": 0, "of": 600}
+    content = {
+        "position": position,
+        "plan": "{}",
+        "journal": 3,
+        "rollbacks": {"count": 0, "used": [], "tried": []},
+        "stopped": None,
+        "given": {"values": {}, "policies": [], "schedule": None},
+    }
+    assert json.dumps(RunRecord.from_json(content).to_json()) == json.dumps(content)
+
+    older = RunRecord.from_json({"position": {"samples": 50, "grain": None}})
+    assert older.position.samples == 50
+    assert older.position.order == {}
+    assert older.journal is None
+    assert older.given is None

@@ -123,7 +123,8 @@ def test_killed_and_resumed_is_bitwise_the_same(moment, undisturbed, launch, tmp
             "--json",
         )
     )
-    assert summary["steps"] == STEPS and summary["compilations"] == 1
+    assert summary["steps"] == STEPS
+    assert summary["compilations"] == 1
     resumed = [
         e["step"] for e in read_events(folder / "events.jsonl") if e["kind"] == "start"
     ][1]

@@ -85,7 +85,8 @@ def test_the_run_folder_says_what_was_changed(blobs, tmp_path):
     given = [line for line in lines if line["kind"] == "recipe"]
     assert given == [{"kind": "recipe", "step": 4, "settings": {"learning_rate": 0.5}}]
     (decision,) = [line for line in lines if line.get("knob") == "learning_rate"]
-    assert decision["policy"] == "recipe" and decision["step"] == 5
+    assert decision["policy"] == "recipe"
+    assert decision["step"] == 5
     assert (decision["from"], decision["to"]) == (np.float32(0.1), 0.5)
     texts = [e["text"] for e in read_events(tmp_path / "run") if e["kind"] == "warning"]
     assert "learning_rate is 0.5, as the recipe says; the checkpoint had 0.1" in texts
@@ -103,9 +104,11 @@ def test_another_schedule_is_journaled_too(blobs, tmp_path):
     resumed.fit()
     lines = controllers.read_journal(tmp_path / "run")
     (given,) = [line for line in lines if line["kind"] == "recipe"]
-    assert given["step"] == 4 and np.isnan(given["settings"]["learning_rate"])
+    assert given["step"] == 4
+    assert np.isnan(given["settings"]["learning_rate"])
     moved = [line for line in lines if line.get("knob") == "learning_rate"]
-    assert moved and {line["policy"] for line in moved} == {"schedule"}
+    assert moved
+    assert {line["policy"] for line in moved} == {"schedule"}
 
 
 def test_an_unchanged_recipe_changes_nothing_and_says_nothing(blobs, tmp_path, recwarn):
@@ -219,7 +222,10 @@ def test_another_clip_norm_is_in_effect(blobs, tmp_path, then, now):
 def test_a_clip_norm_that_an_older_checkpoint_does_not_tell(blobs, tmp_path):
     first = trainer(blobs, clip_norm=5.0)
     first.fit()
-    forgotten = {"position": first._position, "plan": first.program.plan.to_json()}
+    forgotten = {
+        "position": first._record.position.to_json(),
+        "plan": first.program.plan.to_json(),
+    }
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     checkpoints.save(4, first.state, forgotten)
     checkpoints.close()
@@ -292,7 +298,7 @@ def test_another_optimizer_begins_anew_and_says_so(blobs, tmp_path):
 
 def fine_batches(trainer):
     data = trainer.recipe.train
-    start = trainer._position["samples"]
+    start = trainer._record.position.samples
     order = ArrayStream(
         data,
         trainer.recipe.seed,
@@ -363,7 +369,8 @@ def test_policies_are_known_by_name_and_not_by_place(blobs, tmp_path):
     with pytest.warns(UserWarning, match="policy clip_by_history"):
         fine = watched(controllers.clip_by_history(), controllers.plateau()).load(saved)
     kept = leaves(fine.state.controller.policies[1])
-    assert kept and equal(kept, leaves(first.state.controller.policies[0]))
+    assert kept
+    assert equal(kept, leaves(first.state.controller.policies[0]))
 
 
 def test_a_changed_model_is_an_error_still(blobs, tmp_path):

@@ -21,7 +21,7 @@ Example: AdamW's state is saved, and SGD with momentum is asked for:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +35,16 @@ BY_NAME = ("base", "knobs", "fed")
 # Fields of ControllerState that are copies of the parameters, or () without them.
 COPIES = ("accumulated", "average", "anchor")
 REPLACEABLE = ("optimizer/", "controller/")
-# Counts of updates at which two schedules are compared: three a decade, up to a
-# million.
+# Counts of updates at which two schedules are compared: three a decade, up to a million
+# (assumption: no two schedules that people use agree on all of these).
 SCHEDULE_COUNTS = (
-    0,
-    *(m * 10**e for e in range(6) for m in (1, 2, 5)),
-    10**6,
+    *(0, 1, 2, 5),
+    *(10, 20, 50),
+    *(100, 200, 500),
+    *(1_000, 2_000, 5_000),
+    *(10_000, 20_000, 50_000),
+    *(100_000, 200_000, 500_000),
+    1_000_000,
 )
 
 Fits = Callable[[str, str], bool]
@@ -88,25 +92,19 @@ def adopt(
 
     Returns:
       The sources of all leaves that are taken over. Leaves outside of optimizer and
-      controller are taken over as they are, whether they fit or not: whoever restores
-      them compares their shapes.
+      controller are taken over as they are, whether they fit or not: the restore
+      compares their shapes.
     """
-    found = Adoption()
-    available = set(stored)
-    elements = _elements(state)
-
-    for prefix, names in elements.items():
-        paths = [_joined(prefix, name) for name in names]
-        found.sources |= {p: p for p in paths if not p.startswith(REPLACEABLE)}
-
-    _adopt_optimizer(found, elements, available, fits)
-    _adopt_controller(found, elements, available, fits, policies, stored_policies)
-    _note_left(found, available)
-    return found
+    match = _Match(state, stored, fits)
+    match.adopt_params()
+    match.adopt_optimizer()
+    match.adopt_controller(policies, stored_policies)
+    match.note_left()
+    return match.adoption
 
 
 def recipe_values(state: Any) -> dict[str, float]:
-    """Numbers that a recipe puts into its first state, by path.
+    """Return the numbers that a recipe puts into its first state, by path.
 
     They are the scalars of optimizer and controller before the first step: bases of
     knobs, injected hyperparameters, what a policy begins with. Training may move them;
@@ -120,28 +118,36 @@ def recipe_values(state: Any) -> dict[str, float]:
 
 
 def named_recipe_values(leaves: Mapping[str, Any]) -> dict[str, float]:
-    """The same from leaves by path, of which only scalars count."""
+    """Return the scalars among leaves, by path; see `recipe_values`."""
     scalars = {
         path: leaf
         for path, leaf in leaves.items()
         if is_number(leaf) and not path.startswith("controller/fed/")
     }
-    return {path: float(value) for path, value in jax.device_get(scalars).items()}
+    on_host = jax.device_get(scalars)
+    return {path: float(value) for path, value in on_host.items()}
 
 
 def is_number(leaf: Any) -> bool:
     """Whether a leaf is a real scalar, and no random key."""
-    extended = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-    return jnp.shape(leaf) == () and not extended and not jnp.iscomplexobj(leaf)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return False
+    return jnp.shape(leaf) == () and not jnp.iscomplexobj(leaf)
 
 
 def schedule_values(rate: Callable[[Any], Any]) -> list[float]:
-    """Values of a schedule at some counts of updates: by them it is told from
-    others.
+    """Return the values of a schedule at some counts of updates.
+
+    They tell it from other schedules.
     """
     counts = jnp.asarray(SCHEDULE_COUNTS, jnp.int32)
-    values = jax.jit(lambda: [jnp.float32(rate(count)) for count in counts])()
-    return [float(value) for value in jax.device_get(values)]
+
+    @jax.jit
+    def values() -> list[Any]:
+        return [jnp.float32(rate(count)) for count in counts]
+
+    on_host = jax.device_get(values())
+    return [float(value) for value in on_host]
 
 
 def changed_values(
@@ -150,7 +156,7 @@ def changed_values(
     saved: Mapping[str, float],
     kept: Sequence[str],
 ) -> dict[str, float]:
-    """Numbers of a restored state that have to become what the recipe says now.
+    """Return the numbers of a restored state that have to become the recipe's.
 
     Args:
       now: `recipe_values` of the recipe.
@@ -182,7 +188,7 @@ def changed_values(
 
 
 def _elements(state: Any) -> dict[str, list[str]]:
-    """Names of leaves by the element that they belong to.
+    """Return the names of leaves by the element that they belong to.
 
     An element is one NamedTuple or dataclass, such as optax.ScaleByAdamState: its parts
     mean something together only. A leaf belongs to the innermost one around it.
@@ -191,15 +197,15 @@ def _elements(state: Any) -> dict[str, list[str]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         if leaf.size == 0:
             continue  # no checkpoint holds it
-        depth = max(
-            i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)
-        )
-        # the state itself is the outermost dataclass: its fields are elements
-        depth = max(depth, 1) if len(path) > 1 else 0
-        prefix = path_of(path[:depth])
-        name = path_of(path[depth:])
-        prefix = prefix if prefix else ""
-        elements.setdefault(prefix, []).append(name)
+        attributes = [
+            depth
+            for depth, key in enumerate(path)
+            if isinstance(key, jax.tree_util.GetAttrKey)
+        ]
+        # The state itself is the outermost dataclass: its fields are elements.
+        depth = max(attributes[-1], 1) if len(path) > 1 else 0
+        prefix = path_of(path[:depth]) or ""
+        elements.setdefault(prefix, []).append(path_of(path[depth:]))
     return elements
 
 
@@ -207,118 +213,196 @@ def _joined(prefix: str, name: str) -> str:
     return f"{prefix}/{name}" if prefix else name
 
 
-def _fields(paths: set[str], prefix: str) -> set[str]:
-    """First parts of the paths below a prefix."""
+def _fields(
+    paths: Iterable[str],
+    prefix: str,
+) -> set[str]:
+    """Return the first parts of the paths below a prefix."""
     start = f"{prefix}/"
-    return {
-        path[len(start) :].split("/")[0] for path in paths if path.startswith(start)
-    }
+    below = [path.removeprefix(start) for path in paths if path.startswith(start)]
+    return {path.split("/")[0] for path in below}
 
 
-def _adopt_optimizer(
-    found: Adoption,
-    elements: dict[str, list[str]],
-    available: set[str],
-    fits: Fits,
-) -> None:
-    wanted = {
-        _joined(prefix, name) for prefix, names in elements.items() for name in names
-    }
-    mine = {p: names for p, names in elements.items() if _is_optimizer(p)}
-    moved = {}
+class _Match:
+    """The elements of a wanted state, and the leaves of a checkpoint for them.
 
-    def whole(
+    Args:
+      state: the wanted one.
+      stored: paths of the checkpoint's leaves.
+      fits: whether a wanted and a stored path have one shape and dtype.
+
+    Attributes:
+      adoption: the decisions so far.
+    """
+
+    def __init__(
+        self,
+        state: Any,
+        stored: Sequence[str],
+        fits: Fits,
+    ):
+        self.adoption = Adoption()
+        self._available = set(stored)
+        self._fits = fits
+        self._elements = _elements(state)
+        self._wanted = [
+            _joined(prefix, name)
+            for prefix, names in self._elements.items()
+            for name in names
+        ]
+
+    def adopt_params(self) -> None:
+        """Take over everything outside of optimizer and controller."""
+        for path in self._wanted:
+            if not path.startswith(REPLACEABLE):
+                self.adoption.sources[path] = path
+
+    def adopt_optimizer(self) -> None:
+        """Take over each element of the optimizer that is there as a whole."""
+        moved = {}
+        for prefix, names in self._elements.items():
+            if not _is_optimizer(prefix):
+                continue
+            if self._is_whole(prefix, names, prefix):
+                self._adopt_element(prefix, names, prefix)
+            else:
+                moved[prefix] = names
+
+        # An element may stand elsewhere: a chain with one member more moves the others.
+        for prefix, names in moved.items():
+            places = self._places(prefix, names)
+            if len(places) == 1:
+                self._adopt_element(prefix, names, places.pop())
+            else:
+                tops = dict.fromkeys(name.split("/")[0] for name in names)
+                self.adoption.anew.append(f"{prefix} ({', '.join(tops)})")
+
+    def _adopt_element(
+        self,
         prefix: str,
-        names: list[str],
+        names: Sequence[str],
+        source: str,
+    ) -> None:
+        for name in names:
+            self.adoption.sources[_joined(prefix, name)] = _joined(source, name)
+
+    def _is_whole(
+        self,
+        prefix: str,
+        names: Sequence[str],
         source: str,
     ) -> bool:
-        alike = _fields(available, source) == _fields(wanted, prefix)
-        return alike and all(
-            _joined(source, name) in available
-            and fits(_joined(prefix, name), _joined(source, name))
-            for name in names
-        )
+        """Whether an element stands in the checkpoint at `source`, and fits."""
+        stored_fields = _fields(self._available, source)
+        if stored_fields != _fields(self._wanted, prefix):
+            return False
+        for name in names:
+            stored = _joined(source, name)
+            if stored not in self._available:
+                return False
+            wanted = _joined(prefix, name)
+            if not self._fits(wanted, stored):
+                return False
+        return True
 
-    for prefix, names in mine.items():
-        if whole(prefix, names, prefix):
-            found.sources |= {_joined(prefix, n): _joined(prefix, n) for n in names}
-        else:
-            moved[prefix] = names
-
-    # An element may stand elsewhere: a chain with one member more moves the others.
-    taken = set(found.sources.values())
-    for prefix, names in moved.items():
+    def _places(
+        self,
+        prefix: str,
+        names: Sequence[str],
+    ) -> set[str]:
+        """Places of the checkpoint at which an element stands that nothing took yet."""
+        end = f"/{names[0]}"
+        taken = set(self.adoption.sources.values())
+        free = self._available - taken
         places = {
-            path[: -len(names[0]) - 1]
-            for path in available - taken
-            if path.startswith("optimizer/") and path.endswith(f"/{names[0]}")
+            path.removesuffix(end)
+            for path in free
+            if path.startswith("optimizer/") and path.endswith(end)
         }
-        places = {place for place in places if whole(prefix, names, place)}
-        if len(places) == 1:
-            place = places.pop()
-            found.sources |= {_joined(prefix, n): _joined(place, n) for n in names}
-            taken |= {_joined(place, n) for n in names}
-        else:
-            tops = dict.fromkeys(name.split("/")[0] for name in names)
-            found.anew.append(f"{prefix} ({', '.join(tops)})")
+        return {place for place in places if self._is_whole(prefix, names, place)}
+
+    def adopt_controller(
+        self,
+        policies: Sequence[str],
+        stored_policies: Sequence[str] | None,
+    ) -> None:
+        """Take over each part of the controller that is there as a whole.
+
+        A policy is found by its name, wherever it stood among the others.
+
+        Args:
+          policies: names of the recipe's, in their order.
+          stored_policies: names of the checkpoint's; None: not known.
+        """
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for path in self._wanted:
+            if path.startswith("controller/"):
+                groups.setdefault(_group(path), []).append(path)
+
+        are_other = stored_policies is not None and [*stored_policies] != [*policies]
+        for (part, *rest), paths in groups.items():
+            source = "/".join(["controller", part, *rest])
+            if part == "policies" and stored_policies is not None:
+                name = policies[int(rest[0])]
+                if name not in stored_policies:
+                    self.adoption.anew.append(f"policy {name}")
+                    continue
+                source = f"controller/policies/{[*stored_policies].index(name)}"
+            if part == "contributions" and are_other:
+                continue
+            start = "/".join(["controller", part, *rest])
+            sources = {path: source + path.removeprefix(start) for path in paths}
+            if self._is_whole_group(source, sources):
+                self.adoption.sources |= sources
+            elif part in (*COPIES, "signals", "policies", "base"):
+                words = _part_in_words(part, rest, policies)
+                self.adoption.anew.append(words)
+
+    def _is_whole_group(
+        self,
+        source: str,
+        sources: Mapping[str, str],
+    ) -> bool:
+        stored = {
+            path
+            for path in self._available
+            if path == source or path.startswith(f"{source}/")
+        }
+        if stored != set(sources.values()):
+            return False
+        return all(self._fits(path, place) for path, place in sources.items())
+
+    def note_left(self) -> None:
+        """Note the elements of the checkpoint that nothing takes over."""
+        taken = set(self.adoption.sources.values())
+        for path in sorted(self._available - taken):
+            top, *rest = path.split("/")
+            if top == "optimizer":
+                self.adoption.left.append("/".join(["optimizer", *rest[:2]]))
+            elif top == "controller" and rest[0] in ("base", "policies", *COPIES):
+                shown = rest[:2] if rest[0] == "base" else rest[:1]
+                self.adoption.left.append("/".join(["controller", *shown]))
 
 
 def _is_optimizer(prefix: str) -> bool:
     return prefix == "optimizer" or prefix.startswith("optimizer/")
 
 
-def _adopt_controller(
-    found: Adoption,
-    elements: dict[str, list[str]],
-    available: set[str],
-    fits: Fits,
-    policies: Sequence[str],
-    stored_policies: Sequence[str] | None,
-) -> None:
-    wanted = [
-        _joined(prefix, name)
-        for prefix, names in elements.items()
-        for name in names
-        if _joined(prefix, name).startswith("controller/")
-    ]
-    if not wanted:
-        return
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for path in wanted:
-        groups.setdefault(_group(path), []).append(path)
-    same_policies = stored_policies is None or list(stored_policies) == list(policies)
-
-    for (part, *rest), paths in groups.items():
-        source = "/".join(["controller", part, *rest])
-        if part == "policies" and stored_policies is not None:
-            name = policies[int(rest[0])]
-            if name not in stored_policies:
-                found.anew.append(f"policy {name}")
-                continue
-            source = f"controller/policies/{list(stored_policies).index(name)}"
-        if part == "contributions" and not same_policies:
-            continue
-        start = "/".join(["controller", part, *rest])
-        sources = {path: source + path[len(start) :] for path in paths}
-        stored = {p for p in available if p == source or p.startswith(f"{source}/")}
-        whole = stored == set(sources.values())
-        if whole and all(fits(path, place) for path, place in sources.items()):
-            found.sources |= sources
-        elif part in COPIES or part in ("signals", "policies"):
-            found.anew.append(_described(part, rest, policies))
-        elif part == "base":
-            found.anew.append(f"knob {rest[0]}")
-
-
 def _group(path: str) -> tuple[str, ...]:
-    """The part of a controller's state that is taken over as a whole or not at all."""
+    """Return the part of a controller's state that is taken over whole or not at all.
+
+    >>> _group("controller/base/learning_rate")
+    ('base', 'learning_rate')
+    >>> _group("controller/anchor/params/a/kernel")
+    ('anchor',)
+    """
     _, part, *rest = path.split("/")
     if part in (*BY_NAME, "signals", "policies"):
         return part, rest[0]
     return (part,)
 
 
-def _described(
+def _part_in_words(
     part: str,
     rest: Sequence[str],
     policies: Sequence[str],
@@ -327,19 +411,9 @@ def _described(
         return f"policy {policies[int(rest[0])]}"
     if part == "signals":
         return f"signal {rest[0]}"
+    if part == "base":
+        return f"knob {rest[0]}"
     return f"controller's {part}"
-
-
-def _note_left(found: Adoption, available: set[str]) -> None:
-    taken = set(found.sources.values())
-    for path in sorted(available - taken):
-        first, *rest = path.split("/")
-        if first == "optimizer":
-            found.left.append("/".join(["optimizer", *rest[:2]]))
-        elif first == "controller" and rest[0] in ("base", "policies", *COPIES):
-            found.left.append(
-                "/".join(["controller", *rest[: 1 + (rest[0] == "base")]])
-            )
 
 
 def _same(left: float, right: float) -> bool:

@@ -1,10 +1,16 @@
-"""Checkpoints by Orbax, asynchronous and atomic; the latest is the newest that is
-committed and readable.
+"""Checkpoints by Orbax, asynchronous and atomic.
 
-A step's folder appears under its name only when it is whole. Beside the arrays it holds
-a JSON record with a checksum of every array, made on the device from the very values
-that were to be written, and a checksum of itself: what was damaged on disk is told from
-what is intact, whatever the storage format notices.
+The latest is the newest that is committed and readable. A step's folder appears under
+its name only when it is whole:
+
+    checkpoints/20/state/     the arrays, under their quoted paths
+    checkpoints/20/record/    {"body": JSON text, "crc32": of it}
+                              body: {"step", "record", "checksums": one for each array}
+    set_aside/30              a later step, which the run has left
+
+The checksums are made on the device from the very values that were to be written. So
+what was damaged on disk is told from what is intact, whatever the storage format
+notices.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from lepton_jax.checkpoint.adoption import REPLACEABLE
+from lepton_jax.checkpoint.keys import as_stored, as_wanted, is_key, stored_shape
 from lepton_jax.compat import jit_where, make_mesh
 from lepton_jax.errors import (
     CheckpointError,
@@ -44,19 +51,28 @@ from lepton_jax.hosts import agreement
 from lepton_jax.trees import by_path
 
 T = TypeVar("T")
-Choose = Callable[
-    [dict[str, Any], list[str], Callable[[str, str], bool]], dict[str, str]
-]
+# Whether a path of the template and one of the checkpoint have one shape and dtype.
+Fits = Callable[[str, str], bool]
+# (record, paths of the checkpoint, fits) to path of the template: path of its source.
+Choose = Callable[[dict[str, Any], list[str], Fits], dict[str, str]]
+# The percent sign comes first, as the other codes bring more of it.
+QUOTES = {"%": "%25", "/": "%2F", ".": "%2E"}
 GIVEN_UP = "a save is given up"
-# who watches the run is sooner; and Orbax reads the clock, which may jump
+# Seconds that a save of several hosts may take. The run's supervision is sooner; and
+# Orbax reads the clock, which may jump.
 MONTH = 30 * 86400
+# Characters of a library's message that are shown: of a longer one the beginning and
+# the end, where the cause stands (assumption).
+LONGEST_REASON = 300
+REASON_BEGINNING = 100
+REASON_END = 200
 
-# Paths that reach the libraries below as they are. Others are reached through a link:
+# Paths that reach the libraries below as they are. Others are reached by a link:
 # Orbax looks for its parts by a glob over the whole path ("*", "?", "[x]"), etils takes
 # /gs/, /s3/, /az/, /hf/ and "gs:/" for buckets, TensorStore refuses backslashes and
 # what is not UTF-8 (seen in orbax-checkpoint 0.12.8 with tensorstore 0.1).
 PLAIN = re.compile(r"(?!/(?:gs|s3|az|hf)(?:/|$))[\w./ =,+@~()'-]*")
-# characters; Orbax adds about 200 of its own, and Linux takes 4096
+# Characters of such a path; Orbax adds about 200 of its own, and Linux takes 4096.
 LONGEST_PLAIN = 2000
 
 
@@ -99,8 +115,9 @@ class Checkpoints:
         self._unlink: Callable[[], object] | None = None
 
     def begin(self) -> None:
-        """Make the folder and try it, so that what can't be saved there is known before
-        anything is computed.
+        """Make the folder and try it.
+
+        So it is known before anything is computed that nothing can be saved there.
 
         Raises:
           CheckpointError: nothing can be written there, or what is written can't be
@@ -113,33 +130,35 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise self._failed(error) from error
 
-        if agreement.first(lambda: self._reached() != self.folder):
+        if agreement.first(self._needs_link):
             self._try()
 
+    def _needs_link(self) -> bool:
+        return self._reached() != self.folder
+
     def _try(self) -> None:
-        """Save and restore a small array in a folder next to this one, on all hosts
-        together.
+        """Save and restore a small array in a folder next to this one.
+
+        All hosts do it together.
         """
         place = self.folder.with_name(f".{self.folder.name}.try")
         everywhere = NamedSharding(
             make_mesh({"data": jax.device_count()}, jax.devices()), PartitionSpec()
         )
         values = np.arange(3, dtype=np.int32)
-        state = {
-            "tried": jax.make_array_from_callback(
-                values.shape, everywhere, lambda index: values[index]
-            )
-        }
-        template = {
-            "tried": jax.ShapeDtypeStruct(
-                values.shape, values.dtype, sharding=everywhere
-            )
-        }
+        array = jax.make_array_from_callback(
+            values.shape, everywhere, lambda index: values[index]
+        )
+        shape = jax.ShapeDtypeStruct(
+            values.shape,
+            values.dtype,
+            sharding=everywhere,
+        )
         trial = Checkpoints(place, keep=1)
         try:
-            trial.save(1, state, {})
+            trial.save(1, {"tried": array}, {})
             trial.wait()
-            trial.restore(1, template)
+            trial.restore(1, {"tried": shape})
         except Damaged as error:
             raise CheckpointError(
                 f"what is saved in this folder can't be read back: {error.reason}",
@@ -160,13 +179,14 @@ class Checkpoints:
         record: dict[str, Any],
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Start to save; the state is copied before this returns, and may be donated
-        afterwards.
+        """Start to save.
+
+        The state is copied before this returns, and may be donated afterwards.
 
         Args:
           step: of the state.
           state: a pytree of arrays.
-          record: JSON-able; what else going on from here takes.
+          record: plain data that going on from here takes in addition.
           metrics: of the latest evaluation, for `best`.
 
         Raises:
@@ -176,16 +196,10 @@ class Checkpoints:
         self._saving = step
         try:
             arrays, sums = _copy_and_checksum(_storable(state))
-            checksums = {
-                path: int(value) for path, value in jax.device_get(sums).items()
-            }
-            body = json.dumps(
-                {
-                    "step": step,
-                    "record": record,
-                    "checksums": checksums,
-                }
-            )
+            sums = jax.device_get(sums)
+            checksums = {path: int(value) for path, value in sums.items()}
+            content = {"step": step, "record": record, "checksums": checksums}
+            body = json.dumps(content)
             sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
             saved = self._open().save(
                 step,
@@ -227,16 +241,21 @@ class Checkpoints:
             self._unlink = None
 
     def prove(self, step: int) -> None:
-        """Open a step that is committed, as one who restores it does.
+        """Open a step that is committed, as a restore does.
 
         Raises:
           Damaged: it can't be read.
         """
         _alike(step, lambda: self._index(step))
 
+    def lacks(self, step: int) -> bool:
+        """Whether this step still has to be saved."""
+        return step not in self.steps()
+
     def steps(self) -> list[int]:
-        """Committed steps, in order, as host 0 sees them; whether they can be read is
-        seen by reading them.
+        """Return the committed steps, in order, as host 0 sees them.
+
+        Whether they can be read is seen only by reading them.
         """
         return agreement.first(self._committed)
 
@@ -250,10 +269,15 @@ class Checkpoints:
         )
 
     def set_aside(self, after: int) -> list[int]:
-        """Move steps later than `after` into the folder `set_aside` beside this one, so
-        that they can be saved anew.
+        """Move steps later than `after` into the folder `set_aside` next to this one.
+
+        So they can be saved anew.
+
+        Returns:
+          The steps.
         """
-        later = [step for step in self.steps() if step > after]
+        steps = self.steps()
+        later = [step for step in steps if step > after]
         if later:
             self.close()  # Orbax remembers which steps there are
         agreement.first(lambda: self._moved(later))
@@ -264,9 +288,9 @@ class Checkpoints:
         for step in steps:
             place.mkdir(exist_ok=True)
             taken = len(list(place.glob(f"{step}*")))
-            (self.folder / str(step)).rename(
-                place / (f"{step}.{taken}" if taken else str(step))
-            )
+            name = f"{step}.{taken}" if taken else str(step)
+            folder = self.folder / str(step)
+            folder.rename(place / name)
 
     def restore(
         self,
@@ -274,8 +298,9 @@ class Checkpoints:
         template: Any,
         choose: Choose | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Read one step's state, laid out as the template's shardings say, and its
-        record.
+        """Read one step's state and its record.
+
+        The state is laid out as the template's shardings say.
 
         Args:
           step: a committed one.
@@ -293,25 +318,18 @@ class Checkpoints:
             each difference is named.
           Damaged: the content on disk is not the one that was saved.
         """
-        if step not in self.steps():
+        steps = self.steps()
+        if step not in steps:
+            listed = ", ".join(map(str, steps)) or "(there are none)"
             raise CheckpointError(
                 f"there is no checkpoint of step {step!r}",
                 where=self.folder,
-                remedy=(
-                    "name one of the steps"
-                    f" {', '.join(map(str, self.steps())) or '(there are none)'}"
-                ),
+                remedy=f"name one of the steps {listed}",
             )
         wanted = jax.eval_shape(_storable, template)
         record, checksums, stored = _alike(step, lambda: self._index(step))
-        sources = self._sources(
-            step,
-            wanted,
-            stored,
-            record,
-            choose,
-        )
-        places = by_path(jax.tree.map(lambda x: x.sharding, template))
+        sources = self._sources(step, wanted, stored, record, choose)
+        places = by_path(jax.tree.map(lambda leaf: leaf.sharding, template))
 
         shapes = {}
         for path, source in sources.items():
@@ -321,25 +339,9 @@ class Checkpoints:
             )
         some = len(shapes) < len(stored)
         arrays = _alike(step, lambda: self._arrays(step, shapes, some))
-
-        for name, value in jax.device_get(_copy_and_checksum(arrays)[1]).items():
-            if checksums.get(name) != int(value):
-                raise Damaged(step, f"the checksum of {_unquoted(name)} does not match")
-        leaves = []
-        for path, leaf in by_path(template).items():
-            if _quoted(path) not in wanted:
-                array = _without_elements(leaf)
-            elif path not in sources:
-                leaves.append(leaf)
-                continue
-            else:
-                array = arrays[_quoted(sources[path])]
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                array = jax.device_put(
-                    jax.random.wrap_key_data(array, impl=_key_impl(leaf)), leaf.sharding
-                )
-            leaves.append(array)
-        return jax.tree.unflatten(jax.tree.structure(template), leaves), record
+        _verify(step, arrays, checksums)
+        restored = {path: arrays[_quoted(source)] for path, source in sources.items()}
+        return _filled(template, wanted, restored), record
 
     def _sources(
         self,
@@ -349,7 +351,7 @@ class Checkpoints:
         record: dict[str, Any],
         choose: Choose | None,
     ) -> dict[str, str]:
-        """Path of each leaf that is restored, to its path in the checkpoint."""
+        """Return path of each leaf that is restored, to its path in the checkpoint."""
         if choose is None:
             self._compare(step, wanted, stored)
             return {_unquoted(name): _unquoted(name) for name in wanted}
@@ -366,16 +368,10 @@ class Checkpoints:
                 if not _unquoted(name).startswith(REPLACEABLE)
             }
 
-        self._compare(
-            step,
-            strict(wanted),
-            strict(stored),
-        )
-        return choose(
-            record,
-            [_unquoted(name) for name in stored],
-            fits,
-        )
+        fixed = strict(wanted)
+        self._compare(step, fixed, strict(stored))
+        paths = [_unquoted(name) for name in stored]
+        return choose(record, paths, fits)
 
     def restore_latest(
         self,
@@ -383,8 +379,15 @@ class Checkpoints:
         on_damaged: Callable[[int, str], None],
         choose: Choose | None = None,
     ) -> tuple[int, Any, dict[str, Any]]:
-        """(step, state, record) of the newest readable step; each newer one that is
-        damaged is reported and left.
+        """Read the newest step that can be read.
+
+        Args:
+          template: as of `restore`.
+          on_damaged: called with each newer step, which can't be read, and why.
+          choose: as of `restore`.
+
+        Returns:
+          Step, state, record.
 
         Raises:
           CheckpointError: no step can be read, or the newest readable one does not fit
@@ -410,11 +413,11 @@ class Checkpoints:
     def _index(
         self, step: int
     ) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
-        """Record, checksums, and what arrays there are."""
+        """Return a step's record, its checksums, and the shapes of its arrays."""
         record, checksums = self._record(step)
         try:
-            # the index alone; Orbax would find the fault in as many threads as there
-            # are arrays
+            # Read the index alone: Orbax would find the fault in as many threads as
+            # there are arrays.
             place = {
                 "driver": "file",
                 "path": f"{self._reached() / str(step) / 'state'}/",
@@ -432,7 +435,13 @@ class Checkpoints:
         shapes: dict[str, Any],
         some: bool,
     ) -> dict[str, Any]:
-        """Read arrays; `some`: the checkpoint has others that are not wanted."""
+        """Read arrays.
+
+        Args:
+          step: of which.
+          shapes: of the wanted ones.
+          some: whether the checkpoint has others.
+        """
         try:
             if some:
                 return self._some_arrays(step, shapes)
@@ -448,7 +457,7 @@ class Checkpoints:
         step: int,
         shapes: dict[str, Any],
     ) -> dict[str, Any]:
-        # Orbax's standard handler reads all arrays of a step or none
+        # Orbax's standard handler reads all arrays of a step or none.
         hosts = None if agreement.hosts() == 1 else [agreement.host()]
         manager = self._make(hosts, ocp.PyTreeCheckpointHandler)
         restore = ocp.args.PyTreeRestore(
@@ -457,9 +466,8 @@ class Checkpoints:
             partial_restore=True,
         )
         try:
-            return manager.restore(step, args=ocp.args.Composite(state=restore))[
-                "state"
-            ]
+            items = manager.restore(step, args=ocp.args.Composite(state=restore))
+            return items["state"]
         finally:
             manager.close()
 
@@ -486,22 +494,28 @@ class Checkpoints:
         wanted: dict[str, Any],
         stored: dict[str, Any],
     ) -> None:
+        """Compare the leaves of a template with those of a checkpoint.
+
+        Raises:
+          CheckpointError: they differ; it names each difference.
+        """
+        lines = []
         missing = wanted.keys() - stored.keys()
         surplus = stored.keys() - wanted.keys()
-        lines = [
-            f"missing in the checkpoint: {_unquoted(n)} {_shape(wanted[n])}"
-            for n in sorted(missing)
-        ]
-        lines += [
-            f"surplus in the checkpoint: {_unquoted(n)} {_shape(stored[n])}"
-            for n in sorted(surplus)
-        ]
-        lines += [
-            f"{_unquoted(n)}: the checkpoint has {_shape(stored[n])}, the model"
-            f" {_shape(wanted[n])}"
-            for n in sorted(wanted.keys() & stored.keys())
-            if _shape(stored[n]) != _shape(wanted[n])
-        ]
+        shared = wanted.keys() & stored.keys()
+        for name in sorted(missing):
+            shape = _shape(wanted[name])
+            lines.append(f"missing in the checkpoint: {_unquoted(name)} {shape}")
+        for name in sorted(surplus):
+            shape = _shape(stored[name])
+            lines.append(f"surplus in the checkpoint: {_unquoted(name)} {shape}")
+        for name in sorted(shared):
+            theirs = _shape(stored[name])
+            mine = _shape(wanted[name])
+            if theirs != mine:
+                lines.append(
+                    f"{_unquoted(name)}: the checkpoint has {theirs}, the model {mine}"
+                )
         if lines:
             raise CheckpointError(
                 f"the checkpoint does not fit the model, {len(lines)} leaves"
@@ -518,8 +532,9 @@ class Checkpoints:
         return self._manager
 
     def _read(self) -> ocp.CheckpointManager:
-        """Each host reads by itself: who can't read would leave the others waiting for
-        it.
+        """Return the manager that reads.
+
+        Each host reads by itself: one that can't read would leave the others waiting.
         """
         if agreement.hosts() == 1:
             return self._open()
@@ -533,29 +548,19 @@ class Checkpoints:
         handler: Callable[..., Any] = ocp.StandardCheckpointHandler,
     ) -> ocp.CheckpointManager:
         _quieten()
-        together = (
-            {}
-            if hosts is None
-            else {
-                "multiprocessing_options": ocp.options.MultiprocessingOptions(
-                    primary_host=min(hosts),
-                    active_processes=set(hosts),
-                    barrier_sync_key_prefix=f"hosts{min(hosts)}to{max(hosts)}",
-                )
-            }
-        )
-        try:
-            # Orbax finds out late, and in another thread
-            self.folder.mkdir(parents=True, exist_ok=True)
-            waiting = (
-                {}
-                if hosts is None or len(list(hosts)) == 1
-                else {
+        together: dict[str, Any] = {}
+        waiting: dict[str, Any] = {}
+        if hosts is not None:
+            together = {"multiprocessing_options": _together(hosts)}
+            if len(list(hosts)) > 1:
+                waiting = {
                     "async_options": ocp.AsyncOptions(
                         timeout_secs=MONTH, barrier_sync_fn=_wait_for_the_others
                     )
                 }
-            )
+        try:
+            # Orbax would find out late, and in another thread.
+            self.folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 create=hosts is None,
                 preservation_policy=self._preserved,
@@ -574,8 +579,9 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def _reached(self) -> Path:
-        """The folder by a path that the libraries take as it is: its own, or a link to
-        it for as long as it is open.
+        """Return a path to the folder that the libraries take as it is.
+
+        It is its own, or a link to it for as long as it is open.
         """
         path = str(self.folder)
         if PLAIN.fullmatch(path) and len(path) <= LONGEST_PLAIN:
@@ -585,15 +591,14 @@ class Checkpoints:
         return self._link
 
     def _linked(self) -> Path:
-        """A new link to the folder, which is removed when this is closed, or at the
-        latest at the end of the process.
+        """Make a link to the folder.
+
+        It is removed when this is closed, or at the latest when the process ends.
         """
         temporary = Path(tempfile.gettempdir()).absolute()
-        fault = (
-            ""
-            if PLAIN.fullmatch(str(temporary))
-            else f"{temporary}, where a link to it would be, has none either"
-        )
+        fault = ""
+        if not PLAIN.fullmatch(str(temporary)):
+            fault = f"{temporary}, where a link to it would be, has none either"
         place = temporary
         try:
             if not fault:
@@ -612,21 +617,14 @@ class Checkpoints:
                     " alone, or set TMPDIR to such a folder, where this user may write"
                 ),
             )
-        self._unlink = weakref.finalize(
-            self,
-            shutil.rmtree,
-            place,
-            ignore_errors=True,
-        )
+        self._unlink = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
         return place / "checkpoints"
 
     def _shown(self, reason: str) -> str:
-        """A reason that names the folder as the person did, not by the link."""
-        return (
-            reason
-            if self._link is None
-            else reason.replace(str(self._reached()), str(self.folder))
-        )
+        """Return a reason that names the folder as the person did, not by the link."""
+        if self._link is None:
+            return reason
+        return reason.replace(str(self._link), str(self.folder))
 
     def _damaged(
         self,
@@ -655,8 +653,82 @@ class Checkpoints:
         )
 
 
+class NoCheckpoints(Checkpoints):
+    """The checkpoints of a run that does not save any."""
+
+    def __init__(self) -> None:
+        self.folder = Path("none")
+
+    def begin(self) -> None:
+        pass
+
+    def lacks(self, step: int) -> bool:
+        return False
+
+    def steps(self) -> list[int]:
+        return []
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def set_aside(self, after: int) -> list[int]:
+        return []
+
+
+def _together(hosts: Iterable[int]) -> ocp.options.MultiprocessingOptions:
+    """Return options by which these hosts save or read together."""
+    hosts = set(hosts)
+    return ocp.options.MultiprocessingOptions(
+        primary_host=min(hosts),
+        active_processes=hosts,
+        barrier_sync_key_prefix=f"hosts{min(hosts)}to{max(hosts)}",
+    )
+
+
+def _verify(
+    step: int,
+    arrays: dict[str, Any],
+    checksums: dict[str, int],
+) -> None:
+    """Check that arrays are the ones that were saved.
+
+    Raises:
+      Damaged: one is not.
+    """
+    sums = jax.device_get(_copy_and_checksum(arrays)[1])
+    for name, value in sums.items():
+        if checksums.get(name) != int(value):
+            raise Damaged(step, f"the checksum of {_unquoted(name)} does not match")
+
+
+def _filled(
+    template: Any,
+    wanted: dict[str, Any],
+    restored: dict[str, Any],
+) -> Any:
+    """Return a template with the arrays that were restored; others stay shapes.
+
+    Args:
+      template: of shapes.
+      wanted: its leaves that a checkpoint can hold, by quoted path.
+      restored: arrays by path.
+    """
+    leaves = []
+    for path, leaf in by_path(template).items():
+        is_stored = _quoted(path) in wanted
+        if is_stored and path not in restored:
+            leaves.append(leaf)
+            continue
+        array = restored[path] if is_stored else _without_elements(leaf)
+        leaves.append(as_wanted(array, leaf))
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
 def _quieten() -> None:
-    """Keep off stderr what Orbax writes there beside the error that it raises.
+    """Keep off stderr what Orbax writes there in addition to the error that it raises.
 
     It logs each failed save with its traceback. And when one array can't be read or
     written it closes its event loop over the others, whose complaints reach asyncio's
@@ -671,23 +743,26 @@ def _quieten() -> None:
 
     def hook(unraisable: Any) -> None:
         frames = traceback.extract_tb(unraisable.exc_traceback)
-        if str(unraisable.exc_value) != "Event loop is closed" and not any(
-            "/orbax/" in f.filename for f in frames
-        ):
+        is_orbax = any("/orbax/" in frame.filename for frame in frames)
+        # asyncio raises a RuntimeError like others: only the text tells.
+        if str(unraisable.exc_value) != "Event loop is closed" and not is_orbax:
             before(unraisable)
 
     sys.unraisablehook = hook
 
 
 def _logged_by_orbax(record: logging.LogRecord) -> bool:
+    """Whether a line may pass: it is not Orbax's."""
     return "/orbax/" not in record.pathname
 
 
 def _left_by_orbax(record: logging.LogRecord) -> bool:
+    """Whether a line may pass: it is no complaint about what Orbax left undone."""
     text = record.getMessage()
-    return "never retrieved" not in text or not any(
-        word in text for word in ("/orbax/", "zarr", "OCDBT", "TensorStore")
-    )
+    if "never retrieved" not in text:
+        return True
+    words = ("/orbax/", "zarr", "OCDBT", "TensorStore")
+    return not any(word in text for word in words)
 
 
 class Damaged(CheckpointError):
@@ -707,9 +782,10 @@ def _wait_for_the_others(
     key: str,
     timeout_ms: int,
 ) -> None:
-    """Orbax's threads meet here while a save goes on. On a host where it has failed
-    they come with that error on its way, and the others must not wait for what will not
-    be.
+    """Let Orbax's threads of all hosts meet while a save goes on.
+
+    On a host where it has failed they come with that error on its way; the others must
+    not wait then for what will not be.
     """
     error = sys.exc_info()[1]
     if error is None:
@@ -718,13 +794,18 @@ def _wait_for_the_others(
         agreement.wish(GIVEN_UP, _reason(error))
 
 
-def _alike(step: int, read: Callable[[], T]) -> T:
-    """What this host reads, if all can; else all see what the first one that can't has
-    found.
+def _alike(
+    step: int,
+    read: Callable[[], T],
+) -> T:
+    """Return what this host reads, if all hosts can read theirs.
+
+    Raises:
+      Damaged: some can't; the reason is that of the first of them.
     """
     fault: Damaged | None = None
     try:
-        found = read()
+        content = read()
     except Damaged as error:
         fault = error
     reasons = agreement.every(lambda: fault and fault.reason)
@@ -733,25 +814,35 @@ def _alike(step: int, read: Callable[[], T]) -> T:
     for host, reason in enumerate(reasons):
         if reason is not None:
             raise Damaged(step, f"host {host}: {reason}")
-    return found
+    return content
 
 
 def _reason(error: object) -> str:
-    """The first line of what a library says, of a long one the beginning and the end:
-    the cause stands last.
-    """
+    """Return the first line of a library's message, shortened in the middle."""
     if isinstance(error, LeptonError):
         return error.what
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 300 else f"{line[:100]} ... {line[-200:]}"
+    lines = str(error).strip().splitlines()
+    line = lines[0] if lines else type(error).__name__
+    if len(line) <= LONGEST_REASON:
+        return line
+    return f"{line[:REASON_BEGINNING]} ... {line[-REASON_END:]}"
 
 
 def _quoted(path: str) -> str:
-    return path.replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
+    """Return a path as one name, which Orbax takes.
+
+    >>> _quoted("params/a.b/kernel")
+    'params%2Fa%2Eb%2Fkernel'
+    """
+    for character, code in QUOTES.items():
+        path = path.replace(character, code)
+    return path
 
 
 def _unquoted(path: str) -> str:
-    return path.replace("%2E", ".").replace("%2F", "/").replace("%25", "%")
+    for character, code in reversed(QUOTES.items()):
+        path = path.replace(code, character)
+    return path
 
 
 def _shape(leaf: Any) -> str:
@@ -759,34 +850,26 @@ def _shape(leaf: Any) -> str:
 
 
 def _storable(state: Any) -> dict[str, Any]:
-    """The leaves under their paths, quoted for Orbax, random keys as their key data.
+    """Return the leaves by quoted path, random keys as their key data.
 
     Arrays without elements, which Orbax refuses, are left out: there is nothing in them
     to keep.
     """
-    found = {}
+    arrays = {}
     for path, leaf in by_path(state).items():
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if math.prod(leaf.shape):
-            found[_quoted(path)] = leaf
-    return found
-
-
-def _key_impl(leaf: Any) -> Any:
-    return (
-        str(jax.random.key_impl(leaf))
-        if isinstance(leaf, jax.Array)
-        else leaf.dtype._impl
-    )
+        array = as_stored(leaf)
+        if math.prod(array.shape):
+            arrays[_quoted(path)] = array
+    return arrays
 
 
 def _without_elements(leaf: Any) -> jax.Array:
-    """An array without elements, laid out as this leaf of a template; of random keys
-    their key data.
+    """Return an array without elements, laid out as a leaf of a template.
+
+    For random keys it is their key data.
     """
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jnp.zeros(jax.eval_shape(jax.random.key_data, leaf).shape, jnp.uint32)
+    if is_key(leaf):
+        return jnp.zeros(stored_shape(leaf), jnp.uint32)
     return jax.make_array_from_callback(
         leaf.shape,
         leaf.sharding,
@@ -796,32 +879,31 @@ def _without_elements(leaf: Any) -> jax.Array:
 
 @jit_where
 def _copy_and_checksum(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Copies, and for each array the sum of its words times odd weights, modulo 2**32.
+    """Return copies of arrays, and the checksum of each.
+
+    The copies share no buffer with the donated state: an asynchronous save reads them
+    later.
+    """
+    copies = jax.tree.map(lambda array: array.copy(), arrays)
+    return copies, jax.tree.map(_checksum, arrays)
+
+
+def _checksum(array: Any) -> Any:
+    """Return the sum of an array's words times odd weights, modulo 2**32.
 
     A changed word changes the sum unless another makes up for it; integer sums do not
-    depend on the layout.
+    depend on the layout. With words 7, 0, 2 it is 1 * 7 + 3 * 0 + 5 * 2 = 17.
     """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag], axis=-1)
 
-    def checksum(x: Any) -> Any:
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            x = jnp.stack(
-                [x.real, x.imag],
-                axis=-1,
-            )
-
-        limits = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
-        bits = limits(x.dtype).bits  # 4 for int4, whose itemsize is a whole byte
-        words = (
-            jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
-            .astype(jnp.uint32)
-            .reshape(-1)
-        )
-        return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(
-            dtype=jnp.uint32
-        )
-
-    # copies that share no buffer with the donated state: an asynchronous save reads
-    # them later
-    return jax.tree.map(lambda x: x.copy(), arrays), jax.tree.map(checksum, arrays)
+    is_integer = jnp.issubdtype(array.dtype, jnp.integer)
+    limits = jnp.iinfo if is_integer else jnp.finfo
+    bits = limits(array.dtype).bits  # 4 for int4, whose itemsize is a whole byte
+    unsigned = jnp.dtype(f"uint{bits}")
+    words = jax.lax.bitcast_convert_type(array, unsigned)
+    words = words.astype(jnp.uint32).reshape(-1)
+    weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    return (words * weights).sum(dtype=jnp.uint32)

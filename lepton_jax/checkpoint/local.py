@@ -1,37 +1,49 @@
-"""The fast tier of checkpoints: each host keeps the newest states of its own devices on
-a disk (or in the memory) of its own.
+"""The fast tier of checkpoints: each host keeps its own devices' newest states.
 
-They cost a copy from the devices and a write that nobody waits for, so they can be made
-every few seconds; but a machine that is lost takes its part along, and another layout
-needs other parts. So they stand beside the durable checkpoints, never in their place: a
-run goes on from one only if all hosts can read their parts of it and it is newer than
-the newest durable one.
+They lie on a disk (or in the memory) of the host's own. They cost a copy from the
+devices and a write that nothing waits for, so they can be made every few seconds; but a
+machine that is lost takes its part along, and another layout needs other parts. So they
+stand next to the durable checkpoints, never in their place: a run goes on from one only
+if all hosts can read their parts of it and it is newer than the newest durable one.
 
 A file is a line of JSON and then the bytes of the arrays; it runs no code, and every
-part has its checksum.
+part has its checksum:
+
+    {"body": JSON text of the header, "crc32": of that text}
+    bytes of part after part
+
+    header: {"step", "record", "parts": {path: [part, ...]}}
+    part:   {"bounds", "dtype", "at": behind the first line, "bytes", "crc32"}
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
 
+from lepton_jax.checkpoint.keys import as_stored, as_wanted, stored_shape
 from lepton_jax.errors import CheckpointError, LeptonError, writing_remedy
 from lepton_jax.hosts import agreement
 from lepton_jax.trees import by_path
 
-# bytes that a name in a folder may have, less those of the checksum
+# Bytes that a name in a folder may have on Linux, less those of the checksum.
 LONGEST = 255 - len("-01234567")
-KEPT = 2  # the newest one may be half written on some hosts when one of them dies
+# Files that stay: the newest one may be half written on some hosts when one of them
+# dies.
+KEPT = 2
+# (first, behind the last) of each dim of a part of an array.
+Bounds = tuple[tuple[int, int], ...]
 
 
 class LocalCheckpoints:
@@ -54,10 +66,13 @@ class LocalCheckpoints:
     ):
         self.every = every
         path = Path(run).resolve()
-        # the name is for people, the checksum tells runs of one name apart
-        name = os.fsencode(Path(run).name)[:LONGEST].decode(errors="ignore")
-        mark = f"{name}-{zlib.crc32(os.fsencode(path)):08x}"
-        self.folder = Path(folder).absolute() / mark / f"host{agreement.host()}"
+        # The name is for people, the checksum tells runs of one name apart.
+        encoded = os.fsencode(Path(run).name)
+        name = encoded[:LONGEST].decode(errors="ignore")
+        checksum = zlib.crc32(os.fsencode(path))
+        own = f"{name}-{checksum:08x}"
+        place = Path(folder).absolute()
+        self.folder = place / own / f"host{agreement.host()}"
         self._writer: threading.Thread | None = None
         self._fault: Exception | None = None
         try:
@@ -79,17 +94,25 @@ class LocalCheckpoints:
         state: Any,
         record: dict[str, Any],
     ) -> bool:
-        """Copy this host's part of a state, and begin to write it; False where the one
-        before is still being written.
+        """Copy this host's part of a state, and begin to write it.
+
+        Args:
+          step: of the state.
+          state: of arrays; it may be donated once this returns.
+          record: plain data next to it.
+
+        Returns:
+          Whether it is being written; False while the one before still is.
 
         Raises:
-          LeptonError: the one before could not be written. It is told once, and this
-            one is not tried.
+          LeptonError: the one before could not be written. That is raised once, and
+            this one is not tried.
         """
         if self._writer is not None and self._writer.is_alive():
             return False
         self._tell()
-        parts = {path: _parts(leaf) for path, leaf in by_path(state).items()}
+        leaves = by_path(state)
+        parts = {path: _parts(leaf) for path, leaf in leaves.items()}
         self._writer = threading.Thread(
             target=self._write,
             args=(step, parts, record),
@@ -110,29 +133,33 @@ class LocalCheckpoints:
         template: Any,
         on_damaged: Callable[[int, str], None],
     ) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, record) of the newest step, later than `after`, of which every
-        host can read its part as the template's shardings want it; None if there is
-        none. What a host finds damaged is reported.
+        """Read the newest step of which every host can read its part.
+
+        Args:
+          after: the step has to be later than this.
+          template: of shapes with shardings, which say what a host's part is.
+          on_damaged: called with a newer step that is damaged, and where.
+
+        Returns:
+          Step, state, record; None if there is none.
         """
         needed = _needed(template)
-        fitting = agreement.every(
-            lambda: [
+
+        def fitting() -> list[int]:
+            return [
                 step
                 for step in self._steps()
                 if step > after and self._fits(step, needed)
             ]
-        )
-        for step in sorted(set.intersection(*map(set, fitting)), reverse=True):
-            read = _read(self._path(step), whole=True)
-            bad = [
-                host
-                for host, intact in enumerate(agreement.every(lambda: read is not None))  # noqa: B023
-                if not intact
-            ]
-            if not bad:
-                assert read is not None
-                return step, _state(read, template), read.record
-            on_damaged(step, f"the local checkpoint of host {bad[0]}")
+
+        everywhere = set.intersection(*map(set, agreement.every(fitting)))
+        for step in sorted(everywhere, reverse=True):
+            content = _read(self._path(step), whole=True)
+            is_intact = content is not None
+            intact = agreement.every(partial(bool, is_intact))
+            if content is not None and all(intact):
+                return step, _state(content, template), content.record
+            on_damaged(step, f"the local checkpoint of host {intact.index(False)}")
         return None
 
     def forget(self, after: int) -> None:
@@ -144,10 +171,9 @@ class LocalCheckpoints:
                 self._path(step).unlink(missing_ok=True)
 
     def _steps(self) -> list[int]:
-        found = (
-            re.fullmatch(r"(\d+)\.state", path.name) for path in self.folder.iterdir()
-        )
-        return sorted(int(match[1]) for match in found if match)
+        names = [path.name for path in self.folder.iterdir()]
+        matches = [re.fullmatch(r"(\d+)\.state", name) for name in names]
+        return sorted(int(match[1]) for match in matches if match)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step}.state"
@@ -157,11 +183,10 @@ class LocalCheckpoints:
         step: int,
         needed: dict[str, Any],
     ) -> bool:
-        read = _read(self._path(step), whole=False)
-        return (
-            read is not None
-            and {path: set(parts) for path, parts in read.parts.items()} == needed
-        )
+        content = _read(self._path(step), whole=False)
+        if content is None:
+            return False
+        return {path: set(parts) for path, parts in content.parts.items()} == needed
 
     def _write(
         self,
@@ -169,45 +194,22 @@ class LocalCheckpoints:
         parts: dict[str, dict],
         record: dict[str, Any],
     ) -> None:
-        header: dict[str, Any] = {
-            "step": step,
-            "record": record,
-            "parts": {},
-        }
-        blocks = []
-        at = 0
-        for path, found in parts.items():
-            listed = header["parts"][path] = []
-            for bounds, array in found.items():
-                data = array.tobytes()
-                listed.append(
-                    {
-                        "bounds": bounds,
-                        "dtype": str(array.dtype),
-                        "at": at,
-                        "bytes": len(data),
-                        "crc32": zlib.crc32(data),
-                    }
-                )
-                blocks.append(data)
-                at += len(data)
+        listed, blocks = _listed(parts)
+        header = {"step": step, "record": record, "parts": listed}
         part = self.folder / f"{step}.part"
         try:
             body = json.dumps(header)
+            sealed = {"body": body, "crc32": zlib.crc32(body.encode())}
             with part.open("wb") as file:
-                file.write(
-                    json.dumps(
-                        {"body": body, "crc32": zlib.crc32(body.encode())}
-                    ).encode()
-                    + b"\n"
-                )
+                line = json.dumps(sealed).encode()
+                file.write(line + b"\n")
                 file.writelines(blocks)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self._path(step))
             for old in self._steps()[:-KEPT]:
                 self._path(old).unlink(missing_ok=True)
-        # the latter two: the record is no plain data
+        # The latter two: the record is no plain data.
         except (OSError, TypeError, ValueError) as error:
             self._fault = error
             part.unlink(missing_ok=True)
@@ -224,14 +226,65 @@ class LocalCheckpoints:
             )
 
 
+class NoLocalCheckpoints(LocalCheckpoints):
+    """The fast tier of a run that has none."""
+
+    def __init__(self) -> None:
+        self.every = math.inf
+
+    def newest(
+        self,
+        after: int,
+        template: Any,
+        on_damaged: Callable[[int, str], None],
+    ) -> None:
+        return None
+
+    def forget(self, after: int) -> None:
+        pass
+
+
 class _File(NamedTuple):
+    """A file's record, and its arrays (or their sizes) by path and bounds."""
+
     record: dict[str, Any]
-    parts: dict[str, dict[tuple, Any]]
+    parts: dict[str, dict[Bounds, Any]]
 
 
-def _read(path: Path, whole: bool) -> _File | None:
-    """A file's record, and its arrays by bounds (their sizes alone if not `whole`);
-    None if it is not intact.
+def _listed(
+    parts: dict[str, dict[Bounds, np.ndarray]],
+) -> tuple[dict[str, list[dict[str, Any]]], list[bytes]]:
+    """Return where each part of an array is in a file, and the bytes of all parts."""
+    listed: dict[str, list[dict[str, Any]]] = {}
+    blocks = []
+    at = 0
+    for path, arrays in parts.items():
+        listed[path] = []
+        for bounds, array in arrays.items():
+            data = array.tobytes()
+            listed[path].append(
+                {
+                    "bounds": bounds,
+                    "dtype": str(array.dtype),
+                    "at": at,
+                    "bytes": len(data),
+                    "crc32": zlib.crc32(data),
+                }
+            )
+            blocks.append(data)
+            at += len(data)
+    return listed, blocks
+
+
+def _read(
+    path: Path,
+    whole: bool,
+) -> _File | None:
+    """Read a file; None if it is not intact.
+
+    Args:
+      path: of the file.
+      whole: whether its arrays are read; else their sizes alone.
     """
     try:
         with path.open("rb") as file:
@@ -241,61 +294,60 @@ def _read(path: Path, whole: bool) -> _File | None:
             header = json.loads(sealed["body"])
             first = file.tell()
             end = file.seek(0, os.SEEK_END)
-            parts: dict[str, dict[tuple, Any]] = {}
+            parts: dict[str, dict[Bounds, Any]] = {}
             for name, listed in header["parts"].items():
                 parts[name] = {}
-                for one in listed:
-                    bounds = tuple(map(tuple, one["bounds"]))
-                    if first + one["at"] + one["bytes"] > end:
+                for entry in listed:
+                    start = first + entry["at"]
+                    if start + entry["bytes"] > end:
                         return None
+                    bounds = tuple(map(tuple, entry["bounds"]))
+                    part = entry["bytes"]
                     if whole:
-                        file.seek(first + one["at"])
-                        data = file.read(one["bytes"])
-                        if zlib.crc32(data) != one["crc32"]:
+                        part = _read_part(file, start, bounds, entry)
+                        if part is None:
                             return None
-                        shape = [high - low for low, high in bounds]
-                        parts[name][bounds] = np.frombuffer(
-                            data, jax.numpy.dtype(one["dtype"])
-                        ).reshape(shape)
-                    else:
-                        parts[name][bounds] = one["bytes"]
+                    parts[name][bounds] = part
             return _File(header["record"], parts)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _state(read: _File, template: Any) -> Any:
-    """The arrays of a file as a state whose leaves lie as the template's."""
+def _read_part(
+    file: BinaryIO,
+    start: int,
+    bounds: Bounds,
+    entry: dict[str, Any],
+) -> np.ndarray | None:
+    """Read one part of an array; None if it is not intact."""
+    file.seek(start)
+    data = file.read(entry["bytes"])
+    if zlib.crc32(data) != entry["crc32"]:
+        return None
+    shape = [high - low for low, high in bounds]
+    return np.frombuffer(data, jax.numpy.dtype(entry["dtype"])).reshape(shape)
+
+
+def _state(content: _File, template: Any) -> Any:
+    """Return the arrays of a file as a state whose leaves lie as the template's."""
     leaves = []
     for path, leaf in by_path(template).items():
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        shape = (
-            jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
-        )
-        array = _assembled(
-            shape,
-            leaf.sharding,
-            read.parts[path],
-        )
-        if is_key:
-            array = jax.device_put(
-                jax.random.wrap_key_data(array, impl=leaf.dtype._impl), leaf.sharding
-            )
-        leaves.append(array)
+        shape = stored_shape(leaf)
+        array = _assembled(shape, leaf.sharding, content.parts[path])
+        leaves.append(as_wanted(array, leaf))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def _parts(leaf: jax.Array) -> dict[tuple, np.ndarray]:
-    """Copies of the different parts of an array that this host's devices hold, by their
-    bounds.
+def _parts(leaf: jax.Array) -> dict[Bounds, np.ndarray]:
+    """Return copies of the different parts of an array that this host's devices hold.
+
+    They are copies because the state is donated to the next step.
     """
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    parts: dict[tuple, np.ndarray] = {}
-    for shard in leaf.addressable_shards:
-        bounds = _bounds(shard.index, leaf.shape)
+    array = as_stored(leaf)
+    parts: dict[Bounds, np.ndarray] = {}
+    for shard in array.addressable_shards:
+        bounds = _bounds(shard.index, array.shape)
         if bounds not in parts:
-            # the state is donated to the next step
             parts[bounds] = np.array(shard.data)
     return parts
 
@@ -303,7 +355,7 @@ def _parts(leaf: jax.Array) -> dict[tuple, np.ndarray]:
 def _assembled(
     shape: tuple[int, ...],
     sharding: Any,
-    parts: dict[tuple, Any],
+    parts: dict[Bounds, Any],
 ) -> jax.Array:
     return jax.make_array_from_callback(
         shape,
@@ -312,18 +364,29 @@ def _assembled(
     )
 
 
-def _needed(template: Any) -> dict[str, set[tuple]]:
+def _needed(template: Any) -> dict[str, set[Bounds]]:
+    """Return the parts of each array that this host's devices need."""
     needed = {}
     for path, leaf in by_path(template).items():
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        shape = (
-            jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
-        )
-        places = leaf.sharding.addressable_devices_indices_map(shape).values()
-        needed[path] = {_bounds(index, shape) for index in places}
+        shape = stored_shape(leaf)
+        places = leaf.sharding.addressable_devices_indices_map(shape)
+        needed[path] = {_bounds(index, shape) for index in places.values()}
     return needed
 
 
-def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    full = (*(index or ()), *[slice(None)] * (len(shape) - len(index or ())))
-    return tuple(part.indices(size)[:2] for part, size in zip(full, shape, strict=True))
+def _bounds(
+    index: Any,
+    shape: tuple[int, ...],
+) -> Bounds:
+    """Return the bounds of a part of an array.
+
+    >>> _bounds((slice(2, 4),), (8, 3))
+    ((2, 4), (0, 3))
+    """
+    slices = list(index or ())
+    slices += [slice(None)] * (len(shape) - len(slices))
+    bounds = []
+    for part, size in zip(slices, shape, strict=True):
+        first, stop, _ = part.indices(size)
+        bounds.append((first, stop))
+    return tuple(bounds)

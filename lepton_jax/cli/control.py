@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lepton_jax.cli import settings
-from lepton_jax.controller.live import REQUESTS, ask, holder
+from lepton_jax.controller.live import REQUESTS
 from lepton_jax.errors import LeptonError, SettingError, nearest
+from lepton_jax.hosts.mailbox import ask, holder
 from lepton_jax.launch import serve
 from lepton_jax.launch.options import reader
 from lepton_jax.monitor import stragglers
@@ -103,7 +104,7 @@ def apply(
 ) -> dict[str, Any]:
     """Put a request to the run in a folder of this machine, and return its answer.
 
-    See `controller.live.ask`.
+    See `hosts.mailbox.ask`.
 
     Args:
       folder: of the run.

@@ -33,8 +33,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from lepton_jax.controller.live import REQUESTS, ask, holder
+from lepton_jax.controller.live import REQUESTS
 from lepton_jax.errors import DataError, LeptonError, SettingError
+from lepton_jax.hosts.mailbox import ask, holder
 from lepton_jax.launch.cluster import joined, split
 from lepton_jax.launch.supervise.record import HostRecord
 from lepton_jax.launch.supervise.verdict import Place

@@ -1,5 +1,6 @@
-"""Where a number that is not finite comes from: a batch computed once more, one
-operation at a time.
+"""The search for the origin of a number that is not finite.
+
+A batch is computed once more, one operation at a time.
 
 Example: a row of attention whose mask is false everywhere.
 
@@ -32,7 +33,8 @@ from lepton_jax.trees import by_path
 # Seconds after which the search is given up: a person waits for the message
 # (assumption).
 MOST_SECONDS = 60.0
-MOST_SAMPLES = 5  # that are named
+# Samples that a message names (assumption).
+MOST_SAMPLES = 5
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Origin:
 
 @dataclass
 class Finding:
-    """Findings about a batch.
+    """The result of a search in one batch.
 
     Attributes:
       origins: the first infinity and the first NaN, in the order of the computation.
@@ -86,7 +88,7 @@ def diagnose(
     """Compute loss and gradient of one batch, one operation at a time.
 
     Args:
-      program: whose recipe and module they are.
+      program: with the recipe and the module.
       state: with parameters that are finite.
       batch: inputs and targets, batch dim first.
     """
@@ -94,51 +96,33 @@ def diagnose(
     functional = program.trace.functional
     knobs = program.controller.forward_knobs(state.controller)
     key = jax.random.fold_in(state.key, state.step)
-    finding = Finding()
-
-    for path, leaf in by_path({"inputs": batch[0], "targets": batch[1]}).items():
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(
-            jnp.isfinite(leaf).all()
-        ):
-            finding.inputs.append(path)
-    if finding.inputs:
-        finding.samples = _bad_rows(jax.tree.leaves(batch))
-        return finding
+    bad_inputs = _bad_inputs(batch)
+    if bad_inputs:
+        samples = _bad_rows(jax.tree.leaves(batch))
+        return Finding(samples=samples, inputs=bad_inputs)
 
     gradient = jax.value_and_grad(training_loss(recipe, functional, 1), has_aux=True)
-    args = (
-        state.params,
-        state.variables,
-        key,
-        *batch,
-        knobs,
-    )
+    args = (state.params, state.variables, key, *batch, knobs)
     traced = jax.make_jaxpr(gradient)(*args)
-    search = _Search(rows=jax.tree.leaves(batch)[0].shape[0])
-    results = search.run(
-        traced.jaxpr,
-        traced.consts,
-        jax.tree.leaves(args),
-        (),
-    )
-    finding.origins = search.origins
+    search = _Search(rows=_row_count(batch))
+    leaves = jax.tree.leaves(args)
+    results = search.run(traced.jaxpr, traced.consts, leaves, ())
+
+    finding = Finding(origins=search.origins)
     if results is not None:
         finding.loss = float(results[0])
-    finding.samples = _samples(
-        program,
-        state,
-        batch,
-        key,
-        search.origins,
-    )
+    finding.samples = _samples(program, state, batch, key, search.origins)
     return finding
 
 
-def described(finding: Finding, names: Sequence[str] | None) -> str:
-    """The finding in a sentence.
+def described(
+    finding: Finding,
+    names: Sequence[str] | None,
+) -> str:
+    """Describe a finding in a sentence.
 
     Args:
-      finding: to be described.
+      finding: about a batch.
       names: of the batch's samples, in their order; None: they have none.
     """
     parts = []
@@ -149,12 +133,13 @@ def described(finding: Finding, names: Sequence[str] | None) -> str:
     parts += [str(origin) for origin in finding.origins]
     if finding.samples is not None and len(finding.samples):
         shown = finding.samples[:MOST_SAMPLES]
-        listed = ", ".join(str(i) if names is None else names[i] for i in shown)
-        more = f" and {len(finding.samples) - len(shown)} more" * (
-            len(finding.samples) > len(shown)
-        )
-        what = "rows" if names is None else "samples"
-        parts.append(f"{what} {listed}{more}")
+        left = len(finding.samples) - len(shown)
+        more = f" and {left} more" if left else ""
+        if names is None:
+            parts.append(f"rows {', '.join(map(str, shown))}{more}")
+        else:
+            listed = ", ".join(names[row] for row in shown)
+            parts.append(f"samples {listed}{more}")
     return "; ".join(parts)
 
 
@@ -178,21 +163,10 @@ class _Search:
         args: Sequence[Any],
         callers: tuple,
     ) -> list[Any] | None:
-        """The results of a jaxpr; None once the search is over."""
-        env: dict[Any, Any] = dict(
-            zip(
-                jaxpr.constvars,
-                consts,
-                strict=True,
-            )
-        )
-        env.update(
-            zip(
-                jaxpr.invars,
-                args,
-                strict=True,
-            )
-        )
+        """Return the results of a jaxpr; None once the search is over."""
+        env: dict[Any, Any] = {}
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
         last_use = _last_uses(jaxpr)
 
         def value(var: Any) -> Any:
@@ -203,14 +177,8 @@ class _Search:
             results = self._equation(eqn, inputs, callers)
             if results is None:
                 return None
-            env.update(
-                zip(
-                    eqn.outvars,
-                    results,
-                    strict=True,
-                )
-            )
-            # a value that nothing needs any more gives its memory back
+            env.update(zip(eqn.outvars, results, strict=True))
+            # A value that no later equation needs gives its memory back.
             for var in eqn.invars:
                 if not isinstance(var, Literal) and last_use.get(var) == index:
                     env.pop(var, None)
@@ -222,20 +190,17 @@ class _Search:
         inputs: list[Any],
         callers: tuple,
     ) -> list[Any] | None:
+        """Return the results of an equation; None once the search is over."""
         inner = eqn.params.get(CALLS.get(eqn.primitive.name, ""))
         if inner is not None:
-            closed = isinstance(inner, ClosedJaxpr)
-            jaxpr = inner.jaxpr if closed else inner
-            consts = inner.consts if closed else ()
+            is_closed = isinstance(inner, ClosedJaxpr)
+            jaxpr = inner.jaxpr if is_closed else inner
+            consts = inner.consts if is_closed else ()
             if len(jaxpr.invars) == len(inputs):
-                return self.run(
-                    jaxpr,
-                    consts,
-                    inputs,
-                    (*callers, eqn),
-                )
+                return self.run(jaxpr, consts, inputs, (*callers, eqn))
 
-        out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+        params = eqn.primitive.get_bind_params(eqn.params)
+        out = eqn.primitive.bind(*inputs, **params)
         results = list(out) if eqn.primitive.multiple_results else [out]
         fault = self._fault(inputs, results)
         if fault is not None and eqn.primitive.name == "scan":
@@ -258,19 +223,14 @@ class _Search:
         length = eqn.params["length"]
         carry = inputs[consts : consts + carried]
         stacked = inputs[consts + carried :]
-        order = range(length)
-        for i in reversed(order) if eqn.params["reverse"] else order:
-            args = [
-                *inputs[:consts],
-                *carry,
-                *(x[i] for x in stacked),
-            ]
-            results = self.run(
-                closed.jaxpr,
-                closed.consts,
-                args,
-                (*callers, eqn),
-            )
+        inner_callers = (*callers, eqn)
+        order = list(range(length))
+        if eqn.params["reverse"]:
+            order.reverse()
+        for index in order:
+            items = [leaf[index] for leaf in stacked]
+            args = [*inputs[:consts], *carry, *items]
+            results = self.run(closed.jaxpr, closed.consts, args, inner_callers)
             if results is None:
                 return
             carry = results[:carried]
@@ -280,12 +240,14 @@ class _Search:
         inputs: list[Any],
         results: list[Any],
     ) -> str | None:
-        if not any(_holds_nan(x) for x in inputs):
-            if any(_holds_nan(x) for x in results):
-                return "nan"
-            if any(_holds_inf(x) for x in results):
-                return None if any(_holds_inf(x) for x in inputs) else "inf"
-        return None
+        """Return the first fault of results, "nan" or "inf", that the inputs lack."""
+        if any(map(_holds_nan, inputs)):
+            return None
+        if any(map(_holds_nan, results)):
+            return "nan"
+        if any(map(_holds_inf, inputs)):
+            return None
+        return "inf" if any(map(_holds_inf, results)) else None
 
     def _known(self, fault: str) -> bool:
         return any(origin.value == fault for origin in self.origins)
@@ -297,22 +259,16 @@ class _Search:
         fault: str,
         results: list[Any],
     ) -> None:
-        bad = next(x for x in results if not _finite(x))
+        bad = next(value for value in results if not _is_finite(value))
         rows = None
         if jnp.ndim(bad) and bad.shape[0] == self._rows:
-            rows = np.flatnonzero(~np.asarray(_finite_rows(bad)))
+            rows = _not_finite_rows(bad)
         line = source_line(eqn, callers)
-        self.origins.append(
-            Origin(
-                eqn.primitive.name,
-                line,
-                fault,
-                rows,
-            )
-        )
+        self.origins.append(Origin(eqn.primitive.name, line, fault, rows))
 
 
 def _last_uses(jaxpr: Jaxpr) -> dict[Any, int]:
+    """Return the index of the last equation that needs a variable."""
     uses: dict[Any, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         for var in eqn.invars:
@@ -331,62 +287,84 @@ def _samples(
     key: Any,
     origins: Sequence[Origin],
 ) -> np.ndarray | None:
-    """Rows of the batch that the fault belongs to."""
+    """Return the rows of the batch that the fault belongs to; None: not known."""
     recipe = program.recipe
+    functional = program.trace.functional
     inputs, targets = batch
-    args = (
-        state.params,
-        state.variables,
-        inputs,
-        key,
-        True,
-    )
     outputs, _ = forward(
-        recipe,
-        program.trace.functional,
-        *args,
+        recipe, functional, state.params, state.variables, inputs, key, True
     )
     result = recipe.loss(outputs, targets)
     values = result[0] if isinstance(result, tuple) else result
-    count = jax.tree.leaves(inputs)[0].shape[0]
-    leaves = [values, *jax.tree.leaves(outputs)]
-    rows = _bad_rows([x for x in leaves if jnp.ndim(x) and x.shape[0] == count])
+    count = _row_count(batch)
+    by_sample = [
+        leaf
+        for leaf in (values, *jax.tree.leaves(outputs))
+        if jnp.ndim(leaf) and leaf.shape[0] == count
+    ]
+    rows = _bad_rows(by_sample)
     if rows is not None:
         return rows
-    return next((o.rows for o in reversed(origins) if o.rows is not None), None)
+    known = [origin.rows for origin in origins if origin.rows is not None]
+    return known[-1] if known else None
+
+
+def _row_count(batch: tuple[Any, Any]) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _bad_inputs(batch: tuple[Any, Any]) -> list[str]:
+    """Return the paths of inputs and targets that hold what is not finite."""
+    inputs, targets = batch
+    leaves = by_path({"inputs": inputs, "targets": targets})
+    floats = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return [path for path, leaf in floats.items() if not jnp.isfinite(leaf).all()]
 
 
 def _bad_rows(leaves: Sequence[Any]) -> np.ndarray | None:
-    """Rows of the first array that has some that are not finite; None if none has."""
+    """Return the rows of the first array with some that are not finite.
+
+    It is None if no array has such rows.
+    """
     for leaf in leaves:
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            rows = np.flatnonzero(~np.asarray(_finite_rows(leaf)))
-            if len(rows):
-                return rows
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        rows = _not_finite_rows(leaf)
+        if len(rows):
+            return rows
     return None
 
 
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+def _holds_nan(value: Any) -> bool:
+    if not _is_inexact(value):
+        return False
+    return bool(jnp.isnan(value).any())
 
 
-def _holds_nan(x: Any) -> bool:
-    return _has_dtype(x) and _is_float(x) and bool(jnp.isnan(x).any())
+def _holds_inf(value: Any) -> bool:
+    if not _is_inexact(value):
+        return False
+    return bool(jnp.isinf(value).any())
 
 
-def _holds_inf(x: Any) -> bool:
-    return _has_dtype(x) and _is_float(x) and bool(jnp.isinf(x).any())
+def _is_finite(value: Any) -> bool:
+    return not (_holds_nan(value) or _holds_inf(value))
 
 
-def _finite(x: Any) -> bool:
-    return not (_holds_nan(x) or _holds_inf(x))
+def _is_inexact(value: Any) -> bool:
+    """Whether a value is floating-point or complex numbers."""
+    dtype = getattr(value, "dtype", None)
+    is_typed = dtype is not None
+    if is_typed and jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return False  # random keys and tokens have no numbers to look at
+    return jnp.issubdtype(jnp.result_type(value), jnp.inexact)
 
 
-def _has_dtype(x: Any) -> bool:
-    # random keys and tokens have no numbers to look at
-    dtype = getattr(x, "dtype", None)
-    return not (dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended))
-
-
-def _finite_rows(x: Any) -> Any:
-    return jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
+def _not_finite_rows(leaf: Any) -> np.ndarray:
+    by_row = jnp.isfinite(leaf).reshape(leaf.shape[0], -1)
+    is_finite = np.asarray(by_row.all(axis=1))
+    return np.flatnonzero(~is_finite)

@@ -1,4 +1,4 @@
-"""What a fit leaves in memory: every step's record, every evaluation."""
+"""The records that a fit leaves in memory: every step's, and every evaluation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+# Last records that a mean is taken of, so that it is steadier than one batch's value
+# (assumption).
+MEAN_OF = 10
 
 
 @dataclass
@@ -17,7 +21,7 @@ class History:
       first: the step before the first of the records.
       names: of the values that each step records.
       evaluations: (step, metrics) of each evaluation.
-      status: "finished", "interrupted", "diverged" or "failed".
+      status: how it ended: "finished", "interrupted", "diverged" or "failed".
       reason: why it ended before its last step, if a policy or a person stopped it.
       seconds: wall time of the fit, compilations included.
       samples: consumed in training.
@@ -48,32 +52,23 @@ class History:
     @property
     def records(self) -> dict[str, np.ndarray]:
         """Name to one float32 value per step, measured before that step's update."""
-        self._chunks = (
-            [np.concatenate(self._chunks)]
-            if self._chunks
-            else [np.empty((0, len(self.names)), np.float32)]
-        )
-        return dict(
-            zip(
-                self.names,
-                self._chunks[0].T,
-                strict=True,
-            )
-        )
+        columns = self._rows().T
+        return dict(zip(self.names, columns, strict=True))
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """One record's values, a step each: `history["loss"]`."""
+        """Return the values of one record, a step each: `history["loss"]`."""
         return self.records[name]
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the last evaluation; without one, the means of the last records."""
+        """Metrics of the last evaluation; without one, means of the last records."""
         if self.evaluations:
             return self.evaluations[-1][1]
+        if not self.steps:
+            return {}
         return {
-            name: float(np.mean(values[-10:]))
+            name: float(np.mean(values[-MEAN_OF:]))
             for name, values in self.records.items()
-            if len(values)
         }
 
     def append(self, rows: np.ndarray) -> None:
@@ -83,59 +78,69 @@ class History:
 
     def truncate(self, step: int) -> None:
         """Leave out what is later than a step, which the run went back to."""
-        self.first, kept = min(self.first, step), max(0, step - self.first)
-        self._chunks = [np.stack(list(self.records.values()), 1)[:kept]]
-        self.steps = kept
+        before = min(self.first, step)
+        steps = max(0, step - self.first)
+        self._chunks = [self._rows()[:steps]]
+        self.first = before
+        self.steps = steps
         self.evaluations = [
             (at, metrics) for at, metrics in self.evaluations if at <= step
         ]
 
-    def _rows(self) -> tuple[list[str], list[list[str]]]:
+    def _rows(self) -> np.ndarray:
+        """Return all records: float32 (steps, names)."""
+        if not self._chunks:
+            return np.empty((0, len(self.names)), np.float32)
+        self._chunks = [np.concatenate(self._chunks)]
+        return self._chunks[0]
+
+    # ---- how it shows itself ----
+
+    def _table(self) -> list[list[str]]:
+        """Return a header, and a row for each evaluation."""
         names = list(self.evaluations[0][1]) if self.evaluations else []
-        rows = []
-        losses = self.records["loss"]
+        table = [["step", "train loss", *(f"test {name}" for name in names)]]
         for step, metrics in self.evaluations:
-            trained = losses[max(0, step - self.first - 10) : step - self.first]
-            train = f"{trained.mean():.4f}" if len(trained) else "-"
-            rows.append(
-                [
-                    str(step),
-                    train,
-                    *(f"{metrics[name]:.4f}" for name in names),
-                ]
-            )
-        return ["step", "train loss", *(f"test {name}" for name in names)], rows
+            train_loss = self._train_loss(step)
+            values = [f"{metrics[name]:.4f}" for name in names]
+            table.append([str(step), train_loss, *values])
+        return table
+
+    def _train_loss(self, step: int) -> str:
+        """Return the mean training loss up to a step, or "-"."""
+        stop = step - self.first
+        losses = self.records["loss"][max(0, stop - MEAN_OF) : stop]
+        return f"{losses.mean():.4f}" if len(losses) else "-"
+
+    def _summary(self) -> str:
+        rate = ""
+        if self.seconds:
+            rate = f"{self.samples / self.seconds:,.0f} samples/s"
+        why = f", {self.reason}" if self.reason else ""
+        return f"{self.status}: {self.steps} steps in {self.seconds:.1f} s, {rate}{why}"
 
     def __str__(self) -> str:
-        header, rows = self._rows()
-        widths = [
-            max(len(row[i]) for row in [header, *rows]) for i in range(len(header))
-        ]
-        lines = [
-            "  ".join(
-                cell.rjust(width) for cell, width in zip(row, widths, strict=True)
-            )
-            for row in [header, *rows]
-        ]
-        rate = f"{self.samples / self.seconds:,.0f} samples/s" if self.seconds else ""
-        why = f", {self.reason}" if self.reason else ""
-        return "\n".join(
-            [
-                *lines,
-                (
-                    f"{self.status}: {self.steps} steps in {self.seconds:.1f} s,"
-                    f" {rate}{why}"
-                ),
-            ]
-        )
+        table = self._table()
+        columns = zip(*table, strict=True)
+        widths = [max(map(len, column)) for column in columns]
+        lines = []
+        for row in table:
+            pairs = zip(row, widths, strict=True)
+            cells = [cell.rjust(width) for cell, width in pairs]
+            lines.append("  ".join(cells))
+        return "\n".join([*lines, self._summary()])
 
     def _repr_html_(self) -> str:
-        header, rows = self._rows()
-        cell = lambda tag, row: "".join(
-            f"<{tag}>{html.escape(value)}</{tag}>" for value in row
-        )
-        body = "".join(f"<tr>{cell('td', row)}</tr>" for row in rows)
+        header, *rows = self._table()
+        body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
         return (
-            f"<table><tr>{cell('th', header)}</tr>{body}</table>"
-            f"<p>{html.escape(str(self).splitlines()[-1])}</p>"
+            f"<table><tr>{_cells('th', header)}</tr>{body}</table>"
+            f"<p>{html.escape(self._summary())}</p>"
         )
+
+
+def _cells(
+    tag: str,
+    row: list[str],
+) -> str:
+    return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in row)

@@ -1,20 +1,18 @@
-"""The plan compiled: one XLA executable for training, one for evaluation, one for
-prediction.
+"""The plan compiled: one XLA executable each to train, to evaluate and to predict.
 
 A train step is one program: forward, backward, gradient reduction, clipping, policies,
-optimizer and metrics, with donated state. Nothing here waits for a device, virtual ones
-of a CPU apart.
+optimizer and metrics, with donated state. Nothing here waits for a device, except where
+the devices are virtual ones of a CPU.
 """
 
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +26,11 @@ from lepton_jax.checkpoint.adoption import (
     recipe_values,
     schedule_values,
 )
-from lepton_jax.compat import cache_hits, jit_on, placed, whole_axes
+from lepton_jax.compat import jit_on, placed, whole_axes
 from lepton_jax.controller import Controller, Pieces, norm, served
 from lepton_jax.data import Limit
 from lepton_jax.errors import DataError, pointing_at_user
-from lepton_jax.hosts import agreement, phase
+from lepton_jax.hosts import agreement
 from lepton_jax.planner import (
     Evaluation,
     Plan,
@@ -45,27 +43,27 @@ from lepton_jax.planner import (
     rematerialized,
 )
 from lepton_jax.step.state import State
-from lepton_jax.step.training_loss import (
-    ARGUMENTS,
-    differentiated_sum,
-    training_loss,
-)
+from lepton_jax.step.training_loss import ARGUMENTS, differentiated_sum, training_loss
+from lepton_jax.train.compilation import Compilation, CompilationLog
 from lepton_jax.train.recovery import WEIGHT
 from lepton_jax.trees import by_path
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """One compilation of one of the programs; `count` is 1 for its first, `changed`
-    says what a later one is due to, and `cached` by host whether the executable came
-    from JAX's compilation cache.
+class _Gradients(NamedTuple):
+    """The measurements of one batch.
+
+    Attributes:
+      gradients: of the loss that is differentiated (see `step.training_loss`).
+      sums: (sum, weight) of loss and metrics, by name.
+      variables: of the module, after the batch.
+      squares: sum (in the end: mean) of the squared norms of the micro-batches'
+        gradients, if a signal needs it.
     """
 
-    program: str
-    count: int
-    seconds: float
-    changed: str | None
-    cached: list[bool]
+    gradients: Any
+    sums: dict[str, tuple[Any, Any]]
+    variables: Any
+    squares: Any
 
 
 class Program:
@@ -80,8 +78,10 @@ class Program:
 
     Attributes:
       records: names of the values that a step records, in their order.
-      state_sharding, block_sharding, batch_sharding, replicated: where the state, a
-        block of batches, a batch of evaluation or prediction, and scalars lie.
+      state_sharding: where the state lies.
+      block_sharding: where a block of batches lies.
+      batch_sharding: where a batch of evaluation or prediction lies.
+      replicated: where scalars lie.
     """
 
     def __init__(
@@ -94,17 +94,6 @@ class Program:
         self.recipe = trace.recipe
         self.trace = trace
         self.plan = plan
-        self.mesh = plan.make_mesh(devices)
-        self.state_sharding = plan.state_shardings(self.mesh, trace.state)
-        rows = plan.batch_axes or None
-        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(rows))
-        self.replicated = NamedSharding(self.mesh, PartitionSpec())
-        many = plan.steps_per_call > 1
-        self.block_sharding = (
-            NamedSharding(self.mesh, PartitionSpec(None, rows))
-            if many
-            else self.batch_sharding
-        )
         self.controller = Controller(self.recipe)
         weight = [WEIGHT] if trace.weighted else []
         self.records = [
@@ -113,39 +102,49 @@ class Program:
             *weight,
             *self.controller.records,
         ]
-        self.compilations: list[Compilation] = []
-        self._on_compile = on_compile
-        self._traced = 0
-        self._lowered = ""
-        self._signatures: dict[str, list[dict[str, str]]] = {}
-        # programs that wait for each other's collectives can use up the threads that
-        # XLA's virtual CPU devices share
-        self._one_at_a_time = (
-            self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
-        )
-        out = (self.state_sharding, self.replicated)
-        jit = self._jit = partial(jit_on, self.mesh.devices.flat)
-        self._train = jit(
-            self._steps if many else self._one_step,
+
+        self.mesh = plan.make_mesh(devices)
+        rows = plan.batch_axes or None
+        self._has_blocks = plan.steps_per_call > 1
+        self.state_sharding = plan.state_shardings(self.mesh, trace.state)
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(rows))
+        self.block_sharding = self.batch_sharding
+        if self._has_blocks:
+            self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, rows))
+
+        first_device = self.mesh.devices.flat[0]
+        are_virtual = self.mesh.size > 1 and first_device.platform == "cpu"
+        self._log = CompilationLog(on_compile, waits=are_virtual)
+        self._jit = partial(jit_on, self.mesh.devices.flat)
+        self._train = self._jit(
+            self._steps if self._has_blocks else self._one_step,
             donate_argnums=0,
-            out_shardings=out,
+            out_shardings=(self.state_sharding, self.replicated),
         )
-        self._evaluate = jit(
+        self._evaluate = self._jit(
             self._evaluate_batch, donate_argnums=0, out_shardings=self.replicated
         )
         self._resident: weakref.WeakKeyDictionary[Any, Any] = (
             weakref.WeakKeyDictionary()
         )
         self._predictors: dict[Callable, Callable] = {}
+        self._predictions: dict[Callable, Prediction] = {}
         self._values: dict[str, float] | None = None
         self._given: dict[str, Any] | None = None
-        self._predictions: dict[Callable, Prediction] = {}
+
+    @property
+    def compilations(self) -> list[Compilation]:
+        """The compilations so far."""
+        return self._log.compilations
+
+    # ---- the state ----
 
     def init(self, seed: int) -> State:
-        """The state before the first step, laid out as planned."""
+        """Return the state before the first step, laid out as planned."""
 
         def init(seed: Any) -> State:
-            self._note("init", seed)
+            self._log.trace("init", seed)
             key = jax.random.key(seed)
             params, variables = self.trace.functional.init(key)
             return State(
@@ -156,7 +155,7 @@ class Program:
                 key,
             )
 
-        state = self._call(
+        state = self._log.call(
             "init",
             self._jit(init, out_shardings=self.state_sharding),
             np.uint32(seed),
@@ -165,7 +164,7 @@ class Program:
         return state
 
     def recipe_values(self) -> dict[str, float]:
-        """Numbers that the recipe puts into its first state, by path.
+        """Return the numbers that the recipe puts into its first state, by path.
 
         See `adoption.recipe_values`.
         """
@@ -174,15 +173,15 @@ class Program:
             def scalars() -> Any:
                 params, variables = self.trace.functional.init(jax.random.key(0))
                 optimizer, controller = self.controller.init(params, variables)
-                parts = {"optimizer": optimizer, "controller": controller}
-                return {k: x for k, x in by_path(parts).items() if is_number(x)}
+                leaves = by_path({"optimizer": optimizer, "controller": controller})
+                return {path: x for path, x in leaves.items() if is_number(x)}
 
-            # scalars alone: XLA drops the arrays around them
+            # As only scalars are returned, XLA drops the arrays around them.
             self._values = named_recipe_values(jax.jit(scalars)())
         return self._values
 
     def given(self) -> dict[str, Any]:
-        """The recipe's part in the state, in plain data, for a checkpoint's record.
+        """Return the recipe's part in the state, in plain data, for a checkpoint.
 
         Returns:
           "values": see `recipe_values`; "policies": names, in their order; "schedule":
@@ -206,7 +205,8 @@ class Program:
         """Make leaves of optimizer and controller as they are before a first step.
 
         Args:
-          params, variables: from which the training begins.
+          params: with which the training begins.
+          variables: of the module, likewise.
           paths: of the wanted leaves in the state, e.g. "optimizer/0/mu/a/kernel".
 
         Returns:
@@ -215,14 +215,20 @@ class Program:
         wanted = set(paths)
         shardings = by_path(self.state_sharding)
 
-        def begin(params: Any, variables: Any) -> dict[str, Any]:
+        def begin(
+            params: Any,
+            variables: Any,
+        ) -> dict[str, Any]:
             optimizer, controller = self.controller.init(params, variables)
             parts = {"optimizer": optimizer, "controller": controller}
-            # copies, as nothing may be an argument's buffer
-            return {k: jnp.copy(x) for k, x in by_path(parts).items() if k in wanted}
+            leaves = by_path(parts).items()
+            # These are copies, because no result may be an argument's buffer.
+            return {path: jnp.copy(leaf) for path, leaf in leaves if path in wanted}
 
         out = {path: shardings[path] for path in sorted(wanted)}
         return self._jit(begin, out_shardings=out)(params, variables)
+
+    # ---- training ----
 
     def train(
         self,
@@ -232,112 +238,75 @@ class Program:
         stop: int,
         data: Any = None,
     ) -> tuple[State, jax.Array]:
-        """Train on batches start to stop of a block; the state is donated. With
-        resident `data`, a block holds indices.
+        """Train on batches start to stop of a block; the state is donated.
+
+        With resident `data`, a block holds indices.
 
         Returns:
           The state after them, and their records: float32 (steps a block, records), of
-            which rows start to stop are
-          filled. A step's values are measured with the parameters before its update.
+            which rows start to stop are filled. A step's values are measured with the
+            parameters before its update.
         """
-        if self.plan.steps_per_call == 1:
-            return self._call(
-                "train",
-                self._train,
-                state,
-                block,
-                data,
-            )
-        return self._call(
-            "train",
-            self._train,
-            state,
-            block,
-            start,
-            stop,
-            data,
-        )
+        bounds = (start, stop) if self._has_blocks else ()
+        return self._log.call("train", self._train, state, block, *bounds, data)
 
     def lower(self) -> Any:
-        """The train step lowered for the mesh's devices, which need not be there:
-        `.compile()` compiles it ahead of time.
+        """Lower the train step for the mesh's devices, which need not be there.
+
+        `.compile()` of what this returns compiles it ahead of time.
         """
         trace = self.trace
-        plan = self.plan
-        placed = lambda x, s: jax.ShapeDtypeStruct(
-            x.shape,
-            x.dtype,
-            sharding=s,
-        )
-        state = jax.tree.map(
-            placed,
-            trace.state,
-            self.state_sharding,
-        )
-        many = () if plan.steps_per_call == 1 else (plan.steps_per_call,)
-        batch = (trace.inputs, trace.targets)
+        state = jax.tree.map(_shape_on, trace.state, self.state_sharding)
+        batch: Any = (trace.inputs, trace.targets)
         data = None
-        if plan.data == "resident":
-            rows = lambda x: jax.ShapeDtypeStruct(
-                (trace.samples, *x.shape[1:]),
-                x.dtype,
-                sharding=self.replicated,
-            )
-            data = jax.tree.map(rows, batch)
-            batch = jax.ShapeDtypeStruct((self.recipe.batch_size,), jnp.int32)  # type: ignore[assignment]
-        block = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                (*many, *x.shape),
-                x.dtype,
-                sharding=self.block_sharding,
-            ),
-            batch,
-        )
-        bounds = () if plan.steps_per_call == 1 else (0, 1)
-        return self._train.lower(
-            state,
-            block,
-            *bounds,
-            data,
-        )
+        if self.plan.data == "resident":
+            data = jax.tree.map(self._resident_shape, batch)
+            batch = jax.ShapeDtypeStruct((self.recipe.batch_size,), jnp.int32)
+        block = jax.tree.map(self._block_shape, batch)
+        bounds = (0, 1) if self._has_blocks else ()
+        return self._train.lower(state, block, *bounds, data)
+
+    def _resident_shape(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        """Shape of a whole data set, of which `leaf` is a batch."""
+        shape = (self.trace.samples, *leaf.shape[1:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=self.replicated)
+
+    def _block_shape(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        """Shape of a block, of which `leaf` is a batch."""
+        steps = (self.plan.steps_per_call,) if self._has_blocks else ()
+        shape = (*steps, *leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=self.block_sharding)
 
     def fingerprint(self) -> str:
-        """The train step as it goes to the compiler, in words: what must be the same on
-        all hosts. It costs one tracing, which the first step need not do again.
+        """Return the train step as it goes to the compiler, as text.
+
+        It must be the same on all hosts. It costs one tracing, which the first step
+        need not do again.
         """
-        traced = self._traced
-        before = phase.where().phase
-        text = self.lower().as_text()
-        if self._traced != traced:
-            self._traced = traced
-            self._lowered = "train"
-            phase.reached(phase=before)
-        return text
+        return self._log.lower("train", self.lower).as_text()
 
     def resident(self, train: Any) -> Any:
-        """Copies on each device of an `Arrays`' inputs and targets, kept as long as it
-        lives.
+        """Return copies on each device of an `Arrays`' inputs and targets.
+
+        They stay as long as the `Arrays` lives, those of one data set at a time.
         """
         if train not in self._resident:
-            # the copies of one data set at a time
-            self._resident = weakref.WeakKeyDictionary(
-                {
-                    train: jax.tree.map(
-                        lambda x: placed(x, self.replicated),
-                        (train.inputs, train.targets),
-                    )
-                }
-            )
+            samples = (train.inputs, train.targets)
+            copies = jax.tree.map(lambda x: placed(x, self.replicated), samples)
+            self._resident = weakref.WeakKeyDictionary({train: copies})
         return self._resident[train]
+
+    # ---- evaluating and predicting ----
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        """The loss and metrics of a test set, put together from its batches."""
+        """Loss and metrics of a test set, put together from its batches."""
         return Evaluation(self.trace)
 
     def rehearse(self, samples: int | None) -> None:
-        """Trace what a run computes besides its steps, so that it fails before the
-        first.
+        """Trace what a run computes in addition to its steps.
+
+        So what fails there fails before the first step.
 
         Args:
           samples: of the test set; None: there is none.
@@ -364,7 +333,7 @@ class Program:
 
     @cached_property
     def limits(self) -> list[Limit]:
-        """Which whole numbers the data may hold."""
+        """Whole numbers that the data may hold."""
         return limits(self.trace)
 
     def prediction(self, decode: Callable | None = None) -> Prediction:
@@ -375,8 +344,9 @@ class Program:
         return self._predictions[decode]
 
     def sharding_of(self, rows: int) -> NamedSharding:
-        """Where a batch of so many rows lies in evaluation and prediction."""
-        parts = math.prod(self.mesh.shape[axis] for axis in self.plan.batch_axes)
+        """Return where a batch of a number of rows lies, outside of training."""
+        sizes = [self.mesh.shape[axis] for axis in self.plan.batch_axes]
+        parts = math.prod(sizes)
         return self.replicated if rows % parts else self.batch_sharding
 
     def evaluate(
@@ -386,8 +356,9 @@ class Program:
         batch: Any,
         valid: int,
     ) -> Any:
-        """Add the first `valid` samples of a batch to the sums, which are donated; None
-        starts them.
+        """Add the first `valid` samples of a batch to the sums, which are donated.
+
+        `sums=None` starts them.
         """
         return self.evaluate_and_keep(sums, state, batch, valid)[0]
 
@@ -401,8 +372,8 @@ class Program:
         """Add the first `valid` samples of a batch to the sums, which are donated.
 
         Args:
-          sums: what the call before returned; None starts them.
-          state: which parameters.
+          sums: the result of the call before; None starts them.
+          state: with the parameters.
           batch: (inputs, targets).
           valid: how many of its rows are real.
 
@@ -414,21 +385,15 @@ class Program:
             sums = jax.tree.map(
                 lambda x: placed(x, self.replicated), self.evaluation.sums
             )
-        return self._call(
-            "evaluate",
-            self._evaluate,
-            sums,
-            *served(state, self.recipe),
-            batch,
-            valid,
-        )
+        weights = served(state, self.recipe)
+        return self._log.call("evaluate", self._evaluate, sums, *weights, batch, valid)
 
     def metrics(
         self,
         sums: Any,
         parts: Sequence[tuple[Any, Any]] = (),
     ) -> dict[str, float]:
-        """Loss and metrics of a test set; this waits for the device.
+        """Return loss and metrics of a test set; this waits for the device.
 
         Args:
           sums: over all batches.
@@ -438,8 +403,9 @@ class Program:
         Raises:
           DataError: no sample has weight.
         """
-        found = {}
-        for name, (total, weight) in jax.tree.map(np.asarray, sums).items():
+        values = {}
+        on_host = jax.tree.map(np.asarray, sums)
+        for name, (total, weight) in on_host.items():
             if weight == 0:
                 raise DataError(
                     f"nothing in the test data has weight: the weights that {name!r}"
@@ -447,15 +413,10 @@ class Program:
                     where="evaluation",
                     remedy="evaluate on samples that count",
                 )
-            value = losses.finish(
-                self.recipe,
-                name,
-                losses.mean(total, weight),
-            )
-            found[name] = float(value)
+            values[name] = float(self._finished(name, total, weight))
         if self.evaluation.whole:
-            found |= self.evaluation.of_whole(parts)
-        return {name: found[name] for name in ("loss", *self.recipe.metrics)}
+            values |= self.evaluation.of_whole(parts)
+        return {name: values[name] for name in ("loss", *self.recipe.metrics)}
 
     def predict(
         self,
@@ -463,7 +424,7 @@ class Program:
         inputs: Any,
         decode: Callable | None = None,
     ) -> Any:
-        """Decoded outputs of a batch of inputs."""
+        """Return the decoded outputs of a batch of inputs."""
         return self.predict_and_look(state, inputs, decode)[0]
 
     def predict_and_look(
@@ -472,39 +433,38 @@ class Program:
         inputs: Any,
         decode: Callable | None = None,
     ) -> tuple[Any, Any]:
-        """Decoded outputs of a batch, and which rows hide a NaN by being decoded.
+        """Return the decoded outputs of a batch, and which rows hide a NaN.
 
         Returns:
           (decoded outputs, bool (rows,)); the latter is None where a NaN would show.
         """
         decode = self._decoder(decode)
         if decode not in self._predictors:
-            prediction = self.prediction(decode)
+            self._predictors[decode] = self._predictor(decode)
+        weights = served(state, self.recipe)
+        return self._log.call("predict", self._predictors[decode], *weights, inputs)
 
-            def predict(
-                params: Any,
-                variables: Any,
-                inputs: Any,
-            ) -> Any:
-                self._note("predict", inputs)
-                with pointing_at_user("predicting"):
-                    outputs = self._forward(params, variables, inputs)
-                    decoded = whole_axes(decode)(outputs)
-                if not prediction.hides:
-                    return decoded, None
-                return decoded, _hidden(prediction, outputs, decoded, inputs)
+    def _predictor(self, decode: Callable) -> Callable:
+        prediction = self.prediction(decode)
 
-            # the rows of another host's devices can't be read here
-            options = (
-                {"out_shardings": self.replicated} if agreement.hosts() > 1 else {}
-            )
-            self._predictors[decode] = self._jit(predict, **options)
-        return self._call(
-            "predict",
-            self._predictors[decode],
-            *served(state, self.recipe),
-            inputs,
-        )
+        def predict(
+            params: Any,
+            variables: Any,
+            inputs: Any,
+        ) -> Any:
+            self._log.trace("predict", inputs)
+            with pointing_at_user("predicting"):
+                outputs = self._forward(params, variables, inputs)
+                decoded = whole_axes(decode)(outputs)
+            if not prediction.hides:
+                return decoded, None
+            return decoded, _hidden(prediction, outputs, decoded, inputs)
+
+        # The rows on another host's devices can't be read here.
+        options = {}
+        if agreement.hosts() > 1:
+            options = {"out_shardings": self.replicated}
+        return self._jit(predict, **options)
 
     def _decoder(self, decode: Callable | None) -> Callable:
         return decode or self.recipe.decode or losses.decoder(self.recipe.loss)
@@ -515,13 +475,36 @@ class Program:
         variables: Any,
         inputs: Any,
     ) -> Any:
-        run = lambda p, v, x: evaluated(self.trace, p, v, x)
-        return laid_out(
-            run,
+        forward = laid_out(
+            partial(evaluated, self.trace),
             self.plan.layout,
             self.mesh,
             ("params", "variables", "inputs"),
-        )(params, variables, inputs)
+        )
+        return forward(params, variables, inputs)
+
+    def _evaluate_batch(
+        self,
+        sums: Any,
+        params: Any,
+        variables: Any,
+        batch: Any,
+        valid: Any,
+    ) -> Any:
+        self._log.trace("evaluate", batch)
+        inputs, targets = batch
+        whole = self.evaluation.whole
+        with pointing_at_user("evaluating"):
+            outputs = self._forward(params, variables, inputs)
+            count = jax.tree.leaves(targets)[0].shape[0]
+            rows = jnp.arange(count) < valid
+            totals = losses.measure(self.recipe, outputs, targets, rows, without=whole)
+
+        def add(total: Any, more: Any) -> Any:
+            return total + jnp.asarray(more, jnp.float32)
+
+        sums = jax.tree.map(add, sums, totals)
+        return sums, (outputs, targets) if whole else None
 
     # ---- the train step ----
 
@@ -531,7 +514,7 @@ class Program:
         batch: Any,
         data: Any,
     ) -> tuple[State, jax.Array]:
-        self._note("train", batch)
+        self._log.trace("train", batch)
         state, record = self._step(state, _gathered(batch, data))
         return state, record[None]
 
@@ -543,56 +526,45 @@ class Program:
         stop: Any,
         data: Any,
     ) -> tuple[State, jax.Array]:
-        """A loop whose bounds are arguments: a block may be cut anywhere without
+        """Make the steps of a block.
+
+        It is a loop whose bounds are arguments, so a block may be cut anywhere without
         another compilation.
         """
-        self._note("train", block)
+        self._log.trace("train", block)
 
         def body(carry: tuple) -> tuple:
             index, state, records = carry
-            batch = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(
-                    x,
-                    index,
-                    0,
-                    keepdims=False,
-                ),
-                block,
-            )
-            state, record = self._step(state, _gathered(batch, data))
-            return (
-                index + 1,
-                state,
-                jax.lax.dynamic_update_index_in_dim(records, record, index, 0),
-            )
 
-        records = jnp.zeros((self.plan.steps_per_call, len(self.records)), jnp.float32)
-        return jax.lax.while_loop(
+            def take(leaf: Any) -> Any:
+                return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+
+            batch = jax.tree.map(take, block)
+            state, record = self._step(state, _gathered(batch, data))
+            records = jax.lax.dynamic_update_index_in_dim(records, record, index, 0)
+            return index + 1, state, records
+
+        shape = (self.plan.steps_per_call, len(self.records))
+        records = jnp.zeros(shape, jnp.float32)
+        _, state, records = jax.lax.while_loop(
             lambda carry: carry[0] < stop,
             body,
             (start, state, records),
-        )[1:]
+        )
+        return state, records
 
     def _step(
         self,
         state: State,
         batch: Any,
     ) -> tuple[State, jax.Array]:
-        """One optimizer update from one batch."""
-        gradients, sums, variables, parts = self._gradients(state, batch)
+        """Make one optimizer update from one batch."""
+        gradients, sums, variables, squares = self._gradients(state, batch)
         values = {
-            name: losses.finish(
-                self.recipe,
-                name,
-                losses.mean(total, weight),
-            )
+            name: self._finished(name, total, weight)
             for name, (total, weight) in sums.items()
         }
-        before = Pieces(
-            state.params,
-            state.variables,
-            state.optimizer,
-        )
+        before = Pieces(state.params, state.variables, state.optimizer)
 
         def update() -> tuple[Pieces, Any, dict[str, Any]]:
             return self.controller.update(
@@ -602,255 +574,197 @@ class Program:
                 variables,
                 gradients,
                 values,
-                parts,
+                squares,
             )
+
+        def leave() -> tuple[Pieces, Any, dict[str, Any]]:
+            record = jax.eval_shape(update)[2]
+            return before, state.controller, self._still(state, record)
 
         if self.trace.weighted:
-            # a batch of which nothing counts is no step: its mean is 0 / 0
-            weight = values[WEIGHT] = jnp.asarray(sums["loss"][1], jnp.float32)
-
-            def leave() -> tuple[Pieces, Any, dict[str, Any]]:
-                record = jax.eval_shape(update)[2]
-                return before, state.controller, self._still(state, record)
-
-            after, controller, record = jax.lax.cond(
-                weight > 0,
-                update,
-                leave,
-            )
+            # A batch of which nothing counts is no step: its mean is 0 / 0.
+            weight = jnp.asarray(sums["loss"][1], jnp.float32)
+            values[WEIGHT] = weight
+            after, controller, record = jax.lax.cond(weight > 0, update, leave)
         else:
             after, controller, record = update()
+
         values |= record
-        on = ~state.controller.halted if self.controller.halts else 1
+        counts = ~state.controller.halted if self.controller.halts else 1
         state = State(
-            state.step + on,
+            state.step + counts,
             after.params,
             after.variables,
             after.optimizer,
             controller,
             state.key,
         )
-        return state, jnp.stack(
-            [jnp.asarray(values[name], jnp.float32) for name in self.records]
-        )
+        row = [values[name] for name in self.records]
+        row = [jnp.asarray(value, jnp.float32) for value in row]
+        return state, jnp.stack(row)
+
+    def _finished(
+        self,
+        name: str,
+        total: Any,
+        weight: Any,
+    ) -> Any:
+        """Return loss or metric from the sum and the weight of its samples."""
+        mean = losses.mean(total, weight)
+        return losses.finish(self.recipe, name, mean)
 
     def _still(
         self,
         state: State,
         record: dict[str, Any],
     ) -> dict[str, Any]:
-        """The record of a step that is none: knobs as they were, signals unknown."""
+        """Return the record of a step that is none.
+
+        Knobs are as they were; signals are unknown.
+        """
         knobs = getattr(state.controller, "knobs", {})
-        still = {}
-        for name, shape in record.items():
-            value = knobs.get(name, jnp.nan if name not in knobs else 0)
-            still[name] = jnp.asarray(value, shape.dtype)
-        return still
+        return {
+            name: jnp.asarray(knobs.get(name, jnp.nan), shape.dtype)
+            for name, shape in record.items()
+        }
+
+    # ---- the gradients of a batch ----
 
     def _gradients(
-        self, state: State, batch: Any
-    ) -> tuple[Any, dict[str, tuple[Any, Any]], Any, Any]:
-        """Gradients of the mean loss (of what is kept of it, where samples are
-        discounted), sums of loss and metrics, the variables after the batch, and the
-        mean squared norm of the micro-batches' gradients, where a signal needs it.
+        self,
+        state: State,
+        batch: Any,
+    ) -> _Gradients:
+        """Return the gradients of the mean loss over a batch, and what goes with them.
+
+        With several micro-batches the gradients of their summed losses are added up,
+        and divided by the summed weights.
         """
         knobs = self.controller.forward_knobs(state.controller)
         scale = knobs.get("loss_scale")
         key = jax.random.fold_in(state.key, state.step)
         count = self.plan.micro_batches
+        gradient = self._gradient_of_loss()
+        if count == 1:
+            gradients, (sums, variables) = gradient(
+                state.params, state.variables, key, *batch, knobs
+            )
+            gradients = _ascent(_unscaled(gradients, scale))
+            return _Gradients(gradients, sums, variables, None)
 
-        value = rematerialized(
-            training_loss(self.recipe, self.trace.functional, count), self.plan.remat
+        def add(
+            total: _Gradients,
+            index: Any,
+            micro_batch: Any,
+        ) -> _Gradients:
+            more, (more_sums, variables) = gradient(
+                state.params,
+                total.variables,
+                jax.random.fold_in(key, index),
+                *micro_batch,
+                knobs,
+            )
+            squares = total.squares
+            if squares is not None:
+                weight = differentiated_sum(more_sums)[1]
+                squares = squares + (norm(_unscaled(more, scale)) / weight) ** 2
+            gradients, sums = jax.tree.map(
+                jnp.add, (total.gradients, total.sums), (more, more_sums)
+            )
+            return _Gradients(gradients, sums, variables, squares)
+
+        total = self._add_up(add, self._zeros(state), batch)
+        weight = differentiated_sum(total.sums)[1]
+        gradients = jax.tree.map(
+            lambda g: g / weight, _unscaled(total.gradients, scale)
         )
-        gradient = laid_out(
-            jax.grad(value, has_aux=True),
+        squares = None if total.squares is None else total.squares / count
+        return total._replace(gradients=_ascent(gradients), squares=squares)
+
+    def _gradient_of_loss(self) -> Callable[..., Any]:
+        """Return the gradient of one micro-batch's loss, laid out as planned."""
+        loss = training_loss(self.recipe, self.trace.functional, self.plan.micro_batches)
+        return laid_out(
+            jax.grad(rematerialized(loss, self.plan.remat), has_aux=True),
             self.plan.layout,
             self.mesh,
             ARGUMENTS,
             gradients=True,
         )
-        if count == 1:
-            gradients, (sums, variables) = gradient(
-                state.params, state.variables, key, *batch, knobs
-            )
-            return _descending(_unscaled(gradients, scale)), sums, variables, None
 
-        def add(
-            carry: tuple,
-            index: Any,
-            micro_batch: Any,
-        ) -> tuple:
-            gradients, sums, variables, squares = carry
-            more, (more_sums, variables) = gradient(
-                state.params,
-                variables,
-                jax.random.fold_in(key, index),
-                *micro_batch,
-                knobs,
-            )
-            if squares is not None:
-                squares = (
-                    squares
-                    + (norm(_unscaled(more, scale)) / differentiated_sum(more_sums)[1])
-                    ** 2
-                )
-            return (
-                *jax.tree.map(jnp.add, (gradients, sums), (more, more_sums)),
-                variables,
-                squares,
-            )
+    def _add_up(
+        self,
+        add: Callable[[_Gradients, Any, Any], _Gradients],
+        total: _Gradients,
+        batch: Any,
+    ) -> _Gradients:
+        """Add the micro-batches of a batch to a total, one after the other."""
+        count = self.plan.micro_batches
 
-        # strided, so that each device's rows are spread over the micro-batches without
-        # leaving the device
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        zeros = self._zero_sums()
-        squares = jnp.float32(0) if self.controller.signals.by_micro_batch else None
-        carry = (
-            jax.tree.map(jnp.zeros_like, state.params),
-            zeros,
-            state.variables,
-            squares,
-        )
+        def split(leaf: Any) -> Any:
+            # Strided, so that each device's rows are spread over the micro-batches
+            # without leaving the device.
+            return leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1)
+
+        parts = jax.tree.map(split, batch)
         if self.plan.unroll_micro_batches:
             for index in range(count):
-                carry = add(
-                    carry,
-                    index,
-                    jax.tree.map(lambda x: x[index], parts),  # noqa: B023
-                )
-        else:
-            carry, _ = jax.lax.scan(
-                lambda c, x: (add(c, *x), None),
-                carry,
-                (jnp.arange(count), parts),
-            )
-        gradients, sums, variables, squares = carry
-        weight = differentiated_sum(sums)[1]
-        gradients = jax.tree.map(lambda g: g / weight, _unscaled(gradients, scale))
-        return (
-            _descending(gradients),
-            sums,
-            variables,
-            None if squares is None else squares / count,
-        )
+                part = jax.tree.map(itemgetter(index), parts)
+                total = add(total, index, part)
+            return total
 
-    def _zero_sums(self) -> dict[str, tuple[Any, Any]]:
-        """The (sum, weight) pairs of no micro-batch."""
-        measure = partial(losses.measure, self.recipe)
+        def body(
+            total: _Gradients,
+            item: Any,
+        ) -> tuple[_Gradients, None]:
+            index, part = item
+            return add(total, index, part), None
+
+        items = (jnp.arange(count), parts)
+        total, _ = jax.lax.scan(body, total, items)
+        return total
+
+    def _zeros(self, state: State) -> _Gradients:
+        """Return the total of no micro-batch."""
         shapes = jax.eval_shape(
-            measure,
+            partial(losses.measure, self.recipe),
             self.trace.outputs,
             self.trace.targets,
         )
-        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+
+        def zeros(leaf: Any) -> Any:
+            return jnp.zeros(leaf.shape, jnp.float32)
+
         zero = (jnp.float32(0), jnp.float32(0))
-        return sums | dict.fromkeys(self.controller.measured_forward, zero)
-
-    # ---- evaluation ----
-
-    def _evaluate_batch(
-        self,
-        sums: Any,
-        params: Any,
-        variables: Any,
-        batch: Any,
-        valid: Any,
-    ) -> Any:
-        self._note("evaluate", batch)
-        inputs, targets = batch
-        with pointing_at_user("evaluating"):
-            outputs = self._forward(params, variables, inputs)
-            rows = jnp.arange(jax.tree.leaves(targets)[0].shape[0]) < valid
-            whole = self.evaluation.whole
-            totals = losses.measure(
-                self.recipe,
-                outputs,
-                targets,
-                rows,
-                without=whole,
-            )
-        sums = jax.tree.map(
-            lambda s, x: s + jnp.asarray(x, jnp.float32),
+        sums = jax.tree.map(zeros, shapes)
+        sums |= dict.fromkeys(self.controller.measured_forward, zero)
+        return _Gradients(
+            jax.tree.map(jnp.zeros_like, state.params),
             sums,
-            totals,
+            state.variables,
+            jnp.float32(0) if self.controller.signals.by_micro_batch else None,
         )
-        return sums, (outputs, targets) if whole else None
-
-    # ---- compilations ----
-
-    def _note(
-        self,
-        program: str,
-        batch: Any,
-    ) -> None:
-        """Called while tracing, and only then: a trace is a compilation."""
-        shapes = {
-            path or "value": f"{x.dtype}{list(x.shape)}"
-            for path, x in by_path(batch).items()
-        }
-        self._signatures.setdefault(program, []).append(shapes)
-        self._traced += 1
-        phase.reached(phase="compile")
-
-    def _call(
-        self,
-        program: str,
-        function: Callable,
-        *args: Any,
-    ) -> Any:
-        traced = self._traced
-        begun = time.perf_counter()
-        before = phase.where().phase
-        hits = cache_hits()
-        if program == self._lowered:
-            self._lowered = ""
-            traced = -1
-            phase.reached(phase="compile")
-        with pointing_at_user(
-            f"the {program} program",
-            "mend the line that is named, if one is; where memory is short, "
-            "lower batch_size or raise micro_batches",
-            where=f"program {program!r}",
-        ):
-            result = function(*args)
-            if self._traced != traced:
-                phase.reached(phase=before)
-            if self._one_at_a_time:
-                jax.block_until_ready(result)
-        if self._traced != traced:
-            signatures = self._signatures[program]
-            changed = None
-            if len(signatures) > 1:
-                old, new = signatures[-2:]
-                changed = ", ".join(
-                    f"{path or 'inputs'}: {old.get(path, 'absent')} to"
-                    f" {new.get(path, 'absent')}"
-                    for path in old | new
-                    if old.get(path) != new.get(path)
-                )
-                changed = changed or "another function or layout with the same shapes"
-            cached = agreement.every(lambda: cache_hits() > hits)
-            compilation = Compilation(
-                program,
-                len(signatures),
-                time.perf_counter() - begun,
-                changed,
-                cached,
-            )
-            self.compilations.append(compilation)
-            self._on_compile(compilation)
-        return result
 
 
 def _gathered(batch: Any, data: Any) -> Any:
-    """The rows of resident data that a batch of indices names; without such data the
-    batch itself.
+    """Return the rows of resident data that a batch of indices names.
+
+    Without such data it is the batch itself.
     """
     if data is None:
         return batch
-    return jax.tree.map(lambda x: x.at[batch].get(mode="promise_in_bounds"), data)
+
+    def rows(leaf: Any) -> Any:
+        return leaf.at[batch].get(mode="promise_in_bounds")
+
+    return jax.tree.map(rows, data)
+
+
+def _shape_on(
+    leaf: Any,
+    sharding: Any,
+) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _hidden(
@@ -860,33 +774,32 @@ def _hidden(
     inputs: Any,
 ) -> Any:
     """Samples whose outputs hold a NaN that none of their decoded outputs shows."""
-    rows = jax.tree.leaves(inputs)[0].shape[0]
-    triples = zip(
-        jax.tree.leaves(outputs),
-        prediction.outputs,
-        prediction.used,
-        strict=True,
-    )
-    used = [(leaf, dims) for leaf, dims, needed in triples if needed]
-    made = nan_rows(
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    leaves = jax.tree.leaves(outputs)
+    described = zip(leaves, prediction.outputs, prediction.used, strict=True)
+    used = [(leaf, dims) for leaf, dims, is_used in described if is_used]
+    is_nan = nan_rows(
         [leaf for leaf, _ in used],
         [dims for _, dims in used],
-        rows,
+        count,
     )
-    return made & ~nan_rows(
-        jax.tree.leaves(decoded),
-        prediction.dims,
-        rows,
-    )
+    shows = nan_rows(jax.tree.leaves(decoded), prediction.dims, count)
+    return is_nan & ~shows
 
 
 def _unscaled(gradients: Any, scale: Any) -> Any:
-    return gradients if scale is None else jax.tree.map(lambda g: g / scale, gradients)
+    if scale is None:
+        return gradients
+    return jax.tree.map(lambda g: g / scale, gradients)
 
 
-def _descending(gradients: Any) -> Any:
-    """The direction of steepest ascent in each parameter.
+def _ascent(gradients: Any) -> Any:
+    """Return the direction of steepest ascent in each parameter.
 
     JAX's gradient with respect to a complex parameter is the conjugate of that.
     """
-    return jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, gradients)
+
+    def conjugated(gradient: Any) -> Any:
+        return gradient.conj() if jnp.iscomplexobj(gradient) else gradient
+
+    return jax.tree.map(conjugated, gradients)

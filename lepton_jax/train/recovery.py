@@ -1,7 +1,14 @@
-"""When a run must stop or go back, and to where: the host's part.
+"""Stops and rollbacks of a run: the host's part.
 
-What a run has gone back from is part of each later checkpoint. Until there is one it
-stands in `rollback.json`, so that a run that is killed in between neither repeats the
+The compiled step makes no update once a policy has asked for a stop or a rollback; the
+host finds that out when it reads the step's record, up to a few calls later:
+
+    step       31   32   33   34   35   36
+    record     ok   ok  rollback  -    -   -       handed over before 33 was read
+    host reads ................^ Halt(step=33): 34 to 36 count for nothing
+
+What a run has gone back from is part of each later checkpoint. Until there is one it is
+kept in `rollback.json`, so that a run that is killed in between neither repeats the
 fault nor forgets the count.
 """
 
@@ -19,12 +26,19 @@ from lepton_jax.checkpoint.durable import Checkpoints, Damaged
 from lepton_jax.controller.core import Controller
 from lepton_jax.controller.journal import SHOWN
 from lepton_jax.errors import CheckpointError, writing_remedy
+from lepton_jax.train.run_record import RunRecord
 
 FILE = "rollback.json"
-WEIGHT = "weight"  # record of a loss that gives weights: their sum over the batch
+# The record of a loss that gives weights: their sum over the batch.
+WEIGHT = "weight"
 # Steps in a row that float16 may lose to overflows of the forward pass (assumption: odd
 # batches come alone).
 MOST_LOST = 3
+# Share of the way back in which the learning rate grows again, as a divisor
+# (assumption).
+GROWS_WITHIN = 4
+# Knobs by which a policy has dealt with a loss that is not finite.
+REFUSALS = ("skip", "restore", "rollback")
 
 
 class Halt(NamedTuple):
@@ -33,8 +47,8 @@ class Halt(NamedTuple):
     Attributes:
       step: the last one that counts.
       knob: "stop" or "rollback", which a policy asked for; None: a number is not finite
-        and nobody refused the update.
-      policy: that asked.
+        and no policy refused the update.
+      policy: the one that asked.
       why: in words.
     """
 
@@ -44,101 +58,127 @@ class Halt(NamedTuple):
     why: str
 
 
-def find_halt(
-    rows: np.ndarray,
-    names: Sequence[str],
-    controller: Controller,
-    done: int,
-    lost: int = 0,
-) -> Halt | None:
-    """Find the first of some steps that halts the run.
+class HaltWatch:
+    """Looks through the records of a run for the step that halts it.
 
     Args:
-      rows: records, float32 (steps, names).
-      names: of the columns.
-      controller: whose policies asked.
-      done: steps before these.
-      lost: steps up to `done`, without a gap, whose losses were not finite.
+      names: of the values in a record.
+      controller: its policies ask for stops and rollbacks.
+
+    Attributes:
+      lost: steps up to the last one looked at, without a gap, whose losses were not
+        finite and which float16 skipped.
     """
-    columns = {name: rows[:, i] for i, name in enumerate(names)}
-    bad = _not_finite(columns, controller)
-    if "loss_scale" in columns:
-        # A single batch whose forward pass overflows float16 is skipped, as is usual.
-        # The loss is measured before it is scaled: no smaller scale would help several.
-        bad &= _in_a_row(bad, lost) >= MOST_LOST
-    stop, back = (
-        columns.get(knob, np.zeros(len(rows))) > 0 for knob in ("stop", "rollback")
-    )
-    if not (bad | stop | back).any():
-        return None
-    row = int(np.argmax(bad | stop | back))
-    step = done + row + 1
-    if bad[row]:
-        return Halt(step, None, None, f"the loss of step {step} is {rows[row, 0]}")
-    knob = "rollback" if back[row] else "stop"
-    policy = next(
-        controller.policies[p]
-        for p, k in controller.moves
-        if k == knob and columns[f"{controller.policies[p].name}:{k}"][row] != 0
-    )
-    seen = ", ".join(
-        f"{name} is {columns[name][row]:.6g}"
-        for name in policy.watches[:SHOWN]
-        if name in columns
-    )
-    return Halt(step, knob, policy.name, seen or "it said so")
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        controller: Controller,
+    ):
+        self._names = list(names)
+        self._controller = controller
+        self.lost = 0
+
+    def look(
+        self,
+        rows: np.ndarray,
+        done: int,
+    ) -> Halt | None:
+        """Find the first of the next steps that halts the run.
+
+        Args:
+          rows: their records, float32 (steps, names).
+          done: steps before these.
+        """
+        columns = dict(zip(self._names, rows.T, strict=True))
+        bad = self._not_finite(columns)
+        if "loss_scale" in columns:
+            # A single batch whose forward pass overflows float16 is skipped, as is
+            # usual. The loss is measured before it is scaled, so no smaller scale would
+            # help if there are several.
+            lost = _in_a_row(bad, self.lost)
+            self.lost = int(lost[-1]) if len(lost) else 0
+            bad &= lost >= MOST_LOST
+        stops = self._asked("stop", columns)
+        rollbacks = self._asked("rollback", columns)
+        halts = bad | stops | rollbacks
+        if not halts.any():
+            return None
+
+        row = int(np.argmax(halts))
+        step = done + row + 1
+        if bad[row]:
+            return Halt(step, None, None, f"the loss of step {step} is {rows[row, 0]}")
+        knob = "rollback" if rollbacks[row] else "stop"
+        return self._halt_by_policy(step, knob, columns, row)
+
+    def halt_at_the_end(self, step: int) -> Halt:
+        """Return the halt of a run that ends with lost steps."""
+        losses = f"the last {self.lost} losses are"
+        if self.lost == 1:
+            losses = "the loss of the last step is"
+        why = f"{losses} not finite, and nothing was updated since"
+        return Halt(step, None, None, why)
+
+    def _halt_by_policy(
+        self,
+        step: int,
+        knob: str,
+        columns: Mapping[str, np.ndarray],
+        row: int,
+    ) -> Halt:
+        policies = self._controller.policies
+        policy = next(
+            policies[index]
+            for index, moved in self._controller.moves
+            if moved == knob and columns[f"{policies[index].name}:{moved}"][row] != 0
+        )
+        signals = [name for name in policy.watches[:SHOWN] if name in columns]
+        why = ", ".join(f"{name} is {columns[name][row]:.6g}" for name in signals)
+        return Halt(step, knob, policy.name, why or "it said so")
+
+    def _asked(
+        self,
+        knob: str,
+        columns: Mapping[str, np.ndarray],
+    ) -> np.ndarray:
+        """Steps in which a policy asked for a stop or a rollback: bool (steps,)."""
+        steps = len(columns["loss"])
+        return columns.get(knob, np.zeros(steps)) > 0
+
+    def _not_finite(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Steps whose loss is not finite and no policy has refused: bool (steps,)."""
+        bad = ~np.isfinite(columns["loss"])
+        if WEIGHT in columns:
+            bad &= columns[WEIGHT] != 0  # else it is a mean of nothing
+        for index, knob in self._controller.moves:
+            policy = self._controller.policies[index].name
+            # Loss scaling moves the scale for the gradients: that does not help a loss.
+            if knob in REFUSALS and policy != "loss_scaling":
+                bad &= columns[f"{policy}:{knob}"] == 0
+        return bad
 
 
-def lost_at_the_end(
-    rows: np.ndarray,
-    names: Sequence[str],
-    controller: Controller,
-    lost: int,
-) -> int:
-    """Count the last steps, without a gap, whose losses are not finite.
-
-    Args:
-      rows, names, controller: as of `find_halt`.
-      lost: the count before these steps.
-    """
-    columns = {name: rows[:, i] for i, name in enumerate(names)}
-    if not len(rows) or "loss_scale" not in columns:
-        return 0
-    return int(_in_a_row(_not_finite(columns, controller), lost)[-1])
-
-
-def _not_finite(
-    columns: Mapping[str, np.ndarray], controller: Controller
+def _in_a_row(
+    bad: np.ndarray,
+    before: int,
 ) -> np.ndarray:
-    """Steps whose loss is not finite, and that no policy has seen to."""
-    bad = ~np.isfinite(columns["loss"])
-    if WEIGHT in columns:
-        bad &= columns[WEIGHT] != 0  # else it is a mean of nothing
-    for p, knob in controller.moves:
-        policy = controller.policies[p].name
-        # the scale of the loss is moved for its gradients: it does not help the loss
-        if knob in ("skip", "restore", "rollback") and policy != "loss_scaling":
-            bad &= columns[f"{policy}:{knob}"] == 0
-    return bad
-
-
-def _in_a_row(bad: np.ndarray, before: int) -> np.ndarray:
-    """For each step the number of bad ones up to it, without a gap."""
+    """Count for each step the bad ones up to it, without a gap."""
     counts = []
-    for one in bad:
-        before = before + 1 if one else 0
+    for is_bad in bad:
+        before = before + 1 if is_bad else 0
         counts.append(before)
     return np.array(counts, int)
 
 
 class Rollbacks:
-    """How often a run went back, and where it goes next.
+    """The rollbacks of a run so far, and the target of the next one.
 
     Args:
       limits: of the policies: "rollbacks" at most (0: none), "rate" factor of the
         learning rate at each (1), "patience" steps for which the run was lost before a
-        policy asks (0): what was saved in them is no good.
-      kept: of the checkpoint that the run goes on from.
+        policy asks (0): checkpoints from within them are no good.
+      past: `to_json` of the checkpoint that the run goes on from.
 
     Attributes:
       slow: arguments of `slowed` after the last rollback. Number k lowers the learning
@@ -151,20 +191,24 @@ class Rollbacks:
     def __init__(
         self,
         limits: Mapping[str, Any],
-        kept: Mapping[str, Any] | None = None,
+        past: Mapping[str, Any] | None = None,
     ):
-        kept = kept or {}
+        past = past or {}
         self.most = int(limits.get("rollbacks", 0))
         self._factor = float(limits.get("rate", 1.0))
         self._patience = int(limits.get("patience", 0))
-        self.count = kept.get("count", 0)
+        self.count = past.get("count", 0)
         self.slow = (1.0, 1.0, 1)
-        self._used = list(kept.get("used", []))
-        self.tried = list(kept.get("tried", []))
+        self._used = list(past.get("used", []))
+        self.tried = list(past.get("tried", []))
 
     @property
-    def kept(self) -> dict[str, Any]:
-        """Plain data for a checkpoint's record."""
+    def used_up(self) -> bool:
+        """Whether the run may not go back again."""
+        return self.count >= self.most
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint's record."""
         return {
             "count": self.count,
             "used": self._used,
@@ -181,13 +225,13 @@ class Rollbacks:
         """Read the checkpoint to go back to, and count it.
 
         It is the newest readable one from before the run was lost that was not gone
-        back to before; the oldest for want of others.
+        back to before; if there is none, the oldest.
 
         Args:
           checkpoints: of the run.
           read: a step to its state.
           halt: why the run goes back.
-          on_damaged: told of each step that can't be read, and why.
+          on_damaged: called with each step that can't be read, and why.
 
         Returns:
           The step and its state.
@@ -196,50 +240,77 @@ class Rollbacks:
           CheckpointError: none of them can be read.
         """
         checkpoints.close()  # a save that is on its way counts
-        committed = checkpoints.steps()
-        before = halt.step - (self._patience if halt.knob else 0)
-        targets = (
-            sorted(
-                {step for step in committed if step <= before} - set(self._used),
-                reverse=True,
-            )
-            or committed[:1]
-        )
-        for to in targets:
+        for to in self._targets(checkpoints.steps(), halt):
             try:
                 state = read(to)
             except Damaged as error:
                 on_damaged(to, error.reason)
                 continue
-            self.slow = (
-                self._factor ** (self.count + 1),
-                self._factor**self.count,
-                max(1, (halt.step - to) // 4),
-            )
-            self.count += 1
-            self._used = [*(step for step in self._used if step < to), to]
-            self.tried.append(
-                f"at step {halt.step} ({halt.why}) back to step {to}, learning rate"
-                f" times {self.slow[0]:g}"
-            )
+            self._count(to, halt)
             return to, state
         raise CheckpointError(
             f"the run can't go back at step {halt.step} ({halt.why}): none of its"
             " checkpoints can be read",
             where=checkpoints.folder,
-            remedy="start it anew, or mend the folder and go on with --resume",
+            remedy="start it anew, or fix the folder and go on with --resume",
+        )
+
+    def _targets(
+        self,
+        committed: Sequence[int],
+        halt: Halt,
+    ) -> list[int]:
+        """Steps to go back to, the best first."""
+        last_good = halt.step - (self._patience if halt.knob else 0)
+        good = {step for step in committed if step <= last_good}
+        fresh = good - set(self._used)
+        return sorted(fresh, reverse=True) or list(committed[:1])
+
+    def _count(
+        self,
+        to: int,
+        halt: Halt,
+    ) -> None:
+        self.slow = (
+            self._factor ** (self.count + 1),
+            self._factor**self.count,
+            max(1, (halt.step - to) // GROWS_WITHIN),
+        )
+        self.count += 1
+        earlier = [step for step in self._used if step < to]
+        self._used = [*earlier, to]
+        self.tried.append(
+            f"at step {halt.step} ({halt.why}) back to step {to}, learning rate"
+            f" times {self.slow[0]:g}"
         )
 
 
-def remember(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Add what a rollback left, with its step as "to", to the run's file; it is on the
-    disk when this returns.
+# ---- rollback.json ----
+
+
+def remember(
+    folder: Path,
+    to: int,
+    record: RunRecord,
+) -> None:
+    """Add a rollback to the run's file; it is on the disk when this returns.
+
+    Args:
+      folder: of the run.
+      to: the step that it went back to.
+      record: as the run goes on.
 
     Raises:
       CheckpointError: it can't be written.
     """
     path = folder / FILE
     part = folder / f"{FILE}.part"
+    entry = {
+        "to": to,
+        "position": record.position.to_json(),
+        "slow": record.slow,
+        **record.past_to_json(),
+    }
     try:
         with part.open("w") as file:
             json.dump([*_entries(path), entry], file)
@@ -260,18 +331,28 @@ def remember(folder: Path, entry: Mapping[str, Any]) -> None:
 def recalled(
     folder: Path,
     step: int,
-    record: Mapping[str, Any],
-) -> dict[str, Any]:
-    """A checkpoint's record as it stands after the rollbacks to it that it does not
-    know of.
+    record: RunRecord,
+) -> RunRecord:
+    """Return a checkpoint's record with the rollbacks to it that it doesn't know of.
+
+    Args:
+      folder: of the run.
+      step: of the checkpoint.
+      record: as the checkpoint holds it.
+
+    Raises:
+      CheckpointError: the run's file can't be read.
     """
-    count = (record.get("rollbacks") or {}).get("count", 0)
+    count = (record.rollbacks or {}).get("count", 0)
     later = [
         entry
         for entry in _entries(folder / FILE)
         if entry["to"] == step and entry["rollbacks"]["count"] > count
     ]
-    return {**record, **later[-1]} if later else dict(record)
+    if not later:
+        return record
+    content = {**record.to_json(), **later[-1]}
+    return RunRecord.from_json(content)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,18 @@
-"""A state read from a checkpoint, and made to fit the recipe that goes on with it."""
+"""A state read from a checkpoint, and made to fit the recipe that goes on with it.
+
+Example: a run began with a learning rate of 0.1, and a person set 0.05 while it went
+on. The rate then depends on what the recipe says now:
+
+    recipe now                                rate    because
+    0.1                                       0.05    the recipe has not changed
+    0.2                                       0.2     the recipe has changed
+    0.1, asked for as --learning-rate 0.1     0.1     a person wants it
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +24,10 @@ from lepton_jax.compat import placed
 from lepton_jax.controller import slowed
 from lepton_jax.step.state import State
 from lepton_jax.train.program import Program
+from lepton_jax.train.run_record import RunRecord
 from lepton_jax.trees import by_path
 
+# Paths in a state of the knobs' bases and of their values.
 BASE = "controller/base/"
 KNOBS = "controller/knobs/"
 # The knob that acts in the forward pass before the controller has combined it anew.
@@ -24,26 +35,35 @@ EARLY_KNOB = "controller/knobs/dropout"
 RATE = "controller/base/learning_rate"
 
 
+class Change(NamedTuple):
+    """A number of the state that the recipe replaces."""
+
+    new: float
+    old: float
+
+
 class Restored(NamedTuple):
     """A state as the recipe goes on with it.
 
     Attributes:
-      state: of arrays, laid out as planned.
+      state: arrays, laid out as planned.
       record: what the checkpoint holds next to the state.
-      knobs: the bases of knobs that are not the checkpoint's but the recipe's, by name;
-        NaN: the learning rate follows its schedule.
+      bases: of the knobs for which the recipe's value replaces the checkpoint's, by
+        name; NaN: the learning rate follows its schedule.
+      resets_rate: whether the learning rate is the recipe's, whatever rollbacks made of
+        the one before.
       notes: what was not taken over or is otherwise now, a sentence each.
     """
 
     state: State
-    record: dict[str, Any]
-    knobs: dict[str, float]
+    record: RunRecord
+    bases: dict[str, float]
+    resets_rate: bool
     notes: tuple[str, ...]
 
 
 class Reader:
-    """Reads checkpoints for a program whose recipe may differ from that of the
-    checkpoint.
+    """Reads checkpoints for a program whose recipe may differ from theirs.
 
     Args:
       program: for which the states are read.
@@ -64,15 +84,16 @@ class Reader:
         self._set_live = frozenset(set_live)
 
     def template(self) -> State:
-        """The state as shapes, laid out as planned."""
+        """Return the state as shapes, laid out as planned."""
+
+        def shape(
+            leaf: Any,
+            sharding: Any,
+        ) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(
-                x.shape,
-                x.dtype,
-                sharding=s,
-            ),
-            self.program.trace.state,
-            self.program.state_sharding,
+            shape, self.program.trace.state, self.program.state_sharding
         )
 
     def read(
@@ -86,11 +107,7 @@ class Reader:
           CheckpointError: it is damaged, or parameters or variables do not fit.
         """
         choice = _Choice(self.program)
-        state, record = checkpoints.restore(
-            step,
-            self.template(),
-            choice,
-        )
+        state, record = checkpoints.restore(step, self.template(), choice)
         return self.settle(step, state, record, choice.adoption)
 
     def read_latest(
@@ -98,63 +115,48 @@ class Reader:
         checkpoints: Checkpoints,
         on_damaged: Callable[[int, str], None],
     ) -> tuple[int, Restored]:
-        """Read the newest step that is not damaged; see
-        `Checkpoints.restore_latest`.
+        """Read the newest step that is not damaged.
+
+        See `Checkpoints.restore_latest`.
         """
         choice = _Choice(self.program)
         step, state, record = checkpoints.restore_latest(
             self.template(), on_damaged, choice
         )
-        return step, self.settle(
-            step,
-            state,
-            record,
-            choice.adoption,
-        )
+        return step, self.settle(step, state, record, choice.adoption)
 
     def settle(
         self,
         step: int,
         state: State,
-        record: Mapping[str, Any],
+        content: Mapping[str, Any],
         adoption: Adoption | None = None,
     ) -> Restored:
-        """Complete a state whose missing leaves are shapes, and apply the recipe's
-        values.
+        """Complete a state whose missing leaves are shapes, and apply the recipe.
 
         Args:
           step: of the state.
           state: as read.
-          record: what the checkpoint holds next to it.
-          adoption: what it took over; None: all.
+          content: the checkpoint's record, as read.
+          adoption: the parts that were taken over; None: all.
         """
+        record = RunRecord.from_json(content)
         state = self._completed(step, state)
-        sources = None if adoption is None else adoption.sources
-        state, changes = self._as_the_recipe_says(state, record, sources)
-        record = dict(record)
-        if RATE in changes and _has_rate(state):
-            # the number that is asked for, whatever rollbacks made of the one before
+        changes = self._changes(state, record, adoption)
+        state = _with_values(state, changes)
+        resets_rate = RATE in changes and _has_rate(state)
+        if resets_rate:
             state = slowed(state, 1.0)
-            record["slow"] = None
 
-        notes = []
-        if adoption is not None and str(adoption):
-            notes.append(f"state of step {step}, {adoption}")
-        notes += self._changes_in_words(changes)
-        if self._schedule_changed(record) and RATE not in changes:
-            updates = int(np.asarray(state.controller.updates))
-            notes.append(
-                "the learning rate's schedule is another than the checkpoint's; it is "
-                f"read from update {updates} on"
-            )
         bases = {
-            path.removeprefix(BASE): value
-            for path, (value, _) in changes.items()
+            path.removeprefix(BASE): change.new
+            for path, change in changes.items()
             if path.startswith(BASE)
         }
         if self._schedule_changed(record):
             bases.setdefault("learning_rate", math.nan)
-        return Restored(state, record, bases, tuple(notes))
+        notes = tuple(self._notes(step, state, record, adoption, changes))
+        return Restored(state, record, bases, resets_rate, notes)
 
     # ---- internals ----
 
@@ -163,90 +165,109 @@ class Reader:
         step: int,
         state: State,
     ) -> State:
-        leaves = by_path(state)
+        """Return the state with the recipe's first values for leaves not restored."""
         missing = [
             path
-            for path, leaf in leaves.items()
+            for path, leaf in by_path(state).items()
             if isinstance(leaf, jax.ShapeDtypeStruct)
         ]
         if not missing:
             return state
-        fresh = self.program.begun(
-            state.params,
-            state.variables,
-            missing,
-        )
+        fresh = self.program.begun(state.params, state.variables, missing)
         updates = "controller/updates"
         if updates in fresh:
-            # no controller was there: each step was one update
-            fresh[updates] = placed(np.int32(step), fresh[updates].sharding)
+            # The checkpoint has no controller, so each step was one update.
+            sharding = fresh[updates].sharding
+            fresh[updates] = placed(np.int32(step), sharding)
         return _with_leaves(state, fresh)
 
-    def _as_the_recipe_says(
+    def _changes(
         self,
         state: State,
-        record: Mapping[str, Any],
-        sources: Mapping[str, str] | None,
-    ) -> tuple[State, dict[str, tuple[float, float]]]:
-        """The state with changed values, and (new, old) of each by path."""
-        now = {
+        record: RunRecord,
+        adoption: Adoption | None,
+    ) -> dict[str, Change]:
+        """Return the numbers of a state that the recipe replaces, by path."""
+        sources = None if adoption is None else adoption.sources
+        now = self._recipe_values(sources)
+        leaves = by_path(state)
+        scalars = {path: leaves[path] for path in now if path in leaves}
+        on_host = jax.device_get(scalars)
+        saved = {path: float(value) for path, value in on_host.items()}
+        live = [f"{BASE}{name}" for name in self._set_live - self._asked]
+        then = self._values_then(record, now, sources)
+        changed = changed_values(now, then, saved, live)
+        return {path: Change(value, saved[path]) for path, value in changed.items()}
+
+    def _recipe_values(self, sources: Mapping[str, str] | None) -> dict[str, float]:
+        """Return the recipe's numbers for the leaves that were taken over."""
+        return {
             path: value
             for path, value in self.program.recipe_values().items()
             if (not path.startswith(KNOBS) or path == EARLY_KNOB)
             and (sources is None or path in sources)
         }
-        leaves = by_path(state)
-        scalars = {path: leaves[path] for path in now if path in leaves}
-        saved = {k: float(x) for k, x in jax.device_get(scalars).items()}
 
-        then = (record.get("given") or {}).get("values")
-        if then is not None:
-            again = {f"{BASE}{name}" for name in self._asked}
-            again |= {RATE} if self._schedule_changed(record) else set()
-            places = {path: (sources or {}).get(path, path) for path in now}
-            then = {
-                path: then[place]
-                for path, place in places.items()
-                if place in then and path not in again
-            }
-        live = [f"{BASE}{name}" for name in self._set_live - self._asked]
+    def _values_then(
+        self,
+        record: RunRecord,
+        now: Mapping[str, float],
+        sources: Mapping[str, str] | None,
+    ) -> dict[str, float] | None:
+        """Return the numbers of the checkpoint's own recipe; None: not known.
 
-        changes = changed_values(now, then, saved, live)
-        fresh = {
-            path: placed(np.asarray(x, leaves[path].dtype), leaves[path].sharding)
-            for path, x in changes.items()
+        Those that are to be replaced in any case are left out.
+        """
+        values = (record.given or {}).get("values")
+        if values is None:
+            return None
+        replaced = {f"{BASE}{name}" for name in self._asked}
+        if self._schedule_changed(record):
+            replaced.add(RATE)
+        moved = sources or {}
+        places = {path: moved.get(path, path) for path in now}
+        return {
+            path: values[place]
+            for path, place in places.items()
+            if place in values and path not in replaced
         }
-        pairs = {path: (value, saved[path]) for path, value in changes.items()}
-        return _with_leaves(state, fresh), pairs
 
-    def _schedule_changed(self, record: Mapping[str, Any]) -> bool:
-        then = (record.get("given") or {}).get("schedule")
+    def _schedule_changed(self, record: RunRecord) -> bool:
+        then = (record.given or {}).get("schedule")
         now = self.program.given()["schedule"]
         if then is None or now is None:
             return False
         return not np.array_equal(then, now, equal_nan=True)
 
-    def _changes_in_words(
-        self, changes: Mapping[str, tuple[float, float]]
-    ) -> Iterable[str]:
-        for path, (new, old) in changes.items():
-            if path == EARLY_KNOB:
-                continue
-            name = path.removeprefix(BASE).removeprefix("optimizer/")
-            before = "its schedule" if math.isnan(old) else f"{old:g}"
-            if math.isnan(new):
-                yield (
-                    f"{name} follows the recipe's schedule; the checkpoint had {before}"
-                )
-            else:
-                yield (
-                    f"{name} is {new:g}, as the recipe says; the checkpoint had"
-                    f" {before}"
-                )
+    def _notes(
+        self,
+        step: int,
+        state: State,
+        record: RunRecord,
+        adoption: Adoption | None,
+        changes: Mapping[str, Change],
+    ) -> Iterator[str]:
+        """Yield a sentence for each thing that a person would not expect."""
+        if adoption is not None and str(adoption):
+            yield f"state of step {step}, {adoption}"
+        for path, change in changes.items():
+            if path != EARLY_KNOB:
+                name = path.removeprefix(BASE).removeprefix("optimizer/")
+                yield _change_in_words(name, change)
+        if self._schedule_changed(record) and RATE not in changes:
+            updates = int(np.asarray(state.controller.updates))
+            yield (
+                "the learning rate's schedule is another than the checkpoint's; it is "
+                f"read from update {updates} on"
+            )
 
 
 class _Choice:
-    """The sources of a checkpoint's leaves for a program; remembers what it decided."""
+    """The sources of a checkpoint's leaves for a program.
+
+    Attributes:
+      adoption: the decision, once it was asked for.
+    """
 
     def __init__(self, program: Program):
         self.program = program
@@ -254,27 +275,45 @@ class _Choice:
 
     def __call__(
         self,
-        record: dict[str, Any],
+        content: dict[str, Any],
         stored: list[str],
         fits: Callable[[str, str], bool],
     ) -> dict[str, str]:
         policies = self.program.given()["policies"]
-        before = (record.get("given") or {}).get("policies")
+        before = (content.get("given") or {}).get("policies")
         state = self.program.trace.state
-        self.adoption = adopt(
-            state,
-            stored,
-            fits,
-            policies,
-            before,
-        )
+        self.adoption = adopt(state, stored, fits, policies, before)
         return self.adoption.sources
 
 
-def _with_leaves(state: State, fresh: Mapping[str, Any]) -> State:
+def _change_in_words(name: str, change: Change) -> str:
+    before = "its schedule" if math.isnan(change.old) else f"{change.old:g}"
+    if math.isnan(change.new):
+        return f"{name} follows the recipe's schedule; the checkpoint had {before}"
+    return f"{name} is {change.new:g}, as the recipe says; the checkpoint had {before}"
+
+
+def _with_values(
+    state: State,
+    changes: Mapping[str, Change],
+) -> State:
+    leaves = by_path(state)
+    fresh = {}
+    for path, change in changes.items():
+        leaf = leaves[path]
+        value = np.asarray(change.new, leaf.dtype)
+        fresh[path] = placed(value, leaf.sharding)
+    return _with_leaves(state, fresh)
+
+
+def _with_leaves(
+    state: State,
+    fresh: Mapping[str, Any],
+) -> State:
     if not fresh:
         return state
-    leaves = [fresh.get(path, leaf) for path, leaf in by_path(state).items()]
+    old = by_path(state)
+    leaves = [fresh.get(path, leaf) for path, leaf in old.items()]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 

@@ -14,8 +14,8 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax.checkpoint.durable import Checkpoints
-from lepton_jax.controller import live
-from lepton_jax.controller.live import Live, ask
+from lepton_jax.hosts import mailbox
+from lepton_jax.hosts.mailbox import Mailbox, ask
 from lepton_jax.monitor import read_events
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -89,15 +89,14 @@ def test_requests_are_done_in_order_answered_and_journaled(blobs, tmp_path):
         rates[first["step"] : second["step"]], np.float32(3e-4)
     )
     np.testing.assert_array_equal(rates[second["step"] :], np.float32(0.02))
-    assert (
-        history.steps == stopped["step"] == trainer.step
-        and history.status == "interrupted"
-    )
+    assert history.steps == stopped["step"] == trainer.step
+    assert history.status == "interrupted"
     assert {saved["step"], history.steps} <= set(
         Checkpoints(tmp_path / "run" / "checkpoints").steps()
     )
     assert dict(history.evaluations)[evaluated["step"]] == evaluated["metrics"]
-    assert status["until"] == FOREVER and set(status["record"]) <= {
+    assert status["until"] == FOREVER
+    assert set(status["record"]) <= {
         "loss",
         "learning_rate",
     }
@@ -123,7 +122,8 @@ def test_requests_are_done_in_order_answered_and_journaled(blobs, tmp_path):
     assert read_events(tmp_path / "run")[-1]["reason"].startswith(
         f"stopped at step {trainer.step} by "
     )
-    assert not (tmp_path / "run" / "control").exists() and history.compilations == 1
+    assert not (tmp_path / "run" / "control").exists()
+    assert history.compilations == 1
 
 
 def test_a_paused_run_stands_still_and_still_obeys(blobs, tmp_path):
@@ -142,7 +142,9 @@ def test_a_paused_run_stands_still_and_still_obeys(blobs, tmp_path):
     assert {a["step"] for a in (paused, first, saved, second, resumed)} == {
         paused["step"]
     }
-    assert first["paused"] and not after["paused"] and trainer.step > paused["step"]
+    assert first["paused"]
+    assert not after["paused"]
+    assert trainer.step > paused["step"]
     again = make(blobs, None).load(
         tmp_path / "run",
         step=paused["step"],
@@ -187,14 +189,11 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(blobs, tmp_path):
     )
     for answer, (_, text) in zip(answers, bad, strict=False):
         assert not answer["ok"] and text in answer["text"] and answer["remedy"], answer
-    assert (
-        "a run can't 'fly'" in answers[-4]["text"]
-        and "nothing to evaluate on" in answers[-3]["text"]
-    )
+    assert "a run can't 'fly'" in answers[-4]["text"]
+    assert "nothing to evaluate on" in answers[-3]["text"]
     assert answers[-2]["text"].endswith("accumulate is 4, as far as ahead let it")
-    assert set(history["learning_rate"]) == {np.float32(0.01)} and set(
-        history["accumulate"]
-    ) == {2}
+    assert set(history["learning_rate"]) == {np.float32(0.01)}
+    assert set(history["accumulate"]) == {2}
     kinds = [line["kind"] for line in lepton.controllers.read_journal(tmp_path / "run")]
     assert kinds.count("live") == 2, "refused requests are events, not decisions"
     assert (
@@ -246,7 +245,7 @@ def test_a_second_process_may_not_work_in_the_folder_and_the_dead_do_not_answer(
         ask(tmp_path / "run", {"do": "status"})
     with pytest.raises(lepton.SettingError, match="no such run folder"):
         ask(tmp_path / "walk", {"do": "status"})
-    held = Live(tmp_path / "run")
+    held = Mailbox(tmp_path / "run")
     with pytest.raises(lepton.SettingError, match=f"process {os.getpid()} on "):
         make(blobs, tmp_path / "run", steps=2).fit()
     with pytest.raises(lepton.SettingError, match="withdrawn"):
@@ -269,7 +268,7 @@ def test_a_second_process_may_not_work_in_the_folder_and_the_dead_do_not_answer(
     thread.join()
     (tmp_path / "run" / "control").mkdir(exist_ok=True)
     (tmp_path / "run" / "control" / "run.json").write_text(
-        json.dumps({"pid": 1, "host": live.platform.node()})
+        json.dumps({"pid": 1, "host": mailbox.platform.node()})
     )
     # killed: the file is there, its lock is not
     with pytest.raises(lepton.SettingError, match=r"process 1 on .* has gone"):
@@ -280,7 +279,7 @@ def test_a_second_process_may_not_work_in_the_folder_and_the_dead_do_not_answer(
 def test_requests_that_came_while_it_compiled_and_rubbish_beside_them(
     blobs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(live, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(mailbox, "POLL_SECONDS", 0.0)
     control = tmp_path / "run" / "control"
     late = time.time() + 60
     control.mkdir(parents=True)
@@ -303,25 +302,21 @@ def test_requests_that_came_while_it_compiled_and_rubbish_beside_them(
         (control / f"{index}.request").write_text(json.dumps(request))
     (control / "9.request").write_text("{not json")
     history = make(blobs, tmp_path / "run", steps=4, steps_per_call=1).fit()
-    assert (
-        history["learning_rate"].tolist()
-        == [
-            np.float32(0.01),
-            0.25,
-            0.25,
-            0.25,
-        ]
-        and history.status == "finished"
-    )
-    assert (
-        not list(control.glob("*.request")) and len(list(control.glob("*.answer"))) == 2
-    )
+    assert history["learning_rate"].tolist() == [
+        np.float32(0.01),
+        0.25,
+        0.25,
+        0.25,
+    ]
+    assert history.status == "finished"
+    assert not list(control.glob("*.request"))
+    assert len(list(control.glob("*.answer"))) == 2
 
 
 def test_the_seat_for_servers_asks_for_the_token(blobs, tmp_path):
     from lepton_jax.cli.control import apply
 
-    held = Live(tmp_path / "run")
+    held = Mailbox(tmp_path / "run")
     token = json.loads((tmp_path / "run" / "control" / "run.json").read_text())["token"]
     assert (tmp_path / "run" / "control" / "run.json").stat().st_mode & 0o077 == 0
     with pytest.raises(lepton.SettingError, match="token"):
@@ -345,9 +340,9 @@ def test_it_looks_at_the_folder_four_times_a_second_at_most(
     blobs, tmp_path, monkeypatch
 ):
     looks = []
-    claimed = Live._claimed
+    claimed = Mailbox._claimed
     monkeypatch.setattr(
-        Live,
+        Mailbox,
         "_claimed",
         lambda self: looks.append(time.monotonic()) or claimed(self),
     )

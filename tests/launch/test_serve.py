@@ -14,16 +14,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lepton_jax.cli.control import main
-from lepton_jax.controller.live import Live
 from lepton_jax.errors import SettingError
 from lepton_jax.hosts import phase
+from lepton_jax.hosts.mailbox import Mailbox
 from lepton_jax.launch import serve
 from lepton_jax.launch.supervise import watchdog
 from lepton_jax.monitor import Monitor
+from lepton_jax.train.requests import perform
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,18 +45,14 @@ def run(tmp_path_factory):
         samples=40,
         records={"loss": [3.0, 2.5, 2.0, 1.5, 1.0]},
     )
-    live = Live(folder)
+    mailbox = Mailbox(folder)
     over = threading.Event()
 
     class Loop:
         step = 5
-        halted = False
-        stop_requested = False
-        monitor = Monitor(None)
+        paused = False
+        records = SimpleNamespace(monitor=Monitor(None))
         test = None
-
-        def hear(self, requests):
-            return requests()
 
         def status(self):
             return {
@@ -66,14 +64,15 @@ def run(tmp_path_factory):
 
     def work():
         while not over.wait(0.02):
-            live.obey(Loop())
+            for name, request in mailbox.take():
+                mailbox.answer(name, perform(Loop(), request))
 
     thread = threading.Thread(target=work)
     thread.start()
     yield folder, json.loads((folder / "control" / "run.json").read_text())["token"]
     over.set()
     thread.join()
-    live.close("finished")
+    mailbox.close("finished")
     monitor.close()
 
 
@@ -342,12 +341,12 @@ def test_before_there_is_a_run_and_after_it(tmp_path):
             ]
             == 401
         )
-        live = Live(tmp_path / "run")
+        mailbox = Mailbox(tmp_path / "run")
         token = json.loads((tmp_path / "run" / "control" / "run.json").read_text())[
             "token"
         ]
         assert ask(server, Host="x", Authorization=f"Bearer {token}")[0] == 200
-        live.close("finished")
+        mailbox.close("finished")
         assert ask(server, Host="x", Authorization=f"Bearer {token}")[0] in (200, 503)
         code, _, body = ask(
             server,

@@ -58,8 +58,8 @@ import optax
 
 import lepton_jax as lepton
 from lepton_jax import controllers
-from lepton_jax.controller import live
 from lepton_jax.errors import DivergedError
+from lepton_jax.hosts import mailbox
 from tools.bench import options as checks
 from tools.bench.controller import DATA, _orders
 from tools.bench.controller_tasks import TASKS, Task
@@ -258,7 +258,7 @@ def final(
 
     asks: tuple[Any, ...] = ()
     if fault == "rate":
-        live.POLL_SECONDS = 0.0  # so that it acts at the same step in each run
+        mailbox.POLL_SECONDS = 0.0  # so that it acts at the same step in each run
         asks = (_Person(folder, int(AT * steps), HIGHER * rate),)
     cosine = optax.cosine_decay_schedule(rate, steps)
     recipe = recipe.with_(
