@@ -818,7 +818,7 @@ def test_of_several_optimizers_the_one_at_work_says_which_weights(blobs):
     )
     state = trainer.state
     assert int(state.optimizer["index"]) == 1
-    same(controllers.served(state)[0], state.params)
+    same(controllers.select_weights(state)[0], state.params)
 
     first, _ = trained(
         blobs,
@@ -827,7 +827,7 @@ def test_of_several_optimizers_the_one_at_work_says_which_weights(blobs):
         steps=8,
     )
     expected = averaged(first.state.optimizer["each"][0], first.state.params)
-    found, _ = controllers.served(first.state)
+    found, _ = controllers.select_weights(first.state)
     jax.tree.map(
         partial(
             np.testing.assert_allclose,

@@ -81,7 +81,7 @@ class Signals(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What `controllers.served` reads of a state."""
+    """What `controllers.select_weights` reads of a state."""
 
     params: Any
     variables: Any
@@ -180,7 +180,7 @@ def adaptive(recipe: lepton.Recipe, rate: Any) -> Contestant:
         variables: Any,
         state: Any,
     ) -> tuple[Any, Any]:
-        return controllers.served(
+        return controllers.select_weights(
             Served(
                 params,
                 variables,

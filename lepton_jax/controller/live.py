@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lepton_jax.controller.core import set_base, slowed
 from lepton_jax.controller.knobs import settable
+from lepton_jax.controller.state import set_base, with_rate_factor
 from lepton_jax.errors import LeptonError, SettingError, nearest, writing_remedy
 from lepton_jax.hosts.phase import reached
 
@@ -205,7 +205,7 @@ class Live:
         run.state = set_base(run.state, **values)
         # the number that was asked for, whatever rollbacks made of the one before
         if "learning_rate" in values:
-            run.state = slowed(run.state, 1.0)
+            run.state = with_rate_factor(run.state, 1.0)
         run.journal.requested(
             run.step,
             "set",

@@ -19,7 +19,7 @@ from jax.errors import JaxRuntimeError
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints
 from lepton_jax.compat import jit_where
-from lepton_jax.controller import fed, released, slowed
+from lepton_jax.controller import with_measurements, without_halt, with_rate_factor
 from lepton_jax.controller.journal import Journal
 from lepton_jax.controller.live import Live
 from lepton_jax.data import (
@@ -216,9 +216,9 @@ class Loop:
         """What stands before the first step; a run that may be rolled back has a
         checkpoint to go back to.
         """
-        self.state = fed(self.state, steps=self.budget)
+        self.state = with_measurements(self.state, steps=self.budget)
         if self._slow:  # after a rollback that the checkpoint does not know of
-            self.state = slowed(self.state, *self._slow)
+            self.state = with_rate_factor(self.state, *self._slow)
         self.journal.begin(self.state, self.step)
         if self._given_knobs:
             self.journal.given(self.step, self._given_knobs)
@@ -351,7 +351,7 @@ class Loop:
             seconds=time.perf_counter() - began,
         )
         if self._due("evaluate_every"):
-            self.state = fed(
+            self.state = with_measurements(
                 self.state,
                 evaluations=self._evaluations() + 1,
                 **{f"evaluation_{name}": x for name, x in metrics.items()},
@@ -438,7 +438,7 @@ class Loop:
         self._measured = {}
         self.stop_requested |= heard["stop"]
         if heard["fed"]:
-            self.state = fed(self.state, **heard["fed"])
+            self.state = with_measurements(self.state, **heard["fed"])
         if heard["save"]:
             self._save_locally()
         return heard["requests"]
@@ -635,7 +635,7 @@ class Loop:
             "data_wait": self._wait / max(seconds, 1e-9),
         }
         if agreement.hosts() == 1:
-            self.state = fed(self.state, **self._measured)
+            self.state = with_measurements(self.state, **self._measured)
             self._measured = {}
         self.history.data_wait += self._wait
         self._last_row = rows[-1]
@@ -655,7 +655,7 @@ class Loop:
         if halt.knob != "stop":
             self._go_back(halt)
             return False
-        self.state = released(self.state)
+        self.state = without_halt(self.state)
         self.history.reason = self._stopped = (
             f"stopped by {halt.policy} at step {halt.step} because {halt.why}"
         )
@@ -693,8 +693,8 @@ class Loop:
                 halt,
                 on_damaged,
             )
-        self.state = fed(
-            slowed(state, *self.rollbacks.slow),
+        self.state = with_measurements(
+            with_rate_factor(state, *self.rollbacks.slow),
             steps=self.budget,
         )
         told = {

@@ -29,7 +29,7 @@ from lepton_jax.checkpoint.adoption import (
     schedule_values,
 )
 from lepton_jax.compat import cache_hits, jit_on, placed, whole_axes
-from lepton_jax.controller import Controller, Pieces, norm, served
+from lepton_jax.controller import Controller, Pieces, norm, select_weights
 from lepton_jax.data import Limit
 from lepton_jax.errors import DataError, pointing_at_user
 from lepton_jax.hosts import agreement, phase
@@ -415,7 +415,7 @@ class Program:
             "evaluate",
             self._evaluate,
             sums,
-            *served(state, self.recipe),
+            *select_weights(state, self.recipe),
             batch,
             valid,
         )
@@ -499,7 +499,7 @@ class Program:
         return self._call(
             "predict",
             self._predictors[decode],
-            *served(state, self.recipe),
+            *select_weights(state, self.recipe),
             inputs,
         )
 

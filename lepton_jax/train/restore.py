@@ -12,7 +12,7 @@ import numpy as np
 from lepton_jax.checkpoint.adoption import Adoption, adopt, changed_values
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.compat import placed
-from lepton_jax.controller import slowed
+from lepton_jax.controller import with_rate_factor
 from lepton_jax.step.state import State
 from lepton_jax.train.program import Program
 from lepton_jax.trees import by_path
@@ -134,7 +134,7 @@ class Reader:
         record = dict(record)
         if RATE in changes and _has_rate(state):
             # the number that is asked for, whatever rollbacks made of the one before
-            state = slowed(state, 1.0)
+            state = with_rate_factor(state, 1.0)
             record["slow"] = None
 
         notes = []

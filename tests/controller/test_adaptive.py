@@ -82,7 +82,7 @@ def test_it_learns_serves_the_average_and_ends_with_a_small_rate(blobs, usual):
     assert history["loss"][-10:].mean() < 0.5 * history["loss"][:3].mean()
     assert history["learning_rate"][-1] < 0.15 * history["learning_rate"].max()
     assert not history["skip"].any() and not history["rollback"].any()
-    params, _ = controllers.served(trainer.state)
+    params, _ = controllers.select_weights(trainer.state)
     away = [
         np.abs(a - b).max()
         for a, b in zip(

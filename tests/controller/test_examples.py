@@ -39,7 +39,8 @@ def test_every_policy_has_an_example():
         policies = [
             function
             for name, function in inspect.getmembers(module, inspect.isfunction)
-            if function.__module__ == info.name and name in lepton_jax.controller.__all__
+            if function.__module__ == info.name
+            and name in lepton_jax.controller.__all__
         ]
         for policy in policies:
             assert any(test.examples for test in finder.find(policy)), policy

@@ -177,7 +177,7 @@ def run(blobs):
             )
         )
         if call == 24:
-            state = controllers.released(state)
+            state = controllers.without_halt(state)
     states.append(
         jax.device_get(
             (

@@ -410,7 +410,7 @@ def final(fault, seed, controller):
         )
         for part in (x[rows], ((y[rows] + wrong) % 10).astype(np.int32))
     ]
-    state = controllers.fed(made.init(seed), steps=float(STEPS))
+    state = controllers.with_measurements(made.init(seed), steps=float(STEPS))
     records = []
     for block in zip(*blocks, strict=True):
         state, record = made.train(

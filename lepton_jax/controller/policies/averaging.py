@@ -75,9 +75,14 @@ def averaging(
     """
     check_range("averaging", 0, 1, decay=decay, start=start)
     check_range("averaging", 1e-6, 0.5, share=share)
-    highest = decay
-    if decay is None:
-        highest = DECAY if share is None else 1.0
+    unbounded = 1.0
+    default = DECAY if share is None else unbounded
+    highest = default if decay is None else decay
+
+    def ramp(n: Any) -> Any:
+        if share is None:
+            return (1 + n) / (10 + n)
+        return (n / (n + 1)) ** (1 / share - 1)
 
     def init() -> Averaging:
         return Averaging(jnp.int32(-1))
@@ -90,12 +95,8 @@ def averaging(
         begun = jnp.where((state.begun < 0) & due, updates, state.begun)
 
         n = jnp.maximum(updates - begun, 0).astype(jnp.float32)
-        if share is None:
-            ramp = (1 + n) / (10 + n)
-        else:
-            ramp = (n / (n + 1)) ** (1 / share - 1)
-
-        d = jnp.where(begun < 0, 0.0, jnp.minimum(ramp, highest))
+        waits = begun < 0
+        d = jnp.where(waits, 0.0, jnp.minimum(ramp(n), highest))
         return {"averaging_decay": d}, Averaging(begun)
 
     return Policy(

@@ -122,10 +122,10 @@ def label_noise(
         w = (1 - r) p / ((1 - r) p + r / K)
           = sigmoid(log(K) + log((1 - r) / r) - l)
 
-    That is the knob `loss_limit`. Trained so, a model tends to where it would with right
-    labels, unlike with samples cut off above a threshold. log(K) is the loss of outputs
-    that are all zero, or the first loss if that is less. The loss must be a negative
-    log-likelihood in nats, as cross-entropies are.
+    That is the knob `loss_limit`. Trained so, a model tends to where it would with
+    right labels, unlike with samples cut off above a threshold. log(K) is the loss of
+    outputs that are all zero, or the first loss if that is less. The loss must be a
+    negative log-likelihood in nats, as cross-entropies are.
 
     r is estimated from the mean weight of each batch by expectation maximization. The
     part of it that is there in calm times, from samples that are merely hard, is left

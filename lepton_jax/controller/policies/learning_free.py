@@ -2,8 +2,8 @@
 
 Prodigy's estimate on a small example: the parabola f(x) = x^2 / 2 from x_0 = 1, whose
 solution is at a distance of D = 1. Its gradient at x is x. Gradients g_k at points x_k
-say how far the solution is at least: f is convex, so <g_k, x_0 - x_k> grows as x_k moves
-towards it, while |g_k| does not grow with it. After a step to x_1 = 0.9,
+say how far the solution is at least: f is convex, so <g_k, x_0 - x_k> grows as x_k
+moves towards it, while |g_k| does not grow with it. After a step to x_1 = 0.9,
 
     d >= <g_1, x_0 - x_1> / |g_0 + g_1| = 0.9 * 0.1 / 1.9 = 0.047
 

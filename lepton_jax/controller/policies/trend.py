@@ -1,4 +1,4 @@
-"""Whether the loss has stopped falling: a criterion that several policies start from."""
+"""Whether the loss has stopped falling: a criterion of several policies."""
 
 from __future__ import annotations
 
