@@ -356,7 +356,7 @@ def _program(
             key,
             training,
         )
-        total, weight = losses.totals(
+        total, weight = losses.weighted_sum(
             recipe.loss,
             outputs,
             batch[1],

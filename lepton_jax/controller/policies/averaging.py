@@ -95,8 +95,8 @@ def averaging(
         begun = jnp.where((state.begun < 0) & due, updates, state.begun)
 
         n = jnp.maximum(updates - begun, 0).astype(jnp.float32)
-        waits = begun < 0
-        d = jnp.where(waits, 0.0, jnp.minimum(ramp(n), highest))
+        grown = ramp(n)
+        d = jnp.where(begun < 0, 0.0, jnp.minimum(grown, highest))
         return {"averaging_decay": d}, Averaging(begun)
 
     return Policy(
