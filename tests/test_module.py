@@ -14,6 +14,7 @@ from flax import linen, nnx
 import lepton_jax as lepton
 from lepton_jax.errors import ModelError
 from lepton_jax.losses import cross_entropy
+from lepton_jax.step.module import functional
 
 STEPS = 4
 BATCH = 24
@@ -241,7 +242,7 @@ def applied(
 def test_a_mode_by_any_name_is_set(name, sense, data):
     inputs = jax.ShapeDtypeStruct((BATCH, 6), jnp.float32)
     for model in (classes(name, sense)[0](), classes(name, sense)[1]):
-        module = lepton.module.functional(model, inputs)
+        module = functional(model, inputs)
         first = jax.eval_shape(module.init, jax.random.key(0))
         programs = [
             jax.make_jaxpr(partial(applied, module, t))(
@@ -361,7 +362,7 @@ def test_an_unknown_mode_costs_its_traces_once(data):
             calls.append(causal)
             return super().__call__(x, causal=causal)
 
-    lepton.module.functional(Counting, jax.ShapeDtypeStruct((BATCH, 6), jnp.float32))
+    functional(Counting, jax.ShapeDtypeStruct((BATCH, 6), jnp.float32))
     assert sorted(calls) == [False, True]
 
 
