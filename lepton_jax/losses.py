@@ -139,13 +139,18 @@ def _as_float(x: Any) -> jax.Array:
     return x.astype(jnp.float32) if whole or narrow else x
 
 
-def _as_rows(valid: jax.Array, ndim: int) -> jax.Array:
+def _as_rows(
+    valid: jax.Array,
+    ndim: int,
+) -> jax.Array:
     """Return `valid`, (batch,), in a shape that broadcasts against (batch, ...)."""
     return valid.reshape(valid.shape + (1,) * (ndim - 1))
 
 
 def _without_padding(
-    each: jax.Array, weights: Any, valid: jax.Array
+    each: jax.Array,
+    weights: Any,
+    valid: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Return values and weights that are 0 in padded rows."""
     rows = _as_rows(valid, each.ndim)
@@ -156,7 +161,10 @@ def _without_padding(
     return each, jnp.where(rows, weights, 0)
 
 
-def _column_sums(arrays: Any, valid: jax.Array | None) -> tuple[Any, Any]:
+def _column_sums(
+    arrays: Any,
+    valid: jax.Array | None,
+) -> tuple[Any, Any]:
     """Return the sums of arrays over the batch dim, and the number of rows."""
 
     def total(x: Any) -> jax.Array:
@@ -227,7 +235,9 @@ def discounted(
 
 
 def _by_value(
-    function: Callable, outputs: Any, targets: Any
+    function: Callable,
+    outputs: Any,
+    targets: Any,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Return each value of a loss, its weight, and the loss if it is a scalar."""
     each, weights = _checked(function, outputs, targets)
@@ -240,7 +250,11 @@ def _by_value(
     return each, jnp.ones_like(each) if weights is None else weights, scalar
 
 
-def _blank_loss(function: Callable, outputs: Any, targets: Any) -> jax.Array:
+def _blank_loss(
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+) -> jax.Array:
     """Return the loss of one sample under outputs that are all zero."""
 
     def zeros_of_first(x: Any) -> Any:
@@ -347,7 +361,11 @@ def sums_of(metric: Any) -> tuple[Callable, bool]:
     return getattr(metric, "values", metric), hasattr(metric, "finish")
 
 
-def _check_finish(name: str, metric: Any, sums: tuple[Any, Any]) -> None:
+def _check_finish(
+    name: str,
+    metric: Any,
+    sums: tuple[Any, Any],
+) -> None:
     """Check that a metric makes one number of its means."""
     close = getattr(metric, "finish", None)
     if close is None:
@@ -369,7 +387,11 @@ def _check_finish(name: str, metric: Any, sums: tuple[Any, Any]) -> None:
         )
 
 
-def finish(recipe: Any, name: str, mean: Any) -> Any:
+def finish(
+    recipe: Any,
+    name: str,
+    mean: Any,
+) -> Any:
     """Finish a metric from its mean, or its means; a loss is its mean."""
     close = getattr(recipe.metrics.get(name), "finish", None)
     return mean if close is None else close(mean)
@@ -490,7 +512,12 @@ def _are_numbers(each: Any, weights: Any) -> bool:
     return jnp.shape(each) == jnp.shape(weights)
 
 
-def _several(result: Any, batch: int, name: str, where: str) -> Several:
+def _several(
+    result: Any,
+    batch: int,
+    name: str,
+    where: str,
+) -> Several:
     leaves = by_path(result)
     for path, leaf in leaves.items():
         if not _is_real(leaf) or jnp.shape(leaf)[:1] != (batch,):
@@ -512,7 +539,11 @@ def _several(result: Any, batch: int, name: str, where: str) -> Several:
     return Several(result)
 
 
-def _by_sample(function: Callable, outputs: Any, targets: Any) -> jax.Array:
+def _by_sample(
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+) -> jax.Array:
     """Apply a function of a batch to each of its samples alone.
 
     Args:
@@ -523,7 +554,10 @@ def _by_sample(function: Callable, outputs: Any, targets: Any) -> jax.Array:
     leaves, form = jax.tree.flatten(outputs)
     batched = [jnp.ndim(x) > 0 for x in leaves]
 
-    def of_sample(row: list[Any], target: Any) -> Any:
+    def of_sample(
+        row: list[Any],
+        target: Any,
+    ) -> Any:
         pairs = zip(row, batched, strict=True)
         one = [x[None] if is_batched else x for x, is_batched in pairs]
         targets = jax.tree.map(lambda x: x[None], target)
@@ -568,7 +602,11 @@ def _likeliest(outputs: Any) -> str:
     return next(iter([*logits, *candidates]), "outputs[0]")
 
 
-def _is_crossed(values: Any, outputs: Any, targets: Any) -> bool:
+def _is_crossed(
+    values: Any,
+    outputs: Any,
+    targets: Any,
+) -> bool:
     """Whether both outputs and targets were broadcast.
 
     For example, (batch, 1) against (batch,) gives (batch, batch).

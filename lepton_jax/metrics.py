@@ -69,7 +69,10 @@ rmse = Metric(losses.squared_error, jnp.sqrt)
 perplexity = Metric(losses.cross_entropy, jnp.exp)
 
 
-def _f1_counts(outputs: Any, targets: Any) -> dict[str, Any]:
+def _f1_counts(
+    outputs: Any,
+    targets: Any,
+) -> dict[str, Any]:
     """Return the shares of hits, called and labelled, float32 (batch, classes)."""
     if outputs.shape == targets.shape:
         called = (outputs > 0)[..., None]
@@ -172,7 +175,11 @@ def _area(scores: Any, positive: Any) -> Any:
     return jnp.where(jnp.isnan(scores).any(), jnp.nan, area)
 
 
-def _check_same(left: tuple, right: tuple, name: str) -> None:
+def _check_same(
+    left: tuple,
+    right: tuple,
+    name: str,
+) -> None:
     # broadcasting would turn (batch, 1) against (batch,) into a wrong (batch, batch)
     # without a word
     if left != right:

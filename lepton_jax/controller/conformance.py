@@ -162,7 +162,10 @@ def _check_declaration(policy: Policy) -> None:
 
 
 def _signals(
-    policy: Policy, steps: int, seed: int, wild: bool
+    policy: Policy,
+    steps: int,
+    seed: int,
+    wild: bool,
 ) -> Iterator[dict[str, Any]]:
     """Make up the signals of a run that learns, with spikes.
 
@@ -178,7 +181,11 @@ def _signals(
         yield {name: jnp.float32(x) for name, x in row.items()}
 
 
-def _ordinary(step: int, steps: int, rng: np.random.Generator) -> dict[str, float]:
+def _ordinary(
+    step: int,
+    steps: int,
+    rng: np.random.Generator,
+) -> dict[str, float]:
     """Return the signals of a step whose usual size is not about 1."""
     spike = 50
     loss = 3 * math.exp(-step / 60) + 0.1 * rng.random()
@@ -207,7 +214,9 @@ def _ordinary(step: int, steps: int, rng: np.random.Generator) -> dict[str, floa
 
 
 def _made_wild(
-    row: dict[str, float], step: int, rng: np.random.Generator
+    row: dict[str, float],
+    step: int,
+    rng: np.random.Generator,
 ) -> dict[str, float]:
     # at first, each wild value in turn in every second step; then any of them
     in_turn = step % 2 == 0 and step < 4 * len(WILD)
@@ -225,7 +234,11 @@ def _made_wild(
 class _Watched(Mapping):
     """The signals of a step; only watched ones can be read, and none written."""
 
-    def __init__(self, values: Mapping[str, Any], policy: Policy):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        policy: Policy,
+    ):
         self.values_ = values
         self.policy = policy
 
@@ -246,7 +259,11 @@ class _Watched(Mapping):
         return len(self.values_)
 
 
-def _check_sequence(policy: Policy, rows: list[dict[str, Any]], wild: bool) -> None:
+def _check_sequence(
+    policy: Policy,
+    rows: list[dict[str, Any]],
+    wild: bool,
+) -> None:
     """Follow a policy through signals: under jit, eagerly, and once more."""
     start = _first_state(policy)
     update = _checked_update(policy, start)
@@ -283,10 +300,16 @@ def _first_state(policy: Policy) -> Any:
     return start
 
 
-def _checked_update(policy: Policy, start: Any) -> Callable[[Any, Any], Any]:
+def _checked_update(
+    policy: Policy,
+    start: Any,
+) -> Callable[[Any, Any], Any]:
     """Return the policy's update, which checks its result and completes its moves."""
 
-    def update(values: Mapping[str, Any], state: Any) -> Any:
+    def update(
+        values: Mapping[str, Any],
+        state: Any,
+    ) -> Any:
         result = policy.update(_Watched(values, policy), state)
         pair = isinstance(result, tuple) and len(result) == 2
         _require(
@@ -345,7 +368,11 @@ def _check_purity(
             )
 
 
-def _followed(update: Callable, rows: list[dict[str, Any]], state: Any) -> list[Any]:
+def _followed(
+    update: Callable,
+    rows: list[dict[str, Any]],
+    state: Any,
+) -> list[Any]:
     """Return the (moves, state) of each step."""
     results = []
     for row in rows:
@@ -354,7 +381,11 @@ def _followed(update: Callable, rows: list[dict[str, Any]], state: Any) -> list[
     return jax.device_get(results)
 
 
-def _check_stability(policy: Policy, before: Any, after: Any) -> None:
+def _check_stability(
+    policy: Policy,
+    before: Any,
+    after: Any,
+) -> None:
     old: Any = jax.tree.structure(before)
     new = jax.tree.structure(after)
     _require(
@@ -378,7 +409,11 @@ def _check_stability(policy: Policy, before: Any, after: Any) -> None:
 
 
 def _check_range(
-    policy: Policy, knob: str, value: float, step: int, wild: bool
+    policy: Policy,
+    knob: str,
+    value: float,
+    step: int,
+    wild: bool,
 ) -> None:
     kind = "signals that are partly not finite" if wild else "ordinary signals"
     _require(
@@ -391,7 +426,11 @@ def _check_range(
     )
 
 
-def _is_in_range(policy: Policy, knob: str, value: float) -> bool:
+def _is_in_range(
+    policy: Policy,
+    knob: str,
+    value: float,
+) -> bool:
     kind = knobs_.KNOBS[knob]
     within = math.isnan(value) or kind.lowest <= value <= kind.highest
     if policy.absolute:
@@ -442,7 +481,11 @@ def _accumulating() -> Policy:
     )
 
 
-def _check_resumption(run: _SmallRun, state: State, names: str) -> None:
+def _check_resumption(
+    run: _SmallRun,
+    state: State,
+    names: str,
+) -> None:
     undisturbed = run.train(STEPS, state)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder))
@@ -459,7 +502,10 @@ def _check_resumption(run: _SmallRun, state: State, names: str) -> None:
     )
 
 
-def _check_silence(policies: tuple[Policy, ...], names: str) -> None:
+def _check_silence(
+    policies: tuple[Policy, ...],
+    names: str,
+) -> None:
     """Check that neutral contributions change nothing."""
     silent = tuple(_silent(policy) for policy in policies)
     off = _SmallRun(silent, like=policies).train(STEPS_OFF)
@@ -476,7 +522,10 @@ def _check_silence(policies: tuple[Policy, ...], names: str) -> None:
 def _silent(policy: Policy) -> Policy:
     """Return a policy that does its work, but contributes nothing."""
 
-    def update(signals: Mapping[str, Any], state: Any) -> tuple[dict[str, Any], Any]:
+    def update(
+        signals: Mapping[str, Any],
+        state: Any,
+    ) -> tuple[dict[str, Any], Any]:
         moves, after = policy.update(signals, state)
         # a condition that never holds, and that XLA does not know
         neutral = {
@@ -531,7 +580,11 @@ class _SmallRun:
             out_shardings=self.replicated,
         )
 
-    def train(self, steps: int, state: Any = None) -> Any:
+    def train(
+        self,
+        steps: int,
+        state: Any = None,
+    ) -> Any:
         """Return the state after some steps, replicated as before."""
         if state is None:
             state = with_measurements(
@@ -559,7 +612,11 @@ class _SmallRun:
         )
         return state
 
-    def _check_places(self, state: State, places: Any) -> None:
+    def _check_places(
+        self,
+        state: State,
+        places: Any,
+    ) -> None:
         same = jax.tree.map(
             lambda x, s: x.sharding.is_equivalent_to(s, x.ndim),
             state.controller,
@@ -597,7 +654,12 @@ class _SmallRun:
         )
         return jax.device_put(state, self.replicated)
 
-    def _step(self, state: State, inputs: Any, targets: Any) -> State:
+    def _step(
+        self,
+        state: State,
+        inputs: Any,
+        targets: Any,
+    ) -> State:
         knobs = {}
         if state.controller != ():
             knobs = self.controller.forward_knobs(state.controller)
@@ -637,7 +699,10 @@ class _SmallRun:
         )
 
     def _mask(
-        self, state: State, knobs: Mapping[str, Any], shape: tuple[int, ...]
+        self,
+        state: State,
+        knobs: Mapping[str, Any],
+        shape: tuple[int, ...],
     ) -> Any:
         """Return the inputs' dropout, 1 where they stay."""
         keep = 1 - jnp.clip(0.1 * knobs.get("dropout", 1.0), 0, 0.9)
@@ -694,7 +759,11 @@ def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def _same(left: Any, right: Any, exact: bool = True) -> bool:
+def _same(
+    left: Any,
+    right: Any,
+    exact: bool = True,
+) -> bool:
     """Whether two trees hold the same bits, NaN for NaN.
 
     If not `exact`, they need only be the same up to XLA's rounding.
@@ -729,7 +798,12 @@ def _require(
         raise _broken(law, policy, what, remedy)
 
 
-def _broken(law: str, policy: Any, what: str, remedy: str) -> RecipeError:
+def _broken(
+    law: str,
+    policy: Any,
+    what: str,
+    remedy: str,
+) -> RecipeError:
     name = getattr(policy, "name", policy)
     return RecipeError(
         f"{law}: {what}. The law: {LAWS[law]}",
@@ -739,7 +813,10 @@ def _broken(law: str, policy: Any, what: str, remedy: str) -> RecipeError:
 
 
 @contextlib.contextmanager
-def _breaking(law: str, policy: Any) -> Iterator[None]:
+def _breaking(
+    law: str,
+    policy: Any,
+) -> Iterator[None]:
     """Let an error inside, of any kind, break a law, unless it names one already."""
     try:
         yield

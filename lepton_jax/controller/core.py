@@ -167,7 +167,11 @@ class Controller:
 
     # ---- state ----
 
-    def init(self, params: Any, variables: Any) -> tuple[Any, Any]:
+    def init(
+        self,
+        params: Any,
+        variables: Any,
+    ) -> tuple[Any, Any]:
         """Return the states of optimizer and controller before the first step.
 
         The controller's is () where nothing can ever move.
@@ -204,7 +208,11 @@ class Controller:
             return ()
         return jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
 
-    def _first_average(self, params: Any, variables: Any) -> Any:
+    def _first_average(
+        self,
+        params: Any,
+        variables: Any,
+    ) -> Any:
         if "averaging_decay" not in self._moved:
             return ()
         return _copied((params, floats(variables)))
@@ -374,7 +382,11 @@ class Controller:
 
     # ---- the learning rate ----
 
-    def _base_rate(self, state: ControllerState, before: Pieces) -> Any:
+    def _base_rate(
+        self,
+        state: ControllerState,
+        before: Pieces,
+    ) -> Any:
         """Return the base of the rate; the schedule's value where it is NaN."""
         base = state.base.get("learning_rate", jnp.float32(1))
         if not callable(self.recipe.learning_rate):
@@ -382,7 +394,11 @@ class Controller:
         follows = jnp.isnan(base)
         return jnp.where(follows, self._scheduled(before, state.updates), base)
 
-    def _unmoved_rate(self, state: ControllerState, before: Pieces) -> dict[str, Any]:
+    def _unmoved_rate(
+        self,
+        state: ControllerState,
+        before: Pieces,
+    ) -> dict[str, Any]:
         """Return the schedule's own rate for this update.
 
         It is for an optimizer that reads the schedule by itself; NaN if a person has
@@ -394,7 +410,11 @@ class Controller:
         rate = self._scheduled(before, state.updates)
         return {optimizers.SCHEDULED: jnp.where(follows, rate, jnp.nan)}
 
-    def _scheduled(self, before: Pieces, updates: Any) -> Any:
+    def _scheduled(
+        self,
+        before: Pieces,
+        updates: Any,
+    ) -> Any:
         return self.optimizer.scheduled(before.optimizer, before.params, updates)
 
     def _with_next_rate(
@@ -422,7 +442,9 @@ class Controller:
         return _where(state.halted, state, halted)
 
     def _advance(
-        self, state: ControllerState, update: _Update
+        self,
+        state: ControllerState,
+        update: _Update,
     ) -> tuple[Pieces, Any, dict[str, Any]]:
         """Make the update of a step, or not.
 
@@ -460,7 +482,11 @@ class Controller:
             moved["average"] = average
         return pieces, applied, moved
 
-    def _taken(self, state: ControllerState, knobs: Mapping[str, Any]) -> Any:
+    def _taken(
+        self,
+        state: ControllerState,
+        knobs: Mapping[str, Any],
+    ) -> Any:
         """Whether this step's gradient counts; None if nothing can refuse it."""
         refused = [knobs[n] > 0 for n in ("skip", "restore", "rollback") if n in knobs]
         if self.halts:
@@ -496,7 +522,11 @@ class Controller:
         pieces = pieces._replace(variables=variables)
         return pieces, applied, (whole, jnp.where(applied, 0, count))
 
-    def _apply_if(self, taken: Any, update: _Update) -> Pieces:
+    def _apply_if(
+        self,
+        taken: Any,
+        update: _Update,
+    ) -> Pieces:
         if taken is None:
             return self._apply(update)
         # not a select: XLA would fuse it into the update, and round that otherwise
@@ -514,7 +544,11 @@ class Controller:
             )
         return Pieces(params, update.variables, optimizer)
 
-    def _clipped(self, gradients: Any, knobs: Mapping[str, Any]) -> Any:
+    def _clipped(
+        self,
+        gradients: Any,
+        knobs: Mapping[str, Any],
+    ) -> Any:
         if "clip_norm" not in knobs:
             return gradients
 
@@ -555,21 +589,32 @@ class _Update(NamedTuple):
     loss: Any
 
 
-def _restored(state: ControllerState, knobs: Mapping[str, Any]) -> Any:
+def _restored(
+    state: ControllerState,
+    knobs: Mapping[str, Any],
+) -> Any:
     """Whether the pieces become those of the anchor."""
     if "restore" not in knobs:
         return jnp.bool_(False)
     return (knobs["restore"] > 0) & ~state.halted
 
 
-def _renewed(state: ControllerState, knobs: Mapping[str, Any], back: Any) -> Any:
+def _renewed(
+    state: ControllerState,
+    knobs: Mapping[str, Any],
+    back: Any,
+) -> Any:
     """Whether the anchor becomes a copy of the pieces."""
     if "anchor" not in knobs:
         return jnp.bool_(False)
     return (knobs["anchor"] > 0) & ~back & ~state.halted
 
 
-def _averaged(average: Any, now: Any, decay: Any) -> Any:
+def _averaged(
+    average: Any,
+    now: Any,
+    decay: Any,
+) -> Any:
     """Return a moving average after one more value."""
     return jax.tree.map(
         lambda a, x: x + (decay * (a - x)).astype(x.dtype), average, now
@@ -605,14 +650,21 @@ def _as_arrays(tree: Any) -> Any:
     return jax.tree.map(jnp.asarray, tree)
 
 
-def _where(condition: Any, new: Any, old: Any) -> Any:
+def _where(
+    condition: Any,
+    new: Any,
+    old: Any,
+) -> Any:
     """Return `new` where the condition holds, or where there is none."""
     if condition is None:
         return new
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def _check_moves(policy: Policy, moves: Mapping[str, Any]) -> None:
+def _check_moves(
+    policy: Policy,
+    moves: Mapping[str, Any],
+) -> None:
     surplus = sorted(set(moves) - set(policy.moves))
     if surplus:
         raise RecipeError(
@@ -622,7 +674,11 @@ def _check_moves(policy: Policy, moves: Mapping[str, Any]) -> None:
         )
 
 
-def _as_before(after: Any, before: Any, name: str) -> Any:
+def _as_before(
+    after: Any,
+    before: Any,
+    name: str,
+) -> Any:
     """Return a policy's state with the dtypes that it had.
 
     Raises:

@@ -103,7 +103,11 @@ class Journal:
         if controller.policies:
             self._announce()
 
-    def begin(self, state: Any, step: int) -> None:
+    def begin(
+        self,
+        state: Any,
+        step: int,
+    ) -> None:
         """Start from a state: decisions are differences from it.
 
         It waits for the devices.
@@ -178,7 +182,11 @@ class Journal:
             line["settings"] = settings
         self._write(line | who)
 
-    def given(self, step: int, settings: Mapping[str, float]) -> None:
+    def given(
+        self,
+        step: int,
+        settings: Mapping[str, float],
+    ) -> None:
         """Write that the recipe's own values replace those of the checkpoint.
 
         Args:
@@ -214,13 +222,22 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def _ask(self, step: int, settings: Mapping[str, float], who: Any) -> None:
+    def _ask(
+        self,
+        step: int,
+        settings: Mapping[str, float],
+        who: Any,
+    ) -> None:
         for knob, base in settings.items():
             self._requests.append(_Request(step, knob, base, who))
 
     # ---- which steps are decisions ----
 
-    def _series(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _series(
+        self,
+        name: str,
+        rows: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return a column, and the same a step before."""
         values = rows[:, self._columns[name]]
         before = np.asarray([self._last[name]], np.float32)
@@ -253,7 +270,11 @@ class Journal:
                 for first, last in _runs(moved & inside):
                     yield self._line(decider, knob, rows, first, last) | who
 
-    def _moved_by_others(self, knob: str, rows: np.ndarray) -> np.ndarray:
+    def _moved_by_others(
+        self,
+        knob: str,
+        rows: np.ndarray,
+    ) -> np.ndarray:
         """In which steps a knob moved, and no policy moved it: (steps,) bool."""
         moved = _differ(*self._series(knob, rows))
         for index, own in self.controller.moves:
@@ -282,7 +303,12 @@ class Journal:
             return "rollback", who
         return "live", who
 
-    def _moved(self, policy: str, knob: str, rows: np.ndarray) -> np.ndarray:
+    def _moved(
+        self,
+        policy: str,
+        knob: str,
+        rows: np.ndarray,
+    ) -> np.ndarray:
         """In which steps a policy decided something about a knob: (steps,) bool."""
         values, before = self._series(_column(policy, knob), rows)
         if KNOBS[knob].combine == "any":
@@ -312,7 +338,12 @@ class Journal:
             line["values"] = values[first : last + 1].tolist()
         return line
 
-    def _signal(self, name: str, row: np.ndarray, index: int) -> float:
+    def _signal(
+        self,
+        name: str,
+        row: np.ndarray,
+        index: int,
+    ) -> float:
         if name in self._columns:
             return float(row[self._columns[name]])
         step = self._step + index
@@ -428,7 +459,10 @@ def in_effect(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return effective
 
 
-def _up_to(line: dict[str, Any], step: int) -> dict[str, Any] | None:
+def _up_to(
+    line: dict[str, Any],
+    step: int,
+) -> dict[str, Any] | None:
     """Return the part of a line that is of steps up to `step`."""
     if line["kind"] == "rollback":
         return line if line["to"] <= step else None
@@ -445,7 +479,10 @@ def _column(policy: str, knob: str) -> str:
     return f"{policy}:{knob}"
 
 
-def _differ(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _differ(
+    left: np.ndarray,
+    right: np.ndarray,
+) -> np.ndarray:
     return (left != right) & ~(np.isnan(left) & np.isnan(right))
 
 

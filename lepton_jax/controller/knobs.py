@@ -180,7 +180,11 @@ def combined(
     return value
 
 
-def settable(name: str, text: str, present: Mapping[str, Any]) -> float:
+def settable(
+    name: str,
+    text: str,
+    present: Mapping[str, Any],
+) -> float:
     """Check the value that a person asks for, and return it.
 
     Args:

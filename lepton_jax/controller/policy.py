@@ -91,7 +91,12 @@ def check_range(
         )
 
 
-def _is_within(value: Any, lowest: float, highest: float, whole: bool) -> bool:
+def _is_within(
+    value: Any,
+    lowest: float,
+    highest: float,
+    whole: bool,
+) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     if whole and value != int(value):

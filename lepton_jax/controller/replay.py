@@ -63,7 +63,10 @@ def replay(journal: str | Path | Iterable[dict[str, Any]]) -> Policy:
     def init() -> Any:
         return jnp.int32(start["step"])
 
-    def update(signals: Mapping[str, Any], done: Any) -> tuple[dict[str, Any], Any]:
+    def update(
+        signals: Mapping[str, Any],
+        done: Any,
+    ) -> tuple[dict[str, Any], Any]:
         moves = {}
         for knob, (steps, values) in tables.items():
             moves[knob] = _at(knob, steps, values, done + 1)
@@ -83,7 +86,10 @@ def replay(journal: str | Path | Iterable[dict[str, Any]]) -> Policy:
     )
 
 
-def _table(knob: str, lines: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _table(
+    knob: str,
+    lines: list[dict[str, Any]],
+) -> tuple[np.ndarray, np.ndarray]:
     """Return steps, int32, and the value of a knob from each of them on, float32."""
     by_step: dict[int, float] = {}
     for line in lines:
@@ -95,7 +101,12 @@ def _table(knob: str, lines: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarr
     return np.array(steps, np.int32), np.array(values, np.float32)
 
 
-def _at(knob: str, steps: np.ndarray, values: np.ndarray, step: Any) -> Any:
+def _at(
+    knob: str,
+    steps: np.ndarray,
+    values: np.ndarray,
+    step: Any,
+) -> Any:
     """Return the value of a knob in a step; NaN before the first in the journal."""
     lasts_a_step = KNOBS[knob].combine == "any"
     if not len(steps):

@@ -143,7 +143,10 @@ class Noise(NamedTuple):
     count: Any
 
 
-def known(name: str, metrics: Iterable[str]) -> str:
+def known(
+    name: str,
+    metrics: Iterable[str],
+) -> str:
     """Return `name` if it is a signal of a recipe with these metrics.
 
     Raises:
@@ -305,7 +308,11 @@ class Signals:
     def _watches(self, *names: str) -> bool:
         return any(name in self.watched for name in names)
 
-    def _norms(self, params: Any, gradients: Any) -> dict[str, Any]:
+    def _norms(
+        self,
+        params: Any,
+        gradients: Any,
+    ) -> dict[str, Any]:
         """Return the global norms that are watched or needed."""
         names = [*self.watched]
         if not FROM_NORM.isdisjoint(names):
@@ -358,7 +365,11 @@ class Signals:
         trace = jnp.maximum(after.variance, 0)
         return trace / jnp.maximum(after.squared, TINY), after
 
-    def _noise_of_parts(self, big: Any, small: Any) -> tuple[Any, Any]:
+    def _noise_of_parts(
+        self,
+        big: Any,
+        small: Any,
+    ) -> tuple[Any, Any]:
         """Estimate |G|^2 and tr(S) from a batch and its micro-batches."""
         b = self.batch_size
         m = b / self.micro_batches
@@ -380,7 +391,10 @@ class Signals:
         return squared, variance
 
 
-def norm(tree: Any, prefix: str = "") -> jax.Array:
+def norm(
+    tree: Any,
+    prefix: str = "",
+) -> jax.Array:
     """Return the global norm of the leaves whose path begins with `prefix`, float32 ().
 
     Raises:
@@ -397,7 +411,10 @@ def norm(tree: Any, prefix: str = "") -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
 
 
-def dot(left: Any, right: Any) -> jax.Array:
+def dot(
+    left: Any,
+    right: Any,
+) -> jax.Array:
     """Return the inner product of two trees, float32 ()."""
 
     def product(a: Any, b: Any) -> Any:
@@ -415,12 +432,20 @@ def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
     return (x.astype(jnp.float32),)
 
 
-def _where(condition: Any, new: Any, old: Any) -> Any:
+def _where(
+    condition: Any,
+    new: Any,
+    old: Any,
+) -> Any:
     """Return `new` where a condition holds, else `old`; both are trees."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def _gradient_sum(before: Any, gradients: Any, weight: Any) -> tuple[Any, Any]:
+def _gradient_sum(
+    before: Any,
+    gradients: Any,
+    weight: Any,
+) -> tuple[Any, Any]:
     """Add a gradient to the sum s of gradients.
 
     Returns:
@@ -436,7 +461,10 @@ def _gradient_sum(before: Any, gradients: Any, weight: Any) -> tuple[Any, Any]:
     return total, _where(usable, after, before)
 
 
-def _smooth(state: Smoothed, loss: Any) -> tuple[dict[str, Any], Smoothed]:
+def _smooth(
+    state: Smoothed,
+    loss: Any,
+) -> tuple[dict[str, Any], Smoothed]:
     """Return the signals of the losses before this step, and the means after it."""
     count = state.count.astype(jnp.float32)
 

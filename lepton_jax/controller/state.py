@@ -73,7 +73,10 @@ def floats(tree: Any) -> Any:
     )
 
 
-def select_weights(state: Any, recipe: Recipe | None = None) -> tuple[Any, Any]:
+def select_weights(
+    state: Any,
+    recipe: Recipe | None = None,
+) -> tuple[Any, Any]:
     """Select the weights to evaluate, predict and serve with.
 
     Training goes on from the state's own weights.
@@ -109,7 +112,10 @@ def select_weights(state: Any, recipe: Recipe | None = None) -> tuple[Any, Any]:
     return optimizers.evaluated(given, state.optimizer, params), variables
 
 
-def with_measurements(state: Any, **values: float) -> Any:
+def with_measurements(
+    state: Any,
+    **values: float,
+) -> Any:
     """Return a `State` whose controller knows values that the host measured.
 
     Names that no policy watches are dropped.
@@ -117,7 +123,10 @@ def with_measurements(state: Any, **values: float) -> Any:
     return _with_values(state, "fed", values)
 
 
-def set_base(state: Any, **values: float) -> Any:
+def set_base(
+    state: Any,
+    **values: float,
+) -> Any:
     """Return a `State` whose knobs have other bases."""
     return _with_values(state, "base", values)
 
@@ -154,7 +163,11 @@ def without_halt(state: Any) -> Any:
 # ---- internals ----
 
 
-def _with_values(state: Any, part: str, values: Mapping[str, float]) -> Any:
+def _with_values(
+    state: Any,
+    part: str,
+    values: Mapping[str, float],
+) -> Any:
     """Return a `State` with other scalars in a dict of the controller's state."""
     controller = state.controller
     if not isinstance(controller, ControllerState):

@@ -151,7 +151,10 @@ class Arguments:
         return function(inputs, **options)
 
 
-def settled(arguments: Arguments, effect: Callable[[Mode], Effect | None]) -> Arguments:
+def settled(
+    arguments: Arguments,
+    effect: Callable[[Mode], Effect | None],
+) -> Arguments:
     """Find out what the open arguments do.
 
     Args:
@@ -282,7 +285,11 @@ def _in_words(effect: Effect) -> str:
     return f"draws {effect.draws} times and writes {written}"
 
 
-def _unsettled(name: str, where: str, why: str) -> ModelError:
+def _unsettled(
+    name: str,
+    where: str,
+    why: str,
+) -> ModelError:
     return ModelError(
         f"it can't be told whether the Boolean argument {name!r} says that the model "
         f"trains: its call {why}",

@@ -48,7 +48,10 @@ class _ScaledDropout(nnx.Dropout):
         return jnp.where(self.factor == 1, plain, scaled)
 
 
-def scale_dropout(module: nnx.Module, factor: Any) -> list[Any]:
+def scale_dropout(
+    module: nnx.Module,
+    factor: Any,
+) -> list[Any]:
     """Let a traced factor scale the rate of each nnx.Dropout of a module.
 
     Args:

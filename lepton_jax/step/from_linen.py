@@ -30,7 +30,10 @@ from lepton_jax.step.pure import (
 TEMPORARY = ("intermediates", "perturbations")
 
 
-def linen_functional(module: linen.Module, request: Request) -> Functional:
+def linen_functional(
+    module: linen.Module,
+    request: Request,
+) -> Functional:
     """Return the pure functions of a Linen module.
 
     Raises:
@@ -48,7 +51,11 @@ class LinenModule(PureModule):
       request: what it is made pure for.
     """
 
-    def __init__(self, module: linen.Module, request: Request):
+    def __init__(
+        self,
+        module: linen.Module,
+        request: Request,
+    ):
         self._bound: dict[str, Any] = {}
         if module.scope is not None:  # `model.bind(variables)`
             module, variables = module.unbind()
@@ -90,7 +97,12 @@ class LinenModule(PureModule):
         return outputs, after, self.collected(sown, collections, asked)
 
     def variables_after(
-        self, mode: Mode, params: Any, variables: Any, inputs: Any, key: Any
+        self,
+        mode: Mode,
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        key: Any,
     ) -> Any:
         streams = self.random_streams(key) if mode.train else None
         return self._run(mode, params, variables, inputs, key, streams)[1]
@@ -142,7 +154,11 @@ class LinenModule(PureModule):
         return outputs, {**variables, **changed}, sown
 
     def _evaluate(
-        self, mode: Mode, params: Any, variables: Any, inputs: Any
+        self,
+        mode: Mode,
+        params: Any,
+        variables: Any,
+        inputs: Any,
     ) -> tuple[Any, Any]:
         key = jax.random.key(EVALUATION_SEED)
         try:
@@ -154,12 +170,22 @@ class LinenModule(PureModule):
             outputs, after, _ = self._run(mode, params, variables, inputs, key, streams)
         return outputs, after
 
-    def _method(self, inputs: Any, mode: Mode, key: Any) -> Callable[[Any], Any]:
+    def _method(
+        self,
+        inputs: Any,
+        mode: Mode,
+        key: Any,
+    ) -> Callable[[Any], Any]:
         # not keywords of `apply`: the module's arguments may have the names of those
         streams = self.streams(key)
         return lambda module: self.arguments.call(module, inputs, mode, streams)
 
-    def _note(self, module: Any, collection: str, name: str) -> None:
+    def _note(
+        self,
+        module: Any,
+        collection: str,
+        name: str,
+    ) -> None:
         path = () if module.scope is None else tuple(module.scope.path)
         self._sown.add((collection, *path, name))
 
@@ -168,7 +194,8 @@ class LinenModule(PureModule):
 
 
 def _without_paths(
-    variables: dict[str, Any], paths: set[tuple[str, ...]]
+    variables: dict[str, Any],
+    paths: set[tuple[str, ...]],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split collections into the variables that are not at some paths, and the others.
 

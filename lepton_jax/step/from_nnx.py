@@ -29,7 +29,10 @@ from lepton_jax.step.pure import (
 from lepton_jax.trees import by_path
 
 
-def nnx_functional(build: Callable[[Any], Any], request: Request) -> Functional:
+def nnx_functional(
+    build: Callable[[Any], Any],
+    request: Request,
+) -> Functional:
     """Return the pure functions of an NNX module.
 
     Args:
@@ -64,7 +67,11 @@ class NnxModule(PureModule):
       request: what it is made pure for.
     """
 
-    def __init__(self, build: Callable[[Any], Any], request: Request):
+    def __init__(
+        self,
+        build: Callable[[Any], Any],
+        request: Request,
+    ):
         self._build = build
         kind, self._graph, self._params, self._rest = self._abstract()
         self._known = set(by_path(nnx.to_pure_dict(self._rest)))
@@ -104,7 +111,12 @@ class NnxModule(PureModule):
         return outputs, variables, self.collected(sown, labels, asked)
 
     def variables_after(
-        self, mode: Mode, params: Any, variables: Any, inputs: Any, key: Any
+        self,
+        mode: Mode,
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        key: Any,
     ) -> Any:
         module = self._merged(params, variables)
         self._call(module, inputs, key, mode)
@@ -146,7 +158,11 @@ class NnxModule(PureModule):
         kind, graph = static
         return kind, graph, params, rest
 
-    def _merged(self, params: Any, variables: Any) -> nnx.Module:
+    def _merged(
+        self,
+        params: Any,
+        variables: Any,
+    ) -> nnx.Module:
         graph = self._graph
         if self.request.seed is not None:
             module = self._make(jax.random.key(self.request.seed))
@@ -162,7 +178,13 @@ class NnxModule(PureModule):
 
     # ---- calling it ----
 
-    def _call(self, module: Any, inputs: Any, key: Any, mode: Mode) -> Any:
+    def _call(
+        self,
+        module: Any,
+        inputs: Any,
+        key: Any,
+        mode: Mode,
+    ) -> Any:
         """Set a module to a mode and call it, which mutates it; return its outputs."""
         if mode.train:
             module.train()
@@ -171,7 +193,12 @@ class NnxModule(PureModule):
         with noting_sow(nnx.Module, self._note):
             return self.arguments.call(module, inputs, mode, self.streams(key))
 
-    def _note(self, module: Any, kind: Any, name: str) -> None:
+    def _note(
+        self,
+        module: Any,
+        kind: Any,
+        name: str,
+    ) -> None:
         labels = (kind,) if isinstance(kind, str) else _labels(kind)
         self._sown.update((label, name) for label in labels)
 
@@ -223,7 +250,10 @@ def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
     return graph, params, rest[0]
 
 
-def _filled(template: nnx.State, values: Any) -> nnx.State:
+def _filled(
+    template: nnx.State,
+    values: Any,
+) -> nnx.State:
     state = jax.tree.map(lambda x: x, template)
     nnx.replace_by_pure_dict(state, values)
     return state

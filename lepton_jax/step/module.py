@@ -150,7 +150,13 @@ def forward_sowing(
         inputs = whole_axes(recipe.preprocess)(inputs)
     params, inputs = precision.cast((params, inputs), recipe.precision)
 
-    def apply(params: Any, variables: Any, inputs: Any, key: Any, dropout: Any) -> Any:
+    def apply(
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        key: Any,
+        dropout: Any,
+    ) -> Any:
         return module.apply(params, variables, inputs, key, train, dropout)
 
     where = f"{module.name}.__call__"

@@ -78,7 +78,12 @@ class PureModule:
         raise NotImplementedError
 
     def variables_after(
-        self, mode: Mode, params: Any, variables: Any, inputs: Any, key: Any
+        self,
+        mode: Mode,
+        params: Any,
+        variables: Any,
+        inputs: Any,
+        key: Any,
     ) -> Any:
         """Return the variables after a call in some mode."""
         raise NotImplementedError
@@ -161,7 +166,12 @@ class PureModule:
         return self._tried[known]
 
     def _traced_effect(self, mode: Mode) -> Effect:
-        def call(params: Any, variables: Any, inputs: Any, key: Any) -> Any:
+        def call(
+            params: Any,
+            variables: Any,
+            inputs: Any,
+            key: Any,
+        ) -> Any:
             return self.variables_after(mode, params, variables, inputs, key)
 
         params, variables = jax.eval_shape(self.init, key_shape())

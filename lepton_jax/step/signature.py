@@ -151,7 +151,10 @@ def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
     return dict(itertools.islice(parameters.items(), 1, None))
 
 
-def _takes_whole(parameters: Parameters, inputs: Mapping[str, Any]) -> bool:
+def _takes_whole(
+    parameters: Parameters,
+    inputs: Mapping[str, Any],
+) -> bool:
     """Whether a dict of inputs goes to the only parameter there is.
 
     An example is a call that reads `batch["x"]`.
@@ -164,7 +167,10 @@ def _takes_whole(parameters: Parameters, inputs: Mapping[str, Any]) -> bool:
     return len(needed) == 1 and needed[0] in WHOLE
 
 
-def _data_parameter(parameters: Parameters, where: str) -> str | None:
+def _data_parameter(
+    parameters: Parameters,
+    where: str,
+) -> str | None:
     """Return the parameter that takes an array without a name.
 
     Returns:
@@ -283,7 +289,10 @@ def _named_mode(
     )
 
 
-def _sense(name: str, parameter: inspect.Parameter) -> bool | None:
+def _sense(
+    name: str,
+    parameter: inspect.Parameter,
+) -> bool | None:
     """Return the value of a mode argument in training; None if it is none by name."""
     sense = _sense_of_name(name)
     if sense is None or parameter.kind not in NAMED:
@@ -366,7 +375,10 @@ def _check_surplus(
 
 
 def _check_missing(
-    missing: list[str], data: str | None, inputs: Any, where: str
+    missing: list[str],
+    data: str | None,
+    inputs: Any,
+    where: str,
 ) -> None:
     """Check that the inputs fill all that the call requires."""
     if not missing:

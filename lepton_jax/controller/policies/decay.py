@@ -108,7 +108,10 @@ def decay(
         x = (done - (1 - share)) / share
         return jnp.nan_to_num(x, nan=0.0, posinf=1.0, neginf=0.0)
 
-    def update(signals: Mapping[str, Any], state: Any) -> tuple[dict[str, Any], Any]:
+    def update(
+        signals: Mapping[str, Any],
+        state: Any,
+    ) -> tuple[dict[str, Any], Any]:
         return {"learning_rate": factor(part_done(signals))}, state
 
     def update_by_trend(

@@ -214,14 +214,23 @@ def _begin() -> Guard:
     )
 
 
-def _levels(state: Guard, mean: Any, known: Any) -> tuple[Any, Any]:
+def _levels(
+    state: Guard,
+    mean: Any,
+    known: Any,
+) -> tuple[Any, Any]:
     """Return the first and the best mean loss; both follow it until it is known."""
     first = jnp.where(known, state.first, mean)
     best = jnp.where(known, jnp.minimum(state.best, mean), mean)
     return first, best
 
 
-def _is_above(band: Band, value: Any, deviations: float, margin: Any) -> Any:
+def _is_above(
+    band: Band,
+    value: Any,
+    deviations: float,
+    margin: Any,
+) -> Any:
     deviation = deviations * jnp.sqrt(band.variance)
     return value > band.mean + jnp.maximum(deviation, margin)
 

@@ -356,7 +356,10 @@ def _log_norm(norm: Any) -> Any:
     return jnp.log(jnp.clip(jnp.nan_to_num(norm, posinf=HUGE), TINY, HUGE))
 
 
-def _deviation(signals: Mapping[str, Any], state: Doubt) -> Any:
+def _deviation(
+    signals: Mapping[str, Any],
+    state: Doubt,
+) -> Any:
     """Standard deviation of the share of a batch's samples that look wrong.
 
     It is the greater one of the measured deviation and that of as many independent
@@ -388,7 +391,11 @@ def _extra(share: Any, base: Any) -> Any:
     return 1 - (1 - share) / (1 - base)
 
 
-def _maximized(share: Any, mean: Any, square: Any) -> Any:
+def _maximized(
+    share: Any,
+    mean: Any,
+    square: Any,
+) -> Any:
     """Return a share of wrong labels under which the batch is more likely.
 
     It is a step of expectation maximization, r <- 1 - mean(w). Where weights are

@@ -167,7 +167,9 @@ def learning_free(
 
 
 def _begun(
-    signals: Mapping[str, Any], state: Distance, start: float
+    signals: Mapping[str, Any],
+    state: Distance,
+    start: float,
 ) -> tuple[Any, Any, Any]:
     """Return the base, d_0 and d; the first step makes them of its signals."""
     fresh = state.first == 0
@@ -178,7 +180,11 @@ def _begun(
     return base, first, jnp.where(fresh, first, state.estimate)
 
 
-def _greatest_growth(signals: Mapping[str, Any], growth: float, until: float) -> Any:
+def _greatest_growth(
+    signals: Mapping[str, Any],
+    growth: float,
+    until: float,
+) -> Any:
     """Return the factor by which d may grow in this step."""
     # the part of the warm-up that one step is
     part = signals["progress"] / ((signals["step"] + 1) * until)
@@ -233,7 +239,11 @@ def _is_steady(optimizer: Optimizer, params: Any) -> bool:
     return large < LINEAR * small
 
 
-def _update_norm(optimizer: Optimizer, params: Any, scale: float) -> float:
+def _update_norm(
+    optimizer: Optimizer,
+    params: Any,
+    scale: float,
+) -> float:
     """Return the norm of zero parameters after an update by gradients of a scale."""
 
     def ramp(x: jax.Array) -> jax.Array:

@@ -101,7 +101,11 @@ def plateau(
             cooling=jnp.int32(0),
         )
 
-    def judged(state: Plateau, look: Any, value: Any) -> Plateau:
+    def judged(
+        state: Plateau,
+        look: Any,
+        value: Any,
+    ) -> Plateau:
         """Return the state after a value, which only counts if it is a look."""
         compared = jnp.isfinite(state.best)
         bar = state.best - rtol * jnp.abs(state.best)
@@ -145,14 +149,22 @@ def plateau(
     )
 
 
-def _new_evaluation(evaluations: Any, seen: Any, value: Any) -> tuple[Any, Any]:
+def _new_evaluation(
+    evaluations: Any,
+    seen: Any,
+    value: Any,
+) -> tuple[Any, Any]:
     """Whether there is a new evaluation, and the number of evaluations so far."""
     count = jnp.nan_to_num(evaluations, nan=0.0, posinf=0.0, neginf=0.0)
     count = count.astype(jnp.int32)
     return (count != seen) & jnp.isfinite(value), count
 
 
-def _mean_of_window(state: Plateau, value: Any, every: int) -> tuple[Any, ...]:
+def _mean_of_window(
+    state: Plateau,
+    value: Any,
+    every: int,
+) -> tuple[Any, ...]:
     """Add a value to the window.
 
     Returns:

@@ -50,7 +50,10 @@ def until(**targets: float) -> Policy:
     check_range("until", -math.inf, math.inf, **numbers)
     signal_of = {name: "loss_mean" if name == "loss" else name for name in targets}
 
-    def update(signals: Mapping[str, Any], state: Any) -> tuple[dict[str, Any], Any]:
+    def update(
+        signals: Mapping[str, Any],
+        state: Any,
+    ) -> tuple[dict[str, Any], Any]:
         reached = []
         for name, target in targets.items():
             value = signals[signal_of[name]]

@@ -134,7 +134,11 @@ def warmup(
     return Policy("warmup", init, update, watches=watches, moves=("learning_rate",))
 
 
-def _averaged(norm: Any, state: Warmup, least: int) -> tuple[Any, Any, Any]:
+def _averaged(
+    norm: Any,
+    state: Warmup,
+    least: int,
+) -> tuple[Any, Any, Any]:
     """Return the two means and their count after one more gradient norm."""
     log = jnp.log(jnp.maximum(norm, 1e-30))
     usable = jnp.isfinite(log)

@@ -91,7 +91,11 @@ def _finished(given: Any, rate: Any) -> Optimizer:
         factor = knobs.get("learning_rate")
         return transformation.update(gradients, state, params, value, factor)
 
-    def scheduled(state: Any, params: Any, updates: Any) -> Any:
+    def scheduled(
+        state: Any,
+        params: Any,
+        updates: Any,
+    ) -> Any:
         return jnp.float32(1)
 
     base = {"learning_rate": 1.0}

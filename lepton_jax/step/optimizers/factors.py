@@ -43,7 +43,10 @@ MOVES = (
 PRODUCTS = ("mul", "div")
 
 
-def has_another_factor(updates: Callable[[Any, Any], Any], params: Any) -> bool:
+def has_another_factor(
+    updates: Callable[[Any, Any], Any],
+    params: Any,
+) -> bool:
     """Whether an update has another constant factor than the rate.
 
     Args:
@@ -57,7 +60,10 @@ def has_another_factor(updates: Callable[[Any, Any], Any], params: Any) -> bool:
     return meets
 
 
-def followed(jaxpr: Any, kinds: list[str]) -> tuple[list[str], bool]:
+def followed(
+    jaxpr: Any,
+    kinds: list[str],
+) -> tuple[list[str], bool]:
     """Follow the rate through a jaxpr.
 
     Args:
@@ -101,7 +107,10 @@ def _called(eqn: Any) -> Any:
     return None
 
 
-def _meets(eqn: Any, kinds: set[str]) -> bool:
+def _meets(
+    eqn: Any,
+    kinds: set[str],
+) -> bool:
     """Whether the rate meets another constant factor in an equation."""
     if eqn.primitive.name not in PRODUCTS:
         return False
@@ -110,7 +119,10 @@ def _meets(eqn: Any, kinds: set[str]) -> bool:
     return UPDATE in kinds and not any(_is_literal(v) for v in eqn.invars)
 
 
-def _result(eqn: Any, kinds: set[str]) -> str:
+def _result(
+    eqn: Any,
+    kinds: set[str],
+) -> str:
     """Return the kind of an equation's results."""
     name = eqn.primitive.name
     if kinds <= {CONSTANT}:

@@ -126,7 +126,12 @@ class Maker:
             lambda: run(own),
         )
 
-    def scheduled(self, state: Any, params: Any, updates: Any) -> Any:
+    def scheduled(
+        self,
+        state: Any,
+        params: Any,
+        updates: Any,
+    ) -> Any:
         """Return the schedule's rate; see `Optimizer.scheduled`."""
         if not self._follows:
             return jnp.float32(self._rate)
@@ -136,7 +141,11 @@ class Maker:
 
     # ---- making it ----
 
-    def _made(self, rate: Any, **options: Any) -> Transformation:
+    def _made(
+        self,
+        rate: Any,
+        **options: Any,
+    ) -> Transformation:
         with pointing_at_user(
             "making the optimizer",
             "let it take the learning rate alone, e.g. optax.adamw, or "
@@ -147,13 +156,21 @@ class Maker:
             given = functools.partial(self._make, **options)(rate)
         return Transformation(given)
 
-    def _resting(self, name: str, knobs: Mapping[str, Any]) -> Any:
+    def _resting(
+        self,
+        name: str,
+        knobs: Mapping[str, Any],
+    ) -> Any:
         """Return the value of a knob that nobody has moved."""
         if name == "learning_rate" and self._follows:
             return knobs.get(SCHEDULED, jnp.float32(jnp.nan))
         return jnp.float32(self._base[name])
 
-    def _reading(self, rate: Any, scheduled: Any) -> Scheduled:
+    def _reading(
+        self,
+        rate: Any,
+        scheduled: Any,
+    ) -> Scheduled:
         """Return the schedule for one update.
 
         Args:
@@ -216,7 +233,11 @@ class Maker:
         constant = not inputs_of(program, program.outvars[0])
         return Manner("schedule", leaf=_leaf_of_count(readings), delicate=constant)
 
-    def _manner_without_schedule(self, params: Any, refused: RecipeError) -> Manner:
+    def _manner_without_schedule(
+        self,
+        params: Any,
+        refused: RecipeError,
+    ) -> Manner:
         """Return the manner of a function that can't take the schedule.
 
         It must take a number that is not known yet.
@@ -251,7 +272,11 @@ class Maker:
         readings = Readings(self._rate)
         made = self._made(readings.schedule)
 
-        def update(state: Any, gradients: Any, params: Any) -> Any:
+        def update(
+            state: Any,
+            gradients: Any,
+            params: Any,
+        ) -> Any:
             return made.update(lambda: gradients, state, params, jnp.float32(0))
 
         program = jax.make_jaxpr(update)(state, params, params)
@@ -264,7 +289,12 @@ class Maker:
         """
         state = jax.eval_shape(self._made(0.0).init, params)
 
-        def update(rate: Any, state: Any, gradients: Any, params: Any) -> Any:
+        def update(
+            rate: Any,
+            state: Any,
+            gradients: Any,
+            params: Any,
+        ) -> Any:
             made = self._made(rate)
             return made.update(lambda: gradients, state, params, jnp.float32(0))
 
@@ -280,7 +310,11 @@ class Maker:
         rate = program.invars[0]
         return any(rate in inputs_of(program, result) for result in program.outvars)
 
-    def _first_updates(self, rate: Any, params: Any) -> Any:
+    def _first_updates(
+        self,
+        rate: Any,
+        params: Any,
+    ) -> Any:
         """Return the updates by gradients that are the parameters."""
         made = self._made(rate)
         updates, _ = made.updates(params, made.init(params), params, jnp.float32(0))

@@ -246,7 +246,10 @@ def _owners(state: Any) -> list[type]:
     return owners
 
 
-def _marks(jaxpr: Any, leaves: dict[Any, int]) -> Iterator[int | None]:
+def _marks(
+    jaxpr: Any,
+    leaves: dict[Any, int],
+) -> Iterator[int | None]:
     """Yield the leaf of the state behind each count at which the schedule was read.
 
     Args:
@@ -264,7 +267,11 @@ def _marks(jaxpr: Any, leaves: dict[Any, int]) -> Iterator[int | None]:
             yield from _marks(inner, _passed(inner, operands, leaves))
 
 
-def _passed(inner: Any, operands: list[Any], leaves: dict[Any, int]) -> dict[Any, int]:
+def _passed(
+    inner: Any,
+    operands: list[Any],
+    leaves: dict[Any, int],
+) -> dict[Any, int]:
     """Return the inputs of an inner jaxpr that are leaves of the state."""
     if len(inner.invars) != len(operands):
         return {}
@@ -284,7 +291,10 @@ def _inner(eqn: Any) -> Iterator[Any]:
                 yield part
 
 
-def inputs_of(jaxpr: Any, result: Any) -> set[Any]:
+def inputs_of(
+    jaxpr: Any,
+    result: Any,
+) -> set[Any]:
     """Find the inputs of a jaxpr on which one of its results may depend."""
     needed = set() if isinstance(result, Literal) else {result}
     for eqn in reversed(jaxpr.eqns):

@@ -70,7 +70,11 @@ class Switching:
       carry: see `Switchable`.
     """
 
-    def __init__(self, each: list[Optimizer], carry: bool):
+    def __init__(
+        self,
+        each: list[Optimizer],
+        carry: bool,
+    ):
         self._each = each
         self._carry = carry
         self._base: dict[str, float] = {}
@@ -116,13 +120,23 @@ class Switching:
         moved, states = jax.lax.switch(index, branches)
         return moved, {"index": index, "each": states}
 
-    def scheduled(self, state: Any, params: Any, updates: Any) -> Any:
+    def scheduled(
+        self,
+        state: Any,
+        params: Any,
+        updates: Any,
+    ) -> Any:
         """Return the schedule's rate; see `Optimizer.scheduled`."""
         pairs = zip(self._each, state["each"], strict=True)
         rates = [o.scheduled(own, params, updates) for o, own in pairs]
         return jnp.stack(rates)[state["index"]]
 
-    def _start(self, number: int, state: Any, params: Any) -> Any:
+    def _start(
+        self,
+        number: int,
+        state: Any,
+        params: Any,
+    ) -> Any:
         """Return the state from which an optimizer goes on, or begins if it is new."""
         before = state["index"]
         fresh = self._each[number].init(params)
@@ -135,7 +149,11 @@ class Switching:
             state["each"][number],
         )
 
-    def _own_knobs(self, number: int, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    def _own_knobs(
+        self,
+        number: int,
+        knobs: Mapping[str, Any],
+    ) -> dict[str, Any]:
         base = self._each[number].base
         own = {
             name: _own_knob(name, knob, self._base[name], base[name])
@@ -147,7 +165,12 @@ class Switching:
         return own
 
 
-def _own_knob(name: str, knob: Any, base: float, own: float) -> Any:
+def _own_knob(
+    name: str,
+    knob: Any,
+    base: float,
+    own: float,
+) -> Any:
     """Return a knob of one optimizer.
 
     Its own value may be another than the base, which is that of the first optimizer.
@@ -173,7 +196,11 @@ def _moment(state: Any) -> Any:
     return None
 
 
-def _with_moment(fresh: Any, moments: list[Any], before: Any) -> Any:
+def _with_moment(
+    fresh: Any,
+    moments: list[Any],
+    before: Any,
+) -> Any:
     """Return a fresh state with the first moment of the optimizer before.
 
     Args:

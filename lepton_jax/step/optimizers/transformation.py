@@ -312,7 +312,10 @@ def named(params: Any) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def _masks(function: Any, seen: set[int] | None = None) -> Iterator[Any]:
+def _masks(
+    function: Any,
+    seen: set[int] | None = None,
+) -> Iterator[Any]:
     """Yield the masks in an optimizer that are not within other masks or partitions.
 
     Optax keeps a mask in the closure of `optax.masked`, and nothing in a state says
