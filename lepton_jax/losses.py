@@ -215,23 +215,41 @@ def discounted(
     }
     if "loss_limit" in knobs:
         limit = knobs["loss_limit"]
-        unlimited = limit == jnp.inf
-        discount = jnp.where(unlimited, 0, jax.nn.sigmoid(constant - limit))
-        whole = 1.0 if scalar is not None else weights.sum()
-        missing = (discount * weights).sum()
-        kept = (each * (1 - discount) * weights).sum()
-        # the batch's own mean, to the bit, where nothing is discounted
-        if scalar is not None:
-            kept = jnp.where(limit == jnp.inf, scalar, kept)
-        # the weight of all samples, not of those that count: the gradient is that of a
-        # likelihood. The product is there because XLA would fold a constant to other
-        # bits
-        sums["loss_kept"] = (kept, whole + 0 * missing)
+        sums["loss_kept"] = _discounted_sum(each, weights, scalar, limit, constant)
     if "loss_mark" in knobs:
         share = jax.nn.sigmoid(knobs["loss_mark"] - constant)
         sums["mark_weight"] = ((share * weights).sum(), weights.sum())
         sums["mark_weight_square"] = ((share**2 * weights).sum(), weights.sum())
     return sums
+
+
+def _discounted_sum(
+    each: jax.Array,
+    weights: jax.Array,
+    scalar: Any,
+    limit: Any,
+    constant: jax.Array,
+) -> tuple[Any, Any]:
+    """Return the weighted sum of losses that are discounted above a limit.
+
+    Args:
+      each: the losses.
+      weights: their weights.
+      scalar: the batch's own mean, if the loss is a scalar; else None.
+      limit: the knob `loss_limit`.
+      constant: the losses without a gradient.
+    """
+    unlimited = limit == jnp.inf
+    discount = jnp.where(unlimited, 0, jax.nn.sigmoid(constant - limit))
+    whole = 1.0 if scalar is not None else weights.sum()
+    missing = (discount * weights).sum()
+    kept = (each * (1 - discount) * weights).sum()
+    # the batch's own mean, to the bit, where nothing is discounted
+    if scalar is not None:
+        kept = jnp.where(limit == jnp.inf, scalar, kept)
+    # the weight of all samples, not of those that count: the gradient is that of a
+    # likelihood. The product is there because XLA would fold a constant to other bits
+    return kept, whole + 0 * missing
 
 
 def _by_value(

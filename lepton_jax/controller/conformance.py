@@ -663,19 +663,8 @@ class _SmallRun:
         knobs = {}
         if state.controller != ():
             knobs = self.controller.forward_knobs(state.controller)
-        loss = functools.partial(
-            self._loss,
-            knobs=knobs,
-            mask=self._mask(state, knobs, inputs.shape[1:]),
-        )
-        each = [
-            jax.grad(loss, has_aux=True)(state.params, x, y)
-            for x, y in zip(inputs, targets, strict=True)
-        ]
-        scale = knobs.get("loss_scale", 1.0)
-        gradients = [jax.tree.map(lambda g: g / scale, g) for g, _ in each]
-        mean = _mean_of_trees(gradients)
-        means = _mean_of_trees([values for _, values in each])
+        gradients, values = self._gradients(state, knobs, inputs, targets)
+        means = _mean_of_trees(values)
         parts = None
         if self.controller.signals.by_micro_batch:
             parts = sum(norm(g) ** 2 for g in gradients) / len(gradients)
@@ -685,7 +674,7 @@ class _SmallRun:
             state.controller,
             Pieces(state.params, {}, state.optimizer),
             {},
-            mean,
+            _mean_of_trees(gradients),
             means | dict.fromkeys(self.recipe.metrics, means["loss"]),
             parts,
         )
@@ -697,6 +686,28 @@ class _SmallRun:
             controller=controller,
             key=state.key,
         )
+
+    def _gradients(
+        self,
+        state: State,
+        knobs: Mapping[str, Any],
+        inputs: Any,
+        targets: Any,
+    ) -> tuple[list[Any], list[Any]]:
+        """Return the gradient of each micro-batch, and the means behind its loss."""
+        loss = functools.partial(
+            self._loss,
+            knobs=knobs,
+            mask=self._mask(state, knobs, inputs.shape[1:]),
+        )
+        scale = knobs.get("loss_scale", 1.0)
+        gradients = []
+        values = []
+        for x, y in zip(inputs, targets, strict=True):
+            scaled, means = jax.grad(loss, has_aux=True)(state.params, x, y)
+            gradients.append(jax.tree.map(lambda g: g / scale, scaled))
+            values.append(means)
+        return gradients, values
 
     def _mask(
         self,

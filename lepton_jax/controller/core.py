@@ -180,15 +180,15 @@ class Controller:
         if not self.policies and not self.base:
             return optimizer, ()
         neutral = self._neutral()
-        knobs = [*self.base, *self.flags]
-        fed = ("steps", *self.signals.fed)
+        flags = dict.fromkeys(self.flags, 0.0)
+        fed = {n: _before_measured(n) for n in ("steps", *self.signals.fed)}
         return optimizer, ControllerState(
-            base={n: jnp.float32(x) for n, x in self.base.items()},
-            knobs={n: jnp.float32(self.base.get(n, 0.0)) for n in knobs},
+            base=_as_float32(self.base),
+            knobs=_as_float32(self.base | flags),
             contributions=neutral,
             policies=tuple(_as_arrays(p.init()) for p in self.policies),
             signals=self.signals.init(params),
-            fed={n: jnp.float32(_before_measured(n)) for n in fed},
+            fed=_as_float32(fed),
             updates=jnp.int32(0),
             halted=jnp.bool_(False),
             rate=jnp.asarray([1, 1, 0], jnp.float32),
@@ -473,13 +473,10 @@ class Controller:
 
         if "averaging_decay" in knobs:
             now = (pieces.params, floats(pieces.variables))
-            decay = knobs["averaging_decay"]
-            average = _where(
-                applied, _averaged(state.average, now, decay), state.average
-            )
+            average = _averaged(state.average, now, knobs["averaging_decay"])
+            moved["average"] = _where(applied, average, state.average)
             if self.restores:
-                average = _where(back, now, average)
-            moved["average"] = average
+                moved["average"] = _where(back, now, moved["average"])
         return pieces, applied, moved
 
     def _taken(
@@ -640,6 +637,10 @@ def _with_own_names(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
         name = policy.name if count == 1 else f"{policy.name}_{count}"
         named.append(policy._replace(name=name))
     return tuple(named)
+
+
+def _as_float32(values: Mapping[str, float]) -> dict[str, Any]:
+    return {name: jnp.float32(x) for name, x in values.items()}
 
 
 def _copied(tree: Any) -> Any:

@@ -55,13 +55,7 @@ def replay(journal: str | Path | Iterable[dict[str, Any]]) -> Policy:
             where=path,
             remedy="name the folder of a run with policies",
         )
-    moved = [*start["moved"], *(line["knob"] for line in lines if "knob" in line)]
-    tables = {
-        knob: _table(knob, lines) for knob in dict.fromkeys(moved) if knob != "rollback"
-    }
-
-    def init() -> Any:
-        return jnp.int32(start["step"])
+    tables = _tables(start["moved"], lines)
 
     def update(
         signals: Mapping[str, Any],
@@ -72,18 +66,28 @@ def replay(journal: str | Path | Iterable[dict[str, Any]]) -> Policy:
             moves[knob] = _at(knob, steps, values, done + 1)
         return moves, done + 1
 
-    jumps = {
-        line["to"]: line["position"] for line in lines if line["kind"] == "rollback"
-    }
+    rollbacks = [line for line in lines if line["kind"] == "rollback"]
+    jumps = {line["to"]: line["position"] for line in rollbacks}
     return Policy(
         "replay",
-        init,
+        lambda: jnp.int32(start["step"]),
         update,
         tuple(start["watched"]),
         tuple(tables),
         {"jumps": jumps} if jumps else {},
         absolute=True,
     )
+
+
+def _tables(
+    moved: list[str],
+    lines: list[dict[str, Any]],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the table of each knob that may be moved, or was."""
+    lived = [line["knob"] for line in lines if "knob" in line]
+    knobs = dict.fromkeys([*moved, *lived])
+    knobs.pop("rollback", None)
+    return {knob: _table(knob, lines) for knob in knobs}
 
 
 def _table(

@@ -480,13 +480,17 @@ def _smooth(
     variance = jnp.where(some, variance, 0.0)
     trend = jnp.where(some, (quick - slow) / LAG, 0.0)
     values = {"loss_mean": mean, "loss_variance": variance, "loss_trend": trend}
+    return values, _entered(state, loss)
 
+
+def _entered(state: Smoothed, loss: Any) -> Smoothed:
+    """Return the means after one more loss, if it is finite."""
     fresh = Smoothed(
         quick=QUICK * state.quick + (1 - QUICK) * loss,
         slow=SLOW * state.slow + (1 - SLOW) * loss,
         squares=SLOW * state.squares + (1 - SLOW) * loss**2,
         count=state.count + 1,
     )
-    return values, jax.tree.map(
+    return jax.tree.map(
         lambda new, old: jnp.where(jnp.isfinite(loss), new, old), fresh, state
     )

@@ -86,14 +86,7 @@ def read(
       ModelError: the call can't take the inputs, or needs more than them.
     """
     if function is None:
-        raise ModelError(
-            "the model has no __call__",
-            where=where,
-            remedy=(
-                "give it one that takes what the samples (and preprocess) give: one "
-                "array, or a dict's arrays by name"
-            ),
-        )
+        raise _without_call(where)
     parameters = _parameters(function)
     named = {n: p for n, p in parameters.items() if p.kind in NAMED}
     whole = isinstance(inputs, dict) and _takes_whole(parameters, inputs)
@@ -103,15 +96,15 @@ def read(
 
     # the parameters that take no input: the mode, randomness, or unknown
     taken = names if data is None else {data}
-    others = {n: p for n, p in named.items() if n not in taken}
+    others = _without(named, taken)
     training = _modes(others)
     training |= _named_mode(train_argument, others, parameters, taken, where)
-    others = {n: p for n, p in others.items() if n not in training}
+    others = _without(others, training)
     streams = {n: p for n, p in others.items() if _is_random(n, p, named)}
-    others = {n: p for n, p in others.items() if n not in streams}
+    others = _without(others, streams)
     unknown = _unknown(others, train_argument)
 
-    missing = [n for n, p in others.items() if _is_required(p) and n not in unknown]
+    missing = _required(_without(others, unknown))
     _check_surplus(parameters, names, missing, inputs, where)
     _check_missing(missing, data, inputs, where)
     if train_argument is not None:
@@ -119,7 +112,7 @@ def read(
 
     positional = (n for n, p in parameters.items() if p.kind in POSITIONAL)
     first = next(positional, None)
-    required = [n for n, p in streams.items() if _is_required(p)]
+    required = _required(streams)
     return Arguments(
         where,
         data=data if data != first else None,
@@ -137,6 +130,17 @@ def call_of(kind: type) -> Callable | None:
         if base is not object and "__call__" in vars(base):
             return vars(base)["__call__"]
     return None
+
+
+def _without_call(where: str) -> ModelError:
+    return ModelError(
+        "the model has no __call__",
+        where=where,
+        remedy=(
+            "give it one that takes what the samples (and preprocess) give: one "
+            "array, or a dict's arrays by name"
+        ),
+    )
 
 
 # ---- parameters ----
@@ -214,6 +218,17 @@ def _plain(parameters: Parameters) -> list[str]:
         and _sense(name, parameter) is None
         and not _is_random(name, parameter, parameters)
     ]
+
+
+def _without(
+    parameters: Parameters,
+    names: Iterable[str],
+) -> dict[str, inspect.Parameter]:
+    return {n: p for n, p in parameters.items() if n not in names}
+
+
+def _required(parameters: Parameters) -> list[str]:
+    return [n for n, p in parameters.items() if _is_required(p)]
 
 
 def _has_kind(parameters: Parameters, kind: Any) -> bool:

@@ -79,14 +79,6 @@ def averaging(
     default = DECAY if share is None else unbounded
     highest = default if decay is None else decay
 
-    def ramp(n: Any) -> Any:
-        if share is None:
-            return (1 + n) / (10 + n)
-        return (n / (n + 1)) ** (1 / share - 1)
-
-    def init() -> Averaging:
-        return Averaging(jnp.int32(-1))
-
     def update(
         signals: Mapping[str, Any], state: Averaging
     ) -> tuple[dict[str, Any], Averaging]:
@@ -95,14 +87,21 @@ def averaging(
         begun = jnp.where((state.begun < 0) & due, updates, state.begun)
 
         n = jnp.maximum(updates - begun, 0).astype(jnp.float32)
-        grown = ramp(n)
+        grown = _ramp(n, share)
         d = jnp.where(begun < 0, 0.0, jnp.minimum(grown, highest))
         return {"averaging_decay": d}, Averaging(begun)
 
     return Policy(
         "averaging",
-        init,
+        lambda: Averaging(jnp.int32(-1)),
         update,
         watches=("updates", "progress") if start else ("updates",),
         moves=("averaging_decay",),
     )
+
+
+def _ramp(n: Any, share: float | None) -> Any:
+    """Return the decay after n updates, before its bound."""
+    if share is None:
+        return (1 + n) / (10 + n)
+    return (n / (n + 1)) ** (1 / share - 1)

@@ -83,14 +83,9 @@ def batch_growth(
         more = jnp.isfinite(wanted) & (wanted >= 2 * now) & (state.power < highest)
         fewer = jnp.isfinite(wanted) & (wanted <= now / 2) & (state.power > 0) & shrink
 
-        rising = jnp.maximum(state.asked, 0) + 1
-        falling = jnp.minimum(state.asked, 0) - 1
-        asked = jnp.where(more, rising, jnp.where(fewer, falling, 0))
-
-        power = state.power + (asked >= patience) - (asked <= -patience)
-        asked = jnp.where(jnp.abs(asked) >= patience, 0, asked)
-        batches = jnp.exp2(power.astype(jnp.float32))
-        return {"accumulate": batches}, Growth(power, asked)
+        after = _after_asking(state, more, fewer, patience)
+        batches = jnp.exp2(after.power.astype(jnp.float32))
+        return {"accumulate": batches}, after
 
     return Policy(
         "batch_growth",
@@ -99,3 +94,17 @@ def batch_growth(
         watches=("noise_scale", "batch_size"),
         moves=("accumulate",),
     )
+
+
+def _after_asking(
+    state: Growth,
+    more: Any,
+    fewer: Any,
+    patience: int,
+) -> Growth:
+    """Return the state after a step that asked for more batches, or for fewer."""
+    rising = jnp.maximum(state.asked, 0) + 1
+    falling = jnp.minimum(state.asked, 0) - 1
+    asked = jnp.where(more, rising, jnp.where(fewer, falling, 0))
+    power = state.power + (asked >= patience) - (asked <= -patience)
+    return Growth(power, jnp.where(jnp.abs(asked) >= patience, 0, asked))

@@ -318,9 +318,7 @@ def _learned(state: Doubt, verdict: _Verdict) -> Doubt:
     """Return the state after a batch; its usual values move only while all is calm."""
     gain = jnp.maximum(1 / (state.count + 1.0), 1 - DECAY)
     gain = jnp.where(verdict.calm, gain, 0.0)
-
-    bound = jnp.where(verdict.known, ENTERING * verdict.deviation, 1.0)
-    entering = jnp.clip(verdict.wrong - state.usual, -bound, bound)
+    entering = _entering(state, verdict)
     count = jnp.minimum(state.count + (verdict.calm | verdict.first), 2**30)
     count = jnp.where(verdict.anew, 0, count)
 
@@ -340,6 +338,12 @@ def _learned(state: Doubt, verdict: _Verdict) -> Doubt:
         since=jnp.where(verdict.on, state.since + 1, 0),
         used=verdict.left + verdict.skip,
     )
+
+
+def _entering(state: Doubt, verdict: _Verdict) -> Any:
+    """Return the distance of a batch from the usual share, cut off once it is known."""
+    bound = jnp.where(verdict.known, ENTERING * verdict.deviation, 1.0)
+    return jnp.clip(verdict.wrong - state.usual, -bound, bound)
 
 
 # ---- measures of a batch ----

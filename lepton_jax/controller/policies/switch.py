@@ -71,15 +71,8 @@ def switch_optimizer(
     check_range("switch_optimizer", 0, LAST, whole=True, to=to)
     check_range("switch_optimizer", 1, math.inf, whole=True, patience=patience)
     check_range("switch_optimizer", 0, math.inf, tolerance=tolerance)
-    if isinstance(at, str) and at != "trend":
-        raise RecipeError(
-            f"at is {at!r}",
-            where="controllers.switch_optimizer",
-            remedy='give a share of the run, or "trend"',
-        )
-    by_trend = isinstance(at, str)
-    if not by_trend:
-        check_range("switch_optimizer", 0, 1, at=at)
+    _check_at(at)
+    by_trend = at == "trend"
 
     def init() -> Switch:
         return Switch(trend.begin() if by_trend else (), jnp.bool_(False))
@@ -103,3 +96,14 @@ def switch_optimizer(
         watches=trend.WATCHES if by_trend else ("progress",),
         moves=("optimizer",),
     )
+
+
+def _check_at(at: float | str) -> None:
+    if not isinstance(at, str):
+        check_range("switch_optimizer", 0, 1, at=at)
+    elif at != "trend":
+        raise RecipeError(
+            f"at is {at!r}",
+            where="controllers.switch_optimizer",
+            remedy='give a share of the run, or "trend"',
+        )

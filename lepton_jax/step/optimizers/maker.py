@@ -106,11 +106,7 @@ class Maker:
             return made.update(gradients, state, params, value, factor)
 
         def run(moved: Mapping[str, Any]) -> Any:
-            options = dict(moved)
-            rate = options.pop("learning_rate", self._rate)
-            if manner.name == "schedule":
-                rate = self._reading(rate, knobs.get(SCHEDULED))
-            made = self._made(rate, **options)
+            made = self._made_from(moved, manner, knobs.get(SCHEDULED))
             return made.update(gradients, state, params, value)
 
         delicate = {*FORMING}
@@ -155,6 +151,19 @@ class Maker:
         ):
             given = functools.partial(self._make, **options)(rate)
         return Transformation(given)
+
+    def _made_from(
+        self,
+        moved: Mapping[str, Any],
+        manner: Manner,
+        scheduled: Any,
+    ) -> Transformation:
+        """Make the optimizer from knobs."""
+        options = dict(moved)
+        rate = options.pop("learning_rate", self._rate)
+        if manner.name == "schedule":
+            rate = self._reading(rate, scheduled)
+        return self._made(rate, **options)
 
     def _resting(
         self,
