@@ -375,7 +375,7 @@ def measure(
 
 
 def sums_of(metric: Any) -> tuple[Callable, bool]:
-    """The function that a metric averages, and whether it may return several arrays."""
+    """Return the function that a metric averages; whether it may give several arrays."""
     return getattr(metric, "values", metric), hasattr(metric, "finish")
 
 

@@ -275,7 +275,7 @@ class Journal:
         knob: str,
         rows: np.ndarray,
     ) -> np.ndarray:
-        """In which steps a knob moved, and no policy moved it: (steps,) bool."""
+        """Return the steps in which a knob moved, but by no policy: (steps,) bool."""
         moved = _differ(*self._series(knob, rows))
         for index, own in self.controller.moves:
             if own == knob:
@@ -309,7 +309,7 @@ class Journal:
         knob: str,
         rows: np.ndarray,
     ) -> np.ndarray:
-        """In which steps a policy decided something about a knob: (steps,) bool."""
+        """Return the steps in which a policy decided about a knob: (steps,) bool."""
         values, before = self._series(_column(policy, knob), rows)
         if KNOBS[knob].combine == "any":
             return np.nan_to_num(values) != 0

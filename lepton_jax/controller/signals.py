@@ -1,4 +1,4 @@
-"""The signals: what a step measures for its policies.
+"""The signals: the numbers that a step measures for its policies.
 
 Only signals that some policy watches are computed.
 

@@ -48,7 +48,7 @@ class LinenModule(PureModule):
 
     Args:
       module: the module; one that is bound starts from its variables.
-      request: what it is made pure for.
+      request: the arguments of `module.functional`.
     """
 
     def __init__(

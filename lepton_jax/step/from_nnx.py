@@ -37,7 +37,7 @@ def nnx_functional(
 
     Args:
       build: a random key to the module.
-      request: what it is made pure for.
+      request: the arguments of `module.functional`.
 
     Raises:
       ModelError: `build` returns something else; or the module can't be called as
@@ -64,7 +64,7 @@ class NnxModule(PureModule):
 
     Args:
       build: a random key to the module.
-      request: what it is made pure for.
+      request: the arguments of `module.functional`.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class Functional(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a module is made pure for: see the arguments of `module.functional`."""
+    """The arguments of `module.functional`, for which a module is made pure."""
 
     inputs: Any
     train_argument: str | None
@@ -60,7 +60,7 @@ class PureModule:
 
     Args:
       kind: the module's class.
-      request: what it is made pure for.
+      request: the arguments of `module.functional`.
 
     Attributes:
       name: the name of the module's class.

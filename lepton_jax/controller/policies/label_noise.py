@@ -238,7 +238,7 @@ class _Verdict(NamedTuple):
       calm: whether they were not, and are not.
       anew: whether the usual share must be learned anew.
       skip: whether the update is skipped.
-      left: what is left of the bucket of skipped steps before this one.
+      left: skipped steps in the bucket before this one.
     """
 
     first: Any

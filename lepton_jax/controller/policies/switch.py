@@ -12,7 +12,7 @@ import lepton_jax.controller.policies.trend as trend
 from lepton_jax.controller.policy import Policy, check_range
 from lepton_jax.errors import RecipeError
 
-# the greatest number of an optimizer, as of the knob "optimizer"
+# the greatest number of an optimizer: see the knob "optimizer"
 LAST = 15
 
 

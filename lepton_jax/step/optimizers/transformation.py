@@ -1,7 +1,6 @@
 """An Optax transformation as a train step applies it.
 
-Where Optax can't apply it, the error says what a train step lacks, with the parameters'
-names.
+Where Optax can't apply it, the error names the missing argument or the parameters.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Lookahead(NamedTuple):
 
 
 class Transformation:
-    """An Optax transformation, with what it needs beyond gradients and parameters.
+    """An Optax transformation with the other arguments that it needs.
 
     Args:
       given: an Optax transformation, or an object with its `init` and `update`, such as
@@ -185,7 +184,7 @@ def _both(params: Any, state: Lookahead) -> Any:
 
 
 def is_transformation(given: Any) -> bool:
-    """Whether an object has what an Optax transformation has."""
+    """Whether an object has the functions of an Optax transformation."""
     parts = [getattr(given, name, None) for name in ("init", "update")]
     return not isinstance(given, type) and all(callable(part) for part in parts)
 
