@@ -375,7 +375,7 @@ def measure(
 
 
 def sums_of(metric: Any) -> tuple[Callable, bool]:
-    """Return the function that a metric averages; whether it may give several arrays."""
+    """Return a metric's averaged function, and whether it may give several arrays."""
     return getattr(metric, "values", metric), hasattr(metric, "finish")
 
 

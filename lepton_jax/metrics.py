@@ -45,7 +45,8 @@ def accuracy(outputs: Any, targets: Any) -> Any:
       targets: indices, (...).
     """
     _check_same(outputs.shape[:-1], targets.shape, "accuracy")
-    return (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32)
+    hits = jnp.argmax(outputs, axis=-1) == targets
+    return hits.astype(jnp.float32)
 
 
 def binary_accuracy(outputs: Any, targets: Any) -> Any:
@@ -56,7 +57,8 @@ def binary_accuracy(outputs: Any, targets: Any) -> Any:
       targets: 0 or 1, of the same shape.
     """
     _check_same(outputs.shape, targets.shape, "binary_accuracy")
-    return ((outputs > 0) == (targets > 0.5)).astype(jnp.float32)
+    hits = (outputs > 0) == (targets > 0.5)
+    return hits.astype(jnp.float32)
 
 
 def absolute_error(outputs: Any, targets: Any) -> Any:
@@ -80,7 +82,8 @@ def _f1_counts(
     else:
         _check_same(outputs.shape[:-1], targets.shape, "f1")
         classes = outputs.shape[-1]
-        called = jax.nn.one_hot(jnp.argmax(outputs, axis=-1), classes) > 0
+        likeliest = jnp.argmax(outputs, axis=-1)
+        called = jax.nn.one_hot(likeliest, classes) > 0
         labelled = targets[..., None] == jnp.arange(classes)
     if called.shape[-1] == 2:
         called = called[..., 1:]
@@ -108,7 +111,8 @@ def _f1(means: Any) -> Any:
     occurs = seen > 0
     score = 2 * means["hits"] / jnp.where(seen > 0, seen, 1)
     score = jnp.where(occurs, score, 0)
-    return score.sum() / jnp.maximum((seen > 0).sum(), 1)
+    total = score.sum()
+    return total / jnp.maximum((seen > 0).sum(), 1)
 
 
 # F1 score: of the positive class where outputs are logits of the targets' shape, or of
@@ -128,7 +132,8 @@ def r2(outputs: Any, targets: Any) -> Any:
     outputs = outputs.reshape(len(outputs), -1)
     targets = targets.reshape(len(targets), -1)
     residual = jnp.square(targets - outputs).sum(axis=0)
-    spread = jnp.square(targets - targets.mean(axis=0)).sum(axis=0)
+    away = targets - targets.mean(axis=0)
+    spread = jnp.square(away).sum(axis=0)
 
     # constant targets have no variance to explain: 1 if they are met, else 0
     constant = jnp.where(residual > 0, 0.0, 1.0)
@@ -154,7 +159,8 @@ def auc(outputs: Any, targets: Any) -> Any:
     if classes == 2:
         return _area(outputs[:, 1] - outputs[:, 0], targets == 1)
     shares = jax.nn.softmax(outputs).T
-    return jax.vmap(_area)(shares, targets == jnp.arange(classes)[:, None]).mean()
+    positive = targets == jnp.arange(classes)[:, None]
+    return jax.vmap(_area)(shares, positive).mean()
 
 
 def _area(scores: Any, positive: Any) -> Any:
@@ -165,13 +171,15 @@ def _area(scores: Any, positive: Any) -> Any:
     """
     order = jnp.argsort(scores)
     ascending = scores[order]
-    negatives = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(~positive[order])])
+    none = jnp.zeros(1, int)
+    negatives = jnp.concatenate([none, jnp.cumsum(~positive[order])])
     below = negatives[jnp.searchsorted(ascending, scores, side="left")]
     up_to = negatives[jnp.searchsorted(ascending, scores, side="right")]
 
     # in whole numbers as long as possible: float32 has seven digits
     shares = (below + up_to) / (2 * negatives[-1])
-    area = jnp.where(positive, shares, 0).sum() / positive.sum()
+    total = jnp.where(positive, shares, 0).sum()
+    area = total / positive.sum()
     return jnp.where(jnp.isnan(scores).any(), jnp.nan, area)
 
 

@@ -67,6 +67,7 @@ class LinenModule(PureModule):
     # ---- the two functions ----
 
     def init(self, key: Any) -> tuple[Any, Any]:
+        """See `Functional.init`."""
         return whole_axes(self._init)(key)
 
     def apply(
@@ -104,10 +105,12 @@ class LinenModule(PureModule):
         inputs: Any,
         key: Any,
     ) -> Any:
+        """See `PureModule.variables_after`."""
         streams = self.random_streams(key) if mode.train else None
         return self._run(mode, params, variables, inputs, key, streams)[1]
 
     def random_streams(self, key: Any) -> dict[str, Any]:
+        """See `PureModule.random_streams`."""
         # `make_rng` of a stream that isn't given falls back to "params", so that every
         # name has randomness
         return {"params": key, "dropout": jax.random.fold_in(key, 1)}

@@ -81,6 +81,7 @@ class NnxModule(PureModule):
     # ---- the two functions ----
 
     def init(self, key: Any) -> tuple[Any, Any]:
+        """See `Functional.init`."""
         _, params, rest = _split(self._make(key))
         pure = nnx.to_pure_dict(params)
         check_trainable(pure, self.name)
@@ -118,11 +119,13 @@ class NnxModule(PureModule):
         inputs: Any,
         key: Any,
     ) -> Any:
+        """See `PureModule.variables_after`."""
         module = self._merged(params, variables)
         self._call(module, inputs, key, mode)
         return self._state_after(module)[0]
 
     def random_streams(self, key: Any) -> Any:
+        """See `PureModule.random_streams`."""
         return nnx.Rngs(key)
 
     # ---- making it ----
