@@ -1,10 +1,21 @@
-"""Losses, which are Optax's, and their averages over samples that count.
+"""Losses, which are Optax's, and their means over the samples that count.
 
 A loss or metric is a function (outputs, targets) of batches. It returns one value per
 sample, shape (batch, ...); or a pair (values, weights) of that shape for a weighted
 mean; or a scalar that is already the batch's mean. A metric with a `finish` may also
 return several arrays, shape (batch, ...) each, in a dict or a tuple: each is averaged
 over the samples.
+
+A *weighted sum* is the pair (sum, weight) of such values over a batch. Its ratio is the
+mean, and the weighted sums of micro-batches or hosts can be added up. A small example:
+three samples, the last of which is padding:
+
+>>> outputs = jnp.array([[1.0], [4.0], [9.0]])
+>>> targets = jnp.array([[0.0], [1.0], [0.0]])
+>>> valid = jnp.array([True, True, False])
+>>> total, weight = weighted_sum(squared_error, outputs, targets, valid)
+>>> float(total), float(weight), float(mean(total, weight))
+(10.0, 2.0, 5.0)
 """
 
 from __future__ import annotations
@@ -25,6 +36,7 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 binary_cross_entropy = optax.sigmoid_binary_cross_entropy
 squared_error = optax.squared_error
 huber = optax.huber_loss
+# the names under which users know them
 STOCK = {
     cross_entropy: "cross_entropy",
     binary_cross_entropy: "binary_cross_entropy",
@@ -33,7 +45,10 @@ STOCK = {
 }
 
 
-def totals(
+# ---- weighted sums of one function ----
+
+
+def weighted_sum(
     function: Callable,
     outputs: Any,
     targets: Any,
@@ -41,15 +56,15 @@ def totals(
     differentiable: bool = False,
     several: bool = False,
 ) -> tuple[Any, Any]:
-    """Sum of a loss or metric over a batch, and the weight that the sum stands for.
+    """Return the weighted sum of a loss or metric over a batch.
 
-    Their ratio is the mean. A scalar is the mean of its batch already: its weight is 1,
-    or where `valid` is given the batch's rows, all of which must be real then.
+    A scalar is the mean of its batch already: its weight is 1, or where `valid` is
+    given the batch's rows, all of which must be real then.
 
     Args:
       function: as described at the top of this module.
       outputs: the model's outputs.
-      targets: what the samples should give, batch dim first.
+      targets: the desired outputs, batch dim first.
       valid: bool (batch,), False where a row is padding; None: every row counts.
       differentiable: whether a value that has no gradient is an error.
       several: whether the function may return several arrays, in a dict or a tuple.
@@ -70,19 +85,14 @@ def totals(
             remedy="return a floating-point loss; what counts errors is a metric",
         )
     if jnp.ndim(each) == 0:
-        rows = 1.0 if valid is None else valid.sum().astype(jnp.float32)
-        return (each, rows) if valid is None else (each * rows, rows)
+        if valid is None:
+            return each, 1.0
+        rows = valid.sum().astype(jnp.float32)
+        return each * rows, rows
 
     each = _as_float(each)
     if valid is not None:
-        rows = valid.reshape(valid.shape + (1,) * (each.ndim - 1))
-        # where, not a product: a padded row may hold NaN
-        each = jnp.where(rows, each, 0)
-        weights = jnp.where(
-            rows,
-            jnp.ones_like(each) if weights is None else weights,
-            0,
-        )
+        each, weights = _without_padding(each, weights, valid)
     if weights is None:
         return each.sum(), float(each.size)
     return (each * weights).sum(), weights.sum()
@@ -116,12 +126,12 @@ def values(
 
 
 def mean(total: Any, weight: Any) -> Any:
-    """The mean of each sum of `totals`."""
+    """Return the mean behind a weighted sum, or each mean of a tree of sums."""
     return jax.tree.map(lambda x: x / weight, total)
 
 
 def _as_float(x: Any) -> jax.Array:
-    """Values in the dtype in which they are summed: at least float32."""
+    """Return values in the dtype in which they are summed: at least float32."""
     x = jnp.asarray(x)
     whole = jnp.issubdtype(x.dtype, jnp.bool_) or jnp.issubdtype(x.dtype, jnp.integer)
     # fifty losses of 2,000 are beyond float16
@@ -129,19 +139,45 @@ def _as_float(x: Any) -> jax.Array:
     return x.astype(jnp.float32) if whole or narrow else x
 
 
-def _column_sums(arrays: Any, valid: jax.Array | None) -> tuple[Any, Any]:
+def _as_rows(
+    valid: jax.Array,
+    ndim: int,
+) -> jax.Array:
+    """Return `valid`, (batch,), in a shape that broadcasts against (batch, ...)."""
+    return valid.reshape(valid.shape + (1,) * (ndim - 1))
+
+
+def _without_padding(
+    each: jax.Array,
+    weights: Any,
+    valid: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return values and weights that are 0 in padded rows."""
+    rows = _as_rows(valid, each.ndim)
+    # where, not a product: a padded row may hold NaN
+    each = jnp.where(rows, each, 0)
+    if weights is None:
+        weights = jnp.ones_like(each)
+    return each, jnp.where(rows, weights, 0)
+
+
+def _column_sums(
+    arrays: Any,
+    valid: jax.Array | None,
+) -> tuple[Any, Any]:
+    """Return the sums of arrays over the batch dim, and the number of rows."""
+
     def total(x: Any) -> jax.Array:
         x = _as_float(x)
         if valid is not None:
-            x = jnp.where(
-                valid.reshape(valid.shape + (1,) * (x.ndim - 1)),
-                x,
-                0,
-            )
+            x = jnp.where(_as_rows(valid, x.ndim), x, 0)
         return x.sum(axis=0)
 
     rows = len(jax.tree.leaves(arrays)[0]) if valid is None else valid.sum()
     return jax.tree.map(total, arrays), jnp.float32(rows)
+
+
+# ---- weighted sums of a step ----
 
 
 def discounted(
@@ -150,66 +186,104 @@ def discounted(
     targets: Any,
     knobs: Mapping[str, Any],
 ) -> dict[str, tuple[Any, Any]]:
-    """What the knobs `loss_limit` and `loss_mark` make of a batch: (sum, weight) pairs
-    by the names of the signals.
+    """Measure the signals of the knobs `loss_limit` and `loss_mark` over a batch.
 
     A sample whose loss is l has the weight sigmoid(limit - l), constant for the
     gradient; it is 1 where the limit is infinite. Of a loss per token, each token is a
     sample.
 
     Args:
-      function, outputs, targets: as of `totals`. A loss that is a scalar is taken
-        sample by sample.
-      knobs: with "loss_limit", there is "loss_kept", the weighted loss, which is what
-        the gradient is taken of; with "loss_mark", "mark_weight" and
-        "mark_weight_square"; with either, "loss_blank" and "loss_values" (see
-        `controllers.SIGNALS`).
+      function: the loss, as in `weighted_sum`. One that is a scalar is taken sample by
+        sample.
+      outputs: the model's outputs.
+      targets: the desired outputs.
+      knobs: values of knobs by name.
+
+    Returns:
+      Weighted sums by the names of the signals. With "loss_limit" there is "loss_kept",
+      the discounted loss, which is differentiated in place of the plain one; with
+      "loss_mark", "mark_weight" and "mark_weight_square"; with either, "loss_blank" and
+      "loss_values" (see `controllers.SIGNALS`).
     """
-    if not {"loss_limit", "loss_mark"} & knobs.keys():
+    if knobs.keys().isdisjoint(("loss_limit", "loss_mark")):
         return {}
-    values, weights = _checked(function, outputs, targets)
-    scalar = values if jnp.ndim(values) == 0 else None
-    if scalar is not None:
-        values = _by_sample(function, outputs, targets)
-        # so that a micro-batch weighs 1, as in `totals`
-        weights = jnp.full_like(values, 1 / values.size)
-    values = _as_float(values)
-    weights = jnp.ones_like(values) if weights is None else weights
-    constant = jax.lax.stop_gradient(values)
-    found = {}
-    # of one sample; not zeros, which XLA would fold, at length
-    zeros = jax.tree.map(lambda x: 0 * (x[:1] if jnp.ndim(x) else x), outputs)
-    first = jax.tree.map(lambda x: x[:1], targets)
-    found["loss_blank"] = (
-        jax.lax.stop_gradient(jnp.mean(_checked(function, zeros, first)[0])),
-        jnp.float32(1),
-    )
-    found["loss_values"] = jnp.float32(values.size), jnp.float32(values.shape[0])
+    each, weights, scalar = _by_value(function, outputs, targets)
+    constant = jax.lax.stop_gradient(each)
+    sums = {
+        "loss_blank": (_blank_loss(function, outputs, targets), jnp.float32(1)),
+        "loss_values": (jnp.float32(each.size), jnp.float32(each.shape[0])),
+    }
     if "loss_limit" in knobs:
         limit = knobs["loss_limit"]
-        less = jnp.where(
-            limit == jnp.inf,
-            0,
-            jax.nn.sigmoid(constant - limit),
-        )
-        whole = 1.0 if scalar is not None else weights.sum()
-        missing = (less * weights).sum()
-        kept = (values * (1 - less) * weights).sum()
-        # the batch's own mean, to the bit, where nothing is discounted
-        if scalar is not None:
-            kept = jnp.where(
-                limit == jnp.inf,
-                scalar,
-                kept,
-            )
-        # of all samples, not of those that count: the gradient is that of a likelihood.
-        # XLA would fold a constant to other bits
-        found["loss_kept"] = kept, whole + 0 * missing
+        sums["loss_kept"] = _discounted_sum(each, weights, scalar, limit, constant)
     if "loss_mark" in knobs:
         share = jax.nn.sigmoid(knobs["loss_mark"] - constant)
-        found["mark_weight"] = (share * weights).sum(), weights.sum()
-        found["mark_weight_square"] = (share**2 * weights).sum(), weights.sum()
-    return found
+        sums["mark_weight"] = ((share * weights).sum(), weights.sum())
+        sums["mark_weight_square"] = ((share**2 * weights).sum(), weights.sum())
+    return sums
+
+
+def _discounted_sum(
+    each: jax.Array,
+    weights: jax.Array,
+    scalar: Any,
+    limit: Any,
+    constant: jax.Array,
+) -> tuple[Any, Any]:
+    """Return the weighted sum of losses that are discounted above a limit.
+
+    Args:
+      each: the losses.
+      weights: their weights.
+      scalar: the batch's own mean, if the loss is a scalar; else None.
+      limit: the knob `loss_limit`.
+      constant: the losses without a gradient.
+    """
+    unlimited = limit == jnp.inf
+    discount = jnp.where(unlimited, 0, jax.nn.sigmoid(constant - limit))
+    whole = 1.0 if scalar is not None else weights.sum()
+    missing = (discount * weights).sum()
+    kept = (each * (1 - discount) * weights).sum()
+    # the batch's own mean, to the bit, where nothing is discounted
+    if scalar is not None:
+        kept = jnp.where(limit == jnp.inf, scalar, kept)
+    # the weight of all samples, not of those that count: the gradient is that of a
+    # likelihood. The product is there because XLA would fold a constant to other bits
+    return kept, whole + 0 * missing
+
+
+def _by_value(
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Return each value of a loss, its weight, and the loss if it is a scalar."""
+    each, weights = _checked(function, outputs, targets)
+    scalar = each if jnp.ndim(each) == 0 else None
+    if scalar is not None:
+        each = _by_sample(function, outputs, targets)
+        # so that a micro-batch weighs 1, as in `weighted_sum`
+        weights = jnp.full_like(each, 1 / each.size)
+    each = _as_float(each)
+    return each, jnp.ones_like(each) if weights is None else weights, scalar
+
+
+def _blank_loss(
+    function: Callable,
+    outputs: Any,
+    targets: Any,
+) -> jax.Array:
+    """Return the loss of one sample under outputs that are all zero."""
+
+    def zeros_of_first(x: Any) -> Any:
+        first = x[:1] if jnp.ndim(x) else x
+        # not zeros: XLA would fold them, which takes long
+        return 0 * first
+
+    zeros = jax.tree.map(zeros_of_first, outputs)
+    first = jax.tree.map(lambda x: x[:1], targets)
+    loss, _ = _checked(function, zeros, first)
+    return jax.lax.stop_gradient(jnp.mean(loss))
 
 
 def with_auxiliary(
@@ -217,29 +291,33 @@ def with_auxiliary(
     weights: Mapping[str, float],
     sown: Mapping[str, Any],
 ) -> dict[str, tuple[Any, Any]]:
-    """The sums of a batch, with what the model sowed added to its mean loss.
+    """Add the values that the model sowed to the mean loss of a batch.
 
     Over micro-batches the sums are added up: the auxiliary terms are then averaged with
     the weights that the micro-batches' losses have, which is their mean where each
     holds as many samples that count.
 
     Args:
-      sums: (sum, weight) pairs by name, as of `measure` and `discounted`.
+      sums: weighted sums by name, as `measure` and `discounted` return them.
       weights: `Recipe.auxiliary`.
       sown: values by the same names; of each array the mean counts.
+
+    Returns:
+      The weighted sums, those of the losses with the auxiliary terms.
     """
     if not weights:
         return sums
     total = jnp.float32(0)
     for name, weight in weights.items():
-        values = jax.tree.leaves(sown[name])
-        means = [jnp.mean(jnp.asarray(x, jnp.float32)) for x in values]
+        leaves = jax.tree.leaves(sown[name])
+        means = [jnp.mean(jnp.asarray(x, jnp.float32)) for x in leaves]
         total = total + weight * sum(means)
     added = {}
     for name in ("loss", "loss_kept"):
         if name in sums:
             value, samples = sums[name]
-            added[name] = value + total * jax.lax.stop_gradient(samples), samples
+            value = value + total * jax.lax.stop_gradient(samples)
+            added[name] = (value, samples)
     return sums | added
 
 
@@ -250,13 +328,17 @@ def measure(
     valid: jax.Array | None = None,
     without: Sequence[str] = (),
 ) -> dict[str, tuple[Any, Any]]:
-    """(sum, weight) of the recipe's loss, under "loss", and of each metric, over a
-    batch.
+    """Measure the recipe's loss and metrics over a batch.
 
     Args:
-      recipe: whose loss and metrics.
-      outputs, targets, valid: as of `totals`.
+      recipe: the loss and the metrics.
+      outputs: the model's outputs.
+      targets: the desired outputs.
+      valid: as in `weighted_sum`.
       without: metrics that are left out.
+
+    Returns:
+      The weighted sum of the loss, under "loss", and of each metric under its name.
 
     Raises:
       ModelError: the outputs have no gradient; a function fails or returns something
@@ -271,32 +353,22 @@ def measure(
                 " chosen by them"
             ),
         )
-    found = {
-        "loss": totals(
-            recipe.loss,
-            outputs,
-            targets,
-            valid,
-            differentiable=True,
-        )
-    }
+    loss = weighted_sum(recipe.loss, outputs, targets, valid, differentiable=True)
+    sums = {"loss": loss}
     for name, metric in recipe.metrics.items():
         if name in without:
             continue
         function, several = sums_of(metric)
-        found[name] = totals(
-            function,
-            outputs,
-            targets,
-            valid,
-            several=several,
-        )
-        _check_finish(name, metric, found[name])
-    return found
+        sums[name] = weighted_sum(function, outputs, targets, valid, several=several)
+        _check_finish(name, metric, sums[name])
+    return sums
+
+
+# ---- metrics ----
 
 
 def sums_of(metric: Any) -> tuple[Callable, bool]:
-    """The function that a metric averages, and whether it may return several arrays."""
+    """Return a metric's averaged function, and whether it may give several arrays."""
     return getattr(metric, "values", metric), hasattr(metric, "finish")
 
 
@@ -316,11 +388,8 @@ def _check_finish(
     ):
         result = jax.eval_shape(lambda pair: close(mean(*pair)), sums)
     leaves = jax.tree.leaves(result)
-    if (
-        len(leaves) != 1
-        or leaves[0].shape != ()
-        or jnp.issubdtype(leaves[0].dtype, jnp.complexfloating)
-    ):
+    scalar = len(leaves) == 1 and leaves[0].shape == ()
+    if not scalar or jnp.issubdtype(leaves[0].dtype, jnp.complexfloating):
         raise ModelError(
             f"finish of the metric {name!r} returned {shapes(result)}; a metric is one"
             " number",
@@ -335,23 +404,27 @@ def finish(
     mean: Any,
 ) -> Any:
     """Finish a metric from its mean, or its means; a loss is its mean."""
-    return getattr(recipe.metrics.get(name), "finish", lambda x: x)(mean)
+    close = getattr(recipe.metrics.get(name), "finish", None)
+    return mean if close is None else close(mean)
+
+
+# ---- predictions ----
 
 
 def decoder(loss: Callable) -> Callable[[Any], Any]:
-    """What `predict` makes of the outputs of a model trained with `loss`, unless the
-    recipe says otherwise.
+    """Return what `predict` applies to outputs, unless the recipe says otherwise.
 
-    Integer labels come back as the most likely one (argmax over the last dim), binary
-    labels as 0 or 1; otherwise the outputs as they are.
+    For integer labels it is the most likely one (argmax over the last dim), for binary
+    labels 0 or 1. Other outputs are left as they are.
+
+    Args:
+      loss: the loss that the model is trained with.
     """
-    return (
-        _most_likely
-        if loss is cross_entropy
-        else _zero_or_one
-        if loss is binary_cross_entropy
-        else _as_they_are
-    )
+    if loss is cross_entropy:
+        return _most_likely
+    if loss is binary_cross_entropy:
+        return _zero_or_one
+    return _as_they_are
 
 
 def _most_likely(outputs: Any) -> Any:
@@ -366,63 +439,52 @@ def _as_they_are(outputs: Any) -> Any:
     return outputs
 
 
+# ---- checks of a function's values ----
+
+
 def _checked(
     function: Callable,
     outputs: Any,
     targets: Any,
     several: bool = False,
 ) -> tuple[Any, Any]:
-    """(values, weights or None) that a function gives, if they are as described
-    above.
+    """Return (values, weights or None) of a function.
+
+    Raises:
+      ModelError: they are not as described at the top of this module.
     """
     name = _name(function)
     where = _where(function)
-    batch = _samples(outputs, targets)
+    batch = _batch_size(outputs, targets)
     given = f"outputs {shapes(outputs)} and targets {shapes(targets)}"
-    remedy = "give targets, or a model, of the shapes and dtypes that it takes"
-    if not isinstance(outputs, jax.Array):
-        short = next((n for f, n in STOCK.items() if f is function), name)
-        chosen = _chosen(outputs)
-        remedy = (
-            f"the model returns {_structure(outputs)}: choose what the function takes,"
-            f" e.g. lambda outputs, targets: {short}({chosen}, targets)"
-        )
+    remedy = _remedy(function, outputs)
     with pointing_at_user(f"{name} of {given}", remedy, where=where):
         result = whole_axes(function)(outputs, targets)
 
-    pair = (
-        isinstance(result, tuple)
-        and len(result) == 2
-        and not hasattr(result, "_fields")
-    )
+    pair = _is_pair(result)
     if several and not pair and isinstance(result, dict | tuple | list):
         return _several(result, batch, name, where), None
 
     each, weights = result if pair else (result, None)
-    if not _real(each) or (
-        weights is not None
-        and (not _real(weights) or jnp.shape(each) != jnp.shape(weights))
-    ):
-        sums = (
-            ""
-            if several
-            else "; several sums need a lepton_jax.metrics.Metric(values, finish)"
-        )
+    if not _are_numbers(each, weights):
+        sums = "; several sums need a lepton_jax.metrics.Metric(values, finish)"
         raise ModelError(
             f"{name} returned {_described(result)}",
             where=where,
             remedy=(
                 "return real numbers: an array, or a pair of arrays of one shape"
-                f" (values, weights){sums}"
+                f" (values, weights){'' if several else sums}"
             ),
         )
-    if jnp.shape(each)[:1] != (batch,) and (jnp.ndim(each) or weights is not None):
+    by_sample = jnp.shape(each)[:1] == (batch,)
+    scalar_mean = jnp.ndim(each) == 0 and weights is None
+    if not by_sample and not scalar_mean:
         raise ModelError(
             f"{name} returned shape {jnp.shape(each)} for a batch of {batch} samples",
             where=where,
             remedy="return one value per sample, batch dim first, or a scalar mean",
         )
-    if _crossed(each, outputs, targets):
+    if _is_crossed(each, outputs, targets):
         raise ModelError(
             f"{name} returned shape {each.shape}: it set each output against each"
             f" target, of {given}",
@@ -435,6 +497,32 @@ def _checked(
     return each, weights
 
 
+def _remedy(function: Callable, outputs: Any) -> str:
+    if isinstance(outputs, jax.Array):
+        return "give targets, or a model, of the shapes and dtypes that it takes"
+    name = _name(function)
+    short = next((n for stock, n in STOCK.items() if stock is function), name)
+    return (
+        f"the model returns {_structure(outputs)}: choose what the function takes,"
+        f" e.g. lambda outputs, targets: {short}({_likeliest(outputs)}, targets)"
+    )
+
+
+def _is_pair(result: Any) -> bool:
+    """Whether a result is a pair (values, weights); a named tuple is several arrays."""
+    if not isinstance(result, tuple) or hasattr(result, "_fields"):
+        return False
+    return len(result) == 2
+
+
+def _are_numbers(each: Any, weights: Any) -> bool:
+    if weights is None:
+        return _is_real(each)
+    if not _is_real(each) or not _is_real(weights):
+        return False
+    return jnp.shape(each) == jnp.shape(weights)
+
+
 def _several(
     result: Any,
     batch: int,
@@ -443,7 +531,7 @@ def _several(
 ) -> Several:
     leaves = by_path(result)
     for path, leaf in leaves.items():
-        if not _real(leaf) or jnp.shape(leaf)[:1] != (batch,):
+        if not _is_real(leaf) or jnp.shape(leaf)[:1] != (batch,):
             raise ModelError(
                 f"{name} returned {_described(leaf)} as {path!r} for a batch of {batch}"
                 " samples",
@@ -467,35 +555,37 @@ def _by_sample(
     outputs: Any,
     targets: Any,
 ) -> jax.Array:
-    """The value of a function of a batch for each of its samples alone.
+    """Apply a function of a batch to each of its samples alone.
 
     Args:
       function: (outputs, targets) to a scalar.
       outputs: the model's; scalars among them go to each sample.
       targets: batch dim first.
     """
-
     leaves, form = jax.tree.flatten(outputs)
     batched = [jnp.ndim(x) > 0 for x in leaves]
 
-    def each(row: list[Any], target: Any) -> Any:
-        one = [x[None] if b else x for x, b in zip(row, batched, strict=True)]
-        return whole_axes(function)(
-            jax.tree.unflatten(form, one), jax.tree.map(lambda x: x[None], target)
-        )
+    def of_sample(
+        row: list[Any],
+        target: Any,
+    ) -> Any:
+        pairs = zip(row, batched, strict=True)
+        one = [x[None] if is_batched else x for x, is_batched in pairs]
+        targets = jax.tree.map(lambda x: x[None], target)
+        return whole_axes(function)(jax.tree.unflatten(form, one), targets)
 
-    axes = [0 if b else None for b in batched]
-    return jax.vmap(each, in_axes=(axes, 0))(leaves, targets)
+    axes = [0 if is_batched else None for is_batched in batched]
+    return jax.vmap(of_sample, in_axes=(axes, 0))(leaves, targets)
 
 
-def _samples(outputs: Any, targets: Any) -> int:
-    """Size of the batch dim; among the outputs there may be scalars."""
-    leaves = [x for x in jax.tree.leaves((targets, outputs)) if jnp.ndim(x)]
-    return leaves[0].shape[0]
+def _batch_size(outputs: Any, targets: Any) -> int:
+    """Return the size of the batch dim; among the outputs there may be scalars."""
+    leaves = jax.tree.leaves((targets, outputs))
+    return next(x.shape[0] for x in leaves if jnp.ndim(x))
 
 
 def _structure(outputs: Any) -> str:
-    """A tree with its arrays' dtypes and shapes: {"logits": float32[8, 3]}."""
+    """Describe a tree by its arrays' dtypes and shapes: {"logits": float32[8, 3]}."""
     if isinstance(outputs, dict):
         parts = [f'"{name}": {_structure(x)}' for name, x in outputs.items()]
         return "{" + ", ".join(parts) + "}"
@@ -508,30 +598,33 @@ def _structure(outputs: Any) -> str:
     return _described(outputs) if outputs is not None else "None"
 
 
-def _chosen(outputs: Any) -> str:
-    """The likeliest of several outputs, as an expression: the first one of real numbers
-    whose name speaks of logits, or else the first one."""
-    found = []
+def _likeliest(outputs: Any) -> str:
+    """Return an expression for the likeliest of several outputs.
+
+    It is the first one of real numbers whose name speaks of logits, or else the first
+    one of real numbers.
+    """
+    candidates = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
         if jnp.ndim(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            found.append("outputs" + jax.tree_util.keystr(path).replace("'", '"'))
-    logits = [text for text in found if "logit" in text]
-    return [*logits, *found, "outputs[0]"][0]
+            key = jax.tree_util.keystr(path).replace("'", '"')
+            candidates.append(f"outputs{key}")
+    logits = [text for text in candidates if "logit" in text]
+    return next(iter([*logits, *candidates]), "outputs[0]")
 
 
-def _crossed(
+def _is_crossed(
     values: Any,
     outputs: Any,
     targets: Any,
 ) -> bool:
-    """Whether both outputs and targets were broadcast, as (batch, 1) against (batch,)
-    is to (batch, batch).
+    """Whether both outputs and targets were broadcast.
+
+    For example, (batch, 1) against (batch,) gives (batch, batch).
     """
-    if (
-        not isinstance(outputs, jax.Array)
-        or not isinstance(targets, jax.Array)
-        or jnp.shape(values) in ((), (1, 1))
-    ):
+    if not isinstance(outputs, jax.Array) or not isinstance(targets, jax.Array):
+        return False
+    if jnp.shape(values) in ((), (1, 1)):
         return False
     try:
         both = jnp.broadcast_shapes(outputs.shape, targets.shape)
@@ -540,18 +633,20 @@ def _crossed(
     return values.shape == both and both not in (outputs.shape, targets.shape)
 
 
-def _real(x: Any) -> bool:
-    return isinstance(
-        x, jax.Array | np.ndarray | np.generic | float | int
-    ) and not jnp.iscomplexobj(x)
+def _is_real(x: Any) -> bool:
+    kinds = jax.Array | np.ndarray | np.generic | float | int
+    return isinstance(x, kinds) and not jnp.iscomplexobj(x)
+
+
+# ---- words for messages ----
 
 
 def _described(x: Any) -> str:
     if isinstance(x, tuple):
         return f"({', '.join(map(_described, x))})"
-    return (
-        f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
-    )
+    if hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    return f"a {type(x).__name__}"
 
 
 def _name(function: Callable) -> str:
@@ -560,6 +655,5 @@ def _name(function: Callable) -> str:
 
 def _where(function: Callable) -> str:
     code = getattr(function, "__code__", None)
-    return _name(function) + (
-        f", {code.co_filename}:{code.co_firstlineno}" if code else ""
-    )
+    name = _name(function)
+    return f"{name}, {code.co_filename}:{code.co_firstlineno}" if code else name

@@ -1,4 +1,4 @@
-"""Metrics: sums on the device, one closing function on the host's side of the mean."""
+"""Metrics: weighted sums on the device, and a function of their means on the host."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from lepton_jax import losses
 
 @dataclass(frozen=True)
 class Metric:
-    """Means over samples and the number that is made of them.
+    """A metric that is a function of one or several means over samples.
 
-    A metric that is no mean itself, such as the F1 score, is often made of several:
+    An example is the precision, the share of the samples called positive that are so:
 
-        Metric(
-            lambda outputs, labels: {"hits": hits, "labelled": labels == 1, ...},
-            lambda means: 2 * means["hits"] / (means["labelled"] + means["found"]),
-        )
+    >>> precision = Metric(
+    ...     lambda outputs, labels: {
+    ...         "called": outputs > 0,
+    ...         "right": (outputs > 0) & (labels == 1),
+    ...     },
+    ...     lambda means: means["right"] / means["called"],
+    ... )
 
     Attributes:
-      values: (outputs, targets) to what is averaged: as `Recipe.loss`, or a dict or
-        tuple of arrays of shape (batch, ...). Each array is averaged over the samples
-        alone, so its other dims stay.
+      values: (outputs, targets) to the values that are averaged: as `Recipe.loss`, or a
+        dict or tuple of arrays of shape (batch, ...). Each array is averaged over the
+        samples alone, so its other dims stay.
       finish: the mean, or the means in the same dict or tuple, to one number.
     """
 
@@ -35,26 +38,32 @@ class Metric:
 
 
 def accuracy(outputs: Any, targets: Any) -> Any:
-    """1.0 where the largest of the last dim's outputs is at the target's index; outputs
-    (..., classes), targets (...).
+    """Return 1.0 where the largest output is that of the target, else 0.0.
+
+    Args:
+      outputs: (..., classes).
+      targets: indices, (...).
     """
-    _same(
-        outputs.shape[:-1],
-        targets.shape,
-        "accuracy",
-    )
-    return (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32)
+    _check_same(outputs.shape[:-1], targets.shape, "accuracy")
+    hits = jnp.argmax(outputs, axis=-1) == targets
+    return hits.astype(jnp.float32)
 
 
 def binary_accuracy(outputs: Any, targets: Any) -> Any:
-    """1.0 where the logit's sign agrees with the target (0 or 1); both of one shape."""
-    _same(outputs.shape, targets.shape, "binary_accuracy")
-    return ((outputs > 0) == (targets > 0.5)).astype(jnp.float32)
+    """Return 1.0 where the logit's sign agrees with the target, else 0.0.
+
+    Args:
+      outputs: logits.
+      targets: 0 or 1, of the same shape.
+    """
+    _check_same(outputs.shape, targets.shape, "binary_accuracy")
+    hits = (outputs > 0) == (targets > 0.5)
+    return hits.astype(jnp.float32)
 
 
 def absolute_error(outputs: Any, targets: Any) -> Any:
-    """|output - target|; both of one shape."""
-    _same(outputs.shape, targets.shape, "absolute_error")
+    """Return |output - target|; both have one shape."""
+    _check_same(outputs.shape, targets.shape, "absolute_error")
     return jnp.abs(outputs - targets)
 
 
@@ -62,49 +71,48 @@ rmse = Metric(losses.squared_error, jnp.sqrt)
 perplexity = Metric(losses.cross_entropy, jnp.exp)
 
 
-def _f1_counts(outputs: Any, targets: Any) -> dict[str, Any]:
-    """For each class: found and labelled, found, labelled; float32 (batch, classes)."""
+def _f1_counts(
+    outputs: Any,
+    targets: Any,
+) -> dict[str, Any]:
+    """Return the shares of hits, called and labelled, float32 (batch, classes)."""
     if outputs.shape == targets.shape:
-        found = (outputs > 0)[..., None]
+        called = (outputs > 0)[..., None]
         labelled = (targets > 0.5)[..., None]
     else:
-        _same(
-            outputs.shape[:-1],
-            targets.shape,
-            "f1",
-        )
+        _check_same(outputs.shape[:-1], targets.shape, "f1")
         classes = outputs.shape[-1]
-        found = jax.nn.one_hot(jnp.argmax(outputs, axis=-1), classes) > 0
+        likeliest = jnp.argmax(outputs, axis=-1)
+        called = jax.nn.one_hot(likeliest, classes) > 0
         labelled = targets[..., None] == jnp.arange(classes)
-    if found.shape[-1] == 2:
-        found = found[..., 1:]
+    if called.shape[-1] == 2:
+        called = called[..., 1:]
         labelled = labelled[..., 1:]
 
     counts = {
-        "hits": found & labelled,
-        "found": found,
+        "hits": called & labelled,
+        "called": called,
         "labelled": labelled,
     }
-    batch = found.shape[0]
-    classes = found.shape[-1]
+    batch = called.shape[0]
+    classes = called.shape[-1]
 
-    def of_sample(x: Any) -> Any:
-        return x.reshape(batch, -1, classes).mean(
-            axis=1,
-            dtype=jnp.float32,
-        )
+    def share(x: Any) -> Any:
+        """Return the mean over all dims of a sample but the class."""
+        rows = x.reshape(batch, -1, classes)
+        return rows.mean(axis=1, dtype=jnp.float32)
 
-    return {name: of_sample(x) for name, x in counts.items()}
+    return {name: share(x) for name, x in counts.items()}
 
 
 def _f1(means: Any) -> Any:
-    seen = means["found"] + means["labelled"]
-    score = jnp.where(
-        seen > 0,
-        2 * means["hits"] / jnp.where(seen > 0, seen, 1),
-        0,
-    )
-    return score.sum() / jnp.maximum((seen > 0).sum(), 1)
+    """Return 2 * hits / (called + labelled), the mean over classes that occur."""
+    seen = means["called"] + means["labelled"]
+    occurs = seen > 0
+    score = 2 * means["hits"] / jnp.where(seen > 0, seen, 1)
+    score = jnp.where(occurs, score, 0)
+    total = score.sum()
+    return total / jnp.maximum((seen > 0).sum(), 1)
 
 
 # F1 score: of the positive class where outputs are logits of the targets' shape, or of
@@ -114,72 +122,68 @@ f1 = Metric(_f1_counts, _f1)
 
 
 def r2(outputs: Any, targets: Any) -> Any:
-    """Share of the targets' variance that the outputs explain, both of one shape.
+    """Return the share of the targets' variance that the outputs explain.
 
-    With several targets a sample it is the mean over them. It takes the whole test set
-    at once: sums of squares over batches would lose the digits that matter where the
-    targets' mean is large.
+    Outputs and targets have one shape. With several targets a sample it is the mean
+    over them. It takes the whole test set at once: sums of squares over batches would
+    lose the digits that matter where the targets' mean is large.
     """
-    _same(outputs.shape, targets.shape, "r2")
+    _check_same(outputs.shape, targets.shape, "r2")
     outputs = outputs.reshape(len(outputs), -1)
     targets = targets.reshape(len(targets), -1)
-    left = jnp.square(targets - outputs).sum(axis=0)
-    spread = jnp.square(targets - targets.mean(axis=0)).sum(axis=0)
+    residual = jnp.square(targets - outputs).sum(axis=0)
+    away = targets - targets.mean(axis=0)
+    spread = jnp.square(away).sum(axis=0)
 
-    # constant targets: all of nothing is explained, or none of it
-    flat = jnp.where(left > 0, 0.0, 1.0)
-    explained = 1 - left / jnp.where(spread > 0, spread, 1)
-    return jnp.where(spread > 0, explained, flat).mean()
+    # constant targets have no variance to explain: 1 if they are met, else 0
+    constant = jnp.where(residual > 0, 0.0, 1.0)
+    explained = 1 - residual / jnp.where(spread > 0, spread, 1)
+    return jnp.where(spread > 0, explained, constant).mean()
 
 
 def auc(outputs: Any, targets: Any) -> Any:
-    """Area under the ROC curve, of the whole test set.
+    """Return the area under the ROC curve, of the whole test set.
 
-    The probability that a sample of the class has a higher score than one outside of
+    It is the probability that a sample of the class has a higher score than one outside
     it; equal scores count half (Hanley and McNeil 1982). Outputs are logits: of the
     shape of the targets 0 and 1, or (batch, classes) for integer labels; with more than
-    two classes, the mean over each class against the rest, by its probability. It is
-    NaN where a class has no sample, or all.
+    two classes, it is the mean over each class against the rest, by its probability. It
+    is NaN where a class has no sample, or all.
     """
     if outputs.shape == targets.shape:
         return _area(outputs.reshape(-1), targets.reshape(-1) > 0.5)
-    _same(
-        outputs.shape[:-1],
-        targets.shape,
-        "auc",
-    )
+    _check_same(outputs.shape[:-1], targets.shape, "auc")
     classes = outputs.shape[-1]
     outputs = outputs.reshape(-1, classes)
     targets = targets.reshape(-1)
     if classes == 2:
         return _area(outputs[:, 1] - outputs[:, 0], targets == 1)
     shares = jax.nn.softmax(outputs).T
-    return jax.vmap(_area)(shares, targets == jnp.arange(classes)[:, None]).mean()
+    positive = targets == jnp.arange(classes)[:, None]
+    return jax.vmap(_area)(shares, positive).mean()
 
 
 def _area(scores: Any, positive: Any) -> Any:
-    """Area under the ROC curve of scores (n,) for what is positive, bool (n,)."""
+    """Return the area of scores (n,) for the samples that are positive, bool (n,).
+
+    Each positive sample adds the share of negatives below it, and half of the share of
+    negatives that are equal to it.
+    """
     order = jnp.argsort(scores)
     ascending = scores[order]
-    negatives = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(~positive[order])])
+    none = jnp.zeros(1, int)
+    negatives = jnp.concatenate([none, jnp.cumsum(~positive[order])])
     below = negatives[jnp.searchsorted(ascending, scores, side="left")]
     up_to = negatives[jnp.searchsorted(ascending, scores, side="right")]
 
     # in whole numbers as long as possible: float32 has seven digits
-    each = jnp.where(
-        positive,
-        (below + up_to) / (2 * negatives[-1]),
-        0,
-    )
-    area = each.sum() / positive.sum()
-    return jnp.where(
-        jnp.isnan(scores).any(),
-        jnp.nan,
-        area,
-    )
+    shares = (below + up_to) / (2 * negatives[-1])
+    total = jnp.where(positive, shares, 0).sum()
+    area = total / positive.sum()
+    return jnp.where(jnp.isnan(scores).any(), jnp.nan, area)
 
 
-def _same(
+def _check_same(
     left: tuple,
     right: tuple,
     name: str,

@@ -250,7 +250,7 @@ def test_a_mean_loss_is_evaluated_like_the_losses_it_is_the_mean_of(blobs):
 def test_a_row_of_padding_that_is_nan_does_not_count():
     outputs = jnp.array([[1.0], [jnp.nan]])
     targets = jnp.array([[0.0], [0.0]])
-    total, weight = lepton.losses.totals(
+    total, weight = lepton.losses.weighted_sum(
         optax.squared_error,
         outputs,
         targets,

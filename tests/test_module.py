@@ -1,5 +1,8 @@
-"""Modules as people write them: modes, random streams, sown values, bare arrays, axis
-names, complex parameters; each against the loop written by hand."""
+"""Modules as people write them train as in a loop written by hand.
+
+They have modes, random streams, sown values, bare arrays, axis names, and complex
+parameters.
+"""
 
 from functools import partial
 
@@ -14,6 +17,7 @@ from flax import linen, nnx
 import lepton_jax as lepton
 from lepton_jax.errors import ModelError
 from lepton_jax.losses import cross_entropy
+from lepton_jax.step.module import functional
 
 STEPS = 4
 BATCH = 24
@@ -35,12 +39,7 @@ def trainer(model, data, **fields):
         "devices": 1,
     } | fields
     return lepton.Trainer(
-        model=model,
-        train=data,
-        batch_size=BATCH,
-        steps=STEPS,
-        shuffle=False,
-        **fields,
+        model=model, train=data, batch_size=BATCH, steps=STEPS, shuffle=False, **fields
     )
 
 
@@ -56,40 +55,28 @@ def step_key(step):
 
 def close(left, right, rtol=2e-6):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            a,
-            b,
-            rtol=rtol,
-            atol=1e-7,
-        ),
-        left,
-        right,
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), left, right
     )
 
 
-def linen_by_hand(
-    net,
-    data,
-    call,
-    loss=cross_entropy,
-    auxiliary=None,
-    variables=None,
-):
-    """Losses, parameters and other variables of a plain loop.
+def linen_by_hand(net, data, call, loss=cross_entropy, auxiliary=None, variables=None):
+    """Train a Linen module in a plain loop.
 
     Args:
-      call: (apply, inputs, train, key) to what `apply` gives.
-      auxiliary: of the mutated collections, what is added to the loss.
+      net: the module.
+      data: inputs and targets.
+      call: (apply, inputs, train, key) to the result of `apply`.
+      loss: (outputs, targets) to losses.
+      auxiliary: the mutated collections to a term of the loss, or None.
+      variables: the variables to start from; None: those that `init` makes.
+
+    Returns:
+      Losses, parameters and other variables.
     """
     x = jax.tree.map(lambda x: x[:BATCH], data[0])
     if variables is None:
         init = partial(net.init, jax.random.key(0))
-        variables = call(
-            init,
-            x,
-            False,
-            jax.random.key(0),
-        )
+        variables = call(init, x, False, jax.random.key(0))
     variables = dict(variables)
     params = variables.pop("params")
     sown = {
@@ -105,45 +92,27 @@ def linen_by_hand(
             apply = partial(net.apply, {"params": params, **variables})
             rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)}
             outputs, after = call(
-                partial(apply, mutable=mutable, rngs=rngs),
-                x,
-                True,
-                key,
+                partial(apply, mutable=mutable, rngs=rngs), x, True, key
             )
             value = loss(outputs, y).mean()
             value += auxiliary(after) if auxiliary else 0
             return value, {n: after[n] for n in variables}
 
         (value, after), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        params = jax.tree.map(
-            lambda p, g: p - RATE * jnp.conj(g),
-            params,
-            gradients,
-        )
+        params = jax.tree.map(lambda p, g: p - RATE * jnp.conj(g), params, gradients)
         return params, after, value
 
     losses = []
     for index, (x, y) in batches(data):
-        params, variables, value = step(
-            params,
-            variables,
-            step_key(index),
-            x,
-            y,
-        )
+        params, variables, value = step(params, variables, step_key(index), x, y)
         losses.append(value)
     return np.array(losses), params, variables
 
 
-def nnx_by_hand(
-    build,
-    data,
-    call,
-    loss=cross_entropy,
-    auxiliary=None,
-):
-    """Losses and parameters of a plain loop; `call`: (module, inputs, key) to
-    outputs.
+def nnx_by_hand(build, data, call, loss=cross_entropy, auxiliary=None):
+    """Train an NNX module in a plain loop; return losses and parameters.
+
+    `call` is a function of (module, inputs, key) to outputs.
     """
     module = build(nnx.Rngs(0))
 
@@ -157,12 +126,7 @@ def nnx_by_hand(
         value, gradients = nnx.value_and_grad(loss_of)(module, key, x, y)
         params = nnx.state(module, nnx.Param)
         nnx.update(
-            module,
-            jax.tree.map(
-                lambda p, g: p - RATE * jnp.conj(g),
-                params,
-                gradients,
-            ),
+            module, jax.tree.map(lambda p, g: p - RATE * jnp.conj(g), params, gradients)
         )
         nnx.pop(module, nnx.Intermediate)
         return value
@@ -173,12 +137,24 @@ def nnx_by_hand(
 
 # ---- the mode ----
 
-NAMES = [
-    ("train", True), ("is_training", True), ("training_mode", True), ("enable_dropout", True),
-    ("deterministic", False), ("inference", False), ("eval", False), ("is_eval", False),
-    ("testing", False), ("is_test", False),
-    ("active", True), ("frozen", False), ("regularize", True), ("serving", False),
-]  # fmt: skip
+# names of a mode, and its value in training; the last four are found out by their
+# effect
+NAMES = {
+    "train": True,
+    "is_training": True,
+    "training_mode": True,
+    "enable_dropout": True,
+    "deterministic": False,
+    "inference": False,
+    "eval": False,
+    "is_eval": False,
+    "testing": False,
+    "is_test": False,
+    "active": True,
+    "frozen": False,
+    "regularize": True,
+    "serving": False,
+}
 CLASSES = """
 class Linen(linen.Module):
     @linen.compact
@@ -200,48 +176,36 @@ class Nnx(nnx.Module):
 
 
 def classes(name, sense, default="off"):
-    """A Linen and an NNX module whose mode goes by a name."""
-    text = {"off": f"={not sense}", "on": f"={sense}", "required": ""}[default]
-    found = {"linen": linen, "nnx": nnx}
-    exec(CLASSES.format(name=name, sense=sense, default=text), found)
-    return found["Linen"], found["Nnx"]
+    """Return a Linen and an NNX module whose mode goes by a name."""
+    defaults = {"off": f"={not sense}", "on": f"={sense}", "required": ""}
+    text = CLASSES.format(name=name, sense=sense, default=defaults[default])
+    names = {"linen": linen, "nnx": nnx}
+    exec(text, names)
+    return names["Linen"], names["Nnx"]
 
 
 @pytest.fixture(scope="module")
 def linen_losses(data):
     net = classes("train", True)[0]()
-    return linen_by_hand(
-        net,
-        data,
-        lambda apply, x, train, key: apply(x, train=train),
-    )
+    return linen_by_hand(net, data, lambda apply, x, train, key: apply(x, train=train))
 
 
 @pytest.fixture(scope="module")
 def nnx_losses(data):
     return nnx_by_hand(
-        classes("train", True)[1],
-        data,
-        lambda m, x, key: m(x, train=True),
+        classes("train", True)[1], data, lambda m, x, key: m(x, train=True)
     )
 
 
-def applied(
-    module,
-    train,
-    params,
-    variables,
-    inputs,
-    key,
-):
+def applied(module, train, params, variables, inputs, key):
     return module.apply(params, variables, inputs, key, train, None)[:2]
 
 
-@pytest.mark.parametrize(("name", "sense"), NAMES)
+@pytest.mark.parametrize(("name", "sense"), NAMES.items())
 def test_a_mode_by_any_name_is_set(name, sense, data):
     inputs = jax.ShapeDtypeStruct((BATCH, 6), jnp.float32)
     for model in (classes(name, sense)[0](), classes(name, sense)[1]):
-        module = lepton.module.functional(model, inputs)
+        module = functional(model, inputs)
         first = jax.eval_shape(module.init, jax.random.key(0))
         programs = [
             jax.make_jaxpr(partial(applied, module, t))(
@@ -254,18 +218,14 @@ def test_a_mode_by_any_name_is_set(name, sense, data):
 
 @pytest.mark.parametrize("default", ["off", "on"])
 @pytest.mark.parametrize(
-    ("name", "sense"),
-    [
-        ("is_eval", False),
-        ("frozen", False),
-        ("active", True),
-    ],
+    ("name", "sense"), [("is_eval", False), ("frozen", False), ("active", True)]
 )
 def test_linen_with_a_mode_of_its_own_trains_as_by_hand(
     name, sense, default, data, linen_losses
 ):
     losses, params, variables = linen_losses
     run = trainer(classes(name, sense, default)[0](), data)
+
     close(run.fit()["loss"], losses)
     close(run.state.params, params)
     close(run.state.variables, variables)
@@ -273,18 +233,14 @@ def test_linen_with_a_mode_of_its_own_trains_as_by_hand(
 
 @pytest.mark.parametrize("default", ["off", "on"])
 @pytest.mark.parametrize(
-    ("name", "sense"),
-    [
-        ("testing", False),
-        ("serving", False),
-        ("regularize", True),
-    ],
+    ("name", "sense"), [("testing", False), ("serving", False), ("regularize", True)]
 )
 def test_nnx_with_a_mode_of_its_own_trains_as_by_hand(
     name, sense, default, data, nnx_losses
 ):
     losses, params = nnx_losses
     run = trainer(classes(name, sense, default)[1], data)
+
     close(run.fit()["loss"], losses)
     close(run.state.params, params)
     np.testing.assert_array_equal(run.evaluate(data), run.evaluate(data))
@@ -296,8 +252,11 @@ def test_train_argument_names_a_required_boolean(
 ):
     on_linen, on_nnx = classes("go", sense, "required")
     run = trainer(on_linen(), data, train_argument=argument)
+
     close(run.fit()["loss"], linen_losses[0])
+
     run.evaluate(data)
+
     close(trainer(on_nnx, data, train_argument=argument).fit()["loss"], nnx_losses[0])
 
 
@@ -307,13 +266,7 @@ class Plain(nnx.Module):
     def __init__(self, rngs):
         self.layer = nnx.Linear(6, 3, rngs=rngs)
 
-    def __call__(
-        self,
-        x,
-        return_hidden=False,
-        causal=True,
-        decode: bool = False,
-    ):
+    def __call__(self, x, return_hidden=False, causal=True, decode: bool = False):
         if decode:
             raise ValueError("there is no cache")
         x = self.layer(x)
@@ -322,20 +275,9 @@ class Plain(nnx.Module):
 
 class PlainLinen(linen.Module):
     @linen.compact
-    def __call__(
-        self,
-        x,
-        return_hidden=False,
-        causal=True,
-        decode: bool = False,
-    ):
+    def __call__(self, x, return_hidden=False, causal=True, decode: bool = False):
         if decode:
-            cache = self.variable(
-                "cache",
-                "x",
-                jnp.zeros,
-                x.shape,
-            )
+            cache = self.variable("cache", "x", jnp.zeros, x.shape)
             cache.value = x
         x = linen.Dense(3)(x)
         return (x, x) if return_hidden else x if causal else -x
@@ -349,6 +291,7 @@ def test_a_boolean_that_changes_no_state_keeps_its_default(model, data):
         expected = nnx_by_hand(Plain, data, lambda m, x, key: m(x))[0]
     else:
         expected = linen_by_hand(model, data, lambda apply, x, train, key: apply(x))[0]
+
     close(losses, expected)
     assert run.trace.outputs.shape == (BATCH, 3)
 
@@ -361,7 +304,8 @@ def test_an_unknown_mode_costs_its_traces_once(data):
             calls.append(causal)
             return super().__call__(x, causal=causal)
 
-    lepton.module.functional(Counting, jax.ShapeDtypeStruct((BATCH, 6), jnp.float32))
+    functional(Counting, jax.ShapeDtypeStruct((BATCH, 6), jnp.float32))
+
     assert sorted(calls) == [False, True]
 
 
@@ -375,12 +319,7 @@ class TakesRngs(nnx.Module):
         self.drop = nnx.Dropout(0.5)
 
     def __call__(self, x, *, rngs):
-        return self.last(
-            self.drop(
-                self.first(x),
-                rngs=rngs,
-            )
-        )
+        return self.last(self.drop(self.first(x), rngs=rngs))
 
 
 class MayTakeRngs(TakesRngs):
@@ -390,18 +329,9 @@ class MayTakeRngs(TakesRngs):
 
 
 class TakesRngsWhereItDrops(TakesRngs):
-    def __call__(
-        self,
-        x,
-        rngs: nnx.Rngs | None = None,
-        deterministic=None,
-    ):
+    def __call__(self, x, rngs: nnx.Rngs | None = None, deterministic=None):
         return self.last(
-            self.drop(
-                self.first(x),
-                rngs=rngs,
-                deterministic=deterministic,
-            )
+            self.drop(self.first(x), rngs=rngs, deterministic=deterministic)
         )
 
 
@@ -422,6 +352,7 @@ def test_rngs_and_keys_are_filled_from_the_key_of_the_step(model, data):
 
     losses, params = nnx_by_hand(model, data, call)
     run = trainer(model, data)
+
     close(run.fit()["loss"], losses)
     close(run.state.params, params)
     np.testing.assert_array_equal(run.evaluate(data), run.evaluate(data))
@@ -443,11 +374,7 @@ class OwnStreams(nnx.Module):
 
 
 def test_rngs_that_a_plain_call_leaves_out_stay_out(data):
-    losses, _ = nnx_by_hand(
-        OwnStreams,
-        data,
-        lambda m, x, key: m(x),
-    )
+    losses, _ = nnx_by_hand(OwnStreams, data, lambda m, x, key: m(x))
     close(trainer(OwnStreams, data).fit()["loss"], losses)
 
 
@@ -462,14 +389,7 @@ class LinenRngs(linen.Module):
     """Arguments with the names of those of `apply`."""
 
     @linen.compact
-    def __call__(
-        self,
-        x,
-        method,
-        *,
-        rngs,
-        train=False,
-    ):
+    def __call__(self, x, method, *, rngs, train=False):
         x = x + jax.random.normal(rngs["dropout"], x.shape) * train
         return linen.Dense(3)(x * method)
 
@@ -480,14 +400,10 @@ def test_linen_takes_arguments_that_are_named_as_those_of_apply(data):
 
     def call(apply, inputs, train, key):
         streams = {"dropout": jax.random.fold_in(key, 1)}
-        method = lambda m: m(
-            **inputs,
-            rngs=streams,
-            train=train,
-        )
-        return apply(method=method)
+        return apply(method=lambda m: m(**inputs, rngs=streams, train=train))
 
     run = trainer(net, data)
+
     close(run.fit()["loss"], linen_by_hand(net, data, call)[0])
     assert run.predict(data[0]).shape == (96,)
 
@@ -495,11 +411,10 @@ def test_linen_takes_arguments_that_are_named_as_those_of_apply(data):
 def test_linen_takes_a_key(data):
     net = LinenKey()
     losses, params, _ = linen_by_hand(
-        net,
-        data,
-        lambda apply, x, train, key: apply(x, key, train),
+        net, data, lambda apply, x, train, key: apply(x, key, train)
     )
     run = trainer(net, data)
+
     close(run.fit()["loss"], losses)
     close(run.state.params, params)
 
@@ -515,14 +430,11 @@ class LinenNamedKeys(linen.Module):
 
 
 def test_keys_by_any_name_that_says_key_are_filled_and_differ(data):
-    run = trainer(
-        LinenNamedKeys(),
-        data,
-        loss=lambda o, t: cross_entropy(o, t),
-    )
+    run = trainer(LinenNamedKeys(), data, loss=lambda o, t: cross_entropy(o, t))
     plain = trainer(linen.Dense(3), data)
     noisy = run.fit()["loss"]
     quiet = plain.fit()["loss"]
+
     assert np.isfinite(noisy).all()
     # the same key twice would leave no noise at all
     assert np.abs(noisy - quiet).min() > 1e-5
@@ -544,17 +456,15 @@ class WholeBatchNnx(nnx.Module):
         return self.layer(inputs["left"] - 2 * inputs["right"])
 
 
-@pytest.mark.parametrize(
-    "model",
-    [WholeBatch(), WholeBatchNnx],
-    ids=["linen", "nnx"],
-)
+@pytest.mark.parametrize("model", [WholeBatch(), WholeBatchNnx], ids=["linen", "nnx"])
 def test_a_model_that_takes_the_whole_batch_gets_the_dict(model, data):
     inputs = {"left": data[0], "right": data[0][:, ::-1].copy()}
     run = trainer(model, (inputs, data[1]))
     history = run.fit()
+
     assert np.isfinite(history["loss"]).all()
     assert run.predict(inputs).shape == (96,)
+
     if model is WholeBatchNnx:
         plain = {"x": data[0] - 2 * data[0][:, ::-1]}
         by_name = trainer(lambda rngs: Plain(rngs), (plain, data[1]))
@@ -577,29 +487,23 @@ class Noisy(linen.Module):
 
 
 @pytest.mark.parametrize(
-    "net",
-    [
-        Noisy("dropout"),
-        Noisy("sampling"),
-        Noisy("lstm", True),
-    ],
+    "net", [Noisy("dropout"), Noisy("sampling"), Noisy("lstm", True)]
 )
 def test_linen_may_draw_outside_of_training(net, data):
-    call = lambda apply, x, train, key: apply(x, train)
+    def call(apply, x, train, key):
+        return apply(x, train)
+
     losses, params, _ = linen_by_hand(net, data, call)
     run = trainer(net, data, test=data)
+
     close(run.fit()["loss"], losses)
+
     key = jax.random.key(0)
-    outputs = net.apply(
-        {"params": params}, data[0][:BATCH], False,
-        rngs={"params": key, "dropout": jax.random.fold_in(key, 1)},
-    )  # fmt: skip
+    rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)}
+    outputs = net.apply({"params": params}, data[0][:BATCH], False, rngs=rngs)
     one = run.evaluate(jax.tree.map(lambda x: x[:BATCH], data))
-    close(
-        one.loss,
-        cross_entropy(outputs, data[1][:BATCH]).mean(),
-        rtol=1e-5,
-    )
+
+    close(one.loss, cross_entropy(outputs, data[1][:BATCH]).mean(), rtol=1e-5)
     np.testing.assert_array_equal(run.predict(data[0]), run.predict(data[0]))
 
 
@@ -615,11 +519,8 @@ def test_who_asks_whether_there_is_a_stream_is_not_given_one_outside_of_training
     plain = cross_entropy(
         Asking().apply({"params": run.state.params}, data[0]), data[1]
     )
-    close(
-        run.evaluate(data).loss,
-        plain.mean(),
-        rtol=1e-5,
-    )
+
+    close(run.evaluate(data).loss, plain.mean(), rtol=1e-5)
 
 
 # ---- bare arrays ----
@@ -674,22 +575,19 @@ class Nested(nnx.Module):
 def test_a_bare_array_is_a_constant_that_a_checkpoint_holds(
     model, devices, data, tmp_path
 ):
-    losses, params = nnx_by_hand(
-        model,
-        data,
-        lambda m, x, key: m(x),
-    )
+    losses, params = nnx_by_hand(model, data, lambda m, x, key: m(x))
     run = trainer(model, data, devices=devices)
+
     close(run.fit()["loss"], losses)
     close(run.state.params, params, rtol=1e-5)
+
     run.save(tmp_path / "saved")
     again = trainer(model, data, devices=devices).load(tmp_path / "saved")
+
     np.testing.assert_array_equal(again.evaluate(data), run.evaluate(data))
-    instance = trainer(
-        model(nnx.Rngs(0)),
-        data,
-        devices=devices,
-    )
+
+    instance = trainer(model(nnx.Rngs(0)), data, devices=devices)
+
     close(instance.fit()["loss"], losses)
 
 
@@ -698,6 +596,7 @@ def test_a_bare_array_comes_back_from_a_checkpoint(data, tmp_path):
     run.fit()
     run.save(tmp_path / "saved")
     other = trainer(Bare, data, seed=5).load(tmp_path / "saved")
+
     np.testing.assert_array_equal(
         other.state.variables["offset"], Bare(nnx.Rngs(0)).offset
     )
@@ -719,11 +618,7 @@ class NormedNnx(nnx.Module):
     def __init__(self, rngs, axis=None):
         self.first = nnx.Linear(6, 8, rngs=rngs)
         self.last = nnx.Linear(8, 3, rngs=rngs)
-        self.norm = nnx.BatchNorm(
-            8,
-            axis_name=axis,
-            rngs=rngs,
-        )
+        self.norm = nnx.BatchNorm(8, axis_name=axis, rngs=rngs)
 
     def __call__(self, x):
         return self.last(self.norm(self.first(x)))
@@ -736,6 +631,7 @@ class NormedNnx(nnx.Module):
 )
 def test_batch_norm_over_an_axis_name_is_batch_norm(named, plain, devices, data):
     run, expected = (trainer(m, data, devices=devices) for m in (named, plain))
+
     close(run.fit()["loss"], expected.fit()["loss"])
     close(run.state.variables, expected.state.variables)
     close(tuple(run.evaluate(data)), tuple(expected.evaluate(data)))
@@ -762,25 +658,14 @@ def test_collectives_in_model_loss_and_preprocess_are_over_the_whole_batch(data)
             return super().__call__(x + 0.5)
 
     named = trainer(
-        Summed,
-        data,
-        loss=loss,
-        preprocess=preprocess,
-        metrics={"accuracy": accuracy},
+        Summed, data, loss=loss, preprocess=preprocess, metrics={"accuracy": accuracy}
     )
-    plain = trainer(
-        Unsummed,
-        data,
-        metrics={"accuracy": lepton.metrics.accuracy},
-    )
+    plain = trainer(Unsummed, data, metrics={"accuracy": lepton.metrics.accuracy})
     histories = named.fit(), plain.fit()
+
     close(histories[0]["loss"], histories[1]["loss"])
     close(histories[0]["accuracy"], histories[1]["accuracy"])
-    close(
-        tuple(named.evaluate(data)),
-        tuple(plain.evaluate(data)),
-        rtol=1e-5,
-    )
+    close(tuple(named.evaluate(data)), tuple(plain.evaluate(data)), rtol=1e-5)
     np.testing.assert_array_equal(
         named.predict(data[0]).argmax(-1), plain.predict(data[0])
     )
@@ -803,17 +688,10 @@ class Experts(linen.Module):
             gates = linen.softmax(linen.Dense(6)(x))
             self.sow("intermediates", "gates", gates)
             shares = gates.mean(0)
-            if self.summed:
-                self.sow(
-                    self.collection, "balance", 6 * (shares**2).sum(),
-                    init_fn=lambda: 0.0, reduce_fn=lambda a, b: a + b,
-                )  # fmt: skip
-            else:
-                self.sow(
-                    self.collection,
-                    "balance",
-                    6 * (shares**2).sum(),
-                )
+            balance = 6 * (shares**2).sum()
+            adding = {"init_fn": lambda: 0.0, "reduce_fn": lambda a, b: a + b}
+            options = adding if self.summed else {}
+            self.sow(self.collection, "balance", balance, **options)
             x = x * gates
         return linen.Dense(3)(x)
 
@@ -833,11 +711,7 @@ class SowingLayer(nnx.Module):
 
     def __call__(self, x):
         gates = nnx.softmax(self.gate(x))
-        self.sow(
-            self.kind,
-            "balance",
-            6 * (gates.mean(0) ** 2).sum(),
-        )
+        self.sow(self.kind, "balance", 6 * (gates.mean(0) ** 2).sum())
         self.sow(nnx.Intermediate, "gates", gates)
         return x * gates
 
@@ -862,46 +736,28 @@ def total(tree):
 def test_what_linen_sows_is_added_to_the_loss(net, devices, data):
     def by_hand(weight):
         return linen_by_hand(
-            net, data, lambda apply, x, train, key: apply(x, train=train),
+            net,
+            data,
+            lambda apply, x, train, key: apply(x, train=train),
             auxiliary=lambda after: weight * total(after[net.collection]),
-        )  # fmt: skip
+        )
 
     for weight in (0.3, 0.0):
         losses, params, variables = by_hand(weight)
         auxiliary = {net.collection: weight} if weight else {}
-        run = trainer(
-            net,
-            data,
-            devices=devices,
-            auxiliary=auxiliary,
-        )
-        close(
-            run.fit()["loss"],
-            losses,
-            rtol=5e-6,
-        )
+        run = trainer(net, data, devices=devices, auxiliary=auxiliary)
+        close(run.fit()["loss"], losses, rtol=5e-6)
         close(run.state.params, params, rtol=1e-5)
         assert set(run.state.variables) == {"batch_stats"}
         close(run.state.variables, variables, rtol=1e-5)
     variables = {"params": run.state.params, **run.state.variables}
     plain = cross_entropy(net.apply(variables, data[0]), data[1]).mean()
-    close(
-        run.evaluate(data).loss,
-        plain,
-        rtol=1e-5,
-    )
+
+    close(run.evaluate(data).loss, plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        AuxLoss,
-        Term,
-        nnx.Intermediate,
-        "side_losses",
-    ],
-)
+@pytest.mark.parametrize("kind", [AuxLoss, Term, nnx.Intermediate, "side_losses"])
 def test_what_nnx_sows_is_added_to_the_loss(kind, devices, data):
     name = kind if isinstance(kind, str) else kind.__name__
     build = partial(Sowing, kind=kind)
@@ -920,26 +776,15 @@ def test_what_nnx_sows_is_added_to_the_loss(kind, devices, data):
             )
         return module(x)
 
-    losses, params = nnx_by_hand(
-        build,
-        data,
-        call,
-        auxiliary=auxiliary,
-    )
-    run = trainer(
-        build,
-        data,
-        devices=devices,
-        auxiliary={name: 0.3},
-    )
-    close(
-        run.fit()["loss"],
-        losses,
-        rtol=5e-6,
-    )
+    losses, params = nnx_by_hand(build, data, call, auxiliary=auxiliary)
+    run = trainer(build, data, devices=devices, auxiliary={name: 0.3})
+
+    close(run.fit()["loss"], losses, rtol=5e-6)
     close(run.state.params, params, rtol=1e-5)
     assert run.state.variables == {}
+
     quiet = trainer(build, data, devices=devices)
+
     assert quiet.fit()["loss"][0] < losses[0]
     assert quiet.state.variables == {}
 
@@ -953,32 +798,16 @@ def test_auxiliary_terms_are_averaged_over_micro_batches(micro_batches, data):
         def __call__(self, x):
             x = linen.Dense(3)(x)
             self.sow("losses", "size", jnp.square(x))
-            self.sow(
-                "losses",
-                "mean",
-                jnp.abs(x).mean(),
-            )
+            self.sow("losses", "mean", jnp.abs(x).mean())
             return x
 
     whole, parts = (
-        trainer(
-            Linear(),
-            data,
-            auxiliary={"losses": 0.5},
-            micro_batches=count,
-        )
+        trainer(Linear(), data, auxiliary={"losses": 0.5}, micro_batches=count)
         for count in (1, micro_batches)
     )
-    close(
-        parts.fit()["loss"],
-        whole.fit()["loss"],
-        rtol=1e-5,
-    )
-    close(
-        parts.state.params,
-        whole.state.params,
-        rtol=1e-5,
-    )
+
+    close(parts.fit()["loss"], whole.fit()["loss"], rtol=1e-5)
+    close(parts.state.params, whole.state.params, rtol=1e-5)
 
 
 def test_a_term_that_is_sown_only_in_training_or_in_a_loop_counts(data):
@@ -989,11 +818,7 @@ def test_a_term_that_is_sown_only_in_training_or_in_a_loop_counts(data):
         def __call__(self, x, _):
             x = linen.Dense(6)(x)
             if self.train:
-                self.sow(
-                    "losses",
-                    "square",
-                    jnp.square(x).mean(),
-                )
+                self.sow("losses", "square", jnp.square(x).mean())
             return x, None
 
     class Scanned(linen.Module):
@@ -1007,13 +832,16 @@ def test_a_term_that_is_sown_only_in_training_or_in_a_loop_counts(data):
             )
             return linen.Dense(3)(layers(train)(x, None)[0])
 
-    losses = linen_by_hand(
-        Scanned(), data,
-        lambda apply, x, train, key: (
-            apply(x, train) if not train else apply.func(*apply.args, x, train, **{**apply.keywords, "mutable": ["losses"]})
-        ),
-        auxiliary=lambda after: 0.2 * total(after["losses"]),
-    )[0]  # fmt: skip
+    def call(apply, x, train, key):
+        if not train:
+            return apply(x, train)
+        options = {**apply.keywords, "mutable": ["losses"]}
+        return apply.func(*apply.args, x, train, **options)
+
+    losses, _, _ = linen_by_hand(
+        Scanned(), data, call, auxiliary=lambda after: 0.2 * total(after["losses"])
+    )
+
     close(trainer(Scanned(), data, auxiliary={"losses": 0.2}).fit()["loss"], losses)
 
 
@@ -1021,6 +849,7 @@ def test_an_instance_that_has_sown_before_does_not_grow(data):
     model = Sowing(nnx.Rngs(0))
     model(data[0][:4])
     run = trainer(model, data)
+
     close(run.fit()["loss"], trainer(Sowing, data).fit()["loss"])
     assert run.state.variables == {}
 
@@ -1055,6 +884,7 @@ def test_a_bound_linen_module_and_an_nnx_instance_start_from_their_own_weights(d
         close(run.state.params, params)
 
     instance = trainer(Plain(nnx.Rngs(9)), data)
+
     close(
         instance.fit()["loss"],
         nnx_by_hand(lambda _: Plain(nnx.Rngs(9)), data, lambda m, x, key: m(x))[0],
@@ -1071,6 +901,7 @@ def test_a_part_of_a_bound_module_starts_from_its_part(data):
 
     variables = Whole().init(jax.random.key(9), data[0][:2])
     run = trainer(Whole().bind(variables).body, data)
+
     close(
         run.program.init(0).params if run.program else run._ready(None).init(0).params,
         variables["params"]["body"],
@@ -1093,12 +924,7 @@ class Spectral(nnx.Module):
         self.filter = nnx.Param(1 + 0.3 * (values[0] + 1j * values[1]))
 
     def __call__(self, x):
-        return self.layer(
-            jnp.fft.irfft(
-                jnp.fft.rfft(x) * self.filter,
-                n=6,
-            )
-        )
+        return self.layer(jnp.fft.irfft(jnp.fft.rfft(x) * self.filter, n=6))
 
 
 class SpectralLinen(linen.Module):
@@ -1117,43 +943,25 @@ class SpectralLinen(linen.Module):
 @pytest.mark.parametrize("model", [Spectral, SpectralLinen()])
 def test_complex_parameters_descend(model, devices, data, tmp_path):
     if model is Spectral:
-        losses, params = nnx_by_hand(
-            model,
-            data,
-            lambda m, x, key: m(x),
-        )
+        losses, params = nnx_by_hand(model, data, lambda m, x, key: m(x))
     else:
         losses, params, _ = linen_by_hand(
-            model,
-            data,
-            lambda apply, x, train, key: apply(x),
+            model, data, lambda apply, x, train, key: apply(x)
         )
     run = trainer(model, data, devices=devices)
-    close(
-        run.fit()["loss"],
-        losses,
-        rtol=5e-6,
-    )
+
+    close(run.fit()["loss"], losses, rtol=5e-6)
     close(run.state.params, params, rtol=1e-5)
     assert losses[-1] != losses[0]
+
     run.save(tmp_path / "saved")
     again = trainer(model, data, devices=devices).load(tmp_path / "saved")
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        again.state.params,
-        run.state.params,
-    )
-    parts = trainer(
-        model,
-        data,
-        devices=devices,
-        micro_batches=2,
-    )
-    close(
-        parts.fit()["loss"],
-        losses,
-        rtol=1e-5,
-    )
+
+    jax.tree.map(np.testing.assert_array_equal, again.state.params, run.state.params)
+
+    parts = trainer(model, data, devices=devices, micro_batches=2)
+
+    close(parts.fit()["loss"], losses, rtol=1e-5)
 
 
 def test_complex_parameters_with_adam_clipping_and_signals(data):
@@ -1177,35 +985,27 @@ def test_complex_parameters_with_adam_clipping_and_signals(data):
         norms.append(optax.tree.norm(gradients))
         sizes.append(optax.tree.norm(updates))
     watching = lepton.controllers.Policy(
-        "watching", lambda: (), lambda signals, state: ({}, state),
-        watches=("gradient_norm", "update_norm", "cosine"), moves=(),
-    )  # fmt: skip
+        "watching",
+        lambda: (),
+        lambda signals, state: ({}, state),
+        watches=("gradient_norm", "update_norm", "cosine"),
+        moves=(),
+    )
     run = trainer(
-        Spectral, data, optimizer=optax.adam, learning_rate=0.05, clip_norm=0.5,
+        Spectral,
+        data,
+        optimizer=optax.adam,
+        learning_rate=0.05,
+        clip_norm=0.5,
         controller=(watching,),
-    )  # fmt: skip
+    )
     history = run.fit()
-    close(
-        history["loss"],
-        np.array(losses),
-        rtol=1e-5,
-    )
-    close(
-        history["gradient_norm"],
-        np.array(norms),
-        rtol=1e-5,
-    )
-    close(
-        history["update_norm"][1:],
-        np.array(sizes[:-1]),
-        rtol=1e-4,
-    )
+
+    close(history["loss"], np.array(losses), rtol=1e-5)
+    close(history["gradient_norm"], np.array(norms), rtol=1e-5)
+    close(history["update_norm"][1:], np.array(sizes[:-1]), rtol=1e-4)
     assert (abs(history["cosine"]) <= 1.0001).all()
-    close(
-        run.state.params,
-        nnx.to_pure_dict(params),
-        rtol=1e-4,
-    )
+    close(run.state.params, nnx.to_pure_dict(params), rtol=1e-4)
 
 
 # ---- outputs in a tree ----
@@ -1233,23 +1033,10 @@ def test_outputs_may_hold_scalars_and_nothing(scalar, devices, data):
         values = values + 0.1 * outputs["size"]
         return values.mean() if scalar else values
 
-    losses, params = nnx_by_hand(
-        Several,
-        data,
-        lambda m, x, key: m(x),
-        loss,
-    )
-    run = trainer(
-        Several,
-        data,
-        loss=loss,
-        devices=devices,
-    )
-    close(
-        run.fit()["loss"],
-        losses,
-        rtol=5e-6,
-    )
+    losses, params = nnx_by_hand(Several, data, lambda m, x, key: m(x), loss)
+    run = trainer(Several, data, loss=loss, devices=devices)
+
+    close(run.fit()["loss"], losses, rtol=5e-6)
     close(run.state.params, params, rtol=1e-5)
 
 
@@ -1287,6 +1074,7 @@ def test_a_tree_of_outputs_with_a_stock_loss_says_what_to_choose(
 
     with pytest.raises(ModelError) as caught:
         trainer(Tree, data).fit()
+
     assert structure in caught.value.remedy
     assert choice in caught.value.remedy
 

@@ -1,20 +1,11 @@
 """Policies that watch a run from inside its step and change its strategy there.
 
-A policy is two pure functions; `chain` puts several together; `Recipe.controller` takes
-them. Importable as `lepton_jax.controllers`.
+A policy is two pure functions, `chain` joins several of them, and `Recipe.controller`
+takes them. The package can be imported as `lepton_jax.controllers`.
 """
 
 from lepton_jax.controller.conformance import Conformance, conformance
-from lepton_jax.controller.core import (
-    Controller,
-    ControllerState,
-    Pieces,
-    fed,
-    released,
-    served,
-    set_base,
-    slowed,
-)
+from lepton_jax.controller.core import Controller
 from lepton_jax.controller.journal import read_journal
 from lepton_jax.controller.knobs import KNOBS, Knob, settable
 from lepton_jax.controller.policies.adaptive import adaptive
@@ -34,6 +25,15 @@ from lepton_jax.controller.policies.warmup import warmup
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.replay import replay
 from lepton_jax.controller.signals import SIGNALS, norm
+from lepton_jax.controller.state import (
+    ControllerState,
+    Pieces,
+    select_weights,
+    set_base,
+    with_measurements,
+    with_rate_factor,
+    without_halt,
+)
 from lepton_jax.step.optimizers import switchable
 
 __all__ = [
@@ -53,7 +53,6 @@ __all__ = [
     "clip_by_history",
     "conformance",
     "decay",
-    "fed",
     "guard",
     "label_noise",
     "learning_free",
@@ -61,14 +60,15 @@ __all__ = [
     "norm",
     "plateau",
     "read_journal",
-    "released",
     "replay",
-    "served",
+    "select_weights",
     "set_base",
     "settable",
-    "slowed",
     "switch_optimizer",
     "switchable",
     "until",
     "warmup",
+    "with_measurements",
+    "with_rate_factor",
+    "without_halt",
 ]

@@ -1,5 +1,13 @@
-"""The laws that a policy keeps, and a suite that puts any policy through them:
-`conformance(policy)`.
+"""The laws that a policy keeps, and a suite that checks any policy: `conformance`.
+
+Example:
+  >>> from lepton_jax import controllers
+  >>> print(controllers.conformance(controllers.warmup(), steps=20, runs=False))
+  warmup keeps the laws
+    declared  1 policies, 40 steps each
+    pure      1 policies, 40 steps each
+    stable    1 policies, 40 steps each
+    in range  1 policies, 40 steps each
 """
 
 from __future__ import annotations
@@ -21,11 +29,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lepton_jax.controller.knobs as knobs_
 from lepton_jax import losses
-from lepton_jax.checkpoint.durable import Checkpoints
+from lepton_jax.checkpoint import Checkpoints
 from lepton_jax.compat import jit_on, make_mesh
-from lepton_jax.controller.core import Controller, Pieces, fed
+from lepton_jax.controller.core import Controller
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import SIGNALS, norm
+from lepton_jax.controller.state import Pieces, with_measurements
 from lepton_jax.errors import LeptonError, RecipeError
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.optimizers import switchable
@@ -60,36 +69,38 @@ LAWS = {
         " the bit"
     ),
 }
-WILD = (
-    math.nan,
-    math.inf,
-    -math.inf,
-    0.0,
-    -0.0,
-    1e38,
-    -1e38,
-    1e-38,
-    -1.0,
-)
+# values that a signal of a run that went wrong may have
+WILD = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, 1e-38, -1.0)
+# signals that the step counts itself, and which are never wild
+COUNTED = ("step", "updates", "batch_size")
+# the small runs: samples of a batch on each device, their width and classes
 ROWS = 16
 WIDTH = 4
 CLASSES = 3
-EAGER = 12  # steps without jit, which take as long as hundreds with it
+# their steps before and after a checkpoint, and in lower precisions
+STEPS = 7
+STEPS_LOW = 6
+STEPS_OFF = 10
+# steps without jit, which take as long as hundreds with it
+EAGER = 12
 
 
 @dataclass(frozen=True)
 class Conformance:
-    """What was found of policies that keep the laws: (law, what was looked at)."""
+    """The laws that policies keep.
+
+    Attributes:
+      names: the policies' names.
+      kept: (law, extent of its check) of each law.
+    """
 
     names: tuple[str, ...]
     kept: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
+        title = f"{', '.join(self.names)} keeps the laws"
         return "\n".join(
-            [
-                f"{', '.join(self.names)} keeps the laws",
-                *(f"  {law:<10}{what}" for law, what in self.kept),
-            ]
+            [title, *(f"  {law:<10}{extent}" for law, extent in self.kept)]
         )
 
 
@@ -99,43 +110,43 @@ def conformance(
     seed: int = 0,
     runs: bool = True,
 ) -> Conformance:
-    """Puts policies through the laws that the train step, checkpoints and replay rely
-    on; one line in anybody's tests.
+    """Check that policies keep the laws on which step, checkpoints and replay rely.
+
+    It is one line in anybody's tests.
 
     Args:
-      policies: policies, or chains of them. Each is looked at alone; runs are made with
-        all of them.
-      steps: of each sequence of made-up signals.
-      seed: of these sequences.
+      *policies: policies, or chains of them. Each is checked alone; small runs are made
+        with all of them.
+      steps: the length of each sequence of made-up signals.
+      seed: the seed of these sequences.
       runs: whether to train small models too, on all the devices that there are.
 
     Raises:
-      RecipeError: a law is broken; its name stands first.
+      RecipeError: a law is broken; its name comes first in the message.
     """
     chained = chain(*policies)
     for policy in chained:
-        with _law("declared", policy):
-            _declared(policy)
+        with _breaking("declared", policy):
+            _check_declaration(policy)
         for wild in (False, True):
             rows = list(_signals(policy, steps, seed, wild))
-            _followed(policy, rows, wild)
-    kept = [
-        (law, f"{len(chained)} policies, {2 * steps} steps each")
-        for law in ("declared", "pure", "stable", "in range")
-    ]
+            _check_sequence(policy, rows, wild)
+    extent = f"{len(chained)} policies, {2 * steps} steps each"
+    kept = [(law, extent) for law in ("declared", "pure", "stable", "in range")]
     if runs:
-        kept += _runs(chained)
+        kept += _check_runs(chained)
     return Conformance(tuple(p.name for p in chained), tuple(kept))
 
 
 # ---- one policy alone ----
 
 
-def _declared(policy: Policy) -> None:
+def _check_declaration(policy: Policy) -> None:
     for name in policy.moves:
         knobs_.known(name, policy.name)
+    named = isinstance(policy.name, str) and policy.name != ""
     _require(
-        isinstance(policy.name, str) and policy.name != "" and ":" not in policy.name,
+        named and ":" not in policy.name,
         "declared",
         policy,
         f"its name is {policy.name!r}",
@@ -152,63 +163,77 @@ def _declared(policy: Policy) -> None:
 
 
 def _signals(
-    policy: Policy, steps: int, seed: int, wild: bool
+    policy: Policy,
+    steps: int,
+    seed: int,
+    wild: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Made-up signals: a run that learns, with spikes; if `wild`, a third of the values
-    are not numbers, or huge, and each signal is each of `WILD` at least once.
+    """Make up the signals of a run that learns, with spikes.
+
+    If `wild`, a third of the values are not numbers, or huge, and each signal has each
+    value in `WILD` at least once.
     """
     rng = np.random.default_rng(seed)
     for step in range(steps):
-        loss = (
-            3 * math.exp(-step / 60) + 0.1 * rng.random() + (rng.random() < 0.02) * 50
-        )
-        values = {
-            "step": step,
-            "updates": step,
-            "progress": (step + 1) / steps,
-            "batch_size": 32,
-            "loss": loss,
-            "loss_kept": loss,
-            "loss_blank": 1.1,
-            "loss_values": 1.0,
-            "mark_weight": 1 / (1 + loss / 50),
-            "mark_weight_square": 1 / (1 + loss / 25),
-            "loss_mean": loss,
-            "loss_variance": 0.01,
-            "loss_trend": -loss / 60,
-            "finite": 1.0,
-            "evaluations": step // 20,
-            "seconds": step / 10,
-            "price": step / 1e3,
-            "data_wait": 0.1,
-            "cosine": rng.uniform(-1, 1),
-        }
+        values = _ordinary(step, steps, rng)
         row = {name: values.get(name, rng.lognormal()) for name in policy.watches}
         if wild:
-            each = {
-                n: (
-                    WILD[(step // 2 + i) % len(WILD)]
-                    if step % 2 == 0 and step < 4 * len(WILD)
-                    else rng.choice(WILD)
-                )
-                for i, n in enumerate(policy.watches)
-            }
-            row = {
-                n: (
-                    x
-                    if n in ("step", "updates", "batch_size")
-                    or (step % 2 and rng.random() > 1 / 3)
-                    else each[n]
-                )
-                for n, x in row.items()
-            }
+            row = _made_wild(row, step, rng)
         yield {name: jnp.float32(x) for name, x in row.items()}
 
 
+def _ordinary(
+    step: int,
+    steps: int,
+    rng: np.random.Generator,
+) -> dict[str, float]:
+    """Return the signals of a step whose usual size is not about 1."""
+    spike = 50
+    loss = 3 * math.exp(-step / 60) + 0.1 * rng.random()
+    loss += (rng.random() < 0.02) * spike
+    return {
+        "step": step,
+        "updates": step,
+        "progress": (step + 1) / steps,
+        "batch_size": 32,
+        "loss": loss,
+        "loss_kept": loss,
+        "loss_blank": 1.1,
+        "loss_values": 1.0,
+        "mark_weight": 1 / (1 + loss / 50),
+        "mark_weight_square": 1 / (1 + loss / 25),
+        "loss_mean": loss,
+        "loss_variance": 0.01,
+        "loss_trend": -loss / 60,
+        "finite": 1.0,
+        "evaluations": step // 20,
+        "seconds": step / 10,
+        "price": step / 1e3,
+        "data_wait": 0.1,
+        "cosine": rng.uniform(-1, 1),
+    }
+
+
+def _made_wild(
+    row: dict[str, float],
+    step: int,
+    rng: np.random.Generator,
+) -> dict[str, float]:
+    # at first, each wild value in turn in every second step; then any of them
+    in_turn = step % 2 == 0 and step < 4 * len(WILD)
+    wild = {}
+    for index, name in enumerate(row):
+        turn = WILD[(step // 2 + index) % len(WILD)]
+        wild[name] = turn if in_turn else rng.choice(WILD)
+
+    def is_kept(name: str) -> bool:
+        return name in COUNTED or (step % 2 == 1 and rng.random() > 1 / 3)
+
+    return {name: x if is_kept(name) else wild[name] for name, x in row.items()}
+
+
 class _Watched(Mapping):
-    """The signals of a step, of which only those that are watched can be read, and none
-    written.
-    """
+    """The signals of a step; only watched ones can be read, and none written."""
 
     def __init__(
         self,
@@ -235,25 +260,37 @@ class _Watched(Mapping):
         return len(self.values_)
 
 
-def _followed(
+def _check_sequence(
     policy: Policy,
     rows: list[dict[str, Any]],
     wild: bool,
 ) -> None:
-    """One sequence: eagerly, once more, and under jit; what must be the same is
-    compared.
-    """
-    with _law("stable", policy):
-        begin = jax.tree.map(jnp.asarray, policy.init())
+    """Follow a policy through signals: under jit, eagerly, and once more."""
+    start = _first_state(policy)
+    update = _checked_update(policy, start)
+    with _breaking("pure", policy):
+        jitted = _followed(jax.jit(update), rows, start)
+    for step, (moves, _) in enumerate(jitted):
+        for knob, value in moves.items():
+            _check_range(policy, knob, float(value), step, wild)
+    # where values lie on a threshold, eager rounding may decide otherwise: only
+    # ordinary ones are compared
+    if not wild:
+        _check_purity(policy, update, rows[:EAGER], start, jitted)
+
+
+def _first_state(policy: Policy) -> Any:
+    with _breaking("stable", policy):
+        start = jax.tree.map(jnp.asarray, policy.init())
         again = jax.tree.map(jnp.asarray, policy.init())
     _require(
-        _same(begin, again),
+        _same(start, again),
         "pure",
         policy,
         "init made another state the second time",
         "let init depend on nothing",
     )
-    for path, leaf in by_path(begin).items():
+    for path, leaf in by_path(start).items():
         _require(
             leaf.shape == (),
             "stable",
@@ -261,17 +298,30 @@ def _followed(
             f"its state's {path or 'leaf'} has shape {leaf.shape}",
             "keep scalars",
         )
+    return start
 
-    def update(values: Mapping[str, Any], state: Any) -> Any:
-        out = policy.update(_Watched(values, policy), state)
+
+def _checked_update(
+    policy: Policy,
+    start: Any,
+) -> Callable[[Any, Any], Any]:
+    """Return the policy's update, which checks its result and completes its moves."""
+
+    def update(
+        values: Mapping[str, Any],
+        state: Any,
+    ) -> Any:
+        result = policy.update(_Watched(values, policy), state)
+        pair = isinstance(result, tuple) and len(result) == 2
         _require(
-            isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Mapping),
+            pair and isinstance(result[0], Mapping),
             "declared",
             policy,
-            f"update returned {type(out).__name__}",
+            f"update returned {type(result).__name__}",
             "return (a dict of moves, state)",
         )
-        surplus = sorted(set(out[0]) - set(policy.moves))
+        moves, after = result
+        surplus = sorted(set(moves) - set(policy.moves))
         _require(
             not surplus,
             "declared",
@@ -279,75 +329,60 @@ def _followed(
             f"it moves {', '.join(surplus)}",
             "name every knob in Policy.moves",
         )
-        _stable(policy, begin, out[1])
-        return (
-            {
-                k: jnp.asarray(out[0].get(k, knobs_.neutral(k)), jnp.float32)
-                for k in policy.moves
-            },
-            jax.tree.map(jnp.asarray, out[1]),
-        )
+        _check_stability(policy, start, after)
+        contributions = {
+            knob: jnp.asarray(moves.get(knob, knobs_.neutral(knob)), jnp.float32)
+            for knob in policy.moves
+        }
+        return contributions, jax.tree.map(jnp.asarray, after)
 
-    with _law("pure", policy):
-        first = _sequence(jax.jit(update), rows, begin)
-    for step, (moves, _) in enumerate(first):
-        for knob, value in moves.items():
-            _in_range(policy, knob, float(value), step, wild)
-    # where values lie on a threshold, eager rounding may decide otherwise: only
-    # ordinary ones are compared
-    if wild:
-        return
-    few = rows[:EAGER]
-    with _law("pure", policy):
-        eager = _sequence(update, few, begin)
-        repeated = _sequence(update, few, begin)
-        traced_again = _sequence(
-            jax.jit(lambda *a: update(*a)),
-            few,
-            begin,
-        )
-    remedy = (
-        "let update depend on its arguments alone, and write to nothing outside of it"
-    )
-    for step, (one, two, three) in enumerate(
-        zip(eager, repeated, traced_again, strict=True)
-    ):
-        _require(
-            _same(one, two),
-            "pure",
-            policy,
-            f"step {step} came out otherwise the second time",
-            remedy,
-        )
-        _require(
-            _same(three, first[step]),
-            "pure",
-            policy,
-            f"step {step} came out otherwise when it was traced again",
-            remedy,
-        )
-        _require(
-            _same(one, first[step], exact=False),
-            "pure",
-            policy,
-            f"step {step} came out otherwise under jit",
-            remedy,
-        )
+    return update
 
 
-def _sequence(
+def _check_purity(
+    policy: Policy,
+    update: Callable,
+    rows: list[dict[str, Any]],
+    start: Any,
+    jitted: list[Any],
+) -> None:
+    """Check that each step comes out the same again, eagerly and traced."""
+    with _breaking("pure", policy):
+        eager = _followed(update, rows, start)
+        repeated = _followed(update, rows, start)
+        # another function object, so that JAX traces it again
+        traced = _followed(jax.jit(lambda *a: update(*a)), rows, start)
+    for step in range(len(rows)):
+        comparisons = (
+            ("the second time", eager, repeated, True),
+            ("when it was traced again", traced, jitted, True),
+            ("under jit", eager, jitted, False),
+        )
+        for how, left, right, exact in comparisons:
+            _require(
+                _same(left[step], right[step], exact),
+                "pure",
+                policy,
+                f"step {step} came out otherwise {how}",
+                "let update depend on its arguments alone, and write to nothing outside"
+                " of it",
+            )
+
+
+def _followed(
     update: Callable,
     rows: list[dict[str, Any]],
     state: Any,
 ) -> list[Any]:
-    out = []
+    """Return the (moves, state) of each step."""
+    results = []
     for row in rows:
         moves, state = update(dict(row), state)
-        out.append((moves, state))
-    return jax.device_get(out)
+        results.append((moves, state))
+    return jax.device_get(results)
 
 
-def _stable(
+def _check_stability(
     policy: Policy,
     before: Any,
     after: Any,
@@ -361,12 +396,9 @@ def _stable(
         f"its state changed from {old} to {new}",
         "return a state of init's form",
     )
-    for (path, b), a in zip(
-        by_path(before).items(),
-        jax.tree.leaves(after),
-        strict=True,
-    ):
-        a = jnp.asarray(a)
+    pairs = zip(by_path(before).items(), jax.tree.leaves(after), strict=True)
+    for (path, b), leaf in pairs:
+        a = jnp.asarray(leaf)
         _require(
             (a.shape, a.dtype) == (b.shape, b.dtype),
             "stable",
@@ -377,115 +409,143 @@ def _stable(
         )
 
 
-def _in_range(
+def _check_range(
     policy: Policy,
     knob: str,
     value: float,
     step: int,
     wild: bool,
 ) -> None:
-    kind = knobs_.KNOBS[knob]
-    # infinity is neutral
-    fine = {
-        "multiply": math.isfinite(value) and value >= 0,
-        "least": value >= kind.lowest,
-        "set": math.isnan(value) or kind.lowest <= value <= kind.highest,
-        "any": math.isfinite(value),
-    }[kind.combine]
-    if policy.absolute:
-        fine = (
-            math.isnan(value)
-            or kind.combine in ("any", "least")
-            or kind.lowest <= value <= kind.highest
-        )
+    kind = "signals that are partly not finite" if wild else "ordinary signals"
     _require(
-        fine,
+        _is_in_range(policy, knob, value),
         "in range",
         policy,
-        f"it contributes {value} to {knob} in step {step} of "
-        f"{'signals that are partly not finite' if wild else 'ordinary signals'}",
+        f"it contributes {value} to {knob} in step {step} of {kind}",
         "guard against signals that are not finite, e.g. with"
         " jnp.where(jnp.isfinite(x), ...), and clip to the range",
     )
 
 
+def _is_in_range(
+    policy: Policy,
+    knob: str,
+    value: float,
+) -> bool:
+    kind = knobs_.KNOBS[knob]
+    within = math.isnan(value) or kind.lowest <= value <= kind.highest
+    if policy.absolute:
+        return within or kind.combine in ("any", "least")
+    if kind.combine == "multiply":
+        return math.isfinite(value) and value >= 0
+    if kind.combine == "least":  # infinity is neutral
+        return value >= kind.lowest
+    if kind.combine == "set":
+        return within
+    return math.isfinite(value)
+
+
 # ---- small runs with all of them ----
 
 
-def _runs(policies: tuple[Policy, ...]) -> list[tuple[str, str]]:
-    where = ", ".join(p.name for p in policies)
-    accumulating = Policy(
+def _check_runs(policies: tuple[Policy, ...]) -> list[tuple[str, str]]:
+    names = ", ".join(p.name for p in policies)
+    with _breaking("trains", names):
+        run = _SmallRun(policies)
+        state = run.train(STEPS)
+        _SmallRun(policies, precision="float16").train(STEPS_LOW)
+        accumulating = (_accumulating(), *policies)
+        low = _SmallRun(accumulating, precision="bfloat16", micro_batches=2)
+        low.train(STEPS_LOW)
+    devices = f"{jax.device_count()} devices"
+    extent = f"float32, float16, bfloat16 with accumulation; {devices}"
+    kept = [("trains", extent)]
+
+    with _breaking("resumes", names):
+        _check_resumption(run, state, names)
+    kept.append(("resumes", f"{STEPS} + {STEPS} steps"))
+
+    # absolute ones have no neutral contribution that the core would know
+    if not any(p.absolute for p in policies):
+        with _breaking("off", names):
+            _check_silence(policies, names)
+        kept.append(("off", f"{STEPS_OFF} steps"))
+    return kept
+
+
+def _accumulating() -> Policy:
+    return Policy(
         "accumulating",
         lambda: (),
         lambda signals, state: ({"accumulate": jnp.float32(2)}, state),
         moves=("accumulate",),
     )
-    with _law("trains", where):
-        run = _Tiny(policies)
-        state = run.train(7)
-        _Tiny(policies, precision="float16").train(6)
-        _Tiny((accumulating, *policies), precision="bfloat16", micro_batches=2).train(6)
-    with _law("resumes", where):
-        whole = run.train(7, state)
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoints = Checkpoints(Path(folder))
-            checkpoints.save(7, state, {})
-            checkpoints.wait()
-            back, _ = checkpoints.restore(7, jax.tree.map(_shape, state))
-            checkpoints.close()
-        _require(
-            _same(run.train(7, back), whole),
-            "resumes",
-            where,
-            "after a checkpoint the run went on otherwise",
-            "keep all that a decision depends on in the policy's state",
-        )
-    kept = [
-        (
-            "trains",
-            (
-                f"float32, float16, bfloat16 with accumulation; {jax.device_count()}"
-                " devices"
-            ),
-        ),
-        ("resumes", "7 + 7 steps"),
-    ]
-    # these have no neutral contribution that the core would know
-    if not any(p.absolute for p in policies):
-        with _law("off", where):
-            off, plain = (
-                _Tiny(p, like=policies).train(10)
-                for p in (tuple(map(_silent, policies)), ())
-            )
-            _require(
-                _same((off.params, off.optimizer), (plain.params, plain.optimizer)),
-                "off",
-                where,
-                "with neutral contributions the run is another than without it",
-                "report this: it is a fault of the core",
-            )
-        kept.append(("off", "10 steps"))
-    return kept
+
+
+def _check_resumption(
+    run: _SmallRun,
+    state: State,
+    names: str,
+) -> None:
+    undisturbed = run.train(STEPS, state)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder))
+        checkpoints.save(STEPS, state, {})
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(STEPS, jax.tree.map(_shape, state))
+        checkpoints.close()
+    _require(
+        _same(run.train(STEPS, restored), undisturbed),
+        "resumes",
+        names,
+        "after a checkpoint the run went on otherwise",
+        "keep all that a decision depends on in the policy's state",
+    )
+
+
+def _check_silence(
+    policies: tuple[Policy, ...],
+    names: str,
+) -> None:
+    """Check that neutral contributions change nothing."""
+    silent = tuple(_silent(policy) for policy in policies)
+    off = _SmallRun(silent, like=policies).train(STEPS_OFF)
+    plain = _SmallRun((), like=policies).train(STEPS_OFF)
+    _require(
+        _same((off.params, off.optimizer), (plain.params, plain.optimizer)),
+        "off",
+        names,
+        "with neutral contributions the run is another than without it",
+        "report this: it is a fault of the core",
+    )
 
 
 def _silent(policy: Policy) -> Policy:
-    def update(signals: Mapping[str, Any], state: Any) -> tuple[dict[str, Any], Any]:
+    """Return a policy that does its work, but contributes nothing."""
+
+    def update(
+        signals: Mapping[str, Any],
+        state: Any,
+    ) -> tuple[dict[str, Any], Any]:
         moves, after = policy.update(signals, state)
-        return {
-            k: jnp.where(
-                jnp.float32(x) > jnp.inf,
-                x,
-                knobs_.neutral(k),
-            )
-            for k, x in moves.items()
-        }, after
+        # a condition that never holds, and that XLA does not know
+        neutral = {
+            knob: jnp.where(jnp.float32(x) > jnp.inf, x, knobs_.neutral(knob))
+            for knob, x in moves.items()
+        }
+        return neutral, after
 
     return policy._replace(update=update)
 
 
-class _Tiny:
-    """A linear classifier on made-up data, with every knob that `like` (or `policies`)
-    move; batches over all devices.
+class _SmallRun:
+    """Runs of a linear classifier on made-up data; batches lie over all devices.
+
+    Args:
+      policies: the policies.
+      precision: as in `Recipe`.
+      micro_batches: as in `Recipe`.
+      like: policies whose knobs the run has; None: those of `policies`.
     """
 
     def __init__(
@@ -495,27 +555,16 @@ class _Tiny:
         micro_batches: int = 1,
         like: Any = None,
     ):
-        moved = {k for p in like or policies for k in p.moves}
+        moved = {knob for policy in like or policies for knob in policy.moves}
         self.dropout = "dropout" in moved
         self.names = ", ".join(p.name for p in policies)
-        momentum = functools.partial(optax.sgd, momentum=0.9)
-        optimizer = (
-            switchable(optax.adamw, momentum)
-            if "optimizer" in moved or "momentum" in moved
-            else optax.adamw
-        )
-        watched = {
-            n.removeprefix("evaluation_")
-            for p in policies
-            for n in p.watches
-            if n.partition("/")[0] not in SIGNALS
-        }
+        self.parts = micro_batches
         self.recipe = Recipe(
             model=dict,
             loss=optax.softmax_cross_entropy,
-            optimizer=optimizer,
+            optimizer=_optimizer(moved),
             learning_rate=0.01,
-            metrics=dict.fromkeys(sorted(watched - {"loss"}), np.mean),
+            metrics=dict.fromkeys(_metrics(policies), np.mean),
             controller=policies,
             batch_size=ROWS * jax.device_count(),
             precision=precision,
@@ -523,9 +572,8 @@ class _Tiny:
         )
         self.controller = Controller(self.recipe)
         mesh = make_mesh({"data": jax.device_count()}, jax.devices())
-        self.replicated, self.rows = (
-            NamedSharding(mesh, PartitionSpec(*a)) for a in ((), (None, "data"))
-        )
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.rows = NamedSharding(mesh, PartitionSpec(None, "data"))
         self.step = jit_on(
             jax.devices(),
             self._step,
@@ -538,27 +586,38 @@ class _Tiny:
         steps: int,
         state: Any = None,
     ) -> Any:
-        """The state after some steps, replicated as before."""
-        state = (
-            fed(
+        """Return the state after some steps, replicated as before."""
+        if state is None:
+            state = with_measurements(
                 self._begin(),
-                steps=14.0,
+                steps=2.0 * STEPS,
                 evaluations=1.0,
                 evaluation_loss=1.0,
             )
-            if state is None
-            else state
-        )
         places = jax.tree.map(lambda x: x.sharding, state)
         for _ in range(steps):
-            rng = np.random.default_rng(int(state.step))
-            parts = self.recipe.micro_batches or 1
-            x = rng.normal(size=(parts, self.recipe.batch_size // parts, WIDTH)).astype(
-                np.float32
-            )
-            y = np.eye(CLASSES, dtype=np.float32)[x[..., :CLASSES].argmax(-1)]
-            state = self.step(state, *jax.device_put((x, y), self.rows))
+            batch = jax.device_put(self._batch(int(state.step)), self.rows)
+            state = self.step(state, *batch)
             jax.block_until_ready(state)
+        self._check_places(state, places)
+        finite = [
+            np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params))
+        ]
+        _require(
+            all(finite),
+            "trains",
+            self.names,
+            f"the parameters are not finite after {steps} steps of"
+            f" {self.recipe.precision}",
+            "look at its contributions",
+        )
+        return state
+
+    def _check_places(
+        self,
+        state: State,
+        places: Any,
+    ) -> None:
         same = jax.tree.map(
             lambda x, s: x.sharding.is_equivalent_to(s, x.ndim),
             state.controller,
@@ -571,34 +630,28 @@ class _Tiny:
             "the controller's state lies otherwise on the devices",
             "keep scalars",
         )
-        _require(
-            all(
-                np.isfinite(x).all()
-                for x in jax.tree.leaves(jax.device_get(state.params))
-            ),
-            "trains",
-            self.names,
-            f"the parameters are not finite after {steps} steps of"
-            f" {self.recipe.precision}",
-            "look at its contributions",
-        )
-        return state
+
+    def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs and one-hot targets, (micro-batches, samples, ...)."""
+        rng = np.random.default_rng(step)
+        shape = (self.parts, self.recipe.batch_size // self.parts, WIDTH)
+        x = rng.normal(size=shape).astype(np.float32)
+        labels = x[..., :CLASSES].argmax(-1)
+        return x, np.eye(CLASSES, dtype=np.float32)[labels]
 
     def _begin(self) -> State:
         params = {
-            "kernel": jnp.full(
-                (WIDTH, CLASSES),
-                0.1,
-                jnp.float32,
-            ),
+            "kernel": jnp.full((WIDTH, CLASSES), 0.1, jnp.float32),
             "bias": jnp.zeros(CLASSES, jnp.float32),
         }
+        optimizer, controller = self.controller.init(params, {})
         state = State(
-            jnp.int32(0),
-            params,
-            {},
-            *self.controller.init(params, {}),
-            jax.random.key(0),
+            step=jnp.int32(0),
+            params=params,
+            variables={},
+            optimizer=optimizer,
+            controller=controller,
+            key=jax.random.key(0),
         )
         return jax.device_put(state, self.replicated)
 
@@ -608,85 +661,114 @@ class _Tiny:
         inputs: Any,
         targets: Any,
     ) -> State:
-        held = (
-            self.controller.forward_knobs(state.controller)
-            if state.controller != ()
-            else {}
-        )
-        scale = held.get("loss_scale", 1.0)
-        keep = 1 - jnp.clip(
-            0.1 * held.get("dropout", 1.0),
-            0,
-            0.9,
-        )
-        key = jax.random.fold_in(state.key, state.step)
-        mask = (
-            jax.random.bernoulli(key, keep, inputs.shape[1:]) if self.dropout else 1.0
-        )
+        knobs = {}
+        if state.controller != ():
+            knobs = self.controller.forward_knobs(state.controller)
+        gradients, values = self._gradients(state, knobs, inputs, targets)
+        means = _mean_of_trees(values)
+        parts = None
+        if self.controller.signals.by_micro_batch:
+            parts = sum(norm(g) ** 2 for g in gradients) / len(gradients)
 
-        def loss(
-            params: Any,
-            x: Any,
-            y: Any,
-        ) -> Any:
-            params, x = cast((params, x * mask), self.recipe.precision)
-            logits = (x @ params["kernel"] + params["bias"]).astype(jnp.float32)
-            values = optax.softmax_cross_entropy(logits, y)
-            sums = {"loss": (values.sum(), float(values.size))}
-            sums |= losses.discounted(
-                optax.softmax_cross_entropy,
-                logits,
-                y,
-                held,
-            )
-            total, weight = differentiated_sum(sums)
-            return total / weight * scale, {
-                name: total / weight for name, (total, weight) in sums.items()
-            }
-
-        each = [
-            jax.grad(loss, has_aux=True)(state.params, x, y)
-            for x, y in zip(inputs, targets, strict=True)
-        ]
-        each = [(jax.tree.map(lambda g: g / scale, g), values) for g, values in each]
-        gradients = jax.tree.map(lambda *g: sum(g) / len(g), *(g for g, _ in each))
-        means = jax.tree.map(
-            lambda *x: sum(x) / len(x), *(values for _, values in each)
-        )
-        parts = (
-            sum(norm(g) ** 2 for g, _ in each) / len(each)
-            if self.controller.signals.by_micro_batch
-            else None
-        )
-        values = means | dict.fromkeys(self.recipe.metrics, means["loss"])
         after, controller, _ = self.controller.update(
             state.step,
             state.controller,
             Pieces(state.params, {}, state.optimizer),
             {},
-            gradients,
-            values,
+            _mean_of_trees(gradients),
+            means | dict.fromkeys(self.recipe.metrics, means["loss"]),
             parts,
         )
         return State(
-            state.step + 1,
-            after.params,
-            {},
-            after.optimizer,
-            controller,
-            state.key,
+            step=state.step + 1,
+            params=after.params,
+            variables={},
+            optimizer=after.optimizer,
+            controller=controller,
+            key=state.key,
         )
 
+    def _gradients(
+        self,
+        state: State,
+        knobs: Mapping[str, Any],
+        inputs: Any,
+        targets: Any,
+    ) -> tuple[list[Any], list[Any]]:
+        """Return the gradient of each micro-batch, and the means behind its loss."""
+        loss = functools.partial(
+            self._loss,
+            knobs=knobs,
+            mask=self._mask(state, knobs, inputs.shape[1:]),
+        )
+        scale = knobs.get("loss_scale", 1.0)
+        gradients = []
+        values = []
+        for x, y in zip(inputs, targets, strict=True):
+            scaled, means = jax.grad(loss, has_aux=True)(state.params, x, y)
+            gradients.append(jax.tree.map(lambda g: g / scale, scaled))
+            values.append(means)
+        return gradients, values
 
-# ---- findings ----
+    def _mask(
+        self,
+        state: State,
+        knobs: Mapping[str, Any],
+        shape: tuple[int, ...],
+    ) -> Any:
+        """Return the inputs' dropout, 1 where they stay."""
+        keep = 1 - jnp.clip(0.1 * knobs.get("dropout", 1.0), 0, 0.9)
+        key = jax.random.fold_in(state.key, state.step)
+        return jax.random.bernoulli(key, keep, shape) if self.dropout else 1.0
+
+    def _loss(
+        self,
+        params: Any,
+        x: Any,
+        y: Any,
+        knobs: Mapping[str, Any],
+        mask: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the training loss of a micro-batch, and the means behind it."""
+        params, x = cast((params, x * mask), self.recipe.precision)
+        logits = (x @ params["kernel"] + params["bias"]).astype(jnp.float32)
+        values = optax.softmax_cross_entropy(logits, y)
+        sums = {"loss": (values.sum(), float(values.size))}
+        sums |= losses.discounted(optax.softmax_cross_entropy, logits, y, knobs)
+
+        total, weight = differentiated_sum(sums)
+        scale = knobs.get("loss_scale", 1.0)
+        means = {name: total / weight for name, (total, weight) in sums.items()}
+        return total / weight * scale, means
+
+
+def _optimizer(moved: set[str]) -> Any:
+    """Return an optimizer that has the knobs."""
+    if moved.isdisjoint(("optimizer", "momentum")):
+        return optax.adamw
+    return switchable(optax.adamw, functools.partial(optax.sgd, momentum=0.9))
+
+
+def _metrics(policies: tuple[Policy, ...]) -> list[str]:
+    """Return the metrics that the policies watch."""
+    watched = {name for policy in policies for name in policy.watches}
+    names = {
+        name.removeprefix("evaluation_")
+        for name in watched
+        if name.partition("/")[0] not in SIGNALS
+    }
+    return sorted(names - {"loss"})
+
+
+def _mean_of_trees(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+
+
+# ---- comparison, and errors ----
 
 
 def _shape(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(
-        x.shape,
-        x.dtype,
-        sharding=x.sharding,
-    )
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _same(
@@ -694,33 +776,27 @@ def _same(
     right: Any,
     exact: bool = True,
 ) -> bool:
-    """Whether two trees hold the same bits, NaN for NaN; or, if not exact, the same up
-    to what XLA rounds otherwise.
+    """Whether two trees hold the same bits, NaN for NaN.
+
+    If not `exact`, they need only be the same up to XLA's rounding.
     """
-    is_key = lambda x: jax.dtypes.issubdtype(
-        getattr(x, "dtype", None), jax.dtypes.prng_key
-    )
-    one, two = (
-        [
-            np.asarray(jax.random.key_data(x) if is_key(x) else x)
-            for x in jax.tree.leaves(t)
-        ]
-        for t in (left, right)
-    )
+    one = [_as_numbers(x) for x in jax.tree.leaves(left)]
+    two = [_as_numbers(x) for x in jax.tree.leaves(right)]
+    if exact and len(one) != len(two):
+        return False
+    pairs = zip(one, two, strict=True)
     if exact:
-        return len(one) == len(two) and all(
-            a.tobytes() == b.tobytes() for a, b in zip(one, two, strict=True)
-        )
+        return all(a.tobytes() == b.tobytes() for a, b in pairs)
     return all(
-        np.allclose(
-            a,
-            b,
-            rtol=1e-4,
-            atol=1e-5,
-            equal_nan=True,
-        )
-        for a, b in zip(one, two, strict=True)
+        np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs
     )
+
+
+def _as_numbers(x: Any) -> np.ndarray:
+    dtype = getattr(x, "dtype", None)
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x)
 
 
 def _require(
@@ -731,30 +807,39 @@ def _require(
     remedy: str,
 ) -> None:
     if not condition:
-        name = getattr(policy, "name", policy)
-        raise RecipeError(
-            f"{law}: {what}. The law: {LAWS[law]}",
-            where=f"policy {name!r}",
-            remedy=remedy,
-        )
+        raise _broken(law, policy, what, remedy)
+
+
+def _broken(
+    law: str,
+    policy: Any,
+    what: str,
+    remedy: str,
+) -> RecipeError:
+    name = getattr(policy, "name", policy)
+    return RecipeError(
+        f"{law}: {what}. The law: {LAWS[law]}",
+        where=f"policy {name!r}",
+        remedy=remedy,
+    )
 
 
 @contextlib.contextmanager
-def _law(law: str, policy: Any) -> Iterator[None]:
-    """An error inside, of any kind, breaks this law, unless it says already which
-    one.
-    """
+def _breaking(
+    law: str,
+    policy: Any,
+) -> Iterator[None]:
+    """Let an error inside, of any kind, break a law, unless it names one already."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, LeptonError) and str(error.what).partition(":")[0] in LAWS:
-            raise
-        what = str(
-            error.what if isinstance(error, LeptonError) else error
-        ).strip().splitlines() or [type(error).__name__]
-        name = getattr(policy, "name", policy)
-        raise RecipeError(
-            f"{law}: {type(error).__name__}: {what[0][:300]}. The law: {LAWS[law]}",
-            where=f"policy {name!r}",
-            remedy="mend what is named",
+        text = str(error)
+        if isinstance(error, LeptonError):
+            text = str(error.what)
+            if text.partition(":")[0] in LAWS:
+                raise
+        kind = type(error).__name__
+        lines = text.strip().splitlines() or [kind]
+        raise _broken(
+            law, policy, f"{kind}: {lines[0][:300]}", "fix what is named"
         ) from error

@@ -1,92 +1,75 @@
-"""A recipe's policies at work inside of its train step.
+"""A recipe's policies at work inside its train step.
 
 The order within a step, which the conformance suite holds policies to:
 
-1. The gradient is taken under the knobs of the step before (`IN_FORWARD` act there).
-2. Signals are measured; each policy sees them and contributes; `combined` makes the
+1. The gradient is taken under the knobs of the step before (those in `IN_FORWARD`).
+2. Signals are measured. Each policy sees them and contributes; `combined` makes the
    knobs of this step.
-3. The update is made, or not: accumulated, skipped, restored; then anchor and average
+3. The update is made, or not: accumulated, skipped, restored. Then anchor and average
    follow.
-4. The record takes loss, signals, knobs and contributions out; the journal is what the
-   host reads from it.
+4. The record takes loss, signals, knobs and contributions out. The host derives the
+   journal from it.
+
+A small example: a parameter of 1, an update that subtracts 0.1 times the gradient, and
+a policy that halves the rate after a loss that is no better than the best one. The loss
+stays at 3, so the policy acts in the second step, in time for the update of that step:
+
+>>> from lepton_jax import Recipe, controllers
+>>> recipe = Recipe(
+...     model=dict,
+...     loss=optax.squared_error,
+...     optimizer=optax.sgd,
+...     learning_rate=0.1,
+...     controller=controllers.plateau(every=1, patience=1),
+... )
+>>> controller = Controller(recipe)
+>>> params = {"x": jnp.float32(1)}
+>>> optimizer, state = controller.init(params, {})
+>>> pieces = Pieces(params, {}, optimizer)
+>>> for step in range(2):
+...     pieces, state, record = controller.update(
+...         step=step,
+...         state=state,
+...         before=pieces,
+...         after={},  # the model has no other variables
+...         gradients={"x": jnp.float32(1)},
+...         values={"loss": jnp.float32(3)},
+...     )
+...     print(f"rate {record['learning_rate']:.2f}, x {pieces.params['x']:.2f}")
+rate 0.10, x 0.90
+rate 0.05, x 0.85
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import lepton_jax.controller.knobs as knobs_
-from lepton_jax.compat import placed
 from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import Signals
+from lepton_jax.controller.state import ControllerState, Pieces, floats
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
 
 if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
 
-# the knobs that act in the forward pass, and what is measured there where they are
+# the knobs that act in the forward pass, and the signals measured there with them
 IN_FORWARD = {
     "loss_scale": (),
     "dropout": (),
     "loss_limit": ("loss_kept", "loss_blank", "loss_values"),
     "loss_mark": ("mark_weight", "mark_weight_square", "loss_blank", "loss_values"),
 }
-UNSHOWN = ("step", "progress", "batch_size")  # what a record's place says already
-
-
-class ControllerState(NamedTuple):
-    """What the controller keeps between steps.
-
-    Attributes:
-      base: the knobs as the recipe or a person set them, float32 (); a learning rate
-        that is a schedule is NaN.
-      knobs: as they were in the last step.
-      contributions: of each (policy, knob) in the last step, float32 (moves,); or ()
-        without any.
-      policies: the state of each.
-      signals: the moving means.
-      fed: what the host measured, float32 ().
-      updates: of the parameters so far, int32.
-      halted: whether a stop or a rollback is asked for; nothing changes until the host
-        has seen to it.
-      rate: factor of the learning rate, what it grows to and by how much a step,
-        float32 (3,): see `slowed`.
-      accumulated: (mean gradient, batches in it), or ().
-      average: (parameters, variables), averaged; or ().
-      anchor: `Pieces`: parameters, and variables and optimizer state where they may be
-        restored; or ().
-    """
-
-    base: dict[str, Any]
-    knobs: dict[str, Any]
-    contributions: Any
-    policies: tuple
-    signals: dict[str, Any]
-    fed: dict[str, Any]
-    updates: Any
-    halted: Any
-    rate: Any
-    accumulated: Any
-    average: Any
-    anchor: Any
-
-
-class Pieces(NamedTuple):
-    """What an update changes besides the controller."""
-
-    params: Any
-    variables: Any
-    optimizer: Any
+# signals that are no column of a record: the record's step implies them
+UNSHOWN = ("step", "progress", "batch_size")
 
 
 class Controller:
@@ -96,8 +79,13 @@ class Controller:
       recipe: the recipe.
 
     Attributes:
-      policies: all of them, those that the recipe implies first.
-      moves: (policy, knob) of each contribution, in their order.
+      policies: all policies; those that the recipe implies come first.
+      optimizer: the recipe's `Optimizer`.
+      signals: the `Signals` that the policies watch.
+      limits: the first policy's limits that are not empty.
+      moves: (index of a policy, knob) of each contribution, in their order.
+      base: the knobs that have a base, with the recipe's values.
+      flags: the knobs without a base.
       records: names of the values that a step records after loss and metrics.
     """
 
@@ -105,20 +93,37 @@ class Controller:
         self.recipe = recipe
         self.optimizer = optimizers.build(recipe)
         implied = (loss_scaling(),) if recipe.precision == "float16" else ()
-        self.policies = _named(chain(*implied, recipe.controller))
+        self.policies = _with_own_names(chain(*implied, recipe.controller))
         self.limits = next((p.limits for p in self.policies if p.limits), {})
         self.moves = [
-            (p, knob)
-            for p in range(len(self.policies))
-            for knob in self.policies[p].moves
+            (index, knob)
+            for index, policy in enumerate(self.policies)
+            for knob in policy.moves
         ]
-        self.metrics = tuple(recipe.metrics)
-        watched = [name for p in self.policies for name in p.watches]
+        self._moved = {knob for _, knob in self.moves}
+
+        watched = [name for policy in self.policies for name in policy.watches]
         self.signals = Signals(
-            watched, self.metrics, recipe.batch_size, recipe.micro_batches or 1
+            watched, recipe.metrics, recipe.batch_size, recipe.micro_batches or 1
         )
         self.base = self._bases()
-        for name in [name for _, name in self.moves]:
+        self._check_policies()
+        self.flags = sorted(
+            knob for knob in self._moved if knobs_.KNOBS[knob].combine == "any"
+        )
+        self.halts = not self._moved.isdisjoint(("stop", "rollback"))
+        self.restores = not self._moved.isdisjoint(("anchor", "restore"))
+        self.anchored = self.signals.needs_anchor or self.restores
+
+        known = {"loss", *recipe.metrics, *UNSHOWN}
+        self.shown = [name for name in dict.fromkeys(watched) if name not in known]
+        self._columns = [
+            f"{self.policies[index].name}:{knob}" for index, knob in self.moves
+        ]
+        self.records = [*self._visible(), *self.shown, *self._columns]
+
+    def _check_policies(self) -> None:
+        for _, name in self.moves:
             if name not in self.base and knobs_.KNOBS[name].combine != "any":
                 raise RecipeError(
                     f"a policy moves {name}, which the optimizer does not take by that"
@@ -130,36 +135,17 @@ class Controller:
                     ),
                 )
         for policy in self.policies:
-            policy.check(recipe, self.optimizer)
-        self.flags = sorted(
-            {knob for _, knob in self.moves if knobs_.KNOBS[knob].combine == "any"}
-        )
-        self.halts = any(knob in ("stop", "rollback") for _, knob in self.moves)
-        self.restores = any(knob in ("anchor", "restore") for _, knob in self.moves)
-        self.anchored = self.signals.needs_anchor or self.restores
-        self.shown = [
-            name
-            for name in dict.fromkeys(watched)
-            if name not in ("loss", *self.metrics, *UNSHOWN)
-        ]
-        self.records = [
-            *self._visible(),
-            *self.shown,
-            *(f"{self.policies[p].name}:{k}" for p, k in self.moves),
-        ]
+            policy.check(self.recipe, self.optimizer)
 
     def _bases(self) -> dict[str, float]:
         recipe = self.recipe
-        moved = {knob for _, knob in self.moves}
         own = self.optimizer.base
-        moved |= {"learning_rate"} & own.keys() if "rate" in self.limits else set()
-        base = {
-            n: x
-            for n, x in own.items()
-            if n in moved
-            or (n == "learning_rate" and (recipe.learning_rate is not None))
-        }
-        given = {
+        wanted = set(self._moved)
+        if recipe.learning_rate is not None or "rate" in self.limits:
+            wanted.add("learning_rate")
+        if recipe.clip_norm is not None:
+            wanted.add("clip_norm")
+        given = own | {
             "clip_norm": recipe.clip_norm or float("inf"),
             "accumulate": 1.0,
             "dropout": 1.0,
@@ -169,17 +155,15 @@ class Controller:
             "loss_mark": float("inf"),
             "loss_scale": precision.START if recipe.precision == "float16" else 1.0,
         }
-        wanted = moved | ({"clip_norm"} if recipe.clip_norm is not None else set())
-        return base | {n: x for n, x in given.items() if n in wanted}
+        return {name: value for name, value in given.items() if name in wanted}
 
     def _visible(self) -> list[str]:
-        rate = (
-            ["learning_rate"]
-            if self.recipe.learning_rate is not None
-            and "learning_rate" not in self.base
-            else []
-        )
-        return [*rate, *self.base, *self.flags]
+        """Return the knobs that are columns of a record."""
+        names = [*self.base, *self.flags]
+        has_rate = self.recipe.learning_rate is not None
+        if has_rate and "learning_rate" not in self.base:
+            return ["learning_rate", *names]
+        return names
 
     # ---- state ----
 
@@ -188,71 +172,72 @@ class Controller:
         params: Any,
         variables: Any,
     ) -> tuple[Any, Any]:
-        """(optimizer state, controller state) before the first step; the latter is ()
-        where nothing can ever move.
+        """Return the states of optimizer and controller before the first step.
+
+        The controller's is () where nothing can ever move.
         """
         optimizer = self.optimizer.init(params)
         if not self.policies and not self.base:
             return optimizer, ()
-        copied = lambda tree: jax.tree.map(jnp.copy, tree)
-        moved = {knob for _, knob in self.moves}
-        names = [*self.base, *self.flags]
-        neutral = (
-            jnp.asarray(
-                [_neutral(self.policies[p], k) for p, k in self.moves], jnp.float32
-            )
-            if self.moves
-            else ()
-        )
+        neutral = self._neutral()
+        flags = dict.fromkeys(self.flags, 0.0)
+        fed = {n: _before_measured(n) for n in ("steps", *self.signals.fed)}
         return optimizer, ControllerState(
-            base={n: jnp.float32(x) for n, x in self.base.items()},
-            knobs={n: jnp.float32(self.base.get(n, 0.0)) for n in names},
+            base=_as_float32(self.base),
+            knobs=_as_float32(self.base | flags),
             contributions=neutral,
-            policies=tuple(jax.tree.map(jnp.asarray, p.init()) for p in self.policies),
+            policies=tuple(_as_arrays(p.init()) for p in self.policies),
             signals=self.signals.init(params),
-            fed={
-                n: jnp.float32(float("nan") if n.startswith("evaluation_") else 0)
-                for n in ("steps", *self.signals.fed)
-            },
+            fed=_as_float32(fed),
             updates=jnp.int32(0),
             halted=jnp.bool_(False),
             rate=jnp.asarray([1, 1, 0], jnp.float32),
-            accumulated=(
-                (jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
-                if "accumulate" in moved
-                else ()
-            ),
-            average=(
-                copied((params, floats(variables)))
-                if "averaging_decay" in moved
-                else ()
-            ),
-            anchor=(
-                ()
-                if not self.anchored
-                else copied(
-                    Pieces(params, variables, optimizer)
-                    if self.restores
-                    else Pieces(params, (), ())
-                )
-            ),
+            accumulated=self._first_sum(params),
+            average=self._first_average(params, variables),
+            anchor=self._first_anchor(Pieces(params, variables, optimizer)),
         )
 
+    def _neutral(self) -> Any:
+        if not self.moves:
+            return ()
+        neutral = [_neutral(self.policies[p], knob) for p, knob in self.moves]
+        return jnp.asarray(neutral, jnp.float32)
+
+    def _first_sum(self, params: Any) -> Any:
+        if "accumulate" not in self._moved:
+            return ()
+        return jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
+
+    def _first_average(
+        self,
+        params: Any,
+        variables: Any,
+    ) -> Any:
+        if "averaging_decay" not in self._moved:
+            return ()
+        return _copied((params, floats(variables)))
+
+    def _first_anchor(self, pieces: Pieces) -> Any:
+        if self.restores:
+            return _copied(pieces)
+        if self.anchored:
+            return _copied(Pieces(pieces.params, (), ()))
+        return ()
+
     def forward_knobs(self, state: Any) -> dict[str, Any]:
-        """The knobs that act in the forward pass: of the step before."""
+        """Return the knobs that act in the forward pass, of the step before."""
         return {n: state.knobs[n] for n in IN_FORWARD if n in self.base}
 
     @property
     def measured_forward(self) -> tuple[str, ...]:
-        """Signals that the forward pass gives: see `losses.discounted`."""
-        return tuple(
-            dict.fromkeys(
-                signal
-                for n, signals in IN_FORWARD.items()
-                if n in self.base
-                for signal in signals
-            )
-        )
+        """Signals that the forward pass measures: see `losses.discounted`."""
+        signals = [
+            signal
+            for knob, measured in IN_FORWARD.items()
+            if knob in self.base
+            for signal in measured
+        ]
+        return tuple(dict.fromkeys(signals))
 
     # ---- a step ----
 
@@ -266,7 +251,7 @@ class Controller:
         values: Mapping[str, Any],
         parts: Any = None,
     ) -> tuple[Pieces, Any, dict[str, Any]]:
-        """One step's decisions and its update.
+        """Decide, and make the update of one step.
 
         Args:
           step: steps done, int32.
@@ -274,52 +259,23 @@ class Controller:
           before: parameters, variables and optimizer state.
           after: variables after the forward pass.
           gradients: the batch's mean gradient.
-          values: loss and metrics, and what was measured in the forward pass, float32
+          values: loss, metrics, and the values measured in the forward pass, float32
             scalars.
           parts: see `Signals.measure`.
 
         Returns:
-          The pieces and the controller's state after it, and what is recorded, by the
-          names in `records`.
+          The pieces and the controller's state after the step, and the record: values
+          by the names in `records`.
         """
         if not self.policies and not self.base:
-            pieces = self._apply(
-                before,
-                after,
-                gradients,
-                {},
-                values["loss"],
-            )
-            return (
-                pieces,
-                state,
-                {name: self._scheduled(before, step) for name in self.records},
-            )
-        steps = state.fed["steps"]
-        blind = {
-            "loss_kept": values["loss"],
-            "loss_blank": jnp.nan,
-            "loss_values": 1.0,
-            "mark_weight": 1.0,
-            "mark_weight_square": 1.0,
-        }
-        given = blind | {
-            "step": step,
-            "updates": state.updates,
-            "progress": jnp.where(
-                steps > 0,
-                (step + 1) / steps,
-                jnp.nan,
-            ),
-            "batch_size": self.recipe.batch_size,
-            **values,
-            **{n: x for n, x in state.fed.items() if n != "steps"},
-            "base_rate": self._base_rate(state, before),
-            "gradient_weight": state.knobs.get("gradient_weight", jnp.float32(1)),
-        }
-        signals, smoothed = self.signals.measure(
+            update = _Update(before, after, gradients, {}, values["loss"])
+            pieces = self._apply(update)
+            record = {name: self._scheduled(before, step) for name in self.records}
+            return pieces, state, record
+
+        signals, means = self.signals.measure(
             state.signals,
-            given,
+            self._given(step, state, before, values),
             before.params,
             gradients,
             state.anchor.params if self.anchored else (),
@@ -327,57 +283,66 @@ class Controller:
         )
         contributions, policies = self._consult(signals, state)
         knobs = self._knobs(state, contributions, before)
-        given = knobs | self._unmoved_rate(state, before)
-        pieces, more, applied = self._moved(
-            state, before, after, gradients, given, values["loss"]
+
+        update = _Update(
+            before,
+            after,
+            gradients,
+            knobs | self._unmoved_rate(state, before),
+            values["loss"],
         )
+        pieces, applied, moved = self._advance(state, update)
         fresh = state._replace(
             knobs=knobs,
             contributions=contributions,
             policies=policies,
-            signals=self.signals.updated(
-                smoothed, before.params, pieces.params, applied
-            ),
+            signals=self.signals.updated(means, before.params, pieces.params, applied),
             updates=state.updates + applied,
-            **more,
+            **moved,
         )
-        record = {**knobs, **{n: signals[n] for n in self.shown}}
-        record |= dict(
-            zip(
-                self.records[len(self.records) - len(self.moves) :],
-                contributions,
-                strict=True,
-            )
-        )
-        if "rate" in self.limits:
-            now, later, growth = state.rate
-            fresh = fresh._replace(
-                rate=jnp.stack(
-                    [
-                        jnp.minimum(now + growth, later),
-                        later,
-                        growth,
-                    ]
-                )
-            )
-        # steps that were on their way when the run was halted count for nothing
-        if self.halts:
-            asked = jnp.stack(
-                [knobs[n] > 0 for n in ("stop", "rollback") if n in knobs]
-            ).any()
-            fresh = _where(
-                state.halted,
-                state,
-                fresh._replace(halted=asked),
-            )
-        return pieces, fresh, record
+        record = {**knobs, **{name: signals[name] for name in self.shown}}
+        record |= dict(zip(self._columns, contributions, strict=True))
+        fresh = self._with_next_rate(state, fresh)
+        return pieces, self._with_halt(state, fresh), record
+
+    def _given(
+        self,
+        step: Any,
+        state: ControllerState,
+        before: Pieces,
+        values: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Return the signals that are known before any is measured."""
+        steps = state.fed["steps"]
+        progress = jnp.where(steps > 0, (step + 1) / steps, jnp.nan)
+        # where the knobs that go with them are not in the forward pass
+        unmeasured = {
+            "loss_kept": values["loss"],
+            "loss_blank": jnp.nan,
+            "loss_values": 1.0,
+            "mark_weight": 1.0,
+            "mark_weight_square": 1.0,
+        }
+        measured_by_host = {n: x for n, x in state.fed.items() if n != "steps"}
+        return {
+            **unmeasured,
+            "step": step,
+            "updates": state.updates,
+            "progress": progress,
+            "batch_size": self.recipe.batch_size,
+            **values,
+            **measured_by_host,
+            "base_rate": self._base_rate(state, before),
+            "gradient_weight": state.knobs.get("gradient_weight", jnp.float32(1)),
+        }
 
     def _consult(
         self, signals: Mapping[str, Any], state: ControllerState
     ) -> tuple[Any, tuple]:
+        """Return the contributions of all policies, and their states after the step."""
         contributions = []
         states = []
-        for policy, held in zip(self.policies, state.policies, strict=True):
+        for policy, policy_state in zip(self.policies, state.policies, strict=True):
             with pointing_at_user(
                 f"the policy {policy.name!r}",
                 "let update take (signals, state) and return (moves, state)",
@@ -385,217 +350,196 @@ class Controller:
                 kind=RecipeError,
             ):
                 seen = {name: signals[name] for name in policy.watches}
-                moves, after = policy.update(seen, held)
-                surplus = sorted(set(moves) - set(policy.moves))
-                if surplus:
-                    raise RecipeError(
-                        f"it moves {surplus[0]!r}, which is not among its moves",
-                        where=policy.name,
-                        remedy="name every knob that it moves in Policy.moves",
-                    )
-                states.append(_as(after, held, policy.name))
-            contributions += [
-                jnp.asarray(moves.get(k, _neutral(policy, k)), jnp.float32)
-                for k in policy.moves
-            ]
-        return (
-            jnp.stack(contributions) if contributions else state.contributions
-        ), tuple(states)
-
-    def _base_rate(
-        self,
-        state: ControllerState,
-        before: Pieces,
-    ) -> Any:
-        base = state.base.get("learning_rate", jnp.float32(1))
-        if not callable(self.recipe.learning_rate):
-            return base
-        return jnp.where(
-            jnp.isnan(base),
-            self._scheduled(before, state.updates),
-            base,
-        )
-
-    def _unmoved_rate(
-        self,
-        state: ControllerState,
-        before: Pieces,
-    ) -> dict[str, Any]:
-        """The schedule's own rate for this update, for an optimizer that reads it by
-        itself; NaN if a person has set one.
-        """
-        if not callable(self.recipe.learning_rate):
-            return {}
-        followed = jnp.isnan(state.base["learning_rate"])
-        return {
-            optimizers.SCHEDULED: jnp.where(
-                followed,
-                self._scheduled(before, state.updates),
-                jnp.nan,
-            )
-        }
+                moves, after = policy.update(seen, policy_state)
+                _check_moves(policy, moves)
+                states.append(_as_before(after, policy_state, policy.name))
+            for knob in policy.moves:
+                contribution = moves.get(knob, _neutral(policy, knob))
+                contributions.append(jnp.asarray(contribution, jnp.float32))
+        if not contributions:
+            return state.contributions, tuple(states)
+        return jnp.stack(contributions), tuple(states)
 
     def _knobs(
         self, state: ControllerState, contributions: Any, before: Pieces
     ) -> dict[str, Any]:
         knobs = {}
         for name in state.knobs:
-            base = (
-                self._base_rate(state, before)
-                if name == "learning_rate"
-                else state.base.get(name, jnp.float32(0))
-            )
-            if name == "learning_rate" and "rate" in self.limits:
-                base = base * state.rate[0]
-            mine = [
-                (contributions[i], self.policies[p].absolute)
-                for i, (p, k) in enumerate(self.moves)
-                if k == name
+            base = state.base.get(name, jnp.float32(0))
+            if name == "learning_rate":
+                base = self._base_rate(state, before)
+                if "rate" in self.limits:
+                    base = base * state.rate[0]
+            own = [
+                (self.policies[policy].absolute, contributions[index])
+                for index, (policy, knob) in enumerate(self.moves)
+                if knob == name
             ]
-            knobs[name] = knobs_.combined(
-                name,
-                base,
-                [c for c, absolute in mine if not absolute],
-                [c for c, absolute in mine if absolute],
-            )
+            combining = [c for is_absolute, c in own if not is_absolute]
+            absolute = [c for is_absolute, c in own if is_absolute]
+            knobs[name] = knobs_.combined(name, base, combining, absolute)
         return knobs
+
+    # ---- the learning rate ----
+
+    def _base_rate(
+        self,
+        state: ControllerState,
+        before: Pieces,
+    ) -> Any:
+        """Return the base of the rate; the schedule's value where it is NaN."""
+        base = state.base.get("learning_rate", jnp.float32(1))
+        if not callable(self.recipe.learning_rate):
+            return base
+        follows = jnp.isnan(base)
+        return jnp.where(follows, self._scheduled(before, state.updates), base)
+
+    def _unmoved_rate(
+        self,
+        state: ControllerState,
+        before: Pieces,
+    ) -> dict[str, Any]:
+        """Return the schedule's own rate for this update.
+
+        It is for an optimizer that reads the schedule by itself; NaN if a person has
+        set a rate.
+        """
+        if not callable(self.recipe.learning_rate):
+            return {}
+        follows = jnp.isnan(state.base["learning_rate"])
+        rate = self._scheduled(before, state.updates)
+        return {optimizers.SCHEDULED: jnp.where(follows, rate, jnp.nan)}
 
     def _scheduled(
         self,
         before: Pieces,
         updates: Any,
     ) -> Any:
-        return self.optimizer.scheduled(
-            before.optimizer,
-            before.params,
-            updates,
-        )
+        return self.optimizer.scheduled(before.optimizer, before.params, updates)
 
-    def _moved(
+    def _with_next_rate(
+        self, state: ControllerState, fresh: ControllerState
+    ) -> ControllerState:
+        if "rate" not in self.limits:
+            return fresh
+        now, later, growth = state.rate
+        factor = jnp.minimum(now + growth, later)
+        return fresh._replace(rate=jnp.stack([factor, later, growth]))
+
+    # ---- the update ----
+
+    def _with_halt(
+        self, state: ControllerState, fresh: ControllerState
+    ) -> ControllerState:
+        """Return the state after a step, which is the one before in a halted run.
+
+        Steps that were on their way when the run was halted count for nothing.
+        """
+        if not self.halts:
+            return fresh
+        asked = [fresh.knobs[n] > 0 for n in ("stop", "rollback") if n in fresh.knobs]
+        halted = fresh._replace(halted=jnp.stack(asked).any())
+        return _where(state.halted, state, halted)
+
+    def _advance(
         self,
         state: ControllerState,
-        before: Pieces,
-        after: Any,
-        gradients: Any,
-        knobs: Mapping[str, Any],
-        loss: Any,
-    ) -> tuple[Pieces, dict[str, Any], Any]:
-        """The pieces after the step, what of the controller's state follows them, and
-        whether there was an update.
+        update: _Update,
+    ) -> tuple[Pieces, Any, dict[str, Any]]:
+        """Make the update of a step, or not.
+
+        Returns:
+          The pieces after the step; whether there was an update, bool (); and the parts
+          of the controller's state that follow the pieces, by name.
         """
-        more: dict[str, Any] = {}
-        refused = [knobs[n] > 0 for n in ("skip", "restore", "rollback") if n in knobs]
-        refused += [state.halted] if self.halts else []
-        taken = ~jnp.stack(refused).any() if refused else None
+        knobs = update.knobs
+        taken = self._taken(state, knobs)
+        moved: dict[str, Any] = {}
         if "accumulate" in knobs:
-            mean, count = state.accumulated
-            whole = jax.tree.map(
-                lambda m, g: jnp.where(
-                    count == 0,
-                    g,
-                    m + (g - m) / (count + 1),
-                ),
-                mean,
-                gradients,
-            )
-            whole, count = _where(
-                taken,
-                (whole, count + 1),
-                (mean, count),
-            )
-            applied = (count >= knobs["accumulate"]) & (
-                True if taken is None else taken
-            )
-            waiting = Pieces(before.params, after, before.optimizer)
-            pieces = jax.lax.cond(
-                applied,
-                lambda: self._apply(
-                    before,
-                    after,
-                    whole,
-                    knobs,
-                    loss,
-                ),
-                lambda: waiting,
-            )
-            pieces = pieces._replace(
-                variables=_where(taken, pieces.variables, before.variables)
-            )
-            more["accumulated"] = (whole, jnp.where(applied, 0, count))
-        # not a select: XLA would fuse it into the update, and round that otherwise
+            pieces, applied, total = self._accumulate(state, update, taken)
+            moved["accumulated"] = total
         else:
+            pieces = self._apply_if(taken, update)
             applied = jnp.bool_(True) if taken is None else taken
-            update = lambda: self._apply(
-                before,
-                after,
-                gradients,
-                knobs,
-                loss,
-            )
-            pieces = (
-                update()
-                if taken is None
-                else jax.lax.cond(taken, update, lambda: before)
-            )
+
         if self.restores:
-            back = (
-                (knobs["restore"] > 0) & ~state.halted
-                if "restore" in knobs
-                else jnp.bool_(False)
-            )
+            back = _restored(state, knobs)
             pieces = _where(back, state.anchor, pieces)
             if "accumulate" in knobs:
-                more["accumulated"] = (
-                    whole,
-                    jnp.where(
-                        back,
-                        0,
-                        more["accumulated"][1],
-                    ),
-                )
-            renewed = (
-                (knobs["anchor"] > 0) & ~back & ~state.halted
-                if "anchor" in knobs
-                else jnp.bool_(False)
-            )
-            more["anchor"] = _where(renewed, pieces, state.anchor)
-        if "averaging_decay" in knobs:
-            decay = knobs["averaging_decay"]
-            now = (
-                pieces.params,
-                floats(pieces.variables),
-            )
-            moving = jax.tree.map(
-                lambda a, x: x + (decay * (a - x)).astype(x.dtype),
-                state.average,
-                now,
-            )
-            more["average"] = _where(applied, moving, state.average)
-            if self.restores:
-                more["average"] = _where(
-                    back,
-                    now,
-                    more["average"],
-                )
-        return pieces, more, applied
+                gradient, count = moved["accumulated"]
+                moved["accumulated"] = (gradient, jnp.where(back, 0, count))
+            renewed = _renewed(state, knobs, back)
+            moved["anchor"] = _where(renewed, pieces, state.anchor)
 
-    def _apply(
+        if "averaging_decay" in knobs:
+            now = (pieces.params, floats(pieces.variables))
+            average = _averaged(state.average, now, knobs["averaging_decay"])
+            moved["average"] = _where(applied, average, state.average)
+            if self.restores:
+                moved["average"] = _where(back, now, moved["average"])
+        return pieces, applied, moved
+
+    def _taken(
         self,
-        before: Pieces,
-        after: Any,
-        gradients: Any,
+        state: ControllerState,
         knobs: Mapping[str, Any],
-        loss: Any,
+    ) -> Any:
+        """Whether this step's gradient counts; None if nothing can refuse it."""
+        refused = [knobs[n] > 0 for n in ("skip", "restore", "rollback") if n in knobs]
+        if self.halts:
+            refused.append(state.halted)
+        return ~jnp.stack(refused).any() if refused else None
+
+    def _accumulate(
+        self, state: ControllerState, update: _Update, taken: Any
+    ) -> tuple[Pieces, Any, Any]:
+        """Add the gradient to the sum; apply it if there are as many as the knob says.
+
+        Returns:
+          The pieces, whether there was an update, and the sum and its count after it.
+        """
+        before = update.before
+        mean, count = state.accumulated
+        whole = jax.tree.map(
+            lambda m, g: jnp.where(count == 0, g, m + (g - m) / (count + 1)),
+            mean,
+            update.gradients,
+        )
+        whole, count = _where(taken, (whole, count + 1), (mean, count))
+        allowed = True if taken is None else taken
+        applied = (count >= update.knobs["accumulate"]) & allowed
+
+        waiting = Pieces(before.params, update.variables, before.optimizer)
+        pieces = jax.lax.cond(
+            applied,
+            lambda: self._apply(update._replace(gradients=whole)),
+            lambda: waiting,
+        )
+        variables = _where(taken, pieces.variables, before.variables)
+        pieces = pieces._replace(variables=variables)
+        return pieces, applied, (whole, jnp.where(applied, 0, count))
+
+    def _apply_if(
+        self,
+        taken: Any,
+        update: _Update,
     ) -> Pieces:
+        if taken is None:
+            return self._apply(update)
+        # not a select: XLA would fuse it into the update, and round that otherwise
+        return jax.lax.cond(taken, lambda: self._apply(update), lambda: update.before)
+
+    def _apply(self, update: _Update) -> Pieces:
+        before = update.before
         with optimizers.updating():
             params, optimizer = self.optimizer.update(
-                partial(self._clipped, gradients, knobs),
+                partial(self._clipped, update.gradients, update.knobs),
                 before.optimizer,
                 before.params,
-                knobs,
-                loss,
+                update.knobs,
+                update.loss,
             )
-        return Pieces(params, after, optimizer)
+        return Pieces(params, update.variables, optimizer)
 
     def _clipped(
         self,
@@ -604,10 +548,12 @@ class Controller:
     ) -> Any:
         if "clip_norm" not in knobs:
             return gradients
+
         # optax's own formula: below the threshold it is the gradient, to the bit
-        clip = lambda g: optax.clip_by_global_norm(knobs["clip_norm"]).update(
-            g, optax.EmptyState()
-        )[0]
+        def clip(g: Any) -> Any:
+            rule = optax.clip_by_global_norm(knobs["clip_norm"])
+            return rule.update(g, optax.EmptyState())[0]
+
         if self.recipe.clip_norm is not None:
             return clip(gradients)
         # plain Optax would not clip: the gradient is left whole, as above
@@ -619,119 +565,90 @@ class Controller:
         )
 
 
-def served(
-    state: Any,
-    recipe: Recipe | None = None,
-) -> tuple[Any, Any]:
-    """Give the weights to evaluate, predict and serve with; training goes on from the
-    state's own.
+# ---- internals ----
 
-    Args:
-      state: a `State`.
-      recipe: whose `evaluate_params` says which weights these are; without it: the
-        averages of a policy where they are kept, else what the optimizer's state
-        implies (see `optimizers.evaluated`).
 
-    Returns:
-      Parameters and variables, like those of the state.
+class _Update(NamedTuple):
+    """The ingredients of an update.
 
-    Raises:
-      RecipeError: `evaluate_params` can't be used.
+    Attributes:
+      before: parameters, variables and optimizer state.
+      variables: variables after the forward pass.
+      gradients: the mean gradient.
+      knobs: the knobs by name.
+      loss: the batch's loss.
     """
-    given = None if recipe is None else recipe.evaluate_params
-    params = state.params
-    variables = state.variables
-    averaged = (
-        isinstance(state.controller, ControllerState) and state.controller.average != ()
-    )
 
-    if averaged:
-        mean, means = state.controller.average
-        variables = jax.tree.map(
-            lambda old, new: old if new is None else new,
-            variables,
-            means,
-            is_leaf=lambda x: x is None,
-        )
-    if averaged and given is None:
-        return mean, variables
-    return optimizers.evaluated(given, state.optimizer, params), variables
+    before: Pieces
+    variables: Any
+    gradients: Any
+    knobs: Mapping[str, Any]
+    loss: Any
 
 
-def floats(tree: Any) -> Any:
-    """The floating-point and complex leaves of a tree; None in the place of others."""
+def _restored(
+    state: ControllerState,
+    knobs: Mapping[str, Any],
+) -> Any:
+    """Whether the pieces become those of the anchor."""
+    if "restore" not in knobs:
+        return jnp.bool_(False)
+    return (knobs["restore"] > 0) & ~state.halted
+
+
+def _renewed(
+    state: ControllerState,
+    knobs: Mapping[str, Any],
+    back: Any,
+) -> Any:
+    """Whether the anchor becomes a copy of the pieces."""
+    if "anchor" not in knobs:
+        return jnp.bool_(False)
+    return (knobs["anchor"] > 0) & ~back & ~state.halted
+
+
+def _averaged(
+    average: Any,
+    now: Any,
+    decay: Any,
+) -> Any:
+    """Return a moving average after one more value."""
     return jax.tree.map(
-        lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree
+        lambda a, x: x + (decay * (a - x)).astype(x.dtype), average, now
     )
-
-
-def fed(state: Any, **values: float) -> Any:
-    """A `State` to whose controller the host told what it measured; names that nobody
-    watches are dropped.
-    """
-    return _written(state, "fed", values)
-
-
-def set_base(state: Any, **values: float) -> Any:
-    """A `State` whose knobs have other bases."""
-    return _written(state, "base", values)
-
-
-def slowed(
-    state: Any,
-    factor: float,
-    later: float | None = None,
-    steps: int = 1,
-) -> Any:
-    """A `State` whose learning rate is `factor` times its base, and grows to `later`
-    times it over so many steps.
-    """
-    held = state.controller
-    later = factor if later is None else later
-    rate = np.array([factor, later, (later - factor) / steps], np.float32)
-    return _replaced(state, held._replace(rate=placed(rate, held.rate.sharding)))
-
-
-def released(state: Any) -> Any:
-    """A `State` that goes on after the host saw to a stop or a rollback."""
-    held = state.controller
-    return _replaced(
-        state, held._replace(halted=placed(np.bool_(False), held.halted.sharding))
-    )
-
-
-def _written(
-    state: Any,
-    part: str,
-    values: Mapping[str, float],
-) -> Any:
-    held = state.controller
-    if not isinstance(held, ControllerState):
-        return state
-    old = getattr(held, part)
-    fresh = {
-        n: placed(np.float32(x), old[n].sharding) for n, x in values.items() if n in old
-    }
-    return _replaced(state, held._replace(**{part: old | fresh})) if fresh else state
 
 
 def _neutral(policy: Policy, knob: str) -> float:
     return float("nan") if policy.absolute else knobs_.neutral(knob)
 
 
-def _named(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
-    """The policies under names of their own: a second "plateau" is "plateau_2"."""
+def _before_measured(name: str) -> float:
+    """Return the value of a signal that the host measures, before it has done so."""
+    return float("nan") if name.startswith("evaluation_") else 0.0
+
+
+def _with_own_names(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+    """Give each policy a name of its own: a second "plateau" is "plateau_2"."""
     named: list[Policy] = []
+    seen: list[str] = []
     for policy in policies:
-        count = 1 + [p.name for p in policies[: len(named)]].count(policy.name)
-        named.append(
-            policy._replace(name=f"{policy.name}_{count}") if count > 1 else policy
-        )
+        seen.append(policy.name)
+        count = seen.count(policy.name)
+        name = policy.name if count == 1 else f"{policy.name}_{count}"
+        named.append(policy._replace(name=name))
     return tuple(named)
 
 
-def _replaced(state: Any, controller: ControllerState) -> Any:
-    return dataclasses.replace(state, controller=controller)
+def _as_float32(values: Mapping[str, float]) -> dict[str, Any]:
+    return {name: jnp.float32(x) for name, x in values.items()}
+
+
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _as_arrays(tree: Any) -> Any:
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def _where(
@@ -739,21 +656,34 @@ def _where(
     new: Any,
     old: Any,
 ) -> Any:
-    """`new` where the condition holds, or where there is none."""
-    return (
-        new
-        if condition is None
-        else jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
-    )
+    """Return `new` where the condition holds, or where there is none."""
+    if condition is None:
+        return new
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def _as(
+def _check_moves(
+    policy: Policy,
+    moves: Mapping[str, Any],
+) -> None:
+    surplus = sorted(set(moves) - set(policy.moves))
+    if surplus:
+        raise RecipeError(
+            f"it moves {surplus[0]!r}, which is not among its moves",
+            where=policy.name,
+            remedy="name every knob that it moves in Policy.moves",
+        )
+
+
+def _as_before(
     after: Any,
     before: Any,
     name: str,
 ) -> Any:
-    """A policy's state with the dtypes that it had, or an error that says what
-    changed.
+    """Return a policy's state with the dtypes that it had.
+
+    Raises:
+      RecipeError: its structure or a shape has changed.
     """
     old: Any = jax.tree.structure(before)
     new = jax.tree.structure(after)

@@ -1,9 +1,9 @@
-"""What was decided in a run, by policies, by a person and by the host, as lines of
-`controller.jsonl`.
+"""The journal: the decisions of a run, as lines of `controller.jsonl`.
 
-A decision is a step in which a policy's contribution to a knob differs from the step
-before, or in which it asks for a skip, a stop and the like. The journal is derived from
-the steps' records, so it costs the devices nothing. Its lines, by kind:
+Policies decide, and so do a person and the host. A decision is a step in which a
+policy's contribution to a knob differs from the step before, or in which the policy
+asks for a skip, a stop and the like. The journal is derived from the steps' records, so
+it costs the devices nothing. Its lines, by kind:
 
 - "start": a fit began after "step"; the signals "watched" and the knobs that may be
   "moved".
@@ -14,11 +14,10 @@ the steps' records, so it costs the devices nothing. Its lines, by kind:
 - "motion": the same in each of the steps from "step" to "last"; "values" are the
   effective ones of each.
 - "live": a person's request, applied after "step": "request", "settings", "who", "pid".
-- "recipe": from "step" on the bases of the knobs in "settings" are what the recipe says
-  now, and not what the checkpoint had; NaN: the learning rate follows its schedule.
+- "recipe": from "step" on the bases of the knobs in "settings" are the recipe's present
+  values, not those of the checkpoint; NaN: the learning rate follows its schedule.
 - "rollback": after "step" the run went back "to" a step; "position" is where the data
-  goes on. Lines of steps later than that are of what is undone; `in_effect` leaves them
-  out.
+  goes on. Lines of later steps are undone by it; `in_effect` leaves them out.
 
 Values are float32, exact: replay.py makes the same run from them.
 """
@@ -27,34 +26,54 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from lepton_jax.controller.core import Controller, ControllerState
+from lepton_jax.controller.core import Controller
 from lepton_jax.controller.knobs import KNOBS
+from lepton_jax.controller.state import ControllerState
 from lepton_jax.monitor import Lines, encode, plain, read_events
 
 FILE = "controller.jsonl"
-SHOWN = 4  # signals beside a decision
-RECIPE = "recipe"  # who decided, where the recipe says otherwise than the checkpoint
+# signals next to a decision
+SHOWN = 4
+# the decider, where the recipe says otherwise than the checkpoint
+RECIPE = "recipe"
+
+
+class _Request(NamedTuple):
+    """A base of a knob that a person or the recipe has set.
+
+    Attributes:
+      after: the step after which it takes effect.
+      knob: the name of the knob.
+      base: its base from then on.
+      who: fields of the line about the person, or "who": `RECIPE`.
+    """
+
+    after: int
+    knob: str
+    base: float
+    who: dict[str, Any]
 
 
 class Journal:
-    """Derives the lines of a run from its records and appends them to its file.
+    """The decisions of a run, derived from its records and appended to its file.
 
     Args:
-      folder: of the run. None: nothing is written.
-      controller: whose decisions these are.
+      folder: the run's folder. None: nothing is written.
+      controller: the controller that decides.
       records: names of the columns of a record.
-      step, until: steps done, and at the end.
-      keep: lines of an older file that belong to this run's past; None: those of steps
-        up to `step`.
+      step: steps done.
+      until: steps at the end of the run.
+      keep: number of lines of an older file that belong to this run's past; None: those
+        of steps up to `step`.
 
     Attributes:
-      lines: in the file so far.
-      undone: lines that were cut off, each of them a person's request that is no longer
+      lines: number of lines in the file so far.
+      undone: lines that were cut off and are a person's requests, which are no longer
         in effect.
     """
 
@@ -77,9 +96,8 @@ class Journal:
         self._rows: list[np.ndarray] = []
         self._base: dict[str, float] = {}
         self._last: dict[str, float] = {}
-        # after which step, knob, base, who
-        self._asked: list[tuple[int, str, float, dict[str, Any]]] = []
-        self.undone = self._cut(keep)
+        self._requests: list[_Request] = []
+        self.undone = self._open(keep)
         self._first = step
         self._announced = False
         if controller.policies:
@@ -90,50 +108,56 @@ class Journal:
         state: Any,
         step: int,
     ) -> None:
-        """Decisions from here on are what differs from this state's. It waits for the
-        devices.
+        """Start from a state: decisions are differences from it.
+
+        It waits for the devices.
         """
-        held = state.controller
+        controller_state = state.controller
         self._step = step
         self._rows = []
         # a rollback undoes the others
-        self._asked = [asked for asked in self._asked if asked[0] <= step]
-        if not isinstance(held, ControllerState):
+        self._requests = [r for r in self._requests if r.after <= step]
+        if not isinstance(controller_state, ControllerState):
             self._columns = {}
             return
         knobs, base, contributions = jax.device_get(
-            (held.knobs, held.base, held.contributions)
+            (
+                controller_state.knobs,
+                controller_state.base,
+                controller_state.contributions,
+            )
         )
         self._base = {name: float(x) for name, x in base.items()}
-        names = [
-            f"{self.controller.policies[p].name}:{k}" for p, k in self.controller.moves
-        ]
-        self._last = {name: float(x) for name, x in knobs.items()} | dict(
-            zip(names, map(float, contributions), strict=True)
-        )
+        self._last = {name: float(x) for name, x in knobs.items()}
+        moves = zip(self.controller.moves, contributions, strict=True)
+        for (index, knob), contribution in moves:
+            policy = self.controller.policies[index].name
+            self._last[_column(policy, knob)] = float(contribution)
 
     def add(self, rows: np.ndarray) -> None:
-        """The records of the next steps, (steps, records), to be written by the next
-        `flush`.
+        """Add the records of the next steps, to be written by the next `flush`.
+
+        Args:
+          rows: (steps, records).
         """
         self._rows.append(rows)
 
     def flush(self) -> None:
-        """Write what was decided in the steps added so far."""
+        """Write the decisions of the steps added so far."""
         if not self._rows or not self._columns:
             return
         rows = np.concatenate(self._rows)
         self._rows = []
-        lines = sorted(
-            [*self._by_policies(rows), *self._by_nobody(rows)],
-            key=lambda line: line["step"],
-        )
+        lines = [*self._by_policies(rows), *self._by_others(rows)]
+        lines.sort(key=lambda line: line["step"])
+
         self._step += len(rows)
-        self._last = {name: float(rows[-1, self._columns[name]]) for name in self._last}
-        self._base |= {
-            knob: value for after, knob, value, _ in self._asked if after < self._step
-        }
-        self._asked = [asked for asked in self._asked if asked[0] >= self._step]
+        last = rows[-1]
+        self._last = {name: float(last[self._columns[name]]) for name in self._last}
+        for request in self._requests:
+            if request.after < self._step:
+                self._base[request.knob] = request.base
+        self._requests = [r for r in self._requests if r.after >= self._step]
         for line in lines:
             self._write(line)
 
@@ -144,147 +168,140 @@ class Journal:
         who: dict[str, Any],
         settings: dict[str, float],
     ) -> None:
-        """A person's request, applied after `step`."""
-        self._asked += [(step, knob, value, who) for knob, value in settings.items()]
-        self._write(
-            {
-                "kind": "live",
-                "step": step,
-                "request": request,
-                **({"settings": settings} if settings else {}),
-                **who,
-            }
-        )
+        """Write a person's request.
+
+        Args:
+          step: the step after which it is applied.
+          request: its kind.
+          who: fields of the line about the person.
+          settings: bases that are set, by knob.
+        """
+        self._ask(step, settings, who)
+        line = {"kind": "live", "step": step, "request": request}
+        if settings:
+            line["settings"] = settings
+        self._write(line | who)
 
     def given(
         self,
         step: int,
         settings: Mapping[str, float],
     ) -> None:
-        """The recipe's own values take effect after `step`, in place of the
-        checkpoint's.
+        """Write that the recipe's own values replace those of the checkpoint.
+
+        Args:
+          step: the step after which they take effect.
+          settings: bases by knob.
         """
-        for knob, value in settings.items():
-            self._asked.append(
-                (
-                    step,
-                    knob,
-                    value,
-                    {"who": RECIPE},
-                )
-            )
-        self._write(
-            {
-                "kind": "recipe",
-                "step": step,
-                "settings": dict(settings),
-            }
-        )
+        self._ask(step, settings, {"who": RECIPE})
+        self._write({"kind": "recipe", "step": step, "settings": dict(settings)})
 
     def rolled_back(self, **fields: Any) -> None:
-        """What is undone is flushed before."""
+        """Write a rollback, after the decisions that it undoes."""
         self.flush()
         self._write({"kind": "rollback", **fields})
 
     def movers(self, knob: str) -> list[str]:
-        """The policies that contribute to a knob, as of the last step that was
-        flushed.
-        """
-        found = [
-            self.controller.policies[p] for p, k in self.controller.moves if k == knob
-        ]
+        """List the policies that contribute to a knob in the last step flushed."""
         idle = {"multiply": 1.0, "least": np.inf, "any": 0.0}.get(
             KNOBS[knob].combine, np.nan
         )
-        last = {p.name: self._last[f"{p.name}:{knob}"] for p in found}
-        return [
-            name
-            for name, contribution in last.items()
-            if contribution != idle and not np.isnan(contribution)
-        ]
+        movers = []
+        for index, moved in self.controller.moves:
+            policy = self.controller.policies[index].name
+            if moved != knob:
+                continue
+            contribution = self._last[_column(policy, knob)]
+            if contribution != idle and not np.isnan(contribution):
+                movers.append(policy)
+        return movers
 
     def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    # ---- what is a decision ----
+    def _ask(
+        self,
+        step: int,
+        settings: Mapping[str, float],
+        who: Any,
+    ) -> None:
+        for knob, base in settings.items():
+            self._requests.append(_Request(step, knob, base, who))
+
+    # ---- which steps are decisions ----
 
     def _series(
         self,
         name: str,
         rows: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A column, and the same a step before."""
+        """Return a column, and the same a step before."""
         values = rows[:, self._columns[name]]
-        return values, np.concatenate(
-            [np.asarray([self._last[name]], np.float32), values[:-1]]
-        )
+        before = np.asarray([self._last[name]], np.float32)
+        return values, np.concatenate([before, values[:-1]])
 
     def _by_policies(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
-        for p, knob in self.controller.moves:
-            policy = self.controller.policies[p]
-            values, _ = self._series(f"{policy.name}:{knob}", rows)
+        for index, knob in self.controller.moves:
+            policy = self.controller.policies[index]
+            values, _ = self._series(_column(policy.name, knob), rows)
             for first, last in _runs(self._moved(policy.name, knob, rows)):
-                row = rows[last]
                 signals = {
-                    name: self._signal(name, row, last)
+                    name: self._signal(name, rows[last], last)
                     for name in policy.watches[:SHOWN]
                 }
-                yield self._line(
-                    policy.name,
-                    knob,
-                    rows,
-                    first,
-                    last,
-                    contribution=float(values[last]),
-                    signals=signals,
-                )
+                line = self._line(policy.name, knob, rows, first, last)
+                line["contribution"] = float(values[last])
+                line["signals"] = signals
+                yield line
 
-    def _by_nobody(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+    def _by_others(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        """Yield the changes of knobs that no policy decided."""
+        steps = np.arange(len(rows))
         for knob in self._base:
-            moved = _differ(*self._series(knob, rows))
-            for p, k in self.controller.moves:
-                moved &= (k != knob) | ~self._moved(
-                    self.controller.policies[p].name, k, rows
-                )
-            parts: list[tuple[int, float, dict[str, Any]]] = [
-                (
-                    0,
-                    self._base[knob],
-                    {},
-                )
-            ]
-            parts += [
-                (after - self._step, value, who)
-                for after, name, value, who in self._asked
-                if name == knob
-            ]
-            for (start, base, who), stop in zip(
-                parts,
-                [*(start for start, *_ in parts[1:]), len(rows)],
-                strict=True,
-            ):
-                inside = (np.arange(len(rows)) >= start) & (np.arange(len(rows)) < stop)
-                slowed = (
-                    not who
-                    and knob == "learning_rate"
-                    and "rate" in self.controller.limits
-                )
-                by = "schedule" if np.isnan(base) else "rollback" if slowed else "live"
-                more = who
-                if who.get("who") == RECIPE:
-                    by = by if np.isnan(base) else RECIPE
-                    more = {}
+            moved = self._moved_by_others(knob, rows)
+            spans = self._spans(knob)
+            stops = [*(span.after for span in spans[1:]), len(rows)]
+            for span, stop in zip(spans, stops, strict=True):
+                inside = (steps >= span.after) & (steps < stop)
+                decider, who = self._decider(span)
                 for first, last in _runs(moved & inside):
-                    yield self._line(
-                        by,
-                        knob,
-                        rows,
-                        first,
-                        last,
-                        **more,
-                    )
+                    yield self._line(decider, knob, rows, first, last) | who
+
+    def _moved_by_others(
+        self,
+        knob: str,
+        rows: np.ndarray,
+    ) -> np.ndarray:
+        """Return the steps in which a knob moved, but by no policy: (steps,) bool."""
+        moved = _differ(*self._series(knob, rows))
+        for index, own in self.controller.moves:
+            if own == knob:
+                policy = self.controller.policies[index].name
+                moved &= ~self._moved(policy, knob, rows)
+        return moved
+
+    def _spans(self, knob: str) -> list[_Request]:
+        """Return the bases of a knob; `after` is the first row under each."""
+        spans = [_Request(0, knob, self._base[knob], {})]
+        for request in self._requests:
+            if request.knob == knob:
+                spans.append(request._replace(after=request.after - self._step))
+        return spans
+
+    def _decider(self, span: _Request) -> tuple[str, dict[str, Any]]:
+        """Return who moves a knob in a span, and fields about the person."""
+        who = {} if span.who.get("who") == RECIPE else span.who
+        if np.isnan(span.base):
+            return "schedule", who
+        if span.who.get("who") == RECIPE:
+            return RECIPE, who
+        limited = span.knob == "learning_rate" and "rate" in self.controller.limits
+        if limited and not span.who:
+            return "rollback", who
+        return "live", who
 
     def _moved(
         self,
@@ -292,13 +309,11 @@ class Journal:
         knob: str,
         rows: np.ndarray,
     ) -> np.ndarray:
-        """In which steps a policy decided something about a knob: (steps,) bool."""
-        values, before = self._series(f"{policy}:{knob}", rows)
-        return (
-            np.nan_to_num(values) != 0
-            if KNOBS[knob].combine == "any"
-            else _differ(values, before)
-        )
+        """Return the steps in which a policy decided about a knob: (steps,) bool."""
+        values, before = self._series(_column(policy, knob), rows)
+        if KNOBS[knob].combine == "any":
+            return np.nan_to_num(values) != 0
+        return _differ(values, before)
 
     def _line(
         self,
@@ -307,24 +322,21 @@ class Journal:
         rows: np.ndarray,
         first: int,
         last: int,
-        **more: Any,
     ) -> dict[str, Any]:
+        """Return the line of a decision, or of a motion over several rows."""
         values, before = self._series(knob, rows)
-        several = (
-            {"last": self._step + last + 1, "values": values[first : last + 1].tolist()}
-            if last > first
-            else {}
-        )
-        return {
-            "kind": "motion" if several else "decision",
+        line: dict[str, Any] = {
+            "kind": "motion" if last > first else "decision",
             "step": self._step + first + 1,
             "policy": policy,
             "knob": knob,
             "from": float(before[first]),
             "to": float(values[last]),
-            **several,
-            **more,
         }
+        if last > first:
+            line["last"] = self._step + last + 1
+            line["values"] = values[first : last + 1].tolist()
+        return line
 
     def _signal(
         self,
@@ -335,38 +347,47 @@ class Journal:
         if name in self._columns:
             return float(row[self._columns[name]])
         step = self._step + index
-        progress = float(np.float32((step + 1) / max(self.until, 1)))
-        return {
+        progress = np.float32((step + 1) / max(self.until, 1))
+        unrecorded = {
             "step": step,
-            "progress": progress,
+            "progress": float(progress),
             "batch_size": self.controller.recipe.batch_size,
-        }[name]
+        }
+        return unrecorded[name]
 
     # ---- the file ----
 
-    def _cut(self, keep: int | None) -> list[dict[str, Any]]:
+    def _open(self, keep: int | None) -> list[dict[str, Any]]:
+        """Open an older file, if there is one, and cut it to this run's past.
+
+        Returns:
+          The lines that were cut off and are a person's requests.
+        """
         if self._path is None or not self._path.exists():
             return []
-        self._file, old = Lines(self._path), read_events(self._path)
+        self._file = Lines(self._path)
+        old = read_events(self._path)
         if keep is None:
-            keep = next(
-                (i for i, line in enumerate(old) if line["step"] > self._step), len(old)
-            )
-        self.lines, cut = min(keep, len(old)), self._file.cut(keep)
+            later = (i for i, line in enumerate(old) if line["step"] > self._step)
+            keep = next(later, len(old))
+        self.lines = min(keep, len(old))
+        cut = self._file.cut(keep)
+
         for line in old[:keep]:
-            # its effect is not written yet
+            # the effect of such a request is not written yet
             if line["kind"] == "live" and line["step"] == self._step:
-                who: dict[str, Any] = {k: line[k] for k in ("who", "pid") if k in line}
-                self._asked += [
-                    (self._step, knob, value, who)
-                    for knob, value in line.get("settings", {}).items()
-                ]
+                who = {name: line[name] for name in ("who", "pid") if name in line}
+                self._ask(self._step, line.get("settings", {}), who)
         if cut:
-            aside = Lines(self._path.parent / "set_aside" / FILE)
-            for text in cut:
-                aside.append(text)
-            aside.close()
+            self._set_aside(cut)
         return [line for line in old[keep:] if line["kind"] == "live"]
+
+    def _set_aside(self, texts: Iterable[Any]) -> None:
+        assert self._path is not None
+        aside = Lines(self._path.parent / "set_aside" / FILE)
+        for text in texts:
+            aside.append(text)
+        aside.close()
 
     def _announce(self) -> None:
         self._announced = True
@@ -394,7 +415,7 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a journal, oldest first.
+    """Read the lines of a journal, oldest first.
 
     Args:
       path: the file, or the run folder that holds it.
@@ -406,58 +427,69 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 
 def knobs_set_live(folder: Path) -> set[str]:
-    """Names of the knobs that somebody has set while the run of a folder went on."""
+    """Return the knobs that somebody has set while the run of a folder went on."""
     if not (folder / FILE).is_file():
         return set()
-    lines = in_effect(read_journal(folder))
-    return {
-        knob
-        for line in lines
-        if line["kind"] == "live"
-        for knob in line.get("settings", {})
-    }
+    knobs: set[str] = set()
+    for line in in_effect(read_journal(folder)):
+        if line["kind"] == "live":
+            knobs.update(line.get("settings", {}))
+    return knobs
 
 
 def in_effect(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without those that a rollback has undone; the rollbacks themselves
-    stay.
+    """Return the lines without those that a rollback has undone.
+
+    The rollbacks themselves stay. Example:
+
+      >>> lines = [
+      ...     {"kind": "decision", "step": 5, "knob": "skip", "to": 1.0},
+      ...     {"kind": "decision", "step": 9, "knob": "skip", "to": 1.0},
+      ...     {"kind": "rollback", "step": 12, "to": 8},
+      ... ]
+      >>> [(line["kind"], line["step"]) for line in in_effect(lines)]
+      [('decision', 5), ('rollback', 12)]
     """
-    kept: list[dict[str, Any]] = []
+    effective: list[dict[str, Any]] = []
     for line in lines:
         if line["kind"] == "rollback":
-            kept = [cut for cut in (_up_to(old, line["to"]) for old in kept) if cut]
-        kept.append(line)
-    return kept
+            shortened = [_up_to(old, line["to"]) for old in effective]
+            effective = [old for old in shortened if old is not None]
+        effective.append(line)
+    return effective
 
 
-def _up_to(line: dict[str, Any], step: int) -> dict[str, Any] | None:
-    """What of a line is of steps up to `step`."""
+def _up_to(
+    line: dict[str, Any],
+    step: int,
+) -> dict[str, Any] | None:
+    """Return the part of a line that is of steps up to `step`."""
     if line["kind"] == "rollback":
         return line if line["to"] <= step else None
     if line["step"] > step:
         return None
-    if line.get("last", 0) > step:
-        values = line["values"][: step - line["step"] + 1]
-        return {
-            **line,
-            "last": step,
-            "values": values,
-            "to": values[-1],
-        }
-    return line
+    if line.get("last", 0) <= step:
+        return line
+    values = line["values"][: step - line["step"] + 1]
+    return {**line, "last": step, "values": values, "to": values[-1]}
 
 
-def _differ(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _column(policy: str, knob: str) -> str:
+    """Name of the column that holds a policy's contributions to a knob."""
+    return f"{policy}:{knob}"
+
+
+def _differ(
+    left: np.ndarray,
+    right: np.ndarray,
+) -> np.ndarray:
     return (left != right) & ~(np.isnan(left) & np.isnan(right))
 
 
 def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, last) of each run of consecutive Trues."""
-    edges = np.flatnonzero(
-        np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
-    )
-    return zip(
-        edges[::2].tolist(),
-        (edges[1::2] - 1).tolist(),
-        strict=True,
-    )
+    """Return (first, last) of each run of consecutive Trues."""
+    padded = np.concatenate([[False], mask, [False]]).astype(np.int8)
+    edges = np.flatnonzero(np.diff(padded))
+    firsts = edges[::2]
+    lasts = edges[1::2] - 1
+    return zip(firsts.tolist(), lasts.tolist(), strict=True)

@@ -1,10 +1,16 @@
-"""The knobs: what policies may move while a run goes on, and how the moves of several
-combine.
+"""The knobs: the dynamic values of a train step, which policies may move.
 
-A knob's value in a step is its base (what the recipe says, or a person set since)
-combined with what each policy contributes in that step. Nothing is remembered but bases
-and the policies' own states, so that composition has an order only where policies set
-the same knob.
+The value of a knob in a step is its base (the recipe's value, or one that a person has
+set since) combined with the contributions of all policies in that step. Nothing is
+remembered but the bases and the policies' own states, so the order of policies matters
+only where several set the same knob.
+
+>>> float(combined("learning_rate", 0.1, [0.5, 2.0, 0.5]))  # factors multiply
+0.05000000074505806
+>>> float(combined("clip_norm", 1.0, [3.0, 0.7]))  # the least counts
+0.699999988079071
+>>> float(combined("accumulate", 1.0, [4.0, math.nan]))  # NaN leaves it alone
+4.0
 """
 
 from __future__ import annotations
@@ -22,11 +28,13 @@ class Knob(NamedTuple):
     """A dynamic value of the train step.
 
     Attributes:
-      combine: "multiply" (contributions are factors of the base), "least" (the smallest
-        of them and the base), "set" (the last contribution that is no NaN, else the
-        base), "any" (whether one of them is not zero; it has no base).
-      lowest, highest: what a person may set it to.
-      meaning: in a line.
+      combine: how contributions combine with the base. "multiply": they are factors of
+        it. "least": the smallest of them and the base counts. "set": the last
+        contribution that is no NaN counts, else the base. "any": whether one of them is
+        not zero; there is no base.
+      lowest: the lowest value that a person may set.
+      highest: the highest value that a person may set.
+      meaning: the meaning in one line.
     """
 
     combine: str
@@ -112,28 +120,33 @@ KNOBS = {
     "stop": Knob("any", 0, 0, "the run ends with this step"),
     "rollback": Knob("any", 0, 0, "the run goes back to its last good checkpoint"),
 }
+# knobs that only take whole numbers
 WHOLE = ("accumulate", "optimizer")
+# (value so far, contribution) to the value
 COMBINE: dict[str, Callable[[Any, Any], Any]] = {
     "multiply": lambda value, c: value * c,
     "least": jnp.minimum,
     "set": lambda value, c: jnp.where(jnp.isnan(c), value, c),
     "any": lambda value, c: jnp.maximum(value, (c != 0) * 1.0),
 }
-NEUTRAL = {
-    "multiply": 1.0,
-    "least": math.inf,
-    "set": math.nan,
-    "any": 0.0,
-}
+NEUTRAL = {"multiply": 1.0, "least": math.inf, "set": math.nan, "any": 0.0}
 
 
 def neutral(name: str) -> float:
-    """The contribution of a policy that leaves a knob alone."""
+    """Return the contribution that leaves a knob alone."""
     return NEUTRAL[KNOBS[name].combine]
 
 
 def known(name: str, where: str) -> str:
-    """`name`, if there is such a knob."""
+    """Return `name` if there is such a knob.
+
+    Args:
+      name: the name of a knob.
+      where: the place that names it, for the error.
+
+    Raises:
+      RecipeError: there is no such knob.
+    """
     if name not in KNOBS:
         raise RecipeError(
             f"there is no knob {name!r}{nearest(str(name), KNOBS)}",
@@ -149,19 +162,21 @@ def combined(
     contributions: Iterable[Any],
     absolute: Iterable[Any] = (),
 ) -> Any:
-    """A knob's value in a step, float32: the last of `absolute` that is no NaN, else
-    base and contributions as they combine.
+    """Return the value of a knob in a step, float32.
+
+    Args:
+      name: the name of the knob.
+      base: its base.
+      contributions: contributions that combine with the base.
+      absolute: values in place of all that; the last one that is no NaN counts.
     """
     value = jnp.asarray(base, jnp.float32)
+    combine = COMBINE[KNOBS[name].combine]
     for contribution in contributions:
-        contribution = jnp.asarray(contribution, jnp.float32)
-        value = COMBINE[KNOBS[name].combine](value, contribution)
+        value = combine(value, jnp.asarray(contribution, jnp.float32))
     for contribution in absolute:
-        value = jnp.where(
-            jnp.isnan(contribution),
-            value,
-            jnp.asarray(contribution, jnp.float32),
-        )
+        is_neutral = jnp.isnan(contribution)
+        value = jnp.where(is_neutral, value, jnp.asarray(contribution, jnp.float32))
     return value
 
 
@@ -170,13 +185,19 @@ def settable(
     text: str,
     present: Mapping[str, Any],
 ) -> float:
-    """The value that a person asks for, checked.
+    """Check the value that a person asks for, and return it.
+
+    Args:
+      name: the name of the knob.
+      text: the value.
+      present: the knobs of this run.
 
     Raises:
-      SettingError: no such knob, not one of this run's, no number, or out of range.
+      SettingError: there is no such knob, this run does not have it, the value is no
+        number, or it is out of range.
     """
     if name not in KNOBS or KNOBS[name].combine == "any":
-        usable = [n for n, k in KNOBS.items() if k.combine != "any"]
+        usable = [n for n, knob in KNOBS.items() if knob.combine != "any"]
         raise SettingError(
             f"there is no knob {name!r} to set{nearest(name, usable)}",
             where=name,
@@ -191,19 +212,24 @@ def settable(
                 f" this one can set {', '.join(present) or 'none'}"
             ),
         )
-    knob = KNOBS[name]
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    uneven = name in WHOLE and not value.is_integer()
-    if not knob.lowest <= value <= knob.highest or math.isinf(value) or uneven:
+    if not _is_allowed(name, value):
+        knob = KNOBS[name]
+        kind = "a whole number" if name in WHOLE else "a number"
+        upper = f" to {knob.highest:g}" if math.isfinite(knob.highest) else ""
         raise SettingError(
             f"{name} can't be {text!r}",
             where=name,
-            remedy=(
-                f"give a {'whole ' if name in WHOLE else ''}number from {knob.lowest:g}"
-            )
-            + (f" to {knob.highest:g}" if math.isfinite(knob.highest) else ""),
+            remedy=f"give {kind} from {knob.lowest:g}{upper}",
         )
     return value
+
+
+def _is_allowed(name: str, value: float) -> bool:
+    knob = KNOBS[name]
+    if math.isinf(value) or not knob.lowest <= value <= knob.highest:
+        return False
+    return name not in WHOLE or value.is_integer()

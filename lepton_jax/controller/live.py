@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lepton_jax.controller.core import Controller, set_base, slowed
+from lepton_jax.controller.core import Controller
 from lepton_jax.controller.knobs import settable
+from lepton_jax.controller.state import set_base, with_rate_factor
 from lepton_jax.errors import SettingError, nearest
 
 REQUESTS = ("set", "save", "evaluate", "pause", "resume", "stop", "status")
@@ -98,7 +99,7 @@ def with_bases(
     if "learning_rate" in bases:
         # The person gets the number asked for, whatever rollbacks made of the rate
         # before.
-        state = slowed(state, 1.0)
+        state = with_rate_factor(state, 1.0)
     return state
 
 

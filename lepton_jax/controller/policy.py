@@ -8,29 +8,32 @@ from typing import Any, NamedTuple
 
 from lepton_jax.errors import RecipeError
 
+# parts of names; a signal whose name holds one of them is better when it is lower
+LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "norm")
+
 
 class Policy(NamedTuple):
-    """One rule from what is measured to what is done about it: two pure functions.
+    """One rule from signals to knobs: two pure functions.
 
     Attributes:
-      name: as the journal calls it.
+      name: the policy's name in the journal.
       init: () to the policy's state, a pytree of scalars.
       update: (signals, state) to (moves, state). `signals` maps names to float32
         scalars, measured after the gradient and before the update that the moves
-        decide; `moves` maps each name in `moves` to a contribution, float32: what it
-        means is the knob's `combine` (see `KNOBS`). A name that is left out is left
-        alone.
-      watches: the signals that it reads (see `SIGNALS`); the first four stand in the
-        journal beside its moves.
+        decide. `moves` maps names in `moves` to contributions, float32; the knob's
+        `combine` says what a contribution means (see `KNOBS`). A knob that is left out
+        is left alone.
+      watches: the signals that it reads (see `SIGNALS`); the journal shows the first
+        four next to its moves.
       moves: the knobs that it may move.
-      limits: what the host keeps to: "rollbacks" at most, "rate" factor of the learning
-        rate at each (see rollback.py), "patience" steps for which the run was lost
-        before it asks; "jumps" maps a step to the position at which the data goes on
-        after it.
-      absolute: its contributions are the knobs' values themselves, whatever else
-        contributes; NaN leaves a knob alone.
-      check: (recipe, its `Optimizer`), raises a RecipeError for one that it can't
-        drive.
+      limits: bounds that the host keeps. "rollbacks": their greatest number; "rate":
+        factor of the learning rate at each of them (see train/recovery.py);
+        "patience": steps for which the run was lost before the policy asks for one;
+        "jumps": a step to the position at which the data goes on after it.
+      absolute: whether its contributions are the values of the knobs themselves,
+        whatever else contributes; NaN leaves a knob alone.
+      check: (recipe, its `Optimizer`); raises a RecipeError for a recipe that the
+        policy can't drive.
     """
 
     name: str
@@ -44,55 +47,67 @@ class Policy(NamedTuple):
 
 
 def chain(*policies: Any) -> tuple[Policy, ...]:
-    """Policies, and chains of them, as one chain: each sees the same signals; their
-    moves combine as each knob says.
+    """Join policies, and chains of them, into one chain.
+
+    Each policy sees the same signals. The moves of several combine as each knob says.
     """
-    found: list[Policy] = []
+    chained: list[Policy] = []
     for policy in policies:
-        found += [policy] if isinstance(policy, Policy) else chain(*policy)
-    return tuple(found)
+        chained += [policy] if isinstance(policy, Policy) else chain(*policy)
+    return tuple(chained)
 
 
-def checked(
+def check_range(
     policy: str,
     lowest: float,
     highest: float,
     *,
     whole: bool = False,
-    **given: Any,
+    **arguments: Any,
 ) -> None:
-    """Raises a RecipeError for an argument of a policy that is no number from `lowest`
-    to `highest`.
+    """Check that arguments of a policy are numbers within a range.
 
     Args:
-      policy: the function's name.
-      whole: whether it must be a whole number.
-      given: the arguments by name; None stands for "not given" and passes.
+      policy: the name of the policy's function.
+      lowest: the least number that is allowed.
+      highest: the greatest number that is allowed.
+      whole: whether the arguments must be whole numbers.
+      **arguments: the arguments by name; None stands for "not given" and passes.
+
+    Raises:
+      RecipeError: an argument is no number, or out of range.
     """
-    for name, value in given.items():
-        number = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and (not whole or value == int(value))
+    for name, value in arguments.items():
+        if value is None or _is_within(value, lowest, highest, whole):
+            continue
+        kind = "a whole number" if whole else "a number"
+        bounds = f"from {lowest:g} to {highest:g}"
+        if math.isinf(highest):
+            bounds = f"of at least {lowest:g}"
+        raise RecipeError(
+            f"{name} is {value!r}",
+            where=f"controllers.{policy}",
+            remedy=f"give {kind} {bounds}",
         )
-        if value is not None and not (number and lowest <= value <= highest):
-            kind = "a whole number" if whole else "a number"
-            raise RecipeError(
-                f"{name} is {value!r}",
-                where=f"controllers.{policy}",
-                remedy=f"give {kind} "
-                + (
-                    f"of at least {lowest:g}"
-                    if math.isinf(highest)
-                    else f"from {lowest:g} to {highest:g}"
-                ),
-            )
 
 
-def falls(signal: str) -> bool:
-    """Whether less of a signal is better: of losses, errors, norms and perplexities; of
-    other metrics more is.
+def _is_within(
+    value: Any,
+    lowest: float,
+    highest: float,
+    whole: bool,
+) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if whole and value != int(value):
+        return False
+    return lowest <= value <= highest
+
+
+def is_better_lower(signal: str) -> bool:
+    """Whether a lower value of a signal is better.
+
+    It is for losses, errors, norms and perplexities. For other metrics a higher value
+    is better.
     """
-    return any(
-        word in signal for word in ("loss", "error", "perplexity", "mse", "mae", "norm")
-    )
+    return any(part in signal for part in LOWER_IS_BETTER)

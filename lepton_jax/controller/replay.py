@@ -1,4 +1,4 @@
-"""A run again, from its journal."""
+"""The repetition of a run from its journal."""
 
 from __future__ import annotations
 
@@ -16,22 +16,38 @@ from lepton_jax.errors import DataError
 
 
 def replay(journal: str | Path | Iterable[dict[str, Any]]) -> Policy:
-    """A journal as a fixed schedule: in a recipe that is otherwise the same it makes
-    the same run, to the bit.
+    """Return a policy that repeats a run from its journal, to the bit.
 
-    It gives each knob, in each step, the effective value that the journal has, a
-    person's changes included; where a rollback skipped data, the data goes on behind
-    it. It watches what was watched, so that XLA makes the same of the rest of the step.
+    The recipe must be the same but for its policies. The policy gives each knob, in
+    each step, the effective value that the journal has, a person's changes included.
+    Where a rollback skipped data, the data goes on behind it. The policy watches the
+    same signals as the run did, so that XLA compiles the rest of the step to the same
+    program.
 
     Args:
       journal: a run folder, its `controller.jsonl`, or lines as `read_journal` gives
         them.
 
     Raises:
-      DataError: there is no journal, it is damaged, or nothing stands in it.
+      DataError: there is no journal, it is damaged, or it is empty.
+
+    Example:
+      >>> lines = [
+      ...     {"kind": "start", "step": 0, "watched": ["loss"], "moved": ["skip"]},
+      ...     {"kind": "decision", "step": 2, "knob": "skip", "to": 1.0},
+      ... ]
+      >>> policy = replay(lines)
+      >>> state = policy.init()
+      >>> for _ in range(3):
+      ...     moves, state = policy.update({}, state)
+      ...     print(float(moves["skip"]))
+      0.0
+      1.0
+      0.0
     """
     path = journal if isinstance(journal, str | Path) else None
-    lines = in_effect(read_journal(path) if path is not None else journal)  # type: ignore[arg-type]
+    lines = read_journal(journal) if isinstance(journal, str | Path) else journal
+    lines = in_effect(lines)
     start = next((line for line in lines if line["kind"] == "start"), None)
     if start is None:
         raise DataError(
@@ -39,28 +55,22 @@ def replay(journal: str | Path | Iterable[dict[str, Any]]) -> Policy:
             where=path,
             remedy="name the folder of a run with policies",
         )
-    tables = {
-        knob: _table(knob, lines)
-        for knob in dict.fromkeys(
-            [*start["moved"], *(line["knob"] for line in lines if "knob" in line)]
-        )
-        if knob != "rollback"
-    }
+    tables = _tables(start["moved"], lines)
 
-    def init() -> Any:
-        return jnp.int32(start["step"])
+    def update(
+        signals: Mapping[str, Any],
+        done: Any,
+    ) -> tuple[dict[str, Any], Any]:
+        moves = {}
+        for knob, (steps, values) in tables.items():
+            moves[knob] = _at(knob, steps, values, done + 1)
+        return moves, done + 1
 
-    def update(signals: Mapping[str, Any], done: Any) -> tuple[dict[str, Any], Any]:
-        return {
-            knob: _at(knob, *table, done + 1) for knob, table in tables.items()
-        }, done + 1
-
-    jumps = {
-        line["to"]: line["position"] for line in lines if line["kind"] == "rollback"
-    }
+    rollbacks = [line for line in lines if line["kind"] == "rollback"]
+    jumps = {line["to"]: line["position"] for line in rollbacks}
     return Policy(
         "replay",
-        init,
+        lambda: jnp.int32(start["step"]),
         update,
         tuple(start["watched"]),
         tuple(tables),
@@ -69,14 +79,30 @@ def replay(journal: str | Path | Iterable[dict[str, Any]]) -> Policy:
     )
 
 
-def _table(knob: str, lines: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, int32, and the value that a knob has from each of them on, float32."""
-    found: dict[int, float] = {}
+def _tables(
+    moved: list[str],
+    lines: list[dict[str, Any]],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the table of each knob that may be moved, or was."""
+    lived = [line["knob"] for line in lines if "knob" in line]
+    knobs = dict.fromkeys([*moved, *lived])
+    knobs.pop("rollback", None)
+    return {knob: _table(knob, lines) for knob in knobs}
+
+
+def _table(
+    knob: str,
+    lines: list[dict[str, Any]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps, int32, and the value of a knob from each of them on, float32."""
+    by_step: dict[int, float] = {}
     for line in lines:
         if line.get("knob") == knob and line["kind"] in ("decision", "motion"):
-            found |= dict(enumerate(line.get("values", [line["to"]]), line["step"]))
-    steps = np.array(sorted(found), np.int32)
-    return steps, np.array([found[step] for step in sorted(found)], np.float32)
+            values = line.get("values", [line["to"]])
+            by_step |= dict(enumerate(values, line["step"]))
+    steps = sorted(by_step)
+    values = [by_step[step] for step in steps]
+    return np.array(steps, np.int32), np.array(values, np.float32)
 
 
 def _at(
@@ -85,18 +111,13 @@ def _at(
     values: np.ndarray,
     step: Any,
 ) -> Any:
-    """The value of a knob in a step; NaN before the first that the journal has."""
+    """Return the value of a knob in a step; NaN before the first in the journal."""
+    lasts_a_step = KNOBS[knob].combine == "any"
     if not len(steps):
-        return jnp.float32(0 if KNOBS[knob].combine == "any" else jnp.nan)
+        return jnp.float32(0 if lasts_a_step else jnp.nan)
     index = jnp.searchsorted(steps, step, side="right") - 1
-    if KNOBS[knob].combine == "any":
-        return jnp.where(
-            jnp.asarray(steps)[index] == step,
-            jnp.asarray(values)[index],
-            0.0,
-        )
-    return jnp.where(
-        index < 0,
-        jnp.nan,
-        jnp.asarray(values)[index],
-    )
+    if lasts_a_step:
+        hit = jnp.asarray(steps)[index] == step
+        return jnp.where(hit, jnp.asarray(values)[index], 0.0)
+    before = index < 0
+    return jnp.where(before, jnp.nan, jnp.asarray(values)[index])

@@ -1,10 +1,24 @@
-"""What a step measures for its policies; only what some policy watches is computed.
+"""The signals: the numbers that a step measures for its policies.
 
-Noise scale: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training",
-appendix A. B_simple = tr(S) / |G|^2, in samples, where |G|^2 is the squared norm of the
-true gradient and tr(S) the variance of one sample's; both come from the squared norms
-of two estimates of the gradient with different numbers of samples, and are smoothed
-before the division.
+Only signals that some policy watches are computed.
+
+The noise scale is the number of samples at which half of the benefit of each sample is
+left: B = tr(S) / |G|^2, where |G|^2 is the squared norm of the true gradient and tr(S)
+the variance of one sample's gradient (McCandlish et al. 2018, "An Empirical Model of
+Large-Batch Training", appendix A). Neither is known, but the squared norm of the mean
+gradient of b samples is |G|^2 + tr(S) / b on average. Two batch sizes give both, as in
+this example: a batch of b = 64 samples in 4 micro-batches of m = 16, with |G|^2 = 2 and
+tr(S) = 32.
+
+>>> big = 2 + 32 / 64  # squared norm of the batch's gradient, on average
+>>> small = 2 + 32 / 16  # mean squared norm of the micro-batches' gradients
+>>> signals = Signals(["noise_scale"], [], batch_size=64, micro_batches=4)
+>>> squared, variance = signals._noise_of_parts(big, small)
+>>> squared, variance, variance / squared
+(2.0, 32.0, 16.0)
+
+Both estimates are noisy, and are smoothed before the division. Where there is one
+micro-batch alone, |G|^2 comes from the product of successive steps' gradients.
 """
 
 from __future__ import annotations
@@ -78,17 +92,33 @@ SIGNALS = {
     ),
 }
 FED = ("evaluations", "seconds", "price", "data_wait")
-# of the gradients' sum: the square root of Adam's usual b2, as in Prodigy
+# decay of the gradients' sum: the square root of Adam's usual b2, as in Prodigy
 MEMORY = 0.9995
-# decays of the moving means
+# decays of the moving means of the loss; assumption
 QUICK = 0.9
 SLOW = 0.98
+# decay of the moving means behind the noise scale; assumption
 NOISE = 0.95
+# by how many steps a moving mean with decay d lags behind a line: 1 / (1 - d). The
+# slow mean lags behind the quick one by the difference of both
+LAG = 1 / (1 - SLOW) - 1 / (1 - QUICK)
+# the least divisor of a norm, and of a correction for the start at 0
+TINY = 1e-30
+CORRECTED = 1e-6
+# the signals that need a norm of the gradient, whether it is watched or not
+FROM_NORM = frozenset(("finite", "noise_scale"))
+# the signals that need an anchor
+FROM_ANCHOR = frozenset(("distance", "gradient_dot_distance"))
 
 
 class Smoothed(NamedTuple):
-    """Moving means without their correction for the start: float32 (), and how many
-    losses went in.
+    """Moving means of the loss, not corrected for their start at 0, float32 ().
+
+    Attributes:
+      quick: the quick mean.
+      slow: the slow mean.
+      squares: the slow mean of the squared loss.
+      count: losses that went in, int32 ().
     """
 
     quick: Any
@@ -98,8 +128,13 @@ class Smoothed(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Moving means of |G|^2 and tr(S), and of the gradient where there are no
-    micro-batches.
+    """Moving means behind the noise scale.
+
+    Attributes:
+      squared: mean of |G|^2, float32 ().
+      variance: mean of tr(S), float32 ().
+      gradient: mean of the gradient where there are no micro-batches, else ().
+      count: steps that went in, int32 ().
     """
 
     squared: Any
@@ -108,8 +143,15 @@ class Noise(NamedTuple):
     count: Any
 
 
-def known(name: str, metrics: Iterable[str]) -> str:
-    """`name`, if it is a signal of a recipe with these metrics."""
+def known(
+    name: str,
+    metrics: Iterable[str],
+) -> str:
+    """Return `name` if it is a signal of a recipe with these metrics.
+
+    Raises:
+      RecipeError: there is no such signal.
+    """
     evaluated = [f"evaluation_{m}" for m in ("loss", *metrics)]
     names = [*SIGNALS, *metrics, *evaluated]
     if name not in names and not name.startswith(("gradient_norm/", "parameter_norm/")):
@@ -126,8 +168,15 @@ class Signals:
 
     Args:
       watched: names of signals.
-      metrics: the recipe's.
-      batch_size, micro_batches: samples of a step, and in how many parts they come.
+      metrics: names of the recipe's metrics.
+      batch_size: samples of a step.
+      micro_batches: the number of parts in which a step takes them.
+
+    Attributes:
+      watched: the names of the signals, each once.
+      by_micro_batch: whether the noise scale comes from micro-batches.
+      needs_anchor: whether a signal needs an anchor.
+      fed: the watched signals that the host measures.
     """
 
     def __init__(
@@ -138,43 +187,40 @@ class Signals:
         micro_batches: int,
     ):
         self.metrics = tuple(metrics)
-        self.watched = tuple(
-            dict.fromkeys(known(name, self.metrics) for name in watched)
-        )
+        checked = [known(name, self.metrics) for name in watched]
+        self.watched = tuple(dict.fromkeys(checked))
         self.batch_size = batch_size
         self.micro_batches = micro_batches
         self.by_micro_batch = "noise_scale" in self.watched and micro_batches > 1
-        self.needs_anchor = bool(
-            {"distance", "gradient_dot_distance"} & set(self.watched)
-        )
+        self.needs_anchor = not FROM_ANCHOR.isdisjoint(self.watched)
         self.fed = tuple(
-            n for n in self.watched if n in FED or n.startswith("evaluation_")
+            name
+            for name in self.watched
+            if name in FED or name.startswith("evaluation_")
         )
 
     def init(self, params: Any) -> dict[str, Any]:
-        """The state of the moving means."""
+        """Return the state of the moving means before the first step."""
+
+        def zero() -> Any:
+            return jnp.float32(0)
+
+        def zeros() -> Any:
+            return jax.tree.map(jnp.zeros_like, params)
+
         state: dict[str, Any] = {}
-        zero = lambda: jnp.float32(0)
-        if {"loss_mean", "loss_variance", "loss_trend"} & set(self.watched):
-            state["loss"] = Smoothed(
-                zero(),
-                zero(),
-                zero(),
-                jnp.int32(0),
-            )
-        if "noise_scale" in self.watched:
-            state["noise"] = Noise(
-                zero(),
-                zero(),
-                () if self.by_micro_batch else jax.tree.map(jnp.zeros_like, params),
-                jnp.int32(0),
-            )
-        if {"update_norm", "cosine"} & set(self.watched):
+        if self._watches("loss_mean", "loss_variance", "loss_trend"):
+            state["loss"] = Smoothed(zero(), zero(), zero(), jnp.int32(0))
+        if self._watches("noise_scale"):
+            gradient = () if self.by_micro_batch else zeros()
+            state["noise"] = Noise(zero(), zero(), gradient, jnp.int32(0))
+        if self._watches("update_norm", "cosine"):
             state["update_norm"] = zero()
-        if "gradient_sum_norm" in self.watched:
-            state["gradient_sum"] = jax.tree.map(jnp.zeros_like, params)
-        if "cosine" in self.watched:
-            state |= {"cosine": zero(), "update": jax.tree.map(jnp.zeros_like, params)}
+        if self._watches("gradient_sum_norm"):
+            state["gradient_sum"] = zeros()
+        if self._watches("cosine"):
+            state["cosine"] = zero()
+            state["update"] = zeros()
         return state
 
     def measure(
@@ -186,67 +232,49 @@ class Signals:
         anchor: Any,
         parts: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The signals of a step, and the state after it.
+        """Measure the signals of a step.
 
         Args:
-          given: "step", "updates", "progress", "loss", the metrics and what the host
-            fed.
+          state: the state of the moving means before it.
+          given: "step", "updates", "progress", "loss", the metrics and the values that
+            the host measured.
+          params: the parameters before the update.
           gradients: the mean gradient of the batch.
           anchor: parameters, or ().
           parts: mean squared norm of the micro-batches' gradients, where
-            `by_micro_batch`.
+            `by_micro_batch`; else None.
+
+        Returns:
+          The signals, and the state after the step but for its update (see `updated`).
         """
         after = dict(state)
         values = {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
-        for name in {*self.watched, "gradient_norm"} if self._norm else self.watched:
-            kind, _, prefix = name.partition("/")
-            if kind in ("gradient_norm", "parameter_norm"):
-                values[name] = norm(
-                    gradients if kind == "gradient_norm" else params, prefix
-                )
+        values |= self._norms(params, gradients)
         if "finite" in self.watched:
-            values["finite"] = jnp.isfinite(values["gradient_norm"]).astype(jnp.float32)
+            finite = jnp.isfinite(values["gradient_norm"])
+            values["finite"] = finite.astype(jnp.float32)
         if "loss" in state:
-            more, after["loss"] = _smooth(state["loss"], values["loss"])
-            values |= more
+            smoothed, after["loss"] = _smooth(state["loss"], values["loss"])
+            values |= smoothed
         if "noise" in state:
             values["noise_scale"], after["noise"] = self._noise(
                 state["noise"], gradients, values["gradient_norm"] ** 2, parts
             )
         if "parameter_rms" in self.watched:
-            values["parameter_rms"] = (
-                norm(params) / sum(x.size for x in jax.tree.leaves(params)) ** 0.5
-            )
+            size = sum(x.size for x in jax.tree.leaves(params))
+            values["parameter_rms"] = norm(params) / size**0.5
         if "gradient_sum" in state:
             weight = values.get("gradient_weight", 1.0)
-            total = jax.tree.map(
-                lambda s, g: MEMORY * s + (weight * g).astype(s.dtype),
-                state["gradient_sum"],
-                gradients,
-            )
-            values["gradient_sum_norm"] = sum(
-                (jnp.abs(x).astype(jnp.float32).sum() for x in jax.tree.leaves(total)),
-                jnp.float32(0),
-            )
-            usable = jnp.isfinite(values["gradient_sum_norm"])
-            after["gradient_sum"] = jax.tree.map(
-                lambda n, o: jnp.where(usable, n, o),
-                total,
-                state["gradient_sum"],
+            values["gradient_sum_norm"], after["gradient_sum"] = _gradient_sum(
+                state["gradient_sum"], gradients, weight
             )
         if self.needs_anchor:
-            away = jax.tree.map(
-                jnp.subtract,
-                anchor,
-                params,
-            )
-            values |= {
-                "distance": norm(away),
-                "gradient_dot_distance": dot(gradients, away),
-            }
-        values |= {
-            name: state[name] for name in ("update_norm", "cosine") if name in state
-        }
+            away = jax.tree.map(jnp.subtract, anchor, params)
+            values["distance"] = norm(away)
+            values["gradient_dot_distance"] = dot(gradients, away)
+        for name in ("update_norm", "cosine"):
+            if name in state:
+                values[name] = state[name]
         return values, after
 
     def updated(
@@ -256,38 +284,47 @@ class Signals:
         after: Any,
         applied: Any,
     ) -> dict[str, Any]:
-        """The state after parameters went from `before` to `after`, which they did if
-        `applied`.
+        """Return the state after an update.
+
+        Args:
+          state: the state that `measure` returned.
+          before: the parameters before the update.
+          after: the parameters after it.
+          applied: whether there was an update, bool ().
         """
         if "update_norm" not in state:
             return state
-        updates = jax.tree.map(
-            jnp.subtract,
-            after,
-            before,
-        )
+        updates = jax.tree.map(jnp.subtract, after, before)
         size = norm(updates)
         fresh = {"update_norm": size}
         if "cosine" in state:
-            fresh |= {
-                "cosine": (
-                    dot(updates, state["update"])
-                    / jnp.maximum(size * norm(state["update"]), 1e-30)
-                ),
-                "update": updates,
-            }
-        return {
-            **state,
-            **jax.tree.map(
-                lambda n, o: jnp.where(applied, n, o),
-                fresh,
-                {k: state[k] for k in fresh},
-            ),
-        }
+            product = dot(updates, state["update"])
+            sizes = size * norm(state["update"])
+            fresh["cosine"] = product / jnp.maximum(sizes, TINY)
+            fresh["update"] = updates
+        old = {name: state[name] for name in fresh}
+        return state | _where(applied, fresh, old)
 
-    @property
-    def _norm(self) -> bool:
-        return bool({"finite", "noise_scale"} & set(self.watched))
+    def _watches(self, *names: str) -> bool:
+        return any(name in self.watched for name in names)
+
+    def _norms(
+        self,
+        params: Any,
+        gradients: Any,
+    ) -> dict[str, Any]:
+        """Return the global norms that are watched or needed."""
+        names = [*self.watched]
+        if not FROM_NORM.isdisjoint(names):
+            names.append("gradient_norm")
+        trees = {"gradient_norm": gradients, "parameter_norm": params}
+        norms = {}
+        # in one order in every process: a program must be the same on all hosts
+        for name in dict.fromkeys(names):
+            kind, _, prefix = name.partition("/")
+            if kind in trees:
+                norms[name] = norm(trees[kind], prefix)
+        return norms
 
     def _noise(
         self,
@@ -296,42 +333,73 @@ class Signals:
         big: Any,
         parts: Any,
     ) -> tuple[Any, Noise]:
-        size = self.batch_size
+        """Return the noise scale and the moving means after this step.
+
+        Args:
+          state: the moving means before it.
+          gradients: the mean gradient of the batch.
+          big: its squared norm.
+          parts: the mean squared norm of the micro-batches' gradients, or None.
+        """
         first = state.count == 0
+        mean: Any = ()
         if self.by_micro_batch:
-            small = size / self.micro_batches
-            squared = (size * big - small * parts) / (size - small)
-            variance = (parts - big) / (1 / small - 1 / size)
-            mean: Any = ()
-        # the mean of earlier gradients has other samples' noise: its product with this
-        # one has none
+            squared, variance = self._noise_of_parts(big, parts)
         else:
-            past = 1 - NOISE ** state.count.astype(jnp.float32)
-            squared = dot(gradients, state.gradient) / jnp.maximum(past, 1e-6)
-            variance = size * (big - squared)
+            squared, variance = self._noise_of_steps(state, gradients, big)
             mean = jax.tree.map(
                 lambda m, g: NOISE * m + (1 - NOISE) * g,
                 state.gradient,
                 gradients,
             )
-            squared, variance = (jnp.where(first, 0.0, x) for x in (squared, variance))
+            squared = jnp.where(first, 0.0, squared)
+            variance = jnp.where(first, 0.0, variance)
         fresh = Noise(
-            NOISE * state.squared + (1 - NOISE) * squared,
-            NOISE * state.variance + (1 - NOISE) * variance,
-            mean,
-            state.count + 1,
+            squared=NOISE * state.squared + (1 - NOISE) * squared,
+            variance=NOISE * state.variance + (1 - NOISE) * variance,
+            gradient=mean,
+            count=state.count + 1,
         )
         usable = jnp.isfinite(big) & (parts is None or jnp.isfinite(parts))
-        after = jax.tree.map(
-            lambda n, o: jnp.where(usable, n, o),
-            fresh,
-            state,
-        )
-        return jnp.maximum(after.variance, 0) / jnp.maximum(after.squared, 1e-30), after
+        after = _where(usable, fresh, state)
+        trace = jnp.maximum(after.variance, 0)
+        return trace / jnp.maximum(after.squared, TINY), after
+
+    def _noise_of_parts(
+        self,
+        big: Any,
+        small: Any,
+    ) -> tuple[Any, Any]:
+        """Estimate |G|^2 and tr(S) from a batch and its micro-batches."""
+        b = self.batch_size
+        m = b / self.micro_batches
+        squared = (b * big - m * small) / (b - m)
+        variance = (small - big) / (1 / m - 1 / b)
+        return squared, variance
+
+    def _noise_of_steps(
+        self, state: Noise, gradients: Any, big: Any
+    ) -> tuple[Any, Any]:
+        """Estimate |G|^2 and tr(S) from gradients of successive steps.
+
+        The mean of earlier gradients has other samples' noise, so its product with
+        this gradient has none.
+        """
+        past = 1 - NOISE ** state.count.astype(jnp.float32)
+        squared = dot(gradients, state.gradient) / jnp.maximum(past, CORRECTED)
+        variance = self.batch_size * (big - squared)
+        return squared, variance
 
 
-def norm(tree: Any, prefix: str = "") -> jax.Array:
-    """Global norm of the leaves whose path begins with `prefix`, float32 ()."""
+def norm(
+    tree: Any,
+    prefix: str = "",
+) -> jax.Array:
+    """Return the global norm of the leaves whose path begins with `prefix`, float32 ().
+
+    Raises:
+      RecipeError: there are none.
+    """
     leaves = [x for path, x in by_path(tree).items() if path.startswith(prefix)]
     if not leaves:
         raise RecipeError(
@@ -339,64 +407,90 @@ def norm(tree: Any, prefix: str = "") -> jax.Array:
             where="Policy.watches",
             remedy=f"the parameters are {', '.join(by_path(tree))}",
         )
-    return jnp.sqrt(
-        sum(jnp.sum(jnp.square(part)) for x in leaves for part in _parts(x))
-    )
+    parts = (part for leaf in leaves for part in _parts(leaf))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
 
 
-def dot(left: Any, right: Any) -> jax.Array:
-    """Inner product of two trees, float32 ()."""
+def dot(
+    left: Any,
+    right: Any,
+) -> jax.Array:
+    """Return the inner product of two trees, float32 ()."""
 
     def product(a: Any, b: Any) -> Any:
-        pairs = zip(
-            _parts(a),
-            _parts(b),
-            strict=True,
-        )
+        pairs = zip(_parts(a), _parts(b), strict=True)
         return sum(jnp.sum(x * y) for x, y in pairs)
 
-    return sum(jax.tree.leaves(jax.tree.map(product, left, right)), jnp.float32(0))
+    products = jax.tree.map(product, left, right)
+    return sum(jax.tree.leaves(products), jnp.float32(0))
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
-    """An array as float32; a complex one as two, since it is a pair of real numbers."""
+    """Return an array as float32; a complex one as two, its real and imaginary part."""
     if jnp.iscomplexobj(x):
         return x.real.astype(jnp.float32), x.imag.astype(jnp.float32)
     return (x.astype(jnp.float32),)
 
 
-def _smooth(state: Smoothed, loss: Any) -> tuple[dict[str, Any], Smoothed]:
-    count = state.count.astype(jnp.float32)
-    past = lambda decay, x: x / jnp.maximum(1 - decay**count, 1e-6)
-    quick = past(QUICK, state.quick)
-    slow = past(SLOW, state.slow)
-    squares = past(SLOW, state.squares)
-    some = state.count > 0
-    values = {
-        "loss_mean": jnp.where(some, slow, loss),
-        "loss_variance": jnp.where(
-            some,
-            jnp.maximum(squares - slow**2, 0),
-            0.0,
-        ),
-        "loss_trend": jnp.where(
-            some,
-            (quick - slow) / (1 / (1 - SLOW) - 1 / (1 - QUICK)),
-            0.0,
-        ),
-    }
-    fresh = Smoothed(
-        QUICK * state.quick + (1 - QUICK) * loss,
-        SLOW * state.slow + (1 - SLOW) * loss,
-        SLOW * state.squares + (1 - SLOW) * loss**2,
-        state.count + 1,
+def _where(
+    condition: Any,
+    new: Any,
+    old: Any,
+) -> Any:
+    """Return `new` where a condition holds, else `old`; both are trees."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def _gradient_sum(
+    before: Any,
+    gradients: Any,
+    weight: Any,
+) -> tuple[Any, Any]:
+    """Add a gradient to the sum s of gradients.
+
+    Returns:
+      The sum of the absolute entries of s, and s; without the gradient if it is not
+      finite.
+    """
+    after = jax.tree.map(
+        lambda s, g: MEMORY * s + (weight * g).astype(s.dtype), before, gradients
     )
-    return values, jax.tree.map(
-        lambda n, o: jnp.where(
-            jnp.isfinite(loss),
-            n,
-            o,
-        ),
-        fresh,
-        state,
+    sizes = (jnp.abs(x).astype(jnp.float32).sum() for x in jax.tree.leaves(after))
+    total = sum(sizes, jnp.float32(0))
+    usable = jnp.isfinite(total)
+    return total, _where(usable, after, before)
+
+
+def _smooth(
+    state: Smoothed,
+    loss: Any,
+) -> tuple[dict[str, Any], Smoothed]:
+    """Return the signals of the losses before this step, and the means after it."""
+    count = state.count.astype(jnp.float32)
+
+    def corrected(decay: float, mean: Any) -> Any:
+        return mean / jnp.maximum(1 - decay**count, CORRECTED)
+
+    quick = corrected(QUICK, state.quick)
+    slow = corrected(SLOW, state.slow)
+    squares = corrected(SLOW, state.squares)
+    some = state.count > 0
+    mean = jnp.where(some, slow, loss)
+    variance = jnp.maximum(squares - slow**2, 0)
+    variance = jnp.where(some, variance, 0.0)
+    trend = jnp.where(some, (quick - slow) / LAG, 0.0)
+    values = {"loss_mean": mean, "loss_variance": variance, "loss_trend": trend}
+    return values, _entered(state, loss)
+
+
+def _entered(state: Smoothed, loss: Any) -> Smoothed:
+    """Return the means after one more loss, if it is finite."""
+    fresh = Smoothed(
+        quick=QUICK * state.quick + (1 - QUICK) * loss,
+        slow=SLOW * state.slow + (1 - SLOW) * loss,
+        squares=SLOW * state.squares + (1 - SLOW) * loss**2,
+        count=state.count + 1,
+    )
+    return jax.tree.map(
+        lambda new, old: jnp.where(jnp.isfinite(loss), new, old), fresh, state
     )

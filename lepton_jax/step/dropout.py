@@ -10,9 +10,12 @@ from flax import nnx
 
 from lepton_jax.errors import ModelError
 
+# the greatest rate, times its factor: some inputs must stay; assumption
+HIGHEST = 0.99
+
 
 class _ScaledDropout(nnx.Dropout):
-    """An nnx.Dropout whose rate is times a traced factor.
+    """An nnx.Dropout with a traced factor of its rate.
 
     With a factor of 1 it has the same bits.
     """
@@ -29,35 +32,26 @@ class _ScaledDropout(nnx.Dropout):
         if self.deterministic if deterministic is None else deterministic:
             return inputs
         source = rngs or self.rngs
-        stream: Any = (
-            source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
-        )
+        stream: Any = source
+        if isinstance(source, nnx.Rngs):
+            stream = source[self.rng_collection]
         drawn = stream.count[...]
-        plain = super().__call__(
-            inputs,
-            deterministic=False,
-            rngs=rngs,
-        )
+        plain = super().__call__(inputs, deterministic=False, rngs=rngs)
         after = stream.count[...]
 
         # the same key again, so that the same inputs are dropped
         stream.count[...] = drawn
-        kept = 1 - jnp.minimum(self.rate * self.factor, 0.99)
-        mask = jax.random.bernoulli(
-            stream(),
-            kept,
-            plain.shape,
-        )
+        keep = 1 - jnp.minimum(self.rate * self.factor, HIGHEST)
+        mask = jax.random.bernoulli(stream(), keep, plain.shape)
         stream.count[...] = after
-        scaled = jnp.where(
-            mask,
-            inputs / kept.astype(inputs.dtype),
-            0,
-        )
+        scaled = jnp.where(mask, inputs / keep.astype(inputs.dtype), 0)
         return jnp.where(self.factor == 1, plain, scaled)
 
 
-def scale_dropout(module: nnx.Module, factor: Any) -> list[Any]:
+def scale_dropout(
+    module: nnx.Module,
+    factor: Any,
+) -> list[Any]:
     """Let a traced factor scale the rate of each nnx.Dropout of a module.
 
     Args:
@@ -70,19 +64,19 @@ def scale_dropout(module: nnx.Module, factor: Any) -> list[Any]:
     Raises:
       ModelError: there are none.
     """
-    found = [
+    layers = [
         node
         for _, node in nnx.iter_graph(module)
         if isinstance(node, nnx.Dropout) and 0 < node.rate < 1
     ]
-    if not found:
+    if not layers:
         raise ModelError(
             "a policy moves dropout, but the model has no nnx.Dropout with a rate "
             "above 0",
             where=type(module).__name__,
             remedy="give the model one, or leave that policy out",
         )
-    for node in found:
-        node.__class__ = _ScaledDropout
-        node.factor = nnx.data(factor)  # type: ignore[attr-defined]
-    return found
+    for layer in layers:
+        layer.__class__ = _ScaledDropout
+        layer.factor = nnx.data(factor)  # type: ignore[attr-defined]
+    return layers

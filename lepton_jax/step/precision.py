@@ -1,5 +1,4 @@
-"""Precision policies: in which dtype the model computes, and the loss scale that
-float16 needs.
+"""Precision policies: the dtype in which the model computes, and float16's loss scale.
 
 Master weights, optimizer state, losses and metrics are float32 in each policy.
 """
@@ -11,28 +10,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-START = 2.0**15  # of the loss, to begin with
+# the first loss scale: 2**15, with which a loss of 1 is within float16
+START = 2.0**15
 
 
 def cast(tree: Any, precision: str) -> Any:
-    """Floating-point leaves in the compute dtype of `precision`; the tree itself for
-    float32.
+    """Return a tree with its floating-point leaves in the dtype of a precision.
+
+    For float32 it is the tree itself.
     """
     return tree if precision == "float32" else _floats_to(tree, jnp.dtype(precision))
 
 
 def to_float32(tree: Any, precision: str) -> Any:
-    """Outputs of a low-precision model as float32, so that losses and metrics are
-    computed there.
+    """Return outputs of a low-precision model as float32.
+
+    Losses and metrics are computed from them.
     """
     return tree if precision == "float32" else _floats_to(tree, jnp.float32)
 
 
-def _floats_to(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
-
-
 def all_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+    """Whether all entries of a tree of arrays are finite, bool ()."""
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+    return jnp.stack(finite).all()
+
+
+def _floats_to(tree: Any, dtype: Any) -> Any:
+    def convert(x: Any) -> Any:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(convert, tree)

@@ -1,6 +1,4 @@
-"""Everything that a train step changes: one pytree, and all that a checkpoint holds of
-it.
-"""
+"""The state of a run: one pytree, which a step changes and a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -17,7 +15,8 @@ class State:
 
     Attributes:
       step: updates done, int32 scalar.
-      params: what the optimizer changes; nested dict of arrays, float32 master weights.
+      params: the parameters, which the optimizer changes; nested dict of arrays,
+        float32 master weights.
       variables: the module's other collections (batch statistics, dropout keys and
         counts, carries, constants).
       optimizer: state of the Optax transformation.

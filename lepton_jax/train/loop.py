@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lepton_jax.compat import jit_where
-from lepton_jax.controller import fed, released, slowed
+from lepton_jax.controller import with_measurements, with_rate_factor, without_halt
 from lepton_jax.data import epoch_samples
 from lepton_jax.errors import DivergedError, LeptonError
 from lepton_jax.hosts import agreement, phase
@@ -183,10 +183,10 @@ class Loop:
 
         A run that may be rolled back needs a checkpoint to go back to.
         """
-        self.state = fed(self.state, steps=self.budget)
+        self.state = with_measurements(self.state, steps=self.budget)
         slow = self._start.record.slow
         if slow:  # after a rollback that the checkpoint does not know of
-            self.state = slowed(self.state, *slow)
+            self.state = with_rate_factor(self.state, *slow)
         self.records.begin(self.state, self.step, self._start.bases)
         self.supply.open(self.step)
         if self.rollbacks.most and self.step < self.until:
@@ -230,7 +230,7 @@ class Loop:
         if (due or self.halted) and self.records.has_unreported:
             self.records.report(self.supply.take_waited())
             if agreement.hosts() == 1:
-                self.state = fed(self.state, **self.records.take_measured())
+                self.state = with_measurements(self.state, **self.records.take_measured())
 
     def _may_read(
         self,
@@ -304,7 +304,7 @@ class Loop:
         if self._is_evaluation_due():
             signals = {f"evaluation_{name}": value for name, value in metrics.items()}
             count = self._evaluations() + 1
-            self.state = fed(self.state, evaluations=count, **signals)
+            self.state = with_measurements(self.state, evaluations=count, **signals)
         self.records.pause(time.perf_counter() - began)
         return metrics
 
@@ -398,7 +398,7 @@ class Loop:
         heard = self._beat.hear(self.step, say)
         self.stop_requested |= heard["stop"]
         if heard["fed"]:
-            self.state = fed(self.state, **heard["fed"])
+            self.state = with_measurements(self.state, **heard["fed"])
         if heard["save"]:
             self._save_locally()
         return heard["requests"]
@@ -429,7 +429,7 @@ class Loop:
         if halt.knob != "stop":
             self._go_back(halt)
             return False
-        self.state = released(self.state)
+        self.state = without_halt(self.state)
         self._stopped = (
             f"stopped by {halt.policy} at step {halt.step} because {halt.why}"
         )
@@ -447,8 +447,8 @@ class Loop:
             raise self._diverged(halt)
         began = time.perf_counter()
         to, state = self._restore(halt)
-        state = slowed(state, *self.rollbacks.slow)
-        self.state = fed(state, steps=self.budget)
+        state = with_rate_factor(state, *self.rollbacks.slow)
+        self.state = with_measurements(state, steps=self.budget)
 
         self.step = to
         self._saved = to

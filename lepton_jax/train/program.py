@@ -27,7 +27,7 @@ from lepton_jax.checkpoint.adoption import (
     schedule_values,
 )
 from lepton_jax.compat import jit_on, placed, whole_axes
-from lepton_jax.controller import Controller, Pieces, norm, served
+from lepton_jax.controller import Controller, Pieces, norm, select_weights
 from lepton_jax.data import Limit
 from lepton_jax.errors import DataError, pointing_at_user
 from lepton_jax.hosts import agreement
@@ -385,7 +385,7 @@ class Program:
             sums = jax.tree.map(
                 lambda x: placed(x, self.replicated), self.evaluation.sums
             )
-        weights = served(state, self.recipe)
+        weights = select_weights(state, self.recipe)
         return self._log.call("evaluate", self._evaluate, sums, *weights, batch, valid)
 
     def metrics(
@@ -441,7 +441,7 @@ class Program:
         decode = self._decoder(decode)
         if decode not in self._predictors:
             self._predictors[decode] = self._predictor(decode)
-        weights = served(state, self.recipe)
+        weights = select_weights(state, self.recipe)
         return self._log.call("predict", self._predictors[decode], *weights, inputs)
 
     def _predictor(self, decode: Callable) -> Callable:

@@ -181,9 +181,9 @@ class Rollbacks:
       past: `to_json` of the checkpoint that the run goes on from.
 
     Attributes:
-      slow: arguments of `slowed` after the last rollback. Number k lowers the learning
-        rate by rate**k, and lets it grow to rate**(k - 1) within a quarter of the way
-        back: where the data was at fault, which is skipped, that costs next to nothing;
+      slow: arguments of `with_rate_factor` after the last rollback. Number k lowers the
+        learning rate by rate**k, and lets it grow to rate**(k - 1) within a quarter of
+        the way back: where the data was at fault, which is skipped, that costs next to nothing;
         a rate that was at fault is lowered for good the next time.
       tried: what was done so far, in words.
     """

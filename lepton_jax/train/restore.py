@@ -21,7 +21,7 @@ import numpy as np
 from lepton_jax.checkpoint.adoption import Adoption, adopt, changed_values
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.compat import placed
-from lepton_jax.controller import slowed
+from lepton_jax.controller import with_rate_factor
 from lepton_jax.step.state import State
 from lepton_jax.train.program import Program
 from lepton_jax.train.run_record import RunRecord
@@ -146,7 +146,7 @@ class Reader:
         state = _with_values(state, changes)
         resets_rate = RATE in changes and _has_rate(state)
         if resets_rate:
-            state = slowed(state, 1.0)
+            state = with_rate_factor(state, 1.0)
 
         bases = {
             path.removeprefix(BASE): change.new

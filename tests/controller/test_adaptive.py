@@ -46,25 +46,23 @@ def usual(blobs):
 @pytest.mark.parametrize("rate", [1e-3 / 30, 1e-3 * 30])
 def test_the_run_is_the_same_at_any_learning_rate(blobs, usual, rate):
     _, history = trained(blobs, rate)
+
     np.testing.assert_allclose(
-        history["learning_rate"],
-        usual[1]["learning_rate"],
-        rtol=1e-3,
+        history["learning_rate"], usual[1]["learning_rate"], rtol=1e-3
     )
-    np.testing.assert_allclose(
-        history["loss"],
-        usual[1]["loss"],
-        rtol=1e-3,
-    )
+    np.testing.assert_allclose(history["loss"], usual[1]["loss"], rtol=1e-3)
 
 
 def test_a_rate_set_later_acts_by_its_ratio(blobs):
-    (left, _), (halved, _) = trained(blobs), trained(blobs)
+    whole, _ = trained(blobs)
+    halved, _ = trained(blobs)
     halved.state = controllers.set_base(halved.state, learning_rate=0.5e-3)
-    rates = [
-        trainer.fit(blobs, steps=1)["learning_rate"][0] for trainer in (left, halved)
-    ]
-    assert rates[1] == pytest.approx(0.5 * rates[0], rel=1e-5) and rates[1] > 0
+
+    rate = whole.fit(blobs, steps=1)["learning_rate"][0]
+    half = halved.fit(blobs, steps=1)["learning_rate"][0]
+
+    assert half == pytest.approx(0.5 * rate, rel=1e-5)
+    assert half > 0
 
 
 def test_a_schedule_is_refused(blobs):
@@ -74,18 +72,20 @@ def test_a_schedule_is_refused(blobs):
 
 def test_it_learns_serves_the_average_and_ends_with_a_small_rate(blobs, usual):
     trainer, history = usual
+
     assert history["loss"][-10:].mean() < 0.5 * history["loss"][:3].mean()
     assert history["learning_rate"][-1] < 0.15 * history["learning_rate"].max()
-    assert not history["skip"].any() and not history["rollback"].any()
-    params, _ = controllers.served(trainer.state)
+    assert not history["skip"].any()
+    assert not history["rollback"].any()
+
+    params, _ = controllers.select_weights(trainer.state)
     away = [
         np.abs(a - b).max()
         for a, b in zip(
-            jax.tree.leaves(params),
-            jax.tree.leaves(trainer.state.params),
-            strict=True,
+            jax.tree.leaves(params), jax.tree.leaves(trainer.state.params), strict=True
         )
     ]
+
     assert max(away) > 0
 
 
@@ -99,11 +99,7 @@ def blocks(data):
     samples = Arrays(points, labels)
     return bench_controller.Task(
         controller_tasks.recipe_of(
-            partial(MLP, (3, 8, 3)),
-            samples,
-            samples,
-            80,
-            16,
+            partial(MLP, (3, 8, 3)), samples, samples, 80, 16
         ),
         samples,
     )
@@ -116,22 +112,15 @@ def test_the_trainer_gives_the_losses_of_the_benchmarks_own_loop(monkeypatch):
         bench_controller, "_orders", lambda recipe, samples, seed: order
     )
     curves = bench_controller.Runner(task, bench_controller.adaptive)(1e-3, 5)
-    recipe = task.recipe.with_(
-        controller=controllers.adaptive(),
-        shuffle=False,
-        seed=5,
-    )
+    recipe = task.recipe.with_(controller=controllers.adaptive(), shuffle=False, seed=5)
     trainer = lepton.Trainer(recipe, devices=1)
     history = trainer.fit()
+
     np.testing.assert_allclose(
-        np.asarray(history["loss"]).reshape(40, 2).mean(1),
-        curves.train,
-        rtol=2e-4,
+        np.asarray(history["loss"]).reshape(40, 2).mean(1), curves.train, rtol=2e-4
     )
     np.testing.assert_allclose(
-        trainer.evaluate(task.report)[0],
-        curves.test[-1],
-        rtol=2e-4,
+        trainer.evaluate(task.report)[0], curves.test[-1], rtol=2e-4
     )
 
 
@@ -177,37 +166,18 @@ def test_optimizers_with_updates_of_the_rates_size_are_taken(optimizer):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"start": 0.0},
-        {"coefficient": -1.0},
-        {"growth": 0.9},
-        {"until": 2.0},
-    ],
+    "options", [{"start": 0.0}, {"coefficient": -1.0}, {"growth": 0.9}, {"until": 2.0}]
 )
 def test_arguments_out_of_range_are_refused(options):
-    with pytest.raises(
-        lepton.RecipeError,
-        match=next(iter(options)),
-    ):
+    with pytest.raises(lepton.RecipeError, match=next(iter(options))):
         controllers.learning_free(**options)
 
 
-NUMBER = st.floats(
-    width=32,
-    allow_nan=True,
-    allow_infinity=True,
-)
+NUMBER = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(NUMBER, NUMBER),
-        min_size=1,
-        max_size=8,
-    )
-)
+@given(st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=8))
 def test_the_estimate_is_finite_and_never_falls(measured):
     policy = controllers.learning_free()
     state = policy.init()
@@ -225,7 +195,8 @@ def test_the_estimate_is_finite_and_never_falls(measured):
             {n: jnp.float32(x) for n, x in signals.items()}, state
         )
         estimate = float(state.estimate)
-        assert math.isfinite(estimate) and estimate >= before
+        assert math.isfinite(estimate)
+        assert estimate >= before
         before = estimate
         np.testing.assert_allclose(
             float(moves["learning_rate"]) * 1e-3, estimate, rtol=1e-5

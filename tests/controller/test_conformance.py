@@ -1,5 +1,6 @@
-"""All of ours keep the laws; policies that break one are caught, law by law."""
+"""Our policies keep the laws; policies that break one are caught, law by law."""
 
+import dataclasses
 import functools
 import sys
 
@@ -17,36 +18,20 @@ conformance = controllers.conformance
 
 OURS = {
     "warmup": controllers.warmup,
-    "warmup to its bound": functools.partial(
-        controllers.warmup,
-        50,
-        tolerance=None,
-    ),
+    "warmup to its bound": functools.partial(controllers.warmup, 50, tolerance=None),
     "plateau": controllers.plateau,
     "plateau of evaluations": functools.partial(
         controllers.plateau, "evaluation_accuracy"
     ),
     "decay": controllers.decay,
-    "decay by trend": functools.partial(
-        controllers.decay,
-        start="trend",
-        patience=10,
-    ),
+    "decay by trend": functools.partial(controllers.decay, start="trend", patience=10),
     "guard": controllers.guard,
-    "guard that clips": functools.partial(
-        controllers.guard,
-        "clip",
-        patience=5,
-    ),
+    "guard that clips": functools.partial(controllers.guard, "clip", patience=5),
     "batch_growth": functools.partial(controllers.batch_growth, patience=5),
     "switch_optimizer": functools.partial(controllers.switch_optimizer, patience=5),
     "switch_optimizer at": functools.partial(controllers.switch_optimizer, at=0.5),
     "averaging": controllers.averaging,
-    "averaging a share": functools.partial(
-        controllers.averaging,
-        start=0.5,
-        share=0.1,
-    ),
+    "averaging a share": functools.partial(controllers.averaging, start=0.5, share=0.1),
     "until": functools.partial(
         controllers.until, evaluation_accuracy=0.99, loss=0.1, seconds=60
     ),
@@ -65,11 +50,7 @@ OURS = {
 
 @pytest.mark.parametrize("name", OURS)
 def test_ours_keep_the_laws(name):
-    report = conformance(
-        OURS[name](),
-        steps=100,
-        runs=False,
-    )
+    report = conformance(OURS[name](), steps=100, runs=False)
     assert [law for law, _ in report.kept] == ["declared", "pure", "stable", "in range"]
 
 
@@ -83,6 +64,7 @@ def test_ours_keep_the_laws_together_in_small_runs_on_all_devices():
         controllers.plateau(every=1, patience=1),
         steps=20,
     )
+
     assert [law for law, _ in report.kept] == [
         "declared",
         "pure",
@@ -92,7 +74,8 @@ def test_ours_keep_the_laws_together_in_small_runs_on_all_devices():
         "resumes",
         "off",
     ]
-    assert "guard" in str(report) and f"{jax.device_count()} devices" in str(report)
+    assert "guard" in str(report)
+    assert f"{jax.device_count()} devices" in str(report)
 
 
 def policy(
@@ -128,53 +111,24 @@ BROKEN = {
         policy(lambda s, n: ({"learning_rate": s["gradient_norm"]}, n)),
         policy(lambda s, n: ({"clip_norm": 1.0}, n)),
         policy(lambda s, n: n),
-        policy(
-            lambda s, n: ({}, n),
-            moves=("rate",),
-        ),
-        policy(
-            lambda s, n: ({}, n),
-            name="a:b",
-        ),
-        policy(
-            lambda s, n: ({}, n),
-            moves=("stop", "stop"),
-        ),
+        policy(lambda s, n: ({}, n), moves=("rate",)),
+        policy(lambda s, n: ({}, n), name="a:b"),
+        policy(lambda s, n: ({}, n), moves=("stop", "stop")),
     ],
-    "pure": [
-        policy(counting),
-        policy(drawing),
-        policy(writing),
-        policy(printing),
-    ],
+    "pure": [policy(counting), policy(drawing), policy(writing), policy(printing)],
     "stable": [
         policy(lambda s, n: ({}, n > 0)),
         policy(lambda s, n: ({}, (n, n))),
         policy(lambda s, n: ({}, n[None])),
-        policy(
-            lambda s, n: ({}, n),
-            init=lambda: jnp.zeros(3),
-        ),
+        policy(lambda s, n: ({}, n), init=lambda: jnp.zeros(3)),
     ],
     "in range": [
         policy(lambda s, n: ({"learning_rate": s["loss"]}, n)),
         policy(lambda s, n: ({"learning_rate": -1.0}, n)),
-        policy(
-            lambda s, n: ({"accumulate": 0.0}, n),
-            moves=("accumulate",),
-        ),
-        policy(
-            lambda s, n: ({"b1": jnp.abs(s["loss"])}, n),
-            moves=("b1",),
-        ),
-        policy(
-            lambda s, n: ({"clip_norm": s["loss"]}, n),
-            moves=("clip_norm",),
-        ),
-        policy(
-            lambda s, n: ({"stop": s["loss"]}, n),
-            moves=("stop",),
-        ),
+        policy(lambda s, n: ({"accumulate": 0.0}, n), moves=("accumulate",)),
+        policy(lambda s, n: ({"b1": jnp.abs(s["loss"])}, n), moves=("b1",)),
+        policy(lambda s, n: ({"clip_norm": s["loss"]}, n), moves=("clip_norm",)),
+        policy(lambda s, n: ({"stop": s["loss"]}, n), moves=("stop",)),
     ],
     "trains": [policy(lambda s, n: ({"learning_rate": 1e30}, n))],
 }
@@ -186,30 +140,24 @@ BROKEN = {
 def test_a_broken_law_is_named(law, broken):
     with pytest.raises(RecipeError, match=f"^{law}: ") as caught:
         conformance(broken, steps=50, runs=law == "trains")
-    assert broken.name in str(caught.value) and caught.value.remedy
+
+    assert broken.name in str(caught.value)
+    assert caught.value.remedy
 
 
 def test_a_decision_that_a_checkpoint_does_not_hold_breaks_resumes(monkeypatch):
-    """A core that forgets a policy's state: the suite looks at the run, not only at the
-    policy.
+    """The suite finds a core that forgets a policy's state.
+
+    It checks the run, not only the policy.
     """
     module = sys.modules[conformance.__module__]
 
     class Forgetful(module.Checkpoints):
         def restore(self, step, template):
             state, record = super().restore(step, template)
-            held = state.controller
-            return (
-                module.State(
-                    **{
-                        **vars(state),
-                        "controller": held._replace(
-                            policies=jax.tree.map(jnp.zeros_like, held.policies)
-                        ),
-                    }
-                ),
-                record,
-            )
+            forgotten = jax.tree.map(jnp.zeros_like, state.controller.policies)
+            controller = state.controller._replace(policies=forgotten)
+            return dataclasses.replace(state, controller=controller), record
 
     monkeypatch.setattr(module, "Checkpoints", Forgetful)
     slowing = policy(lambda s, n: ({"learning_rate": 1 / (1 + n)}, n + 1))

@@ -38,7 +38,9 @@ def test_the_tables_are_the_codes():
     assert table("knob | contributions combine by | what it is") == [
         [n, k.combine, k.meaning] for n, k in KNOBS.items()
     ]
+
     laws = sys.modules[controllers.conformance.__module__].LAWS
+
     assert table("law | what must hold") == [list(row) for row in laws.items()]
 
 
@@ -50,7 +52,9 @@ def test_every_policy_is_in_the_table_with_the_knobs_that_it_moves():
         if inspect.isfunction(f) and f.__annotations__.get("return") == "Policy"
     }
     rows = {name: moves for name, moves, _ in table("policy | moves | what it does")}
+
     assert set(rows) == policies - {"replay"}
+
     for name, moves in rows.items():
         policy = made[name](loss=1.0) if name == "until" else made[name]()
         assert moves == (", ".join(policy.moves) or "what it is told")
@@ -60,6 +64,7 @@ def test_the_examples_run_as_written(blobs):
     names = {"Net": Net, "train": blobs, "test": blobs}
     for block in BLOCKS:
         exec(compile(block, "docs/controller.md", "exec"), names)
+
     assert names["history"]["loss"][-1] < names["history"]["loss"][0]
     assert "calm:learning_rate" in names["history"].names
 

@@ -1,6 +1,4 @@
-"""float16 on a model whose gradients overflow: the loss scale finds its place, and the
-losses are float32's.
-"""
+"""float16 on a model whose gradients overflow trains to the losses of float32."""
 
 import numpy as np
 import optax
@@ -14,19 +12,15 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Steep(nnx.Module):
-    """Activations of about a hundred: at the first loss scale the gradients of the last
-    kernel are beyond float16.
+    """A model with activations of about a hundred.
+
+    At the first loss scale the gradients of its last kernel are beyond float16.
     """
 
     def __init__(self, rngs):
         small = nnx.initializers.normal(1e-3)
         self.first = nnx.Linear(12, 32, rngs=rngs)
-        self.last = nnx.Linear(
-            32,
-            3,
-            kernel_init=small,
-            rngs=rngs,
-        )
+        self.last = nnx.Linear(32, 3, kernel_init=small, rngs=rngs)
 
     def __call__(self, x):
         return self.last(nnx.relu(self.first(100 * x)))
@@ -50,15 +44,24 @@ def fit(blobs, folder, precision):
 def test_an_overflow_prone_model_trains_to_the_float32_loss(blobs, tmp_path):
     full = fit(blobs, tmp_path / "full", "float32")
     low = fit(blobs, tmp_path / "low", "float16")
-    expected, found = (h.evaluations[-1][1]["loss"] for h in (full, low))
-    assert abs(found - expected) < 0.01 * expected
+    expected = full.evaluations[-1][1]["loss"]
+
+    assert abs(low.evaluations[-1][1]["loss"] - expected) < 0.01 * expected
+
     scale = low["loss_scale"]
-    assert low["skip"].sum() >= 2 and scale[-1] < 2**15 and np.isfinite(scale).all()
+
+    assert low["skip"].sum() >= 2
+    assert scale[-1] < 2**15
+    assert np.isfinite(scale).all()
+
     moves = [
         line
         for line in controllers.read_journal(tmp_path / "low")
         if line.get("policy") == "loss_scaling"
     ]
     halved = [line for line in moves if line["knob"] == "loss_scale"]
-    assert halved and halved[0]["from"] == 2**15 and halved[0]["signals"]["finite"] == 0
+
+    assert halved
+    assert halved[0]["from"] == 2**15
+    assert halved[0]["signals"]["finite"] == 0
     assert not (tmp_path / "full" / "controller.jsonl").exists()

@@ -1,5 +1,6 @@
-"""Samples that count by how likely their label is right: in the step, in the policy,
-and on a real task.
+"""Samples count by how likely their label is right.
+
+This is tested in the step, in the policy, and on a real task.
 """
 
 from functools import cache, partial
@@ -56,13 +57,7 @@ def by_token(outputs, targets):
     )
 
 
-def trained(
-    blobs,
-    loss,
-    policy,
-    steps=3,
-    **fields,
-):
+def trained(blobs, loss, policy, steps=3, **fields):
     fields = {
         "optimizer": optax.sgd,
         "learning_rate": 0.05,
@@ -80,28 +75,10 @@ def trained(
     return trainer, trainer.fit(steps=steps)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        losses.cross_entropy,
-        mean_loss,
-        weighted,
-        by_token,
-    ],
-)
+@pytest.mark.parametrize("loss", [losses.cross_entropy, mean_loss, weighted, by_token])
 def test_the_gradient_is_of_the_weighted_loss_and_the_signals_say_so(loss, blobs):
-    trainer, history = trained(
-        blobs,
-        loss,
-        fixed(LIMIT),
-        steps=2,
-    )
-    plain, _ = trained(
-        blobs,
-        loss,
-        (),
-        steps=1,
-    )  # the knobs act in the second step
+    trainer, history = trained(blobs, loss, fixed(LIMIT), steps=2)
+    plain, _ = trained(blobs, loss, (), steps=1)  # the knobs act in the second step
     graph = plain.trace.functional
     inputs, targets = (a[ROWS : 2 * ROWS] for a in blobs)
     given = losses.cross_entropy if loss is mean_loss else loss
@@ -133,12 +110,7 @@ def test_the_gradient_is_of_the_weighted_loss_and_the_signals_say_so(loss, blobs
         "loss_values": 2 if loss is by_token else 1,
     }
     for name, value in expected.items():
-        np.testing.assert_allclose(
-            history[name][1],
-            value,
-            rtol=1e-5,
-            err_msg=name,
-        )
+        np.testing.assert_allclose(history[name][1], value, rtol=1e-5, err_msg=name)
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(
             new, old - 0.05 * g, rtol=1e-4, atol=1e-6
@@ -147,9 +119,11 @@ def test_the_gradient_is_of_the_weighted_loss_and_the_signals_say_so(loss, blobs
         plain.state.params,
         gradient,
     )
-    assert (
-        history["loss_kept"][0] == history["loss"][0] and history["mark_weight"][0] == 1
-    ), "neutral before the first move"
+
+    assert history["loss_kept"][0] == history["loss"][0], (
+        "neutral before the first move"
+    )
+    assert history["mark_weight"][0] == 1, "neutral before the first move"
 
 
 @pytest.mark.usefixtures("quick_compilation_here")
@@ -163,19 +137,8 @@ def test_the_gradient_is_of_the_weighted_loss_and_the_signals_say_so(loss, blobs
     ],
 )
 def test_micro_batches_and_devices_make_no_difference(fields, blobs):
-    _, whole = trained(
-        blobs,
-        losses.cross_entropy,
-        fixed(LIMIT),
-        steps=8,
-    )
-    _, parts = trained(
-        blobs,
-        losses.cross_entropy,
-        fixed(LIMIT),
-        steps=8,
-        **fields,
-    )
+    _, whole = trained(blobs, losses.cross_entropy, fixed(LIMIT), steps=8)
+    _, parts = trained(blobs, losses.cross_entropy, fixed(LIMIT), steps=8, **fields)
     for name in (
         "loss",
         "loss_kept",
@@ -184,12 +147,8 @@ def test_micro_batches_and_devices_make_no_difference(fields, blobs):
         "loss_blank",
         "gradient_norm",
     ):
-        np.testing.assert_allclose(
-            parts[name],
-            whole[name],
-            rtol=2e-5,
-            err_msg=name,
-        )
+        np.testing.assert_allclose(parts[name], whole[name], rtol=2e-5, err_msg=name)
+
     assert parts.compilations <= 1 + (fields.get("steps_per_call") is None)
 
 
@@ -204,45 +163,35 @@ def test_a_scalar_loss_that_is_not_limited_keeps_its_bits(blobs):
     (left, one), (right, two) = (
         trained(blobs, mean_loss, policy, steps=20) for policy in ((), silent)
     )
+
     np.testing.assert_array_equal(one["loss"], two["loss"])
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        left.state.params,
-        right.state.params,
-    )
+    jax.tree.map(np.testing.assert_array_equal, left.state.params, right.state.params)
 
 
 # ---- the policy alone ----
 
 
 class Labels:
-    """Batches of losses of a model that is right about most samples, of which a share
-    is labelled wrongly; and the policy.
+    """The policy, and the losses of a model that is right about most samples.
+
+    Each batch has a share of wrong labels.
     """
 
     def __init__(self, **options):
         self.policy = controllers.label_noise(**options)
         self.random = np.random.default_rng(0)
-        self.update, self.state = jax.jit(self.policy.update), self.policy.init()
+        self.update = jax.jit(self.policy.update)
+        self.state = self.policy.init()
         self.moves = {"loss_limit": np.inf, "loss_mark": np.inf}
         self.step(0.0, loss=np.log(10))  # a model that knows nothing yet
 
-    def step(
-        self,
-        share,
-        update_norm=0.01,
-        loss=None,
-        rows=128,
-    ):
+    def step(self, share, update_norm=0.01, loss=None, rows=128):
         wrong = self.random.random(rows) < share
         each = np.where(
-            wrong,
-            self.random.uniform(3, 9, rows),
-            self.random.exponential(0.1, rows),
+            wrong, self.random.uniform(3, 9, rows), self.random.exponential(0.1, rows)
         )
-        weight = 1 / (
-            1 + np.exp(np.minimum(each - float(self.moves["loss_mark"]), 500))
-        )
+        above = each - float(self.moves["loss_mark"])
+        weight = 1 / (1 + np.exp(np.minimum(above, 500)))
         signals = {
             "mark_weight": weight.mean(),
             "mark_weight_square": (weight**2).mean(),
@@ -269,12 +218,19 @@ def limited(moves):
 def test_noise_is_found_at_once_estimated_and_let_go():
     labels = Labels()
     calm = labels.steps(300, 0.01)
-    assert not any(limited(calm)) and not any(m["skip"] for m in calm)
+
+    assert not any(limited(calm))
+    assert not any(m["skip"] for m in calm)
     assert labels.step(0.3)["skip"], "the first batch is not applied"
+
     noisy = labels.steps(60, 0.3)
-    assert all(limited(noisy)) and not any(m["skip"] for m in noisy)
+
+    assert all(limited(noisy))
+    assert not any(m["skip"] for m in noisy)
     assert float(labels.state.share) == pytest.approx(0.3, abs=0.06)
+
     after = limited(labels.steps(120, 0.01))
+
     assert not any(after[60:]), "and it is over soon after the noise is"
     assert np.isfinite(labels.step(0.3)["loss_limit"]), "and found again"
 
@@ -282,6 +238,7 @@ def test_noise_is_found_at_once_estimated_and_let_go():
 def test_a_small_share_is_found_by_its_sum():
     labels = Labels()
     labels.steps(200, 0.01)
+
     assert any(limited(labels.steps(60, 0.06)))
 
 
@@ -293,19 +250,23 @@ def test_too_much_noise_is_skipped_for_as_long_as_the_budget_lasts():
     labels = Labels(budget=15, window=10**6)
     labels.steps(100, 0.01)
     skips = [m["skip"] for m in labels.steps(200, 0.95)]
-    assert sum(skips) == 15 and not any(skips[40:])
+
+    assert sum(skips) == 15
+    assert not any(skips[40:])
     assert not any(limited(labels.steps(50, 0.95))), "then it is the new usual"
 
 
 def test_what_an_update_broke_is_not_blamed_on_the_labels():
     labels = Labels()
     labels.steps(100, 0.01)
+
     assert not any(limited(labels.steps(50, 0.9, update_norm=3.0)))
+
     labels = Labels()
     labels.steps(100, 0.01)
-    assert limited(labels.steps(10, 0.3))[-1] and not any(
-        limited(labels.steps(10, 0.9, update_norm=3.0))
-    )
+
+    assert limited(labels.steps(10, 0.3))[-1]
+    assert not any(limited(labels.steps(10, 0.9, update_norm=3.0)))
 
 
 def test_a_loss_that_is_no_number_changes_nothing():
@@ -313,28 +274,16 @@ def test_a_loss_that_is_no_number_changes_nothing():
     labels.steps(50, 0.01)
     before = jax.device_get(labels.state)
     moves = labels.step(0.01, loss=np.nan)
+
     assert not moves["skip"]
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        before,
-        jax.device_get(labels.state),
-    )
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(labels.state))
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"most": 0},
-        {"most": 1.0},
-        {"budget": 0},
-        {"window": 1.5},
-    ],
+    "options", [{"most": 0}, {"most": 1.0}, {"budget": 0}, {"window": 1.5}]
 )
 def test_arguments_out_of_range_are_errors(options):
-    with pytest.raises(
-        lepton.RecipeError,
-        match=next(iter(options)),
-    ):
+    with pytest.raises(lepton.RecipeError, match=next(iter(options))):
         controllers.label_noise(**options)
 
 
@@ -374,71 +323,53 @@ def program(controller):
     )
     topology, devices = lepton.hardware.here(1)
     trace = lepton.trace(recipe, *digits()[0])
-    return lepton.Program(
-        trace,
-        lepton.plan(trace, topology),
-        devices,
-    )
+    return lepton.Program(trace, lepton.plan(trace, topology), devices)
 
 
 @cache
 def final(fault, seed, controller):
-    """(evaluation loss at the end, records) of a run, the labels of some of its steps
-    being wrong.
+    """Train a run, the labels of some of whose steps are wrong.
+
+    Returns:
+      The evaluation loss at the end, and the records by name.
     """
-    random, ((x, y), test), made = (
-        np.random.default_rng(seed),
-        digits(),
-        program(controller),
-    )
-    rows = np.concatenate([random.permutation(len(x)) for _ in range(18)])[
-        : BATCH * STEPS
-    ]
-    steps, share = SPANS[fault]
-    wrong = np.where(
-        random.random(len(rows)) < share,
-        random.integers(1, 10, len(rows)),
-        0,
-    )
-    wrong[: BATCH * AT] = wrong[BATCH * (AT + steps) :] = 0
-    blocks = [
-        part.reshape(
-            -1,
-            BLOCK,
-            BATCH,
-            *part.shape[1:],
-        )
-        for part in (x[rows], ((y[rows] + wrong) % 10).astype(np.int32))
-    ]
-    state = controllers.fed(made.init(seed), steps=float(STEPS))
+    random = np.random.default_rng(seed)
+    train, test = digits()
+    inputs, labels = faulty(train, fault, random)
+    made = program(controller)
+
+    state = controllers.with_measurements(made.init(seed), steps=float(STEPS))
     records = []
-    for block in zip(*blocks, strict=True):
-        state, record = made.train(
-            state,
-            jax.device_put(block, made.block_sharding),
-            0,
-            BLOCK,
-        )
+    for block in zip(in_blocks(inputs), in_blocks(labels), strict=True):
+        placed = jax.device_put(block, made.block_sharding)
+        state, record = made.train(state, placed, 0, BLOCK)
         records.append(np.asarray(record))
-    loss = made.metrics(
-        made.evaluate(
-            None,
-            state,
-            jax.device_put(test, made.batch_sharding),
-            len(test[1]),
-        )
-    )["loss"]
-    return loss, dict(
-        zip(
-            made.records,
-            np.concatenate(records).T,
-            strict=True,
-        )
-    )
+
+    placed = jax.device_put(test, made.batch_sharding)
+    sums = made.evaluate(None, state, placed, len(test[1]))
+    columns = np.concatenate(records).T
+    return made.metrics(sums)["loss"], dict(zip(made.records, columns, strict=True))
+
+
+def faulty(data, fault, random):
+    """Return shuffled samples for all steps, with a fault in their labels."""
+    x, y = data
+    epochs = [random.permutation(len(x)) for _ in range(18)]
+    rows = np.concatenate(epochs)[: BATCH * STEPS]
+    steps, share = SPANS[fault]
+    hit = random.random(len(rows)) < share
+    wrong = np.where(hit, random.integers(1, 10, len(rows)), 0)
+    wrong[: BATCH * AT] = 0
+    wrong[BATCH * (AT + steps) :] = 0
+    return x[rows], ((y[rows] + wrong) % 10).astype(np.int32)
+
+
+def in_blocks(samples):
+    return samples.reshape(-1, BLOCK, BATCH, *samples.shape[1:])
 
 
 def without():
-    """`adaptive()` but for this policy."""
+    """Return `adaptive()` without this policy."""
     return tuple(
         policy for policy in controllers.adaptive() if policy.name != "label_noise"
     )
@@ -446,12 +377,7 @@ def without():
 
 @pytest.mark.usefixtures("quick_compilation_here")
 @pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param("window", marks=pytest.mark.slow),
-        "lasting",
-        "most",
-    ],
+    "fault", [pytest.param("window", marks=pytest.mark.slow), "lasting", "most"]
 )
 def test_wrong_labels_cost_less_than_one_per_cent(fault):
     ratios = []
@@ -459,10 +385,8 @@ def test_wrong_labels_cost_less_than_one_per_cent(fault):
     gave_up = False
     for seed in range(4):
         clean, undisturbed = final("clean", seed, controllers.adaptive)
-        assert (
-            not np.isfinite(undisturbed["label_noise:loss_limit"]).any()
-            and not undisturbed["label_noise:skip"].any()
-        )
+        assert not np.isfinite(undisturbed["label_noise:loss_limit"]).any()
+        assert not undisturbed["label_noise:skip"].any()
         loss, records = final(fault, seed, controllers.adaptive)
         assert np.isfinite(records["label_noise:loss_limit"][AT : AT + 3]).any()
         assert not records["rollback"].any()
@@ -470,6 +394,7 @@ def test_wrong_labels_cost_less_than_one_per_cent(fault):
         loss, records = final(fault, seed, without)
         bare.append(loss / final("clean", seed, without)[0])
         gave_up |= records["rollback"].any()
+
     assert np.mean(ratios) < 1.01
     assert gave_up or np.mean(bare) > 1.01, (
         "the same controller without this policy goes back, or misses the bar"

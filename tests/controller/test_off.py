@@ -1,6 +1,4 @@
-"""Off is off: without policies, and with policies that never fire, training is plain
-Optax to the bit.
-"""
+"""Off is off: without policies that fire, training is plain Optax to the bit."""
 
 from functools import partial
 
@@ -61,8 +59,9 @@ def never(
 
 
 def model(name):
-    """With dropout for one of the optimizers alone: its random numbers take most of the
-    time to compile.
+    """Return the model, with dropout for one of the optimizers alone.
+
+    Its random numbers take most of the time to compile.
     """
     return partial(Net, rate=0.2) if name == "adamw" else Net
 
@@ -86,40 +85,28 @@ def fit(blobs, name, controller):
 
 @pytest.fixture(scope="module")
 def plain():
-    """Losses and parameters of Flax and Optax alone, by optimizer."""
-    found = {}
+    """Return losses and parameters of Flax and Optax alone, by optimizer."""
+    runs = {}
 
     def run(name, blobs):
-        if name not in found:
-            found[name] = by_hand(
-                model(name),
-                OPTIMIZERS[name](RATES[name]),
-                blobs,
-            )
-        return found[name]
+        if name not in runs:
+            optimizer = OPTIMIZERS[name](RATES[name])
+            runs[name] = by_hand(model(name), optimizer, blobs)
+        return runs[name]
 
     return run
 
 
 def by_hand(make, optimizer, blobs):
-    graph, params, rest = nnx.split(
-        make(nnx.Rngs(jax.random.key(0))),
-        nnx.Param,
-        ...,
-    )
+    module = make(nnx.Rngs(jax.random.key(0)))
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
     state = optimizer.init(params)
 
     def loss_of(params, rest, x, y):
-        module = nnx.merge(
-            graph,
-            params,
-            rest,
-            copy=True,
-        )
+        module = nnx.merge(graph, params, rest, copy=True)
         module.train()
-        return optax.softmax_cross_entropy_with_integer_labels(
-            module(x), y
-        ).mean(), nnx.state(module, nnx.Not(nnx.Param))
+        losses = optax.softmax_cross_entropy_with_integer_labels(module(x), y)
+        return losses.mean(), nnx.state(module, nnx.Not(nnx.Param))
 
     @jax.jit
     def step(params, rest, state, x, y):
@@ -135,11 +122,7 @@ def by_hand(make, optimizer, blobs):
     losses = []
     for at in range(0, STEPS * BATCH, BATCH):
         params, rest, state, loss = step(
-            params,
-            rest,
-            state,
-            inputs[at : at + BATCH],
-            targets[at : at + BATCH],
+            params, rest, state, inputs[at : at + BATCH], targets[at : at + BATCH]
         )
         losses.append(loss)
     return np.array(losses), nnx.to_pure_dict(params)
@@ -177,8 +160,4 @@ def test_policies_that_never_fire_are_plain_optax_to_the_bit(name, blobs, plain)
     for controller in ((), (never(common + own),), (never(["accumulate", "skip"]),)):
         found, state = fit(blobs, name, controller)
         np.testing.assert_array_equal(found, losses)
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            state.params,
-            params,
-        )
+        jax.tree.map(np.testing.assert_array_equal, state.params, params)

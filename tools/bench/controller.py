@@ -98,7 +98,7 @@ class Signals(NamedTuple):
 
 
 class Served(NamedTuple):
-    """The part of a state that `controllers.served` reads."""
+    """The part of a state that `controllers.select_weights` reads."""
 
     params: Any
     variables: Any
@@ -196,7 +196,7 @@ def adaptive(
         variables: Any,
         state: Any,
     ) -> tuple[Any, Any]:
-        return controllers.served(Served(params, variables, state[1]))
+        return controllers.select_weights(Served(params, variables, state[1]))
 
     return Contestant(init, update, evaluated)
 
@@ -411,7 +411,7 @@ def _mean_loss(
         outputs, variables = forward(
             recipe, module, params, variables, batch[0], key, training
         )
-        total, weight = losses.totals(recipe.loss, outputs, batch[1])
+        total, weight = losses.weighted_sum(recipe.loss, outputs, batch[1])
         return total / weight, variables
 
     return mean_loss

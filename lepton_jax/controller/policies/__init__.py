@@ -1,1 +1,1 @@
-"""Policies, one a file."""
+"""The policies, one a file."""

@@ -8,21 +8,29 @@ from lepton_jax.errors import RecipeError
 
 
 def adjustable(*knobs: str) -> Policy:
-    """Moves nothing; declares knobs, so that they are there to be set (`set_base`,
-    `tools/control.py RUN set ...`).
+    """Declare knobs that a person may set; move none of them.
+
+    A knob that no policy declares is not in the compiled step, so it can't be set while
+    the run goes on (`set_base`, `tools/control.py RUN set ...`).
+
+    Args:
+      *knobs: names of knobs.
 
     Raises:
-      RecipeError: no such knob, or one that nobody sets, such as "skip".
+      RecipeError: there is no such knob, or it has no value to set, such as "skip".
+
+    Example:
+      >>> from lepton_jax import controllers
+      >>> controllers.adjustable("learning_rate", "clip_norm").moves
+      ('learning_rate', 'clip_norm')
     """
     for name in knobs:
         if KNOBS[known(name, "controllers.adjustable")].combine == "any":
+            settable = [n for n, knob in KNOBS.items() if knob.combine != "any"]
             raise RecipeError(
                 f"{name} is a signal to the step, which has no value to set",
                 where="controllers.adjustable",
-                remedy=(
-                    "name some of"
-                    f" {', '.join(n for n, k in KNOBS.items() if k.combine != 'any')}"
-                ),
+                remedy=f"name some of {', '.join(settable)}",
             )
     return Policy(
         "adjustable",

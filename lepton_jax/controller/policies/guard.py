@@ -1,5 +1,6 @@
-"""Protection against spikes: the update is skipped or clipped, and if that does not
-help the run goes back.
+"""Protection against spikes of the loss and of the gradient.
+
+A spike is skipped or clipped. If that does not help, the policy asks for a rollback.
 """
 
 from __future__ import annotations
@@ -10,17 +11,30 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lepton_jax.controller.policy import Policy, checked
+from lepton_jax.controller.policy import Policy, check_range
 from lepton_jax.errors import RecipeError
 
-LEAST = 20  # values that a band is made of before anything is outside of it
+# values in a band before anything is outside of it; assumption
+LEAST = 20
 # deviations above the mean that a value counts for at most: a lasting change widens the
-# band by 5 % a step
+# band by 5 % a step; assumption
 CUT = 2.5
+# a gradient norm is no spike below three times the usual one; assumption
+THREEFOLD = math.log(3)
+# losses and norms of at least this size count as not finite, and their squares
+# overflow float32
+HUGE = 1e30
+TINY = 1e-30
 
 
 class Band(NamedTuple):
-    """Moving mean and variance, float32 (), and how many values are in them."""
+    """The usual range of a value.
+
+    Attributes:
+      mean: moving mean, float32 ().
+      variance: moving variance, float32 ().
+      count: values in both, int32 ().
+    """
 
     mean: Any
     variance: Any
@@ -28,9 +42,15 @@ class Band(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """Bands of the loss and of log(gradient norm); the loss at first and at best; what
-    of the budget is used, float32 (); and steps on end in which the run was lost, int32
-    ().
+    """State of `guard`.
+
+    Attributes:
+      loss: band of the loss.
+      norm: band of log(gradient norm).
+      first: moving mean of the loss after the first steps, float32 ().
+      best: the lowest moving mean of the loss, float32 ().
+      used: spikes in the bucket that is the budget, float32 ().
+      lost: steps in a row in which the run was lost, int32 ().
     """
 
     loss: Band
@@ -54,155 +74,114 @@ def guard(
     rollbacks: int = 2,
     rate: float = 0.5,
 ) -> Policy:
-    """Keeps updates out whose loss or gradient norm is a spike, and asks for a rollback
-    when the run is lost.
+    """Keep updates with a spike out, and ask for a rollback when the run is lost.
 
-    A spike is a gradient or loss that is not finite; a loss above mean + `deviations`
-    standard deviations of those before, and by more than `margin` of what the run has
-    gained so far; or a gradient norm as far above, and three times the usual, both by
-    its logarithm. Mean and variance are moving ones (`decay`). Finite spikes enter
-    them, cut down to 2.5 deviations: one of any size changes little, but a lasting
-    change widens the band, by about 5 % a step, until it is the new normal.
+    With moving means m and deviations s of the loss l and of log(gradient norm) x:
 
-    The gain is first minus best (moving mean) loss, and at least half of the first. The
-    run is lost in a step whose loss or gradient is not finite, or whose loss takes back
-    more than `far` of the gain; after `patience` such steps on end, whether they were
-    skipped or not, it asks for a rollback.
+        gain = max(first m_l - best m_l, |first m_l| / 2)
+        spike = l or x not finite
+            or l > m_l + max(deviations * s_l, margin * gain)
+            or x > m_x + max(deviations * s_x, log(3))
 
-    Norm and loss are those of the global arrays: all hosts decide alike. Where samples
-    are discounted (`label_noise`), the loss is of what is kept.
+    Finite spikes enter the means, cut down to 2.5 deviations: one of any size changes
+    little, but a lasting change widens the band, by about 5 % a step, until it is the
+    new normal.
 
-    Sources: Chowdhery et al. 2022, PaLM, section 5.1 (skip the batches of a spike and
-    restart before it); Kumar et al. 2025, "ZClip: adaptive spike mitigation for LLM
-    pre-training" (moving mean and variance of the norm, its outliers entering as
-    clipped).
+        lost = l or x not finite
+            or l > best m_l + max(far * gain, deviations * s_l)
+
+    After `patience` lost steps in a row, whether they were skipped or not, the policy
+    asks for a rollback.
+
+    Norm and loss are those of the global arrays, so all hosts decide alike. Where
+    samples are discounted (`label_noise`), the loss is the discounted one.
+
+    References:
+      Chowdhery et al. 2022, PaLM, section 5.1 (skip the batches of a spike and restart
+      before it).
+      Kumar et al. 2025, "ZClip: adaptive spike mitigation for LLM pre-training" (moving
+      mean and variance of the norm, which its outliers enter clipped).
 
     Args:
-      mode: "skip"; or "clip": a spike that is finite is applied with the usual norm of
-        the gradient.
-      budget: spikes that are kept out within `window` steps; further ones pass, if they
-        are finite. (It is a bucket that drains by budget / window in a step.)
-      rollbacks: the host goes back at most so often, and ends the run after that.
-      rate: factor of the learning rate for each time that it went back.
+      mode: "skip"; or "clip", which applies a finite spike with the usual norm of the
+        gradient.
+      deviations: standard deviations above the mean at which a spike begins.
+      budget: spikes that are kept out within `window` steps; further ones pass if they
+        are finite. It is a bucket that drains by budget / window in a step.
+      window: see `budget`.
+      decay: decay of the moving means and variances.
+      margin: share of the gain by which a spike of the loss is above the mean.
+      far: share of the gain that the loss takes back where the run is lost.
+      patience: lost steps in a row before a rollback is asked for.
+      rollbacks: the greatest number of rollbacks; the host ends the run after them.
+      rate: factor of the learning rate for each rollback.
 
     Raises:
       RecipeError: an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lepton_jax import controllers
+      >>> policy = controllers.guard()
+      >>> state = policy.init()
+      >>> for loss in [1.0] * 20 + [9.0, 1.0]:
+      ...     signals = {
+      ...         "loss_kept": jnp.float32(loss),
+      ...         "gradient_norm": jnp.float32(1),
+      ...     }
+      ...     moves, state = policy.update(signals, state)
+      ...     if moves["skip"]:
+      ...         print("skipped a loss of", loss)
+      skipped a loss of 9.0
     """
     if mode not in ("skip", "clip"):
         raise RecipeError(
             f"mode is {mode!r}", where="controllers.guard", remedy="give skip or clip"
         )
-    checked("guard", 0.1, math.inf, deviations=deviations)
-    checked(
-        "guard",
-        1,
-        math.inf,
-        whole=True,
-        budget=budget,
-        window=window,
-        patience=patience,
-    )
-    checked(
-        "guard",
-        0,
-        math.inf,
-        whole=True,
-        rollbacks=rollbacks,
-    )
-    checked("guard", 0.5, 0.9999, decay=decay)
-    checked(
-        "guard",
-        0,
-        math.inf,
-        margin=margin,
-        far=far,
-    )
-    checked("guard", 0, 1, rate=rate)
-
-    def init() -> Guard:
-        band = lambda: Band(
-            jnp.float32(0),
-            jnp.float32(0),
-            jnp.int32(0),
-        )
-        return Guard(
-            band(),
-            band(),
-            jnp.float32(0),
-            jnp.float32(0),
-            jnp.float32(0),
-            jnp.int32(0),
-        )
+    check_range("guard", 0.1, math.inf, deviations=deviations)
+    counts = {"budget": budget, "window": window, "patience": patience}
+    check_range("guard", 1, math.inf, whole=True, **counts)
+    check_range("guard", 0, math.inf, whole=True, rollbacks=rollbacks)
+    check_range("guard", 0.5, 0.9999, decay=decay)
+    check_range("guard", 0, math.inf, margin=margin, far=far)
+    check_range("guard", 0, 1, rate=rate)
 
     def update(
         signals: Mapping[str, Any], state: Guard
     ) -> tuple[dict[str, Any], Guard]:
         loss = signals["loss_kept"]
-        log = jnp.log(
-            jnp.clip(
-                signals["gradient_norm"],
-                1e-30,
-                1e30,
-            )
-        )
-        finite = (
-            jnp.isfinite(loss)
-            & jnp.isfinite(signals["gradient_norm"])
-            & (jnp.abs(loss) < 1e30)
-        )
+        norm = signals["gradient_norm"]
+        log = jnp.log(jnp.clip(norm, TINY, HUGE))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (jnp.abs(loss) < HUGE)
+
         gain = jnp.maximum(state.first - state.best, jnp.abs(state.first) / 2)
         known = state.loss.count >= LEAST
-        above = _above(state.loss, loss, deviations, margin * gain) | _above(
-            state.norm, log, deviations, math.log(3)
+        above = _is_above(state.loss, loss, deviations, margin * gain) | _is_above(
+            state.norm, log, deviations, THREEFOLD
         )
         spike = ~finite | (known & above)
         left = jnp.maximum(state.used - budget / window, 0.0)
         act = spike & (left + 1 <= budget)
 
-        level = state.best + jnp.maximum(
-            far * gain, deviations * jnp.sqrt(state.loss.variance)
-        )
+        taken_back = far * gain
+        deviation = deviations * jnp.sqrt(state.loss.variance)
+        level = state.best + jnp.maximum(taken_back, deviation)
         gone = ~finite | (known & (loss > level))
-        lost = jnp.where(
-            gone,
-            state.lost + 1,
-            0,
-        )
+        lost = jnp.where(gone, state.lost + 1, 0)
         rollback = lost >= patience
-        bands = Guard(
-            _entered(
-                state.loss,
-                loss,
-                finite,
-                decay,
-                margin * gain,
-            ),
-            _entered(
-                state.norm,
-                log,
-                finite,
-                decay,
-                math.log(3),
-            ),
-            *state[2:],
+
+        bands = state._replace(
+            loss=_entered(state.loss, loss, finite, decay, margin * gain),
+            norm=_entered(state.norm, log, finite, decay, THREEFOLD),
         )
-        after = bands.loss.mean
-        first = jnp.where(known, state.first, after)
-        best = jnp.where(
-            known,
-            jnp.minimum(state.best, after),
-            after,
-        )
-        moves = {
-            "skip": ~finite | act if mode == "skip" else ~finite,
-            "rollback": rollback,
-        }
+        first, best = _levels(state, bands.loss.mean, known)
+
+        moves = {"skip": ~finite | act if mode == "skip" else ~finite}
+        moves["rollback"] = rollback
         if mode == "clip":
-            moves["clip_norm"] = jnp.where(
-                act & finite,
-                jnp.exp(state.norm.mean),
-                jnp.inf,
-            )
+            clip = act & finite
+            usual = jnp.exp(state.norm.mean)
+            moves["clip_norm"] = jnp.where(clip, usual, jnp.inf)
         return moves, bands._replace(
             first=first,
             best=best,
@@ -210,30 +189,50 @@ def guard(
             lost=jnp.where(rollback, 0, lost),
         )
 
-    moves = (
-        ("skip", "rollback") if mode == "skip" else ("skip", "rollback", "clip_norm")
-    )
+    moves = ("skip", "rollback")
     return Policy(
         "guard",
-        init,
+        _begin,
         update,
         watches=("loss_kept", "gradient_norm"),
-        moves=moves,
-        limits={
-            "rollbacks": rollbacks,
-            "rate": rate,
-            "patience": patience,
-        },
+        moves=moves if mode == "skip" else (*moves, "clip_norm"),
+        limits={"rollbacks": rollbacks, "rate": rate, "patience": patience},
     )
 
 
-def _above(
+def _begin() -> Guard:
+    def band() -> Band:
+        return Band(jnp.float32(0), jnp.float32(0), jnp.int32(0))
+
+    return Guard(
+        loss=band(),
+        norm=band(),
+        first=jnp.float32(0),
+        best=jnp.float32(0),
+        used=jnp.float32(0),
+        lost=jnp.int32(0),
+    )
+
+
+def _levels(
+    state: Guard,
+    mean: Any,
+    known: Any,
+) -> tuple[Any, Any]:
+    """Return the first and the best mean loss; both follow it until it is known."""
+    first = jnp.where(known, state.first, mean)
+    best = jnp.where(known, jnp.minimum(state.best, mean), mean)
+    return first, best
+
+
+def _is_above(
     band: Band,
     value: Any,
     deviations: float,
     margin: Any,
 ) -> Any:
-    return value > band.mean + jnp.maximum(deviations * jnp.sqrt(band.variance), margin)
+    deviation = deviations * jnp.sqrt(band.variance)
+    return value > band.mean + jnp.maximum(deviation, margin)
 
 
 def _entered(
@@ -243,23 +242,19 @@ def _entered(
     decay: float,
     margin: Any,
 ) -> Band:
-    """The band with one more value, cut off at `CUT` deviations; the first ones count
-    alike, so that the start needs no correction, and are cut off nowhere.
+    """Return the band with one more value, which is cut off at `CUT` deviations.
+
+    The first values count alike, so that the start needs no correction; they are not
+    cut off.
     """
     gain = jnp.maximum(1 / (band.count + 1.0), 1 - decay)
-    most = jnp.where(
-        band.count < LEAST,
-        jnp.inf,
-        CUT * jnp.maximum(jnp.sqrt(band.variance), margin / 100),
-    )
-    away = jnp.where(
-        usable,
-        jnp.minimum(value - band.mean, most),
-        0.0,
-    )
+    young = band.count < LEAST
+    cut = CUT * jnp.maximum(jnp.sqrt(band.variance), margin / 100)
+    most = jnp.where(young, jnp.inf, cut)
+    away = jnp.where(usable, jnp.minimum(value - band.mean, most), 0.0)
     variance = (1 - gain) * (band.variance + gain * away**2)
     return Band(
-        band.mean + gain * away,
-        jnp.where(usable, variance, band.variance),
-        jnp.minimum(band.count + usable, 2**30),
+        mean=band.mean + gain * away,
+        variance=jnp.where(usable, variance, band.variance),
+        count=jnp.minimum(band.count + usable, 2**30),
     )

@@ -12,7 +12,12 @@ from lepton_jax.step.precision import START
 
 
 class LossScale(NamedTuple):
-    """The scale, float32 (), and the finite steps since it last moved."""
+    """State of `loss_scaling`.
+
+    Attributes:
+      scale: the scale, float32 ().
+      finite: finite steps since it last moved, int32 ().
+    """
 
     scale: Any
     finite: Any
@@ -23,18 +28,41 @@ def loss_scaling(
     grow_after: int = 2000,
     lowest: float = 1.0,
 ) -> Policy:
-    """Halves the loss scale after a gradient that is not finite, which it skips;
-    doubles it after `grow_after` finite ones.
+    """Scale the loss so that float16 gradients neither overflow nor vanish.
 
-    At `lowest` it skips no more: what overflows there has another reason. Recipes with
-    precision="float16" have this policy.
+    After a gradient that is not finite, the scale is halved and the update skipped.
+    After `grow_after` finite gradients in a row it is doubled:
 
-    Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.2 (2000
-    steps).
+        scale <- max(scale / 2, lowest)   gradient not finite
+        scale <- 2 * scale                `grow_after` finite gradients since it moved
+
+    At `lowest` it skips no more: an overflow there has another reason. Recipes with
+    precision="float16" have this policy without naming it.
+
+    References:
+      Micikevicius et al. 2018, "Mixed precision training", section 3.2 (2000 steps).
+
+    Args:
+      start: the first scale.
+      grow_after: finite steps after which the scale doubles.
+      lowest: the lowest scale.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lepton_jax import controllers
+      >>> policy = controllers.loss_scaling(start=8.0, grow_after=2)
+      >>> state = policy.init()
+      >>> for finite in (0, 1, 1):
+      ...     signals = {"finite": jnp.float32(finite)}
+      ...     moves, state = policy.update(signals, state)
+      ...     print(float(moves["loss_scale"]), bool(moves["skip"]))
+      4.0 True
+      4.0 False
+      8.0 False
     """
 
     def init() -> LossScale:
-        return LossScale(jnp.float32(start), jnp.int32(0))
+        return LossScale(scale=jnp.float32(start), finite=jnp.int32(0))
 
     def update(
         signals: Mapping[str, Any], state: LossScale
@@ -43,22 +71,15 @@ def loss_scaling(
         grow = finite & (state.finite + 1 >= grow_after)
         scale = jnp.where(
             finite,
-            jnp.where(
-                grow,
-                state.scale * 2,
-                state.scale,
-            ),
+            jnp.where(grow, state.scale * 2, state.scale),
             jnp.maximum(state.scale / 2, lowest),
         )
-        moves = {"loss_scale": scale, "skip": ~finite & (state.scale > lowest)}
-        return moves, LossScale(
-            scale,
-            jnp.where(
-                finite & ~grow,
-                state.finite + 1,
-                0,
-            ),
-        )
+        moves = {
+            "loss_scale": scale,
+            "skip": ~finite & (state.scale > lowest),
+        }
+        count = jnp.where(finite & ~grow, state.finite + 1, 0)
+        return moves, LossScale(scale, count)
 
     return Policy(
         "loss_scaling",

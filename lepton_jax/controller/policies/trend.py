@@ -1,4 +1,4 @@
-"""When the loss has stopped falling: what several policies start from."""
+"""Whether the loss has stopped falling: a criterion of several policies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ WATCHES = ("loss_trend", "loss_mean")
 
 
 class Trend(NamedTuple):
-    """Moving mean of the loss's change in a step, without its correction for the start,
-    float32 (), and steps in it.
+    """The loss's mean change in a step.
+
+    Attributes:
+      slope: moving mean of the change, not corrected for its start at 0, float32 ().
+      count: steps in it, int32 ().
     """
 
     slope: Any
@@ -20,8 +23,8 @@ class Trend(NamedTuple):
 
 
 def begin() -> Trend:
-    """Before the first step."""
-    return Trend(jnp.float32(0), jnp.int32(0))
+    """Return the trend before the first step."""
+    return Trend(slope=jnp.float32(0), count=jnp.int32(0))
 
 
 def flattened(
@@ -30,21 +33,35 @@ def flattened(
     patience: int,
     tolerance: float,
 ) -> tuple[Any, Trend]:
-    """Whether another `patience` steps would lower the loss by less than `tolerance` of
-    its mean; never before twice as many.
+    """Whether the loss is flat: more steps would hardly lower it.
 
-    The loss's change in a step is the signal `loss_trend`, averaged once more with
-    decay 1 - 1 / patience.
+    The signal `loss_trend` t, the loss's change in a step, is averaged once more:
+
+        d = 1 - 1 / patience
+        slope <- d * slope + (1 - d) * t
+        drop = -slope / (1 - d ** count) * patience
+
+    The loss is flat when `drop`, by which another `patience` steps would lower it, is
+    below `tolerance` of its mean. It is never called flat before 2 * `patience` steps.
+
+    Args:
+      signals: the signals in `WATCHES`.
+      state: the trend so far.
+      patience: the steps looked ahead.
+      tolerance: the share of the loss.
+
+    Returns:
+      Whether the loss is flat, bool (), and the trend after this step.
     """
+    change = signals["loss_trend"]
+    mean = signals["loss_mean"]
+    usable = jnp.isfinite(change) & jnp.isfinite(mean)
+
     decay = 1 - 1 / patience
-    usable = jnp.isfinite(signals["loss_trend"]) & jnp.isfinite(signals["loss_mean"])
-    slope = jnp.where(
-        usable,
-        decay * state.slope + (1 - decay) * signals["loss_trend"],
-        state.slope,
-    )
+    moved = decay * state.slope + (1 - decay) * change
+    slope = jnp.where(usable, moved, state.slope)
     count = jnp.minimum(state.count + usable, 2**30)
+
     drop = -slope / (1 - decay ** jnp.maximum(count, 1)) * patience
-    return (count >= 2 * patience) & usable & (
-        drop < tolerance * jnp.abs(signals["loss_mean"])
-    ), Trend(slope, count)
+    flat = (count >= 2 * patience) & usable & (drop < tolerance * jnp.abs(mean))
+    return flat, Trend(slope, count)

@@ -1,16 +1,9 @@
-"""The recipe's optimizer: from Optax's transformations to what the train step
-applies.
-"""
+"""The recipe's optimizer: from Optax's transformations to a train step's update."""
 
-from lepton_jax.step.optimizers.core import (
-    SCHEDULED,
-    Optimizer,
-    Switchable,
-    build,
-    switchable,
-    updating,
-)
+from lepton_jax.step.optimizers.core import build, updating
 from lepton_jax.step.optimizers.evaluation import evaluated
+from lepton_jax.step.optimizers.optimizer import SCHEDULED, Optimizer
+from lepton_jax.step.optimizers.switching import Switchable, switchable
 
 __all__ = [
     "SCHEDULED",

@@ -1,5 +1,7 @@
-"""The weights to evaluate, predict and serve with, where they are not those that are
-trained.
+"""The weights to evaluate, predict and serve with.
+
+For most optimizers these are the weights that are trained. Schedule-free optimizers,
+`optax.lookahead` and `optax.contrib.sam` have others, which their states hold or imply.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ REMEDY = (
     "give a function (optimizer_state, params) -> params, e.g."
     " optax.contrib.schedule_free_eval_params"
 )
-FOUND = (
+# states that hold or imply other weights
+HOLDING = (
     optax.contrib.ScheduleFreeState,
     optax.contrib.SAMState,
     Lookahead,
@@ -35,11 +38,10 @@ def evaluated(
     state: Any,
     params: Any,
 ) -> Any:
-    """Weights to evaluate with, laid out as the parameters are.
+    """Return the weights to evaluate with, laid out as the parameters are.
 
     Args:
-      given: `Recipe.evaluate_params`; None: found by the optimizer's state, which for
-        schedule-free optimizers, `optax.lookahead` and `optax.contrib.sam` holds them.
+      given: `Recipe.evaluate_params`; None: the optimizer's state says which they are.
       state: the optimizer's state.
       params: the parameters that are trained.
 
@@ -49,9 +51,9 @@ def evaluated(
     Raises:
       RecipeError: `given` fails, or returns something else.
     """
-    if given is None and not any(isinstance(node, FOUND) for node in nodes(state)):
+    if given is None and not any(isinstance(node, HOLDING) for node in nodes(state)):
         return params
-    function = _found if given is None else _checked(given)
+    function = _by_state if given is None else _checked(given)
 
     leaves = jax.tree.leaves((state, params))
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
@@ -60,7 +62,8 @@ def evaluated(
         return function(state, params)
 
     own, structure = jax.tree.flatten(params)
-    return _compiled(function, structure, tuple(x.sharding for x in own))(state, params)
+    shardings = tuple(x.sharding for x in own)
+    return _compiled(function, structure, shardings)(state, params)
 
 
 def check_evaluation(
@@ -68,8 +71,10 @@ def check_evaluation(
     state: Any,
     params: Any,
 ) -> None:
-    """Raise a RecipeError where the function of a recipe can't be used; nothing is
-    computed.
+    """Check that the function of a recipe can be used; nothing is computed.
+
+    Raises:
+      RecipeError: it fails, or returns something else than parameters.
     """
     jax.eval_shape(_checked(given), state, params)
 
@@ -81,62 +86,53 @@ def _compiled(
     shardings: tuple,
 ) -> Callable:
     devices = list(shardings[0].device_set)
-    return jit_on(
-        devices,
-        function,
-        out_shardings=jax.tree.unflatten(structure, shardings),
-    )
+    out_shardings = jax.tree.unflatten(structure, shardings)
+    return jit_on(devices, function, out_shardings=out_shardings)
 
 
 @functools.lru_cache(maxsize=8)
 def _checked(given: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A person's function, whose result must be like the parameters."""
+    """Return a person's function that checks its result against the parameters."""
 
     def function(state: Any, params: Any) -> Any:
-        with pointing_at_user(
-            "evaluate_params",
-            REMEDY,
-            where=WHERE,
-            kind=RecipeError,
-        ):
+        with pointing_at_user("evaluate_params", REMEDY, where=WHERE, kind=RecipeError):
             result = given(state, params)
-        found = by_path(result)
-        for path, own in by_path(params).items():
-            shape = getattr(found.get(path), "shape", None)
-            if shape != own.shape:
+        weights = by_path(result)
+        own = by_path(params)
+        for path, x in own.items():
+            shape = getattr(weights.get(path), "shape", None)
+            if shape != x.shape:
+                returned = "nothing" if shape is None else shape
                 raise RecipeError(
-                    f"evaluate_params returned {'nothing' if shape is None else shape}"
-                    f" for {path!r}, which is {own.shape} in the model",
+                    f"evaluate_params returned {returned} for {path!r}, which is"
+                    f" {x.shape} in the model",
                     where=WHERE,
                     remedy=REMEDY,
                 )
         # by name, so that a flat dict or an nnx.State of the same names will do
-        leaves = [
-            jnp.asarray(found[path], own.dtype) for path, own in by_path(params).items()
-        ]
+        leaves = [jnp.asarray(weights[path], x.dtype) for path, x in own.items()]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     return function
 
 
-def _found(state: Any, params: Any) -> Any:
-    """The weights that the optimizer's state holds or implies."""
+def _by_state(state: Any, params: Any) -> Any:
+    """Return the weights that the optimizer's state holds or implies."""
     # `switchable`: those of the one at work
     if isinstance(state, dict) and set(state) == {"index", "each"}:
-        each = [_found(one, params) for one in state["each"]]
-        return jax.tree.map(lambda *x: jax.lax.select_n(state["index"], *x), *each)
+        index = state["index"]
+        each = [_by_state(own, params) for own in state["each"]]
+        return jax.tree.map(lambda *x: jax.lax.select_n(index, *x), *each)
 
     for node in nodes(state):
         if isinstance(node, Lookahead):
             params = node.slow
         elif isinstance(node, optax.contrib.ScheduleFreeState):
-            params = _where_held(
-                node.z, params, functools.partial(_schedule_free, node)
-            )
+            average = functools.partial(_schedule_free, node)
+            params = _where_held(node.z, params, average)
         elif isinstance(node, optax.contrib.SAMState) and node.cache is not None:
-            params = _where_held(
-                node.cache, params, functools.partial(_unperturbed, node)
-            )
+            unperturbed = functools.partial(_unperturbed, node)
+            params = _where_held(node.cache, params, unperturbed)
     return params
 
 
@@ -145,27 +141,27 @@ def _where_held(
     params: Any,
     function: Callable[[Any], Any],
 ) -> Any:
-    """`function` of those parameters that an optimizer holds weights of; others as they
-    are.
+    """Apply a function to the parameters of which an optimizer holds weights.
 
-    Under `optax.masked` and `optax.partition` it has an `optax.MaskedNode` for others.
+    Others stay as they are. Under `optax.masked` and `optax.partition` the optimizer
+    has an `optax.MaskedNode` in their place.
     """
     own = jax.tree.map(
-        lambda h, p: h if _masked(h) else p,
+        lambda h, p: h if _is_masked(h) else p,
         held,
         params,
-        is_leaf=_masked,
+        is_leaf=_is_masked,
     )
     result = function(own)
     return jax.tree.map(
-        lambda r, p: p if _masked(r) else r.astype(p.dtype),
+        lambda r, p: p if _is_masked(r) else r.astype(p.dtype),
         result,
         params,
-        is_leaf=_masked,
+        is_leaf=_is_masked,
     )
 
 
-def _masked(node: Any) -> bool:
+def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
@@ -174,13 +170,9 @@ def _schedule_free(state: Any, params: Any) -> Any:
 
 
 def _unperturbed(state: Any, params: Any) -> Any:
-    """The weights from which `optax.contrib.sam` looks for a worse place around."""
-    return jax.tree.map(
-        lambda kept, now: jnp.where(
-            state.steps_since_sync == 0,
-            now,
-            kept,
-        ),
-        state.cache,
-        params,
-    )
+    """Return the weights around which `optax.contrib.sam` looks for a worse place."""
+
+    def select(cached: Any, now: Any) -> Any:
+        return jnp.where(state.steps_since_sync == 0, now, cached)
+
+    return jax.tree.map(select, state.cache, params)

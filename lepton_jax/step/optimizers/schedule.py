@@ -3,7 +3,14 @@
 Optax's wrappers count for themselves: under `optax.MultiSteps(optax.sgd(schedule), 4)`
 the inner count moves once in four steps. So a schedule can't always be read at
 Lepton's own count of updates. Where the two counts certainly agree, the optimizer is
-made from a plain number; where they may differ, it is made from a `Scheduled`.
+made from a plain number; where they may differ, it is made from a `Scheduled`:
+
+>>> halved = Scheduled(lambda count: 0.1 * count) / 2
+>>> halved(3)
+0.15000000000000002
+
+`Readings` finds the counts in the traced update. Each call of the schedule marks the
+count that it is given; the mark is then traced back to a leaf of the optimizer's state.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lepton_jax.compat import ClosedJaxpr, Literal
 
+# name of the operation that marks a count
 MARK = "lepton_schedule_count"
 
 # states of Optax whose count begins at 0, and whose own update adds 1 to it; by name,
@@ -162,31 +170,25 @@ class Readings:
         """
         jaxpr = program.jaxpr
         owners = _owners(state)
-        leaves = dict(
-            zip(
-                jaxpr.invars,
-                range(len(owners)),
-                strict=False,
-            )
-        )
+        leaves = dict(zip(jaxpr.invars, range(len(owners)), strict=False))
         marks = list(_marks(jaxpr, leaves))
 
-        found = []
+        unknown = Reading(leaf=None, plain=False, scales=False)
+        readings = []
         for leaf in dict.fromkeys(marks):
             if leaf is None:
-                found.append(Reading(None, False, False))
+                readings.append(unknown)
                 continue
             # a count that anything else decides upon may stand still, or begin anew
-            alone = inputs_of(jaxpr, jaxpr.outvars[after + leaf]) == {
-                jaxpr.invars[leaf]
-            }
-            plain = alone and owners[leaf].__name__ in COUNTED
-            scales = owners[leaf].__name__ in SCALING
-            found.append(Reading(leaf, plain, scales))
+            deciding = inputs_of(jaxpr, jaxpr.outvars[after + leaf])
+            alone = deciding == {jaxpr.invars[leaf]}
+            owner = owners[leaf].__name__
+            plain = alone and owner in COUNTED
+            readings.append(Reading(leaf, plain, scales=owner in SCALING))
 
         if self._calls > len(marks):  # at a number, or at a count that was not traced
-            found.append(Reading(None, False, False))
-        return found
+            readings.append(unknown)
+        return readings
 
 
 def skips(
@@ -217,9 +219,7 @@ def skips(
 
 
 def nodes(state: Any) -> Iterator[Any]:
-    """List the containers in an optimizer's state that are named tuples, outer ones
-    first.
-    """
+    """Yield the named tuples in an optimizer's state, outer ones first."""
     if hasattr(state, "_fields"):
         yield state
     if isinstance(state, dict):
@@ -230,24 +230,32 @@ def nodes(state: Any) -> Iterator[Any]:
 
 
 def _owners(state: Any) -> list[type]:
-    """Type of the named tuple that each leaf of a state is directly in."""
-    found: list[type] = []
+    """Return, for each leaf of a state, the type of the named tuple around it."""
+    owners: list[type] = []
 
     def visit(part: Any, owner: type) -> None:
         if hasattr(part, "_fields"):
             owner = type(part)
         for child in jax.tree.leaves(part, is_leaf=lambda x: x is not part):
             if child is part:
-                found.append(owner)
+                owners.append(owner)
             else:
                 visit(child, owner)
 
     visit(state, tuple)
-    return found
+    return owners
 
 
-def _marks(jaxpr: Any, leaves: dict[Any, int]) -> Iterator[int | None]:
-    """Leaf of the state behind each count that the schedule was called with."""
+def _marks(
+    jaxpr: Any,
+    leaves: dict[Any, int],
+) -> Iterator[int | None]:
+    """Yield the leaf of the state behind each count at which the schedule was read.
+
+    Args:
+      jaxpr: a traced update.
+      leaves: variables of the jaxpr that are leaves of the state, and their indices.
+    """
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "name" and eqn.params["name"] == MARK:
             variable = eqn.invars[0]
@@ -256,19 +264,26 @@ def _marks(jaxpr: Any, leaves: dict[Any, int]) -> Iterator[int | None]:
 
         operands = eqn.invars[1:] if eqn.primitive.name == "cond" else eqn.invars
         for inner in _inner(eqn):
-            passed: dict[Any, int] = {}
-            if len(inner.invars) == len(operands):
-                pairs = zip(inner.invars, operands, strict=True)
-                passed = {
-                    i: leaves[o]
-                    for i, o in pairs
-                    if not isinstance(o, Literal) and o in leaves
-                }
-            yield from _marks(inner, passed)
+            yield from _marks(inner, _passed(inner, operands, leaves))
+
+
+def _passed(
+    inner: Any,
+    operands: list[Any],
+    leaves: dict[Any, int],
+) -> dict[Any, int]:
+    """Return the inputs of an inner jaxpr that are leaves of the state."""
+    if len(inner.invars) != len(operands):
+        return {}
+    passed = {}
+    for variable, operand in zip(inner.invars, operands, strict=True):
+        if not isinstance(operand, Literal) and operand in leaves:
+            passed[variable] = leaves[operand]
+    return passed
 
 
 def _inner(eqn: Any) -> Iterator[Any]:
-    """Jaxprs among the parameters of an equation."""
+    """Yield the jaxprs among the parameters of an equation."""
     for value in eqn.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             part = getattr(part, "jaxpr", part)
@@ -276,7 +291,10 @@ def _inner(eqn: Any) -> Iterator[Any]:
                 yield part
 
 
-def inputs_of(jaxpr: Any, result: Any) -> set[Any]:
+def inputs_of(
+    jaxpr: Any,
+    result: Any,
+) -> set[Any]:
     """Find the inputs of a jaxpr on which one of its results may depend."""
     needed = set() if isinstance(result, Literal) else {result}
     for eqn in reversed(jaxpr.eqns):

@@ -1,5 +1,6 @@
-"""An Optax transformation as a train step applies it, and what Optax says where it
-can't be.
+"""An Optax transformation as a train step applies it.
+
+Where Optax can't apply it, the error names the missing argument or the parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from lepton_jax.step.optimizers.schedule import nodes
 from lepton_jax.trees import by_path
 
 WHERE = "Recipe.optimizer"
-LISTED = 12  # parameter names in a message; a choice
+# parameter names in a message; assumption
+LISTED = 12
+# characters of a text of JAX's in a message; assumption
+BRIEF = 400
 
 # arguments of an update that some of Optax's ask for and a train step can't give
 LACKING = {
@@ -29,7 +33,7 @@ LACKING = {
     "grad": "the gradient once more, for a line search",
 }
 
-# the optimizer's own updates are tied to more weights than these: see `scaled`
+# states of optimizers whose updates also move weights of their own: see `scaled`
 BOUND = (
     optax.contrib.ScheduleFreeState,
     optax.LookaheadState,
@@ -50,7 +54,7 @@ class Lookahead(NamedTuple):
 
 
 class Transformation:
-    """An Optax transformation, with what it needs beyond gradients and parameters.
+    """An Optax transformation with the other arguments that it needs.
 
     Args:
       given: an Optax transformation, or an object with its `init` and `update`, such as
@@ -61,9 +65,8 @@ class Transformation:
     """
 
     def __init__(self, given: Any):
-        if is_transformation(given) and not isinstance(
-            given, optax.GradientTransformation
-        ):
+        is_optax = isinstance(given, optax.GradientTransformation)
+        if is_transformation(given) and not is_optax:
             given = optax.GradientTransformationExtraArgs(given.init, given.update)
         if not isinstance(given, optax.GradientTransformation):
             raise RecipeError(
@@ -115,26 +118,14 @@ class Transformation:
         Raises:
           RecipeError: it fails, or needs what a train step doesn't give it.
         """
-        if factor is not None:
-            # a factor of 1 changes no number, but how XLA rounds those around it
-            return jax.lax.cond(
-                factor == 1,
-                lambda: self._applied(
-                    gradients,
-                    state,
-                    params,
-                    value,
-                    None,
-                ),
-                lambda: self._applied(
-                    gradients,
-                    state,
-                    params,
-                    value,
-                    factor,
-                ),
-            )
-        return self._applied(gradients, state, params, value, None)
+
+        def apply(factor: Any) -> tuple[Any, Any]:
+            return self._applied(gradients, state, params, value, factor)
+
+        if factor is None:
+            return apply(None)
+        # a factor of 1 changes no number, but how XLA rounds those around it
+        return jax.lax.cond(factor == 1, lambda: apply(None), lambda: apply(factor))
 
     def _applied(
         self,
@@ -144,12 +135,7 @@ class Transformation:
         value: Any,
         factor: Any,
     ) -> tuple[Any, Any]:
-        updates, after = self.updates(
-            gradients(),
-            state,
-            params,
-            value,
-        )
+        updates, after = self.updates(gradients(), state, params, value)
         if factor is not None:
             updates = scaled(updates, factor, state)
 
@@ -165,17 +151,15 @@ class Transformation:
         params: Any,
         value: Any,
     ) -> tuple[Any, Any]:
-        """Give the updates that the transformation makes of gradients, and its state
-        after them.
+        """Return the updates of the parameters, and the state after them.
 
         With `optax.lookahead` the updates are `optax.LookaheadParams`, and the slow
         weights in the state are still those before the update.
         """
         with fitting(params):
             if isinstance(state, Lookahead):
-                updates, inner = self._call(
-                    gradients, state.inner, _both(params, state), value
-                )
+                both = _both(params, state)
+                updates, inner = self._call(gradients, state.inner, both, value)
                 return updates, state._replace(inner=inner)
             return self._call(gradients, state, params, value)
 
@@ -187,12 +171,7 @@ class Transformation:
         value: Any,
     ) -> tuple[Any, Any]:
         try:
-            return self.whole.update(
-                gradients,
-                state,
-                params,
-                value=value,
-            )
+            return self.whole.update(gradients, state, params, value=value)
         except TypeError as error:
             # some, such as contrib.sam, take only the arguments that they use
             if "unexpected keyword argument 'value'" not in str(error):
@@ -205,7 +184,7 @@ def _both(params: Any, state: Lookahead) -> Any:
 
 
 def is_transformation(given: Any) -> bool:
-    """Whether an object has what an Optax transformation has."""
+    """Whether an object has the functions of an Optax transformation."""
     parts = [getattr(given, name, None) for name in ("init", "update")]
     return not isinstance(given, type) and all(callable(part) for part in parts)
 
@@ -215,7 +194,9 @@ def scaled(
     factor: Any,
     state: Any,
 ) -> Any:
-    """Updates times a factor: for most of Optax's, the same as a scaled learning rate.
+    """Return updates times a factor.
+
+    For most of Optax's optimizers this is the same as a scaled learning rate.
 
     Raises:
       RecipeError: it is not the same for this optimizer, which keeps other weights in
@@ -237,19 +218,14 @@ def scaled(
 
 
 class fitting(pointing_at_user):
-    """Context in which a fault of an optimizer's code is told with the parameters'
-    names.
+    """Context in which a fault of an optimizer's code names the parameters.
 
     Args:
       params: the parameters.
     """
 
     def __init__(self, params: Any):
-        super().__init__(
-            "the optimizer",
-            where=WHERE,
-            kind=RecipeError,
-        )
+        super().__init__("the optimizer", where=WHERE, kind=RecipeError)
         self._params = params
 
     def __exit__(
@@ -260,96 +236,76 @@ class fitting(pointing_at_user):
     ) -> None:
         try:
             super().__exit__(kind, error, trace)
-        except RecipeError as told:
+        except RecipeError as reported:
             assert error is not None
-            raise _told(told, error, self._params) from error
+            what, remedy = _explained(reported, error, self._params)
+            raise RecipeError(what, where=reported.where, remedy=remedy) from error
 
 
-def _told(
-    error: RecipeError,
-    cause: BaseException,
-    params: Any,
-) -> RecipeError:
+def _explained(
+    error: RecipeError, cause: BaseException, params: Any
+) -> tuple[str, str]:
+    """Return the fault behind an error of Optax's, and its remedy."""
     text = str(cause)
     lacking = [name for name in LACKING if re.search(rf"\b{name}\b", text)]
     if lacking and isinstance(cause, TypeError | ValueError):
-        what = " and ".join(f"{name} ({LACKING[name]})" for name in lacking)
-        return RecipeError(
-            f"the optimizer's update needs {what}; a train step gives gradients, "
+        needed = " and ".join(f"{name} ({LACKING[name]})" for name in lacking)
+        return (
+            f"the optimizer's update needs {needed}; a train step gives gradients, "
             "parameters and the loss's value",
-            where=error.where,
-            remedy=(
-                "give an optimizer without a line search or second-order estimates, "
-                "e.g. optimizer=optax.adamw, learning_rate=1e-3"
-            ),
+            "give an optimizer without a line search or second-order estimates, "
+            "e.g. optimizer=optax.adamw, learning_rate=1e-3",
         )
     if "batch dimension" in text:
-        return RecipeError(
+        return (
             "the optimizer needs the gradient of each sample; a train step gives the"
             " mean gradient of a batch",
-            where=error.where,
-            remedy=(
-                "leave out what clips or aggregates single samples' gradients "
-                "(differentially_private_aggregate, dpsgd, per_example_*_norm_clip)"
-            ),
+            "leave out what clips or aggregates single samples' gradients "
+            "(differentially_private_aggregate, dpsgd, per_example_*_norm_clip)",
         )
     if "no corresponding transformation" in text:
         unknown = _unknown_labels(text)
-        return RecipeError(
+        return (
             f"the optimizer's labels of parameters name no transformation: {unknown}",
-            where=error.where,
-            remedy=(
-                "give each label a transformation, or change the labels of the "
-                f"parameters, which are {named(params)}"
-            ),
+            "give each label a transformation, or change the labels of the "
+            f"parameters, which are {named(params)}",
         )
     if "pytree" in text or isinstance(cause, KeyError | IndexError | AttributeError):
-        return RecipeError(
+        return (
             f"the optimizer does not fit the parameters: {type(cause).__name__}:"
             f" {_brief(text)}",
-            where=error.where,
-            remedy=(
-                "let masks and labels be nested dicts of the parameters' names, or "
-                f"functions of such a dict; the parameters are {named(params)}"
-            ),
+            "let masks and labels be nested dicts of the parameters' names, or "
+            f"functions of such a dict; the parameters are {named(params)}",
         )
     if isinstance(cause, jax.errors.ConcretizationTypeError):
-        return RecipeError(
+        return (
             "the optimizer looks at values that are not known when the step is"
             f" compiled: {_brief(text.partition('.')[0])}",
-            where=error.where,
-            remedy=(
-                "let masks and labels go by the parameters' names, shapes or dtypes; "
-                f"the parameters are {named(params)}"
-            ),
+            "let masks and labels go by the parameters' names, shapes or dtypes; "
+            f"the parameters are {named(params)}",
         )
-    remedy = (
-        "give an Optax transformation that needs gradients, parameters and the loss's"
-        " value alone"
-    )
-    return RecipeError(
+    return (
         error.what,
-        where=error.where,
-        remedy=remedy,
+        "give an Optax transformation that needs gradients, parameters and the loss's"
+        " value alone",
     )
 
 
 def _unknown_labels(text: str) -> str:
-    """Optax's lists of labels and of transformations, in one line."""
+    """Return Optax's lists of labels and of transformations, in one line."""
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    return "; ".join(
-        line.replace("Transforms keys", "transformations") for line in lines
-    )
+    listed = "; ".join(lines)
+    return listed.replace("Transforms keys", "transformations")
 
 
 def _brief(text: str) -> str:
-    """JAX's account of two trees that differ, in one line."""
+    """Return JAX's account of two trees that differ, in one line."""
     words = " ".join(text.removeprefix("pytree structure error: ").split())
-    return words if len(words) <= 400 else words[:397] + "..."
+    return words if len(words) <= BRIEF else words[: BRIEF - 3] + "..."
 
 
 def named(params: Any) -> str:
-    """The parameters' names, for a message; of many the first ones."""
+    """Return the parameters' names for a message; of many, the first ones."""
     names = list(by_path(params))
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
@@ -359,7 +315,7 @@ def _masks(
     function: Any,
     seen: set[int] | None = None,
 ) -> Iterator[Any]:
-    """Find the masks in an optimizer that are not within other masks or partitions.
+    """Yield the masks in an optimizer that are not within other masks or partitions.
 
     Optax keeps a mask in the closure of `optax.masked`, and nothing in a state says
     whether it matched: `add_decayed_weights` has none. So closures are looked through.
@@ -378,20 +334,22 @@ def _masks(
         yield from _masks(held.inner_opt, seen)
 
     code = getattr(function, "__code__", None)
-    cells = getattr(function, "__closure__", None)
-    if code is None or cells is None:
+    if code is None:
         return
+    closed_over = _closed_over(function)
     name = getattr(function, "__qualname__", "")
-    values = {
-        n: c.cell_contents
-        for n, c in zip(code.co_freevars, cells, strict=True)
-        if _filled(c)
-    }
     if name.startswith("masked.<locals>.update_fn") and of_a_library(code.co_filename):
-        yield values.get("mask")
+        yield closed_over.get("mask")
     elif not name.startswith("partition.<locals>."):
-        for value in values.values():
+        for value in closed_over.values():
             yield from _masks(value, seen)
+
+
+def _closed_over(function: Any) -> dict[str, Any]:
+    """Return the variables in a function's closure, by name."""
+    cells = getattr(function, "__closure__", None) or ()
+    pairs = zip(function.__code__.co_freevars, cells, strict=True)
+    return {name: cell.cell_contents for name, cell in pairs if _filled(cell)}
 
 
 def _filled(cell: Any) -> bool:
@@ -402,14 +360,15 @@ def _filled(cell: Any) -> bool:
 
 
 def _check_mask(mask: Any, params: Any) -> None:
-    """Refuse a mask of which no entry is true; False alone says so on purpose."""
+    """Check that some entry of a mask is true; False alone says so on purpose."""
     tree = mask(params) if callable(mask) else mask
     entries = jax.tree.leaves(tree)
-    if isinstance(tree, bool) or not entries or any(bool(entry) for entry in entries):
+    on_purpose = isinstance(tree, bool) or not entries
+    if on_purpose or any(bool(entry) for entry in entries):
         return
     raise RecipeError(
         "a mask of the optimizer matches no parameter",
-        where=_defined(mask) or WHERE,
+        where=_place(mask) or WHERE,
         remedy=(
             "let the mask be true for some of the parameters, which are"
             f" {named(params)}; or leave what is masked out"
@@ -417,8 +376,8 @@ def _check_mask(mask: Any, params: Any) -> None:
     )
 
 
-def _defined(function: Any) -> str | None:
-    """Where a user's function is defined."""
+def _place(function: Any) -> str | None:
+    """Return the file and line of a user's function."""
     code = getattr(function, "__code__", None)
     if code is None or of_a_library(code.co_filename):
         return None
@@ -427,9 +386,7 @@ def _defined(function: Any) -> str | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep `optax.lookahead` from warning of the parameters with which it is tried
-    first.
-    """
+    """Silence `optax.lookahead`'s warning of the parameters with which it is tried."""
     logger = logging.getLogger("absl")
     before = logger.disabled
     logger.disabled = True
