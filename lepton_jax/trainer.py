@@ -27,13 +27,12 @@ from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.controller.live import Live
 from lepton_jax.data import (
     Arrays,
-    Dataset,
     check_limits,
     described,
     epoch_samples,
-    from_any,
     one_pass,
     sample,
+    settled,
 )
 from lepton_jax.errors import (
     CheckpointError,
@@ -1032,12 +1031,7 @@ def _replace(
 
 def _settled(data: Any, otherwise: Any) -> Any:
     data = otherwise if data is None else data
-    return (
-        data
-        if data is None
-        or isinstance(data, grain.MapDataset | grain.IterDataset | Dataset)
-        else from_any(data)
-    )
+    return None if data is None else settled(data)
 
 
 def _count(data: Any) -> int | None:

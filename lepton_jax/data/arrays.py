@@ -202,6 +202,80 @@ class Buffers:
         return _aligned(made[-1], shape, dtype)
 
 
+class ArraysByPosition:
+    """Arrays as an endless sequence of samples, in a new seeded order each epoch.
+
+    Position p is the p-th sample that training consumes, whatever the batch size. An
+    epoch's permutation takes 8 bytes of memory for each sample.
+
+    >>> data = Arrays(np.arange(3.0), np.arange(3))
+    >>> ArraysByPosition(data, seed=0, shuffle=False).indices(2, 5)
+    array([2, 0, 1], dtype=int32)
+    """
+
+    checked_when_read = False  # all arrays are checked at once, before the first step
+
+    def __init__(
+        self,
+        data: Arrays,
+        seed: int,
+        shuffle: bool,
+    ):
+        self.data = data
+        self.samples = len(data)
+        self.seed = seed
+        self.shuffle = shuffle
+        self._orders: dict[int, np.ndarray] = {}
+        self._buffers = Buffers()
+
+    def rows(
+        self,
+        start: int,
+        stop: int,
+        wanted: Any = slice(None),
+    ) -> tuple[Any, Any]:
+        """Return copies of the samples at positions start to stop.
+
+        Args:
+          start: the first position.
+          stop: the position after the last one.
+          wanted: which of them to read, as an index of a vector of stop - start.
+        """
+        return self.data.take(self.indices(start, stop)[wanted], self._buffers.empty)
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """Return the samples' numbers at positions start to stop: int32 vector."""
+        if not self.shuffle:
+            return (np.arange(start, stop) % self.samples).astype(np.int32)
+
+        indices = np.empty(stop - start, np.int32)
+        first_epoch = start // self.samples
+        last_epoch = (stop - 1) // self.samples
+        for epoch in range(first_epoch, last_epoch + 1):
+            epoch_start = epoch * self.samples
+            low = max(start, epoch_start)
+            high = min(stop, epoch_start + self.samples)
+            part = self._order(epoch)[low - epoch_start : high - epoch_start]
+            indices[low - start : high - start] = part
+        return indices
+
+    def ids(self, start: int, stop: int) -> list[str]:
+        """Return "EPOCH:INDEX" of each sample at positions start to stop."""
+        epochs = np.arange(start, stop) // self.samples
+        indices = self.indices(start, stop)
+        return [
+            f"{epoch}:{index}" for epoch, index in zip(epochs, indices, strict=True)
+        ]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            # a block may still reach back into the epoch before
+            before = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders = before | {epoch: generator.permutation(self.samples)}
+        return self._orders[epoch]
+
+
 def _raw(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.empty(math.prod(shape) * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
 

@@ -800,7 +800,7 @@ MISTAKES = {
         )
     ),
     "the filter function failed: KeyError": lambda: open_stream(
-        A.filter(lambda x, y: x["a"])
+        A.filter(lambda x, y: {}["a"])
     ),
     "filter was given 3": lambda: A.filter(3),
     "the map function returned a pair for one sample and a int": lambda: open_stream(

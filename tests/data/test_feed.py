@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax.compat import make_mesh
-from lepton_jax.data import Arrays, Loader
-from lepton_jax.data.arrays import Buffers
-from lepton_jax.data.loader import ArrayStream
+from lepton_jax.data import Arrays, open_feed
+from lepton_jax.data.arrays import ArraysByPosition, Buffers
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -35,10 +34,12 @@ def numbered(count):
     st.booleans(),
 )
 def test_positions_alone_decide_the_samples(samples, start, count, seed, shuffle):
-    stream = ArrayStream(numbered(samples), seed, shuffle)
+    stream = ArraysByPosition(numbered(samples), seed, shuffle)
     whole = stream.indices(0, start + count)
     np.testing.assert_array_equal(
-        ArrayStream(numbered(samples), seed, shuffle).indices(start, start + count),
+        ArraysByPosition(numbered(samples), seed, shuffle).indices(
+            start, start + count
+        ),
         whole[start:],
     )
     np.testing.assert_array_equal(stream.rows(start, start + count)[1], whole[start:])
@@ -61,7 +62,7 @@ def test_blocks_cut_the_stream_without_gap_or_overlap(
     samples, batch, steps, blocks, start, resident
 ):
     data = numbered(samples)
-    loader = Loader(
+    loader = open_feed(
         data,
         batch_size=batch,
         steps=steps,
@@ -75,14 +76,16 @@ def test_blocks_cut_the_stream_without_gap_or_overlap(
     found = np.concatenate(
         [np.asarray(b if resident else b[1]).reshape(-1) for b in loader]
     )
-    expected = ArrayStream(data, 1, True).indices(start, start + blocks * batch * steps)
+    expected = ArraysByPosition(data, 1, True).indices(
+        start, start + blocks * batch * steps
+    )
     np.testing.assert_array_equal(found[: len(expected)], expected)
     # resident indices are read some steps ahead
     assert len(found) - len(expected) < 64 * batch
 
 
 def test_state_says_where_to_go_on():
-    make = lambda position: Loader(
+    make = lambda position: open_feed(
         numbered(30),
         batch_size=4,
         steps=3,
@@ -102,13 +105,13 @@ def test_state_says_where_to_go_on():
     rest = identifiers(make(position))
     np.testing.assert_array_equal(
         np.concatenate([consumed, rest])[:60],
-        ArrayStream(numbered(30), 2, True).indices(0, 60),
+        ArraysByPosition(numbered(30), 2, True).indices(0, 60),
     )
 
 
 def test_seeds_and_epochs_give_other_orders():
     one, other = (
-        ArrayStream(numbered(100), seed, True).indices(0, 200) for seed in (0, 1)
+        ArraysByPosition(numbered(100), seed, True).indices(0, 200) for seed in (0, 1)
     )
     assert (one[:100] != one[100:]).any() and (one != other).any()
 
@@ -118,7 +121,7 @@ def test_a_buffer_is_not_used_again_while_a_block_lives():
         np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32),
         np.arange(512, dtype=np.int32),
     )
-    loader = Loader(
+    loader = open_feed(
         data,
         batch_size=64,
         steps=1,
@@ -150,7 +153,7 @@ def test_blocks_are_sharded_over_the_batch_dim():
     sharding = jax.sharding.NamedSharding(
         mesh, jax.sharding.PartitionSpec(None, "data")
     )
-    loader = Loader(
+    loader = open_feed(
         numbered(64),
         batch_size=16,
         steps=2,
@@ -176,7 +179,7 @@ def test_an_error_in_reading_reaches_the_loop():
     data = Breaks(np.zeros((30, 1), np.float32), np.zeros(30, np.int32))
     with pytest.raises(Exception, match="the disk is gone"):
         list(
-            Loader(
+            open_feed(
                 data,
                 batch_size=5,
                 steps=1,
