@@ -361,7 +361,7 @@ class _Parts(NamedTuple):
 
 
 def _groups(whole: str, mark: str) -> list[str]:
-    """Return the groups of digits of a whole number; none if it is written otherwise."""
+    """Return a whole number's groups of digits; none if it is written otherwise."""
     marks = {" ": _SPACES, "'": QUOTES}.get(mark, mark)
     groups = re.split(f"[{marks}]", whole)
     sizes = [len(group) for group in groups]
