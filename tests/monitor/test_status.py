@@ -240,7 +240,7 @@ def test_a_journal_longer_than_it_reads_at_once(tmp_path, monkeypatch):
         *(steps(i, i, i, 1.0) for i in range(1, 200)),
     )
     whole = status.status(tmp_path)
-    monkeypatch.setattr(status, "CHUNK", 37)
+    monkeypatch.setattr(status, "CHUNK_BYTES", 37)
     monkeypatch.setattr(status, "WINDOWS", 8)
     parts = status.status(tmp_path)
     assert parts["damaged_lines"] == 0 and parts["step"] == 199
