@@ -209,7 +209,14 @@ def _write_breast_cancer(file: Path, label: str) -> None:
     source: Any = load_breast_cancer()
     rows = np.column_stack([source.data, source.target])
     header = ",".join([*source.feature_names, label])
-    np.savetxt(file, rows, "%.7g", ",", comments="", header=header)
+    np.savetxt(
+        file,
+        rows,
+        "%.7g",
+        ",",
+        comments="",
+        header=header,
+    )
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -126,7 +126,13 @@ def recipe(
     tokens, kinds, where = _tokens(text, tokenizer)
     train, test = _windows(tokens, usual.length, where)
     shape = lepton.models.transformer_size(size) | {"loop": usual.loop}
-    shape["vocab"] = _rows(size, vocab, kinds, shape["vocab"], where)
+    shape["vocab"] = _rows(
+        size,
+        vocab,
+        kinds,
+        shape["vocab"],
+        where,
+    )
 
     model: Any = lepton.models.TransformerLM
     if experts:

@@ -302,7 +302,8 @@ class ArraysByPosition:
 
 
 def _raw(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    return np.empty(math.prod(shape) * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.empty(size + ALIGNMENT, np.uint8)
 
 
 def _aligned(
@@ -322,7 +323,13 @@ def _rows(
     out = empty((len(indices), *x.shape[1:]), x.dtype)
     # Only "clip" and "wrap" let np.take write straight into `out`; the indices are
     # checked already.
-    return np.take(x, indices, axis=0, out=out, mode="clip")
+    return np.take(
+        x,
+        indices,
+        axis=0,
+        out=out,
+        mode="clip",
+    )
 
 
 def _map(function: Any, tree: Any) -> Any:

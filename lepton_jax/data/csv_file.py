@@ -87,7 +87,14 @@ class RawTable:
             name: [cells[i] for i in chosen] for name, cells in self.columns.items()
         }
         lines = [self.lines[i] for i in chosen]
-        return RawTable(self.path, self.label, columns, lines, self.settings, self.own)
+        return RawTable(
+            self.path,
+            self.label,
+            columns,
+            lines,
+            self.settings,
+            self.own,
+        )
 
     def error(
         self,

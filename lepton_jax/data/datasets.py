@@ -73,7 +73,8 @@ def described(data: Any) -> str:
 
     kind = _of_kind(data)
     leaves = jax.tree.leaves(kind.checksum_samples())
-    checksum = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in leaves))
+    content = b"".join(np.asarray(leaf).tobytes() for leaf in leaves)
+    checksum = zlib.crc32(content)
     samples = f"{kind.epoch_samples} samples"
     return f"{kind.name} of {samples}, checksum {checksum:08x}"
 
@@ -137,7 +138,11 @@ def one_pass(
             feed.close()
 
 
-def blocks_between(first: int, until: int, steps: int) -> int:
+def blocks_between(
+    first: int,
+    until: int,
+    steps: int,
+) -> int:
     """Return the blocks of `steps` steps that hold steps first to until."""
     return math.ceil((until - first) / steps)
 

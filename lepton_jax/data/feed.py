@@ -170,13 +170,18 @@ class Share:
         are all.
     """
 
-    def __init__(self, sharding: Any, batch_size: int, steps: int):
+    def __init__(
+        self,
+        sharding: Any,
+        batch_size: int,
+        steps: int,
+    ):
         self.sharding = sharding
         self._shape = (batch_size,) if steps == 1 else (steps, batch_size)
 
         parts = sharding.addressable_devices_indices_map(self._shape).values()
-        ranges = [index[-1].indices(batch_size)[:2] for index in parts]
-        self.rows = np.unique(np.concatenate([np.arange(*limits) for limits in ranges]))
+        ranges = [range(*index[-1].indices(batch_size)) for index in parts]
+        self.rows = np.unique(np.concatenate(ranges))
 
         self.wanted: Any = slice(None)
         if len(self.rows) < batch_size:
@@ -192,7 +197,8 @@ class Share:
         Returns:
           the block's global array, of which this host holds its part.
         """
-        rows = rows.reshape(*self._shape[:-1], len(self.rows), *rows.shape[1:])
+        own_shape = (*self._shape[:-1], len(self.rows), *rows.shape[1:])
+        rows = rows.reshape(own_shape)
         if self.sharding.is_fully_addressable:
             return jax.device_put(rows, self.sharding)
 
@@ -217,7 +223,12 @@ class ByPosition(Protocol):
 
     checked_when_read: bool  # whether values out of range are looked for in reading
 
-    def rows(self, start: int, stop: int, wanted: Any = ...) -> tuple[Any, Any]:
+    def rows(
+        self,
+        start: int,
+        stop: int,
+        wanted: Any = ...,
+    ) -> tuple[Any, Any]:
         """Return the samples at positions start to stop, those `wanted` of them."""
 
     def ids(self, start: int, stop: int) -> list[str]:
@@ -251,7 +262,8 @@ class PositionedFeed(Feed):
 
         source = PositionedBlocks(read, spec.start, spec.block_samples, spec.blocks)
         blocks = grain.MapDataset.source(source).map(share.put_all)
-        sample_bytes = sum(x.nbytes for x in jax.tree.leaves(samples.rows(0, 1)))
+        sample = jax.tree.leaves(samples.rows(0, 1))
+        sample_bytes = sum(leaf.nbytes for leaf in sample)
         self._iterator = _in_a_thread(blocks, sample_bytes * spec.block_samples)
 
     def at(self, samples: int) -> dict[str, Any]:

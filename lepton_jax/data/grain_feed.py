@@ -17,7 +17,12 @@ class GrainByPosition:
 
     checked_when_read = True
 
-    def __init__(self, data: grain.MapDataset, seed: int, shuffle: bool):
+    def __init__(
+        self,
+        data: grain.MapDataset,
+        seed: int,
+        shuffle: bool,
+    ):
         seeded = data.seed(seed)
         self.data = (seeded.shuffle() if shuffle else seeded).repeat()
 
@@ -78,7 +83,8 @@ class IteratedFeed(Feed):
 
     def _next_block(self) -> Any:
         batch = next(self._iterator)
-        rows = jax.tree.map(lambda x: np.asarray(x)[self._share.wanted], batch)
+        wanted = self._share.wanted
+        rows = jax.tree.map(lambda x: np.asarray(x)[wanted], batch)
         check_rows(self._limits, rows, self._samples + self._share.rows)
         return self._share.put_all(rows)
 

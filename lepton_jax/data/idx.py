@@ -71,7 +71,11 @@ def _part(folder: Path, part: str) -> Arrays:
     return Arrays(images[..., None], labels.astype(np.int32))
 
 
-def _check_values(file: Path, array: np.ndarray, rank: int) -> None:
+def _check_values(
+    file: Path,
+    array: np.ndarray,
+    rank: int,
+) -> None:
     if array.dtype != np.uint8 or array.ndim != rank:
         raise DataError(
             f"expected uint8 values of {rank} dims, found {array.dtype} of"
@@ -130,9 +134,8 @@ def read_idx(path: str | Path) -> np.ndarray:
             where=path,
             remedy=_AGAIN,
         )
-    shape = tuple(
-        int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)
-    )
+    sizes = np.frombuffer(data[4:start], ">u4")
+    shape = tuple(sizes.tolist())
 
     expected = start + math.prod(shape) * dtype.itemsize
     if len(data) != expected:

@@ -313,7 +313,11 @@ def _suspect(
     return Look("categories")
 
 
-def _are_codes(others: Set[str], spelled: Set[str], distinct: int) -> bool:
+def _are_codes(
+    others: Set[str],
+    spelled: Set[str],
+    distinct: int,
+) -> bool:
     """Whether a column's cells are codes, most of which are numbers by chance.
 
     Args:

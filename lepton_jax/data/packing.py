@@ -137,7 +137,11 @@ class PackDraw:
         # document d begins at borders[d] and ends at borders[d + 1]
         borders = np.concatenate([[0], self.ends]).tolist()
 
-        def piece(document: int, start: int, stop: int) -> Piece:
+        def piece(
+            document: int,
+            start: int,
+            stop: int,
+        ) -> Piece:
             begin = borders[document]
             end = borders[document + 1]
             return Piece(document, max(start, begin) - begin, min(stop, end) - begin)

@@ -470,7 +470,11 @@ def _function(
     return Function(function, batched, kind, name, where)
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def _whole(
+    name: str,
+    value: Any,
+    least: int,
+) -> int:
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if is_whole and least <= value < 2**31:
         return int(value)

@@ -195,7 +195,9 @@ def document(x: Any, name: str) -> np.ndarray:
 
 def length(rows: Rows) -> int:
     """Return how many samples there are."""
-    return len(rows) if isinstance(rows, list) else len(jax.tree.leaves(rows)[0])
+    if isinstance(rows, list):
+        return len(rows)
+    return len(jax.tree.leaves(rows)[0])
 
 
 def lengths(rows: Rows) -> np.ndarray:
@@ -241,7 +243,8 @@ def merged(parts: Sequence[tuple[np.ndarray, Rows]], count: int) -> Rows:
         return parts[0][1]
 
     def scatter(*leaves: np.ndarray) -> np.ndarray:
-        out = aligned_empty((count, *leaves[0].shape[1:]), leaves[0].dtype)
+        first = leaves[0]
+        out = aligned_empty((count, *first.shape[1:]), first.dtype)
         for (places, _), leaf in zip(parts, leaves, strict=True):
             out[places] = leaf
         return out
@@ -254,7 +257,8 @@ def described(rows: Rows) -> str:
     if isinstance(rows, list):
         return "documents"
     leaves, tree = jax.tree.flatten(rows)
-    return _described(tree, tuple((x.dtype, x.shape[1:]) for x in leaves))
+    kinds = tuple((x.dtype, x.shape[1:]) for x in leaves)
+    return _described(tree, kinds)
 
 
 @functools.lru_cache(256)

@@ -74,7 +74,12 @@ class SequentialBlocks:
       saved: the state after the samples before the first block; None: the beginning.
     """
 
-    def __init__(self, data: Dataset, spec: FeedSpec, saved: Any):
+    def __init__(
+        self,
+        data: Dataset,
+        spec: FeedSpec,
+        saved: Any,
+    ):
         self.stream = open_stream(data, spec.seed, spec.shuffle)
         self.stream.restore(saved)
         self.share: Share = spec.share()

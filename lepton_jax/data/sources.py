@@ -57,7 +57,8 @@ class Documents:
                 remedy="give at least one document",
             )
         vectors = [document(x, f"document {i}") for i, x in enumerate(documents)]
-        return cls(np.concatenate(vectors), np.array([len(x) for x in vectors]))
+        lengths = [len(vector) for vector in vectors]
+        return cls(np.concatenate(vectors), np.array(lengths))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -237,10 +237,11 @@ class MapStream:
         return MapDraw(self.stream.peek(count), self.function)
 
     def possible(self, tests: Sequence[Test]) -> bool:
-        def through(test: Callable[[Rows], np.ndarray]) -> Callable[[Rows], np.ndarray]:
+        def after_mapping(test: Callable[..., Any]) -> Callable[..., Any]:
             return lambda rows: test(self.function.maps(rows))
 
-        return self.stream.possible([(key, through(test)) for key, test in tests])
+        mapped = [(key, after_mapping(test)) for key, test in tests]
+        return self.stream.possible(mapped)
 
 
 class FilterStream:
@@ -399,9 +400,8 @@ class MixStream:
         self.names = list(streams)
         self.streams = list(streams.values())
         self.pattern = Pattern(weights)
-        shapes = {
-            name: described(stream.peek(1).read()) for name, stream in streams.items()
-        }
+        firsts = {name: stream.peek(1) for name, stream in streams.items()}
+        shapes = {name: described(draw.read()) for name, draw in firsts.items()}
         first = self.names[0]
         for name, shape in shapes.items():
             if shape != shapes[first]:

@@ -183,7 +183,15 @@ def table(
     marks = _marks(decimal, thousands)
     raw = read_csv(path, label, delimiter, settings)
     if schema is None:
-        schema = _fit(raw, raw, categorical, ignore, missing, marks, label_kind)
+        schema = _fit(
+            raw,
+            raw,
+            categorical,
+            ignore,
+            missing,
+            marks,
+            label_kind,
+        )
     elif schema.label != label:
         raise DataError(
             f"the label is {label!r}, but the schema's is {schema.label!r}",
@@ -244,7 +252,15 @@ def table_split(
     train_rows, test_rows = partition(len(raw.lines), fraction, seed)
     train = raw.rows(train_rows)
     test = raw.rows(test_rows)
-    schema = _fit(raw, train, categorical, ignore, missing, marks, label_kind)
+    schema = _fit(
+        raw,
+        train,
+        categorical,
+        ignore,
+        missing,
+        marks,
+        label_kind,
+    )
     train_table = Table(_encode(train, schema), schema)
     test_table = Table(_encode(test, schema), schema)
     _warn_of_classes(train, test, schema)
@@ -455,7 +471,11 @@ def _proved_decimal(
     return proofs.pop() if len(proofs) == 1 else None
 
 
-def _is_open_to_both(seen: Look, decimal: str, counts: Counter[str]) -> bool:
+def _is_open_to_both(
+    seen: Look,
+    decimal: str,
+    counts: Counter[str],
+) -> bool:
     """Whether a column may be read with the file's decimal mark, but was not."""
     if seen.kind == "ambiguous":
         return True
@@ -495,7 +515,13 @@ def _label(
 
     may_be_quantity = not categorical and len(values) > MOST_CLASSES
     if label_kind == "quantity" or (label_kind == "auto" and may_be_quantity):
-        notations, _ = _notations(raw, [raw.label], absent, marks, proved)
+        notations, _ = _notations(
+            raw,
+            [raw.label],
+            absent,
+            marks,
+            proved,
+        )
         if raw.label in notations:
             notation = notations[raw.label]
             _numbers(raw, raw.label, absent, notation)  # for its errors

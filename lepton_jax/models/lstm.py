@@ -46,7 +46,11 @@ class LSTM(nnx.Module):
 
         # The gates (input, forget, cell, output) have a dim of their own, so that
         # either dim can be sharded alone. An initializer sees them flattened.
-        def open_forget_gate(_: Any, shape: Any, dtype: Any) -> jax.Array:
+        def open_forget_gate(
+            _: Any,
+            shape: Any,
+            dtype: Any,
+        ) -> jax.Array:
             return jnp.zeros(shape, dtype).at[hidden : 2 * hidden].set(1)
 
         self.inputs = nnx.LinearGeneral(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,19 +39,20 @@ class Attention(nnx.Module):
         self.kv_heads = kv_heads
         self.theta = theta
         head = dim // heads
-        self.query = nnx.Linear(dim, heads * head, use_bias=False, rngs=rngs)
-        self.key = nnx.Linear(dim, kv_heads * head, use_bias=False, rngs=rngs)
-        self.value = nnx.Linear(dim, kv_heads * head, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(heads * head, dim, use_bias=False, rngs=rngs)
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.query = linear(dim, heads * head)
+        self.key = linear(dim, kv_heads * head)
+        self.value = linear(dim, kv_heads * head)
+        self.out = linear(heads * head, dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, length, dim) to the same shape."""
         batch, length, _ = x.shape
-        query = self.query(x).reshape(batch, length, self.heads, -1)
-        query = rotary(query, self.theta)
-        key = self.key(x).reshape(batch, length, self.kv_heads, -1)
-        key = rotary(key, self.theta)
-        value = self.value(x).reshape(batch, length, self.kv_heads, -1)
+        query_shape = (batch, length, self.heads, -1)
+        key_shape = (batch, length, self.kv_heads, -1)
+        query = rotary(self.query(x).reshape(query_shape), self.theta)
+        key = rotary(self.key(x).reshape(key_shape), self.theta)
+        value = self.value(x).reshape(key_shape)
 
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.out(mixed.reshape(batch, length, -1))
@@ -59,10 +61,17 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """Gated feed-forward layer (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
-    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = nnx.Linear(dim, hidden, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(dim, hidden, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(hidden, dim, use_bias=False, rngs=rngs)
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.gate = linear(dim, hidden)
+        self.up = linear(dim, hidden)
+        self.down = linear(hidden, dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, length, dim) to the same shape."""
@@ -93,7 +102,13 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.attention_norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
-        self.attention = Attention(dim, heads, kv_heads, theta, rngs=rngs)
+        self.attention = Attention(
+            dim,
+            heads,
+            kv_heads,
+            theta,
+            rngs=rngs,
+        )
         self.feed_forward_norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
         self.feed_forward = feed_forward(rngs)
 
@@ -146,7 +161,14 @@ class Decoder(nnx.Module):
             )
 
         def block(rngs: nnx.Rngs) -> Block:
-            return Block(dim, heads, kv_heads, theta, feed_forward, rngs=rngs)
+            return Block(
+                dim,
+                heads,
+                kv_heads,
+                theta,
+                feed_forward,
+                rngs=rngs,
+            )
 
         self.loop = loop
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
@@ -246,13 +268,76 @@ class _Size(NamedTuple):
 
 
 _SIZES = {
-    "1m": _Size(256, 160, 3, 4, 4, 448, 10_000.0, True),
-    "10m": _Size(256, 384, 6, 6, 6, 1024, 10_000.0, True),
-    "124m": _Size(50_304, 768, 12, 12, 12, 2048, 10_000.0, True),
-    "1b": _Size(128_256, 2048, 16, 32, 8, 8192, 500_000.0, True),
-    "8b": _Size(128_256, 4096, 32, 32, 8, 14_336, 500_000.0, False),
-    "70b": _Size(128_256, 8192, 80, 64, 8, 28_672, 500_000.0, False),
-    "405b": _Size(128_256, 16_384, 126, 128, 8, 53_248, 500_000.0, False),
+    "1m": _Size(
+        256,
+        160,
+        3,
+        4,
+        4,
+        448,
+        10_000.0,
+        True,
+    ),
+    "10m": _Size(
+        256,
+        384,
+        6,
+        6,
+        6,
+        1024,
+        10_000.0,
+        True,
+    ),
+    "124m": _Size(
+        50_304,
+        768,
+        12,
+        12,
+        12,
+        2048,
+        10_000.0,
+        True,
+    ),
+    "1b": _Size(
+        128_256,
+        2048,
+        16,
+        32,
+        8,
+        8192,
+        500_000.0,
+        True,
+    ),
+    "8b": _Size(
+        128_256,
+        4096,
+        32,
+        32,
+        8,
+        14_336,
+        500_000.0,
+        False,
+    ),
+    "70b": _Size(
+        128_256,
+        8192,
+        80,
+        64,
+        8,
+        28_672,
+        500_000.0,
+        False,
+    ),
+    "405b": _Size(
+        128_256,
+        16_384,
+        126,
+        128,
+        8,
+        53_248,
+        500_000.0,
+        False,
+    ),
 }
 
 

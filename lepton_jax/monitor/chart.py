@@ -288,12 +288,20 @@ def _thinned(curve: Curve) -> Curve:
     return Curve(curve.name, *downsample(curve.x, curve.y), curve.style)
 
 
-def _line(curve: Curve, across: Scale, up: Scale) -> str:
+def _line(
+    curve: Curve,
+    across: Scale,
+    up: Scale,
+) -> str:
     path = _path(across.at(curve.x), up.at(curve.y))
     return f'<path class="{curve.style}" d="{path}"/>'
 
 
-def _dots(curve: Curve, across: Scale, up: Scale) -> str:
+def _dots(
+    curve: Curve,
+    across: Scale,
+    up: Scale,
+) -> str:
     if curve.style != "evaluation" or len(curve.x) > MOST_DOTS:
         return ""
     path = _path(across.at(curve.x), up.at(curve.y), dots=True)

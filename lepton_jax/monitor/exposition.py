@@ -150,7 +150,13 @@ class _Metrics:
             self.lines.append(f"# TYPE lepton_{name} {kind}")
             self.lines += lines
 
-    def add_one(self, name: str, kind: str, help: str, value: Any) -> None:
+    def add_one(
+        self,
+        name: str,
+        kind: str,
+        help: str,
+        value: Any,
+    ) -> None:
         """Add a family of one sample without labels."""
         self.add(name, kind, help, [(value, {})])
 

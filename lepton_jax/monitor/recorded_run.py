@@ -199,7 +199,13 @@ class _Collector:
             step = self.run.last if step is None else step
             self._mark(step, "diverged", "diverged", f"diverged at step {step:,}")
 
-    def _mark(self, step: int, kind: str, name: str, text: str) -> None:
+    def _mark(
+        self,
+        step: int,
+        kind: str,
+        name: str,
+        text: str,
+    ) -> None:
         self.run.marks.append(Mark(step, kind, name, text))
 
 

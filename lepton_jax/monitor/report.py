@@ -135,7 +135,12 @@ def render(
     )
 
 
-def _header(run: Run, name: str, folder: str, began: float) -> str:
+def _header(
+    run: Run,
+    name: str,
+    folder: str,
+    began: float,
+) -> str:
     state_class = STATE_CLASSES.get(run.status, "open")
     reason = ""
     if run.end.get("reason"):

@@ -349,7 +349,13 @@ class History:
         window = Window(first, last, seconds - compiling, wait)
         self._add_window(window)
         samples = _number(event.get("samples")) or 0.0
-        recent = Recent(event["time"], window.steps, window.seconds, wait, samples)
+        recent = Recent(
+            event["time"],
+            window.steps,
+            window.seconds,
+            wait,
+            samples,
+        )
         since = event["time"] - LATELY
         self._lately = [each for each in [*self._lately, recent] if each.time >= since]
 
@@ -455,7 +461,8 @@ class History:
 
 def _merged(windows: list[Window]) -> Iterable[Window]:
     """Merge pairs of neighbours."""
-    for left, right in zip(windows[::2], windows[1::2], strict=True):
+    pairs = zip(windows[::2], windows[1::2], strict=True)
+    for left, right in pairs:
         yield Window(
             left.first,
             right.last,
@@ -540,8 +547,9 @@ def _recoveries(told: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _most(hosts: Mapping[str, Any], key: str) -> float | None:
-    values = [row[key] for row in hosts.values() if _number(row.get(key)) is not None]
-    return max(values, default=None)
+    values = [_number(row.get(key)) for row in hosts.values()]
+    known = [value for value in values if value is not None]
+    return max(known, default=None)
 
 
 def _checkpoint(folder: Path) -> int | None:
