@@ -12,6 +12,8 @@ import numpy as np
 
 from lepton_jax.errors import DataError
 
+Pair = tuple[Any, Any]  # (inputs, targets): arrays, or dicts of them
+
 # Bytes. On the CPU, JAX adopts a host buffer without a copy only if it is so aligned.
 ALIGNMENT = 64
 
@@ -89,7 +91,7 @@ class Arrays:
         self,
         indices: Any,
         empty: Callable[[tuple[int, ...], Any], np.ndarray] | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> Pair:
         """Copy some samples.
 
         Args:
@@ -258,7 +260,7 @@ class ArraysByPosition:
         start: int,
         stop: int,
         wanted: Any = slice(None),
-    ) -> tuple[Any, Any]:
+    ) -> Pair:
         """Return copies of the samples at positions start to stop.
 
         Args:
@@ -268,7 +270,11 @@ class ArraysByPosition:
         """
         return self.data.take(self.indices(start, stop)[wanted], self._buffers.empty)
 
-    def indices(self, start: int, stop: int) -> np.ndarray:
+    def indices(
+        self,
+        start: int,
+        stop: int,
+    ) -> np.ndarray:
         """Return the samples' numbers at positions start to stop: int32 vector."""
         if not self.shuffle:
             return (np.arange(start, stop) % self.samples).astype(np.int32)
@@ -284,7 +290,11 @@ class ArraysByPosition:
             indices[low - start : high - start] = part
         return indices
 
-    def ids(self, start: int, stop: int) -> list[str]:
+    def ids(
+        self,
+        start: int,
+        stop: int,
+    ) -> list[str]:
         """Return "EPOCH:INDEX" of each sample at positions start to stop."""
         epochs = np.arange(start, stop) // self.samples
         indices = self.indices(start, stop)

@@ -146,7 +146,11 @@ class RawTable:
         possible = [sentence for setting, sentence in ways if setting in self.settings]
         return f": {', '.join(possible)}" if possible else ""
 
-    def check(self, names: Iterable[str], purpose: str) -> None:
+    def check(
+        self,
+        names: Iterable[str],
+        purpose: str,
+    ) -> None:
         """Check that all of these are columns.
 
         Raises:

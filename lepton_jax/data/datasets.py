@@ -17,7 +17,7 @@ import grain
 import jax
 import numpy as np
 
-from lepton_jax.data.arrays import Arrays, ArraysByPosition, from_any
+from lepton_jax.data.arrays import Arrays, ArraysByPosition, Pair, from_any
 from lepton_jax.data.feed import Feed, FeedSpec, PositionedFeed, ResidentFeed, reading
 from lepton_jax.data.grain_feed import GrainByPosition, IteratedFeed, pair
 from lepton_jax.data.limits import Limit
@@ -48,7 +48,7 @@ def settled(data: Any) -> Arrays | grain.MapDataset | grain.IterDataset | Datase
     return from_any(data)
 
 
-def sample(data: Any) -> tuple[Any, Any]:
+def sample(data: Any) -> Pair:
     """Return one sample, batch dim first, to take shapes from; no position moves."""
     return _of_kind(data).sample()
 
@@ -161,10 +161,10 @@ class Kind(Protocol):
     def epoch_samples(self) -> int | None:
         """Samples in an epoch; None if it has no epochs."""
 
-    def sample(self) -> tuple[Any, Any]:
+    def sample(self) -> Pair:
         """Return one sample, batch dim first."""
 
-    def checksum_samples(self) -> tuple[Any, Any]:
+    def checksum_samples(self) -> Pair:
         """Return the samples that a checksum is taken of."""
 
     def open(self, spec: FeedSpec) -> Feed:
@@ -179,10 +179,10 @@ class ArraysKind:
         self.name = repr(data)
         self.epoch_samples = len(data)
 
-    def sample(self) -> tuple[Any, Any]:
+    def sample(self) -> Pair:
         return self.data.take(np.zeros(1, np.int32))
 
-    def checksum_samples(self) -> tuple[Any, Any]:
+    def checksum_samples(self) -> Pair:
         last = len(self.data) - 1
         count = min(len(self.data), CHECKSUM_SAMPLES)
         return self.data.take(np.linspace(0, last, count).astype(int))
@@ -204,10 +204,10 @@ class GrainMapKind:
         self.name = type(data).__name__
         self.epoch_samples = len(data)
 
-    def sample(self) -> tuple[Any, Any]:
+    def sample(self) -> Pair:
         return GrainByPosition(self.data, seed=0, shuffle=False).rows(0, 1)
 
-    def checksum_samples(self) -> tuple[Any, Any]:
+    def checksum_samples(self) -> Pair:
         return self.sample()
 
     def open(self, spec: FeedSpec) -> Feed:
@@ -225,13 +225,13 @@ class GrainIterKind:
         self.data = data
         self.name = type(data).__name__
 
-    def sample(self) -> tuple[Any, Any]:
+    def sample(self) -> Pair:
         with reading():
             for element in self.data:
                 return pair(jax.tree.map(lambda x: np.asarray(x)[None], element))
         raise _empty("Recipe.train")
 
-    def checksum_samples(self) -> tuple[Any, Any]:
+    def checksum_samples(self) -> Pair:
         return self.sample()
 
     def open(self, spec: FeedSpec) -> Feed:
@@ -247,11 +247,11 @@ class SequentialKind:
         self.data = data
         self.name = type(data).__name__
 
-    def sample(self) -> tuple[Any, Any]:
+    def sample(self) -> Pair:
         rows, _ = open_stream(self.data).take(1)
         return rows
 
-    def checksum_samples(self) -> tuple[Any, Any]:
+    def checksum_samples(self) -> Pair:
         return self.sample()
 
     def open(self, spec: FeedSpec) -> Feed:

@@ -23,9 +23,11 @@ import jax
 import numpy as np
 
 from lepton_jax.compat import placed
-from lepton_jax.data.arrays import ArraysByPosition
+from lepton_jax.data.arrays import ArraysByPosition, Pair
 from lepton_jax.data.limits import Limit, check_limits
 from lepton_jax.errors import DataError, pointing_at_user
+
+Position = dict[str, Any]  # of a feed: plain data that survives JSON
 
 # Blocks that are read ahead: as many as fit these bytes, within these bounds.
 # Assumption: two hide the time of one read, and more than 16 only take memory.
@@ -64,7 +66,7 @@ class Feed(ABC):
         self._samples += self._block_samples
         return block
 
-    def state(self, unused: int) -> dict[str, Any]:
+    def state(self, unused: int) -> Position:
         """Return the position where the last block's final samples are not consumed.
 
         Args:
@@ -76,7 +78,7 @@ class Feed(ABC):
         return self.at(self._samples - unused)
 
     @abstractmethod
-    def at(self, samples: int) -> dict[str, Any]:
+    def at(self, samples: int) -> Position:
         """Return the position after `samples` samples, between two batches read lately.
 
         A feed over data that can only be iterated knows the position after its last
@@ -128,7 +130,7 @@ class FeedSpec:
     sharding: Any
     seed: int = 0
     shuffle: bool = False
-    position: int | dict[str, Any] = 0
+    position: int | Position = 0
     blocks: int | None = None
     resident: bool = False
     limits: Sequence[Limit] = ()
@@ -228,10 +230,14 @@ class ByPosition(Protocol):
         start: int,
         stop: int,
         wanted: Any = ...,
-    ) -> tuple[Any, Any]:
+    ) -> Pair:
         """Return the samples at positions start to stop, those `wanted` of them."""
 
-    def ids(self, start: int, stop: int) -> list[str]:
+    def ids(
+        self,
+        start: int,
+        stop: int,
+    ) -> list[str]:
         """Return identifiers of the samples at positions start to stop."""
 
 
@@ -246,14 +252,18 @@ class PositionedFeed(Feed):
       spec: what is wanted of them.
     """
 
-    def __init__(self, open_samples: Callable[[], ByPosition], spec: FeedSpec):
+    def __init__(
+        self,
+        open_samples: Callable[[], ByPosition],
+        spec: FeedSpec,
+    ):
         super().__init__(spec.start, spec.block_samples)
         self._batch_size = spec.batch_size
         self._named = open_samples()
         samples = open_samples()
         share = spec.share()
 
-        def read(start: int, stop: int) -> tuple[Any, Any]:
+        def read(start: int, stop: int) -> Pair:
             rows = samples.rows(start, stop, share.wanted)
             if spec.limits and samples.checked_when_read:
                 places = np.arange(start, stop)[share.wanted]
@@ -266,7 +276,7 @@ class PositionedFeed(Feed):
         sample_bytes = sum(leaf.nbytes for leaf in sample)
         self._iterator = _in_a_thread(blocks, sample_bytes * spec.block_samples)
 
-    def at(self, samples: int) -> dict[str, Any]:
+    def at(self, samples: int) -> Position:
         return {"samples": samples, "grain": None}
 
     def names(self, samples: int) -> list[str]:
@@ -286,7 +296,11 @@ class ResidentFeed(Feed):
     many steps at once.
     """
 
-    def __init__(self, open_samples: Callable[[], ArraysByPosition], spec: FeedSpec):
+    def __init__(
+        self,
+        open_samples: Callable[[], ArraysByPosition],
+        spec: FeedSpec,
+    ):
         super().__init__(spec.start, spec.block_samples)
         self._named = open_samples()
         self._batch_size = spec.batch_size
@@ -304,7 +318,7 @@ class ResidentFeed(Feed):
         block_bytes = self._ahead.itemsize * spec.block_samples
         self._iterator = _in_a_thread(grain.MapDataset.source(source), block_bytes)
 
-    def at(self, samples: int) -> dict[str, Any]:
+    def at(self, samples: int) -> Position:
         return {"samples": samples, "grain": None}
 
     def names(self, samples: int) -> list[str]:
@@ -352,7 +366,7 @@ class PositionedBlocks:
 
 def check_rows(
     limits: Sequence[Limit],
-    rows: tuple[Any, Any],
+    rows: Pair,
     ids: Any,
 ) -> None:
     """Check rows that have just been read against the program's limits.

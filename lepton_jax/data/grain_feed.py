@@ -8,7 +8,8 @@ import grain
 import jax
 import numpy as np
 
-from lepton_jax.data.feed import Feed, FeedSpec, check_rows, reading
+from lepton_jax.data.arrays import Pair
+from lepton_jax.data.feed import Feed, FeedSpec, Position, check_rows, reading
 from lepton_jax.errors import DataError
 
 
@@ -31,14 +32,18 @@ class GrainByPosition:
         start: int,
         stop: int,
         wanted: Any = slice(None),
-    ) -> tuple[Any, Any]:
+    ) -> Pair:
         """Return the samples at positions start to stop, those `wanted` of them."""
         positions = np.arange(start, stop)[wanted]
         with reading():
             elements = [self.data[int(position)] for position in positions]
             return pair(jax.tree.map(lambda *leaves: np.stack(leaves), *elements))
 
-    def ids(self, start: int, stop: int) -> list[str]:
+    def ids(
+        self,
+        start: int,
+        stop: int,
+    ) -> list[str]:
         """Return the positions as words: Grain does not say which sample is at one."""
         return [str(position) for position in range(start, stop)]
 
@@ -46,7 +51,11 @@ class GrainByPosition:
 class IteratedFeed(Feed):
     """A `grain.IterDataset`, whose own iterator holds the position."""
 
-    def __init__(self, data: grain.IterDataset, spec: FeedSpec):
+    def __init__(
+        self,
+        data: grain.IterDataset,
+        spec: FeedSpec,
+    ):
         assert spec.steps == 1, (
             "the position of an iterable data set is known between its batches only"
         )
@@ -72,7 +81,7 @@ class IteratedFeed(Feed):
                 ),
             ) from None
 
-    def at(self, samples: int) -> dict[str, Any]:
+    def at(self, samples: int) -> Position:
         return {"samples": samples, "grain": self._iterator.get_state()}
 
     def names(self, samples: int) -> list[str]:
@@ -89,7 +98,7 @@ class IteratedFeed(Feed):
         return self._share.put_all(rows)
 
 
-def pair(element: Any) -> tuple[Any, Any]:
+def pair(element: Any) -> Pair:
     """Return an element of a Grain data set as (inputs, targets).
 
     Raises:

@@ -112,11 +112,19 @@ class Pattern:
             heapq.heappush(later, (release, source))
         return choices
 
-    def _release(self, source: int, given: int) -> int:
+    def _release(
+        self,
+        source: int,
+        given: int,
+    ) -> int:
         """Return the first position in which a source's next sample is due."""
         return given * self.total // self.weights[source]
 
-    def _deadline(self, source: int, given: int) -> int:
+    def _deadline(
+        self,
+        source: int,
+        given: int,
+    ) -> int:
         """Return the position before which a source's next sample must come."""
         return -(-(given + 1) * self.total // self.weights[source])
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lepton_jax.data.arrays import Pair
 from lepton_jax.data.mixing import proportions
 from lepton_jax.data.packing import PackStream, RowForm
 from lepton_jax.data.rows import Function, Rows, described
@@ -339,14 +340,14 @@ class Samples:
                     " tuple, not a list"
                 ),
             )
-        self._first: tuple[Any, Any] = first
+        self._first: Pair = first
         self._beginning = self._stream.state()
 
     def take(
         self,
         count: int,
         wanted: Any = None,
-    ) -> tuple[tuple[Any, Any], list[str]]:
+    ) -> tuple[Pair, list[str]]:
         """Consume `count` samples, and read some.
 
         Args:
@@ -439,7 +440,7 @@ def open_stream(
     return Samples(dataset, seed, shuffle)
 
 
-def sample(dataset: Dataset) -> tuple[Any, Any]:
+def sample(dataset: Dataset) -> Pair:
     """Return the first sample in the data's own order, batch dim first.
 
     It is for taking shapes from; no position moves.

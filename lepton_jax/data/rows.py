@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lepton_jax.data.arrays import Arrays, aligned_empty
+from lepton_jax.data.arrays import Arrays, Pair, aligned_empty
 from lepton_jax.errors import DataError, pointing_at_user
 
-Rows = tuple[Any, Any] | list[np.ndarray]
+Rows = Pair | list[np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,11 @@ class Function:
                 return self.function(rows)
             return self.function(*rows)
 
-    def _checked_mask(self, results: Any, count: int) -> np.ndarray:
+    def _checked_mask(
+        self,
+        results: Any,
+        count: int,
+    ) -> np.ndarray:
         mask = np.asarray(results)
         if mask.dtype != np.bool_ or mask.shape != (count,):
             raise DataError(
@@ -139,10 +143,10 @@ def _is_boolean(value: Any) -> bool:
 
 
 def stacked(
-    pairs: Sequence[tuple[Any, Any]],
+    pairs: Sequence[Pair],
     role: str,
     where: str,
-) -> tuple[Any, Any]:
+) -> Pair:
     """Return samples as rows.
 
     Args:

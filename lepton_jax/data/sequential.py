@@ -8,7 +8,8 @@ import grain
 import jax
 import numpy as np
 
-from lepton_jax.data.feed import ENDLESS, Feed, FeedSpec, Share, check_rows
+from lepton_jax.data.arrays import Pair
+from lepton_jax.data.feed import ENDLESS, Feed, FeedSpec, Position, Share, check_rows
 from lepton_jax.data.pipeline import Dataset, open_stream
 
 # Batches whose positions and identifiers are kept: more than are on their way to the
@@ -28,7 +29,7 @@ class StepBatches(NamedTuple):
     """
 
     rows: Any
-    states: dict[int, dict[str, Any]]
+    states: dict[int, Position]
     ids: dict[int, list[str]]
 
 
@@ -45,10 +46,10 @@ class SequentialFeed(Feed):
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=BLOCKS_AHEAD)
         blocks = grain.MapDataset.source(source).to_iter_dataset(options)
         self._iterator = iter(blocks)
-        self._states: dict[int, dict[str, Any]] = {spec.start: saved or {}}
+        self._states: dict[int, Position] = {spec.start: saved or {}}
         self._ids: dict[int, list[str]] = {}
 
-    def at(self, samples: int) -> dict[str, Any]:
+    def at(self, samples: int) -> Position:
         stream = self._states[samples]
         return {"samples": samples, "grain": None, "stream": stream}
 
@@ -118,7 +119,7 @@ class SequentialBlocks:
         return f"blocks of {self.steps} batches of {self.batch_size} samples"
 
 
-def _concatenated(batches: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+def _concatenated(batches: list[Pair]) -> Pair:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 

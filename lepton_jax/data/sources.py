@@ -194,7 +194,11 @@ class GrainReader:
             for x, index in zip(elements, indices.tolist(), strict=True)
         ]
 
-    def _check(self, element: Any, index: int) -> None:
+    def _check(
+        self,
+        element: Any,
+        index: int,
+    ) -> None:
         is_pair = isinstance(element, tuple | list) and len(element) == 2
         if is_pair or hasattr(element, "dtype"):
             return

@@ -14,7 +14,12 @@ class Logistic(nnx.Module):
       rngs: stream `params`.
     """
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.linear = nnx.Linear(features, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

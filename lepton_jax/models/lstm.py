@@ -89,7 +89,11 @@ class LSTM(nnx.Module):
             state = total / count.astype(total.dtype)
         return self.out(state)
 
-    def _step(self, carry: Any, inputs: Any) -> tuple[Any, None]:
+    def _step(
+        self,
+        carry: Any,
+        inputs: Any,
+    ) -> tuple[Any, None]:
         """Go on by one token.
 
         Args:

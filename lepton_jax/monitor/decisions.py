@@ -13,12 +13,15 @@ from lepton_jax.monitor.progress import number
 
 FILE = "controller.jsonl"
 
+Decision = dict[str, Any]  # one line of the journal, or several that go on
+
+
 # Assumptions: more are slow to draw, and nobody looks at them.
 MOST_ROWS = 240  # of the table
 MOST_MARKS = 400  # on a curve
 
 
-def read_decisions(folder: Path) -> list[dict[str, Any]]:
+def read_decisions(folder: Path) -> list[Decision]:
     """Return the decisions, in the order of the journal.
 
     A line that goes on where another of the same policy and knob ends is part of it:
@@ -30,8 +33,8 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     if not (folder / FILE).exists():
         return []
 
-    decisions: list[dict[str, Any]] = []
-    latest: dict[tuple, dict[str, Any]] = {}  # by policy and knob
+    decisions: list[Decision] = []
+    latest: dict[tuple, Decision] = {}  # by policy and knob
     for line in read_events(folder, FILE):
         if line["kind"] == "start":
             continue
@@ -50,19 +53,20 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     return decisions
 
 
-def _undo(decisions: list[dict[str, Any]], to: int) -> None:
+def _undo(decisions: list[Decision], to: int) -> None:
     for decision in decisions:
         is_later = decision["kind"] != "rollback" and decision["step"] > to
         decision["undone"] = decision.get("undone", False) or is_later
 
 
-def _goes_on(before: dict[str, Any], line: dict[str, Any]) -> bool:
+def _goes_on(before: Decision, line: Decision) -> bool:
     if "knob" not in line:
         return False
-    return before.get("last", before["step"]) + 1 == line["step"]
+    last: Any = before.get("last", before["step"])
+    return last + 1 == line["step"]
 
 
-def marks(decisions: Iterable[dict[str, Any]]) -> list[Mark]:
+def marks(decisions: Iterable[Decision]) -> list[Mark]:
     """Return a mark where each decision begins.
 
     Rollbacks have none, as their events are marked already.
@@ -77,14 +81,14 @@ def marks(decisions: Iterable[dict[str, Any]]) -> list[Mark]:
     return [_mark(decision) for decision in marked[:MOST_MARKS]]
 
 
-def _mark(decision: dict[str, Any]) -> Mark:
+def _mark(decision: Decision) -> Mark:
     text = f"{_by(decision)}: {_what(decision)}"
     if decision["kind"] == "live":
         return Mark(decision["step"], "live", "a person's request", text)
     return Mark(decision["step"], "decision", "decision", text)
 
 
-def table(decisions: list[dict[str, Any]]) -> str:
+def table(decisions: list[Decision]) -> str:
     """Return the table of decisions, as HTML; "" without any."""
     if not decisions:
         return ""
@@ -106,7 +110,7 @@ def table(decisions: list[dict[str, Any]]) -> str:
     )
 
 
-def _row(decision: dict[str, Any]) -> str:
+def _row(decision: Decision) -> str:
     tone = "undone" if decision.get("undone") else ""
     if decision["kind"] == "rollback":
         tone = "bad"
@@ -117,17 +121,17 @@ def _row(decision: dict[str, Any]) -> str:
     )
 
 
-def _steps(line: dict[str, Any]) -> str:
+def _steps(line: Decision) -> str:
     last = line.get("last", line["step"])
     first = f"{line['step']:,}"
     return f"{first} to {last:,}" if last > line["step"] else first
 
 
-def _by(line: dict[str, Any]) -> str:
+def _by(line: Decision) -> str:
     return str(line.get("who") or line.get("policy") or "the run")
 
 
-def _what(line: dict[str, Any]) -> str:
+def _what(line: Decision) -> str:
     if line["kind"] == "rollback":
         rate = line.get("rate", 1)
         slower = f", learning rate times {rate:g}" if rate != 1 else ""
@@ -149,7 +153,7 @@ def _what(line: dict[str, Any]) -> str:
     return f"{knob} {number(before)} to {number(after)}{undone}"
 
 
-def _why(line: dict[str, Any]) -> str:
+def _why(line: Decision) -> str:
     if line.get("why"):
         return str(line["why"])
     signals = line.get("signals") or {}

@@ -23,6 +23,9 @@ import numpy as np
 from lepton_jax.errors import DataError, LeptonError, writing_remedy
 
 FILE = "events.jsonl"
+
+Event = dict[str, Any]  # one line of a journal: "time", "kind", and fields of the kind
+
 TAIL_BYTES = 1 << 16  # of a file that are read at once to find its last line
 _WORDS = {
     "NaN": math.nan,
@@ -34,7 +37,7 @@ _WORDS = {
 class Sink(Protocol):
     """Something that wants to hear of events as they happen."""
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Take one event: plain Python values, floats that may be non-finite."""
         ...
 
@@ -159,7 +162,7 @@ class Monitor:
 def read_events(
     path: Path,
     name: str = FILE,
-) -> list[dict[str, Any]]:
+) -> list[Event]:
     """Read all events of a journal, oldest first.
 
     A last line that a killed process left torn is skipped.
@@ -242,7 +245,7 @@ def _repair(file: int) -> None:
         _append(file, b"\n")
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
+def _decode(line: bytes) -> Event | None:
     """Return the event in a line; None if it is damaged."""
     try:
         event = json.loads(line)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from lepton_jax.monitor.events import Event
 from lepton_jax.monitor.progress import described, duration
 
 MOST_SAVES = 60  # in the table; assumption: as many as a person scrolls through
@@ -25,7 +26,7 @@ class Row:
     details: str
 
 
-def events_table(events: list[dict[str, Any]]) -> str:
+def events_table(events: list[Event]) -> str:
     """Return the table as HTML, with times since the first event."""
     began = events[0].get("time") or 0.0
     rows = _rows(events, began)
@@ -42,7 +43,7 @@ def events_table(events: list[dict[str, Any]]) -> str:
     )
 
 
-def _rows(events: list[dict[str, Any]], began: float) -> list[Row]:
+def _rows(events: list[Event], began: float) -> list[Row]:
     rows: list[Row] = []
     saves: dict[Any, tuple[Row, float]] = {}  # by step: not committed yet
     running = False
@@ -86,11 +87,11 @@ def _tone(event: str) -> str:
 # ---- the name and the details of each kind of event ----
 
 
-def _start(event: dict[str, Any]) -> tuple[str, str]:
+def _start(event: Event) -> tuple[str, str]:
     return "started", ""
 
 
-def _compile(event: dict[str, Any]) -> tuple[str, str]:
+def _compile(event: Event) -> tuple[str, str]:
     details = str(event.get("program") or "")
     if event.get("seconds") is not None:
         details += f" in {duration(event['seconds'])}"
@@ -100,31 +101,31 @@ def _compile(event: dict[str, Any]) -> tuple[str, str]:
     return "compiled again" if again else "compiled", details
 
 
-def _save(event: dict[str, Any]) -> tuple[str, str]:
+def _save(event: Event) -> tuple[str, str]:
     if event.get("seconds") is None:
         return "save", "written"
     return "save", f"held the loop for {duration(event['seconds'])}"
 
 
-def _rollback(event: dict[str, Any]) -> tuple[str, str]:
+def _rollback(event: Event) -> tuple[str, str]:
     return "rolled back", f"to step {event.get('to')}: {event.get('why')}"
 
 
-def _control(event: dict[str, Any]) -> tuple[str, str]:
+def _control(event: Event) -> tuple[str, str]:
     refused = "" if event.get("ok") else ", refused"
     return f"{event.get('do')}{refused}", f"{event.get('text')} ({event.get('who')})"
 
 
-def _damaged(event: dict[str, Any]) -> tuple[str, str]:
+def _damaged(event: Event) -> tuple[str, str]:
     passed_over = "a checkpoint that can't be read was passed over"
     return "damaged", str(event.get("reason") or passed_over)
 
 
-def _end(event: dict[str, Any]) -> tuple[str, str]:
+def _end(event: Event) -> tuple[str, str]:
     return str(event.get("status") or "ended"), str(event.get("reason") or "")
 
 
-def _other(event: dict[str, Any]) -> tuple[str, str]:
+def _other(event: Event) -> tuple[str, str]:
     fields = {name: value for name, value in event.items() if name != "step"}
     return event["kind"], described(fields)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from lepton_jax.monitor.status import STATES
 
+Status = Mapping[str, Any]  # as `Watch.status` gives it
+
 # A value, and its labels.
 Sample = tuple[Any, dict[str, Any]]
 
@@ -107,7 +109,7 @@ BY_HOST = (
 )
 
 
-def prometheus(status: Mapping[str, Any]) -> str:
+def prometheus(status: Status) -> str:
     """Return a status as metrics.
 
     Args:
@@ -175,13 +177,13 @@ class _Metrics:
 def _add_all(
     out: _Metrics,
     metrics: Iterable[tuple[str, str, str, str]],
-    status: Mapping[str, Any],
+    status: Status,
 ) -> None:
     for name, kind, help, key in metrics:
         out.add_one(name, kind, help, status[key])
 
 
-def _add_run(out: _Metrics, status: Mapping[str, Any]) -> None:
+def _add_run(out: _Metrics, status: Status) -> None:
     names = ("name", "folder", "version", "device_kind")
     labels = {name: status[name] for name in names}
     out.add("run_info", "gauge", "Always 1; what the run is.", [(1, labels)])
@@ -193,7 +195,7 @@ def _add_run(out: _Metrics, status: Mapping[str, Any]) -> None:
     )
 
 
-def _add_training(out: _Metrics, status: Mapping[str, Any]) -> None:
+def _add_training(out: _Metrics, status: Status) -> None:
     out.add_labelled(
         "record",
         "What the last step recorded.",
@@ -215,7 +217,7 @@ def _add_training(out: _Metrics, status: Mapping[str, Any]) -> None:
     )
 
 
-def _add_time(out: _Metrics, status: Mapping[str, Any]) -> None:
+def _add_time(out: _Metrics, status: Status) -> None:
     seconds = status["seconds"]
     last_recovery = status["recoveries"][-1] if status["recoveries"] else {}
     out.add_one(
@@ -264,7 +266,7 @@ def _add_time(out: _Metrics, status: Mapping[str, Any]) -> None:
     )
 
 
-def _add_hosts(out: _Metrics, status: Mapping[str, Any]) -> None:
+def _add_hosts(out: _Metrics, status: Status) -> None:
     hosts = status["hosts"]
     out.add_labelled(
         "host_up",

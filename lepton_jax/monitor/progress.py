@@ -11,6 +11,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from lepton_jax.monitor.events import Event
+
 # Assumptions: as often as a log should grow, and as an eye sees.
 PLAIN_SECONDS = 2.0  # between lines on a stream that is no terminal
 LIVE_SECONDS = 0.05  # between redraws of the live line
@@ -77,7 +79,7 @@ class Progress:
         self._evaluations: list[tuple[int, dict[str, Any]]] = []
         self._compilations: dict[str, int] = {}
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Show one event."""
         handle = getattr(self, f"_on_{event.get('kind')}", None)
         if handle is not None and self._stream is not None:
@@ -89,7 +91,7 @@ class Progress:
             self._write("\n")
             self._drawn = False
 
-    def _on_start(self, event: dict[str, Any]) -> None:
+    def _on_start(self, event: Event) -> None:
         self._start = event
         self._step = event.get("step") or 0
         self._folder = self._folder or event.get("folder")
@@ -108,7 +110,7 @@ class Progress:
         name = self._paint(event.get("name") or "run", "1")
         self._line(f"{name}  {self._dot().join(parts)}")
 
-    def _on_compile(self, event: dict[str, Any]) -> None:
+    def _on_compile(self, event: Event) -> None:
         program = str(event.get("program") or "a program")
         self._compilations[program] = self._compilations.get(program, 0) + 1
         if (event.get("count") or 1) > 1:
@@ -119,7 +121,7 @@ class Progress:
                 text += f": {event['changed']}"
             self._notice(text)
 
-    def _on_steps(self, event: dict[str, Any]) -> None:
+    def _on_steps(self, event: Event) -> None:
         last = event.get("last")
         if last is None:
             return
@@ -145,7 +147,7 @@ class Progress:
         else:
             self._line("  ".join(segment.text for segment in self._segments()))
 
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
+    def _on_evaluation(self, event: Event) -> None:
         self._last = dict(event.get("metrics") or {})
         self._evaluations.append((event.get("step") or self._step, self._last))
         if self._live:
@@ -157,31 +159,31 @@ class Progress:
             text += f"  ({duration(event['seconds'])})"
         self._line(text)
 
-    def _on_damaged(self, event: dict[str, Any]) -> None:
+    def _on_damaged(self, event: Event) -> None:
         reason = f": {event['reason']}" if event.get("reason") else ""
         self._notice(
             f"checkpoint of step {event.get('step', '?')} is damaged and was passed"
             f" over{reason}"
         )
 
-    def _on_warning(self, event: dict[str, Any]) -> None:
+    def _on_warning(self, event: Event) -> None:
         self._notice(str(event.get("text", "")))
 
-    def _on_rollback(self, event: dict[str, Any]) -> None:
+    def _on_rollback(self, event: Event) -> None:
         self._notice(
             f"rolled back from step {event.get('step', '?')} to {event.get('to', '?')}:"
             f" {event.get('why', '')}"
         )
         self._step = event.get("to") or self._step
 
-    def _on_control(self, event: dict[str, Any]) -> None:
+    def _on_control(self, event: Event) -> None:
         refused = "" if event.get("ok") else f"{event.get('do')} refused: "
         self._notice(f"{event.get('who', '?')}: {refused}{event.get('text', '')}")
 
-    def _on_skipped(self, event: dict[str, Any]) -> None:
+    def _on_skipped(self, event: Event) -> None:
         self._notice("skipped " + described(event))
 
-    def _on_end(self, event: dict[str, Any]) -> None:
+    def _on_end(self, event: Event) -> None:
         rows = self._summary(event)
         status = rows.pop("status")
         name = self._start.get("name") or "run"
@@ -231,7 +233,7 @@ class Progress:
         console.print(table)
         return page.getvalue().rstrip("\n")
 
-    def _summary(self, event: dict[str, Any]) -> dict[str, str]:
+    def _summary(self, event: Event) -> dict[str, str]:
         """Return the rows of the closing table, in order, and its status."""
         step = event.get("step", self._step)
         steps = self._start.get("steps") or event.get("steps")
@@ -361,7 +363,11 @@ class Progress:
         except (OSError, ValueError):
             self._stream = None
 
-    def _paint(self, text: str, code: str) -> str:
+    def _paint(
+        self,
+        text: str,
+        code: str,
+    ) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour and text else text
 
     def _dot(self) -> str:
@@ -441,7 +447,7 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02} h"
 
 
-def described(event: dict[str, Any]) -> str:
+def described(event: Event) -> str:
     """Return an event's own fields as text: `step 12, reason: rows too short`."""
     fields = [(key, event[key]) for key in event if key not in ("time", "kind")]
     return ", ".join(_field(key, value) for key, value in fields)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lepton_jax.monitor.chart import Mark
+from lepton_jax.monitor.events import Event
 
 Series = tuple[np.ndarray, np.ndarray]  # steps, ascending, and their values
 
@@ -73,7 +74,7 @@ class Run:
         return self.start.get("metrics") or []
 
 
-def collect(events: Iterable[dict[str, Any]]) -> Run:
+def collect(events: Iterable[Event]) -> Run:
     """Put the events of a folder together.
 
     Fields that are missing are passed over. It takes time in proportion to the events.
@@ -92,7 +93,7 @@ class _Collector:
         self.parts: dict[str, list[Series]] = {}  # of each record, as they were written
         self.windows: list[tuple[int, float, float]] = []  # step, seconds, wait in %
 
-    def add(self, event: dict[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         kind = event["kind"]
         run = self.run
         # a start may first find damage
@@ -114,7 +115,7 @@ class _Collector:
             run.waits = _series([(steps, waits)])
         return run
 
-    def _on_start(self, event: dict[str, Any]) -> None:
+    def _on_start(self, event: Event) -> None:
         run = self.run
         step = event.get("step") or 0
         if run.attempts or step:
@@ -125,7 +126,7 @@ class _Collector:
         run.end = {}
         run.compilations = {}
 
-    def _on_steps(self, event: dict[str, Any]) -> None:
+    def _on_steps(self, event: Event) -> None:
         run = self.run
         first = event.get("first")
         last = event.get("last")
@@ -148,12 +149,12 @@ class _Collector:
             run.samples += event.get("samples") or 0
         run.last = last
 
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
+    def _on_evaluation(self, event: Event) -> None:
         step = event.get("step")
         if step is not None:
             self.run.evaluations[step] = event.get("metrics") or {}
 
-    def _on_compile(self, event: dict[str, Any]) -> None:
+    def _on_compile(self, event: Event) -> None:
         run = self.run
         program = str(event.get("program"))
         run.compilations[program] = run.compilations.get(program, 0) + 1
@@ -161,11 +162,11 @@ class _Collector:
             text = f"{program} compiled again"
             self._mark(run.last, "compile", "compiled again", text)
 
-    def _on_save(self, event: dict[str, Any]) -> None:
+    def _on_save(self, event: Event) -> None:
         if event.get("step") is not None:
             self._mark(event["step"], "save", "checkpoint", "")
 
-    def _on_rollback(self, event: dict[str, Any]) -> None:
+    def _on_rollback(self, event: Event) -> None:
         """Take out what a rollback has undone, and keep that of the loss apart."""
         if event.get("step") is None:
             return
@@ -186,13 +187,13 @@ class _Collector:
         text = f"rolled back from step {step:,} to {to:,}: {event.get('why') or ''}"
         self._mark(step, "rollback", "rolled back", text)
 
-    def _on_damaged(self, event: dict[str, Any]) -> None:
+    def _on_damaged(self, event: Event) -> None:
         step = event.get("step")
         if step is not None:
             text = f"checkpoint of step {step:,} damaged"
             self._mark(step, "damaged", "damaged checkpoint", text)
 
-    def _on_end(self, event: dict[str, Any]) -> None:
+    def _on_end(self, event: Event) -> None:
         self.run.end = event
         if event.get("status") == "diverged":
             step = event.get("step")

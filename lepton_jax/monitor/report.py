@@ -22,7 +22,7 @@ import numpy as np
 from lepton_jax.errors import DataError, LeptonError, writing_remedy
 from lepton_jax.monitor import decisions, stragglers
 from lepton_jax.monitor.chart import Curve, draw, legend, smooth
-from lepton_jax.monitor.events import FILE, read_events
+from lepton_jax.monitor.events import FILE, Event, read_events
 from lepton_jax.monitor.events_table import events_table
 from lepton_jax.monitor.page import SCRIPT, STYLE
 from lepton_jax.monitor.progress import best_evaluation, duration, number
@@ -82,7 +82,7 @@ def write_report(folder: Path) -> Path:
 
 
 def render(
-    events: list[dict[str, Any]],
+    events: list[Event],
     plan: Any,
     recipe: Any,
     folder: str,

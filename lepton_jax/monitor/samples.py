@@ -29,7 +29,11 @@ class SampleTrace:
         steps = [line["step"] for line in _read(self._lines.path)]
         self._lines.cut(sum(done <= step for done in steps))
 
-    def add(self, step: int, names: list[str]) -> None:
+    def add(
+        self,
+        step: int,
+        names: list[str],
+    ) -> None:
         """Write the identifiers of a step's samples."""
         self._lines.append(encode({"step": step, "samples": names}))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lepton_jax.errors import LeptonError, writing_remedy
+from lepton_jax.monitor.events import Event
 
 
 class TensorBoard:
@@ -36,7 +37,7 @@ class TensorBoard:
         self._make = SummaryWriter
         self._writer: Any = None
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Write the scalars of one event."""
         kind = event.get("kind")
         if kind == "start" and self._writer is None:
@@ -68,7 +69,7 @@ class TensorBoard:
                 remedy=f"{writing_remedy(error)}, or leave out --tensorboard",
             ) from error
 
-    def _steps(self, event: dict[str, Any]) -> None:
+    def _steps(self, event: Event) -> None:
         first = event.get("first")
         last = event.get("last")
         if first is None or last is None:

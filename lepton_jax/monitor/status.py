@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lepton_jax.errors import DataError
-from lepton_jax.monitor.events import FILE, _decode
+from lepton_jax.monitor.events import FILE, Event, _decode
 
 LATELY = 60.0  # seconds over which rates are taken; assumption
 
@@ -309,7 +309,7 @@ class History:
         self._spent = dict.fromkeys(activities, 0.0)
         self._compiling = 0.0  # seconds that the next window holds
 
-    def add(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         """Take in one event; fields that are missing or ill-typed are passed over."""
         self.first = event["time"] if self.first is None else self.first
         self.last = max(self.last, event["time"])
@@ -317,7 +317,7 @@ class History:
         if handle is not None:
             handle(event)
 
-    def _on_start(self, event: Mapping[str, Any]) -> None:
+    def _on_start(self, event: Event) -> None:
         if self.starts and self.ended not in ("finished", "interrupted"):
             self.restarts += 1
         self.starts += 1
@@ -330,11 +330,11 @@ class History:
         self._compiling = 0.0
         self._back(_whole(event.get("step")) or 0)
 
-    def _on_compile(self, event: Mapping[str, Any]) -> None:
+    def _on_compile(self, event: Event) -> None:
         if event.get("program") == "train":
             self._compiling += _number(event.get("seconds")) or 0.0
 
-    def _on_steps(self, event: Mapping[str, Any]) -> None:
+    def _on_steps(self, event: Event) -> None:
         first = _whole(event.get("first"))
         last = _whole(event.get("last"))
         if first is None or last is None or last < first:
@@ -375,7 +375,7 @@ class History:
             newer = self._windows[WINDOWS // 2 :]
             self._windows = [*_merged(older), *newer]
 
-    def _on_evaluation(self, event: Mapping[str, Any]) -> None:
+    def _on_evaluation(self, event: Event) -> None:
         self._spent["evaluation"] += _number(event.get("seconds")) or 0.0
         if isinstance(event.get("metrics"), dict):
             self.evaluation = {
@@ -383,14 +383,14 @@ class History:
                 "metrics": event["metrics"],
             }
 
-    def _on_save(self, event: Mapping[str, Any]) -> None:
+    def _on_save(self, event: Event) -> None:
         self._spent["save"] += _number(event.get("seconds")) or 0.0
 
-    def _on_rollback(self, event: Mapping[str, Any]) -> None:
+    def _on_rollback(self, event: Event) -> None:
         self.rollbacks += 1
         self._back(_whole(event.get("to")) or 0)
 
-    def _on_end(self, event: Mapping[str, Any]) -> None:
+    def _on_end(self, event: Event) -> None:
         self.ended = str(event.get("status") or "finished")
         self.reason = None if event.get("reason") is None else str(event["reason"])
 
@@ -425,7 +425,11 @@ class History:
         wait = sum(recent.data_wait for recent in self._lately)
         return Rates(steps / seconds, samples / seconds, min(1.0, wait / seconds))
 
-    def wall_seconds(self, now: float, at_work: bool) -> float:
+    def wall_seconds(
+        self,
+        now: float,
+        at_work: bool,
+    ) -> float:
         """Return the seconds from the first event to now, or to the last event."""
         if self.first is None:
             return 0.0

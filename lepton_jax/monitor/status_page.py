@@ -10,6 +10,8 @@ from lepton_jax.monitor import stragglers
 from lepton_jax.monitor.page import STYLE
 from lepton_jax.monitor.progress import duration, number
 
+Status = Mapping[str, Any]  # as `Watch.status` gives it
+
 RELOAD_SECONDS = 5  # assumption: as often as a person looks at it
 COLUMNS = 5  # tiles next to each other at most, so that each keeps its text in one line
 # the class that colours a state; every other state is "open"
@@ -24,7 +26,7 @@ class Tile(NamedTuple):
     remark: str
 
 
-def status_html(status: Mapping[str, Any]) -> str:
+def status_html(status: Status) -> str:
     """Return a status as a page that needs no other file and reloads itself.
 
     Args:
@@ -54,7 +56,7 @@ def status_html(status: Mapping[str, Any]) -> str:
     )
 
 
-def _tiles(status: Mapping[str, Any]) -> list[Tile]:
+def _tiles(status: Status) -> list[Tile]:
     until = status["until"]
     rate = status["steps_per_second"]
     wall_seconds = status["seconds"]["wall"]

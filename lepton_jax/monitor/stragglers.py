@@ -11,6 +11,8 @@ from typing import Any
 
 from lepton_jax.monitor.progress import duration
 
+Hosts = Mapping[str, Any]  # the rows of hosts.json, by the host's number
+
 HEADS = (
     "host",
     "state",
@@ -34,7 +36,7 @@ NOTE = (
 )
 
 
-def rows(hosts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def rows(hosts: Hosts) -> list[tuple[str, ...]]:
     """Return a row for each host, in the order of HEADS.
 
     Args:
@@ -69,7 +71,7 @@ def _row(number: str, host: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def verdict(slowest: Mapping[str, Any] | None, hosts: Mapping[str, Any]) -> str:
+def verdict(slowest: Mapping[str, Any] | None, hosts: Hosts) -> str:
     """Return a sentence that says which host is the slowest, and why.
 
     It is empty if one host is alone.
@@ -87,7 +89,7 @@ def verdict(slowest: Mapping[str, Any] | None, hosts: Mapping[str, Any]) -> str:
 
 
 def text(
-    hosts: Mapping[str, Any],
+    hosts: Hosts,
     slowest: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the table for a terminal; empty without hosts."""
@@ -108,7 +110,7 @@ def text(
 
 
 def table(
-    hosts: Mapping[str, Any],
+    hosts: Hosts,
     slowest: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the table as HTML; empty without hosts."""
