@@ -128,7 +128,7 @@ def recipe(
 
 
 class LabelKind(NamedTuple):
-    """What a label's kind decides: the model's outputs, the loss and the metrics."""
+    """The model's outputs, the loss and the metrics for a kind of label."""
 
     outputs: dict[str, Any]
     loss: Callable[..., Any]

@@ -107,7 +107,7 @@ class Feed(ABC):
 
 @dataclass(frozen=True)
 class FeedSpec:
-    """How a data set is to be fed.
+    """The way in which a data set is to be fed.
 
     Attributes:
       batch_size: samples a step.

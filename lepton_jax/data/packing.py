@@ -37,7 +37,7 @@ MEASURED_AHEAD = 16
 
 @dataclass(frozen=True)
 class RowForm:
-    """How documents become rows.
+    """The form of packed rows.
 
     Attributes:
       length: tokens of a row.

@@ -91,7 +91,7 @@ class Schema:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many indices each categorical column has."""
+        """Count of indices of each categorical column."""
         return tuple(len(values) + 1 for values in self.vocabularies)
 
     def to_json(self) -> str:

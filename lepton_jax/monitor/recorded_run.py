@@ -65,7 +65,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How the run ended, in words."""
+        """The end of the run, in words."""
         return self.end.get("status") or "no end recorded"
 
     @property

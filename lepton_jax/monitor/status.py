@@ -243,7 +243,7 @@ class Window(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """How many steps there are."""
+        """The count of steps."""
         return self.last - self.first + 1
 
 

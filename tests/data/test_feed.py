@@ -1,5 +1,6 @@
-"""The order of samples: exact under every batch size, block size, position and number
-of devices.
+"""The order of samples.
+
+It is exact under every batch size, block size, position and number of devices.
 """
 
 import jax
@@ -15,8 +16,8 @@ from lepton_jax.data.arrays import ArraysByPosition, Buffers
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def identifiers(loader):
-    return np.concatenate([np.asarray(block[1]).reshape(-1) for block in loader])
+def identifiers(feed):
+    return np.concatenate([np.asarray(block[1]).reshape(-1) for block in feed])
 
 
 def numbered(count):
@@ -62,7 +63,7 @@ def test_blocks_cut_the_stream_without_gap_or_overlap(
     samples, batch, steps, blocks, start, resident
 ):
     data = numbered(samples)
-    loader = open_feed(
+    feed = open_feed(
         data,
         batch_size=batch,
         steps=steps,
@@ -73,9 +74,8 @@ def test_blocks_cut_the_stream_without_gap_or_overlap(
         blocks=blocks,
         resident=resident,
     )
-    found = np.concatenate(
-        [np.asarray(b if resident else b[1]).reshape(-1) for b in loader]
-    )
+    indices = [np.asarray(b if resident else b[1]).reshape(-1) for b in feed]
+    found = np.concatenate(indices)
     expected = ArraysByPosition(data, 1, True).indices(
         start, start + blocks * batch * steps
     )
@@ -85,24 +85,27 @@ def test_blocks_cut_the_stream_without_gap_or_overlap(
 
 
 def test_state_says_where_to_go_on():
-    make = lambda position: open_feed(
-        numbered(30),
-        batch_size=4,
-        steps=3,
-        sharding=ONE,
-        seed=2,
-        shuffle=True,
-        position=position,
-        blocks=6,
-    )
-    first = make(0)
-    head = [next(first) for _ in range(2)]
+    def feed_from(position):
+        return open_feed(
+            numbered(30),
+            batch_size=4,
+            steps=3,
+            sharding=ONE,
+            seed=2,
+            shuffle=True,
+            position=position,
+            blocks=6,
+        )
+
+    first = feed_from(0)
+    blocks = [next(first) for _ in range(2)]
     # of the second block's three batches, two are consumed
     position = first.state(unused=4)
     first.close()
+    consumed = identifiers(blocks)[:20]
+    rest = identifiers(feed_from(position))
+
     assert position["samples"] == 20
-    consumed = np.concatenate([np.asarray(b[1]).reshape(-1) for b in head])[:20]
-    rest = identifiers(make(position))
     np.testing.assert_array_equal(
         np.concatenate([consumed, rest])[:60],
         ArraysByPosition(numbered(30), 2, True).indices(0, 60),
@@ -113,7 +116,8 @@ def test_seeds_and_epochs_give_other_orders():
     one, other = (
         ArraysByPosition(numbered(100), seed, True).indices(0, 200) for seed in (0, 1)
     )
-    assert (one[:100] != one[100:]).any() and (one != other).any()
+    assert (one[:100] != one[100:]).any()
+    assert (one != other).any()
 
 
 def test_a_buffer_is_not_used_again_while_a_block_lives():
@@ -121,7 +125,7 @@ def test_a_buffer_is_not_used_again_while_a_block_lives():
         np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32),
         np.arange(512, dtype=np.int32),
     )
-    loader = open_feed(
+    feed = open_feed(
         data,
         batch_size=64,
         steps=1,
@@ -129,7 +133,7 @@ def test_a_buffer_is_not_used_again_while_a_block_lives():
         shuffle=True,
         blocks=64,
     )
-    held = list(loader)
+    held = list(feed)
     for inputs, targets in held:
         np.testing.assert_array_equal(inputs, data.inputs[np.asarray(targets)])
 
@@ -153,20 +157,21 @@ def test_blocks_are_sharded_over_the_batch_dim():
     sharding = jax.sharding.NamedSharding(
         mesh, jax.sharding.PartitionSpec(None, "data")
     )
-    loader = open_feed(
+    feed = open_feed(
         numbered(64),
         batch_size=16,
         steps=2,
         sharding=sharding,
         blocks=2,
     )
-    inputs, _ = next(loader)
-    assert inputs.shape == (2, 16, 1) and inputs.addressable_shards[3].data.shape == (
+    inputs, _ = next(feed)
+    assert inputs.shape == (2, 16, 1)
+    assert inputs.addressable_shards[3].data.shape == (
         2,
         2,
         1,
     )
-    loader.close()
+    feed.close()
 
 
 def test_an_error_in_reading_reaches_the_loop():
@@ -178,12 +183,4 @@ def test_an_error_in_reading_reaches_the_loop():
 
     data = Breaks(np.zeros((30, 1), np.float32), np.zeros(30, np.int32))
     with pytest.raises(Exception, match="the disk is gone"):
-        list(
-            open_feed(
-                data,
-                batch_size=5,
-                steps=1,
-                sharding=ONE,
-                blocks=6,
-            )
-        )
+        list(open_feed(data, batch_size=5, steps=1, sharding=ONE, blocks=6))
