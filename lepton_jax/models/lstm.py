@@ -106,8 +106,8 @@ class LSTM(nnx.Module):
         gates = gates + self.recurrent(state)
         into, forget, candidate, out = (gates[:, i] for i in range(4))
 
-        kept = nnx.sigmoid(forget) * cell
-        next_cell = kept + nnx.sigmoid(into) * jnp.tanh(candidate)
+        remembered = nnx.sigmoid(forget) * cell
+        next_cell = remembered + nnx.sigmoid(into) * jnp.tanh(candidate)
         next_state = nnx.sigmoid(out) * jnp.tanh(next_cell)
 
         total = total + jnp.where(present, next_state, 0.0)

@@ -425,24 +425,26 @@ def _parameter_row(
     )
 
 
-def _hosts(told: Any, run: Run) -> str:
+def _hosts(hosts_file: Any, run: Run) -> str:
     """Return the hosts as they were last heard of, and what failed.
 
     Args:
-      told: the content of hosts.json, which a run that was watched over has.
+      hosts_file: the content of hosts.json, which a run that was watched over has.
       run: the run.
     """
-    if not isinstance(told, dict) or not isinstance(told.get("hosts"), dict):
+    if not isinstance(hosts_file, dict) or not isinstance(
+        hosts_file.get("hosts"), dict
+    ):
         return ""
-    time_told = told.get("time") or 0.0
-    if run.attempts and time_told < run.attempts[-1].at:  # of an earlier start
+    written = hosts_file.get("time") or 0.0
+    if run.attempts and written < run.attempts[-1].at:  # of an earlier start
         return ""
 
-    table = stragglers.table(told["hosts"], told.get("slowest"))
-    failed = "".join(map(_recovery, told.get("recoveries") or ()))
+    table = stragglers.table(hosts_file["hosts"], hosts_file.get("slowest"))
+    failed = "".join(map(_recovery, hosts_file.get("recoveries") or ()))
     if not failed:
         return table
-    restarts = told.get("restarts") or 0
+    restarts = hosts_file.get("restarts") or 0
     return f"{table}<p>{restarts} restarts after a failure:</p><ul>{failed}</ul>"
 
 

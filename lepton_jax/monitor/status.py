@@ -31,7 +31,9 @@ STALE = 30.0
 WINDOWS = 4096  # of steps that are kept apart; assumption: half a megabyte
 
 CHUNK_BYTES = 1 << 20  # that are read at once
-HEAD_BYTES = 64  # by which a run's events are told from another run's: a start's time
+HEAD_BYTES = (
+    64  # by which a run's events are told from another run's: a start's time
+)
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells count
 
@@ -137,10 +139,10 @@ class Watch:
         self._catch_up()
         now = time.time()
         past = self.history
-        told = self._hosts_file()
-        state = _state(past, told, _held(self.folder), now)
+        hosts_file = self._hosts_file()
+        state = _state(past, hosts_file, _held(self.folder), now)
         at_work = state in AT_WORK
-        hosts = _rows(told) if hosts is None else dict(hosts)
+        hosts = _rows(hosts_file) if hosts is None else dict(hosts)
 
         rates = past.rates()
         seconds = past.seconds(past.wall_seconds(now, at_work))
@@ -165,10 +167,10 @@ class Watch:
             "eta": eta,
             "event_age": event_age,
             "starts": past.starts,
-            "restarts": max(past.restarts, _whole(told.get("restarts")) or 0),
-            "restarts_left": _whole(told.get("restarts_left")),
+            "restarts": max(past.restarts, _whole(hosts_file.get("restarts")) or 0),
+            "restarts_left": _whole(hosts_file.get("restarts_left")),
             "rollbacks": past.rollbacks,
-            "recoveries": _recoveries(told),
+            "recoveries": _recoveries(hosts_file),
             "goodput": goodput,
             "seconds": seconds,
             "memory": {
@@ -176,9 +178,9 @@ class Watch:
                 "host": _most(hosts, "memory"),
                 "device": _most(hosts, "device_memory"),
             },
-            "refused_connections": _whole(told.get("refused_connections")),
+            "refused_connections": _whole(hosts_file.get("refused_connections")),
             "hosts": hosts,
-            "slowest": told.get("slowest") if at_work else None,
+            "slowest": hosts_file.get("slowest") if at_work else None,
             "devices": past.start.get("devices"),
             "device_kind": past.start.get("device_kind"),
             "version": past.start.get("version"),
@@ -187,13 +189,15 @@ class Watch:
 
     def _hosts_file(self) -> dict[str, Any]:
         """Return hosts.json; {} if it is absent, or of an earlier start."""
-        told = _json(self.folder / "hosts.json") or {}
+        hosts_file = _json(self.folder / "hosts.json") or {}
         past = self.history
-        if _number(told.get("time")) is None:
+        if _number(hosts_file.get("time")) is None:
             return {}
-        is_old = told["time"] < past.last - STALE
-        was_over_before = told.get("state") == "over" and told["time"] < past.began
-        return {} if is_old or was_over_before else told
+        is_old = hosts_file["time"] < past.last - STALE
+        was_over_before = (
+            hosts_file.get("state") == "over" and hosts_file["time"] < past.began
+        )
+        return {} if is_old or was_over_before else hosts_file
 
     def _catch_up(self) -> None:
         """Take in the events that are new.
@@ -477,7 +481,7 @@ def _merged(windows: list[Window]) -> Iterable[Window]:
 
 def _state(
     past: History,
-    told: Mapping[str, Any],
+    hosts_file: Mapping[str, Any],
     held: bool | None,
     now: float,
 ) -> str:
@@ -488,22 +492,22 @@ def _state(
 
     Args:
       past: the run's events.
-      told: hosts.json; {}: none.
+      hosts_file: hosts.json; {}: none.
       held: whether a process holds the run's lock; None: not known.
       now: the time.
     """
-    is_fresh = told and now - told["time"] < STALE
-    if is_fresh and told.get("state") != "over":
-        state = str(told.get("state"))
+    is_fresh = hosts_file and now - hosts_file["time"] < STALE
+    if is_fresh and hosts_file.get("state") != "over":
+        state = str(hosts_file.get("state"))
         if state == "running" and (past.starts == 0 or past.ended):
             return "starting"
         return state if state in STATES else "running"
     if past.ended is not None:
         return past.ended if past.ended in STATES else "failed"
-    if told.get("state") == "over":
+    if hosts_file.get("state") == "over":
         by_code = {0: "finished", INTERRUPTED_EXIT_CODE: "interrupted"}
-        return by_code.get(_whole(told.get("exit_code")) or 0, "failed")
-    if held is False or told:
+        return by_code.get(_whole(hosts_file.get("exit_code")) or 0, "failed")
+    if held is False or hosts_file:
         return "gone"
     return "running" if past.starts else "starting"
 
@@ -532,18 +536,18 @@ def _held(folder: Path) -> bool | None:
         os.close(file)
 
 
-def _rows(told: Mapping[str, Any]) -> dict[str, Any]:
+def _rows(hosts_file: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of each host in hosts.json."""
-    hosts = told.get("hosts")
+    hosts = hosts_file.get("hosts")
     if not isinstance(hosts, dict):
         return {}
     return {str(host): row for host, row in hosts.items() if isinstance(row, dict)}
 
 
-def _recoveries(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _recoveries(hosts_file: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the recoveries in hosts.json, without stacks."""
     recoveries = []
-    for recovery in told.get("recoveries") or ():
+    for recovery in hosts_file.get("recoveries") or ():
         if isinstance(recovery, dict):
             short = {key: value for key, value in recovery.items() if key != "stack"}
             recoveries.append(short)
