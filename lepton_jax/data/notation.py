@@ -350,7 +350,9 @@ class _Parts(NamedTuple):
         thousands: str,
     ) -> float | None:
         """Return the number, if it is written with these marks."""
-        mantissa, exponent = re.match(r"([^eE]*)(.*)", self.digits).groups()  # type: ignore[union-attr]
+        split = len(re.split("[eE]", self.digits)[0])
+        mantissa = self.digits[:split]
+        exponent = self.digits[split:]
         whole, point, fraction = mantissa.partition(decimal)
         if thousands and not re.fullmatch(r"\d+", whole):
             groups = _groups(whole, thousands)

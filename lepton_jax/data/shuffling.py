@@ -27,9 +27,9 @@ SORTED = 2**16
 # Assumption.
 COMPUTED = 2**12
 
-ROUNDS = (
-    8  # of the Feistel network; assumption: twice the four of Luby and Rackoff 1988
-)
+# Rounds of the Feistel network. Assumption: twice the four with which Luby and Rackoff
+# 1988 prove one to be a strong pseudo-random permutation.
+ROUNDS = 8
 
 # The constants of splitmix64 (Steele, Lea and Flood 2014, figure 16).
 _GOLDEN = 0x9E3779B97F4A7C15

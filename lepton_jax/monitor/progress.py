@@ -374,8 +374,9 @@ class Progress:
         return " · " if self._unicode else " | "
 
     def _width(self) -> int:
+        stream: Any = self._stream
         try:
-            size = os.get_terminal_size(self._stream.fileno())  # type: ignore[union-attr]
+            size = os.get_terminal_size(stream.fileno())
         except (AttributeError, OSError, ValueError):
             return USUAL_WIDTH
         return max(NARROWEST, size.columns or USUAL_WIDTH)

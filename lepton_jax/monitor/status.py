@@ -31,9 +31,10 @@ STALE = 30.0
 WINDOWS = 4096  # of steps that are kept apart; assumption: half a megabyte
 
 CHUNK_BYTES = 1 << 20  # that are read at once
-HEAD_BYTES = (
-    64  # by which a run's events are told from another run's: a start's time
-)
+
+# The first bytes of a run's events, which tell them from another run's: they hold the
+# time of the first start.
+HEAD_BYTES = 64
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells count
 
