@@ -67,6 +67,22 @@ class Mark:
     text: str
 
 
+@dataclass(frozen=True)
+class Axis:
+    """The form of a vertical axis.
+
+    Attributes:
+      zero: whether it starts at 0.
+      log: whether it is logarithmic, if the values are positive and span more than 50
+        times.
+      unit: written after each value.
+    """
+
+    zero: bool = False
+    log: bool = False
+    unit: str = ""
+
+
 @dataclass
 class Scale:
     """A map from the values of an axis to 0..1.
@@ -230,9 +246,7 @@ def draw(
     marks: Sequence[Mark] = (),
     *,
     steps: tuple[float, float],
-    zero: bool = False,
-    log: bool = False,
-    unit: str = "",
+    axis: Axis = Axis(),
     note: str = "",
     wide: bool = False,
 ) -> str:
@@ -245,10 +259,7 @@ def draw(
       curves: what to draw.
       marks: events at some steps.
       steps: ends of the horizontal axis.
-      zero: whether the vertical axis starts at 0.
-      log: whether the vertical axis is logarithmic, if the values are positive and span
-        more than 50 times.
-      unit: written after each value.
+      axis: the vertical axis.
       note: written next to the title.
       wide: whether the figure takes the whole width of the page.
     """
@@ -263,14 +274,14 @@ def draw(
         )
 
     across = linear(*steps)
-    up = _vertical(values, zero, log, unit)
+    up = _vertical(values, axis)
     gaps = _gaps(curves)
     visible = [mark for mark in [*marks, *gaps] if across.low <= mark.x <= across.high]
     thinned = [_thinned(curve) for curve in curves]
     lines = "".join(_line(curve, across, up) for curve in thinned)
     dots = "".join(_dots(curve, across, up) for curve in thinned)
     keys = legend(curves, gaps, "logarithmic scale" if up.log else "")
-    spec = _read_out_spec(thinned, visible, across, unit)
+    spec = _read_out_spec(thinned, visible, across, axis.unit)
     return (
         f'<figure class="{css_class}" data-chart="{escape(spec)}">'
         f'{head}<output></output></figcaption><div class="plot">'
@@ -356,26 +367,21 @@ def _read_out(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _vertical(
-    values: np.ndarray,
-    zero: bool,
-    log: bool,
-    unit: str,
-) -> Scale:
-    """Return the vertical axis of some values, with a margin."""
+def _vertical(values: np.ndarray, axis: Axis) -> Scale:
+    """Return the scale of the vertical axis of some values, with a margin."""
     low = float(values.min())
     high = float(values.max())
-    if log and low > 0 and high / low > LOG_RATIO:
+    if axis.log and low > 0 and high / low > LOG_RATIO:
         pad = (high / low) ** 0.04
         bottom = max(low / pad, _LEAST)
-        return logarithmic(bottom, min(high * pad, _GREATEST), unit)
+        return logarithmic(bottom, min(high * pad, _GREATEST), axis.unit)
 
     low = max(low, -_GREATEST)
     high = min(high, _GREATEST)
     pad = (high - low) * 0.05
-    bottom = 0.0 if zero or 0 <= low < pad else low - pad
+    bottom = 0.0 if axis.zero or 0 <= low < pad else low - pad
     top = 1.0 if low >= 0 and high <= 1 < high + pad else high + pad
-    return linear(bottom, top if top > bottom else bottom + 1, unit=unit)
+    return linear(bottom, top if top > bottom else bottom + 1, unit=axis.unit)
 
 
 def _path(

@@ -21,7 +21,7 @@ import numpy as np
 
 from lepton_jax.errors import DataError, LeptonError, writing_remedy
 from lepton_jax.monitor import decisions, stragglers
-from lepton_jax.monitor.chart import Curve, draw, legend, smooth
+from lepton_jax.monitor.chart import Axis, Curve, draw, legend, smooth
 from lepton_jax.monitor.events import FILE, Event, read_events
 from lepton_jax.monitor.events_table import events_table
 from lepton_jax.monitor.page import SCRIPT, STYLE
@@ -269,8 +269,7 @@ def _charts(run: Run) -> str:
                     curves,
                     run.marks,
                     steps=steps,
-                    log=name == "loss",
-                    zero=name == "learning_rate",
+                    axis=Axis(zero=name == "learning_rate", log=name == "loss"),
                     wide=name == "loss",
                     note=_counted(curves),
                 )
@@ -309,9 +308,7 @@ def _time_figures(run: Run, steps: tuple[float, float]) -> list[str]:
         [Curve("per step", x, seconds * 1e3, "other")],
         run.marks,
         steps=steps,
-        zero=True,
-        log=True,
-        unit=" ms",
+        axis=Axis(zero=True, log=True, unit=" ms"),
         note="mean of each window",
     )
     data_wait = draw(
@@ -319,8 +316,7 @@ def _time_figures(run: Run, steps: tuple[float, float]) -> list[str]:
         [Curve("share of time", *run.waits, "other")],
         run.marks,
         steps=steps,
-        zero=True,
-        unit=" %",
+        axis=Axis(zero=True, unit=" %"),
         note="the loop waiting for samples",
     )
     return [step_time, data_wait]

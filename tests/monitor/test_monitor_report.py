@@ -13,6 +13,7 @@ from lepton_jax.errors import DataError
 from lepton_jax.monitor import Monitor, read_events, write_report
 from lepton_jax.monitor import events as events_module
 from lepton_jax.monitor.chart import (
+    Axis,
     Curve,
     Mark,
     downsample,
@@ -487,7 +488,7 @@ def test_charts_of_strange_values_are_drawn_or_worded(y):
             ],
             [Mark(1, "save", "checkpoint", "")],
             steps=(0, 2),
-            log=True,
+            axis=Axis(log=True),
         )
     )
     assert "nan" not in str(page.attributes).lower()
