@@ -27,7 +27,9 @@ def load(path: Path) -> Callable[..., Recipe]:
     """
     if not path.is_file():
         siblings = (
-            [p.name for p in path.parent.glob("[!_]*.py")] if path.parent.is_dir() else []
+            [p.name for p in path.parent.glob("[!_]*.py")]
+            if path.parent.is_dir()
+            else []
         )
         raise RecipeError(
             f"there is no recipe file {str(path)!r}{nearest(path.name, siblings)}",
