@@ -25,12 +25,11 @@ from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
 from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.data import (
     Arrays,
-    Dataset,
     described,
     epoch_samples,
-    from_any,
     one_pass,
     sample,
+    settled,
 )
 from lepton_jax.errors import (
     CheckpointError,
@@ -1024,9 +1023,7 @@ def _nothing(folder: Path) -> NoCheckpointError:
 def _settled(data: Any, otherwise: Any) -> Any:
     """Return data in one of the forms that can be read; None: there is none."""
     data = otherwise if data is None else data
-    if data is None or isinstance(data, grain.MapDataset | grain.IterDataset | Dataset):
-        return data
-    return from_any(data)
+    return None if data is None else settled(data)
 
 
 def _count(data: Any) -> int | None:

@@ -6,10 +6,13 @@ import math
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import optax
 
 import lepton_jax as lepton
 from lepton_jax.errors import RecipeError
+
+GRAY_LEVELS = 16  # of scikit-learn's pictures: 0 is white, 16 is black
 
 
 def recipe(
@@ -26,10 +29,12 @@ def recipe(
 ) -> lepton.Recipe:
     """Digits of 8x8 pixels with a small CNN.
 
-    scikit-learn's load_digits: 1,797 pictures, of which a stratified fifth is held out,
-    the same whatever the seed. 98.9 to 99.7 % of it right over the seeds 0 to 4, in 15
-    seconds on two CPU cores, starting and compiling included: `python tools/launch.py
-    recipes/digits_cnn.py --seed 1`.
+    The data are scikit-learn's load_digits: 1,797 pictures, of which a stratified fifth
+    is held out, the same whatever the seed. The model gets 98.9 to 99.7 % of it right
+    over the seeds 0 to 4, in 15 seconds on two CPU cores, starting and compiling
+    included:
+
+        python tools/launch.py recipes/digits_cnn.py --seed 1
 
     Args:
       width: channels of the first convolution; the other two have twice as many.
@@ -44,21 +49,10 @@ def recipe(
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, dropout and the order of the pictures.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise RecipeError(
-            "scikit-learn, which holds the digits, is not installed",
-            where="recipes/digits_cnn.py",
-            remedy="pip install -e '.[recipes]'",
-        ) from error
-    images, labels = load_digits(return_X_y=True)
-    images = images.reshape(-1, 8, 8, 1).astype("uint8")
-    x, x_test, y, y_test = train_test_split(
-        images, labels, test_size=0.2, stratify=labels, random_state=0
-    )
+    x, y, x_test, y_test = _digits()
     total = steps or math.ceil(epochs * len(x) / batch_size)
+    warmup = total // 10
+
     return lepton.Recipe(
         name="digits_cnn",
         model=partial(
@@ -72,10 +66,10 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
-        preprocess=lambda pixels: pixels.astype("float32") / 16,
+        preprocess=lambda pixels: pixels.astype("float32") / GRAY_LEVELS,
         optimizer=optax.adamw,
         learning_rate=optax.warmup_cosine_decay_schedule(
-            0.0, learning_rate, total // 10, total
+            0.0, learning_rate, warmup, total
         ),
         train=(x, y),
         test=(x_test, y_test),
@@ -87,3 +81,23 @@ def recipe(
         save_every=save_every,
         seed=seed,
     )
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return pictures uint8 (n, 8, 8, 1) and labels, to train on and to test on."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise RecipeError(
+            "scikit-learn, which holds the digits, is not installed",
+            where="recipes/digits_cnn.py",
+            remedy="pip install -e '.[recipes]'",
+        ) from error
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1).astype("uint8")
+    x, x_test, y, y_test = train_test_split(
+        images, labels, test_size=0.2, stratify=labels, random_state=0
+    )
+    return x, y, x_test, y_test

@@ -15,13 +15,16 @@ from lepton_jax.data.idx import read_bytes
 from lepton_jax.errors import DataError, RecipeError, nearest
 
 Size = Literal["1m", "10m", "124m", "1b", "8b", "70b", "405b"]
-# of Python's standard library, whose files differ in number and length by its version
+# Bytes of Python's standard library that are learned by default: its files differ in
+# number and length by Python's version. Assumption: every version has as many.
 EMBEDDED_BYTES = 4_000_000
-TEST_SHARE = 0.1
+TEST_SHARE = 0.1  # of a text: its end
+# Larger sizes have the vocabulary that they were published with.
+SIZES_WITH_THE_TEXTS_VOCABULARY = ("1m", "10m")
 
 
 class Usual(NamedTuple):
-    """What a size is usually trained with; each can be set."""
+    """Settings that a size is usually trained with; each can be set."""
 
     length: int
     batch_size: int
@@ -30,6 +33,7 @@ class Usual(NamedTuple):
     precision: str
 
 
+# Assumptions: settings with which models of these sizes are known to learn.
 USUAL = {
     "1m": Usual(128, 8, 4e-3, "unrolled", "float32"),
     "10m": Usual(256, 64, 1e-3, "unrolled", "float32"),
@@ -61,9 +65,11 @@ def recipe(
 ) -> lepton.Recipe:
     """Predict the next character, or piece, of a text.
 
-    As it stands, a million parameters on the source of Python's standard library: a
-    loss of 1.49 per character, perplexity 4.4, on the held-out last tenth, in about a
-    minute on two CPU cores: `python tools/launch.py recipes/lm.py`.
+    By default, a million parameters learn the source of Python's standard library. They
+    reach a loss of 1.49 per character, perplexity 4.4, on the held-out last tenth, in
+    about a minute on two CPU cores:
+
+        python tools/launch.py recipes/lm.py
 
     124m has the dims of GPT-2, 1b and above those of Llama 3, with their vocabularies;
     they learn little from the embedded text, but can be planned and timed with it.
@@ -76,8 +82,8 @@ def recipe(
         text is a token.
       vocab: rows of the token embedding; if left out, the text's own for 1m and 10m,
         and the size's from 124m on.
-      experts: in place of each feed-forward layer, a mixture of so many of its width; 0
-        for none.
+      experts: in place of each feed-forward layer, a mixture of this many of its
+        width; 0 for none.
       chosen: experts that a token goes to.
       capacity: places at the experts, over what an even distribution of the tokens
         would take.
@@ -109,35 +115,25 @@ def recipe(
             where="--experts",
             remedy="leave it out for none",
         )
-    given = {
-        "length": length,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "loop": loop,
-        "precision": precision,
-    }
-    used = USUAL[size]._replace(
-        **{name: value for name, value in given.items() if value is not None}
+    usual = _settled(
+        USUAL[size],
+        length=length,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        loop=loop,
+        precision=precision,
     )
-    content, where = (
-        (_embedded(), "Python's standard library")
-        if text is None
-        else (_read(text), str(text))
+    tokens, kinds, where = _tokens(text, tokenizer)
+    train, test = _windows(tokens, usual.length, where)
+    shape = lepton.models.transformer_size(size) | {"loop": usual.loop}
+    shape["vocab"] = _rows(
+        size,
+        vocab,
+        kinds,
+        shape["vocab"],
+        where,
     )
-    tokens, kinds = (
-        _characters(content) if tokenizer is None else _pieces(content, tokenizer)
-    )
-    train, test = _windows(tokens, used.length, where)
-    shape = lepton.models.transformer_size(size) | {"loop": used.loop}
-    if vocab is not None or size in ("1m", "10m"):
-        shape["vocab"] = kinds if vocab is None else vocab
-    if shape["vocab"] < kinds:
-        raise DataError(
-            f"there are {kinds} different tokens, but the embedding has"
-            f" {shape['vocab']} rows",
-            where=where,
-            remedy=f"set vocab to {kinds} or more",
-        )
+
     model: Any = lepton.models.TransformerLM
     if experts:
         model = partial(
@@ -146,38 +142,95 @@ def recipe(
             chosen=chosen,
             capacity=capacity,
         )
+
     total = max(steps, 1)
-    peak = used.learning_rate
+    warmup = total // 10
+    peak = usual.learning_rate
     return lepton.Recipe(
         name="lm",
         model=partial(model, **shape),
         loss=lepton.losses.cross_entropy,
         metrics={"perplexity": lepton.metrics.perplexity},
-        optimizer=partial(
-            optax.adamw,
-            b2=0.95,
-            weight_decay=0.1,
-        ),
+        optimizer=partial(optax.adamw, b2=0.95, weight_decay=0.1),
         learning_rate=optax.warmup_cosine_decay_schedule(
-            0.0, peak, total // 10, total, 0.1 * peak
+            0.0, peak, warmup, total, 0.1 * peak
         ),
         clip_norm=1.0,
         train=train,
         test=test,
-        batch_size=used.batch_size,
+        batch_size=usual.batch_size,
         steps=steps,
         micro_batches=micro_batches,
-        precision=used.precision,
+        precision=usual.precision,
         save_every=save_every,
         seed=seed,
     )
 
 
+def _settled(usual: Usual, **given: Any) -> Usual:
+    """Return what a size is usually trained with, but for the settings given."""
+    return usual._replace(**{k: v for k, v in given.items() if v is not None})
+
+
+def _rows(
+    size: Size,
+    vocab: int | None,
+    kinds: int,
+    rows_of_size: int,
+    where: str,
+) -> int:
+    """Return the rows of the token embedding.
+
+    Args:
+      size: of the model.
+      vocab: the rows that were asked for, if any.
+      kinds: different tokens of the text or the tokenizer.
+      rows_of_size: rows that a model of this size has as published.
+      where: the text, for messages.
+    """
+    rows = rows_of_size
+    if vocab is not None:
+        rows = vocab
+    elif size in SIZES_WITH_THE_TEXTS_VOCABULARY:
+        rows = kinds
+
+    if rows < kinds:
+        raise DataError(
+            f"there are {kinds} different tokens, but the embedding has {rows} rows",
+            where=where,
+            remedy=f"set vocab to {kinds} or more",
+        )
+    return rows
+
+
+# ---- from a text to samples ----
+
+
+def _tokens(
+    text: Path | None,
+    tokenizer: Path | None,
+) -> tuple[np.ndarray, int, str]:
+    """Return tokens int32, how many kinds there are, and where they are from."""
+    if text is None:
+        content = _embedded()
+        where = "Python's standard library"
+    else:
+        content = _read(text)
+        where = str(text)
+
+    if tokenizer is None:
+        tokens, kinds = _characters(content)
+    else:
+        tokens, kinds = _pieces(content, tokenizer)
+    return tokens, kinds, where
+
+
 def _windows(
     tokens: np.ndarray, length: int, where: str
 ) -> tuple[lepton.data.Arrays, lepton.data.Arrays]:
-    """Consecutive samples (inputs, targets), int32 (n, length) each, for training and
-    testing; views, not copies.
+    """Return consecutive samples to train on and to test on: views, not copies.
+
+    Inputs and targets are int32 (n, length); the targets are the next tokens.
     """
     if length < 1:
         raise RecipeError(
@@ -187,23 +240,21 @@ def _windows(
         )
     count = (len(tokens) - 1) // length
     if count < 2:
+        remedy = "give a longer text"
+        if len(tokens) > 2:
+            remedy += f", or set length to {(len(tokens) - 1) // 2} or less"
         raise DataError(
             f"the text has {len(tokens):,} tokens, but a sample to train on and one to"
             f" test on take {2 * length + 1:,}",
             where=where,
-            remedy=(
-                "give a longer text, or set length to "
-                f"{max((len(tokens) - 1) // 2, 1)} or less"
-                if len(tokens) > 2
-                else "give a longer text"
-            ),
+            remedy=remedy,
         )
-    inputs, targets = (
-        tokens[i : i + count * length].reshape(count, length) for i in (0, 1)
-    )
+    inputs = tokens[: count * length].reshape(count, length)
+    targets = tokens[1 : count * length + 1].reshape(count, length)
     cut = count - max(1, round(TEST_SHARE * count))
-    return lepton.data.Arrays(inputs[:cut], targets[:cut]), lepton.data.Arrays(
-        inputs[cut:], targets[cut:]
+    return (
+        lepton.data.Arrays(inputs[:cut], targets[:cut]),
+        lepton.data.Arrays(inputs[cut:], targets[cut:]),
     )
 
 
@@ -236,17 +287,20 @@ def _read(path: Path) -> str:
 
 
 def _characters(content: str) -> tuple[np.ndarray, int]:
-    """Tokens int32, numbered by code point among those that occur, and how many of them
-    do.
+    """Return a text's characters as tokens int32, and how many different ones occur.
+
+    They are numbered by code point: in "abca", a is 0, b is 1 and c is 2.
     """
     codes = np.frombuffer(content.encode("utf-32-le", "surrogatepass"), np.uint32)
     occurs = np.zeros(codes.max() + 1, bool)
     occurs[codes] = True
-    return (np.cumsum(occurs, dtype=np.int32) - 1)[codes], int(occurs.sum())
+
+    numbers = np.cumsum(occurs, dtype=np.int32) - 1
+    return numbers[codes], int(occurs.sum())
 
 
 def _pieces(content: str, path: Path) -> tuple[np.ndarray, int]:
-    """Tokens int32 of a SentencePiece model, and how many pieces the model has."""
+    """Return a text's tokens int32 by a SentencePiece model, and the model's pieces."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:

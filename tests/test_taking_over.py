@@ -11,7 +11,7 @@ import lepton_jax as lepton
 from lepton_jax import controllers
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.cli import launch as cli
-from lepton_jax.data.loader import ArrayStream
+from lepton_jax.data.arrays import ArraysByPosition
 from lepton_jax.monitor import read_events
 from lepton_jax.trees import by_path
 
@@ -299,7 +299,7 @@ def test_another_optimizer_begins_anew_and_says_so(blobs, tmp_path):
 def fine_batches(trainer):
     data = trainer.recipe.train
     start = trainer._record.position.samples
-    order = ArrayStream(
+    order = ArraysByPosition(
         data,
         trainer.recipe.seed,
         trainer.recipe.shuffle,
@@ -392,7 +392,7 @@ def test_a_rollback_after_a_changed_rate_keeps_the_changed_rate(blobs, tmp_path)
     run = tmp_path / "run"
     trainer(blobs, run, controller=policies, optimizer=optax.sgd).fit()
     poisoned[:] = inputs
-    order = ArrayStream(
+    order = ArraysByPosition(
         lepton.data.Arrays(inputs, targets),
         0,
         True,

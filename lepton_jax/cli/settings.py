@@ -59,7 +59,9 @@ def _module(path: Path) -> types.ModuleType:
     """Import a recipe file."""
     if not path.is_file():
         siblings = (
-            [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+            [p.name for p in path.parent.glob("[!_]*.py")]
+            if path.parent.is_dir()
+            else []
         )
         raise RecipeError(
             f"there is no recipe file {str(path)!r}{nearest(path.name, siblings)}",

@@ -1,27 +1,30 @@
 """Samples: where they come from and how they reach the devices."""
 
 from lepton_jax.data.arrays import Arrays, from_any
-from lepton_jax.data.idx import idx, read_idx
-from lepton_jax.data.limits import Limit, check_limits
-from lepton_jax.data.loader import (
-    Loader,
+from lepton_jax.data.datasets import (
     blocks_between,
     described,
     epoch_samples,
     one_pass,
+    open_feed,
     sample,
+    settled,
 )
+from lepton_jax.data.feed import Feed
+from lepton_jax.data.idx import idx, read_idx
+from lepton_jax.data.limits import Limit, check_limits
 from lepton_jax.data.pipeline import Dataset, Source, mix
 from lepton_jax.data.sources import Documents
 from lepton_jax.data.table import MISSING, Schema, Table, table, table_split
+
 
 __all__ = [
     "MISSING",
     "Arrays",
     "Dataset",
     "Documents",
+    "Feed",
     "Limit",
-    "Loader",
     "Schema",
     "Source",
     "Table",
@@ -33,8 +36,10 @@ __all__ = [
     "idx",
     "mix",
     "one_pass",
+    "open_feed",
     "read_idx",
     "sample",
+    "settled",
     "table",
     "table_split",
 ]

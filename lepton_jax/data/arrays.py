@@ -12,8 +12,15 @@ import numpy as np
 
 from lepton_jax.errors import DataError
 
-# bytes; JAX adopts a host buffer on the CPU without a copy only if it is so aligned
+Pair = tuple[Any, Any]  # (inputs, targets): arrays, or dicts of them
+
+# Bytes. On the CPU, JAX adopts a host buffer without a copy only if it is so aligned.
 ALIGNMENT = 64
+
+# References to a buffer that `Buffers` may give out again: its list, the loop's
+# variable and the argument of `getrefcount`.
+REFERENCES_OF_AN_UNUSED_BUFFER = 3
+
 _NARROWER = {
     np.dtype(np.int64): np.dtype(np.int32),
     np.dtype(np.uint64): np.dtype(np.uint32),
@@ -45,17 +52,10 @@ class Arrays:
     targets: Any = None
 
     def __post_init__(self):
-        object.__setattr__(
-            self,
-            "inputs",
-            _tree(self.inputs, "inputs"),
-        )
+        object.__setattr__(self, "inputs", _tree(self.inputs, "inputs"))
         if self.targets is not None:
-            object.__setattr__(
-                self,
-                "targets",
-                _tree(self.targets, "targets"),
-            )
+            object.__setattr__(self, "targets", _tree(self.targets, "targets"))
+
         lengths = {name: len(x) for name, x in self._named()}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{name} has {count}" for name, count in lengths.items())
@@ -75,7 +75,8 @@ class Arrays:
         return len(self._named()[0][1])
 
     def __repr__(self) -> str:
-        return f"Arrays({', '.join(f'{name} {x.dtype}{list(x.shape)}' for name, x in self._named())})"
+        parts = [f"{name} {x.dtype}{list(x.shape)}" for name, x in self._named()]
+        return f"Arrays({', '.join(parts)})"
 
     def _named(self) -> list[tuple[str, np.ndarray]]:
         parts = []
@@ -90,12 +91,19 @@ class Arrays:
         self,
         indices: Any,
         empty: Callable[[tuple[int, ...], Any], np.ndarray] | None = None,
-    ) -> tuple[Any, Any]:
-        """The samples at `indices` (integers from 0 to n - 1, shape (k,)), copied:
-        (inputs, targets) of k rows each.
+    ) -> Pair:
+        """Copy some samples.
 
-        `empty(shape, dtype)` gives the memory they are copied into; None:
-        `aligned_empty`.
+        Args:
+          indices: integers from 0 to n - 1, shape (k,).
+          empty: (shape, dtype) to the memory they are copied into; None:
+            `aligned_empty`.
+
+        Returns:
+          (inputs, targets) of k rows each.
+
+        Raises:
+          DataError: the indices are no vector of integers, or out of range.
         """
         empty = empty or aligned_empty
         indices = np.asarray(indices)
@@ -114,7 +122,10 @@ class Arrays:
                 remedy=f"use positions from 0 to {len(self) - 1}",
             )
         indices = indices.astype(np.intp, copy=False)
-        rows = lambda x: _rows(x, indices, empty)
+
+        def rows(x: np.ndarray) -> np.ndarray:
+            return _rows(x, indices, empty)
+
         return _map(rows, self.inputs), _map(rows, self.targets)
 
     def split(
@@ -122,16 +133,25 @@ class Arrays:
         fraction: float,
         seed: int,
     ) -> tuple[Arrays, Arrays]:
-        """Two random parts that keep the samples' order; the second has round(fraction
-        * n) samples.
+        """Return two random parts that keep the samples' order.
+
+        Args:
+          fraction: share of the samples in the second part, which has
+            round(fraction * n) of them.
+          seed: decides which.
         """
         first, second = partition(len(self), fraction, seed)
         return Arrays(*self.take(first)), Arrays(*self.take(second))
 
 
 def from_any(data: Any) -> Arrays:
-    """`Arrays` as they are; a pair (inputs, targets) of arrays, dicts of arrays or
-    lists made into them.
+    """Return data as `Arrays`.
+
+    Args:
+      data: `Arrays`, or a pair (inputs, targets) of arrays, dicts of arrays or lists.
+
+    Raises:
+      DataError: it is neither.
     """
     if isinstance(data, Arrays):
         return data
@@ -153,8 +173,16 @@ def partition(
     fraction: float,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random partition of range(count), each part in ascending order; the second has
-    round(fraction * count).
+    """Return a random partition of range(count), each part in ascending order.
+
+    Args:
+      count: of the numbers.
+      fraction: share of the numbers in the second part, which has
+        round(fraction * count) of them.
+      seed: decides which.
+
+    Raises:
+      DataError: a part would be empty.
     """
     second = round(fraction * count) if math.isfinite(fraction) else -1
     if not 0 < second < count:
@@ -171,13 +199,12 @@ def partition(
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """`np.empty` whose memory starts at a multiple of 64 bytes."""
+    """Return an array like `np.empty` whose memory is aligned to 64 bytes."""
     return _aligned(_raw(shape, dtype), shape, dtype)
 
 
 class Buffers:
-    """Aligned memory that is given out again as soon as nobody refers to what was made
-    of it.
+    """Aligned memory that is given out again once nobody refers to an array in it.
 
     The kernel's work for a block of fresh pages costs about as much as gathering the
     rows into it. An array that JAX has adopted, or still copies from, counts as
@@ -185,25 +212,108 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, list[np.ndarray]] = {}
+        self._by_bytes: dict[int, list[np.ndarray]] = {}
 
     def empty(
         self,
         shape: tuple[int, ...],
         dtype: Any,
     ) -> np.ndarray:
-        """Like `aligned_empty`."""
-        made = self._made.setdefault(math.prod(shape) * np.dtype(dtype).itemsize, [])
-        for raw in made:
-            # the list, the loop's variable, the call's argument
-            if sys.getrefcount(raw) == 3:
+        """Return an array like `aligned_empty`, in memory that nobody else uses."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        buffers = self._by_bytes.setdefault(size, [])
+        for raw in buffers:
+            if sys.getrefcount(raw) == REFERENCES_OF_AN_UNUSED_BUFFER:
                 return _aligned(raw, shape, dtype)
-        made.append(_raw(shape, dtype))
-        return _aligned(made[-1], shape, dtype)
+        buffers.append(_raw(shape, dtype))
+        return _aligned(buffers[-1], shape, dtype)
+
+
+class ArraysByPosition:
+    """Arrays as an endless sequence of samples, in a new seeded order each epoch.
+
+    Position p is the p-th sample that training consumes, whatever the batch size. An
+    epoch's permutation takes 8 bytes of memory for each sample.
+
+    >>> data = Arrays(np.arange(3.0), np.arange(3))
+    >>> ArraysByPosition(data, seed=0, shuffle=False).indices(2, 5)
+    array([2, 0, 1], dtype=int32)
+    """
+
+    checked_when_read = False  # all arrays are checked at once, before the first step
+
+    def __init__(
+        self,
+        data: Arrays,
+        seed: int,
+        shuffle: bool,
+    ):
+        self.data = data
+        self.samples = len(data)
+        self.seed = seed
+        self.shuffle = shuffle
+        self._orders: dict[int, np.ndarray] = {}
+        self._buffers = Buffers()
+
+    def rows(
+        self,
+        start: int,
+        stop: int,
+        wanted: Any = slice(None),
+    ) -> Pair:
+        """Return copies of the samples at positions start to stop.
+
+        Args:
+          start: the first position.
+          stop: the position after the last one.
+          wanted: which of them to read, as an index of a vector of stop - start.
+        """
+        return self.data.take(self.indices(start, stop)[wanted], self._buffers.empty)
+
+    def indices(
+        self,
+        start: int,
+        stop: int,
+    ) -> np.ndarray:
+        """Return the samples' numbers at positions start to stop: int32 vector."""
+        if not self.shuffle:
+            return (np.arange(start, stop) % self.samples).astype(np.int32)
+
+        indices = np.empty(stop - start, np.int32)
+        first_epoch = start // self.samples
+        last_epoch = (stop - 1) // self.samples
+        for epoch in range(first_epoch, last_epoch + 1):
+            epoch_start = epoch * self.samples
+            low = max(start, epoch_start)
+            high = min(stop, epoch_start + self.samples)
+            part = self._order(epoch)[low - epoch_start : high - epoch_start]
+            indices[low - start : high - start] = part
+        return indices
+
+    def ids(
+        self,
+        start: int,
+        stop: int,
+    ) -> list[str]:
+        """Return "EPOCH:INDEX" of each sample at positions start to stop."""
+        epochs = np.arange(start, stop) // self.samples
+        indices = self.indices(start, stop)
+        return [
+            f"{epoch}:{index}" for epoch, index in zip(epochs, indices, strict=True)
+        ]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            # a block may still reach back into the epoch before
+            before = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders = before | {epoch: generator.permutation(self.samples)}
+        return self._orders[epoch]
 
 
 def _raw(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    return np.empty(math.prod(shape) * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.empty(size + ALIGNMENT, np.uint8)
 
 
 def _aligned(
@@ -253,15 +363,35 @@ def _tree(data: Any, name: str) -> Any:
 
 
 def _array(data: Any, name: str) -> np.ndarray:
-    """A native NumPy array of at most 32-bit numbers and at least one dim."""
+    """Return a native NumPy array of at most 32-bit numbers and at least one dim."""
     if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
         raise DataError(
             f"{name} has masked values",
             where=name,
             remedy="fill them in or leave out their samples",
         )
+
+    x = _numpy(data, name)
+    if not _holds_numbers(x.dtype):
+        raise DataError(
+            f"{name} has dtype {x.dtype}, which holds no numbers",
+            where=name,
+            remedy="convert it to numbers (categories to integers) first",
+        )
+    if x.ndim == 0:
+        raise DataError(
+            f"{name} is the single value {x}",
+            where=name,
+            remedy="give an array with one row per sample",
+        )
+    if not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
+    return _narrow(x, name)
+
+
+def _numpy(data: Any, name: str) -> np.ndarray:
     try:
-        x = np.asarray(data)
+        return np.asarray(data)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{name} can't be made into an array: {error}",
@@ -279,35 +409,26 @@ def _array(data: Any, name: str) -> np.ndarray:
                 "library's documentation says (a tensor: x.detach().cpu().numpy())"
             ),
         ) from error
-    # bfloat16 and the like, of the ml_dtypes package, are of kind "V", as records are.
-    if x.dtype.kind not in "biufc" and not x.dtype.name.startswith(
-        ("bfloat", "float", "int", "uint")
-    ):
-        raise DataError(
-            f"{name} has dtype {x.dtype}, which holds no numbers",
-            where=name,
-            remedy="convert it to numbers (categories to integers) first",
-        )
-    if x.ndim == 0:
-        raise DataError(
-            f"{name} is the single value {x}",
-            where=name,
-            remedy="give an array with one row per sample",
-        )
-    if not x.dtype.isnative:
-        x = x.astype(x.dtype.newbyteorder("="))
-    return _narrow(x, name)
+
+
+def _holds_numbers(dtype: np.dtype) -> bool:
+    # bfloat16 and the like, of the ml_dtypes package, are of kind "V", as records are
+    named_so = dtype.name.startswith(("bfloat", "float", "int", "uint"))
+    return dtype.kind in "biufc" or named_so
 
 
 def _first_line(error: Exception) -> str:
+    name = type(error).__name__
     message = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}{message and ': '}{message}"
+    return f"{name}: {message}" if message else name
 
 
 def _narrow(x: np.ndarray, name: str) -> np.ndarray:
+    """Return numbers of 64 bits as 32; raise a DataError if one doesn't fit."""
     narrow = _NARROWER.get(x.dtype)
     if narrow is None:
         return x
+
     if narrow.kind in "iu":
         limits = np.iinfo(str(narrow))
         if x.size and (x.min() < limits.min or x.max() > limits.max):
@@ -318,6 +439,7 @@ def _narrow(x: np.ndarray, name: str) -> np.ndarray:
                 remedy=f"map them to the range {limits.min} to {limits.max}",
             )
         return x.astype(narrow)
+
     with np.errstate(over="ignore"):
         out = x.astype(narrow)
     overflown = np.isinf(out) & np.isfinite(x)

@@ -12,6 +12,7 @@ import numpy as np
 from lepton_jax.data.arrays import Arrays
 from lepton_jax.errors import DataError
 
+# The third byte of a header names the dtype (http://yann.lecun.com/exdb/mnist/).
 _DTYPES = {
     0x08: "u1",
     0x09: "i1",
@@ -20,16 +21,17 @@ _DTYPES = {
     0x0D: ">f4",
     0x0E: ">f8",
 }
+_GZIP = b"\x1f\x8b"  # the first two bytes of a gzip file (RFC 1952, section 2.3.1)
 _AGAIN = "download the file again: it is damaged, or not what its name says"
 
 
 def idx(folder: str | Path) -> tuple[Arrays, Arrays]:
-    """The train and the test part of a data set such as MNIST or Fashion-MNIST.
+    """Read the train and the test part of a data set such as MNIST or Fashion-MNIST.
 
     Args:
       folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte and the same two
-        with t10k, each gzipped (.gz) or not; `train-images.idx3-ubyte` will do too.
-        Where one is there twice, the uncompressed one is read.
+        with t10k, each gzipped (.gz) or not; `train-images.idx3-ubyte` will do too. Of
+        a file that is there both ways, the uncompressed one is read.
 
     Returns:
       (train, test): inputs uint8 of shape (n, height, width, 1), targets int32 of shape
@@ -52,14 +54,8 @@ def _part(folder: Path, part: str) -> Arrays:
     label_file = _find(folder, f"{part}-labels", 1)
     images = read_idx(image_file)
     labels = read_idx(label_file)
-    for file, array, rank in ((image_file, images, 3), (label_file, labels, 1)):
-        if array.dtype != np.uint8 or array.ndim != rank:
-            raise DataError(
-                f"expected uint8 values of {rank} dims, found {array.dtype} of"
-                f" {array.ndim}",
-                where=file,
-                remedy=_AGAIN,
-            )
+    _check_values(image_file, images, rank=3)
+    _check_values(label_file, labels, rank=1)
     if len(images) != len(labels):
         raise DataError(
             f"{len(images)} images, but {len(labels)} labels",
@@ -75,6 +71,20 @@ def _part(folder: Path, part: str) -> Arrays:
     return Arrays(images[..., None], labels.astype(np.int32))
 
 
+def _check_values(
+    file: Path,
+    array: np.ndarray,
+    rank: int,
+) -> None:
+    if array.dtype != np.uint8 or array.ndim != rank:
+        raise DataError(
+            f"expected uint8 values of {rank} dims, found {array.dtype} of"
+            f" {array.ndim}",
+            where=file,
+            remedy=_AGAIN,
+        )
+
+
 def _find(
     folder: Path,
     stem: str,
@@ -84,14 +94,11 @@ def _find(
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    found = (
-        sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else None
-    )
-    has = (
-        "there is no such folder"
-        if found is None
-        else f"it has {', '.join(found) or 'no files'}"
-    )
+
+    has = "there is no such folder"
+    if folder.is_dir():
+        files = sorted(path.name for path in folder.iterdir())[:8]
+        has = f"it has {', '.join(files) or 'no files'}"
     raise DataError(
         f"no file {names[0]} (or {names[-2]}): {has}",
         where=folder,
@@ -100,8 +107,10 @@ def _find(
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """The array in an idx file, gzipped or not, of any dtype and number of dims, in
-    native byte order.
+    """Read the array in an idx file, in native byte order.
+
+    Args:
+      path: the file, gzipped or not; its array has any dtype and number of dims.
 
     Raises:
       DataError: the file is missing, is no idx file, or has fewer or more bytes than
@@ -115,6 +124,7 @@ def read_idx(path: str | Path) -> np.ndarray:
             where=path,
             remedy=_AGAIN,
         )
+
     dtype = np.dtype(_DTYPES[data[2]])
     rank = data[3]
     start = 4 + 4 * rank
@@ -124,9 +134,9 @@ def read_idx(path: str | Path) -> np.ndarray:
             where=path,
             remedy=_AGAIN,
         )
-    shape = tuple(
-        int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)
-    )
+    sizes = np.frombuffer(data[4:start], ">u4")
+    shape = tuple(sizes.tolist())
+
     expected = start + math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         fault = "cut short" if len(data) < expected else "followed by other bytes"
@@ -136,20 +146,20 @@ def read_idx(path: str | Path) -> np.ndarray:
             where=path,
             remedy=_AGAIN,
         )
-    return (
-        np.frombuffer(data, dtype, offset=start)
-        .reshape(shape)
-        .astype(dtype.newbyteorder("="))
-    )
+
+    values = np.frombuffer(data, dtype, offset=start).reshape(shape)
+    return values.astype(dtype.newbyteorder("="))
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """A file's bytes; unpacked if they are gzip, whatever the file's name."""
+    """Read a file's bytes, unpacked if they are gzip, whatever the file's name."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise DataError(
-            "there is no such file", where=path, remedy="check the path"
+            "there is no such file",
+            where=path,
+            remedy="check the path",
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise DataError(
@@ -157,7 +167,7 @@ def read_bytes(path: str | Path) -> bytes:
             where=path,
             remedy="check the path and its permissions",
         ) from error
-    if data[:2] != b"\x1f\x8b":
+    if data[:2] != _GZIP:
         return data
     try:
         return gzip.decompress(data)

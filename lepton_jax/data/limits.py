@@ -1,5 +1,4 @@
-"""Which whole numbers a program can take from its data, and the check that it gets no
-others.
+"""Ranges of the whole numbers that a program can take, and the check of its data.
 
 An index beyond its table stops nothing on a device: it reads another row, or NaN.
 """
@@ -26,9 +25,9 @@ class Limit:
       why: what has that size, for messages.
       remedy: what a person can do about it.
       columns: places in a flattened sample that this holds for; None: all.
-      negative: whether numbers below 0 are let through.
-      beyond: whether numbers from `size` on are let through.
-      spared: further numbers that are let through.
+      negative: whether numbers below 0 are allowed.
+      beyond: whether numbers from `size` on are allowed.
+      spared: further numbers that are allowed.
     """
 
     path: str
@@ -55,10 +54,11 @@ class Limit:
         if not values.size or values.dtype.kind not in "iu":
             return None
 
-        low = values.min()
-        high = values.max()
-        if (low >= 0 or self.negative) and (high < self.size or self.beyond):
+        fits_below = self.negative or values.min() >= 0
+        fits_above = self.beyond or values.max() < self.size
+        if fits_below and fits_above:
             return None
+
         wrong = np.zeros(values.shape, bool)
         if not self.negative:
             wrong |= values < 0
@@ -79,34 +79,46 @@ def check_limits(
 
     Args:
       limits: of the program.
-      rows: (inputs, targets) with the samples along the leading dim; a part that is not
-        there is None.
-      what: what is checked, for messages: "training data".
-      name: the number of a row to what identifies the sample.
+      rows: (inputs, targets) with the samples along the leading dim; a part that is
+        absent is None.
+      what: the data that are checked, for messages: "training data".
+      name: the number of a row to the identifier of its sample.
 
     Raises:
-      DataError: it names the count, the first sample, its value and the range.
+      DataError: a number is out of range. The error names the count of samples, the
+        first one, its value and the range.
     """
     if not limits:
         return
     leaves = by_path({"inputs": rows[0], "targets": rows[1]})
     for limit in limits:
         leaf = leaves.get(limit.path)
-        wrong = None if leaf is None else limit.broken(np.asarray(leaf))
-        if wrong is None or leaf is None:
+        if leaf is None:
             continue
+        wrong = limit.broken(np.asarray(leaf))
+        if wrong is not None:
+            raise _out_of_range(limit, leaf, wrong, what, name)
 
-        samples = np.flatnonzero(wrong.any(axis=1))
-        first = int(samples[0])
-        values = np.asarray(leaf[first]).reshape(-1)
-        if limit.columns is not None:
-            values = values[list(limit.columns)]
-        value = values[wrong[first]][0]
-        allowed = f"0 to {limit.size - 1}"
-        if limit.negative:
-            allowed = f"what is below {limit.size}"
-        raise DataError(
-            f"{len(samples)} samples have {limit.path} outside {allowed}: {limit.why}",
-            where=f"{what}, first in sample {name(first)}: {value}",
-            remedy=limit.remedy,
-        )
+
+def _out_of_range(
+    limit: Limit,
+    leaf: Any,
+    wrong: np.ndarray,
+    what: str,
+    name: Callable[[int], str],
+) -> DataError:
+    samples = np.flatnonzero(wrong.any(axis=1))
+    first = int(samples[0])
+    values = np.asarray(leaf[first]).reshape(-1)
+    if limit.columns is not None:
+        values = values[list(limit.columns)]
+    value = values[wrong[first]][0]
+
+    allowed = f"0 to {limit.size - 1}"
+    if limit.negative:
+        allowed = f"what is below {limit.size}"
+    return DataError(
+        f"{len(samples)} samples have {limit.path} outside {allowed}: {limit.why}",
+        where=f"{what}, first in sample {name(first)}: {value}",
+        remedy=limit.remedy,
+    )

@@ -1,5 +1,4 @@
-"""How the cells of a column spell numbers: decimal commas, thousands, percent,
-currencies; and what only looks like it.
+"""The notation of a column's numbers: decimal commas, thousands, percent, currencies.
 
 A column is looked at as a whole, since a cell alone may be read in two ways: "1,234" is
 a thousand or little more than one, until "0,5" or "1,234.5" stands somewhere below it.
@@ -10,7 +9,13 @@ For the column
 each pair of a decimal mark and a mark of thousands is tried. ("." , ",") reads both
 numbers, (",", ".") neither of the first, so the column is numeric with that notation.
 Where two pairs read as many cells and disagree, the column is ambiguous, and somebody
-has to say which one is meant.
+has to say which one is meant. Columns that only look like numbers, such as dates and
+codes, are told apart, too.
+
+>>> look(Counter(["1,234.5", "567"])).notation
+Notation(decimal='.', thousands=',', unit='')
+>>> look(Counter(["1,234", "5,678"])).kind
+'ambiguous'
 """
 
 from __future__ import annotations
@@ -18,24 +23,32 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Literal, NamedTuple
 
-# of a column's cells that must parse for the others to count as faults
+# The shares and counts below are assumptions.
+
+# Share of a column's cells that must parse for the others to count as faults.
 NUMERIC_SHARE = 0.9
-# Of its distinct cells that must look like numbers or dates for the column not to pass
-# silently as categories. Distinct ones, because the harm is done by each number
+
+# Share of a column's distinct cells that must look like numbers or dates for it not to
+# pass silently as categories. Distinct ones, because the harm is done by each number
 # becoming a category; a word that fills half of the rows changes nothing.
 SUSPECT_SHARE = 0.5
-# A column of so few distinct cells, each there so often, is one of categories, "3+"
-# next to "1" and "2", say.
+
+# A column of at most this many distinct cells, each of them this often, is one of
+# categories: "3+" next to "1" and "2", say.
 FEW_DISTINCT = 20
 OFTEN = 5
-# Different words that a column of numbers may have for a missing value; with more of
-# them, and so large a share of the distinct cells, the column is one of codes: the
+
+# Different words that a column of numbers may have for a missing value. With more of
+# them, and at least this share of the distinct cells, the column is one of codes: the
 # tickets of the Titanic are "113803", "PC 17609", "LINE" ...
 MOST_WORDS = 4
 CODE_SHARE = 0.2
+
+UNITS_TRIED = 3  # the most frequent ones
+
 GREATEST = 3.4e38  # float32 ends here
 MINUS = "\u2212"  # the minus of typesetters
 
@@ -72,20 +85,20 @@ CURRENCY_CODES = (
     "zł",
     "Fr.",
 )
-_CURRENCY = re.compile(
-    rf"(?:[A-Z]{{0,3}}[{CURRENCY_SIGNS}]|{'|'.join(map(re.escape, CURRENCY_CODES))})",
-    re.IGNORECASE,
-)
+_CODES = "|".join(map(re.escape, CURRENCY_CODES))
+_CURRENCY = re.compile(rf"(?:[A-Z]{{0,3}}[{CURRENCY_SIGNS}]|{_CODES})", re.IGNORECASE)
 
 QUOTES = "'\u2019"  # marks of thousands in Switzerland
 _SPACES = " \u00a0\u202f\u2009"
 _CELL = re.compile(
-    rf"(?P<sign>[-+]?)(?P<before>(?:[^\d\s.,+-]|{'|'.join(map(re.escape, CURRENCY_CODES))}){{0,4}})\s*(?P<inner>[-+]?)"
+    rf"(?P<sign>[-+]?)(?P<before>(?:[^\d\s.,+-]|{_CODES}){{0,4}})\s*"
+    r"(?P<inner>[-+]?)"
     rf"(?P<number>(?:\d(?:[\d.,{QUOTES}{_SPACES}]*[\d.,])?|[.,]\d+)(?:[eE][-+]?\d+)?)"
     r"\s*(?P<after>\D{0,12})"
 )
-# decimal mark and mark of thousands, in the order in which they are preferred where
-# they read the same
+
+# The decimal mark and the mark of thousands, in the order in which they are preferred
+# if they read the same.
 _MARKS = (
     (".", ""),
     (".", ","),
@@ -121,8 +134,8 @@ class Notation(NamedTuple):
       decimal: "." or ",".
       thousands: ",", ".", " ", "'" or "" between groups of three digits; a space stands
         for narrow ones, too.
-      unit: what stands around each number, with "#" for the number: "#%", "$#", "# EUR"
-        without the space; "" for nothing.
+      unit: the text around each number, with "#" for the number: "#%", "$#", "#EUR";
+        "" for none.
     """
 
     decimal: str = "."
@@ -159,21 +172,19 @@ class Look(NamedTuple):
 
 
 def plain_number(cell: str) -> float | None:
-    """The finite float32 that a cell stands for; None if it doesn't."""
+    """Return the finite float32 that a cell stands for; None if it stands for none."""
+    # float() takes "1_000" too, which no CSV means as a thousand
+    if "_" in cell:
+        return None
     try:
         value = float(cell.replace(MINUS, "-"))
     except ValueError:
         return None
-    # float() takes "1_000" too, which no CSV means as a thousand
-    return (
-        value
-        if math.isfinite(value) and abs(value) <= GREATEST and "_" not in cell
-        else None
-    )
+    return value if math.isfinite(value) and abs(value) <= GREATEST else None
 
 
 def number(cell: str, notation: Notation | tuple[str, str, str]) -> float | None:
-    """The number that a cell spells by a notation; None if it spells none."""
+    """Return the number that a cell spells by a notation; None if it spells none."""
     decimal, thousands, unit = notation
     if not unit and decimal == "." and not thousands:
         return plain_number(cell)
@@ -188,12 +199,13 @@ def is_date(cell: str) -> bool:
     match = _DATE.fullmatch(cell)
     if match is None:
         return False
-    pairs = [(match[f"a{i}"], match[f"b{i}"]) for i in (1, 2, 3)]
-    for first, second in pairs:
-        if first is None:
-            continue
-        low, high = sorted((int(first), int(second)))
-        return 1 <= low <= 12 and high <= 31
+
+    # a day and a month in either order, if both are written as numbers
+    for i in (1, 2, 3):
+        first = match[f"a{i}"]
+        if first is not None:
+            low, high = sorted((int(first), int(match[f"b{i}"])))
+            return 1 <= low <= 12 and high <= 31
     return True
 
 
@@ -206,72 +218,75 @@ def look(
 
     Args:
       counts: the cells that are not missing, and how often each is there.
-      decimal, thousands: the marks of the file, where somebody has said so.
+      decimal: the decimal mark of the file, if somebody has set it.
+      thousands: the mark of thousands, if somebody has set it.
     """
     allowed = [
         marks
         for marks in _MARKS
         if decimal in (None, marks[0]) and thousands in (None, marks[1])
     ]
-    plain = (
-        {cell for cell in counts if plain_number(cell) is not None}
-        if (".", "") in allowed
-        else set()
-    )
+    plain = set()
+    if (".", "") in allowed:
+        plain = {cell for cell in counts if plain_number(cell) is not None}
     if len(plain) == len(counts):
         return Look("numbers" if counts else "categories")
 
-    digits = [cell for cell in counts if any(map(str.isdigit, cell))]
-    if (
-        len(digits) <= SUSPECT_SHARE * len(counts)
-        and _rows(plain, counts) < NUMERIC_SHARE * counts.total()
-    ):
+    enough_rows = NUMERIC_SHARE * counts.total()
+    with_digits = [cell for cell in counts if any(map(str.isdigit, cell))]
+    few_digits = len(with_digits) <= SUSPECT_SHARE * len(counts)
+    if few_digits and _rows(plain, counts) < enough_rows:
         return Look("categories")
 
-    parts = {cell: found for cell in digits if (found := _parts(cell)) is not None}
+    all_parts = {cell: _parts(cell) for cell in with_digits}
+    parts = {cell: part for cell, part in all_parts.items() if part is not None}
     readings = _readings(parts, plain, allowed)
-    most = max(
-        (_rows(values, counts) for values in readings.values()),
-        default=0,
-    )
-    best = [
-        notation
-        for notation, values in readings.items()
-        if _rows(values, counts) == most
-    ]
-    if most >= NUMERIC_SHARE * counts.total():
-        # what float() reads as well as any other notation stays as float() reads it
-        if best[0] == Notation() or all(
-            readings[each] == readings[best[0]] for each in best
-        ):
-            return Look("numbers", best[0])
-        differing = [
-            c
-            for c in readings[best[0]]
-            if any(readings[each].get(c) != readings[best[0]][c] for each in best)
-        ]
-        return Look(
-            "ambiguous",
-            best[0],
-            _frequent(differing, counts),
-        )
+    rows = {notation: _rows(cells, counts) for notation, cells in readings.items()}
+    most = max(rows.values(), default=0)
+    best = [notation for notation in readings if rows[notation] == most]
+    if most >= enough_rows:
+        return _numeric(counts, readings, best)
+
     suspect = _suspect(counts, parts, readings, best)
-    if (
-        suspect.kind == "categories"
-        and len(allowed) < len(_MARKS)
-        and look(counts).kind in ("numbers", "ambiguous")
-    ):
+    marks_are_set = len(allowed) < len(_MARKS)
+    if suspect.kind != "categories" or not marks_are_set:
+        return suspect
+    if look(counts).kind in ("numbers", "ambiguous"):
         return Look("marks", cells=_frequent(counts, counts))
     return suspect
+
+
+# The cells that each notation reads, and as what.
+Readings = Mapping["Notation", Mapping[str, float]]
+
+
+def _numeric(
+    counts: Counter[str],
+    readings: Readings,
+    best: list[Notation],
+) -> Look:
+    """Return the look of a column that the `best` notations read equally well."""
+    preferred = best[0]
+    numbers = readings[preferred]
+    # if float() reads it as well as any other notation, it stays as float() reads it
+    if preferred == Notation() or all(readings[other] == numbers for other in best):
+        return Look("numbers", preferred)
+
+    differing = [
+        cell
+        for cell, value in numbers.items()
+        if any(readings[other].get(cell) != value for other in best)
+    ]
+    return Look("ambiguous", preferred, _frequent(differing, counts))
 
 
 def _suspect(
     counts: Counter[str],
     parts: Mapping[str, _Parts],
-    readings: Mapping[Notation, Mapping[str, float]],
+    readings: Readings,
     best: list[Notation],
 ) -> Look:
-    """A column that is not numeric, but may be meant so."""
+    """Return the look of a column that is not numeric, but may be meant so."""
     enough = SUSPECT_SHARE * len(counts)
     dates = {cell for cell in counts if is_date(cell)}
     if len(dates) > enough:
@@ -281,45 +296,47 @@ def _suspect(
 
     numbers = set(readings[best[0]]) if best else set()
     others = counts.keys() - numbers
-    if (
-        len(numbers) > enough
-        and len(others) > MOST_WORDS
-        and len(others) >= CODE_SHARE * len(counts)
-    ):
-        spelled_otherwise = {
-            cell for values in readings.values() for cell in values
-        } & others
-        if len(spelled_otherwise) <= SUSPECT_SHARE * len(others):
-            return Look("codes", cells=_frequent(others, counts))
-    if len(numbers) > enough and not others & {
-        cell for values in readings.values() for cell in values
-    }:
-        return Look(
-            "mixed",
-            best[0],
-            _frequent(others, counts),
-        )
     spelled = set().union(*readings.values())
+    if len(numbers) > enough:
+        if _are_codes(others, spelled, len(counts)):
+            return Look("codes", cells=_frequent(others, counts))
+        if not others & spelled:
+            return Look("mixed", best[0], _frequent(others, counts))
     if len(spelled) > enough:
-        return Look(
-            "notations",
-            best[0],
-            _frequent(spelled - numbers, counts),
-        )
-    units = Counter(found.unit for found in parts.values())
+        return Look("notations", best[0], _frequent(spelled - numbers, counts))
+
+    units = Counter(part.unit for part in parts.values())
     unit, with_unit = units.most_common(1)[0] if units else ("", 0)
     if unit and with_unit > enough:
-        return Look(
-            "units",
-            Notation(unit=unit),
-            _frequent((c for c, found in parts.items() if found.unit == unit), counts),
-        )
+        cells = [cell for cell, part in parts.items() if part.unit == unit]
+        return Look("units", Notation(unit=unit), _frequent(cells, counts))
     return Look("categories")
 
 
+def _are_codes(
+    others: Set[str],
+    spelled: Set[str],
+    distinct: int,
+) -> bool:
+    """Whether a column's cells are codes, most of which are numbers by chance.
+
+    Args:
+      others: the distinct cells that are no numbers in the column's notation.
+      spelled: the cells that are numbers in any notation.
+      distinct: cells of the column.
+    """
+    many = len(others) > MOST_WORDS and len(others) >= CODE_SHARE * distinct
+    return many and len(others & spelled) <= SUSPECT_SHARE * len(others)
+
+
 class _Parts(NamedTuple):
-    """A cell taken apart: what stands around one number, and the number as it is
-    written.
+    """A cell taken apart.
+
+    Attributes:
+      unit: the text around its number, as in `Notation`.
+      readable: whether that is nothing, a percent sign or a currency.
+      negative: whether the number is below zero.
+      digits: the number as it is written, without its sign.
     """
 
     unit: str
@@ -332,62 +349,67 @@ class _Parts(NamedTuple):
         decimal: str,
         thousands: str,
     ) -> float | None:
-        """The number, if it is written with these marks."""
-        digits = self.digits
-        mantissa, exponent = re.fullmatch(r"([^eE]*)([eE].*)?", digits).groups()  # type: ignore[union-attr]
+        """Return the number, if it is written with these marks."""
+        split = len(re.split("[eE]", self.digits)[0])
+        mantissa = self.digits[:split]
+        exponent = self.digits[split:]
         whole, point, fraction = mantissa.partition(decimal)
         if thousands and not re.fullmatch(r"\d+", whole):
-            mark = {" ": _SPACES, "'": QUOTES}.get(thousands, thousands)
-            groups = re.split(f"[{mark}]", whole)
-            if (
-                len(groups) < 2
-                or not _grouped([len(group) for group in groups])
-                or whole[0] not in "123456789"
-            ):
+            groups = _groups(whole, thousands)
+            if not groups:
                 return None
             whole = "".join(groups)
         if not re.fullmatch(r"\d*", whole) or not re.fullmatch(r"\d*", fraction):
             return None
-        return plain_number(
-            f"{'-' * self.negative}{whole}{point and '.'}{fraction}{exponent or ''}"
-        )
+
+        sign = "-" if self.negative else ""
+        return plain_number(f"{sign}{whole}{point and '.'}{fraction}{exponent}")
+
+
+def _groups(whole: str, mark: str) -> list[str]:
+    """Return a whole number's groups of digits; none if it is written otherwise."""
+    marks = {" ": _SPACES, "'": QUOTES}.get(mark, mark)
+    groups = re.split(f"[{marks}]", whole)
+    sizes = [len(group) for group in groups]
+    if len(groups) < 2 or not _grouped(sizes) or whole[0] not in "123456789":
+        return []
+    return groups
 
 
 def _grouped(sizes: list[int]) -> bool:
-    """Whether these are the sizes of the groups of digits of one number; in India all
-    but the last have two.
+    """Whether these are the sizes of the groups of digits of one number.
+
+    They are 3 but for the first; in India, all but the last have 2: "12,34,567".
     """
     first, *middle, last = sizes
-    return (
-        last == 3
-        and 1 <= first <= 3
-        and (set(middle) <= {3} or (set(middle) == {2} and first <= 2))
-    )
+    if last != 3 or not 1 <= first <= 3:
+        return False
+    return set(middle) <= {3} or (set(middle) == {2} and first <= 2)
 
 
 def _parts(cell: str) -> _Parts | None:
+    """Take a cell apart; None if it is no number with a unit."""
     text = cell.replace(MINUS, "-")
     negative = text.startswith("(") and text.endswith(")")  # as accountants write it
     match = _CELL.fullmatch(text[1:-1].strip() if negative else text)
     if match is None:
         return None
+
     before = match["before"]
     after = match["after"].strip()
+    is_currency = _CURRENCY.fullmatch(before or after) is not None
     if match["sign"] and match["inner"]:
         return None
-    if any(map(str.isalpha, before)) and not _CURRENCY.fullmatch(before):
+    if any(map(str.isalpha, before)) and not is_currency:
         return None  # a code such as A12
-    if negative and not _CURRENCY.fullmatch(before or after):
+    if negative and not is_currency:
         return None  # a footnote, perhaps
-    money = not (before and after) and _CURRENCY.fullmatch(before or after) is not None
-    readable = money or (not before and after in ("", "%"))
+
+    one_sided = not (before and after)
+    readable = (one_sided and is_currency) or (not before and after in ("", "%"))
     unit = f"{before}#{after}" if before or after else ""
-    return _Parts(
-        unit,
-        readable,
-        negative or "-" in (match["sign"], match["inner"]),
-        match["number"],
-    )
+    has_minus = "-" in (match["sign"], match["inner"])
+    return _Parts(unit, readable, negative or has_minus, match["number"])
 
 
 def _readings(
@@ -395,33 +417,37 @@ def _readings(
     plain: set[str],
     allowed: Iterable[tuple[str, str]],
 ) -> dict[Notation, dict[str, float]]:
-    """For each notation the cells that it reads, and as what."""
+    """Return the cells that each notation reads, and as what."""
     readings: dict[Notation, dict[str, float]] = {}
     if plain:
-        readings[Notation()] = {
-            cell: value for cell in plain if (value := plain_number(cell)) is not None
-        }
-    units = Counter(found.unit for found in parts.values() if found.readable)
-    for unit, _ in units.most_common(3):
+        readings[Notation()] = _present({cell: plain_number(cell) for cell in plain})
+
+    units = Counter(part.unit for part in parts.values() if part.readable)
+    for unit, _ in units.most_common(UNITS_TRIED):
+        with_unit = {cell: part for cell, part in parts.items() if part.unit == unit}
         for decimal, thousands in allowed:
-            if (decimal, thousands, unit) == Notation():
-                continue
-            values = {
-                cell: found.value(decimal, thousands)
-                for cell, found in parts.items()
-                if found.unit == unit
-            }
-            readings[Notation(decimal, thousands, unit)] = {
-                c: value for c, value in values.items() if value is not None
-            }
+            notation = Notation(decimal, thousands, unit)
+            if notation != Notation():
+                readings[notation] = _present(
+                    {
+                        cell: part.value(decimal, thousands)
+                        for cell, part in with_unit.items()
+                    }
+                )
     return readings
 
 
+def _present(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {cell: value for cell, value in values.items() if value is not None}
+
+
 def decimal_of(cells: Iterable[str], notation: Notation) -> str | None:
-    """The decimal mark that the cells of a numeric column prove; None where they may be
-    read with either.
+    """Return the decimal mark that the cells of a numeric column prove, if any.
 
     "1.5" proves a point; "1.234" proves nothing, as thousands are written so, too.
+
+    >>> decimal_of(["1.234", "1.5"], Notation())
+    '.'
     """
     other = "," if notation.decimal == "." else "."
     for cell in cells:
@@ -440,9 +466,4 @@ def _rows(cells: Iterable[str], counts: Counter[str]) -> int:
 
 
 def _frequent(cells: Iterable[str], counts: Counter[str]) -> tuple[str, ...]:
-    return tuple(
-        sorted(
-            cells,
-            key=lambda cell: (-counts[cell], cell),
-        )
-    )
+    return tuple(sorted(cells, key=lambda cell: (-counts[cell], cell)))

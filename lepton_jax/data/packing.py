@@ -1,16 +1,27 @@
 """Documents of any length as rows of one length, for next-token prediction.
 
 The documents are written one after the other and cut every `length` tokens. Each token
-is an input once and a target once, nothing is padded, and all that is in hand between
-two rows is how far the last document has been used. Whole documents fitted into rows
-would keep them uncut, but leave gaps, bar documents longer than a row, and make the
-position a set of half-filled rows.
+is an input once and a target once, nothing is padded, and all that must be remembered
+between two rows is how far the last document has been used. Fitting whole documents
+into rows would keep them uncut, but leave gaps, bar documents longer than a row, and
+make the position a set of half-filled rows.
+
+With the documents abc and defgh, an end token "." and rows of 4 tokens, the stream of
+tokens is abc.defgh. and the rows are
+
+    row  inputs  targets  segments  positions  pieces (document, from, to)
+    0    abc.    bc.d     1111      0123       (0, 0, 4)
+    1    defg    efgh     1111      0123       (1, 0, 4)
+
+A row's last target is the next row's first input. A document's own end token counts as
+its last one, so abc is 4 long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +29,33 @@ from lepton_jax.data.arrays import aligned_empty
 from lepton_jax.data.rows import Rows, lengths
 from lepton_jax.data.streams import Draw, Stream, Test, fields
 from lepton_jax.errors import DataError
+
+# Documents that are measured beyond those that a row is expected to need. Assumption:
+# enough that a few short ones among them do not make it look again.
+MEASURED_AHEAD = 16
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """The form of packed rows.
+
+    Attributes:
+      length: tokens of a row.
+      end: a token after each document, or None.
+      segments: whether inputs say which document each token is of.
+    """
+
+    length: int
+    end: int | None
+    segments: bool
+
+
+class Piece(NamedTuple):
+    """A part of a document in a row: its tokens from `start` to `stop`."""
+
+    document: int
+    start: int
+    stop: int
 
 
 class PackDraw:
@@ -27,9 +65,7 @@ class PackDraw:
       documents: those that the rows are made of.
       ends: where each document ends in the token stream, (documents,).
       starts: where each row starts, (rows,).
-      length: tokens a row.
-      end: a token after each document, or None.
-      segments: whether inputs say which document each token is of.
+      form: of the rows.
     """
 
     def __init__(
@@ -37,113 +73,54 @@ class PackDraw:
         documents: Draw,
         ends: np.ndarray,
         starts: np.ndarray,
-        length: int,
-        end: int | None,
-        segments: bool,
+        form: RowForm,
     ):
         self.documents = documents
         self.ends = ends
         self.starts = starts
-        self.length = length
-        self.end = end
-        self.segments = segments
+        self.form = form
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def take(self, which: Any) -> PackDraw:
-        return PackDraw(
-            self.documents,
-            self.ends,
-            self.starts[which],
-            self.length,
-            self.end,
-            self.segments,
-        )
-
-    def _pieces(self, beyond: int) -> list[list[tuple[int, int, int]]]:
-        """For each row, (document, from, to) of what it and `beyond` tokens more
-        consist of; in the document's tokens.
-        """
-        first = np.searchsorted(self.ends, self.starts, "right").tolist()
-        stops = self.starts + self.length + beyond
-        last = np.searchsorted(self.ends, stops, "left").tolist()
-        # of document d at d, and its end at d + 1
-        begins = np.concatenate([[0], self.ends]).tolist()
-        return [
-            [
-                (
-                    d,
-                    max(start, begins[d]) - begins[d],
-                    min(stop, begins[d + 1]) - begins[d],
-                )
-                for d in range(low, high + 1)
-            ]
-            for start, stop, low, high in zip(
-                self.starts.tolist(),
-                stops.tolist(),
-                first,
-                last,
-                strict=True,
-            )
-        ]
+        return PackDraw(self.documents, self.ends, self.starts[which], self.form)
 
     def identifiers(self) -> list[str]:
         rows = self._pieces(0)
-        low = rows[0][0][0] if rows else 0
-        names = self.documents.take(
-            slice(low, rows[-1][-1][0] + 1 if rows else 0)
-        ).identifiers()
-        return [
-            "+".join(f"{names[d - low]}[{start}:{stop}]" for d, start, stop in row)
-            for row in rows
-        ]
+        if not rows:
+            return []
+        first = rows[0][0].document
+        last = rows[-1][-1].document
+        names = self.documents.take(slice(first, last + 1)).identifiers()
+
+        def name(piece: Piece) -> str:
+            return f"{names[piece.document - first]}[{piece.start}:{piece.stop}]"
+
+        return ["+".join(map(name, row)) for row in rows]
 
     def read(self) -> Rows:
         rows = self._pieces(1)
-        shape = (len(self), self.length)
-        needed = sorted({d for row in rows for d, _, _ in row})
-        contents = self.documents.take(np.array(needed)).read()
-        assert isinstance(contents, list)
-        documents = dict(zip(needed, contents, strict=True))
-        for d, tokens in documents.items():
-            expected = (
-                self.ends[d] - (self.ends[d - 1] if d else 0) - (self.end is not None)
-            )
-            if len(tokens) != expected:
-                raise DataError(
-                    f"a document has {len(tokens)} tokens, and had {expected} when it"
-                    " was measured",
-                    where=self.documents.take(slice(d, d + 1)).identifiers()[0],
-                    remedy=(
-                        "give documents whose length is the same whenever they are read"
-                    ),
-                )
-        tokens = np.empty((len(self), self.length + 1), np.int32)
-        numbers, positions = np.empty((2, len(self), self.length + 1), np.int32)
-        for i, row in enumerate(rows):
-            at = 0
-            for number, (d, start, stop) in enumerate(row, 1):
-                piece = documents[d][start:stop]
-                to = at + stop - start
-                tokens[i, at : at + len(piece)] = piece
-                if at + len(piece) < to:
-                    tokens[i, to - 1] = self.end
-                if self.segments:
-                    numbers[i, at:to], positions[i, at:to] = (
-                        number,
-                        np.arange(stop - start),
-                    )
-                at = to
-        inputs, targets, *more = (
-            aligned_empty(shape, np.int32) for _ in range(4 if self.segments else 2)
-        )
+        documents = self._read_documents(rows)
+        count = len(self)
+        length = self.form.length
+
+        # one token more than a row has: its last target
+        tokens = np.empty((count, length + 1), np.int32)
+        for row, pieces in enumerate(rows):
+            self._write_tokens(tokens[row], pieces, documents)
+        inputs = aligned_empty((count, length), np.int32)
+        targets = aligned_empty((count, length), np.int32)
         inputs[:] = tokens[:, :-1]
         targets[:] = tokens[:, 1:]
-        if not self.segments:
+        if not self.form.segments:
             return inputs, targets
-        more[0][:], more[1][:] = numbers[:, :-1], positions[:, :-1]
-        return {"tokens": inputs, "segments": more[0], "positions": more[1]}, targets
+
+        segments = aligned_empty((count, length), np.int32)
+        positions = aligned_empty((count, length), np.int32)
+        for row, pieces in enumerate(rows):
+            _write_segments(segments[row], positions[row], pieces)
+        return {"tokens": inputs, "segments": segments, "positions": positions}, targets
 
     def measured(
         self,
@@ -152,65 +129,108 @@ class PackDraw:
     ) -> np.ndarray:
         raise AssertionError("rows are not filtered")
 
+    def _pieces(self, beyond: int) -> list[list[Piece]]:
+        """Return the pieces of each row and of `beyond` tokens after it."""
+        stops = self.starts + self.form.length + beyond
+        first = np.searchsorted(self.ends, self.starts, "right")
+        last = np.searchsorted(self.ends, stops, "left")
+        # document d begins at borders[d] and ends at borders[d + 1]
+        borders = np.concatenate([[0], self.ends]).tolist()
+
+        def piece(
+            document: int,
+            start: int,
+            stop: int,
+        ) -> Piece:
+            begin = borders[document]
+            end = borders[document + 1]
+            return Piece(document, max(start, begin) - begin, min(stop, end) - begin)
+
+        rows = []
+        limits = np.stack([self.starts, stops, first, last], axis=1).tolist()
+        for start, stop, low, high in limits:
+            rows.append([piece(d, start, stop) for d in range(low, high + 1)])
+        return rows
+
+    def _read_documents(self, rows: list[list[Piece]]) -> dict[int, np.ndarray]:
+        """Read the documents of some pieces, and check that they are as measured."""
+        needed = sorted({piece.document for row in rows for piece in row})
+        contents = self.documents.take(np.array(needed)).read()
+        assert isinstance(contents, list)
+
+        documents = dict(zip(needed, contents, strict=True))
+        end_tokens = 0 if self.form.end is None else 1
+        for document, tokens in documents.items():
+            begin = self.ends[document - 1] if document else 0
+            expected = self.ends[document] - begin - end_tokens
+            if len(tokens) != expected:
+                this = self.documents.take(slice(document, document + 1))
+                raise DataError(
+                    f"a document has {len(tokens)} tokens, and had {expected} when it"
+                    " was measured",
+                    where=this.identifiers()[0],
+                    remedy=(
+                        "give documents whose length is the same whenever they are read"
+                    ),
+                )
+        return documents
+
+    def _write_tokens(
+        self,
+        row: np.ndarray,
+        pieces: list[Piece],
+        documents: dict[int, np.ndarray],
+    ) -> None:
+        at = 0
+        for piece in pieces:
+            tokens = documents[piece.document][piece.start : piece.stop]
+            row[at : at + len(tokens)] = tokens
+            at += piece.stop - piece.start
+            if len(tokens) < piece.stop - piece.start:
+                row[at - 1] = self.form.end
+
+
+def _write_segments(
+    segments: np.ndarray,
+    positions: np.ndarray,
+    pieces: list[Piece],
+) -> None:
+    """Write the number of each token's document in the row, and its place in it."""
+    at = 0
+    for number, piece in enumerate(pieces, 1):
+        # the last piece may reach a token beyond the row
+        stop = min(at + piece.stop - piece.start, len(segments))
+        segments[at:stop] = number
+        positions[at:stop] = np.arange(stop - at)
+        at = stop
+
 
 class PackStream:
-    """Rows of `length` tokens of a stream of documents."""
+    """Rows of a stream of documents."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        length: int,
-        end: int | None,
-        segments: bool,
-    ):
+    def __init__(self, stream: Stream, form: RowForm):
         self.stream = stream
-        self.length = length
-        self.end = end
-        self.segments = segments
+        self.form = form
         self._used = 0  # tokens of the next document that earlier rows had
-        # of the next documents that have been measured, from the next document's start
+        # ends of the next documents that have been measured, from the next one's start
         self._ends = np.empty(0, np.int64)
         lengths(stream.peek(1).read())  # for its error
 
     def peek(self, count: int) -> PackDraw:
+        length = self.form.length
         # the last row's last target is the token after it
-        needed = self._used + count * self.length + 1
-        while self._last < needed:
-            known = len(self._ends)
-            missing = needed - self._last
-            more = min(missing, missing * known // max(self._last, 1) + 16)
-            found = (
-                self.stream.peek(known + more)
-                .take(slice(known, None))
-                .measured(self, lengths)
-            )
-            self._ends = np.concatenate(
-                [self._ends, self._last + np.cumsum(found + (self.end is not None))]
-            )
-        ends = self._ends[: np.searchsorted(self._ends, needed, "left") + 1]
-        starts = self._used + np.arange(count, dtype=np.int64) * self.length
-        return PackDraw(
-            self.stream.peek(len(ends)),
-            ends,
-            starts,
-            self.length,
-            self.end,
-            self.segments,
-        )
+        needed = self._used + count * length + 1
+        while self._measured_tokens < needed:
+            self._measure(needed)
 
-    @property
-    def _last(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        documents = np.searchsorted(self._ends, needed, "left") + 1
+        ends = self._ends[:documents]
+        starts = self._used + np.arange(count, dtype=np.int64) * length
+        return PackDraw(self.stream.peek(len(ends)), ends, starts, self.form)
 
     def advance(self, count: int) -> None:
-        used = self._used + count * self.length
-        documents = int(
-            np.searchsorted(
-                self._ends,
-                used,
-                "right",
-            )
-        )
+        used = self._used + count * self.form.length
+        documents = int(np.searchsorted(self._ends, used, "right"))
         begin = int(self._ends[documents - 1]) if documents else 0
         self.stream.advance(documents)
         self._used = used - begin
@@ -227,3 +247,22 @@ class PackStream:
 
     def possible(self, tests: Sequence[Test]) -> bool:
         raise AssertionError("rows are not filtered")
+
+    @property
+    def _measured_tokens(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _measure(self, needed: int) -> None:
+        """Measure some documents more, on the way to `needed` tokens."""
+        known = len(self._ends)
+        tokens = self._measured_tokens
+        missing = needed - tokens
+        # as many as the missing tokens take, if documents stay as long as they were
+        expected = missing * known // max(tokens, 1)
+        more = min(missing, expected + MEASURED_AHEAD)
+
+        unmeasured = self.stream.peek(known + more).take(slice(known, None))
+        tokens_each = unmeasured.measured(self, lengths)
+        end_tokens = 0 if self.form.end is None else 1
+        ends = tokens + np.cumsum(tokens_each + end_tokens)
+        self._ends = np.concatenate([self._ends, ends])

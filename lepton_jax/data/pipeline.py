@@ -1,10 +1,10 @@
-"""Data sets put together from sources: filtered, mapped, mixed and packed, with one
-exact position for any hosts.
+"""Data sets put together from sources: filtered, mapped, mixed and packed.
 
-A data set here is a description that nothing changes; `open_stream` makes it a sequence
-of samples. All hosts draw the same sequence and each reads the contents of its own
-devices' rows only, so neither the number of hosts and devices nor the batch size has a
-part in which sample comes when.
+Their position is exact, and holds on any number of hosts. A data set here is a
+description that nothing changes; `open_stream` makes it a sequence of samples. All
+hosts draw the same sequence and each reads the contents of its own devices' rows only.
+So neither the number of hosts and devices nor the batch size decides which sample comes
+when.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from lepton_jax.data.arrays import Pair
 from lepton_jax.data.mixing import proportions
-from lepton_jax.data.packing import PackStream
+from lepton_jax.data.packing import PackStream, RowForm
 from lepton_jax.data.rows import Function, Rows, described
 from lepton_jax.data.shuffling import Order
 from lepton_jax.data.sources import checked, reader
@@ -34,7 +35,7 @@ from lepton_jax.errors import DataError, of_a_library
 
 @dataclass
 class _Opening:
-    """What sources need to know when they are opened."""
+    """The order and the names that sources share when they are opened."""
 
     seed: int
     shuffle: bool
@@ -42,8 +43,9 @@ class _Opening:
 
 
 class Dataset:
-    """An endless sequence of samples; `Source` and `mix` make one, its methods others
-    of it.
+    """An endless sequence of samples.
+
+    `Source` and `mix` make one; its methods make others from it.
     """
 
     is_sequential = True  # read in order, as its position is more than a number
@@ -56,15 +58,15 @@ class Dataset:
         *,
         batched: bool = False,
     ) -> Dataset:
-        """Only the samples of which `predicate` is true.
+        """Keep only the samples for which `predicate` is true.
 
         Every host evaluates it, once for each sample of a source; its results stay in
-        memory, a byte a sample. Of random transformations by Grain, it sees those of
-        epoch 0.
+        memory, a byte a sample. If Grain transforms samples at random, the predicate
+        sees them as they are in epoch 0.
 
         Args:
-          predicate: a pure function of a sample: of (inputs, targets), or of (tokens)
-            for a document.
+          predicate: a pure function of a sample: its arguments are (inputs, targets),
+            or (tokens) for a document.
           batched: give it up to 256 samples at once, along the arrays' leading dim
             (documents: in a list); it returns bool (samples,). Much faster.
 
@@ -86,13 +88,13 @@ class Dataset:
         *,
         batched: bool = False,
     ) -> Dataset:
-        """Each sample as `function` makes it: a pair of arrays (inputs, targets), or a
-        document.
+        """Replace each sample by what `function` returns.
 
         Args:
-          function: a pure function, with the arguments of `filter`'s. Only the hosts
-            that want a sample call it, unless it comes before a filter, or changes
-            documents that are packed.
+          function: a pure function, with the arguments of `filter`'s. It returns a pair
+            of arrays (inputs, targets), or a document. Only the hosts that want a
+            sample call it, unless it comes before a filter, or changes documents that
+            are packed.
           batched: as in `filter`; it returns a pair of arrays with as many rows, or a
             list of documents.
         """
@@ -105,14 +107,15 @@ class Dataset:
         end: int | None = None,
         segments: bool = False,
     ) -> Dataset:
-        """Documents as rows of `length` tokens: inputs and targets, the inputs' next
-        tokens, int32 (length,) each.
+        """Pack documents into rows of `length` tokens.
 
-        The documents are written one after the other and cut every `length` tokens, so
-        each token is an input once and a target once, and nothing is padded. A row's
-        last target is the first input of the next.
+        A row has inputs and targets, int32 (length,) each; the targets are the inputs'
+        next tokens. The documents are written one after the other and cut every
+        `length` tokens, so each token is an input once and a target once, and nothing
+        is padded. A row's last target is the first input of the next.
 
         Args:
+          length: tokens of a row.
           end: a token written after each document, such as a tokenizer's end of text.
           segments: make the inputs a dict of int32 (length,): "tokens"; "segments", the
             number of the document in the row, from 1; and "positions" in the document,
@@ -128,22 +131,10 @@ class Dataset:
                 where="pack",
                 remedy="pack the documents once",
             )
-        for name, value, least in (("length", length, 2), ("end", end, 0)):
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not (whole and least <= int(value or 0) < 2**31) and (
-                value is not None or name == "length"
-            ):
-                raise DataError(
-                    f"{name} is {value!r}",
-                    where="pack",
-                    remedy=f"give a whole number of at least {least}",
-                )
-        return _Pack(
-            self,
-            int(length),
-            None if end is None else int(end),
-            bool(segments),
-        )
+        length = _whole("length", length, least=2)
+        if end is not None:
+            end = _whole("end", end, least=0)
+        return _Pack(self, length, end, bool(segments))
 
     def _open(
         self,
@@ -155,11 +146,12 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Source(Dataset):
-    """Samples of one origin; shuffled anew each epoch, if the recipe shuffles, by
-    (seed, name, epoch).
+    """Samples of one origin.
+
+    If the recipe shuffles, their order is a new one each epoch, by (seed, name, epoch).
 
     Attributes:
-      data: a pair of arrays (inputs, targets), an `Arrays`; a `grain.MapDataset` of
+      data: a pair of arrays (inputs, targets), or an `Arrays`; a `grain.MapDataset` of
         pairs, or of documents; a list of documents (vectors of token ids), or a
         `Documents`.
       name: in the samples' identifiers and for the order. None: the names that mixtures
@@ -179,7 +171,8 @@ class Source(Dataset):
             _name(self.name, "Source")
 
     def __repr__(self) -> str:
-        return f"Source({self.data!r}{f', name={self.name!r}' if self.name else ''})"
+        name = f", name={self.name!r}" if self.name else ""
+        return f"Source({self.data!r}{name})"
 
     def _open(
         self,
@@ -197,17 +190,9 @@ class Source(Dataset):
                 ),
             )
         opening.names.add(name)
-        order = Order(
-            len(self.data),
-            opening.seed,
-            name,
-            opening.shuffle,
-        )
-        return SourceStream(
-            name,
-            reader(self.data, name),
-            order,
-        )
+
+        order = Order(len(self.data), opening.seed, name, opening.shuffle)
+        return SourceStream(name, reader(self.data, name), order)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -256,19 +241,16 @@ class _Pack(Dataset):
 
     def __repr__(self) -> str:
         end = "" if self.end is None else f", end={self.end}"
-        return f"{self.dataset!r}.pack({self.length}{end}{', segments=True' if self.segments else ''})"
+        segments = ", segments=True" if self.segments else ""
+        return f"{self.dataset!r}.pack({self.length}{end}{segments})"
 
     def _open(
         self,
         opening: _Opening,
         path: str,
     ) -> Stream:
-        return PackStream(
-            self.dataset._open(opening, path),
-            self.length,
-            self.end,
-            self.segments,
-        )
+        documents = self.dataset._open(opening, path)
+        return PackStream(documents, RowForm(self.length, self.end, self.segments))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -277,10 +259,8 @@ class _Mix(Dataset):
     weights: list[int]
 
     def __repr__(self) -> str:
-        return (
-            f"mix({dict(self.datasets)!r},"
-            f" weights={dict(zip(self.datasets, self.weights, strict=True))})"
-        )
+        weights = dict(zip(self.datasets, self.weights, strict=True))
+        return f"mix({dict(self.datasets)!r}, weights={weights})"
 
     @property
     def is_packed(self) -> bool:  # type: ignore[override]
@@ -303,14 +283,15 @@ def mix(
     *,
     weights: Mapping[str, float],
 ) -> Dataset:
-    """Samples of several data sets, taking turns in a fixed pattern: after any t
-    samples, each gave its share, within 1.
+    """Mix the samples of several data sets, which take turns in a fixed pattern.
+
+    After any number of samples, each data set gave its share, within 1.
 
     Args:
       datasets: by name.
-      weights: their proportions, by the same names; exact: a float stands for the
-        decimal that it prints as. They count what is left after the data sets' own
-        filters, and rows where they are packed.
+      weights: their proportions, by the same names. They are exact: a float stands for
+        the decimal that it prints as. They count the samples that the data sets' own
+        filters leave, and rows if the data sets are packed.
 
     Raises:
       DataError: the names differ, or a weight is no positive number. Later, in reading:
@@ -330,7 +311,8 @@ def mix(
                 where="mix",
                 remedy="make it a Source(...)",
             )
-    # so that the order in which a dict was written has no part in the pattern
+
+    # so that the pattern does not depend on the order in which a dict was written
     names = sorted(datasets)
     return _Mix({name: datasets[name] for name in names}, proportions(names, weights))
 
@@ -347,6 +329,7 @@ class Samples:
         self._order = {"seed": int(seed), "shuffle": bool(shuffle)}
         self._stream = dataset._open(_Opening(int(seed), bool(shuffle)), "")
         self._position = 0
+
         first = self._stream.peek(1).read()
         if isinstance(first, list):
             raise DataError(
@@ -357,49 +340,53 @@ class Samples:
                     " tuple, not a list"
                 ),
             )
-        self._first: tuple[Any, Any] = first
+        self._first: Pair = first
         self._beginning = self._stream.state()
 
     def take(
         self,
         count: int,
         wanted: Any = None,
-    ) -> tuple[tuple[Any, Any], list[str]]:
+    ) -> tuple[Pair, list[str]]:
         """Consume `count` samples, and read some.
 
         Args:
+          count: how many to consume.
           wanted: which of them to read: ascending integers from 0 to count - 1. None:
             all.
 
         Returns:
           (rows, identifiers): the wanted samples, a pair of arrays or dicts of them
-          with len(wanted) rows each; and, for all `count`, "source:epoch:index", or of
-          a packed row the documents' identifiers with the tokens that they give its
-          inputs, "source:epoch:index[start:stop]", joined by "+".
+          with len(wanted) rows each; and identifiers of all `count` samples. These are
+          "source:epoch:index". A packed row has those of its documents with the tokens
+          that they give its inputs, "source:epoch:index[start:stop]", joined by "+".
+
+        Raises:
+          DataError: the samples differ from the first one in shape or dtype.
         """
         draw = self._stream.peek(count)
         which = np.arange(count) if wanted is None else np.asarray(wanted, np.int64)
-        rows: Rows = jax.tree.map(
-            lambda x: np.empty((0, *x.shape[1:]), x.dtype), self._first
-        )
-        if len(which):
-            rows = draw.take(which).read()
+        rows = draw.take(which).read() if len(which) else self._no_rows()
         assert isinstance(rows, tuple)
-        if described(rows) != described(self._first):
+
+        expected = described(self._first)
+        if described(rows) != expected:
             raise DataError(
-                f"the first sample is {described(self._first)}; samples after"
-                f" {self._position} are {described(rows)}",
+                f"the first sample is {expected}; samples after {self._position} are"
+                f" {described(rows)}",
                 where="data set",
                 remedy="give all samples one shape and dtype",
             )
+
         identifiers = draw.identifiers()
         self._stream.advance(count)
         self._position += count
         return rows, identifiers
 
     def state(self) -> dict[str, Any]:
-        """The position of the next sample to be consumed: plain data that survive JSON,
-        for any number of hosts.
+        """Return the position of the next sample to be consumed.
+
+        It is plain data that survives JSON, and holds on any number of hosts.
         """
         return {
             **self._order,
@@ -408,23 +395,19 @@ class Samples:
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on where `state()` was; {} or None: from the beginning.
+        """Go on where `state()` was.
+
+        Args:
+          state: the position; {} or None: the beginning.
 
         Raises:
           DataError: the position was saved with another seed, other sources or weights,
             or other sizes of the sources.
         """
         if not state:
-            state = {
-                **self._order,
-                "samples": 0,
-                "position": self._beginning,
-            }
-        fields(
-            state,
-            {"seed", "shuffle", "samples", "position"},
-            "data set",
-        )
+            state = {**self._order, "samples": 0, "position": self._beginning}
+        fields(state, {"seed", "shuffle", "samples", "position"}, "data set")
+
         for name, value in self._order.items():
             if state[name] != value:
                 raise DataError(
@@ -436,13 +419,19 @@ class Samples:
         self._stream.restore(state["position"])
         self._position = state["samples"]
 
+    def _no_rows(self) -> Rows:
+        def none(x: np.ndarray) -> np.ndarray:
+            return np.empty((0, *x.shape[1:]), x.dtype)
+
+        return jax.tree.map(none, self._first)
+
 
 def open_stream(
     dataset: Dataset,
     seed: int = 0,
     shuffle: bool = False,
 ) -> Samples:
-    """A data set's samples from the beginning; one sample is read, for its shapes.
+    """Open a data set's samples at the beginning; one is read, for its shapes.
 
     Raises:
       DataError: the samples are documents of different lengths, those of a mixture's
@@ -451,9 +440,10 @@ def open_stream(
     return Samples(dataset, seed, shuffle)
 
 
-def sample(dataset: Dataset) -> tuple[Any, Any]:
-    """The first sample in the data's own order, batch dim first, to take shapes from;
-    no position moves.
+def sample(dataset: Dataset) -> Pair:
+    """Return the first sample in the data's own order, batch dim first.
+
+    It is for taking shapes from; no position moves.
     """
     return open_stream(dataset)._first
 
@@ -463,21 +453,36 @@ def _function(
     batched: bool,
     kind: str,
 ) -> Function:
+    """Check a person's function, and find its name and place for messages."""
     if not callable(function):
         raise DataError(
             f"{kind} was given {function!r}, which can't be called",
             where=kind,
             remedy="give a function of (inputs, targets), or of a document's tokens",
         )
+
     name = getattr(function, "__name__", type(function).__name__)
+    where = name
     code = getattr(function, "__code__", None)
-    where = (
-        name
-        if code is None or of_a_library(code.co_filename)
-        else f"{code.co_filename}:{code.co_firstlineno}"
-    )
-    return Function(
-        function, batched, kind, "function" if name == "<lambda>" else name, where
+    if code is not None and not of_a_library(code.co_filename):
+        where = f"{code.co_filename}:{code.co_firstlineno}"
+    if name == "<lambda>":
+        name = "function"
+    return Function(function, batched, kind, name, where)
+
+
+def _whole(
+    name: str,
+    value: Any,
+    least: int,
+) -> int:
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if is_whole and least <= value < 2**31:
+        return int(value)
+    raise DataError(
+        f"{name} is {value!r}",
+        where="pack",
+        remedy=f"give a whole number of at least {least}",
     )
 
 

@@ -1,5 +1,7 @@
-"""Several samples at once: a pair (inputs, targets) of arrays, samples along the
-leading dim, or a list of documents.
+"""Rows: several samples at once.
+
+Rows are a pair (inputs, targets) of arrays, or of dicts of them, with the samples along
+the leading dim; or a list of documents.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lepton_jax.data.arrays import Arrays, aligned_empty
+from lepton_jax.data.arrays import Arrays, Pair, aligned_empty
 from lepton_jax.errors import DataError, pointing_at_user
 
-Rows = tuple[Any, Any] | list[np.ndarray]
+Rows = Pair | list[np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +26,10 @@ class Function:
 
     Attributes:
       function: of (inputs, targets), or of (tokens) for a document.
-      batched: whether it takes rows instead: arrays with the samples along their
-        leading dim, or a list of documents.
-      kind, name, where: what it is, is called and stands, for messages.
+      batched: whether it takes rows instead.
+      kind: "filter" or "map", for messages.
+      name: its name, for messages.
+      where: file and line, for messages.
     """
 
     function: Callable[..., Any]
@@ -37,26 +40,17 @@ class Function:
 
     @property
     def role(self) -> str:
+        """Its kind and name, for messages."""
         return f"the {self.kind} {self.name}"
 
     def tests(self, rows: Rows) -> np.ndarray:
-        """Which samples it keeps: bool (count,)."""
+        """Return which samples the function keeps: bool (count,)."""
         results = self._call(rows)
         if self.batched:
-            kept = np.asarray(results)
-            if kept.dtype != np.bool_ or kept.shape != (length(rows),):
-                raise DataError(
-                    f"{self.role} returned {kept.dtype}{list(kept.shape)}",
-                    where=self.where,
-                    remedy=(
-                        f"return booleans, one for each of the {length(rows)} samples"
-                    ),
-                )
-            return kept
+            return self._checked_mask(results, length(rows))
+
         for value in results:
-            if not isinstance(value, bool) and (
-                getattr(value, "dtype", None) != np.bool_ or np.shape(value)
-            ):
+            if not _is_boolean(value):
                 raise DataError(
                     f"{self.role} returned {value!r}",
                     where=self.where,
@@ -65,15 +59,17 @@ class Function:
         return np.array(results, bool)
 
     def maps(self, rows: Rows) -> Rows:
-        """What it makes of them."""
+        """Apply the function to the rows; there must be as many afterwards."""
         results = self._call(rows)
         if not self.batched:
             results = self._stacked(results)
+
+        mapped: Rows
         if isinstance(results, list):
-            made: Rows = [document(x, f"{self.role}'s document") for x in results]
-        elif isinstance(results, tuple) and len(results) == 2:
+            mapped = [document(x, f"{self.role}'s document") for x in results]
+        elif _is_pair(results):
             pairs = Arrays(*results)
-            made = pairs.inputs, pairs.targets
+            mapped = pairs.inputs, pairs.targets
         else:
             raise DataError(
                 f"{self.role} returned a {type(results).__name__}",
@@ -82,50 +78,81 @@ class Function:
                     "return a pair of arrays (inputs, targets), or a list of documents"
                 ),
             )
-        if length(made) != length(rows):
+
+        if length(mapped) != length(rows):
             raise DataError(
-                f"{self.role} made {length(made)} samples of {length(rows)}",
+                f"{self.role} made {length(mapped)} samples of {length(rows)}",
                 where=self.where,
                 remedy="return as many as came in; filter() leaves samples out",
             )
-        return made
+        return mapped
 
     def _call(self, rows: Rows) -> Any:
+        """Return the function's result, or a list of one for each sample."""
+        expected = "compare what the function expects with the samples' shapes and"
         with pointing_at_user(
             self.role,
-            "compare what the function expects with the samples' shapes and dtypes: "
-            + described(rows),
+            f"{expected} dtypes: {described(rows)}",
             where=self.where,
             kind=DataError,
         ):
-            if self.batched:
-                return (
-                    self.function(rows)
-                    if isinstance(rows, list)
-                    else self.function(*rows)
-                )
-            return [self.function(*one) for one in samples(rows)]
+            if not self.batched:
+                return [self.function(*arguments) for arguments in samples(rows)]
+            if isinstance(rows, list):
+                return self.function(rows)
+            return self.function(*rows)
+
+    def _checked_mask(
+        self,
+        results: Any,
+        count: int,
+    ) -> np.ndarray:
+        mask = np.asarray(results)
+        if mask.dtype != np.bool_ or mask.shape != (count,):
+            raise DataError(
+                f"{self.role} returned {mask.dtype}{list(mask.shape)}",
+                where=self.where,
+                remedy=f"return booleans, one for each of the {count} samples",
+            )
+        return mask
 
     def _stacked(self, results: list) -> Any:
-        pairs = [isinstance(one, tuple) and len(one) == 2 for one in results]
+        """Return pairs as one pair of arrays; anything else as it is."""
+        pairs = [_is_pair(result) for result in results]
         if not any(pairs):
             return results
         if not all(pairs):
+            other = results[pairs.index(False)]
             raise DataError(
                 f"{self.role} returned a pair for one sample and a"
-                f" {type(results[pairs.index(False)]).__name__} for another",
+                f" {type(other).__name__} for another",
                 where=self.where,
                 remedy="return a pair (inputs, targets) for each",
             )
         return stacked(results, self.role, self.where)
 
 
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple) and len(result) == 2
+
+
+def _is_boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return True
+    return getattr(value, "dtype", None) == np.bool_ and not np.shape(value)
+
+
 def stacked(
-    pairs: Sequence[tuple[Any, Any]],
+    pairs: Sequence[Pair],
     role: str,
     where: str,
-) -> tuple[Any, Any]:
-    """Rows of samples that are pairs of arrays of one shape, or of dicts of them.
+) -> Pair:
+    """Return samples as rows.
+
+    Args:
+      pairs: the samples: pairs of arrays of one shape, or of dicts of them.
+      role: what gave them, for messages.
+      where: its place, for messages.
 
     Raises:
       DataError: the samples' shapes differ, or they hold no numbers.
@@ -136,16 +163,17 @@ def stacked(
         where=where,
         kind=DataError,
     ):
-        rows = Arrays(
-            *jax.tree.map(
-                lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *pairs
-            )
-        )
+        inputs, targets = jax.tree.map(_stack, *pairs)
+        rows = Arrays(inputs, targets)
     return rows.inputs, rows.targets
 
 
+def _stack(*leaves: Any) -> np.ndarray:
+    return np.stack([np.asarray(x) for x in leaves])
+
+
 def document(x: Any, name: str) -> np.ndarray:
-    """A document's tokens as a vector of at most 32-bit integers.
+    """Return a document's tokens as a vector of at most 32-bit integers.
 
     Raises:
       DataError: it is empty, of another rank, or holds no whole numbers.
@@ -170,11 +198,14 @@ def document(x: Any, name: str) -> np.ndarray:
 
 
 def length(rows: Rows) -> int:
-    return len(rows) if isinstance(rows, list) else len(jax.tree.leaves(rows)[0])
+    """Return how many samples there are."""
+    if isinstance(rows, list):
+        return len(rows)
+    return len(jax.tree.leaves(rows)[0])
 
 
 def lengths(rows: Rows) -> np.ndarray:
-    """Tokens of each document: int64 (count,).
+    """Return the tokens of each document: int64 (count,).
 
     Raises:
       DataError: the samples are no documents.
@@ -189,14 +220,23 @@ def lengths(rows: Rows) -> np.ndarray:
 
 
 def samples(rows: Rows) -> list[tuple]:
-    """Each sample as the arguments of a person's function."""
+    """Return each sample as the arguments of a person's function."""
     if isinstance(rows, list):
         return [(tokens,) for tokens in rows]
-    return [jax.tree.map(lambda x: x[i], rows) for i in range(length(rows))]  # noqa: B023
+
+    def sample(index: int) -> tuple:
+        return jax.tree.map(lambda x: x[index], rows)
+
+    return [sample(index) for index in range(length(rows))]
 
 
 def merged(parts: Sequence[tuple[np.ndarray, Rows]], count: int) -> Rows:
-    """Rows put together from (the places they go to, rows)."""
+    """Put rows together.
+
+    Args:
+      parts: (the places that they go to, rows).
+      count: samples of all parts.
+    """
     if isinstance(parts[0][1], list):
         documents: list = [None] * count
         for places, rows in parts:
@@ -207,7 +247,8 @@ def merged(parts: Sequence[tuple[np.ndarray, Rows]], count: int) -> Rows:
         return parts[0][1]
 
     def scatter(*leaves: np.ndarray) -> np.ndarray:
-        out = aligned_empty((count, *leaves[0].shape[1:]), leaves[0].dtype)
+        first = leaves[0]
+        out = aligned_empty((count, *first.shape[1:]), first.dtype)
         for (places, _), leaf in zip(parts, leaves, strict=True):
             out[places] = leaf
         return out
@@ -216,16 +257,16 @@ def merged(parts: Sequence[tuple[np.ndarray, Rows]], count: int) -> Rows:
 
 
 def described(rows: Rows) -> str:
-    """Shapes and dtypes of a sample; equal for samples that can stand in one batch."""
+    """Describe a sample's shapes and dtypes; equal texts can stand in one batch."""
     if isinstance(rows, list):
         return "documents"
     leaves, tree = jax.tree.flatten(rows)
-    return _described(tree, tuple((x.dtype, x.shape[1:]) for x in leaves))
+    kinds = tuple((x.dtype, x.shape[1:]) for x in leaves)
+    return _described(tree, kinds)
 
 
 @functools.lru_cache(256)
 def _described(tree: Any, leaves: tuple) -> str:
-    inputs, targets = jax.tree.unflatten(
-        tree, [f"{dtype}{list(shape)}" for dtype, shape in leaves]
-    )
+    kinds = [f"{dtype}{list(shape)}" for dtype, shape in leaves]
+    inputs, targets = jax.tree.unflatten(tree, kinds)
     return f"inputs {inputs}, targets {targets}".replace("'", "")

@@ -1,6 +1,4 @@
-"""Where a source's samples are read from: arrays, documents, or a data set of
-Grain's.
-"""
+"""Readers of a source's samples: of arrays, documents, or a data set of Grain's."""
 
 from __future__ import annotations
 
@@ -14,6 +12,9 @@ import numpy as np
 from lepton_jax.data.arrays import Arrays, from_any
 from lepton_jax.data.rows import Rows, document, stacked
 from lepton_jax.errors import DataError, pointing_at_user
+
+# Samples of a Grain data set, at most: `.repeat()` makes it sys.maxsize long.
+MOST_SAMPLES = 2**40
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,30 +35,8 @@ class Documents:
     lengths: Any
 
     def __post_init__(self):
-        object.__setattr__(
-            self,
-            "tokens",
-            document(self.tokens, "Documents.tokens"),
-        )
-        lengths = np.asarray(self.lengths)
-        if (
-            lengths.ndim != 1
-            or lengths.dtype.kind not in "iu"
-            or not lengths.size
-            or lengths.min() < 1
-        ):
-            found = (
-                f", from {lengths.min()}" if lengths.ndim == 1 and lengths.size else ""
-            )
-            raise DataError(
-                f"the lengths are {lengths.dtype}{list(lengths.shape)}{found}",
-                where="Documents.lengths",
-                remedy=(
-                    "give one whole number for each document, at least 1; leave out"
-                    " those that are empty"
-                ),
-            )
-        lengths = lengths.astype(np.int64)
+        object.__setattr__(self, "tokens", document(self.tokens, "Documents.tokens"))
+        lengths = _checked_lengths(self.lengths)
         if lengths.sum() != len(self.tokens):
             raise DataError(
                 f"the lengths add up to {lengths.sum()}, but there are"
@@ -66,15 +45,11 @@ class Documents:
                 remedy="give each document's number of tokens",
             )
         object.__setattr__(self, "lengths", lengths)
-        object.__setattr__(
-            self,
-            "starts",
-            np.cumsum(lengths) - lengths,
-        )
+        object.__setattr__(self, "starts", np.cumsum(lengths) - lengths)
 
     @classmethod
     def of(cls, documents: Sequence[Any]) -> Documents:
-        """A copy of documents that are vectors of token ids of their own."""
+        """Copy documents that are vectors of token ids."""
         if not documents:
             raise DataError(
                 "the list of documents is empty",
@@ -82,7 +57,8 @@ class Documents:
                 remedy="give at least one document",
             )
         vectors = [document(x, f"document {i}") for i, x in enumerate(documents)]
-        return cls(np.concatenate(vectors), np.array([len(x) for x in vectors]))
+        lengths = [len(vector) for vector in vectors]
+        return cls(np.concatenate(vectors), np.array(lengths))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -93,12 +69,28 @@ class Documents:
         )
 
 
+def _checked_lengths(given: Any) -> np.ndarray:
+    lengths = np.asarray(given)
+    is_vector = lengths.ndim == 1 and lengths.size > 0
+    if not is_vector or lengths.dtype.kind not in "iu" or lengths.min() < 1:
+        least = f", from {lengths.min()}" if is_vector else ""
+        raise DataError(
+            f"the lengths are {lengths.dtype}{list(lengths.shape)}{least}",
+            where="Documents.lengths",
+            remedy=(
+                "give one whole number for each document, at least 1; leave out"
+                " those that are empty"
+            ),
+        )
+    return lengths.astype(np.int64)
+
+
 class Reader(Protocol):
     """Samples by index."""
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """Tokens of each document, where they are known without reading."""
+        """Tokens of each document, if they are known without reading."""
 
     def __len__(self) -> int: ...
 
@@ -107,12 +99,18 @@ class Reader(Protocol):
         indices: np.ndarray,
         epochs: np.ndarray | None = None,
     ) -> Rows:
-        """The samples at `indices`, at least one; as they are in their `epochs`, None
-        for epoch 0, where that matters.
+        """Read the samples at some indices.
+
+        Args:
+          indices: at least one.
+          epochs: the epoch that each is read in, for data whose random transformations
+            differ from epoch to epoch; None: epoch 0.
         """
 
 
 class ArraysReader:
+    """Arrays in memory."""
+
     lengths = None
 
     def __init__(self, data: Arrays):
@@ -130,6 +128,8 @@ class ArraysReader:
 
 
 class DocumentsReader:
+    """Documents in one vector of tokens."""
+
     def __init__(self, data: Documents):
         self.data = data
         self.lengths = data.lengths
@@ -142,15 +142,10 @@ class DocumentsReader:
         indices: np.ndarray,
         epochs: np.ndarray | None = None,
     ) -> Rows:
-        starts = self.data.starts[indices].tolist()  # type: ignore[attr-defined]
-        return [
-            self.data.tokens[start : start + count]
-            for start, count in zip(
-                starts,
-                self.data.lengths[indices].tolist(),
-                strict=True,
-            )
-        ]
+        starts = self.data.starts[indices]  # type: ignore[attr-defined]
+        stops = starts + self.data.lengths[indices]
+        ranges = zip(starts.tolist(), stops.tolist(), strict=True)
+        return [self.data.tokens[start:stop] for start, stop in ranges]
 
 
 class GrainReader:
@@ -175,27 +170,19 @@ class GrainReader:
         indices: np.ndarray,
         epochs: np.ndarray | None = None,
     ) -> Rows:
+        positions = indices
+        if epochs is not None:
+            positions = epochs * self.samples + indices
         with pointing_at_user(
             f"reading the source {self.name!r}",
-            "mend the Grain data set",
+            "fix the Grain data set",
             where=repr(self.data),
             kind=DataError,
         ):
-            positions = indices if epochs is None else epochs * self.samples + indices
             elements = [self.data[position] for position in positions.tolist()]
+
         for element, index in zip(elements, indices.tolist(), strict=True):
-            pair = isinstance(element, tuple | list) and len(element) == 2
-            if not (pair or hasattr(element, "dtype")):
-                raise DataError(
-                    f"element {index} of the Grain data set is a"
-                    f" {type(element).__name__}",
-                    where=f"source {self.name!r}",
-                    remedy=(
-                        "map each to a pair (inputs, targets), or to a vector of"
-                        " tokens; filter with .filter of the Source, for Grain's own"
-                        " leaves gaps"
-                    ),
-                )
+            self._check(element, index)
         if isinstance(elements[0], tuple | list):
             return stacked(
                 [tuple(element) for element in elements],
@@ -207,9 +194,30 @@ class GrainReader:
             for x, index in zip(elements, indices.tolist(), strict=True)
         ]
 
+    def _check(
+        self,
+        element: Any,
+        index: int,
+    ) -> None:
+        is_pair = isinstance(element, tuple | list) and len(element) == 2
+        if is_pair or hasattr(element, "dtype"):
+            return
+        raise DataError(
+            f"element {index} of the Grain data set is a {type(element).__name__}",
+            where=f"source {self.name!r}",
+            remedy=(
+                "map each to a pair (inputs, targets), or to a vector of tokens; filter"
+                " with .filter of the Source, for Grain's own leaves gaps"
+            ),
+        )
+
 
 def checked(data: Any) -> Arrays | Documents | grain.MapDataset:
-    """What a person gave a `Source`, as something that a reader can be made for.
+    """Return what a person gave a `Source` as something that `reader` takes.
+
+    Args:
+      data: a pair of arrays, an `Arrays`, a list of documents, a `Documents`, or a
+        `grain.MapDataset`.
 
     Raises:
       DataError: it is of another kind, or empty.
@@ -228,7 +236,7 @@ def checked(data: Any) -> Arrays | Documents | grain.MapDataset:
                 where=repr(data),
                 remedy="give at least one sample",
             )
-        if len(data) > 2**40:
+        if len(data) > MOST_SAMPLES:
             raise DataError(
                 "the Grain data set has no end",
                 where=repr(data),
@@ -237,14 +245,20 @@ def checked(data: Any) -> Arrays | Documents | grain.MapDataset:
         return data
     if isinstance(data, list):
         return Documents.of(data)
-    return data if isinstance(data, Documents) else from_any(data)
+    if isinstance(data, Documents):
+        return data
+    return from_any(data)
 
 
 def reader(data: Arrays | Documents | grain.MapDataset, name: str) -> Reader:
+    """Return a reader of a source's samples.
+
+    Args:
+      data: the samples, as `checked` returns them.
+      name: of the source, for messages.
+    """
     if isinstance(data, Arrays):
         return ArraysReader(data)
-    return (
-        DocumentsReader(data)
-        if isinstance(data, Documents)
-        else GrainReader(data, name)
-    )
+    if isinstance(data, Documents):
+        return DocumentsReader(data)
+    return GrainReader(data, name)

@@ -1,9 +1,15 @@
-"""Endless streams of samples, of which only the order is known until some are read.
+"""Endless streams of samples; only their order is known until some are read.
 
-A stream is asked twice: `peek` describes the samples that come next, at no cost to its
-position, and `advance` consumes some. So what a filter or a packer had to look at
-beyond what was consumed is never part of the position: that is the cursor of each
-source, and whatever is in hand of the last document.
+A stream is asked twice: `peek` describes the samples that come next and leaves the
+position where it is, and `advance` consumes some. So the samples that a filter or a
+packer looked at ahead are never part of the position: that is the cursor of each
+source, and the rest of the last document.
+
+Say that a filter keeps even numbers, and that its source gives 3, 4, 5, 6, 7, ... The
+filter's `peek(2)` peeks at the source's next five, keeps 4 and 6, and describes them;
+the source still stands before 3. `advance(1)` consumes 4, and so 3 and 4 of the source,
+which then stands before 5: that is the whole state, and a filter that is opened there
+goes on with 6.
 """
 
 from __future__ import annotations
@@ -19,12 +25,13 @@ from lepton_jax.data.shuffling import Order
 from lepton_jax.data.sources import Reader
 from lepton_jax.errors import DataError
 
+# Assumptions: large enough that NumPy's calls cost little, small enough to be quick.
 READ_AT_ONCE = 256  # samples that are read together only to decide something by them
 LOOKED_AT = 128  # samples at least that a filter looks at together
 LOOKED_AHEAD = 4  # times as many as are wanted
 FRUITLESS = 4096  # samples none of which is kept, after which all are looked at
 
-# a key under which its results are kept, and the test
+# The key under which a test's results are remembered, and the test.
 Test = tuple[Any, Callable[[Rows], np.ndarray]]
 
 
@@ -34,32 +41,41 @@ class Draw(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, which: Any) -> Draw:
-        """Those at the positions `which`: a slice or a vector of integers."""
+        """Return those at the positions `which`: a slice or a vector of integers."""
 
     def read(self) -> Rows:
-        """Their contents; there must be at least one."""
+        """Read their contents; there must be at least one."""
 
-    def identifiers(self) -> list[str]: ...
+    def identifiers(self) -> list[str]:
+        """Return what identifies each sample."""
 
     def measured(
         self,
         key: Any,
         function: Callable[[Rows], np.ndarray],
     ) -> np.ndarray:
-        """Whole numbers of at least 0 that a pure function gives the samples, (count,);
-        kept under `key`, read once.
+        """Return the whole number, at least 0, that a function gives each sample.
+
+        Args:
+          key: under which the results are remembered, so that each sample is read once.
+          function: a pure function of rows.
+
+        Returns:
+          integers or booleans (count,).
         """
 
 
 class Stream(Protocol):
+    """Samples in an endless order, at a position."""
+
     def peek(self, count: int) -> Draw:
-        """The next `count` samples."""
+        """Return the next `count` samples."""
 
     def advance(self, count: int) -> None:
         """Consume the next `count` samples, which must have been peeked at."""
 
     def state(self) -> Any:
-        """The position, in plain data."""
+        """Return the position, in plain data."""
 
     def restore(self, state: Any) -> None:
         """Go on where `state()` was."""
@@ -69,6 +85,8 @@ class Stream(Protocol):
 
 
 class SourceDraw:
+    """Some samples of one source."""
+
     def __init__(
         self,
         source: SourceStream,
@@ -83,37 +101,25 @@ class SourceDraw:
         return len(self.indices)
 
     def take(self, which: Any) -> SourceDraw:
-        return SourceDraw(
-            self.source,
-            self.epochs[which],
-            self.indices[which],
-        )
+        return SourceDraw(self.source, self.epochs[which], self.indices[which])
 
     def read(self) -> Rows:
         return self.source.reader.read(self.indices, self.epochs)
 
     def identifiers(self) -> list[str]:
         name = self.source.name
-        return [
-            f"{name}:{epoch}:{index}"
-            for epoch, index in zip(
-                self.epochs.tolist(),
-                self.indices.tolist(),
-                strict=True,
-            )
-        ]
+        places = zip(self.epochs.tolist(), self.indices.tolist(), strict=True)
+        return [f"{name}:{epoch}:{index}" for epoch, index in places]
 
     def measured(
         self,
         key: Any,
         function: Callable[[Rows], np.ndarray],
     ) -> np.ndarray:
-        known = self.source.reader.lengths
-        return (
-            self.source.measured(key, function, self.indices)
-            if function is not lengths or known is None
-            else known[self.indices]
-        )
+        known_lengths = self.source.reader.lengths
+        if function is lengths and known_lengths is not None:
+            return known_lengths[self.indices]
+        return self.source.measured(key, function, self.indices)
 
 
 class SourceStream:
@@ -138,12 +144,9 @@ class SourceStream:
         self.position += count
 
     def state(self) -> dict[str, int]:
-        epoch, offset = divmod(self.position, len(self.reader))
-        return {
-            "epoch": epoch,
-            "offset": offset,
-            "samples": len(self.reader),
-        }
+        samples = len(self.reader)
+        epoch, offset = divmod(self.position, samples)
+        return {"epoch": epoch, "offset": offset, "samples": samples}
 
     def restore(self, state: Any) -> None:
         fields(state, {"epoch", "offset", "samples"}, f"source {self.name!r}")
@@ -162,16 +165,15 @@ class SourceStream:
         function: Callable[[Rows], np.ndarray],
         indices: np.ndarray,
     ) -> np.ndarray:
-        # Decisions are made by a sample as it is in epoch 0: its random transformations
-        # must not change which epoch's version was looked at first, and so what a
-        # resumed run decides.
+        """Return the numbers that a function gives some samples, reading each once.
+
+        They are those of epoch 0: if they were of the epoch in which a sample happened
+        to be looked at first, its random transformations could change what a resumed
+        run decides.
+        """
         if key not in self._measured:
-            # enough for a test
-            self._measured[key] = np.full(
-                len(self.reader),
-                -1,
-                np.int8,
-            )
+            # -1 is unknown; a byte is enough for a test
+            self._measured[key] = np.full(len(self.reader), -1, np.int8)
         known = self._measured[key]
         unknown = np.unique(indices[known[indices] < 0])
         for start in range(0, len(unknown), READ_AT_ONCE):
@@ -183,8 +185,9 @@ class SourceStream:
         return known[indices]
 
     def possible(self, tests: Sequence[Test]) -> bool:
-        for start in range(0, len(self.reader), READ_AT_ONCE):
-            indices = np.arange(start, min(start + READ_AT_ONCE, len(self.reader)))
+        samples = len(self.reader)
+        for start in range(0, samples, READ_AT_ONCE):
+            indices = np.arange(start, min(start + READ_AT_ONCE, samples))
             for key, test in tests:
                 if len(indices):
                     indices = indices[self.measured(key, test, indices) > 0]
@@ -194,6 +197,8 @@ class SourceStream:
 
 
 class MapDraw:
+    """Some samples, to which a function is applied."""
+
     def __init__(self, draw: Draw, function: Function):
         self.draw = draw
         self.function = function
@@ -219,7 +224,7 @@ class MapDraw:
 
 
 class MapStream:
-    """Samples as a function makes them."""
+    """The samples of a stream, to which a function is applied."""
 
     def __init__(self, stream: Stream, function: Function):
         self.stream = stream
@@ -232,10 +237,11 @@ class MapStream:
         return MapDraw(self.stream.peek(count), self.function)
 
     def possible(self, tests: Sequence[Test]) -> bool:
-        def through(test: Callable[[Rows], np.ndarray]) -> Callable[[Rows], np.ndarray]:
+        def after_mapping(test: Callable[..., Any]) -> Callable[..., Any]:
             return lambda rows: test(self.function.maps(rows))
 
-        return self.stream.possible([(key, through(test)) for key, test in tests])
+        mapped = [(key, after_mapping(test)) for key, test in tests]
+        return self.stream.possible(mapped)
 
 
 class FilterStream:
@@ -251,62 +257,68 @@ class FilterStream:
         self._forget()
 
     def _forget(self) -> None:
-        # beyond the stream's position: samples tested, those that passed
+        # counted from the stream's position: samples tested, and places of those passed
         self._seen = 0
-        self._kept = np.empty(0, np.int64)
-        # those that passed when it was last looked further, and are used
+        self._places = np.empty(0, np.int64)
+        # those that had passed when more were last looked at, and how many are consumed
         self._draw = self.stream.peek(0)
         self._consumed = 0
 
     def peek(self, count: int) -> Draw:
-        if len(self._kept) < count:
+        if len(self._places) < count:
             self._look(count)
         return self._draw.take(slice(self._consumed, self._consumed + count))
 
     def _look(self, count: int) -> None:
-        """Find at least `count` samples; some more, since describing them costs as much
-        for a few.
+        """Find at least `count` samples that pass.
+
+        It finds some more, since describing samples costs as much for a few as for
+        many.
         """
-        while len(self._kept) < count:
-            expected = (
-                (LOOKED_AHEAD * count - len(self._kept)) * self._tried / self._passed
-            )
-            # at least twice as far each time, since the samples before are described
-            # again
-            more = max(
-                int(expected),
-                LOOKED_AT,
-                self._seen if not len(self._kept) else 0,
-            )
+        while len(self._places) < count:
+            more = self._further(count)
             draw = self.stream.peek(self._seen + more)
-            passed = np.flatnonzero(
-                draw.take(slice(self._seen, None)).measured(self, self.function.tests)
-            )
-            self._kept = np.concatenate([self._kept, self._seen + passed])
-            self._seen = self._seen + more
-            self._tried = self._tried + more
-            self._passed = self._passed + len(passed)
+            unseen = draw.take(slice(self._seen, None))
+            passed = np.flatnonzero(unseen.measured(self, self.function.tests))
+
+            self._places = np.concatenate([self._places, self._seen + passed])
+            self._seen += more
+            self._tried += more
+            self._passed += len(passed)
             self._possible = self._possible or bool(len(passed))
             if not self._possible and self._tried > FRUITLESS:
-                self._possible = self.possible([])
-                if not self._possible:
-                    raise DataError(
-                        f"{self.function.role} keeps no sample",
-                        where=self.function.where,
-                        remedy=(
-                            "correct the condition: it must be true of some of the"
-                            " samples that come to it"
-                        ),
-                    )
-        self._draw = draw.take(self._kept)
+                self._check_possible()
+
+        self._draw = draw.take(self._places)
         self._consumed = 0
+
+    def _further(self, count: int) -> int:
+        """Return how many more samples to look at, so as to find `count`."""
+        missing = LOOKED_AHEAD * count - len(self._places)
+        expected = int(missing * self._tried / self._passed)
+        # If none has passed, look at least twice as far each time, since the samples
+        # before are described again.
+        as_many_again = 0 if len(self._places) else self._seen
+        return max(expected, LOOKED_AT, as_many_again)
+
+    def _check_possible(self) -> None:
+        self._possible = self.possible([])
+        if not self._possible:
+            raise DataError(
+                f"{self.function.role} keeps no sample",
+                where=self.function.where,
+                remedy=(
+                    "correct the condition: it must be true of some of the"
+                    " samples that come to it"
+                ),
+            )
 
     def advance(self, count: int) -> None:
         if count:
-            consumed = int(self._kept[count - 1]) + 1
+            consumed = int(self._places[count - 1]) + 1
             self.stream.advance(consumed)
-            self._seen = self._seen - consumed
-            self._kept = self._kept[count:] - consumed
+            self._seen -= consumed
+            self._places = self._places[count:] - consumed
             self._consumed += count
 
     def restore(self, state: Any) -> None:
@@ -318,6 +330,14 @@ class FilterStream:
 
 
 class MixDraw:
+    """Some samples of several streams.
+
+    Args:
+      parts: those of each stream.
+      which: the stream of each sample, (count,).
+      slots: the sample's place in its part, (count,).
+    """
+
     def __init__(
         self,
         parts: Sequence[Draw],
@@ -342,26 +362,14 @@ class MixDraw:
         return MixDraw(parts, sources, renumbered)
 
     def read(self) -> Rows:
-        places = places_of(self.which, len(self.parts))
         # a part's places ascend, as its samples do: `take` and `peek` number them so
-        return merged(
-            [
-                (p, part.read())
-                for p, part in zip(places, self.parts, strict=True)
-                if len(p)
-            ],
-            len(self),
-        )
+        rows = [(places, part.read()) for places, part in self._parts_in_use()]
+        return merged(rows, len(self))
 
     def identifiers(self) -> list[str]:
         out = np.empty(len(self), object)
-        for places, part in zip(
-            places_of(self.which, len(self.parts)),
-            self.parts,
-            strict=True,
-        ):
-            if len(places):
-                out[places] = part.identifiers()
+        for places, part in self._parts_in_use():
+            out[places] = part.identifiers()
         return out.tolist()
 
     def measured(
@@ -370,14 +378,15 @@ class MixDraw:
         function: Callable[[Rows], np.ndarray],
     ) -> np.ndarray:
         out = np.empty(len(self), np.int64)
-        for places, part in zip(
-            places_of(self.which, len(self.parts)),
-            self.parts,
-            strict=True,
-        ):
-            if len(places):
-                out[places] = part.measured(key, function)
+        for places, part in self._parts_in_use():
+            out[places] = part.measured(key, function)
         return out
+
+    def _parts_in_use(self) -> list[tuple[np.ndarray, Draw]]:
+        """Return the places of each part's samples with the part, if it has any."""
+        places = places_of(self.which, len(self.parts))
+        parts = zip(places, self.parts, strict=True)
+        return [(places, part) for places, part in parts if len(places)]
 
 
 class MixStream:
@@ -391,14 +400,14 @@ class MixStream:
         self.names = list(streams)
         self.streams = list(streams.values())
         self.pattern = Pattern(weights)
-        shapes = {
-            name: described(stream.peek(1).read()) for name, stream in streams.items()
-        }
+        firsts = {name: stream.peek(1) for name, stream in streams.items()}
+        shapes = {name: described(draw.read()) for name, draw in firsts.items()}
+        first = self.names[0]
         for name, shape in shapes.items():
-            if shape != shapes[self.names[0]]:
+            if shape != shapes[first]:
                 raise DataError(
-                    f"samples of {self.names[0]!r} are {shapes[self.names[0]]}; those"
-                    f" of {name!r} are {shape}",
+                    f"samples of {first!r} are {shapes[first]}; those of {name!r} are"
+                    f" {shape}",
                     where="mix",
                     remedy=(
                         "give all sources samples of one shape and dtype, e.g. with map"
@@ -409,54 +418,28 @@ class MixStream:
         which = self.pattern.peek(count)
         slots = np.empty(count, np.int64)
         parts = []
-        for stream, places in zip(
-            self.streams,
-            places_of(which, len(self.streams)),
-            strict=True,
-        ):
+        places_by_stream = places_of(which, len(self.streams))
+        for stream, places in zip(self.streams, places_by_stream, strict=True):
             parts.append(stream.peek(len(places)))
             slots[places] = np.arange(len(places))
         return MixDraw(parts, which, slots)
 
     def advance(self, count: int) -> None:
-        for stream, consumed in zip(
-            self.streams,
-            self.pattern.advance(count),
-            strict=True,
-        ):
+        counts = self.pattern.advance(count)
+        for stream, consumed in zip(self.streams, counts, strict=True):
             stream.advance(consumed)
 
     def state(self) -> dict[str, Any]:
+        positions = [stream.state() for stream in self.streams]
         return {
-            "weights": dict(
-                zip(
-                    self.names,
-                    self.pattern.weights,
-                    strict=True,
-                )
-            ),
-            "taken": dict(
-                zip(
-                    self.names,
-                    self.pattern.taken,
-                    strict=True,
-                )
-            ),
-            "sources": {
-                name: stream.state()
-                for name, stream in zip(self.names, self.streams, strict=True)
-            },
+            "weights": self._by_name(self.pattern.weights),
+            "taken": self._by_name(self.pattern.taken),
+            "sources": self._by_name(positions),
         }
 
     def restore(self, state: Any) -> None:
         fields(state, {"weights", "taken", "sources"}, "mixture")
-        weights = dict(
-            zip(
-                self.names,
-                self.pattern.weights,
-                strict=True,
-            )
-        )
+        weights = self._by_name(self.pattern.weights)
         if state["weights"] != weights:
             raise DataError(
                 f"the mixture's weights were {state['weights']} when its position was"
@@ -471,12 +454,19 @@ class MixStream:
     def possible(self, tests: Sequence[Test]) -> bool:
         return any(stream.possible(tests) for stream in self.streams)
 
+    def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.names, values, strict=True))
+
 
 def places_of(which: np.ndarray, count: int) -> list[np.ndarray]:
-    """Where each of 0 to count - 1 stands in `which`, ascending."""
+    """Return the places of each of 0 to count - 1 in `which`, ascending.
+
+    >>> [places.tolist() for places in places_of(np.array([0, 2, 0]), 3)]
+    [[0, 2], [], [1]]
+    """
     order = np.argsort(which, kind="stable")
-    ends = np.cumsum(np.bincount(which, minlength=count)).tolist()
-    return [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    counts = np.bincount(which, minlength=count)
+    return np.split(order, np.cumsum(counts)[:-1])
 
 
 def fields(
@@ -484,15 +474,22 @@ def fields(
     names: set[str],
     what: str,
 ) -> None:
-    """Check that a saved position is one of this kind of stream."""
+    """Check that a saved position is one of this kind of stream.
+
+    Args:
+      state: the saved position.
+      names: the fields that it must have.
+      what: the stream, for messages.
+
+    Raises:
+      DataError: the fields are others.
+    """
     if not isinstance(state, dict) or set(state) != names:
-        found = (
-            f"the fields {sorted(state)}"
-            if isinstance(state, dict)
-            else f"a {type(state).__name__}"
-        )
+        has = f"a {type(state).__name__}"
+        if isinstance(state, dict):
+            has = f"the fields {sorted(state)}"
         raise DataError(
-            f"the saved position of the {what} has {found}, not {sorted(names)}",
+            f"the saved position of the {what} has {has}, not {sorted(names)}",
             where=what,
             remedy=(
                 "go on with the data set that the position was saved with, or start a"

@@ -1,29 +1,26 @@
-"""CSV tables: numbers with quantile edges, categories with vocabularies, both fitted on
-the training rows alone.
+"""CSV tables as samples: numbers with quantile edges, categories with vocabularies.
+
+Both are fitted on the training rows alone.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from lepton_jax.data.arrays import Arrays, partition
-from lepton_jax.data.idx import read_bytes
+from lepton_jax.data.csv_file import SETTINGS, RawTable, listed, read_csv
 from lepton_jax.data.notation import (
-    MOST_WORDS,
     Look,
     Notation,
     decimal_of,
@@ -31,6 +28,7 @@ from lepton_jax.data.notation import (
     number,
     plain_number,
 )
+from lepton_jax.data.unreadable import not_read
 from lepton_jax.errors import DataError, nearest
 
 MISSING = (
@@ -49,39 +47,26 @@ MISSING = (
     "null",
     "\\N",
 )
-# a numeric label with more distinct values than this is a quantity, unless somebody
-# says otherwise
+
+# A numeric label with more distinct values than this is a quantity, unless somebody
+# says otherwise. Assumption: few data sets number more classes.
 MOST_CLASSES = 20
-BINS = 48
-DELIMITERS = {
-    ",": "a comma",
-    ";": "a semicolon",
-    "\t": "a tab",
-    "|": "a bar",
-}
-LOOKED_AT = 50  # rows by which the delimiter is found
-NAMED = 20  # columns that an error lists at most
-SETTINGS = (
-    "categorical",
-    "ignore",
-    "missing",
-    "delimiter",
-    "decimal",
-    "thousands",
-    "label_kind",
-)
+
+BINS = 48  # of a number, at most; assumption
+
 LABEL_KINDS = ("auto", "classes", "quantity")
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What a training table taught: enough to encode another table in the same way.
-    Plain data.
+    """The columns of a training table: enough to encode another table in the same way.
+
+    It is plain data.
 
     Attributes:
       label: name of the label's column.
-      classes: the label's values, a target is an index into them; None where the label
-        is a quantity.
+      classes: the label's values, a target is an index into them; None if the label is
+        a quantity.
       numbers: names of the numeric columns.
       edges: for each of them ascending quantiles of the training values, at most BINS +
         1; one for a constant column.
@@ -90,8 +75,8 @@ class Schema:
         i-th, 0 for missing or unseen.
       missing: cells that stand for no value.
       notations: how each numeric column spells its numbers: (decimal mark, mark of
-        thousands, what stands around them); none for a schema in which all are plain.
-      label_notation: the same of a label that is a quantity.
+        thousands, unit); none for a schema in which all are plain.
+      label_notation: how a label that is a quantity spells its numbers.
     """
 
     label: str
@@ -106,19 +91,23 @@ class Schema:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of each categorical column, how many indices there are."""
+        """Count of indices of each categorical column."""
         return tuple(len(values) + 1 for values in self.vocabularies)
 
     def to_json(self) -> str:
+        """Return the schema as text for `from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Schema:
-        """The schema that `to_json` wrote; DataError if it is none."""
+        """Return the schema that `to_json` wrote.
+
+        Raises:
+          DataError: the text is no schema.
+        """
         try:
-            return cls(
-                **{name: _tuples(value) for name, value in json.loads(text).items()}
-            )
+            fields = json.loads(text).items()
+            return cls(**{name: _tuples(value) for name, value in fields})
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"this is no schema of a table: {error}",
@@ -157,7 +146,7 @@ def table(
     label_kind: Literal["auto", "classes", "quantity"] = "auto",
     settings: Collection[str] = SETTINGS,
 ) -> Table:
-    """A CSV file with a header, UTF-8 or UTF-16 and gzipped or not, as samples.
+    """Read a CSV file with a header, UTF-8 or UTF-16 and gzipped or not, as samples.
 
     A column is numeric if at least 90 % of its cells that are not missing parse as
     finite numbers, else categorical; "3,5", "1,234.5", "1.234,5", "1 234", "12%", "$3"
@@ -177,20 +166,22 @@ def table(
       ignore: names of columns that are left out.
       delimiter: what separates the cells: one character, or "tab". None: found out of
         comma, semicolon, tab and bar.
-      decimal, thousands: the marks within numbers, "." and "," for 1,234.5, for every
-        column. None: found out.
+      decimal: the decimal mark of every column, "." for 1,234.5. None: found out.
+      thousands: the mark between groups of three digits of every column, "," for
+        1,234.5. None: found out.
       label_kind: whether the label has classes or is a quantity; "auto": a quantity if
         it is numeric with more than 20 distinct values.
-      settings: which of these arguments whoever reads an error can set, where this is
-        called by a recipe that has not all of them as settings.
+      settings: which of these arguments a person who reads an error can set; for a
+        recipe that does not offer all of them.
 
     Raises:
       DataError: with file, line and column, for anything that doesn't fit; also for a
         column most of whose distinct cells look like numbers or dates, but can't be
         read as such.
     """
-    marks = _marks(decimal, thousands, label_kind)
-    raw = _read(path, label, delimiter, settings)
+    _check_label_kind(label_kind)
+    marks = _marks(decimal, thousands)
+    raw = read_csv(path, label, delimiter, settings)
     if schema is None:
         schema = _fit(
             raw,
@@ -228,30 +219,39 @@ def table_split(
     label_kind: Literal["auto", "classes", "quantity"] = "auto",
     settings: Collection[str] = SETTINGS,
 ) -> tuple[Table, Table]:
-    """A random split of one file into (train, test); edges and vocabularies are fitted
-    on the training rows alone.
+    """Split the rows of one file at random into (train, test).
 
-    What the file says about itself holds for both parts: which columns are numbers and
-    how they are spelled, and which classes there are. A class of which no row is left
-    to train on is a warning: no model can learn it.
+    Edges and vocabularies are fitted on the training rows alone. The kinds of the
+    columns, how their numbers are spelled, and the classes are those of the whole file.
+    If no training row has some class, there is a warning: no model can learn it.
 
     Args:
+      path: the file.
+      label: name of the column to predict.
       fraction: share of the rows that goes to test, which gets round(fraction * n) of
         them.
       seed: decides which rows.
+      categorical: as in `table`.
+      missing: as in `table`.
+      ignore: as in `table`.
       columns: names of the columns to predict from; None: all but the label.
-      categorical, missing, ignore, delimiter, decimal, thousands, label_kind, settings:
-      as of `table`.
+      delimiter: as in `table`.
+      decimal: as in `table`.
+      thousands: as in `table`.
+      label_kind: as in `table`.
+      settings: as in `table`.
     """
-    marks = _marks(decimal, thousands, label_kind)
-    raw = _read(path, label, delimiter, settings)
+    _check_label_kind(label_kind)
+    marks = _marks(decimal, thousands)
+    raw = read_csv(path, label, delimiter, settings)
     if columns is not None:
         raw.check(columns, "to predict from")
-        ignore = (
-            *ignore,
-            *(name for name in raw.columns if name not in columns and name != label),
-        )
-    train, test = (raw.rows(part) for part in partition(len(raw.lines), fraction, seed))
+        used = {*columns, label}
+        ignore = (*ignore, *(name for name in raw.columns if name not in used))
+
+    train_rows, test_rows = partition(len(raw.lines), fraction, seed)
+    train = raw.rows(train_rows)
+    test = raw.rows(test_rows)
     schema = _fit(
         raw,
         train,
@@ -261,52 +261,64 @@ def table_split(
         marks,
         label_kind,
     )
-    tables = Table(_encode(train, schema), schema), Table(_encode(test, schema), schema)
+    train_table = Table(_encode(train, schema), schema)
+    test_table = Table(_encode(test, schema), schema)
     _warn_of_classes(train, test, schema)
-    return tables
+    return train_table, test_table
+
+
+# ---- internals ----
+
+
+class Marks(NamedTuple):
+    """The marks within numbers that somebody has set; None: found out."""
+
+    decimal: str | None
+    thousands: str | None
 
 
 def _warn_of_classes(
-    train: _Raw,
-    test: _Raw,
+    train: RawTable,
+    test: RawTable,
     schema: Schema,
 ) -> None:
     if schema.classes is None:
         return
     lost = set(schema.classes) - set(train.columns[schema.label])
+    lines = [
+        line
+        for cell, line in zip(test.columns[schema.label], test.lines, strict=True)
+        if cell in lost
+    ]
     if lost:
-        first = next(
-            i for i, cell in enumerate(test.columns[schema.label]) if cell in lost
-        )
-        rows = sum(cell in lost for cell in test.columns[schema.label])
         warnings.warn(
             f"{train.path}: no training row has the label"
             f" {', '.join(map(repr, sorted(lost)[:8]))}; the model can't learn it and"
-            f" is wrong on the {rows} held-out rows that have it (the first is line"
-            f" {test.lines[first]})",
+            f" is wrong on the {len(lines)} held-out rows that have it (the first is"
+            f" line {lines[0]})",
             stacklevel=3,
         )
 
 
-def _marks(
-    decimal: str | None, thousands: str | None, label_kind: str
-) -> tuple[str | None, str | None]:
-    """The two marks, if they and the kind of label are possible."""
+def _check_label_kind(label_kind: str) -> None:
     if label_kind not in LABEL_KINDS:
         raise DataError(
             f"label_kind is {label_kind!r}{nearest(str(label_kind), LABEL_KINDS)}",
             where="label_kind",
             remedy=f"use one of {', '.join(LABEL_KINDS)}",
         )
+
+
+def _marks(decimal: str | None, thousands: str | None) -> Marks:
+    """Return the two marks, if they are possible."""
     if decimal not in (None, ".", ","):
         raise DataError(
             f"decimal is {decimal!r}",
             where="decimal",
             remedy="use '.' or ',', or leave it out",
         )
-    if thousands not in (None, "", ",", ".", " ", "'") or (
-        thousands is not None and thousands == decimal
-    ):
+    the_same = thousands is not None and thousands == decimal
+    if the_same or thousands not in (None, "", ",", ".", " ", "'"):
         raise DataError(
             f"thousands is {thousands!r} with decimal {decimal!r}",
             where="thousands",
@@ -317,365 +329,62 @@ def _marks(
         )
     if decimal is None and thousands in (",", "."):
         decimal = "." if thousands == "," else ","
-    return decimal, thousands
-
-
-@dataclass(frozen=True)
-class _Raw:
-    """Stripped cells by column, and the line in the file at which each row starts.
-
-    Attributes:
-      settings: arguments that whoever reads an error can set.
-      own: whether the schema is made of this file, not of another.
-    """
-
-    path: str
-    label: str
-    columns: dict[str, list[str]]
-    lines: list[int]
-    settings: Collection[str] = SETTINGS
-    own: bool = True
-    # by column, for `_parsed`
-    parsed: dict[str, dict[str, float | None]] = field(default_factory=dict)
-
-    def rows(self, indices: np.ndarray) -> _Raw:
-        chosen = indices.tolist()
-        columns = {
-            name: [cells[i] for i in chosen] for name, cells in self.columns.items()
-        }
-        return _Raw(
-            self.path,
-            self.label,
-            columns,
-            [self.lines[i] for i in chosen],
-            self.settings,
-            self.own,
-        )
-
-    def error(
-        self,
-        what: str,
-        column: str,
-        cells: Collection[str],
-        remedy: str,
-    ) -> DataError:
-        """An error at the first row whose cell in `column` is among `cells`; it begins
-        with that cell.
-        """
-        row = next(i for i, cell in enumerate(self.columns[column]) if cell in cells)
-        return DataError(
-            f"{self.columns[column][row]!r} {what}",
-            remedy=remedy,
-            where=f"{self.path}, line {self.lines[row]}, column {column!r}",
-        )
-
-    def advice(self, *ways: str | tuple[str, str]) -> str:
-        """A remedy of several ways; one that needs a setting is a pair (setting, way),
-        and left out if there is none.
-        """
-        known = self.settings if self.own else ()
-        possible = [
-            way if isinstance(way, str) else way[1]
-            for way in ways
-            if isinstance(way, str) or way[0] in known
-        ]
-        return ", or ".join(
-            [", ".join(possible[:-1]), possible[-1]] if len(possible) > 1 else possible
-        )
-
-    def hint(self, *ways: tuple[str, str]) -> str:
-        """A remedy as a part of a sentence, empty if nothing can be set."""
-        return f": {', '.join(way for setting, way in ways if setting in self.settings)}".rstrip(
-            ": "
-        )
-
-    def check(
-        self,
-        names: Iterable[str],
-        purpose: str,
-    ) -> None:
-        """Check that all of these are columns."""
-        for name in names:
-            if name not in self.columns:
-                raise DataError(
-                    f"there is no column {name!r}"
-                    f" {purpose}{nearest(name, self.columns)}",
-                    where=self.path,
-                    remedy=f"name some of {_listed(self.columns)}",
-                )
-
-
-def _listed(names: Iterable[str]) -> str:
-    first = list(itertools.islice(names, NAMED + 1))
-    return ", ".join(first[:NAMED]) + ", ..." * (len(first) > NAMED)
-
-
-def _read(
-    path: str | Path,
-    label: str,
-    delimiter: str | None,
-    settings: Collection[str],
-) -> _Raw:
-    """The file's cells, every row as wide as the header."""
-    text = _text(path)
-    if not text.strip():
-        raise DataError(
-            "the file is empty", where=path, remedy="give a CSV file with a header"
-        )
-    line, _, rest = text.partition("\n")
-    # as Excel says it, above the header
-    if line.startswith("sep=") and len(line.rstrip()) == len("sep=;"):
-        delimiter = line[len("sep=")] if delimiter is None else delimiter
-        text = f"\n{rest}"
-    separator = (
-        _separator(delimiter)
-        if delimiter is not None
-        else _found_separator(text, label)
-    )
-    other = (
-        [
-            (
-                "set `delimiter` if another character separates the cells"
-                if delimiter is None
-                else "correct `delimiter`, or leave it out"
-            )
-        ]
-        if "delimiter" in settings
-        else []
-    )
-
-    rows = []
-    lines = []
-    start = 1
-    reader = csv.reader(
-        io.StringIO(text, newline=""),
-        skipinitialspace=True,
-        strict=True,
-        delimiter=separator,
-    )
-    try:
-        for row in reader:
-            if row:
-                rows.append(row)
-                lines.append(start)
-            start = reader.line_num + 1
-    except csv.Error as error:
-        ways = [
-            'close every quote, and write a quote inside a quoted cell as ""',
-            *([] if rows else other),
-        ]
-        raise DataError(
-            f"the line is not CSV: {error}",
-            where=f"{path}, line {start}",
-            remedy="; ".join(ways),
-        ) from error
-
-    header = _header(
-        rows.pop(0),
-        label,
-        f"{path}, line {lines.pop(0)}",
-        other,
-    )
-    if not rows:
-        raise DataError(
-            "the file has a header but no rows",
-            where=path,
-            remedy="give at least one row",
-        )
-    _check_widths(rows, lines, header, separator, path)
-    columns = {
-        name: list(map(str.strip, cells))
-        for name, cells in zip(header, zip(*rows, strict=True), strict=True)
-    }
-    return _Raw(
-        str(path),
-        label,
-        columns,
-        lines,
-        settings,
-    )
-
-
-def _text(path: str | Path) -> str:
-    """The file's characters; of UTF-16 if it says so in its first bytes, as Excel's
-    "Unicode text" does.
-    """
-    data = read_bytes(path)
-    for mark, name in (
-        (b"PK\x03\x04", "a ZIP archive, as .xlsx workbooks are"),
-        (b"PAR1", "a Parquet file"),
-        (b"\xd0\xcf\x11\xe0", "an old .xls workbook"),
-        (b"SQLite format 3", "an SQLite database"),
-    ):
-        if data.startswith(mark):
-            raise DataError(
-                f"the file is {name}, not text",
-                where=path,
-                remedy="export the table as a CSV file",
-            )
-    # the mark of UTF-32 begins with that of UTF-16
-    encoding = next(
-        (
-            name
-            for mark, name in (
-                (codecs.BOM_UTF32_LE, "utf-32"),
-                (codecs.BOM_UTF32_BE, "utf-32"),
-                (codecs.BOM_UTF16_LE, "utf-16"),
-                (codecs.BOM_UTF16_BE, "utf-16"),
-            )
-            if data.startswith(mark)
-        ),
-        "utf-8-sig",
-    )
-    if encoding == "utf-8-sig" and b"\0" in data:
-        line = data[: data.index(b"\0")].count(b"\n") + 1
-        raise DataError(
-            "the file has zero bytes: it is no text, or UTF-16 without its mark",
-            where=f"{path}, line {line}",
-            remedy="save the file as UTF-8, e.g. iconv -f utf-16le -t utf-8",
-        )
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        byte = error.object[error.start]
-        name = encoding.upper().removesuffix("-SIG")
-        # 0x80 to 0x9f are the euro, quotes and dashes of Windows; nothing in Latin-1
-        remedy = (
-            "save the file as UTF-8, e.g. iconv -f"
-            f" {'cp1252' if 0x80 <= byte < 0xA0 else 'latin1'} -t utf-8"
-            if encoding == "utf-8-sig"
-            else "save the file as UTF-8: it is cut short or damaged"
-        )
-        raise DataError(
-            f"byte {byte:#04x} is not {name} text",
-            where=f"{path}, line {line}",
-            remedy=remedy,
-        ) from error
-
-
-def _separator(delimiter: str) -> str:
-    separator = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter)
-    if len(separator) != 1 or separator in '"\r\n':
-        raise DataError(
-            f"delimiter is {delimiter!r}, not one character",
-            where="delimiter",
-            remedy="give one character, or 'tab', or leave it out",
-        )
-    return separator
-
-
-def _found_separator(text: str, label: str) -> str:
-    """What separates the cells: the candidate whose header has the label, and whose
-    rows are as wide as it.
-    """
-
-    def fit(separator: str) -> tuple[bool, float, int]:
-        reader = csv.reader(
-            io.StringIO(text[: 1 << 20], newline=""),
-            skipinitialspace=True,
-            strict=True,
-            delimiter=separator,
-        )
-        rows: list[list[str]] = []
-        try:
-            for row in filter(None, reader):
-                rows.append(row)
-                if len(rows) > LOOKED_AT:
-                    break
-        # of a wrong separator, or of the text itself, which is read again
-        except csv.Error:
-            pass
-        if not rows or len(rows[0]) < 2:
-            return False, 0.0, 0
-        width = len(rows[0])
-        alike = sum(len(row) == width for row in rows) / len(rows)
-        return label in [cell.strip() for cell in rows[0]], alike, width
-
-    return max(DELIMITERS, key=fit)  # the first of equals
-
-
-def _check_widths(
-    rows: list[list[str]],
-    lines: list[int],
-    header: list[str],
-    separator: str,
-    path: str | Path,
-) -> None:
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) == len(header):
-            continue
-        remedy = (
-            "make the row as wide as the header; quote cells that contain"
-            f" {DELIMITERS.get(separator, repr(separator))}"
-        )
-        if all(len(row) == len(header) + 1 for row in rows):
-            remedy = (
-                "name every column: the header has one cell less than each row, for row"
-                " names perhaps"
-            )
-        raise DataError(
-            f"expected {len(header)} cells, found {len(row)}",
-            where=f"{path}, line {line}",
-            remedy=remedy,
-        )
-
-
-def _header(
-    cells: list[str],
-    label: str,
-    where: str,
-    other: list[str],
-) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    for position, name in enumerate(header):
-        if not name:
-            raise DataError(
-                f"column {position + 1} has no name",
-                where=where,
-                remedy=(
-                    "name it in the header; if it only counts rows, leave it out"
-                    " (pandas: index=False)"
-                ),
-            )
-        if name in header[:position]:
-            raise DataError(
-                f"column {name!r} is there twice",
-                where=where,
-                remedy="give each column a name of its own",
-            )
-    if label not in header:
-        raise DataError(
-            f"there is no label column {label!r}{nearest(label, header)}",
-            where=where,
-            remedy="; ".join(
-                [
-                    f"name one of {_listed(header)} as the label",
-                    *(other if len(header) == 1 else ()),
-                ]
-            ),
-        )
-    if len(header) == 1:
-        raise DataError(
-            f"{label!r} is the only column",
-            where=where,
-            remedy="; ".join(["give columns to predict it from", *other]),
-        )
-    return header
+    return Marks(decimal, thousands)
 
 
 def _fit(
-    raw: _Raw,
-    train: _Raw,
+    raw: RawTable,
+    train: RawTable,
     categorical: Sequence[str],
     ignore: Sequence[str],
     missing: Sequence[str],
-    marks: tuple[str | None, str | None],
+    marks: Marks,
     label_kind: str,
 ) -> Schema:
-    """The schema: kinds, notations and classes by all rows, edges and vocabularies by
-    those to train on.
+    """Return the schema.
+
+    Kinds, notations and classes are those of all rows, `raw`; edges and vocabularies
+    those of the rows to train on.
     """
+    absent = frozenset(missing)
+    used = _columns_to_use(raw, categorical, ignore)
+    maybe_numeric = [name for name in used if name not in categorical]
+    notations, decimal = _notations(raw, maybe_numeric, absent, marks)
+
+    numbers = {}
+    edges = []
+    vocabularies = {}
+    for name in used:
+        cells = train.columns[name]
+        if name in notations and not absent.issuperset(cells):
+            numbers[name] = notations[name]
+            values = _numbers(train, name, absent, notations[name])
+            edges.append(_quantiles(values))
+        else:
+            vocabularies[name] = tuple(sorted(set(cells) - absent))
+
+    label_is_categorical = raw.label in categorical
+    classes, label_notation = _label(
+        raw, label_is_categorical, absent, marks, decimal, label_kind
+    )
+    return Schema(
+        label=raw.label,
+        classes=classes,
+        numbers=tuple(numbers),
+        edges=tuple(edges),
+        categories=tuple(vocabularies),
+        vocabularies=tuple(vocabularies.values()),
+        missing=tuple(missing),
+        notations=tuple(numbers.values()),
+        label_notation=label_notation,
+    )
+
+
+def _columns_to_use(
+    raw: RawTable,
+    categorical: Sequence[str],
+    ignore: Sequence[str],
+) -> list[str]:
     raw.check(categorical, "to be categorical")
     raw.check(ignore, "to be ignored")
     if raw.label in ignore:
@@ -684,7 +393,7 @@ def _fit(
             where=raw.path,
             remedy="take it out of `ignore`",
         )
-    absent = frozenset(missing)
+
     used = [name for name in raw.columns if name != raw.label and name not in ignore]
     if not used:
         raise DataError(
@@ -692,234 +401,101 @@ def _fit(
             where=raw.path,
             remedy="take some out of `ignore`",
         )
+    return used
 
-    spelled, proved = _notations(
-        raw,
-        [name for name in used if name not in categorical],
-        absent,
-        marks,
-    )
-    numbers = []
-    edges = []
-    notations = []
-    categories = []
-    vocabularies = []
-    for name in used:
-        cells = train.columns[name]
-        if name in spelled and not absent.issuperset(cells):
-            numbers.append(name)
-            notations.append(spelled[name])
-            edges.append(
-                _quantiles(
-                    _numbers(
-                        train,
-                        name,
-                        absent,
-                        spelled[name],
-                    )
-                )
-            )
-        else:
-            categories.append(name)
-            vocabularies.append(tuple(sorted(set(cells) - absent)))
-    classes, label_notation = _label(
-        raw, raw.label in categorical, absent, marks, proved, label_kind
-    )
-    return Schema(
-        raw.label,
-        classes,
-        tuple(numbers),
-        tuple(edges),
-        tuple(categories),
-        tuple(vocabularies),
-        tuple(missing),
-        tuple(notations),
-        label_notation,
-    )
+
+# ---- how columns spell their numbers ----
 
 
 def _notations(
-    raw: _Raw,
+    raw: RawTable,
     names: Sequence[str],
     absent: frozenset[str],
-    marks: tuple[str | None, str | None],
+    marks: Marks,
     proved: str | None = None,
 ) -> tuple[dict[str, Notation], str | None]:
-    """(how the numeric ones of these columns spell their numbers, the decimal mark that
-    the file is proved to have).
+    """Find out how columns spell their numbers.
 
-    A file has one decimal mark: where a column leaves open which one, the others
+    A file has one decimal mark: if a column leaves open which one, the other columns
     decide, or what is `proved` already.
+
+    Returns:
+      the notation of each column that is numeric, and the decimal mark that the file is
+      proved to have.
     """
     counts = {
         name: Counter(cell for cell in raw.columns[name] if cell not in absent)
         for name in names
     }
-    looks = {name: look(found, *marks) for name, found in counts.items()}
-    proofs = {
-        decimal_of(counts[name], found.notation)
-        for name, found in looks.items()
-        if found.kind == "numbers"
-    }
-    proofs = (proofs | {proved}) - {None}
-    decimal = proofs.pop() if len(proofs) == 1 else None
-    if decimal is not None and marks[0] is None:
-        for name, found in looks.items():
-            open_to_both = found.kind == "ambiguous" or (
-                found.kind == "numbers"
-                and found.notation.decimal != decimal
-                and any(found.notation.decimal in cell for cell in counts[name])
+    looks = {name: look(cells, *marks) for name, cells in counts.items()}
+    decimal = _proved_decimal(counts, looks, proved)
+    if decimal is not None and marks.decimal is None:
+        for name in names:
+            if _is_open_to_both(looks[name], decimal, counts[name]):
+                again = look(counts[name], decimal, marks.thousands)
+                if again.kind == "numbers":
+                    looks[name] = again
+
+    for name, seen in looks.items():
+        if seen.kind == "codes" and name != raw.label:
+            examples = ", ".join(map(repr, seen.cells[:3]))
+            hint = raw.hint(
+                ("categorical", "name it in `categorical` if that is meant"),
+                ("ignore", "in `ignore` to leave the column out"),
             )
-            if open_to_both:
-                again = look(
-                    counts[name],
-                    decimal,
-                    marks[1],
-                )
-                looks[name] = again if again.kind == "numbers" else found
-    for name, found in looks.items():
-        if found.kind == "codes" and name != raw.label:
-            examples = ", ".join(map(repr, found.cells[:3]))
             warnings.warn(
                 f"{raw.path}, column {name!r}: most of its distinct cells are numbers,"
                 f" others are not ({examples}, ...); each is taken for a category"
-                + raw.hint(
-                    ("categorical", "name it in `categorical` if that is meant"),
-                    ("ignore", "in `ignore` to leave the column out"),
-                ),
+                f"{hint}",
                 stacklevel=4,
             )
-        if found.kind not in ("numbers", "categories", "codes"):
-            raise _not_read(raw, name, found, counts[name])
-    return {
-        name: found.notation for name, found in looks.items() if found.kind == "numbers"
-    }, decimal
+        if seen.kind not in ("numbers", "categories", "codes"):
+            raise not_read(raw, name, seen, counts[name])
+    numeric = {
+        name: seen.notation for name, seen in looks.items() if seen.kind == "numbers"
+    }
+    return numeric, decimal
 
 
-def _not_read(
-    raw: _Raw,
-    name: str,
-    found: Look,
+def _proved_decimal(
+    counts: dict[str, Counter[str]],
+    looks: dict[str, Look],
+    proved: str | None,
+) -> str | None:
+    """Return the decimal mark, if all columns that prove one prove the same."""
+    proofs = {proved}
+    for name, seen in looks.items():
+        if seen.kind == "numbers":
+            proofs.add(decimal_of(counts[name], seen.notation))
+    proofs.discard(None)
+    return proofs.pop() if len(proofs) == 1 else None
+
+
+def _is_open_to_both(
+    seen: Look,
+    decimal: str,
     counts: Counter[str],
-) -> DataError:
-    """The error for a column that looks like numbers or dates, but can't be read as
-    such.
-    """
-    rows = sum(counts[cell] for cell in found.cells)
-    share = (
-        f"{rows} of the column's {counts.total()} cells"
-        f" ({100 * rows / counts.total():.0f} %)"
-    )
-    examples = ", ".join(map(repr, found.cells[:4])) + ", ..." * (len(found.cells) > 4)
-    classes = (
-        ("label_kind", "set `label_kind` to 'classes'")
-        if name == raw.label
-        else (
-            "categorical",
-            f"name {name!r} in `categorical` to keep each as a category",
-        )
-    )
-    left_out = (
-        ()
-        if name == raw.label
-        else (("ignore", "name it in `ignore` to leave the column out"),)
-    )
+) -> bool:
+    """Whether a column may be read with the file's decimal mark, but was not."""
+    if seen.kind == "ambiguous":
+        return True
+    if seen.kind != "numbers" or seen.notation.decimal == decimal:
+        return False
+    return any(seen.notation.decimal in cell for cell in counts)
 
-    if found.kind == "ambiguous":
-        first = found.cells[0]
-        as_decimal = first.replace(found.notation.thousands, found.notation.decimal)
-        what = (
-            f"may be {as_decimal} with a decimal mark or"
-            f" {first.replace(found.notation.thousands, '')} with thousands"
-        )
-        mark = found.notation.thousands
-        return raw.error(
-            f"{what}, and nothing in the file tells which: so are {share}",
-            name,
-            found.cells,
-            raw.advice(
-                ("decimal", f"set `decimal` to {mark!r} for the one"),
-                ("thousands", f"`thousands` to {mark!r} for the other"),
-                f"write the numbers without {mark!r} as thousands",
-                classes,
-                *left_out,
-            ),
-        )
-    if found.kind == "dates":
-        return raw.error(
-            f"is a date or a time, and so are {share}",
-            name,
-            found.cells,
-            raw.advice(
-                "write it as numbers (days since the first, the month, the weekday)",
-                *left_out,
-                classes,
-            ),
-        )
-    if found.kind == "units":
-        around = found.notation.unit.replace("#", "")
-        return raw.error(
-            f"is a number with {around!r}, and so are {share}",
-            name,
-            found.cells,
-            raw.advice(
-                f"write the numbers alone, without {around!r}", classes, *left_out
-            ),
-        )
-    if found.kind == "marks":
-        return raw.error(
-            "is a number, but not with the marks that `decimal` and `thousands` set;"
-            f" so are {share}",
-            name,
-            found.cells,
-            raw.advice("leave the two out, or correct them", classes, *left_out),
-        )
-    if found.kind == "notations":
-        return raw.error(
-            f"is a number that is spelled otherwise than others of the column: {share}"
-            f" are such, {examples}",
-            name,
-            found.cells,
-            raw.advice(
-                "write all numbers of the column in one way and one unit",
-                classes,
-                *left_out,
-            ),
-        )
-    ways: list[str | tuple[str, str]] = []
-    if name == raw.label:
-        ways.append("write numbers, and leave rows without a label out")
-    elif len(found.cells) <= MOST_WORDS:
-        ways.append(
-            (
-                "missing",
-                (
-                    f"add {', '.join(map(repr, found.cells))} to `missing` if no value"
-                    " is meant"
-                ),
-            )
-        )
-        ways.append("write a number or nothing instead")
-    return raw.error(
-        f"is no number, as most of the column's distinct cells are; {share} are not:"
-        f" {examples}",
-        name,
-        found.cells,
-        raw.advice(*ways, classes, *left_out),
-    )
+
+# ---- the label ----
 
 
 def _label(
-    raw: _Raw,
+    raw: RawTable,
     categorical: bool,
     absent: frozenset[str],
-    marks: tuple[str | None, str | None],
+    marks: Marks,
     proved: str | None,
     label_kind: str,
 ) -> tuple[tuple[str, ...] | None, Notation]:
-    """(the label's values in order, or None for a quantity; how a quantity is
-    spelled).
-    """
+    """Return the label's classes in order, or None for a quantity and its notation."""
     values = _label_values(raw, absent)
     if categorical and label_kind == "quantity":
         raise DataError(
@@ -936,42 +512,49 @@ def _label(
             "give rows of at least two classes (or quantities); there is nothing to"
             " learn from one",
         )
-    if label_kind == "quantity" or (
-        label_kind == "auto" and not categorical and len(values) > MOST_CLASSES
-    ):
-        notation = _notations(raw, [raw.label], absent, marks, proved)[0].get(raw.label)
-        if notation is not None:
+
+    may_be_quantity = not categorical and len(values) > MOST_CLASSES
+    if label_kind == "quantity" or (label_kind == "auto" and may_be_quantity):
+        notations, _ = _notations(
+            raw,
+            [raw.label],
+            absent,
+            marks,
+            proved,
+        )
+        if raw.label in notations:
+            notation = notations[raw.label]
             _numbers(raw, raw.label, absent, notation)  # for its errors
             return None, notation
         if label_kind == "quantity":
-            bad = {value for value in values if plain_number(value) is None}
-            raise raw.error(
-                f"is one of {len(bad)} distinct labels that are no numbers, but the"
-                " label is to be a quantity",
-                raw.label,
-                bad,
-                raw.advice(
-                    "write numbers",
-                    ("label_kind", "set `label_kind` to 'classes' or 'auto'"),
-                    "name another column as the label",
-                ),
-            )
-
-    parsed = {value: plain_number(value) for value in values}
-    if all(each is not None for each in parsed.values()):
-        return (
-            tuple(
-                sorted(
-                    values,
-                    key=lambda value: (parsed[value], value),
-                )
-            ),
-            Notation(),
-        )
-    return tuple(sorted(values)), Notation()
+            raise _no_quantity(raw, values)
+    return _ordered_classes(values), Notation()
 
 
-def _label_values(raw: _Raw, absent: frozenset[str]) -> set[str]:
+def _no_quantity(raw: RawTable, values: set[str]) -> DataError:
+    bad = {value for value in values if plain_number(value) is None}
+    return raw.error(
+        f"is one of {len(bad)} distinct labels that are no numbers, but the"
+        " label is to be a quantity",
+        raw.label,
+        bad,
+        raw.advice(
+            "write numbers",
+            ("label_kind", "set `label_kind` to 'classes' or 'auto'"),
+            "name another column as the label",
+        ),
+    )
+
+
+def _ordered_classes(values: set[str]) -> tuple[str, ...]:
+    """Return classes in the order of their numbers, if all are numbers, else sorted."""
+    numbers = {value: plain_number(value) for value in values}
+    if None in numbers.values():
+        return tuple(sorted(values))
+    return tuple(sorted(values, key=lambda value: (numbers[value], value)))
+
+
+def _label_values(raw: RawTable, absent: frozenset[str]) -> set[str]:
     values = set(raw.columns[raw.label])
     if values & absent:
         raise raw.error(
@@ -986,7 +569,10 @@ def _label_values(raw: _Raw, absent: frozenset[str]) -> set[str]:
     return values
 
 
-def _encode(raw: _Raw, schema: Schema) -> Arrays:
+# ---- from cells to arrays ----
+
+
+def _encode(raw: RawTable, schema: Schema) -> Arrays:
     absent = frozenset(schema.missing)
     for name in (*schema.numbers, *schema.categories):
         if name not in raw.columns:
@@ -996,72 +582,74 @@ def _encode(raw: _Raw, schema: Schema) -> Arrays:
                 where=raw.path,
                 remedy="give a table with the training table's columns",
             )
+
     inputs = {}
     if schema.numbers:
         notations = schema.notations or (Notation(),) * len(schema.numbers)
-        inputs["numbers"] = np.stack(
-            [
-                _numbers(raw, name, absent, notation)
-                for name, notation in zip(schema.numbers, notations, strict=True)
-            ],
-            axis=1,
-        )
-    if schema.categories:
-        codes = [
-            {value: i for i, value in enumerate(values, 1)}
-            for values in schema.vocabularies
+        numbers = [
+            _numbers(raw, name, absent, notation)
+            for name, notation in zip(schema.numbers, notations, strict=True)
         ]
-        inputs["categories"] = np.stack(
-            [
-                _codes(raw.columns[name], code, 0)
-                for name, code in zip(schema.categories, codes, strict=True)
-            ],
-            axis=1,
-        )
+        inputs["numbers"] = np.stack(numbers, axis=1)
+    if schema.categories:
+        categories = [
+            _codes(raw.columns[name], _numbered(values, first=1), 0)
+            for name, values in zip(schema.categories, schema.vocabularies, strict=True)
+        ]
+        inputs["categories"] = np.stack(categories, axis=1)
+    return Arrays(inputs, _encode_label(raw, schema, absent))
+
+
+def _encode_label(
+    raw: RawTable,
+    schema: Schema,
+    absent: frozenset[str],
+) -> np.ndarray:
     values = _label_values(raw, absent)
     if schema.classes is None:
-        return Arrays(
-            inputs,
-            _numbers(
-                raw,
-                raw.label,
-                absent,
-                schema.label_notation,
-            ),
-        )
+        return _numbers(raw, raw.label, absent, schema.label_notation)
+
+    cells = raw.columns[raw.label]
     unseen = values.difference(schema.classes)
     if unseen:
-        near = nearest(
-            next(cell for cell in raw.columns[raw.label] if cell in unseen),
-            schema.classes,
-        )
+        first = next(cell for cell in cells if cell in unseen)
+        near = nearest(first, schema.classes)
         raise raw.error(
             f"is not among the labels of the training table{near}",
             raw.label,
             unseen,
-            f"correct the cell (the labels are {_listed(schema.classes)}), leave its"
+            f"correct the cell (the labels are {listed(schema.classes)}), leave its"
             " rows out, or put rows with this label into the training table, and train"
             " again",
         )
-    return Arrays(
-        inputs,
-        _codes(
-            raw.columns[raw.label],
-            {value: i for i, value in enumerate(schema.classes)},
-            -1,
-        ),
-    )
+    return _codes(cells, _numbered(schema.classes, first=0), -1)
+
+
+def _numbered(values: Sequence[str], first: int) -> dict[str, int]:
+    return {value: i for i, value in enumerate(values, first)}
+
+
+def _numbers(
+    raw: RawTable,
+    name: str,
+    absent: frozenset[str],
+    notation: Sequence[str] = Notation(),
+) -> np.ndarray:
+    """Return a numeric column as float32 (n,), NaN where missing."""
+    parsed = _parsed(raw, name, absent, notation)
+    bad = {cell for cell, value in parsed.items() if value is None}
+    if bad:
+        raise _no_number(raw, name, bad, Notation(*notation))
+    return _codes(raw.columns[name], parsed, math.nan, np.float32)
 
 
 def _parsed(
-    raw: _Raw,
+    raw: RawTable,
     name: str,
     absent: frozenset[str],
     notation: Sequence[str],
 ) -> dict[str, float | None]:
-    """Each distinct cell of a column that is not missing, and the number that it
-    spells.
-    """
+    """Return the number that each distinct cell of a column spells, if it does."""
     if name not in raw.parsed:
         how = Notation(*notation)
         raw.parsed[name] = {
@@ -1070,55 +658,34 @@ def _parsed(
     return raw.parsed[name]
 
 
-def _numbers(
-    raw: _Raw,
+def _no_number(
+    raw: RawTable,
     name: str,
-    absent: frozenset[str],
-    notation: Sequence[str] = Notation(),
-) -> np.ndarray:
-    """A numeric column as float32 (n,), NaN where missing."""
-    parsed = _parsed(raw, name, absent, notation)
-    bad = {cell for cell, value in parsed.items() if value is None}
-    if bad:
-        how = (
-            ""
-            if Notation(*notation) == Notation()
-            else f" (they are spelled like {_example(Notation(*notation))})"
-        )
-        others = (
-            "as the column's other cells are"
-            if raw.own
-            else "as the training table's are"
-        )
-        word = next(cell for cell in raw.columns[name] if cell in bad)
-        label = name == raw.label
-        raise raw.error(
-            f"is not a finite number, {others}{how}",
-            name,
-            bad,
-            raw.advice(
-                "correct the cell",
-                *([] if label else [("missing", f"add {word!r} to `missing`")]),
-                *(
-                    [("label_kind", "set `label_kind` to 'classes'")]
-                    if label
-                    else [
-                        ("categorical", f"name {name!r} in `categorical`"),
-                        ("ignore", "name it in `ignore`"),
-                    ]
-                ),
-                *(
-                    []
-                    if raw.own
-                    else ["read the training table anew with the column as it is here"]
-                ),
-            ),
-        )
-    return _codes(
-        raw.columns[name],
-        parsed,
-        math.nan,
-        np.float32,
+    bad: set[str],
+    notation: Notation,
+) -> DataError:
+    others = "the training table's are"
+    if raw.own:
+        others = "the column's other cells are"
+    spelled = ""
+    if notation != Notation():
+        spelled = f" (they are spelled like {_example(notation)})"
+
+    word = next(cell for cell in raw.columns[name] if cell in bad)
+    ways: list[str | tuple[str, str]] = ["correct the cell"]
+    if name == raw.label:
+        ways.append(("label_kind", "set `label_kind` to 'classes'"))
+    else:
+        ways.append(("missing", f"add {word!r} to `missing`"))
+        ways.append(("categorical", f"name {name!r} in `categorical`"))
+        ways.append(("ignore", "name it in `ignore`"))
+    if not raw.own:
+        ways.append("read the training table anew with the column as it is here")
+    return raw.error(
+        f"is not a finite number, as {others}{spelled}",
+        name,
+        bad,
+        raw.advice(*ways),
     )
 
 
@@ -1133,40 +700,28 @@ def _codes(
     default: float,
     dtype: type = np.int32,
 ) -> np.ndarray:
-    return np.fromiter(
-        map(
-            codes.get,
-            cells,
-            itertools.repeat(default),
-        ),
-        dtype,
-        len(cells),
-    )
+    values = map(codes.get, cells, itertools.repeat(default))
+    return np.fromiter(values, dtype, len(cells))
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, ...]:
-    """Edges of at most BINS bins. A value that fills a bin alone is an edge; the others
-    share what is left.
+    """Return the edges of at most BINS bins.
+
+    A value that fills a bin alone is an edge; the others share the edges that are left,
+    at their quantiles.
     """
     present = values[~np.isnan(values)].astype(np.float64)
     distinct, counts = np.unique(present, return_counts=True)
     frequent = distinct[counts >= len(present) / BINS][: BINS - 1]
     rest = present[~np.isin(present, frequent)]
+    edges = frequent
     if rest.size:
-        frequent = np.append(
-            frequent,
-            np.quantile(
-                rest,
-                np.linspace(
-                    0,
-                    1,
-                    BINS + 1 - len(frequent),
-                ),
-            ),
-        )
+        shares = np.linspace(0, 1, BINS + 1 - len(frequent))
+        edges = np.append(frequent, np.quantile(rest, shares))
+
     # Both casts matter: quantiles are interpolated in float64, and edges must still
     # differ in float32.
-    return tuple(np.unique(frequent.astype(np.float32)).tolist())
+    return tuple(np.unique(edges.astype(np.float32)).tolist())
 
 
 def _tuples(value: Any) -> Any:

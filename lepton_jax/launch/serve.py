@@ -28,7 +28,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from html import escape
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,8 @@ from lepton_jax.launch.cluster import joined, split
 from lepton_jax.launch.supervise.record import HostRecord
 from lepton_jax.launch.supervise.verdict import Place
 from lepton_jax.launch.supervise.watchdog import reading
-from lepton_jax.monitor import Watch, encode, prometheus, stragglers
-from lepton_jax.monitor.page import STYLE
-from lepton_jax.monitor.progress import duration, number
+from lepton_jax.monitor import Watch, encode, prometheus
+from lepton_jax.monitor.status_page import status_html
 
 # assumptions
 MOST = 1 << 14  # bytes of a request, half of them for its body
@@ -371,7 +369,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "text/plain; version=0.0.4; charset=utf-8", prometheus(found).encode()
 
     def _page(self, found: Mapping[str, Any]) -> tuple[str, bytes]:
-        return "text/html; charset=utf-8", page(found).encode(
+        return "text/html; charset=utf-8", status_html(found).encode(
             "utf-8", "xmlcharrefreplace"
         )
 
@@ -403,70 +401,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-
-def page(found: Mapping[str, Any]) -> str:
-    """The status as a page that needs nothing else, and comes anew every five
-    seconds.
-    """
-    evaluation = found["evaluation"]
-    seconds = found["seconds"]
-    rate = (
-        ""
-        if found["steps_per_second"] is None
-        else f"{number(found['steps_per_second'])} steps/s"
-    )
-    tiles = [
-        (
-            "step",
-            f"{found['step']:,}",
-            f"of {found['until']:,}" if found["until"] else "",
-        ),
-        ("loss", _figure(found["loss"]), "of the last step"),
-        *(
-            (f"evaluation {name}", _figure(x), f"at step {evaluation['step'] or 0:,}")
-            for name, x in (evaluation["metrics"].items() if evaluation else ())
-        ),
-        ("samples per second", _figure(found["samples_per_second"]), rate),
-        ("waits for data", _percent(found["data_share"]), "of the last minute"),
-        ("goodput", _percent(found["goodput"]), f"of {duration(seconds['wall'])}"),
-        ("restarts", str(found["restarts"]), f"{found['rollbacks']} rollbacks"),
-        (
-            "ETA",
-            "" if found["eta"] is None else duration(found["eta"]),
-            "if nothing fails",
-        ),
-    ]
-    shown = "".join(
-        f"<div><dt>{escape(a)}</dt><dd>{escape(b) or '-'}</dd><small>{escape(c)}</small></div>"
-        for a, b, c in tiles
-    )
-    kind = {"finished": "good", "diverged": "bad", "failed": "bad", "gone": "bad"}.get(
-        found["state"], "open"
-    )
-    hosts = stragglers.table(found["hosts"], found["slowest"])
-    name = escape(str(found["name"]))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta'
-        ' http-equiv="refresh" content="5">'
-        f'<title>{name}: {escape(found["state"])}</title><meta name="viewport"'
-        ' content="width=device-width, '
-        'initial-scale=1"><meta name="color-scheme" content="light'
-        f' dark"><style>{STYLE}</style></head><body><main><header>'
-        f'<h1>{name}</h1><p class="status"><b'
-        f' class="{kind}">{escape(found["state"])}</b>'
-        f"<span>{escape(found['reason'] or '')}</span><span>{escape(found['folder'])}</span></p></header>"
-        f'<dl class="tiles" style="--columns:{min(len(tiles), 5)}">{shown}</dl>'
-        f"{f'<section><h2>Hosts</h2>{hosts}</section>' if hosts else ''}</main></body></html>\n"
-    )
-
-
-def _figure(value: Any) -> str:
-    return number(value) if isinstance(value, int | float) else ""
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
 
 
 class Here:

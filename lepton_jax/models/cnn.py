@@ -9,11 +9,10 @@ from flax import nnx
 
 
 class CNN(nnx.Module):
-    """3x3 convolutions with ReLU and 2x2 max pooling between them, then one dense layer
-    and the logits.
+    """Convolutions, one dense layer and the logits.
 
-    The defaults are the classic MNIST network: 32-64-64 convolutions and 64 dense
-    units.
+    The convolutions are 3x3, with ReLU, and 2x2 max pooling between them. The defaults
+    are the classic MNIST network: 32-64-64 convolutions and 64 dense units.
 
     Args:
       classes: number of logits.
@@ -24,6 +23,9 @@ class CNN(nnx.Module):
       batch_norm: normalize after each convolution.
       dropout: share dropped, in training, before the dense layer and after it.
       rngs: streams `params` and, with dropout, `dropout`.
+
+    Raises:
+      ValueError: the images are too small, or the dropout is no share.
     """
 
     def __init__(
@@ -42,61 +44,55 @@ class CNN(nnx.Module):
         convs = []
         pools = []
         for i, features in enumerate(widths):
-            convs.append(
-                nnx.Conv(
-                    channels,
-                    features,
-                    (3, 3),
-                    padding=padding,
-                    use_bias=not batch_norm,
-                    rngs=rngs,
-                )
+            conv = nnx.Conv(
+                channels,
+                features,
+                (3, 3),
+                padding=padding,
+                use_bias=not batch_norm,
+                rngs=rngs,
             )
-            height, width = (
-                (height, width) if padding == "SAME" else (height - 2, width - 2)
-            )
+            convs.append(conv)
+            channels = features
+            if padding != "SAME":
+                height -= 2
+                width -= 2
             if min(height, width) < 1:
                 raise ValueError(
                     f"images of {tuple(size)} are too small for {len(widths)} {padding}"
                     " convolutions"
                 )
-            pools.append(i < len(widths) - 1 and min(height, width) >= 2)
-            height, width = (height // 2, width // 2) if pools[-1] else (height, width)
-            channels = features
+
+            is_last = i == len(widths) - 1
+            pools.append(not is_last and min(height, width) >= 2)
+            if pools[-1]:
+                height //= 2
+                width //= 2
+
         self.convs = nnx.List(convs)
         self.pools = tuple(pools)
         self.norms = nnx.List(
             [nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in widths if batch_norm]
         )
-        self.dense = nnx.Linear(
-            height * width * channels,
-            dense,
-            rngs=rngs,
-        )
-        self.out = nnx.Linear(
-            dense,
-            classes,
-            rngs=rngs,
-        )
+        self.dense = nnx.Linear(height * width * channels, dense, rngs=rngs)
+        self.out = nnx.Linear(dense, classes, rngs=rngs)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Images (batch, height, width, channels) to logits (batch, classes)."""
+        """Map images (batch, height, width, channels) to logits (batch, classes)."""
         for i, conv in enumerate(self.convs):
             x = conv(x)
             if self.norms:
                 x = self.norms[i](x)
             x = nnx.relu(x)
             if self.pools[i]:
-                x = nnx.max_pool(
-                    x,
-                    (2, 2),
-                    strides=(2, 2),
-                )
+                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+
         x = self._drop(x.reshape(x.shape[0], -1))
-        return self.out(self._drop(nnx.relu(self.dense(x))))
+        hidden = self._drop(nnx.relu(self.dense(x)))
+        return self.out(hidden)
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)

@@ -7,7 +7,12 @@ from flax import nnx
 
 
 class Logistic(nnx.Module):
-    """One linear layer to one logit; its sigmoid is the probability of class 1."""
+    """One linear layer to one logit, whose sigmoid is the probability of class 1.
+
+    Args:
+      features: numbers of a sample.
+      rngs: stream `params`.
+    """
 
     def __init__(
         self,
@@ -18,5 +23,5 @@ class Logistic(nnx.Module):
         self.linear = nnx.Linear(features, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Inputs (batch, features) to logits (batch,)."""
+        """Map inputs (batch, features) to logits (batch,)."""
         return self.linear(x)[:, 0]

@@ -16,6 +16,9 @@ class MLP(nnx.Module):
       features: widths from the inputs to the outputs, e.g. (784, 128, 10).
       dropout: share of the hidden units that are dropped in training.
       rngs: streams `params` and, with dropout, `dropout`.
+
+    Raises:
+      ValueError: there are fewer than two widths, or the dropout is no share.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class MLP(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Inputs (batch, ...), flattened, to outputs (batch, features[-1])."""
+        """Map inputs (batch, ...), flattened, to outputs (batch, features[-1])."""
         x = x.reshape(x.shape[0], -1)
         for layer in self.layers[:-1]:
             x = nnx.relu(layer(x))

@@ -9,29 +9,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lepton_jax.models.transformer import Decoder
+from lepton_jax.models.transformer import Decoder, usual_hidden
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts of which a router chooses a few for each token (Shazeer et al.
-    2017, "Outrageously Large Neural Networks"), as dense products over slots (Lepikhin
-    et al. 2020, "GShard", algorithm 1).
+    """SwiGLU experts, a few of which a router chooses for each token.
+
+    See Shazeer et al. 2017, "Outrageously Large Neural Networks"; the experts are
+    computed as dense products over slots (Lepikhin et al. 2020, "GShard", algorithm 1).
 
     Tokens are dealt with in groups. In a group each expert has ceil(chosen * group *
     capacity / experts) slots, but never more than a group has tokens. They fill up in
     the order of the tokens, all first choices before all second ones; a token that
-    finds no slot gets nothing from that expert. So where slots are short, later tokens'
-    first choices can cost a token its second one: strictly causal are only chosen=1 and
-    capacity >= experts / chosen.
+    finds no slot gets nothing from that expert. Say that four tokens choose among two
+    experts with three slots each, and that their first choices are A, A, B, A: then A
+    is full, B has two slots left, and of the second choices B, B, A, B the first two
+    find one. So if slots are short, later tokens' first choices can cost a token its
+    second one; only chosen=1 and capacity >= experts / chosen are strictly causal.
 
     Args:
       dim: width of the inputs and outputs.
       hidden: width of an expert.
       experts: how many there are.
-      chosen: experts a token goes to.
-      capacity: slots over what an even distribution would take.
-      group: tokens a group, at most; a sequence that is not longer is one group.
+      chosen: experts that a token goes to.
+      capacity: slots, as a multiple of those that an even distribution would take.
+      group: tokens of a group, at most; a sequence that is not longer is one group.
       rngs: stream `params`.
+
+    Raises:
+      ValueError: a token can't go to so few experts, or capacity or group are not
+        positive.
     """
 
     def __init__(
@@ -70,74 +77,59 @@ class Experts(nnx.Module):
         self.down = nnx.Param(init(rngs.params(), (experts, hidden, dim)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, length, dim) to the same."""
+        """Map (batch, length, dim) to the same shape."""
         batch, length, dim = x.shape
         group = min(self.group, length)
         if length % group:
             raise ValueError(
                 f"a length of {length} is no multiple of the group of {group} tokens"
             )
-        x = x.reshape(
-            batch,
-            length // group,
-            group,
-            dim,
-        )
+        x = x.reshape(batch, length // group, group, dim)
         dispatch, combine = self.route(x)
+
         # b: batch, g: group, s: token of a group, e: expert, c: slot, d: dim, h: hidden
         slots = jnp.einsum("bgsec,bgsd->ebgcd", dispatch, x)
-        gate = jnp.einsum(
-            "ebgcd,edh->ebgch",
-            slots,
-            self.gate[...],
-        )
-        up = jnp.einsum(
-            "ebgcd,edh->ebgch",
-            slots,
-            self.up[...],
-        )
-        slots = jnp.einsum(
-            "ebgch,ehd->ebgcd",
-            nnx.silu(gate) * up,
-            self.down[...],
-        )
-        return jnp.einsum("bgsec,ebgcd->bgsd", combine, slots).reshape(
-            batch, length, dim
-        )
+        gate = jnp.einsum("ebgcd,edh->ebgch", slots, self.gate[...])
+        up = jnp.einsum("ebgcd,edh->ebgch", slots, self.up[...])
+        hidden = nnx.silu(gate) * up
+        outputs = jnp.einsum("ebgch,ehd->ebgcd", hidden, self.down[...])
+        tokens = jnp.einsum("bgsec,ebgcd->bgsd", combine, outputs)
+        return tokens.reshape(batch, length, dim)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Who goes where: inputs (b, g, s, dim) to (dispatch, combine), both (b, g, s,
-        experts, slots).
+        """Decide which tokens go to which slots.
 
-        `dispatch` is 1 where a token takes a slot; `combine` is its gate there: the
-        router's probability, for more than one choice over the sum of the chosen ones'.
+        Args:
+          x: inputs (b, g, s, dim).
+
+        Returns:
+          (dispatch, combine), both (b, g, s, experts, slots). `dispatch` is 1 where a
+          token takes a slot; `combine` is its gate there: the router's probability, for
+          more than one choice over the sum of the chosen ones'.
         """
-        slots = min(
-            x.shape[2],
-            math.ceil(self.chosen * x.shape[2] * self.capacity / self.experts),
-        )
+        tokens = x.shape[2]
+        even = self.chosen * tokens * self.capacity / self.experts
+        slots = min(tokens, math.ceil(even))
         probabilities = jax.nn.softmax(self.router(x))
+
         left = probabilities
         taken = jnp.zeros((*x.shape[:2], 1, self.experts), jnp.int32)
         places = []
         gates = []
         for _ in range(self.chosen):
-            choice = jax.nn.one_hot(
-                left.argmax(-1),
-                self.experts,
-                dtype=jnp.int32,
-            )
-            slot = ((jnp.cumsum(choice, axis=2) - choice + taken) * choice).sum(-1)
+            expert = left.argmax(-1)
+            choice = jax.nn.one_hot(expert, self.experts, dtype=jnp.int32)
+            # a token's slot: the choices of the same expert by the tokens before it
+            before = jnp.cumsum(choice, axis=2) - choice + taken
+            slot = (before * choice).sum(-1)
             # one_hot gives zeros for a slot beyond the last: such a token is dropped
-            spot = jax.nn.one_hot(
-                slot,
-                slots,
-                dtype=x.dtype,
-            )
+            spot = jax.nn.one_hot(slot, slots, dtype=x.dtype)
             places.append(choice.astype(x.dtype)[..., None] * spot[..., None, :])
             gates.append((probabilities * choice).sum(-1)[..., None, None])
+
             taken = taken + choice.sum(2, keepdims=True)
             left = jnp.where(choice > 0, -1.0, left)
+
         if self.chosen > 1:
             total = sum(gates[1:], gates[0])
             gates = [gate / total for gate in gates]
@@ -145,21 +137,22 @@ class Experts(nnx.Module):
             place * gate.astype(x.dtype)
             for place, gate in zip(places, gates, strict=True)
         ]
-        return sum(places[1:], places[0]), sum(weighted[1:], weighted[0])
+        dispatch = sum(places[1:], places[0])
+        combine = sum(weighted[1:], weighted[0])
+        return dispatch, combine
 
 
 class MoELM(Decoder):
-    """The Llama shape of `TransformerLM` with a mixture of experts (`Experts`) in place
-    of each feed-forward layer.
+    """`TransformerLM` with a mixture of experts in place of each feed-forward layer.
 
     No balancing loss is added: a loss sees a model's outputs only. Watch the share of
     dropped tokens in long runs.
 
     Args:
-      vocab, dim, layers, heads, kv_heads, tied, theta, loop, rngs: as of
-      `TransformerLM`.
+      vocab: as in `TransformerLM`; also dim, layers, heads, kv_heads, tied, theta, loop
+        and rngs.
       hidden: width of an expert. None: 8/3 of dim, rounded up to a multiple of 64.
-      experts, chosen, capacity, group: as of `Experts`.
+      experts: as in `Experts`; also chosen, capacity and group.
     """
 
     def __init__(
@@ -180,7 +173,19 @@ class MoELM(Decoder):
         loop: Literal["unrolled", "scan"] = "unrolled",
         rngs: nnx.Rngs,
     ):
-        width = -(-8 * dim // 192) * 64 if hidden is None else hidden
+        width = usual_hidden(dim) if hidden is None else hidden
+
+        def feed_forward(rngs: nnx.Rngs) -> Experts:
+            return Experts(
+                dim,
+                width,
+                experts,
+                chosen=chosen,
+                capacity=capacity,
+                group=group,
+                rngs=rngs,
+            )
+
         super().__init__(
             vocab,
             dim=dim,
@@ -190,14 +195,6 @@ class MoELM(Decoder):
             tied=tied,
             theta=theta,
             loop=loop,
-            feed_forward=lambda rngs: Experts(
-                dim,
-                width,
-                experts,
-                chosen=chosen,
-                capacity=capacity,
-                group=group,
-                rngs=rngs,
-            ),
+            feed_forward=feed_forward,
             rngs=rngs,
         )

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+EPSILON = 1e-5  # of the norms, as in Llama
+
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions; groups of query heads share a key
-    and value head.
+    """Causal self-attention with rotary positions.
+
+    Groups of query heads share a key and value head.
+
+    Args:
+      dim: width of the inputs and outputs.
+      heads: query heads.
+      kv_heads: key and value heads, a divisor of `heads`.
+      theta: base of the rotary frequencies.
+      rngs: stream `params`.
     """
 
     def __init__(
@@ -28,47 +39,22 @@ class Attention(nnx.Module):
         self.kv_heads = kv_heads
         self.theta = theta
         head = dim // heads
-        self.query = nnx.Linear(
-            dim,
-            heads * head,
-            use_bias=False,
-            rngs=rngs,
-        )
-        self.key = nnx.Linear(
-            dim,
-            kv_heads * head,
-            use_bias=False,
-            rngs=rngs,
-        )
-        self.value = nnx.Linear(
-            dim,
-            kv_heads * head,
-            use_bias=False,
-            rngs=rngs,
-        )
-        self.out = nnx.Linear(
-            heads * head,
-            dim,
-            use_bias=False,
-            rngs=rngs,
-        )
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.query = linear(dim, heads * head)
+        self.key = linear(dim, kv_heads * head)
+        self.value = linear(dim, kv_heads * head)
+        self.out = linear(heads * head, dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (batch, length, dim) to the same shape."""
         batch, length, _ = x.shape
-        query = rotary(self.query(x).reshape(batch, length, self.heads, -1), self.theta)
-        key = rotary(self.key(x).reshape(batch, length, self.kv_heads, -1), self.theta)
-        value = self.value(x).reshape(
-            batch,
-            length,
-            self.kv_heads,
-            -1,
-        )
-        mixed = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-        )
+        query_shape = (batch, length, self.heads, -1)
+        key_shape = (batch, length, self.kv_heads, -1)
+        query = rotary(self.query(x).reshape(query_shape), self.theta)
+        key = rotary(self.key(x).reshape(key_shape), self.theta)
+        value = self.value(x).reshape(key_shape)
+
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.out(mixed.reshape(batch, length, -1))
 
 
@@ -82,31 +68,28 @@ class SwiGLU(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.gate = nnx.Linear(
-            dim,
-            hidden,
-            use_bias=False,
-            rngs=rngs,
-        )
-        self.up = nnx.Linear(
-            dim,
-            hidden,
-            use_bias=False,
-            rngs=rngs,
-        )
-        self.down = nnx.Linear(
-            hidden,
-            dim,
-            use_bias=False,
-            rngs=rngs,
-        )
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.gate = linear(dim, hidden)
+        self.up = linear(dim, hidden)
+        self.down = linear(hidden, dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (batch, length, dim) to the same shape."""
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward layer, each on normalized inputs and added to them."""
+    """Attention and a feed-forward layer, each on normalized inputs and added to them.
+
+    Args:
+      dim: width of the inputs and outputs.
+      heads: query heads.
+      kv_heads: key and value heads, a divisor of `heads`.
+      theta: base of the rotary frequencies.
+      feed_forward: the feed-forward layer, made from the rngs: (batch, length, dim) to
+        the same.
+      rngs: stream `params`.
+    """
 
     def __init__(
         self,
@@ -118,11 +101,7 @@ class Block(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.attention_norm = nnx.RMSNorm(
-            dim,
-            epsilon=1e-5,
-            rngs=rngs,
-        )
+        self.attention_norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
         self.attention = Attention(
             dim,
             heads,
@@ -130,27 +109,29 @@ class Block(nnx.Module):
             theta,
             rngs=rngs,
         )
-        self.feed_forward_norm = nnx.RMSNorm(
-            dim,
-            epsilon=1e-5,
-            rngs=rngs,
-        )
+        self.feed_forward_norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
         self.feed_forward = feed_forward(rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (batch, length, dim) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Decoder(nnx.Module):
-    """Token embedding, blocks of one shape, norm and head: what the language models of
-    the zoo have in common.
+    """Token embedding, blocks of one shape, norm and head.
+
+    This is what the language models of the zoo have in common. The arguments that are
+    not explained here are those of `TransformerLM`.
 
     Args:
-      vocab, dim, layers, heads, kv_heads, tied, theta, loop, rngs: as of
-      `TransformerLM`.
+      vocab: as in `TransformerLM`; also dim, layers, heads, kv_heads, tied, theta, loop
+        and rngs.
       feed_forward: a block's feed-forward layer, made from the rngs: (batch, length,
         dim) to the same.
+
+    Raises:
+      ValueError: the heads do not divide the width, or there is no such loop.
     """
 
     def __init__(
@@ -191,22 +172,17 @@ class Decoder(nnx.Module):
 
         self.loop = loop
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
-        self.blocks: Any = (
-            nnx.List([block(rngs) for _ in range(layers)])
-            if loop == "unrolled"
-            else nnx.vmap(lambda key: block(nnx.Rngs(key)))(
-                jax.random.split(rngs.params(), layers)
-            )
-        )
-        self.norm = nnx.RMSNorm(
-            dim,
-            epsilon=1e-5,
-            rngs=rngs,
-        )
+        self.blocks: Any
+        if loop == "unrolled":
+            self.blocks = nnx.List([block(rngs) for _ in range(layers)])
+        else:
+            keys = jax.random.split(rngs.params(), layers)
+            self.blocks = nnx.vmap(lambda key: block(nnx.Rngs(key)))(keys)
+        self.norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
         self.head = None if tied else nnx.Linear(dim, vocab, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Tokens int32 (batch, length) to logits (batch, length, vocab)."""
+        """Map tokens int32 (batch, length) to logits (batch, length, vocab)."""
         x = self.embed(tokens)
         if self.loop == "unrolled":
             for block in self.blocks:
@@ -215,25 +191,27 @@ class Decoder(nnx.Module):
             # not nnx.scan: it would carry the graph's state through the loop; here the
             # body sees a layer's arrays only
             graph, stacked = nnx.split(self.blocks)
-            x, _ = jax.lax.scan(
-                lambda x, layer: (nnx.merge(graph, layer)(x), None),
-                x,
-                stacked,
-            )
+
+            def apply(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+                return nnx.merge(graph, layer)(x), None
+
+            x, _ = jax.lax.scan(apply, x, stacked)
+
         x = self.norm(x)
         return self.embed.attend(x) if self.head is None else self.head(x)
 
 
 class TransformerLM(Decoder):
-    """Llama (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, grouped heads, no
-    biases.
+    """Llama (Touvron et al. 2023).
+
+    It has RMSNorm, rotary positions, SwiGLU, grouped heads, and no biases.
 
     Args:
       vocab: number of tokens.
       dim: width of the residual stream.
       layers: number of blocks.
       heads: query heads; dim / heads must be even.
-      kv_heads: key and value heads, a divisor of `heads`. None: as many.
+      kv_heads: key and value heads, a divisor of `heads`. None: `heads`.
       hidden: width of the feed-forward layers. None: 8/3 of dim, rounded up to a
         multiple of 64.
       tied: use the token embedding as the head.
@@ -258,7 +236,7 @@ class TransformerLM(Decoder):
         loop: Literal["unrolled", "scan"] = "unrolled",
         rngs: nnx.Rngs,
     ):
-        width = -(-8 * dim // 192) * 64 if hidden is None else hidden
+        width = usual_hidden(dim) if hidden is None else hidden
         super().__init__(
             vocab,
             dim=dim,
@@ -273,56 +251,130 @@ class TransformerLM(Decoder):
         )
 
 
-_COLUMNS = ("vocab", "dim", "layers", "heads", "kv_heads", "hidden", "theta", "tied")
-_SIZES: dict[str, tuple[Any, ...]] = {
-    "1m": (256, 160, 3, 4, 4, 448, 10_000.0, True),
-    "10m": (256, 384, 6, 6, 6, 1024, 10_000.0, True),
-    "124m": (50_304, 768, 12, 12, 12, 2048, 10_000.0, True),
-    "1b": (128_256, 2048, 16, 32, 8, 8192, 500_000.0, True),
-    "8b": (128_256, 4096, 32, 32, 8, 14_336, 500_000.0, False),
-    "70b": (128_256, 8192, 80, 64, 8, 28_672, 500_000.0, False),
-    "405b": (128_256, 16_384, 126, 128, 8, 53_248, 500_000.0, False),
+def usual_hidden(dim: int) -> int:
+    """Return 8/3 of a width, rounded up to a multiple of 64."""
+    return -(-8 * dim // 192) * 64
+
+
+class _Size(NamedTuple):
+    vocab: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    theta: float
+    tied: bool
+
+
+_SIZES = {
+    "1m": _Size(
+        256,
+        160,
+        3,
+        4,
+        4,
+        448,
+        10_000.0,
+        True,
+    ),
+    "10m": _Size(
+        256,
+        384,
+        6,
+        6,
+        6,
+        1024,
+        10_000.0,
+        True,
+    ),
+    "124m": _Size(
+        50_304,
+        768,
+        12,
+        12,
+        12,
+        2048,
+        10_000.0,
+        True,
+    ),
+    "1b": _Size(
+        128_256,
+        2048,
+        16,
+        32,
+        8,
+        8192,
+        500_000.0,
+        True,
+    ),
+    "8b": _Size(
+        128_256,
+        4096,
+        32,
+        32,
+        8,
+        14_336,
+        500_000.0,
+        False,
+    ),
+    "70b": _Size(
+        128_256,
+        8192,
+        80,
+        64,
+        8,
+        28_672,
+        500_000.0,
+        False,
+    ),
+    "405b": _Size(
+        128_256,
+        16_384,
+        126,
+        128,
+        8,
+        53_248,
+        500_000.0,
+        False,
+    ),
 }
 
 
 def transformer_size(name: str) -> dict[str, Any]:
-    """Arguments of `TransformerLM` by about how many parameters it has: 1m, 10m, 124m,
-    1b, 8b, 70b or 405b.
+    """Return arguments of `TransformerLM` by about how many parameters it has.
 
-    124m has the dims of GPT-2's smallest model (Radford et al. 2019), its vocabulary
-    rounded up to a multiple of 128; 1b those of Llama 3.2 1B; 8b, 70b and 405b those of
-    Llama 3 (Dubey et al. 2024, "The Llama 3 Herd of Models", table 3).
+    The names are 1m, 10m, 124m, 1b, 8b, 70b and 405b. 124m has the dims of GPT-2's
+    smallest model (Radford et al. 2019), its vocabulary rounded up to a multiple of
+    128; 1b those of Llama 3.2 1B; 8b, 70b and 405b those of Llama 3 (Dubey et al. 2024,
+    "The Llama 3 Herd of Models", table 3).
 
     Raises:
       ValueError: the name is none of these.
     """
     if name not in _SIZES:
         raise ValueError(f"size {name!r} is none of {', '.join(_SIZES)}")
-    return dict(
-        zip(
-            _COLUMNS,
-            _SIZES[name],
-            strict=True,
-        )
-    )
+    return _SIZES[name]._asdict()
 
 
 def rotary(x: jax.Array, theta: float) -> jax.Array:
-    """Turns the pairs (x[i], x[i + d/2]) by position * theta^(-2i/d) (Su et al. 2021,
-    "RoFormer", section 3.2.2).
+    """Turn the pairs (x[i], x[i + d/2]) by the angles position * theta^(-2i/d).
+
+    These are rotary positions (Su et al. 2021, "RoFormer", section 3.2.2).
 
     Args:
       x: (batch, length, heads, d), d even.
+      theta: base of the frequencies.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequencies
     # The angles are float32 whatever x is: in bfloat16, positions above 256 would fall
     # together.
+    positions = jnp.arange(x.shape[1], dtype=jnp.float32)
+    angles = positions[:, None, None] * frequencies
     cos = jnp.cos(angles).astype(x.dtype)
     sin = jnp.sin(angles).astype(x.dtype)
     left, right = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate(
-        [left * cos - right * sin, right * cos + left * sin],
-        axis=-1,
-    )
+    turned_left = left * cos - right * sin
+    turned_right = right * cos + left * sin
+    return jnp.concatenate([turned_left, turned_right], axis=-1)

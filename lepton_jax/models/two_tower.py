@@ -11,19 +11,19 @@ from lepton_jax.models.mlp import MLP
 
 
 class TwoTower(nnx.Module):
-    """A vector for the user and one for the item, each an embedding through an MLP;
-    their product is the score.
+    """A score for a user and an item: the product of a vector of each.
 
-    Covington et al. 2016, "Deep Neural Networks for YouTube Recommendations", and Yi et
-    al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
-    Recommendations", section 3.
+    Each vector is an embedding through an MLP, a tower; see Covington et al. 2016,
+    "Deep Neural Networks for YouTube Recommendations", and Yi et al. 2019, "Sampling-
+    Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", section 3.
 
     Args:
-      users, items: rows of the embeddings.
+      users: rows of the users' embedding.
+      items: rows of the items' embedding.
       dim: width of an embedding.
       hidden: widths of the hidden layers of each tower.
-      width: of the vectors that are multiplied.
-      center: added to the score, so that e.g. ratings need not be learned from 0.
+      width: width of the vectors that are multiplied.
+      center: added to the score, so that ratings, say, need not be learned from 0.
       dropout: share of the hidden units dropped.
       rngs: streams `params` and, with dropout, `dropout`.
     """
@@ -43,23 +43,16 @@ class TwoTower(nnx.Module):
         self.center = center
         self.users = nnx.Embed(users, dim, rngs=rngs)
         self.items = nnx.Embed(items, dim, rngs=rngs)
-        self.user_tower = MLP(
-            (dim, *hidden, width),
-            dropout=dropout,
-            rngs=rngs,
-        )
-        self.item_tower = MLP(
-            (dim, *hidden, width),
-            dropout=dropout,
-            rngs=rngs,
-        )
+        widths = (dim, *hidden, width)
+        self.user_tower = MLP(widths, dropout=dropout, rngs=rngs)
+        self.item_tower = MLP(widths, dropout=dropout, rngs=rngs)
 
     def __call__(
         self,
         user: jax.Array,
         item: jax.Array,
     ) -> jax.Array:
-        """Users and items, int32 (batch,) each, to scores (batch,)."""
-        return self.center + (
-            self.user_tower(self.users(user)) * self.item_tower(self.items(item))
-        ).sum(-1)
+        """Map users and items, int32 (batch,) each, to scores (batch,)."""
+        user_vector = self.user_tower(self.users(user))
+        item_vector = self.item_tower(self.items(item))
+        return self.center + (user_vector * item_vector).sum(-1)

@@ -1,14 +1,18 @@
-"""What a run says while it runs, and the page it leaves behind. Imports no JAX."""
+"""The events of a run, their display, and the page that it leaves behind.
+
+Nothing here imports JAX.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lepton_jax.monitor.events import Lines, Monitor, Sink, encode, plain, read_events
+from lepton_jax.monitor.exposition import prometheus
 from lepton_jax.monitor.progress import Progress
 from lepton_jax.monitor.samples import SampleTrace, read_samples
 from lepton_jax.monitor.sinks import TensorBoard
-from lepton_jax.monitor.status import Watch, prometheus
+from lepton_jax.monitor.status import Watch
 
 __all__ = [
     "Lines",
@@ -28,8 +32,9 @@ __all__ = [
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `folder/report.html` and returns its path; see
-    `lepton_jax.monitor.report.write_report`.
+    """Write `folder/report.html` and return its path.
+
+    See `lepton_jax.monitor.report.write_report`.
     """
     # Imported on demand: `python -m lepton_jax.monitor.report` must not find that
     # module imported already.

@@ -1,4 +1,4 @@
-"""Line charts for the report, as HTML and SVG that need nothing else.
+"""Line charts for the report, as HTML and SVG that need no other file.
 
 The curves are an SVG stretched over the plot, with strokes that do not scale; the words
 are HTML placed in percent. So one drawing is crisp, and its letters keep their size, on
@@ -12,22 +12,36 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import numpy as np
 
 from lepton_jax.monitor.progress import number
 
+# Assumptions: a curve is at most 1,120 pixels wide, and a report some megabytes large.
 POINTS = 1500  # of a curve, at most
+MOST_DOTS = 120  # of a curve whose points are drawn
+MOST_GAPS = 50  # of a curve that are marked
+MOST_READ_OUTS = 400  # of the marks of a figure
+FEWEST_TO_SMOOTH = 30  # points: half a window is a thirtieth of the curve
+LOG_RATIO = 50  # of the values, above which an axis may be logarithmic
+
 _UNITS = 1000  # of the SVG's own coordinates, in both directions
+_GREATEST = 1e300  # end of an axis: beyond, its width itself would overflow
+_LEAST = 1e-300  # end of a logarithmic axis
+_EPSILON = 1e-9  # relative error that rounding leaves in the ends and steps of an axis
 
 
 @dataclass
 class Curve:
-    """One curve: `x` steps, ascending, and `y` values, both of shape (n,); a gap where
-    `y` is not finite.
+    """One curve; it has a gap where `y` is not finite.
 
-    `style` is a CSS class: "raw" (thin), "train", "evaluation" (with points), "undone"
-    (by a rollback) or "other".
+    Attributes:
+      name: for the legend and the read-out.
+      x: steps, ascending, (n,).
+      y: values, (n,).
+      style: a CSS class: "raw" (thin), "train", "evaluation" (with points), "undone"
+        (by a rollback) or "other".
     """
 
     name: str
@@ -38,8 +52,13 @@ class Curve:
 
 @dataclass
 class Mark:
-    """Something that happened at a step: `kind` is the CSS class, `name` what the
-    legend says, `text` the read-out.
+    """An event at a step.
+
+    Attributes:
+      x: the step.
+      kind: a CSS class.
+      name: for the legend.
+      text: the read-out; "": none.
     """
 
     x: float
@@ -48,10 +67,31 @@ class Mark:
     text: str
 
 
+@dataclass(frozen=True)
+class Axis:
+    """The form of a vertical axis.
+
+    Attributes:
+      zero: whether it starts at 0.
+      log: whether it is logarithmic, if the values are positive and span more than 50
+        times.
+      unit: written after each value.
+    """
+
+    zero: bool = False
+    log: bool = False
+    unit: str = ""
+
+
 @dataclass
 class Scale:
-    """From values to 0..1: the ends of an axis, its kind, and its ticks as (value,
-    label).
+    """A map from the values of an axis to 0..1.
+
+    Attributes:
+      low: the value at 0.
+      high: the value at 1.
+      log: whether it is logarithmic.
+      ticks: (value, label).
     """
 
     low: float
@@ -60,12 +100,16 @@ class Scale:
     ticks: list[tuple[float, str]] = field(default_factory=list)
 
     def at(self, value: np.ndarray | float) -> np.ndarray:
+        """Return the places of values on the axis."""
+        low = self._evenly(self.low)
+        high = self._evenly(self.high)
+        return (self._evenly(value) - low) / (high - low)
+
+    def _evenly(self, value: np.ndarray | float) -> np.ndarray:
+        if not self.log:
+            return np.asarray(value, np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
-            low, high, v = (
-                np.log10(v) if self.log else np.asarray(v, np.float64)
-                for v in (self.low, self.high, value)
-            )
-        return (v - low) / (high - low)
+            return np.log10(value)
 
 
 def downsample(
@@ -73,26 +117,27 @@ def downsample(
     y: np.ndarray,
     limit: int = POINTS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `limit` points of a curve: the least and the greatest value of each
-    bucket, in order of `x`.
+    """Return at most about `limit` points of a curve.
 
-    A bucket that holds a value which is not finite keeps one of those as well, so that
-    gaps survive.
+    They are the least and the greatest value of each bucket, in order of `x`. A bucket
+    that holds a value which is not finite has one of those as well, so that gaps
+    survive.
     """
     if len(x) <= limit:
         return x, y
-    keep: set[int] = {0, len(x) - 1}
-    for part in np.array_split(np.arange(len(x)), max(1, limit // 2 - 1)):
-        finite = part[np.isfinite(y[part])]
+
+    chosen = {0, len(x) - 1}
+    buckets = np.array_split(np.arange(len(x)), max(1, limit // 2 - 1))
+    for bucket in buckets:
+        is_finite = np.isfinite(y[bucket])
+        finite = bucket[is_finite]
         if len(finite):
-            keep |= {
-                int(finite[np.argmin(y[finite])]),
-                int(finite[np.argmax(y[finite])]),
-            }
-        if len(finite) < len(part):
-            keep.add(int(part[~np.isfinite(y[part])][0]))
-    chosen = np.array(sorted(keep))
-    return x[chosen], y[chosen]
+            chosen.add(int(finite[np.argmin(y[finite])]))
+            chosen.add(int(finite[np.argmax(y[finite])]))
+        if len(finite) < len(bucket):
+            chosen.add(int(bucket[~is_finite][0]))
+    places = np.array(sorted(chosen))
+    return x[places], y[places]
 
 
 def smooth(
@@ -100,43 +145,40 @@ def smooth(
     y: np.ndarray,
     limit: int = POINTS // 2,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A centred running mean over a fifteenth of the curve, weighted towards its middle
-    (Hann), at no more than `limit` points; gaps stay gaps.
+    """Return a centred running mean over a fifteenth of the curve.
+
+    It is weighted towards its middle (Hann), and has no more than `limit` points; gaps
+    stay gaps.
     """
     # means of buckets first, which is exact where a running sum would cancel
     if len(x) > limit:
-        bucket = np.arange(len(x)) * limit // len(x)
-        fine = np.isfinite(y)
-        n = np.bincount(bucket[fine], minlength=limit)
-        total = np.bincount(
-            bucket[fine],
-            np.asarray(y[fine], np.float64),
-            limit,
-        )
-        x = np.bincount(bucket, x, limit) / np.bincount(
-            bucket,
-            minlength=limit,
-        )
-        y = np.where(
-            n > 0,
-            total / np.maximum(n, 1),
-            np.nan,
-        )
-    if len(x) < 30:
+        x, y = _means(x, y, limit)
+    if len(x) < FEWEST_TO_SMOOTH:
         return x, y
-    weights = np.hanning(2 * (len(x) // 30) + 3)
+
+    half_width = len(x) // FEWEST_TO_SMOOTH
+    weights = np.hanning(2 * half_width + 3)
     fine = np.isfinite(y)
     share = np.convolve(fine, weights, "same")
-    weighted = np.convolve(
-        np.where(fine, y, 0.0),
-        weights,
-        "same",
-    )
-    return x, np.where(
-        fine,
-        weighted / np.where(fine, share, 1.0),
-        np.nan,
-    )
+    weighted = np.convolve(np.where(fine, y, 0.0), weights, "same")
+    mean = weighted / np.where(fine, share, 1.0)
+    return x, np.where(fine, mean, np.nan)
+
+
+def _means(
+    x: np.ndarray,
+    y: np.ndarray,
+    buckets: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean step and the mean finite value of each bucket."""
+    bucket = np.arange(len(x)) * buckets // len(x)
+    fine = np.isfinite(y)
+    count = np.bincount(bucket[fine], minlength=buckets)
+    total = np.bincount(bucket[fine], np.asarray(y[fine], np.float64), buckets)
+    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+    steps = np.bincount(bucket, x, buckets) / np.bincount(bucket, minlength=buckets)
+    return steps, mean
 
 
 def linear(
@@ -145,32 +187,32 @@ def linear(
     count: int = 5,
     unit: str = "",
 ) -> Scale:
-    """An axis whose ticks are round numbers: 1, 2, 2.5 or 5 times a power of ten
-    apart.
+    """Return an axis with about `count` ticks at round numbers.
+
+    They are 1, 2, 2.5 or 5 times a power of ten apart.
+
+    >>> [label for _, label in linear(0.0, 11.0).ticks]
+    ['0', '2.5', '5.0', '7.5', '10.0']
     """
     if not high > low:
         pad = abs(low) * 0.1 or 1.0
         low = low - pad
         high = high + pad
+
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(
-        m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9)
-    )
-    values = [
-        i * step
-        for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
-    decimals = max(
-        0,
-        -math.floor(math.log10(step) + 1e-9)
-        + (1 if abs(step / power - 2.5) < 1e-9 else 0),
-    )
-    return Scale(
-        low,
-        high,
-        ticks=[(v, _label(v, decimals, step) + unit) for v in values],
-    )
+    least = rough * (1 - _EPSILON)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= least)
+    first = math.ceil(low / step - _EPSILON)
+    last = math.floor(high / step + _EPSILON)
+
+    decimals = -math.floor(math.log10(step) + _EPSILON)
+    is_quarter = abs(step / power - 2.5) < _EPSILON
+    if is_quarter:
+        decimals += 1
+    values = [i * step for i in range(first, last + 1)]
+    ticks = [(v, _label(v, max(0, decimals), step) + unit) for v in values]
+    return Scale(low, high, ticks=ticks)
 
 
 def logarithmic(
@@ -178,19 +220,24 @@ def logarithmic(
     high: float,
     unit: str = "",
 ) -> Scale:
-    """A logarithmic axis, with ticks at powers of ten, and at 2 and 5 times those where
-    few powers fit.
+    """Return a logarithmic axis with ticks at powers of ten.
+
+    If few powers fit, there are ticks at 2 and 5 times those, too.
     """
     decades = math.log10(high) - math.log10(low)
-    factors, every = ((1, 2, 5), 1) if decades < 2.4 else ((1,), math.ceil(decades / 6))
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [f * 10.0**p for p in powers if p % every == 0 for f in factors]
-    return Scale(
-        low,
-        high,
-        True,
-        [(v, number(v, 1) + unit) for v in values if low <= v <= high],
-    )
+    if decades < 2.4:
+        factors: tuple[int, ...] = (1, 2, 5)
+        every = 1
+    else:
+        factors = (1,)
+        every = math.ceil(decades / 6)
+
+    first = math.floor(math.log10(low))
+    last = math.ceil(math.log10(high))
+    powers = [power for power in range(first, last + 1) if power % every == 0]
+    values = [factor * 10.0**power for power in powers for factor in factors]
+    ticks = [(v, number(v, 1) + unit) for v in values if low <= v <= high]
+    return Scale(low, high, True, ticks)
 
 
 def draw(
@@ -199,127 +246,142 @@ def draw(
     marks: Sequence[Mark] = (),
     *,
     steps: tuple[float, float],
-    zero: bool = False,
-    log: bool = False,
-    unit: str = "",
+    axis: Axis = Axis(),
     note: str = "",
     wide: bool = False,
 ) -> str:
-    """A figure of one or more curves over the steps, with vertical marks, a read-out,
-    and a legend of the curves.
+    """Draw a figure of one or more curves over the steps, as HTML.
+
+    It has vertical marks, a read-out, and a legend of the curves.
 
     Args:
+      title: of the figure.
+      curves: what to draw.
+      marks: events at some steps.
       steps: ends of the horizontal axis.
-      zero: the vertical axis starts at 0.
-      log: a logarithmic vertical axis, if the values are positive and span more than 50
-        times.
-      note: said beside the title.
+      axis: the vertical axis.
+      note: written next to the title.
+      wide: whether the figure takes the whole width of the page.
     """
-    values = np.concatenate([np.zeros(0), *(c.y[np.isfinite(c.y)] for c in curves)])
+    finite = [curve.y[np.isfinite(curve.y)] for curve in curves]
+    values = np.concatenate([np.zeros(0), *finite])
     head = f'<figcaption><b>{escape(title)}</b><span class="note">{escape(note)}</span>'
-    kind = "chart wide" if wide else "chart"
+    css_class = "chart wide" if wide else "chart"
     if not len(values):
         return (
-            f'<figure class="{kind}">{head}</figcaption><p class="empty">No finite'
+            f'<figure class="{css_class}">{head}</figcaption><p class="empty">No finite'
             " value was recorded.</p></figure>"
         )
+
     across = linear(*steps)
-    up = _vertical(
-        values,
-        zero,
-        log,
-        unit,
-    )
-    lines = []
-    points = []
-    data = []
-    for curve in curves:
-        x, y = downsample(curve.x, curve.y)
-        lines.append(
-            f'<path class="{curve.style}" d="{_path(across.at(x), up.at(y))}"/>'
-        )
-        if curve.style == "evaluation" and len(x) <= 120:
-            points.append(
-                '<path class="evaluation dot"'
-                f' d="{_path(across.at(x), up.at(y), dots=True)}"/>'
-            )
-        if curve.style not in ("raw", "undone"):
-            data.append(
-                {
-                    "n": curve.name,
-                    "s": curve.style,
-                    "x": [_short(v, 9) for v in x],
-                    "y": [_short(v, 5) for v in y],
-                }
-            )
+    up = _vertical(values, axis)
     gaps = _gaps(curves)
-    marks = [mark for mark in [*marks, *gaps] if across.low <= mark.x <= across.high]
-    grid = "".join(
-        f'<path class="grid" d="M0 {_y(t)}H{_UNITS}"/>'
-        for t in up.at(np.array([t for t, _ in up.ticks]))
-    )
-    words = "".join(
-        f'<i class="y" style="bottom:{100 * up.at(v):.2f}%">{escape(t)}</i>'
-        for v, t in up.ticks
-    )
-    for value, text in across.ticks:
-        at = 100 * float(across.at(value))
-        words += (
-            f'<i class="x{" end" if at > 96 else ""}" style="left:{at:.2f}%">{text}</i>'
-        )
-    told = [{"x": m.x, "t": m.text} for m in marks if m.text]
-    keys = legend(
-        curves,
-        gaps,
-        "logarithmic scale" if up.log else "",
-    )
-    spec = json.dumps(
-        {
-            "lo": across.low,
-            "hi": across.high,
-            "c": data,
-            "m": told[:400],
-            "u": unit,
-        },
-        separators=(",", ":"),
-        allow_nan=False,
-    )
+    visible = [mark for mark in [*marks, *gaps] if across.low <= mark.x <= across.high]
+    thinned = [_thinned(curve) for curve in curves]
+    lines = "".join(_line(curve, across, up) for curve in thinned)
+    dots = "".join(_dots(curve, across, up) for curve in thinned)
+    keys = legend(curves, gaps, "logarithmic scale" if up.log else "")
+    spec = _read_out_spec(thinned, visible, across, axis.unit)
     return (
-        f'<figure class="{kind}"'
-        f' data-chart="{escape(spec)}">{head}<output></output></figcaption><div'
-        f' class="plot"><svg viewBox="0 0 {_UNITS} {_UNITS}" preserveAspectRatio="none"'
-        f' role="img" aria-label="{escape(title)} over'
-        f' steps">{grid}{_vertical_marks(marks, across)}{"".join(lines)}{"".join(points)}</svg>{words}<u'
-        f' class="cursor"></u></div>{keys}</figure>'
+        f'<figure class="{css_class}" data-chart="{escape(spec)}">'
+        f'{head}<output></output></figcaption><div class="plot">'
+        f'<svg viewBox="0 0 {_UNITS} {_UNITS}" preserveAspectRatio="none"'
+        f' role="img" aria-label="{escape(title)} over steps">'
+        f"{_grid(up)}{_vertical_marks(visible, across)}{lines}{dots}</svg>"
+        f'{_tick_labels(up, across)}<u class="cursor"></u></div>{keys}</figure>'
     )
 
 
-def _vertical(
-    values: np.ndarray,
-    zero: bool,
-    log: bool,
+# ---- parts of a figure ----
+
+
+def _thinned(curve: Curve) -> Curve:
+    return Curve(curve.name, *downsample(curve.x, curve.y), curve.style)
+
+
+def _line(
+    curve: Curve,
+    across: Scale,
+    up: Scale,
+) -> str:
+    path = _path(across.at(curve.x), up.at(curve.y))
+    return f'<path class="{curve.style}" d="{path}"/>'
+
+
+def _dots(
+    curve: Curve,
+    across: Scale,
+    up: Scale,
+) -> str:
+    if curve.style != "evaluation" or len(curve.x) > MOST_DOTS:
+        return ""
+    path = _path(across.at(curve.x), up.at(curve.y), dots=True)
+    return f'<path class="evaluation dot" d="{path}"/>'
+
+
+def _grid(up: Scale) -> str:
+    heights = up.at(np.array([value for value, _ in up.ticks]))
+    return "".join(
+        f'<path class="grid" d="M0 {_y(height)}H{_UNITS}"/>' for height in heights
+    )
+
+
+def _tick_labels(up: Scale, across: Scale) -> str:
+    labels = [
+        f'<i class="y" style="bottom:{100 * up.at(value):.2f}%">{escape(label)}</i>'
+        for value, label in up.ticks
+    ]
+    for value, label in across.ticks:
+        left = 100 * float(across.at(value))
+        # the last one must not reach beyond the figure
+        css_class = "x end" if left > 96 else "x"
+        labels.append(f'<i class="{css_class}" style="left:{left:.2f}%">{label}</i>')
+    return "".join(labels)
+
+
+def _read_out_spec(
+    curves: Sequence[Curve],
+    marks: Sequence[Mark],
+    across: Scale,
     unit: str,
-) -> Scale:
+) -> str:
+    """Return what the page's script needs for the read-out, as JSON."""
+    shown = [curve for curve in curves if curve.style not in ("raw", "undone")]
+    texts = [{"x": mark.x, "t": mark.text} for mark in marks if mark.text]
+    spec = {
+        "lo": across.low,
+        "hi": across.high,
+        "c": [_read_out(curve) for curve in shown],
+        "m": texts[:MOST_READ_OUTS],
+        "u": unit,
+    }
+    return json.dumps(spec, separators=(",", ":"), allow_nan=False)
+
+
+def _read_out(curve: Curve) -> dict[str, Any]:
+    return {
+        "n": curve.name,
+        "s": curve.style,
+        "x": [_short(value, 9) for value in curve.x],
+        "y": [_short(value, 5) for value in curve.y],
+    }
+
+
+def _vertical(values: np.ndarray, axis: Axis) -> Scale:
+    """Return the scale of the vertical axis of some values, with a margin."""
     low = float(values.min())
     high = float(values.max())
-    if log and low > 0 and high / low > 50:
+    if axis.log and low > 0 and high / low > LOG_RATIO:
         pad = (high / low) ** 0.04
-        return logarithmic(
-            max(low / pad, 1e-300),
-            min(high * pad, 1e300),
-            unit,
-        )
-    if max(abs(low), abs(high)) > 1e300:  # the width of the axis itself would overflow
-        low = max(low, -1e300)
-        high = min(high, 1e300)
+        bottom = max(low / pad, _LEAST)
+        return logarithmic(bottom, min(high * pad, _GREATEST), axis.unit)
+
+    low = max(low, -_GREATEST)
+    high = min(high, _GREATEST)
     pad = (high - low) * 0.05
-    bottom = 0.0 if zero or 0 <= low < pad else low - pad
+    bottom = 0.0 if axis.zero or 0 <= low < pad else low - pad
     top = 1.0 if low >= 0 and high <= 1 < high + pad else high + pad
-    return linear(
-        bottom,
-        top if top > bottom else bottom + 1,
-        unit=unit,
-    )
+    return linear(bottom, top if top > bottom else bottom + 1, unit=axis.unit)
 
 
 def _path(
@@ -327,24 +389,21 @@ def _path(
     y: np.ndarray,
     dots: bool = False,
 ) -> str:
-    """The `d` of a curve in 0..1: a stroke per run of finite points; a point alone, or
-    each of `dots`, is a dot.
+    """Return the `d` of a path through the points of a curve, which are in 0..1.
+
+    There is a stroke for each run of finite points. A point that is alone is a dot, and
+    so is every point if `dots` is true.
     """
     parts = []
-    fresh = True
     fine = np.isfinite(y)
-    for i, (a, b) in enumerate(zip(x, y, strict=True)):
-        if not fine[i]:
-            fresh = True
-            continue
+    for i in np.flatnonzero(fine):
+        begins = dots or i == 0 or not fine[i - 1]
+        ends = dots or i + 1 == len(x) or not fine[i + 1]
+        move = "M" if begins else "L"
         # A stroke of no length with a round cap is a dot that the stretched SVG can't
         # turn into an ellipse.
-        alone = dots or (fresh and (i + 1 == len(x) or not fine[i + 1]))
-        parts.append(
-            f"{'M' if fresh or dots else 'L'}{a * _UNITS:.1f}"
-            f" {_y(b)}{'h0' if alone else ''}"
-        )
-        fresh = False
+        dot = "h0" if begins and ends else ""
+        parts.append(f"{move}{x[i] * _UNITS:.1f} {_y(y[i])}{dot}")
     return "".join(parts)
 
 
@@ -353,34 +412,34 @@ def _y(value: float) -> str:
 
 
 def _gaps(curves: Sequence[Curve]) -> list[Mark]:
-    """A mark where a curve stops being finite."""
+    """Return a mark where a curve stops being finite."""
     marks = {}
     for curve in curves:
         bad = ~np.isfinite(curve.y)
-        for i in np.flatnonzero(bad & ~np.concatenate([[False], bad[:-1]]))[:50]:
-            x = float(curve.x[i])
-            marks[x] = Mark(
-                x, "nonfinite", "not finite", f"not finite from step {x:,.0f}"
-            )
+        bad_before = np.concatenate([[False], bad[:-1]])
+        begins = np.flatnonzero(bad & ~bad_before)
+        for x in curve.x[begins[:MOST_GAPS]].tolist():
+            text = f"not finite from step {x:,.0f}"
+            marks[x] = Mark(x, "nonfinite", "not finite", text)
     return list(marks.values())
 
 
 def _vertical_marks(marks: Sequence[Mark], across: Scale) -> str:
-    """One path per kind of mark; saves are ticks at the bottom, decisions and values
-    not finite are ticks at the top.
+    """Return one path for each kind of mark.
+
+    Saves are ticks at the bottom, decisions and values not finite are ticks at the top.
     """
-    span = {
+    whole_height = f"0V{_UNITS}"
+    spans = {
         "save": f"{_UNITS * 0.965}V{_UNITS}",
         "nonfinite": f"0V{_UNITS * 0.06}",
         "decision": f"0V{_UNITS * 0.04}",
     }
     paths: dict[str, str] = {}
     for mark in marks:
-        line = (
-            f"M{float(across.at(mark.x)) * _UNITS:.1f}"
-            f" {span.get(mark.kind, f'0V{_UNITS}')}"
-        )
-        paths[mark.kind] = paths.get(mark.kind, "") + line
+        x = float(across.at(mark.x)) * _UNITS
+        span = spans.get(mark.kind, whole_height)
+        paths[mark.kind] = paths.get(mark.kind, "") + f"M{x:.1f} {span}"
     return "".join(f'<path class="mark {kind}" d="{d}"/>' for kind, d in paths.items())
 
 
@@ -389,13 +448,16 @@ def legend(
     marks: Sequence[Mark],
     remark: str = "",
 ) -> str:
-    """A list of what the lines and the vertical marks stand for."""
-    keys = list(dict.fromkeys((f"line {c.style}", c.name) for c in curves if len(c.x)))
-    keys += list(dict.fromkeys((f"bar {m.kind}", m.name) for m in marks))
-    items = "".join(
-        f'<li><s class="{kind}"></s>{escape(name)}</li>' for kind, name in keys
-    )
-    return f'<ul class="legend">{items}{f"<li>{escape(remark)}</li>" if remark else ""}</ul>'
+    """Return a list that explains the lines and the vertical marks, as HTML."""
+    keys = [(f"line {curve.style}", curve.name) for curve in curves if len(curve.x)]
+    keys += [(f"bar {mark.kind}", mark.name) for mark in marks]
+    items = [
+        f'<li><s class="{css_class}"></s>{escape(name)}</li>'
+        for css_class, name in dict.fromkeys(keys)
+    ]
+    if remark:
+        items.append(f"<li>{escape(remark)}</li>")
+    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _label(
@@ -403,6 +465,7 @@ def _label(
     decimals: int,
     step: float,
 ) -> str:
+    """Return the label of a tick on an axis whose ticks are `step` apart."""
     if abs(value) < step / 1e6:
         return "0"
     if abs(value) >= 1e15:

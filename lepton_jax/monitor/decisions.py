@@ -12,138 +12,149 @@ from lepton_jax.monitor.events import read_events
 from lepton_jax.monitor.progress import number
 
 FILE = "controller.jsonl"
-ROWS = 240  # of the table, at most
-MARKS = 400
+
+Decision = dict[str, Any]  # one line of the journal, or several that go on
 
 
-def read_decisions(folder: Path) -> list[dict[str, Any]]:
-    """What was decided, in the order of the journal; a line that goes on where another
-    of the same policy and knob ends is part of it, and lines that a rollback has undone
-    have "undone".
+# Assumptions: more are slow to draw, and nobody looks at them.
+MOST_ROWS = 240  # of the table
+MOST_MARKS = 400  # on a curve
+
+
+def read_decisions(folder: Path) -> list[Decision]:
+    """Return the decisions, in the order of the journal.
+
+    A line that goes on where another of the same policy and knob ends is part of it:
+    its decision has "last". Decisions that a rollback has undone have "undone".
 
     Raises:
       DataError: the journal is damaged.
     """
     if not (folder / FILE).exists():
         return []
-    found: list[dict[str, Any]] = []
-    latest: dict[tuple, dict[str, Any]] = {}
+
+    decisions: list[Decision] = []
+    latest: dict[tuple, Decision] = {}  # by policy and knob
     for line in read_events(folder, FILE):
-        if line["kind"] == "rollback":
-            for old in found:
-                old["undone"] = old.get("undone", False) or (
-                    old["kind"] != "rollback" and old["step"] > line["to"]
-                )
-            latest = {}
-        elif line["kind"] == "start":
+        if line["kind"] == "start":
             continue
-        key = line.get("policy"), line.get("knob")
+        if line["kind"] == "rollback":
+            _undo(decisions, line["to"])
+            latest = {}
+
+        key = (line.get("policy"), line.get("knob"))
         before = latest.get(key)
-        if (
-            before is not None
-            and "knob" in line
-            and before.get("last", before["step"]) + 1 == line["step"]
-        ):
+        if before is not None and _goes_on(before, line):
             before |= {name: line[name] for name in ("to", "signals") if name in line}
             before["last"] = line.get("last", line["step"])
-            continue
-        found.append(dict(line))
-        latest[key] = found[-1]
-    return found
+        else:
+            decisions.append(dict(line))
+            latest[key] = decisions[-1]
+    return decisions
 
 
-def marks(decisions: Iterable[dict[str, Any]]) -> list[Mark]:
-    """A mark where each decision begins; rollbacks are marked by their events."""
-    chosen = [
-        d
-        for d in decisions
-        if d["kind"] != "rollback"
-        and d.get("policy") != "schedule"
-        and not d.get("undone")
+def _undo(decisions: list[Decision], to: int) -> None:
+    for decision in decisions:
+        is_later = decision["kind"] != "rollback" and decision["step"] > to
+        decision["undone"] = decision.get("undone", False) or is_later
+
+
+def _goes_on(before: Decision, line: Decision) -> bool:
+    if "knob" not in line:
+        return False
+    last: Any = before.get("last", before["step"])
+    return last + 1 == line["step"]
+
+
+def marks(decisions: Iterable[Decision]) -> list[Mark]:
+    """Return a mark where each decision begins.
+
+    Rollbacks have none, as their events are marked already.
+    """
+    marked = [
+        decision
+        for decision in decisions
+        if decision["kind"] != "rollback"
+        and decision.get("policy") != "schedule"
+        and not decision.get("undone")
     ]
-    kinds = {True: ("live", "a person's request"), False: ("decision", "decision")}
-    return [
-        Mark(
-            d["step"],
-            *kinds[d["kind"] == "live"],
-            f"{_by(d)}: {_what(d)}",
-        )
-        for d in chosen[:MARKS]
-    ]
+    return [_mark(decision) for decision in marked[:MOST_MARKS]]
 
 
-def table(decisions: list[dict[str, Any]]) -> str:
-    """The table of decisions, as HTML; "" without any."""
+def _mark(decision: Decision) -> Mark:
+    text = f"{_by(decision)}: {_what(decision)}"
+    if decision["kind"] == "live":
+        return Mark(decision["step"], "live", "a person's request", text)
+    return Mark(decision["step"], "decision", "decision", text)
+
+
+def table(decisions: list[Decision]) -> str:
+    """Return the table of decisions, as HTML; "" without any."""
     if not decisions:
         return ""
-    shown = (
-        decisions
-        if len(decisions) <= ROWS
-        else [*decisions[: ROWS // 2], *decisions[-ROWS // 2 :]]
-    )
-    left = len(decisions) - len(shown)
-    remark = (
-        f'<p class="note">{left:,} in the middle are left out; controller.jsonl has'
-        " them.</p>"
-        if left
-        else ""
-    )
-    lines = "".join(
-        f'<tr class="{"bad" if d["kind"] == "rollback" else "undone" if d.get("undone") else ""}">'
-        f'<td class="n">{_steps(d)}</td><td'
-        f' class="what">{escape(_by(d))}</td><td>{escape(_what(d))}</td>'
-        f"<td>{escape(_why(d))}</td></tr>"
-        for d in shown
-    )
+
+    shown = decisions
+    remark = ""
+    left = len(decisions) - MOST_ROWS
+    if left > 0:
+        half = MOST_ROWS // 2
+        shown = [*decisions[:half], *decisions[-half:]]
+        remark = (
+            f'<p class="note">{left:,} in the middle are left out; controller.jsonl has'
+            " them.</p>"
+        )
     return (
-        f'{remark}<div class="scroll"><table class="events"><thead><tr><th'
-        ' class="n">step</th><th>by</th><th>what</th>'
-        f"<th>because</th></tr></thead><tbody>{lines}</tbody></table></div>"
+        f'{remark}<div class="scroll"><table class="events"><thead><tr>'
+        '<th class="n">step</th><th>by</th><th>what</th><th>because</th>'
+        f"</tr></thead><tbody>{''.join(map(_row, shown))}</tbody></table></div>"
     )
 
 
-def _steps(line: dict[str, Any]) -> str:
+def _row(decision: Decision) -> str:
+    tone = "undone" if decision.get("undone") else ""
+    if decision["kind"] == "rollback":
+        tone = "bad"
+    return (
+        f'<tr class="{tone}"><td class="n">{_steps(decision)}</td>'
+        f'<td class="what">{escape(_by(decision))}</td>'
+        f"<td>{escape(_what(decision))}</td><td>{escape(_why(decision))}</td></tr>"
+    )
+
+
+def _steps(line: Decision) -> str:
     last = line.get("last", line["step"])
-    return f"{line['step']:,}" + (f" to {last:,}" if last > line["step"] else "")
+    first = f"{line['step']:,}"
+    return f"{first} to {last:,}" if last > line["step"] else first
 
 
-def _by(line: dict[str, Any]) -> str:
+def _by(line: Decision) -> str:
     return str(line.get("who") or line.get("policy") or "the run")
 
 
-def _what(line: dict[str, Any]) -> str:
+def _what(line: Decision) -> str:
     if line["kind"] == "rollback":
-        return f"back to step {line['to']:,}" + (
-            f", learning rate times {line['rate']:g}"
-            if line.get("rate", 1) != 1
-            else ""
-        )
+        rate = line.get("rate", 1)
+        slower = f", learning rate times {rate:g}" if rate != 1 else ""
+        return f"back to step {line['to']:,}{slower}"
     if line["kind"] == "live":
-        return " ".join(
-            [
-                str(line.get("request")),
-                *(f"{k}={v:g}" for k, v in line.get("settings", {}).items()),
-            ]
-        )
+        settings = [f"{k}={v:g}" for k, v in line.get("settings", {}).items()]
+        return " ".join([str(line.get("request")), *settings])
+
     undone = " (undone)" if line.get("undone") else ""
     knob = str(line.get("knob")).replace("_", " ")
-    if (
-        line.get("from") == 0
-        and line.get("to") == 1
-        and "contribution" in line
-        and line["contribution"] == 1
-    ):
-        return knob + undone
-    # a schedule comes from nowhere
-    before = (
-        "" if line.get("from") != line.get("from") else f"{number(line.get('from'))} "
-    )
-    return f"{knob} {before}to {number(line.get('to'))}{undone}"
+    before = line.get("from")
+    after = line.get("to")
+    is_flag = before == 0 and after == 1 and line.get("contribution") == 1
+    if is_flag:
+        return f"{knob}{undone}"
+    # a schedule comes from nowhere: its value before is NaN, which differs from itself
+    if before != before:
+        return f"{knob} to {number(after)}{undone}"
+    return f"{knob} {number(before)} to {number(after)}{undone}"
 
 
-def _why(line: dict[str, Any]) -> str:
+def _why(line: Decision) -> str:
     if line.get("why"):
         return str(line["why"])
-    return ", ".join(
-        f"{name} {number(value)}" for name, value in (line.get("signals") or {}).items()
-    )
+    signals = line.get("signals") or {}
+    return ", ".join(f"{name} {number(value)}" for name, value in signals.items())

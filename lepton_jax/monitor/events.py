@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,10 @@ import numpy as np
 from lepton_jax.errors import DataError, LeptonError, writing_remedy
 
 FILE = "events.jsonl"
+
+Event = dict[str, Any]  # one line of a journal: "time", "kind", and fields of the kind
+
+TAIL_BYTES = 1 << 16  # of a file that are read at once to find its last line
 _WORDS = {
     "NaN": math.nan,
     "Infinity": math.inf,
@@ -32,8 +37,8 @@ _WORDS = {
 class Sink(Protocol):
     """Something that wants to hear of events as they happen."""
 
-    def event(self, event: dict[str, Any]) -> None:
-        """Takes one event: plain Python values, floats that may be non-finite."""
+    def event(self, event: Event) -> None:
+        """Take one event: plain Python values, floats that may be non-finite."""
         ...
 
     def close(self) -> None:
@@ -42,14 +47,13 @@ class Sink(Protocol):
 
 
 class Lines:
-    """A file of events to which whole lines are appended, one write to the operating
-    system each.
+    """A file of events to which whole lines are appended.
 
-    A killed process loses at most the line that it was writing; opening the file again
-    mends that line.
+    Each is one write to the operating system. A killed process loses at most the line
+    that it was writing; opening the file again repairs that line.
 
     Args:
-      path: of the file; its folder is made if missing.
+      path: the file; its folder is made if missing.
 
     Raises:
       LeptonError: the file can't be opened, or (from `append` and `cut`) written.
@@ -59,24 +63,21 @@ class Lines:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(
-                self.path,
-                os.O_RDWR | os.O_CREAT | os.O_APPEND,
-                0o644,
-            )
-            _mend(self._file)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            self._file = os.open(self.path, flags, 0o644)
+            _repair(self._file)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise self._failed(error) from error
 
     def append(self, line: bytes) -> None:
-        """Adds a line of `encode`. The file keeps only whole lines."""
+        """Add a line of `encode`. The file keeps only whole lines."""
         try:
             _append(self._file, line)
         except OSError as error:
             raise self._failed(error) from error
 
     def cut(self, keep: int) -> list[bytes]:
-        """Takes away all lines but the first `keep`, and returns them."""
+        """Take away all lines but the first `keep`, and return them."""
         lines = self.path.read_bytes().splitlines(keepends=True)
         try:
             if len(lines) > keep:
@@ -86,6 +87,7 @@ class Lines:
         return lines[keep:]
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._file)
 
     def _failed(self, error: OSError | ValueError) -> LeptonError:
@@ -101,12 +103,13 @@ class Lines:
 
 
 class Monitor:
-    """Appends events to `folder/events.jsonl` and hands them to sinks. Safe to call
-    from several threads.
+    """The journal `folder/events.jsonl`, and the sinks that hear its events.
+
+    Several threads may use it at a time.
 
     Args:
       folder: of the run, made if missing. None: no file.
-      sinks: what hears each event, in this order, after it is written.
+      sinks: hear each event, in this order, after it is written.
 
     Raises:
       LeptonError: the file can't be opened, or (from `event`) written.
@@ -123,23 +126,19 @@ class Monitor:
         self._closed = False
         self._file = None if self.path is None else Lines(self.path)
 
-    def event(
-        self,
-        kind: str,
-        **fields: Any,
-    ) -> None:
-        """Records one event. Arrays and NumPy scalars become lists and numbers; float32
-        values stay exact.
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record one event.
+
+        Args:
+          kind: of the event.
+          **fields: its further fields. Arrays and NumPy scalars become lists and
+            numbers; float32 values stay exact.
 
         Raises:
           LeptonError: the line could not be written (the disk is full, say). The file
             keeps only whole lines.
         """
-        event = {
-            "time": time.time(),
-            "kind": kind,
-            **plain(fields),
-        }
+        event = {"time": time.time(), "kind": kind, **plain(fields)}
         line = encode(event)
         with self._lock:
             assert not self._closed, "an event after close()"
@@ -149,7 +148,7 @@ class Monitor:
                 sink.event(event)
 
     def close(self) -> None:
-        """Closes the file and the sinks. A second call does nothing."""
+        """Close the file and the sinks; a second call does nothing."""
         with self._lock:
             if self._closed:
                 return
@@ -163,13 +162,14 @@ class Monitor:
 def read_events(
     path: Path,
     name: str = FILE,
-) -> list[dict[str, Any]]:
-    """All events of a journal, oldest first; a last line that a killed process left
-    torn is skipped.
+) -> list[Event]:
+    """Read all events of a journal, oldest first.
+
+    A last line that a killed process left torn is skipped.
 
     Args:
       path: the file, or the run folder that holds it.
-      name: of the file in a run folder.
+      name: name of the file in a run folder.
 
     Raises:
       DataError: the file is missing, or a line other than a torn last one is damaged.
@@ -199,47 +199,41 @@ def read_events(
 
 
 def encode(event: Mapping[str, Any]) -> bytes:
-    """One event as a line of standard JSON."""
+    """Return one event as a line of standard JSON."""
+    dumps = partial(json.dumps, allow_nan=False, separators=(",", ":"))
     try:
-        text = json.dumps(
-            event,
-            allow_nan=False,
-            separators=(",", ":"),
-        )
+        text = dumps(event)
     # a float that is not finite: rare, so only then is the event walked through
     except ValueError:
-        text = json.dumps(
-            _named(event),
-            allow_nan=False,
-            separators=(",", ":"),
-        )
+        text = dumps(_named(event))
     return text.encode() + b"\n"
 
 
 def _append(file: int, line: bytes) -> None:
-    """Writes the whole line, or leaves the file as it was."""
+    """Write the whole line, or leave the file as it was."""
     written = 0
     try:
         written = os.write(file, line)
         while written < len(line):
             written += os.write(file, line[written:])
     except OSError:
-        # the disk refuses even that: the next opening mends the line
+        # if the disk refuses even that, the next opening repairs the line
         with contextlib.suppress(OSError):
             if written:
                 os.ftruncate(file, os.fstat(file).st_size - written)
         raise
 
 
-def _mend(file: int) -> None:
-    """Ends the file with a whole line: a torn last one goes, one that lacks only its
-    newline gets it.
+def _repair(file: int) -> None:
+    """Make the file end with a whole line.
+
+    A torn last line is taken away; one that lacks only its newline gets it.
     """
     size = os.fstat(file).st_size
     tail = b""
     start = size
     while start and b"\n" not in tail:
-        chunk = min(start, 1 << 16)
+        chunk = min(start, TAIL_BYTES)
         start -= chunk
         tail = os.pread(file, chunk, start) + tail
     tail = tail[tail.rfind(b"\n") + 1 :]
@@ -251,19 +245,20 @@ def _mend(file: int) -> None:
         _append(file, b"\n")
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
-    """The event in a line; None if it is damaged."""
+def _decode(line: bytes) -> Event | None:
+    """Return the event in a line; None if it is damaged."""
     try:
         event = json.loads(line)
     except ValueError:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         return None
-    return _floats(event) if b'NaN"' in line or b'Infinity"' in line else event
+    has_words = b'NaN"' in line or b'Infinity"' in line
+    return _floats(event) if has_words else event
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's types, with the floats as they are."""
+    """Return a value in JSON's types, with the floats as they are."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, float):
@@ -278,21 +273,27 @@ def plain(value: Any) -> Any:
         array = np.asarray(value)
         # bfloat16 and its like, which NumPy knows only as raw bytes, are exact in
         # float64.
-        return plain(
-            (array.astype(np.float64) if array.dtype.kind == "V" else array).tolist()
-        )
+        if array.dtype.kind == "V":
+            array = array.astype(np.float64)
+        return plain(array.tolist())
     return str(value)
 
 
 def _named(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    """Replace floats that are not finite by their words."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return "NaN"
+        if math.isinf(value):
+            return "Infinity" if value > 0 else "-Infinity"
+        return value
     if isinstance(value, Mapping):
         return {key: _named(item) for key, item in value.items()}
     return [_named(item) for item in value] if isinstance(value, list) else value
 
 
 def _floats(value: Any) -> Any:
+    """Replace the words of floats that are not finite by these floats."""
     if isinstance(value, str):
         return _WORDS.get(value, value)
     if isinstance(value, dict):

@@ -9,17 +9,47 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from lepton_jax.monitor.events import Event
+
+# Assumptions: as often as a log should grow, and as an eye sees.
 PLAIN_SECONDS = 2.0  # between lines on a stream that is no terminal
 LIVE_SECONDS = 0.05  # between redraws of the live line
 
+# Assumptions: widths at which a bar says something.
+LONGEST_BAR = 24
+SHORTEST_BAR = 6
+NARROWEST = 20  # columns of a terminal
+USUAL_WIDTH = 80  # columns of a terminal that does not say how wide it is
+WINDOWS = 20  # over which rates are taken
+
+# Of the status in the closing table; every other one is red.
+STATE_COLOURS = {"finished": "green", "interrupted": "yellow"}
+
+
+class _Window(NamedTuple):
+    """Some steps that were reported together."""
+
+    steps: int
+    seconds: float
+    samples: int
+
+
+class _Segment(NamedTuple):
+    """A part of the live line; the greatest rank goes first when room is short."""
+
+    rank: int
+    text: str
+
 
 class Progress:
-    """Shows a run on `stream`: a live line on a terminal; elsewhere plain lines, at
-    most one in 2 s and one per evaluation. Draws only when an event arrives (a thread
-    would steal time from the training), and falls silent when the stream is closed.
-    Honours `NO_COLOR` and `TERM=dumb`.
+    """The display of a run on a stream.
+
+    On a terminal it is a live line; elsewhere plain lines, at most one in 2 s and one
+    for each evaluation. It draws only when an event arrives (a thread would steal time
+    from the training), and falls silent when the stream is closed. It honours
+    `NO_COLOR` and `TERM=dumb`.
 
     Args:
       stream: where to write.
@@ -41,25 +71,27 @@ class Progress:
         self._step = 0
         self._shown = -math.inf
         self._drawn = False
-        # steps, seconds, samples
-        self._windows: deque[tuple[int, float, int]] = deque(maxlen=20)
-        self._seconds = self._waited = 0.0
+        self._windows: deque[_Window] = deque(maxlen=WINDOWS)
+        self._seconds = 0.0
+        self._waited = 0.0
         self._train: dict[str, float] = {}
         self._last: dict[str, Any] = {}
         self._evaluations: list[tuple[int, dict[str, Any]]] = []
         self._compilations: dict[str, int] = {}
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
+        """Show one event."""
         handle = getattr(self, f"_on_{event.get('kind')}", None)
         if handle is not None and self._stream is not None:
             handle(event)
 
     def close(self) -> None:
+        """End the live line."""
         if self._drawn:
             self._write("\n")
             self._drawn = False
 
-    def _on_start(self, event: dict[str, Any]) -> None:
+    def _on_start(self, event: Event) -> None:
         self._start = event
         self._step = event.get("step") or 0
         self._folder = self._folder or event.get("folder")
@@ -75,132 +107,113 @@ class Progress:
             parts.append(f"batch {event['batch_size']:,}")
         if self._step:
             parts.append(f"resumed at step {self._step:,}")
-        name = event.get("name") or "run"
-        self._line(
-            (self._paint(name, "1") if self._colour else name)
-            + "  "
-            + self._dot().join(parts)
-        )
+        name = self._paint(event.get("name") or "run", "1")
+        self._line(f"{name}  {self._dot().join(parts)}")
 
-    def _on_compile(self, event: dict[str, Any]) -> None:
+    def _on_compile(self, event: Event) -> None:
         program = str(event.get("program") or "a program")
         self._compilations[program] = self._compilations.get(program, 0) + 1
         if (event.get("count") or 1) > 1:
             text = f"compiled {program} again (time {event['count']})"
-            seconds = (
-                f" in {duration(event['seconds'])}"
-                if event.get("seconds") is not None
-                else ""
-            )
-            self._notice(
-                text
-                + seconds
-                + (f": {event['changed']}" if event.get("changed") else "")
-            )
+            if event.get("seconds") is not None:
+                text += f" in {duration(event['seconds'])}"
+            if event.get("changed"):
+                text += f": {event['changed']}"
+            self._notice(text)
 
-    def _on_steps(self, event: dict[str, Any]) -> None:
+    def _on_steps(self, event: Event) -> None:
         last = event.get("last")
         if last is None:
             return
+
         seconds = event.get("seconds") or 0.0
-        count = last - (event.get("first") or last) + 1
-        self._windows.append(
-            (
-                count,
-                seconds,
-                event.get("samples") or 0,
-            )
-        )
-        self._seconds = self._seconds + seconds
-        self._waited = self._waited + (event.get("data_wait") or 0.0)
+        steps = last - (event.get("first") or last) + 1
+        self._windows.append(_Window(steps, seconds, event.get("samples") or 0))
+        self._seconds += seconds
+        self._waited += event.get("data_wait") or 0.0
         self._step = last
-        self._train.update(
-            {
-                k: v[-1]
-                for k, v in (event.get("records") or {}).items()
-                if v and _is_number(v[-1])
-            }
-        )
+        for name, values in (event.get("records") or {}).items():
+            if values and _is_number(values[-1]):
+                self._train[name] = values[-1]
+
         now = time.monotonic()
-        if now - self._shown < (
-            LIVE_SECONDS if self._live else PLAIN_SECONDS
-        ) and last != self._start.get("steps"):
+        pause = LIVE_SECONDS if self._live else PLAIN_SECONDS
+        is_last = last == self._start.get("steps")
+        if now - self._shown < pause and not is_last:
             return
         self._shown = now
         if self._live:
             self._redraw()
         else:
-            self._line("  ".join(text for _, text in self._segments()))
+            self._line("  ".join(segment.text for segment in self._segments()))
 
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
+    def _on_evaluation(self, event: Event) -> None:
         self._last = dict(event.get("metrics") or {})
         self._evaluations.append((event.get("step") or self._step, self._last))
         if self._live:
             self._redraw()
-        else:
-            seconds = (
-                f"  ({duration(event['seconds'])})"
-                if event.get("seconds") is not None
-                else ""
-            )
-            self._line(
-                f"evaluation at step {event.get('step', '?')} "
-                f" {_values(self._last)}{seconds}"
-            )
+            return
 
-    def _on_damaged(self, event: dict[str, Any]) -> None:
+        text = f"evaluation at step {event.get('step', '?')}  {_values(self._last)}"
+        if event.get("seconds") is not None:
+            text += f"  ({duration(event['seconds'])})"
+        self._line(text)
+
+    def _on_damaged(self, event: Event) -> None:
         reason = f": {event['reason']}" if event.get("reason") else ""
         self._notice(
             f"checkpoint of step {event.get('step', '?')} is damaged and was passed"
             f" over{reason}"
         )
 
-    def _on_warning(self, event: dict[str, Any]) -> None:
+    def _on_warning(self, event: Event) -> None:
         self._notice(str(event.get("text", "")))
 
-    def _on_rollback(self, event: dict[str, Any]) -> None:
+    def _on_rollback(self, event: Event) -> None:
         self._notice(
             f"rolled back from step {event.get('step', '?')} to {event.get('to', '?')}:"
             f" {event.get('why', '')}"
         )
         self._step = event.get("to") or self._step
 
-    def _on_control(self, event: dict[str, Any]) -> None:
+    def _on_control(self, event: Event) -> None:
         refused = "" if event.get("ok") else f"{event.get('do')} refused: "
         self._notice(f"{event.get('who', '?')}: {refused}{event.get('text', '')}")
 
-    def _on_skipped(self, event: dict[str, Any]) -> None:
+    def _on_skipped(self, event: Event) -> None:
         self._notice("skipped " + described(event))
 
-    def _on_end(self, event: dict[str, Any]) -> None:
+    def _on_end(self, event: Event) -> None:
         rows = self._summary(event)
         status = rows.pop("status")
         name = self._start.get("name") or "run"
-        if not self._live:
-            width = max(map(len, rows), default=0)
-            lines = [
-                f"{name}: {status}",
-                *(f"  {key:<{width}}  {value}" for key, value in rows.items()),
-            ]
-            self._write("".join(f"{line}\n" for line in lines))
+        if self._live:
+            state = event.get("status") or ""
+            self._line(self._table(name, status, STATE_COLOURS.get(state, "red"), rows))
             return
+        width = max(map(len, rows), default=0)
+        lines = [f"{name}: {status}\n"]
+        lines += [f"  {key:<{width}}  {value}\n" for key, value in rows.items()]
+        self._write("".join(lines))
+
+    def _table(
+        self,
+        name: str,
+        status: str,
+        colour: str,
+        rows: dict[str, str],
+    ) -> str:
+        """Return the closing table for a terminal."""
         from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        colour = {"finished": "green", "interrupted": "yellow"}.get(
-            event.get("status") or "", "red"
-        )
         table = Table(
             box=box.ROUNDED if self._unicode else box.ASCII,
             show_header=False,
             title_justify="left",
-            title=Text.assemble(
-                (name, "bold"),
-                "  ",
-                (status, colour),
-            ),
+            title=Text.assemble((name, "bold"), "  ", (status, colour)),
         )
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
@@ -209,29 +222,26 @@ class Progress:
         # Rich ends the process on a broken pipe, so it draws into memory and the
         # writing is ours.
         page = io.StringIO()
-        Console(
+        console = Console(
             file=page,
             force_terminal=True,
             no_color=not self._colour,
             width=self._width(),
             legacy_windows=False,
             color_system="standard" if self._colour else None,
-        ).print(table)
-        self._line(page.getvalue().rstrip("\n"))
+        )
+        console.print(table)
+        return page.getvalue().rstrip("\n")
 
-    def _summary(self, event: dict[str, Any]) -> dict[str, str]:
-        """The rows of the closing table, in order."""
+    def _summary(self, event: Event) -> dict[str, str]:
+        """Return the rows of the closing table, in order, and its status."""
         step = event.get("step", self._step)
         steps = self._start.get("steps") or event.get("steps")
-        rows = {
-            "status": (
-                (event.get("status") or "ended")
-                + (f": {event['reason']}" if event.get("reason") else "")
-            ),
-            "steps": (
-                f"{step:,} of {steps:,}" if step is not None and steps else str(step)
-            ),
-        }
+        rows = {"status": event.get("status") or "ended", "steps": str(step)}
+        if event.get("reason"):
+            rows["status"] += f": {event['reason']}"
+        if step is not None and steps:
+            rows["steps"] = f"{step:,} of {steps:,}"
         if event.get("seconds") is not None:
             rows["time"] = duration(event["seconds"])
         if event.get("samples_per_second") is not None:
@@ -247,81 +257,89 @@ class Progress:
             rows["evaluation"] = _values(metrics)
         best = best_evaluation(self._evaluations, self._start)
         if best:
-            rows["best"] = f"{best[1]} {number(best[2])} at step {best[0]:,}"
+            at = f"at step {best.step:,}"
+            rows["best"] = f"{best.metric} {number(best.value)} {at}"
         if self._seconds:
             rows["data wait"] = f"{100 * self._waited / self._seconds:.1f} %"
         folder = event.get("folder") or self._folder
-        return rows | ({"folder": str(folder)} if folder else {})
+        if folder:
+            rows["folder"] = str(folder)
+        return rows
 
-    def _segments(self) -> list[tuple[int, str]]:
-        """What the line says, in order, each with its rank: the greatest goes first
-        when the line is too long.
-        """
+    def _segments(self) -> list[_Segment]:
+        """Return the parts of the line, in order."""
         steps = self._start.get("steps")
-        parts = []
-        parts.append((0, f"step {self._step:,}" + (f"/{steps:,}" if steps else "")))
-        size = self._start.get("batch_size")
-        epoch = self._start.get("samples_per_epoch")
-        if size and epoch:
-            # the last batch may be filled up from an epoch that does not count
-            total = max(1, math.ceil((steps - 1) * size / epoch)) if steps else None
-            now = min(math.ceil(self._step * size / epoch) or 1, total or sys.maxsize)
-            parts.append((6, f"epoch {now:,}" + (f"/{total:,}" if total else "")))
-        count, seconds, samples = (
-            (sum(column) for column in zip(*self._windows, strict=True))
-            if self._windows
-            else (0, 0, 0)
-        )
-        if count and seconds:
-            rate = (
-                f"{number(samples / seconds, 3)} samples/s"
-                if samples
-                else f"{number(count / seconds, 3)} steps/s"
-            )
-            parts.append((4, rate))
-            if steps and steps > self._step:
-                parts.append(
-                    (2, f"ETA {duration((steps - self._step) * seconds / count)}")
-                )
+        of_steps = f"/{steps:,}" if steps else ""
+        segments = [_Segment(0, f"step {self._step:,}{of_steps}")]
+        segments += self._epoch_segment()
+        segments += self._rate_segments()
         if "loss" in self._train:
-            parts.append((1, f"loss {number(self._train['loss'])}"))
-        names = self._start.get("metrics") or [
-            k for k in self._train if k not in ("loss", "learning_rate")
-        ]
-        parts += [
-            (3, f"{name} {number(self._train[name])}")
-            for name in names
-            if self._train.get(name) is not None
-        ]
+            segments.append(_Segment(1, f"loss {number(self._train['loss'])}"))
+
+        others = [k for k in self._train if k not in ("loss", "learning_rate")]
+        for name in self._start.get("metrics") or others:
+            if self._train.get(name) is not None:
+                segments.append(_Segment(3, f"{name} {number(self._train[name])}"))
         if self._live and self._last:
-            parts.append((5, f"evaluation {_values(self._last)}"))
-        return parts
+            segments.append(_Segment(5, f"evaluation {_values(self._last)}"))
+        return segments
+
+    def _epoch_segment(self) -> list[_Segment]:
+        steps = self._start.get("steps")
+        batch_size = self._start.get("batch_size")
+        epoch_samples = self._start.get("samples_per_epoch")
+        if not batch_size or not epoch_samples:
+            return []
+
+        epoch = math.ceil(self._step * batch_size / epoch_samples) or 1
+        if not steps:
+            return [_Segment(6, f"epoch {epoch:,}")]
+        # the last batch may be filled up from an epoch that does not count
+        epochs = max(1, math.ceil((steps - 1) * batch_size / epoch_samples))
+        return [_Segment(6, f"epoch {min(epoch, epochs):,}/{epochs:,}")]
+
+    def _rate_segments(self) -> list[_Segment]:
+        count = sum(window.steps for window in self._windows)
+        seconds = sum(window.seconds for window in self._windows)
+        samples = sum(window.samples for window in self._windows)
+        if not count or not seconds:
+            return []
+
+        rate = f"{number(count / seconds, 3)} steps/s"
+        if samples:
+            rate = f"{number(samples / seconds, 3)} samples/s"
+        segments = [_Segment(4, rate)]
+        steps = self._start.get("steps")
+        if steps and steps > self._step:
+            left = duration((steps - self._step) * seconds / count)
+            segments.append(_Segment(2, f"ETA {left}"))
+        return segments
 
     def _redraw(self) -> None:
         room = self._width() - 1
-        parts = self._segments()
+        segments = self._segments()
 
         def text() -> str:
-            return self._dot().join(part for _, part in parts)
+            return self._dot().join(segment.text for segment in segments)
 
-        while len(parts) > 1 and len(text()) > room:
-            parts.remove(max(parts, key=lambda part: part[0]))
+        while len(segments) > 1 and len(text()) > room:
+            segments.remove(max(segments, key=lambda segment: segment.rank))
         line = text()[:room]
-        steps = self._start.get("steps")
-        length = min(24, room - len(line) - 2)
-        if steps and length >= 6:
-            done = min(length, length * self._step // steps)
-            full, empty = (
-                ("━", "━" if self._colour else "─") if self._unicode else ("#", "-")
-            )
-            line = (
-                self._paint(full * done, "36")
-                + self._paint(empty * (length - done), "2")
-                + "  "
-                + line
-            )
+        length = min(LONGEST_BAR, room - len(line) - 2)
+        if self._start.get("steps") and length >= SHORTEST_BAR:
+            line = f"{self._bar(length)}  {line}"
         self._drawn = True
         self._write(f"\r{line}\x1b[K")
+
+    def _bar(self, length: int) -> str:
+        done = min(length, length * self._step // self._start["steps"])
+        full = "#"
+        empty = "-"
+        if self._unicode:
+            full = "━"
+            empty = "━" if self._colour else "─"
+        left = length - done
+        return self._paint(full * done, "36") + self._paint(empty * left, "2")
 
     def _notice(self, text: str) -> None:
         self._line(self._paint("!", "33") + " " + text)
@@ -329,8 +347,9 @@ class Progress:
             self._redraw()
 
     def _line(self, text: str) -> None:
-        """A line that stays, above the live one."""
-        self._write(("\r\x1b[K" if self._drawn else "") + text + "\n")
+        """Write a line that stays, above the live one."""
+        erase = "\r\x1b[K" if self._drawn else ""
+        self._write(f"{erase}{text}\n")
         self._drawn = False
 
     def _write(self, text: str) -> None:
@@ -355,48 +374,65 @@ class Progress:
         return " · " if self._unicode else " | "
 
     def _width(self) -> int:
+        stream: Any = self._stream
         try:
-            return max(20, os.get_terminal_size(self._stream.fileno()).columns or 80)  # type: ignore[union-attr]
+            size = os.get_terminal_size(stream.fileno())
         except (AttributeError, OSError, ValueError):
-            return 80
+            return USUAL_WIDTH
+        return max(NARROWEST, size.columns or USUAL_WIDTH)
+
+
+class Best(NamedTuple):
+    """The best evaluation of a run."""
+
+    step: int
+    metric: str
+    value: float
 
 
 def best_evaluation(
-    evaluations: list[tuple[int, dict[str, Any]]], start: dict[str, Any]
-) -> tuple[int, str, float] | None:
-    """(step, metric, value) of the best evaluation, by the run's `best` ("accuracy";
-    "-loss" for lowest first).
+    evaluations: list[tuple[int, dict[str, Any]]],
+    start: dict[str, Any],
+) -> Best | None:
+    """Return the best evaluation, by the run's `best`; None if there is none.
 
-    Without a `best` in the start event or its settings, the lowest loss is the best.
+    Args:
+      evaluations: (step, metrics).
+      start: the start event. Its `best`, or that of its settings, names the metric:
+        "accuracy", or "-loss" if the lowest is the best. Without it, the lowest loss is
+        the best.
     """
     rule = start.get("best") or (start.get("settings") or {}).get("best")
     rule = rule if isinstance(rule, str) else "-loss"
     name = rule.removeprefix("-")
     sign = -1 if rule.startswith("-") else 1
-    found = [
+    ranked = [
         (sign * metrics[name], -step)
         for step, metrics in evaluations
         if _is_number(metrics.get(name)) and math.isfinite(metrics[name])
     ]
-    if not found:
+    if not ranked:
         return None
-    value, step = max(found)
-    return -step, name, sign * value
+    value, negative_step = max(ranked)  # the earlier of equals
+    return Best(-negative_step, name, sign * value)
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """`value` to so many significant digits: 0.01235, 12,346, 1.235e-09."""
-    if value is None or not math.isfinite(value):
-        return "none" if value is None else str(value)
+    """Return a number with some significant digits: 0.01235, 12,346, 1.235e-09."""
+    if value is None:
+        return "none"
+    if not math.isfinite(value):
+        return str(value)
     if value and not 1e-4 <= abs(value) < 1e15:
         return f"{value:.{digits - 1}e}"
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
-    return f"{float(f'{value:.{digits}g}'):.12f}".rstrip("0").rstrip(".")
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:.12f}".rstrip("0").rstrip(".")
 
 
 def duration(seconds: float) -> str:
-    """340 ms, 4.21 s, 3 min 20 s, 2 h 05 min, 3 d 04 h."""
+    """Return a time as text: 340 ms, 4.21 s, 3 min 20 s, 2 h 05 min, 3 d 04 h."""
     if not math.isfinite(seconds):
         return str(seconds)
     if seconds < 0.9995:
@@ -412,26 +448,24 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02} h"
 
 
-def described(event: dict[str, Any]) -> str:
-    """An event's own fields, as text: `step 12, reason: rows too short`."""
-    return ", ".join(
-        (
-            str(value)
-            if key == "text"
-            else f"{key} {value}"
-            if isinstance(value, int)
-            else f"{key}: {value}"
-        )
-        for key, value in event.items()
-        if key not in ("time", "kind")
-    )
+def described(event: Event) -> str:
+    """Return an event's own fields as text: `step 12, reason: rows too short`."""
+    fields = [(key, event[key]) for key in event if key not in ("time", "kind")]
+    return ", ".join(_field(key, value) for key, value in fields)
+
+
+def _field(key: str, value: Any) -> str:
+    if key == "text":
+        return str(value)
+    return f"{key} {value}" if isinstance(value, int) else f"{key}: {value}"
 
 
 def _values(metrics: dict[str, Any]) -> str:
-    return "  ".join(
-        f"{name} {number(value) if _is_number(value) else value}"
-        for name, value in metrics.items()
-    )
+    return "  ".join(f"{name} {_value(value)}" for name, value in metrics.items())
+
+
+def _value(value: Any) -> str:
+    return number(value) if _is_number(value) else str(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -440,8 +474,7 @@ def _is_number(value: Any) -> bool:
 
 def _is_terminal(stream: Any) -> bool:
     try:
-        return bool(stream is not None and stream.isatty()) and os.environ.get(
-            "TERM"
-        ) not in ("dumb", "", None)
+        is_a_tty = stream is not None and stream.isatty()
     except (AttributeError, ValueError):
         return False
+    return bool(is_a_tty) and os.environ.get("TERM") not in ("dumb", "", None)

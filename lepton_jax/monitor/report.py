@@ -1,4 +1,4 @@
-"""The page that a run leaves behind: `report.html`, one file that needs nothing else.
+"""The page that a run leaves behind: `report.html`, one file that needs no other.
 
 python -m lepton_jax.monitor.report RUN_FOLDER
 """
@@ -12,56 +12,37 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lepton_jax.errors import DataError, LeptonError, writing_remedy
 from lepton_jax.monitor import decisions, stragglers
-from lepton_jax.monitor.chart import Curve, Mark, draw, legend, smooth
-from lepton_jax.monitor.events import FILE, read_events
+from lepton_jax.monitor.chart import Axis, Curve, draw, legend, smooth
+from lepton_jax.monitor.events import FILE, Event, read_events
+from lepton_jax.monitor.events_table import events_table
 from lepton_jax.monitor.page import SCRIPT, STYLE
-from lepton_jax.monitor.progress import best_evaluation, described, duration, number
+from lepton_jax.monitor.progress import best_evaluation, duration, number
+from lepton_jax.monitor.recorded_run import Run, collect
 
-ROWS = 60  # of saves in the list of events, at most
+# The class that colours a status; every other one is "open".
+STATE_CLASSES = {"finished": "good", "diverged": "bad", "failed": "bad"}
 
-Series = tuple[np.ndarray, np.ndarray]
-
-
-@dataclass
-class Run:
-    """What the events of one folder say, put together: where a resumed run repeats a
-    step, the later record wins; what a rollback has undone is apart.
-    """
-
-    start: dict[str, Any] = field(default_factory=dict)
-    end: dict[str, Any] = field(default_factory=dict)
-    records: dict[str, Series] = field(default_factory=dict)
-    undone: list[Series] = field(default_factory=list)
-    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
-    step_seconds: Series = field(default_factory=lambda: _series([], []))
-    waits: Series = field(default_factory=lambda: _series([], []))
-    marks: list[Mark] = field(default_factory=list)
-    starts: list[dict[str, Any]] = field(default_factory=list)
-    compilations: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    window_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    samples: int = 0
-    last: int = 0
-
-    @property
-    def status(self) -> str:
-        return self.end.get("status") or "no end recorded"
+# Assumptions about what is easy to look at.
+TILES_IN_A_ROW = 6  # at most
+FEWEST_TO_SMOOTH = 90  # points of a curve
+NEAR_THE_START = 0.1  # share of the run: an axis that begins there begins at 0
+OPEN_ROWS = 80  # of the parameters' table: a longer one is folded
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `folder/report.html` from the run's events, its plan and its recipe, and
-    returns its path.
+    """Write `folder/report.html`, and return its path.
+
+    Args:
+      folder: of the run: its events, its plan and its recipe are reported.
 
     Raises:
       DataError: the folder holds no events, or damaged ones.
@@ -100,337 +81,174 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def collect(events: Iterable[dict[str, Any]]) -> Run:
-    """Puts the events of a folder together; `O(events)`, and fields that are missing
-    are passed over.
-    """
-    run = Run()
-    began = None
-    parts: dict[str, Any] = {}
-    windows: list[Any] = []
-    for event in events:
-        kind = event["kind"]
-        at = event.get("time") or 0.0
-        began = at if began is None or kind == "start" else began
-        step = event.get("step")
-        # a start may first find damage
-        if run.starts and not run.end and kind not in ("start", "damaged"):
-            run.starts[-1]["until"] = at
-        if kind == "start":
-            if run.starts or step:
-                run.marks.append(
-                    Mark(
-                        step or 0, "resume", "resumed", f"resumed at step {step or 0:,}"
-                    )
-                )
-            run.starts = [*run.starts, {"at": at, "until": at}]
-            run.start = event
-            run.end = {}
-            run.compilations = {}
-        elif kind == "steps":
-            _add_steps(run, event, parts, windows)
-        elif kind == "evaluation" and step is not None:
-            run.evaluations[step] = event.get("metrics") or {}
-        elif kind == "compile":
-            program = str(event.get("program"))
-            run.compilations[program] = run.compilations.get(program, 0) + 1
-            if (event.get("count") or 1) > 1:
-                run.marks.append(
-                    Mark(
-                        run.last,
-                        "compile",
-                        "compiled again",
-                        f"{program} compiled again",
-                    )
-                )
-        elif kind == "save" and step is not None:
-            run.marks.append(
-                Mark(
-                    step,
-                    "save",
-                    "checkpoint",
-                    "",
-                )
-            )
-        elif kind == "rollback" and step is not None:
-            _go_back(run, event, parts)
-        elif kind == "damaged" and step is not None:
-            run.marks.append(
-                Mark(
-                    step,
-                    "damaged",
-                    "damaged checkpoint",
-                    f"checkpoint of step {step:,} damaged",
-                )
-            )
-        elif kind == "end":
-            run.end = event
-            if event.get("status") == "diverged":
-                step = run.last if step is None else step
-                run.marks.append(
-                    Mark(step, "diverged", "diverged", f"diverged at step {step:,}")
-                )
-    run.seconds = sum(s["until"] - s["at"] for s in run.starts)
-    run.records = {
-        name: _series([x for x, _ in both], [y for _, y in both])
-        for name, both in parts.items()
-    }
-    if windows:
-        x, seconds, waits = (
-            np.array(column, np.float64) for column in zip(*windows, strict=True)
-        )
-        run.step_seconds = _series([x], [seconds])
-        run.waits = _series([x], [waits])
-    return run
-
-
-def _add_steps(
-    run: Run,
-    event: dict[str, Any],
-    parts: dict,
-    windows: list,
-) -> None:
-    first = event.get("first")
-    last = event.get("last")
-    if first is None or last is None or last < first:
-        return
-    for name, values in (event.get("records") or {}).items():
-        y = np.array(
-            [v if isinstance(v, int | float) else math.nan for v in values], np.float64
-        )
-        parts.setdefault(name, []).append(
-            (np.arange(first, first + len(y), dtype=np.float64), y)
-        )
-    seconds = event.get("seconds")
-    wait = event.get("data_wait")
-    if seconds:
-        share = math.nan if wait is None else 100 * wait / seconds
-        windows.append(
-            (
-                last,
-                seconds / (last - first + 1),
-                share,
-            )
-        )
-        run.window_seconds = run.window_seconds + seconds
-        run.wait_seconds = run.wait_seconds + (wait or 0.0)
-        run.samples += event.get("samples") or 0
-    run.last = last
-
-
-def _go_back(
-    run: Run,
-    event: dict[str, Any],
-    parts: dict,
-) -> None:
-    """Take out what a rollback has undone; of the loss it is kept apart."""
-    to = event.get("to") or 0
-    for name, both in parts.items():
-        if name == "loss":
-            x, y = _series([x for x, _ in both], [y for _, y in both])
-            if len(x) and x[-1] > to:
-                run.undone.append((x[x > to], y[x > to]))
-        parts[name] = [(x[x <= to], y[x <= to]) for x, y in both]
-    run.evaluations = {
-        step: metrics for step, metrics in run.evaluations.items() if step <= to
-    }
-    run.last = to
-    text = (
-        f"rolled back from step {event['step']:,} to {to:,}: {event.get('why') or ''}"
-    )
-    run.marks.append(
-        Mark(
-            event["step"],
-            "rollback",
-            "rolled back",
-            text,
-        )
-    )
-
-
-def _series(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> Series:
-    """One ascending curve from parts in the order of writing; of two values for a step,
-    the later stays.
-    """
-    if not x:
-        return np.zeros(0), np.zeros(0)
-    steps, last = np.unique(
-        np.concatenate(x)[::-1],
-        return_index=True,
-    )
-    return steps, np.concatenate(y)[::-1][last]
-
-
 def render(
-    events: list[dict[str, Any]],
+    events: list[Event],
     plan: Any,
     recipe: Any,
     folder: str,
     decided: list[dict[str, Any]],
     hosts: Any = None,
 ) -> str:
-    """The page, as HTML. `plan`, `recipe` and `hosts` are what their JSON files hold,
-    or None; `decided` is what the journal tells of decisions.
+    """Return the page, as HTML.
+
+    Args:
+      events: of the run.
+      plan: the content of plan.json, or None.
+      recipe: the content of recipe.json, or None.
+      folder: name of the run's folder.
+      decided: the decisions in the journal.
+      hosts: the content of hosts.json, or None.
     """
     run = collect(events)
     run.marks += decisions.marks(decided)
     name = str(run.start.get("name") or folder)
-    settings = run.start.get("settings") or {}
-    text = run.start.get("plan") or (
-        json.dumps(plan, indent=2) if plan is not None else ""
-    )
-    kind = {"finished": "good", "diverged": "bad", "failed": "bad"}.get(
-        run.status, "open"
-    )
-    reason = (
-        f" <span>{escape(str(run.end['reason']))}</span>"
-        if run.end.get("reason")
-        else ""
-    )
-    when = time.strftime(
-        "%d %B %Y, %H:%M", time.localtime(events[0].get("time") or 0)
-    ).lstrip("0")
-    sections = [
-        ("Curves", _charts(run)),
-        ("Decisions", decisions.table(decided)),
-        ("Hosts", _hosts(hosts, run)),
-        (
-            "Plan",
-            (
-                f'<pre tabindex="0">{escape(str(text))}</pre>'
-                if text
-                else _empty("The run recorded no plan.")
-            ),
+    sections = {
+        "Curves": _charts(run),
+        "Decisions": decisions.table(decided),
+        "Hosts": _hosts(hosts, run),
+        "Plan": _plan(run, plan),
+        "Parameters": _parameters(run.start.get("table") or []),
+        "Events of note": events_table(events),
+        "Settings": _pairs_or(
+            run.start.get("settings"),
+            "No settings were recorded.",
         ),
-        ("Parameters", _parameters(run.start.get("table") or [])),
-        ("Events of note", _notes(events)),
-        (
-            "Settings",
-            _pairs(settings) if settings else _empty("No settings were recorded."),
-        ),
-        (
-            "Recipe",
-            (
-                _pairs(recipe)
-                if isinstance(recipe, dict) and recipe
-                else _empty("The run folder holds no recipe.json.")
-            ),
-        ),
-        ("Versions", _pairs(_versions(run.start))),
-    ]
+        "Recipe": _pairs_or(recipe, "The run folder holds no recipe.json."),
+        "Versions": _pairs(_versions(run.start)),
+    }
     body = "".join(
         f"<section><h2>{title}</h2>{content}</section>"
-        for title, content in sections
+        for title, content in sections.items()
         if content
     )
+    version = escape(str(run.start.get("version") or ""))
     return (
-        '<!doctype html><html lang="en"><head><meta'
-        f' charset="utf-8"><title>{escape(name)} · run report</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light'
-        f' dark"><style>{STYLE}</style></head><body><main><header>'
-        f'<h1>{escape(name)}</h1><p class="status"><b'
-        f' class="{kind}">{escape(run.status)}</b>{reason}'
-        "<span>began"
-        f" {when}</span><span>{escape(folder) if folder != name else ''}</span></p></header>"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(name)} · run report</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<style>{STYLE}</style></head><body><main>"
+        f"{_header(run, name, folder, events[0].get('time') or 0)}"
         f"{_tiles(run)}{body}"
-        "<footer>Written by lepton-jax"
-        f" {escape(str(run.start.get('version') or ''))}</footer></main>"
+        f"<footer>Written by lepton-jax {version}</footer></main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
+def _header(
+    run: Run,
+    name: str,
+    folder: str,
+    began: float,
+) -> str:
+    state_class = STATE_CLASSES.get(run.status, "open")
+    reason = ""
+    if run.end.get("reason"):
+        reason = f" <span>{escape(str(run.end['reason']))}</span>"
+    when = time.strftime("%d %B %Y, %H:%M", time.localtime(began)).lstrip("0")
+    folder_if_other = escape(folder) if folder != name else ""
+    return (
+        f'<header><h1>{escape(name)}</h1><p class="status">'
+        f'<b class="{state_class}">{escape(run.status)}</b>{reason}'
+        f"<span>began {when}</span><span>{folder_if_other}</span></p></header>"
+    )
+
+
+# ---- key figures ----
+
+
+class Tile(NamedTuple):
+    """A key figure, with its name above and a remark below."""
+
+    name: str
+    figure: str
+    remark: str
+
+
 def _tiles(run: Run) -> str:
-    """The key figures: (what, figure, remark)."""
-    start = run.start
-    end = run.end
-    tiles = []
+    tiles = [
+        *_metric_tiles(run),
+        _steps_tile(run),
+        _time_tile(run),
+        *_rate_tiles(run),
+        _compilations_tile(run),
+        *_size_tiles(run.start),
+    ]
+    rows = math.ceil(len(tiles) / TILES_IN_A_ROW)
+    columns = math.ceil(len(tiles) / rows)
+    shown = "".join(
+        f"<div><dt>{escape(tile.name)}</dt><dd>{escape(tile.figure)}</dd>"
+        f"<small>{escape(tile.remark)}</small></div>"
+        for tile in tiles
+    )
+    return f'<dl class="tiles" style="--columns:{columns}">{shown}</dl>'
+
+
+def _metric_tiles(run: Run) -> list[Tile]:
     latest = run.evaluations[max(run.evaluations)] if run.evaluations else {}
-    best = best_evaluation(list(run.evaluations.items()), start)
-    for name, value in (end.get("metrics") or latest).items():
-        remark = (
-            f"best {number(best[2])} at step {best[0]:,}"
-            if best and best[1] == name
-            else "at the last evaluation"
-        )
-        tiles.append((f"evaluation {name}", _figure(value), remark))
-    if "loss" in run.records and not any(
-        name == "evaluation loss" for name, *_ in tiles
-    ):
-        tiles.append(
-            (
-                "train loss",
-                _figure(run.records["loss"][1][-1]),
-                "at the last step",
-            )
-        )
-    step = end.get("step", run.last)
-    target = start.get("steps")
-    resumed = f", resumed at step {start['step']:,}" if start.get("step") else ""
-    tiles.append(
-        (
-            "steps",
-            f"{step or 0:,}",
-            (f"of {target:,}" if target else "no target recorded") + resumed,
-        )
-    )
-    several = len(run.starts) > 1
-    seconds = run.seconds if several or end.get("seconds") is None else end["seconds"]
-    remark = "from start to end" if end else "up to the last event"
-    tiles.append(
-        (
-            "time",
-            duration(seconds),
-            f"in {len(run.starts)} starts" if several else remark,
-        )
-    )
-    rate = end.get("samples_per_second") or (
-        run.samples / run.window_seconds if run.window_seconds else None
-    )
-    if rate:
-        wait = (
-            100 * run.wait_seconds / run.window_seconds if run.window_seconds else 0.0
-        )
-        tiles.append(
-            (
-                "samples per second",
-                number(rate),
-                f"{wait:.1f} % of the time waiting for data",
-            )
-        )
-    count = sum(run.compilations.values()) or end.get("compilations", 0)
+    metrics = run.end.get("metrics") or latest
+    best = best_evaluation(list(run.evaluations.items()), run.start)
+    tiles = []
+    for name, value in metrics.items():
+        remark = "at the last evaluation"
+        if best and best.metric == name:
+            remark = f"best {number(best.value)} at step {best.step:,}"
+        tiles.append(Tile(f"evaluation {name}", _figure(value), remark))
+
+    if "loss" in run.records and "loss" not in metrics:
+        _, losses = run.records["loss"]
+        tiles.append(Tile("train loss", _figure(losses[-1]), "at the last step"))
+    return tiles
+
+
+def _steps_tile(run: Run) -> Tile:
+    step = run.end.get("step", run.last) or 0
+    target = run.start.get("steps")
+    remark = f"of {target:,}" if target else "no target recorded"
+    if run.start.get("step"):
+        remark += f", resumed at step {run.start['step']:,}"
+    return Tile("steps", f"{step:,}", remark)
+
+
+def _time_tile(run: Run) -> Tile:
+    seconds = run.end.get("seconds")
+    if len(run.attempts) > 1:
+        remark = f"in {len(run.attempts)} starts"
+        return Tile("time", duration(run.seconds), remark)
+    remark = "from start to end" if run.end else "up to the last event"
+    return Tile("time", duration(run.seconds if seconds is None else seconds), remark)
+
+
+def _rate_tiles(run: Run) -> list[Tile]:
+    rate = run.end.get("samples_per_second")
+    wait = 0.0
+    if run.window_seconds:
+        rate = rate or run.samples / run.window_seconds
+        wait = 100 * run.wait_seconds / run.window_seconds
+    if not rate:
+        return []
+    remark = f"{wait:.1f} % of the time waiting for data"
+    return [Tile("samples per second", number(rate), remark)]
+
+
+def _compilations_tile(run: Run) -> Tile:
+    count = sum(run.compilations.values()) or run.end.get("compilations", 0)
     programs = ", ".join(f"{n} {program}" for program, n in run.compilations.items())
-    tiles.append(
-        (
-            "compilations",
-            str(count),
-            programs or "none recorded",
-        )
-    )
+    return Tile("compilations", str(count), programs or "none recorded")
+
+
+def _size_tiles(start: dict[str, Any]) -> list[Tile]:
+    tiles = []
     if start.get("devices"):
-        tiles.append(
-            (
-                "devices",
-                f"{start['devices']:,}",
-                str(start.get("device_kind") or start.get("platform") or ""),
-            )
-        )
+        kind = str(start.get("device_kind") or start.get("platform") or "")
+        tiles.append(Tile("devices", f"{start['devices']:,}", kind))
     if start.get("parameters") is not None:
         batch = f"batch {start['batch_size']:,}" if start.get("batch_size") else ""
-        tiles.append(("parameters", f"{start['parameters']:,}", batch))
-    columns = (
-        len(tiles)
-        if len(tiles) < 7
-        else math.ceil(len(tiles) / math.ceil(len(tiles) / 6))
-    )
-    return (
-        f'<dl class="tiles" style="--columns:{columns}">'
-        + "".join(
-            f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd><small>{escape(c)}</small></div>"
-            for a, b, c in tiles
-        )
-        + "</dl>"
-    )
+        tiles.append(Tile("parameters", f"{start['parameters']:,}", batch))
+    return tiles
+
+
+# ---- curves ----
 
 
 def _charts(run: Run) -> str:
@@ -439,31 +257,10 @@ def _charts(run: Run) -> str:
             "No step was recorded: the run ended, or was stopped, before its first"
             " reading."
         )
-    ends = [x[[0, -1]] for x, _ in run.records.values() if len(x)] + [
-        np.array(list(run.evaluations) or [run.last])
-    ]
-    low = float(min(e.min() for e in ends))
-    high = float(max(e.max() for e in ends))
-    steps = (0.0 if low < 0.1 * high else low, max(high, low + 1))
-    evaluated = {name for metrics in run.evaluations.values() for name in metrics}
-    known = [
-        *(run.start.get("metrics") or []),
-        *run.records,
-        *sorted(evaluated),
-    ]
-    names = [
-        name
-        for name in dict.fromkeys(
-            [
-                "loss",
-                *(n for n in known if n != "learning_rate"),
-                "learning_rate",
-            ]
-        )
-        if not _idle(run, name)
-    ]
+
+    steps = _step_range(run)
     figures = []
-    for name in names:
+    for name in _curve_names(run):
         curves = _learning(run, name)
         if curves:
             figures.append(
@@ -472,83 +269,117 @@ def _charts(run: Run) -> str:
                     curves,
                     run.marks,
                     steps=steps,
-                    log=name == "loss",
-                    zero=name == "learning_rate",
+                    axis=Axis(zero=name == "learning_rate", log=name == "loss"),
                     wide=name == "loss",
                     note=_counted(curves),
                 )
             )
-    x, seconds = run.step_seconds
-    if len(x):
-        figures.append(
-            draw(
-                "step time",
-                [Curve("per step", x, seconds * 1e3, "other")],
-                run.marks,
-                steps=steps,
-                zero=True,
-                log=True,
-                unit=" ms",
-                note="mean of each window",
-            )
-        )
-        figures.append(
-            draw(
-                "data wait",
-                [Curve("share of time", *run.waits, "other")],
-                run.marks,
-                steps=steps,
-                zero=True,
-                unit=" %",
-                note="the loop waiting for samples",
-            )
-        )
+    if len(run.step_seconds[0]):
+        figures += _time_figures(run, steps)
     marks = legend([], run.marks) if run.marks else ""
     return f'{marks}<div class="charts">{"".join(figures)}</div>'
 
 
-def _idle(run: Run, name: str) -> bool:
-    """Whether a record has no curve of its own: a policy's share in a knob, and what
-    nobody ever asked for.
-    """
-    measured = name in ("loss", *(run.start.get("metrics") or []))
-    return ":" in name or (
-        not measured
-        and name in run.records
-        and not np.nan_to_num(run.records[name][1]).any()
+def _step_range(run: Run) -> tuple[float, float]:
+    """Return the ends of the horizontal axis."""
+    steps = list(run.evaluations) or [run.last]
+    for x, _ in run.records.values():
+        if len(x):
+            steps += [x[0], x[-1]]
+    first = float(min(steps))
+    last = float(max(steps))
+    low = 0.0 if first < NEAR_THE_START * last else first
+    return low, max(last, first + 1)
+
+
+def _curve_names(run: Run) -> list[str]:
+    """Return the names that have a curve: the loss first, the learning rate last."""
+    evaluated = {name for metrics in run.evaluations.values() for name in metrics}
+    known = [*run.metrics, *run.records, *sorted(evaluated)]
+    others = [name for name in known if name != "learning_rate"]
+    names = dict.fromkeys(["loss", *others, "learning_rate"])
+    return [name for name in names if not _idle(run, name)]
+
+
+def _time_figures(run: Run, steps: tuple[float, float]) -> list[str]:
+    x, seconds = run.step_seconds
+    step_time = draw(
+        "step time",
+        [Curve("per step", x, seconds * 1e3, "other")],
+        run.marks,
+        steps=steps,
+        axis=Axis(zero=True, log=True, unit=" ms"),
+        note="mean of each window",
     )
+    data_wait = draw(
+        "data wait",
+        [Curve("share of time", *run.waits, "other")],
+        run.marks,
+        steps=steps,
+        axis=Axis(zero=True, unit=" %"),
+        note="the loop waiting for samples",
+    )
+    return [step_time, data_wait]
+
+
+def _idle(run: Run, name: str) -> bool:
+    """Whether a record has no curve of its own.
+
+    That is a policy's share in a knob, and a record that is always 0 and is no metric.
+    """
+    if ":" in name:
+        return True
+    if name == "loss" or name in run.metrics or name not in run.records:
+        return False
+    _, values = run.records[name]
+    return not np.nan_to_num(values).any()
 
 
 def _learning(run: Run, name: str) -> list[Curve]:
-    """The curves of one record: each step, smoothed, and the evaluations of the same
-    name.
-    """
+    """Return the curves of one record: each step, smoothed, undone, and evaluations."""
     curves = []
-    if name in run.records:
-        x, y = run.records[name]
-        if name in ("loss", *(run.start.get("metrics") or [])) and len(x) >= 90:
-            curves = [
-                Curve("each step", x, y, "raw"),
-                Curve("train, smoothed", *smooth(x, y), "train"),
-            ]
-        else:
-            curves = [Curve("train", x, y, "train")]
     if name == "loss":
-        curves = [*(Curve("undone", *part, "undone") for part in run.undone), *curves]
-    found = sorted(
+        curves += [Curve("undone", *part, "undone") for part in run.undone]
+    if name in run.records:
+        curves += _training_curves(run, name)
+
+    evaluations = sorted(
         (step, metrics[name])
         for step, metrics in run.evaluations.items()
         if isinstance(metrics.get(name), int | float)
     )
-    if found:
-        x, y = np.array(found, np.float64).T
+    if evaluations:
+        x, y = np.array(evaluations, np.float64).T
         curves.append(Curve("evaluation", x, y, "evaluation"))
     return curves
 
 
+def _training_curves(run: Run, name: str) -> list[Curve]:
+    x, y = run.records[name]
+    is_noisy = name == "loss" or name in run.metrics
+    if is_noisy and len(x) >= FEWEST_TO_SMOOTH:
+        return [
+            Curve("each step", x, y, "raw"),
+            Curve("train, smoothed", *smooth(x, y), "train"),
+        ]
+    return [Curve("train", x, y, "train")]
+
+
 def _counted(curves: list[Curve]) -> str:
-    n = next((len(c.x) for c in curves if c.style == "evaluation"), 0)
-    return f"{n} evaluation{'s' if n != 1 else ''}" if n else ""
+    counts = [len(curve.x) for curve in curves if curve.style == "evaluation"]
+    return _plural(counts[0], "evaluation") if counts and counts[0] else ""
+
+
+# ---- the other sections ----
+
+
+def _plan(run: Run, plan: Any) -> str:
+    text = run.start.get("plan")
+    if not text and plan is not None:
+        text = json.dumps(plan, indent=2)
+    if not text:
+        return _empty("The run recorded no plan.")
+    return f'<pre tabindex="0">{escape(str(text))}</pre>'
 
 
 def _parameters(table: list[dict[str, Any]]) -> str:
@@ -557,184 +388,84 @@ def _parameters(table: list[dict[str, Any]]) -> str:
     total = sum(row.get("bytes") or 0 for row in table)
     most = max(row.get("bytes") or 0 for row in table) or 1
     kinds = len({row.get("kind") for row in table}) > 1
-    rows = []
-    for row in table:
-        count = row.get("bytes") or 0
-        share = count / total if total else 0.0
-        width = 100 * count / most
-        shape = " \u00d7 ".join(map(str, row.get("shape") or ())) or "scalar"
-        cells = [
-            f"<td><code>{_breakable(row.get('path'))}</code></td>",
-            f"<td>{escape(shape)}</td>",
-            f"<td>{_text(row.get('dtype'))}</td>",
-            f"<td><code>{_text(row.get('spec'))}</code></td>",
-            f"<td>{_text(row.get('kind'))}</td>" if kinds else "",
-            f'<td class="n">{size(count)}</td>',
-            (
-                '<td class="share"><s'
-                f' style="width:{width:.1f}%"></s><span>{_percent(share)}</span></td>'
-            ),
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "<th>path</th><th>shape</th><th>dtype</th><th>layout</th>" + (
-        "<th>kind</th>" if kinds else ""
-    )
+    rows = "".join(_parameter_row(row, total, most, kinds) for row in table)
+    kind = "<th>kind</th>" if kinds else ""
     body = (
-        f'<div class="scroll"><table><thead><tr>{head}<th'
-        ' class="n">size</th><th>share</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="scroll"><table><thead><tr>'
+        f"<th>path</th><th>shape</th><th>dtype</th><th>layout</th>{kind}"
+        '<th class="n">size</th><th>share</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
-    heading = f"{len(table):,} array{'s' if len(table) != 1 else ''}, {size(total)}"
-    return f"<details{' open' if len(table) <= 80 else ''}><summary>{heading}</summary>{body}</details>"
+    heading = f"{_plural(len(table), 'array')}, {size(total)}"
+    unfolded = " open" if len(table) <= OPEN_ROWS else ""
+    return f"<details{unfolded}><summary>{heading}</summary>{body}</details>"
 
 
-def _hosts(told: Any, run: Run) -> str:
-    """Of a run that was watched over: the hosts as they were last heard of, and what
-    failed.
+def _parameter_row(
+    row: dict[str, Any],
+    total: int,
+    most: int,
+    kinds: bool,
+) -> str:
+    count = row.get("bytes") or 0
+    share = count / total if total else 0.0
+    width = 100 * count / most
+    shape = " \u00d7 ".join(map(str, row.get("shape") or ())) or "scalar"
+    kind = f"<td>{_text(row.get('kind'))}</td>" if kinds else ""
+    return (
+        f"<tr><td><code>{_breakable(row.get('path'))}</code></td>"
+        f"<td>{escape(shape)}</td><td>{_text(row.get('dtype'))}</td>"
+        f"<td><code>{_text(row.get('spec'))}</code></td>{kind}"
+        f'<td class="n">{size(count)}</td><td class="share">'
+        f'<s style="width:{width:.1f}%"></s><span>{_percent(share)}</span></td></tr>'
+    )
+
+
+def _hosts(hosts_file: Any, run: Run) -> str:
+    """Return the hosts as they were last heard of, and what failed.
+
+    Args:
+      hosts_file: the content of hosts.json, which a run that was watched over has.
+      run: the run.
     """
-    if (
-        not isinstance(told, dict)
-        or not isinstance(told.get("hosts"), dict)
-        or (run.starts and (told.get("time") or 0.0) < run.starts[-1]["at"])
-    ):  # of an earlier start
+    if not isinstance(hosts_file, dict) or not isinstance(
+        hosts_file.get("hosts"), dict
+    ):
         return ""
-    table = stragglers.table(told["hosts"], told.get("slowest"))
-    failed = "".join(
-        f"<li>{_text(each.get('what'))}"
-        + (
-            f"; {duration(each['seconds_to_stepped'])} until the next step"
-            if each.get("seconds_to_stepped") is not None
-            else ""
-        )
-        + "</li>"
-        for each in told.get("recoveries") or ()
-    )
-    return table + (
-        f"<p>{told.get('restarts') or 0} restarts after a failure:</p><ul>{failed}</ul>"
-        if failed
-        else ""
-    )
+    written = hosts_file.get("time") or 0.0
+    if run.attempts and written < run.attempts[-1].at:  # of an earlier start
+        return ""
+
+    table = stragglers.table(hosts_file["hosts"], hosts_file.get("slowest"))
+    failed = "".join(map(_recovery, hosts_file.get("recoveries") or ()))
+    if not failed:
+        return table
+    restarts = hosts_file.get("restarts") or 0
+    return f"{table}<p>{restarts} restarts after a failure:</p><ul>{failed}</ul>"
 
 
-def _notes(events: list[dict[str, Any]]) -> str:
-    """The table of what happened besides steps and evaluations, with times since the
-    first event.
-    """
-    began = events[0].get("time") or 0.0
-    running = False
-    rows: list[Any] = []
-    saves: dict[Any, Any] = {}
-    for event in events:
-        step = event.get("step")
-        kind = event["kind"]
-        if kind == "committed" and step in saves:
-            row = saves.pop(step)
-            row[3] += (
-                f"; committed {duration(max(0.0, (event.get('time') or 0.0) - row[4]))}"
-                " later"
-            )
-            continue
-        if kind == "start":
-            kind = "resumed" if step or running else "started"
-            what = ""
-            running = True
-        elif kind == "compile":
-            again = (event.get("count") or 1) > 1
-            kind = "compiled again" if again else "compiled"
-            what = str(event.get("program") or "")
-            what += (
-                f" in {duration(event['seconds'])}"
-                if event.get("seconds") is not None
-                else ""
-            )
-            what += f": {event['changed']}" if event.get("changed") else ""
-        elif kind == "save":
-            what = (
-                f"held the loop for {duration(event['seconds'])}"
-                if event.get("seconds") is not None
-                else "written"
-            )
-        elif kind == "rollback":
-            kind = "rolled back"
-            what = f"to step {event.get('to')}: {event.get('why')}"
-        elif kind == "control":
-            kind = (
-                f"{event.get('do')}"
-                if event.get("ok")
-                else f"{event.get('do')}, refused"
-            )
-            what = f"{event.get('text')} ({event.get('who')})"
-        elif kind == "damaged":
-            what = str(
-                event.get("reason") or "a checkpoint that can't be read was passed over"
-            )
-        elif kind == "end":
-            kind = str(event.get("status") or "ended")
-            what = str(event.get("reason") or "")
-        elif kind in ("steps", "evaluation", "committed"):
-            continue
-        else:
-            what = described({k: v for k, v in event.items() if k != "step"})
-        rows.append(
-            [
-                event.get("time") or began,
-                step,
-                kind,
-                what,
-                event.get("time") or 0.0,
-            ]
-        )
-        if event["kind"] == "save":
-            saves[step] = rows[-1]
-    hidden = [row for row in rows if row[2] == "save"][:-ROWS]
-    remark = (
-        f'<p class="note">{len(hidden):,} earlier saves are left out.</p>'
-        if hidden
-        else ""
-    )
-    omitted = set(map(id, hidden))
-    lines = "".join(
-        f'<tr class="{_tone(kind)}"><td'
-        f' class="n">{duration(max(0.0, at - began)) if at > began else "0 s"}</td><td'
-        f' class="n">{"" if step is None else f"{step:,}"}</td><td'
-        f' class="what">{escape(kind)}</td><td>{escape(what)}</td></tr>'
-        for row in rows
-        if id(row) not in omitted
-        for at, step, kind, what, _ in [row]
-    )
-    return (
-        f'{remark}<div class="scroll"><table class="events"><thead><tr><th'
-        ' class="n">after</th>'
-        f'<th class="n">step</th><th>event</th><th>details</th></tr></thead><tbody>{lines}</tbody></table></div>'
-    )
+def _recovery(recovery: dict[str, Any]) -> str:
+    until = ""
+    if recovery.get("seconds_to_stepped") is not None:
+        until = f"; {duration(recovery['seconds_to_stepped'])} until the next step"
+    return f"<li>{_text(recovery.get('what'))}{until}</li>"
 
 
-def _tone(kind: str) -> str:
-    if kind in ("damaged", "diverged", "failed", "rolled back"):
-        return "bad"
-    return (
-        "open"
-        if kind in ("compiled again", "warning", "skipped", "interrupted")
-        else ""
-    )
+def _pairs_or(pairs: Any, otherwise: str) -> str:
+    return _pairs(pairs) if isinstance(pairs, dict) and pairs else _empty(otherwise)
 
 
 def _pairs(pairs: dict[str, Any]) -> str:
     def shown(value: Any) -> str:
-        return (
-            value
-            if isinstance(value, str)
-            else json.dumps(value, ensure_ascii=False, default=str)
-        )
+        if isinstance(value, str):
+            return value
+        return json.dumps(value, ensure_ascii=False, default=str)
 
-    return (
-        '<dl class="pairs">'
-        + "".join(
-            f"<div><dt>{_text(key)}</dt><dd>{_text(shown(value))}</dd></div>"
-            for key, value in pairs.items()
-        )
-        + "</dl>"
+    rows = "".join(
+        f"<div><dt>{_text(key)}</dt><dd>{_text(shown(value))}</dd></div>"
+        for key, value in pairs.items()
     )
+    return f'<dl class="pairs">{rows}</dl>'
 
 
 def _versions(start: dict[str, Any]) -> dict[str, Any]:
@@ -746,14 +477,14 @@ def _versions(start: dict[str, Any]) -> dict[str, Any]:
         "device": "device_kind",
         "recipe file": "recipe",
     }
-    found = {
+    versions = {
         name: start[key] for name, key in names.items() if start.get(key) is not None
     }
-    return found or {"versions": "not recorded"}
+    return versions or {"versions": "not recorded"}
 
 
 def size(count: float) -> str:
-    """Bytes as text, in powers of 1024: 512 B, 1.95 KiB, 3.2 GiB."""
+    """Return bytes as text, in powers of 1024: 512 B, 1.95 KiB, 3.2 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1000 or unit == "TiB":
             break
@@ -769,6 +500,10 @@ def _figure(value: Any) -> str:
     return number(value) if isinstance(value, int | float) else str(value)
 
 
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
+
+
 def _text(value: Any) -> str:
     return "" if value is None else escape(str(value))
 
@@ -782,8 +517,9 @@ def _empty(text: str) -> str:
 
 
 def _read(path: Path) -> Any:
-    """What a JSON file beside the events holds; None if there is no such file, a text
-    if it can't be read.
+    """Return the content of a JSON file next to the events.
+
+    None if there is no such file; a dict that says why if it can't be read.
     """
     try:
         return json.loads(path.read_bytes())
@@ -794,8 +530,10 @@ def _read(path: Path) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: writes the report of a run folder and prints its path; 2 if
-    there is nothing to report on.
+    """Write the report of a run folder, and print its path.
+
+    Returns:
+      the exit code: 2 if there is nothing to report on.
     """
     parser = argparse.ArgumentParser(
         prog="python -m lepton_jax.monitor.report", description="Writes report.html."

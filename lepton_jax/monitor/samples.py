@@ -1,4 +1,4 @@
-"""Which samples each step was made of: one JSON line a step, in `samples.jsonl`."""
+"""The samples that each step was made of: one JSON line a step, in `samples.jsonl`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ FILE = "samples.jsonl"
 
 
 class SampleTrace:
-    """Writes {"step": s, "samples": [identifiers]} for each step that the run's state
-    has seen; what a resumed or rolled back run does not know of any more is taken away.
+    """A writer of lines {"step": s, "samples": [identifiers]}.
+
+    There is a line for each step that the run's state has seen: those of steps that a
+    resumed or rolled back run has forgotten are taken away.
 
     Args:
       folder: of the run.
@@ -23,7 +25,7 @@ class SampleTrace:
         self._lines = Lines(Path(folder) / FILE)
 
     def back(self, step: int) -> None:
-        """The run stands after this step."""
+        """Go back to after a step."""
         steps = [line["step"] for line in _read(self._lines.path)]
         self._lines.cut(sum(done <= step for done in steps))
 
@@ -32,14 +34,16 @@ class SampleTrace:
         step: int,
         names: list[str],
     ) -> None:
+        """Write the identifiers of a step's samples."""
         self._lines.append(encode({"step": step, "samples": names}))
 
     def close(self) -> None:
+        """Close the file."""
         self._lines.close()
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run, in the order of their steps."""
+    """Return the lines of a run, in the order of their steps."""
     return _read(Path(folder) / FILE)
 
 

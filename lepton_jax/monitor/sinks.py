@@ -1,4 +1,4 @@
-"""Places to which events go besides the journal."""
+"""Places to which events go in addition to the journal."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lepton_jax.errors import LeptonError, writing_remedy
+from lepton_jax.monitor.events import Event
 
 
 class TensorBoard:
-    """Writes scalars for TensorBoard: `train/<record>` at each step,
-    `evaluation/<metric>`, `time/step_seconds` (mean over a window) and `time/data_wait`
-    (share of that window, 0 to 1).
+    """A writer of scalars for TensorBoard.
+
+    They are `train/<record>` at each step, `evaluation/<metric>`, `time/step_seconds`
+    (mean over a window) and `time/data_wait` (share of that window, 0 to 1).
 
     Args:
       folder: for the event files; made if missing.
@@ -35,7 +37,8 @@ class TensorBoard:
         self._make = SummaryWriter
         self._writer: Any = None
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
+        """Write the scalars of one event."""
         kind = event.get("kind")
         if kind == "start" and self._writer is None:
             # A resumed run repeats steps: TensorBoard is told to forget what earlier
@@ -45,25 +48,20 @@ class TensorBoard:
         elif kind == "steps":
             self._steps(event)
         elif kind == "evaluation":
+            step = event.get("step")
+            time = event.get("time")
             for name, value in (event.get("metrics") or {}).items():
-                self._scalar(
-                    f"evaluation/{name}",
-                    value,
-                    event.get("step"),
-                    event.get("time"),
-                )
+                self._scalar(f"evaluation/{name}", value, step, time)
 
     def close(self) -> None:
+        """Write out what is held back."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     def _open(self, **options: Any) -> None:
         try:
-            self._writer = self._make(
-                logdir=str(self._folder),
-                **options,
-            )
+            self._writer = self._make(logdir=str(self._folder), **options)
         except OSError as error:
             raise LeptonError(
                 f"TensorBoard's files can't be written: {error.strerror or error}",
@@ -71,33 +69,23 @@ class TensorBoard:
                 remedy=f"{writing_remedy(error)}, or leave out --tensorboard",
             ) from error
 
-    def _steps(self, event: dict[str, Any]) -> None:
+    def _steps(self, event: Event) -> None:
         first = event.get("first")
         last = event.get("last")
-        seconds = event.get("seconds")
         if first is None or last is None:
             return
+
+        time = event.get("time")
         for name, values in (event.get("records") or {}).items():
             for step, value in enumerate(values, first):
-                self._scalar(
-                    f"train/{name}",
-                    value,
-                    step,
-                    event.get("time"),
-                )
+                self._scalar(f"train/{name}", value, step, time)
+
+        seconds = event.get("seconds")
         if seconds:
-            self._scalar(
-                "time/step_seconds",
-                seconds / (last - first + 1),
-                last,
-                event.get("time"),
-            )
-            self._scalar(
-                "time/data_wait",
-                (event.get("data_wait") or 0) / seconds,
-                last,
-                event.get("time"),
-            )
+            steps = last - first + 1
+            data_share = (event.get("data_wait") or 0) / seconds
+            self._scalar("time/step_seconds", seconds / steps, last, time)
+            self._scalar("time/data_wait", data_share, last, time)
 
     def _scalar(
         self,
@@ -110,9 +98,4 @@ class TensorBoard:
             return
         if self._writer is None:
             self._open()
-        self._writer.add_scalar(
-            name,
-            value,
-            step,
-            walltime=time,
-        )
+        self._writer.add_scalar(name, value, step, walltime=time)

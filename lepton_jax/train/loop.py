@@ -230,7 +230,9 @@ class Loop:
         if (due or self.halted) and self.records.has_unreported:
             self.records.report(self.supply.take_waited())
             if agreement.hosts() == 1:
-                self.state = with_measurements(self.state, **self.records.take_measured())
+                self.state = with_measurements(
+                    self.state, **self.records.take_measured()
+                )
 
     def _may_read(
         self,

@@ -683,7 +683,9 @@ class Program:
 
     def _gradient_of_loss(self) -> Callable[..., Any]:
         """Return the gradient of one micro-batch's loss, laid out as planned."""
-        loss = training_loss(self.recipe, self.trace.functional, self.plan.micro_batches)
+        loss = training_loss(
+            self.recipe, self.trace.functional, self.plan.micro_batches
+        )
         return laid_out(
             jax.grad(rematerialized(loss, self.plan.remat), has_aux=True),
             self.plan.layout,

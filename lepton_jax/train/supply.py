@@ -1,6 +1,6 @@
 """The training batches of a run, and where in the data it is.
 
-The loader reads blocks of `steps_per_call` batches. A call of the devices may take less
+The feed reads blocks of `steps_per_call` batches. A call of the devices may take less
 than a block, because it ends where something may be due; the next call then takes the
 rest of it:
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import grain
 
-from lepton_jax.data import Dataset, Loader, blocks_between
+from lepton_jax.data import Dataset, Feed, blocks_between, open_feed
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.train.program import Program
 from lepton_jax.train.run_record import Position, order_of
@@ -68,13 +68,13 @@ class Supply:
         self._batch_size = program.recipe.batch_size
         self._order = order_of(program.recipe, train)
         self._waited = 0.0
-        self._loader: Loader | None = None
+        self._feed: Feed | None = None
 
     def open(self, step: int) -> None:
         """Begin to read for the step after this one."""
         recipe = self.program.recipe
         is_resident = self.program.plan.data == "resident"
-        self._loader = Loader(
+        self._feed = open_feed(
             self.train,
             batch_size=self._batch_size,
             steps=self._per_block,
@@ -157,7 +157,7 @@ class Supply:
         if isinstance(self.train, Dataset):
             start = self._reader.at(start)
         recipe = self.program.recipe
-        loader = Loader(
+        feed = open_feed(
             self.train,
             batch_size=self._batch_size,
             steps=1,
@@ -168,16 +168,16 @@ class Supply:
             blocks=1,
         )
         try:
-            return next(loader)
+            return next(feed)
         finally:
-            loader.close()
+            feed.close()
 
     def close(self) -> None:
         """Stop reading ahead."""
-        if self._loader is not None:
-            self._loader.close()
+        if self._feed is not None:
+            self._feed.close()
 
     @property
-    def _reader(self) -> Loader:
-        assert self._loader is not None, "the supply is not open"
-        return self._loader
+    def _reader(self) -> Feed:
+        assert self._feed is not None, "the supply is not open"
+        return self._feed

@@ -98,9 +98,7 @@ def blocks(data):
     ).astype(np.float32)
     samples = Arrays(points, labels)
     return bench_controller.Task(
-        controller_tasks.recipe_of(
-            partial(MLP, (3, 8, 3)), samples, samples, 80, 16
-        ),
+        controller_tasks.recipe_of(partial(MLP, (3, 8, 3)), samples, samples, 80, 16),
         samples,
     )
 

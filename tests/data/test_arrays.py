@@ -21,7 +21,8 @@ def test_take_copies_the_chosen_rows_of_every_array_into_aligned_memory():
         np.testing.assert_array_equal(x["b"], inputs["b"][rows])
         np.testing.assert_array_equal(y, targets[rows])
         for out in (x["a"], x["b"], y):
-            assert out.flags.c_contiguous and out.flags.writeable
+            assert out.flags.c_contiguous
+            assert out.flags.writeable
             assert not out.size or out.ctypes.data % 64 == 0
     x["a"][...] = -1
     assert data.inputs["a"].min() == 0
@@ -105,7 +106,9 @@ def test_split_refuses_empty_parts(fraction):
 )
 def test_numbers_become_native_32_bit_ones(wide, narrow):
     x = Arrays(np.array([1, 2, 3], wide)).inputs
-    assert x.dtype == narrow and x.dtype.isnative and list(x) == [1, 2, 3]
+    assert x.dtype == narrow
+    assert x.dtype.isnative
+    assert list(x) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,8 @@ def test_a_value_that_does_not_fit_is_an_error_that_names_the_array(value):
 
 def test_infinity_and_nan_are_no_overflow():
     x = Arrays(np.array([np.inf, np.nan, 1.0])).inputs
-    assert np.isinf(x[0]) and np.isnan(x[1])
+    assert np.isinf(x[0])
+    assert np.isnan(x[1])
 
 
 @pytest.mark.parametrize(
@@ -224,5 +228,6 @@ def test_repr_is_one_line_of_shapes():
 def test_aligned_empty(shape):
     for dtype in (np.uint8, np.float32, ml_dtypes.bfloat16):
         x = aligned_empty(shape, dtype)
-        assert x.shape == shape and x.dtype == dtype
+        assert x.shape == shape
+        assert x.dtype == dtype
         assert not x.size or x.ctypes.data % 64 == 0

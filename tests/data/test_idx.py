@@ -68,7 +68,8 @@ def test_every_dtype_and_rank(tmp_path, dtype, shape):
     (tmp_path / "x").write_bytes(encoded(array))
     out = read_idx(tmp_path / "x")
     np.testing.assert_array_equal(out, array, strict=True)
-    assert out.dtype.isnative and out.flags.writeable
+    assert out.dtype.isnative
+    assert out.flags.writeable
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -1,5 +1,6 @@
-"""Sources, filters, maps, mixtures and packing against a model that goes sample by
-sample, however they are read.
+"""Sources, filters, maps, mixtures and packing, however they are read.
+
+They are compared with a model that goes sample by sample.
 """
 
 import itertools
@@ -45,9 +46,7 @@ def documents(lengths, base=0):
 
 
 class Model:
-    """What a data set should give, one sample after the other: (identifier,
-    contents).
-    """
+    """The samples that a data set should give, in order: (identifier, contents)."""
 
     @staticmethod
     def source(samples, name, seed, shuffle):
@@ -59,8 +58,10 @@ class Model:
 
     @staticmethod
     def mix(streams, weights):
-        """By the definition: of the sources that are not ahead of their share, the one
-        that must be served soonest.
+        """Choose by the definition.
+
+        Of the sources that are not ahead of their share, it is the one that must be
+        served soonest.
         """
         taken = dict.fromkeys(streams, 0)
         total = sum(weights.values())
@@ -110,14 +111,12 @@ KINDS = st.sampled_from(list(KEPT))
 
 
 def number(*one):
-    """By which samples are filtered: the target, or a document's first token."""
+    """The number that samples are filtered by: the target, or the first token."""
     return int(one[1] if len(one) == 2 else one[0][0])
 
 
 def filtered(dataset, kind):
-    """A filter of the kind that takes one sample, or many, and nothing at all for
-    "all".
-    """
+    """Filter by a function that takes one sample, or many; nothing at all for "all"."""
     if kind == "thirds":
         return dataset.filter(lambda *one: KEPT[kind](number(*one)))
     return (
@@ -193,9 +192,11 @@ def made(draw):
     kind = passing(draw(KINDS), left)[0]
     times = draw(st.integers(1, 2))
     dataset = filtered(mix(sources, weights=weights), kind)
-    model = lambda *order: kept(
-        Model.mix({n: m(*order) for n, m in models.items()}, exact), kind
-    )
+
+    def model(*order):
+        streams = {name: stream(*order) for name, stream in models.items()}
+        return kept(Model.mix(streams, exact), kind)
+
     if ragged:
         length = draw(st.integers(2, 11))
         end = draw(st.sampled_from([None, 0]))
@@ -209,12 +210,12 @@ def made(draw):
                 ),
                 batched=batched,
             )
-        repeated = lambda *order: (
-            (name, np.repeat(x, times)) for name, x in model(*order)
-        )
-        return dataset.pack(length, end=end), lambda *order: Model.pack(
-            repeated(*order), length, end
-        )
+
+        def packed(*order):
+            repeated = ((name, np.repeat(x, times)) for name, x in model(*order))
+            return Model.pack(repeated, length, end)
+
+        return dataset.pack(length, end=end), packed
     if times == 2:
         dataset = dataset.map(
             lambda x, y: (x * 2, y),
@@ -261,9 +262,8 @@ def test_however_it_is_read_it_is_the_model(
                 np.testing.assert_array_equal(targets[i], whole[low + i][1][1])
         at += count
         states = [stream.state() for stream in streams]
-        assert (
-            all(state == states[0] for state in states) and states[0]["samples"] == at
-        )
+        assert all(state == states[0] for state in states)
+        assert states[0]["samples"] == at
         if restart:  # with another number of hosts
             hosts = hosts % 4 + 1
             streams = [open_stream(dataset, seed, shuffle) for _ in range(hosts)]
@@ -349,9 +349,8 @@ def test_every_epoch_is_a_permutation_and_any_stretch_of_it_is_computed_alone(
 ):
     order = Order(samples, seed, "a", True)
     epochs, whole = order.at(epoch * samples, samples)
-    assert (epochs == epoch).all() and (
-        np.bincount(whole, minlength=samples) == 1
-    ).all()
+    assert (epochs == epoch).all()
+    assert (np.bincount(whole, minlength=samples) == 1).all()
     start = data.draw(st.integers(0, samples - 1))
     stop = data.draw(st.integers(start, min(samples, start + 5000)))
     alone = Order(samples, seed, "a", True).at(epoch * samples + start, stop - start)[1]
@@ -386,8 +385,9 @@ def test_small_orders_are_all_equally_likely():
 
 
 def test_orders_are_the_same_in_years_to_come():
-    """A run may be resumed under other versions of Python and NumPy: a change here
-    would shuffle its data anew.
+    """A change here would shuffle the data of a resumed run anew.
+
+    The run may go on under other versions of Python and NumPy.
     """
     small = [6, 8, 1, 5, 0, 7, 4, 9, 3, 2, 6, 5, 0, 3, 4, 8, 9, 1, 2, 7]
     assert Order(10, 0, "wiki", True).at(0, 20)[1].tolist() == small
@@ -523,9 +523,8 @@ def test_a_host_reads_its_own_rows_only():
     )
     data.reads[:] = 0
     names = stream.take(400, np.arange(100, 200))[1]
-    assert (
-        data.reads.sum() == 75 and sum(name.startswith("a:") for name in names) == 300
-    )
+    assert data.reads.sum() == 75
+    assert sum(name.startswith("a:") for name in names) == 300
     assert sorted(np.flatnonzero(data.reads)) == sorted(
         int(n.split(":")[2]) for n in names[100:200] if n[0] == "a"
     )
@@ -541,7 +540,8 @@ def test_a_filter_asks_once_a_sample_and_a_resumed_one_does_not_start_over():
     stream = open_stream(dataset, 0, True)
     stream.take(12_500, [])
     # the first sample is read for its shapes
-    assert data.reads[1:].max() <= 2 and data.reads.sum() <= 10_001
+    assert data.reads[1:].max() <= 2
+    assert data.reads.sum() <= 10_001
     state = stream.state()
     assert state["position"]["epoch"] == 2
     resumed = open_stream(dataset, 0, True)
@@ -612,7 +612,8 @@ def test_grain_sources_keep_their_random_transformations_by_epoch():
     resumed = open_stream(dataset, 1, True)
     resumed.restore(stream.state())
     rows, again = resumed.take(32)
-    assert again == names[25:] and (rows[0] == inputs[25:]).all()
+    assert again == names[25:]
+    assert (rows[0] == inputs[25:]).all()
 
 
 def test_a_filter_of_random_transformations_decides_the_same_from_any_epoch():
@@ -677,7 +678,8 @@ def test_rows_packed_by_source_mix_and_map():
     )
     (inputs, targets), names = open_stream(dataset).take(4)
     assert names == ["a:0:0[0:8]", "b:0:0[0:8]", "a:0:0[8:16]", "b:0:0[8:16]"]
-    assert targets[0].tolist() == [1, 2, 0, 4, 5, 6, 7, 8] and inputs[1, 0] == 500
+    assert targets[0].tolist() == [1, 2, 0, 4, 5, 6, 7, 8]
+    assert inputs[1, 0] == 500
 
 
 def test_a_sample_is_the_first_and_moves_nothing():
@@ -686,8 +688,10 @@ def test_a_sample_is_the_first_and_moves_nothing():
         weights={"a": 1, "b": 2},
     )
     inputs, targets = sample(dataset)
-    assert inputs.shape == (1, 2) and targets.shape == (1,)
-    assert dataset.is_sequential is True and dataset.epoch_samples is None
+    assert inputs.shape == (1, 2)
+    assert targets.shape == (1,)
+    assert dataset.is_sequential is True
+    assert dataset.epoch_samples is None
     stream = open_stream(dataset)
     first = stream.take(3)[1]
     stream.restore({})
@@ -730,15 +734,16 @@ MISTAKES = {
             weights={"a": 1, "b": 1},
         )
     ),
-    "samples of 'a' are inputs float32[2], targets int32[]; those of 'b' are inputs float32[3]": lambda: (
-        open_stream(
-            mix(
-                {
-                    "a": A,
-                    "b": Source((np.zeros((4, 3), np.float32), np.zeros(4, np.int32))),
-                },
-                weights={"a": 1, "b": 1},
-            )
+    (
+        "samples of 'a' are inputs float32[2], targets int32[]; those of 'b' are inputs"
+        " float32[3]"
+    ): lambda: open_stream(
+        mix(
+            {
+                "a": A,
+                "b": Source((np.zeros((4, 3), np.float32), np.zeros(4, np.int32))),
+            },
+            weights={"a": 1, "b": 1},
         )
     ),
     "those of 'b' are documents": lambda: open_stream(
@@ -800,7 +805,7 @@ MISTAKES = {
         )
     ),
     "the filter function failed: KeyError": lambda: open_stream(
-        A.filter(lambda x, y: x["a"])
+        A.filter(lambda x, y: {}["a"])
     ),
     "filter was given 3": lambda: A.filter(3),
     "the map function returned a pair for one sample and a int": lambda: open_stream(
@@ -824,7 +829,9 @@ MISTAKES = {
 def test_mistakes_are_named(message):
     with pytest.raises(DataError) as caught:
         MISTAKES[message]()
-    assert message in str(caught.value) and caught.value.remedy and caught.value.where
+    assert message in str(caught.value)
+    assert caught.value.remedy
+    assert caught.value.where
 
 
 def test_a_data_set_shows_itself():
@@ -926,8 +933,6 @@ def test_the_page_runs_as_written():
         re.DOTALL,
     ):
         exec(compile(block, "docs/data.md", "exec"), names)
-    assert (
-        names["inputs"]["tokens"].shape == names["targets"].shape == (4, 128)
-        and len(names["names"]) == 32
-    )
+    assert names["inputs"]["tokens"].shape == names["targets"].shape == (4, 128)
+    assert len(names["names"]) == 32
     assert len(names["state"]) < 500

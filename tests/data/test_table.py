@@ -59,7 +59,8 @@ def test_numbers_categories_and_labels(write):
         ("job",),
         ("F", "M"),
     )
-    assert schema.vocabularies == (("boss", "clerk"),) and schema.sizes == (3,)
+    assert schema.vocabularies == (("boss", "clerk"),)
+    assert schema.sizes == (3,)
     assert [(edges[0], edges[-1]) for edges in schema.edges] == [(38, 50), (-4, 3)]
 
 
@@ -128,10 +129,8 @@ def test_a_column_is_numeric_from_nine_tenths_on(write):
     assert table(write(text(3)), "y", categorical=("a",)).schema.categories == ("a",)
     with pytest.raises(DataError, match="'x' is not a finite number") as caught:
         table(write(text(2)), "y")
-    assert (
-        caught.value.where.endswith("t.csv, line 2, column 'a'")
-        and "categorical" in caught.value.remedy
-    )
+    assert caught.value.where.endswith("t.csv, line 2, column 'a'")
+    assert "categorical" in caught.value.remedy
     assert table(write(text(2)), "y", categorical=("a",)).schema.categories == ("a",)
     assert table(write(text(2)), "y", missing=("x",)).schema.numbers == ("a", "b")
 
@@ -145,10 +144,8 @@ def test_cells_that_are_no_numbers(write, cell):
 
 def test_labels_are_ordered_as_numbers_or_are_a_quantity(write):
     few = table(write("a,y\n" + "".join(f"1,{i % 12}\n" for i in range(40))), "y")
-    assert (
-        few.schema.classes == tuple(map(str, range(12)))
-        and few.arrays.targets.max() == 11
-    )
+    assert few.schema.classes == tuple(map(str, range(12)))
+    assert few.arrays.targets.max() == 11
     many = write("a,y\n" + "".join(f"1,{i / 2}\n" for i in range(21)))
     assert table(many, "y").schema.classes is None
     np.testing.assert_array_equal(
@@ -170,15 +167,12 @@ def test_edges_are_quantiles_and_frequent_values_get_one_each(write):
     edges = table(
         write("a,y\n" + "".join(f"{x},{x % 2}\n" for x in rows)), "y"
     ).schema.edges[0]
-    assert (
-        edges[0] == 0
-        and edges[1] == 1000
-        and edges[-1] == 1099
-        and len(edges) == BINS + 1
-    )
-    assert np.all(np.diff(edges) > 0) and edges[len(edges) // 2] == pytest.approx(
-        1050, abs=2
-    )
+    assert edges[0] == 0
+    assert edges[1] == 1000
+    assert edges[-1] == 1099
+    assert len(edges) == BINS + 1
+    assert np.all(np.diff(edges) > 0)
+    assert edges[len(edges) // 2] == pytest.approx(1050, abs=2)
     # Neighbours in float32 must not become bins of no width.
     close = "a,y\n" + "".join(f"{1e8 + i},{i % 2}\n" for i in range(40))
     assert np.all(np.diff(np.float32(table(write(close), "y").schema.edges[0])) > 0)
@@ -192,11 +186,10 @@ def test_a_split_is_fitted_on_its_training_rows_alone(write):
     assert (len(train.arrays), len(test.arrays)) == (
         70,
         30,
-    ) and train.schema == test.schema
-    assert (
-        not test.arrays.inputs["categories"].any()
-        and train.arrays.inputs["categories"].all()
     )
+    assert train.schema == test.schema
+    assert not test.arrays.inputs["categories"].any()
+    assert train.arrays.inputs["categories"].all()
     numbers = train.arrays.inputs["numbers"]
     assert (train.schema.edges[0][0], train.schema.edges[0][-1]) == (
         numbers.min(),
@@ -308,7 +301,8 @@ def test_numbers_with_words_for_a_missing_value_stay_numbers(word, write):
     np.testing.assert_array_equal(
         values(read), [np.nan if cell == word else cell for cell in cells]
     )
-    assert read.schema.numbers == ("a",) and read.schema.categories == ()
+    assert read.schema.numbers == ("a",)
+    assert read.schema.categories == ()
 
 
 @pytest.mark.parametrize(
@@ -320,9 +314,8 @@ def test_another_word_among_numbers_is_an_error_whose_remedies_work(word, write)
     with pytest.raises(DataError) as caught:
         table(path, "y")
     error = caught.value
-    assert error.where.endswith("line 2, column 'a'") and error.what.startswith(
-        repr(word)
-    )
+    assert error.where.endswith("line 2, column 'a'")
+    assert error.what.startswith(repr(word))
     assert "6 of the column's 40 cells (15 %)" in error.what
     assert f"add {word!r} to `missing`" in error.remedy
     read = table(
@@ -426,10 +419,8 @@ def test_what_may_be_a_thousand_or_one_is_an_error_unless_the_file_tells(write):
         match=r"'1,994' may be 1\.994 with a decimal mark or 1994 with thousands",
     ) as caught:
         table(path, "y")
-    assert (
-        caught.value.where.endswith("line 4, column 'a'")
-        and "`decimal`" in caught.value.remedy
-    )
+    assert caught.value.where.endswith("line 4, column 'a'")
+    assert "`decimal`" in caught.value.remedy
     assert values(table(path, "y", thousands=","))[2] == 1994
     assert values(table(path, "y", decimal=","))[2] == np.float32(1.994)
     both = "a;b;y\n" + "".join(f"{i * 997:,};{{}};{'uv'[i % 2]}\n" for i in range(30))
@@ -443,8 +434,9 @@ def test_what_may_be_a_thousand_or_one_is_an_error_unless_the_file_tells(write):
 
 
 def test_a_point_is_a_mark_of_thousands_in_a_file_of_decimal_commas(write):
-    """1.234 next to 3,5 is more than a thousand: read as 1.234 it would be less than
-    the 567 above it.
+    """1.234 next to 3,5 is more than a thousand.
+
+    Read as a decimal it would be less than the 567 above it.
     """
     rows = [
         ("567", "3,5"),
@@ -517,7 +509,8 @@ def test_a_column_that_only_looks_like_numbers_is_an_error_until_it_is_named(
     )
     with pytest.raises(DataError, match=message) as caught:
         table(path, "y")
-    assert " %)" in caught.value.what and caught.value.where.endswith(
+    assert " %)" in caught.value.what
+    assert caught.value.where.endswith(
         f"line {3 if 'otherwise' in message else 2}, column 'a'"
     )
     assert len(table(path, "y", categorical=["a"]).schema.vocabularies[0]) == len(
@@ -556,7 +549,8 @@ def test_codes_of_which_most_are_numbers_are_categories_with_a_warning(write):
         match=r"column 'a': most of its distinct cells are numbers, others are not",
     ) as told:
         assert table(path, "y").schema.categories == ("a",)
-    assert told[0].filename == __file__ and "`categorical`" in str(told[0].message)
+    assert told[0].filename == __file__
+    assert "`categorical`" in str(told[0].message)
     with pytest.warns(UserWarning, match="column 'a'"):
         table_split(path, "y", 0.2, 0)
     with warnings.catch_warnings():
@@ -613,10 +607,10 @@ def test_a_class_that_only_the_held_out_part_has_is_known_and_told(write):
         assert train.schema.classes == ("r", "u", "v")
         assert len(told) == (0 not in train.arrays.targets)
         if told:
-            assert "no training row has the label 'r'" in str(
-                told[0].message
-            ) and "line 9" in str(told[0].message)
-            assert 0 in test.arrays.targets and told[0].filename == __file__
+            assert "no training row has the label 'r'" in str(told[0].message)
+            assert "line 9" in str(told[0].message)
+            assert 0 in test.arrays.targets
+            assert told[0].filename == __file__
 
 
 def test_another_tables_unknown_class_can_be_corrected_left_out_or_trained_on(write):
@@ -642,10 +636,8 @@ def test_the_kind_of_the_label_can_be_set(write):
         strict=True,
     )
     many = write("a,y\n" + "".join(f"{i},{i / 2}\n" for i in range(40)))
-    assert (
-        table(many, "y").schema.classes is None
-        and len(table(many, "y", label_kind="classes").schema.classes) == 40
-    )
+    assert table(many, "y").schema.classes is None
+    assert len(table(many, "y", label_kind="classes").schema.classes) == 40
     comma = table(write(column(range(30), label=lambda i: f'"{i},5"')), "y")
     np.testing.assert_array_equal(comma.arrays.targets, np.arange(30) + np.float32(0.5))
     words = write("a,y\n" + "".join(f"{i},{'uv'[i % 2]}\n" for i in range(40)))
@@ -653,9 +645,8 @@ def test_the_kind_of_the_label_can_be_set(write):
         DataError, match="'u' is one of 2 distinct labels that are no numbers"
     ) as caught:
         table(words, "y", label_kind="quantity")
-    assert "`label_kind`" in caught.value.remedy and table(
-        words, "y", label_kind="classes"
-    ).schema.classes == ("u", "v")
+    assert "`label_kind`" in caught.value.remedy
+    assert table(words, "y", label_kind="classes").schema.classes == ("u", "v")
     with pytest.raises(DataError, match="did you mean 'quantity'"):
         table(few, "y", label_kind="quantty")
     with pytest.raises(DataError, match="named in `categorical`"):
@@ -687,9 +678,8 @@ def test_the_delimiter_is_found(separator, quoted, write):
         text.replace("\n", "\r\n"),
     ):
         read = table(write(content), "y")
-        assert values(read) == list(range(30)) and read.schema.vocabularies == (
-            tuple(f"{others} {i}" for i in range(3)),
-        )
+        assert values(read) == list(range(30))
+        assert read.schema.vocabularies == (tuple(f"{others} {i}" for i in range(3)),)
         assert read.arrays.targets.tolist() == [0, 1] * 15
     assert (
         table(
@@ -736,9 +726,8 @@ def test_a_delimiter_that_excel_names_or_a_person(write):
 def test_files_that_are_no_csv_say_what_they_are(content, what, remedy, write):
     with pytest.raises(DataError, match=what) as caught:
         table(write(content), "y")
-    assert remedy in caught.value.remedy and ("quote" in caught.value.remedy) == (
-        "quote" in remedy
-    )
+    assert remedy in caught.value.remedy
+    assert ("quote" in caught.value.remedy) == ("quote" in remedy)
 
 
 # ---- remedies name what can be set where one is ----
@@ -817,7 +806,8 @@ def test_each_remedy_can_be_followed_in_csv_mlp(cells, settings, write):
         label="y",
         **settings,
     )
-    assert len(recipe.train) == 32 and len(recipe.test) == 8
+    assert len(recipe.train) == 32
+    assert len(recipe.test) == 8
 
 
 def test_csv_mlp_takes_a_label_for_a_quantity_where_it_is_told_to(write):
@@ -828,7 +818,8 @@ def test_csv_mlp_takes_a_label_for_a_quantity_where_it_is_told_to(write):
         label="y",
         label_kind="quantity",
     )
-    assert "rmse" in recipe.metrics and recipe.train.targets.dtype == np.float32
+    assert "rmse" in recipe.metrics
+    assert recipe.train.targets.dtype == np.float32
     recipe = csv_mlp.recipe(
         data=path,
         label="y",

@@ -854,7 +854,7 @@ class BottleneckResNet(nnx.Module):
         return self.fc(self.pool(x))
 
 
-# ---- bonsai's language models: NNX, a cache that is None in training, dict outputs ----
+# ---- bonsai's language models: NNX, no cache in training, dict outputs ----
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,10 @@ def by_hand(model: models.LSTM, tokens: np.ndarray) -> np.ndarray:
             model.recurrent.kernel,
         )
     )
-    sigmoid = lambda z: 1 / (1 + np.exp(-z))
+
+    def sigmoid(z):
+        return 1 / (1 + np.exp(-z))
+
     pooled = []
     for text in tokens:
         state = cell = np.zeros(model.hidden)

@@ -203,13 +203,19 @@ CASES = [
 def test_shapes_sizes_and_gradients_under_jit(build, inputs, shape, size):
     model = build(nnx.Rngs(0))
 
+    def call(model, inputs):
+        return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+    def loss(model, inputs):
+        return jnp.square(call(model, inputs)).sum()
+
     @nnx.jit
     def gradients(model, inputs):
-        call = lambda m: m(**inputs) if isinstance(inputs, dict) else m(inputs)
-        return call(model), nnx.grad(lambda m: jnp.square(call(m)).sum())(model)
+        return call(model, inputs), nnx.grad(loss)(model, inputs)
 
     out, grads = gradients(model, inputs)
-    assert out.shape == shape and jnp.isfinite(out).all()
+    assert out.shape == shape
+    assert jnp.isfinite(out).all()
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert size is None or parameters(model) == size
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
@@ -232,9 +238,8 @@ def test_dropout_and_batch_norm_follow_the_modes():
     assert model.norms[0].mean[...].any()
     model.eval()
     before = model.norms[0].mean[...]
-    assert jnp.array_equal(model(x), model(x)) and jnp.array_equal(
-        model.norms[0].mean[...], before
-    )
+    assert jnp.array_equal(model(x), model(x))
+    assert jnp.array_equal(model.norms[0].mean[...], before)
 
 
 def test_images_too_small_for_the_convolutions_are_refused():
@@ -248,7 +253,7 @@ def test_images_too_small_for_the_convolutions_are_refused():
 
 
 def first_layer_inputs(model, **inputs):
-    """What an MLP with one identity layer sees."""
+    """Return the inputs of the first layer, which becomes the identity."""
     width = model.layers[0].in_features
     model.layers[0] = nnx.Linear(
         width,
@@ -266,9 +271,8 @@ def test_numbers_are_coded_by_their_bins():
         hidden=(),
         rngs=nnx.Rngs(0),
     )
-    assert nnx.state(model, nnx.Param).keys() == {"layers"} and isinstance(
-        model.edges, Edges
-    )
+    assert nnx.state(model, nnx.Param).keys() == {"layers"}
+    assert isinstance(model.edges, Edges)
     numbers = jnp.array(
         [
             [2.0, 15.0, 5.0],
@@ -334,7 +338,8 @@ def test_each_category_has_rows_of_its_own_and_unseen_starts_at_zero():
     np.testing.assert_array_equal(
         out, np.stack([rows[[0, 3]], rows[[1, 4]], rows[[2, 4]]]).reshape(3, 4)
     )
-    assert not out[0].any() and out[1].all()
+    assert not out[0].any()
+    assert out[1].all()
 
 
 def test_a_quantity_is_learned_in_its_own_unit():

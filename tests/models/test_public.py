@@ -687,7 +687,7 @@ def near(actual: Any, expected: Any) -> None:
 
 
 class Runs:
-    """What several tests look at: made once, when it is first asked for."""
+    """Runs that several tests look at: each is made once, when it is asked for."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -832,7 +832,8 @@ def test_evaluation_is_the_one_written_by_hand(name, devices, runs):
 
     _, history = runs.whole(name, devices)
     ((step, metrics),) = history.evaluations
-    assert step == STEPS and np.isfinite(metrics["loss"])
+    assert step == STEPS
+    assert np.isfinite(metrics["loss"])
     if CASES[name].served is None:
         assert metrics["loss"] == pytest.approx(loss, rel=TOLERANCE)
 

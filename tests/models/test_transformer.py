@@ -72,7 +72,11 @@ def test_a_token_never_sees_the_ones_after_it(build):
 
 def test_rotary_positions_tell_order_apart_but_only_by_distance():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    turn = lambda x: rotary(jnp.broadcast_to(x, (1, 12, 1, 8)), 10_000.0)[0, :, 0]
+
+    def turn(x):
+        repeated = jnp.broadcast_to(x, (1, 12, 1, 8))
+        return rotary(repeated, 10_000.0)[0, :, 0]
+
     scores = turn(query) @ turn(key).T
     np.testing.assert_allclose(
         scores[1:, 1:],
@@ -189,11 +193,9 @@ def test_the_scan_carries_the_residual_stream_only_and_layers_start_different(bu
     )
     scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     layers = jax.tree.leaves(nnx.state(model.blocks))
-    assert (
-        len(scans) == 1
-        and len(scans[0].invars) == 1 + len(layers)
-        and len(scans[0].outvars) == 1
-    )
+    assert len(scans) == 1
+    assert len(scans[0].invars) == 1 + len(layers)
+    assert len(scans[0].outvars) == 1
     assert all(x.shape[0] == 3 for x in layers)
     kernels = model.blocks.attention.query.kernel[...]
     assert all((kernels[i] != kernels[j]).any() for i, j in ((0, 1), (1, 2)))

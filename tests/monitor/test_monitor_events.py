@@ -49,7 +49,8 @@ def test_float32_and_non_finite_values_come_back_exactly(tmp_path):
     np.testing.assert_array_equal(
         np.array(event["records"]["loss"], np.float32), values
     )
-    assert event["scalar"] == np.float32(0.1) and math.isnan(event["deep"][0]["x"])
+    assert event["scalar"] == np.float32(0.1)
+    assert math.isnan(event["deep"][0]["x"])
     np.testing.assert_array_equal(
         heard.events[0]["records"]["loss"], event["records"]["loss"]
     )
@@ -64,11 +65,9 @@ def test_bfloat16_records_become_numbers(tmp_path):
         one=ml_dtypes.bfloat16(0.25),
     )
     (event,) = read_events(tmp_path)
-    assert (
-        event["loss"][0] == 1.5
-        and math.isnan(event["loss"][1])
-        and event["one"] == 0.25
-    )
+    assert event["loss"][0] == 1.5
+    assert math.isnan(event["loss"][1])
+    assert event["one"] == 0.25
 
 
 def test_an_event_is_in_the_file_before_the_next_begins(tmp_path):
@@ -145,7 +144,8 @@ def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path, monkeypatch
     with pytest.raises(LeptonError) as error:
         monitor.event("steps", first=1, last=2)
     monkeypatch.undo()
-    assert error.value.where == str(path) and "No space left" in error.value.what
+    assert error.value.where == str(path)
+    assert "No space left" in error.value.what
     monitor.event("end")
     assert [e["kind"] for e in read_events(path)] == ["start", "end"]
 
@@ -162,7 +162,8 @@ def test_without_a_folder_sinks_still_hear_and_close_once():
     monitor.event("start", name="x")
     monitor.close()
     monitor.close()
-    assert heard.events[0]["name"] == "x" and heard.closed == 1
+    assert heard.events[0]["name"] == "x"
+    assert heard.closed == 1
 
 
 def test_monitor_does_not_import_jax():

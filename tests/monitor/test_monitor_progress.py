@@ -81,7 +81,7 @@ def clock(monkeypatch):
 
 
 def screen(text: str) -> list[str]:
-    """What a terminal would show of `text`, colours aside."""
+    """Return the lines that a terminal would show of `text`, without colours."""
     lines = [""]
     for part in re.split(r"(\n|\r|\x1b\[K)", re.sub(r"\x1b\[[0-9;]*m", "", text)):
         if part == "\n":
@@ -106,21 +106,17 @@ def test_a_file_gets_plain_lines_two_seconds_apart(clock):
     text = out.getvalue()
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
     lines = text.splitlines()
-    assert (
-        "digits" in lines[0]
-        and "50,186 parameters" in lines[0]
-        and "8 x cpu" in lines[0]
-    )
+    assert "digits" in lines[0]
+    assert "50,186 parameters" in lines[0]
+    assert "8 x cpu" in lines[0]
     assert [line.split("  ")[0] for line in lines[1:4]] == [
         "step 10/400",
         "evaluation at step 100",
         "step 30/400",
     ]
-    assert (
-        "accuracy 0.91" in lines[2]
-        and "1,280 samples/s" in lines[1]
-        and "ETA 39.0 s" in lines[1]
-    )
+    assert "accuracy 0.91" in lines[2]
+    assert "1,280 samples/s" in lines[1]
+    assert "ETA 39.0 s" in lines[1]
 
 
 def test_a_terminal_keeps_one_live_line_and_the_warnings_above_it(clock, monkeypatch):
@@ -149,13 +145,13 @@ def test_a_terminal_keeps_one_live_line_and_the_warnings_above_it(clock, monkeyp
         }
     )
     shown = screen(out.getvalue())
-    assert (
-        len(shown) == 5
-        and "row 7" in shown[1]
-        and "x grew" in shown[2]
-        and "step 50" in shown[3]
-    )
-    assert "step 300/400" in shown[4] and "━" in shown[4] and "epoch 39/52" in shown[4]
+    assert len(shown) == 5
+    assert "row 7" in shown[1]
+    assert "x grew" in shown[2]
+    assert "step 50" in shown[3]
+    assert "step 300/400" in shown[4]
+    assert "━" in shown[4]
+    assert "epoch 39/52" in shown[4]
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
@@ -167,7 +163,8 @@ def test_the_live_line_fits_and_keeps_the_step_longest(clock, monkeypatch, width
         clock[0] += 1
         progress.event(event)
     line = screen(out.getvalue())[-1]
-    assert "step 100/400" in line and len(line) < width
+    assert "step 100/400" in line
+    assert len(line) < width
     assert ("evaluation" in line) == (width == 200)
 
 

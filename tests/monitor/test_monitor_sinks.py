@@ -9,8 +9,10 @@ from lepton_jax.monitor import Monitor, TensorBoard
 
 
 def read(folder):
-    """(tag, step) to value, and the steps from which earlier files are to be
-    forgotten.
+    """Read the files of TensorBoard.
+
+    Returns:
+      (tag, step) to value, and the steps from which earlier files are to be forgotten.
     """
     from tensorboardX.proto.event_pb2 import Event
 

@@ -1,5 +1,6 @@
-"""How a run stands, from made-up folders: what counts, what it costs to look again, and
-the metrics' text.
+"""The status of made-up runs.
+
+What counts, what it costs to look again, and the metrics' text.
 """
 
 import fcntl
@@ -21,19 +22,11 @@ NOW = 1_700_000_000.0
 
 
 def write(folder, *events, start=NOW):
-    """Events at so many seconds after `start`: (seconds, kind, fields)."""
+    """Write events (seconds after `start`, kind, fields)."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "events.jsonl").open("ab") as file:
-        for at, kind, fields in events:
-            file.write(
-                encode(
-                    {
-                        "time": start + at,
-                        "kind": kind,
-                        **fields,
-                    }
-                )
-            )
+        for seconds, kind, fields in events:
+            file.write(encode({"time": start + seconds, "kind": kind, **fields}))
     return folder
 
 
@@ -75,8 +68,9 @@ def begin(at, step=0, until=100):
 
 @pytest.fixture
 def restarted(tmp_path):
-    """Ten steps of a second each, four of them lost in a crash, and the way on from
-    step 6 after a pause.
+    """A run of ten steps of a second each.
+
+    Four of them are lost in a crash; it goes on from step 6 after a pause.
     """
     return write(
         tmp_path / "run",
@@ -168,9 +162,8 @@ def test_a_window_in_which_a_restart_falls_counts_by_its_share(tmp_path):
         (21, "end", {"status": "interrupted"}),
     )
     found = status.status(tmp_path)
-    assert found["seconds"]["steps"] == pytest.approx(5) and found["seconds"][
-        "undone"
-    ] == pytest.approx(7)
+    assert found["seconds"]["steps"] == pytest.approx(5)
+    assert found["seconds"]["undone"] == pytest.approx(7)
     assert (found["rollbacks"], found["restarts"], found["step"]) == (1, 0, 5)
 
 
@@ -240,10 +233,11 @@ def test_a_journal_longer_than_it_reads_at_once(tmp_path, monkeypatch):
         *(steps(i, i, i, 1.0) for i in range(1, 200)),
     )
     whole = status.status(tmp_path)
-    monkeypatch.setattr(status, "CHUNK", 37)
+    monkeypatch.setattr(status, "CHUNK_BYTES", 37)
     monkeypatch.setattr(status, "WINDOWS", 8)
     parts = status.status(tmp_path)
-    assert parts["damaged_lines"] == 0 and parts["step"] == 199
+    assert parts["damaged_lines"] == 0
+    assert parts["step"] == 199
     assert (
         parts["seconds"]["steps"]
         == pytest.approx(whole["seconds"]["steps"])
@@ -399,7 +393,8 @@ def test_the_state_as_supervisors_say_it(tmp_path, told, events, expected):
     supervised(tmp_path, **told)
     with lock(tmp_path) if expected == "running" else open(os.devnull):
         found = status.status(tmp_path)
-    assert found["state"] == expected and expected in STATES
+    assert found["state"] == expected
+    assert expected in STATES
     if expected in AT_WORK and "age" not in told:
         assert (found["restarts"], found["restarts_left"]) == (2, 8)
 
@@ -418,10 +413,10 @@ def test_while_it_runs_the_time_goes_on(tmp_path):
     )
     with lock(tmp_path):
         found = status.status(tmp_path)
-    assert found["goodput"] == pytest.approx(0.2, rel=0.05) and found[
-        "event_age"
-    ] == pytest.approx(55, abs=5)
-    assert found["steps_per_second"] == 0.5 and found["samples_per_second"] == 16
+    assert found["goodput"] == pytest.approx(0.2, rel=0.05)
+    assert found["event_age"] == pytest.approx(55, abs=5)
+    assert found["steps_per_second"] == 0.5
+    assert found["samples_per_second"] == 16
     assert found["eta"] == pytest.approx(10 / 0.5 * 1.25)
 
 
@@ -432,7 +427,8 @@ def test_what_else_lies_in_the_folder(tmp_path):
         '{"bytes_per_device": {"params": 40, "data": 8}}'
     )
     found = status.status(tmp_path)
-    assert found["checkpoint"] == 7 and found["memory"]["planned"] == {
+    assert found["checkpoint"] == 7
+    assert found["memory"]["planned"] == {
         "params": 40,
         "data": 8,
     }
@@ -445,9 +441,8 @@ def test_what_else_lies_in_the_folder(tmp_path):
     ) == (None, {}, None, None)
     for name in ("plan.json", "hosts.json", "events.jsonl"):
         (tmp_path / name).write_text("[1, 2")
-    assert status.status(tmp_path)["hosts"] == {} and "lepton_step 0\n" in prometheus(
-        status.status(tmp_path)
-    )
+    assert status.status(tmp_path)["hosts"] == {}
+    assert "lepton_step 0\n" in prometheus(status.status(tmp_path))
 
 
 def test_a_folder_without_a_run(tmp_path):
@@ -460,8 +455,9 @@ def test_a_folder_without_a_run(tmp_path):
 
 
 def parsed(text):
-    """{(name, labels): value} of the text format 0.0.4; fails on what its grammar does
-    not allow.
+    """Parse the text format 0.0.4 to {(name, labels): value}.
+
+    It fails on text that the grammar does not allow.
     """
     found = {}
     family = None
@@ -475,7 +471,8 @@ def parsed(text):
             family = match[1]
             kinds[match[1]] = None
         elif match := re.fullmatch(r"# TYPE (\S+) (counter|gauge)", line):
-            assert match[1] == family and kinds[family] is None
+            assert match[1] == family
+            assert kinds[family] is None
             kinds[family] = match[2]
         else:
             match = re.fullmatch(
@@ -606,19 +603,13 @@ def test_the_metrics_text(restarted):
         )
         == 'a "name"\nof \\ two ?'
     )
-    assert (
-        math.isnan(metrics["lepton_loss", ()])
-        and metrics["lepton_record", (("name", "gradient_norm"),)] == math.inf
-    )
+    assert math.isnan(metrics["lepton_loss", ()])
+    assert metrics["lepton_record", (("name", "gradient_norm"),)] == math.inf
     assert metrics["lepton_evaluation", (("metric", "accuracy"),)] == 0.25
-    assert (
-        metrics["lepton_restarts_total", ()] == 2
-        and metrics["lepton_starts_total", ()] == 3
-    )
-    assert (
-        metrics["lepton_last_recovery_seconds", ()] == 7.5
-        and metrics["lepton_target_step", ()] == 99
-    )
+    assert metrics["lepton_restarts_total", ()] == 2
+    assert metrics["lepton_starts_total", ()] == 3
+    assert metrics["lepton_last_recovery_seconds", ()] == 7.5
+    assert metrics["lepton_target_step", ()] == 99
     assert metrics["lepton_goodput_ratio", ()] == found["goodput"]
     assert (
         metrics["lepton_refused_connections_total", ()]
@@ -640,9 +631,8 @@ def test_the_metrics_text(restarted):
         "lepton_host_device_memory_bytes",
         (("host", "0"),),
     ) not in metrics, "what is not known is left out"
-    assert (
-        found["memory"]["host"] == 2**31 and found["recoveries"][0].get("stack") is None
-    )
+    assert found["memory"]["host"] == 2**31
+    assert found["recoveries"][0].get("stack") is None
     assert json.loads(encode(found))["record"]["loss"] == "NaN"
 
 
@@ -716,7 +706,8 @@ def test_the_share_is_of_the_last_minute_and_of_one_worker():
             float(second),
             0.0,
         )
-    assert host.data_share == pytest.approx(1 / 60, abs=0.02) and len(host.recent) <= 62
+    assert host.data_share == pytest.approx(1 / 60, abs=0.02)
+    assert len(host.recent) <= 62
     host.hear(STEPS, 200.0, 0.0)
     assert host.data_share is None, "another worker began"
 
@@ -735,7 +726,8 @@ def test_the_record_tells_of_each_host_for_how_long_it_was_the_slowest(tmp_path)
     for second in range(5):
         record.write(tmp_path, now + second)
     told = json.loads((tmp_path / "hosts.json").read_text())
-    assert told["slowest"]["host"] == 1 and told["hosts"]["0"]["seconds_slowest"] == 0
+    assert told["slowest"]["host"] == 1
+    assert told["hosts"]["0"]["seconds_slowest"] == 0
     assert 4 <= told["hosts"]["1"]["seconds_slowest"] <= 6
     assert told["hosts"]["1"]["seconds"] == {
         "data": 20.0,
@@ -750,25 +742,22 @@ def test_the_table_for_a_terminal():
     lines = stragglers.text(
         HOSTS, {"host": 1, "why": "70 % of its time it waits for data, the others 2 %"}
     ).splitlines()
-    assert (
-        len(lines) == 5
-        and lines[0].split()[:4] == ["host", "state", "phase", "for"]
-        and "slowest for" in lines[0]
-    )
+    assert len(lines) == 5
+    assert lines[0].split()[:4] == ["host", "state", "phase", "for"]
+    assert "slowest for" in lines[0]
     assert re.match(
         r"1 b\s+running  data\s+3.00 s  11\s+7.00 s \(70 % lately\)", lines[2]
     )
-    assert lines[2].endswith("42.0 s       2.00 GiB, 8.00 GiB on a device") and lines[
-        3
-    ].split() == ["2", "missing", "0", "s"]
+    assert lines[2].endswith("42.0 s       2.00 GiB, 8.00 GiB on a device")
+    assert lines[3].split() == ["2", "missing", "0", "s"]
     assert (
         lines[4]
         == "slowest: host 1, 70 % of its time it waits for data, the others 2 %"
     )
-    assert (
-        stragglers.text(HOSTS).endswith("no host stands out now; host 1 did for 42.0 s")
-        and stragglers.text({}) == ""
+    assert stragglers.text(HOSTS).endswith(
+        "no host stands out now; host 1 did for 42.0 s"
     )
+    assert stragglers.text({}) == ""
 
 
 def test_the_report_has_the_hosts_of_this_start_alone(restarted):
@@ -786,15 +775,13 @@ def test_the_report_has_the_hosts_of_this_start_alone(restarted):
         recoveries=[{"what": str(fault), "seconds_to_stepped": 7.5}],
     )
     page = write_report(restarted).read_text()
+    assert "<h2>Hosts</h2>" in page
     assert (
-        "<h2>Hosts</h2>" in page
-        and "host 1 was ended by &lt;SIGKILL&gt;, last seen in data at step 5; 7.50 s until"
+        "host 1 was ended by &lt;SIGKILL&gt;, last seen in data at step 5; 7.50 s until"
         in page
     )
-    assert (
-        "No host stands out now; host 1 did for 42.0 s" in page
-        and "7.00 s (70 % lately)" in page
-    )
+    assert "No host stands out now; host 1 did for 42.0 s" in page
+    assert "7.00 s (70 % lately)" in page
     supervised(
         restarted,
         "over",

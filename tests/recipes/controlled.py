@@ -1,5 +1,6 @@
-"""Policies that are in the middle of something at any step: a warm-up, a growing batch,
-spikes skipped, a plateau.
+"""Policies that are in the middle of something at any step.
+
+They are a warm-up, a growing batch, spikes skipped, and a plateau.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Net(nnx.Module):
 
 
 def warm(steps: int) -> Policy:
-    """Linear, by its own count."""
+    """Warm up linearly, by a count of its own."""
     return Policy(
         "warm",
         lambda: jnp.int32(0),
@@ -40,7 +41,7 @@ def warm(steps: int) -> Policy:
 
 
 def spikes(limit: float) -> Policy:
-    """Skips what is too steep."""
+    """Skip steps whose gradient is too steep."""
     return Policy(
         "spikes",
         lambda: (),
@@ -51,8 +52,9 @@ def spikes(limit: float) -> Policy:
 
 
 def flat(patience: int) -> Policy:
-    """Halves the rate whenever the loss has not fallen for a while, and remembers the
-    best parameters.
+    """Halve the rate whenever the loss has not fallen for some steps.
+
+    The best parameters are remembered.
     """
 
     def update(signals, state):
@@ -86,8 +88,9 @@ def flat(patience: int) -> Policy:
 
 
 def grow(every: int) -> Policy:
-    """One batch more an update every so often; averages; another optimizer late in the
-    run.
+    """Add a batch to each update every `every` steps.
+
+    Also average, and take another optimizer late in the run.
     """
     return Policy(
         "grow",

@@ -1,5 +1,6 @@
-"""Everything at once that a resumed run must get right: shuffle, dropout, batch norm,
-accumulation, an odd batch size.
+"""Everything at once that a resumed run must get right.
+
+That is shuffling, dropout, batch norm, accumulation, and an odd batch size.
 """
 
 from __future__ import annotations

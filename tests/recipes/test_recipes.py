@@ -1,6 +1,4 @@
-"""The recipes that bring their own data: a few steps of each, what they make of files,
-and what they refuse.
-"""
+"""The recipes that read files: a few steps of each, and the files that they refuse."""
 
 from __future__ import annotations
 
@@ -73,7 +71,8 @@ def test_each_token_is_predicted_once_from_those_before_it(text):
         for name in ("inputs", "targets")
     )
     back = "".join(characters[i] for i in inputs)
-    assert (SENTENCE * 40).startswith(back) and len(back) > 40 * len(SENTENCE) - 17
+    assert (SENTENCE * 40).startswith(back)
+    assert len(back) > 40 * len(SENTENCE) - 17
     np.testing.assert_array_equal(inputs[1:], targets[:-1])
     assert len(recipe.test) == round(0.1 * (len(recipe.train) + len(recipe.test)))
 
@@ -89,11 +88,10 @@ def test_gzip_and_a_byte_order_mark_change_nothing(text, tmp_path):
 @pytest.mark.parametrize("size", ["8b", "405b"])
 def test_the_large_sizes_bring_their_vocabulary_and_cost_nothing_to_look_at(size):
     recipe = lm.recipe(size)
-    assert (
-        recipe.model.keywords["vocab"] == 128_256
-        and recipe.model.keywords["loop"] == "scan"
-    )
-    assert recipe.precision == "bfloat16" and recipe.train.inputs.shape[1] == 8192
+    assert recipe.model.keywords["vocab"] == 128_256
+    assert recipe.model.keywords["loop"] == "scan"
+    assert recipe.precision == "bfloat16"
+    assert recipe.train.inputs.shape[1] == 8192
     assert np.shares_memory(recipe.train.inputs, recipe.train.targets), (
         "views of one array"
     )
@@ -117,16 +115,13 @@ def test_settings_go_before_what_is_usual(text):
         "float32",
         32,
     )
-    assert (
-        recipe.model.keywords["vocab"] == 77 and recipe.model.keywords["loop"] == "scan"
-    )
+    assert recipe.model.keywords["vocab"] == 77
+    assert recipe.model.keywords["loop"] == "scan"
 
 
 @dataclass
 class Processor:
-    """What the recipe uses of sentencepiece: a token a word, numbered by its first
-    letter.
-    """
+    """A stand-in for sentencepiece: a token a word, numbered by its first letter."""
 
     model_proto: bytes
 
@@ -175,11 +170,9 @@ def refused(
 ):
     with pytest.raises(kind) as caught:
         function(**settings)
-    assert (
-        what in caught.value.what
-        and remedy in caught.value.remedy
-        and caught.value.where
-    )
+    assert what in caught.value.what
+    assert remedy in caught.value.remedy
+    assert caught.value.where
 
 
 def test_texts_and_sizes_that_cannot_be_used(text, tmp_path):
@@ -250,10 +243,8 @@ def test_ratings_are_learned_and_unknown_ones_have_a_row(ratings):
     assert history.metrics["rmse"] < np.std(recipe.test.targets)
     model = recipe.model.keywords
     assert model["users"] == 14 and model["items"] == 8, "those of the file, and row 0"
-    assert (
-        set(recipe.train.inputs) == {"user", "item"}
-        and recipe.train.inputs["user"].min() == 1
-    )
+    assert set(recipe.train.inputs) == {"user", "item"}
+    assert recipe.train.inputs["user"].min() == 1
     assert set(np.unique(recipe.train.targets)) == {1 + i / 2 for i in range(9)}
 
 
@@ -263,9 +254,8 @@ def test_embeddings_can_be_larger_than_the_data():
         items=1_000_000,
         dim=128,
     )
-    assert (
-        recipe.train.inputs["user"].max() > 2_900_000 and len(recipe.train) == 180_000
-    )
+    assert recipe.train.inputs["user"].max() > 2_900_000
+    assert len(recipe.train) == 180_000
     assert (recipe.model.keywords["users"], recipe.model.keywords["items"]) == (
         3_000_000,
         1_000_000,

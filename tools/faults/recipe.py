@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 
 from lepton_jax import Recipe, losses, metrics
-from lepton_jax.data import Source, loader, mix
+from lepton_jax.data import Source, mix, sequential
 from lepton_jax.hosts import phase
 from lepton_jax.launch.supervise import watchdog
 
@@ -256,7 +256,7 @@ class Agent:
         spoiled = [
             (i, fault) for i, fault in self.faults if fault["phase"] == "reading"
         ]
-        read = loader.Sequence.__getitem__
+        read = sequential.SequentialBlocks.__getitem__
 
         def spoil(sequence: Any, index: Any) -> Any:
             reached = sequence.consumed // sequence.batch_size + sequence.steps
@@ -267,7 +267,7 @@ class Agent:
                     sequence.share.put = partial(_none, sequence.share.put)
             return read(sequence, index)
 
-        loader.Sequence.__getitem__ = spoil
+        sequential.SequentialBlocks.__getitem__ = spoil
 
 
 def _none(put: Any, rows: Any) -> Any:

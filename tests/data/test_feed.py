@@ -1,5 +1,6 @@
-"""The order of samples: exact under every batch size, block size, position and number
-of devices.
+"""The order of samples.
+
+It is exact under every batch size, block size, position and number of devices.
 """
 
 import jax
@@ -9,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax.compat import make_mesh
-from lepton_jax.data import Arrays, Loader
-from lepton_jax.data.arrays import Buffers
-from lepton_jax.data.loader import ArrayStream
+from lepton_jax.data import Arrays, open_feed
+from lepton_jax.data.arrays import ArraysByPosition, Buffers
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def identifiers(loader):
-    return np.concatenate([np.asarray(block[1]).reshape(-1) for block in loader])
+def identifiers(feed):
+    return np.concatenate([np.asarray(block[1]).reshape(-1) for block in feed])
 
 
 def numbered(count):
@@ -35,10 +35,12 @@ def numbered(count):
     st.booleans(),
 )
 def test_positions_alone_decide_the_samples(samples, start, count, seed, shuffle):
-    stream = ArrayStream(numbered(samples), seed, shuffle)
+    stream = ArraysByPosition(numbered(samples), seed, shuffle)
     whole = stream.indices(0, start + count)
     np.testing.assert_array_equal(
-        ArrayStream(numbered(samples), seed, shuffle).indices(start, start + count),
+        ArraysByPosition(numbered(samples), seed, shuffle).indices(
+            start, start + count
+        ),
         whole[start:],
     )
     np.testing.assert_array_equal(stream.rows(start, start + count)[1], whole[start:])
@@ -61,7 +63,7 @@ def test_blocks_cut_the_stream_without_gap_or_overlap(
     samples, batch, steps, blocks, start, resident
 ):
     data = numbered(samples)
-    loader = Loader(
+    feed = open_feed(
         data,
         batch_size=batch,
         steps=steps,
@@ -72,45 +74,50 @@ def test_blocks_cut_the_stream_without_gap_or_overlap(
         blocks=blocks,
         resident=resident,
     )
-    found = np.concatenate(
-        [np.asarray(b if resident else b[1]).reshape(-1) for b in loader]
+    indices = [np.asarray(b if resident else b[1]).reshape(-1) for b in feed]
+    found = np.concatenate(indices)
+    expected = ArraysByPosition(data, 1, True).indices(
+        start, start + blocks * batch * steps
     )
-    expected = ArrayStream(data, 1, True).indices(start, start + blocks * batch * steps)
     np.testing.assert_array_equal(found[: len(expected)], expected)
     # resident indices are read some steps ahead
     assert len(found) - len(expected) < 64 * batch
 
 
 def test_state_says_where_to_go_on():
-    make = lambda position: Loader(
-        numbered(30),
-        batch_size=4,
-        steps=3,
-        sharding=ONE,
-        seed=2,
-        shuffle=True,
-        position=position,
-        blocks=6,
-    )
-    first = make(0)
-    head = [next(first) for _ in range(2)]
+    def feed_from(position):
+        return open_feed(
+            numbered(30),
+            batch_size=4,
+            steps=3,
+            sharding=ONE,
+            seed=2,
+            shuffle=True,
+            position=position,
+            blocks=6,
+        )
+
+    first = feed_from(0)
+    blocks = [next(first) for _ in range(2)]
     # of the second block's three batches, two are consumed
     position = first.state(unused=4)
     first.close()
+    consumed = identifiers(blocks)[:20]
+    rest = identifiers(feed_from(position))
+
     assert position["samples"] == 20
-    consumed = np.concatenate([np.asarray(b[1]).reshape(-1) for b in head])[:20]
-    rest = identifiers(make(position))
     np.testing.assert_array_equal(
         np.concatenate([consumed, rest])[:60],
-        ArrayStream(numbered(30), 2, True).indices(0, 60),
+        ArraysByPosition(numbered(30), 2, True).indices(0, 60),
     )
 
 
 def test_seeds_and_epochs_give_other_orders():
     one, other = (
-        ArrayStream(numbered(100), seed, True).indices(0, 200) for seed in (0, 1)
+        ArraysByPosition(numbered(100), seed, True).indices(0, 200) for seed in (0, 1)
     )
-    assert (one[:100] != one[100:]).any() and (one != other).any()
+    assert (one[:100] != one[100:]).any()
+    assert (one != other).any()
 
 
 def test_a_buffer_is_not_used_again_while_a_block_lives():
@@ -118,7 +125,7 @@ def test_a_buffer_is_not_used_again_while_a_block_lives():
         np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32),
         np.arange(512, dtype=np.int32),
     )
-    loader = Loader(
+    feed = open_feed(
         data,
         batch_size=64,
         steps=1,
@@ -126,7 +133,7 @@ def test_a_buffer_is_not_used_again_while_a_block_lives():
         shuffle=True,
         blocks=64,
     )
-    held = list(loader)
+    held = list(feed)
     for inputs, targets in held:
         np.testing.assert_array_equal(inputs, data.inputs[np.asarray(targets)])
 
@@ -150,20 +157,21 @@ def test_blocks_are_sharded_over_the_batch_dim():
     sharding = jax.sharding.NamedSharding(
         mesh, jax.sharding.PartitionSpec(None, "data")
     )
-    loader = Loader(
+    feed = open_feed(
         numbered(64),
         batch_size=16,
         steps=2,
         sharding=sharding,
         blocks=2,
     )
-    inputs, _ = next(loader)
-    assert inputs.shape == (2, 16, 1) and inputs.addressable_shards[3].data.shape == (
+    inputs, _ = next(feed)
+    assert inputs.shape == (2, 16, 1)
+    assert inputs.addressable_shards[3].data.shape == (
         2,
         2,
         1,
     )
-    loader.close()
+    feed.close()
 
 
 def test_an_error_in_reading_reaches_the_loop():
@@ -175,12 +183,4 @@ def test_an_error_in_reading_reaches_the_loop():
 
     data = Breaks(np.zeros((30, 1), np.float32), np.zeros(30, np.int32))
     with pytest.raises(Exception, match="the disk is gone"):
-        list(
-            Loader(
-                data,
-                batch_size=5,
-                steps=1,
-                sharding=ONE,
-                blocks=6,
-            )
-        )
+        list(open_feed(data, batch_size=5, steps=1, sharding=ONE, blocks=6))
