@@ -17,7 +17,6 @@ from lepton_jax.data.pipeline import Dataset, Source, mix
 from lepton_jax.data.sources import Documents
 from lepton_jax.data.table import MISSING, Schema, Table, table, table_split
 
-
 __all__ = [
     "MISSING",
     "Arrays",
