@@ -194,7 +194,12 @@ def users_frame() -> int:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` if a known name is near, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=LEAST_LIKENESS)
+    close = difflib.get_close_matches(
+        name,
+        list(known),
+        n=1,
+        cutoff=LEAST_LIKENESS,
+    )
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -170,7 +170,11 @@ def _column_sums(
     def total(x: Any) -> jax.Array:
         x = _as_float(x)
         if valid is not None:
-            x = jnp.where(_as_rows(valid, x.ndim), x, 0)
+            x = jnp.where(
+                _as_rows(valid, x.ndim),
+                x,
+                0,
+            )
         return x.sum(axis=0)
 
     rows = len(jax.tree.leaves(arrays)[0]) if valid is None else valid.sum()
@@ -240,7 +244,11 @@ def _discounted_sum(
       constant: the losses without a gradient.
     """
     unlimited = limit == jnp.inf
-    discount = jnp.where(unlimited, 0, jax.nn.sigmoid(constant - limit))
+    discount = jnp.where(
+        unlimited,
+        0,
+        jax.nn.sigmoid(constant - limit),
+    )
     whole = 1.0 if scalar is not None else weights.sum()
     missing = (discount * weights).sum()
     kept = (each * (1 - discount) * weights).sum()
@@ -353,13 +361,25 @@ def measure(
                 " chosen by them"
             ),
         )
-    loss = weighted_sum(recipe.loss, outputs, targets, valid, differentiable=True)
+    loss = weighted_sum(
+        recipe.loss,
+        outputs,
+        targets,
+        valid,
+        differentiable=True,
+    )
     sums = {"loss": loss}
     for name, metric in recipe.metrics.items():
         if name in without:
             continue
         function, several = sums_of(metric)
-        sums[name] = weighted_sum(function, outputs, targets, valid, several=several)
+        sums[name] = weighted_sum(
+            function,
+            outputs,
+            targets,
+            valid,
+            several=several,
+        )
         _check_finish(name, metric, sums[name])
     return sums
 

@@ -180,7 +180,11 @@ def _area(scores: Any, positive: Any) -> Any:
     shares = (below + up_to) / (2 * negatives[-1])
     total = jnp.where(positive, shares, 0).sum()
     area = total / positive.sum()
-    return jnp.where(jnp.isnan(scores).any(), jnp.nan, area)
+    return jnp.where(
+        jnp.isnan(scores).any(),
+        jnp.nan,
+        area,
+    )
 
 
 def _check_same(

@@ -275,7 +275,11 @@ def _are_policies(given: Any) -> bool:
     return isinstance(given, tuple | list) and all(map(_are_policies, given))
 
 
-def _check_type(name: str, value: Any, kind: type) -> None:
+def _check_type(
+    name: str,
+    value: Any,
+    kind: type,
+) -> None:
     if not isinstance(value, kind):
         raise RecipeError(
             f"{name} is {value!r}; it must be a {kind.__name__}",

@@ -352,7 +352,11 @@ class Trainer:
             given=program.given(),
         )
         checkpoints = Checkpoints(fresh / "checkpoints", keep=1, again="save again")
-        checkpoints.save(self.step, self._state(program), record.model_to_json())
+        checkpoints.save(
+            self.step,
+            self._state(program),
+            record.model_to_json(),
+        )
         checkpoints.wait()
         checkpoints.prove(self.step)  # before the older save goes
         checkpoints.close()
@@ -493,7 +497,11 @@ class Trainer:
 
         with phase.phase("restore"):
             newest = max(steps, default=0)
-            near = local.newest(newest, reader.template(), self._damaged)
+            near = local.newest(
+                newest,
+                reader.template(),
+                self._damaged,
+            )
             if near is not None:
                 step, state, content = near
                 restored = reader.settle(step, state, content)
@@ -550,14 +558,22 @@ class Trainer:
             return self.step + self._steps(train, epochs, steps)
         if self._record.stopped:
             return self.step
-        total = self._steps(train, self.recipe.epochs, self.recipe.steps)
+        total = self._steps(
+            train,
+            self.recipe.epochs,
+            self.recipe.steps,
+        )
         return max(total, self.step)
 
     def _planned_steps(self, train: Any) -> int | None:
         """Return the steps of the whole run; None if the recipe doesn't say."""
         if self.recipe.epochs is None and self.recipe.steps is None:
             return None
-        return self._steps(train, self.recipe.epochs, self.recipe.steps)
+        return self._steps(
+            train,
+            self.recipe.epochs,
+            self.recipe.steps,
+        )
 
     def _compare_budgets(
         self,
@@ -606,7 +622,12 @@ class Trainer:
             self._clear(outputs)
             loop = Loop(
                 program,
-                Start(self._state(program), self.step, self._record, self._bases),
+                Start(
+                    self._state(program),
+                    self.step,
+                    self._record,
+                    self._bases,
+                ),
                 train,
                 test,
                 until,
@@ -795,7 +816,12 @@ class Trainer:
                 )
             inputs, targets = shapes or sample(train)
             samples = samples or _count(train)
-            self.trace = trace(self.recipe, inputs, targets, samples=samples)
+            self.trace = trace(
+                self.recipe,
+                inputs,
+                targets,
+                samples=samples,
+            )
         return self.trace
 
     def _ready(
@@ -815,7 +841,11 @@ class Trainer:
                 chosen = self._planned(traced)
             devices: Any = self._devices
             if self._given_plan is None:
-                devices = ahead.mesh_devices(self.topology, chosen.mesh, self._devices)
+                devices = ahead.mesh_devices(
+                    self.topology,
+                    chosen.mesh,
+                    self._devices,
+                )
             self.program = Program(traced, chosen, devices, self._compiled)
         return self.program
 

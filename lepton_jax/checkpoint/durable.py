@@ -617,7 +617,12 @@ class Checkpoints:
                     " alone, or set TMPDIR to such a folder, where this user may write"
                 ),
             )
-        self._unlink = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        self._unlink = weakref.finalize(
+            self,
+            shutil.rmtree,
+            place,
+            ignore_errors=True,
+        )
         return place / "checkpoints"
 
     def _shown(self, reason: str) -> str:

@@ -216,7 +216,11 @@ def _state(options: argparse.Namespace) -> dict[str, Any]:
     Where supervisors are at work and the run does not answer, only the latter.
     """
     try:
-        answer = apply(options.run, {"do": "status"}, timeout=options.timeout)
+        answer = apply(
+            options.run,
+            {"do": "status"},
+            timeout=options.timeout,
+        )
     except SettingError:
         if not (options.run / "hosts.json").exists():
             raise

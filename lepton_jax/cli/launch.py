@@ -202,7 +202,13 @@ def launch(arguments: list[str]) -> dict[str, Any] | None:
         parser.print_help()
         return None
 
-    options, given, chosen = _settings(parser, arguments, function, early, run)
+    options, given, chosen = _settings(
+        parser,
+        arguments,
+        function,
+        early,
+        run,
+    )
     folder = _folder(options, file.stem)
     order = _Order(
         arguments, options, assignment, function, file, given, chosen, folder
@@ -352,7 +358,11 @@ def _work(
     def work() -> dict[str, Any]:
         return _train(order, settings.call(order.function, order.chosen))
 
-    with serve.serving(place, order.folder, serve.Here()):
+    with serve.serving(
+        place,
+        order.folder,
+        serve.Here(),
+    ):
         summary = joining.run(cluster, work, supervised=assignment is not None)
     if cluster.host_id == 0:
         _print_summary(order.options, summary)
@@ -391,7 +401,11 @@ def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
     return _summary(trainer, trainer.fit(), folder)
 
 
-def _summary(trainer: Trainer, history: History, folder: Path) -> dict[str, Any]:
+def _summary(
+    trainer: Trainer,
+    history: History,
+    folder: Path,
+) -> dict[str, Any]:
     rate = history.samples / history.seconds if history.steps else 0.0
     return {
         "run_dir": str(folder),

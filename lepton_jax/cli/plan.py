@@ -543,7 +543,11 @@ def _traced(recipe: Recipe) -> Trace:
     data = from_any(data)
     if isinstance(data, grain.MapDataset | grain.IterDataset):
         return trace(recipe, *sample(data))
-    return trace(recipe, *sample(data), samples=len(data))
+    return trace(
+        recipe,
+        *sample(data),
+        samples=len(data),
+    )
 
 
 def _planned(
@@ -575,7 +579,13 @@ def _planned(
     if options.verify and result.plan is not None:
         from lepton_jax.verify.comparison import verify
 
-        result.checks["verify"] = [verify(traced, result.plan, target)]
+        result.checks["verify"] = [
+            verify(
+                traced,
+                result.plan,
+                target,
+            )
+        ]
     return result
 
 

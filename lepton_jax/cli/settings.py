@@ -362,5 +362,9 @@ def print_failure(error: LeptonError, **status: Any) -> None:
       error: the error.
       status: fields that say that the command has failed; they come first.
     """
-    fields = {"error": error.what, "where": error.where, "remedy": error.remedy}
+    fields = {
+        "error": error.what,
+        "where": error.where,
+        "remedy": error.remedy,
+    }
     print(json.dumps(status | fields))

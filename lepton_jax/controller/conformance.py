@@ -70,7 +70,17 @@ LAWS = {
     ),
 }
 # values that a signal of a run that went wrong may have
-WILD = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, 1e-38, -1.0)
+WILD = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    0.0,
+    -0.0,
+    1e38,
+    -1e38,
+    1e-38,
+    -1.0,
+)
 # signals that the step counts itself, and which are never wild
 COUNTED = ("step", "updates", "batch_size")
 # the small runs: samples of a batch on each device, their width and classes
@@ -351,7 +361,11 @@ def _check_purity(
         eager = _followed(update, rows, start)
         repeated = _followed(update, rows, start)
         # another function object, so that JAX traces it again
-        traced = _followed(jax.jit(lambda *a: update(*a)), rows, start)
+        traced = _followed(
+            jax.jit(lambda *a: update(*a)),
+            rows,
+            start,
+        )
     for step in range(len(rows)):
         comparisons = (
             ("the second time", eager, repeated, True),
@@ -396,7 +410,11 @@ def _check_stability(
         f"its state changed from {old} to {new}",
         "return a state of init's form",
     )
-    pairs = zip(by_path(before).items(), jax.tree.leaves(after), strict=True)
+    pairs = zip(
+        by_path(before).items(),
+        jax.tree.leaves(after),
+        strict=True,
+    )
     for (path, b), leaf in pairs:
         a = jnp.asarray(leaf)
         _require(
@@ -530,7 +548,11 @@ def _silent(policy: Policy) -> Policy:
         moves, after = policy.update(signals, state)
         # a condition that never holds, and that XLA does not know
         neutral = {
-            knob: jnp.where(jnp.float32(x) > jnp.inf, x, knobs_.neutral(knob))
+            knob: jnp.where(
+                jnp.float32(x) > jnp.inf,
+                x,
+                knobs_.neutral(knob),
+            )
             for knob, x in moves.items()
         }
         return neutral, after
@@ -634,14 +656,22 @@ class _SmallRun:
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return inputs and one-hot targets, (micro-batches, samples, ...)."""
         rng = np.random.default_rng(step)
-        shape = (self.parts, self.recipe.batch_size // self.parts, WIDTH)
+        shape = (
+            self.parts,
+            self.recipe.batch_size // self.parts,
+            WIDTH,
+        )
         x = rng.normal(size=shape).astype(np.float32)
         labels = x[..., :CLASSES].argmax(-1)
         return x, np.eye(CLASSES, dtype=np.float32)[labels]
 
     def _begin(self) -> State:
         params = {
-            "kernel": jnp.full((WIDTH, CLASSES), 0.1, jnp.float32),
+            "kernel": jnp.full(
+                (WIDTH, CLASSES),
+                0.1,
+                jnp.float32,
+            ),
             "bias": jnp.zeros(CLASSES, jnp.float32),
         }
         optimizer, controller = self.controller.init(params, {})
@@ -699,7 +729,11 @@ class _SmallRun:
         loss = functools.partial(
             self._loss,
             knobs=knobs,
-            mask=self._mask(state, knobs, inputs.shape[1:]),
+            mask=self._mask(
+                state,
+                knobs,
+                inputs.shape[1:],
+            ),
         )
         scale = knobs.get("loss_scale", 1.0)
         gradients = []
@@ -717,7 +751,11 @@ class _SmallRun:
         shape: tuple[int, ...],
     ) -> Any:
         """Return the inputs' dropout, 1 where they stay."""
-        keep = 1 - jnp.clip(0.1 * knobs.get("dropout", 1.0), 0, 0.9)
+        keep = 1 - jnp.clip(
+            0.1 * knobs.get("dropout", 1.0),
+            0,
+            0.9,
+        )
         key = jax.random.fold_in(state.key, state.step)
         return jax.random.bernoulli(key, keep, shape) if self.dropout else 1.0
 
@@ -768,7 +806,11 @@ def _mean_of_trees(trees: list[Any]) -> Any:
 
 
 def _shape(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return jax.ShapeDtypeStruct(
+        x.shape,
+        x.dtype,
+        sharding=x.sharding,
+    )
 
 
 def _same(

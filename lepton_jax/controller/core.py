@@ -120,7 +120,11 @@ class Controller:
         self._columns = [
             f"{self.policies[index].name}:{knob}" for index, knob in self.moves
         ]
-        self.records = [*self._visible(), *self.shown, *self._columns]
+        self.records = [
+            *self._visible(),
+            *self.shown,
+            *self._columns,
+        ]
 
     def _check_policies(self) -> None:
         for _, name in self.moves:
@@ -268,7 +272,13 @@ class Controller:
           by the names in `records`.
         """
         if not self.policies and not self.base:
-            update = _Update(before, after, gradients, {}, values["loss"])
+            update = _Update(
+                before,
+                after,
+                gradients,
+                {},
+                values["loss"],
+            )
             pieces = self._apply(update)
             record = {name: self._scheduled(before, step) for name in self.records}
             return pieces, state, record
@@ -296,7 +306,12 @@ class Controller:
             knobs=knobs,
             contributions=contributions,
             policies=policies,
-            signals=self.signals.updated(means, before.params, pieces.params, applied),
+            signals=self.signals.updated(
+                means,
+                before.params,
+                pieces.params,
+                applied,
+            ),
             updates=state.updates + applied,
             **moved,
         )
@@ -314,7 +329,11 @@ class Controller:
     ) -> dict[str, Any]:
         """Return the signals that are known before any is measured."""
         steps = state.fed["steps"]
-        progress = jnp.where(steps > 0, (step + 1) / steps, jnp.nan)
+        progress = jnp.where(
+            steps > 0,
+            (step + 1) / steps,
+            jnp.nan,
+        )
         # where the knobs that go with them are not in the forward pass
         unmeasured = {
             "loss_kept": values["loss"],
@@ -392,7 +411,11 @@ class Controller:
         if not callable(self.recipe.learning_rate):
             return base
         follows = jnp.isnan(base)
-        return jnp.where(follows, self._scheduled(before, state.updates), base)
+        return jnp.where(
+            follows,
+            self._scheduled(before, state.updates),
+            base,
+        )
 
     def _unmoved_rate(
         self,
@@ -501,11 +524,19 @@ class Controller:
         before = update.before
         mean, count = state.accumulated
         whole = jax.tree.map(
-            lambda m, g: jnp.where(count == 0, g, m + (g - m) / (count + 1)),
+            lambda m, g: jnp.where(
+                count == 0,
+                g,
+                m + (g - m) / (count + 1),
+            ),
             mean,
             update.gradients,
         )
-        whole, count = _where(taken, (whole, count + 1), (mean, count))
+        whole, count = _where(
+            taken,
+            (whole, count + 1),
+            (mean, count),
+        )
         allowed = True if taken is None else taken
         applied = (count >= update.knobs["accumulate"]) & allowed
 
@@ -527,7 +558,11 @@ class Controller:
         if taken is None:
             return self._apply(update)
         # not a select: XLA would fuse it into the update, and round that otherwise
-        return jax.lax.cond(taken, lambda: self._apply(update), lambda: update.before)
+        return jax.lax.cond(
+            taken,
+            lambda: self._apply(update),
+            lambda: update.before,
+        )
 
     def _apply(self, update: _Update) -> Pieces:
         before = update.before
@@ -614,7 +649,9 @@ def _averaged(
 ) -> Any:
     """Return a moving average after one more value."""
     return jax.tree.map(
-        lambda a, x: x + (decay * (a - x)).astype(x.dtype), average, now
+        lambda a, x: x + (decay * (a - x)).astype(x.dtype),
+        average,
+        now,
     )
 
 
@@ -659,7 +696,11 @@ def _where(
     """Return `new` where the condition holds, or where there is none."""
     if condition is None:
         return new
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+    return jax.tree.map(
+        lambda n, o: jnp.where(condition, n, o),
+        new,
+        old,
+    )
 
 
 def _check_moves(

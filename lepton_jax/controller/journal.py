@@ -194,7 +194,13 @@ class Journal:
           settings: bases by knob.
         """
         self._ask(step, settings, {"who": RECIPE})
-        self._write({"kind": "recipe", "step": step, "settings": dict(settings)})
+        self._write(
+            {
+                "kind": "recipe",
+                "step": step,
+                "settings": dict(settings),
+            }
+        )
 
     def rolled_back(self, **fields: Any) -> None:
         """Write a rollback, after the decisions that it undoes."""
@@ -252,7 +258,13 @@ class Journal:
                     name: self._signal(name, rows[last], last)
                     for name in policy.watches[:SHOWN]
                 }
-                line = self._line(policy.name, knob, rows, first, last)
+                line = self._line(
+                    policy.name,
+                    knob,
+                    rows,
+                    first,
+                    last,
+                )
                 line["contribution"] = float(values[last])
                 line["signals"] = signals
                 yield line
@@ -285,7 +297,14 @@ class Journal:
 
     def _spans(self, knob: str) -> list[_Request]:
         """Return the bases of a knob; `after` is the first row under each."""
-        spans = [_Request(0, knob, self._base[knob], {})]
+        spans = [
+            _Request(
+                0,
+                knob,
+                self._base[knob],
+                {},
+            )
+        ]
         for request in self._requests:
             if request.knob == knob:
                 spans.append(request._replace(after=request.after - self._step))
@@ -377,7 +396,11 @@ class Journal:
             # the effect of such a request is not written yet
             if line["kind"] == "live" and line["step"] == self._step:
                 who = {name: line[name] for name in ("who", "pid") if name in line}
-                self._ask(self._step, line.get("settings", {}), who)
+                self._ask(
+                    self._step,
+                    line.get("settings", {}),
+                    who,
+                )
         if cut:
             self._set_aside(cut)
         return [line for line in old[keep:] if line["kind"] == "live"]
@@ -471,7 +494,12 @@ def _up_to(
     if line.get("last", 0) <= step:
         return line
     values = line["values"][: step - line["step"] + 1]
-    return {**line, "last": step, "values": values, "to": values[-1]}
+    return {
+        **line,
+        "last": step,
+        "values": values,
+        "to": values[-1],
+    }
 
 
 def _column(policy: str, knob: str) -> str:
@@ -492,4 +520,8 @@ def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(padded))
     firsts = edges[::2]
     lasts = edges[1::2] - 1
-    return zip(firsts.tolist(), lasts.tolist(), strict=True)
+    return zip(
+        firsts.tolist(),
+        lasts.tolist(),
+        strict=True,
+    )

@@ -129,7 +129,12 @@ COMBINE: dict[str, Callable[[Any, Any], Any]] = {
     "set": lambda value, c: jnp.where(jnp.isnan(c), value, c),
     "any": lambda value, c: jnp.maximum(value, (c != 0) * 1.0),
 }
-NEUTRAL = {"multiply": 1.0, "least": math.inf, "set": math.nan, "any": 0.0}
+NEUTRAL = {
+    "multiply": 1.0,
+    "least": math.inf,
+    "set": math.nan,
+    "any": 0.0,
+}
 
 
 def neutral(name: str) -> float:
@@ -176,7 +181,11 @@ def combined(
         value = combine(value, jnp.asarray(contribution, jnp.float32))
     for contribution in absolute:
         is_neutral = jnp.isnan(contribution)
-        value = jnp.where(is_neutral, value, jnp.asarray(contribution, jnp.float32))
+        value = jnp.where(
+            is_neutral,
+            value,
+            jnp.asarray(contribution, jnp.float32),
+        )
     return value
 
 

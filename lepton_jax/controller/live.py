@@ -44,7 +44,11 @@ class Request:
             "who": str(content.get("who", "?")),
             "pid": content.get("pid"),
         }
-        return cls(content.get("do"), content.get("settings") or {}, person)
+        return cls(
+            content.get("do"),
+            content.get("settings") or {},
+            person,
+        )
 
     def check(self) -> None:
         """Check that a run can do this.

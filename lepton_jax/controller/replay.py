@@ -118,6 +118,14 @@ def _at(
     index = jnp.searchsorted(steps, step, side="right") - 1
     if lasts_a_step:
         hit = jnp.asarray(steps)[index] == step
-        return jnp.where(hit, jnp.asarray(values)[index], 0.0)
+        return jnp.where(
+            hit,
+            jnp.asarray(values)[index],
+            0.0,
+        )
     before = index < 0
-    return jnp.where(before, jnp.nan, jnp.asarray(values)[index])
+    return jnp.where(
+        before,
+        jnp.nan,
+        jnp.asarray(values)[index],
+    )

@@ -210,10 +210,20 @@ class Signals:
 
         state: dict[str, Any] = {}
         if self._watches("loss_mean", "loss_variance", "loss_trend"):
-            state["loss"] = Smoothed(zero(), zero(), zero(), jnp.int32(0))
+            state["loss"] = Smoothed(
+                zero(),
+                zero(),
+                zero(),
+                jnp.int32(0),
+            )
         if self._watches("noise_scale"):
             gradient = () if self.by_micro_batch else zeros()
-            state["noise"] = Noise(zero(), zero(), gradient, jnp.int32(0))
+            state["noise"] = Noise(
+                zero(),
+                zero(),
+                gradient,
+                jnp.int32(0),
+            )
         if self._watches("update_norm", "cosine"):
             state["update_norm"] = zero()
         if self._watches("gradient_sum_norm"):
@@ -418,7 +428,11 @@ def dot(
     """Return the inner product of two trees, float32 ()."""
 
     def product(a: Any, b: Any) -> Any:
-        pairs = zip(_parts(a), _parts(b), strict=True)
+        pairs = zip(
+            _parts(a),
+            _parts(b),
+            strict=True,
+        )
         return sum(jnp.sum(x * y) for x, y in pairs)
 
     products = jax.tree.map(product, left, right)
@@ -438,7 +452,11 @@ def _where(
     old: Any,
 ) -> Any:
     """Return `new` where a condition holds, else `old`; both are trees."""
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+    return jax.tree.map(
+        lambda n, o: jnp.where(condition, n, o),
+        new,
+        old,
+    )
 
 
 def _gradient_sum(
@@ -453,7 +471,9 @@ def _gradient_sum(
       finite.
     """
     after = jax.tree.map(
-        lambda s, g: MEMORY * s + (weight * g).astype(s.dtype), before, gradients
+        lambda s, g: MEMORY * s + (weight * g).astype(s.dtype),
+        before,
+        gradients,
     )
     sizes = (jnp.abs(x).astype(jnp.float32).sum() for x in jax.tree.leaves(after))
     total = sum(sizes, jnp.float32(0))
@@ -478,7 +498,11 @@ def _smooth(
     mean = jnp.where(some, slow, loss)
     variance = jnp.maximum(squares - slow**2, 0)
     variance = jnp.where(some, variance, 0.0)
-    trend = jnp.where(some, (quick - slow) / LAG, 0.0)
+    trend = jnp.where(
+        some,
+        (quick - slow) / LAG,
+        0.0,
+    )
     values = {"loss_mean": mean, "loss_variance": variance, "loss_trend": trend}
     return values, _entered(state, loss)
 
@@ -492,5 +516,7 @@ def _entered(state: Smoothed, loss: Any) -> Smoothed:
         count=state.count + 1,
     )
     return jax.tree.map(
-        lambda new, old: jnp.where(jnp.isfinite(loss), new, old), fresh, state
+        lambda new, old: jnp.where(jnp.isfinite(loss), new, old),
+        fresh,
+        state,
     )

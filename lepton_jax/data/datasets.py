@@ -115,7 +115,13 @@ def one_pass(
 
     parts = []  # (first sample, samples of a batch, batches)
     if fill:
-        parts.append((0, batch_size, math.ceil(total / batch_size)))
+        parts.append(
+            (
+                0,
+                batch_size,
+                math.ceil(total / batch_size),
+            )
+        )
     elif full_batches:
         parts.append((0, batch_size, full_batches))
     if left and not fill:
@@ -188,7 +194,12 @@ class ArraysKind:
         return self.data.take(np.linspace(0, last, count).astype(int))
 
     def open(self, spec: FeedSpec) -> Feed:
-        open_samples = partial(ArraysByPosition, self.data, spec.seed, spec.shuffle)
+        open_samples = partial(
+            ArraysByPosition,
+            self.data,
+            spec.seed,
+            spec.shuffle,
+        )
         if spec.resident:
             return ResidentFeed(open_samples, spec)
         return PositionedFeed(open_samples, spec)
@@ -212,7 +223,12 @@ class GrainMapKind:
 
     def open(self, spec: FeedSpec) -> Feed:
         assert not spec.resident, "only arrays can lie on the devices"
-        open_samples = partial(GrainByPosition, self.data, spec.seed, spec.shuffle)
+        open_samples = partial(
+            GrainByPosition,
+            self.data,
+            spec.seed,
+            spec.shuffle,
+        )
         return PositionedFeed(open_samples, spec)
 
 

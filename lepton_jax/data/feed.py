@@ -199,7 +199,11 @@ class Share:
         Returns:
           the block's global array, of which this host holds its part.
         """
-        own_shape = (*self._shape[:-1], len(self.rows), *rows.shape[1:])
+        own_shape = (
+            *self._shape[:-1],
+            len(self.rows),
+            *rows.shape[1:],
+        )
         rows = rows.reshape(own_shape)
         if self.sharding.is_fully_addressable:
             return jax.device_put(rows, self.sharding)
@@ -270,7 +274,12 @@ class PositionedFeed(Feed):
                 check_rows(spec.limits, rows, places)
             return rows
 
-        source = PositionedBlocks(read, spec.start, spec.block_samples, spec.blocks)
+        source = PositionedBlocks(
+            read,
+            spec.start,
+            spec.block_samples,
+            spec.blocks,
+        )
         blocks = grain.MapDataset.source(source).map(share.put_all)
         sample = jax.tree.leaves(samples.rows(0, 1))
         sample_bytes = sum(leaf.nbytes for leaf in sample)
@@ -379,7 +388,12 @@ def check_rows(
     Raises:
       DataError: a row holds a whole number out of range.
     """
-    check_limits(limits, rows, WHAT_IS_CHECKED, lambda row: str(ids[row]))
+    check_limits(
+        limits,
+        rows,
+        WHAT_IS_CHECKED,
+        lambda row: str(ids[row]),
+    )
 
 
 def reading() -> pointing_at_user:

@@ -94,7 +94,11 @@ class IteratedFeed(Feed):
         batch = next(self._iterator)
         wanted = self._share.wanted
         rows = jax.tree.map(lambda x: np.asarray(x)[wanted], batch)
-        check_rows(self._limits, rows, self._samples + self._share.rows)
+        check_rows(
+            self._limits,
+            rows,
+            self._samples + self._share.rows,
+        )
         return self._share.put_all(rows)
 
 

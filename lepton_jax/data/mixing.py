@@ -55,7 +55,11 @@ class Pattern:
         """Return the sources of the next `count` positions, int16 (count,)."""
         if self._period is not None:
             first = sum(self.taken) % self.total
-            return np.take(self._period, np.arange(count) + first, mode="wrap")
+            return np.take(
+                self._period,
+                np.arange(count) + first,
+                mode="wrap",
+            )
 
         missing = count - len(self._ahead)
         if missing > 0:

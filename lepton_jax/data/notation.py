@@ -303,13 +303,21 @@ def _suspect(
         if not others & spelled:
             return Look("mixed", best[0], _frequent(others, counts))
     if len(spelled) > enough:
-        return Look("notations", best[0], _frequent(spelled - numbers, counts))
+        return Look(
+            "notations",
+            best[0],
+            _frequent(spelled - numbers, counts),
+        )
 
     units = Counter(part.unit for part in parts.values())
     unit, with_unit = units.most_common(1)[0] if units else ("", 0)
     if unit and with_unit > enough:
         cells = [cell for cell, part in parts.items() if part.unit == unit]
-        return Look("units", Notation(unit=unit), _frequent(cells, counts))
+        return Look(
+            "units",
+            Notation(unit=unit),
+            _frequent(cells, counts),
+        )
     return Look("categories")
 
 
@@ -466,4 +474,9 @@ def _rows(cells: Iterable[str], counts: Counter[str]) -> int:
 
 
 def _frequent(cells: Iterable[str], counts: Counter[str]) -> tuple[str, ...]:
-    return tuple(sorted(cells, key=lambda cell: (-counts[cell], cell)))
+    return tuple(
+        sorted(
+            cells,
+            key=lambda cell: (-counts[cell], cell),
+        )
+    )

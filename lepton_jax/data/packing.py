@@ -84,7 +84,12 @@ class PackDraw:
         return len(self.starts)
 
     def take(self, which: Any) -> PackDraw:
-        return PackDraw(self.documents, self.ends, self.starts[which], self.form)
+        return PackDraw(
+            self.documents,
+            self.ends,
+            self.starts[which],
+            self.form,
+        )
 
     def identifiers(self) -> list[str]:
         rows = self._pieces(0)
@@ -144,7 +149,11 @@ class PackDraw:
         ) -> Piece:
             begin = borders[document]
             end = borders[document + 1]
-            return Piece(document, max(start, begin) - begin, min(stop, end) - begin)
+            return Piece(
+                document,
+                max(start, begin) - begin,
+                min(stop, end) - begin,
+            )
 
         rows = []
         limits = np.stack([self.starts, stops, first, last], axis=1).tolist()
@@ -226,7 +235,12 @@ class PackStream:
         documents = np.searchsorted(self._ends, needed, "left") + 1
         ends = self._ends[:documents]
         starts = self._used + np.arange(count, dtype=np.int64) * length
-        return PackDraw(self.stream.peek(len(ends)), ends, starts, self.form)
+        return PackDraw(
+            self.stream.peek(len(ends)),
+            ends,
+            starts,
+            self.form,
+        )
 
     def advance(self, count: int) -> None:
         used = self._used + count * self.form.length

@@ -191,7 +191,12 @@ class Source(Dataset):
             )
         opening.names.add(name)
 
-        order = Order(len(self.data), opening.seed, name, opening.shuffle)
+        order = Order(
+            len(self.data),
+            opening.seed,
+            name,
+            opening.shuffle,
+        )
         return SourceStream(name, reader(self.data, name), order)
 
 
@@ -250,7 +255,14 @@ class _Pack(Dataset):
         path: str,
     ) -> Stream:
         documents = self.dataset._open(opening, path)
-        return PackStream(documents, RowForm(self.length, self.end, self.segments))
+        return PackStream(
+            documents,
+            RowForm(
+                self.length,
+                self.end,
+                self.segments,
+            ),
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -259,7 +271,13 @@ class _Mix(Dataset):
     weights: list[int]
 
     def __repr__(self) -> str:
-        weights = dict(zip(self.datasets, self.weights, strict=True))
+        weights = dict(
+            zip(
+                self.datasets,
+                self.weights,
+                strict=True,
+            )
+        )
         return f"mix({dict(self.datasets)!r}, weights={weights})"
 
     @property
@@ -405,7 +423,11 @@ class Samples:
             or other sizes of the sources.
         """
         if not state:
-            state = {**self._order, "samples": 0, "position": self._beginning}
+            state = {
+                **self._order,
+                "samples": 0,
+                "position": self._beginning,
+            }
         fields(state, {"seed", "shuffle", "samples", "position"}, "data set")
 
         for name, value in self._order.items():

@@ -113,7 +113,11 @@ class SequentialBlocks:
             ids[self.consumed] = batch_ids
 
         block = batches[0] if self.steps == 1 else _concatenated(batches)
-        return StepBatches(jax.tree.map(self.share.put, block), states, ids)
+        return StepBatches(
+            jax.tree.map(self.share.put, block),
+            states,
+            ids,
+        )
 
     def __repr__(self) -> str:
         return f"blocks of {self.steps} batches of {self.batch_size} samples"

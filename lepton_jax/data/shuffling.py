@@ -88,7 +88,11 @@ class Order:
         start: int,
         count: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(start, start + count, dtype=np.int64)
+        positions = np.arange(
+            start,
+            start + count,
+            dtype=np.int64,
+        )
         epochs, offsets = np.divmod(positions, self.samples)
         if not self.shuffle:
             return epochs, offsets

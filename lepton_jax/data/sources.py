@@ -144,7 +144,11 @@ class DocumentsReader:
     ) -> Rows:
         starts = self.data.starts[indices]  # type: ignore[attr-defined]
         stops = starts + self.data.lengths[indices]
-        ranges = zip(starts.tolist(), stops.tolist(), strict=True)
+        ranges = zip(
+            starts.tolist(),
+            stops.tolist(),
+            strict=True,
+        )
         return [self.data.tokens[start:stop] for start, stop in ranges]
 
 

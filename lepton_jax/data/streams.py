@@ -101,14 +101,22 @@ class SourceDraw:
         return len(self.indices)
 
     def take(self, which: Any) -> SourceDraw:
-        return SourceDraw(self.source, self.epochs[which], self.indices[which])
+        return SourceDraw(
+            self.source,
+            self.epochs[which],
+            self.indices[which],
+        )
 
     def read(self) -> Rows:
         return self.source.reader.read(self.indices, self.epochs)
 
     def identifiers(self) -> list[str]:
         name = self.source.name
-        places = zip(self.epochs.tolist(), self.indices.tolist(), strict=True)
+        places = zip(
+            self.epochs.tolist(),
+            self.indices.tolist(),
+            strict=True,
+        )
         return [f"{name}:{epoch}:{index}" for epoch, index in places]
 
     def measured(
@@ -173,7 +181,11 @@ class SourceStream:
         """
         if key not in self._measured:
             # -1 is unknown; a byte is enough for a test
-            self._measured[key] = np.full(len(self.reader), -1, np.int8)
+            self._measured[key] = np.full(
+                len(self.reader),
+                -1,
+                np.int8,
+            )
         known = self._measured[key]
         unknown = np.unique(indices[known[indices] < 0])
         for start in range(0, len(unknown), READ_AT_ONCE):

@@ -551,7 +551,12 @@ def _ordered_classes(values: set[str]) -> tuple[str, ...]:
     numbers = {value: plain_number(value) for value in values}
     if None in numbers.values():
         return tuple(sorted(values))
-    return tuple(sorted(values, key=lambda value: (numbers[value], value)))
+    return tuple(
+        sorted(
+            values,
+            key=lambda value: (numbers[value], value),
+        )
+    )
 
 
 def _label_values(raw: RawTable, absent: frozenset[str]) -> set[str]:
@@ -593,7 +598,11 @@ def _encode(raw: RawTable, schema: Schema) -> Arrays:
         inputs["numbers"] = np.stack(numbers, axis=1)
     if schema.categories:
         categories = [
-            _codes(raw.columns[name], _numbered(values, first=1), 0)
+            _codes(
+                raw.columns[name],
+                _numbered(values, first=1),
+                0,
+            )
             for name, values in zip(schema.categories, schema.vocabularies, strict=True)
         ]
         inputs["categories"] = np.stack(categories, axis=1)
@@ -622,7 +631,11 @@ def _encode_label(
             " rows out, or put rows with this label into the training table, and train"
             " again",
         )
-    return _codes(cells, _numbered(schema.classes, first=0), -1)
+    return _codes(
+        cells,
+        _numbered(schema.classes, first=0),
+        -1,
+    )
 
 
 def _numbered(values: Sequence[str], first: int) -> dict[str, int]:
@@ -640,7 +653,12 @@ def _numbers(
     bad = {cell for cell, value in parsed.items() if value is None}
     if bad:
         raise _no_number(raw, name, bad, Notation(*notation))
-    return _codes(raw.columns[name], parsed, math.nan, np.float32)
+    return _codes(
+        raw.columns[name],
+        parsed,
+        math.nan,
+        np.float32,
+    )
 
 
 def _parsed(
@@ -716,7 +734,11 @@ def _quantiles(values: np.ndarray) -> tuple[float, ...]:
     rest = present[~np.isin(present, frequent)]
     edges = frequent
     if rest.size:
-        shares = np.linspace(0, 1, BINS + 1 - len(frequent))
+        shares = np.linspace(
+            0,
+            1,
+            BINS + 1 - len(frequent),
+        )
         edges = np.append(frequent, np.quantile(rest, shares))
 
     # Both casts matter: quantiles are interpolated in float64, and edges must still

@@ -76,7 +76,12 @@ def not_read(
         fault = _mixed(column, is_label)
     else:
         fault = _FAULTS[look.kind](column)
-    return raw.error(fault.what, name, look.cells, raw.advice(*fault.ways))
+    return raw.error(
+        fault.what,
+        name,
+        look.cells,
+        raw.advice(*fault.ways),
+    )
 
 
 def _ambiguous(column: Column) -> Fault:

@@ -131,7 +131,10 @@ class Chip:
             for key, value in figures.items()
             if key in self.sources or key == "price"
         }
-        width = max((len(text) for text in rows.values()), default=0)
+        width = max(
+            (len(text) for text in rows.values()),
+            default=0,
+        )
         lines = [self.name]
         for key, text in rows.items():
             source = self.sources.get(key, "")
@@ -306,7 +309,11 @@ class _Table:
         sources: dict[str, str],
     ) -> Chip:
         inherited = {key: text for key, text in base.sources.items() if key not in _OWN}
-        own: dict[str, Any] = {"kinds": (), "aliases": (), "price": None}
+        own: dict[str, Any] = {
+            "kinds": (),
+            "aliases": (),
+            "price": None,
+        }
         fresh = own | values
         fresh["peaks"] = {**base.peaks, **values.get("peaks", {})}
         name = self.name.lower()

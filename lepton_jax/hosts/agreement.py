@@ -322,7 +322,12 @@ def _tried(
         return {"said": say()}, None
     except LeptonError as error:
         kind = type(error).__name__
-        fields = [kind, error.what, str(error.where), error.remedy]
+        fields = [
+            kind,
+            error.what,
+            str(error.where),
+            error.remedy,
+        ]
         return {"fault": fields}, error
 
 

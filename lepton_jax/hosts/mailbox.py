@@ -75,7 +75,11 @@ class Mailbox:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
-            self._file = os.open(self.folder / CARD, os.O_RDWR | os.O_CREAT, 0o600)
+            self._file = os.open(
+                self.folder / CARD,
+                os.O_RDWR | os.O_CREAT,
+                0o600,
+            )
             self._lock()
             os.ftruncate(self._file, 0)
             os.write(self._file, json.dumps(_card()).encode())

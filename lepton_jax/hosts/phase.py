@@ -58,8 +58,17 @@ class _Account(NamedTuple):
 
 
 # both are replaced as a whole, for other threads read them
-_now = Where("start", step=0, done=0, since=time.monotonic())
-_account = _Account(dict.fromkeys(PHASES, 0.0), _now.phase, _now.since)
+_now = Where(
+    "start",
+    step=0,
+    done=0,
+    since=time.monotonic(),
+)
+_account = _Account(
+    dict.fromkeys(PHASES, 0.0),
+    _now.phase,
+    _now.since,
+)
 
 
 def where() -> Where:
@@ -120,5 +129,9 @@ def _change(fresh: Where) -> None:
     seconds, present, since = _account
     if fresh.phase != present:
         total = seconds[present] + now - since
-        _account = _Account({**seconds, present: total}, fresh.phase, now)
+        _account = _Account(
+            {**seconds, present: total},
+            fresh.phase,
+            now,
+        )
     _now = fresh._replace(since=now)

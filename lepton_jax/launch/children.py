@@ -105,7 +105,9 @@ def spawn(
                 _write_first(process, first)
                 if host:
                     reader = threading.Thread(
-                        target=forward, args=(process.stdout, host, lock), daemon=True
+                        target=forward,
+                        args=(process.stdout, host, lock),
+                        daemon=True,
                     )
                     readers.append(reader)
                     reader.start()
@@ -137,7 +139,12 @@ def _started(
         pipes |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         # a group of its own: Ctrl-C in the terminal would reach it twice
-        return subprocess.Popen(command, env=environment, process_group=0, **pipes)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            process_group=0,
+            **pipes,
+        )
     except OSError as error:
         raise SettingError(
             f"host {host} can't be started: {error.strerror}",

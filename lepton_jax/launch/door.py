@@ -183,7 +183,12 @@ class Door:
         for _ in range(CALLS_A_TURN):
             try:
                 connection, address = self.listener.accept()
-                line = Line(connection, self._token, self._channel, head=True)
+                line = Line(
+                    connection,
+                    self._token,
+                    self._channel,
+                    head=True,
+                )
             except OSError:
                 return  # nobody more is there, or the caller has gone already
             self._make_room()

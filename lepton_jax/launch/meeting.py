@@ -69,7 +69,13 @@ def meet(
         "facts": dict(facts),
     }
     if cluster.host_id:
-        _call((name, int(port)), hello, cluster, limit, token)
+        _call(
+            (name, int(port)),
+            hello,
+            cluster,
+            limit,
+            token,
+        )
     else:
         _receive(int(port), hello, cluster, limit, token)
 
@@ -129,7 +135,11 @@ class _Roll:
     def complete(self) -> bool:
         return len(self._line) == self._cluster.hosts - 1
 
-    def take(self, line: Line, hello: dict[str, Any]) -> None:
+    def take(
+        self,
+        line: Line,
+        hello: dict[str, Any],
+    ) -> None:
         """Take what a caller says of itself."""
         if not _is_host(hello):
             self._door.drop(line)
@@ -151,7 +161,14 @@ class _Roll:
         numbers = range(1, self._cluster.hosts)
         absent = [host for host in numbers if host not in self._line]
         refused = str(self._door.refused)
-        self._blame(missing(absent, self._cluster, self._limit, refused))
+        self._blame(
+            missing(
+                absent,
+                self._cluster,
+                self._limit,
+                refused,
+            )
+        )
 
     def answer(self) -> None:
         """Tell all that came whether they may go on."""

@@ -90,7 +90,14 @@ def proof(
       host: the host's random number.
       head: host 0's random number.
     """
-    return _hmac(token.encode(), b"proof", channel.encode(), role, host, head)
+    return _hmac(
+        token.encode(),
+        b"proof",
+        channel.encode(),
+        role,
+        host,
+        head,
+    )
 
 
 def proves(
@@ -149,7 +156,12 @@ def _seal(
     number: int,
     message: bytes,
 ) -> bytes:
-    return _hmac(key, b"message", str(number).encode(), message)
+    return _hmac(
+        key,
+        b"message",
+        str(number).encode(),
+        message,
+    )
 
 
 def _hmac(key: bytes, *parts: bytes) -> bytes:

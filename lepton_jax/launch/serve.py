@@ -450,7 +450,11 @@ def serving(
         yield None
         return
     server.announce()
-    thread = threading.Thread(target=server.serve_forever, name="status", daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever,
+        name="status",
+        daemon=True,
+    )
     thread.start()
     try:
         yield server

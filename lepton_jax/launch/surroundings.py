@@ -102,7 +102,13 @@ def open_mpi(environ: Mapping[str, str]) -> Cluster | None:
     size = _number(environ, "OMPI_COMM_WORLD_SIZE", 1)
     rank = _number(environ, "OMPI_COMM_WORLD_RANK", 0, size - 1)
     local = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1, size, default=1)
-    seat = _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0, local - 1, default=0)
+    seat = _number(
+        environ,
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        0,
+        local - 1,
+        default=0,
+    )
 
     why = "Open MPI"
     if "SLURM_JOB_ID" in environ:
@@ -182,7 +188,13 @@ def tpu(
     several = bool(environ.keys() & set(MEGASCALE))
     several = several and environ.get("MEGASCALE_NUM_SLICES") != "1"
     workers = _tpu_workers(environ, addresses, several)
-    worker = _number(environ, "TPU_WORKER_ID", 0, len(workers) - 1, default=0)
+    worker = _number(
+        environ,
+        "TPU_WORKER_ID",
+        0,
+        len(workers) - 1,
+        default=0,
+    )
 
     slices = 1
     slice_id = 0

@@ -189,7 +189,11 @@ def _make_file(file: Path) -> None:
         if stat.S_ISREG(status.st_mode) and not status.st_size:
             file.unlink()
     with contextlib.suppress(FileExistsError):
-        number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        number = os.open(
+            file,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+            0o600,
+        )
         with open(number, "w", encoding="utf-8") as stream:
             stream.write(make() + "\n")
 

@@ -177,7 +177,11 @@ class Line:
             return
         if self._head:
             self._answer(self._proof(proof.HEAD))
-        self._keys = proof.keys(self._token, self._channel, *numbers)
+        self._keys = proof.keys(
+            self._token,
+            self._channel,
+            *numbers,
+        )
         self.proven = True
         self._seal()
         self.flush()
@@ -188,7 +192,12 @@ class Line:
         return (self._their, self._own) if self._head else (self._own, self._their)
 
     def _proof(self, role: bytes) -> bytes:
-        return proof.proof(self._token, self._channel, role, *self._numbers())
+        return proof.proof(
+            self._token,
+            self._channel,
+            role,
+            *self._numbers(),
+        )
 
     def _answer(self, line: bytes) -> None:
         self._out += line + b"\n"

@@ -74,7 +74,11 @@ class CNN(nnx.Module):
         self.norms = nnx.List(
             [nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in widths if batch_norm]
         )
-        self.dense = nnx.Linear(height * width * channels, dense, rngs=rngs)
+        self.dense = nnx.Linear(
+            height * width * channels,
+            dense,
+            rngs=rngs,
+        )
         self.out = nnx.Linear(dense, classes, rngs=rngs)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
@@ -88,7 +92,11 @@ class CNN(nnx.Module):
                 x = self.norms[i](x)
             x = nnx.relu(x)
             if self.pools[i]:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+                x = nnx.max_pool(
+                    x,
+                    (2, 2),
+                    strides=(2, 2),
+                )
 
         x = self._drop(x.reshape(x.shape[0], -1))
         hidden = self._drop(nnx.relu(self.dense(x)))

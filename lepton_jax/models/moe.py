@@ -118,12 +118,20 @@ class Experts(nnx.Module):
         gates = []
         for _ in range(self.chosen):
             expert = left.argmax(-1)
-            choice = jax.nn.one_hot(expert, self.experts, dtype=jnp.int32)
+            choice = jax.nn.one_hot(
+                expert,
+                self.experts,
+                dtype=jnp.int32,
+            )
             # a token's slot: the choices of the same expert by the tokens before it
             before = jnp.cumsum(choice, axis=2) - choice + taken
             slot = (before * choice).sum(-1)
             # one_hot gives zeros for a slot beyond the last: such a token is dropped
-            spot = jax.nn.one_hot(slot, slots, dtype=x.dtype)
+            spot = jax.nn.one_hot(
+                slot,
+                slots,
+                dtype=x.dtype,
+            )
             places.append(choice.astype(x.dtype)[..., None] * spot[..., None, :])
             gates.append((probabilities * choice).sum(-1)[..., None, None])
 

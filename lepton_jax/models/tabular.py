@@ -70,7 +70,11 @@ class TabularMLP(nnx.Module):
         self.starts = tuple(itertools.accumulate(sizes, initial=0))[:-1]
         table = _padded(edges)
         self.edges = Edges(jnp.asarray(table)) if edges else None
-        embed = partial(nnx.Embed, embedding_init=self._init, rngs=rngs)
+        embed = partial(
+            nnx.Embed,
+            embedding_init=self._init,
+            rngs=rngs,
+        )
         self.embed = embed(sum(sizes), embedding) if sizes else None
 
         # A number's code has as many entries as edges: there is a bin less than edges,
@@ -153,12 +157,27 @@ def _codes(numbers: jax.Array, edges: jax.Array) -> jax.Array:
     high = edges[:, 1:]
     width = high - low
     # the outermost bins have no end
-    floor = jnp.where(jnp.arange(low.shape[1]) == 0, -jnp.inf, 0.0)
-    ceiling = jnp.where(high == edges[:, -1:], jnp.inf, 1.0)
+    floor = jnp.where(
+        jnp.arange(low.shape[1]) == 0,
+        -jnp.inf,
+        0.0,
+    )
+    ceiling = jnp.where(
+        high == edges[:, -1:],
+        jnp.inf,
+        1.0,
+    )
 
     missing = jnp.isnan(numbers)[..., None]
     above_low = jnp.where(missing, 0, numbers[..., None]) - low
     position = above_low / jnp.where(width > 0, width, 1)
     is_there = (width > 0) & ~missing
-    code = jnp.where(is_there, jnp.clip(position, floor, ceiling), 0)
-    return jnp.concatenate([code, missing.astype(code.dtype)], axis=-1)
+    code = jnp.where(
+        is_there,
+        jnp.clip(position, floor, ceiling),
+        0,
+    )
+    return jnp.concatenate(
+        [code, missing.astype(code.dtype)],
+        axis=-1,
+    )

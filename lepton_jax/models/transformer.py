@@ -54,7 +54,12 @@ class Attention(nnx.Module):
         key = rotary(self.key(x).reshape(key_shape), self.theta)
         value = self.value(x).reshape(key_shape)
 
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+        )
         return self.out(mixed.reshape(batch, length, -1))
 
 
@@ -101,7 +106,11 @@ class Block(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.attention_norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
+        self.attention_norm = nnx.RMSNorm(
+            dim,
+            epsilon=EPSILON,
+            rngs=rngs,
+        )
         self.attention = Attention(
             dim,
             heads,
@@ -109,7 +118,11 @@ class Block(nnx.Module):
             theta,
             rngs=rngs,
         )
-        self.feed_forward_norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
+        self.feed_forward_norm = nnx.RMSNorm(
+            dim,
+            epsilon=EPSILON,
+            rngs=rngs,
+        )
         self.feed_forward = feed_forward(rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -178,7 +191,11 @@ class Decoder(nnx.Module):
         else:
             keys = jax.random.split(rngs.params(), layers)
             self.blocks = nnx.vmap(lambda key: block(nnx.Rngs(key)))(keys)
-        self.norm = nnx.RMSNorm(dim, epsilon=EPSILON, rngs=rngs)
+        self.norm = nnx.RMSNorm(
+            dim,
+            epsilon=EPSILON,
+            rngs=rngs,
+        )
         self.head = None if tied else nnx.Linear(dim, vocab, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

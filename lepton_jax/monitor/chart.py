@@ -160,7 +160,11 @@ def smooth(
     weights = np.hanning(2 * half_width + 3)
     fine = np.isfinite(y)
     share = np.convolve(fine, weights, "same")
-    weighted = np.convolve(np.where(fine, y, 0.0), weights, "same")
+    weighted = np.convolve(
+        np.where(fine, y, 0.0),
+        weights,
+        "same",
+    )
     mean = weighted / np.where(fine, share, 1.0)
     return x, np.where(fine, mean, np.nan)
 
@@ -174,10 +178,21 @@ def _means(
     bucket = np.arange(len(x)) * buckets // len(x)
     fine = np.isfinite(y)
     count = np.bincount(bucket[fine], minlength=buckets)
-    total = np.bincount(bucket[fine], np.asarray(y[fine], np.float64), buckets)
-    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    total = np.bincount(
+        bucket[fine],
+        np.asarray(y[fine], np.float64),
+        buckets,
+    )
+    mean = np.where(
+        count > 0,
+        total / np.maximum(count, 1),
+        np.nan,
+    )
 
-    steps = np.bincount(bucket, x, buckets) / np.bincount(bucket, minlength=buckets)
+    steps = np.bincount(bucket, x, buckets) / np.bincount(
+        bucket,
+        minlength=buckets,
+    )
     return steps, mean
 
 
@@ -296,7 +311,11 @@ def draw(
 
 
 def _thinned(curve: Curve) -> Curve:
-    return Curve(curve.name, *downsample(curve.x, curve.y), curve.style)
+    return Curve(
+        curve.name,
+        *downsample(curve.x, curve.y),
+        curve.style,
+    )
 
 
 def _line(
@@ -315,7 +334,11 @@ def _dots(
 ) -> str:
     if curve.style != "evaluation" or len(curve.x) > MOST_DOTS:
         return ""
-    path = _path(across.at(curve.x), up.at(curve.y), dots=True)
+    path = _path(
+        across.at(curve.x),
+        up.at(curve.y),
+        dots=True,
+    )
     return f'<path class="evaluation dot" d="{path}"/>'
 
 
@@ -355,7 +378,11 @@ def _read_out_spec(
         "m": texts[:MOST_READ_OUTS],
         "u": unit,
     }
-    return json.dumps(spec, separators=(",", ":"), allow_nan=False)
+    return json.dumps(
+        spec,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
 
 
 def _read_out(curve: Curve) -> dict[str, Any]:
@@ -374,14 +401,22 @@ def _vertical(values: np.ndarray, axis: Axis) -> Scale:
     if axis.log and low > 0 and high / low > LOG_RATIO:
         pad = (high / low) ** 0.04
         bottom = max(low / pad, _LEAST)
-        return logarithmic(bottom, min(high * pad, _GREATEST), axis.unit)
+        return logarithmic(
+            bottom,
+            min(high * pad, _GREATEST),
+            axis.unit,
+        )
 
     low = max(low, -_GREATEST)
     high = min(high, _GREATEST)
     pad = (high - low) * 0.05
     bottom = 0.0 if axis.zero or 0 <= low < pad else low - pad
     top = 1.0 if low >= 0 and high <= 1 < high + pad else high + pad
-    return linear(bottom, top if top > bottom else bottom + 1, unit=axis.unit)
+    return linear(
+        bottom,
+        top if top > bottom else bottom + 1,
+        unit=axis.unit,
+    )
 
 
 def _path(

@@ -138,7 +138,11 @@ class Monitor:
           LeptonError: the line could not be written (the disk is full, say). The file
             keeps only whole lines.
         """
-        event = {"time": time.time(), "kind": kind, **plain(fields)}
+        event = {
+            "time": time.time(),
+            "kind": kind,
+            **plain(fields),
+        }
         line = encode(event)
         with self._lock:
             assert not self._closed, "an event after close()"
@@ -200,7 +204,11 @@ def read_events(
 
 def encode(event: Mapping[str, Any]) -> bytes:
     """Return one event as a line of standard JSON."""
-    dumps = partial(json.dumps, allow_nan=False, separators=(",", ":"))
+    dumps = partial(
+        json.dumps,
+        allow_nan=False,
+        separators=(",", ":"),
+    )
     try:
         text = dumps(event)
     # a float that is not finite: rare, so only then is the event walked through

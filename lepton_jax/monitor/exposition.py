@@ -160,7 +160,12 @@ class _Metrics:
         value: Any,
     ) -> None:
         """Add a family of one sample without labels."""
-        self.add(name, kind, help, [(value, {})])
+        self.add(
+            name,
+            kind,
+            help,
+            [(value, {})],
+        )
 
     def add_labelled(
         self,
@@ -186,7 +191,12 @@ def _add_all(
 def _add_run(out: _Metrics, status: Status) -> None:
     names = ("name", "folder", "version", "device_kind")
     labels = {name: status[name] for name in names}
-    out.add("run_info", "gauge", "Always 1; what the run is.", [(1, labels)])
+    out.add(
+        "run_info",
+        "gauge",
+        "Always 1; what the run is.",
+        [(1, labels)],
+    )
     out.add_labelled(
         "run_state",
         "1 for the state that the run is in.",

@@ -128,7 +128,13 @@ class Progress:
 
         seconds = event.get("seconds") or 0.0
         steps = last - (event.get("first") or last) + 1
-        self._windows.append(_Window(steps, seconds, event.get("samples") or 0))
+        self._windows.append(
+            _Window(
+                steps,
+                seconds,
+                event.get("samples") or 0,
+            )
+        )
         self._seconds += seconds
         self._waited += event.get("data_wait") or 0.0
         self._step = last
@@ -189,7 +195,14 @@ class Progress:
         name = self._start.get("name") or "run"
         if self._live:
             state = event.get("status") or ""
-            self._line(self._table(name, status, STATE_COLOURS.get(state, "red"), rows))
+            self._line(
+                self._table(
+                    name,
+                    status,
+                    STATE_COLOURS.get(state, "red"),
+                    rows,
+                )
+            )
             return
         width = max(map(len, rows), default=0)
         lines = [f"{name}: {status}\n"]
@@ -213,7 +226,11 @@ class Progress:
             box=box.ROUNDED if self._unicode else box.ASCII,
             show_header=False,
             title_justify="left",
-            title=Text.assemble((name, "bold"), "  ", (status, colour)),
+            title=Text.assemble(
+                (name, "bold"),
+                "  ",
+                (status, colour),
+            ),
         )
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")

@@ -136,14 +136,24 @@ class _Collector:
         for name, values in (event.get("records") or {}).items():
             numbers = [v if isinstance(v, int | float) else math.nan for v in values]
             y = np.array(numbers, np.float64)
-            x = np.arange(first, first + len(y), dtype=np.float64)
+            x = np.arange(
+                first,
+                first + len(y),
+                dtype=np.float64,
+            )
             self.parts.setdefault(name, []).append((x, y))
 
         seconds = event.get("seconds")
         wait = event.get("data_wait")
         if seconds:
             share = math.nan if wait is None else 100 * wait / seconds
-            self.windows.append((last, seconds / (last - first + 1), share))
+            self.windows.append(
+                (
+                    last,
+                    seconds / (last - first + 1),
+                    share,
+                )
+            )
             run.window_seconds += seconds
             run.wait_seconds += wait or 0.0
             run.samples += event.get("samples") or 0

@@ -197,7 +197,13 @@ def _metric_tiles(run: Run) -> list[Tile]:
 
     if "loss" in run.records and "loss" not in metrics:
         _, losses = run.records["loss"]
-        tiles.append(Tile("train loss", _figure(losses[-1]), "at the last step"))
+        tiles.append(
+            Tile(
+                "train loss",
+                _figure(losses[-1]),
+                "at the last step",
+            )
+        )
     return tiles
 
 
@@ -216,7 +222,11 @@ def _time_tile(run: Run) -> Tile:
         remark = f"in {len(run.attempts)} starts"
         return Tile("time", duration(run.seconds), remark)
     remark = "from start to end" if run.end else "up to the last event"
-    return Tile("time", duration(run.seconds if seconds is None else seconds), remark)
+    return Tile(
+        "time",
+        duration(run.seconds if seconds is None else seconds),
+        remark,
+    )
 
 
 def _rate_tiles(run: Run) -> list[Tile]:
@@ -295,7 +305,11 @@ def _step_range(run: Run) -> tuple[float, float]:
 def _curve_names(run: Run) -> list[str]:
     """Return the names that have a curve: the loss first, the learning rate last."""
     evaluated = {name for metrics in run.evaluations.values() for name in metrics}
-    known = [*run.metrics, *run.records, *sorted(evaluated)]
+    known = [
+        *run.metrics,
+        *run.records,
+        *sorted(evaluated),
+    ]
     others = [name for name in known if name != "learning_rate"]
     names = dict.fromkeys(["loss", *others, "learning_rate"])
     return [name for name in names if not _idle(run, name)]

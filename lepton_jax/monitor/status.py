@@ -428,7 +428,11 @@ class History:
         steps = sum(recent.steps for recent in self._lately)
         samples = sum(recent.samples for recent in self._lately)
         wait = sum(recent.data_wait for recent in self._lately)
-        return Rates(steps / seconds, samples / seconds, min(1.0, wait / seconds))
+        return Rates(
+            steps / seconds,
+            samples / seconds,
+            min(1.0, wait / seconds),
+        )
 
     def wall_seconds(
         self,
@@ -446,7 +450,12 @@ class History:
         steps = sum(window.seconds for window in self._windows)
         spent = [spent for name, spent in self._spent.items() if name != "data"]
         other = max(0.0, wall - (steps + sum(spent)))
-        return {"wall": wall, "steps": steps, **self._spent, "other": other}
+        return {
+            "wall": wall,
+            "steps": steps,
+            **self._spent,
+            "other": other,
+        }
 
     def seconds_left(
         self,
@@ -470,7 +479,11 @@ class History:
 
 def _merged(windows: list[Window]) -> Iterable[Window]:
     """Merge pairs of neighbours."""
-    pairs = zip(windows[::2], windows[1::2], strict=True)
+    pairs = zip(
+        windows[::2],
+        windows[1::2],
+        strict=True,
+    )
     for left, right in pairs:
         yield Window(
             left.first,

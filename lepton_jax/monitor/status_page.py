@@ -15,7 +15,12 @@ Status = Mapping[str, Any]  # as `Watch.status` gives it
 RELOAD_SECONDS = 5  # assumption: as often as a person looks at it
 COLUMNS = 5  # tiles next to each other at most, so that each keeps its text in one line
 # the class that colours a state; every other state is "open"
-STATE_CLASSES = {"finished": "good", "diverged": "bad", "failed": "bad", "gone": "bad"}
+STATE_CLASSES = {
+    "finished": "good",
+    "diverged": "bad",
+    "failed": "bad",
+    "gone": "bad",
+}
 
 
 class Tile(NamedTuple):
@@ -73,7 +78,11 @@ def _tiles(status: Status) -> list[Tile]:
         Tile("waits for data", _percent(status["data_share"]), "of the last minute"),
         Tile("goodput", _percent(status["goodput"]), f"of {duration(wall_seconds)}"),
         Tile("restarts", str(status["restarts"]), f"{status['rollbacks']} rollbacks"),
-        Tile("ETA", "" if eta is None else duration(eta), "if nothing fails"),
+        Tile(
+            "ETA",
+            "" if eta is None else duration(eta),
+            "if nothing fails",
+        ),
     ]
 
 

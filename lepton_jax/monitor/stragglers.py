@@ -81,7 +81,10 @@ def verdict(slowest: Mapping[str, Any] | None, hosts: Hosts) -> str:
     if len(hosts) < 2:
         return ""
 
-    longest = max(hosts, key=lambda host: hosts[host].get("seconds_slowest") or 0.0)
+    longest = max(
+        hosts,
+        key=lambda host: hosts[host].get("seconds_slowest") or 0.0,
+    )
     seconds = hosts[longest].get("seconds_slowest")
     if not seconds:
         return "no host stands out"

@@ -345,7 +345,11 @@ class _Interpreter:
             reverse=op.params["reverse"],
             unroll=op.params["unroll"],
         )
-        pairs = zip([*carry, *stacked], op.outputs, strict=True)
+        pairs = zip(
+            [*carry, *stacked],
+            op.outputs,
+            strict=True,
+        )
         return [self._put_where_it_lies(x, value) for x, value in pairs]
 
     def _loop_body(
@@ -411,7 +415,11 @@ class _Interpreter:
             return self._run_region(region, list(args))
 
         branches = [partial(branch, region) for region in op.regions]
-        return jax.lax.switch(operands[0], branches, *operands[1:])
+        return jax.lax.switch(
+            operands[0],
+            branches,
+            *operands[1:],
+        )
 
 
 def _axes(

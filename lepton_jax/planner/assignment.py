@@ -115,7 +115,11 @@ def _stored_batch_nodes(op: Operation) -> list[int]:
         return []
     nodes = []
     _, batched = op.params["dimension_numbers"]
-    pairs = zip(op.inputs[:2], batched, strict=True)
+    pairs = zip(
+        op.inputs[:2],
+        batched,
+        strict=True,
+    )
     for value, dims in pairs:
         if value is not None and value.stored is not None:
             nodes += [value.nodes[dim] for dim in dims]
@@ -233,7 +237,12 @@ def _parameters(
         if path.startswith("params"):
             shape = tuple(leaves[path].shape)
             use = names.use(index, masks, counts)
-            parameters[path] = _Parameter(index, shape, next(specs), use)
+            parameters[path] = _Parameter(
+                index,
+                shape,
+                next(specs),
+                use,
+            )
     return parameters
 
 

@@ -233,7 +233,13 @@ def _why_not_plain(problem: Problem, chosen: Candidate) -> str | None:
     if a.remat == "none" and a.micro_batches == 1:
         return None
     form = problem.untranslated(a)
-    plain = problem.candidate(replace(form, remat="none", micro_batches=1))
+    plain = problem.candidate(
+        replace(
+            form,
+            remat="none",
+            micro_batches=1,
+        )
+    )
     if plain.fits:
         return None
     return (
@@ -282,7 +288,13 @@ def _rival(
     axes = axis_names(assignment, names)
     return Rival(
         name=strategy(assignment, axes, names),
-        mesh=dict(zip(axes, assignment.sizes, strict=True)),
+        mesh=dict(
+            zip(
+                axes,
+                assignment.sizes,
+                strict=True,
+            )
+        ),
         remat=assignment.remat,
         micro_batches=assignment.micro_batches,
         seconds=other.estimate.total,

@@ -175,7 +175,12 @@ def settled(
         sense = _sense_by_effect(arguments, name, effect)
         if sense is not None:
             training[name] = sense
-    return replace(arguments, training=training, open={}, open_random=())
+    return replace(
+        arguments,
+        training=training,
+        open={},
+        open_random=(),
+    )
 
 
 def draws(jaxpr: Any) -> int:
@@ -272,7 +277,13 @@ def _effects(
         if default is REQUIRED and other != name
     ]
     for values in itertools.product((False, True), repeat=len(others)):
-        base = dict(mode.values) | dict(zip(others, values, strict=True))
+        base = dict(mode.values) | dict(
+            zip(
+                others,
+                values,
+                strict=True,
+            )
+        )
         with_true = effect(mode._replace(values={**base, name: True}))
         with_false = effect(mode._replace(values={**base, name: False}))
         if with_true is not None or with_false is not None:

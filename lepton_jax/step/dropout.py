@@ -36,15 +36,27 @@ class _ScaledDropout(nnx.Dropout):
         if isinstance(source, nnx.Rngs):
             stream = source[self.rng_collection]
         drawn = stream.count[...]
-        plain = super().__call__(inputs, deterministic=False, rngs=rngs)
+        plain = super().__call__(
+            inputs,
+            deterministic=False,
+            rngs=rngs,
+        )
         after = stream.count[...]
 
         # the same key again, so that the same inputs are dropped
         stream.count[...] = drawn
         keep = 1 - jnp.minimum(self.rate * self.factor, HIGHEST)
-        mask = jax.random.bernoulli(stream(), keep, plain.shape)
+        mask = jax.random.bernoulli(
+            stream(),
+            keep,
+            plain.shape,
+        )
         stream.count[...] = after
-        scaled = jnp.where(mask, inputs / keep.astype(inputs.dtype), 0)
+        scaled = jnp.where(
+            mask,
+            inputs / keep.astype(inputs.dtype),
+            0,
+        )
         return jnp.where(self.factor == 1, plain, scaled)
 
 

@@ -92,7 +92,14 @@ class LinenModule(PureModule):
             return outputs, after, {}
 
         streams = self.random_streams(key)
-        outputs, after, sown = self._run(mode, params, variables, inputs, key, streams)
+        outputs, after, sown = self._run(
+            mode,
+            params,
+            variables,
+            inputs,
+            key,
+            streams,
+        )
         collections = {path[0] for path in self._sown}
         asked = self.request.sown
         return outputs, after, self.collected(sown, collections, asked)
@@ -119,7 +126,11 @@ class LinenModule(PureModule):
 
     def _init(self, key: Any) -> tuple[Any, Any]:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.request.inputs)
-        method = self._method(zeros, self.arguments.mode(False), key)
+        method = self._method(
+            zeros,
+            self.arguments.mode(False),
+            key,
+        )
         with noting_sow(linen.Module, self._note):
             made = self._module.init(key, method=method)
         variables, _ = _without_paths(flax.core.unfreeze(made), self._sown)
@@ -165,12 +176,26 @@ class LinenModule(PureModule):
     ) -> tuple[Any, Any]:
         key = jax.random.key(EVALUATION_SEED)
         try:
-            outputs, after, _ = self._run(mode, params, variables, inputs, key, None)
+            outputs, after, _ = self._run(
+                mode,
+                params,
+                variables,
+                inputs,
+                key,
+                None,
+            )
         except flax.errors.InvalidRngError:
             # It draws random numbers outside training, too. Others get no streams: some
             # modules decide by `has_rng` whether to drop or to add noise.
             streams = self.random_streams(key)
-            outputs, after, _ = self._run(mode, params, variables, inputs, key, streams)
+            outputs, after, _ = self._run(
+                mode,
+                params,
+                variables,
+                inputs,
+                key,
+                streams,
+            )
         return outputs, after
 
     def _method(
@@ -181,7 +206,12 @@ class LinenModule(PureModule):
     ) -> Callable[[Any], Any]:
         # not keywords of `apply`: the module's arguments may have the names of those
         streams = self.streams(key)
-        return lambda module: self.arguments.call(module, inputs, mode, streams)
+        return lambda module: self.arguments.call(
+            module,
+            inputs,
+            mode,
+            streams,
+        )
 
     def _note(
         self,

@@ -102,7 +102,12 @@ class NnxModule(PureModule):
         scaled = [] if dropout is None else scale_dropout(module, dropout)
         if not train:
             key = jax.random.key(EVALUATION_SEED)
-        outputs = self._call(module, inputs, key, self.arguments.mode(train))
+        outputs = self._call(
+            module,
+            inputs,
+            key,
+            self.arguments.mode(train),
+        )
         for node in scaled:  # it is no part of the module's state
             del node.factor
 
@@ -194,7 +199,12 @@ class NnxModule(PureModule):
         else:
             module.eval()
         with noting_sow(nnx.Module, self._note):
-            return self.arguments.call(module, inputs, mode, self.streams(key))
+            return self.arguments.call(
+                module,
+                inputs,
+                mode,
+                self.streams(key),
+            )
 
     def _note(
         self,

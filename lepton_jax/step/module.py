@@ -213,7 +213,12 @@ def _is_number(x: Any) -> bool:
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:
     if isinstance(function, partial) and inspect.isclass(function.func):
         make = function.func.__init__
-        function = partial(make, None, *function.args, **function.keywords)
+        function = partial(
+            make,
+            None,
+            *function.args,
+            **function.keywords,
+        )
     try:
         if inspect.isclass(function):
             # for an NNX class itself, inspect finds its metaclass's __call__

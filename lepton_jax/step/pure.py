@@ -157,7 +157,11 @@ class PureModule:
 
     def _effect(self, mode: Mode) -> Effect | None:
         """Return the effect of a call; None if it fails. Each mode is traced once."""
-        known = (mode.train, frozenset(mode.values.items()), mode.random)
+        known = (
+            mode.train,
+            frozenset(mode.values.items()),
+            mode.random,
+        )
         if known not in self._tried:
             try:
                 self._tried[known] = self._traced_effect(mode)
@@ -181,7 +185,13 @@ class PureModule:
         jaxpr = program.jaxpr
         first = len(jax.tree.leaves(params))
         paths = list(by_path(variables))
-        before = dict(zip(paths, jaxpr.invars[first : first + len(paths)], strict=True))
+        before = dict(
+            zip(
+                paths,
+                jaxpr.invars[first : first + len(paths)],
+                strict=True,
+            )
+        )
         results = zip(by_path(after), jaxpr.outvars, strict=True)
         written = {path for path, x in results if before.get(path) is not x}
         return Effect(draws(jaxpr), frozenset(written))

@@ -152,7 +152,13 @@ def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # written in C
         return {}
-    return dict(itertools.islice(parameters.items(), 1, None))
+    return dict(
+        itertools.islice(
+            parameters.items(),
+            1,
+            None,
+        )
+    )
 
 
 def _takes_whole(

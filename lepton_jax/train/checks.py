@@ -47,7 +47,12 @@ def check_data(
         _compare("targets", program.trace.targets, targets, what)
     if isinstance(data, Arrays):
         targets = None if what == INPUTS else data.targets
-        check_limits(program.limits, (data.inputs, targets), what, str)
+        check_limits(
+            program.limits,
+            (data.inputs, targets),
+            what,
+            str,
+        )
     if what == TEST_DATA:
         program.evaluation.check(epoch_samples(data) or 0)
 

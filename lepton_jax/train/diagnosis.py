@@ -102,16 +102,33 @@ def diagnose(
         return Finding(samples=samples, inputs=bad_inputs)
 
     gradient = jax.value_and_grad(training_loss(recipe, functional, 1), has_aux=True)
-    args = (state.params, state.variables, key, *batch, knobs)
+    args = (
+        state.params,
+        state.variables,
+        key,
+        *batch,
+        knobs,
+    )
     traced = jax.make_jaxpr(gradient)(*args)
     search = _Search(rows=_row_count(batch))
     leaves = jax.tree.leaves(args)
-    results = search.run(traced.jaxpr, traced.consts, leaves, ())
+    results = search.run(
+        traced.jaxpr,
+        traced.consts,
+        leaves,
+        (),
+    )
 
     finding = Finding(origins=search.origins)
     if results is not None:
         finding.loss = float(results[0])
-    finding.samples = _samples(program, state, batch, key, search.origins)
+    finding.samples = _samples(
+        program,
+        state,
+        batch,
+        key,
+        search.origins,
+    )
     return finding
 
 
@@ -197,7 +214,12 @@ class _Search:
             jaxpr = inner.jaxpr if is_closed else inner
             consts = inner.consts if is_closed else ()
             if len(jaxpr.invars) == len(inputs):
-                return self.run(jaxpr, consts, inputs, (*callers, eqn))
+                return self.run(
+                    jaxpr,
+                    consts,
+                    inputs,
+                    (*callers, eqn),
+                )
 
         params = eqn.primitive.get_bind_params(eqn.params)
         out = eqn.primitive.bind(*inputs, **params)
@@ -230,7 +252,12 @@ class _Search:
         for index in order:
             items = [leaf[index] for leaf in stacked]
             args = [*inputs[:consts], *carry, *items]
-            results = self.run(closed.jaxpr, closed.consts, args, inner_callers)
+            results = self.run(
+                closed.jaxpr,
+                closed.consts,
+                args,
+                inner_callers,
+            )
             if results is None:
                 return
             carry = results[:carried]
@@ -264,7 +291,14 @@ class _Search:
         if jnp.ndim(bad) and bad.shape[0] == self._rows:
             rows = _not_finite_rows(bad)
         line = source_line(eqn, callers)
-        self.origins.append(Origin(eqn.primitive.name, line, fault, rows))
+        self.origins.append(
+            Origin(
+                eqn.primitive.name,
+                line,
+                fault,
+                rows,
+            )
+        )
 
 
 def _last_uses(jaxpr: Jaxpr) -> dict[Any, int]:

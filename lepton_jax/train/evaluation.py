@@ -31,7 +31,13 @@ def evaluate(
     sums = None
     parts = []
     fill = samples % size == 0 or program.evaluation.meeting is None
-    batches = one_pass(test, size, program.sharding_of, fill, program.limits)
+    batches = one_pass(
+        test,
+        size,
+        program.sharding_of,
+        fill,
+        program.limits,
+    )
     for batch, rows in batches:
         sums, part = program.evaluate_and_keep(sums, state, batch, rows)
         if part is not None:

@@ -99,7 +99,13 @@ class History:
     def _table(self) -> list[list[str]]:
         """Return a header, and a row for each evaluation."""
         names = list(self.evaluations[0][1]) if self.evaluations else []
-        table = [["step", "train loss", *(f"test {name}" for name in names)]]
+        table = [
+            [
+                "step",
+                "train loss",
+                *(f"test {name}" for name in names),
+            ]
+        ]
         for step, metrics in self.evaluations:
             train_loss = self._train_loss(step)
             values = [f"{metrics[name]:.4f}" for name in names]

@@ -132,7 +132,13 @@ class Loop:
         past = start.record
         limits = program.controller.limits
         self.supply = Supply(program, train, past.position, until)
-        self.records = Records(program, start.step, self.budget, outputs, past)
+        self.records = Records(
+            program,
+            start.step,
+            self.budget,
+            outputs,
+            past,
+        )
         self.rollbacks = Rollbacks(limits, past.rollbacks)
         self._cadence = Cadence(
             program.recipe, epoch_samples(train), until, self.supply.jumps
@@ -187,7 +193,11 @@ class Loop:
         slow = self._start.record.slow
         if slow:  # after a rollback that the checkpoint does not know of
             self.state = with_rate_factor(self.state, *slow)
-        self.records.begin(self.state, self.step, self._start.bases)
+        self.records.begin(
+            self.state,
+            self.step,
+            self._start.bases,
+        )
         self.supply.open(self.step)
         if self.rollbacks.most and self.step < self.until:
             self.save(None)
@@ -354,7 +364,11 @@ class Loop:
             return
         try:
             record = self.record.to_json()
-            self.outputs.local.save(self.step, self.state, record)
+            self.outputs.local.save(
+                self.step,
+                self.state,
+                record,
+            )
         except LeptonError as error:
             text = f"{error.what} ({error.where})"
             self.records.monitor.event("warning", text=text)
@@ -466,7 +480,11 @@ class Loop:
             "most": self.rollbacks.most,
         }
         position = self.supply.position
-        self.records.rolled_back(event, position.to_json(), self.state)
+        self.records.rolled_back(
+            event,
+            position.to_json(),
+            self.state,
+        )
 
         record = replace(self.record, slow=self.rollbacks.slow)
         agreement.first(lambda: remember(folder, to, record))
@@ -484,7 +502,11 @@ class Loop:
             return self._reader.read(checkpoints, step).state
 
         def on_damaged(step: int, reason: str) -> None:
-            self.records.monitor.event("damaged", step=step, reason=reason)
+            self.records.monitor.event(
+                "damaged",
+                step=step,
+                reason=reason,
+            )
 
         with phase.phase("restore"):
             return self.rollbacks.restore(checkpoints, read, halt, on_damaged)

@@ -248,7 +248,14 @@ class Program:
             parameters before its update.
         """
         bounds = (start, stop) if self._has_blocks else ()
-        return self._log.call("train", self._train, state, block, *bounds, data)
+        return self._log.call(
+            "train",
+            self._train,
+            state,
+            block,
+            *bounds,
+            data,
+        )
 
     def lower(self) -> Any:
         """Lower the train step for the mesh's devices, which need not be there.
@@ -256,7 +263,11 @@ class Program:
         `.compile()` of what this returns compiles it ahead of time.
         """
         trace = self.trace
-        state = jax.tree.map(_shape_on, trace.state, self.state_sharding)
+        state = jax.tree.map(
+            _shape_on,
+            trace.state,
+            self.state_sharding,
+        )
         batch: Any = (trace.inputs, trace.targets)
         data = None
         if self.plan.data == "resident":
@@ -386,7 +397,14 @@ class Program:
                 lambda x: placed(x, self.replicated), self.evaluation.sums
             )
         weights = select_weights(state, self.recipe)
-        return self._log.call("evaluate", self._evaluate, sums, *weights, batch, valid)
+        return self._log.call(
+            "evaluate",
+            self._evaluate,
+            sums,
+            *weights,
+            batch,
+            valid,
+        )
 
     def metrics(
         self,
@@ -442,7 +460,12 @@ class Program:
         if decode not in self._predictors:
             self._predictors[decode] = self._predictor(decode)
         weights = select_weights(state, self.recipe)
-        return self._log.call("predict", self._predictors[decode], *weights, inputs)
+        return self._log.call(
+            "predict",
+            self._predictors[decode],
+            *weights,
+            inputs,
+        )
 
     def _predictor(self, decode: Callable) -> Callable:
         prediction = self.prediction(decode)
@@ -498,7 +521,13 @@ class Program:
             outputs = self._forward(params, variables, inputs)
             count = jax.tree.leaves(targets)[0].shape[0]
             rows = jnp.arange(count) < valid
-            totals = losses.measure(self.recipe, outputs, targets, rows, without=whole)
+            totals = losses.measure(
+                self.recipe,
+                outputs,
+                targets,
+                rows,
+                without=whole,
+            )
 
         def add(total: Any, more: Any) -> Any:
             return total + jnp.asarray(more, jnp.float32)
@@ -585,7 +614,11 @@ class Program:
             # A batch of which nothing counts is no step: its mean is 0 / 0.
             weight = jnp.asarray(sums["loss"][1], jnp.float32)
             values[WEIGHT] = weight
-            after, controller, record = jax.lax.cond(weight > 0, update, leave)
+            after, controller, record = jax.lax.cond(
+                weight > 0,
+                update,
+                leave,
+            )
         else:
             after, controller, record = update()
 
@@ -669,7 +702,9 @@ class Program:
                 weight = differentiated_sum(more_sums)[1]
                 squares = squares + (norm(_unscaled(more, scale)) / weight) ** 2
             gradients, sums = jax.tree.map(
-                jnp.add, (total.gradients, total.sums), (more, more_sums)
+                jnp.add,
+                (total.gradients, total.sums),
+                (more, more_sums),
             )
             return _Gradients(gradients, sums, variables, squares)
 
@@ -778,14 +813,23 @@ def _hidden(
     """Samples whose outputs hold a NaN that none of their decoded outputs shows."""
     count = jax.tree.leaves(inputs)[0].shape[0]
     leaves = jax.tree.leaves(outputs)
-    described = zip(leaves, prediction.outputs, prediction.used, strict=True)
+    described = zip(
+        leaves,
+        prediction.outputs,
+        prediction.used,
+        strict=True,
+    )
     used = [(leaf, dims) for leaf, dims, is_used in described if is_used]
     is_nan = nan_rows(
         [leaf for leaf, _ in used],
         [dims for _, dims in used],
         count,
     )
-    shows = nan_rows(jax.tree.leaves(decoded), prediction.dims, count)
+    shows = nan_rows(
+        jax.tree.leaves(decoded),
+        prediction.dims,
+        count,
+    )
     return is_nan & ~shows
 
 

@@ -238,7 +238,13 @@ class Records:
         return self._by_name(self._last_row)
 
     def _by_name(self, values: np.ndarray) -> dict[str, Any]:
-        return dict(zip(self.names, values.tolist(), strict=True))
+        return dict(
+            zip(
+                self.names,
+                values.tolist(),
+                strict=True,
+            )
+        )
 
     def seconds(self) -> float:
         """Return the seconds since the fit began."""

@@ -90,7 +90,13 @@ class HaltWatch:
           rows: their records, float32 (steps, names).
           done: steps before these.
         """
-        columns = dict(zip(self._names, rows.T, strict=True))
+        columns = dict(
+            zip(
+                self._names,
+                rows.T,
+                strict=True,
+            )
+        )
         bad = self._not_finite(columns)
         if "loss_scale" in columns:
             # A single batch whose forward pass overflows float16 is skipped, as is

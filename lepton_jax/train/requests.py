@@ -74,7 +74,11 @@ def perform(
         # The metrics have an event of their own, that of the evaluation.
         event = {name: value for name, value in answer.items() if name != "metrics"}
         event |= request.who
-        run.records.monitor.event("control", do=request.action, **event)
+        run.records.monitor.event(
+            "control",
+            do=request.action,
+            **event,
+        )
     return answer
 
 

@@ -107,7 +107,11 @@ class Reader:
           CheckpointError: it is damaged, or parameters or variables do not fit.
         """
         choice = _Choice(self.program)
-        state, record = checkpoints.restore(step, self.template(), choice)
+        state, record = checkpoints.restore(
+            step,
+            self.template(),
+            choice,
+        )
         return self.settle(step, state, record, choice.adoption)
 
     def read_latest(
@@ -155,7 +159,15 @@ class Reader:
         }
         if self._schedule_changed(record):
             bases.setdefault("learning_rate", math.nan)
-        notes = tuple(self._notes(step, state, record, adoption, changes))
+        notes = tuple(
+            self._notes(
+                step,
+                state,
+                record,
+                adoption,
+                changes,
+            )
+        )
         return Restored(state, record, bases, resets_rate, notes)
 
     # ---- internals ----
@@ -173,7 +185,11 @@ class Reader:
         ]
         if not missing:
             return state
-        fresh = self.program.begun(state.params, state.variables, missing)
+        fresh = self.program.begun(
+            state.params,
+            state.variables,
+            missing,
+        )
         updates = "controller/updates"
         if updates in fresh:
             # The checkpoint has no controller, so each step was one update.

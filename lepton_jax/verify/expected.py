@@ -69,7 +69,15 @@ def expected(
         buffer = move.bytes * _scale(value, kind, platform, shares)
         count = op.times * plan.micro_batches
         sent = ring(kind, axes, buffer, plan.mesh) * count
-        collectives.append(Expected(place(op), kind, axes, count, sent))
+        collectives.append(
+            Expected(
+                place(op),
+                kind,
+                axes,
+                count,
+                sent,
+            )
+        )
     return collectives
 
 

@@ -34,7 +34,12 @@ PASSING = (
 )
 CARRY = "carry"
 # The direction of a comparison whose sides are swapped.
-SWAPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}
+SWAPPED = {
+    "LT": "GT",
+    "LE": "GE",
+    "GT": "LT",
+    "GE": "LE",
+}
 
 
 class Carried(NamedTuple):
@@ -94,7 +99,11 @@ class Loops:
         called = dict(loop.called())
         body = called["body"]
         comparison = self._compared(called["condition"], {0: CARRY})
-        start = self._value(name, loop.operands[0], {})
+        start = self._value(
+            name,
+            loop.operands[0],
+            {},
+        )
         after = self._value(
             body,
             self.computations[body].root,

@@ -200,7 +200,11 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         if match := LINE.match(line):
             if current is not None:
                 name = match[2]
-                current.instructions[name] = instruction_of(line, match.end(), name)
+                current.instructions[name] = instruction_of(
+                    line,
+                    match.end(),
+                    name,
+                )
                 if match[1]:
                     current.root = name
         elif line.startswith("}"):
@@ -307,7 +311,11 @@ def _of_mesh(
     parts = []
     written = re.findall(r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", grouped)
     for name, before, size in written:
-        part = _AxisPart(name, int(before or 1), int(size or sizes[name]))
+        part = _AxisPart(
+            name,
+            int(before or 1),
+            int(size or sizes[name]),
+        )
         parts.append(part)
 
     shape: list[int] = []

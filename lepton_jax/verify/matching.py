@@ -179,7 +179,12 @@ def _grouped(matches: Iterable[Match]) -> Iterable[list[Match]]:
     """Return matches of one line, kind and axes together."""
     groups: dict[tuple, list[Match]] = defaultdict(list)
     for match in matches:
-        key = (match.where, match.kind, match.axes, match.collective.sliced)
+        key = (
+            match.where,
+            match.kind,
+            match.axes,
+            match.collective.sliced,
+        )
         groups[key].append(match)
     return groups.values()
 

@@ -188,7 +188,14 @@ class Verification:
             expected = predicted.get(name)
             shown = "-" if expected is None else _amount(name, expected)
             error = f"{found / expected - 1:+.1%}" if expected else "-"
-            cells.append([name, shown, _amount(name, found), error])
+            cells.append(
+                [
+                    name,
+                    shown,
+                    _amount(name, found),
+                    error,
+                ]
+            )
         heads = ("a device", "predicted", "XLA", "off by")
         return list(grid(heads, cells, "<>>>"))
 
@@ -208,7 +215,16 @@ class Verification:
         ]
         for axes, planned, found in self.totals:
             title = f"{' + '.join(axes)}, all kinds"
-            cells.append([title, "", "", size(planned), "", size(found)])
+            cells.append(
+                [
+                    title,
+                    "",
+                    "",
+                    size(planned),
+                    "",
+                    size(found),
+                ]
+            )
         heads = (
             "collectives of a step, over",
             "",

@@ -84,11 +84,19 @@ def averaging(
     ) -> tuple[dict[str, Any], Averaging]:
         updates = signals["updates"].astype(jnp.int32)
         due = signals["progress"] > start if start else True
-        begun = jnp.where((state.begun < 0) & due, updates, state.begun)
+        begun = jnp.where(
+            (state.begun < 0) & due,
+            updates,
+            state.begun,
+        )
 
         n = jnp.maximum(updates - begun, 0).astype(jnp.float32)
         grown = _ramp(n, share)
-        d = jnp.where(begun < 0, 0.0, jnp.minimum(grown, highest))
+        d = jnp.where(
+            begun < 0,
+            0.0,
+            jnp.minimum(grown, highest),
+        )
         return {"averaging_decay": d}, Averaging(begun)
 
     return Policy(

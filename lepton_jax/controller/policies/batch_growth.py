@@ -67,9 +67,21 @@ def batch_growth(
       >>> batches
       [1, 2, 2, 4, 4, 8]
     """
-    check_range("batch_growth", 1, 2**20, whole=True, most=most)
+    check_range(
+        "batch_growth",
+        1,
+        2**20,
+        whole=True,
+        most=most,
+    )
     check_range("batch_growth", 1e-6, math.inf, share=share)
-    check_range("batch_growth", 1, 2**30, whole=True, patience=patience)
+    check_range(
+        "batch_growth",
+        1,
+        2**30,
+        whole=True,
+        patience=patience,
+    )
     highest = int(math.log2(most))
 
     def init() -> Growth:
@@ -105,6 +117,17 @@ def _after_asking(
     """Return the state after a step that asked for more batches, or for fewer."""
     rising = jnp.maximum(state.asked, 0) + 1
     falling = jnp.minimum(state.asked, 0) - 1
-    asked = jnp.where(more, rising, jnp.where(fewer, falling, 0))
+    asked = jnp.where(
+        more,
+        rising,
+        jnp.where(fewer, falling, 0),
+    )
     power = state.power + (asked >= patience) - (asked <= -patience)
-    return Growth(power, jnp.where(jnp.abs(asked) >= patience, 0, asked))
+    return Growth(
+        power,
+        jnp.where(
+            jnp.abs(asked) >= patience,
+            0,
+            asked,
+        ),
+    )

@@ -78,13 +78,27 @@ def clip_by_history(
       1.90
     """
     check_range("clip_by_history", 0.01, 0.999, quantile=quantile)
-    check_range("clip_by_history", 2, math.inf, whole=True, window=window)
-    check_range("clip_by_history", 1, math.inf, whole=True, least=least)
+    check_range(
+        "clip_by_history",
+        2,
+        math.inf,
+        whole=True,
+        window=window,
+    )
+    check_range(
+        "clip_by_history",
+        1,
+        math.inf,
+        whole=True,
+        least=least,
+    )
     check_range("clip_by_history", 1e-6, math.inf, factor=factor)
 
     def init() -> History:
         return History(
-            quantile=jnp.float32(0), spread=jnp.float32(0), count=jnp.int32(0)
+            quantile=jnp.float32(0),
+            spread=jnp.float32(0),
+            count=jnp.int32(0),
         )
 
     def update(
@@ -92,7 +106,16 @@ def clip_by_history(
     ) -> tuple[dict[str, Any], History]:
         norm = signals["gradient_norm"]
         usable = jnp.isfinite(norm) & (norm > 0)
-        fresh = _followed(state, jnp.log(jnp.clip(norm, SMALLEST, LARGEST)))
+        fresh = _followed(
+            state,
+            jnp.log(
+                jnp.clip(
+                    norm,
+                    SMALLEST,
+                    LARGEST,
+                )
+            ),
+        )
         enough = state.count >= least
         limit = factor * jnp.exp(state.quantile)
         limit = jnp.where(enough, limit, jnp.inf)

@@ -86,7 +86,13 @@ def decay(
     """
     check_range("decay", 1e-6, 1, share=share)
     check_range("decay", 0, 1, floor=floor)
-    check_range("decay", 1, math.inf, whole=True, patience=patience)
+    check_range(
+        "decay",
+        1,
+        math.inf,
+        whole=True,
+        patience=patience,
+    )
     check_range("decay", 0, math.inf, tolerance=tolerance)
     if shape not in SHAPES or start not in ("budget", "trend"):
         raise RecipeError(
@@ -97,8 +103,16 @@ def decay(
 
     def factor(x: Any) -> Any:
         # the comparison makes 0 of NaN, where the number of steps is not known
-        x = jnp.where(x > 0, jnp.minimum(x, 1.0), 0.0)
-        return floor + (1 - floor) * jnp.clip(SHAPES[shape](x), 0.0, 1.0)
+        x = jnp.where(
+            x > 0,
+            jnp.minimum(x, 1.0),
+            0.0,
+        )
+        return floor + (1 - floor) * jnp.clip(
+            SHAPES[shape](x),
+            0.0,
+            1.0,
+        )
 
     def part_done(signals: Mapping[str, Any]) -> Any:
         """Return x by the budget, below 0 before the decay begins."""
@@ -106,7 +120,12 @@ def decay(
         # before this step: the last one still has some rate left
         done = signals["progress"] * step / (step + 1)
         x = (done - (1 - share)) / share
-        return jnp.nan_to_num(x, nan=0.0, posinf=1.0, neginf=0.0)
+        return jnp.nan_to_num(
+            x,
+            nan=0.0,
+            posinf=1.0,
+            neginf=0.0,
+        )
 
     def update(
         signals: Mapping[str, Any],
@@ -119,12 +138,25 @@ def decay(
     ) -> tuple[dict[str, Any], Decay]:
         step = signals["step"]
         x = part_done(signals)
-        flat, slope = trend.flattened(signals, state.trend, patience, tolerance)
+        flat, slope = trend.flattened(
+            signals,
+            state.trend,
+            patience,
+            tolerance,
+        )
         begins = (state.begun < 0) & flat & (x <= 0)
-        begun = jnp.where(begins, step.astype(jnp.int32), state.begun)
+        begun = jnp.where(
+            begins,
+            step.astype(jnp.int32),
+            state.begun,
+        )
 
         length = jnp.maximum(begun * share / (1 - share), 1.0)
-        early = jnp.where(begun < 0, 0.0, (step - begun) / length)
+        early = jnp.where(
+            begun < 0,
+            0.0,
+            (step - begun) / length,
+        )
         moves = {
             "learning_rate": factor(jnp.maximum(x, early)),
             "stop": (begun >= 0) & (step - begun + 1 >= length),

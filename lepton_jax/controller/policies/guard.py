@@ -141,9 +141,21 @@ def guard(
     check_range("guard", 0.1, math.inf, deviations=deviations)
     counts = {"budget": budget, "window": window, "patience": patience}
     check_range("guard", 1, math.inf, whole=True, **counts)
-    check_range("guard", 0, math.inf, whole=True, rollbacks=rollbacks)
+    check_range(
+        "guard",
+        0,
+        math.inf,
+        whole=True,
+        rollbacks=rollbacks,
+    )
     check_range("guard", 0.5, 0.9999, decay=decay)
-    check_range("guard", 0, math.inf, margin=margin, far=far)
+    check_range(
+        "guard",
+        0,
+        math.inf,
+        margin=margin,
+        far=far,
+    )
     check_range("guard", 0, 1, rate=rate)
 
     def update(
@@ -171,7 +183,13 @@ def guard(
         rollback = lost >= patience
 
         bands = state._replace(
-            loss=_entered(state.loss, loss, finite, decay, margin * gain),
+            loss=_entered(
+                state.loss,
+                loss,
+                finite,
+                decay,
+                margin * gain,
+            ),
             norm=_entered(state.norm, log, finite, decay, THREEFOLD),
         )
         first, best = _levels(state, bands.loss.mean, known)
@@ -202,7 +220,11 @@ def guard(
 
 def _begin() -> Guard:
     def band() -> Band:
-        return Band(jnp.float32(0), jnp.float32(0), jnp.int32(0))
+        return Band(
+            jnp.float32(0),
+            jnp.float32(0),
+            jnp.int32(0),
+        )
 
     return Guard(
         loss=band(),
@@ -221,7 +243,11 @@ def _levels(
 ) -> tuple[Any, Any]:
     """Return the first and the best mean loss; both follow it until it is known."""
     first = jnp.where(known, state.first, mean)
-    best = jnp.where(known, jnp.minimum(state.best, mean), mean)
+    best = jnp.where(
+        known,
+        jnp.minimum(state.best, mean),
+        mean,
+    )
     return first, best
 
 
@@ -251,7 +277,11 @@ def _entered(
     young = band.count < LEAST
     cut = CUT * jnp.maximum(jnp.sqrt(band.variance), margin / 100)
     most = jnp.where(young, jnp.inf, cut)
-    away = jnp.where(usable, jnp.minimum(value - band.mean, most), 0.0)
+    away = jnp.where(
+        usable,
+        jnp.minimum(value - band.mean, most),
+        0.0,
+    )
     variance = (1 - gain) * (band.variance + gain * away**2)
     return Band(
         mean=band.mean + gain * away,

@@ -166,7 +166,14 @@ def label_noise(
       ('loss_limit', 'loss_mark', 'skip')
     """
     check_range("label_noise", 0.1, LARGEST, most=most)
-    check_range("label_noise", 1, math.inf, whole=True, budget=budget, window=window)
+    check_range(
+        "label_noise",
+        1,
+        math.inf,
+        whole=True,
+        budget=budget,
+        window=window,
+    )
     return Policy(
         "label_noise",
         _begin,
@@ -199,7 +206,11 @@ def _update(
     usable = _are_usable(signals)
     verdict = _judged(signals, state, most, budget, window)
     fresh = jax.tree.map(
-        lambda new, old: jnp.where(usable, jnp.asarray(new, old.dtype), old),
+        lambda new, old: jnp.where(
+            usable,
+            jnp.asarray(new, old.dtype),
+            old,
+        ),
         _learned(state, verdict),
         state,
     )
@@ -284,9 +295,17 @@ def _judged(
     found = _maximized(
         _marked(state), signals["mark_weight"], signals["mark_weight_square"]
     )
-    weight = jnp.clip(1 / jnp.maximum(state.since, 1), SLOW, QUICK)
+    weight = jnp.clip(
+        1 / jnp.maximum(state.since, 1),
+        SLOW,
+        QUICK,
+    )
     moved = state.share + weight * (found - state.share)
-    share = jnp.where(doubted, moved, jnp.clip(wrong, PRIOR, LARGEST))
+    share = jnp.where(
+        doubted,
+        moved,
+        jnp.clip(wrong, PRIOR, LARGEST),
+    )
     extra = _extra(share, state.base)
 
     left = jnp.maximum(state.used - budget / window, 0.0)
@@ -325,7 +344,11 @@ def _learned(state: Doubt, verdict: _Verdict) -> Doubt:
     usual = state.usual + gain * entering
     variance = (1 - gain) * (state.variance + gain * entering**2)
     bounded = jnp.minimum(verdict.norm - state.size, JUMP)
-    growth = jnp.where(verdict.known, bounded, verdict.norm - state.size)
+    growth = jnp.where(
+        verdict.known,
+        bounded,
+        verdict.norm - state.size,
+    )
     return Doubt(
         blank=verdict.blank,
         usual=usual,
@@ -335,15 +358,27 @@ def _learned(state: Doubt, verdict: _Verdict) -> Doubt:
         base=state.base + gain * (jnp.minimum(verdict.found, 0.5) - state.base),
         share=verdict.share,
         alarm=jnp.where(verdict.on, 0.0, verdict.alarm),
-        since=jnp.where(verdict.on, state.since + 1, 0),
+        since=jnp.where(
+            verdict.on,
+            state.since + 1,
+            0,
+        ),
         used=verdict.left + verdict.skip,
     )
 
 
 def _entering(state: Doubt, verdict: _Verdict) -> Any:
     """Return the distance of a batch from the usual share, cut off once it is known."""
-    bound = jnp.where(verdict.known, ENTERING * verdict.deviation, 1.0)
-    return jnp.clip(verdict.wrong - state.usual, -bound, bound)
+    bound = jnp.where(
+        verdict.known,
+        ENTERING * verdict.deviation,
+        1.0,
+    )
+    return jnp.clip(
+        verdict.wrong - state.usual,
+        -bound,
+        bound,
+    )
 
 
 # ---- measures of a batch ----
@@ -352,12 +387,22 @@ def _entering(state: Doubt, verdict: _Verdict) -> Any:
 def _blank_loss(signals: Mapping[str, Any]) -> Any:
     """Loss of a model that knows nothing, by the first batch."""
     blank = signals["loss_blank"]
-    blank = jnp.where(jnp.isfinite(blank), blank, jnp.inf)
+    blank = jnp.where(
+        jnp.isfinite(blank),
+        blank,
+        jnp.inf,
+    )
     return jnp.minimum(signals["loss"], blank)
 
 
 def _log_norm(norm: Any) -> Any:
-    return jnp.log(jnp.clip(jnp.nan_to_num(norm, posinf=HUGE), TINY, HUGE))
+    return jnp.log(
+        jnp.clip(
+            jnp.nan_to_num(norm, posinf=HUGE),
+            TINY,
+            HUGE,
+        )
+    )
 
 
 def _deviation(
@@ -370,7 +415,11 @@ def _deviation(
     samples, each of which looks wrong with the usual probability.
     """
     values = signals["batch_size"] * signals["loss_values"]
-    values = jnp.clip(jnp.nan_to_num(values, nan=1.0), 1.0, HUGE)
+    values = jnp.clip(
+        jnp.nan_to_num(values, nan=1.0),
+        1.0,
+        HUGE,
+    )
     variance = jnp.maximum(state.variance, state.usual / values)
     return jnp.maximum(jnp.sqrt(variance), NARROW)
 
@@ -386,7 +435,11 @@ def _level(blank: Any, share: Any) -> Any:
 
 def _marked(state: Doubt) -> Any:
     """Return the share of wrong labels under which the next batch is weighed."""
-    share = jnp.where(state.since > 0, state.share, state.base)
+    share = jnp.where(
+        state.since > 0,
+        state.share,
+        state.base,
+    )
     return jnp.clip(share, PRIOR, LARGEST)
 
 
@@ -414,4 +467,8 @@ def _maximized(
     right = 1 - share
     curvature = jnp.maximum(right**2 - 2 * right * mean + square, 1e-9)
     length = jnp.clip(share * right / curvature, 1.0, FASTER)
-    return jnp.clip(share + length * (right - mean), 0.0, LARGEST)
+    return jnp.clip(
+        share + length * (right - mean),
+        0.0,
+        LARGEST,
+    )

@@ -142,11 +142,21 @@ def learning_free(
         fastest = _greatest_growth(signals, growth, until)
         # progress is NaN where no end is known, and then d never stays
         growing = usable & ~(signals["progress"] > until)
-        d = jnp.where(growing, jnp.clip(bound, d, fastest * d), d)
+        d = jnp.where(
+            growing,
+            jnp.clip(bound, d, fastest * d),
+            d,
+        )
 
         w = (d / first) ** 2
         r = jnp.where(usable, r, state.numerator)
-        after = Distance(base, first, estimate=d, numerator=r, weight=w)
+        after = Distance(
+            base,
+            first,
+            estimate=d,
+            numerator=r,
+            weight=w,
+        )
         return {"learning_rate": d / base, "gradient_weight": w}, after
 
     return Policy(
@@ -175,8 +185,16 @@ def _begun(
     fresh = state.first == 0
     size = jnp.nan_to_num(signals["parameter_rms"], posinf=0.0)
     base = jnp.nan_to_num(signals["base_rate"], posinf=0.0)
-    base = jnp.where(fresh, jnp.maximum(base, 1e-20), state.base)
-    first = jnp.where(fresh, start * jnp.maximum(size, SMALLEST), state.first)
+    base = jnp.where(
+        fresh,
+        jnp.maximum(base, 1e-20),
+        state.base,
+    )
+    first = jnp.where(
+        fresh,
+        start * jnp.maximum(size, SMALLEST),
+        state.first,
+    )
     return base, first, jnp.where(fresh, first, state.estimate)
 
 

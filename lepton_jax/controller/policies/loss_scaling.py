@@ -78,7 +78,11 @@ def loss_scaling(
             "loss_scale": scale,
             "skip": ~finite & (state.scale > lowest),
         }
-        count = jnp.where(finite & ~grow, state.finite + 1, 0)
+        count = jnp.where(
+            finite & ~grow,
+            state.finite + 1,
+            0,
+        )
         return moves, LossScale(scale, count)
 
     return Policy(

@@ -85,9 +85,29 @@ def plateau(
       1.0
       0.5
     """
-    check_range("plateau", 0, 1, factor=factor, floor=floor, rtol=rtol)
-    check_range("plateau", 1, math.inf, whole=True, patience=patience, every=every)
-    check_range("plateau", 0, math.inf, whole=True, cooldown=cooldown)
+    check_range(
+        "plateau",
+        0,
+        1,
+        factor=factor,
+        floor=floor,
+        rtol=rtol,
+    )
+    check_range(
+        "plateau",
+        1,
+        math.inf,
+        whole=True,
+        patience=patience,
+        every=every,
+    )
+    check_range(
+        "plateau",
+        0,
+        math.inf,
+        whole=True,
+        cooldown=cooldown,
+    )
     sign = 1.0 if is_better_lower(on) else -1.0
     evaluated = on.startswith("evaluation_")
 
@@ -155,7 +175,12 @@ def _new_evaluation(
     value: Any,
 ) -> tuple[Any, Any]:
     """Whether there is a new evaluation, and the number of evaluations so far."""
-    count = jnp.nan_to_num(evaluations, nan=0.0, posinf=0.0, neginf=0.0)
+    count = jnp.nan_to_num(
+        evaluations,
+        nan=0.0,
+        posinf=0.0,
+        neginf=0.0,
+    )
     count = count.astype(jnp.int32)
     return (count != seen) & jnp.isfinite(value), count
 
@@ -171,7 +196,11 @@ def _mean_of_window(
       Whether the window is full, its mean, and its sum and count, 0 after a full one.
     """
     usable = jnp.isfinite(value)
-    total = jnp.where(usable, state.total + value, state.total)
+    total = jnp.where(
+        usable,
+        state.total + value,
+        state.total,
+    )
     seen = state.seen + usable
     full = seen >= every
     mean = total / jnp.maximum(seen, 1)

@@ -69,7 +69,13 @@ def switch_optimizer(
       1.0
     """
     check_range("switch_optimizer", 0, LAST, whole=True, to=to)
-    check_range("switch_optimizer", 1, math.inf, whole=True, patience=patience)
+    check_range(
+        "switch_optimizer",
+        1,
+        math.inf,
+        whole=True,
+        patience=patience,
+    )
     check_range("switch_optimizer", 0, math.inf, tolerance=tolerance)
     _check_at(at)
     by_trend = at == "trend"

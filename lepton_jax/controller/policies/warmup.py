@@ -90,7 +90,14 @@ def warmup(
       1.0
       1.0
     """
-    check_range("warmup", 1, math.inf, whole=True, steps=steps, least=least)
+    check_range(
+        "warmup",
+        1,
+        math.inf,
+        whole=True,
+        steps=steps,
+        least=least,
+    )
     check_range("warmup", 0, 1, start=start)
     check_range("warmup", 0, 0.999999, b2=b2)
     check_range("warmup", 0, math.inf, tolerance=tolerance)
@@ -131,7 +138,13 @@ def warmup(
         return {"learning_rate": factor}, Warmup(quick, slow, count, settled)
 
     watches = ("updates",) if tolerance is None else ("updates", "gradient_norm")
-    return Policy("warmup", init, update, watches=watches, moves=("learning_rate",))
+    return Policy(
+        "warmup",
+        init,
+        update,
+        watches=watches,
+        moves=("learning_rate",),
+    )
 
 
 def _averaged(
@@ -144,6 +157,14 @@ def _averaged(
     usable = jnp.isfinite(log)
     first = state.count == 0
     log = jnp.where(usable, log, state.slow)
-    quick = jnp.where(first, log, QUICK * state.quick + (1 - QUICK) * log)
-    slow = jnp.where(first, log, SLOW * state.slow + (1 - SLOW) * log)
+    quick = jnp.where(
+        first,
+        log,
+        QUICK * state.quick + (1 - QUICK) * log,
+    )
+    slow = jnp.where(
+        first,
+        log,
+        SLOW * state.slow + (1 - SLOW) * log,
+    )
     return quick, slow, jnp.minimum(state.count + usable, least)

@@ -53,7 +53,12 @@ TAKES = {
     "tpu": {"setup"},
     "ssh": {"gpus", "setup"},
 }
-LEAST = {"gpus": 0, "cpus": 1, "retries": 0, "slices": 1}
+LEAST = {
+    "gpus": 0,
+    "cpus": 1,
+    "retries": 0,
+    "slices": 1,
+}
 # options of launch.py that are not for the hosts, or that they get anew; all others
 # they get as they were typed
 OUTSIDE = {
@@ -287,7 +292,15 @@ def start(
         is not installed or refuses.
     """
     place, detail = _place(options.on)
-    job = _job(options, place, detail, given, file, folder, arguments)
+    job = _job(
+        options,
+        place,
+        detail,
+        given,
+        file,
+        folder,
+        arguments,
+    )
     module = PLACES[place]
     text = module.render(job)
     script = Path("runs") / f"{job.name}{module.SUFFIX}"
@@ -342,7 +355,12 @@ def _place(on: str) -> tuple[str, str]:
     )
 
 
-def _submit(module: ModuleType, job: Job, script: Path, client: list[str]) -> int:
+def _submit(
+    module: ModuleType,
+    job: Job,
+    script: Path,
+    client: list[str],
+) -> int:
     """Hand the job to the cluster's client; return its exit code."""
     if module is ssh:
         return ssh.submit(job)
@@ -369,7 +387,11 @@ def _write(
     try:
         file.parent.mkdir(exist_ok=True)
         file.unlink(missing_ok=True)  # an earlier one may be open to others
-        number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        number = os.open(
+            file,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+            0o600,
+        )
         with open(number, "w", encoding="utf-8") as stream:
             stream.write(text)
         if not secret:
@@ -421,7 +443,12 @@ def _job(
         made_by = f"launch.py {shlex.join(arguments)}"
     job = Job(
         name=plain_name(asked.get("name"), folder.name),
-        command=(*launch, *_flags(given), *run, *inside),
+        command=(
+            *launch,
+            *_flags(given),
+            *run,
+            *inside,
+        ),
         run_dir=str(folder),
         made_by=made_by,
         detail=detail,
@@ -480,7 +507,11 @@ def _check_asked(asked: dict[str, Any], place: str) -> None:
             )
 
 
-def _hosts(options: argparse.Namespace, place: str, asked: dict[str, Any]) -> int:
+def _hosts(
+    options: argparse.Namespace,
+    place: str,
+    asked: dict[str, Any],
+) -> int:
     """Return the number of machines to ask for."""
     if options.hosts is None:
         return 1

@@ -10,8 +10,19 @@ from dataclasses import dataclass, field
 from lepton_jax.errors import SettingError
 from lepton_jax.launch import tokens
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
-SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # bytes
+UNITS = {
+    "s": 1,
+    "m": 60,
+    "h": 3600,
+    "d": 86400,
+}  # seconds
+SIZES = {
+    "": 1,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+    "T": 2**40,
+}  # bytes
 LEAST_MEMORY = 2**20  # bytes; SLURM and Kubernetes are told in MiB
 MISTAKE = 2  # launch.py's exit code for a mistake, which trying again does not fix
 # Kubernetes adds indices to it, within the 63 characters of a host name
@@ -278,7 +289,11 @@ def read_size(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,9})([KMGT]?)(?:i?B)?", text, re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(
+        r"(\d{1,9})([KMGT]?)(?:i?B)?",
+        text,
+        re.ASCII | re.IGNORECASE,
+    )
     size = 0
     if match:
         number, unit = match.groups()

@@ -57,7 +57,13 @@ TPUS = {
 
 def client(job: Job, file: Path) -> list[str]:
     """Return the command that submits the manifest."""
-    return ["kubectl", "create", *job.options, "-f", str(file)]
+    return [
+        "kubectl",
+        "create",
+        *job.options,
+        "-f",
+        str(file),
+    ]
 
 
 def render(job: Job) -> str:

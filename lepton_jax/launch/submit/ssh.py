@@ -90,7 +90,11 @@ def commands(job: Job) -> list[list[str]]:
     """Return the command of this machine for each host."""
     hosts = read_hosts(Path(job.detail))
     port = port_of(zlib.crc32(job.run_dir.encode()))
-    first = re.sub(r"^[^@]*@", "", hosts[0][0])
+    first = re.sub(
+        r"^[^@]*@",
+        "",
+        hosts[0][0],
+    )
     several = len(hosts) > 1
     host_commands = []
     for number, (host, *own) in enumerate(hosts):
@@ -102,7 +106,15 @@ def commands(job: Job) -> list[list[str]]:
                 f"--host-id={number}",
             ]
         remote = _remote(job, command, with_token=several)
-        host_commands.append([*CLIENT, *job.options, *own, host, remote])
+        host_commands.append(
+            [
+                *CLIENT,
+                *job.options,
+                *own,
+                host,
+                remote,
+            ]
+        )
     return host_commands
 
 
@@ -136,7 +148,14 @@ def _remote(
         f"{shlex.join(command)} &",
         WATCH,
     ]
-    return shlex.join(["exec", "sh", "-c", "\n".join(script)])
+    return shlex.join(
+        [
+            "exec",
+            "sh",
+            "-c",
+            "\n".join(script),
+        ]
+    )
 
 
 def submit(job: Job) -> int:

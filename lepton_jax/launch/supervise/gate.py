@@ -160,7 +160,11 @@ class Gate:
         self._seated: dict[Line, Seat] = {}
         self.listener = listen(cluster)
         self.port = self.listener.getsockname()[1]
-        self.door = door.Door(self.listener, self.token, CHANNEL)
+        self.door = door.Door(
+            self.listener,
+            self.token,
+            CHANNEL,
+        )
 
     def serve(self, seconds: float) -> None:
         """Hear the messages that come within some seconds."""
@@ -261,13 +265,21 @@ class Gate:
             line.send(do="later", why=f"another process is host {host} already")
         else:
             self.door.keep(line)
-            seat = Seat(host, line, str(hello.get("name", "")))
+            seat = Seat(
+                host,
+                line,
+                str(hello.get("name", "")),
+            )
             self.seats[host] = seat
             self._seated[line] = seat
             line.send(do="welcome")
             self._came(seat, hello["generation"])
 
-    def _fault(self, hello: dict[str, Any], before: Seat | None) -> SettingError | None:
+    def _fault(
+        self,
+        hello: dict[str, Any],
+        before: Seat | None,
+    ) -> SettingError | None:
         """Return why a host does not fit to the others; None if it does."""
         fault = None
         if hello.get("secret") != self.secret:
@@ -311,4 +323,8 @@ def _is_supervisor(hello: dict[str, Any]) -> bool:
 
 def _refuse(line: Line, error: SettingError) -> None:
     # the other end closes it, or the patience ends
-    line.send(do="refuse", what=error.what, remedy=error.remedy)
+    line.send(
+        do="refuse",
+        what=error.what,
+        remedy=error.remedy,
+    )

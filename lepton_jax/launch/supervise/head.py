@@ -111,7 +111,14 @@ class Head:
             restarts_left=self.budget.restarts,
             hosts={host: HostRecord() for host in range(cluster.hosts)},
         )
-        self.gate = Gate(cluster, facts, run, self._obey, self._came, token)
+        self.gate = Gate(
+            cluster,
+            facts,
+            run,
+            self._obey,
+            self._came,
+            token,
+        )
         self.seats = self.gate.seats
         self.name = "127.0.0.1"
         if cluster.coordinator is not None:
@@ -209,7 +216,13 @@ class Head:
         if kind == "where":
             place = Place(*message["place"])
             silent = message["silent"]
-            seat.hear(place, now, message["over"], silent, message["state"])
+            seat.hear(
+                place,
+                now,
+                message["over"],
+                silent,
+                message["state"],
+            )
         elif kind == "stack":
             seat.stack = tuple(message["stack"])
         elif kind == "ended":
@@ -218,7 +231,12 @@ class Head:
             seat.error = message.get("error")
             if self._state == self._running and seat.code not in WITHOUT_FAULT:
                 code = message["code"]
-                fault = verdict.died(seat.host, code, seat.place, seat.error)
+                fault = verdict.died(
+                    seat.host,
+                    code,
+                    seat.place,
+                    seat.error,
+                )
                 self._faulted(fault, now)
 
     def _faulted(self, fault: Fault, now: float) -> None:
@@ -263,7 +281,12 @@ class Head:
             trains = seat.host in self.members and seat.code is None
             if self._state == self._running and trains:
                 how = f"is lost: {seat.line.fault}; it was last seen"
-                fault = alone or Fault(seat.host, "lost", how, seat.place)
+                fault = alone or Fault(
+                    seat.host,
+                    "lost",
+                    how,
+                    seat.place,
+                )
                 self._faulted(fault, now)
 
     def _alone(
@@ -327,7 +350,12 @@ class Head:
                 self._begin(now)
             else:
                 refused = str(self.gate.door.refused)
-                fault = meeting.missing(missing, self.cluster, self.limit, refused)
+                fault = meeting.missing(
+                    missing,
+                    self.cluster,
+                    self.limit,
+                    refused,
+                )
                 self._over(2, fault)
 
     def _begin(self, now: float) -> None:
@@ -410,13 +438,21 @@ class Head:
 
     def _judge(self, some_run: bool, now: float) -> None:
         """End the generation once it is known which fault is behind the others."""
-        root = verdict.root(self._faults, self._at_once, self.members[0])
+        root = verdict.root(
+            self._faults,
+            self._at_once,
+            self.members[0],
+        )
         # the host behind it all may be writing its core
         patience = LATER if root.rank >= verdict.CONSEQUENCE else 0.0
         if now >= self._until + patience or not some_run:
             self._end(root, now)
 
-    def _finish(self, codes: set[int | None], now: float) -> None:
+    def _finish(
+        self,
+        codes: set[int | None],
+        now: float,
+    ) -> None:
         """Go on after all workers have ended without a fault."""
         if codes == {0}:
             self._over(0)
@@ -561,7 +597,11 @@ class Head:
 
     def _tell_to_end(self, seconds: float) -> None:
         """Have all workers ended, by SIGKILL after some seconds."""
-        self.gate.tell("end", generation=self.generation, seconds=seconds)
+        self.gate.tell(
+            "end",
+            generation=self.generation,
+            seconds=seconds,
+        )
         self._state = self._ending
 
     def _ending(self, now: float) -> None:
@@ -585,7 +625,11 @@ class Head:
     def _try_again(self, fault: Fault, now: float) -> None:
         """Wait for the next attempt, if the budget allows one."""
         try:
-            pause = self.budget.charge(fault, self.saved(), now)
+            pause = self.budget.charge(
+                fault,
+                self.saved(),
+                now,
+            )
         except HostsError as error:
             self._over(error.exit_code, error)
             return
@@ -636,7 +680,11 @@ class Head:
             self._say(f"going on without {_named(missing)}")
         self._begin(now)
 
-    def _not_back(self, missing: list[int], least: int) -> HostsError:
+    def _not_back(
+        self,
+        missing: list[int],
+        least: int,
+    ) -> HostsError:
         what = f"{_named(missing)} did not come back within {self.rules.grace:g} s"
         if self.rules.least_hosts:
             what += f"; {len(self.seats)} are left, and --least-hosts is {least}"
@@ -679,7 +727,11 @@ class Head:
                 host_record.host_id = self.members.index(host)
             if seat is not None:
                 host_record.name = seat.name
-                host_record.hear(seat.place, seat.at or now, seat.silent)
+                host_record.hear(
+                    seat.place,
+                    seat.at or now,
+                    seat.silent,
+                )
         if self.members:
             record.write(self.folder, now, at_once=changed)
 
@@ -731,7 +783,13 @@ def _silent(seat: Seat, limit: float) -> Fault:
         f"has been silent for {seat.silent:.0f} s (limit {limit:g} s): {why};"
         " it was last seen"
     )
-    return Fault(seat.host, "silent", how, seat.place, seat.stack)
+    return Fault(
+        seat.host,
+        "silent",
+        how,
+        seat.place,
+        seat.stack,
+    )
 
 
 def _state_of(seat: Seat | None, record: HostRecord) -> str:

@@ -110,7 +110,11 @@ class HostRecord:
             "seconds_slowest": round(self.slow, 1),
         }
 
-    def _place_to_json(self, place: Place, now: float) -> dict[str, Any]:
+    def _place_to_json(
+        self,
+        place: Place,
+        now: float,
+    ) -> dict[str, Any]:
         share = self.data_share
         return {
             "phase": place.phase,

@@ -92,7 +92,10 @@ class WatchedRun:
         return self.cluster.coordinator is None
 
 
-def run(watched: WatchedRun, token: tokens.Token | None = None) -> dict[str, Any]:
+def run(
+    watched: WatchedRun,
+    token: tokens.Token | None = None,
+) -> dict[str, Any]:
     """Watch over this host's share of a run until it is over.
 
     Host 0 is the head as well. Where all hosts are on this machine, this process
@@ -398,7 +401,11 @@ class Supervisor:
             if self.worker is not None:
                 self.worker.held_up(late)
 
-    def _take(self, message: Mapping[str, Any], line: Line) -> int | None:
+    def _take(
+        self,
+        message: Mapping[str, Any],
+        line: Line,
+    ) -> int | None:
         """Take a message; return the exit code if it says that the run is over.
 
         Raises:
@@ -420,7 +427,9 @@ class Supervisor:
 
     def _refused(self, error: Mapping[str, Any]) -> SettingError:
         return SettingError(
-            error["what"], where=self.watched.cluster, remedy=error["remedy"]
+            error["what"],
+            where=self.watched.cluster,
+            remedy=error["remedy"],
         )
 
     def _obey(
@@ -444,7 +453,11 @@ class Supervisor:
         elif do == "stack":
             self.worker.ask_stack()
 
-    def _begin(self, message: Mapping[str, Any], line: Line) -> None:
+    def _begin(
+        self,
+        message: Mapping[str, Any],
+        line: Line,
+    ) -> None:
         """Start the worker of a generation."""
         fields = {name: message[name] for name in FOR_THE_WORKER}
         self.generation = fields["generation"]
@@ -489,7 +502,12 @@ class Supervisor:
             line.send(at="idle")
         line.flush()
 
-    def _report_worker(self, worker: Worker, line: Line, now: float) -> None:
+    def _report_worker(
+        self,
+        worker: Worker,
+        line: Line,
+        now: float,
+    ) -> None:
         if self._signals > 1:
             worker.end(0.0, now)
         worker.listen(now)
@@ -498,7 +516,11 @@ class Supervisor:
 
         stack = worker.stack(now)
         if stack:
-            line.send(at="stack", generation=worker.generation, stack=list(stack))
+            line.send(
+                at="stack",
+                generation=worker.generation,
+                stack=list(stack),
+            )
 
         due = now - self._reported > REPORT_EVERY
         if due or place.phase != self._phase or code is not None:

@@ -180,7 +180,13 @@ def died(
 
     how = f"ended with exit code {code}, last seen"
     if code == MISTAKE:
-        return Fault(host, "mistake", how, place, mistake=error or {})
+        return Fault(
+            host,
+            "mistake",
+            how,
+            place,
+            mistake=error or {},
+        )
     return Fault(host, f"exit code {code}", how, place)
 
 
@@ -228,7 +234,11 @@ def behind(places: Mapping[int, Place]) -> list[int]:
     [1]
     """
     progress = {
-        host: (place.step, place.done, ORDER[place.phase])
+        host: (
+            place.step,
+            place.done,
+            ORDER[place.phase],
+        )
         for host, place in places.items()
     }
     least = min(progress.values())
@@ -432,7 +442,11 @@ class Budget:
         self.failures.append(now)
         return min(LONGEST_PAUSE, pause)
 
-    def _useless(self, fault: Fault, saved: int | None) -> HostsError:
+    def _useless(
+        self,
+        fault: Fault,
+        saved: int | None,
+    ) -> HostsError:
         checkpoint = "no checkpoint"
         if saved is not None:
             checkpoint += f" since step {saved}"

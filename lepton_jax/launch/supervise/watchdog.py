@@ -216,7 +216,11 @@ class Watchdog(threading.Thread):
             _end()
         # without it, the last line of a process would be up to `EVERY` old
         atexit.register(lambda: self.write(self.line()))
-        faulthandler.register(SHOW_STACK, file=self.assignment.stack, all_threads=True)
+        faulthandler.register(
+            SHOW_STACK,
+            file=self.assignment.stack,
+            all_threads=True,
+        )
         super().start()
 
     def run(self) -> None:
@@ -239,7 +243,12 @@ class Watchdog(threading.Thread):
                 stack_of = where
             last = where
 
-            readable, _, _ = select.select([self.assignment.lifeline], [], [], LOOK)
+            readable, _, _ = select.select(
+                [self.assignment.lifeline],
+                [],
+                [],
+                LOOK,
+            )
             if readable:
                 _end()
 
@@ -264,7 +273,12 @@ class Watchdog(threading.Thread):
                         # a line shorter than the pipe's unit is written whole or not at
                         # all
                         return False
-                    select.select([], [self.assignment.pipe], [], LOOK)
+                    select.select(
+                        [],
+                        [self.assignment.pipe],
+                        [],
+                        LOOK,
+                    )
                 except OSError:
                     return False
         return True

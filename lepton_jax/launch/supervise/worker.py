@@ -79,7 +79,9 @@ class Worker:
         self._forwarding: threading.Thread | None = None
         if forward is not None:
             self._forwarding = threading.Thread(
-                target=forward, args=(self.process.stdout,), daemon=True
+                target=forward,
+                args=(self.process.stdout,),
+                daemon=True,
             )
             self._forwarding.start()
 
@@ -127,7 +129,12 @@ class Worker:
         seconds: float,
     ) -> None:
         """Wait until it speaks, one of `others` can be read, or the time is over."""
-        select.select([*others, *self._open], [], [], seconds)
+        select.select(
+            [*others, *self._open],
+            [],
+            [],
+            seconds,
+        )
 
     def listen(self, now: float) -> None:
         """Read what it has written since the last call."""

@@ -177,7 +177,12 @@ class Cost:
             for move in work.collectives:
                 kind = move.kind
                 if move.hidden:
-                    key = (job.loop, kind, move.axes, job.op.times * parts)
+                    key = (
+                        job.loop,
+                        kind,
+                        move.axes,
+                        job.op.times * parts,
+                    )
                     hidden[key] += move.bytes * (job.count // job.op.times)
                 else:
                     shown[number, kind, move.axes, runs] += move.bytes
@@ -483,7 +488,12 @@ class _Shape:
             self.k *= extent / groups
 
     def rounded(self) -> tuple[int, int, int, int]:
-        extents = (self.m, self.n, self.k, self.batch)
+        extents = (
+            self.m,
+            self.n,
+            self.k,
+            self.batch,
+        )
         m, n, k, batch = (max(1, round(extent)) for extent in extents)
         return m, n, k, batch
 

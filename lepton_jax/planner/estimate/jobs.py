@@ -126,7 +126,15 @@ class Jobs:
         # A print has no outputs.
         if op.outputs:
             share = self.shares.get(op.outputs[0].index, 1.0)
-        key = (op.name, op.times, product, looks, gather is not None, loop, share)
+        key = (
+            op.name,
+            op.times,
+            product,
+            looks,
+            gather is not None,
+            loop,
+            share,
+        )
         if key in self._known:
             self._known[key].count += op.times
             return

@@ -39,7 +39,10 @@ class Sizes:
         self.names = names
         self._state: _State | None = None
         prefers = meets_stored(graph)
-        rank = max((len(value.shape) for value in graph.values), default=0)
+        rank = max(
+            (len(value.shape) for value in graph.values),
+            default=0,
+        )
         names_used = {op.name for op in graph.operations()}
         convolves = "conv_general_dilated" in names_used
 
@@ -79,7 +82,10 @@ class Sizes:
           convolves: whether the graph has convolutions, so that a value of rank 4 is
             an image.
         """
-        order = sorted(range(len(value.shape)), key=lambda dim: dim != first)
+        order = sorted(
+            range(len(value.shape)),
+            key=lambda dim: dim != first,
+        )
         blank = rank - len(order)
         extents = [value.shape[d] for d in order] + [1] * blank
         roots = [self.graph.find(value.nodes[d]) for d in order]
@@ -91,7 +97,14 @@ class Sizes:
         if own_dims:
             dims = [own_dims[d] for d in order] + [rank] * blank
         image = convolves and len(value.shape) > 3
-        return (*extents, *groups, *dims, parameter, image, itemsize(value))
+        return (
+            *extents,
+            *groups,
+            *dims,
+            parameter,
+            image,
+            itemsize(value),
+        )
 
     def bytes(
         self, assignment: Assignment, tiled: bool = False

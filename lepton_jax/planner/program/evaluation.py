@@ -105,10 +105,21 @@ class Evaluation:
             targets: Any,
             valid: Any,
         ) -> Any:
-            return losses.measure(self.recipe, outputs, targets, valid, self.whole)
+            return losses.measure(
+                self.recipe,
+                outputs,
+                targets,
+                valid,
+                self.whole,
+            )
 
         trace = self.trace
-        shapes = jax.eval_shape(measure, trace.outputs, trace.targets, valid)
+        shapes = jax.eval_shape(
+            measure,
+            trace.outputs,
+            trace.targets,
+            valid,
+        )
         return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
     def check(self, samples: int) -> None:
@@ -145,7 +156,11 @@ class Evaluation:
     def _check_dims(self) -> None:
         name = self.whole[0]
         outputs = by_path(self.trace.outputs)
-        pairs = zip(outputs.items(), self.dims, strict=True)
+        pairs = zip(
+            outputs.items(),
+            self.dims,
+            strict=True,
+        )
         for (path, leaf), dims in pairs:
             if len(dims) != 1:
                 raise ModelError(
@@ -176,7 +191,11 @@ class Evaluation:
             return outputs, targets
 
         cut = []
-        pairs = zip(jax.tree.leaves(outputs), self.dims, strict=True)
+        pairs = zip(
+            jax.tree.leaves(outputs),
+            self.dims,
+            strict=True,
+        )
         for leaf, dims in pairs:
             if dims:
                 dim = dims[0]
@@ -201,7 +220,13 @@ class Evaluation:
         for name in self.whole:
             with pointing_at_user(f"the metric {name!r} of the whole test set"):
                 sums = self._jitted[name](outputs, targets)
-                values[name] = float(losses.finish(self.recipe, name, sums))
+                values[name] = float(
+                    losses.finish(
+                        self.recipe,
+                        name,
+                        sums,
+                    )
+                )
         return values
 
     def _join(
@@ -322,7 +347,11 @@ class Prediction:
         size = self.trace.recipe.batch_size
         if samples <= size:
             return
-        pairs = zip(self._paths.items(), self.dims, strict=True)
+        pairs = zip(
+            self._paths.items(),
+            self.dims,
+            strict=True,
+        )
         for (path, leaf), dims in pairs:
             if self._can_join(leaf, dims):
                 continue
@@ -367,7 +396,14 @@ class Prediction:
             alike = [np.asarray(piece[number]) for piece in pieces]
             dims = self.dims[number]
             if len(dims) == 1:
-                leaves.append(self._joined_leaf(alike, rows, dims[0], shape))
+                leaves.append(
+                    self._joined_leaf(
+                        alike,
+                        rows,
+                        dims[0],
+                        shape,
+                    )
+                )
             else:
                 leaves.append(alike[0])
         return jax.tree.unflatten(jax.tree.structure(parts[0]), leaves)

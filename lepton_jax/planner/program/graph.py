@@ -293,7 +293,13 @@ class Graph:
         right: Value,
     ) -> None:
         """Join the dims of two values of one rank where their extents are equal."""
-        dims = zip(left.nodes, right.nodes, left.shape, right.shape, strict=True)
+        dims = zip(
+            left.nodes,
+            right.nodes,
+            left.shape,
+            right.shape,
+            strict=True,
+        )
         for a, b, m, n in dims:
             if m == n:
                 self.join(a, b)
@@ -308,7 +314,12 @@ class Graph:
         first = len(self.parents)
         nodes = tuple(range(first, first + len(shape)))
         self.parents.extend(nodes)
-        value = Value(len(self.values), tuple(shape), dtype, nodes)
+        value = Value(
+            len(self.values),
+            tuple(shape),
+            dtype,
+            nodes,
+        )
         self.values.append(value)
         return value
 
@@ -356,7 +367,13 @@ class Graph:
                 continue
 
             outputs = self._values_of(eqn.outvars)
-            operation = Operation(eqn, inputs, outputs, scope.callers, scope.times)
+            operation = Operation(
+                eqn,
+                inputs,
+                outputs,
+                scope.callers,
+                scope.times,
+            )
             self._apply_rule(operation)
             scope.region.operations.append(operation)
             values.update(zip(eqn.outvars, outputs, strict=True))
@@ -406,7 +423,11 @@ class Graph:
         inside = self._operands(scope.region, jaxpr, eqn, inputs)
         pairs = zip(jaxpr.constvars, consts, strict=True)
         for variable, const in pairs:
-            inside[variable] = self._constant(scope.region, variable.aval, const)
+            inside[variable] = self._constant(
+                scope.region,
+                variable.aval,
+                const,
+            )
 
         callers = (*scope.callers, eqn)
         inner_scope = _Scope(scope.region, inside, callers, scope.times)
@@ -415,7 +436,11 @@ class Graph:
         pairs = zip(eqn.outvars, jaxpr.outvars, strict=True)
         for variable, result in pairs:
             if isinstance(result, Literal):
-                value = self._constant(scope.region, result.aval, result.val)
+                value = self._constant(
+                    scope.region,
+                    result.aval,
+                    result.val,
+                )
             else:
                 value = inside[result]
             scope.values[variable] = value
@@ -469,7 +494,13 @@ class Graph:
         """
         given = [value for value in inputs if value is not None]
         copies = [self._new_value(value.shape, value.dtype) for value in given]
-        barrier = Operation(eqn, [*given], copies, scope.callers, scope.times)
+        barrier = Operation(
+            eqn,
+            [*given],
+            copies,
+            scope.callers,
+            scope.times,
+        )
         barrier.name = BARRIER
         RULES[BARRIER](self, barrier)
         scope.region.operations.append(barrier)
@@ -585,7 +616,13 @@ class Graph:
                 for v in op.inputs
             ]
             outputs = [self._copy_into(body, inside, v) for v in op.outputs]
-            clone = Operation(op.eqn, inputs, outputs, op.callers, times)
+            clone = Operation(
+                op.eqn,
+                inputs,
+                outputs,
+                op.callers,
+                times,
+            )
             RULES[op.name](self, clone)
             clones.append(clone)
         body.operations[:0] = clones

@@ -393,7 +393,11 @@ def _affine(
         return None
 
     parts = []
-    operands = zip(op.inputs, op.eqn.invars, strict=True)
+    operands = zip(
+        op.inputs,
+        op.eqn.invars,
+        strict=True,
+    )
     for operand, written in operands:
         source = written if operand is None else operand
         part = _affine(graph, batch, source, steps + 1)
@@ -444,7 +448,13 @@ def _batch_dims(
     dims: list[int | None] = []
     few, many = (jax.tree.leaves(batch) for batch in batches)
     for small, large in zip(few, many, strict=True):
-        extents = list(zip(small.shape, large.shape, strict=True))
+        extents = list(
+            zip(
+                small.shape,
+                large.shape,
+                strict=True,
+            )
+        )
         differing = [dim for dim, (a, b) in enumerate(extents) if a != b]
         dims.append(differing[0] if differing else None)
     return dims

@@ -171,7 +171,13 @@ def _lookup(op: Operation) -> Contraction:
     table_dim = dict(zip(index_batch, table_batch, strict=True))
     rows = _other_dims(op.outputs[0], numbers.offset_dims)
     for d, out in enumerate(rows):
-        indices.append(Index(table_dim.get(d), d, out))
+        indices.append(
+            Index(
+                table_dim.get(d),
+                d,
+                out,
+            )
+        )
     return Contraction(0, 1, tuple(indices))
 
 
@@ -407,7 +413,11 @@ class Layout:
             if spec and spec[dim]:
                 value = op.inputs[number]
                 assert value is not None
-                whole = (*spec[:dim], 0, *spec[dim + 1 :])
+                whole = (
+                    *spec[:dim],
+                    0,
+                    *spec[dim + 1 :],
+                )
                 wanted[number] = whole
                 moves += self._gather(number, value, spec, whole)
                 specs[number] = whole
@@ -544,7 +554,11 @@ class _Sides(NamedTuple):
             right_spec = specs[product.right]
 
         values = (left, right, out)
-        own_specs = (specs[product.left], right_spec, layout.spec(out))
+        own_specs = (
+            specs[product.left],
+            right_spec,
+            layout.spec(out),
+        )
         sizes = []
         for value, spec in zip(values, own_specs, strict=True):
             sizes.append(0.0 if value is None else layout.bytes(value, spec))
@@ -656,9 +670,23 @@ def _moves_to(
         if places[side] is None or places[side] == index[side]:
             continue
         if index[side] is None:
-            moves.append(Move("all-gather", axes, sizes[side] * count, name))
+            moves.append(
+                Move(
+                    "all-gather",
+                    axes,
+                    sizes[side] * count,
+                    name,
+                )
+            )
         else:
-            moves.append(Move("all-to-all", axes, sizes[side], name))
+            moves.append(
+                Move(
+                    "all-to-all",
+                    axes,
+                    sizes[side],
+                    name,
+                )
+            )
 
     wanted = places[2]
     size = sizes[2]

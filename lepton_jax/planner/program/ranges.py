@@ -278,7 +278,13 @@ class _Search:
         Returns:
           What is known of its results.
         """
-        env: dict[Any, Any] = dict(zip(jaxpr.invars, facts, strict=True))
+        env: dict[Any, Any] = dict(
+            zip(
+                jaxpr.invars,
+                facts,
+                strict=True,
+            )
+        )
         pairs = zip(jaxpr.constvars, consts, strict=True)
         for variable, const in pairs:
             env[variable] = _known_of_constant(const)
@@ -359,7 +365,12 @@ class _Search:
         jaxpr, consts = opened(eqn.params[parameter])
         if len(jaxpr.invars) != len(facts):
             return [None] * len(eqn.outvars)
-        return self.follow(jaxpr, facts, consts, (*callers, eqn))
+        return self.follow(
+            jaxpr,
+            facts,
+            consts,
+            (*callers, eqn),
+        )
 
     def _scan(
         self,
@@ -376,7 +387,12 @@ class _Search:
         ]
         body = eqn.params["jaxpr"]
         callers = (*callers, eqn)
-        results = self.follow(body.jaxpr, inside, body.consts, callers)
+        results = self.follow(
+            body.jaxpr,
+            inside,
+            body.consts,
+            callers,
+        )
 
         # a bag stays one when it is stacked; of others the places would have to be
         outside: list[Any] = [None] * carried
@@ -399,7 +415,12 @@ class _Search:
         self._certain = False
         callers = (*callers, eqn)
         for branch in eqn.params["branches"]:
-            self.follow(branch.jaxpr, facts[1:], branch.consts, callers)
+            self.follow(
+                branch.jaxpr,
+                facts[1:],
+                branch.consts,
+                callers,
+            )
         self._certain = before
 
     # ---- comparisons ----
@@ -471,7 +492,15 @@ class _Search:
             if sizes[dim] != 1 or not isinstance(start, Followed):
                 continue
             if start.wrapped == shape[dim]:
-                self._limit(_Use(eqn, callers, start, shape[dim], table))
+                self._limit(
+                    _Use(
+                        eqn,
+                        callers,
+                        start,
+                        shape[dim],
+                        table,
+                    )
+                )
 
     # ---- limits ----
 
@@ -611,7 +640,11 @@ def _makes_one_hot(source: Followed, counter: Counter) -> bool:
     if source.bag:
         return True
     # a leaf that differs along the counter is set against its own positions
-    along = np.take(source.places, [0], axis=counter.dim)
+    along = np.take(
+        source.places,
+        [0],
+        axis=counter.dim,
+    )
     return bool((source.places == along).all())
 
 
@@ -642,7 +675,11 @@ def _split(
     if source.bag:
         return [None] * len(eqn.outvars)
     ends = np.cumsum(eqn.params["sizes"])[:-1]
-    parts = np.split(source.places, ends, axis=eqn.params["axis"])
+    parts = np.split(
+        source.places,
+        ends,
+        axis=eqn.params["axis"],
+    )
     return [replace(source, places=part) for part in parts]
 
 
@@ -732,7 +769,12 @@ def _moved(
         return np.broadcast_to(places.reshape(between), shape)
     if name == "slice":
         strides = p["strides"] or (1,) * len(shape)
-        bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+        bounds = zip(
+            p["start_indices"],
+            p["limit_indices"],
+            strides,
+            strict=True,
+        )
         return places[tuple(slice(*bound) for bound in bounds)]
     if name == "rev":
         return np.flip(places, p["dimensions"])
@@ -774,5 +816,9 @@ def _padded(
         # negative padding cuts off
         first = max(-low, 0)
         last = places.shape[dim] - max(-high, 0)
-        places = np.take(places, range(first, last), axis=dim)
+        places = np.take(
+            places,
+            range(first, last),
+            axis=dim,
+        )
     return replace(source, places=places)

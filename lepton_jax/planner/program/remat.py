@@ -343,7 +343,11 @@ def _scan(
         run: Callable = partial(_with_effects_apart, program, policy)
     else:
         # a loop's body can't be merged with another's, so CSE need not be prevented
-        plain = partial(jax.core.eval_jaxpr, program.jaxpr, program.consts)
+        plain = partial(
+            jax.core.eval_jaxpr,
+            program.jaxpr,
+            program.consts,
+        )
         run = jax.checkpoint(plain, policy=policy, prevent_cse=False)
 
     consts, carried = scan_counts(eqn)
@@ -423,7 +427,13 @@ def _environment(
     """Return the values of a program's constants and inputs."""
     jaxpr = program.jaxpr
     env: dict[Any, Any] = {}
-    env.update(zip(jaxpr.constvars, program.consts, strict=True))
+    env.update(
+        zip(
+            jaxpr.constvars,
+            program.consts,
+            strict=True,
+        )
+    )
     env.update(zip(jaxpr.invars, args, strict=True))
     return env
 

@@ -266,7 +266,11 @@ def _fft(graph: Any, op: Any) -> None:
         return
     rank = len(source.shape)
     first = rank - len(op.params["fft_lengths"])
-    _join_pairs(graph, source.nodes[:first], target.nodes[:first])
+    _join_pairs(
+        graph,
+        source.nodes[:first],
+        target.nodes[:first],
+    )
     op.whole += [(0, dim) for dim in range(first, rank)]
 
 

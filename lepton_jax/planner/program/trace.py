@@ -186,7 +186,11 @@ def _trace(
         module, state = _module_and_state(recipe, prepared, None)
         return _trace_of_state(recipe, module, state)
 
-    module, state, traced = _trace_model(recipe, prepared, (inputs, targets))
+    module, state, traced = _trace_model(
+        recipe,
+        prepared,
+        (inputs, targets),
+    )
     if traced.loss.shape != ():
         raise ModelError(
             f"the loss of a batch has shape {traced.loss.shape}",

@@ -167,7 +167,12 @@ class Trial:
         """Return the same problem with a batch of `rows`."""
         trace = self.problem.trace
         recipe = trace.recipe.with_(batch_size=rows)
-        smaller = traced(recipe, trace.inputs, trace.targets, trace.samples)
+        smaller = traced(
+            recipe,
+            trace.inputs,
+            trace.targets,
+            trace.samples,
+        )
         return self.problem.on_trace(smaller)
 
     def peak(self, rows: int) -> float:

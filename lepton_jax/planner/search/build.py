@@ -65,7 +65,13 @@ def build(
         topology=topology.name,
         objective=verdict.objective,
         name=assemble.strategy(assignment, words, names),
-        mesh=dict(zip(axes, assignment.sizes, strict=True)),
+        mesh=dict(
+            zip(
+                axes,
+                assignment.sizes,
+                strict=True,
+            )
+        ),
         batch_axes=_picked(sample_axes(assignment, names), axes),
         arrays=assemble.arrays(trace, names, assignment, axes),
         batch=assemble.batch_arrays(trace, names, assignment, axes),

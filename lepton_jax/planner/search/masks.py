@@ -53,7 +53,11 @@ def nothing_split(
     names: Names,
 ) -> Assignment:
     """Return the assignment in which each device computes everything."""
-    return Assignment(sizes, masks=(0,) * len(names.groups), keep=0)
+    return Assignment(
+        sizes,
+        masks=(0,) * len(names.groups),
+        keep=0,
+    )
 
 
 def by_group_name(

@@ -313,7 +313,11 @@ class Problem:
     ) -> Assignment:
         if old == new:
             return assignment
-        masks = reordered(assignment, self.names(old), self.names(new))
+        masks = reordered(
+            assignment,
+            self.names(old),
+            self.names(new),
+        )
         return replace(assignment, masks=tuple(masks))
 
     # ---- neighbours of the problem ----
@@ -332,7 +336,13 @@ class Problem:
           limit: seconds of computing on a clock of its own; None: no limit.
         """
         patience = Patience("planning", limit)
-        free = Problem(self.trace, topology, self.objective, Pins(), patience)
+        free = Problem(
+            self.trace,
+            topology,
+            self.objective,
+            Pins(),
+            patience,
+        )
         if not self.pins.storage:
             free._names = self._names
             free._sizes = self._sizes
@@ -341,4 +351,10 @@ class Problem:
     def on_trace(self, trace: Trace) -> Problem:
         """Return the same problem for another trace, with a clock of its own."""
         patience = Patience("planning", self.patience.limit)
-        return Problem(trace, self.topology, self.objective, self.pins, patience)
+        return Problem(
+            trace,
+            self.topology,
+            self.objective,
+            self.pins,
+            patience,
+        )

@@ -91,7 +91,11 @@ class Roles:
                 continue
             parts = size * sample_parts if _samples(word) else size
             able = self._able(splitters[word], parts)
-            self._restrict(bit, word, splitters[word] if able else [])
+            self._restrict(
+                bit,
+                word,
+                splitters[word] if able else [],
+            )
             if able:
                 self._must[bit] = able
                 if _samples(word):

@@ -52,7 +52,11 @@ def meshes(topology: Topology) -> list[Sizes]:
         if outer >= middle >= inner and inner <= MOST_INNER
     ]
     triples.sort(key=_unlikely)
-    likely = [(devices,), *pairs[:MOST_PAIRS], *triples]
+    likely = [
+        (devices,),
+        *pairs[:MOST_PAIRS],
+        *triples,
+    ]
     return likely[:MOST_MESHES]
 
 

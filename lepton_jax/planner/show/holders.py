@@ -139,7 +139,12 @@ class Places:
         axes = tuple(axis for axis in plan.mesh.items() if axis[1] > 1)
         if len(axes) < 2:
             wrap = min(COLUMNS, _size(axes))
-            return cls(axes, down=(), stack=(), wrap=wrap)
+            return cls(
+                axes,
+                down=(),
+                stack=(),
+                wrap=wrap,
+            )
 
         by_size = sorted(axes, key=lambda axis: -axis[1])
         across, down, *_ = by_size

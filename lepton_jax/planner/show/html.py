@@ -142,7 +142,13 @@ def _tiles(plan: Plan) -> str:
     if plan.bytes_per_device:
         share = f", {plan.peak / plan.memory:.0%}" if plan.memory else ""
         remark = f"of {size(plan.memory)}{share}"
-        tiles.append(Tile("memory, a device", size(plan.peak), remark))
+        tiles.append(
+            Tile(
+                "memory, a device",
+                size(plan.peak),
+                remark,
+            )
+        )
 
     hourly = plan.price_per_hour
     price = plan.price_per_step
@@ -170,7 +176,13 @@ def _speed_tiles(plan: Plan) -> list[Tile]:
         rate = count / seconds
         devices = math.prod(plan.mesh.values())
         remark = f"{si(rate / devices).strip()} a device"
-        tiles.append(Tile(f"{unit} a second", si(rate).strip(), remark))
+        tiles.append(
+            Tile(
+                f"{unit} a second",
+                si(rate).strip(),
+                remark,
+            )
+        )
         flops = f"{si(plan.flops / seconds)}FLOP/s"
         tiles.append(Tile("computing, a device", flops, ""))
     return tiles
@@ -201,7 +213,13 @@ def _bars(plan: Plan) -> str:
         figures.append(_memory_bar(plan))
     if plan.seconds:
         segments = _segments(plan.seconds, plan.step_seconds or 1.0, duration)
-        figures.append(_bar("Time of a step", duration(plan.step_seconds), segments))
+        figures.append(
+            _bar(
+                "Time of a step",
+                duration(plan.step_seconds),
+                segments,
+            )
+        )
     if not figures:
         return ""
     return (
@@ -213,7 +231,11 @@ def _memory_bar(plan: Plan) -> str:
     limit = plan.memory
     free = plan.memory - plan.peak
     note = f"{size(plan.peak)} of {size(limit)} a device"
-    segments = _segments(plan.bytes_per_device, max(limit, plan.peak), size)
+    segments = _segments(
+        plan.bytes_per_device,
+        max(limit, plan.peak),
+        size,
+    )
     if free < 0:
         note = f"{note}: {size(-free)} too much"
         return _bar("Memory", note, segments, limit / plan.peak)

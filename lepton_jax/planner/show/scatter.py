@@ -262,7 +262,15 @@ def _places(label: Label) -> Iterator[Place]:
         middle = y + dy * reach
         top = middle - HALF_LABEL
         bottom = middle + HALF_LABEL
-        yield Place(reach, Box(left, top, left + width, bottom))
+        yield Place(
+            reach,
+            Box(
+                left,
+                top,
+                left + width,
+                bottom,
+            ),
+        )
 
 
 def _badness(
@@ -316,7 +324,12 @@ def _pieces(
 
 def _around(spot: Spot, pixels: float) -> Box:
     x, y = spot
-    return Box(x - pixels, y - pixels, x + pixels, y + pixels)
+    return Box(
+        x - pixels,
+        y - pixels,
+        x + pixels,
+        y + pixels,
+    )
 
 
 def _is_outside(box: Box, bottom: float) -> bool:

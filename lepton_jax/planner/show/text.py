@@ -177,7 +177,12 @@ def _arrays(
             )
         )
     titles = ("parameter", "", "shape", "", "a device", "kept as", "in use", "why")
-    lines = grid(titles, cells, "<>><><<>", flexible=(0, 5, 6))
+    lines = grid(
+        titles,
+        cells,
+        "<>><><<>",
+        flexible=(0, 5, 6),
+    )
     rest = "; ".join(other_state(plan))
     if rest:
         lines += textwrap.wrap(f"besides: {rest}", WIDTH, subsequent_indent="  ")
@@ -272,7 +277,13 @@ def _memory(plan: Plan) -> list[str]:
     if free >= 0:
         kinds.append(("free", size(free), free / scale))
     else:
-        kinds.append(("too much", size(-free), -free / scale))
+        kinds.append(
+            (
+                "too much",
+                size(-free),
+                -free / scale,
+            )
+        )
     return [f"memory a device: {_filled(plan)}", *_bars(kinds)]
 
 

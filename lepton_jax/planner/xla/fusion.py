@@ -344,7 +344,10 @@ class Fusion:
         )
         options = ""
         if op.name not in ELEMENTWISE:
-            params = sorted(op.params.items(), key=lambda item: item[0])
+            params = sorted(
+                op.params.items(),
+                key=lambda item: item[0],
+            )
             options = str(params)
         shapes = tuple(value.shape for value in op.outputs)
         dtypes = tuple(str(value.dtype) for value in op.outputs)
@@ -473,7 +476,13 @@ class Fusion:
         if op.name != "transpose":
             reuses = self._reusable(sources, target)
         written = self.materialize(target, op, self.kind(target))
-        groups.append(Group(sources, (written,), reuses=reuses))
+        groups.append(
+            Group(
+                sources,
+                (written,),
+                reuses=reuses,
+            )
+        )
 
     def _reusable(
         self,
@@ -604,7 +613,13 @@ class Fusion:
         consts, carried = scan_counts(op.eqn)
         sliced = consts + carried
         body = op.regions[0]
-        pairs = list(zip(op.inputs, body.inputs, strict=True))
+        pairs = list(
+            zip(
+                op.inputs,
+                body.inputs,
+                strict=True,
+            )
+        )
         reads: list[int] = []
         writes: list[int] = []
         reuses: list[int] = []

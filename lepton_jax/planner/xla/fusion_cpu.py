@@ -119,7 +119,13 @@ class CpuFusion(Fusion):
         if self.drops_barriers:
             return
         awaited = tuple(self._buffers_of(op.inputs))
-        token = self.copy(op.outputs[0], op, awaited, groups, TOKEN)
+        token = self.copy(
+            op.outputs[0],
+            op,
+            awaited,
+            groups,
+            TOKEN,
+        )
         for value in op.outputs:
             self.buffers[value.index] = (*self.buffers[value.index], token)
             self.sources[value.index] = (*self.sources[value.index], token)
@@ -202,7 +208,13 @@ class CpuFusion(Fusion):
         total = self.materialize(op.outputs[0], op)
         groups.append(Group(rest, (total,)))
         scattered = self.added[added.index]
-        groups.append(Group(scattered, (), updates=(total,)))
+        groups.append(
+            Group(
+                scattered,
+                (),
+                updates=(total,),
+            )
+        )
 
     def _broadcast(
         self,
@@ -293,7 +305,13 @@ class CpuFusion(Fusion):
         kind = STORED if sparse(op) else COMPUTED
         zeros = self.materialize(target, op, kind)
         groups.append(Group((), (zeros,)))
-        groups.append(Group(reads, (), updates=(zeros,)))
+        groups.append(
+            Group(
+                reads,
+                (),
+                updates=(zeros,),
+            )
+        )
 
     def _add_widened_product(
         self,
@@ -363,7 +381,13 @@ class CpuFusion(Fusion):
         reads = (*indices, *self.buffers[operand.index])
         groups.append(Group(reads, (*greatest, maxima)))
         reads = (*greatest, *self.buffers[source.index])
-        groups.append(Group(reads, (), updates=(zeros,)))
+        groups.append(
+            Group(
+                reads,
+                (),
+                updates=(zeros,),
+            )
+        )
 
     def _reads(
         self,
@@ -376,7 +400,15 @@ class CpuFusion(Fusion):
             source = self.sources[value.index]
             if value.index in self.transposed:
                 # A reduction along another dim reads a float32 copy.
-                return (self.copy(value, op, source, groups, STORED_WORDS),)
+                return (
+                    self.copy(
+                        value,
+                        op,
+                        source,
+                        groups,
+                        STORED_WORDS,
+                    ),
+                )
         if value.stored is None or len(value.shape) < 2:
             return source
 
@@ -405,7 +437,14 @@ class CpuFusion(Fusion):
         source = self._reads(op, value, groups)
         key = (self._original(value), True)
         if value.stored is None and key not in self.copies:
-            self.copies[key] = (self.copy(value, op, source, groups),)
+            self.copies[key] = (
+                self.copy(
+                    value,
+                    op,
+                    source,
+                    groups,
+                ),
+            )
         return self.copies.get(key, source)
 
     def _widened(
@@ -427,9 +466,25 @@ class CpuFusion(Fusion):
         elif kernel:
             # It is gathered in float32 and rounded before it is widened again.
             for kind in (GATHERED_DOUBLE, COMPUTED):
-                source = (self.copy(value, op, source, groups, kind),)
+                source = (
+                    self.copy(
+                        value,
+                        op,
+                        source,
+                        groups,
+                        kind,
+                    ),
+                )
 
-        widened = (self.copy(value, op, source, groups, COMPUTED_DOUBLE),)
+        widened = (
+            self.copy(
+                value,
+                op,
+                source,
+                groups,
+                COMPUTED_DOUBLE,
+            ),
+        )
         self.copies[key] = widened
         if kernel and self.depth == 1:
             self.hoisted += widened
@@ -462,7 +517,15 @@ class CpuFusion(Fusion):
         low = str(value.dtype) in ("bfloat16", "float16")
         if not OLDER or not low or value.stored is not None:
             return source
-        return (self.copy(value, op, source, groups, COMPUTED_DOUBLE),)
+        return (
+            self.copy(
+                value,
+                op,
+                source,
+                groups,
+                COMPUTED_DOUBLE,
+            ),
+        )
 
     def _add_loop(
         self,

@@ -431,7 +431,14 @@ class TpuFusion(Fusion):
         if has_narrow_rows(op, value):
             return self._table(op, value, groups)
         if value.stored is None and convolves(op):
-            return (self.copy(value, op, self.sources[value.index], groups),)
+            return (
+                self.copy(
+                    value,
+                    op,
+                    self.sources[value.index],
+                    groups,
+                ),
+            )
         if value.stored is None or len(value.shape) < 2 or op.name in ROWWISE:
             reads = super()._reads(op, value, groups)
             if value.stored is not None and self.depth == 1:
@@ -480,7 +487,13 @@ class TpuFusion(Fusion):
         assert value.stored is not None
         parameter = value.stored[0]
         if parameter not in self.tables:
-            self.tables[parameter] = self.copy(value, op, (), groups, STORED_ROWS)
+            self.tables[parameter] = self.copy(
+                value,
+                op,
+                (),
+                groups,
+                STORED_ROWS,
+            )
         reads: Buffers = (self.tables[parameter],)
         if not sparse(op):
             gathered = self.copy(value, op, reads, groups, COMPUTED_ROWS)
@@ -503,7 +516,13 @@ class TpuFusion(Fusion):
         own = self.materialize(target, op, kind)
         self._take(own, reads, groups)
         if sparse(op):
-            total = self.copy(target, op, (own,), groups, STORED_ROWS)
+            total = self.copy(
+                target,
+                op,
+                (own,),
+                groups,
+                STORED_ROWS,
+            )
             self.conditions[total] = (target.index, "unsplit")
             groups.append(Group((total,), ()))
             self.taken.append(total)

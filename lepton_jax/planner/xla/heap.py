@@ -57,7 +57,11 @@ def packed(
     largest_first = occupied[np.argsort(-sizes[occupied], kind="stable")]
     big = np.sort(largest_first[:PACKED_SINGLY])
     rest = largest_first[PACKED_SINGLY:]
-    held = alive(starts[rest], ends[rest], sizes[rest])
+    held = alive(
+        starts[rest],
+        ends[rest],
+        sizes[rest],
+    )
     small = float(held.max(initial=0.0))
 
     starts = starts[big]
@@ -188,7 +192,14 @@ def in_vector_memory(
         return chosen
     able = np.flatnonzero((sizes > 0) & (sizes <= room))
     tiny = sizes[able] <= TINY_SHARE * room
-    order = np.lexsort((starts[able], -sizes[able], rank[able], ~tiny))
+    order = np.lexsort(
+        (
+            starts[able],
+            -sizes[able],
+            rank[able],
+            ~tiny,
+        )
+    )
 
     taken = np.zeros(int(ends.max(initial=0)) + 2)
     for i in able[order][: 4 * PACKED_SINGLY]:

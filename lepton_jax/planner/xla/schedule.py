@@ -121,7 +121,11 @@ class Timeline:
         """Return the timeline of the same program in another order."""
         key = (windowed, eager)
         if key not in self._variants:
-            self._variants[key] = Timeline(self.graph, self.platform, *key)
+            self._variants[key] = Timeline(
+                self.graph,
+                self.platform,
+                *key,
+            )
         return self._variants[key]
 
     def value(self, buffer: int) -> Value:
@@ -319,12 +323,21 @@ def _put_off(groups: list[Group]) -> list[Group]:
         elif group.product is not None:
             part = 2
         else:
-            part = max((part_of.get(b, 0) for b in group.needs), default=0)
+            part = max(
+                (part_of.get(b, 0) for b in group.needs),
+                default=0,
+            )
         parts[part].append(group)
         part_of.update((b, part) for b in group.writes)
 
     chain, late, others = parts
-    return [*groups[:begin], *chain, *late, *others, *groups[end:]]
+    return [
+        *groups[:begin],
+        *chain,
+        *late,
+        *others,
+        *groups[end:],
+    ]
 
 
 def _chain(

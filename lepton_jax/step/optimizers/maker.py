@@ -81,7 +81,13 @@ class Maker:
 
     def optimizer(self) -> Optimizer:
         """Return it in the form in which a train step applies it."""
-        return Optimizer(self._base, self.init, self.update, self.scheduled, [])
+        return Optimizer(
+            self._base,
+            self.init,
+            self.update,
+            self.scheduled,
+            [],
+        )
 
     def init(self, params: Any) -> Any:
         """Return the state before the first update."""
@@ -192,11 +198,19 @@ class Maker:
         scheduled = jnp.float32(jnp.nan) if scheduled is None else scheduled
         is_set = jnp.isnan(scheduled) | ((scheduled == 0) & (rate != 0))
         unmoved = rate == scheduled
-        divisor = jnp.where(is_set | (scheduled == 0), 1, scheduled)
+        divisor = jnp.where(
+            is_set | (scheduled == 0),
+            1,
+            scheduled,
+        )
         factor = jnp.where(unmoved, 1, rate / divisor)
 
         def read(count: Any) -> Any:
-            return jnp.where(is_set, rate, self._rate(count) * factor)
+            return jnp.where(
+                is_set,
+                rate,
+                self._rate(count) * factor,
+            )
 
         return Scheduled(read)
 
@@ -286,10 +300,19 @@ class Maker:
             gradients: Any,
             params: Any,
         ) -> Any:
-            return made.update(lambda: gradients, state, params, jnp.float32(0))
+            return made.update(
+                lambda: gradients,
+                state,
+                params,
+                jnp.float32(0),
+            )
 
         program = jax.make_jaxpr(update)(state, params, params)
-        return readings.of(program, state, after=len(jax.tree.leaves(params)))
+        return readings.of(
+            program,
+            state,
+            after=len(jax.tree.leaves(params)),
+        )
 
     def _program(self, params: Any) -> tuple[Any, Any]:
         """Return the jaxpr of an update, and the state.
@@ -305,7 +328,12 @@ class Maker:
             params: Any,
         ) -> Any:
             made = self._made(rate)
-            return made.update(lambda: gradients, state, params, jnp.float32(0))
+            return made.update(
+                lambda: gradients,
+                state,
+                params,
+                jnp.float32(0),
+            )
 
         return jax.make_jaxpr(update)(RATE, state, params, params), state
 
@@ -326,7 +354,12 @@ class Maker:
     ) -> Any:
         """Return the updates by gradients that are the parameters."""
         made = self._made(rate)
-        updates, _ = made.updates(params, made.init(params), params, jnp.float32(0))
+        updates, _ = made.updates(
+            params,
+            made.init(params),
+            params,
+            jnp.float32(0),
+        )
         return updates
 
 

@@ -170,7 +170,13 @@ class Readings:
         """
         jaxpr = program.jaxpr
         owners = _owners(state)
-        leaves = dict(zip(jaxpr.invars, range(len(owners)), strict=False))
+        leaves = dict(
+            zip(
+                jaxpr.invars,
+                range(len(owners)),
+                strict=False,
+            )
+        )
         marks = list(_marks(jaxpr, leaves))
 
         unknown = Reading(leaf=None, plain=False, scales=False)

@@ -84,7 +84,13 @@ class Switching:
     def optimizer(self) -> Optimizer:
         """Return them in the form in which a train step applies them."""
         base = {**self._base, "optimizer": 0.0}
-        return Optimizer(base, self.init, self.update, self.scheduled, [])
+        return Optimizer(
+            base,
+            self.init,
+            self.update,
+            self.scheduled,
+            [],
+        )
 
     def init(self, params: Any) -> Any:
         """Return the states before the first update."""
@@ -144,7 +150,11 @@ class Switching:
             moments = [_moment(own) for own in state["each"]]
             fresh = _with_moment(fresh, moments, before)
         return jax.tree.map(
-            lambda new, old: jnp.where(before != number, new, old),
+            lambda new, old: jnp.where(
+                before != number,
+                new,
+                old,
+            ),
             fresh,
             state["each"][number],
         )
@@ -156,7 +166,12 @@ class Switching:
     ) -> dict[str, Any]:
         base = self._each[number].base
         own = {
-            name: _own_knob(name, knob, self._base[name], base[name])
+            name: _own_knob(
+                name,
+                knob,
+                self._base[name],
+                base[name],
+            )
             for name, knob in knobs.items()
             if name in base
         }
@@ -178,7 +193,11 @@ def _own_knob(
     if own == base or name == "learning_rate":
         return knob
     if name in FORMING or not base:
-        return jnp.where(knob == jnp.float32(base), own, knob)
+        return jnp.where(
+            knob == jnp.float32(base),
+            own,
+            knob,
+        )
     return own * (knob / base)
 
 

@@ -125,7 +125,11 @@ class Transformation:
         if factor is None:
             return apply(None)
         # a factor of 1 changes no number, but how XLA rounds those around it
-        return jax.lax.cond(factor == 1, lambda: apply(None), lambda: apply(factor))
+        return jax.lax.cond(
+            factor == 1,
+            lambda: apply(None),
+            lambda: apply(factor),
+        )
 
     def _applied(
         self,
@@ -135,7 +139,12 @@ class Transformation:
         value: Any,
         factor: Any,
     ) -> tuple[Any, Any]:
-        updates, after = self.updates(gradients(), state, params, value)
+        updates, after = self.updates(
+            gradients(),
+            state,
+            params,
+            value,
+        )
         if factor is not None:
             updates = scaled(updates, factor, state)
 
@@ -159,7 +168,12 @@ class Transformation:
         with fitting(params):
             if isinstance(state, Lookahead):
                 both = _both(params, state)
-                updates, inner = self._call(gradients, state.inner, both, value)
+                updates, inner = self._call(
+                    gradients,
+                    state.inner,
+                    both,
+                    value,
+                )
                 return updates, state._replace(inner=inner)
             return self._call(gradients, state, params, value)
 
