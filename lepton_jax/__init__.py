@@ -1,6 +1,4 @@
-"""Lepton-JAX: a plain Flax module in, a planned, fused and adaptive training run
-out.
-"""
+"""Lepton-JAX: a plain Flax module in, an adaptive training run on any mesh out."""
 
 from importlib.metadata import version as _version
 

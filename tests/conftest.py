@@ -1,5 +1,6 @@
-"""Eight virtual CPU devices for the whole suite; the variables must stand before JAX is
-first used.
+"""Eight virtual CPU devices for the whole suite.
+
+The environment variables must be set before JAX is first used.
 """
 
 import os
@@ -61,8 +62,9 @@ def _mark_slow(items, whole_files):
 
 
 def _longest_first(items):
-    """The longest files first, so that at the end no core waits for the other; those of
-    many processes not at once.
+    """Put the longest files first, so that at the end no core waits for the other.
+
+    Files whose tests start many processes are apart, so that they don't run at once.
     """
     longest = (
         "test_faults.py",
@@ -90,9 +92,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_jax():
-    """A file that leaves one of JAX's settings changed would change the bits of the
-    next.
-    """
+    """Fail a file that leaves one of JAX's settings changed: it changes the next's bits."""
     import jax
 
     before = dict(jax.config.values)
@@ -131,9 +131,10 @@ def _quick_compilation():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Without LLVM's dearer passes and XLA's own emitters of fusions: half of the time
-    of what compiles much and computes little. What must hold to the bit is compiled as
-    users compile it.
+    """Compile without LLVM's dearer passes and XLA's own emitters of fusions.
+
+    That takes half of the time where much is compiled and little is computed. What must
+    hold to the bit is compiled as users compile it.
     """
     with _quick_compilation():
         yield
@@ -148,9 +149,7 @@ def quick_compilation_here():
 
 @pytest.fixture(scope="session")
 def blobs():
-    """(inputs, targets): 600 samples of 12 numbers in 3 classes that a linear model can
-    tell apart.
-    """
+    """600 samples of 12 numbers in 3 classes that a linear model can tell apart."""
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(600, 12)).astype(np.float32)
     return inputs, (inputs @ rng.normal(size=(12, 3))).argmax(1).astype(np.int32)
@@ -158,9 +157,7 @@ def blobs():
 
 @pytest.fixture
 def launch(tmp_path):
-    """Start `tools/launch.py` as a process of its own, with the devices of a plain
-    machine.
-    """
+    """Start `tools/launch.py` as a process, with the devices of a plain machine."""
     started = []
 
     def start(*arguments, **options):

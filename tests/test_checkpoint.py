@@ -1,6 +1,4 @@
-"""Retention, damage, mismatch; what restores where; folders of any name; what a failed
-save says.
-"""
+"""Checkpoints: retention, damage, mismatch, folders of any name, failed saves."""
 
 import errno
 import os
@@ -337,9 +335,7 @@ def test_a_run_in_a_folder_of_any_name_is_resumed_and_its_model_loaded(
 
 
 def test_a_name_that_reads_as_a_pattern_finds_no_neighbours_files(tmp_path):
-    """Orbax looks for its parts by a glob; `a*` matches `ab`, which saves at the same
-    time.
-    """
+    """Orbax looks for its parts by a glob: `a*` matches `ab`, which saves meanwhile."""
     pattern = Checkpoints(tmp_path / "a*")
     neighbour = Checkpoints(tmp_path / "ab")
     states = state_of(1, rows=4000), state_of(2, rows=4000)

@@ -1,6 +1,4 @@
-"""A loss that is not finite: its cause is named, and the cause is not always the
-rate.
-"""
+"""A loss that is not finite: its cause is named, and is not always the rate."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,6 @@
-"""Against the loop one writes by hand, and across devices, steps a call, micro-batches
-and precisions.
+"""Training compared with the loop that one writes by hand, to the bit.
+
+Also across devices, steps a call, micro-batches and precisions.
 """
 
 import sys
@@ -93,9 +94,7 @@ def trainer(model, **fields):
 
 
 def by_hand(model, inputs, targets):
-    """Losses and final parameters of the loop that the Flax and Optax documentation
-    lead to.
-    """
+    """Return losses and final parameters of the loop that Flax's documentation shows."""
     optimizer = optax.adamw(1e-2)
     graph, params, rest = nnx.split(
         model(nnx.Rngs(0)),

@@ -212,7 +212,8 @@ def test_importing_starts_no_backend():
 
 
 def test_the_linters_are_content():
-    for command in (["ruff", "check", "."], ["mypy"]):
+    commands = (["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"])
+    for command in commands:
         done = subprocess.run(
             [sys.executable, "-m", *command],
             cwd=ROOT,

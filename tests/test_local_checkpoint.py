@@ -1,5 +1,6 @@
-"""Fast checkpoints on the hosts' own disks: exact, only where they are whole, never in
-place of the durable ones.
+"""Fast checkpoints on the hosts' own disks.
+
+They are exact, read only where they are whole, and never replace the durable ones.
 """
 
 import os
@@ -62,9 +63,7 @@ def files(near):
 
 @pytest.fixture(scope="module")
 def lost(blobs, tmp_path_factory):
-    """A run of 40 steps whose last durable checkpoint is of step 30; the two local ones
-    are later.
-    """
+    """A run of 40 steps: the last durable checkpoint is of step 30, two local are later."""
     folder = tmp_path_factory.mktemp("lost")
     trainer = make(blobs, folder / "run", folder / "near")
     save_every_step(trainer)

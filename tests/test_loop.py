@@ -1,6 +1,4 @@
-"""The loop's contract: what is measured when, what is saved when, what compiles, what
-waits.
-"""
+"""The loop's contract: when it measures, saves, compiles and waits."""
 
 import json
 import shutil

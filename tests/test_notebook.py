@@ -1,6 +1,4 @@
-"""The notebook example of the design page, as written, with an NNX and with a Linen
-module.
-"""
+"""The notebook example, as written, with an NNX and with a Linen module."""
 
 import numpy as np
 import optax
@@ -10,7 +8,7 @@ from flax import linen, nnx
 import lepton_jax
 
 EXAMPLE = """
-print(trainer.plan("v5p:4x4x4"))                # look before you run, on hardware you don't have
+print(trainer.plan("v5p:4x4x4"))  # look before you run, on hardware you don't have
 history = trainer.fit(train, epochs=10, batch_size=32)
 loss, accuracy = trainer.evaluate(test)
 labels = trainer.predict(images)

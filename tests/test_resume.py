@@ -1,6 +1,4 @@
-"""Killed at any moment and resumed, a run's losses and parameters are to the bit those
-of a run left alone.
-"""
+"""A run that is killed at any moment and resumed equals one left alone, to the bit."""
 
 import json
 import os
@@ -21,8 +19,9 @@ STEPS = 400
 
 
 def losses(folder: Path) -> np.ndarray:
-    """Loss of each step; where a resumed run repeated steps, the later record, which
-    must equal the earlier one.
+    """Return the loss of each step.
+
+    Where a resumed run repeated steps, the later record must equal the earlier one.
     """
     found: dict[int, float] = {}
     for event in read_events(folder / "events.jsonl"):

@@ -116,7 +116,7 @@ def differences(
     after: Any,
     place: str = "",
 ) -> list[str]:
-    """List where two records differ, a line each; numbers of source lines don't count."""
+    """List where two records differ, a line each; line numbers don't count."""
     if isinstance(before, dict) and isinstance(after, dict):
         lines = []
         for key in dict.fromkeys((*before, *after)):

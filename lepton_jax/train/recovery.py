@@ -189,8 +189,8 @@ class Rollbacks:
     Attributes:
       slow: arguments of `with_rate_factor` after the last rollback. Number k lowers the
         learning rate by rate**k, and lets it grow to rate**(k - 1) within a quarter of
-        the way back: where the data was at fault, which is skipped, that costs next to nothing;
-        a rate that was at fault is lowered for good the next time.
+        the way back: where the data was at fault, which is skipped, that costs next to
+        nothing; a rate that was at fault is lowered for good the next time.
       tried: what was done so far, in words.
     """
 

@@ -83,8 +83,9 @@ class RunRecord:
         none.
       stopped: why a policy stopped the run; None: none did.
       given: the recipe's part in the state (`Program.given`); None: not known.
-      slow: arguments of `controller.with_rate_factor` after a rollback that the state in the
-        checkpoint does not know of; None: there was none. Only `rollback.json` has it.
+      slow: arguments of `controller.with_rate_factor` after a rollback that the state
+        in the checkpoint does not know of; None: there was none. Only `rollback.json`
+        has it.
     """
 
     position: Position = field(default_factory=Position)

@@ -1,5 +1,7 @@
-"""A person's requests: done between two steps, in their order, answered and journaled,
-or refused with a reason.
+"""A person's requests to a run.
+
+They are done between two steps, in their order, answered and journaled, or refused with
+a reason.
 """
 
 import json
@@ -44,8 +46,9 @@ def make(blobs, folder, **fields):
 
 
 def conversation(trainer, *requests):
-    """Fit while another thread asks, and waits for each answer; returns the history and
-    the answers.
+    """Fit while another thread asks, and return the history and the answers.
+
+    The thread waits for each answer before it asks again.
     """
     answers = []
 

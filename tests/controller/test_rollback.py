@@ -1,6 +1,4 @@
-"""Stops and rollbacks: at which step, from which checkpoint, with which data, how
-often; and what they save a run from.
-"""
+"""Stops and rollbacks: when, from which checkpoint, with which data, how often."""
 
 import json
 import time

@@ -1,6 +1,4 @@
-"""The language-model benchmark, tiny, with a stand-in for the PyTorch that CI doesn't
-have.
-"""
+"""The language-model benchmark, tiny, with a stand-in for PyTorch, which CI lacks."""
 
 import argparse
 import importlib.util

@@ -1,6 +1,4 @@
-"""The regret benchmark enumerates what it says, and measures a small model in
-seconds.
-"""
+"""The regret benchmark enumerates what it says, and measures a small model soon."""
 
 import json
 from functools import partial
