@@ -92,7 +92,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_jax():
-    """Fail a file that leaves one of JAX's settings changed: it changes the next's bits."""
+    """Fail a file that leaves a setting of JAX changed: the next file's bits differ."""
     import jax
 
     before = dict(jax.config.values)

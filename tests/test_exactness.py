@@ -94,7 +94,7 @@ def trainer(model, **fields):
 
 
 def by_hand(model, inputs, targets):
-    """Return losses and final parameters of the loop that Flax's documentation shows."""
+    """Return losses and final parameters of the loop in Flax's documentation."""
     optimizer = optax.adamw(1e-2)
     graph, params, rest = nnx.split(
         model(nnx.Rngs(0)),

@@ -63,7 +63,7 @@ def files(near):
 
 @pytest.fixture(scope="module")
 def lost(blobs, tmp_path_factory):
-    """A run of 40 steps: the last durable checkpoint is of step 30, two local are later."""
+    """A run of 40 steps: the durable checkpoint is of step 30, two local are later."""
     folder = tmp_path_factory.mktemp("lost")
     trainer = make(blobs, folder / "run", folder / "near")
     save_every_step(trainer)
