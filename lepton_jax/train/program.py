@@ -27,7 +27,7 @@ from lepton_jax.checkpoint.adoption import (
     schedule_values,
 )
 from lepton_jax.compat import jit_on, placed, whole_axes
-from lepton_jax.controller import Controller, Pieces, norm, select_weights
+from lepton_jax.controller import Pieces, norm, select_weights
 from lepton_jax.data import Limit
 from lepton_jax.errors import DataError, pointing_at_user
 from lepton_jax.hosts import agreement
@@ -94,7 +94,7 @@ class Program:
         self.recipe = trace.recipe
         self.trace = trace
         self.plan = plan
-        self.controller = Controller(self.recipe)
+        self.controller = trace.controller
         weight = [WEIGHT] if trace.weighted else []
         self.records = [
             "loss",

@@ -37,6 +37,7 @@ class Trace:
 
     Attributes:
       recipe: what was traced.
+      controller: the recipe's policies at work; the program runs the same object.
       functional: the module as pure functions.
       state: a `State` of shapes.
       inputs, targets, outputs: shapes of one batch, batch dim first.
@@ -50,6 +51,7 @@ class Trace:
     """
 
     recipe: Recipe
+    controller: Controller
     functional: Functional
     state: State
     inputs: Any
@@ -81,7 +83,7 @@ class Trace:
         loss = training_loss(self.recipe, self.functional, micro_batches=1)
         gradient = jax.grad(rematerialized(loss, remat), has_aux=True)
         state = self.state
-        knobs = Controller(self.recipe).forward_knobs(state.controller)
+        knobs = self.controller.forward_knobs(state.controller)
         program = jax.make_jaxpr(gradient)(
             state.params,
             state.variables,
@@ -182,12 +184,13 @@ def _trace(
         )
     inputs, targets = _batch_of(recipe.batch_size, (inputs, targets))
     prepared = _preprocessed(recipe, inputs)
+    controller = Controller(recipe)
     if inputs is None:
-        module, state = _module_and_state(recipe, prepared, None)
-        return _trace_of_state(recipe, module, state)
+        module, state = _module_and_state(controller, prepared, None)
+        return _trace_of_state(controller, module, state)
 
     module, state, traced = _trace_model(
-        recipe,
+        controller,
         prepared,
         (inputs, targets),
     )
@@ -201,6 +204,7 @@ def _trace(
     flops = _count(traced.jaxpr.jaxpr, operations, 1)
     return Trace(
         recipe=recipe,
+        controller=controller,
         functional=module,
         state=state,
         inputs=inputs,
@@ -234,13 +238,14 @@ def _preprocessed(recipe: Recipe, inputs: Any) -> Any:
 
 
 def _trace_of_state(
-    recipe: Recipe,
+    controller: Controller,
     module: Functional,
     state: State,
 ) -> Trace:
     """Return the trace of a recipe whose data is not known yet."""
     return Trace(
-        recipe=recipe,
+        recipe=controller.recipe,
+        controller=controller,
         functional=module,
         state=state,
         inputs=None,
@@ -254,7 +259,7 @@ def _trace_of_state(
 
 
 def _trace_model(
-    recipe: Recipe,
+    controller: Controller,
     prepared: Any,
     batch: tuple[Any, Any],
 ) -> tuple[Functional, State, _TracedLoss]:
@@ -263,7 +268,8 @@ def _trace_model(
     A module that holds an array from when it was built in a function (see `leaks`) is
     traced once more, then built anew from the recipe's seed in each program.
     """
-    module, state = _module_and_state(recipe, prepared, None)
+    recipe = controller.recipe
+    module, state = _module_and_state(controller, prepared, None)
     try:
         traced = _trace_loss(recipe, module, state, batch)
         leaking = leaks(traced.jaxpr)
@@ -272,24 +278,24 @@ def _trace_model(
             raise
         leaking = True
     if leaking:
-        module, state = _module_and_state(recipe, prepared, recipe.seed)
+        module, state = _module_and_state(controller, prepared, recipe.seed)
         traced = _trace_loss(recipe, module, state, batch)
     return module, state, traced
 
 
 def _module_and_state(
-    recipe: Recipe,
+    controller: Controller,
     prepared: Any,
     seed: int | None,
 ) -> tuple[Functional, State]:
     """Return the module as functions and the state's shapes.
 
     Args:
-      recipe: the recipe.
+      controller: the recipe and its policies.
       prepared: shapes of the inputs after preprocessing.
       seed: as in `functional`.
     """
-    controller = Controller(recipe)
+    recipe = controller.recipe
     module = functional(
         recipe.model,
         prepared,
