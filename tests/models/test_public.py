@@ -796,11 +796,11 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("public"))
 
 
-# By default nine models run on one device, and on eight those in which samples meet, or
+# By default seven models run on one device, and on eight those in which samples meet, or
 # whose layers are loops: this file takes as long as compiling does.
-SLOW_TO_COMPILE = ("score_sde", "recurrentgemma", "bonsai", "nerf")
+SLOW_TO_COMPILE = ("score_sde", "recurrentgemma", "bonsai", "nerf", "lm1b", "seq2seq")
 QUICK = CASES.keys() - set(SLOW_TO_COMPILE)
-ON_EIGHT = ("nanodo", "ogbg")
+ON_EIGHT = ("nanodo",)
 PLACES = [
     pytest.param(
         name,
