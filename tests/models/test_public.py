@@ -796,8 +796,8 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("public"))
 
 
-# By default seven models run on one device, and on eight those in which samples meet, or
-# whose layers are loops: this file takes as long as compiling does.
+# By default seven models run on one device, and on eight one whose layers are a loop:
+# this file takes as long as compiling does.
 SLOW_TO_COMPILE = ("score_sde", "recurrentgemma", "bonsai", "nerf", "lm1b", "seq2seq")
 QUICK = CASES.keys() - set(SLOW_TO_COMPILE)
 ON_EIGHT = ("nanodo",)
