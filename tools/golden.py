@@ -116,7 +116,7 @@ def differences(
     after: Any,
     place: str = "",
 ) -> list[str]:
-    """List where two records differ, a line each; line numbers don't count."""
+    """List where two records differ, a line each; places in sources don't count."""
     if isinstance(before, dict) and isinstance(after, dict):
         lines = []
         for key in dict.fromkeys((*before, *after)):
@@ -226,8 +226,8 @@ def _exit_text(command: str, folder: str) -> str:
 
 
 def _without_lines(value: Any) -> str:
-    """Drop line numbers of source files, which any edit of those files moves."""
-    return re.sub(r"\.py:\d+", ".py", json.dumps(value))
+    """Drop lines and functions of source files, which an edit of these may move."""
+    return re.sub(r"\.py:[\d:]+( \([\w.]+\))?", ".py", json.dumps(value))
 
 
 def _short(value: Any) -> str:
