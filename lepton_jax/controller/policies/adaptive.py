@@ -10,7 +10,7 @@ from lepton_jax.controller.policies.learning_free import learning_free
 from lepton_jax.controller.policy import Policy, chain
 
 # The constants below were chosen on validation losses of other seeds and other tasks
-# than those of `python tools/bench.py controller`; see docs/controller.md.
+# than those of `python -m tools.bench controller`; see docs/controller.md.
 
 
 def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
@@ -37,8 +37,8 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
     Memory: three copies of the parameters, which are those at the start, a weighted sum
     of the gradients, and the average.
 
-    Its results, and where it falls short: `python tools/bench.py controller`,
-    benchmarks/controller.json. The cost of faults under it: `python tools/bench.py
+    Its results, and where it falls short: `python -m tools.bench controller`,
+    benchmarks/controller.json. The cost of faults under it: `python -m tools.bench
     faults`, benchmarks/faults.json. It looks at the training loss alone: where a model
     overfits, it stops no sooner than its budget says.
 

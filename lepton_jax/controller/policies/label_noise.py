@@ -45,7 +45,7 @@ import jax.numpy as jnp
 from lepton_jax.controller.policy import Policy, check_range
 
 # The constants were chosen on digits, MNIST and tiny Shakespeare with faults:
-# `python tools/bench.py faults`; see docs/controller.md.
+# `python -m tools.bench faults`; see docs/controller.md.
 
 # steps in the usual share before anything is unusual
 LEAST = 20

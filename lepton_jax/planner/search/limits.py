@@ -7,10 +7,10 @@ measured it: a better value is welcome where a measurement shows one.
 # ---- when a plan fits ----
 
 # Share of a device's memory that a plan may fill. Predictions err by 2 % in the median
-# and by 14 % at the worst (`python tools/bench.py planner-memory`).
+# and by 14 % at the worst (`python -m tools.bench planner-memory`).
 MARGIN = 0.92
 # The same for convolutions on TPUs, where predictions fall short by up to 30 %
-# (`python tools/bench.py planner-memory`).
+# (`python -m tools.bench planner-memory`).
 MARGIN_CONVOLVING = 0.7
 # Share of the limit from which on the light score of an assignment gets worse, because
 # activations need room next to the state. Assumption.

@@ -14,7 +14,7 @@ CHIP_TABLE = (
     " kernels: 16 MiB, and 32 MiB in a v6e"
 )
 FITTED = (
-    "fitted by `python tools/bench.py planner-memory` and some 40 more programs that"
+    "fitted by `python -m tools.bench planner-memory` and some 40 more programs that"
     " libtpu compiled: the best of the values that were tried"
 )
 

@@ -2,7 +2,7 @@
 
 The rules were found by comparing with programs that jaxlib 0.10 and 0.12 compiled for
 virtual CPU devices: the models of `lepton_jax.models` in several sizes
-(`python tools/bench.py planner-memory` compares some of them again).
+(`python -m tools.bench planner-memory` compares some of them again).
 
 Two things changed in between. jaxlib 0.10 drops optimization barriers before it merges
 common subexpressions, and computes products of 16-bit numbers in float32: it writes

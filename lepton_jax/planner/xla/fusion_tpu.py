@@ -2,7 +2,7 @@
 
 The rules were found by comparing with programs that libtpu of jax 0.10 and 0.12
 compiled for v5e, v5p and v6e: the models of `lepton_jax.models` in several sizes
-(`python tools/bench.py planner-memory` compares some of them again).
+(`python -m tools.bench planner-memory` compares some of them again).
 
 An example, the backward pass of a two-layer MLP. The gradient before the relu is a
 matmul that ends in a `select_n`. `Fusion` would write both results. libtpu computes the
