@@ -86,7 +86,7 @@ def _moves(
 ) -> Iterable[tuple[Operation, Value, Move]]:
     """Yield each operation's moves, with the value that is moved.
 
-    A stored value is gathered once a block, so later gathers of it are left out. One
+    A stored value is gathered once a region, so later gathers of it are left out. One
     that lasts is gathered in the forward and in the backward pass.
     """
     gathered = set()

@@ -156,7 +156,7 @@ def add_options(group: Any) -> None:
         metavar="NAME=SECONDS",
         help=(
             f"how long nothing may change in a phase ({', '.join(PHASES)}), a process"
-            " may say nothing (silence), and a stop take (stop); 0: for ever"
+            " may say nothing (silence), and a stop take (stop); 0: forever"
         ),
     )
     group.add_argument(

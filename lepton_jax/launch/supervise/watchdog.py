@@ -2,7 +2,7 @@
 
 It must speak while the main thread computes, waits or hangs. The supervisor can also
 have the worker's stack at any time: a signal's handler in C writes it, which needs no
-interpreter and works even where something holds that for ever.
+interpreter and works even if something holds the interpreter forever.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ TELLING_TIME = 5.0  # seconds in which the supervisor must take a person's mista
 MEMORY_EVERY = 5.0  # seconds between two looks at the devices' memory
 SHOW_STACK = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
-# exit code of a worker that stopped so that the run may go on with other hosts
+
+# Exit codes of a worker.
+# It stopped so that the run may go on with other hosts.
 AGAIN = 75
-INTERRUPTED = 130  # of one that was asked to stop by a person, and has saved
-# of one that was asked to stop where it could not agree on it with the others: they
-# wait for it in vain
+# A person asked it to stop, and it has saved.
+INTERRUPTED = 130
+# It was asked to stop where it could not agree on that with the others, which now wait
+# for it in vain.
 EARLY = 131
+
 COUNTED = ("data", "steps", "evaluation", "save")  # phases whose seconds are reported
 _watchdog: Watchdog | None = None
 _device_memory: int | None = None

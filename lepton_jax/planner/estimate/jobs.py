@@ -76,10 +76,10 @@ class Jobs:
 
     def _walk(
         self,
-        block: Region,
+        region: Region,
         loop: int,
     ) -> None:
-        for op in block.operations:
+        for op in region.operations:
             product = contraction(op)
             values = operands(op) + op.outputs[:1]
             # An empty array computes and moves nothing.
@@ -193,7 +193,7 @@ def used_taps(op: Operation) -> float:
     return convolution_flops(op.params, left, right, out) / all_taps
 
 
-def sum_shares(block: Region) -> dict[int, float]:
+def sum_shares(region: Region) -> dict[int, float]:
     """Return the share that each matmul has in a sum of several.
 
     XLA reduces such a sum over the devices once, so each of n terms counts for 1/n.
@@ -203,7 +203,7 @@ def sum_shares(block: Region) -> dict[int, float]:
     """
     shares: dict[int, float] = {}
     users: dict[int, list[Operation]] = defaultdict(list)
-    for op in block.operations:
+    for op in region.operations:
         for value in op.inputs:
             if value is not None:
                 users[value.index].append(op)
@@ -213,7 +213,7 @@ def sum_shares(block: Region) -> dict[int, float]:
     # From the end, since a sum may itself be a term of a larger one.
     totals: dict[int, int] = {}
     terms: dict[int, list[int]] = defaultdict(list)
-    for op in reversed(block.operations):
+    for op in reversed(region.operations):
         for value in op.outputs:
             using = users[value.index]
             if len(using) != 1 or using[0].name != "add_any":

@@ -1,7 +1,7 @@
 """The rule of each primitive: what it does to the dims of its arrays.
 
 A rule says which dims of the operands and the results are one, over which dims the
-operation sums, and which ones it needs whole on each device. Of a matrix product
+operation sums, and which ones it needs whole on each device. In a matrix product
 
     dot_general: (8, 4), (4, 3) -> (8, 3)
 

@@ -123,7 +123,7 @@ class Fusion:
         self.stacks: dict[int, Value] = {}
         # Values with something costly fused into them.
         self.costly: set[int] = set()
-        # Operations of the block by what they compute.
+        # Operations of the region by what they compute.
         self.computed: dict[Any, Operation] = {}
         # Values that are computed alike: the first of them.
         self.originals: dict[int, int] = {}
@@ -134,12 +134,12 @@ class Fusion:
         self.hoisted: list[int] = []
         self.kernel_products: list[Buffers] = []
 
-        block = graph.main
-        self._find_users(block)
-        for value in (*block.inputs, *block.constants):
+        region = graph.main
+        self._find_users(region)
+        for value in (*region.inputs, *region.constants):
             self._set(value, ())
-        self.groups = self._block(block)
-        self.gradients = self._finish(block)
+        self.groups = self._region(region)
+        self.gradients = self._finish(region)
 
     def __str__(self) -> str:
         lines = []
@@ -250,14 +250,14 @@ class Fusion:
 
     def _find_users(
         self,
-        block: Region,
+        region: Region,
         stacked: range = range(0),
     ) -> None:
-        """Note which operations read each value; None for the caller of the block.
+        """Note which operations read each value; None for the caller of the region.
 
         A loop doesn't read the `stacked` results of its body: they are its stacks.
         """
-        for op in block.operations:
+        for op in region.operations:
             for value in op.inputs:
                 if value is not None:
                     self.users.setdefault(value.index, []).append(op)
@@ -265,7 +265,7 @@ class Fusion:
             for inner in op.regions:
                 self._find_users(inner, inside)
 
-        for i, value in enumerate(block.results):
+        for i, value in enumerate(region.results):
             if isinstance(value, Value) and i not in stacked:
                 self.users.setdefault(value.index, []).append(None)
 
@@ -279,22 +279,22 @@ class Fusion:
                 self.stacks[value.index] = stack
         return range(carried, len(results))
 
-    def _finish(self, block: Region) -> list[int]:
+    def _finish(self, region: Region) -> list[int]:
         """Hold the results until the end; return the gradients' buffers."""
-        results = self._buffers_of(block.results)
+        results = self._buffers_of(region.results)
         self.groups.append(Group(results, ()))
         gradients = [
             value
-            for value in block.results
+            for value in region.results
             if isinstance(value, Value) and value.stored is not None
         ]
         return self._buffers_of(gradients)
 
-    def _block(self, block: Region) -> list[Group]:
+    def _region(self, region: Region) -> list[Group]:
         groups: list[Group] = []
         outer = self.computed
         self.computed = {}
-        for op in block.operations:
+        for op in region.operations:
             self._add(op, groups)
         self.computed = outer
         return groups
@@ -666,7 +666,7 @@ class Fusion:
         for value in body.constants:
             self._set(value, ())
         inside = self._slice_copies(op, body.inputs[sliced:])
-        return [*inside, *self._block(body)]
+        return [*inside, *self._region(body)]
 
     def _merged_stacks(
         self,
@@ -720,6 +720,6 @@ class Fusion:
         for inner in op.regions:
             for value in (*inner.inputs, *inner.constants):
                 self._set(value, ())
-            inside += self._block(inner)
+            inside += self._region(inner)
         writes = [self.materialize(value, op) for value in op.outputs]
         groups.append(Group(reads, writes, inside))

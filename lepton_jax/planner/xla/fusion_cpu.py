@@ -52,12 +52,12 @@ class CpuFusion(Fusion):
     drops_barriers = OLDER
 
     def __init__(self, graph: Graph):
-        # Copies of operands, by (value, transposed), for each block anew.
+        # Copies of operands, by (value, transposed), for each region anew.
         self.copies: dict[tuple[int, bool], Buffers] = {}
-        # The buffer of each gathered parameter, for each block anew.
+        # The buffer of each gathered parameter, for each region anew.
         self.gathered: dict[int, int] = {}
         # Operands of outer products that are written at the result's size, by (value,
-        # shape), for each block anew.
+        # shape), for each region anew.
         self.broadcast: dict[tuple[int, Any], Value] = {}
         # Blocks around what is looked at.
         self.depth = 0
@@ -74,20 +74,20 @@ class CpuFusion(Fusion):
 
     # ---- the whole program ----
 
-    def _block(self, block: Region) -> list[Group]:
+    def _region(self, region: Region) -> list[Group]:
         outer = (self.copies, self.gathered, self.broadcast)
         self.copies = {}
         self.gathered = {}
         self.broadcast = {}
         self.depth += 1
-        groups = super()._block(block)
+        groups = super()._region(region)
         self.depth -= 1
         self.copies, self.gathered, self.broadcast = outer
         return groups
 
-    def _finish(self, block: Region) -> list[int]:
+    def _finish(self, region: Region) -> list[int]:
         """Sum all gradients over the devices at once, after everything else."""
-        results = [value for value in block.results if isinstance(value, Value)]
+        results = [value for value in region.results if isinstance(value, Value)]
         gradients = [value for value in results if value.stored is not None]
         others = [value for value in results if value.stored is None]
         parts = self._buffers_of(gradients)

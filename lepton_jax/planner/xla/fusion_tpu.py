@@ -81,9 +81,9 @@ class TpuFusion(Fusion):
         # For a buffer that a product writes in place of its own result: the place in
         # the program's order of the result.
         self.ranks: dict[int, int] = {}
-        # The buffer of a gathered parameter, by its number; for each block anew.
+        # The buffer of a gathered parameter, by its number; for each region anew.
         self.gathered: dict[int, int] = {}
-        # Where the last product stands among its block's groups.
+        # Where the last product stands among its region's groups.
         self.last = 0
         # Blocks around what is looked at.
         self.depth = 0
@@ -97,17 +97,17 @@ class TpuFusion(Fusion):
 
     # ---- the whole program ----
 
-    def _block(self, block: Region) -> list[Group]:
+    def _region(self, region: Region) -> list[Group]:
         outer = (self.gathered, self.last)
         self.gathered = {}
         self.last = 0
         self.depth += 1
-        groups = super()._block(block)
+        groups = super()._region(region)
         self.depth -= 1
         self.gathered, self.last = outer
         return groups
 
-    def _finish(self, block: Region) -> list[int]:
+    def _finish(self, region: Region) -> list[int]:
         self.in_hbm += self.tables.values()
         tables = self.tables.values()
         if self.eager:
@@ -121,7 +121,7 @@ class TpuFusion(Fusion):
             for buffer in self.turned:
                 self.groups.append(Group((), (buffer,)))
                 self.groups.append(Group((buffer,), ()))
-        return super()._finish(block) + self.taken
+        return super()._finish(region) + self.taken
 
     def _alias(
         self,
@@ -454,8 +454,8 @@ class TpuFusion(Fusion):
     ) -> int:
         """Return the buffer of a gathered parameter; gather it if that wasn't done.
 
-        libtpu gathers a parameter once a block, while the product before runs. One that
-        products round to bfloat16 it gathers once for each pass.
+        libtpu gathers a parameter once a region, while the product before runs. It
+        gathers one that products round to bfloat16 once for each pass.
         """
         assert value.stored is not None
         parameter = value.stored[0]
