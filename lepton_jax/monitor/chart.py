@@ -431,7 +431,7 @@ def _path(
     """
     parts = []
     fine = np.isfinite(y)
-    for i in np.flatnonzero(fine):
+    for i in np.flatnonzero(fine).tolist():
         begins = dots or i == 0 or not fine[i - 1]
         ends = dots or i + 1 == len(x) or not fine[i + 1]
         move = "M" if begins else "L"

@@ -382,6 +382,8 @@ def reflects(port, channel, token, over):
         number = one.greet()
         two.mine = number
         second = two.greet()
+        if not number or not second:
+            raise OSError("host 0 has hung up, as the run is over")
         assert number != second
         one.say(number + b"\n")
         two.say(second + b"\n")

@@ -443,7 +443,7 @@ def test_a_prediction_is_cheap():
         sizes=sizes,
     )
     ask()
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(20):
         ask()
-    assert (time.perf_counter() - start) / 20 < 0.03, "a search asks thousands of times"
+    assert (time.process_time() - start) / 20 < 0.03, "a search asks thousands of times"

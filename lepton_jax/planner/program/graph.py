@@ -350,8 +350,10 @@ class Graph:
         self._fill(_Scope(region, values, (), times), jaxpr)
 
         for variable in jaxpr.outvars:
-            literal = isinstance(variable, Literal)
-            region.results.append(variable if literal else values[variable])
+            if isinstance(variable, Literal):
+                region.results.append(variable)
+            else:
+                region.results.append(values[variable])
         return region
 
     def _fill(
