@@ -18,12 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 from jax.sharding import PartitionSpec
 
 from lepton_jax.cli import settings
-from lepton_jax.data import from_any, sample
+from lepton_jax.data import Arrays, sample, settled
 from lepton_jax.errors import LeptonError, PlanError, SettingError
 from lepton_jax.hardware import Topology, here, read_chips, topology
 from lepton_jax.launch.joining import ask_for_devices
@@ -537,16 +536,12 @@ def _traced(recipe: Recipe) -> Trace:
                 remedy="give the settings with which the recipe has data",
             )
         return trace(recipe, None, None)
-    if isinstance(data, grain.MapDataset | grain.IterDataset):
-        return trace(recipe, *sample(data))
-
-    data = from_any(data)
-    if isinstance(data, grain.MapDataset | grain.IterDataset):
-        return trace(recipe, *sample(data))
+    data = settled(data)
+    samples = len(data) if isinstance(data, Arrays) else None
     return trace(
         recipe,
         *sample(data),
-        samples=len(data),
+        samples=samples,
     )
 
 

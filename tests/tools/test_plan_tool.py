@@ -61,6 +61,23 @@ def look(recipe, capsys):
     return run
 
 
+@pytest.mark.parametrize(
+    "kind", ["lepton.data.Source(train)", "grain.MapDataset.source(rows)"]
+)
+def test_data_of_every_kind_gives_the_shapes(tmp_path, capsys, kind):
+    text = RECIPE.replace("import optax\n", "import grain\nimport optax\n")
+    rows = "    rows = list(zip(*train))\n"
+    text = text.replace("    return lepton.Recipe(", f"{rows}    return lepton.Recipe(")
+    file = tmp_path / "other.py"
+    file.write_text(text.replace("train=train", f"train={kind}"))
+
+    code = planning.main([str(file), "--on", "v5e:2x2"])
+
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    assert "256x256" in out.out
+
+
 def test_one_topology_prints_its_plan(look, tmp_path):
     out = look("--on", "v5e:2x2", "--width", 512, "--json", tmp_path / "r.json").out
     result = json.loads((tmp_path / "r.json").read_text())
