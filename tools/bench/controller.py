@@ -82,7 +82,7 @@ WORST = 3  # cells of a contestant that the table names
 
 
 class Signals(NamedTuple):
-    """What a contestant sees in addition to the gradients: scalars.
+    """Scalars that a contestant sees in addition to the gradients.
 
     Attributes:
       step: from 0.

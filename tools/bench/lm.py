@@ -79,7 +79,7 @@ FORMULA = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained.
+    """Model and batch that all contenders train.
 
     Attributes:
       name: of the size.

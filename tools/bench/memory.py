@@ -35,7 +35,7 @@ TOPOLOGIES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "cpu:8")
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned.
+    """Recipe and topology to plan.
 
     Attributes:
       model, batch_size, loss, optimizer, precision: as in `Recipe`.

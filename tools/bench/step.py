@@ -61,7 +61,7 @@ Batch = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What the contenders train.
+    """Model and data that the contenders train.
 
     Attributes:
       model: takes `rngs`.

@@ -18,7 +18,7 @@ from tools.faults.kinds import STEPS
 
 @dataclass
 class Ending:
-    """What a run left.
+    """Remains of a run that has ended.
 
     Attributes:
       at: the Unix time at which it was over.
