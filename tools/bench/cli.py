@@ -26,6 +26,7 @@ from tools.bench import (
     regret,
     restart,
     step,
+    step_time,
 )
 
 # Each module has an `add(commands, shared)`. It adds a parser whose default `run` takes
@@ -35,6 +36,7 @@ COMMANDS = (
     overhead,
     lm,
     memory,
+    step_time,
     regret,
     controller,
     faults,

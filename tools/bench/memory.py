@@ -244,21 +244,19 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     """
     names = command.chosen(options)
     calls = [(*name, options.probe, options.cache) for name in names]
-    rows = []
-    for row in workers.rows(measuring.measure_cached, calls):
-        rows.append(row)
-        if command.judging(options):
-            command.progress(len(rows), len(calls))
-        else:
-            print(_program_line(row), flush=True)
-
+    rows = command.collect(
+        options,
+        workers.rows(measuring.measure_cached, calls),
+        len(calls),
+        _program_line,
+    )
     found = figures.summary(rows)
     print(figures.text(found))
     if command.judging(options):
         if not options.no_history:
             history.append(history.MEMORY, found, sys.argv[1:])
         return {"figures": found, "errors": command.unnamed(rows)}
-    for key in (lambda row: row["family"], figures.platform):
+    for key in (figures.family, figures.platform):
         for name, group in figures.by(rows, key).items():
             print(f"{name:14} {figures.text(figures.summary(group))}")
     return {"figures": found, "programs": rows}

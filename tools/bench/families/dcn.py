@@ -62,5 +62,6 @@ def case(draw: Draw) -> Case:
         shape(fields),
         shape(dtype=jnp.float32),
         loss=lepton.losses.binary_cross_entropy,
+        ids=model.args[0],
         **draw.rest(),
     )

@@ -61,5 +61,6 @@ def case(draw: Draw) -> Case:
         inputs,
         shape(dtype=jnp.float32),
         loss=lepton.losses.binary_cross_entropy,
+        ids=min(rows),
         **draw.rest(),
     )

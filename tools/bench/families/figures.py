@@ -66,6 +66,11 @@ def by(
     return dict(sorted(groups.items()))
 
 
+def family(row: Row) -> str:
+    """Return the family of a row."""
+    return row["family"]
+
+
 def platform(row: Row) -> str:
     """Return the chip's name in a row's topology."""
     return row.get("topology", "?").partition(":")[0]

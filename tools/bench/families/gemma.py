@@ -100,9 +100,11 @@ def case(draw: Draw) -> Case:
     loop = draw.random() < 0.5
     layers = draw.randint(4, 18) if loop else draw.randint(2, 4)
     length = draw.length(128, 2048)
+    model = partial(Gemma, draw.vocabulary(), block, layers, loop)
     return Case(
-        partial(Gemma, draw.vocabulary(), block, layers, loop),
+        model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

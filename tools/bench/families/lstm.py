@@ -51,5 +51,6 @@ def case(draw: Draw) -> Case:
         model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

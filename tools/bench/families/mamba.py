@@ -105,9 +105,11 @@ def case(draw: Draw) -> Case:
     loop = draw.random() < 0.6
     layers = draw.randint(2, 12) if loop else draw.randint(1, 2)
     length = draw.length(64, 512)
+    model = partial(Mamba, draw.vocabulary(), block, layers, loop)
     return Case(
-        partial(Mamba, draw.vocabulary(), block, layers, loop),
+        model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

@@ -113,9 +113,11 @@ def case(draw: Draw) -> Case:
     loop = draw.random() < 0.5
     layers = draw.randint(2, 10) if loop else draw.randint(1, 3)
     length = draw.length(64, 1024)
+    model = partial(Mixture, draw.vocabulary(), block, layers, loop)
     return Case(
-        partial(Mixture, draw.vocabulary(), block, layers, loop),
+        model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

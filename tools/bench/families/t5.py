@@ -139,5 +139,6 @@ def case(draw: Draw) -> Case:
         model,
         {"source": shape(source), "target": shape(target)},
         shape(target),
+        ids=model.args[0],
         **draw.rest(),
     )

@@ -54,5 +54,6 @@ def case(draw: Draw) -> Case:
         {"user": shape(), "item": shape()},
         shape(dtype=jnp.float32),
         loss=lepton.losses.squared_error,
+        ids=min(model.args[:2]),
         **draw.rest(),
     )

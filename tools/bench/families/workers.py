@@ -52,6 +52,12 @@ def rows(
         pool.shutdown()
 
 
+def once(function: Callable[[], Any]) -> Any:
+    """Call a function of a module in a process of its own; return what it returns."""
+    with _pool() as pool:
+        return pool.submit(function).result(LONGEST)
+
+
 def _pool() -> ProcessPoolExecutor:
     """Return a process that has the virtual devices, and nothing of this one."""
     return ProcessPoolExecutor(
