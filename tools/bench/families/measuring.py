@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,13 +51,15 @@ class Prediction:
 
     Attributes:
       peak: the likeliest peak.
-      bound: what at least 97 % of peaks are below; None: the plan has no such figure.
-      seconds: how long it took beyond planning.
+      bound: what at least 97 % of peaks are below; None: there is no such figure.
+      said: whether the plan is said to fit.
+      seconds: of computing, beyond planning.
       whole: whether XLA compiled the whole program for it.
     """
 
     peak: float
     bound: float | None
+    said: bool
     seconds: float = 0.0
     whole: bool = False
 
@@ -107,7 +110,7 @@ def measure(
     row["remat"] = plan.remat
     row["micro_batches"] = plan.micro_batches
     row["memory"] = plan.memory
-    predicted = _probed(traced, plan) if probe else _predicted(plan)
+    predicted = _probed(traced, plan, cache) if probe else _predicted(plan)
     row |= vars(predicted)
     row["kinds"] = dict(plan.bytes_per_device)
     row |= compiled(drawn, traced, plan, cache)
@@ -156,16 +159,36 @@ class _Opened:
 
 
 def _predicted(plan: Any) -> Prediction:
-    """Read a plan's peak, and its bound if it has one."""
-    return Prediction(plan.peak, getattr(plan, "peak_bound", None))
+    """Read what a plan says of its memory."""
+    # Plans of earlier commits have neither a bound nor a word on whether they fit.
+    fits = getattr(plan, "fits", "yes")
+    return Prediction(
+        peak=plan.peak,
+        bound=getattr(plan, "peak_bound", 0) or None,
+        said=fits == "yes",
+    )
 
 
-def _probed(traced: Any, plan: Any) -> Prediction:
-    """Probe a plan, without what earlier probes kept."""
-    from lepton_jax.planner import probe  # type: ignore[attr-defined]
+def _probed(
+    traced: lepton.Trace,
+    plan: lepton.Plan,
+    cache: Cache,
+) -> Prediction:
+    """Probe a plan; its folder of figures lies next to the cache."""
+    from lepton_jax.verify.probing import probe
 
-    found = probe.probe(traced, plan, cache=None)
-    return Prediction(found.peak, found.bound, found.seconds, found.whole)
+    folder = None
+    if cache.file is not None:
+        folder = cache.file.with_suffix(".probes")
+    began = time.process_time()
+    found = probe(traced, plan, cache=folder)
+    return Prediction(
+        peak=found.peak or math.inf,
+        bound=found.bound,
+        said=found.bound is not None and found.bound <= plan.memory,
+        seconds=time.process_time() - began,
+        whole=found.whole,
+    )
 
 
 def _verdict(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,14 +198,11 @@ def _verdict(row: Mapping[str, Any]) -> dict[str, Any]:
     topology's share of the machine.
     """
     real = row["xla"]
-    memory = row["memory"]
-    fits = not row["refused"] and real <= memory
     verdict: dict[str, Any] = {
         "outcome": "refused" if row["refused"] else "compared",
-        "fits": fits,
-        "said": (row["bound"] or row["peak"]) <= memory,
+        "fits": not row["refused"] and real <= row["memory"],
     }
-    if real is not None:
+    if real is not None and math.isfinite(row["peak"]):
         verdict["error"] = row["peak"] / real - 1
     if row["bound"] is not None:
         verdict["within"] = real is not None and real <= row["bound"]
