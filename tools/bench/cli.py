@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = _parser().parse_args(arguments)
+        options.arguments = arguments
         if options.json is not None:
             _check_writable(options.json)
         results = options.run(options)

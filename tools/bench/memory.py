@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -246,7 +245,7 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     calls = [(*name, options.probe, options.cache) for name in names]
     rows = command.collect(
         options,
-        workers.rows(measuring.measure_cached, calls),
+        workers.rows(measuring.measure_cached, calls, command.judging(options)),
         len(calls),
         _program_line,
     )
@@ -254,7 +253,7 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     print(figures.text(found))
     if command.judging(options):
         if not options.no_history:
-            history.append(history.MEMORY, found, sys.argv[1:])
+            history.append(history.MEMORY, found, options.arguments)
         return {"figures": found, "errors": command.unnamed(rows)}
     for key in (figures.family, figures.platform):
         for name, group in figures.by(rows, key).items():

@@ -9,7 +9,6 @@ the matmuls and convolutions in XLA's program. Nothing else may run on the machi
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from lepton_jax.errors import SettingError
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     calls = [(*name, options.steps, chip) for name in names]
     rows = command.collect(
         options,
-        workers.rows(timing.measure, calls),
+        workers.rows(timing.measure, calls, command.judging(options)),
         len(calls),
         timing.line,
     )
@@ -78,7 +77,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(timing.text(found))
     if command.judging(options):
         if not options.no_history:
-            history.append(history.TIME, found, sys.argv[1:])
+            history.append(history.TIME, found, options.arguments)
         return {"figures": found}
     for name, group in figures.by(rows, figures.family).items():
         print(f"{name:14} {timing.text(timing.summary(group))}")

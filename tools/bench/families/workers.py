@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -25,12 +26,14 @@ Measure = Callable[..., Row]
 def rows(
     measure: Measure,
     calls: Sequence[tuple[Any, ...]],
+    quiet: bool = False,
 ) -> Iterator[Row]:
     """Call a function for each tuple of arguments, in one other process.
 
     Args:
       measure: a function of a module; (family, number, ...) to a row.
       calls: its arguments.
+      quiet: whether what the process writes to stderr is dropped.
 
     Yields:
       A row for each call, in order. Where it failed, "outcome" is "failed" and "why"
@@ -41,7 +44,7 @@ def rows(
         if pool is not None and done % PROGRAMS_A_PROCESS == 0:
             pool.shutdown()
             pool = None
-        pool = pool or _pool()
+        pool = pool or _pool(quiet)
         future = pool.submit(_safely, measure, call)
         try:
             yield future.result(LONGEST)
@@ -59,19 +62,27 @@ def once(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result(LONGEST)
 
 
-def _pool() -> ProcessPoolExecutor:
+def _pool(quiet: bool = False) -> ProcessPoolExecutor:
     """Return a process that has the virtual devices, and nothing of this one."""
     return ProcessPoolExecutor(
         1,
         multiprocessing.get_context("spawn"),
         _begin,
+        (quiet,),
     )
 
 
-def _begin() -> None:
-    """Prepare the process; keep its compilers' and planners' words to itself."""
+def _begin(quiet: bool) -> None:
+    """Prepare the process; keep its compilers' words to itself.
+
+    Args:
+      quiet: drop all that it writes to stderr, crashes in a compiler included.
+    """
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if quiet:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
     virtual_devices()
 
 
