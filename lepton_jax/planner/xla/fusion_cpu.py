@@ -102,8 +102,28 @@ class CpuFusion(Fusion):
         totals = [self.new_buffer(value, None, COMPUTED) for value in sums]
         self.groups.append(Group(parts, totals))
         totals += self._buffers_of(whole)
-        self.groups.append(Group(totals + self._buffers_of(others), ()))
+        held = self._copies_of_state(region)
+        self.groups.append(Group(totals + held + self._buffers_of(others), ()))
         return totals
+
+    def _copies_of_state(self, region: Region) -> list[int]:
+        """Add copies of kernels that are still read when they may be updated.
+
+        The update of a kernel needs its gradient, and not the other product of the
+        backward pass that reads the kernel. XLA may run the update first, in place, so
+        it copies the kernel (copy insertion of jaxlib 0.10). Where devices sum the
+        gradients, all at once, each update comes after all products.
+        """
+        copies = []
+        for value in region.inputs:
+            products = [u for u in self.users_of(value) if is_one_of(u, DOTS)]
+            if value.stored is None or len(products) < 2:
+                continue
+            copy = self.new_buffer(value, products[0])
+            self.conditions[copy] = (value.index, "unsummed")
+            self.groups.insert(0, Group((), (copy,)))
+            copies.append(copy)
+        return copies
 
     def _alias(
         self,
