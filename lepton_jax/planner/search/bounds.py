@@ -44,7 +44,7 @@ def bounds(
 
     Args:
       held: predicted bytes by kind, whose sum is the peak.
-      platform: "cpu", "tpu" or "gpu".
+      platform: of the topology: "cpu", "tpu" or "cuda".
       program: the kind of the program, see `kind_of`.
     """
     surety = surety_for(platform, program)

@@ -38,7 +38,7 @@ SURETY = {
         "loops": Surety(0.7, 1.3, 4 * MIB),
         "straight": Surety(0.7, 1.3, 4 * MIB),
     },
-    "gpu": {
+    "cuda": {
         "convolutions": Surety(0.6, 1.5, 64 * MIB),
         "loops": Surety(0.6, 1.4, 64 * MIB),
         "straight": Surety(0.6, 1.4, 64 * MIB),

@@ -72,6 +72,8 @@ class CpuFusion(Fusion):
         self.loose: set[int] = set()
         # Values that exist only in float32, as operands of products.
         self.unwritten: set[int] = set()
+        # Outer products of two values.
+        self.outer: set[int] = set()
         # Gradients that no devices have to sum, since rows were exchanged.
         self.complete: set[int] = set()
         # 16-bit values that are written before they are rounded from float32.
@@ -228,6 +230,10 @@ class CpuFusion(Fusion):
             costly,
         )
 
+    def must_write(self, target: Value) -> bool:
+        """Whether a value is an outer product with several readers."""
+        return target.index in self.outer and len(self.users_of(target)) > 1
+
     def kind(self, value: Value) -> BufferKind:
         """Return the form in which a value is written."""
         return STORED_WORDS if value.index in self.wide else STORED
@@ -248,6 +254,9 @@ class CpuFusion(Fusion):
             self._add_in_place(op, inputs, added, groups)
             return
 
+        if op.name == "mul" and not any(v.shape == target.shape for v in inputs):
+            # An outer product, such as a norm's scale: XLA doesn't compute it twice.
+            self.outer.add(target.index)
         self.loose.update(value.index for value in op.outputs)
         if op.name == "transpose" and len(target.shape) > 2:
             self.transposed.add(target.index)
