@@ -311,6 +311,7 @@ class Controller:
                 before.params,
                 pieces.params,
                 applied,
+                knobs.get("learning_rate", jnp.float32(1)),
             ),
             updates=state.updates + applied,
             **moved,

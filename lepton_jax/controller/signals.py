@@ -63,6 +63,10 @@ SIGNALS = {
     ),
     "parameter_norm": "global norm of the parameters; parameter_norm/PREFIX likewise",
     "update_norm": "global norm of the last update",
+    "update_worth": (
+        "root mean square of the last update's entries per unit of its learning rate:"
+        " 1 for Adam at first; NaN before the first update, or with a rate of 0"
+    ),
     "cosine": "cosine between the last two updates; it keeps a copy of one",
     "noise_scale": (
         "gradient noise scale in samples, from the micro-batches, or, where there is"
@@ -224,8 +228,10 @@ class Signals:
                 gradient,
                 jnp.int32(0),
             )
-        if self._watches("update_norm", "cosine"):
+        if self._watches("update_norm", "cosine", "update_worth"):
             state["update_norm"] = zero()
+        if self._watches("update_worth"):
+            state["update_worth"] = jnp.float32(jnp.nan)
         if self._watches("gradient_sum_norm"):
             state["gradient_sum"] = zeros()
         if self._watches("cosine"):
@@ -282,7 +288,7 @@ class Signals:
             away = jax.tree.map(jnp.subtract, anchor, params)
             values["distance"] = norm(away)
             values["gradient_dot_distance"] = dot(gradients, away)
-        for name in ("update_norm", "cosine"):
+        for name in ("update_norm", "update_worth", "cosine"):
             if name in state:
                 values[name] = state[name]
         return values, after
@@ -293,6 +299,7 @@ class Signals:
         before: Any,
         after: Any,
         applied: Any,
+        rate: Any = 1.0,
     ) -> dict[str, Any]:
         """Return the state after an update.
 
@@ -301,12 +308,17 @@ class Signals:
           before: the parameters before the update.
           after: the parameters after it.
           applied: whether there was an update, bool ().
+          rate: its learning rate.
         """
         if "update_norm" not in state:
             return state
         updates = jax.tree.map(jnp.subtract, after, before)
         size = norm(updates)
         fresh = {"update_norm": size}
+        if "update_worth" in state:
+            entries = sum(x.size for x in jax.tree.leaves(before))
+            worth = size / (rate * entries**0.5)
+            fresh["update_worth"] = jnp.where(rate > 0, worth, jnp.nan)
         if "cosine" in state:
             product = dot(updates, state["update"])
             sizes = size * norm(state["update"])
