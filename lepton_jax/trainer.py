@@ -795,6 +795,9 @@ class Trainer:
             metrics=history.evaluations[-1][1] if history.evaluations else {},
             **({"reason": why} if why else {}),
         )
+        if not self._sinks and not agreement.host():
+            for noticed in history.notices:
+                warnings.warn(str(noticed), stacklevel=users_frame())
 
     # ---- trace, plan, program, state ----
 

@@ -22,7 +22,7 @@ from lepton_jax.controller.policies.plateau import plateau
 from lepton_jax.controller.policies.switch import switch_optimizer
 from lepton_jax.controller.policies.target import until
 from lepton_jax.controller.policies.warmup import warmup
-from lepton_jax.controller.policy import Policy, chain
+from lepton_jax.controller.policy import Notice, Policy, chain
 from lepton_jax.controller.replay import replay
 from lepton_jax.controller.signals import SIGNALS, norm
 from lepton_jax.controller.state import (
@@ -43,6 +43,7 @@ __all__ = [
     "Controller",
     "ControllerState",
     "Knob",
+    "Notice",
     "Pieces",
     "Policy",
     "adaptive",

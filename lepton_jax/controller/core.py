@@ -139,6 +139,12 @@ class Controller:
                     ),
                 )
         for policy in self.policies:
+            if "notice" in policy.moves and not (policy.notices or policy.absolute):
+                raise RecipeError(
+                    "it moves notice, but has nothing to say",
+                    where=policy.name,
+                    remedy="give Policy(notices=(Notice(what, remedy), ...))",
+                )
             policy.check(self.recipe, self.optimizer)
 
     def _bases(self) -> dict[str, float]:

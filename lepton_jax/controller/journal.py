@@ -13,6 +13,9 @@ it costs the devices nothing. Its lines, by kind:
   "rollback".
 - "motion": the same in each of the steps from "step" to "last"; "values" are the
   effective ones of each.
+- "notice": the run itself has found at its end, in "step", that it may be worse than
+  it could be: "what", "remedy" and the "signals" that led to it. Where a policy says so
+  the line is a decision about the knob "notice", with "what" and "remedy".
 - "live": a person's request, applied after "step": "request", "settings", "who", "pid".
 - "recipe": from "step" on the bases of the knobs in "settings" are the recipe's present
   values, not those of the checkpoint; NaN: the learning rate follows its schedule.
@@ -33,6 +36,7 @@ import numpy as np
 
 from lepton_jax.controller.core import Controller
 from lepton_jax.controller.knobs import KNOBS
+from lepton_jax.controller.policy import Notice
 from lepton_jax.controller.state import ControllerState
 from lepton_jax.monitor import Lines, encode, plain, read_events
 
@@ -207,6 +211,11 @@ class Journal:
         self.flush()
         self._write({"kind": "rollback", **fields})
 
+    def noticed(self, **fields: Any) -> None:
+        """Write what the run has noticed at its end."""
+        self.flush()
+        self._write({"kind": "notice", **fields})
+
     def movers(self, knob: str) -> list[str]:
         """List the policies that contribute to a knob in the last step flushed."""
         idle = {"multiply": 1.0, "least": np.inf, "any": 0.0}.get(
@@ -266,6 +275,8 @@ class Journal:
                     last,
                 )
                 line["contribution"] = float(values[last])
+                if knob == "notice" and policy.notices:
+                    line |= _said(policy.notices, values[first])
                 line["signals"] = signals
                 yield line
 
@@ -500,6 +511,14 @@ def _up_to(
         "values": values,
         "to": values[-1],
     }
+
+
+def _said(
+    notices: tuple[Notice, ...],
+    number: float,
+) -> dict[str, str]:
+    """Return the sentence that a contribution to the knob `notice` stands for."""
+    return notices[min(int(number), len(notices)) - 1]._asdict()
 
 
 def _column(policy: str, knob: str) -> str:

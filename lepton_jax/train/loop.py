@@ -281,6 +281,8 @@ class Loop:
             except Exception:
                 self._save_what_was_trained()
                 raise
+        if self.step == self.until:
+            self.records.conclude()
         if saving:
             self.save(metrics)
 

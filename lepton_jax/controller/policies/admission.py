@@ -1,8 +1,8 @@
 """Which optimizers a policy that sets the learning rate by itself can drive.
 
 Such a policy needs updates whose size follows the rate and nothing else that it does
-not know. Each optimizer is tried on small parameters with the model's own names: `STEPS`
-updates by the same gradients, whose size and whose rate differ from trial to trial.
+not know. Each optimizer is tried on small parameters with the model's own names:
+`STEPS` updates by the same gradients, whose size and rate differ from trial to trial.
 Its worth is the root mean square of an update's entries per unit of the rate:
 
     optimizer                         worth of small | large gradients   admitted
