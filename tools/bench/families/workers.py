@@ -1,0 +1,94 @@
+"""Measure in a process of its own, so that a compiler that crashes loses one row."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from tools.bench.regret import virtual_devices
+
+# Seconds after which a program is given up (assumption: compiling one takes seconds).
+LONGEST = 600
+# Programs after which a new process begins: compilers keep memory (assumption).
+PROGRAMS_A_PROCESS = 16
+
+Row = dict[str, Any]
+Measure = Callable[..., Row]
+
+
+def rows(
+    measure: Measure,
+    calls: Sequence[tuple[Any, ...]],
+) -> Iterator[Row]:
+    """Call a function for each tuple of arguments, in one other process.
+
+    Args:
+      measure: a function of a module; (family, number, ...) to a row.
+      calls: its arguments.
+
+    Yields:
+      A row for each call, in order. Where it failed, "outcome" is "failed" and "why"
+      says how: the process died, it took too long, or it raised.
+    """
+    pool = None
+    for done, call in enumerate(calls):
+        if pool is not None and done % PROGRAMS_A_PROCESS == 0:
+            pool.shutdown()
+            pool = None
+        pool = pool or _pool()
+        future = pool.submit(_safely, measure, call)
+        try:
+            yield future.result(LONGEST)
+        except (BrokenProcessPool, TimeoutError) as error:
+            _kill(pool)
+            pool = None
+            yield _failed(call, type(error).__name__)
+    if pool is not None:
+        pool.shutdown()
+
+
+def _pool() -> ProcessPoolExecutor:
+    """Return a process that has the virtual devices, and nothing of this one."""
+    return ProcessPoolExecutor(
+        1,
+        multiprocessing.get_context("spawn"),
+        _begin,
+    )
+
+
+def _begin() -> None:
+    """Prepare the process; keep its compilers' and planners' words to itself."""
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    virtual_devices()
+
+
+def _safely(measure: Measure, call: tuple[Any, ...]) -> Row:
+    """Return the row, or one that says what was raised."""
+    try:
+        return measure(*call)
+    except Exception as error:  # a row tells of it, whatever it was
+        return _failed(call, f"{type(error).__name__}: {error}")
+
+
+def _failed(call: tuple[Any, ...], why: str) -> Row:
+    family, number, *_ = call
+    return {
+        "family": family,
+        "number": number,
+        "outcome": "failed",
+        "why": why,
+    }
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End the process of a pool, which may hang in a compiler."""
+    for process in list(pool._processes.values()):
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+    pool.shutdown(wait=False, cancel_futures=True)
