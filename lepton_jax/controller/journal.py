@@ -100,6 +100,7 @@ class Journal:
         self._rows: list[np.ndarray] = []
         self._base: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._begun = 0
         self._requests: list[_Request] = []
         self.undone = self._open(keep)
         self._first = step
@@ -131,6 +132,7 @@ class Journal:
                 controller_state.contributions,
             )
         )
+        self._begun = int(np.asarray(controller_state.signals.get("begun", 0)))
         self._base = {name: float(x) for name, x in base.items()}
         self._last = {name: float(x) for name, x in knobs.items()}
         moves = zip(self.controller.moves, contributions, strict=True)
@@ -155,6 +157,7 @@ class Journal:
         lines = [*self._by_policies(rows), *self._by_others(rows)]
         lines.sort(key=lambda line: line["step"])
 
+        self._begun = self._begun_before(rows, len(rows))
         self._step += len(rows)
         last = rows[-1]
         self._last = {name: float(last[self._columns[name]]) for name in self._last}
@@ -264,7 +267,7 @@ class Journal:
             values, _ = self._series(_column(policy.name, knob), rows)
             for first, last in _runs(self._moved(policy.name, knob, rows)):
                 signals = {
-                    name: self._signal(name, rows[last], last)
+                    name: self._signal(name, rows, last)
                     for name in policy.watches[:SHOWN]
                 }
                 line = self._line(
@@ -371,19 +374,31 @@ class Journal:
     def _signal(
         self,
         name: str,
-        row: np.ndarray,
+        rows: np.ndarray,
         index: int,
     ) -> float:
         if name in self._columns:
-            return float(row[self._columns[name]])
-        step = self._step + index
-        progress = np.float32((step + 1) / max(self.until, 1))
+            return float(rows[index, self._columns[name]])
+        begun = self._begun_before(rows, index)
+        step = self._step + index - begun
+        progress = np.float32((step + 1) / max(self.until - begun, 1))
         unrecorded = {
             "step": step,
             "progress": float(progress),
             "batch_size": self.controller.recipe.batch_size,
         }
         return unrecorded[name]
+
+    def _begun_before(
+        self,
+        rows: np.ndarray,
+        index: int,
+    ) -> int:
+        """Return the step after which the run began anew for the last time."""
+        if "restart" not in self._columns:
+            return self._begun
+        restarts = np.flatnonzero(rows[:index, self._columns["restart"]])
+        return self._step + int(restarts[-1]) + 1 if len(restarts) else self._begun
 
     # ---- the file ----
 
