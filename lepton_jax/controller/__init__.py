@@ -14,6 +14,7 @@ from lepton_jax.controller.policies.averaging import averaging
 from lepton_jax.controller.policies.batch_growth import batch_growth
 from lepton_jax.controller.policies.clipping import clip_by_history
 from lepton_jax.controller.policies.decay import decay
+from lepton_jax.controller.policies.first_steps import first_steps
 from lepton_jax.controller.policies.guard import guard
 from lepton_jax.controller.policies.label_noise import label_noise
 from lepton_jax.controller.policies.learning_free import learning_free
@@ -54,6 +55,7 @@ __all__ = [
     "clip_by_history",
     "conformance",
     "decay",
+    "first_steps",
     "guard",
     "label_noise",
     "learning_free",
