@@ -33,11 +33,11 @@ from lepton_jax.errors import RecipeError, nearest
 from lepton_jax.trees import by_path
 
 SIGNALS = {
-    "step": "steps done before this one",
+    "step": "steps of the budget done before this one (see docs/runs.md)",
     "updates": "updates of the parameters done before this step",
     "progress": (
-        "this step's share of the run: (step + 1) / steps of the run; NaN where they"
-        " are not known"
+        "this step's share of the budget: (step + 1) / its steps; NaN where they are"
+        " not known"
     ),
     "batch_size": "samples of a step",
     "loss": "mean loss of this step's batch",
