@@ -1,318 +1,149 @@
-"""What a controller is worth when the learning rate is not known.
+"""What a controller that needs no learning rate is worth on tasks nobody looked at.
 
-`tools.bench controller`. Five small tasks on real data, each split into three:
-training; validation, which tunes the reference's rate and is all that a contestant sees
-next to its training batches; and test, whose loss is reported and decides nothing. A
-cell is a task, a factor on the tuned rate, and a seed, which decides initial
-parameters, dropout and the order of the samples. Every contestant of a cell begins with
-the same parameters, sees the same batches and takes the same number of samples.
+`tools.bench controller --half judging`. The tasks are small ones of many kinds
+(tools/bench/tasks), split by a seed into two halves. Rules and constants of the
+controller are found on the tuning half; the judging half decides, and prints aggregate
+figures alone, which are appended to benchmarks/judged-controller.jsonl.
+
+The samples of a task are split into three: training; validation, which tunes the
+rivals and is all that a contestant sees next to its training batches; and test, whose
+loss is reported and decides nothing. A seed decides initial parameters, dropout and the
+order of the samples: every contestant begins with the same parameters, sees the same
+batches and takes the same number of steps.
 
   adaptive       the task's optimizer under `controllers.adaptive()`
-  constant       the task's optimizer at the cell's rate
-  cosine         the same, 10 % linear warm-up to the cell's rate, then a cosine to 0;
-                 at factor 1 it is the reference
+  cosine         the reference: the task's optimizer, 10 % linear warm-up to its rate,
+                 then a cosine to 0
+  constant       the task's optimizer at its rate
   plateau        the same, `optax.contrib.reduce_on_plateau` on the means of the
                  training loss between two evaluations
-  schedule-free  `optax.contrib.schedule_free_adamw`, 10 % warm-up, evaluated at its
-                 averaged parameters
-  prodigy        `optax.contrib.prodigy` with its documented schedule (1 to 0, linear);
-                 it is never told the rate
+  schedule-free  `optax.contrib.schedule_free_adamw`, or `schedule_free` around another
+                 optimizer, 10 % warm-up, evaluated at its averaged parameters
+  prodigy        `optax.contrib.prodigy` with its documented schedule (1 to 0, linear)
 
-The reference of a task is cosine at the rate with the least final validation loss (mean
-of the seeds), out of a grid of third-decades. Its loss is its mean test loss over the
-seeds. A diverged run counts as infinite.
+Each rival is tuned for itself on each task, by the final validation loss (mean of the
+seeds): its rate, among third-decades until both neighbours of the best one are known;
+of Prodigy the factor of its estimate, among 0.1, 0.3, 1, 3 and 10. A diverged run
+counts as infinite, and so does one that the controller refuses.
 
-  within 2 %     share of cells whose final test loss is at most 1.02 times the
-                 reference's; "mean of seeds" is the same with the seeds of a task and
-                 factor averaged first, since single runs differ by more than 2 %;
-                 "same seed" is the share of cells at most 1.02 times the reference's
-                 loss from the same seed's start and batches
-  mean rank      by final test loss among the contestants of a cell, 1 the best, ties
-                 shared; mean over the cells
-  steps          at factor 1: the first evaluation at which the test loss is at most the
-                 reference's final one of the same seed, divided by the reference's
-                 steps; median over tasks and seeds, never reached counts as infinite
+  ratio          final test loss divided by the reference's, both means of the seeds
+  within 2 %     share of tasks whose ratio is at most 1.02
+  mean rank      by final test loss (mean of the seeds) among the contestants of a task,
+                 1 the best, ties shared; mean over the tasks
+  steps          the first evaluation at which the test loss is at most the reference's
+                 final one of the same seed, divided by the reference's steps; median
+                 over tasks and seeds, never reached counts as infinite
+  noticed        share of the tasks with a ratio above 1.02 on which the controller said
+                 so in each seed (a policy's column `notice`)
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import lepton_jax as lepton
-from lepton_jax import controllers, losses
-from lepton_jax.errors import SettingError
-from lepton_jax.step.module import forward, functional
+from lepton_jax import losses
+from lepton_jax.errors import RecipeError, SettingError
+from lepton_jax.step.module import functional
+from lepton_jax.step.training_loss import training_loss
+from tools.bench import history
 from tools.bench import options as checks
-from tools.bench.controller_tasks import EVALUATIONS, TASKS, Task
-
-# On the tuned rate.
-FACTORS = (
-    1 / 30,
-    1 / 10,
-    1 / 3,
-    1.0,
-    3.0,
-    10.0,
-    30.0,
+from tools.bench.controller_rivals import (
+    CONTESTANTS,
+    REFERENCE,
+    RIVALS,
+    Contestant,
+    Maker,
+    Signals,
+    adaptive,
+    tuned,
 )
-# Rates among which the reference's is tuned: 1e-4 to 1.
-GRID = tuple(10.0 ** (k / 3) for k in range(-12, 1))
+from tools.bench.controller_tasks import Task
+from tools.bench.tasks import HALVES, TASKS
+
+__all__ = ["Campaign", "Runner", "Task", "adaptive", "measure"]
+
 SEEDS = (0, 1, 2)
 TOLERANCE = 1.02  # of the reference's loss
-WARM_UP = 0.1  # of the steps, for those contestants that have one
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-WORST = 3  # cells of a contestant that the table names
+ARBITRARY = 1.0  # the base rate of `adaptive`, which cancels
+HISTORY = Path("benchmarks", "judged-controller.jsonl")
 
 
-# ---- the contestants ----
+def _data() -> Path:
+    """Return the nearest folder shared/data around the repository."""
+    parents = Path(__file__).resolve().parents[3:]
+    folders = [parent / "shared" / "data" for parent in parents]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
-class Signals(NamedTuple):
-    """Scalars that a contestant sees in addition to the gradients.
-
-    Attributes:
-      step: from 0.
-      loss: of the batch.
-      evaluation_loss: on the validation set, at the last evaluation; NaN before.
-      evaluations: so far.
-    """
-
-    step: Any
-    loss: Any
-    evaluation_loss: Any
-    evaluations: Any
-
-
-class Served(NamedTuple):
-    """The part of a state that `controllers.select_weights` reads."""
-
-    params: Any
-    variables: Any
-    controller: Any
-
-
-class Contestant(NamedTuple):
-    """A way to train.
-
-    Attributes:
-      init: (params, variables) to its state.
-      update: (signals, gradients, (params, variables) before the step, variables after
-        its forward pass, state) to (params, variables, state).
-      evaluated: (params, variables, state) to the (params, variables) that are
-        evaluated.
-    """
-
-    init: Callable[[Any, Any], Any]
-    update: Callable[..., tuple[Any, Any, Any]]
-    evaluated: Callable[[Any, Any, Any], tuple[Any, Any]] = (
-        lambda params, variables, state: (params, variables)
-    )
-
-
-def _plain(
-    optimizer: optax.GradientTransformation, averaged: bool = False
-) -> Contestant:
-    """Return an Optax transformation as a contestant; it gets the loss as `value`.
-
-    Args:
-      optimizer: the transformation.
-      averaged: whether it is evaluated at schedule-free's averages.
-    """
-    optimizer = optax.with_extra_args_support(optimizer)
-
-    def update(
-        signals: Signals,
-        gradients: Any,
-        before: Any,
-        after: Any,
-        state: Any,
-    ) -> tuple[Any, Any, Any]:
-        updates, state = optimizer.update(
-            gradients, state, before[0], value=signals.loss
-        )
-        return optax.apply_updates(before[0], updates), after, state
-
-    def init(params: Any, variables: Any) -> Any:
-        return optimizer.init(params)
-
-    def at_averages(
-        params: Any,
-        variables: Any,
-        state: Any,
-    ) -> tuple[Any, Any]:
-        return optax.contrib.schedule_free_eval_params(state, params), variables
-
-    contestant = Contestant(init, update)
-    return contestant._replace(evaluated=at_averages) if averaged else contestant
-
-
-def adaptive(
-    recipe: lepton.Recipe,
-    rate: Any,
-) -> Contestant:
-    """The task's optimizer under `controllers.adaptive()`."""
-    assert recipe.steps is not None
-    controller = controllers.Controller(recipe.with_(controller=controllers.adaptive()))
-    known = {"steps": jnp.float32(recipe.steps)}
-
-    def init(params: Any, variables: Any) -> Any:
-        optimizer, state = controller.init(params, variables)
-        return optimizer, state._replace(
-            base=state.base | {"learning_rate": jnp.asarray(rate, jnp.float32)}
-        )
-
-    def update(
-        signals: Signals,
-        gradients: Any,
-        before: Any,
-        after: Any,
-        state: Any,
-    ) -> tuple[Any, Any, Any]:
-        params, variables = before
-        optimizer, held = state
-        pieces = controllers.Pieces(params, variables, optimizer)
-        held = held._replace(fed=_fed(held.fed, known, signals))
-        pieces, held, _ = controller.update(
-            signals.step, held, pieces, after, gradients, {"loss": signals.loss}
-        )
-        return pieces.params, pieces.variables, (pieces.optimizer, held)
-
-    def evaluated(
-        params: Any,
-        variables: Any,
-        state: Any,
-    ) -> tuple[Any, Any]:
-        return controllers.select_weights(Served(params, variables, state[1]))
-
-    return Contestant(init, update, evaluated)
-
-
-def _fed(
-    fed: Mapping[str, Any], known: Mapping[str, Any], signals: Signals
-) -> dict[str, Any]:
-    """Return the values that a host feeds to a controller, brought up to date."""
-    news = {
-        **known,
-        "evaluation_loss": signals.evaluation_loss,
-        "evaluations": signals.evaluations,
-    }
-    return {name: news.get(name, value) for name, value in fed.items()}
-
-
-def constant(
-    recipe: lepton.Recipe,
-    rate: Any,
-) -> Contestant:
-    """The task's optimizer at the cell's rate."""
-    return _plain(recipe.optimizer(rate))
-
-
-def cosine(
-    recipe: lepton.Recipe,
-    rate: Any,
-) -> Contestant:
-    """Linear warm-up to the cell's rate, then a cosine to 0."""
-    assert recipe.steps is not None
-    warm_up = round(recipe.steps * WARM_UP)
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, recipe.steps)
-    return _plain(recipe.optimizer(lambda count: rate * shape(count)))
-
-
-def plateau(
-    recipe: lepton.Recipe,
-    rate: Any,
-) -> Contestant:
-    """Optax's reduction on a plateau, on means of the training loss."""
-    every = recipe.evaluate_every or 1
-    reduce = optax.contrib.reduce_on_plateau(
-        factor=0.5, patience=3, rtol=1e-3, accumulation_size=every
-    )
-    return _plain(optax.chain(recipe.optimizer(rate), reduce))
-
-
-def schedule_free(
-    recipe: lepton.Recipe,
-    rate: Any,
-) -> Contestant:
-    """Schedule-free AdamW with a warm-up, evaluated at its averages."""
-    assert recipe.steps is not None
-    optimizer = optax.contrib.schedule_free_adamw(
-        rate,
-        warmup_steps=round(recipe.steps * WARM_UP),
-        **recipe.optimizer.keywords,
-    )
-    return _plain(optimizer, averaged=True)
-
-
-def prodigy(
-    recipe: lepton.Recipe,
-    rate: Any,
-) -> Contestant:
-    """Prodigy with its documented schedule; the cell's rate is not used."""
-    assert recipe.steps is not None
-    options = recipe.optimizer.keywords
-    schedule = optax.linear_schedule(1.0, 0.0, recipe.steps)
-    return _plain(
-        optax.contrib.prodigy(
-            schedule,
-            betas=(0.9, options["b2"]),
-            weight_decay=options["weight_decay"],
-        )
-    )
-
-
-CONTESTANTS: dict[str, Callable[[lepton.Recipe, Any], Contestant]] = {
-    "adaptive": adaptive,
-    "constant": constant,
-    "cosine": cosine,
-    "plateau": plateau,
-    "schedule-free": schedule_free,
-    "prodigy": prodigy,
-}
-# Contestants whose runs are the same, to the bit, at any rate.
-RATE_FREE = ("prodigy",)
+DATA = _data()
 
 
 # ---- a run ----
 
 
 class Curves(NamedTuple):
-    """Losses of one run at its evaluations, the last after the last step."""
+    """One run.
+
+    Attributes:
+      train: means of the training loss between two evaluations.
+      validation: losses at the evaluations, the last after the last step.
+      test: likewise.
+      noticed: the most that a controller said at once of not being good on the task.
+      alarms: the steps, from 0, in which it says that something is wrong.
+    """
 
     train: list[float]
     validation: list[float]
     test: list[float]
+    noticed: float
+    alarms: list[int]
+
+
+class Fault(NamedTuple):
+    """A fault in a run.
+
+    Attributes:
+      batches: index of each of its batches among the faulty ones, int32 (steps,); -1:
+        the step's batch is clean.
+      faulty: inputs and targets, (faulty batches, batch, ...).
+      raised: factors of the learning rate before each step, float32 (steps,).
+    """
+
+    batches: Any
+    faulty: Any
+    raised: Any
 
 
 class Runner:
     """Runs of one contestant on one task.
 
-    There is one compilation, whatever the rate and the seed.
+    There is one compilation, whatever the setting and the seed.
+
+    Args:
+      task: the task.
+      contestant: a function of (recipe, setting).
 
     Attributes:
-      program: a digest of the lowered program; equal programs give equal curves from
-        equal rates and seeds.
+      program: a digest of the lowered program and the data; equal ones give equal
+        curves from equal settings and seeds.
+
+    Raises:
+      RecipeError: the contestant refuses the task.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        contestant: Callable[[lepton.Recipe, Any], Contestant],
-    ):
+    def __init__(self, task: Task, contestant: Maker):
         self.recipe = task.recipe
         parts = [(x.inputs, x.targets) for x in (self.recipe.train, self.recipe.test)]
         parts.append((task.report.inputs, task.report.targets))
@@ -320,61 +151,74 @@ class Runner:
 
         inputs = self._data[0][0]
         program = jax.jit(_program(task.recipe, contestant, inputs))
-        self._lowered = program.lower(*self._arguments(1.0, 0))
-        text = f"{jax.__version__} {self._lowered.as_text()}"
-        self.program = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._lowered = program.lower(*self._arguments(1.0, 0, None))
+        digest = hashlib.sha256(jax.__version__.encode())
+        digest.update(self._lowered.as_text().encode())
+        for leaf in jax.tree.leaves(self._data):
+            digest.update(np.asarray(leaf).tobytes())
+        self.program = digest.hexdigest()[:16]
         self._compiled: Any = None
 
-    def __call__(
-        self,
-        rate: float,
-        seed: int,
-    ) -> Curves:
+    def __call__(self, setting: float, seed: int, fault: Fault | None = None) -> Curves:
         """Train once."""
         self._compiled = self._compiled or self._lowered.compile()
-        curves = self._compiled(*self._arguments(rate, seed))
-        return Curves(*(np.asarray(x, np.float64).tolist() for x in curves))
+        out = self._compiled(*self._arguments(setting, seed, fault))
+        train, validation, test, notice, alarm = map(np.asarray, out)
+        return Curves(
+            train.astype(np.float64).tolist(),
+            validation.astype(np.float64).tolist(),
+            test.astype(np.float64).tolist(),
+            float(notice.max()),
+            np.flatnonzero(alarm).tolist(),
+        )
 
     def _arguments(
         self,
-        rate: float,
+        setting: float,
         seed: int,
+        fault: Fault | None,
     ) -> tuple[Any, ...]:
         orders = _orders(self.recipe, len(self.recipe.train), seed)
-        return (np.float32(rate), np.uint32(seed), orders, *self._data)
+        return (np.float32(setting), np.uint32(seed), orders, *self._data)
 
 
 def _program(
     recipe: lepton.Recipe,
-    contestant: Callable[[lepton.Recipe, Any], Contestant],
+    contestant: Maker,
     inputs: Any,
 ) -> Callable[..., Any]:
     """Return a function of a whole run, evaluations included.
 
-    It takes (rate, seed, orders, train, validation, report), and returns the curves.
+    It takes (setting, seed, orders, train, validation, report), and returns the losses
+    of training, validation and test, and what the contestant said.
     """
     module = functional(recipe.model, _batch_shapes(recipe, inputs))
     mean_loss = _mean_loss(recipe, module)
 
     def run(
-        rate: Any, seed: Any, orders: Any, train: Any, validation: Any, report: Any
-    ) -> tuple[Any, Any, Any]:
-        method = contestant(recipe, rate)
+        setting: Any, seed: Any, orders: Any, train: Any, validation: Any, report: Any
+    ) -> tuple[Any, ...]:
+        method = contestant(recipe, setting)
         params, variables = module.init(jax.random.key(seed))
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        step = _step(method, mean_loss, train, key)
+        step = _step(method, training_loss(recipe, module, 1), train, key)
 
         def window(
             carry: Any,
             indices: Any,
         ) -> tuple[Any, Any]:
             """Train up to an evaluation, and evaluate."""
-            carry, trained = jax.lax.scan(step, carry, indices)
+            carry, (trained, said) = jax.lax.scan(step, carry, indices)
             at = method.evaluated(*carry[:3])
-            validated = mean_loss(*at, validation, key, False)[0]
-            tested = mean_loss(*at, report, key, False)[0]
+            validated = mean_loss(*at, validation)
+            tested = mean_loss(*at, report)
             evaluated = (validated, carry[4][1] + 1)
-            return (*carry[:4], evaluated), (trained.mean(), validated, tested)
+            return (*carry[:4], evaluated), (
+                trained.mean(),
+                validated,
+                tested,
+                *said,
+            )
 
         start = (
             params,
@@ -405,24 +249,25 @@ def _mean_loss(
     recipe: lepton.Recipe,
     module: Any,
 ) -> Callable[..., Any]:
-    def mean_loss(
-        params: Any, variables: Any, batch: Any, key: Any, training: bool
-    ) -> Any:
-        outputs, variables = forward(
-            recipe, module, params, variables, batch[0], key, training
-        )
-        total, weight = losses.weighted_sum(recipe.loss, outputs, batch[1])
-        return total / weight, variables
+    """Return a function of (params, variables, samples) to the evaluation's loss."""
+
+    def mean_loss(params: Any, variables: Any, samples: Any) -> Any:
+        inputs, targets = samples
+        if recipe.preprocess:
+            inputs = recipe.preprocess(inputs)
+        key = jax.random.key(0)  # an evaluation draws nothing
+        outputs, _, _ = module.apply(params, variables, inputs, key, False)
+        total, weight = losses.weighted_sum(recipe.loss, outputs, targets)
+        return total / weight
 
     return mean_loss
 
 
 def _step(
-    method: Contestant, mean_loss: Callable[..., Any], train: Any, key: Any
+    method: Contestant, loss: Callable[..., Any], train: Any, key: Any
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Return one train step, as the body of a scan over the samples' indices."""
-    training_loss = partial(mean_loss, training=True)
-    gradient = jax.value_and_grad(training_loss, has_aux=True)
+    gradient = jax.grad(loss, has_aux=True)
 
     def step(
         carry: Any,
@@ -430,19 +275,33 @@ def _step(
     ) -> tuple[Any, Any]:
         params, variables, state, count, evaluated = carry
         batch = jax.tree.map(lambda x: x[indices], train)
-        (loss, after), gradients = gradient(
-            params, variables, batch, jax.random.fold_in(key, count)
+        gradients, (sums, after) = gradient(
+            params,
+            variables,
+            jax.random.fold_in(key, count),
+            *batch,
+            method.knobs(state),
         )
-        signals = Signals(count, loss, *evaluated)
+        means = {name: total / weight for name, (total, weight) in sums.items()}
+        batch_loss = means.pop("loss")
+        validated, evaluations = evaluated
+        signals = Signals(
+            count,
+            batch_loss,
+            means,
+            validated,
+            evaluations,
+            jnp.float32(1),
+        )
         before = (params, variables)
-        updated = method.update(
+        *updated, said = method.update(
             signals,
             gradients,
             before,
             after,
             state,
         )
-        return (*updated, count + 1, evaluated), loss
+        return (*updated, count + 1, evaluated), (batch_loss, said)
 
     return step
 
@@ -474,7 +333,7 @@ class Cell(NamedTuple):
 
     task: str
     contestant: str
-    rate: str  # to six digits, so that it is found again
+    setting: str  # to six digits, so that it is found again
     seed: int
     program: str
 
@@ -486,7 +345,8 @@ class Campaign:
       data: folder of the data sets.
       cache: a file of JSON lines with the runs that were made; None: nothing is kept.
       seeds: of the runs.
-      steps: a run's length, in place of each task's own.
+      contestants: name to a function of (recipe, setting), in addition to the usual
+        ones.
 
     Raises:
       SettingError: the cache holds something else.
@@ -497,12 +357,12 @@ class Campaign:
         data: Path,
         cache: Path | None,
         seeds: Sequence[int],
-        steps: int | None = None,
+        contestants: Mapping[str, Maker] | None = None,
     ):
         self.data = data
         self.cache = cache
         self.seeds = seeds
-        self.steps = steps
+        self.contestants = {**CONTESTANTS, **(contestants or {})}
         self._tasks: dict[str, Task] = {}
         self._runners: dict[tuple[str, str], Runner] = {}
         self._known: dict[Cell, Curves] = {}
@@ -513,21 +373,20 @@ class Campaign:
         self,
         task: str,
         contestant: str,
-        rate: float,
+        setting: float,
         seed: int,
     ) -> Curves:
         """Return the curves of a run, from the cache if it is there."""
         runner = self._runner(task, contestant)
-        rate = 1.0 if contestant in RATE_FREE else rate
         cell = Cell(
             task,
             contestant,
-            f"{rate:.6g}",
+            f"{setting:.6g}",
             seed,
             runner.program,
         )
         if cell not in self._known:
-            self._known[cell] = runner(float(cell.rate), seed)
+            self._known[cell] = runner(float(cell.setting), seed)
             self._keep(cell)
         return self._known[cell]
 
@@ -556,10 +415,7 @@ class Campaign:
 
     def _task(self, name: str) -> Task:
         if name not in self._tasks:
-            task = TASKS[name](self.data)
-            if self.steps is not None:
-                task = task._replace(recipe=_shortened(task.recipe, self.steps))
-            self._tasks[name] = task
+            self._tasks[name] = TASKS[name](self.data)
         return self._tasks[name]
 
     def _runner(
@@ -569,59 +425,96 @@ class Campaign:
     ) -> Runner:
         key = (task, contestant)
         if key not in self._runners:
-            self._runners[key] = Runner(self._task(task), CONTESTANTS[contestant])
+            maker = self.contestants[contestant]
+            self._runners[key] = Runner(self._task(task), maker)
         return self._runners[key]
 
-    def reference(self, task: str) -> dict[str, Any]:
-        """Return the tuned cosine of a task.
+    def setting(self, task: str, contestant: str) -> float:
+        """Return the setting of a contestant: tuned, if it is a rival."""
+        if contestant not in RIVALS:
+            return ARBITRARY
 
-        Returns:
-          Its rate, the validation losses of the grid, and its test losses by seed.
-        """
-        tuned = {rate: self._validation_loss(task, rate) for rate in GRID}
-        rate = min(tuned, key=tuned.__getitem__)
-        tests = [
-            _final(self.run(task, "cosine", rate, seed).test) for seed in self.seeds
-        ]
-        return {
-            "task": task,
-            "rate": rate,
-            "loss": statistics.fmean(tests),
-            "losses": tests,
-            "tuned": {f"{rate:.3g}": loss for rate, loss in tuned.items()},
-        }
+        def validation_loss(setting: float) -> float:
+            runs = [self.run(task, contestant, setting, seed) for seed in self.seeds]
+            return statistics.fmean(_final(run.validation) for run in runs)
 
-    def _validation_loss(
+        return tuned(contestant, validation_loss)
+
+    def row(
         self,
         task: str,
-        rate: float,
-    ) -> float:
-        runs = [self.run(task, "cosine", rate, seed) for seed in self.seeds]
-        return statistics.fmean(_final(curves.validation) for curves in runs)
+        contestant: str,
+        goals: Sequence[float] | None = None,
+    ) -> dict[str, Any]:
+        """Return the results of one contestant on a task.
 
-    def cells(
-        self,
-        reference: Mapping[str, Any],
-        factors: Sequence[float],
-        contestants: Sequence[str],
-    ) -> Iterator[dict[str, Any]]:
-        """Yield each contestant's result in each of a task's cells."""
-        # one contestant after the other, since each compiles
-        cells = itertools.product(contestants, factors, enumerate(self.seeds))
-        for contestant, factor, (number, seed) in cells:
-            rate = reference["rate"] * factor
-            test = self.run(reference["task"], contestant, rate, seed).test
-            goal = reference["losses"][number]
-            yield {
-                "task": reference["task"],
-                "contestant": contestant,
-                "factor": factor,
-                "seed": seed,
-                "loss": _final(test),
-                "ratio": _final(test) / reference["loss"],
-                "paired": _final(test) / goal,
-                "steps": _first_at_most(goal, test) / len(test),
-            }
+        Args:
+          task: its name.
+          contestant: its name.
+          goals: the reference's final test loss of each seed; None: its own.
+        """
+        row = {"task": task, "contestant": contestant, "refused": ""}
+        try:
+            setting = self.setting(task, contestant)
+            runs = [self.run(task, contestant, setting, seed) for seed in self.seeds]
+        except RecipeError as error:
+            never = [math.inf] * len(self.seeds)
+            results = {"setting": math.nan, "losses": never, "steps": never}
+            return {**row, **results, "noticed": True, "refused": error.what}
+        finals = [_final(run.test) for run in runs]
+        pairs = zip(goals or finals, runs, strict=True)
+        return {
+            **row,
+            "setting": setting,
+            "losses": finals,
+            "steps": [
+                _first_at_most(goal, run.test) / len(run.test) for goal, run in pairs
+            ],
+            "noticed": all(run.noticed > 0 for run in runs),
+        }
+
+    def rows(self, task: str, contestants: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the results of some contestants on a task, with ratios and ranks."""
+        reference = self.row(task, REFERENCE)
+        rows = []
+        for name in contestants:
+            row = self.row(task, name, reference["losses"])
+            rows.append(reference if name == REFERENCE else row)
+        return compared(rows, reference["losses"])
+
+    def forget(self) -> None:
+        """Let go of tasks and programs: what was measured stays."""
+        self._tasks.clear()
+        self._runners.clear()
+
+
+def measure(
+    tasks: Sequence[str],
+    contestants: Mapping[str, Maker] | Sequence[str] = ("adaptive",),
+    seeds: Sequence[int] = SEEDS,
+    cache: Path | None = None,
+    data: Path = DATA,
+) -> list[dict[str, Any]]:
+    """Return the results of contestants on tasks of the tuning half.
+
+    Args:
+      tasks: their names.
+      contestants: names of the usual ones, or of own ones with their functions, such as
+        `{"mine": functools.partial(controlled, policies=controllers.guard())}`.
+      seeds: of the runs.
+      cache: see `Campaign`.
+      data: folder of the data sets.
+
+    Returns:
+      A row a task and contestant; see `compared`.
+    """
+    own = contestants if isinstance(contestants, Mapping) else {}
+    campaign = Campaign(data, cache, seeds, own)
+    rows = []
+    for task in tasks:
+        rows += campaign.rows(task, list(contestants))
+        campaign.forget()
+    return rows
 
 
 def _first_at_most(
@@ -635,18 +528,105 @@ def _first_at_most(
     return math.inf
 
 
-def _shortened(
-    recipe: lepton.Recipe,
-    steps: int,
-) -> lepton.Recipe:
-    return recipe.with_(
-        steps=steps,
-        evaluate_every=math.gcd(steps, max(1, steps // EVALUATIONS)),
-    )
-
-
 def _final(losses: Sequence[float]) -> float:
     return losses[-1] if math.isfinite(losses[-1]) else math.inf
+
+
+# ---- comparison ----
+
+
+def compared(
+    rows: Sequence[Mapping[str, Any]], goals: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Add to the results on a task what they are against the reference.
+
+    Args:
+      rows: a row a contestant, as `Campaign.row` returns it.
+      goals: the reference's final test loss of each seed.
+
+    Returns:
+      The rows with "ratio" (means of the seeds), "ratios" (of the same seed each) and
+      "rank" among the rows; equal losses share the mean of their ranks.
+    """
+    reference = statistics.fmean(goals)
+    means = [statistics.fmean(row["losses"]) for row in rows]
+    results = []
+    for row, mean in zip(rows, means, strict=True):
+        better = sum(other < mean for other in means)
+        equal = sum(other == mean for other in means)
+        pairs = zip(row["losses"], goals, strict=True)
+        results.append(
+            {
+                **row,
+                "ratio": mean / reference,
+                "ratios": [loss / goal for loss, goal in pairs],
+                "rank": better + (equal + 1) / 2,
+            }
+        )
+    return results
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the aggregate figures of each contestant, the best mean rank first."""
+    by_contestant: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_contestant.setdefault(row["contestant"], []).append(row)
+    summary = [_summary(name, own) for name, own in by_contestant.items()]
+    return sorted(summary, key=lambda row: row["rank"])
+
+
+def _summary(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return the aggregate figures of one contestant."""
+    outside = [row for row in rows if not row["ratio"] <= TOLERANCE]
+    noticed = [row for row in outside if row["noticed"]]
+    return {
+        "contestant": name,
+        "tasks": len(rows),
+        "within": 1 - len(outside) / len(rows),
+        "worst": max(row["ratio"] for row in rows),
+        "rank": statistics.fmean(row["rank"] for row in rows),
+        "steps": statistics.median(x for row in rows for x in row["steps"]),
+        "outside": len(outside),
+        "noticed": len(noticed),
+        "refused": sum(bool(row["refused"]) for row in rows),
+    }
+
+
+def _table(summary: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"{'contestant':16} {'tasks':>5} {'within 2 %':>10} {'worst':>7}"
+        f" {'mean rank':>9} {'steps':>6} {'outside':>7} {'noticed':>7} {'refused':>7}"
+    ]
+    lines += [
+        f"{row['contestant']:16} {row['tasks']:5} {row['within']:10.1%}"
+        f" {row['worst']:7.3g} {row['rank']:9.2f} {row['steps']:6.3g}"
+        f" {row['outside']:7} {row['noticed']:7} {row['refused']:7}"
+        for row in summary
+    ]
+    return "\n".join(lines)
+
+
+def _of_task(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of one task."""
+    lines = [f"{rows[0]['task']}"]
+    for row in rows:
+        ratios = " ".join(f"{ratio:6.3f}" for ratio in row["ratios"])
+        steps = " ".join(f"{step:5.2f}" for step in row["steps"])
+        lines.append(
+            f"  {row['contestant']:16} {row['ratio']:7.3f}  ({ratios})"
+            f"  steps {steps}  rank {row['rank']:3.1f}  setting {row['setting']:.3g}"
+            f"  loss {statistics.fmean(row['losses']):.4g}{_remark(row)}"
+        )
+    return "\n".join(lines)
+
+
+def _remark(row: Mapping[str, Any]) -> str:
+    if row["refused"]:
+        return f"  refused: {row['refused']}"
+    return "  noticed" if row["noticed"] else ""
 
 
 # ---- the command ----
@@ -662,15 +642,19 @@ def add(
         shared,
         "controller",
         __doc__,
-        "final losses where the learning rate is wrong, against rivals with and"
-        " without one",
+        "final losses without a learning rate, against tuned rivals",
+    )
+    parser.add_argument(
+        "--half",
+        choices=list(HALVES),
+        default="tuning",
+        help="of the tasks (default: %(default)s)",
     )
     parser.add_argument(
         "--tasks",
         nargs="+",
-        default=list(TASKS),
         metavar="NAME",
-        help=f"of {', '.join(TASKS)}",
+        help=f"of the tuning half: {', '.join(HALVES['tuning'])}",
     )
     parser.add_argument(
         "--contestants",
@@ -680,26 +664,12 @@ def add(
         help=f"of {', '.join(CONTESTANTS)}",
     )
     parser.add_argument(
-        "--rates",
-        nargs="+",
-        type=float,
-        default=list(FACTORS),
-        metavar="FACTOR",
-        help="of the tuned rate (default: 1/30, 1/10, 1/3, 1, 3, 10, 30)",
-    )
-    parser.add_argument(
         "--seeds",
         nargs="+",
         type=int,
         default=list(SEEDS),
         metavar="SEED",
         help="default: 0 1 2",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        metavar="N",
-        help="of every run, in place of each task's own",
     )
     parser.add_argument(
         "--data",
@@ -718,153 +688,48 @@ def add(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Tune the references, run every cell and print the tables.
+    """Tune the rivals, run every contestant and print the tables.
+
+    Returns:
+      The summary; of the tuning half the rows, too.
 
     Raises:
-      SettingError: no such task or contestant, or a factor, seed or number of steps
-        that can't be.
+      SettingError: no such task or contestant, or a seed that can't be.
       DataError: a data set is not there.
     """
     _check(options)
-    campaign = Campaign(
-        options.data,
-        options.cache,
-        list(dict.fromkeys(options.seeds)),
-        options.steps,
-    )
-    factors = sorted(set(options.rates))
+    judging = options.half == "judging"
+    campaign = Campaign(options.data, options.cache, list(dict.fromkeys(options.seeds)))
     contestants = list(dict.fromkeys(options.contestants))
-
-    references = []
-    cells = []
-    for task in dict.fromkeys(options.tasks):
-        reference = campaign.reference(task)
-        least = min(reference["losses"])
-        most = max(reference["losses"])
-        print(
-            f"{task}: the reference is cosine at {reference['rate']:.3g}, test loss"
-            f" {reference['loss']:.4g} ({least:.4g} to {most:.4g} by seed)",
-            flush=True,
-        )
-        own = list(campaign.cells(reference, factors, contestants))
-        print(_ratios(own, factors), flush=True)
-        references.append(reference)
-        cells += own
-    _rank(cells)
-    summary = summarize(cells)
+    rows = []
+    for task in dict.fromkeys(options.tasks or HALVES[options.half]):
+        own = campaign.rows(task, contestants)
+        campaign.forget()
+        rows += own
+        if not judging:
+            print(_of_task(own), flush=True)
+    summary = summarize(rows)
     print(_table(summary))
-    return {"references": references, "cells": cells, "summary": summary}
+    if judging:
+        history.append(HISTORY, {"seeds": campaign.seeds, "contestants": summary})
+        return {"summary": summary}
+    return {"rows": rows, "summary": summary}
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raise a SettingError for options that can't be."""
-    checks.check_names(options.tasks, TASKS, "--tasks", "task")
-    checks.check_names(options.contestants, CONTESTANTS, "--contestants", "contestant")
-    unusable = [
-        ("rates", rate)
-        for rate in options.rates
-        if not (math.isfinite(rate) and rate > 0)
-    ]
-    unusable += [("seeds", seed) for seed in options.seeds if not 0 <= seed < 2**32]
-    for flag, value in unusable:
+    if options.half == "judging" and options.tasks:
         raise SettingError(
-            f"--{flag} has {value:g}",
-            where="command line",
-            remedy="give numbers above 0",
+            "the tasks of the judging half are not run one by one",
+            where="--tasks",
+            remedy="leave --tasks out, or name tasks of the tuning half",
         )
-    if options.steps is not None:
-        checks.check_at_least(options, steps=EVALUATIONS)
-
-
-# ---- the tables ----
-
-
-def _rank(cells: Sequence[dict[str, Any]]) -> None:
-    """Add to each result its rank among those of its cell.
-
-    Equal losses share the mean of their ranks.
-    """
-    by_cell: dict[tuple, list[float]] = {}
-    for cell in cells:
-        by_cell.setdefault(_key(cell), []).append(cell["loss"])
-    for cell in cells:
-        rivals = by_cell[_key(cell)]
-        better = sum(loss < cell["loss"] for loss in rivals)
-        equal = sum(loss == cell["loss"] for loss in rivals)
-        cell["rank"] = better + (equal + 1) / 2
-
-
-def _key(cell: Mapping[str, Any]) -> tuple:
-    return cell["task"], cell["factor"], cell["seed"]
-
-
-def summarize(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row a contestant, the best mean rank first."""
-    by_contestant: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        by_contestant.setdefault(cell["contestant"], []).append(cell)
-    rows = [_summary(name, own) for name, own in by_contestant.items()]
-    return sorted(rows, key=lambda row: row["rank"])
-
-
-def _summary(
-    name: str,
-    cells: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return the row of one contestant."""
-    by_factor: dict[tuple[str, float], list[float]] = {}
-    for cell in cells:
-        by_factor.setdefault((cell["task"], cell["factor"]), []).append(cell["ratio"])
-    means = [statistics.fmean(ratios) for ratios in by_factor.values()]
-    steps = [cell["steps"] for cell in cells if cell["factor"] == 1]
-    worst = sorted(cells, key=lambda cell: -cell["ratio"])[:WORST]
-    shown = ("task", "factor", "seed", "ratio")
-    return {
-        "contestant": name,
-        "cells": len(cells),
-        "within": statistics.fmean(cell["ratio"] <= TOLERANCE for cell in cells),
-        "within_by_mean": statistics.fmean(mean <= TOLERANCE for mean in means),
-        "within_by_seed": statistics.fmean(
-            cell["paired"] <= TOLERANCE for cell in cells
-        ),
-        "rank": statistics.fmean(cell["rank"] for cell in cells),
-        "steps": statistics.median(steps or [math.inf]),
-        "worst": [{key: cell[key] for key in shown} for cell in worst],
-    }
-
-
-def _ratios(
-    cells: Sequence[Mapping[str, Any]],
-    factors: Sequence[float],
-) -> str:
-    """Return a table: test loss divided by the reference's, means of the seeds."""
-    titles = "".join(f"{f'x {factor:.3g}':>10}" for factor in factors)
-    lines = [f"  {'loss / reference':16}{titles}"]
-    for name in dict.fromkeys(cell["contestant"] for cell in cells):
-        own = [cell for cell in cells if cell["contestant"] == name]
-        figures = ""
-        for factor in factors:
-            ratios = [cell["ratio"] for cell in own if cell["factor"] == factor]
-            mean = statistics.fmean(ratios)
-            figures += f"{mean:10.3f}" if mean < 1000 else f"{'>1000':>10}"
-        lines.append(f"  {name:16}{figures}")
-    return "\n".join(lines)
-
-
-def _table(summary: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        f"{'contestant':16} {'cells':>5} {'within 2 %':>10} {'mean of seeds':>13}"
-        f" {'same seed':>9} {'mean rank':>9} {'steps':>6}  worst"
-    ]
-    for row in summary:
-        worst = ", ".join(
-            f"{cell['task']} x {cell['factor']:.3g} seed {cell['seed']}:"
-            f" {cell['ratio']:.3g}"
-            for cell in row["worst"]
-        )
-        lines.append(
-            f"{row['contestant']:16} {row['cells']:5} {row['within']:10.1%}"
-            f" {row['within_by_mean']:13.1%} {row['within_by_seed']:9.1%}"
-            f" {row['rank']:9.2f} {row['steps']:6.3g}  {worst}"
-        )
-    return "\n".join(lines)
+    checks.check_names(options.tasks or (), HALVES["tuning"], "--tasks", "task")
+    checks.check_names(options.contestants, CONTESTANTS, "--contestants", "contestant")
+    for seed in options.seeds:
+        if not 0 <= seed < 2**32:
+            raise SettingError(
+                f"--seeds has {seed}",
+                where="command line",
+                remedy="give numbers from 0 to 2**32 - 1",
+            )

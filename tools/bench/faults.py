@@ -62,7 +62,8 @@ from lepton_jax.errors import DivergedError
 from lepton_jax.hosts import mailbox
 from tools.bench import options as checks
 from tools.bench.controller import DATA, _orders
-from tools.bench.controller_tasks import TASKS, Task
+from tools.bench.controller_tasks import Task
+from tools.bench.tasks import TASKS
 
 # Learning rates, tuned by `tools.bench controller` (digits: for the small MLP).
 RATES = {

@@ -1,0 +1,24 @@
+"""Characters of Shakespeare's plays: a one-layer transformer under Adafactor."""
+
+from functools import partial
+from pathlib import Path
+
+import optax
+
+from lepton_jax.models import TransformerLM
+from tools.bench import controller_tasks as tasks
+
+
+def task(data: Path) -> tasks.Task:
+    """Return the task."""
+    samples = tasks.next_tokens(tasks.plays(data), 24)
+    train, validation, report = tasks.in_order(samples, 0.05, 0.05)
+    model = partial(TransformerLM, 65, dim=32, layers=1, heads=2, hidden=64)
+    parts = (train, tasks.first(validation, 500), tasks.first(report, 800))
+    return tasks.task_of(
+        model,
+        parts,
+        480,
+        16,
+        optimizer=partial(optax.adafactor, min_dim_size_to_factor=32),
+    )
