@@ -69,7 +69,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     calls = [(*name, options.steps, chip) for name in names]
     rows = command.collect(
         options,
-        workers.rows(timing.measure, calls, command.judging(options)),
+        workers.rows(
+            timing.measure,
+            calls,
+            command.judging(options),
+        ),
         len(calls),
         timing.line,
     )

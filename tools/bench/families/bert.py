@@ -61,7 +61,11 @@ class BERT(nnx.Module):
         self.last = nnx.LayerNorm(dim, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros((vocab,)))
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+    ) -> jax.Array:
         """Map int32 (batch, length), twice, to logits (batch, length, vocab)."""
         places = self.positions(jnp.arange(tokens.shape[1]))
         x = self.tokens(tokens) + self.segments(segments) + places
@@ -79,7 +83,11 @@ def masked_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Return cross-entropy of each token, and which tokens count."""
     chances = jax.nn.log_softmax(logits.astype(jnp.float32))
-    chosen = jnp.take_along_axis(chances, targets[..., None], axis=-1)
+    chosen = jnp.take_along_axis(
+        chances,
+        targets[..., None],
+        axis=-1,
+    )
     counts = targets % 100 < 100 * MASKED
     return -chosen[..., 0], counts.astype(jnp.float32)
 
@@ -87,11 +95,20 @@ def masked_loss(
 def case(draw: Draw) -> Case:
     """Draw vocabulary, length, heads and layers."""
     heads = draw.choice((2, 4, 6, 8, 12))
-    dim = heads * max(4, int(draw.choice((32, 64)) * draw.scale))
+    dim = heads * max(
+        4,
+        int(draw.choice((32, 64)) * draw.scale),
+    )
     length = draw.length(64, 512)
     layer = (dim, heads, draw.choice((0.0, 0.1)))
     return Case(
-        partial(BERT, draw.vocabulary(), length, layer, draw.randint(1, 4)),
+        partial(
+            BERT,
+            draw.vocabulary(),
+            length,
+            layer,
+            draw.randint(1, 4),
+        ),
         {"tokens": shape(length), "segments": shape(length)},
         shape(length),
         loss=masked_loss,

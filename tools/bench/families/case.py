@@ -41,7 +41,10 @@ class Case:
     most: int | None = None
     ids: int = 2
 
-    def recipe(self, batch_size: int | None = None) -> lepton.Recipe:
+    def recipe(
+        self,
+        batch_size: int | None = None,
+    ) -> lepton.Recipe:
         """Return the recipe, with another batch size if one is given."""
         return lepton.Recipe(
             model=self.model,
@@ -53,6 +56,9 @@ class Case:
         )
 
 
-def shape(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def shape(
+    *dims: int,
+    dtype: Any = jnp.int32,
+) -> jax.ShapeDtypeStruct:
     """Return the shape of a batch of one sample."""
     return jax.ShapeDtypeStruct((1, *dims), dtype)

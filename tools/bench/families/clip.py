@@ -28,7 +28,13 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.first = nnx.LayerNorm(dim, rngs=rngs)
-        self.attention = Attention(dim, heads, causal=causal, fused=True, rngs=rngs)
+        self.attention = Attention(
+            dim,
+            heads,
+            causal=causal,
+            fused=True,
+            rngs=rngs,
+        )
         self.second = nnx.LayerNorm(dim, rngs=rngs)
         self.feed_forward = FeedForward(dim, 4 * dim, rngs=rngs)
 
@@ -53,22 +59,62 @@ class Clip(nnx.Module):
     ):
         sides = (patch, patch)
         dim, heads, layers = images
-        self.patches = nnx.Conv(3, dim, sides, strides=sides, rngs=rngs)
-        made = [Block(dim, heads, False, rngs=rngs) for _ in range(layers)]
+        self.patches = nnx.Conv(
+            3,
+            dim,
+            sides,
+            strides=sides,
+            rngs=rngs,
+        )
+        made = [
+            Block(
+                dim,
+                heads,
+                False,
+                rngs=rngs,
+            )
+            for _ in range(layers)
+        ]
         self.images = nnx.List(made)
-        self.image_out = nnx.Linear(dim, joint, use_bias=False, rngs=rngs)
+        self.image_out = nnx.Linear(
+            dim,
+            joint,
+            use_bias=False,
+            rngs=rngs,
+        )
 
         dim, heads, layers = texts
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
-        made = [Block(dim, heads, True, rngs=rngs) for _ in range(layers)]
+        made = [
+            Block(
+                dim,
+                heads,
+                True,
+                rngs=rngs,
+            )
+            for _ in range(layers)
+        ]
         self.texts = nnx.List(made)
-        self.text_out = nnx.Linear(dim, joint, use_bias=False, rngs=rngs)
+        self.text_out = nnx.Linear(
+            dim,
+            joint,
+            use_bias=False,
+            rngs=rngs,
+        )
         self.temperature = nnx.Param(jnp.zeros(()))
 
-    def __call__(self, images: jax.Array, tokens: jax.Array) -> dict[str, Any]:
+    def __call__(
+        self,
+        images: jax.Array,
+        tokens: jax.Array,
+    ) -> dict[str, Any]:
         """Map images and int32 tokens to a vector each, and a temperature."""
         x = self.patches(images)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x.reshape(
+            x.shape[0],
+            -1,
+            x.shape[-1],
+        )
         for block in self.images:
             x = block(x)
         y = self.embed(tokens)
@@ -81,10 +127,21 @@ class Clip(nnx.Module):
         }
 
 
-def contrast(outputs: dict[str, Any], targets: jax.Array) -> jax.Array:
+def contrast(
+    outputs: dict[str, Any],
+    targets: jax.Array,
+) -> jax.Array:
     """Return the mean of both cross-entropies; the targets play no part."""
     image, text = (
-        outputs[name] / (1e-6 + jnp.linalg.norm(outputs[name], axis=1, keepdims=True))
+        outputs[name]
+        / (
+            1e-6
+            + jnp.linalg.norm(
+                outputs[name],
+                axis=1,
+                keepdims=True,
+            )
+        )
         for name in ("image", "text")
     )
     logits = image @ text.T * outputs["temperature"]
@@ -103,12 +160,26 @@ def case(draw: Draw) -> Case:
     towers = []
     for _ in range(2):
         heads = draw.choice((2, 4, 6, 8))
-        dim = heads * max(4, int(64 * draw.scale))
+        dim = heads * max(
+            4,
+            int(64 * draw.scale),
+        )
         towers.append((dim, heads, draw.randint(1, 2)))
     joint = draw.width(64, 512)
-    model = partial(Clip, draw.vocabulary(), patch, *towers, joint)
+    model = partial(
+        Clip,
+        draw.vocabulary(),
+        patch,
+        *towers,
+        joint,
+    )
     inputs = {
-        "images": shape(side, side, 3, dtype=jnp.float32),
+        "images": shape(
+            side,
+            side,
+            3,
+            dtype=jnp.float32,
+        ),
         "tokens": shape(length),
     }
     return Case(

@@ -15,7 +15,12 @@ from tools.bench.families.draw import Draw
 class Block(nnx.Module):
     """Depthwise convolution, norm, two dense layers, a learned scale."""
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.depthwise = nnx.Conv(
             dim,
             dim,
@@ -24,8 +29,16 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.norm = nnx.LayerNorm(dim, rngs=rngs)
-        self.up = nnx.Linear(dim, 4 * dim, rngs=rngs)
-        self.down = nnx.Linear(4 * dim, dim, rngs=rngs)
+        self.up = nnx.Linear(
+            dim,
+            4 * dim,
+            rngs=rngs,
+        )
+        self.down = nnx.Linear(
+            4 * dim,
+            dim,
+            rngs=rngs,
+        )
         self.scale = nnx.Param(1e-6 * jnp.ones((dim,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -80,7 +93,12 @@ def case(draw: Draw) -> Case:
     stages = draw.randint(2, 3)
     widths = tuple(width * 2**i for i in range(stages))
     return Case(
-        partial(ConvNeXt, draw.classes(), widths, draw.randint(1, 2)),
+        partial(
+            ConvNeXt,
+            draw.classes(),
+            widths,
+            draw.randint(1, 2),
+        ),
         shape(side, side, 3, dtype=jnp.float32),
         shape(),
         **draw.rest(),

@@ -23,9 +23,23 @@ class Layer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         inner = 2 * growth
-        self.norm = nnx.GroupNorm(entering, num_groups=1, rngs=rngs)
-        self.squeeze = nnx.Conv(entering, inner, (1, 1), rngs=rngs)
-        self.grow = nnx.Conv(inner, growth, (3, 3), rngs=rngs)
+        self.norm = nnx.GroupNorm(
+            entering,
+            num_groups=1,
+            rngs=rngs,
+        )
+        self.squeeze = nnx.Conv(
+            entering,
+            inner,
+            (1, 1),
+            rngs=rngs,
+        )
+        self.grow = nnx.Conv(
+            inner,
+            growth,
+            (3, 3),
+            rngs=rngs,
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, side, side, n) to (batch, side, side, n + growth)."""
@@ -46,7 +60,12 @@ class DenseNet(nnx.Module):
     ):
         channels = 2 * growth
         conv = partial(nnx.Conv, rngs=rngs)
-        self.stem = conv(3, channels, (3, 3), strides=(2, 2))
+        self.stem = conv(
+            3,
+            channels,
+            (3, 3),
+            strides=(2, 2),
+        )
         self.blocks = nnx.List()
         self.transitions = nnx.List()
         for count in blocks:
@@ -55,16 +74,30 @@ class DenseNet(nnx.Module):
                 layers.append(Layer(channels, growth, rngs=rngs))
                 channels += growth
             self.blocks.append(nnx.Sequential(*layers))
-            self.transitions.append(conv(channels, channels // 2, (1, 1)))
+            self.transitions.append(
+                conv(
+                    channels,
+                    channels // 2,
+                    (1, 1),
+                )
+            )
             channels //= 2
         self.out = nnx.Linear(channels, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map images (batch, side, side, 3) to logits (batch, classes)."""
         x = self.stem(images)
-        for block, transition in zip(self.blocks, self.transitions, strict=True):
+        for block, transition in zip(
+            self.blocks,
+            self.transitions,
+            strict=True,
+        ):
             x = transition(block(x))
-            x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
+            x = nnx.avg_pool(
+                x,
+                (2, 2),
+                strides=(2, 2),
+            )
         return self.out(x.mean(axis=(1, 2)))
 
 

@@ -16,11 +16,17 @@ from tools.bench.families.layers import Attention
 LONGEST_WAVE = 10_000.0
 
 
-def waves(times: jax.Array, dim: int) -> jax.Array:
+def waves(
+    times: jax.Array,
+    dim: int,
+) -> jax.Array:
     """Map times (batch,) to sines and cosines (batch, dim)."""
     rates = jnp.exp(-jnp.log(LONGEST_WAVE) * jnp.arange(dim // 2) / (dim // 2))
     angles = times[:, None] * rates
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.concatenate(
+        [jnp.sin(angles), jnp.cos(angles)],
+        axis=-1,
+    )
 
 
 class Residual(nnx.Module):
@@ -34,14 +40,41 @@ class Residual(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.first_norm = nnx.GroupNorm(entering, num_groups=1, rngs=rngs)
-        self.first = nnx.Conv(entering, width, (3, 3), rngs=rngs)
+        self.first_norm = nnx.GroupNorm(
+            entering,
+            num_groups=1,
+            rngs=rngs,
+        )
+        self.first = nnx.Conv(
+            entering,
+            width,
+            (3, 3),
+            rngs=rngs,
+        )
         self.shift = nnx.Linear(time, width, rngs=rngs)
-        self.second_norm = nnx.GroupNorm(width, num_groups=1, rngs=rngs)
-        self.second = nnx.Conv(width, width, (3, 3), rngs=rngs)
-        self.short = nnx.Conv(entering, width, (1, 1), rngs=rngs)
+        self.second_norm = nnx.GroupNorm(
+            width,
+            num_groups=1,
+            rngs=rngs,
+        )
+        self.second = nnx.Conv(
+            width,
+            width,
+            (3, 3),
+            rngs=rngs,
+        )
+        self.short = nnx.Conv(
+            entering,
+            width,
+            (1, 1),
+            rngs=rngs,
+        )
 
-    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        time: jax.Array,
+    ) -> jax.Array:
         """Map (batch, side, side, entering) to `width` channels."""
         y = self.first(nnx.silu(self.first_norm(x)))
         y = y + self.shift(nnx.silu(time))[:, None, None, :]
@@ -64,17 +97,56 @@ class Diffusion(nnx.Module):
         time = 4 * width
         widths = [width * 2**i for i in range(depth)]
         make = partial(Residual, time=time, rngs=rngs)
-        self.time = nnx.Linear(2 * (width // 2), time, rngs=rngs)
-        self.enter = nnx.Conv(3, width, (3, 3), rngs=rngs)
-        self.down = nnx.List(
-            [make(w // 2 if i else w, w) for i, w in enumerate(widths)]
+        self.time = nnx.Linear(
+            2 * (width // 2),
+            time,
+            rngs=rngs,
         )
-        self.attention = Attention(widths[-1], heads, rngs=rngs)
-        self.middle = make(widths[-1], widths[-1])
-        self.up = nnx.List([make(2 * w, w // 2 if w > width else w) for w in widths])
-        self.out = nnx.Conv(width, 3, (3, 3), rngs=rngs)
+        self.enter = nnx.Conv(
+            3,
+            width,
+            (3, 3),
+            rngs=rngs,
+        )
+        self.down = nnx.List(
+            [
+                make(
+                    w // 2 if i else w,
+                    w,
+                )
+                for i, w in enumerate(widths)
+            ]
+        )
+        self.attention = Attention(
+            widths[-1],
+            heads,
+            rngs=rngs,
+        )
+        self.middle = make(
+            widths[-1],
+            widths[-1],
+        )
+        self.up = nnx.List(
+            [
+                make(
+                    2 * w,
+                    w // 2 if w > width else w,
+                )
+                for w in widths
+            ]
+        )
+        self.out = nnx.Conv(
+            width,
+            3,
+            (3, 3),
+            rngs=rngs,
+        )
 
-    def __call__(self, images: jax.Array, times: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        images: jax.Array,
+        times: jax.Array,
+    ) -> jax.Array:
         """Map images (batch, side, side, 3) and times (batch,) to noise."""
         time = self.time(waves(times, self.width))
         x = self.enter(images)
@@ -83,14 +155,25 @@ class Diffusion(nnx.Module):
         for layer in self.down:
             x = layer(x, time)
             skips.append(x)
-            x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+            x = nnx.avg_pool(
+                x,
+                (2, 2),
+                strides=(2, 2),
+            )
+        flat = x.reshape(
+            x.shape[0],
+            -1,
+            x.shape[-1],
+        )
         x = x + self.attention(flat).reshape(x.shape)
         x = self.middle(x, time)
         for layer in self.up[::-1]:
             skip = skips.pop()
             x = jax.image.resize(x, skip.shape, "nearest")
-            x = layer(jnp.concatenate([x, skip], axis=-1), time)
+            x = layer(
+                jnp.concatenate([x, skip], axis=-1),
+                time,
+            )
         return self.out(x)
 
 
@@ -99,9 +182,19 @@ def case(draw: Draw) -> Case:
     side = draw.choice((16, 32, 48, 64))
     width = draw.width(32, 160)
     width -= width % 4
-    model = partial(Diffusion, width, draw.randint(1, 2), draw.choice((1, 2, 4)))
+    model = partial(
+        Diffusion,
+        width,
+        draw.randint(1, 2),
+        draw.choice((1, 2, 4)),
+    )
     inputs = {
-        "images": shape(side, side, 3, dtype=jnp.float32),
+        "images": shape(
+            side,
+            side,
+            3,
+            dtype=jnp.float32,
+        ),
         "times": shape(dtype=jnp.float32),
     }
     return Case(

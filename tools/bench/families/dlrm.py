@@ -29,20 +29,50 @@ class DLRM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         pairs = (len(rows) + 1) * len(rows) // 2
-        self.tables = nnx.List([nnx.Embed(n, dim, rngs=rngs) for n in rows])
-        self.bottom = Dense((numbers, *bottom, dim), rngs=rngs)
-        self.top = Dense((pairs + dim, *top, 1), rngs=rngs)
+        self.tables = nnx.List(
+            [
+                nnx.Embed(
+                    n,
+                    dim,
+                    rngs=rngs,
+                )
+                for n in rows
+            ]
+        )
+        self.bottom = Dense(
+            (numbers, *bottom, dim),
+            rngs=rngs,
+        )
+        self.top = Dense(
+            (pairs + dim, *top, 1),
+            rngs=rngs,
+        )
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        numbers: jax.Array,
+        ids: jax.Array,
+    ) -> jax.Array:
         """Map float32 (batch, n) and int32 (batch, fields) to logits (batch,)."""
         dense = self.bottom(numbers)
         vectors = [table(ids[:, i]) for i, table in enumerate(self.tables)]
         vectors = [vector.astype(dense.dtype) for vector in vectors]
-        every = jnp.stack([dense, *vectors], axis=1)
+        every = jnp.stack(
+            [dense, *vectors],
+            axis=1,
+        )
         products = jnp.einsum("bid,bjd->bij", every, every)
-        left, right = np.triu_indices(every.shape[1], 1)
+        left, right = np.triu_indices(
+            every.shape[1],
+            1,
+        )
         crossed = products[:, left, right]
-        return self.top(jnp.concatenate([dense, crossed], axis=-1))[:, 0]
+        return self.top(
+            jnp.concatenate(
+                [dense, crossed],
+                axis=-1,
+            )
+        )[:, 0]
 
 
 def case(draw: Draw) -> Case:
@@ -57,7 +87,14 @@ def case(draw: Draw) -> Case:
         "ids": shape(fields),
     }
     return Case(
-        partial(DLRM, rows, draw.choice((16, 32, 64, 100)), numbers, bottom, top),
+        partial(
+            DLRM,
+            rows,
+            draw.choice((16, 32, 64, 100)),
+            numbers,
+            bottom,
+            top,
+        ),
         inputs,
         shape(dtype=jnp.float32),
         loss=lepton.losses.binary_cross_entropy,

@@ -53,7 +53,10 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def percentile(ordered: Sequence[float], share: float) -> float | None:
+def percentile(
+    ordered: Sequence[float],
+    share: float,
+) -> float | None:
     """Return the least value that a share of sorted values is at or below.
 
     >>> percentile([1.0, 2.0, 3.0, 4.0], 0.5)
@@ -61,7 +64,12 @@ def percentile(ordered: Sequence[float], share: float) -> float | None:
     """
     if not ordered:
         return None
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+    return ordered[
+        max(
+            0,
+            math.ceil(share * len(ordered)) - 1,
+        )
+    ]
 
 
 def by(
@@ -104,5 +112,11 @@ def text(figures: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _total(rows: Sequence[Row], key: str) -> float:
-    return round(sum(row.get(key, 0.0) for row in rows), 1)
+def _total(
+    rows: Sequence[Row],
+    key: str,
+) -> float:
+    return round(
+        sum(row.get(key, 0.0) for row in rows),
+        1,
+    )

@@ -23,7 +23,10 @@ def _forward(x: jax.Array) -> tuple[jax.Array, None]:
     return x, None
 
 
-def _backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _backward(
+    _: None,
+    gradient: jax.Array,
+) -> tuple[jax.Array]:
     return (-gradient,)
 
 
@@ -42,7 +45,11 @@ class Generator(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.width = width * 2**doublings
-        self.enter = nnx.Linear(noise, 16 * self.width, rngs=rngs)
+        self.enter = nnx.Linear(
+            noise,
+            16 * self.width,
+            rngs=rngs,
+        )
         self.layers = nnx.List()
         self.norms = nnx.List()
         entering = self.width
@@ -58,12 +65,26 @@ class Generator(nnx.Module):
             self.layers.append(layer)
             self.norms.append(nnx.LayerNorm(leaving, rngs=rngs))
             entering = leaving
-        self.out = nnx.Conv(entering, 3, (3, 3), rngs=rngs)
+        self.out = nnx.Conv(
+            entering,
+            3,
+            (3, 3),
+            rngs=rngs,
+        )
 
     def __call__(self, noise: jax.Array) -> jax.Array:
         """Map (batch, noise) to images (batch, side, side, 3)."""
-        x = self.enter(noise).reshape(-1, 4, 4, self.width)
-        for layer, norm in zip(self.layers, self.norms, strict=True):
+        x = self.enter(noise).reshape(
+            -1,
+            4,
+            4,
+            self.width,
+        )
+        for layer, norm in zip(
+            self.layers,
+            self.norms,
+            strict=True,
+        ):
             x = nnx.relu(norm(layer(x)))
         return nnx.tanh(self.out(x))
 
@@ -91,14 +112,23 @@ class Critic(nnx.Module):
             )
             self.layers.append(layer)
             entering = leaving
-        self.out = nnx.Linear(16 * entering, 1, rngs=rngs)
+        self.out = nnx.Linear(
+            16 * entering,
+            1,
+            rngs=rngs,
+        )
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map images (batch, side, side, 3) to logits (batch,)."""
         x = images
         for layer in self.layers:
             x = nnx.leaky_relu(layer(x), 0.2)
-        return self.out(x.reshape(x.shape[0], -1))[:, 0]
+        return self.out(
+            x.reshape(
+                x.shape[0],
+                -1,
+            )
+        )[:, 0]
 
 
 class GAN(nnx.Module):
@@ -115,7 +145,11 @@ class GAN(nnx.Module):
         self.generator = Generator(noise, width, doublings, rngs=rngs)
         self.critic = Critic(width, doublings, rngs=rngs)
 
-    def __call__(self, images: jax.Array, noise: jax.Array) -> dict[str, Any]:
+    def __call__(
+        self,
+        images: jax.Array,
+        noise: jax.Array,
+    ) -> dict[str, Any]:
         """Map real images and noise to the critic's logits of both."""
         made = reversed_gradient(self.generator(noise))
         return {
@@ -124,7 +158,10 @@ class GAN(nnx.Module):
         }
 
 
-def loss(outputs: dict[str, Any], targets: jax.Array) -> jax.Array:
+def loss(
+    outputs: dict[str, Any],
+    targets: jax.Array,
+) -> jax.Array:
     """Return the critic's loss of each sample."""
     real = nnx.softplus(-outputs["real"].astype(jnp.float32))
     made = nnx.softplus(outputs["made"].astype(jnp.float32))
@@ -137,11 +174,21 @@ def case(draw: Draw) -> Case:
     side = 4 * 2**doublings
     noise = draw.width(32, 256)
     inputs = {
-        "images": shape(side, side, 3, dtype=jnp.float32),
+        "images": shape(
+            side,
+            side,
+            3,
+            dtype=jnp.float32,
+        ),
         "noise": shape(noise, dtype=jnp.float32),
     }
     return Case(
-        partial(GAN, noise, draw.width(16, 96), doublings),
+        partial(
+            GAN,
+            noise,
+            draw.width(16, 96),
+            doublings,
+        ),
         inputs,
         shape(dtype=jnp.float32),
         loss=loss,

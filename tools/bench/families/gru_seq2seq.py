@@ -25,21 +25,52 @@ class Seq2Seq(nnx.Module):
     ):
         self.source = nnx.Embed(vocab, dim, rngs=rngs)
         self.target = nnx.Embed(vocab, dim, rngs=rngs)
-        self.encoder = nnx.RNN(nnx.GRUCell(dim, hidden, rngs=rngs))
-        self.decoder = nnx.RNN(nnx.GRUCell(dim, hidden, rngs=rngs))
+        self.encoder = nnx.RNN(
+            nnx.GRUCell(
+                dim,
+                hidden,
+                rngs=rngs,
+            )
+        )
+        self.decoder = nnx.RNN(
+            nnx.GRUCell(
+                dim,
+                hidden,
+                rngs=rngs,
+            )
+        )
         self.bridge = nnx.Linear(hidden, hidden, rngs=rngs)
-        self.join = nnx.Linear(2 * hidden, dim, rngs=rngs)
-        self.out = nnx.Linear(dim, vocab, use_bias=False, rngs=rngs)
+        self.join = nnx.Linear(
+            2 * hidden,
+            dim,
+            rngs=rngs,
+        )
+        self.out = nnx.Linear(
+            dim,
+            vocab,
+            use_bias=False,
+            rngs=rngs,
+        )
 
-    def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        source: jax.Array,
+        target: jax.Array,
+    ) -> jax.Array:
         """Map int32 (batch, n) and (batch, m) to logits (batch, m, vocab)."""
         memory = self.encoder(self.source(source))
         first = nnx.tanh(self.bridge(memory[:, -1]))
-        states = self.decoder(self.target(target), initial_carry=first)
+        states = self.decoder(
+            self.target(target),
+            initial_carry=first,
+        )
         scores = jnp.einsum("bmh,bnh->bmn", states, memory)
         weights = jax.nn.softmax(scores, axis=-1)
         context = jnp.einsum("bmn,bnh->bmh", weights, memory)
-        both = jnp.concatenate([states, context], axis=-1)
+        both = jnp.concatenate(
+            [states, context],
+            axis=-1,
+        )
         return self.out(nnx.tanh(self.join(both)))
 
 

@@ -14,7 +14,10 @@ def case(draw: Draw) -> Case:
     groups = draw.choice((1, 1, 2, 3, 4, 5))
     kv_heads = draw.choice((1, 2, 3, 4))
     heads = groups * kv_heads
-    head = max(4, int(draw.choice((32, 64, 128)) * draw.scale))
+    head = max(
+        4,
+        int(draw.choice((32, 64, 128)) * draw.scale),
+    )
     dim = heads * head
     loop = draw.choice(("scan", "scan", "unrolled"))
     length = draw.length(128, 2048)

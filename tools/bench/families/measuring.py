@@ -37,7 +37,11 @@ class Cache:
             entry = json.loads(line)
             self.known[entry.pop("digest")] = entry
 
-    def add(self, digest: str, figures: Mapping[str, Any]) -> None:
+    def add(
+        self,
+        digest: str,
+        figures: Mapping[str, Any],
+    ) -> None:
         """Keep the figures of a program."""
         self.known[digest] = dict(figures)
         if self.file is not None:
@@ -106,7 +110,11 @@ def measure(
         "topology": drawn.topology,
         "batch_size": case.batch_size,
     }
-    traced = lepton.trace(case.recipe(), case.inputs, case.targets)
+    traced = lepton.trace(
+        case.recipe(),
+        case.inputs,
+        case.targets,
+    )
     began = computing()
     try:
         plan = lepton.plan(traced, where, **case.fixed)

@@ -50,14 +50,34 @@ class Perceiver(nnx.Module):
     ):
         turns, layers = depth
         init = nnx.initializers.normal(0.02)
-        self.latents = nnx.Param(init(rngs.params(), (latents, dim)))
+        self.latents = nnx.Param(
+            init(
+                rngs.params(),
+                (latents, dim),
+            )
+        )
         self.norm = nnx.LayerNorm(features, rngs=rngs)
         self.cross = nnx.List(
-            [Attention(dim, 1, source=features, rngs=rngs) for _ in range(turns)]
+            [
+                Attention(
+                    dim,
+                    1,
+                    source=features,
+                    rngs=rngs,
+                )
+                for _ in range(turns)
+            ]
         )
         make = partial(Tower, dim, heads)
         self.towers = nnx.List(
-            [stack(lambda r: make(rngs=r), layers, rngs) for _ in range(turns)]
+            [
+                stack(
+                    lambda r: make(rngs=r),
+                    layers,
+                    rngs,
+                )
+                for _ in range(turns)
+            ]
         )
         self.out = nnx.Linear(dim, classes, rngs=rngs)
 
@@ -65,8 +85,15 @@ class Perceiver(nnx.Module):
         """Map (batch, n, features) to logits (batch, classes)."""
         memory = self.norm(inputs)
         latents = self.latents[...].astype(memory.dtype)
-        x = jnp.broadcast_to(latents, (inputs.shape[0], *latents.shape))
-        for cross, tower in zip(self.cross, self.towers, strict=True):
+        x = jnp.broadcast_to(
+            latents,
+            (inputs.shape[0], *latents.shape),
+        )
+        for cross, tower in zip(
+            self.cross,
+            self.towers,
+            strict=True,
+        ):
             x = x + cross(x, memory)
             x = scan(tower, x)
         return self.out(x.mean(axis=1))

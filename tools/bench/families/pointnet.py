@@ -19,25 +19,44 @@ class PointNet(linen.Module):
     dropout: float
 
     @linen.compact
-    def __call__(self, points: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        points: jax.Array,
+        train: bool = False,
+    ) -> jax.Array:
         """Map (batch, n, 3) to logits (batch, classes)."""
         y = points
         for width in self.widths:
             y = linen.relu(linen.Dense(width)(y))
         turn = linen.Dense(9)(y.max(axis=1)).reshape(-1, 3, 3)
-        x = points.astype(turn.dtype) @ (turn + jnp.eye(3, dtype=turn.dtype))
+        x = points.astype(turn.dtype) @ (
+            turn
+            + jnp.eye(
+                3,
+                dtype=turn.dtype,
+            )
+        )
         for width in self.widths:
             x = linen.relu(linen.LayerNorm()(linen.Dense(width)(x)))
         x = x.max(axis=1)
         x = linen.relu(linen.Dense(self.hidden)(x))
-        x = linen.Dropout(self.dropout, deterministic=not train)(x)
+        x = linen.Dropout(
+            self.dropout,
+            deterministic=not train,
+        )(x)
         return linen.Dense(self.classes)(x)
 
 
 def case(draw: Draw) -> Case:
     """Draw the number of points and the widths."""
     points = draw.length(128, 4096)
-    widths = tuple(draw.width(32 * 2**i, 256 * 2**i) for i in range(3))
+    widths = tuple(
+        draw.width(
+            32 * 2**i,
+            256 * 2**i,
+        )
+        for i in range(3)
+    )
     model = PointNet(
         draw.classes(),
         widths,

@@ -102,10 +102,19 @@ def draw(family: str, number: int) -> Drawn:
     filled = random.between(LEAST_FILLED, MOST_FILLED)
     where = lepton.topology(topology)
     room = filled * where.device.memory * where.devices
-    batch_size = _rounded(random, batch_for(case, room), where.devices)
+    batch_size = _rounded(
+        random,
+        batch_for(case, room),
+        where.devices,
+    )
     if case.most is not None:
         batch_size = min(batch_size, case.most)
-    return Drawn(family, number, topology, replace(case, batch_size=batch_size))
+    return Drawn(
+        family,
+        number,
+        topology,
+        replace(case, batch_size=batch_size),
+    )
 
 
 def draw_timed(family: str, number: int) -> Drawn:
@@ -162,7 +171,11 @@ def forward_work(case: Case) -> Work:
     Each result of each operation counts, as often as its loop turns, whether XLA would
     write it or not. The batch is a prime, by which its dims are known.
     """
-    traced = lepton.trace(case.recipe(MARK), case.inputs, case.targets)
+    traced = lepton.trace(
+        case.recipe(MARK),
+        case.inputs,
+        case.targets,
+    )
     assert traced.jaxpr is not None  # there are inputs
     work = Work()
     _count(traced.jaxpr.jaxpr, 1, work)
@@ -232,7 +245,10 @@ def _rounded(
     """Round a batch size: mostly as people choose it."""
     kind = random.random()
     if kind < POWERS:
-        unit = 2 ** max(0, math.floor(math.log2(batch_size)) - 1)
+        unit = 2 ** max(
+            0,
+            math.floor(math.log2(batch_size)) - 1,
+        )
     elif kind < POWERS + MULTIPLES:
         unit = devices
     else:

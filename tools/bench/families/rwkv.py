@@ -14,7 +14,10 @@ from tools.bench.families.draw import Draw
 
 def shifted(x: jax.Array) -> jax.Array:
     """Return (batch, length, dim) one place later; the first place is zero."""
-    return jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return jnp.pad(
+        x,
+        ((0, 0), (1, 0), (0, 0)),
+    )[:, :-1]
 
 
 class TimeMix(nnx.Module):
@@ -30,7 +33,13 @@ class TimeMix(nnx.Module):
         linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.heads = heads
         self.mix = nnx.Param(0.5 * jnp.ones((4, dim)))
-        self.decay = nnx.Param(jnp.linspace(-6.0, -1.0, dim))
+        self.decay = nnx.Param(
+            jnp.linspace(
+                -6.0,
+                -1.0,
+                dim,
+            )
+        )
         self.receptance = linear(dim, dim)
         self.key = linear(dim, dim)
         self.value = linear(dim, dim)
@@ -52,14 +61,21 @@ class TimeMix(nnx.Module):
         query, key, value = (p.reshape(shape).swapaxes(0, 1) for p in parts)
         decay = jnp.exp(-jnp.exp(self.decay[...])).reshape(shape[2:])
 
-        def turn(state: jax.Array, token: tuple) -> tuple[jax.Array, jax.Array]:
+        def turn(
+            state: jax.Array,
+            token: tuple,
+        ) -> tuple[jax.Array, jax.Array]:
             query, key, value = token
             read = jnp.einsum("bhk,bhkv->bhv", query, state)
             added = jnp.einsum("bhk,bhv->bhkv", key, value)
             return state * decay[..., None] + added, read.astype(x.dtype)
 
         state = jnp.zeros((batch, self.heads, shape[3], shape[3]))
-        _, read = jax.lax.scan(turn, state, (query, key, value))
+        _, read = jax.lax.scan(
+            turn,
+            state,
+            (query, key, value),
+        )
         return self.out(read.swapaxes(0, 1).reshape(x.shape) * nnx.silu(gate))
 
 
@@ -100,16 +116,37 @@ class RWKV(nnx.Module):
         self.mixers = nnx.List()
         self.norms = nnx.List()
         for _ in range(layers):
-            self.mixers.append(TimeMix(dim, heads, rngs=rngs))
-            self.mixers.append(ChannelMix(dim, hidden, rngs=rngs))
+            self.mixers.append(
+                TimeMix(
+                    dim,
+                    heads,
+                    rngs=rngs,
+                )
+            )
+            self.mixers.append(
+                ChannelMix(
+                    dim,
+                    hidden,
+                    rngs=rngs,
+                )
+            )
             self.norms.append(nnx.LayerNorm(dim, rngs=rngs))
             self.norms.append(nnx.LayerNorm(dim, rngs=rngs))
-        self.out = nnx.Linear(dim, vocab, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(
+            dim,
+            vocab,
+            use_bias=False,
+            rngs=rngs,
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map tokens int32 (batch, length) to logits (batch, length, vocab)."""
         x = self.embed(tokens)
-        for norm, mixer in zip(self.norms, self.mixers, strict=True):
+        for norm, mixer in zip(
+            self.norms,
+            self.mixers,
+            strict=True,
+        ):
             x = x + mixer(norm(x))
         return self.out(x)
 
@@ -117,7 +154,10 @@ class RWKV(nnx.Module):
 def case(draw: Draw) -> Case:
     """Draw heads, widths, layers and length."""
     heads = draw.choice((2, 3, 4, 8))
-    dim = heads * max(4, int(draw.choice((32, 64)) * draw.scale))
+    dim = heads * max(
+        4,
+        int(draw.choice((32, 64)) * draw.scale),
+    )
     length = draw.length(32, 256)
     model = partial(
         RWKV,

@@ -34,7 +34,11 @@ class Runner:
     def run(self) -> float:
         """Run one step; return its seconds."""
         began = time.perf_counter()
-        self.state, record = self.step(self.state, self.block, None)
+        self.state, record = self.step(
+            self.state,
+            self.block,
+            None,
+        )
         jax.block_until_ready((self.state, record))
         return time.perf_counter() - began
 
@@ -66,14 +70,22 @@ def measure(
     }
     chips = None if chip is None else {"cpu": chip}
     where = lepton.topology(drawn.topology, chips)
-    traced = lepton.trace(case.recipe(), case.inputs, case.targets)
+    traced = lepton.trace(
+        case.recipe(),
+        case.inputs,
+        case.targets,
+    )
     try:
         plan = lepton.plan(traced, where, **case.fixed)
     except PlanError as error:
         return row | {"outcome": "no plan", "why": str(error)}
 
     plan = replace(plan, steps_per_call=1, data="streamed")
-    mesh = ahead.mesh_devices(where, plan.mesh, ahead.devices_for(where))
+    mesh = ahead.mesh_devices(
+        where,
+        plan.mesh,
+        ahead.devices_for(where),
+    )
     program = Program(traced, plan, mesh)
     executable, _ = ahead.compile_for(program.lower())
     row |= {
@@ -83,7 +95,11 @@ def measure(
         "kinds": dict(plan.seconds),
     }
     row |= flop(traced, plan, executable)
-    runner = Runner(executable, program.init(SEED), arguments(drawn, traced, program))
+    runner = Runner(
+        executable,
+        program.init(SEED),
+        arguments(drawn, traced, program),
+    )
     runner.run()
     ms = [1e3 * runner.run() for _ in range(steps)]
     return row | {
@@ -129,10 +145,20 @@ def arguments(
 
     def values(leaf: Any) -> np.ndarray:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return random.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
-        return random.integers(0, drawn.case.ids, leaf.shape).astype(leaf.dtype)
+            return random.standard_normal(
+                leaf.shape,
+                np.float32,
+            ).astype(leaf.dtype)
+        return random.integers(
+            0,
+            drawn.case.ids,
+            leaf.shape,
+        ).astype(leaf.dtype)
 
-    batch = jax.tree.map(values, (traced.inputs, traced.targets))
+    batch = jax.tree.map(
+        values,
+        (traced.inputs, traced.targets),
+    )
     return jax.device_put(batch, program.block_sharding)
 
 
@@ -182,7 +208,10 @@ def flop_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the relative error of each family's FLOP, over all of its programs."""
     sums: dict[str, list[float]] = {}
     for row in rows:
-        total = sums.setdefault(row["family"], [0.0, 0.0])
+        total = sums.setdefault(
+            row["family"],
+            [0.0, 0.0],
+        )
         # shares, so that a family's largest program does not decide alone
         if row["xla_flops"]:
             total[0] += abs(row["flops"] / row["xla_flops"] - 1)
@@ -190,7 +219,10 @@ def flop_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: error / count for name, (error, count) in sums.items() if count}
 
 
-def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
+def kendall_tau(
+    first: Sequence[float],
+    second: Sequence[float],
+) -> float | None:
     """Return Kendall's tau-b of two rankings; None: they say nothing.
 
     >>> kendall_tau([1, 2, 3, 4], [1, 2, 4, 3])
@@ -227,7 +259,12 @@ def line(row: Mapping[str, Any]) -> str:
     head = f"{name:17} {row.get('topology', '?'):6}"
     if row["outcome"] != "compared":
         return f"{head} {row['outcome']}: {row['why'].splitlines()[0][:120]}"
-    mesh = "x".join(map(str, row["mesh"].values()))
+    mesh = "x".join(
+        map(
+            str,
+            row["mesh"].values(),
+        )
+    )
     flops = f"{row['flops'] / 1e9:8.3f} GFLOP"
     if "flop_error" in row:
         flops += f", {row['flop_error']:+6.1%} of XLA's"

@@ -22,9 +22,19 @@ class Double(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.first = nnx.Conv(entering, width, (3, 3), rngs=rngs)
+        self.first = nnx.Conv(
+            entering,
+            width,
+            (3, 3),
+            rngs=rngs,
+        )
         self.first_norm = nnx.BatchNorm(width, rngs=rngs)
-        self.second = nnx.Conv(width, width, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(
+            width,
+            width,
+            (3, 3),
+            rngs=rngs,
+        )
         self.second_norm = nnx.BatchNorm(width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,7 +56,13 @@ class UNet(nnx.Module):
         self.down = nnx.List()
         entering = 3
         for width in widths:
-            self.down.append(Double(entering, width, rngs=rngs))
+            self.down.append(
+                Double(
+                    entering,
+                    width,
+                    rngs=rngs,
+                )
+            )
             entering = width
         self.enlarge = nnx.List()
         self.up = nnx.List()
@@ -60,9 +76,20 @@ class UNet(nnx.Module):
                     rngs=rngs,
                 )
             )
-            self.up.append(Double(2 * width, width, rngs=rngs))
+            self.up.append(
+                Double(
+                    2 * width,
+                    width,
+                    rngs=rngs,
+                )
+            )
             entering = width
-        self.out = nnx.Conv(entering, classes, (1, 1), rngs=rngs)
+        self.out = nnx.Conv(
+            entering,
+            classes,
+            (1, 1),
+            rngs=rngs,
+        )
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map images (batch, side, side, 3) to logits (batch, side, side, n)."""
@@ -71,10 +98,21 @@ class UNet(nnx.Module):
         for layer in self.down[:-1]:
             x = layer(x)
             skips.append(x)
-            x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+            x = nnx.max_pool(
+                x,
+                (2, 2),
+                strides=(2, 2),
+            )
         x = self.down[-1](x)
-        for enlarge, layer in zip(self.enlarge, self.up, strict=True):
-            x = jnp.concatenate([skips.pop(), enlarge(x)], axis=-1)
+        for enlarge, layer in zip(
+            self.enlarge,
+            self.up,
+            strict=True,
+        ):
+            x = jnp.concatenate(
+                [skips.pop(), enlarge(x)],
+                axis=-1,
+            )
             x = layer(x)
         return self.out(x)
 
@@ -85,7 +123,11 @@ def case(draw: Draw) -> Case:
     width = draw.width(16, 96)
     widths = tuple(width * 2**i for i in range(draw.randint(2, 4)))
     return Case(
-        partial(UNet, draw.choice((2, 5, 21)), widths),
+        partial(
+            UNet,
+            draw.choice((2, 5, 21)),
+            widths,
+        ),
         shape(side, side, 3, dtype=jnp.float32),
         shape(side, side),
         **draw.rest(),

@@ -25,7 +25,12 @@ class VAE(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        conv = partial(nnx.Conv, kernel_size=(3, 3), strides=(2, 2), rngs=rngs)
+        conv = partial(
+            nnx.Conv,
+            kernel_size=(3, 3),
+            strides=(2, 2),
+            rngs=rngs,
+        )
         back = partial(
             nnx.ConvTranspose,
             kernel_size=(3, 3),
@@ -37,27 +42,55 @@ class VAE(nnx.Module):
         channels = (1, *widths)
         steps = list(itertools.pairwise(channels))
         self.encoder = nnx.List([conv(a, b) for a, b in steps])
-        self.moments = nnx.Linear(flat, 2 * latent, rngs=rngs)
+        self.moments = nnx.Linear(
+            flat,
+            2 * latent,
+            rngs=rngs,
+        )
         self.enter = nnx.Linear(latent, flat, rngs=rngs)
         self.decoder = nnx.List([back(b, a) for a, b in steps[::-1]])
         self.rngs = rngs.fork()
 
-    def __call__(self, images: jax.Array) -> dict[str, Any]:
+    def __call__(
+        self,
+        images: jax.Array,
+    ) -> dict[str, Any]:
         """Map (batch, side, side, 1) to images, means and log variances."""
         x = images
         for layer in self.encoder:
             x = nnx.relu(layer(x))
-        moments = self.moments(x.reshape(x.shape[0], -1))
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        noise = jax.random.normal(self.rngs.noise(), mean.shape, mean.dtype)
+        moments = self.moments(
+            x.reshape(
+                x.shape[0],
+                -1,
+            )
+        )
+        mean, log_variance = jnp.split(
+            moments,
+            2,
+            axis=-1,
+        )
+        noise = jax.random.normal(
+            self.rngs.noise(),
+            mean.shape,
+            mean.dtype,
+        )
         drawn = mean + jnp.exp(log_variance / 2) * noise
-        y = self.enter(drawn).reshape(-1, self.small, self.small, x.shape[-1])
+        y = self.enter(drawn).reshape(
+            -1,
+            self.small,
+            self.small,
+            x.shape[-1],
+        )
         for layer in self.decoder:
             y = layer(nnx.relu(y))
         return {"images": y, "mean": mean, "log_variance": log_variance}
 
 
-def loss(outputs: dict[str, Any], images: jax.Array) -> jax.Array:
+def loss(
+    outputs: dict[str, Any],
+    images: jax.Array,
+) -> jax.Array:
     """Return error and divergence of each sample."""
     error = jnp.square(outputs["images"].astype(jnp.float32) - images)
     mean = outputs["mean"].astype(jnp.float32)
@@ -74,7 +107,12 @@ def case(draw: Draw) -> Case:
         widths.append(2 * widths[-1])
     images = shape(side, side, 1, dtype=jnp.float32)
     return Case(
-        partial(VAE, side, tuple(widths), draw.width(16, 256)),
+        partial(
+            VAE,
+            side,
+            tuple(widths),
+            draw.width(16, 256),
+        ),
         images,
         images,
         loss=loss,

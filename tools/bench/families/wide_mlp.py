@@ -24,13 +24,30 @@ class WideMLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         pairs = list(itertools.pairwise(widths))
-        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
+        self.layers = nnx.List(
+            [
+                nnx.Linear(
+                    a,
+                    b,
+                    rngs=rngs,
+                )
+                for a, b in pairs
+            ]
+        )
         self.norms = nnx.List([nnx.LayerNorm(b, rngs=rngs) for _, b in pairs])
-        self.out = nnx.Linear(widths[-1], classes, rngs=rngs)
+        self.out = nnx.Linear(
+            widths[-1],
+            classes,
+            rngs=rngs,
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, widths[0]) to logits (batch, classes)."""
-        for layer, norm in zip(self.layers, self.norms, strict=True):
+        for layer, norm in zip(
+            self.layers,
+            self.norms,
+            strict=True,
+        ):
             y = nnx.gelu(norm(layer(x)))
             x = x + y if x.shape == y.shape else y
         return self.out(x)
@@ -45,7 +62,11 @@ def case(draw: Draw) -> Case:
     else:
         hidden = [draw.width(512, 8192) for _ in range(layers)]
     return Case(
-        partial(WideMLP, (size, *hidden), draw.classes()),
+        partial(
+            WideMLP,
+            (size, *hidden),
+            draw.classes(),
+        ),
         shape(size, dtype=jnp.float32),
         shape(),
         **draw.rest(),

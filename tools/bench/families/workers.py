@@ -86,7 +86,10 @@ def _begin(quiet: bool) -> None:
     virtual_devices()
 
 
-def _safely(measure: Measure, call: tuple[Any, ...]) -> Row:
+def _safely(
+    measure: Measure,
+    call: tuple[Any, ...],
+) -> Row:
     """Return the row, or one that says what was raised."""
     try:
         return measure(*call)
@@ -94,7 +97,10 @@ def _safely(measure: Measure, call: tuple[Any, ...]) -> Row:
         return _failed(call, f"{type(error).__name__}: {error}")
 
 
-def _failed(call: tuple[Any, ...], why: str) -> Row:
+def _failed(
+    call: tuple[Any, ...],
+    why: str,
+) -> Row:
     family, number, *_ = call
     return {
         "family": family,
