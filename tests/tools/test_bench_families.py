@@ -154,13 +154,14 @@ def test_a_program_is_planned_compiled_and_then_known(monkeypatch, tmp_path):
     drawn = programs.Drawn("tiny", 0, "cpu:2", TINY)
     monkeypatch.setattr(measuring, "draw", lambda family, number: drawn)
     file = tmp_path / "cache.jsonl"
-    row = measuring.measure("tiny", 0, False, measuring.Cache(file))
+    settings = measuring.Settings(file=file)
+    row = measuring.measure("tiny", 0, settings, measuring.Cache(file))
     assert row["outcome"] == "compared"
     assert row["error"] == row["peak"] / row["xla"] - 1
     assert row["fits"]
 
     monkeypatch.setattr(measuring.ahead, "compile_for", None)
-    again = measuring.measure("tiny", 0, False, measuring.Cache(file))
+    again = measuring.measure_cached("tiny", 0, settings)
     assert again["xla"] == row["xla"]
     assert memory._program_line(again).startswith("tiny:0")
 

@@ -221,6 +221,11 @@ def add(
         action="store_true",
         help="with --half: predict with the probe of a plan, which compiles a part",
     )
+    parser.add_argument(
+        "--early",
+        action="store_true",
+        help="with --half: stop XLA once it has placed its arrays",
+    )
     parser.set_defaults(run=run)
 
 
@@ -242,7 +247,12 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
       without a name if they judge.
     """
     names = command.chosen(options)
-    calls = [(*name, options.probe, options.cache) for name in names]
+    settings = measuring.Settings(
+        options.probe,
+        options.early,
+        options.cache,
+    )
+    calls = [(*name, settings) for name in names]
     rows = command.collect(
         options,
         workers.rows(measuring.measure_cached, calls, command.judging(options)),

@@ -77,22 +77,44 @@ def computing() -> float:
     return sum(times[:4])
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How programs are measured.
+
+    Attributes:
+      probe: whether the planner's probe predicts, rather than the plan.
+      early: whether XLA is stopped once it has placed its arrays; else it compiles to
+        the end, which takes ten times as long.
+      file: where XLA's figures are kept; None: nowhere.
+    """
+
+    probe: bool = False
+    early: bool = False
+    file: Path | None = None
+
+
 def measure_cached(
     family: str,
     number: int,
-    probe: bool,
-    file: Path | None,
+    settings: Settings,
 ) -> dict[str, Any]:
-    """Plan and compile a program, or look it up in a file."""
-    if _Opened.cache is None or _Opened.cache.file != file:
-        _Opened.cache = Cache(file)
-    return measure(family, number, probe, _Opened.cache)
+    """Plan and compile a program, or look it up in the settings' file."""
+    opened = _Opened.cache
+    if opened is None or opened.file != settings.file:
+        opened = Cache(settings.file)
+        _Opened.cache = opened
+    return measure(
+        family,
+        number,
+        settings,
+        opened,
+    )
 
 
 def measure(
     family: str,
     number: int,
-    probe: bool,
+    settings: Settings,
     cache: Cache,
 ) -> dict[str, Any]:
     """Plan and compile a program.
@@ -127,20 +149,29 @@ def measure(
     row["remat"] = plan.remat
     row["micro_batches"] = plan.micro_batches
     row["memory"] = plan.memory
-    predicted = _probed(traced, plan, cache) if probe else _predicted(plan)
+    predicted = _probed(traced, plan, cache) if settings.probe else _predicted(plan)
     row |= vars(predicted)
     row["kinds"] = dict(plan.bytes_per_device)
-    row |= compiled(drawn, traced, plan, cache)
+    row |= account(
+        drawn,
+        traced,
+        plan,
+        settings.early,
+        cache,
+    )
     return row | _verdict(row)
 
 
-def compiled(
+def account(
     drawn: Drawn,
     traced: lepton.Trace,
     plan: lepton.Plan,
+    early: bool,
     cache: Cache,
 ) -> dict[str, Any]:
     """Return XLA's figures of a plan's train step, out of the cache if they are there.
+
+    Figures of programs that were compiled to the end also do where early ones would.
 
     Returns:
       "xla": bytes at the peak; None: XLA refuses the program without a figure.
@@ -151,18 +182,20 @@ def compiled(
     mesh = ahead.mesh_devices(where, plan.mesh, devices)
     lowered = Program(traced, plan, mesh).lower()
     digest = _digest(lowered, drawn.topology, plan)
-    if digest in cache.known:
-        return cache.known[digest]
+    keys = [digest, f"early {digest}"] if early else [digest]
+    for key in keys:
+        if key in cache.known:
+            return cache.known[key]
 
     began = computing()
     try:
-        _, memory = ahead.compile_for(lowered)
+        peak = _peak(lowered, mesh, early)
     except ahead.TooLarge as error:
         figures = {"xla": error.needed, "refused": True}
     else:
-        figures = {"xla": memory.peak, "refused": False}
+        figures = {"xla": peak, "refused": False}
     figures["compiling"] = computing() - began
-    cache.add(digest, figures)
+    cache.add(keys[-1], figures)
     return figures
 
 
@@ -173,6 +206,19 @@ class _Opened:
     """The cache that this process has read."""
 
     cache: Cache | None = None
+
+
+def _peak(
+    lowered: Any,
+    mesh: Any,
+    early: bool,
+) -> int:
+    """Compile a program; return the bytes that it holds at the most."""
+    if early:
+        from lepton_jax.planner.probe.early import memory
+
+        return memory(lowered, list(mesh.flat)).peak
+    return ahead.compile_for(lowered)[1].peak
 
 
 def _predicted(plan: Any) -> Prediction:
