@@ -23,7 +23,7 @@ import optax
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.errors import PlanError
+from lepton_jax.errors import PlanError, SettingError
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import ahead, trace
 from lepton_jax.train.program import Program
@@ -226,6 +226,13 @@ def add(
         action="store_true",
         help="with --half: stop XLA once it has placed its arrays",
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --half: processes that plan and compile (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -245,7 +252,17 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     Returns:
       The aggregate figures; with the programs if they are for tuning, with errors
       without a name if they judge.
+
+    Raises:
+      SettingError: no such family, or the options contradict each other.
     """
+    if options.probe and options.early:
+        raise SettingError(
+            "the probe is XLA's early account, and can't be judged by it",
+            where="--early",
+            remedy="leave it out; --cache keeps what was compiled for the next time",
+        )
+    checks.check_at_least(options, jobs=1)
     names = command.chosen(options)
     settings = measuring.Settings(
         options.probe,
@@ -255,7 +272,12 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     calls = [(*name, settings) for name in names]
     rows = command.collect(
         options,
-        workers.rows(measuring.measure_cached, calls, command.judging(options)),
+        workers.rows(
+            measuring.measure_cached,
+            calls,
+            command.judging(options),
+            options.jobs,
+        ),
         len(calls),
         _program_line,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -27,39 +29,59 @@ def rows(
     measure: Measure,
     calls: Sequence[tuple[Any, ...]],
     quiet: bool = False,
+    jobs: int = 1,
 ) -> Iterator[Row]:
-    """Call a function for each tuple of arguments, in one other process.
+    """Call a function for each tuple of arguments, in other processes.
 
     Args:
       measure: a function of a module; (family, number, ...) to a row.
       calls: its arguments.
-      quiet: whether what the process writes to stderr is dropped.
+      quiet: whether what the processes write to stderr is dropped.
+      jobs: number of processes.
 
     Yields:
-      A row for each call, in order. Where it failed, "outcome" is "failed" and "why"
+      A row for each call, as it ends. Where it failed, "outcome" is "failed" and "why"
       says how: the process died, it took too long, or it raised.
     """
-    pool = None
-    for done, call in enumerate(calls):
-        if pool is not None and done % PROGRAMS_A_PROCESS == 0:
-            pool.shutdown()
-            pool = None
-        pool = pool or _pool(quiet)
-        future = pool.submit(_safely, measure, call)
-        try:
-            yield future.result(LONGEST)
-        except (BrokenProcessPool, TimeoutError) as error:
-            _kill(pool)
-            pool = None
-            yield _failed(call, type(error).__name__)
-    if pool is not None:
-        pool.shutdown()
+    found: queue.Queue[Row] = queue.Queue()
+
+    def work(part: Sequence[tuple[Any, ...]]) -> None:
+        for row in _in_one_process(measure, part, quiet):
+            found.put(row)
+
+    for i in range(jobs):
+        part = calls[i::jobs]
+        threading.Thread(target=work, args=(part,), daemon=True).start()
+    for _ in calls:
+        yield found.get()
 
 
 def once(function: Callable[[], Any]) -> Any:
     """Call a function of a module in a process of its own; return what it returns."""
     with _pool() as pool:
         return pool.submit(function).result(LONGEST)
+
+
+def _in_one_process(
+    measure: Measure,
+    calls: Sequence[tuple[Any, ...]],
+    quiet: bool,
+) -> Iterator[Row]:
+    """Yield a row for each call, in order, from one process at a time."""
+    pool = None
+    for done, call in enumerate(calls):
+        if pool is not None and done % PROGRAMS_A_PROCESS == 0:
+            pool.shutdown()
+            pool = None
+        pool = pool or _pool(quiet)
+        try:
+            yield pool.submit(_safely, measure, call).result(LONGEST)
+        except (BrokenProcessPool, TimeoutError) as error:
+            _kill(pool)
+            pool = None
+            yield _failed(call, type(error).__name__)
+    if pool is not None:
+        pool.shutdown()
 
 
 def _pool(quiet: bool = False) -> ProcessPoolExecutor:
