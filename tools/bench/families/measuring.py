@@ -162,9 +162,9 @@ def _predicted(plan: Any) -> Prediction:
 
 def _probed(traced: Any, plan: Any) -> Prediction:
     """Probe a plan, without what earlier probes kept."""
-    from lepton_jax.planner import probe  # type: ignore[attr-defined]
+    from lepton_jax.verify.probing import probe
 
-    found = probe.probe(traced, plan, cache=None)
+    found = probe(traced, plan, cache=None)
     return Prediction(found.peak, found.bound, found.seconds, found.whole)
 
 
