@@ -14,6 +14,7 @@ from lepton_jax.controller.policies.averaging import averaging
 from lepton_jax.controller.policies.batch_growth import batch_growth
 from lepton_jax.controller.policies.clipping import clip_by_history
 from lepton_jax.controller.policies.decay import decay
+from lepton_jax.controller.policies.first_steps import first_steps
 from lepton_jax.controller.policies.guard import guard
 from lepton_jax.controller.policies.label_noise import label_noise
 from lepton_jax.controller.policies.learning_free import learning_free
@@ -22,7 +23,7 @@ from lepton_jax.controller.policies.plateau import plateau
 from lepton_jax.controller.policies.switch import switch_optimizer
 from lepton_jax.controller.policies.target import until
 from lepton_jax.controller.policies.warmup import warmup
-from lepton_jax.controller.policy import Policy, chain
+from lepton_jax.controller.policy import Notice, Policy, chain
 from lepton_jax.controller.replay import replay
 from lepton_jax.controller.signals import SIGNALS, norm
 from lepton_jax.controller.state import (
@@ -43,6 +44,7 @@ __all__ = [
     "Controller",
     "ControllerState",
     "Knob",
+    "Notice",
     "Pieces",
     "Policy",
     "adaptive",
@@ -53,6 +55,7 @@ __all__ = [
     "clip_by_history",
     "conformance",
     "decay",
+    "first_steps",
     "guard",
     "label_noise",
     "learning_free",

@@ -117,6 +117,20 @@ KNOBS = {
         0,
         "parameters, variables and optimizer state become those of the anchor",
     ),
+    "notice": Knob(
+        "any",
+        0,
+        0,
+        "the policy can't be good here: the contribution is the number of the sentence "
+        "in `Policy.notices` that a person is told",
+    ),
+    "restart": Knob(
+        "any",
+        0,
+        0,
+        "the run begins anew from the anchor with the data that follows: optimizer "
+        "state, moving means, progress and the other policies, too",
+    ),
     "stop": Knob("any", 0, 0, "the run ends with this step"),
     "rollback": Knob("any", 0, 0, "the run goes back to its last good checkpoint"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lepton_jax.controller.policies.averaging import averaging
 from lepton_jax.controller.policies.decay import decay
+from lepton_jax.controller.policies.first_steps import first_steps
 from lepton_jax.controller.policies.guard import guard
 from lepton_jax.controller.policies.label_noise import label_noise
 from lepton_jax.controller.policies.learning_free import learning_free
@@ -53,9 +54,10 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
     Example:
       >>> from lepton_jax import controllers
       >>> [policy.name for policy in controllers.adaptive()]
-      ['guard', 'label_noise', 'learning_free', 'decay', 'averaging']
+      ['first_steps', 'guard', 'label_noise', 'learning_free', 'decay', 'averaging']
     """
     return chain(
+        first_steps(),
         guard(deviations=6.0, rollbacks=rollbacks),
         label_noise(),
         learning_free(1e-2, 2.0, growth=10.0, until=0.1),

@@ -21,28 +21,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from lepton_jax.controller.policies import admission
 from lepton_jax.controller.policy import Policy, check_range
-from lepton_jax.controller.signals import MEMORY, norm
-from lepton_jax.errors import RecipeError
-
-if TYPE_CHECKING:
-    from lepton_jax.recipe import Recipe
-    from lepton_jax.step.optimizers import Optimizer
+from lepton_jax.controller.signals import MEMORY
 
 # root mean square taken for parameters that all begin at zero or nearly so; assumption
 SMALLEST = 1e-3
 # growth of the estimate in a step of a run that has no end; assumption
 BLIND = 1.02
-# scales of the gradients on which an optimizer is tried
-TRIAL_SCALES = (1e-3, 1e-1)
-# an update that grows by less, where the gradient grows a hundredfold, is not
-# proportional to it
-LINEAR = 10.0
 
 
 class Distance(NamedTuple):
@@ -172,7 +162,7 @@ def learning_free(
             "progress",
         ),
         moves=("learning_rate", "gradient_weight"),
-        check=_check,
+        check=admission.check,
     )
 
 
@@ -209,70 +199,3 @@ def _greatest_growth(
     known = jnp.isfinite(part)
     even = jnp.exp(jnp.minimum(part, 1.0) * math.log(growth))
     return jnp.where(known, even, BLIND)
-
-
-# ---- which optimizers it can drive ----
-
-
-def _check(recipe: Recipe, optimizer: Optimizer) -> None:
-    """Check that the optimizer takes a rate, and updates that do not grow with g."""
-    remedy = (
-        "give an optimizer such as optax.adamw, with learning_rate, or leave"
-        " learning_free (or adaptive) out"
-    )
-    if "learning_rate" not in optimizer.base or recipe.learning_rate is None:
-        raise RecipeError(
-            "learning_free sets the learning rate, but the optimizer has its own",
-            where="Recipe.optimizer",
-            remedy=remedy,
-        )
-    if callable(recipe.learning_rate):
-        raise RecipeError(
-            "learning_free takes the place of a schedule",
-            where="Recipe.learning_rate",
-            remedy="give a number, any one, or leave learning_free (or adaptive) out",
-        )
-
-    def trial(optimizer: Optimizer, params: Any) -> None:
-        if not _is_steady(optimizer, params):
-            raise RecipeError(
-                "learning_free is for optimizers whose updates are about as large as"
-                " the learning rate; this one's grow with the gradient",
-                where="Recipe.optimizer",
-                remedy=remedy,
-            )
-
-    optimizer.trials.append(trial)
-
-
-def _is_steady(optimizer: Optimizer, params: Any) -> bool:
-    """Whether an update hardly grows with the gradient.
-
-    It is tried on small parameters with the model's own names.
-    """
-    with jax.ensure_compile_time_eval():
-        small, large = (
-            _update_norm(optimizer, params, scale) for scale in TRIAL_SCALES
-        )
-    return large < LINEAR * small
-
-
-def _update_norm(
-    optimizer: Optimizer,
-    params: Any,
-    scale: float,
-) -> float:
-    """Return the norm of zero parameters after an update by gradients of a scale."""
-
-    def ramp(x: jax.Array) -> jax.Array:
-        return scale * jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape)
-
-    gradients = jax.tree.map(ramp, params)
-    after, _ = optimizer.update(
-        lambda: gradients,
-        optimizer.init(params),
-        params,
-        {"learning_rate": jnp.float32(1)},
-        jnp.float32(1),
-    )
-    return float(norm(after))
