@@ -18,6 +18,7 @@ import jax
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
 from tools.bench import (
+    calibration,
     controller,
     faults,
     lm,
@@ -35,6 +36,7 @@ COMMANDS = (
     overhead,
     lm,
     memory,
+    calibration,
     regret,
     controller,
     faults,

@@ -104,6 +104,7 @@ def measure(
     row["planned"] = time.process_time() - began
     row["plan"] = plan.name
     row["mesh"] = dict(plan.mesh)
+    row["batch_axes"] = list(plan.batch_axes)
     row["remat"] = plan.remat
     row["micro_batches"] = plan.micro_batches
     row["memory"] = plan.memory
