@@ -39,6 +39,9 @@ class Bounds(NamedTuple):
     most: int
 
 
+NOT_KNOWN = Bounds(0, 0)
+
+
 def bounds(held: Mapping[str, int], surety: Surety) -> Bounds:
     """Return the bounds of a peak.
 
