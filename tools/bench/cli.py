@@ -18,6 +18,7 @@ import jax
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
 from tools.bench import (
+    calibration,
     controller,
     faults,
     lm,
@@ -37,6 +38,7 @@ COMMANDS = (
     lm,
     memory,
     step_time,
+    calibration,
     regret,
     controller,
     faults,

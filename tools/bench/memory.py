@@ -347,6 +347,7 @@ def measure(
         "topology": where.name,
         "plan": plan.name,
         "mesh": dict(plan.mesh),
+        "batch_axes": list(plan.batch_axes),
         "remat": plan.remat,
         "micro_batches": plan.micro_batches,
         "predicted": plan.peak,

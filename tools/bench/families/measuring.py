@@ -146,6 +146,7 @@ def measure(
     row["planned"] = computing() - began
     row["plan"] = plan.name
     row["mesh"] = dict(plan.mesh)
+    row["batch_axes"] = list(plan.batch_axes)
     row["remat"] = plan.remat
     row["micro_batches"] = plan.micro_batches
     row["memory"] = plan.memory
