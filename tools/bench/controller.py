@@ -816,6 +816,14 @@ def add(
         help="default: 0 1 2",
     )
     parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="RATE",
+        help="base rates from which `adaptive` is to give the same",
+    )
+    parser.add_argument(
         "--data",
         type=Path,
         default=DATA,
@@ -843,8 +851,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     _check(options)
     judging = options.half == "judging"
-    campaign = Campaign(options.data, options.cache, list(dict.fromkeys(options.seeds)))
-    contestants = list(dict.fromkeys(options.contestants))
+    based = {f"adaptive, {rate:g}": partial(_from, rate) for rate in options.rates}
+    campaign = Campaign(
+        options.data,
+        options.cache,
+        list(dict.fromkeys(options.seeds)),
+        based,
+    )
+    contestants = [*dict.fromkeys(options.contestants), *based]
     rows = []
     for task in dict.fromkeys(options.tasks or HALVES[options.half]):
         own = campaign.rows(task, contestants)
@@ -861,6 +875,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "summary": summary}
 
 
+def _from(base: float, recipe: lepton.Recipe, setting: Any) -> Contestant:
+    """Return `adaptive` from a base rate of its own."""
+    return adaptive(recipe, base)
+
+
 def _check(options: argparse.Namespace) -> None:
     """Raise a SettingError for options that can't be."""
     if options.half == "judging" and options.tasks:
@@ -871,10 +890,15 @@ def _check(options: argparse.Namespace) -> None:
         )
     checks.check_names(options.tasks or (), HALVES["tuning"], "--tasks", "task")
     checks.check_names(options.contestants, CONTESTANTS, "--contestants", "contestant")
-    for seed in options.seeds:
-        if not 0 <= seed < 2**32:
-            raise SettingError(
-                f"--seeds has {seed}",
-                where="command line",
-                remedy="give numbers from 0 to 2**32 - 1",
-            )
+    unusable = [("seeds", seed) for seed in options.seeds if not 0 <= seed < 2**32]
+    unusable += [
+        ("rates", rate)
+        for rate in options.rates
+        if not (math.isfinite(rate) and rate > 0)
+    ]
+    for flag, value in unusable:
+        raise SettingError(
+            f"--{flag} has {value:g}",
+            where="command line",
+            remedy="give numbers above 0",
+        )

@@ -94,6 +94,7 @@ class Served(NamedTuple):
 
     params: Any
     variables: Any
+    optimizer: Any
     controller: Any
 
 
@@ -148,7 +149,7 @@ def controlled(recipe: lepton.Recipe, rate: Any, policies: Any) -> Contestant:
         variables: Any,
         state: Any,
     ) -> tuple[Any, Any]:
-        return controllers.select_weights(Served(params, variables, state.controller))
+        return controllers.select_weights(Served(params, variables, *state))
 
     def knobs(state: Any) -> Any:
         return controller.forward_knobs(state.controller)
