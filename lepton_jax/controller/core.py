@@ -68,6 +68,8 @@ IN_FORWARD = {
     "loss_limit": ("loss_kept", "loss_blank", "loss_values"),
     "loss_mark": ("mark_weight", "mark_weight_square", "loss_blank", "loss_values"),
 }
+# what the host says of the budget: its last step, and the step before its first
+BUDGET = ("steps", "begun")
 # knobs under which a step's gradient counts for nothing
 REFUSING = ("skip", "restore", "restart", "rollback")
 # signals that are no column of a record: the record's step implies them
@@ -203,7 +205,7 @@ class Controller:
             return optimizer, ()
         neutral = self._neutral()
         flags = dict.fromkeys(self.flags, 0.0)
-        fed = {n: _before_measured(n) for n in ("steps", *self.signals.fed)}
+        fed = {n: _before_measured(n) for n in (*BUDGET, *self.signals.fed)}
         return optimizer, ControllerState(
             base=_as_float32(self.base),
             knobs=_as_float32(self.base | flags),
@@ -233,7 +235,7 @@ class Controller:
     def _first_signals(self, params: Any) -> dict[str, Any]:
         signals = self.signals.init(params)
         if self.restarts:
-            signals["begun"] = jnp.int32(0)
+            signals["kept"] = jnp.float32(1)
         return signals
 
     def _first_average(
@@ -345,7 +347,8 @@ class Controller:
             **moved,
         )
         if self.restarts:
-            fresh = self._begun_anew(step, fresh, knobs["restart"] > 0)
+            restart = (knobs["restart"] > 0) & ~state.halted
+            fresh = self._begun_anew(step, fresh, restart)
         record = {**knobs, **{name: signals[name] for name in self.shown}}
         record |= dict(zip(self._columns, contributions, strict=True))
         fresh = self._with_next_rate(state, fresh)
@@ -359,16 +362,12 @@ class Controller:
         values: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return the signals that are known before any is measured."""
-        steps = state.fed["steps"]
-        own: dict[str, Any] = {}
-        if self.restarts:
-            begun = state.signals["begun"]
-            steps = jnp.where(steps > 0, steps - begun, steps)
-            step = step - begun
-            own["kept"] = jnp.where(step > 0, 1.0, 0.0)
+        end, begun = (state.fed[name] for name in BUDGET)
+        own = {"kept": state.signals["kept"]} if self.restarts else {}
+        step = step - begun
         progress = jnp.where(
-            steps > 0,
-            (step + 1) / steps,
+            end > begun,
+            (step + 1) / (end - begun),
             jnp.nan,
         )
         # where the knobs that go with them are not in the forward pass
@@ -380,7 +379,7 @@ class Controller:
             "mark_weight_square": 1.0,
             "input_rms": jnp.nan,
         }
-        measured_by_host = {n: x for n, x in state.fed.items() if n != "steps"}
+        measured_by_host = {n: x for n, x in state.fed.items() if n not in BUDGET}
         return {
             **own,
             **unmeasured,
@@ -500,9 +499,9 @@ class Controller:
 
         A policy that may ask for a restart goes on with what it knows.
         """
-        after = step + 1
+        begun = jnp.where(restart, step + 1.0, fresh.fed["begun"])
         signals = self.signals.begun_anew(fresh.signals, restart)
-        signals["begun"] = jnp.where(restart, after, fresh.signals["begun"])
+        signals["kept"] = jnp.where(restart, 0.0, 1.0)
         policies = tuple(
             state
             if "restart" in policy.moves
@@ -510,6 +509,7 @@ class Controller:
             for policy, state in zip(self.policies, fresh.policies, strict=True)
         )
         return fresh._replace(
+            fed=fresh.fed | {"begun": begun},
             signals=signals,
             policies=policies,
             updates=jnp.where(restart, 0, fresh.updates),

@@ -6,7 +6,8 @@ asks for a skip, a stop and the like. The journal is derived from the steps' rec
 it costs the devices nothing. Its lines, by kind:
 
 - "start": a fit began after "step"; the signals "watched" and the knobs that may be
-  "moved".
+  "moved". The "budget" that policies look at begins after the first of two steps and
+  ends with the second.
 - "decision": in "step" a "policy" moved a "knob" "from" one effective value "to"
   another; its "contribution", and the first four of the "signals" that it watches.
   Where no policy did, "policy" is "schedule", "live" (a person), "recipe" or
@@ -71,7 +72,8 @@ class Journal:
       controller: the controller that decides.
       records: names of the columns of a record.
       step: steps done.
-      until: steps at the end of the run.
+      begun: steps before the budget.
+      until: steps at its end.
       keep: number of lines of an older file that belong to this run's past; None: those
         of steps up to `step`.
 
@@ -87,11 +89,13 @@ class Journal:
         controller: Controller,
         records: list[str],
         step: int,
+        begun: int,
         until: int,
         keep: int | None = None,
     ):
         self.controller = controller
         self.until = until
+        self._begun = begun
         self.lines = 0
         self._columns = {name: i for i, name in enumerate(records)}
         self._path = None if folder is None else Path(folder) / FILE
@@ -100,7 +104,6 @@ class Journal:
         self._rows: list[np.ndarray] = []
         self._base: dict[str, float] = {}
         self._last: dict[str, float] = {}
-        self._begun = 0
         self._requests: list[_Request] = []
         self.undone = self._open(keep)
         self._first = step
@@ -132,7 +135,7 @@ class Journal:
                 controller_state.contributions,
             )
         )
-        self._begun = int(np.asarray(controller_state.signals.get("begun", 0)))
+        self._begun = int(np.asarray(controller_state.fed["begun"]))
         self._base = {name: float(x) for name, x in base.items()}
         self._last = {name: float(x) for name, x in knobs.items()}
         moves = zip(self.controller.moves, contributions, strict=True)
@@ -447,6 +450,7 @@ class Journal:
             {
                 "kind": "start",
                 "step": self._first,
+                "budget": [self._begun, self.until],
                 "policies": [p.name for p in policies],
                 "watched": list(watched),
                 "moved": list(moved),

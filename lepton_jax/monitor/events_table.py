@@ -120,6 +120,11 @@ def _notice(event: Event) -> tuple[str, str]:
     return "notice", f"{event.get('text')} ({event.get('policy')})"
 
 
+def _budget(event: Event) -> tuple[str, str]:
+    steps = f"steps {event.get('begun', 0) + 1:,} to {event.get('end'):,}"
+    return "budget", f"{steps}, for {', '.join(event.get('policies') or [])}"
+
+
 def _damaged(event: Event) -> tuple[str, str]:
     passed_over = "a checkpoint that can't be read was passed over"
     return "damaged", str(event.get("reason") or passed_over)
@@ -140,6 +145,7 @@ _WORDS = {
     "save": _save,
     "rollback": _rollback,
     "control": _control,
+    "budget": _budget,
     "notice": _notice,
     "damaged": _damaged,
     "end": _end,

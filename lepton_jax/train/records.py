@@ -31,7 +31,7 @@ class Records:
     Args:
       program: whose steps are recorded.
       step: steps done so far.
-      budget: step at which the whole run ends.
+      budget: steps before and at the end of the budget of which policies are told.
       outputs: the run's folder, monitor and sample trace. Only the first host writes a
         journal into the folder.
       past: says which lines of the journal belong to the run's past.
@@ -45,7 +45,7 @@ class Records:
         self,
         program: Program,
         step: int,
-        budget: int,
+        budget: tuple[int, int],
         outputs: Outputs,
         past: RunRecord,
     ):
@@ -56,12 +56,12 @@ class Records:
             program.controller,
             self.names,
             step,
-            budget,
+            *budget,
             past.journal,
         )
         self.notices = NoticeWatch(self.names, program.controller)
         self.monitor = outputs.monitor
-        self._budget = budget
+        self._end = budget[1]
         self._has_policies = bool(program.recipe.controller)
         self.measured: dict[str, float] = {}
         self._samples = outputs.samples
@@ -245,7 +245,7 @@ class Records:
         Only a run with policies is judged, which promise more than a plain one does.
         """
         history = self.history
-        if not self._has_policies or history.last < self._budget:
+        if not self._has_policies or history.last < self._end:
             return
         is_whole = history.first == 0
         for noticed in found_at_the_end(

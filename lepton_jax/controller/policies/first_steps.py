@@ -84,6 +84,7 @@ class Kind(NamedTuple):
       inputs: mean of log(input_rms).
       variance: its variance.
       norm: mean of log(gradient_norm).
+      spread: its variance.
       loss: mean of the loss.
       count: batches, int32 ().
     """
@@ -91,6 +92,7 @@ class Kind(NamedTuple):
     inputs: Any
     variance: Any
     norm: Any
+    spread: Any
     loss: Any
     count: Any
 
@@ -128,8 +130,8 @@ def first_steps(
 
         unlike = |x - m| > (6 + 30 / n) s + 0.05
 
-    A batch is also unlike those before it if the gradient's norm falls to a quarter and
-    the loss to a half from one step to the next. Such batches are held back. After 5 of
+    A batch is also unlike those before it if the gradient's norm falls to a quarter,
+    and by as many deviations, and the loss to a half from one step to the next. Such batches are held back. After 5 of
     them in a row (25, if there were more than 25 batches before) the run begins anew:
     the knob `restart`. It does so, too, with the first finite batch after at least 3
     that were not finite.
@@ -175,7 +177,7 @@ def _begin(window: int) -> FirstSteps:
 
 def _none() -> Kind:
     zero = jnp.float32(0)
-    return Kind(zero, zero, zero, zero, jnp.int32(0))
+    return Kind(zero, zero, zero, zero, zero, jnp.int32(0))
 
 
 def _update(
@@ -224,6 +226,7 @@ def _kind_of(signals: Mapping[str, Any]) -> Kind:
         inputs=inputs,
         variance=jnp.float32(0),
         norm=_log(norm),
+        spread=jnp.float32(0),
         loss=jnp.where(usable, loss, 0.0),
         count=usable.astype(jnp.int32),
     )
@@ -239,10 +242,12 @@ def _joined(kind: Kind, batch: Kind) -> Kind:
     count = kind.count + 1
     share = 1 / count.astype(jnp.float32)
     away = batch.inputs - kind.inputs
+    off = batch.norm - kind.norm
     return Kind(
         inputs=kind.inputs + share * away,
         variance=(1 - share) * (kind.variance + share * away**2),
-        norm=kind.norm + share * (batch.norm - kind.norm),
+        norm=kind.norm + share * off,
+        spread=(1 - share) * (kind.spread + share * off**2),
         loss=kind.loss + share * (batch.loss - kind.loss),
         count=jnp.minimum(count, 2**30),
     )
@@ -250,16 +255,22 @@ def _joined(kind: Kind, batch: Kind) -> Kind:
 
 def _is_unlike(home: Kind, batch: Kind) -> Any:
     """Whether a batch's inputs are of another size than usual."""
-    count = jnp.maximum(home.count, 1).astype(jnp.float32)
-    deviations = (DEVIATIONS + UNSURE / count) * jnp.sqrt(home.variance)
+    deviations = _deviations(home.variance, home.count)
     least = jnp.where(home.count < KNOWN, LEAST_AT_FIRST, LEAST)
     return jnp.abs(batch.inputs - home.inputs) > deviations + least
+
+
+def _deviations(variance: Any, count: Any) -> Any:
+    """Return the distance from a mean that is no chance."""
+    known = jnp.maximum(count, 1).astype(jnp.float32)
+    return (DEVIATIONS + UNSURE / known) * jnp.sqrt(variance)
 
 
 def _has_fallen(state: FirstSteps, batch: Kind) -> Any:
     """Whether gradient and loss have fallen at once, and are still as low."""
     home = state.home
-    low = (home.norm - batch.norm > math.log(FALL)) & (home.loss > 0)
+    least = jnp.maximum(math.log(FALL), _deviations(home.spread, home.count))
+    low = (home.norm - batch.norm > least) & (home.loss > 0)
     low &= batch.loss < home.loss / FALL_OF_LOSS
     at_once = state.last - batch.norm > math.log(FALL)
     return low & (at_once | state.by_norm)
