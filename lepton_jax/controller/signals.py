@@ -489,7 +489,7 @@ def norm(
             remedy=f"the parameters are {', '.join(by_path(tree))}",
         )
     parts = (part for leaf in leaves for part in _parts(leaf))
-    return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
+    return jnp.sqrt(sum(_product(part, part) for part in parts))
 
 
 def dot(
@@ -504,10 +504,35 @@ def dot(
             _parts(b),
             strict=True,
         )
-        return sum(jnp.sum(x * y) for x, y in pairs)
+        return sum(_product(x, y) for x, y in pairs)
 
     products = jax.tree.map(product, left, right)
     return sum(jax.tree.leaves(products), jnp.float32(0))
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the inner product of two float32 arrays, float32 ().
+
+    On a CPU it is one pass over each. Left alone, XLA sums there by windows, and stores
+    a square of the gradient that the optimizer takes, too: for 784 x 128 entries that
+    took 38 us instead of 7 (jax 0.10.2, a core of an AMD EPYC).
+    """
+
+    def on_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
+        # a barrier, so that the optimizer's square is another one; a dim, so that the
+        # layout is not that of the transposed product that the gradient may come from
+        own, other = jax.lax.optimization_barrier((a[None], b[None]))
+        return jnp.sum(own * other)
+
+    def elsewhere(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(a * b)
+
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cpu=on_cpu,
+        default=elsewhere,
+    )
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, ...]:

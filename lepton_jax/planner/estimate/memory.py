@@ -100,6 +100,7 @@ def peak(
     moments: np.ndarray | None = None,
     stepping: bool = False,
     chip: Chip | None = None,
+    unsummed: bool = False,
 ) -> Peak:
     """Return the most that a program holds at once.
 
@@ -112,9 +113,11 @@ def peak(
       moments: for each parameter, how many arrays of its shape the optimizer keeps.
       stepping: whether the program is the body of a loop over steps.
       chip: a TPU, which keeps some buffers in the `vector` bytes.
+      unsummed: whether the program updates the state with gradients that no devices
+        sum.
     """
     tpu = timeline.platform == "tpu"
-    bytes_ = _buffer_bytes(timeline, stored, computed, moments)
+    bytes_ = _buffer_bytes(timeline, stored, computed, moments, unsummed)
     spans = _spans(timeline, stepping, bool(around))
     if around and tpu:
         # A loop over micro-batches adds gradients to their sums where it computes them.
@@ -253,6 +256,7 @@ def _buffer_bytes(
     stored: np.ndarray,
     computed: np.ndarray,
     moments: np.ndarray | None,
+    unsummed: bool,
 ) -> np.ndarray:
     """Return the bytes of each buffer, 0 for one that doesn't exist."""
     as_stored = stored[timeline.values]
@@ -262,7 +266,9 @@ def _buffer_bytes(
     bytes_[(timeline.gathered & whole) | ~timeline.made] = 0.0
 
     for b, (value, condition) in timeline.conditions.items():
-        if condition == "ungathered":
+        if condition == "unsummed":
+            exists = unsummed
+        elif condition == "ungathered":
             exists = not computed[value] > LARGER * stored[value]
         else:
             exists = computed[value] >= size(timeline.graph.values[value])
@@ -331,6 +337,7 @@ def predict(
         sizes.moments(trace),
         steps_per_call > 1,
         topology.chip if tpu else None,
+        not several and _sample_parts(names, assignment) == 1,
     )
     held |= _by_purpose(timeline, top, around)
     return held, _largest(timeline, top)

@@ -91,8 +91,8 @@ class Fusion:
       owners: for each buffer, the operation that it was made for.
       groups: in the program's order.
       gradients: buffers of the parameters' gradients.
-      conditions: buffers that exist only if a value is "ungathered" or "unsplit", as
-        (index of the value, condition).
+      conditions: buffers that exist only if a value is "ungathered" or "unsplit", or if
+        gradients are "unsummed" over devices, as (index of the value, condition).
       tables: the buffer that holds a copy of a parameter's state in another layout, by
         the parameter's index.
       in_hbm: buffers that lie in the HBM even if the memory next to it has room.

@@ -30,7 +30,7 @@ from lepton_jax.planner.xla.buffers import (
     Buffers,
     Group,
 )
-from lepton_jax.planner.xla.figures import LANES
+from lepton_jax.planner.xla.figures import COMBINED, LANES
 from lepton_jax.planner.xla.fusion import Fusion
 from lepton_jax.planner.xla.operations import (
     ALIASES,
@@ -514,6 +514,11 @@ class TpuFusion(Fusion):
         target = op.outputs[0]
         kind = STORED_ROWS if sparse(op) else COMPUTED_ROWS
         own = self.materialize(target, op, kind)
+        if not sparse(op) and size(target) < COMBINED:
+            # Devices sum small gradients together, so each waits for the others.
+            self.in_hbm.append(own)
+            groups.append(Group(reads, (own,)))
+            return
         self._take(own, reads, groups)
         if sparse(op):
             total = self.copy(
