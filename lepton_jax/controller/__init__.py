@@ -20,6 +20,7 @@ from lepton_jax.controller.policies.label_noise import label_noise
 from lepton_jax.controller.policies.learning_free import learning_free
 from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policies.plateau import plateau
+from lepton_jax.controller.policies.schedule_free import schedule_free
 from lepton_jax.controller.policies.switch import switch_optimizer
 from lepton_jax.controller.policies.target import until
 from lepton_jax.controller.policies.warmup import warmup
@@ -64,6 +65,7 @@ __all__ = [
     "plateau",
     "read_journal",
     "replay",
+    "schedule_free",
     "select_weights",
     "set_base",
     "settable",

@@ -72,6 +72,8 @@ IN_FORWARD = {
 BUDGET = ("steps", "begun")
 # knobs under which a step's gradient counts for nothing
 REFUSING = ("skip", "restore", "restart", "rollback")
+# the knobs whose values act in the step after the one that they are of
+ACT_LATER = (*IN_FORWARD, "gradient_weight", "interpolation")
 # signals that are no column of a record: the record's step implies them
 UNSHOWN = ("step", "progress", "batch_size")
 
@@ -97,7 +99,9 @@ class Controller:
         self.recipe = recipe
         self.optimizer = optimizers.build(recipe)
         implied = (loss_scaling(),) if recipe.precision == "float16" else ()
-        self.policies = _with_own_names(chain(*implied, recipe.controller))
+        given = chain(*implied, recipe.controller)
+        fitted = [policy.fitted(recipe, self.optimizer, policy) for policy in given]
+        self.policies = _with_own_names(chain(*fitted))
         self.limits = next((p.limits for p in self.policies if p.limits), {})
         self.moves = [
             (index, knob)
@@ -143,6 +147,12 @@ class Controller:
                         " another policy"
                     ),
                 )
+        if "interpolation" in self._moved and "averaging_decay" not in self._moved:
+            raise RecipeError(
+                "a policy moves interpolation, but none keeps an average",
+                where="Recipe.controller",
+                remedy="let a policy move averaging_decay, too",
+            )
         for policy in self.policies:
             if "notice" in policy.moves and not (policy.notices or policy.absolute):
                 raise RecipeError(
@@ -165,6 +175,7 @@ class Controller:
             "accumulate": 1.0,
             "dropout": 1.0,
             "averaging_decay": 0.0,
+            "interpolation": 0.0,
             "gradient_weight": 1.0,
             "loss_limit": float("inf"),
             "loss_mark": float("inf"),
@@ -321,6 +332,8 @@ class Controller:
             values["loss"],
         )
         pieces, applied, moved = self._advance(state, update)
+        # where the parameters are interpolated, their change is no update
+        made = moved.pop("made", pieces.params)
         fresh = state._replace(
             knobs=knobs,
             contributions=contributions,
@@ -328,7 +341,7 @@ class Controller:
             signals=self.signals.updated(
                 means,
                 before.params,
-                pieces.params,
+                made,
                 applied,
                 knobs.get("learning_rate", jnp.float32(1)),
             ),
@@ -489,6 +502,11 @@ class Controller:
         A policy that may ask for a restart goes on with what it knows.
         """
         begun = jnp.where(restart, step + 1.0, fresh.fed["begun"])
+        # knobs of this step that act in the next one
+        knobs = {
+            name: jnp.where(restart, fresh.base[name], x) if name in ACT_LATER else x
+            for name, x in fresh.knobs.items()
+        }
         signals = self.signals.begun_anew(fresh.signals, restart)
         signals["kept"] = jnp.where(restart, 0.0, 1.0)
         policies = tuple(
@@ -499,6 +517,7 @@ class Controller:
         )
         return fresh._replace(
             fed=fresh.fed | {"begun": begun},
+            knobs=knobs,
             signals=signals,
             policies=policies,
             updates=jnp.where(restart, 0, fresh.updates),
@@ -567,17 +586,48 @@ class Controller:
 
         if "averaging_decay" in knobs:
             now = (pieces.params, floats(pieces.variables))
+            if "interpolation" in knobs:
+                moved["made"] = pieces.params
+                fast = self._fast(state, update.before, pieces)
+                now = (fast, now[1])
             decay = knobs["averaging_decay"]
             renewed = applied
             if self.restarts:
                 restart = (knobs["restart"] > 0) & ~state.halted
                 decay = jnp.where(restart, 0.0, decay)
+                now = _where(restart, (pieces.params, now[1]), now)
                 renewed = applied | restart
             average = _averaged(state.average, now, decay)
             moved["average"] = _where(renewed, average, state.average)
+            if "interpolation" in knobs:
+                params = _between(now[0], average[0], knobs["interpolation"])
+                params = _where(applied, params, pieces.params)
             if self.restores:
+                now = (pieces.params, now[1])
                 moved["average"] = _where(back, now, moved["average"])
+            if "interpolation" in knobs:
+                pieces = pieces._replace(params=params)
         return pieces, applied, moved
+
+    def _fast(
+        self,
+        state: ControllerState,
+        before: Pieces,
+        after: Pieces,
+    ) -> Any:
+        """Return the parameters that the optimizer has moved, after this step.
+
+        The parameters y before it lie between them and the average a, and
+        z = y + b / (1 - b) * (y - a) for an interpolation of b.
+        """
+        share = state.knobs["interpolation"]
+        ratio = share / (1 - share)
+        return jax.tree.map(
+            lambda x, y, a: x + (ratio * (y - a)).astype(x.dtype),
+            after.params,
+            before.params,
+            state.average[0],
+        )
 
     def _taken(
         self,
@@ -757,6 +807,19 @@ def _averaged(
         lambda a, x: x + (decay * (a - x)).astype(x.dtype),
         average,
         now,
+    )
+
+
+def _between(
+    fast: Any,
+    average: Any,
+    share: Any,
+) -> Any:
+    """Return the point at a share of the way from the fast parameters to the average."""
+    return jax.tree.map(
+        lambda z, a: z + (share * (a - z)).astype(z.dtype),
+        fast,
+        average,
     )
 
 

@@ -97,6 +97,13 @@ KNOBS = {
         "decay of the moving average of the parameters, which is what is evaluated and "
         "served; with 0 the average is the parameters",
     ),
+    "interpolation": Knob(
+        "set",
+        0,
+        0.99,
+        "share of the average in the parameters that the gradient is taken at; the "
+        "rest is of those that the optimizer moves",
+    ),
     "gradient_weight": Knob(
         "set",
         0,

@@ -46,6 +46,8 @@ class Policy(NamedTuple):
         whatever else contributes; NaN leaves a knob alone.
       notices: what the policy can say by the knob `notice`: the contribution is the
         number of the sentence, from 1. One step is enough to say it.
+      fitted: (recipe, its `Optimizer`, this policy); returns the policy, or policies,
+        in its place. It is for a policy that has other rules for other optimizers.
       check: (recipe, its `Optimizer`); raises a RecipeError for a recipe that the
         policy can't drive.
     """
@@ -58,6 +60,7 @@ class Policy(NamedTuple):
     limits: Mapping[str, Any] = {}
     absolute: bool = False
     notices: tuple[Notice, ...] = ()
+    fitted: Callable[[Any, Any, Any], Any] = lambda recipe, optimizer, policy: policy
     check: Callable[[Any, Any], None] = lambda recipe, optimizer: None
 
 

@@ -8,6 +8,7 @@ from lepton_jax.controller.policies.first_steps import first_steps
 from lepton_jax.controller.policies.guard import guard
 from lepton_jax.controller.policies.label_noise import label_noise
 from lepton_jax.controller.policies.learning_free import learning_free
+from lepton_jax.controller.policies.schedule_free import schedule_free
 from lepton_jax.controller.policy import Policy, chain
 
 # The constants below were chosen on validation losses of other seeds and other tasks
@@ -60,7 +61,11 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
         first_steps(),
         guard(deviations=6.0, rollbacks=rollbacks),
         label_noise(),
-        learning_free(1e-2, 2.0, growth=10.0, until=0.1),
-        decay(0.5, "linear", 0.1),
-        averaging(decay=None, share=0.15),
+        learning_free(),
+        schedule_free(
+            otherwise=(
+                decay(0.5, "linear", 0.1),
+                averaging(decay=None, share=0.15),
+            )
+        ),
     )

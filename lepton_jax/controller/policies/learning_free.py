@@ -26,13 +26,28 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from lepton_jax.controller.policies import admission
-from lepton_jax.controller.policy import Policy, check_range
+from lepton_jax.controller.policy import Notice, Policy, check_range
 from lepton_jax.controller.signals import MEMORY
 
-# root mean square taken for parameters that all begin at zero or nearly so; assumption
-SMALLEST = 1e-3
-# growth of the estimate in a step of a run that has no end; assumption
-BLIND = 1.02
+# greatest growth of the estimate in a step; and in a run that has no known end, where
+# the growth can't be spread over a share of it; assumption
+FASTEST = 2.0
+BLIND = 1.1
+# bounds of the first estimate, which a loss of 0 or infinity would otherwise give;
+# assumption
+LEAST = 1e-9
+MOST = 1e6
+# greatest d / d_0 in the weights, whose squares must not overflow float32
+HIGHEST = 1e12
+TINY = 1e-30
+# the estimate is not to be trusted if it grew by this factor in the last half of the
+# run; assumption
+UNSETTLED = 4.0
+HALF = 0.5
+NOTICE = Notice(
+    "the learning rate was still growing at the end: the run was too short to find it",
+    "train for more steps",
+)
 
 
 class Distance(NamedTuple):
@@ -40,10 +55,11 @@ class Distance(NamedTuple):
 
     Attributes:
       base: the learning rate's base in the first step; 0 before it.
-      first: d_0, the first estimate; 0 before the first step.
+      first: d_0, the first estimate; 0 before the first usable step.
       estimate: d.
       numerator: r, the weighted sum of <g, x_0 - x>.
       weight: w, the weight of the present gradient in both sums.
+      middle: d in the middle of the run; 0 before it.
     """
 
     base: Any
@@ -51,44 +67,47 @@ class Distance(NamedTuple):
     estimate: Any
     numerator: Any
     weight: Any
+    middle: Any
 
 
 def learning_free(
-    start: float = 1e-2,
+    start: float = 1e-3,
     coefficient: float = 2.0,
     *,
-    growth: float = 10.0,
+    growth: float = 1e4,
     until: float = 0.1,
 ) -> Policy:
     """Set the learning rate to an estimate of the distance to the solution.
 
     It is for optimizers whose updates have entries of about the learning rate's size:
-    Adam, AdamW, Lion and their like. With gradients g_k at parameters x_k, weights
-    w_k = (d_k / d_0)^2 and memory b = 0.9995:
+    Adam, AdamW, Lion and their like. With gradients g_k at parameters x_k, losses l_k,
+    weights w_k = (d_k / d_0)^2 and memory b = 0.9995:
 
+        d_0 = start |l_0| / |g_0|_1
         r_k = b r_{k-1} + w_k <g_k, x_0 - x_k>
         s_k = b s_{k-1} + w_k g_k
         d_{k+1} = max(d_k, c r_k / |s_k|_1)
 
-    The recipe's rate cancels out. A rate that is set later, by a person or after a
-    rollback, acts by its ratio to the recipe's: half of it is half of d. Memory: two
-    copies of the parameters, x_0 and s.
+    |l| / |g|_1 is the length of entries at which the first update would bring the loss
+    to 0 if it were linear. So nothing depends on the scale of parameters, inputs or
+    losses. d never stops to be estimated. The recipe's rate cancels out. A rate that is
+    set later, by a person or after a rollback, acts by its ratio to the recipe's: half
+    of it is half of d. Memory: two copies of the parameters, x_0 and s.
 
     References:
       Mishchenko and Defazio 2023, "Prodigy: An Expeditiously Adaptive Parameter-Free
-      Learner", algorithm 4, without its rescaled moments. d_0 is relative to the
-      parameters here.
+      Learner", algorithm 4, without its rescaled moments.
+      Polyak 1987, "Introduction to optimization", section 5.3: the step of d_0.
 
     Args:
-      start: d_0, as a share of the root mean square of the parameters at the start.
-        Choose it too small rather than too large, since d never shrinks; its growth to
-        the right size takes some dozen steps.
+      start: d_0, as a share of the length above. Choose it too small rather than too
+        large, since d never shrinks; its growth to the right size takes some dozen
+        steps.
       coefficient: c.
       growth: factor by which d may grow while the share `until` of the run is done,
-        evenly in its logarithm: the warm-up. Where the budget is not known d may grow
-        by 2 % a step.
-      until: share of the run after which d stays; where the budget is not known it
-        never does.
+        evenly in its logarithm, and at most twofold in a step. Where the budget is not
+        known d may grow by 10 % a step.
+      until: see `growth`.
 
     Raises:
       RecipeError: an argument is out of range. When the recipe is traced, also for an
@@ -97,18 +116,18 @@ def learning_free(
     Example:
       >>> import jax.numpy as jnp
       >>> from lepton_jax import controllers
-      >>> policy = controllers.learning_free(start=0.01, growth=100.0)
+      >>> policy = controllers.learning_free(start=0.01)
       >>> signals = {
-      ...     "gradient_dot_distance": jnp.float32(0.5),
+      ...     "loss": jnp.float32(2),
+      ...     "gradient_dot_distance": jnp.float32(0),
       ...     "gradient_sum_norm": jnp.float32(10),
-      ...     "parameter_rms": jnp.float32(1),
       ...     "base_rate": jnp.float32(1),
       ...     "step": jnp.float32(0),
       ...     "progress": jnp.float32(0.1),
       ... }
       >>> moves, _ = policy.update(signals, policy.init())
-      >>> print(f"{moves['learning_rate']:.3f}")  # 2 * 0.5 / 10, where d_0 is 0.01
-      0.100
+      >>> print(f"{moves['learning_rate']:.4f}")  # 0.01 * 2 / 10
+      0.0020
     """
     check_range("learning_free", 1e-9, 1, start=start)
     check_range("learning_free", 1e-3, 1e3, coefficient=coefficient)
@@ -126,28 +145,38 @@ def learning_free(
         product = signals["gradient_dot_distance"]
         r = MEMORY * state.numerator + state.weight * product
         s_norm = signals["gradient_sum_norm"]
-        bound = coefficient * r / jnp.maximum(s_norm, 1e-30)
+        bound = coefficient * r / jnp.maximum(s_norm, TINY)
         usable = jnp.isfinite(bound) & jnp.isfinite(r)
 
         fastest = _greatest_growth(signals, growth, until)
-        # progress is NaN where no end is known, and then d never stays
-        growing = usable & ~(signals["progress"] > until)
         d = jnp.where(
-            growing,
+            usable,
             jnp.clip(bound, d, fastest * d),
             d,
         )
 
-        w = (d / first) ** 2
-        r = jnp.where(usable, r, state.numerator)
+        w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
+        past = signals["progress"] >= HALF
+        middle = jnp.where(
+            past & (state.middle == 0),
+            d,
+            state.middle,
+        )
         after = Distance(
             base,
             first,
             estimate=d,
-            numerator=r,
-            weight=w,
+            numerator=jnp.where(usable, r, state.numerator),
+            weight=jnp.where(first > 0, w, 1.0),
+            middle=middle,
         )
-        return {"learning_rate": d / base, "gradient_weight": w}, after
+        unsettled = (signals["progress"] >= 1) & (d > UNSETTLED * middle)
+        moves = {
+            "learning_rate": d / base,
+            "gradient_weight": after.weight,
+            "notice": jnp.where(unsettled, 1.0, 0.0),
+        }
+        return moves, after
 
     return Policy(
         "learning_free",
@@ -156,12 +185,13 @@ def learning_free(
         watches=(
             "gradient_dot_distance",
             "gradient_sum_norm",
-            "parameter_rms",
+            "loss",
             "base_rate",
             "step",
             "progress",
         ),
-        moves=("learning_rate", "gradient_weight"),
+        moves=("learning_rate", "gradient_weight", "notice"),
+        notices=(NOTICE,),
         check=admission.check,
     )
 
@@ -171,20 +201,24 @@ def _begun(
     state: Distance,
     start: float,
 ) -> tuple[Any, Any, Any]:
-    """Return the base, d_0 and d; the first step makes them of its signals."""
+    """Return the base, d_0 and d; the first usable step makes them of its signals."""
     fresh = state.first == 0
-    size = jnp.nan_to_num(signals["parameter_rms"], posinf=0.0)
     base = jnp.nan_to_num(signals["base_rate"], posinf=0.0)
     base = jnp.where(
-        fresh,
+        state.base == 0,
         jnp.maximum(base, 1e-20),
         state.base,
     )
-    first = jnp.where(
-        fresh,
-        start * jnp.maximum(size, SMALLEST),
-        state.first,
+    # the sum of the absolute entries of the only gradient so far
+    slope = signals["gradient_sum_norm"]
+    length = start * jnp.abs(signals["loss"]) / slope
+    usable = jnp.isfinite(length) & jnp.isfinite(slope) & (slope > 0)
+    length = jnp.where(
+        usable,
+        jnp.clip(length, LEAST, MOST),
+        0.0,
     )
+    first = jnp.where(fresh, length, state.first)
     return base, first, jnp.where(fresh, first, state.estimate)
 
 
@@ -194,8 +228,12 @@ def _greatest_growth(
     until: float,
 ) -> Any:
     """Return the factor by which d may grow in this step."""
-    # the part of the warm-up that one step is
+    # the part of `until` that one step is
     part = signals["progress"] / ((signals["step"] + 1) * until)
-    known = jnp.isfinite(part)
     even = jnp.exp(jnp.minimum(part, 1.0) * math.log(growth))
-    return jnp.where(known, even, BLIND)
+    known = jnp.isfinite(part) & (part > 0)
+    return jnp.where(
+        known,
+        jnp.clip(even, 1.0, FASTEST),
+        BLIND,
+    )
