@@ -12,6 +12,7 @@ from lepton_jax.controller.policies.adaptive import adaptive
 from lepton_jax.controller.policies.adjustable import adjustable
 from lepton_jax.controller.policies.averaging import averaging
 from lepton_jax.controller.policies.batch_growth import batch_growth
+from lepton_jax.controller.policies.best_average import best_average
 from lepton_jax.controller.policies.clipping import clip_by_history
 from lepton_jax.controller.policies.decay import decay
 from lepton_jax.controller.policies.first_steps import first_steps
@@ -52,6 +53,7 @@ __all__ = [
     "adjustable",
     "averaging",
     "batch_growth",
+    "best_average",
     "chain",
     "clip_by_history",
     "conformance",

@@ -585,49 +585,69 @@ class Controller:
             moved["anchor"] = _where(renewed, pieces, state.anchor)
 
         if "averaging_decay" in knobs:
-            now = (pieces.params, floats(pieces.variables))
+            fast = pieces
             if "interpolation" in knobs:
                 moved["made"] = pieces.params
                 fast = self._fast(state, update.before, pieces)
-                now = (fast, now[1])
-            decay = knobs["averaging_decay"]
-            renewed = applied
-            if self.restarts:
-                restart = (knobs["restart"] > 0) & ~state.halted
-                decay = jnp.where(restart, 0.0, decay)
-                now = _where(restart, (pieces.params, now[1]), now)
-                renewed = applied | restart
-            average = _averaged(state.average, now, decay)
+            average, renewed = self._average(state, knobs, fast, pieces, applied)
+            if "interpolation" in knobs:
+                near = _between(fast.params, average[0], knobs["interpolation"])
+                near = _where(applied, near, pieces.params)
+                pieces = pieces._replace(params=near)
             moved["average"] = _where(renewed, average, state.average)
-            if "interpolation" in knobs:
-                params = _between(now[0], average[0], knobs["interpolation"])
-                params = _where(applied, params, pieces.params)
             if self.restores:
-                now = (pieces.params, now[1])
+                now = (moved["anchor"].params, floats(moved["anchor"].variables))
                 moved["average"] = _where(back, now, moved["average"])
-            if "interpolation" in knobs:
-                pieces = pieces._replace(params=params)
         return pieces, applied, moved
+
+    def _average(
+        self,
+        state: ControllerState,
+        knobs: Mapping[str, Any],
+        fast: Pieces,
+        pieces: Pieces,
+        applied: Any,
+    ) -> tuple[Any, Any]:
+        """Return the average after a step, and whether it is the new one.
+
+        Args:
+          state: the state before it.
+          knobs: those of this step.
+          fast: the parameters that enter the average, and the variables.
+          pieces: the parts of the state after the step, which is the average where a
+            run begins anew.
+          applied: whether there was an update.
+        """
+        now = (fast.params, floats(fast.variables))
+        decay = knobs["averaging_decay"]
+        if not self.restarts:
+            return _averaged(state.average, now, decay), applied
+        restart = (knobs["restart"] > 0) & ~state.halted
+        begun = (pieces.params, floats(pieces.variables))
+        now = _where(restart, begun, now)
+        decay = jnp.where(restart, 0.0, decay)
+        return _averaged(state.average, now, decay), applied | restart
 
     def _fast(
         self,
         state: ControllerState,
         before: Pieces,
         after: Pieces,
-    ) -> Any:
-        """Return the parameters that the optimizer has moved, after this step.
+    ) -> Pieces:
+        """Return the pieces after a step with the parameters that the optimizer moves.
 
-        The parameters y before it lie between them and the average a, and
+        The parameters y before it lie between them, z, and the average a, and
         z = y + b / (1 - b) * (y - a) for an interpolation of b.
         """
         share = state.knobs["interpolation"]
         ratio = share / (1 - share)
-        return jax.tree.map(
+        params = jax.tree.map(
             lambda x, y, a: x + (ratio * (y - a)).astype(x.dtype),
             after.params,
             before.params,
             state.average[0],
         )
+        return after._replace(params=params)
 
     def _taken(
         self,
@@ -815,7 +835,7 @@ def _between(
     average: Any,
     share: Any,
 ) -> Any:
-    """Return the point at a share of the way from the fast parameters to the average."""
+    """Return the point at a share of the way from `fast` to `average`."""
     return jax.tree.map(
         lambda z, a: z + (share * (a - z)).astype(z.dtype),
         fast,

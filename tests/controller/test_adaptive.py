@@ -75,7 +75,8 @@ def test_it_learns_serves_the_average_and_begins_with_a_small_rate(blobs, usual)
 
     assert history["loss"][-10:].mean() < 0.5 * history["loss"][:3].mean()
     assert history["learning_rate"][0] < 0.01 * history["learning_rate"].max()
-    assert not history["skip"].any()
+    assert not history["guard:skip"].any()
+    assert not history["restart"].any()
     assert not history["rollback"].any()
 
     params, _ = controllers.select_weights(trainer.state)

@@ -121,7 +121,9 @@ def test_the_average_is_served(blobs):
     params, _ = controllers.select_weights(trainer.state)
 
     held = trainer.state.controller.average[0]
-    for served, kept in zip(jax.tree.leaves(params), jax.tree.leaves(held), strict=True):
+    for served, kept in zip(
+        jax.tree.leaves(params), jax.tree.leaves(held), strict=True
+    ):
         np.testing.assert_array_equal(served, kept)
 
 

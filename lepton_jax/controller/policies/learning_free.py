@@ -40,13 +40,12 @@ MOST = 1e6
 # greatest d / d_0 in the weights, whose squares must not overflow float32
 HIGHEST = 1e12
 TINY = 1e-30
-# the estimate is not to be trusted if it grew by this factor in the last half of the
-# run; assumption
-UNSETTLED = 4.0
-HALF = 0.5
+# the estimate is not to be trusted if it has used up this share of the logarithm of the
+# growth that it may have after `until`; assumption
+UNSETTLED = 0.95
 NOTICE = Notice(
-    "the learning rate was still growing at the end: the run was too short to find it",
-    "train for more steps",
+    "the learning rate grew all the time: the run was too short to find it",
+    "train for more steps, or give controllers.learning_free a higher start",
 )
 
 
@@ -59,7 +58,7 @@ class Distance(NamedTuple):
       estimate: d.
       numerator: r, the weighted sum of <g, x_0 - x>.
       weight: w, the weight of the present gradient in both sums.
-      middle: d in the middle of the run; 0 before it.
+      warm: d when `until` was over; 0 before it.
     """
 
     base: Any
@@ -67,7 +66,7 @@ class Distance(NamedTuple):
     estimate: Any
     numerator: Any
     weight: Any
-    middle: Any
+    warm: Any
 
 
 def learning_free(
@@ -76,6 +75,7 @@ def learning_free(
     *,
     growth: float = 1e4,
     until: float = 0.1,
+    later: float = 3.0,
 ) -> Policy:
     """Set the learning rate to an estimate of the distance to the solution.
 
@@ -90,7 +90,7 @@ def learning_free(
 
     |l| / |g|_1 is the length of entries at which the first update would bring the loss
     to 0 if it were linear. So nothing depends on the scale of parameters, inputs or
-    losses. d never stops to be estimated. The recipe's rate cancels out. A rate that is
+    losses. The recipe's rate cancels out. A rate that is
     set later, by a person or after a rollback, acts by its ratio to the recipe's: half
     of it is half of d. Memory: two copies of the parameters, x_0 and s.
 
@@ -108,6 +108,8 @@ def learning_free(
         evenly in its logarithm, and at most twofold in a step. Where the budget is not
         known d may grow by 10 % a step.
       until: see `growth`.
+      later: factor by which d may grow in the rest of the run, likewise. A model that
+        fits its samples by heart moves its parameters without end, and d with them.
 
     Raises:
       RecipeError: an argument is out of range. When the recipe is traced, also for an
@@ -132,7 +134,11 @@ def learning_free(
     check_range("learning_free", 1e-9, 1, start=start)
     check_range("learning_free", 1e-3, 1e3, coefficient=coefficient)
     check_range("learning_free", 1.01, 1e9, growth=growth)
-    check_range("learning_free", 1e-3, 1, until=until)
+    check_range("learning_free", 1e-3, 0.99, until=until)
+    check_range("learning_free", 1, 1e9, later=later)
+    pace = math.log(growth) / until
+    most = later**UNSETTLED
+    later_pace = math.log(later) / (1 - until)
 
     def init() -> Distance:
         zeros = {name: jnp.float32(0) for name in Distance._fields}
@@ -148,7 +154,8 @@ def learning_free(
         bound = coefficient * r / jnp.maximum(s_norm, TINY)
         usable = jnp.isfinite(bound) & jnp.isfinite(r)
 
-        fastest = _greatest_growth(signals, growth, until)
+        early = signals["progress"] <= until
+        fastest = _greatest_growth(signals, jnp.where(early, pace, later_pace))
         d = jnp.where(
             usable,
             jnp.clip(bound, d, fastest * d),
@@ -156,21 +163,17 @@ def learning_free(
         )
 
         w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
-        past = signals["progress"] >= HALF
-        middle = jnp.where(
-            past & (state.middle == 0),
-            d,
-            state.middle,
-        )
+        begins = (signals["progress"] > until) & (state.warm == 0)
+        warm = jnp.where(begins, d, state.warm)
         after = Distance(
             base,
             first,
             estimate=d,
             numerator=jnp.where(usable, r, state.numerator),
             weight=jnp.where(first > 0, w, 1.0),
-            middle=middle,
+            warm=warm,
         )
-        unsettled = (signals["progress"] >= 1) & (d > UNSETTLED * middle)
+        unsettled = (signals["progress"] >= 1) & (d > most * warm) & (later > 1)
         moves = {
             "learning_rate": d / base,
             "gradient_weight": after.weight,
@@ -222,16 +225,16 @@ def _begun(
     return base, first, jnp.where(fresh, first, state.estimate)
 
 
-def _greatest_growth(
-    signals: Mapping[str, Any],
-    growth: float,
-    until: float,
-) -> Any:
-    """Return the factor by which d may grow in this step."""
-    # the part of `until` that one step is
-    part = signals["progress"] / ((signals["step"] + 1) * until)
-    even = jnp.exp(jnp.minimum(part, 1.0) * math.log(growth))
-    known = jnp.isfinite(part) & (part > 0)
+def _greatest_growth(signals: Mapping[str, Any], pace: Any) -> Any:
+    """Return the factor by which d may grow in this step.
+
+    Args:
+      signals: of this step.
+      pace: logarithm of the growth in a whole run.
+    """
+    step = signals["progress"] / (signals["step"] + 1)
+    known = jnp.isfinite(step) & (step > 0)
+    even = jnp.exp(jnp.minimum(step, 1.0) * pace)
     return jnp.where(
         known,
         jnp.clip(even, 1.0, FASTEST),
