@@ -40,6 +40,10 @@ MOST = 1e6
 # greatest d / d_0 in the weights, whose squares must not overflow float32
 HIGHEST = 1e12
 TINY = 1e-30
+# the warm-up goes on where d still grows by a factor of `STEEP` in `SLOW` steps;
+# assumption
+STEEP = 1.25
+SLOW = 10
 # the estimate is not to be trusted if it has used up this share of the logarithm of the
 # growth that it may have after `until`; assumption
 UNSETTLED = 0.95
@@ -58,7 +62,9 @@ class Distance(NamedTuple):
       estimate: d.
       numerator: r, the weighted sum of <g, x_0 - x>.
       weight: w, the weight of the present gradient in both sums.
-      warm: d when `until` was over; 0 before it.
+      level: d when it had last grown by a factor of `STEEP`.
+      since: the steps since then.
+      warm: d when the warm-up was over; 0 before it.
     """
 
     base: Any
@@ -66,6 +72,8 @@ class Distance(NamedTuple):
     estimate: Any
     numerator: Any
     weight: Any
+    level: Any
+    since: Any
     warm: Any
 
 
@@ -107,9 +115,11 @@ def learning_free(
       growth: factor by which d may grow while the share `until` of the run is done,
         evenly in its logarithm, and at most twofold in a step. Where the budget is not
         known d may grow by 10 % a step.
-      until: see `growth`.
-      later: factor by which d may grow in the rest of the run, likewise. A model that
-        fits its samples by heart moves its parameters without end, and d with them.
+      until: see `growth`. The warm-up goes on as long as d grows by a quarter in 10
+        steps.
+      later: factor by which d may grow after the warm-up, evenly over a whole run. A
+        model that fits its samples by heart moves its parameters without end, and d
+        with them.
 
     Raises:
       RecipeError: an argument is out of range. When the recipe is traced, also for an
@@ -154,7 +164,7 @@ def learning_free(
         bound = coefficient * r / jnp.maximum(s_norm, TINY)
         usable = jnp.isfinite(bound) & jnp.isfinite(r)
 
-        early = signals["progress"] <= until
+        early = state.warm == 0
         fastest = _greatest_growth(signals, jnp.where(early, pace, later_pace))
         d = jnp.where(
             usable,
@@ -163,17 +173,22 @@ def learning_free(
         )
 
         w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
-        begins = (signals["progress"] > until) & (state.warm == 0)
-        warm = jnp.where(begins, d, state.warm)
+        steep = d > STEEP * state.level
+        since = jnp.where(steep, 0.0, state.since + 1)
+        over = early & (signals["progress"] > until) & (since >= SLOW)
         after = Distance(
             base,
             first,
             estimate=d,
             numerator=jnp.where(usable, r, state.numerator),
             weight=jnp.where(first > 0, w, 1.0),
-            warm=warm,
+            level=jnp.where(steep, d, state.level),
+            since=jnp.minimum(since, HIGHEST),
+            warm=jnp.where(over, d, state.warm),
         )
-        unsettled = (signals["progress"] >= 1) & (d > most * warm) & (later > 1)
+        # d is above 0 times anything where the warm-up has not ended
+        grown = d > most * after.warm
+        unsettled = (signals["progress"] >= 1) & grown & (later > 1)
         moves = {
             "learning_rate": d / base,
             "gradient_weight": after.weight,
