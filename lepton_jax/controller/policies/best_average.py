@@ -67,11 +67,11 @@ def best_average(
     That is when `patience` evaluations in a row were no better than the best one, the
     last of them was worse by more than `margin` of its loss, and yet the training loss
     between the last two evaluations was below that before the best one, and below `gap`
-    times that of the evaluation. So neither faults of the data, which raise the training
-    loss too, nor the noise of a high rate are taken for it. A run without evaluations is
-    left alone, and so is one whose losses are not above 0. The average is that of
-    another policy, such as `schedule_free` or `averaging`, and moves little from one
-    evaluation to the next.
+    times that of the evaluation. So neither faults of the data, which raise the
+    training loss too, nor the noise of a high rate are taken for it. A run without
+    evaluations is left alone, and so is one whose losses are not above 0. The average
+    is that of another policy, such as `schedule_free` or `averaging`, and moves little
+    from one evaluation to the next.
 
     References:
       Prechelt 1998, "Early stopping - but when?" (criteria GL and UP).
