@@ -72,6 +72,8 @@ IN_FORWARD = {
 BUDGET = ("steps", "begun")
 # knobs under which a step's gradient counts for nothing
 REFUSING = ("skip", "restore", "restart", "rollback")
+# the knobs whose values act in the step after the one that they are of
+ACT_LATER = (*IN_FORWARD, "gradient_weight", "interpolation")
 # signals that are no column of a record: the record's step implies them
 UNSHOWN = ("step", "progress", "batch_size")
 
@@ -500,6 +502,11 @@ class Controller:
         A policy that may ask for a restart goes on with what it knows.
         """
         begun = jnp.where(restart, step + 1.0, fresh.fed["begun"])
+        # knobs of this step that act in the next one
+        knobs = {
+            name: jnp.where(restart, fresh.base[name], x) if name in ACT_LATER else x
+            for name, x in fresh.knobs.items()
+        }
         signals = self.signals.begun_anew(fresh.signals, restart)
         signals["kept"] = jnp.where(restart, 0.0, 1.0)
         policies = tuple(
@@ -510,6 +517,7 @@ class Controller:
         )
         return fresh._replace(
             fed=fresh.fed | {"begun": begun},
+            knobs=knobs,
             signals=signals,
             policies=policies,
             updates=jnp.where(restart, 0, fresh.updates),

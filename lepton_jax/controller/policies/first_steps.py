@@ -61,7 +61,7 @@ UNSURE = 30.0
 # least difference of log(input_rms) between two kinds, and the same while fewer than
 # `KNOWN` batches tell the deviation; assumption
 LEAST = 0.05
-LEAST_AT_FIRST = math.log(3)
+LEAST_AT_FIRST = math.log(8)
 KNOWN = 3
 # factor by which the gradient's norm falls from one step to the next where targets were
 # wrong before, and the loss with it; assumption
@@ -131,10 +131,10 @@ def first_steps(
         unlike = |x - m| > (6 + 30 / n) s + 0.05
 
     A batch is also unlike those before it if the gradient's norm falls to a quarter,
-    and by as many deviations, and the loss to a half from one step to the next. Such batches are held back. After 5 of
-    them in a row (25, if there were more than 25 batches before) the run begins anew:
-    the knob `restart`. It does so, too, with the first finite batch after at least 3
-    that were not finite.
+    and by as many deviations, and the loss to a half from one step to the next. Such
+    batches are held back. After 5 of them in a row (25, if there were more than 25
+    batches before) the run begins anew: the knob `restart`. It does so, too, with the
+    first finite batch after at least 3 that were not finite.
 
     References:
       Page 1954, "Continuous inspection schemes", for changes that last.
