@@ -1,7 +1,7 @@
 """A plan against XLA: the train step compiled ahead of time, next to the prediction.
 
-`verify` compiles one plan and compares memory, FLOPs and collectives. `prove` compiles
-the best candidates and takes the first that fits by XLA's own account.
+`verify` compiles one plan and compares memory, FLOPs and collectives. `prove` probes
+the best candidates, or compiles them, and takes the first that fits by XLA's account.
 """
 
 from __future__ import annotations
@@ -9,20 +9,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lepton_jax.errors import PlanError
-from lepton_jax.hardware import Topology, topology
+from lepton_jax.hardware import Topology, join, lay, topology
+from lepton_jax.hardware.links import COLLECTIVES
 from lepton_jax.planner import Plan, Trace, ahead, candidates
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.show.text import meshed
 from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
 from lepton_jax.verify.expected import expected
-from lepton_jax.verify.matching import compare
+from lepton_jax.verify.matching import Seconds, compare
+from lepton_jax.verify.probing import Probe, corrected, devices_of, probe
 from lepton_jax.verify.report import Verification
+
+Check = Verification | Probe
 
 
 def verify(
@@ -50,7 +55,7 @@ def verify(
             where="verify",
             remedy="give the recipe its data",
         )
-    devices = _devices(plan, on)
+    devices = devices_of(plan, on)
     start = time.perf_counter()
     try:
         program = Program(trace, replace(plan, steps_per_call=1), devices)
@@ -72,7 +77,12 @@ def verify(
     platform = next(iter(flat)).platform
     module = hlo.read(compiled.as_text() or "")
     moves = expected(trace, plan, platform)
-    rows, unexpected = compare(moves, module.collectives, plan.mesh)
+    rows, unexpected, absent = compare(
+        moves,
+        module.collectives,
+        plan.mesh,
+        _collective_seconds(plan, on),
+    )
     return Verification(
         plan=plan,
         memory=memory,
@@ -82,46 +92,63 @@ def verify(
         unexpected=unexpected,
         seconds=seconds,
         notes=tuple(_notes(module, platform, trace)),
+        absent=absent,
     )
 
 
-def _devices(
+def _collective_seconds(
     plan: Plan,
-    on: Topology | Sequence[Any] | np.ndarray | None,
-) -> Any:
-    """Return the devices to compile for: those given, or those of a topology."""
-    if on is not None and not isinstance(on, Topology):
-        return on
-    where = on or topology(plan.topology)
-    available = ahead.devices_for(where)
-    return ahead.mesh_devices(where, plan.mesh, available)
+    on: Any,
+) -> Seconds | None:
+    """Return what gives the seconds of a collective; None for an unknown topology."""
+    try:
+        where = on if isinstance(on, Topology) else topology(plan.topology)
+        links = lay(plan.mesh, where)
+    except PlanError:
+        return None
+
+    def seconds(kind: str, axes: tuple[str, ...], buffer: float) -> float:
+        link = join([links[axis] for axis in axes])
+        known = kind if kind in COLLECTIVES else "all-to-all"
+        return link.seconds(known, buffer)
+
+    return seconds
 
 
 def prove(
     trace: Trace,
     where: Topology,
     count: int,
+    *,
+    whole: bool = False,
+    cache: Path | None = None,
     **options: Any,
-) -> tuple[Plan, list[Verification]]:
+) -> tuple[Plan, Sequence[Check]]:
     """Return the best plan that fits by XLA's own account of memory.
 
     Args:
       trace: the trace of the recipe.
       where: the topology to plan for.
-      count: how many of the best candidates to compile.
+      count: how many of the best candidates to try.
+      whole: whether to compile and verify them, instead of a probe of their memory.
+      cache: a folder of what earlier probes found; None: nothing is kept.
       **options: options of `planner.plan`.
 
     Returns:
-      The plan, and the verification of each candidate, best first.
+      The plan with XLA's figure of its memory, and the check of each candidate, best
+      first.
 
     Raises:
       PlanError: none fits.
     """
     devices = ahead.devices_for(where)
-    checks = []
+    checks: list[Check] = []
     for plan in candidates(trace, where, count, **options):
         laid = ahead.mesh_devices(where, plan.mesh, devices)
-        checks.append(verify(trace, plan, laid))
+        if whole:
+            checks.append(verify(trace, plan, laid))
+        else:
+            checks.append(probe(trace, plan, laid, cache=cache))
 
     fitting = [check for check in checks if check.fits]
     if options.get("objective") == "memory":
@@ -130,20 +157,26 @@ def prove(
         raise _nothing_fits(checks, where, count)
 
     chosen = fitting[0]
-    notes = [
-        f"proven: XLA's peak is {size(chosen.peak or 0)} of {size(chosen.plan.memory)}"
-    ]
-    notes += [f"passed over: {_needs(check)}" for check in checks if not check.fits]
-    notes = [*chosen.plan.notes, *notes]
-    plan = replace(chosen.plan, notes=tuple(notes))
+    plan = _with_verdicts(chosen, checks)
     checks = [
         replace(check, plan=plan) if check is chosen else check for check in checks
     ]
     return plan, checks
 
 
+def _with_verdicts(chosen: Check, checks: Sequence[Check]) -> Plan:
+    """Return the plan that was chosen, with what XLA says of it and of the others."""
+    notes = [
+        *chosen.plan.notes,
+        f"proven: XLA's peak is {size(chosen.peak or 0)} of {size(chosen.plan.memory)}",
+        *(f"passed over: {_needs(check)}" for check in checks if not check.fits),
+    ]
+    plan = replace(chosen.plan, notes=tuple(notes))
+    return corrected(plan, chosen) if isinstance(chosen, Probe) else plan
+
+
 def _nothing_fits(
-    checks: list[Verification],
+    checks: Sequence[Check],
     where: Topology,
     count: int,
 ) -> PlanError:
@@ -158,7 +191,7 @@ def _nothing_fits(
     )
 
 
-def _needs(check: Verification) -> str:
+def _needs(check: Check) -> str:
     needed = "more" if check.peak is None else size(check.peak)
     plan = check.plan
     return (

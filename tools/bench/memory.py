@@ -4,6 +4,8 @@
 predicts the peak. Then XLA compiles the planned train step ahead of time: libtpu for
 TPUs, the CPU backend for virtual devices. XLA's peak is its arguments + temporaries +
 outputs - aliases.
+
+With --half it takes programs of `tools.bench.families` in place of the models here.
 """
 
 from __future__ import annotations
@@ -13,49 +15,26 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.errors import PlanError
+from lepton_jax.errors import PlanError, SettingError
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import ahead, trace
 from lepton_jax.train.program import Program
 from tools.bench import options as checks
+from tools.bench.families import command, figures, history, measuring, workers
+from tools.bench.families.case import Case, shape
 from tools.bench.regret import virtual_devices
 
 TOPOLOGIES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "cpu:8")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Recipe and topology to plan.
-
-    Attributes:
-      model, batch_size, loss, optimizer, precision: as in `Recipe`.
-      inputs, targets: shapes of one sample.
-      fixed: arguments of the planner, e.g. remat.
-    """
-
-    model: Callable[..., Any]
-    inputs: Any
-    targets: Any
-    batch_size: int
-    loss: Callable[..., Any] = lepton.losses.cross_entropy
-    optimizer: Any = field(default_factory=lambda: optax.adamw(1e-3))
-    precision: str = "bfloat16"
-    fixed: dict[str, Any] = field(default_factory=dict)
-
-
-def shape(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    """Return the shape of a batch of one sample."""
-    return jax.ShapeDtypeStruct((1, *dims), dtype)
+# of a half, unless --programs says otherwise; the bars of a claim ask for as many
+PROGRAMS = 150
 
 
 def language(
@@ -236,10 +215,85 @@ def add(
         metavar="TOPOLOGY",
         help="topologies (default: %(default)s)",
     )
+    command.add_options(parser, PROGRAMS)
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="with --half: predict with the probe of a plan, which compiles a part",
+    )
+    parser.add_argument(
+        "--early",
+        action="store_true",
+        help="with --half: stop XLA once it has placed its arrays",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --half: processes that plan and compile (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> list[dict[str, Any]] | dict[str, Any]:
+    """Measure the models, or the programs of a half.
+
+    Raises:
+      SettingError: no such model or family.
+      PlanError: no such topology, or too few virtual CPU devices.
+    """
+    return run_models(options) if options.half is None else run_half(options)
+
+
+def run_half(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure programs of one half.
+
+    Returns:
+      The aggregate figures; with the programs if they are for tuning, with errors
+      without a name if they judge.
+
+    Raises:
+      SettingError: no such family, or the options contradict each other.
+    """
+    if options.probe and options.early:
+        raise SettingError(
+            "the probe is XLA's early account, and can't be judged by it",
+            where="--early",
+            remedy="leave it out; --cache keeps what was compiled for the next time",
+        )
+    checks.check_at_least(options, jobs=1)
+    names = command.chosen(options)
+    settings = measuring.Settings(
+        options.probe,
+        options.early,
+        options.cache,
+    )
+    calls = [(*name, settings) for name in names]
+    rows = command.collect(
+        options,
+        workers.rows(
+            measuring.measure_cached,
+            calls,
+            command.judging(options),
+            options.jobs,
+        ),
+        len(calls),
+        _program_line,
+    )
+    found = figures.summary(rows)
+    print(figures.text(found))
+    if command.judging(options):
+        if not options.no_history:
+            history.append(history.MEMORY, found, options.arguments)
+        return {"figures": found, "errors": command.unnamed(rows)}
+    for key in (figures.family, figures.platform):
+        for name, group in figures.by(rows, key).items():
+            print(f"{name:14} {figures.text(figures.summary(group))}")
+    return {"figures": found, "programs": rows}
+
+
+def run_models(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile the cases asked for, and print a line for each as it ends.
 
     Raises:
@@ -282,14 +336,7 @@ def measure(
       The plan, predicted bytes by kind, and XLA's account; `fits` is False where XLA
       refuses the program.
     """
-    recipe = lepton.Recipe(
-        model=case.model,
-        loss=case.loss,
-        optimizer=case.optimizer,
-        batch_size=case.batch_size,
-        precision=case.precision,
-    )
-    traced = trace(recipe, case.inputs, case.targets)
+    traced = trace(case.recipe(), case.inputs, case.targets)
     began = time.perf_counter()
     try:
         plan = lepton.plan(traced, where, **case.fixed)
@@ -300,6 +347,7 @@ def measure(
         "topology": where.name,
         "plan": plan.name,
         "mesh": dict(plan.mesh),
+        "batch_axes": list(plan.batch_axes),
         "remat": plan.remat,
         "micro_batches": plan.micro_batches,
         "predicted": plan.peak,
@@ -330,6 +378,26 @@ HEADER = (
     f"{'model':12} {'topology':10}  {'plan':44} {'predicted':>10} {'XLA':>10}"
     f" {'error':>7} {'seconds':>8}"
 )
+
+
+def _program_line(row: dict[str, Any]) -> str:
+    """Return the line of a program of the tuning half."""
+    name = f"{row['family']}:{row['number']}"
+    line = f"{name:17} {row.get('topology', '?'):10} {row['outcome']:9}"
+    if row["outcome"] in ("no plan", "failed"):
+        return f"{line} {row['why'].splitlines()[0][:120]}"
+
+    mesh = "x".join(map(str, row["mesh"].values()))
+    line += f" {row['plan'][:30]} {mesh}, {row['remat']}, {row['micro_batches']}p"
+    line = f"{line:80} {row['peak'] / 1e9:7.3f} GB"
+    if row["bound"] is not None:
+        line += f" ({row['bound'] / 1e9:7.3f})"
+    line += f" of {row['memory'] / 1e9:.1f}"
+    if row["xla"] is not None:
+        line += f", XLA {row['xla'] / 1e9:7.3f} GB {row['error']:+7.1%}"
+    if row["said"] and not row["fits"]:
+        line += " SAID TO FIT"
+    return f"{line} {row['planned']:.0f}+{row['seconds']:.0f}+{row['compiling']:.0f} s"
 
 
 def _line(row: dict[str, Any]) -> str:
