@@ -57,13 +57,13 @@ def memory(lowered: Any, devices: Any) -> ahead.Memory:
         with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(
                 command,
-                env=_environment(folder, len(devices)),
+                env=_environment(len(devices)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
             try:
-                return _awaited(folder, process)
+                return _awaited(folder, process, _name(lowered))
             finally:
                 process.kill()
                 process.wait()
@@ -121,25 +121,40 @@ def _write_request(folder: Path, lowered: Any, devices: Any) -> None:
     (folder / "request.json").write_text(json.dumps(request))
 
 
-def _environment(folder: Path, devices: int) -> dict[str, str]:
+def _name(lowered: Any) -> str:
+    """Return the name of a program's module, which its dumps bear."""
+    module = lowered.compiler_ir("stablehlo")
+    return str(module.operation.attributes["sym_name"]).strip('"')
+
+
+def _environment(devices: int) -> dict[str, str]:
     flags = os.environ.get("XLA_FLAGS", "")
-    flags += f" --xla_dump_to={folder / 'dump'}"
     if "host_platform_device_count" not in flags:
         flags += f" --xla_force_host_platform_device_count={devices}"
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     return ahead.NOT_A_TPU_HOST | dict(os.environ) | own
 
 
-def _awaited(folder: Path, process: subprocess.Popen) -> ahead.Memory:
-    """Wait until XLA has placed a program's arrays, or has refused it."""
+def _awaited(
+    folder: Path,
+    process: subprocess.Popen,
+    name: str,
+) -> ahead.Memory:
+    """Wait until XLA has placed a program's arrays, or has refused it.
+
+    Args:
+      folder: of the request.
+      process: which compiles.
+      name: of the program.
+    """
     while True:
         has_ended = process.poll() is not None
         end = folder / "end.json"
         if end.exists():
             return _ended(json.loads(end.read_text()))
         # this file comes after that of the buffers, which is complete then
-        if any(_dumped(folder, "memory-usage-report")):
-            (buffers,) = _dumped(folder, "buffer-assignment")
+        if _dumped(folder, name, "memory-usage-report"):
+            (buffers,) = _dumped(folder, name, "buffer-assignment")
             return read(buffers.read_text())
         if has_ended:
             raise PlanError(
@@ -150,8 +165,13 @@ def _awaited(folder: Path, process: subprocess.Popen) -> ahead.Memory:
         time.sleep(PERIOD)
 
 
-def _dumped(folder: Path, kind: str) -> list[Path]:
-    return list((folder / "dump").glob(f"*after_optimizations-{kind}.txt"))
+def _dumped(
+    folder: Path,
+    name: str,
+    kind: str,
+) -> list[Path]:
+    pattern = f"*.{name}.*after_optimizations-{kind}.txt"
+    return list((folder / "dump").glob(pattern))
 
 
 def _ended(end: dict[str, Any]) -> ahead.Memory:
