@@ -146,14 +146,15 @@ def test_what_a_weights_gradient_sums_over_two_axes_is_sent_at_once():
     )
     # XLA for CPU sums what it scatters over one axis after the other
     assert all("scatter-add" in u.op_name for u in check.unexpected)
-    (row,) = (
+    rows = [
         r
         for r in check.rows
         if r.axes == ("fsdp", "sequence") and r.kind == "all-reduce"
-    )
+    ]
+    planned = sum(r.planned for r in rows)
     embedding = 2 * 7 / 8 * 512 * 128 * 4
-    assert row.found == pytest.approx(row.planned - embedding, rel=0.02)
-    assert row.planned > 5 * embedding
+    assert sum(r.found for r in rows) == pytest.approx(planned - embedding, rel=0.02)
+    assert planned > 5 * embedding
 
 
 def test_a_recurrent_cell_gathers_nothing_but_its_state():
@@ -255,14 +256,16 @@ def test_several_joined_under_one_line_are_expected():
 def test_a_gather_decomposed_into_a_ring_is_expected():
     ring = tuple((i, (i + 2) % 8) for i in range(8))
     pieces = collective("collective-permute", 250, ring, times=5, windowed=True)
-    rows, unexpected = compare([move("all-gather", ("fsdp",), 750)], [pieces], MESH)
-    assert unexpected == ()
+    rows, unexpected, absent = compare(
+        [move("all-gather", ("fsdp",), 750)], [pieces], MESH
+    )
+    assert unexpected == absent == ()
     assert sum(r.found for r in rows) == pytest.approx(750, rel=0.15)
 
 
 def test_an_axis_over_which_nothing_is_planned():
     moves = [move("all-gather", ("fsdp",), 750)]
-    rows, (item,) = compare(
+    rows, (item,), _ = compare(
         moves,
         [
             collective("all-gather", 1000, FSDP),
@@ -275,6 +278,53 @@ def test_an_axis_over_which_nothing_is_planned():
     assert item.count == 3
     assert "nothing is planned" in item.why
     assert [r.axes for r in rows] == [("fsdp",), ("tensor",)]
+
+
+def test_what_is_planned_in_a_loop_and_compiled_outside_of_it_is_named():
+    moves = [
+        move("all-gather", ("fsdp",), 64 * 750, line=3, count=64),
+        move("all-reduce", ("tensor",), 1000),
+    ]
+    found = [
+        collective("all-gather", 1000, FSDP, line=3),
+        collective("all-reduce", 1000, TENSOR),
+    ]
+    rows, unexpected, absent = compare(moves, found, MESH)
+    assert unexpected == ()
+    (item,) = absent
+    assert (item.where, item.count) == ("model.py:3", 64)
+    assert item.missing == 63 * 750
+    assert item.share == pytest.approx(63 * 750 / (64 * 750 + 1000))
+    gathers = {row.inside: row for row in rows if row.kind == "all-gather"}
+    assert gathers[True].found == 0
+    assert gathers[False].planned == 0
+
+
+def test_a_plan_whose_collectives_xla_does_not_run_differs_from_its_program(check):
+    doubled = [
+        replace(row, planned_seconds=row.planned_seconds + check.plan.step_seconds)
+        for row in check.rows
+    ]
+    assert check.agrees
+    different = replace(check, rows=tuple(doubled))
+    assert not different.agrees
+    assert "DIFFER" in str(different)
+    assert not different.to_dict()["agrees"]
+
+
+def test_small_collectives_in_large_numbers_have_weight_by_their_seconds():
+    """Each costs its latency, however few bytes it sends."""
+    moves = [move("all-reduce", ("fsdp",), 2048 * 15, count=2048)]
+    found = [collective("all-reduce", 10, FSDP)]
+
+    def seconds(kind, axes, buffer):
+        return 1e-5 + buffer / 1e9
+
+    rows, _, _ = compare(moves, found, MESH, seconds)
+    planned = sum(row.planned_seconds for row in rows)
+    compiled = sum(row.found_seconds for row in rows)
+    assert planned == pytest.approx(2048 * 1e-5, rel=0.01)
+    assert compiled == pytest.approx(1e-5, rel=0.01)
 
 
 def test_groups_that_are_no_axes():

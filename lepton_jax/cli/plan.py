@@ -648,7 +648,7 @@ def _show(session: Session) -> int:
     verdicts = []
     for result in results:
         verdicts += result.checks.get("verify", [])
-    is_refused = any(not verdict.fits for verdict in verdicts)
+    is_refused = any(not (verdict.fits and verdict.agrees) for verdict in verdicts)
     return MISTAKE if is_refused or not plans else 0
 
 

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from lepton_jax.errors import PlanError
-from lepton_jax.hardware import Topology
+from lepton_jax.hardware import Topology, join, lay, topology
+from lepton_jax.hardware.links import COLLECTIVES
 from lepton_jax.planner import Plan, Trace, ahead, candidates
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.planner.show.text import meshed
 from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
 from lepton_jax.verify.expected import expected
-from lepton_jax.verify.matching import compare
+from lepton_jax.verify.matching import Seconds, compare
 from lepton_jax.verify.probing import Probe, corrected, devices_of, probe
 from lepton_jax.verify.report import Verification
 
@@ -76,7 +77,12 @@ def verify(
     platform = next(iter(flat)).platform
     module = hlo.read(compiled.as_text() or "")
     moves = expected(trace, plan, platform)
-    rows, unexpected = compare(moves, module.collectives, plan.mesh)
+    rows, unexpected, absent = compare(
+        moves,
+        module.collectives,
+        plan.mesh,
+        _collective_seconds(plan, on),
+    )
     return Verification(
         plan=plan,
         memory=memory,
@@ -86,7 +92,27 @@ def verify(
         unexpected=unexpected,
         seconds=seconds,
         notes=tuple(_notes(module, platform, trace)),
+        absent=absent,
     )
+
+
+def _collective_seconds(
+    plan: Plan,
+    on: Any,
+) -> Seconds | None:
+    """Return what gives the seconds of a collective; None for an unknown topology."""
+    try:
+        where = on if isinstance(on, Topology) else topology(plan.topology)
+        links = lay(plan.mesh, where)
+    except PlanError:
+        return None
+
+    def seconds(kind: str, axes: tuple[str, ...], buffer: float) -> float:
+        link = join([links[axis] for axis in axes])
+        known = kind if kind in COLLECTIVES else "all-to-all"
+        return link.seconds(known, buffer)
+
+    return seconds
 
 
 def prove(

@@ -12,6 +12,7 @@ from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import Plan, Trace
 from lepton_jax.planner.estimate.cost import as_compiled
 from lepton_jax.planner.estimate.jobs import sum_shares
+from lepton_jax.planner.estimate.motion import Motion, moved_value
 from lepton_jax.planner.program.graph import Operation, Value
 from lepton_jax.planner.program.layout import (
     Layout,
@@ -57,6 +58,7 @@ def expected(
     layout.parts = plan.micro_batches
     shares = sum_shares(graph.main)
     where = _topology(plan)
+    motion = Motion(graph, platform)
 
     collectives = []
     for op, value, move in _moves(layout, graph.lasting):
@@ -67,7 +69,8 @@ def expected(
             devices = math.prod(plan.mesh[axis] for axis in axes)
             kind = as_compiled(kind, devices, where)
         buffer = move.bytes * _scale(value, kind, platform, shares)
-        count = op.times * plan.micro_batches
+        buffer *= motion.sent_share(op, value)
+        count = motion.runs(op, value, move.kind, plan.micro_batches)
         sent = ring(kind, axes, buffer, plan.mesh) * count
         collectives.append(
             Expected(
@@ -91,8 +94,9 @@ def _moves(
     """
     gathered = set()
     for op in layout.graph.operations():
-        for move in layout.decide(op, contraction(op)).moves:
-            value = _moved(op, move)
+        product = contraction(op)
+        for move in layout.decide(op, product).moves:
+            value = moved_value(op, product, move)
             if move.where.startswith("input") and value.stored is not None:
                 if value.index in gathered and value.index not in lasting:
                     continue
@@ -150,23 +154,3 @@ def place(op: Operation) -> str:
             if not of_a_library(frame.file_name):
                 return f"{frame.file_name}:{frame.line_num}"
     return ""
-
-
-def _moved(op: Operation, move: Move) -> Value:
-    """Return the operand or the result of an operation that is moved."""
-    if move.where == "out":
-        return op.outputs[0]
-    value = op.inputs[_side(op, move)]
-    assert value is not None
-    return value
-
-
-def _side(op: Operation, move: Move) -> int:
-    """Return the number of the input that a move is of."""
-    if move.where.startswith("input"):
-        return int(move.where.removeprefix("input "))
-    product = contraction(op)
-    assert product is not None, move
-    side = product.left if move.where == "left" else product.right
-    assert side is not None, move
-    return side

@@ -12,15 +12,16 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lepton_jax.planner.estimate.feeding import size
 from lepton_jax.verify import hlo
-from lepton_jax.verify.expected import Expected
+from lepton_jax.verify.expected import Expected, ring
 from lepton_jax.verify.hlo import CollectiveFound
-from lepton_jax.verify.report import Row, Unexpected
+from lepton_jax.verify.report import Absent, Row, Unexpected
 
-# Share of the traffic planned over some axes that may come on top without a word
-# (assumption).
+# Share of the traffic planned over some axes that may come on top, or be missing,
+# without a word (assumption).
 SLACK = 0.25
 # Share of a step's traffic below which a collective is not worth a word (assumption).
 SMALL = 0.005
@@ -32,6 +33,8 @@ REST = 0.1
 HALVES = ("all-gather", "reduce-scatter")
 
 Axes = tuple[str, ...]
+# Seconds of a collective: its kind, its axes, and the bytes of the buffer.
+Seconds = Callable[[str, Axes, float], float]
 # Where, kind and axes of expected collectives.
 Key = tuple[str, str, Axes]
 
@@ -54,6 +57,14 @@ class Match:
     axes: Axes
     sent: float
     left: float
+
+
+class Comparison(NamedTuple):
+    """Both sides by axes and kind, and what only one of them has."""
+
+    rows: tuple[Row, ...]
+    unexpected: tuple[Unexpected, ...]
+    absent: tuple[Absent, ...]
 
 
 def _same_place(match: Match, key: Key) -> bool:
@@ -93,18 +104,25 @@ def compare(
     moves: Sequence[Expected],
     collectives: Iterable[CollectiveFound],
     mesh: Mapping[str, int],
-) -> tuple[tuple[Row, ...], tuple[Unexpected, ...]]:
-    """Return both sides by axes and kind, and the collectives left unexplained.
+    seconds: Seconds | None = None,
+) -> Comparison:
+    """Compare what is planned and what was compiled, both ways.
 
     A collective is explained by moves at its source line over its axes; then by what is
     left of its kind over its axes; then by what is left over these axes, or over a part
-    of them. The rest is listed where it is more than `SLACK` of what is planned over
-    the axes.
+    of them. The rest of either side is listed where it is more than `SLACK` of what is
+    planned over the axes.
+
+    Args:
+      moves: the collectives of the plan.
+      collectives: those of the compiled step.
+      mesh: sizes of the mesh's axes.
+      seconds: seconds of a collective, if the links are known.
     """
     matches = [_match(collective, mesh) for collective in collectives]
     matches = [match for match in matches if match.sent > 0]
     total = max(sum(match.sent for match in matches), 1.0)
-    _explain(matches, moves)
+    left = _explain(matches, moves)
 
     planned: dict[Axes, float] = defaultdict(float)
     for move in moves:
@@ -115,7 +133,52 @@ def compare(
     ]
     notable = [item for item in unexpected if item.excess > SMALL * total]
     notable.sort(key=lambda item: -item.excess)
-    return _rows(moves, matches), tuple(notable)
+    return Comparison(
+        _rows(moves, matches, mesh, seconds),
+        tuple(notable),
+        _absent(left, planned, moves, matches),
+    )
+
+
+def _absent(
+    left: Mapping[Key, float],
+    planned: Mapping[Axes, float],
+    moves: Sequence[Expected],
+    matches: Iterable[Match],
+) -> tuple[Absent, ...]:
+    """List the planned collectives that nothing in the compiled step matches."""
+    total = max(sum(planned.values()), 1.0)
+    missing: dict[Axes, float] = defaultdict(float)
+    for (_, _, axes), bytes_ in left.items():
+        missing[axes] += bytes_
+    alike: dict[Key, list[Expected]] = defaultdict(list)
+    for move in moves:
+        alike[move.where, move.kind, move.axes].append(move)
+    found: dict[Axes, int] = defaultdict(int)
+    for match in matches:
+        found[match.axes] += match.collective.times
+
+    items = []
+    for key, rest in left.items():
+        where, kind, axes = key
+        sent = sum(move.sent for move in alike[key])
+        is_notable = missing[axes] > SLACK * planned[axes] and rest > REST * sent
+        if not is_notable or rest <= SMALL * total:
+            continue
+        over = " and ".join(axes)
+        compiled = f"{found[axes]:,} run" if found[axes] else "nothing runs"
+        item = Absent(
+            where=where,
+            kind=kind,
+            axes=axes,
+            count=sum(move.count for move in alike[key]),
+            bytes=sent,
+            missing=rest,
+            share=rest / total,
+            why=f"of {size(sent)} planned; {compiled} over {over} in all",
+        )
+        items.append(item)
+    return tuple(sorted(items, key=lambda item: -item.missing))
 
 
 def _match(
@@ -143,8 +206,12 @@ def _match(
 def _explain(
     matches: list[Match],
     moves: Iterable[Expected],
-) -> None:
-    """Subtract planned bytes from what is left of each match, the closest first."""
+) -> dict[Key, float]:
+    """Subtract planned bytes from what is left of each match, the closest first.
+
+    Returns:
+      The planned bytes that explain nothing.
+    """
     left: dict[Key, float] = defaultdict(float)
     for move in moves:
         left[move.where, move.kind, move.axes] += move.sent
@@ -158,6 +225,7 @@ def _explain(
                     used = min(match.left, left[key])
                     left[key] -= used
                     match.left -= used
+    return left
 
 
 def _unexplained(
@@ -248,27 +316,21 @@ def _reason(
 def _rows(
     moves: Iterable[Expected],
     matches: Iterable[Match],
+    mesh: Mapping[str, int],
+    seconds: Seconds | None,
 ) -> tuple[Row, ...]:
-    planned: dict[tuple[Axes, str], list[Expected]] = defaultdict(list)
-    found: dict[tuple[Axes, str], list[Match]] = defaultdict(list)
+    planned: dict[tuple[Axes, str, bool], list[Expected]] = defaultdict(list)
+    found: dict[tuple[Axes, str, bool], list[Match]] = defaultdict(list)
     for move in moves:
-        planned[move.axes, move.kind].append(move)
+        planned[move.axes, move.kind, move.count > 1].append(move)
     for match in matches:
-        found[match.axes, match.kind].append(match)
+        inside = match.collective.times > 1
+        found[match.axes, match.kind, inside].append(match)
 
-    rows = []
-    for key in dict.fromkeys((*planned, *found)):
-        axes, kind = key
-        row = Row(
-            axes=axes,
-            kind=kind,
-            planned=sum((move.sent for move in planned[key]), 0.0),
-            planned_count=sum(move.count for move in planned[key]),
-            found=sum((match.sent for match in found[key]), 0.0),
-            found_count=sum(match.collective.times for match in found[key]),
-        )
-        rows.append(row)
-
+    rows = [
+        _row(key, planned[key], found[key], mesh, seconds)
+        for key in dict.fromkeys((*planned, *found))
+    ]
     weight: dict[Axes, float] = defaultdict(float)
     for row in rows:
         weight[row.axes] += row.found + row.planned
@@ -277,3 +339,45 @@ def _rows(
         return -weight[row.axes], row.axes, -row.found - row.planned
 
     return tuple(sorted(rows, key=place))
+
+
+def _row(
+    key: tuple[Axes, str, bool],
+    planned: Sequence[Expected],
+    found: Sequence[Match],
+    mesh: Mapping[str, int],
+    seconds: Seconds | None,
+) -> Row:
+    axes, kind, inside = key
+    lines: dict[str, float] = defaultdict(float)
+    sent_planned: dict[int, float] = defaultdict(float)
+    for move in planned:
+        lines[move.where] += move.sent
+        sent_planned[move.count] += move.sent
+    sent_found: dict[int, float] = defaultdict(float)
+    for match in found:
+        sent_found[match.collective.times] += match.sent
+
+    def joined(sent: Mapping[int, float]) -> float:
+        """Return the seconds of collectives, those of equal runs joined to one."""
+        if seconds is None or not axes:
+            return 0.0
+        permutes = kind == "collective-permute"
+        whole = 1.0 if permutes else ring(kind, axes, 1.0, mesh)
+        return sum(
+            runs * seconds(kind, axes, bytes_ / runs / whole)
+            for runs, bytes_ in sent.items()
+        )
+
+    return Row(
+        axes=axes,
+        kind=kind,
+        planned=sum((move.sent for move in planned), 0.0),
+        planned_count=sum(move.count for move in planned),
+        found=sum((match.sent for match in found), 0.0),
+        found_count=sum(match.collective.times for match in found),
+        inside=inside,
+        planned_seconds=joined(sent_planned),
+        found_seconds=joined(sent_found),
+        where=max(lines, key=lambda line: lines[line], default=""),
+    )

@@ -12,8 +12,16 @@ from lepton_jax.planner.show.text import grid, meshed, si
 
 # Kinds of a plan's bytes that exist before a step.
 ARGUMENTS = ("params", "optimizer", "variables", "batch", "data")
-# Unexpected collectives that the text lists.
+# Collectives on one side alone that the text lists, of each side.
 SHOWN = 12
+
+# Share of the predicted step that the seconds of planned and of compiled collectives may
+# differ by, over the same axes (assumption).
+MOST_SHIFT = 0.05
+# Where collectives on one side alone are more than this share of the traffic, already
+# the next share of the step matters (assumptions).
+MOST_TRAFFIC = 0.1
+LEAST_SHIFT = 0.01
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,10 @@ class Row:
       kind: such as "all-reduce".
       planned, planned_count: bytes that a device sends and collectives, by the plan.
       found, found_count: the same of XLA's program, as rings.
+      inside: whether they run in a loop, and so several times a step.
+      planned_seconds, found_seconds: seconds of both if nothing ran next to them, those
+        that run equally often joined to one; 0 for a chip that is not known.
+      where: "file:line" with most of the planned bytes; empty if nothing is planned.
     """
 
     axes: tuple[str, ...]
@@ -33,6 +45,10 @@ class Row:
     planned_count: int
     found: float
     found_count: int
+    inside: bool = False
+    planned_seconds: float = 0.0
+    found_seconds: float = 0.0
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,53 @@ class Unexpected:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """Collectives that the plan expects and the compiled step doesn't have.
+
+    Attributes:
+      where: "file:line" of the user's code; empty if none is known.
+      kind, axes: as in `Expected`.
+      count: how many the plan expects in a step.
+      bytes: bytes of all of them, sent by a device in one step.
+      missing: the part of these bytes that the compiled step doesn't send.
+      share: `missing` as a share of the planned traffic.
+      why: the difference in words.
+    """
+
+    where: str
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: float
+    missing: float
+    share: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Seconds that the collectives over some axes take more or less than planned.
+
+    Attributes:
+      axes, inside: as in `Row`.
+      planned_count, found_count: collectives of a step.
+      planned, found: seconds of a step.
+      share: the difference as a share of the predicted step; negative where XLA's take
+        less.
+      where: "file:line" with most of the planned bytes.
+    """
+
+    axes: tuple[str, ...]
+    inside: bool
+    planned_count: int
+    found_count: int
+    planned: float
+    found: float
+    share: float
+    where: str
+
+
+@dataclass(frozen=True)
 class Verification:
     """A plan's prediction of its train step and XLA's program, on one device.
 
@@ -72,6 +135,7 @@ class Verification:
       flops: FLOPs of the matmuls and convolutions of a step, loops multiplied out.
       rows: traffic by axes and kind, the largest first.
       unexpected: collectives that the plan doesn't explain, the largest first.
+      absent: collectives of the plan that XLA doesn't run, the largest first.
       seconds: seconds that compiling took.
       notes: limits of these figures.
     """
@@ -84,6 +148,7 @@ class Verification:
     unexpected: tuple[Unexpected, ...]
     seconds: float
     notes: tuple[str, ...] = ()
+    absent: tuple[Absent, ...] = ()
 
     @property
     def peak(self) -> float | None:
@@ -96,6 +161,50 @@ class Verification:
     def fits(self) -> bool:
         """Whether XLA's peak fits the memory that the plan was made for."""
         return self.memory is not None and self.memory.peak <= self.plan.memory
+
+    @property
+    def shifts(self) -> list[Shift]:
+        """Differences in seconds by axes, in and out of loops, the largest first.
+
+        They are empty for a plan without a predicted time.
+        """
+        step = self.plan.step_seconds
+        rows_of: dict[tuple, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            rows_of[row.axes, row.inside].append(row)
+        shifts = []
+        for (axes, inside), rows in rows_of.items() if step else ():
+            planned = sum(row.planned_seconds for row in rows)
+            found = sum(row.found_seconds for row in rows)
+            shift = Shift(
+                axes=axes,
+                inside=inside,
+                planned_count=sum(row.planned_count for row in rows),
+                found_count=sum(row.found_count for row in rows),
+                planned=planned,
+                found=found,
+                share=(found - planned) / step,
+                where=max(rows, key=lambda row: row.planned).where,
+            )
+            shifts.append(shift)
+        return sorted(shifts, key=lambda shift: -abs(shift.share))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether XLA communicates as planned, up to differences without weight.
+
+        They have weight where over the same axes, in or out of loops, the seconds of
+        communication differ by more than `MOST_SHIFT` of the predicted step; or by
+        `LEAST_SHIFT` in all, if collectives that only one side has are more than
+        `MOST_TRAFFIC` of the traffic.
+        """
+        shares = [abs(shift.share) for shift in self.shifts]
+        alone = sum(item.share for item in (*self.unexpected, *self.absent))
+        if not shares:
+            return alone <= MOST_TRAFFIC
+        if max(shares) > MOST_SHIFT:
+            return False
+        return alone <= MOST_TRAFFIC or sum(shares) <= LEAST_SHIFT
 
     @property
     def predicted(self) -> dict[str, float]:
@@ -153,6 +262,9 @@ class Verification:
             "peak": self.peak,
             "traffic": [asdict(row) for row in self.rows],
             "unexpected": [asdict(item) for item in self.unexpected],
+            "absent": [asdict(item) for item in self.absent],
+            "shifts": [asdict(item) for item in self.shifts],
+            "agrees": self.agrees,
             "compile_seconds": self.seconds,
             "notes": list(self.notes),
         }
@@ -177,6 +289,8 @@ class Verification:
             *self._traffic_lines(),
             "",
             *self._unexpected_lines(),
+            *self._absent_lines(),
+            *self._shift_lines(),
             *(f"! {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -205,7 +319,7 @@ class Verification:
         cells = [
             [
                 _over(row.axes),
-                row.kind,
+                f"{row.kind}, in loops" if row.inside else row.kind,
                 f"{row.planned_count:,}",
                 size(row.planned),
                 f"{row.found_count:,}",
@@ -249,6 +363,39 @@ class Verification:
         rest = len(self.unexpected) - SHOWN
         if rest > 0:
             lines.append(f"  and {rest} smaller ones")
+        return lines
+
+    def _absent_lines(self) -> list[str]:
+        if not self.absent:
+            return ["XLA runs all collectives of the plan"]
+        share = sum(item.share for item in self.absent)
+        lines = [
+            f"planned, and not in XLA's program: {share:.0%} of the planned traffic"
+        ]
+        for item in self.absent[:SHOWN]:
+            lines.append(
+                f"  {item.share:5.1%}  {size(item.missing)}  {item.count} x {item.kind}"
+                f" over {_over(item.axes)}  {item.where or 'no source line'}:"
+                f" {item.why}"
+            )
+        rest = len(self.absent) - SHOWN
+        if rest > 0:
+            lines.append(f"  and {rest} smaller ones")
+        return lines
+
+    def _shift_lines(self) -> list[str]:
+        lines = []
+        for shift in self.shifts:
+            if abs(shift.share) > LEAST_SHIFT:
+                place = "in loops" if shift.inside else "out of loops"
+                lines.append(
+                    f"{_over(shift.axes)}, {place}: {shift.planned_count:,} collectives"
+                    f" of {shift.planned * 1e3:.3g} ms planned, {shift.found_count:,} of"
+                    f" {shift.found * 1e3:.3g} ms compiled: {shift.share:+.0%} of the"
+                    f" step, most of it planned at {shift.where or 'no known line'}"
+                )
+        verdict = "agree" if self.agrees else "DIFFER"
+        lines.append(f"the plan and XLA's program {verdict} in their communication")
         return lines
 
 

@@ -13,8 +13,9 @@ w[512, 256], on eight devices:
    device, so an all-reduce of 512 * 256 numbers follows. If w is stored split as well,
    it is a reduce-scatter, and w is gathered before it is used.
 3. Collectives of one kind over the same axes are joined into one within a loop's body
-   or outside of loops, as XLA does, so that their latency counts once. `Link.seconds`
-   gives the seconds of each.
+   or outside of loops, as XLA does, so that their latency counts once. Those that a
+   loop does not change run outside of it (`motion`). `Link.seconds` gives the seconds
+   of each.
 4. Gathers of parameters and reductions of gradients run while the device computes
    (XLA's latency-hiding scheduler on TPU and GPU): only `HIDDEN_SHARE` of them shows,
    or what is longer than the computing. What moves activations waits for them and is
@@ -40,6 +41,7 @@ from lepton_jax.hardware import (
 )
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
+from lepton_jax.planner.estimate.motion import Motion, moved_value
 from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.estimate.traffic import traffic
 from lepton_jax.planner.program.graph import (
@@ -74,12 +76,14 @@ class Collective(NamedTuple):
       axes: mask of the mesh axes.
       bytes: bytes of the buffer on a device.
       hidden: whether it runs while the device computes, and joins others of its loop.
+      runs: how often a step runs it for one operation.
     """
 
     kind: str
     axes: int
     bytes: float
     hidden: bool
+    runs: int
 
 
 class Work(NamedTuple):
@@ -102,7 +106,9 @@ class Estimate:
 
     Attributes:
       seconds: by kind.
-      flops: FLOPs of a device.
+      flops: FLOPs of a device, as its backend computes them: what is rematerialized
+        counts twice, and a convolution that runs densely counts all that it multiplies.
+        `Trace.flops` are those of the model.
       moves: communication by (kind, axes): [count, bytes, seconds, causes].
     """
 
@@ -141,7 +147,8 @@ class Cost:
         # XLA's CPU backend reduces each term of a sum over devices by itself.
         cpu = topology.platform == "cpu"
         shares = {} if cpu else sum_shares(self.graph.main)
-        self.jobs = Jobs(names, self.prefers, shares).jobs
+        self.motion = Motion(self.graph, topology.platform)
+        self.jobs = Jobs(names, self.prefers, shares, self.motion).jobs
         self.sizes = sizes or Sizes(self.graph, names)
         self._traffic = self.sizes.by_row(traffic(self.graph))
         self._optimizer = optimizer_bytes(trace, names)
@@ -171,23 +178,21 @@ class Cost:
 
         for number, job in enumerate(self.jobs):
             work = self._work(number, job, assignment, layout)
-            runs = job.count * parts
+            alike = job.count // job.op.times
+            in_loop = job.op.times * parts
             compute += work.seconds * job.count * parts
             flops += work.flops * job.count * parts
             for move in work.collectives:
                 kind = move.kind
                 if move.hidden:
-                    key = (
-                        job.loop,
-                        kind,
-                        move.axes,
-                        job.op.times * parts,
-                    )
-                    hidden[key] += move.bytes * (job.count // job.op.times)
+                    loop = job.loop if move.runs == in_loop else 0
+                    key = (loop, kind, move.axes, move.runs)
+                    hidden[key] += move.bytes * alike
                 else:
+                    runs = move.runs * alike
                     shown[number, kind, move.axes, runs] += move.bytes
                 if causes:
-                    _note(ledger, move, job, parts)
+                    _note(ledger, move, job)
 
         # Collectives read and write the memory, besides sending.
         sent = [*shown.items(), *hidden.items()]
@@ -318,6 +323,9 @@ class Cost:
             return Work(0.0, 0.0, collectives)
 
         shape = self._matmul(job, job.product, layout, decision)
+        if runs_densely(job.op, self.topology.platform):
+            m, n, k, batch = shape
+            shape = (m * batch, n * batch, k, 1)
         seconds = self._matmul_seconds(job, job.product, shape)
         m, n, k, batch = shape
         flops = 2.0 * m * n * k * batch * job.taps
@@ -342,7 +350,8 @@ class Cost:
             layout.counts[move.axes],
             self.topology,
         )
-        bytes_ = move.bytes
+        value = job.gather or moved_value(job.op, job.product, move)
+        bytes_ = move.bytes * self.motion.sent_share(job.op, value)
         if kind == "all-reduce" and job.share < 1:
             bytes_ *= job.share
         hidden = job.gather is not None or (
@@ -351,7 +360,13 @@ class Cost:
         # XLA's CPU backend joins no all-gathers.
         if kind == "all-gather" and self.topology.platform == "cpu":
             hidden = False
-        return Collective(kind, move.axes, bytes_, hidden)
+        runs = self.motion.runs(
+            job.op,
+            value,
+            move.kind,
+            layout.parts,
+        )
+        return Collective(kind, move.axes, bytes_, hidden, runs)
 
     def _matmul_seconds(
         self,
@@ -369,7 +384,7 @@ class Cost:
             batch,
             dtype,
         )
-        if product.groups > 1:
+        if batch > 1 and product.groups > 1:
             # It may run as one dense product whose kernel is mostly zeros.
             dense = matmul_seconds(
                 self.chip,
@@ -498,6 +513,27 @@ class _Shape:
         return m, n, k, batch
 
 
+def runs_densely(
+    op: Operation,
+    platform: str,
+) -> bool:
+    """Whether XLA computes a grouped convolution as if it had one group.
+
+    The gradient of a depthwise kernel is a convolution of as many groups of the batch
+    as it has channels. The CPU backend of jaxlib 0.10 multiplies each channel with each
+    other and keeps the diagonal; seen for 32 to 96 channels in one and two dims. A
+    gradient with several channels a group is computed group by group.
+    """
+    if op.name != "conv_general_dilated" or platform != "cpu":
+        return False
+    groups = op.params["batch_group_count"]
+    return groups > 1 and groups == op.outputs[0].shape[_out_channel(op)]
+
+
+def _out_channel(op: Operation) -> int:
+    return op.params["dimension_numbers"].out_spec[1]
+
+
 def _gathers(
     value: Value,
     layout: Layout,
@@ -532,13 +568,13 @@ def _note(
     ledger: Ledger,
     move: Collective,
     job: Job,
-    parts: int,
 ) -> None:
     """Count a collective, and the line that needs it."""
     key = (move.kind, move.axes)
-    sent = move.bytes * job.count * parts
+    count = move.runs * job.count // job.op.times
+    sent = move.bytes * count
     entry = ledger.setdefault(key, [0, 0.0, 0.0, {}])
-    entry[0] += job.count * parts
+    entry[0] += count
     entry[1] += sent
     causes = entry[3]
     place = source_line(job.op.eqn, job.op.callers)

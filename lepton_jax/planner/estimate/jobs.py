@@ -14,6 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from lepton_jax.hardware import convolution_flops
+from lepton_jax.planner.estimate.motion import Motion
 from lepton_jax.planner.program.graph import Operation, Region, Value
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
@@ -53,6 +54,7 @@ class Jobs:
       names: the graph's named axes.
       prefers: for a value, the dim that gets its mesh axes first.
       shares: see `sum_shares`.
+      motion: how collectives leave loops.
 
     Attributes:
       jobs: the jobs, in the program's order of the first operation of each.
@@ -63,8 +65,10 @@ class Jobs:
         names: Names,
         prefers: dict[int, int],
         shares: dict[int, float],
+        motion: Motion,
     ):
         self.names = names
+        self.motion = motion
         self.graph = names.graph
         self.prefers = prefers
         self.shares = shares
@@ -121,7 +125,9 @@ class Jobs:
         groups = self._groups(values)
         if not groups and op.name not in DOTS:
             return
-        looks = tuple(self._look(value) for value in values)
+        looks = tuple(
+            (*self._look(value), *self.motion.look(op, value)) for value in values
+        )
         share = 1.0
         # A print has no outputs.
         if op.outputs:
@@ -134,6 +140,7 @@ class Jobs:
             gather is not None,
             loop,
             share,
+            used_taps(op),
         )
         if key in self._known:
             self._known[key].count += op.times
