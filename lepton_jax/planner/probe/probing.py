@@ -184,7 +184,7 @@ def _probe(
     error = None
     peak = None
     if memory is not None:
-        peak = float(memory.held)
+        peak = float(memory.peak)
     elif account.error is not None:
         error = ahead.too_large(account.error)
         peak = error.needed if error is not None else None
