@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lepton_jax.compat import compile_request
 from lepton_jax.errors import PlanError
@@ -39,8 +39,27 @@ PERIOD = 0.05
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$", re.MULTILINE)
 
 
+class Placed(NamedTuple):
+    """A program whose arrays have their places.
+
+    Attributes:
+      memory: XLA's account of it, without its code.
+      text: the program, optimized and in its order, as `Compiled.as_text` gives it.
+    """
+
+    memory: ahead.Memory
+    text: str
+
+
 def memory(lowered: Any, devices: Any) -> ahead.Memory:
-    """Return XLA's account of a program, without its code.
+    """Return XLA's account of a program, without its code; see `placed`."""
+    return placed(lowered, devices).memory
+
+
+def placed(lowered: Any, devices: Any) -> Placed:
+    """Compile a program until its arrays have their places.
+
+    A program that is too large may be refused, or else its account says so.
 
     Args:
       lowered: the program.
@@ -139,7 +158,7 @@ def _awaited(
     folder: Path,
     process: subprocess.Popen,
     name: str,
-) -> ahead.Memory:
+) -> Placed:
     """Wait until XLA has placed a program's arrays, or has refused it.
 
     Args:
@@ -151,11 +170,12 @@ def _awaited(
         has_ended = process.poll() is not None
         end = folder / "end.json"
         if end.exists():
-            return _ended(json.loads(end.read_text()))
+            account = _ended(json.loads(end.read_text()))
+            return Placed(account, _text(folder, name))
         # this file comes after that of the buffers, which is complete then
         if _dumped(folder, name, "memory-usage-report"):
             (buffers,) = _dumped(folder, name, "buffer-assignment")
-            return read(buffers.read_text())
+            return Placed(read(buffers.read_text()), _text(folder, name))
         if has_ended:
             raise PlanError(
                 f"XLA's compiler stopped: {_last_line(folder / 'log.txt')}",
@@ -165,12 +185,18 @@ def _awaited(
         time.sleep(PERIOD)
 
 
+def _text(folder: Path, name: str) -> str:
+    (program,) = _dumped(folder, name, "")
+    return program.read_text()
+
+
 def _dumped(
     folder: Path,
     name: str,
     kind: str,
 ) -> list[Path]:
-    pattern = f"*.{name}.*after_optimizations-{kind}.txt"
+    ending = f"-{kind}" if kind else ""
+    pattern = f"*.{name}.*after_optimizations{ending}.txt"
     return list((folder / "dump").glob(pattern))
 
 
