@@ -158,6 +158,7 @@ def test_prove_passes_over_what_xla_refuses(traced, planned, monkeypatch):
     assert second.fits
     assert chosen.remat == "full"
     assert chosen.peak == pytest.approx(second.peak, rel=1e-6)
+    assert second.predicted == lean.peak
     assert "passed over" in chosen.notes[-1]
     assert "9.0 GiB" in chosen.notes[-1]
 

@@ -33,6 +33,7 @@ class Probe:
 
     Attributes:
       plan: the plan that was probed.
+      predicted: bytes of the peak by the plan.
       memory: XLA's account; None if it refuses the program.
       peak: bytes that a device holds at the most; for a refused program those that XLA
         names in its message, None if it names none.
@@ -44,6 +45,7 @@ class Probe:
     """
 
     plan: Plan
+    predicted: float
     memory: ahead.Memory | None
     peak: float | None
     bound: float | None
@@ -76,7 +78,7 @@ class Probe:
             "topology": self.plan.topology,
             "fits": self.fits,
             "limit": self.plan.memory,
-            "predicted": self.plan.peak,
+            "predicted": self.predicted,
             "peak": self.peak,
             "bound": self.bound,
             "xla": None if self.memory is None else asdict(self.memory),
@@ -94,7 +96,7 @@ class Probe:
         verdict = "fits" if self.fits else "DOES NOT FIT"
         return (
             f"{title} ({self.how})\n{size(self.peak or 0)} at the peak, predicted"
-            f" {size(plan.peak)}: {verdict} in {size(plan.memory)}"
+            f" {size(self.predicted)}: {verdict} in {size(plan.memory)}"
         )
 
 
@@ -190,6 +192,7 @@ def _probe(
         peak = error.needed if error is not None else None
     return Probe(
         plan=plan,
+        predicted=plan.peak,
         memory=memory,
         peak=peak,
         bound=_bound(plan, account, peak),
