@@ -302,7 +302,10 @@ def _add_checks(add: Callable[..., Any]) -> None:
     add(
         "--whole",
         action="store_true",
-        help="with --prove: compile the plans to their end, and verify them",
+        help=(
+            "with --verify or --prove: compile to the end instead of stopping XLA once"
+            " it has placed the arrays"
+        ),
     )
     add(
         "--chips",
@@ -453,11 +456,11 @@ def _check(
             where="command line",
             remedy="--prove verifies what it takes",
         )
-    if options.whole and options.prove is None:
+    if options.whole and not options.verify and options.prove is None:
         raise SettingError(
-            "--whole is given without --prove",
+            "--whole is given, and nothing is compiled",
             where="command line",
-            remedy="give --prove K as well, or --verify",
+            remedy="give --verify or --prove K as well",
         )
     of_one_plan = {"--save": options.save, "--diff": options.diff}
     for flag, file in of_one_plan.items():
@@ -600,6 +603,7 @@ def _planned(
                 traced,
                 result.plan,
                 target,
+                whole=options.whole,
             )
         ]
     return result

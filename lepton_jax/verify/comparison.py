@@ -19,6 +19,7 @@ from lepton_jax.hardware import Topology, join, lay, topology
 from lepton_jax.hardware.links import COLLECTIVES
 from lepton_jax.planner import Plan, Trace, ahead, candidates
 from lepton_jax.planner.estimate.feeding import size
+from lepton_jax.planner.probe import early
 from lepton_jax.planner.show.text import meshed
 from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
@@ -34,16 +35,20 @@ def verify(
     trace: Trace,
     plan: Plan,
     on: Topology | Sequence[Any] | np.ndarray | None = None,
+    *,
+    whole: bool = False,
 ) -> Verification:
     """Compile the train step of a plan for its topology and compare; one step a call.
 
-    The topology need not be there.
+    The topology need not be there: then XLA is stopped once it has optimized the step
+    and placed its arrays, and no code is made of it.
 
     Args:
       trace: the trace of the recipe.
       plan: the plan to compile.
       on: the topology, or live devices in the mesh's order; None: the topology of the
         plan's name.
+      whole: whether to compile the step to its end in any case.
 
     Raises:
       PlanError: it can't be compiled for here, because libtpu, the GPU or enough
@@ -59,7 +64,7 @@ def verify(
     start = time.perf_counter()
     try:
         program = Program(trace, replace(plan, steps_per_call=1), devices)
-        compiled, memory = ahead.compile_for(program.lower())
+        text, memory = _compiled(program.lower(), devices, whole)
     except ahead.TooLarge as error:
         seconds = time.perf_counter() - start
         return Verification(
@@ -75,7 +80,7 @@ def verify(
 
     flat = devices.flat if hasattr(devices, "flat") else devices
     platform = next(iter(flat)).platform
-    module = hlo.read(compiled.as_text() or "")
+    module = hlo.read(text)
     moves = expected(trace, plan, platform)
     rows, unexpected, absent = compare(
         moves,
@@ -94,6 +99,20 @@ def verify(
         notes=tuple(_notes(module, platform, trace)),
         absent=absent,
     )
+
+
+def _compiled(
+    lowered: Any,
+    devices: Any,
+    whole: bool,
+) -> tuple[str, ahead.Memory]:
+    """Return a compiled program as text, and XLA's account of its memory."""
+    devices = list(getattr(devices, "flat", devices))
+    if not whole and ahead.description(devices) is not None:
+        placed = early.placed(lowered, devices)
+        return placed.text, placed.memory
+    compiled, memory = ahead.compile_for(lowered)
+    return compiled.as_text() or "", memory
 
 
 def _collective_seconds(
@@ -146,7 +165,7 @@ def prove(
     for plan in candidates(trace, where, count, **options):
         laid = ahead.mesh_devices(where, plan.mesh, devices)
         if whole:
-            checks.append(verify(trace, plan, laid))
+            checks.append(verify(trace, plan, laid, whole=True))
         else:
             checks.append(probe(trace, plan, laid, cache=cache))
 

@@ -249,7 +249,7 @@ def test_what_xla_refuses_is_a_failure(look, monkeypatch):
     monkeypatch.setitem(
         sys.modules,
         "lepton_jax.verify.comparison",
-        types.SimpleNamespace(verify=lambda *_: refused),
+        types.SimpleNamespace(verify=lambda *_, **__: refused),
     )
     look("--on", "cpu:8", "--verify", code=2)
 
@@ -300,7 +300,7 @@ def test_help_lists_the_recipes_settings_and_the_tools_own(look):
         (["--on", "cpu:8", "--tokens", "-1"], "--tokens is -1"),
         (["--on", "cpu:8", "--prove", "0"], "--prove is 0"),
         (["--on", "cpu:8", "--prove", "2", "--verify"], "both given"),
-        (["--on", "cpu:8", "--whole"], "without --prove"),
+        (["--on", "cpu:8", "--whole"], "nothing is compiled"),
         (["--on", "cpu:8", "--onn", "cpu:4"], "did you mean '--on'"),
         (["--on", "cpu:8", "--widht", "4"], "did you mean '--width'"),
         (["--on", "cpu:8", "--width", "wide"], "not a whole number"),

@@ -2,8 +2,8 @@
 
 `tools.bench planner-memory`. For each model and topology the planner plans, which
 predicts the peak. Then XLA compiles the planned train step ahead of time: libtpu for
-TPUs, the CPU backend for virtual devices. XLA's peak is its arguments + temporaries +
-outputs - aliases.
+TPUs, the CPU backend for virtual devices. XLA's peak is what it says that it holds at
+the most; on CPUs its arguments + temporaries + outputs - aliases.
 
 With --half it takes programs of `tools.bench.families` in place of the models here.
 """

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lepton_jax.compat import compile_request
 from lepton_jax.errors import PlanError
@@ -39,8 +39,27 @@ PERIOD = 0.05
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$", re.MULTILINE)
 
 
+class Placed(NamedTuple):
+    """A program whose arrays have their places.
+
+    Attributes:
+      memory: XLA's account of it, without its code.
+      text: the program, optimized and in its order, as `Compiled.as_text` gives it.
+    """
+
+    memory: ahead.Memory
+    text: str
+
+
 def memory(lowered: Any, devices: Any) -> ahead.Memory:
-    """Return XLA's account of a program, without its code.
+    """Return XLA's account of a program, without its code; see `placed`."""
+    return placed(lowered, devices).memory
+
+
+def placed(lowered: Any, devices: Any) -> Placed:
+    """Compile a program until its arrays have their places.
+
+    A program that is too large may be refused, or else its account says so.
 
     Args:
       lowered: the program.
@@ -57,13 +76,13 @@ def memory(lowered: Any, devices: Any) -> ahead.Memory:
         with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(
                 command,
-                env=_environment(folder, len(devices)),
+                env=_environment(len(devices)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
             try:
-                return _awaited(folder, process)
+                return _awaited(folder, process, _name(lowered))
             finally:
                 process.kill()
                 process.wait()
@@ -121,26 +140,42 @@ def _write_request(folder: Path, lowered: Any, devices: Any) -> None:
     (folder / "request.json").write_text(json.dumps(request))
 
 
-def _environment(folder: Path, devices: int) -> dict[str, str]:
+def _name(lowered: Any) -> str:
+    """Return the name of a program's module, which its dumps bear."""
+    module = lowered.compiler_ir("stablehlo")
+    return str(module.operation.attributes["sym_name"]).strip('"')
+
+
+def _environment(devices: int) -> dict[str, str]:
     flags = os.environ.get("XLA_FLAGS", "")
-    flags += f" --xla_dump_to={folder / 'dump'}"
     if "host_platform_device_count" not in flags:
         flags += f" --xla_force_host_platform_device_count={devices}"
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     return ahead.NOT_A_TPU_HOST | dict(os.environ) | own
 
 
-def _awaited(folder: Path, process: subprocess.Popen) -> ahead.Memory:
-    """Wait until XLA has placed a program's arrays, or has refused it."""
+def _awaited(
+    folder: Path,
+    process: subprocess.Popen,
+    name: str,
+) -> Placed:
+    """Wait until XLA has placed a program's arrays, or has refused it.
+
+    Args:
+      folder: of the request.
+      process: which compiles.
+      name: of the program.
+    """
     while True:
         has_ended = process.poll() is not None
         end = folder / "end.json"
         if end.exists():
-            return _ended(json.loads(end.read_text()))
+            account = _ended(json.loads(end.read_text()))
+            return Placed(account, _text(folder, name))
         # this file comes after that of the buffers, which is complete then
-        if any(_dumped(folder, "memory-usage-report")):
-            (buffers,) = _dumped(folder, "buffer-assignment")
-            return read(buffers.read_text())
+        if _dumped(folder, name, "memory-usage-report"):
+            (buffers,) = _dumped(folder, name, "buffer-assignment")
+            return Placed(read(buffers.read_text()), _text(folder, name))
         if has_ended:
             raise PlanError(
                 f"XLA's compiler stopped: {_last_line(folder / 'log.txt')}",
@@ -150,8 +185,19 @@ def _awaited(folder: Path, process: subprocess.Popen) -> ahead.Memory:
         time.sleep(PERIOD)
 
 
-def _dumped(folder: Path, kind: str) -> list[Path]:
-    return list((folder / "dump").glob(f"*after_optimizations-{kind}.txt"))
+def _text(folder: Path, name: str) -> str:
+    (program,) = _dumped(folder, name, "")
+    return program.read_text()
+
+
+def _dumped(
+    folder: Path,
+    name: str,
+    kind: str,
+) -> list[Path]:
+    ending = f"-{kind}" if kind else ""
+    pattern = f"*.{name}.*after_optimizations{ending}.txt"
+    return list((folder / "dump").glob(pattern))
 
 
 def _ended(end: dict[str, Any]) -> ahead.Memory:

@@ -281,6 +281,7 @@ def _digest(
     """Return what decides XLA's figures, as one short text."""
     versions = f"{jax.__version__} {jaxlib.__version__} {_libtpu()}"
     parts = (
+        "XLA's own peak",  # older files hold sums of its parts
         topology,
         str(dict(plan.mesh)),
         versions,
