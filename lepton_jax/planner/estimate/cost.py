@@ -153,7 +153,10 @@ class Cost:
         self.motion = Motion(self.graph, topology.platform)
         self.jobs = Jobs(names, self.prefers, shares, self.motion).jobs
         self.sizes = sizes or Sizes(self.graph, names)
-        self._traffic = self.sizes.by_row(traffic(self.graph))
+        passes = traffic(self.graph)
+        if on_cpu:
+            passes = cpu.cached_traffic(self.graph, passes)
+        self._traffic = self.sizes.by_row(passes)
         # Seconds of a core, by row and for all kernels.
         self._slow: np.ndarray | None = None
         self._kernels = 0.0

@@ -25,6 +25,12 @@ CORE_FLOPS = 1e11
 # Seconds of a core to start a kernel ("100 small dots", "scan1000 dot").
 KERNEL_SECONDS = 5e-7
 
+# Bytes below which a value stays in a core's cache (assumption: its second level), and
+# the share of the seconds that it then takes (assumption; "add 1M" and "add 32M" differ
+# by a factor of four or more).
+CACHED = 2**20
+CACHED_SHARE = 0.3
+
 # A convolution over c input channels reaches c^1.5 / (c^1.5 + HALF_RATE) of the peak
 # ("conv fwd", "conv dw", "conv3 fwd").
 CHANNEL_POWER = 1.5
@@ -33,9 +39,9 @@ HALF_RATE = 30.0
 SPATIAL_RANK = 5
 # Share of that rate in three dims ("conv3d").
 SPATIAL_SHARE = 0.2
-# FLOP/s of the gradient of a transposed convolution's kernel, which XLA reverses
-# ("convT dw").
-REVERSED_FLOPS = 1.8e9
+# FLOP/s of the gradient of a transposed convolution's kernel, which XLA reverses, holes
+# of the input counted ("convT dw", a quarter of whose taps meet no hole).
+REVERSED_FLOPS = 7.5e9
 # Share of that rate if the channels are in groups ("depth fwd", "group4 fwd").
 GROUPED_SHARE = 0.22
 # FLOP/s, times the groups, of a grouped kernel's gradient ("group4 dw").
@@ -89,6 +95,21 @@ def _work(op: Operation) -> tuple[Value, float] | None:
         extent = 1 if dim is None else keys.shape[dim]
         return keys, SECONDS_PER_COMPARISON * math.log2(max(extent, 2))
     return None
+
+
+def cached_traffic(
+    graph: Graph,
+    counts: np.ndarray,
+) -> np.ndarray:
+    """Return how often values pass the memory, those in caches counted for less.
+
+    Args:
+      graph: the program.
+      counts: how often each value is read or written, see `traffic`.
+    """
+    sizes = [math.prod(v.shape) * itemsize(v) for v in graph.values]
+    small = np.array(sizes) <= CACHED
+    return np.where(small, CACHED_SHARE, 1.0) * counts
 
 
 def kernel_seconds(graph: Graph) -> float:
