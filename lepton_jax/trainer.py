@@ -241,8 +241,8 @@ class Trainer:
         planned = self._planned_steps(train)
         until = self._until(train, epochs, steps)
         budget = max(until, planned or 0)
-        self._compare_budgets(program, budget)
-        return self._run(program, train, test, until, budget)
+        begun = self._budget_begins(program, until, budget)
+        return self._run(program, train, test, until, (begun, budget))
 
     def evaluate(self, test: Any = None) -> Any:
         """Return loss and metrics on samples, each of which counts exactly once.
@@ -575,26 +575,40 @@ class Trainer:
             self.recipe.steps,
         )
 
-    def _compare_budgets(
+    def _budget_begins(
         self,
         program: Program,
+        until: int,
         budget: int,
-    ) -> None:
-        """Warn where policies were told of another end of the run than the one to come.
+    ) -> int:
+        """Return the step before the budget that policies are told of.
 
-        A policy that decays or averages towards the end does so once. A run in several
-        calls of fit() has one end only if the recipe says the whole budget.
+        A policy that decays or averages towards the end does so once in a budget. A run
+        in several calls of fit() has one budget only if the recipe says the whole; else
+        one begins with each call that comes after the end of the one before.
+
+        Args:
+          program: its policies are told.
+          until: the step at which this fit ends.
+          budget: the step at which the budget ends.
         """
         names = _towards_the_end(program)
         before = self._told_end
         self._told_end = budget
-        if not names or not self.step or before in (None, budget):
-            return
-        self._note(
-            f"{' and '.join(names)} took step {before} for the end of the run, which"
-            f" now ends at step {budget}: say the whole budget once, as Recipe.epochs"
-            " or Recipe.steps; fit(epochs=1) then trains pieces of it"
-        )
+        begun = _begun(self.state)
+        if not names or until == self.step or before == budget:
+            return begun
+        if self.step and (before is None or self.step >= before):
+            begun = self.step
+        if self.step and before is not None:
+            goes_on = "goes on" if begun < self.step else "begins anew"
+            self._note(
+                f"{' and '.join(names)} took step {before} for the end of the run,"
+                f" which {goes_on} with a budget of steps {begun + 1} to {budget}: say"
+                " the whole budget once, as Recipe.epochs or Recipe.steps;"
+                " fit(epochs=1) then trains pieces of it"
+            )
+        return begun
 
     # ---- one run ----
 
@@ -604,9 +618,17 @@ class Trainer:
         train: Any,
         test: Any,
         until: int,
-        budget: int,
+        budget: tuple[int, int],
     ) -> History:
-        """Train, and leave everything behind in order, whatever ends the run."""
+        """Train, and leave everything behind in order, whatever ends the run.
+
+        Args:
+          program: what is trained.
+          train: the training data.
+          test: the test data, or None.
+          until: the step to reach.
+          budget: the steps before and at the end of the budget.
+        """
         outputs = Outputs(
             Monitor(None if agreement.host() else self.run_dir, self._sinks)
         )
@@ -619,6 +641,7 @@ class Trainer:
                 self._open(outputs, self.run_dir, program)
             _check_hosts_alike(program, train, test)
             self._announce(program, train, until)
+            self._announce_budget(program, *budget)
             self._clear(outputs)
             loop = Loop(
                 program,
@@ -770,6 +793,23 @@ class Trainer:
             folder=None if self.run_dir is None else str(self.run_dir),
         )
 
+    def _announce_budget(
+        self,
+        program: Program,
+        begun: int,
+        end: int,
+    ) -> None:
+        """Say which steps the policies that look at the budget take for it."""
+        names = _towards_the_end(program)
+        if names:
+            self._monitor.event(
+                "budget",
+                step=self.step,
+                begun=begun,
+                end=end,
+                policies=names,
+            )
+
     def _conclude(
         self,
         history: History,
@@ -795,6 +835,9 @@ class Trainer:
             metrics=history.evaluations[-1][1] if history.evaluations else {},
             **({"reason": why} if why else {}),
         )
+        if not self._sinks and not agreement.host():
+            for noticed in history.notices:
+                warnings.warn(str(noticed), stacklevel=users_frame())
 
     # ---- trace, plan, program, state ----
 
@@ -1024,6 +1067,12 @@ def _towards_the_end(program: Program) -> list[str]:
     """Return the names of the policies that act towards the end of a run."""
     policies = program.controller.policies
     return [policy.name for policy in policies if "progress" in policy.watches]
+
+
+def _begun(state: State | None) -> int:
+    """Return the step after which the present budget began."""
+    fed = getattr(getattr(state, "controller", None), "fed", {})
+    return int(np.asarray(fed.get("begun", 0)))
 
 
 def _told_end(

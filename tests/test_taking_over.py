@@ -486,3 +486,31 @@ def test_pieces_under_policies_that_know_no_end_are_not(blobs, recwarn):
     for _ in range(3):
         pieces.fit(epochs=1)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+def test_a_fit_after_the_end_is_a_budget_of_its_own(blobs, tmp_path, recwarn):
+    policy = controllers.decay(1.0, "linear")
+    run = trainer(blobs, controller=policy, steps=None, run_dir=tmp_path / "run")
+    first = run.fit(steps=10)["learning_rate"]
+    with pytest.warns(UserWarning, match="begins anew with a budget of steps 11 to 20"):
+        second = run.fit(steps=10)["learning_rate"]
+
+    np.testing.assert_allclose(second, first, rtol=1e-6)
+    starts = [x for x in controllers.read_journal(run.run_dir) if x["kind"] == "start"]
+    assert [line["budget"] for line in starts] == [[0, 10], [10, 20]]
+    events = [
+        e for e in lepton.monitor.read_events(run.run_dir) if e["kind"] == "budget"
+    ]
+    assert [(e["begun"], e["end"]) for e in events] == [(0, 10), (10, 20)]
+
+
+def test_a_model_from_elsewhere_is_trained_over_a_budget_of_its_own(blobs, tmp_path):
+    policy = controllers.decay(1.0, "linear")
+    first = trainer(blobs, controller=policy, steps=None)
+    expected = first.fit(steps=10)["learning_rate"]
+    first.save(tmp_path / "model")
+    tuned = trainer(blobs, controller=policy, steps=None).load(tmp_path / "model")
+
+    with pytest.warns(UserWarning, match="steps 11 to 15"):
+        rates = tuned.fit(steps=5)["learning_rate"]
+    np.testing.assert_allclose(rates, expected[::2], rtol=1e-6)

@@ -68,6 +68,12 @@ IN_FORWARD = {
     "loss_limit": ("loss_kept", "loss_blank", "loss_values"),
     "loss_mark": ("mark_weight", "mark_weight_square", "loss_blank", "loss_values"),
 }
+# what the host says of the budget: its last step, and the step before its first
+BUDGET = ("steps", "begun")
+# knobs under which a step's gradient counts for nothing
+REFUSING = ("skip", "restore", "restart", "rollback")
+# the knobs whose values act in the step after the one that they are of
+ACT_LATER = (*IN_FORWARD, "gradient_weight", "interpolation")
 # signals that are no column of a record: the record's step implies them
 UNSHOWN = ("step", "progress", "batch_size")
 
@@ -93,7 +99,9 @@ class Controller:
         self.recipe = recipe
         self.optimizer = optimizers.build(recipe)
         implied = (loss_scaling(),) if recipe.precision == "float16" else ()
-        self.policies = _with_own_names(chain(*implied, recipe.controller))
+        given = chain(*implied, recipe.controller)
+        fitted = [policy.fitted(recipe, self.optimizer, policy) for policy in given]
+        self.policies = _with_own_names(chain(*fitted))
         self.limits = next((p.limits for p in self.policies if p.limits), {})
         self.moves = [
             (index, knob)
@@ -113,7 +121,8 @@ class Controller:
         )
         self.halts = not self._moved.isdisjoint(("stop", "rollback"))
         self.restores = not self._moved.isdisjoint(("anchor", "restore"))
-        self.anchored = self.signals.needs_anchor or self.restores
+        self.restarts = "restart" in self._moved
+        self.anchored = self.signals.needs_anchor or self.restores or self.restarts
 
         known = {"loss", *recipe.metrics, *UNSHOWN}
         self.shown = [name for name in dict.fromkeys(watched) if name not in known]
@@ -138,7 +147,19 @@ class Controller:
                         " another policy"
                     ),
                 )
+        if "interpolation" in self._moved and "averaging_decay" not in self._moved:
+            raise RecipeError(
+                "a policy moves interpolation, but none keeps an average",
+                where="Recipe.controller",
+                remedy="let a policy move averaging_decay, too",
+            )
         for policy in self.policies:
+            if "notice" in policy.moves and not (policy.notices or policy.absolute):
+                raise RecipeError(
+                    "it moves notice, but has nothing to say",
+                    where=policy.name,
+                    remedy="give Policy(notices=(Notice(what, remedy), ...))",
+                )
             policy.check(self.recipe, self.optimizer)
 
     def _bases(self) -> dict[str, float]:
@@ -154,6 +175,7 @@ class Controller:
             "accumulate": 1.0,
             "dropout": 1.0,
             "averaging_decay": 0.0,
+            "interpolation": 0.0,
             "gradient_weight": 1.0,
             "loss_limit": float("inf"),
             "loss_mark": float("inf"),
@@ -185,13 +207,13 @@ class Controller:
             return optimizer, ()
         neutral = self._neutral()
         flags = dict.fromkeys(self.flags, 0.0)
-        fed = {n: _before_measured(n) for n in ("steps", *self.signals.fed)}
+        fed = {n: _before_measured(n) for n in (*BUDGET, *self.signals.fed)}
         return optimizer, ControllerState(
             base=_as_float32(self.base),
             knobs=_as_float32(self.base | flags),
             contributions=neutral,
             policies=tuple(_as_arrays(p.init()) for p in self.policies),
-            signals=self.signals.init(params),
+            signals=self._first_signals(params),
             fed=_as_float32(fed),
             updates=jnp.int32(0),
             halted=jnp.bool_(False),
@@ -212,6 +234,12 @@ class Controller:
             return ()
         return jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
 
+    def _first_signals(self, params: Any) -> dict[str, Any]:
+        signals = self.signals.init(params)
+        if self.restarts:
+            signals["kept"] = jnp.float32(1)
+        return signals
+
     def _first_average(
         self,
         params: Any,
@@ -224,6 +252,8 @@ class Controller:
     def _first_anchor(self, pieces: Pieces) -> Any:
         if self.restores:
             return _copied(pieces)
+        if self.restarts:
+            return _copied(Pieces(pieces.params, pieces.variables, ()))
         if self.anchored:
             return _copied(Pieces(pieces.params, (), ()))
         return ()
@@ -302,6 +332,8 @@ class Controller:
             values["loss"],
         )
         pieces, applied, moved = self._advance(state, update)
+        # where the parameters are interpolated, their change is no update
+        made = moved.pop("made", pieces.params)
         fresh = state._replace(
             knobs=knobs,
             contributions=contributions,
@@ -309,12 +341,16 @@ class Controller:
             signals=self.signals.updated(
                 means,
                 before.params,
-                pieces.params,
+                made,
                 applied,
+                knobs.get("learning_rate", jnp.float32(1)),
             ),
             updates=state.updates + applied,
             **moved,
         )
+        if self.restarts:
+            restart = (knobs["restart"] > 0) & ~state.halted
+            fresh = self._begun_anew(step, fresh, restart)
         record = {**knobs, **{name: signals[name] for name in self.shown}}
         record |= dict(zip(self._columns, contributions, strict=True))
         fresh = self._with_next_rate(state, fresh)
@@ -328,10 +364,12 @@ class Controller:
         values: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return the signals that are known before any is measured."""
-        steps = state.fed["steps"]
+        end, begun = (state.fed[name] for name in BUDGET)
+        own = {"kept": state.signals["kept"]} if self.restarts else {}
+        step = step - begun
         progress = jnp.where(
-            steps > 0,
-            (step + 1) / steps,
+            end > begun,
+            (step + 1) / (end - begun),
             jnp.nan,
         )
         # where the knobs that go with them are not in the forward pass
@@ -341,9 +379,11 @@ class Controller:
             "loss_values": 1.0,
             "mark_weight": 1.0,
             "mark_weight_square": 1.0,
+            "input_rms": jnp.nan,
         }
-        measured_by_host = {n: x for n, x in state.fed.items() if n != "steps"}
+        measured_by_host = {n: x for n, x in state.fed.items() if n not in BUDGET}
         return {
+            **own,
             **unmeasured,
             "step": step,
             "updates": state.updates,
@@ -449,6 +489,54 @@ class Controller:
         factor = jnp.minimum(now + growth, later)
         return fresh._replace(rate=jnp.stack([factor, later, growth]))
 
+    # ---- a new beginning ----
+
+    def _begun_anew(
+        self,
+        step: Any,
+        fresh: ControllerState,
+        restart: Any,
+    ) -> ControllerState:
+        """Return the state after a step, which is like the first one if `restart`.
+
+        A policy that may ask for a restart goes on with what it knows.
+        """
+        begun = jnp.where(restart, step + 1.0, fresh.fed["begun"])
+        # knobs of this step that act in the next one
+        knobs = {
+            name: jnp.where(restart, fresh.base[name], x) if name in ACT_LATER else x
+            for name, x in fresh.knobs.items()
+        }
+        signals = self.signals.begun_anew(fresh.signals, restart)
+        signals["kept"] = jnp.where(restart, 0.0, 1.0)
+        policies = tuple(
+            state
+            if "restart" in policy.moves
+            else _where(restart, _as_arrays(policy.init()), state)
+            for policy, state in zip(self.policies, fresh.policies, strict=True)
+        )
+        return fresh._replace(
+            fed=fresh.fed | {"begun": begun},
+            knobs=knobs,
+            signals=signals,
+            policies=policies,
+            updates=jnp.where(restart, 0, fresh.updates),
+        )
+
+    def _at_the_beginning(
+        self,
+        state: ControllerState,
+        update: _Update,
+    ) -> Pieces:
+        """Return the pieces from which the run begins anew."""
+        anchor = state.anchor
+        optimizer = jax.tree.map(
+            lambda new, old: jnp.asarray(new, old.dtype),
+            self.optimizer.init(anchor.params),
+            update.before.optimizer,
+        )
+        return Pieces(anchor.params, anchor.variables, optimizer)
+
     # ---- the update ----
 
     def _with_halt(
@@ -480,9 +568,11 @@ class Controller:
         moved: dict[str, Any] = {}
         if "accumulate" in knobs:
             pieces, applied, total = self._accumulate(state, update, taken)
+            if self.restarts:
+                pieces, total = self._unless_restarted(state, update, pieces, total)
             moved["accumulated"] = total
         else:
-            pieces = self._apply_if(taken, update)
+            pieces = self._apply_if(state, taken, update)
             applied = jnp.bool_(True) if taken is None else taken
 
         if self.restores:
@@ -495,12 +585,69 @@ class Controller:
             moved["anchor"] = _where(renewed, pieces, state.anchor)
 
         if "averaging_decay" in knobs:
-            now = (pieces.params, floats(pieces.variables))
-            average = _averaged(state.average, now, knobs["averaging_decay"])
-            moved["average"] = _where(applied, average, state.average)
+            fast = pieces
+            if "interpolation" in knobs:
+                moved["made"] = pieces.params
+                fast = self._fast(state, update.before, pieces)
+            average, renewed = self._average(state, knobs, fast, pieces, applied)
+            if "interpolation" in knobs:
+                near = _between(fast.params, average[0], knobs["interpolation"])
+                near = _where(applied, near, pieces.params)
+                pieces = pieces._replace(params=near)
+            moved["average"] = _where(renewed, average, state.average)
             if self.restores:
+                now = (moved["anchor"].params, floats(moved["anchor"].variables))
                 moved["average"] = _where(back, now, moved["average"])
         return pieces, applied, moved
+
+    def _average(
+        self,
+        state: ControllerState,
+        knobs: Mapping[str, Any],
+        fast: Pieces,
+        pieces: Pieces,
+        applied: Any,
+    ) -> tuple[Any, Any]:
+        """Return the average after a step, and whether it is the new one.
+
+        Args:
+          state: the state before it.
+          knobs: those of this step.
+          fast: the parameters that enter the average, and the variables.
+          pieces: the parts of the state after the step, which is the average where a
+            run begins anew.
+          applied: whether there was an update.
+        """
+        now = (fast.params, floats(fast.variables))
+        decay = knobs["averaging_decay"]
+        if not self.restarts:
+            return _averaged(state.average, now, decay), applied
+        restart = (knobs["restart"] > 0) & ~state.halted
+        begun = (pieces.params, floats(pieces.variables))
+        now = _where(restart, begun, now)
+        decay = jnp.where(restart, 0.0, decay)
+        return _averaged(state.average, now, decay), applied | restart
+
+    def _fast(
+        self,
+        state: ControllerState,
+        before: Pieces,
+        after: Pieces,
+    ) -> Pieces:
+        """Return the pieces after a step with the parameters that the optimizer moves.
+
+        The parameters y before it lie between them, z, and the average a, and
+        z = y + b / (1 - b) * (y - a) for an interpolation of b.
+        """
+        share = state.knobs["interpolation"]
+        ratio = share / (1 - share)
+        params = jax.tree.map(
+            lambda x, y, a: x + (ratio * (y - a)).astype(x.dtype),
+            after.params,
+            before.params,
+            state.average[0],
+        )
+        return after._replace(params=params)
 
     def _taken(
         self,
@@ -508,7 +655,7 @@ class Controller:
         knobs: Mapping[str, Any],
     ) -> Any:
         """Whether this step's gradient counts; None if nothing can refuse it."""
-        refused = [knobs[n] > 0 for n in ("skip", "restore", "rollback") if n in knobs]
+        refused = [knobs[n] > 0 for n in REFUSING if n in knobs]
         if self.halts:
             refused.append(state.halted)
         return ~jnp.stack(refused).any() if refused else None
@@ -550,8 +697,26 @@ class Controller:
         pieces = pieces._replace(variables=variables)
         return pieces, applied, (whole, jnp.where(applied, 0, count))
 
+    def _unless_restarted(
+        self,
+        state: ControllerState,
+        update: _Update,
+        pieces: Pieces,
+        total: tuple[Any, Any],
+    ) -> tuple[Pieces, tuple[Any, Any]]:
+        """Return the pieces and the accumulated sum, of a new run if it is one."""
+        restart = (update.knobs["restart"] > 0) & ~state.halted
+        gradient, count = total
+        pieces = jax.lax.cond(
+            restart,
+            lambda: self._at_the_beginning(state, update),
+            lambda: pieces,
+        )
+        return pieces, (gradient, jnp.where(restart, 0, count))
+
     def _apply_if(
         self,
+        state: ControllerState,
         taken: Any,
         update: _Update,
     ) -> Pieces:
@@ -561,6 +726,16 @@ class Controller:
         return jax.lax.cond(
             taken,
             lambda: self._apply(update),
+            lambda: self._unapplied(state, update),
+        )
+
+    def _unapplied(self, state: ControllerState, update: _Update) -> Pieces:
+        """Return the pieces after a step without an update."""
+        if not self.restarts:
+            return update.before
+        return jax.lax.cond(
+            (update.knobs["restart"] > 0) & ~state.halted,
+            lambda: self._at_the_beginning(state, update),
             lambda: update.before,
         )
 
@@ -652,6 +827,19 @@ def _averaged(
         lambda a, x: x + (decay * (a - x)).astype(x.dtype),
         average,
         now,
+    )
+
+
+def _between(
+    fast: Any,
+    average: Any,
+    share: Any,
+) -> Any:
+    """Return the point at a share of the way from `fast` to `average`."""
+    return jax.tree.map(
+        lambda z, a: z + (share * (a - z)).astype(z.dtype),
+        fast,
+        average,
     )
 
 

@@ -6,13 +6,17 @@ asks for a skip, a stop and the like. The journal is derived from the steps' rec
 it costs the devices nothing. Its lines, by kind:
 
 - "start": a fit began after "step"; the signals "watched" and the knobs that may be
-  "moved".
+  "moved". The "budget" that policies look at begins after the first of two steps and
+  ends with the second.
 - "decision": in "step" a "policy" moved a "knob" "from" one effective value "to"
   another; its "contribution", and the first four of the "signals" that it watches.
   Where no policy did, "policy" is "schedule", "live" (a person), "recipe" or
   "rollback".
 - "motion": the same in each of the steps from "step" to "last"; "values" are the
   effective ones of each.
+- "notice": the run itself has found at its end, in "step", that it may be worse than
+  it could be: "what", "remedy" and the "signals" that led to it. Where a policy says so
+  the line is a decision about the knob "notice", with "what" and "remedy".
 - "live": a person's request, applied after "step": "request", "settings", "who", "pid".
 - "recipe": from "step" on the bases of the knobs in "settings" are the recipe's present
   values, not those of the checkpoint; NaN: the learning rate follows its schedule.
@@ -33,6 +37,7 @@ import numpy as np
 
 from lepton_jax.controller.core import Controller
 from lepton_jax.controller.knobs import KNOBS
+from lepton_jax.controller.policy import Notice
 from lepton_jax.controller.state import ControllerState
 from lepton_jax.monitor import Lines, encode, plain, read_events
 
@@ -67,7 +72,8 @@ class Journal:
       controller: the controller that decides.
       records: names of the columns of a record.
       step: steps done.
-      until: steps at the end of the run.
+      begun: steps before the budget.
+      until: steps at its end.
       keep: number of lines of an older file that belong to this run's past; None: those
         of steps up to `step`.
 
@@ -83,11 +89,13 @@ class Journal:
         controller: Controller,
         records: list[str],
         step: int,
+        begun: int,
         until: int,
         keep: int | None = None,
     ):
         self.controller = controller
         self.until = until
+        self._begun = begun
         self.lines = 0
         self._columns = {name: i for i, name in enumerate(records)}
         self._path = None if folder is None else Path(folder) / FILE
@@ -127,6 +135,7 @@ class Journal:
                 controller_state.contributions,
             )
         )
+        self._begun = int(np.asarray(controller_state.fed["begun"]))
         self._base = {name: float(x) for name, x in base.items()}
         self._last = {name: float(x) for name, x in knobs.items()}
         moves = zip(self.controller.moves, contributions, strict=True)
@@ -151,6 +160,7 @@ class Journal:
         lines = [*self._by_policies(rows), *self._by_others(rows)]
         lines.sort(key=lambda line: line["step"])
 
+        self._begun = self._begun_before(rows, len(rows))
         self._step += len(rows)
         last = rows[-1]
         self._last = {name: float(last[self._columns[name]]) for name in self._last}
@@ -207,6 +217,11 @@ class Journal:
         self.flush()
         self._write({"kind": "rollback", **fields})
 
+    def noticed(self, **fields: Any) -> None:
+        """Write what the run has noticed at its end."""
+        self.flush()
+        self._write({"kind": "notice", **fields})
+
     def movers(self, knob: str) -> list[str]:
         """List the policies that contribute to a knob in the last step flushed."""
         idle = {"multiply": 1.0, "least": np.inf, "any": 0.0}.get(
@@ -255,7 +270,7 @@ class Journal:
             values, _ = self._series(_column(policy.name, knob), rows)
             for first, last in _runs(self._moved(policy.name, knob, rows)):
                 signals = {
-                    name: self._signal(name, rows[last], last)
+                    name: self._signal(name, rows, last)
                     for name in policy.watches[:SHOWN]
                 }
                 line = self._line(
@@ -266,6 +281,8 @@ class Journal:
                     last,
                 )
                 line["contribution"] = float(values[last])
+                if knob == "notice" and policy.notices:
+                    line |= _said(policy.notices, values[first])
                 line["signals"] = signals
                 yield line
 
@@ -360,19 +377,31 @@ class Journal:
     def _signal(
         self,
         name: str,
-        row: np.ndarray,
+        rows: np.ndarray,
         index: int,
     ) -> float:
         if name in self._columns:
-            return float(row[self._columns[name]])
-        step = self._step + index
-        progress = np.float32((step + 1) / max(self.until, 1))
+            return float(rows[index, self._columns[name]])
+        begun = self._begun_before(rows, index)
+        step = self._step + index - begun
+        progress = np.float32((step + 1) / max(self.until - begun, 1))
         unrecorded = {
             "step": step,
             "progress": float(progress),
             "batch_size": self.controller.recipe.batch_size,
         }
         return unrecorded[name]
+
+    def _begun_before(
+        self,
+        rows: np.ndarray,
+        index: int,
+    ) -> int:
+        """Return the step after which the run began anew for the last time."""
+        if "restart" not in self._columns:
+            return self._begun
+        restarts = np.flatnonzero(rows[:index, self._columns["restart"]])
+        return self._step + int(restarts[-1]) + 1 if len(restarts) else self._begun
 
     # ---- the file ----
 
@@ -421,6 +450,7 @@ class Journal:
             {
                 "kind": "start",
                 "step": self._first,
+                "budget": [self._begun, self.until],
                 "policies": [p.name for p in policies],
                 "watched": list(watched),
                 "moved": list(moved),
@@ -500,6 +530,14 @@ def _up_to(
         "values": values,
         "to": values[-1],
     }
+
+
+def _said(
+    notices: tuple[Notice, ...],
+    number: float,
+) -> dict[str, str]:
+    """Return the sentence that a contribution to the knob `notice` stands for."""
+    return notices[min(int(number), len(notices)) - 1]._asdict()
 
 
 def _column(policy: str, knob: str) -> str:

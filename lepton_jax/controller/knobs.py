@@ -97,6 +97,13 @@ KNOBS = {
         "decay of the moving average of the parameters, which is what is evaluated and "
         "served; with 0 the average is the parameters",
     ),
+    "interpolation": Knob(
+        "set",
+        0,
+        0.99,
+        "share of the average in the parameters that the gradient is taken at; the "
+        "rest is of those that the optimizer moves",
+    ),
     "gradient_weight": Knob(
         "set",
         0,
@@ -116,6 +123,20 @@ KNOBS = {
         0,
         0,
         "parameters, variables and optimizer state become those of the anchor",
+    ),
+    "notice": Knob(
+        "any",
+        0,
+        0,
+        "the policy can't be good here: the contribution is the number of the sentence "
+        "in `Policy.notices` that a person is told",
+    ),
+    "restart": Knob(
+        "any",
+        0,
+        0,
+        "the run begins anew from the anchor with the data that follows: optimizer "
+        "state, moving means, progress and the other policies, too",
     ),
     "stop": Knob("any", 0, 0, "the run ends with this step"),
     "rollback": Knob("any", 0, 0, "the run goes back to its last good checkpoint"),

@@ -12,6 +12,18 @@ from lepton_jax.errors import RecipeError
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "norm")
 
 
+class Notice(NamedTuple):
+    """A reason why a policy can't be good, in words, for the person whose run it is.
+
+    Attributes:
+      what: what is wrong, in one plain sentence without a full stop.
+      remedy: what to do about it, as an imperative.
+    """
+
+    what: str
+    remedy: str
+
+
 class Policy(NamedTuple):
     """One rule from signals to knobs: two pure functions.
 
@@ -32,6 +44,10 @@ class Policy(NamedTuple):
         "jumps": a step to the position at which the data goes on after it.
       absolute: whether its contributions are the values of the knobs themselves,
         whatever else contributes; NaN leaves a knob alone.
+      notices: what the policy can say by the knob `notice`: the contribution is the
+        number of the sentence, from 1. One step is enough to say it.
+      fitted: (recipe, its `Optimizer`, this policy); returns the policy, or policies,
+        in its place. It is for a policy that has other rules for other optimizers.
       check: (recipe, its `Optimizer`); raises a RecipeError for a recipe that the
         policy can't drive.
     """
@@ -43,6 +59,8 @@ class Policy(NamedTuple):
     moves: tuple[str, ...] = ()
     limits: Mapping[str, Any] = {}
     absolute: bool = False
+    notices: tuple[Notice, ...] = ()
+    fitted: Callable[[Any, Any, Any], Any] = lambda recipe, optimizer, policy: policy
     check: Callable[[Any, Any], None] = lambda recipe, optimizer: None
 
 

@@ -32,7 +32,9 @@ class ControllerState(NamedTuple):
         (moves,); () if there are none.
       policies: the state of each policy.
       signals: the moving means.
-      fed: the values that the host measured, float32 ().
+      fed: the values that the host measured, float32 (); "steps" is the step at which
+        the budget ends, 0 if that is not known, and "begun" the one after which it
+        began.
       updates: updates of the parameters so far, int32.
       halted: whether a stop or a rollback is asked for; nothing changes until the host
         has dealt with it.

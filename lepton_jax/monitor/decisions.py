@@ -132,6 +132,8 @@ def _by(line: Decision) -> str:
 
 
 def _what(line: Decision) -> str:
+    if "what" in line:
+        return f"notices that {line['what']}; {line.get('remedy')}"
     if line["kind"] == "rollback":
         rate = line.get("rate", 1)
         slower = f", learning rate times {rate:g}" if rate != 1 else ""

@@ -13,7 +13,7 @@ MOST_SAVES = 60  # in the table; assumption: as many as a person scrolls through
 LEFT_OUT = ("steps", "evaluation", "committed")  # the curves and the saves show them
 
 BAD = ("damaged", "diverged", "failed", "rolled back")
-OPEN = ("compiled again", "warning", "skipped", "interrupted")
+OPEN = ("compiled again", "warning", "notice", "skipped", "interrupted")
 
 
 @dataclass(eq=False)
@@ -116,6 +116,15 @@ def _control(event: Event) -> tuple[str, str]:
     return f"{event.get('do')}{refused}", f"{event.get('text')} ({event.get('who')})"
 
 
+def _notice(event: Event) -> tuple[str, str]:
+    return "notice", f"{event.get('text')} ({event.get('policy')})"
+
+
+def _budget(event: Event) -> tuple[str, str]:
+    steps = f"steps {event.get('begun', 0) + 1:,} to {event.get('end'):,}"
+    return "budget", f"{steps}, for {', '.join(event.get('policies') or [])}"
+
+
 def _damaged(event: Event) -> tuple[str, str]:
     passed_over = "a checkpoint that can't be read was passed over"
     return "damaged", str(event.get("reason") or passed_over)
@@ -136,6 +145,8 @@ _WORDS = {
     "save": _save,
     "rollback": _rollback,
     "control": _control,
+    "budget": _budget,
+    "notice": _notice,
     "damaged": _damaged,
     "end": _end,
 }

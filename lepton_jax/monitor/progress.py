@@ -78,6 +78,7 @@ class Progress:
         self._last: dict[str, Any] = {}
         self._evaluations: list[tuple[int, dict[str, Any]]] = []
         self._compilations: dict[str, int] = {}
+        self._noticed: list[str] = []
 
     def event(self, event: Event) -> None:
         """Show one event."""
@@ -175,6 +176,13 @@ class Progress:
     def _on_warning(self, event: Event) -> None:
         self._notice(str(event.get("text", "")))
 
+    def _on_notice(self, event: Event) -> None:
+        text = str(event.get("text", ""))
+        self._noticed.append(text)
+        # what the run itself finds at its end stands below the closing table
+        if event.get("policy") != "run":
+            self._notice(text)
+
     def _on_rollback(self, event: Event) -> None:
         self._notice(
             f"rolled back from step {event.get('step', '?')} to {event.get('to', '?')}:"
@@ -190,6 +198,12 @@ class Progress:
         self._notice("skipped " + described(event))
 
     def _on_end(self, event: Event) -> None:
+        self._close_with_table(event)
+        for text in self._noticed:
+            self._notice(text)
+        self._noticed = []
+
+    def _close_with_table(self, event: Event) -> None:
         rows = self._summary(event)
         status = rows.pop("status")
         name = self._start.get("name") or "run"

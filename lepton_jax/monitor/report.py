@@ -129,7 +129,7 @@ def render(
         '<meta name="color-scheme" content="light dark">'
         f"<style>{STYLE}</style></head><body><main>"
         f"{_header(run, name, folder, events[0].get('time') or 0)}"
-        f"{_tiles(run)}{body}"
+        f"{_tiles(run)}{_notices(events)}{body}"
         f"<footer>Written by lepton-jax {version}</footer></main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
@@ -152,6 +152,13 @@ def _header(
         f'<b class="{state_class}">{escape(run.status)}</b>{reason}'
         f"<span>began {when}</span><span>{folder_if_other}</span></p></header>"
     )
+
+
+def _notices(events: list[Event]) -> str:
+    """Return why the run may be worse than it could be, a sentence each."""
+    told = [str(event.get("text")) for event in events if event["kind"] == "notice"]
+    lines = dict.fromkeys(told)
+    return "".join(f'<p class="note">! {escape(text)}</p>' for text in lines)
 
 
 # ---- key figures ----

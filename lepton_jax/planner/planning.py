@@ -103,7 +103,7 @@ def candidates(
         pins = pinning.read(request, trace, topology, names)
         problem = Problem(trace, topology, request.objective, pins, patience)
         ranked = search(problem)
-        if not ranked[0].fits:
+        if not ranked[0].may_fit:
             raise advice.does_not_fit(problem, ranked, limits.DOUBLINGS)
         return [_plan(problem, chosen, ranked) for chosen in ranked[:count]]
 
@@ -153,6 +153,7 @@ def _plan(
         rivals=tuple(_rival(problem, chosen, rival) for rival in rivals),
         reasons=_reasons(problem, chosen, ranked),
         notes=tuple(_notes(problem, chosen)),
+        bounds=chosen.bounds,
     )
     return build(
         problem.trace,
@@ -187,6 +188,8 @@ def _notes(
     patience = problem.patience
     parts = chosen.assignment.micro_batches
     notes = list(problem.roles.notes)
+    if not chosen.fits:
+        notes.append(_may_not_fit(problem, chosen))
     if parts > 1 and problem.whole:
         notes.append(problem.batches.note(parts))
     if patience.cut:
@@ -196,6 +199,17 @@ def _notes(
             " (--time-limit) lets it look for longer"
         )
     return notes
+
+
+def _may_not_fit(problem: Problem, chosen: Candidate) -> str:
+    """Return the note of a plan that fits by its peak, but not by its bound."""
+    memory = size(problem.topology.device.memory)
+    return (
+        f"it may not fit: {size(chosen.peak)} of {memory} are predicted, and it can be"
+        f" {size(chosen.bounds.most)}; no plan surely fits, and this is the leanest."
+        " prove (--prove) compiles it and lets XLA's own figures decide; a smaller"
+        " batch or more devices make room"
+    )
 
 
 # ---- why it was chosen ----
@@ -216,8 +230,11 @@ def _why_not_the_fastest(
     problem: Problem, chosen: Candidate, ranked: Sequence[Candidate]
 ) -> str | None:
     """Return why a plan was chosen that is not the fastest; None if it is."""
-    fastest = min(c.score for c in ranked if c.fits)
-    if problem.objective == "memory" or _alike(chosen.score, fastest):
+    scores = [c.score for c in ranked if c.fits]
+    if not chosen.fits or problem.objective == "memory":
+        return None
+    fastest = min(scores)
+    if _alike(chosen.score, fastest):
         return None
     return (
         f"another plan is {_gain(chosen.score, fastest)}, but less simple;"
@@ -242,9 +259,11 @@ def _why_not_plain(problem: Problem, chosen: Candidate) -> str | None:
     )
     if plain.fits:
         return None
+    would = "may" if plain.may_fit else "would"
+    bytes_ = plain.bounds.most if plain.may_fit else plain.peak
     return (
-        "without rematerialization and in one piece a step would take"
-        f" {size(plain.peak)} of {size(problem.topology.device.memory)}"
+        f"without rematerialization and in one piece a step {would} take"
+        f" {size(bytes_)} of {size(problem.topology.device.memory)}"
     )
 
 
@@ -309,9 +328,11 @@ def _loses(
     other: Candidate,
 ) -> str:
     """Return by how much a candidate loses against the chosen one, in words."""
-    if not other.fits:
-        memory = size(problem.topology.device.memory)
+    memory = size(problem.topology.device.memory)
+    if not other.may_fit:
         return f"does not fit: {size(other.peak)} of {memory}"
+    if not other.fits and chosen.fits:
+        return f"may not fit: up to {size(other.bounds.most)} of {memory}"
     if problem.objective == "memory":
         return f"{size(other.peak - chosen.peak)} more"
     if _alike(other.score, chosen.score):

@@ -24,6 +24,10 @@ from lepton_jax.trees import by_path
 
 # what a plan may be best in: time of a step, memory of a device, price of a step
 OBJECTIVES = ("time", "memory", "cost")
+# fields that plans of older versions lack
+SINCE = {"peak_least", "peak_bound", "peak_source"}
+# kinds of bytes that XLA decides
+DECIDED_BY_XLA = ("gradients", "activations", "temporaries")
 # the key in `Plan.reasons` of a plan that is not the very best
 SIMPLEST = "the simplest"
 # arrays that an error names where a plan is for another recipe
@@ -152,6 +156,9 @@ class Plan:
       rivals: the five best of the plans that were not chosen.
       reasons: each decision that is not an array's, and why.
       notes: what could not be done, or was left to XLA.
+      peak_least, peak_bound: bytes between which the peak lies; at least 97 % of peaks
+        are below `peak_bound`. 0: not known.
+      peak_source: what the peak was measured with; empty: it is predicted.
     """
 
     topology: str
@@ -177,6 +184,9 @@ class Plan:
     rivals: tuple[Rival, ...]
     reasons: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    peak_least: int = 0
+    peak_bound: int = 0
+    peak_source: str = ""
 
     # How a plan shows itself, by form: "text" and "html". The package fills them in,
     # since the room `show` knows plans, and a plan knows nothing of pictures.
@@ -188,6 +198,46 @@ class Plan:
     def peak(self) -> int:
         """Predicted bytes that a device holds at the peak of a step."""
         return sum(self.bytes_per_device.values())
+
+    @property
+    def fits(self) -> str:
+        """Whether the plan fits the device's memory.
+
+        "yes": `peak_bound` does. "may not": `peak` does, and `peak_bound` doesn't or is
+        not known. "no": not even `peak` does.
+        """
+        if self.peak > self.memory:
+            return "no"
+        if 0 < self.peak_bound <= self.memory:
+            return "yes"
+        return "may not"
+
+    def with_measured(
+        self,
+        peak: float,
+        bound: float,
+        source: str,
+        least: float | None = None,
+    ) -> Plan:
+        """Return the plan with a peak that was measured in place of the predicted one.
+
+        What XLA decides (gradients, activations, temporaries) is scaled so that
+        `bytes_per_device` still adds up to the peak.
+
+        Args:
+          peak: bytes of a device at the peak of a step.
+          bound: bytes that the peak does not exceed.
+          source: what measured it, as in "a probe of 2 and 4 layers".
+          least: bytes that the peak does not fall below; None: `peak`.
+        """
+        least = peak if least is None else least
+        return replace(
+            self,
+            bytes_per_device=_adding_up(self.bytes_per_device, int(peak)),
+            peak_least=int(least),
+            peak_bound=int(bound),
+            peak_source=source,
+        )
 
     @property
     def step_seconds(self) -> float:
@@ -349,7 +399,8 @@ class Plan:
         names = {f.name for f in fields(cls)}
         try:
             data: Any = _tuples(json.loads(text))
-            if not isinstance(data, dict) or set(data) != names:
+            # Plans that were saved before a plan had bounds lack them.
+            if not isinstance(data, dict) or not names - SINCE <= set(data) <= names:
                 raise ValueError("its entries are not a plan's")
             for name, kind in kinds.items():
                 data[name] = tuple(kind(**entry) for entry in data[name])
@@ -475,6 +526,21 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
 
 
 # ---- internals ----
+
+
+def _adding_up(held: dict[str, int], peak: int) -> dict[str, int]:
+    """Return bytes by kind that add up to a peak, by scaling what XLA decides."""
+    uncertain = sum(held.get(kind, 0) for kind in DECIDED_BY_XLA)
+    room = peak - (sum(held.values()) - uncertain)
+    factor = max(0, room) / uncertain if uncertain else 0.0
+    scaled = {
+        kind: int(count * factor) if kind in DECIDED_BY_XLA else count
+        for kind, count in held.items()
+    }
+    # The rest is rounding, or what was not predicted at all.
+    rest = peak - sum(scaled.values())
+    scaled["temporaries"] = scaled.get("temporaries", 0) + rest
+    return scaled
 
 
 def _mask(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lepton_jax.train.notices import Noticed
+
 # Last records that a mean is taken of, so that it is steadier than one batch's value
 # (assumption).
 MEAN_OF = 10
@@ -22,6 +24,8 @@ class History:
       names: of the values that each step records.
       evaluations: (step, metrics) of each evaluation.
       status: how it ended: "finished", "interrupted", "diverged" or "failed".
+      notices: why the run may be worse than it could be, with the steps at which that
+        was noticed.
       reason: why it ended before its last step, if a policy or a person stopped it.
       seconds: wall time of the fit, compilations included.
       samples: consumed in training.
@@ -34,6 +38,7 @@ class History:
     first: int = 0
     names: list[str] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    notices: list[Noticed] = field(default_factory=list)
     status: str = "finished"
     reason: str | None = None
     seconds: float = 0.0
@@ -134,14 +139,16 @@ class History:
             pairs = zip(row, widths, strict=True)
             cells = [cell.rjust(width) for cell, width in pairs]
             lines.append("  ".join(cells))
-        return "\n".join([*lines, self._summary()])
+        notices = [f"! {noticed}" for noticed in self.notices]
+        return "\n".join([*lines, self._summary(), *notices])
 
     def _repr_html_(self) -> str:
         header, *rows = self._table()
         body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
+        notices = "".join(f"<p>{html.escape(f'! {n}')}</p>" for n in self.notices)
         return (
             f"<table><tr>{_cells('th', header)}</tr>{body}</table>"
-            f"<p>{html.escape(self._summary())}</p>"
+            f"<p>{html.escape(self._summary())}</p>{notices}"
         )
 
 

@@ -103,7 +103,8 @@ class Loop:
       test: the test data, or None.
       until: the step to reach.
       outputs: folder, events, checkpoints and mailbox of the run.
-      budget: step at which the whole run ends, which policies are told; None: `until`.
+      budget: the steps before and at the end of the budget that policies are told of;
+        None: 0 and `until`.
       reader: reads the checkpoints to which the run may go back; None: one of its own.
     """
 
@@ -115,7 +116,7 @@ class Loop:
         test: Any,
         until: int,
         outputs: Outputs,
-        budget: int | None = None,
+        budget: tuple[int, int] | None = None,
         reader: Reader | None = None,
     ):
         self.program = program
@@ -124,7 +125,7 @@ class Loop:
         self.test = test
         self.until = until
         self.outputs = outputs
-        self.budget = until if budget is None else budget
+        self.budget = budget or (0, until)
         self.paused = False
         self.stop_wished = False
         self.stop_requested = False
@@ -189,7 +190,8 @@ class Loop:
 
         A run that may be rolled back needs a checkpoint to go back to.
         """
-        self.state = with_measurements(self.state, steps=self.budget)
+        begun, end = self.budget
+        self.state = with_measurements(self.state, steps=end, begun=begun)
         slow = self._start.record.slow
         if slow:  # after a rollback that the checkpoint does not know of
             self.state = with_rate_factor(self.state, *slow)
@@ -281,6 +283,8 @@ class Loop:
             except Exception:
                 self._save_what_was_trained()
                 raise
+        if self.step == self.until:
+            self.records.conclude()
         if saving:
             self.save(metrics)
 
@@ -464,7 +468,7 @@ class Loop:
         began = time.perf_counter()
         to, state = self._restore(halt)
         state = with_rate_factor(state, *self.rollbacks.slow)
-        self.state = with_measurements(state, steps=self.budget)
+        self.state = with_measurements(state, steps=self.budget[1])
 
         self.step = to
         self._saved = to

@@ -28,6 +28,7 @@ from lepton_jax.checkpoint.adoption import (
 )
 from lepton_jax.compat import jit_on, placed, whole_axes
 from lepton_jax.controller import Pieces, norm, select_weights
+from lepton_jax.controller.signals import INPUTS, input_rms
 from lepton_jax.data import Limit
 from lepton_jax.errors import DataError, pointing_at_user
 from lepton_jax.hosts import agreement
@@ -593,6 +594,8 @@ class Program:
             name: self._finished(name, total, weight)
             for name, (total, weight) in sums.items()
         }
+        if INPUTS in self.controller.signals.watched:
+            values[INPUTS] = input_rms(batch[0])
         before = Pieces(state.params, state.variables, state.optimizer)
 
         def update() -> tuple[Pieces, Any, dict[str, Any]]:

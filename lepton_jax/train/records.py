@@ -11,6 +11,7 @@ import numpy as np
 from lepton_jax.controller.journal import Journal
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.train.history import History
+from lepton_jax.train.notices import Noticed, NoticeWatch, found_at_the_end
 from lepton_jax.train.outputs import NoSampleTrace, Outputs
 from lepton_jax.train.program import Program
 from lepton_jax.train.recovery import WEIGHT
@@ -30,7 +31,7 @@ class Records:
     Args:
       program: whose steps are recorded.
       step: steps done so far.
-      budget: step at which the whole run ends.
+      budget: steps before and at the end of the budget of which policies are told.
       outputs: the run's folder, monitor and sample trace. Only the first host writes a
         journal into the folder.
       past: says which lines of the journal belong to the run's past.
@@ -44,7 +45,7 @@ class Records:
         self,
         program: Program,
         step: int,
-        budget: int,
+        budget: tuple[int, int],
         outputs: Outputs,
         past: RunRecord,
     ):
@@ -55,10 +56,13 @@ class Records:
             program.controller,
             self.names,
             step,
-            budget,
+            *budget,
             past.journal,
         )
+        self.notices = NoticeWatch(self.names, program.controller)
         self.monitor = outputs.monitor
+        self._end = budget[1]
+        self._has_policies = bool(program.recipe.controller)
         self.measured: dict[str, float] = {}
         self._samples = outputs.samples
         self._batch_size = program.recipe.batch_size
@@ -112,6 +116,8 @@ class Records:
     def add(self, rows: np.ndarray) -> None:
         """Add the records of the next steps: float32 (steps, names)."""
         phase.reached(done=self.history.last + len(rows))
+        for noticed in self.notices.look(rows, self.history.last):
+            self._tell(noticed)
         self._window.append(rows)
         self.history.append(rows)
         self.history.samples += len(rows) * self._batch_size
@@ -230,6 +236,27 @@ class Records:
         self._samples.back(to)
         self.journal.begin(state, to)
         self.history.truncate(to)
+        self.notices.forget(to)
+        self.history.notices = [n for n in self.history.notices if n.step <= to]
+
+    def conclude(self) -> None:
+        """Say what the curves of a run that is at its end say against it.
+
+        Only a run with policies is judged, which promise more than a plain one does.
+        """
+        history = self.history
+        if not self._has_policies or history.last < self._end:
+            return
+        is_whole = history.first == 0
+        for noticed in found_at_the_end(
+            history.last, history.records, history.evaluations, is_whole
+        ):
+            self.journal.noticed(**noticed._asdict())
+            self._tell(noticed)
+
+    def _tell(self, noticed: Noticed) -> None:
+        self.history.notices.append(noticed)
+        self.monitor.event("notice", **noticed.to_json())
 
     def last_record(self) -> dict[str, float]:
         """Return the last record that was reported; before there is one, {}."""

@@ -70,12 +70,13 @@ def test_a_schedule_is_refused(blobs):
         trained(blobs, optax.linear_schedule(1e-4, 1e-2, STEPS))
 
 
-def test_it_learns_serves_the_average_and_ends_with_a_small_rate(blobs, usual):
+def test_it_learns_serves_the_average_and_begins_with_a_small_rate(blobs, usual):
     trainer, history = usual
 
     assert history["loss"][-10:].mean() < 0.5 * history["loss"][:3].mean()
-    assert history["learning_rate"][-1] < 0.15 * history["learning_rate"].max()
-    assert not history["skip"].any()
+    assert history["learning_rate"][0] < 0.01 * history["learning_rate"].max()
+    assert not history["guard:skip"].any()
+    assert not history["restart"].any()
     assert not history["rollback"].any()
 
     params, _ = controllers.select_weights(trainer.state)
@@ -184,7 +185,7 @@ def test_the_estimate_is_finite_and_never_falls(measured):
         signals = {
             "gradient_dot_distance": product,
             "gradient_sum_norm": abs(size),
-            "parameter_rms": 0.1,
+            "loss": size,
             "base_rate": 1e-3,
             "step": step,
             "progress": (step + 1) / 10,
@@ -192,6 +193,7 @@ def test_the_estimate_is_finite_and_never_falls(measured):
         moves, state = policy.update(
             {n: jnp.float32(x) for n, x in signals.items()}, state
         )
+        moves.pop("notice")
         estimate = float(state.estimate)
         assert math.isfinite(estimate)
         assert estimate >= before

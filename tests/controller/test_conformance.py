@@ -25,6 +25,7 @@ OURS = {
     ),
     "decay": controllers.decay,
     "decay by trend": functools.partial(controllers.decay, start="trend", patience=10),
+    "first_steps": controllers.first_steps,
     "guard": controllers.guard,
     "guard that clips": functools.partial(controllers.guard, "clip", patience=5),
     "batch_growth": functools.partial(controllers.batch_growth, patience=5),
@@ -57,6 +58,7 @@ def test_ours_keep_the_laws(name):
 def test_ours_keep_the_laws_together_in_small_runs_on_all_devices():
     report = conformance(
         controllers.warmup(5),
+        controllers.first_steps(),
         controllers.guard("clip"),
         controllers.label_noise(),
         controllers.batch_growth(patience=2),

@@ -228,11 +228,19 @@ def test_noise_is_found_at_once_estimated_and_let_go():
     assert all(limited(noisy))
     assert not any(m["skip"] for m in noisy)
     assert float(labels.state.share) == pytest.approx(0.3, abs=0.06)
+    assert not any(m["notice"] for m in [*calm, *noisy])
 
     after = limited(labels.steps(120, 0.01))
 
     assert not any(after[60:]), "and it is over soon after the noise is"
     assert np.isfinite(labels.step(0.3)["loss_limit"]), "and found again"
+
+
+def test_noise_that_lasts_is_said_once():
+    labels = Labels()
+    labels.steps(100, 0.01)
+
+    assert [m["notice"] for m in labels.steps(150, 0.3)].count(1.0) == 1
 
 
 def test_a_small_share_is_found_by_its_sum():
@@ -249,10 +257,12 @@ def test_noise_from_the_beginning_is_usual():
 def test_too_much_noise_is_skipped_for_as_long_as_the_budget_lasts():
     labels = Labels(budget=15, window=10**6)
     labels.steps(100, 0.01)
-    skips = [m["skip"] for m in labels.steps(200, 0.95)]
+    moves = labels.steps(200, 0.95)
+    skips = [m["skip"] for m in moves]
 
     assert sum(skips) == 15
     assert not any(skips[40:])
+    assert 2.0 in [m["notice"] for m in moves], "a person is told"
     assert not any(limited(labels.steps(50, 0.95))), "then it is the new usual"
 
 

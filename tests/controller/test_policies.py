@@ -265,6 +265,17 @@ def test_guard_takes_a_lasting_change_for_the_new_normal():
     assert moves["skip"][300]
     assert not moves["skip"][340:].any()
     assert not moves["rollback"].any()
+    assert not moves["notice"].any()
+
+
+def test_guard_says_that_spikes_pass_once_its_budget_is_used_up():
+    loss, norms = learning()
+    loss[300:310] = 50
+    moves = follow(controllers.guard(budget=3), loss_kept=loss, gradient_norm=norms)
+
+    np.testing.assert_array_equal(np.flatnonzero(moves["skip"]), [300, 301, 302])
+    assert moves["notice"][303]
+    assert not moves["notice"][:303].any()
 
 
 @pytest.mark.parametrize("value", [np.nan, 30.0])

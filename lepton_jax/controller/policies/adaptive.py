@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from lepton_jax.controller.policies.averaging import averaging
+from lepton_jax.controller.policies.best_average import best_average
 from lepton_jax.controller.policies.decay import decay
+from lepton_jax.controller.policies.first_steps import first_steps
 from lepton_jax.controller.policies.guard import guard
 from lepton_jax.controller.policies.label_noise import label_noise
 from lepton_jax.controller.policies.learning_free import learning_free
+from lepton_jax.controller.policies.schedule_free import schedule_free
 from lepton_jax.controller.policy import Policy, chain
 
 # The constants below were chosen on validation losses of other seeds and other tasks
@@ -21,14 +24,16 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
 
       `learning_free`: an estimate of the distance to the solution, from the gradients
         and from the way that the parameters have gone so far (Prodigy's; Mishchenko &
-        Defazio 2023), times 2. It begins at 1 % of the root mean square of the
-        parameters, may grow tenfold over the first 10 % of the run (the warm-up), and
-        then stays as it is.
-      `decay`: linear over the second half of the budget (Haegele et al. 2024), and to
-        10 % instead of 0, because of the next policy.
-      `averaging`: the weights that are evaluated and served are an average of the
-        parameters, whose mean age is 15 % of the run so far (Karras et al. 2024,
-        section 3.1). It takes away the noise that a rate of 0 would take away.
+        Defazio 2023), times 2. It begins at a thousandth of the step that would bring
+        the loss to 0 if it were linear, grows as fast as it can over the first 10 % of
+        the run, and at most threefold after that.
+      `schedule_free`: gradients are taken near an average of the parameters, which
+        takes the place of the first moment (Defazio et al. 2024); the average is
+        evaluated and served, so the rate need not fall. For optimizers whose first
+        moment can't be left out (no argument b1): `decay`, linear over the second half
+        of the budget, and `averaging`.
+      `best_average`: holds the average when evaluations get worse although the training
+        loss falls.
       `guard`: keeps out spikes and values that are not finite, and asks for at most
         `rollbacks` rollbacks where that does not help.
       `label_noise`: when labels become wrong, weighs samples by how likely theirs is
@@ -39,8 +44,8 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
 
     Its results, and where it falls short: `python -m tools.bench controller`,
     benchmarks/controller.json. The cost of faults under it: `python -m tools.bench
-    faults`, benchmarks/faults.json. It looks at the training loss alone: where a model
-    overfits, it stops no sooner than its budget says.
+    faults`, benchmarks/faults.json. Without evaluations it can't tell that a model
+    overfits.
 
     Args:
       rollbacks: see `guard`.
@@ -52,13 +57,25 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
 
     Example:
       >>> from lepton_jax import controllers
-      >>> [policy.name for policy in controllers.adaptive()]
-      ['guard', 'label_noise', 'learning_free', 'decay', 'averaging']
+      >>> for policy in controllers.adaptive():
+      ...     print(policy.name)
+      first_steps
+      guard
+      label_noise
+      learning_free
+      schedule_free
+      best_average
     """
     return chain(
+        first_steps(),
         guard(deviations=6.0, rollbacks=rollbacks),
         label_noise(),
-        learning_free(1e-2, 2.0, growth=10.0, until=0.1),
-        decay(0.5, "linear", 0.1),
-        averaging(decay=None, share=0.15),
+        learning_free(),
+        schedule_free(
+            otherwise=(
+                decay(0.5, "linear", 0.1),
+                averaging(decay=None, share=0.15),
+            )
+        ),
+        best_average(),
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lepton_jax.controller.policy import Policy, check_range
+from lepton_jax.controller.policy import Notice, Policy, check_range
 from lepton_jax.errors import RecipeError
 
 # values in a band before anything is outside of it; assumption
@@ -25,6 +25,10 @@ THREEFOLD = math.log(3)
 # overflow float32
 HUGE = 1e30
 TINY = 1e-30
+NOTICE = Notice(
+    "there were more spikes than the guard keeps out, so it let some pass",
+    "lower the learning rate, set clip_norm, or look at the data of these steps",
+)
 
 
 class Band(NamedTuple):
@@ -194,8 +198,11 @@ def guard(
         )
         first, best = _levels(state, bands.loss.mean, known)
 
+        # a spike passes since too many were kept out before it
+        passes = spike & finite & ~act
         moves = {"skip": ~finite | act if mode == "skip" else ~finite}
         moves["rollback"] = rollback
+        moves["notice"] = passes
         if mode == "clip":
             clip = act & finite
             usual = jnp.exp(state.norm.mean)
@@ -207,13 +214,14 @@ def guard(
             lost=jnp.where(rollback, 0, lost),
         )
 
-    moves = ("skip", "rollback")
+    moves = ("skip", "rollback", "notice")
     return Policy(
         "guard",
         _begin,
         update,
         watches=("loss_kept", "gradient_norm"),
         moves=moves if mode == "skip" else (*moves, "clip_norm"),
+        notices=(NOTICE,),
         limits={"rollbacks": rollbacks, "rate": rate, "patience": patience},
     )
 

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.controller.policy import Policy, check_range
+from lepton_jax.controller.policy import Notice, Policy, check_range
 
 # The constants were chosen on digits, MNIST and tiny Shakespeare with faults:
 # `python -m tools.bench faults`; see docs/controller.md.
@@ -74,6 +74,16 @@ LARGEST = 0.95
 # itself
 JUMP = math.log(5)
 # losses and norms of at least this size count as not finite
+# steps since an alarm after which the labels are wrong for long; assumption
+LONG = 100
+LASTING = Notice(
+    f"a share of the labels has looked wrong for {LONG} steps",
+    "look at the labels of these steps",
+)
+GIVEN_UP = Notice(
+    "more labels look wrong than can be learned from, and for too long to skip them",
+    "look at the labels of these steps",
+)
 HUGE = 1e30
 TINY = 1e-30
 
@@ -163,7 +173,7 @@ def label_noise(
     Example:
       >>> from lepton_jax import controllers
       >>> controllers.label_noise().moves
-      ('loss_limit', 'loss_mark', 'skip')
+      ('loss_limit', 'loss_mark', 'skip', 'notice')
     """
     check_range("label_noise", 0.1, LARGEST, most=most)
     check_range(
@@ -187,7 +197,8 @@ def label_noise(
             "loss_values",
             "batch_size",
         ),
-        moves=("loss_limit", "loss_mark", "skip"),
+        moves=("loss_limit", "loss_mark", "skip", "notice"),
+        notices=(LASTING, GIVEN_UP),
     )
 
 
@@ -221,8 +232,15 @@ def _update(
     nothing_yet = fresh.count < 0
     mark = _level(fresh.blank, _marked(fresh))
     mark = jnp.where(nothing_yet, jnp.nan, mark)
-    skip = verdict.skip & usable
-    return {"loss_limit": limit, "loss_mark": mark, "skip": skip}, fresh
+    given_up = verdict.given_up & usable
+    lasting = usable & (fresh.since == LONG)
+    moves = {
+        "loss_limit": limit,
+        "loss_mark": mark,
+        "skip": verdict.skip & usable,
+        "notice": jnp.where(given_up, 2.0, lasting),
+    }
+    return moves, fresh
 
 
 def _are_usable(signals: Mapping[str, Any]) -> Any:
@@ -248,6 +266,7 @@ class _Verdict(NamedTuple):
       on: whether labels are in doubt from this step on.
       calm: whether they were not, and are not.
       anew: whether the usual share must be learned anew.
+      given_up: whether it must be so because too many steps were skipped.
       skip: whether the update is skipped.
       left: skipped steps in the bucket before this one.
     """
@@ -264,6 +283,7 @@ class _Verdict(NamedTuple):
     on: Any
     calm: Any
     anew: Any
+    given_up: Any
     skip: Any
     left: Any
 
@@ -312,7 +332,8 @@ def _judged(
     refused = doubted & (extra > most)
     skip = (begins & (away > ENTERING) | refused) & (left + 1 <= budget)
     # the usual share no longer holds after a broken update, or when the budget is used
-    anew = doubted & broken | refused & ~skip
+    given_up = refused & ~skip
+    anew = doubted & broken | given_up
     on = (begins | doubted & (extra > OVER)) & ~anew
     calm = ~doubted & ~on & ~first
     return _Verdict(
@@ -328,6 +349,7 @@ def _judged(
         on=on,
         calm=calm,
         anew=anew,
+        given_up=given_up,
         skip=skip,
         left=left,
     )

@@ -21,28 +21,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from lepton_jax.controller.policy import Policy, check_range
-from lepton_jax.controller.signals import MEMORY, norm
-from lepton_jax.errors import RecipeError
+from lepton_jax.controller.policies import admission
+from lepton_jax.controller.policy import Notice, Policy, check_range
+from lepton_jax.controller.signals import MEMORY
 
-if TYPE_CHECKING:
-    from lepton_jax.recipe import Recipe
-    from lepton_jax.step.optimizers import Optimizer
-
-# root mean square taken for parameters that all begin at zero or nearly so; assumption
-SMALLEST = 1e-3
-# growth of the estimate in a step of a run that has no end; assumption
-BLIND = 1.02
-# scales of the gradients on which an optimizer is tried
-TRIAL_SCALES = (1e-3, 1e-1)
-# an update that grows by less, where the gradient grows a hundredfold, is not
-# proportional to it
-LINEAR = 10.0
+# greatest growth of the estimate in a step; and in a run that has no known end, where
+# the growth can't be spread over a share of it; assumption
+FASTEST = 2.0
+BLIND = 1.1
+# bounds of the first estimate, which a loss of 0 or infinity would otherwise give;
+# assumption
+LEAST = 1e-9
+MOST = 1e6
+# greatest d / d_0 in the weights, whose squares must not overflow float32
+HIGHEST = 1e12
+TINY = 1e-30
+# the estimate is not to be trusted if it has used up this share of the logarithm of the
+# growth that it may have after `until`; assumption
+UNSETTLED = 0.95
+NOTICE = Notice(
+    "the learning rate grew all the time: the run was too short to find it",
+    "train for more steps, or give controllers.learning_free a higher start",
+)
 
 
 class Distance(NamedTuple):
@@ -50,10 +54,11 @@ class Distance(NamedTuple):
 
     Attributes:
       base: the learning rate's base in the first step; 0 before it.
-      first: d_0, the first estimate; 0 before the first step.
+      first: d_0, the first estimate; 0 before the first usable step.
       estimate: d.
       numerator: r, the weighted sum of <g, x_0 - x>.
       weight: w, the weight of the present gradient in both sums.
+      warm: d when `until` was over; 0 before it.
     """
 
     base: Any
@@ -61,44 +66,50 @@ class Distance(NamedTuple):
     estimate: Any
     numerator: Any
     weight: Any
+    warm: Any
 
 
 def learning_free(
-    start: float = 1e-2,
+    start: float = 1e-3,
     coefficient: float = 2.0,
     *,
-    growth: float = 10.0,
+    growth: float = 1e4,
     until: float = 0.1,
+    later: float = 3.0,
 ) -> Policy:
     """Set the learning rate to an estimate of the distance to the solution.
 
     It is for optimizers whose updates have entries of about the learning rate's size:
-    Adam, AdamW, Lion and their like. With gradients g_k at parameters x_k, weights
-    w_k = (d_k / d_0)^2 and memory b = 0.9995:
+    Adam, AdamW, Lion and their like. With gradients g_k at parameters x_k, losses l_k,
+    weights w_k = (d_k / d_0)^2 and memory b = 0.9995:
 
+        d_0 = start |l_0| / |g_0|_1
         r_k = b r_{k-1} + w_k <g_k, x_0 - x_k>
         s_k = b s_{k-1} + w_k g_k
         d_{k+1} = max(d_k, c r_k / |s_k|_1)
 
-    The recipe's rate cancels out. A rate that is set later, by a person or after a
-    rollback, acts by its ratio to the recipe's: half of it is half of d. Memory: two
-    copies of the parameters, x_0 and s.
+    |l| / |g|_1 is the length of entries at which the first update would bring the loss
+    to 0 if it were linear. So nothing depends on the scale of parameters, inputs or
+    losses. The recipe's rate cancels out. A rate that is
+    set later, by a person or after a rollback, acts by its ratio to the recipe's: half
+    of it is half of d. Memory: two copies of the parameters, x_0 and s.
 
     References:
       Mishchenko and Defazio 2023, "Prodigy: An Expeditiously Adaptive Parameter-Free
-      Learner", algorithm 4, without its rescaled moments. d_0 is relative to the
-      parameters here.
+      Learner", algorithm 4, without its rescaled moments.
+      Polyak 1987, "Introduction to optimization", section 5.3: the step of d_0.
 
     Args:
-      start: d_0, as a share of the root mean square of the parameters at the start.
-        Choose it too small rather than too large, since d never shrinks; its growth to
-        the right size takes some dozen steps.
+      start: d_0, as a share of the length above. Choose it too small rather than too
+        large, since d never shrinks; its growth to the right size takes some dozen
+        steps.
       coefficient: c.
       growth: factor by which d may grow while the share `until` of the run is done,
-        evenly in its logarithm: the warm-up. Where the budget is not known d may grow
-        by 2 % a step.
-      until: share of the run after which d stays; where the budget is not known it
-        never does.
+        evenly in its logarithm, and at most twofold in a step. Where the budget is not
+        known d may grow by 10 % a step.
+      until: see `growth`.
+      later: factor by which d may grow in the rest of the run, likewise. A model that
+        fits its samples by heart moves its parameters without end, and d with them.
 
     Raises:
       RecipeError: an argument is out of range. When the recipe is traced, also for an
@@ -107,23 +118,27 @@ def learning_free(
     Example:
       >>> import jax.numpy as jnp
       >>> from lepton_jax import controllers
-      >>> policy = controllers.learning_free(start=0.01, growth=100.0)
+      >>> policy = controllers.learning_free(start=0.01)
       >>> signals = {
-      ...     "gradient_dot_distance": jnp.float32(0.5),
+      ...     "loss": jnp.float32(2),
+      ...     "gradient_dot_distance": jnp.float32(0),
       ...     "gradient_sum_norm": jnp.float32(10),
-      ...     "parameter_rms": jnp.float32(1),
       ...     "base_rate": jnp.float32(1),
       ...     "step": jnp.float32(0),
       ...     "progress": jnp.float32(0.1),
       ... }
       >>> moves, _ = policy.update(signals, policy.init())
-      >>> print(f"{moves['learning_rate']:.3f}")  # 2 * 0.5 / 10, where d_0 is 0.01
-      0.100
+      >>> print(f"{moves['learning_rate']:.4f}")  # 0.01 * 2 / 10
+      0.0020
     """
     check_range("learning_free", 1e-9, 1, start=start)
     check_range("learning_free", 1e-3, 1e3, coefficient=coefficient)
     check_range("learning_free", 1.01, 1e9, growth=growth)
-    check_range("learning_free", 1e-3, 1, until=until)
+    check_range("learning_free", 1e-3, 0.99, until=until)
+    check_range("learning_free", 1, 1e9, later=later)
+    pace = math.log(growth) / until
+    most = later**UNSETTLED
+    later_pace = math.log(later) / (1 - until)
 
     def init() -> Distance:
         zeros = {name: jnp.float32(0) for name in Distance._fields}
@@ -136,28 +151,35 @@ def learning_free(
         product = signals["gradient_dot_distance"]
         r = MEMORY * state.numerator + state.weight * product
         s_norm = signals["gradient_sum_norm"]
-        bound = coefficient * r / jnp.maximum(s_norm, 1e-30)
+        bound = coefficient * r / jnp.maximum(s_norm, TINY)
         usable = jnp.isfinite(bound) & jnp.isfinite(r)
 
-        fastest = _greatest_growth(signals, growth, until)
-        # progress is NaN where no end is known, and then d never stays
-        growing = usable & ~(signals["progress"] > until)
+        early = signals["progress"] <= until
+        fastest = _greatest_growth(signals, jnp.where(early, pace, later_pace))
         d = jnp.where(
-            growing,
+            usable,
             jnp.clip(bound, d, fastest * d),
             d,
         )
 
-        w = (d / first) ** 2
-        r = jnp.where(usable, r, state.numerator)
+        w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
+        begins = (signals["progress"] > until) & (state.warm == 0)
+        warm = jnp.where(begins, d, state.warm)
         after = Distance(
             base,
             first,
             estimate=d,
-            numerator=r,
-            weight=w,
+            numerator=jnp.where(usable, r, state.numerator),
+            weight=jnp.where(first > 0, w, 1.0),
+            warm=warm,
         )
-        return {"learning_rate": d / base, "gradient_weight": w}, after
+        unsettled = (signals["progress"] >= 1) & (d > most * warm) & (later > 1)
+        moves = {
+            "learning_rate": d / base,
+            "gradient_weight": after.weight,
+            "notice": jnp.where(unsettled, 1.0, 0.0),
+        }
+        return moves, after
 
     return Policy(
         "learning_free",
@@ -166,13 +188,14 @@ def learning_free(
         watches=(
             "gradient_dot_distance",
             "gradient_sum_norm",
-            "parameter_rms",
+            "loss",
             "base_rate",
             "step",
             "progress",
         ),
-        moves=("learning_rate", "gradient_weight"),
-        check=_check,
+        moves=("learning_rate", "gradient_weight", "notice"),
+        notices=(NOTICE,),
+        check=admission.check,
     )
 
 
@@ -181,98 +204,39 @@ def _begun(
     state: Distance,
     start: float,
 ) -> tuple[Any, Any, Any]:
-    """Return the base, d_0 and d; the first step makes them of its signals."""
+    """Return the base, d_0 and d; the first usable step makes them of its signals."""
     fresh = state.first == 0
-    size = jnp.nan_to_num(signals["parameter_rms"], posinf=0.0)
     base = jnp.nan_to_num(signals["base_rate"], posinf=0.0)
     base = jnp.where(
-        fresh,
+        state.base == 0,
         jnp.maximum(base, 1e-20),
         state.base,
     )
-    first = jnp.where(
-        fresh,
-        start * jnp.maximum(size, SMALLEST),
-        state.first,
+    # the sum of the absolute entries of the only gradient so far
+    slope = signals["gradient_sum_norm"]
+    length = start * jnp.abs(signals["loss"]) / slope
+    usable = jnp.isfinite(length) & jnp.isfinite(slope) & (slope > 0)
+    length = jnp.where(
+        usable,
+        jnp.clip(length, LEAST, MOST),
+        0.0,
     )
+    first = jnp.where(fresh, length, state.first)
     return base, first, jnp.where(fresh, first, state.estimate)
 
 
-def _greatest_growth(
-    signals: Mapping[str, Any],
-    growth: float,
-    until: float,
-) -> Any:
-    """Return the factor by which d may grow in this step."""
-    # the part of the warm-up that one step is
-    part = signals["progress"] / ((signals["step"] + 1) * until)
-    known = jnp.isfinite(part)
-    even = jnp.exp(jnp.minimum(part, 1.0) * math.log(growth))
-    return jnp.where(known, even, BLIND)
+def _greatest_growth(signals: Mapping[str, Any], pace: Any) -> Any:
+    """Return the factor by which d may grow in this step.
 
-
-# ---- which optimizers it can drive ----
-
-
-def _check(recipe: Recipe, optimizer: Optimizer) -> None:
-    """Check that the optimizer takes a rate, and updates that do not grow with g."""
-    remedy = (
-        "give an optimizer such as optax.adamw, with learning_rate, or leave"
-        " learning_free (or adaptive) out"
-    )
-    if "learning_rate" not in optimizer.base or recipe.learning_rate is None:
-        raise RecipeError(
-            "learning_free sets the learning rate, but the optimizer has its own",
-            where="Recipe.optimizer",
-            remedy=remedy,
-        )
-    if callable(recipe.learning_rate):
-        raise RecipeError(
-            "learning_free takes the place of a schedule",
-            where="Recipe.learning_rate",
-            remedy="give a number, any one, or leave learning_free (or adaptive) out",
-        )
-
-    def trial(optimizer: Optimizer, params: Any) -> None:
-        if not _is_steady(optimizer, params):
-            raise RecipeError(
-                "learning_free is for optimizers whose updates are about as large as"
-                " the learning rate; this one's grow with the gradient",
-                where="Recipe.optimizer",
-                remedy=remedy,
-            )
-
-    optimizer.trials.append(trial)
-
-
-def _is_steady(optimizer: Optimizer, params: Any) -> bool:
-    """Whether an update hardly grows with the gradient.
-
-    It is tried on small parameters with the model's own names.
+    Args:
+      signals: of this step.
+      pace: logarithm of the growth in a whole run.
     """
-    with jax.ensure_compile_time_eval():
-        small, large = (
-            _update_norm(optimizer, params, scale) for scale in TRIAL_SCALES
-        )
-    return large < LINEAR * small
-
-
-def _update_norm(
-    optimizer: Optimizer,
-    params: Any,
-    scale: float,
-) -> float:
-    """Return the norm of zero parameters after an update by gradients of a scale."""
-
-    def ramp(x: jax.Array) -> jax.Array:
-        return scale * jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape)
-
-    gradients = jax.tree.map(ramp, params)
-    after, _ = optimizer.update(
-        lambda: gradients,
-        optimizer.init(params),
-        params,
-        {"learning_rate": jnp.float32(1)},
-        jnp.float32(1),
+    step = signals["progress"] / (signals["step"] + 1)
+    known = jnp.isfinite(step) & (step > 0)
+    even = jnp.exp(jnp.minimum(step, 1.0) * pace)
+    return jnp.where(
+        known,
+        jnp.clip(even, 1.0, FASTEST),
+        BLIND,
     )
-    return float(norm(after))

@@ -175,8 +175,8 @@ class Trial:
         )
         return self.problem.on_trace(smaller)
 
-    def peak(self, rows: int) -> float:
-        """Return the bytes of the leanest plan, or of the first that fits."""
+    def bound(self, rows: int) -> float:
+        """Return the most bytes of the leanest plan, or of the first that fits."""
         smaller = self.smaller(rows)
         names = smaller.names("none")
         asked = smaller.pins.micro_batches
@@ -188,8 +188,8 @@ class Trial:
             split = moved.counts[sample_axes(moved, names)]
             options = [asked] if asked else powers(rows // split)
             parts = fewest(smaller, moved, options)
-            peak = smaller.peak(replace(moved, micro_batches=parts))
-            least = min(least, peak)
+            bound = smaller.bound(replace(moved, micro_batches=parts))
+            least = min(least, bound)
             if least <= smaller.limit:
                 return least
         return least
@@ -315,7 +315,7 @@ def _guessed(
     low_bytes = float(_state(failed))
     # the fewest steps that don't, and theirs
     high = -(-total // step)
-    high_bytes = float(failed.peak)
+    high_bytes = float(failed.bounds.most)
 
     tried = 0
     while high - low > 1 and not patience.over():
@@ -328,7 +328,7 @@ def _guessed(
         if tried >= GUESSES:
             guess = (low + high) // 2
         middle = min(max(guess, low + 1), high - 1)
-        held = trial.peak(middle * step)
+        held = trial.bound(middle * step)
         tried += 1
         if held <= limit:
             low = middle

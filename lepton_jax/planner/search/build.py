@@ -16,6 +16,7 @@ from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import MEANINGS
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
 from lepton_jax.trees import by_path, nbytes
@@ -29,6 +30,7 @@ class Verdict:
     rivals: tuple[Rival, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bounds: Bounds = NOT_KNOWN
 
 
 def build(
@@ -91,6 +93,8 @@ def build(
         rivals=verdict.rivals,
         reasons={**verdict.reasons, **reasons},
         notes=(*verdict.notes, *notes),
+        peak_least=verdict.bounds.least,
+        peak_bound=verdict.bounds.most,
     )
 
 

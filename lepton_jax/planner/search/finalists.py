@@ -81,7 +81,7 @@ def fewest(
     def peak(parts: int) -> int:
         if parts not in peaks:
             form = replace(assignment, micro_batches=parts)
-            peaks[parts] = problem.peak(form)
+            peaks[parts] = problem.bound(form)
         return peaks[parts]
 
     last = options[-1]
@@ -129,7 +129,7 @@ def in_one_piece(
             if problem.patience.over():
                 return None
             whole = replace(assignment, remat=remat, micro_batches=1)
-            if problem.peak(whole) <= problem.limit:
+            if problem.bound(whole) <= problem.limit:
                 return problem.candidate(whole)
     return None
 
@@ -143,8 +143,8 @@ def order(
 ) -> list[Candidate]:
     """Sort by the objective; among those that are alike, the simpler comes first.
 
-    What does not fit stands behind, leanest first. Where micro-batches would change the
-    model, candidates without them come first.
+    What may not fit stands behind, leanest first, and what does not fit last. Where
+    micro-batches would change the model, candidates without them come first.
     """
     ranked = sorted(candidates, key=_rank)
     pool = [c for c in ranked if c.fits]
@@ -169,10 +169,11 @@ def order(
     return ahead + [c for c in ranked if c not in ahead]
 
 
-def _rank(candidate: Candidate) -> tuple[bool, float]:
+def _rank(candidate: Candidate) -> tuple[int, float]:
     if candidate.fits:
-        return False, candidate.score
-    return True, candidate.peak
+        return 0, candidate.score
+    behind = 1 if candidate.may_fit else 2
+    return behind, candidate.bounds.most
 
 
 def complexity(problem: Problem, assignment: Assignment) -> tuple:

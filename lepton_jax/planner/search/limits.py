@@ -4,14 +4,43 @@ Each one says its unit and where it comes from. "Assumption" means that nobody h
 measured it: a better value is welcome where a measurement shows one.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 # ---- when a plan fits ----
 
-# Share of a device's memory that a plan may fill. Predictions err by 2 % in the median
-# and by 14 % at the worst (`python -m tools.bench planner-memory`).
-MARGIN = 0.92
-# The same for convolutions on TPUs, where predictions fall short by up to 30 %
-# (`python -m tools.bench planner-memory`).
-MARGIN_CONVOLVING = 0.7
+
+class Surety(NamedTuple):
+    """How sure the uncertain part of a predicted peak is.
+
+    Attributes:
+      least: times its bytes that 97 % of programs hold at the least.
+      most: times its bytes that 97 % of programs hold at the most.
+      slack: bytes that come off the least and on top of the most.
+    """
+
+    least: float
+    most: float
+    slack: float
+
+
+MIB = 2.0**20
+# By platform, and whether the mesh splits the "samples" alone or "more": PLACEHOLDER
+SURETY = {
+    "tpu": {
+        "samples": Surety(0.7, 1.35, 64 * MIB),
+        "more": Surety(0.7, 1.35, 64 * MIB),
+    },
+    "cpu": {
+        "samples": Surety(0.85, 1.25, 4 * MIB),
+        "more": Surety(0.7, 1.5, 4 * MIB),
+    },
+    "cuda": {
+        "samples": Surety(0.6, 1.4, 64 * MIB),
+        "more": Surety(0.6, 1.6, 64 * MIB),
+    },
+}
 # Share of the limit from which on the light score of an assignment gets worse, because
 # activations need room next to the state. Assumption.
 CROWDED = 0.9

@@ -26,11 +26,10 @@ from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.micro_batches import MicroBatches
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.search.bounds import Bounds, bounds, surety_of
 from lepton_jax.planner.search.limits import (
     CROWDED,
     CROWDED_WEIGHT,
-    MARGIN,
-    MARGIN_CONVOLVING,
     TIE_WEIGHT,
 )
 from lepton_jax.planner.search.masks import reordered
@@ -52,9 +51,11 @@ class Candidate:
     Attributes:
       assignment: its masks are in the order of its own policy's groups.
       estimate: time by kind, and communication.
-      peak: bytes that a device holds at the most.
+      peak: bytes that a device holds at the most, as predicted.
       bytes: the same by kind.
-      fits: whether `peak` is within the problem's limit.
+      bounds: bytes between which the peak lies, see `search.bounds`.
+      fits: whether the upper bound is within the device's memory.
+      may_fit: whether the predicted peak is.
       score: what the objective minimizes: seconds of a step, or bytes.
     """
 
@@ -62,7 +63,9 @@ class Candidate:
     estimate: Estimate
     peak: int
     bytes: dict[str, int]
+    bounds: Bounds
     fits: bool
+    may_fit: bool
     score: float
 
 
@@ -227,13 +230,12 @@ class Problem:
 
     @property
     def limit(self) -> float:
-        """Bytes of a device that a plan may fill."""
-        convolves = "conv_general_dilated" in self.trace.operations
-        if convolves and self.topology.platform == "tpu":
-            margin = MARGIN_CONVOLVING
-        else:
-            margin = MARGIN
-        return self.topology.device.memory * margin
+        """Bytes of a device, within which a plan's upper bound has to be."""
+        return self.topology.device.memory
+
+    def _bounds(self, held: dict[str, int], assignment: Assignment) -> Bounds:
+        names = self.names(assignment.remat)
+        return bounds(held, surety_of(self.topology.platform, names, assignment))
 
     # ---- what an assignment is worth ----
 
@@ -275,25 +277,28 @@ class Problem:
         estimate = self.cost(assignment.remat).estimate(assignment)
         held = self.memory(assignment.remat).predict(assignment)
         peak = sum(held.values())
+        between = self._bounds(held, assignment)
         score = float(peak) if self.objective == "memory" else estimate.total
         return Candidate(
             assignment,
             estimate,
             peak,
             held,
-            fits=peak <= self.limit,
+            between,
+            fits=between.most <= self.limit,
+            may_fit=peak <= self.limit,
             score=score,
         )
 
-    def peak(self, assignment: Assignment) -> int:
-        """Return the bytes that a device holds at the most.
+    def bound(self, assignment: Assignment) -> int:
+        """Return the upper bound of the bytes that a device holds at the most.
 
         Args:
           assignment: its masks are in the order of the groups of the policy "none".
         """
         assignment = self.translated(assignment)
         held = self.memory(assignment.remat).predict(assignment)
-        return sum(held.values())
+        return self._bounds(held, assignment).most
 
     # ---- groups under another policy ----
 

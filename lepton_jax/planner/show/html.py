@@ -16,6 +16,7 @@ from lepton_jax.planner.show.holders import holders
 from lepton_jax.planner.show.rows import (
     handled,
     longest_first,
+    memory_verdict,
     meshed,
     numbered_reasons,
     other_state,
@@ -141,7 +142,7 @@ def _tiles(plan: Plan) -> str:
     tiles = _speed_tiles(plan)
     if plan.bytes_per_device:
         share = f", {plan.peak / plan.memory:.0%}" if plan.memory else ""
-        remark = f"of {size(plan.memory)}{share}"
+        remark = f"of {size(plan.memory)}{share}{memory_verdict(plan)}"
         tiles.append(
             Tile(
                 "memory, a device",

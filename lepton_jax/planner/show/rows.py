@@ -164,3 +164,14 @@ def split_over(
 ) -> str:
     """Return mesh axes with their sizes: fsdp (4) and tensor (2)."""
     return between.join(f"{name} ({plan.mesh.get(name, 1)})" for name in axes)
+
+
+def memory_verdict(plan: Plan) -> str:
+    """Return the bounds of the peak and whether it fits: ", 58.0 to 68.2 GiB"."""
+    words = ""
+    if plan.peak_bound:
+        words = f", {size(plan.peak_least)} to {size(plan.peak_bound)}"
+    if plan.peak_source:
+        words += f" by {plan.peak_source}"
+    verdict = {"may not": ": may not fit", "no": ": does not fit"}
+    return words + (verdict.get(plan.fits, "") if plan.peak_bound else "")

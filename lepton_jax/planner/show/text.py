@@ -10,6 +10,7 @@ from lepton_jax.planner.plans import SIMPLEST, Plan
 from lepton_jax.planner.show.rows import (
     handled,
     longest_first,
+    memory_verdict,
     meshed,
     numbered_reasons,
     other_state,
@@ -127,7 +128,7 @@ def prediction(plan: Plan) -> list[str]:
         phrases.append(f"{si(count / seconds).strip()} {unit}/s")
         on_device.append(f"{si(plan.flops / seconds)}FLOP/s")
     if plan.bytes_per_device:
-        on_device.append(_filled(plan))
+        on_device.append(f"{_filled(plan)}{memory_verdict(plan)}")
     if on_device:
         phrases.append(f"on each device {' and '.join(on_device)}")
     return phrases

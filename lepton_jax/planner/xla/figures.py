@@ -56,6 +56,13 @@ FIGURES = {
         "devices",
         "found by compiling MLPs with libtpu of jax 0.10 for v5e, v5p and v6e",
     ),
+    # Gradients of tables below this size are summed over the devices at the same time,
+    # larger ones each alone.
+    "combined": Figure(
+        16 * 2**20,
+        "bytes of the whole table",
+        "found by compiling tables of 1 MB and of 26 MB with libtpu of jax 0.10",
+    ),
     # Buffers beyond this number are small, so only their sum counts.
     "packed_singly": Figure(320, "buffers", "assumption, to keep packing fast"),
     # A buffer that exists for more than a tenth of the program counts as an activation.
@@ -79,6 +86,7 @@ WINDOWED_DEVICES = (
     FIGURES["windowed_devices.least"].value,
     FIGURES["windowed_devices.most"].value,
 )
+COMBINED = FIGURES["combined"].value
 PACKED_SINGLY = int(FIGURES["packed_singly"].value)
 LASTING_PART = int(FIGURES["lasting_part"].value)
 HIDDEN_SHARE = FIGURES["hidden_share"].value

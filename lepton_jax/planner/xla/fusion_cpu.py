@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lepton_jax.planner.program.graph import (
     Graph,
@@ -30,6 +31,7 @@ from lepton_jax.planner.xla.buffers import (
     STORED,
     STORED_WORDS,
     TOKEN,
+    BufferKind,
     Buffers,
     Group,
 )
@@ -70,6 +72,14 @@ class CpuFusion(Fusion):
         self.loose: set[int] = set()
         # Values that exist only in float32, as operands of products.
         self.unwritten: set[int] = set()
+        # Matrices that unfused operations give to one reader.
+        self.matrices: set[int] = set()
+        # Outer products of two values.
+        self.outer: set[int] = set()
+        # Gradients that no devices have to sum, since rows were exchanged.
+        self.complete: set[int] = set()
+        # 16-bit values that are written before they are rounded from float32.
+        self.wide: set[int] = set()
         super().__init__(graph)
 
     # ---- the whole program ----
@@ -91,10 +101,39 @@ class CpuFusion(Fusion):
         gradients = [value for value in results if value.stored is not None]
         others = [value for value in results if value.stored is None]
         parts = self._buffers_of(gradients)
-        totals = [self.new_buffer(value, None, COMPUTED) for value in gradients]
+        sums = [value for value in gradients if value.index not in self.complete]
+        whole = [value for value in gradients if value.index in self.complete]
+        totals = [self.new_buffer(value, None, COMPUTED) for value in sums]
         self.groups.append(Group(parts, totals))
-        self.groups.append(Group(totals + self._buffers_of(others), ()))
+        for total, value in zip(totals, sums, strict=True):
+            self.conditions[total] = (value.index, "summed")
+        totals += self._buffers_of(whole)
+        held = self._copies_of_state(region, gradients)
+        self.groups.append(Group(totals + held + self._buffers_of(others), ()))
         return totals
+
+    def _copies_of_state(self, region: Region, gradients: list[Value]) -> list[int]:
+        """Add copies of kernels that are still read when they may be updated.
+
+        The update of a kernel needs its gradient, and not the other product of the
+        backward pass that reads the kernel. XLA may run the update first, in place, so
+        it copies the kernel, and the gradient takes the kernel's place (copy insertion
+        of jaxlib 0.10). Where devices sum the gradients, all at once, each update comes
+        after all products.
+        """
+        copies = []
+        parts = {v.stored[0]: self.buffers[v.index] for v in gradients if v.stored}
+        for value in region.inputs:
+            products = [u for u in self.users_of(value) if is_one_of(u, DOTS)]
+            if value.stored is None or len(products) < 2:
+                continue
+            copy = self.new_buffer(value, products[0])
+            self.conditions[copy] = (value.index, "unsummed")
+            self.groups.insert(0, Group((), (copy,)))
+            copies.append(copy)
+            for part in parts.get(value.stored[0], ()):
+                self.conditions[part] = (value.index, "summed")
+        return copies
 
     def _alias(
         self,
@@ -141,9 +180,31 @@ class CpuFusion(Fusion):
         """Whether a reader computes its operand in its own kernel.
 
         A product that is computed in float32 has its operands copied to float32, and
-        the copy computes them.
+        the copy computes them. A reduction is a call of a library (YNNPACK in jaxlib
+        0.10) that reads its operand from memory, or both factors of one.
         """
-        return self._widens(user) or super().absorbs(user, op, costly)
+        if self._widens(user):
+            return True
+        if self._calls_library(user):
+            return self._enters_sum(op)
+        if self._enters_sum(user):
+            return False
+        return super().absorbs(user, op, costly)
+
+    def _calls_library(self, op: Operation) -> bool:
+        """Whether an operation is a reduction of floating-point numbers."""
+        if op.name not in REDUCED or op.inputs[0] is None:
+            return False
+        return jnp.issubdtype(op.inputs[0].dtype, jnp.floating)
+
+    def _enters_sum(self, op: Operation) -> bool:
+        """Whether a multiplication is computed by the reduction that alone reads it."""
+        if op.name != "mul":
+            return False
+        users = self.users_of(op.outputs[0])
+        return (
+            len(users) == 1 and users[0] is not None and self._calls_library(users[0])
+        )
 
     def computed_once(
         self,
@@ -164,10 +225,11 @@ class CpuFusion(Fusion):
             if len(target.shape) < 3 and all(is_one_of(user, fusing) for user in users):
                 self.unwritten.add(target.index)
                 return False
-            # A product gives float32; what several readers need of it in 16 bits is
-            # written in 16 bits.
-            if any(self.kinds[b] == COMPUTED_DOUBLE for b in sources):
-                return True
+            # Arithmetic is in float32. What reads one large operand is written rounded;
+            # what reads several before, and each reader rounds it.
+            if several_large:
+                self.wide.add(target.index)
+            return True
         return super().computed_once(
             op,
             target,
@@ -176,6 +238,14 @@ class CpuFusion(Fusion):
             costly,
         )
 
+    def must_write(self, target: Value) -> bool:
+        """Whether a value is an outer product with several readers."""
+        return target.index in self.outer and len(self.users_of(target)) > 1
+
+    def kind(self, value: Value) -> BufferKind:
+        """Return the form in which a value is written."""
+        return STORED_WORDS if value.index in self.wide else STORED
+
     def _add_fusible(
         self,
         op: Operation,
@@ -183,13 +253,22 @@ class CpuFusion(Fusion):
         groups: list[Group],
     ) -> None:
         target = op.outputs[0]
-        if op.name == "mul" and all(value.shape != target.shape for value in inputs):
-            inputs = [self._broadcast(op, value, groups) for value in inputs]
+        if op.name == "transpose" and inputs[0].index in self.matrices:
+            # XLA has the product give its result transposed.
+            self._alias(inputs[0], target, alike=False)
+            return
+        if self._enters_sum(op):
+            factors = [self._broadcast(op, value, groups) for value in inputs]
+            self._set(target, tuple(self._buffers_of(factors)))
+            return
         added = next((value for value in inputs if value.index in self.added), None)
         if added is not None:
             self._add_in_place(op, inputs, added, groups)
             return
 
+        if op.name == "mul" and not any(v.shape == target.shape for v in inputs):
+            # An outer product, such as a norm's scale: XLA doesn't compute it twice.
+            self.outer.add(target.index)
         self.loose.update(value.index for value in op.outputs)
         if op.name == "transpose" and len(target.shape) > 2:
             self.transposed.add(target.index)
@@ -222,7 +301,7 @@ class CpuFusion(Fusion):
         value: Value,
         groups: list[Group],
     ) -> Value:
-        """Return an operand of an outer product, written at the result's size."""
+        """Return a factor that a reduction multiplies, written at the result's size."""
         target = op.outputs[0]
         if (
             len(value.shape) != len(target.shape)
@@ -302,7 +381,10 @@ class CpuFusion(Fusion):
             self._set(target, ())
             return
         # The zeros are ready when the program starts.
-        kind = STORED if sparse(op) else COMPUTED
+        kind = COMPUTED
+        if sparse(op):
+            kind = STORED
+            self.complete.add(target.index)
         zeros = self.materialize(target, op, kind)
         groups.append(Group((), (zeros,)))
         groups.append(
@@ -347,6 +429,8 @@ class CpuFusion(Fusion):
         for target in op.outputs:
             kind = COMPUTED if target.stored is not None else STORED
             writes.append(self.materialize(target, op, kind))
+            if len(target.shape) == 2 and len(self.users_of(target)) == 1:
+                self.matrices.add(target.index)
         group = Group(reads, writes)
         # The other reader of a fused operand asks for it first, since the operand is
         # computed again together with it. (A callback has no results.)
@@ -397,7 +481,8 @@ class CpuFusion(Fusion):
     ) -> Buffers:
         source = self.buffers[value.index]
         if op.name in REDUCED:
-            source = self.sources[value.index]
+            if not self._calls_library(op):
+                source = self.sources[value.index]
             if value.index in self.transposed:
                 # A reduction along another dim reads a float32 copy.
                 return (

@@ -30,7 +30,7 @@ from lepton_jax.planner.xla.buffers import (
     Buffers,
     Group,
 )
-from lepton_jax.planner.xla.figures import LANES
+from lepton_jax.planner.xla.figures import COMBINED, LANES
 from lepton_jax.planner.xla.fusion import Fusion
 from lepton_jax.planner.xla.operations import (
     ALIASES,
@@ -47,6 +47,7 @@ from lepton_jax.planner.xla.operations import (
     rounds_operands,
     size,
     sparse,
+    strides,
 )
 
 # Operations through which a reader still reads the same numbers.
@@ -144,6 +145,33 @@ class TpuFusion(Fusion):
             op.name in SCATTERS
             and not op.params["dimension_numbers"].update_window_dims
         )
+
+    def absorbs(
+        self,
+        user: Operation,
+        op: Operation,
+        costly: bool,
+    ) -> bool:
+        """Whether a reader computes its operand in its own kernel.
+
+        What `strides` is a kernel of its own (an associative scan, v5e).
+        """
+        if strides(user) or strides(op):
+            return False
+        return super().absorbs(user, op, costly)
+
+    def _add_fusible(
+        self,
+        op: Operation,
+        inputs: list[Value],
+        groups: list[Group],
+    ) -> None:
+        if not strides(op):
+            super()._add_fusible(op, inputs, groups)
+            return
+        reads = self._buffers_of(inputs)
+        writes = [self.materialize(v, op, self.kind(v)) for v in op.outputs]
+        groups.append(Group(reads, writes))
 
     def must_write(self, target: Value) -> bool:
         """Whether a product that gives a kernel's gradient is one of several readers.
@@ -514,6 +542,11 @@ class TpuFusion(Fusion):
         target = op.outputs[0]
         kind = STORED_ROWS if sparse(op) else COMPUTED_ROWS
         own = self.materialize(target, op, kind)
+        if not sparse(op) and size(target) < COMBINED:
+            # Devices sum small gradients together, so each waits for the others.
+            self.in_hbm.append(own)
+            groups.append(Group(reads, (own,)))
+            return
         self._take(own, reads, groups)
         if sparse(op):
             total = self.copy(

@@ -66,8 +66,7 @@ class Timeline:
       hoisted: whether XLA computes it before a loop around the program.
 
     Attributes:
-      conditions: buffers that exist only if a value is "ungathered" or "unsplit", as
-        (index of the value, condition).
+      conditions: see `Fusion`.
       tables: parameter of each buffer that copies its state to another layout.
       product_moments: moments of matmuls and convolutions, (products,).
       product_flops: FLOPs of each, unsharded.

@@ -106,10 +106,14 @@ def _trying(
     optimizer: Optimizer, evaluate_params: Callable | None
 ) -> Callable[[Any], Any]:
     """Return the optimizer's `init`, which first tries all that must fit it."""
+    tried: list[Any] = []
 
     def init(params: Any) -> Any:
+        # a restart calls it again, in the step
         for trial in optimizer.trials:
-            trial(optimizer, _small(params))
+            if trial not in tried:
+                trial(optimizer, _small(params))
+                tried.append(trial)
         state = optimizer.init(params)
         if evaluate_params is not None:
             check_evaluation(evaluate_params, state, params)

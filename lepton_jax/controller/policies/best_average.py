@@ -1,0 +1,136 @@
+"""The average stays where evaluations were best when a model overfits.
+
+A small example: the loss of the evaluations rises from the third one on, while that of
+the training batches falls further.
+
+>>> policy = best_average(patience=2)
+>>> state = policy.init()
+>>> for count, (train, test) in enumerate([(3, 3), (2, 2), (1, 2.1), (0.5, 2.2)], 1):
+...     signals = {
+...         "loss": jnp.float32(train),
+...         "evaluations": jnp.float32(count),
+...         "evaluation_loss": jnp.float32(test),
+...     }
+...     moves, state = policy.update(signals, state)
+...     print(moves["averaging_decay"])
+nan
+nan
+nan
+1.0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lepton_jax.controller.policy import Notice, Policy, check_range
+
+NOTICE = Notice(
+    "the model overfits: from here on the average of the parameters stays as it is",
+    "give more data, a smaller model or more regularization, or train for fewer steps",
+)
+
+
+class Watch(NamedTuple):
+    """State of `best_average`.
+
+    Attributes:
+      seen: evaluations so far, float32 ().
+      total: sum of the training losses since the last one, float32 ().
+      count: the number of them, float32 ().
+      best: the lowest loss of an evaluation, float32 ().
+      trained: mean training loss before it, float32 ().
+      worse: evaluations in a row that were worse, int32 ().
+      held: whether the average stays as it is, bool ().
+    """
+
+    seen: Any
+    total: Any
+    count: Any
+    best: Any
+    trained: Any
+    worse: Any
+    held: Any
+
+
+def best_average(
+    patience: int = 3,
+    margin: float = 0.01,
+) -> Policy:
+    """Hold the average of the parameters when the model begins to overfit.
+
+    That is when `patience` evaluations in a row were no better than the best one, the
+    last of them was worse by more than `margin` of its loss, and yet the training loss
+    between the last two evaluations was below that before the best one. Faults of the
+    data, which raise the training loss too, are no overfitting. A run without
+    evaluations is left alone. The average is that of another policy, such as
+    `schedule_free` or `averaging`, and moves little from one evaluation to the next.
+
+    References:
+      Prechelt 1998, "Early stopping - but when?" (criteria GL and UP).
+
+    Args:
+      patience: evaluations.
+      margin: share of the best evaluation's loss.
+
+    Raises:
+      RecipeError: an argument is out of range.
+    """
+    check_range("best_average", 1, math.inf, whole=True, patience=patience)
+    check_range("best_average", 0, math.inf, margin=margin)
+
+    def update(
+        signals: Mapping[str, Any], state: Watch
+    ) -> tuple[dict[str, Any], Watch]:
+        loss = signals["evaluation_loss"]
+        fresh = (signals["evaluations"] > state.seen) & jnp.isfinite(loss)
+        mean = state.total / jnp.maximum(state.count, 1.0)
+        better = fresh & (loss < state.best)
+        worse = jnp.where(better, 0, state.worse + fresh)
+        worse = jnp.minimum(worse, 2**30)
+
+        limit = state.best + margin * jnp.abs(state.best)
+        overfits = fresh & (worse >= patience) & (loss > limit) & (mean < state.trained)
+        held = state.held | overfits
+
+        entering = jnp.isfinite(signals["loss"])
+        loss_now = jnp.where(entering, signals["loss"], 0.0)
+        after = Watch(
+            seen=jnp.where(fresh, signals["evaluations"], state.seen),
+            total=jnp.where(fresh, 0.0, state.total) + loss_now,
+            count=jnp.where(fresh, 0.0, state.count) + entering,
+            best=jnp.where(better, loss, state.best),
+            trained=jnp.where(better, mean, state.trained),
+            worse=worse,
+            held=held,
+        )
+        moves = {
+            "averaging_decay": jnp.where(held, 1.0, jnp.nan),
+            "notice": jnp.where(held & ~state.held, 1.0, 0.0),
+        }
+        return moves, after
+
+    return Policy(
+        "best_average",
+        _begin,
+        update,
+        watches=("loss", "evaluations", "evaluation_loss"),
+        moves=("averaging_decay", "notice"),
+        notices=(NOTICE,),
+    )
+
+
+def _begin() -> Watch:
+    return Watch(
+        seen=jnp.float32(0),
+        total=jnp.float32(0),
+        count=jnp.float32(0),
+        best=jnp.float32(jnp.inf),
+        trained=jnp.float32(jnp.inf),
+        worse=jnp.int32(0),
+        held=jnp.bool_(False),
+    )

@@ -1,0 +1,102 @@
+"""Averages in place of a schedule, with the gradient taken next to the average.
+
+A rate that is high gets far, but its parameters are noisy; their average is not. So a
+run that ends with the average needs no rate that falls to 0. Schedule-free training
+also takes its gradients near the average: with fast parameters z, their average a and
+an interpolation of b,
+
+    y = b a + (1 - b) z          the gradient g is taken here
+    z <- z - rate * direction(g)
+    a <- d a + (1 - d) z         this is evaluated and served
+
+so that the noise of z hardly enters the gradient. This takes the place of the first
+moment of Adam, which is left out (b1 = 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from lepton_jax.controller.policy import Policy, check_range
+
+if TYPE_CHECKING:
+    from lepton_jax.recipe import Recipe
+    from lepton_jax.step.optimizers import Optimizer
+
+
+def schedule_free(
+    interpolation: float = 0.9,
+    share: float = 0.3,
+    *,
+    otherwise: tuple[Policy, ...] = (),
+) -> Policy:
+    """Take gradients near an average of the parameters, and serve the average.
+
+    Its mean age is `share` of the n updates so far: d = (n / (n + 1))^(1 / share - 1).
+    It is for optimizers whose first moment can be left out, by the argument b1.
+
+    References:
+      Defazio et al. 2024, "The Road Less Scheduled". The average there is `share`=0.5,
+      weighed by the square of the rate.
+
+    Args:
+      interpolation: b, 0 to 0.99.
+      share: mean age of the average as a share of the updates, above 0 to 0.5.
+      otherwise: the policies in its place for an optimizer without the argument b1.
+
+    Raises:
+      RecipeError: an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lepton_jax import controllers
+      >>> policy = controllers.schedule_free(share=0.5)
+      >>> for updates in range(4):
+      ...     signals = {"updates": jnp.float32(updates)}
+      ...     moves, _ = policy.update(signals, policy.init())
+      ...     print(f"{moves['averaging_decay']:.3f}")
+      0.000
+      0.500
+      0.667
+      0.750
+    """
+    check_range("schedule_free", 0, 0.99, interpolation=interpolation)
+    check_range("schedule_free", 1e-6, 0.5, share=share)
+
+    def update(
+        signals: Mapping[str, Any],
+        state: Any,
+    ) -> tuple[dict[str, Any], Any]:
+        n = jnp.maximum(signals["updates"], 0.0)
+        n = jnp.where(jnp.isfinite(n), n, 0.0)
+        moves = {
+            "interpolation": jnp.float32(interpolation),
+            "averaging_decay": (n / (n + 1)) ** (1 / share - 1),
+            "b1": jnp.float32(0),
+        }
+        return moves, state
+
+    return Policy(
+        "schedule_free",
+        lambda: (),
+        update,
+        watches=("updates",),
+        moves=("interpolation", "averaging_decay", "b1"),
+        fitted=unless_first_moment(otherwise) if otherwise else _as_it_is,
+    )
+
+
+def unless_first_moment(otherwise: Any) -> Callable[[Recipe, Optimizer, Policy], Any]:
+    """Return a `Policy.fitted` that replaces it for optimizers without b1."""
+
+    def fitted(recipe: Recipe, optimizer: Optimizer, policy: Policy) -> Any:
+        return policy if "b1" in optimizer.base else otherwise
+
+    return fitted
+
+
+def _as_it_is(recipe: Recipe, optimizer: Optimizer, policy: Policy) -> Policy:
+    return policy
