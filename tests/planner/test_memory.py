@@ -499,7 +499,9 @@ def test_a_measured_peak_takes_the_place_of_the_predicted_one():
     plan = planned(16e9)
     state = plan.bytes_per_device["params"]
     found = plan.with_measured(2 * state + 1e9, 2 * state + 2e9, "a probe")
-    assert found.peak == sum(found.bytes_per_device.values()) == 2 * state + 1_000_000_000
+    assert (
+        found.peak == sum(found.bytes_per_device.values()) == 2 * state + 1_000_000_000
+    )
     assert found.bytes_per_device["params"] == state, "what is exact stays"
     assert found.peak_bound == 2 * state + 2_000_000_000
     assert "by a probe" in str(found).replace("\n  ", " ")
