@@ -290,8 +290,10 @@ def _blank_loss(
 
     zeros = jax.tree.map(zeros_of_first, outputs)
     first = jax.tree.map(lambda x: x[:1], targets)
-    loss, _ = _checked(function, zeros, first)
-    return jax.lax.stop_gradient(jnp.mean(loss))
+    loss, weights = _checked(function, zeros, first)
+    weights = jnp.ones_like(loss) if weights is None else weights
+    blank = jnp.sum(loss * weights) / jnp.sum(weights)
+    return jax.lax.stop_gradient(blank)
 
 
 def with_auxiliary(

@@ -109,6 +109,11 @@ class NoticeWatch:
                     self.noticed.append(noticed)
         return fresh
 
+    def has_said(self, found: Noticed) -> bool:
+        """Whether a policy has said the same, up to the first colon."""
+        subject = found.what.partition(":")[0]
+        return any(n.what.partition(":")[0] == subject for n in self.noticed)
+
     def forget(self, step: int) -> None:
         """Forget what was noticed after a step, which the run went back to."""
         self.noticed = [n for n in self.noticed if n.step <= step]

@@ -251,8 +251,9 @@ class Records:
         for noticed in found_at_the_end(
             history.last, history.records, history.evaluations, is_whole
         ):
-            self.journal.noticed(**noticed._asdict())
-            self._tell(noticed)
+            if not self.notices.has_said(noticed):
+                self.journal.noticed(**noticed._asdict())
+                self._tell(noticed)
 
     def _tell(self, noticed: Noticed) -> None:
         self.history.notices.append(noticed)

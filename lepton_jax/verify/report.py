@@ -15,8 +15,8 @@ ARGUMENTS = ("params", "optimizer", "variables", "batch", "data")
 # Collectives on one side alone that the text lists, of each side.
 SHOWN = 12
 
-# Share of the predicted step that the seconds of planned and of compiled collectives may
-# differ by, over the same axes (assumption).
+# Share of the predicted step by which the seconds of the planned and of the compiled
+# collectives may differ over the same axes (assumption).
 MOST_SHIFT = 0.05
 # Where collectives on one side alone are more than this share of the traffic, already
 # the next share of the step matters (assumptions).
@@ -199,7 +199,8 @@ class Verification:
         `MOST_TRAFFIC` of the traffic.
         """
         shares = [abs(shift.share) for shift in self.shifts]
-        alone = sum(item.share for item in (*self.unexpected, *self.absent))
+        alone = sum(item.share for item in self.unexpected)
+        alone += sum(item.share for item in self.absent)
         if not shares:
             return alone <= MOST_TRAFFIC
         if max(shares) > MOST_SHIFT:
@@ -384,19 +385,25 @@ class Verification:
         return lines
 
     def _shift_lines(self) -> list[str]:
-        lines = []
-        for shift in self.shifts:
-            if abs(shift.share) > LEAST_SHIFT:
-                place = "in loops" if shift.inside else "out of loops"
-                lines.append(
-                    f"{_over(shift.axes)}, {place}: {shift.planned_count:,} collectives"
-                    f" of {shift.planned * 1e3:.3g} ms planned, {shift.found_count:,} of"
-                    f" {shift.found * 1e3:.3g} ms compiled: {shift.share:+.0%} of the"
-                    f" step, most of it planned at {shift.where or 'no known line'}"
-                )
+        lines = [
+            _shift_line(shift)
+            for shift in self.shifts
+            if abs(shift.share) > LEAST_SHIFT
+        ]
         verdict = "agree" if self.agrees else "DIFFER"
         lines.append(f"the plan and XLA's program {verdict} in their communication")
         return lines
+
+
+def _shift_line(shift: Shift) -> str:
+    place = "in loops" if shift.inside else "out of loops"
+    planned = f"{shift.planned_count:,} collectives of {shift.planned * 1e3:.3g} ms"
+    compiled = f"{shift.found_count:,} of {shift.found * 1e3:.3g} ms"
+    where = shift.where or "no known line"
+    return (
+        f"{_over(shift.axes)}, {place}: {planned} planned, {compiled} compiled:"
+        f" {shift.share:+.0%} of the step; most is planned at {where}"
+    )
 
 
 def _amount(name: str, number: float) -> str:

@@ -1,14 +1,22 @@
 """Faults in the first steps: what is done about them, and that nothing else is."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import lepton_jax as lepton
 from lepton_jax import controllers
 
 STEPS = 100
+# of the runs
+ROWS = 25
+RUN = 300
+SHARES = 10  # inputs of the regression
 
 
 def followed(policy=None, **series):
@@ -103,3 +111,82 @@ def test_it_begins_anew_only_so_often_and_only_at_first():
 def test_arguments_out_of_range_are_refused(options):
     with pytest.raises(lepton.RecipeError, match=next(iter(options))):
         controllers.first_steps(**options)
+
+
+# ---- in a run under `adaptive()` ----
+
+
+class Linear(nnx.Module):
+    def __init__(self, rngs):
+        self.out = nnx.Linear(SHARES, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(x)
+
+
+@cache
+def samples():
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(ROWS * RUN + 500, SHARES)).astype(np.float32)
+    noise = random.normal(size=(len(inputs), 1))
+    weights = np.arange(1, SHARES + 1)[:, None] / SHARES
+    return inputs, (inputs @ weights + 0.5 * noise).astype(np.float32)
+
+
+def spoiled(fault, first):
+    """Return the training samples with a fault in 20 batches from a step on."""
+    inputs, targets = (part[: ROWS * RUN].copy() for part in samples())
+    span = slice(first * ROWS, (first + 20) * ROWS)
+    random = np.random.default_rng(1)
+    if fault == "burst":
+        inputs[span] = 50 * random.normal(size=inputs[span].shape)
+    if fault == "nan":
+        inputs[span] = np.nan
+    if fault == "targets":
+        targets[span] = 100 * random.permutation(targets[span])
+    return inputs, targets
+
+
+@cache
+def final(fault, first):
+    """Return the loss on the test samples, and the history, of a run with a fault."""
+    trainer = lepton.Trainer(
+        model=Linear,
+        loss=lepton.losses.squared_error,
+        optimizer=optax.adamw,
+        learning_rate=1e-3,
+        batch_size=ROWS,
+        steps=RUN,
+        shuffle=False,
+        devices=1,
+        steps_per_call=20,
+        controller=controllers.adaptive(),
+        train=spoiled(fault, first),
+    )
+    history = trainer.fit()
+    test = tuple(part[ROWS * RUN :] for part in samples())
+    return trainer.evaluate(test)[0], history
+
+
+def acting(history, knob):
+    names = [name for name in history.names if name.endswith(f":{knob}")]
+    return np.flatnonzero(sum(history[name] for name in names))
+
+
+@pytest.mark.usefixtures("quick_compilation_here")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("fault", ["burst", "nan", "targets"])
+@pytest.mark.parametrize("first", [0, 120, RUN - 20])
+def test_a_fault_costs_at_most_two_per_cent_and_is_named(fault, first):
+    clean, undisturbed = final("none", 0)
+    loss, history = final(fault, first)
+
+    for knob in ("skip", "restart", "rollback"):
+        assert not len(acting(undisturbed, knob)), "nothing is wrong there"
+    assert loss < 1.02 * clean
+    if first:
+        assert first in acting(history, "skip")
+        assert not len(acting(history, "restart"))
+    else:
+        assert 20 <= acting(history, "restart")[0] < 26
+        assert "begun anew" in str(history.notices[0])

@@ -18,6 +18,7 @@ from lepton_jax import controllers, losses
 LIMIT = 1.1
 MARK = 0.7
 ROWS = 32
+BLANK = np.log(10)  # the loss of a model of ten classes that knows nothing
 
 
 def fixed(limit, mark=MARK):
@@ -185,7 +186,7 @@ class Labels:
         self.moves = {"loss_limit": np.inf, "loss_mark": np.inf}
         self.step(0.0, loss=np.log(10))  # a model that knows nothing yet
 
-    def step(self, share, update_norm=0.01, loss=None, rows=128):
+    def step(self, share, update_norm=0.01, loss=None, rows=128, blank=BLANK):
         wrong = self.random.random(rows) < share
         each = np.where(
             wrong, self.random.uniform(3, 9, rows), self.random.exponential(0.1, rows)
@@ -197,7 +198,7 @@ class Labels:
             "mark_weight_square": (weight**2).mean(),
             "update_norm": update_norm,
             "loss": each.mean() if loss is None else loss,
-            "loss_blank": np.log(10),
+            "loss_blank": blank,
             "loss_values": 1,
             "batch_size": rows,
         }
@@ -206,6 +207,16 @@ class Labels:
         )
         self.moves = {n: float(x) for n, x in moves.items()}
         return self.moves
+
+    def burst(self, blank):
+        """A batch whose samples all look as wrong as can be."""
+        none = {"mark_weight": 0.0, "mark_weight_square": 0.0, "loss": 1e4}
+        usual = {"update_norm": 0.01, "loss_values": 1, "batch_size": 128}
+        signals = none | usual | {"loss_blank": blank}
+        moves, self.state = self.update(
+            {n: jnp.float32(x) for n, x in signals.items()}, self.state
+        )
+        self.moves = {n: float(x) for n, x in moves.items()}
 
     def steps(self, count, *args, **fields):
         return [self.step(*args, **fields) for _ in range(count)]
@@ -234,6 +245,30 @@ def test_noise_is_found_at_once_estimated_and_let_go():
 
     assert not any(after[60:]), "and it is over soon after the noise is"
     assert np.isfinite(labels.step(0.3)["loss_limit"]), "and found again"
+
+
+def test_a_loss_that_is_no_likelihood_of_classes_is_left_alone():
+    labels = Labels()
+    labels.step(0.01, blank=0.7)  # as of a squared error: another batch, another one
+
+    assert not any(limited(labels.steps(60, 0.01)))
+    assert not any(m["skip"] for m in labels.steps(60, 0.9))
+    assert not any(limited(labels.steps(60, 0.3)))
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_after_a_burst_of_any_size_the_right_labels_are_learned_from_again(classes):
+    blank = np.log(classes)
+    labels = Labels()
+    labels.state = labels.policy.init()
+    labels.step(0.0, loss=blank, blank=blank)
+    labels.steps(100, 0.01, blank=blank)
+    for _ in range(20):
+        labels.burst(blank)
+    after = labels.steps(40, 0.01, blank=blank)
+
+    assert not any(m["skip"] for m in after[2:])
+    assert not any(limited(after[30:]))
 
 
 def test_noise_that_lasts_is_said_once():

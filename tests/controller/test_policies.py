@@ -265,7 +265,7 @@ def test_guard_takes_a_lasting_change_for_the_new_normal():
     assert moves["skip"][300]
     assert not moves["skip"][340:].any()
     assert not moves["rollback"].any()
-    assert not moves["notice"].any()
+    assert moves["notice"][325:340].any(), "a person is told that spikes passed"
 
 
 def test_guard_says_that_spikes_pass_once_its_budget_is_used_up():

@@ -13,6 +13,7 @@ from lepton_jax.hardware import convolution_flops, topology
 from lepton_jax.planner import trace
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate.cost import Cost, as_compiled
+from lepton_jax.planner.estimate.motion import Motion
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search import build as search
 from lepton_jax.train.program import Program
@@ -164,3 +165,137 @@ def test_each_loop_has_a_number_of_its_own():
     loops = [op for op in names.graph.operations() if op.name == "scan"]
     assert len(loops) >= 18
     assert {job.loop for job in jobs} == set(range(len(loops) + 1))
+
+
+# ---- collectives and loops ----
+
+
+class Recurrent(nnx.Module):
+    """A kernel that each step of a loop multiplies with."""
+
+    def __init__(self, rngs):
+        self.kernel = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        kernel = self.kernel.kernel[...]
+
+        def step(state, _):
+            return jnp.tanh(state @ kernel), None
+
+        state, _ = lax.scan(step, x, None, length=50)
+        return self.out(state)
+
+
+@pytest.fixture(scope="module")
+def recurrent():
+    recipe = lepton.Recipe(
+        model=Recurrent,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=16,
+    )
+    return trace(recipe, np.zeros((16, 16), np.float32), np.zeros(16, np.int32))
+
+
+def gathers(traced, platform, parts=1):
+    """Return how often a step gathers each kernel that a product in a loop reads."""
+    graph = traced.gradient("none")
+    motion = Motion(graph, platform)
+    return {
+        motion.runs(op, value, "all-gather", parts)
+        for op in graph.operations()
+        for value in op.inputs
+        if op.name == "dot_general"
+        and op.times > 1
+        and value is not None
+        and value.stored is not None
+    }
+
+
+def test_a_recurrent_kernel_is_gathered_before_the_loop_on_a_cpu_and_in_it_on_a_tpu(
+    recurrent,
+):
+    assert gathers(recurrent, "cpu") == {1}
+    assert gathers(recurrent, "tpu") == {50}
+
+
+def test_micro_batches_gather_a_kernel_once_on_a_cpu(recurrent):
+    assert gathers(recurrent, "cpu", parts=4) == {1}
+    assert gathers(recurrent, "tpu", parts=4) == {200}
+
+
+def test_products_that_round_halve_what_a_tpu_gathers(recurrent):
+    graph = recurrent.gradient("none")
+    shares = {
+        platform: {
+            Motion(graph, platform).sent_share(op, op.inputs[1])
+            for op in graph.operations()
+            if op.name == "dot_general" and op.inputs[1] is not None
+        }
+        for platform in ("cpu", "tpu")
+    }
+    assert shares == {"cpu": {1.0}, "tpu": {0.5}}
+
+
+class Depthwise(nnx.Module):
+    """A depthwise convolution, whose kernel's gradient XLA's CPU backend densifies."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(12, 12, (3, 3), feature_group_count=12, rngs=rngs)
+        self.out = nnx.Linear(12, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.conv(x).mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def depthwise():
+    recipe = lepton.Recipe(
+        model=Depthwise,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=4,
+    )
+    return trace(recipe, np.zeros((4, 6, 6, 12), np.float32), np.zeros(4, np.int32))
+
+
+def test_flops_of_a_depthwise_kernels_gradient_are_those_that_a_cpu_computes(depthwise):
+    alone = search.fixed(
+        depthwise, topology("cpu:1"), search.by_hand(depthwise, (1,), {}, 0)
+    )
+    compiled = Program(depthwise, alone, jax.devices()[:1]).lower().compile()
+    flops = estimated(depthwise, (1,), {}).flops
+    assert flops == pytest.approx(hlo.read(compiled.as_text()).dot_flops, rel=0.03)
+    assert flops > 3 * depthwise.flops
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_flops_of_random_convolutions_are_those_that_xla_counts(seed):
+    random = np.random.default_rng(seed)
+    channels, groups = ((6, 1), (8, 2), (9, 3), (4, 1))[seed % 4]
+    dims = 1 + seed % 2
+    image = (2, *(int(n) for n in random.integers(5, 12, dims)), channels)
+    window = tuple(int(n) for n in random.integers(1, 5, dims))
+    kernel = (*window, channels // groups, 2 * channels)
+    strides = tuple(int(n) for n in random.integers(1, 3, dims))
+    apart = tuple(int(n) for n in random.integers(1, 3, dims))
+    numbers = NHWC if dims == 2 else ("NWC", "WIO", "NWC")
+
+    def convolved(x, w):
+        return lax.conv_general_dilated(
+            x,
+            w,
+            strides,
+            "SAME",
+            rhs_dilation=apart,
+            dimension_numbers=numbers,
+            feature_group_count=groups,
+        )
+
+    function = jax.jit(convolved)
+    arguments = (jnp.zeros(image), jnp.zeros(kernel))
+    (eqn,) = function.trace(*arguments).jaxpr.eqns
+    ours = convolution_flops(eqn.params, image, kernel, eqn.outvars[0].aval.shape)
+    compiled = function.lower(*arguments).compile()
+    assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=0.03)

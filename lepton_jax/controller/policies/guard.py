@@ -21,6 +21,11 @@ LEAST = 20
 CUT = 2.5
 # a gradient norm is no spike below three times the usual one; assumption
 THREEFOLD = math.log(3)
+# nor below ten times, while the loss is below its mean: what is learned quickly makes
+# the gradient grow, too; assumption
+TENFOLD = math.log(10)
+# decay of the mean with a short memory; assumption
+NEAR = 0.9
 # losses and norms of at least this size count as not finite, and their squares
 # overflow float32
 HUGE = 1e30
@@ -36,11 +41,13 @@ class Band(NamedTuple):
 
     Attributes:
       mean: moving mean, float32 ().
-      variance: moving variance, float32 ().
+      near: the same with a short memory, which keeps up with a trend, float32 ().
+      variance: moving variance around `near`, float32 ().
       count: values in both, int32 ().
     """
 
     mean: Any
+    near: Any
     variance: Any
     count: Any
 
@@ -80,12 +87,13 @@ def guard(
 ) -> Policy:
     """Keep updates with a spike out, and ask for a rollback when the run is lost.
 
-    With moving means m and deviations s of the loss l and of log(gradient norm) x:
+    With moving means m, means n of the last ten steps or so, and deviations s from n,
+    of the loss l and of log(gradient norm) x:
 
         gain = max(first m_l - best m_l, |first m_l| / 2)
         spike = l or x not finite
-            or l > m_l + max(deviations * s_l, margin * gain)
-            or x > m_x + max(deviations * s_x, log(3))
+            or l > n_l + max(deviations * s_l, margin * gain)
+            or x > n_x + max(deviations * s_x, log(3), if l < m_l log(10))
 
     Finite spikes enter the means, cut down to 2.5 deviations: one of any size changes
     little, but a lasting change widens the band, by about 5 % a step, until it is the
@@ -172,9 +180,10 @@ def guard(
 
         gain = jnp.maximum(state.first - state.best, jnp.abs(state.first) / 2)
         known = state.loss.count >= LEAST
-        above = _is_above(state.loss, loss, deviations, margin * gain) | _is_above(
-            state.norm, log, deviations, THREEFOLD
-        )
+        learns = loss < state.loss.mean
+        fold = jnp.where(learns, TENFOLD, THREEFOLD)
+        above = _is_above(state.loss, loss, deviations, margin * gain)
+        above |= _is_above(state.norm, log, deviations, fold)
         spike = ~finite | (known & above)
         left = jnp.maximum(state.used - budget / window, 0.0)
         act = spike & (left + 1 <= budget)
@@ -193,8 +202,9 @@ def guard(
                 finite,
                 decay,
                 margin * gain,
+                spike,
             ),
-            norm=_entered(state.norm, log, finite, decay, THREEFOLD),
+            norm=_entered(state.norm, log, finite, decay, THREEFOLD, spike),
         )
         first, best = _levels(state, bands.loss.mean, known)
 
@@ -229,6 +239,7 @@ def guard(
 def _begin() -> Guard:
     def band() -> Band:
         return Band(
+            jnp.float32(0),
             jnp.float32(0),
             jnp.float32(0),
             jnp.int32(0),
@@ -266,7 +277,7 @@ def _is_above(
     margin: Any,
 ) -> Any:
     deviation = deviations * jnp.sqrt(band.variance)
-    return value > band.mean + jnp.maximum(deviation, margin)
+    return value > band.near + jnp.maximum(deviation, margin)
 
 
 def _entered(
@@ -275,24 +286,28 @@ def _entered(
     usable: Any,
     decay: float,
     margin: Any,
+    spike: Any,
 ) -> Band:
     """Return the band with one more value, which is cut off at `CUT` deviations.
 
     The first values count alike, so that the start needs no correction; they are not
-    cut off.
+    cut off. Spikes move both means as slowly.
     """
-    gain = jnp.maximum(1 / (band.count + 1.0), 1 - decay)
+    each = 1 / (band.count + 1.0)
+    gain = jnp.maximum(each, 1 - decay)
+    quick = jnp.where(spike, gain, jnp.maximum(each, 1 - NEAR))
     young = band.count < LEAST
     cut = CUT * jnp.maximum(jnp.sqrt(band.variance), margin / 100)
     most = jnp.where(young, jnp.inf, cut)
     away = jnp.where(
         usable,
-        jnp.minimum(value - band.mean, most),
+        jnp.minimum(value - band.near, most),
         0.0,
     )
     variance = (1 - gain) * (band.variance + gain * away**2)
     return Band(
-        mean=band.mean + gain * away,
+        mean=band.mean + gain * jnp.where(usable, band.near + away - band.mean, 0.0),
+        near=band.near + quick * away,
         variance=jnp.where(usable, variance, band.variance),
         count=jnp.minimum(band.count + usable, 2**30),
     )

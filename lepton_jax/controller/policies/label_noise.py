@@ -66,6 +66,11 @@ QUICK = 0.5
 SLOW = 0.05
 # the step of expectation maximization is at most this many times as long
 FASTER = 4.0
+# loss_blank may differ by this share from batch to batch, by rounding
+ROUNDING = 1e-3
+# share of the way from the usual loss up to that of zeros below which most labels can't
+# be wrong, whatever the estimate is: a wrong label's loss is at least that of zeros
+HEALTHY = 0.25
 # share of wrong labels below which they are right again
 OVER = 0.02
 # the greatest share of wrong labels that is estimated
@@ -93,6 +98,9 @@ class Doubt(NamedTuple):
 
     Attributes:
       blank: loss of a model that knows nothing.
+      constant: `loss_blank` of the first batch; NaN once another batch had another,
+        which a likelihood of classes has not.
+      level: moving mean of the loss while all is calm.
       usual: moving mean of the share of samples that look wrong while all is calm.
       variance: moving variance of this share.
       size: logarithm of the usual update's norm.
@@ -106,6 +114,8 @@ class Doubt(NamedTuple):
     """
 
     blank: Any
+    constant: Any
+    level: Any
     usual: Any
     variance: Any
     size: Any
@@ -135,7 +145,8 @@ def label_noise(
     That is the knob `loss_limit`. Trained so, a model tends to where it would with
     right labels, unlike with samples cut off above a threshold. log(K) is the loss of
     outputs that are all zero, or the first loss if that is less. The loss must be a
-    negative log-likelihood in nats, as cross-entropies are.
+    negative log-likelihood in nats, as cross-entropies are. Where log(K) differs from
+    batch to batch it is none, as in a regression, and the policy does nothing.
 
     r is estimated from the mean weight of each batch by expectation maximization. The
     part of it that is there in calm times, from samples that are merely hard, is left
@@ -214,7 +225,7 @@ def _update(
     budget: int,
     window: int,
 ) -> tuple[dict[str, Any], Doubt]:
-    usable = _are_usable(signals)
+    usable = _are_usable(signals) & _is_likelihood(signals, state)
     verdict = _judged(signals, state, most, budget, window)
     fresh = jax.tree.map(
         lambda new, old: jnp.where(
@@ -222,9 +233,10 @@ def _update(
             jnp.asarray(new, old.dtype),
             old,
         ),
-        _learned(state, verdict),
+        _learned(state, verdict, signals["loss"]),
         state,
     )
+    fresh = fresh._replace(constant=_constant(signals, state))
     doubted = fresh.since > 0
     limit = _level(fresh.blank, _extra(fresh.share, fresh.base))
     limit = jnp.where(doubted, limit, jnp.inf)
@@ -241,6 +253,24 @@ def _update(
         "notice": jnp.where(given_up, 2.0, lasting),
     }
     return moves, fresh
+
+
+def _is_likelihood(signals: Mapping[str, Any], state: Doubt) -> Any:
+    """Whether the loss of zeros is that of the first batch, or is not known."""
+    blank = signals["loss_blank"]
+    away = jnp.abs(blank - state.constant)
+    same = away <= ROUNDING * jnp.abs(state.constant)
+    unknown = ~jnp.isfinite(blank) & ~jnp.isnan(state.constant)
+    return (state.count < 0) | same | unknown
+
+
+def _constant(signals: Mapping[str, Any], state: Doubt) -> Any:
+    """Return the loss of zeros so far: infinite if not known, NaN if it differs."""
+    blank = signals["loss_blank"]
+    known = jnp.where(jnp.isfinite(blank), blank, jnp.inf)
+    first = state.count < 0
+    kept = jnp.where(_is_likelihood(signals, state), state.constant, jnp.nan)
+    return jnp.where(first, known, kept)
 
 
 def _are_usable(signals: Mapping[str, Any]) -> Any:
@@ -329,12 +359,14 @@ def _judged(
     extra = _extra(share, state.base)
 
     left = jnp.maximum(state.used - budget / window, 0.0)
-    refused = doubted & (extra > most)
+    healthy = signals["loss"] < state.level + HEALTHY * (state.blank - state.level)
+    too_many = doubted & (extra > most)
+    refused = too_many & ~healthy
     skip = (begins & (away > ENTERING) | refused) & (left + 1 <= budget)
     # the usual share no longer holds after a broken update, or when the budget is used
     given_up = refused & ~skip
     anew = doubted & broken | given_up
-    on = (begins | doubted & (extra > OVER)) & ~anew
+    on = (begins | doubted & (extra > OVER)) & ~anew & ~(too_many & healthy)
     calm = ~doubted & ~on & ~first
     return _Verdict(
         first=first,
@@ -355,7 +387,11 @@ def _judged(
     )
 
 
-def _learned(state: Doubt, verdict: _Verdict) -> Doubt:
+def _learned(
+    state: Doubt,
+    verdict: _Verdict,
+    loss: Any,
+) -> Doubt:
     """Return the state after a batch; its usual values move only while all is calm."""
     gain = jnp.maximum(1 / (state.count + 1.0), 1 - DECAY)
     gain = jnp.where(verdict.calm, gain, 0.0)
@@ -373,6 +409,8 @@ def _learned(state: Doubt, verdict: _Verdict) -> Doubt:
     )
     return Doubt(
         blank=verdict.blank,
+        constant=state.constant,
+        level=state.level + gain * (loss - state.level),
         usual=usual,
         variance=variance,
         size=state.size + gain * growth,

@@ -31,6 +31,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lepton_jax.compat import source_line
 from lepton_jax.hardware import (
     Link,
@@ -40,6 +42,7 @@ from lepton_jax.hardware import (
     matmul_seconds,
 )
 from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.estimate import cpu
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
 from lepton_jax.planner.estimate.sizes import Sizes
@@ -145,12 +148,21 @@ class Cost:
         self.graph = names.graph
         self.prefers = meets_stored(self.graph)
         # XLA's CPU backend reduces each term of a sum over devices by itself.
-        cpu = topology.platform == "cpu"
-        shares = {} if cpu else sum_shares(self.graph.main)
+        on_cpu = topology.platform == "cpu"
+        shares = {} if on_cpu else sum_shares(self.graph.main)
         self.motion = Motion(self.graph, topology.platform)
         self.jobs = Jobs(names, self.prefers, shares, self.motion).jobs
         self.sizes = sizes or Sizes(self.graph, names)
-        self._traffic = self.sizes.by_row(traffic(self.graph))
+        passes = traffic(self.graph)
+        if on_cpu:
+            passes = cpu.cached_traffic(self.graph, passes)
+        self._traffic = self.sizes.by_row(passes)
+        # Seconds of a core, by row and for all kernels.
+        self._slow: np.ndarray | None = None
+        self._kernels = 0.0
+        if on_cpu:
+            self._slow = self.sizes.by_row(cpu.slow_work(self.graph))
+            self._kernels = cpu.kernel_seconds(self.graph)
         self._optimizer = optimizer_bytes(trace, names)
         self._memo: dict[tuple, Work] = {}
         self._mesh: tuple[int, ...] = ()
@@ -271,7 +283,16 @@ class Cost:
         """Return the seconds of elementwise groups' and collectives' memory traffic."""
         passed = self.sizes.total(assignment, self._traffic)
         moved = passed * assignment.micro_batches + communicated
-        return moved / (self.chip.bandwidth * self.chip.memory_fraction)
+        seconds = moved / (self.chip.bandwidth * self.chip.memory_fraction)
+        return seconds + self._core_seconds(assignment)
+
+    def _core_seconds(self, assignment: Assignment) -> float:
+        """Return the seconds of slow operations and of starting kernels on a CPU."""
+        if self._slow is None:
+            return 0.0
+        once = self._kernels + self.sizes.total(assignment, self._slow)
+        slower = cpu.waiting(self.chip.peak("float32"))
+        return once * slower * assignment.micro_batches
 
     def _update(self, layout: Layout) -> float:
         """Return the seconds of the update's memory traffic.
@@ -357,7 +378,9 @@ class Cost:
         hidden = job.gather is not None or (
             move.where == "out" and job.op.outputs[0].stored is not None
         )
-        # XLA's CPU backend joins no all-gathers.
+        # XLA's CPU backend joins all reductions of gradients, and no all-gathers.
+        if self.topology.platform == "cpu" and self.motion.is_summed(value):
+            hidden = True
         if kind == "all-gather" and self.topology.platform == "cpu":
             hidden = False
         runs = self.motion.runs(
@@ -384,7 +407,9 @@ class Cost:
             batch,
             dtype,
         )
-        if batch > 1 and product.groups > 1:
+        if self.topology.platform == "cpu":
+            return self._on_a_cpu(job.op, shape, seconds)
+        if product.groups > 1:
             # It may run as one dense product whose kernel is mostly zeros.
             dense = matmul_seconds(
                 self.chip,
@@ -396,6 +421,24 @@ class Cost:
             )
             seconds = min(seconds, dense)
         return seconds
+
+    def _on_a_cpu(
+        self,
+        op: Operation,
+        shape: tuple[int, int, int, int],
+        seconds: float,
+    ) -> float:
+        """Return the seconds of a product on a CPU, given those by the roofline."""
+        slower = cpu.waiting(self.chip.peak("float32"))
+        started = (slower - 1) * self.chip.op_seconds
+        if op.name != "conv_general_dilated":
+            return seconds + started
+        m, n, k, batch = shape
+        if op.params["batch_group_count"] > 1 and batch > 1:
+            return 2.0 * m * n * k * batch * batch / cpu.BATCH_GROUPED_FLOPS * slower
+        flops = 2.0 * m * n * k * batch
+        at_peak = flops / self.chip.peak(op.outputs[0].dtype)
+        return seconds + started + at_peak * (cpu.convolution_slowdown(op) - 1)
 
     def _matmul(
         self,

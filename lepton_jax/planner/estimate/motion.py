@@ -140,6 +140,10 @@ class Motion:
             rounds = rounds or rounds_operands(op)
         return 0.5 if rounds else 1.0
 
+    def is_summed(self, value: Value) -> bool:
+        """Whether a loop, or a step over its micro-batches, sums up a value."""
+        return value.index in self._summed or value.index in self._results
+
     def look(
         self,
         op: Operation,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 
-from lepton_jax.planner.program.graph import BARRIER, Graph
+from lepton_jax.planner.program.graph import BARRIER, Graph, Operation
 from lepton_jax.planner.program.rules import ELEMENTWISE, REDUCTIONS
 from lepton_jax.planner.xla.operations import DOTS, FREE, operands
 
@@ -40,8 +41,25 @@ def traffic(graph: Graph) -> np.ndarray:
     Returns:
       A float array, (values,).
     """
-    readers = _readers(graph)
     counts = np.zeros(len(graph.values))
+    for op, reads in _groups(graph):
+        if op.name == "gather":
+            counts[op.outputs[0].index] += 2 * op.times
+            continue
+        written = [value.index for value in op.outputs]
+        for index in (*reads, *written):
+            counts[index] += op.times
+    return counts
+
+
+def kernels(graph: Graph) -> int:
+    """Return how many kernels a step starts, those of matmuls apart."""
+    return sum(op.times for op, _ in _groups(graph))
+
+
+def _groups(graph: Graph) -> Iterator[tuple[Operation, tuple[int, ...]]]:
+    """Yield each fused group's last operation, and the indices of what it reads."""
+    readers = _readers(graph)
     sources: dict[int, tuple[int, ...]] = {}
     joining = {*FUSIBLE, *REDUCTIONS}
     for op in graph.operations():
@@ -57,13 +75,8 @@ def traffic(graph: Graph) -> np.ndarray:
         users = readers[result] if op.name in FUSIBLE else ()
         if users and all(user in joining for user in users):
             sources[result] = tuple(reads)
-        elif op.name == "gather":
-            counts[result] += 2 * op.times
         else:
-            written = [value.index for value in op.outputs]
-            for index in (*reads, *written):
-                counts[index] += op.times
-    return counts
+            yield op, tuple(reads)
 
 
 def _readers(graph: Graph) -> dict[int, list[str]]:

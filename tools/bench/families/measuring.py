@@ -249,7 +249,7 @@ def _probed(
     return Prediction(
         peak=found.peak or math.inf,
         bound=found.bound,
-        said=found.bound is not None and found.bound <= plan.memory,
+        said=found.fits and found.bound <= plan.memory,
         seconds=computing() - began,
         whole=found.whole,
     )

@@ -18,9 +18,11 @@ from lepton_jax.hardware import Chip, calibrate_cpu
 from lepton_jax.planner import ahead
 from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
+from tools.bench.families import figures
 from tools.bench.families.programs import Drawn, draw_timed
 
 SEED = 0
+CLOSE = 0.03  # relative error of FLOP that counts as right: the claim's bar
 
 
 @dataclass
@@ -177,9 +179,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       programs, families, compared, not_planned, failed: how many.
       tau: Kendall's, of predicted and measured milliseconds.
       median_ratio: of predicted to measured time.
-      median_flop_error, worst_flop_error: of the families' errors, each of all its
-        programs together, without a sign.
-      flop_families: families whose error is known, and those of at most 3 %.
+      median_flop_error, worst_flop_error: of the families, each with the mean of its
+        programs' errors without a sign.
+      flop_families: number of families whose error is known, and of those within 3 %.
     """
     compared = [row for row in rows if row["outcome"] == "compared"]
     outcomes = [row["outcome"] for row in rows]
@@ -201,22 +203,13 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-CLOSE = 0.03  # relative error of FLOP that counts as right: the claim's bar
-
-
 def flop_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the relative error of each family's FLOP, over all of its programs."""
-    sums: dict[str, list[float]] = {}
-    for row in rows:
-        total = sums.setdefault(
-            row["family"],
-            [0.0, 0.0],
-        )
-        # shares, so that a family's largest program does not decide alone
-        if row["xla_flops"]:
-            total[0] += abs(row["flops"] / row["xla_flops"] - 1)
-            total[1] += 1
-    return {name: error / count for name, (error, count) in sums.items() if count}
+    """Return the mean relative error, without a sign, of each family's FLOP."""
+    known = [row for row in rows if "flop_error" in row]
+    return {
+        name: statistics.mean(abs(row["flop_error"]) for row in group)
+        for name, group in figures.by(known, figures.family).items()
+    }
 
 
 def kendall_tau(
@@ -234,21 +227,21 @@ def kendall_tau(
     return float((x * y).sum() / norm) if norm else None
 
 
-def text(figures: Mapping[str, Any]) -> str:
+def text(found: Mapping[str, Any]) -> str:
     """Return aggregate figures as a sentence."""
-    known, close = figures["flop_families"]
+    known, close = found["flop_families"]
     parts = [
-        f"{figures['programs']} programs of {figures['families']} families",
-        f"{figures['not_planned']} not planned",
-        f"{figures['failed']} failed",
+        f"{found['programs']} programs of {found['families']} families",
+        f"{found['not_planned']} not planned",
+        f"{found['failed']} failed",
     ]
-    if figures["tau"] is not None:
-        parts.append(f"Kendall's tau {figures['tau']:.3f}")
-        parts.append(f"predicted to measured {figures['median_ratio']:.2f} (median)")
+    if found["tau"] is not None:
+        parts.append(f"Kendall's tau {found['tau']:.3f}")
+        parts.append(f"predicted to measured {found['median_ratio']:.2f} (median)")
     if known:
         parts.append(
-            f"FLOP: median error {figures['median_flop_error']:.1%}, worst family"
-            f" {figures['worst_flop_error']:.1%}, {close} of {known} within 3 %"
+            f"FLOP: median error {found['median_flop_error']:.1%}, worst family"
+            f" {found['worst_flop_error']:.1%}, {close} of {known} within 3 %"
         )
     return "; ".join(parts)
 

@@ -14,7 +14,7 @@ def task(data: Path) -> tasks.Task:
     samples = tasks.next_tokens(tasks.plays(data), 24)
     train, validation, report = tasks.in_order(samples, 0.05, 0.05)
     model = partial(TransformerLM, 65, dim=32, layers=1, heads=2, hidden=64)
-    parts = (train, tasks.first(validation, 500), tasks.first(report, 800))
+    parts = (train, tasks.first(validation, 150), tasks.first(report, 300))
     return tasks.task_of(
         model,
         parts,

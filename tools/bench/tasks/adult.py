@@ -44,8 +44,8 @@ def task(data: Path) -> tasks.Task:
         hidden=(64, 32),
         dropout=0.2,
     )
-    report = report.split(0.4, tasks.SPLIT_SEED)[1]
-    parts = (train.arrays, validation.arrays, report)
+    report = report.split(0.2, tasks.SPLIT_SEED)[1]
+    parts = (train.arrays, tasks.first(validation.arrays, 1000), report)
     return tasks.task_of(model, parts, 600, 128)
 
 

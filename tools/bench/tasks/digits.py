@@ -17,4 +17,4 @@ def task(data: Path) -> tasks.Task:
         dense=32,
         dropout=0.3,
     )
-    return tasks.task_of(model, tasks.three(tasks.digit_images(), 0.2, 0.35), 320, 128)
+    return tasks.task_of(model, tasks.three(tasks.digit_images(), 0.2, 0.35), 320, 64)

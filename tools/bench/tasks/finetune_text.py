@@ -15,7 +15,7 @@ from tools.bench import controller_tasks as tasks
 
 CHARACTERS = 128  # ASCII
 LENGTH = 32
-PRETRAINED = 600  # steps, AdamW, cosine from 0.01
+PRETRAINED = 400  # steps, AdamW, cosine from 0.01
 
 MODEL = partial(TransformerLM, CHARACTERS, dim=32, layers=1, heads=2, hidden=64)
 
@@ -26,8 +26,8 @@ def task(data: Path) -> tasks.Task:
     train, validation, report = tasks.in_order(samples, 0.05, 0.05)
     parts = (
         tasks.first(train, 4000),
-        tasks.first(validation, 500),
-        tasks.first(report, 800),
+        tasks.first(validation, 150),
+        tasks.first(report, 300),
     )
     model = tasks.restored(MODEL, _pretrained(data))
     return tasks.task_of(model, parts, 400, 16)

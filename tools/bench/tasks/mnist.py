@@ -11,8 +11,8 @@ from tools.bench import controller_tasks as tasks
 def task(data: Path) -> tasks.Task:
     """Return the task."""
     train, test = lepton.data.idx(data / "mnist")
-    train, validation = train.split(1 / 30, tasks.SPLIT_SEED)
-    report, _ = test.split(0.6, tasks.SPLIT_SEED)
+    train, validation = train.split(1 / 60, tasks.SPLIT_SEED)
+    report, _ = test.split(0.75, tasks.SPLIT_SEED)
     return tasks.task_of(
         partial(MLP, (784, 128, 10)),
         (train, validation, report),

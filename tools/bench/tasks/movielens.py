@@ -13,7 +13,7 @@ def task(data: Path) -> tasks.Task:
     """Return the task."""
     users, items, stars = tasks.ratings(data)
     samples = Arrays({"user": users, "item": items}, stars)
-    parts = tasks.three(samples, 0.1, 0.1)
+    parts = tasks.three(samples, 0.02, 0.04)
     model = partial(
         TwoTower,
         int(users.max()) + 1,

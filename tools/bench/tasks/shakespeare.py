@@ -19,5 +19,5 @@ def task(data: Path) -> tasks.Task:
         heads=2,
         hidden=96,
     )
-    parts = (train, tasks.first(validation, 500), tasks.first(report, 1000))
+    parts = (train, tasks.first(validation, 150), tasks.first(report, 300))
     return tasks.task_of(model, parts, 480, 16, optimizer=tasks.adamw(0.95))
