@@ -108,7 +108,7 @@ class Sizes:
         wide = [extent > 1 for extent in value.shape]
         places = []
         for dim in order:
-            early = sum(wide[dim + 1 :]) > 1
+            early = not not_minor and sum(wide[dim + 1 :]) > 1
             place = Place.EARLY if early else Place.LATE
             places.append(Place.NEVER if dim in not_minor else place)
         places += [Place.LATE] * blank
