@@ -19,9 +19,10 @@ import numpy as np
 
 # These have no public names. `compiler` decides which process writes to the compilation
 # cache, `distributed` holds the key-value store of jax.distributed, `effects` knows the
-# effects that keep their order, and `source_info_util` gives an equation its place in
-# the user's code again.
+# effects that keep their order, `mlir` writes a program as bytes, and
+# `source_info_util` gives an equation its place in the user's code again.
 from jax._src import compiler, distributed, effects, source_info_util
+from jax._src.interpreters import mlir
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 from jaxlib import _jax  # for the address of a process's CPU devices
@@ -32,6 +33,7 @@ __all__ = [
     "Literal",
     "at_source",
     "cache_hits",
+    "compile_request",
     "coordination",
     "found_at",
     "jit_on",
@@ -160,6 +162,45 @@ def _count_hit(event: str, **_: Any) -> None:
 
 
 jax.monitoring.register_event_listener(_count_hit)
+
+
+class _Taken(Exception):
+    """A request to the compiler was taken instead of being served."""
+
+
+def compile_request(lowered: Any) -> tuple[bytes, bytes]:
+    """Return what compiling a lowered program would hand to XLA.
+
+    Args:
+      lowered: a program that was not compiled yet.
+
+    Returns:
+      The program as MLIR bytecode; XLA's compile options as a serialized protocol
+      buffer.
+    """
+    taken: list[tuple[bytes, bytes]] = []
+
+    def take(
+        backend: Any,
+        computation: Any,
+        devices: Any,
+        options: Any,
+        *_: Any,
+    ) -> Any:
+        module = mlir.module_to_bytecode(computation)
+        taken.append((module, options.SerializeAsString()))
+        raise _Taken
+
+    original = compiler.compile_or_get_cached
+    compiler.compile_or_get_cached = take  # type: ignore[assignment]
+    try:
+        lowered.compile()
+    except _Taken:
+        pass
+    finally:
+        compiler.compile_or_get_cached = original
+    (request,) = taken
+    return request
 
 
 def placed(

@@ -370,7 +370,7 @@ def test_a_candidate_that_does_not_fit_is_passed_over(traced, monkeypatch):
     monkeypatch.setattr(
         verification, "candidates", lambda *args, **options: [fast, lean]
     )
-    chosen, (first, second) = prove(traced, EIGHT, 2)
+    chosen, (first, second) = prove(traced, EIGHT, 2, whole=True)
     assert chosen.remat == "full"
     assert not first.fits
     assert second.fits
@@ -397,7 +397,7 @@ def test_a_candidate_that_xla_refuses_is_passed_over(traced, monkeypatch):
     monkeypatch.setattr(
         verification, "candidates", lambda *args, **options: [fast, lean]
     )
-    chosen, (first, second) = prove(traced, EIGHT, 2)
+    chosen, (first, second) = prove(traced, EIGHT, 2, whole=True)
     assert chosen.remat == "full"
     assert second.fits
     assert not first.fits
@@ -418,7 +418,7 @@ def test_nothing_fits(traced, monkeypatch):
         lambda *args, **options: [planned(traced, sizes=(8,))],
     )
     with pytest.raises(PlanError, match="none of the 1 best plans fits") as error:
-        prove(traced, EIGHT, 1)
+        prove(traced, EIGHT, 1, whole=True)
     assert "33.5 GiB of 1" in error.value.what
     assert "micro_batches" in error.value.remedy
 

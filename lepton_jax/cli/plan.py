@@ -294,7 +294,15 @@ def _add_checks(add: Callable[..., Any]) -> None:
         "--prove",
         type=settings.reader(int),
         metavar="K",
-        help="compile the K best plans; XLA's own memory decides among them",
+        help=(
+            "let XLA place the arrays of the K best plans; its own figures of their"
+            " memory decide among them, and are kept in the user's cache folder"
+        ),
+    )
+    add(
+        "--whole",
+        action="store_true",
+        help="with --prove: compile the plans to their end, and verify them",
     )
     add(
         "--chips",
@@ -445,6 +453,12 @@ def _check(
             where="command line",
             remedy="--prove verifies what it takes",
         )
+    if options.whole and options.prove is None:
+        raise SettingError(
+            "--whole is given without --prove",
+            where="command line",
+            remedy="give --prove K as well, or --verify",
+        )
     of_one_plan = {"--save": options.save, "--diff": options.diff}
     for flag, file in of_one_plan.items():
         if file is not None and len(targets) > 1:
@@ -561,10 +575,17 @@ def _planned(
         if options.prove is not None:
             # brings the programs and XLA's compilers along
             from lepton_jax.verify.comparison import prove
+            from lepton_jax.verify.probing import users_folder
 
-            result.plan, result.checks["prove"] = prove(
-                traced, target, options.prove, **asked
+            result.plan, checks = prove(
+                traced,
+                target,
+                options.prove,
+                whole=options.whole,
+                cache=users_folder(),
+                **asked,
             )
+            result.checks["prove"] = list(checks)
         elif replayed is None:
             result.plan = plan(traced, target, **asked)
     except PlanError as error:

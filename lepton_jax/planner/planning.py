@@ -153,6 +153,7 @@ def _plan(
         rivals=tuple(_rival(problem, chosen, rival) for rival in rivals),
         reasons=_reasons(problem, chosen, ranked),
         notes=tuple(_notes(problem, chosen)),
+        bounds=chosen.bounds,
     )
     return build(
         problem.trace,
@@ -161,7 +162,6 @@ def _plan(
         assignment,
         estimate=estimate,
         held=chosen.bytes,
-        between=chosen.bounds,
         axes=problem.pins.axes,
         verdict=verdict,
     )

@@ -1,7 +1,7 @@
 """A plan against XLA: the train step compiled ahead of time, next to the prediction.
 
-`verify` compiles one plan and compares memory, FLOPs and collectives. `prove` compiles
-the best candidates and takes the first that fits by XLA's own account.
+`verify` compiles one plan and compares memory, FLOPs and collectives. `prove` probes
+the best candidates, or compiles them, and takes the first that fits by XLA's account.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ from lepton_jax.train.program import Program
 from lepton_jax.verify import hlo
 from lepton_jax.verify.expected import expected
 from lepton_jax.verify.matching import Seconds, compare
+from lepton_jax.verify.probing import Probe, corrected, devices_of, probe
 from lepton_jax.verify.report import Verification
+
+Check = Verification | Probe
 
 
 def verify(
@@ -51,7 +55,7 @@ def verify(
             where="verify",
             remedy="give the recipe its data",
         )
-    devices = _devices(plan, on)
+    devices = devices_of(plan, on)
     start = time.perf_counter()
     try:
         program = Program(trace, replace(plan, steps_per_call=1), devices)
@@ -111,43 +115,40 @@ def _collective_seconds(
     return seconds
 
 
-def _devices(
-    plan: Plan,
-    on: Topology | Sequence[Any] | np.ndarray | None,
-) -> Any:
-    """Return the devices to compile for: those given, or those of a topology."""
-    if on is not None and not isinstance(on, Topology):
-        return on
-    where = on or topology(plan.topology)
-    available = ahead.devices_for(where)
-    return ahead.mesh_devices(where, plan.mesh, available)
-
-
 def prove(
     trace: Trace,
     where: Topology,
     count: int,
+    *,
+    whole: bool = False,
+    cache: Path | None = None,
     **options: Any,
-) -> tuple[Plan, list[Verification]]:
+) -> tuple[Plan, Sequence[Check]]:
     """Return the best plan that fits by XLA's own account of memory.
 
     Args:
       trace: the trace of the recipe.
       where: the topology to plan for.
-      count: how many of the best candidates to compile.
+      count: how many of the best candidates to try.
+      whole: whether to compile and verify them, instead of a probe of their memory.
+      cache: a folder of what earlier probes found; None: nothing is kept.
       **options: options of `planner.plan`.
 
     Returns:
-      The plan, and the verification of each candidate, best first.
+      The plan with XLA's figure of its memory, and the check of each candidate, best
+      first.
 
     Raises:
       PlanError: none fits.
     """
     devices = ahead.devices_for(where)
-    checks = []
+    checks: list[Check] = []
     for plan in candidates(trace, where, count, **options):
         laid = ahead.mesh_devices(where, plan.mesh, devices)
-        checks.append(verify(trace, plan, laid))
+        if whole:
+            checks.append(verify(trace, plan, laid))
+        else:
+            checks.append(probe(trace, plan, laid, cache=cache))
 
     fitting = [check for check in checks if check.fits]
     if options.get("objective") == "memory":
@@ -156,20 +157,26 @@ def prove(
         raise _nothing_fits(checks, where, count)
 
     chosen = fitting[0]
-    notes = [
-        f"proven: XLA's peak is {size(chosen.peak or 0)} of {size(chosen.plan.memory)}"
-    ]
-    notes += [f"passed over: {_needs(check)}" for check in checks if not check.fits]
-    notes = [*chosen.plan.notes, *notes]
-    plan = replace(chosen.plan, notes=tuple(notes))
+    plan = _with_verdicts(chosen, checks)
     checks = [
         replace(check, plan=plan) if check is chosen else check for check in checks
     ]
     return plan, checks
 
 
+def _with_verdicts(chosen: Check, checks: Sequence[Check]) -> Plan:
+    """Return the plan that was chosen, with what XLA says of it and of the others."""
+    notes = [
+        *chosen.plan.notes,
+        f"proven: XLA's peak is {size(chosen.peak or 0)} of {size(chosen.plan.memory)}",
+        *(f"passed over: {_needs(check)}" for check in checks if not check.fits),
+    ]
+    plan = replace(chosen.plan, notes=tuple(notes))
+    return corrected(plan, chosen) if isinstance(chosen, Probe) else plan
+
+
 def _nothing_fits(
-    checks: list[Verification],
+    checks: Sequence[Check],
     where: Topology,
     count: int,
 ) -> PlanError:
@@ -184,7 +191,7 @@ def _nothing_fits(
     )
 
 
-def _needs(check: Verification) -> str:
+def _needs(check: Check) -> str:
     needed = "more" if check.peak is None else size(check.peak)
     plan = check.plan
     return (

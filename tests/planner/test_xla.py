@@ -6,13 +6,14 @@ import re
 import pytest
 
 from lepton_jax.planner.estimate import memory
+from lepton_jax.planner.search import bounds
 from lepton_jax.planner.xla import fusion, heap, schedule
 from lepton_jax.planner.xla.figures import FIGURES
 
 
 @pytest.mark.parametrize(
     "module",
-    [fusion, schedule, heap, memory],
+    [fusion, schedule, heap, memory, bounds],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )
 def test_the_examples_of_a_module_hold(module):

@@ -254,12 +254,16 @@ def test_what_xla_refuses_is_a_failure(look, monkeypatch):
     look("--on", "cpu:8", "--verify", code=2)
 
 
-def test_prove_takes_the_plan_that_xla_chose(look, tmp_path):
-    out = look("--on", "cpu:8", "--prove", 2, "--json", tmp_path / "r.json").out
-    (entry,) = json.loads((tmp_path / "r.json").read_text())["plans"]
+@pytest.mark.parametrize("whole", [(), ("--whole",)])
+def test_prove_takes_the_plan_that_xla_chose(look, tmp_path, monkeypatch, whole):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "r.json"
+    out = look("--on", "cpu:8", "--prove", 2, *whole, "--json", file).out
+    (entry,) = json.loads(file.read_text())["plans"]
 
     assert 1 <= len(entry["prove"]) <= 2
-    assert out.count("compiled for cpu:8") == len(entry["prove"])
+    verb = "compiled" if whole else "probed"
+    assert out.count(f"{verb} for cpu:8") == len(entry["prove"])
     assert entry["plan"]["mesh"] in [
         check["mesh"] for check in entry["prove"] if check["fits"]
     ]
@@ -296,6 +300,7 @@ def test_help_lists_the_recipes_settings_and_the_tools_own(look):
         (["--on", "cpu:8", "--tokens", "-1"], "--tokens is -1"),
         (["--on", "cpu:8", "--prove", "0"], "--prove is 0"),
         (["--on", "cpu:8", "--prove", "2", "--verify"], "both given"),
+        (["--on", "cpu:8", "--whole"], "without --prove"),
         (["--on", "cpu:8", "--onn", "cpu:4"], "did you mean '--on'"),
         (["--on", "cpu:8", "--widht", "4"], "did you mean '--width'"),
         (["--on", "cpu:8", "--width", "wide"], "not a whole number"),

@@ -18,6 +18,7 @@ import jax
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError, SettingError
 from tools.bench import (
+    calibration,
     controller,
     faults,
     lm,
@@ -26,6 +27,7 @@ from tools.bench import (
     regret,
     restart,
     step,
+    step_time,
 )
 
 # Each module has an `add(commands, shared)`. It adds a parser whose default `run` takes
@@ -35,6 +37,8 @@ COMMANDS = (
     overhead,
     lm,
     memory,
+    step_time,
+    calibration,
     regret,
     controller,
     faults,
@@ -54,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = _parser().parse_args(arguments)
+        options.arguments = arguments
         if options.json is not None:
             _check_writable(options.json)
         results = options.run(options)

@@ -45,38 +45,44 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import lepton_jax as lepton
 from lepton_jax import losses
 from lepton_jax.errors import RecipeError, SettingError
 from lepton_jax.step.module import functional
 from lepton_jax.step.training_loss import training_loss
-from tools.bench import history
+from tools.bench import controller_rivals, history
 from tools.bench import options as checks
-from tools.bench.controller_rivals import (
-    CONTESTANTS,
-    REFERENCE,
-    RIVALS,
+from tools.bench.controller_contestant import (
     Contestant,
     Maker,
     Signals,
     adaptive,
-    tuned,
+    controlled,
+    has_halted,
+    sent_back,
 )
+from tools.bench.controller_rivals import REFERENCE, RIVALS, tuned
 from tools.bench.controller_tasks import Task
-from tools.bench.tasks import HALVES, TASKS
+from tools.bench.tasks import HALVES, TASKS, source
 
-__all__ = ["Campaign", "Runner", "Task", "adaptive", "measure"]
+__all__ = ["Campaign", "Runner", "Task", "adaptive", "controlled", "measure"]
 
+CONTESTANTS: dict[str, Maker] = {"adaptive": adaptive, **RIVALS}
 SEEDS = (0, 1, 2)
 TOLERANCE = 1.02  # of the reference's loss
 ARBITRARY = 1.0  # the base rate of `adaptive`, which cancels
+# Halves the time that a program takes to compile; measured on three tasks (digits: 2.7
+# to 1.9 s, under `adaptive` 5.6 to 4.2 s), whose runs take as long as without.
+QUICKLY: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
 HISTORY = Path("benchmarks", "judged-controller.jsonl")
 
 
@@ -112,18 +118,82 @@ class Curves(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A fault in a run.
+    """A fault in a run; steps are counted from 0, over all evaluations.
 
     Attributes:
-      batches: index of each of its batches among the faulty ones, int32 (steps,); -1:
-        the step's batch is clean.
+      batches: number of each step's batch among the faulty ones, int32 (steps,); -1:
+        its batch is clean.
       faulty: inputs and targets, (faulty batches, batch, ...).
-      raised: factors of the learning rate before each step, float32 (steps,).
+      raised: factors of the learning rate's base before each step, float32 (steps,).
     """
 
     batches: Any
     faulty: Any
     raised: Any
+
+    def window(self, number: int, steps: int) -> Fault:
+        """Return the part between two evaluations."""
+        own = slice(number * steps, (number + 1) * steps)
+        return self._replace(batches=self.batches[own], raised=self.raised[own])
+
+
+class _Quick:
+    """A function that is compiled for each shapes of arguments, without long thought.
+
+    Args:
+      function: what is compiled.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = jax.jit(function)
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function."""
+        leaves, tree = jax.tree.flatten(arguments)
+        key = (tree, tuple((np.shape(leaf), leaf.dtype) for leaf in leaves))
+        if key not in self._programs:
+            lowered = self._function.lower(*arguments)
+            self._programs[key] = lowered.compile(compiler_options=QUICKLY)
+        return self._programs[key](*arguments)
+
+
+class Problem:
+    """A task with what all its contestants share: its data and compiled programs.
+
+    Args:
+      task: the task.
+
+    Attributes:
+      recipe: the task's.
+      module: the model as pure functions.
+      train: training samples on the device, (inputs, targets).
+      validation: validation samples.
+      report: test samples.
+      start: seed to (params, variables), compiled.
+      mean_loss: (params, variables, samples) to the loss of an evaluation, compiled.
+    """
+
+    def __init__(self, task: Task):
+        self.recipe = task.recipe
+        parts = [task.recipe.train, task.recipe.test, task.report]
+        pairs = [(part.inputs, part.targets) for part in parts]
+        self.train, self.validation, self.report = jax.device_put(pairs)
+        shapes = _batch_shapes(task.recipe, self.train[0])
+        self.module = functional(task.recipe.model, shapes)
+        self.start = _Quick(lambda seed: self.module.init(jax.random.key(seed)))
+        self.mean_loss = _Quick(_mean_loss(task.recipe, self.module))
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the data and of the recipe's numbers."""
+        recipe = self.recipe
+        optimizer = getattr(recipe.optimizer, "keywords", {})
+        numbers = f"{recipe.steps} {recipe.batch_size} {optimizer}"
+        digest = hashlib.sha256(numbers.encode())
+        for leaf in jax.tree.leaves((self.train, self.validation, self.report)):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
 
 class Runner:
@@ -132,104 +202,150 @@ class Runner:
     There is one compilation, whatever the setting and the seed.
 
     Args:
-      task: the task.
+      task: the task, or its `Problem`.
       contestant: a function of (recipe, setting).
-
-    Attributes:
-      program: a digest of the lowered program and the data; equal ones give equal
-        curves from equal settings and seeds.
 
     Raises:
       RecipeError: the contestant refuses the task.
     """
 
-    def __init__(self, task: Task, contestant: Maker):
-        self.recipe = task.recipe
-        parts = [(x.inputs, x.targets) for x in (self.recipe.train, self.recipe.test)]
-        parts.append((task.report.inputs, task.report.targets))
-        self._data = jax.device_put(tuple(parts))
+    def __init__(self, task: Task | Problem, contestant: Maker):
+        self.problem = task if isinstance(task, Problem) else Problem(task)
+        self.contestant = contestant
+        recipe = self.problem.recipe
+        self._limits = contestant(recipe, ARBITRARY).limits
+        self._begin = jax.jit(
+            lambda setting, *pieces: contestant(recipe, setting).init(*pieces)
+        )
+        self._window = jax.jit(partial(_window, self.problem, contestant))
+        self._programs: dict[bool, Any] = {}
 
-        inputs = self._data[0][0]
-        program = jax.jit(_program(task.recipe, contestant, inputs))
-        self._lowered = program.lower(*self._arguments(1.0, 0, None))
+    @cached_property
+    def program(self) -> str:
+        """A digest of programs and data: equal ones give equal curves."""
+        first = self._first(ARBITRARY, 0)
+        begin = self._begin.lower(np.float32(ARBITRARY), *first[:2])
         digest = hashlib.sha256(jax.__version__.encode())
-        digest.update(self._lowered.as_text().encode())
-        for leaf in jax.tree.leaves(self._data):
-            digest.update(np.asarray(leaf).tobytes())
-        self.program = digest.hexdigest()[:16]
-        self._compiled: Any = None
+        digest.update(begin.as_text().encode())
+        digest.update(self._lowered(first, None).as_text().encode())
+        digest.update(self.problem.digest.encode())
+        return digest.hexdigest()[:16]
+
+    def _first(self, setting: float, seed: int) -> Any:
+        """Return what goes from step to step, before the first one."""
+        pieces = self.problem.start(np.uint32(seed))
+        state = self._begin(np.float32(setting), *pieces)
+        none = (np.float32(np.nan), np.float32(0))
+        return (*pieces, state, np.int32(0), none)
+
+    def _lowered(self, first: Any, fault: Fault | None) -> Any:
+        orders = _orders(self.problem.recipe, len(self.problem.recipe.train), 0)
+        arguments = (np.float32(ARBITRARY), np.uint32(0), orders[0])
+        return self._window.lower(first, *arguments, _part(fault, 0, orders))
+
+    def _program(self, first: Any, fault: Fault | None) -> Any:
+        """Return the compiled program of the steps between two evaluations."""
+        known = self._programs
+        if (fault is None) not in known:
+            lowered = self._lowered(first, fault)
+            known[fault is None] = lowered.compile(compiler_options=QUICKLY)
+        return known[fault is None]
 
     def __call__(self, setting: float, seed: int, fault: Fault | None = None) -> Curves:
-        """Train once."""
-        self._compiled = self._compiled or self._lowered.compile()
-        out = self._compiled(*self._arguments(setting, seed, fault))
-        train, validation, test, notice, alarm = map(np.asarray, out)
-        return Curves(
-            train.astype(np.float64).tolist(),
-            validation.astype(np.float64).tolist(),
-            test.astype(np.float64).tolist(),
-            float(notice.max()),
-            np.flatnonzero(alarm).tolist(),
-        )
+        """Train once.
 
-    def _arguments(
-        self,
-        setting: float,
-        seed: int,
-        fault: Fault | None,
-    ) -> tuple[Any, ...]:
-        orders = _orders(self.recipe, len(self.recipe.train), seed)
-        return (np.float32(setting), np.uint32(seed), orders, *self._data)
+        Where a controller asks for a rollback, the run goes back to an evaluation and
+        on with the data that follows, as `Trainer` does; where it may not, it ends.
+        """
+        problem = self.problem
+        saved = [self._first(setting, seed)]
+        program = self._program(saved[0], fault)
+        orders = _orders(problem.recipe, len(problem.recipe.train), seed)
+        rows: list[Any] = []
+        said: list[Any] = []
+        back = 0
+        while len(saved) <= len(orders):
+            number = len(said) % len(orders)
+            rates = (np.float32(setting), np.uint32(seed))
+            part = _part(fault, number, orders)
+            carry, at, trained, heard = program(saved[-1], *rates, orders[number], part)
+            said.append(heard)
+            if has_halted(carry[2]):
+                if back == self._limits.get("rollbacks", 0):
+                    rows.append((np.nan, np.nan, np.nan))
+                    break
+                saved = self._sent_back(saved, back)
+                rows = rows[: len(saved) - 1]
+                back += 1
+                continue
+            validated = problem.mean_loss(*at, problem.validation)
+            rows.append((trained, validated, problem.mean_loss(*at, problem.report)))
+            saved.append((*carry[:4], (validated, np.float32(len(rows)))))
+        return _curves(rows, said)
+
+    def _sent_back(self, saved: list[Any], back: int) -> list[Any]:
+        """Return the evaluations up to the one that a run goes back to.
+
+        Args:
+          saved: what went from step to step at each of them.
+          back: rollbacks before this one.
+        """
+        lost = int(saved[-1][3])
+        last_good = lost - self._limits.get("patience", 0)
+        good = sum(int(carry[3]) <= last_good for carry in saved)
+        kept = saved[: max(1, good - back)]
+        params, variables, state, count, evaluated = kept[-1]
+        state = sent_back(state, back, lost - int(count), self._limits)
+        return [*kept[:-1], (params, variables, state, count, evaluated)]
 
 
-def _program(
-    recipe: lepton.Recipe,
-    contestant: Maker,
-    inputs: Any,
-) -> Callable[..., Any]:
-    """Return a function of a whole run, evaluations included.
+def _part(fault: Fault | None, number: int, orders: np.ndarray) -> Fault | None:
+    """Return the part of a fault in a window, None without a fault."""
+    return None if fault is None else fault.window(number, orders.shape[1])
 
-    It takes (setting, seed, orders, train, validation, report), and returns the losses
-    of training, validation and test, and what the contestant said.
+
+def _curves(rows: Sequence[Any], said: Sequence[Any]) -> Curves:
+    """Return the curves of a run.
+
+    Args:
+      rows: losses of training, validation and test by evaluation.
+      said: `Said` of the steps before each evaluation.
     """
-    module = functional(recipe.model, _batch_shapes(recipe, inputs))
-    mean_loss = _mean_loss(recipe, module)
+    train, validation, test = np.asarray(rows, np.float64).T
+    notices = np.concatenate([np.asarray(part.notice) for part in said])
+    alarms = np.concatenate([np.asarray(part.alarm) for part in said])
+    return Curves(
+        train.tolist(),
+        validation.tolist(),
+        test.tolist(),
+        float(notices.max()),
+        np.flatnonzero(alarms).tolist(),
+    )
 
-    def run(
-        setting: Any, seed: Any, orders: Any, train: Any, validation: Any, report: Any
-    ) -> tuple[Any, ...]:
-        method = contestant(recipe, setting)
-        params, variables = module.init(jax.random.key(seed))
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        step = _step(method, training_loss(recipe, module, 1), train, key)
 
-        def window(
-            carry: Any,
-            indices: Any,
-        ) -> tuple[Any, Any]:
-            """Train up to an evaluation, and evaluate."""
-            carry, (trained, said) = jax.lax.scan(step, carry, indices)
-            at = method.evaluated(*carry[:3])
-            validated = mean_loss(*at, validation)
-            tested = mean_loss(*at, report)
-            evaluated = (validated, carry[4][1] + 1)
-            return (*carry[:4], evaluated), (
-                trained.mean(),
-                validated,
-                tested,
-                *said,
-            )
+def _window(
+    problem: Problem,
+    contestant: Maker,
+    carry: Any,
+    setting: Any,
+    seed: Any,
+    indices: Any,
+    fault: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Train up to an evaluation.
 
-        start = (
-            params,
-            variables,
-            method.init(params, variables),
-            jnp.int32(0),
-            (jnp.float32(jnp.nan), jnp.float32(0)),
-        )
-        return jax.lax.scan(window, start, orders)[1]
-
-    return run
+    Returns:
+      What goes on; (params, variables) to evaluate; the mean training loss; and what
+      the contestant said in each step.
+    """
+    recipe = problem.recipe
+    method = contestant(recipe, setting)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    loss = training_loss(recipe, problem.module, 1)
+    step = _step(method, loss, problem.train, key, fault)
+    own = None if fault is None else (fault.batches, fault.raised)
+    carry, (trained, said) = jax.lax.scan(step, carry, (indices, own))
+    return carry, method.evaluated(*carry[:3]), trained.mean(), said
 
 
 def _batch_shapes(
@@ -264,17 +380,27 @@ def _mean_loss(
 
 
 def _step(
-    method: Contestant, loss: Callable[..., Any], train: Any, key: Any
+    method: Contestant,
+    loss: Callable[..., Any],
+    train: Any,
+    key: Any,
+    fault: Any,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Return one train step, as the body of a scan over the samples' indices."""
     gradient = jax.grad(loss, has_aux=True)
 
     def step(
         carry: Any,
-        indices: Any,
+        given: Any,
     ) -> tuple[Any, Any]:
+        indices, own = given
         params, variables, state, count, evaluated = carry
+        validated, evaluations = evaluated
         batch = jax.tree.map(lambda x: x[indices], train)
+        raised = jnp.float32(1)
+        if fault is not None:
+            number, raised = own
+            batch = _spoiled(batch, fault.faulty, number)
         gradients, (sums, after) = gradient(
             params,
             variables,
@@ -284,15 +410,7 @@ def _step(
         )
         means = {name: total / weight for name, (total, weight) in sums.items()}
         batch_loss = means.pop("loss")
-        validated, evaluations = evaluated
-        signals = Signals(
-            count,
-            batch_loss,
-            means,
-            validated,
-            evaluations,
-            jnp.float32(1),
-        )
+        signals = Signals(count, batch_loss, means, validated, evaluations, raised)
         before = (params, variables)
         *updated, said = method.update(
             signals,
@@ -304,6 +422,15 @@ def _step(
         return (*updated, count + 1, evaluated), (batch_loss, said)
 
     return step
+
+
+def _spoiled(batch: Any, faulty: Any, number: Any) -> Any:
+    """Return a faulty batch in place of a clean one, unless its number is below 0."""
+
+    def chosen(clean: Any, bad: Any) -> Any:
+        return jnp.where(number < 0, clean, bad[jnp.maximum(number, 0)])
+
+    return jax.tree.map(chosen, batch, faulty)
 
 
 def _orders(
@@ -363,7 +490,7 @@ class Campaign:
         self.cache = cache
         self.seeds = seeds
         self.contestants = {**CONTESTANTS, **(contestants or {})}
-        self._tasks: dict[str, Task] = {}
+        self._problems: dict[str, Problem] = {}
         self._runners: dict[tuple[str, str], Runner] = {}
         self._known: dict[Cell, Curves] = {}
         if cache is not None and cache.exists():
@@ -383,12 +510,25 @@ class Campaign:
             contestant,
             f"{setting:.6g}",
             seed,
-            runner.program,
+            self._stamp(task, contestant),
         )
         if cell not in self._known:
             self._known[cell] = runner(float(cell.setting), seed)
             self._keep(cell)
         return self._known[cell]
+
+    def _stamp(self, task: str, contestant: str) -> str:
+        """Return a digest of all that decides a run.
+
+        A rival's is made of its sources, so that a known run is not traced.
+        """
+        if contestant not in RIVALS:
+            return self._runner(task, contestant).program
+        digest = hashlib.sha256(self._problem(task).digest.encode())
+        digest.update(f"{jax.__version__} {optax.__version__}".encode())
+        for file in (source(task), Path(controller_rivals.__file__)):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
 
     def _read(self, cache: Path) -> None:
         lines = cache.read_text().splitlines()
@@ -413,10 +553,10 @@ class Campaign:
         with self.cache.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _task(self, name: str) -> Task:
-        if name not in self._tasks:
-            self._tasks[name] = TASKS[name](self.data)
-        return self._tasks[name]
+    def _problem(self, task: str) -> Problem:
+        if task not in self._problems:
+            self._problems[task] = Problem(TASKS[task](self.data))
+        return self._problems[task]
 
     def _runner(
         self,
@@ -426,7 +566,7 @@ class Campaign:
         key = (task, contestant)
         if key not in self._runners:
             maker = self.contestants[contestant]
-            self._runners[key] = Runner(self._task(task), maker)
+            self._runners[key] = Runner(self._problem(task), maker)
         return self._runners[key]
 
     def setting(self, task: str, contestant: str) -> float:
@@ -434,11 +574,15 @@ class Campaign:
         if contestant not in RIVALS:
             return ARBITRARY
 
-        def validation_loss(setting: float) -> float:
-            runs = [self.run(task, contestant, setting, seed) for seed in self.seeds]
+        def loss(setting: float, seeds: Sequence[int]) -> float:
+            runs = [self.run(task, contestant, setting, seed) for seed in seeds]
             return statistics.fmean(_final(run.validation) for run in runs)
 
-        return tuned(contestant, validation_loss)
+        return tuned(
+            contestant,
+            partial(loss, seeds=self.seeds[:1]),
+            partial(loss, seeds=self.seeds),
+        )
 
     def row(
         self,
@@ -484,7 +628,7 @@ class Campaign:
 
     def forget(self) -> None:
         """Let go of tasks and programs: what was measured stays."""
-        self._tasks.clear()
+        self._problems.clear()
         self._runners.clear()
 
 
@@ -672,6 +816,14 @@ def add(
         help="default: 0 1 2",
     )
     parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="RATE",
+        help="base rates from which `adaptive` is to give the same",
+    )
+    parser.add_argument(
         "--data",
         type=Path,
         default=DATA,
@@ -699,8 +851,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     _check(options)
     judging = options.half == "judging"
-    campaign = Campaign(options.data, options.cache, list(dict.fromkeys(options.seeds)))
-    contestants = list(dict.fromkeys(options.contestants))
+    based = {f"adaptive, {rate:g}": partial(_from, rate) for rate in options.rates}
+    campaign = Campaign(
+        options.data,
+        options.cache,
+        list(dict.fromkeys(options.seeds)),
+        based,
+    )
+    contestants = [*dict.fromkeys(options.contestants), *based]
     rows = []
     for task in dict.fromkeys(options.tasks or HALVES[options.half]):
         own = campaign.rows(task, contestants)
@@ -711,9 +869,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     summary = summarize(rows)
     print(_table(summary))
     if judging:
-        history.append(HISTORY, {"seeds": campaign.seeds, "contestants": summary})
+        if {*contestants} == {*CONTESTANTS}:
+            history.append(HISTORY, {"seeds": campaign.seeds, "contestants": summary})
         return {"summary": summary}
     return {"rows": rows, "summary": summary}
+
+
+def _from(base: float, recipe: lepton.Recipe, setting: Any) -> Contestant:
+    """Return `adaptive` from a base rate of its own."""
+    return adaptive(recipe, base)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -726,10 +890,15 @@ def _check(options: argparse.Namespace) -> None:
         )
     checks.check_names(options.tasks or (), HALVES["tuning"], "--tasks", "task")
     checks.check_names(options.contestants, CONTESTANTS, "--contestants", "contestant")
-    for seed in options.seeds:
-        if not 0 <= seed < 2**32:
-            raise SettingError(
-                f"--seeds has {seed}",
-                where="command line",
-                remedy="give numbers from 0 to 2**32 - 1",
-            )
+    unusable = [("seeds", seed) for seed in options.seeds if not 0 <= seed < 2**32]
+    unusable += [
+        ("rates", rate)
+        for rate in options.rates
+        if not (math.isfinite(rate) and rate > 0)
+    ]
+    for flag, value in unusable:
+        raise SettingError(
+            f"--{flag} has {value:g}",
+            where="command line",
+            remedy="give numbers above 0",
+        )

@@ -1,185 +1,35 @@
-"""The contestants of `tools.bench controller`: ways to train a task.
+"""The rivals of `tools.bench controller`: usual ways to train a task.
 
 Each is a function of a recipe and a setting, which is its learning rate or what takes
-its place, and which is tuned by the validation loss; see `SETTINGS`.
+its place, and which is tuned by the validation loss; see `tuned`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 import lepton_jax as lepton
-from lepton_jax import controllers
-from lepton_jax.controller.knobs import neutral
+from tools.bench.controller_contestant import (
+    NOTHING,
+    Contestant,
+    Maker,
+    Said,
+    Signals,
+    controlled,
+)
+
+__all__ = ["REFERENCE", "RIVALS", "controlled", "tuned"]
 
 WARM_UP = 0.1  # of the steps, for those contestants that have one
-# A policy that tells a person that it can't be good on a task does it in a column
-# POLICY:notice of the record, which is above 0 from then on.
-NOTICE = "notice"
-# The policies that say that something is wrong with the data.
-ALARMS = ("guard", "label_noise")
 PRODIGY_COEFFICIENTS = (0.1, 0.3, 1.0, 3.0, 10.0)
-# How many third-decades a rate lies above 1: the coarse grid that a search begins with.
+# Third-decades above a rate of 1: the grid that a search begins with, every decade.
 COARSE = (-12, -9, -6, -3, 0)
-FARTHEST = 12  # third-decades beyond the coarse grid's ends that a search may go
-
-
-class Signals(NamedTuple):
-    """Scalars that a contestant sees in addition to the gradients.
-
-    Attributes:
-      step: from 0.
-      loss: of the batch.
-      measured: means of what the forward pass measures by its knobs.
-      evaluation_loss: on the validation set, at the last evaluation; NaN before.
-      evaluations: so far.
-      raised: the factor by which a person raises the learning rate before this step.
-    """
-
-    step: Any
-    loss: Any
-    measured: Mapping[str, Any]
-    evaluation_loss: Any
-    evaluations: Any
-    raised: Any
-
-
-class Said(NamedTuple):
-    """What a controller says in a step, float32 ().
-
-    Attributes:
-      notice: above 0 where it can't be good on the task.
-      alarm: 1 where a policy of `ALARMS` contributes something.
-    """
-
-    notice: Any
-    alarm: Any
-
-
-NOTHING = Said(jnp.float32(0), jnp.float32(0))
-
-
-class Contestant(NamedTuple):
-    """A way to train.
-
-    Attributes:
-      init: (params, variables) to its state.
-      update: (signals, gradients, (params, variables) before the step, variables after
-        its forward pass, state) to (params, variables, state, `Said`).
-      evaluated: (params, variables, state) to the (params, variables) that are
-        evaluated.
-      knobs: its state to the knobs of the forward pass.
-    """
-
-    init: Callable[[Any, Any], Any]
-    update: Callable[..., tuple[Any, Any, Any, Said]]
-    evaluated: Callable[[Any, Any, Any], tuple[Any, Any]] = (
-        lambda params, variables, state: (params, variables)
-    )
-    knobs: Callable[[Any], Mapping[str, Any]] = lambda state: {}
-
-
-Maker = Callable[[lepton.Recipe, Any], Contestant]
-
-
-# ---- the controller ----
-
-
-class Served(NamedTuple):
-    """The part of a state that `controllers.select_weights` reads."""
-
-    params: Any
-    variables: Any
-    controller: Any
-
-
-def adaptive(recipe: lepton.Recipe, rate: Any) -> Contestant:
-    """The task's optimizer under `controllers.adaptive()`."""
-    return controlled(recipe, rate, controllers.adaptive())
-
-
-def controlled(recipe: lepton.Recipe, rate: Any, policies: Any) -> Contestant:
-    """The task's optimizer under some policies, as in a train step of `Trainer`.
-
-    A halt is not acted on: no checkpoint is there to go back to.
-
-    Args:
-      recipe: of the task.
-      rate: the base of the learning rate.
-      policies: as in `Recipe.controller`.
-
-    Raises:
-      RecipeError: the policies can't drive the optimizer.
-    """
-    assert recipe.steps is not None
-    controller = controllers.Controller(recipe.with_(controller=policies))
-    known = {"steps": jnp.float32(recipe.steps)}
-
-    def init(params: Any, variables: Any) -> Any:
-        optimizer, state = controller.init(params, variables)
-        return optimizer, state._replace(
-            base=state.base | {"learning_rate": jnp.asarray(rate, jnp.float32)}
-        )
-
-    def update(
-        signals: Signals,
-        gradients: Any,
-        before: Any,
-        after: Any,
-        state: Any,
-    ) -> tuple[Any, Any, Any, Said]:
-        params, variables = before
-        optimizer, held = state
-        pieces = controllers.Pieces(params, variables, optimizer)
-        base = dict(held.base)
-        base["learning_rate"] = signals.raised * base["learning_rate"]
-        held = held._replace(fed=_fed(held.fed, known, signals), base=base)
-        values = {"loss": signals.loss, **signals.measured}
-        pieces, held, record = controller.update(
-            signals.step, held, pieces, after, gradients, values
-        )
-        said = _said(controller, record)
-        return pieces.params, pieces.variables, (pieces.optimizer, held), said
-
-    def evaluated(
-        params: Any,
-        variables: Any,
-        state: Any,
-    ) -> tuple[Any, Any]:
-        return controllers.select_weights(Served(params, variables, state[1]))
-
-    return Contestant(
-        init, update, evaluated, lambda state: controller.forward_knobs(state[1])
-    )
-
-
-def _fed(
-    fed: Mapping[str, Any], known: Mapping[str, Any], signals: Signals
-) -> dict[str, Any]:
-    """Return the values that a host feeds to a controller, brought up to date."""
-    news = {
-        **known,
-        "evaluation_loss": signals.evaluation_loss,
-        "evaluations": signals.evaluations,
-    }
-    return {name: news.get(name, value) for name, value in fed.items()}
-
-
-def _said(controller: controllers.Controller, record: Mapping[str, Any]) -> Said:
-    """Return what a step's record says to a person."""
-    notices = [value for name, value in record.items() if name.split(":")[-1] == NOTICE]
-    alarm = jnp.bool_(False)
-    for index, knob in controller.moves:
-        name = controller.policies[index].name
-        # a mark is a measurement: only a limit, a skip and the like claim something
-        if name in ALARMS and knob != "loss_mark":
-            alarm |= record[f"{name}:{knob}"] != neutral(knob)
-    notice = jnp.asarray([0.0, *notices], jnp.float32).max()
-    return Said(notice, alarm.astype(jnp.float32))
+NEAR = (-2, -1, 1, 2)  # third-decades around the best rate that are tried
+FARTHEST = 12  # third-decades beyond the coarse grid that a search may go
 
 
 # ---- the rivals ----
@@ -294,43 +144,54 @@ RIVALS: dict[str, Maker] = {
     "schedule-free": schedule_free,
     "prodigy": prodigy,
 }
-CONTESTANTS: dict[str, Maker] = {"adaptive": adaptive, **RIVALS}
 
 
 # ---- tuning ----
 
 
-def tuned(name: str, validation_loss: Callable[[float], float]) -> float:
-    """Return the setting of a rival with the least validation loss.
+def tuned(
+    name: str,
+    first_loss: Callable[[float], float],
+    mean_loss: Callable[[float], float],
+) -> float:
+    """Return the setting of a rival with the least mean validation loss.
 
-    Prodigy's is one of its coefficients. Of the others it is a rate: the best of a grid
-    of third-decades, which a search refines and extends until both neighbours of the
-    best one are known.
+    Prodigy's is one of its coefficients. Of the others it is a rate. One seed finds the
+    decade; all seeds decide among third-decades, until two to either side of the best
+    one are known.
 
     Args:
       name: of `RIVALS`.
-      validation_loss: a setting to the mean loss of its runs, infinite if one diverges.
+      first_loss: a setting to the loss of its run with the first seed, infinite if it
+        diverges.
+      mean_loss: the same with the mean of all seeds.
     """
     if name == "prodigy":
-        return min(PRODIGY_COEFFICIENTS, key=validation_loss)
-    known: dict[int, float] = {}
+        return min(PRODIGY_COEFFICIENTS, key=mean_loss)
+    lowest = COARSE[0] - FARTHEST
+    highest = COARSE[-1] + FARTHEST
 
-    def loss(third: int) -> float:
-        if third not in known:
-            known[third] = validation_loss(rate_of(third))
-        return known[third]
+    def descended(
+        best: int, loss: Callable[[int], float], around: Sequence[int]
+    ) -> int:
+        """Go to better neighbours until there is none."""
+        while True:
+            tried = [best, *(best + away for away in around)]
+            better = min((x for x in tried if lowest <= x <= highest), key=loss)
+            if better == best:
+                return best
+            best = better
 
-    best = min(COARSE, key=loss)
-    while True:
-        around = [best + away for away in (-3, -2, -1, 1, 2, 3)]
-        lowest = COARSE[0] - FARTHEST
-        highest = COARSE[-1] + FARTHEST
-        # the far ones tell whether the loss has another valley nearby
-        around = [third for third in around if lowest <= third <= highest]
-        better = min(around, key=loss)
-        if loss(better) >= loss(best):
-            return rate_of(best)
-        best = better
+    @cache
+    def first(third: int) -> float:
+        return first_loss(rate_of(third))
+
+    @cache
+    def mean(third: int) -> float:
+        return mean_loss(rate_of(third))
+
+    decade = descended(min(COARSE, key=first), first, (-3, 3))
+    return rate_of(descended(decade, mean, NEAR))
 
 
 def rate_of(third: int) -> float:

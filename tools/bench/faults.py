@@ -35,6 +35,9 @@ contestant's clean run of the same seed: the mean of the seeds, their least and 
 "clean" has the contestants' clean losses, their spread over the seeds to compare with,
 and in brackets their ratio to the plain clean run's. A run that ends with an error
 counts as infinite.
+
+With --half, tasks of one half of `tools.bench controller` are run under `adaptive()`
+alone, with faults at the start, in the middle and at the end: see judged_faults.py.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ import lepton_jax as lepton
 from lepton_jax import controllers
 from lepton_jax.errors import DivergedError
 from lepton_jax.hosts import mailbox
+from tools.bench import judged_faults
 from tools.bench import options as checks
 from tools.bench.controller import DATA, _orders
 from tools.bench.controller_tasks import Task
@@ -148,15 +152,20 @@ def add(
         metavar="FOLDER",
         help="that holds the data sets",
     )
+    judged_faults.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Make the runs, task by task, and print each task's table.
 
+    With --half it is `judged_faults.run` instead.
+
     Raises:
       SettingError: no such task, fault or contestant, or no seed.
     """
+    if options.half:
+        return judged_faults.run(options)
     checks.check_names(options.tasks, RATES, "--tasks", "task")
     checks.check_names(options.faults, FAULTS, "--faults", "fault")
     checks.check_names(options.contestants, CONTESTANTS, "--contestants", "contestant")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,7 @@ import optax
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.errors import PlanError
+from lepton_jax.errors import PlanError, SettingError
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import ahead, trace
 from lepton_jax.train.program import Program
@@ -222,6 +221,18 @@ def add(
         action="store_true",
         help="with --half: predict with the probe of a plan, which compiles a part",
     )
+    parser.add_argument(
+        "--early",
+        action="store_true",
+        help="with --half: stop XLA once it has placed its arrays",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --half: processes that plan and compile (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -241,24 +252,42 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
     Returns:
       The aggregate figures; with the programs if they are for tuning, with errors
       without a name if they judge.
-    """
-    names = command.chosen(options)
-    calls = [(*name, options.probe, options.cache) for name in names]
-    rows = []
-    for row in workers.rows(measuring.measure_cached, calls):
-        rows.append(row)
-        if command.judging(options):
-            command.progress(len(rows), len(calls))
-        else:
-            print(_program_line(row), flush=True)
 
+    Raises:
+      SettingError: no such family, or the options contradict each other.
+    """
+    if options.probe and options.early:
+        raise SettingError(
+            "the probe is XLA's early account, and can't be judged by it",
+            where="--early",
+            remedy="leave it out; --cache keeps what was compiled for the next time",
+        )
+    checks.check_at_least(options, jobs=1)
+    names = command.chosen(options)
+    settings = measuring.Settings(
+        options.probe,
+        options.early,
+        options.cache,
+    )
+    calls = [(*name, settings) for name in names]
+    rows = command.collect(
+        options,
+        workers.rows(
+            measuring.measure_cached,
+            calls,
+            command.judging(options),
+            options.jobs,
+        ),
+        len(calls),
+        _program_line,
+    )
     found = figures.summary(rows)
     print(figures.text(found))
     if command.judging(options):
         if not options.no_history:
-            history.append(history.MEMORY, found, sys.argv[1:])
+            history.append(history.MEMORY, found, options.arguments)
         return {"figures": found, "errors": command.unnamed(rows)}
-    for key in (lambda row: row["family"], figures.platform):
+    for key in (figures.family, figures.platform):
         for name, group in figures.by(rows, key).items():
             print(f"{name:14} {figures.text(figures.summary(group))}")
     return {"figures": found, "programs": rows}
@@ -318,6 +347,7 @@ def measure(
         "topology": where.name,
         "plan": plan.name,
         "mesh": dict(plan.mesh),
+        "batch_axes": list(plan.batch_axes),
         "remat": plan.remat,
         "micro_batches": plan.micro_batches,
         "predicted": plan.peak,

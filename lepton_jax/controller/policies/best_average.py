@@ -58,17 +58,20 @@ class Watch(NamedTuple):
 
 
 def best_average(
-    patience: int = 3,
-    margin: float = 0.01,
+    patience: int = 2,
+    margin: float = 0.03,
+    gap: float = 0.7,
 ) -> Policy:
     """Hold the average of the parameters when the model begins to overfit.
 
     That is when `patience` evaluations in a row were no better than the best one, the
     last of them was worse by more than `margin` of its loss, and yet the training loss
-    between the last two evaluations was below that before the best one. Faults of the
-    data, which raise the training loss too, are no overfitting. A run without
-    evaluations is left alone. The average is that of another policy, such as
-    `schedule_free` or `averaging`, and moves little from one evaluation to the next.
+    between the last two evaluations was below that before the best one, and below `gap`
+    times that of the evaluation. So neither faults of the data, which raise the
+    training loss too, nor the noise of a high rate are taken for it. A run without
+    evaluations is left alone, and so is one whose losses are not above 0. The average
+    is that of another policy, such as `schedule_free` or `averaging`, and moves little
+    from one evaluation to the next.
 
     References:
       Prechelt 1998, "Early stopping - but when?" (criteria GL and UP).
@@ -76,12 +79,14 @@ def best_average(
     Args:
       patience: evaluations.
       margin: share of the best evaluation's loss.
+      gap: share of the last evaluation's loss. Without it a linear regression on 442
+        samples was held at 1.3 times the loss that it ended with.
 
     Raises:
       RecipeError: an argument is out of range.
     """
     check_range("best_average", 1, math.inf, whole=True, patience=patience)
-    check_range("best_average", 0, math.inf, margin=margin)
+    check_range("best_average", 0, math.inf, margin=margin, gap=gap)
 
     def update(
         signals: Mapping[str, Any], state: Watch
@@ -94,7 +99,8 @@ def best_average(
         worse = jnp.minimum(worse, 2**30)
 
         limit = state.best + margin * jnp.abs(state.best)
-        overfits = fresh & (worse >= patience) & (loss > limit) & (mean < state.trained)
+        rising = fresh & (worse >= patience) & (loss > limit)
+        overfits = rising & (mean < state.trained) & (mean < gap * loss) & (loss > 0)
         held = state.held | overfits
 
         entering = jnp.isfinite(signals["loss"])

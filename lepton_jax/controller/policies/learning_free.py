@@ -40,6 +40,10 @@ MOST = 1e6
 # greatest d / d_0 in the weights, whose squares must not overflow float32
 HIGHEST = 1e12
 TINY = 1e-30
+# the warm-up goes on where d still grows by a factor of `STEEP` in `SLOW` steps;
+# assumption
+STEEP = 1.25
+SLOW = 10
 # the estimate is not to be trusted if it has used up this share of the logarithm of the
 # growth that it may have after `until`; assumption
 UNSETTLED = 0.95
@@ -58,7 +62,11 @@ class Distance(NamedTuple):
       estimate: d.
       numerator: r, the weighted sum of <g, x_0 - x>.
       weight: w, the weight of the present gradient in both sums.
-      warm: d when `until` was over; 0 before it.
+      level: d when it had last grown by a factor of `STEEP`.
+      since: the steps since then.
+      warm: d when the warm-up was over; 0 before it.
+      worth: root mean square of the first update's entries per unit of the rate; 0
+        until it is known.
     """
 
     base: Any
@@ -66,7 +74,10 @@ class Distance(NamedTuple):
     estimate: Any
     numerator: Any
     weight: Any
+    level: Any
+    since: Any
     warm: Any
+    worth: Any
 
 
 def learning_free(
@@ -79,9 +90,11 @@ def learning_free(
 ) -> Policy:
     """Set the learning rate to an estimate of the distance to the solution.
 
-    It is for optimizers whose updates have entries of about the learning rate's size:
-    Adam, AdamW, Lion and their like. With gradients g_k at parameters x_k, losses l_k,
-    weights w_k = (d_k / d_0)^2 and memory b = 0.9995:
+    It is for optimizers whose updates have entries of a size that follows the learning
+    rate alone: Adam, AdamW, Lion and their like, of the rate's size, and LAMB or Muon,
+    for which d is divided by the size of the first update per unit of the rate. With
+    gradients g_k at parameters x_k, losses l_k, weights w_k = (d_k / d_0)^2 and memory
+    b = 0.9995:
 
         d_0 = start |l_0| / |g_0|_1
         r_k = b r_{k-1} + w_k <g_k, x_0 - x_k>
@@ -107,9 +120,11 @@ def learning_free(
       growth: factor by which d may grow while the share `until` of the run is done,
         evenly in its logarithm, and at most twofold in a step. Where the budget is not
         known d may grow by 10 % a step.
-      until: see `growth`.
-      later: factor by which d may grow in the rest of the run, likewise. A model that
-        fits its samples by heart moves its parameters without end, and d with them.
+      until: see `growth`. The warm-up goes on as long as d grows by a quarter in 10
+        steps.
+      later: factor by which d may grow after the warm-up, evenly over a whole run. A
+        model that fits its samples by heart moves its parameters without end, and d
+        with them.
 
     Raises:
       RecipeError: an argument is out of range. When the recipe is traced, also for an
@@ -124,6 +139,7 @@ def learning_free(
       ...     "gradient_dot_distance": jnp.float32(0),
       ...     "gradient_sum_norm": jnp.float32(10),
       ...     "base_rate": jnp.float32(1),
+      ...     "update_worth": jnp.float32(jnp.nan),
       ...     "step": jnp.float32(0),
       ...     "progress": jnp.float32(0.1),
       ... }
@@ -142,7 +158,7 @@ def learning_free(
 
     def init() -> Distance:
         zeros = {name: jnp.float32(0) for name in Distance._fields}
-        return Distance(**zeros | {"weight": jnp.float32(1)})
+        return Distance(**zeros | {"weight": jnp.float32(1), "worth": jnp.float32(0)})
 
     def update(
         signals: Mapping[str, Any], state: Distance
@@ -154,7 +170,7 @@ def learning_free(
         bound = coefficient * r / jnp.maximum(s_norm, TINY)
         usable = jnp.isfinite(bound) & jnp.isfinite(r)
 
-        early = signals["progress"] <= until
+        early = state.warm == 0
         fastest = _greatest_growth(signals, jnp.where(early, pace, later_pace))
         d = jnp.where(
             usable,
@@ -162,20 +178,27 @@ def learning_free(
             d,
         )
 
+        worth = _first_worth(signals, state)
         w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
-        begins = (signals["progress"] > until) & (state.warm == 0)
-        warm = jnp.where(begins, d, state.warm)
+        steep = d > STEEP * state.level
+        since = jnp.where(steep, 0.0, state.since + 1)
+        over = early & (signals["progress"] > until) & (since >= SLOW)
         after = Distance(
             base,
             first,
             estimate=d,
             numerator=jnp.where(usable, r, state.numerator),
             weight=jnp.where(first > 0, w, 1.0),
-            warm=warm,
+            level=jnp.where(steep, d, state.level),
+            since=jnp.minimum(since, HIGHEST),
+            warm=jnp.where(over, d, state.warm),
+            worth=worth,
         )
-        unsettled = (signals["progress"] >= 1) & (d > most * warm) & (later > 1)
+        # d is above 0 times anything where the warm-up has not ended
+        grown = d > most * after.warm
+        unsettled = (signals["progress"] >= 1) & grown & (later > 1)
         moves = {
-            "learning_rate": d / base,
+            "learning_rate": d / (base * jnp.where(worth > 0, worth, 1.0)),
             "gradient_weight": after.weight,
             "notice": jnp.where(unsettled, 1.0, 0.0),
         }
@@ -190,6 +213,7 @@ def learning_free(
             "gradient_sum_norm",
             "loss",
             "base_rate",
+            "update_worth",
             "step",
             "progress",
         ),
@@ -223,6 +247,21 @@ def _begun(
     )
     first = jnp.where(fresh, length, state.first)
     return base, first, jnp.where(fresh, first, state.estimate)
+
+
+def _first_worth(signals: Mapping[str, Any], state: Distance) -> Any:
+    """Return the worth of the first update; 0 before it.
+
+    Later ones say more about the gradients' noise than about the optimizer.
+    """
+    worth = signals["update_worth"]
+    usable = jnp.isfinite(worth) & (worth > 0)
+    fresh = jnp.where(
+        usable,
+        jnp.clip(worth, LEAST, MOST),
+        0.0,
+    )
+    return jnp.where(state.worth > 0, state.worth, fresh)
 
 
 def _greatest_growth(signals: Mapping[str, Any], pace: Any) -> Any:

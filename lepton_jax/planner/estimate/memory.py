@@ -52,7 +52,7 @@ from lepton_jax.planner.xla.operations import size
 from lepton_jax.planner.xla.schedule import Timeline
 from lepton_jax.trees import by_path, nbytes
 
-__all__ = ["Peak", "Timeline", "describe", "peak", "predict", "windowed"]
+__all__ = ["Around", "Peak", "Timeline", "describe", "peak", "predict", "windowed"]
 
 # Largest values of a prediction: (bytes, description).
 Largest = list[tuple[int, str]]
@@ -83,6 +83,23 @@ class Peak(NamedTuple):
     alive: np.ndarray
 
 
+class Around(NamedTuple):
+    """What a program is part of.
+
+    Attributes:
+      bytes: bytes that exist all the time, in a loop over micro-batches.
+      stepping: whether the program is the body of a loop over steps.
+      unsummed: whether the state is updated with gradients that no devices sum.
+    """
+
+    bytes: float = 0.0
+    stepping: bool = False
+    unsummed: bool = False
+
+
+ALONE = Around()
+
+
 class _Spans(NamedTuple):
     """First and last moment of each buffer, and when a loop takes it in."""
 
@@ -96,11 +113,9 @@ def peak(
     stored: np.ndarray,
     computed: np.ndarray,
     vector: float = 0.0,
-    around: float = 0.0,
     moments: np.ndarray | None = None,
-    stepping: bool = False,
     chip: Chip | None = None,
-    unsummed: bool = False,
+    around: Around = ALONE,
 ) -> Peak:
     """Return the most that a program holds at once.
 
@@ -109,17 +124,15 @@ def peak(
       stored: bytes on one device of each value as it is stored (see `Sizes.bytes`).
       computed: the same as it is computed with.
       vector: bytes of the memory next to the HBM.
-      around: bytes that exist all the time, in a loop around the program.
       moments: for each parameter, how many arrays of its shape the optimizer keeps.
-      stepping: whether the program is the body of a loop over steps.
       chip: a TPU, which keeps some buffers in the `vector` bytes.
-      unsummed: whether the program updates the state with gradients that no devices
-        sum.
+      around: what the program is part of.
     """
     tpu = timeline.platform == "tpu"
+    unsummed = around.unsummed
     bytes_ = _buffer_bytes(timeline, stored, computed, moments, unsummed)
-    spans = _spans(timeline, stepping, bool(around))
-    if around and tpu:
+    spans = _spans(timeline, around.stepping, bool(around.bytes))
+    if around.bytes and tpu:
         # A loop over micro-batches adds gradients to their sums where it computes them.
         bytes_ = np.where(timeline.summed, 0.0, bytes_)
 
@@ -136,17 +149,17 @@ def peak(
         timeline.length,
     )
     moment = int(np.argmax(held))
-    total = around + heap.packed(
+    total = around.bytes + heap.packed(
         timeline.platform,
         spans.starts,
         spans.ends,
         in_hbm,
     )
     if tpu:
-        total += _fragmentation(spans, in_hbm, total, around)
+        total += _fragmentation(spans, in_hbm, total, around.bytes)
     # Gradients that devices sum lie in the HBM in any case.
     gradients = float(bytes_[timeline.gradients].sum())
-    total = max(total, gradients + around)
+    total = max(total, gradients + around.bytes)
     alive = (spans.starts <= moment) & (moment <= spans.ends)
     return Peak(total, moment, bytes_, alive)
 
@@ -266,8 +279,8 @@ def _buffer_bytes(
     bytes_[(timeline.gathered & whole) | ~timeline.made] = 0.0
 
     for b, (value, condition) in timeline.conditions.items():
-        if condition == "unsummed":
-            exists = unsummed
+        if condition in ("summed", "unsummed"):
+            exists = unsummed == (condition == "unsummed")
         elif condition == "ungathered":
             exists = not computed[value] > LARGER * stored[value]
         else:
@@ -333,11 +346,13 @@ def predict(
         stored,
         computed,
         vector,
-        around,
         sizes.moments(trace),
-        steps_per_call > 1,
         topology.chip if tpu else None,
-        not several and _sample_parts(names, assignment) == 1,
+        Around(
+            around,
+            stepping=steps_per_call > 1,
+            unsummed=not several and _sample_parts(names, assignment) == 1,
+        ),
     )
     held |= _by_purpose(timeline, top, around)
     return held, _largest(timeline, top)

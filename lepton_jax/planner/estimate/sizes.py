@@ -329,9 +329,9 @@ def _never_minor(graph: Graph) -> dict[int, frozenset[int]]:
         _, (left, right) = op.params["dimension_numbers"]
         shared = (left, right, range(len(left)))
         values = (*op.inputs[:2], op.outputs[0])
-        for value, dims in zip(values, shared, strict=True):
-            if value is not None and dims:
-                barred[value.index] = frozenset(dims)
+        for operand, dims in zip(values, shared, strict=True):
+            if operand is not None and dims:
+                barred[operand.index] = frozenset(dims)
     return barred
 
 

@@ -7,6 +7,10 @@ the exact part, and a multiple of the uncertain one with some bytes for what is 
     bound = exact + most * uncertain + slack
 
 The figures are in `limits.SURETY`, with the command that computes them.
+
+    >>> held = {"params": 1000, "activations": 400 * 2**20}
+    >>> bounds(held, Surety(0.75, 1.25, 2**20))
+    Bounds(least=313525224, most=525337576)
 """
 
 from __future__ import annotations
@@ -14,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lepton_jax.planner.program.trace import Trace
+from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search.limits import SURETY, Surety
+from lepton_jax.planner.search.masks import has, real_axes, sample_axes
 
 # Kinds of bytes that XLA doesn't decide.
 EXACT = ("params", "optimizer", "variables", "batch", "data")
-# Primitives that make a program one of loops.
-LOOPS = {"scan", "while"}
 
 
 class Bounds(NamedTuple):
@@ -35,19 +39,16 @@ class Bounds(NamedTuple):
     most: int
 
 
-def bounds(
-    held: Mapping[str, int],
-    platform: str,
-    program: str,
-) -> Bounds:
+NOT_KNOWN = Bounds(0, 0)
+
+
+def bounds(held: Mapping[str, int], surety: Surety) -> Bounds:
     """Return the bounds of a peak.
 
     Args:
       held: predicted bytes by kind, whose sum is the peak.
-      platform: of the topology: "cpu", "tpu" or "cuda".
-      program: the kind of the program, see `kind_of`.
+      surety: how sure the uncertain ones are.
     """
-    surety = surety_for(platform, program)
     exact = sum(held.get(kind, 0) for kind in EXACT)
     uncertain = sum(held.values()) - exact
     least = exact + surety.least * uncertain - surety.slack
@@ -55,16 +56,17 @@ def bounds(
     return Bounds(int(max(exact, least)), int(most))
 
 
-def surety_for(platform: str, program: str) -> Surety:
-    """Return how sure predictions are of a kind of program on a platform."""
-    return SURETY[platform][program]
+def surety_of(
+    platform: str,
+    names: Names,
+    assignment: Assignment,
+) -> Surety:
+    """Return how sure predictions are of an assignment on a platform.
 
-
-def kind_of(trace: Trace) -> str:
-    """Return the kind of a program: "convolutions", "loops" or "straight"."""
-    operations = trace.operations
-    if "conv_general_dilated" in operations:
-        return "convolutions"
-    if LOOPS.intersection(operations):
-        return "loops"
-    return "straight"
+    Where mesh axes split more than the samples, XLA may hold whole what the plan has
+    in parts.
+    """
+    samples = sample_axes(assignment, names)
+    axes = real_axes(assignment.sizes)
+    more = any(not has(samples, axis) for axis in axes)
+    return SURETY[platform]["more" if more else "samples"]

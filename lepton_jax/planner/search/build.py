@@ -16,7 +16,7 @@ from lepton_jax.planner.plans import ArrayPlan, Axis, Collective, Plan, Rival
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.remat import MEANINGS
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.search.bounds import Bounds
+from lepton_jax.planner.search.bounds import NOT_KNOWN, Bounds
 from lepton_jax.planner.search.limits import CAUSES
 from lepton_jax.planner.search.masks import has, sample_axes
 from lepton_jax.trees import by_path, nbytes
@@ -30,6 +30,7 @@ class Verdict:
     rivals: tuple[Rival, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bounds: Bounds = NOT_KNOWN
 
 
 def build(
@@ -40,7 +41,6 @@ def build(
     *,
     estimate: Estimate | None = None,
     held: Mapping[str, int] | None = None,
-    between: Bounds | None = None,
     axes: tuple[str, ...] = (),
     verdict: Verdict | None = None,
 ) -> Plan:
@@ -53,7 +53,6 @@ def build(
       names: named axes under the assignment's policy, whose order its masks have.
       estimate: predicted time; None: not known.
       held: predicted bytes of a device by kind; None: not known.
-      between: bounds of their sum; None: not known.
       axes: names of the mesh axes; empty: the field's words for what they do.
       verdict: of the search; None: there was none.
     """
@@ -94,8 +93,8 @@ def build(
         rivals=verdict.rivals,
         reasons={**verdict.reasons, **reasons},
         notes=(*verdict.notes, *notes),
-        peak_least=0 if between is None else between.least,
-        peak_bound=0 if between is None else between.most,
+        peak_least=verdict.bounds.least,
+        peak_bound=verdict.bounds.most,
     )
 
 

@@ -143,8 +143,8 @@ def order(
 ) -> list[Candidate]:
     """Sort by the objective; among those that are alike, the simpler comes first.
 
-    What may not fit stands behind, leanest first, and what does not last. Where micro-batches would change the
-    model, candidates without them come first.
+    What may not fit stands behind, leanest first, and what does not fit last. Where
+    micro-batches would change the model, candidates without them come first.
     """
     ranked = sorted(candidates, key=_rank)
     pool = [c for c in ranked if c.fits]

@@ -26,22 +26,19 @@ class Surety(NamedTuple):
 
 
 MIB = 2.0**20
-# By platform and kind of program, see `bounds`. PLACEHOLDER
+# By platform, and whether the mesh splits the "samples" alone or "more": PLACEHOLDER
 SURETY = {
     "tpu": {
-        "convolutions": Surety(0.7, 1.45, 64 * MIB),
-        "loops": Surety(0.7, 1.2, 64 * MIB),
-        "straight": Surety(0.7, 1.25, 64 * MIB),
+        "samples": Surety(0.7, 1.35, 64 * MIB),
+        "more": Surety(0.7, 1.35, 64 * MIB),
     },
     "cpu": {
-        "convolutions": Surety(0.7, 1.35, 4 * MIB),
-        "loops": Surety(0.7, 1.3, 4 * MIB),
-        "straight": Surety(0.7, 1.3, 4 * MIB),
+        "samples": Surety(0.85, 1.25, 4 * MIB),
+        "more": Surety(0.7, 1.5, 4 * MIB),
     },
     "cuda": {
-        "convolutions": Surety(0.6, 1.5, 64 * MIB),
-        "loops": Surety(0.6, 1.4, 64 * MIB),
-        "straight": Surety(0.6, 1.4, 64 * MIB),
+        "samples": Surety(0.6, 1.4, 64 * MIB),
+        "more": Surety(0.6, 1.6, 64 * MIB),
     },
 }
 # Share of the limit from which on the light score of an assignment gets worse, because

@@ -26,7 +26,7 @@ from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.micro_batches import MicroBatches
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.program.trace import Trace
-from lepton_jax.planner.search.bounds import Bounds, bounds, kind_of
+from lepton_jax.planner.search.bounds import Bounds, bounds, surety_of
 from lepton_jax.planner.search.limits import (
     CROWDED,
     CROWDED_WEIGHT,
@@ -233,9 +233,9 @@ class Problem:
         """Bytes of a device, within which a plan's upper bound has to be."""
         return self.topology.device.memory
 
-    def _bounds(self, held: dict[str, int]) -> Bounds:
-        platform = self.topology.platform
-        return bounds(held, platform, kind_of(self.trace))
+    def _bounds(self, held: dict[str, int], assignment: Assignment) -> Bounds:
+        names = self.names(assignment.remat)
+        return bounds(held, surety_of(self.topology.platform, names, assignment))
 
     # ---- what an assignment is worth ----
 
@@ -277,7 +277,7 @@ class Problem:
         estimate = self.cost(assignment.remat).estimate(assignment)
         held = self.memory(assignment.remat).predict(assignment)
         peak = sum(held.values())
-        between = self._bounds(held)
+        between = self._bounds(held, assignment)
         score = float(peak) if self.objective == "memory" else estimate.total
         return Candidate(
             assignment,
@@ -298,7 +298,7 @@ class Problem:
         """
         assignment = self.translated(assignment)
         held = self.memory(assignment.remat).predict(assignment)
-        return self._bounds(held).most
+        return self._bounds(held, assignment).most
 
     # ---- groups under another policy ----
 

@@ -167,7 +167,7 @@ def split_over(
 
 
 def memory_verdict(plan: Plan) -> str:
-    """Return the bounds of the peak and whether it fits, as ", 58.0 GiB to 68.2 GiB"."""
+    """Return the bounds of the peak and whether it fits: ", 58.0 to 68.2 GiB"."""
     words = ""
     if plan.peak_bound:
         words = f", {size(plan.peak_least)} to {size(plan.peak_bound)}"

@@ -92,7 +92,8 @@ class Fusion:
       groups: in the program's order.
       gradients: buffers of the parameters' gradients.
       conditions: buffers that exist only if a value is "ungathered" or "unsplit", or if
-        gradients are "unsummed" over devices, as (index of the value, condition).
+        gradients are "summed" or "unsummed" over devices, as (index of the value,
+        condition).
       tables: the buffer that holds a copy of a parameter's state in another layout, by
         the parameter's index.
       in_hbm: buffers that lie in the HBM even if the memory next to it has room.
@@ -136,6 +137,8 @@ class Fusion:
 
         region = graph.main
         self._find_users(region)
+        self._merge_readers(region)
+        self.originals = {}
         for value in (*region.inputs, *region.constants):
             self._set(value, ())
         self.groups = self._region(region)
@@ -269,6 +272,45 @@ class Fusion:
             if isinstance(value, Value) and i not in stacked:
                 self.users.setdefault(value.index, []).append(None)
 
+    def _merge_readers(self, region: Region) -> None:
+        """Give the readers of what is computed again to what is computed first.
+
+        Whether a value is written depends on all of its readers, also on those that
+        come after the same operation has been found a second time.
+        """
+        computed: dict[Any, Operation] = {}
+        for op in region.operations:
+            for inner in op.regions:
+                self._merge_readers(inner)
+            inputs = operands(op)
+            if op.name in ALIASES and len(inputs) == len(op.outputs):
+                self._note_aliases(op, inputs)
+            elif self._merges(op, inputs):
+                earlier = computed.setdefault(self._key(op), op)
+                if earlier is not op:
+                    self._hand_over(op, earlier)
+
+    def _note_aliases(self, op: Operation, inputs: list[Value]) -> None:
+        if op.name == BARRIER and not self.drops_barriers:
+            return
+        for source, target in zip(inputs, op.outputs, strict=True):
+            self.originals[target.index] = self._original(source)
+
+    def _hand_over(self, op: Operation, earlier: Operation) -> None:
+        """Let an earlier operation have the readers of a later one that is the same."""
+        for value in operands(op):
+            readers = self.users[value.index]
+            self.users[value.index] = [user for user in readers if user is not op]
+        for old, new in zip(earlier.outputs, op.outputs, strict=True):
+            self.originals[new.index] = self._original(old)
+            later = self.users.get(new.index, [])
+            self.users.setdefault(old.index, []).extend(later)
+
+    def _merges(self, op: Operation, inputs: list[Value]) -> bool:
+        """Whether XLA merges an operation with an equal one."""
+        free = op.name not in UNMERGED and not op.eqn.effects
+        return bool(inputs) and free and not op.regions
+
     def _find_stacks(self, op: Operation) -> range:
         """Note the stacks of a loop; return the numbers of the body's results in it."""
         _, carried = scan_counts(op.eqn)
@@ -307,8 +349,7 @@ class Fusion:
         groups: list[Group],
     ) -> None:
         inputs = operands(op)
-        merges = op.name not in UNMERGED and not op.eqn.effects
-        if inputs and merges and not op.regions and self._repeats(op):
+        if self._merges(op, inputs) and self._repeats(op):
             return
 
         if op.name == "scan":
@@ -335,6 +376,15 @@ class Fusion:
 
         If so, the results share the buffers of the earlier ones.
         """
+        earlier = self.computed.setdefault(self._key(op), op)
+        if earlier is op:
+            return False
+        for old, new in zip(earlier.outputs, op.outputs, strict=True):
+            self._alias(old, new)
+        return True
+
+    def _key(self, op: Operation) -> Any:
+        """Return what an operation computes: equal for equal results."""
         literals = op.eqn.invars
         operands = tuple(
             repr(getattr(literal, "val", None))
@@ -352,13 +402,7 @@ class Fusion:
         shapes = tuple(value.shape for value in op.outputs)
         dtypes = tuple(str(value.dtype) for value in op.outputs)
 
-        key = (op.name, operands, shapes, dtypes, options)
-        earlier = self.computed.setdefault(key, op)
-        if earlier is op:
-            return False
-        for old, new in zip(earlier.outputs, op.outputs, strict=True):
-            self._alias(old, new)
-        return True
+        return op.name, operands, shapes, dtypes, options
 
     def _add_alias(
         self,

@@ -72,6 +72,8 @@ class CpuFusion(Fusion):
         self.loose: set[int] = set()
         # Values that exist only in float32, as operands of products.
         self.unwritten: set[int] = set()
+        # Matrices that unfused operations give to one reader.
+        self.matrices: set[int] = set()
         # Outer products of two values.
         self.outer: set[int] = set()
         # Gradients that no devices have to sum, since rows were exchanged.
@@ -103,20 +105,24 @@ class CpuFusion(Fusion):
         whole = [value for value in gradients if value.index in self.complete]
         totals = [self.new_buffer(value, None, COMPUTED) for value in sums]
         self.groups.append(Group(parts, totals))
+        for total, value in zip(totals, sums, strict=True):
+            self.conditions[total] = (value.index, "summed")
         totals += self._buffers_of(whole)
-        held = self._copies_of_state(region)
+        held = self._copies_of_state(region, gradients)
         self.groups.append(Group(totals + held + self._buffers_of(others), ()))
         return totals
 
-    def _copies_of_state(self, region: Region) -> list[int]:
+    def _copies_of_state(self, region: Region, gradients: list[Value]) -> list[int]:
         """Add copies of kernels that are still read when they may be updated.
 
         The update of a kernel needs its gradient, and not the other product of the
         backward pass that reads the kernel. XLA may run the update first, in place, so
-        it copies the kernel (copy insertion of jaxlib 0.10). Where devices sum the
-        gradients, all at once, each update comes after all products.
+        it copies the kernel, and the gradient takes the kernel's place (copy insertion
+        of jaxlib 0.10). Where devices sum the gradients, all at once, each update comes
+        after all products.
         """
         copies = []
+        parts = {v.stored[0]: self.buffers[v.index] for v in gradients if v.stored}
         for value in region.inputs:
             products = [u for u in self.users_of(value) if is_one_of(u, DOTS)]
             if value.stored is None or len(products) < 2:
@@ -125,6 +131,8 @@ class CpuFusion(Fusion):
             self.conditions[copy] = (value.index, "unsummed")
             self.groups.insert(0, Group((), (copy,)))
             copies.append(copy)
+            for part in parts.get(value.stored[0], ()):
+                self.conditions[part] = (value.index, "summed")
         return copies
 
     def _alias(
@@ -245,6 +253,10 @@ class CpuFusion(Fusion):
         groups: list[Group],
     ) -> None:
         target = op.outputs[0]
+        if op.name == "transpose" and inputs[0].index in self.matrices:
+            # XLA has the product give its result transposed.
+            self._alias(inputs[0], target, alike=False)
+            return
         if self._enters_sum(op):
             factors = [self._broadcast(op, value, groups) for value in inputs]
             self._set(target, tuple(self._buffers_of(factors)))
@@ -417,6 +429,8 @@ class CpuFusion(Fusion):
         for target in op.outputs:
             kind = COMPUTED if target.stored is not None else STORED
             writes.append(self.materialize(target, op, kind))
+            if len(target.shape) == 2 and len(self.users_of(target)) == 1:
+                self.matrices.add(target.index)
         group = Group(reads, writes)
         # The other reader of a fused operand asks for it first, since the operand is
         # computed again together with it. (A callback has no results.)

@@ -47,6 +47,7 @@ from lepton_jax.planner.xla.operations import (
     rounds_operands,
     size,
     sparse,
+    strides,
 )
 
 # Operations through which a reader still reads the same numbers.
@@ -144,6 +145,33 @@ class TpuFusion(Fusion):
             op.name in SCATTERS
             and not op.params["dimension_numbers"].update_window_dims
         )
+
+    def absorbs(
+        self,
+        user: Operation,
+        op: Operation,
+        costly: bool,
+    ) -> bool:
+        """Whether a reader computes its operand in its own kernel.
+
+        What `strides` is a kernel of its own (an associative scan, v5e).
+        """
+        if strides(user) or strides(op):
+            return False
+        return super().absorbs(user, op, costly)
+
+    def _add_fusible(
+        self,
+        op: Operation,
+        inputs: list[Value],
+        groups: list[Group],
+    ) -> None:
+        if not strides(op):
+            super()._add_fusible(op, inputs, groups)
+            return
+        reads = self._buffers_of(inputs)
+        writes = [self.materialize(v, op, self.kind(v)) for v in op.outputs]
+        groups.append(Group(reads, writes))
 
     def must_write(self, target: Value) -> bool:
         """Whether a product that gives a kernel's gradient is one of several readers.

@@ -169,6 +169,17 @@ def rounds_operands(op: Operation | None) -> bool:
     return op.params.get("precision") is None
 
 
+def strides(op: Operation | None) -> bool:
+    """Whether an operation takes every n-th number, or puts them that far apart."""
+    if op is None:
+        return False
+    if op.name == "slice":
+        return any(stride > 1 for stride in op.params["strides"] or ())
+    if op.name == "pad":
+        return any(interior > 0 for _, _, interior in op.params["padding_config"])
+    return False
+
+
 def has_narrow_rows(op: Operation, value: Value) -> bool:
     """Whether an operation moves rows that don't fill whole registers.
 

@@ -25,6 +25,8 @@ class Case:
       inputs, targets: shapes of one sample.
       fixed: arguments of the planner, e.g. remat.
       most: the greatest sensible batch; None: any.
+      ids: integers among inputs and targets may be 0 to ids - 1, where they must have
+        values.
     """
 
     model: Callable[..., Any]
@@ -37,8 +39,12 @@ class Case:
     fixed: dict[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None
     most: int | None = None
+    ids: int = 2
 
-    def recipe(self, batch_size: int | None = None) -> lepton.Recipe:
+    def recipe(
+        self,
+        batch_size: int | None = None,
+    ) -> lepton.Recipe:
         """Return the recipe, with another batch size if one is given."""
         return lepton.Recipe(
             model=self.model,
@@ -50,6 +56,9 @@ class Case:
         )
 
 
-def shape(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def shape(
+    *dims: int,
+    dtype: Any = jnp.int32,
+) -> jax.ShapeDtypeStruct:
     """Return the shape of a batch of one sample."""
     return jax.ShapeDtypeStruct((1, *dims), dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from lepton_jax.errors import SettingError
 from tools.bench import options as checks
 from tools.bench.families import programs
 from tools.bench.families.split import HALVES, half
+
+Row = dict[str, Any]
 
 
 def add_options(parser: argparse.ArgumentParser, count: int) -> None:
@@ -91,11 +93,30 @@ def judging(options: argparse.Namespace) -> bool:
     return options.half == "judging"
 
 
-def progress(done: int, total: int) -> None:
-    """Say on stderr how many programs are done, and nothing of them."""
-    print(f"{done} of {total}", file=sys.stderr, flush=True)
+def collect(
+    options: argparse.Namespace,
+    measured: Iterable[Row],
+    total: int,
+    line: Callable[[Row], str],
+) -> list[Row]:
+    """Collect rows as they are measured, and tell of them what may be told.
+
+    Args:
+      options: of the command.
+      measured: the rows.
+      total: how many there will be.
+      line: what is printed of a row for tuning. Of one that judges only its count is.
+    """
+    rows = []
+    for row in measured:
+        rows.append(row)
+        if judging(options):
+            print(f"{len(rows)} of {total}", file=sys.stderr, flush=True)
+        else:
+            print(line(row), flush=True)
+    return rows
 
 
-def unnamed(rows: Sequence[dict[str, Any]]) -> list[float]:
+def unnamed(rows: Sequence[Row]) -> list[float]:
     """Return the sorted errors of rows, without their names."""
     return sorted(row["error"] for row in rows if "error" in row)

@@ -30,18 +30,38 @@ class DCN(nnx.Module):
         width = dim * fields
         self.table = nnx.Embed(rows, dim, rngs=rngs)
         self.crosses = nnx.List(
-            [nnx.Linear(width, width, rngs=rngs) for _ in range(crosses)]
+            [
+                nnx.Linear(
+                    width,
+                    width,
+                    rngs=rngs,
+                )
+                for _ in range(crosses)
+            ]
         )
-        self.tower = Dense((width, *hidden), rngs=rngs)
-        self.out = nnx.Linear(width + hidden[-1], 1, rngs=rngs)
+        self.tower = Dense(
+            (width, *hidden),
+            rngs=rngs,
+        )
+        self.out = nnx.Linear(
+            width + hidden[-1],
+            1,
+            rngs=rngs,
+        )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Map ids int32 (batch, fields) to logits (batch,)."""
-        first = self.table(ids).reshape(ids.shape[0], -1)
+        first = self.table(ids).reshape(
+            ids.shape[0],
+            -1,
+        )
         crossed = first
         for cross in self.crosses:
             crossed = first * cross(crossed) + crossed
-        both = jnp.concatenate([crossed, self.tower(first)], axis=-1)
+        both = jnp.concatenate(
+            [crossed, self.tower(first)],
+            axis=-1,
+        )
         return self.out(both)[:, 0]
 
 
@@ -62,5 +82,6 @@ def case(draw: Draw) -> Case:
         shape(fields),
         shape(dtype=jnp.float32),
         loss=lepton.losses.binary_cross_entropy,
+        ids=model.args[0],
         **draw.rest(),
     )

@@ -44,10 +44,16 @@ class Draw(random.Random):
           low: the least, before scaling.
           high: the greatest, before scaling.
         """
-        size = max(4.0, self.between(low, high) * self.scale)
+        size = max(
+            4.0,
+            self.between(low, high) * self.scale,
+        )
         if self.random() < ODD:
             return round(size)
-        unit = 2 ** max(2, math.floor(math.log2(size)) - 2)
+        unit = 2 ** max(
+            2,
+            math.floor(math.log2(size)) - 2,
+        )
         return max(unit, round(size / unit) * unit)
 
     def length(self, low: int, high: int) -> int:
@@ -62,7 +68,12 @@ class Draw(random.Random):
 
     def between(self, low: float, high: float) -> float:
         """Draw a number, uniform in its logarithm."""
-        return math.exp(self.uniform(math.log(low), math.log(high)))
+        return math.exp(
+            self.uniform(
+                math.log(low),
+                math.log(high),
+            )
+        )
 
     def classes(self) -> int:
         """Draw a number of classes."""

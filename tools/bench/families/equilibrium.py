@@ -29,7 +29,12 @@ class Equilibrium(nnx.Module):
         self.loop = loop
         self.inject = nnx.Linear(size, dim, rngs=rngs)
         self.up = nnx.Linear(dim, dim, rngs=rngs)
-        self.down = nnx.Linear(dim, dim, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(
+            dim,
+            dim,
+            use_bias=False,
+            rngs=rngs,
+        )
         self.norm = nnx.LayerNorm(dim, rngs=rngs)
         self.out = nnx.Linear(dim, classes, rngs=rngs)
 
@@ -41,16 +46,28 @@ class Equilibrium(nnx.Module):
             weights = nnx.state(self)
             graph = nnx.graphdef(self)
 
-            def body(state: jax.Array, _: None) -> tuple[jax.Array, None]:
+            def body(
+                state: jax.Array,
+                _: None,
+            ) -> tuple[jax.Array, None]:
                 return nnx.merge(graph, weights)._turn(state, injected), None
 
-            state, _ = jax.lax.scan(body, state, None, self.turns)
+            state, _ = jax.lax.scan(
+                body,
+                state,
+                None,
+                self.turns,
+            )
         else:
             for _ in range(self.turns):
                 state = self._turn(state, injected)
         return self.out(state)
 
-    def _turn(self, state: jax.Array, injected: jax.Array) -> jax.Array:
+    def _turn(
+        self,
+        state: jax.Array,
+        injected: jax.Array,
+    ) -> jax.Array:
         mixed = self.down(nnx.relu(self.up(state))) + injected
         return self.norm(nnx.tanh(mixed)) + 0.5 * state
 

@@ -26,10 +26,13 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
       within_bound: share of the programs whose plan gives an upper bound and whose peak
         is at or below it; None: no plan gives one.
       false_fits: plans said to fit that XLA refuses, or that need more than there is.
+      withheld: plans that fit, and are not said to.
+      seconds: of computing: planning, probing, and compiling whole programs the first
+        time.
     """
     errors = sorted(abs(row["error"]) for row in rows if "error" in row)
     bounded = [row["within"] for row in rows if "within" in row]
-    false = [row for row in rows if row.get("said") and not row["fits"]]
+    verdicts = [row for row in rows if "fits" in row]
     outcomes = [row["outcome"] for row in rows]
     return {
         "programs": len(rows),
@@ -40,11 +43,20 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "median_error": statistics.median(errors) if errors else None,
         "p90_error": percentile(errors, 0.9),
         "within_bound": sum(bounded) / len(bounded) if bounded else None,
-        "false_fits": len(false),
+        "false_fits": sum(row["said"] and not row["fits"] for row in verdicts),
+        "withheld": sum(row["fits"] and not row["said"] for row in verdicts),
+        "seconds": {
+            "planned": _total(rows, "planned"),
+            "probed": _total(rows, "seconds"),
+            "compiled": _total(rows, "compiling"),
+        },
     }
 
 
-def percentile(ordered: Sequence[float], share: float) -> float | None:
+def percentile(
+    ordered: Sequence[float],
+    share: float,
+) -> float | None:
     """Return the least value that a share of sorted values is at or below.
 
     >>> percentile([1.0, 2.0, 3.0, 4.0], 0.5)
@@ -52,7 +64,12 @@ def percentile(ordered: Sequence[float], share: float) -> float | None:
     """
     if not ordered:
         return None
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+    return ordered[
+        max(
+            0,
+            math.ceil(share * len(ordered)) - 1,
+        )
+    ]
 
 
 def by(
@@ -64,6 +81,11 @@ def by(
     for row in rows:
         groups[key(row)].append(row)
     return dict(sorted(groups.items()))
+
+
+def family(row: Row) -> str:
+    """Return the family of a row."""
+    return row["family"]
 
 
 def platform(row: Row) -> str:
@@ -86,4 +108,15 @@ def text(figures: Mapping[str, Any]) -> str:
     if figures["within_bound"] is not None:
         parts.append(f"{figures['within_bound']:.1%} within the bound")
     parts.append(f"{figures['false_fits']} said to fit but refused")
+    parts.append(f"{figures['withheld']} fit but not said to")
     return "; ".join(parts)
+
+
+def _total(
+    rows: Sequence[Row],
+    key: str,
+) -> float:
+    return round(
+        sum(row.get(key, 0.0) for row in rows),
+        1,
+    )

@@ -28,13 +28,21 @@ class Layer(nnx.Module):
         self.first = nnx.LayerNorm(dim, rngs=rngs)
         self.attention = Attention(dim, heads, rngs=rngs)
         self.second = nnx.LayerNorm(dim, rngs=rngs)
-        self.up = nnx.Linear(dim, 2 * hidden, rngs=rngs)
+        self.up = nnx.Linear(
+            dim,
+            2 * hidden,
+            rngs=rngs,
+        )
         self.down = nnx.Linear(hidden, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, features, dim) to the same shape."""
         x = x + self.attention(self.first(x))
-        value, gate = jnp.split(self.up(self.second(x)), 2, axis=-1)
+        value, gate = jnp.split(
+            self.up(self.second(x)),
+            2,
+            axis=-1,
+        )
         return x + self.down(value * nnx.relu(gate))
 
 
@@ -52,24 +60,57 @@ class FTTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         init = nnx.initializers.normal(0.02)
-        self.scale = nnx.Param(init(rngs.params(), (numbers, dim)))
-        self.shift = nnx.Param(init(rngs.params(), (numbers, dim)))
-        self.label = nnx.Param(init(rngs.params(), (1, 1, dim)))
+        self.scale = nnx.Param(
+            init(
+                rngs.params(),
+                (numbers, dim),
+            )
+        )
+        self.shift = nnx.Param(
+            init(
+                rngs.params(),
+                (numbers, dim),
+            )
+        )
+        self.label = nnx.Param(
+            init(
+                rngs.params(),
+                (1, 1, dim),
+            )
+        )
         self.table = nnx.Embed(rows, dim, rngs=rngs)
         hidden = dim * 4 // 3
         self.layers = nnx.List(
-            [Layer(dim, heads, hidden, rngs=rngs) for _ in range(layers)]
+            [
+                Layer(
+                    dim,
+                    heads,
+                    hidden,
+                    rngs=rngs,
+                )
+                for _ in range(layers)
+            ]
         )
         self.norm = nnx.LayerNorm(dim, rngs=rngs)
         self.out = nnx.Linear(dim, 1, rngs=rngs)
 
-    def __call__(self, numbers: jax.Array, categories: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        numbers: jax.Array,
+        categories: jax.Array,
+    ) -> jax.Array:
         """Map float32 (batch, n) and int32 (batch, m) to values (batch,)."""
         numeric = numbers[..., None] * self.scale[...] + self.shift[...]
         batch, _, dim = numeric.shape
-        label = jnp.broadcast_to(self.label[...], (batch, 1, dim))
+        label = jnp.broadcast_to(
+            self.label[...],
+            (batch, 1, dim),
+        )
         parts = [label, numeric, self.table(categories)]
-        x = jnp.concatenate([p.astype(numeric.dtype) for p in parts], axis=1)
+        x = jnp.concatenate(
+            [p.astype(numeric.dtype) for p in parts],
+            axis=1,
+        )
         for layer in self.layers:
             x = layer(x)
         return self.out(nnx.relu(self.norm(x[:, 0])))[:, 0]

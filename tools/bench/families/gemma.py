@@ -40,13 +40,26 @@ class Block(nnx.Module):
         """Map (batch, length, dim) to the same shape."""
         before, after, inner, last = self.norms
         x = x + after(self._attend(before(x)))
-        gate, up = jnp.split(self.gate_up(inner(x)), 2, axis=-1)
+        gate, up = jnp.split(
+            self.gate_up(inner(x)),
+            2,
+            axis=-1,
+        )
         return x + last(self.down(nnx.gelu(gate) * up))
 
     def _attend(self, x: jax.Array) -> jax.Array:
         batch, length, _ = x.shape
-        query = self.query(x).reshape(batch, length, self.heads, -1)
-        key, value = jnp.split(self.key_value(x), 2, axis=-1)
+        query = self.query(x).reshape(
+            batch,
+            length,
+            self.heads,
+            -1,
+        )
+        key, value = jnp.split(
+            self.key_value(x),
+            2,
+            axis=-1,
+        )
         scores = jnp.einsum("bqhd,bkd->bhqk", query, key) / query.shape[-1] ** 0.5
         scores = 50 * jnp.tanh(scores.astype(jnp.float32) / 50)
         positions = jnp.arange(length)
@@ -72,7 +85,11 @@ class Gemma(nnx.Module):
         self.loop = loop
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
         if loop:
-            self.blocks = stack(lambda r: Block(*block, rngs=r), layers, rngs)
+            self.blocks = stack(
+                lambda r: Block(*block, rngs=r),
+                layers,
+                rngs,
+            )
         else:
             made = [Block(*block, rngs=rngs) for _ in range(layers)]
             self.blocks = nnx.List(made)
@@ -96,13 +113,29 @@ def case(draw: Draw) -> Case:
     head = draw.choice((64, 128, 256))
     heads = draw.choice((1, 2, 3, 4, 6, 8))
     dim = draw.width(256, 2048)
-    block = (dim, heads, head, draw.width(2 * dim, 6 * dim))
+    block = (
+        dim,
+        heads,
+        head,
+        draw.width(
+            2 * dim,
+            6 * dim,
+        ),
+    )
     loop = draw.random() < 0.5
     layers = draw.randint(4, 18) if loop else draw.randint(2, 4)
     length = draw.length(128, 2048)
+    model = partial(
+        Gemma,
+        draw.vocabulary(),
+        block,
+        layers,
+        loop,
+    )
     return Case(
-        partial(Gemma, draw.vocabulary(), block, layers, loop),
+        model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

@@ -25,11 +25,23 @@ class Block(nnx.Module):
     ):
         self.heads = heads
         self.first = nnx.LayerNorm(dim, rngs=rngs)
-        self.joint = nnx.Linear(dim, 3 * dim, rngs=rngs)
+        self.joint = nnx.Linear(
+            dim,
+            3 * dim,
+            rngs=rngs,
+        )
         self.out = nnx.Linear(dim, dim, rngs=rngs)
         self.second = nnx.LayerNorm(dim, rngs=rngs)
-        self.up = nnx.Linear(dim, 4 * dim, rngs=rngs)
-        self.down = nnx.Linear(4 * dim, dim, rngs=rngs)
+        self.up = nnx.Linear(
+            dim,
+            4 * dim,
+            rngs=rngs,
+        )
+        self.down = nnx.Linear(
+            4 * dim,
+            dim,
+            rngs=rngs,
+        )
         self.dropout = nnx.Dropout(rate, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -37,11 +49,30 @@ class Block(nnx.Module):
         batch, length, dim = x.shape
         joint = self.joint(self.first(x))
         heads = (batch, length, self.heads, dim // self.heads)
-        query, key, value = (p.reshape(heads) for p in jnp.split(joint, 3, axis=-1))
+        query, key, value = (
+            p.reshape(heads)
+            for p in jnp.split(
+                joint,
+                3,
+                axis=-1,
+            )
+        )
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / heads[-1] ** 0.5
-        mask = jnp.tril(jnp.ones((length, length), bool))
-        weights = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", self.dropout(weights), value)
+        mask = jnp.tril(
+            jnp.ones(
+                (length, length),
+                bool,
+            )
+        )
+        weights = jax.nn.softmax(
+            jnp.where(mask, scores, -1e9),
+            axis=-1,
+        )
+        mixed = jnp.einsum(
+            "bhqk,bkhd->bqhd",
+            self.dropout(weights),
+            value,
+        )
         x = x + self.dropout(self.out(mixed.reshape(x.shape)))
         hidden = nnx.gelu(self.up(self.second(x)))
         return x + self.dropout(self.down(hidden))
@@ -64,7 +95,15 @@ class GPT2(nnx.Module):
         self.tokens = nnx.Embed(vocab, dim, rngs=rngs)
         self.positions = nnx.Embed(length, dim, rngs=rngs)
         self.blocks = nnx.List(
-            [Block(dim, heads, rate, rngs=rngs) for _ in range(layers)]
+            [
+                Block(
+                    dim,
+                    heads,
+                    rate,
+                    rngs=rngs,
+                )
+                for _ in range(layers)
+            ]
         )
         self.norm = nnx.LayerNorm(dim, rngs=rngs)
 
@@ -79,7 +118,10 @@ class GPT2(nnx.Module):
 def case(draw: Draw) -> Case:
     """Draw heads, layers, length, vocabulary and dropout."""
     heads = draw.choice((2, 3, 5, 6, 8, 12))
-    head = max(4, int(draw.choice((32, 64, 80)) * draw.scale))
+    head = max(
+        4,
+        int(draw.choice((32, 64, 80)) * draw.scale),
+    )
     length = draw.length(128, 1024)
     model = partial(
         GPT2,
@@ -94,5 +136,6 @@ def case(draw: Draw) -> Case:
         model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

@@ -33,13 +33,28 @@ class HyperNet(nnx.Module):
         widths = (context, hidden, 2 * hidden * rank)
         self.makers = nnx.List([Dense(widths, rngs=rngs) for _ in range(turns)])
 
-    def __call__(self, context: jax.Array, points: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        context: jax.Array,
+        points: jax.Array,
+    ) -> jax.Array:
         """Map (batch, context) and (batch, n, points) to (batch, n, points)."""
         x = self.enter(points)
         for make in self.makers:
-            kernels = make(context).reshape(-1, *self.shape)
-            inner = jnp.einsum("bnh,bhr->bnr", x, kernels[:, 0])
-            x = x + jnp.einsum("bnr,bhr->bnh", nnx.silu(inner), kernels[:, 1])
+            kernels = make(context).reshape(
+                -1,
+                *self.shape,
+            )
+            inner = jnp.einsum(
+                "bnh,bhr->bnr",
+                x,
+                kernels[:, 0],
+            )
+            x = x + jnp.einsum(
+                "bnr,bhr->bnh",
+                nnx.silu(inner),
+                kernels[:, 1],
+            )
         return self.out(x)
 
 

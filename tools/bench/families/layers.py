@@ -42,7 +42,11 @@ class Attention(nnx.Module):
         self.value = nnx.Linear(source, dim, rngs=rngs)
         self.out = nnx.Linear(dim, dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array, memory: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array | None = None,
+    ) -> jax.Array:
         """Map (batch, length, dim), over (batch, keys, source), to the same shape."""
         memory = x if memory is None else memory
         query = self._split(self.query(x))
@@ -60,7 +64,11 @@ class Attention(nnx.Module):
         return self.out(mixed.reshape(x.shape))
 
     def _split(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.heads, -1)
+        return x.reshape(
+            *x.shape[:2],
+            self.heads,
+            -1,
+        )
 
     def _mixed(
         self,
@@ -71,7 +79,12 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
         scores = scores * query.shape[-1] ** -0.5
         if self.causal:
-            mask = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+            mask = jnp.tril(
+                jnp.ones(
+                    scores.shape[-2:],
+                    bool,
+                )
+            )
             scores = jnp.where(mask, scores, -1e9)
         weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(value.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
@@ -109,7 +122,16 @@ class Dense(nnx.Module):
     ):
         pairs = itertools.pairwise(widths)
         self.activation = activation
-        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
+        self.layers = nnx.List(
+            [
+                nnx.Linear(
+                    a,
+                    b,
+                    rngs=rngs,
+                )
+                for a, b in pairs
+            ]
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (..., widths[0]) to (..., widths[-1])."""
@@ -132,7 +154,10 @@ def scan(stacked: Any, x: Any) -> Any:
     """Apply the layers of a stacked module one after the other, in a loop."""
     graph, arrays = nnx.split(stacked)
 
-    def apply(x: Any, layer: Any) -> tuple[Any, None]:
+    def apply(
+        x: Any,
+        layer: Any,
+    ) -> tuple[Any, None]:
         return nnx.merge(graph, layer)(x), None
 
     return jax.lax.scan(apply, x, arrays)[0]

@@ -25,7 +25,14 @@ class LSTM(nnx.Module):
     ):
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
         widths = (dim, *(hidden,) * (layers - 1))
-        cells = [nnx.OptimizedLSTMCell(width, hidden, rngs=rngs) for width in widths]
+        cells = [
+            nnx.OptimizedLSTMCell(
+                width,
+                hidden,
+                rngs=rngs,
+            )
+            for width in widths
+        ]
         self.layers = nnx.List([nnx.RNN(cell) for cell in cells])
         self.out = nnx.Linear(hidden, vocab, rngs=rngs)
 
@@ -51,5 +58,6 @@ def case(draw: Draw) -> Case:
         model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

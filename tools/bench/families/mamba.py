@@ -47,20 +47,35 @@ class Block(nnx.Module):
         )
         self.select = linear(inner, 2 * states)
         self.step = nnx.Linear(inner, inner, rngs=rngs)
-        rates = jnp.broadcast_to(jnp.arange(1.0, states + 1), (inner, states))
+        rates = jnp.broadcast_to(
+            jnp.arange(1.0, states + 1),
+            (inner, states),
+        )
         self.log_rate = nnx.Param(jnp.log(rates))
         self.skip = nnx.Param(jnp.ones((inner,)))
         self.out = linear(inner, dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, length, dim) to the same shape."""
-        value, gate = jnp.split(self.enter(self.norm(x)), 2, axis=-1)
+        value, gate = jnp.split(
+            self.enter(self.norm(x)),
+            2,
+            axis=-1,
+        )
         value = nnx.silu(self.taps(value))
-        write, read = jnp.split(self.select(value), 2, axis=-1)
+        write, read = jnp.split(
+            self.select(value),
+            2,
+            axis=-1,
+        )
         step = nnx.softplus(self.step(value))
         decay = jnp.exp(-step[..., None] * jnp.exp(self.log_rate[...]))
         added = (step * value)[..., None] * write[:, :, None, :]
-        _, state = jax.lax.associative_scan(combine, (decay, added), axis=1)
+        _, state = jax.lax.associative_scan(
+            combine,
+            (decay, added),
+            axis=1,
+        )
         mixed = jnp.einsum("blis,bls->bli", state, read) + self.skip[...] * value
         return x + self.out(mixed.astype(x.dtype) * nnx.silu(gate))
 
@@ -78,14 +93,30 @@ class Mamba(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.loop = loop
-        self.embed = nnx.Embed(vocab, block[0], rngs=rngs)
+        self.embed = nnx.Embed(
+            vocab,
+            block[0],
+            rngs=rngs,
+        )
         if loop:
-            self.blocks = stack(lambda r: Block(*block, rngs=r), layers, rngs)
+            self.blocks = stack(
+                lambda r: Block(*block, rngs=r),
+                layers,
+                rngs,
+            )
         else:
             made = [Block(*block, rngs=rngs) for _ in range(layers)]
             self.blocks = nnx.List(made)
-        self.norm = nnx.RMSNorm(block[0], rngs=rngs)
-        self.out = nnx.Linear(block[0], vocab, use_bias=False, rngs=rngs)
+        self.norm = nnx.RMSNorm(
+            block[0],
+            rngs=rngs,
+        )
+        self.out = nnx.Linear(
+            block[0],
+            vocab,
+            use_bias=False,
+            rngs=rngs,
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map tokens int32 (batch, length) to logits (batch, length, vocab)."""
@@ -105,9 +136,17 @@ def case(draw: Draw) -> Case:
     loop = draw.random() < 0.6
     layers = draw.randint(2, 12) if loop else draw.randint(1, 2)
     length = draw.length(64, 512)
+    model = partial(
+        Mamba,
+        draw.vocabulary(),
+        block,
+        layers,
+        loop,
+    )
     return Case(
-        partial(Mamba, draw.vocabulary(), block, layers, loop),
+        model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

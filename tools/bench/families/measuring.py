@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,11 @@ class Cache:
             entry = json.loads(line)
             self.known[entry.pop("digest")] = entry
 
-    def add(self, digest: str, figures: Mapping[str, Any]) -> None:
+    def add(
+        self,
+        digest: str,
+        figures: Mapping[str, Any],
+    ) -> None:
         """Keep the figures of a program."""
         self.known[digest] = dict(figures)
         if self.file is not None:
@@ -50,33 +55,66 @@ class Prediction:
 
     Attributes:
       peak: the likeliest peak.
-      bound: what at least 97 % of peaks are below; None: the plan has no such figure.
-      seconds: how long it took beyond planning.
+      bound: what at least 97 % of peaks are below; None: there is no such figure.
+      said: whether the plan is said to fit.
+      seconds: of computing, beyond planning.
       whole: whether XLA compiled the whole program for it.
     """
 
     peak: float
     bound: float | None
+    said: bool
     seconds: float = 0.0
     whole: bool = False
+
+
+def computing() -> float:
+    """Return the seconds of computing of this process and of those that it waited for.
+
+    On a machine with other work to do they vary less than the clock's.
+    """
+    times = os.times()
+    return sum(times[:4])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How programs are measured.
+
+    Attributes:
+      probe: whether the planner's probe predicts, rather than the plan.
+      early: whether XLA is stopped once it has placed its arrays; else it compiles to
+        the end, which takes ten times as long.
+      file: where XLA's figures are kept; None: nowhere.
+    """
+
+    probe: bool = False
+    early: bool = False
+    file: Path | None = None
 
 
 def measure_cached(
     family: str,
     number: int,
-    probe: bool,
-    file: Path | None,
+    settings: Settings,
 ) -> dict[str, Any]:
-    """Plan and compile a program, or look it up in a file."""
-    if _Opened.cache is None or _Opened.cache.file != file:
-        _Opened.cache = Cache(file)
-    return measure(family, number, probe, _Opened.cache)
+    """Plan and compile a program, or look it up in the settings' file."""
+    opened = _Opened.cache
+    if opened is None or opened.file != settings.file:
+        opened = Cache(settings.file)
+        _Opened.cache = opened
+    return measure(
+        family,
+        number,
+        settings,
+        opened,
+    )
 
 
 def measure(
     family: str,
     number: int,
-    probe: bool,
+    settings: Settings,
     cache: Cache,
 ) -> dict[str, Any]:
     """Plan and compile a program.
@@ -94,33 +132,47 @@ def measure(
         "topology": drawn.topology,
         "batch_size": case.batch_size,
     }
-    traced = lepton.trace(case.recipe(), case.inputs, case.targets)
-    began = time.process_time()
+    traced = lepton.trace(
+        case.recipe(),
+        case.inputs,
+        case.targets,
+    )
+    began = computing()
     try:
         plan = lepton.plan(traced, where, **case.fixed)
     except PlanError as error:
         return row | {"outcome": "no plan", "why": str(error)}
 
-    row["planned"] = time.process_time() - began
+    row["planned"] = computing() - began
     row["plan"] = plan.name
     row["mesh"] = dict(plan.mesh)
+    row["batch_axes"] = list(plan.batch_axes)
     row["remat"] = plan.remat
     row["micro_batches"] = plan.micro_batches
     row["memory"] = plan.memory
-    predicted = _probed(traced, plan) if probe else _predicted(plan)
+    predicted = _probed(traced, plan, cache) if settings.probe else _predicted(plan)
     row |= vars(predicted)
     row["kinds"] = dict(plan.bytes_per_device)
-    row |= compiled(drawn, traced, plan, cache)
+    row |= account(
+        drawn,
+        traced,
+        plan,
+        settings.early,
+        cache,
+    )
     return row | _verdict(row)
 
 
-def compiled(
+def account(
     drawn: Drawn,
     traced: lepton.Trace,
     plan: lepton.Plan,
+    early: bool,
     cache: Cache,
 ) -> dict[str, Any]:
     """Return XLA's figures of a plan's train step, out of the cache if they are there.
+
+    Figures of programs that were compiled to the end also do where early ones would.
 
     Returns:
       "xla": bytes at the peak; None: XLA refuses the program without a figure.
@@ -131,18 +183,20 @@ def compiled(
     mesh = ahead.mesh_devices(where, plan.mesh, devices)
     lowered = Program(traced, plan, mesh).lower()
     digest = _digest(lowered, drawn.topology, plan)
-    if digest in cache.known:
-        return cache.known[digest]
+    keys = [digest, f"early {digest}"] if early else [digest]
+    for key in keys:
+        if key in cache.known:
+            return cache.known[key]
 
-    began = time.process_time()
+    began = computing()
     try:
-        _, memory = ahead.compile_for(lowered)
+        peak = _peak(lowered, mesh, early)
     except ahead.TooLarge as error:
         figures = {"xla": error.needed, "refused": True}
     else:
-        figures = {"xla": memory.peak, "refused": False}
-    figures["compiling"] = time.process_time() - began
-    cache.add(digest, figures)
+        figures = {"xla": peak, "refused": False}
+    figures["compiling"] = computing() - began
+    cache.add(keys[-1], figures)
     return figures
 
 
@@ -155,17 +209,50 @@ class _Opened:
     cache: Cache | None = None
 
 
+def _peak(
+    lowered: Any,
+    mesh: Any,
+    early: bool,
+) -> int:
+    """Compile a program; return the bytes that it holds at the most."""
+    if early:
+        from lepton_jax.planner.probe.early import memory
+
+        return memory(lowered, list(mesh.flat)).peak
+    return ahead.compile_for(lowered)[1].peak
+
+
 def _predicted(plan: Any) -> Prediction:
-    """Read a plan's peak, and its bound if it has one."""
-    return Prediction(plan.peak, getattr(plan, "peak_bound", None))
+    """Read what a plan says of its memory."""
+    # Plans of earlier commits have neither a bound nor a word on whether they fit.
+    fits = getattr(plan, "fits", "yes")
+    return Prediction(
+        peak=plan.peak,
+        bound=getattr(plan, "peak_bound", 0) or None,
+        said=fits == "yes",
+    )
 
 
-def _probed(traced: Any, plan: Any) -> Prediction:
-    """Probe a plan, without what earlier probes kept."""
-    from lepton_jax.planner import probe  # type: ignore[attr-defined]
+def _probed(
+    traced: lepton.Trace,
+    plan: lepton.Plan,
+    cache: Cache,
+) -> Prediction:
+    """Probe a plan; its folder of figures lies next to the cache."""
+    from lepton_jax.verify.probing import probe
 
-    found = probe.probe(traced, plan, cache=None)
-    return Prediction(found.peak, found.bound, found.seconds, found.whole)
+    folder = None
+    if cache.file is not None:
+        folder = cache.file.with_suffix(".probes")
+    began = computing()
+    found = probe(traced, plan, cache=folder)
+    return Prediction(
+        peak=found.peak or math.inf,
+        bound=found.bound,
+        said=found.bound is not None and found.bound <= plan.memory,
+        seconds=computing() - began,
+        whole=found.whole,
+    )
 
 
 def _verdict(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,14 +262,11 @@ def _verdict(row: Mapping[str, Any]) -> dict[str, Any]:
     topology's share of the machine.
     """
     real = row["xla"]
-    memory = row["memory"]
-    fits = not row["refused"] and real <= memory
     verdict: dict[str, Any] = {
         "outcome": "refused" if row["refused"] else "compared",
-        "fits": fits,
-        "said": (row["bound"] or row["peak"]) <= memory,
+        "fits": not row["refused"] and real <= row["memory"],
     }
-    if real is not None:
+    if real is not None and math.isfinite(row["peak"]):
         verdict["error"] = row["peak"] / real - 1
     if row["bound"] is not None:
         verdict["within"] = real is not None and real <= row["bound"]

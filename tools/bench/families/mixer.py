@@ -24,10 +24,22 @@ class Mixer(linen.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map images (batch, side, side, 3) to logits (batch, classes)."""
         sides = (self.patch, self.patch)
-        x = linen.Conv(self.dim, sides, strides=sides)(images)
-        x = x.reshape(x.shape[0], -1, self.dim)
+        x = linen.Conv(
+            self.dim,
+            sides,
+            strides=sides,
+        )(images)
+        x = x.reshape(
+            x.shape[0],
+            -1,
+            self.dim,
+        )
         for _ in range(self.layers):
-            across = jnp.swapaxes(linen.LayerNorm()(x), 1, 2)
+            across = jnp.swapaxes(
+                linen.LayerNorm()(x),
+                1,
+                2,
+            )
             hidden = linen.gelu(linen.Dense(self.tokens)(across))
             mixed = linen.Dense(x.shape[1])(hidden)
             x = x + jnp.swapaxes(mixed, 1, 2)

@@ -29,9 +29,24 @@ class Experts(nnx.Module):
     ):
         init = nnx.initializers.lecun_normal(batch_axis=0)
         self.experts = experts
-        self.router = nnx.Linear(dim, experts, use_bias=False, rngs=rngs)
-        self.up = nnx.Param(init(rngs.params(), (experts, dim, hidden)))
-        self.down = nnx.Param(init(rngs.params(), (experts, hidden, dim)))
+        self.router = nnx.Linear(
+            dim,
+            experts,
+            use_bias=False,
+            rngs=rngs,
+        )
+        self.up = nnx.Param(
+            init(
+                rngs.params(),
+                (experts, dim, hidden),
+            )
+        )
+        self.down = nnx.Param(
+            init(
+                rngs.params(),
+                (experts, hidden, dim),
+            )
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, length, dim) to the same shape; each row routes on its own."""
@@ -39,14 +54,30 @@ class Experts(nnx.Module):
         capacity = max(1, 2 * length // self.experts)
         chances = jax.nn.softmax(self.router(x).astype(jnp.float32))
         best = jnp.argmax(chances, axis=-1)
-        chosen = jax.nn.one_hot(best, self.experts, dtype=jnp.float32)
+        chosen = jax.nn.one_hot(
+            best,
+            self.experts,
+            dtype=jnp.float32,
+        )
         place = jnp.cumsum(chosen, axis=1) * chosen - 1
-        slots = jax.nn.one_hot(place.astype(jnp.int32), capacity, dtype=x.dtype)
+        slots = jax.nn.one_hot(
+            place.astype(jnp.int32),
+            capacity,
+            dtype=x.dtype,
+        )
         weight = (chances * chosen).astype(x.dtype)
         queues = jnp.einsum("blec,bld->becd", slots, x)
-        hidden = jnp.einsum("becd,edh->bech", queues, self.up[...].astype(x.dtype))
+        hidden = jnp.einsum(
+            "becd,edh->bech",
+            queues,
+            self.up[...].astype(x.dtype),
+        )
         down = self.down[...].astype(x.dtype)
-        results = jnp.einsum("bech,ehd->becd", nnx.gelu(hidden), down)
+        results = jnp.einsum(
+            "bech,ehd->becd",
+            nnx.gelu(hidden),
+            down,
+        )
         return jnp.einsum("blec,becd,ble->bld", slots, results, weight)
 
 
@@ -63,7 +94,12 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.first = nnx.LayerNorm(dim, rngs=rngs)
-        self.attention = Attention(dim, heads, causal=True, rngs=rngs)
+        self.attention = Attention(
+            dim,
+            heads,
+            causal=True,
+            rngs=rngs,
+        )
         self.second = nnx.LayerNorm(dim, rngs=rngs)
         self.experts = Experts(dim, hidden, experts, rngs=rngs)
 
@@ -86,13 +122,26 @@ class Mixture(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.loop = loop
-        self.embed = nnx.Embed(vocab, block[0], rngs=rngs)
+        self.embed = nnx.Embed(
+            vocab,
+            block[0],
+            rngs=rngs,
+        )
         if loop:
-            self.blocks = stack(lambda r: Block(*block, rngs=r), layers, rngs)
+            self.blocks = stack(
+                lambda r: Block(*block, rngs=r),
+                layers,
+                rngs,
+            )
         else:
             made = [Block(*block, rngs=rngs) for _ in range(layers)]
             self.blocks = nnx.List(made)
-        self.out = nnx.Linear(block[0], vocab, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(
+            block[0],
+            vocab,
+            use_bias=False,
+            rngs=rngs,
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map tokens int32 (batch, length) to logits (batch, length, vocab)."""
@@ -113,9 +162,17 @@ def case(draw: Draw) -> Case:
     loop = draw.random() < 0.5
     layers = draw.randint(2, 10) if loop else draw.randint(1, 3)
     length = draw.length(64, 1024)
+    model = partial(
+        Mixture,
+        draw.vocabulary(),
+        block,
+        layers,
+        loop,
+    )
     return Case(
-        partial(Mixture, draw.vocabulary(), block, layers, loop),
+        model,
         shape(length),
         shape(length),
+        ids=model.args[0],
         **draw.rest(),
     )

@@ -49,6 +49,21 @@ GREATEST_BATCH = 2**20
 POWERS = 0.7
 MULTIPLES = 0.2
 
+# Programs whose steps are timed.
+TIMED_CPUS = ("cpu:1", "cpu:2", "cpu:4")
+# Widths and lengths, to those of the programs above; "float32" is what people use on a
+# CPU (assumptions).
+TIMED_SCALE = 1 / 8
+TIMED_FLOAT32 = 0.8
+# The seconds that a step is meant to take: more than what calls cost, and so little
+# that forty programs take minutes.
+LEAST_SECONDS = 0.005
+MOST_SECONDS = 0.2
+# Of two slow cores, to the power of 10 (assumption: it decides sizes alone).
+CPU_FLOPS = 3e10
+CPU_BANDWIDTH = 3e9
+STEP_BY_FORWARD = 3  # a backward pass costs two forward passes
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -87,34 +102,84 @@ def draw(family: str, number: int) -> Drawn:
     filled = random.between(LEAST_FILLED, MOST_FILLED)
     where = lepton.topology(topology)
     room = filled * where.device.memory * where.devices
-    batch_size = _rounded(random, batch_for(case, room), where.devices)
+    batch_size = _rounded(
+        random,
+        batch_for(case, room),
+        where.devices,
+    )
     if case.most is not None:
         batch_size = min(batch_size, case.most)
-    return Drawn(family, number, topology, replace(case, batch_size=batch_size))
+    return Drawn(
+        family,
+        number,
+        topology,
+        replace(case, batch_size=batch_size),
+    )
+
+
+def draw_timed(family: str, number: int) -> Drawn:
+    """Draw the program of a name, of a size whose steps a CPU can run.
+
+    Its batch is chosen by its own FLOP and bytes, with round figures of a CPU.
+    """
+    random = Draw(f"time/{family}/{number}")
+    random.scale = TIMED_SCALE
+    topology = random.choice(TIMED_CPUS)
+    case = load(family)(random)
+    precision = "float32" if random.random() < TIMED_FLOAT32 else case.precision
+    seconds = random.between(LEAST_SECONDS, MOST_SECONDS)
+    work = forward_work(case)
+    a_sample = work.flops / CPU_FLOPS + work.linear / CPU_BANDWIDTH
+    devices = lepton.topology(topology).devices
+    wanted = seconds / STEP_BY_FORWARD / a_sample
+    batch_size = max(1, round(wanted / devices)) * devices
+    if case.most is not None:
+        batch_size = min(batch_size, case.most)
+    sized = replace(case, batch_size=batch_size, precision=precision)
+    return Drawn(family, number, topology, sized)
 
 
 def batch_for(case: Case, room: float) -> int:
     """Return the batch for which the loss computes about as many bytes as `room`."""
-    linear, square = forward_bytes(case)
-    if square:
-        root = math.sqrt(linear**2 + 4 * square * room)
-        size = (root - linear) / (2 * square)
+    work = forward_work(case)
+    if work.square:
+        root = math.sqrt(work.linear**2 + 4 * work.square * room)
+        size = (root - work.linear) / (2 * work.square)
     else:
-        size = room / linear
+        size = room / work.linear
     return min(GREATEST_BATCH, max(1, round(size)))
 
 
-def forward_bytes(case: Case) -> tuple[float, float]:
-    """Count the bytes that the loss computes: for a sample, and for a pair of them.
+@dataclass
+class Work:
+    """What a loss computes, without its gradient.
+
+    Attributes:
+      linear: bytes of the results that a sample adds.
+      square: bytes that each pair of samples adds.
+      flops: of matmuls and convolutions, a sample.
+    """
+
+    linear: float = 0.0
+    square: float = 0.0
+    flops: float = 0.0
+
+
+def forward_work(case: Case) -> Work:
+    """Count what the loss computes.
 
     Each result of each operation counts, as often as its loop turns, whether XLA would
     write it or not. The batch is a prime, by which its dims are known.
     """
-    traced = lepton.trace(case.recipe(MARK), case.inputs, case.targets)
+    traced = lepton.trace(
+        case.recipe(MARK),
+        case.inputs,
+        case.targets,
+    )
     assert traced.jaxpr is not None  # there are inputs
-    totals = [0.0, 0.0, 0.0]
-    _count(traced.jaxpr.jaxpr, 1, totals)
-    return totals[1], totals[2]
+    work = Work()
+    _count(traced.jaxpr.jaxpr, 1, work)
+    return work
 
 
 # ---- internals ----
@@ -123,27 +188,53 @@ def forward_bytes(case: Case) -> tuple[float, float]:
 def _count(
     jaxpr: Any,
     turns: int,
-    totals: list[float],
+    work: Work,
 ) -> None:
-    """Add bytes of a batch, divided by it as often as it is among an array's dims."""
+    """Add what the operations of a jaxpr compute."""
     for eqn in jaxpr.eqns:
         inner_turns = turns * eqn.params.get("length", 1)
-        inner = [_inner(p) for p in eqn.params.values()]
-        bodies = [body for body in inner if body is not None]
+        bodies = [body for p in eqn.params.values() for body in _inner(p)]
         for body in bodies:
-            _count(body, inner_turns, totals)
-        if bodies:
-            continue
-        for out in eqn.outvars:
-            size = math.prod(out.aval.shape) * out.aval.dtype.itemsize
-            marks = min(2, sum(n % MARK == 0 for n in out.aval.shape if n))
-            totals[marks] += turns * size / MARK**marks
+            _count(body, inner_turns, work)
+        if not bodies:
+            _add(eqn, turns, work)
 
 
-def _inner(parameter: Any) -> Any:
+def _add(
+    eqn: Any,
+    turns: int,
+    work: Work,
+) -> None:
+    """Add what one operation computes, if its results have the batch."""
+    for out in eqn.outvars:
+        size = turns * math.prod(out.aval.shape) * out.aval.dtype.itemsize
+        marks = sum(n % MARK == 0 for n in out.aval.shape if n)
+        if marks == 1:
+            work.linear += size / MARK
+            work.flops += turns * _flops(eqn) / MARK
+        elif marks > 1:
+            work.square += size / MARK**2
+
+
+def _flops(eqn: Any) -> float:
+    """Return the FLOP of a matmul or a convolution, and 0 of all else."""
+    kind = eqn.primitive.name
+    out = math.prod(eqn.outvars[0].aval.shape)
+    if kind == "dot_general":
+        left = eqn.invars[0].aval.shape
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2.0 * out * math.prod(left[i] for i in contracted)
+    if kind == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * out * math.prod(kernel) / features
+    return 0.0
+
+
+def _inner(parameter: Any) -> list[Any]:
     """Return the jaxpr that a parameter of an operation is, if it is one."""
     jaxpr = getattr(parameter, "jaxpr", parameter)
-    return jaxpr if hasattr(jaxpr, "eqns") else None
+    return [jaxpr] if hasattr(jaxpr, "eqns") else []
 
 
 def _rounded(
@@ -154,7 +245,10 @@ def _rounded(
     """Round a batch size: mostly as people choose it."""
     kind = random.random()
     if kind < POWERS:
-        unit = 2 ** max(0, math.floor(math.log2(batch_size)) - 1)
+        unit = 2 ** max(
+            0,
+            math.floor(math.log2(batch_size)) - 1,
+        )
     elif kind < POWERS + MULTIPLES:
         unit = devices
     else:

@@ -29,7 +29,12 @@ class Bottleneck(nnx.Module):
         self.convs = nnx.List(
             [
                 conv(entering, width, (1, 1)),
-                conv(width, width, (3, 3), strides=strides),
+                conv(
+                    width,
+                    width,
+                    (3, 3),
+                    strides=strides,
+                ),
                 conv(width, leaving, (1, 1)),
             ]
         )
@@ -37,13 +42,24 @@ class Bottleneck(nnx.Module):
         self.norms = nnx.List([nnx.BatchNorm(w, rngs=rngs) for w in widths])
         shortcut = None
         if stride > 1 or entering != leaving:
-            shortcut = conv(entering, leaving, (1, 1), strides=strides)
+            shortcut = conv(
+                entering,
+                leaving,
+                (1, 1),
+                strides=strides,
+            )
         self.shortcut = nnx.data(shortcut)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, side, side, entering) to a smaller side and 4 times `width`."""
         short = x if self.shortcut is None else self.shortcut(x)
-        pairs = list(zip(self.convs, self.norms, strict=True))
+        pairs = list(
+            zip(
+                self.convs,
+                self.norms,
+                strict=True,
+            )
+        )
         for conv, norm in pairs[:-1]:
             x = nnx.relu(norm(conv(x)))
         conv, norm = pairs[-1]
@@ -84,7 +100,12 @@ class ResNet(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map images (batch, side, side, 3) to logits (batch, classes)."""
         x = nnx.relu(self.norm(self.stem(images)))
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        x = nnx.max_pool(
+            x,
+            (3, 3),
+            strides=(2, 2),
+            padding="SAME",
+        )
         for block in self.blocks:
             x = block(x)
         return self.out(x.mean(axis=(1, 2)))

@@ -33,12 +33,23 @@ class BiasedAttention(nnx.Module):
         self.key = linear(dim, heads * head)
         self.value = linear(dim, heads * head)
         self.out = linear(heads * head, dim)
-        self.bias = nnx.Embed(2 * FURTHEST + 1, heads, rngs=rngs)
+        self.bias = nnx.Embed(
+            2 * FURTHEST + 1,
+            heads,
+            rngs=rngs,
+        )
 
-    def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array,
+    ) -> jax.Array:
         """Map (batch, length, dim) over (batch, keys, dim) to the former's shape."""
         query, key, value = (
-            layer(source).reshape(*source.shape[:2], *self.shape)
+            layer(source).reshape(
+                *source.shape[:2],
+                *self.shape,
+            )
             for layer, source in (
                 (self.query, x),
                 (self.key, memory),
@@ -54,7 +65,12 @@ class BiasedAttention(nnx.Module):
             scores = jnp.where(distance <= 0, scores, -1e9)
         weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        return self.out(mixed.reshape(*x.shape[:2], -1))
+        return self.out(
+            mixed.reshape(
+                *x.shape[:2],
+                -1,
+            )
+        )
 
 
 class Layer(nnx.Module):
@@ -71,7 +87,13 @@ class Layer(nnx.Module):
     ):
         linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.norms = nnx.List([nnx.RMSNorm(dim, rngs=rngs) for _ in range(3)])
-        self.inner = BiasedAttention(dim, heads, head, decodes, rngs=rngs)
+        self.inner = BiasedAttention(
+            dim,
+            heads,
+            head,
+            decodes,
+            rngs=rngs,
+        )
         cross = None
         if decodes:
             cross = BiasedAttention(dim, heads, head, False, rngs=rngs)
@@ -79,7 +101,11 @@ class Layer(nnx.Module):
         self.up = linear(dim, 4 * dim)
         self.down = linear(4 * dim, dim)
 
-    def __call__(self, x: jax.Array, memory: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array | None = None,
+    ) -> jax.Array:
         """Map (batch, length, dim) to the same shape."""
         first, second, third = self.norms
         normed = first(x)
@@ -101,14 +127,39 @@ class T5(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.embed = nnx.Embed(vocab, layer[0], rngs=rngs)
-        encoder = [Layer(*layer, False, rngs=rngs) for _ in range(encoders)]
-        decoder = [Layer(*layer, True, rngs=rngs) for _ in range(decoders)]
+        self.embed = nnx.Embed(
+            vocab,
+            layer[0],
+            rngs=rngs,
+        )
+        encoder = [
+            Layer(
+                *layer,
+                False,
+                rngs=rngs,
+            )
+            for _ in range(encoders)
+        ]
+        decoder = [
+            Layer(
+                *layer,
+                True,
+                rngs=rngs,
+            )
+            for _ in range(decoders)
+        ]
         self.encoder = nnx.List(encoder)
         self.decoder = nnx.List(decoder)
-        self.norm = nnx.RMSNorm(layer[0], rngs=rngs)
+        self.norm = nnx.RMSNorm(
+            layer[0],
+            rngs=rngs,
+        )
 
-    def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        source: jax.Array,
+        target: jax.Array,
+    ) -> jax.Array:
         """Map int32 (batch, n) and (batch, m) to logits (batch, m, vocab)."""
         memory = self.embed(source)
         for layer in self.encoder:
@@ -139,5 +190,6 @@ def case(draw: Draw) -> Case:
         model,
         {"source": shape(source), "target": shape(target)},
         shape(target),
+        ids=model.args[0],
         **draw.rest(),
     )

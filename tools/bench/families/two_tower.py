@@ -29,10 +29,20 @@ class TwoTower(nnx.Module):
         self.users = nnx.Embed(users, dim, rngs=rngs)
         self.items = nnx.Embed(items, dim, rngs=rngs)
         self.user_bias = nnx.Embed(users, 1, rngs=rngs)
-        self.user_tower = Dense((dim, *hidden), rngs=rngs)
-        self.item_tower = Dense((dim, *hidden), rngs=rngs)
+        self.user_tower = Dense(
+            (dim, *hidden),
+            rngs=rngs,
+        )
+        self.item_tower = Dense(
+            (dim, *hidden),
+            rngs=rngs,
+        )
 
-    def __call__(self, user: jax.Array, item: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        user: jax.Array,
+        item: jax.Array,
+    ) -> jax.Array:
         """Map ids int32 (batch,) and (batch,) to ratings (batch,)."""
         left = self.user_tower(self.users(user))
         right = self.item_tower(self.items(item))
@@ -54,5 +64,6 @@ def case(draw: Draw) -> Case:
         {"user": shape(), "item": shape()},
         shape(dtype=jnp.float32),
         loss=lepton.losses.squared_error,
+        ids=min(model.args[:2]),
         **draw.rest(),
     )

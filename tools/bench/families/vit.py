@@ -57,11 +57,35 @@ class ViT(nnx.Module):
         sides = (patch, patch)
         patches = (side // patch) ** 2
         init = nnx.initializers.normal(0.02)
-        self.patches = nnx.Conv(3, dim, sides, strides=sides, rngs=rngs)
-        self.label = nnx.Param(init(rngs.params(), (1, 1, dim)))
-        self.positions = nnx.Param(init(rngs.params(), (1, patches + 1, dim)))
+        self.patches = nnx.Conv(
+            3,
+            dim,
+            sides,
+            strides=sides,
+            rngs=rngs,
+        )
+        self.label = nnx.Param(
+            init(
+                rngs.params(),
+                (1, 1, dim),
+            )
+        )
+        self.positions = nnx.Param(
+            init(
+                rngs.params(),
+                (1, patches + 1, dim),
+            )
+        )
         self.blocks = nnx.List(
-            [Block(dim, heads, 4 * dim, rngs=rngs) for _ in range(layers)]
+            [
+                Block(
+                    dim,
+                    heads,
+                    4 * dim,
+                    rngs=rngs,
+                )
+                for _ in range(layers)
+            ]
         )
         self.norm = nnx.LayerNorm(dim, rngs=rngs)
         self.out = nnx.Linear(dim, classes, rngs=rngs)
@@ -69,9 +93,19 @@ class ViT(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map images (batch, side, side, 3) to logits (batch, classes)."""
         x = self.patches(images)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        label = jnp.broadcast_to(self.label[...], (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([label.astype(x.dtype), x], axis=1)
+        x = x.reshape(
+            x.shape[0],
+            -1,
+            x.shape[-1],
+        )
+        label = jnp.broadcast_to(
+            self.label[...],
+            (x.shape[0], 1, x.shape[-1]),
+        )
+        x = jnp.concatenate(
+            [label.astype(x.dtype), x],
+            axis=1,
+        )
         x = x + self.positions[...].astype(x.dtype)
         for block in self.blocks:
             x = block(x)
@@ -83,7 +117,10 @@ def case(draw: Draw) -> Case:
     patch = draw.choice((8, 14, 16))
     side = patch * draw.choice((6, 9, 14, 16))
     heads = draw.choice((2, 3, 4, 6, 12))
-    dim = heads * max(4, int(draw.choice((32, 64)) * draw.scale))
+    dim = heads * max(
+        4,
+        int(draw.choice((32, 64)) * draw.scale),
+    )
     model = partial(
         ViT,
         draw.classes(),

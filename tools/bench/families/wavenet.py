@@ -35,10 +35,23 @@ class Layer(nnx.Module):
         )
         self.value = conv()
         self.gate = conv()
-        self.residual = nnx.Conv(width, width, (1,), rngs=rngs)
-        self.skip = nnx.Conv(width, skip, (1,), rngs=rngs)
+        self.residual = nnx.Conv(
+            width,
+            width,
+            (1,),
+            rngs=rngs,
+        )
+        self.skip = nnx.Conv(
+            width,
+            skip,
+            (1,),
+            rngs=rngs,
+        )
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self,
+        x: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         """Map (batch, length, width) to the same shape and (batch, length, skip)."""
         gated = nnx.tanh(self.value(x)) * nnx.sigmoid(self.gate(x))
         return x + self.residual(gated), self.skip(gated)
@@ -57,7 +70,15 @@ class WaveNet(nnx.Module):
     ):
         self.embed = nnx.Embed(LEVELS, width, rngs=rngs)
         self.layers = nnx.List(
-            [Layer(width, skip, 2**i, rngs=rngs) for i in range(layers)]
+            [
+                Layer(
+                    width,
+                    skip,
+                    2**i,
+                    rngs=rngs,
+                )
+                for i in range(layers)
+            ]
         )
         self.hidden = nnx.Linear(skip, skip, rngs=rngs)
         self.out = nnx.Linear(skip, LEVELS, rngs=rngs)

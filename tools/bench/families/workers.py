@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -12,8 +15,9 @@ from typing import Any
 
 from tools.bench.regret import virtual_devices
 
-# Seconds after which a program is given up (assumption: compiling one takes seconds).
-LONGEST = 600
+# Seconds after which a program is given up (assumption: compiling one takes half a
+# minute, on a machine with much else to do ten times that).
+LONGEST = 1200
 # Programs after which a new process begins: compilers keep memory (assumption).
 PROGRAMS_A_PROCESS = 16
 
@@ -24,26 +28,54 @@ Measure = Callable[..., Row]
 def rows(
     measure: Measure,
     calls: Sequence[tuple[Any, ...]],
+    quiet: bool = False,
+    jobs: int = 1,
 ) -> Iterator[Row]:
-    """Call a function for each tuple of arguments, in one other process.
+    """Call a function for each tuple of arguments, in other processes.
 
     Args:
       measure: a function of a module; (family, number, ...) to a row.
       calls: its arguments.
+      quiet: whether what the processes write to stderr is dropped.
+      jobs: number of processes.
 
     Yields:
-      A row for each call, in order. Where it failed, "outcome" is "failed" and "why"
+      A row for each call, as it ends. Where it failed, "outcome" is "failed" and "why"
       says how: the process died, it took too long, or it raised.
     """
+    found: queue.Queue[Row] = queue.Queue()
+
+    def work(part: Sequence[tuple[Any, ...]]) -> None:
+        for row in _in_one_process(measure, part, quiet):
+            found.put(row)
+
+    for i in range(jobs):
+        part = calls[i::jobs]
+        threading.Thread(target=work, args=(part,), daemon=True).start()
+    for _ in calls:
+        yield found.get()
+
+
+def once(function: Callable[[], Any]) -> Any:
+    """Call a function of a module in a process of its own; return what it returns."""
+    with _pool() as pool:
+        return pool.submit(function).result(LONGEST)
+
+
+def _in_one_process(
+    measure: Measure,
+    calls: Sequence[tuple[Any, ...]],
+    quiet: bool,
+) -> Iterator[Row]:
+    """Yield a row for each call, in order, from one process at a time."""
     pool = None
     for done, call in enumerate(calls):
         if pool is not None and done % PROGRAMS_A_PROCESS == 0:
             pool.shutdown()
             pool = None
-        pool = pool or _pool()
-        future = pool.submit(_safely, measure, call)
+        pool = pool or _pool(quiet)
         try:
-            yield future.result(LONGEST)
+            yield pool.submit(_safely, measure, call).result(LONGEST)
         except (BrokenProcessPool, TimeoutError) as error:
             _kill(pool)
             pool = None
@@ -52,23 +84,34 @@ def rows(
         pool.shutdown()
 
 
-def _pool() -> ProcessPoolExecutor:
+def _pool(quiet: bool = False) -> ProcessPoolExecutor:
     """Return a process that has the virtual devices, and nothing of this one."""
     return ProcessPoolExecutor(
         1,
         multiprocessing.get_context("spawn"),
         _begin,
+        (quiet,),
     )
 
 
-def _begin() -> None:
-    """Prepare the process; keep its compilers' and planners' words to itself."""
+def _begin(quiet: bool) -> None:
+    """Prepare the process; keep its compilers' words to itself.
+
+    Args:
+      quiet: drop all that it writes to stderr, crashes in a compiler included.
+    """
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if quiet:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
     virtual_devices()
 
 
-def _safely(measure: Measure, call: tuple[Any, ...]) -> Row:
+def _safely(
+    measure: Measure,
+    call: tuple[Any, ...],
+) -> Row:
     """Return the row, or one that says what was raised."""
     try:
         return measure(*call)
@@ -76,7 +119,10 @@ def _safely(measure: Measure, call: tuple[Any, ...]) -> Row:
         return _failed(call, f"{type(error).__name__}: {error}")
 
 
-def _failed(call: tuple[Any, ...], why: str) -> Row:
+def _failed(
+    call: tuple[Any, ...],
+    why: str,
+) -> Row:
     family, number, *_ = call
     return {
         "family": family,

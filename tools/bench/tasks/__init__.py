@@ -71,6 +71,11 @@ TUNING = tuple(sorted({*SEEN, *UNSEEN} - {*JUDGING}))
 HALVES = {"tuning": TUNING, "judging": JUDGING}
 
 
+def source(name: str) -> Path:
+    """Return the file of a task."""
+    return Path(__file__).with_name(f"{name}.py")
+
+
 def _maker(name: str) -> Callable[[Path], Task]:
     """Return a function of the folder of data sets that imports and builds a task."""
 
