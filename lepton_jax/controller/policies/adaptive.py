@@ -29,9 +29,9 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
         the run, and at most threefold after that.
       `schedule_free`: gradients are taken near an average of the parameters, which
         takes the place of the first moment (Defazio et al. 2024); the average is
-        evaluated and served, so the rate need not fall. For optimizers whose first
-        moment can't be left out (no argument b1): `decay`, linear over the second half
-        of the budget, and `averaging`.
+        evaluated and served, so the rate need not fall. For other optimizers than Adam
+        and those like it: `decay`, linear over the second half of the budget, and
+        `averaging`.
       `best_average`: holds the average when evaluations get worse although the training
         loss falls.
       `guard`: keeps out spikes and values that are not finite, and asks for at most
