@@ -187,7 +187,6 @@ def test_the_estimate_is_finite_and_never_falls(measured):
             "gradient_sum_norm": abs(size),
             "loss": size,
             "base_rate": 1e-3,
-            "update_worth": 1.0,
             "step": step,
             "progress": (step + 1) / 10,
         }
