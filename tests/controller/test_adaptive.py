@@ -165,6 +165,23 @@ def test_optimizers_with_updates_of_the_rates_size_are_taken(optimizer):
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "unproven"), [(optax.adamw, False), (optax.lion, True)]
+)
+def test_a_person_is_told_where_the_optimizer_is_none_like_adam(optimizer, unproven):
+    recipe = lepton.Recipe(
+        model=partial(MLP, (12, 3)),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optimizer,
+        learning_rate=1e-3,
+        controller=controllers.adaptive(),
+    )
+    names = [policy.name for policy in controllers.Controller(recipe).policies]
+
+    assert ("unproven" in names) == unproven
+    assert ("schedule_free" in names) != unproven
+
+
+@pytest.mark.parametrize(
     "options", [{"start": 0.0}, {"coefficient": -1.0}, {"growth": 0.9}, {"until": 2.0}]
 )
 def test_arguments_out_of_range_are_refused(options):
