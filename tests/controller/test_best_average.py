@@ -51,7 +51,7 @@ def test_it_is_not_held_without_overfitting(trained, evaluated):
 
 def test_the_first_evaluations_do_not_count():
     losses = [3, 2, 1, 0.5, 0.4, 0.3], [3, 2, 2.1, 2.3, 2.4, 1.0]
-    at, _ = held(*losses, progress=0.1)
+    at, _ = held(*losses, progress=0.05)
     unknown, _ = held(*losses, progress=np.nan)
 
     assert not any(at)

@@ -62,7 +62,7 @@ def best_average(
     patience: int = 2,
     margin: float = 0.03,
     gap: float = 0.7,
-    quiet: float = 0.2,
+    quiet: float = 0.1,
 ) -> Policy:
     """Hold the average of the parameters when the model begins to overfit.
 

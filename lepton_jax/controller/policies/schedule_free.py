@@ -95,12 +95,12 @@ def schedule_free(
         update,
         watches=("updates",),
         moves=("interpolation", "averaging_decay", "b1"),
-        fitted=_fitted(otherwise) if otherwise else _as_it_is,
+        fitted=if_like_adam(otherwise) if otherwise else _as_it_is,
     )
 
 
-def _fitted(otherwise: Any) -> Callable[[Recipe, Optimizer, Policy], Any]:
-    """Return a `Policy.fitted` that puts others in its place where it does harm."""
+def if_like_adam(otherwise: Any) -> Callable[[Recipe, Optimizer, Policy], Any]:
+    """Return a `Policy.fitted` that puts others in its place for other optimizers."""
 
     def fitted(recipe: Recipe, optimizer: Optimizer, policy: Policy) -> Any:
         return policy if _is_like_adam(optimizer) else otherwise
