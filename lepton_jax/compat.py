@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -345,6 +346,17 @@ def jit_where(function: Callable) -> Callable:
         return jitted[devices](*args)
 
     return call
+
+
+def eagerly(function: Callable[[], Any]) -> Any:
+    """Run a function of concrete arrays and return its result.
+
+    It is also for a place where a program is being traced. There JAX would trace the
+    functions under `jax.jit` that it calls, also under `ensure_compile_time_eval`. A
+    trace belongs to its thread, so the function runs in another one.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function).result()
 
 
 def whole_axes(function: Callable) -> Callable:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.compat import eagerly
 from lepton_jax.controller.signals import norm
 from lepton_jax.errors import RecipeError
 from lepton_jax.trees import by_path
@@ -96,12 +97,11 @@ def check(
 
 def _fault(optimizer: Optimizer, params: Any) -> str | None:
     """Say what is wrong with an optimizer's updates; None: nothing."""
-    with jax.ensure_compile_time_eval():
-        try:
-            usual, small, slow = _tried(optimizer, _different(params))
-        except (KeyError, RecipeError, TypeError, ValueError):
-            # an optimizer that knows all the parameters by name
-            usual, small, slow = _tried(optimizer, params)
+    try:
+        usual, small, slow = eagerly(lambda: _tried(optimizer, _different(params)))
+    except (KeyError, RecipeError, TypeError, ValueError):
+        # an optimizer that knows all the parameters by name
+        usual, small, slow = eagerly(lambda: _tried(optimizer, params))
     if not usual > 0:
         return "are zero, or not finite"
     if not _are_alike(usual, small, MOST):
