@@ -51,9 +51,10 @@ import jax.numpy as jnp
 import optax
 
 import lepton_jax.controller.knobs as knobs_
+from lepton_jax.controller.branches import once
 from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
-from lepton_jax.controller.signals import Signals
+from lepton_jax.controller.signals import EARLY, Signals
 from lepton_jax.controller.state import ControllerState, Pieces, floats
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
@@ -68,6 +69,8 @@ IN_FORWARD = {
     "loss_limit": ("loss_kept", "loss_blank", "loss_values"),
     "loss_mark": ("mark_weight", "mark_weight_square", "loss_blank", "loss_values"),
 }
+# parts of the state with trees as large as the parameters
+LARGE = ("signals", "accumulated", "average", "anchor")
 # signals that are no column of a record: the record's step implies them
 UNSHOWN = ("step", "progress", "batch_size")
 
@@ -87,6 +90,8 @@ class Controller:
       base: the knobs that have a base, with the recipe's values.
       flags: the knobs without a base.
       records: names of the values that a step records after loss and metrics.
+      stride: every how many steps passes over the parameters are made that need not be
+        made in each, see `signals.stride`; whoever knows the model's cost sets it.
     """
 
     def __init__(self, recipe: Recipe):
@@ -101,6 +106,7 @@ class Controller:
             for knob in policy.moves
         ]
         self._moved = {knob for _, knob in self.moves}
+        self.stride = 1
 
         watched = [name for policy in self.policies for name in policy.watches]
         self.signals = Signals(
@@ -198,6 +204,7 @@ class Controller:
             rate=jnp.asarray([1, 1, 0], jnp.float32),
             accumulated=self._first_sum(params),
             average=self._first_average(params, variables),
+            lag=jnp.float32(1) if "averaging_decay" in self._moved else (),
             anchor=self._first_anchor(Pieces(params, variables, optimizer)),
         )
 
@@ -283,13 +290,17 @@ class Controller:
             record = {name: self._scheduled(before, step) for name in self.records}
             return pieces, state, record
 
+        given = self._given(step, state, before, values)
+        due = self._is_due(given)
         signals, means = self.signals.measure(
             state.signals,
-            self._given(step, state, before, values),
+            given,
             before.params,
             gradients,
             state.anchor.params if self.anchored else (),
             parts,
+            due,
+            ~state.halted if self.halts else True,
         )
         contributions, policies = self._consult(signals, state)
         knobs = self._knobs(state, contributions, before)
@@ -300,18 +311,15 @@ class Controller:
             gradients,
             knobs | self._unmoved_rate(state, before),
             values["loss"],
+            due,
+            self.signals.followed(means),
         )
-        pieces, applied, moved = self._advance(state, update)
+        pieces, followed, applied, moved = self._advance(state, update)
         fresh = state._replace(
             knobs=knobs,
             contributions=contributions,
             policies=policies,
-            signals=self.signals.updated(
-                means,
-                before.params,
-                pieces.params,
-                applied,
-            ),
+            signals=means | followed,
             updates=state.updates + applied,
             **moved,
         )
@@ -343,6 +351,8 @@ class Controller:
             "mark_weight_square": 1.0,
         }
         measured_by_host = {n: x for n, x in state.fed.items() if n != "steps"}
+        weight = "gradient_weight"
+        weighted = {weight: state.knobs[weight]} if weight in state.knobs else {}
         return {
             **unmeasured,
             "step": step,
@@ -352,8 +362,20 @@ class Controller:
             **values,
             **measured_by_host,
             "base_rate": self._base_rate(state, before),
-            "gradient_weight": state.knobs.get("gradient_weight", jnp.float32(1)),
+            **weighted,
         }
+
+    def _is_due(self, given: Mapping[str, Any]) -> Any:
+        """Whether the passes over the parameters are made in this step.
+
+        They are made in each of the first steps, and in the last one where it is known.
+        """
+        if self.stride == 1:
+            return True
+        step = given["step"]
+        begins = step < EARLY * self.stride
+        ends = given["progress"] >= 1
+        return begins | ends | (step % self.stride == 0)
 
     def _consult(
         self, signals: Mapping[str, Any], state: ControllerState
@@ -462,29 +484,44 @@ class Controller:
             return fresh
         asked = [fresh.knobs[n] > 0 for n in ("stop", "rollback") if n in fresh.knobs]
         halted = fresh._replace(halted=jnp.stack(asked).any())
-        return _where(state.halted, state, halted)
+        # trees as large as the parameters are not selected: they stay by themselves
+        selected = [name for name in ControllerState._fields if name not in LARGE]
+        chosen = {
+            name: _where(state.halted, getattr(state, name), getattr(halted, name))
+            for name in selected
+        }
+        signals = jax.tree.map(
+            lambda old, new: new if new.ndim else jnp.where(state.halted, old, new),
+            state.signals,
+            fresh.signals,
+        )
+        return halted._replace(signals=signals, **chosen)
 
     def _advance(
         self,
         state: ControllerState,
         update: _Update,
-    ) -> tuple[Pieces, Any, dict[str, Any]]:
+    ) -> tuple[Pieces, Any, Any, dict[str, Any]]:
         """Make the update of a step, or not.
 
         Returns:
-          The pieces after the step; whether there was an update, bool (); and the parts
-          of the controller's state that follow the pieces, by name.
+          The pieces after the step; the signals that follow an update; whether there
+          was one, bool (); and the parts of the controller's state that follow the
+          pieces, by name.
         """
         knobs = update.knobs
         taken = self._taken(state, knobs)
         moved: dict[str, Any] = {}
         if "accumulate" in knobs:
-            pieces, applied, total = self._accumulate(state, update, taken)
+            made, applied, total = self._accumulate(state, update, taken)
             moved["accumulated"] = total
         else:
-            pieces = self._apply_if(taken, update)
+            waiting = update.before, update.followed
+            made = self._apply_if(taken, update, waiting)
             applied = jnp.bool_(True) if taken is None else taken
+        pieces, followed = made
 
+        back = None
         if self.restores:
             back = _restored(state, knobs)
             pieces = _where(back, state.anchor, pieces)
@@ -495,12 +532,51 @@ class Controller:
             moved["anchor"] = _where(renewed, pieces, state.anchor)
 
         if "averaging_decay" in knobs:
-            now = (pieces.params, floats(pieces.variables))
-            average = _averaged(state.average, now, knobs["averaging_decay"])
-            moved["average"] = _where(applied, average, state.average)
-            if self.restores:
-                moved["average"] = _where(back, now, moved["average"])
-        return pieces, applied, moved
+            moved |= self._average(state, update, pieces, applied, back)
+        return pieces, followed, applied, moved
+
+    def _average(
+        self,
+        state: ControllerState,
+        update: _Update,
+        pieces: Pieces,
+        applied: Any,
+        back: Any,
+    ) -> dict[str, Any]:
+        """Return the moving average, and the decay that it still lacks, after a step.
+
+        Where it is not moved in each step it is moved by the product of the decays, so
+        that its mean age stays what it is.
+
+        Args:
+          state: the controller's.
+          update: the update.
+          pieces: the pieces after it.
+          applied: whether it was made.
+          back: whether they are those of the anchor; None if they can't be.
+        """
+        now = (pieces.params, floats(pieces.variables))
+        decay = update.knobs["averaging_decay"]
+        lag = jnp.where(applied, state.lag * decay, state.lag)
+        # a product of 0: the average is the parameters
+        moving = applied & (update.due | (lag == 0))
+
+        if self.stride == 1:
+            average = _averaged(state.average, now, lag)
+            average = _where(moving, average, state.average)
+        else:
+            average = once(
+                moving,
+                lambda average: _averaged(average, now, lag),
+                state.average,
+            )
+        lag = jnp.where(moving, 1.0, lag)
+        if back is None:
+            return {"average": average, "lag": lag}
+        return {
+            "average": _where(back, now, average),
+            "lag": jnp.where(back, 1.0, lag),
+        }
 
     def _taken(
         self,
@@ -515,11 +591,12 @@ class Controller:
 
     def _accumulate(
         self, state: ControllerState, update: _Update, taken: Any
-    ) -> tuple[Pieces, Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         """Add the gradient to the sum; apply it if there are as many as the knob says.
 
         Returns:
-          The pieces, whether there was an update, and the sum and its count after it.
+          The pieces and the signals that follow an update; whether there was one; and
+          the sum and its count after it.
         """
         before = update.before
         mean, count = state.accumulated
@@ -541,28 +618,58 @@ class Controller:
         applied = (count >= update.knobs["accumulate"]) & allowed
 
         waiting = Pieces(before.params, update.variables, before.optimizer)
-        pieces = jax.lax.cond(
+        pieces, followed = self._apply_if(
             applied,
-            lambda: self._apply(update._replace(gradients=whole)),
-            lambda: waiting,
+            update._replace(gradients=whole),
+            (waiting, update.followed),
         )
         variables = _where(taken, pieces.variables, before.variables)
         pieces = pieces._replace(variables=variables)
-        return pieces, applied, (whole, jnp.where(applied, 0, count))
+        return (pieces, followed), applied, (whole, jnp.where(applied, 0, count))
 
     def _apply_if(
         self,
         taken: Any,
         update: _Update,
-    ) -> Pieces:
-        if taken is None:
-            return self._apply(update)
-        # not a select: XLA would fuse it into the update, and round that otherwise
-        return jax.lax.cond(
-            taken,
-            lambda: self._apply(update),
-            lambda: update.before,
-        )
+        waiting: Any,
+    ) -> tuple[Pieces, Any]:
+        """Apply an update, or return the pieces and signals of none.
+
+        Args:
+          taken: whether it is applied; None: it is.
+          update: the update.
+          waiting: what is returned otherwise.
+
+        Returns:
+          The pieces, and the signals that follow an update.
+        """
+
+        def apply(now: tuple[Pieces, Any]) -> tuple[Pieces, Any]:
+            before, followed = now
+            return self._apply(update._replace(before=before)), followed
+
+        def measure(now: tuple[Pieces, Any]) -> tuple[Pieces, Any]:
+            before, followed = now
+            pieces, _ = apply(now)
+            return pieces, self.signals.updated(followed, before.params, pieces.params)
+
+        now = update.before, update.followed
+        # a cosine is one of successive updates
+        always = self.stride == 1 or "cosine" in update.followed
+        if always or not update.followed:
+            if taken is None:
+                return measure(now)
+            if self.stride > 1:
+                return once(taken, measure, waiting)
+            # not a select: XLA would fuse it into the update, and round that otherwise
+            return jax.lax.cond(
+                taken,
+                lambda: measure(now),
+                lambda: waiting,
+            )
+        taken = jnp.bool_(True) if taken is None else taken
+        made = once(taken & ~update.due, apply, waiting)
+        return once(taken & update.due, measure, made)
 
     def _apply(self, update: _Update) -> Pieces:
         before = update.before
@@ -612,6 +719,9 @@ class _Update(NamedTuple):
       gradients: the mean gradient.
       knobs: the knobs by name.
       loss: the batch's loss.
+      due: whether the passes over the parameters are made that are not made in each
+        step.
+      followed: the signals that follow an update, before it.
     """
 
     before: Pieces
@@ -619,6 +729,8 @@ class _Update(NamedTuple):
     gradients: Any
     knobs: Mapping[str, Any]
     loss: Any
+    due: Any = True
+    followed: Any = ()
 
 
 def _restored(

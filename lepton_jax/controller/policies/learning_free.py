@@ -141,14 +141,16 @@ def learning_free(
 
         fastest = _greatest_growth(signals, growth, until)
         # progress is NaN where no end is known, and then d never stays
-        growing = usable & ~(signals["progress"] > until)
+        done = signals["progress"] > until
+        growing = usable & ~done
         d = jnp.where(
             growing,
             jnp.clip(bound, d, fastest * d),
             d,
         )
 
-        w = (d / first) ** 2
+        # where d stays, nothing more need be measured
+        w = jnp.where(done, 0.0, (d / first) ** 2)
         r = jnp.where(usable, r, state.numerator)
         after = Distance(
             base,
