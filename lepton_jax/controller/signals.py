@@ -63,7 +63,10 @@ SIGNALS = {
         " whose path begins so"
     ),
     "parameter_norm": "global norm of the parameters; parameter_norm/PREFIX likewise",
-    "update_norm": "global norm of the last update that was measured (see `stride`)",
+    "update_norm": (
+        "global norm of the last update that was measured: each, or where a step is"
+        " short one of 2 to 16"
+    ),
     "cosine": "cosine between the last two updates; it keeps a copy of one",
     "noise_scale": (
         "gradient noise scale in samples, from the micro-batches, or, where there is"
@@ -79,7 +82,8 @@ SIGNALS = {
         " gradient; it keeps s; NaN where gradient_weight is 0"
     ),
     "parameter_rms": (
-        "root mean square of the parameters' entries, when last measured (see `stride`)"
+        "root mean square of the parameters' entries, when last measured, as"
+        " update_norm is"
     ),
     "base_rate": (
         "the learning rate's base: what the recipe says, or a person set since"
