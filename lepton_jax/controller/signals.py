@@ -124,9 +124,9 @@ FROM_UPDATE = ("update_norm", "cosine")
 # FLOPs of a step for each parameter and each sample that it meets: a multiplication and
 # an addition forwards, and twice as many backwards
 FLOPS = 6
-# samples that each parameter meets in a step, at which another pass over the parameters
-# is a hundredth of the step; `python -m tools.bench overhead` at batches of 16 and 128
-MANY = 256
+# samples that each parameter meets in a step, at which a few more passes over the
+# parameters are a hundredth of the step; from CPU times of MLPs at batches of 16 and 128
+MANY = 1024
 # the longest stride
 LONGEST = 16
 # strides at the start of a run in which every step is measured: the first averages are
@@ -151,7 +151,7 @@ def stride(flops: float, parameters: int) -> int:
 
     Example:
       >>> [stride(6 * 1000 * met, 1000) for met in (16, 100, 128, 300)]
-      [16, 4, 2, 1]
+      [16, 16, 8, 4]
     """
     if not flops:
         return 1
