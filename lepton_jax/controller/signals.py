@@ -125,7 +125,7 @@ FROM_UPDATE = ("update_norm", "cosine")
 # an addition forwards, and twice as many backwards
 FLOPS = 6
 # samples that each parameter meets in a step, at which a few more passes over the
-# parameters are a hundredth of the step; from CPU times of MLPs at batches of 16 and 128
+# parameters are a hundredth of the step; CPU time of MLPs at batches of 16 and 128
 MANY = 1024
 # the longest stride
 LONGEST = 16
