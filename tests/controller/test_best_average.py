@@ -8,7 +8,7 @@ import lepton_jax as lepton
 from lepton_jax import controllers
 
 
-def held(trained, evaluated, **options):
+def held(trained, evaluated, progress=0.5, **options):
     """Return whether the average is held, and what is noticed, by evaluation."""
     policy = controllers.best_average(**options)
     state = policy.init()
@@ -17,6 +17,7 @@ def held(trained, evaluated, **options):
         for seen in (count - 1, count):
             signals = {
                 "loss": jnp.float32(train),
+                "progress": jnp.float32(progress),
                 "evaluations": jnp.float32(seen),
                 "evaluation_loss": jnp.float32(test if seen == count else np.nan),
             }
@@ -46,6 +47,15 @@ def test_it_is_not_held_without_overfitting(trained, evaluated):
     at, _ = held(trained, evaluated)
 
     assert not any(at)
+
+
+def test_the_first_evaluations_do_not_count():
+    losses = [3, 2, 1, 0.5, 0.4, 0.3], [3, 2, 2.1, 2.3, 2.4, 1.0]
+    at, _ = held(*losses, progress=0.05)
+    unknown, _ = held(*losses, progress=np.nan)
+
+    assert not any(at)
+    assert any(unknown)
 
 
 def test_it_keeps_the_laws_of_policies():

@@ -100,6 +100,9 @@ def test_interpolation_without_an_average_is_refused(blobs):
     ("optimizer", "names"),
     [
         (optax.adamw, ["schedule_free"]),
+        (partial(optax.nadam, b2=0.95), ["schedule_free"]),
+        (optax.lion, ["averaging"]),
+        (optax.lamb, ["averaging"]),
         (optax.contrib.muon, ["averaging"]),
         (optax.adafactor, ["averaging"]),
     ],

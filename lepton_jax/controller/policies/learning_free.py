@@ -65,8 +65,6 @@ class Distance(NamedTuple):
       level: d when it had last grown by a factor of `STEEP`.
       since: the steps since then.
       warm: d when the warm-up was over; 0 before it.
-      worth: root mean square of the first update's entries per unit of the rate; 0
-        until it is known.
     """
 
     base: Any
@@ -77,7 +75,6 @@ class Distance(NamedTuple):
     level: Any
     since: Any
     warm: Any
-    worth: Any
 
 
 def learning_free(
@@ -90,11 +87,9 @@ def learning_free(
 ) -> Policy:
     """Set the learning rate to an estimate of the distance to the solution.
 
-    It is for optimizers whose updates have entries of a size that follows the learning
-    rate alone: Adam, AdamW, Lion and their like, of the rate's size, and LAMB or Muon,
-    for which d is divided by the size of the first update per unit of the rate. With
-    gradients g_k at parameters x_k, losses l_k, weights w_k = (d_k / d_0)^2 and memory
-    b = 0.9995:
+    It is for optimizers whose updates have entries of about the learning rate's size:
+    Adam, AdamW and their like. With gradients g_k at parameters x_k, losses l_k,
+    weights w_k = (d_k / d_0)^2 and memory b = 0.9995:
 
         d_0 = start |l_0| / |g_0|_1
         r_k = b r_{k-1} + w_k <g_k, x_0 - x_k>
@@ -140,7 +135,6 @@ def learning_free(
       ...     "gradient_sum_norm": jnp.float32(10),
       ...     "gradient_steps": jnp.float32(1),
       ...     "base_rate": jnp.float32(1),
-      ...     "update_worth": jnp.float32(jnp.nan),
       ...     "step": jnp.float32(0),
       ...     "progress": jnp.float32(0.1),
       ... }
@@ -159,7 +153,7 @@ def learning_free(
 
     def init() -> Distance:
         zeros = {name: jnp.float32(0) for name in Distance._fields}
-        return Distance(**zeros | {"weight": jnp.float32(1), "worth": jnp.float32(0)})
+        return Distance(**zeros | {"weight": jnp.float32(1)})
 
     def update(
         signals: Mapping[str, Any], state: Distance
@@ -182,7 +176,6 @@ def learning_free(
             d,
         )
 
-        worth = _first_worth(signals, state)
         w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
         steep = d > STEEP * state.level
         since = jnp.where(steep, 0.0, state.since + usable * steps)
@@ -196,13 +189,12 @@ def learning_free(
             level=jnp.where(steep, d, state.level),
             since=jnp.minimum(since, HIGHEST),
             warm=jnp.where(over, d, state.warm),
-            worth=worth,
         )
         # d is above 0 times anything where the warm-up has not ended
         grown = d > most * after.warm
         unsettled = (signals["progress"] >= 1) & grown & (later > 1)
         moves = {
-            "learning_rate": d / (base * jnp.where(worth > 0, worth, 1.0)),
+            "learning_rate": d / base,
             "gradient_weight": after.weight,
             "notice": jnp.where(unsettled, 1.0, 0.0),
         }
@@ -218,7 +210,6 @@ def learning_free(
             "gradient_steps",
             "loss",
             "base_rate",
-            "update_worth",
             "step",
             "progress",
         ),
@@ -252,21 +243,6 @@ def _begun(
     )
     first = jnp.where(fresh, length, state.first)
     return base, first, jnp.where(fresh, first, state.estimate)
-
-
-def _first_worth(signals: Mapping[str, Any], state: Distance) -> Any:
-    """Return the worth of the first update; 0 before it.
-
-    Later ones say more about the gradients' noise than about the optimizer.
-    """
-    worth = signals["update_worth"]
-    usable = jnp.isfinite(worth) & (worth > 0)
-    fresh = jnp.where(
-        usable,
-        jnp.clip(worth, LEAST, MOST),
-        0.0,
-    )
-    return jnp.where(state.worth > 0, state.worth, fresh)
 
 
 def _greatest_growth(

@@ -16,15 +16,23 @@ moment of Adam, which is left out (b1 = 0).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from lepton_jax.controller.policy import Policy, check_range
+from lepton_jax.errors import RecipeError
 
 if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
     from lepton_jax.step.optimizers import Optimizer
+
+# size of the parameters on which an optimizer is tried, and the share by which its
+# first update may differ from the rate: by weight decay; assumption
+SIZE = 0.1
+CLOSE = 0.2
 
 
 def schedule_free(
@@ -36,7 +44,7 @@ def schedule_free(
     """Take gradients near an average of the parameters, and serve the average.
 
     Its mean age is `share` of the n updates so far: d = (n / (n + 1))^(1 / share - 1).
-    It is for optimizers whose first moment can be left out, by the argument b1.
+    It is for Adam and optimizers like it, whose first moment is left out by b1 = 0.
 
     References:
       Defazio et al. 2024, "The Road Less Scheduled". The average there is `share`=0.5,
@@ -45,7 +53,9 @@ def schedule_free(
     Args:
       interpolation: b, 0 to 0.99.
       share: mean age of the average as a share of the updates, above 0 to 0.5.
-      otherwise: the policies in its place for an optimizer without the argument b1.
+      otherwise: the policies in its place for other optimizers. Under Lion and LAMB it
+        ended at 1.5 times the reference's loss (lion_digits and lamb_mnist of
+        `tools.bench controller`), and Muon has no b1.
 
     Raises:
       RecipeError: an argument is out of range.
@@ -85,18 +95,51 @@ def schedule_free(
         update,
         watches=("updates",),
         moves=("interpolation", "averaging_decay", "b1"),
-        fitted=unless_first_moment(otherwise) if otherwise else _as_it_is,
+        fitted=if_like_adam(otherwise) if otherwise else _as_it_is,
     )
 
 
-def unless_first_moment(otherwise: Any) -> Callable[[Recipe, Optimizer, Policy], Any]:
-    """Return a `Policy.fitted` that replaces it for optimizers without b1."""
+def if_like_adam(otherwise: Any) -> Callable[[Recipe, Optimizer, Policy], Any]:
+    """Return a `Policy.fitted` that puts others in its place for other optimizers."""
 
     def fitted(recipe: Recipe, optimizer: Optimizer, policy: Policy) -> Any:
-        return policy if "b1" in optimizer.base else otherwise
+        return policy if _is_like_adam(optimizer) else otherwise
 
     return fitted
 
 
 def _as_it_is(recipe: Recipe, optimizer: Optimizer, policy: Policy) -> Policy:
     return policy
+
+
+def _is_like_adam(optimizer: Optimizer) -> bool:
+    """Whether updates without the first moment are gradients over their usual size.
+
+    Two updates are tried, the second one by a tenth of the gradient. Entries of the
+    first have the rate's size under Adam, and not under LAMB, which scales by the
+    parameters. Those of the second are a seventh of it, and not smaller at all under
+    Lion, which takes signs; there, nothing but the first moment weighs steps.
+    """
+    if not {"b1", "learning_rate"} <= optimizer.base.keys():
+        return False
+    params = {"w": jnp.full((4, 3), SIZE)}
+    knobs = {"learning_rate": jnp.float32(1), "b1": jnp.float32(0)}
+    gradient = jnp.linspace(0.5, 1.5, 12).reshape(4, 3)
+    sizes = []
+    with jax.ensure_compile_time_eval():
+        try:
+            state = optimizer.init(params)
+            for scale in (1.0, 0.1):
+                after, state = optimizer.update(
+                    partial(dict, w=scale * gradient),
+                    state,
+                    params,
+                    knobs,
+                    jnp.float32(1),
+                )
+                sizes.append(float(jnp.abs(after["w"] - params["w"]).mean()))
+        except (KeyError, RecipeError, TypeError, ValueError):
+            # it knows the parameters by name
+            return False
+    first, second = sizes
+    return abs(first - 1) < CLOSE and second < first / 2
