@@ -65,8 +65,8 @@ LEAST_AT_FIRST = math.log(8)
 KNOWN = 3
 # factor by which the gradient's norm falls from one step to the next where targets were
 # wrong before, and the loss with it; assumption
-FALL = 4.0
-FALL_OF_LOSS = 2.0
+FALL = 10.0
+FALL_OF_LOSS = 4.0
 # steps in a row at the very beginning that are not finite and cost the run its start
 LOST = 3
 HUGE = 1e30
@@ -130,8 +130,8 @@ def first_steps(
 
         unlike = |x - m| > (6 + 30 / n) s + 0.05
 
-    A batch is also unlike those before it if the gradient's norm falls to a quarter,
-    and by as many deviations, and the loss to a half from one step to the next. Such
+    A batch is also unlike those before it if the gradient's norm falls to a tenth,
+    and by as many deviations, and the loss to a quarter from one step to the next. Such
     batches are held back. After 5 of them in a row (25, if there were more than 25
     batches before) the run begins anew: the knob `restart`. It does so, too, with the
     first finite batch after at least 3 that were not finite.

@@ -75,9 +75,10 @@ HEALTHY = 0.25
 OVER = 0.02
 # the greatest share of wrong labels that is estimated
 LARGEST = 0.95
-# an update this much larger than usual (logarithm) explains a rise of the losses by
-# itself
+# an update this much larger than usual (logarithm), and by as many deviations, explains
+# a rise of the losses by itself
 JUMP = math.log(5)
+JUMPING = 4.0
 # losses and norms of at least this size count as not finite
 # steps since an alarm after which the labels are wrong for long; assumption
 LONG = 100
@@ -104,7 +105,8 @@ class Doubt(NamedTuple):
       usual: moving mean of the share of samples that look wrong while all is calm.
       variance: moving variance of this share.
       size: logarithm of the usual update's norm.
-      count: steps in these three, int32; -1 before the first step.
+      spread: moving variance of this logarithm.
+      count: steps in these four, int32; -1 before the first step.
       base: share of samples that look wrong while all is calm, by expectation
         maximization.
       share: the same since the alarm.
@@ -119,6 +121,7 @@ class Doubt(NamedTuple):
     usual: Any
     variance: Any
     size: Any
+    spread: Any
     count: Any
     base: Any
     share: Any
@@ -330,7 +333,7 @@ def _judged(
     known = state.count >= LEAST
     blank = jnp.where(first, _blank_loss(signals), state.blank)
     norm = _log_norm(signals["update_norm"])
-    broken = known & (norm > state.size + JUMP)
+    broken = known & (norm > state.size + _jump(state))
 
     # Page's cumulative sum: it grows while batches look worse than usual
     wrong = 1 - signals["mark_weight"]
@@ -401,7 +404,7 @@ def _learned(
 
     usual = state.usual + gain * entering
     variance = (1 - gain) * (state.variance + gain * entering**2)
-    bounded = jnp.minimum(verdict.norm - state.size, JUMP)
+    bounded = jnp.minimum(verdict.norm - state.size, _jump(state))
     growth = jnp.where(
         verdict.known,
         bounded,
@@ -414,6 +417,7 @@ def _learned(
         usual=usual,
         variance=variance,
         size=state.size + gain * growth,
+        spread=(1 - gain) * (state.spread + gain * growth**2),
         count=count,
         base=state.base + gain * (jnp.minimum(verdict.found, 0.5) - state.base),
         share=verdict.share,
@@ -442,6 +446,11 @@ def _entering(state: Doubt, verdict: _Verdict) -> Any:
 
 
 # ---- measures of a batch ----
+
+
+def _jump(state: Doubt) -> Any:
+    """Return by how much an update's logarithm is above usual if it broke things."""
+    return jnp.maximum(JUMP, JUMPING * jnp.sqrt(state.spread))
 
 
 def _blank_loss(signals: Mapping[str, Any]) -> Any:
