@@ -45,8 +45,8 @@ class Memory:
       outputs: results of the program.
       aliases: outputs that lie in donated arguments.
       code: the program itself.
-      high: the most that XLA says it holds at any time; None where it doesn't say, or
-        leaves temporaries out, as on CPUs.
+      high: the most that XLA says it holds at any time, gaps between arrays left out;
+        None where it doesn't say, or leaves temporaries out, as on CPUs.
     """
 
     arguments: int

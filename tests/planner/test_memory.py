@@ -27,7 +27,7 @@ from lepton_jax.planner.estimate.memory import (
     predict,
     windowed,
 )
-from lepton_jax.planner.estimate.sizes import Sizes, _never_minor, tiling
+from lepton_jax.planner.estimate.sizes import Place, Sizes, _never_minor, tiling
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search.bounds import bounds
@@ -424,14 +424,20 @@ def test_the_memory_beside_is_for_what_is_read_soon():
 )
 def test_tiles(shape, times):
     array = np.array([shape], float)
-    assert tiling(array, np.zeros(array.shape, bool))[0] == pytest.approx(times)
+    assert tiling(array, np.zeros(array.shape))[0] == pytest.approx(times)
 
 
 def test_tiles_of_images_lie_along_batch_and_channels():
     image = np.array([[32.0, 96.0, 96.0, 64.0]])
-    inner = np.array([[False, True, True, False]])
+    inner = np.array([[Place.LATE, Place.NEVER, Place.NEVER, Place.LATE]])
     assert tiling(image, inner)[0] == 2.0
-    assert tiling(image, np.zeros((1, 4), bool))[0] < 2.0
+    assert tiling(image, np.zeros((1, 4)))[0] < 2.0
+
+
+def test_an_early_dim_lies_along_the_lanes_only_if_it_fills_them():
+    places = np.array([[Place.EARLY, Place.LATE, Place.LATE]] * 2)
+    shapes = np.array([[3547.0, 192.0, 320.0], [3584.0, 192.0, 320.0]])
+    assert tiling(shapes, places).tolist() == [1.2, 1.0]
 
 
 def test_a_prediction_is_cheap():
@@ -499,7 +505,9 @@ def test_a_measured_peak_takes_the_place_of_the_predicted_one():
     plan = planned(16e9)
     state = plan.bytes_per_device["params"]
     found = plan.with_measured(2 * state + 1e9, 2 * state + 2e9, "a probe")
-    assert found.peak == sum(found.bytes_per_device.values()) == 2 * state + 1_000_000_000
+    assert (
+        found.peak == sum(found.bytes_per_device.values()) == 2 * state + 1_000_000_000
+    )
     assert found.bytes_per_device["params"] == state, "what is exact stays"
     assert found.peak_bound == 2 * state + 2_000_000_000
     assert "by a probe" in str(found).replace("\n  ", " ")
@@ -565,7 +573,7 @@ def test_what_is_computed_again_is_a_reader_of_what_was_computed_first():
 
 
 def test_a_kernel_that_may_be_updated_while_it_is_read_is_copied_on_cpus():
-    """No devices sum gradients, so an update waits for its own gradient alone."""
+    """No devices sum gradients here, so an update waits for its own gradient alone."""
     where = topology("cpu:3")
     model = partial(models.MLP, (48, 768, 768, 6))
     recipe = lepton.Recipe(
@@ -583,4 +591,4 @@ def test_a_kernel_that_may_be_updated_while_it_is_read_is_copied_on_cpus():
     devices = ahead.mesh_devices(where, plan.mesh, ahead.devices_for(where))
     _, memory = ahead.compile_for(Program(traced, plan, devices).lower())
     assert sum(predicted.values()) == pytest.approx(memory.peak, rel=0.1)
-    assert memory.temporaries > 768 * 768 * 4 * 1.5
+    assert memory.temporaries > 768 * 768 * 4, "the copy"

@@ -20,6 +20,7 @@ from lepton_jax.errors import LeptonError, SettingError
 from tools.bench import (
     calibration,
     controller,
+    cpu_rates,
     faults,
     lm,
     memory,
@@ -38,6 +39,7 @@ COMMANDS = (
     lm,
     memory,
     step_time,
+    cpu_rates,
     calibration,
     regret,
     controller,

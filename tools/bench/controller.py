@@ -33,8 +33,9 @@ counts as infinite, and so does one that the controller refuses.
   steps          the first evaluation at which the test loss is at most the reference's
                  final one of the same seed, divided by the reference's steps; median
                  over tasks and seeds, never reached counts as infinite
-  noticed        share of the tasks with a ratio above 1.02 on which the controller said
-                 so in each seed (a policy's column `notice`)
+  noticed        how many of the tasks with a ratio above 1.02, "outside", were noticed
+                 in each seed: said by a policy or at the end of the run, or refused;
+                 "needless" are those with a lower ratio on which the same was said
 """
 
 from __future__ import annotations
@@ -56,13 +57,16 @@ import optax
 
 import lepton_jax as lepton
 from lepton_jax import losses
+from lepton_jax.controller.signals import INPUTS, input_rms
 from lepton_jax.errors import RecipeError, SettingError
 from lepton_jax.step.module import functional
 from lepton_jax.step.training_loss import training_loss
+from lepton_jax.train.notices import found_at_the_end
 from tools.bench import controller_rivals, history
 from tools.bench import options as checks
 from tools.bench.controller_contestant import (
     Contestant,
+    Driven,
     Maker,
     Signals,
     adaptive,
@@ -106,7 +110,7 @@ class Curves(NamedTuple):
       train: means of the training loss between two evaluations.
       validation: losses at the evaluations, the last after the last step.
       test: likewise.
-      noticed: the most that a controller said at once of not being good on the task.
+      noticed: 1 if the run was told not to be good, by a policy or at its end; else 0.
       alarms: the steps, from 0, in which it says that something is wrong.
     """
 
@@ -272,7 +276,7 @@ class Runner:
             said.append(heard)
             if has_halted(carry[2]):
                 if back == self._limits.get("rollbacks", 0):
-                    rows.append((np.nan, np.nan, np.nan))
+                    rows.append((trained, np.nan, np.nan))
                     break
                 saved = self._sent_back(saved, back)
                 rows = rows[: len(saved) - 1]
@@ -281,7 +285,7 @@ class Runner:
             validated = problem.mean_loss(*at, problem.validation)
             rows.append((trained, validated, problem.mean_loss(*at, problem.report)))
             saved.append((*carry[:4], (validated, np.float32(len(rows)))))
-        return _curves(rows, said)
+        return _curves(rows, said, isinstance(carry[2], Driven))
 
     def _sent_back(self, saved: list[Any], back: int) -> list[Any]:
         """Return the evaluations up to the one that a run goes back to.
@@ -304,21 +308,28 @@ def _part(fault: Fault | None, number: int, orders: np.ndarray) -> Fault | None:
     return None if fault is None else fault.window(number, orders.shape[1])
 
 
-def _curves(rows: Sequence[Any], said: Sequence[Any]) -> Curves:
+def _curves(rows: Sequence[Any], said: Sequence[Any], driven: bool) -> Curves:
     """Return the curves of a run.
 
     Args:
-      rows: losses of training, validation and test by evaluation.
+      rows: by evaluation, (loss, loss of blank outputs) of each step before it, and
+        the losses of validation and test.
       said: `Said` of the steps before each evaluation.
+      driven: whether there is a controller, which says something.
     """
-    train, validation, test = np.asarray(rows, np.float64).T
+    steps = [np.asarray(row[0][0], np.float64) for row in rows]
+    validation = [float(row[1]) for row in rows]
     notices = np.concatenate([np.asarray(part.notice) for part in said])
     alarms = np.concatenate([np.asarray(part.alarm) for part in said])
+    blanks = np.concatenate([np.asarray(row[0][1]) for row in rows])
+    records = {"loss": np.concatenate(steps), "loss_blank": blanks}
+    evaluations = [(k, {"loss": loss}) for k, loss in enumerate(validation)]
+    at_end = found_at_the_end(len(blanks), records, evaluations, True)
     return Curves(
-        train.tolist(),
-        validation.tolist(),
-        test.tolist(),
-        float(notices.max()),
+        [float(part.mean()) for part in steps],
+        validation,
+        [float(row[2]) for row in rows],
+        float(driven and (notices.any() or any(at_end))),
         np.flatnonzero(alarms).tolist(),
     )
 
@@ -335,8 +346,8 @@ def _window(
     """Train up to an evaluation.
 
     Returns:
-      What goes on; (params, variables) to evaluate; the mean training loss; and what
-      the contestant said in each step.
+      What goes on; (params, variables) to evaluate; of each step the loss, and the one
+      of blank outputs if it is measured; and what the contestant said in each step.
     """
     recipe = problem.recipe
     method = contestant(recipe, setting)
@@ -345,7 +356,7 @@ def _window(
     step = _step(method, loss, problem.train, key, fault)
     own = None if fault is None else (fault.batches, fault.raised)
     carry, (trained, said) = jax.lax.scan(step, carry, (indices, own))
-    return carry, method.evaluated(*carry[:3]), trained.mean(), said
+    return carry, method.evaluated(*carry[:3]), trained, said
 
 
 def _batch_shapes(
@@ -410,6 +421,8 @@ def _step(
         )
         means = {name: total / weight for name, (total, weight) in sums.items()}
         batch_loss = means.pop("loss")
+        means[INPUTS] = input_rms(batch[0])
+        blank = means.get("loss_blank", jnp.float32(jnp.nan))
         signals = Signals(count, batch_loss, means, validated, evaluations, raised)
         before = (params, variables)
         *updated, said = method.update(
@@ -419,7 +432,7 @@ def _step(
             after,
             state,
         )
-        return (*updated, count + 1, evaluated), (batch_loss, said)
+        return (*updated, count + 1, evaluated), ((batch_loss, blank), said)
 
     return step
 
@@ -726,6 +739,7 @@ def _summary(
     """Return the aggregate figures of one contestant."""
     outside = [row for row in rows if not row["ratio"] <= TOLERANCE]
     noticed = [row for row in outside if row["noticed"]]
+    needless = [row for row in rows if row["noticed"] and row["ratio"] <= TOLERANCE]
     return {
         "contestant": name,
         "tasks": len(rows),
@@ -735,6 +749,7 @@ def _summary(
         "steps": statistics.median(x for row in rows for x in row["steps"]),
         "outside": len(outside),
         "noticed": len(noticed),
+        "needless": len(needless),
         "refused": sum(bool(row["refused"]) for row in rows),
     }
 
@@ -742,12 +757,14 @@ def _summary(
 def _table(summary: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"{'contestant':16} {'tasks':>5} {'within 2 %':>10} {'worst':>7}"
-        f" {'mean rank':>9} {'steps':>6} {'outside':>7} {'noticed':>7} {'refused':>7}"
+        f" {'mean rank':>9} {'steps':>6} {'outside':>7} {'noticed':>7} {'needless':>8}"
+        f" {'refused':>7}"
     ]
     lines += [
         f"{row['contestant']:16} {row['tasks']:5} {row['within']:10.1%}"
         f" {row['worst']:7.3g} {row['rank']:9.2f} {row['steps']:6.3g}"
-        f" {row['outside']:7} {row['noticed']:7} {row['refused']:7}"
+        f" {row['outside']:7} {row['noticed']:7} {row['needless']:8}"
+        f" {row['refused']:7}"
         for row in summary
     ]
     return "\n".join(lines)

@@ -12,11 +12,10 @@ from lepton_jax import controllers
 from lepton_jax.controller.knobs import neutral
 from lepton_jax.train.recovery import GROWS_WITHIN
 
-# A policy that tells a person that it can't be good on a task does it in a column
-# POLICY:notice of the record, which is above 0 from then on.
+# By this knob a policy tells a person that it can't be good on a task.
 NOTICE = "notice"
-# The policies that say that something is wrong with the data.
-ALARMS = ("guard", "label_noise")
+# By these knobs a policy claims that something is wrong with the data or the rate.
+ALARMS = ("skip", "rollback", "restart", "restore", "loss_limit")
 
 
 class Signals(NamedTuple):
@@ -44,7 +43,7 @@ class Said(NamedTuple):
 
     Attributes:
       notice: above 0 where it can't be good on the task.
-      alarm: 1 where a policy of `ALARMS` contributes something.
+      alarm: 1 where a policy moves one of `ALARMS`.
     """
 
     notice: Any
@@ -174,9 +173,8 @@ def _said(controller: controllers.Controller, record: Mapping[str, Any]) -> Said
     notices = [value for name, value in record.items() if name.split(":")[-1] == NOTICE]
     alarm = jnp.bool_(False)
     for index, knob in controller.moves:
-        name = controller.policies[index].name
-        # a mark is a measurement: only a limit, a skip and the like claim something
-        if name in ALARMS and knob != "loss_mark":
+        if knob in ALARMS:
+            name = controller.policies[index].name
             alarm |= record[f"{name}:{knob}"] != neutral(knob)
     notice = jnp.asarray([0.0, *notices], jnp.float32).max()
     return Said(notice, alarm.astype(jnp.float32))

@@ -12,9 +12,9 @@ chosen by a seed, are run with each fault in each place, by the same loop:
 The first place is within the first 20 steps, the last one is the end of the run.
 Printed are the share of (task, fault, place) whose final test loss is at most 1.02
 times the clean run's (mean of the seeds), the worst of these ratios, and the share of
-faulty runs whose journal names the fault: `guard` or `label_noise` contribute something
-while it lasts or soon after. A false alarm is such a decision in a clean run; there are
-three clean runs of each task of the half, 57 or more.
+faulty runs whose journal names the fault: a policy skips, goes back, begins anew or
+limits the loss while it lasts or soon after. A false alarm is such a decision in a
+clean run; there are three clean runs of each task of the half, 57 or more.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ sort or a random number costs as much as hundreds of additions. On a TPU such wo
 behind the memory; on a CPU it decides which of two programs is the faster one.
 
 All figures are for one core of an AMD EPYC and jaxlib 0.10, and were measured by
-`python tools/cpu_rates.py`, which prints the core's seconds of each program. The names
-in it are given behind each figure.
+`python -m tools.bench cpu-rates`, which prints the core's seconds of each program. The
+names in it are given behind each figure.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TypeGuard
 from lepton_jax.planner.program.graph import BARRIER, Operation, Value
 from lepton_jax.planner.program.layout import itemsize
 from lepton_jax.planner.program.rules import ELEMENTWISE
-from lepton_jax.planner.xla.figures import LANES
+from lepton_jax.planner.xla.figures import LANES, SUBLANES
 
 # Results are their operand's bytes under another name.
 ALIASES = {
@@ -183,11 +183,12 @@ def strides(op: Operation | None) -> bool:
 def has_narrow_rows(op: Operation, value: Value) -> bool:
     """Whether an operation moves rows that don't fill whole registers.
 
-    Only rows of a parameter, or of its gradient, count.
+    Only rows of a parameter, or of its gradient, count. Rows of up to `SUBLANES`
+    numbers, and those of another dtype than the state's, are moved as they lie (libtpu
+    of jax 0.10, v5e, v5p and v6e).
     """
-    return (
-        op.name in ROWWISE
-        and value.stored is not None
-        and len(value.shape) > 1
-        and value.shape[-1] % LANES > 0
-    )
+    if op.name not in ROWWISE or value.stored is None or len(value.shape) < 2:
+        return False
+    width = value.shape[-1]
+    is_narrow = width > SUBLANES and width % LANES > 0
+    return is_narrow and str(value.dtype) == "float32"

@@ -1,0 +1,227 @@
+"""Rates of single operations of XLA's CPU backend, on which its cost model rests.
+
+`tools.bench cpu-rates` times small programs, each with one kind of operation. A
+program's seconds are those of all its threads together, the least of several runs, so
+that other processes on the machine disturb little. The names are those in
+`lepton_jax/planner/estimate/cpu.py` and in the catalogue of chips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tools.bench import options as checks
+
+# Runs of a program, and the seconds after which there is no further one.
+RUNS = 20
+MOST_SECONDS = 1.0
+# Dims of images and kernels, and of volumes, as lax has them.
+PLANE = ("NHWC", "HWIO", "NHWC")
+SPACE = ("NDHWC", "DHWIO", "NDHWC")
+MEGA = 2**20
+# FLOP of a pair of channels: 8 images of 32 x 32 pixels, kernels of 3 x 3.
+TAPS = 2.0 * 8 * 32 * 32 * 9
+
+
+class Program(NamedTuple):
+    """A program to time.
+
+    Attributes:
+      name: as the cost model cites it.
+      function, arguments: what is compiled.
+      work: FLOP, elements, bytes, operations or steps of it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    work: float
+
+
+def conv(x: jax.Array, kernel: jax.Array, groups: int = 1) -> jax.Array:
+    """Convolve images, padded to keep their size."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=PLANE,
+        feature_group_count=groups,
+    )
+
+
+def transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve images to twice their size."""
+    return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=PLANE)
+
+
+def space(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve in three dims."""
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1, 1), "SAME", dimension_numbers=SPACE
+    )
+
+
+def by_kernel(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return the gradient of a sum by the second argument."""
+    return jax.grad(lambda x, kernel: function(x, kernel).sum(), 1)
+
+
+def pooled(x: jax.Array) -> jax.Array:
+    """Return the maxima of squares of four pixels."""
+    window = (1, 2, 2, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
+
+
+def added(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Add one to some rows of zeros."""
+    return jnp.zeros_like(table).at[rows].add(1.0)
+
+
+def chain(x: jax.Array) -> jax.Array:
+    """Multiply a matrix by itself a hundred times."""
+    for _ in range(100):
+        x = jnp.tanh(x @ x)
+    return x
+
+
+def recurrent(x: jax.Array) -> Any:
+    """Multiply in a loop of a thousand steps that keeps each result."""
+
+    def step(state: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        return jnp.tanh(state @ state), state
+
+    return lax.scan(step, x, None, length=1000)
+
+
+def products() -> Iterator[Program]:
+    """Yield matmuls and convolutions."""
+    for side in (64, 512):
+        square = jnp.ones((side, side))
+        flops = 2.0 * side**3
+        yield Program(f"dot{side}", jnp.dot, (square, square), flops)
+    yield from convolutions()
+    yield from grouped_convolutions()
+
+
+def convolutions() -> Iterator[Program]:
+    """Yield convolutions in which each channel meets each."""
+    images = jnp.ones((8, 32, 32, 32))
+    kernel = jnp.ones((3, 3, 32, 64))
+    flops = TAPS * 32 * 64
+    yield Program("conv fwd", conv, (images, kernel), flops)
+    yield Program("conv dw", by_kernel(conv), (images, kernel), flops)
+
+    colours = jnp.ones((8, 32, 32, 3))
+    few = jnp.ones((3, 3, 3, 32))
+    yield Program("conv3 fwd", conv, (colours, few), TAPS * 3 * 32)
+
+    # a quarter of the pixels, each of which is written to four
+    halves = jnp.ones((8, 16, 16, 32))
+    yield Program("convT dw", by_kernel(transposed), (halves, kernel), flops / 4)
+
+    volume = jnp.ones((2, 16, 16, 16, 8))
+    cube = jnp.ones((3, 3, 3, 8, 16))
+    flops = 2.0 * 2 * 16**3 * 27 * 8 * 16
+    yield Program("conv3d", space, (volume, cube), flops)
+
+
+def grouped_convolutions() -> Iterator[Program]:
+    """Yield convolutions in which each channel meets those of its group."""
+    images = jnp.ones((8, 32, 32, 32))
+    single = jnp.ones((3, 3, 1, 32))
+    depthwise = partial(conv, groups=32)
+    yield Program("depth fwd", depthwise, (images, single), TAPS * 32)
+
+    eight = jnp.ones((3, 3, 8, 32))
+    in_four = partial(conv, groups=4)
+    flops = TAPS * 8 * 32
+    yield Program("group4 fwd", in_four, (images, eight), flops)
+    yield Program("group4 dw", by_kernel(in_four), (images, eight), flops)
+
+
+def elements() -> Iterator[Program]:
+    """Yield operations on single elements."""
+    row = jnp.ones((MEGA,))
+    long = jnp.ones((32 * MEGA,))
+    # each is read and written, 4 bytes
+    yield Program("add 1M", lambda x: x + 1, (row,), 8.0 * MEGA)
+    yield Program("add 32M", lambda x: x + 1, (long,), 256.0 * MEGA)
+    yield Program("tanh 1M", jnp.tanh, (row,), MEGA)
+    yield Program("exp 1M", jnp.exp, (row,), MEGA)
+    yield Program("sin 1M", jnp.sin, (row,), MEGA)
+    random = partial(jax.random.uniform, shape=(MEGA,))
+    yield Program("rng 1M", random, (jax.random.key(0),), MEGA)
+
+
+def rows_and_loops() -> Iterator[Program]:
+    """Yield operations on rows, windows and in loops."""
+    key = jax.random.key(0)
+    matrix = jnp.ones((MEGA // 256, 256))
+    yield Program("cumsum", partial(jnp.cumsum, axis=1), (matrix,), MEGA)
+    numbers = jax.random.uniform(key, (100_000,))
+    yield Program("sort 100k", jnp.sort, (numbers,), numbers.size)
+
+    table = jnp.ones((20_000, 64))
+    rows = jax.random.randint(key, (4096,), 0, 20_000)
+    entries = 4096 * 64
+    yield Program("gather 4096x64", lambda t, i: t[i], (table, rows), entries)
+    yield Program("scatter 4096x64", added, (table, rows), entries)
+
+    pixels = jnp.ones((8, 64, 64, 32))
+    gradient = jax.grad(lambda x: pooled(x).sum())
+    yield Program("maxpool grad", gradient, (pixels,), pixels.size)
+
+    tiny = jnp.ones((8, 8))
+    yield Program("100 small dots", chain, (tiny,), 100)
+    yield Program("scan1000 dot", recurrent, (tiny,), 1000)
+
+
+def core_seconds(program: Program) -> float:
+    """Return the least seconds of all threads that a run takes."""
+    run = jax.jit(program.function).lower(*program.arguments).compile()
+    jax.block_until_ready(run(*program.arguments))
+    best = float("inf")
+    end = time.perf_counter() + MOST_SECONDS
+    for _ in range(RUNS):
+        start = time.process_time()
+        jax.block_until_ready(run(*program.arguments))
+        best = min(best, time.process_time() - start)
+        if time.perf_counter() > end:
+            break
+    return best
+
+
+def add(
+    commands: Any,
+    shared: argparse.ArgumentParser,
+) -> None:
+    """Add `cpu-rates` to the subcommands."""
+    parser = checks.add_command(
+        commands,
+        shared,
+        "cpu-rates",
+        __doc__,
+        "rates of single operations on a CPU core, for the planner's cost model",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the programs, and print a line for each."""
+    rows = []
+    with jax.default_device(jax.devices("cpu")[0]):
+        for program in (*products(), *elements(), *rows_and_loops()):
+            seconds = core_seconds(program)
+            rate = program.work / seconds
+            rows.append({"name": program.name, "seconds": seconds, "rate": rate})
+            print(f"{program.name:16} {seconds * 1e6:10.1f} us  {rate:.3g}/s")
+    return rows
