@@ -27,7 +27,7 @@ from lepton_jax.controller.policies.target import until
 from lepton_jax.controller.policies.warmup import warmup
 from lepton_jax.controller.policy import Notice, Policy, chain
 from lepton_jax.controller.replay import replay
-from lepton_jax.controller.signals import SIGNALS, norm
+from lepton_jax.controller.signals import SIGNALS, norm, stride
 from lepton_jax.controller.state import (
     ControllerState,
     Pieces,
@@ -71,6 +71,7 @@ __all__ = [
     "select_weights",
     "set_base",
     "settable",
+    "stride",
     "switch_optimizer",
     "switchable",
     "until",

@@ -51,9 +51,10 @@ import jax.numpy as jnp
 import optax
 
 import lepton_jax.controller.knobs as knobs_
+from lepton_jax.controller.branches import once
 from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
-from lepton_jax.controller.signals import Signals
+from lepton_jax.controller.signals import EARLY, Signals
 from lepton_jax.controller.state import ControllerState, Pieces, floats
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
@@ -74,6 +75,8 @@ BUDGET = ("steps", "begun")
 REFUSING = ("skip", "restore", "restart", "rollback")
 # the knobs whose values act in the step after the one that they are of
 ACT_LATER = (*IN_FORWARD, "gradient_weight", "interpolation")
+# parts of the state with trees as large as the parameters
+LARGE = ("signals", "accumulated", "average", "anchor")
 # signals that are no column of a record: the record's step implies them
 UNSHOWN = ("step", "progress", "batch_size")
 
@@ -93,6 +96,8 @@ class Controller:
       base: the knobs that have a base, with the recipe's values.
       flags: the knobs without a base.
       records: names of the values that a step records after loss and metrics.
+      stride: every how many steps passes over the parameters are made that need not be
+        made in each, see `signals.stride`; whoever knows the model's cost sets it.
     """
 
     def __init__(self, recipe: Recipe):
@@ -109,6 +114,7 @@ class Controller:
             for knob in policy.moves
         ]
         self._moved = {knob for _, knob in self.moves}
+        self.stride = 1
 
         watched = [name for policy in self.policies for name in policy.watches]
         self.signals = Signals(
@@ -220,6 +226,7 @@ class Controller:
             rate=jnp.asarray([1, 1, 0], jnp.float32),
             accumulated=self._first_sum(params),
             average=self._first_average(params, variables),
+            lag=jnp.float32(1) if "averaging_decay" in self._moved else (),
             anchor=self._first_anchor(Pieces(params, variables, optimizer)),
         )
 
@@ -313,13 +320,17 @@ class Controller:
             record = {name: self._scheduled(before, step) for name in self.records}
             return pieces, state, record
 
+        given = self._given(step, state, before, values)
+        due = self._is_due(given)
         signals, means = self.signals.measure(
             state.signals,
-            self._given(step, state, before, values),
+            given,
             before.params,
             gradients,
             state.anchor.params if self.anchored else (),
             parts,
+            due,
+            ~state.halted if self.halts else True,
         )
         contributions, policies = self._consult(signals, state)
         knobs = self._knobs(state, contributions, before)
@@ -330,21 +341,17 @@ class Controller:
             gradients,
             knobs | self._unmoved_rate(state, before),
             values["loss"],
+            due,
+            self.signals.followed(means),
         )
-        pieces, applied, moved = self._advance(state, update)
-        # where the parameters are interpolated, their change is no update
-        made = moved.pop("made", pieces.params)
+        moved, applied = self._advance(state, update)
+        pieces = moved.pop("pieces")
+        followed = moved.pop("followed")
         fresh = state._replace(
             knobs=knobs,
             contributions=contributions,
             policies=policies,
-            signals=self.signals.updated(
-                means,
-                before.params,
-                made,
-                applied,
-                knobs.get("learning_rate", jnp.float32(1)),
-            ),
+            signals=means | followed,
             updates=state.updates + applied,
             **moved,
         )
@@ -382,6 +389,8 @@ class Controller:
             "input_rms": jnp.nan,
         }
         measured_by_host = {n: x for n, x in state.fed.items() if n not in BUDGET}
+        weight = "gradient_weight"
+        weighted = {weight: state.knobs[weight]} if weight in state.knobs else {}
         return {
             **own,
             **unmeasured,
@@ -392,8 +401,26 @@ class Controller:
             **values,
             **measured_by_host,
             "base_rate": self._base_rate(state, before),
-            "gradient_weight": state.knobs.get("gradient_weight", jnp.float32(1)),
+            "gradient_steps": jnp.where(
+                self._begins(state.updates), 1.0, float(self.stride)
+            ),
+            **weighted,
         }
+
+    def _is_due(self, given: Mapping[str, Any]) -> Any:
+        """Whether the passes over the parameters are made in this step.
+
+        They are made in each of the first steps, and in the last one where it is known.
+        """
+        if self.stride == 1:
+            return True
+        updates = given["updates"]
+        ends = given["progress"] >= 1
+        return self._begins(updates) | ends | (updates % self.stride == 0)
+
+    def _begins(self, updates: Any) -> Any:
+        """Whether these are so few updates that every step is due."""
+        return updates < EARLY * self.stride
 
     def _consult(
         self, signals: Mapping[str, Any], state: ControllerState
@@ -523,20 +550,6 @@ class Controller:
             updates=jnp.where(restart, 0, fresh.updates),
         )
 
-    def _at_the_beginning(
-        self,
-        state: ControllerState,
-        update: _Update,
-    ) -> Pieces:
-        """Return the pieces from which the run begins anew."""
-        anchor = state.anchor
-        optimizer = jax.tree.map(
-            lambda new, old: jnp.asarray(new, old.dtype),
-            self.optimizer.init(anchor.params),
-            update.before.optimizer,
-        )
-        return Pieces(anchor.params, anchor.variables, optimizer)
-
     # ---- the update ----
 
     def _with_halt(
@@ -550,104 +563,65 @@ class Controller:
             return fresh
         asked = [fresh.knobs[n] > 0 for n in ("stop", "rollback") if n in fresh.knobs]
         halted = fresh._replace(halted=jnp.stack(asked).any())
-        return _where(state.halted, state, halted)
+        # trees as large as the parameters are not selected: they stay by themselves
+        selected = [name for name in ControllerState._fields if name not in LARGE]
+        chosen = {
+            name: _where(state.halted, getattr(state, name), getattr(halted, name))
+            for name in selected
+        }
+        signals = jax.tree.map(
+            lambda old, new: new if new.ndim else jnp.where(state.halted, old, new),
+            state.signals,
+            fresh.signals,
+        )
+        return halted._replace(signals=signals, **chosen)
 
     def _advance(
         self,
         state: ControllerState,
         update: _Update,
-    ) -> tuple[Pieces, Any, dict[str, Any]]:
+    ) -> tuple[dict[str, Any], Any]:
         """Make the update of a step, or not.
 
         Returns:
-          The pieces after the step; whether there was an update, bool (); and the parts
-          of the controller's state that follow the pieces, by name.
+          By name, the pieces after the step, the signals that follow an update
+          ("followed"), and the parts of the controller's state that follow the pieces;
+          and whether there was an update, bool ().
         """
         knobs = update.knobs
         taken = self._taken(state, knobs)
+        begun = _Carried(
+            update.before,
+            update.followed,
+            state.average,
+            state.lag,
+        )
         moved: dict[str, Any] = {}
         if "accumulate" in knobs:
-            pieces, applied, total = self._accumulate(state, update, taken)
-            if self.restarts:
-                pieces, total = self._unless_restarted(state, update, pieces, total)
+            carried, applied, total = self._accumulate(state, update, taken, begun)
             moved["accumulated"] = total
         else:
-            pieces = self._apply_if(state, taken, update)
+            carried = self._apply_if(state, taken, update, begun)
             applied = jnp.bool_(True) if taken is None else taken
 
+        if self.restarts:
+            restart = (knobs["restart"] > 0) & ~state.halted
+            carried = once(restart, partial(self._restarted, state.anchor), carried)
+            _forget(restart, moved)
         if self.restores:
             back = _restored(state, knobs)
-            pieces = _where(back, state.anchor, pieces)
-            if "accumulate" in knobs:
-                gradient, count = moved["accumulated"]
-                moved["accumulated"] = (gradient, jnp.where(back, 0, count))
+            anchor = state.anchor
+            average = (anchor.params, floats(anchor.variables))
+            carried = carried._replace(pieces=_where(back, anchor, carried.pieces))
+            if state.average != ():
+                carried = carried._replace(
+                    average=_where(back, average, carried.average),
+                    lag=jnp.where(back, 1.0, carried.lag),
+                )
+            _forget(back, moved)
             renewed = _renewed(state, knobs, back)
-            moved["anchor"] = _where(renewed, pieces, state.anchor)
-
-        if "averaging_decay" in knobs:
-            fast = pieces
-            if "interpolation" in knobs:
-                moved["made"] = pieces.params
-                fast = self._fast(state, update.before, pieces)
-            average, renewed = self._average(state, knobs, fast, pieces, applied)
-            if "interpolation" in knobs:
-                near = _between(fast.params, average[0], knobs["interpolation"])
-                near = _where(applied, near, pieces.params)
-                pieces = pieces._replace(params=near)
-            moved["average"] = _where(renewed, average, state.average)
-            if self.restores:
-                now = (moved["anchor"].params, floats(moved["anchor"].variables))
-                moved["average"] = _where(back, now, moved["average"])
-        return pieces, applied, moved
-
-    def _average(
-        self,
-        state: ControllerState,
-        knobs: Mapping[str, Any],
-        fast: Pieces,
-        pieces: Pieces,
-        applied: Any,
-    ) -> tuple[Any, Any]:
-        """Return the average after a step, and whether it is the new one.
-
-        Args:
-          state: the state before it.
-          knobs: those of this step.
-          fast: the parameters that enter the average, and the variables.
-          pieces: the parts of the state after the step, which is the average where a
-            run begins anew.
-          applied: whether there was an update.
-        """
-        now = (fast.params, floats(fast.variables))
-        decay = knobs["averaging_decay"]
-        if not self.restarts:
-            return _averaged(state.average, now, decay), applied
-        restart = (knobs["restart"] > 0) & ~state.halted
-        begun = (pieces.params, floats(pieces.variables))
-        now = _where(restart, begun, now)
-        decay = jnp.where(restart, 0.0, decay)
-        return _averaged(state.average, now, decay), applied | restart
-
-    def _fast(
-        self,
-        state: ControllerState,
-        before: Pieces,
-        after: Pieces,
-    ) -> Pieces:
-        """Return the pieces after a step with the parameters that the optimizer moves.
-
-        The parameters y before it lie between them, z, and the average a, and
-        z = y + b / (1 - b) * (y - a) for an interpolation of b.
-        """
-        share = state.knobs["interpolation"]
-        ratio = share / (1 - share)
-        params = jax.tree.map(
-            lambda x, y, a: x + (ratio * (y - a)).astype(x.dtype),
-            after.params,
-            before.params,
-            state.average[0],
-        )
-        return after._replace(params=params)
+            moved["anchor"] = _where(renewed, carried.pieces, state.anchor)
+        return moved | carried._asdict(), applied
 
     def _taken(
         self,
@@ -661,14 +635,19 @@ class Controller:
         return ~jnp.stack(refused).any() if refused else None
 
     def _accumulate(
-        self, state: ControllerState, update: _Update, taken: Any
-    ) -> tuple[Pieces, Any, Any]:
+        self,
+        state: ControllerState,
+        update: _Update,
+        taken: Any,
+        carried: _Carried,
+    ) -> tuple[_Carried, Any, Any]:
         """Add the gradient to the sum; apply it if there are as many as the knob says.
 
         Returns:
-          The pieces, whether there was an update, and the sum and its count after it.
+          What an update moves, after this; whether there was one; and the sum and its
+          count after it.
         """
-        before = update.before
+        before = carried.pieces
         mean, count = state.accumulated
         whole = jax.tree.map(
             lambda m, g: jnp.where(
@@ -687,56 +666,167 @@ class Controller:
         allowed = True if taken is None else taken
         applied = (count >= update.knobs["accumulate"]) & allowed
 
-        waiting = Pieces(before.params, update.variables, before.optimizer)
-        pieces = jax.lax.cond(
+        waiting = before._replace(variables=update.variables)
+        carried = self._apply_if(
+            state,
             applied,
-            lambda: self._apply(update._replace(gradients=whole)),
-            lambda: waiting,
+            update._replace(gradients=whole),
+            carried._replace(pieces=waiting),
         )
-        variables = _where(taken, pieces.variables, before.variables)
-        pieces = pieces._replace(variables=variables)
-        return pieces, applied, (whole, jnp.where(applied, 0, count))
-
-    def _unless_restarted(
-        self,
-        state: ControllerState,
-        update: _Update,
-        pieces: Pieces,
-        total: tuple[Any, Any],
-    ) -> tuple[Pieces, tuple[Any, Any]]:
-        """Return the pieces and the accumulated sum, of a new run if it is one."""
-        restart = (update.knobs["restart"] > 0) & ~state.halted
-        gradient, count = total
-        pieces = jax.lax.cond(
-            restart,
-            lambda: self._at_the_beginning(state, update),
-            lambda: pieces,
-        )
-        return pieces, (gradient, jnp.where(restart, 0, count))
+        variables = _where(taken, carried.pieces.variables, before.variables)
+        pieces = carried.pieces._replace(variables=variables)
+        total = whole, jnp.where(applied, 0, count)
+        return carried._replace(pieces=pieces), applied, total
 
     def _apply_if(
         self,
         state: ControllerState,
         taken: Any,
         update: _Update,
-    ) -> Pieces:
-        if taken is None:
-            return self._apply(update)
-        # not a select: XLA would fuse it into the update, and round that otherwise
-        return jax.lax.cond(
-            taken,
-            lambda: self._apply(update),
-            lambda: self._unapplied(state, update),
+        carried: _Carried,
+    ) -> _Carried:
+        """Apply an update where it is taken; None: it is.
+
+        Where passes over the parameters are not made in each step it is applied in one
+        of two ways, see `_applied_lightly`.
+        """
+        wholly = partial(self._applied, state, update)
+        if self.stride == 1:
+            if taken is None:
+                return wholly(carried)
+            # not a select: XLA would fuse it into the update, and round that otherwise
+            return jax.lax.cond(
+                taken,
+                wholly,
+                lambda now: now,
+                carried,
+            )
+        taken = jnp.bool_(True) if taken is None else taken
+        due = self._is_whole(state, update)
+        lightly = partial(self._applied_lightly, state, update)
+        carried = once(taken & ~due, lightly, carried)
+        return once(taken & due, wholly, carried)
+
+    def _is_whole(self, state: ControllerState, update: _Update) -> Any:
+        """Whether what follows an update is brought up to date in this step.
+
+        It is when it is due, where the average becomes the parameters, and where the
+        parameters' place between them changes.
+        """
+        due = jnp.asarray(update.due)
+        knobs = update.knobs
+        if "averaging_decay" in knobs:
+            due |= state.lag * knobs["averaging_decay"] == 0
+        if "interpolation" in knobs:
+            due |= knobs["interpolation"] != state.knobs["interpolation"]
+        return due
+
+    def _applied(
+        self,
+        state: ControllerState,
+        update: _Update,
+        now: _Carried,
+    ) -> _Carried:
+        """Return what an update moves after it, all of it.
+
+        The average is moved by the product of the decays since it last was, so that its
+        mean age stays what it is. The parameters y may lie between it, a, and those
+        that the optimizer moves, z: y = (1 - b) z + b a for an interpolation of b, so
+        z = y + b / (1 - b) * (y - a).
+        """
+        before = now.pieces
+        pieces = self._apply(update._replace(before=before))
+        followed = self._followed(update, now, pieces)
+        knobs = update.knobs
+        if "averaging_decay" not in knobs:
+            return now._replace(pieces=pieces, followed=followed)
+
+        # so that the update is rounded as it is without an average
+        made = jax.lax.optimization_barrier(pieces.params)
+        fast = made
+        if "interpolation" in knobs:
+            share = state.knobs["interpolation"]
+            ratio = share / (1 - share)
+            fast = jax.tree.map(
+                lambda x, y, a: x + (ratio * (y - a)).astype(x.dtype),
+                made,
+                before.params,
+                now.average[0],
+            )
+        average = _averaged(
+            now.average,
+            (fast, floats(pieces.variables)),
+            now.lag * knobs["averaging_decay"],
+        )
+        if "interpolation" in knobs:
+            made = _between(fast, average[0], knobs["interpolation"])
+        return _Carried(
+            pieces._replace(params=made),
+            followed,
+            average,
+            jnp.ones_like(now.lag),
         )
 
-    def _unapplied(self, state: ControllerState, update: _Update) -> Pieces:
-        """Return the pieces after a step without an update."""
-        if not self.restarts:
-            return update.before
-        return jax.lax.cond(
-            (update.knobs["restart"] > 0) & ~state.halted,
-            lambda: self._at_the_beginning(state, update),
-            lambda: update.before,
+    def _applied_lightly(
+        self,
+        state: ControllerState,
+        update: _Update,
+        now: _Carried,
+    ) -> _Carried:
+        """Return what an update moves after it, with no pass but the optimizer's.
+
+        The average stays for now. Parameters between it and those that the optimizer
+        moves then go the same share of their way.
+        """
+        before = now.pieces
+        pieces = self._apply(update._replace(before=before))
+        followed = now.followed
+        if "cosine" in followed:
+            # it is that of successive updates
+            followed = self._followed(update, now, pieces)
+        knobs = update.knobs
+        lag = now.lag
+        if "averaging_decay" in knobs:
+            lag = lag * knobs["averaging_decay"]
+        if "interpolation" in knobs:
+            near = _between(pieces.params, before.params, knobs["interpolation"])
+            pieces = pieces._replace(params=near)
+        return _Carried(
+            pieces,
+            followed,
+            now.average,
+            lag,
+        )
+
+    def _followed(
+        self,
+        update: _Update,
+        now: _Carried,
+        after: Pieces,
+    ) -> dict[str, Any]:
+        """Return the signals that follow an update, after it."""
+        return self.signals.updated(
+            now.followed,
+            now.pieces.params,
+            after.params,
+            update.knobs.get("learning_rate", jnp.float32(1)),
+        )
+
+    def _restarted(self, anchor: Pieces, now: _Carried) -> _Carried:
+        """Return what an update moves as it is where the run begins anew."""
+        optimizer = jax.tree.map(
+            lambda new, old: jnp.asarray(new, old.dtype),
+            self.optimizer.init(anchor.params),
+            now.pieces.optimizer,
+        )
+        pieces = Pieces(anchor.params, anchor.variables, optimizer)
+        if now.average == ():
+            return now._replace(pieces=pieces)
+        return _Carried(
+            pieces,
+            now.followed,
+            (anchor.params, floats(anchor.variables)),
+            jnp.ones_like(now.lag),
         )
 
     def _apply(self, update: _Update) -> Pieces:
@@ -787,6 +877,9 @@ class _Update(NamedTuple):
       gradients: the mean gradient.
       knobs: the knobs by name.
       loss: the batch's loss.
+      due: whether the passes over the parameters are made that are not made in each
+        step.
+      followed: the signals that follow an update, before it.
     """
 
     before: Pieces
@@ -794,6 +887,31 @@ class _Update(NamedTuple):
     gradients: Any
     knobs: Mapping[str, Any]
     loss: Any
+    due: Any = True
+    followed: Any = ()
+
+
+class _Carried(NamedTuple):
+    """The parts that an update moves, by their names in `ControllerState` if there.
+
+    Attributes:
+      pieces: parameters, variables and optimizer state.
+      followed: the signals that follow an update.
+      average: the average, or ().
+      lag: product of the decays that it lacks, or ().
+    """
+
+    pieces: Pieces
+    followed: Any
+    average: Any
+    lag: Any
+
+
+def _forget(condition: Any, moved: dict[str, Any]) -> None:
+    """Let the accumulated sum be empty where a condition holds."""
+    if "accumulated" in moved:
+        gradient, count = moved["accumulated"]
+        moved["accumulated"] = (gradient, jnp.where(condition, 0, count))
 
 
 def _restored(

@@ -23,12 +23,14 @@ micro-batch alone, |G|^2 comes from the product of successive steps' gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lepton_jax.controller.branches import once
 from lepton_jax.errors import RecipeError, nearest
 from lepton_jax.trees import by_path
 
@@ -62,10 +64,13 @@ SIGNALS = {
         " whose path begins so"
     ),
     "parameter_norm": "global norm of the parameters; parameter_norm/PREFIX likewise",
-    "update_norm": "global norm of the last update",
+    "update_norm": (
+        "global norm of the last update that was measured: each, or where a step is"
+        " short one of 2 to 16"
+    ),
     "update_worth": (
-        "root mean square of the last update's entries per unit of its learning rate:"
-        " 1 for Adam at first; NaN before the first update, or with a rate of 0"
+        "root mean square of its entries per unit of its learning rate: 1 for Adam at"
+        " first; NaN before the first update, or with a rate of 0"
     ),
     "cosine": "cosine between the last two updates; it keeps a copy of one",
     "noise_scale": (
@@ -74,17 +79,27 @@ SIGNALS = {
     ),
     "distance": "norm of parameters minus anchor",
     "gradient_dot_distance": (
-        "inner product of the gradient with anchor minus parameters"
+        "inner product of the gradient with anchor minus parameters; NaN as"
+        " gradient_sum_norm is"
     ),
     "gradient_sum_norm": (
         "sum of the absolute entries of s, where s = 0.9995 s + gradient_weight *"
-        " gradient; it keeps s"
+        " gradient; it keeps s; NaN where gradient_weight is 0, or where a policy moves"
+        " it and the step is not measured, see gradient_steps"
+    ),
+    "gradient_steps": (
+        "steps for which this step's gradient counts in gradient_sum_norm, where a"
+        " policy moves gradient_weight: 1, or where a step is short up to 16, of which"
+        " one is measured"
+    ),
+    "parameter_rms": (
+        "root mean square of the parameters' entries, when last measured, as"
+        " update_norm is"
     ),
     "input_rms": (
         "root mean square of some 4,096 entries of this step's inputs; NaN where they"
         " hold no numbers"
     ),
-    "parameter_rms": "root mean square of the parameters' entries",
     "base_rate": (
         "the learning rate's base: what the recipe says, or a person set since"
     ),
@@ -119,9 +134,50 @@ SAMPLED = 4096
 # the signal that the program measures on the inputs, which the controller doesn't see
 INPUTS = "input_rms"
 # the signals that need a norm of the gradient, whether it is watched or not
-FROM_NORM = frozenset(("finite", "noise_scale"))
+FROM_NORM = frozenset(("finite", "noise_scale", "gradient_sum_norm"))
 # the signals that need an anchor
 FROM_ANCHOR = frozenset(("distance", "gradient_dot_distance"))
+
+
+# the signals that follow an update
+FROM_UPDATE = ("update_norm", "update_worth", "cosine")
+# FLOPs of a step for each parameter and each sample that it meets: a multiplication and
+# an addition forwards, and twice as many backwards
+FLOPS = 6
+# samples that each parameter meets in a step, at which a few more passes over the
+# parameters are a hundredth of the step; CPU time of MLPs at batches of 16 and 128
+MANY = 1024
+# the longest stride
+LONGEST = 16
+# strides at the start of a run in which every step is measured: the first averages are
+# short; assumption
+EARLY = 16
+
+
+def stride(flops: float, parameters: int) -> int:
+    """Return every how many steps passes over the parameters are made.
+
+    Such a pass costs nothing where each parameter meets many samples in a step, as in
+    convolutions, language models and large batches. Where it meets few, the norm of the
+    update and the moving average of the parameters are taken every so many steps. The
+    stride depends on model and batch alone: a run is the same on any device.
+
+    Args:
+      flops: those of a train step; 0 where they are not known.
+      parameters: their number.
+
+    Returns:
+      A power of 2, from 1 to `LONGEST`.
+
+    Example:
+      >>> [stride(6 * 1000 * met, 1000) for met in (16, 100, 128, 300)]
+      [16, 16, 8, 4]
+    """
+    if not flops:
+        return 1
+    met = flops / (FLOPS * max(parameters, 1))
+    doublings = math.ceil(math.log2(MANY / met)) if met < MANY else 0
+    return min(2**doublings, LONGEST)
 
 
 class Smoothed(NamedTuple):
@@ -241,6 +297,8 @@ class Signals:
             state["update_norm"] = zero()
         if self._watches("update_worth"):
             state["update_worth"] = jnp.float32(jnp.nan)
+        if self._watches("parameter_rms"):
+            state["parameter_rms"] = zero()
         if self._watches("gradient_sum_norm"):
             state["gradient_sum"] = zeros()
         if self._watches("cosine"):
@@ -256,18 +314,23 @@ class Signals:
         gradients: Any,
         anchor: Any,
         parts: Any,
+        due: Any = True,
+        live: Any = True,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Measure the signals of a step.
 
         Args:
           state: the state of the moving means before it.
-          given: "step", "updates", "progress", "loss", the metrics and the values that
-            the host measured.
+          given: "step", "updates", "progress", "loss", the metrics, the values that the
+            host measured, and "gradient_weight" where a policy may move it.
           params: the parameters before the update.
           gradients: the mean gradient of the batch.
           anchor: parameters, or ().
           parts: mean squared norm of the micro-batches' gradients, where
             `by_micro_batch`; else None.
+          due: whether what is measured every `stride` steps is, in this one.
+          live: whether the step counts. Where it does not, trees of the size of the
+            parameters stay as they are in the state.
 
         Returns:
           The signals, and the state after the step but for its update (see `updated`).
@@ -288,57 +351,126 @@ class Signals:
                 values["gradient_norm"] ** 2,
                 parts,
                 given.get("kept", 1.0),
+                live,
             )
-        if "parameter_rms" in self.watched:
+        if "parameter_rms" in state:
             size = sum(x.size for x in jax.tree.leaves(params))
-            values["parameter_rms"] = norm(params) / size**0.5
-        if "gradient_sum" in state:
-            weight = values.get("gradient_weight", 1.0)
-            values["gradient_sum_norm"], after["gradient_sum"] = _gradient_sum(
-                state["gradient_sum"], gradients, weight, given.get("kept", 1.0)
+            after["parameter_rms"] = values["parameter_rms"] = _if(
+                due,
+                lambda: norm(params) / size**0.5,
+                lambda: state["parameter_rms"],
             )
-        if self.needs_anchor:
-            away = jax.tree.map(jnp.subtract, anchor, params)
-            values["distance"] = norm(away)
-            values["gradient_dot_distance"] = dot(gradients, away)
-        for name in ("update_norm", "update_worth", "cosine"):
+        if self.needs_anchor or "gradient_sum" in state:
+            way, total = self._way(
+                state,
+                values,
+                params,
+                gradients,
+                anchor,
+                due,
+                live,
+            )
+            values |= way
+            after |= total
+        for name in FROM_UPDATE:
             if name in state:
                 values[name] = state[name]
         return values, after
 
-    def updated(
+    def _way(
         self,
         state: dict[str, Any],
-        before: Any,
-        after: Any,
-        applied: Any,
-        rate: Any = 1.0,
-    ) -> dict[str, Any]:
-        """Return the state after an update.
+        values: Mapping[str, Any],
+        params: Any,
+        gradients: Any,
+        anchor: Any,
+        due: Any,
+        live: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Measure the gradients' sum and the way from the anchor.
 
         Args:
-          state: the state that `measure` returned.
+          state: see `measure`, as for the others.
+          values: the signals so far.
+          params: the parameters.
+          gradients: the gradient.
+          anchor: parameters, or ().
+          due: whether the step is measured where a policy moves the gradient's weight.
+          live: whether the sum may change.
+
+        Returns:
+          The signals, NaN where the gradient's weight is 0 or it is not measured, and
+          the part of the state that is the sum.
+        """
+        weight = values.get("gradient_weight")
+        factor = 1.0 if weight is None else weight
+        decay = MEMORY * values.get("kept", 1.0)
+        if weight is not None:
+            steps = values["gradient_steps"]
+            factor = factor * steps
+            decay = decay * MEMORY ** (steps - 1)
+        sums = {n: state[n] for n in ("gradient_sum",) if n in state}
+
+        def measure(
+            now: tuple[dict[str, Any], dict[str, Any]],
+        ) -> tuple[dict[str, Any], dict[str, Any]]:
+            _, after = now
+            way = {}
+            if self.needs_anchor:
+                away = jax.tree.map(jnp.subtract, anchor, params)
+                way["distance"] = norm(away)
+                way["gradient_dot_distance"] = dot(gradients, away)
+            if sums:
+                usable = jnp.isfinite(values["gradient_norm"]) & live
+                total, added = _gradient_sum(
+                    after["gradient_sum"], gradients, factor, usable, decay
+                )
+                way["gradient_sum_norm"] = total
+                after = {"gradient_sum": added}
+            return way, after
+
+        if weight is None:
+            return measure(({}, sums))
+        shapes, _ = jax.eval_shape(measure, ({}, sums))
+        unknown = {name: jnp.float32(jnp.nan) for name in shapes}
+        return once((weight != 0) & due, measure, (unknown, sums))
+
+    def followed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Select the part of the state that follows an update (see `updated`)."""
+        return {n: state[n] for n in (*FROM_UPDATE, "update") if n in state}
+
+    def updated(
+        self,
+        followed: dict[str, Any],
+        before: Any,
+        after: Any,
+        rate: Any = 1.0,
+    ) -> dict[str, Any]:
+        """Return the part of the state that follows an update, after one.
+
+        Args:
+          followed: this part before it, see `followed`.
           before: the parameters before the update.
           after: the parameters after it.
-          applied: whether there was an update, bool ().
           rate: its learning rate.
         """
-        if "update_norm" not in state:
-            return state
+        if not followed:
+            return followed
+        # so that the update is rounded as it is without signals
+        before, after = jax.lax.optimization_barrier((before, after))
         updates = jax.tree.map(jnp.subtract, after, before)
         size = norm(updates)
         fresh = {"update_norm": size}
-        if "update_worth" in state:
+        if "update_worth" in followed:
             entries = sum(x.size for x in jax.tree.leaves(before))
             worth = size / (rate * entries**0.5)
             fresh["update_worth"] = jnp.where(rate > 0, worth, jnp.nan)
-        if "cosine" in state:
-            product = dot(updates, state["update"])
-            sizes = size * norm(state["update"])
+        if "cosine" in followed:
+            product = dot(updates, followed["update"])
+            sizes = size * norm(followed["update"])
             fresh["cosine"] = product / jnp.maximum(sizes, TINY)
             fresh["update"] = updates
-        old = {name: state[name] for name in fresh}
-        return state | _where(applied, fresh, old)
+        return fresh
 
     def begun_anew(
         self,
@@ -388,6 +520,7 @@ class Signals:
         big: Any,
         parts: Any,
         kept: Any,
+        live: Any,
     ) -> tuple[Any, Noise]:
         """Return the noise scale and the moving means after this step.
 
@@ -397,6 +530,7 @@ class Signals:
           big: its squared norm.
           parts: the mean squared norm of the micro-batches' gradients, or None.
           kept: factor of the mean gradient so far: 0 in the first step after a restart.
+          live: whether the means may change.
         """
         first = state.count == 0
         mean: Any = ()
@@ -418,7 +552,7 @@ class Signals:
             gradient=mean,
             count=state.count + 1,
         )
-        usable = jnp.isfinite(big) & (parts is None or jnp.isfinite(parts))
+        usable = live & jnp.isfinite(big) & (parts is None or jnp.isfinite(parts))
         after = _where(usable, fresh, state)
         trace = jnp.maximum(after.variance, 0)
         return trace / jnp.maximum(after.squared, TINY), after
@@ -555,28 +689,41 @@ def _where(
     )
 
 
+def _if(
+    condition: Any,
+    new: Any,
+    old: Any,
+) -> Any:
+    """Compute `new()` where a condition holds, else `old()`.
+
+    A condition that is known when the step is traced costs nothing in it.
+    """
+    if isinstance(condition, bool):
+        return new() if condition else old()
+    return jax.lax.cond(condition, new, old)
+
+
 def _gradient_sum(
     before: Any,
     gradients: Any,
     weight: Any,
-    kept: Any = 1.0,
+    usable: Any,
+    decay: Any = MEMORY,
 ) -> tuple[Any, Any]:
-    """Add a gradient to the sum s of gradients, of which a share was kept.
+    """Add a gradient to the sum s of gradients, if it is usable.
 
     Returns:
-      The sum of the absolute entries of s, and s; without the gradient if it is not
-      finite.
+      The sum of the absolute entries of s, and s; NaN and s without the gradient if it
+      is not usable.
     """
-    decay = MEMORY * kept
     after = jax.tree.map(
-        lambda s, g: decay * s + (weight * g).astype(s.dtype),
+        lambda s, g: jnp.where(usable, decay * s + (weight * g).astype(s.dtype), s),
         before,
         gradients,
     )
-    sizes = (jnp.abs(x).astype(jnp.float32).sum() for x in jax.tree.leaves(after))
+    sizes = [jnp.abs(x).astype(jnp.float32).sum() for x in jax.tree.leaves(after)]
     total = sum(sizes, jnp.float32(0))
-    usable = jnp.isfinite(total)
-    return total, _where(usable, after, before)
+    return jnp.where(usable, total, jnp.nan), after
 
 
 def _smooth(

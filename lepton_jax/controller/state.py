@@ -42,6 +42,8 @@ class ControllerState(NamedTuple):
         growth in a step, float32 (3,): see `with_rate_factor`.
       accumulated: (mean gradient, batches in it), or ().
       average: the averaged (parameters, variables), or ().
+      lag: product of the averaging decays since the average was last moved, float32 ();
+        () where there is none.
       anchor: `Pieces`: parameters, and variables and optimizer state where they may be
         restored; or ().
     """
@@ -57,6 +59,7 @@ class ControllerState(NamedTuple):
     rate: Any
     accumulated: Any
     average: Any
+    lag: Any
     anchor: Any
 
 

@@ -202,6 +202,7 @@ def test_the_estimate_is_finite_and_never_falls(measured):
         signals = {
             "gradient_dot_distance": product,
             "gradient_sum_norm": abs(size),
+            "gradient_steps": 1.0,
             "loss": size,
             "base_rate": 1e-3,
             "step": step,

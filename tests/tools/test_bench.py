@@ -9,6 +9,7 @@ import pytest
 
 from lepton_jax.models import MLP
 from tools.bench import cli as bench
+from tools.bench import overhead as bench_overhead
 from tools.bench import step as bench_step
 from tools.bench import timing
 
@@ -24,6 +25,7 @@ TINY = bench_step.Case(
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(bench_step.CASES, "tiny", TINY)
+    monkeypatch.setitem(bench_overhead.MODELS, "tiny", TINY)
 
 
 @pytest.mark.slow

@@ -275,8 +275,12 @@ def make_trainer(
     sinks: Any = (),
     shuffle: bool = True,
     controller: Any = (),
+    steps: int | None = None,
 ) -> lepton.Trainer:
-    """Return a trainer of a case on one device, without evaluations or checkpoints."""
+    """Return a trainer of a case on one device, without evaluations or checkpoints.
+
+    Its run has a number of steps, or no end that policies would know.
+    """
     recipe = lepton.Recipe(
         model=case.model,
         loss=lepton.losses.cross_entropy,
@@ -290,6 +294,7 @@ def make_trainer(
         evaluate_every=NEVER,
         save_every=NEVER,
         controller=controller,
+        steps=steps,
     )
     return lepton.Trainer(recipe, devices=1, sinks=sinks)
 

@@ -133,6 +133,7 @@ def learning_free(
       ...     "loss": jnp.float32(2),
       ...     "gradient_dot_distance": jnp.float32(0),
       ...     "gradient_sum_norm": jnp.float32(10),
+      ...     "gradient_steps": jnp.float32(1),
       ...     "base_rate": jnp.float32(1),
       ...     "step": jnp.float32(0),
       ...     "progress": jnp.float32(0.1),
@@ -159,13 +160,16 @@ def learning_free(
     ) -> tuple[dict[str, Any], Distance]:
         base, first, d = _begun(signals, state, start)
         product = signals["gradient_dot_distance"]
-        r = MEMORY * state.numerator + state.weight * product
+        # one step of so many is measured, and counts for them all
+        steps = signals["gradient_steps"]
+        r = MEMORY**steps * state.numerator + steps * state.weight * product
         s_norm = signals["gradient_sum_norm"]
         bound = coefficient * r / jnp.maximum(s_norm, TINY)
         usable = jnp.isfinite(bound) & jnp.isfinite(r)
 
         early = state.warm == 0
-        fastest = _greatest_growth(signals, jnp.where(early, pace, later_pace))
+        pace_now = jnp.where(early, pace, later_pace)
+        fastest = _greatest_growth(signals, pace_now, steps)
         d = jnp.where(
             usable,
             jnp.clip(bound, d, fastest * d),
@@ -174,7 +178,7 @@ def learning_free(
 
         w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
         steep = d > STEEP * state.level
-        since = jnp.where(steep, 0.0, state.since + 1)
+        since = jnp.where(steep, 0.0, state.since + usable * steps)
         over = early & (signals["progress"] > until) & (since >= SLOW)
         after = Distance(
             base,
@@ -203,6 +207,7 @@ def learning_free(
         watches=(
             "gradient_dot_distance",
             "gradient_sum_norm",
+            "gradient_steps",
             "loss",
             "base_rate",
             "step",
@@ -240,18 +245,23 @@ def _begun(
     return base, first, jnp.where(fresh, first, state.estimate)
 
 
-def _greatest_growth(signals: Mapping[str, Any], pace: Any) -> Any:
+def _greatest_growth(
+    signals: Mapping[str, Any],
+    pace: Any,
+    steps: Any,
+) -> Any:
     """Return the factor by which d may grow in this step.
 
     Args:
       signals: of this step.
       pace: logarithm of the growth in a whole run.
+      steps: the steps that this one counts for.
     """
     step = signals["progress"] / (signals["step"] + 1)
     known = jnp.isfinite(step) & (step > 0)
-    even = jnp.exp(jnp.minimum(step, 1.0) * pace)
+    even = jnp.exp(jnp.minimum(step, 1.0) * pace * steps)
     return jnp.where(
         known,
         jnp.clip(even, 1.0, FASTEST),
-        BLIND,
+        jnp.minimum(BLIND**steps, FASTEST),
     )

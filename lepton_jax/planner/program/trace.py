@@ -14,7 +14,7 @@ import jax
 
 from lepton_jax import losses
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, whole_axes
-from lepton_jax.controller import Controller
+from lepton_jax.controller import Controller, stride
 from lepton_jax.errors import DataError, ModelError, pointing_at_user
 from lepton_jax.hardware import convolution_flops
 from lepton_jax.planner.patience import Patience
@@ -201,7 +201,9 @@ def _trace(
             remedy="return one value per sample",
         )
     operations: dict[str, int] = {}
-    flops = _count(traced.jaxpr.jaxpr, operations, 1)
+    flops = STEP_BY_FORWARD * _count(traced.jaxpr.jaxpr, operations, 1)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    controller.stride = stride(flops, parameters)
     return Trace(
         recipe=recipe,
         controller=controller,
@@ -211,7 +213,7 @@ def _trace(
         targets=targets,
         outputs=traced.outputs,
         jaxpr=traced.jaxpr,
-        flops=STEP_BY_FORWARD * flops,
+        flops=flops,
         operations=operations,
         samples=samples,
         weighted=traced.weighted,
