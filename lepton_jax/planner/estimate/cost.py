@@ -43,6 +43,7 @@ from lepton_jax.hardware import (
 )
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import cpu
+from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
 from lepton_jax.planner.estimate.sizes import Sizes
@@ -151,7 +152,8 @@ class Cost:
         on_cpu = topology.platform == "cpu"
         shares = {} if on_cpu else sum_shares(self.graph.main)
         self.motion = Motion(self.graph, topology.platform)
-        self.jobs = Jobs(names, self.prefers, shares, self.motion).jobs
+        merged = repeated(self.graph.main) if on_cpu else ()
+        self.jobs = Jobs(names, self.prefers, shares, self.motion, merged).jobs
         self.sizes = sizes or Sizes(self.graph, names)
         passes = traffic(self.graph)
         if on_cpu:
@@ -181,6 +183,7 @@ class Cost:
         """
         self._lay(assignment.sizes)
         layout = self.layout(assignment)
+        merges = self._merges(assignment)
         parts = assignment.micro_batches
         compute = 0.0
         flops = 0.0
@@ -192,8 +195,9 @@ class Cost:
             work = self._work(number, job, assignment, layout)
             alike = job.count // job.op.times
             in_loop = job.op.times * parts
-            compute += work.seconds * job.count * parts
-            flops += work.flops * job.count * parts
+            if not (job.repeats and merges):
+                compute += work.seconds * job.count * parts
+                flops += work.flops * job.count * parts
             for move in work.collectives:
                 kind = move.kind
                 if move.hidden:
@@ -220,6 +224,16 @@ class Cost:
             "optimizer": self._update(layout),
         }
         return Estimate(seconds, flops, ledger)
+
+    def _merges(self, assignment: Assignment) -> bool:
+        """Whether XLA merges equal operations whose inputs had a barrier between.
+
+        It doesn't merge collectives. Where parameters or activations are split, what is
+        computed again reads other results of them, so only what splits the batch alone
+        is merged.
+        """
+        masks = enumerate(assignment.masks)
+        return not any(mask for group, mask in masks if group != self.names.batch)
 
     def _exposed(
         self,
