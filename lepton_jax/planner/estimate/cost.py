@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -183,7 +184,7 @@ class Cost:
         """
         self._lay(assignment.sizes)
         layout = self.layout(assignment)
-        merges = self._merges(assignment)
+        merged = self._merged(assignment)
         parts = assignment.micro_batches
         compute = 0.0
         flops = 0.0
@@ -195,7 +196,7 @@ class Cost:
             work = self._work(number, job, assignment, layout)
             alike = job.count // job.op.times
             in_loop = job.op.times * parts
-            if not (job.repeats and merges):
+            if not (job.repeats and job.op.name in merged):
                 compute += work.seconds * job.count * parts
                 flops += work.flops * job.count * parts
             for move in work.collectives:
@@ -225,15 +226,23 @@ class Cost:
         }
         return Estimate(seconds, flops, ledger)
 
-    def _merges(self, assignment: Assignment) -> bool:
-        """Whether XLA merges equal operations whose inputs had a barrier between.
+    def _merged(self, assignment: Assignment) -> Collection[str]:
+        """Return the operations that XLA merges with equal ones before a barrier.
 
         It doesn't merge collectives. Where parameters or activations are split, what is
-        computed again reads other results of them, so only what splits the batch alone
-        is merged.
+        computed again reads other results of them, so nothing is merged unless the
+        batch alone is split. A batch of one sample a device is reshaped away around
+        each matmul, differently before and after a barrier: only convolutions merge.
         """
+        batch = self.names.batch
         masks = enumerate(assignment.masks)
-        return not any(mask for group, mask in masks if group != self.names.batch)
+        if any(mask for group, mask in masks if group != batch):
+            return ()
+        if batch is None:
+            return DOTS
+        parts = assignment.counts[assignment.masks[batch]] * assignment.micro_batches
+        several = self.names.groups[batch].divisor > parts
+        return DOTS if several else ("conv_general_dilated",)
 
     def _exposed(
         self,
