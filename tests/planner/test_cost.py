@@ -299,3 +299,37 @@ def test_flops_of_random_convolutions_are_those_that_xla_counts(seed):
     ours = convolution_flops(eqn.params, image, kernel, eqn.outvars[0].aval.shape)
     compiled = function.lower(*arguments).compile()
     assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=0.03)
+
+
+class Causal(nnx.Module):
+    """Layers whose causal padding is an operation of its own."""
+
+    def __init__(self, rngs):
+        self.convs = nnx.List(
+            [
+                nnx.Conv(8, 8, 3, kernel_dilation=2, padding="CAUSAL", rngs=rngs)
+                for _ in range(3)
+            ]
+        )
+        self.out = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        for conv in self.convs:
+            x = nnx.relu(conv(x))
+        return self.out(x.mean(1))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_cpu_computes_no_layer_again_and_no_causal_padding(remat):
+    recipe = lepton.Recipe(
+        model=Causal,
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=4,
+    )
+    inputs = np.zeros((4, 12, 8), np.float32)
+    causal = trace(recipe, inputs, np.zeros(4, np.int32))
+    plan = lepton.plan(causal, topology("cpu:1"), remat=remat)
+    compiled = Program(causal, plan, jax.devices()[:1]).lower().compile()
+    found = hlo.read(compiled.as_text()).dot_flops
+    assert plan.flops == pytest.approx(found, rel=0.01)

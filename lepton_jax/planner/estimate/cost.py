@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from lepton_jax.hardware import (
 )
 from lepton_jax.planner.assignment import Assignment
 from lepton_jax.planner.estimate import cpu
+from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
 from lepton_jax.planner.estimate.sizes import Sizes
@@ -151,7 +153,8 @@ class Cost:
         on_cpu = topology.platform == "cpu"
         shares = {} if on_cpu else sum_shares(self.graph.main)
         self.motion = Motion(self.graph, topology.platform)
-        self.jobs = Jobs(names, self.prefers, shares, self.motion).jobs
+        merged = repeated(self.graph.main) if on_cpu else ()
+        self.jobs = Jobs(names, self.prefers, shares, self.motion, merged).jobs
         self.sizes = sizes or Sizes(self.graph, names)
         passes = traffic(self.graph)
         if on_cpu:
@@ -181,6 +184,7 @@ class Cost:
         """
         self._lay(assignment.sizes)
         layout = self.layout(assignment)
+        merged = self._merged(assignment)
         parts = assignment.micro_batches
         compute = 0.0
         flops = 0.0
@@ -192,8 +196,9 @@ class Cost:
             work = self._work(number, job, assignment, layout)
             alike = job.count // job.op.times
             in_loop = job.op.times * parts
-            compute += work.seconds * job.count * parts
-            flops += work.flops * job.count * parts
+            if not (job.repeats and job.op.name in merged):
+                compute += work.seconds * job.count * parts
+                flops += work.flops * job.count * parts
             for move in work.collectives:
                 kind = move.kind
                 if move.hidden:
@@ -220,6 +225,24 @@ class Cost:
             "optimizer": self._update(layout),
         }
         return Estimate(seconds, flops, ledger)
+
+    def _merged(self, assignment: Assignment) -> Collection[str]:
+        """Return the operations that XLA merges with equal ones before a barrier.
+
+        It doesn't merge collectives. Where parameters or activations are split, what is
+        computed again reads other results of them, so nothing is merged unless the
+        batch alone is split. A batch of one sample a device is reshaped away around
+        each matmul, differently before and after a barrier: only convolutions merge.
+        """
+        batch = self.names.batch
+        masks = enumerate(assignment.masks)
+        if any(mask for group, mask in masks if group != batch):
+            return ()
+        if batch is None:
+            return DOTS
+        parts = assignment.counts[assignment.masks[batch]] * assignment.micro_batches
+        several = self.names.groups[batch].divisor > parts
+        return DOTS if several else ("conv_general_dilated",)
 
     def _exposed(
         self,

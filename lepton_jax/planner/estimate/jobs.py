@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lepton_jax.hardware import convolution_flops
 from lepton_jax.planner.estimate.motion import Motion
+from lepton_jax.planner.estimate.pads import Pads
 from lepton_jax.planner.program.graph import Operation, Region, Value
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
@@ -35,6 +37,7 @@ class Job:
         devices and not each term.
       gather: the value of a job that only gathers a stored value.
       taps: share of a convolution's taps that meet an element of its input.
+      repeats: whether earlier operations compute the same (`equal.repeated`).
     """
 
     op: Operation
@@ -45,6 +48,7 @@ class Job:
     share: float
     gather: Value | None = None
     taps: float = 1.0
+    repeats: bool = False
 
 
 class Jobs:
@@ -55,6 +59,7 @@ class Jobs:
       prefers: for a value, the dim that gets its mesh axes first.
       shares: see `sum_shares`.
       motion: how collectives leave loops.
+      repeated: first results of operations that equal earlier ones.
 
     Attributes:
       jobs: the jobs, in the program's order of the first operation of each.
@@ -66,16 +71,19 @@ class Jobs:
         prefers: dict[int, int],
         shares: dict[int, float],
         motion: Motion,
+        repeated: Collection[int] = (),
     ):
         self.names = names
         self.motion = motion
         self.graph = names.graph
         self.prefers = prefers
         self.shares = shares
+        self.repeated = repeated
         self.jobs: list[Job] = []
         self._known: dict[tuple, Job] = {}
         self._gathered: set[int] = set()
         self._loops = 0
+        self._pads = Pads(motion.platform)
         self._walk(self.graph.main, 0)
 
     def _walk(
@@ -83,7 +91,9 @@ class Jobs:
         region: Region,
         loop: int,
     ) -> None:
+        self._pads.enter(region)
         for op in region.operations:
+            self._pads.follow(op)
             product = contraction(op)
             values = operands(op) + op.outputs[:1]
             # An empty array computes and moves nothing.
@@ -128,10 +138,13 @@ class Jobs:
         looks = tuple(
             (*self._look(value), *self.motion.look(op, value)) for value in values
         )
+        taps = used_taps(op, self._pads.before(op))
         share = 1.0
+        repeats = False
         # A print has no outputs.
         if op.outputs:
             share = self.shares.get(op.outputs[0].index, 1.0)
+            repeats = op.outputs[0].index in self.repeated
         key = (
             op.name,
             op.times,
@@ -140,7 +153,8 @@ class Jobs:
             gather is not None,
             loop,
             share,
-            used_taps(op),
+            taps,
+            repeats,
         )
         if key in self._known:
             self._known[key].count += op.times
@@ -153,7 +167,8 @@ class Jobs:
             loop=loop,
             share=share,
             gather=gather,
-            taps=used_taps(op),
+            taps=taps,
+            repeats=repeats,
         )
         self._known[key] = job
         self.jobs.append(job)
@@ -184,20 +199,34 @@ class Jobs:
         return value.shape, str(value.dtype), groups, stored, prefers
 
 
-def used_taps(op: Operation) -> float:
+def used_taps(
+    op: Operation,
+    pad: Operation | None = None,
+) -> float:
     """Return the share of a convolution's taps that meet an element of its input.
 
     The others meet padding or a hole of a dilated input. It is 1 for anything else.
+
+    Args:
+      op: an operation.
+      pad: what pads its input with zeros, if XLA makes that the convolution's padding.
     """
     if op.name != "conv_general_dilated":
         return 1.0
     left, right = (value.shape for value in operands(op)[:2])
     out = op.outputs[0].shape
-    numbers = op.params["dimension_numbers"]
+    params = op.params
+    numbers = params["dimension_numbers"]
+    if pad is not None:
+        left = operands(pad)[0].shape
+        added = [pad.params["padding_config"][d] for d in numbers.lhs_spec[2:]]
+        pairs = zip(params["padding"], added, strict=True)
+        wider = [(low + a, high + b) for (low, high), (a, b, _) in pairs]
+        params = {**params, "padding": tuple(wider)}
     output_channels = right[numbers.rhs_spec[0]]
     kernel = math.prod(right) / output_channels
     all_taps = 2.0 * math.prod(out) * kernel
-    return convolution_flops(op.params, left, right, out) / all_taps
+    return convolution_flops(params, left, right, out) / all_taps
 
 
 def sum_shares(region: Region) -> dict[int, float]:

@@ -27,10 +27,10 @@ class Surety(NamedTuple):
 
 MIB = 2.0**20
 # By platform, and whether the mesh splits the "samples" alone or "more". Rounded up
-# from `python -m tools.bench planner-bounds benchmarks/planner-tuning.json`, whose 57 TPU
-# programs and 46 CPU programs hold at most 1.29 and 1.44 times as much but for one each
-# (a sequence model with relative positions, 1.68; a tensor-parallel one, 3.5). For GPUs
-# and for TPUs that split more there are too few programs: assumption, a little more.
+# from `python -m tools.bench planner-bounds benchmarks/planner-tuning.json`, whose 57
+# TPU programs and 46 CPU programs hold at most 1.29 and 1.44 times as much but for one
+# each (a sequence model with relative positions, 1.68; a tensor-parallel one, 3.5). For
+# GPUs and for TPUs that split more there are too few programs: assumed, a bit more.
 SURETY = {
     "tpu": {
         "samples": Surety(0.5, 1.35, 64 * MIB),
