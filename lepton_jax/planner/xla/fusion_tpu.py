@@ -197,15 +197,20 @@ class TpuFusion(Fusion):
 
         It does where a product writes it at its end, where all readers together would
         read more than is written and read otherwise, or where several products would
-        compute something costly again.
+        compute something costly again from more bytes than it has. They compute the
+        probabilities of attention again from scores of the same dtype (libtpu of jax
+        0.10, v5p, a language model of bfloat16), and not from scores of float32.
         """
         users = self.users_of(target)
         stacked = target.index in self.stacks
+        after = size(target) * self.kind(target).scale
 
         if not several_large:
             products = sum(is_one_of(user, DOTS) for user in users)
+            largest = max(map(self._bytes, sources), default=0.0)
             writes = stacked or self.eager or not self.windowed
-            return costly and writes and products + stacked > 1
+            again = products + stacked > 1
+            return costly and writes and again and largest > after
 
         fusing = DOTS | REDUCED
         if all(is_one_of(user, fusing) for user in users):
@@ -214,7 +219,6 @@ class TpuFusion(Fusion):
 
         readers = len(users) + stacked
         before = sum(self._bytes(b) for b in sources)
-        after = size(target) * self.kind(target).scale
         return readers * before >= before + after + readers * after
 
     def _bytes(self, buffer: int) -> float:
