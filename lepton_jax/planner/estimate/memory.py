@@ -71,7 +71,7 @@ class Peak(NamedTuple):
     """The most that a program holds.
 
     Attributes:
-      bytes: bytes of its temporaries, as XLA reports them.
+      bytes: bytes of its temporaries, with the gaps between them.
       moment: the moment of the timeline at which it holds them.
       each: bytes of each buffer.
       alive: whether each buffer exists at that moment.
@@ -101,11 +101,10 @@ ALONE = Around()
 
 
 class _Spans(NamedTuple):
-    """First and last moment of each buffer, and when a loop takes it in."""
+    """First and last moment of each buffer."""
 
     starts: np.ndarray
     ends: np.ndarray
-    cuts: np.ndarray
 
 
 def peak(
@@ -155,8 +154,6 @@ def peak(
         spans.ends,
         in_hbm,
     )
-    if tpu:
-        total += _fragmentation(spans, in_hbm, total, around.bytes)
     # Gradients that devices sum lie in the HBM in any case.
     gradients = float(bytes_[timeline.gradients].sum())
     total = max(total, gradients + around.bytes)
@@ -172,7 +169,6 @@ def _spans(
     """Return when buffers exist in a program that loops may stand around."""
     starts = timeline.starts
     ends = timeline.ends
-    cuts = timeline.cuts
     length = timeline.length
     if stepping and timeline.tables:
         # The loop over steps carries the tables.
@@ -180,28 +176,10 @@ def _spans(
         tables = np.isin(buffers, list(timeline.tables))
         starts = np.where(tables, 0, starts)
         ends = np.where(tables, length, ends)
-        cuts = np.where(tables, 0, cuts)
     if micro_batches:
         starts = np.where(timeline.hoisted, 0, starts)
         ends = np.where(timeline.hoisted, length, ends)
-        cuts = np.where(timeline.hoisted, length, cuts)
-    return _Spans(starts, ends, cuts)
-
-
-def _fragmentation(
-    spans: _Spans,
-    in_hbm: np.ndarray,
-    total: float,
-    around: float,
-) -> float:
-    """Return the bytes that libtpu reports for fragmentation, on top of the heap.
-
-    They are the heap less what libtpu counts as alive; it loses sight of a buffer as
-    soon as a loop takes it in.
-    """
-    seen = heap.alive(spans.starts, spans.cuts, in_hbm)
-    counted = max(float(seen.max()), around)
-    return total - min(total, counted)
+    return _Spans(starts, ends)
 
 
 def _in_vector_memory(

@@ -197,15 +197,20 @@ class TpuFusion(Fusion):
 
         It does where a product writes it at its end, where all readers together would
         read more than is written and read otherwise, or where several products would
-        compute something costly again.
+        compute something costly again. Products of attention do that all the same if
+        they read no more for it (`_attends`).
         """
         users = self.users_of(target)
         stacked = target.index in self.stacks
+        after = size(target) * self.kind(target).scale
 
         if not several_large:
-            products = sum(is_one_of(user, DOTS) for user in users)
+            products = [user for user in users if is_one_of(user, DOTS)]
+            largest = max(map(self._bytes, sources), default=0.0)
+            if largest <= after and _attends(products):
+                return False
             writes = stacked or self.eager or not self.windowed
-            return costly and writes and products + stacked > 1
+            return costly and writes and len(products) + stacked > 1
 
         fusing = DOTS | REDUCED
         if all(is_one_of(user, fusing) for user in users):
@@ -214,7 +219,6 @@ class TpuFusion(Fusion):
 
         readers = len(users) + stacked
         before = sum(self._bytes(b) for b in sources)
-        after = size(target) * self.kind(target).scale
         return readers * before >= before + after + readers * after
 
     def _bytes(self, buffer: int) -> float:
@@ -573,3 +577,16 @@ class TpuFusion(Fusion):
         groups.append(Group(reads, (gradient,)))
         self.taken.append(gradient)
         self.in_hbm.append(gradient)
+
+
+def _attends(products: list[Operation]) -> bool:
+    """Whether these are products of attention: all of them have batch dims.
+
+    From scores of bfloat16 they compute the probabilities again, from scores of float32
+    they don't (libtpu of jax 0.10, v5p and v6e, GPT-2 and a vision transformer).
+    """
+    dims = [product.params["dimension_numbers"] for product in products]
+    return bool(dims) and all(
+        product.name == "dot_general" and pair[1][0]
+        for product, pair in zip(products, dims, strict=True)
+    )

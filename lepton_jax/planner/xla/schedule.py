@@ -57,7 +57,6 @@ class Timeline:
       scales: how many times the value's bytes it takes.
       owners: the operation that made it (a list).
       starts, ends: its first and its last moment, inclusive.
-      cuts: the moment at which a loop takes it in, else its end.
       made: whether anything makes it; a buffer that merged with another is not made.
       summed: whether it is a gradient that no loop makes.
       in_hbm: whether it lies in the HBM in any case: what collectives fill, and tables.
@@ -136,7 +135,6 @@ class Timeline:
     def _take_spans(self, clock: _Clock) -> None:
         self.starts = clock.starts
         self.ends = np.maximum(clock.starts, clock.final_ends())
-        self.cuts = np.minimum(clock.cuts, self.ends)
         self.made = clock.starts > 0
         self.accesses = np.array(clock.accesses, np.int64).reshape(-1, 2)
         self.around_loop = np.zeros(len(self.starts), bool)
@@ -219,7 +217,7 @@ class _Clock:
     """Gives each group of a program its moment.
 
     Attributes:
-      starts, ends, cuts: of each buffer, see `Timeline`.
+      starts, ends: of each buffer, see `Timeline`.
       overwritten: the moment at which another buffer may take a buffer's place.
       loops: first and last moment of each loop.
       products: moment and operation of each matmul and convolution.
@@ -230,7 +228,6 @@ class _Clock:
         self.order = order
         self.starts = np.zeros(buffers, np.int64)
         self.ends = np.full(buffers, -1)
-        self.cuts = np.full(buffers, np.iinfo(np.int64).max)
         self.overwritten: dict[int, int] = {}
         self.loops: list[tuple[int, int]] = []
         self.products: list[tuple[int, Operation]] = []
@@ -281,8 +278,6 @@ class _Clock:
     ) -> int:
         """Run a loop's body once; its results exist from the loop's start on."""
         assert group.body is not None
-        for b in (*group.reads, *group.writes, *group.reuses, *group.updates):
-            self.cuts[b] = min(self.cuts[b], begin)
         end = self.run(group.body, begin) + 2
         self.loops.append((begin, end))
         for b in group.writes:
