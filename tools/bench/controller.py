@@ -744,6 +744,7 @@ def _summary(
         "contestant": name,
         "tasks": len(rows),
         "within": 1 - len(outside) / len(rows),
+        "median": statistics.median(row["ratio"] for row in rows),
         "worst": max(row["ratio"] for row in rows),
         "rank": statistics.fmean(row["rank"] for row in rows),
         "steps": statistics.median(x for row in rows for x in row["steps"]),
@@ -756,14 +757,15 @@ def _summary(
 
 def _table(summary: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        f"{'contestant':16} {'tasks':>5} {'within 2 %':>10} {'worst':>7}"
+        f"{'contestant':16} {'tasks':>5} {'within 2 %':>10} {'median':>7}"
+        f" {'worst':>7}"
         f" {'mean rank':>9} {'steps':>6} {'outside':>7} {'noticed':>7} {'needless':>8}"
         f" {'refused':>7}"
     ]
     lines += [
         f"{row['contestant']:16} {row['tasks']:5} {row['within']:10.1%}"
-        f" {row['worst']:7.3g} {row['rank']:9.2f} {row['steps']:6.3g}"
-        f" {row['outside']:7} {row['noticed']:7} {row['needless']:8}"
+        f" {row['median']:7.3f} {row['worst']:7.3g} {row['rank']:9.2f}"
+        f" {row['steps']:6.3g} {row['outside']:7} {row['noticed']:7} {row['needless']:8}"
         f" {row['refused']:7}"
         for row in summary
     ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 import lepton_jax as lepton
 from lepton_jax import controllers
+from lepton_jax.compat import eagerly
 from lepton_jax.controller.knobs import neutral
+from lepton_jax.planner import trace
 from lepton_jax.train.recovery import GROWS_WITHIN
 
 # By this knob a policy tells a person that it can't be good on a task.
@@ -102,6 +105,18 @@ def adaptive(recipe: lepton.Recipe, rate: Any) -> Contestant:
     return controlled(recipe, rate, controllers.adaptive())
 
 
+def _at_work(recipe: lepton.Recipe) -> controllers.Controller:
+    """Return the recipe's policies as a trainer has them: a trace sets their stride."""
+    samples = (recipe.train.inputs, recipe.train.targets)
+    inputs, targets = jax.tree.map(_one, samples)
+    return eagerly(lambda: trace(recipe, inputs, targets).controller)
+
+
+def _one(samples: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape of a batch of one of some samples."""
+    return jax.ShapeDtypeStruct((1, *samples.shape[1:]), samples.dtype)
+
+
 def controlled(recipe: lepton.Recipe, rate: Any, policies: Any) -> Contestant:
     """The task's optimizer under some policies, as in a train step of `Trainer`.
 
@@ -114,7 +129,7 @@ def controlled(recipe: lepton.Recipe, rate: Any, policies: Any) -> Contestant:
       RecipeError: the policies can't drive the optimizer.
     """
     assert recipe.steps is not None
-    controller = controllers.Controller(recipe.with_(controller=policies))
+    controller = _at_work(recipe.with_(controller=policies))
     known = {"steps": jnp.float32(recipe.steps)}
 
     def init(params: Any, variables: Any) -> Any:
