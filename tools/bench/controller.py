@@ -765,8 +765,8 @@ def _table(summary: Sequence[Mapping[str, Any]]) -> str:
     lines += [
         f"{row['contestant']:16} {row['tasks']:5} {row['within']:10.1%}"
         f" {row['median']:7.3f} {row['worst']:7.3g} {row['rank']:9.2f}"
-        f" {row['steps']:6.3g} {row['outside']:7} {row['noticed']:7} {row['needless']:8}"
-        f" {row['refused']:7}"
+        f" {row['steps']:6.3g} {row['outside']:7} {row['noticed']:7}"
+        f" {row['needless']:8} {row['refused']:7}"
         for row in summary
     ]
     return "\n".join(lines)
