@@ -17,8 +17,8 @@ from lepton_jax.controller.policies.learning_free import learning_free
 from lepton_jax.controller.policies.schedule_free import if_like_adam, schedule_free
 from lepton_jax.controller.policy import Notice, Policy, chain
 
-# The constants below were chosen on validation losses of other seeds and other tasks
-# than those of `python -m tools.bench controller`; see docs/controller.md.
+# The constants below were chosen on the tuning half of the tasks of
+# `python -m tools.bench controller`, and judged on the other; see docs/controller.md.
 
 # coefficient of `learning_free` for other optimizers than Adam and those like it. With
 # 2 LAMB diverges and Lion ends at 1.7 times the reference's loss, with 0.5 LAMB hardly
@@ -33,8 +33,8 @@ UNPROVEN = Notice(
 def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
     """Train without a learning rate and without a schedule.
 
-    It works with Adam, AdamW, Lion and optimizers like them. The learning rate comes
-    from these policies, whatever `Recipe.learning_rate` is:
+    It is for Adam and AdamW; with other optimizers it works less well, and says so. The
+    learning rate comes from these policies, whatever `Recipe.learning_rate` is:
 
       `learning_free`: an estimate of the distance to the solution, from the gradients
         and from the way that the parameters have gone so far (Prodigy's; Mishchenko &
@@ -57,10 +57,9 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
     Memory: three copies of the parameters, which are those at the start, a weighted sum
     of the gradients, and the average.
 
-    Its results, and where it falls short: `python -m tools.bench controller`,
-    benchmarks/controller.json. The cost of faults under it: `python -m tools.bench
-    faults`, benchmarks/faults.json. Without evaluations it can't tell that a model
-    overfits.
+    Its results, and where it falls short: docs/controller.md, `python -m tools.bench
+    controller --half judging`. The cost of faults under it: `python -m tools.bench
+    faults --half judging`. Without evaluations it can't tell that a model overfits.
 
     Args:
       rollbacks: see `guard`.
