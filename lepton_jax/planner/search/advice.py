@@ -1,7 +1,8 @@
 """Advice where nothing fits: the nearest change, tried before it is advised.
 
 The changes are, in this order: to let the planner choose what was pinned, to take fewer
-samples a step, and to take more devices of the same chip.
+samples a step, and to take more devices of the same chip. What surely fits, by its
+upper bound, goes before what may fit, as predicted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lepton_jax.errors import PlanError
 from lepton_jax.planner.assignment import Assignment, axis_names, strategy
@@ -89,32 +91,77 @@ def leanest(candidates: Sequence[Candidate]) -> Candidate:
     return min(lean, key=simplicity)
 
 
+class Offer(NamedTuple):
+    """A change with which something fits.
+
+    Attributes:
+      words: what to do.
+      surely: whether the upper bound fits; False: the predicted peak alone does.
+    """
+
+    words: str
+    surely: bool
+
+
 def nearest_change(
     problem: Problem,
     candidates: Sequence[Candidate],
     doublings: int,
 ) -> str:
     """Return the remedy: which pins to leave out, or what else to use."""
-    pinned = _pinned(problem)
-    if pinned:
-        limit = problem.patience.limit
-        free = problem.without_pins(problem.topology, limit)
-        if finds_a_plan(free):
-            return f"let the planner choose {' and '.join(pinned)}: then it fits"
+    unpinned = _unpinned(problem)
+    if unpinned and unpinned.surely:
+        return unpinned.words
 
+    larger = larger_topology(problem, doublings)
+    sure = _changes(problem, candidates, larger, surely=True)
+    if sure:
+        return f"use {sure}"
+    if unpinned:
+        return unpinned.words
+    less_sure = _changes(problem, candidates, larger, surely=False)
+    if less_sure:
+        return f"use {less_sure}: then it may fit"
+
+    has_room = _room(problem, candidates) > 0
+    model = "a smaller model, smaller samples" if has_room else "a smaller model"
+    return f"use {model}, or chips with more memory"
+
+
+def _unpinned(problem: Problem) -> Offer | None:
+    """Return the advice to leave out the pins; None where that is no help."""
+    pinned = _pinned(problem)
+    if not pinned:
+        return None
+    free = problem.without_pins(problem.topology, problem.patience.limit)
+    best, *_ = search(free)
+    if not best.may_fit:
+        return None
+    fits = "fits" if best.fits else "may fit"
+    words = f"let the planner choose {' and '.join(pinned)}: then it {fits}"
+    return Offer(words, best.fits)
+
+
+def _changes(
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    larger: Offer | None,
+    surely: bool,
+) -> str:
+    """Return fewer samples and more devices that fit; empty if neither does."""
     changes = []
-    room = problem.limit - _state(leanest(candidates))
-    if room > 0 and problem.trace.recipe.batch_size > 1:
-        fewer = fewer_samples(problem, candidates)
+    if _room(problem, candidates) > 0 and problem.trace.recipe.batch_size > 1:
+        fewer = fewer_samples(problem, candidates, surely)
         if fewer:
             changes.append(f"a batch_size of {fewer}")
-    larger = larger_topology(problem, doublings)
-    if larger:
-        changes.append(f"{larger}, the smallest that holds it")
-    if not changes:
-        model = "a smaller model, smaller samples" if room > 0 else "a smaller model"
-        changes = [model, "chips with more memory"]
-    return "use " + ", or ".join(changes)
+    if larger and larger.surely == surely:
+        changes.append(larger.words)
+    return ", or ".join(changes)
+
+
+def _room(problem: Problem, candidates: Sequence[Candidate]) -> float:
+    """Return the bytes that the state leaves to the batch."""
+    return problem.limit - _state(leanest(candidates))
 
 
 def _pinned(problem: Problem) -> list[str]:
@@ -132,12 +179,6 @@ def _pinned(problem: Problem) -> list[str]:
     if words == ["remat"] and pins.remat == "full":
         return []
     return words
-
-
-def finds_a_plan(problem: Problem) -> bool:
-    """Whether a whole search finds something that fits."""
-    best, *_ = search(problem)
-    return best.fits
 
 
 def _state(candidate: Candidate) -> int:
@@ -158,10 +199,12 @@ class Trial:
       problem: what was searched.
       assignments: some of its assignments, with masks of the policy "none", each with
         the rematerialization under which it holds the least.
+      surely: whether the upper bound has to fit, or the predicted peak.
     """
 
     problem: Problem
     assignments: list[Assignment]
+    surely: bool
 
     def smaller(self, rows: int) -> Problem:
         """Return the same problem with a batch of `rows`."""
@@ -188,7 +231,8 @@ class Trial:
             split = moved.counts[sample_axes(moved, names)]
             options = [asked] if asked else powers(rows // split)
             parts = fewest(smaller, moved, options)
-            bound = smaller.bound(replace(moved, micro_batches=parts))
+            form = replace(moved, micro_batches=parts)
+            bound = smaller.bound(form, self.surely)
             least = min(least, bound)
             if least <= smaller.limit:
                 return least
@@ -196,7 +240,8 @@ class Trial:
 
     def fits(self, rows: int) -> bool:
         """Whether a whole search finds a plan for a batch of `rows`."""
-        return finds_a_plan(self.smaller(rows))
+        best, *_ = search(self.smaller(rows))
+        return best.fits if self.surely else best.may_fit
 
     def _moved(
         self,
@@ -221,18 +266,25 @@ class Trial:
 def fewer_samples(
     problem: Problem,
     candidates: Sequence[Candidate],
+    surely: bool,
 ) -> int | None:
     """Return the largest batch size that fits, as far as `ADVICE_SECONDS` reach.
 
     Multiples of the number of devices come first, then of those that the leanest plan
     splits the batch over, since any other size leaves devices idle.
 
+    Args:
+      problem: what was searched.
+      candidates: what the search found, none of which fits.
+      surely: whether the upper bound has to fit, or the predicted peak.
+
     Returns:
       Rows; None: no size fits.
     """
     by_peak = sorted(candidates, key=lambda c: c.peak)
     failed = by_peak[0]
-    trial = Trial(problem, _leanest_forms(problem, by_peak)[:SOLID])
+    forms = _leanest_forms(problem, by_peak)
+    trial = Trial(problem, forms[:SOLID], surely)
 
     first = trial.assignments[0]
     split = first.counts[sample_axes(first, problem.names("none"))]
@@ -315,7 +367,7 @@ def _guessed(
     low_bytes = float(_state(failed))
     # the fewest steps that don't, and theirs
     high = -(-total // step)
-    high_bytes = float(failed.bounds.most)
+    high_bytes = float(failed.bounds.most if trial.surely else failed.peak)
 
     tried = 0
     while high - low > 1 and not patience.over():
@@ -342,11 +394,13 @@ def _guessed(
 # ---- more devices ----
 
 
-def larger_topology(problem: Problem, doublings: int) -> str | None:
-    """Return the smallest topology of the same chip that something fits on.
+def larger_topology(problem: Problem, doublings: int) -> Offer | None:
+    """Return the smallest topology of the same chip that something surely fits on.
 
-    Its shape is the problem's, with the shortest dim doubled up to `doublings` times.
+    If there is none, it is the smallest that something may fit on. Its shape is the
+    problem's, with the shortest dim doubled up to `doublings` times.
     """
+    less_sure = None
     shape = list(problem.topology.shape)
     state_bytes = problem.memory("none").state_bytes
     state = sum(sum(pair) for pair in state_bytes)
@@ -359,13 +413,15 @@ def larger_topology(problem: Problem, doublings: int) -> str | None:
         if state / topology.devices > topology.device.memory:
             continue
         if patience.over():
-            return None
+            break
 
         problem.patience.detail = f"trying {topology.name}"
         try:
-            larger = problem.without_pins(topology, ADVICE_SECONDS)
-            if finds_a_plan(larger):
-                return topology.name
+            best, *_ = search(problem.without_pins(topology, ADVICE_SECONDS))
         except PlanError:
             continue
-    return None
+        if best.fits:
+            return Offer(f"{topology.name}, the smallest that holds it", True)
+        if best.may_fit and less_sure is None:
+            less_sure = Offer(topology.name, False)
+    return less_sure

@@ -290,15 +290,16 @@ class Problem:
             score=score,
         )
 
-    def bound(self, assignment: Assignment) -> int:
+    def bound(self, assignment: Assignment, surely: bool = True) -> int:
         """Return the upper bound of the bytes that a device holds at the most.
 
         Args:
           assignment: its masks are in the order of the groups of the policy "none".
+          surely: False: return the predicted bytes instead.
         """
         assignment = self.translated(assignment)
         held = self.memory(assignment.remat).predict(assignment)
-        return self._bounds(held, assignment).most
+        return self._bounds(held, assignment).most if surely else sum(held.values())
 
     # ---- groups under another policy ----
 
