@@ -94,6 +94,9 @@ class Jobs:
         self._pads.enter(region)
         for op in region.operations:
             self._pads.follow(op)
+            # What is in a loop without steps never runs.
+            if not op.times:
+                continue
             product = contraction(op)
             values = operands(op) + op.outputs[:1]
             # An empty array computes and moves nothing.
