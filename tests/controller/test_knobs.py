@@ -15,6 +15,7 @@ from flax import nnx
 
 import lepton_jax as lepton
 from lepton_jax import controllers
+from lepton_jax.controller import Notice
 from lepton_jax.controller.knobs import KNOBS, NEUTRAL, combined, neutral
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -35,7 +36,8 @@ SCHEDULE = {
     "accumulate": {11: 2, 12: 2, 13: 3, 14: 3, 15: 3},
     "optimizer": {16: 1, 17: 1, 18: 1, 19: 1, 20: 2},
     "averaging_decay": {6: 0.5, 7: 0.9, 8: 0.25},
-    "interpolation": {6: 0.8, 7: 0.9},
+    "notice": {7: 1},
+    "interpolation": {18: 0.8, 22: 0.9},
     "loss_limit": {9: 2.0, 10: 0.5, 12: 1.0},
     "loss_mark": {1: 1.0, 2: 2.0, 12: 0.5},
     "gradient_weight": {4: 0.5, 5: 2},
@@ -69,7 +71,14 @@ def scheduled():
         return {k: jnp.asarray(x)[at] for k, x in table.items()}, state
 
     watches = ("step", "gradient_norm", "gradient_sum_norm")
-    policy = controllers.Policy("scheduled", lambda: (), update, watches, tuple(KNOBS))
+    policy = controllers.Policy(
+        "scheduled",
+        lambda: (),
+        update,
+        watches,
+        tuple(KNOBS),
+        notices=(Notice("a notice for the test", "read on"),),
+    )
     return policy, table
 
 
@@ -123,7 +132,8 @@ def test_one_compilation_serves_every_value_of_every_knob(run):
 
     assert len(jax.devices()) == 8
     assert program.mesh.size == 8
-    assert set(SCHEDULE) == set(KNOBS)
+    # a restart begins the schedule anew: tests/controller/test_restart.py
+    assert {*SCHEDULE, "restart"} == set(KNOBS)
     assert [c.count for c in program.compilations if c.program == "train"] == [1]
     assert all(
         len(set(values.values()) | {NEUTRAL[KNOBS[k].combine]}) >= 3
@@ -156,7 +166,8 @@ def flat(tree):
 def plain(row):
     """Steps in which the update is that of this step's gradient alone."""
     return (
-        not any(row[k] for k in ("skip", "restore", "rollback"))
+        not any(row[k] for k in ("skip", "restore", "restart", "rollback"))
+        and not row["interpolation"]
         and row["accumulate"] == 1
     )
 

@@ -339,8 +339,6 @@ BATCH = 50
 STEPS = 500
 AT = 200
 BLOCK = 20
-# mean ratio to the clean runs; at the learned rate labels that stay wrong cost 1.17
-MOST = {"window": 1.03, "lasting": 1.25, "most": 1.03}
 SPANS = {
     "clean": (0, 0.0),
     "window": (100, 0.5),
@@ -363,7 +361,7 @@ def program(controller):
         model=partial(lepton.models.MLP, (64, 64, 10)),
         loss=losses.cross_entropy,
         optimizer=optax.adamw,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         batch_size=BATCH,
         steps_per_call=BLOCK,
         controller=controller(),
@@ -415,26 +413,34 @@ def in_blocks(samples):
     return samples.reshape(-1, BLOCK, BATCH, *samples.shape[1:])
 
 
-def without():
-    """Return `adaptive()` without this policy."""
-    return tuple(
-        policy for policy in controllers.adaptive() if policy.name != "label_noise"
+def careful():
+    """Return the policies of a run at a rate that is given, this one among them."""
+    return controllers.chain(
+        controllers.guard(deviations=6.0),
+        controllers.label_noise(),
+        controllers.decay(0.5, "linear", 0.1),
+        controllers.averaging(decay=None, share=0.15),
     )
+
+
+def without():
+    """Return the same without this policy."""
+    return tuple(policy for policy in careful() if policy.name != "label_noise")
 
 
 @pytest.mark.usefixtures("quick_compilation_here")
 @pytest.mark.parametrize(
     "fault", [pytest.param("window", marks=pytest.mark.slow), "lasting", "most"]
 )
-def test_wrong_labels_cost_little(fault):
+def test_wrong_labels_cost_less_than_one_per_cent(fault):
     ratios = []
     bare = []
     gave_up = False
     for seed in range(4):
-        clean, undisturbed = final("clean", seed, controllers.adaptive)
+        clean, undisturbed = final("clean", seed, careful)
         assert not np.isfinite(undisturbed["label_noise:loss_limit"]).any()
         assert not undisturbed["label_noise:skip"].any()
-        loss, records = final(fault, seed, controllers.adaptive)
+        loss, records = final(fault, seed, careful)
         assert np.isfinite(records["label_noise:loss_limit"][AT : AT + 3]).any()
         assert not records["rollback"].any()
         ratios.append(loss / clean)
@@ -442,8 +448,7 @@ def test_wrong_labels_cost_little(fault):
         bare.append(loss / final("clean", seed, without)[0])
         gave_up |= records["rollback"].any()
 
-    # the clean runs of the seeds differ by 15 %, as the learned rate is high
-    assert np.mean(ratios) < MOST[fault]
-    assert gave_up or np.mean(bare) > MOST[fault], (
+    assert np.mean(ratios) < 1.01
+    assert gave_up or np.mean(bare) > 1.01, (
         "the same controller without this policy goes back, or misses the bar"
     )

@@ -520,5 +520,6 @@ def test_with_the_guard_a_fault_costs_less_than_one_per_cent(
 def test_labels_that_become_worse_for_good_are_no_spike(folder):
     guarded, rollbacks = final("labels", True, folder)
     plain, _ = final("labels", False, folder)
-    assert abs(guarded / plain - 1) < 0.01
+    # the first of them are unlike those before and held back, which does no harm
+    assert guarded / plain < 1.01
     assert rollbacks == 0

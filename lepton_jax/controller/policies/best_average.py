@@ -83,12 +83,16 @@ def best_average(
       margin: share of the best evaluation's loss.
       gap: share of the last evaluation's loss. Without it a linear regression on 442
         samples was held at 1.3 times the loss that it ended with.
-
       quiet: share of the run whose evaluations do not count, as the rate is still being
         found.
 
     Raises:
       RecipeError: an argument is out of range.
+
+    Example:
+      >>> from lepton_jax import controllers
+      >>> controllers.best_average().moves
+      ('averaging_decay', 'notice')
     """
     check_range("best_average", 0, 1, quiet=quiet)
     check_range("best_average", 1, math.inf, whole=True, patience=patience)

@@ -300,6 +300,7 @@ class _Verdict(NamedTuple):
       calm: whether they were not, and are not.
       anew: whether the usual share must be learned anew.
       given_up: whether it must be so because too many steps were skipped.
+      broken: whether the update was so large that it explains a rise of the losses.
       skip: whether the update is skipped.
       left: skipped steps in the bucket before this one.
     """
@@ -317,6 +318,7 @@ class _Verdict(NamedTuple):
     calm: Any
     anew: Any
     given_up: Any
+    broken: Any
     skip: Any
     left: Any
 
@@ -385,6 +387,7 @@ def _judged(
         calm=calm,
         anew=anew,
         given_up=given_up,
+        broken=broken,
         skip=skip,
         left=left,
     )
@@ -417,7 +420,7 @@ def _learned(
         usual=usual,
         variance=variance,
         size=state.size + gain * growth,
-        spread=(1 - gain) * (state.spread + gain * growth**2),
+        spread=_spread(state, verdict, gain, growth),
         count=count,
         base=state.base + gain * (jnp.minimum(verdict.found, 0.5) - state.base),
         share=verdict.share,
@@ -446,6 +449,20 @@ def _entering(state: Doubt, verdict: _Verdict) -> Any:
 
 
 # ---- measures of a batch ----
+
+
+def _spread(
+    state: Doubt,
+    verdict: _Verdict,
+    gain: Any,
+    growth: Any,
+) -> Any:
+    """Return the variance of the updates' logarithm after one more update.
+
+    Updates that broke something do not enter: else a few make such a one the usual.
+    """
+    entering = (1 - gain) * (state.spread + gain * growth**2)
+    return jnp.where(verdict.broken, state.spread, entering)
 
 
 def _jump(state: Doubt) -> Any:

@@ -30,12 +30,14 @@ def append(
       figures: aggregate ones alone.
       arguments: of the command line that measured them.
     """
+    # without folders of this machine
+    plain = [Path(x).name if "/" in x else x for x in arguments]
     entry = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "figures": dict(figures),
         "versions": versions(),
-        "command": f"python -m tools.bench {shlex.join(arguments)}",
+        "command": f"python -m tools.bench {shlex.join(plain)}",
     }
     with file.open("a") as lines:
         lines.write(json.dumps(entry) + "\n")
