@@ -175,7 +175,9 @@ def _awaited(
         # this file comes after that of the buffers, which is complete then
         if _dumped(folder, name, "memory-usage-report"):
             (buffers,) = _dumped(folder, name, "buffer-assignment")
-            return Placed(read(buffers.read_text()), _text(folder, name))
+            text = _text(folder, name)
+            if _is_complete(text):
+                return Placed(read(buffers.read_text()), text)
         if has_ended:
             raise PlanError(
                 f"XLA's compiler stopped: {_last_line(folder / 'log.txt')}",
@@ -186,8 +188,16 @@ def _awaited(
 
 
 def _text(folder: Path, name: str) -> str:
-    (program,) = _dumped(folder, name, "")
-    return program.read_text()
+    """Return the program as far as it is written; nothing before it is."""
+    return "".join(file.read_text() for file in _dumped(folder, name, ""))
+
+
+def _is_complete(text: str) -> bool:
+    """Whether a program's last computation, its entry, has its closing bracket.
+
+    XLA of jaxlib 0.12 writes the program after the report on its memory.
+    """
+    return "\nENTRY " in text and text.rstrip().endswith("\n}")
 
 
 def _dumped(
