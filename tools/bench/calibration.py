@@ -50,7 +50,13 @@ Group = tuple[str, str]
 
 
 class Factors(NamedTuple):
-    """How many times its uncertain bytes a program holds, less and plus the slack."""
+    """Bytes that a program holds divided by the uncertain bytes that were predicted.
+
+    Attributes:
+      family: of models.
+      least: the factor with the slack added to what it holds.
+      most: the factor with the slack taken off.
+    """
 
     family: str
     least: float

@@ -42,7 +42,7 @@ class Signals(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a controller says in a step, float32 ().
+    """Notice and alarm of a controller in one step, float32 ().
 
     Attributes:
       notice: above 0 where it can't be good on the task.

@@ -84,7 +84,7 @@ class Peak(NamedTuple):
 
 
 class Around(NamedTuple):
-    """What a program is part of.
+    """Surroundings of a program: loops over micro-batches or steps, and the update.
 
     Attributes:
       bytes: bytes that exist all the time, in a loop over micro-batches.

@@ -72,7 +72,7 @@ PASSED_ON = {
 
 
 class Motion:
-    """How often a step runs each collective, and how many bytes it sends.
+    """Count the runs of each collective in a step, and the bytes that it sends.
 
     Args:
       graph: the program of one micro-batch.

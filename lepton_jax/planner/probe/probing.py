@@ -65,7 +65,7 @@ class Probe:
 
     @property
     def how(self) -> str:
-        """How the figures came about, in words."""
+        """The source of the figures, in words."""
         if self.remembered:
             return "XLA's account of an earlier probe"
         if self.whole:

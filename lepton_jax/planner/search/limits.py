@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Surety(NamedTuple):
-    """How sure the uncertain part of a predicted peak is.
+    """Bounds of the uncertain part of a predicted peak.
 
     Attributes:
       least: times its bytes that 97 % of programs hold at the least.

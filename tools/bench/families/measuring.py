@@ -79,7 +79,7 @@ def computing() -> float:
 
 @dataclass(frozen=True)
 class Settings:
-    """How programs are measured.
+    """Choices of a measurement.
 
     Attributes:
       probe: whether the planner's probe predicts, rather than the plan.

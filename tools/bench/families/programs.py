@@ -152,7 +152,7 @@ def batch_for(case: Case, room: float) -> int:
 
 @dataclass
 class Work:
-    """What a loss computes, without its gradient.
+    """Work of a loss, without its gradient.
 
     Attributes:
       linear: bytes of the results that a sample adds.
