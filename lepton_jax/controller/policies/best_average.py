@@ -101,30 +101,11 @@ def best_average(
     def update(
         signals: Mapping[str, Any], state: Watch
     ) -> tuple[dict[str, Any], Watch]:
-        loss = signals["evaluation_loss"]
-        fresh = (signals["evaluations"] > state.seen) & jnp.isfinite(loss)
-        mean = state.total / jnp.maximum(state.count, 1.0)
-        young = signals["progress"] <= quiet
-        better = fresh & ((loss < state.best) | young)
-        worse = jnp.where(better, 0, state.worse + fresh)
-        worse = jnp.minimum(worse, 2**30)
-
-        limit = state.best + margin * jnp.abs(state.best)
-        rising = fresh & (worse >= patience) & (loss > limit)
-        overfits = rising & (mean < state.trained) & (mean < gap * loss) & (loss > 0)
+        after = _watched(signals, state, quiet)
+        overfits = _is_rising(signals, after, patience, margin)
+        overfits &= _has_left_behind(signals, state, gap)
         held = state.held | overfits
-
-        entering = jnp.isfinite(signals["loss"])
-        loss_now = jnp.where(entering, signals["loss"], 0.0)
-        after = Watch(
-            seen=jnp.where(fresh, signals["evaluations"], state.seen),
-            total=jnp.where(fresh, 0.0, state.total) + loss_now,
-            count=jnp.where(fresh, 0.0, state.count) + entering,
-            best=jnp.where(better, loss, state.best),
-            trained=jnp.where(better, mean, state.trained),
-            worse=worse,
-            held=held,
-        )
+        after = after._replace(held=held)
         moves = {
             "averaging_decay": jnp.where(held, 1.0, jnp.nan),
             "notice": jnp.where(held & ~state.held, 1.0, 0.0),
@@ -151,3 +132,61 @@ def _begin() -> Watch:
         worse=jnp.int32(0),
         held=jnp.bool_(False),
     )
+
+
+def _watched(
+    signals: Mapping[str, Any],
+    state: Watch,
+    quiet: float,
+) -> Watch:
+    """Return the state with one more step, and its evaluation if it is a new one."""
+    evaluation = signals["evaluation_loss"]
+    fresh = _is_fresh(signals, state)
+    young = signals["progress"] <= quiet
+    better = fresh & ((evaluation < state.best) | young)
+    worse = jnp.where(better, 0, state.worse + fresh)
+
+    usable = jnp.isfinite(signals["loss"])
+    loss = jnp.where(usable, signals["loss"], 0.0)
+    return Watch(
+        seen=jnp.where(fresh, signals["evaluations"], state.seen),
+        total=jnp.where(fresh, 0.0, state.total) + loss,
+        count=jnp.where(fresh, 0.0, state.count) + usable,
+        best=jnp.where(better, evaluation, state.best),
+        trained=jnp.where(better, _mean_loss(state), state.trained),
+        worse=jnp.minimum(worse, 2**30),
+        held=state.held,
+    )
+
+
+def _is_fresh(signals: Mapping[str, Any], state: Watch) -> Any:
+    is_new = signals["evaluations"] > state.seen
+    return is_new & jnp.isfinite(signals["evaluation_loss"])
+
+
+def _mean_loss(state: Watch) -> Any:
+    """Return the mean training loss since the last evaluation."""
+    return state.total / jnp.maximum(state.count, 1.0)
+
+
+def _is_rising(
+    signals: Mapping[str, Any],
+    after: Watch,
+    patience: int,
+    margin: float,
+) -> Any:
+    """Whether the evaluations have been worse than the best one for long enough."""
+    limit = after.best + margin * jnp.abs(after.best)
+    return (after.worse >= patience) & (signals["evaluation_loss"] > limit)
+
+
+def _has_left_behind(
+    signals: Mapping[str, Any],
+    state: Watch,
+    gap: float,
+) -> Any:
+    """Whether this evaluation is new, and the training loss fell far below it."""
+    evaluation = signals["evaluation_loss"]
+    mean = _mean_loss(state)
+    fell = (mean < state.trained) & (mean < gap * evaluation)
+    return _is_fresh(signals, state) & fell & (evaluation > 0)
