@@ -1,0 +1,9 @@
+"""Preparation as data: a list of steps, from raw rows to samples."""
+
+from lepton_jax.data.extras import needs
+
+needs("polars", extra="data", purpose="preparing data")
+
+from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
+
+__all__ = ["Fitted", "Outcome", "Step"]
