@@ -64,6 +64,8 @@ class Recipe:
         (e.g. uint8 pixels to floats).
       decode: the model's outputs to what `predict` returns. None: what the loss implies
         (`losses.decoder`).
+      preparation: the way from raw rows to inputs, a `lepton_jax.data.prepare.Serving`.
+        It is saved with the model, and `predict` and `evaluate` take raw rows then.
       train_argument: the Boolean argument of the model's call that says that it trains,
         e.g. "active"; "not frozen" for one that is True outside of training. None: it
         has a usual name, or is found by what it does (docs/models.md).
@@ -108,6 +110,7 @@ class Recipe:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     preprocess: Callable[[Any], Any] | None = None
     decode: Callable[[Any], Any] | None = None
+    preparation: Any = None
     train_argument: str | None = None
     auxiliary: Mapping[str, float] = field(default_factory=dict)
     controller: tuple = ()
@@ -142,6 +145,7 @@ class Recipe:
         _check_micro_batches(self.micro_batches, self.batch_size)
         _check_functions(self)
         _check_metrics(self.metrics)
+        _check_preparation(self.preparation)
         _check_train_argument(self.train_argument)
         _check_auxiliary(self.auxiliary)
         _check_controller(self.controller)
@@ -335,6 +339,15 @@ def _check_metrics(metrics: Any) -> None:
                     " value per sample"
                 ),
             )
+
+
+def _check_preparation(preparation: Any) -> None:
+    if preparation is not None and not hasattr(preparation, "arrays"):
+        raise RecipeError(
+            f"preparation is a {type(preparation).__name__}, which takes no raw rows",
+            where="Recipe.preparation",
+            remedy="give what Prepared.serving(...) returned, or leave it out",
+        )
 
 
 def _check_train_argument(name: Any) -> None:

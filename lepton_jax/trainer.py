@@ -19,6 +19,7 @@ import flax
 import grain
 import jax
 import numpy as np
+import optax
 
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
@@ -61,15 +62,25 @@ from lepton_jax.train.checks import (
 from lepton_jax.train.compilation import Compilation
 from lepton_jax.train.evaluation import evaluate
 from lepton_jax.train.folder import (
+    SERVED,
     describe,
     is_a_saved_model,
+    read_parts,
     read_shapes,
     replace_folder,
+    served_state,
 )
 from lepton_jax.train.history import History
 from lepton_jax.train.loop import Loop, Start
 from lepton_jax.train.outputs import Outputs
 from lepton_jax.train.program import Program
+from lepton_jax.train.raw_inputs import (
+    are_raw,
+    in_words,
+    load_preparation,
+    prepared_inputs,
+    prepared_samples,
+)
 from lepton_jax.train.restore import Reader, Restored
 from lepton_jax.train.run_record import Position, RunRecord, order_of
 from lepton_jax.trees import by_path
@@ -131,6 +142,7 @@ class Trainer:
         self._source = source or {}
         self._given_plan = _loaded(plan)
         self._trace_samples = trace_samples
+        self._opened: Path | None = None  # the folder that was loaded last
         self._local: LocalCheckpoints = NoLocalCheckpoints()
         if local_dir is not None and self.run_dir is not None:
             self._local = LocalCheckpoints(Path(local_dir), self.run_dir, local_every)
@@ -146,6 +158,55 @@ class Trainer:
         self._bases: dict[str, float] = {}
         # The end of the run, in steps, that the policies at work were told of.
         self._told_end: int | None = None
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        **given: Any,
+    ) -> Trainer:
+        """Open a saved model to predict with, without the file of its recipe.
+
+        What was made of the functions and models of Lepton and Optax is found by name.
+        What was defined elsewhere (a module in a notebook, a loss of one's own) has to
+        be given: `Trainer.open(folder, model=Net)`. How raw rows are prepared is in the
+        folder in any case, and needs no code.
+
+        Args:
+          folder: what `save` wrote.
+          **given: fields of a Recipe, in place of those of the folder.
+
+        Raises:
+          CheckpointError: the folder holds no saved model, or can't be read.
+          ModelError: the model's code is not here, and was not given.
+        """
+        folder = Path(folder)
+        if not is_a_saved_model(folder):
+            raise CheckpointError(
+                "there is no saved model",
+                where=folder,
+                remedy="name what Trainer.save wrote; a run is opened by its recipe",
+            )
+        parts = {"optimizer": optax.identity(), **read_parts(folder, given)}
+        trainer = cls(**parts)
+        weights = folder / SERVED if (folder / SERVED).is_dir() else folder
+        trainer.step, restored = trainer._restore(weights, NoLocalCheckpoints(), None)
+        trainer.state = restored.state
+        trainer._opened = folder
+        return trainer
+
+    @property
+    def preparation(self) -> Any:
+        """The way from raw rows to inputs: the loaded model's, else the recipe's.
+
+        None: the model takes arrays alone.
+
+        Raises:
+          DataError: the loaded model has one that can't be read.
+        """
+        if self._opened is None:
+            return self.recipe.preparation
+        return load_preparation(self._opened) or self.recipe.preparation
 
     # ---- the public verbs ----
 
@@ -236,6 +297,8 @@ class Trainer:
                 where="Trainer.fit",
                 remedy="pass (inputs, targets), or set Recipe.train",
             )
+        if self.recipe.preparation is not None:
+            self._opened = None  # what is trained now is prepared by the recipe
         program = self._ready_to_train(train, test, batch_size)
         self._settle_position(given, order_of(self.recipe, train))
         planned = self._planned_steps(train)
@@ -248,11 +311,14 @@ class Trainer:
         """Return loss and metrics on samples, each of which counts exactly once.
 
         Args:
-          test: data to evaluate on; None: the recipe's.
+          test: data to evaluate on, or a path or a table of raw rows with the target;
+            None: the recipe's.
 
         Returns:
           A named tuple, the loss first.
         """
+        if are_raw(test, None):
+            test = prepared_samples(self.preparation, test)
         test = _settled(test, self.recipe.test)
         if test is None:
             raise DataError(
@@ -274,13 +340,18 @@ class Trainer:
         self,
         inputs: Any,
         decode: Callable | None = None,
+        words: bool = False,
     ) -> Any:
         """Return the model's predictions, as NumPy arrays, one row a sample.
 
         Args:
-          inputs: an array, or a dict of arrays as the model's keyword arguments.
+          inputs: an array, or a dict of arrays as the model's keyword arguments; or raw
+            rows, which are prepared as the training rows were: a dict of column and
+            value, a list of these, a table of pandas, Polars or Arrow, or a path.
           decode: outputs to predictions, in JAX; None: the recipe's, or what its loss
             implies.
+          words: whether to return a list of the target's own values ("yes", "no") in
+            place of their numbers.
 
         Raises:
           DataError: the outputs of some samples hold NaN, and their predictions, such
@@ -288,8 +359,12 @@ class Trainer:
           ModelError: a prediction can't be joined from batches: it has no dim for
             samples.
         """
-        data = inputs if isinstance(inputs, Arrays) else Arrays(inputs)
         program = self._ready(None)
+        preparation = self.preparation
+        taken = program.trace.inputs
+        if are_raw(inputs, list(taken) if isinstance(taken, dict) else None):
+            inputs = prepared_inputs(preparation, inputs)
+        data = inputs if isinstance(inputs, Arrays) else Arrays(inputs)
         check_data(program, data, INPUTS)
         size = self.recipe.batch_size
         prediction = program.prediction(decode)
@@ -313,7 +388,8 @@ class Trainer:
                 for batch, count in zip(hidden, rows, strict=True)
             ]
             check_hidden(np.flatnonzero(np.concatenate(is_hidden)), len(data))
-        return prediction.joined(parts, rows)
+        predictions = prediction.joined(parts, rows)
+        return in_words(preparation, predictions) if words else predictions
 
     def save(self, folder: str | Path) -> Path:
         """Write state, recipe and plan to a folder.
@@ -344,24 +420,34 @@ class Trainer:
         fresh = folder.with_name(folder.name + ".new")
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(fresh, ignore_errors=True)
-        agreement.first(lambda: describe(fresh, program, self._source))
+        preparation = self.preparation
+        agreement.first(lambda: describe(fresh, program, self._source, preparation))
 
         record = replace(
             self._record,
             plan=program.plan.to_json(),
             given=program.given(),
         )
-        checkpoints = Checkpoints(fresh / "checkpoints", keep=1, again="save again")
-        checkpoints.save(
-            self.step,
-            self._state(program),
-            record.model_to_json(),
-        )
+        state = self._state(program)
+        self._save_state(fresh, state, record)
+        served = served_state(state, self.recipe)
+        if served is not None:
+            agreement.first(lambda: describe(fresh / SERVED, program, self._source))
+            self._save_state(fresh / SERVED, served, record)
+        agreement.first(lambda: replace_folder(folder, fresh, old))
+        return folder
+
+    def _save_state(
+        self,
+        folder: Path,
+        state: State,
+        record: RunRecord,
+    ) -> None:
+        checkpoints = Checkpoints(folder / "checkpoints", keep=1, again="save again")
+        checkpoints.save(self.step, state, record.model_to_json())
         checkpoints.wait()
         checkpoints.prove(self.step)  # before the older save goes
         checkpoints.close()
-        agreement.first(lambda: replace_folder(folder, fresh, old))
-        return folder
 
     def load(
         self,
@@ -400,6 +486,7 @@ class Trainer:
         self.step = step
         self.state = restored.state
         self._record = record
+        self._opened = folder
         self._is_same_run = is_own
         self._bases = restored.bases
         self._told_end = _told_end(self.program, restored)
@@ -703,7 +790,7 @@ class Trainer:
     ) -> None:
         if not self._is_same_run:
             (folder / recovery.FILE).unlink(missing_ok=True)
-        describe(folder, program, self._source)
+        describe(folder, program, self._source, self.preparation)
 
     def _clear(self, outputs: Outputs) -> None:
         """Tell what is to be told, and put checkpoints away that are in the way."""

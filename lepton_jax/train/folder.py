@@ -5,31 +5,38 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from lepton_jax.controller import select_weights
 from lepton_jax.errors import CheckpointError, writing_remedy
 from lepton_jax.recipe import Recipe
+from lepton_jax.step.state import State
+from lepton_jax.train.named_parts import named_parts, parts_of
 from lepton_jax.train.program import Program
+from lepton_jax.train.raw_inputs import save_preparation
 
 RECIPE = "recipe.json"
 PLAN = "plan.json"
+SERVED = "served"  # folder of the weights to serve with, where others were trained
 
 
 def describe(
     folder: Path,
     program: Program,
     source: Mapping[str, Any],
+    preparation: Any = None,
 ) -> None:
-    """Write recipe.json and plan.json.
+    """Write recipe.json and plan.json, and how the inputs were prepared.
 
     Args:
       folder: made if it is missing.
       program: of the run, or the model.
       source: where the recipe came from.
+      preparation: of the model's inputs; None: there is none.
 
     Raises:
       CheckpointError: the folder can't be written.
@@ -37,6 +44,7 @@ def describe(
     content = {
         **source,
         "model": program.trace.functional.name,
+        "code": named_parts(program.recipe),
         "fields": _plain_fields(program.recipe),
         "batch": {
             "inputs": jax.tree.map(_shape, program.trace.inputs),
@@ -48,6 +56,7 @@ def describe(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_text(text)
         (folder / PLAN).write_text(program.plan.to_json())
+        save_preparation(preparation, folder)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise CheckpointError(
             f"the run folder can't be written: {error}",
@@ -74,11 +83,51 @@ def read_shapes(folder: Path) -> tuple[Any, Any]:
         ) from error
 
 
+def read_parts(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe with which a saved model can predict.
+
+    Args:
+      folder: of the saved model, or of a run.
+      given: fields that somebody gives; they go before those of the folder.
+
+    Raises:
+      CheckpointError: they can't be read.
+      ModelError: a part was defined outside of Lepton, and is not given.
+    """
+    try:
+        content = json.loads((folder / RECIPE).read_text())["code"]
+        return parts_of(content, given)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"recipe.json does not say how the model is made: {error}",
+            where=folder,
+            remedy="load it with its recipe: Trainer(recipe).load(folder)",
+        ) from error
+
+
 def is_a_saved_model(folder: Path) -> bool:
     """Whether a folder holds a saved model, and no run."""
     is_described = (folder / RECIPE).exists()
     is_run = (folder / "events.jsonl").exists()
     return is_described and not is_run
+
+
+def served_state(state: State, recipe: Recipe) -> State | None:
+    """Return a state that holds the weights to serve with, and no optimizer.
+
+    Returns:
+      None if the state's own parameters are those weights.
+    """
+    params, variables = select_weights(state, recipe)
+    if params is state.params and variables is state.variables:
+        return None
+    return replace(
+        state,
+        params=params,
+        variables=variables,
+        optimizer=(),
+        controller=(),
+    )
 
 
 def replace_folder(
