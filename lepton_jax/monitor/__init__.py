@@ -5,7 +5,9 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lepton_jax.monitor.events import Lines, Monitor, Sink, encode, plain, read_events
 from lepton_jax.monitor.exposition import prometheus
@@ -27,6 +29,7 @@ __all__ = [
     "prometheus",
     "read_events",
     "read_samples",
+    "write_data_report",
     "write_report",
 ]
 
@@ -41,3 +44,13 @@ def write_report(folder: Path) -> Path:
     from lepton_jax.monitor import report
 
     return report.write_report(folder)
+
+
+def write_data_report(path: Path, facts: Mapping[str, Any]) -> Path:
+    """Write the page of a preparation and return its path.
+
+    See `lepton_jax.monitor.data_page.write`.
+    """
+    from lepton_jax.monitor import data_page
+
+    return data_page.write(path, facts)

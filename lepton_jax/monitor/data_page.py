@@ -18,10 +18,13 @@ It is drawn from plain data, the facts, of which any part may be missing:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from lepton_jax.errors import LeptonError, writing_remedy
 from lepton_jax.monitor import bars
 from lepton_jax.monitor.bars import share
 from lepton_jax.monitor.page import STYLE
@@ -73,6 +76,26 @@ ins{text-decoration:none;font-weight:600}
 .rows s+s{background:var(--bad);border-radius:0 2px 2px 0}
 .reasons{margin:0;padding:0;list-style:none}
 """
+
+
+def write(path: Path, facts: Facts) -> Path:
+    """Write the page, and return its path.
+
+    Raises:
+      LeptonError: it can't be written.
+    """
+    page = render(facts)
+    try:
+        part = path.with_suffix(".html.part")
+        part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        os.replace(part, path)  # a reader sees the old page or the new one
+    except OSError as error:
+        raise LeptonError(
+            f"the report can't be written: {error.strerror or error}",
+            where=path,
+            remedy=f"{writing_remedy(error)}; then write it again",
+        ) from error
+    return path
 
 
 def render(facts: Facts) -> str:
