@@ -1,5 +1,6 @@
 """The model zoo: plain Flax NNX, one architecture a file."""
 
+from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
 from lepton_jax.models.logistic import Logistic
 from lepton_jax.models.lstm import LSTM
@@ -13,6 +14,7 @@ __all__ = [
     "CNN",
     "LSTM",
     "MLP",
+    "BagOfWords",
     "Logistic",
     "MoELM",
     "TabularMLP",

@@ -20,6 +20,7 @@ from lepton_jax.data.prepare.drift import Drift, drift
 from lepton_jax.data.prepare.preparation import RESERVED, Checked, Preparation, check
 from lepton_jax.data.prepare.prepared import Prepared
 from lepton_jax.data.prepare.profile import Profile, profile
+from lepton_jax.data.prepare.serving import Serving
 from lepton_jax.data.prepare.shards import read_shard
 from lepton_jax.data.prepare.store import write_bytes
 from lepton_jax.data.readers.reader import ROW, SOURCE
@@ -301,7 +302,7 @@ def _figure(value: Any) -> str:
 
 
 def _splits(prepared: Prepared) -> list[dict[str, Any]]:
-    words = classes_of(prepared)
+    words = Serving(prepared, "").words
     splits = []
     for name in _ordered(prepared):
         entry = prepared.manifest["splits"][name]
@@ -312,16 +313,6 @@ def _splits(prepared: Prepared) -> list[dict[str, Any]]:
         named = {_word(words, value): rows for value, rows in sorted(target.items())}
         splits.append({"name": name, "rows": entry["rows"], "target": named})
     return splits
-
-
-def classes_of(prepared: Prepared) -> tuple[str, ...]:
-    """Return the values of the target by their numbers; () without classes."""
-    for entry, fitted in zip(prepared.manifest["steps"], prepared.steps, strict=True):
-        arguments = entry["arguments"]
-        is_of_target = arguments.get("column") == prepared.target
-        if _name(entry) == "Classes" and is_of_target and fitted.state is not None:
-            return tuple(fitted.state.sort("code")["value"])
-    return ()
 
 
 def _word(words: Sequence[str], value: str) -> str:
