@@ -257,11 +257,10 @@ class GrainIterKind:
 class SequentialKind:
     """A `Dataset`: sources that are filtered, mapped, mixed or packed."""
 
-    epoch_samples = None
-
     def __init__(self, data: Dataset):
         self.data = data
         self.name = type(data).__name__
+        self.epoch_samples = data.epoch_samples
 
     def sample(self) -> Pair:
         rows, _ = open_stream(self.data).take(1)

@@ -97,6 +97,15 @@ class Feed(ABC):
           else the position.
         """
 
+    def measured(self) -> dict[str, float]:
+        """Return what reading takes and gives.
+
+        Returns:
+          {} or: "workers", threads that read; "blocks_ahead"; "bytes" that are held at
+          most; "padding", the share of the tokens, if rows are fitted.
+        """
+        return {}
+
     @abstractmethod
     def close(self) -> None:
         """Stop reading."""

@@ -28,6 +28,7 @@ NAME = "manifest.json"
 STATES = "states"  # folder
 RAW = f"{STATES}/raw.arrow"
 SCHEMA = f"{STATES}/schema.arrow"
+SHARD_KEYS = ("split", "path", "rows", "bytes", "sha256")
 ACTIONS = ("dropped", "changed", "flagged")
 
 
@@ -77,6 +78,7 @@ def manifest_of(
         "columns": _file(Path(job.folder), SCHEMA),
         "schema": [{"name": name, "type": str(final[name])} for name in job.outputs],
         "splits": _splits(records, job.outputs),
+        "shards": _shards(records),
         "quarantine": _quarantine(records),
     }
 
@@ -200,41 +202,43 @@ def write_schemas(
     write_arrow(folder / RAW, table)
 
 
+def _shards(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of all shards: training first, in the order of the rows."""
+    entries = []
+    for record in records:
+        for shard in record["shards"]:
+            entry = {key: shard[key] for key in SHARD_KEYS}
+            entry["source"] = record["source"]
+            entry["piece"] = record["piece"]
+            entries.append(entry)
+    return sorted(entries, key=_by_split)
+
+
+def _by_split(shard: dict[str, Any]) -> tuple[bool, str]:
+    return shard["split"] != "train", shard["split"]
+
+
 def _splits(
     records: Sequence[dict[str, Any]],
     outputs: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    names = {shard["split"] for record in records for shard in record["shards"]}
-    # training comes first, then the others by name
-    ordered = sorted(names, key=_by_name)
-    return {name: _split(name, records, outputs) for name in ordered}
-
-
-def _by_name(split: str) -> tuple[bool, str]:
-    return split != "train", split
+    shards = [shard for record in records for shard in record["shards"]]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for shard in sorted(shards, key=_by_split):
+        by_name.setdefault(shard["split"], []).append(shard)
+    return {name: _split(shards, outputs) for name, shards in by_name.items()}
 
 
 def _split(
-    split: str,
-    records: Sequence[dict[str, Any]],
+    shards: Sequence[dict[str, Any]],
     outputs: Sequence[str],
 ) -> dict[str, Any]:
-    shards = []
-    statistics = []
-    for record in records:
-        for shard in record["shards"]:
-            if shard["split"] != split:
-                continue
-            statistics.append(shard["statistics"])
-            entry = {key: shard[key] for key in ("path", "rows", "bytes", "sha256")}
-            where = {"source": record["source"], "piece": record["piece"]}
-            shards.append({**entry, **where})
+    pieces = [shard["statistics"] for shard in shards]
     return {
         "rows": sum(shard["rows"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
-        "shards": shards,
         "statistics": {
-            name: add([piece[name] for piece in statistics]) for name in outputs
+            name: add([piece[name] for piece in pieces]) for name in outputs
         },
     }
 

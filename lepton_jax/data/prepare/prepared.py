@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -127,10 +128,6 @@ class Prepared:
         Raises:
           DataError: there is no such split.
         """
-        entries = self._split(split)["shards"]
-        return [self.folder / entry["path"] for entry in entries]
-
-    def _split(self, split: str) -> dict[str, Any]:
         splits = self.manifest["splits"]
         if split not in splits:
             raise DataError(
@@ -138,7 +135,11 @@ class Prepared:
                 where=self.folder,
                 remedy=f"the splits are: {', '.join(splits)}",
             )
-        return splits[split]
+        return [
+            self.folder / entry["path"]
+            for entry in self.manifest["shards"]
+            if entry["split"] == split
+        ]
 
     def table(self, split: str = "train", *, traced: bool = False) -> pl.DataFrame:
         """Return the rows of a split.
@@ -172,13 +173,20 @@ class Prepared:
         """Return the notes of all rows that were dropped, changed or flagged.
 
         The note's columns begin with "lepton."; `lepton.step` is the number of the
-        step, -1 for the reader. The others are the row as it was read.
+        step, -1 for the reader, `lepton.step_name` its class. The others are the row as
+        it was read.
         """
         files = self.manifest["quarantine"]["files"]
         tables = [pl.read_parquet(self.folder / file["path"]) for file in files]
         if not tables:
             return pl.DataFrame()
-        return pl.concat(tables, how="vertical")
+        steps = [entry["arguments"]["step"] for entry in self.manifest["steps"]]
+        names = pl.DataFrame({"lepton.step": range(-1, len(steps))}).select(
+            pl.col("lepton.step").cast(pl.Int32),
+            pl.Series("lepton.step_name", ["reader", *steps]),
+        )
+        notes = pl.concat(tables, how="vertical")
+        return notes.join(names, on="lepton.step", how="left", maintain_order="left")
 
     def verify(self) -> None:
         """Check the checksums of all files.
@@ -225,8 +233,11 @@ class Prepared:
                     " without the spec's file, use Lepton's steps alone"
                 ),
             )
-        fields = {key: value for key, value in arguments.items() if key != "step"}
-        return known[name](**{key: _tuples(value) for key, value in fields.items()})
+        fields = {field.name for field in dataclasses.fields(known[name])}
+        given = {
+            key: _tuples(value) for key, value in arguments.items() if key in fields
+        }
+        return known[name](**given)
 
     def copy_steps(self, folder: str | Path) -> None:
         """Copy the manifest and the states, without samples, for `apply` elsewhere."""
@@ -331,9 +342,7 @@ def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the entries of all files that a manifest names."""
     files = [manifest["raw"], manifest["columns"], *manifest["quarantine"]["files"]]
     files += [step["state"] for step in manifest["steps"] if step["state"]]
-    for split in manifest["splits"].values():
-        files += split["shards"]
-    return files
+    return [*files, *manifest["shards"]]
 
 
 def public_steps() -> dict[str, type[Step]]:
