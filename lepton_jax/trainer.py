@@ -163,6 +163,8 @@ class Trainer:
     def open(
         cls,
         folder: str | Path,
+        *,
+        devices: int | None = None,
         **given: Any,
     ) -> Trainer:
         """Open a saved model to predict with, without the file of its recipe.
@@ -174,6 +176,8 @@ class Trainer:
 
         Args:
           folder: what `save` wrote.
+          devices: how many of the live devices to use; None: all. As many as before, or
+            else the last bits of a prediction may differ.
           **given: fields of a Recipe, in place of those of the folder.
 
         Raises:
@@ -188,7 +192,7 @@ class Trainer:
                 remedy="name what Trainer.save wrote; a run is opened by its recipe",
             )
         parts = {"optimizer": optax.identity(), **read_parts(folder, given)}
-        trainer = cls(**parts)
+        trainer = cls(devices=devices, **parts)
         weights = folder / SERVED if (folder / SERVED).is_dir() else folder
         trainer.step, restored = trainer._restore(weights, NoLocalCheckpoints(), None)
         trainer.state = restored.state

@@ -65,10 +65,13 @@ class Leaves:
       columns: by path: "inputs", "inputs/tokens", "targets"; one name if the leaf is
         that column, several for columns side by side.
       decode: functions from the bytes of a column's cell to an array, by column.
+      lists: paths of the leaves that were given as a list: a list of one column is a
+        leaf of width 1, as one of two columns is a leaf of width 2.
     """
 
     columns: Mapping[str, tuple[str, ...]]
     decode: Mapping[str, Decode]
+    lists: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -111,7 +114,10 @@ class Leaves:
                     where=where,
                     remedy=f"the columns are {', '.join(known)}",
                 )
-        return cls(columns, decode)
+        lists = _lists(INPUTS, inputs)
+        if target is not None:
+            lists |= _lists(TARGETS, target)
+        return cls(columns, decode, lists)
 
     @property
     def names(self) -> list[str]:
@@ -141,7 +147,7 @@ class Leaves:
         leaves: dict[str, Leaf] = {}
         for path, names in self.columns.items():
             if len(names) == 1:
-                leaves[path] = table[names[0]]
+                leaves[path] = self._alone(path, table[names[0]])
                 continue
             for name in names:
                 if isinstance(table[name], Ragged) or table[name].ndim > 1:
@@ -153,6 +159,10 @@ class Leaves:
                     )
             leaves[path] = np.stack([table[name] for name in names], axis=-1)
         return leaves
+
+    def _alone(self, path: str, leaf: Leaf) -> Leaf:
+        is_number = not isinstance(leaf, Ragged) and leaf.ndim == 1
+        return leaf[:, None] if path in self.lists and is_number else leaf
 
     def decoder(self, path: str) -> Decode | None:
         """Return what decodes a leaf's cells; None: they are numbers already."""
@@ -264,6 +274,17 @@ def _by_path(side: str, columns: Columns) -> dict[str, tuple[str, ...]]:
             for argument, names in columns.items()
         }
     return {side: _names(columns)}
+
+
+def _lists(side: str, columns: Columns) -> frozenset[str]:
+    """Return the paths of leaves that are given as lists of columns."""
+    if not isinstance(columns, Mapping):
+        return frozenset() if isinstance(columns, str) else frozenset([side])
+    return frozenset(
+        f"{side}{BETWEEN}{argument}"
+        for argument, names in columns.items()
+        if not isinstance(names, str)
+    )
 
 
 def _names(columns: str | Sequence[str]) -> tuple[str, ...]:

@@ -114,8 +114,8 @@ def _needed(preparation: Any) -> Any:
 
 def _is_table(data: Any) -> bool:
     module = type(data).__module__.partition(".")[0]
-    is_frame = getattr(data, "columns", None) is not None
-    return module in TABLES and (is_frame or hasattr(data, "schema"))
+    kind = type(data)
+    return module in TABLES and (hasattr(kind, "columns") or hasattr(kind, "schema"))
 
 
 def _is_single(value: Any) -> bool:

@@ -285,19 +285,7 @@ def arrays_of(
     for path, leaf in made.items():
         if isinstance(leaf, Ragged):
             made[path] = _even(leaf, path)
-        elif leaf.ndim == 1 and path in _side_by_side(inputs):
-            made[path] = leaf[:, None]
     return nested(made)
-
-
-def _side_by_side(inputs: Columns) -> set[str]:
-    """Return the paths of inputs that are a list of columns, be it of one."""
-    parts = inputs if isinstance(inputs, Mapping) else {"": inputs}
-    return {
-        f"inputs/{name}" if name else "inputs"
-        for name, columns in parts.items()
-        if not isinstance(columns, str)
-    }
 
 
 def _even(leaf: Ragged, path: str) -> np.ndarray:
