@@ -66,7 +66,7 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
-        preprocess=lambda pixels: pixels.astype("float32") / GRAY_LEVELS,
+        preprocess=partial(lepton.data.divided, by=GRAY_LEVELS),
         optimizer=optax.adamw,
         learning_rate=optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, warmup, total

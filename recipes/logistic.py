@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import lepton_jax as lepton
 from lepton_jax.errors import RecipeError
+
+# `recipes` is found wherever this file was started from
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # The embedded data: a logistic model that is known, so that the best accuracy is too.
 SAMPLES = 20_000
@@ -47,8 +50,8 @@ def recipe(
         python tools/launch.py recipes/logistic.py
 
     Args:
-      data: a CSV file with a header, numeric columns and a label of two classes; a
-        fifth of its rows is held out.
+      data: a table (CSV in any dialect, JSON lines, Parquet, Arrow) of numbers, and a
+        label of two classes; a fifth of its rows is held out.
       label: name of the column in it to predict.
       ignore: names, with commas between, of columns that are left out.
       missing: words, with commas between, that stand for no value; empty cells always
@@ -64,22 +67,27 @@ def recipe(
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial weights and the order of the samples.
     """
+    preparation = None
+    preprocess = None
     if data is None:
         train, test = _synthetic().split(TEST_SHARE, seed=0)
+        preprocess = partial(
+            lepton.data.standardized,
+            mean=tuple(train.inputs.mean(axis=0).tolist()),
+            spread=tuple(train.inputs.std(axis=0).tolist()),
+        )
     else:
-        train, test = _read(
+        train, test, preparation = _prepared(
             data,
             label,
             ignore=_words(ignore),
-            missing=("", *_words(missing)),
-            delimiter=delimiter,
-            decimal=decimal,
-            thousands=thousands,
+            reading={
+                "missing": ("", *_words(missing)),
+                "delimiter": delimiter,
+                "decimal": decimal,
+                "thousands": thousands,
+            },
         )
-
-    mean = np.nanmean(train.inputs, axis=0)
-    spread = np.nanstd(train.inputs, axis=0)
-    spread[spread == 0] = 1
     total = steps or math.ceil(epochs * len(train) / batch_size)
 
     return lepton.Recipe(
@@ -87,8 +95,8 @@ def recipe(
         model=partial(lepton.models.Logistic, train.inputs.shape[1]),
         loss=optax.sigmoid_binary_cross_entropy,
         metrics={"accuracy": lepton.metrics.binary_accuracy},
-        # a missing number becomes the mean
-        preprocess=lambda x: jnp.nan_to_num((x - mean) / spread),
+        preprocess=preprocess,
+        preparation=preparation,
         optimizer=optax.adam,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,
@@ -113,45 +121,52 @@ def _synthetic() -> lepton.data.Arrays:
     return lepton.data.Arrays(x, y.astype("int32"))
 
 
-def _read(
+def _prepared(
     data: Path,
     label: str,
-    **reading: Any,
-) -> tuple[lepton.data.Arrays, lepton.data.Arrays]:
-    """Return the numbers of a CSV file to train on and to test on.
+    **asked: Any,
+) -> tuple[lepton.data.Arrays, lepton.data.Arrays, Any]:
+    """Return the numbers of a table to train on and to test on, and their preparation.
 
     Args:
       data: the file.
       label: name of the column to predict.
-      **reading: settings of `lepton_jax.data.table_split`.
+      **asked: fields of `_tables.Asked`.
 
     Raises:
       RecipeError: a column has categories, or the label has not two classes.
     """
-    tables = lepton.data.table_split(
-        data, label, TEST_SHARE, seed=0, settings=tuple(reading), **reading
+    # only here: the embedded samples need no library that reads files
+    from lepton_jax.data import prepare
+    from recipes import _tables
+
+    looked = _tables.Looked(
+        _tables.Asked(data, label, label_kind="classes", **asked),
     )
-    schema = tables[0].schema
-    classes = schema.classes or ()
     needs = "this recipe takes numbers and a label of two classes"
-    if schema.categories:
+    others = [*looked.categories, *looked.dates]
+    if others:
         raise RecipeError(
-            f"column {schema.categories[0]!r} has categories, but {needs}",
+            f"column {others[0]!r} has categories or dates, but {needs}",
             where=data,
             remedy="leave such columns out by `ignore`, or use recipes/csv_mlp.py",
         )
-    if len(classes) != 2:
+    classes = looked.table[label].drop_nulls().n_unique()
+    if classes != 2:
         raise RecipeError(
-            f"the label {label!r} has {len(classes) or 'no'} classes, but {needs}",
+            f"the label {label!r} has {classes} classes, but {needs}",
             where=data,
             remedy="use recipes/csv_mlp.py",
         )
 
-    train, test = (
-        lepton.data.Arrays(table.arrays.inputs["numbers"], table.arrays.targets)
-        for table in tables
-    )
-    return train, test
+    numbers = looked.numbers
+    steps = [
+        prepare.FillMissing(numbers, by="mean"),
+        prepare.Standardize(numbers),
+        prepare.AsFloats(numbers),
+    ]
+    tables = _tables.tables(looked, numbers, steps)
+    return tables.train, tables.test, tables.serving
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
-        preprocess=lambda pixels: pixels.astype("float32") / 255,
+        preprocess=partial(lepton.data.divided, by=255),
         optimizer=optax.adamw,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,

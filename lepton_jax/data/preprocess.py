@@ -5,9 +5,22 @@ A saved model finds a named function again; a lambda it can't (see `Trainer.open
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 
 def divided(x: Any, by: float) -> Any:
     """Return whole numbers as float32, divided: pixels by 255, say."""
     return x.astype("float32") / by
+
+
+def standardized(
+    x: Any,
+    mean: Sequence[float],
+    spread: Sequence[float],
+) -> Any:
+    """Return (x - mean) / spread of features (batch, features); 0 for a NaN."""
+    return jnp.nan_to_num((x - np.float32(mean)) / np.float32(spread))

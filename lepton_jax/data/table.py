@@ -359,7 +359,7 @@ def _fit(
         if name in notations and not absent.issuperset(cells):
             numbers[name] = notations[name]
             values = _numbers(train, name, absent, notations[name])
-            edges.append(_quantiles(values))
+            edges.append(quantile_edges(values))
         else:
             vocabularies[name] = tuple(sorted(set(cells) - absent))
 
@@ -722,7 +722,7 @@ def _codes(
     return np.fromiter(values, dtype, len(cells))
 
 
-def _quantiles(values: np.ndarray) -> tuple[float, ...]:
+def quantile_edges(values: np.ndarray) -> tuple[float, ...]:
     """Return the edges of at most BINS bins.
 
     A value that fills a bin alone is an edge; the others share the edges that are left,

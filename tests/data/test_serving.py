@@ -211,7 +211,7 @@ def test_a_model_of_ones_own_is_asked_for_and_its_preparation_is_not(
     with pytest.raises(ModelError, match=r"model \(.*Averaged\)") as caught:
         lepton.Trainer.open(folder)
     assert "Trainer.open(folder, model=...)" in caught.value.remedy
-    opened = lepton.Trainer.open(folder, model=own)
+    opened = lepton.Trainer.open(folder, devices=1, model=own)
     rows = people.head(9)
     np.testing.assert_array_equal(
         opened.predict(rows, decode=logits), trainer.predict(rows, decode=logits)
@@ -223,7 +223,7 @@ def test_other_weights_than_the_trained_ones_are_opened_too(serving, people, tmp
     trainer = lepton.Trainer(recipe(serving, optimizer=averaging), devices=1)
     trainer.fit(steps=9)
     folder = trainer.save(tmp_path / "model")
-    opened = lepton.Trainer.open(folder)
+    opened = lepton.Trainer.open(folder, devices=1)
     rows = people.head(9)
     np.testing.assert_array_equal(
         opened.predict(rows, decode=logits), trainer.predict(rows, decode=logits)

@@ -6,6 +6,7 @@ are read once more for them, a piece at a time.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -37,6 +38,9 @@ LEARNED_CELLS = 12  # of a state that the report shows
 MOST_COLUMNS = 120
 # Values of a target whose counts are shown for each split. Assumption.
 MOST_CLASSES = 12
+# Reasons of a step beyond which those that differ in numbers alone are put together.
+MOST_REASONS = 8  # assumption
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def write_preparation_report(
@@ -264,10 +268,6 @@ def _name(entry: dict[str, Any]) -> str:
 def _step(prepared: Prepared, number: int) -> dict[str, Any]:
     entry = prepared.manifest["steps"][number]
     arguments = {k: v for k, v in entry["arguments"].items() if k != "step"}
-    reasons: dict[str, int] = {}
-    for reason in entry["reasons"]:
-        text = reason["reason"] or reason["action"]
-        reasons[text] = reasons.get(text, 0) + reason["rows"]
     return {
         "step": _name(entry),
         "arguments": arguments,
@@ -275,16 +275,27 @@ def _step(prepared: Prepared, number: int) -> dict[str, Any]:
         "rows_out": entry["out"],
         "changed": entry["changed"],
         "flagged": entry["flagged"],
-        "reasons": reasons,
+        "reasons": _reasons(entry["reasons"]),
         "learned": _learned(prepared, number),
     }
 
 
+def _reasons(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return how many notes have each reason; those that differ in numbers are one."""
+    many = len(entries) > MOST_REASONS
+    reasons: dict[str, int] = {}
+    for entry in entries:
+        text = entry["reason"] or entry["action"]
+        if many:
+            text = NUMBER.sub("…", text)
+        reasons[text] = reasons.get(text, 0) + entry["rows"]
+    return reasons
+
+
 def _learned(prepared: Prepared, number: int) -> str | None:
     """Return the beginning of a state, as text."""
-    file = prepared.manifest["steps"][number]["state"]
-    if file is None:
-        return None
+    if prepared.manifest["steps"][number]["fits_on"] != TRAIN:
+        return None  # which rows there are is no news
     state = prepared.steps[number].state
     if state is None or not state.height:
         return None

@@ -15,7 +15,7 @@ needs nothing of what the model was made with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import polars as pl
 
 from lepton_jax.data.arrays import Arrays
 from lepton_jax.data.columns import Columns, Leaves, Ragged, leaf_of, nested
+from lepton_jax.data.prepare.manifest import plain
 from lepton_jax.data.prepare.prepared import Prepared, open_prepared
 from lepton_jax.data.prepare.profile import Profile, profile
 from lepton_jax.data.prepare.raw_rows import as_table
@@ -49,12 +50,14 @@ class Serving:
       prepared: the steps with their states; its shards need not be there.
       inputs: which columns after the steps are the model's inputs: one, several side by
         side in one array, or either by the model's argument.
+      reading: settings of `reader_of` with which files of raw rows are read.
       profile: distributions of the training rows after the steps, for a server's drift
         gauges; None: they are taken of the shards when they are asked for.
     """
 
     prepared: Prepared
     inputs: Columns
+    reading: Mapping[str, Any] = field(default_factory=dict)
     profile: Profile | None = None
 
     # ---- prepared rows ----
@@ -83,7 +86,7 @@ class Serving:
           DataError: a column that is needed is missing, a cell can't be what its column
             is, or a step would drop a row.
         """
-        table = self.prepared.apply(as_table(raw, self.dialect))
+        table = self.prepared.apply(as_table(raw, self.reading))
         inputs, _ = arrays_of(table, self.inputs, None)
         return inputs
 
@@ -103,7 +106,7 @@ class Serving:
                 where="raw rows",
                 remedy="give inputs and targets as arrays",
             )
-        rows = as_table(raw, self.dialect)
+        rows = as_table(raw, self.reading)
         if target not in rows.columns:
             raise DataError(
                 f"the rows have no column {target!r}, which is the target",
@@ -158,12 +161,6 @@ class Serving:
                 return tuple(fitted.state.sort("code")["value"])
         return ()
 
-    @property
-    def dialect(self) -> Mapping[str, Any]:
-        """Settings of `reader_of` for a file of raw rows: those of the first source."""
-        dialect = self.prepared.manifest["sources"][0]["dialect"]
-        return dialect if isinstance(dialect, dict) else {}
-
     def training_profile(self) -> Profile:
         """Return the distributions of the training rows after the steps."""
         return self.profile or profile(self._training_tables)
@@ -185,7 +182,12 @@ class Serving:
                 remedy="prepare the data again, if its folder is gone",
             ) from error
         write_bytes(folder / PROFILE, self.training_profile().to_json().encode())
-        write_json(folder / FILE, {"format": FORMAT, "inputs": self.inputs})
+        content = {
+            "format": FORMAT,
+            "inputs": self.inputs,
+            "reading": plain(self.reading),
+        }
+        write_json(folder / FILE, content)
 
     @classmethod
     def load(
@@ -210,6 +212,7 @@ class Serving:
             serving = cls(
                 open_prepared(folder, classes=classes),
                 inputs,
+                content["reading"],
                 Profile.from_json(text),
             )
             _ = serving.prepared.steps  # what is missing is missed now

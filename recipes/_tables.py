@@ -1,0 +1,295 @@
+"""Tables of a person's own, read and prepared for the recipes.
+
+This is not a recipe itself: a name that begins with an underscore says so.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+import lepton_jax as lepton
+from lepton_jax.cli.preparing import summary
+from lepton_jax.data import prepare
+from lepton_jax.data.readers import ROW, Column, Reader, reader_of
+from lepton_jax.data.table import MOST_CLASSES
+from lepton_jax.errors import DataError, nearest
+
+PIECE_BYTES = 2**26  # of a source that are read at once; assumption
+TEST_SHARE = 0.2  # of the rows, where there is no test table
+
+Inputs = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asks of a table.
+
+    Attributes:
+      data: the file.
+      label: name of the column to predict.
+      test: another file to test on; None: a share of the rows is held out.
+      columns: names of the columns to predict from; None: all but the label.
+      categorical: names of columns that are categories though they look like numbers.
+      ignore: names of columns that are left out.
+      label_kind: "classes", "quantity", or "auto".
+      label_end: characters that are cut off the end of labels.
+      duplicates: "keep" rows that are there twice, or "drop" them.
+      test_share: of the rows, where there is no test file.
+      reading: settings of `reader_of`.
+      test_reading: other ones for the test file.
+      folder: for what is prepared; None: it is removed at the end of the process.
+    """
+
+    data: Path
+    label: str
+    test: Path | None = None
+    columns: Sequence[str] | None = None
+    categorical: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    label_kind: str = "auto"
+    label_end: str = ""
+    duplicates: str = "keep"
+    test_share: float = TEST_SHARE
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    test_reading: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+class Looked:
+    """A table that was looked at: its columns, and of which kind each is.
+
+    Args:
+      asked: for what.
+
+    Raises:
+      DataError: the file can't be read, or a column is not there.
+    """
+
+    def __init__(self, asked: Asked):
+        self.asked = asked
+        as_words = [*asked.categorical, *asked.ignore]
+        reading = dict(asked.reading)
+        reading["types"] = dict.fromkeys(as_words, "String") | _types(reading)
+        self.reading = {k: v for k, v in reading.items() if v not in (None, {})}
+        self.reader = reader_of(asked.data, **self.reading)
+        self.kinds = {column.name: column for column in self.reader.columns()}
+        named = [*as_words, *(asked.columns or ()), asked.label]
+        for name in named:
+            self._check(name)
+
+        used = asked.columns
+        if used is None:
+            left_out = {*asked.ignore, asked.label}
+            used = [name for name in self.kinds if name not in left_out]
+        if not used:
+            raise DataError(
+                "no column is left to predict from",
+                where=asked.data,
+                remedy="take some out of `ignore`",
+            )
+        self.numbers = [name for name in used if _is_number(self.kinds[name])]
+        self.dates = [name for name in used if self.kinds[name].type.is_temporal()]
+        apart = {*self.numbers, *self.dates}
+        self.categories = [name for name in used if name not in apart]
+
+    @cached_property
+    def table(self) -> pl.DataFrame:
+        """All rows of the file."""
+        return _rows_of(self.reader)
+
+    @cached_property
+    def is_quantity(self) -> bool:
+        """Whether the label is a quantity, and has no classes."""
+        kind = self.asked.label_kind
+        is_number = _is_number(self.kinds[self.asked.label])
+        if kind == "quantity" and not is_number:
+            raise DataError(
+                f"the label holds no numbers: {self.kinds[self.asked.label].reason}",
+                where=f"{self.asked.data}, column {self.asked.label!r}",
+                remedy="set `label_kind` to classes, or name another label",
+            )
+        if kind != "auto":
+            return kind == "quantity"
+        return is_number and self.table[self.asked.label].n_unique() > MOST_CLASSES
+
+    def sources(self) -> dict[str, Reader]:
+        """Return the readers of the file, and of the test file, which has its types."""
+        sources = {"train": self.reader}
+        if self.asked.test is None:
+            return {self.asked.data.name: self.reader}
+        types = {name: str(column.type) for name, column in self.kinds.items()}
+        reading = {**self.reading, **self.asked.test_reading, "types": types}
+        sources["test"] = reader_of(self.asked.test, **reading)
+        return sources
+
+    def _check(self, name: str) -> None:
+        if name not in self.kinds:
+            raise DataError(
+                f"there is no column {name!r}{nearest(name, self.kinds)}",
+                where=self.asked.data,
+                remedy=f"the columns are {', '.join(self.kinds)}",
+            )
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Prepared tables.
+
+    Attributes:
+      train: samples to train on.
+      test: samples to test on.
+      serving: the way from raw rows to these.
+      sizes: count of codes of each column of categories, by its name.
+      classes: values of the label; () for a quantity.
+    """
+
+    train: lepton.data.Arrays
+    test: lepton.data.Arrays
+    serving: Any
+    sizes: dict[str, int]
+    classes: tuple[str, ...]
+
+
+def tables(
+    looked: Looked,
+    inputs: Inputs,
+    steps: Iterable[Any],
+) -> Tables:
+    """Prepare a table, and say on the terminal what was read and done.
+
+    Args:
+      looked: the table.
+      inputs: which columns after the steps are the model's inputs.
+      steps: between the split, which comes first, and the label's, which comes last.
+
+    Raises:
+      DataError: rows can't be read, or a step does not fit.
+    """
+    asked = looked.asked
+    preparation = prepare.Preparation(
+        looked.sources(),
+        [*_first(looked), *steps, *_last(looked)],
+        inputs=_names(inputs),
+        target=asked.label,
+    )
+    serving = prepared(preparation, inputs, asked.folder, looked.reading)
+    print(_twice(looked, preparation.sources), file=sys.stderr)
+    return Tables(
+        train=serving.split("train"),
+        test=serving.split("test"),
+        serving=serving,
+        sizes=_sizes(serving),
+        classes=serving.words,
+    )
+
+
+def prepared(
+    preparation: Any,
+    inputs: Any,
+    folder: Path | None,
+    reading: Mapping[str, Any],
+) -> Any:
+    """Prepare, say what was done, and return the `Serving`.
+
+    Args:
+      preparation: what to do.
+      inputs: which columns after the steps are the model's inputs.
+      folder: for what comes out; None: it is removed at the end of the process.
+      reading: settings of `reader_of`, for raw rows in files.
+    """
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="lepton-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    done = prepare.prepare(preparation, folder)
+    print(summary(done), file=sys.stderr)
+    return prepare.Serving(done, inputs, reading=reading)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words of a setting, with commas between."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def parts_of_dates(looked: Looked) -> list[str]:
+    """Return the columns that DateFeatures makes of a table's dates."""
+    if not looked.dates:
+        return []
+    step = prepare.DateFeatures(looked.dates)
+    before = pl.Schema({name: looked.kinds[name].type for name in looked.dates})
+    return [name for name in step.check(before) if name not in before]
+
+
+# ---- internals ----
+
+
+def _types(reading: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(reading.get("types") or {})
+
+
+def _is_number(column: Column) -> bool:
+    return column.type.is_numeric() or column.type == pl.Boolean
+
+
+def _rows_of(reader: Reader) -> pl.DataFrame:
+    return pl.concat([reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)])
+
+
+def _first(looked: Looked) -> list[Any]:
+    """Return the steps on rows: duplicates and the split."""
+    asked = looked.asked
+    steps: list[Any] = []
+    if asked.duplicates == "drop":
+        steps.append(prepare.Duplicates())
+    if asked.label_end:
+        steps.append(prepare.TrimEnd(asked.label, asked.label_end))
+    steps.append(prepare.DropMissing(asked.label))
+    if asked.test is not None:
+        return [*steps, prepare.SplitBySource(test=[1])]
+    stratify = () if looked.is_quantity else asked.label
+    return [*steps, prepare.Split(test=asked.test_share, stratify=stratify)]
+
+
+def _last(looked: Looked) -> list[Any]:
+    if looked.is_quantity:
+        return [prepare.AsFloats(looked.asked.label)]
+    return [prepare.Classes(looked.asked.label)]
+
+
+def _twice(looked: Looked, sources: Mapping[str, Reader]) -> str:
+    """Return how many rows of each source are there twice."""
+    lines = []
+    for name, reader in sources.items():
+        rows = _rows_of(reader).drop(ROW)
+        count = rows.height - rows.unique().height
+        what = "dropped" if looked.asked.duplicates == "drop" else "kept"
+        lines.append(f"{name}: {count:,} duplicate rows, {what}")
+    return "\n".join(lines)
+
+
+def _sizes(serving: Any) -> dict[str, int]:
+    """Return the count of codes of the columns that a Vocabulary has coded."""
+    codes: dict[str, int] = {}
+    for step, state in serving.prepared.steps:
+        if isinstance(step, prepare.Vocabulary):
+            counts = state.group_by("column").len()
+            codes |= dict(counts.iter_rows())
+    return {name: count + 1 for name, count in codes.items()}
+
+
+def _names(inputs: Inputs) -> list[str]:
+    """Return the names of columns, however they are arranged."""
+    if isinstance(inputs, str):
+        return [inputs]
+    parts = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    names = [[part] if isinstance(part, str) else list(part) for part in parts]
+    return list(dict.fromkeys(name for part in names for name in part))
