@@ -142,22 +142,30 @@ class Leaves:
         for path, names in self.columns.items():
             if len(names) == 1:
                 leaves[path] = table[names[0]]
-                continue
-            for name in names:
-                if isinstance(table[name], Ragged) or table[name].ndim > 1:
-                    raise DataError(
-                        f"the column {name!r} holds no single numbers, and can't stand"
-                        " next to others",
-                        where=where,
-                        remedy=f"make it an input of its own: {{{name!r}: {name!r}}}",
-                    )
-            leaves[path] = np.stack([table[name] for name in names], axis=-1)
+            else:
+                columns = [_single_numbers(table[name], name, where) for name in names]
+                leaves[path] = np.stack(columns, axis=-1)
         return leaves
 
     def decoder(self, path: str) -> Decode | None:
         """Return what decodes a leaf's cells; None: they are numbers already."""
         names = self.columns[path]
         return self.decode.get(names[0]) if len(names) == 1 else None
+
+
+def _single_numbers(
+    column: Leaf,
+    name: str,
+    where: str,
+) -> np.ndarray:
+    """Return a column that may stand next to others."""
+    if not isinstance(column, Ragged) and column.ndim == 1:
+        return column
+    raise DataError(
+        f"the column {name!r} holds no single numbers, and can't stand next to others",
+        where=where,
+        remedy=f"make it an input of its own: {{{name!r}: {name!r}}}",
+    )
 
 
 def nested(leaves: Mapping[str, Any]) -> tuple[Any, Any]:
