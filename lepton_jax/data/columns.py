@@ -62,16 +62,13 @@ class Leaves:
     """The leaves of a sample, and the columns that each is made of.
 
     Attributes:
-      columns: by path: "inputs", "inputs/tokens", "targets"; one name if the leaf is
-        that column, several for columns side by side.
+      columns: by path: "inputs", "inputs/tokens", "targets"; a name if the leaf is
+        that column, a tuple of names for columns side by side.
       decode: functions from the bytes of a column's cell to an array, by column.
-      lists: paths of the leaves that were given as a list: a list of one column is a
-        leaf of width 1, as one of two columns is a leaf of width 2.
     """
 
-    columns: Mapping[str, tuple[str, ...]]
+    columns: Mapping[str, str | tuple[str, ...]]
     decode: Mapping[str, Decode]
-    lists: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -97,32 +94,29 @@ class Leaves:
         """
         targets = _by_path(TARGETS, target) if target is not None else {}
         if inputs is None:
-            used = {name for names in targets.values() for name in names}
+            used = {name for names in targets.values() for name in _listed(names)}
             others = [
                 name
                 for name in known
                 if name not in used and not name.startswith(OF_PREPARATION)
             ]
-            inputs = others[0] if len(others) == 1 else others
+            inputs = others
         columns = _by_path(INPUTS, inputs) | targets
 
-        names = [name for names in columns.values() for name in names]
-        for name in [*names, *decode]:
+        leaves = cls(columns, decode)
+        for name in [*leaves.names, *decode]:
             if name not in known:
                 raise DataError(
                     f"there is no column {name!r}{nearest(name, known)}",
                     where=where,
                     remedy=f"the columns are {', '.join(known)}",
                 )
-        lists = _lists(INPUTS, inputs)
-        if target is not None:
-            lists |= _lists(TARGETS, target)
-        return cls(columns, decode, lists)
+        return leaves
 
     @property
     def names(self) -> list[str]:
         """The columns to read."""
-        names = [name for names in self.columns.values() for name in names]
+        names = [name for leaf in self.columns.values() for name in _listed(leaf)]
         return list(dict.fromkeys(names))
 
     @property
@@ -146,28 +140,48 @@ class Leaves:
         """
         leaves: dict[str, Leaf] = {}
         for path, names in self.columns.items():
-            if len(names) == 1:
-                leaves[path] = self._alone(path, table[names[0]])
+            if isinstance(names, str):
+                leaves[path] = table[names]
                 continue
-            for name in names:
-                if isinstance(table[name], Ragged) or table[name].ndim > 1:
-                    raise DataError(
-                        f"the column {name!r} holds no single numbers, and can't stand"
-                        " next to others",
-                        where=where,
-                        remedy=f"make it an input of its own: {{{name!r}: {name!r}}}",
-                    )
-            leaves[path] = np.stack([table[name] for name in names], axis=-1)
+            alone = table[names[0]]
+            if len(names) == 1 and (isinstance(alone, Ragged) or alone.ndim > 1):
+                leaves[path] = alone  # lists of numbers, or bytes, need no list around
+                continue
+            leaves[path] = _side_by_side(table, names, where)
         return leaves
-
-    def _alone(self, path: str, leaf: Leaf) -> Leaf:
-        is_number = not isinstance(leaf, Ragged) and leaf.ndim == 1
-        return leaf[:, None] if path in self.lists and is_number else leaf
 
     def decoder(self, path: str) -> Decode | None:
         """Return what decodes a leaf's cells; None: they are numbers already."""
-        names = self.columns[path]
+        names = _listed(self.columns[path])
         return self.decode.get(names[0]) if len(names) == 1 else None
+
+
+def _side_by_side(
+    table: Mapping[str, Leaf],
+    names: Sequence[str],
+    where: str,
+) -> np.ndarray:
+    """Return columns of single numbers as one array: (rows, columns)."""
+    columns = [_single_numbers(table[name], name, where) for name in names]
+    kind = np.result_type(*columns)
+    if kind == np.float64:  # of whole numbers and fractions together
+        kind = np.dtype(np.float32)
+    return np.stack([column.astype(kind, copy=False) for column in columns], axis=-1)
+
+
+def _single_numbers(
+    column: Leaf,
+    name: str,
+    where: str,
+) -> np.ndarray:
+    """Return a column that may stand next to others."""
+    if not isinstance(column, Ragged) and column.ndim == 1:
+        return column
+    raise DataError(
+        f"the column {name!r} holds no single numbers, and can't stand next to others",
+        where=where,
+        remedy=f"make it an input of its own: {{{name!r}: {name!r}}}",
+    )
 
 
 def nested(leaves: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -267,7 +281,7 @@ def _numbers(
     return Arrays(values).inputs if len(values) else values.astype(np.float32)
 
 
-def _by_path(side: str, columns: Columns) -> dict[str, tuple[str, ...]]:
+def _by_path(side: str, columns: Columns) -> dict[str, str | tuple[str, ...]]:
     if isinstance(columns, Mapping):
         return {
             f"{side}{BETWEEN}{argument}": _names(names)
@@ -276,16 +290,9 @@ def _by_path(side: str, columns: Columns) -> dict[str, tuple[str, ...]]:
     return {side: _names(columns)}
 
 
-def _lists(side: str, columns: Columns) -> frozenset[str]:
-    """Return the paths of leaves that are given as lists of columns."""
-    if not isinstance(columns, Mapping):
-        return frozenset() if isinstance(columns, str) else frozenset([side])
-    return frozenset(
-        f"{side}{BETWEEN}{argument}"
-        for argument, names in columns.items()
-        if not isinstance(names, str)
-    )
+def _names(columns: str | Sequence[str]) -> str | tuple[str, ...]:
+    return columns if isinstance(columns, str) else tuple(columns)
 
 
-def _names(columns: str | Sequence[str]) -> tuple[str, ...]:
-    return (columns,) if isinstance(columns, str) else tuple(columns)
+def _listed(columns: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (columns,) if isinstance(columns, str) else columns

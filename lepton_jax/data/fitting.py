@@ -60,7 +60,7 @@ class FitForm:
     segments: bool
     fit: Literal["first", "best"]
 
-    def inputs_of(self, tokens: np.ndarray) -> np.ndarray:
+    def inputs_of(self, tokens: Any) -> Any:
         """Return how many inputs documents with so many tokens have."""
         return tokens if self.end is not None else tokens - 1
 
@@ -238,6 +238,7 @@ class FitDraw:
         following = tokens[piece.start + 1 : piece.stop + 1]
         if len(following) == _size(piece):
             return following
+        assert self.form.end is not None
         return np.append(following, self.form.end)
 
     def _check(
@@ -245,7 +246,7 @@ class FitDraw:
         tokens: np.ndarray,
         piece: Piece,
     ) -> None:
-        inputs = int(self.form.inputs_of(np.int64(len(tokens))))
+        inputs = self.form.inputs_of(len(tokens))
         is_shorter = inputs < piece.stop
         is_longer = inputs > piece.stop and _size(piece) < self.form.length
         if not is_shorter and not is_longer:

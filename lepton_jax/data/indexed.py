@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,10 +129,10 @@ class IndexedReader:
     ) -> Rows:
         return self.data.read(indices, self.held)
 
-    def hold(self, groups: Sequence[int]) -> None:
+    def hold(self, groups: np.ndarray) -> None:
         """Read row groups that will be wanted soon."""
-        for group in groups:
-            self.data.hold(int(group), self.held)
+        for group in groups.tolist():
+            self.data.hold(group, self.held)
 
 
 def spread_evenly(sizes: np.ndarray) -> np.ndarray:

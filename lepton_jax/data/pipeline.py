@@ -717,7 +717,7 @@ def open_stream(
 
 
 def shards(
-    folder: str | Path,
+    folder: Any,
     split: str | None = None,
     *,
     inputs: Columns | None = None,
@@ -732,13 +732,15 @@ def shards(
     groups are mixed, so that each group is read once an epoch (`data/windows.py`).
 
     Args:
-      folder: the shards, with the manifest that preparation writes, or without one:
-        then a split is the files in its folder, or those whose names begin with it.
+      folder: the shards, or what preparation gave for them. Without the manifest that
+        preparation writes, a split is the files in its folder, or those whose names
+        begin with it.
       split: "train", "test", ...; None: all.
       inputs: the columns of a sample's inputs: a name; a list of names, whose numbers
         stand side by side in one array; or a dict of either, by the model's arguments.
-        None: all columns but the target's.
-      target: the same of its targets; None: the inputs are documents, to be packed.
+        None: those of the manifest, or all columns but the target's.
+      target: the same of its targets; None: that of the manifest, or the inputs are
+        documents, to be packed.
       decode: by column, a function from a cell's bytes to an array, such as `Picture`.
       cache: where files are copied to when they are first read.
       name: in the samples' identifiers, as in `Source`.
@@ -746,7 +748,8 @@ def shards(
     Raises:
       DataError: there are no such shards or columns, or PyArrow is not installed.
     """
-    data = Shards(Path(folder), split, inputs, target, decode or {}, cache)
+    folder = Path(getattr(folder, "folder", folder))
+    data = Shards(folder, split, inputs, target, decode or {}, cache)
     return Source(data, name)
 
 

@@ -87,7 +87,7 @@ class SequentialFeed(Feed):
 
     def measured(self) -> dict[str, float]:
         tuning = self._blocks.tuning
-        measured = {
+        measured: dict[str, float] = {
             "workers": tuning.workers,
             "blocks_ahead": tuning.ahead,
             "bytes": tuning.bytes + self._held.bytes,

@@ -22,6 +22,9 @@ RECORD = "record"
 GROUP_BYTES = 2**20
 MOST_RECORDS = 1024
 
+PARQUET = ".parquet"
+SUFFIXES = (PARQUET, ".arrayrecord", ".array_record")  # of the files' names
+
 PURPOSE = "reading shards"
 
 
@@ -99,15 +102,30 @@ class ParquetShard:
 
 
 class ArrayRecordShard:
-    """An ArrayRecord file, whose records are the bytes of one column, `record`."""
+    """An ArrayRecord file.
 
-    names = [RECORD]  # noqa: RUF012 - the same for all
+    Args:
+      path: of the file.
+      is_packed: whether its records are MessagePack maps from column to value, as
+        preparation writes them; else they are the bytes of one column, `record`.
+    """
 
-    def __init__(self, path: Path):
+    def __init__(
+        self,
+        path: Path,
+        is_packed: bool,
+    ):
         self.path = path
+        self._is_packed = is_packed
         reader = _open_records(path)
-        rows = reader.num_records()
-        reader.close()
+        try:
+            rows = reader.num_records()
+            first = reader.read(0, 1)[0] if rows else None
+        finally:
+            reader.close()
+        self.names = [RECORD]
+        if is_packed:
+            self.names = list(_unpacked(first, path)) if first else []
         self.bytes = path.stat().st_size
         mean = max(1, self.bytes // max(1, rows))
         self._together = min(MOST_RECORDS, max(1, GROUP_BYTES // mean))
@@ -121,32 +139,55 @@ class ArrayRecordShard:
         columns: Sequence[str],
     ) -> Mapping[str, Leaf]:
         first = group * self._together
+        where = f"{self.path}, record {first}"
         reader = _open_records(path)
         try:
             records = reader.read(first, first + self.sizes[group])
         except (RuntimeError, ValueError) as error:
-            raise _unreadable(f"{self.path}, record {first}", error) from error
+            raise _unreadable(where, error) from error
         finally:
             reader.close()
-        ends = np.cumsum([0, *map(len, records)])
-        values = np.frombuffer(b"".join(records), np.uint8)
-        return {RECORD: Ragged(values, ends)}
+        if not self._is_packed:
+            return {RECORD: _of_bytes(records)}
+        rows = [_unpacked(record, where) for record in records]
+        arrow = needs("pyarrow", extra="data", purpose=PURPOSE)
+        table = arrow.Table.from_pylist([{n: row[n] for n in columns} for row in rows])
+        return {name: leaf_of(table[name], name, where) for name in columns}
 
 
-KINDS: dict[str, type] = {
-    ".parquet": ParquetShard,
-    ".arrayrecord": ArrayRecordShard,
-    ".array_record": ArrayRecordShard,
-}
+def _of_bytes(records: Sequence[bytes]) -> Ragged:
+    ends = np.cumsum([0, *map(len, records)])
+    return Ragged(np.frombuffer(b"".join(records), np.uint8), ends)
 
 
-def open_shard(path: Path) -> ShardFile:
+def _unpacked(
+    record: bytes,
+    where: object,
+) -> dict[str, Any]:
+    """Return the values of a record by column."""
+    msgpack = needs("msgpack", extra="data", purpose=PURPOSE)
+    try:
+        return msgpack.unpackb(record, timestamp=3)
+    except ValueError as error:
+        raise _unreadable(where, error) from error
+
+
+def open_shard(
+    path: Path,
+    is_packed: bool,
+) -> ShardFile:
     """Open a file of shards by its name's end.
+
+    Args:
+      path: of the file.
+      is_packed: whether records of an ArrayRecord file are maps; see there.
 
     Raises:
       DataError: it can't be read.
     """
-    return KINDS[path.suffix](path)
+    if path.suffix == PARQUET:
+        return ParquetShard(path)
+    return ArrayRecordShard(path, is_packed)
 
 
 # The library fails when two threads open files at the same time for the first time.

@@ -25,7 +25,7 @@ from lepton_jax.data.disk_cache import DiskCache
 from lepton_jax.data.indexed import Groups, Indexed
 from lepton_jax.data.memory import HeldGroups
 from lepton_jax.data.rows import Rows
-from lepton_jax.data.shard_files import KINDS, open_shard
+from lepton_jax.data.shard_files import SUFFIXES, open_shard
 from lepton_jax.errors import DataError, nearest, pointing_at_user
 
 MANIFEST = "manifest.json"
@@ -72,8 +72,12 @@ class Shards(Indexed):
         self.folder = folder
         self.split = split
         self._cache = cache
-        self._listed = listed_in(folder, split)
-        self._files = [open_shard(shard.path) for shard in self._listed]
+        manifest = read_manifest(folder)
+        self._listed = listed_in(folder, split, manifest)
+        self._files = [
+            open_shard(shard.path, is_packed=manifest is not None)
+            for shard in self._listed
+        ]
         first = self._files[0]
         for file in self._files:
             if file.names != first.names:
@@ -85,6 +89,9 @@ class Shards(Indexed):
                 )
 
         where = str(folder)
+        if manifest is not None and inputs is None and target is None:
+            inputs = manifest.get("inputs")
+            target = manifest.get("target")
         self.leaves = Leaves.of(inputs, target, decode, first.names, where)
         digests = "".join(shard.digest for shard in self._listed)
         self.digest = hashlib.sha256(digests.encode()).hexdigest()
@@ -224,9 +231,8 @@ class Shards(Indexed):
         if decode is None:
             return out if self.leaves.of_documents else self._stacked(path, out)
 
-        names = self.leaves.columns[path]
         with pointing_at_user(
-            f"decoding the column {names[0]!r}",
+            f"decoding {self.leaves.columns[path]!r}",
             "fix decode={...}, or clean the column in the preparation",
             where=self.folder,
             kind=DataError,
@@ -242,7 +248,8 @@ class Shards(Indexed):
         lengths = {len(cell) for cell in cells}
         if len(lengths) == 1 and cells[0].dtype != np.uint8:
             return np.stack(cells)
-        names = ", ".join(self.leaves.columns[path])
+        columns = self.leaves.columns[path]
+        names = columns if isinstance(columns, str) else columns[0]
         what = "bytes or text"
         if cells[0].dtype != np.uint8:
             what = f"lists of {min(lengths)} to {max(lengths)} numbers"
@@ -257,9 +264,38 @@ class Shards(Indexed):
         )
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest that preparation wrote; None: there is none.
+
+    Raises:
+      DataError: there is no such folder, or the manifest can't be read.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            "there is no such folder",
+            where=folder,
+            remedy="name the folder that `lepton prepare SPEC --out FOLDER` wrote",
+        )
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+        for entry in manifest["shards"]:
+            _ = entry["split"], entry["path"], entry["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the manifest can't be read: {type(error).__name__}: {error}",
+            where=file,
+            remedy="prepare the data again",
+        ) from error
+    return manifest
+
+
 def listed_in(
     folder: Path,
     split: str | None,
+    manifest: Mapping[str, Any] | None,
 ) -> list[Listed]:
     """Return the shards of a folder, in the order of its manifest, or of their names.
 
@@ -269,23 +305,15 @@ def listed_in(
     Raises:
       DataError: there are none.
     """
-    if not folder.is_dir():
-        raise DataError(
-            "there is no such folder",
-            where=folder,
-            remedy="name the folder that `lepton prepare SPEC --out FOLDER` wrote",
-        )
-    manifest = folder / MANIFEST
-    if manifest.is_file():
-        return _of_manifest(manifest, split)
-
-    files = [file for kind in KINDS for file in folder.rglob(f"*{kind}")]
+    if manifest is not None:
+        return _of_manifest(folder, split, manifest)
+    files = [file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}")]
     if split is not None:
         files = [file for file in files if _is_of(file.relative_to(folder), split)]
     if not files:
         of_split = f" of the split {split!r}" if split else ""
         raise DataError(
-            f"there are no shards{of_split}: no {' or '.join(KINDS)}",
+            f"there are no shards{of_split}: no {' or '.join(SUFFIXES)}",
             where=folder,
             remedy="name a folder of shards, or another split",
         )
@@ -300,30 +328,22 @@ def _is_of(
 
 
 def _of_manifest(
-    manifest: Path,
+    folder: Path,
     split: str | None,
+    manifest: Mapping[str, Any],
 ) -> list[Listed]:
-    try:
-        shards = json.loads(manifest.read_text())["shards"]
-        entries = [(e.get("split"), e["path"], e["sha256"]) for e in shards]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"the manifest can't be read: {type(error).__name__}: {error}",
-            where=manifest,
-            remedy="prepare the data again",
-        ) from error
-
-    splits = sorted({str(name) for name, _, _ in entries if name})
+    entries = manifest["shards"]
     chosen = [
-        Listed(manifest.parent / path, digest)
-        for name, path, digest in entries
-        if split is None or name == split
+        Listed(folder / entry["path"], entry["sha256"])
+        for entry in entries
+        if split is None or entry["split"] == split
     ]
     if not chosen:
+        splits = sorted({entry["split"] for entry in entries})
         raise DataError(
             f"there is no split {split!r}{nearest(str(split), splits)}",
-            where=manifest,
-            remedy=f"the splits are {', '.join(splits) or 'none: leave split out'}",
+            where=folder / MANIFEST,
+            remedy=f"the splits are {', '.join(splits) or 'none: prepare again'}",
         )
     return chosen
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import grain
 import numpy as np
@@ -218,7 +218,7 @@ class GrainReader:
         )
 
 
-Samples = Arrays | Documents | Indexed | grain.MapDataset
+Samples: TypeAlias = Arrays | Documents | Indexed | grain.MapDataset
 
 
 def checked(data: Any) -> Samples:

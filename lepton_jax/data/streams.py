@@ -248,7 +248,7 @@ class SourceStream:
 
     def _content(self) -> dict[str, Any]:
         """Return what must be the same where samples on a disk are read again."""
-        content = {}
+        content: dict[str, Any] = {}
         if isinstance(self.reader, IndexedReader):
             content["content"] = self.reader.data.digest[:DIGEST_SHOWN]
         if isinstance(self.order, WindowOrder):
