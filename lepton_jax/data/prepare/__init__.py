@@ -5,5 +5,6 @@ from lepton_jax.data.extras import needs
 needs("polars", extra="data", purpose="preparing data")
 
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
+from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
 
-__all__ = ["Fitted", "Outcome", "Step"]
+__all__ = ["Duplicates", "Fitted", "Outcome", "Step"]
