@@ -6,5 +6,18 @@ needs("polars", extra="data", purpose="preparing data")
 
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
+from lepton_jax.data.prepare.steps.text import CleanText  # noqa: E402
+from lepton_jax.data.prepare.steps.text_quality import (  # noqa: E402
+    GOPHER,
+    TextQuality,
+)
 
-__all__ = ["Duplicates", "Fitted", "Outcome", "Step"]
+__all__ = [
+    "GOPHER",
+    "CleanText",
+    "Duplicates",
+    "Fitted",
+    "Outcome",
+    "Step",
+    "TextQuality",
+]
