@@ -6,6 +6,9 @@ needs("polars", extra="data", purpose="preparing data")
 
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
+from lepton_jax.data.prepare.steps.near_duplicates import (  # noqa: E402
+    NearDuplicates,
+)
 from lepton_jax.data.prepare.steps.text import CleanText  # noqa: E402
 from lepton_jax.data.prepare.steps.text_quality import (  # noqa: E402
     GOPHER,
@@ -17,6 +20,7 @@ __all__ = [
     "CleanText",
     "Duplicates",
     "Fitted",
+    "NearDuplicates",
     "Outcome",
     "Step",
     "TextQuality",
