@@ -6,6 +6,7 @@ needs("polars", extra="data", purpose="preparing data")
 
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
+from lepton_jax.data.prepare.steps.images import Images  # noqa: E402
 from lepton_jax.data.prepare.steps.near_duplicates import (  # noqa: E402
     NearDuplicates,
 )
@@ -14,14 +15,23 @@ from lepton_jax.data.prepare.steps.text_quality import (  # noqa: E402
     GOPHER,
     TextQuality,
 )
+from lepton_jax.data.prepare.steps.tokens import (  # noqa: E402
+    ByteTokens,
+    FileTokens,
+    WordTokens,
+)
 
 __all__ = [
     "GOPHER",
+    "ByteTokens",
     "CleanText",
     "Duplicates",
+    "FileTokens",
     "Fitted",
+    "Images",
     "NearDuplicates",
     "Outcome",
     "Step",
     "TextQuality",
+    "WordTokens",
 ]

@@ -18,8 +18,8 @@ A product is below 2**47 and 64 of them add up to less than 2**53, so that a mat
 product in float64 gives the sums exactly, in any order. Texts of more than MOST_SHORT
 bytes go through BLAKE2b (RFC 7693) instead, which is as fast for those.
 
-10 million texts of 102 bytes on average take 3.1 to 4.4 s of one core (measured on a shared
-2-core machine with `python tests/data/prepare/figures_of_steps.py hash`).
+10 million texts of 102 bytes on average take 3.1 to 4.4 s of one core (measured on a
+shared 2-core machine with `python tests/data/prepare/figures_of_steps.py hash`).
 """
 
 from __future__ import annotations
