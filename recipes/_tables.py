@@ -6,10 +6,12 @@ This is not a recipe itself: a name that begins with an underscore says so.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,12 @@ from lepton_jax.errors import DataError, nearest
 
 PIECE_BYTES = 2**26  # of a source that are read at once; assumption
 TEST_SHARE = 0.2  # of the rows, where there is no test table
+
+# How a reader's remedies name its settings.
+AS_TEXT = re.compile(r"types=\{('.+?'): 'String'\}.*")
+SETTING = re.compile(r"\b(decimal|thousands|day_first|missing)=('.*?'|\S+)")
+QUOTED = re.compile(r"`(\w+)`")
+KEEPING = {"categorical": "to keep it as categories", "ignore": "to leave it out"}
 
 Inputs = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
@@ -48,6 +56,7 @@ class Asked:
       reading: settings of `reader_of`.
       test_reading: other ones for the test file.
       folder: for what is prepared; None: it is removed at the end of the process.
+      settings: names of the recipe's settings that a remedy may name.
     """
 
     data: Path
@@ -63,6 +72,7 @@ class Asked:
     reading: Mapping[str, Any] = field(default_factory=dict)
     test_reading: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    settings: Sequence[str] = ()
 
 
 class Looked:
@@ -81,8 +91,9 @@ class Looked:
         reading = dict(asked.reading)
         reading["types"] = dict.fromkeys(as_words, "String") | _types(reading)
         self.reading = {k: v for k, v in reading.items() if v not in (None, {})}
-        self.reader = reader_of(asked.data, **self.reading)
-        self.kinds = {column.name: column for column in self.reader.columns()}
+        with _offering(asked.settings):
+            self.reader = reader_of(asked.data, **self.reading)
+            self.kinds = {column.name: column for column in self.reader.columns()}
         named = [*as_words, *(asked.columns or ()), asked.label]
         for name in named:
             self._check(name)
@@ -113,10 +124,13 @@ class Looked:
         kind = self.asked.label_kind
         is_number = _is_number(self.kinds[self.asked.label])
         if kind == "quantity" and not is_number:
+            remedy = "name a column of numbers"
+            if "label_kind" in self.asked.settings:
+                remedy += ", or set `label_kind` to classes"
             raise DataError(
                 f"the label holds no numbers: {self.kinds[self.asked.label].reason}",
                 where=f"{self.asked.data}, column {self.asked.label!r}",
-                remedy="set `label_kind` to classes, or name another label",
+                remedy=remedy,
             )
         if kind != "auto":
             return kind == "quantity"
@@ -230,6 +244,41 @@ def parts_of_dates(looked: Looked) -> list[str]:
 
 
 # ---- internals ----
+
+
+@contextlib.contextmanager
+def _offering(settings: Sequence[str]) -> Iterator[None]:
+    """Name in a reader's remedies the settings of a recipe.
+
+    >>> _remedy("types={'a': 'String'} to keep it as text", ["ignore"])
+    "`ignore` with 'a' to leave it out"
+    """
+    try:
+        yield
+    except DataError as error:
+        remedy = _remedy(error.remedy, settings)
+        raise DataError(error.what, where=error.where, remedy=remedy) from error
+
+
+def _remedy(remedy: str, settings: Sequence[str]) -> str:
+    parts = []
+    for part in remedy.split("; or "):
+        column = AS_TEXT.search(part)
+        if column is not None:
+            parts += [
+                f"`{name}` with {column[1]} {why}"
+                for name, why in KEEPING.items()
+                if name in settings
+            ]
+            continue
+        part = SETTING.sub(r"`\1` \2", part)
+        named = QUOTED.findall(part)
+        if not named or set(named) <= set(settings):
+            parts.append(part)
+    return (
+        "; or ".join(parts)
+        or "correct the cells, or prepare the file with lepton prepare"
+    )
 
 
 def _types(reading: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,11 @@ from lepton_jax.errors import RecipeError
 # `recipes` is found wherever this file was started from
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+# Settings of this recipe that decide how a table is read.
+SETTINGS = (
+    *("missing", "delimiter", "decimal", "thousands"),
+    *("categorical", "ignore", "label_kind"),
+)
 TEST_SHARE = 0.2  # of the rows of the embedded table
 
 
@@ -130,6 +135,7 @@ def recipe(
             },
             test_reading={} if test_skip is None else {"skip": test_skip},
             folder=prepared,
+            settings=SETTINGS,
         )
     train = source.train
     total = steps or math.ceil(epochs * len(train) / batch_size)

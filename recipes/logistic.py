@@ -87,6 +87,7 @@ def recipe(
                 "decimal": decimal,
                 "thousands": thousands,
             },
+            settings=("missing", "delimiter", "decimal", "thousands", "ignore"),
         )
     total = steps or math.ceil(epochs * len(train) / batch_size)
 

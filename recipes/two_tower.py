@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import optax
 
 import lepton_jax as lepton
 from lepton_jax.errors import RecipeError
+
+# `recipes` is found wherever this file was started from
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # The embedded data.
 USERS = 2000
@@ -30,6 +34,7 @@ def recipe(
     rating: str = "rating",
     users: int | None = None,
     items: int | None = None,
+    prepared: Path | None = None,
     dim: int = 64,
     hidden: int = 128,
     width: int = 64,
@@ -52,14 +57,16 @@ def recipe(
         python tools/launch.py recipes/two_tower.py
 
     Args:
-      data: CSV file of ratings with a header, such as MovieLens' ratings.csv; a tenth
-        of its rows is held out.
+      data: table of ratings (CSV, JSON lines, Parquet, Arrow), such as MovieLens'
+        ratings.csv; a tenth of its rows is held out.
       user: name of the column of users.
       item: name of the column of items.
       rating: name of the column of ratings.
       users: rows of the embedding of users; if left out, as many as there are users.
         Row 0 is for an unknown one.
       items: rows of the embedding of items; likewise.
+      prepared: folder for the prepared rows, with a manifest of all that was done; if
+        left out, they are removed at the end.
       dim: width of the embeddings.
       hidden: units of the hidden layer of each tower.
       width: of the vectors whose product is the score.
@@ -75,11 +82,12 @@ def recipe(
     """
     asked = {"users": users, "items": items}
     given = {name: count for name, count in asked.items() if count is not None}
+    preparation = None
     if data is None:
         needed = {"users": USERS, "items": ITEMS} | given
         train, test = _synthetic(**needed).split(TEST_SHARE, seed=0)
     else:
-        train, test, needed = _read(data, user, item, rating)
+        train, test, needed, preparation = _read(data, user, item, rating, prepared)
     rows = needed | given
     _check_rows(rows, needed)
 
@@ -102,6 +110,7 @@ def recipe(
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,
         test=test,
+        preparation=preparation,
         batch_size=batch_size,
         epochs=epochs,
         steps=steps,
@@ -171,12 +180,14 @@ def _read(
     user: str,
     item: str,
     rating: str,
-) -> tuple[lepton.data.Arrays, lepton.data.Arrays, dict[str, int]]:
-    """Read ratings from a CSV file.
+    folder: Path | None,
+) -> tuple[lepton.data.Arrays, lepton.data.Arrays, dict[str, int], Any]:
+    """Read and prepare a person's own ratings.
 
     Returns:
-      (train, test, rows): the ratings to train on and to test on, and the rows that the
-      embeddings need at least. Row 0 is for those that are not in `train`.
+      (train, test, rows, serving): the ratings to train on and to test on, the rows
+      that the embeddings need at least, and the way from raw rows to these. Row 0 is
+      for those that are not in `train`.
     """
     if len({user, item, rating}) < 3:
         raise RecipeError(
@@ -184,28 +195,23 @@ def _read(
             where=data,
             remedy="name three different columns",
         )
+    # only here: the embedded ratings need no library that reads files
+    from lepton_jax.data import prepare
+    from recipes import _tables
 
     # the other columns, timestamps say, are not looked at
-    tables = lepton.data.table_split(
-        data,
-        rating,
-        TEST_SHARE,
-        seed=0,
-        columns=(user, item),
-        categorical=(user, item),
-        label_kind="quantity",
-        settings=(),
+    looked = _tables.Looked(
+        _tables.Asked(
+            data,
+            rating,
+            columns=(user, item),
+            categorical=(user, item),
+            label_kind="quantity",
+            test_share=TEST_SHARE,
+            folder=folder,
+        )
     )
-    schema = tables[0].schema
-    user_column = schema.categories.index(user)
-    item_column = schema.categories.index(item)
-
-    parts = []
-    for table in tables:
-        codes = table.arrays.inputs["categories"]
-        inputs = {"user": codes[:, user_column], "item": codes[:, item_column]}
-        parts.append(lepton.data.Arrays(inputs, table.arrays.targets))
-
-    train, test = parts
-    rows = {"users": schema.sizes[user_column], "items": schema.sizes[item_column]}
-    return train, test, rows
+    steps = [prepare.Vocabulary([user, item])]
+    tables = _tables.tables(looked, {"user": user, "item": item}, steps)
+    rows = {"users": tables.sizes[user], "items": tables.sizes[item]}
+    return tables.train, tables.test, rows, tables.serving

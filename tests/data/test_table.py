@@ -786,7 +786,7 @@ def test_remedies_name_only_settings_that_the_recipe_has(function, text, write):
         ([f"{i * 997:,}" for i in range(40)], {"thousands": ","}),
         ([f"{i * 997:,}" for i in range(40)], {"decimal": ","}),
         ([f"{i} kg" for i in range(40)], {"categorical": "a"}),
-        ([f"2024-01-{1 + i % 28:02d}" for i in range(40)], {"ignore": "a"}),
+        ([f"{i} kg" for i in range(40)], {"ignore": "a"}),
     ],
 )
 def test_each_remedy_can_be_followed_in_csv_mlp(cells, settings, write):
@@ -801,6 +801,7 @@ def test_each_remedy_can_be_followed_in_csv_mlp(cells, settings, write):
     with pytest.raises(DataError) as caught:
         csv_mlp.recipe(data=path, label="y")
     assert f"`{next(iter(settings))}`" in caught.value.remedy
+    assert "types=" not in caught.value.remedy
     recipe = csv_mlp.recipe(
         data=path,
         label="y",
