@@ -449,23 +449,19 @@ class CsvReader(CountedReader):
         if table is not None:
             return Cells(table, np.arange(table.height), [])
 
-        repaired = records.repaired(utf8, dialect.grammar, dialect.width)
+        repaired = records.repaired(
+            utf8,
+            dialect.grammar,
+            dialect.width,
+            spare=dialect.width > len(dialect.names),
+        )
         clean = parse(repaired.data, dialect, types, ())
         assert clean is not None, "repaired rows can be parsed"
-        refused = repaired.refused
-        numbers = repaired.numbers
-        if dialect.width > len(dialect.names):
-            too_wide = clean.to_series(-1).fill_null("") != ""
-            for i in too_wide.arg_true().to_list():
-                refused.append(self._too_wide(clean, int(numbers[i])))
-            numbers = numbers[~too_wide.to_numpy()]
-            clean = clean.filter(~too_wide)
-        return Cells(clean.select(dialect.names), numbers, refused)
-
-    def _too_wide(self, table: pl.DataFrame, number: int) -> records.Refused:
-        count = len(self.names())
-        fault = f"expected {count} cells, found {count + 1}"
-        return records.Refused(number, 0, b"", fault)
+        return Cells(
+            clean.select(dialect.names),
+            repaired.numbers,
+            repaired.refused,
+        )
 
     def _slowly(
         self,

@@ -19,6 +19,10 @@ ROWS_LOOKED_AT = 200
 # Least share of rows as wide as most for a delimiter to be taken for granted.
 ALIKE_SHARE = 0.8  # assumption
 
+# Least share of rows as wide as most for a text to be a table, if its name does not
+# tell; assumption.
+SURE_SHARE = 0.95
+
 LONGEST_ROW = 2**26  # bytes; assumption: no row that is meant as one is longer
 
 _NUMBER = re.compile(r"[-+(]?\W{0,3}\d[\d.,' ]*(?:[eE][-+]?\d+)?\s?\W{0,3}")
@@ -128,6 +132,18 @@ def dialect_of(
         settings,
         where,
     )
+
+
+def looks_delimited(text: bytes, settings: CsvSettings) -> bool:
+    """Whether the first rows of a text all have the same number of cells."""
+    start, said = _first_line(text, settings.skip)
+    grammar = _grammar(text[start:], settings, said)
+    rows = _first_rows(text[start:], grammar)
+    if len(rows) < 2:
+        return False
+    width = _usual_width(rows)
+    alike = sum(len(row) == width for row in rows)
+    return width > 1 and alike >= SURE_SHARE * len(rows)
 
 
 # ---- the beginning ----
@@ -286,6 +302,8 @@ def _with_names(
     first_width = len(rows[0]) if has_header else _usual_width(body)
     width = first_width
     trailing = _has_trailing(rows, body, has_header)
+    if has_header and not trailing:
+        _check_first(rows[0], body, where)
     if trailing:
         width = len(body[0])
         reasons.append("each row ends with a delimiter")
@@ -311,6 +329,35 @@ def _with_names(
         strip,
         tuple(reasons),
         renamed,
+    )
+
+
+def _check_first(
+    first: list[str],
+    body: list[list[str]],
+    where: object,
+) -> None:
+    """Check that the first row is as wide as nearly all others, if it has names.
+
+    Raises:
+      DataError: it is not.
+    """
+    if len(body) < 2:
+        return
+    width = _usual_width(body)
+    alike = sum(len(row) == width for row in body)
+    if width == len(first) or alike < ALIKE_SHARE * len(body):
+        return
+    remedy = "set `skip` to the lines above the first row"
+    if len(first) == width - 1:
+        remedy = (
+            "name every column: the header has one cell less than each row, for row"
+            " names perhaps; or set `names`, header=False and `skip`"
+        )
+    raise DataError(
+        f"expected {width} cells as in the other rows, found {len(first)}",
+        where=f"{where}, the first row: {','.join(first)[:80]!r}",
+        remedy=remedy,
     )
 
 

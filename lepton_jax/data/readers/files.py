@@ -15,7 +15,6 @@ import io
 import lzma
 import os
 import stat
-import tarfile
 import threading
 import time
 import zipfile
@@ -135,10 +134,15 @@ class Stored:
     Attributes:
       path: the file.
       entry: name of the entry; "" for the file itself.
+      offset: where the entry begins in the unpacked file, for a tar archive; -1 for an
+        entry of a ZIP archive.
+      size: bytes of the entry; -1: as many as there are.
     """
 
     path: str
     entry: str = ""
+    offset: int = -1
+    size: int = -1
 
     def __str__(self) -> str:
         return f"{self.path}:{self.entry}" if self.entry else self.path
@@ -168,6 +172,9 @@ class Stored:
         Raises:
           DataError: the file is damaged or can't be read.
         """
+        if self.offset >= 0:
+            length = max(0, min(length, self.size - start))
+            return self._read_part(start, length)
         stream = _stream_at(self, start)
         try:
             data = _read_fully(stream, length)
@@ -180,6 +187,31 @@ class Stored:
             start + len(data),
             is_done=len(data) < length,
         )
+        return data
+
+    def _read_part(self, start: int, length: int) -> bytes:
+        data = Stored(self.path).read(self.offset + start, length)
+        if len(data) < length:
+            raise DataError(
+                "the archive is cut short",
+                where=self,
+                remedy="download or pack the file again",
+            )
+        return data
+
+    def whole(self, most: int) -> bytes:
+        """Return all bytes.
+
+        Raises:
+          DataError: they are more than `most`.
+        """
+        data = self.read(0, most + 1)
+        if len(data) > most:
+            raise DataError(
+                f"the file has more than {most:,} bytes, which are read at once",
+                where=self,
+                remedy="divide it into smaller files",
+            )
         return data
 
     def blocks(self, length: int = BLOCK) -> Iterator[bytes]:
@@ -206,6 +238,7 @@ def damaged(place: object, error: Exception) -> DataError:
 # Streams that are open between two readings, by what they read, with their position.
 # They belong to the process: a reader that is pickled takes none along.
 _kept: OrderedDict[tuple[Stored, Stamp], tuple[BinaryIO, int]] = OrderedDict()
+_archives: OrderedDict[tuple[str, tuple[int, ...]], zipfile.ZipFile] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -296,7 +329,7 @@ def open_stored(stored: Stored) -> BinaryIO:
         if stored.entry:
             return _open_entry(stored)
         return _unpacked(open(stored.path, "rb"))
-    except (*_UNPACKING, tarfile.TarError, KeyError, RuntimeError) as error:
+    except (*_UNPACKING, KeyError, RuntimeError, NotImplementedError) as error:
         raise damaged(stored, error) from error
 
 
@@ -314,15 +347,20 @@ def _unpacked(file: BinaryIO) -> BinaryIO:
 
 
 def _open_entry(stored: Stored) -> BinaryIO:
-    if zipfile.is_zipfile(stored.path):
-        archive = zipfile.ZipFile(stored.path)
-        entry = archive.open(stored.entry)
-        return cast("BinaryIO", _Closing(entry, archive))
-    tar = tarfile.open(stored.path)  # noqa: SIM115, closed with the entry
-    member = tar.extractfile(stored.entry)
-    if member is None:
-        raise KeyError(f"{stored.entry} is no file")
-    return cast("BinaryIO", _Closing(member, tar))
+    entry = zip_archive(stored.path).open(stored.entry)
+    return cast("BinaryIO", _Closing(entry))
+
+
+def zip_archive(path: str) -> zipfile.ZipFile:
+    """Return an open ZIP archive; its directory is read once."""
+    key = (path, stamp(path)[:3])
+    with _lock:
+        archive = _archives.pop(key, None) or zipfile.ZipFile(path)
+        _archives[key] = archive
+        while len(_archives) > STREAMS_KEPT:
+            # Entries that are still being read hold the file open themselves.
+            _archives.popitem(last=False)
+    return archive
 
 
 class _Closing:

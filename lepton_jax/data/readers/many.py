@@ -43,6 +43,7 @@ class ManyReader(CountedReader):
         self.readers = list(readers)
         self.drift = drift
         self._columns: list[Column] | None = None
+        self._by_path = {_place(reader): reader for reader in readers}
 
     def columns(self) -> list[Column]:
         if self._columns is None:
@@ -72,9 +73,8 @@ class ManyReader(CountedReader):
     # ---- internals ----
 
     def _reader(self, piece: Piece) -> CountedReader:
-        for reader in self.readers:
-            if str(getattr(reader, "stored", "")) == piece.path:
-                return reader
+        if piece.path in self._by_path:
+            return self._by_path[piece.path]
         raise DataError(
             f"{piece.path!r} is no file of this source",
             where=self.name,

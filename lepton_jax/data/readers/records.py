@@ -268,6 +268,7 @@ def repaired(
     data: bytes,
     grammar: Grammar,
     width: int,
+    spare: bool = False,
 ) -> Repaired:
     """Tell the readable records of a text from the others.
 
@@ -275,6 +276,7 @@ def repaired(
       data: whole records in UTF-8, possibly with bytes that are none.
       grammar: of the text.
       width: cells that a record must have.
+      spare: whether the last of them is nothing behind a delimiter.
     """
     lines = []
     numbers = []
@@ -286,8 +288,9 @@ def repaired(
         fault = record.fault or _damage(text)
         if not fault:
             cells = cells_of(text.removeprefix(MARK), grammar)
-            if len(cells) != width:
-                fault = f"expected {width} cells, found {len(cells)}"
+            if spare and len(cells) == width - 1:
+                cells.append(b"")
+            fault = _misfit(cells, width, spare)
         if fault:
             refused.append(Refused(number, record.start, text, fault))
             continue
@@ -397,6 +400,19 @@ def _line_end(data: bytes, position: int) -> int:
     if lone < 0:
         return stop
     return lone + 2 if data[lone + 1 : lone + 2] == b"\n" else lone + 1
+
+
+def _misfit(
+    cells: list[bytes],
+    width: int,
+    spare: bool,
+) -> str:
+    """Return what is wrong with the number of a record's cells; "" if nothing."""
+    if len(cells) != width:
+        return f"expected {width - spare} cells, found {len(cells)}"
+    if spare and cells[-1].strip():
+        return f"expected {width - 1} cells, found {width}"
+    return ""
 
 
 def _damage(text: bytes) -> str:
