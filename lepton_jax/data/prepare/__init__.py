@@ -4,6 +4,97 @@ from lepton_jax.data.extras import needs
 
 needs("polars", extra="data", purpose="preparing data")
 
+from lepton_jax.data.prepare.conformance import conformance  # noqa: E402
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
+from lepton_jax.data.prepare.steps.categories import (  # noqa: E402
+    Classes,
+    HashCategories,
+    OneHot,
+    Vocabulary,
+)
+from lepton_jax.data.prepare.steps.dates import DateFeatures  # noqa: E402
+from lepton_jax.data.prepare.steps.interpolation import Interpolate  # noqa: E402
+from lepton_jax.data.prepare.steps.missing import (  # noqa: E402
+    DropMissing,
+    FillMissing,
+    FillWith,
+    MarkMissing,
+)
+from lepton_jax.data.prepare.steps.outliers import (  # noqa: E402
+    ClipOutliers,
+    DropOutliers,
+    FlagOutliers,
+)
+from lepton_jax.data.prepare.steps.sampling import (  # noqa: E402
+    Oversample,
+    Sample,
+    Undersample,
+    Weigh,
+)
+from lepton_jax.data.prepare.steps.scaling import (  # noqa: E402
+    Bins,
+    LogScale,
+    MinMaxScale,
+    QuantileScale,
+    RobustScale,
+    Standardize,
+)
+from lepton_jax.data.prepare.steps.schema import CheckSchema, Field  # noqa: E402
+from lepton_jax.data.prepare.steps.selecting import (  # noqa: E402
+    Derive,
+    Drop,
+    Filter,
+    Rename,
+    Select,
+)
+from lepton_jax.data.prepare.steps.splitting import (  # noqa: E402
+    Split,
+    SplitAt,
+    SplitByGroup,
+    SplitByHash,
+    SplitBySource,
+    SplitByTime,
+)
 
-__all__ = ["Fitted", "Outcome", "Step"]
+__all__ = [
+    "Bins",
+    "CheckSchema",
+    "Classes",
+    "ClipOutliers",
+    "DateFeatures",
+    "Derive",
+    "Drop",
+    "DropMissing",
+    "DropOutliers",
+    "Field",
+    "FillMissing",
+    "FillWith",
+    "Filter",
+    "Fitted",
+    "FlagOutliers",
+    "HashCategories",
+    "Interpolate",
+    "LogScale",
+    "MarkMissing",
+    "MinMaxScale",
+    "OneHot",
+    "Outcome",
+    "Oversample",
+    "QuantileScale",
+    "Rename",
+    "RobustScale",
+    "Sample",
+    "Select",
+    "Split",
+    "SplitAt",
+    "SplitByGroup",
+    "SplitByHash",
+    "SplitBySource",
+    "SplitByTime",
+    "Standardize",
+    "Step",
+    "Undersample",
+    "Vocabulary",
+    "Weigh",
+    "conformance",
+]
