@@ -127,7 +127,7 @@ def conformance(
 
 
 def fitted(step: Step, pieces: Sequence[pl.DataFrame]) -> pl.DataFrame | None:
-    """Return the state of a step, fitted to the rows that it may see; None: it has none.
+    """Return the state of a step, fitted to some rows; None: it has none.
 
     Args:
       step: the step.

@@ -31,11 +31,13 @@ MOST_CODES = 2**31 - 1  # a code fits into int32, which models take
 # (assumption: beyond it an embedding of Vocabulary's codes is smaller).
 MOST_PLACES = 256
 
-COUNTS = {
-    "column": pl.String(),
-    "value": pl.String(),  # null: missing
-    "count": pl.UInt64(),
-}
+COUNTS = pl.Schema(
+    {
+        "column": pl.String(),
+        "value": pl.String(),  # null: missing
+        "count": pl.UInt64(),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -349,4 +349,4 @@ def _notes(
         after.alias("after"),
         pl.lit(None).alias("partner_source"),
         pl.lit(None).alias("partner_row"),
-    ).cast(dict(NOTES))
+    ).cast(NOTES)

@@ -76,9 +76,10 @@ class DateFeatures(Step):
         if self.since is not None and _day(self.since) is None:
             require(self, schema, [self.since], DAY)
         self._check_times(schema)
-        added = {}
+        added: dict[str, pl.DataType] = {}
         for name in self.columns:
-            added |= {f"{name}_{part}": pl.Int32() for part in self.parts}
+            for part in self.parts:
+                added[f"{name}_{part}"] = pl.Int32()
             for part in self.cyclic:
                 added[f"{name}_{part}_sin"] = pl.Float32()
                 added[f"{name}_{part}_cos"] = pl.Float32()

@@ -7,10 +7,10 @@ all rows, by which one row's result would depend on others'.
     age >= 18 and sex in ("f", "m")
     log(1 + col("capital gain")) if known(age) else 0
 
-There are names of columns, col("...") for a name that is no plain word, numbers, "text",
-True, False and None, + - * / // % **, comparisons, in, and, or, not, `x if c else y`,
-and the functions below. A missing value (null or NaN) makes a comparison and arithmetic
-missing; known(x) tells.
+There are names of columns, col("...") for a name that is no plain word, numbers,
+"text", True, False and None, + - * / // % **, comparisons, in, and, or, not,
+`x if c else y`, and the functions below. A missing value (null or NaN) makes a
+comparison and arithmetic missing; known(x) tells.
 """
 
 from __future__ import annotations
@@ -184,12 +184,26 @@ class Expression:
     def _build(self, node: ast.expr, types: Any, depth: int) -> pl.Expr:
         if depth > DEEPEST:
             raise self._error("is too deep", "divide it among several Derive steps")
-        build = functools.partial(self._build, types=types, depth=depth + 1)
         match node:
             case ast.Constant(value=value):
                 return self._constant(value)
             case ast.Name(id=name):
                 return self._column(name, types)
+            case ast.Call(func=ast.Name(id="col")):
+                return self._column(self._name_of(node), types)
+
+        build = functools.partial(self._build, types=types, depth=depth + 1)
+        result = self._combined(node, build)
+        if result is None:
+            raise self._error(
+                f"has {ast.unparse(node)!r}, which is not supported",
+                f"use columns, constants, operators and {', '.join(FUNCTIONS)}",
+            )
+        return result
+
+    def _combined(self, node: ast.expr, build: Callable) -> pl.Expr | None:
+        """Return an expression made of others; None: it is not supported."""
+        match node:
             case ast.BinOp(op=ast.Div()):
                 return self._quotient(node, build)
             case ast.BinOp(op=op) if type(op) in OPERATORS:
@@ -207,11 +221,8 @@ class Expression:
             case ast.Compare():
                 return self._comparison(node, build)
             case ast.Call(func=ast.Name(id=name)):
-                return self._call(name, node, types, build)
-        raise self._error(
-            f"has {ast.unparse(node)!r}, which is not supported",
-            f"use columns, constants, operators and {', '.join(FUNCTIONS)}",
-        )
+                return self._call(name, node, build)
+        return None
 
     def _constant(self, value: Any) -> pl.Expr:
         if value is not None and not isinstance(value, bool | int | float | str):
@@ -276,11 +287,8 @@ class Expression:
         self,
         name: str,
         node: ast.Call,
-        types: Any,
         build: Callable,
     ) -> pl.Expr:
-        if name == "col":
-            return self._column(self._name_of(node), types)
         if name not in FUNCTIONS:
             raise self._error(
                 f"has the unknown function {name!r}{nearest(name, FUNCTIONS)}",

@@ -30,13 +30,15 @@ from lepton_jax.errors import DataError
 # copies while they merge: about 2 GB (assumption).
 MOST_POINTS = 2**23
 
-POINTS = {
-    "column": pl.String(),
-    "group": pl.String(),
-    "at": pl.Float64(),
-    "value": pl.Float64(),
-    "count": pl.UInt64(),  # of cells with that value there
-}
+POINTS = pl.Schema(
+    {
+        "column": pl.String(),
+        "group": pl.String(),
+        "at": pl.Float64(),
+        "value": pl.Float64(),
+        "count": pl.UInt64(),  # of cells with that value there
+    }
+)
 KEYS = ["column", "group", "at", "value"]
 # Names of columns while a column is filled.
 PLACE = "lepton.place"
@@ -105,7 +107,7 @@ class Interpolate(Fitted):
                 f"there are {len(points)} known values to interpolate between; at most"
                 f" {MOST_POINTS} are held",
                 where="Interpolate",
-                remedy="fill the columns with FillMissing, or interpolate fewer of them",
+                remedy="fill the columns with FillMissing, or interpolate fewer",
             )
         return points
 

@@ -41,7 +41,7 @@ from lepton_jax.data.prepare.steps.columns import (
 LIMITS = {"zscore": 3.0, "iqr": 1.5, "quantile": 0.01}
 # Largest limits.
 HIGHEST = {"zscore": 1e9, "iqr": 1e9, "quantile": 0.5}
-BOUNDS = {"column": pl.String(), "low": pl.Float64(), "high": pl.Float64()}
+BOUNDS = pl.Schema({"column": pl.String(), "low": pl.Float64(), "high": pl.Float64()})
 
 
 @dataclass(frozen=True)

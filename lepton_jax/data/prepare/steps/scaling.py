@@ -38,11 +38,13 @@ LEAST_SPREAD = 10
 # +-5.2 there: scikit-learn's BOUNDS_THRESHOLD.
 LEAST_RANK = 1e-7
 
-LINE = {
-    "column": pl.String(),
-    "center": pl.Float64(),
-    "scale": pl.Float64(),
-}
+LINE = pl.Schema(
+    {
+        "column": pl.String(),
+        "center": pl.Float64(),
+        "scale": pl.Float64(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,8 @@ class QuantileScale(Fitted):
         tables = []
         for name in self.columns:
             rows = partial.filter(pl.col("column") == name)
-            shares = np.linspace(0, 1, max(1, min(self.count, rows["count"].sum())))
+            count = min(self.count, int(rows["count"].sum()))
+            shares = np.linspace(0, 1, max(1, count))
             each = statistics.quantiles(self, rows, [name], shares)
             edges = next(each)[1]
             if not np.isfinite(edges).all():

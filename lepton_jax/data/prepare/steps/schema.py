@@ -42,7 +42,7 @@ TYPES: dict[str, pl.DataType] = {
 TRUE = ("true", "t", "yes", "y", "1")
 FALSE = ("false", "f", "no", "n", "0")
 # Forms of dates in text, where none is given: ISO 8601 with a space or a T.
-DATE_FORMS = ("%Y-%m-%d",)
+DATE_FORMS: tuple[str, ...] = ("%Y-%m-%d",)
 DATETIME_FORMS = (
     "%Y-%m-%d %H:%M:%S%.f",
     "%Y-%m-%dT%H:%M:%S%.f",
@@ -201,8 +201,8 @@ class CheckSchema(Step):
         faults: Sequence[Fault],
     ) -> Outcome:
         """Make bad cells missing, and drop the rows where they must not be."""
-        changed = []
-        fatal = []
+        changed: list[Fault] = []
+        fatal: list[Fault] = []
         for each in faults:
             field = _field(self.columns[each.column])
             (changed if field.missing else fatal).append(each)
@@ -290,10 +290,10 @@ def _cast_text(value: pl.Expr, after: pl.DataType, field: Field) -> pl.Expr:
         is_true = pl.when(word.is_in(TRUE)).then(True)
         return is_true.otherwise(pl.when(word.is_in(FALSE)).then(False))
     if after == pl.Date:
-        forms = [field.form] if field.form else DATE_FORMS
+        forms = (field.form,) if field.form else DATE_FORMS
         return pl.coalesce([text.str.to_date(form, strict=False) for form in forms])
     if after == pl.Datetime:
-        forms = [field.form] if field.form else DATETIME_FORMS
+        forms = (field.form,) if field.form else DATETIME_FORMS
         moments = [
             text.str.to_datetime(form, time_unit="us", strict=False) for form in forms
         ]

@@ -143,8 +143,9 @@ class Filter(Step):
         columns = expression.columns
         column = columns[0] if len(columns) == 1 else ""
         unknown = f"not known, as a cell is missing: {self.condition}"
-        reason = pl.when(value.is_null()).then(pl.lit(unknown))
-        reason = reason.otherwise(pl.lit(f"not so: {self.condition}"))
+        untrue = f"not so: {self.condition}"
+        when_unknown = pl.when(value.is_null()).then(pl.lit(unknown))
+        reason = when_unknown.otherwise(pl.lit(untrue))
         return dropped(table, [fault(column, ~value.fill_null(False), reason)])
 
 

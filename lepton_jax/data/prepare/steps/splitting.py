@@ -39,17 +39,21 @@ from lepton_jax.errors import DataError
 # merge: some 3 GB (assumption).
 MOST_HASHES = 2**25
 
-HASHES = {
-    "stratum": pl.String(),
-    "hash": pl.UInt64(),
-    "rows": pl.UInt64(),
-}
-THRESHOLDS = {
-    "stratum": pl.String(),
-    "rows": pl.UInt64(),
-    "test": pl.UInt64(),  # largest hash of the test; null: it is empty
-    "validation": pl.UInt64(),  # largest hash of the validation
-}
+HASHES = pl.Schema(
+    {
+        "stratum": pl.String(),
+        "hash": pl.UInt64(),
+        "rows": pl.UInt64(),
+    }
+)
+THRESHOLDS = pl.Schema(
+    {
+        "stratum": pl.String(),
+        "rows": pl.UInt64(),
+        "test": pl.UInt64(),  # largest hash of the test; null: it is empty
+        "validation": pl.UInt64(),  # largest hash of the validation
+    }
+)
 # Between the values of a stratum: the unit separator of ASCII, made for it.
 SEPARATOR = "\x1f"
 
@@ -383,7 +387,7 @@ class SplitBySource(Step):
 
 
 def position_of(name: str, dtype: pl.DataType) -> pl.Expr:
-    """Return a column of dates as microseconds since 1970, of numbers as it is; Float64.
+    """Return the microseconds of dates since 1970, or numbers as they are; Float64.
 
     Dates without a zone count as UTC's.
     """

@@ -30,20 +30,24 @@ from lepton_jax.errors import DataError
 # about 2 GB (assumption).
 MOST_VALUES = 2**25
 
-MOMENTS = {
-    "column": pl.String(),
-    "count": pl.UInt64(),  # of finite values
-    "mean": pl.Float64(),
-    "squares": pl.Float64(),  # sum of squared deviations from the mean
-    "least": pl.Float64(),
-    "most": pl.Float64(),
-    "infinite": pl.UInt64(),  # count of infinite values
-}
-COUNTS = {
-    "column": pl.String(),
-    "value": pl.Float64(),
-    "count": pl.UInt64(),
-}
+MOMENTS = pl.Schema(
+    {
+        "column": pl.String(),
+        "count": pl.UInt64(),  # of finite values
+        "mean": pl.Float64(),
+        "squares": pl.Float64(),  # sum of squared deviations from the mean
+        "least": pl.Float64(),
+        "most": pl.Float64(),
+        "infinite": pl.UInt64(),  # count of infinite values
+    }
+)
+COUNTS = pl.Schema(
+    {
+        "column": pl.String(),
+        "value": pl.Float64(),
+        "count": pl.UInt64(),
+    }
+)
 
 
 def moments(table: pl.LazyFrame, columns: Sequence[str]) -> pl.LazyFrame:
@@ -127,7 +131,7 @@ def quantiles(
     step: Any,
     counts: pl.DataFrame,
     columns: Sequence[str],
-    shares: Sequence[float],
+    shares: Sequence[float] | np.ndarray,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Return (column, its quantiles at `shares`), interpolated linearly.
 
