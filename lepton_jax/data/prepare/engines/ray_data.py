@@ -6,6 +6,7 @@ the sources and the folder of the preparation under the same paths.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,7 @@ class RayData(Engine):
     def run(self, job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
         context = self._data.DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         _carry_own_classes(self._ray, job)
         shared = self._ray.put(job)
         items = [{"number": number} for number in range(len(tasks))]
