@@ -4,8 +4,9 @@
 rows without an amount dropped, the numbers standardized, rows with the text of an
 earlier row dropped, and the rest written as Parquet. Once by a `Preparation`, once by
 hand in Polars, in memory and with all its threads; a process each, in turns. Measured
-are the seconds from the first line of the work to the last, without the start of Python
-and imports, and the peak of the process's memory (VmHWM). The rows of both are compared.
+are the seconds of the work, without the start of Python and imports, those of all
+processors together, and the peak of the process's memory (VmHWM). The rows of both are
+compared.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         results[job] = {
             "seconds": [one["seconds"] for one in of_job],
             "median_seconds": statistics.median(one["seconds"] for one in of_job),
+            "cpu_seconds": [one["cpu_seconds"] for one in of_job],
             "peak_bytes": max(one["peak_bytes"] for one in of_job),
             "out_rows": of_job[0]["out_rows"],
         }
@@ -126,11 +128,7 @@ def _round(folder: Path, table: Path) -> dict[str, dict[str, Any]]:
                 remedy=f"see what it says: {done.stderr.strip()[-300:]}",
             )
         made[job] = json.loads(done.stdout.splitlines()[-1])
-        print(
-            f"{job:8} {made[job]['seconds']:8.2f} s {made[job]['peak_bytes'] / 1e9:6.2f}"
-            f" GB  {made[job]['out_rows']:,} rows",
-            flush=True,
-        )
+        print(_line(job, made[job]), flush=True)
     if made["lepton"]["sums"] != made["hand"]["sums"]:
         raise LeptonError(
             f"the rows differ: {made['lepton']['sums']} and {made['hand']['sums']}",
@@ -138,6 +136,13 @@ def _round(folder: Path, table: Path) -> dict[str, dict[str, Any]]:
             remedy="find out which of the two is wrong",
         )
     return made
+
+
+def _line(job: str, made: dict[str, Any]) -> str:
+    return (
+        f"{job:8} {made['seconds']:8.2f} s {made['cpu_seconds']:8.2f} s of processors"
+        f" {made['peak_bytes'] / 1e9:6.2f} GB {made['out_rows']:12,} rows"
+    )
 
 
 # ---- the table ----

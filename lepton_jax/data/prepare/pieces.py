@@ -29,6 +29,7 @@ from lepton_jax.data.prepare.shards import write_shards
 from lepton_jax.data.prepare.step import SPLIT, Fitted, Outcome, Step
 from lepton_jax.data.prepare.store import (
     key_of,
+    leave_arrow,
     read_arrow,
     read_json,
     write_arrow,
