@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from pathlib import Path
 
 import polars as pl
 import pytest
@@ -16,6 +14,7 @@ from lepton_jax.data.prepare.preparation import check
 from lepton_jax.data.readers.reader import ROW
 from lepton_jax.errors import DataError
 from tests.data.preparing import PIECE_ROWS, Above, Center, Memory, Once, Tenth
+from tools.same_bytes import files_of
 
 ROWS = 400
 STEPS = (Tenth(), Above("age", 2), Center("age"), Once("text"))
@@ -36,15 +35,6 @@ def people(rows: int = ROWS) -> pl.DataFrame:
 def preparation(*steps, table: pl.DataFrame | None = None, **fields) -> Preparation:
     rows = people() if table is None else table
     return Preparation({"a": Memory(rows)}, steps or STEPS, target="sick", **fields)
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """Checksums of all that a preparation has written for others."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "work" not in path.parts
-    }
 
 
 def by_hand() -> pl.DataFrame:

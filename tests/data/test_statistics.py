@@ -57,6 +57,7 @@ def test_a_histogram_does_not_depend_on_the_pieces(values, cuts):
     assert whole(values, cuts).get("histogram") == whole(values, []).get("histogram")
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-(2**40), 2**40), min_size=1))
 def test_whole_numbers_have_bins_of_whole_width(values):
     assert whole(values, [3], pl.Int64)["histogram"]["width"] >= 1

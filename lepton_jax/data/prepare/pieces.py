@@ -29,6 +29,7 @@ from lepton_jax.data.prepare.shards import write_shards
 from lepton_jax.data.prepare.step import SPLIT, Fitted, Outcome, Step
 from lepton_jax.data.prepare.store import (
     key_of,
+    leave_arrow,
     read_arrow,
     read_json,
     write_arrow,
@@ -318,9 +319,9 @@ def _leave(job: Job, task: Task, content: Content) -> None:
         "refused": content.refused,
     }
     write_json(paths["counts"], counts)
-    write_arrow(paths["notes"], pl.concat(content.notes))
+    leave_arrow(paths["notes"], pl.concat(content.notes))
     # the last one: where it is, the others are
-    write_arrow(paths["rows"], content.table)
+    leave_arrow(paths["rows"], content.table)
 
 
 def _left(job: Job, task: Task) -> Content | None:

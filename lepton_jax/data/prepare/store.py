@@ -98,6 +98,16 @@ def write_arrow(path: Path, table: pl.DataFrame) -> None:
     write_bytes(path, arrow_bytes(table))
 
 
+def leave_arrow(path: Path, table: pl.DataFrame) -> None:
+    """Write a table that only the next pass reads, in Polars' own layout.
+
+    That takes a third of the time of `write_arrow` (0.02 s rather than 0.06 s for 33 MB
+    of text), but its bytes are not the same for the same values.
+    """
+    with replacing(path) as draft:
+        table.write_ipc(draft, compat_level=pl.CompatLevel.newest())
+
+
 def read_arrow(path: Path) -> pl.DataFrame:
     """Read a table into memory."""
     return pl.read_ipc(path)

@@ -6,6 +6,7 @@ the sources and the folder of the preparation under the same paths.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,16 @@ from typing import Any
 from lepton_jax.data.extras import needs
 from lepton_jax.data.prepare.engines.engine import Engine
 from lepton_jax.data.prepare.pieces import Job, Task, run_piece
-from lepton_jax.errors import LeptonError
+from lepton_jax.errors import DataError, LeptonError
 
 PURPOSE = "preparing data with engine 'ray'"
 
 
 class RayData(Engine):
     """Tasks of a Ray cluster.
+
+    Attributes:
+      nodes: identifiers of the nodes that have worked.
 
     Args:
       address: of a cluster; None: a fresh one on this machine.
@@ -38,6 +42,7 @@ class RayData(Engine):
         needs("aiohttp", extra="ray", purpose=PURPOSE)
         self._ray: Any = needs("ray", extra="ray", purpose=PURPOSE)
         self._data: Any = needs("ray.data", extra="ray", purpose=PURPOSE)
+        self.nodes: set[str] = set()
         self._is_own = not self._ray.is_initialized()
         if self._is_own:
             self._connect(address, workers)
@@ -54,6 +59,7 @@ class RayData(Engine):
     def run(self, job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
         context = self._data.DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         _carry_own_classes(self._ray, job)
         shared = self._ray.put(job)
         items = [{"number": number} for number in range(len(tasks))]
@@ -66,15 +72,17 @@ class RayData(Engine):
             import ray
 
             task = by_number[item["number"]]
+            done = {**item, "node": ray.get_runtime_context().get_node_id()}
             try:
                 run_piece(ray.get(shared), task)
             except LeptonError as error:
-                return {**item, "error": [error.what, error.where, error.remedy]}
-            return {**item, "error": None}
+                return {**done, "error": [error.what, error.where, error.remedy]}
+            return {**done, "error": None}
 
         for done in rows.map(work).iter_rows():
             if done["error"] is not None:
                 raise _told(done["error"])
+            self.nodes.add(done["node"])
             yield by_number[done["number"]]
 
     def close(self) -> None:
@@ -83,15 +91,11 @@ class RayData(Engine):
 
 
 def _told(words: Sequence[Any]) -> LeptonError:
-    from lepton_jax.errors import DataError
-
     what, where, remedy = words
     return DataError(what, where=where, remedy=remedy)
 
 
 def _unreachable(address: str | None, error: Exception) -> LeptonError:
-    from lepton_jax.errors import DataError
-
     return DataError(
         f"no Ray cluster can be reached: {str(error).partition(chr(10))[0]}",
         where=address or "a fresh cluster on this machine",
