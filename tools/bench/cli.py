@@ -21,6 +21,7 @@ from tools.bench import (
     calibration,
     controller,
     cpu_rates,
+    data,
     faults,
     lm,
     memory,
@@ -45,6 +46,7 @@ COMMANDS = (
     controller,
     faults,
     restart,
+    data,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
