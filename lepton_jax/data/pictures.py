@@ -100,6 +100,9 @@ class PictureFiles(Indexed):
 
     Decoded pictures are held in memory as far as the feed's budget allows.
 
+    Attributes:
+      is_held: whether they are.
+
     Args:
       files: of the pictures.
       labels: of each, int32 (files,).
@@ -118,6 +121,7 @@ class PictureFiles(Indexed):
         self.labels = np.asarray(labels, np.int32)
         self.decode = decode
         self.name = name
+        self.is_held = True
         self.sizes = np.array([file.stat().st_size for file in self.files])
         listing = [
             f"{file} {size}" for file, size in zip(files, self.sizes, strict=True)
@@ -137,12 +141,21 @@ class PictureFiles(Indexed):
     ) -> Rows:
         pixels: Any = None
         for row, index in enumerate(indices.tolist()):
-            key = (self.digest, self.decode, index)
-            picture = held.get(key, partial(self._load, index))
+            picture = self._picture(index, held)
             if pixels is None:
                 pixels = aligned_empty((len(indices), *picture.shape), picture.dtype)
             pixels[row] = picture
         return pixels, self.labels[indices]
+
+    def _picture(
+        self,
+        index: int,
+        held: HeldGroups,
+    ) -> np.ndarray:
+        if not self.is_held:
+            return self._load(index)[0]
+        key = (self.digest, self.decode, index)
+        return held.get(key, partial(self._load, index))
 
     def _load(self, index: int) -> tuple[np.ndarray, int]:
         file = self.files[index]

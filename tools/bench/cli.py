@@ -21,11 +21,11 @@ from tools.bench import (
     calibration,
     controller,
     cpu_rates,
+    data,
     faults,
     lm,
     memory,
     overhead,
-    prepare,
     regret,
     restart,
     step,
@@ -46,7 +46,7 @@ COMMANDS = (
     controller,
     faults,
     restart,
-    prepare,
+    data,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
