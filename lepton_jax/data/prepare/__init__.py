@@ -4,6 +4,7 @@ from lepton_jax.data.extras import needs
 
 needs("polars", extra="data", purpose="preparing data")
 
+from lepton_jax.data.prepare.leaks import Leak, Leaks, leaks_of  # noqa: E402
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
 from lepton_jax.data.prepare.steps.images import Images  # noqa: E402
@@ -29,9 +30,12 @@ __all__ = [
     "FileTokens",
     "Fitted",
     "Images",
+    "Leak",
+    "Leaks",
     "NearDuplicates",
     "Outcome",
     "Step",
     "TextQuality",
     "WordTokens",
+    "leaks_of",
 ]
