@@ -8,6 +8,7 @@ from lepton_jax.data.prepare.leaks import Leak, Leaks, leaks_of  # noqa: E402
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
 from lepton_jax.data.prepare.steps.images import Images  # noqa: E402
+from lepton_jax.data.prepare.steps.merging import Join, Mixture  # noqa: E402
 from lepton_jax.data.prepare.steps.near_duplicates import (  # noqa: E402
     NearDuplicates,
 )
@@ -30,8 +31,10 @@ __all__ = [
     "FileTokens",
     "Fitted",
     "Images",
+    "Join",
     "Leak",
     "Leaks",
+    "Mixture",
     "NearDuplicates",
     "Outcome",
     "Step",

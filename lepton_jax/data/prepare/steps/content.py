@@ -25,6 +25,7 @@ shared 2-core machine with `python tests/data/prepare/figures_of_steps.py hash`)
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -57,7 +58,7 @@ def content_hash(table: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame({"hash_high": hashes[:, 0], "hash_low": hashes[:, 1]})
 
 
-def hash_expression(columns: list[str]) -> pl.Expr:
+def hash_expression(columns: Sequence[str | pl.Expr]) -> pl.Expr:
     """Return `content_hash` of columns as an expression: a struct of HASH."""
     return (
         pl.struct(columns)
