@@ -78,7 +78,7 @@ class Join(Fitted):
                     f"the key {name!r} is {schema[name]} here and {there[name]} in the"
                     " other source",
                     where=f"Join({self.other!r})",
-                    remedy="read both with one type, or cast it before with CheckSchema",
+                    remedy="read both with one type, or cast it with CheckSchema",
                 )
         added = self._added(list(there))
         require_free(self, schema, added)
