@@ -10,6 +10,7 @@ from lepton_jax.data.prepare.facts import (  # noqa: E402
     read_profile,
     write_preparation_report,
 )
+from lepton_jax.data.prepare.leaks import Leak, Leaks, leaks_of  # noqa: E402
 from lepton_jax.data.prepare.preparation import Preparation  # noqa: E402
 from lepton_jax.data.prepare.prepared import (  # noqa: E402
     FittedStep,
@@ -30,6 +31,7 @@ from lepton_jax.data.prepare.steps.dates import DateFeatures  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
 from lepton_jax.data.prepare.steps.images import Images  # noqa: E402
 from lepton_jax.data.prepare.steps.interpolation import Interpolate  # noqa: E402
+from lepton_jax.data.prepare.steps.merging import Join, Mixture  # noqa: E402
 from lepton_jax.data.prepare.steps.missing import (  # noqa: E402
     DropMissing,
     FillMissing,
@@ -109,9 +111,13 @@ __all__ = [
     "HashCategories",
     "Images",
     "Interpolate",
+    "Join",
+    "Leak",
+    "Leaks",
     "LogScale",
     "MarkMissing",
     "MinMaxScale",
+    "Mixture",
     "NearDuplicates",
     "OneHot",
     "Outcome",
@@ -142,6 +148,7 @@ __all__ = [
     "WordTokens",
     "conformance",
     "drift",
+    "leaks_of",
     "open_prepared",
     "prepare",
     "profile",

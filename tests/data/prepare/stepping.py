@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import polars as pl
+import pytest
 
+from lepton_jax.data import readers
 from lepton_jax.data.prepare.step import Fitted, Step
 from lepton_jax.data.readers.reader import NOTES, ROW, SOURCE
 
@@ -47,3 +49,38 @@ def applied(step: Step, table: pl.DataFrame, state: pl.DataFrame | None = None):
 
 def row_numbers(table: pl.DataFrame) -> list[int]:
     return table[ROW].to_list()
+
+
+class Table:
+    """A reader's stand-in: a table in memory, in pieces of two rows."""
+
+    def __init__(self, table: pl.DataFrame):
+        self.table = table
+
+    def columns(self) -> Sequence[readers.Column]:
+        return [
+            readers.Column(name, kind, "as it is")
+            for name, kind in self.table.schema.items()
+        ]
+
+    def pieces(self, size: int) -> Sequence[readers.Piece]:
+        return [
+            readers.Piece("", start, start + 2, start, f"{start}")
+            for start in range(0, len(self.table), 2)
+        ]
+
+    def read(self, piece: readers.Piece) -> readers.Rows:
+        part = self.table[piece.start : piece.stop]
+        numbers = pl.int_range(piece.start, piece.start + pl.len(), dtype=pl.UInt64)
+        return readers.Rows(part.with_columns(numbers.alias(ROW)), pl.DataFrame())
+
+
+@pytest.fixture
+def existing(monkeypatch):
+    """Let `reader_of` find a table under the name "published.csv"."""
+
+    def put(columns: dict):
+        tables = {"published.csv": Table(pl.DataFrame(columns))}
+        monkeypatch.setattr(readers, "reader_of", tables.__getitem__, raising=False)
+
+    return put

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,11 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import applied, cut, fitted, row_numbers, rows
+from stepping import applied, cut, existing, fitted, row_numbers, rows  # noqa: F401
 
-from lepton_jax.data import readers
 from lepton_jax.data.prepare import Duplicates
 from lepton_jax.data.prepare.steps.content import BLOCK, MOST_SHORT, content_hash
-from lepton_jax.data.readers import ROW, SOURCE
+from lepton_jax.data.readers import SOURCE
 from lepton_jax.errors import DataError
 
 LOW = [
@@ -26,35 +24,6 @@ LOW = [
     "17c401cca2affb6a",
 ]
 CELLS = st.none() | st.sampled_from(["", "a", "b", "ab"])
-
-
-class Table:
-    """A reader's stand-in: a table in memory, in pieces of two rows."""
-
-    def __init__(self, table: pl.DataFrame):
-        self.table = table
-
-    def pieces(self, size: int) -> Sequence[readers.Piece]:
-        return [
-            readers.Piece("", start, start + 2, start, f"{start}")
-            for start in range(0, len(self.table), 2)
-        ]
-
-    def read(self, piece: readers.Piece) -> readers.Rows:
-        part = self.table[piece.start : piece.stop]
-        numbers = pl.int_range(piece.start, piece.start + pl.len(), dtype=pl.UInt64)
-        return readers.Rows(part.with_columns(numbers.alias(ROW)), pl.DataFrame())
-
-
-@pytest.fixture
-def existing(monkeypatch):
-    """Let `reader_of` find a table under the name "published.csv"."""
-
-    def put(columns: dict):
-        tables = {"published.csv": Table(pl.DataFrame(columns))}
-        monkeypatch.setattr(readers, "reader_of", tables.__getitem__, raising=False)
-
-    return put
 
 
 def test_the_first_of_equal_rows_stays_and_the_others_notes_name_it():
@@ -109,7 +78,7 @@ def test_pieces_in_any_order_and_grouping_give_polars_unique(cells, bounds, rand
     assert applied(step, kept)[0].equals(kept)  # a second time drops nothing
 
 
-def test_rows_of_an_existing_set_are_dropped_and_their_partner_is_named(existing):
+def test_rows_of_an_existing_set_are_dropped_and_their_partner_is_named(existing):  # noqa: F811
     existing({"text": ["x", "b", "b"]})
     table = rows({"text": ["a", "b", "a", "b"]})
     kept, notes = applied(Duplicates(["text"], existing="published.csv"), table)
@@ -122,7 +91,7 @@ def test_rows_of_an_existing_set_are_dropped_and_their_partner_is_named(existing
     assert step.to_json()["existing_digest"] == "0-2"
 
 
-def test_an_existing_set_without_the_column_or_columns_unnamed_is_an_error(existing):
+def test_an_existing_set_without_the_column_or_columns_unnamed_is_an_error(existing):  # noqa: F811
     existing({"texts": ["x"]})
     table = rows({"text": ["a"]})
     with pytest.raises(DataError, match="did you mean 'texts'"):

@@ -7,8 +7,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import applied, cut, fitted, row_numbers, rows
-from test_duplicates import existing  # noqa: F401
+from stepping import applied, cut, existing, fitted, row_numbers, rows  # noqa: F401
 
 from lepton_jax.data.prepare import NearDuplicates
 from lepton_jax.data.prepare.steps.minhash import choose_bands

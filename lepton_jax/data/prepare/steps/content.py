@@ -25,6 +25,7 @@ shared 2-core machine with `python tests/data/prepare/figures_of_steps.py hash`)
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -57,7 +58,7 @@ def content_hash(table: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame({"hash_high": hashes[:, 0], "hash_low": hashes[:, 1]})
 
 
-def hash_expression(columns: list[str]) -> pl.Expr:
+def hash_expression(columns: Sequence[str | pl.Expr]) -> pl.Expr:
     """Return `content_hash` of columns as an expression: a struct of HASH."""
     return (
         pl.struct(columns)
@@ -105,7 +106,9 @@ def _bytes_of(column: pl.Series) -> np.ndarray:
     dtype = column.dtype
     if dtype == pl.Null:
         return missing
-    if dtype.is_nested():
+    if _is_array(column):
+        column = pl.Series(column.name, [row.tobytes() for row in column.to_numpy()])
+    elif dtype.is_nested():
         text = column.to_frame().select(pl.struct(column.name).struct.json_encode())
         column = text.to_series()
     elif dtype.is_decimal() or dtype in (pl.Int128, pl.UInt128):
@@ -119,6 +122,17 @@ def _bytes_of(column: pl.Series) -> np.ndarray:
         values = _number_bits(column)[:, None]
     raw = values.astype(values.dtype.newbyteorder("<")).view(np.uint8)
     return np.concatenate([np.where(missing, 0, raw), missing], axis=1)
+
+
+def _is_array(column: pl.Series) -> bool:
+    """Whether a column holds arrays of numbers, such as pixels, none missing."""
+    if not isinstance(column.dtype, pl.Array) or column.is_empty():
+        return False
+    inner: pl.DataType = column.dtype
+    while isinstance(inner, pl.Array):
+        inner = pl.Series(dtype=inner.inner).dtype
+    flat = column.reshape((-1,)) if inner.is_numeric() else None
+    return flat is not None and flat.null_count() == 0 == column.null_count()
 
 
 def _number_bits(column: pl.Series) -> np.ndarray:

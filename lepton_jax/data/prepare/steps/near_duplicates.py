@@ -141,7 +141,7 @@ class NearDuplicates(Fitted):
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         known = self._known()
         rows = pl.concat([known, partial.sort(SOURCE, ROW)])
-        twins = first_alike(rows, self.threshold, always=len(known))
+        twins = first_alike(rows, self.threshold, len(known))
         dropped = rows[list(twins)].select(SOURCE, ROW)
         partners = rows[[twin.row for twin in twins.values()]]
         reasons = [
@@ -192,13 +192,20 @@ class NearDuplicates(Fitted):
         return pl.concat(tables)
 
 
-def first_alike(rows: pl.DataFrame, threshold: float, always: int) -> dict[int, Twin]:
+def first_alike(
+    rows: pl.DataFrame,
+    threshold: float,
+    always: int = 0,
+    *,
+    is_only_them: bool = False,
+) -> dict[int, Twin]:
     """Return, for each row to drop, the most alike of the earlier rows that stay.
 
     Args:
       rows: SKETCHES, in their order.
       threshold: least likeness.
       always: number of leading rows that stay in any case.
+      is_only_them: whether others are compared with these alone.
     """
     sets = from_lists(rows["shingles"])
     staying: dict[int, list[int]] = {}  # rows that stay, by the key of a band
@@ -209,6 +216,7 @@ def first_alike(rows: pl.DataFrame, threshold: float, always: int) -> dict[int, 
             best = _most_alike(sets, row, sorted(candidates))
             if best is not None and best.likeness >= threshold:
                 twins[row] = best
+            if row in twins or is_only_them:
                 continue
         for key in keys:
             staying.setdefault(key, []).append(row)
