@@ -43,7 +43,7 @@ class Asked:
     """What a person asks of a table.
 
     Attributes:
-      data: the file.
+      data: the file, or a reader.
       label: name of the column to predict.
       test: another file to test on; None: a share of the rows is held out.
       columns: names of the columns to predict from; None: all but the label.
@@ -59,7 +59,7 @@ class Asked:
       settings: names of the recipe's settings that a remedy may name.
     """
 
-    data: Path
+    data: Any
     label: str
     test: Path | None = None
     columns: Sequence[str] | None = None
@@ -138,9 +138,9 @@ class Looked:
 
     def sources(self) -> dict[str, Reader]:
         """Return the readers of the file, and of the test file, which has its types."""
-        sources = {"train": self.reader}
         if self.asked.test is None:
-            return {self.asked.data.name: self.reader}
+            return {_source_name(self.reader): self.reader}
+        sources = {"train": self.reader}
         types = {name: str(column.type) for name, column in self.kinds.items()}
         reading = {**self.reading, **self.asked.test_reading, "types": types}
         sources["test"] = reader_of(self.asked.test, **reading)
@@ -197,7 +197,7 @@ def tables(
         target=asked.label,
     )
     serving = prepared(preparation, inputs, asked.folder, looked.reading)
-    print(_twice(looked, preparation.sources), file=sys.stderr)
+    print(twice(preparation.sources), file=sys.stderr)
     return Tables(
         train=serving.split("train"),
         test=serving.split("test"),
@@ -227,6 +227,29 @@ def prepared(
     done = prepare.prepare(preparation, folder)
     print(summary(done), file=sys.stderr)
     return prepare.Serving(done, inputs, reading=reading)
+
+
+def twice(sources: Mapping[str, Reader], but: Sequence[str] = ()) -> str:
+    """Return how many rows of each source equal an earlier one.
+
+    Args:
+      sources: by name.
+      but: names of columns that don't count.
+    """
+    lines = []
+    for name, reader in sources.items():
+        rows = _rows_of(reader).drop(ROW, *but)
+        count = rows.height - rows.unique().height
+        lines.append(f"{name}: {count:,} duplicate rows")
+    return "\n".join(lines)
+
+
+def texts(data: Path) -> Reader:
+    """Return the reader of texts: of a table, or of files with a text on each line."""
+    source = reader_of(data)
+    if any(column.name == "text" for column in source.columns()):
+        return reader_of(data, format="text", rows="line")
+    return source
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -281,6 +304,12 @@ def _remedy(remedy: str, settings: Sequence[str]) -> str:
     )
 
 
+def _source_name(reader: Reader) -> str:
+    """Return a reader's name as that of a source: of a path its last part."""
+    name = Path(reader.name).name
+    return re.sub(r"[^\w.-]+", "_", name) or "data"
+
+
 def _types(reading: Mapping[str, Any]) -> dict[str, Any]:
     return dict(reading.get("types") or {})
 
@@ -312,17 +341,6 @@ def _last(looked: Looked) -> list[Any]:
     if looked.is_quantity:
         return [prepare.AsFloats(looked.asked.label)]
     return [prepare.Classes(looked.asked.label)]
-
-
-def _twice(looked: Looked, sources: Mapping[str, Reader]) -> str:
-    """Return how many rows of each source are there twice."""
-    lines = []
-    for name, reader in sources.items():
-        rows = _rows_of(reader).drop(ROW)
-        count = rows.height - rows.unique().height
-        what = "dropped" if looked.asked.duplicates == "drop" else "kept"
-        lines.append(f"{name}: {count:,} duplicate rows, {what}")
-    return "\n".join(lines)
 
 
 def _sizes(serving: Any) -> dict[str, int]:
