@@ -228,14 +228,24 @@ def leaf_of(
         array = arrow.concat_arrays(array.chunks)
 
     if types.is_fixed_size_list(array.type):
-        values = _numbers(array.flatten(), name, where)
-        return values.reshape(len(array), array.type.list_size)
+        return _fixed(array, name, where)
     if types.is_list(array.type) or types.is_large_list(array.type):
         ends = array.offsets.to_numpy()
         return Ragged(_numbers(array.flatten(), name, where), ends - ends[0])
     if _is_bytes(array.type, types):
         return _bytes_of(array, arrow)
     return _numbers(array, name, where)
+
+
+def _fixed(array: Any, name: str, where: str) -> np.ndarray:
+    """Return arrays of one shape, such as pixels [height, width, channels]."""
+    arrow = needs("pyarrow", extra="data", purpose="reading shards")
+    rows = len(array)
+    shape = []
+    while arrow.types.is_fixed_size_list(array.type):
+        shape.append(array.type.list_size)
+        array = array.flatten()
+    return _numbers(array, name, where).reshape(rows, *shape)
 
 
 def _is_bytes(kind: Any, types: Any) -> bool:
