@@ -6,6 +6,7 @@ This is not a recipe itself: a name that begins with an underscore says so.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,19 +18,35 @@ ENLARGED = 3  # 8x8 pixels become 24x24
 MARGIN = 2  # white pixels around them, for MNIST's 28x28
 
 
+class Digits(NamedTuple):
+    """Images of digits.
+
+    Attributes:
+      train: to train on, uint8 (n, 28, 28) or (n, 28, 28, 1).
+      test: to test on.
+      serving: the way from raw rows to these; None for the embedded digits.
+    """
+
+    train: lepton.data.Arrays
+    test: lepton.data.Arrays
+    serving: Any = None
+
+
 def load(
     folder: Path | None,
     recipe: str,
-) -> tuple[lepton.data.Arrays, lepton.data.Arrays]:
-    """Return the digits to train on and to test on, uint8 (n, 28, 28, 1) each.
+    prepared: Path | None = None,
+) -> Digits:
+    """Return the digits.
 
     Args:
       folder: holds the four idx files of MNIST, or of a set like it. None:
         scikit-learn's digits, enlarged; a stratified fifth is for testing.
       recipe: the file that asks, for messages.
+      prepared: folder for what is prepared; None: it is removed at the end.
     """
     if folder is not None:
-        return lepton.data.idx(folder)
+        return _prepared(folder, prepared)
 
     try:
         from sklearn.datasets import load_digits
@@ -47,7 +64,33 @@ def load(
     x, x_test, y, y_test = train_test_split(
         _enlarged(images), labels, test_size=0.2, stratify=labels, random_state=0
     )
-    return lepton.data.Arrays(x, y), lepton.data.Arrays(x_test, y_test)
+    return Digits(lepton.data.Arrays(x, y), lepton.data.Arrays(x_test, y_test))
+
+
+def _prepared(folder: Path, out: Path | None) -> Digits:
+    """Read and prepare idx files; those whose names begin with t10k are for testing."""
+    # only here: the embedded digits need no library that reads files
+    from lepton_jax.data import prepare
+    from lepton_jax.data.readers import reader_of
+    from recipes import _tables
+
+    if not folder.is_dir():
+        lepton.data.idx(folder)  # which says what is needed
+    source = reader_of(folder)
+    names = [column.name for column in source.columns()]
+    if names != ["image", "label", "part"]:
+        lepton.data.idx(folder)
+    preparation = prepare.Preparation(
+        {"digits": source},
+        [
+            prepare.Derive(prepare.SPLIT, '"train" if part == "train" else "test"'),
+            prepare.Classes("label"),
+        ],
+        inputs=["image"],
+        target="label",
+    )
+    serving = _tables.prepared(preparation, "image", out, {})
+    return Digits(serving.split("train"), serving.split("test"), serving)
 
 
 def _enlarged(images: np.ndarray) -> np.ndarray:

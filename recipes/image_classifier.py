@@ -18,7 +18,7 @@ import lepton_jax as lepton
 # `recipes` is found wherever this file was started from
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-# The embedded images: a circle, a square or a diamond, of any size, place and colour.
+# The embedded images: a circle, a square or a diamond, bright on a dark ground.
 SHAPES = ("circle", "diamond", "square")
 IMAGES = 200  # of each shape
 PIXELS = 32  # height and width
@@ -33,7 +33,7 @@ def recipe(
     broken: Literal["error", "drop"] = "drop",
     width: int = 16,
     dropout: float = 0.3,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     batch_size: int = 32,
     epochs: float = 8,
     steps: int | None = None,
@@ -149,7 +149,8 @@ def _image(shape: str, generator: np.random.Generator) -> np.ndarray:
         "diamond": away.sum(-1),
         "square": away.max(-1),
     }[shape]
-    ground, colour = generator.uniform(0, 255, size=(2, 3))
+    ground = generator.uniform(0, 80, size=3)
+    colour = generator.uniform(150, 255, size=3)
     image = np.where((distance <= radius)[..., None], colour, ground)
     noise = generator.normal(0, 12, image.shape)
     return np.clip(image + noise, 0, 255).astype(np.uint8)

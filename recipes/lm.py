@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,15 @@ import lepton_jax as lepton
 from lepton_jax.data.idx import read_bytes
 from lepton_jax.errors import DataError, RecipeError, nearest
 
+# `recipes` is found wherever this file was started from
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 Size = Literal["1m", "10m", "124m", "1b", "8b", "70b", "405b"]
 # Bytes of Python's standard library that are learned by default: its files differ in
 # number and length by Python's version. Assumption: every version has as many.
 EMBEDDED_BYTES = 4_000_000
 TEST_SHARE = 0.1  # of a text: its end
+PIECE_BYTES = 2**26  # of a text that are read at once; assumption
 # Larger sizes have the vocabulary that they were published with.
 SIZES_WITH_THE_TEXTS_VOCABULARY = ("1m", "10m")
 
@@ -49,6 +54,7 @@ def recipe(
     size: Size = "1m",
     text: Path | None = None,
     tokenizer: Path | None = None,
+    prepared: Path | None = None,
     vocab: int | None = None,
     experts: int = 0,
     chosen: int = 2,
@@ -76,10 +82,12 @@ def recipe(
 
     Args:
       size: of the model, in parameters.
-      text: a file of UTF-8 text, gzipped or not; if left out, the first 4 MB of
-        Python's own standard library.
+      text: a file of text, a folder or an archive of them; if left out, the first 4 MB
+        of Python's own standard library.
       tokenizer: a SentencePiece model file; if left out, each distinct character of the
         text is a token.
+      prepared: folder for the prepared text, with a manifest of all that was done; if
+        left out, it is removed at the end.
       vocab: rows of the token embedding; if left out, the text's own for 1m and 10m,
         and the size's from 124m on.
       experts: in place of each feed-forward layer, a mixture of this many of its
@@ -123,7 +131,7 @@ def recipe(
         loop=loop,
         precision=precision,
     )
-    tokens, kinds, where = _tokens(text, tokenizer)
+    tokens, kinds, where, preparation = _tokens(text, tokenizer, prepared)
     train, test = _windows(tokens, usual.length, where)
     shape = lepton.models.transformer_size(size) | {"loop": usual.loop}
     shape["vocab"] = _rows(
@@ -158,6 +166,7 @@ def recipe(
         clip_norm=1.0,
         train=train,
         test=test,
+        preparation=preparation,
         batch_size=usual.batch_size,
         steps=steps,
         micro_batches=micro_batches,
@@ -206,23 +215,63 @@ def _rows(
 # ---- from a text to samples ----
 
 
+class Tokens(NamedTuple):
+    """A text as tokens.
+
+    Attributes:
+      tokens: int32.
+      kinds: how many different ones there can be.
+      where: the text, for messages.
+      serving: the way from raw rows to tokens; None for the embedded text.
+    """
+
+    tokens: np.ndarray
+    kinds: int
+    where: str
+    serving: Any = None
+
+
 def _tokens(
     text: Path | None,
     tokenizer: Path | None,
-) -> tuple[np.ndarray, int, str]:
-    """Return tokens int32, how many kinds there are, and where they are from."""
+    out: Path | None,
+) -> Tokens:
+    """Return the tokens of a text, or of Python's standard library."""
     if text is None:
         content = _embedded()
         where = "Python's standard library"
     else:
         content = _read(text)
         where = str(text)
+    if tokenizer is not None:
+        return Tokens(*_pieces(content, tokenizer), where)
+    if text is None:
+        return Tokens(*_characters(content), where)
+    return _prepared(text, out)
 
-    if tokenizer is None:
-        tokens, kinds = _characters(content)
-    else:
-        tokens, kinds = _pieces(content, tokenizer)
-    return tokens, kinds, where
+
+def _prepared(text: Path, out: Path | None) -> Tokens:
+    """Prepare a person's own text, character by character."""
+    # only here: the embedded text needs no library that reads files
+    from lepton_jax.data import prepare
+    from recipes import _tables
+
+    preparation = prepare.Preparation(
+        {"text": _reader(text)},
+        [prepare.CharacterTokens("text")],
+        inputs=["text"],
+    )
+    serving = _tables.prepared(preparation, "text", out, {})
+    rows = serving.prepared.table("train")["text"]
+    tokens = rows.explode().drop_nulls().to_numpy()
+    kinds = serving.prepared.steps[0].state.height
+    return Tokens(tokens, kinds, str(text), serving)
+
+
+def _reader(text: Path) -> Any:
+    from lepton_jax.data.readers import reader_of
+
+    return reader_of(text, format="text", rows="file")
 
 
 def _windows(
@@ -271,16 +320,10 @@ def _embedded() -> str:
 
 
 def _read(path: Path) -> str:
-    data = read_bytes(path)
-    try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"byte {data[error.start]:#04x} is not UTF-8 text",
-            where=f"{path}, line {line}",
-            remedy="save the file as UTF-8",
-        ) from error
+    """Return the content of a text file, or of all files of a folder or an archive."""
+    reader = _reader(path)
+    tables = [reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)]
+    content = "".join(text for table in tables for text in table["text"])
     if not content:
         raise DataError("the file is empty", where=path, remedy="give a file of text")
     return content

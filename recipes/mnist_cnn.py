@@ -20,6 +20,7 @@ from recipes import _digits
 
 def recipe(
     data: Path | None = None,
+    prepared: Path | None = None,
     width: int = 32,
     dropout: float = 0.3,
     learning_rate: float = 2e-3,
@@ -46,6 +47,8 @@ def recipe(
     Args:
       data: folder with the four idx files of MNIST, or of a set like it with 28x28
         images and ten classes.
+      prepared: folder for the prepared rows, with a manifest of all that was done; if
+        left out, they are removed at the end.
       width: channels of the first convolution; the others, and the dense layer, have
         twice as many.
       dropout: share of the units dropped before and after the dense layer.
@@ -58,7 +61,8 @@ def recipe(
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, dropout and the order of the images.
     """
-    train, test = _digits.load(data, "recipes/mnist_cnn.py")
+    digits = _digits.load(data, "recipes/mnist_cnn.py", prepared)
+    train = digits.train
     total = steps or math.ceil(epochs * len(train) / batch_size)
 
     return lepton.Recipe(
@@ -66,7 +70,7 @@ def recipe(
         model=partial(
             lepton.models.CNN,
             10,
-            size=train.inputs.shape[1:],
+            size=(*train.inputs.shape[1:3], 1),
             widths=(width, 2 * width, 2 * width),
             dense=2 * width,
             padding="VALID",
@@ -74,11 +78,12 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
-        preprocess=partial(lepton.data.divided, by=255),
+        preprocess=partial(lepton.data.grey, by=255),
         optimizer=optax.adamw,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,
-        test=test,
+        test=digits.test,
+        preparation=digits.serving,
         batch_size=batch_size,
         epochs=epochs,
         steps=steps,

@@ -20,6 +20,7 @@ from recipes import _digits
 
 def recipe(
     data: Path | None = None,
+    prepared: Path | None = None,
     hidden: int = 128,
     dropout: float = 0.0,
     learning_rate: float = 2e-3,
@@ -44,6 +45,8 @@ def recipe(
     Args:
       data: folder with the four idx files of MNIST, or of a set like it with 28x28
         images and ten classes.
+      prepared: folder for the prepared rows, with a manifest of all that was done; if
+        left out, they are removed at the end.
       hidden: units of the hidden layer.
       dropout: share of the hidden units dropped.
       learning_rate: of AdamW at the start; it falls as a cosine to zero.
@@ -55,7 +58,8 @@ def recipe(
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, dropout and the order of the images.
     """
-    train, test = _digits.load(data, "recipes/mnist_mlp.py")
+    digits = _digits.load(data, "recipes/mnist_mlp.py", prepared)
+    train = digits.train
     pixels = math.prod(train.inputs.shape[1:])
     total = steps or math.ceil(epochs * len(train) / batch_size)
 
@@ -68,11 +72,12 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
-        preprocess=partial(lepton.data.divided, by=255),
+        preprocess=partial(lepton.data.grey, by=255),
         optimizer=optax.adamw,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,
-        test=test,
+        test=digits.test,
+        preparation=digits.serving,
         batch_size=batch_size,
         epochs=epochs,
         steps=steps,

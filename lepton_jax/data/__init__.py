@@ -16,7 +16,7 @@ from lepton_jax.data.idx import idx, read_idx
 from lepton_jax.data.limits import Limit, check_limits
 from lepton_jax.data.pictures import Picture
 from lepton_jax.data.pipeline import Dataset, Source, mix, pictures, shards
-from lepton_jax.data.preprocess import divided, standardized
+from lepton_jax.data.preprocess import divided, grey, standardized
 from lepton_jax.data.shuffling import uniform
 from lepton_jax.data.sources import Documents
 from lepton_jax.data.table import MISSING, Schema, Table, table, table_split
@@ -39,6 +39,7 @@ __all__ = [
     "divided",
     "epoch_samples",
     "from_any",
+    "grey",
     "idx",
     "mix",
     "one_pass",

@@ -23,4 +23,17 @@ def standardized(
     spread: Sequence[float],
 ) -> Any:
     """Return (x - mean) / spread of features (batch, features); 0 for a NaN."""
-    return jnp.nan_to_num((x - np.float32(mean)) / np.float32(spread))
+    center = np.array(mean, np.float32)
+    scale = np.array(spread, np.float32)
+    return jnp.nan_to_num((x - center) / scale)
+
+
+def grey(x: Any, by: float) -> Any:
+    """Return grey images as float32 (batch, height, width, 1), divided.
+
+    Args:
+      x: whole numbers (batch, height, width), or with a last dim of 1.
+      by: the brightest level.
+    """
+    pixels = divided(x, by)
+    return pixels[..., None] if pixels.ndim == 3 else pixels

@@ -27,6 +27,7 @@ from lepton_jax.data.prepare.steps.categories import (  # noqa: E402
     OneHot,
     Vocabulary,
 )
+from lepton_jax.data.prepare.steps.characters import CharacterTokens  # noqa: E402
 from lepton_jax.data.prepare.steps.dates import DateFeatures  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
 from lepton_jax.data.prepare.steps.images import Images  # noqa: E402
@@ -89,6 +90,7 @@ __all__ = [
     "AsFloats",
     "Bins",
     "ByteTokens",
+    "CharacterTokens",
     "CheckSchema",
     "Classes",
     "CleanText",
