@@ -18,7 +18,7 @@ from lepton_jax.data.prepare.dependence import (
     share_of_target,
 )
 from lepton_jax.data.prepare.step import SPLIT, Fitted, Outcome
-from lepton_jax.data.prepare.steps.checks import listed, require
+from lepton_jax.data.prepare.steps.columns import listed, require
 from lepton_jax.data.prepare.steps.content import HASH, hash_expression
 from lepton_jax.data.prepare.steps.near_duplicates import NearDuplicates, first_alike
 from lepton_jax.data.readers.reader import ROW, SOURCE
@@ -108,7 +108,15 @@ class Leaks(Fitted):
     error: Sequence[str] = ()
 
     serves: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = True
+    order_independent: ClassVar[bool] = True
     fits_on: ClassVar[Literal["train", "all"]] = "all"
+
+    def __post_init__(self) -> None:
+        if self.inputs is not None:
+            object.__setattr__(self, "inputs", listed(self.inputs, "inputs"))
+        kinds = listed(self.error, "error") if self.error else ()
+        object.__setattr__(self, "error", kinds)
 
     def writes(self) -> tuple[str, ...]:
         """Return the columns that the step changes: none."""
@@ -117,14 +125,14 @@ class Leaks(Fitted):
     def check(self, schema: pl.Schema) -> pl.Schema:
         if SPLIT not in schema:
             raise DataError(
-                "there are no splits to compare",
+                f"there are no splits to compare: no column {SPLIT!r}",
                 where="Leaks",
                 remedy="put Leaks behind the step that splits the rows",
             )
         named = (self.target, self.group, self.time)
         require(self, schema, [name for name in named if name is not None])
         if self.inputs is not None:
-            require(self, schema, listed(self.inputs, "inputs"))
+            require(self, schema, self.inputs)
         if self.near is not None:
             self._sketching().check(schema)
         for kind in self.error:
@@ -186,7 +194,7 @@ class Leaks(Fitted):
 
     def _inputs(self, schema: pl.Schema) -> list[str]:
         if self.inputs is not None:
-            return list(listed(self.inputs, "inputs"))
+            return list(self.inputs)
         own = (SOURCE, ROW, SPLIT, self.target)
         return [name for name in schema if name not in own]
 

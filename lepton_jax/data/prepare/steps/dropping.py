@@ -81,7 +81,7 @@ def existing_rows(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
     Raises:
       DataError: it can't be read, or a column is not there.
     """
-    reader = readers.reader_of(path)  # type: ignore[attr-defined, unused-ignore]
+    reader = readers.reader_of(path)
     for piece in reader.pieces(PIECE_BYTES):
         table = reader.read(piece).table
         for name in columns:
@@ -97,7 +97,7 @@ def existing_rows(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
 
 def existing_digest(path: str) -> str:
     """Return a digest of an existing set, which changes where its content does."""
-    reader = readers.reader_of(path)  # type: ignore[attr-defined, unused-ignore]
+    reader = readers.reader_of(path)
     pieces = reader.pieces(PIECE_BYTES)
     return "-".join(piece.digest for piece in pieces)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import polars as pl
 
 from lepton_jax.data.prepare.step import Fitted, Outcome
-from lepton_jax.data.prepare.steps.checks import require
+from lepton_jax.data.prepare.steps.columns import listed, require
 from lepton_jax.data.prepare.steps.content import HASH, content_hash, hash_expression
 from lepton_jax.data.prepare.steps.dropping import (
     DROPPED,
@@ -43,7 +43,13 @@ class Duplicates(Fitted):
     existing: str | None = None
 
     serves: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = True
+    order_independent: ClassVar[bool] = True
     fits_on: ClassVar[Literal["train", "all"]] = "all"
+
+    def __post_init__(self) -> None:
+        if self.columns is not None:
+            object.__setattr__(self, "columns", listed(self.columns))
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns or ())

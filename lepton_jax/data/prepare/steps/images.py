@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
 
 from lepton_jax.data.extras import needs
 from lepton_jax.data.prepare.step import Outcome, Step
-from lepton_jax.data.prepare.steps.checks import (
+from lepton_jax.data.prepare.steps.columns import (
     Kind,
     fault,
     require,
@@ -96,6 +96,12 @@ class Images(Step):
     background: int = 255
     most_pixels: int = MOST_PIXELS
     quality: int = 90
+
+    order_independent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            object.__setattr__(self, "size", tuple(self.size))
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         needs("PIL", extra="image", purpose="decoding images")

@@ -13,7 +13,7 @@ import polars as pl
 
 from lepton_jax.data import readers
 from lepton_jax.data.prepare.step import Fitted, Outcome
-from lepton_jax.data.prepare.steps.checks import (
+from lepton_jax.data.prepare.steps.columns import (
     KEY,
     dropped,
     fault,
@@ -57,12 +57,18 @@ class Join(Fitted):
     how: Literal["left", "inner"] = "left"
     expect: Literal["many-to-one", "one-to-one"] = "many-to-one"
 
+    order_independent: ClassVar[bool] = True
     fits_on: ClassVar[Literal["train", "all"]] = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "on", listed(self.on, "on"))
+        if self.columns is not None:
+            object.__setattr__(self, "columns", listed(self.columns))
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require_choice(self, "how", ("left", "inner"))
         require_choice(self, "expect", ("many-to-one", "one-to-one"))
-        keys = listed(self.on, "on")
+        keys = self.on
         require(self, schema, keys, KEY)
         there = self._others_schema()
         for name in (*keys, *(self.columns or ())):
@@ -88,7 +94,7 @@ class Join(Fitted):
         return {**super().to_json(), "other_digest": existing_digest(self.other)}
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
-        keys = listed(self.on)
+        keys = self.on
         if self.expect == "one-to-one":
             return table.select(*keys, SOURCE, ROW)
         return table.select(keys).unique().sort(keys)
@@ -97,12 +103,12 @@ class Join(Fitted):
         rows = pl.concat(partials)
         if self.expect == "one-to-one":
             return rows
-        keys = listed(self.on)
+        keys = self.on
         return rows.unique().sort(keys)
 
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         """Return the other source, with "lepton.matched": whether a row has its key."""
-        keys = listed(self.on)
+        keys = self.on
         names = self._added(list(self._others_schema()))
         other = pl.concat(existing_rows(self.other, [*keys, *names]))
         places = pl.col(ROW).cast(pl.String)
@@ -118,7 +124,7 @@ class Join(Fitted):
 
     def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
         assert state is not None
-        keys = listed(self.on)
+        keys = self.on
         other = state.lazy().with_columns(pl.lit(True).alias(_MATCHED))
         joined = table.join(other, on=keys, how="left", maintain_order="left")
         alone = fault(
@@ -132,15 +138,14 @@ class Join(Fitted):
         return Outcome(joined.drop(_MATCHED), noted(joined, "flagged", [alone]))
 
     def _others_schema(self) -> dict[str, pl.DataType]:
-        opened = readers.reader_of  # type: ignore[attr-defined, unused-ignore]
-        reader = opened(self.other)
+        reader = readers.reader_of(self.other)
         return {column.name: column.type for column in reader.columns()}
 
     def _added(self, names: Sequence[str]) -> list[str]:
         """Return the columns that are added."""
         if self.columns is not None:
             return list(self.columns)
-        keys = listed(self.on)
+        keys = self.on
         return [name for name in names if name not in keys]
 
 
@@ -164,7 +169,12 @@ class Mixture(Fitted):
     seed: int = 0
 
     serves: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = True
+    order_independent: ClassVar[bool] = True
     fits_on: ClassVar[Literal["train", "all"]] = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         weights = list(self.weights)

@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 
 from lepton_jax.data.prepare.step import Fitted, Outcome
-from lepton_jax.data.prepare.steps.checks import require, require_choice, require_range
+from lepton_jax.data.prepare.steps.columns import require, require_choice, require_range
 from lepton_jax.data.prepare.steps.dropping import (
     DROPPED,
     existing_digest,
@@ -104,6 +104,8 @@ class NearDuplicates(Fitted):
     existing: str | None = None
 
     serves: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = True
+    order_independent: ClassVar[bool] = True
     fits_on: ClassVar[Literal["train", "all"]] = "all"
 
     def check(self, schema: pl.Schema) -> pl.Schema:

@@ -6,12 +6,12 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import polars as pl
 
 from lepton_jax.data.prepare.step import Outcome, Step
-from lepton_jax.data.prepare.steps.checks import (
+from lepton_jax.data.prepare.steps.columns import (
     Kind,
     fault,
     listed,
@@ -76,15 +76,21 @@ class CleanText(Step):
     html: Literal["keep", "entities", "tags"] = "keep"
     noted: bool = True
 
+    idempotent: ClassVar[bool] = True
+    order_independent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", listed(self.columns))
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require_choice(self, "form", FORMS)
         require_choice(self, "spaces", SPACES)
         require_choice(self, "html", HTML)
-        require(self, schema, listed(self.columns), TEXT)
+        require(self, schema, self.columns, TEXT)
         return super().check(schema)
 
     def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
-        columns = listed(self.columns)
+        columns = self.columns
         cleaned = table.with_columns(
             self._cleaned(pl.col(name).cast(pl.String)).alias(_CLEANED + name)
             for name in columns

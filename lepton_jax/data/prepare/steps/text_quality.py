@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import polars as pl
 
 from lepton_jax.data.prepare.step import Outcome, Step
-from lepton_jax.data.prepare.steps.checks import Fault, dropped, fault, require
+from lepton_jax.data.prepare.steps.columns import Fault, dropped, fault, listed, require
 from lepton_jax.data.prepare.steps.text import TEXT
 from lepton_jax.errors import DataError
 
@@ -79,6 +79,12 @@ class TextQuality(Step):
     forbidden: Sequence[str] = ()
 
     serves: ClassVar[bool] = False
+    idempotent: ClassVar[bool] = True
+    order_independent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.forbidden:
+            object.__setattr__(self, "forbidden", listed(self.forbidden, "phrases"))
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, [self.column], TEXT)

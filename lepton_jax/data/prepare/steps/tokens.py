@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from lepton_jax.data.extras import needs
 from lepton_jax.data.prepare.step import Fitted, Outcome, Step
-from lepton_jax.data.prepare.steps.checks import fault, noted, require
+from lepton_jax.data.prepare.steps.columns import fault, noted, require
 from lepton_jax.data.prepare.steps.text import TEXT
 from lepton_jax.errors import DataError
 
@@ -72,6 +72,8 @@ class ByteTokens(Step):
     end: int | None = None
     pad: int = BYTES
 
+    order_independent: ClassVar[bool] = True
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         return _checked(self, schema)
 
@@ -103,6 +105,7 @@ class FileTokens(Fitted):
     end: int | None = None
     pad: int = 0
 
+    order_independent: ClassVar[bool] = True
     fits_on: ClassVar[Literal["train", "all"]] = "all"
 
     def check(self, schema: pl.Schema) -> pl.Schema:
@@ -162,6 +165,8 @@ class WordTokens(Fitted):
     begin: int | None = None
     end: int | None = None
     pad: int = 0
+
+    order_independent: ClassVar[bool] = True
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         return _checked(self, schema)
