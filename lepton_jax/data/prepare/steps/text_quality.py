@@ -83,8 +83,8 @@ class TextQuality(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.forbidden:
-            object.__setattr__(self, "forbidden", listed(self.forbidden, "phrases"))
+        phrases = listed(self.forbidden, "forbidden") if self.forbidden else ()
+        object.__setattr__(self, "forbidden", phrases)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, [self.column], TEXT)
