@@ -47,8 +47,9 @@ def plain(value: Any) -> Any:
 
 
 def dialect_of(reader: Reader) -> Any:
-    """Return how a reader reads its source, as plain data; None: there is one way."""
-    return plain(getattr(reader, "dialect", None))
+    """Return how a reader reads its source, in words; None: there is one way."""
+    described = getattr(reader, "described", None)
+    return None if described is None else plain(described())
 
 
 def manifest_of(
@@ -118,10 +119,14 @@ def _column(column: Column, records: Sequence[dict[str, Any]]) -> dict[str, Any]
         "name": column.name,
         "type": str(column.type),
         "reason": column.reason,
-        "against": column.against,
+        "against": _cells(records, "against", column.name),
         "examples": list(column.examples),
-        "missing": sum(record["missing"].get(column.name, 0) for record in records),
+        "missing": _cells(records, "missing", column.name),
     }
+
+
+def _cells(records: Sequence[dict[str, Any]], which: str, column: str) -> int:
+    return sum(record[which].get(column, 0) for record in records)
 
 
 def _steps(job: Job, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

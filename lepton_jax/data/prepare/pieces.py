@@ -105,7 +105,9 @@ class Content:
       notes: of these steps and the reader, with the columns PIECE_NOTES.
       counts: rows before each step, and after the last one.
       raw: the rows as they were read; None: they were not read in this pass.
-      missing: missing cells of each column as it was read.
+      missing: missing cells of each column as it was read, without those against its
+        type.
+      against: cells of each column that became missing since they are not of its type.
       refused: number of rows that could not be read.
       seconds: time that making the rows took; 0: they were read back.
     """
@@ -116,6 +118,7 @@ class Content:
     counts: list[int]
     raw: pl.DataFrame | None
     missing: dict[str, int]
+    against: dict[str, int]
     refused: int
     seconds: float = field(default=0.0)
 
@@ -205,16 +208,26 @@ def _read(job: Job, task: Task) -> Content:
     number = pl.lit(task.source, dtype=pl.UInt32)
     table = fit_columns(rows.table.with_columns(number.alias(SOURCE)), job.schemas[0])
     notes = _numbered(rows.refused.with_columns(number.alias(SOURCE)), READER)
-    missing = rows.table.drop(ROW).null_count()
+    against = _against(rows.refused)
+    missing = rows.table.drop(ROW).null_count().row(0, named=True)
+    for name, cells in against.items():
+        missing[name] -= cells
     return Content(
         stop=0,
         table=table,
         notes=[notes],
         counts=[table.height],
         raw=table,
-        missing=missing.row(0, named=True),
-        refused=rows.refused.height,
+        missing=missing,
+        against=against,
+        refused=rows.refused["column"].null_count(),
     )
+
+
+def _against(refused: pl.DataFrame) -> dict[str, int]:
+    """Return how many cells of each column a reader has made missing."""
+    columns = refused["column"].drop_nulls()
+    return dict(columns.value_counts(sort=True).iter_rows())
 
 
 def fit_columns(table: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
@@ -316,6 +329,7 @@ def _leave(job: Job, task: Task, content: Content) -> None:
     counts = {
         "counts": content.counts,
         "missing": content.missing,
+        "against": content.against,
         "refused": content.refused,
     }
     write_json(paths["counts"], counts)
@@ -338,6 +352,7 @@ def _left(job: Job, task: Task) -> Content | None:
             counts=counted["counts"],
             raw=None,
             missing=counted["missing"],
+            against=counted["against"],
             refused=counted["refused"],
         )
     return None
@@ -364,6 +379,7 @@ def _write(job: Job, task: Task, content: Content) -> None:
         "piece": task.number,
         "counts": content.counts,
         "missing": content.missing,
+        "against": content.against,
         "refused": content.refused,
         "notes": counted_notes(notes),
         "shards": shards,

@@ -152,7 +152,9 @@ def _check_settings(preparation: Preparation) -> None:
 
 
 def _opened(source: Any) -> Reader:
-    return source if isinstance(source, Reader) else readers.reader_of(source)
+    if isinstance(source, Reader):
+        return source
+    return readers.reader_of(source)  # type: ignore[attr-defined, unused-ignore]
 
 
 def raw_schema(

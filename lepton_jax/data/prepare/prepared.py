@@ -307,7 +307,7 @@ class Prepared:
         if after.height == table.height:
             return after
         lost = table.join(after, on=ROW, how="anti")
-        row = lost[ROW].min()
+        row: Any = lost[ROW].min()
         reason = ""
         if notes is not None:
             about = notes.filter(pl.col(ROW) == row, pl.col("action") == "dropped")
@@ -371,7 +371,9 @@ def _rows(raw: Any) -> pl.DataFrame:
     if isinstance(raw, Sequence) and not isinstance(raw, str):
         rows = [dict(row) for row in raw]
         return pl.DataFrame(rows, infer_schema_length=None, strict=False)
-    reader = raw if isinstance(raw, readers.Reader) else readers.reader_of(raw)
+    reader = raw
+    if not isinstance(raw, readers.Reader):
+        reader = readers.reader_of(raw)  # type: ignore[attr-defined, unused-ignore]
     tables = []
     for piece in reader.pieces(WHOLE):
         read = reader.read(piece)

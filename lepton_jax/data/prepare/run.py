@@ -319,7 +319,9 @@ def identities(checked: Checked) -> list[str]:
     raw = [(name, str(kind)) for name, kind in checked.raw.items()]
     hashes = []
     for number, reader in enumerate(checked.readers):
-        columns = [(one.name, str(one.type)) for one in checked.columns[number]]
+        columns = [
+            (one.name, str(one.type), one.reason) for one in checked.columns[number]
+        ]
         dialect = manifests.dialect_of(reader)
         versions = (manifests.FORMAT, lepton_jax.__version__, pl.__version__)
         hashes.append(key_of(versions, type(reader).__name__, columns, dialect, raw))
