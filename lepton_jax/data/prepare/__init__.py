@@ -5,7 +5,14 @@ from lepton_jax.data.extras import needs
 needs("polars", extra="data", purpose="preparing data")
 
 from lepton_jax.data.prepare.conformance import conformance  # noqa: E402
-from lepton_jax.data.prepare.step import Fitted, Outcome, Step  # noqa: E402
+from lepton_jax.data.prepare.preparation import Preparation  # noqa: E402
+from lepton_jax.data.prepare.prepared import (  # noqa: E402
+    FittedStep,
+    Prepared,
+    open_prepared,
+)
+from lepton_jax.data.prepare.run import Progress, prepare  # noqa: E402
+from lepton_jax.data.prepare.step import SPLIT, Fitted, Outcome, Step  # noqa: E402
 from lepton_jax.data.prepare.steps.categories import (  # noqa: E402
     Classes,
     HashCategories,
@@ -57,6 +64,7 @@ from lepton_jax.data.prepare.steps.splitting import (  # noqa: E402
 )
 
 __all__ = [
+    "SPLIT",
     "Bins",
     "CheckSchema",
     "Classes",
@@ -71,6 +79,7 @@ __all__ = [
     "FillWith",
     "Filter",
     "Fitted",
+    "FittedStep",
     "FlagOutliers",
     "HashCategories",
     "Interpolate",
@@ -80,6 +89,9 @@ __all__ = [
     "OneHot",
     "Outcome",
     "Oversample",
+    "Preparation",
+    "Prepared",
+    "Progress",
     "QuantileScale",
     "Rename",
     "RobustScale",
@@ -97,4 +109,6 @@ __all__ = [
     "Vocabulary",
     "Weigh",
     "conformance",
+    "open_prepared",
+    "prepare",
 ]
