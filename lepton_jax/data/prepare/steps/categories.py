@@ -66,6 +66,9 @@ class Vocabulary(Fitted):
         if self.most is not None:
             require_range(self, "most", 1, MOST_CODES - 1)
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, KEY)
         return pl.Schema(

@@ -77,6 +77,9 @@ class Interpolate(Fitted):
         object.__setattr__(self, "columns", listed(self.columns))
         require_choice(self, "ends", ("missing", "nearest"))
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
         require(self, schema, [self.order], POSITION)
@@ -180,7 +183,7 @@ class Interpolate(Fitted):
         state: pl.DataFrame,
     ) -> pl.LazyFrame:
         """Add the interpolated value of each missing cell of a column."""
-        known = state.lazy().filter(pl.col("column") == name).sort("at")
+        known = state.lazy().filter(pl.col("column") == name)
         before = known.select(
             pl.col("group").alias(GROUP),
             pl.col("at").alias("before_at"),

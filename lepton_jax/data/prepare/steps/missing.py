@@ -199,6 +199,9 @@ class FillMissing(Fitted):
         object.__setattr__(self, "columns", listed(self.columns))
         require_choice(self, "by", FILLS)
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         if self.by == "most_frequent":
             require(self, schema, self.columns)

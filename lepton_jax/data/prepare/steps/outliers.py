@@ -175,6 +175,9 @@ class ClipOutliers(_Outliers):
       limit: see above; None: the default of `by`.
     """
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         super().check(schema)
         types = {name: float_of(schema[name]) for name in self.columns}
@@ -216,6 +219,9 @@ class FlagOutliers(_Outliers):
       by: "zscore", "iqr" or "quantile".
       limit: see above; None: the default of `by`.
     """
+
+    def writes(self) -> Sequence[str]:
+        return [f"{name}_outlier" for name in self.columns]
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         super().check(schema)

@@ -241,6 +241,9 @@ class Weigh(_Balance):
 
     weight: str = "weight"
 
+    def writes(self) -> Sequence[str]:
+        return [self.weight]
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         super().check(schema)
         require_free(self, schema, [self.weight])

@@ -58,6 +58,9 @@ class _Scale(Fitted):
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", listed(self.columns))
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
         types = {name: float_of(schema[name]) for name in self.columns}
@@ -292,6 +295,9 @@ class QuantileScale(Fitted):
         require_choice(self, "onto", ("uniform", "normal"))
         require_range(self, "count", 2, 2**20)
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
         types = {name: float_of(schema[name]) for name in self.columns}
@@ -370,6 +376,9 @@ class Bins(Fitted):
         object.__setattr__(self, "columns", listed(self.columns))
         require_choice(self, "by", ("quantile", "width"))
         require_range(self, "count", 2, 2**20)
+
+    def writes(self) -> Sequence[str]:
+        return self.columns
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)

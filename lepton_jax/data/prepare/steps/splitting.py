@@ -113,6 +113,9 @@ class Split(_Shares, Fitted):
         )
         object.__setattr__(self, "stratify", names)
 
+    def writes(self) -> Sequence[str]:
+        return [SPLIT]
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.stratify, KEY)
         return super().check(schema)
@@ -202,6 +205,9 @@ class SplitByGroup(_Shares, Fitted):
             "group",
             listed(self.group, "group"),
         )
+
+    def writes(self) -> Sequence[str]:
+        return [SPLIT]
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.group, KEY)
@@ -297,6 +303,9 @@ class SplitByTime(_Shares, Fitted):
     column: str = ""
 
     fits_on: ClassVar[Literal["train", "all"]] = "all"
+
+    def writes(self) -> Sequence[str]:
+        return [SPLIT]
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, [self.column], POSITION)

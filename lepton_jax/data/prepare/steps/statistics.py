@@ -101,13 +101,18 @@ def finite_moments(step: Any, partial: pl.DataFrame) -> pl.DataFrame:
 
 def value_counts(table: pl.LazyFrame, columns: Sequence[str]) -> pl.LazyFrame:
     """Return COUNTS of the distinct values of columns of numbers, in their order."""
-    structs = [_counts_of(name) for name in columns]
+    names = sorted(columns)
+    structs = [_counts_of(name) for name in names]
     rows = _one_a_row(
         table.select(structs),
-        columns,
+        names,
         is_list=True,
     )
-    return rows.cast(COUNTS).sort("column", "value")
+    return rows.select(
+        "column",
+        "value",
+        pl.col("len").alias("count"),
+    ).cast(COUNTS)
 
 
 def merged_counts(partials: Sequence[pl.DataFrame], step: Any = None) -> pl.DataFrame:
@@ -118,11 +123,9 @@ def merged_counts(partials: Sequence[pl.DataFrame], step: Any = None) -> pl.Data
     """
     table = pl.concat(partials)
     if len(partials) > 1:
-        table = (
-            table.group_by("column", "value")
-            .agg(pl.col("count").sum())
-            .sort("column", "value")
-        )
+        names = sorted(table["column"].unique())
+        parts = [table.filter(pl.col("column") == name) for name in names]
+        table = pl.concat([table[:0], *map(_added, parts)])
     if len(table) > MOST_VALUES:
         raise DataError(
             f"there are {len(table)} distinct values; exact medians and quantiles hold"
@@ -197,9 +200,27 @@ def _moments_of(name: str) -> pl.Expr:
 
 
 def _counts_of(name: str) -> pl.Expr:
-    counts = number(name).drop_nulls().value_counts()
-    fields = counts.struct.rename_fields(["value", "count"])
-    return fields.implode().alias(name)
+    # Sorting and counting runs takes a sixth of the time of `value_counts`, and sorts.
+    runs = number(name).drop_nulls().sort().rle()
+    return runs.implode().alias(name)
+
+
+def _added(rows: pl.DataFrame) -> pl.DataFrame:
+    """Add the counts of the same value of one column."""
+    # A stable sort is fast here: it merges runs, and each partial is one.
+    order = np.argsort(rows["value"].to_numpy(), kind="stable")
+    values = rows["value"].to_numpy()[order]
+    counts = rows["count"].to_numpy()[order]
+    is_first = np.append(True, values[1:] != values[:-1])
+    starts = np.flatnonzero(is_first)
+    return pl.DataFrame(
+        {
+            "column": pl.repeat(rows["column"][0], len(starts), eager=True),
+            "value": values[starts],
+            "count": np.add.reduceat(counts, starts),
+        },
+        schema=COUNTS,
+    )
 
 
 def _chan(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
