@@ -123,7 +123,7 @@ def test_a_compiler_that_stops_is_an_error(traced, planned, tmp_path, monkeypatc
 def test_a_program_that_compiles_too_long_is_stopped(traced, planned):
     devices = ahead.mesh_devices(EIGHT, planned.mesh, ahead.devices_for(EIGHT))
     lowered = Program(traced, planned, devices).lower()
-    with pytest.raises(TimeoutError, match="more than 0.01 s"):
+    with pytest.raises(TimeoutError, match="compiles for more"):
         early.finished(lowered, list(devices.flat), 0.01)
     memory = early.finished(lowered, list(devices.flat), 300)
     assert memory.peak == ahead.compile_for(lowered)[1].peak
