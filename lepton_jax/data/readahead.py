@@ -224,6 +224,14 @@ class Tuning:
         self._waited = 0.0
         self._rate_before: float | None = None  # before the last thread was added
 
+    def measured(self) -> dict[str, float]:
+        """Return threads, blocks ahead, and the bytes that these take at most."""
+        return {
+            "workers": self.workers,
+            "blocks_ahead": self.ahead,
+            "bytes": self.bytes,
+        }
+
     @property
     def bytes(self) -> int:
         """Bytes of the blocks that are held at most."""

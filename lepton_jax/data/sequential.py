@@ -86,12 +86,8 @@ class SequentialFeed(Feed):
         return self._draws[samples].identifiers()
 
     def measured(self) -> dict[str, float]:
-        tuning = self._blocks.tuning
-        measured: dict[str, float] = {
-            "workers": tuning.workers,
-            "blocks_ahead": tuning.ahead,
-            "bytes": tuning.bytes + self._held.bytes,
-        }
+        measured = self._blocks.tuning.measured()
+        measured["bytes"] += self._held.bytes
         padded, total = self._padding
         if total:
             measured["padding"] = padded / total

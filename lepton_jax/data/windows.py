@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lepton_jax.data.shuffling import ROUNDS, key_of, scattered, words
+from lepton_jax.data.shuffling import COMPUTED, ROUNDS, key_of, scattered, words
 
 
 class Window(NamedTuple):
@@ -76,6 +76,9 @@ class WindowOrder:
         self._firsts = np.cumsum(self.sizes) - self.sizes
         self._key = key_of(seed, name)
         self._epochs: dict[int, Epoch] = {}
+        # epochs and indices that have been computed, from position `_start` on
+        self._start = 0
+        self._ahead = (np.empty(0, np.int64), np.empty(0, np.int64))
 
     def at(
         self,
@@ -83,6 +86,19 @@ class WindowOrder:
         count: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (epochs, indices) from position `start` on, int64 (count,) each."""
+        first = start - self._start
+        if first < 0 or first + count > len(self._ahead[0]):
+            self._ahead = self._computed(start, max(count, COMPUTED))
+            self._start = start
+            first = 0
+        epochs, indices = self._ahead
+        return epochs[first : first + count], indices[first : first + count]
+
+    def _computed(
+        self,
+        start: int,
+        count: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
         epochs = [np.empty(0, np.int64)]
         indices = [np.empty(0, np.int64)]
         stop = start + count

@@ -26,6 +26,7 @@ from tools.bench import (
     lm,
     memory,
     overhead,
+    prepare,
     regret,
     restart,
     step,
@@ -46,6 +47,7 @@ COMMANDS = (
     controller,
     faults,
     restart,
+    prepare,
     data,
 )
 # Variables that change the figures, and so are part of a command that is recorded.

@@ -38,7 +38,7 @@ from lepton_jax.errors import SettingError
 from recipes import lm, mnist_cnn
 from tools.bench import data_rivals
 from tools.bench import options as checks
-from tools.bench.timing import spread, spread_of_ratios, time_in_rounds
+from tools.bench.timing import seconds_of, spread, spread_of_ratios
 
 PARTS = ("wait", "alone", "mixture")
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -50,6 +50,9 @@ BATCH = 32
 # Length of a slice of the feed alone, in seconds. Assumption: long enough for threads
 # to be added, and short enough that both sides meet the same disturbances.
 SLICE_SECONDS = 2.0
+# Batches that either side has read ahead at most: `readahead.MOST_AHEAD`, and Grain's
+# 500 samples.
+MOST_READ_AHEAD = 64
 WARM_STEPS = 20  # before a wait is measured: compiled, and as many threads as it takes
 NEVER = 10**9  # steps between evaluations
 
@@ -278,12 +281,12 @@ def _alone(
     rival = case.rival(tuned)
     runs = {"lepton": partial(_pull, feed), "grain": partial(_pull, rival)}
     for pull in runs.values():
-        _seconds_a_batch(pull, seconds)  # threads are added, buffers are filled
+        _seconds_a_batch(pull, seconds)  # threads are added
     steps = {
         contender: max(1, round(seconds / _seconds_a_batch(pull, seconds / 2)))
         for contender, pull in runs.items()
     }
-    ms = time_in_rounds(runs, steps, rounds)
+    ms = _in_rounds(runs, steps, rounds)
     measured = feed.measured()
     feed.close()
     rival.close()
@@ -303,6 +306,25 @@ def _alone(
         "grain": tuned._asdict(),
         "lepton": measured,
     }
+
+
+def _in_rounds(
+    runs: dict[str, Callable[[int], None]],
+    steps: dict[str, int],
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Return milliseconds a batch of each side in each round.
+
+    What a side has read ahead while the other one was measured does not count.
+    """
+    ms: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        names = list(runs) if number % 2 else list(runs)[::-1]
+        for name in names:
+            runs[name](MOST_READ_AHEAD)
+            seconds = seconds_of(runs[name], steps[name])
+            ms[name].append(seconds / steps[name] * 1e3)
+    return ms
 
 
 def _tuned(case: Case) -> data_rivals.Options:
@@ -329,6 +351,7 @@ def _seconds_a_batch(
     pull: Callable[[int], None],
     seconds: float,
 ) -> float:
+    pull(MOST_READ_AHEAD)
     began = time.perf_counter()
     count = 0
     while time.perf_counter() - began < seconds:

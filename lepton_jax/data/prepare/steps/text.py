@@ -6,12 +6,12 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import polars as pl
 
 from lepton_jax.data.prepare.step import Outcome, Step
-from lepton_jax.data.prepare.steps.checks import (
+from lepton_jax.data.prepare.steps.columns import (
     Kind,
     fault,
     listed,
@@ -76,15 +76,32 @@ class CleanText(Step):
     html: Literal["keep", "entities", "tags"] = "keep"
     noted: bool = True
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    idempotent: ClassVar[bool] = True
+    order_independent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self,
+            "columns",
+            listed(self.columns),
+        )
+
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         require_choice(self, "form", FORMS)
         require_choice(self, "spaces", SPACES)
         require_choice(self, "html", HTML)
-        require(self, schema, listed(self.columns), TEXT)
+        require(self, schema, self.columns, TEXT)
         return super().check(schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
-        columns = listed(self.columns)
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
+        columns = self.columns
         cleaned = table.with_columns(
             self._cleaned(pl.col(name).cast(pl.String)).alias(_CLEANED + name)
             for name in columns
@@ -94,11 +111,22 @@ class CleanText(Step):
         if not self.noted:
             return Outcome(result)
         faults = [
-            fault(name, pl.col(name) != after[name], "text cleaned") for name in columns
+            fault(
+                name,
+                pl.col(name) != after[name],
+                "text cleaned",
+            )
+            for name in columns
         ]
-        return Outcome(result, noted(cleaned, "changed", faults, after))
+        return Outcome(
+            result,
+            noted(cleaned, "changed", faults, after),
+        )
 
-    def _cleaned(self, text: pl.Expr) -> pl.Expr:
+    def _cleaned(
+        self,
+        text: pl.Expr,
+    ) -> pl.Expr:
         if self.html == "keep":
             return self._spelled(text)
         return text.map_batches(
@@ -107,7 +135,10 @@ class CleanText(Step):
             is_elementwise=True,
         )
 
-    def _spelled(self, text: pl.Expr) -> pl.Expr:
+    def _spelled(
+        self,
+        text: pl.Expr,
+    ) -> pl.Expr:
         """Return text in its form, without invisible characters, with its spaces."""
         text = self._normal(text)
         text = text.str.replace_all(LINE_ENDS, "\n")
@@ -124,10 +155,16 @@ class CleanText(Step):
             return text.str.strip_chars()
         return text
 
-    def _normal(self, text: pl.Expr) -> pl.Expr:
+    def _normal(
+        self,
+        text: pl.Expr,
+    ) -> pl.Expr:
         return text if self.form == "keep" else text.str.normalize(self.form)
 
-    def _without_html(self, text: pl.Series) -> pl.Series:
+    def _without_html(
+        self,
+        text: pl.Series,
+    ) -> pl.Series:
         """Return text that a second cleaning would not change.
 
         What is taken out may leave a tag, an entity or two marks that were none before,
@@ -140,7 +177,10 @@ class CleanText(Step):
                 return after
             before = after
 
-    def _passed(self, text: pl.Series) -> pl.Series:
+    def _passed(
+        self,
+        text: pl.Series,
+    ) -> pl.Series:
         column = pl.col(text.name)
         if self.html == "tags":
             column = column.str.replace_all(NO_TEXT, "")
@@ -156,11 +196,23 @@ class CleanText(Step):
 
 def _without_entities(text: pl.Series) -> pl.Series:
     """Return text with its entities replaced."""
-    has = text.str.contains("&", literal=True).fill_null(False)
+    has = text.str.contains(
+        "&",
+        literal=True,
+    ).fill_null(False)
     if not has.any():
         return text
-    plain = [ENTITY.sub(_character, cell) for cell in text.filter(has)]
-    return text.scatter(has.arg_true(), pl.Series(plain, dtype=pl.String))
+    plain = [
+        ENTITY.sub(
+            _character,
+            cell,
+        )
+        for cell in text.filter(has)
+    ]
+    return text.scatter(
+        has.arg_true(),
+        pl.Series(plain, dtype=pl.String),
+    )
 
 
 def _character(entity: re.Match[str]) -> str:
