@@ -192,7 +192,7 @@ def tables(
     asked = looked.asked
     preparation = prepare.Preparation(
         looked.sources(),
-        [*_first(looked), *steps, *_last(looked)],
+        [*_first(looked), *_alarms(looked), *steps, *_last(looked)],
         inputs=_names(inputs),
         target=asked.label,
     )
@@ -226,6 +226,8 @@ def prepared(
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     done = prepare.prepare(preparation, folder)
     print(summary(done), file=sys.stderr)
+    for leak in prepare.leaks_in(done):
+        print(f"alarm: {leak.what}", file=sys.stderr)
     return prepare.Serving(done, inputs, reading=reading)
 
 
@@ -335,6 +337,12 @@ def _first(looked: Looked) -> list[Any]:
         return [*steps, prepare.SplitBySource(test=[1])]
     stratify = () if looked.is_quantity else asked.label
     return [*steps, prepare.Split(test=asked.test_share, stratify=stratify)]
+
+
+def _alarms(looked: Looked) -> list[Any]:
+    """Return the step that looks for rows of both splits, and for given-away labels."""
+    raw = [*looked.numbers, *looked.categories, *looked.dates]
+    return [prepare.Leaks(target=looked.asked.label, inputs=raw)]
 
 
 def _last(looked: Looked) -> list[Any]:

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,12 @@ def _prepare(
 ) -> None:
     # imported here, so that --help does not wait for Polars
     from lepton_jax.cli.preparing import Bar, summary
-    from lepton_jax.data.prepare import Preparation, prepare
+    from lepton_jax.data.prepare import (
+        Preparation,
+        prepare,
+        read_profile,
+        write_preparation_report,
+    )
     from lepton_jax.data.prepare.explain import explain, in_words
 
     place = settings.place(function)
@@ -125,6 +131,7 @@ def _prepare(
         )
     if options.memory is not None:
         preparation = dataclasses.replace(preparation, memory=options.memory)
+    began = time.perf_counter()
     with Bar(sys.stderr) as bar:
         prepared = prepare(
             preparation,
@@ -139,6 +146,16 @@ def _prepare(
         print(in_words(happenings, prepared.folder))
         return
     print(summary(prepared))
+    if options.report or options.reference is not None:
+        reference = options.reference
+        page = write_preparation_report(
+            prepared,
+            preparation,
+            seconds=time.perf_counter() - began,
+            engine=options.engine,
+            reference=None if reference is None else read_profile(reference),
+        )
+        print(f"report: {page}")
 
 
 # ---- the command line ----
@@ -179,6 +196,20 @@ def _parser() -> settings.Parser:
         help=(
             "prepare what is not yet done, and show what each step did to one row, such"
             " as people:17; rows are counted from 0"
+        ),
+    )
+    add(
+        "--report",
+        action="store_true",
+        help="write report.html: a page with all that was read, done and found",
+    )
+    add(
+        "--reference",
+        type=Path,
+        metavar="DIR",
+        help=(
+            "report how far the training rows have moved from those of an earlier"
+            " preparation with a report"
         ),
     )
     _add_engine(add)

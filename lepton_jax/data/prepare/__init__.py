@@ -5,14 +5,12 @@ from lepton_jax.data.extras import needs
 needs("polars", extra="data", purpose="preparing data")
 
 from lepton_jax.data.prepare.conformance import conformance  # noqa: E402
-<<<<<<< HEAD
 from lepton_jax.data.prepare.drift import Drift, drift  # noqa: E402
 from lepton_jax.data.prepare.facts import (  # noqa: E402
+    leaks_in,
     read_profile,
     write_preparation_report,
 )
-=======
->>>>>>> main
 from lepton_jax.data.prepare.leaks import Leak, Leaks, leaks_of  # noqa: E402
 from lepton_jax.data.prepare.preparation import Preparation  # noqa: E402
 from lepton_jax.data.prepare.prepared import (  # noqa: E402
@@ -20,13 +18,9 @@ from lepton_jax.data.prepare.prepared import (  # noqa: E402
     Prepared,
     open_prepared,
 )
-<<<<<<< HEAD
 from lepton_jax.data.prepare.profile import Profile, profile  # noqa: E402
 from lepton_jax.data.prepare.run import Progress, prepare  # noqa: E402
 from lepton_jax.data.prepare.serving import Serving  # noqa: E402
-=======
-from lepton_jax.data.prepare.run import Progress, prepare  # noqa: E402
->>>>>>> main
 from lepton_jax.data.prepare.step import SPLIT, Fitted, Outcome, Step  # noqa: E402
 from lepton_jax.data.prepare.steps.categories import (  # noqa: E402
     Classes,
@@ -34,10 +28,7 @@ from lepton_jax.data.prepare.steps.categories import (  # noqa: E402
     OneHot,
     Vocabulary,
 )
-<<<<<<< HEAD
 from lepton_jax.data.prepare.steps.characters import CharacterTokens  # noqa: E402
-=======
->>>>>>> main
 from lepton_jax.data.prepare.steps.dates import DateFeatures  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
 from lepton_jax.data.prepare.steps.images import Images  # noqa: E402
@@ -49,10 +40,7 @@ from lepton_jax.data.prepare.steps.missing import (  # noqa: E402
     FillWith,
     MarkMissing,
 )
-<<<<<<< HEAD
 from lepton_jax.data.prepare.steps.model_inputs import AsFloats, TrimEnd  # noqa: E402
-=======
->>>>>>> main
 from lepton_jax.data.prepare.steps.near_duplicates import NearDuplicates  # noqa: E402
 from lepton_jax.data.prepare.steps.outliers import (  # noqa: E402
     ClipOutliers,
@@ -100,25 +88,17 @@ from lepton_jax.data.prepare.steps.tokens import (  # noqa: E402
 __all__ = [
     "GOPHER",
     "SPLIT",
-<<<<<<< HEAD
     "AsFloats",
     "Bins",
     "ByteTokens",
     "CharacterTokens",
-=======
-    "Bins",
-    "ByteTokens",
->>>>>>> main
     "CheckSchema",
     "Classes",
     "CleanText",
     "ClipOutliers",
     "DateFeatures",
     "Derive",
-<<<<<<< HEAD
     "Drift",
-=======
->>>>>>> main
     "Drop",
     "DropMissing",
     "DropOutliers",
@@ -147,20 +127,14 @@ __all__ = [
     "Oversample",
     "Preparation",
     "Prepared",
-<<<<<<< HEAD
     "Profile",
-=======
->>>>>>> main
     "Progress",
     "QuantileScale",
     "Rename",
     "RobustScale",
     "Sample",
     "Select",
-<<<<<<< HEAD
     "Serving",
-=======
->>>>>>> main
     "Split",
     "SplitAt",
     "SplitByGroup",
@@ -170,26 +144,18 @@ __all__ = [
     "Standardize",
     "Step",
     "TextQuality",
-<<<<<<< HEAD
     "TrimEnd",
-=======
->>>>>>> main
     "Undersample",
     "Vocabulary",
     "Weigh",
     "WordTokens",
     "conformance",
-<<<<<<< HEAD
     "drift",
+    "leaks_in",
     "leaks_of",
     "open_prepared",
     "prepare",
     "profile",
     "read_profile",
     "write_preparation_report",
-=======
-    "leaks_of",
-    "open_prepared",
-    "prepare",
->>>>>>> main
 ]

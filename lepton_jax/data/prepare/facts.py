@@ -18,6 +18,7 @@ from typing import Any
 import polars as pl
 
 from lepton_jax.data.prepare.drift import Drift, drift
+from lepton_jax.data.prepare.leaks import Leak, Leaks, leaks_of
 from lepton_jax.data.prepare.preparation import RESERVED, Checked, Preparation, check
 from lepton_jax.data.prepare.prepared import Prepared
 from lepton_jax.data.prepare.profile import Profile, profile
@@ -41,6 +42,7 @@ MOST_CLASSES = 12
 # Reasons of a step beyond which those that differ in numbers alone are put together.
 MOST_REASONS = 8  # assumption
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+PLACE = re.compile(r"\b(\d+):(\d+)\b")  # of a row: its source and its number
 
 
 def write_preparation_report(
@@ -127,7 +129,11 @@ def facts_of(
         "folder": str(prepared.folder.resolve()),
         "written": time.strftime("%d %B %Y, %H:%M").lstrip("0"),
         "version": version("lepton-jax"),
-        "alarms": [*_refusals(manifest), *_drift_alarms(moved)],
+        "alarms": [
+            *_leaks(prepared),
+            *_refusals(manifest),
+            *_drift_alarms(moved),
+        ],
         "sources": manifest["sources"],
         "steps": [_step(prepared, number) for number in range(len(manifest["steps"]))],
         "splits": _splits(prepared),
@@ -369,6 +375,39 @@ def _drift_alarms(moved: dict[str, list[Drift]]) -> list[dict[str, Any]]:
                 }
             )
     return alarms
+
+
+def _leaks(prepared: Prepared) -> list[dict[str, Any]]:
+    """Return what the splits know of each other, where a step has looked for it."""
+    return [
+        {
+            "level": "error",
+            "what": leak.what,
+            "details": f"{leak.count:,} found, a share of {leak.share:.1%}",
+            "examples": [_place(prepared, text) for text in leak.examples],
+        }
+        for leak in leaks_in(prepared)
+    ]
+
+
+def leaks_in(prepared: Prepared) -> list[Leak]:
+    """Return the alarms of a preparation with the step `Leaks`; [] without it."""
+    return [
+        leak
+        for one in prepared.steps
+        if isinstance(one.step, Leaks) and one.state is not None
+        for leak in leaks_of(one.state)
+    ]
+
+
+def _place(prepared: Prepared, text: str) -> str:
+    """Return "0:17 and 1:3" with the names of the sources."""
+    names = [source["name"] for source in prepared.manifest["sources"]]
+
+    def named(match: re.Match[str]) -> str:
+        return f"{names[int(match[1])]}:{match[2]}"
+
+    return PLACE.sub(named, text)
 
 
 def _refusals(manifest: dict[str, Any]) -> list[dict[str, Any]]:
