@@ -35,3 +35,15 @@ def test_every_file_that_a_page_names_is_in_the_package(name):
     ]
 
     assert not missing
+
+
+def test_the_examples_of_data_run_as_written(tmp_path, monkeypatch):
+    pytest.importorskip("PIL", reason="pip install 'lepton-jax[image]'")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/data.md", "exec"), names)
+    assert names["page"].is_file()
+    assert set(names["opened"].predict(names["people"], words=True)) == {"yes", "no"}
+    assert names["images"].split("train").inputs.shape == (16, 16, 16, 3)

@@ -55,7 +55,8 @@ EXTRA = """
  border:1px solid var(--faint);border-left:4px solid var(--warn)
 }
 .alarm.error{border-left-color:var(--bad)}
-.alarm b{font-weight:600}
+.alarm b{font-weight:600;display:block}
+.alarm b::first-letter{text-transform:uppercase}
 .alarm p{margin:2px 0 0;color:var(--soft);font-size:13.5px}
 .fine{color:var(--good)}
 td.why{white-space:normal;min-width:180px;color:var(--soft);font-size:12.5px}
@@ -157,7 +158,7 @@ def _tiles(facts: Facts) -> str:
     tiles = [
         ("rows read", f"{read:,}", _plural(len(sources), "source")),
         ("rows kept", f"{out:,}", share(out, read + refused)),
-        ("rows dropped", f"{read - out:,}", f"{refused:,} more could not be read"),
+        ("rows dropped", f"{read - out:,}", _unreadable(refused)),
         ("cells changed", f"{changed:,}", _plural(len(steps), "step")),
     ]
     missing = _missing(sources)
@@ -171,6 +172,10 @@ def _tiles(facts: Facts) -> str:
         for title, figure, remark in tiles
     )
     return f'<dl class="tiles" style="--columns:{len(tiles)}">{shown}</dl>'
+
+
+def _unreadable(refused: int) -> str:
+    return f"{refused:,} more could not be read" if refused else "all could be read"
 
 
 def _missing(sources: Sequence[Facts]) -> int | None:

@@ -125,7 +125,7 @@ def facts_of(
     moved = _comparisons(raw, reference)
     made = prepared_profiles(prepared)
     return {
-        "name": ", ".join(source["name"] for source in manifest["sources"]),
+        "name": prepared.folder.resolve().name,
         "folder": str(prepared.folder.resolve()),
         "written": time.strftime("%d %B %Y, %H:%M").lstrip("0"),
         "version": version("lepton-jax"),
