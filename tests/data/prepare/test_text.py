@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -129,6 +130,12 @@ def test_what_is_taken_for_clean_is_what_cleaning_would_not_change(texts, form, 
     )[0]
     assert table["text"].to_list() == plain.to_list()
     assert column.to_list() == before
+
+
+def test_what_is_below_the_combining_marks_is_composed():
+    below = "".join(map(chr, range(0x300)))
+    assert unicodedata.is_normalized("NFC", below + below[::-1])
+    assert unicodedata.is_normalized("NFKC", below[:128])
 
 
 def test_wrong_columns_and_words_are_errors_with_the_nearest():
