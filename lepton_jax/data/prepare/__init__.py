@@ -5,6 +5,7 @@ from lepton_jax.data.extras import needs
 needs("polars", extra="data", purpose="preparing data")
 
 from lepton_jax.data.prepare.conformance import conformance  # noqa: E402
+from lepton_jax.data.prepare.leaks import Leak, Leaks, leaks_of  # noqa: E402
 from lepton_jax.data.prepare.preparation import Preparation  # noqa: E402
 from lepton_jax.data.prepare.prepared import (  # noqa: E402
     FittedStep,
@@ -20,13 +21,17 @@ from lepton_jax.data.prepare.steps.categories import (  # noqa: E402
     Vocabulary,
 )
 from lepton_jax.data.prepare.steps.dates import DateFeatures  # noqa: E402
+from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
+from lepton_jax.data.prepare.steps.images import Images  # noqa: E402
 from lepton_jax.data.prepare.steps.interpolation import Interpolate  # noqa: E402
+from lepton_jax.data.prepare.steps.merging import Join, Mixture  # noqa: E402
 from lepton_jax.data.prepare.steps.missing import (  # noqa: E402
     DropMissing,
     FillMissing,
     FillWith,
     MarkMissing,
 )
+from lepton_jax.data.prepare.steps.near_duplicates import NearDuplicates  # noqa: E402
 from lepton_jax.data.prepare.steps.outliers import (  # noqa: E402
     ClipOutliers,
     DropOutliers,
@@ -62,19 +67,31 @@ from lepton_jax.data.prepare.steps.splitting import (  # noqa: E402
     SplitBySource,
     SplitByTime,
 )
+from lepton_jax.data.prepare.steps.text import CleanText  # noqa: E402
+from lepton_jax.data.prepare.steps.text_quality import GOPHER, TextQuality  # noqa: E402
+from lepton_jax.data.prepare.steps.tokens import (  # noqa: E402
+    ByteTokens,
+    FileTokens,
+    WordTokens,
+)
 
 __all__ = [
+    "GOPHER",
     "SPLIT",
     "Bins",
+    "ByteTokens",
     "CheckSchema",
     "Classes",
+    "CleanText",
     "ClipOutliers",
     "DateFeatures",
     "Derive",
     "Drop",
     "DropMissing",
     "DropOutliers",
+    "Duplicates",
     "Field",
+    "FileTokens",
     "FillMissing",
     "FillWith",
     "Filter",
@@ -82,10 +99,16 @@ __all__ = [
     "FittedStep",
     "FlagOutliers",
     "HashCategories",
+    "Images",
     "Interpolate",
+    "Join",
+    "Leak",
+    "Leaks",
     "LogScale",
     "MarkMissing",
     "MinMaxScale",
+    "Mixture",
+    "NearDuplicates",
     "OneHot",
     "Outcome",
     "Oversample",
@@ -105,10 +128,13 @@ __all__ = [
     "SplitByTime",
     "Standardize",
     "Step",
+    "TextQuality",
     "Undersample",
     "Vocabulary",
     "Weigh",
+    "WordTokens",
     "conformance",
+    "leaks_of",
     "open_prepared",
     "prepare",
 ]
