@@ -384,6 +384,20 @@ def test_selections_keep_what_goes_with_each_row():
             make()
 
 
+def test_selections_do_without_a_column_that_only_training_has():
+    at_prediction = TABLE.drop("sex")
+    for step, expected in [
+        (prepare.Select(["sex", "age"]), [SOURCE, ROW, "age"]),
+        (prepare.Drop(["sex", "age"]), ["capital gain", SOURCE, ROW]),
+        (prepare.Rename({"sex": "s", "age": "a"}), ["a", "capital gain", SOURCE, ROW]),
+    ]:
+        step.check(TABLE.schema)
+        found = step.run(at_prediction.lazy(), None).table.collect().columns
+        assert sorted(found) == sorted(expected)
+        with pytest.raises(DataError, match="'sex'"):
+            step.check(at_prediction.schema)
+
+
 def test_a_row_comes_out_the_same_alone_as_among_others():
     rng = np.random.default_rng(0)
     table = numbered(pl.DataFrame({"x": rng.normal(size=300), "n": range(300)}))

@@ -1,4 +1,8 @@
-"""Choosing, renaming and computing columns, and filtering rows."""
+"""Choosing, renaming and computing columns, and filtering rows.
+
+At prediction a column that only training has, such as a weight, is absent: Select, Drop
+and Rename then do without it. What must be there is checked before.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,7 @@ class Select(Step):
 
     def _kept(self, names: Sequence[str]) -> list[str]:
         inner = [name for name in names if name in KEPT and name not in self.columns]
-        return [*inner, *self.columns]
+        return [*inner, *(name for name in self.columns if name in names)]
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Drop(Step):
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        return Outcome(table.drop(self.columns))
+        return Outcome(table.drop(self.columns, strict=False))
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,7 @@ class Rename(Step):
         rest = {name: t for name, t in schema.items() if name not in self.names}
         require_free(self, rest, self.names.values())
         return pl.Schema(
-            {
-                self.names.get(
-                    name,
-                    name,
-                ): dtype
-                for name, dtype in schema.items()
-            }
+            {self.names.get(name, name): dtype for name, dtype in schema.items()}
         )
 
     def run(
@@ -125,7 +123,7 @@ class Rename(Step):
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        return Outcome(table.rename(dict(self.names)))
+        return Outcome(table.rename(dict(self.names), strict=False))
 
 
 @dataclass(frozen=True)
