@@ -232,7 +232,10 @@ class _Case:
     def check_plain(self) -> None:
         arguments = json.loads(json.dumps(self.step.to_json()))
         name = arguments.pop("step")
-        _require(name == type(self.step).__name__, f"it calls itself {name}")
+        _require(
+            name == type(self.step).__name__,
+            f"it calls itself {name}",
+        )
         known = {field.name for field in dataclasses.fields(self.step)}
         _require(known <= set(arguments), "its JSON has not all of its arguments")
         # It may say more, such as the digest of a file that it reads.

@@ -136,7 +136,10 @@ def _mixed(value: np.ndarray) -> np.ndarray:
 def _hashed(text: pl.Series) -> np.ndarray:
     size = text.str.len_bytes().fill_null(0).cast(pl.Int64).to_numpy()
     is_short = size <= LONGEST
-    hashes = _short_hashes(text, np.where(is_short, size, 0))
+    hashes = _short_hashes(
+        text,
+        np.where(is_short, size, 0),
+    )
     for row in np.flatnonzero(~is_short):
         hashes[row] = _digest(text[int(row)])
     hashes[text.is_null().to_numpy()] = NULL
@@ -151,7 +154,10 @@ def _short_hashes(text: pl.Series, size: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(size > position)
         word = words[starts[rows] + position]
         # Bytes behind the end are those of the next text.
-        surplus = np.maximum(position + WORD - size[rows], 0).astype(np.uint64)
+        surplus = np.maximum(
+            position + WORD - size[rows],
+            0,
+        ).astype(np.uint64)
         bits = np.uint64(8) * surplus
         word = (word << bits) >> bits
         hashes[rows] = _mixed(hashes[rows] + word)
@@ -165,9 +171,15 @@ def _words(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:
     """
     array = text.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
     _, offsets, data = array.buffers()
-    starts = np.frombuffer(offsets, np.int64)[array.offset :][: len(array)]
+    starts = np.frombuffer(
+        offsets,
+        np.int64,
+    )[array.offset :][: len(array)]
     content = np.frombuffer(data or b"", np.uint8)
-    padded = np.append(content, np.zeros(WORD, np.uint8))
+    padded = np.append(
+        content,
+        np.zeros(WORD, np.uint8),
+    )
     words = np.ndarray(
         (len(content) + 1,),
         "<u8",
@@ -178,5 +190,8 @@ def _words(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _digest(value: str) -> int:
-    digest = hashlib.blake2b(value.encode(), digest_size=WORD)
+    digest = hashlib.blake2b(
+        value.encode(),
+        digest_size=WORD,
+    )
     return int.from_bytes(digest.digest(), "little")

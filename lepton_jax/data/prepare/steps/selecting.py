@@ -87,7 +87,12 @@ class Drop(Step):
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        return Outcome(table.drop(self.columns, strict=False))
+        return Outcome(
+            table.drop(
+                self.columns,
+                strict=False,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,13 @@ class Rename(Step):
         rest = {name: t for name, t in schema.items() if name not in self.names}
         require_free(self, rest, self.names.values())
         return pl.Schema(
-            {self.names.get(name, name): dtype for name, dtype in schema.items()}
+            {
+                self.names.get(
+                    name,
+                    name,
+                ): dtype
+                for name, dtype in schema.items()
+            }
         )
 
     def run(
@@ -123,7 +134,12 @@ class Rename(Step):
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        return Outcome(table.rename(dict(self.names), strict=False))
+        return Outcome(
+            table.rename(
+                dict(self.names),
+                strict=False,
+            )
+        )
 
 
 @dataclass(frozen=True)

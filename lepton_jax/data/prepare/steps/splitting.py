@@ -653,12 +653,22 @@ def _cut(
     tested = 0
     if step.test:
         splits -= 1
-        tested = _nearest_end(ends, 0, len(ends) - splits, step.test)
+        tested = _nearest_end(
+            ends,
+            0,
+            len(ends) - splits,
+            step.test,
+        )
     if not step.validation:
         return tested, tested
     splits -= 1
     both = step.test + step.validation
-    return tested, _nearest_end(ends, tested, len(ends) - splits, both)
+    return tested, _nearest_end(
+        ends,
+        tested,
+        len(ends) - splits,
+        both,
+    )
 
 
 def _nearest_end(
