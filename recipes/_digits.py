@@ -64,10 +64,16 @@ def load(
     x, x_test, y, y_test = train_test_split(
         _enlarged(images), labels, test_size=0.2, stratify=labels, random_state=0
     )
-    return Digits(lepton.data.Arrays(x, y), lepton.data.Arrays(x_test, y_test))
+    return Digits(
+        lepton.data.Arrays(x, y),
+        lepton.data.Arrays(x_test, y_test),
+    )
 
 
-def _prepared(folder: Path, out: Path | None) -> Digits:
+def _prepared(
+    folder: Path,
+    out: Path | None,
+) -> Digits:
     """Read and prepare idx files; those whose names begin with t10k are for testing."""
     # only here: the embedded digits need no library that reads files
     from lepton_jax.data import prepare
@@ -89,15 +95,34 @@ def _prepared(folder: Path, out: Path | None) -> Digits:
         inputs=["image"],
         target="label",
     )
-    serving = _tables.prepared(preparation, "image", out, {})
-    return Digits(serving.split("train"), serving.split("test"), serving)
+    serving = _tables.prepared(
+        preparation,
+        "image",
+        out,
+        {},
+    )
+    return Digits(
+        serving.split("train"),
+        serving.split("test"),
+        serving,
+    )
 
 
 def _enlarged(images: np.ndarray) -> np.ndarray:
     """Enlarge images (n, 64) of 16 gray levels to uint8 (n, 28, 28, 1)."""
-    gray = images.reshape(-1, 8, 8) * (255 / GRAY_LEVELS)
+    gray = images.reshape(
+        -1,
+        8,
+        8,
+    ) * (255 / GRAY_LEVELS)
     block = np.ones((1, ENLARGED, ENLARGED))
-    large = np.kron(gray, block).astype(np.uint8)
+    large = np.kron(
+        gray,
+        block,
+    ).astype(np.uint8)
 
     margin = (MARGIN, MARGIN)
-    return np.pad(large, ((0, 0), margin, margin))[..., None]
+    return np.pad(
+        large,
+        ((0, 0), margin, margin),
+    )[..., None]

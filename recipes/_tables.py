@@ -69,8 +69,12 @@ class Asked:
     label_end: str = ""
     duplicates: str = "keep"
     test_share: float = TEST_SHARE
-    reading: Mapping[str, Any] = field(default_factory=dict)
-    test_reading: Mapping[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Any] = field(
+        default_factory=dict,
+    )
+    test_reading: Mapping[str, Any] = field(
+        default_factory=dict,
+    )
     folder: Path | None = None
     settings: Sequence[str] = ()
 
@@ -89,10 +93,16 @@ class Looked:
         self.asked = asked
         as_words = [*asked.categorical, *asked.ignore]
         reading = dict(asked.reading)
-        reading["types"] = dict.fromkeys(as_words, "String") | _types(reading)
+        reading["types"] = dict.fromkeys(
+            as_words,
+            "String",
+        ) | _types(reading)
         self.reading = {k: v for k, v in reading.items() if v not in (None, {})}
         with _offering(asked.settings):
-            self.reader = reader_of(asked.data, **self.reading)
+            self.reader = reader_of(
+                asked.data,
+                **self.reading,
+            )
             self.kinds = {column.name: column for column in self.reader.columns()}
         named = [*as_words, *(asked.columns or ()), asked.label]
         for name in named:
@@ -143,7 +153,10 @@ class Looked:
         sources = {"train": self.reader}
         types = {name: str(column.type) for name, column in self.kinds.items()}
         reading = {**self.reading, **self.asked.test_reading, "types": types}
-        sources["test"] = reader_of(self.asked.test, **reading)
+        sources["test"] = reader_of(
+            self.asked.test,
+            **reading,
+        )
         return sources
 
     def _check(self, name: str) -> None:
@@ -196,8 +209,16 @@ def tables(
         inputs=_names(inputs),
         target=asked.label,
     )
-    serving = prepared(preparation, inputs, asked.folder, looked.reading)
-    print(twice(preparation.sources), file=sys.stderr)
+    serving = prepared(
+        preparation,
+        inputs,
+        asked.folder,
+        looked.reading,
+    )
+    print(
+        twice(preparation.sources),
+        file=sys.stderr,
+    )
     return Tables(
         train=serving.split("train"),
         test=serving.split("test"),
@@ -231,7 +252,10 @@ def prepared(
     return prepare.Serving(done, inputs, reading=reading)
 
 
-def twice(sources: Mapping[str, Reader], but: Sequence[str] = ()) -> str:
+def twice(
+    sources: Mapping[str, Reader],
+    but: Sequence[str] = (),
+) -> str:
     """Return how many rows of each source equal an earlier one.
 
     Args:
@@ -282,10 +306,17 @@ def _offering(settings: Sequence[str]) -> Iterator[None]:
         yield
     except DataError as error:
         remedy = _remedy(error.remedy, settings)
-        raise DataError(error.what, where=error.where, remedy=remedy) from error
+        raise DataError(
+            error.what,
+            where=error.where,
+            remedy=remedy,
+        ) from error
 
 
-def _remedy(remedy: str, settings: Sequence[str]) -> str:
+def _remedy(
+    remedy: str,
+    settings: Sequence[str],
+) -> str:
     parts = []
     for part in remedy.split("; or "):
         column = AS_TEXT.search(part)
@@ -331,18 +362,39 @@ def _first(looked: Looked) -> list[Any]:
     if asked.duplicates == "drop":
         steps.append(prepare.Duplicates())
     if asked.label_end:
-        steps.append(prepare.TrimEnd(asked.label, asked.label_end))
+        steps.append(
+            prepare.TrimEnd(
+                asked.label,
+                asked.label_end,
+            )
+        )
     steps.append(prepare.DropMissing(asked.label))
     if asked.test is not None:
-        return [*steps, prepare.SplitBySource(test=[1])]
+        return [
+            *steps,
+            prepare.SplitBySource(
+                test=[1],
+            ),
+        ]
     stratify = () if looked.is_quantity else asked.label
-    return [*steps, prepare.Split(test=asked.test_share, stratify=stratify)]
+    return [
+        *steps,
+        prepare.Split(
+            test=asked.test_share,
+            stratify=stratify,
+        ),
+    ]
 
 
 def _alarms(looked: Looked) -> list[Any]:
     """Return the step that looks for rows of both splits, and for given-away labels."""
     raw = [*looked.numbers, *looked.categories, *looked.dates]
-    return [prepare.Leaks(target=looked.asked.label, inputs=raw)]
+    return [
+        prepare.Leaks(
+            target=looked.asked.label,
+            inputs=raw,
+        )
+    ]
 
 
 def _last(looked: Looked) -> list[Any]:
@@ -365,6 +417,21 @@ def _names(inputs: Inputs) -> list[str]:
     """Return the names of columns, however they are arranged."""
     if isinstance(inputs, str):
         return [inputs]
-    parts = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    names = [[part] if isinstance(part, str) else list(part) for part in parts]
+    parts = (
+        inputs.values()
+        if isinstance(
+            inputs,
+            Mapping,
+        )
+        else [inputs]
+    )
+    names = [
+        [part]
+        if isinstance(
+            part,
+            str,
+        )
+        else list(part)
+        for part in parts
+    ]
     return list(dict.fromkeys(name for part in names for name in part))

@@ -100,11 +100,19 @@ def recipe(
         steps_of_columns.append(prepare.AsFloats(looked.numbers))
         inputs["numbers"] = looked.numbers
     if looked.categories:
-        steps_of_columns.append(prepare.Vocabulary(looked.categories, least=least))
+        steps_of_columns.append(
+            prepare.Vocabulary(
+                looked.categories,
+                least=least,
+            )
+        )
         inputs["categories"] = looked.categories
     tables = _tables.tables(looked, inputs, steps_of_columns)
 
-    numbers = tables.train.inputs.get("numbers", np.zeros((0, 0))).T
+    numbers = tables.train.inputs.get(
+        "numbers",
+        np.zeros((0, 0)),
+    ).T
     total = steps or math.ceil(epochs * len(tables.train) / batch_size)
     return lepton.Recipe(
         name="click_through",
@@ -144,7 +152,12 @@ def _made() -> Any:
     ad = generator.integers(0, ADS, ROWS)
     site = generator.integers(0, SITES, ROWS)
     seen = generator.poisson(3, ROWS)
-    score = generator.normal(size=ADS)[ad] + generator.normal(size=SITES)[site]
+    score = (
+        generator.normal(size=ADS)[ad]
+        + generator.normal(
+            size=SITES,
+        )[site]
+    )
     chance = 1 / (1 + np.exp(-(score - 0.4 * seen)))
     table = pl.DataFrame(
         {

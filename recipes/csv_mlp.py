@@ -34,7 +34,12 @@ def recipe(
     test: Path | None = None,
     categorical: str = "",
     ignore: str = "",
-    missing: str = ",".join(filter(None, lepton.data.MISSING)),
+    missing: str = ",".join(
+        filter(
+            None,
+            lepton.data.MISSING,
+        )
+    ),
     label_kind: Literal["auto", "classes", "quantity"] = "auto",
     delimiter: str | None = None,
     decimal: Literal[".", ","] | None = None,
@@ -216,13 +221,23 @@ def _quantity(source: Source) -> LabelKind:
     )
 
 
-def _prepared(data: Path, label: str, **asked: Any) -> Source:
+def _prepared(
+    data: Path,
+    label: str,
+    **asked: Any,
+) -> Source:
     """Read and prepare a person's own tables."""
     # only here: the embedded table needs no library that reads files
     from lepton_jax.data import prepare
     from recipes import _tables
 
-    looked = _tables.Looked(_tables.Asked(data, label, **asked))
+    looked = _tables.Looked(
+        _tables.Asked(
+            data,
+            label,
+            **asked,
+        )
+    )
     numbers = [*looked.numbers, *_tables.parts_of_dates(looked)]
     steps: list[Any] = []
     inputs: dict[str, Any] = {}
@@ -255,10 +270,21 @@ def _embedded(label: str) -> Source:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "breast_cancer.csv")
         _write_breast_cancer(file, label)
-        train, test = lepton.data.table_split(file, label, TEST_SHARE, seed=0)
+        train, test = lepton.data.table_split(
+            file,
+            label,
+            TEST_SHARE,
+            seed=0,
+        )
     schema = train.schema
     classes = len(schema.classes or ())
-    return Source(train.arrays, test.arrays, schema.edges, schema.sizes, classes)
+    return Source(
+        train.arrays,
+        test.arrays,
+        schema.edges,
+        schema.sizes,
+        classes,
+    )
 
 
 def _write_breast_cancer(file: Path, label: str) -> None:

@@ -85,14 +85,30 @@ def recipe(
             {"images": source},
             [
                 prepare.Split(test=TEST_SHARE, stratify="label"),
-                prepare.Images("bytes", size=(size, size), fit=fit, broken=broken),
+                prepare.Images(
+                    "bytes",
+                    size=(size, size),
+                    fit=fit,
+                    broken=broken,
+                ),
                 prepare.Classes("label"),
             ],
             inputs=["bytes"],
             target="label",
         )
-        serving = _tables.prepared(preparation, "bytes", prepared, {})
-        print(_tables.twice({"images": source}, but=["path"]), file=sys.stderr)
+        serving = _tables.prepared(
+            preparation,
+            "bytes",
+            prepared,
+            {},
+        )
+        print(
+            _tables.twice(
+                {"images": source},
+                but=["path"],
+            ),
+            file=sys.stderr,
+        )
     train = serving.split("train")
     total = steps or math.ceil(epochs * len(train) / batch_size)
 
@@ -109,7 +125,10 @@ def recipe(
         ),
         loss=lepton.losses.cross_entropy,
         metrics={"accuracy": lepton.metrics.accuracy},
-        preprocess=partial(lepton.data.divided, by=255),
+        preprocess=partial(
+            lepton.data.divided,
+            by=255,
+        ),
         optimizer=optax.adamw,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,
@@ -133,16 +152,30 @@ def _drawn(folder: Path) -> Path:
         (folder / shape).mkdir()
         for number in range(IMAGES):
             buffer = io.BytesIO()
-            Image.fromarray(_image(shape, generator)).save(buffer, "PNG")
+            Image.fromarray(_image(shape, generator)).save(
+                buffer,
+                "PNG",
+            )
             (folder / shape / f"{number:03}.png").write_bytes(buffer.getvalue())
     return folder
 
 
-def _image(shape: str, generator: np.random.Generator) -> np.ndarray:
+def _image(
+    shape: str,
+    generator: np.random.Generator,
+) -> np.ndarray:
     """Return a shape on a noisy ground, uint8 (PIXELS, PIXELS, 3)."""
     radius = generator.uniform(6, 12)
-    middle = generator.uniform(radius, PIXELS - radius, size=2)
-    places = np.indices((PIXELS, PIXELS)).transpose(1, 2, 0)
+    middle = generator.uniform(
+        radius,
+        PIXELS - radius,
+        size=2,
+    )
+    places = np.indices((PIXELS, PIXELS)).transpose(
+        1,
+        2,
+        0,
+    )
     away = np.abs(places - middle)
     distance = {
         "circle": np.sqrt((away**2).sum(-1)),
@@ -151,6 +184,14 @@ def _image(shape: str, generator: np.random.Generator) -> np.ndarray:
     }[shape]
     ground = generator.uniform(0, 80, size=3)
     colour = generator.uniform(150, 255, size=3)
-    image = np.where((distance <= radius)[..., None], colour, ground)
+    image = np.where(
+        (distance <= radius)[..., None],
+        colour,
+        ground,
+    )
     noise = generator.normal(0, 12, image.shape)
-    return np.clip(image + noise, 0, 255).astype(np.uint8)
+    return np.clip(
+        image + noise,
+        0,
+        255,
+    ).astype(np.uint8)

@@ -40,13 +40,55 @@ class Usual(NamedTuple):
 
 # Assumptions: settings with which models of these sizes are known to learn.
 USUAL = {
-    "1m": Usual(128, 8, 4e-3, "unrolled", "float32"),
-    "10m": Usual(256, 64, 1e-3, "unrolled", "float32"),
-    "124m": Usual(1024, 512, 6e-4, "unrolled", "bfloat16"),
-    "1b": Usual(4096, 512, 4e-4, "scan", "bfloat16"),
-    "8b": Usual(8192, 512, 3e-4, "scan", "bfloat16"),
-    "70b": Usual(8192, 1024, 1.5e-4, "scan", "bfloat16"),
-    "405b": Usual(8192, 2048, 8e-5, "scan", "bfloat16"),
+    "1m": Usual(
+        128,
+        8,
+        4e-3,
+        "unrolled",
+        "float32",
+    ),
+    "10m": Usual(
+        256,
+        64,
+        1e-3,
+        "unrolled",
+        "float32",
+    ),
+    "124m": Usual(
+        1024,
+        512,
+        6e-4,
+        "unrolled",
+        "bfloat16",
+    ),
+    "1b": Usual(
+        4096,
+        512,
+        4e-4,
+        "scan",
+        "bfloat16",
+    ),
+    "8b": Usual(
+        8192,
+        512,
+        3e-4,
+        "scan",
+        "bfloat16",
+    ),
+    "70b": Usual(
+        8192,
+        1024,
+        1.5e-4,
+        "scan",
+        "bfloat16",
+    ),
+    "405b": Usual(
+        8192,
+        2048,
+        8e-5,
+        "scan",
+        "bfloat16",
+    ),
 }
 
 
@@ -131,7 +173,11 @@ def recipe(
         loop=loop,
         precision=precision,
     )
-    tokens, kinds, where, preparation = _tokens(text, tokenizer, prepared)
+    tokens, kinds, where, preparation = _tokens(
+        text,
+        tokenizer,
+        prepared,
+    )
     train, test = _windows(tokens, usual.length, where)
     shape = lepton.models.transformer_size(size) | {"loop": usual.loop}
     shape["vocab"] = _rows(
@@ -159,7 +205,11 @@ def recipe(
         model=partial(model, **shape),
         loss=lepton.losses.cross_entropy,
         metrics={"perplexity": lepton.metrics.perplexity},
-        optimizer=partial(optax.adamw, b2=0.95, weight_decay=0.1),
+        optimizer=partial(
+            optax.adamw,
+            b2=0.95,
+            weight_decay=0.1,
+        ),
         learning_rate=optax.warmup_cosine_decay_schedule(
             0.0, peak, warmup, total, 0.1 * peak
         ),
@@ -178,7 +228,9 @@ def recipe(
 
 def _settled(usual: Usual, **given: Any) -> Usual:
     """Return what a size is usually trained with, but for the settings given."""
-    return usual._replace(**{k: v for k, v in given.items() if v is not None})
+    return usual._replace(
+        **{k: v for k, v in given.items() if v is not None},
+    )
 
 
 def _rows(
@@ -250,7 +302,10 @@ def _tokens(
     return _prepared(text, out)
 
 
-def _prepared(text: Path, out: Path | None) -> Tokens:
+def _prepared(
+    text: Path,
+    out: Path | None,
+) -> Tokens:
     """Prepare a person's own text, character by character."""
     # only here: the embedded text needs no library that reads files
     from lepton_jax.data import prepare
@@ -261,7 +316,12 @@ def _prepared(text: Path, out: Path | None) -> Tokens:
         [prepare.CharacterTokens("text")],
         inputs=["text"],
     )
-    serving = _tables.prepared(preparation, "text", out, {})
+    serving = _tables.prepared(
+        preparation,
+        "text",
+        out,
+        {},
+    )
     rows = serving.prepared.table("train")["text"]
     tokens = rows.explode().drop_nulls().to_numpy()
     kinds = serving.prepared.steps[0].state.height
@@ -298,12 +358,27 @@ def _windows(
             where=where,
             remedy=remedy,
         )
-    inputs = tokens[: count * length].reshape(count, length)
-    targets = tokens[1 : count * length + 1].reshape(count, length)
-    cut = count - max(1, round(TEST_SHARE * count))
+    inputs = tokens[: count * length].reshape(
+        count,
+        length,
+    )
+    targets = tokens[1 : count * length + 1].reshape(
+        count,
+        length,
+    )
+    cut = count - max(
+        1,
+        round(TEST_SHARE * count),
+    )
     return (
-        lepton.data.Arrays(inputs[:cut], targets[:cut]),
-        lepton.data.Arrays(inputs[cut:], targets[cut:]),
+        lepton.data.Arrays(
+            inputs[:cut],
+            targets[:cut],
+        ),
+        lepton.data.Arrays(
+            inputs[cut:],
+            targets[cut:],
+        ),
     )
 
 
@@ -334,15 +409,30 @@ def _characters(content: str) -> tuple[np.ndarray, int]:
 
     They are numbered by code point: in "abca", a is 0, b is 1 and c is 2.
     """
-    codes = np.frombuffer(content.encode("utf-32-le", "surrogatepass"), np.uint32)
-    occurs = np.zeros(codes.max() + 1, bool)
+    codes = np.frombuffer(
+        content.encode("utf-32-le", "surrogatepass"),
+        np.uint32,
+    )
+    occurs = np.zeros(
+        codes.max() + 1,
+        bool,
+    )
     occurs[codes] = True
 
-    numbers = np.cumsum(occurs, dtype=np.int32) - 1
+    numbers = (
+        np.cumsum(
+            occurs,
+            dtype=np.int32,
+        )
+        - 1
+    )
     return numbers[codes], int(occurs.sum())
 
 
-def _pieces(content: str, path: Path) -> tuple[np.ndarray, int]:
+def _pieces(
+    content: str,
+    path: Path,
+) -> tuple[np.ndarray, int]:
     """Return a text's tokens int32 by a SentencePiece model, and the model's pieces."""
     try:
         from sentencepiece import SentencePieceProcessor
@@ -355,7 +445,10 @@ def _pieces(content: str, path: Path) -> tuple[np.ndarray, int]:
     blob = read_bytes(path)
     try:
         pieces = SentencePieceProcessor(model_proto=blob)
-        return np.asarray(pieces.encode(content), np.int32), pieces.get_piece_size()
+        return np.asarray(
+            pieces.encode(content),
+            np.int32,
+        ), pieces.get_piece_size()
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"the file is no SentencePiece model: {error}",

@@ -29,7 +29,12 @@ def recipe(
     data: Path | None = None,
     label: str = "label",
     ignore: str = "",
-    missing: str = ",".join(filter(None, lepton.data.MISSING)),
+    missing: str = ",".join(
+        filter(
+            None,
+            lepton.data.MISSING,
+        )
+    ),
     delimiter: str | None = None,
     decimal: Literal[".", ","] | None = None,
     thousands: str | None = None,
@@ -70,11 +75,22 @@ def recipe(
     preparation = None
     preprocess = None
     if data is None:
-        train, test = _synthetic().split(TEST_SHARE, seed=0)
+        train, test = _synthetic().split(
+            TEST_SHARE,
+            seed=0,
+        )
         preprocess = partial(
             lepton.data.standardized,
-            mean=tuple(train.inputs.mean(axis=0).tolist()),
-            spread=tuple(train.inputs.std(axis=0).tolist()),
+            mean=tuple(
+                train.inputs.mean(
+                    axis=0,
+                ).tolist()
+            ),
+            spread=tuple(
+                train.inputs.std(
+                    axis=0,
+                ).tolist()
+            ),
         )
     else:
         train, test, preparation = _prepared(
@@ -93,7 +109,10 @@ def recipe(
 
     return lepton.Recipe(
         name="logistic",
-        model=partial(lepton.models.Logistic, train.inputs.shape[1]),
+        model=partial(
+            lepton.models.Logistic,
+            train.inputs.shape[1],
+        ),
         loss=optax.sigmoid_binary_cross_entropy,
         metrics={"accuracy": lepton.metrics.binary_accuracy},
         preprocess=preprocess,
@@ -114,12 +133,18 @@ def _synthetic() -> lepton.data.Arrays:
     """Return samples drawn from a logistic model with known weights."""
     generator = np.random.default_rng(0)
     sizes = np.linspace(1, 0.6, FEATURES // 2)
-    weights = np.stack([sizes, -sizes], axis=1).ravel()
+    weights = np.stack(
+        [sizes, -sizes],
+        axis=1,
+    ).ravel()
     x = generator.normal(size=(SAMPLES, FEATURES))
 
     probability = 1 / (1 + np.exp(-(x @ weights + BIAS)))
     y = generator.random(len(x)) < probability
-    return lepton.data.Arrays(x, y.astype("int32"))
+    return lepton.data.Arrays(
+        x,
+        y.astype("int32"),
+    )
 
 
 def _prepared(
@@ -142,7 +167,12 @@ def _prepared(
     from recipes import _tables
 
     looked = _tables.Looked(
-        _tables.Asked(data, label, label_kind="classes", **asked),
+        _tables.Asked(
+            data,
+            label,
+            label_kind="classes",
+            **asked,
+        ),
     )
     needs = "this recipe takes numbers and a label of two classes"
     others = [*looked.categories, *looked.dates]

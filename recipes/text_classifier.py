@@ -91,14 +91,26 @@ def recipe(
         [
             prepare.DropMissing([text, label]),
             prepare.Split(test=TEST_SHARE, stratify=label),
-            prepare.WordTokens(text, most=vocab, length=length),
+            prepare.WordTokens(
+                text,
+                most=vocab,
+                length=length,
+            ),
             prepare.Classes(label),
         ],
         inputs=[text],
         target=label,
     )
-    serving = _tables.prepared(preparation, text, prepared, {})
-    print(_tables.twice({"texts": source}), file=sys.stderr)
+    serving = _tables.prepared(
+        preparation,
+        text,
+        prepared,
+        {},
+    )
+    print(
+        _tables.twice({"texts": source}),
+        file=sys.stderr,
+    )
     train = serving.split("train")
     total = steps or math.ceil(epochs * len(train) / batch_size)
 
@@ -142,7 +154,13 @@ def _embedded() -> Any:
         found = importlib.util.find_spec(name)
         assert found is not None
         assert found.origin is not None
-        lines = Path(found.origin).read_text(encoding="utf-8").splitlines()
+        lines = (
+            Path(found.origin)
+            .read_text(
+                encoding="utf-8",
+            )
+            .splitlines()
+        )
         stripped = [line.strip() for line in lines]
         long = dict.fromkeys(line for line in stripped if len(line) >= SHORTEST_LINE)
         rows += [{"text": line, "file": name} for line in long]

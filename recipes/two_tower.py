@@ -85,13 +85,25 @@ def recipe(
     preparation = None
     if data is None:
         needed = {"users": USERS, "items": ITEMS} | given
-        train, test = _synthetic(**needed).split(TEST_SHARE, seed=0)
+        train, test = _synthetic(**needed).split(
+            TEST_SHARE,
+            seed=0,
+        )
     else:
-        train, test, needed, preparation = _read(data, user, item, rating, prepared)
+        train, test, needed, preparation = _read(
+            data,
+            user,
+            item,
+            rating,
+            prepared,
+        )
     rows = needed | given
     _check_rows(rows, needed)
 
-    total = steps or max(1, round(epochs * len(train) / batch_size))
+    total = steps or max(
+        1,
+        round(epochs * len(train) / batch_size),
+    )
 
     return lepton.Recipe(
         name="two_tower",
@@ -121,7 +133,10 @@ def recipe(
     )
 
 
-def _check_rows(rows: dict[str, int], needed: dict[str, int]) -> None:
+def _check_rows(
+    rows: dict[str, int],
+    needed: dict[str, int],
+) -> None:
     for name in rows:
         if rows[name] < needed[name]:
             raise RecipeError(
@@ -132,7 +147,10 @@ def _check_rows(rows: dict[str, int], needed: dict[str, int]) -> None:
             )
 
 
-def _synthetic(users: int, items: int) -> lepton.data.Arrays:
+def _synthetic(
+    users: int,
+    items: int,
+) -> lepton.data.Arrays:
     """Return made-up ratings of random pairs.
 
     A rating is 3.5, plus a bias of the user and one of the item, plus a product of rank
@@ -147,8 +165,18 @@ def _synthetic(users: int, items: int) -> lepton.data.Arrays:
             )
 
     generator = np.random.default_rng(0)
-    user = generator.integers(0, users, RATINGS, dtype=np.int32)
-    item = generator.integers(0, items, RATINGS, dtype=np.int32)
+    user = generator.integers(
+        0,
+        users,
+        RATINGS,
+        dtype=np.int32,
+    )
+    item = generator.integers(
+        0,
+        items,
+        RATINGS,
+        dtype=np.int32,
+    )
     user_bias, user_factors = _traits(user, generator)
     item_bias, item_factors = _traits(item, generator)
 
@@ -156,7 +184,10 @@ def _synthetic(users: int, items: int) -> lepton.data.Arrays:
     score = MEAN_RATING + (user_bias + item_bias) / 2 + product / 4
     ratings = score + NOISE * generator.normal(size=RATINGS)
     inputs = {"user": user, "item": item}
-    return lepton.data.Arrays(inputs, ratings.astype(np.float32))
+    return lepton.data.Arrays(
+        inputs,
+        ratings.astype(np.float32),
+    )
 
 
 def _traits(
@@ -170,8 +201,13 @@ def _traits(
     Returns:
       the bias (pairs,) and the factors (pairs, RANK).
     """
-    row = np.unique(who, return_inverse=True)[1]
-    traits = generator.normal(size=(row.max() + 1, 1 + RANK))[row]
+    row = np.unique(
+        who,
+        return_inverse=True,
+    )[1]
+    traits = generator.normal(
+        size=(row.max() + 1, 1 + RANK),
+    )[row]
     return traits[:, 0], traits[:, 1:]
 
 
@@ -212,6 +248,10 @@ def _read(
         )
     )
     steps = [prepare.Vocabulary([user, item])]
-    tables = _tables.tables(looked, {"user": user, "item": item}, steps)
+    tables = _tables.tables(
+        looked,
+        {"user": user, "item": item},
+        steps,
+    )
     rows = {"users": tables.sizes[user], "items": tables.sizes[item]}
     return tables.train, tables.test, rows, tables.serving

@@ -60,7 +60,11 @@ class Case(NamedTuple):
 
 CASES = (
     Case("csv_mlp", "adult/adult.data.gz", {"label": "column_15"}),
-    Case("csv_mlp", "titanic/titanic.csv", {"label": "Survived", "ignore": "Name"}),
+    Case(
+        "csv_mlp",
+        "titanic/titanic.csv",
+        {"label": "Survived", "ignore": "Name"},
+    ),
     Case(
         "logistic",
         "titanic/titanic.csv",
@@ -94,8 +98,15 @@ def check(case: Case, data: Path) -> str:
     file = data / case.data
     argument = "text" if case.recipe == "lm" else "data"
     make = settings.load(ROOT / "recipes" / f"{case.recipe}.py")
-    recipe = make(**{argument: file}, steps=STEPS, **case.settings)
-    trainer = lepton.Trainer(recipe.with_(test=None), devices=1)
+    recipe = make(
+        **{argument: file},
+        steps=STEPS,
+        **case.settings,
+    )
+    trainer = lepton.Trainer(
+        recipe.with_(test=None),
+        devices=1,
+    )
     trainer.fit()
     inputs, rows = _rows(recipe, file, case)
     expected = trainer.predict(inputs, decode=_outputs)
@@ -106,7 +117,12 @@ def check(case: Case, data: Path) -> str:
         found = fresh(folder)
     same = expected.tobytes() == found.tobytes()
     assert same, f"{case.recipe}: {int((expected != found).sum())} outputs differ"
-    shape = " x ".join(map(str, found.shape))
+    shape = " x ".join(
+        map(
+            str,
+            found.shape,
+        )
+    )
     return (
         f"{case.recipe} on {case.data}: {rows.height} raw rows, {shape} outputs equal"
     )
@@ -129,7 +145,9 @@ def fresh(folder: Path) -> np.ndarray:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the cases, and return 1 if one fails."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE")
     parser.add_argument(
         "--data",
@@ -143,7 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.recipes and case.recipe not in options.recipes:
             continue
         try:
-            print(check(case, options.data), flush=True)
+            print(
+                check(case, options.data),
+                flush=True,
+            )
         except (AssertionError, LeptonError) as error:
             failed += 1
             print(f"{case.recipe} on {case.data}: FAILED: {error}", flush=True)
@@ -170,24 +191,49 @@ def _rows(
     prepared = serving.prepared.table("train", traced=True)
     numbers = prepared[ROW].head(ROWS)
     samples = serving.split("train").take(np.arange(len(numbers)))[0]
-    reader = reader_of(file, **case.reading, **serving.reading)
+    reader = reader_of(
+        file,
+        **case.reading,
+        **serving.reading,
+    )
     if case.reading:
         reader = reader_of(file, **case.reading)
     wanted = pl.DataFrame({ROW: numbers})
     found = []
     for piece in reader.pieces(PIECE_BYTES):
         table = reader.read(piece).table
-        found.append(table.join(wanted, on=ROW, how="semi", maintain_order="left"))
-    rows = pl.concat(found).sort(ROW).drop(ROW, serving.prepared.target)
+        found.append(
+            table.join(
+                wanted,
+                on=ROW,
+                how="semi",
+                maintain_order="left",
+            )
+        )
+    rows = (
+        pl.concat(found)
+        .sort(ROW)
+        .drop(
+            ROW,
+            serving.prepared.target,
+        )
+    )
     return samples, rows
 
 
-def _texts(recipe: lepton.Recipe, file: Path) -> tuple[Any, pl.DataFrame]:
+def _texts(
+    recipe: lepton.Recipe,
+    file: Path,
+) -> tuple[Any, pl.DataFrame]:
     """Return the first windows of a text as tokens, and as characters."""
     inputs = recipe.train.inputs[:ROWS]
     length = inputs.shape[1]
     content = file.read_text(encoding="utf-8")
-    starts = range(0, len(inputs) * length, length)
+    starts = range(
+        0,
+        len(inputs) * length,
+        length,
+    )
     texts = [content[start : start + length] for start in starts]
     return inputs, pl.DataFrame({"text": texts})
 

@@ -64,7 +64,10 @@ q.third{background:var(--resume)}
 """
 
 
-def card(name: str, columns: Sequence[Column]) -> str:
+def card(
+    name: str,
+    columns: Sequence[Column],
+) -> str:
     """Return a column's card.
 
     Args:
@@ -85,7 +88,11 @@ def legend(names: Sequence[str]) -> str:
     """Return a list that says which table is drawn how."""
     items = [
         f'<li><s class="line {tone}"></s>{escape(name)}</li>'
-        for name, tone in zip(names, TONES, strict=False)
+        for name, tone in zip(
+            names,
+            TONES,
+            strict=False,
+        )
     ]
     return f'<ul class="legend" style="margin-left:0">{"".join(items)}</ul>'
 
@@ -108,7 +115,13 @@ def _facts(column: Column) -> str:
     parts = []
     rows = column["rows"]
     if column["mean"] is not None:
-        spread = (column["m2"] / max(1, sum(column["counts"]))) ** 0.5
+        spread = (
+            column["m2"]
+            / max(
+                1,
+                sum(column["counts"]),
+            )
+        ) ** 0.5
         parts.append(f"mean {number(column['mean'], 3)} ± {number(spread, 3)}")
         least = number(column["least"], 3)
         parts.append(f"{least} to {number(column['greatest'], 3)}")
@@ -138,10 +151,21 @@ def _histogram(columns: Sequence[Column]) -> str:
     shares = [_shares(column) for column in columns]
     bins = range(len(shares[0]))
     top = _HEADROOM * max(max(heights) for heights in shares) or 1.0
-    bars = "".join(_bar(i, shares[0][i] / top, len(bins)) for i in bins)
+    bars = "".join(
+        _bar(
+            i,
+            shares[0][i] / top,
+            len(bins),
+        )
+        for i in bins
+    )
     lines = "".join(
         f'<path class="line {tone}" d="{_steps(heights, top)}"/>'
-        for heights, tone in zip(shares[1:], TONES[1:], strict=False)
+        for heights, tone in zip(
+            shares[1:],
+            TONES[1:],
+            strict=False,
+        )
     )
     return (
         f'<div class="hist"><svg viewBox="0 0 {_UNITS} {_UNITS}"'
@@ -171,7 +195,10 @@ def _bar(
     )
 
 
-def _steps(heights: Sequence[float], top: float) -> str:
+def _steps(
+    heights: Sequence[float],
+    top: float,
+) -> str:
     width = _UNITS / len(heights)
     parts = []
     for place, height in enumerate(heights):
@@ -185,24 +212,42 @@ def _words(columns: Sequence[Column]) -> str:
     first = columns[0]
     shown = min(len(first["words"]), WORDS)
     rows = [
-        _word(first["words"][i], [_word_share(column, i) for column in columns])
+        _word(
+            first["words"][i],
+            [_word_share(column, i) for column in columns],
+        )
         for i in range(shown)
     ]
     left = len(first["words"]) - shown + first["other_words"]
     if left:
         rest = sum(first["word_counts"][shown:]) + first["others"]
-        rows.append(_word(f"{left:,} others", [rest / max(1, first["rows"])]))
+        rows.append(
+            _word(
+                f"{left:,} others",
+                [rest / max(1, first["rows"])],
+            )
+        )
     return f'<ul class="words">{"".join(rows)}</ul>'
 
 
 def _word_share(column: Column, place: int) -> float:
-    return column["word_counts"][place] / max(1, column["rows"])
+    return column["word_counts"][place] / max(
+        1,
+        column["rows"],
+    )
 
 
-def _word(word: str, shares: Sequence[float]) -> str:
+def _word(
+    word: str,
+    shares: Sequence[float],
+) -> str:
     ticks = "".join(
         f'<q class="{tone}" style="left:{100 * value:.1f}%"></q>'
-        for value, tone in zip(shares[1:], TONES[1:], strict=False)
+        for value, tone in zip(
+            shares[1:],
+            TONES[1:],
+            strict=False,
+        )
     )
     return (
         f'<li><span title="{escape(word)}">{escape(word) or "(empty)"}</span>'

@@ -139,7 +139,13 @@ def _header(facts: Facts, name: str) -> str:
     status = ("good", "no alarm")
     if alarms:
         tone = "bad" if "error" in levels else "open"
-        status = (tone, _plural(len(alarms), "alarm"))
+        status = (
+            tone,
+            _plural(
+                len(alarms),
+                "alarm",
+            ),
+        )
     return (
         f'<header><h1>{escape(name)}</h1><p class="status">'
         f'<b class="{status[0]}">{status[1]}</b>'
@@ -156,10 +162,31 @@ def _tiles(facts: Facts) -> str:
     changed = sum(step.get("changed") or 0 for step in steps)
     refused = sum(source.get("refused") or 0 for source in sources)
     tiles = [
-        ("rows read", f"{read:,}", _plural(len(sources), "source")),
-        ("rows kept", f"{out:,}", share(out, read + refused)),
+        (
+            "rows read",
+            f"{read:,}",
+            _plural(
+                len(sources),
+                "source",
+            ),
+        ),
+        (
+            "rows kept",
+            f"{out:,}",
+            share(
+                out,
+                read + refused,
+            ),
+        ),
         ("rows dropped", f"{read - out:,}", _unreadable(refused)),
-        ("cells changed", f"{changed:,}", _plural(len(steps), "step")),
+        (
+            "cells changed",
+            f"{changed:,}",
+            _plural(
+                len(steps),
+                "step",
+            ),
+        ),
     ]
     missing = _missing(sources)
     if missing is not None:
@@ -213,7 +240,10 @@ def _alarm(alarm: Facts) -> str:
 
 
 def _steps(steps: Sequence[Facts]) -> str:
-    most = max([step.get("rows_in") or 0 for step in steps], default=0)
+    most = max(
+        [step.get("rows_in") or 0 for step in steps],
+        default=0,
+    )
     return _table(
         [
             "step",
@@ -228,11 +258,23 @@ def _steps(steps: Sequence[Facts]) -> str:
     )
 
 
-def _step(step: Facts, most: int) -> list[str]:
+def _step(
+    step: Facts,
+    most: int,
+) -> list[str]:
     rows_in = step.get("rows_in") or 0
     rows_out = step.get("rows_out") or 0
     kept = 100 * rows_out / most if most else 0
-    dropped = 100 * max(0, rows_in - rows_out) / most if most else 0
+    dropped = (
+        100
+        * max(
+            0,
+            rows_in - rows_out,
+        )
+        / most
+        if most
+        else 0
+    )
     bar = f'<s style="width:{kept:.2f}%"></s><s style="width:{dropped:.2f}%"></s>'
     return [
         f"<td><b>{_text(step.get('step'))}</b></td>",
@@ -255,7 +297,10 @@ def _arguments(arguments: Facts) -> str:
 
 
 def _reasons(step: Facts) -> str:
-    reasons = sorted((step.get("reasons") or {}).items(), key=lambda item: -item[1])
+    reasons = sorted(
+        (step.get("reasons") or {}).items(),
+        key=lambda item: -item[1],
+    )
     lines = [f"{count:,} {_text(reason)}" for reason, count in reasons[:MOST_REASONS]]
     if len(reasons) > MOST_REASONS:
         lines.append(f"{len(reasons) - MOST_REASONS} more reasons")
@@ -275,7 +320,13 @@ def _sources(sources: Sequence[Facts]) -> str:
 def _source(source: Facts) -> str:
     columns = source.get("columns") or ()
     refused = source.get("refused") or 0
-    parts = [_plural(source.get("rows") or 0, "row"), _plural(len(columns), "column")]
+    parts = [
+        _plural(
+            source.get("rows") or 0,
+            "row",
+        ),
+        _plural(len(columns), "column"),
+    ]
     if refused:
         parts.append(f"{refused:,} rows could not be read")
     if source.get("digest"):
@@ -283,7 +334,13 @@ def _source(source: Facts) -> str:
     unfolded = " open" if len(columns) <= OPEN_COLUMNS else ""
     table = _table(
         ["column", "type", "#missing", "#against", "why it has this type"],
-        [_inferred(column, source.get("rows") or 0) for column in columns],
+        [
+            _inferred(
+                column,
+                source.get("rows") or 0,
+            )
+            for column in columns
+        ],
     )
     return (
         f"<details{unfolded}><summary><b>{_text(source.get('name'))}</b>: "
@@ -291,7 +348,10 @@ def _source(source: Facts) -> str:
     )
 
 
-def _inferred(column: Facts, rows: int) -> list[str]:
+def _inferred(
+    column: Facts,
+    rows: int,
+) -> list[str]:
     missing = column.get("missing", -1)
     missed = "not counted"
     if missing is not None and missing >= 0:
@@ -327,11 +387,17 @@ def _splits(splits: Sequence[Facts]) -> str:
         ]
         for split in splits
     ]
-    return _table(["split", "#rows", "#share", *[f"#{word}" for word in words]], rows)
+    return _table(
+        ["split", "#rows", "#share", *[f"#{word}" for word in words]],
+        rows,
+    )
 
 
 def _target(split: Facts, word: str) -> str:
-    count = (split.get("target") or {}).get(word, 0)
+    count = (split.get("target") or {}).get(
+        word,
+        0,
+    )
     return f'<td class="n">{count:,} ({share(count, split.get("rows") or 0)})</td>'
 
 
@@ -378,7 +444,10 @@ def _comparison(comparison: Facts) -> str:
 
 def _moved(row: Facts) -> list[str]:
     verdict = str(row["verdict"])
-    width = 100 * min(1.0, row["psi"] / DRIFT_SCALE)
+    width = 100 * min(
+        1.0,
+        row["psi"] / DRIFT_SCALE,
+    )
     shown = {"none": "alike", "small": "has moved", "large": "is different"}
     return [
         f"<td><code>{_text(row['column'])}</code></td>",
@@ -405,7 +474,10 @@ def _dropped(dropped: Sequence[Facts]) -> str:
         ]
         for note in dropped[:MOST_DROPPED]
     ]
-    return _table(["row", "by", "because", "partner", "it was"], rows)
+    return _table(
+        ["row", "by", "because", "partner", "it was"],
+        rows,
+    )
 
 
 def _examples(examples: Sequence[Facts]) -> str:
@@ -442,7 +514,10 @@ def _after(
 # ---- parts ----
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> str:
     """Return a table; a name that begins with # heads a column of numbers."""
     if not rows:
         return ""

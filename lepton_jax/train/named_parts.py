@@ -76,7 +76,10 @@ def named_parts(recipe: Recipe) -> dict[str, Any]:
     return {"parts": parts, "unnamed": unnamed, "metrics": metrics}
 
 
-def parts_of(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def parts_of(
+    content: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
     """Return fields of a recipe from what `named_parts` has returned.
 
     Args:

@@ -53,17 +53,29 @@ def load_preparation(folder: Path) -> Any:
     return Serving.load(folder / FOLDER)
 
 
-def are_raw(data: Any, names: Sequence[str] | None) -> bool:
+def are_raw(
+    data: Any,
+    names: Sequence[str] | None,
+) -> bool:
     """Whether data is raw rows, and not the arrays that the model takes.
 
     Args:
       data: what somebody gave.
       names: the model's arguments; None: it takes one array.
     """
-    if isinstance(data, str | os.PathLike) or _is_table(data):
+    if isinstance(
+        data,
+        str | os.PathLike,
+    ) or _is_table(data):
         return True
     if isinstance(data, list | tuple):
-        return bool(data) and all(isinstance(row, Mapping) for row in data)
+        return bool(data) and all(
+            isinstance(
+                row,
+                Mapping,
+            )
+            for row in data
+        )
     if not isinstance(data, Mapping) or not data:
         return False
     if all(_is_single(value) for value in data.values()):
@@ -89,7 +101,10 @@ def prepared_samples(preparation: Any, rows: Any) -> Arrays:
     return _needed(preparation).samples(rows)
 
 
-def in_words(preparation: Any, predictions: Any) -> list[Any]:
+def in_words(
+    preparation: Any,
+    predictions: Any,
+) -> list[Any]:
     """Return predictions as values of the target.
 
     Raises:
@@ -115,8 +130,20 @@ def _needed(preparation: Any) -> Any:
 def _is_table(data: Any) -> bool:
     module = type(data).__module__.partition(".")[0]
     kind = type(data)
-    return module in TABLES and (hasattr(kind, "columns") or hasattr(kind, "schema"))
+    return module in TABLES and (
+        hasattr(
+            kind,
+            "columns",
+        )
+        or hasattr(kind, "schema")
+    )
 
 
 def _is_single(value: Any) -> bool:
-    return isinstance(value, SINGLE) or np.ndim(value) == 0
+    return (
+        isinstance(
+            value,
+            SINGLE,
+        )
+        or np.ndim(value) == 0
+    )

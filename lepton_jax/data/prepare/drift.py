@@ -63,7 +63,10 @@ class Drift:
     verdict: str
 
 
-def drift(reference: Profile, other: Profile) -> list[Drift]:
+def drift(
+    reference: Profile,
+    other: Profile,
+) -> list[Drift]:
     """Compare a table with a reference, column by column, the most moved first.
 
     Args:
@@ -73,11 +76,18 @@ def drift(reference: Profile, other: Profile) -> list[Drift]:
     """
     both = [name for name in reference.columns if name in other.columns]
     compared = [
-        _column(name, reference.columns[name], other.columns[name])
+        _column(
+            name,
+            reference.columns[name],
+            other.columns[name],
+        )
         for name in both
         if reference.columns[name].rows and other.columns[name].rows
     ]
-    return sorted(compared, key=lambda moved: -moved.psi)
+    return sorted(
+        compared,
+        key=lambda moved: -moved.psi,
+    )
 
 
 # ---- internals ----
@@ -92,7 +102,10 @@ def _column(
     after = _bins(other)
     psi = _index(before, after)
     rows = reference.rows * other.rows / (reference.rows + other.rows)
-    freedom = max(1, int(np.count_nonzero(before + after)) - 1)
+    freedom = max(
+        1,
+        int(np.count_nonzero(before + after)) - 1,
+    )
     return Drift(
         column=name,
         psi=psi,
@@ -109,10 +122,16 @@ def _bins(column: ColumnProfile) -> np.ndarray:
     counts: Sequence[int] = column.part_counts
     if column.kind == "category":
         counts = [*column.word_counts, column.others]
-    return np.asarray([*counts, column.missing], np.float64)
+    return np.asarray(
+        [*counts, column.missing],
+        np.float64,
+    )
 
 
-def _index(before: np.ndarray, after: np.ndarray) -> float:
+def _index(
+    before: np.ndarray,
+    after: np.ndarray,
+) -> float:
     occurs = (before + after) > 0
     p = before[occurs] + HALF_A_ROW
     q = after[occurs] + HALF_A_ROW
@@ -127,7 +146,13 @@ def _chance(
     rows: float,
     freedom: int,
 ) -> float:
-    return float(ncx2.sf(psi * rows, freedom, true_psi * rows))
+    return float(
+        ncx2.sf(
+            psi * rows,
+            freedom,
+            true_psi * rows,
+        )
+    )
 
 
 def _verdict(
@@ -135,9 +160,27 @@ def _verdict(
     rows: float,
     freedom: int,
 ) -> str:
-    if psi > LARGE and _chance(psi, LARGE, rows, freedom) < SIGNIFICANT:
+    if (
+        psi > LARGE
+        and _chance(
+            psi,
+            LARGE,
+            rows,
+            freedom,
+        )
+        < SIGNIFICANT
+    ):
         return "large"
-    if psi > SMALL and _chance(psi, SMALL, rows, freedom) < SIGNIFICANT:
+    if (
+        psi > SMALL
+        and _chance(
+            psi,
+            SMALL,
+            rows,
+            freedom,
+        )
+        < SIGNIFICANT
+    ):
         return "small"
     return "none"
 

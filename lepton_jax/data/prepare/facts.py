@@ -72,7 +72,10 @@ def write_preparation_report(
     facts = facts_of(prepared, raw, reference)
     facts |= {"seconds": seconds, "engine": engine}
     facts["examples"] = _examples(prepared, check(preparation))
-    write_bytes(prepared.folder / PROFILE, raw[TRAIN].to_json().encode())
+    write_bytes(
+        prepared.folder / PROFILE,
+        raw[TRAIN].to_json().encode(),
+    )
     return write_data_report(prepared.folder / REPORT, facts)
 
 
@@ -135,9 +138,21 @@ def facts_of(
             *_drift_alarms(moved),
         ],
         "sources": manifest["sources"],
-        "steps": [_step(prepared, number) for number in range(len(manifest["steps"]))],
+        "steps": [
+            _step(
+                prepared,
+                number,
+            )
+            for number in range(len(manifest["steps"]))
+        ],
         "splits": _splits(prepared),
-        "drift": [_rows_of(title, rows) for title, rows in moved.items()],
+        "drift": [
+            _rows_of(
+                title,
+                rows,
+            )
+            for title, rows in moved.items()
+        ],
         "profiles": [
             _pictures("Columns as they were read", raw),
             _pictures("Columns as they are given to the model", made),
@@ -154,7 +169,10 @@ def facts_of(
 
 
 def _ordered(prepared: Prepared) -> list[str]:
-    return sorted(prepared.splits, key=lambda split: (split != TRAIN, split))
+    return sorted(
+        prepared.splits,
+        key=lambda split: (split != TRAIN, split),
+    )
 
 
 def _raw_tables(
@@ -163,14 +181,24 @@ def _raw_tables(
     split: str,
 ) -> Iterator[pl.DataFrame]:
     """Yield the raw rows of a split, a piece at a time."""
-    keys = prepared.table(split, traced=True).select(SOURCE, ROW)
+    keys = prepared.table(
+        split,
+        traced=True,
+    ).select(
+        SOURCE,
+        ROW,
+    )
     size = checked.preparation.piece_bytes
     names = [name for name in checked.raw if name not in (SOURCE, ROW)]
     for number, reader in enumerate(checked.readers):
         own = keys.filter(pl.col(SOURCE) == number).select(ROW)
         for piece in reader.pieces(size):
             table = reader.read(piece).table
-            rows = table.join(own, on=ROW, how="semi")
+            rows = table.join(
+                own,
+                on=ROW,
+                how="semi",
+            )
             yield _with_columns(rows, names, checked.raw)
 
 
@@ -182,25 +210,44 @@ def _with_columns(
     columns = [
         pl.col(name).cast(schema[name])
         if name in table.columns
-        else pl.lit(None, schema[name]).alias(name)
+        else pl.lit(
+            None,
+            schema[name],
+        ).alias(name)
         for name in names
     ]
     return table.select(columns)
 
 
-def _prepared_tables(prepared: Prepared, split: str) -> Iterator[pl.DataFrame]:
+def _prepared_tables(
+    prepared: Prepared,
+    split: str,
+) -> Iterator[pl.DataFrame]:
     for path in prepared.shards(split):
-        yield read_shard(path, prepared.schema).select(prepared.outputs)
+        yield read_shard(
+            path,
+            prepared.schema,
+        ).select(prepared.outputs)
 
 
-def _examples(prepared: Prepared, checked: Checked) -> list[dict[str, Any]]:
+def _examples(
+    prepared: Prepared,
+    checked: Checked,
+) -> list[dict[str, Any]]:
     """Return the first rows of the training split, raw and prepared."""
-    first = read_shard(prepared.shards(TRAIN)[0], prepared.schema).head(MOST_EXAMPLES)
+    first = read_shard(
+        prepared.shards(TRAIN)[0],
+        prepared.schema,
+    ).head(MOST_EXAMPLES)
     if not first.height:
         return []
     number = first[SOURCE][0]
     reader = checked.readers[number]
-    piece = _piece_of(checked, number, first[ROW][0])
+    piece = _piece_of(
+        checked,
+        number,
+        first[ROW][0],
+    )
     raw = reader.read(piece).table
     examples = []
     for after in first.iter_rows(named=True):
@@ -210,14 +257,23 @@ def _examples(prepared: Prepared, checked: Checked) -> list[dict[str, Any]]:
         examples.append(
             {
                 "row": f"{checked.names[number]}:{after[ROW]}",
-                "before": _shown(before.row(0, named=True)),
+                "before": _shown(
+                    before.row(
+                        0,
+                        named=True,
+                    )
+                ),
                 "after": _shown(after),
             }
         )
     return examples
 
 
-def _piece_of(checked: Checked, source: int, row: int) -> Any:
+def _piece_of(
+    checked: Checked,
+    source: int,
+    row: int,
+) -> Any:
     pieces = checked.readers[source].pieces(checked.preparation.piece_bytes)
     before = [piece for piece in pieces if piece.first_row <= row]
     return before[-1]
@@ -239,8 +295,21 @@ def _dropped(prepared: Prepared) -> list[dict[str, Any]]:
     action = pl.col(f"{RESERVED}action")
     rows = notes.filter(action == "dropped").head(MOST_DROPPED)
     names = [source["name"] for source in prepared.manifest["sources"]]
-    steps = ["the reader", *map(_name, prepared.manifest["steps"])]
-    return [_dropped_row(row, names, steps) for row in rows.iter_rows(named=True)]
+    steps = [
+        "the reader",
+        *map(
+            _name,
+            prepared.manifest["steps"],
+        ),
+    ]
+    return [
+        _dropped_row(
+            row,
+            names,
+            steps,
+        )
+        for row in rows.iter_rows(named=True)
+    ]
 
 
 def _dropped_row(
@@ -256,11 +325,20 @@ def _dropped_row(
         "step": steps[row[f"{RESERVED}step"] + 1],
         "reason": row[f"{RESERVED}reason"],
         "partner": "" if partner is None else f"{_of(names, source)}:{partner}",
-        "before": row[f"{RESERVED}before"] or ", ".join(map(str, raw.values())),
+        "before": row[f"{RESERVED}before"]
+        or ", ".join(
+            map(
+                str,
+                raw.values(),
+            )
+        ),
     }
 
 
-def _of(names: Sequence[str], source: int | None) -> str:
+def _of(
+    names: Sequence[str],
+    source: int | None,
+) -> str:
     return "existing" if source is None else names[source]
 
 
@@ -271,7 +349,10 @@ def _name(entry: dict[str, Any]) -> str:
     return str(entry["arguments"]["step"])
 
 
-def _step(prepared: Prepared, number: int) -> dict[str, Any]:
+def _step(
+    prepared: Prepared,
+    number: int,
+) -> dict[str, Any]:
     entry = prepared.manifest["steps"][number]
     arguments = {k: v for k, v in entry["arguments"].items() if k != "step"}
     return {
@@ -294,11 +375,20 @@ def _reasons(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
         text = entry["reason"] or entry["action"]
         if many:
             text = NUMBER.sub("…", text)
-        reasons[text] = reasons.get(text, 0) + entry["rows"]
+        reasons[text] = (
+            reasons.get(
+                text,
+                0,
+            )
+            + entry["rows"]
+        )
     return reasons
 
 
-def _learned(prepared: Prepared, number: int) -> str | None:
+def _learned(
+    prepared: Prepared,
+    number: int,
+) -> str | None:
     """Return the beginning of a state, as text."""
     if prepared.manifest["steps"][number]["fits_on"] != TRAIN:
         return None  # which rows there are is no news
@@ -307,7 +397,13 @@ def _learned(prepared: Prepared, number: int) -> str | None:
         return None
     rows = [
         " ".join(_figure(value) for value in row)
-        for row in state.head(LEARNED_CELLS // max(1, state.width)).iter_rows()
+        for row in state.head(
+            LEARNED_CELLS
+            // max(
+                1,
+                state.width,
+            )
+        ).iter_rows()
     ]
     left = state.height - len(rows)
     more = f"; and {left:,} more" if left else ""
@@ -327,12 +423,21 @@ def _splits(prepared: Prepared) -> list[dict[str, Any]]:
         if prepared.target is not None:
             top = entry["statistics"][prepared.target]["top"] or []
             target = dict(top) if len(top) <= MOST_CLASSES else {}
-        named = {_word(words, value): rows for value, rows in sorted(target.items())}
+        named = {
+            _word(
+                words,
+                value,
+            ): rows
+            for value, rows in sorted(target.items())
+        }
         splits.append({"name": name, "rows": entry["rows"], "target": named})
     return splits
 
 
-def _word(words: Sequence[str], value: str) -> str:
+def _word(
+    words: Sequence[str],
+    value: str,
+) -> str:
     return words[int(value)] if words else value
 
 
@@ -355,7 +460,10 @@ def _comparisons(
     return moved
 
 
-def _rows_of(title: str, rows: Sequence[Drift]) -> dict[str, Any]:
+def _rows_of(
+    title: str,
+    rows: Sequence[Drift],
+) -> dict[str, Any]:
     return {"title": title, "rows": [asdict(row) for row in rows]}
 
 
@@ -384,7 +492,13 @@ def _leaks(prepared: Prepared) -> list[dict[str, Any]]:
             "level": "error",
             "what": leak.what,
             "details": f"{leak.count:,} found, a share of {leak.share:.1%}",
-            "examples": [_place(prepared, text) for text in leak.examples],
+            "examples": [
+                _place(
+                    prepared,
+                    text,
+                )
+                for text in leak.examples
+            ],
         }
         for leak in leaks_in(prepared)
     ]
@@ -395,7 +509,11 @@ def leaks_in(prepared: Prepared) -> list[Leak]:
     return [
         leak
         for one in prepared.steps
-        if isinstance(one.step, Leaks) and one.state is not None
+        if isinstance(
+            one.step,
+            Leaks,
+        )
+        and one.state is not None
         for leak in leaks_of(one.state)
     ]
 
@@ -421,7 +539,10 @@ def _refusals(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _pictures(title: str, profiles: dict[str, Profile]) -> dict[str, Any]:
+def _pictures(
+    title: str,
+    profiles: dict[str, Profile],
+) -> dict[str, Any]:
     columns = list(profiles[TRAIN].columns)
     note = ""
     if len(columns) > MOST_COLUMNS:

@@ -145,7 +145,9 @@ class Profile:
         try:
             content = json.loads(text)
             columns = {
-                name: ColumnProfile(**{k: v for k, v in column.items() if k in known})
+                name: ColumnProfile(
+                    **{k: v for k, v in column.items() if k in known},
+                )
                 for name, column in content["columns"].items()
             }
             return cls(int(content["rows"]), columns)
@@ -160,7 +162,10 @@ class Profile:
 Tables = Callable[[], Iterable[pl.DataFrame]]
 
 
-def profile(tables: Tables, like: Profile | None = None) -> Profile:
+def profile(
+    tables: Tables,
+    like: Profile | None = None,
+) -> Profile:
     """Profile a table that is given in pieces.
 
     Args:
@@ -181,7 +186,10 @@ def profile(tables: Tables, like: Profile | None = None) -> Profile:
     return Profile(rows, columns)
 
 
-def as_numbers(series: pl.Series, kind: str) -> np.ndarray:
+def as_numbers(
+    series: pl.Series,
+    kind: str,
+) -> np.ndarray:
     """Return the numbers of a column by which it is profiled: float64, no NaN."""
     series = series.drop_nulls()
     match kind:
@@ -193,7 +201,14 @@ def as_numbers(series: pl.Series, kind: str) -> np.ndarray:
             series = series.bin.size()
         case "list":
             series = _lengths(series)
-    values = series.cast(pl.Float64, strict=False).drop_nulls().to_numpy()
+    values = (
+        series.cast(
+            pl.Float64,
+            strict=False,
+        )
+        .drop_nulls()
+        .to_numpy()
+    )
     return values[~np.isnan(values)]
 
 
@@ -211,7 +226,12 @@ def _fitted(tables: Iterable[pl.DataFrame]) -> dict[str, ColumnProfile]:
 
 
 def _sample(table: pl.DataFrame) -> pl.DataFrame:
-    return table.gather_every(max(1, table.height // FITTED_ROWS))
+    return table.gather_every(
+        max(
+            1,
+            table.height // FITTED_ROWS,
+        )
+    )
 
 
 def _column(series: pl.Series) -> ColumnProfile:
@@ -253,13 +273,22 @@ def _lengths(series: pl.Series) -> pl.Series:
         return pl.Series([math.prod(series.dtype.shape)] * len(series))
     if series.dtype == pl.List:
         return series.list.len()
-    return pl.Series([len(value) for value in series.to_list()], dtype=pl.UInt32)
+    return pl.Series(
+        [len(value) for value in series.to_list()],
+        dtype=pl.UInt32,
+    )
 
 
-def _fit_words(column: ColumnProfile, series: pl.Series) -> None:
+def _fit_words(
+    column: ColumnProfile,
+    series: pl.Series,
+) -> None:
     counts = Counter(_words(series).to_list())
     # equal counts in the order of the words: the same profile each time
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    ranked = sorted(
+        counts,
+        key=lambda word: (-counts[word], word),
+    )
     column.words = ranked[:WORDS]
     column.word_counts = [0] * len(column.words)
     column.other_words = len(ranked) - len(column.words)
@@ -269,20 +298,29 @@ def _words(series: pl.Series) -> pl.Series:
     return series.drop_nulls().cast(pl.String)
 
 
-def _fit_edges(column: ColumnProfile, values: np.ndarray) -> None:
+def _fit_edges(
+    column: ColumnProfile,
+    values: np.ndarray,
+) -> None:
     values = values[np.isfinite(values)]
     if not len(values):
         column.counts = [0]
         column.part_counts = [0]
         return
 
-    low, first, third, high = np.quantile(values, [TAIL, 0.25, 0.75, 1 - TAIL])
+    low, first, third, high = np.quantile(
+        values,
+        [TAIL, 0.25, 0.75, 1 - TAIL],
+    )
     reach = FENCES * (third - first)
     column.fences = [float(first - reach), float(third + reach)]
     column.edges = _even_edges(values, low, high)
     column.counts = [0] * (len(column.edges) + 1)
 
-    parts = np.quantile(values, np.arange(1, PARTS) / PARTS)
+    parts = np.quantile(
+        values,
+        np.arange(1, PARTS) / PARTS,
+    )
     column.parts = [float(edge) for edge in np.unique(parts)]
     column.part_counts = [0] * (len(column.parts) + 1)
 
@@ -297,15 +335,31 @@ def _even_edges(
     greatest = float(values.max())
     are_whole = bool((values == np.round(values)).all())
     if are_whole and greatest - least < BINS:
-        return [float(x) - 0.5 for x in np.arange(least, greatest + 2)]
+        return [
+            float(x) - 0.5
+            for x in np.arange(
+                least,
+                greatest + 2,
+            )
+        ]
     if not high > low:
         low, high = least, greatest
     if not high > low:
         return [low - 0.5, low + 0.5]
-    return [float(edge) for edge in np.linspace(low, high, BINS + 1)]
+    return [
+        float(edge)
+        for edge in np.linspace(
+            low,
+            high,
+            BINS + 1,
+        )
+    ]
 
 
-def _count(column: ColumnProfile, series: pl.Series) -> None:
+def _count(
+    column: ColumnProfile,
+    series: pl.Series,
+) -> None:
     """Add the rows of a piece."""
     column.rows += len(series)
     if column.kind == "category":
@@ -318,23 +372,48 @@ def _count(column: ColumnProfile, series: pl.Series) -> None:
     if not len(values):
         return
     _add_moments(column, values)
-    column.counts = _added(column.counts, column.edges, values)
-    column.part_counts = _added(column.part_counts, column.parts, values)
+    column.counts = _added(
+        column.counts,
+        column.edges,
+        values,
+    )
+    column.part_counts = _added(
+        column.part_counts,
+        column.parts,
+        values,
+    )
     if column.fences:
         low, high = column.fences
         column.outliers += int(((values < low) | (values > high)).sum())
 
 
-def _count_words(column: ColumnProfile, series: pl.Series) -> None:
+def _count_words(
+    column: ColumnProfile,
+    series: pl.Series,
+) -> None:
     counts = Counter(_words(series).to_list())
-    known = [counts.pop(word, 0) for word in column.words]
+    known = [
+        counts.pop(
+            word,
+            0,
+        )
+        for word in column.words
+    ]
     column.word_counts = [
-        before + more for before, more in zip(column.word_counts, known, strict=True)
+        before + more
+        for before, more in zip(
+            column.word_counts,
+            known,
+            strict=True,
+        )
     ]
     column.others += sum(counts.values())
 
 
-def _add_moments(column: ColumnProfile, values: np.ndarray) -> None:
+def _add_moments(
+    column: ColumnProfile,
+    values: np.ndarray,
+) -> None:
     """Add numbers to mean, spread and range.
 
     Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for
@@ -350,12 +429,21 @@ def _add_moments(column: ColumnProfile, values: np.ndarray) -> None:
     delta = mean - (column.mean or 0.0)
     column.m2 += m2 + delta**2 * before * len(finite) / total
     column.mean = (column.mean or 0.0) + delta * len(finite) / total
-    column.least = _least(column.least, float(finite.min()))
-    greatest = _least(_negative(column.greatest), -float(finite.max()))
+    column.least = _least(
+        column.least,
+        float(finite.min()),
+    )
+    greatest = _least(
+        _negative(column.greatest),
+        -float(finite.max()),
+    )
     column.greatest = -greatest
 
 
-def _least(before: float | None, now: float) -> float:
+def _least(
+    before: float | None,
+    now: float,
+) -> float:
     return now if before is None else min(before, now)
 
 
@@ -368,6 +456,13 @@ def _added(
     edges: Sequence[float],
     values: np.ndarray,
 ) -> list[int]:
-    places = np.searchsorted(np.asarray(edges), values, side="right")
-    more = np.bincount(places, minlength=len(counts))
+    places = np.searchsorted(
+        np.asarray(edges),
+        values,
+        side="right",
+    )
+    more = np.bincount(
+        places,
+        minlength=len(counts),
+    )
     return [int(count) for count in np.asarray(counts) + more]

@@ -22,7 +22,10 @@ PLAIN = (str, bytes, int, float, bool, type(None))
 PIECE_BYTES = 2**30  # read at once of a file of raw rows; assumption
 
 
-def as_table(raw: Any, dialect: Mapping[str, Any]) -> pl.DataFrame:
+def as_table(
+    raw: Any,
+    dialect: Mapping[str, Any],
+) -> pl.DataFrame:
     """Return raw rows as a table, in their order.
 
     Args:
@@ -52,10 +55,20 @@ def _is_row(raw: Any) -> bool:
 def _is_single(value: Any) -> bool:
     if isinstance(value, PLAIN):
         return True
-    return getattr(value, "ndim", 0) == 0 and not isinstance(value, list | tuple)
+    return getattr(
+        value,
+        "ndim",
+        0,
+    ) == 0 and not isinstance(
+        value,
+        list | tuple,
+    )
 
 
-def _read(path: Path, dialect: Mapping[str, Any]) -> pl.DataFrame:
+def _read(
+    path: Path,
+    dialect: Mapping[str, Any],
+) -> pl.DataFrame:
     reader = readers.reader_of(path, **dialect)
     parts = [reader.read(piece) for piece in reader.pieces(PIECE_BYTES)]
     for part in parts:
@@ -66,7 +79,10 @@ def _read(path: Path, dialect: Mapping[str, Any]) -> pl.DataFrame:
                 where=path,
                 remedy="correct the row, or leave it out",
             )
-    return pl.concat([part.table for part in parts], how="vertical_relaxed")
+    return pl.concat(
+        [part.table for part in parts],
+        how="vertical_relaxed",
+    )
 
 
 def _in_memory(raw: Any) -> pl.DataFrame:
@@ -91,7 +107,10 @@ def _as_polars(raw: Any) -> pl.DataFrame | None:
     if isinstance(raw, pl.LazyFrame):
         return raw.collect()
     if _is_row(raw):
-        return pl.DataFrame([dict(raw)], infer_schema_length=None)
+        return pl.DataFrame(
+            [dict(raw)],
+            infer_schema_length=None,
+        )
     if isinstance(raw, Mapping):
         return pl.DataFrame(dict(raw))
     library = type(raw).__module__.partition(".")[0]
@@ -99,7 +118,17 @@ def _as_polars(raw: Any) -> pl.DataFrame | None:
         return pl.from_pandas(raw)
     if library == "pyarrow":
         return pl.DataFrame(pl.from_arrow(raw))
-    if isinstance(raw, Sequence) and all(_is_row(row) for row in raw):
+    if isinstance(
+        raw,
+        Sequence,
+    ) and all(_is_row(row) for row in raw):
         rows = [dict(row) for row in raw]
-        return pl.from_dicts(rows, infer_schema_length=None) if rows else None
+        return (
+            pl.from_dicts(
+                rows,
+                infer_schema_length=None,
+            )
+            if rows
+            else None
+        )
     return None

@@ -57,7 +57,9 @@ class Serving:
 
     prepared: Prepared
     inputs: Columns
-    reading: Mapping[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Any] = field(
+        default_factory=dict,
+    )
     profile: Profile | None = None
 
     # ---- prepared rows ----
@@ -70,7 +72,13 @@ class Serving:
             holds no numbers.
         """
         table = self.prepared.table(name)
-        return Arrays(*arrays_of(table, self.inputs, self.prepared.target))
+        return Arrays(
+            *arrays_of(
+                table,
+                self.inputs,
+                self.prepared.target,
+            )
+        )
 
     # ---- raw rows ----
 
@@ -86,7 +94,12 @@ class Serving:
           DataError: a column that is needed is missing, a cell can't be what its column
             is, or a step would drop a row.
         """
-        table = self.prepared.apply(as_table(raw, self.reading))
+        table = self.prepared.apply(
+            as_table(
+                raw,
+                self.reading,
+            )
+        )
         inputs, _ = arrays_of(table, self.inputs, None)
         return inputs
 
@@ -116,9 +129,18 @@ class Serving:
         table = self.prepared.apply(rows)
         if self.words:
             table = table.with_columns(self._numbered(table[target]))
-        return Arrays(*arrays_of(table, self.inputs, target))
+        return Arrays(
+            *arrays_of(
+                table,
+                self.inputs,
+                target,
+            )
+        )
 
-    def decode(self, predictions: Any) -> list[Any]:
+    def decode(
+        self,
+        predictions: Any,
+    ) -> list[Any]:
         """Return predictions in the target's own words, or as plain numbers.
 
         Args:
@@ -181,7 +203,10 @@ class Serving:
                 where=folder,
                 remedy="prepare the data again, if its folder is gone",
             ) from error
-        write_bytes(folder / PROFILE, self.training_profile().to_json().encode())
+        write_bytes(
+            folder / PROFILE,
+            self.training_profile().to_json().encode(),
+        )
         content = {
             "format": FORMAT,
             "inputs": self.inputs,
@@ -229,11 +254,17 @@ class Serving:
     def _training_tables(self) -> list[pl.DataFrame]:
         prepared = self.prepared
         return [
-            read_shard(path, prepared.schema).select(prepared.outputs)
+            read_shard(
+                path,
+                prepared.schema,
+            ).select(prepared.outputs)
             for path in prepared.shards(TRAIN)
         ]
 
-    def _numbered(self, target: pl.Series) -> pl.Series:
+    def _numbered(
+        self,
+        target: pl.Series,
+    ) -> pl.Series:
         """Return the numbers of a target's classes.
 
         Raises:
@@ -243,7 +274,11 @@ class Serving:
             return target
         text = target.cast(pl.String)
         numbers = list(range(len(self.words)))
-        codes = text.replace_strict(self.words, numbers, default=None)
+        codes = text.replace_strict(
+            self.words,
+            numbers,
+            default=None,
+        )
         lost = codes.is_null()
         if lost.any():
             row = int(lost.arg_true()[0])
@@ -281,17 +316,40 @@ def arrays_of(
       DataError: a column is not there, has missing cells, or holds no numbers.
     """
     where = "prepared rows"
-    leaves = Leaves.of(inputs, target, {}, table.columns, where)
-    arrow = table.select(leaves.names).to_arrow(compat_level=pl.CompatLevel.oldest())
-    columns = {name: leaf_of(arrow[name], name, where) for name in leaves.names}
-    made: dict[str, Any] = dict(leaves.make(columns, where))
+    leaves = Leaves.of(
+        inputs,
+        target,
+        {},
+        table.columns,
+        where,
+    )
+    arrow = table.select(leaves.names).to_arrow(
+        compat_level=pl.CompatLevel.oldest(),
+    )
+    columns = {
+        name: leaf_of(
+            arrow[name],
+            name,
+            where,
+        )
+        for name in leaves.names
+    }
+    made: dict[str, Any] = dict(
+        leaves.make(
+            columns,
+            where,
+        )
+    )
     for path, leaf in made.items():
         if isinstance(leaf, Ragged):
             made[path] = _even(leaf, path)
     return nested(made)
 
 
-def _even(leaf: Ragged, path: str) -> np.ndarray:
+def _even(
+    leaf: Ragged,
+    path: str,
+) -> np.ndarray:
     lengths = np.diff(leaf.ends)
     if len(set(lengths.tolist())) > 1:
         raise DataError(
@@ -299,4 +357,7 @@ def _even(leaf: Ragged, path: str) -> np.ndarray:
             where="prepared rows",
             remedy="cut and pad them to one length in a step, or pack them",
         )
-    return leaf.values.reshape(len(leaf), -1)
+    return leaf.values.reshape(
+        len(leaf),
+        -1,
+    )

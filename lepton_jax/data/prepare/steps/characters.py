@@ -34,7 +34,10 @@ class CharacterTokens(Fitted):
 
     order_independent: ClassVar[bool] = True
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         require(self, schema, [self.column])
         if schema[self.column] != pl.String:
             raise DataError(
@@ -44,15 +47,29 @@ class CharacterTokens(Fitted):
             )
         return pl.Schema({**schema, self.column: TOKENS})
 
-    def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
-        texts = table.select(self.column).collect(engine="in-memory")[self.column]
+    def partial(
+        self,
+        table: pl.LazyFrame,
+    ) -> pl.LazyFrame:
+        texts = table.select(self.column).collect(
+            engine="in-memory",
+        )[self.column]
         codes = np.unique(_codes("".join(texts.drop_nulls())))
-        return pl.LazyFrame({"code": codes}, schema=CODES)
+        return pl.LazyFrame(
+            {"code": codes},
+            schema=CODES,
+        )
 
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(
+        self,
+        partials: Sequence[pl.DataFrame],
+    ) -> pl.DataFrame:
         return pl.concat(partials).unique().sort("code")
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(
+        self,
+        partial: pl.DataFrame,
+    ) -> pl.DataFrame:
         if partial.is_empty():
             raise DataError(
                 f"the column {self.column!r} has no text",
@@ -61,7 +78,11 @@ class CharacterTokens(Fitted):
             )
         return partial
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         known = state["code"].to_numpy()
         column = pl.col(self.column).map_batches(
@@ -76,18 +97,41 @@ class CharacterTokens(Fitted):
 
 
 def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    return np.frombuffer(
+        text.encode("utf-32-le", "surrogatepass"),
+        np.uint32,
+    )
 
 
-def _tokens(texts: pl.Series, known: np.ndarray) -> pl.Series:
+def _tokens(
+    texts: pl.Series,
+    known: np.ndarray,
+) -> pl.Series:
     """Return the numbers of each text's characters; null for a missing text."""
-    rows = [None if text is None else _numbers(text, known) for text in texts]
-    return pl.Series(texts.name, rows, dtype=TOKENS)
+    rows = [
+        None
+        if text is None
+        else _numbers(
+            text,
+            known,
+        )
+        for text in texts
+    ]
+    return pl.Series(
+        texts.name,
+        rows,
+        dtype=TOKENS,
+    )
 
 
-def _numbers(text: str, known: np.ndarray) -> pl.Series:
+def _numbers(
+    text: str,
+    known: np.ndarray,
+) -> pl.Series:
     codes = _codes(text)
-    numbers = np.searchsorted(known, codes).clip(max=len(known) - 1)
+    numbers = np.searchsorted(known, codes).clip(
+        max=len(known) - 1,
+    )
     strange = np.flatnonzero(known[numbers] != codes)
     if len(strange):
         raise DataError(

@@ -29,13 +29,32 @@ class AsFloats(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        object.__setattr__(
+            self,
+            "columns",
+            listed(self.columns),
+        )
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
-        return pl.Schema({**schema, **dict.fromkeys(self.columns, pl.Float32())})
+        return pl.Schema(
+            {
+                **schema,
+                **dict.fromkeys(
+                    self.columns,
+                    pl.Float32(),
+                ),
+            }
+        )
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         floats = pl.col(self.columns).cast(pl.Float32).fill_null(float("nan"))
         return Outcome(table.with_columns(floats))
 
@@ -56,7 +75,11 @@ class TrimEnd(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        object.__setattr__(
+            self,
+            "columns",
+            listed(self.columns),
+        )
         if not self.characters:
             raise DataError(
                 "there is no character to cut off",
@@ -64,7 +87,10 @@ class TrimEnd(Step):
                 remedy='give some, such as "."',
             )
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         require(self, schema, self.columns)
         for name in self.columns:
             if schema[name] != pl.String:
@@ -75,13 +101,24 @@ class TrimEnd(Step):
                 )
         return pl.Schema(schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         after = {
             name: pl.col(name).str.strip_chars_end(self.characters)
             for name in self.columns
         }
         reason = f"one of {self.characters!r} cut off the end"
-        faults = [fault(name, pl.col(name) != after[name], reason) for name in after]
+        faults = [
+            fault(
+                name,
+                pl.col(name) != after[name],
+                reason,
+            )
+            for name in after
+        ]
         trimmed = [value.alias(name) for name, value in after.items()]
         return Outcome(
             table.with_columns(trimmed),
