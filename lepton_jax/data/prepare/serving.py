@@ -94,12 +94,10 @@ class Serving:
           DataError: a column that is needed is missing, a cell can't be what its column
             is, or a step would drop a row.
         """
-        table = self.prepared.apply(
-            as_table(
-                raw,
-                self.reading,
-            )
-        )
+        rows = as_table(raw, self.reading)
+        if self.prepared.target is not None:
+            rows = rows.drop(self.prepared.target, strict=False)
+        table = self.prepared.apply(rows)
         inputs, _ = arrays_of(table, self.inputs, None)
         return inputs
 
@@ -127,8 +125,6 @@ class Serving:
                 remedy="give the target too, or predict in place of evaluating",
             )
         table = self.prepared.apply(rows)
-        if self.words:
-            table = table.with_columns(self._numbered(table[target]))
         return Arrays(
             *arrays_of(
                 table,
@@ -260,44 +256,6 @@ class Serving:
             ).select(prepared.outputs)
             for path in prepared.shards(TRAIN)
         ]
-
-    def _numbered(
-        self,
-        target: pl.Series,
-    ) -> pl.Series:
-        """Return the numbers of a target's classes.
-
-        Raises:
-          DataError: a value is no class.
-        """
-        if target.dtype.is_integer() and target.name in self._coded:
-            return target
-        text = target.cast(pl.String)
-        numbers = list(range(len(self.words)))
-        codes = text.replace_strict(
-            self.words,
-            numbers,
-            default=None,
-        )
-        lost = codes.is_null()
-        if lost.any():
-            row = int(lost.arg_true()[0])
-            raise DataError(
-                f"{text[row]!r} is no class: {', '.join(map(repr, self.words[:8]))}",
-                where=f"raw rows, row {row}, column {target.name!r}",
-                remedy="correct the cell, or leave the row out",
-            )
-        return codes.cast(pl.Int32)
-
-    @property
-    def _coded(self) -> tuple[str, ...]:
-        """Columns that a step has numbered already, at prediction too."""
-        steps = self.prepared.manifest["steps"]
-        return tuple(
-            entry["arguments"]["column"]
-            for entry in steps
-            if entry["serves"] and entry["arguments"]["step"] == CLASSES
-        )
 
 
 def arrays_of(
