@@ -118,6 +118,12 @@ def dialect_of(
         )
     grammar = _grammar(text, settings, said)
     rows = _first_rows(text, grammar)
+    if rows and any("\0" in cell for cell in rows[0]):
+        raise DataError(
+            "the first row has zero bytes: the file is no text",
+            where=where,
+            remedy="give a text file, or set `encoding`",
+        )
     if not rows:
         raise DataError(
             "no row could be read",
@@ -227,7 +233,7 @@ def _escape(
     backslashed = rb"[^\\]\\" + quote
     if not quote or not re.search(backslashed + rb"[^,;\t|\r\n]", text):
         return b""
-    is_doubled = re.search(rb"[^,;\t|\r\n" + quote + rb"]" + quote * 2, text)
+    is_doubled = re.search(rb"[^,;\t|\r\n" + quote + rb"\\]" + quote * 2, text)
     return b"" if is_doubled else b"\\"
 
 
@@ -302,7 +308,7 @@ def _with_names(
     first_width = len(rows[0]) if has_header else _usual_width(body)
     width = first_width
     trailing = _has_trailing(rows, body, has_header)
-    if has_header and not trailing:
+    if has_header and settings.header is None and not trailing:
         _check_first(rows[0], body, where)
     if trailing:
         width = len(body[0])

@@ -92,7 +92,7 @@ def encoding_of(
         return Encoding(marked, len(mark), "the file's mark says so")
 
     wide = _wide(sample)
-    if wide:
+    if wide and "\n" in sample.decode(wide, "replace"):
         return Encoding(wide, 0, "every other byte is zero")
     if _is_utf8(sample):
         return Encoding("utf-8", 0, "all bytes are UTF-8")

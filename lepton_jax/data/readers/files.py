@@ -376,6 +376,12 @@ class _Closing:
     def seekable(self) -> bool:
         return False
 
+    def __enter__(self) -> _Closing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         for each in (self.stream, *self.others):
             with contextlib.suppress(OSError, EOFError, zlib.error):

@@ -221,9 +221,7 @@ def infer(
                 where=locate(0).partition(",")[0],
                 remedy=f"name some of {', '.join(cells.columns[:20])}",
             )
-    views = [
-        View.of(name, cells[name], settings.missing, strip) for name in cells.columns
-    ]
+    views = views_of(cells, settings.missing, strip)
     looks: dict[str, Look] = {}
     counts: dict[str, Counter[str]] = {}
     for view in views:
@@ -284,6 +282,8 @@ class View:
       strip: whether spaces around text are taken away.
       missing: number of missing cells.
       numbers: of the cells that are plain numbers, Float64, else null.
+      whole: whether all cells are whole numbers.
+      points: whether some cell has a point.
     """
 
     name: str
@@ -291,20 +291,8 @@ class View:
     strip: bool
     missing: int
     numbers: pl.Series
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        cells: pl.Series,
-        missing: Sequence[str],
-        strip: bool,
-    ) -> View:
-        """Look at a column."""
-        text = cells.str.strip_chars()
-        text = text.set(text.is_in(list(missing)), None)
-        numbers = text.cast(pl.Float64, strict=False).fill_nan(None)
-        return cls(name, text, strip, text.null_count(), numbers)
+    whole: bool
+    points: bool
 
     @property
     def filled(self) -> int:
@@ -317,7 +305,7 @@ class View:
 
     def has_points(self) -> bool:
         """Whether all cells are plain numbers, some of them with a point."""
-        return self.is_plain() and bool(self.text.str.contains(".", literal=True).any())
+        return self.is_plain() and self.points
 
     def truth(self) -> tuple[str, str] | None:
         """Return the words for true and false, if there are no others."""
@@ -350,6 +338,33 @@ class View:
         )
         words = table[self.name].to_list()
         return Counter(dict(zip(words, table["count"].to_list(), strict=True)))
+
+
+def views_of(
+    cells: pl.DataFrame,
+    missing: Sequence[str],
+    strip: bool,
+) -> list[View]:
+    """Look at all columns at once, as thousands of small queries take long."""
+    text = pl.all().str.strip_chars()
+    is_missing = text.is_in(list(missing))
+    texts = cells.select(pl.when(~is_missing).then(text))
+    numbers = texts.select(pl.all().cast(pl.Float64, strict=False).fill_nan(None))
+    whole = texts.select(pl.all().str.contains(WHOLE).all())
+    points = texts.select(pl.all().str.contains(".", literal=True).any())
+    nulls = texts.null_count()
+    return [
+        View(
+            name,
+            texts[name],
+            strip,
+            nulls[name][0],
+            numbers[name],
+            bool(whole[name][0]),
+            bool(points[name][0]),
+        )
+        for name in cells.columns
+    ]
 
 
 # ---- internals ----
@@ -439,14 +454,8 @@ def _plan(
         return _set_plan(view, settings)
     if not view.filled:
         return _text(view, "no cell has a value")
-    truth = view.truth()
-    if seen is None and truth is not None and not view.is_plain():
-        column = Column(view.name, pl.Boolean(), f"all cells are {' or '.join(truth)}")
-        return Plan(column, truth=truth)
-    if seen is None and view.is_plain():
-        return _plain(view)
     if seen is None:
-        return _text(view, "most cells are long texts")
+        return _plain(view) if view.is_plain() else _unlooked(view)
     if seen.kind == "numbers":
         return _numbers(view, seen, counts)
     if seen.kind == "dates":
@@ -462,6 +471,15 @@ def _plan(
     raise question(view, seen, counts, locate)
 
 
+def _unlooked(view: View) -> Plan:
+    """Return the plan of a column whose type its words or their length tell."""
+    truth = view.truth()
+    if truth is None:
+        return _text(view, "most cells are long texts")
+    column = Column(view.name, pl.Boolean(), f"all cells are {' or '.join(truth)}")
+    return Plan(column, truth=truth)
+
+
 def _text(view: View, reason: str) -> Plan:
     column = Column(view.name, pl.String(), reason)
     return Plan(column, strip=view.strip)
@@ -469,17 +487,17 @@ def _text(view: View, reason: str) -> Plan:
 
 def _plain(view: View) -> Plan:
     """Return the plan of a column all of whose cells are plain numbers."""
-    text = view.text.drop_nulls()
-    if not text.str.contains(WHOLE).all():
+    if not view.whole:
         infinite = int(view.numbers.is_infinite().sum())
         reason = "all cells are numbers"
         if infinite:
             reason += f", {infinite} of them infinite"
         return Plan(Column(view.name, pl.Float64(), reason))
-    return _whole(view, text)
+    return _whole(view)
 
 
-def _whole(view: View, text: pl.Series) -> Plan:
+def _whole(view: View) -> Plan:
+    text = view.text.drop_nulls()
     widths = text.str.len_bytes()
     has_zeros = bool(text.str.contains(LEADING_ZERO).any())
     if has_zeros and widths.min() == widths.max():
@@ -654,14 +672,16 @@ def _several(
 
 def _counted(plan: Plan, view: View) -> Plan:
     """Return a plan with the number of cells against it."""
-    values, wrong = plan.values(view.text, ())
-    del values
+    column = replace(plan.column, missing=view.missing)
+    is_sure = plan.is_direct and view.is_plain() and column.reason != "set"
+    if is_sure or column.type == pl.String():
+        return replace(plan, column=column)
+    _, wrong = plan.values(view.text, ())
     against = int(wrong.sum())
     words = view.text.filter(wrong).unique(maintain_order=True)
     column = replace(
-        plan.column,
+        column,
         against=against,
-        missing=view.missing,
         examples=tuple(words.head(EXAMPLES).to_list()),
     )
     return replace(plan, column=column)

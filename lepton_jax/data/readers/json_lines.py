@@ -111,6 +111,8 @@ class JsonLinesReader(LinesReader):
         columns: list[Column],
     ) -> pl.DataFrame | None:
         """Return rows as Arrow's strict parser reads them; None if it refuses."""
+        if not _is_utf8(utf8):
+            return None
         arrow = needs("pyarrow", extra="data", purpose="reading JSON lines")
         parser = needs("pyarrow.json", extra="data", purpose="reading JSON lines")
         schema = {column.name: column.type for column in columns}
@@ -132,7 +134,8 @@ class JsonLinesReader(LinesReader):
         assert isinstance(table, pl.DataFrame)
         if table.height != self.rows_in(utf8):
             return None
-        return table.select(pl.col(name).cast(type_) for name, type_ in schema.items())
+        typed = [pl.col(name).cast(type_) for name, type_ in schema.items()]
+        return table.select(typed).with_columns(pl.selectors.float().fill_nan(None))
 
     def _slowly(
         self,
@@ -199,7 +202,7 @@ class JsonLinesReader(LinesReader):
                 for name, value in (line.row or {}).items():
                     cells.setdefault(name, []).append((line.number, value))
                 rows += line.row is not None
-        if not rows:
+        if not rows or samples[0].lstrip().startswith(b"["):
             raise DataError(
                 "no line is a JSON object",
                 where=f"{self.stored}, line 1",
@@ -337,6 +340,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = names.most_common(1)[0][0]
         raise ValueError(f"the field {twice!r} is there twice")
     return made
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _spelling(values: list[Any]) -> str:

@@ -40,7 +40,7 @@ def type_of(value: Any) -> pl.DataType:
     if isinstance(value, str):
         return pl.String()
     if isinstance(value, list):
-        inner = merged(map(type_of, value))
+        inner = _merged(map(type_of, value))
         return pl.List(pl.String() if inner is None else inner)
     if isinstance(value, dict) and value:
         return pl.Struct({name: type_of(inner) for name, inner in value.items()})
@@ -52,13 +52,8 @@ def merged(types: Iterable[pl.DataType]) -> pl.DataType | None:
 
     Where nothing is known of a type, it is String.
     """
-    common: pl.DataType = pl.Null()
-    for type_ in set(types):
-        both = _both(common, type_)
-        if both is None:
-            return None
-        common = both
-    return _settled(common)
+    common = _merged(types)
+    return None if common is None else _settled(common)
 
 
 def conformed(value: Any, type_: pl.DataType) -> Any:
@@ -81,6 +76,17 @@ def conformed(value: Any, type_: pl.DataType) -> Any:
 
 
 # ---- internals ----
+
+
+def _merged(types: Iterable[pl.DataType]) -> pl.DataType | None:
+    """Return the type that holds values of several, Null where nothing is known."""
+    common: pl.DataType = pl.Null()
+    for type_ in dict.fromkeys(types):
+        both = _both(common, type_)
+        if both is None:
+            return None
+        common = both
+    return common
 
 
 def _both(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:

@@ -22,6 +22,7 @@ third one is not lost.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+
+# Bytes of regular text that are looked at together; records that are taken one by one
+# before another look. Assumptions.
+STRETCH = 2**20
+SHORT_STRETCH = 2**12
+LONGEST_RUN = 2**10
 
 NEWLINE = 10
 RETURN = 13
@@ -229,9 +236,9 @@ def delimiters_outside_quotes(data: bytes, grammar: Grammar) -> int:
 def records_of(
     data: bytes,
     grammar: Grammar,
+    position: int = 0,
 ) -> Iterator[Record]:
-    """Yield each record that is no empty line, broken or not."""
-    position = 0
+    """Yield each record from a position on that is no empty line, broken or not."""
     while position < len(data):
         match = grammar.record.match(data, position)
         if match is not None:
@@ -278,12 +285,240 @@ def repaired(
       width: cells that a record must have.
       spare: whether the last of them is nothing behind a delimiter.
     """
+    parts = []
+    numbers = []
+    refused = []
+    count = 0
+    for stretch in _stretches(data, grammar):
+        done = None
+        if isinstance(stretch, Stretch):
+            text = data[stretch.start : stretch.stop]
+            base = stretch.start
+            done = _sieved(stretch, text, grammar, width, spare)
+        else:
+            text = data[stretch.start : stretch.end]
+            base = stretch.start
+        if done is None:
+            done = _one_by_one(text, grammar, width, spare)
+        parts.append(done.data)
+        numbers.append(done.numbers + count)
+        refused += [
+            each._replace(number=each.number + count, start=each.start + base)
+            for each in done.refused
+        ]
+        count += len(done.numbers) + len(done.refused)
+    return Repaired(
+        b"".join(parts),
+        np.concatenate([np.empty(0, np.int64), *numbers]),
+        refused,
+    )
+
+
+# ---- stretches of regular text ----
+
+
+class Stretch(NamedTuple):
+    """Records one after another whose quotes are regular.
+
+    Attributes:
+      start: their first byte.
+      stop: the byte after the last one.
+      ends: of each record, in bytes from `start`; empty lines have ends, too.
+    """
+
+    start: int
+    stop: int
+    ends: np.ndarray
+
+
+def _stretches(
+    data: bytes,
+    grammar: Grammar,
+    is_end: bool = True,
+    is_long: bool = False,
+) -> Iterator[Stretch | Record]:
+    """Yield the records of a text: regular ones together, others one by one.
+
+    Where many are irregular, more and more of them are taken one by one before the next
+    look for regular ones, so that the looks don't cost more than they save.
+    """
+    position = 0
+    window = STRETCH
+    run = 1
+    while position < len(data):
+        text = data[position : position + window]
+        is_last = is_end and position + window >= len(data)
+        ends = _regular_ends(text, grammar, is_last)
+        if len(ends):
+            stop = position + int(ends[-1])
+            yield Stretch(position, stop, ends)
+            position = stop
+            window = min(2 * window, STRETCH)
+            run = 1
+            continue
+        before = position
+        ordered = records_of(data, grammar, position)
+        for record in itertools.islice(ordered, run):
+            if not is_end and _may_go_on(data, grammar, record, is_long):
+                return
+            yield record
+            position = record.end
+        if position == before:
+            return
+        window = SHORT_STRETCH
+        run = min(2 * run, LONGEST_RUN)
+
+
+def _regular_ends(
+    text: bytes,
+    grammar: Grammar,
+    is_last: bool,
+) -> np.ndarray:
+    """Return the ends of the whole records before the first irregular quote."""
+    array = _bytes(text)
+    lines = _line_ends(text, array)
+    first_bad = len(text) + 1
+    is_open = False
+    if grammar.quote and grammar.quote in text:
+        quotes = np.flatnonzero(array == grammar.quote[0])
+        wrong = _irregular(array, quotes, grammar)
+        if len(wrong):
+            first_bad = int(wrong[0])
+        if grammar.escape and grammar.escape in text:
+            first_bad = min(first_bad, text.index(grammar.escape))
+        lines = lines[np.searchsorted(quotes, lines) % 2 == 0]
+        is_open = len(quotes) % 2 == 1
+    ends = lines + 1
+    if first_bad <= len(text):
+        return ends[ends <= first_bad]
+    has_tail = not len(ends) or ends[-1] < len(text)
+    if is_last and has_tail and not is_open:
+        ends = np.append(ends, len(text))
+    return ends
+
+
+def _line_ends(text: bytes, array: np.ndarray) -> np.ndarray:
+    """Return where lines end: at newlines, and at returns without one.
+
+    A return at the very end does not count: a newline may follow.
+    """
+    lines = np.flatnonzero(array == NEWLINE)
+    if b"\r" not in text:
+        return lines
+    returns = np.flatnonzero(array[:-1] == RETURN)
+    lone = returns[array[returns + 1] != NEWLINE]
+    return np.sort(np.concatenate([lines, lone]))
+
+
+def _irregular(
+    array: np.ndarray,
+    quotes: np.ndarray,
+    grammar: Grammar,
+) -> np.ndarray:
+    """Return the places of quotes that stand where none can, in order."""
+    around = np.zeros(256, bool)
+    around[[NEWLINE, RETURN, grammar.delimiter[0], grammar.quote[0]]] = True
+    opening = quotes[0::2]
+    opening = opening[opening > 0]
+    closing = quotes[1::2]
+    closing = closing[closing < len(array) - 1]
+    wrong_opening = opening[~around[array[opening - 1]]]
+    wrong_closing = closing[~around[array[closing + 1]]]
+    return np.sort(np.concatenate([wrong_opening, wrong_closing]))
+
+
+def _sieved(
+    stretch: Stretch,
+    text: bytes,
+    grammar: Grammar,
+    width: int,
+    spare: bool,
+) -> Repaired | None:
+    """Return the records of regular text that have the right number of cells.
+
+    None: each record must be looked at.
+    """
+    if spare or _damage(text) or MARK in text:
+        return None
+    array = _bytes(text)
+    starts = np.concatenate([[0], stretch.ends[:-1]])
+    contents = _content_ends(array, starts, stretch.ends)
+    filled = contents > starts
+    cells = 1 + _delimiters_between(array, starts, stretch.ends, grammar)
+    good = filled & (cells == width)
+
+    numbers = np.cumsum(filled) - 1
+    refused = []
+    for i in np.flatnonzero(filled & ~good).tolist():
+        start = int(starts[i])
+        fault = f"expected {width} cells, found {cells[i]}"
+        content = text[start : int(contents[i])]
+        refused.append(Refused(int(numbers[i]), start, content, fault))
+    data = _kept(text, array, starts, stretch.ends, good)
+    return Repaired(data, numbers[good].astype(np.int64), refused)
+
+
+def _kept(
+    text: bytes,
+    array: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    good: np.ndarray,
+) -> bytes:
+    """Return some of the records, each with a newline at its end."""
+    lasts = ends - 1
+    lone = lasts[array[lasts] == RETURN]
+    if len(lone):
+        array = array.copy()
+        array[lone] = NEWLINE
+        text = array.tobytes()
+    if not good.all():
+        sizes = ends - starts
+        text = array[np.repeat(good, sizes)].tobytes()
+    if text and not text.endswith(b"\n"):
+        text += b"\n"
+    return text
+
+
+def _content_ends(
+    array: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+) -> np.ndarray:
+    """Return where records end without the ends of their lines."""
+    contents = ends.copy()
+    for char in (NEWLINE, RETURN):
+        lasts = array[np.maximum(contents - 1, 0)]
+        contents -= (contents > starts) & (lasts == char)
+    return contents
+
+
+def _delimiters_between(
+    array: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    grammar: Grammar,
+) -> np.ndarray:
+    """Return how many delimiters outside of quotes each record has."""
+    places = np.flatnonzero(array == grammar.delimiter[0])
+    if grammar.quote:
+        quotes = np.flatnonzero(array == grammar.quote[0])
+        if len(quotes):
+            places = places[np.searchsorted(quotes, places) % 2 == 0]
+    return np.searchsorted(places, ends) - np.searchsorted(places, starts)
+
+
+def _one_by_one(
+    data: bytes,
+    grammar: Grammar,
+    width: int,
+    spare: bool,
+) -> Repaired:
+    """Return the readable records of a text, each of which is looked at."""
     lines = []
     numbers = []
     refused = []
-    number = -1
-    for record in records_of(data, grammar):
-        number += 1
+    for number, record in enumerate(records_of(data, grammar)):
         text = data[record.start : record.stop]
         fault = record.fault or _damage(text)
         if not fault:
@@ -312,16 +547,7 @@ def _bytes(data: bytes) -> np.ndarray:
 
 def _quotes_are_regular(array: np.ndarray, grammar: Grammar) -> bool:
     quotes = np.flatnonzero(array == grammar.quote[0])
-    around = np.zeros(256, bool)
-    around[[NEWLINE, RETURN, grammar.delimiter[0], grammar.quote[0]]] = True
-
-    opening = quotes[0::2]
-    before = opening[opening > 0] - 1
-    if not around[array[before]].all():
-        return False
-    closing = quotes[1::2]
-    after = closing[closing < len(array) - 1] + 1
-    return bool(around[array[after]].all())
+    return not len(_irregular(array, quotes, grammar))
 
 
 def _ends_outside_quotes(data: bytes, grammar: Grammar) -> np.ndarray:
@@ -370,11 +596,16 @@ def _cut_carefully(
 ) -> Cut:
     stop = 0
     count = 0
-    for record in records_of(data, grammar):
-        if not is_end and _may_go_on(data, grammar, record, is_long):
-            return Cut(stop, count)
-        stop = record.end
-        count += 1
+    for stretch in _stretches(data, grammar, is_end, is_long):
+        if isinstance(stretch, Stretch):
+            array = _bytes(data)[stretch.start : stretch.stop]
+            starts = np.concatenate([[0], stretch.ends[:-1]])
+            contents = _content_ends(array, starts, stretch.ends)
+            count += int((contents > starts).sum())
+            stop = stretch.stop
+        else:
+            count += 1
+            stop = stretch.end
     return Cut(len(data) if is_end else stop, count)
 
 
