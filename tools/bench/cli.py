@@ -25,6 +25,7 @@ from tools.bench import (
     lm,
     memory,
     overhead,
+    prepare,
     regret,
     restart,
     step,
@@ -45,6 +46,7 @@ COMMANDS = (
     controller,
     faults,
     restart,
+    prepare,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import polars as pl
@@ -91,6 +91,14 @@ class Fitted(Step):
     """
 
     fits_on: ClassVar[Literal["train", "all"]] = "train"
+
+    def writes(self) -> Collection[str] | None:
+        """Return the columns that the step adds or changes; None: it may drop rows.
+
+        Where the columns are known, what stands behind the step and reads others can be
+        fitted in the same pass. None, which says nothing, is always right.
+        """
+        return None
 
     @abstractmethod
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
