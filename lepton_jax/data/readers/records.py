@@ -33,9 +33,10 @@ import numpy as np
 
 # Bytes of regular text that are looked at together; records that are taken one by one
 # before another look. Assumptions.
-STRETCH = 2**20
+STRETCH = 2**18
 SHORT_STRETCH = 2**12
 LONGEST_RUN = 2**10
+BLOCK = 2**18  # bytes that NumPy looks at together; assumption: as many as a cache has
 
 NEWLINE = 10
 RETURN = 13
@@ -175,24 +176,24 @@ def cut(
       is_end: whether the text ends with these bytes.
       is_long: whether a record that is not closed in these bytes is a broken one.
     """
-    if is_long or not is_regular(data, grammar):
-        return _cut_carefully(data, grammar, is_end, is_long)
-    if grammar.quote and grammar.quote in data:
-        ends = _ends_outside_quotes(data, grammar)
-        return _cut_at(data, ends, is_end)
-
+    has_quotes = grammar.quote != b"" and grammar.quote in data
+    if is_long or has_quotes or has_lone_returns(data):
+        return _cut_by_stretches(data, grammar, is_end, is_long)
     stop = len(data) if is_end else data.rfind(b"\n") + 1
     if has_blank_lines(data):
-        ends = np.flatnonzero(_bytes(data) == NEWLINE) + 1
-        return _cut_at(data, ends, is_end)
+        return _cut_by_stretches(data, grammar, is_end, is_long)
     has_tail = is_end and not data.endswith(b"\n") and data != b""
     return Cut(stop, data.count(b"\n", 0, stop) + has_tail)
 
 
+def has_lone_returns(data: bytes) -> bool:
+    """Whether some return has no newline behind it; one at the very end counts."""
+    return b"\r" in data and data.count(b"\r") != data.count(b"\r\n")
+
+
 def is_regular(data: bytes, grammar: Grammar) -> bool:
-    """Whether parity of quotes tells where the records end."""
-    if b"\r" in data and data.count(b"\r") != data.count(b"\r\n"):
-        # A return at the very end may be half of an end of line.
+    """Whether parity of quotes tells where these whole records end."""
+    if has_lone_returns(data):
         return False
     if not grammar.quote or grammar.quote not in data:
         return True
@@ -216,9 +217,7 @@ def without_blank_lines(data: bytes, grammar: Grammar) -> bytes:
     starts = np.concatenate([[0], ends])
     ends = np.append(ends, len(data))
     blank = _are_blank(data, starts, ends)
-    kept = np.ones(len(data), bool)
-    for start, end in zip(starts[blank].tolist(), ends[blank].tolist(), strict=True):
-        kept[start:end] = False
+    kept = np.repeat(~blank, ends - starts)
     return _bytes(data)[kept].tobytes()
 
 
@@ -416,8 +415,7 @@ def _irregular(
     grammar: Grammar,
 ) -> np.ndarray:
     """Return the places of quotes that stand where none can, in order."""
-    around = np.zeros(256, bool)
-    around[[NEWLINE, RETURN, grammar.delimiter[0], grammar.quote[0]]] = True
+    around = _around(grammar)
     opening = quotes[0::2]
     opening = opening[opening > 0]
     closing = quotes[1::2]
@@ -546,8 +544,30 @@ def _bytes(data: bytes) -> np.ndarray:
 
 
 def _quotes_are_regular(array: np.ndarray, grammar: Grammar) -> bool:
-    quotes = np.flatnonzero(array == grammar.quote[0])
-    return not len(_irregular(array, quotes, grammar))
+    """Whether each quote stands where one can, and is closed.
+
+    They are looked at by blocks that fit into a cache.
+    """
+    around = _around(grammar)
+    is_open = 0
+    for start in range(0, len(array), BLOCK):
+        block = array[start : start + BLOCK]
+        quotes = np.flatnonzero(block == grammar.quote[0]) + start
+        opening = quotes[is_open::2]
+        before = opening[opening > 0] - 1
+        closing = quotes[1 - is_open :: 2]
+        after = closing[closing < len(array) - 1] + 1
+        if not (around[array[before]].all() and around[array[after]].all()):
+            return False
+        is_open = (is_open + len(quotes)) % 2
+    return not is_open
+
+
+def _around(grammar: Grammar) -> np.ndarray:
+    """Return which bytes may stand before an opening or after a closing quote."""
+    around = np.zeros(256, bool)
+    around[[NEWLINE, RETURN, grammar.delimiter[0], grammar.quote[0]]] = True
+    return around
 
 
 def _ends_outside_quotes(data: bytes, grammar: Grammar) -> np.ndarray:
@@ -558,21 +578,6 @@ def _ends_outside_quotes(data: bytes, grammar: Grammar) -> np.ndarray:
     quotes = np.flatnonzero(array == grammar.quote[0])
     before = np.searchsorted(quotes, newlines)
     return newlines[before % 2 == 0] + 1
-
-
-def _cut_at(
-    data: bytes,
-    ends: np.ndarray,
-    is_end: bool,
-) -> Cut:
-    """Return the cut at the last of the records' ends."""
-    if is_end and (not len(ends) or ends[-1] < len(data)):
-        ends = np.append(ends, len(data))
-    if not len(ends):
-        return Cut(0, 0)
-    starts = np.concatenate([[0], ends[:-1]])
-    blank = _are_blank(data, starts, ends)
-    return Cut(int(ends[-1]), int(len(ends) - blank.sum()))
 
 
 def _are_blank(
@@ -588,7 +593,7 @@ def _are_blank(
     return blank | (lengths == 0)
 
 
-def _cut_carefully(
+def _cut_by_stretches(
     data: bytes,
     grammar: Grammar,
     is_end: bool,
@@ -598,15 +603,22 @@ def _cut_carefully(
     count = 0
     for stretch in _stretches(data, grammar, is_end, is_long):
         if isinstance(stretch, Stretch):
-            array = _bytes(data)[stretch.start : stretch.stop]
-            starts = np.concatenate([[0], stretch.ends[:-1]])
-            contents = _content_ends(array, starts, stretch.ends)
-            count += int((contents > starts).sum())
+            count += _filled(data, stretch)
             stop = stretch.stop
         else:
             count += 1
             stop = stretch.end
     return Cut(len(data) if is_end else stop, count)
+
+
+def _filled(data: bytes, stretch: Stretch) -> int:
+    """Return how many records of a stretch are no empty lines."""
+    text = data[stretch.start : stretch.stop]
+    if not has_blank_lines(text) and not has_lone_returns(text):
+        return len(stretch.ends)
+    starts = np.concatenate([[0], stretch.ends[:-1]])
+    contents = _content_ends(_bytes(text), starts, stretch.ends)
+    return int((contents > starts).sum())
 
 
 def _may_go_on(
