@@ -25,7 +25,10 @@ class CountedReader(Reader):
         """Return the number of rows, with those that can't be read."""
 
 
-def numbered(table: pl.DataFrame, first_row: int) -> Rows:
+def numbered(
+    table: pl.DataFrame,
+    first_row: int,
+) -> Rows:
     """Return rows without refused ones, numbered from `first_row`."""
     numbers = pl.int_range(
         first_row,
@@ -39,7 +42,10 @@ def numbered(table: pl.DataFrame, first_row: int) -> Rows:
     )
 
 
-def check_names(names: Iterable[str], where: object) -> None:
+def check_names(
+    names: Iterable[str],
+    where: object,
+) -> None:
     """Check that no column has a name that preparation keeps for itself.
 
     Raises:

@@ -106,7 +106,10 @@ class CsvReader(CountedReader):
             for column in self.columns()
         ]
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         if size not in self._pieces:
             self._pieces = {size: list(self._scan(size))}
         return self._pieces[size]
@@ -150,7 +153,10 @@ class CsvReader(CountedReader):
             self._plans = self._inferred()
         return self._plans
 
-    def with_plans(self, plans: Sequence[Plan]) -> None:
+    def with_plans(
+        self,
+        plans: Sequence[Plan],
+    ) -> None:
         """Read the columns as somebody else has planned, for files that go together."""
         self._plans = list(plans)
 
@@ -159,7 +165,11 @@ class CsvReader(CountedReader):
     def _found_head(self) -> Head:
         stamp = self.stored.stamp()
         first = self.stored.read(0, SAMPLE)
-        encoding = encoding_of(first, self.settings.encoding, self.stored)
+        encoding = encoding_of(
+            first,
+            self.settings.encoding,
+            self.stored,
+        )
         beginning = first[encoding.mark : encoding.mark + HEAD]
         text = self._decoded(
             beginning,
@@ -216,22 +226,45 @@ class CsvReader(CountedReader):
             dialect.strip,
         )
         seen = next((sample.seen for sample in samples if sample.seen), "")
-        return [_with_reason(plan, dialect, seen) for plan in plans]
+        return [
+            _with_reason(
+                plan,
+                dialect,
+                seen,
+            )
+            for plan in plans
+        ]
 
-    def samples(self, size: int) -> list[Sample]:
+    def samples(
+        self,
+        size: int,
+    ) -> list[Sample]:
         """Return rows by which types are inferred."""
         texts, seen = self.sample(size)
         return [
-            Sample(self, start, text, self.cells(text), seen) for start, text in texts
+            Sample(
+                self,
+                start,
+                text,
+                self.cells(text),
+                seen,
+            )
+            for start, text in texts
         ]
 
-    def sample(self, size: int) -> tuple[list[tuple[int, bytes]], str]:
+    def sample(
+        self,
+        size: int,
+    ) -> tuple[list[tuple[int, bytes]], str]:
         """Return rows in UTF-8 by which types are inferred, and what part they are.
 
         Each has the byte of the file where it begins.
         """
         head = self.head()
-        data = self.stored.read(head.start, size + 1)
+        data = self.stored.read(
+            head.start,
+            size + 1,
+        )
         if len(data) <= size:
             text = self._decoded(data, head.start)
             return [(head.start, text)], ""
@@ -241,7 +274,11 @@ class CsvReader(CountedReader):
                 head.start,
                 is_whole=False,
             )
-            stop = records.cut(text, head.dialect.grammar, is_end=False).stop
+            stop = records.cut(
+                text,
+                head.dialect.grammar,
+                is_end=False,
+            ).stop
             return [(head.start, text[:stop])], f"seen in the first {_mebibytes(size)}"
 
         whole = head.stamp.size - head.start
@@ -253,7 +290,11 @@ class CsvReader(CountedReader):
             text = self.stored.read(start, part)
             skipped = text.find(b"\n") + 1 if i else 0
             text = text[skipped:]
-            stop = records.cut(text, head.dialect.grammar, is_end=False).stop
+            stop = records.cut(
+                text,
+                head.dialect.grammar,
+                is_end=False,
+            ).stop
             samples.append((start + skipped, text[:stop]))
         return samples, f"seen in {_mebibytes(size)} of {_mebibytes(whole)}"
 
@@ -263,11 +304,17 @@ class CsvReader(CountedReader):
             return True
         with open(self.stored.path, "rb") as file:
             first = file.read(1 << 10)
-        return first != self.stored.read(0, len(first))
+        return first != self.stored.read(
+            0,
+            len(first),
+        )
 
     # ---- dividing ----
 
-    def _scan(self, size: int) -> Iterator[Piece]:
+    def _scan(
+        self,
+        size: int,
+    ) -> Iterator[Piece]:
         head = self.head()
         before = self.stored.stamp()
         position = head.start
@@ -276,7 +323,10 @@ class CsvReader(CountedReader):
         want = size
         is_packed = self.is_packed()
         while True:
-            more = self.stored.read(position + len(data), want - len(data))
+            more = self.stored.read(
+                position + len(data),
+                want - len(data),
+            )
             data = data + more if data else more
             is_end = len(data) < want
             utf8 = self._decoded(data, position, is_whole=is_end)
@@ -404,14 +454,22 @@ class CsvReader(CountedReader):
         for plan in plans:
             name = plan.column.name
             if not plan.is_direct:
-                values, wrong = plan.values(table[name], self.settings.missing)
+                values, wrong = plan.values(
+                    table[name],
+                    self.settings.missing,
+                )
                 if wrong.any():
                     return None
                 table = table.with_columns(values.alias(name))
             elif plan.column.type == pl.String():
                 is_empty = table[name].str.len_bytes() == 0
                 if is_empty.any():
-                    table = table.with_columns(table[name].set(is_empty, None))
+                    table = table.with_columns(
+                        table[name].set(
+                            is_empty,
+                            None,
+                        )
+                    )
             elif plan.column.type.is_float() and table[name].is_nan().any():
                 return None
         return table
@@ -435,14 +493,21 @@ class CsvReader(CountedReader):
             if len(clean) < len(utf8):
                 utf8 = clean
                 table = parse(utf8, dialect, types, missing)
-        if table is None or not _has_width(utf8, dialect, table):
+        if table is None or not _has_width(
+            utf8,
+            dialect,
+            table,
+        ):
             return None
         return table.select(dialect.names)
 
     def cells(self, utf8: bytes) -> Cells:
         """Return rows as text."""
         dialect = self.head().dialect
-        types: Types = dict.fromkeys(dialect.names, pl.String())
+        types: Types = dict.fromkeys(
+            dialect.names,
+            pl.String(),
+        )
         table = self._parsed(
             utf8,
             dialect,
@@ -450,7 +515,11 @@ class CsvReader(CountedReader):
             missing=(),
         )
         if table is not None:
-            return Cells(table, np.arange(table.height), [])
+            return Cells(
+                table,
+                np.arange(table.height),
+                [],
+            )
 
         repaired = records.repaired(
             utf8,
@@ -458,7 +527,12 @@ class CsvReader(CountedReader):
             dialect.width,
             spare=dialect.width > len(dialect.names),
         )
-        clean = parse(repaired.data, dialect, types, ())
+        clean = parse(
+            repaired.data,
+            dialect,
+            types,
+            (),
+        )
         assert clean is not None, "repaired rows can be parsed"
         return Cells(
             clean.select(dialect.names),
@@ -475,7 +549,11 @@ class CsvReader(CountedReader):
         """Return the values of rows, whatever is wrong with some of them."""
         cells = self.cells(utf8)
         if cells.refused and self.settings.bad_rows == "error":
-            raise self._bad_row(cells.refused[0], utf8, piece)
+            raise self._bad_row(
+                cells.refused[0],
+                utf8,
+                piece,
+            )
         numbers = pl.Series(
             ROW,
             cells.numbers + piece.first_row,
@@ -485,11 +563,21 @@ class CsvReader(CountedReader):
         notes = [refused_rows(cells.refused, piece.first_row)]
         for plan in plans:
             before = cells.table[plan.column.name]
-            values, wrong = plan.values(before, self.settings.missing)
+            values, wrong = plan.values(
+                before,
+                self.settings.missing,
+            )
             columns.append(values.alias(plan.column.name))
             if wrong.any():
                 self._check_sampled(plan, before, wrong, numbers)
-                notes.append(changed_cells(plan.column, before, wrong, numbers))
+                notes.append(
+                    changed_cells(
+                        plan.column,
+                        before,
+                        wrong,
+                        numbers,
+                    )
+                )
         table = pl.DataFrame([*columns, numbers])
         return Rows(table, pl.concat(notes))
 
@@ -503,7 +591,14 @@ class CsvReader(CountedReader):
         """Check that a type inferred from a sample is not too narrow for other rows."""
         if "seen in" not in plan.column.reason or plan.column.type != pl.Int64():
             return
-        wider = cells.filter(wrong).str.strip_chars().cast(pl.Float64, strict=False)
+        wider = (
+            cells.filter(wrong)
+            .str.strip_chars()
+            .cast(
+                pl.Float64,
+                strict=False,
+            )
+        )
         if wider.is_not_null().any():
             i = int(wider.is_not_null().arg_max() or 0)
             cell = cells.filter(wrong)[i]
@@ -523,10 +618,17 @@ class CsvReader(CountedReader):
         piece: Piece,
     ) -> DataError:
         grammar = self.head().dialect.grammar
-        shown = refused.text[:80].decode("utf-8", "replace")
+        shown = refused.text[:80].decode(
+            "utf-8",
+            "replace",
+        )
         return DataError(
             f"{refused.fault}: {shown!r}",
-            where=self.place(piece.start, utf8, refused.number),
+            where=self.place(
+                piece.start,
+                utf8,
+                refused.number,
+            ),
             remedy=(
                 "correct the row (quote cells that contain"
                 f" {grammar.delimiter.decode()!r}), set `skip` if it is no row but"
@@ -550,13 +652,19 @@ class CsvReader(CountedReader):
         """
         grammar = self.head().dialect.grammar
         ordered = records.records_of(utf8, grammar)
-        record = next(itertools.islice(ordered, number, None), None)
+        record = next(
+            itertools.islice(ordered, number, None),
+            None,
+        )
         inside = utf8[: record.start] if record is not None else b""
         lines = 1 + _line_ends(inside)
         done = 0
         encoding = self.head().encoding
         while done < start:
-            block = self.stored.read(done, min(2**22, start - done))
+            block = self.stored.read(
+                done,
+                min(2**22, start - done),
+            )
             if not block:
                 break
             text, used = encoding.to_utf8(block)
@@ -585,7 +693,11 @@ class Sample(NamedTuple):
     def place(self, row: int) -> str:
         """Return the file and the line of a row."""
         number = int(self.cells.numbers[row])
-        return self.reader.place(self.start, self.text, number)
+        return self.reader.place(
+            self.start,
+            self.text,
+            number,
+        )
 
 
 def parse(
@@ -622,10 +734,16 @@ def _with_reason(
     seen: str,
 ) -> Plan:
     """Return a plan that says all of why a column is what it is."""
-    renamed = dialect.renamed.get(plan.column.name, "")
+    renamed = dialect.renamed.get(
+        plan.column.name,
+        "",
+    )
     reasons = [plan.column.reason, renamed, seen]
     reason = "; ".join(filter(None, reasons))
-    return replace(plan, column=replace(plan.column, reason=reason))
+    return replace(
+        plan,
+        column=replace(plan.column, reason=reason),
+    )
 
 
 def _mebibytes(size: int) -> str:

@@ -155,7 +155,10 @@ def looks_delimited(text: bytes, settings: CsvSettings) -> bool:
 # ---- the beginning ----
 
 
-def _check_character(name: str, value: str | None) -> None:
+def _check_character(
+    name: str,
+    value: str | None,
+) -> None:
     if value in (None, "", "tab", "\\t"):
         return
     assert value is not None
@@ -167,16 +170,25 @@ def _check_character(name: str, value: str | None) -> None:
         )
 
 
-def _first_line(sample: bytes, skip: int) -> tuple[int, bytes | None]:
+def _first_line(
+    sample: bytes,
+    skip: int,
+) -> tuple[int, bytes | None]:
     """Return where the first row begins, and the delimiter that a line above says.
 
     Excel writes a line such as "sep=;" above the header.
     """
     position = 0
     for _ in range(skip):
-        newline = re.compile(rb"\r\n|\n|\r").search(sample, position)
+        newline = re.compile(rb"\r\n|\n|\r").search(
+            sample,
+            position,
+        )
         position = newline.end() if newline else len(sample)
-    line = re.compile(rb"sep=([^\r\n])(?:\r\n|\n|\r)").match(sample, position)
+    line = re.compile(rb"sep=([^\r\n])(?:\r\n|\n|\r)").match(
+        sample,
+        position,
+    )
     if line is not None:
         return line.end(), line[1]
     return position, None
@@ -189,7 +201,10 @@ def _grammar(
 ) -> Grammar:
     candidates = [name.encode() for name in DELIMITERS]
     if settings.delimiter is not None:
-        given = {"tab": "\t", "\\t": "\t"}.get(settings.delimiter, settings.delimiter)
+        given = {"tab": "\t", "\\t": "\t"}.get(
+            settings.delimiter,
+            settings.delimiter,
+        )
         candidates = [given.encode()]
     elif said is not None:
         candidates = [said]
@@ -231,13 +246,22 @@ def _escape(
     if settings.escape is not None:
         return settings.escape.encode()
     backslashed = rb"[^\\]\\" + quote
-    if not quote or not re.search(backslashed + rb"[^,;\t|\r\n]", text):
+    if not quote or not re.search(
+        backslashed + rb"[^,;\t|\r\n]",
+        text,
+    ):
         return b""
-    is_doubled = re.search(rb"[^,;\t|\r\n" + quote + rb"\\]" + quote * 2, text)
+    is_doubled = re.search(
+        rb"[^,;\t|\r\n" + quote + rb"\\]" + quote * 2,
+        text,
+    )
     return b"" if is_doubled else b"\\"
 
 
-def _first_rows(text: bytes, grammar: Grammar) -> list[list[str]]:
+def _first_rows(
+    text: bytes,
+    grammar: Grammar,
+) -> list[list[str]]:
     rows: list[list[str]] = []
     for record in records_of(text, grammar):
         if len(rows) > ROWS_LOOKED_AT:
@@ -246,12 +270,23 @@ def _first_rows(text: bytes, grammar: Grammar) -> list[list[str]]:
             continue
         content = text[record.start : record.stop].removeprefix(MARK)
         cells = cells_of(content, grammar)
-        rows.append([cell.decode("utf-8", "replace") for cell in cells])
+        rows.append(
+            [
+                cell.decode(
+                    "utf-8",
+                    "replace",
+                )
+                for cell in cells
+            ]
+        )
     # The sample may end within its last row.
     return rows[:-1] if len(rows) > 2 and not text.endswith(b"\n") else rows
 
 
-def _fit(text: bytes, grammar: Grammar) -> tuple[bool, float, float, int]:
+def _fit(
+    text: bytes,
+    grammar: Grammar,
+) -> tuple[bool, float, float, int]:
     """Return how well a grammar fits: rows as wide as most, with numbers as cells."""
     rows = _first_rows(text, grammar)
     widths = Counter(len(row) for row in rows)
@@ -263,10 +298,23 @@ def _fit(text: bytes, grammar: Grammar) -> tuple[bool, float, float, int]:
     alike = widths[width] / len(rows)
     cells = [cell.strip() for row in rows for cell in row]
     filled = [cell for cell in cells if cell]
-    numbers = sum(map(_is_value, filled)) / max(1, len(filled))
+    numbers = sum(
+        map(
+            _is_value,
+            filled,
+        )
+    ) / max(1, len(filled))
     header_fits = len(rows[0]) == width
     share = (1 + header_fits) * alike
-    return share >= ALIKE_SHARE, round(share, 2), round(numbers, 1), width
+    return (
+        share >= ALIKE_SHARE,
+        round(share, 2),
+        round(
+            numbers,
+            1,
+        ),
+        width,
+    )
 
 
 def _usual_width(rows: list[list[str]]) -> int:
@@ -326,7 +374,12 @@ def _with_names(
         strip = _is_padded(body)
     after = start
     if has_header:
-        after += next(_ends(sample[start:], grammar))
+        after += next(
+            _ends(
+                sample[start:],
+                grammar,
+            )
+        )
     return Dialect(
         grammar,
         names,
@@ -373,10 +426,20 @@ def _called(delimiter: bytes) -> str:
 
 
 def _ends(text: bytes, grammar: Grammar):  # type: ignore[no-untyped-def]
-    return (record.end for record in records_of(text, grammar) if not record.fault)
+    return (
+        record.end
+        for record in records_of(
+            text,
+            grammar,
+        )
+        if not record.fault
+    )
 
 
-def _has_header(rows: list[list[str]], missing: frozenset[str]) -> bool:
+def _has_header(
+    rows: list[list[str]],
+    missing: frozenset[str],
+) -> bool:
     """Whether the first row has names.
 
     It has if one of its cells is a word above a column of numbers, or if no cell is a
@@ -389,7 +452,12 @@ def _has_header(rows: list[list[str]], missing: frozenset[str]) -> bool:
         cell = cell.strip()
         below = [row[i].strip() for row in body]
         filled = [each for each in below if each not in missing]
-        of_numbers = bool(filled) and all(map(_is_value, filled))
+        of_numbers = bool(filled) and all(
+            map(
+                _is_value,
+                filled,
+            )
+        )
         if of_numbers and cell and cell not in missing and not _is_value(cell):
             return True
         values += _is_value(cell)
@@ -432,7 +500,10 @@ def _given_names(
     return names
 
 
-def _names(header: list[str], renamed: dict[str, str]) -> tuple[str, ...]:
+def _names(
+    header: list[str],
+    renamed: dict[str, str],
+) -> tuple[str, ...]:
     """Return names that differ; those that don't, or are empty, are numbered."""
     wanted = [name.strip().removeprefix("\ufeff") for name in header]
     taken = set(wanted)
@@ -468,4 +539,7 @@ def _is_padded(body: list[list[str]]) -> bool:
     spaced = sum(cell.startswith(" ") for cell in inner)
     outer = [cell for row in body for cell in row[:-1]]
     ended = sum(cell.endswith(" ") for cell in outer)
-    return bool(inner) and max(spaced, ended) > ALIKE_SHARE * len(inner)
+    return bool(inner) and max(
+        spaced,
+        ended,
+    ) > ALIKE_SHARE * len(inner)

@@ -36,7 +36,10 @@ class Encoding(NamedTuple):
     mark: int
     reason: str
 
-    def to_utf8(self, data: bytes) -> tuple[bytes, int]:
+    def to_utf8(
+        self,
+        data: bytes,
+    ) -> tuple[bytes, int]:
         """Return bytes in UTF-8.
 
         Args:
@@ -53,7 +56,10 @@ class Encoding(NamedTuple):
         decoder = codecs.getincrementaldecoder(self.name)("strict")
         text = decoder.decode(data)
         cut = len(decoder.getstate()[0])
-        return text.encode("utf-8", "surrogatepass"), len(data) - cut
+        return text.encode(
+            "utf-8",
+            "surrogatepass",
+        ), len(data) - cut
 
     def length(self, utf8: bytes) -> int:
         """Return how many bytes of the file some UTF-8 stands for."""

@@ -173,7 +173,10 @@ class Stored:
           DataError: the file is damaged or can't be read.
         """
         if self.offset >= 0:
-            length = max(0, min(length, self.size - start))
+            length = max(
+                0,
+                min(length, self.size - start),
+            )
             return self._read_part(start, length)
         stream = _stream_at(self, start)
         try:
@@ -189,8 +192,15 @@ class Stored:
         )
         return data
 
-    def _read_part(self, start: int, length: int) -> bytes:
-        data = Stored(self.path).read(self.offset + start, length)
+    def _read_part(
+        self,
+        start: int,
+        length: int,
+    ) -> bytes:
+        data = Stored(self.path).read(
+            self.offset + start,
+            length,
+        )
         if len(data) < length:
             raise DataError(
                 "the archive is cut short",
@@ -214,7 +224,10 @@ class Stored:
             )
         return data
 
-    def blocks(self, length: int = BLOCK) -> Iterator[bytes]:
+    def blocks(
+        self,
+        length: int = BLOCK,
+    ) -> Iterator[bytes]:
         """Yield all bytes in blocks."""
         start = 0
         while block := self.read(start, length):
@@ -224,7 +237,13 @@ class Stored:
 
 def damaged(place: object, error: Exception) -> DataError:
     """Return the error for packed bytes that can't be unpacked."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if (
+        isinstance(
+            error,
+            OSError,
+        )
+        and error.errno is not None
+    ):
         return unreadable(place, error)
     return DataError(
         f"the packed data are damaged: {error}",
@@ -274,7 +293,14 @@ def _skip(
 ) -> BinaryIO:
     try:
         while count > 0:
-            skipped = len(stream.read(min(count, BLOCK)))
+            skipped = len(
+                stream.read(
+                    min(
+                        count,
+                        BLOCK,
+                    )
+                )
+            )
             if not skipped:
                 break
             count -= skipped
@@ -308,7 +334,12 @@ def _give_back(
         return
     surplus = []
     with _lock:
-        surplus.append(_kept.pop(_key(stored), None))
+        surplus.append(
+            _kept.pop(
+                _key(stored),
+                None,
+            )
+        )
         _kept[_key(stored)] = (stream, position)
         while len(_kept) > STREAMS_KEPT:
             _, oldest = _kept.popitem(last=False)
@@ -338,11 +369,20 @@ def _unpacked(file: BinaryIO) -> BinaryIO:
     first = file.read(len(XZ))
     file.seek(0)
     if first.startswith(GZIP):
-        return cast("BinaryIO", _Closing(gzip.GzipFile(fileobj=file), file))
+        return cast(
+            "BinaryIO",
+            _Closing(gzip.GzipFile(fileobj=file), file),
+        )
     if first.startswith(BZIP2):
-        return cast("BinaryIO", _Closing(bz2.BZ2File(file), file))
+        return cast(
+            "BinaryIO",
+            _Closing(bz2.BZ2File(file), file),
+        )
     if first.startswith(XZ):
-        return cast("BinaryIO", _Closing(lzma.LZMAFile(file), file))
+        return cast(
+            "BinaryIO",
+            _Closing(lzma.LZMAFile(file), file),
+        )
     return file
 
 
@@ -355,7 +395,10 @@ def zip_archive(path: str) -> zipfile.ZipFile:
     """Return an open ZIP archive; its directory is read once."""
     key = (path, stamp(path)[:3])
     with _lock:
-        archive = _archives.pop(key, None) or zipfile.ZipFile(path)
+        archive = _archives.pop(
+            key,
+            None,
+        ) or zipfile.ZipFile(path)
         _archives[key] = archive
         while len(_archives) > STREAMS_KEPT:
             # Entries that are still being read hold the file open themselves.
@@ -370,7 +413,10 @@ class _Closing:
         self.stream = cast("BinaryIO", stream)
         self.others = others
 
-    def read(self, count: int = -1) -> bytes:
+    def read(
+        self,
+        count: int = -1,
+    ) -> bytes:
         return self.stream.read(count)
 
     def seekable(self) -> bool:

@@ -120,7 +120,14 @@ def paths_of(path: str) -> list[Stored]:
         return files_below(path)
     if os.path.lexists(path) or not glob.has_magic(path):
         return [Stored(path)]
-    found = [each for each in glob.glob(path, recursive=True) if os.path.isfile(each)]
+    found = [
+        each
+        for each in glob.glob(
+            path,
+            recursive=True,
+        )
+        if os.path.isfile(each)
+    ]
     if not found:
         raise DataError(
             "no file matches",
@@ -139,9 +146,18 @@ def files_below(folder: str) -> list[Stored]:
       DataError: there is none, or the folder can't be read.
     """
     found = []
-    for place, folders, files in os.walk(folder, onerror=_raise):
+    for place, folders, files in os.walk(
+        folder,
+        onerror=_raise,
+    ):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [os.path.join(place, name) for name in sorted(files)]
+        paths = [
+            os.path.join(
+                place,
+                name,
+            )
+            for name in sorted(files)
+        ]
         found += [Stored(path) for path in paths if _is_data(path)]
     if not found:
         raise DataError(
@@ -179,7 +195,14 @@ def _reader_of_files(
         )
     known = FORMATS[form]
     _check_settings(settings, known.settings, f"a {form} file")
-    readers = known.open(Given(name, files, folder, settings))
+    readers = known.open(
+        Given(
+            name,
+            files,
+            folder,
+            settings,
+        )
+    )
     if len(readers) == 1:
         return readers[0]
     return ManyReader(name, readers, drift)
@@ -251,11 +274,23 @@ def _is_about(path: str) -> bool:
 
 def _open_csv(given: Given) -> list[CountedReader]:
     settings = CsvSettings(**given.settings)
-    return [CsvReader(file, settings) for file in given.files]
+    return [
+        CsvReader(
+            file,
+            settings,
+        )
+        for file in given.files
+    ]
 
 
 def _open_json_lines(given: Given) -> list[CountedReader]:
-    return [JsonLinesReader(file, **given.settings) for file in given.files]
+    return [
+        JsonLinesReader(
+            file,
+            **given.settings,
+        )
+        for file in given.files
+    ]
 
 
 def _open_parquet(given: Given) -> list[CountedReader]:
@@ -287,7 +322,14 @@ def _open_text(given: Given) -> list[CountedReader]:
         ]
     settings.pop("longest_row", None)
     entries = entries_below(given.files, given.folder)
-    return [FilesReader(given.name, entries, text=True, **settings)]
+    return [
+        FilesReader(
+            given.name,
+            entries,
+            text=True,
+            **settings,
+        )
+    ]
 
 
 def _open_images(given: Given) -> list[CountedReader]:
@@ -303,7 +345,13 @@ def _open_images(given: Given) -> list[CountedReader]:
         given.settings.get("file_column"),
         reader.name,
     )
-    return [FilesReader(given.name, chosen, table=table)]
+    return [
+        FilesReader(
+            given.name,
+            chosen,
+            table=table,
+        )
+    ]
 
 
 def _open_idx(given: Given) -> Sequence[CountedReader]:
@@ -346,7 +394,14 @@ def _is_path(anything: Any) -> bool:
 
 
 def _is_paths(anything: Any) -> bool:
-    if is_memory(anything) or not isinstance(anything, list | tuple) or not anything:
+    if (
+        is_memory(anything)
+        or not isinstance(
+            anything,
+            list | tuple,
+        )
+        or not anything
+    ):
         return False
     return all(map(_is_path, anything))
 

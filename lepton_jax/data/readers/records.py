@@ -68,7 +68,10 @@ class Grammar:
         delimiter = re.escape(self.delimiter)
         others = rb"(?:" + delimiter + self._field + rb")*+"
         end = rb"(?:\r\n|\n|\r|\Z)"
-        return re.compile(self._field + others + end, re.DOTALL)
+        return re.compile(
+            self._field + others + end,
+            re.DOTALL,
+        )
 
     @cached_property
     def unclosed(self) -> re.Pattern[bytes]:
@@ -76,7 +79,10 @@ class Grammar:
         delimiter = re.escape(self.delimiter)
         before = rb"(?:" + self._field + delimiter + rb")*+"
         half = rb"(?:" + re.escape(self.escape) + rb")?" if self.escape else rb""
-        return re.compile(before + self._opened + half + rb"\Z", re.DOTALL)
+        return re.compile(
+            before + self._opened + half + rb"\Z",
+            re.DOTALL,
+        )
 
     @property
     def _spaces(self) -> bytes:
@@ -183,7 +189,10 @@ def cut(
     if has_blank_lines(data):
         return _cut_by_stretches(data, grammar, is_end, is_long)
     has_tail = is_end and not data.endswith(b"\n") and data != b""
-    return Cut(stop, data.count(b"\n", 0, stop) + has_tail)
+    return Cut(
+        stop,
+        data.count(b"\n", 0, stop) + has_tail,
+    )
 
 
 def has_lone_returns(data: bytes) -> bool:
@@ -254,7 +263,10 @@ def records_of(
         position = end
 
 
-def cells_of(text: bytes, grammar: Grammar) -> list[bytes]:
+def cells_of(
+    text: bytes,
+    grammar: Grammar,
+) -> list[bytes]:
     """Return the cells of a record, without their quotes."""
     if not grammar.quote or grammar.quote not in text:
         return text.split(grammar.delimiter)
@@ -302,13 +314,24 @@ def repaired(
         parts.append(done.data)
         numbers.append(done.numbers + count)
         refused += [
-            each._replace(number=each.number + count, start=each.start + base)
+            each._replace(
+                number=each.number + count,
+                start=each.start + base,
+            )
             for each in done.refused
         ]
         count += len(done.numbers) + len(done.refused)
     return Repaired(
         b"".join(parts),
-        np.concatenate([np.empty(0, np.int64), *numbers]),
+        np.concatenate(
+            [
+                np.empty(
+                    0,
+                    np.int64,
+                ),
+                *numbers,
+            ]
+        ),
         refused,
     )
 
@@ -358,7 +381,12 @@ def _stretches(
         before = position
         ordered = records_of(data, grammar, position)
         for record in itertools.islice(ordered, run):
-            if not is_end and _may_go_on(data, grammar, record, is_long):
+            if not is_end and _may_go_on(
+                data,
+                grammar,
+                record,
+                is_long,
+            ):
                 return
             yield record
             position = record.end
@@ -384,8 +412,18 @@ def _regular_ends(
         if len(wrong):
             first_bad = int(wrong[0])
         if grammar.escape and grammar.escape in text:
-            first_bad = min(first_bad, text.index(grammar.escape))
-        lines = lines[np.searchsorted(quotes, lines) % 2 == 0]
+            first_bad = min(
+                first_bad,
+                text.index(grammar.escape),
+            )
+        lines = lines[
+            np.searchsorted(
+                quotes,
+                lines,
+            )
+            % 2
+            == 0
+        ]
         is_open = len(quotes) % 2 == 1
     ends = lines + 1
     if first_bad <= len(text):
@@ -396,7 +434,10 @@ def _regular_ends(
     return ends
 
 
-def _line_ends(text: bytes, array: np.ndarray) -> np.ndarray:
+def _line_ends(
+    text: bytes,
+    array: np.ndarray,
+) -> np.ndarray:
     """Return where lines end: at newlines, and at returns without one.
 
     A return at the very end does not count: a newline may follow.
@@ -442,7 +483,12 @@ def _sieved(
     starts = np.concatenate([[0], stretch.ends[:-1]])
     contents = _content_ends(array, starts, stretch.ends)
     filled = contents > starts
-    cells = 1 + _delimiters_between(array, starts, stretch.ends, grammar)
+    cells = 1 + _delimiters_between(
+        array,
+        starts,
+        stretch.ends,
+        grammar,
+    )
     good = filled & (cells == width)
 
     numbers = np.cumsum(filled) - 1
@@ -451,9 +497,26 @@ def _sieved(
         start = int(starts[i])
         fault = f"expected {width} cells, found {cells[i]}"
         content = text[start : int(contents[i])]
-        refused.append(Refused(int(numbers[i]), start, content, fault))
-    data = _kept(text, array, starts, stretch.ends, good)
-    return Repaired(data, numbers[good].astype(np.int64), refused)
+        refused.append(
+            Refused(
+                int(numbers[i]),
+                start,
+                content,
+                fault,
+            )
+        )
+    data = _kept(
+        text,
+        array,
+        starts,
+        stretch.ends,
+        good,
+    )
+    return Repaired(
+        data,
+        numbers[good].astype(np.int64),
+        refused,
+    )
 
 
 def _kept(
@@ -472,7 +535,12 @@ def _kept(
         text = array.tobytes()
     if not good.all():
         sizes = ends - starts
-        text = array[np.repeat(good, sizes)].tobytes()
+        text = array[
+            np.repeat(
+                good,
+                sizes,
+            )
+        ].tobytes()
     if text and not text.endswith(b"\n"):
         text += b"\n"
     return text
@@ -486,7 +554,12 @@ def _content_ends(
     """Return where records end without the ends of their lines."""
     contents = ends.copy()
     for char in (NEWLINE, RETURN):
-        lasts = array[np.maximum(contents - 1, 0)]
+        lasts = array[
+            np.maximum(
+                contents - 1,
+                0,
+            )
+        ]
         contents -= (contents > starts) & (lasts == char)
     return contents
 
@@ -502,8 +575,18 @@ def _delimiters_between(
     if grammar.quote:
         quotes = np.flatnonzero(array == grammar.quote[0])
         if len(quotes):
-            places = places[np.searchsorted(quotes, places) % 2 == 0]
-    return np.searchsorted(places, ends) - np.searchsorted(places, starts)
+            places = places[
+                np.searchsorted(
+                    quotes,
+                    places,
+                )
+                % 2
+                == 0
+            ]
+    return np.searchsorted(places, ends) - np.searchsorted(
+        places,
+        starts,
+    )
 
 
 def _one_by_one(
@@ -516,7 +599,12 @@ def _one_by_one(
     lines = []
     numbers = []
     refused = []
-    for number, record in enumerate(records_of(data, grammar)):
+    for number, record in enumerate(
+        records_of(
+            data,
+            grammar,
+        )
+    ):
         text = data[record.start : record.stop]
         fault = record.fault or _damage(text)
         if not fault:
@@ -525,7 +613,14 @@ def _one_by_one(
                 cells.append(b"")
             fault = _misfit(cells, width, spare)
         if fault:
-            refused.append(Refused(number, record.start, text, fault))
+            refused.append(
+                Refused(
+                    number,
+                    record.start,
+                    text,
+                    fault,
+                )
+            )
             continue
         lines.append(_written(cells, grammar))
         numbers.append(number)
@@ -543,14 +638,21 @@ def _bytes(data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
-def _quotes_are_regular(array: np.ndarray, grammar: Grammar) -> bool:
+def _quotes_are_regular(
+    array: np.ndarray,
+    grammar: Grammar,
+) -> bool:
     """Whether each quote stands where one can, and is closed.
 
     They are looked at by blocks that fit into a cache.
     """
     around = _around(grammar)
     is_open = 0
-    for start in range(0, len(array), BLOCK):
+    for start in range(
+        0,
+        len(array),
+        BLOCK,
+    ):
         block = array[start : start + BLOCK]
         quotes = np.flatnonzero(block == grammar.quote[0]) + start
         opening = quotes[is_open::2]
@@ -570,7 +672,10 @@ def _around(grammar: Grammar) -> np.ndarray:
     return around
 
 
-def _ends_outside_quotes(data: bytes, grammar: Grammar) -> np.ndarray:
+def _ends_outside_quotes(
+    data: bytes,
+    grammar: Grammar,
+) -> np.ndarray:
     array = _bytes(data)
     newlines = np.flatnonzero(array == NEWLINE)
     if not grammar.quote:
@@ -587,7 +692,12 @@ def _are_blank(
 ) -> np.ndarray:
     """Whether each line is empty: bool (lines,)."""
     lengths = ends - starts
-    firsts = _bytes(data)[np.minimum(starts, len(data) - 1)]
+    firsts = _bytes(data)[
+        np.minimum(
+            starts,
+            len(data) - 1,
+        )
+    ]
     blank = (lengths == 1) & (firsts == NEWLINE)
     blank |= (lengths == 2) & (firsts == RETURN)
     return blank | (lengths == 0)
@@ -617,7 +727,11 @@ def _filled(data: bytes, stretch: Stretch) -> int:
     if not has_blank_lines(text) and not has_lone_returns(text):
         return len(stretch.ends)
     starts = np.concatenate([[0], stretch.ends[:-1]])
-    contents = _content_ends(_bytes(text), starts, stretch.ends)
+    contents = _content_ends(
+        _bytes(text),
+        starts,
+        stretch.ends,
+    )
     return int((contents > starts).sum())
 
 
@@ -629,7 +743,14 @@ def _may_go_on(
 ) -> bool:
     """Whether the text after these bytes may belong to a record."""
     may_close = record.fault and not is_long
-    if may_close and grammar.unclosed.match(data, record.start) is not None:
+    if (
+        may_close
+        and grammar.unclosed.match(
+            data,
+            record.start,
+        )
+        is not None
+    ):
         return True
     # A return at the very end may be followed by a newline.
     return record.end == len(data) and data[-1] != NEWLINE
@@ -678,11 +799,19 @@ def _unquoted(cell: bytes, grammar: Grammar) -> bytes:
     inner = inner[1:-1]
     if grammar.escape:
         escaped = re.escape(grammar.escape) + rb"(.)"
-        inner = re.sub(escaped, rb"\1", inner, flags=re.DOTALL)
+        inner = re.sub(
+            escaped,
+            rb"\1",
+            inner,
+            flags=re.DOTALL,
+        )
     return inner.replace(quote + quote, quote)
 
 
-def _written(cells: list[bytes], grammar: Grammar) -> bytes:
+def _written(
+    cells: list[bytes],
+    grammar: Grammar,
+) -> bytes:
     """Return a record with quotes where they are needed."""
     quote = grammar.quote
     special = [grammar.delimiter, b"\n", b"\r"]
@@ -692,7 +821,14 @@ def _written(cells: list[bytes], grammar: Grammar) -> bytes:
     parts = []
     for cell in cells:
         if quote and any(char in cell for char in special):
-            cell = quote + cell.replace(quote, quote + quote) + quote
+            cell = (
+                quote
+                + cell.replace(
+                    quote,
+                    quote + quote,
+                )
+                + quote
+            )
         parts.append(cell)
     if len(parts) == 1 and not parts[0] and quote:
         parts = [quote + quote]

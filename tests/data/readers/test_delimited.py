@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax import DataError
-from lepton_jax.data.readers import ROW, reader_of
+from lepton_jax.data.readers import ROW, delimited, reader_of
 
 BIG = 2**20
 
@@ -193,6 +193,48 @@ def test_rows_without_a_header_are_not_taken_for_one(tmp_path):
 def test_an_unknown_setting_is_named_with_the_nearest(tmp_path):
     with pytest.raises(DataError, match="did you mean 'delimiter'"):
         reader_of(written(tmp_path, "a,b\n1,2\n"), delimeter=";")
+
+
+# ---- large files ----
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file of which types are inferred by a small part, with the odd cells given."""
+    monkeypatch.setattr(delimited, "SAMPLE", 2**12)
+
+    def made(**odd):
+        lines = ["a,b"] + [f"{i},x" for i in range(20_000)]
+        for place, cell in odd.items():
+            lines[int(place[1:]) + 1] = f"{cell},y"
+        return reader_of(written(tmp_path, "\n".join(lines)))
+
+    return made
+
+
+def test_of_a_large_file_a_sample_is_looked_at_and_said_so(large):
+    reader = large()
+    column = reader.columns()[0]
+    assert column.type == pl.Int64()
+    assert "seen in" in column.reason
+    assert table_of(reader)["a"].to_list() == list(range(20_000))
+
+
+def test_a_cell_that_the_sample_lacks_is_noted_and_counted(large):
+    reader = large(n777="oops", n5003="", n19000="oops")
+    read = [reader.read(piece) for piece in reader.pieces(2**14)]
+    notes = pl.concat([each.refused for each in read])
+    assert notes[ROW].to_list() == [777, 19_000]
+    column = reader.counted_columns()[0]
+    assert (column.against, column.missing) == (2, 1)
+
+
+def test_a_type_that_the_sample_makes_too_narrow_is_a_question(large):
+    reader = large(n777="1.5")
+    with pytest.raises(DataError, match=r"1\.5.*no whole one") as error:
+        table_of(reader)
+    assert "row 777" in error.value.where
+    assert "Float64" in error.value.remedy
 
 
 # ---- properties ----
