@@ -80,6 +80,8 @@ class CsvReader(CountedReader):
         self._plans: list[Plan] | None = None
         self._pieces: dict[int, list[Piece]] = {}
         self._count: int | None = None
+        # Where pieces begin and end whose quotes were found to be regular.
+        self._plain: set[tuple[int, int]] = set()
 
     def columns(self) -> list[Column]:
         """Return what was inferred of the columns, from at most 32 MiB of the file."""
@@ -126,7 +128,8 @@ class CsvReader(CountedReader):
         utf8 = self._decoded(data, piece.start)
         plans = self.plans()
 
-        table = self._directly(utf8, head.dialect, plans)
+        is_plain = (piece.start, piece.stop) in self._plain
+        table = self._directly(utf8, head.dialect, plans, is_plain)
         if table is not None:
             return numbered(table, piece.first_row)
         return self._slowly(utf8, piece, plans)
@@ -181,7 +184,7 @@ class CsvReader(CountedReader):
             raise self._other_format("a Parquet file")
         dialect = dialect_of(text, self.settings, self.stored)
         check_names(dialect.names, self.stored)
-        start = encoding.mark + encoding.length(text[: dialect.start])
+        start = encoding.mark + encoding.length(text, dialect.start)
         return Head(encoding, dialect, start, stamp)
 
     def _other_format(self, kind: str) -> DataError:
@@ -334,7 +337,9 @@ class CsvReader(CountedReader):
             if whole is None:
                 want *= 2
                 continue
-            length = head.encoding.length(utf8[: whole.stop])
+            length = head.encoding.length(utf8, whole.stop)
+            if whole.plain:
+                self._plain.add((position, position + length))
             if whole.records:
                 yield Piece(
                     str(self.stored),
@@ -442,37 +447,43 @@ class CsvReader(CountedReader):
         utf8: bytes,
         dialect: Dialect,
         plans: list[Plan],
+        is_plain: bool,
     ) -> pl.DataFrame | None:
         """Return the values of rows by Polars' own parser; None if it may err."""
         types = {
             plan.column.name: plan.column.type if plan.is_direct else pl.String()
             for plan in plans
         }
-        table = self._parsed(utf8, dialect, types)
+        table = self._parsed(
+            utf8,
+            dialect,
+            types,
+            is_plain=is_plain,
+        )
         if table is None:
             return None
+        columns = []
         for plan in plans:
-            name = plan.column.name
-            if not plan.is_direct:
-                values, wrong = plan.values(
-                    table[name],
-                    self.settings.missing,
-                )
-                if wrong.any():
-                    return None
-                table = table.with_columns(values.alias(name))
-            elif plan.column.type == pl.String():
-                is_empty = table[name].str.len_bytes() == 0
-                if is_empty.any():
-                    table = table.with_columns(
-                        table[name].set(
-                            is_empty,
-                            None,
-                        )
-                    )
-            elif plan.column.type.is_float() and table[name].is_nan().any():
+            values = self._checked(table[plan.column.name], plan)
+            if values is None:
                 return None
-        return table
+            columns.append(values)
+        return pl.DataFrame(columns)
+
+    def _checked(self, cells: pl.Series, plan: Plan) -> pl.Series | None:
+        """Return the values of a column as Polars read it.
+
+        None: some cells argue against its type.
+        """
+        type_ = plan.column.type
+        if not plan.is_direct:
+            values, wrong = plan.values(cells, self.settings.missing)
+            return None if wrong.any() else values.alias(plan.column.name)
+        if type_ == pl.String():
+            is_empty = cells.str.len_bytes() == 0
+            return cells.set(is_empty, None) if is_empty.any() else cells
+        is_word = type_.is_float() and bool(cells.is_nan().any())
+        return None if is_word else cells
 
     def _parsed(
         self,
@@ -480,9 +491,18 @@ class CsvReader(CountedReader):
         dialect: Dialect,
         types: Types,
         missing: Sequence[str] | None = None,
+        is_plain: bool = False,
     ) -> pl.DataFrame | None:
-        """Return rows as Polars parses them; None if it can't, or may err."""
-        if not _is_ready(utf8, dialect):
+        """Return rows as Polars parses them; None if it can't, or may err.
+
+        Args:
+          utf8: the rows.
+          dialect: of the file.
+          types: of the columns.
+          missing: words for a missing value; None: those of the settings.
+          is_plain: whether all quotes are known to be regular.
+        """
+        if not _is_ready(utf8, dialect, is_plain):
             return None
         if missing is None:
             missing = self.settings.missing
@@ -754,11 +774,15 @@ def _line_ends(text: bytes) -> int:
     return text.count(b"\n") + text.count(b"\r") - text.count(b"\r\n")
 
 
-def _is_ready(utf8: bytes, dialect: Dialect) -> bool:
+def _is_ready(
+    utf8: bytes,
+    dialect: Dialect,
+    is_plain: bool,
+) -> bool:
     """Whether Polars parses these bytes as they are meant."""
     if b"\0" in utf8 or (not utf8.isascii() and records.MARK in utf8):
         return False
-    return records.is_regular(utf8, dialect.grammar)
+    return is_plain or records.is_regular(utf8, dialect.grammar)
 
 
 def _has_width(

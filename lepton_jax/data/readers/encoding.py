@@ -61,11 +61,11 @@ class Encoding(NamedTuple):
             "surrogatepass",
         ), len(data) - cut
 
-    def length(self, utf8: bytes) -> int:
-        """Return how many bytes of the file some UTF-8 stands for."""
+    def length(self, utf8: bytes, stop: int) -> int:
+        """Return how many bytes of the file the first `stop` of some UTF-8 are."""
         if self.name == "utf-8":
-            return len(utf8)
-        text = utf8.decode("utf-8", "surrogatepass")
+            return stop
+        text = utf8[:stop].decode("utf-8", "surrogatepass")
         return len(text.encode(self.name))
 
 

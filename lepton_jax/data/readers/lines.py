@@ -201,7 +201,7 @@ class LinesReader(CountedReader):
                 self._check_length(want, position)
                 want *= 2
                 continue
-            length = encoding.length(utf8[:stop])
+            length = encoding.length(utf8, stop)
             rows = self.rows_in(utf8[:stop])
             if rows:
                 hashed = digest(memoryview(data)[:length])

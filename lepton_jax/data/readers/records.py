@@ -116,10 +116,12 @@ class Cut(NamedTuple):
     Attributes:
       stop: bytes of these records.
       records: how many there are, without empty lines.
+      plain: whether each quote stands where one can, and no return ends a line.
     """
 
     stop: int
     records: int
+    plain: bool
 
 
 class Record(NamedTuple):
@@ -182,17 +184,18 @@ def cut(
       is_end: whether the text ends with these bytes.
       is_long: whether a record that is not closed in these bytes is a broken one.
     """
-    has_quotes = grammar.quote != b"" and grammar.quote in data
-    if is_long or has_quotes or has_lone_returns(data):
-        return _cut_by_stretches(data, grammar, is_end, is_long)
-    stop = len(data) if is_end else data.rfind(b"\n") + 1
-    if has_blank_lines(data):
-        return _cut_by_stretches(data, grammar, is_end, is_long)
-    has_tail = is_end and not data.endswith(b"\n") and data != b""
-    return Cut(
-        stop,
-        data.count(b"\n", 0, stop) + has_tail,
-    )
+    stop = 0
+    count = 0
+    plain = not has_lone_returns(data)
+    for stretch in _stretches(data, grammar, is_end, is_long):
+        if isinstance(stretch, Stretch):
+            count += _filled(data, stretch)
+            stop = stretch.stop
+        else:
+            count += 1
+            stop = stretch.end
+            plain = False
+    return Cut(len(data) if is_end else stop, count, plain)
 
 
 def has_lone_returns(data: bytes) -> bool:
@@ -703,30 +706,12 @@ def _are_blank(
     return blank | (lengths == 0)
 
 
-def _cut_by_stretches(
-    data: bytes,
-    grammar: Grammar,
-    is_end: bool,
-    is_long: bool,
-) -> Cut:
-    stop = 0
-    count = 0
-    for stretch in _stretches(data, grammar, is_end, is_long):
-        if isinstance(stretch, Stretch):
-            count += _filled(data, stretch)
-            stop = stretch.stop
-        else:
-            count += 1
-            stop = stretch.end
-    return Cut(len(data) if is_end else stop, count)
-
-
 def _filled(data: bytes, stretch: Stretch) -> int:
     """Return how many records of a stretch are no empty lines."""
-    text = data[stretch.start : stretch.stop]
-    if not has_blank_lines(text) and not has_lone_returns(text):
-        return len(stretch.ends)
     starts = np.concatenate([[0], stretch.ends[:-1]])
+    if (stretch.ends - starts).min() > len(b"\r\n"):
+        return len(stretch.ends)
+    text = data[stretch.start : stretch.stop]
     contents = _content_ends(
         _bytes(text),
         starts,
