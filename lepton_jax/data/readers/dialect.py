@@ -27,6 +27,8 @@ LONGEST_ROW = 2**26  # bytes; assumption: no row that is meant as one is longer
 
 _NUMBER = re.compile(r"[-+(]?\W{0,3}\d[\d.,' ]*(?:[eE][-+]?\d+)?\s?\W{0,3}")
 
+_YEAR = re.compile(r"(?:19|20)[0-9]{2}")
+
 
 @dataclass(frozen=True)
 class CsvSettings(TypeSettings):
@@ -118,6 +120,16 @@ def dialect_of(
         )
     grammar = _grammar(text, settings, said)
     rows = _first_rows(text, grammar)
+    first = next(records_of(text, grammar))
+    if first.fault and settings.header is not False:
+        raise DataError(
+            f"the first row is not CSV: {first.fault}",
+            where=f"{where}, the first row",
+            remedy=(
+                "correct it; set `quote` to '' if quotes mean nothing, or header=False"
+                " if it is no header"
+            ),
+        )
     if rows and any("\0" in cell for cell in rows[0]):
         raise DataError(
             "the first row has zero bytes: the file is no text",
@@ -374,12 +386,7 @@ def _with_names(
         strip = _is_padded(body)
     after = start
     if has_header:
-        after += next(
-            _ends(
-                sample[start:],
-                grammar,
-            )
-        )
+        after += next(records_of(sample[start:], grammar)).end
     return Dialect(
         grammar,
         names,
@@ -425,25 +432,14 @@ def _called(delimiter: bytes) -> str:
     return DELIMITERS.get(text, repr(text))
 
 
-def _ends(text: bytes, grammar: Grammar):  # type: ignore[no-untyped-def]
-    return (
-        record.end
-        for record in records_of(
-            text,
-            grammar,
-        )
-        if not record.fault
-    )
-
-
 def _has_header(
     rows: list[list[str]],
     missing: frozenset[str],
 ) -> bool:
     """Whether the first row has names.
 
-    It has if one of its cells is a word above a column of numbers, or if no cell is a
-    number at all.
+    It has if one of its cells is a word above a column of numbers, if its numbers are
+    years one after another, or if no cell is a number at all.
     """
     width = len(rows[0])
     body = [row for row in rows[1:] if len(row) == width]
@@ -461,10 +457,22 @@ def _has_header(
         if of_numbers and cell and cell not in missing and not _is_value(cell):
             return True
         values += _is_value(cell)
+    if _has_years(rows[0]):
+        return True
     if not values:
         first = [cell.strip() for cell in rows[0]]
         return not body or rows[0] not in body or len(set(first)) == width
     return False
+
+
+def _has_years(row: list[str]) -> bool:
+    """Whether the numbers of a row are years one after another, as in wide tables."""
+    cells = [cell.strip() for cell in row]
+    numbers = [cell for cell in cells if _is_value(cell)]
+    if len(numbers) < 2 or not all(map(_YEAR.fullmatch, numbers)):
+        return False
+    years = list(map(int, numbers))
+    return years == list(range(years[0], years[0] + len(years)))
 
 
 def _has_trailing(

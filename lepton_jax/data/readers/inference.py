@@ -883,28 +883,17 @@ def _spelled(
     whole = r"[0-9]+"
     if notation.thousands:
         whole = rf"(?:[1-9][0-9]{{0,2}}(?:{mark}[0-9]{{3}})+|[0-9]+)"
+    space = "[ \u00a0\u202f]*"
     strict = (
-        rf"^[-+]?{re.escape(before)}{whole}(?:{re.escape(notation.decimal)}[0-9]+)?"
-        rf"{re.escape(after)}$"
+        rf"^([-+]?){re.escape(before)}{space}"
+        rf"({whole}(?:{re.escape(notation.decimal)}[0-9]+)?)"
+        rf"{space}{re.escape(after)}$"
     )
-    clean = text.set(
-        ~text.str.contains(strict),
-        None,
-    )
-    for part in (before, after):
-        if part:
-            clean = clean.str.replace(
-                part,
-                "",
-                literal=True,
-            )
+    sign = text.str.extract(strict, 1)
+    digits = text.str.extract(strict, 2)
     if notation.thousands:
-        clean = clean.str.replace_all(mark, "")
-    clean = clean.str.replace(
-        notation.decimal,
-        ".",
-        literal=True,
-    )
+        digits = digits.str.replace_all(mark, "")
+    clean = sign + digits.str.replace(notation.decimal, ".", literal=True)
     values = clean.cast(pl.Float64, strict=False)
 
     odd = text.filter(text.is_not_null() & values.is_null()).unique()

@@ -94,11 +94,15 @@ def reader_of(anything: Any, **dialect: Any) -> Reader:
         _check_settings(dialect, (), "a reader")
         return anything
     if _is_path(anything):
-        path = os.fspath(anything)
+        path = os.path.expanduser(os.fspath(anything))
         folder = path if os.path.isdir(path) else ""
         return _reader_of_files(path, paths_of(path), folder, dialect)
     if _is_paths(anything):
-        paths = [path for each in anything for path in paths_of(os.fspath(each))]
+        paths = [
+            path
+            for each in anything
+            for path in paths_of(os.path.expanduser(os.fspath(each)))
+        ]
         return _reader_of_files(f"{len(paths)} files", paths, "", dialect)
     _check_settings(dialect, ("name",), "a table in memory")
     return reader_of_memory(anything, **dialect)

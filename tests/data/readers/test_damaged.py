@@ -156,6 +156,8 @@ add(
     Case(text("a,b\n1,x\na,b\n2,y\n" + "3,z\n" * 20), [1, None, 2] + [3] * 20, 1),
 )
 
+add("a header with an open quote", Case(text('a,"b\n1,x\n2,y\n'), error="not CSV"))
+
 # ---- ends of lines ----
 
 add("ends of Windows", Case(text("a,b\r\n1,x\r\n2,y\r\n"), ["x", "y"], column="b"))

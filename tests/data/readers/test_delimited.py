@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax import DataError
-from lepton_jax.data.readers import ROW, delimited, reader_of
+from lepton_jax.data.notation import Notation, number
+from lepton_jax.data.readers import ROW, Column, delimited, reader_of
+from lepton_jax.data.readers.inference import Plan
 
 BIG = 2**20
 
@@ -195,6 +197,13 @@ def test_an_unknown_setting_is_named_with_the_nearest(tmp_path):
         reader_of(written(tmp_path, "a,b\n1,2\n"), delimeter=";")
 
 
+def test_years_are_names_of_columns_and_other_numbers_are_data(tmp_path):
+    path = written(tmp_path, "country,2019,2020\nFR,1,2\nDE,3,4\n")
+    assert columns_of(path) == {"country": ["FR", "DE"], "2019": [1, 3], "2020": [2, 4]}
+    path = written(tmp_path, "FR,2019,7\nDE,2020,8\n")
+    assert columns_of(path)["column_1"] == ["FR", "DE"]
+
+
 # ---- large files ----
 
 
@@ -238,6 +247,31 @@ def test_a_type_that_the_sample_makes_too_narrow_is_a_question(large):
 
 
 # ---- properties ----
+
+NOTATIONS = [
+    Notation(decimal, thousands, unit)
+    for decimal, thousands in [
+        (".", ","),
+        (",", "."),
+        (".", " "),
+        (",", ""),
+        (".", "'"),
+    ]
+    for unit in ["", "#%", "$#", "#EUR"]
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    cells=st.lists(st.text("0123456789.,' -+$%EURe", max_size=9), min_size=1),
+    notation=st.sampled_from(NOTATIONS),
+)
+def test_cells_are_the_numbers_that_the_notation_spells(cells, notation):
+    column = Column("a", pl.Float64(), "")
+    values, _ = Plan(column, notation).values(pl.Series(cells), ())
+    expected = [number(cell.strip(" "), notation) for cell in cells]
+    assert values.to_list() == expected
+
 
 # Neither surrogates, which are no text, nor what other tests are about.
 CHARACTERS = st.characters(
