@@ -247,6 +247,7 @@ def by_lepton(table: Path, out: Path) -> list[Path]:
 def by_hand(table: Path, out: Path) -> list[Path]:
     """Do the job with Polars alone; return the files."""
     import polars as pl
+
     from lepton_jax.data.prepare.steps.text import INVISIBLE
 
     text = (
