@@ -129,7 +129,12 @@ class CsvReader(CountedReader):
         plans = self.plans()
 
         is_plain = (piece.start, piece.stop) in self._plain
-        table = self._directly(utf8, head.dialect, plans, is_plain)
+        table = self._directly(
+            utf8,
+            head.dialect,
+            plans,
+            is_plain,
+        )
         if table is not None:
             return numbered(table, piece.first_row)
         return self._slowly(utf8, piece, plans)
@@ -184,7 +189,10 @@ class CsvReader(CountedReader):
             raise self._other_format("a Parquet file")
         dialect = dialect_of(text, self.settings, self.stored)
         check_names(dialect.names, self.stored)
-        start = encoding.mark + encoding.length(text, dialect.start)
+        start = encoding.mark + encoding.length(
+            text,
+            dialect.start,
+        )
         return Head(encoding, dialect, start, stamp)
 
     def _other_format(self, kind: str) -> DataError:
@@ -464,24 +472,41 @@ class CsvReader(CountedReader):
             return None
         columns = []
         for plan in plans:
-            values = self._checked(table[plan.column.name], plan)
+            values = self._checked(
+                table[plan.column.name],
+                plan,
+            )
             if values is None:
                 return None
             columns.append(values)
         return pl.DataFrame(columns)
 
-    def _checked(self, cells: pl.Series, plan: Plan) -> pl.Series | None:
+    def _checked(
+        self,
+        cells: pl.Series,
+        plan: Plan,
+    ) -> pl.Series | None:
         """Return the values of a column as Polars read it.
 
         None: some cells argue against its type.
         """
         type_ = plan.column.type
         if not plan.is_direct:
-            values, wrong = plan.values(cells, self.settings.missing)
+            values, wrong = plan.values(
+                cells,
+                self.settings.missing,
+            )
             return None if wrong.any() else values.alias(plan.column.name)
         if type_ == pl.String():
             is_empty = cells.str.len_bytes() == 0
-            return cells.set(is_empty, None) if is_empty.any() else cells
+            return (
+                cells.set(
+                    is_empty,
+                    None,
+                )
+                if is_empty.any()
+                else cells
+            )
         is_word = type_.is_float() and bool(cells.is_nan().any())
         return None if is_word else cells
 

@@ -386,7 +386,12 @@ def _with_names(
         strip = _is_padded(body)
     after = start
     if has_header:
-        after += next(records_of(sample[start:], grammar)).end
+        after += next(
+            records_of(
+                sample[start:],
+                grammar,
+            )
+        ).end
     return Dialect(
         grammar,
         names,
@@ -469,10 +474,20 @@ def _has_years(row: list[str]) -> bool:
     """Whether the numbers of a row are years one after another, as in wide tables."""
     cells = [cell.strip() for cell in row]
     numbers = [cell for cell in cells if _is_value(cell)]
-    if len(numbers) < 2 or not all(map(_YEAR.fullmatch, numbers)):
+    if len(numbers) < 2 or not all(
+        map(
+            _YEAR.fullmatch,
+            numbers,
+        )
+    ):
         return False
     years = list(map(int, numbers))
-    return years == list(range(years[0], years[0] + len(years)))
+    return years == list(
+        range(
+            years[0],
+            years[0] + len(years),
+        )
+    )
 
 
 def _has_trailing(

@@ -61,7 +61,11 @@ class Encoding(NamedTuple):
             "surrogatepass",
         ), len(data) - cut
 
-    def length(self, utf8: bytes, stop: int) -> int:
+    def length(
+        self,
+        utf8: bytes,
+        stop: int,
+    ) -> int:
         """Return how many bytes of the file the first `stop` of some UTF-8 are."""
         if self.name == "utf-8":
             return stop

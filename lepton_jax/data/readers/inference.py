@@ -893,7 +893,11 @@ def _spelled(
     digits = text.str.extract(strict, 2)
     if notation.thousands:
         digits = digits.str.replace_all(mark, "")
-    clean = sign + digits.str.replace(notation.decimal, ".", literal=True)
+    clean = sign + digits.str.replace(
+        notation.decimal,
+        ".",
+        literal=True,
+    )
     values = clean.cast(pl.Float64, strict=False)
 
     odd = text.filter(text.is_not_null() & values.is_null()).unique()

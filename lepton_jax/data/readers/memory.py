@@ -44,6 +44,7 @@ class MemoryReader(CountedReader):
         reason: str = "the table's own type",
     ):
         check_names(table.columns, name)
+        _check_types(table, name)
         self.name = name
         self.table = table
         self.reason = reason
@@ -179,6 +180,24 @@ def is_memory(anything: Any) -> bool:
 
 
 # ---- internals ----
+
+
+def _check_types(
+    table: pl.DataFrame,
+    name: str,
+) -> None:
+    """Check that no column holds Python objects.
+
+    Raises:
+      DataError: one does.
+    """
+    for series in table:
+        if series.dtype == pl.Object():
+            raise DataError(
+                f"column {series.name!r} holds Python objects",
+                where=name,
+                remedy="give each column values of one type that a table can hold",
+            )
 
 
 def _library(anything: Any) -> str:

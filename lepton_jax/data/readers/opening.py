@@ -197,6 +197,15 @@ def _reader_of_files(
             where=name,
             remedy=f"use one of {', '.join(FORMATS)}",
         )
+    if len(files) > 1:
+        files = [
+            file
+            for file in files
+            if _is_of(
+                file,
+                form,
+            )
+        ] or files
     known = FORMATS[form]
     _check_settings(settings, known.settings, f"a {form} file")
     readers = known.open(
@@ -254,15 +263,23 @@ def _common_format(
     counts = Counter(formats)
     if len(counts) > 1:
         shown = ", ".join(f"{count} {form}" for form, count in counts.most_common())
+        remedy = "give the files of one format by a glob, or set `format`"
+        if "images" in counts:
+            remedy += "; of a table of labels format='images' and `labels` to its path"
         raise DataError(
             f"the files are of several formats: {shown}",
             where=f"{name}: {files[0]}, ...",
-            remedy=(
-                "give the files of one format by a glob, such as 'folder/*.csv', or set"
-                " `format`"
-            ),
+            remedy=remedy,
         )
     return formats[0], files
+
+
+def _is_of(file: Stored, form: str) -> bool:
+    """Whether a file is of a format; others next to it are left out if it is set."""
+    try:
+        return format_of(file) == form
+    except DataError:
+        return False
 
 
 def _is_data(path: str) -> bool:

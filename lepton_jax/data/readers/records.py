@@ -195,7 +195,11 @@ def cut(
             count += 1
             stop = stretch.end
             plain = False
-    return Cut(len(data) if is_end else stop, count, plain)
+    return Cut(
+        len(data) if is_end else stop,
+        count,
+        plain,
+    )
 
 
 def has_lone_returns(data: bytes) -> bool:

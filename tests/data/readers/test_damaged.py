@@ -774,7 +774,26 @@ add(
     Case(labelled(labels("which,y\ntwo.png,1\n")), error="no column 'file_name'"),
 )
 
+
+def table_within(folder):
+    labels("")(folder)
+    table = folder / "labels.csv"
+    table.write_text("file,y\ntwo.png,1\none.png,0\n")
+    return Given(folder, {"format": "images", "labels": table})
+
+
+add("images with their table in the folder", Case(table_within, ["two.png", "one.png"]))
+add(
+    "images and a table",
+    Case(lambda folder: table_within(folder).anything, error="several"),
+)
+
 # ---- memory ----
+
+add(
+    "Python objects",
+    Case(lambda folder: pl.DataFrame({"a": [object()]}), error="Python objects"),
+)
 
 add(
     "a dict of different lengths",

@@ -103,6 +103,35 @@ def test_tensors_and_hugging_face_data_sets_are_recognised_by_their_classes():
     assert rows_of(reader_of(Dataset())).equals(FRAME)
 
 
+NESTED = pl.DataFrame(
+    {
+        "list": [[1, None], None, [], [2]],
+        "array": pl.Series([[1, 2], None, [3, 4], [5, 6]], dtype=pl.Array(pl.Int8, 2)),
+        "struct": [{"x": "a"}, None, {"x": None}, {"x": "b"}],
+        "truth": [True, None, False, True],
+        "day": pl.Series([1, None, 3, 4]).cast(pl.Date),
+        "word": ["a", None, "", "bc"],
+    }
+)
+
+
+def test_a_digest_is_of_the_values_and_not_of_what_holds_them():
+    digests = {
+        piece.digest
+        for held in (
+            NESTED,
+            NESTED.to_arrow(),
+            pl.concat([NESTED, NESTED]).slice(4),
+            pl.concat([NESTED[:1], NESTED[1:]], rechunk=False),
+        )
+        for piece in reader_of(held).pieces(2**20)
+    }
+    assert len(digests) == 1
+    for name in NESTED.columns:
+        changed = NESTED.with_columns(pl.col(name).reverse())
+        assert reader_of(changed).pieces(2**20)[0].digest not in digests, name
+
+
 def test_a_reader_can_be_sent_to_a_worker(tmp_path):
     FRAME.write_csv(tmp_path / "t.csv")
     FRAME.write_parquet(tmp_path / "t.parquet")
