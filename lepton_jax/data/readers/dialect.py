@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lepton_jax.data.csv_file import DELIMITERS
 from lepton_jax.data.notation import is_date
@@ -224,8 +225,9 @@ def _grammar(
     grammars = []
     for delimiter in candidates:
         quote = _quote(text, delimiter, settings)
-        escape = _escape(text, quote, settings)
-        grammars.append(Grammar(delimiter, quote, escape))
+        plain = Grammar(delimiter, quote)
+        escape = _escape(text, plain, settings)
+        grammars.append(replace(plain, escape=escape))
     fits = [_fit(text, grammar) for grammar in grammars]
     return grammars[fits.index(max(fits))]
 
@@ -252,22 +254,23 @@ def _quote(
 
 def _escape(
     text: bytes,
-    quote: bytes,
+    plain: Grammar,
     settings: CsvSettings,
 ) -> bytes:
+    """Return the backslash if more of the first rows can be read with it."""
     if settings.escape is not None:
         return settings.escape.encode()
-    backslashed = rb"[^\\]\\" + quote
-    if not quote or not re.search(
-        backslashed + rb"[^,;\t|\r\n]",
-        text,
-    ):
+    if not plain.quote or b"\\" + plain.quote not in text:
         return b""
-    is_doubled = re.search(
-        rb"[^,;\t|\r\n" + quote + rb"\\]" + quote * 2,
-        text,
-    )
-    return b"" if is_doubled else b"\\"
+    escaped = replace(plain, escape=b"\\")
+    better = _faults(text, escaped) < _faults(text, plain)
+    return b"\\" if better else b""
+
+
+def _faults(text: bytes, grammar: Grammar) -> int:
+    """Return how many of the first records are broken."""
+    first = itertools.islice(records_of(text, grammar), ROWS_LOOKED_AT)
+    return sum(record.fault != "" for record in first)
 
 
 def _first_rows(

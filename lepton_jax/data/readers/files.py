@@ -255,15 +255,16 @@ def damaged(place: object, error: Exception) -> DataError:
 # ---- internals ----
 
 # Streams that are open between two readings, by what they read, with their position.
-# They belong to the process: a reader that is pickled takes none along.
-_kept: OrderedDict[tuple[Stored, Stamp], tuple[BinaryIO, int]] = OrderedDict()
-_archives: OrderedDict[tuple[str, tuple[int, ...]], zipfile.ZipFile] = OrderedDict()
+# They belong to one process: a reader that is pickled takes none along, and a process
+# that was forked shares the position in the file with its parent, and so uses none.
+_kept: OrderedDict[tuple[int, Stored, Stamp], tuple[BinaryIO, int]] = OrderedDict()
+_archives: OrderedDict[tuple[int | str, ...], zipfile.ZipFile] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _key(stored: Stored) -> tuple[Stored, Stamp]:
+def _key(stored: Stored) -> tuple[int, Stored, Stamp]:
     now = stored.stamp()
-    return stored, now._replace(settled=True)
+    return os.getpid(), stored, now._replace(settled=True)
 
 
 def _stream_at(stored: Stored, start: int) -> BinaryIO:
@@ -393,7 +394,7 @@ def _open_entry(stored: Stored) -> BinaryIO:
 
 def zip_archive(path: str) -> zipfile.ZipFile:
     """Return an open ZIP archive; its directory is read once."""
-    key = (path, stamp(path)[:3])
+    key = (os.getpid(), path, *stamp(path)[:3])
     with _lock:
         archive = _archives.pop(
             key,

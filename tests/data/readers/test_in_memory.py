@@ -1,6 +1,9 @@
 """Tables in memory, and readers of several files at once."""
 
+import gzip
+import os
 import pickle
+import zipfile
 
 import numpy as np
 import polars as pl
@@ -8,6 +11,7 @@ import pytest
 
 from lepton_jax import DataError
 from lepton_jax.data.readers import ROW, reader_of
+from lepton_jax.data.readers.files import digest
 
 VALUES = {"n": [1, 2, None], "x": [0.5, None, 2.0], "word": ["a", None, "c"]}
 FRAME = pl.DataFrame(VALUES)
@@ -141,6 +145,33 @@ def test_a_reader_can_be_sent_to_a_worker(tmp_path):
         pieces = reader.pieces(2**20)
         again = pickle.loads(pickle.dumps(reader))
         assert again.read(pieces[0]).table.drop(ROW).equals(FRAME), name
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.zip"])
+def test_a_forked_process_reads_packed_files_of_its_own(name, tmp_path):
+    text = "n\n" + "".join(f"{i}\n" for i in range(200_000))
+    if name == "t.zip":
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("t.csv", text)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    reader = reader_of(tmp_path / name)
+    pieces = reader.pieces(2**16)
+    reader.read(pieces[0])
+
+    def content(piece):
+        return reader.stored.read(piece.start, piece.stop - piece.start)
+
+    here, there = os.pipe()
+    child = os.fork()
+    if not child:  # without Polars, whose threads a forked process lacks
+        right = [digest(content(piece)) == piece.digest for piece in pieces]
+        os.write(there, b"1" if all(right) else b"0")
+        os._exit(0)
+    rows = [reader.read(piece).table["n"] for piece in pieces[1:]]
+    os.waitpid(child, 0)
+    assert os.read(here, 1) == b"1"
+    assert pl.concat(rows).to_list()[-1] == 199_999
 
 
 def test_a_table_that_changes_after_it_was_divided_is_an_error():
