@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -44,6 +45,15 @@ class Head:
     dialect: Dialect
     start: int
     stamp: Stamp
+
+
+class Part(NamedTuple):
+    """A piece whose hash is still taken; its attributes are those of `Piece`."""
+
+    start: int
+    stop: int
+    first_row: int
+    digest: Future[str]
 
 
 class Cells(NamedTuple):
@@ -113,7 +123,15 @@ class CsvReader(CountedReader):
         size: int,
     ) -> list[Piece]:
         if size not in self._pieces:
-            self._pieces = {size: list(self._scan(size))}
+            # The hash of a part is taken while the next one is read and cut.
+            with ThreadPoolExecutor(1) as hashing:
+                parts = list(self._scan(size, hashing))
+            path = str(self.stored)
+            pieces = [
+                Piece(path, part.start, part.stop, part.first_row, part.digest.result())
+                for part in parts
+            ]
+            self._pieces = {size: pieces}
         return self._pieces[size]
 
     def count(self) -> int:
@@ -325,12 +343,14 @@ class CsvReader(CountedReader):
     def _scan(
         self,
         size: int,
-    ) -> Iterator[Piece]:
+        hashing: Executor,
+    ) -> Iterator[Part]:
         head = self.head()
         before = self.stored.stamp()
         position = head.start
         row = 0
         data = b""
+        hashed: Future[str] | None = None
         want = size
         is_packed = self.is_packed()
         while True:
@@ -349,13 +369,10 @@ class CsvReader(CountedReader):
             if whole.plain:
                 self._plain.add((position, position + length))
             if whole.records:
-                yield Piece(
-                    str(self.stored),
-                    position,
-                    position + length,
-                    row,
-                    digest(memoryview(data)[:length]),
-                )
+                if hashed is not None:
+                    hashed.result()  # so that at most two parts are in memory
+                hashed = hashing.submit(digest, memoryview(data)[:length])
+                yield Part(position, position + length, row, hashed)
             position += length
             row += whole.records
             if is_end:
