@@ -114,7 +114,9 @@ class DiskCache:
                 try:
                     with open(part, "r+b") as file:
                         shutil.copyfileobj(original, file)
-                    os.replace(part, copy)
+                    # so that who makes room sees it once, as the one or the other
+                    with self._locked("folder"):
+                        os.replace(part, copy)
                 except BaseException:
                     os.unlink(part)
                     raise
@@ -137,7 +139,7 @@ class DiskCache:
             try:
                 status = file.stat()
             except FileNotFoundError:
-                continue  # finished, and renamed
+                continue  # its copying failed
             copies.append((status.st_mtime_ns, status.st_size, file))
 
         total = sum(held for _, held, _ in copies)
