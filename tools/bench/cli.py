@@ -26,6 +26,7 @@ from tools.bench import (
     lm,
     memory,
     overhead,
+    prepare,
     regret,
     restart,
     step,
@@ -47,6 +48,7 @@ COMMANDS = (
     faults,
     restart,
     data,
+    prepare,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
