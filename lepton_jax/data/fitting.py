@@ -75,9 +75,10 @@ def plan_rows(
 ) -> list[Row]:
     """Plan the rows of some documents.
 
-    >>> plan_rows([3, 5, 4], 8, "best")
-    [[Piece(document=1, start=0, stop=5), Piece(document=0, start=0, stop=3)],
-    [Piece(document=2, start=0, stop=4)]]
+    >>> for row in plan_rows([3, 5, 4], 8, "best"):
+    ...     print([tuple(piece) for piece in row])
+    [(1, 0, 5), (0, 0, 3)]
+    [(2, 0, 4)]
 
     Args:
       sizes: inputs of each document; those of 0 are in no row.

@@ -35,7 +35,7 @@ WINDOW_SECONDS = 0.25
 # half of what a perfect eighth thread would bring.
 LEAST_GAIN = 1.06
 
-FIRST_AHEAD = 2  # blocks; assumption: two hide the time of one read
+FIRST_AHEAD = 8  # blocks; assumption: they bridge the time until threads are added
 MOST_AHEAD = 64  # blocks; assumption: more hide nothing that 64 do not
 
 
@@ -192,15 +192,15 @@ class Tuning:
     Both grow while blocks are waited for. A thread more is kept if it brings more
     blocks a second: decoding releases Python's lock, but a person's function may not.
 
-    >>> tuning = Tuning(Budget(memory=800, workers=2), block_bytes=100)
+    >>> tuning = Tuning(Budget(memory=3200, workers=2), block_bytes=100)
     >>> tuning.workers, tuning.ahead
-    (1, 2)
+    (1, 8)
     >>> tuning.given(now=0.0, waited=0.0)
     False
     >>> tuning.given(now=1.0, waited=0.5)  # half of the time
     True
     >>> tuning.workers, tuning.ahead
-    (2, 4)
+    (2, 16)
 
     Attributes:
       workers: threads, at least 1.

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from lepton_jax.data.budget import Budget
-from lepton_jax.data.readahead import Readahead, Tuning
+from lepton_jax.data.readahead import FIRST_AHEAD, Readahead, Tuning
 from lepton_jax.errors import DataError
 
 
@@ -92,7 +92,7 @@ def test_nothing_grows_without_a_wait():
     tuning = Tuning(Budget(10_000, 8), 100)
     for block in range(1000):
         assert not tuning.given(block * 0.01, 0.00005)
-    assert tuning.workers == 1 and tuning.ahead == 2
+    assert tuning.workers == 1 and tuning.ahead == FIRST_AHEAD
 
 
 def test_a_budget_is_checked():
