@@ -328,19 +328,14 @@ class FitStream:
         ):
             self._plan()
         documents = self.stream.peek(TOGETHER * len(self._plans))
-        rows = [
-            [
-                piece._replace(document=piece.document + number * TOGETHER)
-                for piece in row
-            ]
-            for number, plan in enumerate(self._plans)
-            for row in plan
-        ]
-        return FitDraw(
-            documents,
-            rows[self._row : self._row + count],
-            self.form,
-        )
+        rows: list[Row] = []
+        skipped = self._row
+        for number, plan in enumerate(self._plans):
+            missing = count - len(rows)
+            for row in plan[skipped : skipped + missing]:
+                rows.append(_shifted(row, number * TOGETHER))
+            skipped = max(0, skipped - len(plan))
+        return FitDraw(documents, rows, self.form)
 
     def advance(self, count: int) -> None:
         self._row += count
@@ -389,6 +384,14 @@ class FitStream:
                 where="pack",
                 remedy="give an end token: .pack(length, end=...)",
             )
+
+
+def _shifted(
+    row: Row,
+    documents: int,
+) -> Row:
+    """Return a row of a plan, its documents counted from the first plan's."""
+    return [Piece(piece.document + documents, piece.start, piece.stop) for piece in row]
 
 
 def _filled(
