@@ -47,8 +47,8 @@ COMMANDS = (
     controller,
     faults,
     restart,
-    data,
     prepare,
+    data,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
