@@ -75,11 +75,11 @@ class Picture:
                 "L" if mode == "L" else "RGB",
                 (longest, longest),
             )
-            upright = oriented.exif_transpose(picture)
-            pixels = upright.convert(mode).resize(
+            oriented.exif_transpose(picture, in_place=True)
+            pixels = picture.convert(mode).resize(
                 (self.width, self.height),
                 images.Resampling.BILINEAR,
-                box=self._box(*upright.size),
+                box=self._box(*picture.size),
             )
         out = np.asarray(pixels)
         return out.reshape(
