@@ -322,14 +322,10 @@ def _alone(
     }
     for pull in runs.values():
         _seconds_a_batch(pull, seconds)  # threads are added
-    steps = {
-        contender: max(
-            1,
-            round(seconds / _seconds_a_batch(pull, seconds / 2)),
-        )
-        for contender, pull in runs.items()
-    }
-    ms = _in_rounds(runs, steps, rounds)
+    took = {name: _seconds_a_batch(pull, seconds / 2) for name, pull in runs.items()}
+    steps = {name: max(1, round(seconds / each)) for name, each in took.items()}
+    pause = MOST_READ_AHEAD * max(took.values())
+    ms = _in_rounds(runs, steps, rounds, pause)
     measured = feed.measured()
     feed.close()
     rival.close()
@@ -355,15 +351,24 @@ def _in_rounds(
     runs: dict[str, Callable[[int], None]],
     steps: dict[str, int],
     rounds: int,
+    pause: float,
 ) -> dict[str, list[float]]:
     """Return milliseconds a batch of each side in each round.
 
-    What a side has read ahead while the other one was measured does not count.
+    Before a slice the other side fills its buffers, so that it does not read meanwhile;
+    what this side has read ahead does not count.
+
+    Args:
+      runs: pull a number of batches.
+      steps: batches of a slice.
+      rounds: how many.
+      pause: seconds in which buffers are filled.
     """
     ms: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         names = list(runs) if number % 2 else list(runs)[::-1]
         for name in names:
+            time.sleep(pause)
             runs[name](MOST_READ_AHEAD)
             seconds = seconds_of(runs[name], steps[name])
             ms[name].append(seconds / steps[name] * 1e3)
