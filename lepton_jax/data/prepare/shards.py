@@ -22,9 +22,12 @@ from lepton_jax.errors import DataError
 
 FOLDER = "shards"
 ONLY_SPLIT = "train"  # where no step splits the rows
-# Rows that a reader of a Parquet shard has in memory at once (assumption: Grain holds a
-# whole group; 64 Ki rows of 1 kB are 64 MB).
+# Rows and bytes that a reader of a Parquet shard has in memory at once, at most. The
+# feed shuffles the groups of a window of 64 MiB (data/indexed.py), so a window of wide
+# rows, such as pictures, must have many groups, too. Assumption: 16 are enough.
 GROUP_ROWS = 2**16
+GROUP_BYTES = 4 * 2**20
+NUMBER_BYTES = 8  # of a cell of fixed width, at most
 SUFFIXES = {"parquet": "parquet", "arrayrecord": "array_record"}
 
 
@@ -131,7 +134,31 @@ NEEDED = {"extra": "data", "purpose": "an ArrayRecord shard"}
 
 
 def _write_parquet(path: Path, rows: pl.DataFrame) -> None:
-    rows.write_parquet(path, compression="zstd", row_group_size=GROUP_ROWS)
+    rows.write_parquet(
+        path,
+        compression="zstd",
+        row_group_size=_rows_of_a_group(rows),
+    )
+
+
+def _rows_of_a_group(rows: pl.DataFrame) -> int:
+    """Return how many rows a group has: by their content, not by how it is held."""
+    total = sum(_bytes_of(column) for column in rows)
+    fitting = GROUP_BYTES * rows.height // max(1, total)
+    return max(1, min(GROUP_ROWS, fitting))
+
+
+def _bytes_of(column: pl.Series) -> int:
+    """Return the bytes of a column's cells, about."""
+    if column.dtype == pl.Binary:
+        return int(column.bin.size().sum())
+    if column.dtype == pl.String:
+        return int(column.str.len_bytes().sum())
+    if isinstance(column.dtype, pl.List):
+        return NUMBER_BYTES * int(column.list.len().sum())
+    if isinstance(column.dtype, pl.Array):
+        return NUMBER_BYTES * len(column) * column.dtype.size
+    return NUMBER_BYTES * len(column)
 
 
 def _write_records(path: Path, rows: pl.DataFrame) -> None:
