@@ -43,8 +43,6 @@ MEMORY_LIMIT = 2e9  # bytes, of the claim
 RATIO_LIMIT = 1.15  # of the claim
 NUMBERS = ("amount", "age")
 JOBS = ("lepton", "hand")
-# CleanText's own (`lepton_jax.data.prepare.steps.text`), so that both do the same.
-LINE_ENDS = r"\r\n?|[\x0B\x0C\x{85}\x{2028}\x{2029}]"
 
 
 def add(
@@ -247,12 +245,11 @@ def by_lepton(table: Path, out: Path) -> list[Path]:
 def by_hand(table: Path, out: Path) -> list[Path]:
     """Do the job with Polars alone; return the files."""
     import polars as pl
+
     from lepton_jax.data.prepare.steps.text import INVISIBLE
 
     text = (
         pl.col("text")
-        .str.normalize("NFC")
-        .str.replace_all(LINE_ENDS, "\n")
         .str.replace_all(INVISIBLE, "")
         .str.normalize("NFC")
         .str.replace_all(r"\s+", " ")

@@ -40,7 +40,6 @@ class Preparation:
       output: "parquet", or "arrayrecord" for samples that are read singly.
       piece_bytes: bytes of a source that are read at once.
       memory: bytes that the pieces under way may take, all workers together.
-      raises: names of the alarms that are errors; see `lepton_jax.data.prepare.leaks`.
     """
 
     sources: Mapping[str, Any]
@@ -50,7 +49,6 @@ class Preparation:
     output: Literal["parquet", "arrayrecord"] = "parquet"
     piece_bytes: int = PIECE_BYTES
     memory: int = MEMORY
-    raises: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

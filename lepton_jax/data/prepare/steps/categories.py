@@ -70,6 +70,9 @@ class Vocabulary(Fitted):
         require(self, schema, self.columns, KEY)
         return pl.Schema({**schema, **dict.fromkeys(self.columns, pl.UInt32())})
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         types = table.collect_schema()
         texts = [text_of(name, types[name]).alias(name) for name in self.columns]

@@ -177,6 +177,9 @@ class FillMissing(Fitted):
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         if self.by == "mean":
             return statistics.moments(table, self.columns)

@@ -154,6 +154,9 @@ class ClipOutliers(_Outliers):
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
         assert state is not None
         types = table.collect_schema()
@@ -181,6 +184,9 @@ class FlagOutliers(_Outliers):
         flags = {f"{name}_outlier": pl.Boolean() for name in self.columns}
         require_free(self, schema, flags)
         return pl.Schema({**schema, **flags})
+
+    def writes(self) -> Sequence[str]:
+        return [f"{name}_outlier" for name in self.columns]
 
     def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
         faults = self._faults(state)

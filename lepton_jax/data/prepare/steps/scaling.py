@@ -63,6 +63,9 @@ class _Scale(Fitted):
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
         assert state is not None
         types = table.collect_schema()
@@ -277,6 +280,9 @@ class QuantileScale(Fitted):
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         return statistics.value_counts(table, self.columns)
 
@@ -339,6 +345,9 @@ class Bins(Fitted):
         require(self, schema, self.columns, NUMBER)
         types = dict.fromkeys(self.columns, pl.UInt32())
         return pl.Schema({**schema, **types})
+
+    def writes(self) -> Sequence[str]:
+        return self.columns
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         if self.by == "width":

@@ -110,6 +110,9 @@ class Split(_Shares, Fitted):
         require(self, schema, self.stratify, KEY)
         return super().check(schema)
 
+    def writes(self) -> Sequence[str]:
+        return (SPLIT,)
+
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         hashes = table.select(
             _stratum(self.stratify, table).alias("stratum"),
@@ -177,6 +180,9 @@ class SplitByGroup(_Shares, Fitted):
         require(self, schema, self.group, KEY)
         return super().check(schema)
 
+    def writes(self) -> Sequence[str]:
+        return (SPLIT,)
+
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         types = table.collect_schema()
         group = hashing.of_values(self.group, types, self.seed).alias("hash")
@@ -232,6 +238,9 @@ class SplitByTime(_Shares, Fitted):
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, [self.column], POSITION)
         return super().check(schema)
+
+    def writes(self) -> Sequence[str]:
+        return (SPLIT,)
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         position = position_of(self.column, table.collect_schema()[self.column])
