@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_same = all(row["same"] for row in rows)
     print("all the same" if is_same else "NOT the same")
     if options.json is not None:
-        options.json.write_text(json.dumps({"results": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"results": rows}, indent=1) + "\n",
+        )
     return 0 if is_same else 1
 
 
@@ -87,7 +89,10 @@ def _parser() -> Parser:
     return parser
 
 
-def campaign(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def campaign(
+    options: argparse.Namespace,
+    folder: Path,
+) -> list[dict[str, Any]]:
     """Prepare in all ways; return a row for each."""
     specification = options.specification or _generated(folder)
     rows = []
@@ -103,19 +108,39 @@ def campaign(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     assert expected is not None
 
     out = folder / "killed"
-    moments = kill(specification, out, options.kills, options.seed, seconds)
+    moments = kill(
+        specification,
+        out,
+        options.kills,
+        options.seed,
+        seconds,
+    )
     _finish(_start(specification, out))
-    rows.append({**_row("killed", out, expected), "killed_after": moments})
+    rows.append(
+        {**_row("killed", out, expected), "killed_after": moments},
+    )
     if options.ray:
         out = folder / "ray"
         nodes = _on_cluster(specification, out)
-        rows.append({**_row("ray", out, expected), "nodes": nodes})
+        rows.append(
+            {**_row("ray", out, expected), "nodes": nodes},
+        )
     return rows
 
 
-def _row(way: str, out: Path, expected: dict[str, str]) -> dict[str, Any]:
+def _row(
+    way: str,
+    out: Path,
+    expected: dict[str, str],
+) -> dict[str, Any]:
     files = files_of(out)
-    row = {"way": way, "same": files == expected, "files": len(files)}
+    row = {
+        "way": way,
+        "same": files == expected,
+        "files": len(
+            files,
+        ),
+    }
     print(row, flush=True)
     return row
 
@@ -123,7 +148,9 @@ def _row(way: str, out: Path, expected: dict[str, str]) -> dict[str, Any]:
 def files_of(folder: Path) -> dict[str, str]:
     """Return the checksums of all files that a preparation has written for others."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(
+            path.relative_to(folder),
+        ): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "work" not in path.parts
     }
@@ -166,13 +193,28 @@ def kill(
         time.sleep(moment)
         process.kill()
         process.communicate()
-        files = sum(path.is_file() for path in out.rglob("*"))
+        files = sum(
+            path.is_file()
+            for path in out.rglob(
+                "*",
+            )
+        )
         moments.append({"seconds": moment, "files": files})
     return moments
 
 
-def _start(specification: Path, out: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tools" / "prepare.py"), str(specification)]
+def _start(
+    specification: Path,
+    out: Path,
+    *more: str,
+) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        str(
+            ROOT / "tools" / "prepare.py",
+        ),
+        str(specification),
+    ]
     return subprocess.Popen(
         [*command, "--out", str(out), *more],
         cwd=specification.parent,
@@ -195,7 +237,14 @@ def _finish(process: subprocess.Popen) -> None:
 
 
 def _failed(process: subprocess.Popen) -> LeptonError:
-    said = getattr(process, "errors", None) or process.communicate()[1]
+    said = (
+        getattr(
+            process,
+            "errors",
+            None,
+        )
+        or process.communicate()[1]
+    )
     return LeptonError(
         f"a run ends with exit code {process.returncode}",
         where="same_bytes",
@@ -220,7 +269,10 @@ def _on_cluster(specification: Path, out: Path) -> int:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     engines: list[RayData] = []
 
-    def watched(address: str | None, workers: int | None) -> RayData:
+    def watched(
+        address: str | None,
+        workers: int | None,
+    ) -> RayData:
         engines.append(RayData(address, workers))
         return engines[-1]
 

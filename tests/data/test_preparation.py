@@ -131,8 +131,9 @@ def test_each_dropped_row_stands_in_the_quarantine_and_can_come_back(tmp_path):
     assert dropped["text"].to_list() == lost["text"].to_list()
     assert set(dropped["lepton.reason"]) == {"not above"}
 
-    corrected = dropped.with_columns(pl.lit(50).alias("age"))
-    sources = {"a": Memory(people()), "corrected": Memory(corrected)}
+    corrected = tmp_path / "corrected.parquet"
+    dropped.with_columns(pl.lit(50).alias("age")).write_parquet(corrected)
+    sources = {"a": Memory(people()), "corrected": corrected}
     again = prepare(Preparation(sources, [Above("age", 2)]), tmp_path / "again")
     assert again.manifest["splits"]["train"]["rows"] == ROWS
 
