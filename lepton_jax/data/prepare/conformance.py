@@ -110,7 +110,12 @@ def conformance(
       DataError: a law is broken; its name comes first in the message.
     """
     rng = np.random.default_rng(seed)
-    case = _Case(step, _numbered(rows), cuts, rng)
+    case = _Case(
+        step,
+        _numbered(rows).rechunk(),
+        cuts,
+        rng,
+    )
     kept = []
     unlearned = None
     for law in LAWS:
@@ -123,7 +128,11 @@ def conformance(
         with _breaking(law, step):
             getattr(case, f"check_{law}")()
         kept.append(law)
-    return Conformance(type(step).__name__, tuple(kept), unlearned)
+    return Conformance(
+        type(step).__name__,
+        tuple(kept),
+        unlearned,
+    )
 
 
 def fitted(step: Step, pieces: Sequence[pl.DataFrame]) -> pl.DataFrame | None:
@@ -138,7 +147,17 @@ def fitted(step: Step, pieces: Sequence[pl.DataFrame]) -> pl.DataFrame | None:
     """
     if not isinstance(step, Fitted):
         return None
-    return step.finish(step.merge([_partial(step, piece) for piece in pieces]))
+    return step.finish(
+        step.merge(
+            [
+                _partial(
+                    step,
+                    piece,
+                )
+                for piece in pieces
+            ]
+        )
+    )
 
 
 # ---- internals ----
@@ -158,10 +177,23 @@ class _Case:
         self.rows = rows
         self.rng = rng
         if cuts is None:
-            cuts = sorted(rng.integers(0, len(rows) + 1, PIECES - 1).tolist())
+            cuts = sorted(
+                rng.integers(
+                    0,
+                    len(rows) + 1,
+                    PIECES - 1,
+                ).tolist()
+            )
         ends = [*cuts, len(rows)]
         starts = [0, *cuts]
-        self.pieces = [rows[start:end] for start, end in zip(starts, ends, strict=True)]
+        self.pieces = [
+            rows[start:end]
+            for start, end in zip(
+                starts,
+                ends,
+                strict=True,
+            )
+        ]
         self.state: pl.DataFrame | None = None
 
     def applies(self, law: str) -> bool:
@@ -187,7 +219,10 @@ class _Case:
 
     def run(self, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Return the rows and the notes of the outcome."""
-        outcome = self.step.run(rows.lazy(), self.state)
+        outcome = self.step.run(
+            rows.lazy(),
+            self.state,
+        )
         return outcome.table.collect(), _notes_of(outcome)
 
     def check_plain(self) -> None:
@@ -226,7 +261,10 @@ class _Case:
         again, notes_again = self.run(rows)
         _require_same(table, again, "the second time the rows are others")
         _require_same(notes, notes_again, "the second time the notes are others")
-        outcome = self.step.run(rows.lazy(), self.state)
+        outcome = self.step.run(
+            rows.lazy(),
+            self.state,
+        )
         streamed = outcome.table.collect(engine="streaming")
         _require_same(table, streamed, "streamed, the rows are others")
 
@@ -236,7 +274,10 @@ class _Case:
         actions = set(notes["action"]) - set(ACTIONS)
         _require(not actions, f"notes say {actions}")
         _require(not notes["reason"].has_nulls(), "a note has no reason")
-        before = self.rows.select(SOURCE, ROW).rows()
+        before = self.rows.select(
+            SOURCE,
+            ROW,
+        ).rows()
         after = table.select(SOURCE, ROW).rows()
         _require(set(after) <= set(before), "a row comes from nowhere")
         place = {row: number for number, row in enumerate(before)}
@@ -244,7 +285,10 @@ class _Case:
         _require(places == sorted(places), "the rows have another order")
         dropped = notes.filter(pl.col("action") == "dropped")
         named = dropped.select(SOURCE, ROW).rows()
-        _require(len(set(named)) == len(named), "a row is dropped twice")
+        _require(
+            len(set(named)) == len(named),
+            "a row is dropped twice",
+        )
         lost = set(before) - set(after)
         _require(
             lost == set(named),
@@ -253,7 +297,10 @@ class _Case:
 
     def check_stored(self) -> None:
         assert isinstance(self.step, Fitted) and self.state is not None
-        partial = _partial(self.step, self.pieces[0])
+        partial = _partial(
+            self.step,
+            self.pieces[0],
+        )
         for what, table in (("partial", partial), ("state", self.state)):
             file = io.BytesIO()
             table.write_ipc(file)
@@ -265,25 +312,58 @@ class _Case:
     def check_mergeable(self) -> None:
         step = self.step
         assert isinstance(step, Fitted)
-        parts = [_partial(step, piece) for piece in self.pieces]
-        parts.append(_partial(step, self.rows[:0]))
+        parts = [
+            _partial(
+                step,
+                piece,
+            )
+            for piece in self.pieces
+        ]
+        parts.append(
+            _partial(
+                step,
+                self.rows[:0],
+            )
+        )
         whole = step.merge(parts)
-        alone = step.merge([_partial(step, self.rows)])
+        alone = step.merge(
+            [
+                _partial(
+                    step,
+                    self.rows,
+                )
+            ]
+        )
         size = _largest(self.rows)
         _require_near(whole, alone, size, "of all rows at once")
         for part in parts:
             _require(part.schema == whole.schema, "partials have different columns")
 
-        cut = int(self.rng.integers(1, len(parts)))
+        cut = int(
+            self.rng.integers(
+                1,
+                len(parts),
+            )
+        )
         left = step.merge(parts[:cut])
         right = step.merge(parts[cut:])
-        _require_near(whole, step.merge([left, right]), size, f"cut at {cut}")
+        _require_near(
+            whole,
+            step.merge([left, right]),
+            size,
+            f"cut at {cut}",
+        )
         one_by_one = parts[0]
         for part in parts[1:]:
             one_by_one = step.merge([one_by_one, part])
         _require_near(whole, one_by_one, size, "one by one")
         assert self.state is not None
-        _require_near(self.state, step.finish(alone), size, "of the state")
+        _require_near(
+            self.state,
+            step.finish(alone),
+            size,
+            "of the state",
+        )
 
     def check_divisible(self) -> None:
         table, notes = self.run(self.rows)
@@ -296,7 +376,11 @@ class _Case:
             _ordered(all_notes),
             "piece by piece, the notes are others",
         )
-        mixed = self.rows.sample(fraction=1, shuffle=True, seed=1)
+        mixed = self.rows.sample(
+            fraction=1,
+            shuffle=True,
+            seed=1,
+        )
         again, _ = self.run(mixed)
         _require_same(
             table.sort(SOURCE, ROW, maintain_order=True),
@@ -306,7 +390,12 @@ class _Case:
         if isinstance(self.step, Fitted):
             state = fitted(self.step, [mixed])
             assert state is not None and self.state is not None
-            _require_near(self.state, state, _largest(self.rows), "in another order")
+            _require_near(
+                self.state,
+                state,
+                _largest(self.rows),
+                "in another order",
+            )
 
     def check_idempotent(self) -> None:
         table, _ = self.run(self.rows)
@@ -316,7 +405,10 @@ class _Case:
     def check_serves(self) -> None:
         table, _ = self.run(self.rows)
         raw = self.rows.drop(SOURCE, ROW)
-        outcome = self.step.run(raw.lazy(), self.state)
+        outcome = self.step.run(
+            raw.lazy(),
+            self.state,
+        )
         _require_same(
             table.drop(SOURCE, ROW),
             outcome.table.collect(),
@@ -327,9 +419,19 @@ class _Case:
 def _numbered(rows: pl.DataFrame) -> pl.DataFrame:
     added = []
     if SOURCE not in rows.columns:
-        added.append(pl.lit(0, dtype=pl.UInt32).alias(SOURCE))
+        added.append(
+            pl.lit(
+                0,
+                dtype=pl.UInt32,
+            ).alias(SOURCE)
+        )
     if ROW not in rows.columns:
-        added.append(pl.int_range(pl.len(), dtype=pl.UInt64).alias(ROW))
+        added.append(
+            pl.int_range(
+                pl.len(),
+                dtype=pl.UInt64,
+            ).alias(ROW)
+        )
     return rows.with_columns(added)
 
 
@@ -346,7 +448,13 @@ def _notes_of(outcome: Outcome) -> pl.DataFrame:
 
 
 def _ordered(notes: pl.DataFrame) -> pl.DataFrame:
-    return notes.sort(SOURCE, ROW, "column", "reason", "before")
+    return notes.sort(
+        SOURCE,
+        ROW,
+        "column",
+        "reason",
+        "before",
+    )
 
 
 def _largest(rows: pl.DataFrame) -> float:
@@ -361,7 +469,11 @@ def _largest(rows: pl.DataFrame) -> float:
     return largest**2
 
 
-def _require_same(left: pl.DataFrame, right: pl.DataFrame, what: str) -> None:
+def _require_same(
+    left: pl.DataFrame,
+    right: pl.DataFrame,
+    what: str,
+) -> None:
     """Check that two tables are the same to the bit."""
     is_same = left.schema == right.schema and left.equals(right)
     if is_same:
@@ -370,7 +482,11 @@ def _require_same(left: pl.DataFrame, right: pl.DataFrame, what: str) -> None:
     if left.schema != right.schema:
         found = f"{left.schema} and {right.schema}"
     elif len(left) == len(right):
-        pairs = zip(left.rows(), right.rows(), strict=True)
+        pairs = zip(
+            left.rows(),
+            right.rows(),
+            strict=True,
+        )
         found = next(f"{a} and {b}" for a, b in pairs if repr(a) != repr(b))
     raise _Broken(f"{what}: {found}")
 
@@ -387,11 +503,21 @@ def _require_near(
     if not is_same_size or not floats:
         _require_same(left, right, f"{what}, it is another one")
         return
-    _require_same(left.drop(floats), right.drop(floats), f"{what}, it is another one")
+    _require_same(
+        left.drop(floats),
+        right.drop(floats),
+        f"{what}, it is another one",
+    )
     for name in floats:
         a = left[name].to_numpy()
         b = right[name].to_numpy()
-        near = np.isclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * size, equal_nan=True)
+        near = np.isclose(
+            a,
+            b,
+            rtol=TOLERANCE,
+            atol=TOLERANCE * size,
+            equal_nan=True,
+        )
         if not near.all():
             row = int(np.argmin(near))
             raise _Broken(f"{what}, {name} is {b[row]}, not {a[row]}")

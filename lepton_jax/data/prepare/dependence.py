@@ -30,39 +30,82 @@ TARGET_BINS = 10
 LEAST_ROOM = 0.2
 
 
-def codes_of(values: Sequence[float | str | None], bins: int) -> np.ndarray:
+def codes_of(
+    values: Sequence[float | str | None],
+    bins: int,
+) -> np.ndarray:
     """Return a number from 0 for each value, Int64; a missing value is a value.
 
     Numbers with more than `bins` distinct values are put into bins of about as many
     rows each; equal numbers are in one bin.
     """
-    is_number = all(value is None or not isinstance(value, str) for value in values)
+    is_number = all(
+        value is None
+        or not isinstance(
+            value,
+            str,
+        )
+        for value in values
+    )
     if not is_number:
         texts = np.array(["" if v is None else f"={v}" for v in values])
-        return np.unique(texts, return_inverse=True)[1]
-    numbers = np.array([np.nan if v is None else v for v in values], np.float64)
-    distinct, codes = np.unique(numbers, return_inverse=True)
+        return np.unique(
+            texts,
+            return_inverse=True,
+        )[1]
+    numbers = np.array(
+        [np.nan if v is None else v for v in values],
+        np.float64,
+    )
+    distinct, codes = np.unique(
+        numbers,
+        return_inverse=True,
+    )
     if len(distinct) <= bins:
         return codes
-    edges = np.nanquantile(numbers, np.linspace(0, 1, bins + 1)[1:-1])
-    binned = np.searchsorted(edges, numbers, side="right")
-    return np.where(np.isnan(numbers), bins, binned)
+    edges = np.nanquantile(
+        numbers,
+        np.linspace(
+            0,
+            1,
+            bins + 1,
+        )[1:-1],
+    )
+    binned = np.searchsorted(
+        edges,
+        numbers,
+        side="right",
+    )
+    return np.where(
+        np.isnan(numbers),
+        bins,
+        binned,
+    )
 
 
 def entropy(codes: np.ndarray) -> float:
     """Return the entropy of codes, bits."""
-    counts = np.unique(codes, return_counts=True)[1]
+    counts = np.unique(
+        codes,
+        return_counts=True,
+    )[1]
     shares = counts / len(codes)
     return float(-(shares * np.log2(shares)).sum())
 
 
-def information(one: np.ndarray, other: np.ndarray) -> float:
+def information(
+    one: np.ndarray,
+    other: np.ndarray,
+) -> float:
     """Return the mutual information of two columns of codes, bits."""
     both = one * (int(other.max()) + 1) + other
     return entropy(one) + entropy(other) - entropy(both)
 
 
-def share_of_target(column: np.ndarray, target: np.ndarray) -> float | None:
+def share_of_target(
+    column: np.ndarray,
+    target: np.ndarray,
+) -> float | None:
     """Return what part of the target's entropy a column gives away, beyond chance.
 
     Args:
@@ -77,9 +120,19 @@ def share_of_target(column: np.ndarray, target: np.ndarray) -> float | None:
         return None
     random = np.random.default_rng(0)
     shuffled = [
-        information(column, random.permutation(target)) for _ in range(SHUFFLES)
+        information(
+            column,
+            random.permutation(target),
+        )
+        for _ in range(SHUFFLES)
     ]
     chance = float(np.mean(shuffled))
     if whole - chance < LEAST_ROOM * whole:
         return None
-    return (information(column, target) - chance) / (whole - chance)
+    return (
+        information(
+            column,
+            target,
+        )
+        - chance
+    ) / (whole - chance)

@@ -114,15 +114,29 @@ class Leaks(Fitted):
 
     def __post_init__(self) -> None:
         if self.inputs is not None:
-            object.__setattr__(self, "inputs", listed(self.inputs, "inputs"))
-        kinds = listed(self.error, "error") if self.error else ()
+            object.__setattr__(
+                self,
+                "inputs",
+                listed(self.inputs, "inputs"),
+            )
+        kinds = (
+            listed(
+                self.error,
+                "error",
+            )
+            if self.error
+            else ()
+        )
         object.__setattr__(self, "error", kinds)
 
     def writes(self) -> tuple[str, ...]:
         """Return the columns that the step changes: none."""
         return ()
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         if SPLIT not in schema:
             raise DataError(
                 f"there are no splits to compare: no column {SPLIT!r}",
@@ -130,7 +144,11 @@ class Leaks(Fitted):
                 remedy="put Leaks behind the step that splits the rows",
             )
         named = (self.target, self.group, self.time)
-        require(self, schema, [name for name in named if name is not None])
+        require(
+            self,
+            schema,
+            [name for name in named if name is not None],
+        )
         if self.inputs is not None:
             require(self, schema, self.inputs)
         if self.near is not None:
@@ -144,7 +162,10 @@ class Leaks(Fitted):
                 )
         return schema
 
-    def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
+    def partial(
+        self,
+        table: pl.LazyFrame,
+    ) -> pl.LazyFrame:
         schema = table.collect_schema()
         columns = [
             pl.col(SOURCE),
@@ -165,10 +186,17 @@ class Leaks(Fitted):
             sketches = self._sketching().partial(table)
             rows = _beside(rows, sketches, keys)
         if self.target is not None:
-            rows = _beside(rows, self._sampled(table, schema), keys)
+            rows = _beside(
+                rows,
+                self._sampled(table, schema),
+                keys,
+            )
         return rows
 
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(
+        self,
+        partials: Sequence[pl.DataFrame],
+    ) -> pl.DataFrame:
         rows = pl.concat(partials)
         if "order" not in rows.columns:
             return rows
@@ -181,18 +209,31 @@ class Leaks(Fitted):
             pl.when(is_sampled).then(name).alias(name) for name in ("order", "cells")
         )
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(
+        self,
+        partial: pl.DataFrame,
+    ) -> pl.DataFrame:
         rows = partial.sort(SOURCE, ROW)
         found = list(self._found(rows))
         wrong = [leak for leak in found if leak.kind in self.error]
         if wrong:
             raise _error(wrong)
-        return pl.DataFrame([leak.to_json() for leak in found], schema=FOUND)
+        return pl.DataFrame(
+            [leak.to_json() for leak in found],
+            schema=FOUND,
+        )
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         return Outcome(table)
 
-    def _inputs(self, schema: pl.Schema) -> list[str]:
+    def _inputs(
+        self,
+        schema: pl.Schema,
+    ) -> list[str]:
         if self.inputs is not None:
             return list(self.inputs)
         own = (SOURCE, ROW, SPLIT, self.target)
@@ -202,11 +243,22 @@ class Leaks(Fitted):
         assert self.near is not None
         return NearDuplicates(self.near, self.threshold)
 
-    def _sampled(self, table: pl.LazyFrame, schema: pl.Schema) -> pl.LazyFrame:
+    def _sampled(
+        self,
+        table: pl.LazyFrame,
+        schema: pl.Schema,
+    ) -> pl.LazyFrame:
         """Return SOURCE, ROW, "order" and "cells" (JSON) of a sample of training."""
         assert self.target is not None
         names = dict.fromkeys([*self._inputs(schema), self.target])
-        cells = [_cell(name, schema[name]) for name in names if _is_value(schema[name])]
+        cells = [
+            _cell(
+                name,
+                schema[name],
+            )
+            for name in names
+            if _is_value(schema[name])
+        ]
         order = hash_expression([SOURCE, ROW]).struct.field("hash_low")
         return (
             table.filter(pl.col(SPLIT) == TRAIN)
@@ -220,15 +272,31 @@ class Leaks(Fitted):
             )
         )
 
-    def _found(self, rows: pl.DataFrame) -> Iterator[Leak]:
-        splits = rows.partition_by(SPLIT, as_dict=True, maintain_order=True)
+    def _found(
+        self,
+        rows: pl.DataFrame,
+    ) -> Iterator[Leak]:
+        splits = rows.partition_by(
+            SPLIT,
+            as_dict=True,
+            maintain_order=True,
+        )
         names = [name for (name,) in splits if name is not None]
         names.sort(key=lambda name: (name != TRAIN, name))
         for first, later in combinations(names, 2):
-            pair = Pair(first, later, splits[(first,)], splits[(later,)])
+            pair = Pair(
+                first,
+                later,
+                splits[(first,)],
+                splits[(later,)],
+            )
             yield from _duplicates(pair)
             if self.near is not None:
-                yield from _near_duplicates(pair, self.near, self.threshold)
+                yield from _near_duplicates(
+                    pair,
+                    self.near,
+                    self.threshold,
+                )
             if self.group is not None:
                 yield from _groups(pair, self.group)
             if self.time is not None and first == TRAIN:
@@ -262,8 +330,17 @@ def leaks_of(state: pl.DataFrame) -> list[Leak]:
 # ---- internals ----
 
 
-def _beside(rows: pl.LazyFrame, more: pl.LazyFrame, keys: list[str]) -> pl.LazyFrame:
-    return rows.join(more, on=keys, how="left", maintain_order="left")
+def _beside(
+    rows: pl.LazyFrame,
+    more: pl.LazyFrame,
+    keys: list[str],
+) -> pl.LazyFrame:
+    return rows.join(
+        more,
+        on=keys,
+        how="left",
+        maintain_order="left",
+    )
 
 
 def _is_value(dtype: pl.DataType) -> bool:
@@ -271,7 +348,10 @@ def _is_value(dtype: pl.DataType) -> bool:
     return not dtype.is_nested() and dtype != pl.Binary
 
 
-def _cell(name: str, dtype: pl.DataType) -> pl.Expr:
+def _cell(
+    name: str,
+    dtype: pl.DataType,
+) -> pl.Expr:
     column = pl.col(name)
     if dtype.is_numeric():
         number = column.cast(pl.Float64)
@@ -293,9 +373,16 @@ def _places(rows: pl.DataFrame) -> list[str]:
     return places
 
 
-def _joined(pair: Pair, keys: Sequence[str]) -> pl.DataFrame:
+def _joined(
+    pair: Pair,
+    keys: Sequence[str],
+) -> pl.DataFrame:
     """Return rows of the later split with the first equal row of the first one."""
-    first = pair.first.unique(keys, keep="first", maintain_order=True)
+    first = pair.first.unique(
+        keys,
+        keep="first",
+        maintain_order=True,
+    )
     numbers = [SOURCE, ROW, *keys]
     return (
         pair.later.select(numbers)
@@ -318,9 +405,18 @@ def _duplicates(pair: Pair) -> Iterator[Leak]:
         )
 
 
-def _near_duplicates(pair: Pair, column: str, threshold: float) -> Iterator[Leak]:
+def _near_duplicates(
+    pair: Pair,
+    column: str,
+    threshold: float,
+) -> Iterator[Leak]:
     rows = pl.concat([pair.first, pair.later])
-    twins = first_alike(rows, threshold, len(pair.first), is_only_them=True)
+    twins = first_alike(
+        rows,
+        threshold,
+        len(pair.first),
+        is_only_them=True,
+    )
     if not twins:
         return
     later = rows[list(twins)]
@@ -340,10 +436,17 @@ def _near_duplicates(pair: Pair, column: str, threshold: float) -> Iterator[Leak
     )
 
 
-def _groups(pair: Pair, column: str) -> Iterator[Leak]:
+def _groups(
+    pair: Pair,
+    column: str,
+) -> Iterator[Leak]:
     both = _joined(pair, ["group"])
     if len(both):
-        groups = both.unique("group", keep="first", maintain_order=True)
+        groups = both.unique(
+            "group",
+            keep="first",
+            maintain_order=True,
+        )
         yield Leak(
             "groups",
             f"values of {column!r} are in {pair.names}",
@@ -354,7 +457,10 @@ def _groups(pair: Pair, column: str) -> Iterator[Leak]:
         )
 
 
-def _time(pair: Pair, column: str) -> Iterator[Leak]:
+def _time(
+    pair: Pair,
+    column: str,
+) -> Iterator[Leak]:
     begin = pair.later["time"].min()
     late = pair.first.filter(pl.col("time") > begin)
     if len(late):
@@ -369,18 +475,27 @@ def _time(pair: Pair, column: str) -> Iterator[Leak]:
         )
 
 
-def _target(rows: pl.DataFrame, target: str) -> Iterator[Leak]:
+def _target(
+    rows: pl.DataFrame,
+    target: str,
+) -> Iterator[Leak]:
     """Return the inputs that give the target away, the most telling first."""
     sample = [json.loads(cells) for cells in rows["cells"].drop_nulls()]
     known = [cells for cells in sample if cells.get(target) is not None]
     if not known:
         return
-    wanted = codes_of([cells[target] for cells in known], TARGET_BINS)
+    wanted = codes_of(
+        [cells[target] for cells in known],
+        TARGET_BINS,
+    )
     leaks = []
     for name in known[0]:
         if name == target:
             continue
-        codes = codes_of([cells[name] for cells in known], BINS)
+        codes = codes_of(
+            [cells[name] for cells in known],
+            BINS,
+        )
         share = share_of_target(codes, wanted)
         if share is not None and share >= LEAST_SHARE:
             leaks.append(
@@ -393,7 +508,10 @@ def _target(rows: pl.DataFrame, target: str) -> Iterator[Leak]:
                     share,
                 )
             )
-    yield from sorted(leaks, key=lambda leak: (-leak.share, leak.column))
+    yield from sorted(
+        leaks,
+        key=lambda leak: (-leak.share, leak.column),
+    )
 
 
 def _error(leaks: Sequence[Leak]) -> DataError:

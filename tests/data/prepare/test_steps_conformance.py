@@ -154,8 +154,8 @@ def divided_tables(draw):
     return table, sorted(cuts)
 
 
-@pytest.mark.parametrize("step", EXAMPLES, ids=str)
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("step", EXAMPLES, ids=lambda step: type(step).__name__)
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(divided=divided_tables(), is_split=st.booleans())
 def test_every_step_keeps_the_laws(step, divided, is_split):
     table, cuts = divided

@@ -1,4 +1,4 @@
-"""Fitted statistics are those of scikit-learn and of Polars, however rows are divided."""
+"""Fitted statistics are those of scikit-learn and Polars, however rows are divided."""
 
 import hypothesis.strategies as st
 import numpy as np

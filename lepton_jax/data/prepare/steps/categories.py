@@ -66,26 +66,49 @@ class Vocabulary(Fitted):
         if self.most is not None:
             require_range(self, "most", 1, MOST_CODES - 1)
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
-        require(self, schema, self.columns, KEY)
-        return pl.Schema({**schema, **dict.fromkeys(self.columns, pl.UInt32())})
-
     def writes(self) -> Sequence[str]:
         return self.columns
 
+    def check(self, schema: pl.Schema) -> pl.Schema:
+        require(self, schema, self.columns, KEY)
+        return pl.Schema(
+            {
+                **schema,
+                **dict.fromkeys(
+                    self.columns,
+                    pl.UInt32(),
+                ),
+            }
+        )
+
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         types = table.collect_schema()
-        texts = [text_of(name, types[name]).alias(name) for name in self.columns]
+        texts = [
+            text_of(
+                name,
+                types[name],
+            ).alias(name)
+            for name in self.columns
+        ]
         rows = table.select(texts).unpivot(
             on=list(self.columns),
             variable_name="column",
         )
-        counts = rows.group_by("column", "value").agg(pl.len().alias("count"))
+        counts = rows.group_by(
+            "column",
+            "value",
+        ).agg(pl.len().alias("count"))
         return counts.cast(COUNTS).sort("column", "value")
 
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
-        counts = pl.concat(partials).group_by("column", "value")
-        return counts.agg(pl.col("count").sum()).sort("column", "value")
+        counts = pl.concat(partials).group_by(
+            "column",
+            "value",
+        )
+        return counts.agg(pl.col("count").sum()).sort(
+            "column",
+            "value",
+        )
 
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         tables = []
@@ -96,19 +119,39 @@ class Vocabulary(Fitted):
             tables.append(self._coded(rows))
         return pl.concat(tables)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         types = table.collect_schema()
-        codes = [self._code(name, types, state) for name in self.columns]
+        codes = [
+            self._code(
+                name,
+                types,
+                state,
+            )
+            for name in self.columns
+        ]
         return Outcome(table.with_columns(codes))
 
     def _coded(self, rows: pl.DataFrame) -> pl.DataFrame:
         kept = rows.filter(pl.col("count") >= self.least)
-        ordered = kept.sort("count", descending=True, maintain_order=True)
+        ordered = kept.sort(
+            "count",
+            descending=True,
+            maintain_order=True,
+        )
         head = ordered.head(self.most or MOST_CODES - 1)
         return head.with_row_index("code", offset=1)
 
-    def _code(self, name: str, types: pl.Schema, state: pl.DataFrame) -> pl.Expr:
+    def _code(
+        self,
+        name: str,
+        types: pl.Schema,
+        state: pl.DataFrame,
+    ) -> pl.Expr:
         rows = state.filter(pl.col("column") == name)
         code = text_of(name, types[name]).replace_strict(
             rows["value"],
@@ -136,10 +179,18 @@ class OneHot(Vocabulary):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, KEY)
-        lists = dict.fromkeys(self.columns, pl.List(pl.UInt8))
+        lists = dict.fromkeys(
+            self.columns,
+            pl.List(pl.UInt8),
+        )
         return pl.Schema({**schema, **lists})
 
-    def _code(self, name: str, types: pl.Schema, state: pl.DataFrame) -> pl.Expr:
+    def _code(
+        self,
+        name: str,
+        types: pl.Schema,
+        state: pl.DataFrame,
+    ) -> pl.Expr:
         code = super()._code(name, types, state)
         count = len(state.filter(pl.col("column") == name))
         places = [(code == place).cast(pl.UInt8) for place in range(count + 1)]
@@ -171,13 +222,33 @@ class HashCategories(Step):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, KEY)
-        return pl.Schema({**schema, **dict.fromkeys(self.columns, pl.UInt32())})
+        return pl.Schema(
+            {
+                **schema,
+                **dict.fromkeys(
+                    self.columns,
+                    pl.UInt32(),
+                ),
+            }
+        )
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         types = table.collect_schema()
         codes = []
         for name in self.columns:
-            code = hashing.of_values([name], types, self.seed) % (self.buckets - 1) + 1
+            code = (
+                hashing.of_values(
+                    [name],
+                    types,
+                    self.seed,
+                )
+                % (self.buckets - 1)
+                + 1
+            )
             present = pl.when(pl.col(name).is_not_null()).then(code).otherwise(0)
             codes.append(present.cast(pl.UInt32).alias(name))
         return Outcome(table.with_columns(codes))
@@ -206,7 +277,10 @@ class Classes(Fitted):
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         dtype = table.collect_schema()[self.column]
-        text = text_of(self.column, dtype).alias("value")
+        text = text_of(
+            self.column,
+            dtype,
+        ).alias("value")
         values = table.select(text).drop_nulls()
         counts = values.group_by("value").agg(pl.len().cast(pl.UInt64).alias("count"))
         return counts.sort("value")
@@ -226,23 +300,47 @@ class Classes(Fitted):
                 remedy="give rows of at least two classes; there is nothing to learn"
                 " from one",
             )
-        size = pl.col("value").cast(pl.Float64, strict=False)
+        size = pl.col("value").cast(
+            pl.Float64,
+            strict=False,
+        )
         numbers = partial.select(size).to_series()
         order = [size, pl.col("value")] if not numbers.has_nulls() else ["value"]
         return partial.sort(order).with_row_index("code")
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
-        text = text_of(self.column, table.collect_schema()[self.column])
+        text = text_of(
+            self.column,
+            table.collect_schema()[self.column],
+        )
         code = text.replace_strict(
             state["value"],
             state["code"],
             default=None,
             return_dtype=pl.Int32,
         )
-        known = ", ".join(map(repr, state["value"].head(8)))
+        known = ", ".join(
+            map(
+                repr,
+                state["value"].head(8),
+            )
+        )
         words = pl.format(f"{{}} is no class of the training split ({known})", text)
         reason = pl.when(text.is_null()).then(pl.lit("missing")).otherwise(words)
-        outcome = dropped(table, [fault(self.column, code.is_null(), reason)])
+        outcome = dropped(
+            table,
+            [
+                fault(
+                    self.column,
+                    code.is_null(),
+                    reason,
+                )
+            ],
+        )
         coded = outcome.table.with_columns(code.alias(self.column))
         return Outcome(coded, outcome.notes)

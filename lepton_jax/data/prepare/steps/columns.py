@@ -143,7 +143,11 @@ def require_free(
             )
 
 
-def require_choice(step: Any, argument: str, choices: Sequence[str]) -> None:
+def require_choice(
+    step: Any,
+    argument: str,
+    choices: Sequence[str],
+) -> None:
     """Check that an argument is one of several words.
 
     Raises:
@@ -179,7 +183,11 @@ def require_range(
         )
 
 
-def nothing_to_learn(step: Any, name: str, what: str = "value") -> DataError:
+def nothing_to_learn(
+    step: Any,
+    name: str,
+    what: str = "value",
+) -> DataError:
     """Return the error of a column without a value in the rows that a step fits on."""
     return DataError(
         f"the column {name!r} has no {what} in the rows to fit on",
@@ -247,7 +255,11 @@ class Fault(NamedTuple):
     reason: pl.Expr
 
 
-def fault(column: str, where: pl.Expr, reason: str | pl.Expr) -> Fault:
+def fault(
+    column: str,
+    where: pl.Expr,
+    reason: str | pl.Expr,
+) -> Fault:
     """Return a reason to drop, change or flag some rows; null in `where` is false."""
     words = pl.lit(reason) if isinstance(reason, str) else reason
     return Fault(column, where.fill_null(False), words)
@@ -258,10 +270,26 @@ def dropped(table: pl.LazyFrame, faults: Sequence[Fault]) -> Outcome:
     if not faults:
         return Outcome(table, no_notes())
     bad = pl.any_horizontal([each.where for each in faults])
-    reason = _first(faults, [each.reason for each in faults])
-    column = _first(faults, [_column_name(each) for each in faults])
-    before = _first(faults, [_before(each) for each in faults])
-    notes = _notes(table.filter(bad), "dropped", reason, column, before, _nothing())
+    reason = _first(
+        faults,
+        [each.reason for each in faults],
+    )
+    column = _first(
+        faults,
+        [_column_name(each) for each in faults],
+    )
+    before = _first(
+        faults,
+        [_before(each) for each in faults],
+    )
+    notes = _notes(
+        table.filter(bad),
+        "dropped",
+        reason,
+        column,
+        before,
+        _nothing(),
+    )
     return Outcome(table.filter(~bad), notes)
 
 
@@ -315,7 +343,10 @@ def _nothing() -> pl.Expr:
 
 
 def _column_name(each: Fault) -> pl.Expr:
-    return pl.lit(each.column or None, dtype=pl.String)
+    return pl.lit(
+        each.column or None,
+        dtype=pl.String,
+    )
 
 
 def _before(each: Fault) -> pl.Expr:

@@ -53,7 +53,10 @@ def content_hash(table: pl.DataFrame) -> pl.DataFrame:
     Args:
       table: the columns that count, in the order that counts; at least one.
     """
-    record = np.concatenate([_bytes_of(column) for column in table], axis=1)
+    record = np.concatenate(
+        [_bytes_of(column) for column in table],
+        axis=1,
+    )
     hashes = _hash_of_records(record)
     return pl.DataFrame({"hash_high": hashes[:, 0], "hash_low": hashes[:, 1]})
 
@@ -78,7 +81,10 @@ def _keys() -> np.ndarray:
     """Return keys, float64 [CHUNKS * WORDS + 1, LANES]; the last is of the length."""
     rows = CHUNKS * WORDS + 1
     stream = hashlib.shake_256(b"lepton content hash").digest(4 * rows * LANES)
-    numbers = np.frombuffer(stream, "<u4") % np.uint32(PRIME)
+    numbers = np.frombuffer(
+        stream,
+        "<u4",
+    ) % np.uint32(PRIME)
     return _floats(numbers).reshape(rows, LANES)
 
 
@@ -89,7 +95,11 @@ def _floats(numbers: np.ndarray) -> np.ndarray:
 
 KEYS = _keys()
 # Row n keeps the first n bytes of a chunk.
-MASKS = np.where(np.arange(CHUNK) < np.arange(CHUNK + 1)[:, None], 255, 0)
+MASKS = np.where(
+    np.arange(CHUNK) < np.arange(CHUNK + 1)[:, None],
+    255,
+    0,
+)
 MASKS = MASKS.astype(np.uint8)
 
 
@@ -107,7 +117,10 @@ def _bytes_of(column: pl.Series) -> np.ndarray:
     if dtype == pl.Null:
         return missing
     if _is_array(column):
-        column = pl.Series(column.name, [row.tobytes() for row in column.to_numpy()])
+        column = pl.Series(
+            column.name,
+            [row.tobytes() for row in column.to_numpy()],
+        )
     elif dtype.is_nested():
         text = column.to_frame().select(pl.struct(column.name).struct.json_encode())
         column = text.to_series()
@@ -121,12 +134,28 @@ def _bytes_of(column: pl.Series) -> np.ndarray:
     else:
         values = _number_bits(column)[:, None]
     raw = values.astype(values.dtype.newbyteorder("<")).view(np.uint8)
-    return np.concatenate([np.where(missing, 0, raw), missing], axis=1)
+    return np.concatenate(
+        [
+            np.where(
+                missing,
+                0,
+                raw,
+            ),
+            missing,
+        ],
+        axis=1,
+    )
 
 
 def _is_array(column: pl.Series) -> bool:
     """Whether a column holds arrays of numbers, such as pixels, none missing."""
-    if not isinstance(column.dtype, pl.Array) or column.is_empty():
+    if (
+        not isinstance(
+            column.dtype,
+            pl.Array,
+        )
+        or column.is_empty()
+    ):
         return False
     inner: pl.DataType = column.dtype
     while isinstance(inner, pl.Array):
@@ -142,7 +171,11 @@ def _number_bits(column: pl.Series) -> np.ndarray:
     column = column.to_physical()
     if column.dtype.is_float():
         values = column.cast(pl.Float64).fill_null(0.0).to_numpy() + 0.0  # -0.0 is 0.0
-        return np.where(np.isnan(values), np.nan, values).view(np.uint64)
+        return np.where(
+            np.isnan(values),
+            np.nan,
+            values,
+        ).view(np.uint64)
     if column.dtype == pl.UInt64:
         return column.fill_null(0).to_numpy()
     return column.cast(pl.Int64).fill_null(0).to_numpy().view(np.uint64)
@@ -155,10 +188,23 @@ def _hash_of_binary(column: pl.Series) -> np.ndarray:
     is_long = sizes > MOST_SHORT
     short = column
     if is_long.any():
-        empty = pl.Series([b""], dtype=pl.Binary)
-        short = column.zip_with(pl.Series(~is_long), empty)
-    hashes = np.empty((len(column), 2), np.uint64)
-    for start in range(0, len(column), BLOCK):
+        empty = pl.Series(
+            [b""],
+            dtype=pl.Binary,
+        )
+        short = column.zip_with(
+            pl.Series(~is_long),
+            empty,
+        )
+    hashes = np.empty(
+        (len(column), 2),
+        np.uint64,
+    )
+    for start in range(
+        0,
+        len(column),
+        BLOCK,
+    ):
         block = short.slice(start, BLOCK)
         hashes[start : start + BLOCK] = _hash_of_block(block)
     if is_long.any():
@@ -167,8 +213,20 @@ def _hash_of_binary(column: pl.Series) -> np.ndarray:
 
 
 def _blake2(column: pl.Series) -> np.ndarray:
-    digests = [hashlib.blake2b(text, digest_size=16).digest() for text in column]
-    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+    digests = [
+        hashlib.blake2b(
+            text,
+            digest_size=16,
+        ).digest()
+        for text in column
+    ]
+    return np.frombuffer(
+        b"".join(digests),
+        "<u8",
+    ).reshape(
+        -1,
+        2,
+    )
 
 
 def _hash_of_block(block: pl.Series) -> np.ndarray:
@@ -177,17 +235,37 @@ def _hash_of_block(block: pl.Series) -> np.ndarray:
     _, offset_buffer, data = array.buffers()
     offsets = np.frombuffer(offset_buffer, np.int64)
     offsets = offsets[array.offset : array.offset + len(array) + 1]
-    text = np.frombuffer(data or b"", np.uint8)[: offsets[-1]]
-    padded = np.concatenate([text, np.zeros(CHUNK, np.uint8)])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, CHUNK)
+    text = np.frombuffer(
+        data or b"",
+        np.uint8,
+    )[: offsets[-1]]
+    padded = np.concatenate(
+        [
+            text,
+            np.zeros(
+                CHUNK,
+                np.uint8,
+            ),
+        ]
+    )
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded,
+        CHUNK,
+    )
     sizes = np.diff(offsets)
-    sums = np.zeros((len(array), LANES), np.uint64)
+    sums = np.zeros(
+        (len(array), LANES),
+        np.uint64,
+    )
     for number in range(CHUNKS):
         begin = number * CHUNK
         which = np.flatnonzero(sizes > begin)
         if not which.size:
             break
-        left = np.minimum(sizes[which] - begin, CHUNK)
+        left = np.minimum(
+            sizes[which] - begin,
+            CHUNK,
+        )
         words = windows[offsets[which] + begin]
         words &= MASKS[left]
         sums[which] += _sums(words, number)
@@ -198,23 +276,41 @@ def _hash_of_records(record: np.ndarray) -> np.ndarray:
     """Return the hash of byte strings of one length, UInt64 [rows, 2]."""
     rows, size = record.shape
     if size > MOST_SHORT:
-        column = pl.Series([row.tobytes() for row in record], dtype=pl.Binary)
+        column = pl.Series(
+            [row.tobytes() for row in record],
+            dtype=pl.Binary,
+        )
         return _blake2(column)
-    hashes = np.empty((rows, 2), np.uint64)
+    hashes = np.empty(
+        (rows, 2),
+        np.uint64,
+    )
     for start in range(0, rows, BLOCK):
         block = record[start : start + BLOCK]
         if size % 2:
-            block = np.pad(block, ((0, 0), (0, 1)))
-        sums = np.zeros((len(block), LANES), np.uint64)
+            block = np.pad(
+                block,
+                ((0, 0), (0, 1)),
+            )
+        sums = np.zeros(
+            (len(block), LANES),
+            np.uint64,
+        )
         for number in range(-(-size // CHUNK)):
             begin = number * CHUNK
             words = np.ascontiguousarray(block[:, begin : begin + CHUNK])
             sums += _sums(words, number)
-        hashes[start : start + BLOCK] = _packed(sums, np.full(len(block), size))
+        hashes[start : start + BLOCK] = _packed(
+            sums,
+            np.full(len(block), size),
+        )
     return hashes
 
 
-def _sums(words: np.ndarray, chunk: int) -> np.ndarray:
+def _sums(
+    words: np.ndarray,
+    chunk: int,
+) -> np.ndarray:
     """Return the sums of one chunk, below PRIME.
 
     Args:
@@ -227,7 +323,10 @@ def _sums(words: np.ndarray, chunk: int) -> np.ndarray:
     return (floats @ keys).astype(np.uint64) % np.uint64(PRIME)
 
 
-def _packed(sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _packed(
+    sums: np.ndarray,
+    sizes: np.ndarray,
+) -> np.ndarray:
     """Return four sums of 31 bits as two numbers of 62 bits, the size mixed in."""
     lengths = sizes.astype(np.uint64)[:, None] * KEYS[-1].astype(np.uint64)
     lanes = (sums + lengths) % np.uint64(PRIME)

@@ -35,7 +35,12 @@ PERIODS: dict[str, float | None] = {
 TIMES = ("hour", "minute", "second")  # parts that a date without a time has not
 FROM_ZERO = (*TIMES,)  # parts that count from 0; the others do from 1
 MICROSECONDS_A_DAY = 24 * 60 * 60 * 1_000_000
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+EPOCH = datetime.datetime(
+    1970,
+    1,
+    1,
+    tzinfo=datetime.UTC,
+)
 
 
 @dataclass(frozen=True)
@@ -88,17 +93,30 @@ class DateFeatures(Step):
         require_free(self, schema, added)
         return pl.Schema({**schema, **added})
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         types = table.collect_schema()
         features = []
         for name in self.columns:
             features += self._features(name, types)
         return Outcome(table.with_columns(features))
 
-    def _features(self, name: str, types: pl.Schema) -> list[pl.Expr]:
+    def _features(
+        self,
+        name: str,
+        types: pl.Schema,
+    ) -> list[pl.Expr]:
         moment = _moment(name, types[name])
         features = [
-            _part(moment, part).cast(pl.Int32).alias(f"{name}_{part}")
+            _part(
+                moment,
+                part,
+            )
+            .cast(pl.Int32)
+            .alias(f"{name}_{part}")
             for part in self.parts
         ]
         for part in self.cyclic:
@@ -106,7 +124,10 @@ class DateFeatures(Step):
             features.append(angle.sin().cast(pl.Float32).alias(f"{name}_{part}_sin"))
             features.append(angle.cos().cast(pl.Float32).alias(f"{name}_{part}_cos"))
         if self.since is not None:
-            elapsed = _microseconds(name, types[name]) - self._start(types)
+            elapsed = _microseconds(
+                name,
+                types[name],
+            ) - self._start(types)
             days = elapsed.cast(pl.Float64) * (1 / MICROSECONDS_A_DAY)
             features.append(days.alias(f"{name}_elapsed"))
         return features
@@ -137,7 +158,11 @@ class DateFeatures(Step):
 # ---- internals ----
 
 
-def _check_words(argument: str, words: Sequence[str], known: Sequence[str]) -> None:
+def _check_words(
+    argument: str,
+    words: Sequence[str],
+    known: Sequence[str],
+) -> None:
     for word in words:
         if word not in known:
             raise DataError(
@@ -172,7 +197,13 @@ def _angle(moment: pl.Expr, part: str) -> pl.Expr:
     period = PERIODS[part]
     assert period is not None
     first = 0 if part in FROM_ZERO else 1
-    return (_part(moment, part).cast(pl.Float64) - first) * (2 * math.pi / period)
+    return (
+        _part(
+            moment,
+            part,
+        ).cast(pl.Float64)
+        - first
+    ) * (2 * math.pi / period)
 
 
 def _microseconds(name: str, dtype: pl.DataType) -> pl.Expr:

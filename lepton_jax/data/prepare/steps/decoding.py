@@ -66,7 +66,11 @@ class RefusedError(Exception):
       remedy: what to do about it.
     """
 
-    def __init__(self, fault: str, remedy: str = REPLACE):
+    def __init__(
+        self,
+        fault: str,
+        remedy: str = REPLACE,
+    ):
         self.fault = fault
         self.remedy = remedy
         super().__init__(fault)
@@ -100,7 +104,10 @@ def decode(
             image.load()
             image, turn = _turned(image)
             image, kind = _in_mode(image, mode, background)
-            return Upright(image, [*remarks, *turn, *kind])
+            return Upright(
+                image,
+                [*remarks, *turn, *kind],
+            )
     except (RefusedError, MemoryError):
         raise
     # Pillow's decoders raise almost anything for damaged bytes.
@@ -108,7 +115,13 @@ def decode(
         raise RefusedError(_words(error, content)) from error
 
 
-def resized(image: Any, height: int, width: int, fit: str, background: int) -> Any:
+def resized(
+    image: Any,
+    height: int,
+    width: int,
+    fit: str,
+    background: int,
+) -> Any:
     """Return an image of one size.
 
     Args:
@@ -125,19 +138,34 @@ def resized(image: Any, height: int, width: int, fit: str, background: int) -> A
         return _padded(image, height, width, background)
     box = (0.0, 0.0, float(image.width), float(image.height))
     if fit == "crop":
-        scale = min(image.width / width, image.height / height)
+        scale = min(
+            image.width / width,
+            image.height / height,
+        )
         left = (image.width - scale * width) / 2
         top = (image.height - scale * height) / 2
         box = (left, top, image.width - left, image.height - top)
-    return image.resize((width, height), images.Resampling.BILINEAR, box=box)
+    return image.resize(
+        (width, height),
+        images.Resampling.BILINEAR,
+        box=box,
+    )
 
 
-def encoded(image: Any, kind: str, quality: int) -> bytes:
+def encoded(
+    image: Any,
+    kind: str,
+    quality: int,
+) -> bytes:
     """Return an image as the bytes of a "jpeg" or "png" file, without metadata."""
     file = io.BytesIO()
     settings = {"quality": quality} if kind == "jpeg" else {}
     image.info.clear()
-    image.save(file, kind.upper(), **settings)
+    image.save(
+        file,
+        kind.upper(),
+        **settings,
+    )
     return file.getvalue()
 
 
@@ -157,12 +185,18 @@ def _opened(content: bytes) -> Any:
         limit = images.MAX_IMAGE_PIXELS
         images.MAX_IMAGE_PIXELS = None
         try:
-            return images.open(io.BytesIO(content), formats=formats)
+            return images.open(
+                io.BytesIO(content),
+                formats=formats,
+            )
         finally:
             images.MAX_IMAGE_PIXELS = limit
 
 
-def _check_pixels(image: Any, most_pixels: int) -> None:
+def _check_pixels(
+    image: Any,
+    most_pixels: int,
+) -> None:
     pixels = image.width * image.height
     if pixels > most_pixels:
         raise RefusedError(
@@ -171,9 +205,20 @@ def _check_pixels(image: Any, most_pixels: int) -> None:
         )
 
 
-def _frames(image: Any, is_refused: bool) -> list[str]:
+def _frames(
+    image: Any,
+    is_refused: bool,
+) -> list[str]:
     """Return a remark if there is more than one frame."""
-    if image.format not in ANIMATED or getattr(image, "n_frames", 1) == 1:
+    if (
+        image.format not in ANIMATED
+        or getattr(
+            image,
+            "n_frames",
+            1,
+        )
+        == 1
+    ):
         return []
     if is_refused:
         raise RefusedError(
@@ -186,22 +231,36 @@ def _frames(image: Any, is_refused: bool) -> list[str]:
 def _turned(image: Any) -> tuple[Any, list[str]]:
     """Return an image upright, as its EXIF orientation says."""
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(
+            ORIENTATION,
+            1,
+        )
     # Damaged metadata is no reason to lose the pixels.
     except Exception:
         return image, ["unreadable EXIF"]
     if orientation not in TURNS:
         return image, []
-    turn = getattr(_images().Transpose, TURNS[orientation])
+    turn = getattr(
+        _images().Transpose,
+        TURNS[orientation],
+    )
     return image.transpose(turn), ["turned upright"]
 
 
-def _in_mode(image: Any, mode: str, background: int) -> tuple[Any, list[str]]:
+def _in_mode(
+    image: Any,
+    mode: str,
+    background: int,
+) -> tuple[Any, list[str]]:
     """Return an image in a mode, with remarks."""
     if image.mode in SIXTEEN or image.mode == "I":
         return _in_8_bits(image).convert(mode), ["16 bits to 8"]
     if image.mode in WITH_OPACITY or "transparency" in image.info:
-        return _opaque(image.convert("RGBA"), mode, background)
+        return _opaque(
+            image.convert("RGBA"),
+            mode,
+            background,
+        )
     if image.mode not in PLAIN:
         raise RefusedError(
             f"pixels of the kind {image.mode!r}, which have no one way to RGB",
@@ -221,36 +280,75 @@ def _in_8_bits(image: Any) -> Any:
             "whole numbers of 32 bits as pixels, whose range is not known",
             "convert it to 8 bits a channel",
         )
-    return _images().fromarray((values >> 8).astype(np.uint8), "L")
+    return _images().fromarray(
+        (values >> 8).astype(np.uint8),
+        "L",
+    )
 
 
-def _opaque(image: Any, mode: str, background: int) -> tuple[Any, list[str]]:
+def _opaque(
+    image: Any,
+    mode: str,
+    background: int,
+) -> tuple[Any, list[str]]:
     """Put an RGBA image on a background, unless the mode has opacity, too."""
     least = image.getchannel("A").getextrema()[0]
     if mode == "RGBA" or least == 255:
         return image.convert(mode), []
-    ground = _images().new("RGBA", image.size, (background,) * 3 + (255,))
+    ground = _images().new(
+        "RGBA",
+        image.size,
+        (background,) * 3 + (255,),
+    )
     ground.alpha_composite(image)
     return ground.convert(mode), ["transparency on a background"]
 
 
-def _padded(image: Any, height: int, width: int, background: int) -> Any:
+def _padded(
+    image: Any,
+    height: int,
+    width: int,
+    background: int,
+) -> Any:
     images = _images()
-    scale = min(width / image.width, height / image.height)
+    scale = min(
+        width / image.width,
+        height / image.height,
+    )
     # Of a very long image the short side would vanish.
-    inner_width = max(1, round(image.width * scale))
-    inner_height = max(1, round(image.height * scale))
-    inner = image.resize((inner_width, inner_height), images.Resampling.BILINEAR)
+    inner_width = max(
+        1,
+        round(image.width * scale),
+    )
+    inner_height = max(
+        1,
+        round(image.height * scale),
+    )
+    inner = image.resize(
+        (inner_width, inner_height),
+        images.Resampling.BILINEAR,
+    )
     shades = (background,) * len(image.getbands())
-    ground = images.new(image.mode, (width, height), shades)
+    ground = images.new(
+        image.mode,
+        (width, height),
+        shades,
+    )
     corner = ((width - inner_width) // 2, (height - inner_height) // 2)
     ground.paste(inner, corner)
     return ground
 
 
-def _words(error: Exception, content: bytes) -> str:
+def _words(
+    error: Exception,
+    content: bytes,
+) -> str:
     """Return what is wrong with a file, in words that such files share."""
-    unknown = needs("PIL", extra="image", purpose="decoding images")
+    unknown = needs(
+        "PIL",
+        extra="image",
+        purpose="decoding images",
+    )
     if isinstance(error, unknown.UnidentifiedImageError):
         if content[:256].isascii() and b"\0" not in content[:256]:
             return "text, not an image"

@@ -29,18 +29,28 @@ PIECE_BYTES = 2**25  # of an existing set that are read at once (assumption)
 _PLACE = "lepton.place"  # a row's line in the state; null: it is not listed
 
 
-def without(table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+def without(
+    table: pl.LazyFrame,
+    state: pl.DataFrame | None,
+) -> Outcome:
     """Drop the rows that a state with the columns DROPPED lists."""
     if state is None or state.is_empty():
         return Outcome(table, no_notes())
     placed = table.with_columns(_place(state))
     lines = state.select(
-        pl.int_range(pl.len(), dtype=pl.UInt32).alias(_PLACE),
+        pl.int_range(
+            pl.len(),
+            dtype=pl.UInt32,
+        ).alias(_PLACE),
         "partner_source",
         "partner_row",
         "reason",
     )
-    dropped = placed.filter(pl.col(_PLACE).is_not_null()).select(SOURCE, ROW, _PLACE)
+    dropped = placed.filter(pl.col(_PLACE).is_not_null()).select(
+        SOURCE,
+        ROW,
+        _PLACE,
+    )
     notes = dropped.join(
         lines.lazy(),
         on=_PLACE,
@@ -61,7 +71,10 @@ def without(table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
     return Outcome(kept, notes.cast(NOTES))
 
 
-def with_existing(dropped: pl.DataFrame, existing: str | None) -> pl.DataFrame:
+def with_existing(
+    dropped: pl.DataFrame,
+    existing: str | None,
+) -> pl.DataFrame:
     """Let the reason name the existing set where the partner is one of its rows."""
     named = pl.col("reason") + pl.lit(f" of a row of {existing}")
     is_known = pl.col("partner_source").is_null()
@@ -75,7 +88,10 @@ def row_keys(rows: pl.DataFrame) -> np.ndarray:
     return (sources << np.uint64(ROW_BITS)) | rows[ROW].to_numpy()
 
 
-def existing_rows(path: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+def existing_rows(
+    path: str,
+    columns: Sequence[str],
+) -> Iterator[pl.DataFrame]:
     """Read an existing set: tables of columns and ROW, its pieces in their order.
 
     Raises:
@@ -112,9 +128,24 @@ def _place(state: pl.DataFrame) -> pl.Expr:
     def place(rows: pl.Series) -> pl.Series:
         wanted = row_keys(rows.struct.unnest())
         places = np.searchsorted(keys, wanted)
-        found = keys[np.minimum(places, len(keys) - 1)] == wanted
-        lines = pl.Series(_PLACE, places, dtype=pl.UInt32)
-        return lines.set(pl.Series(~found), None)
+        found = (
+            keys[
+                np.minimum(
+                    places,
+                    len(keys) - 1,
+                )
+            ]
+            == wanted
+        )
+        lines = pl.Series(
+            _PLACE,
+            places,
+            dtype=pl.UInt32,
+        )
+        return lines.set(
+            pl.Series(~found),
+            None,
+        )
 
     return (
         pl.struct(SOURCE, ROW)

@@ -49,9 +49,16 @@ class Duplicates(Fitted):
 
     def __post_init__(self) -> None:
         if self.columns is not None:
-            object.__setattr__(self, "columns", listed(self.columns))
+            object.__setattr__(
+                self,
+                "columns",
+                listed(self.columns),
+            )
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         require(self, schema, self.columns or ())
         if self.existing is not None and self.columns is None:
             raise DataError(
@@ -67,15 +74,28 @@ class Duplicates(Fitted):
             data["existing_digest"] = existing_digest(self.existing)
         return data
 
-    def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
+    def partial(
+        self,
+        table: pl.LazyFrame,
+    ) -> pl.LazyFrame:
         columns = self._compared(table.collect_schema().names())
         hashes = hash_expression(columns)
-        return table.select(SOURCE, ROW, hashes).unnest("hash")
+        return table.select(
+            SOURCE,
+            ROW,
+            hashes,
+        ).unnest("hash")
 
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(
+        self,
+        partials: Sequence[pl.DataFrame],
+    ) -> pl.DataFrame:
         return pl.concat(partials)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(
+        self,
+        partial: pl.DataFrame,
+    ) -> pl.DataFrame:
         known = self._known()
         low = pl.concat([partial["hash_low"], known["hash_low"]])
         # Few rows remain after this, which looks at one column of the hash alone.
@@ -94,10 +114,17 @@ class Duplicates(Fitted):
         dropped = later.select(list(DROPPED)).cast(DROPPED)
         return _in_order(with_existing(dropped, self.existing))
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         return without(table, state)
 
-    def _compared(self, names: Sequence[str]) -> list[str]:
+    def _compared(
+        self,
+        names: Sequence[str],
+    ) -> list[str]:
         if self.columns is not None:
             return list(self.columns)
         return [name for name in names if name not in (SOURCE, ROW)]
@@ -110,7 +137,10 @@ class Duplicates(Fitted):
             columns = list(self.columns or ())
             for rows in existing_rows(self.existing, columns):
                 hashes = content_hash(rows.select(columns))
-                table = hashes.with_columns(rows[ROW], pl.lit(None).alias(SOURCE))
+                table = hashes.with_columns(
+                    rows[ROW],
+                    pl.lit(None).alias(SOURCE),
+                )
                 tables.append(table.select(schema.names()).cast(schema))
         return pl.concat(tables)
 

@@ -174,14 +174,22 @@ class Expression:
         if not isinstance(self.text, str) or len(self.text) > LONGEST:
             raise self._error("is no text, or too long", "write an expression")
         try:
-            return ast.parse(self.text.strip(), mode="eval").body
+            return ast.parse(
+                self.text.strip(),
+                mode="eval",
+            ).body
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             raise self._error(
                 f"can't be parsed: {error}",
                 'write it like: age >= 18 and sex in ("f", "m")',
             ) from error
 
-    def _build(self, node: ast.expr, types: Any, depth: int) -> pl.Expr:
+    def _build(
+        self,
+        node: ast.expr,
+        types: Any,
+        depth: int,
+    ) -> pl.Expr:
         if depth > DEEPEST:
             raise self._error("is too deep", "divide it among several Derive steps")
         match node:
@@ -192,7 +200,11 @@ class Expression:
             case ast.Call(func=ast.Name(id="col")):
                 return self._column(self._name_of(node), types)
 
-        build = functools.partial(self._build, types=types, depth=depth + 1)
+        build = functools.partial(
+            self._build,
+            types=types,
+            depth=depth + 1,
+        )
         result = self._combined(node, build)
         if result is None:
             raise self._error(
@@ -201,13 +213,20 @@ class Expression:
             )
         return result
 
-    def _combined(self, node: ast.expr, build: Callable) -> pl.Expr | None:
+    def _combined(
+        self,
+        node: ast.expr,
+        build: Callable,
+    ) -> pl.Expr | None:
         """Return an expression made of others; None: it is not supported."""
         match node:
             case ast.BinOp(op=ast.Div()):
                 return self._quotient(node, build)
             case ast.BinOp(op=op) if type(op) in OPERATORS:
-                return OPERATORS[type(op)](build(node.left), build(node.right))
+                return OPERATORS[type(op)](
+                    build(node.left),
+                    build(node.right),
+                )
             case ast.UnaryOp(op=op) if type(op) in OPERATORS:
                 return OPERATORS[type(op)](build(node.operand))
             case ast.BoolOp():
@@ -229,7 +248,11 @@ class Expression:
             raise self._error(f"has the constant {value!r}", "use numbers and text")
         return pl.lit(value)
 
-    def _column(self, name: str, types: Any) -> pl.Expr:
+    def _column(
+        self,
+        name: str,
+        types: Any,
+    ) -> pl.Expr:
         if name not in self.columns:
             self.columns += (name,)
         column = pl.col(name)
@@ -239,7 +262,11 @@ class Expression:
             else column
         )
 
-    def _quotient(self, node: ast.BinOp, build: Callable) -> pl.Expr:
+    def _quotient(
+        self,
+        node: ast.BinOp,
+        build: Callable,
+    ) -> pl.Expr:
         divisor = build(node.right)
         if divisor.meta.root_names():
             return build(node.left) / divisor
@@ -254,12 +281,27 @@ class Expression:
             )
         )
 
-    def _comparison(self, node: ast.Compare, build: Callable) -> pl.Expr:
+    def _comparison(
+        self,
+        node: ast.Compare,
+        build: Callable,
+    ) -> pl.Expr:
         """Return a comparison; a < b < c is a < b and b < c."""
         results = []
         left = node.left
-        for op, right in zip(node.ops, node.comparators, strict=True):
-            results.append(self._compared(left, op, right, build))
+        for op, right in zip(
+            node.ops,
+            node.comparators,
+            strict=True,
+        ):
+            results.append(
+                self._compared(
+                    left,
+                    op,
+                    right,
+                    build,
+                )
+            )
             left = right
         return functools.reduce(operator.and_, results)
 
@@ -271,17 +313,29 @@ class Expression:
         build: Callable,
     ) -> pl.Expr:
         if type(op) in OPERATORS:
-            return OPERATORS[type(op)](build(left), build(right))
-        is_list = isinstance(right, ast.Tuple | ast.List | ast.Set)
-        if not isinstance(op, ast.In | ast.NotIn) or not is_list:
-            raise self._error(
-                f"has {ast.unparse(right)!r} after a comparison that is not supported",
-                'use == and !=, and a list after in: sex in ("f", "m")',
+            return OPERATORS[type(op)](
+                build(left),
+                build(right),
             )
+        if not isinstance(op, ast.In | ast.NotIn):
+            raise self._not_comparable(right)
+        if not isinstance(right, ast.Tuple | ast.List | ast.Set):
+            raise self._not_comparable(right)
+
         value = build(left)
-        equal = [value == build(item) for item in right.elts]  # type: ignore[attr-defined]
-        among = functools.reduce(operator.or_, equal, pl.lit(False))
+        equal = [value == build(item) for item in right.elts]
+        among = functools.reduce(
+            operator.or_,
+            equal,
+            pl.lit(False),
+        )
         return ~among if isinstance(op, ast.NotIn) else among
+
+    def _not_comparable(self, right: ast.expr) -> DataError:
+        return self._error(
+            f"has {ast.unparse(right)!r} after a comparison that is not supported",
+            'use == and !=, and a list after in: sex in ("f", "m")',
+        )
 
     def _call(
         self,
@@ -312,7 +366,11 @@ class Expression:
             'write col("the column\'s name")',
         )
 
-    def _error(self, what: str, remedy: str) -> DataError:
+    def _error(
+        self,
+        what: str,
+        remedy: str,
+    ) -> DataError:
         return DataError(
             f"the expression {str(self.text)[:200]!r} {what}",
             where=self.where,
@@ -330,4 +388,7 @@ class _Quotient:
         divisor = math.nan if self.divisor is None else float(self.divisor)
         with np.errstate(divide="ignore", invalid="ignore"):
             values = series.to_numpy() / np.float64(divisor)
-        return pl.Series(series.name, values).fill_nan(None)
+        return pl.Series(
+            series.name,
+            values,
+        ).fill_nan(None)

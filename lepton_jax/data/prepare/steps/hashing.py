@@ -43,7 +43,13 @@ def of_values(
     seed: int = 0,
 ) -> pl.Expr:
     """Return the hash of the values of columns of keys, UInt64; null is a value."""
-    texts = [text_of(name, schema[name]).alias(name) for name in columns]
+    texts = [
+        text_of(
+            name,
+            schema[name],
+        ).alias(name)
+        for name in columns
+    ]
     return pl.struct(texts).map_batches(
         _TextHash(of_number(seed)),
         return_dtype=pl.UInt64,
@@ -59,7 +65,13 @@ def is_below(value: pl.Expr, share: float | pl.Expr) -> pl.Expr:
       share: from 0 to 1.
     """
     # The upper 53 bits are a float64 exactly.
-    upper = (value // pl.lit(2**11, dtype=pl.UInt64)).cast(pl.Float64)
+    upper = (
+        value
+        // pl.lit(
+            2**11,
+            dtype=pl.UInt64,
+        )
+    ).cast(pl.Float64)
     return upper < share * 2.0**53
 
 
@@ -90,7 +102,11 @@ class _TextHash:
     start: int
 
     def __call__(self, rows: pl.Series) -> pl.Series:
-        hashes = np.full(len(rows), self.start, np.uint64)
+        hashes = np.full(
+            len(rows),
+            self.start,
+            np.uint64,
+        )
         for text in rows.struct.unnest().iter_columns():
             hashes = _mixed(hashes + _hashed(text.cast(pl.String)))
         return pl.Series(hashes)
@@ -113,7 +129,13 @@ def _hashed(text: pl.Series) -> np.ndarray:
     distinct = text.unique()
     hashes = [_digest(value) for value in distinct]
     table = pl.DataFrame(
-        {"text": distinct, "hash": pl.Series(hashes, dtype=pl.UInt64)},
+        {
+            "text": distinct,
+            "hash": pl.Series(
+                hashes,
+                dtype=pl.UInt64,
+            ),
+        },
     )
     joined = text.to_frame("text").join(
         table,

@@ -52,12 +52,22 @@ class BrokenImageError(DataError):
     be made so.
     """
 
-    def __init__(self, what: str, *, where: object = None, remedy: str = ""):
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        remedy: str = "",
+    ):
         if not remedy:
             what = what.partition("\n\nThis error occurred")[0]
             what, _, remedy = what.partition("\n  remedy: ")
             what, _, where = what.partition("\n  where:  ")
-        super().__init__(what, where=where, remedy=remedy)
+        super().__init__(
+            what,
+            where=where,
+            remedy=remedy,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,11 +111,23 @@ class Images(Step):
 
     def __post_init__(self) -> None:
         if self.size is not None:
-            object.__setattr__(self, "size", tuple(self.size))
+            object.__setattr__(
+                self,
+                "size",
+                tuple(self.size),
+            )
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         needs("PIL", extra="image", purpose="decoding images")
-        require(self, schema, [self.column], FILE)
+        require(
+            self,
+            schema,
+            [self.column],
+            FILE,
+        )
         require_choice(self, "mode", list(CHANNELS))
         require_choice(self, "fit", FITS)
         require_choice(self, "output", OUTPUTS)
@@ -116,16 +138,26 @@ class Images(Step):
         self._check_size()
         return super().check(schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         names = table.collect_schema().names()
         files = [name for name in FILES if name in names and name != self.column]
         numbers = [name for name in (SOURCE, ROW) if name in names]
-        struct = pl.struct(self.column, *files[:1], *numbers)
+        struct = pl.struct(
+            self.column,
+            *files[:1],
+            *numbers,
+        )
         result = pl.Struct(self._result())
         decoded = table.with_columns(
-            struct.map_batches(self._decoded, result, is_elementwise=True).alias(
-                _DECODED
-            )
+            struct.map_batches(
+                self._decoded,
+                result,
+                is_elementwise=True,
+            ).alias(_DECODED)
         )
         fields = pl.col(_DECODED).struct
         is_good = fields.field("fault").is_null()
@@ -160,15 +192,28 @@ class Images(Step):
         image: pl.DataType = pl.Binary()
         if self.output == "pixels":
             assert self.size is not None
-            image = pl.Array(pl.UInt8(), (*self.size, CHANNELS[self.mode]))
+            image = pl.Array(
+                pl.UInt8(),
+                (*self.size, CHANNELS[self.mode]),
+            )
         return {"image": image, "fault": pl.String(), "remark": pl.String()}
 
-    def _notes(self, decoded: pl.LazyFrame) -> pl.LazyFrame:
+    def _notes(
+        self,
+        decoded: pl.LazyFrame,
+    ) -> pl.LazyFrame:
         fields = pl.col(_DECODED).struct
-        wrong = fault(self.column, fields.field("fault").is_not_null(), "")
+        wrong = fault(
+            self.column,
+            fields.field("fault").is_not_null(),
+            "",
+        )
         is_noted = wrong.where | fields.field("remark").is_not_null()
         action = pl.when(wrong.where).then(pl.lit("dropped"))
-        reason = pl.coalesce(fields.field("fault"), fields.field("remark"))
+        reason = pl.coalesce(
+            fields.field("fault"),
+            fields.field("remark"),
+        )
         return (
             decoded.filter(is_noted)
             .select(
@@ -185,7 +230,10 @@ class Images(Step):
             .cast(NOTES)
         )
 
-    def _decoded(self, rows: pl.Series) -> pl.Series:
+    def _decoded(
+        self,
+        rows: pl.Series,
+    ) -> pl.Series:
         """Return a struct of `_result` for each row."""
         table = rows.struct.unnest()
         contents = table[self.column].to_list()
@@ -194,7 +242,12 @@ class Images(Step):
         remarks: list[str | None] = [None] * len(contents)
         # Pillow decodes and scales without Python's lock.
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            for row, done in enumerate(threads.map(self._one, contents)):
+            for row, done in enumerate(
+                threads.map(
+                    self._one,
+                    contents,
+                )
+            ):
                 if isinstance(done, RefusedError):
                     self._refuse(table, row, done)
                     faults[row] = done.fault
@@ -204,12 +257,24 @@ class Images(Step):
         result = self._result()
         columns = {
             "image": self._column(images),
-            "fault": pl.Series(faults, dtype=pl.String),
-            "remark": pl.Series(remarks, dtype=pl.String),
+            "fault": pl.Series(
+                faults,
+                dtype=pl.String,
+            ),
+            "remark": pl.Series(
+                remarks,
+                dtype=pl.String,
+            ),
         }
-        return pl.DataFrame(columns, schema=result).to_struct(rows.name)
+        return pl.DataFrame(
+            columns,
+            schema=result,
+        ).to_struct(rows.name)
 
-    def _one(self, file: bytes | str | None) -> Any:
+    def _one(
+        self,
+        file: bytes | str | None,
+    ) -> Any:
         """Return the result of one image and remarks, or why it is refused."""
         try:
             upright = decode(
@@ -224,26 +289,50 @@ class Images(Step):
         image = upright.image
         if self.size is not None:
             height, width = self.size
-            image = resized(image, height, width, self.fit, self.background)
+            image = resized(
+                image,
+                height,
+                width,
+                self.fit,
+                self.background,
+            )
         if self.output != "pixels":
-            return encoded(image, self.output, self.quality), upright.remarks
-        pixels = np.asarray(image).reshape(*image.size[::-1], CHANNELS[self.mode])
+            return encoded(
+                image,
+                self.output,
+                self.quality,
+            ), upright.remarks
+        pixels = np.asarray(image).reshape(
+            *image.size[::-1],
+            CHANNELS[self.mode],
+        )
         return pixels, upright.remarks
 
-    def _column(self, images: Sequence[Any]) -> pl.Series:
+    def _column(
+        self,
+        images: Sequence[Any],
+    ) -> pl.Series:
         kind = self._result()["image"]
         if self.output != "pixels":
             return pl.Series(images, dtype=kind)
         assert isinstance(kind, pl.Array)
         # A refused image is a row of zeros, and dropped.
-        pixels = np.zeros((len(images), *kind.shape), np.uint8)
+        pixels = np.zeros(
+            (len(images), *kind.shape),
+            np.uint8,
+        )
         for row, image in enumerate(images):
             if image is not None:
                 pixels[row] = image
         flat = pl.Series(pixels.reshape(-1))
         return flat.reshape((len(images), *kind.shape))
 
-    def _refuse(self, table: pl.DataFrame, row: int, error: RefusedError) -> None:
+    def _refuse(
+        self,
+        table: pl.DataFrame,
+        row: int,
+        error: RefusedError,
+    ) -> None:
         """Raise, if a broken image is an error."""
         if self.broken == "drop":
             return
@@ -271,11 +360,20 @@ def _content(file: bytes | str | None) -> bytes:
         ) from error
 
 
-def _place(table: pl.DataFrame, row: int, column: str) -> str:
+def _place(
+    table: pl.DataFrame,
+    row: int,
+    column: str,
+) -> str:
     """Return where an image is from: its file if that is known, and its row."""
     cells = table.row(row, named=True)
     parts = [
-        cells[name] for name in (*FILES, column) if isinstance(cells.get(name), str)
+        cells[name]
+        for name in (*FILES, column)
+        if isinstance(
+            cells.get(name),
+            str,
+        )
     ]
     if SOURCE in cells and ROW in cells:
         parts.append(f"row {cells[SOURCE]}:{cells[ROW]}")

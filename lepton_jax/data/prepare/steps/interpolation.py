@@ -77,6 +77,9 @@ class Interpolate(Fitted):
         object.__setattr__(self, "columns", listed(self.columns))
         require_choice(self, "ends", ("missing", "nearest"))
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
         require(self, schema, [self.order], POSITION)
@@ -114,24 +117,45 @@ class Interpolate(Fitted):
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         total = (pl.col("value") * pl.col("count")).sum()
         mean = (total / pl.col("count").sum()).alias("value")
-        places = partial.group_by(KEYS[:3], maintain_order=True)
+        places = partial.group_by(
+            KEYS[:3],
+            maintain_order=True,
+        )
         return places.agg(mean)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         types = table.collect_schema()
         filled = table.with_row_index(PLACE).with_columns(self._place(types))
         for name in self.columns:
-            filled = self._with_guess(filled, name, types[name], state)
+            filled = self._with_guess(
+                filled,
+                name,
+                types[name],
+                state,
+            )
         values = {
-            name: pl.coalesce(number(name), pl.col(_guess(name)))
+            name: pl.coalesce(
+                number(name),
+                pl.col(_guess(name)),
+            )
             .cast(float_of(types[name]))
             .alias(name)
             for name in self.columns
         }
         faults = []
         for name in self.columns:
-            found = is_missing(name, types[name]) & pl.col(_guess(name)).is_not_null()
+            found = (
+                is_missing(
+                    name,
+                    types[name],
+                )
+                & pl.col(_guess(name)).is_not_null()
+            )
             faults.append(fault(name, found, "missing: interpolated"))
         notes = noted(filled, "changed", faults, values)
         return Outcome(
@@ -141,8 +165,14 @@ class Interpolate(Fitted):
     def _place(self, types: pl.Schema) -> list[pl.Expr]:
         group = pl.lit("")
         if self.group is not None:
-            group = text_of(self.group, types[self.group])
-        at = position_of(self.order, types[self.order])
+            group = text_of(
+                self.group,
+                types[self.group],
+            )
+        at = position_of(
+            self.order,
+            types[self.order],
+        )
         return [group.alias(GROUP), at.alias(AT)]
 
     def _with_guess(
@@ -153,19 +183,36 @@ class Interpolate(Fitted):
         state: pl.DataFrame,
     ) -> pl.LazyFrame:
         """Add the interpolated value of each missing cell of a column."""
-        known = state.lazy().filter(pl.col("column") == name).sort("at")
+        known = state.lazy().filter(pl.col("column") == name)
         before = known.select(
             pl.col("group").alias(GROUP),
             pl.col("at").alias("before_at"),
             pl.col("value").alias("before"),
         )
         after = before.rename({"before_at": "after_at", "before": "after"})
-        cells = table.filter(is_missing(name, dtype)).select(PLACE, GROUP, AT)
+        cells = table.filter(
+            is_missing(
+                name,
+                dtype,
+            )
+        ).select(
+            PLACE,
+            GROUP,
+            AT,
+        )
         cells = cells.drop_nulls().sort(AT, PLACE)
         cells = _nearest(cells, before, "before_at", "backward")
         cells = _nearest(cells, after, "after_at", "forward")
-        guesses = cells.select(PLACE, self._between().alias(_guess(name)))
-        return table.join(guesses, on=PLACE, how="left", maintain_order="left")
+        guesses = cells.select(
+            PLACE,
+            self._between().alias(_guess(name)),
+        )
+        return table.join(
+            guesses,
+            on=PLACE,
+            how="left",
+            maintain_order="left",
+        )
 
     def _between(self) -> pl.Expr:
         before = pl.col("before")

@@ -61,11 +61,22 @@ class Join(Fitted):
     fits_on: ClassVar[Literal["train", "all"]] = "all"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "on", listed(self.on, "on"))
+        object.__setattr__(
+            self,
+            "on",
+            listed(self.on, "on"),
+        )
         if self.columns is not None:
-            object.__setattr__(self, "columns", listed(self.columns))
+            object.__setattr__(
+                self,
+                "columns",
+                listed(self.columns),
+            )
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         require_choice(self, "how", ("left", "inner"))
         require_choice(self, "expect", ("many-to-one", "one-to-one"))
         keys = self.on
@@ -79,7 +90,10 @@ class Join(Fitted):
                     remedy=f"its columns are: {', '.join(there)}",
                 )
         for name in keys:
-            if not _are_comparable(schema[name], there[name]):
+            if not _are_comparable(
+                schema[name],
+                there[name],
+            ):
                 raise DataError(
                     f"the key {name!r} is {schema[name]} here and {there[name]} in the"
                     " other source",
@@ -93,40 +107,75 @@ class Join(Fitted):
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "other_digest": existing_digest(self.other)}
 
-    def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
+    def partial(
+        self,
+        table: pl.LazyFrame,
+    ) -> pl.LazyFrame:
         keys = self.on
         if self.expect == "one-to-one":
             return table.select(*keys, SOURCE, ROW)
         return table.select(keys).unique().sort(keys)
 
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(
+        self,
+        partials: Sequence[pl.DataFrame],
+    ) -> pl.DataFrame:
         rows = pl.concat(partials)
         if self.expect == "one-to-one":
             return rows
         keys = self.on
         return rows.unique().sort(keys)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(
+        self,
+        partial: pl.DataFrame,
+    ) -> pl.DataFrame:
         """Return the other source, with "lepton.matched": whether a row has its key."""
         keys = self.on
         names = self._added(list(self._others_schema()))
-        other = pl.concat(existing_rows(self.other, [*keys, *names]))
+        other = pl.concat(
+            existing_rows(
+                self.other,
+                [*keys, *names],
+            )
+        )
         places = pl.col(ROW).cast(pl.String)
-        _check_once(other.with_columns(places.alias("place")), keys, self.other)
+        _check_once(
+            other.with_columns(places.alias("place")),
+            keys,
+            self.other,
+        )
         if self.expect == "one-to-one":
             places = pl.format("{}:{}", SOURCE, ROW)
-            ordered = partial.sort(SOURCE, ROW).with_columns(places.alias("place"))
+            ordered = partial.sort(
+                SOURCE,
+                ROW,
+            ).with_columns(places.alias("place"))
             _check_once(ordered, keys, "the rows")
         typed = other.drop(ROW).cast({name: partial.schema[name] for name in keys})
         seen = partial.select(keys).unique().with_columns(pl.lit(True).alias(_MATCHED))
-        matched = typed.join(seen, on=keys, how="left", maintain_order="left")
+        matched = typed.join(
+            seen,
+            on=keys,
+            how="left",
+            maintain_order="left",
+        )
         return matched.with_columns(pl.col(_MATCHED).fill_null(False))
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         keys = self.on
         other = state.lazy().with_columns(pl.lit(True).alias(_MATCHED))
-        joined = table.join(other, on=keys, how="left", maintain_order="left")
+        joined = table.join(
+            other,
+            on=keys,
+            how="left",
+            maintain_order="left",
+        )
         alone = fault(
             keys[0],
             pl.col(_MATCHED).is_null(),
@@ -134,14 +183,23 @@ class Join(Fitted):
         )
         if self.how == "inner":
             outcome = dropped(joined, [alone])
-            return Outcome(outcome.table.drop(_MATCHED), outcome.notes)
-        return Outcome(joined.drop(_MATCHED), noted(joined, "flagged", [alone]))
+            return Outcome(
+                outcome.table.drop(_MATCHED),
+                outcome.notes,
+            )
+        return Outcome(
+            joined.drop(_MATCHED),
+            noted(joined, "flagged", [alone]),
+        )
 
     def _others_schema(self) -> dict[str, pl.DataType]:
         reader = readers.reader_of(self.other)
         return {column.name: column.type for column in reader.columns()}
 
-    def _added(self, names: Sequence[str]) -> list[str]:
+    def _added(
+        self,
+        names: Sequence[str],
+    ) -> list[str]:
         """Return the columns that are added."""
         if self.columns is not None:
             return list(self.columns)
@@ -174,9 +232,16 @@ class Mixture(Fitted):
     fits_on: ClassVar[Literal["train", "all"]] = "all"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(self.weights))
+        object.__setattr__(
+            self,
+            "weights",
+            tuple(self.weights),
+        )
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         weights = list(self.weights)
         if not weights or min(weights) < 0 or max(weights) == 0:
             raise DataError(
@@ -186,14 +251,23 @@ class Mixture(Fitted):
             )
         return schema
 
-    def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
+    def partial(
+        self,
+        table: pl.LazyFrame,
+    ) -> pl.LazyFrame:
         return table.group_by(SOURCE).agg(pl.len().cast(pl.UInt64).alias("count"))
 
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(
+        self,
+        partials: Sequence[pl.DataFrame],
+    ) -> pl.DataFrame:
         counts = pl.concat(partials).group_by(SOURCE).agg(pl.col("count").sum())
         return counts.sort(SOURCE)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(
+        self,
+        partial: pl.DataFrame,
+    ) -> pl.DataFrame:
         counts = dict(partial.iter_rows())
         weights = dict(enumerate(self.weights))
         for source in sorted({*counts, *weights}):
@@ -201,7 +275,10 @@ class Mixture(Fitted):
         wanted = {source: weight for source, weight in weights.items() if weight > 0}
         total = min(counts[source] / weight for source, weight in wanted.items())
         shares = {
-            source: min(weights[source] * total / counts[source], 1.0)
+            source: min(
+                weights[source] * total / counts[source],
+                1.0,
+            )
             for source in counts
         }
         return pl.DataFrame(
@@ -213,15 +290,36 @@ class Mixture(Fitted):
             schema={SOURCE: pl.UInt32(), _SHARE: pl.Float64(), _LIMIT: pl.UInt64()},
         )
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         number = pl.lit(self.seed).alias("seed")
         place = hash_expression([SOURCE, ROW, number]).struct.field("hash_low")
-        known = table.join(state.lazy(), on=SOURCE, how="left", maintain_order="left")
+        known = table.join(
+            state.lazy(),
+            on=SOURCE,
+            how="left",
+            maintain_order="left",
+        )
         share = pl.col(_SHARE).round(KEPT)
         reason = pl.format("mixture: {} of the source's rows stay", share)
-        outcome = dropped(known, [fault("", place >= pl.col(_LIMIT), reason)])
-        return Outcome(outcome.table.drop(_SHARE, _LIMIT), outcome.notes)
+        outcome = dropped(
+            known,
+            [
+                fault(
+                    "",
+                    place >= pl.col(_LIMIT),
+                    reason,
+                )
+            ],
+        )
+        return Outcome(
+            outcome.table.drop(_SHARE, _LIMIT),
+            outcome.notes,
+        )
 
     def _check_source(
         self,
@@ -247,12 +345,19 @@ class Mixture(Fitted):
 # ---- internals ----
 
 
-def _are_comparable(one: pl.DataType, other: pl.DataType) -> bool:
+def _are_comparable(
+    one: pl.DataType,
+    other: pl.DataType,
+) -> bool:
     """Whether two types of keys have the same values."""
     return one == other or (one.is_integer() and other.is_integer())
 
 
-def _check_once(rows: pl.DataFrame, keys: Sequence[str], whose: str) -> None:
+def _check_once(
+    rows: pl.DataFrame,
+    keys: Sequence[str],
+    whose: str,
+) -> None:
     """Raise DataError if a key is there twice; missing keys do not count."""
     known = rows.drop_nulls(list(keys))
     is_twice = known.select(keys).is_duplicated()

@@ -45,7 +45,10 @@ class Sets(NamedTuple):
     members: np.ndarray
     bounds: np.ndarray
 
-    def of(self, row: int) -> np.ndarray:
+    def of(
+        self,
+        row: int,
+    ) -> np.ndarray:
         """Return the members of one row's set."""
         return self.members[self.bounds[row] : self.bounds[row + 1]]
 
@@ -88,14 +91,38 @@ def shingles(
     """
     units, bounds = _words(text) if of == "words" else _characters(text)
     lengths = np.diff(bounds)
-    counts = np.where(lengths > 0, np.maximum(lengths - size + 1, 1), 0)
+    counts = np.where(
+        lengths > 0,
+        np.maximum(lengths - size + 1, 1),
+        0,
+    )
     ends = np.cumsum(counts)
     total = int(counts.sum())
-    place = np.arange(total) - np.repeat(ends - counts, counts)
-    first = np.repeat(bounds[:-1], counts) + place
-    stop = np.repeat(bounds[1:], counts)
+    place = np.arange(total) - np.repeat(
+        ends - counts,
+        counts,
+    )
+    first = (
+        np.repeat(
+            bounds[:-1],
+            counts,
+        )
+        + place
+    )
+    stop = np.repeat(
+        bounds[1:],
+        counts,
+    )
 
-    units = np.concatenate([units, np.zeros(size, np.uint64)])
+    units = np.concatenate(
+        [
+            units,
+            np.zeros(
+                size,
+                np.uint64,
+            ),
+        ]
+    )
     hashes = np.zeros(total, np.uint64)
     for offset in range(size):
         unit = units[first + offset] + np.uint64(1)
@@ -104,14 +131,30 @@ def shingles(
     members = _scrambled(hashes) >> HALF
 
     # The row is the upper half of the key, the hash the lower one.
-    rows = np.repeat(np.arange(len(text), dtype=np.uint64), counts)
+    rows = np.repeat(
+        np.arange(
+            len(text),
+            dtype=np.uint64,
+        ),
+        counts,
+    )
     keys = np.unique((rows << HALF) | members)
-    per_row = np.bincount((keys >> HALF).astype(np.int64), minlength=len(text))
+    per_row = np.bincount(
+        (keys >> HALF).astype(np.int64),
+        minlength=len(text),
+    )
     edges = np.concatenate([[0], np.cumsum(per_row)])
-    return Sets(keys.astype(np.uint32), edges)
+    return Sets(
+        keys.astype(np.uint32),
+        edges,
+    )
 
 
-def band_keys(sets: Sets, bands: int, length: int) -> np.ndarray:
+def band_keys(
+    sets: Sets,
+    bands: int,
+    length: int,
+) -> np.ndarray:
     """Return the keys of each set's bands, UInt64 [rows, bands].
 
     Args:
@@ -120,38 +163,68 @@ def band_keys(sets: Sets, bands: int, length: int) -> np.ndarray:
       length: values of a band.
     """
     rows = len(sets.bounds) - 1
-    keys = np.zeros((rows, bands), np.uint64)
+    keys = np.zeros(
+        (rows, bands),
+        np.uint64,
+    )
     factors = _factors(bands * length)
     start = 0
     while start < rows:
         limit = sets.bounds[start] + CACHED
-        stop = int(np.searchsorted(sets.bounds, limit, side="right")) - 1
+        stop = (
+            int(
+                np.searchsorted(
+                    sets.bounds,
+                    limit,
+                    side="right",
+                )
+            )
+            - 1
+        )
         stop = max(stop, start + 1)
         bounds = sets.bounds[start : stop + 1]
         members = sets.members[bounds[0] : bounds[-1]].astype(np.uint64)
         for number, (factor, shift) in enumerate(factors):
             hashes = members * factor
             hashes += shift
-            least = np.minimum.reduceat(hashes, bounds[:-1] - bounds[0])
+            least = np.minimum.reduceat(
+                hashes,
+                bounds[:-1] - bounds[0],
+            )
             band = keys[start:stop, number // length]
             band += least
             band *= SPREAD
         start = stop
-    keys += np.arange(bands, dtype=np.uint64)
+    keys += np.arange(
+        bands,
+        dtype=np.uint64,
+    )
     return _scrambled(keys)
 
 
-def likeness(one: np.ndarray, other: np.ndarray) -> float:
+def likeness(
+    one: np.ndarray,
+    other: np.ndarray,
+) -> float:
     """Return the Jaccard index of two sets, ascending arrays without repetition."""
     if np.array_equal(one, other):
         return 1.0
-    shared = len(np.intersect1d(one, other, assume_unique=True))
+    shared = len(
+        np.intersect1d(
+            one,
+            other,
+            assume_unique=True,
+        )
+    )
     return shared / (len(one) + len(other) - shared)
 
 
 def as_lists(sets: Sets) -> pl.Series:
     """Return sets as a column of lists."""
-    array = pa.LargeListArray.from_arrays(sets.bounds, sets.members)
+    array = pa.LargeListArray.from_arrays(
+        sets.bounds,
+        sets.members,
+    )
     return pl.Series(pl.from_arrow(array))
 
 
@@ -159,7 +232,10 @@ def from_lists(lists: pl.Series) -> Sets:
     """Return sets that stand in a column of lists."""
     sizes = lists.list.len().to_numpy().astype(np.int64)
     members = lists.explode().drop_nulls().to_numpy()
-    return Sets(members, np.concatenate([[0], np.cumsum(sizes)]))
+    return Sets(
+        members,
+        np.concatenate([[0], np.cumsum(sizes)]),
+    )
 
 
 # ---- internals ----
@@ -168,10 +244,16 @@ def from_lists(lists: pl.Series) -> Sets:
 def _characters(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:
     """Return the code points of all texts, and the bounds of each text's."""
     plain = text.fill_null("").str.to_lowercase()
-    plain = plain.str.replace_all(r"\s+", " ").str.strip_chars()
+    plain = plain.str.replace_all(
+        r"\s+",
+        " ",
+    ).str.strip_chars()
     sizes = plain.str.len_chars().to_numpy().astype(np.int64)
     encoded = "".join(plain).encode("utf-32-le")
-    codes = np.frombuffer(encoded, "<u4").astype(np.uint64)
+    codes = np.frombuffer(
+        encoded,
+        "<u4",
+    ).astype(np.uint64)
     return codes, np.concatenate([[0], np.cumsum(sizes)])
 
 
@@ -187,7 +269,14 @@ def _words(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:
 def _factors(count: int) -> list[tuple[np.uint64, np.uint64]]:
     """Return factor (odd) and shift of each random function, the same everywhere."""
     stream = hashlib.shake_256(b"lepton minhash").digest(16 * count)
-    numbers = np.frombuffer(stream, "<u8").astype(np.uint64).reshape(count, 2)
+    numbers = (
+        np.frombuffer(stream, "<u8")
+        .astype(np.uint64)
+        .reshape(
+            count,
+            2,
+        )
+    )
     return [(factor | np.uint64(1), shift) for factor, shift in numbers]
 
 

@@ -54,8 +54,15 @@ class DropMissing(Step):
         require(self, schema, self.columns)
         return pl.Schema(schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
-        return dropped(table, _faults(table, self.columns, "missing"))
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
+        return dropped(
+            table,
+            _faults(table, self.columns, "missing"),
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,11 @@ class MarkMissing(Step):
         require_free(self, schema, marks)
         return pl.Schema({**schema, **marks})
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         types = table.collect_schema()
         marks = [
             is_missing(name, types[name]).alias(f"{name}_missing")
@@ -111,18 +122,37 @@ class FillWith(Step):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
-        types = {name: self._type(name, schema[name]) for name in self.columns}
+        types = {
+            name: self._type(
+                name,
+                schema[name],
+            )
+            for name in self.columns
+        }
         return pl.Schema({**schema, **types})
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         types = table.collect_schema()
         fills = {
-            name: pl.lit(self.value).cast(self._type(name, types[name]))
+            name: pl.lit(self.value).cast(
+                self._type(
+                    name,
+                    types[name],
+                )
+            )
             for name in self.columns
         }
         return _filled(table, fills, f"missing: filled with {self.value!r}")
 
-    def _type(self, name: str, dtype: pl.DataType) -> pl.DataType:
+    def _type(
+        self,
+        name: str,
+        dtype: pl.DataType,
+    ) -> pl.DataType:
         """Return the type of a column that is filled.
 
         Raises:
@@ -169,6 +199,9 @@ class FillMissing(Fitted):
         object.__setattr__(self, "columns", listed(self.columns))
         require_choice(self, "by", FILLS)
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         if self.by == "most_frequent":
             require(self, schema, self.columns)
@@ -177,16 +210,21 @@ class FillMissing(Fitted):
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
 
-    def writes(self) -> Sequence[str]:
-        return self.columns
-
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         if self.by == "mean":
             return statistics.moments(table, self.columns)
         if self.by == "median":
             return statistics.value_counts(table, self.columns)
         types = table.collect_schema()
-        return table.select([_counted(name, types[name]) for name in self.columns])
+        return table.select(
+            [
+                _counted(
+                    name,
+                    types[name],
+                )
+                for name in self.columns
+            ]
+        )
 
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         if self.by == "mean":
@@ -202,7 +240,11 @@ class FillMissing(Fitted):
             return pl.DataFrame(values)
         return pl.DataFrame(self._numbers(partial))
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         types = table.collect_schema()
         fills = {}
@@ -210,7 +252,10 @@ class FillMissing(Fitted):
             dtype = types[name]
             if self.by != "most_frequent":
                 dtype = float_of(dtype)
-            fills[name] = pl.lit(state[name].item(), dtype=dtype)
+            fills[name] = pl.lit(
+                state[name].item(),
+                dtype=dtype,
+            )
         words = self.by.replace("_", " ")
         reason = f"missing: filled with the {words} of the training split"
         return _filled(table, fills, reason)
@@ -219,7 +264,12 @@ class FillMissing(Fitted):
         if self.by == "mean":
             table = statistics.finite_moments(self, partial)
             return {row["column"]: [row["mean"]] for row in table.to_dicts()}
-        medians = statistics.quantiles(self, partial, self.columns, (0.5,))
+        medians = statistics.quantiles(
+            self,
+            partial,
+            self.columns,
+            (0.5,),
+        )
         return {name: values.tolist() for name, values in medians}
 
     def _most_frequent(self, counts: pl.Series) -> pl.Series:
@@ -239,7 +289,14 @@ def _faults(
     reason: str,
 ) -> list[Fault]:
     types = table.collect_schema()
-    return [fault(name, is_missing(name, types[name]), reason) for name in columns]
+    return [
+        fault(
+            name,
+            is_missing(name, types[name]),
+            reason,
+        )
+        for name in columns
+    ]
 
 
 def _filled(
@@ -248,12 +305,28 @@ def _filled(
     reason: str,
 ) -> Outcome:
     types = table.collect_schema()
-    cells = [_cell(name, types[name], fill) for name, fill in fills.items()]
-    notes = noted(table, "changed", _faults(table, tuple(fills), reason), fills)
+    cells = [
+        _cell(
+            name,
+            types[name],
+            fill,
+        )
+        for name, fill in fills.items()
+    ]
+    notes = noted(
+        table,
+        "changed",
+        _faults(table, tuple(fills), reason),
+        fills,
+    )
     return Outcome(table.with_columns(cells), notes)
 
 
-def _cell(name: str, dtype: pl.DataType, fill: pl.Expr) -> pl.Expr:
+def _cell(
+    name: str,
+    dtype: pl.DataType,
+    fill: pl.Expr,
+) -> pl.Expr:
     value = without_nan(name, dtype)
     return pl.when(value.is_null()).then(fill).otherwise(value).alias(name)
 

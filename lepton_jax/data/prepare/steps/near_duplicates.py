@@ -108,8 +108,16 @@ class NearDuplicates(Fitted):
     order_independent: ClassVar[bool] = True
     fits_on: ClassVar[Literal["train", "all"]] = "all"
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
-        require(self, schema, [self.column], TEXT)
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
+        require(
+            self,
+            schema,
+            [self.column],
+            TEXT,
+        )
         require_choice(self, "of", ("characters", "words"))
         require_range(self, "threshold", 0.01, 1)
         require_range(self, "recall", 0, 1 - 1e-9)
@@ -124,7 +132,10 @@ class NearDuplicates(Fitted):
             data["existing_digest"] = existing_digest(self.existing)
         return data
 
-    def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
+    def partial(
+        self,
+        table: pl.LazyFrame,
+    ) -> pl.LazyFrame:
         sketch = (
             pl.col(self.column)
             .cast(pl.String)
@@ -135,16 +146,41 @@ class NearDuplicates(Fitted):
             )
             .alias("sketch")
         )
-        return table.select(SOURCE, ROW, sketch).unnest("sketch")
+        return table.select(
+            SOURCE,
+            ROW,
+            sketch,
+        ).unnest("sketch")
 
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(
+        self,
+        partials: Sequence[pl.DataFrame],
+    ) -> pl.DataFrame:
         return pl.concat(partials)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(
+        self,
+        partial: pl.DataFrame,
+    ) -> pl.DataFrame:
         known = self._known()
-        rows = pl.concat([known, partial.sort(SOURCE, ROW)])
-        twins = first_alike(rows, self.threshold, len(known))
-        dropped = rows[list(twins)].select(SOURCE, ROW)
+        rows = pl.concat(
+            [
+                known,
+                partial.sort(
+                    SOURCE,
+                    ROW,
+                ),
+            ]
+        )
+        twins = first_alike(
+            rows,
+            self.threshold,
+            len(known),
+        )
+        dropped = rows[list(twins)].select(
+            SOURCE,
+            ROW,
+        )
         partners = rows[[twin.row for twin in twins.values()]]
         reasons = [
             f"near duplicate: likeness {twin.likeness:.3f}" for twin in twins.values()
@@ -152,15 +188,30 @@ class NearDuplicates(Fitted):
         state = dropped.with_columns(
             partners[SOURCE].alias("partner_source"),
             partners[ROW].alias("partner_row"),
-            pl.Series("reason", reasons, dtype=pl.String),
+            pl.Series(
+                "reason",
+                reasons,
+                dtype=pl.String,
+            ),
         )
-        return with_existing(state.cast(DROPPED), self.existing)
+        return with_existing(
+            state.cast(DROPPED),
+            self.existing,
+        )
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         return without(table, state)
 
     def _bands(self) -> tuple[int, int]:
-        chosen = choose_bands(self.threshold, self.recall, self.permutations)
+        chosen = choose_bands(
+            self.threshold,
+            self.recall,
+            self.permutations,
+        )
         if chosen is None:
             raise DataError(
                 f"{self.permutations} permutations can't find {self.recall:.0%} of the"
@@ -170,25 +221,47 @@ class NearDuplicates(Fitted):
             )
         return chosen
 
-    def _sketch(self, text: pl.Series) -> pl.Series:
+    def _sketch(
+        self,
+        text: pl.Series,
+    ) -> pl.Series:
         """Return a struct of SKETCH for each text."""
-        sets = shingles(text, self.size, self.of)
+        sets = shingles(
+            text,
+            self.size,
+            self.of,
+        )
         has_any = np.diff(sets.bounds) > 0
         bounds = np.concatenate([[0], sets.bounds[1:][has_any]])
         bands, length = self._bands()
-        keys = band_keys(Sets(sets.members, bounds), bands, length)
+        keys = band_keys(
+            Sets(sets.members, bounds),
+            bands,
+            length,
+        )
         edges = np.concatenate([[0], np.cumsum(has_any) * bands])
         columns = {
             "shingles": as_lists(sets),
-            "bands": as_lists(Sets(keys.reshape(-1), edges)),
+            "bands": as_lists(
+                Sets(
+                    keys.reshape(-1),
+                    edges,
+                )
+            ),
         }
-        return pl.DataFrame(columns, schema=SKETCH).to_struct(text.name)
+        return pl.DataFrame(
+            columns,
+            schema=SKETCH,
+        ).to_struct(text.name)
 
     def _known(self) -> pl.DataFrame:
         """Return SKETCHES of the existing set, with a null as SOURCE."""
         tables = [SKETCHES.to_frame()]
         if self.existing is not None:
-            for rows in existing_rows(self.existing, [self.column]):
+            for rows in existing_rows(
+                self.existing,
+                [self.column],
+            ):
                 nameless = rows.lazy().with_columns(pl.lit(None).alias(SOURCE))
                 tables.append(self.partial(nameless).collect().cast(SKETCHES))
         return pl.concat(tables)
@@ -214,14 +287,24 @@ def first_alike(
     twins = {}
     for row, keys in _shared_keys(rows):
         if row >= always:
-            candidates = {other for key in keys for other in staying.get(key, ())}
+            candidates = {
+                other
+                for key in keys
+                for other in staying.get(
+                    key,
+                    (),
+                )
+            }
             best = _most_alike(sets, row, sorted(candidates))
             if best is not None and best.likeness >= threshold:
                 twins[row] = best
             if row in twins or is_only_them:
                 continue
         for key in keys:
-            staying.setdefault(key, []).append(row)
+            staying.setdefault(
+                key,
+                [],
+            ).append(row)
     return twins
 
 
@@ -230,14 +313,24 @@ def first_alike(
 
 def _shared_keys(rows: pl.DataFrame) -> Iterator[tuple[int, list[int]]]:
     """Yield rows that share a band with another row, and the keys of such bands."""
-    numbered = rows.select(pl.int_range(pl.len()).alias("row"), "bands")
+    numbered = rows.select(
+        pl.int_range(pl.len()).alias("row"),
+        "bands",
+    )
     keys = numbered.explode("bands").drop_nulls()
     shared = keys.filter(pl.col("bands").is_duplicated())
-    for row, pairs in groupby(shared.iter_rows(), key=itemgetter(0)):
+    for row, pairs in groupby(
+        shared.iter_rows(),
+        key=itemgetter(0),
+    ):
         yield row, [key for _, key in pairs]
 
 
-def _most_alike(sets: Sets, row: int, others: Sequence[int]) -> Twin | None:
+def _most_alike(
+    sets: Sets,
+    row: int,
+    others: Sequence[int],
+) -> Twin | None:
     """Return the first of the rows that are most alike to one."""
     best = None
     own = sets.of(row)

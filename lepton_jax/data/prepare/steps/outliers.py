@@ -60,7 +60,12 @@ class _Outliers(Fitted):
         require_choice(self, "by", tuple(LIMITS))
         if self.limit is None:
             object.__setattr__(self, "limit", LIMITS[self.by])
-        require_range(self, "limit", 0, HIGHEST[self.by])
+        require_range(
+            self,
+            "limit",
+            0,
+            HIGHEST[self.by],
+        )
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
@@ -83,17 +88,30 @@ class _Outliers(Fitted):
             distance = self.limit * pl.col("deviation")
             low = pl.col("mean") - distance
             high = pl.col("mean") + distance
-            return table.select("column", low.alias("low"), high.alias("high"))
+            return table.select(
+                "column",
+                low.alias("low"),
+                high.alias("high"),
+            )
 
         shares = (0.25, 0.75)
         if self.by == "quantile":
             shares = (self.limit, 1 - self.limit)
         rows = []
-        for name, values in statistics.quantiles(self, partial, self.columns, shares):
+        for name, values in statistics.quantiles(
+            self,
+            partial,
+            self.columns,
+            shares,
+        ):
             low, high = values.tolist()
             widening = self.limit * (high - low) if self.by == "iqr" else 0.0
             rows.append((name, low - widening, high + widening))
-        return pl.DataFrame(rows, schema=BOUNDS, orient="row")
+        return pl.DataFrame(
+            rows,
+            schema=BOUNDS,
+            orient="row",
+        )
 
     def _faults(self, state: pl.DataFrame | None) -> list[Fault]:
         assert state is not None
@@ -128,10 +146,18 @@ class DropOutliers(_Outliers):
 
     serves: ClassVar[bool] = False
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         is_train = in_train(table)
         faults = [
-            Fault(each.column, each.where & is_train, each.reason)
+            Fault(
+                each.column,
+                each.where & is_train,
+                each.reason,
+            )
             for each in self._faults(state)
         ]
         return dropped(table, faults)
@@ -149,24 +175,39 @@ class ClipOutliers(_Outliers):
       limit: see above; None: the default of `by`.
     """
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         super().check(schema)
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
 
-    def writes(self) -> Sequence[str]:
-        return self.columns
-
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         types = table.collect_schema()
         clipped = {}
         for row in state.to_dicts():
             name = row["column"]
-            value = number(name).clip(row["low"], row["high"])
+            value = number(name).clip(
+                row["low"],
+                row["high"],
+            )
             clipped[name] = value.cast(float_of(types[name])).alias(name)
-        notes = noted(table, "changed", self._faults(state), clipped)
-        return Outcome(table.with_columns(clipped.values()), notes)
+        notes = noted(
+            table,
+            "changed",
+            self._faults(state),
+            clipped,
+        )
+        return Outcome(
+            table.with_columns(clipped.values()),
+            notes,
+        )
 
 
 @dataclass(frozen=True)
@@ -179,16 +220,23 @@ class FlagOutliers(_Outliers):
       limit: see above; None: the default of `by`.
     """
 
+    def writes(self) -> Sequence[str]:
+        return [f"{name}_outlier" for name in self.columns]
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         super().check(schema)
         flags = {f"{name}_outlier": pl.Boolean() for name in self.columns}
         require_free(self, schema, flags)
         return pl.Schema({**schema, **flags})
 
-    def writes(self) -> Sequence[str]:
-        return [f"{name}_outlier" for name in self.columns]
-
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         faults = self._faults(state)
         flags = [each.where.alias(f"{each.column}_outlier") for each in faults]
-        return Outcome(table.with_columns(flags), noted(table, "flagged", faults))
+        return Outcome(
+            table.with_columns(flags),
+            noted(table, "flagged", faults),
+        )

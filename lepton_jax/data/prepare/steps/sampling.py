@@ -52,10 +52,26 @@ class Sample(Step):
     def check(self, schema: pl.Schema) -> pl.Schema:
         return pl.Schema(schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
-        stays = hashing.is_below(hashing.of_row(self.seed), self.share)
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
+        stays = hashing.is_below(
+            hashing.of_row(self.seed),
+            self.share,
+        )
         reason = f"not in the sample of {self.share:g} of the training rows"
-        return dropped(table, [fault("", in_train(table) & ~stays, reason)])
+        return dropped(
+            table,
+            [
+                fault(
+                    "",
+                    in_train(table) & ~stays,
+                    reason,
+                )
+            ],
+        )
 
 
 @dataclass(frozen=True)
@@ -87,12 +103,19 @@ class _Balance(Fitted):
         return partial.with_columns(self._factor(count).alias("factor"))
 
     def _class(self, table: pl.LazyFrame) -> pl.Expr:
-        return text_of(self.column, table.collect_schema()[self.column])
+        return text_of(
+            self.column,
+            table.collect_schema()[self.column],
+        )
 
     def _factor(self, count: pl.Expr) -> pl.Expr:
         raise NotImplementedError
 
-    def _factors(self, table: pl.LazyFrame, state: pl.DataFrame) -> pl.Expr:
+    def _factors(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame,
+    ) -> pl.Expr:
         """Return the factor of each row; 1 outside of train and without a class."""
         factor = self._class(table).replace_strict(
             state["value"],
@@ -124,16 +147,32 @@ class Undersample(_Balance):
     def __post_init__(self) -> None:
         require_range(self, "ratio", 1, 2**53)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         factor = self._factors(table, state)
-        stays = hashing.is_below(hashing.of_row(self.seed), factor)
+        stays = hashing.is_below(
+            hashing.of_row(self.seed),
+            factor,
+        )
         words = "undersampled: {} of the training rows of this class stay"
-        reason = pl.format(words, factor.round(4))
-        return dropped(table, [fault(self.column, ~stays, reason)])
+        reason = pl.format(
+            words,
+            factor.round(4),
+        )
+        return dropped(
+            table,
+            [fault(self.column, ~stays, reason)],
+        )
 
     def _factor(self, count: pl.Expr) -> pl.Expr:
-        return (self.ratio * count.min() / count).clip(0, 1)
+        return (self.ratio * count.min() / count).clip(
+            0,
+            1,
+        )
 
 
 @dataclass(frozen=True)
@@ -155,21 +194,37 @@ class Oversample(_Balance):
     def __post_init__(self) -> None:
         require_range(self, "ratio", 0, 1)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         factor = self._factors(table, state)
         rest = factor - factor.floor()
-        more = hashing.is_below(hashing.of_row(self.seed), rest)
+        more = hashing.is_below(
+            hashing.of_row(self.seed),
+            rest,
+        )
         times = factor.floor().cast(pl.Int64) + more.cast(pl.Int64)
         names = table.collect_schema().names()
-        copies = pl.int_ranges(0, times).alias(COPIES)
+        copies = pl.int_ranges(
+            0,
+            times,
+        ).alias(COPIES)
         rows = table.with_columns(copies).explode(COPIES).select(names)
         reason = pl.format("oversampled: stands here {} times", times)
         repeated = fault(self.column, times > 1, reason)
-        return Outcome(rows, noted(table, "flagged", [repeated]))
+        return Outcome(
+            rows,
+            noted(table, "flagged", [repeated]),
+        )
 
     def _factor(self, count: pl.Expr) -> pl.Expr:
-        return (self.ratio * count.max() / count).clip(1, MOST_REPEATS)
+        return (self.ratio * count.max() / count).clip(
+            1,
+            MOST_REPEATS,
+        )
 
 
 @dataclass(frozen=True)
@@ -186,14 +241,24 @@ class Weigh(_Balance):
 
     weight: str = "weight"
 
+    def writes(self) -> Sequence[str]:
+        return [self.weight]
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         super().check(schema)
         require_free(self, schema, [self.weight])
         return pl.Schema({**schema, self.weight: pl.Float64()})
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
-        weights = self._factors(table, state).alias(self.weight)
+        weights = self._factors(
+            table,
+            state,
+        ).alias(self.weight)
         return Outcome(table.with_columns(weights))
 
     def _factor(self, count: pl.Expr) -> pl.Expr:

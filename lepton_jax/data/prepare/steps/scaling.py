@@ -58,15 +58,19 @@ class _Scale(Fitted):
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", listed(self.columns))
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
 
-    def writes(self) -> Sequence[str]:
-        return self.columns
-
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         types = table.collect_schema()
         scaled = [
@@ -155,7 +159,14 @@ class MinMaxScale(_Scale):
     def _scaled(self, row: dict[str, Any]) -> pl.Expr:
         share = super()._scaled(row)
         value = share * (self.high - self.low) + self.low
-        return value.clip(self.low, self.high) if self.clip else value
+        return (
+            value.clip(
+                self.low,
+                self.high,
+            )
+            if self.clip
+            else value
+        )
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,12 @@ class RobustScale(_Scale):
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         shares = (self.low, 0.5, self.high)
         rows = []
-        for name, values in statistics.quantiles(self, partial, self.columns, shares):
+        for name, values in statistics.quantiles(
+            self,
+            partial,
+            self.columns,
+            shares,
+        ):
             low, median, high = values.tolist()
             spread = high - low
             if not np.isfinite([spread, median]).all():
@@ -221,7 +237,11 @@ class LogScale(Step):
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         types = table.collect_schema()
         logs = [
             self._log(name).cast(float_of(types[name])).alias(name)
@@ -275,13 +295,13 @@ class QuantileScale(Fitted):
         require_choice(self, "onto", ("uniform", "normal"))
         require_range(self, "count", 2, 2**20)
 
+    def writes(self) -> Sequence[str]:
+        return self.columns
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns, NUMBER)
         types = {name: float_of(schema[name]) for name in self.columns}
         return pl.Schema({**schema, **types})
-
-    def writes(self) -> Sequence[str]:
-        return self.columns
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         return statistics.value_counts(table, self.columns)
@@ -293,16 +313,32 @@ class QuantileScale(Fitted):
         tables = []
         for name in self.columns:
             rows = partial.filter(pl.col("column") == name)
-            count = min(self.count, int(rows["count"].sum()))
-            shares = np.linspace(0, 1, max(1, count))
-            each = statistics.quantiles(self, rows, [name], shares)
+            count = min(
+                self.count,
+                int(rows["count"].sum()),
+            )
+            shares = np.linspace(
+                0,
+                1,
+                max(1, count),
+            )
+            each = statistics.quantiles(
+                self,
+                rows,
+                [name],
+                shares,
+            )
             edges = next(each)[1]
             if not np.isfinite(edges).all():
                 raise _endless(self, name)
             tables.append(_edges_table(name, edges))
         return pl.concat(tables)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         types = table.collect_schema()
         ranks = []
@@ -341,13 +377,16 @@ class Bins(Fitted):
         require_choice(self, "by", ("quantile", "width"))
         require_range(self, "count", 2, 2**20)
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
-        require(self, schema, self.columns, NUMBER)
-        types = dict.fromkeys(self.columns, pl.UInt32())
-        return pl.Schema({**schema, **types})
-
     def writes(self) -> Sequence[str]:
         return self.columns
+
+    def check(self, schema: pl.Schema) -> pl.Schema:
+        require(self, schema, self.columns, NUMBER)
+        types = dict.fromkeys(
+            self.columns,
+            pl.UInt32(),
+        )
+        return pl.Schema({**schema, **types})
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         if self.by == "width":
@@ -365,21 +404,43 @@ class Bins(Fitted):
             tables = [
                 _edges_table(
                     row["column"],
-                    np.linspace(row["least"], row["most"], self.count + 1),
+                    np.linspace(
+                        row["least"],
+                        row["most"],
+                        self.count + 1,
+                    ),
                 )
                 for row in table.iter_rows(named=True)
             ]
             return pl.concat(tables)
 
-        shares = np.linspace(0, 1, self.count + 1)
+        shares = np.linspace(
+            0,
+            1,
+            self.count + 1,
+        )
         tables = []
-        for name, edges in statistics.quantiles(self, partial, self.columns, shares):
+        for name, edges in statistics.quantiles(
+            self,
+            partial,
+            self.columns,
+            shares,
+        ):
             if not np.isfinite(edges).all():
                 raise _endless(self, name)
-            tables.append(_edges_table(name, np.unique(edges)))
+            tables.append(
+                _edges_table(
+                    name,
+                    np.unique(edges),
+                )
+            )
         return pl.concat(tables)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         bins = []
         for name in self.columns:
@@ -434,17 +495,46 @@ class _Ranks:
     def __call__(self, series: pl.Series) -> pl.Series:
         value = series.cast(pl.Float64).to_numpy()
         edges = self.edges
-        ranks = np.linspace(0, 1, len(edges))
+        ranks = np.linspace(
+            0,
+            1,
+            len(edges),
+        )
         # From below and from above: a run of equal edges has a rank at each end.
         below = np.interp(value, edges, ranks)
-        above = -np.interp(-value, -edges[::-1], -ranks[::-1])
+        above = -np.interp(
+            -value,
+            -edges[::-1],
+            -ranks[::-1],
+        )
         rank = (below + above) / 2
-        rank = np.where(value >= edges[-1], 1.0, rank)
-        rank = np.where(value <= edges[0], 0.0, rank)
-        rank = np.where(np.isnan(value), np.nan, rank)
+        rank = np.where(
+            value >= edges[-1],
+            1.0,
+            rank,
+        )
+        rank = np.where(
+            value <= edges[0],
+            0.0,
+            rank,
+        )
+        rank = np.where(
+            np.isnan(value),
+            np.nan,
+            rank,
+        )
         if self.onto == "normal":
-            rank = ndtri(np.clip(rank, LEAST_RANK, 1 - LEAST_RANK))
-        return pl.Series(series.name, rank).fill_nan(None)
+            rank = ndtri(
+                np.clip(
+                    rank,
+                    LEAST_RANK,
+                    1 - LEAST_RANK,
+                )
+            )
+        return pl.Series(
+            series.name,
+            rank,
+        ).fill_nan(None)
 
 
 @dataclass(frozen=True)
@@ -455,8 +545,16 @@ class _Bins:
 
     def __call__(self, series: pl.Series) -> pl.Series:
         value = series.cast(pl.Float64).to_numpy()
-        code = np.searchsorted(self.inner, value, side="right")
-        codes = pl.Series(series.name, code, dtype=pl.UInt32)
+        code = np.searchsorted(
+            self.inner,
+            value,
+            side="right",
+        )
+        codes = pl.Series(
+            series.name,
+            code,
+            dtype=pl.UInt32,
+        )
         present = pl.DataFrame({"code": codes, "is": series.is_not_null()})
         kept = pl.when(pl.col("is")).then(pl.col("code"))
         return present.select(kept.alias(series.name)).to_series()

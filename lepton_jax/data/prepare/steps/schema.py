@@ -139,14 +139,29 @@ class CheckSchema(Step):
             types[name] = after
         return pl.Schema(types)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         table = self._complete(table)
         types = table.collect_schema()
         cells = {}
         faults = []
         for name, field in self._fields():
-            cells[name] = _cast(name, types[name], field).alias(name)
-            faults.append(_cell_fault(name, types[name], field, cells[name]))
+            cells[name] = _cast(
+                name,
+                types[name],
+                field,
+            ).alias(name)
+            faults.append(
+                _cell_fault(
+                    name,
+                    types[name],
+                    field,
+                    cells[name],
+                )
+            )
             if not field.missing:
                 missing = is_missing(name, types[name])
                 faults.append(fault(name, missing, "missing, which it must not be"))
@@ -157,7 +172,10 @@ class CheckSchema(Step):
             outcome = dropped(table, faults)
         else:
             outcome = Outcome(_guarded(table, faults))
-        return Outcome(outcome.table.with_columns(cells.values()), outcome.notes)
+        return Outcome(
+            outcome.table.with_columns(cells.values()),
+            outcome.notes,
+        )
 
     def _fields(self) -> list[tuple[str, Field]]:
         return [(name, _field(value)) for name, value in self.columns.items()]
@@ -185,7 +203,10 @@ class CheckSchema(Step):
         """Add the optional columns that are absent; drop those that are unexpected."""
         names = table.collect_schema().names()
         added = [
-            pl.lit(None, dtype=TYPES[field.type]).alias(name)
+            pl.lit(
+                None,
+                dtype=TYPES[field.type],
+            ).alias(name)
             for name, field in self._fields()
             if name not in names
         ]
@@ -208,7 +229,14 @@ class CheckSchema(Step):
             (changed if field.missing else fatal).append(each)
         stays = {each.column: ~each.where for each in changed}
         corrected = [
-            pl.when(stays.get(name, pl.lit(True))).then(value).alias(name)
+            pl.when(
+                stays.get(
+                    name,
+                    pl.lit(True),
+                )
+            )
+            .then(value)
+            .alias(name)
             for name, value in cells.items()
         ]
         outcome = dropped(table, fatal)
@@ -228,7 +256,11 @@ def _field(value: Any) -> Field:
     return Field(**value) if isinstance(value, Mapping) else value
 
 
-def _check_cast(name: str, before: pl.DataType, after: pl.DataType) -> None:
+def _check_cast(
+    name: str,
+    before: pl.DataType,
+    after: pl.DataType,
+) -> None:
     is_day = before.is_temporal() and after.is_temporal() and before != pl.Time
     is_possible = (
         before == after
@@ -246,7 +278,11 @@ def _check_cast(name: str, before: pl.DataType, after: pl.DataType) -> None:
         )
 
 
-def _check_limits(name: str, field: Field, dtype: pl.DataType) -> None:
+def _check_limits(
+    name: str,
+    field: Field,
+    dtype: pl.DataType,
+) -> None:
     has_limits = field.least is not None or field.most is not None
     if has_limits and not is_number(dtype):
         raise DataError(
@@ -264,24 +300,42 @@ def _check_limits(name: str, field: Field, dtype: pl.DataType) -> None:
             )
 
 
-def _cast(name: str, before: pl.DataType, field: Field) -> pl.Expr:
+def _cast(
+    name: str,
+    before: pl.DataType,
+    field: Field,
+) -> pl.Expr:
     """Return a column in its declared type; what can't be cast is null."""
     after = TYPES[field.type] if field.type else before
     value = without_nan(name, before)
     if before == after or before == pl.Null:
         return value.cast(after)
     if is_text(before):
-        return _cast_text(value.cast(pl.String), after, field)
+        return _cast_text(
+            value.cast(pl.String),
+            after,
+            field,
+        )
     if after == pl.Boolean:
         is_bit = pl.when(value.is_in([0, 1]))
         return is_bit.then(value == 1)
     cast = value.cast(after, strict=False)
     if after == pl.String or after.is_float():
         return cast
-    return pl.when(cast.cast(before, strict=False) == value).then(cast)
+    return pl.when(
+        cast.cast(
+            before,
+            strict=False,
+        )
+        == value
+    ).then(cast)
 
 
-def _cast_text(value: pl.Expr, after: pl.DataType, field: Field) -> pl.Expr:
+def _cast_text(
+    value: pl.Expr,
+    after: pl.DataType,
+    field: Field,
+) -> pl.Expr:
     if after == pl.String:
         return value
     text = value.str.strip_chars()
@@ -291,17 +345,35 @@ def _cast_text(value: pl.Expr, after: pl.DataType, field: Field) -> pl.Expr:
         return is_true.otherwise(pl.when(word.is_in(FALSE)).then(False))
     if after == pl.Date:
         forms = (field.form,) if field.form else DATE_FORMS
-        return pl.coalesce([text.str.to_date(form, strict=False) for form in forms])
+        return pl.coalesce(
+            [
+                text.str.to_date(
+                    form,
+                    strict=False,
+                )
+                for form in forms
+            ]
+        )
     if after == pl.Datetime:
         forms = (field.form,) if field.form else DATETIME_FORMS
         moments = [
-            text.str.to_datetime(form, time_unit="us", strict=False) for form in forms
+            text.str.to_datetime(
+                form,
+                time_unit="us",
+                strict=False,
+            )
+            for form in forms
         ]
         return pl.coalesce(moments)
     return text.cast(after, strict=False)
 
 
-def _cell_fault(name: str, before: pl.DataType, field: Field, cast: pl.Expr) -> Fault:
+def _cell_fault(
+    name: str,
+    before: pl.DataType,
+    field: Field,
+    cast: pl.Expr,
+) -> Fault:
     """Return what is wrong with the cells of a column that are not missing."""
     there = ~is_missing(name, before)
     text = pl.col(name).cast(pl.String)
@@ -312,52 +384,70 @@ def _cell_fault(name: str, before: pl.DataType, field: Field, cast: pl.Expr) -> 
     if field.most is not None:
         rules.append((cast > field.most, f"{{}} is above {field.most:g}"))
     if field.allowed is not None:
-        shown = ", ".join(map(repr, field.allowed[:SHOWN]))
+        shown = ", ".join(
+            map(
+                repr,
+                field.allowed[:SHOWN],
+            )
+        )
         rules.append((~cast.is_in(list(field.allowed)), f"{{}} is none of {shown}"))
     reason = pl.lit("")
     for where, words in reversed(rules):
-        reason = pl.when(where).then(pl.format(words, text)).otherwise(reason)
+        reason = (
+            pl.when(where)
+            .then(
+                pl.format(
+                    words,
+                    text,
+                )
+            )
+            .otherwise(reason)
+        )
     bad = pl.any_horizontal([where.fill_null(False) for where, _ in rules])
     return fault(name, there & bad, reason)
 
 
 def _guarded(table: pl.LazyFrame, faults: Sequence[Fault]) -> pl.LazyFrame:
     """Return the rows; reading them raises a DataError if one has a fault."""
-    names = table.collect_schema().names()
-    places = [pl.col(name) for name in (SOURCE, ROW) if name in names]
-    tests = []
-    for each in faults:
-        reason = pl.when(each.where).then(each.reason)
-        fields = [*places, reason.alias("reason")]
-        test = pl.struct(fields).map_batches(
-            _Guard(each.column),
-            return_dtype=pl.Boolean,
-            is_elementwise=True,
-        )
-        tests.append(test)
-    return table.filter(pl.all_horizontal(tests)) if tests else table
+    # A function of the whole table: Polars runs one of a column on parts of it in
+    # parallel, so which row is named, and how many there are, would be chance.
+    return table.map_batches(
+        _Guard(tuple(faults)),
+        schema=table.collect_schema(),
+    )
 
 
 @dataclass(frozen=True)
 class _Guard:
-    """Raise an error about the first row that has a reason."""
+    """Raise an error about the first row with a fault."""
 
-    column: str
+    faults: tuple[Fault, ...]
 
-    def __call__(self, rows: pl.Series) -> pl.Series:
-        table = rows.struct.unnest()
-        bad = table.filter(pl.col("reason").is_not_null())
-        if not bad.is_empty():
-            first = bad.row(0, named=True)
-            place = f"column {self.column!r}"
-            if ROW in first:
-                place += f", row {first[ROW]}"
-            if SOURCE in first:
-                place += f" of source {first[SOURCE]}"
-            raise DataError(
-                f"{first['reason']}; {len(bad)} such cells among {len(table)} rows",
-                where=place,
-                remedy="correct the cell or the declaration, or set otherwise to"
-                ' "drop" or "missing"',
-            )
-        return pl.repeat(True, len(table), dtype=pl.Boolean, eager=True)
+    def __call__(self, rows: pl.DataFrame) -> pl.DataFrame:
+        for each in self.faults:
+            bad = rows.filter(each.where)
+            if not bad.is_empty():
+                raise self._error(each, bad, len(rows))
+        return rows
+
+    def _error(
+        self,
+        each: Fault,
+        bad: pl.DataFrame,
+        count: int,
+    ) -> DataError:
+        place = f"column {each.column!r}"
+        if ROW in bad.columns:
+            place += f", row {bad[ROW][0]}"
+        if SOURCE in bad.columns:
+            place += f" of source {bad[SOURCE][0]}"
+        reason = bad.select(each.reason).item(
+            0,
+            0,
+        )
+        return DataError(
+            f"{reason}; {len(bad)} such cells among {count} rows",
+            where=place,
+            remedy="correct the cell or the declaration, or set otherwise to"
+            ' "drop" or "missing"',
+        )

@@ -44,7 +44,11 @@ class Select(Step):
         names = self._kept(schema.names())
         return pl.Schema({name: schema[name] for name in names})
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         names = table.collect_schema().names()
         return Outcome(table.select(self._kept(names)))
 
@@ -74,7 +78,11 @@ class Drop(Step):
         kept = {name: t for name, t in schema.items() if name not in self.columns}
         return pl.Schema(kept)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         return Outcome(table.drop(self.columns))
 
 
@@ -93,17 +101,30 @@ class Rename(Step):
     def __post_init__(self) -> None:
         listed(self.names, "names")
         listed(self.names.values(), "names")
-        _check_inner("Rename", [*self.names, *self.names.values()])
+        _check_inner(
+            "Rename",
+            [*self.names, *self.names.values()],
+        )
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.names)
         rest = {name: t for name, t in schema.items() if name not in self.names}
         require_free(self, rest, self.names.values())
         return pl.Schema(
-            {self.names.get(name, name): dtype for name, dtype in schema.items()}
+            {
+                self.names.get(
+                    name,
+                    name,
+                ): dtype
+                for name, dtype in schema.items()
+            }
         )
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         return Outcome(table.rename(dict(self.names)))
 
 
@@ -128,7 +149,10 @@ class Filter(Step):
         Expression(self, self.condition)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
-        dtype = Expression(self, self.condition).type_on(schema)
+        dtype = Expression(
+            self,
+            self.condition,
+        ).type_on(schema)
         if dtype != pl.Boolean:
             raise DataError(
                 f"the condition {self.condition} is not true or false, but {dtype}",
@@ -137,7 +161,11 @@ class Filter(Step):
             )
         return pl.Schema(schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         expression = Expression(self, self.condition)
         value = expression.on(table.collect_schema())
         columns = expression.columns
@@ -146,7 +174,16 @@ class Filter(Step):
         untrue = f"not so: {self.condition}"
         when_unknown = pl.when(value.is_null()).then(pl.lit(unknown))
         reason = when_unknown.otherwise(pl.lit(untrue))
-        return dropped(table, [fault(column, ~value.fill_null(False), reason)])
+        return dropped(
+            table,
+            [
+                fault(
+                    column,
+                    ~value.fill_null(False),
+                    reason,
+                )
+            ],
+        )
 
 
 @dataclass(frozen=True)
@@ -168,10 +205,17 @@ class Derive(Step):
         Expression(self, self.expression)
 
     def check(self, schema: pl.Schema) -> pl.Schema:
-        dtype = Expression(self, self.expression).type_on(schema)
+        dtype = Expression(
+            self,
+            self.expression,
+        ).type_on(schema)
         return pl.Schema({**schema, self.column: dtype})
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         expression = Expression(self, self.expression)
         value = expression.on(table.collect_schema()).alias(self.column)
         return Outcome(table.with_columns(value))
@@ -180,7 +224,11 @@ class Derive(Step):
 # ---- internals ----
 
 
-def _check_inner(step: str, names: Sequence[str], but: str = "") -> None:
+def _check_inner(
+    step: str,
+    names: Sequence[str],
+    but: str = "",
+) -> None:
     for name in names:
         if name in KEPT and name != but:
             raise DataError(

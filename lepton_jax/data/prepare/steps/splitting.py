@@ -103,15 +103,22 @@ class Split(_Shares, Fitted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = listed(self.stratify, "stratify") if self.stratify else ()
+        names = (
+            listed(
+                self.stratify,
+                "stratify",
+            )
+            if self.stratify
+            else ()
+        )
         object.__setattr__(self, "stratify", names)
+
+    def writes(self) -> Sequence[str]:
+        return [SPLIT]
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.stratify, KEY)
         return super().check(schema)
-
-    def writes(self) -> Sequence[str]:
-        return (SPLIT,)
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         hashes = table.select(
@@ -122,7 +129,10 @@ class Split(_Shares, Fitted):
         return hashes.cast(HASHES).sort("stratum", "hash")
 
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
-        return _limited(self, pl.concat(partials).sort("stratum", "hash"))
+        return _limited(
+            self,
+            pl.concat(partials).sort("stratum", "hash"),
+        )
 
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         strata = partial.partition_by("stratum", maintain_order=True)
@@ -131,7 +141,12 @@ class Split(_Shares, Fitted):
         test = _apportioned(sizes, self.test)
         validation = _apportioned(sizes, self.validation)
         rows = []
-        for table, tested, validated in zip(strata, test, validation, strict=True):
+        for table, tested, validated in zip(
+            strata,
+            test,
+            validation,
+            strict=True,
+        ):
             hashes = table["hash"]
             last = min(tested + validated, len(hashes))
             rows.append(
@@ -144,13 +159,24 @@ class Split(_Shares, Fitted):
             )
         return pl.DataFrame(rows, schema=THRESHOLDS)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         stratum = _stratum(self.stratify, table)
         row = hashing.of_row(self.seed)
         is_test = row <= _threshold(stratum, state, "test")
         is_validation = row <= _threshold(stratum, state, "validation")
-        return Outcome(table.with_columns(_split(is_test, is_validation)))
+        return Outcome(
+            table.with_columns(
+                _split(
+                    is_test,
+                    is_validation,
+                )
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -174,25 +200,47 @@ class SplitByGroup(_Shares, Fitted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "group", listed(self.group, "group"))
+        object.__setattr__(
+            self,
+            "group",
+            listed(self.group, "group"),
+        )
+
+    def writes(self) -> Sequence[str]:
+        return [SPLIT]
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.group, KEY)
         return super().check(schema)
 
-    def writes(self) -> Sequence[str]:
-        return (SPLIT,)
-
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         types = table.collect_schema()
-        group = hashing.of_values(self.group, types, self.seed).alias("hash")
+        group = hashing.of_values(
+            self.group,
+            types,
+            self.seed,
+        ).alias("hash")
         rows = table.select(group).group_by("hash").agg(pl.len().alias("rows"))
         stratum = pl.lit(None).alias("stratum")
-        return rows.select(stratum, "hash", "rows").cast(HASHES).sort("hash")
+        return (
+            rows.select(
+                stratum,
+                "hash",
+                "rows",
+            )
+            .cast(HASHES)
+            .sort("hash")
+        )
 
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
-        groups = pl.concat(partials).group_by("stratum", "hash")
-        return _limited(self, groups.agg(pl.col("rows").sum()).sort("hash"))
+        groups = pl.concat(partials).group_by(
+            "stratum",
+            "hash",
+        )
+        return _limited(
+            self,
+            groups.agg(pl.col("rows").sum()).sort("hash"),
+        )
 
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         sizes = partial["rows"].to_numpy()
@@ -209,13 +257,34 @@ class SplitByGroup(_Shares, Fitted):
             schema=THRESHOLDS,
         )
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
         types = table.collect_schema()
-        group = hashing.of_values(self.group, types, self.seed)
-        is_test = group <= pl.lit(state["test"].item(), dtype=pl.UInt64)
-        is_validation = group <= pl.lit(state["validation"].item(), dtype=pl.UInt64)
-        return Outcome(table.with_columns(_split(is_test, is_validation)))
+        group = hashing.of_values(
+            self.group,
+            types,
+            self.seed,
+        )
+        is_test = group <= pl.lit(
+            state["test"].item(),
+            dtype=pl.UInt64,
+        )
+        is_validation = group <= pl.lit(
+            state["validation"].item(),
+            dtype=pl.UInt64,
+        )
+        return Outcome(
+            table.with_columns(
+                _split(
+                    is_test,
+                    is_validation,
+                )
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -235,15 +304,18 @@ class SplitByTime(_Shares, Fitted):
 
     fits_on: ClassVar[Literal["train", "all"]] = "all"
 
+    def writes(self) -> Sequence[str]:
+        return [SPLIT]
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, [self.column], POSITION)
         return super().check(schema)
 
-    def writes(self) -> Sequence[str]:
-        return (SPLIT,)
-
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
-        position = position_of(self.column, table.collect_schema()[self.column])
+        position = position_of(
+            self.column,
+            table.collect_schema()[self.column],
+        )
         rows = table.select(position.alias(self.column))
         return statistics.value_counts(rows, [self.column])
 
@@ -264,12 +336,28 @@ class SplitByTime(_Shares, Fitted):
             schema={"test": pl.Float64(), "validation": pl.Float64()},
         )
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         assert state is not None
-        position = position_of(self.column, table.collect_schema()[self.column])
-        is_test = position >= pl.lit(state["test"].item(), dtype=pl.Float64)
+        position = position_of(
+            self.column,
+            table.collect_schema()[self.column],
+        )
+        is_test = position >= pl.lit(
+            state["test"].item(),
+            dtype=pl.Float64,
+        )
         is_validation = position >= pl.lit(state["validation"].item())
-        return _split_by_time(table, self.column, position, is_test, is_validation)
+        return _split_by_time(
+            table,
+            self.column,
+            position,
+            is_test,
+            is_validation,
+        )
 
 
 @dataclass(frozen=True)
@@ -317,13 +405,26 @@ class SplitAt(Step):
                 )
         return _with_split(self, schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
-        position = position_of(self.column, table.collect_schema()[self.column])
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
+        position = position_of(
+            self.column,
+            table.collect_schema()[self.column],
+        )
         is_test = position >= _position(self, self.test)
         is_validation = pl.lit(False)
         if self.validation is not None:
             is_validation = position >= _position(self, self.validation)
-        return _split_by_time(table, self.column, position, is_test, is_validation)
+        return _split_by_time(
+            table,
+            self.column,
+            position,
+            is_test,
+            is_validation,
+        )
 
 
 @dataclass(frozen=True)
@@ -351,11 +452,29 @@ class SplitByHash(_Shares):
         require(self, schema, self.columns, KEY)
         return super().check(schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
-        value = hashing.of_values(self.columns, table.collect_schema(), self.seed)
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
+        value = hashing.of_values(
+            self.columns,
+            table.collect_schema(),
+            self.seed,
+        )
         is_test = hashing.is_below(value, self.test)
-        is_validation = hashing.is_below(value, self.test + self.validation)
-        return Outcome(table.with_columns(_split(is_test, is_validation)))
+        is_validation = hashing.is_below(
+            value,
+            self.test + self.validation,
+        )
+        return Outcome(
+            table.with_columns(
+                _split(
+                    is_test,
+                    is_validation,
+                )
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -388,11 +507,30 @@ class SplitBySource(Step):
     def check(self, schema: pl.Schema) -> pl.Schema:
         return _with_split(self, schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         source = pl.col(SOURCE).cast(pl.Int64)
-        is_test = source.is_in(pl.Series(self.test, dtype=pl.Int64).implode())
-        named = pl.Series(self.validation, dtype=pl.Int64).implode()
-        return Outcome(table.with_columns(_split(is_test, source.is_in(named))))
+        is_test = source.is_in(
+            pl.Series(
+                self.test,
+                dtype=pl.Int64,
+            ).implode()
+        )
+        named = pl.Series(
+            self.validation,
+            dtype=pl.Int64,
+        ).implode()
+        return Outcome(
+            table.with_columns(
+                _split(
+                    is_test,
+                    source.is_in(named),
+                )
+            )
+        )
 
 
 def position_of(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -443,14 +581,25 @@ def _stratum(columns: Sequence[str], table: pl.LazyFrame) -> pl.Expr:
     types = table.collect_schema()
     # Missing is a value: the unit separator alone is no spelling of another.
     texts = [
-        text_of(name, types[name]).fill_null(SEPARATOR + "missing") for name in columns
+        text_of(
+            name,
+            types[name],
+        ).fill_null(SEPARATOR + "missing")
+        for name in columns
     ]
     return pl.concat_str(texts, separator=SEPARATOR)
 
 
-def _threshold(stratum: pl.Expr, state: pl.DataFrame, split: str) -> pl.Expr:
+def _threshold(
+    stratum: pl.Expr,
+    state: pl.DataFrame,
+    split: str,
+) -> pl.Expr:
     if state["stratum"].is_null().all():
-        return pl.lit(state[split].item(), dtype=pl.UInt64)
+        return pl.lit(
+            state[split].item(),
+            dtype=pl.UInt64,
+        )
     return stratum.replace_strict(
         state["stratum"],
         state[split],
@@ -472,12 +621,19 @@ def _apportioned(sizes: Sequence[int], share: float) -> list[int]:
     def remainder(part: int) -> float:
         return counts[part] - quotas[part]
 
-    for part in sorted(range(len(sizes)), key=remainder)[:left]:
+    for part in sorted(
+        range(len(sizes)),
+        key=remainder,
+    )[:left]:
         counts[part] += 1
     return counts
 
 
-def _cut(step: Any, sizes: np.ndarray, what: str) -> tuple[int, int]:
+def _cut(
+    step: Any,
+    sizes: np.ndarray,
+    what: str,
+) -> tuple[int, int]:
     """Return how many of the first parts are the test, and how many test or validation.
 
     Raises:
@@ -490,7 +646,11 @@ def _cut(step: Any, sizes: np.ndarray, what: str) -> tuple[int, int]:
         tested = _nearest_end(ends, 0, step.test)
         taken = tested
     if step.validation and tested < len(ends):
-        taken = _nearest_end(ends, tested, step.test + step.validation)
+        taken = _nearest_end(
+            ends,
+            tested,
+            step.test + step.validation,
+        )
     wanted = [step.test, step.validation, 1 - step.test - step.validation]
     if sum(share > 0 for share in wanted) > len(ends):
         raise DataError(
@@ -501,7 +661,11 @@ def _cut(step: Any, sizes: np.ndarray, what: str) -> tuple[int, int]:
     return tested, taken
 
 
-def _nearest_end(ends: np.ndarray, start: int, share: float) -> int:
+def _nearest_end(
+    ends: np.ndarray,
+    start: int,
+    share: float,
+) -> int:
     """Return the count of parts, more than `start`, whose end is nearest to a share."""
     distance = np.abs(ends[start:] - share * ends[-1])
     return start + 1 + int(np.argmin(distance))
@@ -541,5 +705,10 @@ def _position(step: Any, value: str | float) -> float:
         ) from error
     if day.tzinfo is None:
         day = day.replace(tzinfo=datetime.UTC)
-    start = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    start = datetime.datetime(
+        1970,
+        1,
+        1,
+        tzinfo=datetime.UTC,
+    )
     return float((day - start) // datetime.timedelta(microseconds=1))

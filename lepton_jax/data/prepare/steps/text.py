@@ -89,16 +89,27 @@ class CleanText(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", listed(self.columns))
+        object.__setattr__(
+            self,
+            "columns",
+            listed(self.columns),
+        )
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         require_choice(self, "form", FORMS)
         require_choice(self, "spaces", SPACES)
         require_choice(self, "html", HTML)
         require(self, schema, self.columns, TEXT)
         return super().check(schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         columns = self.columns
         cleaned = table.with_columns(
             self._cleaned(pl.col(name).cast(pl.String)).alias(_CLEANED + name)
@@ -109,11 +120,22 @@ class CleanText(Step):
         if not self.noted:
             return Outcome(result)
         faults = [
-            fault(name, pl.col(name) != after[name], "text cleaned") for name in columns
+            fault(
+                name,
+                pl.col(name) != after[name],
+                "text cleaned",
+            )
+            for name in columns
         ]
-        return Outcome(result, noted(cleaned, "changed", faults, after))
+        return Outcome(
+            result,
+            noted(cleaned, "changed", faults, after),
+        )
 
-    def _cleaned(self, text: pl.Expr) -> pl.Expr:
+    def _cleaned(
+        self,
+        text: pl.Expr,
+    ) -> pl.Expr:
         if self.html == "keep":
             return self._spelled(text)
         return text.map_batches(
@@ -122,7 +144,10 @@ class CleanText(Step):
             is_elementwise=True,
         )
 
-    def _spelled(self, text: pl.Expr) -> pl.Expr:
+    def _spelled(
+        self,
+        text: pl.Expr,
+    ) -> pl.Expr:
         """Return text in its form, without invisible characters, with its spaces."""
         text = self._in_form(text)
         text = text.str.replace_all(LINE_ENDS, "\n")
@@ -139,10 +164,16 @@ class CleanText(Step):
             return text.str.strip_chars()
         return text
 
-    def _normal(self, text: pl.Expr) -> pl.Expr:
+    def _normal(
+        self,
+        text: pl.Expr,
+    ) -> pl.Expr:
         return text if self.form == "keep" else text.str.normalize(self.form)
 
-    def _in_form(self, text: pl.Expr) -> pl.Expr:
+    def _in_form(
+        self,
+        text: pl.Expr,
+    ) -> pl.Expr:
         if self.form == "keep":
             return text
         return text.map_batches(
@@ -151,7 +182,10 @@ class CleanText(Step):
             is_elementwise=True,
         )
 
-    def _without_html(self, text: pl.Series) -> pl.Series:
+    def _without_html(
+        self,
+        text: pl.Series,
+    ) -> pl.Series:
         """Return text that a second cleaning would not change.
 
         What is taken out may leave a tag, an entity or two marks that were none before,
@@ -164,7 +198,10 @@ class CleanText(Step):
                 return after
             before = after
 
-    def _passed(self, text: pl.Series) -> pl.Series:
+    def _passed(
+        self,
+        text: pl.Series,
+    ) -> pl.Series:
         column = pl.col(text.name)
         if self.html == "tags":
             column = column.str.replace_all(NO_TEXT, "")
@@ -193,11 +230,23 @@ def _where_unsure(
 
 def _without_entities(text: pl.Series) -> pl.Series:
     """Return text with its entities replaced."""
-    has = text.str.contains("&", literal=True).fill_null(False)
+    has = text.str.contains(
+        "&",
+        literal=True,
+    ).fill_null(False)
     if not has.any():
         return text
-    plain = [ENTITY.sub(_character, cell) for cell in text.filter(has)]
-    return text.scatter(has.arg_true(), pl.Series(plain, dtype=pl.String))
+    plain = [
+        ENTITY.sub(
+            _character,
+            cell,
+        )
+        for cell in text.filter(has)
+    ]
+    return text.scatter(
+        has.arg_true(),
+        pl.Series(plain, dtype=pl.String),
+    )
 
 
 def _character(entity: re.Match[str]) -> str:

@@ -83,11 +83,26 @@ class TextQuality(Step):
     order_independent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        phrases = listed(self.forbidden, "forbidden") if self.forbidden else ()
+        phrases = (
+            listed(
+                self.forbidden,
+                "forbidden",
+            )
+            if self.forbidden
+            else ()
+        )
         object.__setattr__(self, "forbidden", phrases)
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
-        require(self, schema, [self.column], TEXT)
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
+        require(
+            self,
+            schema,
+            [self.column],
+            TEXT,
+        )
         if not self._limits() and not self.forbidden:
             raise DataError(
                 "no limit is given",
@@ -96,7 +111,11 @@ class TextQuality(Step):
             )
         return schema
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         text = pl.col(self.column).cast(pl.String)
         limits = self._limits()
         names = {MEASURES[field].name for field in limits}
@@ -104,17 +123,36 @@ class TextQuality(Step):
             MEASURES[field].of(text).alias(_MEASURED + MEASURES[field].name)
             for field in _one_a_name(limits)
         )
-        outcome = dropped(measured, self._faults(text, limits))
+        outcome = dropped(
+            measured,
+            self._faults(text, limits),
+        )
         result = outcome.table.drop(_MEASURED + name for name in names)
         return Outcome(result, outcome.notes)
 
     def _limits(self) -> dict[str, float]:
         """Return the limits that are given, in the order of the fields."""
-        given = {field: getattr(self, field) for field in MEASURES}
+        given = {
+            field: getattr(
+                self,
+                field,
+            )
+            for field in MEASURES
+        }
         return {field: limit for field, limit in given.items() if limit is not None}
 
-    def _faults(self, text: pl.Expr, limits: Mapping[str, float]) -> list[Fault]:
-        faults = [fault(self.column, text.is_null(), "no text")]
+    def _faults(
+        self,
+        text: pl.Expr,
+        limits: Mapping[str, float],
+    ) -> list[Fault]:
+        faults = [
+            fault(
+                self.column,
+                text.is_null(),
+                "no text",
+            )
+        ]
         for field, limit in limits.items():
             name = MEASURES[field].name
             value = pl.col(_MEASURED + name)
@@ -125,10 +163,25 @@ class TextQuality(Step):
                 value.round(SHOWN_DIGITS),
             )
             broken = value < limit if is_least else value > limit
-            faults.append(fault(self.column, broken, reason))
+            faults.append(
+                fault(
+                    self.column,
+                    broken,
+                    reason,
+                )
+            )
         for phrase in self.forbidden:
-            there = text.str.to_lowercase().str.contains(phrase.lower(), literal=True)
-            faults.append(fault(self.column, there, f"forbidden phrase: {phrase}"))
+            there = text.str.to_lowercase().str.contains(
+                phrase.lower(),
+                literal=True,
+            )
+            faults.append(
+                fault(
+                    self.column,
+                    there,
+                    f"forbidden phrase: {phrase}",
+                )
+            )
         return faults
 
 
@@ -152,7 +205,10 @@ def _one_a_name(fields: Mapping[str, float]) -> list[str]:
     return list({MEASURES[field].name: field for field in fields}.values())
 
 
-def _share(part: pl.Expr, whole: pl.Expr) -> pl.Expr:
+def _share(
+    part: pl.Expr,
+    whole: pl.Expr,
+) -> pl.Expr:
     """Return part / whole, 0 where there is nothing."""
     return pl.when(whole > 0).then(part / whole).otherwise(part * 0.0)
 
@@ -166,22 +222,37 @@ def _words(text: pl.Expr) -> pl.Expr:
 
 
 def _word_length(text: pl.Expr) -> pl.Expr:
-    letters = text.str.replace_all(r"\s+", "").str.len_chars()
+    letters = text.str.replace_all(
+        r"\s+",
+        "",
+    ).str.len_chars()
     return _share(letters, _words(text))
 
 
 def _symbols(text: pl.Expr) -> pl.Expr:
-    hashes = text.str.count_matches("#", literal=True)
+    hashes = text.str.count_matches(
+        "#",
+        literal=True,
+    )
     ellipses = text.str.count_matches(r"\.\.\.|…")
-    return _share(pl.max_horizontal(hashes, ellipses), _words(text))
+    return _share(
+        pl.max_horizontal(hashes, ellipses),
+        _words(text),
+    )
 
 
 def _digits(text: pl.Expr) -> pl.Expr:
-    return _share(text.str.count_matches(r"\p{Nd}"), _characters(text))
+    return _share(
+        text.str.count_matches(r"\p{Nd}"),
+        _characters(text),
+    )
 
 
 def _alphabetic_words(text: pl.Expr) -> pl.Expr:
-    return _share(text.str.count_matches(r"\S*\p{L}\S*"), _words(text))
+    return _share(
+        text.str.count_matches(r"\S*\p{L}\S*"),
+        _words(text),
+    )
 
 
 def _bullet_lines(text: pl.Expr) -> pl.Expr:
@@ -206,7 +277,10 @@ def _lines(text: pl.Expr) -> pl.Expr:
 def _repeated_lines(text: pl.Expr) -> pl.Expr:
     lines = _lines(text)
     count = lines.list.len()
-    return _share(count.cast(pl.Int64) - lines.list.n_unique(), count)
+    return _share(
+        count.cast(pl.Int64) - lines.list.n_unique(),
+        count,
+    )
 
 
 def _repeated_characters(text: pl.Expr) -> pl.Expr:

@@ -74,10 +74,17 @@ class ByteTokens(Step):
 
     order_independent: ClassVar[bool] = True
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         return _checked(self, schema)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         return _tokenized(self, table, _bytes_of)
 
 
@@ -108,7 +115,10 @@ class FileTokens(Fitted):
     order_independent: ClassVar[bool] = True
     fits_on: ClassVar[Literal["train", "all"]] = "all"
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         content = _read(self.file)
         _opened(_kind(content), content)
         return _checked(self, schema)
@@ -117,18 +127,34 @@ class FileTokens(Fitted):
         digest = hashlib.sha256(_read(self.file)).hexdigest()
         return {**super().to_json(), "file_digest": digest}
 
-    def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
-        return pl.LazyFrame({"kind": [], "content": []}, schema=_FILE)
+    def partial(
+        self,
+        table: pl.LazyFrame,
+    ) -> pl.LazyFrame:
+        return pl.LazyFrame(
+            {"kind": [], "content": []},
+            schema=_FILE,
+        )
 
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(
+        self,
+        partials: Sequence[pl.DataFrame],
+    ) -> pl.DataFrame:
         return pl.concat(partials)
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(
+        self,
+        partial: pl.DataFrame,
+    ) -> pl.DataFrame:
         content = _read(self.file)
         row = {"kind": [_kind(content)], "content": [content]}
         return pl.DataFrame(row, schema=_FILE)
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         def pieces(text: pl.Series) -> pl.Series:
             assert state is not None
             encode = _opened(*state.row(0))
@@ -168,20 +194,32 @@ class WordTokens(Fitted):
 
     order_independent: ClassVar[bool] = True
 
-    def check(self, schema: pl.Schema) -> pl.Schema:
+    def check(
+        self,
+        schema: pl.Schema,
+    ) -> pl.Schema:
         return _checked(self, schema)
 
-    def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
+    def partial(
+        self,
+        table: pl.LazyFrame,
+    ) -> pl.LazyFrame:
         words = self._words(pl.col(self.column).cast(pl.String))
         every = table.select(words.explode().alias("word")).drop_nulls()
         counts = every.group_by("word").agg(pl.len().alias("count"))
         return counts.cast(COUNTS).sort("word")
 
-    def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def merge(
+        self,
+        partials: Sequence[pl.DataFrame],
+    ) -> pl.DataFrame:
         every = pl.concat(partials)
         return every.group_by("word").agg(pl.col("count").sum()).sort("word")
 
-    def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
+    def finish(
+        self,
+        partial: pl.DataFrame,
+    ) -> pl.DataFrame:
         frequent = partial.filter(pl.col("count") >= self.least_count)
         if frequent.is_empty():
             raise DataError(
@@ -189,12 +227,24 @@ class WordTokens(Fitted):
                 where=f"WordTokens({self.column!r})",
                 remedy="lower least_count, or check that the column has text",
             )
-        words = frequent.sort("count", "word", descending=[True, False])
+        words = frequent.sort(
+            "count",
+            "word",
+            descending=[True, False],
+        )
         words = words.head(self.most)
-        numbers = pl.int_range(FIRST_WORD, FIRST_WORD + pl.len(), dtype=pl.Int32)
+        numbers = pl.int_range(
+            FIRST_WORD,
+            FIRST_WORD + pl.len(),
+            dtype=pl.Int32,
+        )
         return words.with_columns(numbers.alias("id"))
 
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         def numbers(text: pl.Series) -> pl.Series:
             assert state is not None
             words = (
@@ -209,11 +259,17 @@ class WordTokens(Fitted):
                 maintain_order="left",
             )
             values = ids["id"].fill_null(UNKNOWN).to_numpy()
-            return _lists(values, lists.list.len().to_numpy())
+            return _lists(
+                values,
+                lists.list.len().to_numpy(),
+            )
 
         return _tokenized(self, table, numbers)
 
-    def _words(self, text: pl.Expr) -> pl.Expr:
+    def _words(
+        self,
+        text: pl.Expr,
+    ) -> pl.Expr:
         text = text.str.to_lowercase() if self.lower else text
         return text.str.extract_all(WORD)
 
@@ -223,9 +279,17 @@ class WordTokens(Fitted):
 _FILE = pl.Schema({"kind": pl.String(), "content": pl.Binary()})
 
 
-def _checked(step: _Framed, schema: pl.Schema) -> pl.Schema:
+def _checked(
+    step: _Framed,
+    schema: pl.Schema,
+) -> pl.Schema:
     """Return the columns after a step."""
-    require(step, schema, [step.column], TEXT)
+    require(
+        step,
+        schema,
+        [step.column],
+        TEXT,
+    )
     frame = (step.begin is not None) + (step.end is not None)
     if step.length is not None and step.length <= frame:
         raise DataError(
@@ -241,7 +305,10 @@ def _checked(step: _Framed, schema: pl.Schema) -> pl.Schema:
 def _type(step: _Framed) -> pl.DataType:
     if step.length is None:
         return TOKENS
-    return pl.Array(pl.Int32(), step.length)
+    return pl.Array(
+        pl.Int32(),
+        step.length,
+    )
 
 
 def _tokenized(
@@ -260,7 +327,11 @@ def _tokenized(
 
     def framed(text: pl.Series) -> pl.Series:
         text = text.cast(pl.String)
-        return _frame(step, tokens(text), text.is_null())
+        return _frame(
+            step,
+            tokens(text),
+            text.is_null(),
+        )
 
     fields = {_CUT: _type(step), _SIZE: pl.UInt32()}
     result = pl.Struct(fields)
@@ -277,11 +348,22 @@ def _tokenized(
         f"cut to {step.length} tokens: " + "{} were there",
         cut.field(_SIZE),
     )
-    too_long = fault(step.column, cut.field(_SIZE) > step.length, reason)
-    return Outcome(replaced, noted(with_tokens, "changed", [too_long]))
+    too_long = fault(
+        step.column,
+        cut.field(_SIZE) > step.length,
+        reason,
+    )
+    return Outcome(
+        replaced,
+        noted(with_tokens, "changed", [too_long]),
+    )
 
 
-def _frame(step: _Framed, tokens: pl.Series, is_missing: pl.Series) -> pl.Series:
+def _frame(
+    step: _Framed,
+    tokens: pl.Series,
+    is_missing: pl.Series,
+) -> pl.Series:
     """Return a struct of framed tokens and their number before they were cut."""
     column = pl.col("tokens")
     begin = [] if step.begin is None else [step.begin]
@@ -290,11 +372,21 @@ def _frame(step: _Framed, tokens: pl.Series, is_missing: pl.Series) -> pl.Series
     size = column.list.len() + added
     if step.length is not None:
         column = column.list.head(step.length - added)
-    whole = pl.concat_list(_constant(begin), column, _constant(end))
+    whole = pl.concat_list(
+        _constant(begin),
+        column,
+        _constant(end),
+    )
     if step.length is not None:
         room = (step.length - whole.list.len().cast(pl.Int64)).clip(0)
-        padding = pl.lit(step.pad, pl.Int32).repeat_by(room)
-        whole = pl.concat_list(whole, padding).list.to_array(step.length)
+        padding = pl.lit(
+            step.pad,
+            pl.Int32,
+        ).repeat_by(room)
+        whole = pl.concat_list(
+            whole,
+            padding,
+        ).list.to_array(step.length)
     there = ~pl.col("is_missing")
     frame = pl.DataFrame({"tokens": tokens, "is_missing": is_missing}).select(
         pl.when(there).then(whole).alias(_CUT),
@@ -304,17 +396,31 @@ def _frame(step: _Framed, tokens: pl.Series, is_missing: pl.Series) -> pl.Series
 
 
 def _constant(ids: list[int]) -> pl.Expr:
-    return pl.lit(pl.Series([ids], dtype=TOKENS))
+    return pl.lit(
+        pl.Series(
+            [ids],
+            dtype=TOKENS,
+        )
+    )
 
 
 def _bytes_of(text: pl.Series) -> pl.Series:
     content = text.fill_null("").cast(pl.Binary)
     sizes = content.bin.size().to_numpy()
-    values = np.frombuffer(b"".join(content), np.uint8)
-    return _lists(values.astype(np.int32), sizes)
+    values = np.frombuffer(
+        b"".join(content),
+        np.uint8,
+    )
+    return _lists(
+        values.astype(np.int32),
+        sizes,
+    )
 
 
-def _lists(values: np.ndarray, sizes: np.ndarray) -> pl.Series:
+def _lists(
+    values: np.ndarray,
+    sizes: np.ndarray,
+) -> pl.Series:
     """Return lists of some sizes, one after the other."""
     bounds = np.concatenate([[0], np.cumsum(sizes.astype(np.int64))])
     array = pa.LargeListArray.from_arrays(bounds, values)
@@ -339,13 +445,20 @@ def _kind(content: bytes) -> str:
 
 # As many tokenizers as a few preparations in one process have (assumption).
 @functools.lru_cache(maxsize=8)
-def _opened(kind: str, content: bytes) -> Callable[[list[str]], list[list[int]]]:
+def _opened(
+    kind: str,
+    content: bytes,
+) -> Callable[[list[str]], list[list[int]]]:
     """Return the function that encodes texts.
 
     Raises:
       DataError: the library is not installed, or can't read the file.
     """
-    library = needs(kind, extra="text", purpose="reading this tokenizer's file")
+    library = needs(
+        kind,
+        extra="text",
+        purpose="reading this tokenizer's file",
+    )
     try:
         if kind == "sentencepiece":
             model = library.SentencePieceProcessor(model_proto=content)
