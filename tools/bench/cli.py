@@ -21,6 +21,7 @@ from tools.bench import (
     calibration,
     controller,
     cpu_rates,
+    data,
     faults,
     lm,
     memory,
@@ -47,6 +48,7 @@ COMMANDS = (
     faults,
     restart,
     prepare,
+    data,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
