@@ -217,3 +217,12 @@ def test_the_manifest_says_neither_when_nor_where(tmp_path):
     text = (tmp_path / "manifest.json").read_text()
     assert str(tmp_path) not in text
     assert json.loads(text)["format"] == 1
+
+
+def test_a_folder_with_somebodys_files_is_left_alone(tmp_path):
+    mine = tmp_path / "work" / "thesis.tex"
+    mine.parent.mkdir()
+    mine.write_text("five years")
+    with pytest.raises(DataError, match="the folder has other files: work"):
+        prepare(preparation(), tmp_path)
+    assert mine.read_text() == "five years"

@@ -48,6 +48,7 @@ ENGINES = ("local", "ray")
 # Partial states that are merged at once. The grouping depends on the pieces alone
 # (assumption: few enough for memory, many enough that merging again is rare).
 FAN_IN = 64
+MOST_NAMES = 3  # of files that a message lists
 
 
 class Progress(NamedTuple):
@@ -148,6 +149,7 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
       DataError: one is at it, or the folder can't be made.
     """
+    _check_own(folder)
     try:
         (folder / "work").mkdir(parents=True, exist_ok=True)
         lock = (folder / "work" / "lock").open("w")
@@ -168,6 +170,20 @@ def _locked(folder: Path) -> Iterator[None]:
                 remedy="wait for it, or name another folder",
             ) from error
         yield
+
+
+def _check_own(folder: Path) -> None:
+    """Raise DataError if a folder is somebody else's, whose files would be removed."""
+    marks = (folder / manifests.NAME, folder / "work" / "lock")
+    if not folder.is_dir() or any(mark.exists() for mark in marks):
+        return
+    others = sorted(path.name for path in folder.iterdir())
+    if others:
+        raise DataError(
+            f"the folder has other files: {', '.join(others[:MOST_NAMES])}",
+            where=folder,
+            remedy="name a folder that is empty, or that does not exist yet",
+        )
 
 
 # ---- the passes ----
