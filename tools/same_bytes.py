@@ -25,12 +25,13 @@ from typing import Any
 
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError
+from tools.bench.cli import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = (1, 2, 5)
 KILLS = 10
 SEED = 0
-ROWS = 200_000
+ROWS = 60_000
 POLL = 0.01  # seconds between two looks at a folder
 PATIENCE = 600  # seconds in which a run must have ended
 NODES = 2
@@ -55,15 +56,16 @@ def preparation(table: Path = Path("table.csv")) -> Preparation:
             Duplicates(["text"]),
         ],
         target="label",
-        piece_bytes=250_000,
+        piece_bytes=100_000,
     )
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if all bytes are the same, else 1."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(words)
         with tempfile.TemporaryDirectory() as folder:
             rows = campaign(options, Path(folder))
     except LeptonError as error:
@@ -72,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_same = all(row["same"] for row in rows)
     print("all the same" if is_same else "NOT the same")
     if options.json is not None:
-        options.json.write_text(
-            json.dumps({"results": rows}, indent=1) + "\n",
-        )
+        command = f"python -m tools.same_bytes {' '.join(words)}"
+        record = {**surroundings([]), "command": command, "results": rows}
+        text = json.dumps(record, indent=1)
+        options.json.write_text(f"{text}\n")
     return 0 if is_same else 1
 
 
@@ -84,6 +87,7 @@ def _parser() -> Parser:
     add("specification", nargs="?", type=Path, metavar="SPEC.py")
     add("--kills", type=int, default=KILLS, metavar="N")
     add("--seed", type=int, default=SEED, metavar="N")
+    add("--rows", type=int, default=ROWS, metavar="N")
     add("--ray", action="store_true", help="also on a Ray cluster of two nodes")
     add("--json", type=Path, metavar="FILE")
     return parser
@@ -94,7 +98,7 @@ def campaign(
     folder: Path,
 ) -> list[dict[str, Any]]:
     """Prepare in all ways; return a row for each."""
-    specification = options.specification or _generated(folder)
+    specification = options.specification or _generated(folder, options.rows)
     rows = []
     expected: dict[str, str] | None = None
     seconds = 0.0
@@ -291,12 +295,12 @@ def _on_cluster(specification: Path, out: Path) -> int:
 # ---- the table ----
 
 
-def _generated(folder: Path) -> Path:
+def _generated(folder: Path, rows: int) -> Path:
     """Write a table and its specification; return the specification."""
     chance = random.Random(SEED)
     with (folder / "table.csv").open("w") as file:
         file.write("text,amount,kind,label\n")
-        for row in range(ROWS):
+        for row in range(rows):
             number = row if row % 20 else chance.randrange(row + 1)
             text = f" text   number {number}, with a comma"
             amount = "" if row % 13 == 5 else f"{chance.gauss(0, 10):.4f}"
