@@ -23,7 +23,8 @@ from tools.bench import options as checks
 # Runs of a program, and the seconds after which there is no further one.
 RUNS = 20
 MOST_SECONDS = 1.0
-# Dims of images and kernels, and of volumes, as lax has them.
+# Dims of series, images and volumes, and of their kernels, as lax has them.
+ROW = ("NHC", "HIO", "NHC")
 PLANE = ("NHWC", "HWIO", "NHWC")
 SPACE = ("NDHWC", "DHWIO", "NDHWC")
 MEGA = 2**20
@@ -70,9 +71,19 @@ def space(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
+def line(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve in one dim."""
+    return lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=ROW)
+
+
 def by_kernel(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Return the gradient of a sum by the second argument."""
     return jax.grad(lambda x, kernel: function(x, kernel).sum(), 1)
+
+
+def gated(x: jax.Array) -> jax.Array:
+    """Multiply numbers by their SiLU."""
+    return jax.nn.silu(x) * x
 
 
 def pooled(x: jax.Array) -> jax.Array:
@@ -123,6 +134,8 @@ def convolutions() -> Iterator[Program]:
     colours = jnp.ones((8, 32, 32, 3))
     few = jnp.ones((3, 3, 3, 32))
     yield Program("conv3 fwd", conv, (colours, few), TAPS * 3 * 32)
+    yield Program("conv3 dw", by_kernel(conv), (colours, few), TAPS * 3 * 32)
+    yield from few_channels()
 
     # a quarter of the pixels, each of which is written to four
     halves = jnp.ones((8, 16, 16, 32))
@@ -132,6 +145,23 @@ def convolutions() -> Iterator[Program]:
     cube = jnp.ones((3, 3, 3, 8, 16))
     flops = 2.0 * 2 * 16**3 * 27 * 8 * 16
     yield Program("conv3d", space, (volume, cube), flops)
+
+
+def few_channels() -> Iterator[Program]:
+    """Yield convolutions from few channels, whose rate depends on both numbers."""
+    for channels, outputs, name in (
+        (3, 20, "conv3x20 fwd"),
+        (3, 64, "conv3 fwd wide"),
+        (4, 16, "conv4x16 fwd"),
+        (4, 20, "conv4x20 fwd"),
+    ):
+        images = jnp.ones((8, 32, 32, channels))
+        kernel = jnp.ones((3, 3, channels, outputs))
+        yield Program(name, conv, (images, kernel), TAPS * channels * outputs)
+
+    series = jnp.ones((8, 1024, 16))
+    kernel = jnp.ones((3, 16, 20))
+    yield Program("conv1d fwd", line, (series, kernel), 2.0 * 8 * 1024 * 3 * 16 * 20)
 
 
 def grouped_convolutions() -> Iterator[Program]:
@@ -158,6 +188,9 @@ def elements() -> Iterator[Program]:
     yield Program("tanh 1M", jnp.tanh, (row,), MEGA)
     yield Program("exp 1M", jnp.exp, (row,), MEGA)
     yield Program("sin 1M", jnp.sin, (row,), MEGA)
+    half = row.astype(jnp.bfloat16)
+    yield Program("silu", gated, (row,), MEGA)
+    yield Program("silu 16-bit", gated, (half,), MEGA)
     random = partial(jax.random.uniform, shape=(MEGA,))
     yield Program("rng 1M", random, (jax.random.key(0),), MEGA)
 

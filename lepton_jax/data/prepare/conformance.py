@@ -8,8 +8,8 @@ Example:
   >>> from lepton_jax.data import prepare
   >>> rows = pl.DataFrame({"age": [22.0, None, 38.0, 35.0]})
   >>> print(prepare.conformance(prepare.FillMissing("age", by="median"), rows))
-  FillMissing keeps the laws: plain, checked, pure, traced, stored, mergeable, \
-divisible, idempotent, serves
+  FillMissing keeps the laws: plain, checked, pure, traced, written, stored, \
+mergeable, divisible, idempotent, serves
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ LAWS = {
     "traced": (
         "SOURCE and ROW go with each row, rows keep their order, and each row that is"
         " dropped has one note with a reason"
+    ),
+    "written": (
+        "if `writes` names columns, it drops no row, and changes and adds no others"
     ),
     "stored": "partials and states are tables that an Arrow file holds",
     "mergeable": (
@@ -198,6 +201,7 @@ class _Case:
 
     def applies(self, law: str) -> bool:
         claims = {
+            "written": isinstance(self.step, Fitted),
             "stored": isinstance(self.step, Fitted),
             "mergeable": isinstance(self.step, Fitted),
             "divisible": self.step.order_independent,
@@ -228,7 +232,10 @@ class _Case:
     def check_plain(self) -> None:
         arguments = json.loads(json.dumps(self.step.to_json()))
         name = arguments.pop("step")
-        _require(name == type(self.step).__name__, f"it calls itself {name}")
+        _require(
+            name == type(self.step).__name__,
+            f"it calls itself {name}",
+        )
         known = {field.name for field in dataclasses.fields(self.step)}
         _require(known <= set(arguments), "its JSON has not all of its arguments")
         # It may say more, such as the digest of a file that it reads.
@@ -293,6 +300,21 @@ class _Case:
         _require(
             lost == set(named),
             f"{len(lost)} rows are lost, but {len(named)} notes say so",
+        )
+
+    def check_written(self) -> None:
+        assert isinstance(self.step, Fitted)
+        written = self.step.writes()
+        if written is None:
+            return
+        table, _ = self.run(self.rows)
+        new = set(table.columns) - set(self.rows.columns)
+        _require(new <= set(written), f"it adds {sorted(new)}")
+        rest = [name for name in self.rows.columns if name not in written]
+        _require_same(
+            self.rows.select(rest),
+            table.select(rest),
+            "other columns are changed",
         )
 
     def check_stored(self) -> None:

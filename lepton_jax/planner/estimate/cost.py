@@ -330,7 +330,10 @@ class Cost:
             for axes in spec:
                 mask |= axes
             moved += (3 * own + 2 * state) / layout.counts[mask]
-        return moved / (self.chip.bandwidth * self.chip.memory_fraction)
+        rate = self.chip.bandwidth * self.chip.memory_fraction
+        if self.topology.platform == "cpu":
+            rate *= cpu.IN_PLACE
+        return moved / rate
 
     # ---- one job ----
 

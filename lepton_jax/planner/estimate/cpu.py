@@ -31,12 +31,39 @@ KERNEL_SECONDS = 5e-7
 CACHED = 2**20
 CACHED_SHARE = 0.3
 
-# A convolution over c input channels reaches c^1.5 / (c^1.5 + HALF_RATE) of the peak
-# ("conv fwd", "conv dw", "conv3 fwd").
+# Bytes of a 16-bit number, and how much longer each takes than one of a float32, since
+# the numbers are widened and rounded again ("silu", "silu 16-bit").
+HALF_BYTES = 2
+WIDENED = 4.0
+
+# How much faster than other values the update passes parameters and their state, which
+# it writes in place (assumption: one of Adam passed 25 GB a second on a core, where the
+# catalogue has 15 for two cores).
+IN_PLACE = 3.0
+
+# A convolution from c to f channels reaches c f / (c f + HALF_PAIRS) of the peak
+# ("conv3x20 fwd", "conv4x16 fwd", "conv1d fwd").
+HALF_PAIRS = 400.0
+# In two dims it is quicker, c / (c + HALF_CHANNELS), if it gives more than WIDE
+# channels, or more than NARROW from an even number or from one ("conv fwd", "conv3 fwd
+# wide", "conv4x20 fwd").
+HALF_CHANNELS = 1.5
+NARROW = 16
+WIDE = 32
+# Results between NARROW and WIDE channels are as slow otherwise as those of so many
+# ("conv3x20 fwd").
+BETWEEN = 8
+# The gradient of a kernel that gives f channels reaches f / (f + HALF_OUTPUTS)
+# ("conv dw", "conv3 dw").
+HALF_OUTPUTS = 60.0
+# Dims of a kernel of a two- and of a three-dimensional convolution.
+PLANE_RANK = 4
+SPATIAL_RANK = 5
+
+# In three dims and in groups, c input channels reach c^1.5 / (c^1.5 + HALF_RATE) of the
+# peak, times a share ("conv3d", "depth fwd", "group4 fwd").
 CHANNEL_POWER = 1.5
 HALF_RATE = 30.0
-# Dims of a kernel of a three-dimensional convolution.
-SPATIAL_RANK = 5
 # Share of that rate in three dims ("conv3d").
 SPATIAL_SHARE = 0.2
 # FLOP/s of the gradient of a transposed convolution's kernel, which XLA reverses, holes
@@ -101,7 +128,9 @@ def cached_traffic(
     graph: Graph,
     counts: np.ndarray,
 ) -> np.ndarray:
-    """Return how often values pass the memory, those in caches counted for less.
+    """Return how often values pass the memory.
+
+    Those in caches count for less, those of 16 bits for more.
 
     Args:
       graph: the program.
@@ -109,7 +138,9 @@ def cached_traffic(
     """
     sizes = [math.prod(v.shape) * itemsize(v) for v in graph.values]
     small = np.array(sizes) <= CACHED
-    return np.where(small, CACHED_SHARE, 1.0) * counts
+    narrow = np.array([itemsize(v) == HALF_BYTES for v in graph.values], bool)
+    slower = np.where(narrow, WIDENED, 1.0)
+    return np.where(small, CACHED_SHARE, 1.0) * slower * counts
 
 
 def kernel_seconds(graph: Graph) -> float:
@@ -139,16 +170,59 @@ def convolution_slowdown(op: Operation) -> float:
     """Return by how much a convolution is slower than a matmul of as many FLOPs."""
     kernel = op.inputs[1]
     assert kernel is not None
-    channels = kernel.shape[op.params["dimension_numbers"].rhs_spec[1]]
-    scaled = channels**CHANNEL_POWER
-    share = scaled / (scaled + HALF_RATE)
-    if op.params["feature_group_count"] > 1:
-        share *= GROUPED_SHARE
-    if len(kernel.shape) == SPATIAL_RANK:
-        share *= SPATIAL_SHARE
+    grouped = op.params["feature_group_count"] > 1
+    spatial = len(kernel.shape) == SPATIAL_RANK
+    numbers = op.params["dimension_numbers"]
+    outputs, channels = (kernel.shape[dim] for dim in numbers.rhs_spec[:2])
+    if grouped or spatial:
+        scaled = channels**CHANNEL_POWER
+        share = scaled / (scaled + HALF_RATE)
+        share *= GROUPED_SHARE if grouped else 1.0
+        share *= SPATIAL_SHARE if spatial else 1.0
+    elif _gives_a_kernel(op):
+        share = outputs / (outputs + HALF_OUTPUTS)
+    else:
+        share = _dense_share(channels, outputs, len(kernel.shape))
     if _is_reversed(op):
         share = min(share, REVERSED_FLOPS / CORE_FLOPS)
     return 1.0 / share
+
+
+def _dense_share(channels: int, outputs: int, rank: int) -> float:
+    """Return the share of the peak that a convolution reaches.
+
+    Args:
+      channels: of its input.
+      outputs: channels of its result.
+      rank: dims of its kernel.
+    """
+    pairs = channels * outputs
+    if rank == PLANE_RANK and outputs > NARROW:
+        if outputs > WIDE or channels == 1 or channels % 2 == 0:
+            return channels / (channels + HALF_CHANNELS)
+        if outputs < WIDE:
+            pairs = channels * BETWEEN
+    return pairs / (pairs + HALF_PAIRS)
+
+
+def _gives_a_kernel(op: Operation) -> bool:
+    """Whether a convolution gives the gradient of a kernel.
+
+    Its window, the gradient of the result, is larger than what it gives.
+    """
+    numbers = op.params["dimension_numbers"]
+    kernel = op.inputs[1]
+    assert kernel is not None
+    dims = zip(
+        numbers.rhs_spec[2:],
+        numbers.out_spec[2:],
+        op.params["rhs_dilation"],
+        strict=True,
+    )
+    return any(
+        (kernel.shape[k] - 1) * holes + 1 > op.outputs[0].shape[o]
+        for k, o, holes in dims
+    )
 
 
 def _is_reversed(op: Operation) -> bool:

@@ -17,15 +17,37 @@ from datasketch import MinHash, MinHashLSH
 from stepping import fitted, rows
 from test_near_duplicates import edited_texts, shingle_set
 
-from lepton_jax.data.prepare import NearDuplicates
+from lepton_jax.data.prepare import CleanText, NearDuplicates
 from lepton_jax.data.prepare.steps.content import content_hash
+from lepton_jax.data.prepare.steps.text import INVISIBLE, LINE_ENDS
 from lepton_jax.data.readers import ROW
 
-ROWS = 1_000_000
+ROWS = 300_000
 
 
 def hash_figures() -> None:
     """Print the time of hashing texts of 16 words, scaled to 10 million."""
+    table = texts_of_words()
+    size = table["text"].str.len_bytes().mean()
+    show_time(f"{size:.0f} bytes a text", content_hash, table)
+
+
+def clean_figures() -> None:
+    """Print the time of cleaning texts, scaled to 10 million."""
+    text = pl.col("text")
+    step = CleanText(["text"], noted=False)
+    clean = texts_of_words()
+    dirty = clean.select(text + "  ")
+    show_time("clean texts", lambda: step.run(clean.lazy(), None).table.collect())
+    show_time("dirty texts", lambda: step.run(dirty.lazy(), None).table.collect())
+    plain = text.str.normalize("NFC").str.replace_all(LINE_ENDS, "\n")
+    plain = plain.str.replace_all(INVISIBLE, "").str.normalize("NFC")
+    plain = plain.str.replace_all(r"\s+", " ").str.strip_chars()
+    show_time("every operation on each", lambda: clean.select(plain))
+
+
+def texts_of_words() -> pl.DataFrame:
+    """Return texts of 16 words, 102 bytes on average."""
     random = np.random.default_rng(0)
     letters = random.integers(97, 123, (5000, 9)).astype(np.uint8)
     lengths = random.integers(2, 10, 5000)
@@ -33,13 +55,14 @@ def hash_figures() -> None:
         [bytes(w[:size]).decode() for w, size in zip(letters, lengths, strict=True)]
     )
     columns = pl.DataFrame(words[random.integers(0, 5000, (ROWS, 16))])
-    table = columns.select(pl.concat_str(pl.all(), separator=" ").alias("text"))
-    size = table["text"].str.len_bytes().mean()
-    _, wall, cpu = timed(content_hash, table)
+    return columns.select(pl.concat_str(pl.all(), separator=" ").alias("text"))
+
+
+def show_time(name: str, function: Callable, *arguments: Any) -> None:
+    """Print the time of a call, scaled to 10 million rows."""
+    _, wall, cpu = timed(function, *arguments)
     scale = 1e7 / ROWS
-    print(
-        f"{size:.0f} bytes a text: {wall * scale:.1f} s, {cpu * scale:.1f} s of cores"
-    )
+    print(f"{name}: {wall * scale:.1f} s, {cpu * scale:.1f} s of cores")
 
 
 def near_figures() -> None:
@@ -97,4 +120,5 @@ def timed(function: Callable, *arguments: Any) -> tuple[Any, float, float]:
 
 
 if __name__ == "__main__":
-    {"hash": hash_figures, "near": near_figures}[sys.argv[1]]()
+    figures = {"hash": hash_figures, "clean": clean_figures, "near": near_figures}
+    figures[sys.argv[1]]()

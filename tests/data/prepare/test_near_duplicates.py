@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import zipfile
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -29,6 +31,10 @@ def jaccard(one: str, other: str, size: int = 5, of: str = "characters") -> floa
     b = shingle_set(other, size, of)
     return len(a & b) / len(a | b) if a | b else 0.0
 
+
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
+RT_POLARITY = SHARED / "rt_polarity" / "sentence_polarity.zip"
+ENDS = (".neg", ".pos")
 
 BASE = "the quick brown fox jumps over the lazy dog and runs into the dark wood"
 
@@ -92,7 +98,7 @@ def edited_texts(seed: int, count: int) -> list[str]:
 )
 def test_pieces_in_any_order_and_grouping_give_the_same_rows(seed, bounds, random):
     table = rows({"text": edited_texts(seed, 10)}).sample(20, shuffle=True, seed=seed)
-    step = NearDuplicates("text", permutations=64)
+    step = NearDuplicates("text", permutations=64, recall=0.999999)
     partials = [step.partial(piece.lazy()).collect() for piece in cut(table, bounds)]
     random.shuffle(partials)
     state = step.finish(step.merge([step.merge(partials[:1]), *partials[1:]]))
@@ -164,3 +170,18 @@ def test_wrong_arguments_are_errors():
     ):
         with pytest.raises(DataError):
             step.check(schema)
+
+
+@pytest.mark.skipif(not RT_POLARITY.is_file(), reason="needs ../shared/data")
+def test_rt_polarity_has_one_sentence_that_is_nearly_another():
+    with zipfile.ZipFile(RT_POLARITY) as archive:
+        names = sorted(name for name in archive.namelist() if name[-4:] in ENDS)
+        text = "".join(archive.read(name).decode("latin-1") for name in names)
+    lines = text.removesuffix("\n").split("\n")
+    table = rows({"text": lines})
+    assert len(table) == 10_662
+    kept, notes = applied(NearDuplicates("text", threshold=0.7), table)
+    assert len(kept) == 10_661
+    first = lines[notes["partner_row"][0]]
+    again = lines[notes[ROW][0]]
+    assert jaccard(first, again) > 0.9

@@ -177,3 +177,44 @@ def test_the_same_titanic_comes_out_whatever_the_division(titanic):
     divided, notes = through(steps, pieces)
     assert divided.equals(expected)
     assert len(notes[-1]) + len(divided) == 891
+
+
+def test_raw_titanic_rows_come_out_at_prediction_as_in_training(tmp_path):
+    numbers = ["Age", "Fare"]
+    words = ["Sex", "Embarked", "Pclass"]
+    inputs = [*numbers, "Age_missing", *words, "family", "Cabin"]
+    path = SHARED / "titanic" / "titanic.csv"
+    preparation = prepare.Preparation(
+        sources={"titanic": path},
+        steps=[
+            prepare.CheckSchema({"Age": prepare.Field("float64", 0, 120)}),
+            prepare.Split(test=0.2, stratify="Survived"),
+            prepare.MarkMissing("Age"),
+            prepare.FillMissing("Age", by="median"),
+            prepare.FillMissing("Embarked", by="most_frequent"),
+            prepare.ClipOutliers("Fare"),
+            prepare.Standardize(numbers),
+            prepare.Vocabulary(words),
+            prepare.OneHot("Cabin", least=3),
+            prepare.Derive("family", "SibSp + Parch + 1"),
+            prepare.Classes("Survived"),
+            prepare.Undersample("Survived"),
+            prepare.Weigh("Survived"),
+            prepare.Select([*inputs, "weight", "Survived"]),
+        ],
+        inputs=inputs,
+        target="Survived",
+        output="parquet",
+    )
+    prepare.prepare(preparation, tmp_path, workers=1)
+
+    prepared = prepare.open_prepared(tmp_path)
+    expected = prepared.table("train", traced=True)
+    assert 500 < len(expected) < 600
+    raw = pl.read_csv(path)
+    rows = pl.Series(expected[ROW])
+    assert prepared.apply(raw)[rows].equals(expected.select([*inputs, "Survived"]))
+    assert prepared.apply(raw.drop("Survived"))[rows].equals(expected.select(inputs))
+    one = raw.row(int(rows[7]), named=True)
+    alone = prepared.apply(one)
+    assert alone.equals(expected[7:8].select([*inputs, "Survived"]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from stepping import applied, row_numbers, rows
 
 from lepton_jax.data.prepare import GOPHER, CleanText, TextQuality
+from lepton_jax.data.prepare.steps.text import INVISIBLE, LINE_ENDS
 from lepton_jax.errors import DataError
 
 RT_POLARITY = Path(__file__).resolve().parents[4] / "shared" / "data" / "rt_polarity"
@@ -104,6 +106,36 @@ def test_cleaning_again_changes_nothing(texts, form, spaces, html):
     twice, notes = applied(step, once)
     assert twice.equals(once)
     assert notes.is_empty()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(TEXT | st.none(), max_size=5),
+    st.sampled_from(["NFC", "NFKC"]),
+    st.sampled_from(["collapse", "lines", "keep"]),
+)
+def test_what_is_taken_for_clean_is_what_cleaning_would_not_change(texts, form, spaces):
+    column = pl.Series("text", texts, dtype=pl.String)
+    plain = column.str.normalize(form).str.replace_all(LINE_ENDS, "\n")
+    plain = plain.str.replace_all(INVISIBLE, "").str.normalize(form)
+    if spaces == "collapse":
+        plain = plain.str.replace_all(r"\s+", " ").str.strip_chars()
+    if spaces == "lines":
+        plain = plain.str.replace_all(r"[^\S\n]+", " ")
+        plain = plain.str.replace_all(r" ?\n ?", "\n")
+        plain = plain.str.replace_all(r"\n{3,}", "\n\n").str.strip_chars()
+    before = column.to_list()
+    table = applied(
+        CleanText("text", form=form, spaces=spaces), rows({"text": column})
+    )[0]
+    assert table["text"].to_list() == plain.to_list()
+    assert column.to_list() == before
+
+
+def test_what_is_below_the_combining_marks_is_composed():
+    below = "".join(map(chr, range(0x300)))
+    assert unicodedata.is_normalized("NFC", below + below[::-1])
+    assert unicodedata.is_normalized("NFKC", below[:128])
 
 
 def test_wrong_columns_and_words_are_errors_with_the_nearest():

@@ -268,7 +268,6 @@ class Classes(Fitted):
 
     column: str
 
-    serves: ClassVar[bool] = False
     order_independent: ClassVar[bool] = True
 
     def check(self, schema: pl.Schema) -> pl.Schema:

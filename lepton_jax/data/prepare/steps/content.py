@@ -53,11 +53,13 @@ def content_hash(table: pl.DataFrame) -> pl.DataFrame:
     Args:
       table: the columns that count, in the order that counts; at least one.
     """
-    record = np.concatenate(
-        [_bytes_of(column) for column in table],
-        axis=1,
-    )
-    hashes = _hash_of_records(record)
+    parts = [_bytes_of(column) for column in table]
+    size = sum(part.shape[1] for part in parts)
+    if size % 2:
+        # Words are of two bytes; a word's missing half is 0.
+        parts.append(np.zeros((len(table), 1), np.uint8))
+    record = np.concatenate(parts, axis=1)
+    hashes = _hash_of_records(record, size)
     return pl.DataFrame({"hash_high": hashes[:, 0], "hash_low": hashes[:, 1]})
 
 
@@ -272,9 +274,14 @@ def _hash_of_block(block: pl.Series) -> np.ndarray:
     return _packed(sums, sizes)
 
 
-def _hash_of_records(record: np.ndarray) -> np.ndarray:
-    """Return the hash of byte strings of one length, UInt64 [rows, 2]."""
-    rows, size = record.shape
+def _hash_of_records(record: np.ndarray, size: int) -> np.ndarray:
+    """Return the hash of byte strings of one length, UInt64 [rows, 2].
+
+    Args:
+      record: bytes [rows, an even number].
+      size: length of the byte strings.
+    """
+    rows = len(record)
     if size > MOST_SHORT:
         column = pl.Series(
             [row.tobytes() for row in record],
@@ -287,11 +294,6 @@ def _hash_of_records(record: np.ndarray) -> np.ndarray:
     )
     for start in range(0, rows, BLOCK):
         block = record[start : start + BLOCK]
-        if size % 2:
-            block = np.pad(
-                block,
-                ((0, 0), (0, 1)),
-            )
         sums = np.zeros(
             (len(block), LANES),
             np.uint64,

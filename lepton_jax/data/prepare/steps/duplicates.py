@@ -104,13 +104,17 @@ class Duplicates(Fitted):
         known = known.filter(twice.tail(len(known)))
         # A row of the existing set has no source, and is before all others.
         every = pl.concat([known, _in_order(rows)])
-        equal = every.with_columns(
-            pl.col(SOURCE).first().over(HASHES).alias("partner_source"),
-            pl.col(ROW).first().over(HASHES).alias("partner_row"),
-            pl.int_range(pl.len()).over(HASHES).alias("place"),
+        first = every.unique(HASHES, keep="first", maintain_order=True)
+        partners = first.select(
+            *HASHES,
+            pl.col(SOURCE).alias("partner_source"),
+            pl.col(ROW).alias("partner_row"),
             pl.lit("duplicate").alias("reason"),
         )
-        later = equal.filter(pl.col(SOURCE).is_not_null() & (pl.col("place") > 0))
+        equal = every.join(partners, on=HASHES, maintain_order="left")
+        is_own = pl.col(ROW) == pl.col("partner_row")
+        is_own &= pl.col(SOURCE).eq_missing(pl.col("partner_source"))
+        later = equal.filter(pl.col(SOURCE).is_not_null() & ~is_own)
         dropped = later.select(list(DROPPED)).cast(DROPPED)
         return _in_order(with_existing(dropped, self.existing))
 

@@ -2,8 +2,13 @@
 
 Polars' own `hash` may change with its version, so it decides nothing that is stored.
 Numbers go through the finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable
-pseudorandom number generators, OOPSLA 2014), whose arithmetic is modulo 2**64, text
-through BLAKE2b (RFC 7693) of its UTF-8 bytes.
+pseudorandom number generators, OOPSLA 2014), whose arithmetic is modulo 2**64. The hash
+of a short text starts from its length, and takes in its UTF-8 bytes eight at a time:
+
+    h = mix(11)    h = mix(h + "Hello wo")    h = mix(h + "rld" and five zero bytes)
+
+A long one is hashed with BLAKE2b (RFC 7693). The hashes are even, but not secret: a
+person who wants two texts to have the same one can find such texts.
 """
 
 from __future__ import annotations
@@ -23,6 +28,10 @@ INCREMENT = 0x9E3779B97F4A7C15
 FIRST = 0xBF58476D1CE4E5B9
 SECOND = 0x94D049BB133111EB
 RANGE = 2**64  # hashes are below
+
+WORD = 8  # bytes that are taken in at a time
+LONGEST = 64  # bytes of a text that is hashed in words (assumption: of a key, most are)
+NULL = np.uint64(0x6E756C6C)  # hash of no text: "null" in ASCII
 
 
 def of_row(seed: int) -> pl.Expr:
@@ -125,34 +134,64 @@ def _mixed(value: np.ndarray) -> np.ndarray:
 
 
 def _hashed(text: pl.Series) -> np.ndarray:
-    """Hash each distinct text once."""
-    distinct = text.unique()
-    hashes = [_digest(value) for value in distinct]
-    table = pl.DataFrame(
-        {
-            "text": distinct,
-            "hash": pl.Series(
-                hashes,
-                dtype=pl.UInt64,
-            ),
-        },
+    size = text.str.len_bytes().fill_null(0).cast(pl.Int64).to_numpy()
+    is_short = size <= LONGEST
+    hashes = _short_hashes(
+        text,
+        np.where(is_short, size, 0),
     )
-    joined = text.to_frame("text").join(
-        table,
-        on="text",
-        how="left",
-        nulls_equal=True,
-        maintain_order="left",
-    )
-    return joined["hash"].to_numpy()
+    for row in np.flatnonzero(~is_short):
+        hashes[row] = _digest(text[int(row)])
+    hashes[text.is_null().to_numpy()] = NULL
+    return hashes
 
 
-def _digest(value: str | None) -> int:
-    # The person separates "no text" from every text.
-    person = b"null" if value is None else b"text"
+def _short_hashes(text: pl.Series, size: np.ndarray) -> np.ndarray:
+    """Hash the first `size` bytes of each text."""
+    words, starts = _words(text)
+    hashes = _mixed(size.astype(np.uint64))
+    for position in range(0, int(size.max(initial=0)), WORD):
+        rows = np.flatnonzero(size > position)
+        word = words[starts[rows] + position]
+        # Bytes behind the end are those of the next text.
+        surplus = np.maximum(
+            position + WORD - size[rows],
+            0,
+        ).astype(np.uint64)
+        bits = np.uint64(8) * surplus
+        word = (word << bits) >> bits
+        hashes[rows] = _mixed(hashes[rows] + word)
+    return hashes
+
+
+def _words(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Return the eight bytes from each place of all texts, and where each text starts.
+
+    The bytes are a little-endian number, on any machine.
+    """
+    array = text.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
+    _, offsets, data = array.buffers()
+    starts = np.frombuffer(
+        offsets,
+        np.int64,
+    )[array.offset :][: len(array)]
+    content = np.frombuffer(data or b"", np.uint8)
+    padded = np.append(
+        content,
+        np.zeros(WORD, np.uint8),
+    )
+    words = np.ndarray(
+        (len(content) + 1,),
+        "<u8",
+        padded,
+        strides=(1,),
+    )
+    return words, starts
+
+
+def _digest(value: str) -> int:
     digest = hashlib.blake2b(
-        (value or "").encode(),
-        digest_size=8,
-        person=person,
+        value.encode(),
+        digest_size=WORD,
     )
     return int.from_bytes(digest.digest(), "little")

@@ -1,4 +1,8 @@
-"""Choosing, renaming and computing columns, and filtering rows."""
+"""Choosing, renaming and computing columns, and filtering rows.
+
+At prediction a column that only training has, such as a weight, is absent: Select, Drop
+and Rename then do without it. What must be there is checked before.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,7 @@ class Select(Step):
 
     def _kept(self, names: Sequence[str]) -> list[str]:
         inner = [name for name in names if name in KEPT and name not in self.columns]
-        return [*inner, *self.columns]
+        return [*inner, *(name for name in self.columns if name in names)]
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,12 @@ class Drop(Step):
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        return Outcome(table.drop(self.columns))
+        return Outcome(
+            table.drop(
+                self.columns,
+                strict=False,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,12 @@ class Rename(Step):
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        return Outcome(table.rename(dict(self.names)))
+        return Outcome(
+            table.rename(
+                dict(self.names),
+                strict=False,
+            )
+        )
 
 
 @dataclass(frozen=True)

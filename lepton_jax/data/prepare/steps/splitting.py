@@ -640,34 +640,45 @@ def _cut(
       DataError: a split would have no part.
     """
     ends = np.cumsum(sizes).astype(np.float64)
-    tested = 0
-    taken = 0
-    if step.test:
-        tested = _nearest_end(ends, 0, step.test)
-        taken = tested
-    if step.validation and tested < len(ends):
-        taken = _nearest_end(
-            ends,
-            tested,
-            step.test + step.validation,
-        )
     wanted = [step.test, step.validation, 1 - step.test - step.validation]
-    if sum(share > 0 for share in wanted) > len(ends):
+    splits = sum(share > 0 for share in wanted)
+    if splits > len(ends):
         raise DataError(
             f"there are {len(ends)} {what}, fewer than splits",
             where=type(step).__name__,
             remedy=f"give more {what}, or another split",
         )
-    return tested, taken
+
+    # Each split that comes after has a part at least.
+    tested = 0
+    if step.test:
+        splits -= 1
+        tested = _nearest_end(
+            ends,
+            0,
+            len(ends) - splits,
+            step.test,
+        )
+    if not step.validation:
+        return tested, tested
+    splits -= 1
+    both = step.test + step.validation
+    return tested, _nearest_end(
+        ends,
+        tested,
+        len(ends) - splits,
+        both,
+    )
 
 
 def _nearest_end(
     ends: np.ndarray,
     start: int,
+    stop: int,
     share: float,
 ) -> int:
-    """Return the count of parts, more than `start`, whose end is nearest to a share."""
-    distance = np.abs(ends[start:] - share * ends[-1])
+    """Return the count of parts whose end is nearest to a share: start + 1 to stop."""
+    distance = np.abs(ends[start:stop] - share * ends[-1])
     return start + 1 + int(np.argmin(distance))
 
 

@@ -125,7 +125,15 @@ def merged_counts(partials: Sequence[pl.DataFrame], step: Any = None) -> pl.Data
     if len(partials) > 1:
         names = sorted(table["column"].unique())
         parts = [table.filter(pl.col("column") == name) for name in names]
-        table = pl.concat([table[:0], *map(_added, parts)])
+        table = pl.concat(
+            [
+                table[:0],
+                *map(
+                    _added,
+                    parts,
+                ),
+            ]
+        )
     if len(table) > MOST_VALUES:
         raise DataError(
             f"there are {len(table)} distinct values; exact medians and quantiles hold"
@@ -208,14 +216,24 @@ def _counts_of(name: str) -> pl.Expr:
 def _added(rows: pl.DataFrame) -> pl.DataFrame:
     """Add the counts of the same value of one column."""
     # A stable sort is fast here: it merges runs, and each partial is one.
-    order = np.argsort(rows["value"].to_numpy(), kind="stable")
+    order = np.argsort(
+        rows["value"].to_numpy(),
+        kind="stable",
+    )
     values = rows["value"].to_numpy()[order]
     counts = rows["count"].to_numpy()[order]
-    is_first = np.append(True, values[1:] != values[:-1])
+    is_first = np.append(
+        True,
+        values[1:] != values[:-1],
+    )
     starts = np.flatnonzero(is_first)
     return pl.DataFrame(
         {
-            "column": pl.repeat(rows["column"][0], len(starts), eager=True),
+            "column": pl.repeat(
+                rows["column"][0],
+                len(starts),
+                eager=True,
+            ),
             "value": values[starts],
             "count": np.add.reduceat(counts, starts),
         },
@@ -233,8 +251,14 @@ def _chan(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
             "count": a["count"] + b["count"],
             "mean": mean,
             "squares": squares,
-            "least": np.minimum(a["least"], b["least"]),
-            "most": np.maximum(a["most"], b["most"]),
+            "least": np.minimum(
+                a["least"],
+                b["least"],
+            ),
+            "most": np.maximum(
+                a["most"],
+                b["most"],
+            ),
             "infinite": a["infinite"] + b["infinite"],
         },
         schema=MOMENTS,
@@ -255,7 +279,11 @@ def _mean_and_squares(
         between = distance**2 * count_a * share
 
     is_one_empty = count_a * count_b == 0
-    alone = np.where(count_a == 0, b["mean"], a["mean"])
+    alone = np.where(
+        count_a == 0,
+        b["mean"],
+        a["mean"],
+    )
     squares = a["squares"] + b["squares"]
     return (
         np.where(is_one_empty, alone, mean),

@@ -6,7 +6,6 @@ import html
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import polars as pl
@@ -32,6 +31,26 @@ INVISIBLE = (
     r"\x{202A}-\x{202E}\x{2066}-\x{2069}\x{FFF9}-\x{FFFB}"
     r"\x{FDD0}-\x{FDEF}\x{FFFE}\x{FFFF}]"
 )
+# Characters that no cleaning changes, but for white space. What is below U+0300 is in
+# NFC, whatever stands next to it (Unicode Standard Annex 15, section 9: quick check);
+# NFKC also changes some of these, such as a superscript.
+PLAIN = {
+    "NFC": r" -~\x{A1}-\x{AC}\x{AE}-\x{2FF}",
+    "NFKC": r" -~",
+    "keep": r" -~\x{A1}-\x{AC}\x{AE}-\x{2FF}",
+}
+# What only texts have that are not in a form.
+UNFORMED = {"NFC": r"[^\x00-\x{2FF}]", "NFKC": r"[^\x00-\x7F]"}
+# What texts have that are not clean, with PLAIN in place of the braces.
+# 10 million texts of 102 bytes cost 2 s of one core if they are clean, 19 s if none is,
+# and 41 s if every operation is done on each, as measured on a shared 2-core machine
+# with `python tests/data/prepare/figures_of_steps.py clean`.
+DIRTY = {
+    "collapse": r"[^{}]|  |^ | $",
+    "lines": r"[^{}\n]|  |^\s|\s$| \n|\n |\n\n\n",
+    "keep": r"[^{}\n\t]",
+}
+DIRTY_HTML = {"keep": "", "entities": "|&", "tags": "|[&<]"}
 # Elements of HTML whose content is no text, and those that stand on lines of their own.
 NO_TEXT = r"(?is)<!--.*?-->|<script\b.*?</script\s*>|<style\b.*?</style\s*>"
 BLOCKS = (
@@ -40,14 +59,6 @@ BLOCKS = (
 )
 TAGS = r"</?[A-Za-z][^<>]*>|<![A-Za-z][^<>]*>"
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-
-# White space that is not one plain space already (0.07 s rather than 0.24 s for \s+ on
-# 25 MB of text; `tools.bench prepare` is the job).
-SPACES_TO_CHANGE = r"\s\s+|[^\S ]"
-# Characters without which a text is in a form already (Unicode Standard Annex 15: those
-# before them have the property Quick_Check=Yes and combine with nothing). To look for
-# them takes 0.01 s where bringing 25 MB of text into a form takes 0.37 s.
-UNSURE = {"NFC": r"[^\x00-\x{2FF}]", "NFKC": r"[^\x00-\x{9F}]"}
 
 FORMS = ("NFC", "NFKC", "keep")
 SPACES = ("collapse", "lines", "keep")
@@ -111,10 +122,7 @@ class CleanText(Step):
         state: pl.DataFrame | None,
     ) -> Outcome:
         columns = self.columns
-        cleaned = table.with_columns(
-            self._cleaned(pl.col(name).cast(pl.String)).alias(_CLEANED + name)
-            for name in columns
-        )
+        cleaned = table.with_columns(self._expression(name) for name in columns)
         after = {name: pl.col(_CLEANED + name) for name in columns}
         result = cleaned.with_columns(**after).drop(_CLEANED + name for name in columns)
         if not self.noted:
@@ -132,30 +140,30 @@ class CleanText(Step):
             noted(cleaned, "changed", faults, after),
         )
 
-    def _cleaned(
-        self,
-        text: pl.Expr,
-    ) -> pl.Expr:
-        if self.html == "keep":
-            return self._spelled(text)
-        return text.map_batches(
-            self._without_html,
+    def _expression(self, name: str) -> pl.Expr:
+        text = pl.col(name).cast(pl.String)
+        cleaned = text.map_batches(
+            self._cleaned,
             return_dtype=pl.String,
             is_elementwise=True,
         )
+        return cleaned.alias(_CLEANED + name)
 
-    def _spelled(
-        self,
-        text: pl.Expr,
-    ) -> pl.Expr:
+    def _cleaned(self, text: pl.Series) -> pl.Series:
+        """Return the cleaned text; what is clean already costs one look."""
+        dirty = DIRTY[self.spaces].replace("{}", PLAIN[self.form])
+        dirty += DIRTY_HTML[self.html]
+        clean = self._spelled if self.html == "keep" else self._without_html
+        return _where(text, text.str.contains(dirty), clean)
+
+    def _spelled(self, text: pl.Series) -> pl.Series:
         """Return text in its form, without invisible characters, with its spaces."""
-        text = self._in_form(text)
+        text = self._normal(text)
         text = text.str.replace_all(LINE_ENDS, "\n")
-        text = text.str.replace_all(INVISIBLE, "")
-        # A letter and its mark may have met only now.
-        text = self._in_form(text)
+        text = _where(text, text.str.contains(INVISIBLE), self._visible)
         if self.spaces == "collapse":
-            text = text.str.replace_all(SPACES_TO_CHANGE, " ")
+            uneven = text.str.contains(r"\s\s|[^\S ]")
+            text = _where(text, uneven, _collapsed)
             return text.str.strip_chars()
         if self.spaces == "lines":
             text = text.str.replace_all(r"[^\S\n]+", " ")
@@ -164,28 +172,20 @@ class CleanText(Step):
             return text.str.strip_chars()
         return text
 
-    def _normal(
-        self,
-        text: pl.Expr,
-    ) -> pl.Expr:
-        return text if self.form == "keep" else text.str.normalize(self.form)
+    def _visible(self, text: pl.Series) -> pl.Series:
+        shown = text.str.replace_all(INVISIBLE, "")
+        # A letter and its mark may have met only now.
+        return self._normal(shown)
 
-    def _in_form(
-        self,
-        text: pl.Expr,
-    ) -> pl.Expr:
-        if self.form == "keep":
+    def _normal(self, text: pl.Series) -> pl.Series:
+        """Return text in its form."""
+        form = self.form
+        if form == "keep":
             return text
-        return text.map_batches(
-            partial(_where_unsure, form=self.form, change=self._normal),
-            return_dtype=pl.String,
-            is_elementwise=True,
-        )
+        others = text.str.contains(UNFORMED[form])
+        return _where(text, others, lambda some: some.str.normalize(form))
 
-    def _without_html(
-        self,
-        text: pl.Series,
-    ) -> pl.Series:
+    def _without_html(self, text: pl.Series) -> pl.Series:
         """Return text that a second cleaning would not change.
 
         What is taken out may leave a tag, an entity or two marks that were none before,
@@ -198,55 +198,43 @@ class CleanText(Step):
                 return after
             before = after
 
-    def _passed(
-        self,
-        text: pl.Series,
-    ) -> pl.Series:
-        column = pl.col(text.name)
+    def _passed(self, text: pl.Series) -> pl.Series:
         if self.html == "tags":
-            column = column.str.replace_all(NO_TEXT, "")
-            column = column.str.replace_all(BLOCKS, "\n")
-            column = column.str.replace_all(TAGS, "")
-        shown = text.to_frame().select(column).to_series()
-        plain = _without_entities(shown)
-        return plain.to_frame().select(self._spelled(pl.col(text.name))).to_series()
+            text = text.str.replace_all(NO_TEXT, "")
+            text = text.str.replace_all(BLOCKS, "\n")
+            text = text.str.replace_all(TAGS, "")
+        has_entity = text.str.contains("&", literal=True)
+        text = _where(text, has_entity, _without_entities)
+        return self._spelled(text)
 
 
 # ---- internals ----
 
 
-def _where_unsure(
+def _where(
     text: pl.Series,
-    form: str,
-    change: Callable[[pl.Expr], pl.Expr],
+    which: pl.Series,
+    change: Callable[[pl.Series], pl.Series],
 ) -> pl.Series:
-    """Change those texts alone that may not be in a form yet."""
-    unsure = text.str.contains(UNSURE[form]).fill_null(False)
-    if not unsure.any():
+    """Change some texts, where finding them costs less than changing all."""
+    which = which.fill_null(False)
+    count = which.sum()
+    if count == 0:
         return text
-    some = text.filter(unsure).to_frame().select(change(pl.col(text.name)))
-    return text.scatter(unsure.arg_true(), some.to_series())
+    if count == len(text):
+        return change(text)
+    changed = change(text.filter(which))
+    # `scatter` writes to its series.
+    return text.clone().scatter(which.arg_true(), changed)
+
+
+def _collapsed(text: pl.Series) -> pl.Series:
+    return text.str.replace_all(r"\s+", " ")
 
 
 def _without_entities(text: pl.Series) -> pl.Series:
-    """Return text with its entities replaced."""
-    has = text.str.contains(
-        "&",
-        literal=True,
-    ).fill_null(False)
-    if not has.any():
-        return text
-    plain = [
-        ENTITY.sub(
-            _character,
-            cell,
-        )
-        for cell in text.filter(has)
-    ]
-    return text.scatter(
-        has.arg_true(),
-        pl.Series(plain, dtype=pl.String),
-    )
+    plain = [ENTITY.sub(_character, cell) for cell in text]
+    return pl.Series(text.name, plain, dtype=pl.String)
 
 
 def _character(entity: re.Match[str]) -> str:
