@@ -103,9 +103,11 @@ def campaign(
     expected: dict[str, str] | None = None
     seconds = 0.0
     for workers in WORKERS:
-        began = time.monotonic()
         out = folder / f"workers-{workers}"
-        _finish(_start(specification, out, "--workers", str(workers)))
+        process = _start(specification, out, "--workers", str(workers))
+        _await_work(process, out)
+        began = time.monotonic()
+        _finish(process)
         seconds = time.monotonic() - began
         expected = expected or files_of(out)
         rows.append(_row(f"{workers} workers", out, expected))
@@ -169,7 +171,7 @@ def kill(
     kills: int,
     seed: int,
     seconds: float,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Start a run and kill it, some times, each at a random moment of its work.
 
     Args:
@@ -177,34 +179,40 @@ def kill(
       out: the folder of all runs.
       kills: how often.
       seed: of the moments.
-      seconds: that a whole run takes.
+      seconds: that the work of a whole run takes.
 
     Returns:
-      Of each kill the seconds of work before it, and how many files there were.
+      Of each kill the seconds of work before it, how many files there were, and whether
+      a run was through before.
     """
     chance = random.Random(seed)
     moments = []
     for _ in range(kills):
         process = _start(specification, out)
-        lock = out / "work" / "lock"
-        before = lock.stat().st_mtime_ns if lock.exists() else 0
-        while not lock.exists() or lock.stat().st_mtime_ns == before:
-            if process.poll() is not None:
-                raise _failed(process)
-            time.sleep(POLL)
+        _await_work(process, out)
         # what is done is not done again, so that later runs are shorter
         moment = chance.uniform(0, seconds / kills)
         time.sleep(moment)
         process.kill()
         process.communicate()
-        files = sum(
-            path.is_file()
-            for path in out.rglob(
-                "*",
-            )
-        )
-        moments.append({"seconds": moment, "files": files})
+        files = sum(path.is_file() for path in out.rglob("*"))
+        is_whole = (out / "manifest.json").exists()
+        moments.append({"seconds": moment, "files": files, "whole": is_whole})
     return moments
+
+
+def _await_work(process: subprocess.Popen, out: Path) -> None:
+    """Wait until a run has its folder, after the imports.
+
+    Raises:
+      LeptonError: it fails before.
+    """
+    lock = out / "work" / "lock"
+    before = lock.stat().st_mtime_ns if lock.exists() else 0
+    while not lock.exists() or lock.stat().st_mtime_ns == before:
+        if process.poll() is not None:
+            raise _failed(process)
+        time.sleep(POLL)
 
 
 def _start(
