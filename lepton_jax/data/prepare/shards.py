@@ -88,7 +88,15 @@ def splits_of(table: pl.DataFrame) -> list[str]:
         return [ONLY_SPLIT] if table.height else []
     names = table[SPLIT].unique().sort().to_list()
     for name in names:
-        if name is None or not name.replace("_", "").replace("-", "").isalnum():
+        if (
+            name is None
+            or not name.replace(
+                "_",
+                "",
+            )
+            .replace("-", "")
+            .isalnum()
+        ):
             raise DataError(
                 f"a row is in the split {name!r}",
                 where=SPLIT,
@@ -99,7 +107,10 @@ def splits_of(table: pl.DataFrame) -> list[str]:
     return names
 
 
-def read_shard(path: Path, schema: pl.Schema) -> pl.DataFrame:
+def read_shard(
+    path: Path,
+    schema: pl.Schema,
+) -> pl.DataFrame:
     """Read a shard, of either format.
 
     Args:
@@ -112,20 +123,36 @@ def read_shard(path: Path, schema: pl.Schema) -> pl.DataFrame:
     reader = module.ArrayRecordReader(str(path))
     records = reader.read_all() if reader.num_records() else []
     reader.close()
-    rows = [msgpack.unpackb(record, timestamp=3) for record in records]
-    return pl.DataFrame(rows, schema=_stored(schema), orient="row").cast(schema)
+    rows = [
+        msgpack.unpackb(
+            record,
+            timestamp=3,
+        )
+        for record in records
+    ]
+    return pl.DataFrame(
+        rows,
+        schema=_stored(schema),
+        orient="row",
+    ).cast(schema)
 
 
 def _stored(schema: pl.Schema) -> dict[str, Any]:
     """Return the types that a record's values have."""
-    physical = pl.DataFrame(schema=schema).select(_plain(schema))
+    physical = pl.DataFrame(schema=schema).select(
+        _plain(schema),
+    )
     return dict(physical.schema)
 
 
 def _plain(schema: pl.Schema) -> list[pl.Expr]:
     """Return each column as values that a record can hold."""
     return [
-        pl.col(name).to_physical() if kind.is_temporal() else pl.col(name)
+        pl.col(
+            name,
+        ).to_physical()
+        if kind.is_temporal()
+        else pl.col(name)
         for name, kind in schema.items()
     ]
 
@@ -166,7 +193,9 @@ def _write_records(path: Path, rows: pl.DataFrame) -> None:
     module = needs("array_record.python.array_record_module", **NEEDED)
     options = "group_size:1,zstd:3,max_parallelism:1"
     writer = module.ArrayRecordWriter(str(path), options)
-    for row in rows.select(_plain(rows.schema)).iter_rows(named=True):
+    for row in rows.select(
+        _plain(rows.schema),
+    ).iter_rows(named=True):
         writer.write(msgpack.packb(row))
     writer.close()
 

@@ -99,6 +99,32 @@ class ParquetReader(CountedReader):
                 where=self.stored,
                 remedy="read a copy that nobody writes to, or start again",
             )
+        table = self._directly(piece)
+        if table is None:
+            table = self._by_arrow(piece)
+        return numbered(table, piece.first_row)
+
+    # ---- internals ----
+
+    def _directly(self, piece: Piece) -> pl.DataFrame | None:
+        """Read a piece with Polars, which takes a third of Arrow's time.
+
+        None: the file is in an archive, or Polars would read other types.
+        """
+        if self.stored.entry:
+            return None
+        rows = sum(group.rows for group in self._groups[piece.start : piece.stop])
+        try:
+            lazy = pl.scan_parquet(self.stored.path, glob=False).slice(
+                piece.first_row, rows
+            )
+            table = plain_types(lazy.collect(engine="in-memory"))
+        except Exception as error:
+            raise self._damaged(error) from error
+        types = {column.name: column.type for column in self._columns}
+        return table if dict(table.schema) == types else None
+
+    def _by_arrow(self, piece: Piece) -> pl.DataFrame:
         file = self._open()
         try:
             groups = list(
@@ -108,14 +134,11 @@ class ParquetReader(CountedReader):
                 )
             )
             arrow = file.read_row_groups(groups, use_threads=True)
-            table = plain_types(_as_frame(arrow))
+            return plain_types(_as_frame(arrow))
         except Exception as error:
             raise self._damaged(error) from error
         finally:
             file.close()
-        return numbered(table, piece.first_row)
-
-    # ---- internals ----
 
     def _bytes(
         self,
