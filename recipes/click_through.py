@@ -48,11 +48,13 @@ def recipe(
     one matters; rare categories share one embedding (see
     `lepton_jax.models.TabularMLP`).
 
-    Without `data` it learns 6,000 made-up impressions:
+    Without `data` it learns 6,000 made-up impressions, to an AUC of 0.71 on a held-out
+    fifth:
 
         python tools/launch.py recipes/click_through.py
 
-    With Criteo's sample of 1,999 rows, a seventh of whose cells are empty:
+    With Criteo's sample of 1,999 rows, a seventh of whose cells are empty, it
+    reaches 0.65:
 
         python tools/launch.py recipes/click_through.py --data train.tiny.csv
         ... --label Label --ignore Id

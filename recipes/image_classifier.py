@@ -45,12 +45,13 @@ def recipe(
     """Classify images with a small CNN.
 
     Without `data` it learns to tell circles, diamonds and squares apart, 200 made-up
-    images of each:
+    images of each; it gets all of a held-out fifth right, with 30 seconds of a CPU
+    core's time:
 
         python tools/launch.py recipes/image_classifier.py
 
-    With 300 cats and 300 dogs, it gets two thirds of a held-out fifth right; more needs
-    more images, or a model that has seen some:
+    With 300 cats and 300 dogs, it gets 71 % of a held-out fifth right; more needs more
+    images, or a model that has seen some:
 
         python tools/launch.py recipes/image_classifier.py --data cats_dogs_600.tar
 

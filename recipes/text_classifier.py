@@ -45,7 +45,7 @@ def recipe(
     """Classify texts by their words.
 
     Without `data` it learns which of four modules of Python's standard library a line
-    is from: 92 % of a held-out tenth, in 10 seconds on two CPU cores, starting and
+    is from: 85 % of a held-out tenth, with 9 seconds of a CPU core's time, starting and
     compiling included:
 
         python tools/launch.py recipes/text_classifier.py

@@ -25,12 +25,13 @@ from typing import Any
 
 from lepton_jax.cli.settings import Parser
 from lepton_jax.errors import LeptonError
+from tools.bench.cli import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = (1, 2, 5)
 KILLS = 10
 SEED = 0
-ROWS = 200_000
+ROWS = 60_000
 POLL = 0.01  # seconds between two looks at a folder
 PATIENCE = 600  # seconds in which a run must have ended
 NODES = 2
@@ -55,15 +56,16 @@ def preparation(table: Path = Path("table.csv")) -> Preparation:
             Duplicates(["text"]),
         ],
         target="label",
-        piece_bytes=250_000,
+        piece_bytes=100_000,
     )
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if all bytes are the same, else 1."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(words)
         with tempfile.TemporaryDirectory() as folder:
             rows = campaign(options, Path(folder))
     except LeptonError as error:
@@ -72,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_same = all(row["same"] for row in rows)
     print("all the same" if is_same else "NOT the same")
     if options.json is not None:
-        options.json.write_text(json.dumps({"results": rows}, indent=1) + "\n")
+        command = f"python -m tools.same_bytes {' '.join(words)}"
+        record = {**surroundings([]), "command": command, "results": rows}
+        text = json.dumps(record, indent=1)
+        options.json.write_text(f"{text}\n")
     return 0 if is_same else 1
 
 
@@ -82,40 +87,66 @@ def _parser() -> Parser:
     add("specification", nargs="?", type=Path, metavar="SPEC.py")
     add("--kills", type=int, default=KILLS, metavar="N")
     add("--seed", type=int, default=SEED, metavar="N")
+    add("--rows", type=int, default=ROWS, metavar="N")
     add("--ray", action="store_true", help="also on a Ray cluster of two nodes")
     add("--json", type=Path, metavar="FILE")
     return parser
 
 
-def campaign(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def campaign(
+    options: argparse.Namespace,
+    folder: Path,
+) -> list[dict[str, Any]]:
     """Prepare in all ways; return a row for each."""
-    specification = options.specification or _generated(folder)
+    specification = options.specification or _generated(folder, options.rows)
     rows = []
     expected: dict[str, str] | None = None
     seconds = 0.0
     for workers in WORKERS:
-        began = time.monotonic()
         out = folder / f"workers-{workers}"
-        _finish(_start(specification, out, "--workers", str(workers)))
+        process = _start(specification, out, "--workers", str(workers))
+        _await_work(process, out)
+        began = time.monotonic()
+        _finish(process)
         seconds = time.monotonic() - began
         expected = expected or files_of(out)
         rows.append(_row(f"{workers} workers", out, expected))
     assert expected is not None
 
     out = folder / "killed"
-    moments = kill(specification, out, options.kills, options.seed, seconds)
+    moments = kill(
+        specification,
+        out,
+        options.kills,
+        options.seed,
+        seconds,
+    )
     _finish(_start(specification, out))
-    rows.append({**_row("killed", out, expected), "killed_after": moments})
+    rows.append(
+        {**_row("killed", out, expected), "killed_after": moments},
+    )
     if options.ray:
         out = folder / "ray"
         nodes = _on_cluster(specification, out)
-        rows.append({**_row("ray", out, expected), "nodes": nodes})
+        rows.append(
+            {**_row("ray", out, expected), "nodes": nodes},
+        )
     return rows
 
 
-def _row(way: str, out: Path, expected: dict[str, str]) -> dict[str, Any]:
+def _row(
+    way: str,
+    out: Path,
+    expected: dict[str, str],
+) -> dict[str, Any]:
     files = files_of(out)
-    row = {"way": way, "same": files == expected, "files": len(files)}
+    row = {
+        "way": way,
+        "same": files == expected,
+        "files": len(
+            files,
+        ),
+    }
     print(row, flush=True)
     return row
 
@@ -123,7 +154,9 @@ def _row(way: str, out: Path, expected: dict[str, str]) -> dict[str, Any]:
 def files_of(folder: Path) -> dict[str, str]:
     """Return the checksums of all files that a preparation has written for others."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(
+            path.relative_to(folder),
+        ): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "work" not in path.parts
     }
@@ -138,7 +171,7 @@ def kill(
     kills: int,
     seed: int,
     seconds: float,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Start a run and kill it, some times, each at a random moment of its work.
 
     Args:
@@ -146,33 +179,54 @@ def kill(
       out: the folder of all runs.
       kills: how often.
       seed: of the moments.
-      seconds: that a whole run takes.
+      seconds: that the work of a whole run takes.
 
     Returns:
-      Of each kill the seconds of work before it, and how many files there were.
+      Of each kill the seconds of work before it, how many files there were, and whether
+      a run was through before.
     """
     chance = random.Random(seed)
     moments = []
     for _ in range(kills):
         process = _start(specification, out)
-        lock = out / "work" / "lock"
-        before = lock.stat().st_mtime_ns if lock.exists() else 0
-        while not lock.exists() or lock.stat().st_mtime_ns == before:
-            if process.poll() is not None:
-                raise _failed(process)
-            time.sleep(POLL)
+        _await_work(process, out)
         # what is done is not done again, so that later runs are shorter
         moment = chance.uniform(0, seconds / kills)
         time.sleep(moment)
         process.kill()
         process.communicate()
         files = sum(path.is_file() for path in out.rglob("*"))
-        moments.append({"seconds": moment, "files": files})
+        is_whole = (out / "manifest.json").exists()
+        moments.append({"seconds": moment, "files": files, "whole": is_whole})
     return moments
 
 
-def _start(specification: Path, out: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tools" / "prepare.py"), str(specification)]
+def _await_work(process: subprocess.Popen, out: Path) -> None:
+    """Wait until a run has its folder, after the imports.
+
+    Raises:
+      LeptonError: it fails before.
+    """
+    lock = out / "work" / "lock"
+    before = lock.stat().st_mtime_ns if lock.exists() else 0
+    while not lock.exists() or lock.stat().st_mtime_ns == before:
+        if process.poll() is not None:
+            raise _failed(process)
+        time.sleep(POLL)
+
+
+def _start(
+    specification: Path,
+    out: Path,
+    *more: str,
+) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        str(
+            ROOT / "tools" / "prepare.py",
+        ),
+        str(specification),
+    ]
     return subprocess.Popen(
         [*command, "--out", str(out), *more],
         cwd=specification.parent,
@@ -195,7 +249,14 @@ def _finish(process: subprocess.Popen) -> None:
 
 
 def _failed(process: subprocess.Popen) -> LeptonError:
-    said = getattr(process, "errors", None) or process.communicate()[1]
+    said = (
+        getattr(
+            process,
+            "errors",
+            None,
+        )
+        or process.communicate()[1]
+    )
     return LeptonError(
         f"a run ends with exit code {process.returncode}",
         where="same_bytes",
@@ -220,7 +281,10 @@ def _on_cluster(specification: Path, out: Path) -> int:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     engines: list[RayData] = []
 
-    def watched(address: str | None, workers: int | None) -> RayData:
+    def watched(
+        address: str | None,
+        workers: int | None,
+    ) -> RayData:
         engines.append(RayData(address, workers))
         return engines[-1]
 
@@ -239,12 +303,12 @@ def _on_cluster(specification: Path, out: Path) -> int:
 # ---- the table ----
 
 
-def _generated(folder: Path) -> Path:
+def _generated(folder: Path, rows: int) -> Path:
     """Write a table and its specification; return the specification."""
     chance = random.Random(SEED)
     with (folder / "table.csv").open("w") as file:
         file.write("text,amount,kind,label\n")
-        for row in range(ROWS):
+        for row in range(rows):
             number = row if row % 20 else chance.randrange(row + 1)
             text = f" text   number {number}, with a comma"
             amount = "" if row % 13 == 5 else f"{chance.gauss(0, 10):.4f}"

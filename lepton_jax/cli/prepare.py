@@ -66,7 +66,14 @@ def _run(arguments: list[str]) -> None:
     needs("polars", extra="data", purpose="lepton prepare")
     file = _specification(arguments)
     parser = _parser()
-    function = None if file is None else settings.load(Path(file), FUNCTION)
+    function = (
+        None
+        if file is None
+        else settings.load(
+            Path(file),
+            FUNCTION,
+        )
+    )
     own: list[str] = []
     if function is not None:
         own += inspect.signature(function).parameters
@@ -96,7 +103,14 @@ def _specification(arguments: Sequence[str]) -> str | None:
     """Return the specification's file: the first argument that is one."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
-    files = (word for word in arguments if word.endswith(".py") and word[0] != "-")
+    files = (
+        word
+        for word in arguments
+        if word.endswith(
+            ".py",
+        )
+        and word[0] != "-"
+    )
     return next(files, None)
 
 

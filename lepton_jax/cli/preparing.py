@@ -49,7 +49,10 @@ class Bar:
             return
         if self._pass != progress.number:
             self._pass = progress.number
-            self._task = self._live.add_task(name, total=progress.total)
+            self._task = self._live.add_task(
+                name,
+                total=progress.total,
+            )
         self._live.update(self._task, completed=progress.done)
 
 
@@ -91,7 +94,9 @@ def summary(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def _doubts(source: dict[str, Any]) -> list[str]:
+def _doubts(
+    source: dict[str, Any],
+) -> list[str]:
     """Return a line for each column with missing cells, or cells against its type."""
     lines = []
     for column in source["columns"]:
@@ -106,7 +111,9 @@ def _doubts(source: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _step(step: dict[str, Any]) -> list[str]:
+def _step(
+    step: dict[str, Any],
+) -> list[str]:
     name = step["arguments"]["step"]
     lines = [f"{name}: {step['in']:,} -> {step['out']:,} rows"]
     reasons = sorted(step["reasons"], key=_most_first)

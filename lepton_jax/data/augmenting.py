@@ -20,10 +20,16 @@ class AugmentDraw(MapDraw):
     """Some samples, which a function changes by their keys."""
 
     def take(self, which: Any) -> AugmentDraw:
-        return AugmentDraw(self.draw.take(which), self.function)
+        return AugmentDraw(
+            self.draw.take(which),
+            self.function,
+        )
 
     def read(self) -> Rows:
-        return self.function.maps(self.draw.read(), self.keys())
+        return self.function.maps(
+            self.draw.read(),
+            self.keys(),
+        )
 
     def measured(
         self,
@@ -49,7 +55,13 @@ class AugmentStream:
         self.hints = stream.hints
 
     def peek(self, count: int) -> Draw:
-        return AugmentDraw(self.stream.peek(count), self.function)
+        return AugmentDraw(
+            self.stream.peek(count),
+            self.function,
+        )
 
-    def possible(self, tests: Sequence[Test]) -> bool:
+    def possible(
+        self,
+        tests: Sequence[Test],
+    ) -> bool:
         raise AssertionError("what is augmented is not filtered")

@@ -92,7 +92,14 @@ class Leaves:
         Raises:
           DataError: there is no such column.
         """
-        targets = _by_path(TARGETS, target) if target is not None else {}
+        targets = (
+            _by_path(
+                TARGETS,
+                target,
+            )
+            if target is not None
+            else {}
+        )
         if inputs is None:
             used = {name for names in targets.values() for name in _listed(names)}
             others = [
@@ -144,7 +151,13 @@ class Leaves:
                 leaves[path] = table[names]
                 continue
             alone = table[names[0]]
-            if len(names) == 1 and (isinstance(alone, Ragged) or alone.ndim > 1):
+            if len(names) == 1 and (
+                isinstance(
+                    alone,
+                    Ragged,
+                )
+                or alone.ndim > 1
+            ):
                 leaves[path] = alone  # lists of numbers, or bytes, need no list around
                 continue
             leaves[path] = _side_by_side(table, names, where)
@@ -162,11 +175,27 @@ def _side_by_side(
     where: str,
 ) -> np.ndarray:
     """Return columns of single numbers as one array: (rows, columns)."""
-    columns = [_single_numbers(table[name], name, where) for name in names]
+    columns = [
+        _single_numbers(
+            table[name],
+            name,
+            where,
+        )
+        for name in names
+    ]
     kind = np.result_type(*columns)
     if kind == np.float64:  # of whole numbers and fractions together
         kind = np.dtype(np.float32)
-    return np.stack([column.astype(kind, copy=False) for column in columns], axis=-1)
+    return np.stack(
+        [
+            column.astype(
+                kind,
+                copy=False,
+            )
+            for column in columns
+        ],
+        axis=-1,
+    )
 
 
 def _single_numbers(
@@ -175,7 +204,13 @@ def _single_numbers(
     where: str,
 ) -> np.ndarray:
     """Return a column that may stand next to others."""
-    if not isinstance(column, Ragged) and column.ndim == 1:
+    if (
+        not isinstance(
+            column,
+            Ragged,
+        )
+        and column.ndim == 1
+    ):
         return column
     raise DataError(
         f"the column {name!r} holds no single numbers, and can't stand next to others",
@@ -231,7 +266,10 @@ def leaf_of(
         return _fixed(array, name, where)
     if types.is_list(array.type) or types.is_large_list(array.type):
         ends = array.offsets.to_numpy()
-        return Ragged(_numbers(array.flatten(), name, where), ends - ends[0])
+        return Ragged(
+            _numbers(array.flatten(), name, where),
+            ends - ends[0],
+        )
     if _is_bytes(array.type, types):
         return _bytes_of(array, arrow)
     return _numbers(array, name, where)
@@ -262,10 +300,19 @@ def _bytes_of(array: Any, arrow: Any) -> Ragged:
     """Return a binary array's bytes without a copy."""
     large = array.cast(arrow.large_binary())
     _, offsets, data = large.buffers()
-    ends = np.frombuffer(offsets, np.int64)[large.offset :][: len(large) + 1]
+    ends = np.frombuffer(
+        offsets,
+        np.int64,
+    )[large.offset :][: len(large) + 1]
     if data is None:
-        return Ragged(np.empty(0, np.uint8), ends)
-    return Ragged(np.frombuffer(data, np.uint8), ends)
+        return Ragged(
+            np.empty(0, np.uint8),
+            ends,
+        )
+    return Ragged(
+        np.frombuffer(data, np.uint8),
+        ends,
+    )
 
 
 def _numbers(
@@ -291,7 +338,10 @@ def _numbers(
     return Arrays(values).inputs if len(values) else values.astype(np.float32)
 
 
-def _by_path(side: str, columns: Columns) -> dict[str, str | tuple[str, ...]]:
+def _by_path(
+    side: str,
+    columns: Columns,
+) -> dict[str, str | tuple[str, ...]]:
     if isinstance(columns, Mapping):
         return {
             f"{side}{BETWEEN}{argument}": _names(names)

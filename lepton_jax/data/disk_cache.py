@@ -98,8 +98,8 @@ class DiskCache:
 
         number = int(hashlib.sha256(digest.encode()).hexdigest(), 16) % LOCKS
         with self._locked(f"file-{number}"):
-            if not _used(copy):
-                self._write(source, copy, size)
+            if not _used(copy) and not self._write(source, copy, size):
+                return source
         return copy
 
     def _write(
@@ -107,47 +107,62 @@ class DiskCache:
         source: Path,
         copy: Path,
         size: int,
-    ) -> None:
+    ) -> bool:
+        """Copy a file; return whether there was room for it."""
         with open(source, "rb") as original:
             try:
                 part = self._reserved(size)
+                if part is None:
+                    return False
                 try:
                     with open(part, "r+b") as file:
                         shutil.copyfileobj(original, file)
-                    os.replace(part, copy)
+                    # so that who makes room sees it once, as the one or the other
+                    with self._locked("folder"):
+                        os.replace(part, copy)
                 except BaseException:
                     os.unlink(part)
                     raise
             except OSError as error:
                 raise _unwritable(self.folder, error) from error
+        return True
 
-    def _reserved(self, size: int) -> str:
-        """Return a file of this size, so that all processes together keep the limit."""
+    def _reserved(self, size: int) -> str | None:
+        """Return a file of this size, so that all processes together keep the limit.
+
+        None: what others are copying just now leaves no room for it.
+        """
         with self._locked("folder"):
-            self._make_room(size)
+            if not self._make_room(size):
+                return None
             handle, part = tempfile.mkstemp(PART, dir=self.folder)
             os.truncate(handle, size)
             os.close(handle)
         return part
 
-    def _make_room(self, size: int) -> None:
-        """Remove the copies used longest ago until `size` bytes more fit."""
+    def _make_room(self, size: int) -> bool:
+        """Remove the copies used longest ago until `size` bytes more fit.
+
+        Returns:
+          whether they do.
+        """
         copies = []
         for file in [*self.folder.glob(f"*{COPY}"), *self.folder.glob(f"*{PART}")]:
             try:
                 status = file.stat()
             except FileNotFoundError:
-                continue  # finished, and renamed
+                continue  # its copying failed
             copies.append((status.st_mtime_ns, status.st_size, file))
 
         total = sum(held for _, held, _ in copies)
         stale = time.time_ns() - STALE_SECONDS * 10**9
         for used, held, file in sorted(copies):
             if total + size <= self.size:
-                return
+                break
             if file.suffix == COPY or used < stale:
                 file.unlink(missing_ok=True)
                 total -= held
+        return total + size <= self.size
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

@@ -75,9 +75,10 @@ def plan_rows(
 ) -> list[Row]:
     """Plan the rows of some documents.
 
-    >>> plan_rows([3, 5, 4], 8, "best")
-    [[Piece(document=1, start=0, stop=5), Piece(document=0, start=0, stop=3)],
-    [Piece(document=2, start=0, stop=4)]]
+    >>> for row in plan_rows([3, 5, 4], 8, "best"):
+    ...     print([tuple(piece) for piece in row])
+    [(1, 0, 5), (0, 0, 3)]
+    [(2, 0, 4)]
 
     Args:
       sizes: inputs of each document; those of 0 are in no row.
@@ -88,12 +89,23 @@ def plan_rows(
       The rows, in the order of the document that each began with.
     """
     pieces = [
-        Piece(document, start, min(start + length, size))
+        Piece(
+            document,
+            start,
+            min(start + length, size),
+        )
         for document, size in enumerate(sizes)
         for start in range(0, size, length)
     ]
     pieces.sort(key=_size, reverse=True)
-    rows = _best_fit(pieces, length) if fit == "best" else _first_fit(pieces, length)
+    rows = (
+        _best_fit(pieces, length)
+        if fit == "best"
+        else _first_fit(
+            pieces,
+            length,
+        )
+    )
     return sorted(rows, key=_first_document)
 
 
@@ -177,7 +189,15 @@ class FitDraw:
         def name(piece: Piece) -> str:
             return f"{names[places[piece.document]]}[{piece.start}:{piece.stop}]"
 
-        return ["+".join(map(name, row)) for row in self.rows]
+        return [
+            "+".join(
+                map(
+                    name,
+                    row,
+                )
+            )
+            for row in self.rows
+        ]
 
     def read(self) -> Rows:
         used, places = self._used()
@@ -195,7 +215,10 @@ class FitDraw:
                 self._check(tokens, piece)
                 here = slice(at, at + _size(piece))
                 inputs[row, here] = tokens[piece.start : piece.stop]
-                targets[row, here] = self._targets(tokens, piece)
+                targets[row, here] = self._targets(
+                    tokens,
+                    piece,
+                )
                 segments[row, here] = number
                 positions[row, here] = np.arange(_size(piece))
                 at += _size(piece)
@@ -213,9 +236,18 @@ class FitDraw:
     def keys(self) -> np.ndarray:
         """Return a key for each row, by its first document and the place in it."""
         firsts = [row[0] for row in self.rows]
-        documents = np.array([piece.document for piece in firsts], np.int64)
-        starts = np.array([piece.start for piece in firsts], np.int64)
-        return mixed_keys(self.documents.take(documents).keys(), starts)
+        documents = np.array(
+            [piece.document for piece in firsts],
+            np.int64,
+        )
+        starts = np.array(
+            [piece.start for piece in firsts],
+            np.int64,
+        )
+        return mixed_keys(
+            self.documents.take(documents).keys(),
+            starts,
+        )
 
     def ranks(self) -> np.ndarray | None:
         return None
@@ -228,7 +260,10 @@ class FitDraw:
     def _used(self) -> tuple[np.ndarray, dict[int, int]]:
         """Return the documents of these rows, and the place of each among them."""
         used = sorted({piece.document for row in self.rows for piece in row})
-        return np.array(used, np.int64), {d: place for place, d in enumerate(used)}
+        return np.array(
+            used,
+            np.int64,
+        ), {d: place for place, d in enumerate(used)}
 
     def _targets(
         self,
@@ -251,7 +286,12 @@ class FitDraw:
         is_longer = inputs > piece.stop and _size(piece) < self.form.length
         if not is_shorter and not is_longer:
             return
-        this = self.documents.take(slice(piece.document, piece.document + 1))
+        this = self.documents.take(
+            slice(
+                piece.document,
+                piece.document + 1,
+            )
+        )
         raise DataError(
             f"a document has {len(tokens)} tokens now, and had another number when it"
             " was measured",
@@ -276,18 +316,26 @@ class FitStream:
         lengths(stream.peek(1).read())  # for its error
 
     def peek(self, count: int) -> FitDraw:
-        while sum(map(len, self._plans)) - self._row < count:
+        while (
+            sum(
+                map(
+                    len,
+                    self._plans,
+                )
+            )
+            - self._row
+            < count
+        ):
             self._plan()
         documents = self.stream.peek(TOGETHER * len(self._plans))
-        rows = [
-            [
-                piece._replace(document=piece.document + number * TOGETHER)
-                for piece in row
-            ]
-            for number, plan in enumerate(self._plans)
-            for row in plan
-        ]
-        return FitDraw(documents, rows[self._row : self._row + count], self.form)
+        rows: list[Row] = []
+        skipped = self._row
+        for number, plan in enumerate(self._plans):
+            missing = count - len(rows)
+            for row in plan[skipped : skipped + missing]:
+                rows.append(_shifted(row, number * TOGETHER))
+            skipped = max(0, skipped - len(plan))
+        return FitDraw(documents, rows, self.form)
 
     def advance(self, count: int) -> None:
         self._row += count
@@ -305,16 +353,30 @@ class FitStream:
         self._row = state["row"]
         self._plans = []
 
-    def possible(self, tests: Sequence[Test]) -> bool:
+    def possible(
+        self,
+        tests: Sequence[Test],
+    ) -> bool:
         raise AssertionError("rows are not filtered")
 
     def _plan(self) -> None:
         """Plan the documents that follow those that are planned."""
         known = TOGETHER * len(self._plans)
-        documents = self.stream.peek(known + TOGETHER).take(slice(known, None))
+        documents = self.stream.peek(known + TOGETHER).take(
+            slice(
+                known,
+                None,
+            )
+        )
         tokens = documents.measured(self, lengths)
         sizes = self.form.inputs_of(tokens).tolist()
-        self._plans.append(plan_rows(sizes, self.form.length, self.form.fit))
+        self._plans.append(
+            plan_rows(
+                sizes,
+                self.form.length,
+                self.form.fit,
+            )
+        )
         if len(self._plans) > FRUITLESS and not any(self._plans[-FRUITLESS:]):
             raise DataError(
                 f"{FRUITLESS * TOGETHER} documents have one token each, and nothing to"
@@ -322,6 +384,14 @@ class FitStream:
                 where="pack",
                 remedy="give an end token: .pack(length, end=...)",
             )
+
+
+def _shifted(
+    row: Row,
+    documents: int,
+) -> Row:
+    """Return a row of a plan, its documents counted from the first plan's."""
+    return [Piece(piece.document + documents, piece.start, piece.stop) for piece in row]
 
 
 def _filled(

@@ -53,7 +53,10 @@ class HeldGroups:
             if key in self._groups:
                 self._groups.move_to_end(key)
                 return self._groups[key][0]
-            loading = self._loading.setdefault(key, threading.Lock())
+            loading = self._loading.setdefault(
+                key,
+                threading.Lock(),
+            )
 
         with loading:
             with self._lock:

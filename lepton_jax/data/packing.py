@@ -105,12 +105,25 @@ class PackDraw:
             return []
         first = rows[0][0].document
         last = rows[-1][-1].document
-        names = self.documents.take(slice(first, last + 1)).identifiers()
+        names = self.documents.take(
+            slice(
+                first,
+                last + 1,
+            )
+        ).identifiers()
 
         def name(piece: Piece) -> str:
             return f"{names[piece.document - first]}[{piece.start}:{piece.stop}]"
 
-        return ["+".join(map(name, row)) for row in rows]
+        return [
+            "+".join(
+                map(
+                    name,
+                    row,
+                )
+            )
+            for row in rows
+        ]
 
     def read(self) -> Rows:
         rows = self._pieces(1)
@@ -119,7 +132,10 @@ class PackDraw:
         length = self.form.length
 
         # one token more than a row has: its last target
-        tokens = np.empty((count, length + 1), np.int32)
+        tokens = np.empty(
+            (count, length + 1),
+            np.int32,
+        )
         for row, pieces in enumerate(rows):
             self._write_tokens(tokens[row], pieces, documents)
         inputs = aligned_empty((count, length), np.int32)
@@ -145,9 +161,18 @@ class PackDraw:
     def keys(self) -> np.ndarray:
         """Return a key for each row, by its first document and the place in it."""
         firsts = [row[0] for row in self._pieces(0)]
-        documents = np.array([piece.document for piece in firsts], np.int64)
-        starts = np.array([piece.start for piece in firsts], np.int64)
-        return mixed_keys(self.documents.take(documents).keys(), starts)
+        documents = np.array(
+            [piece.document for piece in firsts],
+            np.int64,
+        )
+        starts = np.array(
+            [piece.start for piece in firsts],
+            np.int64,
+        )
+        return mixed_keys(
+            self.documents.take(documents).keys(),
+            starts,
+        )
 
     def ranks(self) -> np.ndarray | None:
         return None
@@ -155,10 +180,17 @@ class PackDraw:
     def padding(self) -> Padding:
         return NO_PADDING
 
-    def _pieces(self, beyond: int) -> list[list[Piece]]:
+    def _pieces(
+        self,
+        beyond: int,
+    ) -> list[list[Piece]]:
         """Return the pieces of each row and of `beyond` tokens after it."""
         stops = self.starts + self.form.length + beyond
-        first = np.searchsorted(self.ends, self.starts, "right")
+        first = np.searchsorted(
+            self.ends,
+            self.starts,
+            "right",
+        )
         last = np.searchsorted(self.ends, stops, "left")
         # document d begins at borders[d] and ends at borders[d + 1]
         borders = np.concatenate([[0], self.ends]).tolist()
@@ -177,24 +209,50 @@ class PackDraw:
             )
 
         rows = []
-        limits = np.stack([self.starts, stops, first, last], axis=1).tolist()
+        limits = np.stack(
+            [self.starts, stops, first, last],
+            axis=1,
+        ).tolist()
         for start, stop, low, high in limits:
-            rows.append([piece(d, start, stop) for d in range(low, high + 1)])
+            rows.append(
+                [
+                    piece(
+                        d,
+                        start,
+                        stop,
+                    )
+                    for d in range(low, high + 1)
+                ]
+            )
         return rows
 
-    def _read_documents(self, rows: list[list[Piece]]) -> dict[int, np.ndarray]:
+    def _read_documents(
+        self,
+        rows: list[list[Piece]],
+    ) -> dict[int, np.ndarray]:
         """Read the documents of some pieces, and check that they are as measured."""
         needed = sorted({piece.document for row in rows for piece in row})
         contents = self.documents.take(np.array(needed)).read()
         assert isinstance(contents, list)
 
-        documents = dict(zip(needed, contents, strict=True))
+        documents = dict(
+            zip(
+                needed,
+                contents,
+                strict=True,
+            )
+        )
         end_tokens = 0 if self.form.end is None else 1
         for document, tokens in documents.items():
             begin = self.ends[document - 1] if document else 0
             expected = self.ends[document] - begin - end_tokens
             if len(tokens) != expected:
-                this = self.documents.take(slice(document, document + 1))
+                this = self.documents.take(
+                    slice(
+                        document,
+                        document + 1,
+                    )
+                )
                 raise DataError(
                     f"a document has {len(tokens)} tokens, and had {expected} when it"
                     " was measured",
@@ -229,7 +287,10 @@ def _write_segments(
     at = 0
     for number, piece in enumerate(pieces, 1):
         # the last piece may reach a token beyond the row
-        stop = min(at + piece.stop - piece.start, len(segments))
+        stop = min(
+            at + piece.stop - piece.start,
+            len(segments),
+        )
         segments[at:stop] = number
         positions[at:stop] = np.arange(stop - at)
         at = stop
@@ -254,9 +315,23 @@ class PackStream:
         while self._measured_tokens < needed:
             self._measure(needed)
 
-        documents = np.searchsorted(self._ends, needed, "left") + 1
+        documents = (
+            np.searchsorted(
+                self._ends,
+                needed,
+                "left",
+            )
+            + 1
+        )
         ends = self._ends[:documents]
-        starts = self._used + np.arange(count, dtype=np.int64) * length
+        starts = (
+            self._used
+            + np.arange(
+                count,
+                dtype=np.int64,
+            )
+            * length
+        )
         return PackDraw(
             self.stream.peek(len(ends)),
             ends,
@@ -266,7 +341,13 @@ class PackStream:
 
     def advance(self, count: int) -> None:
         used = self._used + count * self.form.length
-        documents = int(np.searchsorted(self._ends, used, "right"))
+        documents = int(
+            np.searchsorted(
+                self._ends,
+                used,
+                "right",
+            )
+        )
         begin = int(self._ends[documents - 1]) if documents else 0
         self.stream.advance(documents)
         self._used = used - begin
@@ -281,7 +362,10 @@ class PackStream:
         self._used = state["used"]
         self._ends = np.empty(0, np.int64)
 
-    def possible(self, tests: Sequence[Test]) -> bool:
+    def possible(
+        self,
+        tests: Sequence[Test],
+    ) -> bool:
         raise AssertionError("rows are not filtered")
 
     @property
@@ -297,7 +381,12 @@ class PackStream:
         expected = missing * known // max(tokens, 1)
         more = min(missing, expected + MEASURED_AHEAD)
 
-        unmeasured = self.stream.peek(known + more).take(slice(known, None))
+        unmeasured = self.stream.peek(known + more).take(
+            slice(
+                known,
+                None,
+            )
+        )
         tokens_each = unmeasured.measured(self, lengths)
         end_tokens = 0 if self.form.end is None else 1
         ends = tokens + np.cumsum(tokens_each + end_tokens)

@@ -27,9 +27,9 @@ from lepton_jax.data.indexed import Indexed
 from lepton_jax.data.memory import HeldGroups
 from lepton_jax.data.mixing import proportions
 from lepton_jax.data.packing import PackStream, RowForm
-from lepton_jax.data.pictures import Picture, PictureFiles, files_of_classes
+from lepton_jax.data.picture_files import Picture, PictureFiles, files_of_classes
 from lepton_jax.data.rows import Function, Rows, described
-from lepton_jax.data.shards import Shards
+from lepton_jax.data.shard_folder import Shards
 from lepton_jax.data.shuffling import Order, key_of
 from lepton_jax.data.sources import checked, reader
 from lepton_jax.data.streams import (

@@ -31,11 +31,17 @@ Job = Callable[[], Block]
 MOST_WAIT = 0.01
 # Seconds over which the wait is measured. Assumption: several blocks, and soon enough.
 WINDOW_SECONDS = 0.25
+# Blocks over which it is measured at least, since few are counted too coarsely to tell
+# a gain from chance. Assumption.
+WINDOW_BLOCKS = 16
+# Windows after which a thread that was taken back is tried again; twice as many after
+# each time. Assumption: other work on the machine may have hidden its gain.
+FIRST_RETRY = 8
 # Gain in blocks a second from which on one more thread is worth having. Assumption:
 # half of what a perfect eighth thread would bring.
 LEAST_GAIN = 1.06
 
-FIRST_AHEAD = 2  # blocks; assumption: two hide the time of one read
+FIRST_AHEAD = 8  # blocks; assumption: they bridge the time until threads are added
 MOST_AHEAD = 64  # blocks; assumption: more hide nothing that 64 do not
 
 
@@ -192,15 +198,15 @@ class Tuning:
     Both grow while blocks are waited for. A thread more is kept if it brings more
     blocks a second: decoding releases Python's lock, but a person's function may not.
 
-    >>> tuning = Tuning(Budget(memory=800, workers=2), block_bytes=100)
+    >>> tuning = Tuning(Budget(memory=3200, workers=2), block_bytes=100)
     >>> tuning.workers, tuning.ahead
-    (1, 2)
+    (1, 8)
     >>> tuning.given(now=0.0, waited=0.0)
     False
     >>> tuning.given(now=1.0, waited=0.5)  # half of the time
     True
     >>> tuning.workers, tuning.ahead
-    (2, 4)
+    (2, 16)
 
     Attributes:
       workers: threads, at least 1.
@@ -222,7 +228,10 @@ class Tuning:
         self._began: float | None = None
         self._blocks = 0
         self._waited = 0.0
+        self._window_blocks = 1  # the first thread is added soon; then with care
         self._rate_before: float | None = None  # before the last thread was added
+        self._pause = 0  # windows until a thread is added again
+        self._next_pause = FIRST_RETRY
 
     def measured(self) -> dict[str, float]:
         """Return threads, blocks ahead, and the bytes that these take at most."""
@@ -254,7 +263,7 @@ class Tuning:
         self._blocks += 1
         self._waited += waited
         seconds = now - self._began
-        if seconds < WINDOW_SECONDS:
+        if seconds < WINDOW_SECONDS or self._blocks < self._window_blocks:
             return False
 
         rate = self._blocks / seconds
@@ -262,6 +271,7 @@ class Tuning:
         self._began = now
         self._blocks = 0
         self._waited = 0.0
+        self._window_blocks = WINDOW_BLOCKS
         return self._adjust(rate, share)
 
     def _adjust(
@@ -277,15 +287,17 @@ class Tuning:
         """
         before = self._rate_before
         self._rate_before = None
+        self._pause = max(0, self._pause - 1)
         if before is not None and rate < before * LEAST_GAIN and share > MOST_WAIT:
             self.workers -= 1
-            self._most_workers = self.workers
+            self._pause = self._next_pause
+            self._next_pause *= 2
             return False
         if share <= MOST_WAIT:
             return False
 
         grows = False
-        if self.workers < self._most_workers:
+        if self.workers < self._most_workers and not self._pause:
             self.workers += 1
             self._rate_before = rate
             grows = True

@@ -111,13 +111,24 @@ class Function:
         ):
             if self.batched:
                 first = () if keys is None else (keys,)
-                arguments = (rows,) if isinstance(rows, list) else rows
+                arguments = (
+                    (rows,)
+                    if isinstance(
+                        rows,
+                        list,
+                    )
+                    else rows
+                )
                 return self.function(*first, *arguments)
             if keys is None:
                 return [self.function(*arguments) for arguments in samples(rows)]
             return [
                 self.function(_generator(key), *arguments)
-                for key, arguments in zip(keys.tolist(), samples(rows), strict=True)
+                for key, arguments in zip(
+                    keys.tolist(),
+                    samples(rows),
+                    strict=True,
+                )
             ]
 
     def _checked_mask(
@@ -161,7 +172,11 @@ def _is_pair(result: Any) -> bool:
 def _is_boolean(value: Any) -> bool:
     if isinstance(value, bool):
         return True
-    return getattr(value, "dtype", None) == np.bool_ and not np.shape(value)
+    return getattr(
+        value,
+        "dtype",
+        None,
+    ) == np.bool_ and not np.shape(value)
 
 
 def stacked(
@@ -185,7 +200,10 @@ def stacked(
         where=where,
         kind=DataError,
     ):
-        inputs, targets = jax.tree.map(_stack, *pairs)
+        inputs, targets = jax.tree.map(
+            _stack,
+            *pairs,
+        )
         rows = Arrays(inputs, targets)
     return rows.inputs, rows.targets
 
@@ -194,7 +212,10 @@ def _stack(*leaves: Any) -> np.ndarray:
     return np.stack([np.asarray(x) for x in leaves])
 
 
-def document(x: Any, name: str) -> np.ndarray:
+def document(
+    x: Any,
+    name: str,
+) -> np.ndarray:
     """Return a document's tokens as a vector of at most 32-bit integers.
 
     Raises:
@@ -238,7 +259,10 @@ def lengths(rows: Rows) -> np.ndarray:
             where="pack",
             remedy="pack a source of documents: a list of vectors of token ids",
         )
-    return np.array([len(tokens) for tokens in rows], np.int64)
+    return np.array(
+        [len(tokens) for tokens in rows],
+        np.int64,
+    )
 
 
 def samples(rows: Rows) -> list[tuple]:
@@ -247,12 +271,18 @@ def samples(rows: Rows) -> list[tuple]:
         return [(tokens,) for tokens in rows]
 
     def sample(index: int) -> tuple:
-        return jax.tree.map(lambda x: x[index], rows)
+        return jax.tree.map(
+            lambda x: x[index],
+            rows,
+        )
 
     return [sample(index) for index in range(length(rows))]
 
 
-def merged(parts: Sequence[tuple[np.ndarray, Rows]], count: int) -> Rows:
+def merged(
+    parts: Sequence[tuple[np.ndarray, Rows]],
+    count: int,
+) -> Rows:
     """Put rows together.
 
     Args:
@@ -262,7 +292,11 @@ def merged(parts: Sequence[tuple[np.ndarray, Rows]], count: int) -> Rows:
     if isinstance(parts[0][1], list):
         documents: list = [None] * count
         for places, rows in parts:
-            for place, tokens in zip(places.tolist(), rows, strict=True):
+            for place, tokens in zip(
+                places.tolist(),
+                rows,
+                strict=True,
+            ):
                 documents[place] = tokens
         return documents
     if len(parts) == 1:
@@ -270,12 +304,22 @@ def merged(parts: Sequence[tuple[np.ndarray, Rows]], count: int) -> Rows:
 
     def scatter(*leaves: np.ndarray) -> np.ndarray:
         first = leaves[0]
-        out = aligned_empty((count, *first.shape[1:]), first.dtype)
-        for (places, _), leaf in zip(parts, leaves, strict=True):
+        out = aligned_empty(
+            (count, *first.shape[1:]),
+            first.dtype,
+        )
+        for (places, _), leaf in zip(
+            parts,
+            leaves,
+            strict=True,
+        ):
             out[places] = leaf
         return out
 
-    return jax.tree.map(scatter, *(rows for _, rows in parts))
+    return jax.tree.map(
+        scatter,
+        *(rows for _, rows in parts),
+    )
 
 
 def described(rows: Rows) -> str:

@@ -82,7 +82,10 @@ class SequentialFeed(Feed):
         stream = self._states[samples]
         return {"samples": samples, "grain": None, "stream": stream}
 
-    def names(self, samples: int) -> list[str]:
+    def names(
+        self,
+        samples: int,
+    ) -> list[str]:
         return self._draws[samples].identifiers()
 
     def measured(self) -> dict[str, float]:
@@ -101,7 +104,10 @@ class SequentialFeed(Feed):
         for batch in block.batches:
             self._states[batch.after] = batch.state
             self._draws[batch.after] = batch.draw
-            self._padding = _sum(self._padding, batch.draw.padding())
+            self._padding = _sum(
+                self._padding,
+                batch.draw.padding(),
+            )
         _forget(self._states, self._remembered)
         _forget(self._draws, self._remembered)
         return block.rows
@@ -122,7 +128,11 @@ class SequentialBlocks:
         spec: FeedSpec,
         saved: Any,
     ):
-        self.stream = open_stream(data, spec.seed, spec.shuffle)
+        self.stream = open_stream(
+            data,
+            spec.seed,
+            spec.shuffle,
+        )
         self.stream.restore(saved)
         if not saved and spec.start:
             self.stream.skip(spec.start)
@@ -146,9 +156,19 @@ class SequentialBlocks:
         batches = []
         for _ in range(self.steps):
             draw = self.stream.draw(self.batch_size)
-            batches.append(Drawn(draw, self.consumed, self.stream.state()))
+            batches.append(
+                Drawn(
+                    draw,
+                    self.consumed,
+                    self.stream.state(),
+                )
+            )
             self.consumed += self.batch_size
-        return partial(self._read, batches, self.stream.hints())
+        return partial(
+            self._read,
+            batches,
+            self.stream.hints(),
+        )
 
     def _read(
         self,
@@ -157,13 +177,20 @@ class SequentialBlocks:
     ) -> StepBatches:
         parts = [self._read_batch(batch) for batch in batches]
         block = parts[0] if self.steps == 1 else _concatenated(parts)
-        on_devices = jax.tree.map(self.share.put, block)
+        on_devices = jax.tree.map(
+            self.share.put,
+            block,
+        )
         for hint in hints:
             hint.reader.hold(self._own(hint))
         return StepBatches(on_devices, batches)
 
     def _read_batch(self, batch: Drawn) -> Pair:
-        rows = self.stream.read(batch.draw, self.share.rows, batch.before)
+        rows = self.stream.read(
+            batch.draw,
+            self.share.rows,
+            batch.before,
+        )
         if self.limits:
             names = batch.draw.take(self.share.rows).identifiers()
             check_rows(self.limits, rows, names)
@@ -185,11 +212,17 @@ def _sum(
     left: Padding,
     right: Padding,
 ) -> Padding:
-    return Padding(left.padded + right.padded, left.total + right.total)
+    return Padding(
+        left.padded + right.padded,
+        left.total + right.total,
+    )
 
 
 def _concatenated(batches: list[Pair]) -> Pair:
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+    return jax.tree.map(
+        lambda *leaves: np.concatenate(leaves),
+        *batches,
+    )
 
 
 def _forget(

@@ -59,7 +59,10 @@ class Order:
 
         # whole epochs that have been sorted, from epoch `_first` on
         self._first = 0
-        self._sorted = np.empty((0, samples), np.int64)
+        self._sorted = np.empty(
+            (0, samples),
+            np.int64,
+        )
 
         # epochs and indices that have been computed, from position `_start` on
         self._start = 0
@@ -75,7 +78,10 @@ class Order:
         first = start - self._start
         if first < 0 or first + count > len(self._epochs):
             ahead = max(count, COMPUTED)
-            self._epochs, self._indices = self._computed(start, ahead)
+            self._epochs, self._indices = self._computed(
+                start,
+                ahead,
+            )
             self._start = start
             first = 0
 
@@ -99,9 +105,15 @@ class Order:
             return epochs, self._sorted_indices(start, count)
 
         indices = np.empty_like(offsets)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        for epoch in range(
+            int(epochs[0]),
+            int(epochs[-1]) + 1,
+        ):
             here = epochs == epoch
-            indices[here] = self._walked(offsets[here], epoch)
+            indices[here] = self._walked(
+                offsets[here],
+                epoch,
+            )
         return epochs, indices
 
     def _sorted_indices(
@@ -113,11 +125,22 @@ class Order:
         last = (start + count - 1) // self.samples
         if first < self._first or last >= self._first + len(self._sorted):
             last = max(last, first + COMPUTED // self.samples)
-            words = self._words(np.arange(first, last + 1))[:, None]
-            steps = np.arange(self.samples, dtype=np.uint64) * np.uint64(_GOLDEN)
+            words = self._words(
+                np.arange(
+                    first,
+                    last + 1,
+                )
+            )[:, None]
+            steps = np.arange(
+                self.samples,
+                dtype=np.uint64,
+            ) * np.uint64(_GOLDEN)
             keys = _mixed(words + steps)
             self._first = first
-            self._sorted = keys.argsort(axis=1, kind="stable")
+            self._sorted = keys.argsort(
+                axis=1,
+                kind="stable",
+            )
 
         skipped = start - self._first * self.samples
         return self._sorted.reshape(-1)[skipped : skipped + count]
@@ -131,7 +154,10 @@ class Order:
         keys = self._words(epoch * ROUNDS + np.arange(ROUNDS))
         return scattered(offsets, self.samples, keys)
 
-    def _words(self, numbers: np.ndarray) -> np.ndarray:
+    def _words(
+        self,
+        numbers: np.ndarray,
+    ) -> np.ndarray:
         """Return a random word for each number, by this order's key."""
         return words(self._key, numbers)
 
@@ -142,7 +168,10 @@ def key_of(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def words(key: int, numbers: np.ndarray) -> np.ndarray:
+def words(
+    key: int,
+    numbers: np.ndarray,
+) -> np.ndarray:
     """Return a random word for each number: uint64, of the numbers' shape."""
     steps = numbers.astype(np.uint64) * np.uint64(_GOLDEN)
     return _mixed(steps + np.uint64(key))
@@ -175,7 +204,11 @@ def uniform(
     Returns:
       float32 (n, count).
     """
-    numbers = np.arange(1, count + 1, dtype=np.uint64)[None]
+    numbers = np.arange(
+        1,
+        count + 1,
+        dtype=np.uint64,
+    )[None]
     random = mixed_keys(keys[:, None], numbers)
     # the 24 bits that a float32's fraction holds
     return (random >> np.uint64(40)).astype(np.float32) / np.float32(2**24)

@@ -128,7 +128,10 @@ class Stream(Protocol):
     def restore(self, state: Any) -> None:
         """Go on where `state()` was."""
 
-    def possible(self, tests: Sequence[Test]) -> bool:
+    def possible(
+        self,
+        tests: Sequence[Test],
+    ) -> bool:
         """Whether any sample passes all tests; looks at every sample, if need be."""
 
     def hints(self) -> list[Hint]:
@@ -159,7 +162,10 @@ class SourceDraw:
         )
 
     def read(self) -> Rows:
-        return self.source.reader.read(self.indices, self.epochs)
+        return self.source.reader.read(
+            self.indices,
+            self.epochs,
+        )
 
     def identifiers(self) -> list[str]:
         name = self.source.name
@@ -178,7 +184,11 @@ class SourceDraw:
         known_lengths = self.source.reader.lengths
         if function is lengths and known_lengths is not None:
             return known_lengths[self.indices]
-        return self.source.measured(key, function, self.indices)
+        return self.source.measured(
+            key,
+            function,
+            self.indices,
+        )
 
     def keys(self) -> np.ndarray:
         numbers = (self.epochs << INDEX_BITS) + self.indices
@@ -216,11 +226,20 @@ class SourceStream:
         self._hinted = 0  # position up to which row groups were hinted at
         self._measured: dict[Any, np.ndarray] = {}
 
-    def ranks(self, indices: np.ndarray) -> np.ndarray | None:
+    def ranks(
+        self,
+        indices: np.ndarray,
+    ) -> np.ndarray | None:
         """Return the ranks of some samples; see `Draw.ranks`."""
         if isinstance(self.order, WindowOrder):
             return positions_in(self.order.groups_of(indices))
-        if isinstance(self.reader, IndexedReader) and self.order.shuffle:
+        if (
+            isinstance(
+                self.reader,
+                IndexedReader,
+            )
+            and self.order.shuffle
+        ):
             sizes = self.reader.data.sizes
             return None if sizes is None else spread_evenly(sizes[indices])
         return None
@@ -228,14 +247,32 @@ class SourceStream:
     def hints(self) -> list[Hint]:
         since = self._hinted
         self._hinted = self.position
-        if not isinstance(self.order, WindowOrder) or since >= self.position:
+        if (
+            not isinstance(
+                self.order,
+                WindowOrder,
+            )
+            or since >= self.position
+        ):
             return []
         assert isinstance(self.reader, IndexedReader)
-        upcoming = self.order.upcoming(since, self.position - since)
-        return [Hint(self.reader, *upcoming, 1 / self.order.width)]
+        upcoming = self.order.upcoming(
+            since,
+            self.position - since,
+        )
+        return [
+            Hint(
+                self.reader,
+                *upcoming,
+                1 / self.order.width,
+            )
+        ]
 
     def peek(self, count: int) -> SourceDraw:
-        return SourceDraw(self, *self.order.at(self.position, count))
+        return SourceDraw(
+            self,
+            *self.order.at(self.position, count),
+        )
 
     def advance(self, count: int) -> None:
         self.position += count
@@ -301,7 +338,11 @@ class SourceStream:
             )
         known = self._measured[key]
         unknown = np.unique(indices[known[indices] < 0])
-        for start in range(0, len(unknown), READ_AT_ONCE):
+        for start in range(
+            0,
+            len(unknown),
+            READ_AT_ONCE,
+        ):
             chunk = unknown[start : start + READ_AT_ONCE]
             values = function(self.reader.read(chunk))
             if values.dtype != np.bool_ and known.dtype == np.int8:
@@ -309,13 +350,26 @@ class SourceStream:
             known[chunk] = values
         return known[indices]
 
-    def possible(self, tests: Sequence[Test]) -> bool:
+    def possible(
+        self,
+        tests: Sequence[Test],
+    ) -> bool:
         samples = len(self.reader)
         for start in range(0, samples, READ_AT_ONCE):
-            indices = np.arange(start, min(start + READ_AT_ONCE, samples))
+            indices = np.arange(
+                start,
+                min(start + READ_AT_ONCE, samples),
+            )
             for key, test in tests:
                 if len(indices):
-                    indices = indices[self.measured(key, test, indices) > 0]
+                    indices = indices[
+                        self.measured(
+                            key,
+                            test,
+                            indices,
+                        )
+                        > 0
+                    ]
             if len(indices):
                 return True
         return False
@@ -332,7 +386,10 @@ class MapDraw:
         return len(self.draw)
 
     def take(self, which: Any) -> MapDraw:
-        return MapDraw(self.draw.take(which), self.function)
+        return MapDraw(
+            self.draw.take(which),
+            self.function,
+        )
 
     def read(self) -> Rows:
         return self.function.maps(self.draw.read())
@@ -345,7 +402,10 @@ class MapDraw:
         key: Any,
         function: Callable[[Rows], np.ndarray],
     ) -> np.ndarray:
-        return self.draw.measured(key, lambda rows: function(self.function.maps(rows)))
+        return self.draw.measured(
+            key,
+            lambda rows: function(self.function.maps(rows)),
+        )
 
     def keys(self) -> np.ndarray:
         return self.draw.keys()
@@ -369,9 +429,15 @@ class MapStream:
         self.hints = stream.hints
 
     def peek(self, count: int) -> MapDraw:
-        return MapDraw(self.stream.peek(count), self.function)
+        return MapDraw(
+            self.stream.peek(count),
+            self.function,
+        )
 
-    def possible(self, tests: Sequence[Test]) -> bool:
+    def possible(
+        self,
+        tests: Sequence[Test],
+    ) -> bool:
         def after_mapping(test: Callable[..., Any]) -> Callable[..., Any]:
             return lambda rows: test(self.function.maps(rows))
 
@@ -403,7 +469,12 @@ class FilterStream:
     def peek(self, count: int) -> Draw:
         if len(self._places) < count:
             self._look(count)
-        return self._draw.take(slice(self._consumed, self._consumed + count))
+        return self._draw.take(
+            slice(
+                self._consumed,
+                self._consumed + count,
+            )
+        )
 
     def _look(self, count: int) -> None:
         """Find at least `count` samples that pass.
@@ -414,8 +485,18 @@ class FilterStream:
         while len(self._places) < count:
             more = self._further(count)
             draw = self.stream.peek(self._seen + more)
-            unseen = draw.take(slice(self._seen, None))
-            passed = np.flatnonzero(unseen.measured(self, self.function.tests))
+            unseen = draw.take(
+                slice(
+                    self._seen,
+                    None,
+                )
+            )
+            passed = np.flatnonzero(
+                unseen.measured(
+                    self,
+                    self.function.tests,
+                )
+            )
 
             self._places = np.concatenate([self._places, self._seen + passed])
             self._seen += more
@@ -461,7 +542,10 @@ class FilterStream:
         self.stream.restore(state)
         self._forget()
 
-    def possible(self, tests: Sequence[Test]) -> bool:
+    def possible(
+        self,
+        tests: Sequence[Test],
+    ) -> bool:
         return self.stream.possible([(self, self.function.tests), *tests])
 
 
@@ -492,7 +576,12 @@ class MixDraw:
         slots = self.slots[which]
         parts = list(self.parts)
         renumbered = np.empty_like(slots)
-        for i, places in enumerate(places_of(sources, len(parts))):
+        for i, places in enumerate(
+            places_of(
+                sources,
+                len(parts),
+            )
+        ):
             parts[i] = self.parts[i].take(slots[places])
             renumbered[places] = np.arange(len(places))
         return MixDraw(parts, sources, renumbered)
@@ -513,13 +602,19 @@ class MixDraw:
         key: Any,
         function: Callable[[Rows], np.ndarray],
     ) -> np.ndarray:
-        out = np.empty(len(self), np.int64)
+        out = np.empty(
+            len(self),
+            np.int64,
+        )
         for places, part in self._parts_in_use():
             out[places] = part.measured(key, function)
         return out
 
     def keys(self) -> np.ndarray:
-        out = np.empty(len(self), np.uint64)
+        out = np.empty(
+            len(self),
+            np.uint64,
+        )
         for places, part in self._parts_in_use():
             out[places] = part.keys()
         return out
@@ -542,7 +637,10 @@ class MixDraw:
 
     def _parts_in_use(self) -> list[tuple[np.ndarray, Draw]]:
         """Return the places of each part's samples with the part, if it has any."""
-        places = places_of(self.which, len(self.parts))
+        places = places_of(
+            self.which,
+            len(self.parts),
+        )
         parts = zip(places, self.parts, strict=True)
         return [(places, part) for places, part in parts if len(places)]
 
@@ -577,14 +675,22 @@ class MixStream:
         slots = np.empty(count, np.int64)
         parts = []
         places_by_stream = places_of(which, len(self.streams))
-        for stream, places in zip(self.streams, places_by_stream, strict=True):
+        for stream, places in zip(
+            self.streams,
+            places_by_stream,
+            strict=True,
+        ):
             parts.append(stream.peek(len(places)))
             slots[places] = np.arange(len(places))
         return MixDraw(parts, which, slots)
 
     def advance(self, count: int) -> None:
         counts = self.pattern.advance(count)
-        for stream, consumed in zip(self.streams, counts, strict=True):
+        for stream, consumed in zip(
+            self.streams,
+            counts,
+            strict=True,
+        ):
             stream.advance(consumed)
 
     def state(self) -> dict[str, Any]:
@@ -605,21 +711,40 @@ class MixStream:
                 where="mix",
                 remedy="go on with the same sources and weights, or start a new run",
             )
-        for name, stream in zip(self.names, self.streams, strict=True):
+        for name, stream in zip(
+            self.names,
+            self.streams,
+            strict=True,
+        ):
             stream.restore(state["sources"][name])
         self.pattern.restore([state["taken"][name] for name in self.names])
 
-    def possible(self, tests: Sequence[Test]) -> bool:
+    def possible(
+        self,
+        tests: Sequence[Test],
+    ) -> bool:
         return any(stream.possible(tests) for stream in self.streams)
 
     def hints(self) -> list[Hint]:
         return [hint for stream in self.streams for hint in stream.hints()]
 
-    def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(self.names, values, strict=True))
+    def _by_name(
+        self,
+        values: Sequence[Any],
+    ) -> dict[str, Any]:
+        return dict(
+            zip(
+                self.names,
+                values,
+                strict=True,
+            )
+        )
 
 
-def places_of(which: np.ndarray, count: int) -> list[np.ndarray]:
+def places_of(
+    which: np.ndarray,
+    count: int,
+) -> list[np.ndarray]:
     """Return the places of each of 0 to count - 1 in `which`, ascending.
 
     >>> [places.tolist() for places in places_of(np.array([0, 2, 0]), 3)]
@@ -627,7 +752,10 @@ def places_of(which: np.ndarray, count: int) -> list[np.ndarray]:
     """
     order = np.argsort(which, kind="stable")
     counts = np.bincount(which, minlength=count)
-    return np.split(order, np.cumsum(counts)[:-1])
+    return np.split(
+        order,
+        np.cumsum(counts)[:-1],
+    )
 
 
 def fields(
@@ -645,7 +773,13 @@ def fields(
     Raises:
       DataError: the fields are others.
     """
-    if not isinstance(state, dict) or set(state) != names:
+    if (
+        not isinstance(
+            state,
+            dict,
+        )
+        or set(state) != names
+    ):
         has = f"a {type(state).__name__}"
         if isinstance(state, dict):
             has = f"the fields {sorted(state)}"

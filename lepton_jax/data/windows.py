@@ -72,13 +72,22 @@ class WindowOrder:
     ):
         self.sizes = np.asarray(sizes, np.int64)
         self.samples = int(self.sizes.sum())
-        self.width = min(width, len(self.sizes))
+        self.width = min(
+            width,
+            len(self.sizes),
+        )
         self._firsts = np.cumsum(self.sizes) - self.sizes
         self._key = key_of(seed, name)
         self._epochs: dict[int, Epoch] = {}
         # epochs and indices that have been computed, from position `_start` on
         self._start = 0
-        self._ahead = (np.empty(0, np.int64), np.empty(0, np.int64))
+        self._ahead = (
+            np.empty(
+                0,
+                np.int64,
+            ),
+            np.empty(0, np.int64),
+        )
 
     def at(
         self,
@@ -88,7 +97,10 @@ class WindowOrder:
         """Return (epochs, indices) from position `start` on, int64 (count,) each."""
         first = start - self._start
         if first < 0 or first + count > len(self._ahead[0]):
-            self._ahead = self._computed(start, max(count, COMPUTED))
+            self._ahead = self._computed(
+                start,
+                max(count, COMPUTED),
+            )
             self._start = start
             first = 0
         epochs, indices = self._ahead
@@ -105,17 +117,51 @@ class WindowOrder:
         while start < stop:
             number, offset = divmod(start, self.samples)
             epoch = self._epoch(number)
-            window = self._window(epoch, self._window_at(epoch, offset))
-            until = min(stop - start, window.start + int(window.ends[-1]) - offset)
-            offsets = np.arange(offset, offset + until) - window.start
-            indices.append(self._indices(epoch, window, offsets))
-            epochs.append(np.full(until, number, np.int64))
+            window = self._window(
+                epoch,
+                self._window_at(epoch, offset),
+            )
+            until = min(
+                stop - start,
+                window.start + int(window.ends[-1]) - offset,
+            )
+            offsets = (
+                np.arange(
+                    offset,
+                    offset + until,
+                )
+                - window.start
+            )
+            indices.append(
+                self._indices(
+                    epoch,
+                    window,
+                    offsets,
+                )
+            )
+            epochs.append(
+                np.full(
+                    until,
+                    number,
+                    np.int64,
+                )
+            )
             start += until
         return np.concatenate(epochs), np.concatenate(indices)
 
-    def groups_of(self, indices: np.ndarray) -> np.ndarray:
+    def groups_of(
+        self,
+        indices: np.ndarray,
+    ) -> np.ndarray:
         """Return the group of each sample."""
-        return np.searchsorted(self._firsts, indices, "right") - 1
+        return (
+            np.searchsorted(
+                self._firsts,
+                indices,
+                "right",
+            )
+            - 1
+        )
 
     def upcoming(
         self,
@@ -150,7 +196,10 @@ class WindowOrder:
             until = min(done + stop - start, size)
             first, last = -(-np.array([done, until]) * len(following) // size)
             groups.append(following[first:last])
-            place = np.searchsorted(np.sort(following), following[first:last])
+            place = np.searchsorted(
+                np.sort(following),
+                following[first:last],
+            )
             ranks.append(place / len(following))
             start += until - done
         return np.concatenate(groups), np.concatenate(ranks)
@@ -163,7 +212,10 @@ class WindowOrder:
         """Return the groups of the window after window `here`."""
         if (here + 1) * self.width < len(epoch.order):
             return self._window(epoch, here + 1).groups
-        return self._window(self._epoch(epoch.number + 1), 0).groups
+        return self._window(
+            self._epoch(epoch.number + 1),
+            0,
+        ).groups
 
     def _epoch(self, number: int) -> Epoch:
         if number not in self._epochs:
@@ -176,7 +228,11 @@ class WindowOrder:
             # the present epoch and the next are in use at an epoch's end
             kept = [self._epochs[n] for n in self._epochs if abs(n - number) == 1]
             self._epochs = {epoch.number: epoch for epoch in kept}
-            self._epochs[number] = Epoch(number, order, ends)
+            self._epochs[number] = Epoch(
+                number,
+                order,
+                ends,
+            )
         return self._epochs[number]
 
     def _window_at(
@@ -185,7 +241,13 @@ class WindowOrder:
         offset: int,
     ) -> int:
         """Return the number of the window that a place in the epoch lies in."""
-        slot = int(np.searchsorted(epoch.ends, offset, "right"))
+        slot = int(
+            np.searchsorted(
+                epoch.ends,
+                offset,
+                "right",
+            )
+        )
         return slot // self.width
 
     def _window(
@@ -193,7 +255,10 @@ class WindowOrder:
         epoch: Epoch,
         number: int,
     ) -> Window:
-        slots = slice(number * self.width, (number + 1) * self.width)
+        slots = slice(
+            number * self.width,
+            (number + 1) * self.width,
+        )
         groups = epoch.order[slots]
         ends = np.cumsum(self.sizes[groups])
         start = int(epoch.ends[slots][0] - self.sizes[groups[0]])
@@ -210,7 +275,14 @@ class WindowOrder:
         key = words(
             self._key ^ epoch.number, np.array([len(self.sizes) + window.start])
         )
-        places = scattered(offsets, size, words(int(key[0]), np.arange(ROUNDS)))
+        places = scattered(
+            offsets,
+            size,
+            words(
+                int(key[0]),
+                np.arange(ROUNDS),
+            ),
+        )
 
         slots = np.searchsorted(window.ends, places, "right")
         groups = window.groups[slots]
@@ -234,10 +306,24 @@ def mixedness(
     """
     batches = len(groups) // batch_size
     kinds = int(groups.max()) + 1
-    rows = groups[: batches * batch_size].reshape(batches, batch_size)
-    counts = np.stack([np.bincount(row, minlength=kinds) for row in rows])
+    rows = groups[: batches * batch_size].reshape(
+        batches,
+        batch_size,
+    )
+    counts = np.stack(
+        [
+            np.bincount(
+                row,
+                minlength=kinds,
+            )
+            for row in rows
+        ]
+    )
 
-    shares = np.bincount(groups, minlength=kinds) / len(groups)
+    shares = np.bincount(
+        groups,
+        minlength=kinds,
+    ) / len(groups)
     correction = (len(groups) - batch_size) / (len(groups) - 1)
     expected = batch_size * shares * (1 - shares) * correction
     measured = ((counts - batch_size * shares) ** 2).mean(axis=0)

@@ -124,7 +124,19 @@ def test_only_data_that_end_have_epochs():
 
 @pytest.mark.parametrize(
     "name",
-    ["data.arrays", "data.mixing", "data.notation", "data.streams", "monitor.chart"],
+    [
+        "data.arrays",
+        "data.columns",
+        "data.fitting",
+        "data.indexed",
+        "data.memory",
+        "data.mixing",
+        "data.notation",
+        "data.readahead",
+        "data.shuffling",
+        "data.streams",
+        "monitor.chart",
+    ],
 )
 def test_the_examples_in_docstrings_hold(name):
     module = importlib.import_module(f"lepton_jax.{name}")

@@ -131,8 +131,9 @@ def test_each_dropped_row_stands_in_the_quarantine_and_can_come_back(tmp_path):
     assert dropped["text"].to_list() == lost["text"].to_list()
     assert set(dropped["lepton.reason"]) == {"not above"}
 
-    corrected = dropped.with_columns(pl.lit(50).alias("age"))
-    sources = {"a": Memory(people()), "corrected": Memory(corrected)}
+    corrected = tmp_path / "corrected.parquet"
+    dropped.with_columns(pl.lit(50).alias("age")).write_parquet(corrected)
+    sources = {"a": Memory(people()), "corrected": corrected}
     again = prepare(Preparation(sources, [Above("age", 2)]), tmp_path / "again")
     assert again.manifest["splits"]["train"]["rows"] == ROWS
 
@@ -216,3 +217,12 @@ def test_the_manifest_says_neither_when_nor_where(tmp_path):
     text = (tmp_path / "manifest.json").read_text()
     assert str(tmp_path) not in text
     assert json.loads(text)["format"] == 1
+
+
+def test_a_folder_with_somebodys_files_is_left_alone(tmp_path):
+    mine = tmp_path / "work" / "thesis.tex"
+    mine.parent.mkdir()
+    mine.write_text("five years")
+    with pytest.raises(DataError, match="the folder has other files: work"):
+        prepare(preparation(), tmp_path)
+    assert mine.read_text() == "five years"

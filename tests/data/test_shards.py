@@ -453,3 +453,17 @@ def test_a_mixture_holds_no_more_than_one_source(tmp_path):
     rows, _ = stream.take(300)
     assert stream.held.bytes <= 1000
     np.testing.assert_array_equal(rows[1], rows[0] % 7)
+
+
+def test_prepared_shards_of_wide_rows_have_small_groups(tmp_path):
+    from lepton_jax.data.prepare.shards import write_shards
+
+    random = np.random.default_rng(0)
+    cells = [random.bytes(50_000) for _ in range(300)]
+    table = pl.DataFrame(
+        {"lepton.source": [0] * 300, "lepton.row": range(300), "picture": cells}
+    )
+    write_shards(tmp_path, "0", table, ["picture"], "parquet")
+    dataset = shards(tmp_path, "shards", inputs="picture")
+    sizes = dataset.data.groups.sizes
+    assert sizes.sum() == 300 and 70 < sizes.max() < 90

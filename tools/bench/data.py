@@ -135,11 +135,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if "wait" in options.only or "alone" in options.only:
             _unpack(options.data, work)
         if "wait" in options.only:
-            results["wait"] = _waits(options.data, work, options.steps)
+            results["wait"] = _waits(
+                options.data,
+                work,
+                options.steps,
+            )
         if "alone" in options.only:
             cases = _cases(options.data, work)
             results["alone"] = {
-                name: _alone(name, case, options.rounds, options.seconds)
+                name: _alone(
+                    name,
+                    case,
+                    options.rounds,
+                    options.seconds,
+                )
                 for name, case in cases.items()
             }
         if "mixture" in options.only:
@@ -182,7 +191,11 @@ def _wait(
     steps: int,
 ) -> dict[str, Any]:
     """Return the share of the steps' time that the second fit of a trainer waits."""
-    plain = recipe.with_(test=None, evaluate_every=NEVER, save_every=NEVER)
+    plain = recipe.with_(
+        test=None,
+        evaluate_every=NEVER,
+        save_every=NEVER,
+    )
     trainer = lepton.Trainer(plain, devices=1)
     trainer.fit(steps=WARM_STEPS)
     history = trainer.fit(steps=steps)
@@ -207,7 +220,10 @@ def _cats_and_dogs(work: Path) -> lepton.Recipe:
         preprocess=lambda pixels: pixels.astype("float32") / 255,
         optimizer=optax.adamw,
         learning_rate=1e-3,
-        train=_forgetful(work).augment(_flip, batched=True),
+        train=_forgetful(work).augment(
+            _flip,
+            batched=True,
+        ),
         batch_size=BATCH,
         steps=NEVER,
     )
@@ -219,14 +235,24 @@ def _flip(
     labels: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mirror half of the pictures."""
-    mirrored = lepton.data.uniform(keys, 1)[:, 0] < 0.5
+    mirrored = (
+        lepton.data.uniform(
+            keys,
+            1,
+        )[:, 0]
+        < 0.5
+    )
     pixels[mirrored] = pixels[mirrored, :, ::-1]
     return pixels, labels
 
 
 def _forgetful(work: Path) -> Any:
     """Return the pictures as a source that holds none of them in memory."""
-    source = lepton.data.pictures(work / "pictures", SIDE, SIDE)
+    source = lepton.data.pictures(
+        work / "pictures",
+        SIDE,
+        SIDE,
+    )
     source.data.is_held = False
     return source
 
@@ -246,13 +272,21 @@ def _cases(
     classes = [int(file.parent.name == "dog") for file in files]
     return {
         "mnist-cnn": Case(
-            lepton.data.shards(work / "parquet", inputs="pixels", target="label"),
+            lepton.data.shards(
+                work / "parquet",
+                inputs="pixels",
+                target="label",
+            ),
             partial(data_rivals.records, work / "mnist.arrayrecord"),
             128,
         ),
         "lm": Case(
             recipe.train,
-            partial(data_rivals.windows, recipe.train.inputs, recipe.train.targets),
+            partial(
+                data_rivals.windows,
+                recipe.train.inputs,
+                recipe.train.targets,
+            ),
             recipe.batch_size,
         ),
         "cats-dogs": Case(
@@ -279,14 +313,19 @@ def _alone(
     )
     tuned = _tuned(case)
     rival = case.rival(tuned)
-    runs = {"lepton": partial(_pull, feed), "grain": partial(_pull, rival)}
+    runs = {
+        "lepton": partial(_pull, feed),
+        "grain": partial(
+            _pull,
+            rival,
+        ),
+    }
     for pull in runs.values():
         _seconds_a_batch(pull, seconds)  # threads are added
-    steps = {
-        contender: max(1, round(seconds / _seconds_a_batch(pull, seconds / 2)))
-        for contender, pull in runs.items()
-    }
-    ms = _in_rounds(runs, steps, rounds)
+    took = {name: _seconds_a_batch(pull, seconds / 2) for name, pull in runs.items()}
+    steps = {name: max(1, round(seconds / each)) for name, each in took.items()}
+    pause = MOST_READ_AHEAD * max(took.values())
+    ms = _in_rounds(runs, steps, rounds, pause)
     measured = feed.measured()
     feed.close()
     rival.close()
@@ -312,15 +351,24 @@ def _in_rounds(
     runs: dict[str, Callable[[int], None]],
     steps: dict[str, int],
     rounds: int,
+    pause: float,
 ) -> dict[str, list[float]]:
     """Return milliseconds a batch of each side in each round.
 
-    What a side has read ahead while the other one was measured does not count.
+    Before a slice the other side fills its buffers, so that it does not read meanwhile;
+    what this side has read ahead does not count.
+
+    Args:
+      runs: pull a number of batches.
+      steps: batches of a slice.
+      rounds: how many.
+      pause: seconds in which buffers are filled.
     """
     ms: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         names = list(runs) if number % 2 else list(runs)[::-1]
         for name in names:
+            time.sleep(pause)
             runs[name](MOST_READ_AHEAD)
             seconds = seconds_of(runs[name], steps[name])
             ms[name].append(seconds / steps[name] * 1e3)

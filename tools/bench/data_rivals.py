@@ -92,7 +92,10 @@ class Decode(grain.transforms.Map):
     def __init__(self, side: int):
         self.side = side
 
-    def map(self, element: tuple[str, int]) -> tuple[np.ndarray, np.int32]:
+    def map(
+        self,
+        element: tuple[str, int],
+    ) -> tuple[np.ndarray, np.int32]:
         """Decode with Pillow, as small as the decoder can."""
         from PIL import Image
 
@@ -100,14 +103,20 @@ class Decode(grain.transforms.Map):
         size = (self.side, self.side)
         with Image.open(io.BytesIO(Path(file).read_bytes())) as picture:
             picture.draft("RGB", size)
-            pixels = picture.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+            pixels = picture.convert("RGB").resize(
+                size,
+                Image.Resampling.BILINEAR,
+            )
         return np.asarray(pixels), np.int32(label)
 
 
 class Record(grain.transforms.Map):
     """A record's pixels with its label, which is the last byte."""
 
-    def map(self, element: bytes) -> tuple[np.ndarray, np.uint8]:
+    def map(
+        self,
+        element: bytes,
+    ) -> tuple[np.ndarray, np.uint8]:
         """Look at the bytes without a copy."""
         row = np.frombuffer(element, np.uint8)
         return row[:-1], row[-1]
@@ -124,7 +133,10 @@ class Window(grain.transforms.Map):
         self.inputs = inputs
         self.targets = targets
 
-    def map(self, element: int) -> tuple[np.ndarray, np.ndarray]:
+    def map(
+        self,
+        element: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Look at a row of each."""
         return self.inputs[element], self.targets[element]
 
@@ -136,9 +148,19 @@ def jpegs(
     options: Options,
 ) -> Any:
     """Return batches of pictures."""
-    pairs = list(zip(map(str, files), labels, strict=True))
+    pairs = list(
+        zip(
+            map(str, files),
+            labels,
+            strict=True,
+        )
+    )
     data = grain.MapDataset.source(pairs).shuffle(seed=0).repeat()
-    return finished(data.map(Decode(side)), 32, options)
+    return finished(
+        data.map(Decode(side)),
+        32,
+        options,
+    )
 
 
 def records(
@@ -148,7 +170,11 @@ def records(
     """Return batches of records in an ArrayRecord file."""
     source = grain.sources.ArrayRecordDataSource(str(file))
     data = grain.MapDataset.source(source).shuffle(seed=0).repeat()
-    return finished(data.map(Record()), 128, options)
+    return finished(
+        data.map(Record()),
+        128,
+        options,
+    )
 
 
 def windows(
@@ -158,7 +184,11 @@ def windows(
 ) -> Any:
     """Return batches of windows in memory."""
     data = grain.MapDataset.range(len(inputs)).shuffle(seed=0).repeat()
-    return finished(data.map(Window(inputs, targets)), 8, options)
+    return finished(
+        data.map(Window(inputs, targets)),
+        8,
+        options,
+    )
 
 
 def write_rows(
@@ -177,7 +207,11 @@ def write_rows(
     table.write_parquet(work / "parquet" / "0.parquet", row_group_size=GROUP_ROWS)
 
     writer = ArrayRecordWriter(str(work / "mnist.arrayrecord"), "group_size:1")
-    for row, label in zip(rows, labels, strict=True):
+    for row, label in zip(
+        rows,
+        labels,
+        strict=True,
+    ):
         writer.write(row.tobytes() + bytes([label]))
     writer.close()
 
@@ -192,10 +226,20 @@ def write_sources(
     import polars as pl
 
     random = np.random.default_rng(0)
-    for number, part in enumerate(np.array_split(np.arange(rows), count)):
+    for number, part in enumerate(
+        np.array_split(
+            np.arange(rows),
+            count,
+        )
+    ):
         inner = folder / f"source{number}"
         inner.mkdir(parents=True)
         numbers = random.normal(size=(len(part), columns)).astype(np.float32)
         table = pl.DataFrame(numbers, schema=[f"x{i}" for i in range(columns)])
-        table = table.with_columns(pl.Series("label", part % 10))
+        table = table.with_columns(
+            pl.Series(
+                "label",
+                part % 10,
+            )
+        )
         table.write_parquet(inner / "0.parquet", row_group_size=GROUP_ROWS)

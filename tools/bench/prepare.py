@@ -43,8 +43,6 @@ MEMORY_LIMIT = 2e9  # bytes, of the claim
 RATIO_LIMIT = 1.15  # of the claim
 NUMBERS = ("amount", "age")
 JOBS = ("lepton", "hand")
-# CleanText's own (`lepton_jax.data.prepare.steps.text`), so that both do the same.
-LINE_ENDS = r"\r\n?|[\x0B\x0C\x{85}\x{2028}\x{2029}]"
 
 
 def add(
@@ -90,7 +88,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "bytes": table.stat().st_size,
             "polars": version("polars"),
         }
-        rounds = [_round(folder, table) for _ in range(options.rounds)]
+        rounds = [
+            _round(
+                folder,
+                table,
+            )
+            for _ in range(options.rounds)
+        ]
     for job in JOBS:
         of_job = [one[job] for one in rounds]
         results[job] = {
@@ -108,7 +112,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _round(folder: Path, table: Path) -> dict[str, dict[str, Any]]:
+def _round(
+    folder: Path,
+    table: Path,
+) -> dict[str, dict[str, Any]]:
     made = {}
     for job in JOBS:
         out = folder / job
@@ -127,7 +134,9 @@ def _round(folder: Path, table: Path) -> dict[str, dict[str, Any]]:
                 where="prepare",
                 remedy=f"see what it says: {done.stderr.strip()[-300:]}",
             )
-        made[job] = json.loads(done.stdout.splitlines()[-1])
+        made[job] = json.loads(
+            done.stdout.splitlines()[-1],
+        )
         print(_line(job, made[job]), flush=True)
     if made["lepton"]["sums"] != made["hand"]["sums"]:
         raise LeptonError(
@@ -138,7 +147,10 @@ def _round(folder: Path, table: Path) -> dict[str, dict[str, Any]]:
     return made
 
 
-def _line(job: str, made: dict[str, Any]) -> str:
+def _line(
+    job: str,
+    made: dict[str, Any],
+) -> str:
     return (
         f"{job:8} {made['seconds']:8.2f} s {made['cpu_seconds']:8.2f} s of processors"
         f" {made['peak_bytes'] / 1e9:6.2f} GB {made['out_rows']:12,} rows"
@@ -176,7 +188,9 @@ def _words(random: np.random.Generator) -> Any:
 
     letters = np.array(list("abcdefghijklmnopqrstuvwxyzäöüé"))
     sizes = random.integers(2, 11, WORDS)
-    return pl.Series(["".join(random.choice(letters, size)) for size in sizes])
+    return pl.Series(
+        ["".join(random.choice(letters, size)) for size in sizes],
+    )
 
 
 def _chunk(
@@ -190,30 +204,51 @@ def _chunk(
 
     numbers = np.arange(first, first + count)
     repeated = random.random(count) < SHARE_REPEATED
-    earlier = (numbers * random.random(count)).astype(np.int64)
+    earlier = (numbers * random.random(count)).astype(
+        np.int64,
+    )
     texts = np.where(repeated, earlier, numbers)
     # of each text the number decides its words
     seeds = pl.Series(texts.astype(np.uint64))
     columns = []
     for place in range(WORDS_A_TEXT):
         picks = seeds.hash(place) % WORDS
-        columns.append(words.gather(picks).alias(str(place)))
-    spaces = np.array([" ", "  ", " \t", "\u00a0"])[texts % 4]
+        columns.append(
+            words.gather(picks).alias(str(place)),
+        )
+    spaces = np.array(
+        [" ", "  ", " \t", "\u00a0"],
+    )[texts % 4]
     joined = pl.DataFrame(columns).select(
         pl.concat_str(
             pl.lit(" "),
-            pl.concat_str(pl.nth(range(6)), separator=" "),
+            pl.concat_str(
+                pl.nth(range(6)),
+                separator=" ",
+            ),
             pl.Series("space", spaces),
-            pl.concat_str(pl.nth(range(6, WORDS_A_TEXT)), separator=" "),
+            pl.concat_str(
+                pl.nth(range(6, WORDS_A_TEXT)),
+                separator=" ",
+            ),
             pl.lit(" "),
         ).alias("text")
     )
     amounts = random.lognormal(3.0, 1.0, count)
     missing = random.random(count) < SHARE_MISSING
     return joined.with_columns(
-        pl.Series("amount", amounts).set(pl.Series(missing), None),
-        pl.Series("age", random.integers(18, 90, count)),
-        pl.Series("label", random.integers(0, 2, count).astype(np.int8)),
+        pl.Series("amount", amounts).set(
+            pl.Series(missing),
+            None,
+        ),
+        pl.Series(
+            "age",
+            random.integers(18, 90, count),
+        ),
+        pl.Series(
+            "label",
+            random.integers(0, 2, count).astype(np.int8),
+        ),
     )
 
 
@@ -252,8 +287,6 @@ def by_hand(table: Path, out: Path) -> list[Path]:
 
     text = (
         pl.col("text")
-        .str.normalize("NFC")
-        .str.replace_all(LINE_ENDS, "\n")
         .str.replace_all(INVISIBLE, "")
         .str.normalize("NFC")
         .str.replace_all(r"\s+", " ")
@@ -263,7 +296,10 @@ def by_hand(table: Path, out: Path) -> list[Path]:
     rows = rows.filter(pl.col("amount").is_not_null())
     cleaned = rows.collect(engine="streaming")
     scaled = [
-        (pl.col(name) - pl.col(name).mean()) / pl.col(name).std(ddof=0)
+        (pl.col(name) - pl.col(name).mean())
+        / pl.col(name).std(
+            ddof=0,
+        )
         for name in NUMBERS
     ]
     standardized = cleaned.with_columns(scaled)
@@ -280,7 +316,11 @@ JOB: dict[str, Callable[[Path, Path], list[Path]]] = {
 }
 
 
-def work(name: str, table: Path, out: Path) -> dict[str, Any]:
+def work(
+    name: str,
+    table: Path,
+    out: Path,
+) -> dict[str, Any]:
     """Do a job; return what it took and sums of what came out."""
     import polars as pl
 
@@ -295,9 +335,26 @@ def work(name: str, table: Path, out: Path) -> dict[str, Any]:
     assert peak is not None
     rows = pl.scan_parquet(files).select(
         pl.len(),
-        pl.col("text").str.len_bytes().cast(pl.UInt64).sum(),
-        *(pl.col(name).abs().sum().round(3) for name in NUMBERS),
-        pl.col("label").cast(pl.UInt64).sum(),
+        pl.col("text")
+        .str.len_bytes()
+        .cast(
+            pl.UInt64,
+        )
+        .sum(),
+        *(
+            pl.col(
+                name,
+            )
+            .abs()
+            .sum()
+            .round(3)
+            for name in NUMBERS
+        ),
+        pl.col("label")
+        .cast(
+            pl.UInt64,
+        )
+        .sum(),
     )
     sums = rows.collect().row(0)
     return {
@@ -310,4 +367,6 @@ def work(name: str, table: Path, out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(work(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))))
+    print(
+        json.dumps(work(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))),
+    )

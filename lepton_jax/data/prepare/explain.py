@@ -66,21 +66,34 @@ def explain(
     piece = _piece_of(reader, row, preparation.piece_bytes, place)
     rows = reader.read(piece)
 
-    number = pl.lit(source, dtype=pl.UInt32).alias(SOURCE)
+    number = pl.lit(
+        source,
+        dtype=pl.UInt32,
+    ).alias(SOURCE)
     table = fit_columns(rows.table.with_columns(number), checked.raw)
     before = _row(table, row)
     if before is None:
-        return [Happening("read", _refused(rows.refused, row, place), None)]
+        return [
+            Happening(
+                "read",
+                _refused(rows.refused, row, place),
+                None,
+            )
+        ]
 
     happenings = [Happening("read", _shown(before), before)]
     for one in prepared.steps:
         # A step may look at a row's neighbours, so that it gets all of them.
-        table, notes = collected(one.step.run(table.lazy(), one.state))
+        table, notes = collected(
+            one.step.run(table.lazy(), one.state),
+        )
         after = _row(table, row)
         lines = [] if notes is None else _notes(notes, row, checked)
         lines += _changes(before, after)
         name = type(one.step).__name__
-        happenings.append(Happening(name, tuple(lines or ["nothing"]), after))
+        happenings.append(
+            Happening(name, tuple(lines or ["nothing"]), after),
+        )
         if after is None:
             break
         before = after
@@ -100,7 +113,10 @@ def _check_same(checked: Checked, prepared: Prepared) -> None:
         )
 
 
-def _place(checked: Checked, place: str) -> tuple[int, int]:
+def _place(
+    checked: Checked,
+    place: str,
+) -> tuple[int, int]:
     match = PLACE.fullmatch(place)
     if match is None:
         raise DataError(
@@ -118,9 +134,20 @@ def _place(checked: Checked, place: str) -> tuple[int, int]:
     return checked.names.index(name), int(row)
 
 
-def _piece_of(reader: Reader, row: int, size: int, place: str) -> Piece:
+def _piece_of(
+    reader: Reader,
+    row: int,
+    size: int,
+    place: str,
+) -> Piece:
     """Return the piece that a row is in."""
-    before = [piece for piece in reader.pieces(size) if piece.first_row <= row]
+    before = [
+        piece
+        for piece in reader.pieces(
+            size,
+        )
+        if piece.first_row <= row
+    ]
     if not before:
         raise _no_row(place)
     return before[-1]
@@ -135,13 +162,20 @@ def _no_row(place: str) -> DataError:
     )
 
 
-def _row(table: pl.DataFrame, row: int) -> dict[str, Any] | None:
+def _row(
+    table: pl.DataFrame,
+    row: int,
+) -> dict[str, Any] | None:
     """Return one row of a table; None: it is not there."""
     found = table.filter(pl.col(ROW) == row)
     return found.row(0, named=True) if found.height else None
 
 
-def _refused(refused: pl.DataFrame, row: int, place: str) -> tuple[str, ...]:
+def _refused(
+    refused: pl.DataFrame,
+    row: int,
+    place: str,
+) -> tuple[str, ...]:
     notes = refused.filter(pl.col(ROW) == row)
     if not notes.height:
         raise _no_row(place)
@@ -151,9 +185,15 @@ def _refused(refused: pl.DataFrame, row: int, place: str) -> tuple[str, ...]:
     )
 
 
-def _notes(notes: pl.DataFrame, row: int, checked: Checked) -> list[str]:
+def _notes(
+    notes: pl.DataFrame,
+    row: int,
+    checked: Checked,
+) -> list[str]:
     lines = []
-    for note in notes.filter(pl.col(ROW) == row).iter_rows(named=True):
+    for note in notes.filter(
+        pl.col(ROW) == row,
+    ).iter_rows(named=True):
         if note["action"] == "changed":
             continue  # the change itself is shown
         partner = ""
@@ -166,12 +206,17 @@ def _notes(notes: pl.DataFrame, row: int, checked: Checked) -> list[str]:
     return lines
 
 
-def _shown(row: dict[str, Any]) -> tuple[str, ...]:
+def _shown(
+    row: dict[str, Any],
+) -> tuple[str, ...]:
     names = [name for name in row if not name.startswith(RESERVED)]
     return tuple(f"{name} = {_cell(row[name])}" for name in names)
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any] | None) -> list[str]:
+def _changes(
+    before: dict[str, Any],
+    after: dict[str, Any] | None,
+) -> list[str]:
     if after is None:
         return []
     lines = []
@@ -201,4 +246,6 @@ def in_words(happenings: list[Happening], folder: Path) -> str:
     end = "the row is in the shards"
     if last.row is None:
         end = f"the row was dropped by {last.step}; see {folder / 'quarantine'}"
-    return "\n".join([*map(str, happenings), "", end])
+    return "\n".join(
+        [*map(str, happenings), "", end],
+    )

@@ -37,11 +37,19 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {
+            str(
+                key,
+            ): plain(inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple | set | frozenset):
         ordered = sorted(value) if isinstance(value, set | frozenset) else value
         return [plain(inner) for inner in ordered]
-    if value is None or isinstance(value, str | int | float | bool):
+    if value is None or isinstance(
+        value,
+        str | int | float | bool,
+    ):
         return value
     return str(value)
 
@@ -70,14 +78,32 @@ def manifest_of(
     return {
         "format": FORMAT,
         "sources": _sources(checked, tasks, records),
-        "passes": describe(checked.steps, plan_passes(checked.steps, checked.schemas)),
+        "passes": describe(
+            checked.steps,
+            plan_passes(checked.steps, checked.schemas),
+        ),
         "steps": _steps(job, records),
         "raw": _file(Path(job.folder), RAW),
-        "inputs": [name for name in checked.outputs if name != _target(checked)],
+        "inputs": [
+            name
+            for name in checked.outputs
+            if name
+            != _target(
+                checked,
+            )
+        ],
         "target": _target(checked),
         "output": job.output,
         "columns": _file(Path(job.folder), SCHEMA),
-        "schema": [{"name": name, "type": str(final[name])} for name in job.outputs],
+        "schema": [
+            {
+                "name": name,
+                "type": str(
+                    final[name],
+                ),
+            }
+            for name in job.outputs
+        ],
         "splits": _splits(records, job.outputs),
         "shards": _shards(records),
         "quarantine": _quarantine(records),
@@ -108,13 +134,22 @@ def _sources(
                 "rows": sum(record["counts"][0] for record in own),
                 "refused": sum(record["refused"] for record in own),
                 "dialect": dialect_of(reader),
-                "columns": [_column(one, own) for one in checked.columns[number]],
+                "columns": [
+                    _column(
+                        one,
+                        own,
+                    )
+                    for one in checked.columns[number]
+                ],
             }
         )
     return sources
 
 
-def _column(column: Column, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _column(
+    column: Column,
+    records: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
     return {
         "name": column.name,
         "type": str(column.type),
@@ -125,11 +160,24 @@ def _column(column: Column, records: Sequence[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def _cells(records: Sequence[dict[str, Any]], which: str, column: str) -> int:
-    return sum(record[which].get(column, 0) for record in records)
+def _cells(
+    records: Sequence[dict[str, Any]],
+    which: str,
+    column: str,
+) -> int:
+    return sum(
+        record[which].get(
+            column,
+            0,
+        )
+        for record in records
+    )
 
 
-def _steps(job: Job, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _steps(
+    job: Job,
+    records: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
     steps = []
     for number, step in enumerate(job.steps):
         reasons = _reasons(records, number)
@@ -151,21 +199,33 @@ def _steps(job: Job, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return steps
 
 
-def _reasons(records: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+def _reasons(
+    records: Sequence[dict[str, Any]],
+    step: int,
+) -> list[dict[str, Any]]:
     """Return how many notes of a step there are for each action and reason."""
     total: dict[tuple[str, str], int] = {}
     for record in records:
         for note in record["notes"]:
             if note["step"] == step:
                 key = (note["action"], note["reason"])
-                total[key] = total.get(key, 0) + note["rows"]
+                total[key] = (
+                    total.get(
+                        key,
+                        0,
+                    )
+                    + note["rows"]
+                )
     return [
         {"action": action, "reason": reason, "rows": rows}
         for (action, reason), rows in sorted(total.items())
     ]
 
 
-def _state(job: Job, number: int) -> dict[str, Any] | None:
+def _state(
+    job: Job,
+    number: int,
+) -> dict[str, Any] | None:
     """Copy a state to the folder that stays, and return its entry."""
     digest = job.states[number]
     if digest is None:
@@ -180,9 +240,18 @@ def _state(job: Job, number: int) -> dict[str, Any] | None:
     return _file(Path(job.folder), name)
 
 
-def _file(folder: Path, name: str) -> dict[str, Any]:
+def _file(
+    folder: Path,
+    name: str,
+) -> dict[str, Any]:
     path = folder / name
-    return {"path": name, "bytes": path.stat().st_size, "sha256": checksum(path)}
+    return {
+        "path": name,
+        "bytes": path.stat().st_size,
+        "sha256": checksum(
+            path,
+        ),
+    }
 
 
 def write_schemas(
@@ -207,7 +276,9 @@ def write_schemas(
     write_arrow(folder / RAW, table)
 
 
-def _shards(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shards(
+    records: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
     """Return the entries of all shards: training first, in the order of the rows."""
     entries = []
     for record in records:
@@ -219,7 +290,9 @@ def _shards(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(entries, key=_by_split)
 
 
-def _by_split(shard: dict[str, Any]) -> tuple[bool, str]:
+def _by_split(
+    shard: dict[str, Any],
+) -> tuple[bool, str]:
     return shard["split"] != "train", shard["split"]
 
 
@@ -231,7 +304,13 @@ def _splits(
     by_name: dict[str, list[dict[str, Any]]] = {}
     for shard in sorted(shards, key=_by_split):
         by_name.setdefault(shard["split"], []).append(shard)
-    return {name: _split(shards, outputs) for name, shards in by_name.items()}
+    return {
+        name: _split(
+            shards,
+            outputs,
+        )
+        for name, shards in by_name.items()
+    }
 
 
 def _split(
@@ -243,12 +322,17 @@ def _split(
         "rows": sum(shard["rows"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
         "statistics": {
-            name: add([piece[name] for piece in pieces]) for name in outputs
+            name: add(
+                [piece[name] for piece in pieces],
+            )
+            for name in outputs
         },
     }
 
 
-def _quarantine(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _quarantine(
+    records: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
     files = [file for record in records for file in record["quarantine"]]
     return {
         "rows": sum(file["rows"] for file in files),

@@ -106,7 +106,11 @@ def _next_pass(
         unsure.update(written)
 
     used = [number for number in applied if fits and number < fits[-1]]
-    return Pass(settled=first, fits=tuple(fits), applied=tuple(used))
+    return Pass(
+        settled=first,
+        fits=tuple(fits),
+        applied=tuple(used),
+    )
 
 
 def _needed(
@@ -153,11 +157,17 @@ def columns_asked(
             frame = frame.filter(predicate)
         yield frame
 
-    query(register_io_source(empty, schema=schema)).collect(engine="in-memory")
+    query(
+        register_io_source(empty, schema=schema),
+    ).collect(engine="in-memory")
     return asked
 
 
-def fitting_rows(step: Fitted, table: pl.LazyFrame, is_split: bool) -> pl.LazyFrame:
+def fitting_rows(
+    step: Fitted,
+    table: pl.LazyFrame,
+    is_split: bool,
+) -> pl.LazyFrame:
     """Return the rows that a step may learn from.
 
     Args:
@@ -170,7 +180,10 @@ def fitting_rows(step: Fitted, table: pl.LazyFrame, is_split: bool) -> pl.LazyFr
     return table
 
 
-def describe(steps: Sequence[Step], passes: Sequence[Pass]) -> list[dict[str, Any]]:
+def describe(
+    steps: Sequence[Step],
+    passes: Sequence[Pass],
+) -> list[dict[str, Any]]:
     """Return the passes as plain data."""
     names = [type(step).__name__ for step in steps]
     return [

@@ -39,7 +39,9 @@ from lepton_jax.data.readers.reader import NOTES, ROW, SOURCE, Piece, Reader
 
 # Columns of the notes of a piece: NOTES, and which step each is of; -1: the reader.
 STEP = f"{RESERVED}step"
-PIECE_NOTES = pl.Schema({STEP: pl.Int32(), **NOTES})
+PIECE_NOTES = pl.Schema(
+    {STEP: pl.Int32(), **NOTES},
+)
 READER = -1
 
 # Bytes a second at which rows are left for the next pass and read back, both together
@@ -126,7 +128,11 @@ class Content:
 # ---- keys ----
 
 
-def content_key(job: Job, task: Task, stop: int) -> str:
+def content_key(
+    job: Job,
+    task: Task,
+    stop: int,
+) -> str:
     """Return the key of the rows of a piece after the first `stop` steps."""
     return key_of(
         job.identities[task.source],
@@ -138,7 +144,11 @@ def content_key(job: Job, task: Task, stop: int) -> str:
     )
 
 
-def partial_path(job: Job, task: Task, step: int) -> Path:
+def partial_path(
+    job: Job,
+    task: Task,
+    step: int,
+) -> Path:
     """Return the file of a piece's partial state."""
     before = content_key(job, task, job.now.settled)
     applied = [job.codes[number] for number in job.now.applied if number < step]
@@ -160,16 +170,32 @@ def record_key(job: Job, task: Task) -> str:
 def is_done(job: Job, task: Task) -> bool:
     """Whether all that a pass makes of a piece is there already."""
     if job.now.fits:
-        return all(partial_path(job, task, step).exists() for step in job.now.fits)
+        return all(
+            partial_path(
+                job,
+                task,
+                step,
+            ).exists()
+            for step in job.now.fits
+        )
     path = record_path(job, task)
     if not path.exists():
         return False
     record = read_json(path)
     files = [*record["shards"], *record["quarantine"]]
-    return all(_is_whole(Path(job.folder) / file["path"], file) for file in files)
+    return all(
+        _is_whole(
+            Path(job.folder) / file["path"],
+            file,
+        )
+        for file in files
+    )
 
 
-def _is_whole(path: Path, file: dict[str, Any]) -> bool:
+def _is_whole(
+    path: Path,
+    file: dict[str, Any],
+) -> bool:
     return path.exists() and path.stat().st_size == file["bytes"]
 
 
@@ -206,10 +232,23 @@ def _read(job: Job, task: Task) -> Content:
     """Read a piece; its rows have the columns of all sources together."""
     rows = job.readers[task.source].read(task.piece)
     number = pl.lit(task.source, dtype=pl.UInt32)
-    table = fit_columns(rows.table.with_columns(number.alias(SOURCE)), job.schemas[0])
-    notes = _numbered(rows.refused.with_columns(number.alias(SOURCE)), READER)
+    table = fit_columns(
+        rows.table.with_columns(number.alias(SOURCE)),
+        job.schemas[0],
+    )
+    notes = _numbered(
+        rows.refused.with_columns(number.alias(SOURCE)),
+        READER,
+    )
     against = _against(rows.refused)
-    missing = rows.table.drop(ROW).null_count().row(0, named=True)
+    missing = (
+        rows.table.drop(ROW)
+        .null_count()
+        .row(
+            0,
+            named=True,
+        )
+    )
     for name, cells in against.items():
         missing[name] -= cells
     return Content(
@@ -230,21 +269,42 @@ def _against(refused: pl.DataFrame) -> dict[str, int]:
     return dict(columns.value_counts(sort=True).iter_rows())
 
 
-def fit_columns(table: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
+def fit_columns(
+    table: pl.DataFrame,
+    schema: pl.Schema,
+) -> pl.DataFrame:
     """Return a table with just these columns; what it lacks is missing."""
     columns = [
-        pl.col(name).cast(kind) if name in table.columns else pl.lit(None, kind)
+        pl.col(name).cast(kind)
+        if name in table.columns
+        else pl.lit(
+            None,
+            kind,
+        )
         for name, kind in schema.items()
     ]
-    named = [column.alias(name) for column, name in zip(columns, schema, strict=True)]
+    named = [
+        column.alias(name)
+        for column, name in zip(
+            columns,
+            schema,
+            strict=True,
+        )
+    ]
     return table.select(named)
 
 
-def apply_step(job: Job, content: Content, number: int) -> None:
+def apply_step(
+    job: Job,
+    content: Content,
+    number: int,
+) -> None:
     """Apply a step to the rows, and keep its notes."""
     step = job.steps[number]
     state = state_of(job.folder, job.states[number])
-    table, notes = collected(step.run(content.table.lazy(), state))
+    table, notes = collected(
+        step.run(content.table.lazy(), state),
+    )
     content.table = table
     if notes is not None and notes.height:
         content.notes.append(_numbered(notes, number))
@@ -252,18 +312,26 @@ def apply_step(job: Job, content: Content, number: int) -> None:
     content.stop = number + 1
 
 
-def collected(outcome: Outcome) -> tuple[pl.DataFrame, pl.DataFrame | None]:
+def collected(
+    outcome: Outcome,
+) -> tuple[pl.DataFrame, pl.DataFrame | None]:
     """Compute what a step makes of rows, its notes along with the rows.
 
     The streaming engine does not fix the order of rows; this one does.
     """
     if outcome.notes is None:
         return outcome.table.collect(engine="in-memory"), None
-    table, notes = pl.collect_all([outcome.table, outcome.notes], engine="in-memory")
+    table, notes = pl.collect_all(
+        [outcome.table, outcome.notes],
+        engine="in-memory",
+    )
     return table, notes
 
 
-def _numbered(notes: pl.DataFrame, step: int) -> pl.DataFrame:
+def _numbered(
+    notes: pl.DataFrame,
+    step: int,
+) -> pl.DataFrame:
     """Return notes with the columns PIECE_NOTES."""
     number = pl.lit(step, dtype=pl.Int32)
     return fit_columns(notes.with_columns(number.alias(STEP)), PIECE_NOTES)
@@ -274,7 +342,10 @@ def state_path(folder: str | Path, digest: str) -> Path:
     return Path(folder) / "work" / f"{digest}.state.arrow"
 
 
-def state_of(folder: str, digest: str | None) -> pl.DataFrame | None:
+def state_of(
+    folder: str,
+    digest: str | None,
+) -> pl.DataFrame | None:
     """Return a fitted state; None: the step has none."""
     return None if digest is None else _state(state_path(folder, digest))
 
@@ -291,10 +362,17 @@ def forget_states() -> None:
     _state.cache_clear()
 
 
-def _fit(job: Job, task: Task, content: Content) -> None:
+def _fit(
+    job: Job,
+    task: Task,
+    content: Content,
+) -> None:
     """Take the partial states of a pass."""
     table = content.table.lazy()
-    for number in range(job.now.settled, max(job.now.fits) + 1):
+    for number in range(
+        job.now.settled,
+        max(job.now.fits) + 1,
+    ):
         step = job.steps[number]
         if number in job.now.applied:
             table = step.run(table, None).table
@@ -309,7 +387,11 @@ def _fit(job: Job, task: Task, content: Content) -> None:
 # ---- what is left for the next pass ----
 
 
-def left_paths(job: Job, task: Task, stop: int) -> dict[str, Path]:
+def left_paths(
+    job: Job,
+    task: Task,
+    stop: int,
+) -> dict[str, Path]:
     """Return the files of the rows that are left after `stop` steps."""
     key = content_key(job, task, stop)
     return {
@@ -319,7 +401,11 @@ def left_paths(job: Job, task: Task, stop: int) -> dict[str, Path]:
     }
 
 
-def _leave(job: Job, task: Task, content: Content) -> None:
+def _leave(
+    job: Job,
+    task: Task,
+    content: Content,
+) -> None:
     """Leave the rows for the next pass, if that is cheaper than making them anew."""
     if content.seconds == 0.0:
         return
@@ -340,7 +426,11 @@ def _leave(job: Job, task: Task, content: Content) -> None:
 
 def _left(job: Job, task: Task) -> Content | None:
     """Return the rows that an earlier pass has left, after the most steps."""
-    for stop in range(job.now.settled, -1, -1):
+    for stop in range(
+        job.now.settled,
+        -1,
+        -1,
+    ):
         paths = left_paths(job, task, stop)
         if not paths["rows"].exists():
             continue
@@ -361,19 +451,31 @@ def _left(job: Job, task: Task) -> Content | None:
 # ---- shards ----
 
 
-def _write(job: Job, task: Task, content: Content) -> None:
+def _write(
+    job: Job,
+    task: Task,
+    content: Content,
+) -> None:
     """Write a piece's shards and notes, and then the record that says so."""
     notes = pl.concat(content.notes)
     name = f"{task.source:03}-{task.number:05}-{record_key(job, task)[:16]}"
     shards = write_shards(
-        Path(job.folder), name, content.table, job.outputs, job.output
+        Path(
+            job.folder,
+        ),
+        name,
+        content.table,
+        job.outputs,
+        job.output,
     )
     quarantine = []
     if notes.height:
         raw = content.raw
         if raw is None:
             raw = _read(job, task).table
-        quarantine.append(write_quarantine(Path(job.folder), name, notes, raw))
+        quarantine.append(
+            write_quarantine(Path(job.folder), name, notes, raw),
+        )
     record = {
         "source": task.source,
         "piece": task.number,
@@ -388,10 +490,18 @@ def _write(job: Job, task: Task, content: Content) -> None:
     write_json(record_path(job, task), record)
 
 
-def counted_notes(notes: pl.DataFrame) -> list[dict[str, Any]]:
+def counted_notes(
+    notes: pl.DataFrame,
+) -> list[dict[str, Any]]:
     """Return how many notes there are of each step, action and reason."""
     by = [STEP, "action", "reason"]
-    counted = notes.group_by(by).len("rows").sort(by)
+    counted = (
+        notes.group_by(
+            by,
+        )
+        .len("rows")
+        .sort(by)
+    )
     return counted.rename({STEP: "step"}).to_dicts()
 
 

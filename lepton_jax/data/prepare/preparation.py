@@ -40,7 +40,6 @@ class Preparation:
       output: "parquet", or "arrayrecord" for samples that are read singly.
       piece_bytes: bytes of a source that are read at once.
       memory: bytes that the pieces under way may take, all workers together.
-      raises: names of the alarms that are errors; see `lepton_jax.data.prepare.leaks`.
     """
 
     sources: Mapping[str, Any]
@@ -50,7 +49,6 @@ class Preparation:
     output: Literal["parquet", "arrayrecord"] = "parquet"
     piece_bytes: int = PIECE_BYTES
     memory: int = MEMORY
-    raises: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,12 @@ def check(preparation: Preparation) -> Checked:
         name no column.
     """
     _check_settings(preparation)
-    opened = [_opened(source) for source in preparation.sources.values()]
+    opened = [
+        _opened(
+            source,
+        )
+        for source in preparation.sources.values()
+    ]
     columns = tuple(tuple(reader.columns()) for reader in opened)
     names = tuple(preparation.sources)
     schemas = [raw_schema(names, columns)]
@@ -189,7 +192,10 @@ def raw_schema(
     return pl.Schema(schema)
 
 
-def _common(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:
+def _common(
+    one: pl.DataType,
+    other: pl.DataType,
+) -> pl.DataType | None:
     """Return a type that holds the values of both; None: only text would."""
     if one == other:
         return one
@@ -198,12 +204,21 @@ def _common(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:
     if other == pl.Null:
         return one
     if one.is_numeric() and other.is_numeric():
-        both = [pl.DataFrame(schema={"value": kind}) for kind in (one, other)]
+        both = [
+            pl.DataFrame(
+                schema={"value": kind},
+            )
+            for kind in (one, other)
+        ]
         return pl.concat(both, how="vertical_relaxed").schema["value"]
     return None
 
 
-def _after(step: Step, number: int, schema: pl.Schema) -> pl.Schema:
+def _after(
+    step: Step,
+    number: int,
+    schema: pl.Schema,
+) -> pl.Schema:
     """Return the columns after a step.
 
     Raises:
@@ -214,7 +229,11 @@ def _after(step: Step, number: int, schema: pl.Schema) -> pl.Schema:
         after = step.check(schema)
     except DataError as error:
         where = f"{place}: {error.where}" if error.where else place
-        raise DataError(error.what, where=where, remedy=error.remedy) from error
+        raise DataError(
+            error.what,
+            where=where,
+            remedy=error.remedy,
+        ) from error
     except pl.exceptions.PolarsError as error:
         message = str(error).partition("\n")[0]
         raise DataError(
@@ -232,9 +251,18 @@ def _given(schema: pl.Schema) -> list[str]:
     return [name for name in schema if not name.startswith(RESERVED)]
 
 
-def _check_fits(steps: Sequence[Step], schemas: Sequence[pl.Schema]) -> None:
+def _check_fits(
+    steps: Sequence[Step],
+    schemas: Sequence[pl.Schema],
+) -> None:
     """Raise DataError if a statistic would see rows of the test split."""
-    split_at = [number for number, schema in enumerate(schemas) if SPLIT in schema]
+    split_at = [
+        number
+        for number, schema in enumerate(
+            schemas,
+        )
+        if SPLIT in schema
+    ]
     if not split_at:
         return
     for number, step in enumerate(steps[: split_at[0]]):
@@ -248,7 +276,10 @@ def _check_fits(steps: Sequence[Step], schemas: Sequence[pl.Schema]) -> None:
             )
 
 
-def _outputs(preparation: Preparation, schema: pl.Schema) -> tuple[str, ...]:
+def _outputs(
+    preparation: Preparation,
+    schema: pl.Schema,
+) -> tuple[str, ...]:
     known = _given(schema)
     target = [] if preparation.target is None else [preparation.target]
     inputs = preparation.inputs

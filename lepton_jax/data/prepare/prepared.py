@@ -141,7 +141,12 @@ class Prepared:
             if entry["split"] == split
         ]
 
-    def table(self, split: str = "train", *, traced: bool = False) -> pl.DataFrame:
+    def table(
+        self,
+        split: str = "train",
+        *,
+        traced: bool = False,
+    ) -> pl.DataFrame:
         """Return the rows of a split.
 
         Args:
@@ -151,7 +156,12 @@ class Prepared:
         Raises:
           DataError: there is no such split, or a shard is gone.
         """
-        tables = [self._shard(path) for path in self.shards(split)]
+        tables = [
+            self._shard(
+                path,
+            )
+            for path in self.shards(split)
+        ]
         table = pl.concat(tables, rechunk=True)
         return table if traced else table.select(self.outputs)
 
@@ -167,7 +177,9 @@ class Prepared:
     @cached_property
     def schema(self) -> pl.Schema:
         """Columns of a shard, with SOURCE and ROW."""
-        return read_arrow(self.folder / self.manifest["columns"]["path"]).schema
+        return read_arrow(
+            self.folder / self.manifest["columns"]["path"],
+        ).schema
 
     def quarantine(self) -> pl.DataFrame:
         """Return the notes of all rows that were dropped, changed or flagged.
@@ -177,16 +189,28 @@ class Prepared:
         it was read.
         """
         files = self.manifest["quarantine"]["files"]
-        tables = [pl.read_parquet(self.folder / file["path"]) for file in files]
+        tables = [
+            pl.read_parquet(
+                self.folder / file["path"],
+            )
+            for file in files
+        ]
         if not tables:
             return pl.DataFrame()
         steps = [entry["arguments"]["step"] for entry in self.manifest["steps"]]
-        names = pl.DataFrame({"lepton.step": range(-1, len(steps))}).select(
+        names = pl.DataFrame(
+            {"lepton.step": range(-1, len(steps))},
+        ).select(
             pl.col("lepton.step").cast(pl.Int32),
             pl.Series("lepton.step_name", ["reader", *steps]),
         )
         notes = pl.concat(tables, how="vertical")
-        return notes.join(names, on="lepton.step", how="left", maintain_order="left")
+        return notes.join(
+            names,
+            on="lepton.step",
+            how="left",
+            maintain_order="left",
+        )
 
     def verify(self) -> None:
         """Check the checksums of all files.
@@ -217,7 +241,9 @@ class Prepared:
         for entry in self.manifest["steps"]:
             file = entry["state"]
             state = read_arrow(self.folder / file["path"]) if file else None
-            steps.append(FittedStep(self._restored(entry["arguments"]), state))
+            steps.append(
+                FittedStep(self._restored(entry["arguments"]), state),
+            )
         return steps
 
     def _restored(self, arguments: Mapping[str, Any]) -> Step:
@@ -233,21 +259,39 @@ class Prepared:
                     " without the spec's file, use Lepton's steps alone"
                 ),
             )
-        fields = {field.name for field in dataclasses.fields(known[name])}
+        fields = {
+            field.name
+            for field in dataclasses.fields(
+                known[name],
+            )
+        }
         given = {
-            key: _tuples(value) for key, value in arguments.items() if key in fields
+            key: _tuples(
+                value,
+            )
+            for key, value in arguments.items()
+            if key in fields
         }
         return known[name](**given)
 
     def copy_steps(self, folder: str | Path) -> None:
         """Copy the manifest and the states, without samples, for `apply` elsewhere."""
         target = Path(folder)
-        (target / manifests.STATES).mkdir(parents=True, exist_ok=True)
+        (target / manifests.STATES).mkdir(
+            parents=True,
+            exist_ok=True,
+        )
         states = [entry["state"] for entry in self.manifest["steps"]]
         for file in (self.manifest["raw"], self.manifest["columns"], *states):
             if file is not None:
-                shutil.copyfile(self.folder / file["path"], target / file["path"])
-        shutil.copyfile(self.folder / manifests.NAME, target / manifests.NAME)
+                shutil.copyfile(
+                    self.folder / file["path"],
+                    target / file["path"],
+                )
+        shutil.copyfile(
+            self.folder / manifests.NAME,
+            target / manifests.NAME,
+        )
 
     # ---- raw rows ----
 
@@ -286,11 +330,19 @@ class Prepared:
         given = _rows(raw)
         has_target = self.target is not None and self.target in given.columns
         table = self._typed(given)
-        if not has_target and self.target in self._raw.columns and len(self._raw):
+        if (
+            not has_target
+            and self.target in self._raw.columns
+            and len(
+                self._raw,
+            )
+        ):
             # Steps that ask for a target get that of a row that was not dropped.
             value = self._raw[self.target][0]
             kind = self._raw.schema[self.target]
-            table = table.with_columns(pl.lit(value, kind).alias(self.target))
+            table = table.with_columns(
+                pl.lit(value, kind).alias(self.target),
+            )
         for number, one in enumerate(self.steps):
             if one.step.serves:
                 table = self._applied(number, one, table)
@@ -303,14 +355,19 @@ class Prepared:
         table: pl.DataFrame,
     ) -> pl.DataFrame:
         """Apply a step; raise DataError if a row is lost."""
-        after, notes = collected(one.step.run(table.lazy(), one.state))
+        after, notes = collected(
+            one.step.run(table.lazy(), one.state),
+        )
         if after.height == table.height:
             return after
         lost = table.join(after, on=ROW, how="anti")
         row: Any = lost[ROW].min()
         reason = ""
         if notes is not None:
-            about = notes.filter(pl.col(ROW) == row, pl.col("action") == "dropped")
+            about = notes.filter(
+                pl.col(ROW) == row,
+                pl.col("action") == "dropped",
+            )
             reason = f": {about['reason'][0]}" if about.height else ""
         raise DataError(
             f"{type(one.step).__name__} drops row {row}{reason}",
@@ -332,13 +389,20 @@ class Prepared:
             for name, kind in self._raw.schema.items()
             if name in given.columns and not name.startswith(RESERVED)
         ]
-        numbers = pl.Series(ROW, np.arange(given.height, dtype=np.uint64))
+        numbers = pl.Series(
+            ROW,
+            np.arange(given.height, dtype=np.uint64),
+        )
         source = pl.lit(0, pl.UInt32).alias(SOURCE)
-        table = pl.DataFrame([numbers, *columns]).with_columns(source)
+        table = pl.DataFrame(
+            [numbers, *columns],
+        ).with_columns(source)
         return fit_columns(table, self._raw.schema)
 
 
-def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def files_of(
+    manifest: dict[str, Any],
+) -> list[dict[str, Any]]:
     """Return the entries of all files that a manifest names."""
     files = [manifest["raw"], manifest["columns"], *manifest["quarantine"]["files"]]
     files += [step["state"] for step in manifest["steps"] if step["state"]]
@@ -352,14 +416,22 @@ def public_steps() -> dict[str, type[Step]]:
     while unseen:
         kind = unseen.pop()
         unseen += kind.__subclasses__()
-        if kind.__module__.startswith(PACKAGE) and kind not in (Step, Fitted):
+        if kind.__module__.startswith(
+            PACKAGE,
+        ) and kind not in (Step, Fitted):
             found[kind.__name__] = kind
     return found
 
 
 def _tuples(value: Any) -> Any:
     """Return lists of JSON as the tuples that a frozen step holds."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return (
+        tuple(
+            map(_tuples, value),
+        )
+        if isinstance(value, list)
+        else value
+    )
 
 
 def _rows(raw: Any) -> pl.DataFrame:
@@ -378,17 +450,29 @@ def _rows(raw: Any) -> pl.DataFrame:
     for piece in reader.pieces(WHOLE):
         read = reader.read(piece)
         if read.refused.height:
-            note: dict[str, Any] = read.refused.row(0, named=True)
+            note: dict[str, Any] = read.refused.row(
+                0,
+                named=True,
+            )
             raise DataError(
                 f"row {note[ROW]} can't be read: {note['reason']}",
                 where=f"{reader.name}, row {note[ROW]}",
                 remedy="correct the row, or leave it out",
             )
         tables.append(read.table)
-    return pl.concat(tables).drop(ROW) if tables else pl.DataFrame()
+    return (
+        pl.concat(
+            tables,
+        ).drop(ROW)
+        if tables
+        else pl.DataFrame()
+    )
 
 
-def _cast(values: pl.Series, kind: pl.DataType) -> pl.Series:
+def _cast(
+    values: pl.Series,
+    kind: pl.DataType,
+) -> pl.Series:
     """Return values as a type of training's.
 
     Raises:
@@ -399,7 +483,9 @@ def _cast(values: pl.Series, kind: pl.DataType) -> pl.Series:
     cast = values.cast(kind, strict=False)
     wrong = cast.is_null() & values.is_not_null()
     if values.dtype.is_float() and kind.is_integer():
-        wrong = wrong | (values != cast.cast(values.dtype)).fill_null(False)
+        wrong = wrong | (values != cast.cast(values.dtype)).fill_null(
+            False,
+        )
     if not wrong.any():
         return cast
     row = int(wrong.arg_true()[0])

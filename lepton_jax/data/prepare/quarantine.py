@@ -44,7 +44,12 @@ def write_quarantine(
         }
     )
     rows = raw.drop(SOURCE)
-    table = renamed.join(rows, on=ROW, how="left", maintain_order="left")
+    table = renamed.join(
+        rows,
+        on=ROW,
+        how="left",
+        maintain_order="left",
+    )
 
     path = folder / FOLDER / f"{name}.parquet"
     with replacing(path) as draft:

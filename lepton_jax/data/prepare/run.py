@@ -48,6 +48,7 @@ ENGINES = ("local", "ray")
 # Partial states that are merged at once. The grouping depends on the pieces alone
 # (assumption: few enough for memory, many enough that merging again is rare).
 FAN_IN = 64
+MOST_NAMES = 3  # of files that a message lists
 
 
 class Progress(NamedTuple):
@@ -108,7 +109,10 @@ def prepare(
         finally:
             where.close()
             forget_states()
-    return open_prepared(root, classes=[type(step) for step in preparation.steps])
+    return open_prepared(
+        root,
+        classes=[type(step) for step in preparation.steps],
+    )
 
 
 def _silent(progress: Progress) -> None:
@@ -145,6 +149,7 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
       DataError: one is at it, or the folder can't be made.
     """
+    _check_own(folder)
     try:
         (folder / "work").mkdir(parents=True, exist_ok=True)
         lock = (folder / "work" / "lock").open("w")
@@ -167,6 +172,20 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _check_own(folder: Path) -> None:
+    """Raise DataError if a folder is somebody else's, whose files would be removed."""
+    marks = (folder / manifests.NAME, folder / "work" / "lock")
+    if not folder.is_dir() or any(mark.exists() for mark in marks):
+        return
+    others = sorted(path.name for path in folder.iterdir())
+    if others:
+        raise DataError(
+            f"the folder has other files: {', '.join(others[:MOST_NAMES])}",
+            where=folder,
+            remedy="name a folder that is empty, or that does not exist yet",
+        )
+
+
 # ---- the passes ----
 
 
@@ -186,7 +205,9 @@ class _Run:
         self._report = report
         self._passes = plan_passes(checked.steps, checked.schemas)
         self._tasks = _tasks(checked)
-        self._states: list[str | None] = [None] * len(checked.steps)
+        self._states: list[str | None] = [None] * len(
+            checked.steps,
+        )
         self._used: set[Path] = {folder / "work" / "lock"}
         self._codes = tuple(_code(step) for step in checked.steps)
         self._identities = tuple(identities(checked))
@@ -217,10 +238,22 @@ class _Run:
 
     def _do(self, job: Job, number: int) -> None:
         """Do a pass, but for the pieces that are done."""
-        names = [type(job.steps[step]).__name__ for step in job.now.fits]
+        names = [
+            type(
+                job.steps[step],
+            ).__name__
+            for step in job.now.fits
+        ]
         doing = f"fit {', '.join(names)}" if names else "write"
         total = sum(_size(task) for task in self._tasks)
-        left = [task for task in self._tasks if not is_done(job, task)]
+        left = [
+            task
+            for task in self._tasks
+            if not is_done(
+                job,
+                task,
+            )
+        ]
         done = total - sum(_size(task) for task in left)
         passes = len(self._passes)
         self._report(Progress(number, passes, doing, done, total))
@@ -232,9 +265,19 @@ class _Run:
         """Merge the partial states of a step; return the digest of its state."""
         step = job.steps[number]
         assert isinstance(step, Fitted)
-        paths = [partial_path(job, task, number) for task in self._tasks]
+        paths = [
+            partial_path(
+                job,
+                task,
+                number,
+            )
+            for task in self._tasks
+        ]
         self._used.update(paths)
-        key = key_of(job.codes[number], [path.name for path in paths])
+        key = key_of(
+            job.codes[number],
+            [path.name for path in paths],
+        )
         known = job.work / f"{key}.fitted.json"
         self._used.add(known)
         if known.exists():
@@ -259,13 +302,23 @@ class _Run:
         _check_left(job, records)
         example = _example(self._checked, job, self._tasks, records)
         manifests.write_schemas(self._folder, self._checked, example)
-        written = manifests.manifest_of(self._checked, job, self._tasks, records)
+        written = manifests.manifest_of(
+            self._checked,
+            job,
+            self._tasks,
+            records,
+        )
         write_json(self._folder / manifests.NAME, written)
         self._tidy(written)
 
     def _tidy(self, written: dict[str, Any]) -> None:
         """Remove the files that neither the manifest nor a next run asks for."""
-        named = {self._folder / file["path"] for file in files_of(written)}
+        named = {
+            self._folder / file["path"]
+            for file in files_of(
+                written,
+            )
+        }
         stale = []
         for name, kept in (
             ("work", self._used),
@@ -316,27 +369,57 @@ def _code(step: Step) -> str:
 
 def identities(checked: Checked) -> list[str]:
     """Return a hash of all that the rows of a source depend on besides its content."""
-    raw = [(name, str(kind)) for name, kind in checked.raw.items()]
+    raw = [
+        (
+            name,
+            str(
+                kind,
+            ),
+        )
+        for name, kind in checked.raw.items()
+    ]
     hashes = []
     for number, reader in enumerate(checked.readers):
         columns = [
-            (one.name, str(one.type), one.reason) for one in checked.columns[number]
+            (
+                one.name,
+                str(
+                    one.type,
+                ),
+                one.reason,
+            )
+            for one in checked.columns[number]
         ]
         dialect = manifests.dialect_of(reader)
         versions = (manifests.FORMAT, lepton_jax.__version__, pl.__version__)
-        hashes.append(key_of(versions, type(reader).__name__, columns, dialect, raw))
+        hashes.append(
+            key_of(versions, type(reader).__name__, columns, dialect, raw),
+        )
     return hashes
 
 
-def _merged(step: Fitted, paths: Sequence[Path]) -> pl.DataFrame:
+def _merged(
+    step: Fitted,
+    paths: Sequence[Path],
+) -> pl.DataFrame:
     """Merge partial states, a few at once, in the order of the pieces."""
     merged = []
     for start in range(0, len(paths), FAN_IN):
-        some = [read_arrow(path) for path in paths[start : start + FAN_IN]]
+        some = [
+            read_arrow(
+                path,
+            )
+            for path in paths[start : start + FAN_IN]
+        ]
         merged.append(step.merge(some))
     while len(merged) > 1:
         groups = range(0, len(merged), FAN_IN)
-        merged = [step.merge(merged[start : start + FAN_IN]) for start in groups]
+        merged = [
+            step.merge(
+                merged[start : start + FAN_IN],
+            )
+            for start in groups
+        ]
     return merged[0]
 
 
@@ -347,25 +430,44 @@ def saying(place: str) -> Iterator[None]:
         yield
     except DataError as error:
         where = f"{place}: {error.where}" if error.where else place
-        raise DataError(error.what, where=where, remedy=error.remedy) from error
+        raise DataError(
+            error.what,
+            where=where,
+            remedy=error.remedy,
+        ) from error
 
 
 # ---- the end ----
 
 
-def _check_left(job: Job, records: Sequence[dict[str, Any]]) -> None:
+def _check_left(
+    job: Job,
+    records: Sequence[dict[str, Any]],
+) -> None:
     """Raise DataError if no row is left."""
     if any(record["shards"] for record in records):
         return
     counts = [record["counts"] for record in records]
-    rows = [sum(column) for column in zip(*counts, strict=True)]
+    rows = [
+        sum(column)
+        for column in zip(
+            *counts,
+            strict=True,
+        )
+    ]
     if rows[0] == 0:
         raise DataError(
             "no row of the sources could be read",
             where="sources",
             remedy=f"see {quarantine.FOLDER}/ for the reasons",
         )
-    emptied = next(number for number, count in enumerate(rows) if count == 0)
+    emptied = next(
+        number
+        for number, count in enumerate(
+            rows,
+        )
+        if count == 0
+    )
     raise DataError(
         f"no row is left: {rows[emptied - 1]} went in, and none came out",
         where=f"Preparation.steps[{emptied - 1}], "
@@ -394,14 +496,28 @@ def _example(
             schema = {name: final[name] for name in (SOURCE, ROW, *job.outputs)}
             written = shards.read_shard(path, pl.Schema(schema))
             row = written[ROW][0]
-            raw = checked.readers[task.source].read(task.piece).table
-            value = raw.filter(pl.col(ROW) == row).select(target)
+            raw = (
+                checked.readers[task.source]
+                .read(
+                    task.piece,
+                )
+                .table
+            )
+            value = raw.filter(
+                pl.col(ROW) == row,
+            ).select(target)
             return value.cast(checked.raw[target])
     return None
 
 
 def _unfinished(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob(f"*{UNFINISHED}") if path.is_file()]
+    return [
+        path
+        for path in folder.rglob(
+            f"*{UNFINISHED}",
+        )
+        if path.is_file()
+    ]
 
 
 def _remove(paths: Sequence[Path]) -> None:
@@ -413,5 +529,7 @@ def _remove(paths: Sequence[Path]) -> None:
 
 def _remove_empty(folder: Path) -> None:
     """Remove the folder of a split that there is no longer."""
-    if folder.parent.name == shards.FOLDER and not os.listdir(folder):
+    if folder.parent.name == shards.FOLDER and not os.listdir(
+        folder,
+    ):
         folder.rmdir()

@@ -22,9 +22,12 @@ from lepton_jax.errors import DataError
 
 FOLDER = "shards"
 ONLY_SPLIT = "train"  # where no step splits the rows
-# Rows that a reader of a Parquet shard has in memory at once (assumption: Grain holds a
-# whole group; 64 Ki rows of 1 kB are 64 MB).
+# Rows and bytes that a reader of a Parquet shard has in memory at once, at most. The
+# feed shuffles the groups of a window of 64 MiB (data/indexed.py), so a window of wide
+# rows, such as pictures, must have many groups, too. Assumption: 16 are enough.
 GROUP_ROWS = 2**16
+GROUP_BYTES = 4 * 2**20
+NUMBER_BYTES = 8  # of a cell of fixed width, at most
 SUFFIXES = {"parquet": "parquet", "arrayrecord": "array_record"}
 
 
@@ -85,7 +88,15 @@ def splits_of(table: pl.DataFrame) -> list[str]:
         return [ONLY_SPLIT] if table.height else []
     names = table[SPLIT].unique().sort().to_list()
     for name in names:
-        if name is None or not name.replace("_", "").replace("-", "").isalnum():
+        if (
+            name is None
+            or not name.replace(
+                "_",
+                "",
+            )
+            .replace("-", "")
+            .isalnum()
+        ):
             raise DataError(
                 f"a row is in the split {name!r}",
                 where=SPLIT,
@@ -96,7 +107,10 @@ def splits_of(table: pl.DataFrame) -> list[str]:
     return names
 
 
-def read_shard(path: Path, schema: pl.Schema) -> pl.DataFrame:
+def read_shard(
+    path: Path,
+    schema: pl.Schema,
+) -> pl.DataFrame:
     """Read a shard, of either format.
 
     Args:
@@ -109,20 +123,36 @@ def read_shard(path: Path, schema: pl.Schema) -> pl.DataFrame:
     reader = module.ArrayRecordReader(str(path))
     records = reader.read_all() if reader.num_records() else []
     reader.close()
-    rows = [msgpack.unpackb(record, timestamp=3) for record in records]
-    return pl.DataFrame(rows, schema=_stored(schema), orient="row").cast(schema)
+    rows = [
+        msgpack.unpackb(
+            record,
+            timestamp=3,
+        )
+        for record in records
+    ]
+    return pl.DataFrame(
+        rows,
+        schema=_stored(schema),
+        orient="row",
+    ).cast(schema)
 
 
 def _stored(schema: pl.Schema) -> dict[str, Any]:
     """Return the types that a record's values have."""
-    physical = pl.DataFrame(schema=schema).select(_plain(schema))
+    physical = pl.DataFrame(schema=schema).select(
+        _plain(schema),
+    )
     return dict(physical.schema)
 
 
 def _plain(schema: pl.Schema) -> list[pl.Expr]:
     """Return each column as values that a record can hold."""
     return [
-        pl.col(name).to_physical() if kind.is_temporal() else pl.col(name)
+        pl.col(
+            name,
+        ).to_physical()
+        if kind.is_temporal()
+        else pl.col(name)
         for name, kind in schema.items()
     ]
 
@@ -131,7 +161,31 @@ NEEDED = {"extra": "data", "purpose": "an ArrayRecord shard"}
 
 
 def _write_parquet(path: Path, rows: pl.DataFrame) -> None:
-    rows.write_parquet(path, compression="zstd", row_group_size=GROUP_ROWS)
+    rows.write_parquet(
+        path,
+        compression="zstd",
+        row_group_size=_rows_of_a_group(rows),
+    )
+
+
+def _rows_of_a_group(rows: pl.DataFrame) -> int:
+    """Return how many rows a group has: by their content, not by how it is held."""
+    total = sum(_bytes_of(column) for column in rows)
+    fitting = GROUP_BYTES * rows.height // max(1, total)
+    return max(1, min(GROUP_ROWS, fitting))
+
+
+def _bytes_of(column: pl.Series) -> int:
+    """Return the bytes of a column's cells, about."""
+    if column.dtype == pl.Binary:
+        return int(column.bin.size().sum())
+    if column.dtype == pl.String:
+        return int(column.str.len_bytes().sum())
+    if isinstance(column.dtype, pl.List):
+        return NUMBER_BYTES * int(column.list.len().sum())
+    if isinstance(column.dtype, pl.Array):
+        return NUMBER_BYTES * len(column) * column.dtype.size
+    return NUMBER_BYTES * len(column)
 
 
 def _write_records(path: Path, rows: pl.DataFrame) -> None:
@@ -139,7 +193,9 @@ def _write_records(path: Path, rows: pl.DataFrame) -> None:
     module = needs("array_record.python.array_record_module", **NEEDED)
     options = "group_size:1,zstd:3,max_parallelism:1"
     writer = module.ArrayRecordWriter(str(path), options)
-    for row in rows.select(_plain(rows.schema)).iter_rows(named=True):
+    for row in rows.select(
+        _plain(rows.schema),
+    ).iter_rows(named=True):
         writer.write(msgpack.packb(row))
     writer.close()
 

@@ -28,9 +28,16 @@ HEAD = 1_000  # rows
 LEAST_SHARE = 0.5  # of different values in the head: such a column is free text
 
 
-def statistics(table: pl.DataFrame) -> dict[str, dict[str, Any]]:
+def statistics(
+    table: pl.DataFrame,
+) -> dict[str, dict[str, Any]]:
     """Return what `add` adds up to the statistics of each column, as plain data."""
-    return {name: _of_column(table[name]) for name in table.columns}
+    return {
+        name: _of_column(
+            table[name],
+        )
+        for name in table.columns
+    }
 
 
 def _of_column(values: pl.Series) -> dict[str, Any]:
@@ -46,7 +53,9 @@ def _of_column(values: pl.Series) -> dict[str, Any]:
             finite = numbers.is_finite()
             if not finite.all():
                 numbers = numbers.filter(finite)
-                found["not_finite"] = int(finite.len() - finite.sum())
+                found["not_finite"] = int(
+                    finite.len() - finite.sum(),
+                )
         found |= _moments(numbers)
     found["values"] = _values(values)
     return found
@@ -97,59 +106,110 @@ def _moments(numbers: pl.Series) -> dict[str, Any]:
     }
 
 
-def _histogram(numbers: pl.Series, low: float, high: float) -> dict[str, Any]:
+def _histogram(
+    numbers: pl.Series,
+    low: float,
+    high: float,
+) -> dict[str, Any]:
     exponent = exponent_for(low, high, PIECE_BINS)
     if numbers.dtype.is_integer():
         exponent = max(exponent, 0)
     scale = 2.0**-exponent
-    bins = (numbers.cast(pl.Float64) * scale).floor()
+    bins = (
+        numbers.cast(
+            pl.Float64,
+        )
+        * scale
+    ).floor()
     first = math.floor(low * scale)
     offsets = (bins - first).cast(pl.UInt32)
     counted = offsets.value_counts(name="rows").sort(offsets.name)
     return {
         "exponent": exponent,
-        "bins": (counted[offsets.name].cast(pl.Int64) + first).to_list(),
+        "bins": (
+            counted[offsets.name].cast(
+                pl.Int64,
+            )
+            + first
+        ).to_list(),
         "rows": counted["rows"].to_list(),
     }
 
 
-def exponent_for(low: float, high: float, bins: int) -> int:
+def exponent_for(
+    low: float,
+    high: float,
+    bins: int,
+) -> int:
     """Return the least exponent of two with which some bins hold all of a range."""
-    resolution = max(abs(low), abs(high)) * 2**-50
-    _, exponent = math.frexp(max(high / bins - low / bins, resolution))
+    resolution = (
+        max(
+            abs(low),
+            abs(high),
+        )
+        * 2**-50
+    )
+    _, exponent = math.frexp(
+        max(high / bins - low / bins, resolution),
+    )
     exponent = max(exponent - 1, SMALLEST_EXPONENT)
     if low == high:
         exponent = max(exponent, _fitting(low))
-    while math.floor(high * 2.0**-exponent) - math.floor(low * 2.0**-exponent) >= bins:
+    while (
+        math.floor(
+            high * 2.0**-exponent,
+        )
+        - math.floor(low * 2.0**-exponent)
+        >= bins
+    ):
         exponent += 1
     return exponent
 
 
 def _fitting(value: float) -> int:
     """Return the exponent of a bin for a column with one value."""
-    return math.frexp(value)[1] - BINS.bit_length() if value else -BINS.bit_length()
+    return (
+        math.frexp(
+            value,
+        )[1]
+        - BINS.bit_length()
+        if value
+        else -BINS.bit_length()
+    )
 
 
-def _values(values: pl.Series) -> dict[str, int] | None:
+def _values(
+    values: pl.Series,
+) -> dict[str, int] | None:
     """Return how often each value occurs; None: there are too many."""
     kind = values.dtype
     if kind.is_nested() or kind == pl.Binary or kind.is_float():
         return None
     head = values.head(HEAD)
-    if len(values) > HEAD and head.n_unique() > LEAST_SHARE * HEAD:
+    if (
+        len(
+            values,
+        )
+        > HEAD
+        and head.n_unique() > LEAST_SHARE * HEAD
+    ):
         return None
     counted = values.drop_nulls().value_counts(name="rows")
     if counted.height > MOST_VALUES:
         return None
     names = counted[values.name].cast(pl.String)
-    table = pl.DataFrame({"value": names, "rows": counted["rows"]}).sort("value")
+    table = pl.DataFrame(
+        {"value": names, "rows": counted["rows"]},
+    ).sort("value")
     return dict(table.iter_rows())
 
 
 # ---- adding up ----
 
 
-def add(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def add(
+    pieces: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
     """Return the statistics of a column of all rows, in the order of the pieces.
 
     Returns:
@@ -172,11 +232,15 @@ def add(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "max": max(piece["max"] for piece in measured),
             "histogram": _added_histogram(measured),
         }
-    found["top"] = _top([piece["values"] for piece in pieces])
+    found["top"] = _top(
+        [piece["values"] for piece in pieces],
+    )
     return found
 
 
-def _added_moments(pieces: Sequence[dict[str, Any]]) -> tuple[float, float]:
+def _added_moments(
+    pieces: Sequence[dict[str, Any]],
+) -> tuple[float, float]:
     """Return the mean and the standard deviation.
 
     Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing
@@ -189,28 +253,45 @@ def _added_moments(pieces: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return mean, math.sqrt((between + within) / count)
 
 
-def _added_histogram(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _added_histogram(
+    pieces: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
     low = float(min(piece["min"] for piece in pieces))
     high = float(max(piece["max"] for piece in pieces))
     own = [piece["histogram"]["exponent"] for piece in pieces]
     exponent = max(exponent_for(low, high, BINS), *own)
     first = math.floor(low * 2.0**-exponent)
-    rows = [0] * (math.floor(high * 2.0**-exponent) - first + 1)
+    rows = [0] * (
+        math.floor(
+            high * 2.0**-exponent,
+        )
+        - first
+        + 1
+    )
     for piece in pieces:
         histogram = piece["histogram"]
         shift = exponent - histogram["exponent"]
-        for number, count in zip(histogram["bins"], histogram["rows"], strict=True):
+        for number, count in zip(
+            histogram["bins"],
+            histogram["rows"],
+            strict=True,
+        ):
             rows[(number >> shift) - first] += count
     width = 2.0**exponent
     return {"edge": first * width, "width": width, "rows": rows}
 
 
-def _top(pieces: Sequence[dict[str, int] | None]) -> list[list[Any]] | None:
+def _top(
+    pieces: Sequence[dict[str, int] | None],
+) -> list[list[Any]] | None:
     total: dict[str, int] = {}
     for values in pieces:
         if values is None:
             return None
         for value, rows in values.items():
             total[value] = total.get(value, 0) + rows
-    ordered = sorted(total.items(), key=lambda item: (-item[1], item[0]))
+    ordered = sorted(
+        total.items(),
+        key=lambda item: (-item[1], item[0]),
+    )
     return [[value, rows] for value, rows in ordered[:TOP]]

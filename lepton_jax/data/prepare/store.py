@@ -29,7 +29,10 @@ UNFINISHED = ".unfinished"  # in the name of a file that is being written
 def key_of(*parts: Any) -> str:
     """Return a hash of plain data, hexadecimal."""
     text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
+    return hashlib.blake2b(
+        text.encode(),
+        digest_size=KEY_BYTES,
+    ).hexdigest()
 
 
 def checksum(path: Path) -> str:
@@ -72,7 +75,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data, in the same bytes for the same data."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        value,
+        indent=1,
+        ensure_ascii=False,
+        allow_nan=False,
+    )
     write_bytes(path, f"{text}\n".encode())
 
 
@@ -89,7 +97,10 @@ def arrow_bytes(table: pl.DataFrame) -> bytes:
     alone.
     """
     buffer = io.BytesIO()
-    table.rechunk().write_ipc(buffer, compat_level=pl.CompatLevel.oldest())
+    table.rechunk().write_ipc(
+        buffer,
+        compat_level=pl.CompatLevel.oldest(),
+    )
     return buffer.getvalue()
 
 

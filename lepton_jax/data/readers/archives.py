@@ -47,7 +47,10 @@ def is_archive(file: Stored, first: bytes) -> bool:
     return first[257:262] == b"ustar"
 
 
-def entries_of(file: Stored, first: bytes) -> list[Stored]:
+def entries_of(
+    file: Stored,
+    first: bytes,
+) -> list[Stored]:
     """Return the files in an archive, in order of names.
 
     Raises:
@@ -112,7 +115,10 @@ def _of_tar(file: Stored) -> Iterator[Stored]:
     total = 0
     with (
         open_stored(file) as stream,
-        tarfile.open(fileobj=stream, mode="r|") as archive,
+        tarfile.open(
+            fileobj=stream,
+            mode="r|",
+        ) as archive,
     ):
         for count, member in enumerate(archive):
             _check_name(member.name, file)
@@ -137,7 +143,12 @@ def _of_tar(file: Stored) -> Iterator[Stored]:
 
 def _check_name(name: str, file: Stored) -> None:
     windows = PureWindowsPath(name)
-    parts = PurePosixPath(name.replace("\\", "/")).parts
+    parts = PurePosixPath(
+        name.replace(
+            "\\",
+            "/",
+        )
+    ).parts
     if name.startswith(("/", "\\")) or windows.drive or ".." in parts:
         raise DataError(
             f"the entry {name!r} reaches outside of the archive",

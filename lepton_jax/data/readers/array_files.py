@@ -39,14 +39,21 @@ class ArrayFile(NamedTuple):
         """Bytes of a row."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def content(self, start: int, stop: int) -> bytes:
+    def content(
+        self,
+        start: int,
+        stop: int,
+    ) -> bytes:
         """Return the bytes of some rows.
 
         Raises:
           DataError: the file is cut short.
         """
         length = (stop - start) * self.row_bytes
-        data = self.stored.read(self.offset + start * self.row_bytes, length)
+        data = self.stored.read(
+            self.offset + start * self.row_bytes,
+            length,
+        )
         if len(data) < length:
             raise self.error(
                 f"the file is cut short: expected {self.shape[0]:,} rows of"
@@ -104,23 +111,54 @@ class ArrayFilesReader(CountedReader):
                 )
 
     def columns(self) -> list[Column]:
-        empty = self._table(0, dict.fromkeys(self.files, b""))
+        empty = self._table(
+            0,
+            dict.fromkeys(self.files, b""),
+        )
         return [
-            Column(series.name, series.dtype, "the file's own type", missing=0)
+            Column(
+                series.name,
+                series.dtype,
+                "the file's own type",
+                missing=0,
+            )
             for series in empty
         ]
 
     def count(self) -> int:
         return next(iter(self.files.values())).shape[0]
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         row_bytes = sum(file.row_bytes for file in self.files.values())
-        step = max(1, size // max(1, row_bytes))
+        step = max(
+            1,
+            size // max(1, row_bytes),
+        )
         pieces = []
-        for start in range(0, self.count(), step):
+        for start in range(
+            0,
+            self.count(),
+            step,
+        ):
             stop = min(start + step, self.count())
-            hashed = self._digest(self._contents(start, stop))
-            pieces.append(Piece(str(self.stored), start, stop, start, hashed))
+            hashed = self._digest(
+                self._contents(
+                    start,
+                    stop,
+                )
+            )
+            pieces.append(
+                Piece(
+                    str(self.stored),
+                    start,
+                    stop,
+                    start,
+                    hashed,
+                )
+            )
         for file in self.files.values():
             file.check_end()
         return pieces
@@ -133,15 +171,31 @@ class ArrayFilesReader(CountedReader):
                 where=self.stored,
                 remedy="read a copy that nobody writes to, or start again",
             )
-        table = self._table(piece.stop - piece.start, contents)
+        table = self._table(
+            piece.stop - piece.start,
+            contents,
+        )
         return numbered(table, piece.first_row)
 
     # ---- internals ----
 
-    def _contents(self, start: int, stop: int) -> dict[str, bytes]:
-        return {name: file.content(start, stop) for name, file in self.files.items()}
+    def _contents(
+        self,
+        start: int,
+        stop: int,
+    ) -> dict[str, bytes]:
+        return {
+            name: file.content(
+                start,
+                stop,
+            )
+            for name, file in self.files.items()
+        }
 
-    def _digest(self, contents: Mapping[str, bytes]) -> str:
+    def _digest(
+        self,
+        contents: Mapping[str, bytes],
+    ) -> str:
         parts: list[bytes] = [(self.part or "").encode()]
         for name, content in contents.items():
             file = self.files[name]
@@ -149,13 +203,26 @@ class ArrayFilesReader(CountedReader):
             parts += [head.encode(), content]
         return digest(*parts)
 
-    def _table(self, rows: int, contents: Mapping[str, bytes]) -> pl.DataFrame:
+    def _table(
+        self,
+        rows: int,
+        contents: Mapping[str, bytes],
+    ) -> pl.DataFrame:
         columns = {}
         for name, content in contents.items():
             file = self.files[name]
             array = np.frombuffer(content, file.dtype)
-            array = array.reshape(rows, *file.shape[1:])
-            columns[name] = column_of(array, str(file.stored))
+            array = array.reshape(
+                rows,
+                *file.shape[1:],
+            )
+            columns[name] = column_of(
+                array,
+                str(file.stored),
+            )
         if self.part is not None:
-            columns["part"] = pl.Series([self.part] * rows, dtype=pl.String)
+            columns["part"] = pl.Series(
+                [self.part] * rows,
+                dtype=pl.String,
+            )
         return pl.DataFrame(columns)

@@ -50,7 +50,10 @@ class ArrowReader(CountedReader):
         with self._opened() as file:
             return sum(table.height for table in self._tables(file))
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         pieces: list[Piece] = []
         parts: list[pl.DataFrame] = []
         row = 0
@@ -59,18 +62,38 @@ class ArrowReader(CountedReader):
             for number, table in enumerate(self._tables(file)):
                 total = sum(part.estimated_size() for part in (*parts, table))
                 if parts and total > size:
-                    pieces.append(self._piece(first, number, row, parts))
+                    pieces.append(
+                        self._piece(
+                            first,
+                            number,
+                            row,
+                            parts,
+                        )
+                    )
                     row += sum(part.height for part in parts)
                     first = number
                     parts = []
                 parts.append(table)
         if parts:
-            pieces.append(self._piece(first, first + len(parts), row, parts))
+            pieces.append(
+                self._piece(
+                    first,
+                    first + len(parts),
+                    row,
+                    parts,
+                )
+            )
         return pieces
 
     def read(self, piece: Piece) -> Rows:
         with self._opened() as file:
-            parts = list(self._tables(file, piece.start, piece.stop))
+            parts = list(
+                self._tables(
+                    file,
+                    piece.start,
+                    piece.stop,
+                )
+            )
         if not parts or table_digest(pl.concat(parts)) != piece.digest:
             raise DataError(
                 "the file changed after it was divided",
@@ -89,13 +112,25 @@ class ArrowReader(CountedReader):
         parts: list[pl.DataFrame],
     ) -> Piece:
         hashed = table_digest(pl.concat(parts))
-        return Piece(str(self.stored), start, stop, row, hashed)
+        return Piece(
+            str(self.stored),
+            start,
+            stop,
+            row,
+            hashed,
+        )
 
     def _opened(self) -> Any:
         arrow = needs("pyarrow", extra="data", purpose="reading Arrow files")
         ipc = needs("pyarrow.ipc", extra="data", purpose="reading Arrow files")
-        first = self.stored.read(0, len(MAGIC))
-        is_plain = not self.stored.entry and _is_plain(self.stored, first)
+        first = self.stored.read(
+            0,
+            len(MAGIC),
+        )
+        is_plain = not self.stored.entry and _is_plain(
+            self.stored,
+            first,
+        )
         try:
             if is_plain:
                 # Not mapped into memory: a file that shrinks would kill the process.
@@ -116,7 +151,10 @@ class ArrowReader(CountedReader):
     ) -> Iterator[pl.DataFrame]:
         """Yield record batches as tables."""
         try:
-            for batch in itertools.islice(_batches(file, start), stop - start):
+            for batch in itertools.islice(
+                _batches(file, start),
+                stop - start,
+            ):
                 batch.validate(full=True)
                 yield self._frame(batch)
         except DataError:
@@ -138,7 +176,10 @@ class ArrowReader(CountedReader):
         )
 
 
-def _batches(file: Any, start: int) -> Iterator[Any]:
+def _batches(
+    file: Any,
+    start: int,
+) -> Iterator[Any]:
     """Yield record batches from number `start` on."""
     if hasattr(file, "num_record_batches"):
         for number in range(start, file.num_record_batches):

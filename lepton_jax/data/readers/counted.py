@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from abc import abstractmethod
 from collections.abc import Iterable
 
@@ -15,6 +14,8 @@ from lepton_jax.data.readers.reader import ROW, Column, Reader, Rows
 from lepton_jax.errors import DataError
 
 PREFIX = "lepton."  # of names that preparation keeps for itself
+# A file of the quarantine has this column; preparation leaves out those of its notes.
+NOTED = "lepton.action"
 
 
 class CountedReader(Reader):
@@ -25,7 +26,10 @@ class CountedReader(Reader):
         """Return the number of rows, with those that can't be read."""
 
 
-def numbered(table: pl.DataFrame, first_row: int) -> Rows:
+def numbered(
+    table: pl.DataFrame,
+    first_row: int,
+) -> Rows:
     """Return rows without refused ones, numbered from `first_row`."""
     numbers = pl.int_range(
         first_row,
@@ -39,12 +43,20 @@ def numbered(table: pl.DataFrame, first_row: int) -> Rows:
     )
 
 
-def check_names(names: Iterable[str], where: object) -> None:
+def check_names(
+    names: Iterable[str],
+    where: object,
+) -> None:
     """Check that no column has a name that preparation keeps for itself.
+
+    The columns of a quarantine file have, which may be taken in again.
 
     Raises:
       DataError: one has.
     """
+    names = list(names)
+    if NOTED in names:
+        return
     for name in names:
         if name.startswith(PREFIX):
             raise DataError(
@@ -79,19 +91,33 @@ def table_digest(table: pl.DataFrame) -> str:
 
 
 def _content(series: pl.Series) -> list[bytes]:
-    """Return bytes that are the same for the same values."""
-    valid = series.is_not_null().to_numpy()
+    """Return bytes that are the same for the same values, whatever holds them."""
+    valid = series.is_not_null().to_numpy().tobytes()
+    return [valid, *_values(series)]
+
+
+def _values(series: pl.Series) -> list[bytes]:
+    """Return the bytes of a column's values; of missing ones nothing, or zeros."""
+    type_ = series.dtype
+    if isinstance(type_, pl.List):
+        lengths = series.list.len().fill_null(0)
+        inner = series.filter(lengths > 0).explode()
+        return [*_values(lengths), *_content(inner)]
+    if isinstance(type_, pl.Array):
+        return _content(series.drop_nulls().explode())
+    if isinstance(type_, pl.Struct):
+        parts = []
+        for field in type_.fields:
+            parts += _content(series.struct.field(field.name))
+        return parts
+    if type_ == pl.Boolean():
+        series = series.cast(pl.UInt8)
+    elif type_.is_temporal():
+        series = series.to_physical()
     if series.dtype.is_numeric() and not series.dtype.is_decimal():
-        values = np.ascontiguousarray(series.fill_null(0).to_numpy())
-        return [valid.tobytes(), values.tobytes()]
-    if series.dtype in (pl.String(), pl.Binary()):
-        lengths = series.cast(pl.Binary).bin.size().fill_null(0).to_numpy()
-        joined = b"".join(series.cast(pl.Binary).drop_nulls().to_list())
-        return [valid.tobytes(), lengths.astype("<u8").tobytes(), joined]
-    stream = io.BytesIO()
-    series.to_frame("").write_ipc(
-        stream,
-        compression="uncompressed",
-        compat_level=pl.CompatLevel.oldest(),
-    )
-    return [stream.getvalue()]
+        return [np.ascontiguousarray(series.fill_null(0).to_numpy()).tobytes()]
+
+    text = series if type_ == pl.Binary() else series.cast(pl.String)
+    words = text.cast(pl.Binary)
+    lengths = words.bin.size().fill_null(0)
+    return [lengths.to_numpy().astype("<u8").tobytes(), *words.drop_nulls().to_list()]

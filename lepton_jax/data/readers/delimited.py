@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,9 +21,9 @@ from lepton_jax.data.readers.notes import changed_cells, refused_rows
 from lepton_jax.data.readers.reader import ROW, Column, Piece, Rows
 from lepton_jax.errors import DataError
 
-# Bytes of a file by which types are inferred: all of a smaller file. Assumption: a
-# quarter of a second's work, and a million rows of usual width.
-SAMPLE = 2**26
+# Bytes of a file by which types are inferred: all of a smaller file. Assumption: half a
+# second's work, and half a million rows of usual width.
+SAMPLE = 2**25
 SAMPLE_PARTS = 8  # of a larger file, spread evenly
 Types = dict[str, pl.DataType]
 
@@ -44,6 +45,15 @@ class Head:
     dialect: Dialect
     start: int
     stamp: Stamp
+
+
+class Part(NamedTuple):
+    """A piece whose hash is still taken; its attributes are those of `Piece`."""
+
+    start: int
+    stop: int
+    first_row: int
+    digest: Future[str]
 
 
 class Cells(NamedTuple):
@@ -80,9 +90,11 @@ class CsvReader(CountedReader):
         self._plans: list[Plan] | None = None
         self._pieces: dict[int, list[Piece]] = {}
         self._count: int | None = None
+        # Where pieces begin and end whose quotes were found to be regular.
+        self._plain: set[tuple[int, int]] = set()
 
     def columns(self) -> list[Column]:
-        """Return what was inferred of the columns, from at most 64 MiB of the file."""
+        """Return what was inferred of the columns, from at most 32 MiB of the file."""
         return [plan.column for plan in self.plans()]
 
     def counted_columns(self) -> list[Column]:
@@ -106,9 +118,20 @@ class CsvReader(CountedReader):
             for column in self.columns()
         ]
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         if size not in self._pieces:
-            self._pieces = {size: list(self._scan(size))}
+            # The hash of a part is taken while the next one is read and cut.
+            with ThreadPoolExecutor(1) as hashing:
+                parts = list(self._scan(size, hashing))
+            path = str(self.stored)
+            pieces = [
+                Piece(path, part.start, part.stop, part.first_row, part.digest.result())
+                for part in parts
+            ]
+            self._pieces = {size: pieces}
         return self._pieces[size]
 
     def count(self) -> int:
@@ -123,7 +146,13 @@ class CsvReader(CountedReader):
         utf8 = self._decoded(data, piece.start)
         plans = self.plans()
 
-        table = self._directly(utf8, head.dialect, plans)
+        is_plain = (piece.start, piece.stop) in self._plain
+        table = self._directly(
+            utf8,
+            head.dialect,
+            plans,
+            is_plain,
+        )
         if table is not None:
             return numbered(table, piece.first_row)
         return self._slowly(utf8, piece, plans)
@@ -150,7 +179,10 @@ class CsvReader(CountedReader):
             self._plans = self._inferred()
         return self._plans
 
-    def with_plans(self, plans: Sequence[Plan]) -> None:
+    def with_plans(
+        self,
+        plans: Sequence[Plan],
+    ) -> None:
         """Read the columns as somebody else has planned, for files that go together."""
         self._plans = list(plans)
 
@@ -159,7 +191,11 @@ class CsvReader(CountedReader):
     def _found_head(self) -> Head:
         stamp = self.stored.stamp()
         first = self.stored.read(0, SAMPLE)
-        encoding = encoding_of(first, self.settings.encoding, self.stored)
+        encoding = encoding_of(
+            first,
+            self.settings.encoding,
+            self.stored,
+        )
         beginning = first[encoding.mark : encoding.mark + HEAD]
         text = self._decoded(
             beginning,
@@ -171,7 +207,10 @@ class CsvReader(CountedReader):
             raise self._other_format("a Parquet file")
         dialect = dialect_of(text, self.settings, self.stored)
         check_names(dialect.names, self.stored)
-        start = encoding.mark + encoding.length(text[: dialect.start])
+        start = encoding.mark + encoding.length(
+            text,
+            dialect.start,
+        )
         return Head(encoding, dialect, start, stamp)
 
     def _other_format(self, kind: str) -> DataError:
@@ -216,32 +255,59 @@ class CsvReader(CountedReader):
             dialect.strip,
         )
         seen = next((sample.seen for sample in samples if sample.seen), "")
-        return [_with_reason(plan, dialect, seen) for plan in plans]
+        return [
+            _with_reason(
+                plan,
+                dialect,
+                seen,
+            )
+            for plan in plans
+        ]
 
-    def samples(self, size: int) -> list[Sample]:
+    def samples(
+        self,
+        size: int,
+    ) -> list[Sample]:
         """Return rows by which types are inferred."""
         texts, seen = self.sample(size)
         return [
-            Sample(self, start, text, self.cells(text), seen) for start, text in texts
+            Sample(
+                self,
+                start,
+                text,
+                self.cells(text),
+                seen,
+            )
+            for start, text in texts
         ]
 
-    def sample(self, size: int) -> tuple[list[tuple[int, bytes]], str]:
+    def sample(
+        self,
+        size: int,
+    ) -> tuple[list[tuple[int, bytes]], str]:
         """Return rows in UTF-8 by which types are inferred, and what part they are.
 
         Each has the byte of the file where it begins.
         """
         head = self.head()
-        data = self.stored.read(head.start, size + 1)
+        data = self.stored.read(
+            head.start,
+            size + 1,
+        )
         if len(data) <= size:
             text = self._decoded(data, head.start)
             return [(head.start, text)], ""
-        if head.encoding.name != "utf-8" or self._is_packed():
+        if head.encoding.name != "utf-8" or self.is_packed():
             text = self._decoded(
                 data[:size],
                 head.start,
                 is_whole=False,
             )
-            stop = records.cut(text, head.dialect.grammar, is_end=False).stop
+            stop = records.cut(
+                text,
+                head.dialect.grammar,
+                is_end=False,
+            ).stop
             return [(head.start, text[:stop])], f"seen in the first {_mebibytes(size)}"
 
         whole = head.stamp.size - head.start
@@ -253,50 +319,67 @@ class CsvReader(CountedReader):
             text = self.stored.read(start, part)
             skipped = text.find(b"\n") + 1 if i else 0
             text = text[skipped:]
-            stop = records.cut(text, head.dialect.grammar, is_end=False).stop
+            stop = records.cut(
+                text,
+                head.dialect.grammar,
+                is_end=False,
+            ).stop
             samples.append((start + skipped, text[:stop]))
         return samples, f"seen in {_mebibytes(size)} of {_mebibytes(whole)}"
 
-    def _is_packed(self) -> bool:
+    def is_packed(self) -> bool:
+        """Whether the bytes are unpacked as they are read."""
         if self.stored.entry:
             return True
         with open(self.stored.path, "rb") as file:
             first = file.read(1 << 10)
-        return first != self.stored.read(0, len(first))
+        return first != self.stored.read(
+            0,
+            len(first),
+        )
 
     # ---- dividing ----
 
-    def _scan(self, size: int) -> Iterator[Piece]:
+    def _scan(
+        self,
+        size: int,
+        hashing: Executor,
+    ) -> Iterator[Part]:
         head = self.head()
         before = self.stored.stamp()
         position = head.start
         row = 0
         data = b""
+        hashed: Future[str] | None = None
         want = size
+        is_packed = self.is_packed()
         while True:
-            missing = want - len(data)
-            data += self.stored.read(position + len(data), missing)
+            more = self.stored.read(
+                position + len(data),
+                want - len(data),
+            )
+            data = data + more if data else more
             is_end = len(data) < want
             utf8 = self._decoded(data, position, is_whole=is_end)
             whole = self._cut(utf8, want, is_end, position)
             if whole is None:
                 want *= 2
                 continue
-            length = head.encoding.length(utf8[: whole.stop])
+            length = head.encoding.length(utf8, whole.stop)
+            if whole.plain:
+                self._plain.add((position, position + length))
             if whole.records:
-                yield Piece(
-                    str(self.stored),
-                    position,
-                    position + length,
-                    row,
-                    digest(memoryview(data)[:length]),
-                )
+                if hashed is not None:
+                    hashed.result()  # so that at most two parts are in memory
+                hashed = hashing.submit(digest, memoryview(data)[:length])
+                yield Part(position, position + length, row, hashed)
             position += length
             row += whole.records
             if is_end:
                 self._count = row
                 break
-            data = data[length:]
+            # Packed bytes are not unpacked twice; others are sooner read than moved.
+            data = data[length:] if is_packed else b""
             want = max(size, len(data) + 1)
         if self.stored.stamp()[:3] != before[:3]:
             raise self._changed()
@@ -389,29 +472,60 @@ class CsvReader(CountedReader):
         utf8: bytes,
         dialect: Dialect,
         plans: list[Plan],
+        is_plain: bool,
     ) -> pl.DataFrame | None:
         """Return the values of rows by Polars' own parser; None if it may err."""
         types = {
             plan.column.name: plan.column.type if plan.is_direct else pl.String()
             for plan in plans
         }
-        table = self._parsed(utf8, dialect, types)
+        table = self._parsed(
+            utf8,
+            dialect,
+            types,
+            is_plain=is_plain,
+        )
         if table is None:
             return None
+        columns = []
         for plan in plans:
-            name = plan.column.name
-            if not plan.is_direct:
-                values, wrong = plan.values(table[name], self.settings.missing)
-                if wrong.any():
-                    return None
-                table = table.with_columns(values.alias(name))
-            elif plan.column.type == pl.String():
-                is_empty = table[name].str.len_bytes() == 0
-                if is_empty.any():
-                    table = table.with_columns(table[name].set(is_empty, None))
-            elif plan.column.type.is_float() and table[name].is_nan().any():
+            values = self._checked(
+                table[plan.column.name],
+                plan,
+            )
+            if values is None:
                 return None
-        return table
+            columns.append(values)
+        return pl.DataFrame(columns)
+
+    def _checked(
+        self,
+        cells: pl.Series,
+        plan: Plan,
+    ) -> pl.Series | None:
+        """Return the values of a column as Polars read it.
+
+        None: some cells argue against its type.
+        """
+        type_ = plan.column.type
+        if not plan.is_direct:
+            values, wrong = plan.values(
+                cells,
+                self.settings.missing,
+            )
+            return None if wrong.any() else values.alias(plan.column.name)
+        if type_ == pl.String():
+            is_empty = cells.str.len_bytes() == 0
+            return (
+                cells.set(
+                    is_empty,
+                    None,
+                )
+                if is_empty.any()
+                else cells
+            )
+        is_word = type_.is_float() and bool(cells.is_nan().any())
+        return None if is_word else cells
 
     def _parsed(
         self,
@@ -419,9 +533,18 @@ class CsvReader(CountedReader):
         dialect: Dialect,
         types: Types,
         missing: Sequence[str] | None = None,
+        is_plain: bool = False,
     ) -> pl.DataFrame | None:
-        """Return rows as Polars parses them; None if it can't, or may err."""
-        if not _is_ready(utf8, dialect):
+        """Return rows as Polars parses them; None if it can't, or may err.
+
+        Args:
+          utf8: the rows.
+          dialect: of the file.
+          types: of the columns.
+          missing: words for a missing value; None: those of the settings.
+          is_plain: whether all quotes are known to be regular.
+        """
+        if not _is_ready(utf8, dialect, is_plain):
             return None
         if missing is None:
             missing = self.settings.missing
@@ -432,14 +555,21 @@ class CsvReader(CountedReader):
             if len(clean) < len(utf8):
                 utf8 = clean
                 table = parse(utf8, dialect, types, missing)
-        if table is None or not _has_width(utf8, dialect, table):
+        if table is None or not _has_width(
+            utf8,
+            dialect,
+            table,
+        ):
             return None
         return table.select(dialect.names)
 
     def cells(self, utf8: bytes) -> Cells:
         """Return rows as text."""
         dialect = self.head().dialect
-        types: Types = dict.fromkeys(dialect.names, pl.String())
+        types: Types = dict.fromkeys(
+            dialect.names,
+            pl.String(),
+        )
         table = self._parsed(
             utf8,
             dialect,
@@ -447,7 +577,11 @@ class CsvReader(CountedReader):
             missing=(),
         )
         if table is not None:
-            return Cells(table, np.arange(table.height), [])
+            return Cells(
+                table,
+                np.arange(table.height),
+                [],
+            )
 
         repaired = records.repaired(
             utf8,
@@ -455,7 +589,12 @@ class CsvReader(CountedReader):
             dialect.width,
             spare=dialect.width > len(dialect.names),
         )
-        clean = parse(repaired.data, dialect, types, ())
+        clean = parse(
+            repaired.data,
+            dialect,
+            types,
+            (),
+        )
         assert clean is not None, "repaired rows can be parsed"
         return Cells(
             clean.select(dialect.names),
@@ -472,7 +611,11 @@ class CsvReader(CountedReader):
         """Return the values of rows, whatever is wrong with some of them."""
         cells = self.cells(utf8)
         if cells.refused and self.settings.bad_rows == "error":
-            raise self._bad_row(cells.refused[0], utf8, piece)
+            raise self._bad_row(
+                cells.refused[0],
+                utf8,
+                piece,
+            )
         numbers = pl.Series(
             ROW,
             cells.numbers + piece.first_row,
@@ -482,11 +625,21 @@ class CsvReader(CountedReader):
         notes = [refused_rows(cells.refused, piece.first_row)]
         for plan in plans:
             before = cells.table[plan.column.name]
-            values, wrong = plan.values(before, self.settings.missing)
+            values, wrong = plan.values(
+                before,
+                self.settings.missing,
+            )
             columns.append(values.alias(plan.column.name))
             if wrong.any():
                 self._check_sampled(plan, before, wrong, numbers)
-                notes.append(changed_cells(plan.column, before, wrong, numbers))
+                notes.append(
+                    changed_cells(
+                        plan.column,
+                        before,
+                        wrong,
+                        numbers,
+                    )
+                )
         table = pl.DataFrame([*columns, numbers])
         return Rows(table, pl.concat(notes))
 
@@ -500,7 +653,14 @@ class CsvReader(CountedReader):
         """Check that a type inferred from a sample is not too narrow for other rows."""
         if "seen in" not in plan.column.reason or plan.column.type != pl.Int64():
             return
-        wider = cells.filter(wrong).str.strip_chars().cast(pl.Float64, strict=False)
+        wider = (
+            cells.filter(wrong)
+            .str.strip_chars()
+            .cast(
+                pl.Float64,
+                strict=False,
+            )
+        )
         if wider.is_not_null().any():
             i = int(wider.is_not_null().arg_max() or 0)
             cell = cells.filter(wrong)[i]
@@ -520,10 +680,17 @@ class CsvReader(CountedReader):
         piece: Piece,
     ) -> DataError:
         grammar = self.head().dialect.grammar
-        shown = refused.text[:80].decode("utf-8", "replace")
+        shown = refused.text[:80].decode(
+            "utf-8",
+            "replace",
+        )
         return DataError(
             f"{refused.fault}: {shown!r}",
-            where=self.place(piece.start, utf8, refused.number),
+            where=self.place(
+                piece.start,
+                utf8,
+                refused.number,
+            ),
             remedy=(
                 "correct the row (quote cells that contain"
                 f" {grammar.delimiter.decode()!r}), set `skip` if it is no row but"
@@ -547,13 +714,19 @@ class CsvReader(CountedReader):
         """
         grammar = self.head().dialect.grammar
         ordered = records.records_of(utf8, grammar)
-        record = next(itertools.islice(ordered, number, None), None)
+        record = next(
+            itertools.islice(ordered, number, None),
+            None,
+        )
         inside = utf8[: record.start] if record is not None else b""
         lines = 1 + _line_ends(inside)
         done = 0
         encoding = self.head().encoding
         while done < start:
-            block = self.stored.read(done, min(2**22, start - done))
+            block = self.stored.read(
+                done,
+                min(2**22, start - done),
+            )
             if not block:
                 break
             text, used = encoding.to_utf8(block)
@@ -582,7 +755,11 @@ class Sample(NamedTuple):
     def place(self, row: int) -> str:
         """Return the file and the line of a row."""
         number = int(self.cells.numbers[row])
-        return self.reader.place(self.start, self.text, number)
+        return self.reader.place(
+            self.start,
+            self.text,
+            number,
+        )
 
 
 def parse(
@@ -619,10 +796,16 @@ def _with_reason(
     seen: str,
 ) -> Plan:
     """Return a plan that says all of why a column is what it is."""
-    renamed = dialect.renamed.get(plan.column.name, "")
+    renamed = dialect.renamed.get(
+        plan.column.name,
+        "",
+    )
     reasons = [plan.column.reason, renamed, seen]
     reason = "; ".join(filter(None, reasons))
-    return replace(plan, column=replace(plan.column, reason=reason))
+    return replace(
+        plan,
+        column=replace(plan.column, reason=reason),
+    )
 
 
 def _mebibytes(size: int) -> str:
@@ -633,11 +816,15 @@ def _line_ends(text: bytes) -> int:
     return text.count(b"\n") + text.count(b"\r") - text.count(b"\r\n")
 
 
-def _is_ready(utf8: bytes, dialect: Dialect) -> bool:
+def _is_ready(
+    utf8: bytes,
+    dialect: Dialect,
+    is_plain: bool,
+) -> bool:
     """Whether Polars parses these bytes as they are meant."""
     if b"\0" in utf8 or (not utf8.isascii() and records.MARK in utf8):
         return False
-    return records.is_regular(utf8, dialect.grammar)
+    return is_plain or records.is_regular(utf8, dialect.grammar)
 
 
 def _has_width(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lepton_jax.data.csv_file import DELIMITERS
 from lepton_jax.data.notation import is_date
@@ -26,6 +27,8 @@ SURE_SHARE = 0.95
 LONGEST_ROW = 2**26  # bytes; assumption: no row that is meant as one is longer
 
 _NUMBER = re.compile(r"[-+(]?\W{0,3}\d[\d.,' ]*(?:[eE][-+]?\d+)?\s?\W{0,3}")
+
+_YEAR = re.compile(r"(?:19|20)[0-9]{2}")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,22 @@ def dialect_of(
         )
     grammar = _grammar(text, settings, said)
     rows = _first_rows(text, grammar)
+    first = next(records_of(text, grammar))
+    if first.fault and settings.header is not False:
+        raise DataError(
+            f"the first row is not CSV: {first.fault}",
+            where=f"{where}, the first row",
+            remedy=(
+                "correct it; set `quote` to '' if quotes mean nothing, or header=False"
+                " if it is no header"
+            ),
+        )
+    if rows and any("\0" in cell for cell in rows[0]):
+        raise DataError(
+            "the first row has zero bytes: the file is no text",
+            where=where,
+            remedy="give a text file, or set `encoding`",
+        )
     if not rows:
         raise DataError(
             "no row could be read",
@@ -149,7 +168,10 @@ def looks_delimited(text: bytes, settings: CsvSettings) -> bool:
 # ---- the beginning ----
 
 
-def _check_character(name: str, value: str | None) -> None:
+def _check_character(
+    name: str,
+    value: str | None,
+) -> None:
     if value in (None, "", "tab", "\\t"):
         return
     assert value is not None
@@ -161,16 +183,25 @@ def _check_character(name: str, value: str | None) -> None:
         )
 
 
-def _first_line(sample: bytes, skip: int) -> tuple[int, bytes | None]:
+def _first_line(
+    sample: bytes,
+    skip: int,
+) -> tuple[int, bytes | None]:
     """Return where the first row begins, and the delimiter that a line above says.
 
     Excel writes a line such as "sep=;" above the header.
     """
     position = 0
     for _ in range(skip):
-        newline = re.compile(rb"\r\n|\n|\r").search(sample, position)
+        newline = re.compile(rb"\r\n|\n|\r").search(
+            sample,
+            position,
+        )
         position = newline.end() if newline else len(sample)
-    line = re.compile(rb"sep=([^\r\n])(?:\r\n|\n|\r)").match(sample, position)
+    line = re.compile(rb"sep=([^\r\n])(?:\r\n|\n|\r)").match(
+        sample,
+        position,
+    )
     if line is not None:
         return line.end(), line[1]
     return position, None
@@ -183,7 +214,10 @@ def _grammar(
 ) -> Grammar:
     candidates = [name.encode() for name in DELIMITERS]
     if settings.delimiter is not None:
-        given = {"tab": "\t", "\\t": "\t"}.get(settings.delimiter, settings.delimiter)
+        given = {"tab": "\t", "\\t": "\t"}.get(
+            settings.delimiter,
+            settings.delimiter,
+        )
         candidates = [given.encode()]
     elif said is not None:
         candidates = [said]
@@ -191,8 +225,9 @@ def _grammar(
     grammars = []
     for delimiter in candidates:
         quote = _quote(text, delimiter, settings)
-        escape = _escape(text, quote, settings)
-        grammars.append(Grammar(delimiter, quote, escape))
+        plain = Grammar(delimiter, quote)
+        escape = _escape(text, plain, settings)
+        grammars.append(replace(plain, escape=escape))
     fits = [_fit(text, grammar) for grammar in grammars]
     return grammars[fits.index(max(fits))]
 
@@ -219,19 +254,29 @@ def _quote(
 
 def _escape(
     text: bytes,
-    quote: bytes,
+    plain: Grammar,
     settings: CsvSettings,
 ) -> bytes:
+    """Return the backslash if more of the first rows can be read with it."""
     if settings.escape is not None:
         return settings.escape.encode()
-    backslashed = rb"[^\\]\\" + quote
-    if not quote or not re.search(backslashed + rb"[^,;\t|\r\n]", text):
+    if not plain.quote or b"\\" + plain.quote not in text:
         return b""
-    is_doubled = re.search(rb"[^,;\t|\r\n" + quote + rb"]" + quote * 2, text)
-    return b"" if is_doubled else b"\\"
+    escaped = replace(plain, escape=b"\\")
+    better = _faults(text, escaped) < _faults(text, plain)
+    return b"\\" if better else b""
 
 
-def _first_rows(text: bytes, grammar: Grammar) -> list[list[str]]:
+def _faults(text: bytes, grammar: Grammar) -> int:
+    """Return how many of the first records are broken."""
+    first = itertools.islice(records_of(text, grammar), ROWS_LOOKED_AT)
+    return sum(record.fault != "" for record in first)
+
+
+def _first_rows(
+    text: bytes,
+    grammar: Grammar,
+) -> list[list[str]]:
     rows: list[list[str]] = []
     for record in records_of(text, grammar):
         if len(rows) > ROWS_LOOKED_AT:
@@ -240,12 +285,23 @@ def _first_rows(text: bytes, grammar: Grammar) -> list[list[str]]:
             continue
         content = text[record.start : record.stop].removeprefix(MARK)
         cells = cells_of(content, grammar)
-        rows.append([cell.decode("utf-8", "replace") for cell in cells])
+        rows.append(
+            [
+                cell.decode(
+                    "utf-8",
+                    "replace",
+                )
+                for cell in cells
+            ]
+        )
     # The sample may end within its last row.
     return rows[:-1] if len(rows) > 2 and not text.endswith(b"\n") else rows
 
 
-def _fit(text: bytes, grammar: Grammar) -> tuple[bool, float, float, int]:
+def _fit(
+    text: bytes,
+    grammar: Grammar,
+) -> tuple[bool, float, float, int]:
     """Return how well a grammar fits: rows as wide as most, with numbers as cells."""
     rows = _first_rows(text, grammar)
     widths = Counter(len(row) for row in rows)
@@ -257,10 +313,23 @@ def _fit(text: bytes, grammar: Grammar) -> tuple[bool, float, float, int]:
     alike = widths[width] / len(rows)
     cells = [cell.strip() for row in rows for cell in row]
     filled = [cell for cell in cells if cell]
-    numbers = sum(map(_is_value, filled)) / max(1, len(filled))
+    numbers = sum(
+        map(
+            _is_value,
+            filled,
+        )
+    ) / max(1, len(filled))
     header_fits = len(rows[0]) == width
     share = (1 + header_fits) * alike
-    return share >= ALIKE_SHARE, round(share, 2), round(numbers, 1), width
+    return (
+        share >= ALIKE_SHARE,
+        round(share, 2),
+        round(
+            numbers,
+            1,
+        ),
+        width,
+    )
 
 
 def _usual_width(rows: list[list[str]]) -> int:
@@ -302,7 +371,7 @@ def _with_names(
     first_width = len(rows[0]) if has_header else _usual_width(body)
     width = first_width
     trailing = _has_trailing(rows, body, has_header)
-    if has_header and not trailing:
+    if has_header and settings.header is None and not trailing:
         _check_first(rows[0], body, where)
     if trailing:
         width = len(body[0])
@@ -320,7 +389,12 @@ def _with_names(
         strip = _is_padded(body)
     after = start
     if has_header:
-        after += next(_ends(sample[start:], grammar))
+        after += next(
+            records_of(
+                sample[start:],
+                grammar,
+            )
+        ).end
     return Dialect(
         grammar,
         names,
@@ -366,15 +440,14 @@ def _called(delimiter: bytes) -> str:
     return DELIMITERS.get(text, repr(text))
 
 
-def _ends(text: bytes, grammar: Grammar):  # type: ignore[no-untyped-def]
-    return (record.end for record in records_of(text, grammar) if not record.fault)
-
-
-def _has_header(rows: list[list[str]], missing: frozenset[str]) -> bool:
+def _has_header(
+    rows: list[list[str]],
+    missing: frozenset[str],
+) -> bool:
     """Whether the first row has names.
 
-    It has if one of its cells is a word above a column of numbers, or if no cell is a
-    number at all.
+    It has if one of its cells is a word above a column of numbers, if its numbers are
+    years one after another, or if no cell is a number at all.
     """
     width = len(rows[0])
     body = [row for row in rows[1:] if len(row) == width]
@@ -383,14 +456,41 @@ def _has_header(rows: list[list[str]], missing: frozenset[str]) -> bool:
         cell = cell.strip()
         below = [row[i].strip() for row in body]
         filled = [each for each in below if each not in missing]
-        of_numbers = bool(filled) and all(map(_is_value, filled))
+        of_numbers = bool(filled) and all(
+            map(
+                _is_value,
+                filled,
+            )
+        )
         if of_numbers and cell and cell not in missing and not _is_value(cell):
             return True
         values += _is_value(cell)
+    if _has_years(rows[0]):
+        return True
     if not values:
         first = [cell.strip() for cell in rows[0]]
         return not body or rows[0] not in body or len(set(first)) == width
     return False
+
+
+def _has_years(row: list[str]) -> bool:
+    """Whether the numbers of a row are years one after another, as in wide tables."""
+    cells = [cell.strip() for cell in row]
+    numbers = [cell for cell in cells if _is_value(cell)]
+    if len(numbers) < 2 or not all(
+        map(
+            _YEAR.fullmatch,
+            numbers,
+        )
+    ):
+        return False
+    years = list(map(int, numbers))
+    return years == list(
+        range(
+            years[0],
+            years[0] + len(years),
+        )
+    )
 
 
 def _has_trailing(
@@ -426,7 +526,10 @@ def _given_names(
     return names
 
 
-def _names(header: list[str], renamed: dict[str, str]) -> tuple[str, ...]:
+def _names(
+    header: list[str],
+    renamed: dict[str, str],
+) -> tuple[str, ...]:
     """Return names that differ; those that don't, or are empty, are numbered."""
     wanted = [name.strip().removeprefix("\ufeff") for name in header]
     taken = set(wanted)
@@ -462,4 +565,7 @@ def _is_padded(body: list[list[str]]) -> bool:
     spaced = sum(cell.startswith(" ") for cell in inner)
     outer = [cell for row in body for cell in row[:-1]]
     ended = sum(cell.endswith(" ") for cell in outer)
-    return bool(inner) and max(spaced, ended) > ALIKE_SHARE * len(inner)
+    return bool(inner) and max(
+        spaced,
+        ended,
+    ) > ALIKE_SHARE * len(inner)

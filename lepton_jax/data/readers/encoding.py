@@ -36,7 +36,10 @@ class Encoding(NamedTuple):
     mark: int
     reason: str
 
-    def to_utf8(self, data: bytes) -> tuple[bytes, int]:
+    def to_utf8(
+        self,
+        data: bytes,
+    ) -> tuple[bytes, int]:
         """Return bytes in UTF-8.
 
         Args:
@@ -53,13 +56,20 @@ class Encoding(NamedTuple):
         decoder = codecs.getincrementaldecoder(self.name)("strict")
         text = decoder.decode(data)
         cut = len(decoder.getstate()[0])
-        return text.encode("utf-8", "surrogatepass"), len(data) - cut
+        return text.encode(
+            "utf-8",
+            "surrogatepass",
+        ), len(data) - cut
 
-    def length(self, utf8: bytes) -> int:
-        """Return how many bytes of the file some UTF-8 stands for."""
+    def length(
+        self,
+        utf8: bytes,
+        stop: int,
+    ) -> int:
+        """Return how many bytes of the file the first `stop` of some UTF-8 are."""
         if self.name == "utf-8":
-            return len(utf8)
-        text = utf8.decode("utf-8", "surrogatepass")
+            return stop
+        text = utf8[:stop].decode("utf-8", "surrogatepass")
         return len(text.encode(self.name))
 
 
@@ -92,7 +102,7 @@ def encoding_of(
         return Encoding(marked, len(mark), "the file's mark says so")
 
     wide = _wide(sample)
-    if wide:
+    if wide and "\n" in sample.decode(wide, "replace"):
         return Encoding(wide, 0, "every other byte is zero")
     if _is_utf8(sample):
         return Encoding("utf-8", 0, "all bytes are UTF-8")

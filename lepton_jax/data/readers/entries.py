@@ -74,7 +74,14 @@ class FilesReader(CountedReader):
 
     def columns(self) -> list[Column]:
         content = pl.String() if self.text else pl.Binary()
-        columns = [Column("path", pl.String(), "the file's name", missing=0)]
+        columns = [
+            Column(
+                "path",
+                pl.String(),
+                "the file's name",
+                missing=0,
+            )
+        ]
         for series in self.table:
             reason = "the folder that the file is in"
             if series.name != "label" or self.table.width > 1:
@@ -88,12 +95,23 @@ class FilesReader(CountedReader):
                 )
             )
         name = "text" if self.text else "bytes"
-        return [*columns, Column(name, content, "the file's content", missing=0)]
+        return [
+            *columns,
+            Column(
+                name,
+                content,
+                "the file's content",
+                missing=0,
+            ),
+        ]
 
     def count(self) -> int:
         return len(self.entries)
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         pieces = []
         start = 0
         while start < len(self.entries):
@@ -106,28 +124,54 @@ class FilesReader(CountedReader):
                 stop += 1
             contents = [self._content(entry) for entry in self.entries[start:stop]]
             hashed = self._digest(start, stop, contents)
-            pieces.append(Piece("", start, stop, start, hashed))
+            pieces.append(
+                Piece(
+                    "",
+                    start,
+                    stop,
+                    start,
+                    hashed,
+                )
+            )
             start = stop
         return pieces
 
     def read(self, piece: Piece) -> Rows:
         entries = self.entries[piece.start : piece.stop]
         contents = [self._content(entry) for entry in entries]
-        if self._digest(piece.start, piece.stop, contents) != piece.digest:
+        if (
+            self._digest(
+                piece.start,
+                piece.stop,
+                contents,
+            )
+            != piece.digest
+        ):
             raise DataError(
                 "a file changed after the source was divided",
                 where=f"{self.name}, {entries[0].path} to {entries[-1].path}",
                 remedy="read a copy that nobody writes to, or start again",
             )
-        paths = pl.Series("path", [entry.path for entry in entries])
+        paths = pl.Series(
+            "path",
+            [entry.path for entry in entries],
+        )
         labels = self.table[piece.start : piece.stop]
         if not self.text:
-            values = pl.Series("bytes", contents, dtype=pl.Binary)
+            values = pl.Series(
+                "bytes",
+                contents,
+                dtype=pl.Binary,
+            )
             table = pl.DataFrame([paths, *labels, values])
             return numbered(table, piece.first_row)
 
         texts, refused = self._texts(entries, contents)
-        values = pl.Series("text", texts, dtype=pl.String)
+        values = pl.Series(
+            "text",
+            texts,
+            dtype=pl.String,
+        )
         table = pl.DataFrame([paths, *labels, values])
         rows = numbered(table, piece.first_row)
         kept = rows.table.filter(pl.col("text").is_not_null())
@@ -145,8 +189,19 @@ class FilesReader(CountedReader):
         contents: list[bytes],
     ) -> str:
         parts = [repr(self.table[start:stop].rows()).encode()]
-        for entry, content in zip(self.entries[start:stop], contents, strict=True):
-            parts += [entry.path.encode(), len(content).to_bytes(8, "little"), content]
+        for entry, content in zip(
+            self.entries[start:stop],
+            contents,
+            strict=True,
+        ):
+            parts += [
+                entry.path.encode(),
+                len(content).to_bytes(
+                    8,
+                    "little",
+                ),
+                content,
+            ]
         return digest(*parts)
 
     def _texts(
@@ -173,12 +228,22 @@ class FilesReader(CountedReader):
                             " out and count them"
                         ),
                     ) from error
-                refused.append(Refused(number, 0, content, fault))
+                refused.append(
+                    Refused(
+                        number,
+                        0,
+                        content,
+                        fault,
+                    )
+                )
                 texts.append(None)
         return texts, refused
 
 
-def entries_below(files: Sequence[Stored], folder: str) -> list[Entry]:
+def entries_below(
+    files: Sequence[Stored],
+    folder: str,
+) -> list[Entry]:
     """Return files as rows, named by their place below a folder."""
     entries = []
     for file in files:

@@ -173,7 +173,10 @@ class Stored:
           DataError: the file is damaged or can't be read.
         """
         if self.offset >= 0:
-            length = max(0, min(length, self.size - start))
+            length = max(
+                0,
+                min(length, self.size - start),
+            )
             return self._read_part(start, length)
         stream = _stream_at(self, start)
         try:
@@ -189,8 +192,15 @@ class Stored:
         )
         return data
 
-    def _read_part(self, start: int, length: int) -> bytes:
-        data = Stored(self.path).read(self.offset + start, length)
+    def _read_part(
+        self,
+        start: int,
+        length: int,
+    ) -> bytes:
+        data = Stored(self.path).read(
+            self.offset + start,
+            length,
+        )
         if len(data) < length:
             raise DataError(
                 "the archive is cut short",
@@ -214,7 +224,10 @@ class Stored:
             )
         return data
 
-    def blocks(self, length: int = BLOCK) -> Iterator[bytes]:
+    def blocks(
+        self,
+        length: int = BLOCK,
+    ) -> Iterator[bytes]:
         """Yield all bytes in blocks."""
         start = 0
         while block := self.read(start, length):
@@ -224,7 +237,13 @@ class Stored:
 
 def damaged(place: object, error: Exception) -> DataError:
     """Return the error for packed bytes that can't be unpacked."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if (
+        isinstance(
+            error,
+            OSError,
+        )
+        and error.errno is not None
+    ):
         return unreadable(place, error)
     return DataError(
         f"the packed data are damaged: {error}",
@@ -236,15 +255,16 @@ def damaged(place: object, error: Exception) -> DataError:
 # ---- internals ----
 
 # Streams that are open between two readings, by what they read, with their position.
-# They belong to the process: a reader that is pickled takes none along.
-_kept: OrderedDict[tuple[Stored, Stamp], tuple[BinaryIO, int]] = OrderedDict()
-_archives: OrderedDict[tuple[str, tuple[int, ...]], zipfile.ZipFile] = OrderedDict()
+# They belong to one process: a reader that is pickled takes none along, and a process
+# that was forked shares the position in the file with its parent, and so uses none.
+_kept: OrderedDict[tuple[int, Stored, Stamp], tuple[BinaryIO, int]] = OrderedDict()
+_archives: OrderedDict[tuple[int | str, ...], zipfile.ZipFile] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _key(stored: Stored) -> tuple[Stored, Stamp]:
+def _key(stored: Stored) -> tuple[int, Stored, Stamp]:
     now = stored.stamp()
-    return stored, now._replace(settled=True)
+    return os.getpid(), stored, now._replace(settled=True)
 
 
 def _stream_at(stored: Stored, start: int) -> BinaryIO:
@@ -274,7 +294,14 @@ def _skip(
 ) -> BinaryIO:
     try:
         while count > 0:
-            skipped = len(stream.read(min(count, BLOCK)))
+            skipped = len(
+                stream.read(
+                    min(
+                        count,
+                        BLOCK,
+                    )
+                )
+            )
             if not skipped:
                 break
             count -= skipped
@@ -308,7 +335,12 @@ def _give_back(
         return
     surplus = []
     with _lock:
-        surplus.append(_kept.pop(_key(stored), None))
+        surplus.append(
+            _kept.pop(
+                _key(stored),
+                None,
+            )
+        )
         _kept[_key(stored)] = (stream, position)
         while len(_kept) > STREAMS_KEPT:
             _, oldest = _kept.popitem(last=False)
@@ -338,11 +370,20 @@ def _unpacked(file: BinaryIO) -> BinaryIO:
     first = file.read(len(XZ))
     file.seek(0)
     if first.startswith(GZIP):
-        return cast("BinaryIO", _Closing(gzip.GzipFile(fileobj=file), file))
+        return cast(
+            "BinaryIO",
+            _Closing(gzip.GzipFile(fileobj=file), file),
+        )
     if first.startswith(BZIP2):
-        return cast("BinaryIO", _Closing(bz2.BZ2File(file), file))
+        return cast(
+            "BinaryIO",
+            _Closing(bz2.BZ2File(file), file),
+        )
     if first.startswith(XZ):
-        return cast("BinaryIO", _Closing(lzma.LZMAFile(file), file))
+        return cast(
+            "BinaryIO",
+            _Closing(lzma.LZMAFile(file), file),
+        )
     return file
 
 
@@ -353,9 +394,12 @@ def _open_entry(stored: Stored) -> BinaryIO:
 
 def zip_archive(path: str) -> zipfile.ZipFile:
     """Return an open ZIP archive; its directory is read once."""
-    key = (path, stamp(path)[:3])
+    key = (os.getpid(), path, *stamp(path)[:3])
     with _lock:
-        archive = _archives.pop(key, None) or zipfile.ZipFile(path)
+        archive = _archives.pop(
+            key,
+            None,
+        ) or zipfile.ZipFile(path)
         _archives[key] = archive
         while len(_archives) > STREAMS_KEPT:
             # Entries that are still being read hold the file open themselves.
@@ -370,11 +414,20 @@ class _Closing:
         self.stream = cast("BinaryIO", stream)
         self.others = others
 
-    def read(self, count: int = -1) -> bytes:
+    def read(
+        self,
+        count: int = -1,
+    ) -> bytes:
         return self.stream.read(count)
 
     def seekable(self) -> bool:
         return False
+
+    def __enter__(self) -> _Closing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         for each in (self.stream, *self.others):

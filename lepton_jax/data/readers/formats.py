@@ -41,6 +41,7 @@ _IMAGES = (
     b"II*\0",  # TIFF
     b"MM\0*",
 )
+# The first two of csv_file's are ZIP and Parquet, which are read here.
 _UNREAD = (
     *OTHER_FORMATS[2:],
     (b"\x89HDF", "an HDF5 file"),

@@ -61,7 +61,12 @@ def idx_file(stored: Stored) -> ArrayFile:
             where=stored,
             remedy=remedy,
         )
-    shape = tuple(np.frombuffer(first[4:offset], ">u4").tolist())
+    shape = tuple(
+        np.frombuffer(
+            first[4:offset],
+            ">u4",
+        ).tolist()
+    )
     dtype = np.dtype(DTYPES[first[2]])
     if math.prod(shape) * dtype.itemsize > MOST_BYTES:
         raise DataError(
@@ -83,12 +88,21 @@ def readers_of_idx(files: Sequence[Stored]) -> list[ArrayFilesReader]:
         match = _PART.match(file.name)
         part = match[1] if match else file.name
         column = match[2][:-1] if match else "values"
-        parts.setdefault(part, {})[column] = idx_file(file)
+        parts.setdefault(
+            part,
+            {},
+        )[column] = idx_file(file)
     readers = []
     for part, columns in parts.items():
         ordered = dict(sorted(columns.items()))
         named = part if len(parts) > 1 else None
-        readers.append(ArrayFilesReader(part or files[0].name, ordered, named))
+        readers.append(
+            ArrayFilesReader(
+                part or files[0].name,
+                ordered,
+                named,
+            )
+        )
     return readers
 
 
@@ -99,7 +113,12 @@ def with_labels(file: Stored) -> list[Stored]:
         return [file]
     folder = os.path.dirname(file.path)
     for name in sorted(os.listdir(folder or ".")):
-        other = Stored(os.path.join(folder, name))
+        other = Stored(
+            os.path.join(
+                folder,
+                name,
+            )
+        )
         theirs = _PART.match(other.name)
         if theirs is not None and theirs[1] == match[1] and theirs[2] == "labels":
             return [file, other]

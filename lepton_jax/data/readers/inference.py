@@ -130,7 +130,13 @@ class TypeSettings:
                 where="missing",
                 remedy=f"write missing=[{self.missing!r}]",
             )
-        named = {name: _type(name, type_) for name, type_ in self.types.items()}
+        named = {
+            name: _type(
+                name,
+                type_,
+            )
+            for name, type_ in self.types.items()
+        }
         object.__setattr__(self, "types", named)
 
 
@@ -174,14 +180,28 @@ class Plan:
         type_ = self.column.type
         if type_ == pl.String():
             text = cells.str.strip_chars() if self.strip else cells
-            text = text.set(text.is_in(list(missing)), None)
-            return text, pl.repeat(False, len(cells), dtype=pl.Boolean, eager=True)
+            text = text.set(
+                text.is_in(list(missing)),
+                None,
+            )
+            return text, pl.repeat(
+                False,
+                len(cells),
+                dtype=pl.Boolean,
+                eager=True,
+            )
         text = cells.str.strip_chars()
-        text = text.set(text.is_in(list(missing)), None)
+        text = text.set(
+            text.is_in(list(missing)),
+            None,
+        )
         values = self._parsed(text)
         return values, text.is_not_null() & values.is_null()
 
-    def _parsed(self, text: pl.Series) -> pl.Series:
+    def _parsed(
+        self,
+        text: pl.Series,
+    ) -> pl.Series:
         type_ = self.column.type
         if type_ == pl.Boolean():
             return _booleans(text, self.truth)
@@ -189,7 +209,10 @@ class Plan:
             return parsed_times(text, self.times, type_)
         if self.notation == Notation():
             return plain_numbers(text, type_)
-        return _spelled(text, self.notation).cast(type_, strict=False)
+        return _spelled(text, self.notation).cast(
+            type_,
+            strict=False,
+        )
 
 
 Locate = Callable[[int], str]
@@ -221,9 +244,7 @@ def infer(
                 where=locate(0).partition(",")[0],
                 remedy=f"name some of {', '.join(cells.columns[:20])}",
             )
-    views = [
-        View.of(name, cells[name], settings.missing, strip) for name in cells.columns
-    ]
+    views = views_of(cells, settings.missing, strip)
     looks: dict[str, Look] = {}
     counts: dict[str, Counter[str]] = {}
     for view in views:
@@ -249,13 +270,23 @@ def infer(
     return plans
 
 
-def plain_numbers(text: pl.Series, type_: pl.DataType) -> pl.Series:
+def plain_numbers(
+    text: pl.Series,
+    type_: pl.DataType,
+) -> pl.Series:
     """Return the numbers that cells spell in the plain notation."""
     if type_.is_integer():
         return text.cast(type_, strict=False)
-    plain = text.str.replace("\u2212", "-", literal=True)
+    plain = text.str.replace(
+        "\u2212",
+        "-",
+        literal=True,
+    )
     # Rust reads the word nan in any case; it is no number here.
-    return plain.cast(type_, strict=False).fill_nan(None)
+    return plain.cast(
+        type_,
+        strict=False,
+    ).fill_nan(None)
 
 
 def parsed_times(
@@ -264,9 +295,17 @@ def parsed_times(
     type_: pl.DataType,
 ) -> pl.Series:
     """Return the dates or times that cells spell in the first format that fits."""
-    values = pl.repeat(None, len(text), dtype=type_, eager=True)
+    values = pl.repeat(
+        None,
+        len(text),
+        dtype=type_,
+        eager=True,
+    )
     for time_format in formats:
-        found = time_format.parsed(text).cast(type_, strict=False)
+        found = time_format.parsed(text).cast(
+            type_,
+            strict=False,
+        )
         values = values.zip_with(values.is_not_null(), found)
     return values
 
@@ -284,6 +323,8 @@ class View:
       strip: whether spaces around text are taken away.
       missing: number of missing cells.
       numbers: of the cells that are plain numbers, Float64, else null.
+      whole: whether all cells are whole numbers.
+      points: whether some cell has a point.
     """
 
     name: str
@@ -291,20 +332,8 @@ class View:
     strip: bool
     missing: int
     numbers: pl.Series
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        cells: pl.Series,
-        missing: Sequence[str],
-        strip: bool,
-    ) -> View:
-        """Look at a column."""
-        text = cells.str.strip_chars()
-        text = text.set(text.is_in(list(missing)), None)
-        numbers = text.cast(pl.Float64, strict=False).fill_nan(None)
-        return cls(name, text, strip, text.null_count(), numbers)
+    whole: bool
+    points: bool
 
     @property
     def filled(self) -> int:
@@ -317,7 +346,7 @@ class View:
 
     def has_points(self) -> bool:
         """Whether all cells are plain numbers, some of them with a point."""
-        return self.is_plain() and bool(self.text.str.contains(".", literal=True).any())
+        return self.is_plain() and self.points
 
     def truth(self) -> tuple[str, str] | None:
         """Return the words for true and false, if there are no others."""
@@ -349,19 +378,74 @@ class View:
             .head(MOST_DISTINCT)
         )
         words = table[self.name].to_list()
-        return Counter(dict(zip(words, table["count"].to_list(), strict=True)))
+        return Counter(
+            dict(
+                zip(
+                    words,
+                    table["count"].to_list(),
+                    strict=True,
+                )
+            )
+        )
+
+
+def views_of(
+    cells: pl.DataFrame,
+    missing: Sequence[str],
+    strip: bool,
+) -> list[View]:
+    """Look at all columns at once, as thousands of small queries take long."""
+    text = pl.all().str.strip_chars()
+    is_missing = text.is_in(list(missing))
+    texts = cells.select(pl.when(~is_missing).then(text))
+    numbers = texts.select(
+        pl.all()
+        .cast(
+            pl.Float64,
+            strict=False,
+        )
+        .fill_nan(None)
+    )
+    whole = texts.select(pl.all().str.contains(WHOLE).all())
+    points = texts.select(
+        pl.all()
+        .str.contains(
+            ".",
+            literal=True,
+        )
+        .any()
+    )
+    nulls = texts.null_count()
+    return [
+        View(
+            name,
+            texts[name],
+            strip,
+            nulls[name][0],
+            numbers[name],
+            bool(whole[name][0]),
+            bool(points[name][0]),
+        )
+        for name in cells.columns
+    ]
 
 
 # ---- internals ----
 
 
-def _type(column: str, given: Any) -> pl.DataType:
+def _type(
+    column: str,
+    given: Any,
+) -> pl.DataType:
     if isinstance(given, str):
         if given in _NAMED:
             return _NAMED[given]
     elif isinstance(given, pl.DataType):
         return given
-    elif isinstance(given, type) and issubclass(given, pl.DataType):
+    elif isinstance(given, type) and issubclass(
+        given,
+        pl.DataType,
+    ):
         return given()
     raise DataError(
         f"the type of column {column!r} is {given!r}{nearest(str(given), _NAMED)}",
@@ -418,9 +502,19 @@ def _proved_decimal(
     for view in views:
         seen = looks.get(view.name)
         if seen is not None and seen.kind == "numbers":
-            proofs.add(decimal_of(counts[view.name], seen.notation))
+            proofs.add(
+                decimal_of(
+                    counts[view.name],
+                    seen.notation,
+                )
+            )
         elif seen is None and view.has_points():
-            points = view.text.filter(view.text.str.contains(".", literal=True))
+            points = view.text.filter(
+                view.text.str.contains(
+                    ".",
+                    literal=True,
+                )
+            )
             cells = points.head(MOST_DISTINCT).to_list()
             proofs.add(decimal_of(cells, PLAIN))
     proofs.discard(None)
@@ -439,20 +533,19 @@ def _plan(
         return _set_plan(view, settings)
     if not view.filled:
         return _text(view, "no cell has a value")
-    truth = view.truth()
-    if seen is None and truth is not None and not view.is_plain():
-        column = Column(view.name, pl.Boolean(), f"all cells are {' or '.join(truth)}")
-        return Plan(column, truth=truth)
-    if seen is None and view.is_plain():
-        return _plain(view)
     if seen is None:
-        return _text(view, "most cells are long texts")
+        return _plain(view) if view.is_plain() else _unlooked(view)
     if seen.kind == "numbers":
         return _numbers(view, seen, counts)
     if seen.kind == "dates":
         return _times(view, counts, settings, locate)
     if seen.kind == "codes":
-        shown = ", ".join(map(repr, seen.cells[:3]))
+        shown = ", ".join(
+            map(
+                repr,
+                seen.cells[:3],
+            )
+        )
         return _text(
             view,
             f"codes: most distinct cells are numbers, others are not ({shown}, ...)",
@@ -462,24 +555,47 @@ def _plan(
     raise question(view, seen, counts, locate)
 
 
+def _unlooked(view: View) -> Plan:
+    """Return the plan of a column whose type its words or their length tell."""
+    truth = view.truth()
+    if truth is None:
+        return _text(view, "most cells are long texts")
+    column = Column(
+        view.name,
+        pl.Boolean(),
+        f"all cells are {' or '.join(truth)}",
+    )
+    return Plan(column, truth=truth)
+
+
 def _text(view: View, reason: str) -> Plan:
-    column = Column(view.name, pl.String(), reason)
+    column = Column(
+        view.name,
+        pl.String(),
+        reason,
+    )
     return Plan(column, strip=view.strip)
 
 
 def _plain(view: View) -> Plan:
     """Return the plan of a column all of whose cells are plain numbers."""
-    text = view.text.drop_nulls()
-    if not text.str.contains(WHOLE).all():
+    if not view.whole:
         infinite = int(view.numbers.is_infinite().sum())
         reason = "all cells are numbers"
         if infinite:
             reason += f", {infinite} of them infinite"
-        return Plan(Column(view.name, pl.Float64(), reason))
-    return _whole(view, text)
+        return Plan(
+            Column(
+                view.name,
+                pl.Float64(),
+                reason,
+            )
+        )
+    return _whole(view)
 
 
-def _whole(view: View, text: pl.Series) -> Plan:
+def _whole(view: View) -> Plan:
+    text = view.text.drop_nulls()
     widths = text.str.len_bytes()
     has_zeros = bool(text.str.contains(LEADING_ZERO).any())
     if has_zeros and widths.min() == widths.max():
@@ -488,7 +604,10 @@ def _whole(view: View, text: pl.Series) -> Plan:
             "codes: all cells are digits of one length, some with zeros in front",
         )
     for type_ in (pl.Int64(), pl.UInt64()):
-        if not text.cast(type_, strict=False).null_count():
+        if not text.cast(
+            type_,
+            strict=False,
+        ).null_count():
             return Plan(Column(view.name, type_, "all cells are whole numbers"))
     return _text(view, "codes: whole numbers with more digits than 64 bits hold")
 
@@ -500,10 +619,24 @@ def _numbers(
 ) -> Plan:
     """Return the plan of a column most of whose cells are numbers."""
     notation = seen.notation
-    readable = [cell for cell in counts if number(cell, notation) is not None]
+    readable = [
+        cell
+        for cell in counts
+        if number(
+            cell,
+            notation,
+        )
+        is not None
+    ]
     cores = [_core(cell, notation) for cell in readable]
     if notation == Notation():
-        is_whole = all(re.fullmatch(WHOLE, cell) for cell in cores)
+        is_whole = all(
+            re.fullmatch(
+                WHOLE,
+                cell,
+            )
+            for cell in cores
+        )
     else:
         is_whole = not any(
             re.search(rf"[eE{notation.decimal}]", core) for core in cores
@@ -515,7 +648,10 @@ def _numbers(
     reason = f"most cells are {kind}"
     if notation != Notation():
         reason = f"cells are {kind} like {example(notation)}"
-    return Plan(Column(view.name, type_, reason), notation)
+    return Plan(
+        Column(view.name, type_, reason),
+        notation,
+    )
 
 
 def _core(cell: str, notation: Notation) -> str:
@@ -528,7 +664,11 @@ def _core(cell: str, notation: Notation) -> str:
 def example(notation: Notation) -> str:
     """Return a number that is written in a notation."""
     text = f"1{notation.thousands}234{notation.decimal}5"
-    return (notation.unit or "#").replace("#", text, 1)
+    return (notation.unit or "#").replace(
+        "#",
+        text,
+        1,
+    )
 
 
 def _set_plan(view: View, settings: TypeSettings) -> Plan:
@@ -538,13 +678,29 @@ def _set_plan(view: View, settings: TypeSettings) -> Plan:
     if type_ == pl.String():
         return Plan(column, strip=view.strip)
     if type_ == pl.Boolean():
-        return Plan(column, truth=view.truth() or TRUTH[0])
+        return Plan(
+            column,
+            truth=view.truth() or TRUTH[0],
+        )
     if type_.is_temporal():
-        forms = [each.format for each in forms_of(view.counts(), settings.day_first)]
-        return Plan(column, times=tuple(forms) or FORMATS[:1])
+        forms = [
+            each.format
+            for each in forms_of(
+                view.counts(),
+                settings.day_first,
+            )
+        ]
+        return Plan(
+            column,
+            times=tuple(forms) or FORMATS[:1],
+        )
     if view.is_plain():
         return Plan(column)
-    seen = look(view.counts(), settings.decimal, settings.thousands)
+    seen = look(
+        view.counts(),
+        settings.decimal,
+        settings.thousands,
+    )
     return Plan(column, seen.notation)
 
 
@@ -565,10 +721,22 @@ def _times(
     best = forms[0]
     rivals = [each for each in forms[1:] if each.is_rival(best)]
     if rivals:
-        raise _either(view, best, rivals[0], counts, locate)
+        raise _either(
+            view,
+            best,
+            rivals[0],
+            counts,
+            locate,
+        )
     chosen = [best]
     for each in forms[1:]:
-        if _goes_with(each, chosen) and _read(chosen, counts) < counts.total():
+        if (
+            _goes_with(
+                each,
+                chosen,
+            )
+            and _read(chosen, counts) < counts.total()
+        ):
             chosen.append(each)
     read = _read(chosen, counts)
     if read < NUMERIC_SHARE * counts.total():
@@ -580,10 +748,16 @@ def _times(
         type_ = pl.Datetime("us")
     called = " or ".join(each.format.called for each in chosen)
     column = Column(view.name, type_, f"cells are dates or times like {called}")
-    return Plan(column, times=tuple(each.format for each in chosen))
+    return Plan(
+        column,
+        times=tuple(each.format for each in chosen),
+    )
 
 
-def _goes_with(form: Found, chosen: list[Found]) -> bool:
+def _goes_with(
+    form: Found,
+    chosen: list[Found],
+) -> bool:
     """Whether a form reads cells that others don't, as values of one type."""
     dates = (pl.Date(), pl.Datetime("us"))
     best = chosen[0].format.type
@@ -601,9 +775,15 @@ def _is_read(chosen: list[Found]) -> pl.Series:
     return read
 
 
-def _read(chosen: list[Found], counts: Counter[str]) -> int:
+def _read(
+    chosen: list[Found],
+    counts: Counter[str],
+) -> int:
     """Return the rows that one of some forms reads."""
-    rows = pl.Series(list(counts.values()), dtype=pl.Int64)
+    rows = pl.Series(
+        list(counts.values()),
+        dtype=pl.Int64,
+    )
     return int(rows.filter(_is_read(chosen)).sum())
 
 
@@ -654,26 +834,41 @@ def _several(
 
 def _counted(plan: Plan, view: View) -> Plan:
     """Return a plan with the number of cells against it."""
-    values, wrong = plan.values(view.text, ())
-    del values
+    column = replace(plan.column, missing=view.missing)
+    is_sure = plan.is_direct and view.is_plain() and column.reason != "set"
+    if is_sure or column.type == pl.String():
+        return replace(plan, column=column)
+    _, wrong = plan.values(
+        view.text,
+        (),
+    )
     against = int(wrong.sum())
     words = view.text.filter(wrong).unique(maintain_order=True)
     column = replace(
-        plan.column,
+        column,
         against=against,
-        missing=view.missing,
         examples=tuple(words.head(EXAMPLES).to_list()),
     )
     return replace(plan, column=column)
 
 
-def _booleans(text: pl.Series, truth: tuple[str, str]) -> pl.Series:
+def _booleans(
+    text: pl.Series,
+    truth: tuple[str, str],
+) -> pl.Series:
     lower = text.str.to_lowercase()
     words = {truth[0]: True, truth[1]: False}
-    return lower.replace_strict(words, default=None, return_dtype=pl.Boolean)
+    return lower.replace_strict(
+        words,
+        default=None,
+        return_dtype=pl.Boolean,
+    )
 
 
-def _spelled(text: pl.Series, notation: Notation) -> pl.Series:
+def _spelled(
+    text: pl.Series,
+    notation: Notation,
+) -> pl.Series:
     """Return the numbers that cells spell in a notation, Float64.
 
     Most cells are spelled strictly, and are read by Polars; each other distinct one by
@@ -681,28 +876,45 @@ def _spelled(text: pl.Series, notation: Notation) -> pl.Series:
     """
     before, _, after = (notation.unit or "#").partition("#")
     marks = {" ": "[ \u00a0\u202f\u2009]", "'": "['\u2019]"}
-    mark = marks.get(notation.thousands, re.escape(notation.thousands))
+    mark = marks.get(
+        notation.thousands,
+        re.escape(notation.thousands),
+    )
     whole = r"[0-9]+"
     if notation.thousands:
         whole = rf"(?:[1-9][0-9]{{0,2}}(?:{mark}[0-9]{{3}})+|[0-9]+)"
+    space = "[ \u00a0\u202f]*"
     strict = (
-        rf"^[-+]?{re.escape(before)}{whole}(?:{re.escape(notation.decimal)}[0-9]+)?"
-        rf"{re.escape(after)}$"
+        rf"^([-+]?){re.escape(before)}{space}"
+        rf"({whole}(?:{re.escape(notation.decimal)}[0-9]+)?)"
+        rf"{space}{re.escape(after)}$"
     )
-    clean = text.set(~text.str.contains(strict), None)
-    for part in (before, after):
-        if part:
-            clean = clean.str.replace(part, "", literal=True)
+    sign = text.str.extract(strict, 1)
+    digits = text.str.extract(strict, 2)
     if notation.thousands:
-        clean = clean.str.replace_all(mark, "")
-    clean = clean.str.replace(notation.decimal, ".", literal=True)
+        digits = digits.str.replace_all(mark, "")
+    clean = sign + digits.str.replace(
+        notation.decimal,
+        ".",
+        literal=True,
+    )
     values = clean.cast(pl.Float64, strict=False)
 
     odd = text.filter(text.is_not_null() & values.is_null()).unique()
     if not len(odd):
         return values
-    spelled = {cell: number(cell, notation) for cell in odd.to_list()}
-    others = text.replace_strict(spelled, default=None, return_dtype=pl.Float64)
+    spelled = {
+        cell: number(
+            cell,
+            notation,
+        )
+        for cell in odd.to_list()
+    }
+    others = text.replace_strict(
+        spelled,
+        default=None,
+        return_dtype=pl.Float64,
+    )
     return values.zip_with(values.is_not_null(), others)
 
 
@@ -716,7 +928,12 @@ def question(
     cell = seen.cells[0]
     rows = sum(counts[each] for each in seen.cells)
     share = f"{rows} of the column's {counts.total()} cells"
-    shown = ", ".join(map(repr, seen.cells[:4]))
+    shown = ", ".join(
+        map(
+            repr,
+            seen.cells[:4],
+        )
+    )
     as_text = f"types={{{view.name!r}: 'String'}} to keep the column as text"
     what, ways = _asked(seen, cell, share, shown)
     row = int((view.text == cell).arg_max() or 0)

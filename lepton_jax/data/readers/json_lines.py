@@ -111,6 +111,8 @@ class JsonLinesReader(LinesReader):
         columns: list[Column],
     ) -> pl.DataFrame | None:
         """Return rows as Arrow's strict parser reads them; None if it refuses."""
+        if not _is_utf8(utf8):
+            return None
         arrow = needs("pyarrow", extra="data", purpose="reading JSON lines")
         parser = needs("pyarrow.json", extra="data", purpose="reading JSON lines")
         schema = {column.name: column.type for column in columns}
@@ -132,7 +134,8 @@ class JsonLinesReader(LinesReader):
         assert isinstance(table, pl.DataFrame)
         if table.height != self.rows_in(utf8):
             return None
-        return table.select(pl.col(name).cast(type_) for name, type_ in schema.items())
+        typed = [pl.col(name).cast(type_) for name, type_ in schema.items()]
+        return table.select(typed).with_columns(pl.selectors.float().fill_nan(None))
 
     def _slowly(
         self,
@@ -151,24 +154,52 @@ class JsonLinesReader(LinesReader):
             if unknown:
                 fault = f"the field {unknown[0]!r} is in no row of the sample"
             if fault:
-                bad = Refused(line.number, 0, line.text, fault)
+                bad = Refused(
+                    line.number,
+                    0,
+                    line.text,
+                    fault,
+                )
                 if self.bad_rows == "error":
                     raise self._bad_row(bad, utf8, piece)
                 refused.append(bad)
                 continue
             rows.append(line.row or {})
             numbers.append(piece.first_row + line.number)
-        number = pl.Series(ROW, numbers, dtype=pl.UInt64)
+        number = pl.Series(
+            ROW,
+            numbers,
+            dtype=pl.UInt64,
+        )
         notes = [refused_rows(refused, piece.first_row)]
         series = []
         for column in columns:
             cells = [row.get(column.name) for row in rows]
             values, wrong = self._values(cells, column.type)
-            series.append(pl.Series(column.name, values, column.type))
+            series.append(
+                pl.Series(
+                    column.name,
+                    values,
+                    column.type,
+                )
+            )
             if any(wrong):
-                text = pl.Series([_text(cell) for cell in cells], dtype=pl.String)
-                notes.append(changed_cells(column, text, pl.Series(wrong), number))
-        return Rows(pl.DataFrame([*series, number]), pl.concat(notes))
+                text = pl.Series(
+                    [_text(cell) for cell in cells],
+                    dtype=pl.String,
+                )
+                notes.append(
+                    changed_cells(
+                        column,
+                        text,
+                        pl.Series(wrong),
+                        number,
+                    )
+                )
+        return Rows(
+            pl.DataFrame([*series, number]),
+            pl.concat(notes),
+        )
 
     def _values(
         self,
@@ -179,7 +210,13 @@ class JsonLinesReader(LinesReader):
         values = []
         wrong = []
         for cell in cells:
-            is_word = isinstance(cell, str) and cell in self.settings.missing
+            is_word = (
+                isinstance(
+                    cell,
+                    str,
+                )
+                and cell in self.settings.missing
+            )
             if is_word and type_ != pl.String():
                 cell = None
             try:
@@ -197,9 +234,12 @@ class JsonLinesReader(LinesReader):
         for sample in samples:
             for line in _lines(sample):
                 for name, value in (line.row or {}).items():
-                    cells.setdefault(name, []).append((line.number, value))
+                    cells.setdefault(
+                        name,
+                        [],
+                    ).append((line.number, value))
                 rows += line.row is not None
-        if not rows:
+        if not rows or samples[0].lstrip().startswith(b"["):
             raise DataError(
                 "no line is a JSON object",
                 where=f"{self.stored}, line 1",
@@ -210,7 +250,15 @@ class JsonLinesReader(LinesReader):
             )
         for name in self.settings.types:
             cells.setdefault(name, [])
-        return [self._column(name, found, rows, seen) for name, found in cells.items()]
+        return [
+            self._column(
+                name,
+                found,
+                rows,
+                seen,
+            )
+            for name, found in cells.items()
+        ]
 
     def _column(
         self,
@@ -237,17 +285,35 @@ class JsonLinesReader(LinesReader):
             if type_ == pl.String() and filled:
                 reason += _spelling(filled)
         _, wrong = self._values(values, type_)
-        against = [value for value, bad in zip(values, wrong, strict=True) if bad]
+        against = [
+            value
+            for value, bad in zip(
+                values,
+                wrong,
+                strict=True,
+            )
+            if bad
+        ]
         missing = rows - len(filled)
         if type_ == pl.String():
             missing = rows - sum(value is not None for value in values)
         return Column(
             name,
             type_,
-            "; ".join(filter(None, [reason, seen])),
+            "; ".join(
+                filter(
+                    None,
+                    [reason, seen],
+                )
+            ),
             against=len(against),
             missing=missing,
-            examples=tuple(map(_text, against[:EXAMPLES])),
+            examples=tuple(
+                map(
+                    _text,
+                    against[:EXAMPLES],
+                )
+            ),
         )
 
     def _is_missing(self, value: Any) -> bool:
@@ -304,7 +370,10 @@ class JsonLinesReader(LinesReader):
         lines = utf8.split(b"\n")
         filled = [i for i, line in enumerate(lines) if line.strip()]
         line = self.line_before(piece.start) + filled[refused.number] + 1
-        shown = refused.text[:80].decode("utf-8", "replace")
+        shown = refused.text[:80].decode(
+            "utf-8",
+            "replace",
+        )
         return DataError(
             f"{refused.fault}: {shown!r}",
             where=f"{self.stored}, line {line}",
@@ -323,10 +392,24 @@ def _lines(utf8: bytes) -> list[Line]:
             row = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             fault = f"the line is not JSON: {type(error).__name__}: {error}"
-            lines.append(Line(number, text, None, fault))
+            lines.append(
+                Line(
+                    number,
+                    text,
+                    None,
+                    fault,
+                )
+            )
             continue
         fault = "" if isinstance(row, dict) else "the line is no JSON object"
-        lines.append(Line(number, text, row if not fault else None, fault))
+        lines.append(
+            Line(
+                number,
+                text,
+                row if not fault else None,
+                fault,
+            )
+        )
     return lines
 
 
@@ -339,10 +422,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _spelling(values: list[Any]) -> str:
     """Return words about a column of text that may be meant as numbers."""
-    text = pl.Series(values, dtype=pl.String, strict=False)
-    numbers = text.str.strip_chars().cast(pl.Float64, strict=False)
+    text = pl.Series(
+        values,
+        dtype=pl.String,
+        strict=False,
+    )
+    numbers = text.str.strip_chars().cast(
+        pl.Float64,
+        strict=False,
+    )
     if numbers.null_count() > (1 - NUMERIC_SHARE) * len(text):
         return ""
     return ", though nearly all spell numbers: set `types` if numbers are meant"
@@ -351,4 +449,8 @@ def _spelling(values: list[Any]) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(
+        value,
+        ensure_ascii=False,
+        default=str,
+    )

@@ -40,7 +40,7 @@ def type_of(value: Any) -> pl.DataType:
     if isinstance(value, str):
         return pl.String()
     if isinstance(value, list):
-        inner = merged(map(type_of, value))
+        inner = _merged(map(type_of, value))
         return pl.List(pl.String() if inner is None else inner)
     if isinstance(value, dict) and value:
         return pl.Struct({name: type_of(inner) for name, inner in value.items()})
@@ -52,22 +52,26 @@ def merged(types: Iterable[pl.DataType]) -> pl.DataType | None:
 
     Where nothing is known of a type, it is String.
     """
-    common: pl.DataType = pl.Null()
-    for type_ in set(types):
-        both = _both(common, type_)
-        if both is None:
-            return None
-        common = both
-    return _settled(common)
+    common = _merged(types)
+    return None if common is None else _settled(common)
 
 
-def conformed(value: Any, type_: pl.DataType) -> Any:
+def conformed(
+    value: Any,
+    type_: pl.DataType,
+) -> Any:
     """Return a value as one of a type.
 
     Raises:
       Unfit: it is none.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (
+        isinstance(
+            value,
+            float,
+        )
+        and math.isnan(value)
+    ):
         return None
     if isinstance(type_, pl.List):
         return _list(value, type_)
@@ -83,15 +87,41 @@ def conformed(value: Any, type_: pl.DataType) -> Any:
 # ---- internals ----
 
 
-def _both(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:
-    if isinstance(one, pl.List) and isinstance(other, pl.List):
+def _merged(types: Iterable[pl.DataType]) -> pl.DataType | None:
+    """Return the type that holds values of several, Null where nothing is known."""
+    common: pl.DataType = pl.Null()
+    for type_ in dict.fromkeys(types):
+        both = _both(common, type_)
+        if both is None:
+            return None
+        common = both
+    return common
+
+
+def _both(
+    one: pl.DataType,
+    other: pl.DataType,
+) -> pl.DataType | None:
+    if isinstance(one, pl.List) and isinstance(
+        other,
+        pl.List,
+    ):
         inner = _both(_inner(one), _inner(other))
         return None if inner is None else pl.List(inner)
-    if isinstance(one, pl.Struct) and isinstance(other, pl.Struct):
+    if isinstance(one, pl.Struct) and isinstance(
+        other,
+        pl.Struct,
+    ):
         fields = {field.name: field.dtype for field in one.fields}
         for field in other.fields:
-            known = fields.get(field.name, pl.Null())
-            both = _both(_instance(known), _instance(field.dtype))
+            known = fields.get(
+                field.name,
+                pl.Null(),
+            )
+            both = _both(
+                _instance(known),
+                _instance(field.dtype),
+            )
             if both is None:
                 return None
             fields[field.name] = both
@@ -124,36 +154,63 @@ def _instance(type_: Any) -> pl.DataType:
     return type_() if isinstance(type_, type) else type_
 
 
-def _list(value: Any, type_: pl.List) -> list[Any]:
+def _list(
+    value: Any,
+    type_: pl.List,
+) -> list[Any]:
     if not isinstance(value, list):
         raise Unfit
-    return [conformed(inner, _inner(type_)) for inner in value]
+    return [
+        conformed(
+            inner,
+            _inner(type_),
+        )
+        for inner in value
+    ]
 
 
-def _struct(value: Any, type_: pl.Struct) -> dict[str, Any] | None:
+def _struct(
+    value: Any,
+    type_: pl.Struct,
+) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise Unfit
     known = {field.name: _instance(field.dtype) for field in type_.fields}
     if not set(value) <= set(known):
         raise Unfit
-    return {name: conformed(value.get(name), inner) for name, inner in known.items()}
+    return {
+        name: conformed(
+            value.get(name),
+            inner,
+        )
+        for name, inner in known.items()
+    }
 
 
-def _scalar(value: Any, type_: pl.DataType) -> Any:
+def _scalar(
+    value: Any,
+    type_: pl.DataType,
+) -> Any:
     if type_ == pl.Boolean():
         if isinstance(value, bool):
             return value
         raise Unfit
     if isinstance(value, bool):
         raise Unfit
-    if type_.is_numeric() and isinstance(value, int | float):
+    if type_.is_numeric() and isinstance(
+        value,
+        int | float,
+    ):
         if type_.is_float():
             return float(value)
         if float(value).is_integer():
             return int(value)
         raise Unfit
     if type_.is_temporal() and isinstance(value, str):
-        parsed = pl.Series([value]).cast(type_, strict=False)[0]
+        parsed = pl.Series([value]).cast(
+            type_,
+            strict=False,
+        )[0]
         if parsed is not None:
             return parsed
     raise Unfit

@@ -56,7 +56,10 @@ class LinesReader(CountedReader):
     def rows_in(self, utf8: bytes) -> int:
         """Return how many rows some lines are."""
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         if size not in self._pieces:
             self._pieces = {size: list(self._scan(size))}
         return self._pieces[size]
@@ -125,13 +128,20 @@ class LinesReader(CountedReader):
             remedy="set `encoding`, or get the file again if it is damaged",
         )
 
-    def samples(self, size: int) -> tuple[list[bytes], str]:
+    def samples(
+        self,
+        size: int,
+    ) -> tuple[list[bytes], str]:
         """Return lines in UTF-8 by which types are inferred, and what part they are."""
         start = self.head().encoding.mark
         data = self.stored.read(start, size + 1)
         if len(data) <= size:
             return [self.decoded(data, start)], ""
-        first = self.decoded(data[:size], start, is_whole=False)
+        first = self.decoded(
+            data[:size],
+            start,
+            is_whole=False,
+        )
         whole = self.head().stamp.size
         is_plain = self.head().encoding.name == "utf-8" and not self.stored.entry
         if not is_plain or self.stored.path.endswith((".gz", ".bz2", ".xz")):
@@ -143,7 +153,10 @@ class LinesReader(CountedReader):
         step = (whole - part) // (SAMPLE_PARTS - 1)
         samples = []
         for i in range(SAMPLE_PARTS):
-            text = self.stored.read(start * (i == 0) + i * step, part)
+            text = self.stored.read(
+                start * (i == 0) + i * step,
+                part,
+            )
             begin = text.find(b"\n") + 1 if i else 0
             samples.append(text[begin : text.rfind(b"\n") + 1])
         return samples, f"seen in {size:,} of {whole:,} bytes"
@@ -153,7 +166,10 @@ class LinesReader(CountedReader):
         lines = 0
         done = 0
         while done < position:
-            block = self.stored.read(done, min(2**22, position - done))
+            block = self.stored.read(
+                done,
+                min(2**22, position - done),
+            )
             if not block:
                 break
             utf8, used = self.head().encoding.to_utf8(block)
@@ -163,7 +179,10 @@ class LinesReader(CountedReader):
 
     # ---- internals ----
 
-    def _scan(self, size: int) -> Iterator[Piece]:
+    def _scan(
+        self,
+        size: int,
+    ) -> Iterator[Piece]:
         encoding = self.head().encoding
         before = self.stored.stamp()
         position = encoding.mark
@@ -171,7 +190,10 @@ class LinesReader(CountedReader):
         data = b""
         want = size
         while True:
-            data += self.stored.read(position + len(data), want - len(data))
+            data += self.stored.read(
+                position + len(data),
+                want - len(data),
+            )
             is_end = len(data) < want
             utf8 = self.decoded(data, position, is_whole=is_end)
             stop = len(utf8) if is_end else utf8.rfind(b"\n") + 1
@@ -179,12 +201,18 @@ class LinesReader(CountedReader):
                 self._check_length(want, position)
                 want *= 2
                 continue
-            length = encoding.length(utf8[:stop])
+            length = encoding.length(utf8, stop)
             rows = self.rows_in(utf8[:stop])
             if rows:
                 hashed = digest(memoryview(data)[:length])
                 end = position + length
-                yield Piece(str(self.stored), position, end, row, hashed)
+                yield Piece(
+                    str(self.stored),
+                    position,
+                    end,
+                    row,
+                    hashed,
+                )
             position += length
             row += rows
             if is_end:
@@ -195,7 +223,11 @@ class LinesReader(CountedReader):
         if self.stored.stamp()[:3] != before[:3]:
             raise self._changed()
 
-    def _check_length(self, size: int, position: int) -> None:
+    def _check_length(
+        self,
+        size: int,
+        position: int,
+    ) -> None:
         if size > self.longest_row:
             raise DataError(
                 f"a line has more than {self.longest_row:,} bytes",

@@ -47,7 +47,13 @@ class ManyReader(CountedReader):
 
     def columns(self) -> list[Column]:
         if self._columns is None:
-            if all(isinstance(reader, CsvReader) for reader in self.readers):
+            if all(
+                isinstance(
+                    reader,
+                    CsvReader,
+                )
+                for reader in self.readers
+            ):
                 self._plan_together()
             self._columns = self._united()
         return self._columns
@@ -55,20 +61,43 @@ class ManyReader(CountedReader):
     def count(self) -> int:
         return sum(reader.count() for reader in self.readers)
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         pieces = []
         row = 0
         for reader in self.readers:
             for piece in reader.pieces(size):
-                pieces.append(replace(piece, first_row=row + piece.first_row))
+                pieces.append(
+                    replace(
+                        piece,
+                        first_row=row + piece.first_row,
+                    )
+                )
             row += reader.count()
         return pieces
 
     def read(self, piece: Piece) -> Rows:
         columns = self.columns()
         rows = self._reader(piece).read(piece)
-        values = [_as_column(rows.table, column) for column in columns]
+        values = [
+            _as_column(
+                rows.table,
+                column,
+            )
+            for column in columns
+        ]
         return rows._replace(table=pl.DataFrame([*values, rows.table[ROW]]))
+
+    def described(self) -> str:
+        """Describe in words how the files are read."""
+        parts = [
+            reader.described()
+            for reader in self.readers
+            if hasattr(reader, "described")
+        ]
+        return "; ".join([f"{len(self.readers)} files", *dict.fromkeys(parts)])
 
     # ---- internals ----
 
@@ -90,7 +119,10 @@ class ManyReader(CountedReader):
         for other in others:
             if other.names() != names:
                 return
-        share = max(2**16, SAMPLE // len(self.readers))
+        share = max(
+            2**16,
+            SAMPLE // len(self.readers),
+        )
         plans = first.plans_of_all(others, share)
         for reader in (first, *others):
             reader.with_plans(plans)
@@ -101,13 +133,21 @@ class ManyReader(CountedReader):
         for reader in others:
             theirs = {column.name: column for column in reader.columns()}
             if self.drift == "error":
-                self._check_names(list(united), list(theirs), reader)
+                self._check_names(
+                    list(united),
+                    list(theirs),
+                    reader,
+                )
             for name, column in theirs.items():
                 known = united.get(name)
                 if known is None:
                     united[name] = column
                 elif known is not column:
-                    united[name] = self._both(known, column, reader)
+                    united[name] = self._both(
+                        known,
+                        column,
+                        reader,
+                    )
         return list(united.values())
 
     def _check_names(
@@ -157,7 +197,11 @@ class ManyReader(CountedReader):
             return replace(both, type=type_)
         if self.drift == "union":
             reason = f"{known.type} in some files, {column.type} in others"
-            return replace(both, type=pl.String(), reason=reason)
+            return replace(
+                both,
+                type=pl.String(),
+                reason=reason,
+            )
         raise DataError(
             f"column {known.name!r} is {column.type}, but {known.type} in"
             f" {self.readers[0].name}",
@@ -169,7 +213,10 @@ class ManyReader(CountedReader):
         )
 
 
-def common_type(one: pl.DataType, other: pl.DataType) -> pl.DataType | None:
+def common_type(
+    one: pl.DataType,
+    other: pl.DataType,
+) -> pl.DataType | None:
     """Return a type that holds the values of both exactly; None if there is none."""
     if one == other:
         return one
@@ -195,7 +242,14 @@ def _place(reader: CountedReader) -> str:
     return str(getattr(reader, "stored", reader.name))
 
 
-def _as_column(table: pl.DataFrame, column: Column) -> pl.Series:
+def _as_column(
+    table: pl.DataFrame,
+    column: Column,
+) -> pl.Series:
     if column.name not in table.columns:
-        return pl.Series(column.name, [None] * table.height, column.type)
+        return pl.Series(
+            column.name,
+            [None] * table.height,
+            column.type,
+        )
     return table[column.name].cast(column.type)

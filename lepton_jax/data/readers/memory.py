@@ -44,6 +44,7 @@ class MemoryReader(CountedReader):
         reason: str = "the table's own type",
     ):
         check_names(table.columns, name)
+        _check_types(table, name)
         self.name = name
         self.table = table
         self.reason = reason
@@ -54,20 +55,41 @@ class MemoryReader(CountedReader):
     def count(self) -> int:
         return self.table.height
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         if not self.table.height:
             return []
-        row_bytes = max(1, int(self.table.estimated_size()) // self.table.height)
+        row_bytes = max(
+            1,
+            int(self.table.estimated_size()) // self.table.height,
+        )
         step = max(1, size // row_bytes)
         pieces = []
-        for start in range(0, self.table.height, step):
+        for start in range(
+            0,
+            self.table.height,
+            step,
+        ):
             part = self.table.slice(start, step)
             stop = start + part.height
-            pieces.append(Piece("", start, stop, start, table_digest(part)))
+            pieces.append(
+                Piece(
+                    "",
+                    start,
+                    stop,
+                    start,
+                    table_digest(part),
+                )
+            )
         return pieces
 
     def read(self, piece: Piece) -> Rows:
-        rows = self.table.slice(piece.start, piece.stop - piece.start)
+        rows = self.table.slice(
+            piece.start,
+            piece.stop - piece.start,
+        )
         if table_digest(rows) != piece.digest:
             raise DataError(
                 "the table changed after it was divided",
@@ -77,7 +99,10 @@ class MemoryReader(CountedReader):
         return numbered(rows, piece.first_row)
 
 
-def reader_of_memory(anything: Any, name: str | None = None) -> MemoryReader:
+def reader_of_memory(
+    anything: Any,
+    name: str | None = None,
+) -> MemoryReader:
     """Return a reader of what a person holds in memory.
 
     Args:
@@ -104,7 +129,10 @@ def reader_of_memory(anything: Any, name: str | None = None) -> MemoryReader:
     return MemoryReader(table, name)
 
 
-def table_of(anything: Any, name: str) -> pl.DataFrame:
+def table_of(
+    anything: Any,
+    name: str,
+) -> pl.DataFrame:
     """Return a table in memory as Polars'.
 
     NaN in NumPy arrays and pandas frames stands for a missing value.
@@ -123,7 +151,10 @@ def table_of(anything: Any, name: str) -> pl.DataFrame:
         return make(anything, name)
     if isinstance(anything, Mapping):
         return _from_mapping(anything, name)
-    if isinstance(anything, Sequence) and not isinstance(anything, str | bytes):
+    if isinstance(anything, Sequence) and not isinstance(
+        anything,
+        str | bytes,
+    ):
         return _from_sequence(anything, name)
     raise DataError(
         f"can't read rows from {type(anything).__name__}",
@@ -134,11 +165,39 @@ def table_of(anything: Any, name: str) -> pl.DataFrame:
 
 def is_memory(anything: Any) -> bool:
     """Whether something is a table in memory rather than a path or several."""
-    is_polars = isinstance(anything, pl.DataFrame | pl.LazyFrame | pl.Series)
-    return is_polars or _library(anything) in _MAKERS or isinstance(anything, Mapping)
+    is_polars = isinstance(
+        anything,
+        pl.DataFrame | pl.LazyFrame | pl.Series,
+    )
+    return (
+        is_polars
+        or _library(anything) in _MAKERS
+        or isinstance(
+            anything,
+            Mapping,
+        )
+    )
 
 
 # ---- internals ----
+
+
+def _check_types(
+    table: pl.DataFrame,
+    name: str,
+) -> None:
+    """Check that no column holds Python objects.
+
+    Raises:
+      DataError: one does.
+    """
+    for series in table:
+        if series.dtype == pl.Object():
+            raise DataError(
+                f"column {series.name!r} holds Python objects",
+                where=name,
+                remedy="give each column values of one type that a table can hold",
+            )
 
 
 def _library(anything: Any) -> str:
@@ -150,7 +209,10 @@ def _library(anything: Any) -> str:
     return ""
 
 
-def _from_arrow(anything: Any, name: str) -> pl.DataFrame:
+def _from_arrow(
+    anything: Any,
+    name: str,
+) -> pl.DataFrame:
     if type(anything).__name__ == "RecordBatchReader":
         anything = anything.read_all()
     elif hasattr(anything, "to_table"):  # a data set of files
@@ -158,7 +220,10 @@ def _from_arrow(anything: Any, name: str) -> pl.DataFrame:
     return plain_types(_frame(pl.from_arrow(anything)))
 
 
-def _from_pandas(anything: Any, name: str) -> pl.DataFrame:
+def _from_pandas(
+    anything: Any,
+    name: str,
+) -> pl.DataFrame:
     if hasattr(anything, "to_frame"):  # a Series or an Index
         anything = anything.to_frame()
     names = [str(each) for each in anything.columns]
@@ -172,7 +237,10 @@ def _from_pandas(anything: Any, name: str) -> pl.DataFrame:
     return plain_types(_frame(pl.from_pandas(anything)))
 
 
-def _from_datasets(anything: Any, name: str) -> pl.DataFrame:
+def _from_datasets(
+    anything: Any,
+    name: str,
+) -> pl.DataFrame:
     kind = type(anything).__name__
     if kind == "DatasetDict":
         raise DataError(
@@ -180,20 +248,32 @@ def _from_datasets(anything: Any, name: str) -> pl.DataFrame:
             where=name,
             remedy="give one of them, such as dataset['train']",
         )
-    if not hasattr(anything, "with_format") or kind.startswith("Iterable"):
+    if not hasattr(
+        anything,
+        "with_format",
+    ) or kind.startswith("Iterable"):
         raise DataError(
             f"a {kind} has no known number of rows",
             where=name,
             remedy="load it with streaming=False",
         )
-    return _from_arrow(anything.with_format("arrow")[:], name)
+    return _from_arrow(
+        anything.with_format("arrow")[:],
+        name,
+    )
 
 
-def _from_torch(anything: Any, name: str) -> pl.DataFrame:
+def _from_torch(
+    anything: Any,
+    name: str,
+) -> pl.DataFrame:
     return _from_array(tensor_values(anything, name), name)
 
 
-def tensor_values(tensor: Any, name: str) -> np.ndarray:
+def tensor_values(
+    tensor: Any,
+    name: str,
+) -> np.ndarray:
     """Return a tensor's values.
 
     Raises:
@@ -217,7 +297,10 @@ def tensor_values(tensor: Any, name: str) -> np.ndarray:
     return plain.numpy()
 
 
-def _from_array(anything: Any, name: str) -> pl.DataFrame:
+def _from_array(
+    anything: Any,
+    name: str,
+) -> pl.DataFrame:
     array = np.ma.asarray(anything) if np.ma.isMA(anything) else np.asarray(anything)
     if array.dtype.names:
         fields = {field: array[field] for field in array.dtype.names}
@@ -235,7 +318,14 @@ def _from_array(anything: Any, name: str) -> pl.DataFrame:
             remedy="give an array with the rows along its first dim",
         )
     key = "column_1" if array.ndim == 1 else "values"
-    return pl.DataFrame({key: column_of(array, name)})
+    return pl.DataFrame(
+        {
+            key: column_of(
+                array,
+                name,
+            )
+        }
+    )
 
 
 _MAKERS = {
@@ -249,8 +339,17 @@ _MAKERS = {
 }
 
 
-def _from_mapping(mapping: Mapping[Any, Any], name: str) -> pl.DataFrame:
-    columns = {str(key): column_of(value, name) for key, value in mapping.items()}
+def _from_mapping(
+    mapping: Mapping[Any, Any],
+    name: str,
+) -> pl.DataFrame:
+    columns = {
+        str(key): column_of(
+            value,
+            name,
+        )
+        for key, value in mapping.items()
+    }
     if len(columns) < len(mapping):
         raise DataError(
             "two keys are the same column name",
@@ -268,23 +367,42 @@ def _from_mapping(mapping: Mapping[Any, Any], name: str) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
-def _from_sequence(values: Sequence[Any], name: str) -> pl.DataFrame:
+def _from_sequence(
+    values: Sequence[Any],
+    name: str,
+) -> pl.DataFrame:
     if not len(values):
         raise DataError(
             "there are no rows",
             where=name,
             remedy="give at least one, so that the columns are known",
         )
-    if all(isinstance(value, Mapping) for value in values):
+    if all(
+        isinstance(
+            value,
+            Mapping,
+        )
+        for value in values
+    ):
         return pl.DataFrame(
             list(values),
             infer_schema_length=None,
             strict=True,
         )
-    is_pair = isinstance(values, tuple) and len(values) == 2
+    is_pair = (
+        isinstance(
+            values,
+            tuple,
+        )
+        and len(values) == 2
+    )
     if is_pair and all(is_memory(value) for value in values):
         parts: dict[str, Any] = {}
-        for key, part in zip(("inputs", "targets"), values, strict=True):
+        for key, part in zip(
+            ("inputs", "targets"),
+            values,
+            strict=True,
+        ):
             if isinstance(part, Mapping):
                 parts.update(part)
             else:
@@ -293,7 +411,10 @@ def _from_sequence(values: Sequence[Any], name: str) -> pl.DataFrame:
     return _from_array(np.asarray(values), name)
 
 
-def column_of(values: Any, name: str) -> pl.Series:
+def column_of(
+    values: Any,
+    name: str,
+) -> pl.Series:
     """Return a column; NaN of an array stands for a missing value.
 
     Raises:
@@ -309,7 +430,10 @@ def column_of(values: Any, name: str) -> pl.Series:
     if library == "torch":
         values = tensor_values(values, name)
     elif not hasattr(values, "__array__"):
-        is_scalar = isinstance(values, str | bytes) or not hasattr(values, "__len__")
+        is_scalar = isinstance(
+            values,
+            str | bytes,
+        ) or not hasattr(values, "__len__")
         return pl.Series(
             values=[values] if is_scalar else values,
             strict=True,
@@ -317,7 +441,10 @@ def column_of(values: Any, name: str) -> pl.Series:
     return _array_column(values, name)
 
 
-def _array_column(values: Any, name: str) -> pl.Series:
+def _array_column(
+    values: Any,
+    name: str,
+) -> pl.Series:
     """Return a column of an array (rows, ...)."""
     array = np.asarray(values)
     kind = array.dtype.kind
@@ -340,16 +467,33 @@ def _array_column(values: Any, name: str) -> pl.Series:
     array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
     series = pl.Series(values=array)
     if np.ma.isMA(values) and array.ndim == 1:
-        series = series.set(pl.Series(np.ma.getmaskarray(values)), None)
+        series = series.set(
+            pl.Series(np.ma.getmaskarray(values)),
+            None,
+        )
     return series.fill_nan(None) if series.dtype.is_float() else series
 
 
 def plain_types(table: pl.DataFrame) -> pl.DataFrame:
     """Return a table with strings in place of dictionaries."""
     types = (pl.Categorical, pl.Enum)
-    names = [series.name for series in table if isinstance(series.dtype, types)]
+    names = [
+        series.name
+        for series in table
+        if isinstance(
+            series.dtype,
+            types,
+        )
+    ]
     return table.with_columns(pl.col(names).cast(pl.String)) if names else table
 
 
 def _frame(value: Any) -> pl.DataFrame:
-    return value.to_frame() if isinstance(value, pl.Series) else value
+    return (
+        value.to_frame()
+        if isinstance(
+            value,
+            pl.Series,
+        )
+        else value
+    )

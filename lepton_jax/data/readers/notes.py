@@ -12,7 +12,10 @@ from lepton_jax.data.readers.records import Refused
 LONGEST_TEXT = 2**16  # bytes of a refused row that a note keeps; assumption
 
 
-def refused_rows(refused: Sequence[Refused], first_row: int) -> pl.DataFrame:
+def refused_rows(
+    refused: Sequence[Refused],
+    first_row: int,
+) -> pl.DataFrame:
     """Return notes of rows that could not be read.
 
     Args:
@@ -24,7 +27,10 @@ def refused_rows(refused: Sequence[Refused], first_row: int) -> pl.DataFrame:
             ROW: first_row + each.number,
             "action": "dropped",
             "reason": each.fault,
-            "before": each.text[:LONGEST_TEXT].decode("utf-8", "replace"),
+            "before": each.text[:LONGEST_TEXT].decode(
+                "utf-8",
+                "replace",
+            ),
         }
         for each in refused
     ]

@@ -23,7 +23,12 @@ def numpy_file(stored: Stored) -> ArrayFile:
     Raises:
       DataError: it is damaged, or holds Python objects.
     """
-    head = io.BytesIO(stored.read(0, HEADER))
+    head = io.BytesIO(
+        stored.read(
+            0,
+            HEADER,
+        )
+    )
     try:
         version = np.lib.format.read_magic(head)
         if version == (1, 0):
@@ -55,7 +60,12 @@ def numpy_file(stored: Stored) -> ArrayFile:
             where=stored,
             remedy="save it anew with numpy.ascontiguousarray",
         )
-    return ArrayFile(stored, dtype, shape, head.tell())
+    return ArrayFile(
+        stored,
+        dtype,
+        shape,
+        head.tell(),
+    )
 
 
 def reader_of_npy(stored: Stored) -> ArrayFilesReader | MemoryReader:
@@ -71,8 +81,14 @@ def reader_of_npy(stored: Stored) -> ArrayFilesReader | MemoryReader:
     if file.shape[0] * file.row_bytes > LARGEST:
         raise file.error(f"the array has more than {LARGEST:,} bytes")
     file.check_end()
-    content = np.frombuffer(file.content(0, file.shape[0]), file.dtype)
-    table = table_of(content.reshape(file.shape), str(stored))
+    content = np.frombuffer(
+        file.content(0, file.shape[0]),
+        file.dtype,
+    )
+    table = table_of(
+        content.reshape(file.shape),
+        str(stored),
+    )
     return MemoryReader(table, stored.name, "the file's own type")
 
 

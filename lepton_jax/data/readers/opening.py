@@ -94,11 +94,15 @@ def reader_of(anything: Any, **dialect: Any) -> Reader:
         _check_settings(dialect, (), "a reader")
         return anything
     if _is_path(anything):
-        path = os.fspath(anything)
+        path = os.path.expanduser(os.fspath(anything))
         folder = path if os.path.isdir(path) else ""
         return _reader_of_files(path, paths_of(path), folder, dialect)
     if _is_paths(anything):
-        paths = [path for each in anything for path in paths_of(os.fspath(each))]
+        paths = [
+            path
+            for each in anything
+            for path in paths_of(os.path.expanduser(os.fspath(each)))
+        ]
         return _reader_of_files(f"{len(paths)} files", paths, "", dialect)
     _check_settings(dialect, ("name",), "a table in memory")
     return reader_of_memory(anything, **dialect)
@@ -120,7 +124,14 @@ def paths_of(path: str) -> list[Stored]:
         return files_below(path)
     if os.path.lexists(path) or not glob.has_magic(path):
         return [Stored(path)]
-    found = [each for each in glob.glob(path, recursive=True) if os.path.isfile(each)]
+    found = [
+        each
+        for each in glob.glob(
+            path,
+            recursive=True,
+        )
+        if os.path.isfile(each)
+    ]
     if not found:
         raise DataError(
             "no file matches",
@@ -139,9 +150,18 @@ def files_below(folder: str) -> list[Stored]:
       DataError: there is none, or the folder can't be read.
     """
     found = []
-    for place, folders, files in os.walk(folder, onerror=_raise):
+    for place, folders, files in os.walk(
+        folder,
+        onerror=_raise,
+    ):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [os.path.join(place, name) for name in sorted(files)]
+        paths = [
+            os.path.join(
+                place,
+                name,
+            )
+            for name in sorted(files)
+        ]
         found += [Stored(path) for path in paths if _is_data(path)]
     if not found:
         raise DataError(
@@ -177,9 +197,25 @@ def _reader_of_files(
             where=name,
             remedy=f"use one of {', '.join(FORMATS)}",
         )
+    if len(files) > 1:
+        files = [
+            file
+            for file in files
+            if _is_of(
+                file,
+                form,
+            )
+        ] or files
     known = FORMATS[form]
     _check_settings(settings, known.settings, f"a {form} file")
-    readers = known.open(Given(name, files, folder, settings))
+    readers = known.open(
+        Given(
+            name,
+            files,
+            folder,
+            settings,
+        )
+    )
     if len(readers) == 1:
         return readers[0]
     return ManyReader(name, readers, drift)
@@ -227,15 +263,23 @@ def _common_format(
     counts = Counter(formats)
     if len(counts) > 1:
         shown = ", ".join(f"{count} {form}" for form, count in counts.most_common())
+        remedy = "give the files of one format by a glob, or set `format`"
+        if "images" in counts:
+            remedy += "; of a table of labels format='images' and `labels` to its path"
         raise DataError(
             f"the files are of several formats: {shown}",
             where=f"{name}: {files[0]}, ...",
-            remedy=(
-                "give the files of one format by a glob, such as 'folder/*.csv', or set"
-                " `format`"
-            ),
+            remedy=remedy,
         )
     return formats[0], files
+
+
+def _is_of(file: Stored, form: str) -> bool:
+    """Whether a file is of a format; others next to it are left out if it is set."""
+    try:
+        return format_of(file) == form
+    except DataError:
+        return False
 
 
 def _is_data(path: str) -> bool:
@@ -251,11 +295,23 @@ def _is_about(path: str) -> bool:
 
 def _open_csv(given: Given) -> list[CountedReader]:
     settings = CsvSettings(**given.settings)
-    return [CsvReader(file, settings) for file in given.files]
+    return [
+        CsvReader(
+            file,
+            settings,
+        )
+        for file in given.files
+    ]
 
 
 def _open_json_lines(given: Given) -> list[CountedReader]:
-    return [JsonLinesReader(file, **given.settings) for file in given.files]
+    return [
+        JsonLinesReader(
+            file,
+            **given.settings,
+        )
+        for file in given.files
+    ]
 
 
 def _open_parquet(given: Given) -> list[CountedReader]:
@@ -287,7 +343,14 @@ def _open_text(given: Given) -> list[CountedReader]:
         ]
     settings.pop("longest_row", None)
     entries = entries_below(given.files, given.folder)
-    return [FilesReader(given.name, entries, text=True, **settings)]
+    return [
+        FilesReader(
+            given.name,
+            entries,
+            text=True,
+            **settings,
+        )
+    ]
 
 
 def _open_images(given: Given) -> list[CountedReader]:
@@ -303,7 +366,13 @@ def _open_images(given: Given) -> list[CountedReader]:
         given.settings.get("file_column"),
         reader.name,
     )
-    return [FilesReader(given.name, chosen, table=table)]
+    return [
+        FilesReader(
+            given.name,
+            chosen,
+            table=table,
+        )
+    ]
 
 
 def _open_idx(given: Given) -> Sequence[CountedReader]:
@@ -346,7 +415,14 @@ def _is_path(anything: Any) -> bool:
 
 
 def _is_paths(anything: Any) -> bool:
-    if is_memory(anything) or not isinstance(anything, list | tuple) or not anything:
+    if (
+        is_memory(anything)
+        or not isinstance(
+            anything,
+            list | tuple,
+        )
+        or not anything
+    ):
         return False
     return all(map(_is_path, anything))
 

@@ -50,14 +50,24 @@ class ParquetReader(CountedReader):
         self._look()
         return sum(group.rows for group in self._groups)
 
-    def pieces(self, size: int) -> list[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> list[Piece]:
         self._look()
         pieces = []
         first = 0
         row = 0
         while first < len(self._groups):
             last = first + 1
-            while last < len(self._groups) and self._bytes(first, last + 1) <= size:
+            while (
+                last < len(self._groups)
+                and self._bytes(
+                    first,
+                    last + 1,
+                )
+                <= size
+            ):
                 last += 1
             pieces.append(
                 Piece(
@@ -76,31 +86,77 @@ class ParquetReader(CountedReader):
         self._look()
         assert self._stamp is not None
         is_sure = self._stamp.is_sure(self.stored.stamp())
-        if not is_sure and self._digest(piece.start, piece.stop) != piece.digest:
+        if (
+            not is_sure
+            and self._digest(
+                piece.start,
+                piece.stop,
+            )
+            != piece.digest
+        ):
             raise DataError(
                 "the file changed after it was divided",
                 where=self.stored,
                 remedy="read a copy that nobody writes to, or start again",
             )
-        file = self._open()
-        try:
-            groups = list(range(piece.start, piece.stop))
-            arrow = file.read_row_groups(groups, use_threads=True)
-            table = plain_types(_as_frame(arrow))
-        except Exception as error:
-            raise self._damaged(error) from error
-        finally:
-            file.close()
+        table = self._directly(piece)
+        if table is None:
+            table = self._by_arrow(piece)
         return numbered(table, piece.first_row)
 
     # ---- internals ----
 
-    def _bytes(self, first: int, last: int) -> int:
+    def _directly(self, piece: Piece) -> pl.DataFrame | None:
+        """Read a piece with Polars, which takes a third of Arrow's time.
+
+        None: the file is in an archive, or Polars would read other types.
+        """
+        if self.stored.entry:
+            return None
+        rows = sum(group.rows for group in self._groups[piece.start : piece.stop])
+        try:
+            lazy = pl.scan_parquet(self.stored.path, glob=False).slice(
+                piece.first_row, rows
+            )
+            table = plain_types(lazy.collect(engine="in-memory"))
+        except Exception as error:
+            raise self._damaged(error) from error
+        types = {column.name: column.type for column in self._columns}
+        return table if dict(table.schema) == types else None
+
+    def _by_arrow(self, piece: Piece) -> pl.DataFrame:
+        file = self._open()
+        try:
+            groups = list(
+                range(
+                    piece.start,
+                    piece.stop,
+                )
+            )
+            arrow = file.read_row_groups(groups, use_threads=True)
+            return plain_types(_as_frame(arrow))
+        except Exception as error:
+            raise self._damaged(error) from error
+        finally:
+            file.close()
+
+    def _bytes(
+        self,
+        first: int,
+        last: int,
+    ) -> int:
         return self._groups[last - 1].stop - self._groups[first].start
 
-    def _digest(self, first: int, last: int) -> str:
+    def _digest(
+        self,
+        first: int,
+        last: int,
+    ) -> str:
         start = self._groups[first].start
-        data = self.stored.read(start, self._bytes(first, last))
+        data = self.stored.read(
+            start,
+            self._bytes(first, last),
+        )
         names = ",".join(f"{each.name}:{each.type}" for each in self._columns)
         return digest(names.encode(), data)
 
@@ -167,10 +223,17 @@ def _group(metadata: Any) -> Group:
             start = min(start, column.dictionary_page_offset)
         starts.append(start)
         stops.append(start + column.total_compressed_size)
-    return Group(metadata.num_rows, min(starts, default=0), max(stops, default=0))
+    return Group(
+        metadata.num_rows,
+        min(starts, default=0),
+        max(stops, default=0),
+    )
 
 
-def _columns(metadata: Any, schema: pl.Schema) -> list[Column]:
+def _columns(
+    metadata: Any,
+    schema: pl.Schema,
+) -> list[Column]:
     missing = dict.fromkeys(schema, 0)
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)

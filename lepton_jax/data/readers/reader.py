@@ -126,7 +126,10 @@ class Reader(ABC):
         """
 
     @abstractmethod
-    def pieces(self, size: int) -> Sequence[Piece]:
+    def pieces(
+        self,
+        size: int,
+    ) -> Sequence[Piece]:
         """Divide the source.
 
         Args:

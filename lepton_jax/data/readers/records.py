@@ -22,6 +22,7 @@ third one is not lost.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+
+# Bytes of regular text that are looked at together; records that are taken one by one
+# before another look. Assumptions.
+STRETCH = 2**18
+SHORT_STRETCH = 2**12
+LONGEST_RUN = 2**10
+BLOCK = 2**18  # bytes that NumPy looks at together; assumption: as many as a cache has
 
 NEWLINE = 10
 RETURN = 13
@@ -60,7 +68,10 @@ class Grammar:
         delimiter = re.escape(self.delimiter)
         others = rb"(?:" + delimiter + self._field + rb")*+"
         end = rb"(?:\r\n|\n|\r|\Z)"
-        return re.compile(self._field + others + end, re.DOTALL)
+        return re.compile(
+            self._field + others + end,
+            re.DOTALL,
+        )
 
     @cached_property
     def unclosed(self) -> re.Pattern[bytes]:
@@ -68,7 +79,10 @@ class Grammar:
         delimiter = re.escape(self.delimiter)
         before = rb"(?:" + self._field + delimiter + rb")*+"
         half = rb"(?:" + re.escape(self.escape) + rb")?" if self.escape else rb""
-        return re.compile(before + self._opened + half + rb"\Z", re.DOTALL)
+        return re.compile(
+            before + self._opened + half + rb"\Z",
+            re.DOTALL,
+        )
 
     @property
     def _spaces(self) -> bytes:
@@ -102,10 +116,12 @@ class Cut(NamedTuple):
     Attributes:
       stop: bytes of these records.
       records: how many there are, without empty lines.
+      plain: whether each quote stands where one can, and no return ends a line.
     """
 
     stop: int
     records: int
+    plain: bool
 
 
 class Record(NamedTuple):
@@ -168,24 +184,32 @@ def cut(
       is_end: whether the text ends with these bytes.
       is_long: whether a record that is not closed in these bytes is a broken one.
     """
-    if is_long or not is_regular(data, grammar):
-        return _cut_carefully(data, grammar, is_end, is_long)
-    if grammar.quote and grammar.quote in data:
-        ends = _ends_outside_quotes(data, grammar)
-        return _cut_at(data, ends, is_end)
+    stop = 0
+    count = 0
+    plain = not has_lone_returns(data)
+    for stretch in _stretches(data, grammar, is_end, is_long):
+        if isinstance(stretch, Stretch):
+            count += _filled(data, stretch)
+            stop = stretch.stop
+        else:
+            count += 1
+            stop = stretch.end
+            plain = False
+    return Cut(
+        len(data) if is_end else stop,
+        count,
+        plain,
+    )
 
-    stop = len(data) if is_end else data.rfind(b"\n") + 1
-    if has_blank_lines(data):
-        ends = np.flatnonzero(_bytes(data) == NEWLINE) + 1
-        return _cut_at(data, ends, is_end)
-    has_tail = is_end and not data.endswith(b"\n") and data != b""
-    return Cut(stop, data.count(b"\n", 0, stop) + has_tail)
+
+def has_lone_returns(data: bytes) -> bool:
+    """Whether some return has no newline behind it; one at the very end counts."""
+    return b"\r" in data and data.count(b"\r") != data.count(b"\r\n")
 
 
 def is_regular(data: bytes, grammar: Grammar) -> bool:
-    """Whether parity of quotes tells where the records end."""
-    if b"\r" in data and data.count(b"\r") != data.count(b"\r\n"):
-        # A return at the very end may be half of an end of line.
+    """Whether parity of quotes tells where these whole records end."""
+    if has_lone_returns(data):
         return False
     if not grammar.quote or grammar.quote not in data:
         return True
@@ -209,9 +233,7 @@ def without_blank_lines(data: bytes, grammar: Grammar) -> bytes:
     starts = np.concatenate([[0], ends])
     ends = np.append(ends, len(data))
     blank = _are_blank(data, starts, ends)
-    kept = np.ones(len(data), bool)
-    for start, end in zip(starts[blank].tolist(), ends[blank].tolist(), strict=True):
-        kept[start:end] = False
+    kept = np.repeat(~blank, ends - starts)
     return _bytes(data)[kept].tobytes()
 
 
@@ -229,9 +251,9 @@ def delimiters_outside_quotes(data: bytes, grammar: Grammar) -> int:
 def records_of(
     data: bytes,
     grammar: Grammar,
+    position: int = 0,
 ) -> Iterator[Record]:
-    """Yield each record that is no empty line, broken or not."""
-    position = 0
+    """Yield each record from a position on that is no empty line, broken or not."""
     while position < len(data):
         match = grammar.record.match(data, position)
         if match is not None:
@@ -248,7 +270,10 @@ def records_of(
         position = end
 
 
-def cells_of(text: bytes, grammar: Grammar) -> list[bytes]:
+def cells_of(
+    text: bytes,
+    grammar: Grammar,
+) -> list[bytes]:
     """Return the cells of a record, without their quotes."""
     if not grammar.quote or grammar.quote not in text:
         return text.split(grammar.delimiter)
@@ -278,12 +303,315 @@ def repaired(
       width: cells that a record must have.
       spare: whether the last of them is nothing behind a delimiter.
     """
+    parts = []
+    numbers = []
+    refused = []
+    count = 0
+    for stretch in _stretches(data, grammar):
+        done = None
+        if isinstance(stretch, Stretch):
+            text = data[stretch.start : stretch.stop]
+            base = stretch.start
+            done = _sieved(stretch, text, grammar, width, spare)
+        else:
+            text = data[stretch.start : stretch.end]
+            base = stretch.start
+        if done is None:
+            done = _one_by_one(text, grammar, width, spare)
+        parts.append(done.data)
+        numbers.append(done.numbers + count)
+        refused += [
+            each._replace(
+                number=each.number + count,
+                start=each.start + base,
+            )
+            for each in done.refused
+        ]
+        count += len(done.numbers) + len(done.refused)
+    return Repaired(
+        b"".join(parts),
+        np.concatenate(
+            [
+                np.empty(
+                    0,
+                    np.int64,
+                ),
+                *numbers,
+            ]
+        ),
+        refused,
+    )
+
+
+# ---- stretches of regular text ----
+
+
+class Stretch(NamedTuple):
+    """Records one after another whose quotes are regular.
+
+    Attributes:
+      start: their first byte.
+      stop: the byte after the last one.
+      ends: of each record, in bytes from `start`; empty lines have ends, too.
+    """
+
+    start: int
+    stop: int
+    ends: np.ndarray
+
+
+def _stretches(
+    data: bytes,
+    grammar: Grammar,
+    is_end: bool = True,
+    is_long: bool = False,
+) -> Iterator[Stretch | Record]:
+    """Yield the records of a text: regular ones together, others one by one.
+
+    Where many are irregular, more and more of them are taken one by one before the next
+    look for regular ones, so that the looks don't cost more than they save.
+    """
+    position = 0
+    window = STRETCH
+    run = 1
+    while position < len(data):
+        text = data[position : position + window]
+        is_last = is_end and position + window >= len(data)
+        ends = _regular_ends(text, grammar, is_last)
+        if len(ends):
+            stop = position + int(ends[-1])
+            yield Stretch(position, stop, ends)
+            position = stop
+            window = min(2 * window, STRETCH)
+            run = 1
+            continue
+        before = position
+        ordered = records_of(data, grammar, position)
+        for record in itertools.islice(ordered, run):
+            if not is_end and _may_go_on(
+                data,
+                grammar,
+                record,
+                is_long,
+            ):
+                return
+            yield record
+            position = record.end
+        if position == before:
+            return
+        window = SHORT_STRETCH
+        run = min(2 * run, LONGEST_RUN)
+
+
+def _regular_ends(
+    text: bytes,
+    grammar: Grammar,
+    is_last: bool,
+) -> np.ndarray:
+    """Return the ends of the whole records before the first irregular quote."""
+    array = _bytes(text)
+    lines = _line_ends(text, array)
+    first_bad = len(text) + 1
+    is_open = False
+    if grammar.quote and grammar.quote in text:
+        quotes = np.flatnonzero(array == grammar.quote[0])
+        wrong = _irregular(array, quotes, grammar)
+        if len(wrong):
+            first_bad = int(wrong[0])
+        if grammar.escape and grammar.escape in text:
+            first_bad = min(
+                first_bad,
+                text.index(grammar.escape),
+            )
+        lines = lines[
+            np.searchsorted(
+                quotes,
+                lines,
+            )
+            % 2
+            == 0
+        ]
+        is_open = len(quotes) % 2 == 1
+    ends = lines + 1
+    if first_bad <= len(text):
+        return ends[ends <= first_bad]
+    has_tail = not len(ends) or ends[-1] < len(text)
+    if is_last and has_tail and not is_open:
+        ends = np.append(ends, len(text))
+    return ends
+
+
+def _line_ends(
+    text: bytes,
+    array: np.ndarray,
+) -> np.ndarray:
+    """Return where lines end: at newlines, and at returns without one.
+
+    A return at the very end does not count: a newline may follow.
+    """
+    lines = np.flatnonzero(array == NEWLINE)
+    if b"\r" not in text:
+        return lines
+    returns = np.flatnonzero(array[:-1] == RETURN)
+    lone = returns[array[returns + 1] != NEWLINE]
+    return np.sort(np.concatenate([lines, lone]))
+
+
+def _irregular(
+    array: np.ndarray,
+    quotes: np.ndarray,
+    grammar: Grammar,
+) -> np.ndarray:
+    """Return the places of quotes that stand where none can, in order."""
+    around = _around(grammar)
+    opening = quotes[0::2]
+    opening = opening[opening > 0]
+    closing = quotes[1::2]
+    closing = closing[closing < len(array) - 1]
+    wrong_opening = opening[~around[array[opening - 1]]]
+    wrong_closing = closing[~around[array[closing + 1]]]
+    return np.sort(np.concatenate([wrong_opening, wrong_closing]))
+
+
+def _sieved(
+    stretch: Stretch,
+    text: bytes,
+    grammar: Grammar,
+    width: int,
+    spare: bool,
+) -> Repaired | None:
+    """Return the records of regular text that have the right number of cells.
+
+    None: each record must be looked at.
+    """
+    if spare or _damage(text) or MARK in text:
+        return None
+    array = _bytes(text)
+    starts = np.concatenate([[0], stretch.ends[:-1]])
+    contents = _content_ends(array, starts, stretch.ends)
+    filled = contents > starts
+    cells = 1 + _delimiters_between(
+        array,
+        starts,
+        stretch.ends,
+        grammar,
+    )
+    good = filled & (cells == width)
+
+    numbers = np.cumsum(filled) - 1
+    refused = []
+    for i in np.flatnonzero(filled & ~good).tolist():
+        start = int(starts[i])
+        fault = f"expected {width} cells, found {cells[i]}"
+        content = text[start : int(contents[i])]
+        refused.append(
+            Refused(
+                int(numbers[i]),
+                start,
+                content,
+                fault,
+            )
+        )
+    data = _kept(
+        text,
+        array,
+        starts,
+        stretch.ends,
+        good,
+    )
+    return Repaired(
+        data,
+        numbers[good].astype(np.int64),
+        refused,
+    )
+
+
+def _kept(
+    text: bytes,
+    array: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    good: np.ndarray,
+) -> bytes:
+    """Return some of the records, each with a newline at its end."""
+    lasts = ends - 1
+    lone = lasts[array[lasts] == RETURN]
+    if len(lone):
+        array = array.copy()
+        array[lone] = NEWLINE
+        text = array.tobytes()
+    if not good.all():
+        sizes = ends - starts
+        text = array[
+            np.repeat(
+                good,
+                sizes,
+            )
+        ].tobytes()
+    if text and not text.endswith(b"\n"):
+        text += b"\n"
+    return text
+
+
+def _content_ends(
+    array: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+) -> np.ndarray:
+    """Return where records end without the ends of their lines."""
+    contents = ends.copy()
+    for char in (NEWLINE, RETURN):
+        lasts = array[
+            np.maximum(
+                contents - 1,
+                0,
+            )
+        ]
+        contents -= (contents > starts) & (lasts == char)
+    return contents
+
+
+def _delimiters_between(
+    array: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    grammar: Grammar,
+) -> np.ndarray:
+    """Return how many delimiters outside of quotes each record has."""
+    places = np.flatnonzero(array == grammar.delimiter[0])
+    if grammar.quote:
+        quotes = np.flatnonzero(array == grammar.quote[0])
+        if len(quotes):
+            places = places[
+                np.searchsorted(
+                    quotes,
+                    places,
+                )
+                % 2
+                == 0
+            ]
+    return np.searchsorted(places, ends) - np.searchsorted(
+        places,
+        starts,
+    )
+
+
+def _one_by_one(
+    data: bytes,
+    grammar: Grammar,
+    width: int,
+    spare: bool,
+) -> Repaired:
+    """Return the readable records of a text, each of which is looked at."""
     lines = []
     numbers = []
     refused = []
-    number = -1
-    for record in records_of(data, grammar):
-        number += 1
+    for number, record in enumerate(
+        records_of(
+            data,
+            grammar,
+        )
+    ):
         text = data[record.start : record.stop]
         fault = record.fault or _damage(text)
         if not fault:
@@ -292,7 +620,14 @@ def repaired(
                 cells.append(b"")
             fault = _misfit(cells, width, spare)
         if fault:
-            refused.append(Refused(number, record.start, text, fault))
+            refused.append(
+                Refused(
+                    number,
+                    record.start,
+                    text,
+                    fault,
+                )
+            )
             continue
         lines.append(_written(cells, grammar))
         numbers.append(number)
@@ -310,21 +645,44 @@ def _bytes(data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
-def _quotes_are_regular(array: np.ndarray, grammar: Grammar) -> bool:
-    quotes = np.flatnonzero(array == grammar.quote[0])
+def _quotes_are_regular(
+    array: np.ndarray,
+    grammar: Grammar,
+) -> bool:
+    """Whether each quote stands where one can, and is closed.
+
+    They are looked at by blocks that fit into a cache.
+    """
+    around = _around(grammar)
+    is_open = 0
+    for start in range(
+        0,
+        len(array),
+        BLOCK,
+    ):
+        block = array[start : start + BLOCK]
+        quotes = np.flatnonzero(block == grammar.quote[0]) + start
+        opening = quotes[is_open::2]
+        before = opening[opening > 0] - 1
+        closing = quotes[1 - is_open :: 2]
+        after = closing[closing < len(array) - 1] + 1
+        if not (around[array[before]].all() and around[array[after]].all()):
+            return False
+        is_open = (is_open + len(quotes)) % 2
+    return not is_open
+
+
+def _around(grammar: Grammar) -> np.ndarray:
+    """Return which bytes may stand before an opening or after a closing quote."""
     around = np.zeros(256, bool)
     around[[NEWLINE, RETURN, grammar.delimiter[0], grammar.quote[0]]] = True
-
-    opening = quotes[0::2]
-    before = opening[opening > 0] - 1
-    if not around[array[before]].all():
-        return False
-    closing = quotes[1::2]
-    after = closing[closing < len(array) - 1] + 1
-    return bool(around[array[after]].all())
+    return around
 
 
-def _ends_outside_quotes(data: bytes, grammar: Grammar) -> np.ndarray:
+def _ends_outside_quotes(
+    data: bytes,
+    grammar: Grammar,
+) -> np.ndarray:
     array = _bytes(data)
     newlines = np.flatnonzero(array == NEWLINE)
     if not grammar.quote:
@@ -334,21 +692,6 @@ def _ends_outside_quotes(data: bytes, grammar: Grammar) -> np.ndarray:
     return newlines[before % 2 == 0] + 1
 
 
-def _cut_at(
-    data: bytes,
-    ends: np.ndarray,
-    is_end: bool,
-) -> Cut:
-    """Return the cut at the last of the records' ends."""
-    if is_end and (not len(ends) or ends[-1] < len(data)):
-        ends = np.append(ends, len(data))
-    if not len(ends):
-        return Cut(0, 0)
-    starts = np.concatenate([[0], ends[:-1]])
-    blank = _are_blank(data, starts, ends)
-    return Cut(int(ends[-1]), int(len(ends) - blank.sum()))
-
-
 def _are_blank(
     data: bytes,
     starts: np.ndarray,
@@ -356,26 +699,29 @@ def _are_blank(
 ) -> np.ndarray:
     """Whether each line is empty: bool (lines,)."""
     lengths = ends - starts
-    firsts = _bytes(data)[np.minimum(starts, len(data) - 1)]
+    firsts = _bytes(data)[
+        np.minimum(
+            starts,
+            len(data) - 1,
+        )
+    ]
     blank = (lengths == 1) & (firsts == NEWLINE)
     blank |= (lengths == 2) & (firsts == RETURN)
     return blank | (lengths == 0)
 
 
-def _cut_carefully(
-    data: bytes,
-    grammar: Grammar,
-    is_end: bool,
-    is_long: bool,
-) -> Cut:
-    stop = 0
-    count = 0
-    for record in records_of(data, grammar):
-        if not is_end and _may_go_on(data, grammar, record, is_long):
-            return Cut(stop, count)
-        stop = record.end
-        count += 1
-    return Cut(len(data) if is_end else stop, count)
+def _filled(data: bytes, stretch: Stretch) -> int:
+    """Return how many records of a stretch are no empty lines."""
+    starts = np.concatenate([[0], stretch.ends[:-1]])
+    if (stretch.ends - starts).min() > len(b"\r\n"):
+        return len(stretch.ends)
+    text = data[stretch.start : stretch.stop]
+    contents = _content_ends(
+        _bytes(text),
+        starts,
+        stretch.ends,
+    )
+    return int((contents > starts).sum())
 
 
 def _may_go_on(
@@ -386,7 +732,14 @@ def _may_go_on(
 ) -> bool:
     """Whether the text after these bytes may belong to a record."""
     may_close = record.fault and not is_long
-    if may_close and grammar.unclosed.match(data, record.start) is not None:
+    if (
+        may_close
+        and grammar.unclosed.match(
+            data,
+            record.start,
+        )
+        is not None
+    ):
         return True
     # A return at the very end may be followed by a newline.
     return record.end == len(data) and data[-1] != NEWLINE
@@ -435,11 +788,19 @@ def _unquoted(cell: bytes, grammar: Grammar) -> bytes:
     inner = inner[1:-1]
     if grammar.escape:
         escaped = re.escape(grammar.escape) + rb"(.)"
-        inner = re.sub(escaped, rb"\1", inner, flags=re.DOTALL)
+        inner = re.sub(
+            escaped,
+            rb"\1",
+            inner,
+            flags=re.DOTALL,
+        )
     return inner.replace(quote + quote, quote)
 
 
-def _written(cells: list[bytes], grammar: Grammar) -> bytes:
+def _written(
+    cells: list[bytes],
+    grammar: Grammar,
+) -> bytes:
     """Return a record with quotes where they are needed."""
     quote = grammar.quote
     special = [grammar.delimiter, b"\n", b"\r"]
@@ -449,7 +810,14 @@ def _written(cells: list[bytes], grammar: Grammar) -> bytes:
     parts = []
     for cell in cells:
         if quote and any(char in cell for char in special):
-            cell = quote + cell.replace(quote, quote + quote) + quote
+            cell = (
+                quote
+                + cell.replace(
+                    quote,
+                    quote + quote,
+                )
+                + quote
+            )
         parts.append(cell)
     if len(parts) == 1 and not parts[0] and quote:
         parts = [quote + quote]

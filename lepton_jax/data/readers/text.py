@@ -47,10 +47,23 @@ class TextReader(LinesReader):
 
     def columns(self) -> list[Column]:
         self.head()
-        text = Column("text", pl.String(), "a row is a line", missing=0)
+        text = Column(
+            "text",
+            pl.String(),
+            "a row is a line",
+            missing=0,
+        )
         if self.file is None:
             return [text]
-        return [Column("file", pl.String(), "the file's name", missing=0), text]
+        return [
+            Column(
+                "file",
+                pl.String(),
+                "the file's name",
+                missing=0,
+            ),
+            text,
+        ]
 
     def rows_in(self, utf8: bytes) -> int:
         has_tail = utf8 != b"" and not utf8.endswith(b"\n")
@@ -69,7 +82,11 @@ class TextReader(LinesReader):
 
     # ---- internals ----
 
-    def _slowly(self, lines: list[bytes], piece: Piece) -> Rows:
+    def _slowly(
+        self,
+        lines: list[bytes],
+        piece: Piece,
+    ) -> Rows:
         texts = []
         numbers = []
         refused = []
@@ -90,13 +107,23 @@ class TextReader(LinesReader):
         notes = refused_rows(refused, piece.first_row)
         return Rows(self._named(table), notes)
 
-    def _named(self, table: pl.DataFrame) -> pl.DataFrame:
+    def _named(
+        self,
+        table: pl.DataFrame,
+    ) -> pl.DataFrame:
         """Return a table with the file's name in front, if there are several files."""
         if self.file is None:
             return table
-        return table.select(pl.lit(self.file).alias("file"), pl.all())
+        return table.select(
+            pl.lit(self.file).alias("file"),
+            pl.all(),
+        )
 
-    def _bad_line(self, refused: Refused, piece: Piece) -> DataError:
+    def _bad_line(
+        self,
+        refused: Refused,
+        piece: Piece,
+    ) -> DataError:
         line = self.line_before(piece.start) + refused.number + 1
         return DataError(
             refused.fault,

@@ -66,13 +66,25 @@ class TimeFormat(NamedTuple):
     day_first: bool | None
     called: str
 
-    def parsed(self, text: pl.Series) -> pl.Series:
+    def parsed(
+        self,
+        text: pl.Series,
+    ) -> pl.Series:
         """Return the values of cells; null where they are not of this form."""
-        fits = text.set(~text.str.contains(f"^{self.pattern}$"), None)
+        fits = text.set(
+            ~text.str.contains(f"^{self.pattern}$"),
+            None,
+        )
         if self.type == pl.Date():
-            return fits.str.to_date(self.format, strict=False)
+            return fits.str.to_date(
+                self.format,
+                strict=False,
+            )
         if self.type == pl.Time():
-            return fits.str.to_time(self.format, strict=False)
+            return fits.str.to_time(
+                self.format,
+                strict=False,
+            )
         return fits.str.to_datetime(
             self.format,
             strict=False,
@@ -102,15 +114,37 @@ class Found(NamedTuple):
 
 def _formats() -> Iterator[TimeFormat]:
     for pattern, form, day_first, called in _DATES:
-        yield TimeFormat(pattern, form, pl.Date(), day_first, called)
+        yield TimeFormat(
+            pattern,
+            form,
+            pl.Date(),
+            day_first,
+            called,
+        )
     for pattern, form, called in _TIMES:
-        yield TimeFormat(pattern, form, pl.Time(), None, called)
-    for date, time, between in itertools.product(_DATES, _TIMES, ("T", " ", ", ")):
+        yield TimeFormat(
+            pattern,
+            form,
+            pl.Time(),
+            None,
+            called,
+        )
+    for date, time, between in itertools.product(
+        _DATES,
+        _TIMES,
+        ("T", " ", ", "),
+    ):
         pattern = f"{date[0]}{between}{time[0]}"
         form = f"{date[1]}{between}{time[1]}"
         called = f"{date[3]}{between}{time[2]}"
         naive = pl.Datetime("us")
-        yield TimeFormat(pattern, form, naive, date[2], called)
+        yield TimeFormat(
+            pattern,
+            form,
+            naive,
+            date[2],
+            called,
+        )
         zoned = pl.Datetime("us", "UTC")
         yield TimeFormat(
             pattern + _ZONE,
@@ -141,9 +175,15 @@ def forms_of(
       counts: distinct cells, and how often each is there.
       day_first: whether days come before months, if somebody has set it.
     """
-    words = pl.Series(list(counts), dtype=pl.String)
+    words = pl.Series(
+        list(counts),
+        dtype=pl.String,
+    )
     first = words.head(CELLS_LOOKED_AT)
-    rows = pl.Series(list(counts.values()), dtype=pl.Int64)
+    rows = pl.Series(
+        list(counts.values()),
+        dtype=pl.Int64,
+    )
     found = []
     for each in FORMATS:
         is_other = None not in (day_first, each.day_first)

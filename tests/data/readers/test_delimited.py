@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_jax import DataError
-from lepton_jax.data.readers import ROW, reader_of
+from lepton_jax.data.notation import Notation, number
+from lepton_jax.data.readers import ROW, Column, delimited, reader_of
+from lepton_jax.data.readers.inference import Plan
 
 BIG = 2**20
 
@@ -195,7 +197,81 @@ def test_an_unknown_setting_is_named_with_the_nearest(tmp_path):
         reader_of(written(tmp_path, "a,b\n1,2\n"), delimeter=";")
 
 
+def test_years_are_names_of_columns_and_other_numbers_are_data(tmp_path):
+    path = written(tmp_path, "country,2019,2020\nFR,1,2\nDE,3,4\n")
+    assert columns_of(path) == {"country": ["FR", "DE"], "2019": [1, 3], "2020": [2, 4]}
+    path = written(tmp_path, "FR,2019,7\nDE,2020,8\n")
+    assert columns_of(path)["column_1"] == ["FR", "DE"]
+
+
+# ---- large files ----
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file of which types are inferred by a small part, with the odd cells given."""
+    monkeypatch.setattr(delimited, "SAMPLE", 2**12)
+
+    def made(**odd):
+        lines = ["a,b"] + [f"{i},x" for i in range(20_000)]
+        for place, cell in odd.items():
+            lines[int(place[1:]) + 1] = f"{cell},y"
+        return reader_of(written(tmp_path, "\n".join(lines)))
+
+    return made
+
+
+def test_of_a_large_file_a_sample_is_looked_at_and_said_so(large):
+    reader = large()
+    column = reader.columns()[0]
+    assert column.type == pl.Int64()
+    assert "seen in" in column.reason
+    assert table_of(reader)["a"].to_list() == list(range(20_000))
+
+
+def test_a_cell_that_the_sample_lacks_is_noted_and_counted(large):
+    reader = large(n777="oops", n5003="", n19000="oops")
+    read = [reader.read(piece) for piece in reader.pieces(2**14)]
+    notes = pl.concat([each.refused for each in read])
+    assert notes[ROW].to_list() == [777, 19_000]
+    column = reader.counted_columns()[0]
+    assert (column.against, column.missing) == (2, 1)
+
+
+def test_a_type_that_the_sample_makes_too_narrow_is_a_question(large):
+    reader = large(n777="1.5")
+    with pytest.raises(DataError, match=r"1\.5.*no whole one") as error:
+        table_of(reader)
+    assert "row 777" in error.value.where
+    assert "Float64" in error.value.remedy
+
+
 # ---- properties ----
+
+NOTATIONS = [
+    Notation(decimal, thousands, unit)
+    for decimal, thousands in [
+        (".", ","),
+        (",", "."),
+        (".", " "),
+        (",", ""),
+        (".", "'"),
+    ]
+    for unit in ["", "#%", "$#", "#EUR"]
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    cells=st.lists(st.text("0123456789.,' -+$%EURe", max_size=9), min_size=1),
+    notation=st.sampled_from(NOTATIONS),
+)
+def test_cells_are_the_numbers_that_the_notation_spells(cells, notation):
+    column = Column("a", pl.Float64(), "")
+    values, _ = Plan(column, notation).values(pl.Series(cells), ())
+    expected = [number(cell.strip(" "), notation) for cell in cells]
+    assert values.to_list() == expected
+
 
 # Neither surrogates, which are no text, nor what other tests are about.
 CHARACTERS = st.characters(
@@ -225,8 +301,8 @@ ROWS = st.lists(
 def test_any_table_in_any_dialect_reads_back_equal_in_pieces_of_any_size(
     rows, delimiter, end, quoting, encoding, size, tmp_path_factory
 ):
-    if end == "\r":
-        quoting = csv.QUOTE_ALL  # csv does not quote "\n" for its sake
+    if any(char in str(row[2]) for row in rows for char in "\r\n"):
+        quoting = csv.QUOTE_ALL  # csv quotes the end of a line alone, not all ends
     text = io.StringIO(newline="")
     writer = csv.writer(
         text,

@@ -15,7 +15,11 @@ class Engine(ABC):
     """
 
     @abstractmethod
-    def run(self, job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
+    def run(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+    ) -> Iterator[Task]:
         """Do a pass; yield each piece when it is done, in any order.
 
         Raises:

@@ -32,7 +32,12 @@ class Local(Engine):
       DataError: there is less than one worker.
     """
 
-    def __init__(self, workers: int | None, memory: int, piece_bytes: int):
+    def __init__(
+        self,
+        workers: int | None,
+        memory: int,
+        piece_bytes: int,
+    ):
         if workers is not None and workers < 1:
             raise DataError(
                 f"{workers} workers can't do anything",
@@ -42,9 +47,20 @@ class Local(Engine):
         at_once = max(1, memory // (piece_bytes * MEMORY_PER_BYTE))
         self._workers = min(workers or processors(), at_once)
 
-    def run(self, job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
+    def run(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+    ) -> Iterator[Task]:
         with ThreadPoolExecutor(self._workers, "prepare") as pool:
-            under_way = {pool.submit(run_piece, job, task): task for task in tasks}
+            under_way = {
+                pool.submit(
+                    run_piece,
+                    job,
+                    task,
+                ): task
+                for task in tasks
+            }
             try:
                 while under_way:
                     done, _ = wait(under_way, return_when=FIRST_COMPLETED)

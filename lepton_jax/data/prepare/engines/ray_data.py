@@ -35,19 +35,35 @@ class RayData(Engine):
       DataError: Ray is not installed, or there is no cluster at the address.
     """
 
-    def __init__(self, address: str | None = None, workers: int | None = None):
+    def __init__(
+        self,
+        address: str | None = None,
+        workers: int | None = None,
+    ):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray Data's threads import it at the same time, and fail where one finds the
         # other's half of it.
         needs("aiohttp", extra="ray", purpose=PURPOSE)
-        self._ray: Any = needs("ray", extra="ray", purpose=PURPOSE)
-        self._data: Any = needs("ray.data", extra="ray", purpose=PURPOSE)
+        self._ray: Any = needs(
+            "ray",
+            extra="ray",
+            purpose=PURPOSE,
+        )
+        self._data: Any = needs(
+            "ray.data",
+            extra="ray",
+            purpose=PURPOSE,
+        )
         self.nodes: set[str] = set()
         self._is_own = not self._ray.is_initialized()
         if self._is_own:
             self._connect(address, workers)
 
-    def _connect(self, address: str | None, workers: int | None) -> None:
+    def _connect(
+        self,
+        address: str | None,
+        workers: int | None,
+    ) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address is None:
             options |= {"num_cpus": workers, "include_dashboard": False}
@@ -56,19 +72,30 @@ class RayData(Engine):
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise _unreachable(address, error) from error
 
-    def run(self, job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
+    def run(
+        self,
+        job: Job,
+        tasks: Sequence[Task],
+    ) -> Iterator[Task]:
         context = self._data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         _carry_own_classes(self._ray, job)
         shared = self._ray.put(job)
-        items = [{"number": number} for number in range(len(tasks))]
+        items = [
+            {"number": number}
+            for number in range(
+                len(tasks),
+            )
+        ]
         blocks = len(items)
         rows = self._data.from_items(items, override_num_blocks=blocks)
 
         by_number = list(tasks)
 
-        def work(item: dict[str, Any]) -> dict[str, Any]:
+        def work(
+            item: dict[str, Any],
+        ) -> dict[str, Any]:
             import ray
 
             task = by_number[item["number"]]

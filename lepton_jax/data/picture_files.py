@@ -71,15 +71,22 @@ class Picture:
         with images.open(io.BytesIO(content)) as picture:
             # JPEG alone; afterwards each side is at least as long as asked for
             longest = max(self.width, self.height)
-            picture.draft("L" if mode == "L" else "RGB", (longest, longest))
-            upright = oriented.exif_transpose(picture)
-            pixels = upright.convert(mode).resize(
+            picture.draft(
+                "L" if mode == "L" else "RGB",
+                (longest, longest),
+            )
+            oriented.exif_transpose(picture, in_place=True)
+            pixels = picture.convert(mode).resize(
                 (self.width, self.height),
                 images.Resampling.BILINEAR,
-                box=self._box(*upright.size),
+                box=self._box(*picture.size),
             )
         out = np.asarray(pixels)
-        return out.reshape(self.height, self.width, self.channels)
+        return out.reshape(
+            self.height,
+            self.width,
+            self.channels,
+        )
 
     def _box(
         self,
@@ -89,7 +96,10 @@ class Picture:
         """Return the part of a picture that is kept: left, top, right, bottom."""
         if self.fit == "stretch":
             return 0, 0, width, height
-        scale = min(width / self.width, height / self.height)
+        scale = min(
+            width / self.width,
+            height / self.height,
+        )
         left = (width - scale * self.width) / 2
         top = (height - scale * self.height) / 2
         return left, top, width - left, height - top
@@ -143,7 +153,10 @@ class PictureFiles(Indexed):
         for row, index in enumerate(indices.tolist()):
             picture = self._picture(index, held)
             if pixels is None:
-                pixels = aligned_empty((len(indices), *picture.shape), picture.dtype)
+                pixels = aligned_empty(
+                    (len(indices), *picture.shape),
+                    picture.dtype,
+                )
             pixels[row] = picture
         return pixels, self.labels[indices]
 
@@ -155,9 +168,15 @@ class PictureFiles(Indexed):
         if not self.is_held:
             return self._load(index)[0]
         key = (self.digest, self.decode, index)
-        return held.get(key, partial(self._load, index))
+        return held.get(
+            key,
+            partial(self._load, index),
+        )
 
-    def _load(self, index: int) -> tuple[np.ndarray, int]:
+    def _load(
+        self,
+        index: int,
+    ) -> tuple[np.ndarray, int]:
         file = self.files[index]
         try:
             picture = self.decode(file.read_bytes())
@@ -215,4 +234,11 @@ def files_of_classes(
             where=folder,
             remedy="put the pictures of each class into a folder of its name",
         )
-    return files, np.array(labels, np.int32), names
+    return (
+        files,
+        np.array(
+            labels,
+            np.int32,
+        ),
+        names,
+    )

@@ -92,7 +92,13 @@ class Shards(Indexed):
         if manifest is not None and inputs is None and target is None:
             inputs = manifest.get("inputs")
             target = manifest.get("target")
-        self.leaves = Leaves.of(inputs, target, decode, first.names, where)
+        self.leaves = Leaves.of(
+            inputs,
+            target,
+            decode,
+            first.names,
+            where,
+        )
         digests = "".join(shard.digest for shard in self._listed)
         self.digest = hashlib.sha256(digests.encode()).hexdigest()
         self._place_groups()
@@ -113,7 +119,10 @@ class Shards(Indexed):
         total = sum(file.bytes for file in self._files)
         filled = [i for i, size in enumerate(sizes) if size]
         self._places = [self._places[i] for i in filled]
-        self.groups: Groups = Groups(np.array(sizes)[filled], total)
+        self.groups: Groups = Groups(
+            np.array(sizes)[filled],
+            total,
+        )
         self._ends = np.cumsum(self.groups.sizes)
 
     def __len__(self) -> int:
@@ -133,7 +142,14 @@ class Shards(Indexed):
         order = np.argsort(groups, kind="stable")
         borders = np.flatnonzero(np.diff(groups[order])) + 1
         parts = [
-            (places, self._group(int(groups[places[0]]), held), rows[places])
+            (
+                places,
+                self._group(
+                    int(groups[places[0]]),
+                    held,
+                ),
+                rows[places],
+            )
             for places in np.split(order, borders)
         ]
         return self._sample_rows(parts, len(indices))
@@ -150,14 +166,20 @@ class Shards(Indexed):
         group: int,
         held: HeldGroups,
     ) -> dict[str, Leaf]:
-        return held.get((self.digest, self._key, group), partial(self._load, group))
+        return held.get(
+            (self.digest, self._key, group),
+            partial(self._load, group),
+        )
 
     @property
     def _key(self) -> tuple:
         """What two views of the same files must share to share a row group."""
         return tuple(self.leaves.columns.items())
 
-    def _load(self, group: int) -> tuple[dict[str, Leaf], int]:
+    def _load(
+        self,
+        group: int,
+    ) -> tuple[dict[str, Leaf], int]:
         number, inner = self._places[group]
         file = self._files[number]
         columns = self.leaves.names
@@ -166,7 +188,10 @@ class Shards(Indexed):
             return file.read(path, inner, columns)
 
         try:
-            table = self._through_cache(self._listed[number], read)
+            table = self._through_cache(
+                self._listed[number],
+                read,
+            )
         except FileNotFoundError as error:
             raise DataError(
                 "the shard is gone",
@@ -183,7 +208,11 @@ class Shards(Indexed):
     ) -> Mapping[str, Leaf]:
         if self._cache is None:
             return read(shard.path)
-        return self._cache.copied(shard.path, shard.digest, read)
+        return self._cache.copied(
+            shard.path,
+            shard.digest,
+            read,
+        )
 
     def _sample_rows(
         self,
@@ -200,7 +229,11 @@ class Shards(Indexed):
         for path in self.leaves.columns:
             cells = [(places, group[path], rows) for places, group, rows in parts]
             if isinstance(cells[0][1], Ragged):
-                leaves[path] = self._decoded(path, cells, count)
+                leaves[path] = self._decoded(
+                    path,
+                    cells,
+                    count,
+                )
             else:
                 leaves[path] = _gathered(cells, count)
 
@@ -226,10 +259,21 @@ class Shards(Indexed):
         decode = self.leaves.decoder(path)
         out: list[Any] = [None] * count
         for places, leaf, rows in cells:
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+            for place, row in zip(
+                places.tolist(),
+                rows.tolist(),
+                strict=True,
+            ):
                 out[place] = leaf[row]
         if decode is None:
-            return out if self.leaves.of_documents else self._stacked(path, out)
+            return (
+                out
+                if self.leaves.of_documents
+                else self._stacked(
+                    path,
+                    out,
+                )
+            )
 
         with pointing_at_user(
             f"decoding {self.leaves.columns[path]!r}",
@@ -249,7 +293,14 @@ class Shards(Indexed):
         if len(lengths) == 1 and cells[0].dtype != np.uint8:
             return np.stack(cells)
         columns = self.leaves.columns[path]
-        names = columns if isinstance(columns, str) else columns[0]
+        names = (
+            columns
+            if isinstance(
+                columns,
+                str,
+            )
+            else columns[0]
+        )
         what = "bytes or text"
         if cells[0].dtype != np.uint8:
             what = f"lists of {min(lengths)} to {max(lengths)} numbers"
@@ -309,7 +360,14 @@ def listed_in(
         return _of_manifest(folder, split, manifest)
     files = [file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}")]
     if split is not None:
-        files = [file for file in files if _is_of(file.relative_to(folder), split)]
+        files = [
+            file
+            for file in files
+            if _is_of(
+                file.relative_to(folder),
+                split,
+            )
+        ]
     if not files:
         of_split = f" of the split {split!r}" if split else ""
         raise DataError(
@@ -317,7 +375,13 @@ def listed_in(
             where=folder,
             remedy="name a folder of shards, or another split",
         )
-    return [Listed(file, _stamp(file)) for file in sorted(files)]
+    return [
+        Listed(
+            file,
+            _stamp(file),
+        )
+        for file in sorted(files)
+    ]
 
 
 def _is_of(
@@ -360,7 +424,10 @@ def _gathered(
     count: int,
 ) -> np.ndarray:
     first = cells[0][1]
-    out = aligned_empty((count, *first.shape[1:]), first.dtype)
+    out = aligned_empty(
+        (count, *first.shape[1:]),
+        first.dtype,
+    )
     for places, leaf, rows in cells:
         out[places] = leaf[rows]
     return out
