@@ -98,12 +98,13 @@ class Looked:
             "String",
         ) | _types(reading)
         self.reading = {k: v for k, v in reading.items() if v not in (None, {})}
-        with _offering(asked.settings):
-            self.reader = reader_of(
-                asked.data,
-                **self.reading,
-            )
-            self.kinds = {column.name: column for column in self.reader.columns()}
+        self._open()
+        label = self.kinds.get(asked.label)
+        if label is not None and label.type == pl.Boolean:
+            # "yes" and "no" are to be predicted as such
+            types = self.reading.get("types", {}) | {asked.label: "String"}
+            self.reading["types"] = types
+            self._open()
         named = [*as_words, *(asked.columns or ()), asked.label]
         for name in named:
             self._check(name)
@@ -122,6 +123,12 @@ class Looked:
         self.dates = [name for name in used if self.kinds[name].type.is_temporal()]
         apart = {*self.numbers, *self.dates}
         self.categories = [name for name in used if name not in apart]
+
+    def _open(self) -> None:
+        with _offering(self.asked.settings):
+            self.reader = reader_of(self.asked.data, **self.reading)
+            columns = self.reader.columns()
+        self.kinds = {column.name: column for column in columns}
 
     @cached_property
     def table(self) -> pl.DataFrame:

@@ -130,6 +130,11 @@ def test_raw_rows_of_a_table_in_a_fresh_process_get_the_trainers_bits(tmp_path):
             writer.writerow([20 + i % 50, pay, day, f"job {i % 4}", rich])
     case = raw_rows.Case("csv_mlp", "people.csv", {"label": "rich"})
     assert "72 raw rows" in raw_rows.check(case, tmp_path)
+    recipe = csv_mlp.recipe(data=tmp_path / "people.csv", label="rich")
+    assert recipe.preparation.words == ("no", "yes"), "the file's own words"
+    row = {"age": 30, "pay": None, "since": "2021-03-11", "job": "job 9"}
+    inputs = recipe.preparation.arrays(row)
+    assert inputs["categories"].tolist() == [[0]]
 
 
 @has_data

@@ -480,7 +480,7 @@ def _cast(
     """
     if values.dtype == kind:
         return values
-    cast = values.cast(kind, strict=False)
+    cast = _as_kind(values, kind)
     wrong = cast.is_null() & values.is_not_null()
     if values.dtype.is_float() and kind.is_integer():
         wrong = wrong | (values != cast.cast(values.dtype)).fill_null(
@@ -494,3 +494,15 @@ def _cast(
         where=f"raw rows, row {row}",
         remedy=f"give a value of the type that training's rows have: {kind}",
     )
+
+
+def _as_kind(values: pl.Series, kind: pl.DataType) -> pl.Series:
+    """Return values as another type; what can't be one is null.
+
+    Dates in text are ISO 8601, as JSON has them.
+    """
+    if values.dtype == pl.String and kind == pl.Date:
+        return values.str.to_date("%Y-%m-%d", strict=False)
+    if values.dtype == pl.String and kind == pl.Datetime:
+        return values.str.to_datetime(strict=False).cast(kind)
+    return values.cast(kind, strict=False)
