@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lepton_jax.cli import prepare as command
 from lepton_jax.data.prepare import (
     Classes,
     DropOutliers,
@@ -225,3 +226,27 @@ def test_the_profile_next_to_the_page_is_the_reference_of_a_later_one(reported):
 def test_facts_may_be_missing():
     text = text_of(data_page.render({"name": "nothing"}))
     assert "No leak was found" in text
+
+
+SPEC = """
+from lepton_jax.data.prepare import Preparation, Split
+
+def preparation(data: str = "people.csv") -> Preparation:
+    return Preparation({"people": data}, [Split(test=0.5)])
+"""
+
+
+def test_the_command_writes_the_page_and_compares_with_an_earlier_one(tmp_path, capsys):
+    spec = tmp_path / "spec.py"
+    spec.write_text(SPEC)
+    for name, first in (("old", 20), ("new", 60)):
+        ages = "\n".join(str(first + i % 30) for i in range(400))
+        (tmp_path / f"{name}.csv").write_text(f"age\n{ages}\n")
+    old = [str(spec), "--data", str(tmp_path / "old.csv"), "--report"]
+    assert command.main([*old, "--out", str(tmp_path / "old")]) == 0
+    new = [str(spec), "--data", str(tmp_path / "new.csv")]
+    options = ["--out", str(tmp_path / "new"), "--reference", str(tmp_path / "old")]
+    assert command.main([*new, *options]) == 0
+    assert "report.html" in capsys.readouterr().out
+    text = text_of((tmp_path / "new" / "report.html").read_text(encoding="utf-8"))
+    assert "the saved reference and train differ in age" in text
