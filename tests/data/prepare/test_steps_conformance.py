@@ -29,9 +29,12 @@ ELSEWHERE = {
     prepare.Mixture,
 }
 EXAMPLES = [
+    prepare.AsFloats(NUMBERS),
     prepare.Bins(NUMBERS, 3),
     prepare.Bins(NUMBERS, 4, by="width"),
     prepare.ByteTokens("word", length=3, end=258),
+    prepare.CharacterTokens("word"),
+    prepare.TrimEnd("word", "ab"),
     prepare.CheckSchema(
         {"whole": "float64", "extra": {"type": "text", "optional": True}}
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import polars as pl
@@ -23,8 +23,8 @@ class CharacterTokens(Fitted):
     """Replace text by the numbers of its characters, lists of Int32.
 
     They are numbered from 0 in the order of their code points: in "abca", a is 0, b is
-    1 and c is 2. A character that training did not see is an error: there is no number
-    for it.
+    1 and c is 2. All rows are looked at: which characters there are is no statistic. At
+    prediction, another character is an error: there is no number for it.
 
     Args:
       column: name of a column of text.
@@ -33,6 +33,7 @@ class CharacterTokens(Fitted):
     column: str
 
     order_independent: ClassVar[bool] = True
+    fits_on: ClassVar[Literal["train", "all"]] = "all"
 
     def check(
         self,
