@@ -55,7 +55,7 @@ from lepton_jax.controller.branches import once
 from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import EARLY, Signals
-from lepton_jax.controller.state import ControllerState, Pieces, floats
+from lepton_jax.controller.state import ControllerState, Pieces, floats, merged
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
 
@@ -114,6 +114,7 @@ class Controller:
             for knob in policy.moves
         ]
         self._moved = {knob for _, knob in self.moves}
+        self.keeps = not self._moved.isdisjoint(("keep_average", "serve_kept"))
         self.stride = 1
 
         watched = [name for policy in self.policies for name in policy.watches]
@@ -128,7 +129,9 @@ class Controller:
         self.halts = not self._moved.isdisjoint(("stop", "rollback"))
         self.restores = not self._moved.isdisjoint(("anchor", "restore"))
         self.restarts = "restart" in self._moved
-        self.anchored = self.signals.needs_anchor or self.restores or self.restarts
+        self.anchored = (
+            self.signals.needs_anchor or self.restores or self.restarts or self.keeps
+        )
 
         known = {"loss", *recipe.metrics, *UNSHOWN}
         self.shown = [name for name in dict.fromkeys(watched) if name not in known]
@@ -158,6 +161,19 @@ class Controller:
                 "a policy moves interpolation, but none keeps an average",
                 where="Recipe.controller",
                 remedy="let a policy move averaging_decay, too",
+            )
+        if self.keeps and "averaging_decay" not in self._moved:
+            raise RecipeError(
+                "a policy keeps the best average, but none makes an average",
+                where="Recipe.controller",
+                remedy="add controllers.averaging()",
+            )
+        if self.keeps and not self._moved.isdisjoint(("anchor", "restore")):
+            raise RecipeError(
+                "one policy keeps an average in the anchor's place, another goes back to"
+                " the anchor",
+                where="Recipe.controller",
+                remedy="leave one of them out",
             )
         for policy in self.policies:
             if "notice" in policy.moves and not (policy.notices or policy.absolute):
@@ -259,7 +275,7 @@ class Controller:
     def _first_anchor(self, pieces: Pieces) -> Any:
         if self.restores:
             return _copied(pieces)
-        if self.restarts:
+        if self.restarts or self.keeps:
             return _copied(Pieces(pieces.params, pieces.variables, ()))
         if self.anchored:
             return _copied(Pieces(pieces.params, (), ()))
@@ -358,6 +374,8 @@ class Controller:
         if self.restarts:
             restart = (knobs["restart"] > 0) & ~state.halted
             fresh = self._begun_anew(step, fresh, restart)
+        if self.keeps:
+            fresh = _with_kept_average(fresh, knobs, ~state.halted)
         record = {**knobs, **{name: signals[name] for name in self.shown}}
         record |= dict(zip(self._columns, contributions, strict=True))
         fresh = self._with_next_rate(state, fresh)
@@ -933,6 +951,36 @@ def _renewed(
     if "anchor" not in knobs:
         return jnp.bool_(False)
     return (knobs["anchor"] > 0) & ~back & ~state.halted
+
+
+def _with_kept_average(
+    fresh: ControllerState,
+    knobs: Mapping[str, Any],
+    allowed: Any,
+) -> ControllerState:
+    """Return a state whose anchor and average follow `keep_average` and `serve_kept`.
+
+    Who keeps an average no longer needs the parameters that the run began with, so its
+    copy takes their place and no further memory.
+    """
+    kept = Pieces(*fresh.average, ())
+    anchor = fresh.anchor
+    variables = floats(anchor.variables)
+    keep = (knobs.get("keep_average", 0.0) > 0) & allowed
+    kept_params, kept_variables = once(
+        keep,
+        lambda _: (kept.params, kept.variables),
+        (anchor.params, variables),
+    )
+    serve = (knobs.get("serve_kept", 0.0) > 0) & allowed
+    average = once(
+        serve,
+        lambda _: (kept_params, kept_variables),
+        fresh.average,
+    )
+    variables = merged(anchor.variables, kept_variables)
+    anchor = anchor._replace(params=kept_params, variables=variables)
+    return fresh._replace(anchor=anchor, average=average)
 
 
 def _averaged(

@@ -78,6 +78,16 @@ def floats(tree: Any) -> Any:
     )
 
 
+def merged(tree: Any, leaves: Any) -> Any:
+    """Return a tree whose leaves are replaced where `leaves`, of `floats`, has one."""
+    return jax.tree.map(
+        lambda old, new: old if new is None else new,
+        tree,
+        leaves,
+        is_leaf=lambda x: x is None,
+    )
+
+
 def select_weights(
     state: Any,
     recipe: Recipe | None = None,
@@ -106,12 +116,7 @@ def select_weights(
 
     if averaged:
         mean_params, mean_variables = controller.average
-        variables = jax.tree.map(
-            lambda old, new: old if new is None else new,
-            variables,
-            mean_variables,
-            is_leaf=lambda x: x is None,
-        )
+        variables = merged(variables, mean_variables)
     if averaged and given is None:
         return mean_params, variables
     return optimizers.evaluated(given, state.optimizer, params), variables
