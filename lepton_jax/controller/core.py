@@ -347,6 +347,7 @@ class Controller:
             parts,
             due,
             ~state.halted if self.halts else True,
+            state.average[0] if "interpolation" in state.knobs else (),
         )
         contributions, policies = self._consult(signals, state)
         knobs = self._knobs(state, contributions, before)
@@ -407,8 +408,8 @@ class Controller:
             "input_rms": jnp.nan,
         }
         measured_by_host = {n: x for n, x in state.fed.items() if n not in BUDGET}
-        weight = "gradient_weight"
-        weighted = {weight: state.knobs[weight]} if weight in state.knobs else {}
+        acting = ("gradient_weight", "interpolation")
+        weighted = {name: state.knobs[name] for name in acting if name in state.knobs}
         return {
             **own,
             **unmeasured,

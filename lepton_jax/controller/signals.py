@@ -82,6 +82,11 @@ SIGNALS = {
         "inner product of the gradient with anchor minus parameters; NaN as"
         " gradient_sum_norm is"
     ),
+    "gradient_dot_way": (
+        "inner product of the gradient with anchor minus the parameters that the"
+        " optimizer moves, which without interpolation are all; NaN as"
+        " gradient_sum_norm is"
+    ),
     "gradient_sum_norm": (
         "sum of the absolute entries of s, where s = 0.9995 s + gradient_weight *"
         " gradient; it keeps s; NaN where gradient_weight is 0, or where a policy moves"
@@ -136,7 +141,7 @@ INPUTS = "input_rms"
 # the signals that need a norm of the gradient, whether it is watched or not
 FROM_NORM = frozenset(("finite", "noise_scale", "gradient_sum_norm"))
 # the signals that need an anchor
-FROM_ANCHOR = frozenset(("distance", "gradient_dot_distance"))
+FROM_ANCHOR = frozenset(("distance", "gradient_dot_distance", "gradient_dot_way"))
 
 
 # the signals that follow an update
@@ -316,6 +321,7 @@ class Signals:
         parts: Any,
         due: Any = True,
         live: Any = True,
+        average: Any = (),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Measure the signals of a step.
 
@@ -331,6 +337,8 @@ class Signals:
           due: whether what is measured every `stride` steps is, in this one.
           live: whether the step counts. Where it does not, trees of the size of the
             parameters stay as they are in the state.
+          average: parameters, where `params` lie between it and those that the
+            optimizer moves, at the share given["interpolation"]; else ().
 
         Returns:
           The signals, and the state after the step but for its update (see `updated`).
@@ -369,6 +377,7 @@ class Signals:
                 anchor,
                 due,
                 live,
+                average,
             )
             values |= way
             after |= total
@@ -386,6 +395,7 @@ class Signals:
         anchor: Any,
         due: Any,
         live: Any,
+        average: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Measure the gradients' sum and the way from the anchor.
 
@@ -397,6 +407,7 @@ class Signals:
           anchor: parameters, or ().
           due: whether the step is measured where a policy moves the gradient's weight.
           live: whether the sum may change.
+          average: see `measure`.
 
         Returns:
           The signals, NaN where the gradient's weight is 0 or it is not measured, and
@@ -420,6 +431,13 @@ class Signals:
                 away = jax.tree.map(jnp.subtract, anchor, params)
                 way["distance"] = norm(away)
                 way["gradient_dot_distance"] = dot(gradients, away)
+            if "gradient_dot_way" in self.watched:
+                way["gradient_dot_way"] = way["gradient_dot_distance"]
+                if average != ():
+                    share = values["interpolation"]
+                    beyond = jax.tree.map(jnp.subtract, params, average)
+                    further = share / (1 - share) * dot(gradients, beyond)
+                    way["gradient_dot_way"] -= further
             if sums:
                 usable = jnp.isfinite(values["gradient_norm"]) & live
                 total, added = _gradient_sum(

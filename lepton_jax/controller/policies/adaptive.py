@@ -85,9 +85,11 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
         guard(deviations=6.0, rollbacks=rollbacks),
         label_noise(),
         learning_free()._replace(
-            fitted=if_like_adam(learning_free(coefficient=CAUTIOUS, later=1))
+            fitted=if_like_adam(learning_free(coefficient=CAUTIOUS, follow=0))
         ),
         schedule_free(
+            interpolation=0.8,
+            share=0.15,
             otherwise=(
                 decay(0.5, "linear", 0.1),
                 averaging(decay=None, share=0.15),
