@@ -55,7 +55,7 @@ from lepton_jax.controller.branches import once
 from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
 from lepton_jax.controller.signals import EARLY, Signals
-from lepton_jax.controller.state import ControllerState, Pieces, floats, merged
+from lepton_jax.controller.state import ControllerState, Pieces, floats
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
 
@@ -76,7 +76,7 @@ REFUSING = ("skip", "restore", "restart", "rollback")
 # the knobs whose values act in the step after the one that they are of
 ACT_LATER = (*IN_FORWARD, "gradient_weight", "interpolation")
 # parts of the state with trees as large as the parameters
-LARGE = ("signals", "accumulated", "average", "anchor")
+LARGE = ("signals", "accumulated", "average", "kept", "anchor")
 # signals that are no column of a record: the record's step implies them
 UNSHOWN = ("step", "progress", "batch_size")
 
@@ -129,9 +129,7 @@ class Controller:
         self.halts = not self._moved.isdisjoint(("stop", "rollback"))
         self.restores = not self._moved.isdisjoint(("anchor", "restore"))
         self.restarts = "restart" in self._moved
-        self.anchored = (
-            self.signals.needs_anchor or self.restores or self.restarts or self.keeps
-        )
+        self.anchored = self.signals.needs_anchor or self.restores or self.restarts
 
         known = {"loss", *recipe.metrics, *UNSHOWN}
         self.shown = [name for name in dict.fromkeys(watched) if name not in known]
@@ -167,13 +165,6 @@ class Controller:
                 "a policy keeps the best average, but none makes an average",
                 where="Recipe.controller",
                 remedy="add controllers.averaging()",
-            )
-        if self.keeps and not self._moved.isdisjoint(("anchor", "restore")):
-            raise RecipeError(
-                "one policy keeps an average in the anchor's place, another goes back to"
-                " the anchor",
-                where="Recipe.controller",
-                remedy="leave one of them out",
             )
         for policy in self.policies:
             if "notice" in policy.moves and not (policy.notices or policy.absolute):
@@ -243,6 +234,7 @@ class Controller:
             accumulated=self._first_sum(params),
             average=self._first_average(params, variables),
             lag=jnp.float32(1) if "averaging_decay" in self._moved else (),
+            kept=self._first_average(params, variables) if self.keeps else (),
             anchor=self._first_anchor(Pieces(params, variables, optimizer)),
         )
 
@@ -275,7 +267,7 @@ class Controller:
     def _first_anchor(self, pieces: Pieces) -> Any:
         if self.restores:
             return _copied(pieces)
-        if self.restarts or self.keeps:
+        if self.restarts:
             return _copied(Pieces(pieces.params, pieces.variables, ()))
         if self.anchored:
             return _copied(Pieces(pieces.params, (), ()))
@@ -959,29 +951,12 @@ def _with_kept_average(
     knobs: Mapping[str, Any],
     allowed: Any,
 ) -> ControllerState:
-    """Return a state whose anchor and average follow `keep_average` and `serve_kept`.
-
-    Who keeps an average no longer needs the parameters that the run began with, so its
-    copy takes their place and no further memory.
-    """
-    kept = Pieces(*fresh.average, ())
-    anchor = fresh.anchor
-    variables = floats(anchor.variables)
+    """Return a state that has followed `keep_average` and `serve_kept`."""
     keep = (knobs.get("keep_average", 0.0) > 0) & allowed
-    kept_params, kept_variables = once(
-        keep,
-        lambda _: (kept.params, kept.variables),
-        (anchor.params, variables),
-    )
+    kept = once(keep, lambda _: fresh.average, fresh.kept)
     serve = (knobs.get("serve_kept", 0.0) > 0) & allowed
-    average = once(
-        serve,
-        lambda _: (kept_params, kept_variables),
-        fresh.average,
-    )
-    variables = merged(anchor.variables, kept_variables)
-    anchor = anchor._replace(params=kept_params, variables=variables)
-    return fresh._replace(anchor=anchor, average=average)
+    average = once(serve, lambda _: kept, fresh.average)
+    return fresh._replace(kept=kept, average=average)
 
 
 def _averaged(

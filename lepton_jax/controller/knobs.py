@@ -128,7 +128,7 @@ KNOBS = {
         "any",
         0,
         0,
-        "a copy of the average is kept, in the anchor's place",
+        "a copy of the average is kept",
     ),
     "serve_kept": Knob(
         "any",

@@ -44,6 +44,7 @@ class ControllerState(NamedTuple):
       average: the averaged (parameters, variables), or ().
       lag: product of the averaging decays since the average was last moved, float32 ();
         () where there is none.
+      kept: the copy of the average that `keep_average` made last; or ().
       anchor: `Pieces`: parameters, and variables and optimizer state where they may be
         restored; or ().
     """
@@ -60,6 +61,7 @@ class ControllerState(NamedTuple):
     accumulated: Any
     average: Any
     lag: Any
+    kept: Any
     anchor: Any
 
 

@@ -71,10 +71,10 @@ def best_average(
 ) -> Policy:
     """Serve the average of the parameters at which an evaluation was best.
 
-    It is kept then, in the place of the parameters that the run began with, and served
-    from the last step of the budget on if the last evaluation before it was worse. The
-    average is that of another policy, such as `schedule_free` or `averaging`, and moves
-    little from one evaluation to the next.
+    A copy of it is kept then, and served from the last step of the budget on if the
+    last evaluation before it was worse. The average is that of another policy, such as
+    `schedule_free` or `averaging`, and moves little from one evaluation to the next.
+    Memory: a copy of the parameters.
 
     A person is told that the model overfits when `patience` evaluations in a row were
     no better than the best one, the last of them was worse by more than `margin` of its
@@ -97,7 +97,7 @@ def best_average(
 
     Raises:
       RecipeError: an argument is out of range. When the recipe is traced, also where no
-        policy makes an average, or another one uses the anchor.
+        policy makes an average.
 
     Example:
       >>> from lepton_jax import controllers
@@ -123,7 +123,6 @@ def best_average(
         serve = ~state.served & kept_is_better & (ends | (endless & told))
         served = state.served | serve
         is_best = _is_fresh(signals, state) & (after.worse == 0) & ~served
-        # before that the learning rate is found, from the way since the run began
         is_best &= ~(signals["progress"] <= quiet)
         kept = state.kept | is_best
         after = after._replace(told=told, served=served, kept=kept)
