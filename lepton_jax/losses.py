@@ -45,6 +45,23 @@ STOCK = {
 }
 
 
+def padded_cross_entropy(
+    outputs: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy that leaves out targets below 0, which are padding.
+
+    Args:
+      outputs: logits, (batch, ..., classes).
+      targets: whole numbers, (batch, ...).
+
+    Returns:
+      (values, weights), (batch, ...) each; the weights are 0 for padding, else 1.
+    """
+    values = cross_entropy(outputs, jnp.maximum(targets, 0))
+    return values, (targets >= 0).astype(jnp.float32)
+
+
 # ---- weighted sums of one function ----
 
 

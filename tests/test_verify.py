@@ -12,7 +12,7 @@ import pytest
 import lepton_jax as lepton
 from lepton_jax.errors import PlanError
 from lepton_jax.hardware import topology
-from lepton_jax.models import LSTM, TransformerLM
+from lepton_jax.models import LSTM, MoELM, TransformerLM
 from lepton_jax.planner import ahead, trace
 from lepton_jax.planner.program.named import Names
 from lepton_jax.planner.search.build import build, by_hand
@@ -434,10 +434,13 @@ def test_a_recipe_without_data_has_no_step():
         verify(trace(recipe, None, None), None)
 
 
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="compiles for a TPU that is not there",
 )
+
+
+@needs_libtpu
 def test_a_plan_for_tpus_that_are_not_there():
     traced = language_model(precision="bfloat16")
     where = topology("v5e:2x2")
@@ -446,3 +449,33 @@ def test_a_plan_for_tpus_that_are_not_there():
     assert check.peak < check.plan.memory
     assert check.flops == pytest.approx(check.predicted["flops"], rel=0.02)
     assert {row.axes for row in check.rows if row.found} == {("fsdp",)}
+
+
+def mixture_traffic(where):
+    """Return (count, bytes) of all-to-alls, planned and compiled, of a mixture."""
+    recipe = lepton.Recipe(
+        model=lambda rngs: MoELM(64, dim=64, layers=1, heads=2, rngs=rngs),
+        loss=lepton.losses.cross_entropy,
+        optimizer=optax.sgd(0.1),
+        batch_size=8,
+    )
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    traced = trace(recipe, tokens, tokens)
+    plan = lepton.plan(traced, topology(where), mesh={"expert": 4}, remat="none")
+    check = verify(traced, plan)
+    (row,) = (row for row in check.rows if row.kind == "all-to-all")
+    assert not check.unexpected and not check.absent
+    return (row.planned_count, row.planned), (row.found_count, row.found)
+
+
+@needs_libtpu
+def test_a_mixture_sends_what_both_passes_read_once_on_a_tpu_and_rounds_it():
+    planned, compiled = mixture_traffic("v5e:2x2")
+    assert planned == compiled
+    assert planned[0] == 4
+
+
+def test_a_mixture_sends_what_both_passes_read_twice_on_a_cpu():
+    planned, compiled = mixture_traffic("cpu:4")
+    assert planned == compiled
+    assert planned[0] == 5

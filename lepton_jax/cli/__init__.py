@@ -1,8 +1,8 @@
-"""The command line: `lepton launch | plan | control`.
+"""The command line: `lepton launch | plan | control | prepare`.
 
 Each command has a module of its own with a `main(arguments)` that returns the exit
-code. `tools/launch.py`, `tools/plan.py` and `tools/control.py` are doors to the same
-functions.
+code. `tools/launch.py`, `tools/plan.py`, `tools/control.py` and `tools/prepare.py` are
+doors to the same functions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lepton_jax.errors import nearest
 COMMANDS = {
     "launch": "train a recipe, here or on many hosts",
     "plan": "show what a step would cost, on hardware that need not be there",
+    "prepare": "make samples of raw files",
     "control": "ask a run that is under way for something",
 }
 MISTAKE = 2  # exit code

@@ -2,7 +2,8 @@
 
 The keyword arguments of the function `recipe` are its settings, their annotations the
 types, their defaults the defaults, and the section `Args:` of the docstring the help:
-`def recipe(width: int = 32)` becomes `--width INT`.
+`def recipe(width: int = 32)` becomes `--width INT`. The same holds for the function
+`preparation` of a specification of prepared data.
 """
 
 from __future__ import annotations
@@ -34,29 +35,34 @@ ARGS = re.compile(r"\n\s*Args:\s*\n(.*?)(?:\n\s*\n|\Z)", re.DOTALL)
 # ---- the recipe ----
 
 
-def load(path: Path) -> Callable[..., Recipe]:
+def load(path: Path, name: str = "recipe") -> Callable[..., Any]:
     """Return the function `recipe` of a recipe file.
 
+    Args:
+      path: the file.
+      name: of the function: "recipe", or "preparation".
+
     Raises:
-      RecipeError: there is no such file, it does not import, or it has no function
-        `recipe` of keyword settings.
+      RecipeError: there is no such file, it does not import, or it has no function of
+        this name with keyword settings.
     """
-    module = _module(path)
-    function = getattr(module, "recipe", None)
+    module = _module(path, name)
+    function = getattr(module, name, None)
     if function is None:
         members = vars(module).items()
-        names = [name for name, value in members if inspect.isfunction(value)]
-        hint = nearest("recipe", names)
-        raise _no_recipe(path, f"the file has no function `recipe`{hint}")
+        names = [key for key, value in members if inspect.isfunction(value)]
+        hint = nearest(name, names)
+        raise _no_function(path, name, f"the file has no function `{name}`{hint}")
     if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
-        raise _no_recipe(path, f"`recipe` is {function!r}, not a plain function")
+        fault = f"`{name}` is {function!r}, not a plain function"
+        raise _no_function(path, name, fault)
     for parameter in inspect.signature(function).parameters.values():
         _check_setting(parameter, function)
     return function
 
 
-def _module(path: Path) -> types.ModuleType:
-    """Import a recipe file."""
+def _module(path: Path, name: str) -> types.ModuleType:
+    """Import the file of a function."""
     if not path.is_file():
         siblings = (
             [p.name for p in path.parent.glob("[!_]*.py")]
@@ -64,9 +70,9 @@ def _module(path: Path) -> types.ModuleType:
             else []
         )
         raise RecipeError(
-            f"there is no recipe file {str(path)!r}{nearest(path.name, siblings)}",
+            f"there is no {name} file {str(path)!r}{nearest(path.name, siblings)}",
             where=path.parent.resolve(),
-            remedy="name a Python file with a function `recipe`",
+            remedy=f"name a Python file with a function `{name}`",
         )
     spec = importlib.util.spec_from_file_location(f"lepton_recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -79,17 +85,18 @@ def _module(path: Path) -> types.ModuleType:
     # dataclasses and pickling of classes defined in the file look it up there
     sys.modules[spec.name] = module
     with pointing_at_user(
-        f"importing {path.name}", "fix the recipe file", where=path, kind=RecipeError
+        f"importing {path.name}", f"fix the {name} file", where=path, kind=RecipeError
     ):
         spec.loader.exec_module(module)
     return module
 
 
-def _no_recipe(path: Path, fault: str) -> RecipeError:
+def _no_function(path: Path, name: str, fault: str) -> RecipeError:
+    kind = name.capitalize()
     return RecipeError(
         fault,
         where=path,
-        remedy="write `def recipe(setting: type = default, ...) -> Recipe:` in it",
+        remedy=f"write `def {name}(setting: type = default, ...) -> {kind}:` in it",
     )
 
 

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.controller.branches import once
 from lepton_jax.errors import RecipeError, nearest
+from lepton_jax.step.branches import once
 from lepton_jax.trees import by_path
 
 SIGNALS = {
@@ -108,6 +108,7 @@ SIGNALS = {
     "base_rate": (
         "the learning rate's base: what the recipe says, or a person set since"
     ),
+    "scheduled_rate": "what the recipe's schedule says of it; 0 where there is none",
     "finite": "1 if the gradient is finite, else 0",
     "evaluations": "evaluations so far",
     "seconds": "time since the run (or its resumption) began, at the last report",
@@ -346,12 +347,6 @@ class Signals:
         after = dict(state)
         values = {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
         values |= self._norms(params, gradients)
-        if "finite" in self.watched:
-            finite = jnp.isfinite(values["gradient_norm"])
-            values["finite"] = finite.astype(jnp.float32)
-        if "loss" in state:
-            smoothed, after["loss"] = _smooth(state["loss"], values["loss"])
-            values |= smoothed
         if "noise" in state:
             values["noise_scale"], after["noise"] = self._noise(
                 state["noise"],
@@ -386,6 +381,21 @@ class Signals:
                 values[name] = state[name]
         return values, after
 
+    def smoothed(
+        self,
+        state: dict[str, Any],
+        values: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the signals that are made of others, and the means behind them."""
+        made: dict[str, Any] = {}
+        after = {}
+        if "finite" in self.watched:
+            made["finite"] = jnp.isfinite(values["gradient_norm"]).astype(jnp.float32)
+        if "loss" in state:
+            smoothed, after["loss"] = _smooth(state["loss"], values["loss"])
+            made |= smoothed
+        return made, after
+
     def _way(
         self,
         state: dict[str, Any],
@@ -414,12 +424,6 @@ class Signals:
           the part of the state that is the sum.
         """
         weight = values.get("gradient_weight")
-        factor = 1.0 if weight is None else weight
-        decay = MEMORY * values.get("kept", 1.0)
-        if weight is not None:
-            steps = values["gradient_steps"]
-            factor = factor * steps
-            decay = decay * MEMORY ** (steps - 1)
         sums = {n: state[n] for n in ("gradient_sum",) if n in state}
 
         def measure(
@@ -440,6 +444,7 @@ class Signals:
                     way["gradient_dot_way"] -= further
             if sums:
                 usable = jnp.isfinite(values["gradient_norm"]) & live
+                factor, decay = _factors(values)
                 total, added = _gradient_sum(
                     after["gradient_sum"], gradients, factor, usable, decay
                 )
@@ -719,6 +724,16 @@ def _if(
     if isinstance(condition, bool):
         return new() if condition else old()
     return jax.lax.cond(condition, new, old)
+
+
+def _factors(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the factor of a gradient in the sum of them, and that of the sum."""
+    decay = MEMORY * values.get("kept", 1.0)
+    weight = values.get("gradient_weight")
+    if weight is None:
+        return 1.0, decay
+    steps = values["gradient_steps"]
+    return weight * steps, decay * MEMORY ** (steps - 1)
 
 
 def _gradient_sum(

@@ -10,10 +10,13 @@ from lepton_jax.data.datasets import (
     sample,
     settled,
 )
+from lepton_jax.data.disk_cache import DiskCache
 from lepton_jax.data.feed import Feed
 from lepton_jax.data.idx import idx, read_idx
 from lepton_jax.data.limits import Limit, check_limits
-from lepton_jax.data.pipeline import Dataset, Source, mix
+from lepton_jax.data.pictures import Picture
+from lepton_jax.data.pipeline import Dataset, Source, mix, pictures, shards
+from lepton_jax.data.shuffling import uniform
 from lepton_jax.data.sources import Documents
 from lepton_jax.data.table import MISSING, Schema, Table, table, table_split
 
@@ -21,9 +24,11 @@ __all__ = [
     "MISSING",
     "Arrays",
     "Dataset",
+    "DiskCache",
     "Documents",
     "Feed",
     "Limit",
+    "Picture",
     "Schema",
     "Source",
     "Table",
@@ -36,9 +41,12 @@ __all__ = [
     "mix",
     "one_pass",
     "open_feed",
+    "pictures",
     "read_idx",
     "sample",
     "settled",
+    "shards",
     "table",
     "table_split",
+    "uniform",
 ]

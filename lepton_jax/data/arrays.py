@@ -241,6 +241,7 @@ class ArraysByPosition:
     """
 
     checked_when_read = False  # all arrays are checked at once, before the first step
+    many_may_read = False  # one thread keeps up with any step; buffers are used again
 
     def __init__(
         self,

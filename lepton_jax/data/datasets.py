@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -21,13 +22,27 @@ from lepton_jax.data.arrays import Arrays, ArraysByPosition, Pair, from_any
 from lepton_jax.data.feed import Feed, FeedSpec, PositionedFeed, ResidentFeed, reading
 from lepton_jax.data.grain_feed import GrainByPosition, IteratedFeed, pair
 from lepton_jax.data.limits import Limit
-from lepton_jax.data.pipeline import Dataset, open_stream
+from lepton_jax.data.pipeline import Dataset, open_stream, shards
 from lepton_jax.data.sequential import SequentialFeed
 from lepton_jax.errors import DataError
 
 # Samples of arrays that a data set's checksum is taken of. Assumption: enough to notice
 # another file or another order, and read in milliseconds.
 CHECKSUM_SAMPLES = 4096
+
+
+FIRST_SPLIT = "train"  # of a prepared folder, where no other is asked for
+
+
+@runtime_checkable
+class PreparedFolder(Protocol):
+    """What preparation gives: a folder of shards and what is known of them.
+
+    Its own class is not imported, since it needs the extra `data`.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
 
 
 # ---- public functions ----
@@ -37,14 +52,16 @@ def settled(data: Any) -> Arrays | grain.MapDataset | grain.IterDataset | Datase
     """Return what a person gave as one of the four kinds of data set.
 
     Args:
-      data: one of them already, or a pair (inputs, targets) of arrays, dicts of arrays
-        or lists.
+      data: one of them already; a pair (inputs, targets) of arrays, dicts of arrays
+        or lists; or a prepared folder, whose split "train" it is.
 
     Raises:
       DataError: it is neither.
     """
     if isinstance(data, tuple(_KINDS)):
         return data
+    if isinstance(data, PreparedFolder):
+        return shards(data.folder, FIRST_SPLIT)
     return from_any(data)
 
 
@@ -257,11 +274,10 @@ class GrainIterKind:
 class SequentialKind:
     """A `Dataset`: sources that are filtered, mapped, mixed or packed."""
 
-    epoch_samples = None
-
     def __init__(self, data: Dataset):
         self.data = data
         self.name = type(data).__name__
+        self.epoch_samples = data.epoch_samples
 
     def sample(self) -> Pair:
         rows, _ = open_stream(self.data).take(1)

@@ -15,32 +15,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
-import grain
 import jax
 import numpy as np
 
 from lepton_jax.compat import placed
 from lepton_jax.data.arrays import ArraysByPosition, Pair
+from lepton_jax.data.budget import Budget
 from lepton_jax.data.limits import Limit, check_limits
+from lepton_jax.data.readahead import Readahead
 from lepton_jax.errors import DataError, pointing_at_user
 
 Position = dict[str, Any]  # of a feed: plain data that survives JSON
 
-# Blocks that are read ahead: as many as fit these bytes, within these bounds.
-# Assumption: two hide the time of one read, and more than 16 only take memory.
-PREFETCHED_BYTES = 64 * 2**20
-FEWEST_PREFETCHED_BLOCKS = 2
-MOST_PREFETCHED_BLOCKS = 16
-
 # Steps whose indices are handed from thread to thread at once: each handing over takes
 # a tenth of a millisecond, which is more than a small step takes.
 STEPS_PER_READ = 64
-
-# Blocks of a source that has no end, since Grain asks every source for its length.
-ENDLESS = 2**40
 
 WHAT_IS_CHECKED = "the data as they are read"  # where a value out of range was found
 
@@ -96,6 +89,15 @@ class Feed(ABC):
           "SOURCE:EPOCH:INDEX" where the data have sources, "EPOCH:INDEX" of arrays,
           else the position.
         """
+
+    def measured(self) -> dict[str, float]:
+        """Return what reading takes and gives.
+
+        Returns:
+          {} or: "workers", threads that read; "blocks_ahead"; "bytes" that are held at
+          most; "padding", the share of the tokens, if rows are fitted.
+        """
+        return {}
 
     @abstractmethod
     def close(self) -> None:
@@ -225,9 +227,15 @@ class Share:
 
 
 class ByPosition(Protocol):
-    """Samples that can be read at any position; one thread at a time."""
+    """Samples that can be read at any position.
 
-    checked_when_read: bool  # whether values out of range are looked for in reading
+    Attributes:
+      checked_when_read: whether values out of range are looked for in reading.
+      many_may_read: whether several threads may read at a time.
+    """
+
+    checked_when_read: bool
+    many_may_read: bool
 
     def rows(
         self,
@@ -248,11 +256,11 @@ class ByPosition(Protocol):
 class PositionedFeed(Feed):
     """Samples that can be read at any position.
 
-    A thread of Grain's reads them and puts them on the devices, ahead of their use.
+    Threads read them and put them on the devices, ahead of their use.
 
     Args:
-      open_samples: gives the samples anew: the reading thread has its own, as they keep
-        what they computed last.
+      open_samples: gives the samples anew: the reading threads have their own, as they
+        keep what they computed last.
       spec: what is wanted of them.
     """
 
@@ -274,16 +282,26 @@ class PositionedFeed(Feed):
                 check_rows(spec.limits, rows, places)
             return rows
 
-        source = PositionedBlocks(
-            read,
+        def block(start: int, stop: int) -> Pair:
+            return share.put_all(read(start, stop))
+
+        blocks = PositionedBlocks(
+            block,
             spec.start,
             spec.block_samples,
             spec.blocks,
         )
-        blocks = grain.MapDataset.source(source).map(share.put_all)
         sample = jax.tree.leaves(samples.rows(0, 1))
         sample_bytes = sum(leaf.nbytes for leaf in sample)
-        self._iterator = _in_a_thread(blocks, sample_bytes * spec.block_samples)
+        own_samples = len(share.rows) * spec.steps
+        budget = Budget.of_this_machine()
+        if not samples.many_may_read:
+            budget = replace(budget, workers=1)
+        self._blocks: Readahead[Pair] = Readahead(
+            blocks.decide,
+            budget,
+            sample_bytes * own_samples,
+        )
 
     def at(self, samples: int) -> Position:
         return {"samples": samples, "grain": None}
@@ -292,17 +310,20 @@ class PositionedFeed(Feed):
         return self._named.ids(samples - self._batch_size, samples)
 
     def close(self) -> None:
-        self._iterator.close()
+        self._blocks.close()
+
+    def measured(self) -> dict[str, float]:
+        return self._blocks.tuning.measured()
 
     def _next_block(self) -> Any:
-        return next(self._iterator)
+        return next(self._blocks)
 
 
 class ResidentFeed(Feed):
     """Indices of samples that are on the devices already: int32 arrays as blocks.
 
-    Every host makes all indices, as they are cheap; a thread of Grain's makes those of
-    many steps at once.
+    Every host makes all indices, as they are cheap; a thread makes those of many steps
+    at once.
     """
 
     def __init__(
@@ -318,14 +339,17 @@ class ResidentFeed(Feed):
         self._ahead = np.empty(0, np.int32)  # read, and not yet given out
 
         blocks_per_read = max(1, STEPS_PER_READ // spec.steps)
-        source = PositionedBlocks(
+        blocks = PositionedBlocks(
             open_samples().indices,
             spec.start,
             spec.block_samples * blocks_per_read,
             spec.blocks and math.ceil(spec.blocks / blocks_per_read),
         )
-        block_bytes = self._ahead.itemsize * spec.block_samples
-        self._iterator = _in_a_thread(grain.MapDataset.source(source), block_bytes)
+        self._blocks: Readahead[np.ndarray] = Readahead(
+            blocks.decide,
+            replace(Budget.of_this_machine(), workers=1),
+            self._ahead.itemsize * spec.block_samples * blocks_per_read,
+        )
 
     def at(self, samples: int) -> Position:
         return {"samples": samples, "grain": None}
@@ -334,11 +358,11 @@ class ResidentFeed(Feed):
         return self._named.ids(samples - self._batch_size, samples)
 
     def close(self) -> None:
-        self._iterator.close()
+        self._blocks.close()
 
     def _next_block(self) -> Any:
         if not len(self._ahead):
-            self._ahead = next(self._iterator)
+            self._ahead = next(self._blocks)
         indices = self._ahead[: self._block_samples]
         self._ahead = self._ahead[self._block_samples :]
 
@@ -348,7 +372,7 @@ class ResidentFeed(Feed):
 
 
 class PositionedBlocks:
-    """Grain's random-access source of whole blocks: one vectorized read each."""
+    """Whole blocks by position, one vectorized read each."""
 
     def __init__(
         self,
@@ -360,17 +384,17 @@ class PositionedBlocks:
         self.read = read
         self.start = start
         self.block_samples = block_samples
-        self.blocks = blocks
+        self.blocks_left = blocks
 
-    def __len__(self) -> int:
-        return ENDLESS if self.blocks is None else self.blocks
-
-    def __getitem__(self, index: Any) -> Any:
-        start = self.start + int(index) * self.block_samples
-        return self.read(start, start + self.block_samples)
-
-    def __repr__(self) -> str:
-        return f"blocks of {self.block_samples} samples"
+    def decide(self) -> partial[Any]:
+        """Return what reads the next block; raise StopIteration after the last one."""
+        if self.blocks_left is not None:
+            if not self.blocks_left:
+                raise StopIteration
+            self.blocks_left -= 1
+        start = self.start
+        self.start += self.block_samples
+        return partial(self.read, start, self.start)
 
 
 def check_rows(
@@ -404,14 +428,3 @@ def reading() -> pointing_at_user:
         where="Recipe.train",
         kind=DataError,
     )
-
-
-def _in_a_thread(blocks: grain.MapDataset, block_bytes: int) -> Any:
-    """Iterate blocks that one thread reads ahead."""
-    depth = np.clip(
-        PREFETCHED_BYTES // max(1, block_bytes),
-        FEWEST_PREFETCHED_BLOCKS,
-        MOST_PREFETCHED_BLOCKS,
-    )
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=int(depth))
-    return iter(blocks.to_iter_dataset(options))

@@ -17,6 +17,7 @@ class GrainByPosition:
     """A `grain.MapDataset` of pairs (inputs, targets) as an endless sequence."""
 
     checked_when_read = True
+    many_may_read = True  # as Grain's own threads do
 
     def __init__(
         self,

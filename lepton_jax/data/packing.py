@@ -27,7 +27,15 @@ import numpy as np
 
 from lepton_jax.data.arrays import aligned_empty
 from lepton_jax.data.rows import Rows, lengths
-from lepton_jax.data.streams import Draw, Stream, Test, fields
+from lepton_jax.data.shuffling import mixed_keys
+from lepton_jax.data.streams import (
+    NO_PADDING,
+    Draw,
+    Padding,
+    Stream,
+    Test,
+    fields,
+)
 from lepton_jax.errors import DataError
 
 # Documents that are measured beyond those that a row is expected to need. Assumption:
@@ -134,6 +142,19 @@ class PackDraw:
     ) -> np.ndarray:
         raise AssertionError("rows are not filtered")
 
+    def keys(self) -> np.ndarray:
+        """Return a key for each row, by its first document and the place in it."""
+        firsts = [row[0] for row in self._pieces(0)]
+        documents = np.array([piece.document for piece in firsts], np.int64)
+        starts = np.array([piece.start for piece in firsts], np.int64)
+        return mixed_keys(self.documents.take(documents).keys(), starts)
+
+    def ranks(self) -> np.ndarray | None:
+        return None
+
+    def padding(self) -> Padding:
+        return NO_PADDING
+
     def _pieces(self, beyond: int) -> list[list[Piece]]:
         """Return the pieces of each row and of `beyond` tokens after it."""
         stops = self.starts + self.form.length + beyond
@@ -220,6 +241,7 @@ class PackStream:
     def __init__(self, stream: Stream, form: RowForm):
         self.stream = stream
         self.form = form
+        self.hints = stream.hints
         self._used = 0  # tokens of the next document that earlier rows had
         # ends of the next documents that have been measured, from the next one's start
         self._ends = np.empty(0, np.int64)

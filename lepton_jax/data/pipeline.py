@@ -11,19 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from lepton_jax.data.arrays import Pair
+from lepton_jax.data.augmenting import AugmentStream
+from lepton_jax.data.budget import Budget
+from lepton_jax.data.columns import Columns, Decode
+from lepton_jax.data.disk_cache import DiskCache
+from lepton_jax.data.fitting import FitForm, FitStream
+from lepton_jax.data.indexed import Indexed
+from lepton_jax.data.memory import HeldGroups
 from lepton_jax.data.mixing import proportions
 from lepton_jax.data.packing import PackStream, RowForm
+from lepton_jax.data.pictures import Picture, PictureFiles, files_of_classes
 from lepton_jax.data.rows import Function, Rows, described
-from lepton_jax.data.shuffling import Order
+from lepton_jax.data.shards import Shards
+from lepton_jax.data.shuffling import Order, key_of
 from lepton_jax.data.sources import checked, reader
 from lepton_jax.data.streams import (
+    Draw,
     FilterStream,
+    Hint,
     MapStream,
     MixStream,
     SourceStream,
@@ -35,10 +47,20 @@ from lepton_jax.errors import DataError, of_a_library
 
 @dataclass
 class _Opening:
-    """The order and the names that sources share when they are opened."""
+    """What the sources share when they are opened.
+
+    Attributes:
+      seed: of the order.
+      shuffle: whether it is random.
+      held: what is in memory of samples on a disk.
+      sources: how many there are.
+      names: those of the sources that are open.
+    """
 
     seed: int
     shuffle: bool
+    held: HeldGroups
+    sources: int
     names: set[str] = field(default_factory=set)
 
 
@@ -49,8 +71,28 @@ class Dataset:
     """
 
     is_sequential = True  # read in order, as its position is more than a number
-    epoch_samples = None  # there is no end
     is_packed = False
+    is_augmented = False
+
+    @property
+    def parts(self) -> list[Dataset]:
+        """The data sets that this one is made of."""
+        return []
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples of an epoch, if they lie on a disk and all are used; else None."""
+        return None
+
+    @property
+    def budget(self) -> Budget:
+        """Threads and memory that reading takes at most."""
+        return self.parts[0].budget if self.parts else Budget.of_this_machine()
+
+    @property
+    def sources(self) -> int:
+        """How many sources there are."""
+        return sum(part.sources for part in self.parts) if self.parts else 1
 
     def filter(
         self,
@@ -80,6 +122,7 @@ class Dataset:
                 where="filter",
                 remedy="filter the documents: .filter(...).pack(...)",
             )
+        _refuse_augmented(self, "filter")
         return _Filter(self, _function(predicate, batched, "filter"))
 
     def map(
@@ -100,26 +143,72 @@ class Dataset:
         """
         return _Map(self, _function(function, batched, "map"))
 
+    def augment(
+        self,
+        function: Callable[..., Any],
+        *,
+        batched: bool = False,
+    ) -> Dataset:
+        """Change each sample at random: in the same way whenever it is read.
+
+        What is random depends on the recipe's seed and the sample's source, epoch and
+        index: not on hosts, threads, the batch, or where a run was resumed.
+
+        Args:
+          function: of (random, inputs, targets), where `random` is a NumPy generator of
+            this sample's own; it returns what `map`'s function does. Threads call it.
+          batched: give it many samples at once, and in place of the generator their
+            keys, uint64 (samples,), for `lepton_jax.data.uniform`. Much faster.
+        """
+        return _Augment(self, _function(function, batched, "augment"))
+
+    def within(
+        self,
+        *,
+        memory: int | None = None,
+        workers: int | None = None,
+    ) -> Dataset:
+        """Set how much reading may take; how much it does take, it finds by itself.
+
+        Args:
+          memory: bytes of blocks that are read ahead, and of samples that are held;
+            None: an eighth of the machine's, at most 4 GiB.
+          workers: threads; None: one for each core.
+
+        Raises:
+          DataError: a number is below 1.
+        """
+        return _Within(self, self.budget.with_(memory, workers))
+
     def pack(
         self,
         length: int,
         *,
         end: int | None = None,
         segments: bool = False,
+        fit: Literal["cut", "first", "best"] = "cut",
     ) -> Dataset:
         """Pack documents into rows of `length` tokens.
 
         A row has inputs and targets, int32 (length,) each; the targets are the inputs'
-        next tokens. The documents are written one after the other and cut every
-        `length` tokens, so each token is an input once and a target once, and nothing
-        is padded. A row's last target is the first input of the next.
+        next tokens. By default the documents are written one after the other and cut
+        every `length` tokens, so each token is an input once and a target once, and
+        nothing is padded. A row's last target is the first input of the next.
+
+        With `fit`, documents stay whole, unless they are longer than a row, and the
+        rest of a row is padding: its targets are -1, which
+        `lepton_jax.losses.padded_cross_entropy` leaves out.
 
         Args:
           length: tokens of a row.
           end: a token written after each document, such as a tokenizer's end of text.
+            With `fit` it is the last target of each and fills the inputs.
           segments: make the inputs a dict of int32 (length,): "tokens"; "segments", the
             number of the document in the row, from 1; and "positions" in the document,
-            or in the part of it that the row begins with, from 0.
+            or in the part of it that the row begins with, from 0. Both are 0 for
+            padding.
+          fit: "cut", or the row that a document goes to: the "first" with room for it,
+            or the "best", in which it leaves least.
 
         Raises:
           DataError: the length is below 2, or rows are packed already. Later, in
@@ -131,10 +220,19 @@ class Dataset:
                 where="pack",
                 remedy="pack the documents once",
             )
+        _refuse_augmented(self, "pack")
         length = _whole("length", length, least=2)
         if end is not None:
             end = _whole("end", end, least=0)
-        return _Pack(self, length, end, bool(segments))
+        if fit == "cut":
+            return _Pack(self, length, end, bool(segments))
+        if fit not in ("first", "best"):
+            raise DataError(
+                f"fit is {fit!r}",
+                where="pack",
+                remedy='give "cut", "first" or "best"',
+            )
+        return _Fit(self, FitForm(length, end, bool(segments), fit))
 
     def _open(
         self,
@@ -153,7 +251,7 @@ class Source(Dataset):
     Attributes:
       data: a pair of arrays (inputs, targets), or an `Arrays`; a `grain.MapDataset` of
         pairs, or of documents; a list of documents (vectors of token ids), or a
-        `Documents`.
+        `Documents`; samples on a disk (`shards` and `pictures` make such sources).
       name: in the samples' identifiers and for the order. None: the names that mixtures
         give it, joined by "/", or "data".
 
@@ -191,19 +289,36 @@ class Source(Dataset):
             )
         opening.names.add(name)
 
-        order = Order(
-            len(self.data),
-            opening.seed,
+        return SourceStream(
             name,
-            opening.shuffle,
+            reader(self.data, name, opening.held),
+            self._order(opening, name),
+            key_of(opening.seed, f"{name}/augment"),
         )
-        return SourceStream(name, reader(self.data, name), order)
+
+    def _order(
+        self,
+        opening: _Opening,
+        name: str,
+    ) -> Any:
+        order = opening.seed, name, opening.shuffle
+        if isinstance(self.data, Indexed):
+            return self.data.order(*order, opening.sources)
+        return Order(len(self.data), *order)
+
+    @property
+    def epoch_samples(self) -> int | None:
+        return len(self.data) if isinstance(self.data, Indexed) else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Filter(Dataset):
     dataset: Dataset
     function: Function
+
+    @property
+    def parts(self) -> list[Dataset]:
+        return [self.dataset]
 
     def __repr__(self) -> str:
         return f"{self.dataset!r}.filter({self.function.name})"
@@ -217,16 +332,70 @@ class _Filter(Dataset):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Map(Dataset):
-    dataset: Dataset
-    function: Function
+class _Each(Dataset):
+    """A data set with as many samples as another, one for each of its."""
 
-    def __repr__(self) -> str:
-        return f"{self.dataset!r}.map({self.function.name})"
+    dataset: Dataset
+
+    @property
+    def parts(self) -> list[Dataset]:
+        return [self.dataset]
 
     @property
     def is_packed(self) -> bool:  # type: ignore[override]
         return self.dataset.is_packed
+
+    @property
+    def is_augmented(self) -> bool:  # type: ignore[override]
+        return self.dataset.is_augmented
+
+    @property
+    def epoch_samples(self) -> int | None:
+        return self.dataset.epoch_samples
+
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
+        return self.dataset._open(opening, path)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Within(_Each):
+    limits: Budget
+
+    def __repr__(self) -> str:
+        limits = f"memory={self.limits.memory}, workers={self.limits.workers}"
+        return f"{self.dataset!r}.within({limits})"
+
+    @property
+    def budget(self) -> Budget:
+        return self.limits
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Augment(_Each):
+    function: Function
+    is_augmented = True
+
+    def __repr__(self) -> str:
+        return f"{self.dataset!r}.augment({self.function.name})"
+
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
+        return AugmentStream(self.dataset._open(opening, path), self.function)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Map(_Each):
+    function: Function
+
+    def __repr__(self) -> str:
+        return f"{self.dataset!r}.map({self.function.name})"
 
     def _open(
         self,
@@ -243,6 +412,10 @@ class _Pack(Dataset):
     end: int | None
     segments: bool
     is_packed = True
+
+    @property
+    def parts(self) -> list[Dataset]:
+        return [self.dataset]
 
     def __repr__(self) -> str:
         end = "" if self.end is None else f", end={self.end}"
@@ -266,9 +439,41 @@ class _Pack(Dataset):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class _Fit(Dataset):
+    dataset: Dataset
+    form: FitForm
+    is_packed = True
+
+    @property
+    def parts(self) -> list[Dataset]:
+        return [self.dataset]
+
+    def __repr__(self) -> str:
+        form = self.form
+        end = "" if form.end is None else f", end={form.end}"
+        segments = ", segments=True" if form.segments else ""
+        return f"{self.dataset!r}.pack({form.length}{end}{segments}, fit={form.fit!r})"
+
+    def _open(
+        self,
+        opening: _Opening,
+        path: str,
+    ) -> Stream:
+        return FitStream(self.dataset._open(opening, path), self.form)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class _Mix(Dataset):
     datasets: Mapping[str, Dataset]
     weights: list[int]
+
+    @property
+    def parts(self) -> list[Dataset]:
+        return list(self.datasets.values())
+
+    @property
+    def is_augmented(self) -> bool:  # type: ignore[override]
+        return any(dataset.is_augmented for dataset in self.datasets.values())
 
     def __repr__(self) -> str:
         weights = dict(
@@ -345,7 +550,14 @@ class Samples:
         shuffle: bool,
     ):
         self._order = {"seed": int(seed), "shuffle": bool(shuffle)}
-        self._stream = dataset._open(_Opening(int(seed), bool(shuffle)), "")
+        self.held = HeldGroups(dataset.budget.memory // 2)
+        opening = _Opening(
+            int(seed),
+            bool(shuffle),
+            self.held,
+            dataset.sources,
+        )
+        self._stream = dataset._open(opening, "")
         self._position = 0
 
         first = self._stream.peek(1).read()
@@ -359,6 +571,7 @@ class Samples:
                 ),
             )
         self._first: Pair = first
+        self.sample_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
         self._beginning = self._stream.state()
 
     def take(
@@ -382,24 +595,65 @@ class Samples:
         Raises:
           DataError: the samples differ from the first one in shape or dtype.
         """
-        draw = self._stream.peek(count)
-        which = np.arange(count) if wanted is None else np.asarray(wanted, np.int64)
+        draw = self._arranged(count)
+        rows = self.read(draw, wanted, self._position)
+        self._consume(count)
+        return rows, draw.identifiers()
+
+    def draw(self, count: int) -> Draw:
+        """Consume `count` samples without reading them; see `read`."""
+        draw = self._arranged(count)
+        self._consume(count)
+        return draw
+
+    def read(
+        self,
+        draw: Draw,
+        wanted: Any,
+        position: int,
+    ) -> Pair:
+        """Read samples that were drawn. Several threads may do so at once.
+
+        Args:
+          draw: of `draw`.
+          wanted: which of them, as in `take`.
+          position: samples that were consumed before them, for messages.
+
+        Raises:
+          DataError: as `take`.
+        """
+        which = np.arange(len(draw)) if wanted is None else np.asarray(wanted, np.int64)
         rows = draw.take(which).read() if len(which) else self._no_rows()
         assert isinstance(rows, tuple)
 
         expected = described(self._first)
         if described(rows) != expected:
             raise DataError(
-                f"the first sample is {expected}; samples after {self._position} are"
+                f"the first sample is {expected}; samples after {position} are"
                 f" {described(rows)}",
                 where="data set",
                 remedy="give all samples one shape and dtype",
             )
+        return rows
 
-        identifiers = draw.identifiers()
+    def hints(self) -> list[Hint]:
+        """Return row groups that had better be read soon, for the threads that read."""
+        return self._stream.hints()
+
+    def skip(self, count: int) -> None:
+        """Consume samples of a data set that has epochs, without looking at them."""
+        self._consume(count)
+
+    def _arranged(self, count: int) -> Draw:
+        draw = self._stream.peek(count)
+        ranks = draw.ranks()
+        if ranks is None:
+            return draw
+        return draw.take(np.argsort(ranks, kind="stable"))
+
+    def _consume(self, count: int) -> None:
         self._stream.advance(count)
         self._position += count
-        return rows, identifiers
 
     def state(self) -> dict[str, Any]:
         """Return the position of the next sample to be consumed.
@@ -462,12 +716,94 @@ def open_stream(
     return Samples(dataset, seed, shuffle)
 
 
+def shards(
+    folder: Any,
+    split: str | None = None,
+    *,
+    inputs: Columns | None = None,
+    target: Columns | None = None,
+    decode: Mapping[str, Decode] | None = None,
+    cache: DiskCache | None = None,
+    name: str | None = None,
+) -> Source:
+    """Open a folder of prepared shards, Parquet or ArrayRecord.
+
+    If the recipe shuffles, row groups are put in a random order and the samples of some
+    groups are mixed, so that each group is read once an epoch (`data/windows.py`).
+
+    Args:
+      folder: the shards, or what preparation gave for them. Without the manifest that
+        preparation writes, a split is the files in its folder, or those whose names
+        begin with it.
+      split: "train", "test", ...; None: all.
+      inputs: the columns of a sample's inputs: a name; a list of names, whose numbers
+        stand side by side in one array; or a dict of either, by the model's arguments.
+        None: those of the manifest, or all columns but the target's.
+      target: the same of its targets; None: that of the manifest, or the inputs are
+        documents, to be packed.
+      decode: by column, a function from a cell's bytes to an array, such as `Picture`.
+      cache: where files are copied to when they are first read.
+      name: in the samples' identifiers, as in `Source`.
+
+    Raises:
+      DataError: there are no such shards or columns, or PyArrow is not installed.
+    """
+    folder = Path(getattr(folder, "folder", folder))
+    data = Shards(folder, split, inputs, target, decode or {}, cache)
+    return Source(data, name)
+
+
+def pictures(
+    folder: str | Path,
+    height: int,
+    width: int,
+    *,
+    channels: Literal[1, 3, 4] = 3,
+    fit: Literal["stretch", "crop"] = "stretch",
+    classes: list[str] | None = None,
+    name: str | None = None,
+) -> Source:
+    """Open a folder of pictures that has a folder for each class.
+
+    Samples are (pixels uint8 (height, width, channels), number of the class int32).
+    Threads decode the files when they are read.
+
+    Args:
+      folder: the classes' folders.
+      height: of the pixels.
+      width: of the pixels.
+      channels: 1 (grey), 3 or 4 (with opacity).
+      fit: "stretch", or "crop" around the middle to the aspect ratio.
+      classes: the folders' names, in the order of their numbers; None: all, sorted.
+      name: in the samples' identifiers, as in `Source`.
+
+    Raises:
+      DataError: there are no pictures, or Pillow is not installed.
+    """
+    files, labels, _ = files_of_classes(Path(folder), classes)
+    decode = Picture(height, width, channels, fit)
+    data = PictureFiles(files, labels, decode, f"pictures({str(folder)!r})")
+    return Source(data, name)
+
+
 def sample(dataset: Dataset) -> Pair:
     """Return the first sample in the data's own order, batch dim first.
 
     It is for taking shapes from; no position moves.
     """
     return open_stream(dataset)._first
+
+
+def _refuse_augmented(
+    dataset: Dataset,
+    where: str,
+) -> None:
+    if dataset.is_augmented:
+        raise DataError(
+            f"what is augmented can't go through {where}: chance would choose",
+            where=where,
+            remedy=f"augment last: .{where}(...).augment(...)",
+        )
 
 
 def _function(

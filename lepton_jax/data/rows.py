@@ -27,7 +27,7 @@ class Function:
     Attributes:
       function: of (inputs, targets), or of (tokens) for a document.
       batched: whether it takes rows instead.
-      kind: "filter" or "map", for messages.
+      kind: "filter", "map" or "augment", for messages.
       name: its name, for messages.
       where: file and line, for messages.
     """
@@ -58,9 +58,18 @@ class Function:
                 )
         return np.array(results, bool)
 
-    def maps(self, rows: Rows) -> Rows:
-        """Apply the function to the rows; there must be as many afterwards."""
-        results = self._call(rows)
+    def maps(
+        self,
+        rows: Rows,
+        keys: np.ndarray | None = None,
+    ) -> Rows:
+        """Apply the function to the rows; there must be as many afterwards.
+
+        Args:
+          rows: the samples.
+          keys: of each, uint64 (count,), for a function that augments them.
+        """
+        results = self._call(rows, keys)
         if not self.batched:
             results = self._stacked(results)
 
@@ -87,7 +96,11 @@ class Function:
             )
         return mapped
 
-    def _call(self, rows: Rows) -> Any:
+    def _call(
+        self,
+        rows: Rows,
+        keys: np.ndarray | None = None,
+    ) -> Any:
         """Return the function's result, or a list of one for each sample."""
         expected = "compare what the function expects with the samples' shapes and"
         with pointing_at_user(
@@ -96,11 +109,16 @@ class Function:
             where=self.where,
             kind=DataError,
         ):
-            if not self.batched:
+            if self.batched:
+                first = () if keys is None else (keys,)
+                arguments = (rows,) if isinstance(rows, list) else rows
+                return self.function(*first, *arguments)
+            if keys is None:
                 return [self.function(*arguments) for arguments in samples(rows)]
-            if isinstance(rows, list):
-                return self.function(rows)
-            return self.function(*rows)
+            return [
+                self.function(_generator(key), *arguments)
+                for key, arguments in zip(keys.tolist(), samples(rows), strict=True)
+            ]
 
     def _checked_mask(
         self,
@@ -130,6 +148,10 @@ class Function:
                 remedy="return a pair (inputs, targets) for each",
             )
         return stacked(results, self.role, self.where)
+
+
+def _generator(key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def _is_pair(result: Any) -> bool:

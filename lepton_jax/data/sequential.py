@@ -1,73 +1,114 @@
-"""A `Dataset` as a feed: one thread reads it in order; its position is a state."""
+"""A `Dataset` as a feed: threads read it ahead of its use; its position is a state.
+
+One thread at a time draws the samples of the next block, in order, which reads nothing;
+then it reads them while another one draws the next (`readahead.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 
 from lepton_jax.data.arrays import Pair
-from lepton_jax.data.feed import ENDLESS, Feed, FeedSpec, Position, Share, check_rows
+from lepton_jax.data.feed import Feed, FeedSpec, Position, Share, check_rows
 from lepton_jax.data.pipeline import Dataset, open_stream
+from lepton_jax.data.readahead import Readahead
+from lepton_jax.data.streams import Draw, Hint, Padding
 
-# Batches whose positions and identifiers are kept: more than are on their way to the
-# devices. Assumption.
-BATCHES_REMEMBERED = 4096
+# Blocks whose positions and identifiers are kept: more than are on their way to the
+# devices, which `train/loop.py` limits to 8 calls. Assumption.
+BLOCKS_REMEMBERED = 64
 
-BLOCKS_AHEAD = 2  # that the thread reads; assumption: two hide the time of one read
+
+class Drawn(NamedTuple):
+    """A batch that is drawn, and perhaps not read.
+
+    Attributes:
+      draw: its samples.
+      before: samples consumed before it.
+      state: the position after it.
+    """
+
+    draw: Draw
+    before: int
+    state: Position
+
+    @property
+    def after(self) -> int:
+        """Samples consumed once it is."""
+        return self.before + len(self.draw)
 
 
 class StepBatches(NamedTuple):
-    """The batches of one block, as the reading thread hands them over.
+    """The batches of one block, as a thread hands them over.
 
     Attributes:
       rows: (inputs, targets) on the devices.
-      states: the position after each batch, by the samples consumed until then.
-      ids: the identifiers of each batch's samples, by the same number.
+      batches: what they were made of.
     """
 
     rows: Any
-    states: dict[int, Position]
-    ids: dict[int, list[str]]
+    batches: Sequence[Drawn]
 
 
 class SequentialFeed(Feed):
-    """A `Dataset`, read by a thread of Grain's ahead of its use."""
+    """A `Dataset`, read by threads ahead of its use."""
 
     def __init__(self, data: Dataset, spec: FeedSpec):
         super().__init__(spec.start, spec.block_samples)
         saved = spec.saved("stream")
-        assert spec.start == 0 or saved is not None, (
+        assert spec.start == 0 or saved is not None or data.epoch_samples, (
             "the position of a data set that is read in order is its state"
         )
-        source = SequentialBlocks(data, spec, saved)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=BLOCKS_AHEAD)
-        blocks = grain.MapDataset.source(source).to_iter_dataset(options)
-        self._iterator = iter(blocks)
+        blocks = SequentialBlocks(data, spec, saved)
+        half = data.budget.memory // 2  # the other half holds samples: `Samples.held`
+        self._blocks: Readahead[StepBatches] = Readahead(
+            blocks.decide,
+            replace(data.budget, memory=half),
+            blocks.block_bytes,
+        )
         self._states: dict[int, Position] = {spec.start: saved or {}}
-        self._ids: dict[int, list[str]] = {}
+        self._draws: dict[int, Draw] = {}
+        self._remembered = BLOCKS_REMEMBERED * spec.steps
+        self._padding = Padding(0, 0)
+        self._held = blocks.stream.held
 
     def at(self, samples: int) -> Position:
         stream = self._states[samples]
         return {"samples": samples, "grain": None, "stream": stream}
 
     def names(self, samples: int) -> list[str]:
-        return self._ids[samples]
+        return self._draws[samples].identifiers()
+
+    def measured(self) -> dict[str, float]:
+        measured = self._blocks.tuning.measured()
+        measured["bytes"] += self._held.bytes
+        padded, total = self._padding
+        if total:
+            measured["padding"] = padded / total
+        return measured
 
     def close(self) -> None:
-        self._iterator.close()
+        self._blocks.close()
 
     def _next_block(self) -> Any:
-        batches = next(self._iterator)
-        _remember(self._states, batches.states)
-        _remember(self._ids, batches.ids)
-        return batches.rows
+        block = next(self._blocks)
+        for batch in block.batches:
+            self._states[batch.after] = batch.state
+            self._draws[batch.after] = batch.draw
+            self._padding = _sum(self._padding, batch.draw.padding())
+        _forget(self._states, self._remembered)
+        _forget(self._draws, self._remembered)
+        return block.rows
 
 
 class SequentialBlocks:
-    """Grain's source of a `Dataset`'s blocks, which asks for number 0, 1, 2, ...
+    """The blocks of a `Dataset`, one after the other.
 
     Args:
       data: what to read.
@@ -83,52 +124,78 @@ class SequentialBlocks:
     ):
         self.stream = open_stream(data, spec.seed, spec.shuffle)
         self.stream.restore(saved)
+        if not saved and spec.start:
+            self.stream.skip(spec.start)
         self.share: Share = spec.share()
         self.limits = spec.limits
         self.batch_size = spec.batch_size
         self.steps = spec.steps
-        self.blocks = spec.blocks
+        self.blocks_left = spec.blocks
         self.consumed = spec.start
-        self._next = 0
 
-    def __len__(self) -> int:
-        return ENDLESS if self.blocks is None else self.blocks
+        own_samples = len(self.share.rows) * spec.steps
+        self.block_bytes = self.stream.sample_bytes * own_samples
 
-    def __getitem__(self, index: Any) -> StepBatches:
-        assert index == self._next, (
-            f"block {index} is asked for after block {self._next - 1}"
-        )
-        self._next += 1
+    def decide(self) -> partial[StepBatches]:
+        """Draw the next block; return what reads it."""
+        if self.blocks_left is not None:
+            if not self.blocks_left:
+                raise StopIteration
+            self.blocks_left -= 1
 
         batches = []
-        states = {}
-        ids = {}
         for _ in range(self.steps):
-            rows, batch_ids = self.stream.take(self.batch_size, self.share.rows)
-            own_ids = [batch_ids[row] for row in self.share.rows]
-            check_rows(self.limits, rows, own_ids)
+            draw = self.stream.draw(self.batch_size)
+            batches.append(Drawn(draw, self.consumed, self.stream.state()))
             self.consumed += self.batch_size
-            batches.append(rows)
-            states[self.consumed] = self.stream.state()
-            ids[self.consumed] = batch_ids
+        return partial(self._read, batches, self.stream.hints())
 
-        block = batches[0] if self.steps == 1 else _concatenated(batches)
-        return StepBatches(
-            jax.tree.map(self.share.put, block),
-            states,
-            ids,
-        )
+    def _read(
+        self,
+        batches: Sequence[Drawn],
+        hints: Sequence[Hint],
+    ) -> StepBatches:
+        parts = [self._read_batch(batch) for batch in batches]
+        block = parts[0] if self.steps == 1 else _concatenated(parts)
+        on_devices = jax.tree.map(self.share.put, block)
+        for hint in hints:
+            hint.reader.hold(self._own(hint))
+        return StepBatches(on_devices, batches)
 
-    def __repr__(self) -> str:
-        return f"blocks of {self.steps} batches of {self.batch_size} samples"
+    def _read_batch(self, batch: Drawn) -> Pair:
+        rows = self.stream.read(batch.draw, self.share.rows, batch.before)
+        if self.limits:
+            names = batch.draw.take(self.share.rows).identifiers()
+            check_rows(self.limits, rows, names)
+        return rows
+
+    def _own(self, hint: Hint) -> np.ndarray:
+        """Return the row groups that this host's rows will mostly be of.
+
+        A batch is arranged by row group, so its rows' share of the batch is their
+        share of the groups.
+        """
+        first = self.share.rows[0] / self.batch_size
+        stop = (self.share.rows[-1] + 1) / self.batch_size
+        is_own = (hint.ranks < stop) & (hint.ranks + hint.width > first)
+        return hint.groups[is_own]
+
+
+def _sum(
+    left: Padding,
+    right: Padding,
+) -> Padding:
+    return Padding(left.padded + right.padded, left.total + right.total)
 
 
 def _concatenated(batches: list[Pair]) -> Pair:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 
-def _remember(known: dict[int, Any], fresh: dict[int, Any]) -> None:
-    """Add what belongs to fresh batches, and forget what belongs to old ones."""
-    known |= fresh
-    for samples in list(known)[: -BATCHES_REMEMBERED - len(fresh)]:
+def _forget(
+    known: dict[int, Any],
+    most: int,
+) -> None:
+    """Forget what belongs to batches from long ago."""
+    for samples in list(known)[:-most]:
         del known[samples]

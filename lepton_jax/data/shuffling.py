@@ -55,8 +55,7 @@ class Order:
     ):
         self.samples = samples
         self.shuffle = shuffle
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        self._key = int.from_bytes(digest[:8], "big")
+        self._key = key_of(seed, name)
 
         # whole epochs that have been sorted, from epoch `_first` on
         self._first = 0
@@ -129,29 +128,91 @@ class Order:
         epoch: int,
     ) -> np.ndarray:
         """Send the offsets of an epoch through the network until all are samples."""
-        bits = (self.samples - 1).bit_length()
-        low_bits = bits // 2
-        high_mask = np.uint64(2 ** (bits - low_bits) - 1)
-        low_mask = np.uint64(2**low_bits - 1)
-        shift = np.uint64(low_bits)
         keys = self._words(epoch * ROUNDS + np.arange(ROUNDS))
-
-        words = offsets.astype(np.uint64)
-        outside = np.arange(len(offsets))  # places of the words that are no samples yet
-        while len(outside):
-            high = words[outside] >> shift
-            low = words[outside] & low_mask
-            for i in range(0, ROUNDS, 2):
-                high ^= _mixed(low ^ keys[i]) & high_mask
-                low ^= _mixed(high ^ keys[i + 1]) & low_mask
-            words[outside] = high << shift | low
-            outside = outside[words[outside] >= self.samples]
-        return words.astype(np.int64)
+        return scattered(offsets, self.samples, keys)
 
     def _words(self, numbers: np.ndarray) -> np.ndarray:
         """Return a random word for each number, by this order's key."""
-        steps = numbers.astype(np.uint64) * np.uint64(_GOLDEN)
-        return _mixed(steps + np.uint64(self._key))
+        return words(self._key, numbers)
+
+
+def key_of(seed: int, name: str) -> int:
+    """Return the key of a source's orders, 64 bits."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def words(key: int, numbers: np.ndarray) -> np.ndarray:
+    """Return a random word for each number: uint64, of the numbers' shape."""
+    steps = numbers.astype(np.uint64) * np.uint64(_GOLDEN)
+    return _mixed(steps + np.uint64(key))
+
+
+def mixed_keys(
+    keys: np.ndarray,
+    numbers: np.ndarray,
+) -> np.ndarray:
+    """Return other keys, by keys and a number each: uint64, of their shape."""
+    return _mixed(keys + numbers.astype(np.uint64) * np.uint64(_GOLDEN))
+
+
+def uniform(
+    keys: np.ndarray,
+    count: int,
+) -> np.ndarray:
+    """Return random numbers from 0 to below 1 by the keys of samples.
+
+    It is for functions that augment a batch at once; each sample's numbers depend on
+    its own key alone.
+
+    >>> uniform(np.array([1, 2], np.uint64), 3).shape
+    (2, 3)
+
+    Args:
+      keys: of the samples, uint64 (n,).
+      count: numbers for each sample.
+
+    Returns:
+      float32 (n, count).
+    """
+    numbers = np.arange(1, count + 1, dtype=np.uint64)[None]
+    random = mixed_keys(keys[:, None], numbers)
+    # the 24 bits that a float32's fraction holds
+    return (random >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+
+
+def scattered(
+    offsets: np.ndarray,
+    size: int,
+    keys: np.ndarray,
+) -> np.ndarray:
+    """Send numbers through a permutation of 0 to `size` - 1.
+
+    Args:
+      offsets: from 0 to size - 1, int64 (n,).
+      size: of the permutation, at least 1.
+      keys: of the Feistel network's rounds, uint64 (ROUNDS,).
+
+    Returns:
+      where each goes, int64 (n,).
+    """
+    bits = (size - 1).bit_length()
+    low_bits = bits // 2
+    high_mask = np.uint64(2 ** (bits - low_bits) - 1)
+    low_mask = np.uint64(2**low_bits - 1)
+    shift = np.uint64(low_bits)
+
+    numbers = offsets.astype(np.uint64)
+    outside = np.arange(len(offsets))  # places of those that are not below `size` yet
+    while len(outside):
+        high = numbers[outside] >> shift
+        low = numbers[outside] & low_mask
+        for i in range(0, ROUNDS, 2):
+            high ^= _mixed(low ^ keys[i]) & high_mask
+            low ^= _mixed(high ^ keys[i + 1]) & low_mask
+        numbers[outside] = high << shift | low
+        outside = outside[numbers[outside] >= size]
+    return numbers.astype(np.int64)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

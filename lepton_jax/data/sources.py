@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import grain
 import numpy as np
 
 from lepton_jax.data.arrays import Arrays, from_any
+from lepton_jax.data.indexed import Indexed, IndexedReader
+from lepton_jax.data.memory import HeldGroups
 from lepton_jax.data.rows import Rows, document, stacked
 from lepton_jax.errors import DataError, pointing_at_user
 
@@ -216,12 +218,15 @@ class GrainReader:
         )
 
 
-def checked(data: Any) -> Arrays | Documents | grain.MapDataset:
+Samples: TypeAlias = Arrays | Documents | Indexed | grain.MapDataset
+
+
+def checked(data: Any) -> Samples:
     """Return what a person gave a `Source` as something that `reader` takes.
 
     Args:
       data: a pair of arrays, an `Arrays`, a list of documents, a `Documents`, or a
-        `grain.MapDataset`.
+        `grain.MapDataset`, or samples on a disk.
 
     Raises:
       DataError: it is of another kind, or empty.
@@ -249,18 +254,25 @@ def checked(data: Any) -> Arrays | Documents | grain.MapDataset:
         return data
     if isinstance(data, list):
         return Documents.of(data)
-    if isinstance(data, Documents):
+    if isinstance(data, Documents | Indexed):
         return data
     return from_any(data)
 
 
-def reader(data: Arrays | Documents | grain.MapDataset, name: str) -> Reader:
+def reader(
+    data: Samples,
+    name: str,
+    held: HeldGroups,
+) -> Reader:
     """Return a reader of a source's samples.
 
     Args:
       data: the samples, as `checked` returns them.
       name: of the source, for messages.
+      held: what is in memory of samples on a disk.
     """
+    if isinstance(data, Indexed):
+        return IndexedReader(data, held)
     if isinstance(data, Arrays):
         return ArraysReader(data)
     if isinstance(data, Documents):

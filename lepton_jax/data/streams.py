@@ -15,14 +15,16 @@ goes on with 6.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lepton_jax.data.indexed import IndexedReader, positions_in, spread_evenly
 from lepton_jax.data.mixing import Pattern
 from lepton_jax.data.rows import Function, Rows, described, lengths, merged
-from lepton_jax.data.shuffling import Order
+from lepton_jax.data.shuffling import Order, words
 from lepton_jax.data.sources import Reader
+from lepton_jax.data.windows import WindowOrder
 from lepton_jax.errors import DataError
 
 # Assumptions: large enough that NumPy's calls cost little, small enough to be quick.
@@ -30,6 +32,9 @@ READ_AT_ONCE = 256  # samples that are read together only to decide something by
 LOOKED_AT = 128  # samples at least that a filter looks at together
 LOOKED_AHEAD = 4  # times as many as are wanted
 FRUITLESS = 4096  # samples none of which is kept, after which all are looked at
+
+DIGEST_SHOWN = 16  # digits of a content's digest in a position; assumption
+INDEX_BITS = 40  # of the number that a sample's key is made of; its epoch comes above
 
 # The key under which a test's results are remembered, and the test.
 Test = tuple[Any, Callable[[Rows], np.ndarray]]
@@ -64,6 +69,49 @@ class Draw(Protocol):
           integers or booleans (count,).
         """
 
+    def keys(self) -> np.ndarray:
+        """Return a random number for each sample by (seed, source, epoch, index).
+
+        Returns:
+          uint64 (count,).
+        """
+
+    def ranks(self) -> np.ndarray | None:
+        """Return numbers from 0 to below 1 by which a batch's samples are arranged.
+
+        Where samples lie on a disk, each host then reads a part of a batch that lies
+        together or has its share of the bytes. None: the order is as good as any.
+        """
+
+    def padding(self) -> Padding:
+        """Return how much of the samples is padding."""
+
+
+class Padding(NamedTuple):
+    """Tokens of padding, and tokens in all."""
+
+    padded: int
+    total: int
+
+
+NO_PADDING = Padding(0, 0)
+
+
+class Hint(NamedTuple):
+    """Row groups that had better be read soon.
+
+    Attributes:
+      reader: of them.
+      groups: their numbers.
+      ranks: where their samples begin in the batches to come, as in `Draw.ranks`.
+      width: the share of a batch that one group has.
+    """
+
+    reader: IndexedReader
+    groups: np.ndarray
+    ranks: np.ndarray
+    width: float
+
 
 class Stream(Protocol):
     """Samples in an endless order, at a position."""
@@ -82,6 +130,9 @@ class Stream(Protocol):
 
     def possible(self, tests: Sequence[Test]) -> bool:
         """Whether any sample passes all tests; looks at every sample, if need be."""
+
+    def hints(self) -> list[Hint]:
+        """Return what had better be read, since this was asked last."""
 
 
 class SourceDraw:
@@ -129,21 +180,59 @@ class SourceDraw:
             return known_lengths[self.indices]
         return self.source.measured(key, function, self.indices)
 
+    def keys(self) -> np.ndarray:
+        numbers = (self.epochs << INDEX_BITS) + self.indices
+        return words(self.source.key, numbers)
+
+    def ranks(self) -> np.ndarray | None:
+        return self.source.ranks(self.indices)
+
+    def padding(self) -> Padding:
+        return NO_PADDING
+
 
 class SourceStream:
-    """The samples of one source, epoch after epoch."""
+    """The samples of one source, epoch after epoch.
+
+    Args:
+      name: of the source.
+      reader: of its samples.
+      order: in which they come.
+      key: of the source, that the keys of its samples are made of.
+    """
 
     def __init__(
         self,
         name: str,
         reader: Reader,
-        order: Order,
+        order: Order | WindowOrder,
+        key: int,
     ):
         self.name = name
         self.reader = reader
         self.order = order
+        self.key = key
         self.position = 0
+        self._hinted = 0  # position up to which row groups were hinted at
         self._measured: dict[Any, np.ndarray] = {}
+
+    def ranks(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return the ranks of some samples; see `Draw.ranks`."""
+        if isinstance(self.order, WindowOrder):
+            return positions_in(self.order.groups_of(indices))
+        if isinstance(self.reader, IndexedReader) and self.order.shuffle:
+            sizes = self.reader.data.sizes
+            return None if sizes is None else spread_evenly(sizes[indices])
+        return None
+
+    def hints(self) -> list[Hint]:
+        since = self._hinted
+        self._hinted = self.position
+        if not isinstance(self.order, WindowOrder) or since >= self.position:
+            return []
+        assert isinstance(self.reader, IndexedReader)
+        upcoming = self.order.upcoming(since, self.position - since)
+        return [Hint(self.reader, *upcoming, 1 / self.order.width)]
 
     def peek(self, count: int) -> SourceDraw:
         return SourceDraw(self, *self.order.at(self.position, count))
@@ -151,13 +240,25 @@ class SourceStream:
     def advance(self, count: int) -> None:
         self.position += count
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         samples = len(self.reader)
         epoch, offset = divmod(self.position, samples)
-        return {"epoch": epoch, "offset": offset, "samples": samples}
+        place = {"epoch": epoch, "offset": offset, "samples": samples}
+        return place | self._content()
+
+    def _content(self) -> dict[str, Any]:
+        """Return what must be the same where samples on a disk are read again."""
+        content: dict[str, Any] = {}
+        if isinstance(self.reader, IndexedReader):
+            content["content"] = self.reader.data.digest[:DIGEST_SHOWN]
+        if isinstance(self.order, WindowOrder):
+            content["window"] = self.order.width
+        return content
 
     def restore(self, state: Any) -> None:
-        fields(state, {"epoch", "offset", "samples"}, f"source {self.name!r}")
+        content = self._content()
+        names = {"epoch", "offset", "samples", *content}
+        fields(state, names, f"source {self.name!r}")
         if state["samples"] != len(self.reader):
             raise DataError(
                 f"the source {self.name!r} had {state['samples']} samples when its"
@@ -165,7 +266,19 @@ class SourceStream:
                 where=f"source {self.name!r}",
                 remedy="go on with the same data, or start a new run",
             )
+        for name, value in content.items():
+            if state[name] != value:
+                raise DataError(
+                    f"the {name} of {self.name!r} was {state[name]} when its position"
+                    f" was saved, and is {value} now",
+                    where=f"source {self.name!r}",
+                    remedy=(
+                        "go on with the same files and as many sources, or start a new"
+                        " run"
+                    ),
+                )
         self.position = state["epoch"] * len(self.reader) + state["offset"]
+        self._hinted = self.position
 
     def measured(
         self,
@@ -234,6 +347,15 @@ class MapDraw:
     ) -> np.ndarray:
         return self.draw.measured(key, lambda rows: function(self.function.maps(rows)))
 
+    def keys(self) -> np.ndarray:
+        return self.draw.keys()
+
+    def ranks(self) -> np.ndarray | None:
+        return self.draw.ranks()
+
+    def padding(self) -> Padding:
+        return self.draw.padding()
+
 
 class MapStream:
     """The samples of a stream, to which a function is applied."""
@@ -244,6 +366,7 @@ class MapStream:
         self.advance = stream.advance
         self.state = stream.state
         self.restore = stream.restore
+        self.hints = stream.hints
 
     def peek(self, count: int) -> MapDraw:
         return MapDraw(self.stream.peek(count), self.function)
@@ -263,6 +386,7 @@ class FilterStream:
         self.stream = stream
         self.function = function
         self.state = stream.state
+        self.hints = stream.hints
         self._tried = 1
         self._passed = 1
         self._possible = False
@@ -394,6 +518,28 @@ class MixDraw:
             out[places] = part.measured(key, function)
         return out
 
+    def keys(self) -> np.ndarray:
+        out = np.empty(len(self), np.uint64)
+        for places, part in self._parts_in_use():
+            out[places] = part.keys()
+        return out
+
+    def ranks(self) -> np.ndarray | None:
+        out = np.empty(len(self))
+        has_ranks = False
+        for places, part in self._parts_in_use():
+            ranks = part.ranks()
+            has_ranks = has_ranks or ranks is not None
+            out[places] = positions_in(np.zeros(len(part)) if ranks is None else ranks)
+        return out if has_ranks else None
+
+    def padding(self) -> Padding:
+        counts = [part.padding() for _, part in self._parts_in_use()]
+        return Padding(
+            sum(count.padded for count in counts),
+            sum(count.total for count in counts),
+        )
+
     def _parts_in_use(self) -> list[tuple[np.ndarray, Draw]]:
         """Return the places of each part's samples with the part, if it has any."""
         places = places_of(self.which, len(self.parts))
@@ -465,6 +611,9 @@ class MixStream:
 
     def possible(self, tests: Sequence[Test]) -> bool:
         return any(stream.possible(tests) for stream in self.streams)
+
+    def hints(self) -> list[Hint]:
+        return [hint for stream in self.streams for hint in stream.hints()]
 
     def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(self.names, values, strict=True))

@@ -24,6 +24,10 @@ NARROWEST = 20  # columns of a terminal
 USUAL_WIDTH = 80  # columns of a terminal that does not say how wide it is
 WINDOWS = 20  # over which rates are taken
 
+# Share of the time waiting for data from which on the line says so: the bar that the
+# feed is to keep (docs/data.md).
+SHOWN_WAIT = 0.01
+
 # Of the status in the closing table; every other one is red.
 STATE_COLOURS = {"finished": "green", "interrupted": "yellow"}
 
@@ -34,6 +38,7 @@ class _Window(NamedTuple):
     steps: int
     seconds: float
     samples: int
+    waited: float  # seconds
 
 
 class _Segment(NamedTuple):
@@ -74,6 +79,7 @@ class Progress:
         self._windows: deque[_Window] = deque(maxlen=WINDOWS)
         self._seconds = 0.0
         self._waited = 0.0
+        self._feed: dict[str, float] = {}
         self._train: dict[str, float] = {}
         self._last: dict[str, Any] = {}
         self._evaluations: list[tuple[int, dict[str, Any]]] = []
@@ -134,10 +140,12 @@ class Progress:
                 steps,
                 seconds,
                 event.get("samples") or 0,
+                event.get("data_wait") or 0.0,
             )
         )
         self._seconds += seconds
         self._waited += event.get("data_wait") or 0.0
+        self._feed = event.get("feed") or self._feed
         self._step = last
         for name, values in (event.get("records") or {}).items():
             if values and _is_number(values[-1]):
@@ -290,11 +298,19 @@ class Progress:
         if best:
             at = f"at step {best.step:,}"
             rows["best"] = f"{best.metric} {number(best.value)} {at}"
-        if self._seconds:
-            rows["data wait"] = f"{100 * self._waited / self._seconds:.1f} %"
+        rows |= self._feed_rows()
         folder = event.get("folder") or self._folder
         if folder:
             rows["folder"] = str(folder)
+        return rows
+
+    def _feed_rows(self) -> dict[str, str]:
+        """Return the rows of the closing table that are about the data."""
+        rows = {}
+        if self._seconds:
+            rows["data wait"] = f"{100 * self._waited / self._seconds:.1f} %"
+        if self._feed.get("padding") is not None:
+            rows["padding"] = f"{100 * self._feed['padding']:.1f} %"
         return rows
 
     def _segments(self) -> list[_Segment]:
@@ -340,6 +356,9 @@ class Progress:
         if samples:
             rate = f"{number(samples / seconds, 3)} samples/s"
         segments = [_Segment(4, rate)]
+        waited = sum(window.waited for window in self._windows) / seconds
+        if waited > SHOWN_WAIT:
+            segments.append(_Segment(2, f"waits for data {100 * waited:.0f} %"))
         steps = self._start.get("steps")
         if steps and steps > self._step:
             left = duration((steps - self._step) * seconds / count)

@@ -44,6 +44,8 @@ class Run:
       window_seconds: of all windows of steps.
       wait_seconds: those of them that waited for data.
       samples: of all windows.
+      feed: what reading took and gave in the last window that says so: "workers",
+        "blocks_ahead", "bytes", "padding".
       last: the last step.
     """
 
@@ -61,6 +63,7 @@ class Run:
     window_seconds: float = 0.0
     wait_seconds: float = 0.0
     samples: int = 0
+    feed: dict[str, float] = field(default_factory=dict)
     last: int = 0
 
     @property
@@ -157,6 +160,7 @@ class _Collector:
             run.window_seconds += seconds
             run.wait_seconds += wait or 0.0
             run.samples += event.get("samples") or 0
+        run.feed = event.get("feed") or run.feed
         run.last = last
 
     def _on_evaluation(self, event: Event) -> None:

@@ -245,7 +245,20 @@ def _rate_tiles(run: Run) -> list[Tile]:
     if not rate:
         return []
     remark = f"{wait:.1f} % of the time waiting for data"
-    return [Tile("samples per second", number(rate), remark)]
+    return [Tile("samples per second", number(rate), remark), *_feed_tiles(run.feed)]
+
+
+def _feed_tiles(feed: dict[str, float]) -> list[Tile]:
+    """Return how much was read at once, and how much of the rows was padding."""
+    tiles = []
+    if feed.get("workers"):
+        ahead = f"{feed.get('blocks_ahead', 0):.0f} blocks ahead"
+        held = f"{feed.get('bytes', 0) / 2**20:,.0f} MiB"
+        tiles.append(Tile("reading threads", str(feed["workers"]), f"{ahead}, {held}"))
+    if feed.get("padding") is not None:
+        padding = f"{100 * feed['padding']:.1f} %"
+        tiles.append(Tile("padding", padding, "of the tokens of fitted rows"))
+    return tiles
 
 
 def _compilations_tile(run: Run) -> Tile:

@@ -30,6 +30,9 @@ class History:
       seconds: wall time of the fit, compilations included.
       samples: consumed in training.
       data_wait: seconds that the loop waited for data.
+      window_seconds: seconds that the steps took, which are those that it may wait in:
+        without compilations, evaluations and saves.
+      padding: share of the tokens that were padding, where rows are fitted.
       compilations: of the train step.
       steps: trained.
       folder: the run folder, if there is one.
@@ -44,6 +47,8 @@ class History:
     seconds: float = 0.0
     samples: int = 0
     data_wait: float = 0.0
+    window_seconds: float = 0.0
+    padding: float | None = None
     compilations: int = 0
     folder: Path | None = None
     steps: int = 0
@@ -53,6 +58,11 @@ class History:
     def last(self) -> int:
         """The step of the last record."""
         return self.first + self.steps
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the steps' time that the loop waited for data, 0 to 1."""
+        return self.data_wait / self.window_seconds if self.window_seconds else 0.0
 
     @property
     def records(self) -> dict[str, np.ndarray]:
@@ -127,6 +137,9 @@ class History:
         rate = ""
         if self.seconds:
             rate = f"{self.samples / self.seconds:,.0f} samples/s"
+            rate += f", waited for data {self.data_wait_share:.1%} of the steps' time"
+        if self.padding is not None:
+            rate += f", {self.padding:.1%} padding"
         why = f", {self.reason}" if self.reason else ""
         return f"{self.status}: {self.steps} steps in {self.seconds:.1f} s, {rate}{why}"
 

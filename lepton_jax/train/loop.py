@@ -240,7 +240,7 @@ class Loop:
         while self._pending and not self.halted and self._may_read(everything, due):
             self._read_call(self._pending.popleft())
         if (due or self.halted) and self.records.has_unreported:
-            self.records.report(self.supply.take_waited())
+            self.records.report(self.supply.take_waited(), self.supply.measured())
             if agreement.hosts() == 1:
                 self.state = with_measurements(
                     self.state, **self.records.take_measured()

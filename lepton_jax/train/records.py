@@ -146,11 +146,16 @@ class Records:
         """Whether there are steps in the window."""
         return bool(self._window)
 
-    def report(self, data_wait: float) -> None:
+    def report(
+        self,
+        data_wait: float,
+        feed: Mapping[str, float],
+    ) -> None:
         """Write the window's decisions and its event.
 
         Args:
           data_wait: seconds that the loop has waited for the window's data.
+          feed: what reading takes and gives; see `Feed.measured`.
         """
         now = time.perf_counter()
         rows = np.concatenate(self._window)
@@ -165,6 +170,7 @@ class Records:
             seconds=seconds,
             data_wait=data_wait,
             samples=len(rows) * self._batch_size,
+            **({"feed": dict(feed)} if feed else {}),
             records=self._by_name(rows.T),
         )
         seconds_so_far = now - self._began
@@ -174,6 +180,8 @@ class Records:
             "data_wait": data_wait / max(seconds, SHORTEST_WINDOW),
         }
         self.history.data_wait += data_wait
+        self.history.window_seconds += seconds
+        self.history.padding = feed.get("padding", self.history.padding)
         self._last_row = rows[-1]
         self._window = []
         self._window_began = now

@@ -147,6 +147,10 @@ class Supply:
         self._waited = 0.0
         return waited
 
+    def measured(self) -> dict[str, float]:
+        """Return what reading takes and gives; see `Feed.measured`."""
+        return self._reader.measured()
+
     def read_again(self) -> tuple[Any, Any] | None:
         """Return the batch before the position once more; None: it can't be read."""
         if agreement.hosts() > 1 or isinstance(self.train, grain.IterDataset):

@@ -13,6 +13,7 @@ from lepton_jax.planner import Plan, Trace
 from lepton_jax.planner.estimate.cost import as_compiled
 from lepton_jax.planner.estimate.jobs import sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
+from lepton_jax.planner.estimate.reads import Reads, moved_before
 from lepton_jax.planner.program.graph import Operation, Value
 from lepton_jax.planner.program.layout import (
     Layout,
@@ -61,7 +62,7 @@ def expected(
     motion = Motion(graph, platform)
 
     collectives = []
-    for op, value, move in _moves(layout, graph.lasting):
+    for op, value, move in _moves(layout, graph.lasting, platform):
         names = enumerate(plan.mesh)
         axes = tuple(name for i, name in names if move.axes >> i & 1)
         kind = move.kind
@@ -69,7 +70,7 @@ def expected(
             devices = math.prod(plan.mesh[axis] for axis in axes)
             kind = as_compiled(kind, devices, where)
         buffer = move.bytes * _scale(value, kind, platform, shares)
-        buffer *= motion.sent_share(op, value)
+        buffer *= motion.sent_share(op, value, move.kind)
         count = motion.runs(op, value, move.kind, plan.micro_batches)
         sent = ring(kind, axes, buffer, plan.mesh) * count
         collectives.append(
@@ -85,17 +86,25 @@ def expected(
 
 
 def _moves(
-    layout: Layout, lasting: set[int]
+    layout: Layout,
+    lasting: set[int],
+    platform: str,
 ) -> Iterable[tuple[Operation, Value, Move]]:
     """Yield each operation's moves, with the value that is moved.
 
     A stored value is gathered once a region, so later gathers of it are left out. One
-    that lasts is gathered in the forward and in the backward pass.
+    that lasts is gathered in the forward and in the backward pass. Any other value is
+    moved once to where several products want it, if the platform's backend does so.
     """
     gathered = set()
+    reads = Reads(platform)
     for op in layout.graph.operations():
         product = contraction(op)
-        for move in layout.decide(op, product).moves:
+        earlier = reads.before(op, product)
+        decision = layout.decide(op, product)
+        for move in decision.moves:
+            if moved_before(layout, product, decision, move, earlier):
+                continue
             value = moved_value(op, product, move)
             if move.where.startswith("input") and value.stored is not None:
                 if value.index in gathered and value.index not in lasting:

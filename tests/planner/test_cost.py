@@ -229,7 +229,7 @@ def test_products_that_round_halve_what_a_tpu_gathers(recurrent):
     graph = recurrent.gradient("none")
     shares = {
         platform: {
-            Motion(graph, platform).sent_share(op, op.inputs[1])
+            Motion(graph, platform).sent_share(op, op.inputs[1], "all-gather")
             for op in graph.operations()
             if op.name == "dot_general" and op.inputs[1] is not None
         }

@@ -15,6 +15,7 @@ from lepton_jax.hardware import topology
 from lepton_jax.models import MLP, TransformerLM
 from lepton_jax.planner import ahead, plan, trace
 from lepton_jax.planner.probe import early, kept
+from lepton_jax.train.program import Program
 from lepton_jax.verify import comparison
 from lepton_jax.verify.comparison import prove
 from lepton_jax.verify.probing import corrected, probe
@@ -117,6 +118,15 @@ def test_a_compiler_that_stops_is_an_error(traced, planned, tmp_path, monkeypatc
     with pytest.raises(PlanError, match="Check failed") as error:
         probe(traced, planned)
     assert "--whole" in error.value.remedy
+
+
+def test_a_program_that_compiles_too_long_is_stopped(traced, planned):
+    devices = ahead.mesh_devices(EIGHT, planned.mesh, ahead.devices_for(EIGHT))
+    lowered = Program(traced, planned, devices).lower()
+    with pytest.raises(TimeoutError, match="compiles for more"):
+        early.finished(lowered, list(devices.flat), 0.01)
+    memory = early.finished(lowered, list(devices.flat), 300)
+    assert memory.peak == ahead.compile_for(lowered)[1].peak
 
 
 def test_a_refused_program_says_what_it_needs():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import lepton_jax as lepton
+from lepton_jax.planner.estimate import feeding
 from tools.bench import cli as bench
 from tools.bench import memory, step_time
 from tools.bench.families import (
@@ -165,6 +166,32 @@ def test_a_program_is_planned_compiled_and_then_known(monkeypatch, tmp_path):
     again = measuring.measure_cached("tiny", 0, settings)
     assert again["xla"] == row["xla"]
     assert memory._program_line(again).startswith("tiny:0")
+
+
+def test_the_probe_and_the_plan_are_judged_by_one_compile(monkeypatch, tmp_path):
+    drawn = programs.Drawn("tiny", 0, "cpu:2", TINY)
+    monkeypatch.setattr(measuring, "draw", lambda family, number: drawn)
+    # the probe is of one step a call
+    monkeypatch.setattr(feeding, "MOST_STEPS_PER_CALL", 1)
+    file = tmp_path / "cache.jsonl"
+    late = measuring.Settings(probe=True, file=file, limit=0.01)
+    patient = measuring.Settings(probe=True, file=file, limit=300)
+    cache = measuring.Cache(file)
+    rows = [measuring.measure("tiny", 0, x, cache) for x in (late, patient)]
+
+    assert [row["outcome"] for row in rows] == ["late", "compared"]
+    assert rows[1]["error"] == 0
+    assert rows[1]["by plan"]["error"] != 0
+    found = figures.summary(rows)
+    assert found["late"] == found["compared"] == 1
+    assert found["by_plan"]["median_error"] == abs(rows[1]["by plan"]["error"])
+    assert "without the probe: median error" in figures.text(found)
+    assert "not compiled in 0.01 s" in memory._program_line(rows[0])
+
+
+def test_no_call_begins_when_the_time_is_over():
+    calls = [("a", number) for number in range(3)]
+    assert list(workers.rows(_crashes, calls, seconds=0)) == []
 
 
 def test_a_step_is_timed_and_its_flop_are_xlas(monkeypatch, capsys):

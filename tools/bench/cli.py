@@ -21,10 +21,12 @@ from tools.bench import (
     calibration,
     controller,
     cpu_rates,
+    data,
     faults,
     lm,
     memory,
     overhead,
+    prepare,
     regret,
     restart,
     step,
@@ -45,6 +47,8 @@ COMMANDS = (
     controller,
     faults,
     restart,
+    prepare,
+    data,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ TOPOLOGIES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "cpu:8")
 # Of a half, unless --programs says otherwise: a claim asks for 150 that are compared,
 # and for some of these no plan fits.
 PROGRAMS = 192
+MINUTE = 60.0  # seconds
 
 
 def language(
@@ -223,12 +225,25 @@ def add(
     parser.add_argument(
         "--probe",
         action="store_true",
-        help="with --half: predict with the probe of a plan, which compiles a part",
+        help="with --half: predict with the probe of a plan, and with the plan alone",
     )
     parser.add_argument(
         "--early",
         action="store_true",
         help="with --half: stop XLA once it has placed its arrays",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="S",
+        help="with --half: seconds after which a program is given up (default: never)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="with --half: begin no further program after as many; their order is drawn"
+        " by a seed (default: never)",
     )
     parser.add_argument(
         "--jobs",
@@ -267,11 +282,13 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
             remedy="leave it out; --cache keeps what was compiled for the next time",
         )
     checks.check_at_least(options, jobs=1)
+    checks.check_positive(options, "limit", "minutes")
     names = command.chosen(options)
     settings = measuring.Settings(
         options.probe,
         options.early,
         options.cache,
+        options.limit,
     )
     calls = [(*name, settings) for name in names]
     rows = command.collect(
@@ -281,6 +298,7 @@ def run_half(options: argparse.Namespace) -> dict[str, Any]:
             calls,
             command.judging(options),
             options.jobs,
+            math.inf if options.minutes is None else options.minutes * MINUTE,
         ),
         len(calls),
         _program_line,
@@ -388,7 +406,7 @@ def _program_line(row: dict[str, Any]) -> str:
     """Return the line of a program of the tuning half."""
     name = f"{row['family']}:{row['number']}"
     line = f"{name:17} {row.get('topology', '?'):10} {row['outcome']:9}"
-    if row["outcome"] in ("no plan", "failed"):
+    if row["outcome"] in ("no plan", "failed", "late"):
         return f"{line} {row['why'].splitlines()[0][:120]}"
 
     mesh = "x".join(map(str, row["mesh"].values()))

@@ -94,7 +94,7 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
                 decay(0.5, "linear", 0.1),
                 averaging(decay=None, share=0.15),
                 _unproven(),
-            )
+            ),
         ),
         best_average(),
     )

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import polars as pl
@@ -50,9 +50,16 @@ class Step(ABC):
     Attributes:
       serves: whether the step is part of what happens to a raw row at prediction;
         not so what only chooses rows to train on.
+      idempotent: whether it claims that, with the same state, applying it to its own
+        result changes nothing.
+      order_independent: whether it claims that each row's outcome depends on that row
+        and the state alone, and the state on which rows there are, not on their order.
+        The suite `conformance` holds a step to what it claims.
     """
 
     serves: ClassVar[bool] = True
+    idempotent: ClassVar[bool] = False
+    order_independent: ClassVar[bool] = False
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         """Return the columns after this step, before any row is read.
@@ -91,6 +98,14 @@ class Fitted(Step):
     """
 
     fits_on: ClassVar[Literal["train", "all"]] = "train"
+
+    def writes(self) -> Collection[str] | None:
+        """Return the columns that the step adds or changes; None: it may drop rows.
+
+        Where the columns are known, what stands behind the step and reads others can be
+        fitted in the same pass. None, which says nothing, is always right.
+        """
+        return None
 
     @abstractmethod
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:

@@ -97,7 +97,9 @@ class Rows(NamedTuple):
 
     Attributes:
       table: the reader's columns, in their order, then ROW (UInt64).
-      refused: notes of the rows that could not be read; SOURCE is null.
+      refused: notes of the rows that could not be read ("dropped"), and of the cells
+        that became missing as they argue against their column's type ("changed");
+        SOURCE is null.
     """
 
     table: pl.DataFrame

@@ -47,6 +47,7 @@ from lepton_jax.planner.estimate import cpu
 from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
+from lepton_jax.planner.estimate.reads import moved_before
 from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.estimate.traffic import traffic
 from lepton_jax.planner.program.graph import (
@@ -361,7 +362,12 @@ class Cost:
 
         decision = layout.decide(job.op, job.product)
         # Gathers of stored values are jobs of their own.
-        moves = tuple(m for m in decision.moves if not _gathers_stored(job.op, m))
+        moves = tuple(
+            move
+            for move in decision.moves
+            if not _gathers_stored(job.op, move)
+            and not moved_before(layout, job.product, decision, move, job.earlier)
+        )
         collectives = self._compiled(moves, job, layout)
         if job.op.name not in DOTS or job.product is None:
             return Work(0.0, 0.0, collectives)
@@ -395,7 +401,7 @@ class Cost:
             self.topology,
         )
         value = job.gather or moved_value(job.op, job.product, move)
-        bytes_ = move.bytes * self.motion.sent_share(job.op, value)
+        bytes_ = move.bytes * self.motion.sent_share(job.op, value, move.kind)
         if kind == "all-reduce" and job.share < 1:
             bytes_ *= job.share
         hidden = job.gather is not None or (

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lepton_jax.hardware import convolution_flops
 from lepton_jax.planner.estimate.motion import Motion
 from lepton_jax.planner.estimate.pads import Pads
+from lepton_jax.planner.estimate.reads import Earlier, Reads
 from lepton_jax.planner.program.graph import Operation, Region, Value
 from lepton_jax.planner.program.layout import Contraction, contraction
 from lepton_jax.planner.program.named import Names
@@ -38,6 +40,7 @@ class Job:
       gather: the value of a job that only gathers a stored value.
       taps: share of a convolution's taps that meet an element of its input.
       repeats: whether earlier operations compute the same (`equal.repeated`).
+      earlier: products that read the same operands before (`reads`).
     """
 
     op: Operation
@@ -49,6 +52,7 @@ class Job:
     gather: Value | None = None
     taps: float = 1.0
     repeats: bool = False
+    earlier: Earlier = field(default_factory=dict)
 
 
 class Jobs:
@@ -84,6 +88,7 @@ class Jobs:
         self._gathered: set[int] = set()
         self._loops = 0
         self._pads = Pads(motion.platform)
+        self._reads = Reads(motion.platform)
         self._walk(self.graph.main, 0)
 
     def _walk(
@@ -135,12 +140,13 @@ class Jobs:
         values: list[Value],
         gather: Value | None,
     ) -> None:
-        groups = self._groups(values)
+        earlier = self._reads.before(op, product)
+        before = [read.op for reads in earlier.values() for read in reads]
+        involved = [v for o in before for v in (*operands(o), *o.outputs)]
+        groups = self._groups([*values, *involved])
         if not groups and op.name not in DOTS:
             return
-        looks = tuple(
-            (*self._look(value), *self.motion.look(op, value)) for value in values
-        )
+        looks = self._looks(op, values)
         taps = used_taps(op, self._pads.before(op))
         share = 1.0
         repeats = False
@@ -158,6 +164,7 @@ class Jobs:
             share,
             taps,
             repeats,
+            self._looks_of(earlier),
         )
         if key in self._known:
             self._known[key].count += op.times
@@ -172,6 +179,7 @@ class Jobs:
             gather=gather,
             taps=taps,
             repeats=repeats,
+            earlier=earlier,
         )
         self._known[key] = job
         self.jobs.append(job)
@@ -188,6 +196,23 @@ class Jobs:
                 if root in self.names.of:
                     numbers[self.names.of[root]] = None
         return tuple(numbers)
+
+    def _looks(self, op: Operation, values: list[Value]) -> tuple:
+        """Return what makes the values of an operation like those of another."""
+        return tuple(
+            (*self._look(value), *self.motion.look(op, value)) for value in values
+        )
+
+    def _looks_of(self, earlier: Earlier) -> tuple[Any, ...]:
+        """Return what makes earlier reads like those of another operation."""
+        looks = []
+        for number, reads in earlier.items():
+            for read in reads:
+                op = read.op
+                values = operands(op) + op.outputs[:1]
+                own = (op.name, contraction(op), read.number)
+                looks.append((number, *own, self._looks(op, values)))
+        return tuple(looks)
 
     def _look(self, value: Value) -> tuple:
         """Return what makes a value like others for the cost."""

@@ -48,6 +48,9 @@ from lepton_jax.planner.xla.operations import DOTS, rounds_operands
 # Collectives whose result is larger than their operand.
 GROWING = {"all-gather"}
 
+# Collectives that add up: what they send is not rounded before.
+SUMMING = {"all-reduce", "reduce-scatter"}
+
 # The operations through which a TPU moves the rounding of what a product reads.
 ROUNDED_EARLIER = {
     "transpose",
@@ -130,11 +133,20 @@ class Motion:
         self,
         op: Operation,
         value: Value,
+        kind: str,
     ) -> float:
-        """Return the share of a value's bytes that a collective of it sends."""
-        if self.platform != "tpu" or any(value is out for out in op.outputs):
+        """Return the share of a value's bytes that a collective of it sends.
+
+        Args:
+          op: the operation that needs it.
+          value: what is moved: an input of the operation or its result.
+          kind: such as "all-gather".
+        """
+        if self.platform != "tpu":
             return 1.0
         rounds = value.index in self._rounded
+        if any(value is out for out in op.outputs):
+            return 0.5 if rounds and kind not in SUMMING else 1.0
         if value.stored is None and str(value.dtype) == "float32":
             # The copy that is moved is for this operation alone.
             rounds = rounds or rounds_operands(op)

@@ -17,6 +17,7 @@ A color other than 0 is a memory of its own on the chip.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -33,6 +34,8 @@ from lepton_jax.errors import PlanError
 from lepton_jax.planner import ahead
 
 CHILD = Path(__file__).with_name("child.py")
+# The file that the process writes at its end.
+END = "end.json"
 # Seconds between two looks at the files.
 PERIOD = 0.05
 # A line of XLA's dump of its buffers.
@@ -69,23 +72,29 @@ def placed(lowered: Any, devices: Any) -> Placed:
       TooLarge: the program does not fit the device's memory.
       PlanError: XLA can't compile it.
     """
-    with tempfile.TemporaryDirectory(prefix="lepton-probe-") as name:
-        folder = Path(name)
-        _write_request(folder, lowered, devices)
-        command = [sys.executable, "-P", str(CHILD), name]
-        with (folder / "log.txt").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                env=_environment(len(devices)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-            try:
-                return _awaited(folder, process, _name(lowered))
-            finally:
-                process.kill()
-                process.wait()
+    with _compiling(lowered, devices) as (folder, process):
+        return _awaited(folder, process, _name(lowered))
+
+
+def finished(lowered: Any, devices: Any, limit: float) -> ahead.Memory:
+    """Compile a program to its end, in a process that can be stopped.
+
+    Args:
+      lowered: the program.
+      devices: those that it is for, in the mesh's order.
+      limit: the most seconds that it may take.
+
+    Raises:
+      TimeoutError: it takes longer.
+      TooLarge: the program does not fit the device's memory.
+      PlanError: XLA can't compile it.
+    """
+    with _compiling(lowered, devices) as (folder, process):
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"XLA compiles for more than {limit:g} s") from error
+        return _account(folder)
 
 
 def read(text: str) -> ahead.Memory:
@@ -116,6 +125,31 @@ def read(text: str) -> ahead.Memory:
 
 
 # ---- internals ----
+
+
+@contextlib.contextmanager
+def _compiling(
+    lowered: Any,
+    devices: Any,
+) -> Iterator[tuple[Path, subprocess.Popen]]:
+    """Yield the folder and the process in which a program compiles; stop it then."""
+    with tempfile.TemporaryDirectory(prefix="lepton-probe-") as name:
+        folder = Path(name)
+        _write_request(folder, lowered, devices)
+        command = [sys.executable, "-P", str(CHILD), name]
+        with (folder / "log.txt").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=_environment(len(devices)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+            try:
+                yield folder, process
+            finally:
+                process.kill()
+                process.wait()
 
 
 def _allocations(text: str) -> Iterator[tuple[int, str]]:
@@ -168,10 +202,8 @@ def _awaited(
     """
     while True:
         has_ended = process.poll() is not None
-        end = folder / "end.json"
-        if end.exists():
-            account = _ended(json.loads(end.read_text()))
-            return Placed(account, _text(folder, name))
+        if (folder / END).exists():
+            return Placed(_account(folder), _text(folder, name))
         # this file comes after that of the buffers, which is complete then
         if _dumped(folder, name, "memory-usage-report"):
             (buffers,) = _dumped(folder, name, "buffer-assignment")
@@ -179,11 +211,7 @@ def _awaited(
             if _is_complete(text):
                 return Placed(read(buffers.read_text()), text)
         if has_ended:
-            raise PlanError(
-                f"XLA's compiler stopped: {_last_line(folder / 'log.txt')}",
-                where="probe",
-                remedy="compile the whole step in this process: --whole",
-            )
+            return Placed(_account(folder), _text(folder, name))
         time.sleep(PERIOD)
 
 
@@ -210,11 +238,28 @@ def _dumped(
     return list((folder / "dump").glob(pattern))
 
 
-def _ended(end: dict[str, Any]) -> ahead.Memory:
+def _account(folder: Path) -> ahead.Memory:
     """Return the account of a program that compiled to its end.
 
     Raises:
       TooLarge: it was refused.
+      PlanError: it failed in another way, or its process ended without a word.
+    """
+    file = folder / END
+    if not file.exists():
+        raise PlanError(
+            f"XLA's compiler stopped: {_last_line(folder / 'log.txt')}",
+            where="probe",
+            remedy="compile the whole step in this process: --whole",
+        )
+    return _ended(json.loads(file.read_text()))
+
+
+def _ended(end: dict[str, Any]) -> ahead.Memory:
+    """Return what a process wrote at its end.
+
+    Raises:
+      TooLarge: the program was refused.
       PlanError: it failed in another way.
     """
     if "error" not in end:

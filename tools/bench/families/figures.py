@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
+# Figures that depend on who predicts.
+PREDICTED = ("median_error", "p90_error", "within_bound", "false_fits", "withheld")
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -21,7 +23,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
       programs, families: how many were tried.
       compared: of how many there are both accounts.
       not_planned, failed: for how many the planner found nothing that fits; how many
-        raised, crashed or took too long.
+        raised, crashed or hung.
+      late: how many XLA did not compile within the limit.
+      refused: how many XLA refuses.
       median_error, p90_error: of abs(predicted / XLA's - 1).
       within_bound: share of the programs whose plan gives an upper bound and whose peak
         is at or below it; None: no plan gives one.
@@ -29,7 +33,17 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
       withheld: plans that fit, and are not said to.
       seconds: of computing: planning, probing, and compiling whole programs the first
         time.
+      by_plan: where the probe predicts: errors, bound and verdicts of the plans' own
+        predictions.
     """
+    found = _figures(rows)
+    if any("by plan" in row for row in rows):
+        by_plan = _figures([{**row, **row.get("by plan", {})} for row in rows])
+        found["by_plan"] = {key: by_plan[key] for key in PREDICTED}
+    return found
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, Any]:
     errors = sorted(abs(row["error"]) for row in rows if "error" in row)
     bounded = [row["within"] for row in rows if "within" in row]
     verdicts = [row for row in rows if "fits" in row]
@@ -40,6 +54,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "compared": len(errors),
         "not_planned": outcomes.count("no plan"),
         "failed": outcomes.count("failed"),
+        "late": outcomes.count("late"),
+        "refused": outcomes.count("refused"),
         "median_error": statistics.median(errors) if errors else None,
         "p90_error": percentile(errors, 0.9),
         "within_bound": sum(bounded) / len(bounded) if bounded else None,
@@ -99,8 +115,19 @@ def text(figures: Mapping[str, Any]) -> str:
         f"{figures['programs']} programs of {figures['families']} families",
         f"{figures['not_planned']} not planned",
         f"{figures['failed']} failed",
+        f"{figures['late']} not compiled in time",
+        f"{figures['refused']} refused by XLA",
     ]
-    if figures["compared"]:
+    parts += _predicted(figures)
+    if "by_plan" in figures:
+        parts.append(f"without the probe: {'; '.join(_predicted(figures['by_plan']))}")
+    return "; ".join(parts)
+
+
+def _predicted(figures: Mapping[str, Any]) -> list[str]:
+    """Return the figures that depend on who predicts, in words."""
+    parts = []
+    if figures["median_error"] is not None:
         parts.append(
             f"median error {figures['median_error']:.1%}, 90th percentile"
             f" {figures['p90_error']:.1%}"
@@ -109,7 +136,7 @@ def text(figures: Mapping[str, Any]) -> str:
         parts.append(f"{figures['within_bound']:.1%} within the bound")
     parts.append(f"{figures['false_fits']} said to fit but refused")
     parts.append(f"{figures['withheld']} fit but not said to")
-    return "; ".join(parts)
+    return parts
 
 
 def _total(

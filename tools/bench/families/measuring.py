@@ -86,11 +86,13 @@ class Settings:
       early: whether XLA is stopped once it has placed its arrays; else it compiles to
         the end, which takes ten times as long.
       file: where XLA's figures are kept; None: nowhere.
+      limit: seconds after which XLA is stopped before the end; None: never.
     """
 
     probe: bool = False
     early: bool = False
     file: Path | None = None
+    limit: float | None = None
 
 
 def measure_cached(
@@ -121,7 +123,8 @@ def measure(
 
     Returns:
       A row for `figures.summary`. "outcome" is "compared", "refused" (XLA finds that
-      the program is too large for the device) or "no plan".
+      the program is too large for the device), "late" (XLA took too long) or "no plan".
+      If the probe predicts, "by plan" has what differs in the plan's own prediction.
     """
     drawn = draw(family, number)
     case = drawn.case
@@ -150,24 +153,33 @@ def measure(
     row["remat"] = plan.remat
     row["micro_batches"] = plan.micro_batches
     row["memory"] = plan.memory
-    predicted = _probed(traced, plan, cache) if settings.probe else _predicted(plan)
-    row |= vars(predicted)
     row["kinds"] = dict(plan.bytes_per_device)
     row |= account(
         drawn,
         traced,
         plan,
-        settings.early,
+        settings,
         cache,
     )
-    return row | _verdict(row)
+    if row.get("late"):
+        return row | {"outcome": "late", "why": f"not compiled in {row['late']:g} s"}
+
+    by_plan = vars(_predicted(plan))
+    if not settings.probe:
+        return row | by_plan | _verdict(row | by_plan)
+    by_probe = vars(_probed(traced, plan, cache))
+    return row | {
+        **by_probe,
+        **_verdict(row | by_probe),
+        "by plan": by_plan | _verdict(row | by_plan),
+    }
 
 
 def account(
     drawn: Drawn,
     traced: lepton.Trace,
     plan: lepton.Plan,
-    early: bool,
+    settings: Settings,
     cache: Cache,
 ) -> dict[str, Any]:
     """Return XLA's figures of a plan's train step, out of the cache if they are there.
@@ -176,23 +188,28 @@ def account(
 
     Returns:
       "xla": bytes at the peak; None: XLA refuses the program without a figure.
-      "refused": whether it refuses; "compiling": the seconds of compiling.
+      "refused": whether it refuses; "compiling": the seconds of compiling; "late": the
+      limit in seconds, if they were more.
     """
     where = lepton.topology(drawn.topology)
     devices = ahead.devices_for(where)
     mesh = ahead.mesh_devices(where, plan.mesh, devices)
     lowered = Program(traced, plan, mesh).lower()
     digest = _digest(lowered, drawn.topology, plan)
-    keys = [digest, f"early {digest}"] if early else [digest]
+    keys = [digest, f"early {digest}"] if settings.early else [digest]
     for key in keys:
-        if key in cache.known:
-            return cache.known[key]
+        known = cache.known.get(key)
+        if known is not None and _is_last_word(known, settings.limit):
+            return known
 
     began = computing()
+    figures: dict[str, Any]
     try:
-        peak = _peak(lowered, mesh, early)
+        peak = _peak(lowered, mesh, settings)
     except ahead.TooLarge as error:
         figures = {"xla": error.needed, "refused": True}
+    except TimeoutError:
+        figures = {"xla": None, "refused": False, "late": settings.limit}
     else:
         figures = {"xla": peak, "refused": False}
     figures["compiling"] = computing() - began
@@ -209,16 +226,33 @@ class _Opened:
     cache: Cache | None = None
 
 
+def _is_last_word(known: Mapping[str, Any], limit: float | None) -> bool:
+    """Whether another try with a limit would say no more than a known entry."""
+    if not known.get("late"):
+        return True
+    return limit is not None and limit <= known["late"]
+
+
 def _peak(
     lowered: Any,
     mesh: Any,
-    early: bool,
+    settings: Settings,
 ) -> int:
-    """Compile a program; return the bytes that it holds at the most."""
-    if early:
-        from lepton_jax.planner.probe.early import memory
+    """Compile a program; return the bytes that it holds at the most.
 
-        return memory(lowered, list(mesh.flat)).peak
+    Raises:
+      TooLarge: it does not fit the device's memory.
+      TimeoutError: it takes longer than the limit.
+    """
+    # commits before the probe have no such module
+    if settings.early:
+        from lepton_jax.planner.probe import early
+
+        return early.memory(lowered, list(mesh.flat)).peak
+    if settings.limit is not None:
+        from lepton_jax.planner.probe import early
+
+        return early.finished(lowered, list(mesh.flat), settings.limit).peak
     return ahead.compile_for(lowered)[1].peak
 
 

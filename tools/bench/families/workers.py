@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import multiprocessing
 import os
 import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -30,6 +33,7 @@ def rows(
     calls: Sequence[tuple[Any, ...]],
     quiet: bool = False,
     jobs: int = 1,
+    seconds: float = math.inf,
 ) -> Iterator[Row]:
     """Call a function for each tuple of arguments, in other processes.
 
@@ -38,22 +42,31 @@ def rows(
       calls: its arguments.
       quiet: whether what the processes write to stderr is dropped.
       jobs: number of processes.
+      seconds: after which no further call begins.
 
     Yields:
-      A row for each call, as it ends. Where it failed, "outcome" is "failed" and "why"
-      says how: the process died, it took too long, or it raised.
+      A row for each call that began, as it ends. Where it failed, "outcome" is
+      "failed" and "why" says how: the process died, it took too long, or it raised.
     """
-    found: queue.Queue[Row] = queue.Queue()
+    found: queue.Queue[Row | None] = queue.Queue()
+    end = time.monotonic() + seconds
 
     def work(part: Sequence[tuple[Any, ...]]) -> None:
-        for row in _in_one_process(measure, part, quiet):
+        in_time = itertools.takewhile(lambda _: time.monotonic() < end, part)
+        for row in _in_one_process(measure, in_time, quiet):
             found.put(row)
+        found.put(None)
 
     for i in range(jobs):
         part = calls[i::jobs]
         threading.Thread(target=work, args=(part,), daemon=True).start()
-    for _ in calls:
-        yield found.get()
+    working = jobs
+    while working:
+        row = found.get()
+        if row is None:
+            working -= 1
+        else:
+            yield row
 
 
 def once(function: Callable[[], Any]) -> Any:
@@ -64,7 +77,7 @@ def once(function: Callable[[], Any]) -> Any:
 
 def _in_one_process(
     measure: Measure,
-    calls: Sequence[tuple[Any, ...]],
+    calls: Iterable[tuple[Any, ...]],
     quiet: bool,
 ) -> Iterator[Row]:
     """Yield a row for each call, in order, from one process at a time."""

@@ -1,0 +1,1 @@
+"""Engines: where the pieces of a pass are worked on."""
