@@ -53,7 +53,7 @@ import optax
 import lepton_jax.controller.knobs as knobs_
 from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
-from lepton_jax.controller.signals import EARLY, Signals
+from lepton_jax.controller.signals import EARLY, Places, Signals
 from lepton_jax.controller.state import ControllerState, Pieces, floats
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
@@ -334,11 +334,10 @@ class Controller:
             given,
             before.params,
             gradients,
-            state.anchor.params if self.anchored else (),
+            self._places(state),
             parts,
             due,
             ~state.halted if self.halts else True,
-            state.average[0] if "interpolation" in state.knobs else (),
         )
         decision = self._decided(step, _without_trees(state), signals)
 
@@ -365,6 +364,13 @@ class Controller:
             fresh = _with_kept_average(fresh, decision.knobs, ~state.halted)
         shown = {name: signals[name] for name in self.shown if name in signals}
         return pieces, self._settled(state, fresh, decision), shown | decision.record
+
+    def _places(self, state: ControllerState) -> Places:
+        """Return the parameters that signals compare those of the step with."""
+        return Places(
+            anchor=state.anchor.params if self.anchored else (),
+            average=state.average[0] if "interpolation" in state.knobs else (),
+        )
 
     def _given(
         self,

@@ -238,6 +238,19 @@ def known(
     return name
 
 
+class Places(NamedTuple):
+    """Parameters that those of a step are compared with.
+
+    Attributes:
+      anchor: those of the anchor, or ().
+      average: their average, where they lie between it and those that the optimizer
+        moves, at the share "interpolation"; else ().
+    """
+
+    anchor: Any = ()
+    average: Any = ()
+
+
 class Signals:
     """The measurements of one recipe's policies.
 
@@ -318,11 +331,10 @@ class Signals:
         given: Mapping[str, Any],
         params: Any,
         gradients: Any,
-        anchor: Any,
+        places: Places,
         parts: Any,
         due: Any = True,
         live: Any = True,
-        average: Any = (),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Measure the signals of a step.
 
@@ -332,14 +344,12 @@ class Signals:
             host measured, and "gradient_weight" where a policy may move it.
           params: the parameters before the update.
           gradients: the mean gradient of the batch.
-          anchor: parameters, or ().
+          places: parameters to compare with.
           parts: mean squared norm of the micro-batches' gradients, where
             `by_micro_batch`; else None.
           due: whether what is measured every `stride` steps is, in this one.
           live: whether the step counts. Where it does not, trees of the size of the
             parameters stay as they are in the state.
-          average: parameters, where `params` lie between it and those that the
-            optimizer moves, at the share given["interpolation"]; else ().
 
         Returns:
           The signals, and the state after the step but for its update (see `updated`).
@@ -369,10 +379,9 @@ class Signals:
                 values,
                 params,
                 gradients,
-                anchor,
+                places,
                 due,
                 live,
-                average,
             )
             values |= way
             after |= total
@@ -402,10 +411,9 @@ class Signals:
         values: Mapping[str, Any],
         params: Any,
         gradients: Any,
-        anchor: Any,
+        places: Places,
         due: Any,
         live: Any,
-        average: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Measure the gradients' sum and the way from the anchor.
 
@@ -414,10 +422,9 @@ class Signals:
           values: the signals so far.
           params: the parameters.
           gradients: the gradient.
-          anchor: parameters, or ().
+          places: parameters to compare with.
           due: whether the step is measured where a policy moves the gradient's weight.
           live: whether the sum may change.
-          average: see `measure`.
 
         Returns:
           The signals, NaN where the gradient's weight is 0 or it is not measured, and
@@ -432,14 +439,14 @@ class Signals:
             _, after = now
             way = {}
             if self.needs_anchor:
-                away = jax.tree.map(jnp.subtract, anchor, params)
+                away = jax.tree.map(jnp.subtract, places.anchor, params)
                 way["distance"] = norm(away)
                 way["gradient_dot_distance"] = dot(gradients, away)
             if "gradient_dot_way" in self.watched:
                 way["gradient_dot_way"] = way["gradient_dot_distance"]
-                if average != ():
+                if places.average != ():
                     share = values["interpolation"]
-                    beyond = jax.tree.map(jnp.subtract, params, average)
+                    beyond = jax.tree.map(jnp.subtract, params, places.average)
                     further = share / (1 - share) * dot(gradients, beyond)
                     way["gradient_dot_way"] -= further
             if sums:

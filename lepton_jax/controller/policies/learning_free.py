@@ -44,15 +44,12 @@ MOST = 1e6
 # greatest d / d_0 in the weights, whose squares must not overflow float32
 HIGHEST = 1e12
 TINY = 1e-30
-# the warm-up goes on where d still grows by a factor of `STEEP` in `SLOW` steps;
-# assumption
-STEEP = 1.25
-SLOW = 10
-# share of the run over which the product of gradient and way is averaged, and the fewest
-# steps; assumption
+# share of the run over which the product of gradient and way is averaged, and the
+# fewest steps; assumption
 WINDOW = 0.02
 FEWEST = 5.0
-# the estimate is not to be trusted if it has grown so much after the warm-up; assumption
+# the estimate is not to be trusted if it has grown so much after the warm-up;
+# assumption
 UNSETTLED = 30.0
 NOTICE = Notice(
     "the learning rate grew all the time: the run was too short to find it",
@@ -69,8 +66,6 @@ class Distance(NamedTuple):
       estimate: d.
       numerator: r, the weighted sum of <g, x_0 - x>.
       weight: w, the weight of the present gradient in both sums.
-      level: d when it had last grown by a factor of `STEEP`.
-      since: the steps since then.
       warm: d when the warm-up was over; 0 before it.
       along: moving mean of <g, x_0 - z>.
       squares: moving mean of its square.
@@ -81,8 +76,6 @@ class Distance(NamedTuple):
     estimate: Any
     numerator: Any
     weight: Any
-    level: Any
-    since: Any
     warm: Any
     along: Any
     squares: Any
@@ -94,7 +87,7 @@ def learning_free(
     *,
     growth: float = 1e4,
     until: float = 0.05,
-    follow: float = 1.0,
+    follow: float = 1.5,
 ) -> Policy:
     """Set the learning rate to an estimate of the distance to the solution.
 
@@ -132,8 +125,7 @@ def learning_free(
       growth: factor by which d may grow while the share `until` of the run is done,
         evenly in its logarithm, and at most twofold in a step. Where the budget is not
         known d may grow by 10 % a step.
-      until: see `growth`. The warm-up goes on as long as d grows by a quarter in 10
-        steps.
+      until: share of the run at which the warm-up is over.
       follow: f; 0: d stays as it is after the warm-up.
 
     Raises:
@@ -193,17 +185,13 @@ def learning_free(
         )
 
         w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
-        steep = d > STEEP * state.level
-        since = jnp.where(steep, 0.0, state.since + usable * steps)
-        over = early & (signals["progress"] > until) & (since >= SLOW)
+        over = early & (signals["progress"] > until)
         after = Distance(
             base,
             first,
             estimate=d,
             numerator=jnp.where(usable, r, state.numerator),
             weight=jnp.where(first > 0, w, 1.0),
-            level=jnp.where(steep, d, state.level),
-            since=jnp.minimum(since, HIGHEST),
             warm=jnp.where(over, d, state.warm),
             along=along,
             squares=squares,
