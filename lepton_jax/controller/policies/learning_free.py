@@ -37,6 +37,8 @@ from lepton_jax.controller.signals import MEMORY
 # the growth can't be spread over a share of it; assumption
 FASTEST = 2.0
 BLIND = 1.1
+# fewest steps of the warm-up, in which d can grow by 2^20; assumption
+WARM = 20
 # bounds of the first estimate, which a loss of 0 or infinity would otherwise give;
 # assumption
 LEAST = 1e-9
@@ -125,7 +127,7 @@ def learning_free(
       growth: factor by which d may grow while the share `until` of the run is done,
         evenly in its logarithm, and at most twofold in a step. Where the budget is not
         known d may grow by 10 % a step.
-      until: share of the run at which the warm-up is over.
+      until: share of the run at which the warm-up is over, after 20 steps at least.
       follow: f; 0: d stays as it is after the warm-up.
 
     Raises:
@@ -185,7 +187,8 @@ def learning_free(
         )
 
         w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
-        over = early & (signals["progress"] > until)
+        enough = signals["step"] + 1 >= WARM
+        over = early & (signals["progress"] > until) & enough
         after = Distance(
             base,
             first,
