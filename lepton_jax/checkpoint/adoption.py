@@ -33,7 +33,7 @@ from lepton_jax.trees import by_path, path_of
 # Fields of ControllerState whose parts stand alone under their names.
 BY_NAME = ("base", "knobs", "fed")
 # Fields of ControllerState that are copies of the parameters, or () without them.
-COPIES = ("accumulated", "average", "anchor")
+COPIES = ("accumulated", "average", "kept", "anchor")
 REPLACEABLE = ("optimizer/", "controller/")
 # Counts of updates at which two schedules are compared: three a decade, up to a million
 # (assumption: no two schedules that people use agree on all of these).

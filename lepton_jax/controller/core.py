@@ -42,7 +42,7 @@ rate 0.05, x 0.85
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,13 +51,13 @@ import jax.numpy as jnp
 import optax
 
 import lepton_jax.controller.knobs as knobs_
-from lepton_jax.controller.branches import once
 from lepton_jax.controller.policies.loss_scaling import loss_scaling
 from lepton_jax.controller.policy import Policy, chain
-from lepton_jax.controller.signals import EARLY, Signals
+from lepton_jax.controller.signals import EARLY, Places, Signals
 from lepton_jax.controller.state import ControllerState, Pieces, floats
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step import optimizers, precision
+from lepton_jax.step.branches import once
 
 if TYPE_CHECKING:
     from lepton_jax.recipe import Recipe
@@ -75,8 +75,8 @@ BUDGET = ("steps", "begun")
 REFUSING = ("skip", "restore", "restart", "rollback")
 # the knobs whose values act in the step after the one that they are of
 ACT_LATER = (*IN_FORWARD, "gradient_weight", "interpolation")
-# parts of the state with trees as large as the parameters
-LARGE = ("signals", "accumulated", "average", "anchor")
+# parts of the state that the decisions of a step make, without its update
+DECIDED = ("knobs", "contributions", "policies", "halted", "rate")
 # signals that are no column of a record: the record's step implies them
 UNSHOWN = ("step", "progress", "batch_size")
 
@@ -114,6 +114,7 @@ class Controller:
             for knob in policy.moves
         ]
         self._moved = {knob for _, knob in self.moves}
+        self.keeps = not self._moved.isdisjoint(("keep_average", "serve_kept"))
         self.stride = 1
 
         watched = [name for policy in self.policies for name in policy.watches]
@@ -158,6 +159,12 @@ class Controller:
                 "a policy moves interpolation, but none keeps an average",
                 where="Recipe.controller",
                 remedy="let a policy move averaging_decay, too",
+            )
+        if self.keeps and "averaging_decay" not in self._moved:
+            raise RecipeError(
+                "a policy keeps the best average, but none makes an average",
+                where="Recipe.controller",
+                remedy="add controllers.averaging()",
             )
         for policy in self.policies:
             if "notice" in policy.moves and not (policy.notices or policy.absolute):
@@ -227,6 +234,7 @@ class Controller:
             accumulated=self._first_sum(params),
             average=self._first_average(params, variables),
             lag=jnp.float32(1) if "averaging_decay" in self._moved else (),
+            kept=self._first_average(params, variables) if self.keeps else (),
             anchor=self._first_anchor(Pieces(params, variables, optimizer)),
         )
 
@@ -320,26 +328,24 @@ class Controller:
             record = {name: self._scheduled(before, step) for name in self.records}
             return pieces, state, record
 
-        given = self._given(step, state, before, values)
-        due = self._is_due(given)
+        given, due = self._given(step, state, before, values)
         signals, means = self.signals.measure(
             state.signals,
             given,
             before.params,
             gradients,
-            state.anchor.params if self.anchored else (),
+            self._places(state),
             parts,
             due,
             ~state.halted if self.halts else True,
         )
-        contributions, policies = self._consult(signals, state)
-        knobs = self._knobs(state, contributions, before)
+        decision = self._decided(step, _without_trees(state), signals)
 
         update = _Update(
             before,
             after,
             gradients,
-            knobs | self._unmoved_rate(state, before),
+            decision.knobs | self._unmoved_rate(state, before),
             values["loss"],
             due,
             self.signals.followed(means),
@@ -348,20 +354,23 @@ class Controller:
         pieces = moved.pop("pieces")
         followed = moved.pop("followed")
         fresh = state._replace(
-            knobs=knobs,
-            contributions=contributions,
-            policies=policies,
-            signals=means | followed,
+            fed=state.fed | decision.fed,
+            signals={**means, **decision.means, **followed},
             updates=state.updates + applied,
+            **decision.kept,
             **moved,
         )
-        if self.restarts:
-            restart = (knobs["restart"] > 0) & ~state.halted
-            fresh = self._begun_anew(step, fresh, restart)
-        record = {**knobs, **{name: signals[name] for name in self.shown}}
-        record |= dict(zip(self._columns, contributions, strict=True))
-        fresh = self._with_next_rate(state, fresh)
-        return pieces, self._with_halt(state, fresh), record
+        if self.keeps:
+            fresh = _with_kept_average(fresh, decision.knobs, ~state.halted)
+        shown = {name: signals[name] for name in self.shown if name in signals}
+        return pieces, self._settled(state, fresh, decision), shown | decision.record
+
+    def _places(self, state: ControllerState) -> Places:
+        """Return the parameters that signals compare those of the step with."""
+        return Places(
+            anchor=state.anchor.params if self.anchored else (),
+            average=state.average[0] if "interpolation" in state.knobs else (),
+        )
 
     def _given(
         self,
@@ -369,16 +378,16 @@ class Controller:
         state: ControllerState,
         before: Pieces,
         values: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """Return the signals that are known before any is measured."""
-        end, begun = (state.fed[name] for name in BUDGET)
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the signals that are known before any is measured.
+
+        Returns:
+          They by name; and whether the passes over the parameters are made in this
+          step: see `_clock`.
+        """
+        times = {name: state.fed[name] for name in BUDGET}
+        clock, due = self._clock(step, state.updates, times)
         own = {"kept": state.signals["kept"]} if self.restarts else {}
-        step = step - begun
-        progress = jnp.where(
-            end > begun,
-            (step + 1) / (end - begun),
-            jnp.nan,
-        )
         # where the knobs that go with them are not in the forward pass
         unmeasured = {
             "loss_kept": values["loss"],
@@ -389,38 +398,92 @@ class Controller:
             "input_rms": jnp.nan,
         }
         measured_by_host = {n: x for n, x in state.fed.items() if n not in BUDGET}
-        weight = "gradient_weight"
-        weighted = {weight: state.knobs[weight]} if weight in state.knobs else {}
-        return {
+        acting = ("gradient_weight", "interpolation")
+        weighted = {name: state.knobs[name] for name in acting if name in state.knobs}
+        given = {
             **own,
             **unmeasured,
-            "step": step,
+            **clock,
             "updates": state.updates,
-            "progress": progress,
             "batch_size": self.recipe.batch_size,
             **values,
             **measured_by_host,
             "base_rate": self._base_rate(state, before),
-            "gradient_steps": jnp.where(
-                self._begins(state.updates), 1.0, float(self.stride)
-            ),
+            "scheduled_rate": self._schedule(state, before),
             **weighted,
         }
+        return given, due if self.stride > 1 else True
 
-    def _is_due(self, given: Mapping[str, Any]) -> Any:
-        """Whether the passes over the parameters are made in this step.
+    def _clock(
+        self,
+        step: Any,
+        updates: Any,
+        times: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the signals that tell the time, and whether passes are due.
 
-        They are made in each of the first steps, and in the last one where it is known.
+        The passes over the parameters are made in each of the first steps, and in the
+        last one where it is known.
         """
-        if self.stride == 1:
-            return True
-        updates = given["updates"]
-        ends = given["progress"] >= 1
-        return self._begins(updates) | ends | (updates % self.stride == 0)
+        end, begun = (times[name] for name in BUDGET)
+        step = step - begun
+        progress = jnp.where(
+            end > begun,
+            (step + 1) / (end - begun),
+            jnp.nan,
+        )
+        first = self._begins(updates)
+        clock = {
+            "step": step,
+            "progress": progress,
+            "gradient_steps": jnp.where(first, 1.0, float(self.stride)),
+        }
+        return clock, first | (progress >= 1) | (updates % self.stride == 0)
 
     def _begins(self, updates: Any) -> Any:
         """Whether these are so few updates that every step is due."""
         return updates < EARLY * self.stride
+
+    def _decided(
+        self,
+        step: Any,
+        state: ControllerState,
+        signals: Mapping[str, Any],
+    ) -> _Decision:
+        """Return the decisions of a step; all that goes in and out is scalars.
+
+        Args:
+          step: steps done.
+          state: the controller's, without its trees.
+          signals: those that were measured.
+        """
+        smoothed, means = self.signals.smoothed(state.signals, signals)
+        signals = {**signals, **smoothed}
+        contributions, policies = self._consult(signals, state)
+        knobs = self._knobs(state, contributions, signals["base_rate"])
+        record = {name: smoothed[name] for name in self.shown if name in smoothed}
+        record |= knobs
+        record |= dict(zip(self._columns, contributions, strict=True))
+
+        kept = state._replace(
+            knobs=knobs,
+            contributions=contributions,
+            policies=policies,
+        )
+        restart: Any = False
+        if self.restarts:
+            restart = (knobs["restart"] > 0) & ~state.halted
+            kept = self._begun_anew(step, kept, restart)
+        kept = self._with_halt(state, self._with_next_rate(kept))
+        fed = {"begun": kept.fed["begun"]} if self.restarts else {}
+        return _Decision(
+            record,
+            knobs,
+            {name: getattr(kept, name) for name in DECIDED},
+            fed,
+            means,
+            restart,
+        )
 
     def _consult(
         self, signals: Mapping[str, Any], state: ControllerState
@@ -447,13 +510,13 @@ class Controller:
         return jnp.stack(contributions), tuple(states)
 
     def _knobs(
-        self, state: ControllerState, contributions: Any, before: Pieces
+        self, state: ControllerState, contributions: Any, base_rate: Any
     ) -> dict[str, Any]:
         knobs = {}
         for name in state.knobs:
             base = state.base.get(name, jnp.float32(0))
             if name == "learning_rate":
-                base = self._base_rate(state, before)
+                base = base_rate
                 if "rate" in self.limits:
                     base = base * state.rate[0]
             own = [
@@ -484,6 +547,12 @@ class Controller:
             base,
         )
 
+    def _schedule(self, state: ControllerState, before: Pieces) -> Any:
+        """Return the rate by the recipe's schedule, 0 where it has none."""
+        if not callable(self.recipe.learning_rate):
+            return 0.0
+        return self._scheduled(before, state.updates)
+
     def _unmoved_rate(
         self,
         state: ControllerState,
@@ -507,74 +576,96 @@ class Controller:
     ) -> Any:
         return self.optimizer.scheduled(before.optimizer, before.params, updates)
 
-    def _with_next_rate(
-        self, state: ControllerState, fresh: ControllerState
-    ) -> ControllerState:
+    def _with_next_rate(self, state: ControllerState) -> ControllerState:
         if "rate" not in self.limits:
-            return fresh
+            return state
         now, later, growth = state.rate
         factor = jnp.minimum(now + growth, later)
-        return fresh._replace(rate=jnp.stack([factor, later, growth]))
+        return state._replace(rate=jnp.stack([factor, later, growth]))
 
     # ---- a new beginning ----
 
     def _begun_anew(
         self,
         step: Any,
-        fresh: ControllerState,
+        kept: ControllerState,
         restart: Any,
     ) -> ControllerState:
-        """Return the state after a step, which is like the first one if `restart`.
+        """Return what was decided, which is like before the first step if `restart`.
 
         A policy that may ask for a restart goes on with what it knows.
         """
-        begun = jnp.where(restart, step + 1.0, fresh.fed["begun"])
+        begun = jnp.where(restart, step + 1.0, kept.fed["begun"])
         # knobs of this step that act in the next one
         knobs = {
-            name: jnp.where(restart, fresh.base[name], x) if name in ACT_LATER else x
-            for name, x in fresh.knobs.items()
+            name: jnp.where(restart, kept.base[name], x) if name in ACT_LATER else x
+            for name, x in kept.knobs.items()
         }
-        signals = self.signals.begun_anew(fresh.signals, restart)
-        signals["kept"] = jnp.where(restart, 0.0, 1.0)
         policies = tuple(
             state
             if "restart" in policy.moves
             else _where(restart, _as_arrays(policy.init()), state)
-            for policy, state in zip(self.policies, fresh.policies, strict=True)
+            for policy, state in zip(self.policies, kept.policies, strict=True)
         )
-        return fresh._replace(
-            fed=fresh.fed | {"begun": begun},
+        return kept._replace(
+            fed=kept.fed | {"begun": begun},
             knobs=knobs,
-            signals=signals,
             policies=policies,
-            updates=jnp.where(restart, 0, fresh.updates),
         )
-
-    # ---- the update ----
 
     def _with_halt(
-        self, state: ControllerState, fresh: ControllerState
+        self, state: ControllerState, kept: ControllerState
     ) -> ControllerState:
-        """Return the state after a step, which is the one before in a halted run.
+        """Return what was decided, which is what was before in a halted run.
 
         Steps that were on their way when the run was halted count for nothing.
         """
         if not self.halts:
+            return kept
+        asked = [kept.knobs[n] > 0 for n in ("stop", "rollback") if n in kept.knobs]
+        halted = kept._replace(halted=jnp.stack(asked).any())
+        return _where(state.halted, state, halted)
+
+    def _settled(
+        self,
+        state: ControllerState,
+        fresh: ControllerState,
+        decision: _Decision,
+    ) -> ControllerState:
+        """Return the state with its measurements as the next step finds them.
+
+        Those of a run that begins anew are like before the first step, those of a
+        halted one as they were. Trees as large as the parameters stay by themselves.
+        """
+        if not (self.halts or self.restarts):
             return fresh
-        asked = [fresh.knobs[n] > 0 for n in ("stop", "rollback") if n in fresh.knobs]
-        halted = fresh._replace(halted=jnp.stack(asked).any())
-        # trees as large as the parameters are not selected: they stay by themselves
-        selected = [name for name in ControllerState._fields if name not in LARGE]
-        chosen = {
-            name: _where(state.halted, getattr(state, name), getattr(halted, name))
-            for name in selected
-        }
-        signals = jax.tree.map(
-            lambda old, new: new if new.ndim else jnp.where(state.halted, old, new),
-            state.signals,
-            fresh.signals,
+        names = [name for name, x in fresh.signals.items() if _is_scalars(x)]
+        old = {name: state.signals[name] for name in names}
+        new = {name: fresh.signals[name] for name in names}
+        signals, updates = self._measurements(
+            (old, state.updates),
+            (new, fresh.updates),
+            decision.restart,
+            state.halted,
         )
-        return halted._replace(signals=signals, **chosen)
+        return fresh._replace(signals=fresh.signals | signals, updates=updates)
+
+    def _measurements(
+        self,
+        old: tuple[dict[str, Any], Any],
+        new: tuple[dict[str, Any], Any],
+        restart: Any,
+        halted: Any,
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the measurements, and the number of updates, after a step."""
+        signals, updates = new
+        if self.restarts:
+            signals = self.signals.begun_anew(signals, restart)
+            signals["kept"] = jnp.where(restart, 0.0, 1.0)
+            updates = jnp.where(restart, 0, updates)
+        return _where(halted, old, (signals, updates))
+
+    # ---- the update ----
 
     def _advance(
         self,
@@ -779,18 +870,26 @@ class Controller:
         moves then go the same share of their way.
         """
         before = now.pieces
-        pieces = self._apply(update._replace(before=before))
+        knobs = update.knobs
+        update = update._replace(before=before)
         followed = now.followed
+        finish = optimizers.unchanged
         if "cosine" in followed:
             # it is that of successive updates
+            pieces = self._apply(update)
             followed = self._followed(update, now, pieces)
-        knobs = update.knobs
+        if "interpolation" in knobs:
+
+            def finish(before: Any, after: Any) -> Any:
+                return _between(after, before, knobs["interpolation"])
+
+        if "cosine" in followed:
+            pieces = pieces._replace(params=finish(before.params, pieces.params))
+        else:
+            pieces = self._apply(update, finish)
         lag = now.lag
         if "averaging_decay" in knobs:
             lag = lag * knobs["averaging_decay"]
-        if "interpolation" in knobs:
-            near = _between(pieces.params, before.params, knobs["interpolation"])
-            pieces = pieces._replace(params=near)
         return _Carried(
             pieces,
             followed,
@@ -829,7 +928,11 @@ class Controller:
             jnp.ones_like(now.lag),
         )
 
-    def _apply(self, update: _Update) -> Pieces:
+    def _apply(
+        self,
+        update: _Update,
+        finish: Callable[[Any, Any], Any] = optimizers.unchanged,
+    ) -> Pieces:
         before = update.before
         with optimizers.updating():
             params, optimizer = self.optimizer.update(
@@ -838,6 +941,7 @@ class Controller:
                 before.params,
                 update.knobs,
                 update.loss,
+                finish,
             )
         return Pieces(params, update.variables, optimizer)
 
@@ -866,6 +970,27 @@ class Controller:
 
 
 # ---- internals ----
+
+
+class _Decision(NamedTuple):
+    """The decisions of a step.
+
+    Attributes:
+      record: knobs, contributions and the signals that are made for the policies, by
+        name.
+      knobs: the knobs of this step.
+      kept: the parts `DECIDED` of the controller's state after the step.
+      fed: the values of the host that the step changes.
+      means: moving means after the step.
+      restart: whether the run begins anew.
+    """
+
+    record: dict[str, Any]
+    knobs: dict[str, Any]
+    kept: dict[str, Any]
+    fed: dict[str, Any]
+    means: dict[str, Any]
+    restart: Any
 
 
 class _Update(NamedTuple):
@@ -907,6 +1032,22 @@ class _Carried(NamedTuple):
     lag: Any
 
 
+def _is_scalars(tree: Any) -> bool:
+    return all(x.ndim == 0 for x in jax.tree.leaves(tree))
+
+
+def _without_trees(state: ControllerState) -> ControllerState:
+    """Return the scalars of a state."""
+    signals = {name: x for name, x in state.signals.items() if _is_scalars(x)}
+    return state._replace(
+        signals=signals,
+        accumulated=(),
+        average=(),
+        lag=(),
+        anchor=(),
+    )
+
+
 def _forget(condition: Any, moved: dict[str, Any]) -> None:
     """Let the accumulated sum be empty where a condition holds."""
     if "accumulated" in moved:
@@ -933,6 +1074,19 @@ def _renewed(
     if "anchor" not in knobs:
         return jnp.bool_(False)
     return (knobs["anchor"] > 0) & ~back & ~state.halted
+
+
+def _with_kept_average(
+    fresh: ControllerState,
+    knobs: Mapping[str, Any],
+    allowed: Any,
+) -> ControllerState:
+    """Return a state that has followed `keep_average` and `serve_kept`."""
+    keep = (knobs.get("keep_average", 0.0) > 0) & allowed
+    kept = once(keep, lambda _: fresh.average, fresh.kept)
+    serve = (knobs.get("serve_kept", 0.0) > 0) & allowed
+    average = once(serve, lambda _: kept, fresh.average)
+    return fresh._replace(kept=kept, average=average)
 
 
 def _averaged(

@@ -124,6 +124,18 @@ KNOBS = {
         0,
         "parameters, variables and optimizer state become those of the anchor",
     ),
+    "keep_average": Knob(
+        "any",
+        0,
+        0,
+        "a copy of the average is kept",
+    ),
+    "serve_kept": Knob(
+        "any",
+        0,
+        0,
+        "the average becomes the copy of it that was kept last",
+    ),
     "notice": Knob(
         "any",
         0,

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.controller.branches import once
 from lepton_jax.errors import RecipeError, nearest
+from lepton_jax.step.branches import once
 from lepton_jax.trees import by_path
 
 SIGNALS = {
@@ -82,6 +82,11 @@ SIGNALS = {
         "inner product of the gradient with anchor minus parameters; NaN as"
         " gradient_sum_norm is"
     ),
+    "gradient_dot_way": (
+        "inner product of the gradient with anchor minus the parameters that the"
+        " optimizer moves, which without interpolation are all; NaN as"
+        " gradient_sum_norm is"
+    ),
     "gradient_sum_norm": (
         "sum of the absolute entries of s, where s = 0.9995 s + gradient_weight *"
         " gradient; it keeps s; NaN where gradient_weight is 0, or where a policy moves"
@@ -103,6 +108,7 @@ SIGNALS = {
     "base_rate": (
         "the learning rate's base: what the recipe says, or a person set since"
     ),
+    "scheduled_rate": "what the recipe's schedule says of it; 0 where there is none",
     "finite": "1 if the gradient is finite, else 0",
     "evaluations": "evaluations so far",
     "seconds": "time since the run (or its resumption) began, at the last report",
@@ -136,7 +142,7 @@ INPUTS = "input_rms"
 # the signals that need a norm of the gradient, whether it is watched or not
 FROM_NORM = frozenset(("finite", "noise_scale", "gradient_sum_norm"))
 # the signals that need an anchor
-FROM_ANCHOR = frozenset(("distance", "gradient_dot_distance"))
+FROM_ANCHOR = frozenset(("distance", "gradient_dot_distance", "gradient_dot_way"))
 
 
 # the signals that follow an update
@@ -232,6 +238,19 @@ def known(
     return name
 
 
+class Places(NamedTuple):
+    """Parameters that those of a step are compared with.
+
+    Attributes:
+      anchor: those of the anchor, or ().
+      average: their average, where they lie between it and those that the optimizer
+        moves, at the share "interpolation"; else ().
+    """
+
+    anchor: Any = ()
+    average: Any = ()
+
+
 class Signals:
     """The measurements of one recipe's policies.
 
@@ -312,7 +331,7 @@ class Signals:
         given: Mapping[str, Any],
         params: Any,
         gradients: Any,
-        anchor: Any,
+        places: Places,
         parts: Any,
         due: Any = True,
         live: Any = True,
@@ -325,7 +344,7 @@ class Signals:
             host measured, and "gradient_weight" where a policy may move it.
           params: the parameters before the update.
           gradients: the mean gradient of the batch.
-          anchor: parameters, or ().
+          places: parameters to compare with.
           parts: mean squared norm of the micro-batches' gradients, where
             `by_micro_batch`; else None.
           due: whether what is measured every `stride` steps is, in this one.
@@ -338,12 +357,6 @@ class Signals:
         after = dict(state)
         values = {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
         values |= self._norms(params, gradients)
-        if "finite" in self.watched:
-            finite = jnp.isfinite(values["gradient_norm"])
-            values["finite"] = finite.astype(jnp.float32)
-        if "loss" in state:
-            smoothed, after["loss"] = _smooth(state["loss"], values["loss"])
-            values |= smoothed
         if "noise" in state:
             values["noise_scale"], after["noise"] = self._noise(
                 state["noise"],
@@ -366,7 +379,7 @@ class Signals:
                 values,
                 params,
                 gradients,
-                anchor,
+                places,
                 due,
                 live,
             )
@@ -377,13 +390,28 @@ class Signals:
                 values[name] = state[name]
         return values, after
 
+    def smoothed(
+        self,
+        state: dict[str, Any],
+        values: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the signals that are made of others, and the means behind them."""
+        made: dict[str, Any] = {}
+        after = {}
+        if "finite" in self.watched:
+            made["finite"] = jnp.isfinite(values["gradient_norm"]).astype(jnp.float32)
+        if "loss" in state:
+            smoothed, after["loss"] = _smooth(state["loss"], values["loss"])
+            made |= smoothed
+        return made, after
+
     def _way(
         self,
         state: dict[str, Any],
         values: Mapping[str, Any],
         params: Any,
         gradients: Any,
-        anchor: Any,
+        places: Places,
         due: Any,
         live: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -394,7 +422,7 @@ class Signals:
           values: the signals so far.
           params: the parameters.
           gradients: the gradient.
-          anchor: parameters, or ().
+          places: parameters to compare with.
           due: whether the step is measured where a policy moves the gradient's weight.
           live: whether the sum may change.
 
@@ -403,12 +431,6 @@ class Signals:
           the part of the state that is the sum.
         """
         weight = values.get("gradient_weight")
-        factor = 1.0 if weight is None else weight
-        decay = MEMORY * values.get("kept", 1.0)
-        if weight is not None:
-            steps = values["gradient_steps"]
-            factor = factor * steps
-            decay = decay * MEMORY ** (steps - 1)
         sums = {n: state[n] for n in ("gradient_sum",) if n in state}
 
         def measure(
@@ -417,11 +439,19 @@ class Signals:
             _, after = now
             way = {}
             if self.needs_anchor:
-                away = jax.tree.map(jnp.subtract, anchor, params)
+                away = jax.tree.map(jnp.subtract, places.anchor, params)
                 way["distance"] = norm(away)
                 way["gradient_dot_distance"] = dot(gradients, away)
+            if "gradient_dot_way" in self.watched:
+                way["gradient_dot_way"] = way["gradient_dot_distance"]
+                if places.average != ():
+                    share = values["interpolation"]
+                    beyond = jax.tree.map(jnp.subtract, params, places.average)
+                    further = share / (1 - share) * dot(gradients, beyond)
+                    way["gradient_dot_way"] -= further
             if sums:
                 usable = jnp.isfinite(values["gradient_norm"]) & live
+                factor, decay = _factors(values)
                 total, added = _gradient_sum(
                     after["gradient_sum"], gradients, factor, usable, decay
                 )
@@ -701,6 +731,16 @@ def _if(
     if isinstance(condition, bool):
         return new() if condition else old()
     return jax.lax.cond(condition, new, old)
+
+
+def _factors(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the factor of a gradient in the sum of them, and that of the sum."""
+    decay = MEMORY * values.get("kept", 1.0)
+    weight = values.get("gradient_weight")
+    if weight is None:
+        return 1.0, decay
+    steps = values["gradient_steps"]
+    return weight * steps, decay * MEMORY ** (steps - 1)
 
 
 def _gradient_sum(

@@ -44,6 +44,7 @@ class ControllerState(NamedTuple):
       average: the averaged (parameters, variables), or ().
       lag: product of the averaging decays since the average was last moved, float32 ();
         () where there is none.
+      kept: the copy of the average that `keep_average` made last; or ().
       anchor: `Pieces`: parameters, and variables and optimizer state where they may be
         restored; or ().
     """
@@ -60,6 +61,7 @@ class ControllerState(NamedTuple):
     accumulated: Any
     average: Any
     lag: Any
+    kept: Any
     anchor: Any
 
 
@@ -75,6 +77,16 @@ def floats(tree: Any) -> Any:
     """Return the floating-point and complex leaves of a tree, None for the others."""
     return jax.tree.map(
         lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree
+    )
+
+
+def merged(tree: Any, leaves: Any) -> Any:
+    """Return a tree whose leaves are replaced where `leaves`, of `floats`, has one."""
+    return jax.tree.map(
+        lambda old, new: old if new is None else new,
+        tree,
+        leaves,
+        is_leaf=lambda x: x is None,
     )
 
 
@@ -106,12 +118,7 @@ def select_weights(
 
     if averaged:
         mean_params, mean_variables = controller.average
-        variables = jax.tree.map(
-            lambda old, new: old if new is None else new,
-            variables,
-            mean_variables,
-            is_leaf=lambda x: x is None,
-        )
+        variables = merged(variables, mean_variables)
     if averaged and given is None:
         return mean_params, variables
     return optimizers.evaluated(given, state.optimizer, params), variables

@@ -192,30 +192,60 @@ def test_arguments_out_of_range_are_refused(options):
 NUMBER = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=8))
-def test_the_estimate_is_finite_and_never_falls(measured):
-    policy = controllers.learning_free()
+def estimates(measured, steps, **options):
+    """Return the estimate after each step.
+
+    Args:
+      measured: (<g, x_0 - x>, |s|_1, <g, x_0 - z>) of each step.
+      steps: those of the run.
+      **options: of `learning_free`.
+    """
+    policy = controllers.learning_free(**options)
     state = policy.init()
-    before = 0.0
-    for step, (product, size) in enumerate(measured):
+    found = []
+    for step, (product, size, way) in enumerate(measured):
         signals = {
             "gradient_dot_distance": product,
+            "gradient_dot_way": way,
             "gradient_sum_norm": abs(size),
             "gradient_steps": 1.0,
             "loss": size,
             "base_rate": 1e-3,
             "step": step,
-            "progress": (step + 1) / 10,
+            "progress": (step + 1) / steps,
         }
         moves, state = policy.update(
             {n: jnp.float32(x) for n, x in signals.items()}, state
         )
-        moves.pop("notice")
-        estimate = float(state.estimate)
-        assert math.isfinite(estimate)
-        assert estimate >= before
-        before = estimate
+        found.append(float(state.estimate))
         np.testing.assert_allclose(
-            float(moves["learning_rate"]) * 1e-3, estimate, rtol=1e-5
+            float(moves["learning_rate"]) * 1e-3, found[-1], rtol=1e-5
         )
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(NUMBER, NUMBER, NUMBER), min_size=1, max_size=8))
+def test_the_estimate_is_finite_and_never_falls_in_the_warm_up(measured):
+    found = estimates(measured, steps=10, until=0.9)
+
+    assert all(math.isfinite(estimate) for estimate in found)
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(("way", "grows"), [(1.0, True), (-1.0, False)])
+def test_after_the_warm_up_the_estimate_follows_the_way(way, grows):
+    warm = [(0.0, 1.0, 0.0)] * 20
+    found = estimates([*warm, *[(0.0, 1.0, way)] * 80], steps=100)
+    # for each factor of the steps it can change by that to the power of 1.5
+    most = (100 / len(warm)) ** 1.5
+
+    assert (found[-1] > found[len(warm)]) == grows
+    assert 1 / most < found[-1] / found[len(warm)] < most
+
+
+def test_an_estimate_that_does_not_follow_stays_after_the_warm_up():
+    warm = [(1.0, 1.0, 1.0)] * 20
+    found = estimates([*warm, *[(0.0, 1.0, 1.0)] * 80], steps=100, follow=0)
+
+    assert found[-1] == found[60]

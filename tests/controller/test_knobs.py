@@ -47,6 +47,9 @@ SCHEDULE = {
     "rollback": {23: 1},
     "stop": {24: 1},
 }
+# tested where there is something to begin anew, or to serve: test_restart.py,
+# test_best_average.py
+ONCE = ("restart", "keep_average", "serve_kept")
 # of each call: the one after the rollback finds the run halted, and counts for nothing
 STEP = [*range(25), 24]
 
@@ -132,8 +135,7 @@ def test_one_compilation_serves_every_value_of_every_knob(run):
 
     assert len(jax.devices()) == 8
     assert program.mesh.size == 8
-    # a restart begins the schedule anew: tests/controller/test_restart.py
-    assert {*SCHEDULE, "restart"} == set(KNOBS)
+    assert {*SCHEDULE, *ONCE} == set(KNOBS)
     assert [c.count for c in program.compilations if c.program == "train"] == [1]
     assert all(
         len(set(values.values()) | {NEUTRAL[KNOBS[k].combine]}) >= 3

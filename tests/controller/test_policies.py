@@ -228,10 +228,13 @@ def learning(steps=600, seed=0):
     return loss, rng.lognormal(0, 0.3, steps)
 
 
+RATE = {"base_rate": 0.1, "scheduled_rate": 0.0}
+
+
 def test_guard_lets_an_ordinary_run_be():
     for seed in range(5):
         loss, norms = learning(seed=seed)
-        moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms)
+        moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms, **RATE)
         assert moves["skip"].sum() <= 1
         assert not moves["rollback"].any()
 
@@ -241,7 +244,9 @@ def test_guard_skips_a_spike_and_no_more(value):
     loss, norms = learning()
     loss[300] = value
     norms[300] = abs(value)
-    skipped = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms)["skip"]
+    skipped = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms, **RATE)[
+        "skip"
+    ]
 
     assert skipped[300] == 1
     assert skipped[295:310].sum() == 1
@@ -250,7 +255,7 @@ def test_guard_skips_a_spike_and_no_more(value):
 def test_guard_skips_all_of_a_burst_and_does_not_go_back():
     loss, norms = learning()
     loss[300:320] += 3
-    moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms)
+    moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms, **RATE)
 
     assert moves["skip"][300:320].all()
     assert not moves["skip"][321:].any()
@@ -260,7 +265,7 @@ def test_guard_skips_all_of_a_burst_and_does_not_go_back():
 def test_guard_takes_a_lasting_change_for_the_new_normal():
     loss, norms = learning()
     loss[300:] += 1
-    moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms)
+    moves = follow(controllers.guard(), loss_kept=loss, gradient_norm=norms, **RATE)
 
     assert moves["skip"][300]
     assert not moves["skip"][340:].any()
@@ -271,7 +276,9 @@ def test_guard_takes_a_lasting_change_for_the_new_normal():
 def test_guard_says_that_spikes_pass_once_its_budget_is_used_up():
     loss, norms = learning()
     loss[300:310] = 50
-    moves = follow(controllers.guard(budget=3), loss_kept=loss, gradient_norm=norms)
+    moves = follow(
+        controllers.guard(budget=3), loss_kept=loss, gradient_norm=norms, **RATE
+    )
 
     np.testing.assert_array_equal(np.flatnonzero(moves["skip"]), [300, 301, 302])
     assert moves["notice"][303]
@@ -283,7 +290,7 @@ def test_guard_goes_back_when_the_loss_stays_lost(value):
     loss, norms = learning()
     loss[300:] = value
     policy = controllers.guard(patience=20, rollbacks=3, rate=0.3)
-    moves = follow(policy, loss_kept=loss, gradient_norm=norms)
+    moves = follow(policy, loss_kept=loss, gradient_norm=norms, **RATE)
 
     assert np.argmax(moves["rollback"]) == 319
     assert policy.limits["rollbacks"] == 3
@@ -301,6 +308,7 @@ def test_guards_budget_is_a_bound(budget, window, seed):
         controllers.guard(budget=budget, window=window, patience=1000),
         loss_kept=loss,
         gradient_norm=1.0,
+        **RATE,
     )["skip"]
     within = np.convolve(skipped, np.ones(window), "valid")
 
@@ -312,12 +320,50 @@ def test_guard_in_clip_mode_cuts_spikes_to_the_usual_norm_and_skips_the_nonfinit
     loss, norms = learning()
     norms[300] = 100.0
     norms[400] = np.nan
-    moves = follow(controllers.guard("clip"), loss_kept=loss, gradient_norm=norms)
+    moves = follow(
+        controllers.guard("clip"), loss_kept=loss, gradient_norm=norms, **RATE
+    )
 
     assert 0.5 < moves["clip_norm"][300] < 2
     assert not moves["skip"][300]
     assert moves["skip"][400]
     assert np.isinf(np.delete(moves["clip_norm"], 300)).mean() > 0.99
+
+
+def test_guard_holds_a_slip_of_the_rate_back_until_a_lower_one_is_set():
+    loss, norms = learning(400)
+    rate = np.full(400, 0.1)
+    rate[100:200] = 2.0  # twenty times as high is followed
+    rate[200:300] = 100.0
+    moves = follow(
+        controllers.guard(),
+        loss_kept=loss,
+        gradient_norm=norms,
+        base_rate=rate,
+        scheduled_rate=0.0,
+    )
+    np.testing.assert_allclose(moves["learning_rate"][200:300], 2 / 100, rtol=1e-6)
+    assert (np.delete(moves["learning_rate"], range(200, 300)) == 1).all()
+    assert np.flatnonzero(moves["notice"] == 2).tolist() == [200]
+    assert moves["skip"][200]
+    assert not moves["skip"][201:].any()
+
+
+def test_guard_follows_a_schedule_wherever_it_goes_and_falls_back_to_it():
+    loss, norms = learning(400)
+    schedule = np.where(np.arange(400) % 100 < 50, 1e-6, 1.0)
+    set_live = schedule.copy()
+    set_live[300:] = 500.0
+    moves = follow(
+        controllers.guard(),
+        loss_kept=loss,
+        gradient_norm=norms,
+        base_rate=set_live,
+        scheduled_rate=schedule,
+    )
+    used = set_live * moves["learning_rate"]
+    np.testing.assert_allclose(used, schedule, rtol=1e-5)
+    assert np.flatnonzero(moves["notice"] == 2).tolist() == [300]
 
 
 # ---- the batch, the optimizer, the average ----

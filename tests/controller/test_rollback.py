@@ -1,6 +1,7 @@
 """Stops and rollbacks: when, from which checkpoint, with which data, how often."""
 
 import json
+import math
 import time
 from functools import cache
 
@@ -474,7 +475,8 @@ def final(fault, guarded, folder):
         steps=STEPS,
         shuffle=False,
         devices=1,
-        controller=guard() if guarded else (),
+        # any rate is followed, so that it is a rollback that helps
+        controller=guard(jump=math.inf) if guarded else (),
         run_dir=folder,
         save_every=40,
         log_every=10,

@@ -39,23 +39,23 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
       `learning_free`: an estimate of the distance to the solution, from the gradients
         and from the way that the parameters have gone so far (Prodigy's; Mishchenko &
         Defazio 2023), times 2. It begins at a thousandth of the step that would bring
-        the loss to 0 if it were linear, grows as fast as it can over the first 10 % of
-        the run, and at most threefold after that.
+        the loss to 0 if it were linear, and grows as fast as it can over the first 5 %
+        of the run. After that it follows the product of gradient and way, both up and
+        down.
       `schedule_free`: gradients are taken near an average of the parameters, which
         takes the place of the first moment (Defazio et al. 2024); the average is
         evaluated and served, so the rate need not fall. For other optimizers than Adam
         and those like it: `decay`, linear over the second half of the budget, and
         `averaging`. They ended at 1.02 (Muon), 1.5 (Lion) and 2.8 times (LAMB) the
         loss of a tuned cosine, and a notice says so.
-      `best_average`: holds the average when evaluations get worse although the training
-        loss falls.
+      `best_average`: serves the average at which an evaluation was best.
       `guard`: keeps out spikes and values that are not finite, and asks for at most
         `rollbacks` rollbacks where that does not help.
       `label_noise`: when labels become wrong, weighs samples by how likely theirs is
         right (Patrini et al. 2017).
 
-    Memory: three copies of the parameters, which are those at the start, a weighted sum
-    of the gradients, and the average.
+    Memory: four copies of the parameters, which are those at the start, a weighted sum
+    of the gradients, the average, and the best average.
 
     Its results, and where it falls short: docs/controller.md, `python -m tools.bench
     controller --half judging`. The cost of faults under it: `python -m tools.bench
@@ -85,14 +85,16 @@ def adaptive(*, rollbacks: int = 2) -> tuple[Policy, ...]:
         guard(deviations=6.0, rollbacks=rollbacks),
         label_noise(),
         learning_free()._replace(
-            fitted=if_like_adam(learning_free(coefficient=CAUTIOUS, later=1))
+            fitted=if_like_adam(learning_free(coefficient=CAUTIOUS, follow=0))
         ),
         schedule_free(
+            interpolation=0.8,
+            share=0.2,
             otherwise=(
                 decay(0.5, "linear", 0.1),
                 averaging(decay=None, share=0.15),
                 _unproven(),
-            )
+            ),
         ),
         best_average(),
     )

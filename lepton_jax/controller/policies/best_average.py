@@ -1,23 +1,24 @@
-"""The average stays where evaluations were best when a model overfits.
+"""Serves the average that evaluations found best.
 
-A small example: the loss of the evaluations rises from the third one on, while that of
-the training batches falls further.
+An average of the parameters is kept when an evaluation finds it better than all before.
+If the last evaluation of a run is worse than that, the kept one is served. A small
+example: the losses of four evaluations, the last one at the end of the run:
 
->>> policy = best_average(patience=2)
+>>> policy = best_average()
 >>> state = policy.init()
->>> for count, (train, test) in enumerate([(3, 3), (2, 2), (1, 2.1), (0.5, 2.2)], 1):
+>>> for count, test in enumerate([3, 2, 2.1, 2.2], 1):
 ...     signals = {
-...         "loss": jnp.float32(train),
-...         "progress": jnp.float32(0.5),
+...         "loss": jnp.float32(1),
+...         "progress": jnp.float32(count / 4),
 ...         "evaluations": jnp.float32(count),
 ...         "evaluation_loss": jnp.float32(test),
 ...     }
 ...     moves, state = policy.update(signals, state)
-...     print(moves["averaging_decay"])
-nan
-nan
-nan
-1.0
+...     print(moves["keep_average"], moves["serve_kept"])
+1.0 0.0
+1.0 0.0
+0.0 0.0
+0.0 1.0
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 from lepton_jax.controller.policy import Notice, Policy, check_range
 
 NOTICE = Notice(
-    "the model overfits: from here on the average of the parameters stays as it is",
+    "the model overfits: the average at which its evaluation was best is served",
     "give more data, a smaller model or more regularization, or train for fewer steps",
 )
 
@@ -46,7 +47,9 @@ class Watch(NamedTuple):
       best: the lowest loss of an evaluation, float32 ().
       trained: mean training loss before it, float32 ().
       worse: evaluations in a row that were worse, int32 ().
-      held: whether the average stays as it is, bool ().
+      told: whether a person was told that the model overfits, bool ().
+      kept: whether an average was kept, bool ().
+      served: whether the kept average is served, bool ().
     """
 
     seen: Any
@@ -55,7 +58,9 @@ class Watch(NamedTuple):
     best: Any
     trained: Any
     worse: Any
-    held: Any
+    told: Any
+    kept: Any
+    served: Any
 
 
 def best_average(
@@ -64,16 +69,20 @@ def best_average(
     gap: float = 0.7,
     quiet: float = 0.1,
 ) -> Policy:
-    """Hold the average of the parameters when the model begins to overfit.
+    """Serve the average of the parameters at which an evaluation was best.
 
-    That is when `patience` evaluations in a row were no better than the best one, the
-    last of them was worse by more than `margin` of its loss, and yet the training loss
-    between the last two evaluations was below that before the best one, and below `gap`
-    times that of the evaluation. So neither faults of the data, which raise the
-    training loss too, nor the noise of a high rate are taken for it. A run without
-    evaluations is left alone, and so is one whose losses are not above 0. The average
-    is that of another policy, such as `schedule_free` or `averaging`, and moves little
-    from one evaluation to the next.
+    A copy of it is kept then, and served from the last step of the budget on if the
+    last evaluation before it was worse. The average is that of another policy, such as
+    `schedule_free` or `averaging`, and moves little from one evaluation to the next.
+    Memory: a copy of the parameters.
+
+    A person is told that the model overfits when `patience` evaluations in a row were
+    no better than the best one, the last of them was worse by more than `margin` of its
+    loss, and yet the training loss between the last two evaluations was below that
+    before the best one, and below `gap` times that of the evaluation. So neither faults
+    of the data, which raise the training loss too, nor the noise of a high rate are
+    taken for it. A run whose budget is not known serves the kept average from there on.
+    A run without evaluations is left alone.
 
     References:
       Prechelt 1998, "Early stopping - but when?" (criteria GL and UP).
@@ -82,17 +91,18 @@ def best_average(
       patience: evaluations.
       margin: share of the best evaluation's loss.
       gap: share of the last evaluation's loss. Without it a linear regression on 442
-        samples was held at 1.3 times the loss that it ended with.
+        samples was said to overfit at 1.3 times the loss that it ended with.
       quiet: share of the run whose evaluations do not count, as the rate is still being
         found.
 
     Raises:
-      RecipeError: an argument is out of range.
+      RecipeError: an argument is out of range. When the recipe is traced, also where no
+        policy makes an average.
 
     Example:
       >>> from lepton_jax import controllers
       >>> controllers.best_average().moves
-      ('averaging_decay', 'notice')
+      ('averaging_decay', 'keep_average', 'serve_kept', 'notice')
     """
     check_range("best_average", 0, 1, quiet=quiet)
     check_range("best_average", 1, math.inf, whole=True, patience=patience)
@@ -104,11 +114,23 @@ def best_average(
         after = _watched(signals, state, quiet)
         overfits = _is_rising(signals, after, patience, margin)
         overfits &= _has_left_behind(signals, state, gap)
-        held = state.held | overfits
-        after = after._replace(held=held)
+        told = state.told | overfits
+
+        # what the last evaluation found, which may be some steps ago
+        kept_is_better = state.kept & (after.worse > 0)
+        ends = signals["progress"] >= 1
+        endless = ~jnp.isfinite(signals["progress"])
+        serve = ~state.served & kept_is_better & (ends | (endless & told))
+        served = state.served | serve
+        is_best = _is_fresh(signals, state) & (after.worse == 0) & ~served
+        is_best &= ~(signals["progress"] <= quiet)
+        kept = state.kept | is_best
+        after = after._replace(told=told, served=served, kept=kept)
         moves = {
-            "averaging_decay": jnp.where(held, 1.0, jnp.nan),
-            "notice": jnp.where(held & ~state.held, 1.0, 0.0),
+            "averaging_decay": jnp.where(served, 1.0, jnp.nan),
+            "keep_average": jnp.where(is_best, 1.0, 0.0),
+            "serve_kept": jnp.where(serve, 1.0, 0.0),
+            "notice": jnp.where(told & ~state.told, 1.0, 0.0),
         }
         return moves, after
 
@@ -117,7 +139,7 @@ def best_average(
         _begin,
         update,
         watches=("loss", "evaluations", "evaluation_loss", "progress"),
-        moves=("averaging_decay", "notice"),
+        moves=("averaging_decay", "keep_average", "serve_kept", "notice"),
         notices=(NOTICE,),
     )
 
@@ -130,7 +152,9 @@ def _begin() -> Watch:
         best=jnp.float32(jnp.inf),
         trained=jnp.float32(jnp.inf),
         worse=jnp.int32(0),
-        held=jnp.bool_(False),
+        told=jnp.bool_(False),
+        kept=jnp.bool_(False),
+        served=jnp.bool_(False),
     )
 
 
@@ -155,7 +179,9 @@ def _watched(
         best=jnp.where(better, evaluation, state.best),
         trained=jnp.where(better, _mean_loss(state), state.trained),
         worse=jnp.minimum(worse, 2**30),
-        held=state.held,
+        told=state.told,
+        kept=state.kept,
+        served=state.served,
     )
 
 

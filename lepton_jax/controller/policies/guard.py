@@ -1,6 +1,7 @@
-"""Protection against spikes of the loss and of the gradient.
+"""Protection against spikes of the loss and of the gradient, and against a wrong rate.
 
-A spike is skipped or clipped. If that does not help, the policy asks for a rollback.
+A spike is skipped or clipped. If that does not help, the policy asks for a rollback. A
+learning rate that is set many times as high as any before is not followed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 from lepton_jax.controller.policy import Notice, Policy, check_range
 from lepton_jax.errors import RecipeError
 
+# times the highest learning rate so far above which one that is set is a slip;
+# assumption
+SLIP = 30.0
 # values in a band before anything is outside of it; assumption
 LEAST = 20
 # deviations above the mean that a value counts for at most: a lasting change widens the
@@ -30,9 +34,13 @@ NEAR = 0.9
 # overflow float32
 HUGE = 1e30
 TINY = 1e-30
-NOTICE = Notice(
+SPIKES = Notice(
     "there were more spikes than the guard keeps out, so it let some pass",
     "lower the learning rate, set clip_norm, or look at the data of these steps",
+)
+JUMP = Notice(
+    "a learning rate was set so much higher that the guard holds it back",
+    "set it again in smaller steps, or give guard(jump=math.inf) to follow any",
 )
 
 
@@ -62,6 +70,9 @@ class Guard(NamedTuple):
       best: the lowest moving mean of the loss, float32 ().
       used: spikes in the bucket that is the budget, float32 ().
       lost: steps in a row in which the run was lost, int32 ().
+      rate: the highest base of the learning rate that was followed, float32 ().
+      last: the last base that was followed, float32 ().
+      held: whether a higher one is held back, bool ().
     """
 
     loss: Band
@@ -70,6 +81,9 @@ class Guard(NamedTuple):
     best: Any
     used: Any
     lost: Any
+    rate: Any
+    last: Any
+    held: Any
 
 
 def guard(
@@ -84,6 +98,7 @@ def guard(
     patience: int = 30,
     rollbacks: int = 2,
     rate: float = 0.5,
+    jump: float = SLIP,
 ) -> Policy:
     """Keep updates with a spike out, and ask for a rollback when the run is lost.
 
@@ -104,6 +119,12 @@ def guard(
 
     After `patience` lost steps in a row, whether they were skipped or not, the policy
     asks for a rollback.
+
+    A learning rate that somebody sets, by hand or in the recipe of a run that goes on,
+    to more than `jump` times the highest one so far is a slip that a short run can't
+    make good. It is held back: the schedule, or the last rate before, stays in effect
+    until one is set that is not as high. The step in which it was set is skipped. What
+    a schedule does is not judged.
 
     Norm and loss are those of the global arrays, so all hosts decide alike. Where
     samples are discounted (`label_noise`), the loss is the discounted one.
@@ -127,6 +148,8 @@ def guard(
       patience: lost steps in a row before a rollback is asked for.
       rollbacks: the greatest number of rollbacks; the host ends the run after them.
       rate: factor of the learning rate for each rollback.
+      jump: factor above which a learning rate that is set is held back; math.inf: none
+        is.
 
     Raises:
       RecipeError: an argument is out of range.
@@ -140,6 +163,8 @@ def guard(
       ...     signals = {
       ...         "loss_kept": jnp.float32(loss),
       ...         "gradient_norm": jnp.float32(1),
+      ...         "base_rate": jnp.float32(0.1),
+      ...         "scheduled_rate": jnp.float32(0),
       ...     }
       ...     moves, state = policy.update(signals, state)
       ...     if moves["skip"]:
@@ -169,6 +194,7 @@ def guard(
         far=far,
     )
     check_range("guard", 0, 1, rate=rate)
+    check_range("guard", 1, math.inf, jump=jump)
 
     def update(
         signals: Mapping[str, Any], state: Guard
@@ -210,9 +236,13 @@ def guard(
 
         # a spike passes since too many were kept out before it
         passes = spike & finite & ~act
-        moves = {"skip": ~finite | act if mode == "skip" else ~finite}
+        judged = _judged(signals, state, jump)
+        begins = judged.held & ~state.held
+        skip = ~finite | act if mode == "skip" else ~finite
+        moves = {"skip": skip | begins}
         moves["rollback"] = rollback
-        moves["notice"] = passes
+        moves["notice"] = jnp.where(begins, 2.0, passes)
+        moves["learning_rate"] = judged.factor
         if mode == "clip":
             clip = act & finite
             usual = jnp.exp(state.norm.mean)
@@ -222,16 +252,19 @@ def guard(
             best=best,
             used=left + act,
             lost=jnp.where(rollback, 0, lost),
+            rate=judged.highest,
+            last=judged.last,
+            held=judged.held,
         )
 
-    moves = ("skip", "rollback", "notice")
+    moves = ("skip", "rollback", "notice", "learning_rate")
     return Policy(
         "guard",
         _begin,
         update,
-        watches=("loss_kept", "gradient_norm"),
+        watches=("loss_kept", "gradient_norm", "base_rate", "scheduled_rate"),
         moves=moves if mode == "skip" else (*moves, "clip_norm"),
-        notices=(NOTICE,),
+        notices=(SPIKES, JUMP),
         limits={"rollbacks": rollbacks, "rate": rate, "patience": patience},
     )
 
@@ -252,6 +285,50 @@ def _begin() -> Guard:
         best=jnp.float32(0),
         used=jnp.float32(0),
         lost=jnp.int32(0),
+        rate=jnp.float32(0),
+        last=jnp.float32(0),
+        held=jnp.bool_(False),
+    )
+
+
+class _Rate(NamedTuple):
+    """Judgement of the learning rate's base.
+
+    Attributes:
+      held: whether it is held back.
+      factor: that of the learning rate.
+      highest: the highest base that was followed.
+      last: the last one that was.
+    """
+
+    held: Any
+    factor: Any
+    highest: Any
+    last: Any
+
+
+def _judged(
+    signals: Mapping[str, Any],
+    state: Guard,
+    jump: float,
+) -> _Rate:
+    """Judge the base of the learning rate: is it too far above the others?"""
+    base = signals["base_rate"]
+    scheduled = signals["scheduled_rate"]
+    usable = jnp.isfinite(base) & (base > 0)
+    # a ratio, as jump times the highest one might overflow
+    ratio = base / jnp.maximum(state.rate, TINY)
+    held = usable & (base != scheduled) & (state.rate > 0) & (ratio > jump)
+
+    is_scheduled = jnp.isfinite(scheduled) & (scheduled > 0)
+    instead = jnp.where(is_scheduled, scheduled, state.last)
+    factor = jnp.where(held, instead / jnp.where(held, base, 1.0), 1.0)
+    follows = usable & ~held
+    return _Rate(
+        held,
+        jnp.clip(factor, 0.0, 1.0),
+        highest=jnp.where(follows, jnp.maximum(state.rate, base), state.rate),
+        last=jnp.where(follows, base, state.last),
     )
 
 

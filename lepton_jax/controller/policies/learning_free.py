@@ -15,6 +15,10 @@ and after steps of 0.1 down to x_5 = 0.5,
 
 The bound is d; it is always below D, and it grows as the parameters move. As the rate
 is d, the parameters then move faster, until their way is about as long as D.
+
+It can't tell when d is too large. The same product can: where the parameters have gone
+too far, the gradient points back to x_0 on average, and a shorter way, that is a lower
+rate, would have been better. So once d stands, it follows the sign of the product.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from lepton_jax.controller.signals import MEMORY
 # the growth can't be spread over a share of it; assumption
 FASTEST = 2.0
 BLIND = 1.1
+# fewest steps of the warm-up, in which d can grow by 2^20; assumption
+WARM = 20
 # bounds of the first estimate, which a loss of 0 or infinity would otherwise give;
 # assumption
 LEAST = 1e-9
@@ -40,13 +46,13 @@ MOST = 1e6
 # greatest d / d_0 in the weights, whose squares must not overflow float32
 HIGHEST = 1e12
 TINY = 1e-30
-# the warm-up goes on where d still grows by a factor of `STEEP` in `SLOW` steps;
+# share of the run over which the product of gradient and way is averaged, and the
+# fewest steps; assumption
+WINDOW = 0.02
+FEWEST = 5.0
+# the estimate is not to be trusted if it has grown so much after the warm-up;
 # assumption
-STEEP = 1.25
-SLOW = 10
-# the estimate is not to be trusted if it has used up this share of the logarithm of the
-# growth that it may have after `until`; assumption
-UNSETTLED = 0.95
+UNSETTLED = 30.0
 NOTICE = Notice(
     "the learning rate grew all the time: the run was too short to find it",
     "train for more steps, or give controllers.learning_free a higher start",
@@ -62,9 +68,9 @@ class Distance(NamedTuple):
       estimate: d.
       numerator: r, the weighted sum of <g, x_0 - x>.
       weight: w, the weight of the present gradient in both sums.
-      level: d when it had last grown by a factor of `STEEP`.
-      since: the steps since then.
       warm: d when the warm-up was over; 0 before it.
+      along: moving mean of <g, x_0 - z>.
+      squares: moving mean of its square.
     """
 
     base: Any
@@ -72,9 +78,9 @@ class Distance(NamedTuple):
     estimate: Any
     numerator: Any
     weight: Any
-    level: Any
-    since: Any
     warm: Any
+    along: Any
+    squares: Any
 
 
 def learning_free(
@@ -82,8 +88,8 @@ def learning_free(
     coefficient: float = 2.0,
     *,
     growth: float = 1e4,
-    until: float = 0.1,
-    later: float = 3.0,
+    until: float = 0.05,
+    follow: float = 1.5,
 ) -> Policy:
     """Set the learning rate to an estimate of the distance to the solution.
 
@@ -95,6 +101,12 @@ def learning_free(
         r_k = b r_{k-1} + w_k <g_k, x_0 - x_k>
         s_k = b s_{k-1} + w_k g_k
         d_{k+1} = max(d_k, c r_k / |s_k|_1)
+
+    until the warm-up is over. From then on d follows the mean m and the mean square q
+    of <g_k, x_0 - z_k> over the last 2 % of the run, where z are the parameters that
+    the optimizer moves:
+
+        d_{k+1} = d_k exp(f m / (sqrt(q) (k + 1)))
 
     |l| / |g|_1 is the length of entries at which the first update would bring the loss
     to 0 if it were linear. So nothing depends on the scale of parameters, inputs or
@@ -109,17 +121,14 @@ def learning_free(
 
     Args:
       start: d_0, as a share of the length above. Choose it too small rather than too
-        large, since d never shrinks; its growth to the right size takes some dozen
-        steps.
+        large, since d does not shrink before the warm-up is over; its growth to the
+        right size takes some dozen steps.
       coefficient: c.
       growth: factor by which d may grow while the share `until` of the run is done,
         evenly in its logarithm, and at most twofold in a step. Where the budget is not
         known d may grow by 10 % a step.
-      until: see `growth`. The warm-up goes on as long as d grows by a quarter in 10
-        steps.
-      later: factor by which d may grow after the warm-up, evenly over a whole run. A
-        model that fits its samples by heart moves its parameters without end, and d
-        with them.
+      until: share of the run at which the warm-up is over, after 20 steps at least.
+      follow: f; 0: d stays as it is after the warm-up.
 
     Raises:
       RecipeError: an argument is out of range. When the recipe is traced, also for an
@@ -132,6 +141,7 @@ def learning_free(
       >>> signals = {
       ...     "loss": jnp.float32(2),
       ...     "gradient_dot_distance": jnp.float32(0),
+      ...     "gradient_dot_way": jnp.float32(0),
       ...     "gradient_sum_norm": jnp.float32(10),
       ...     "gradient_steps": jnp.float32(1),
       ...     "base_rate": jnp.float32(1),
@@ -146,10 +156,8 @@ def learning_free(
     check_range("learning_free", 1e-3, 1e3, coefficient=coefficient)
     check_range("learning_free", 1.01, 1e9, growth=growth)
     check_range("learning_free", 1e-3, 0.99, until=until)
-    check_range("learning_free", 1, 1e9, later=later)
+    check_range("learning_free", 0, 10, follow=follow)
     pace = math.log(growth) / until
-    most = later**UNSETTLED
-    later_pace = math.log(later) / (1 - until)
 
     def init() -> Distance:
         zeros = {name: jnp.float32(0) for name in Distance._fields}
@@ -168,31 +176,31 @@ def learning_free(
         usable = jnp.isfinite(bound) & jnp.isfinite(r)
 
         early = state.warm == 0
-        pace_now = jnp.where(early, pace, later_pace)
-        fastest = _greatest_growth(signals, pace_now, steps)
+        fastest = _greatest_growth(signals, pace, steps)
+        grown = jnp.clip(bound, d, fastest * d)
+        along, squares = _way(signals, state, usable)
+        followed = d * _pull(signals, along, squares) ** follow
         d = jnp.where(
             usable,
-            jnp.clip(bound, d, fastest * d),
+            jnp.where(early, grown, followed),
             d,
         )
 
         w = jnp.minimum(d / jnp.maximum(first, LEAST), HIGHEST) ** 2
-        steep = d > STEEP * state.level
-        since = jnp.where(steep, 0.0, state.since + usable * steps)
-        over = early & (signals["progress"] > until) & (since >= SLOW)
+        enough = signals["step"] + 1 >= WARM
+        over = early & (signals["progress"] > until) & enough
         after = Distance(
             base,
             first,
             estimate=d,
             numerator=jnp.where(usable, r, state.numerator),
             weight=jnp.where(first > 0, w, 1.0),
-            level=jnp.where(steep, d, state.level),
-            since=jnp.minimum(since, HIGHEST),
             warm=jnp.where(over, d, state.warm),
+            along=along,
+            squares=squares,
         )
         # d is above 0 times anything where the warm-up has not ended
-        grown = d > most * after.warm
-        unsettled = (signals["progress"] >= 1) & grown & (later > 1)
+        unsettled = (signals["progress"] >= 1) & (d > UNSETTLED * after.warm)
         moves = {
             "learning_rate": d / base,
             "gradient_weight": after.weight,
@@ -206,6 +214,7 @@ def learning_free(
         update,
         watches=(
             "gradient_dot_distance",
+            "gradient_dot_way",
             "gradient_sum_norm",
             "gradient_steps",
             "loss",
@@ -243,6 +252,36 @@ def _begun(
     )
     first = jnp.where(fresh, length, state.first)
     return base, first, jnp.where(fresh, first, state.estimate)
+
+
+def _way(
+    signals: Mapping[str, Any],
+    state: Distance,
+    usable: Any,
+) -> tuple[Any, Any]:
+    """Return the moving means of <g, x_0 - z> and of its square."""
+    product = signals["gradient_dot_way"]
+    usable &= jnp.isfinite(product**2)
+    run = (signals["step"] + 1) / signals["progress"]
+    # where the budget is not known, of the steps so far
+    run = jnp.where(jnp.isfinite(run), run, signals["step"] + 1)
+    window = jnp.maximum(WINDOW * run, FEWEST)
+    keeps = (1 - 1 / window) ** signals["gradient_steps"]
+
+    def mean(before: Any, now: Any) -> Any:
+        return jnp.where(usable, keeps * before + (1 - keeps) * now, before)
+
+    return mean(state.along, product), mean(state.squares, product**2)
+
+
+def _pull(
+    signals: Mapping[str, Any],
+    along: Any,
+    squares: Any,
+) -> Any:
+    """Return the factor of d in this step for `follow` = 1."""
+    cosine = jnp.clip(along / jnp.sqrt(jnp.maximum(squares, TINY)), -1.0, 1.0)
+    return jnp.exp(cosine * signals["gradient_steps"] / (signals["step"] + 1))
 
 
 def _greatest_growth(

@@ -2,7 +2,7 @@
 
 from lepton_jax.step.optimizers.core import build, updating
 from lepton_jax.step.optimizers.evaluation import evaluated
-from lepton_jax.step.optimizers.optimizer import SCHEDULED, Optimizer
+from lepton_jax.step.optimizers.optimizer import SCHEDULED, Optimizer, unchanged
 from lepton_jax.step.optimizers.switching import Switchable, switchable
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "build",
     "evaluated",
     "switchable",
+    "unchanged",
     "updating",
 ]

@@ -20,7 +20,7 @@ import optax
 from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step.optimizers.evaluation import check_evaluation
 from lepton_jax.step.optimizers.maker import Maker
-from lepton_jax.step.optimizers.optimizer import Optimizer
+from lepton_jax.step.optimizers.optimizer import Optimizer, unchanged
 from lepton_jax.step.optimizers.switching import Switchable, Switching
 from lepton_jax.step.optimizers.transformation import Transformation, is_transformation
 from lepton_jax.trees import shapes
@@ -87,9 +87,11 @@ def _finished(given: Any, rate: Any) -> Optimizer:
         params: Any,
         knobs: Mapping[str, Any],
         value: Any,
+        finish: Callable[[Any, Any], Any] = unchanged,
     ) -> Any:
         factor = knobs.get("learning_rate")
-        return transformation.update(gradients, state, params, value, factor)
+        made = transformation.update(gradients, state, params, value, factor)
+        return finish(params, made[0]), made[1]
 
     def scheduled(
         state: Any,

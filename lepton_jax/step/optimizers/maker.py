@@ -25,8 +25,14 @@ import jax
 import jax.numpy as jnp
 
 from lepton_jax.errors import RecipeError, pointing_at_user
+from lepton_jax.step.branches import either
 from lepton_jax.step.optimizers.factors import has_another_factor
-from lepton_jax.step.optimizers.optimizer import FORMING, SCHEDULED, Optimizer
+from lepton_jax.step.optimizers.optimizer import (
+    FORMING,
+    SCHEDULED,
+    Optimizer,
+    unchanged,
+)
 from lepton_jax.step.optimizers.schedule import (
     Reading,
     Readings,
@@ -102,6 +108,7 @@ class Maker:
         params: Any,
         knobs: Mapping[str, Any],
         value: Any,
+        finish: Callable[[Any, Any], Any] = unchanged,
     ) -> Any:
         """Make one update; see `Optimizer.update`."""
         manner = self._manner(params)
@@ -109,23 +116,28 @@ class Maker:
         if manner.name == "fixed":
             factor = own["learning_rate"] / jnp.float32(self._rate or 1)
             made = self._made(self._rate)
-            return made.update(gradients, state, params, value, factor)
+            after, state = made.update(gradients, state, params, value, factor)
+            return finish(params, after), state
 
-        def run(moved: Mapping[str, Any]) -> Any:
+        def run(moved: Mapping[str, Any], now: tuple[Any, Any]) -> tuple[Any, Any]:
             made = self._made_from(moved, manner, knobs.get(SCHEDULED))
-            return made.update(gradients, state, params, value)
+            before, held = now
+            after, held = made.update(gradients, held, before, value)
+            return finish(before, after), held
 
         delicate = {*FORMING}
         if manner.delicate:
             delicate.add("learning_rate")
         first = {n: x for n, x in own.items() if n in delicate}
         if not first:
-            return run(own)
+            return run(own, (params, state))
         resting = [x == self._resting(n, knobs) for n, x in first.items()]
-        return jax.lax.cond(
+        others = {n: x for n, x in own.items() if n not in first}
+        return either(
             jnp.stack(resting).all(),
-            lambda: run({n: x for n, x in own.items() if n not in first}),
-            lambda: run(own),
+            functools.partial(run, others),
+            functools.partial(run, own),
+            (params, state),
         )
 
     def scheduled(

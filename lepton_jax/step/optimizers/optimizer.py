@@ -24,7 +24,9 @@ class Optimizer(NamedTuple):
         computation with the update. `knobs` maps names to float32 scalars: the learning
         rate must be there if the base has it and it is not 1; others only where they
         may differ from the base. Where the learning rate is a schedule, `SCHEDULED` is
-        there too. `value` is the loss.
+        there too. `value` is the loss. With `finish`, a function of the parameters
+        before and after an update, the parameters returned are its result: so it is no
+        pass of its own.
       scheduled: (state, params, updates) to the schedule's rate for the next update,
         float32; read at the optimizer's own count where it has one, else at `updates`,
         Lepton's.
@@ -38,3 +40,8 @@ class Optimizer(NamedTuple):
     update: Callable[..., Any]
     scheduled: Callable[[Any, Any, Any], Any]
     trials: list[Callable[[Optimizer, Any], None]]
+
+
+def unchanged(before: Any, after: Any) -> Any:
+    """Return the parameters after an update as they are."""
+    return after

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from lepton_jax.errors import RecipeError
-from lepton_jax.step.optimizers.optimizer import FORMING, SCHEDULED, Optimizer
+from lepton_jax.step.optimizers.optimizer import (
+    FORMING,
+    SCHEDULED,
+    Optimizer,
+    unchanged,
+)
 
 # names that Optax's states have for first moments
 MOMENTS = ("mu", "trace")
@@ -104,6 +109,7 @@ class Switching:
         params: Any,
         knobs: Mapping[str, Any],
         value: Any,
+        finish: Callable[[Any, Any], Any] = unchanged,
     ) -> Any:
         """Make one update by the optimizer at work; see `Optimizer.update`."""
         before = state["index"]
@@ -114,7 +120,7 @@ class Switching:
                 start = self._start(number, state, params)
                 own = self._own_knobs(number, knobs)
                 moved, after = self._each[number].update(
-                    gradients, start, params, own, value
+                    gradients, start, params, own, value, finish
                 )
                 states = list(state["each"])
                 states[number] = after

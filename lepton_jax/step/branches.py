@@ -46,3 +46,26 @@ def once(
         cpu=as_loop,
         default=as_conditional,
     )
+
+
+def either(
+    condition: Any,
+    first: Callable[[Any], Any],
+    second: Callable[[Any], Any],
+    carry: Any,
+) -> Any:
+    """Return `first(carry)` where a condition holds, else `second(carry)`."""
+
+    def as_loops(condition: Any, carry: Any) -> Any:
+        carry = once(condition, first, carry)
+        return once(~condition, second, carry)
+
+    def as_conditional(condition: Any, carry: Any) -> Any:
+        return jax.lax.cond(condition, first, second, carry)
+
+    return jax.lax.platform_dependent(
+        condition,
+        carry,
+        cpu=as_loops,
+        default=as_conditional,
+    )
