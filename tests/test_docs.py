@@ -47,3 +47,6 @@ def test_the_examples_of_data_run_as_written(tmp_path, monkeypatch):
     assert names["page"].is_file()
     assert set(names["opened"].predict(names["people"], words=True)) == {"yes", "no"}
     assert names["images"].split("train").inputs.shape == (16, 16, 16, 3)
+    assert names["inputs"]["tokens"].shape == names["targets"].shape == (4, 128)
+    assert len(names["names"]) == 32
+    assert len(names["state"]) < 500

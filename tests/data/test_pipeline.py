@@ -919,20 +919,3 @@ def test_documents_that_change_their_length_are_caught():
     )
     with pytest.raises(DataError, match="had 4 when it was measured"):
         stream.take(4)
-
-
-def test_the_page_runs_as_written():
-    rng = np.random.default_rng(0)
-    names = {
-        name: documents(rng.integers(2, 900, 60), 1)
-        for name in ("wiki", "code", "books")
-    }
-    for block in re.findall(
-        r"```python\n(.*?)```",
-        (ROOT / "docs" / "data.md").read_text(),
-        re.DOTALL,
-    ):
-        exec(compile(block, "docs/data.md", "exec"), names)
-    assert names["inputs"]["tokens"].shape == names["targets"].shape == (4, 128)
-    assert len(names["names"]) == 32
-    assert len(names["state"]) < 500
