@@ -113,11 +113,11 @@ class ParquetReader(CountedReader):
         """
         if self.stored.entry:
             return None
+        # its first row in this file, which may be one of several
+        first = sum(group.rows for group in self._groups[: piece.start])
         rows = sum(group.rows for group in self._groups[piece.start : piece.stop])
         try:
-            lazy = pl.scan_parquet(self.stored.path, glob=False).slice(
-                piece.first_row, rows
-            )
+            lazy = pl.scan_parquet(self.stored.path, glob=False).slice(first, rows)
             table = plain_types(lazy.collect(engine="in-memory"))
         except Exception as error:
             raise self._damaged(error) from error
