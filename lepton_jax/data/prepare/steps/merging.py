@@ -255,13 +255,15 @@ class Mixture(Fitted):
         self,
         table: pl.LazyFrame,
     ) -> pl.LazyFrame:
-        return table.group_by(SOURCE).agg(pl.len().cast(pl.UInt64).alias("count"))
+        count = pl.len().cast(pl.UInt64).alias("count")
+        return table.group_by(SOURCE).agg(count)
 
     def merge(
         self,
         partials: Sequence[pl.DataFrame],
     ) -> pl.DataFrame:
-        counts = pl.concat(partials).group_by(SOURCE).agg(pl.col("count").sum())
+        sources = pl.concat(partials).group_by(SOURCE)
+        counts = sources.agg(pl.col("count").sum())
         return counts.sort(SOURCE)
 
     def finish(
@@ -287,7 +289,11 @@ class Mixture(Fitted):
                 _SHARE: list(shares.values()),
                 _LIMIT: [int(share * RANGE) for share in shares.values()],
             },
-            schema={SOURCE: pl.UInt32(), _SHARE: pl.Float64(), _LIMIT: pl.UInt64()},
+            schema={
+                SOURCE: pl.UInt32(),
+                _SHARE: pl.Float64(),
+                _LIMIT: pl.UInt64(),
+            },
         )
 
     def run(

@@ -556,8 +556,11 @@ def _with_split(step: Any, schema: pl.Schema) -> pl.Schema:
 
 def _split(is_test: pl.Expr, is_validation: pl.Expr) -> pl.Expr:
     """Return SPLIT; null is no."""
-    rest = pl.when(is_validation).then(pl.lit("validation")).otherwise(pl.lit("train"))
-    return pl.when(is_test).then(pl.lit("test")).otherwise(rest).alias(SPLIT)
+    train = pl.lit("train")
+    validation = pl.lit("validation")
+    test = pl.lit("test")
+    rest = pl.when(is_validation).then(validation).otherwise(train)
+    return pl.when(is_test).then(test).otherwise(rest).alias(SPLIT)
 
 
 def _split_by_time(

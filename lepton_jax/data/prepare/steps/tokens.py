@@ -378,21 +378,27 @@ def _frame(
         _constant(end),
     )
     if step.length is not None:
-        room = (step.length - whole.list.len().cast(pl.Int64)).clip(0)
-        padding = pl.lit(
-            step.pad,
-            pl.Int32,
-        ).repeat_by(room)
-        whole = pl.concat_list(
-            whole,
-            padding,
-        ).list.to_array(step.length)
+        whole = _padded(whole, step.length, step.pad)
     there = ~pl.col("is_missing")
-    frame = pl.DataFrame({"tokens": tokens, "is_missing": is_missing}).select(
+    table = pl.DataFrame(
+        {
+            "tokens": tokens,
+            "is_missing": is_missing,
+        }
+    )
+    frame = table.select(
         pl.when(there).then(whole).alias(_CUT),
         pl.when(there).then(size).cast(pl.UInt32).alias(_SIZE),
     )
     return frame.to_struct()
+
+
+def _padded(tokens: pl.Expr, length: int, pad: int) -> pl.Expr:
+    """Return lists of at most `length` tokens as arrays of `length`."""
+    used = tokens.list.len().cast(pl.Int64)
+    room = (length - used).clip(0)
+    padding = pl.lit(pad, pl.Int32).repeat_by(room)
+    return pl.concat_list(tokens, padding).list.to_array(length)
 
 
 def _constant(ids: list[int]) -> pl.Expr:
