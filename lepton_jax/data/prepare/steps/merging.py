@@ -152,8 +152,11 @@ class Join(Fitted):
                 ROW,
             ).with_columns(places.alias("place"))
             _check_once(ordered, keys, "the rows")
-        typed = other.drop(ROW).cast({name: partial.schema[name] for name in keys})
-        seen = partial.select(keys).unique().with_columns(pl.lit(True).alias(_MATCHED))
+        typed = other.drop(ROW).cast(
+            {name: partial.schema[name] for name in keys},
+        )
+        seen = partial.select(keys).unique()
+        seen = seen.with_columns(pl.lit(True).alias(_MATCHED))
         matched = typed.join(
             seen,
             on=keys,
@@ -371,7 +374,8 @@ def _check_once(
         return
     twice = known.filter(is_twice)
     first = twice.row(0, named=True)
-    same = twice.filter(pl.all_horizontal(pl.col(name) == first[name] for name in keys))
+    is_same = [pl.col(name) == first[name] for name in keys]
+    same = twice.filter(pl.all_horizontal(is_same))
     places = " and ".join(same["place"].head(2))
     key = ", ".join(f"{name} = {first[name]!r}" for name in keys)
     raise DataError(

@@ -114,21 +114,7 @@ def shingles(
         unit[position >= stop] = 0
         hashes = (hashes + unit) * SPREAD
     members = _scrambled(hashes) >> HALF
-
-    # The row is the upper half of the key, the hash the lower one.
-    rows = np.repeat(
-        np.arange(len(text), dtype=np.uint64),
-        counts,
-    )
-    keys = np.unique((rows << HALF) | members)
-    per_row = np.bincount(
-        (keys >> HALF).astype(np.int64),
-        minlength=len(text),
-    )
-    return Sets(
-        keys.astype(np.uint32),
-        _bounds(per_row),
-    )
+    return _sets_of(members, counts)
 
 
 def band_keys(
@@ -220,6 +206,29 @@ def from_lists(lists: pl.Series) -> Sets:
 
 
 # ---- internals ----
+
+
+def _sets_of(members: np.ndarray, counts: np.ndarray) -> Sets:
+    """Return the set of each row.
+
+    Args:
+      members: of the first row, then of the second, and so on; below 2**32.
+      counts: how many each row has, with repetitions.
+    """
+    # The row is the upper half of the key, the hash the lower one.
+    rows = np.repeat(
+        np.arange(len(counts), dtype=np.uint64),
+        counts,
+    )
+    keys = np.unique((rows << HALF) | members)
+    per_row = np.bincount(
+        (keys >> HALF).astype(np.int64),
+        minlength=len(counts),
+    )
+    return Sets(
+        keys.astype(np.uint32),
+        _bounds(per_row),
+    )
 
 
 def _characters(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:

@@ -220,7 +220,8 @@ class SplitByGroup(_Shares, Fitted):
             types,
             self.seed,
         ).alias("hash")
-        rows = table.select(group).group_by("hash").agg(pl.len().alias("rows"))
+        count = pl.len().alias("rows")
+        rows = table.select(group).group_by("hash").agg(count)
         stratum = pl.lit(None).alias("stratum")
         return (
             rows.select(
@@ -333,7 +334,10 @@ class SplitByTime(_Shares, Fitted):
                 "test": [times[tested - 1] if tested else None],
                 "validation": [times[taken - 1]],
             },
-            schema={"test": pl.Float64(), "validation": pl.Float64()},
+            schema={
+                "test": pl.Float64(),
+                "validation": pl.Float64(),
+            },
         )
 
     def run(
