@@ -368,8 +368,7 @@ def _with_names(
         reasons.append(f"the first row {found}")
 
     body = rows[1:] if has_header else rows
-    first_width = len(rows[0]) if has_header else _usual_width(body)
-    width = first_width
+    width = len(rows[0]) if has_header else _usual_width(body)
     trailing = _has_trailing(rows, body, has_header)
     if has_header and settings.header is None and not trailing:
         _check_first(rows[0], body, where)
@@ -380,10 +379,7 @@ def _with_names(
     count = width - trailing
     renamed: dict[str, str] = {}
     header = rows[0][:count] if has_header else [""] * count
-    if settings.names is not None:
-        names = _given_names(settings.names, count, where)
-    else:
-        names = _names(header, renamed)
+    names = _chosen_names(header, renamed, settings, where)
     strip = settings.strip
     if strip is None:
         strip = _is_padded(body)
@@ -399,6 +395,18 @@ def _with_names(
         tuple(reasons),
         renamed,
     )
+
+
+def _chosen_names(
+    header: list[str],
+    renamed: dict[str, str],
+    settings: CsvSettings,
+    where: object,
+) -> tuple[str, ...]:
+    """Return the names that the settings give, else those of the header."""
+    if settings.names is None:
+        return _names(header, renamed)
+    return _given_names(settings.names, len(header), where)
 
 
 def _length_of_first(text: bytes, grammar: Grammar) -> int:
