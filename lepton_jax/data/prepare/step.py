@@ -75,7 +75,11 @@ class Step(ABC):
         return self.run(frame, None).table.collect_schema()
 
     @abstractmethod
-    def run(self, table: pl.LazyFrame, state: pl.DataFrame | None) -> Outcome:
+    def run(
+        self,
+        table: pl.LazyFrame,
+        state: pl.DataFrame | None,
+    ) -> Outcome:
         """Apply the step.
 
         Args:
@@ -85,7 +89,10 @@ class Step(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """Return the step as plain data: its class's name and its arguments."""
-        return {"step": type(self).__name__, **dataclasses.asdict(self)}
+        return {
+            "step": type(self).__name__,
+            **dataclasses.asdict(self),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

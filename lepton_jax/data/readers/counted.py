@@ -115,9 +115,18 @@ def _values(series: pl.Series) -> list[bytes]:
     elif type_.is_temporal():
         series = series.to_physical()
     if series.dtype.is_numeric() and not series.dtype.is_decimal():
-        return [np.ascontiguousarray(series.fill_null(0).to_numpy()).tobytes()]
+        numbers = series.fill_null(0).to_numpy()
+        return [np.ascontiguousarray(numbers).tobytes()]
+    return _texts(series)
 
-    text = series if type_ == pl.Binary() else series.cast(pl.String)
-    words = text.cast(pl.Binary)
-    lengths = words.bin.size().fill_null(0)
-    return [lengths.to_numpy().astype("<u8").tobytes(), *words.drop_nulls().to_list()]
+
+def _texts(series: pl.Series) -> list[bytes]:
+    """Return the lengths and the bytes of values that are written as text."""
+    if series.dtype != pl.Binary():
+        series = series.cast(pl.String)
+    words = series.cast(pl.Binary)
+    lengths = words.bin.size().fill_null(0).to_numpy()
+    return [
+        lengths.astype("<u8").tobytes(),
+        *words.drop_nulls().to_list(),
+    ]

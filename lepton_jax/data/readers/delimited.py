@@ -303,14 +303,25 @@ class CsvReader(CountedReader):
                 head.start,
                 is_whole=False,
             )
-            stop = records.cut(
-                text,
-                head.dialect.grammar,
-                is_end=False,
-            ).stop
-            return [(head.start, text[:stop])], f"seen in the first {_mebibytes(size)}"
+            text = _whole_rows(text, head)
+            return [(head.start, text)], f"seen in the first {_mebibytes(size)}"
 
         whole = head.stamp.size - head.start
+        samples = self._spread_samples(size, whole)
+        return samples, f"seen in {_mebibytes(size)} of {_mebibytes(whole)}"
+
+    def _spread_samples(
+        self,
+        size: int,
+        whole: int,
+    ) -> list[tuple[int, bytes]]:
+        """Return rows of SAMPLE_PARTS places, and the byte where each part begins.
+
+        Args:
+          size: bytes of all parts together.
+          whole: bytes of the rows of the file.
+        """
+        head = self.head()
         part = size // SAMPLE_PARTS
         step = (whole - part) // (SAMPLE_PARTS - 1)
         samples = []
@@ -318,14 +329,9 @@ class CsvReader(CountedReader):
             start = head.start + i * step
             text = self.stored.read(start, part)
             skipped = text.find(b"\n") + 1 if i else 0
-            text = text[skipped:]
-            stop = records.cut(
-                text,
-                head.dialect.grammar,
-                is_end=False,
-            ).stop
-            samples.append((start + skipped, text[:stop]))
-        return samples, f"seen in {_mebibytes(size)} of {_mebibytes(whole)}"
+            text = _whole_rows(text[skipped:], head)
+            samples.append((start + skipped, text))
+        return samples
 
     def is_packed(self) -> bool:
         """Whether the bytes are unpacked as they are read."""
@@ -806,6 +812,16 @@ def _with_reason(
         plan,
         column=replace(plan.column, reason=reason),
     )
+
+
+def _whole_rows(text: bytes, head: Head) -> bytes:
+    """Return a text without the row that it breaks off in."""
+    whole = records.cut(
+        text,
+        head.dialect.grammar,
+        is_end=False,
+    )
+    return text[: whole.stop]
 
 
 def _mebibytes(size: int) -> str:

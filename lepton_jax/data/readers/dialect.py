@@ -368,8 +368,7 @@ def _with_names(
         reasons.append(f"the first row {found}")
 
     body = rows[1:] if has_header else rows
-    first_width = len(rows[0]) if has_header else _usual_width(body)
-    width = first_width
+    width = len(rows[0]) if has_header else _usual_width(body)
     trailing = _has_trailing(rows, body, has_header)
     if has_header and settings.header is None and not trailing:
         _check_first(rows[0], body, where)
@@ -380,21 +379,13 @@ def _with_names(
     count = width - trailing
     renamed: dict[str, str] = {}
     header = rows[0][:count] if has_header else [""] * count
-    if settings.names is not None:
-        names = _given_names(settings.names, count, where)
-    else:
-        names = _names(header, renamed)
+    names = _chosen_names(header, renamed, settings, where)
     strip = settings.strip
     if strip is None:
         strip = _is_padded(body)
     after = start
     if has_header:
-        after += next(
-            records_of(
-                sample[start:],
-                grammar,
-            )
-        ).end
+        after += _length_of_first(sample[start:], grammar)
     return Dialect(
         grammar,
         names,
@@ -404,6 +395,24 @@ def _with_names(
         tuple(reasons),
         renamed,
     )
+
+
+def _chosen_names(
+    header: list[str],
+    renamed: dict[str, str],
+    settings: CsvSettings,
+    where: object,
+) -> tuple[str, ...]:
+    """Return the names that the settings give, else those of the header."""
+    if settings.names is None:
+        return _names(header, renamed)
+    return _given_names(settings.names, len(header), where)
+
+
+def _length_of_first(text: bytes, grammar: Grammar) -> int:
+    """Return the bytes of the first row of a text, with its end."""
+    first = next(records_of(text, grammar))
+    return first.end
 
 
 def _check_first(
@@ -499,7 +508,9 @@ def _has_trailing(
     has_header: bool,
 ) -> bool:
     """Whether each row ends with a delimiter that separates nothing."""
-    if not body or len(body[0]) < 2 or any(row[-1].strip() for row in body):
+    if not body or len(body[0]) < 2:
+        return False
+    if any(row[-1].strip() for row in body):
         return False
     width = len(body[0])
     if any(len(row) != width for row in body):
@@ -507,7 +518,9 @@ def _has_trailing(
     if not has_header:
         return False
     header = rows[0]
-    return len(header) == width - 1 or (len(header) == width and not header[-1].strip())
+    if len(header) == width - 1:
+        return True
+    return len(header) == width and not header[-1].strip()
 
 
 def _given_names(
@@ -516,9 +529,10 @@ def _given_names(
     where: object,
 ) -> tuple[str, ...]:
     names = tuple(given)
-    if len(names) != count or len(set(names)) != count:
+    different = len(set(names))
+    if len(names) != count or different != count:
         raise DataError(
-            f"`names` has {len(names)} names, {len(set(names))} of them different, but"
+            f"`names` has {len(names)} names, {different} of them different, but"
             f" the rows have {count} cells",
             where=where,
             remedy="give each column a name of its own",

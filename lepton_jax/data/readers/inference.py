@@ -350,7 +350,8 @@ class View:
 
     def truth(self) -> tuple[str, str] | None:
         """Return the words for true and false, if there are no others."""
-        words = set(self.text.drop_nulls().str.to_lowercase().unique().head(3))
+        lower = self.text.drop_nulls().str.to_lowercase()
+        words = set(lower.unique().head(3))
         for pair in TRUTH:
             is_sure = pair == TRUTH[0] and words and words <= set(pair)
             if is_sure or words == set(pair):

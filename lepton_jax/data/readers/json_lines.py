@@ -135,7 +135,8 @@ class JsonLinesReader(LinesReader):
         if table.height != self.rows_in(utf8):
             return None
         typed = [pl.col(name).cast(type_) for name, type_ in schema.items()]
-        return table.select(typed).with_columns(pl.selectors.float().fill_nan(None))
+        table = table.select(typed)
+        return table.with_columns(pl.selectors.float().fill_nan(None))
 
     def _slowly(
         self,
@@ -175,31 +176,36 @@ class JsonLinesReader(LinesReader):
         series = []
         for column in columns:
             cells = [row.get(column.name) for row in rows]
-            values, wrong = self._values(cells, column.type)
-            series.append(
-                pl.Series(
-                    column.name,
-                    values,
-                    column.type,
-                )
-            )
-            if any(wrong):
-                text = pl.Series(
-                    [_text(cell) for cell in cells],
-                    dtype=pl.String,
-                )
-                notes.append(
-                    changed_cells(
-                        column,
-                        text,
-                        pl.Series(wrong),
-                        number,
-                    )
-                )
+            values, wrong = self._typed(cells, column, number)
+            series.append(values)
+            notes += wrong
         return Rows(
             pl.DataFrame([*series, number]),
             pl.concat(notes),
         )
+
+    def _typed(
+        self,
+        cells: list[Any],
+        column: Column,
+        number: pl.Series,
+    ) -> tuple[pl.Series, list[pl.DataFrame]]:
+        """Return cells as a column of its type, and notes if some do not fit it."""
+        values, wrong = self._values(cells, column.type)
+        series = pl.Series(column.name, values, column.type)
+        if not any(wrong):
+            return series, []
+        text = pl.Series(
+            [_text(cell) for cell in cells],
+            dtype=pl.String,
+        )
+        notes = changed_cells(
+            column,
+            text,
+            pl.Series(wrong),
+            number,
+        )
+        return series, [notes]
 
     def _values(
         self,

@@ -43,7 +43,8 @@ def type_of(value: Any) -> pl.DataType:
         inner = _merged(map(type_of, value))
         return pl.List(pl.String() if inner is None else inner)
     if isinstance(value, dict) and value:
-        return pl.Struct({name: type_of(inner) for name, inner in value.items()})
+        fields = {name: type_of(inner) for name, inner in value.items()}
+        return pl.Struct(fields)
     return pl.Null()
 
 

@@ -88,7 +88,8 @@ class ManyReader(CountedReader):
             )
             for column in columns
         ]
-        return rows._replace(table=pl.DataFrame([*values, rows.table[ROW]]))
+        table = pl.DataFrame([*values, rows.table[ROW]])
+        return rows._replace(table=table)
 
     def described(self) -> str:
         """Describe in words how the files are read."""

@@ -301,7 +301,8 @@ def _from_array(
     anything: Any,
     name: str,
 ) -> pl.DataFrame:
-    array = np.ma.asarray(anything) if np.ma.isMA(anything) else np.asarray(anything)
+    is_masked = np.ma.isMA(anything)
+    array = np.ma.asarray(anything) if is_masked else np.asarray(anything)
     if array.dtype.names:
         fields = {field: array[field] for field in array.dtype.names}
         return _from_mapping(fields, name)

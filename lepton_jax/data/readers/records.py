@@ -666,7 +666,9 @@ def _quotes_are_regular(
         before = opening[opening > 0] - 1
         closing = quotes[1 - is_open :: 2]
         after = closing[closing < len(array) - 1] + 1
-        if not (around[array[before]].all() and around[array[after]].all()):
+        if not around[array[before]].all():
+            return False
+        if not around[array[after]].all():
             return False
         is_open = (is_open + len(quotes)) % 2
     return not is_open
@@ -675,7 +677,13 @@ def _quotes_are_regular(
 def _around(grammar: Grammar) -> np.ndarray:
     """Return which bytes may stand before an opening or after a closing quote."""
     around = np.zeros(256, bool)
-    around[[NEWLINE, RETURN, grammar.delimiter[0], grammar.quote[0]]] = True
+    allowed = [
+        NEWLINE,
+        RETURN,
+        grammar.delimiter[0],
+        grammar.quote[0],
+    ]
+    around[allowed] = True
     return around
 
 

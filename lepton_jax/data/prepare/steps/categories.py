@@ -249,7 +249,8 @@ class HashCategories(Step):
                 % (self.buckets - 1)
                 + 1
             )
-            present = pl.when(pl.col(name).is_not_null()).then(code).otherwise(0)
+            is_present = pl.col(name).is_not_null()
+            present = pl.when(is_present).then(code).otherwise(0)
             codes.append(present.cast(pl.UInt32).alias(name))
         return Outcome(table.with_columns(codes))
 
@@ -281,12 +282,14 @@ class Classes(Fitted):
             dtype,
         ).alias("value")
         values = table.select(text).drop_nulls()
-        counts = values.group_by("value").agg(pl.len().cast(pl.UInt64).alias("count"))
+        count = pl.len().cast(pl.UInt64).alias("count")
+        counts = values.group_by("value").agg(count)
         return counts.sort("value")
 
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
-        counts = pl.concat(partials).group_by("value")
-        return counts.agg(pl.col("count").sum()).sort("value")
+        classes = pl.concat(partials).group_by("value")
+        count = pl.col("count").sum()
+        return classes.agg(count).sort("value")
 
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         if partial.is_empty():
@@ -304,7 +307,9 @@ class Classes(Fitted):
             strict=False,
         )
         numbers = partial.select(size).to_series()
-        order = [size, pl.col("value")] if not numbers.has_nulls() else ["value"]
+        order = [pl.col("value")]
+        if not numbers.has_nulls():
+            order = [size, *order]
         return partial.sort(order).with_row_index("code")
 
     def run(
@@ -330,7 +335,8 @@ class Classes(Fitted):
             )
         )
         words = pl.format(f"{{}} is no class of the training split ({known})", text)
-        reason = pl.when(text.is_null()).then(pl.lit("missing")).otherwise(words)
+        missing = pl.lit("missing")
+        reason = pl.when(text.is_null()).then(missing).otherwise(words)
         outcome = dropped(
             table,
             [

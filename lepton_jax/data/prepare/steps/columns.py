@@ -78,7 +78,10 @@ DAY = Kind("a date, with a time or without", is_day, _CAST + " (date, datetime)"
 POSITION = Kind("a number or a date", is_position, _CAST)
 
 
-def listed(columns: str | Iterable[str], what: str = "columns") -> tuple[str, ...]:
+def listed(
+    columns: str | Iterable[str],
+    what: str = "columns",
+) -> tuple[str, ...]:
     """Return names of columns as a tuple; one name may stand alone.
 
     Raises:
@@ -221,7 +224,8 @@ def is_missing(name: str, dtype: pl.DataType) -> pl.Expr:
 
 def without_nan(name: str, dtype: pl.DataType) -> pl.Expr:
     """Return a column in which every missing cell is null."""
-    return pl.col(name).fill_nan(None) if dtype.is_float() else pl.col(name)
+    column = pl.col(name)
+    return column.fill_nan(None) if dtype.is_float() else column
 
 
 def text_of(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -350,10 +354,15 @@ def _column_name(each: Fault) -> pl.Expr:
 
 
 def _before(each: Fault) -> pl.Expr:
-    return pl.col(each.column).cast(pl.String) if each.column else _nothing()
+    if not each.column:
+        return _nothing()
+    return pl.col(each.column).cast(pl.String)
 
 
-def _first(faults: Sequence[Fault], values: Sequence[pl.Expr]) -> pl.Expr:
+def _first(
+    faults: Sequence[Fault],
+    values: Sequence[pl.Expr],
+) -> pl.Expr:
     """Return the value of the first fault of each row."""
     result = _nothing()
     pairs = zip(faults, values, strict=True)

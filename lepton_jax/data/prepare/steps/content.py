@@ -41,7 +41,12 @@ MOST_SHORT = CHUNKS * CHUNK  # bytes; beyond, BLAKE2b costs less than its call
 # thread (measured: 3.3 s, and 6 to 18 s with 2**12 to 2**15 rows on two busy cores).
 BLOCK = 2**11
 
-HASH = pl.Schema({"hash_high": pl.UInt64(), "hash_low": pl.UInt64()})
+HASH = pl.Schema(
+    {
+        "hash_high": pl.UInt64(),
+        "hash_low": pl.UInt64(),
+    }
+)
 
 
 def content_hash(table: pl.DataFrame) -> pl.DataFrame:
@@ -57,10 +62,16 @@ def content_hash(table: pl.DataFrame) -> pl.DataFrame:
     size = sum(part.shape[1] for part in parts)
     if size % 2:
         # Words are of two bytes; a word's missing half is 0.
-        parts.append(np.zeros((len(table), 1), np.uint8))
+        padding = np.zeros((len(table), 1), np.uint8)
+        parts.append(padding)
     record = np.concatenate(parts, axis=1)
     hashes = _hash_of_records(record, size)
-    return pl.DataFrame({"hash_high": hashes[:, 0], "hash_low": hashes[:, 1]})
+    return pl.DataFrame(
+        {
+            "hash_high": hashes[:, 0],
+            "hash_low": hashes[:, 1],
+        }
+    )
 
 
 def hash_expression(columns: Sequence[str | pl.Expr]) -> pl.Expr:
@@ -82,7 +93,8 @@ def hash_expression(columns: Sequence[str | pl.Expr]) -> pl.Expr:
 def _keys() -> np.ndarray:
     """Return keys, float64 [CHUNKS * WORDS + 1, LANES]; the last is of the length."""
     rows = CHUNKS * WORDS + 1
-    stream = hashlib.shake_256(b"lepton content hash").digest(4 * rows * LANES)
+    source = hashlib.shake_256(b"lepton content hash")
+    stream = source.digest(4 * rows * LANES)
     numbers = np.frombuffer(
         stream,
         "<u4",
@@ -97,8 +109,9 @@ def _floats(numbers: np.ndarray) -> np.ndarray:
 
 KEYS = _keys()
 # Row n keeps the first n bytes of a chunk.
+KEPT_BYTES = np.arange(CHUNK + 1)[:, None]
 MASKS = np.where(
-    np.arange(CHUNK) < np.arange(CHUNK + 1)[:, None],
+    np.arange(CHUNK) < KEPT_BYTES,
     255,
     0,
 )
@@ -106,7 +119,8 @@ MASKS = MASKS.astype(np.uint8)
 
 
 def _hash_of_struct(rows: pl.Series) -> pl.Series:
-    return content_hash(rows.struct.unnest()).to_struct(rows.name)
+    hashes = content_hash(rows.struct.unnest())
+    return hashes.to_struct(rows.name)
 
 
 def _bytes_of(column: pl.Series) -> np.ndarray:
@@ -114,39 +128,38 @@ def _bytes_of(column: pl.Series) -> np.ndarray:
 
     The last byte is 1 where the value is missing; then the others are 0.
     """
-    missing = column.is_null().to_numpy().astype(np.uint8)[:, None]
-    dtype = column.dtype
-    if dtype == pl.Null:
+    missing = column.is_null().to_numpy().astype(np.uint8)
+    missing = missing[:, None]
+    if column.dtype == pl.Null:
         return missing
+
+    column = _simple(column)
+    if column.dtype == pl.Binary:
+        values = _hash_of_binary(column)
+    else:
+        values = _number_bits(column)[:, None]
+    little_endian = values.dtype.newbyteorder("<")
+    raw = values.astype(little_endian).view(np.uint8)
+    present = np.where(missing, 0, raw)
+    return np.concatenate([present, missing], axis=1)
+
+
+def _simple(column: pl.Series) -> pl.Series:
+    """Return a column as byte strings, or as it is if its values have 8 bytes."""
+    dtype = column.dtype
     if _is_array(column):
         column = pl.Series(
             column.name,
             [row.tobytes() for row in column.to_numpy()],
         )
     elif dtype.is_nested():
-        text = column.to_frame().select(pl.struct(column.name).struct.json_encode())
-        column = text.to_series()
+        encoded = pl.struct(column.name).struct.json_encode()
+        column = column.to_frame().select(encoded).to_series()
     elif dtype.is_decimal() or dtype in (pl.Int128, pl.UInt128):
         column = column.cast(pl.String)
     if column.dtype in (pl.Categorical, pl.Enum, pl.String):
         column = column.cast(pl.String).cast(pl.Binary)
-
-    if column.dtype == pl.Binary:
-        values = _hash_of_binary(column)
-    else:
-        values = _number_bits(column)[:, None]
-    raw = values.astype(values.dtype.newbyteorder("<")).view(np.uint8)
-    return np.concatenate(
-        [
-            np.where(
-                missing,
-                0,
-                raw,
-            ),
-            missing,
-        ],
-        axis=1,
-    )
+    return column
 
 
 def _is_array(column: pl.Series) -> bool:
@@ -162,8 +175,10 @@ def _is_array(column: pl.Series) -> bool:
     inner: pl.DataType = column.dtype
     while isinstance(inner, pl.Array):
         inner = pl.Series(dtype=inner.inner).dtype
-    flat = column.reshape((-1,)) if inner.is_numeric() else None
-    return flat is not None and flat.null_count() == 0 == column.null_count()
+    if not inner.is_numeric():
+        return False
+    flat = column.reshape((-1,))
+    return flat.null_count() == 0 == column.null_count()
 
 
 def _number_bits(column: pl.Series) -> np.ndarray:
@@ -172,7 +187,8 @@ def _number_bits(column: pl.Series) -> np.ndarray:
         column = column.dt.cast_time_unit("us")
     column = column.to_physical()
     if column.dtype.is_float():
-        values = column.cast(pl.Float64).fill_null(0.0).to_numpy() + 0.0  # -0.0 is 0.0
+        filled = column.cast(pl.Float64).fill_null(0.0)
+        values = filled.to_numpy() + 0.0  # -0.0 is 0.0
         return np.where(
             np.isnan(values),
             np.nan,
@@ -180,7 +196,8 @@ def _number_bits(column: pl.Series) -> np.ndarray:
         ).view(np.uint64)
     if column.dtype == pl.UInt64:
         return column.fill_null(0).to_numpy()
-    return column.cast(pl.Int64).fill_null(0).to_numpy().view(np.uint64)
+    filled = column.cast(pl.Int64).fill_null(0)
+    return filled.to_numpy().view(np.uint64)
 
 
 def _hash_of_binary(column: pl.Series) -> np.ndarray:
@@ -210,7 +227,8 @@ def _hash_of_binary(column: pl.Series) -> np.ndarray:
         block = short.slice(start, BLOCK)
         hashes[start : start + BLOCK] = _hash_of_block(block)
     if is_long.any():
-        hashes[is_long] = _blake2(column.filter(pl.Series(is_long)))
+        long = column.filter(pl.Series(is_long))
+        hashes[is_long] = _blake2(long)
     return hashes
 
 
@@ -236,7 +254,8 @@ def _hash_of_block(block: pl.Series) -> np.ndarray:
     array = block.to_arrow(compat_level=pl.CompatLevel.oldest())
     _, offset_buffer, data = array.buffers()
     offsets = np.frombuffer(offset_buffer, np.int64)
-    offsets = offsets[array.offset : array.offset + len(array) + 1]
+    last = array.offset + len(array)
+    offsets = offsets[array.offset : last + 1]
     text = np.frombuffer(
         data or b"",
         np.uint8,
@@ -300,7 +319,8 @@ def _hash_of_records(record: np.ndarray, size: int) -> np.ndarray:
         )
         for number in range(-(-size // CHUNK)):
             begin = number * CHUNK
-            words = np.ascontiguousarray(block[:, begin : begin + CHUNK])
+            chunk = block[:, begin : begin + CHUNK]
+            words = np.ascontiguousarray(chunk)
             sums += _sums(words, number)
         hashes[start : start + BLOCK] = _packed(
             sums,
@@ -322,7 +342,8 @@ def _sums(
     floats = _floats(words.view("<u2"))
     first = chunk * WORDS
     keys = KEYS[first : first + floats.shape[1]]
-    return (floats @ keys).astype(np.uint64) % np.uint64(PRIME)
+    sums = floats @ keys
+    return sums.astype(np.uint64) % np.uint64(PRIME)
 
 
 def _packed(
@@ -330,6 +351,9 @@ def _packed(
     sizes: np.ndarray,
 ) -> np.ndarray:
     """Return four sums of 31 bits as two numbers of 62 bits, the size mixed in."""
-    lengths = sizes.astype(np.uint64)[:, None] * KEYS[-1].astype(np.uint64)
+    key = KEYS[-1].astype(np.uint64)
+    lengths = sizes.astype(np.uint64)[:, None] * key
     lanes = (sums + lengths) % np.uint64(PRIME)
-    return lanes[:, 0::2] | (lanes[:, 1::2] << np.uint64(31))
+    low = lanes[:, 0::2]
+    high = lanes[:, 1::2]
+    return low | (high << np.uint64(31))

@@ -121,8 +121,10 @@ class DateFeatures(Step):
         ]
         for part in self.cyclic:
             angle = _angle(moment, part)
-            features.append(angle.sin().cast(pl.Float32).alias(f"{name}_{part}_sin"))
-            features.append(angle.cos().cast(pl.Float32).alias(f"{name}_{part}_cos"))
+            sine = angle.sin().cast(pl.Float32)
+            cosine = angle.cos().cast(pl.Float32)
+            features.append(sine.alias(f"{name}_{part}_sin"))
+            features.append(cosine.alias(f"{name}_{part}_cos"))
         if self.since is not None:
             elapsed = _microseconds(
                 name,
@@ -182,7 +184,9 @@ def _day(text: str) -> datetime.datetime | None:
 
 def _moment(name: str, dtype: pl.DataType) -> pl.Expr:
     column = pl.col(name)
-    return column.cast(pl.Datetime("us")) if dtype in (pl.Null, pl.Date) else column
+    if dtype in (pl.Null, pl.Date):
+        return column.cast(pl.Datetime("us"))
+    return column
 
 
 def _part(moment: pl.Expr, part: str) -> pl.Expr:

@@ -114,7 +114,8 @@ class Duplicates(Fitted):
         equal = every.join(partners, on=HASHES, maintain_order="left")
         is_own = pl.col(ROW) == pl.col("partner_row")
         is_own &= pl.col(SOURCE).eq_missing(pl.col("partner_source"))
-        later = equal.filter(pl.col(SOURCE).is_not_null() & ~is_own)
+        is_given = pl.col(SOURCE).is_not_null()
+        later = equal.filter(is_given & ~is_own)
         dropped = later.select(list(DROPPED)).cast(DROPPED)
         return _in_order(with_existing(dropped, self.existing))
 
@@ -135,7 +136,13 @@ class Duplicates(Fitted):
 
     def _known(self) -> pl.DataFrame:
         """Return the hashes of the existing set, with a null as SOURCE."""
-        schema = pl.Schema({SOURCE: pl.UInt32(), ROW: pl.UInt64(), **HASH})
+        schema = pl.Schema(
+            {
+                SOURCE: pl.UInt32(),
+                ROW: pl.UInt64(),
+                **HASH,
+            }
+        )
         tables = [schema.to_frame()]
         if self.existing is not None:
             columns = list(self.columns or ())
@@ -145,7 +152,8 @@ class Duplicates(Fitted):
                     rows[ROW],
                     pl.lit(None).alias(SOURCE),
                 )
-                tables.append(table.select(schema.names()).cast(schema))
+                table = table.select(schema.names())
+                tables.append(table.cast(schema))
         return pl.concat(tables)
 
 

@@ -74,21 +74,18 @@ def is_below(value: pl.Expr, share: float | pl.Expr) -> pl.Expr:
       share: from 0 to 1.
     """
     # The upper 53 bits are a float64 exactly.
-    upper = (
-        value
-        // pl.lit(
-            2**11,
-            dtype=pl.UInt64,
-        )
-    ).cast(pl.Float64)
+    dropped = pl.lit(2**11, dtype=pl.UInt64)
+    upper = (value // dropped).cast(pl.Float64)
     return upper < share * 2.0**53
 
 
 def of_number(value: int) -> int:
     """Return the hash of an integer, taken modulo 2**64."""
     z = (value + INCREMENT) % RANGE
-    z = ((z ^ (z >> 30)) * FIRST) % RANGE
-    z = ((z ^ (z >> 27)) * SECOND) % RANGE
+    z ^= z >> 30
+    z = (z * FIRST) % RANGE
+    z ^= z >> 27
+    z = (z * SECOND) % RANGE
     return z ^ (z >> 31)
 
 
@@ -103,7 +100,8 @@ class _RowHash:
         table = rows.struct.unnest()
         source = _column(table[SOURCE])
         hashes = _mixed(source + np.uint64(self.start))
-        return pl.Series(_mixed(hashes + _column(table[ROW])))
+        row = _column(table[ROW])
+        return pl.Series(_mixed(hashes + row))
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,8 @@ class _TextHash:
             np.uint64,
         )
         for text in rows.struct.unnest().iter_columns():
-            hashes = _mixed(hashes + _hashed(text.cast(pl.String)))
+            own = _hashed(text.cast(pl.String))
+            hashes = _mixed(hashes + own)
         return pl.Series(hashes)
 
 
@@ -134,7 +133,8 @@ def _mixed(value: np.ndarray) -> np.ndarray:
 
 
 def _hashed(text: pl.Series) -> np.ndarray:
-    size = text.str.len_bytes().fill_null(0).cast(pl.Int64).to_numpy()
+    lengths = text.str.len_bytes().fill_null(0)
+    size = lengths.cast(pl.Int64).to_numpy()
     is_short = size <= LONGEST
     hashes = _short_hashes(
         text,

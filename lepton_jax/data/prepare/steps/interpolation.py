@@ -98,13 +98,16 @@ class Interpolate(Fitted):
             index=[GROUP, AT],
             variable_name="column",
         )
-        points = points.drop_nulls().rename({GROUP: "group", AT: "at"})
-        counts = points.group_by(KEYS).agg(pl.len().alias("count"))
+        points = points.drop_nulls()
+        points = points.rename({GROUP: "group", AT: "at"})
+        count = pl.len().alias("count")
+        counts = points.group_by(KEYS).agg(count)
         return counts.cast(POINTS).sort(KEYS)
 
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
         counts = pl.concat(partials).group_by(KEYS)
-        points = counts.agg(pl.col("count").sum()).sort(KEYS)
+        count = pl.col("count").sum()
+        points = counts.agg(count).sort(KEYS)
         if len(points) > MOST_POINTS:
             raise DataError(
                 f"there are {len(points)} known values to interpolate between; at most"
@@ -115,8 +118,9 @@ class Interpolate(Fitted):
         return points
 
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
-        total = (pl.col("value") * pl.col("count")).sum()
-        mean = (total / pl.col("count").sum()).alias("value")
+        count = pl.col("count")
+        total = (pl.col("value") * count).sum()
+        mean = (total / count.sum()).alias("value")
         places = partial.group_by(
             KEYS[:3],
             maintain_order=True,

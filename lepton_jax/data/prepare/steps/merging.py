@@ -152,8 +152,11 @@ class Join(Fitted):
                 ROW,
             ).with_columns(places.alias("place"))
             _check_once(ordered, keys, "the rows")
-        typed = other.drop(ROW).cast({name: partial.schema[name] for name in keys})
-        seen = partial.select(keys).unique().with_columns(pl.lit(True).alias(_MATCHED))
+        typed = other.drop(ROW).cast(
+            {name: partial.schema[name] for name in keys},
+        )
+        seen = partial.select(keys).unique()
+        seen = seen.with_columns(pl.lit(True).alias(_MATCHED))
         matched = typed.join(
             seen,
             on=keys,
@@ -255,13 +258,15 @@ class Mixture(Fitted):
         self,
         table: pl.LazyFrame,
     ) -> pl.LazyFrame:
-        return table.group_by(SOURCE).agg(pl.len().cast(pl.UInt64).alias("count"))
+        count = pl.len().cast(pl.UInt64).alias("count")
+        return table.group_by(SOURCE).agg(count)
 
     def merge(
         self,
         partials: Sequence[pl.DataFrame],
     ) -> pl.DataFrame:
-        counts = pl.concat(partials).group_by(SOURCE).agg(pl.col("count").sum())
+        sources = pl.concat(partials).group_by(SOURCE)
+        counts = sources.agg(pl.col("count").sum())
         return counts.sort(SOURCE)
 
     def finish(
@@ -287,7 +292,11 @@ class Mixture(Fitted):
                 _SHARE: list(shares.values()),
                 _LIMIT: [int(share * RANGE) for share in shares.values()],
             },
-            schema={SOURCE: pl.UInt32(), _SHARE: pl.Float64(), _LIMIT: pl.UInt64()},
+            schema={
+                SOURCE: pl.UInt32(),
+                _SHARE: pl.Float64(),
+                _LIMIT: pl.UInt64(),
+            },
         )
 
     def run(
@@ -365,7 +374,8 @@ def _check_once(
         return
     twice = known.filter(is_twice)
     first = twice.row(0, named=True)
-    same = twice.filter(pl.all_horizontal(pl.col(name) == first[name] for name in keys))
+    is_same = [pl.col(name) == first[name] for name in keys]
+    same = twice.filter(pl.all_horizontal(is_same))
     places = " and ".join(same["place"].head(2))
     key = ", ".join(f"{name} = {first[name]!r}" for name in keys)
     raise DataError(

@@ -102,52 +102,19 @@ def shingles(
         ends - counts,
         counts,
     )
-    first = (
-        np.repeat(
-            bounds[:-1],
-            counts,
-        )
-        + place
-    )
-    stop = np.repeat(
-        bounds[1:],
-        counts,
-    )
+    first = np.repeat(bounds[:-1], counts) + place
+    stop = np.repeat(bounds[1:], counts)
 
-    units = np.concatenate(
-        [
-            units,
-            np.zeros(
-                size,
-                np.uint64,
-            ),
-        ]
-    )
+    padding = np.zeros(size, np.uint64)
+    units = np.concatenate([units, padding])
     hashes = np.zeros(total, np.uint64)
     for offset in range(size):
-        unit = units[first + offset] + np.uint64(1)
-        unit[first + offset >= stop] = 0
+        position = first + offset
+        unit = units[position] + np.uint64(1)
+        unit[position >= stop] = 0
         hashes = (hashes + unit) * SPREAD
     members = _scrambled(hashes) >> HALF
-
-    # The row is the upper half of the key, the hash the lower one.
-    rows = np.repeat(
-        np.arange(
-            len(text),
-            dtype=np.uint64,
-        ),
-        counts,
-    )
-    keys = np.unique((rows << HALF) | members)
-    per_row = np.bincount(
-        (keys >> HALF).astype(np.int64),
-        minlength=len(text),
-    )
-    edges = np.concatenate([[0], np.cumsum(per_row)])
-    return Sets(
-        keys.astype(np.uint32),
-        edges,
-    )
+    return _sets_of(members, counts)
 
 
 def band_keys(
@@ -234,11 +201,34 @@ def from_lists(lists: pl.Series) -> Sets:
     members = lists.explode().drop_nulls().to_numpy()
     return Sets(
         members,
-        np.concatenate([[0], np.cumsum(sizes)]),
+        _bounds(sizes),
     )
 
 
 # ---- internals ----
+
+
+def _sets_of(members: np.ndarray, counts: np.ndarray) -> Sets:
+    """Return the set of each row.
+
+    Args:
+      members: of the first row, then of the second, and so on; below 2**32.
+      counts: how many each row has, with repetitions.
+    """
+    # The row is the upper half of the key, the hash the lower one.
+    rows = np.repeat(
+        np.arange(len(counts), dtype=np.uint64),
+        counts,
+    )
+    keys = np.unique((rows << HALF) | members)
+    per_row = np.bincount(
+        (keys >> HALF).astype(np.int64),
+        minlength=len(counts),
+    )
+    return Sets(
+        keys.astype(np.uint32),
+        _bounds(per_row),
+    )
 
 
 def _characters(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:
@@ -254,16 +244,22 @@ def _characters(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:
         encoded,
         "<u4",
     ).astype(np.uint64)
-    return codes, np.concatenate([[0], np.cumsum(sizes)])
+    return codes, _bounds(sizes)
 
 
 def _words(text: pl.Series) -> tuple[np.ndarray, np.ndarray]:
     """Return hashes of the words of all texts, and the bounds of each text's."""
-    words = text.fill_null("").str.to_lowercase().str.extract_all(r"\w+")
+    lower = text.fill_null("").str.to_lowercase()
+    words = lower.str.extract_all(r"\w+")
     sizes = words.list.len().to_numpy().astype(np.int64)
     every = words.explode().drop_nulls().to_frame()
     hashes = content_hash(every)["hash_low"].to_numpy()
-    return hashes, np.concatenate([[0], np.cumsum(sizes)])
+    return hashes, _bounds(sizes)
+
+
+def _bounds(sizes: np.ndarray) -> np.ndarray:
+    """Return where each of some runs begins, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def _factors(count: int) -> list[tuple[np.uint64, np.uint64]]:

@@ -164,7 +164,8 @@ class FillWith(Step):
         is_same_kind = constant.dtype.is_numeric() == dtype.is_numeric()
         try:
             fill = constant.cast(dtype)
-            is_kept = is_same_kind and fill.cast(constant.dtype).item() == self.value
+            back = fill.cast(constant.dtype)
+            is_kept = is_same_kind and back.item() == self.value
         except pl.exceptions.PolarsError:
             is_kept = False
         is_rounded = dtype.is_float() and constant.dtype.is_numeric()
@@ -276,8 +277,10 @@ class FillMissing(Fitted):
         rows = _rows_of(counts)
         if rows.is_empty():
             raise nothing_to_learn(self, counts.name)
-        most = rows.filter(pl.col("count") == pl.col("count").max())
-        return most["value"].sort().head(1).alias(counts.name)
+        count = pl.col("count")
+        most = rows.filter(count == count.max())
+        first = most["value"].sort().head(1)
+        return first.alias(counts.name)
 
 
 # ---- internals ----
@@ -328,7 +331,8 @@ def _cell(
     fill: pl.Expr,
 ) -> pl.Expr:
     value = without_nan(name, dtype)
-    return pl.when(value.is_null()).then(fill).otherwise(value).alias(name)
+    filled = pl.when(value.is_null()).then(fill).otherwise(value)
+    return filled.alias(name)
 
 
 def _counted(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -338,7 +342,8 @@ def _counted(name: str, dtype: pl.DataType) -> pl.Expr:
         value = pl.when(value == 0).then(0.0).otherwise(value)  # -0 is 0
     counts = value.drop_nulls().cast(dtype).value_counts()
     fields = counts.struct.rename_fields(["value", "count"])
-    return fields.sort_by(fields.struct.field("value")).implode().alias(name)
+    ordered = fields.sort_by(fields.struct.field("value"))
+    return ordered.implode().alias(name)
 
 
 def _rows_of(counts: pl.Series) -> pl.DataFrame:
@@ -349,6 +354,7 @@ def _rows_of(counts: pl.Series) -> pl.DataFrame:
 
 def _summed(counts: pl.Series) -> pl.Series:
     rows = _rows_of(counts)
-    summed = rows.group_by("value").agg(pl.col("count").sum()).sort("value")
+    count = pl.col("count").sum()
+    summed = rows.group_by("value").agg(count).sort("value")
     fields = summed.to_struct(counts.name)
     return fields.implode().alias(counts.name)

@@ -50,7 +50,13 @@ SKETCH = pl.Schema(
         "bands": pl.List(pl.UInt64()),
     }
 )
-SKETCHES = pl.Schema({SOURCE: pl.UInt32(), ROW: pl.UInt64(), **SKETCH})
+SKETCHES = pl.Schema(
+    {
+        SOURCE: pl.UInt32(),
+        ROW: pl.UInt64(),
+        **SKETCH,
+    }
+)
 
 
 class Twin(NamedTuple):

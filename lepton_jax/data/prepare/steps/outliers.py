@@ -41,7 +41,13 @@ from lepton_jax.data.prepare.steps.columns import (
 LIMITS = {"zscore": 3.0, "iqr": 1.5, "quantile": 0.01}
 # Largest limits.
 HIGHEST = {"zscore": 1e9, "iqr": 1e9, "quantile": 0.5}
-BOUNDS = pl.Schema({"column": pl.String(), "low": pl.Float64(), "high": pl.Float64()})
+BOUNDS = pl.Schema(
+    {
+        "column": pl.String(),
+        "low": pl.Float64(),
+        "high": pl.Float64(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,9 @@ class _Outliers(Fitted):
             shares,
         ):
             low, high = values.tolist()
-            widening = self.limit * (high - low) if self.by == "iqr" else 0.0
+            widening = 0.0
+            if self.by == "iqr":
+                widening = self.limit * (high - low)
             rows.append((name, low - widening, high + widening))
         return pl.DataFrame(
             rows,
@@ -124,10 +132,11 @@ class _Outliers(Fitted):
         rule = f"({self.by}, limit {self.limit:g})"
         below = pl.format("outlier: {} is below " + f"{low:.9g} {rule}", value)
         above = pl.format("outlier: {} is above " + f"{high:.9g} {rule}", value)
+        is_below = value < low
         return fault(
             row["column"],
-            (value < low) | (value > high),
-            pl.when(value < low).then(below).otherwise(above),
+            is_below | (value > high),
+            pl.when(is_below).then(below).otherwise(above),
         )
 
 
@@ -197,7 +206,8 @@ class ClipOutliers(_Outliers):
                 row["low"],
                 row["high"],
             )
-            clipped[name] = value.cast(float_of(types[name])).alias(name)
+            dtype = float_of(types[name])
+            clipped[name] = value.cast(dtype).alias(name)
         notes = noted(
             table,
             "changed",

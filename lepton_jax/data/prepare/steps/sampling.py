@@ -88,19 +88,22 @@ class _Balance(Fitted):
         return pl.Schema(schema)
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
-        values = table.select(self._class(table).alias("value")).drop_nulls()
-        counts = values.group_by("value").agg(pl.len().cast(pl.UInt64).alias("count"))
-        return counts.sort("value")
+        value = self._class(table).alias("value")
+        classes = table.select(value).drop_nulls().group_by("value")
+        count = pl.len().cast(pl.UInt64).alias("count")
+        return classes.agg(count).sort("value")
 
     def merge(self, partials: Sequence[pl.DataFrame]) -> pl.DataFrame:
-        counts = pl.concat(partials).group_by("value")
-        return counts.agg(pl.col("count").sum()).sort("value")
+        classes = pl.concat(partials).group_by("value")
+        count = pl.col("count").sum()
+        return classes.agg(count).sort("value")
 
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         if partial.is_empty():
             raise nothing_to_learn(self, self.column)
         count = pl.col("count").cast(pl.Float64)
-        return partial.with_columns(self._factor(count).alias("factor"))
+        factor = self._factor(count).alias("factor")
+        return partial.with_columns(factor)
 
     def _class(self, table: pl.LazyFrame) -> pl.Expr:
         return text_of(
@@ -169,10 +172,8 @@ class Undersample(_Balance):
         )
 
     def _factor(self, count: pl.Expr) -> pl.Expr:
-        return (self.ratio * count.min() / count).clip(
-            0,
-            1,
-        )
+        share = self.ratio * count.min() / count
+        return share.clip(0, 1)
 
 
 @dataclass(frozen=True)
@@ -206,25 +207,24 @@ class Oversample(_Balance):
             hashing.of_row(self.seed),
             rest,
         )
-        times = factor.floor().cast(pl.Int64) + more.cast(pl.Int64)
+        whole = factor.floor().cast(pl.Int64)
+        times = whole + more.cast(pl.Int64)
         names = table.collect_schema().names()
         copies = pl.int_ranges(
             0,
             times,
         ).alias(COPIES)
-        rows = table.with_columns(copies).explode(COPIES).select(names)
+        rows = table.with_columns(copies).explode(COPIES)
         reason = pl.format("oversampled: stands here {} times", times)
         repeated = fault(self.column, times > 1, reason)
         return Outcome(
-            rows,
+            rows.select(names),
             noted(table, "flagged", [repeated]),
         )
 
     def _factor(self, count: pl.Expr) -> pl.Expr:
-        return (self.ratio * count.max() / count).clip(
-            1,
-            MOST_REPEATS,
-        )
+        repeats = self.ratio * count.max() / count
+        return repeats.clip(1, MOST_REPEATS)
 
 
 @dataclass(frozen=True)

@@ -73,15 +73,18 @@ class _Scale(Fitted):
     ) -> Outcome:
         assert state is not None
         types = table.collect_schema()
-        scaled = [
-            self._scaled(row).cast(float_of(types[row["column"]])).alias(row["column"])
-            for row in state.iter_rows(named=True)
-        ]
+        scaled = []
+        for row in state.iter_rows(named=True):
+            name = row["column"]
+            dtype = float_of(types[name])
+            column = self._scaled(row).cast(dtype).alias(name)
+            scaled.append(column)
         return Outcome(table.with_columns(scaled))
 
     def _scaled(self, row: dict[str, Any]) -> pl.Expr:
+        centered = number(row["column"]) - row["center"]
         # Not a division: see columns.py.
-        return (number(row["column"]) - row["center"]) * (1 / row["scale"])
+        return centered * (1 / row["scale"])
 
 
 @dataclass(frozen=True)
@@ -349,7 +352,8 @@ class QuantileScale(Fitted):
                 return_dtype=pl.Float64,
                 is_elementwise=True,
             )
-            ranks.append(rank.cast(float_of(types[name])).alias(name))
+            dtype = float_of(types[name])
+            ranks.append(rank.cast(dtype).alias(name))
         return Outcome(table.with_columns(ranks))
 
 
@@ -481,7 +485,10 @@ def _edges_table(name: str, edges: np.ndarray) -> pl.DataFrame:
             "column": [name] * len(edges),
             "edge": np.maximum.accumulate(edges),
         },
-        schema={"column": pl.String(), "edge": pl.Float64()},
+        schema={
+            "column": pl.String(),
+            "edge": pl.Float64(),
+        },
     )
 
 
@@ -555,6 +562,12 @@ class _Bins:
             code,
             dtype=pl.UInt32,
         )
-        present = pl.DataFrame({"code": codes, "is": series.is_not_null()})
+        present = pl.DataFrame(
+            {
+                "code": codes,
+                "is": series.is_not_null(),
+            }
+        )
         kept = pl.when(pl.col("is")).then(pl.col("code"))
-        return present.select(kept.alias(series.name)).to_series()
+        column = present.select(kept.alias(series.name))
+        return column.to_series()

@@ -58,7 +58,8 @@ class Select(Step):
 
     def _kept(self, names: Sequence[str]) -> list[str]:
         inner = [name for name in names if name in KEPT and name not in self.columns]
-        return [*inner, *(name for name in self.columns if name in names)]
+        chosen = [name for name in self.columns if name in names]
+        return [*inner, *chosen]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Drop(Step):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.columns)
-        kept = {name: t for name, t in schema.items() if name not in self.columns}
+        kept = {
+            name: dtype for name, dtype in schema.items() if name not in self.columns
+        }
         return pl.Schema(kept)
 
     def run(
@@ -117,7 +120,7 @@ class Rename(Step):
 
     def check(self, schema: pl.Schema) -> pl.Schema:
         require(self, schema, self.names)
-        rest = {name: t for name, t in schema.items() if name not in self.names}
+        rest = {name: dtype for name, dtype in schema.items() if name not in self.names}
         require_free(self, rest, self.names.values())
         return pl.Schema(
             {

@@ -220,7 +220,8 @@ class SplitByGroup(_Shares, Fitted):
             types,
             self.seed,
         ).alias("hash")
-        rows = table.select(group).group_by("hash").agg(pl.len().alias("rows"))
+        count = pl.len().alias("rows")
+        rows = table.select(group).group_by("hash").agg(count)
         stratum = pl.lit(None).alias("stratum")
         return (
             rows.select(
@@ -333,7 +334,10 @@ class SplitByTime(_Shares, Fitted):
                 "test": [times[tested - 1] if tested else None],
                 "validation": [times[taken - 1]],
             },
-            schema={"test": pl.Float64(), "validation": pl.Float64()},
+            schema={
+                "test": pl.Float64(),
+                "validation": pl.Float64(),
+            },
         )
 
     def run(
@@ -556,8 +560,11 @@ def _with_split(step: Any, schema: pl.Schema) -> pl.Schema:
 
 def _split(is_test: pl.Expr, is_validation: pl.Expr) -> pl.Expr:
     """Return SPLIT; null is no."""
-    rest = pl.when(is_validation).then(pl.lit("validation")).otherwise(pl.lit("train"))
-    return pl.when(is_test).then(pl.lit("test")).otherwise(rest).alias(SPLIT)
+    train = pl.lit("train")
+    validation = pl.lit("validation")
+    test = pl.lit("test")
+    rest = pl.when(is_validation).then(validation).otherwise(train)
+    return pl.when(is_test).then(test).otherwise(rest).alias(SPLIT)
 
 
 def _split_by_time(

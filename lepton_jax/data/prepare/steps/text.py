@@ -124,7 +124,8 @@ class CleanText(Step):
         columns = self.columns
         cleaned = table.with_columns(self._expression(name) for name in columns)
         after = {name: pl.col(_CLEANED + name) for name in columns}
-        result = cleaned.with_columns(**after).drop(_CLEANED + name for name in columns)
+        own = [_CLEANED + name for name in columns]
+        result = cleaned.with_columns(**after).drop(own)
         if not self.noted:
             return Outcome(result)
         faults = [

@@ -32,7 +32,12 @@ BYTES = 256  # ids of bytes are below; the default id of padding
 UNKNOWN = 1  # id of a word that is not in the vocabulary; 0 is padding
 FIRST_WORD = 2  # id of the most frequent word
 TOKENS = pl.List(pl.Int32())
-COUNTS = pl.Schema({"word": pl.String(), "count": pl.UInt64()})
+COUNTS = pl.Schema(
+    {
+        "word": pl.String(),
+        "count": pl.UInt64(),
+    }
+)
 # The word characters of Unicode, or one mark of punctuation.
 WORD = r"\w+|[^\w\s]"
 _CUT = "lepton.cut"
@@ -204,17 +209,19 @@ class WordTokens(Fitted):
         self,
         table: pl.LazyFrame,
     ) -> pl.LazyFrame:
-        words = self._words(pl.col(self.column).cast(pl.String))
-        every = table.select(words.explode().alias("word")).drop_nulls()
-        counts = every.group_by("word").agg(pl.len().alias("count"))
+        text = pl.col(self.column).cast(pl.String)
+        word = self._words(text).explode().alias("word")
+        words = table.select(word).drop_nulls().group_by("word")
+        counts = words.agg(pl.len().alias("count"))
         return counts.cast(COUNTS).sort("word")
 
     def merge(
         self,
         partials: Sequence[pl.DataFrame],
     ) -> pl.DataFrame:
-        every = pl.concat(partials)
-        return every.group_by("word").agg(pl.col("count").sum()).sort("word")
+        words = pl.concat(partials).group_by("word")
+        counts = words.agg(pl.col("count").sum())
+        return counts.sort("word")
 
     def finish(
         self,
@@ -247,9 +254,8 @@ class WordTokens(Fitted):
     ) -> Outcome:
         def numbers(text: pl.Series) -> pl.Series:
             assert state is not None
-            words = (
-                text.fill_null("").to_frame("text").select(self._words(pl.col("text")))
-            )
+            texts = text.fill_null("").to_frame("text")
+            words = texts.select(self._words(pl.col("text")))
             lists = words.to_series()
             every = lists.explode().drop_nulls().to_frame("word")
             ids = every.join(
@@ -276,7 +282,12 @@ class WordTokens(Fitted):
 
 # ---- internals ----
 
-_FILE = pl.Schema({"kind": pl.String(), "content": pl.Binary()})
+_FILE = pl.Schema(
+    {
+        "kind": pl.String(),
+        "content": pl.Binary(),
+    }
+)
 
 
 def _checked(
@@ -341,7 +352,8 @@ def _tokenized(
         .alias(_CUT)
     )
     cut = pl.col(_CUT).struct
-    replaced = with_tokens.with_columns(cut.field(_CUT).alias(step.column)).drop(_CUT)
+    framed_tokens = cut.field(_CUT).alias(step.column)
+    replaced = with_tokens.with_columns(framed_tokens).drop(_CUT)
     if step.length is None:
         return Outcome(replaced)
     reason = pl.format(
@@ -378,21 +390,27 @@ def _frame(
         _constant(end),
     )
     if step.length is not None:
-        room = (step.length - whole.list.len().cast(pl.Int64)).clip(0)
-        padding = pl.lit(
-            step.pad,
-            pl.Int32,
-        ).repeat_by(room)
-        whole = pl.concat_list(
-            whole,
-            padding,
-        ).list.to_array(step.length)
+        whole = _padded(whole, step.length, step.pad)
     there = ~pl.col("is_missing")
-    frame = pl.DataFrame({"tokens": tokens, "is_missing": is_missing}).select(
+    table = pl.DataFrame(
+        {
+            "tokens": tokens,
+            "is_missing": is_missing,
+        }
+    )
+    frame = table.select(
         pl.when(there).then(whole).alias(_CUT),
         pl.when(there).then(size).cast(pl.UInt32).alias(_SIZE),
     )
     return frame.to_struct()
+
+
+def _padded(tokens: pl.Expr, length: int, pad: int) -> pl.Expr:
+    """Return lists of at most `length` tokens as arrays of `length`."""
+    used = tokens.list.len().cast(pl.Int64)
+    room = (length - used).clip(0)
+    padding = pl.lit(pad, pl.Int32).repeat_by(room)
+    return pl.concat_list(tokens, padding).list.to_array(length)
 
 
 def _constant(ids: list[int]) -> pl.Expr:
@@ -422,7 +440,8 @@ def _lists(
     sizes: np.ndarray,
 ) -> pl.Series:
     """Return lists of some sizes, one after the other."""
-    bounds = np.concatenate([[0], np.cumsum(sizes.astype(np.int64))])
+    ends = np.cumsum(sizes.astype(np.int64))
+    bounds = np.concatenate([[0], ends])
     array = pa.LargeListArray.from_arrays(bounds, values)
     return pl.Series(pl.from_arrow(array)).cast(TOKENS)
 
