@@ -26,7 +26,7 @@ def arrays():
 
 
 def pandas():
-    module = pytest.importorskip("pandas", reason="recipes")
+    module = pytest.importorskip("pandas", reason="pip install pandas")
     frame = FRAME.to_pandas()
     return frame.astype({"n": module.Int64Dtype()})
 
