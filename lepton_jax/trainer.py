@@ -321,7 +321,7 @@ class Trainer:
         Returns:
           A named tuple, the loss first.
         """
-        if are_raw(test, None):
+        if are_raw(test, None, self.preparation is not None):
             test = prepared_samples(self.preparation, test)
         test = _settled(test, self.recipe.test)
         if test is None:
@@ -366,7 +366,8 @@ class Trainer:
         program = self._ready(None)
         preparation = self.preparation
         taken = program.trace.inputs
-        if are_raw(inputs, list(taken) if isinstance(taken, dict) else None):
+        names = list(taken) if isinstance(taken, dict) else None
+        if are_raw(inputs, names, preparation is not None):
             inputs = prepared_inputs(preparation, inputs)
         data = inputs if isinstance(inputs, Arrays) else Arrays(inputs)
         check_data(program, data, INPUTS)

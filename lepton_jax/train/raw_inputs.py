@@ -56,12 +56,15 @@ def load_preparation(folder: Path) -> Any:
 def are_raw(
     data: Any,
     names: Sequence[str] | None,
+    prepared: bool = True,
 ) -> bool:
     """Whether data is raw rows, and not the arrays that the model takes.
 
     Args:
       data: what somebody gave.
       names: the model's arguments; None: it takes one array.
+      prepared: whether the model knows how raw rows are prepared. If not, a dict of
+        arrays is taken for the model's arguments, whatever their names.
     """
     if isinstance(
         data,
@@ -80,7 +83,7 @@ def are_raw(
         return False
     if all(_is_single(value) for value in data.values()):
         return True
-    return names is None or set(data) != set(names)
+    return prepared and (names is None or set(data) != set(names))
 
 
 def prepared_inputs(preparation: Any, rows: Any) -> Any:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lepton_jax.data.prepare.statistics import BINS, add, statistics
 
-NUMBERS = st.floats(-1e30, 1e30, allow_subnormal=True)
+# a subnormal number next to 1e16 is rounded to 0 in this file's own formula for bins
+NUMBERS = st.floats(-1e30, 1e30, allow_subnormal=False)
 LISTS = st.lists(st.one_of(NUMBERS, st.none(), st.just(math.nan)), max_size=60)
 
 

@@ -256,18 +256,18 @@ class Agent:
         spoiled = [
             (i, fault) for i, fault in self.faults if fault["phase"] == "reading"
         ]
-        read = sequential.SequentialBlocks.__getitem__
+        read = sequential.SequentialBlocks._read
 
-        def spoil(sequence: Any, index: Any) -> Any:
-            reached = sequence.consumed // sequence.batch_size + sequence.steps
+        def spoil(sequence: Any, batches: Any, hints: Any) -> Any:
+            reached = batches[-1].before // sequence.batch_size + 1
             for i, fault in spoiled:
                 if reached >= fault["step"] and self.note(f"fired.{i}"):
                     if fault["kind"] == "no-data":
                         raise OSError("a shard of the data can't be read")
                     sequence.share.put = partial(_none, sequence.share.put)
-            return read(sequence, index)
+            return read(sequence, batches, hints)
 
-        sequential.SequentialBlocks.__getitem__ = spoil
+        sequential.SequentialBlocks._read = spoil
 
 
 def _none(put: Any, rows: Any) -> Any:
