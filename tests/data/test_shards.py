@@ -103,7 +103,7 @@ def test_a_position_is_refused_where_the_files_are_others(tmp_path):
     st.integers(0, 300),
     st.integers(1, 60),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_windowed_order_is_a_permutation_any_stretch_of_which_is_computed_alone(
     sizes, width, start, count
 ):
