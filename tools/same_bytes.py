@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parser().parse_args(words)
+        # a way of the campaign works in a folder of its own
+        record_at = options.json and options.json.resolve()
         with tempfile.TemporaryDirectory() as folder:
             rows = campaign(options, Path(folder))
     except LeptonError as error:
@@ -73,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     is_same = all(row["same"] for row in rows)
     print("all the same" if is_same else "NOT the same")
-    if options.json is not None:
+    if record_at is not None:
         command = f"python -m tools.same_bytes {' '.join(words)}"
         record = {**surroundings([]), "command": command, "results": rows}
         text = json.dumps(record, indent=1)
-        options.json.write_text(f"{text}\n")
+        record_at.write_text(f"{text}\n")
     return 0 if is_same else 1
 
 
