@@ -29,7 +29,7 @@ class History:
       reason: why it ended before its last step, if a policy or a person stopped it.
       seconds: wall time of the fit, compilations included.
       samples: consumed in training.
-      data_wait: seconds that the loop waited for data.
+      data_wait: seconds that the devices waited for data.
       window_seconds: seconds that the steps took, which are those that it may wait in:
         without compilations, evaluations and saves.
       padding: share of the tokens that were padding, where rows are fitted.
@@ -61,7 +61,7 @@ class History:
 
     @property
     def data_wait_share(self) -> float:
-        """Share of the steps' time that the loop waited for data, 0 to 1."""
+        """Share of the steps' time that the devices waited for data, 0 to 1."""
         return self.data_wait / self.window_seconds if self.window_seconds else 0.0
 
     @property

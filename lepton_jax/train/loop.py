@@ -208,7 +208,7 @@ class Loop:
         """Hand the devices one call, which ends where something may be due."""
         self.supply.jump(self.step)
         stop = self._cadence.next_stop(self.step, self._consumed)
-        piece = self.supply.take(stop - self.step)
+        piece = self.supply.take(stop - self.step, self._are_busy)
         self.state, records = self.program.train(
             self.state,
             piece.block,
@@ -228,6 +228,10 @@ class Loop:
             for back in reversed(range(count)):
                 names = self.supply.names(back)
                 self.records.trace(self.step - back, names)
+
+    def _are_busy(self) -> bool:
+        """Whether the devices still compute the call that was handed over last."""
+        return bool(self._pending) and not self._pending[-1].records.is_ready()
 
     def read(self, everything: bool) -> None:
         """Read the records that the devices have finished, or all of them.

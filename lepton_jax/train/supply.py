@@ -11,6 +11,7 @@ rest of it:
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import grain
@@ -107,14 +108,25 @@ class Supply:
         self.close()
         self.open(step)
 
-    def take(self, most: int) -> Piece:
-        """Return the next batches: the rest of a block, or `most` of them."""
+    def take(
+        self,
+        most: int,
+        are_busy: Callable[[], bool] = lambda: False,
+    ) -> Piece:
+        """Return the next batches: the rest of a block, or `most` of them.
+
+        Args:
+          most: batches.
+          are_busy: whether the devices still compute. A wait at whose end they do has
+            cost nothing, and is not counted.
+        """
         if self._offset == self._per_block:
             began = time.perf_counter()
             with phase.phase("data"):
                 self._block = next(self._reader)
                 self._offset = 0
-            self._waited += time.perf_counter() - began
+            if not are_busy():
+                self._waited += time.perf_counter() - began
         start = self._offset
         self._offset += min(self._per_block - start, most)
         return Piece(self._block, start, self._offset, self._resident)
@@ -142,7 +154,7 @@ class Supply:
         return self._reader.names(consumed)
 
     def take_waited(self) -> float:
-        """Return the seconds spent waiting for data since this was asked last."""
+        """Return the seconds that the devices waited for data since the last call."""
         waited = self._waited
         self._waited = 0.0
         return waited
