@@ -23,7 +23,7 @@ LIMITS_OF_A_CONTAINER = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What a feed may take.
+    """Memory and threads of a feed.
 
     Attributes:
       memory: bytes of blocks that are read ahead and of row groups that are held.

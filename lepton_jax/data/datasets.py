@@ -36,7 +36,7 @@ FIRST_SPLIT = "train"  # of a prepared folder, where no other is asked for
 
 @runtime_checkable
 class PreparedFolder(Protocol):
-    """What preparation gives: a folder of shards and what is known of them.
+    """A prepared data set: a folder of shards with its manifest.
 
     Its own class is not imported, since it needs the extra `data`.
     """

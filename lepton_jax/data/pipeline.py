@@ -47,7 +47,7 @@ from lepton_jax.errors import DataError, of_a_library
 
 @dataclass
 class _Opening:
-    """What the sources share when they are opened.
+    """Settings that all sources share when they are opened.
 
     Attributes:
       seed: of the order.
@@ -91,7 +91,7 @@ class Dataset:
 
     @property
     def sources(self) -> int:
-        """How many sources there are."""
+        """Number of sources."""
         return sum(part.sources for part in self.parts) if self.parts else 1
 
     def filter(

@@ -110,9 +110,9 @@ def learning_free(
 
     |l| / |g|_1 is the length of entries at which the first update would bring the loss
     to 0 if it were linear. So nothing depends on the scale of parameters, inputs or
-    losses. The recipe's rate cancels out. A rate that is
-    set later, by a person or after a rollback, acts by its ratio to the recipe's: half
-    of it is half of d. Memory: two copies of the parameters, x_0 and s.
+    losses. The recipe's rate cancels out. A rate that is set later, by a person or
+    after a rollback, acts by its ratio to the recipe's: half of it is half of d.
+    Memory: two copies of the parameters, x_0 and s.
 
     References:
       Mishchenko and Defazio 2023, "Prodigy: An Expeditiously Adaptive Parameter-Free

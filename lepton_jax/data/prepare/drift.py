@@ -41,7 +41,7 @@ HALF_A_ROW = 0.5
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a column has moved.
+    """Distance between two profiles of a column.
 
     Attributes:
       column: its name.

@@ -22,7 +22,7 @@ PLACE = re.compile(r"(.+):(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Happening:
-    """What one step did to the row.
+    """Effect of one step on the row.
 
     Attributes:
       step: its name; "read" for the reader.

@@ -52,7 +52,7 @@ MOST_NAMES = 3  # of files that a message lists
 
 
 class Progress(NamedTuple):
-    """How far a pass is.
+    """Progress of a pass.
 
     Attributes:
       number: of the pass, from 1.

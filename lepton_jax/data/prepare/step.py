@@ -31,7 +31,7 @@ SPLIT = "lepton.split"  # name of the split of each row, String
 
 
 class Outcome(NamedTuple):
-    """What a step makes of rows.
+    """Result of a step: the rows that stay, and notes on the others.
 
     Attributes:
       table: the rows that stay, in their order. SOURCE and ROW go with each row.
