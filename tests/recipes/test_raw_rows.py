@@ -18,7 +18,6 @@ from recipes import (
 )
 from tools import raw_rows
 
-
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 has_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 
