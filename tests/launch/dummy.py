@@ -75,6 +75,7 @@ class Dummy:
             self.hang()
         elif kind == "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self.write(f"deaf-{self.assignment.host_id}", "")
             self.hang()
         elif kind == "hold":  # the interpreter, for ever
             c = ctypes.PyDLL(None)

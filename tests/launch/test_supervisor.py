@@ -236,6 +236,14 @@ def reached(folder, step, generation=1, host=0):
         time.sleep(0.02)
 
 
+def deaf(folder, host):
+    """Wait until this worker no longer hears SIGTERM, or all save and end at once."""
+    until = time.monotonic() + 20
+    while not (folder / f"deaf-{host}").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def gone(*pids, limit=5.0):
     """Wait until none of these processes runs."""
     until = time.monotonic() + limit
@@ -312,7 +320,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         plan={**ENDLESS, "faults": [fault(1, "data", "deaf", 3)]},
         rules={"limits": {"stop": 60.0}},
     )
-    reached(tmp_path, 3, host=1)
+    deaf(tmp_path, host=1)
     run.signal(signal.SIGTERM)
     time.sleep(0.8)
     assert run.process.is_alive(), "it waits for the save"
@@ -332,7 +340,7 @@ def test_who_does_not_stop_is_ended_after_the_limit(tmp_path):
         plan={**ENDLESS, "faults": [fault(1, "data", "deaf", 3)]},
         rules={"limits": {"stop": 1.0, "silence": 60.0}},
     )
-    reached(tmp_path, 3, host=1)
+    deaf(tmp_path, host=1)
     run.signal(signal.SIGINT)
     result, _, err = run.done()
     assert result["exit_code"] == 130
@@ -365,7 +373,7 @@ def test_workers_end_with_their_supervisor_even_if_it_is_killed(tmp_path):
         plan={**ENDLESS, "faults": [fault(1, "data", "freeze", 3)]},
         rules={"limits": {}},
     )
-    reached(tmp_path, 3, host=1)
+    deaf(tmp_path, host=1)
     time.sleep(1.0)
     run.process.kill()
     gone(*(worker(tmp_path, 1, host)["pid"] for host in range(3)))
