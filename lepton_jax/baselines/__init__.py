@@ -12,6 +12,7 @@ from lepton_jax.baselines.baseline import (
     Samples,
 )
 from lepton_jax.baselines.majority import majority
+from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_svm
 
 __all__ = [
     "Baseline",
@@ -19,5 +20,8 @@ __all__ = [
     "Interval",
     "NotHere",
     "Samples",
+    "log_count_ratios",
     "majority",
+    "naive_bayes",
+    "nb_svm",
 ]
