@@ -2,6 +2,8 @@
 
 from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
+from lepton_jax.models.diffusion import Diffusion
+from lepton_jax.models.gan import GAN
 from lepton_jax.models.logistic import Logistic
 from lepton_jax.models.lstm import LSTM
 from lepton_jax.models.mlp import MLP
@@ -9,12 +11,16 @@ from lepton_jax.models.moe import MoELM
 from lepton_jax.models.tabular import TabularMLP
 from lepton_jax.models.transformer import TransformerLM, transformer_size
 from lepton_jax.models.two_tower import TwoTower
+from lepton_jax.models.vae import VAE
 
 __all__ = [
     "CNN",
+    "GAN",
     "LSTM",
     "MLP",
+    "VAE",
     "BagOfWords",
+    "Diffusion",
     "Logistic",
     "MoELM",
     "TabularMLP",
