@@ -23,6 +23,7 @@ import optax
 
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
+from lepton_jax.controller import select_weights
 from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.data import (
     Arrays,
@@ -43,7 +44,6 @@ from lepton_jax.errors import (
     pointing_at_user,
     users_frame,
 )
-from lepton_jax.controller import select_weights
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.hosts.mailbox import Mailbox

@@ -148,10 +148,10 @@ class GAN(nnx.Module):
             "fooled": judge(made),
         }
 
-    def sample(self, key: jax.Array, count: int) -> jax.Array:
-        """Return images (count, height, width, channels) in -1 to 1."""
+    def samples(self, key: jax.Array, count: int) -> jax.Array:
+        """Return images (count, height, width, channels), from 0 to 1."""
         noise = jax.random.normal(key, (count, self.generator.latent))
-        return self.generator(noise)
+        return (self.generator(noise) + 1) / 2
 
 
 def adversarial_loss(outputs: dict[str, jax.Array], targets: object) -> jax.Array:

@@ -71,9 +71,10 @@ class VAE(nnx.Module):
             "log_variance": log_variance,
         }
 
-    def sample(self, key: jax.Array, count: int) -> jax.Array:
-        """Return images (count, height, width, channels) in -1 to 1."""
-        return self.decoder(jax.random.normal(key, (count, self.decoder.latent)))
+    def samples(self, key: jax.Array, count: int) -> jax.Array:
+        """Return images (count, height, width, channels), from 0 to 1."""
+        code = jax.random.normal(key, (count, self.decoder.latent))
+        return (self.decoder(code) + 1) / 2
 
 
 def evidence_loss(
