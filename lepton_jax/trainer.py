@@ -23,6 +23,7 @@ import optax
 
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
+from lepton_jax.controller import select_weights
 from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.data import (
     Arrays,
@@ -395,6 +396,19 @@ class Trainer:
             check_hidden(np.flatnonzero(np.concatenate(is_hidden)), len(data))
         predictions = prediction.joined(parts, rows)
         return in_words(preparation, predictions) if words else predictions
+
+    def module(self) -> Any:
+        """Return the trained model as a Flax module, to call without Lepton.
+
+        It holds the weights that `evaluate` and `predict` use, and is set to
+        evaluation. The recipe's `preprocess` is not part of it.
+
+        Returns:
+          An NNX module; or a Linen module that is bound to its variables.
+        """
+        program = self._ready(None)
+        weights = select_weights(self._state(program), self.recipe)
+        return program.trace.functional.whole(*weights)
 
     def save(self, folder: str | Path) -> Path:
         """Write state, recipe and plan to a folder.

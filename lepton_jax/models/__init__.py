@@ -2,6 +2,8 @@
 
 from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
+from lepton_jax.models.diffusion import Diffusion
+from lepton_jax.models.gan import GAN
 from lepton_jax.models.gru import GRU
 from lepton_jax.models.logistic import Logistic
 from lepton_jax.models.lstm import LSTM
@@ -13,13 +15,17 @@ from lepton_jax.models.text_cnn import TextCNN
 from lepton_jax.models.text_encoder import TextEncoder
 from lepton_jax.models.transformer import TransformerLM, transformer_size
 from lepton_jax.models.two_tower import TwoTower
+from lepton_jax.models.vae import VAE
 
 __all__ = [
     "CNN",
+    "GAN",
     "GRU",
     "LSTM",
     "MLP",
+    "VAE",
     "BagOfWords",
+    "Diffusion",
     "Logistic",
     "MoELM",
     "NgramLinear",

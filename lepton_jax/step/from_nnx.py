@@ -44,7 +44,7 @@ def nnx_functional(
         requested.
     """
     module = NnxModule(build, request)
-    return Functional("nnx", module.name, module.init, module.apply)
+    return Functional("nnx", module.name, module.init, module.apply, module.whole)
 
 
 def without_sown(module: nnx.Module) -> nnx.Module:
@@ -115,6 +115,12 @@ class NnxModule(PureModule):
         labels = {label for label, _ in self._sown}
         asked = self.request.sown if train else ()
         return outputs, variables, self.collected(sown, labels, asked)
+
+    def whole(self, params: Any, variables: Any) -> nnx.Module:
+        """See `Functional.whole`."""
+        module = self._merged(params, variables)
+        module.eval()
+        return module
 
     def variables_after(
         self,
