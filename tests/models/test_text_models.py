@@ -82,13 +82,16 @@ def test_a_gru_computes_the_recurrence():
     def sigmoid(z):
         return 1 / (1 + np.exp(-z))
 
+    table = value(model.embed.embedding)
     pooled = []
     for text in TOKENS[:2]:
         state = np.zeros(5)
         states = []
         for token in text[text != 0]:
             x = np.einsum(
-                "d,dgh->gh", value(model.embed.embedding)[token], value(model.inputs.kernel)
+                "d,dgh->gh",
+                value(model.embed.embedding)[token],
+                value(model.inputs.kernel),
             ) + value(model.inputs.bias)
             h = np.einsum("d,dgh->gh", state, value(model.recurrent.kernel)) + value(
                 model.recurrent.bias
