@@ -51,6 +51,7 @@ from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
 from lepton_jax.planner import Plan, Trace, ahead, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
+from lepton_jax.step.optimizers import parts_of
 from lepton_jax.step.state import State
 from lepton_jax.train import recovery
 from lepton_jax.train.checks import (
@@ -886,6 +887,7 @@ class Trainer:
             device_kind=self._devices[0].device_kind,
             devices=len(self._devices),
             parameters=sum(leaf.size for leaf in params.values()),
+            parts=parts_of(self.recipe.optimizer, program.trace.state.params),
             steps=until,
             step=self.step,
             batch_size=self.recipe.batch_size,

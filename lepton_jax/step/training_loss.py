@@ -13,6 +13,7 @@ from typing import Any
 
 from lepton_jax import losses
 from lepton_jax.recipe import Recipe
+from lepton_jax.step import optimizers
 from lepton_jax.step.module import Functional, forward_sowing
 from lepton_jax.trees import by_path
 
@@ -47,6 +48,7 @@ def training_loss(
         targets: Any,
         knobs: Any,
     ) -> tuple[Any, tuple]:
+        params = optimizers.without_frozen(recipe.optimizer, params)
         outputs, after, sown = forward_sowing(
             recipe,
             module,
