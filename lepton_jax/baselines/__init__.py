@@ -10,14 +10,22 @@ from lepton_jax.baselines.baseline import (
     Interval,
     NotHere,
     Samples,
+    Task,
 )
+from lepton_jax.baselines.comparison import Comparison, Network
+from lepton_jax.baselines.intervals import mean_interval, wilson
 from lepton_jax.baselines.majority import majority
 
 __all__ = [
     "Baseline",
     "BaselineFunction",
+    "Comparison",
     "Interval",
+    "Network",
     "NotHere",
     "Samples",
+    "Task",
     "majority",
+    "mean_interval",
+    "wilson",
 ]
