@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from functools import partial
 
@@ -253,3 +254,66 @@ def test_a_baseline_sees_a_bounded_sample_and_the_comparison_says_of_how_many():
 def test_what_is_no_baseline_is_refused():
     with pytest.raises(RecipeError, match="baseline is 3"):
         recipe(baseline=3)
+
+
+# ---- linear models and neighbours ----
+
+
+def table(rows, seed):
+    """Rows of which a number and a category say the class; some numbers are missing."""
+    generator = np.random.default_rng(seed)
+    numbers = generator.normal(size=(rows, 2)).astype(np.float32) * [1, 1000]
+    categories = generator.integers(0, 4, (rows, 1)).astype(np.int32)
+    labels = (numbers[:, 0] > 0).astype(np.int32) + (categories[:, 0] == 2)
+    numbers[generator.random(rows) < 0.1, 1] = np.nan
+    inputs = {"numbers": numbers.astype(np.float32), "categories": categories}
+    return Samples(inputs, labels.astype(np.int32), rows, "classes", CLASSES)
+
+
+@pytest.mark.parametrize("method, least", [("logistic", 0.85), ("nearest", 0.85)])
+def test_a_method_learns_from_scaled_numbers_gaps_and_categories(method, least):
+    pytest.importorskip("sklearn")
+    test = table(300, 2)
+    baseline = getattr(lepton.baselines, method)(table(600, 1), test)
+    assert baseline.outputs.shape == (300, CLASSES)
+    assert (baseline.outputs.argmax(1) == test.targets).mean() > least
+
+
+@pytest.mark.parametrize("method", ["logistic", "nearest"])
+def test_yes_or_no_and_quantities_come_in_the_shape_of_their_targets(method):
+    pytest.importorskip("sklearn")
+    inputs = np.linspace(-2, 2, 200, dtype=np.float32)[:, None]
+    function = getattr(lepton.baselines, method)
+    yes = Samples(inputs, (inputs > 0).astype(np.float32), 200, "binary")
+    outputs = function(yes, yes).outputs
+    assert outputs.shape == (200, 1)
+    assert ((outputs > 0) == (inputs > 0)).mean() > 0.95
+    quantity = Samples(inputs, 3 * inputs, 200, "quantities")
+    outputs = function(quantity, quantity).outputs
+    assert outputs.shape == (200, 1) and np.abs(outputs - 3 * inputs).mean() < 0.3
+
+
+def test_too_many_features_or_targets_are_told_and_a_sample_of_rows_is(monkeypatch):
+    pytest.importorskip("sklearn")
+    wide = Samples(np.zeros((4, 5000), np.float32), np.arange(4), 4, "classes", 4)
+    with pytest.raises(NotHere, match="5,000 columns"):
+        lepton.baselines.logistic(wide, wide)
+    two = Samples(np.zeros((4, 1)), np.zeros((4, 2)), 4, "quantities")
+    with pytest.raises(NotHere, match="2 targets"):
+        lepton.baselines.nearest(two, two)
+    module = sys.modules["lepton_jax.baselines.logistic"]
+    monkeypatch.setattr(module, "MOST_CELLS", 700)
+    baseline = lepton.baselines.logistic(table(600, 1), table(10, 2))
+    assert "100 of 600 training rows, drawn at random" in baseline.fitted
+
+
+def test_a_class_that_training_lacks_is_no_error():
+    pytest.importorskip("sklearn")
+    one = Samples(np.zeros((8, 1), np.float32), np.ones(8, np.int32), 8, "classes", 3)
+    for method in (lepton.baselines.logistic, lepton.baselines.nearest):
+        outputs = method(one, one).outputs
+        assert (outputs.argmax(1) == 1).all()
+        assert fitted_to(Baseline("b", "", outputs), np.zeros((8, 3)), 8).shape == (
+            8,
+            3,
+        )

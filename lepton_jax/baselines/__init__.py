@@ -14,7 +14,9 @@ from lepton_jax.baselines.baseline import (
 )
 from lepton_jax.baselines.comparison import Comparison, Network
 from lepton_jax.baselines.intervals import mean_interval, wilson
+from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
+from lepton_jax.baselines.nearest import nearest
 
 __all__ = [
     "Baseline",
@@ -25,7 +27,9 @@ __all__ = [
     "NotHere",
     "Samples",
     "Task",
+    "logistic",
     "majority",
     "mean_interval",
+    "nearest",
     "wilson",
 ]
