@@ -2,7 +2,16 @@
 
 from importlib.metadata import version as _version
 
-from lepton_jax import baselines, data, hardware, losses, metrics, models, monitor
+from lepton_jax import (
+    augment,
+    baselines,
+    data,
+    hardware,
+    losses,
+    metrics,
+    models,
+    monitor,
+)
 from lepton_jax import controller as controllers
 from lepton_jax.errors import (
     CheckpointError,
@@ -42,6 +51,7 @@ __all__ = [
     "Topology",
     "Trace",
     "Trainer",
+    "augment",
     "baselines",
     "controllers",
     "data",
