@@ -4,11 +4,15 @@ from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
 from lepton_jax.models.diffusion import Diffusion
 from lepton_jax.models.gan import GAN
+from lepton_jax.models.gru import GRU
 from lepton_jax.models.logistic import Logistic
 from lepton_jax.models.lstm import LSTM
 from lepton_jax.models.mlp import MLP
 from lepton_jax.models.moe import MoELM
+from lepton_jax.models.ngrams import NgramLinear, WithNgrams
 from lepton_jax.models.tabular import TabularMLP
+from lepton_jax.models.text_cnn import TextCNN
+from lepton_jax.models.text_encoder import TextEncoder
 from lepton_jax.models.transformer import TransformerLM, transformer_size
 from lepton_jax.models.two_tower import TwoTower
 from lepton_jax.models.vae import VAE
@@ -16,6 +20,7 @@ from lepton_jax.models.vae import VAE
 __all__ = [
     "CNN",
     "GAN",
+    "GRU",
     "LSTM",
     "MLP",
     "VAE",
@@ -23,8 +28,12 @@ __all__ = [
     "Diffusion",
     "Logistic",
     "MoELM",
+    "NgramLinear",
     "TabularMLP",
+    "TextCNN",
+    "TextEncoder",
     "TransformerLM",
     "TwoTower",
+    "WithNgrams",
     "transformer_size",
 ]
