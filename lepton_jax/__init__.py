@@ -2,8 +2,8 @@
 
 from importlib.metadata import version as _version
 
+from lepton_jax import baselines, data, hardware, losses, metrics, models, monitor
 from lepton_jax import controller as controllers
-from lepton_jax import data, hardware, losses, metrics, models, monitor
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -41,6 +41,7 @@ __all__ = [
     "Topology",
     "Trace",
     "Trainer",
+    "baselines",
     "controllers",
     "data",
     "hardware",
