@@ -40,6 +40,9 @@ class Functional(NamedTuple):
         were asked for.
       whole: (params, variables) to a module that holds them, in evaluation: an NNX
         module, or a Linen module bound to its variables.
+      samples: (params, variables, key, count) to what the model's method `samples(key,
+        count)` returns outside training: generated pictures; None: it has no such
+        method, or is a Linen module.
     """
 
     kind: str
@@ -47,6 +50,7 @@ class Functional(NamedTuple):
     init: Callable[[Any], tuple[Any, Any]]
     apply: Callable[[Any, Any, Any, Any, bool, Any], tuple[Any, Any, dict[str, Any]]]
     whole: Callable[[Any, Any], Any]
+    samples: Callable[[Any, Any, Any, int], Any] | None = None
 
 
 class Request(NamedTuple):

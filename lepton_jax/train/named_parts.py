@@ -7,6 +7,8 @@ file of its recipe:
       -> {"partial": {"name": "lepton_jax.models:MLP"},
           "arguments": {"tuple": [{"tuple": [64, 10]}]},
           "keywords": {"dict": {"dropout": 0.1}}}
+    lepton.augment.Flip(share=0.5)
+      -> {"made": "lepton_jax.augment:Flip", "keywords": {"dict": {"share": 0.5, ...}}}
 
 Names are looked up in Lepton and in the libraries that it stands on, and nowhere else:
 opening a folder never imports a module that the folder chose.
@@ -15,9 +17,11 @@ opening a folder never imports a module that the folder chose.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import importlib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -34,6 +38,7 @@ PUBLIC = (
     "lepton_jax.losses",
     "lepton_jax.metrics",
     "lepton_jax.data",
+    "lepton_jax.augment",
     "optax",
     "flax.nnx",
     "flax.linen",
@@ -135,6 +140,9 @@ def _named(value: Any) -> Any:
             "arguments": _named(value.args),
             "keywords": _named(value.keywords),
         }
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = {part.name: getattr(value, part.name) for part in fields(value)}
+        return {"made": _name(type(value)), "keywords": _named(kept)}
     return {"name": _name(value)}
 
 
@@ -188,6 +196,8 @@ def _found(content: Any) -> Any:
             return functools.partial(
                 _found(function), *_found(arguments), **_found(keywords)
             )
+        case {"made": name, "keywords": keywords}:
+            return _of_name(name)(**_found(keywords))
         case {"name": name}:
             return _of_name(name)
     raise _unreadable(str(content))
