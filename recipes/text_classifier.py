@@ -76,6 +76,9 @@ def recipe(
     batch_size: int = 64,
     epochs: float | None = None,
     steps: int | None = None,
+    folds: int | None = None,
+    fold: int = 0,
+    split_seed: int = 0,
     encoding: str | None = None,
     bad_rows: Literal["error", "refuse"] = "error",
     prepared: Path | None = None,
@@ -117,6 +120,10 @@ def recipe(
       batch_size: texts per step, over all devices.
       epochs: passes over the training texts; if left out, as is usual for the model.
       steps: length of the run in steps, instead of epochs.
+      folds: test on one of so many equal parts of the texts, in place of a tenth; on
+        all of them, one after the other, without `fold`.
+      fold: which one, from 0.
+      split_seed: of the division into texts to train and to test on.
       encoding: of the files; found out if left out.
       bad_rows: what to do about rows that can't be read: an error, or they are left out
         and counted.
@@ -133,7 +140,10 @@ def recipe(
     looked = _texts.measured(columns)
     print(looked, file=sys.stderr)
     is_wide = ngrams == "yes" or (ngrams == "auto" and model == "bag")
-    wanted = Wanted(tokenizer, vocab, length, is_wide, separator)
+    parts: dict[str, Any] = {"test": TEST_SHARE, "seed": split_seed}
+    if folds is not None:
+        parts = {"folds": folds, "fold": fold, "seed": split_seed}
+    wanted = Wanted(tokenizer, vocab, length, is_wide, separator, parts)
     ready = _prepared(columns, looked, wanted, prepared)
 
     usual = USUAL[model]
@@ -179,6 +189,7 @@ class Wanted:
       length: tokens of a text; None: as the texts are.
       is_wide: whether there are n-grams, too.
       separator: between the labels of a text; None: there is one label.
+      parts: arguments of `Split`.
     """
 
     tokenizer: str
@@ -186,6 +197,7 @@ class Wanted:
     length: int | None
     is_wide: bool
     separator: str | None
+    parts: dict[str, Any]
 
     def has_several(self, columns: Any) -> bool:
         """Whether a text may have several labels."""
@@ -220,7 +232,7 @@ def _prepared(columns: Any, looked: Any, wanted: Wanted, folder: Path | None) ->
         *([] if columns.has_lists else [prepare.CleanText([label])]),
         prepare.DropMissing([text, label]),
         prepare.TextQuality(text, least_characters=1),
-        prepare.Split(test=TEST_SHARE, stratify=() if several else label),
+        prepare.Split(stratify=() if several else label, **wanted.parts),
         prepare.Leaks(inputs=[text]),
     ]
     if wanted.is_wide:
