@@ -39,22 +39,25 @@ class Usual(NamedTuple):
 
     Attributes:
       learning_rate: of AdamW at the start.
+      hidden: see `recipe`.
       dropout: see `recipe`.
       epochs: passes over the training texts.
     """
 
     learning_rate: float
+    hidden: int
     dropout: float
     epochs: float
 
 
 USUAL = {
-    "bag": Usual(3e-3, 0.7, 8),
-    "conv": Usual(1e-3, 0.5, 6),
-    "lstm": Usual(2e-3, 0.5, 6),
-    "gru": Usual(2e-3, 0.5, 6),
-    "encoder": Usual(5e-4, 0.3, 8),
+    "bag": Usual(3e-3, 0, 0.7, 6),
+    "conv": Usual(1e-3, 64, 0.5, 6),
+    "lstm": Usual(2e-3, 64, 0.5, 6),
+    "gru": Usual(2e-3, 64, 0.5, 6),
+    "encoder": Usual(5e-4, 64, 0.3, 8),
 }
+WORD_DROPOUT = 0.3  # of the bag; chosen as `Usual`
 # Weight of each n-gram at the start, where 1 is naive Bayes; chosen as `Usual`.
 START = 0.05
 
@@ -70,7 +73,7 @@ def recipe(
     vocab: int = 20_000,
     length: int | None = None,
     dim: int = 64,
-    hidden: int = 64,
+    hidden: int | None = None,
     dropout: float | None = None,
     learning_rate: float | None = None,
     batch_size: int = 64,
@@ -112,7 +115,8 @@ def recipe(
       length: tokens of a text that are looked at, from its beginning; if left out, as
         many as 98 % of the texts have, up to 512.
       dim: width of a token's embedding.
-      hidden: units of the hidden layer, of a state, or filters of each width.
+      hidden: units of the bag's hidden layer, of a state, or filters of each width; if
+        left out, what is usual for the model, which is no hidden layer for the bag.
       dropout: share of the n-grams and of the units that are dropped; if left out, what
         is usual for the model.
       learning_rate: of AdamW at the start; it falls as a cosine to zero. If left out,
@@ -147,6 +151,7 @@ def recipe(
     ready = _prepared(columns, looked, wanted, prepared)
 
     usual = USUAL[model]
+    hidden = usual.hidden if hidden is None else hidden
     dropout = usual.dropout if dropout is None else dropout
     rate = usual.learning_rate if learning_rate is None else learning_rate
     epochs = usual.epochs if epochs is None else epochs
@@ -312,8 +317,14 @@ def _network(
     classes = len(ready.serving.words)
     both = {"dim": dim, "dropout": dropout}
     if model == "bag":
-        sizes = (hidden,) if hidden else ()
-        return partial(models.BagOfWords, classes, ready.vocab, hidden=sizes, **both)
+        return partial(
+            models.BagOfWords,
+            classes,
+            ready.vocab,
+            hidden=(hidden,) if hidden else (),
+            word_dropout=WORD_DROPOUT if dropout else 0.0,
+            **both,
+        )
     if model == "conv":
         return partial(models.TextCNN, classes, ready.vocab, filters=hidden, **both)
     if model == "encoder":
