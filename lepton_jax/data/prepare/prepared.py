@@ -390,11 +390,8 @@ class Prepared:
             )
         ):
             # Steps that ask for a target get that of a row that was not dropped.
-            value = self._raw[self.target][0]
-            kind = self._raw.schema[self.target]
-            table = table.with_columns(
-                pl.lit(value, kind).alias(self.target),
-            )
+            value = self._raw[self.target].new_from_index(0, table.height)
+            table = table.with_columns(value)
         for number, one in enumerate(self.steps):
             if one.step.serves:
                 table = self._applied(number, one, table)
