@@ -17,6 +17,7 @@ from lepton_jax import losses
 from lepton_jax.augment import Augmented, loss_of
 from lepton_jax.errors import pointing_at_user
 from lepton_jax.recipe import Recipe
+from lepton_jax.step import optimizers
 from lepton_jax.step.module import Functional, forward_sowing
 from lepton_jax.trees import by_path
 
@@ -51,6 +52,7 @@ def training_loss(
         targets: Any,
         knobs: Any,
     ) -> tuple[Any, tuple]:
+        params = optimizers.without_frozen(recipe.optimizer, params)
         outputs, after, sown = forward_sowing(
             recipe,
             module,

@@ -16,12 +16,15 @@ opening a folder never imports a module that the folder chose.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
+
+import numpy as np
 
 from lepton_jax.errors import CheckpointError, ModelError
 from lepton_jax.recipe import Recipe
@@ -123,6 +126,12 @@ def _named(value: Any) -> Any:
     if isinstance(value, tuple | list):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [_named(part) for part in value]}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {
+            "array": base64.b64encode(value.tobytes()).decode(),
+            "dtype": value.dtype.str,
+            "shape": list(value.shape),
+        }
     if isinstance(value, Mapping):
         return {"dict": {_key(key): _named(part) for key, part in value.items()}}
     if isinstance(value, functools.partial):
@@ -178,6 +187,9 @@ def _found(content: Any) -> Any:
             return tuple(_found(part) for part in parts)
         case {"list": parts}:
             return [_found(part) for part in parts]
+        case {"array": code, "dtype": dtype, "shape": shape}:
+            values = np.frombuffer(base64.b64decode(code), dtype)
+            return values.reshape(shape)
         case {"dict": parts}:
             return {key: _found(part) for key, part in parts.items()}
         case {"partial": function, "arguments": arguments, "keywords": keywords}:
