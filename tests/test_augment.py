@@ -92,7 +92,6 @@ def test_a_whole_crop_is_scaled_as_jax_scales():
 def test_half_of_the_images_are_flipped_and_as_many_erased():
     keys = row_keys(KEY, 2000)
     ramp = jnp.broadcast_to(jnp.linspace(0.1, 1, 4)[:, None], (2000, 4, 4, 1))
-    ramp = ramp.swapaxes(1, 2)
     flipped = augment.Flip()(keys, ramp)[:, 0, 0, 0] > 0.5
     assert abs(flipped.mean() - 0.5) < 0.05
     change = augment.Erase(share=0.5, area=(0.3, 0.3), ratio=(1, 1))
@@ -268,7 +267,7 @@ def test_a_saved_model_is_opened_with_its_views(tmp_path):
     trainer.fit(steps=1)
     trainer.save(tmp_path / "model")
     opened = lepton.Trainer.open(tmp_path / "model")
-    assert opened.recipe.preprocess == preprocess
+    assert repr(opened.recipe.preprocess) == repr(preprocess)
 
 
 # ---- mistakes ----
