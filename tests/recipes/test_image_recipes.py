@@ -1,4 +1,4 @@
-"""Images of a person's own: what is read, what is left out and counted, what is refused.
+"""Images of a user: what is read, what is left out and counted, what is refused.
 
 Each case is a folder as people have them.
 """
@@ -6,7 +6,6 @@ Each case is a folder as people have them.
 from __future__ import annotations
 
 import dataclasses
-import os
 import struct
 import tarfile
 import zipfile
@@ -20,7 +19,7 @@ from PIL import Image
 import lepton_jax as lepton
 from lepton_jax.errors import DataError
 from recipes import _images, cats_dogs, image_classifier, mnist_cnn
-from tests.data.pictures import JPEG, RIGHT, WRONG, saved
+from tests.data.pictures import RIGHT, WRONG, saved
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -455,4 +454,3 @@ def test_digits_in_idx_files_keep_their_size(tmp_path):
     assert trace.inputs.shape == (8, 28, 28)
     assert dataclasses.is_dataclass(recipe.preprocess)
     assert mnist_cnn.recipe(steps=1).preprocess.steps
-    assert not os.listdir(tmp_path) == []
