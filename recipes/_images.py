@@ -186,9 +186,11 @@ def _report_left_out(data: Path, source: Any, broken: str) -> None:
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = [os.path.relpath(os.path.join(place, name), data) for name in names]
         files += [name for name in below if name.replace(os.sep, "/") not in read]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        files += [os.path.relpath(os.path.join(place, name), data) for name in links]
         if not names and not folders:
             empty.append(os.path.relpath(place, data))
-    parts = [("files are no images", files), ("folders are empty", empty)]
+    parts = [("files or links are no images", files), ("folders are empty", empty)]
     for what, names in parts:
         if not names:
             continue

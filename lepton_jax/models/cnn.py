@@ -75,13 +75,8 @@ class CNN(nnx.Module):
         self.norms = nnx.List(
             [nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in widths if batch_norm]
         )
-        self.dense: nnx.Linear | None = None
-        if dense:
-            self.dense = nnx.Linear(
-                height * width * channels,
-                dense,
-                rngs=rngs,
-            )
+        pixels = height * width * channels
+        self.dense = nnx.Linear(pixels, dense, rngs=rngs) if dense else None
         self.out = nnx.Linear(dense or channels, classes, rngs=rngs)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")

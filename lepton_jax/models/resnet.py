@@ -63,10 +63,9 @@ class Residual(nnx.Module):
         self.norms = nnx.List(norms)
 
         self.pool = stride
-        self.shortcut: Any = None
-        if stride != 1 or channels != out:
-            self.shortcut = _conv(channels, out, 1, (1, 1), rngs)
-            self.shortcut_norm = _norm(out, rngs)
+        changes = stride != 1 or channels != out
+        self.shortcut = _conv(channels, out, 1, (1, 1), rngs) if changes else None
+        self.shortcut_norm = _norm(out, rngs) if changes else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (batch, height, width, channels) to the block's outputs."""
@@ -76,7 +75,7 @@ class Residual(nnx.Module):
             if number < len(self.convs) - 1:
                 y = nnx.relu(y)
 
-        if self.shortcut is not None:
+        if self.shortcut is not None and self.shortcut_norm is not None:
             if self.pool > 1:
                 # means instead of every other pixel (He et al. 2019, "Bag of Tricks",
                 # section 4, ResNet-D)

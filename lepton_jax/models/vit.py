@@ -118,10 +118,7 @@ class ViT(nnx.Module):
             )
 
         self.convs = nnx.List(_convolutions(convolutions, channels, dim, rngs))
-        self.patch: Any = None
-        if not convolutions:
-            side = (patch, patch)
-            self.patch = nnx.Conv(channels, dim, side, strides=side, rngs=rngs)
+        self.patch = None if convolutions else _patches(channels, dim, patch, rngs)
         length = (height // patch) * (width // patch)
         self.positions = _tokens(length, dim, rngs)
         self.extra = registers + (pool == "class")
@@ -203,6 +200,11 @@ def _check(classes: int, dim: int, heads: int, layers: int) -> None:
             f"{classes} classes, {heads} heads, {layers} layers of width {dim}: each"
             " must be at least 1, and the heads divide the width"
         )
+
+
+def _patches(channels: int, dim: int, patch: int, rngs: nnx.Rngs) -> nnx.Conv:
+    side = (patch, patch)
+    return nnx.Conv(channels, dim, side, strides=side, rngs=rngs)
 
 
 def _convolutions(

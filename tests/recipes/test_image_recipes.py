@@ -167,8 +167,7 @@ def test_unusual_images_are_read_and_broken_ones_dropped_each_with_its_reason(tm
     images = loaded(folder)
     counts = {name: len(values) for name, values in shades(images).items()}
     assert counts == {"cat": 6 + len(RIGHT), "dog": 6}
-    notes = images.serving.prepared.notes()
-    dropped = notes.filter(notes["action"] == "dropped")
+    dropped = images.serving.prepared.quarantine()
     assert dropped.height == len(WRONG)
     assert dropped["reason"].str.len_chars().min() > 3
 
@@ -335,20 +334,20 @@ def _idx_that_is_a_page(folder):
 
 REFUSED = {
     _one_folder: "all images are in one folder",
-    _one_class: "one class only: cat",
+    _one_class: "one value, 'cat'",
     _no_image_at_all: "no row|class|empty",
     _not_there: "gone",
     _no_files: "no files",
     _table_of_a_missing_file: r"none\.png",
     _table_without_files: "no column",
     _table_without_labels: "no column 'label'",
-    _table_of_one_class: "one class only: cat",
+    _table_of_one_class: "one value, 'cat'",
     _empty_table: "row|empty",
     partial(_idx, labels=5): "5|6",
     partial(_idx, cut=7): "96|89|cut|bytes",
-    partial(_idx, images=(2**30, 4, 4)): "header|bytes",
+    partial(_idx, images=(2**30, 4, 4)): "6 rows, but",
     _idx_without_labels: "hold",
-    _idx_of_one_class: "one class only: 0",
+    _idx_of_one_class: "one value, '0'",
     _idx_that_is_a_page: "idx header",
 }
 NAMES = [getattr(make, "__name__", str(make)[:60]) for make in REFUSED]
@@ -374,8 +373,7 @@ def test_a_label_that_is_missing_is_a_counted_drop(tmp_path):
     rows[3] = (rows[3][0], "")
     images = loaded(_table(tmp_path, rows))
     assert len(images.train) + len(images.test) == 11
-    notes = images.serving.prepared.notes()
-    assert notes.filter(notes["action"] == "dropped").height == 1
+    assert images.serving.prepared.quarantine().height == 1
 
 
 def test_a_label_that_training_never_saw_is_counted(tmp_path):
@@ -385,8 +383,7 @@ def test_a_label_that_training_never_saw_is_counted(tmp_path):
     seen = [loaded(folder, split_seed=seed) for seed in range(3)]
     for images in seen:
         total = len(images.train) + len(images.test)
-        notes = images.serving.prepared.notes()
-        dropped = notes.filter(notes["action"] == "dropped").height
+        dropped = images.serving.prepared.quarantine().height
         assert total + dropped == 13
         assert ("bird" in images.classes) == (total == 13)
 
