@@ -14,6 +14,7 @@ needs nothing of what the model was made with.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,7 @@ PROFILE = "profile.json"
 FORMAT = 1  # of the files; a later one may not be readable here
 TRAIN = "train"
 CLASSES = "Classes"  # the step that numbers the values of a target
+LABELS = "Labels"  # the step that has a place for each of several labels
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError)
 
 
@@ -168,7 +170,8 @@ class Serving:
         """Return predictions in the target's own words, or as plain numbers.
 
         Args:
-          predictions: numbers of classes, (rows,), or quantities.
+          predictions: numbers of classes, (rows,), or quantities; of several labels a
+            row 0 or 1 for each, (rows, labels), of which a list of words is made.
 
         Raises:
           DataError: a number stands for no class.
@@ -177,6 +180,9 @@ class Serving:
         if not self.words:
             return list(numbers.tolist())
         is_whole = numbers.dtype.kind in "iub"
+        if is_whole and numbers.ndim == 2 and numbers.shape[1] == len(self.words):
+            rows = (numbers > 0).tolist()
+            return [list(itertools.compress(self.words, row)) for row in rows]
         is_class = (numbers >= 0) & (numbers < len(self.words))
         if not is_whole or numbers.ndim != 1 or not is_class.all():
             raise DataError(
@@ -196,13 +202,13 @@ class Serving:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The target's values by the numbers of their classes; () for a quantity."""
+        """The target's classes or labels by their numbers; () for a quantity."""
         for entry, fitted in zip(
             self.prepared.manifest["steps"], self.prepared.steps, strict=True
         ):
             arguments = entry["arguments"]
             is_of_target = arguments.get("column") == self.prepared.target
-            if arguments["step"] == CLASSES and is_of_target:
+            if arguments["step"] in (CLASSES, LABELS) and is_of_target:
                 assert fitted.state is not None
                 return tuple(fitted.state.sort("code")["value"])
         return ()
