@@ -62,6 +62,66 @@ def padded_cross_entropy(
     return values, (targets >= 0).astype(jnp.float32)
 
 
+def poisson(
+    outputs: jax.Array,
+    targets: jax.Array,
+) -> jax.Array:
+    """Return the negative log-likelihood of counts, without its constant.
+
+    The loss is exp(output) - target * output, of a Poisson distribution whose rate is
+    exp(output) (McCullagh and Nelder 1989, "Generalized Linear Models", chapter 6).
+
+    Args:
+      outputs: logarithms of rates, (batch, ...).
+      targets: counts, of the same shape.
+    """
+    return jnp.exp(outputs) - targets * outputs
+
+
+def scaled_squared_error(
+    outputs: jax.Array,
+    targets: jax.Array,
+    *,
+    spread: float | Sequence[float],
+) -> jax.Array:
+    """Return squared errors in units of each target's spread.
+
+    Args:
+      outputs: quantities in their own unit, (batch, targets) or (batch,).
+      targets: the same.
+      spread: standard deviation of each target, or of the one.
+    """
+    return jnp.square((outputs - targets) / jnp.asarray(spread, outputs.dtype))
+
+
+def of_members(
+    outputs: jax.Array,
+    targets: jax.Array,
+    *,
+    loss: Callable[..., Any],
+    ndim: int,
+) -> Any:
+    """Return the loss of each member of an ensemble, such as `models.TabM`.
+
+    The mean over the members is a loss under which each is trained by itself. What an
+    ensemble gives outside of training, one output a row, gets the plain loss.
+
+    Args:
+      outputs: (batch, members, ...) in training, (batch, ...) outside of it.
+      targets: (batch, ...).
+      loss: of (batch, ...) outputs and targets: values, or a pair with weights.
+      ndim: count of dims of the outputs outside of training.
+    """
+    if jnp.ndim(outputs) == ndim:
+        return loss(outputs, targets)
+    each = jax.vmap(
+        loss,
+        in_axes=(1, None),
+        out_axes=1,
+    )
+    return each(outputs, targets)
+
+
 # ---- weighted sums of one function ----
 
 
@@ -454,7 +514,7 @@ def decoder(loss: Callable) -> Callable[[Any], Any]:
     """Return what `predict` applies to outputs, unless the recipe says otherwise.
 
     For integer labels it is the most likely one (argmax over the last dim), for binary
-    labels 0 or 1. Other outputs are left as they are.
+    labels 0 or 1, for counts their expectation. Other outputs are left as they are.
 
     Args:
       loss: the loss that the model is trained with.
@@ -463,6 +523,10 @@ def decoder(loss: Callable) -> Callable[[Any], Any]:
         return _most_likely
     if loss is binary_cross_entropy:
         return _zero_or_one
+    if loss is poisson:
+        return jnp.exp
+    if getattr(loss, "func", None) is of_members:
+        return decoder(loss.keywords["loss"])
     return _as_they_are
 
 

@@ -37,6 +37,27 @@ class Metric:
     finish: Callable[[Any], Any]
 
 
+def of_ensemble(
+    outputs: Any,
+    targets: Any,
+    *,
+    values: Callable[[Any, Any], Any],
+    merge: Callable[[Any], Any],
+    ndim: int,
+) -> Any:
+    """Return a metric of an ensemble as a whole, such as `models.TabM`.
+
+    Args:
+      outputs: (batch, members, ...) in training, (batch, ...) outside of it.
+      targets: (batch, ...).
+      values: function of (batch, ...) outputs and targets.
+      merge: the members' outputs to one: (batch, members, ...) to (batch, ...).
+      ndim: count of dims of the outputs outside of training.
+    """
+    is_merged = jnp.ndim(outputs) == ndim
+    return values(outputs if is_merged else merge(outputs), targets)
+
+
 def accuracy(outputs: Any, targets: Any) -> Any:
     """Return 1.0 where the largest output is that of the target, else 0.0.
 

@@ -113,12 +113,12 @@ class TabM(nnx.Module):
         widths = (self.front.width, *hidden)
         pairs = list(itertools.pairwise(widths))
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
-        self.is_mini = kind == "mini"
         self.adapters = nnx.List(
             [
                 _Adapters(members, inputs, width, number > 0)
+                if kind == "full"
+                else None
                 for number, (inputs, width) in enumerate(pairs)
-                if not self.is_mini
             ]
         )
         self.dropout = dropout_of(dropout, rngs)
@@ -146,12 +146,9 @@ class TabM(nnx.Module):
         """
         x = self.front(numbers, categories)
         x = x[:, None] * self.adapter[...]
-        for number, layer in enumerate(self.layers):
-            if self.is_mini:
-                x = layer(x)
-            else:
-                x = self.adapters[number](layer, x)
-            x = nnx.relu(x)
+        for layer, adapters in zip(self.layers, self.adapters, strict=True):
+            shared = layer(x) if adapters is None else adapters(layer, x)
+            x = nnx.relu(shared)
             if self.dropout is not None:
                 x = self.dropout(x)
         outputs = self.scaled(self.last(x))
