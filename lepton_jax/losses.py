@@ -21,6 +21,7 @@ three samples, the last of which is padding:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -525,7 +526,7 @@ def decoder(loss: Callable) -> Callable[[Any], Any]:
         return _zero_or_one
     if loss is poisson:
         return jnp.exp
-    if getattr(loss, "func", None) is of_members:
+    if isinstance(loss, partial) and loss.func is of_members:
         return decoder(loss.keywords["loss"])
     return _as_they_are
 

@@ -451,7 +451,7 @@ def _first(looked: Looked) -> list[Any]:
 
 
 def _split(looked: Looked) -> Any:
-    """Return the step that splits: by file, by group, or by class where there is one."""
+    """Return the step that splits: by file, by group, or by class."""
     asked = looked.asked
     if asked.test is not None:
         return prepare.SplitBySource(test=[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,8 +48,8 @@ class Defaults(NamedTuple):
     numbers: str
 
 
-# Chosen by the accuracy on validation fifths of Adult's training file (mlp and tabm), or
-# the defaults of Gorishniy et al. 2021, appendix E (the others).
+# Chosen by the accuracy on validation fifths of Adult's training file (mlp and tabm),
+# or the defaults of Gorishniy et al. 2021, appendix E (the others).
 DEFAULTS = {
     "mlp": Defaults(256, 0.3, 1e-3, 20, "codes"),
     "resnet": Defaults(192, 0.15, 1e-3, 10, "piecewise"),
