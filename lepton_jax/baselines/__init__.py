@@ -10,14 +10,26 @@ from lepton_jax.baselines.baseline import (
     Interval,
     NotHere,
     Samples,
+    Task,
 )
+from lepton_jax.baselines.comparison import Comparison, Network
+from lepton_jax.baselines.intervals import mean_interval, wilson
+from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
+from lepton_jax.baselines.nearest import nearest
 
 __all__ = [
     "Baseline",
     "BaselineFunction",
+    "Comparison",
     "Interval",
+    "Network",
     "NotHere",
     "Samples",
+    "Task",
+    "logistic",
     "majority",
+    "mean_interval",
+    "nearest",
+    "wilson",
 ]

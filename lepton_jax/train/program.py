@@ -30,7 +30,7 @@ from lepton_jax.compat import jit_on, placed, whole_axes
 from lepton_jax.controller import Pieces, norm, select_weights
 from lepton_jax.controller.signals import INPUTS, input_rms
 from lepton_jax.data import Limit
-from lepton_jax.errors import DataError, pointing_at_user
+from lepton_jax.errors import DataError, ModelError, pointing_at_user
 from lepton_jax.hosts import agreement
 from lepton_jax.planner import (
     Evaluation,
@@ -467,6 +467,35 @@ class Program:
             *weights,
             inputs,
         )
+
+    def generate(self, state: State, seed: int, count: int) -> Any:
+        """Return what the model's method `samples(key, count)` gives, replicated.
+
+        Args:
+          state: with the parameters.
+          seed: of the random key.
+          count: of samples.
+
+        Raises:
+          ModelError: the model has no such method, or it fails.
+        """
+        method = self.trace.functional.samples
+        if method is None:
+            raise ModelError(
+                "the model generates nothing",
+                where="Recipe.model",
+                remedy="give the NNX module a method samples(key, count)",
+            )
+
+        def generate(params: Any, variables: Any, seed: Any) -> Any:
+            self._log.trace("generate", seed)
+            key = jax.random.key(seed)
+            with pointing_at_user("generating samples"):
+                return method(params, variables, key, count)
+
+        run = self._jit(generate, out_shardings=self.replicated)
+        weights = select_weights(state, self.recipe)
+        return self._log.call("generate", run, *weights, np.uint32(seed))
 
     def _predictor(self, decode: Callable) -> Callable:
         prediction = self.prediction(decode)
