@@ -253,6 +253,7 @@ class Tables:
       serving: the way from raw rows to these.
       sizes: count of codes of each column of categories, by its name.
       classes: values of the label; () for a quantity.
+      counts: count of each label's classes; () for quantities.
     """
 
     train: lepton.data.Arrays
@@ -260,6 +261,7 @@ class Tables:
     serving: Any
     sizes: dict[str, int]
     classes: tuple[str, ...]
+    counts: tuple[int, ...]
 
 
 def tables(
@@ -302,6 +304,7 @@ def tables(
         serving=serving,
         sizes=_sizes(serving),
         classes=serving.words,
+        counts=_counts(serving),
     )
 
 
@@ -486,6 +489,15 @@ def _last(looked: Looked) -> list[Any]:
     if looked.is_quantity:
         return [prepare.AsFloats(labels)]
     return [prepare.Classes(label) for label in labels]
+
+
+def _counts(serving: Any) -> tuple[int, ...]:
+    """Return the count of classes of each label that has some."""
+    return tuple(
+        state.height
+        for step, state in serving.prepared.steps
+        if isinstance(step, prepare.Classes)
+    )
 
 
 def _sizes(serving: Any) -> dict[str, int]:

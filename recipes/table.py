@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import tempfile
@@ -27,6 +28,11 @@ SETTINGS = (
     *("categorical", "ignore", "label_kind"),
 )
 TEST_SHARE = 0.2  # of the rows, where there is no test file
+BASELINES = (
+    lepton.baselines.logistic,
+    lepton.baselines.nearest,
+    lepton.baselines.boosting,
+)
 WARMUP = 0.1  # of the run, in which the rate rises
 
 
@@ -201,6 +207,7 @@ def recipe(
         loss=task.loss,
         metrics=task.metrics,
         decode=task.decode,
+        baseline=task.baselines,
         optimizer=partial(
             optax.adamw,
             weight_decay=weight_decay,
@@ -255,6 +262,7 @@ class Task(NamedTuple):
       merge: a function from the outputs of TabM's members to one.
       loss: of a batch.
       metrics: by name.
+      baselines: what the network has to beat.
       decode: outputs to predictions; None: what the loss implies.
     """
 
@@ -262,6 +270,7 @@ class Task(NamedTuple):
     merge: Callable[..., Any]
     loss: Callable[..., Any]
     metrics: Mapping[str, Any]
+    baselines: tuple[Callable[..., Any], ...]
     decode: Callable[..., Any] | None = None
 
 
@@ -394,6 +403,8 @@ def _classes(
     source: Source,
     class_weights: str,
 ) -> Task:
+    if len(source.classes) > 1:
+        return _several_classes(source, class_weights)
     (classes,) = source.classes
     metrics: dict[str, Any] = {"accuracy": lepton.metrics.accuracy}
     if classes == 2:
@@ -403,7 +414,54 @@ def _classes(
         lepton.models.mean_of_probabilities,
         optax.softmax_cross_entropy_with_integer_labels,
         metrics,
+        BASELINES,
     )
+
+
+def _several_classes(
+    source: Source,
+    class_weights: str,
+) -> Task:
+    if class_weights != "none":
+        raise RecipeError(
+            f"there are {len(source.labels)} labels, whose classes can't be weighed",
+            where="--class-weights",
+            remedy="leave it out, or predict one label",
+        )
+    classes = source.classes
+    metrics = {
+        f"accuracy of {label}": partial(
+            _joint_accuracy,
+            classes=classes,
+            column=column,
+        )
+        for column, label in enumerate(source.labels)
+    }
+    return Task(
+        {"outputs": sum(classes)},
+        partial(
+            lepton.models.mean_of_probabilities,
+            classes=classes,
+        ),
+        partial(
+            lepton.losses.joint_cross_entropy,
+            classes=classes,
+        ),
+        metrics,
+        (),
+    )
+
+
+def _joint_accuracy(
+    outputs: Any,
+    targets: Any,
+    *,
+    classes: tuple[int, ...],
+    column: int,
+) -> Any:
+    labels = lepton.losses.joint_labels(outputs, classes=classes)
+    hits = labels[:, column] == targets[:, column]
+    return hits.astype(jnp.float32)
 
 
 def _counts(source: Source) -> Task:
@@ -415,6 +473,7 @@ def _counts(source: Source) -> Task:
         lepton.models.mean_of_rates,
         lepton.losses.poisson,
         _each(source, "rmse", _squared_error_of_rate),
+        (_mean_rate, _boosted_rate),
     )
 
 
@@ -435,6 +494,7 @@ def _quantities(source: Source) -> Task:
             spread=_plain(spread),
         ),
         _each(source, "rmse", optax.squared_error),
+        BASELINES,
     )
 
 
@@ -484,6 +544,26 @@ def _of_column(
     return values(outputs[:, column], targets[:, column])
 
 
+def _mean_rate(train: Any, test: Any) -> Any:
+    return _log_of(lepton.baselines.majority(train, test))
+
+
+def _boosted_rate(train: Any, test: Any) -> Any:
+    return _log_of(
+        lepton.baselines.boosting(
+            train,
+            test,
+            loss="poisson",
+        )
+    )
+
+
+def _log_of(baseline: Any) -> Any:
+    """Return a baseline whose outputs are rates with their logarithms, as the model's."""
+    rates = np.maximum(baseline.outputs, LEAST_RATE)
+    return dataclasses.replace(baseline, outputs=np.log(rates))
+
+
 def _squared_error_of_rate(
     outputs: Any,
     targets: Any,
@@ -505,6 +585,12 @@ def _prepared(
     from recipes import _tables
 
     labels = _words(label)
+    if not labels:
+        raise RecipeError(
+            "there is no label",
+            where="--label",
+            remedy="name the column to predict",
+        )
     looked = _tables.Looked(
         _tables.Asked(
             data,
@@ -536,7 +622,7 @@ def _prepared(
         sizes=tuple(tables.sizes[name] for name in looked.categories),
         kind=looked.kind,
         labels=labels,
-        classes=(len(tables.classes),) if tables.classes else (),
+        classes=tables.counts,
         serving=tables.serving,
     )
 

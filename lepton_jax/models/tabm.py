@@ -15,18 +15,26 @@ from lepton_jax.models.tabular_front import Scaled, TabularFront, dropout_of
 KINDS = ("full", "mini")
 
 
-def mean_of_probabilities(outputs: jax.Array) -> jax.Array:
+def mean_of_probabilities(
+    outputs: jax.Array,
+    classes: Sequence[int] | None = None,
+) -> jax.Array:
     """Return the logarithm of the members' mean probabilities.
 
     Args:
-      outputs: logits (batch, members, classes).
+      outputs: logits (batch, members, classes); of several labels, one after the other.
+      classes: count of each label's classes; None: there is one label.
 
     Returns:
       Logits (batch, classes).
     """
-    members = outputs.shape[1]
-    logs = jax.nn.log_softmax(outputs, axis=-1)
-    return jax.nn.logsumexp(logs, axis=1) - jnp.log(members)
+    counts = classes or (outputs.shape[-1],)
+    ends = list(itertools.accumulate(counts))[:-1]
+    logs = [
+        jax.nn.log_softmax(part, axis=-1) for part in jnp.split(outputs, ends, axis=-1)
+    ]
+    together = jnp.concatenate(logs, axis=-1)
+    return jax.nn.logsumexp(together, axis=1) - jnp.log(outputs.shape[1])
 
 
 def mean_of_rates(outputs: jax.Array) -> jax.Array:
