@@ -24,6 +24,7 @@ import optax
 from lepton_jax.baselines import Comparison, Samples
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
+from lepton_jax.controller import select_weights
 from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.data import (
     Arrays,
@@ -52,6 +53,7 @@ from lepton_jax.monitor import Monitor, SampleTrace, Sink, plain, write_report
 from lepton_jax.planner import Plan, Trace, ahead, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
+from lepton_jax.step.optimizers import parts_of
 from lepton_jax.step.state import State
 from lepton_jax.train import recovery
 from lepton_jax.train.baseline import SECONDS, compare
@@ -400,6 +402,19 @@ class Trainer:
             check_hidden(np.flatnonzero(np.concatenate(is_hidden)), len(data))
         predictions = prediction.joined(parts, rows)
         return in_words(preparation, predictions) if words else predictions
+
+    def module(self) -> Any:
+        """Return the trained model as a Flax module, to call without Lepton.
+
+        It holds the weights that `evaluate` and `predict` use, and is set to
+        evaluation. The recipe's `preprocess` is not part of it.
+
+        Returns:
+          An NNX module; or a Linen module that is bound to its variables.
+        """
+        program = self._ready(None)
+        weights = select_weights(self._state(program), self.recipe)
+        return program.trace.functional.whole(*weights)
 
     def baseline(self, seconds: float = SECONDS) -> list[Comparison]:
         """Fit the recipe's baselines, and compare the network with them.
@@ -949,6 +964,7 @@ class Trainer:
             device_kind=self._devices[0].device_kind,
             devices=len(self._devices),
             parameters=sum(leaf.size for leaf in params.values()),
+            parts=parts_of(self.recipe.optimizer, program.trace.state.params),
             steps=until,
             step=self.step,
             batch_size=self.recipe.batch_size,

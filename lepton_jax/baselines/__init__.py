@@ -17,6 +17,7 @@ from lepton_jax.baselines.comparison import Comparison, Network
 from lepton_jax.baselines.intervals import mean_interval, wilson
 from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
+from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_svm
 from lepton_jax.baselines.nearest import nearest
 
 __all__ = [
@@ -29,9 +30,12 @@ __all__ = [
     "Samples",
     "Task",
     "boosting",
+    "log_count_ratios",
     "logistic",
     "majority",
     "mean_interval",
+    "naive_bayes",
+    "nb_svm",
     "nearest",
     "wilson",
 ]

@@ -46,8 +46,14 @@ def nnx_functional(
         requested.
     """
     module = NnxModule(build, request)
-    samples = module.samples if module.generates else None
-    return Functional("nnx", module.name, module.init, module.apply, samples)
+    return Functional(
+        "nnx",
+        module.name,
+        module.init,
+        module.apply,
+        module.whole,
+        module.samples if module.generates else None,
+    )
 
 
 def without_sown(module: nnx.Module) -> nnx.Module:
@@ -123,6 +129,12 @@ class NnxModule(PureModule):
         asked = self.request.sown if train else ()
         return outputs, variables, self.collected(sown, labels, asked)
 
+    def whole(self, params: Any, variables: Any) -> nnx.Module:
+        """See `Functional.whole`."""
+        module = self._merged(params, variables)
+        module.eval()
+        return module
+
     def samples(
         self,
         params: Any,
@@ -131,9 +143,8 @@ class NnxModule(PureModule):
         count: int,
     ) -> Any:
         """See `Functional.samples`."""
-        module: Any = self._merged(params, variables)
+        module: Any = self.whole(params, variables)
         _follow_precision(module)
-        module.eval()
         return module.samples(key, count)
 
     def variables_after(

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_jax import losses
+from lepton_jax.augment import step_key
 from lepton_jax.checkpoint.adoption import (
     is_number,
     named_recipe_values,
@@ -44,7 +45,11 @@ from lepton_jax.planner import (
     rematerialized,
 )
 from lepton_jax.step.state import State
-from lepton_jax.step.training_loss import ARGUMENTS, differentiated_sum, training_loss
+from lepton_jax.step.training_loss import (
+    ARGUMENTS,
+    differentiated_sum,
+    training_gradient,
+)
 from lepton_jax.train.compilation import Compilation, CompilationLog
 from lepton_jax.train.recovery import WEIGHT
 from lepton_jax.trees import by_path
@@ -710,9 +715,10 @@ class Program:
         key = jax.random.fold_in(state.key, state.step)
         count = self.plan.micro_batches
         gradient = self._gradient_of_loss()
+        keys = partial(step_key, self.recipe.preprocess, step=key)
         if count == 1:
             gradients, (sums, variables) = gradient(
-                state.params, state.variables, key, *batch, knobs
+                state.params, state.variables, keys(key, part=0), *batch, knobs
             )
             gradients = _ascent(_unscaled(gradients, scale))
             return _Gradients(gradients, sums, variables, None)
@@ -725,7 +731,7 @@ class Program:
             more, (more_sums, variables) = gradient(
                 state.params,
                 total.variables,
-                jax.random.fold_in(key, index),
+                keys(jax.random.fold_in(key, index), part=index),
                 *micro_batch,
                 knobs,
             )
@@ -750,11 +756,14 @@ class Program:
 
     def _gradient_of_loss(self) -> Callable[..., Any]:
         """Return the gradient of one micro-batch's loss, laid out as planned."""
-        loss = training_loss(
-            self.recipe, self.trace.functional, self.plan.micro_batches
+        gradient = training_gradient(
+            self.recipe,
+            self.trace.functional,
+            self.plan.micro_batches,
+            partial(rematerialized, policy=self.plan.remat),
         )
         return laid_out(
-            jax.grad(rematerialized(loss, self.plan.remat), has_aux=True),
+            gradient,
             self.plan.layout,
             self.mesh,
             ARGUMENTS,
