@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -375,19 +376,10 @@ def network(
 def of_ensemble(task: Task) -> Task:
     """Return a task with the loss of each member, and metrics of all together."""
     ndim = 1 if task.outputs["outputs"] is None else 2
-    together = partial(
-        partial,
-        lepton.metrics.of_ensemble,
-        merge=task.merge,
-        ndim=ndim,
-    )
-    metrics: dict[str, Any] = {}
-    for name, metric in task.metrics.items():
-        if isinstance(metric, lepton.metrics.Metric):
-            values = together(values=metric.values)
-            metrics[name] = lepton.metrics.Metric(values, metric.finish)
-        else:
-            metrics[name] = together(values=metric)
+    metrics = {
+        name: lepton.metrics.of_ensemble(metric, task.merge, ndim)
+        for name, metric in task.metrics.items()
+    }
     loss = partial(
         lepton.losses.of_members,
         loss=task.loss,
@@ -403,16 +395,26 @@ def _classes(
     source: Source,
     class_weights: str,
 ) -> Task:
+    """Return one label, or several ones, with classes."""
     if len(source.classes) > 1:
         return _several_classes(source, class_weights)
     (classes,) = source.classes
     metrics: dict[str, Any] = {"accuracy": lepton.metrics.accuracy}
     if classes == 2:
         metrics["auc"] = lepton.metrics.auc
+    if classes > 2 or class_weights == "balanced":
+        metrics["f1"] = lepton.metrics.f1
+    loss: Any = lepton.losses.cross_entropy
+    if class_weights == "balanced":
+        weights = lepton.losses.balanced(source.train.targets, classes)
+        loss = partial(
+            lepton.losses.weighted_cross_entropy,
+            weights=weights,
+        )
     return Task(
         {"outputs": classes},
         lepton.models.mean_of_probabilities,
-        optax.softmax_cross_entropy_with_integer_labels,
+        loss,
         metrics,
         BASELINES,
     )
@@ -430,7 +432,7 @@ def _several_classes(
         )
     classes = source.classes
     metrics = {
-        f"accuracy of {label}": partial(
+        _metric_name("accuracy", label, column): partial(
             _joint_accuracy,
             classes=classes,
             column=column,
@@ -493,7 +495,7 @@ def _quantities(source: Source) -> Task:
             lepton.losses.scaled_squared_error,
             spread=_plain(spread),
         ),
-        _each(source, "rmse", optax.squared_error),
+        _each(source, "rmse", lepton.losses.squared_error),
         BASELINES,
     )
 
@@ -522,7 +524,7 @@ def _each(
     if len(source.labels) == 1:
         return {name: lepton.metrics.Metric(squared_error, jnp.sqrt)}
     return {
-        f"{name} of {label}": lepton.metrics.Metric(
+        _metric_name(name, label, column): lepton.metrics.Metric(
             partial(
                 _of_column,
                 column=column,
@@ -532,6 +534,16 @@ def _each(
         )
         for column, label in enumerate(source.labels)
     }
+
+
+def _metric_name(
+    name: str,
+    label: str,
+    column: int,
+) -> str:
+    """Return the name of a label's metric: letters, digits and underscores."""
+    plain = re.sub(r"\W+", "_", label).strip("_")
+    return f"{name}_{plain or column}"
 
 
 def _of_column(
@@ -559,7 +571,7 @@ def _boosted_rate(train: Any, test: Any) -> Any:
 
 
 def _log_of(baseline: Any) -> Any:
-    """Return a baseline whose outputs are rates with their logarithms, as the model's."""
+    """Return a baseline with logarithms of rates, as the model gives them."""
     rates = np.maximum(baseline.outputs, LEAST_RATE)
     return dataclasses.replace(baseline, outputs=np.log(rates))
 
@@ -568,7 +580,7 @@ def _squared_error_of_rate(
     outputs: Any,
     targets: Any,
 ) -> Any:
-    return optax.squared_error(jnp.exp(outputs), targets)
+    return lepton.losses.squared_error(jnp.exp(outputs), targets)
 
 
 # ---- tables ----

@@ -29,7 +29,7 @@ Answer = Callable[[np.ndarray], np.ndarray]
 def boosting(train: Samples, test: Samples, loss: Loss = "squared_error") -> Baseline:
     """Fit histogram gradient boosting, with the defaults of scikit-learn.
 
-    Numbers may have gaps, and categories are split as such (Ke et al. 2017, "LightGBM").
+    Numbers may have gaps, and categories are split as such (Ke et al. 2017, LightGBM).
     Trees need no scaling and few settings, so that on tables they are what a network
     has to beat (Grinsztajn et al. 2022, "Why do tree-based models still outperform deep
     learning on typical tabular data?").

@@ -1,4 +1,4 @@
-"""Losses, which are Optax's, and their means over the samples that count.
+"""Weighted sums of losses and metrics over the samples that count.
 
 A loss or metric is a function (outputs, targets) of batches. It returns one value per
 sample, shape (batch, ...); or a pair (values, weights) of that shape for a weighted
@@ -10,6 +10,7 @@ A *weighted sum* is the pair (sum, weight) of such values over a batch. Its rati
 mean, and the weighted sums of micro-batches or hosts can be added up. A small example:
 three samples, the last of which is padding:
 
+>>> from lepton_jax.losses import squared_error
 >>> outputs = jnp.array([[1.0], [4.0], [9.0]])
 >>> targets = jnp.array([[0.0], [1.0], [0.0]])
 >>> valid = jnp.array([True, True, False])
@@ -20,149 +21,19 @@ three samples, the last of which is padding:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lepton_jax.augment import first_of, loss_of
 from lepton_jax.compat import whole_axes
 from lepton_jax.errors import ModelError, pointing_at_user
+from lepton_jax.losses.stock import STOCK
 from lepton_jax.trees import by_path, shapes
-
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-binary_cross_entropy = optax.sigmoid_binary_cross_entropy
-squared_error = optax.squared_error
-huber = optax.huber_loss
-# the names under which users know them
-STOCK = {
-    cross_entropy: "cross_entropy",
-    binary_cross_entropy: "binary_cross_entropy",
-    squared_error: "squared_error",
-    huber: "huber",
-}
-
-
-def padded_cross_entropy(
-    outputs: jax.Array,
-    targets: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy that leaves out targets below 0, which are padding.
-
-    Args:
-      outputs: logits, (batch, ..., classes).
-      targets: whole numbers, (batch, ...).
-
-    Returns:
-      (values, weights), (batch, ...) each; the weights are 0 for padding, else 1.
-    """
-    values = cross_entropy(outputs, jnp.maximum(targets, 0))
-    return values, (targets >= 0).astype(jnp.float32)
-
-
-def poisson(
-    outputs: jax.Array,
-    targets: jax.Array,
-) -> jax.Array:
-    """Return the negative log-likelihood of counts, without its constant.
-
-    The loss is exp(output) - target * output, of a Poisson distribution whose rate is
-    exp(output) (McCullagh and Nelder 1989, "Generalized Linear Models", chapter 6).
-
-    Args:
-      outputs: logarithms of rates, (batch, ...).
-      targets: counts, of the same shape.
-    """
-    return jnp.exp(outputs) - targets * outputs
-
-
-def scaled_squared_error(
-    outputs: jax.Array,
-    targets: jax.Array,
-    *,
-    spread: float | Sequence[float],
-) -> jax.Array:
-    """Return squared errors in units of each target's spread.
-
-    Args:
-      outputs: quantities in their own unit, (batch, targets) or (batch,).
-      targets: the same.
-      spread: standard deviation of each target, or of the one.
-    """
-    return jnp.square((outputs - targets) / jnp.asarray(spread, outputs.dtype))
-
-
-def joint_cross_entropy(
-    outputs: jax.Array,
-    targets: jax.Array,
-    *,
-    classes: Sequence[int],
-) -> jax.Array:
-    """Return the cross entropy of several labels a row, (batch, labels).
-
-    Args:
-      outputs: logits of the labels' classes, one label after the other, (batch, sum of
-        classes).
-      targets: whole numbers, (batch, labels).
-      classes: count of each label's classes.
-    """
-    ends = np.cumsum(classes)[:-1].tolist()
-    parts = jnp.split(outputs, ends, axis=-1)
-    values = [
-        cross_entropy(part, label)
-        for part, label in zip(parts, jnp.moveaxis(targets, -1, 0), strict=True)
-    ]
-    return jnp.stack(values, axis=-1)
-
-
-def joint_labels(
-    outputs: jax.Array,
-    *,
-    classes: Sequence[int],
-) -> jax.Array:
-    """Return the most likely class of each of several labels, (batch, labels).
-
-    Args:
-      outputs: see `joint_cross_entropy`.
-      classes: count of each label's classes.
-    """
-    ends = np.cumsum(classes)[:-1].tolist()
-    parts = jnp.split(outputs, ends, axis=-1)
-    labels = [jnp.argmax(part, axis=-1) for part in parts]
-    return jnp.stack(labels, axis=-1)
-
-
-def of_members(
-    outputs: jax.Array,
-    targets: jax.Array,
-    *,
-    loss: Callable[..., Any],
-    ndim: int,
-) -> Any:
-    """Return the loss of each member of an ensemble, such as `models.TabM`.
-
-    The mean over the members is a loss under which each is trained by itself. What an
-    ensemble gives outside of training, one output a row, gets the plain loss.
-
-    Args:
-      outputs: (batch, members, ...) in training, (batch, ...) outside of it.
-      targets: (batch, ...).
-      loss: of (batch, ...) outputs and targets: values, or a pair with weights.
-      ndim: count of dims of the outputs outside of training.
-    """
-    if jnp.ndim(outputs) == ndim:
-        return loss(outputs, targets)
-    each = jax.vmap(
-        loss,
-        in_axes=(1, None),
-        out_axes=1,
-    )
-    return each(outputs, targets)
-
 
 # ---- weighted sums of one function ----
 
@@ -551,43 +422,6 @@ def finish(
     return mean if close is None else close(mean)
 
 
-# ---- predictions ----
-
-
-def decoder(loss: Callable) -> Callable[[Any], Any]:
-    """Return what `predict` applies to outputs, unless the recipe says otherwise.
-
-    For integer labels it is the most likely one (argmax over the last dim), for binary
-    labels 0 or 1, for counts their expectation. Other outputs are left as they are.
-
-    Args:
-      loss: the loss that the model is trained with.
-    """
-    if loss is cross_entropy:
-        return _most_likely
-    if loss is binary_cross_entropy:
-        return _zero_or_one
-    if loss is poisson:
-        return jnp.exp
-    if isinstance(loss, partial) and loss.func is of_members:
-        return decoder(loss.keywords["loss"])
-    if isinstance(loss, partial) and loss.func is joint_cross_entropy:
-        return partial(joint_labels, classes=loss.keywords["classes"])
-    return _as_they_are
-
-
-def _most_likely(outputs: Any) -> Any:
-    return jnp.argmax(outputs, axis=-1)
-
-
-def _zero_or_one(outputs: Any) -> Any:
-    return (outputs > 0).astype(jnp.int32)
-
-
-def _as_they_are(outputs: Any) -> Any:
-    return outputs
-
-
 # ---- checks of a function's values ----
 
 
@@ -798,11 +632,20 @@ def _described(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
+def _bare(function: Any) -> Any:
+    """Return the function within a `functools.partial`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def _name(function: Callable) -> str:
+    function = _bare(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
 def _where(function: Callable) -> str:
+    function = _bare(function)
     code = getattr(function, "__code__", None)
     name = _name(function)
     return f"{name}, {code.co_filename}:{code.co_firstlineno}" if code else name
