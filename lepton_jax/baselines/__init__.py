@@ -12,6 +12,7 @@ from lepton_jax.baselines.baseline import (
     Samples,
     Task,
 )
+from lepton_jax.baselines.boosting import boosting
 from lepton_jax.baselines.comparison import Comparison, Network
 from lepton_jax.baselines.intervals import mean_interval, wilson
 from lepton_jax.baselines.logistic import logistic
@@ -28,6 +29,7 @@ __all__ = [
     "NotHere",
     "Samples",
     "Task",
+    "boosting",
     "log_count_ratios",
     "logistic",
     "majority",

@@ -12,6 +12,8 @@ from lepton_jax.losses.classes import (
     weighted_binary_cross_entropy,
     weighted_cross_entropy,
 )
+from lepton_jax.losses.ensembles import of_members
+from lepton_jax.losses.joint import joint_cross_entropy, joint_labels
 from lepton_jax.losses.missing import known_values
 from lepton_jax.losses.quantities import expected_count, poisson
 from lepton_jax.losses.stock import binary_cross_entropy, cross_entropy
@@ -40,12 +42,15 @@ def decoder(loss: Callable) -> Callable[[Any], Any]:
 # one object for each loss: a program is compiled for each decoder
 @functools.lru_cache(maxsize=64)
 def _decoder_of_partial(loss: functools.partial) -> Callable[[Any], Any]:
-    if loss.func is known_values:
+    if loss.func is known_values or loss.func is of_members:
         return decoder(loss.keywords["loss"])
     if loss.func is summed_tasks:
         tasks = loss.keywords["tasks"]
         each = {key: decoder(own) for key, (own, _) in tasks.items()}
         return functools.partial(_by_task, each=each)
+    if loss.func is joint_cross_entropy:
+        classes = loss.keywords["classes"]
+        return functools.partial(joint_labels, classes=classes)
     return decoder(loss.func)
 
 
