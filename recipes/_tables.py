@@ -133,7 +133,7 @@ class Looked:
     @cached_property
     def table(self) -> pl.DataFrame:
         """All rows of the file."""
-        return _rows_of(self.reader)
+        return rows_of(self.reader)
 
     @cached_property
     def is_quantity(self) -> bool:
@@ -271,7 +271,7 @@ def twice(
     """
     lines = []
     for name, reader in sources.items():
-        rows = _rows_of(reader).drop(ROW, *but)
+        rows = rows_of(reader).drop(ROW, *but)
         count = rows.height - rows.unique().height
         lines.append(f"{name}: {count:,} duplicate rows")
     return "\n".join(lines)
@@ -358,7 +358,8 @@ def _is_number(column: Column) -> bool:
     return column.type.is_numeric() or column.type == pl.Boolean
 
 
-def _rows_of(reader: Reader) -> pl.DataFrame:
+def rows_of(reader: Reader) -> pl.DataFrame:
+    """Return all rows of a reader, with their numbers."""
     return pl.concat([reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)])
 
 
