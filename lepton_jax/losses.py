@@ -62,6 +62,18 @@ def padded_cross_entropy(
     return values, (targets >= 0).astype(jnp.float32)
 
 
+def squared_error_of_members(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Squared error of each member of an ensemble, (batch, members).
+
+    Each member learns by its own error; their mean is what is predicted.
+
+    Args:
+      outputs: (batch, members).
+      targets: (batch,).
+    """
+    return squared_error(outputs, jnp.broadcast_to(targets[:, None], outputs.shape))
+
+
 def ranking_softmax(outputs: Any, targets: jax.Array) -> jax.Array:
     """Cross entropy of the item that was used among the negatives, (batch,).
 
@@ -508,7 +520,7 @@ def decoder(loss: Callable) -> Callable[[Any], Any]:
     """Return what `predict` applies to outputs, unless the recipe says otherwise.
 
     For integer labels it is the most likely one (argmax over the last dim), for binary
-    labels 0 or 1. Other outputs are left as they are.
+    labels 0 or 1, of an ensemble the members' mean. Other outputs are left as they are.
 
     Args:
       loss: the loss that the model is trained with.
@@ -517,6 +529,8 @@ def decoder(loss: Callable) -> Callable[[Any], Any]:
         return _most_likely
     if loss is binary_cross_entropy:
         return _zero_or_one
+    if loss is squared_error_of_members:
+        return _mean_of_members
     return _as_they_are
 
 
@@ -526,6 +540,10 @@ def _most_likely(outputs: Any) -> Any:
 
 def _zero_or_one(outputs: Any) -> Any:
     return (outputs > 0).astype(jnp.int32)
+
+
+def _mean_of_members(outputs: Any) -> Any:
+    return outputs.mean(axis=-1)
 
 
 def _as_they_are(outputs: Any) -> Any:

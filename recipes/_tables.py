@@ -230,7 +230,7 @@ def tables(
         train=serving.split("train"),
         test=serving.split("test"),
         serving=serving,
-        sizes=_sizes(serving),
+        sizes=sizes_of(serving),
         classes=serving.words,
     )
 
@@ -411,7 +411,7 @@ def _last(looked: Looked) -> list[Any]:
     return [prepare.Classes(looked.asked.label)]
 
 
-def _sizes(serving: Any) -> dict[str, int]:
+def sizes_of(serving: Any) -> dict[str, int]:
     """Return the count of codes of the columns that a Vocabulary has coded."""
     codes: dict[str, int] = {}
     for step, state in serving.prepared.steps:

@@ -11,7 +11,11 @@ from lepton_jax.baselines.baseline import (
     NotHere,
     Samples,
 )
+from lepton_jax.baselines.biases import biases
+from lepton_jax.baselines.ials import ials
+from lepton_jax.baselines.item_knn import item_knn
 from lepton_jax.baselines.majority import majority
+from lepton_jax.baselines.popularity import popularity
 
 __all__ = [
     "Baseline",
@@ -19,5 +23,9 @@ __all__ = [
     "Interval",
     "NotHere",
     "Samples",
+    "biases",
+    "ials",
+    "item_knn",
     "majority",
+    "popularity",
 ]
