@@ -2,7 +2,16 @@
 
 from importlib.metadata import version as _version
 
-from lepton_jax import baselines, data, hardware, losses, metrics, models, monitor
+from lepton_jax import (
+    augment,
+    baselines,
+    data,
+    hardware,
+    losses,
+    metrics,
+    models,
+    monitor,
+)
 from lepton_jax import controller as controllers
 from lepton_jax.errors import (
     CheckpointError,
@@ -17,6 +26,7 @@ from lepton_jax.errors import (
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.recipe import Recipe
+from lepton_jax.step import optimizers
 from lepton_jax.step.state import State
 from lepton_jax.train.history import History
 from lepton_jax.train.program import Program
@@ -41,6 +51,7 @@ __all__ = [
     "Topology",
     "Trace",
     "Trainer",
+    "augment",
     "baselines",
     "controllers",
     "data",
@@ -49,6 +60,7 @@ __all__ = [
     "metrics",
     "models",
     "monitor",
+    "optimizers",
     "plan",
     "topology",
     "trace",

@@ -215,6 +215,7 @@ class Controller:
 
         The controller's is () where nothing can ever move.
         """
+        optimizers.check_parts(self.recipe.optimizer, params)
         optimizer = self.optimizer.init(params)
         if not self.policies and not self.base:
             return optimizer, ()

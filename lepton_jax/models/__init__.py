@@ -3,32 +3,63 @@
 from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
 from lepton_jax.models.dcn import DCN
+from lepton_jax.models.diffusion import Diffusion
 from lepton_jax.models.dlrm import DLRM
 from lepton_jax.models.fm import FactorizationMachine
+from lepton_jax.models.ft_transformer import FTTransformer
+from lepton_jax.models.gan import GAN
+from lepton_jax.models.gru import GRU
 from lepton_jax.models.logistic import Logistic
 from lepton_jax.models.lstm import LSTM
 from lepton_jax.models.mf import MatrixFactorization
 from lepton_jax.models.mlp import MLP
 from lepton_jax.models.moe import MoELM
+from lepton_jax.models.ngrams import NgramLinear, WithNgrams
 from lepton_jax.models.retrieval import Retrieval
+from lepton_jax.models.tabm import (
+    TabM,
+    mean_of_outputs,
+    mean_of_probabilities,
+    mean_of_rates,
+)
 from lepton_jax.models.tabular import TabularMLP
+from lepton_jax.models.tabular_front import TabularFront
+from lepton_jax.models.tabular_resnet import TabularResNet
+from lepton_jax.models.text_cnn import TextCNN
+from lepton_jax.models.text_encoder import TextEncoder
 from lepton_jax.models.transformer import TransformerLM, transformer_size
 from lepton_jax.models.two_tower import TwoTower
+from lepton_jax.models.vae import VAE
 
 __all__ = [
     "CNN",
     "DCN",
     "DLRM",
+    "GAN",
+    "GRU",
     "LSTM",
     "MLP",
+    "VAE",
     "BagOfWords",
+    "Diffusion",
+    "FTTransformer",
     "FactorizationMachine",
     "Logistic",
     "MatrixFactorization",
     "MoELM",
+    "NgramLinear",
     "Retrieval",
+    "TabM",
+    "TabularFront",
     "TabularMLP",
+    "TabularResNet",
+    "TextCNN",
+    "TextEncoder",
     "TransformerLM",
     "TwoTower",
+    "WithNgrams",
+    "mean_of_outputs",
+    "mean_of_probabilities",
+    "mean_of_rates",
     "transformer_size",
 ]

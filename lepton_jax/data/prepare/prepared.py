@@ -25,6 +25,7 @@ from lepton_jax.data.readers.reader import ROW, SOURCE
 from lepton_jax.errors import DataError, nearest
 
 PACKAGE = "lepton_jax."
+PIECE_BYTES = 2**26  # of a source that are read at once; assumption
 WHOLE = 2**62  # bytes: more than a source has, so that it is one piece
 
 
@@ -44,12 +45,14 @@ def open_prepared(
     folder: str | Path,
     *,
     classes: Sequence[type[Step]] = (),
+    sources: Sequence[readers.Reader] = (),
 ) -> Prepared:
     """Open a folder that `prepare` has written.
 
     Args:
       folder: the folder.
       classes: of a spec's own steps, which are not part of Lepton.
+      sources: readers of the sources that it was made of, in their order.
 
     Raises:
       DataError: there is no manifest in it, or it is of a newer format.
@@ -76,7 +79,7 @@ def open_prepared(
             where=path,
             remedy="install a newer lepton-jax",
         )
-    return Prepared(Path(folder), manifest, classes)
+    return Prepared(Path(folder), manifest, classes, sources)
 
 
 class Prepared:
@@ -92,8 +95,10 @@ class Prepared:
         folder: Path,
         manifest: dict[str, Any],
         classes: Sequence[type[Step]] = (),
+        sources: Sequence[readers.Reader] = (),
     ):
         self.folder = folder
+        self._sources = tuple(sources)
         self.manifest = manifest
         self._classes = {kind.__name__: kind for kind in classes}
 
@@ -164,6 +169,53 @@ class Prepared:
         ]
         table = pl.concat(tables, rechunk=True)
         return table if traced else table.select(self.outputs)
+
+    def raw_rows(
+        self,
+        split: str,
+        numbers: np.ndarray | None = None,
+    ) -> pl.DataFrame | None:
+        """Return the rows of a split as they were read, before any step.
+
+        Args:
+          split: its name.
+          numbers: of the wanted rows of the split; None: all.
+
+        Returns:
+          The rows in the order of the split; None where the sources are not known, as
+          in a folder that was opened later.
+
+        Raises:
+          DataError: a source can't be read any more.
+        """
+        if not self._sources:
+            return None
+        wanted = self.table(split, traced=True).select(SOURCE, ROW)
+        if numbers is not None:
+            wanted = wanted[numbers]
+        parts = [
+            self._raw_part(number, wanted.filter(pl.col(SOURCE) == number).select(ROW))
+            for number in wanted[SOURCE].unique().sort()
+        ]
+        found = pl.concat(parts, how="diagonal_relaxed")
+        joined = wanted.join(
+            found,
+            on=[SOURCE, ROW],
+            how="left",
+            maintain_order="left",
+        )
+        return joined.drop(SOURCE, ROW)
+
+    def _raw_part(self, number: int, wanted: pl.DataFrame) -> pl.DataFrame:
+        """Read the wanted rows of one source, piece by piece."""
+        reader = self._sources[number]
+        unique = wanted.unique()
+        parts = [
+            reader.read(piece).table.join(unique, on=ROW, how="semi")
+            for piece in reader.pieces(PIECE_BYTES)
+        ]
+        source = pl.lit(number, pl.UInt32).alias(SOURCE)
+        return pl.concat(parts, how="diagonal_relaxed").with_columns(source)
 
     def _shard(self, path: Path) -> pl.DataFrame:
         if not path.exists():

@@ -112,6 +112,7 @@ def prepare(
     return open_prepared(
         root,
         classes=[type(step) for step in preparation.steps],
+        sources=checked.readers,
     )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import polars as pl
@@ -61,6 +62,11 @@ class Serving:
         default_factory=dict,
     )
     profile: Profile | None = None
+    _made: WeakKeyDictionary[Arrays, str] = field(
+        default_factory=WeakKeyDictionary,
+        init=False,
+        repr=False,
+    )
 
     # ---- prepared rows ----
 
@@ -72,13 +78,35 @@ class Serving:
             holds no numbers.
         """
         table = self.prepared.table(name)
-        return Arrays(
+        arrays = Arrays(
             *arrays_of(
                 table,
                 self.inputs,
                 self.prepared.target,
             )
         )
+        self._made[arrays] = name
+        return arrays
+
+    def raw_rows(
+        self,
+        arrays: Arrays,
+        numbers: np.ndarray | None = None,
+    ) -> pl.DataFrame | None:
+        """Return the raw rows of samples that `split` has returned.
+
+        Args:
+          arrays: these samples.
+          numbers: of the wanted ones; None: all.
+
+        Returns:
+          The rows, as they were read; None where they are not known.
+
+        Raises:
+          DataError: a source can't be read any more.
+        """
+        name = self._made.get(arrays)
+        return None if name is None else self.prepared.raw_rows(name, numbers)
 
     # ---- raw rows ----
 

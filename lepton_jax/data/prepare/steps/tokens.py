@@ -40,6 +40,13 @@ COUNTS = pl.Schema(
 )
 # The word characters of Unicode, or one mark of punctuation.
 WORD = r"\w+|[^\w\s]"
+# Scripts that are written without spaces between words (Unicode Standard Annex 29,
+# section 4.1, and Annex 14, classes ID and SA).
+UNSPACED = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+)
+# The same as WORD, but each character of these scripts stands alone.
+WORD_APART = rf"[{UNSPACED}]|[\w--[{UNSPACED}]]+|[^\w\s]"
 _CUT = "lepton.cut"
 _SIZE = "lepton.size"
 
@@ -83,14 +90,14 @@ class ByteTokens(Step):
         self,
         schema: pl.Schema,
     ) -> pl.Schema:
-        return _checked(self, schema)
+        return checked(self, schema)
 
     def run(
         self,
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        return _tokenized(self, table, _bytes_of)
+        return tokenized(self, table, _bytes_of)
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class FileTokens(Fitted):
     ) -> pl.Schema:
         content = _read(self.file)
         _opened(_kind(content), content)
-        return _checked(self, schema)
+        return checked(self, schema)
 
     def to_json(self) -> dict[str, Any]:
         digest = hashlib.sha256(_read(self.file)).hexdigest()
@@ -166,7 +173,7 @@ class FileTokens(Fitted):
             ids = encode(text.fill_null("").to_list())
             return pl.Series(ids, dtype=TOKENS)
 
-        return _tokenized(self, table, pieces)
+        return tokenized(self, table, pieces)
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,8 @@ class WordTokens(Fitted):
       most: words of the vocabulary, at most.
       least_count: how often a word must be there.
       lower: whether case does not count.
+      apart: whether each character of a script that is written without spaces, such as
+        Chinese, Japanese or Thai, is a word; else a run of them is one.
       length: of the arrays; None: lists, each as long as its text.
       begin: id in front of each text; None: nothing.
       end: id behind each text, also where it is cut off; None: nothing.
@@ -192,6 +201,7 @@ class WordTokens(Fitted):
     most: int = 30_000
     least_count: int = 1
     lower: bool = True
+    apart: bool = False
     length: int | None = None
     begin: int | None = None
     end: int | None = None
@@ -203,7 +213,7 @@ class WordTokens(Fitted):
         self,
         schema: pl.Schema,
     ) -> pl.Schema:
-        return _checked(self, schema)
+        return checked(self, schema)
 
     def partial(
         self,
@@ -265,19 +275,19 @@ class WordTokens(Fitted):
                 maintain_order="left",
             )
             values = ids["id"].fill_null(UNKNOWN).to_numpy()
-            return _lists(
+            return lists_of(
                 values,
                 lists.list.len().to_numpy(),
             )
 
-        return _tokenized(self, table, numbers)
+        return tokenized(self, table, numbers)
 
     def _words(
         self,
         text: pl.Expr,
     ) -> pl.Expr:
         text = text.str.to_lowercase() if self.lower else text
-        return text.str.extract_all(WORD)
+        return text.str.extract_all(WORD_APART if self.apart else WORD)
 
 
 # ---- internals ----
@@ -290,7 +300,7 @@ _FILE = pl.Schema(
 )
 
 
-def _checked(
+def checked(
     step: _Framed,
     schema: pl.Schema,
 ) -> pl.Schema:
@@ -322,7 +332,7 @@ def _type(step: _Framed) -> pl.DataType:
     )
 
 
-def _tokenized(
+def tokenized(
     step: _Framed,
     table: pl.LazyFrame,
     tokens: Callable[[pl.Series], pl.Series],
@@ -429,13 +439,13 @@ def _bytes_of(text: pl.Series) -> pl.Series:
         b"".join(content),
         np.uint8,
     )
-    return _lists(
+    return lists_of(
         values.astype(np.int32),
         sizes,
     )
 
 
-def _lists(
+def lists_of(
     values: np.ndarray,
     sizes: np.ndarray,
 ) -> pl.Series:
