@@ -117,8 +117,7 @@ def read(asked: Asked, counts: Counts) -> pl.DataFrame:
         none may be left out.
     """
     names = [asked.user, asked.item]
-    types = dict.fromkeys(names, "String")
-    reader = reader_of(asked.data, types=types)
+    reader = _opened(asked.data, names)
     kinds = {column.name: column for column in reader.columns()}
     for name in names:
         if name not in kinds:
@@ -128,10 +127,7 @@ def read(asked: Asked, counts: Counts) -> pl.DataFrame:
                 remedy=f"name one of {', '.join(kinds)}",
             )
     table = _tables.rows_of(reader)
-    columns = [
-        pl.col(asked.user).str.strip_chars().replace("", None).alias("user"),
-        pl.col(asked.item).str.strip_chars().replace("", None).alias("item"),
-    ]
+    columns = [_as_name(asked.user, "user"), _as_name(asked.item, "item")]
     if asked.rating in kinds:
         columns.append(_as_number(table, asked.rating, asked.data).alias("rating"))
     if asked.time in kinds:
@@ -140,6 +136,21 @@ def read(asked: Asked, counts: Counts) -> pl.DataFrame:
     rows = _without_bad(rows, asked, counts)
     rows = _one_per_pair(rows, asked, counts)
     return _liked(rows, asked, counts)
+
+
+def _opened(data: Any, names: Iterable[str]) -> Any:
+    """Return the reader, which takes the named columns as text.
+
+    So that a number and a word in one column are both names.
+    """
+    if isinstance(data, str | Path):
+        return reader_of(data, types=dict.fromkeys(names, "String"))
+    return reader_of(data)
+
+
+def _as_name(column: str, name: str) -> pl.Expr:
+    text = pl.col(column).cast(pl.String).str.strip_chars()
+    return text.replace("", None).alias(name)
 
 
 def _as_number(table: pl.DataFrame, name: str, where: Any) -> pl.Expr:
@@ -425,10 +436,10 @@ def read_items(
       tags: names of columns of features with "|" between.
       counts: where to say what is left out.
     """
-    types = dict.fromkeys([item, *words, *tags], "String")
-    reader = reader_of(path, types=types)
+    needed = [item, *words, *tags]
+    reader = _opened(path, needed)
     kinds = [column.name for column in reader.columns()]
-    for name in types:
+    for name in needed:
         if name not in kinds:
             raise DataError(
                 f"there is no column {name!r}{nearest(name, kinds)}",
