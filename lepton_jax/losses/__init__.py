@@ -22,6 +22,11 @@ from lepton_jax.losses.quantities import (
     poisson,
     scaled_squared_error,
 )
+from lepton_jax.losses.ranking import (
+    cosine_contrastive,
+    ranking_softmax,
+    squared_error_of_members,
+)
 from lepton_jax.losses.stock import (
     binary_cross_entropy,
     cross_entropy,
@@ -55,6 +60,7 @@ __all__ = [
     "balanced",
     "binary_cross_entropy",
     "cosine",
+    "cosine_contrastive",
     "cross_entropy",
     "decoder",
     "discounted",
@@ -73,8 +79,10 @@ __all__ = [
     "padded_cross_entropy",
     "pinball",
     "poisson",
+    "ranking_softmax",
     "scaled_squared_error",
     "squared_error",
+    "squared_error_of_members",
     "sum_of",
     "summed_tasks",
     "sums_of",
