@@ -22,6 +22,7 @@ from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
 from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_svm
 from lepton_jax.baselines.nearest import nearest
+from lepton_jax.baselines.normal import normal_direction, principal_components
 from lepton_jax.baselines.popularity import popularity
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "naive_bayes",
     "nb_svm",
     "nearest",
+    "normal_direction",
     "popularity",
+    "principal_components",
     "wilson",
 ]
