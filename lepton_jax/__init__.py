@@ -2,8 +2,17 @@
 
 from importlib.metadata import version as _version
 
+from lepton_jax import (
+    augment,
+    baselines,
+    data,
+    hardware,
+    losses,
+    metrics,
+    models,
+    monitor,
+)
 from lepton_jax import controller as controllers
-from lepton_jax import data, hardware, losses, metrics, models, monitor
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -42,6 +51,8 @@ __all__ = [
     "Topology",
     "Trace",
     "Trainer",
+    "augment",
+    "baselines",
     "controllers",
     "data",
     "hardware",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -68,6 +68,9 @@ class Recipe:
         (`losses.decoder`).
       preparation: the way from raw rows to inputs, a `lepton_jax.data.prepare.Serving`.
         It is saved with the model, and `predict` and `evaluate` take raw rows then.
+      baseline: cheap methods that the network has to beat, functions (train, test) to a
+        `lepton_jax.baselines.Baseline`, or one of them. They are fitted after a
+        launched run, or by `Trainer.baseline()`. None: `baselines.majority`.
       train_argument: the Boolean argument of the model's call that says that it trains,
         e.g. "active"; "not frozen" for one that is True outside of training. None: it
         has a usual name, or is found by what it does (docs/models.md).
@@ -113,6 +116,7 @@ class Recipe:
     preprocess: Callable[[Any], Any] | None = None
     decode: Callable[[Any], Any] | None = None
     preparation: Any = None
+    baseline: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
     train_argument: str | None = None
     auxiliary: Mapping[str, float] = field(default_factory=dict)
     controller: tuple = ()
@@ -149,6 +153,7 @@ class Recipe:
         _check_metrics(self.metrics)
         object.__setattr__(self, "metrics", _with_implied(self))
         _check_preparation(self.preparation)
+        _check_baseline(self.baseline)
         _check_train_argument(self.train_argument)
         _check_auxiliary(self.auxiliary)
         _check_controller(self.controller)
@@ -359,6 +364,19 @@ def _check_preparation(preparation: Any) -> None:
             f"preparation is a {type(preparation).__name__}, which takes no raw rows",
             where="Recipe.preparation",
             remedy="give what Prepared.serving(...) returned, or leave it out",
+        )
+
+
+def _check_baseline(baseline: Any) -> None:
+    functions = baseline if isinstance(baseline, list | tuple) else [baseline]
+    if baseline is not None and not all(map(callable, functions)):
+        raise RecipeError(
+            f"baseline is {baseline!r}",
+            where="Recipe.baseline",
+            remedy=(
+                "give a function (train, test) -> lepton_jax.baselines.Baseline, a"
+                " tuple of them, or leave it out"
+            ),
         )
 
 

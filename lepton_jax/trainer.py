@@ -21,9 +21,11 @@ import jax
 import numpy as np
 import optax
 
+from lepton_jax.baselines import Comparison, Samples
 from lepton_jax.checkpoint.adoption import Fresh
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
+from lepton_jax.controller import select_weights
 from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.data import (
     Arrays,
@@ -38,6 +40,7 @@ from lepton_jax.errors import (
     DataError,
     DivergedError,
     LeptonError,
+    ModelError,
     NoCheckpointError,
     PlanError,
     RecipeError,
@@ -47,13 +50,14 @@ from lepton_jax.errors import (
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.hosts.mailbox import Mailbox
-from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
+from lepton_jax.monitor import Monitor, SampleTrace, Sink, plain, write_report
 from lepton_jax.planner import Plan, Trace, ahead, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
 from lepton_jax.step.optimizers import parts_of
 from lepton_jax.step.state import State
 from lepton_jax.train import recovery
+from lepton_jax.train.baseline import SECONDS, compare
 from lepton_jax.train.checks import (
     INPUTS,
     TEST_DATA,
@@ -73,6 +77,7 @@ from lepton_jax.train.folder import (
     served_state,
 )
 from lepton_jax.train.history import History
+from lepton_jax.train.judged import MOST_TRAINING_ROWS, Judged, judged, samples_of
 from lepton_jax.train.loop import Loop, Start
 from lepton_jax.train.outputs import Outputs
 from lepton_jax.train.program import Program
@@ -87,6 +92,7 @@ from lepton_jax.train.restore import Reader, Restored
 from lepton_jax.train.run_record import Position, RunRecord, order_of
 from lepton_jax.trees import by_path
 
+BASELINE_NEEDS = {"train": "fit a baseline on", "test": "measure a baseline on"}
 # Parts of the order of data, as a message calls them.
 ORDER_IN_WORDS = {"seed": "the seed of the shuffling", "of": "the number of samples"}
 
@@ -397,6 +403,91 @@ class Trainer:
             check_hidden(np.flatnonzero(np.concatenate(is_hidden)), len(data))
         predictions = prediction.joined(parts, rows)
         return in_words(preparation, predictions) if words else predictions
+
+    def module(self) -> Any:
+        """Return the trained model as a Flax module, to call without Lepton.
+
+        It holds the weights that `evaluate` and `predict` use, and is set to
+        evaluation. The recipe's `preprocess` is not part of it.
+
+        Returns:
+          An NNX module; or a Linen module that is bound to its variables.
+        """
+        program = self._ready(None)
+        weights = select_weights(self._state(program), self.recipe)
+        return program.trace.functional.whole(*weights)
+
+    def baseline(self, seconds: float = SECONDS) -> list[Comparison]:
+        """Fit the recipe's baselines, and compare the network with them.
+
+        They are fitted on the training rows and measured on the test rows, by the
+        recipe's metrics, each within a time; one that fails says why. Only host 0
+        fits. Where the recipe names none, it is `baselines.majority`, if the targets
+        are classes or quantities.
+
+        Args:
+          seconds: that each baseline may take.
+
+        Returns:
+          A comparison for each, which prints as a sentence a metric.
+
+        Raises:
+          DataError: the recipe has no training or no test data.
+          ModelError: the model's outputs have no rows.
+        """
+        for name in ("train", "test"):
+            if getattr(self.recipe, name) is None:
+                raise DataError(
+                    f"the recipe has no data to {BASELINE_NEEDS[name]}",
+                    where="Trainer.baseline",
+                    remedy=f"set Recipe.{name}",
+                )
+        program = self._ready(None)
+        with phase.phase("evaluation"):
+            test_rows = judged(program, self._state(program), self.recipe.test)
+            return self._compared(program, test_rows, seconds)
+
+    def examine(self, seconds: float = SECONDS) -> None:
+        """Look at the network on the test rows, and write it into the run's report.
+
+        That is the baselines, and what of it a person wants to see: which classes are
+        mistaken for which, the worst rows, how far probabilities can be trusted. What
+        can't be had is an event that says why. All hosts call it, after `fit`.
+
+        Args:
+          seconds: that each baseline may take; 0: none is fitted.
+        """
+        if self.recipe.test is None or self.program is None:
+            return
+        program = self.program
+        with phase.phase("evaluation"):
+            try:
+                test_rows = judged(program, self._state(program), self.recipe.test)
+            except (ModelError, DataError) as error:
+                self._notice("warning", text=f"the test rows are not shown: {error}")
+                return
+            if seconds and self.recipe.train is not None:
+                for one in self._compared(program, test_rows, seconds):
+                    self._notice("baseline", step=self.step, **one.to_fields())
+        if self.run_dir is not None and agreement.host() == 0:
+            write_report(self.run_dir)
+
+    def _compared(
+        self,
+        program: Program,
+        test_rows: Judged,
+        seconds: float,
+    ) -> list[Comparison]:
+        """Compare the network with baselines on host 0, and tell it on each host."""
+
+        def read_training() -> Samples:
+            return samples_of(program, self.recipe.train, MOST_TRAINING_ROWS)
+
+        def say() -> list[dict[str, Any]]:
+            compared = compare(self.recipe, test_rows, read_training, seconds)
+            return plain([one.to_fields() for one in compared])
+
+        return [Comparison.from_fields(fields) for fields in agreement.first(say)]
 
     def save(self, folder: str | Path) -> Path:
         """Write state, recipe and plan to a folder.

@@ -51,6 +51,7 @@ from lepton_jax.launch.supervise import rules, supervisor, watchdog
 from lepton_jax.launch.supervise.verdict import LOST_PEER
 from lepton_jax.monitor import Progress, TensorBoard
 from lepton_jax.recipe import Recipe
+from lepton_jax.train.baseline import SECONDS
 from lepton_jax.train.history import History
 from lepton_jax.trainer import Trainer
 
@@ -398,7 +399,10 @@ def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
     watchdog.measure(_device_memory)
     if options.resume is not None:
         trainer.resume(asked=_asked(order))
-    return _summary(trainer, trainer.fit(), folder)
+    history = trainer.fit()
+    if history.status == "finished":
+        trainer.examine(options.baseline_seconds)
+    return _summary(trainer, history, folder)
 
 
 def _summary(
@@ -541,6 +545,16 @@ def _add_outputs(group: Any) -> None:
         "--tensorboard",
         action="store_true",
         help="also write TensorBoard scalars into the run folder",
+    )
+    group.add_argument(
+        "--baseline-seconds",
+        type=reader(float),
+        metavar="SECONDS",
+        default=SECONDS,
+        help=(
+            "time that each of the recipe's baselines may take after the training "
+            f"(default: {SECONDS:g}; 0: none)"
+        ),
     )
     group.add_argument(
         "--trace-samples",

@@ -12,8 +12,21 @@ from lepton_jax.losses.classes import (
     weighted_cross_entropy,
 )
 from lepton_jax.losses.decoding import decoder
+from lepton_jax.losses.ensembles import of_members
+from lepton_jax.losses.joint import joint_cross_entropy, joint_labels
 from lepton_jax.losses.missing import known, known_values, without_missing
-from lepton_jax.losses.quantities import cosine, expected_count, pinball, poisson
+from lepton_jax.losses.quantities import (
+    cosine,
+    expected_count,
+    pinball,
+    poisson,
+    scaled_squared_error,
+)
+from lepton_jax.losses.ranking import (
+    cosine_contrastive,
+    ranking_softmax,
+    squared_error_of_members,
+)
 from lepton_jax.losses.stock import (
     binary_cross_entropy,
     cross_entropy,
@@ -47,6 +60,7 @@ __all__ = [
     "balanced",
     "binary_cross_entropy",
     "cosine",
+    "cosine_contrastive",
     "cross_entropy",
     "decoder",
     "discounted",
@@ -55,14 +69,20 @@ __all__ = [
     "huber",
     "implied_metrics",
     "is_implied",
+    "joint_cross_entropy",
+    "joint_labels",
     "known",
     "known_values",
     "mean",
     "measure",
+    "of_members",
     "padded_cross_entropy",
     "pinball",
     "poisson",
+    "ranking_softmax",
+    "scaled_squared_error",
     "squared_error",
+    "squared_error_of_members",
     "sum_of",
     "summed_tasks",
     "sums_of",

@@ -79,6 +79,22 @@ def pinball(
     return jnp.maximum(level * error, (level - 1) * error)
 
 
+def scaled_squared_error(
+    outputs: jax.Array,
+    targets: jax.Array,
+    *,
+    spread: float | Sequence[float],
+) -> jax.Array:
+    """Return squared errors in units of each target's spread.
+
+    Args:
+      outputs: quantities in their own unit, (batch, targets) or (batch,).
+      targets: the same.
+      spread: standard deviation of each target, or of the one.
+    """
+    return jnp.square((outputs - targets) / jnp.asarray(spread, outputs.dtype))
+
+
 def cosine(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """One minus the cosine between outputs and targets, from 0 to 2.
 

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_jax.augment import first_of, loss_of
 from lepton_jax.compat import whole_axes
 from lepton_jax.errors import ModelError, pointing_at_user
 from lepton_jax.losses.stock import STOCK
@@ -332,7 +333,8 @@ def measure(
     Args:
       recipe: the loss and the metrics.
       outputs: the model's outputs.
-      targets: the desired outputs.
+      targets: the desired outputs. Where samples were mixed (`augment.Mixed`), the loss
+        is mixed as they are, and metrics see each sample's own target.
       valid: as in `weighted_sum`.
       without: metrics that are left out.
 
@@ -353,13 +355,14 @@ def measure(
             ),
         )
     loss = weighted_sum(
-        recipe.loss,
+        loss_of(recipe.loss, targets),
         outputs,
         targets,
         valid,
         differentiable=True,
     )
     sums = {"loss": loss}
+    targets = first_of(targets)
     for name, metric in recipe.metrics.items():
         if name in without:
             continue

@@ -11,6 +11,7 @@ from lepton_jax.metrics.classes import (
 )
 from lepton_jax.metrics.confusion import confusion_matrix
 from lepton_jax.metrics.curves import auc, average_precision
+from lepton_jax.metrics.ensembles import of_ensemble
 from lepton_jax.metrics.metric import Metric, of_task, without_missing
 from lepton_jax.metrics.probabilities import brier, calibration_error, log_loss
 from lepton_jax.metrics.quantities import absolute_error, perplexity, r2, rmse
@@ -37,6 +38,7 @@ __all__ = [
     "log_loss",
     "mean_average_precision",
     "ndcg",
+    "of_ensemble",
     "of_task",
     "perplexity",
     "precision",

@@ -200,6 +200,10 @@ class Progress:
         )
         self._step = event.get("to") or self._step
 
+    def _on_baseline(self, event: Event) -> None:
+        for line in baseline_lines(event):
+            self._line(line)
+
     def _on_control(self, event: Event) -> None:
         refused = "" if event.get("ok") else f"{event.get('do')} refused: "
         self._notice(f"{event.get('who', '?')}: {refused}{event.get('text', '')}")
@@ -498,6 +502,13 @@ def duration(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {round(seconds / 60) % 60:02} min"
     return f"{hours // 24} d {hours % 24:02} h"
+
+
+def baseline_lines(event: Event) -> list[str]:
+    """Return an event "baseline" as sentences, one for each metric."""
+    if event.get("failed"):
+        return [f"no baseline: {event.get('name')}: {event['failed']}"]
+    return [str(one.get("text")) for one in event.get("compared") or ()]
 
 
 def described(event: Event) -> str:

@@ -23,6 +23,7 @@ from tools.bench import (
     cpu_rates,
     data,
     faults,
+    generation,
     lm,
     memory,
     overhead,
@@ -49,6 +50,7 @@ COMMANDS = (
     restart,
     prepare,
     data,
+    generation,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
