@@ -43,7 +43,7 @@ def averaged_views(
             f"{len(views)} views, average={average!r}: give some views, and average="
             '"outputs" or "probabilities"'
         )
-    module = model(rngs=rngs)
+    module: Any = model(rngs=rngs)
     if not hasattr(module, "deterministic"):
         module.deterministic = False
     kind = _looking_at(type(module), tuple(views), average)
