@@ -12,14 +12,22 @@ from lepton_jax.baselines.baseline import (
     Samples,
     Task,
 )
-from lepton_jax.baselines.comparison import Comparison, Network
+from lepton_jax.baselines.comparison import (
+    VERDICTS,
+    Comparison,
+    Network,
+    shown,
+    verdict_of,
+)
 from lepton_jax.baselines.intervals import mean_interval, wilson
 from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
+from lepton_jax.baselines.measuring import all_measured
 from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_svm
 from lepton_jax.baselines.nearest import nearest
 
 __all__ = [
+    "VERDICTS",
     "Baseline",
     "BaselineFunction",
     "Comparison",
@@ -28,6 +36,7 @@ __all__ = [
     "NotHere",
     "Samples",
     "Task",
+    "all_measured",
     "log_count_ratios",
     "logistic",
     "majority",
@@ -35,5 +44,7 @@ __all__ = [
     "naive_bayes",
     "nb_svm",
     "nearest",
+    "shown",
+    "verdict_of",
     "wilson",
 ]
