@@ -667,6 +667,13 @@ class Trainer:
                 where="Recipe.best",
                 remedy="set Recipe.test, or leave best out",
             )
+        elif by_evaluations := _stopping_by_evaluations(program):
+            raise RecipeError(
+                f"{by_evaluations} ends the run by its evaluations, but there is"
+                " nothing to evaluate on",
+                where="Recipe.controller",
+                remedy=f"set Recipe.test, or leave {by_evaluations} out",
+            )
         program.rehearse(None if test is None else epoch_samples(test))
         return program
 
@@ -1265,6 +1272,15 @@ def _towards_the_end(program: Program) -> list[str]:
     """Return the names of the policies that act towards the end of a run."""
     policies = program.controller.policies
     return [policy.name for policy in policies if "progress" in policy.watches]
+
+
+def _stopping_by_evaluations(program: Program) -> str | None:
+    """Return the name of a policy that ends the run by evaluations alone."""
+    for policy in program.controller.policies:
+        evaluated = any(name.startswith("evaluation_") for name in policy.watches)
+        if evaluated and {"stop", "keep_average"} <= set(policy.moves):
+            return policy.name
+    return None
 
 
 def _begun(state: State | None) -> int:

@@ -12,6 +12,8 @@ from lepton_jax.baselines.baseline import (
     Samples,
     Task,
 )
+from lepton_jax.baselines.biases import biases
+from lepton_jax.baselines.boosting import boosting
 from lepton_jax.baselines.comparison import (
     VERDICTS,
     Comparison,
@@ -19,12 +21,15 @@ from lepton_jax.baselines.comparison import (
     shown,
     verdict_of,
 )
+from lepton_jax.baselines.ials import ials
 from lepton_jax.baselines.intervals import mean_interval, wilson
+from lepton_jax.baselines.item_knn import item_knn
 from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
 from lepton_jax.baselines.measuring import all_measured
 from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_svm
 from lepton_jax.baselines.nearest import nearest
+from lepton_jax.baselines.popularity import popularity
 
 __all__ = [
     "VERDICTS",
@@ -37,6 +42,10 @@ __all__ = [
     "Samples",
     "Task",
     "all_measured",
+    "biases",
+    "boosting",
+    "ials",
+    "item_knn",
     "log_count_ratios",
     "logistic",
     "majority",
@@ -44,6 +53,7 @@ __all__ = [
     "naive_bayes",
     "nb_svm",
     "nearest",
+    "popularity",
     "shown",
     "verdict_of",
     "wilson",
