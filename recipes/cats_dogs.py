@@ -55,7 +55,6 @@ def recipe(
         size=size,
         width=width,
         augment="strong",
-        smoothing=0.1,
         average=0.99,
         learning_rate=learning_rate,
         epochs=epochs,
