@@ -35,6 +35,7 @@ SHIFT = 1 / 8  # of the side, by which light augmentation moves: 4 of CIFAR's 32
 # Side up to which the cnn's first convolution keeps all pixels. With a stride of 2 a
 # network of twice the width takes 0.6 times as long at 64 pixels (grad on one core).
 WHOLE = 48
+EVALUATIONS = 15  # of a run at most, so that a long one of few images is not all tests
 BASELINE = 32  # side of the images that cheap methods see; assumption
 
 
@@ -164,6 +165,7 @@ def recipe(
         epochs=epochs,
         steps=steps,
         precision=precision,
+        evaluate_every=max(math.ceil(len(train) / batch_size), total // EVALUATIONS),
         save_every=save_every,
         seed=seed,
     )
