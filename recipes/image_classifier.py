@@ -207,7 +207,10 @@ def _model(
     return partial(models.ConvNeXt, classes, **models.convnext_size("atto"), **given)
 
 
-def _loss(weights: tuple[float, ...] | None, smoothing: float) -> Callable[..., Any]:
+def _loss(
+    weights: tuple[float, ...] | None,
+    smoothing: float,
+) -> Callable[..., Any]:
     if weights is None and not smoothing:
         return lepton.losses.cross_entropy
     return partial(
@@ -248,7 +251,10 @@ def _small(baseline: Callable[..., Any]) -> Callable[..., Any]:
     """Return a cheap method that sees images of at most BASELINE pixels a side."""
 
     @functools.wraps(baseline)
-    def seeing_small(train: Any, test: Any) -> Any:
+    def seeing_small(
+        train: Any,
+        test: Any,
+    ) -> Any:
         return baseline(_shrunken(train), _shrunken(test))
 
     return seeing_small

@@ -113,14 +113,14 @@ def test_dlrm_feeds_the_products_of_each_two_vectors():
     )
 
 
-@pytest.mark.parametrize(
-    "make", [models.DLRM, models.DCN, models.FactorizationMachine]
-)
+@pytest.mark.parametrize("make", [models.DLRM, models.DCN, models.FactorizationMachine])
 @pytest.mark.parametrize("blocks", ["numbers", "categories", "one category"])
 def test_click_models_take_one_block_alone_and_say_so_if_it_is_missing(make, blocks):
     sizes = {"numbers": (), "categories": SIZES, "one category": (5,)}[blocks]
     model = make(0 if sizes else 2, sizes, dim=2, rngs=nnx.Rngs(0))
-    given = {"categories": CATEGORIES[:, : len(sizes)]} if sizes else {"numbers": NUMBERS}
+    given = (
+        {"categories": CATEGORIES[:, : len(sizes)]} if sizes else {"numbers": NUMBERS}
+    )
     logits = model(**given)
     assert logits.shape == (3,)
     assert jnp.isfinite(logits).all()
@@ -192,7 +192,8 @@ def test_drawn_negatives_estimate_the_sum_over_all():
     full = retrieval(negatives="all")
     drawn = retrieval(negatives="sampled", samples=20_000)
     total, estimate = (
-        jnp.exp(model(USERS, HISTORY, ITEMS)["others"]).sum(1) for model in (full, drawn)
+        jnp.exp(model(USERS, HISTORY, ITEMS)["others"]).sum(1)
+        for model in (full, drawn)
     )
     np.testing.assert_allclose(estimate, total, rtol=0.05)
 
