@@ -98,8 +98,8 @@ def recipe(
       mirror: also mirror images, in training and to average predictions; not for
         letters and digits.
       class_weights: weigh classes alike, however many images each has.
-      width: of a cnn, channels of the first convolution; of a resnet, a quarter of those
-        of the first stage; vit and convnext have widths of their own.
+      width: of a cnn, channels of the first convolution; of a resnet, a quarter of
+        those of the first stage; vit and convnext have widths of their own.
       dropout: share of the features dropped.
       smoothing: share of each label that is spread over all classes.
       learning_rate: of AdamW at its peak; it rises over the first tenth of the run and

@@ -22,7 +22,7 @@ def shapes_of(make):
     return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
 
 
-# the paper's ViT-B/16 has 768 more: a position for the class token, which is learned too
+# the paper's ViT-B/16 has 768 more, a position for the class token
 @pytest.mark.parametrize(
     ("make", "parameters"),
     [
