@@ -24,7 +24,7 @@ from lepton_jax.cli.preparing import summary
 from lepton_jax.data import prepare
 from lepton_jax.data.readers import ROW, Column, Reader, reader_of
 from lepton_jax.data.table import MOST_CLASSES
-from lepton_jax.errors import DataError, nearest
+from lepton_jax.errors import DataError, RecipeError, nearest
 
 PIECE_BYTES = 2**26  # of a source that are read at once; assumption
 TEST_SHARE = 0.2  # of the rows, where there is no test table
@@ -55,6 +55,10 @@ class Asked:
       test_share: of the rows, where there is no test file.
       group: names of columns, which are no inputs; rows with the same values there are
         held out together.
+      folds: the test is one of so many equal parts, in place of a share.
+      fold: which one, from 0.
+      validation: share of the rows that are held out, besides the test; with a test
+        file, of the training file's.
       reading: settings of `reader_of`.
       test_reading: other ones for the test file.
       folder: for what is prepared; None: it is removed at the end of the process.
@@ -72,6 +76,9 @@ class Asked:
     duplicates: str = "keep"
     test_share: float = TEST_SHARE
     group: Sequence[str] = ()
+    folds: int | None = None
+    fold: int = 0
+    validation: float = 0.0
     reading: Mapping[str, Any] = field(
         default_factory=dict,
     )
@@ -254,6 +261,7 @@ class Tables:
       sizes: count of codes of each column of categories, by its name.
       classes: values of the label; () for a quantity.
       counts: count of each label's classes; () for quantities.
+      validation: samples to choose settings by; None: there are none.
     """
 
     train: lepton.data.Arrays
@@ -262,6 +270,7 @@ class Tables:
     sizes: dict[str, int]
     classes: tuple[str, ...]
     counts: tuple[int, ...]
+    validation: lepton.data.Arrays | None = None
 
 
 def tables(
@@ -298,8 +307,15 @@ def tables(
         twice(preparation.sources),
         file=sys.stderr,
     )
+    train = serving.split("train")
+    validation = None
+    if asked.validation and asked.test is not None:
+        train, validation = train.split(asked.validation, seed=0)
+    elif asked.validation:
+        validation = serving.split("validation")
     return Tables(
-        train=serving.split("train"),
+        train=train,
+        validation=validation,
         test=serving.split("test"),
         serving=serving,
         sizes=_sizes(serving),
@@ -457,17 +473,37 @@ def _split(looked: Looked) -> Any:
     """Return the step that splits: by file, by group, or by class."""
     asked = looked.asked
     if asked.test is not None:
+        _check_with_test_file(asked)
         return prepare.SplitBySource(test=[1])
+    shares: dict[str, Any] = {
+        "test": asked.test_share if asked.folds is None else 0.0,
+        "validation": asked.validation,
+        "folds": asked.folds,
+        "fold": asked.fold,
+    }
     if asked.group:
-        return prepare.SplitByGroup(
-            test=asked.test_share,
-            group=asked.group,
-        )
+        return prepare.SplitByGroup(group=asked.group, **shares)
     is_one_class = not looked.is_quantity and len(asked.labels) == 1
     return prepare.Split(
-        test=asked.test_share,
         stratify=asked.labels if is_one_class else (),
+        **shares,
     )
+
+
+def _check_with_test_file(asked: Asked) -> None:
+    """Raise RecipeError where a test file leaves nothing to split as is asked."""
+    if asked.folds is not None:
+        raise RecipeError(
+            "there is a test file, and there are to be folds",
+            where="--folds",
+            remedy="leave one of the two out",
+        )
+    if asked.group and asked.validation:
+        raise RecipeError(
+            "with a test file, a validation share is drawn row by row, not by group",
+            where="--validation",
+            remedy="leave --validation or --group out",
+        )
 
 
 def _alarms(looked: Looked) -> list[Any]:
