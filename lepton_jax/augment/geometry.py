@@ -55,6 +55,15 @@ def flipped(images: Any) -> Any:
     return jnp.flip(images, 2)
 
 
+def resized(images: Any, size: tuple[int, int]) -> Any:
+    """Return images scaled to (height, width), as `ResizedCrop` scales a whole one."""
+    if images.shape[1:3] == tuple(size):
+        return images
+    return _scaled(
+        images, _whole(images.shape[1], size[0]), _whole(images.shape[2], size[1])
+    )
+
+
 @dataclass(frozen=True)
 class Crop:
     """Pad images, and cut out their own size at a random place.
@@ -140,10 +149,7 @@ class ResizedCrop:
 
         rows = _triangles(across * (1 - tall), tall, height, size[0])
         columns = _triangles(along * (1 - wide), wide, width, size[1])
-        rows = rows.astype(images.dtype)
-        columns = columns.astype(images.dtype)
-        shorter = jnp.einsum("bih,bhwc->biwc", rows, images)
-        return jnp.einsum("bjw,biwc->bijc", columns, shorter)
+        return _scaled(images, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -228,6 +234,28 @@ def _check_edge(name: str, edge: str, known: tuple[str, ...]) -> None:
             where=f"augment.{name}",
             remedy=f"use one of {', '.join(known)}",
         )
+
+
+def _whole(pixels: int, wanted: int) -> jax.Array:
+    """Return the weights of all pixels of a side: (1, wanted, pixels)."""
+    return _triangles(jnp.zeros(1), jnp.ones(1), pixels, wanted)
+
+
+def _scaled(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Return weighted means of the rows and columns of images.
+
+    Args:
+      images: (batch, height, width, channels).
+      rows: weights (batch or 1, wanted, height).
+      columns: weights (batch or 1, wanted, width).
+    """
+    rows = rows.astype(images.dtype)
+    columns = columns.astype(images.dtype)
+    if len(rows) == 1:
+        shorter = jnp.einsum("ih,bhwc->biwc", rows[0], images)
+        return jnp.einsum("jw,biwc->bijc", columns[0], shorter)
+    shorter = jnp.einsum("bih,bhwc->biwc", rows, images)
+    return jnp.einsum("bjw,biwc->bijc", columns, shorter)
 
 
 def _triangles(

@@ -2,6 +2,7 @@
 
 from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
+from lepton_jax.models.convnext import ConvNeXt, convnext_size
 from lepton_jax.models.diffusion import Diffusion
 from lepton_jax.models.ft_transformer import FTTransformer
 from lepton_jax.models.gan import GAN
@@ -11,6 +12,7 @@ from lepton_jax.models.lstm import LSTM
 from lepton_jax.models.mlp import MLP
 from lepton_jax.models.moe import MoELM
 from lepton_jax.models.ngrams import NgramLinear, WithNgrams
+from lepton_jax.models.resnet import ResNet, resnet_size
 from lepton_jax.models.tabm import (
     TabM,
     mean_of_outputs,
@@ -25,6 +27,7 @@ from lepton_jax.models.text_encoder import TextEncoder
 from lepton_jax.models.transformer import TransformerLM, transformer_size
 from lepton_jax.models.two_tower import TwoTower
 from lepton_jax.models.vae import VAE
+from lepton_jax.models.vit import ViT, vit_size
 
 __all__ = [
     "CNN",
@@ -34,11 +37,13 @@ __all__ = [
     "MLP",
     "VAE",
     "BagOfWords",
+    "ConvNeXt",
     "Diffusion",
     "FTTransformer",
     "Logistic",
     "MoELM",
     "NgramLinear",
+    "ResNet",
     "TabM",
     "TabularFront",
     "TabularMLP",
@@ -47,9 +52,13 @@ __all__ = [
     "TextEncoder",
     "TransformerLM",
     "TwoTower",
+    "ViT",
     "WithNgrams",
+    "convnext_size",
     "mean_of_outputs",
     "mean_of_probabilities",
     "mean_of_rates",
+    "resnet_size",
     "transformer_size",
+    "vit_size",
 ]

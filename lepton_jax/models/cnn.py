@@ -18,7 +18,8 @@ class CNN(nnx.Module):
       classes: number of logits.
       size: (height, width, channels) of the images.
       widths: channels of each convolution.
-      dense: units of the dense layer.
+      dense: units of the dense layer; 0: none, but the mean of each channel, which is
+        better where data is scarce.
       padding: "VALID" shrinks an image by 2 at each convolution, "SAME" does not.
       batch_norm: normalize after each convolution.
       dropout: share dropped, in training, before the dense layer and after it.
@@ -74,12 +75,9 @@ class CNN(nnx.Module):
         self.norms = nnx.List(
             [nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in widths if batch_norm]
         )
-        self.dense = nnx.Linear(
-            height * width * channels,
-            dense,
-            rngs=rngs,
-        )
-        self.out = nnx.Linear(dense, classes, rngs=rngs)
+        pixels = height * width * channels
+        self.dense = nnx.Linear(pixels, dense, rngs=rngs) if dense else None
+        self.out = nnx.Linear(dense or channels, classes, rngs=rngs)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
@@ -98,6 +96,8 @@ class CNN(nnx.Module):
                     strides=(2, 2),
                 )
 
+        if self.dense is None:
+            return self.out(self._drop(x.mean(axis=(1, 2))))
         x = self._drop(x.reshape(x.shape[0], -1))
         hidden = self._drop(nnx.relu(self.dense(x)))
         return self.out(hidden)

@@ -82,17 +82,18 @@ def test_a_gru_computes_the_recurrence():
     def sigmoid(z):
         return 1 / (1 + np.exp(-z))
 
+    table = value(model.embed.embedding)
+    kernel = value(model.inputs.kernel)
+    bias = value(model.inputs.bias)
+    recurrent = value(model.recurrent.kernel)
+    recurrent_bias = value(model.recurrent.bias)
     pooled = []
     for text in TOKENS[:2]:
         state = np.zeros(5)
         states = []
         for token in text[text != 0]:
-            x = np.einsum(
-                "d,dgh->gh", value(model.embed.embedding)[token], value(model.inputs.kernel)
-            ) + value(model.inputs.bias)
-            h = np.einsum("d,dgh->gh", state, value(model.recurrent.kernel)) + value(
-                model.recurrent.bias
-            )
+            x = np.einsum("d,dgh->gh", table[token], kernel) + bias
+            h = np.einsum("d,dgh->gh", state, recurrent) + recurrent_bias
             reset = sigmoid(x[0] + h[0])
             update = sigmoid(x[1] + h[1])
             new = np.tanh(x[2] + reset * h[2])

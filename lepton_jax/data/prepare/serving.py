@@ -14,6 +14,7 @@ needs nothing of what the model was made with.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,7 @@ PROFILE = "profile.json"
 FORMAT = 1  # of the files; a later one may not be readable here
 TRAIN = "train"
 CLASSES = "Classes"  # the step that numbers the values of a target
+LABELS = "Labels"  # the step that has a place for each of several labels
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError)
 
 
@@ -169,7 +171,8 @@ class Serving:
 
         Args:
           predictions: numbers of classes, (rows,), or quantities; of several targets,
-            (rows, targets).
+            (rows, targets); of several labels a row 0 or 1 for each, (rows, labels), of
+            which a list of words is made.
 
         Raises:
           DataError: a number stands for no class.
@@ -200,7 +203,7 @@ class Serving:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The target's values by the numbers of their classes; () for a quantity."""
+        """The target's classes or labels by their numbers; () for a quantity."""
         targets = self.prepared.targets
         return self._words_of(targets[0]) if len(targets) == 1 else ()
 
@@ -208,13 +211,13 @@ class Serving:
         self,
         target: str,
     ) -> tuple[str, ...]:
-        """Return a target's values by the numbers of their classes."""
+        """Return a target's classes or labels by their numbers."""
         for entry, fitted in zip(
             self.prepared.manifest["steps"], self.prepared.steps, strict=True
         ):
             arguments = entry["arguments"]
             is_of_target = arguments.get("column") == target
-            if arguments["step"] == CLASSES and is_of_target:
+            if arguments["step"] in (CLASSES, LABELS) and is_of_target:
                 assert fitted.state is not None
                 return tuple(fitted.state.sort("code")["value"])
         return ()
@@ -352,6 +355,9 @@ def _named(
     if not words:
         return list(numbers.tolist())
     is_whole = numbers.dtype.kind in "iub"
+    if is_whole and numbers.ndim == 2 and numbers.shape[1] == len(words):
+        rows = (numbers > 0).tolist()
+        return [list(itertools.compress(words, row)) for row in rows]
     is_class = (numbers >= 0) & (numbers < len(words))
     if not is_whole or numbers.ndim != 1 or not is_class.all():
         raise DataError(
