@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 import lepton_jax as lepton
@@ -27,6 +28,7 @@ from lepton_jax.data.table import MOST_CLASSES
 from lepton_jax.errors import DataError, RecipeError, nearest
 
 PIECE_BYTES = 2**26  # of a source that are read at once; assumption
+LARGEST = float(np.finfo(np.float32).max)  # number that a model can take
 TEST_SHARE = 0.2  # of the rows, where there is no test table
 
 # How a reader's remedies name its settings.
@@ -123,26 +125,57 @@ class Looked:
         if as_text:
             self.reading["types"] = self.reading.get("types", {}) | as_text
             self._open()
-        named = [*as_words, *(asked.columns or ()), *asked.group, *asked.labels]
-        for name in named:
-            self._check(name)
-
-        used = asked.columns
-        if used is None:
-            left_out = {*asked.ignore, *asked.group, *asked.labels}
-            used = [name for name in self.kinds if name not in left_out]
-        self.empty = [name for name in used if self.kinds[name].type == pl.Null]
-        used = [name for name in used if name not in self.empty]
-        if not used:
-            raise DataError(
-                "no column is left to predict from",
-                where=asked.data,
-                remedy="take some out of `ignore`",
-            )
+        self._check_names(as_words)
+        used = self._used()
         self.numbers = [name for name in used if _is_number(self.kinds[name])]
         self.dates = [name for name in used if self.kinds[name].type.is_temporal()]
         apart = {*self.numbers, *self.dates}
         self.categories = [name for name in used if name not in apart]
+
+    def _check_names(self, as_words: Sequence[str]) -> None:
+        """Raise DataError or RecipeError if the columns can't be as they are asked."""
+        asked = self.asked
+        named = [*as_words, *(asked.columns or ()), *asked.group, *asked.labels]
+        for name in named:
+            self._check(name)
+        for number, name in enumerate(asked.labels):
+            others = [*asked.labels[:number], *asked.ignore, *asked.group]
+            if name in [*others, *(asked.columns or ())]:
+                raise RecipeError(
+                    f"the label {name!r} is named twice: it can't be an input, a group"
+                    " or ignored too",
+                    where=asked.data,
+                    remedy="name each column once",
+                )
+
+    def _used(self) -> list[str]:
+        """Return the columns to predict from; those without a value are left out.
+
+        Raises:
+          DataError: none is left.
+        """
+        asked = self.asked
+        used = list(asked.columns or ())
+        if not used:
+            left_out = {*asked.ignore, *asked.group, *asked.labels}
+            used = [name for name in self.kinds if name not in left_out]
+        rows = self.table.height
+        gaps = dict(
+            zip(
+                self.table.columns,
+                self.table.null_count().row(0),
+                strict=True,
+            )
+        )
+        self.empty = [name for name in used if gaps[name] == rows]
+        used = [name for name in used if gaps[name] < rows]
+        if not used and rows:
+            raise DataError(
+                "no column is left to predict from",
+                where=asked.data,
+                remedy="take some out of `ignore`, or fill some that have no value",
+            )
+        return used
 
     def _open(self) -> None:
         with _offering(self.asked.settings):
@@ -204,6 +237,14 @@ class Looked:
             )
         if kind != "classes":
             self._check_numbers(label, kind, where)
+            return kind
+        values = self.table[label].drop_nulls()
+        if len(values) > 1 and values.n_unique() == len(values):
+            raise DataError(
+                f"each of {len(values):,} rows has a class of its own",
+                where=where,
+                remedy="name a column whose values come up more than once",
+            )
         return kind
 
     def _check_numbers(
@@ -214,7 +255,7 @@ class Looked:
     ) -> None:
         numbers = self.table.select(ROW, pl.col(label).cast(pl.Float64)).drop_nulls()
         value = pl.col(label)
-        is_wrong = value.is_infinite()
+        is_wrong = value.abs() > LARGEST
         if kind == "count":
             is_wrong = is_wrong | (value < 0) | (value.round() != value)
         wrong = numbers.filter(is_wrong)
@@ -235,11 +276,25 @@ class Looked:
         sources = {"train": self.reader}
         types = {name: str(column.type) for name, column in self.kinds.items()}
         reading = {**self.reading, **self.asked.test_reading, "types": types}
+        self._check_test()
         sources["test"] = reader_of(
             self.asked.test,
             **reading,
         )
         return sources
+
+    def _check_test(self) -> None:
+        """Raise DataError if the test file lacks a label."""
+        reading = {**self.reading, **self.asked.test_reading, "types": {}}
+        reader = reader_of(self.asked.test, **reading)
+        names = [column.name for column in reader.columns()]
+        for label in self.asked.labels:
+            if label not in names:
+                raise DataError(
+                    f"the test table has no label {label!r}{nearest(label, names)}",
+                    where=self.asked.test,
+                    remedy=f"its columns are {', '.join(names)}",
+                )
 
     def _check(self, name: str) -> None:
         if name not in self.kinds:
@@ -448,7 +503,19 @@ def _is_number(column: Column) -> bool:
 
 
 def _rows_of(reader: Reader) -> pl.DataFrame:
-    return pl.concat([reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)])
+    """Return all rows of a source.
+
+    Raises:
+      DataError: it has none.
+    """
+    parts = [reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)]
+    if not parts:
+        raise DataError(
+            "the table has no rows",
+            where=reader.name,
+            remedy="give one with rows under its header",
+        )
+    return pl.concat(parts)
 
 
 def _first(looked: Looked) -> list[Any]:

@@ -177,6 +177,12 @@ def recipe(
             where="--model",
             remedy=f"use one of {', '.join(DEFAULTS)}",
         )
+    if members < 1:
+        raise RecipeError(
+            f"members is {members}; it must be at least 1",
+            where="--members",
+            remedy="set it to e.g. 8",
+        )
     defaults = DEFAULTS[model]
     source = source_of(
         data,
