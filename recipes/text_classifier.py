@@ -160,13 +160,13 @@ def recipe(
     network = _network(model, ready, dim, hidden, dropout)
     if is_wide:
         network = _with_ngrams(network, train, ready, dropout)
-    several = wanted.has_several(columns)
+    task = _task(wanted.has_several(columns), is_wide)
 
     return lepton.Recipe(
         name="text_classifier",
         model=network,
-        loss=_loss(several),
-        metrics=_metrics(several),
+        loss=task.loss,
+        metrics=task.metrics,
         baseline=[
             partial(baselines.naive_bayes, text=columns.text),
             partial(baselines.nb_svm, text=columns.text),
@@ -370,19 +370,36 @@ def _with_ngrams(
         start=START,
         dropout=dropout,
     )
-    return partial(lepton.models.WithNgrams, network, linear)
+    return partial(lepton.models.WithNgrams, network, [linear])
 
 
-def _loss(several: bool) -> Any:
+class Task(NamedTuple):
+    """The loss and the metrics.
+
+    Attributes:
+      loss: of logits and targets.
+      metrics: by name.
+    """
+
+    loss: Any
+    metrics: dict[str, Any]
+
+
+def _task(several: bool, is_ensemble: bool) -> Task:
+    """Return the loss and the metrics of one label a text, or of several."""
+    task = Task(lepton.losses.cross_entropy, {"accuracy": lepton.metrics.accuracy})
     if several:
-        return lepton.losses.binary_cross_entropy
-    return lepton.losses.cross_entropy
-
-
-def _metrics(several: bool) -> dict[str, Any]:
-    if several:
-        return {"f1": lepton.metrics.f1}
-    return {"accuracy": lepton.metrics.accuracy}
+        metrics = {"f1": lepton.metrics.f1}
+        task = Task(lepton.losses.binary_cross_entropy, metrics)
+    if not is_ensemble:
+        return task
+    loss = partial(lepton.losses.of_members, loss=task.loss, ndim=2)
+    merge = lepton.models.mean_of_outputs
+    metrics = {
+        name: lepton.metrics.of_ensemble(metric, merge, 2)
+        for name, metric in task.metrics.items()
+    }
+    return Task(loss, metrics)
 
 
 def _embedded() -> Any:
