@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,7 +81,9 @@ class WithNgrams(nnx.Module):
 
     Args:
       network: makes the network of tokens from the rngs.
-      linear: make the linear models, such as `NgramLinear`, from the rngs.
+      words: makes the model of words and runs of words, such as `NgramLinear`, from the
+        rngs.
+      characters: makes the model of runs of characters.
       merge: logits of the members (batch, members, classes) to (batch, classes).
       rngs: streams of all.
     """
@@ -89,7 +91,8 @@ class WithNgrams(nnx.Module):
     def __init__(
         self,
         network: Callable[..., Any],
-        linear: Sequence[Callable[..., Any]],
+        words: Callable[..., Any],
+        characters: Callable[..., Any],
         *,
         merge: Callable[[jax.Array], jax.Array] = mean_of_outputs,
         rngs: nnx.Rngs,
@@ -97,18 +100,29 @@ class WithNgrams(nnx.Module):
         self.deterministic = False
         self.merge = merge
         self.network = network(rngs=rngs)
-        self.linear = nnx.List([make(rngs=rngs) for make in linear])
+        self.words = words(rngs=rngs)
+        self.characters = characters(rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, ngrams: jax.Array) -> jax.Array:
-        """Map tokens (batch, length) and n-grams (batch, count) to logits.
+    def __call__(
+        self,
+        tokens: jax.Array,
+        words: jax.Array,
+        characters: jax.Array,
+    ) -> jax.Array:
+        """Map a text's ids, int32, to logits.
 
         Args:
-          tokens: int32.
-          ngrams: int32.
+          tokens: (batch, length).
+          words: ids of the n-grams of words, (batch, count).
+          characters: ids of those of characters, (batch, count).
 
         Returns:
-          (batch, members, classes) in training, else (batch, classes).
+          (batch, 3, classes) in training, else (batch, classes).
         """
-        logits = [self.network(tokens), *(each(ngrams) for each in self.linear)]
+        logits = [
+            self.network(tokens),
+            self.words(words),
+            self.characters(characters),
+        ]
         outputs = jnp.stack(logits, axis=1)
         return self.merge(outputs) if self.deterministic else outputs

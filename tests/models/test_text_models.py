@@ -144,15 +144,20 @@ def test_a_network_and_ngrams_are_an_ensemble():
     def linear(rngs):
         return models.NgramLinear(2, 6, start=1.0, rngs=rngs)
 
-    both = models.WithNgrams(network, [linear], rngs=nnx.Rngs(0))
+    both = models.WithNgrams(network, linear, linear, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(TOKENS)
-    ngrams = jnp.asarray([[1, 5], [0, 0], [2, 0]])
-    parts = [network(nnx.Rngs(0))(tokens), linear(nnx.Rngs(0))(ngrams)]
+    words = jnp.asarray([[1, 5], [0, 0], [2, 0]])
+    characters = jnp.asarray([[1], [3], [0]])
+    parts = [
+        network(nnx.Rngs(0))(tokens),
+        linear(nnx.Rngs(0))(words),
+        linear(nnx.Rngs(0))(characters),
+    ]
     both.train()
-    trained = both(tokens=tokens, ngrams=ngrams)
+    trained = both(tokens=tokens, words=words, characters=characters)
     np.testing.assert_allclose(trained, np.stack(parts, axis=1), atol=1e-6)
     both.eval()
-    merged = both(tokens=tokens, ngrams=ngrams)
+    merged = both(tokens=tokens, words=words, characters=characters)
     np.testing.assert_allclose(merged, np.mean(parts, axis=0), atol=1e-6)
 
 
