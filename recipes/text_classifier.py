@@ -68,6 +68,8 @@ WIDTHS = (3,)  # words that a convolution sees; one width costs a quarter of Kim
 # learning rate with which it changes; chosen as `Usual`.
 STARTS = {"words": 0.1, "characters": 0.02}
 PACE = 1 / 3
+# Weights of the network, the words and the characters in an answer; chosen as `Usual`.
+SHARES = (0.1, 0.5, 0.4)
 
 
 def recipe(
@@ -378,7 +380,11 @@ def _with_ngrams(
             start=start / PACE,
             dropout=dropout,
         )
-    return partial(lepton.models.WithNgrams, network, **linear)
+    return partial(lepton.models.WithNgrams, network, **linear, merge=_merge())
+
+
+def _merge() -> Callable[..., Any]:
+    return partial(lepton.models.mean_by_shares, shares=SHARES)
 
 
 class Task(NamedTuple):
@@ -402,9 +408,8 @@ def _task(several: bool, is_ensemble: bool) -> Task:
     if not is_ensemble:
         return task
     loss = partial(lepton.losses.of_members, loss=task.loss, ndim=2)
-    merge = lepton.models.mean_of_outputs
     metrics = {
-        name: lepton.metrics.of_ensemble(metric, merge, 2)
+        name: lepton.metrics.of_ensemble(metric, _merge(), 2)
         for name, metric in task.metrics.items()
     }
     return Task(loss, metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,17 @@ class NgramLinear(nnx.Module):
             present = self.dropout(present)
         each = jnp.take(scaled, ngrams, axis=0)
         return jnp.einsum("bn,bnc->bc", present, each) + self.bias[...]
+
+
+def mean_by_shares(outputs: jax.Array, shares: Sequence[float]) -> jax.Array:
+    """Return the weighted mean over members of logits (batch, members, ...).
+
+    Args:
+      outputs: logits of the members.
+      shares: weight of each member.
+    """
+    weights = jnp.asarray(shares, outputs.dtype)
+    return jnp.einsum("bm...,m->b...", outputs, weights / weights.sum())
 
 
 class WithNgrams(nnx.Module):

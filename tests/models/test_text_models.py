@@ -159,6 +159,9 @@ def test_a_network_and_ngrams_are_an_ensemble():
     both.eval()
     merged = both(tokens=tokens, words=words, characters=characters)
     np.testing.assert_allclose(merged, np.mean(parts, axis=0), atol=1e-6)
+    shares = models.mean_by_shares(trained, (2.0, 1.0, 1.0))
+    expected = np.average(parts, axis=0, weights=(2, 1, 1))
+    np.testing.assert_allclose(shares, expected, atol=1e-6)
 
 
 def test_learned_positions_tell_the_order_of_words():
