@@ -1,6 +1,8 @@
 """Losses with weights, smoothing, missing targets, counts and several tasks."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from lepton_jax import losses, metrics
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RNG = np.random.default_rng(1)
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = 36
 LOGITS = RNG.normal(size=(ROWS, 3)).astype(np.float32)
 LABELS = RNG.integers(0, 3, ROWS).astype(np.int32)
@@ -244,3 +247,16 @@ def test_counts_are_predicted_as_expected_counts():
     missing = losses.without_missing(losses.cross_entropy)
     assert losses.decoder(missing)(jnp.eye(3)).tolist() == [0, 1, 2]
     assert losses.decoder(missing) is losses.decoder(missing)
+
+
+def test_the_pages_example_of_tasks_runs_as_written():
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = next(text for text in found if "sum_of" in text)
+    changes, evaluation = block.split("trainer.evaluate")
+    names = {"recipe": make().recipe.with_(metrics={})}
+    exec(compile(changes, "docs/evaluation.md", "exec"), names)
+    trainer = lepton.Trainer(names["recipe"], devices=1)
+    fields = trainer.evaluate(DATA)._fields
+    said = evaluation.partition("# ")[2].strip().split(", ")
+    assert set(fields) == set(said)
