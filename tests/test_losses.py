@@ -142,10 +142,27 @@ def test_missing_targets_have_no_part_in_loss_and_gradient():
     gradient = jax.grad(lambda x: loss(x, targets)[0].sum())(jnp.asarray(LOGITS))
     np.testing.assert_array_equal(np.asarray(gradient != 0), there)
 
-    labels = np.where(np.arange(ROWS) % 3, LABELS, -1)
-    ours = mean(losses.without_missing(losses.cross_entropy), LOGITS, labels)
-    known = mean(losses.cross_entropy, LOGITS[labels >= 0], labels[labels >= 0])
-    assert ours == pytest.approx(known, rel=1e-5)
+
+@pytest.mark.parametrize("missing", [-1, -100])
+def test_missing_labels_are_negative_and_those_too_large_are_found(missing):
+    labels = np.where(np.arange(ROWS) % 3, LABELS, missing)
+    loss = losses.without_missing(losses.cross_entropy)
+    known = labels >= 0
+    expected = mean(losses.cross_entropy, LOGITS[known], labels[known])
+    assert mean(loss, LOGITS, labels) == pytest.approx(expected, rel=1e-5)
+    gradient = jax.grad(lambda x: loss(x, labels)[0].sum())(jnp.asarray(LOGITS))
+    assert np.isfinite(gradient).all() and not gradient[~known].any()
+
+    labels[1] = 3
+    trainer = lepton.Trainer(
+        model=partial(lepton.models.MLP, (3, 3)),
+        loss=loss,
+        optimizer=optax.sgd(0.1),
+        train=(LOGITS, labels),
+        batch_size=4,
+    )
+    with pytest.raises(lepton.DataError, match="there are 3 classes"):
+        trainer.fit(steps=1)
 
 
 # ---- several tasks ----
