@@ -77,7 +77,13 @@ from lepton_jax.train.folder import (
     served_state,
 )
 from lepton_jax.train.history import History
-from lepton_jax.train.judged import MOST_TRAINING_ROWS, Judged, judged, samples_of
+from lepton_jax.train.judged import (
+    MOST_TRAINING_ROWS,
+    Examined,
+    Judged,
+    judged,
+    samples_of,
+)
 from lepton_jax.train.loop import Loop, Start
 from lepton_jax.train.outputs import Outputs
 from lepton_jax.train.program import Program
@@ -447,7 +453,7 @@ class Trainer:
             test_rows = judged(program, self._state(program), self.recipe.test)
             return self._compared(program, test_rows, seconds)
 
-    def examine(self, seconds: float = SECONDS) -> None:
+    def examine(self, seconds: float = SECONDS) -> Examined | None:
         """Look at the network on the test rows, and write it into the run's report.
 
         That is the baselines, and what of it a person wants to see: which classes are
@@ -456,21 +462,28 @@ class Trainer:
 
         Args:
           seconds: that each baseline may take; 0: none is fitted.
+
+        Returns:
+          The test rows with the network's outputs, and the comparisons; None: there is
+          nothing to look at.
         """
         if self.recipe.test is None or self.program is None:
-            return
+            return None
         program = self.program
+        compared = []
         with phase.phase("evaluation"):
             try:
                 test_rows = judged(program, self._state(program), self.recipe.test)
             except (ModelError, DataError) as error:
                 self._notice("warning", text=f"the test rows are not shown: {error}")
-                return
+                return None
             if seconds and self.recipe.train is not None:
-                for one in self._compared(program, test_rows, seconds):
-                    self._notice("baseline", step=self.step, **one.to_fields())
+                compared = self._compared(program, test_rows, seconds)
+        for one in compared:
+            self._notice("baseline", step=self.step, **one.to_fields())
         if self.run_dir is not None and agreement.host() == 0:
             write_report(self.run_dir)
+        return Examined(test_rows, compared)
 
     def _compared(
         self,

@@ -138,8 +138,10 @@ def changed(
     Raises:
       LeptonError: the augmentation fails on samples of this kind.
     """
+    augmentation = recipe.preprocess
+    assert isinstance(augmentation, Augmented)
     with pointing_at_user("augmenting a batch"):
-        return recipe.preprocess.train(key.batch, *batch, key.part, micro_batches)
+        return augmentation.train(key.batch, *batch, key.part, micro_batches)
 
 
 def differentiated_sum(
