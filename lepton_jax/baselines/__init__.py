@@ -19,6 +19,7 @@ from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
 from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_svm
 from lepton_jax.baselines.nearest import nearest
+from lepton_jax.baselines.suspects import without_suspects
 
 __all__ = [
     "Baseline",
@@ -38,4 +39,5 @@ __all__ = [
     "nb_svm",
     "nearest",
     "wilson",
+    "without_suspects",
 ]
