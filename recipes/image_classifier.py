@@ -28,7 +28,7 @@ Augment = Literal["none", "light", "strong"]
 # Stored images are larger than what the model sees by this factor where crops are
 # scaled, so that a crop has details of its own. Assumption.
 MARGIN = 1.5
-# Crops of 35 to 100 % of an image, scaled to one size, show things larger than the whole
+# Crops of 35 to 100 % of an image, scaled to one size, show things larger than a whole
 # image does, by 1 / sqrt(0.67) on average: a whole image is that much larger outside of
 # training (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
 CROPS = (0.35, 1.0)
