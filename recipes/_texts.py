@@ -162,8 +162,9 @@ def measured(columns: Columns) -> Measured:
       DataError: there is none.
     """
     tables = [columns.source.read(piece).table for piece in _pieces(columns.source)]
-    texts = pl.concat([table[columns.text].cast(pl.String) for table in tables])
-    texts = texts.drop_nulls()
+    none = pl.Series(columns.text, [], pl.String)
+    found = [table[columns.text].cast(pl.String) for table in tables]
+    texts = pl.concat([none, *found]).drop_nulls()
     if not len(texts):
         raise DataError(
             f"the column {columns.text!r} has no text",

@@ -231,12 +231,16 @@ def _prepared(columns: Any, looked: Any, wanted: Wanted, folder: Path | None) ->
     text = columns.text
     label = columns.label
     several = wanted.has_several(columns)
+    spelled = [] if columns.has_lists else [label]
     steps: list[Any] = [
         prepare.Select([text, label]),
         prepare.CleanText([text], noted=False),
-        *([] if columns.has_lists else [prepare.CleanText([label])]),
+        *(prepare.CleanText([name]) for name in spelled),
         prepare.DropMissing([text, label]),
-        prepare.TextQuality(text, least_characters=1),
+        *(
+            prepare.TextQuality(name, least_characters=1)
+            for name in ([text] if several else [text, *spelled])
+        ),
         prepare.Split(stratify=() if several else label, **wanted.parts),
         prepare.Leaks(inputs=[text]),
     ]

@@ -219,7 +219,7 @@ def test_micro_batches_make_no_difference_to_sums():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=2, max_size=12))
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=8, max_size=8))
 def test_average_precision_is_scikit_learns_with_ties_too(rows):
     scores = np.array([score for score, _ in rows], np.float32)
     positive = np.array([label for _, label in rows])
