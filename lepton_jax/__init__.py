@@ -17,6 +17,7 @@ from lepton_jax.errors import (
 from lepton_jax.hardware import Topology, topology
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.recipe import Recipe
+from lepton_jax.step import optimizers
 from lepton_jax.step.state import State
 from lepton_jax.train.history import History
 from lepton_jax.train.program import Program
@@ -48,6 +49,7 @@ __all__ = [
     "metrics",
     "models",
     "monitor",
+    "optimizers",
     "plan",
     "topology",
     "trace",

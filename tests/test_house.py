@@ -161,6 +161,7 @@ def test_the_public_names_are_these():
         "metrics",
         "models",
         "monitor",
+        "optimizers",
         "plan",
         "topology",
         "trace",

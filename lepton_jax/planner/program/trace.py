@@ -20,7 +20,9 @@ from lepton_jax.hardware import convolution_flops
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.remat import rematerialized
+from lepton_jax.planner.program.tables import find_tables
 from lepton_jax.recipe import Recipe
+from lepton_jax.step.embeddings import Tables, compacted
 from lepton_jax.step.module import Functional, forward_sowing, functional, leaks
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import ARGUMENTS, argument_paths, training_loss
@@ -48,6 +50,7 @@ class Trace:
       operations: how often each primitive occurs.
       samples: the number of samples in the training data, if that is arrays in memory.
       weighted: whether the loss gives weights, which may all be 0.
+      tables: the embeddings that a step updates by rows.
     """
 
     recipe: Recipe
@@ -62,6 +65,7 @@ class Trace:
     operations: dict[str, int]
     samples: int | None
     weighted: bool = False
+    tables: Tables = Tables()
     _gradients: dict[str, Graph] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -81,19 +85,31 @@ class Trace:
 
     def _trace_gradient(self, remat: str) -> Graph:
         loss = training_loss(self.recipe, self.functional, micro_batches=1)
-        gradient = jax.grad(rematerialized(loss, remat), has_aux=True)
         state = self.state
+        params = state.params
+        rows = []
+        if self.tables:
+            loss = compacted(loss, self.tables)
+            params = self.tables.compact(params)
+            rows = [self.tables.rows()]
+        gradient = jax.grad(rematerialized(loss, remat), has_aux=True)
         knobs = self.controller.forward_knobs(state.controller)
         program = jax.make_jaxpr(gradient)(
-            state.params,
+            params,
             state.variables,
             state.key,
             self.inputs,
             self.targets,
             knobs,
+            *rows,
         )
-        count = len(jax.tree.leaves(state.params))
-        return Graph(program, parameters=count, gradients=count)
+        count = len(jax.tree.leaves(params))
+        whole = {
+            number: self.tables.sizes[path]
+            for number, path in enumerate(by_path(params))
+            if path in self.tables.sizes
+        }
+        return Graph(program, parameters=count, gradients=count, whole=whole)
 
     @property
     def arguments(self) -> list[str]:
@@ -217,6 +233,12 @@ def _trace(
         operations=operations,
         samples=samples,
         weighted=traced.weighted,
+        tables=find_tables(
+            controller,
+            state,
+            training_loss(recipe, module, micro_batches=1),
+            (inputs, targets),
+        ),
     )
 
 

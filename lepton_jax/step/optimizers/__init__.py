@@ -3,6 +3,12 @@
 from lepton_jax.step.optimizers.core import build, updating
 from lepton_jax.step.optimizers.evaluation import evaluated
 from lepton_jax.step.optimizers.optimizer import SCHEDULED, Optimizer, unchanged
+from lepton_jax.step.optimizers.rowwise import (
+    marked,
+    rowwise,
+    rowwise_adagrad,
+    sparse_adam,
+)
 from lepton_jax.step.optimizers.switching import Switchable, switchable
 
 __all__ = [
@@ -11,6 +17,10 @@ __all__ = [
     "Switchable",
     "build",
     "evaluated",
+    "marked",
+    "rowwise",
+    "rowwise_adagrad",
+    "sparse_adam",
     "switchable",
     "unchanged",
     "updating",
