@@ -22,6 +22,7 @@ from tools.bench import (
     controller,
     cpu_rates,
     data,
+    embeddings,
     faults,
     lm,
     memory,
@@ -49,6 +50,7 @@ COMMANDS = (
     restart,
     prepare,
     data,
+    embeddings,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (
