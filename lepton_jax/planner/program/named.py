@@ -438,6 +438,10 @@ class Names:
         spec[best] |= rest
         return tuple(spec)
 
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Return the shape of an input; of an embedding, all of its rows."""
+        return tuple(dim.whole for dim in self._dims[index])
+
     def is_small(self, index: int) -> bool:
         """Whether an input, or what a loop takes of it, is not worth splitting."""
         elements = 1

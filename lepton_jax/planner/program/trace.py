@@ -113,7 +113,7 @@ class Trace:
 
     @property
     def arguments(self) -> list[str]:
-        """Paths of the inputs of `gradient`, the knobs left out."""
+        """Paths of the inputs of `gradient`."""
         state = self.state
         given = (
             state.params,
@@ -121,8 +121,10 @@ class Trace:
             state.key,
             self.inputs,
             self.targets,
+            self.controller.forward_knobs(state.controller),
+            self.tables.rows(),
         )
-        return argument_paths(ARGUMENTS, given)
+        return argument_paths((*ARGUMENTS, "rows"), given)
 
     @property
     def classes(self) -> int:

@@ -19,7 +19,7 @@ norms of gradients exact.
 """
 
 from lepton_jax.step.embeddings.compact import compacted, looked_up
-from lepton_jax.step.embeddings.rows import Rows, touched
+from lepton_jax.step.embeddings.rows import Rows, rowwise_arrays, touched
 from lepton_jax.step.embeddings.tables import Table, Tables, followed, slots_for
 from lepton_jax.step.embeddings.trial import Verdict, tried
 from lepton_jax.step.embeddings.uses import Use, uses
@@ -33,6 +33,7 @@ __all__ = [
     "compacted",
     "followed",
     "looked_up",
+    "rowwise_arrays",
     "slots_for",
     "touched",
     "tried",

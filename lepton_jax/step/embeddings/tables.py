@@ -31,6 +31,16 @@ class Table:
     slots: int
     lazy: bool
 
+    @property
+    def why(self) -> str:
+        """The sentence of a plan on this table."""
+        most = min(self.slots, self.size)
+        others = "and the others wait" if self.lazy else "as the others would stay anyway"
+        return (
+            f"a step updates the rows that it looks up alone, at most {most:,} of"
+            f" {self.size:,}, {others}"
+        )
+
 
 @dataclass(frozen=True)
 class Tables:
