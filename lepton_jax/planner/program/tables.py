@@ -121,7 +121,8 @@ def _judged(
     able = [path for path in wanted if not against[path]]
     verdicts = tried(controller.optimizer, state.params, state.optimizer, able)
     tables = {}
-    notes = []
+    hints = []
+    refused = []
     for path in wanted:
         size = params[path].shape[0]
         slots = slots_for(found[path].lookups, size)
@@ -134,8 +135,9 @@ def _judged(
         elif path in marks and marks[path] == "error":
             raise _refused(path, why)
         else:
+            notes = refused if path in marks else hints
             notes.append(_note(path, size, slots, why))
-    return Tables(tables, tuple(notes))
+    return Tables(tables, tuple(hints), tuple(refused))
 
 
 def _refused(path: str, why: str) -> RecipeError:

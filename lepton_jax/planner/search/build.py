@@ -189,7 +189,7 @@ def _notes(
             f"there is no rule for the primitive {name!r} ({count} of them): its"
             " operands are whole on each device"
         )
-    return [*notes, *trace.tables.notes]
+    return [*notes, *trace.tables.hints, *trace.tables.refused]
 
 
 def without_data(trace: Trace, topology: Topology) -> Plan:

@@ -207,9 +207,11 @@ class _Compact(_Interpreter):
 
     def look_up(self, eqn: Any, operands: list[Any]) -> list[Any]:
         held, indices, *rest = operands
-        column = _id_column(eqn)
-        slots = held.slots_of(indices[..., column], eqn.params["mode"])
-        indices = indices.astype(jnp.int32).at[..., column].set(slots)
+        ids, mode = _ids(eqn, indices)
+        slots = held.slots_of(ids, mode)
+        if eqn.primitive.name == "dynamic_slice":
+            return _bind(eqn, [held.x, slots.astype(indices.dtype), *rest])
+        indices = indices.astype(jnp.int32).at[..., _id_column(eqn)].set(slots)
         return _bind(eqn, [held.x, indices, *rest])
 
 
@@ -225,10 +227,22 @@ class _Collect(_Interpreter):
 
     def look_up(self, eqn: Any, operands: list[Any]) -> list[Any]:
         held, indices, *rest = operands
-        ids = indices[..., _id_column(eqn)].reshape(-1)
-        ids = clipped(ids, held.size, eqn.params["mode"])
+        ids, mode = _ids(eqn, indices)
+        ids = clipped(ids.reshape(-1), held.size, mode)
         self.ids.append((held.path, ids))
         return _bind(eqn, [held.x, indices, *rest])
+
+
+def _ids(eqn: Any, indices: Any) -> tuple[Any, Any]:
+    """Return the row numbers that a lookup asks for, and its mode.
+
+    Args:
+      eqn: the equation: a gather, or a slice of one row.
+      indices: its second operand.
+    """
+    if eqn.primitive.name == "dynamic_slice":
+        return indices, GatherScatterMode.CLIP
+    return indices[..., _id_column(eqn)], eqn.params["mode"]
 
 
 def _id_column(eqn: Any) -> int:

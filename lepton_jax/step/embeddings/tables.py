@@ -48,11 +48,13 @@ class Tables:
 
     Attributes:
       tables: by path.
-      notes: what could not be updated by rows, and why, or is worth a word.
+      hints: on large embeddings that could be updated by rows, if a person wanted it.
+      refused: on embeddings that a person wants to be, and that can't be.
     """
 
     tables: Mapping[str, Table] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.tables)

@@ -67,7 +67,9 @@ def uses(jaxpr: Jaxpr, parameters: int) -> list[Use]:
 
 
 def is_lookup(eqn: Any) -> bool:
-    """Whether an equation gathers single rows of its first operand."""
+    """Whether an equation takes single rows of its first operand."""
+    if eqn.primitive.name == "dynamic_slice":
+        return eqn.params["slice_sizes"][0] == 1
     if eqn.primitive.name != "gather":
         return False
     numbers = eqn.params["dimension_numbers"]
