@@ -122,8 +122,8 @@ def mapped(table, ids):
     )
 
 
-def one_by_one(table, ids):
-    return jnp.stack([table[ids[i]] for i in range(len(ids))])
+def one_row(table, ids):
+    return table[ids].at[0].add(table[ids[1]])
 
 
 def again(table, ids):
@@ -144,7 +144,7 @@ def some_columns(table, ids):
 
 @pytest.mark.parametrize(
     "look_up",
-    [clipped, padded, from_the_end, twice, mapped, one_by_one, again, called, some_columns],
+    [clipped, padded, from_the_end, twice, mapped, one_row, again, called, some_columns],
     ids=lambda f: f.__name__,
 )
 def test_each_way_to_look_rows_up_is_followed(look_up):
@@ -240,7 +240,7 @@ def test_the_update_is_that_of_ten_lines_of_numpy(optimizer, reference):
         for i in range(0, 4 * BATCH, BATCH)
     ]
     expected = reference(table, batches * 2)
-    np.testing.assert_allclose(trainer.state.params["table"], expected, rtol=2e-4)
+    np.testing.assert_allclose(trainer.state.params["table"], expected, 2e-4, 1e-5)
 
 
 # ---- devices, checkpoints, signals, precision ----
