@@ -2,8 +2,18 @@
 
 from importlib.metadata import version as _version
 
+from lepton_jax import (
+    augment,
+    baselines,
+    data,
+    hardware,
+    losses,
+    metrics,
+    models,
+    monitor,
+)
 from lepton_jax import controller as controllers
-from lepton_jax import data, hardware, losses, metrics, models, monitor
+from lepton_jax.cross_validation import CrossValidation, cross_validate
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -27,6 +37,7 @@ __version__ = _version("lepton-jax")
 
 __all__ = [
     "CheckpointError",
+    "CrossValidation",
     "DataError",
     "DivergedError",
     "History",
@@ -42,7 +53,10 @@ __all__ = [
     "Topology",
     "Trace",
     "Trainer",
+    "augment",
+    "baselines",
     "controllers",
+    "cross_validate",
     "data",
     "hardware",
     "losses",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
+from lepton_jax import losses
 from lepton_jax.errors import RecipeError, nearest
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -60,12 +61,16 @@ class Recipe:
         mapped, mixed and packed (docs/data.md).
       test: samples to evaluate on, in the same forms.
       metrics: name to a function like `loss`, or to a `lepton_jax.metrics.Metric`.
+        Those that a loss of several tasks implies come along (`losses.sum_of`).
       preprocess: inputs to the model's inputs, in JAX; part of every compiled program
         (e.g. uint8 pixels to floats).
       decode: the model's outputs to what `predict` returns. None: what the loss implies
         (`losses.decoder`).
       preparation: the way from raw rows to inputs, a `lepton_jax.data.prepare.Serving`.
         It is saved with the model, and `predict` and `evaluate` take raw rows then.
+      baseline: cheap methods that the network has to beat, functions (train, test) to a
+        `lepton_jax.baselines.Baseline`, or one of them. They are fitted after a
+        launched run, or by `Trainer.baseline()`. None: `baselines.majority`.
       train_argument: the Boolean argument of the model's call that says that it trains,
         e.g. "active"; "not frozen" for one that is True outside of training. None: it
         has a usual name, or is found by what it does (docs/models.md).
@@ -111,6 +116,7 @@ class Recipe:
     preprocess: Callable[[Any], Any] | None = None
     decode: Callable[[Any], Any] | None = None
     preparation: Any = None
+    baseline: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
     train_argument: str | None = None
     auxiliary: Mapping[str, float] = field(default_factory=dict)
     controller: tuple = ()
@@ -145,7 +151,9 @@ class Recipe:
         _check_micro_batches(self.micro_batches, self.batch_size)
         _check_functions(self)
         _check_metrics(self.metrics)
+        object.__setattr__(self, "metrics", _with_implied(self))
         _check_preparation(self.preparation)
+        _check_baseline(self.baseline)
         _check_train_argument(self.train_argument)
         _check_auxiliary(self.auxiliary)
         _check_controller(self.controller)
@@ -341,12 +349,34 @@ def _check_metrics(metrics: Any) -> None:
             )
 
 
+def _with_implied(recipe: Recipe) -> Mapping[str, Any]:
+    """Return the metrics, with those that the loss brings along: each task's loss."""
+    implied = losses.implied_metrics(recipe.loss)
+    own = {n: m for n, m in recipe.metrics.items() if not losses.is_implied(m)}
+    if len(own) == len(recipe.metrics) and not implied:
+        return recipe.metrics
+    return own | {name: m for name, m in implied.items() if name not in own}
+
+
 def _check_preparation(preparation: Any) -> None:
     if preparation is not None and not hasattr(preparation, "arrays"):
         raise RecipeError(
             f"preparation is a {type(preparation).__name__}, which takes no raw rows",
             where="Recipe.preparation",
             remedy="give what Prepared.serving(...) returned, or leave it out",
+        )
+
+
+def _check_baseline(baseline: Any) -> None:
+    functions = baseline if isinstance(baseline, list | tuple) else [baseline]
+    if baseline is not None and not all(map(callable, functions)):
+        raise RecipeError(
+            f"baseline is {baseline!r}",
+            where="Recipe.baseline",
+            remedy=(
+                "give a function (train, test) -> lepton_jax.baselines.Baseline, a"
+                " tuple of them, or leave it out"
+            ),
         )
 
 

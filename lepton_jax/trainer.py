@@ -21,8 +21,11 @@ import jax
 import numpy as np
 import optax
 
+from lepton_jax.baselines import Comparison, Samples
+from lepton_jax.checkpoint.adoption import Fresh
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
+from lepton_jax.controller import select_weights
 from lepton_jax.controller.journal import knobs_set_live
 from lepton_jax.data import (
     Arrays,
@@ -37,6 +40,7 @@ from lepton_jax.errors import (
     DataError,
     DivergedError,
     LeptonError,
+    ModelError,
     NoCheckpointError,
     PlanError,
     RecipeError,
@@ -46,12 +50,14 @@ from lepton_jax.errors import (
 from lepton_jax.hardware import Topology, here, topology
 from lepton_jax.hosts import agreement, phase
 from lepton_jax.hosts.mailbox import Mailbox
-from lepton_jax.monitor import Monitor, SampleTrace, Sink, write_report
+from lepton_jax.monitor import Monitor, SampleTrace, Sink, plain, write_report
 from lepton_jax.planner import Plan, Trace, ahead, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.module import is_linen
+from lepton_jax.step.optimizers import parts_of
 from lepton_jax.step.state import State
 from lepton_jax.train import recovery
+from lepton_jax.train.baseline import SECONDS, compare
 from lepton_jax.train.checks import (
     INPUTS,
     TEST_DATA,
@@ -71,6 +77,13 @@ from lepton_jax.train.folder import (
     served_state,
 )
 from lepton_jax.train.history import History
+from lepton_jax.train.judged import (
+    MOST_TRAINING_ROWS,
+    Examined,
+    Judged,
+    judged,
+    samples_of,
+)
 from lepton_jax.train.loop import Loop, Start
 from lepton_jax.train.outputs import Outputs
 from lepton_jax.train.program import Program
@@ -85,6 +98,7 @@ from lepton_jax.train.restore import Reader, Restored
 from lepton_jax.train.run_record import Position, RunRecord, order_of
 from lepton_jax.trees import by_path
 
+BASELINE_NEEDS = {"train": "fit a baseline on", "test": "measure a baseline on"}
 # Parts of the order of data, as a message calls them.
 ORDER_IN_WORDS = {"seed": "the seed of the shuffling", "of": "the number of samples"}
 
@@ -396,6 +410,98 @@ class Trainer:
         predictions = prediction.joined(parts, rows)
         return in_words(preparation, predictions) if words else predictions
 
+    def module(self) -> Any:
+        """Return the trained model as a Flax module, to call without Lepton.
+
+        It holds the weights that `evaluate` and `predict` use, and is set to
+        evaluation. The recipe's `preprocess` is not part of it.
+
+        Returns:
+          An NNX module; or a Linen module that is bound to its variables.
+        """
+        program = self._ready(None)
+        weights = select_weights(self._state(program), self.recipe)
+        return program.trace.functional.whole(*weights)
+
+    def baseline(self, seconds: float = SECONDS) -> list[Comparison]:
+        """Fit the recipe's baselines, and compare the network with them.
+
+        They are fitted on the training rows and measured on the test rows, by the
+        recipe's metrics, each within a time; one that fails says why. Only host 0
+        fits. Where the recipe names none, it is `baselines.majority`, if the targets
+        are classes or quantities.
+
+        Args:
+          seconds: that each baseline may take.
+
+        Returns:
+          A comparison for each, which prints as a sentence a metric.
+
+        Raises:
+          DataError: the recipe has no training or no test data.
+          ModelError: the model's outputs have no rows.
+        """
+        for name in ("train", "test"):
+            if getattr(self.recipe, name) is None:
+                raise DataError(
+                    f"the recipe has no data to {BASELINE_NEEDS[name]}",
+                    where="Trainer.baseline",
+                    remedy=f"set Recipe.{name}",
+                )
+        program = self._ready(None)
+        with phase.phase("evaluation"):
+            test_rows = judged(program, self._state(program), self.recipe.test)
+            return self._compared(program, test_rows, seconds)
+
+    def examine(self, seconds: float = SECONDS) -> Examined | None:
+        """Look at the network on the test rows, and write it into the run's report.
+
+        That is the baselines, and what of it a person wants to see: which classes are
+        mistaken for which, the worst rows, how far probabilities can be trusted. What
+        can't be had is an event that says why. All hosts call it, after `fit`.
+
+        Args:
+          seconds: that each baseline may take; 0: none is fitted.
+
+        Returns:
+          The test rows with the network's outputs, and the comparisons; None: there is
+          nothing to look at.
+        """
+        if self.recipe.test is None or self.program is None:
+            return None
+        program = self.program
+        compared = []
+        with phase.phase("evaluation"):
+            try:
+                test_rows = judged(program, self._state(program), self.recipe.test)
+            except (ModelError, DataError) as error:
+                self._notice("warning", text=f"the test rows are not shown: {error}")
+                return None
+            if seconds and self.recipe.train is not None:
+                compared = self._compared(program, test_rows, seconds)
+        for one in compared:
+            self._notice("baseline", step=self.step, **one.to_fields())
+        if self.run_dir is not None and agreement.host() == 0:
+            write_report(self.run_dir)
+        return Examined(test_rows, compared)
+
+    def _compared(
+        self,
+        program: Program,
+        test_rows: Judged,
+        seconds: float,
+    ) -> list[Comparison]:
+        """Compare the network with baselines on host 0, and tell it on each host."""
+
+        def read_training() -> Samples:
+            return samples_of(program, self.recipe.train, MOST_TRAINING_ROWS)
+
+        def say() -> list[dict[str, Any]]:
+            compared = compare(self.recipe, test_rows, read_training, seconds)
+            return plain([one.to_fields() for one in compared])
+
+        return [Comparison.from_fields(fields) for fields in agreement.first(say)]
+
     def save(self, folder: str | Path) -> Path:
         """Write state, recipe and plan to a folder.
 
@@ -458,6 +564,8 @@ class Trainer:
         self,
         folder: str | Path,
         step: int | None = None,
+        *,
+        fresh: Iterable[str] | None = None,
     ) -> Trainer:
         """Go on from a saved model or a run folder.
 
@@ -469,12 +577,19 @@ class Trainer:
         Args:
           folder: of the saved model or the run.
           step: which one; None: the latest readable one.
+          fresh: patterns of parameters that begin anew, e.g. ["head/*"]; they need not
+            be in the folder, nor have its shapes. What is loaded then are the weights
+            that were served, and a run begins with them: step, schedule, optimizer and
+            policies begin anew. An empty list: all parameters are loaded so.
 
         Raises:
           CheckpointError: nothing readable is there, or it does not fit the model; each
-            leaf that differs is named.
+            leaf that differs is named. Or a pattern matches nothing.
         """
         folder = Path(folder)
+        if fresh is not None:
+            self._begin_with(folder, step, fresh)
+            return self
         is_own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
         local = self._local if is_own and step is None else NoLocalCheckpoints()
         step, restored = self._restore(folder, local, step)
@@ -498,6 +613,38 @@ class Trainer:
         for note in restored.notes:
             self._note(note)
         return self
+
+    def _begin_with(
+        self,
+        folder: Path,
+        step: int | None,
+        fresh: Iterable[str],
+    ) -> None:
+        """Begin a run with the weights of a folder, of which some begin anew."""
+        patterns = [fresh] if isinstance(fresh, str) else list(fresh)
+        place = folder / SERVED if (folder / SERVED).is_dir() else folder
+        checkpoints = Checkpoints(place / "checkpoints")
+        if not checkpoints.steps():
+            raise _nothing(folder)
+        shapes = None if self.recipe.train is not None else read_shapes(folder)
+        reader = Reader(self._ready(shapes))
+        with phase.phase("restore"):
+            self.state, note = reader.begin_with(
+                checkpoints,
+                step,
+                Fresh(patterns),
+                self._damaged,
+            )
+            checkpoints.close()
+        self.step = 0
+        self._record = RunRecord()
+        self._opened = folder
+        self._is_same_run = False
+        self._reader = None
+        self._bases = {}
+        self._told_end = None
+        if note:
+            self._note(f"parameters of {folder.name}, {note}")
 
     def resume(self, asked: Iterable[str] = ()) -> Trainer:
         """Go on with the run in `run_dir`.
@@ -561,6 +708,13 @@ class Trainer:
                 " to evaluate on",
                 where="Recipe.best",
                 remedy="set Recipe.test, or leave best out",
+            )
+        elif by_evaluations := _stopping_by_evaluations(program):
+            raise RecipeError(
+                f"{by_evaluations} ends the run by its evaluations, but there is"
+                " nothing to evaluate on",
+                where="Recipe.controller",
+                remedy=f"set Recipe.test, or leave {by_evaluations} out",
             )
         program.rehearse(None if test is None else epoch_samples(test))
         return program
@@ -872,6 +1026,7 @@ class Trainer:
             device_kind=self._devices[0].device_kind,
             devices=len(self._devices),
             parameters=sum(leaf.size for leaf in params.values()),
+            parts=parts_of(self.recipe.optimizer, program.trace.state.params),
             steps=until,
             step=self.step,
             batch_size=self.recipe.batch_size,
@@ -1162,6 +1317,15 @@ def _towards_the_end(program: Program) -> list[str]:
     """Return the names of the policies that act towards the end of a run."""
     policies = program.controller.policies
     return [policy.name for policy in policies if "progress" in policy.watches]
+
+
+def _stopping_by_evaluations(program: Program) -> str | None:
+    """Return the name of a policy that ends the run by evaluations alone."""
+    for policy in program.controller.policies:
+        evaluated = any(name.startswith("evaluation_") for name in policy.watches)
+        if evaluated and {"stop", "keep_average"} <= set(policy.moves):
+            return policy.name
+    return None
 
 
 def _begun(state: State | None) -> int:

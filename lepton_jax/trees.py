@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 import jax
@@ -26,6 +27,18 @@ def by_path(
     """Return the leaves of a pytree under their paths, in the order of the tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_of(path): leaf for path, leaf in leaves}
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a path matches as in a shell; "**/" also stands for no folder at all.
+
+    >>> matches("blocks/0/kernel", "blocks/*"), matches("kernel", "**/kernel")
+    (True, True)
+    """
+    if fnmatch.fnmatchcase(path, pattern):
+        return True
+    no_folder = pattern.removeprefix("**/")
+    return no_folder != pattern and fnmatch.fnmatchcase(path, no_folder)
 
 
 def shapes(tree: Any) -> str:

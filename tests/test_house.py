@@ -16,12 +16,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
     {"models", "errors", "compat", "trees"},
-    {"recipe", "losses", "metrics", "hardware"},
-    {"step", "data", "monitor", "hosts"},
+    {"augment", "recipe", "losses", "metrics", "hardware"},
+    {"step", "data", "monitor", "hosts", "baselines"},
     {"controller", "checkpoint"},
     {"planner", "launch"},
     {"train"},
     {"verify", "ship", "trainer"},
+    {"cross_validation"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -36,7 +37,7 @@ PLANNERS_ROOMS = (
     "search",
     "show",
 )
-MOST_ROOMS = 22
+MOST_ROOMS = 25
 
 
 def module_of(path: Path) -> str:
@@ -139,6 +140,7 @@ def test_every_room_has_a_floor_and_they_are_few():
 def test_the_public_names_are_these():
     assert sorted(lepton_jax.__all__) == [
         "CheckpointError",
+        "CrossValidation",
         "DataError",
         "DivergedError",
         "History",
@@ -154,7 +156,10 @@ def test_the_public_names_are_these():
         "Topology",
         "Trace",
         "Trainer",
+        "augment",
+        "baselines",
         "controllers",
+        "cross_validate",
         "data",
         "hardware",
         "losses",
@@ -186,6 +191,7 @@ def test_the_walk_names_every_file_it_takes():
     # what the loop, the program and the loader import is on the walk, has done its work
     # before the first batch, or stands by
     before = {
+        "augment",
         "errors",
         "compat",
         "trees",

@@ -7,12 +7,13 @@ is, gives a sample to take shapes from, and opens a feed.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -25,11 +26,12 @@ from lepton_jax.data.limits import Limit
 from lepton_jax.data.pipeline import Dataset, open_stream, shards
 from lepton_jax.data.sequential import SequentialFeed
 from lepton_jax.errors import DataError
+from lepton_jax.trees import nbytes
 
 # Samples of arrays that a data set's checksum is taken of. Assumption: enough to notice
 # another file or another order, and read in milliseconds.
 CHECKSUM_SAMPLES = 4096
-
+SAMPLE_SEED = 0  # of the rows that `host_rows` draws
 
 FIRST_SPLIT = "train"  # of a prepared folder, where no other is asked for
 
@@ -94,6 +96,40 @@ def described(data: Any) -> str:
     checksum = zlib.crc32(content)
     samples = f"{kind.epoch_samples} samples"
     return f"{kind.name} of {samples}, checksum {checksum:08x}"
+
+
+class HostRows(NamedTuple):
+    """Some rows of a data set, on the host.
+
+    Attributes:
+      inputs: an array (rows, ...), or a dict of them.
+      targets: the same.
+      total: rows of the whole data set; None: it has no end.
+      numbers: of these rows in an `Arrays`, ascending, int (rows,); None: all of them,
+        or not known.
+    """
+
+    inputs: Any
+    targets: Any
+    total: int | None
+    numbers: np.ndarray | None = None
+
+
+def host_rows(data: Any, most: int, most_bytes: int) -> HostRows:
+    """Return a data set's rows on the host, or some of them where there are more.
+
+    They are a random sample, the same each time; of a Grain data set that can only be
+    iterated they are its first rows.
+
+    Args:
+      data: what to read.
+      most: rows to return at most.
+      most_bytes: of these rows; at least one row is returned.
+    """
+    kind = _of_kind(data)
+    row_bytes = sum(map(nbytes, jax.tree.leaves(kind.sample())))
+    fitting = max(1, most_bytes // max(1, row_bytes))
+    return kind.host_rows(min(most, fitting))
 
 
 def open_feed(data: Any, **fields: Any) -> Feed:
@@ -190,6 +226,9 @@ class Kind(Protocol):
     def checksum_samples(self) -> Pair:
         """Return the samples that a checksum is taken of."""
 
+    def host_rows(self, most: int) -> HostRows:
+        """Return at most so many rows."""
+
     def open(self, spec: FeedSpec) -> Feed:
         """Open a feed."""
 
@@ -209,6 +248,14 @@ class ArraysKind:
         last = len(self.data) - 1
         count = min(len(self.data), CHECKSUM_SAMPLES)
         return self.data.take(np.linspace(0, last, count).astype(int))
+
+    def host_rows(self, most: int) -> HostRows:
+        total = len(self.data)
+        if total <= most:
+            return HostRows(self.data.inputs, self.data.targets, total)
+        drawn = np.random.default_rng(SAMPLE_SEED).permutation(total)[:most]
+        numbers = np.sort(drawn)
+        return HostRows(*self.data.take(numbers), total, numbers)
 
     def open(self, spec: FeedSpec) -> Feed:
         open_samples = partial(
@@ -237,6 +284,11 @@ class GrainMapKind:
 
     def checksum_samples(self) -> Pair:
         return self.sample()
+
+    def host_rows(self, most: int) -> HostRows:
+        total = len(self.data)
+        order = GrainByPosition(self.data, SAMPLE_SEED, shuffle=total > most)
+        return HostRows(*order.rows(0, min(most, total)), total)
 
     def open(self, spec: FeedSpec) -> Feed:
         assert not spec.resident, "only arrays can lie on the devices"
@@ -267,6 +319,12 @@ class GrainIterKind:
     def checksum_samples(self) -> Pair:
         return self.sample()
 
+    def host_rows(self, most: int) -> HostRows:
+        with reading():
+            elements = [pair(element) for element in itertools.islice(self.data, most)]
+            inputs, targets = jax.tree.map(lambda *rows: np.stack(rows), *elements)
+        return HostRows(inputs, targets, None)
+
     def open(self, spec: FeedSpec) -> Feed:
         return IteratedFeed(self.data, spec)
 
@@ -285,6 +343,12 @@ class SequentialKind:
 
     def checksum_samples(self) -> Pair:
         return self.sample()
+
+    def host_rows(self, most: int) -> HostRows:
+        count = most if self.epoch_samples is None else min(most, self.epoch_samples)
+        is_part = self.epoch_samples is None or count < self.epoch_samples
+        rows, _ = open_stream(self.data, SAMPLE_SEED, shuffle=is_part).take(count)
+        return HostRows(*rows, self.epoch_samples)
 
     def open(self, spec: FeedSpec) -> Feed:
         return SequentialFeed(self.data, spec)

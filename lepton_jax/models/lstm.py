@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,7 +24,10 @@ class LSTM(nnx.Module):
       pool: the logits are computed from the "mean" of the states, or from the "last".
       padding: token that counts as absent: it leaves the state as it is, and the mean
         leaves it out. None: no token.
-      rngs: stream `params`.
+      bidirectional: whether a second layer reads the text from its end (Graves &
+        Schmidhuber 2005); the logits see both.
+      dropout: share of the embeddings and of the pooled states dropped in training.
+      rngs: streams `params` and, with dropout, `dropout`.
     """
 
     def __init__(
@@ -35,6 +39,8 @@ class LSTM(nnx.Module):
         hidden: int = 128,
         pool: Literal["mean", "last"] = "mean",
         padding: int | None = 0,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
         if pool not in ("mean", "last"):
@@ -53,19 +59,27 @@ class LSTM(nnx.Module):
         ) -> jax.Array:
             return jnp.zeros(shape, dtype).at[hidden : 2 * hidden].set(1)
 
-        self.inputs = nnx.LinearGeneral(
+        project = partial(
+            nnx.LinearGeneral,
             dim,
             (4, hidden),
             rngs=rngs,
             bias_init=open_forget_gate,
         )
-        self.recurrent = nnx.LinearGeneral(
+        recur = partial(
+            nnx.LinearGeneral,
             hidden,
             (4, hidden),
             use_bias=False,
             rngs=rngs,
         )
-        self.out = nnx.Linear(hidden, classes, rngs=rngs)
+        self.inputs = project()
+        self.recurrent = recur()
+        self.backward_inputs = project() if bidirectional else None
+        self.backward_recurrent = recur() if bidirectional else None
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        width = 2 * hidden if bidirectional else hidden
+        self.out = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map tokens int32 (batch, length) to logits (batch, classes)."""
@@ -73,44 +87,72 @@ class LSTM(nnx.Module):
             present = jnp.ones(tokens.shape, bool)
         else:
             present = tokens != self.padding
-        gates = self.inputs(self.embed(tokens))
+        x = self._dropped(self.embed(tokens))
 
-        zeros = jnp.zeros((tokens.shape[0], self.hidden), gates.dtype)
+        pooled = self._read(self.inputs(x), self.recurrent, present, False)
+        if self.backward_inputs is not None:
+            gates = self.backward_inputs(x)
+            back = self._read(gates, self.backward_recurrent, present, True)
+            pooled = jnp.concatenate([pooled, back], axis=-1)
+        return self.out(self._dropped(pooled))
+
+    def _read(
+        self,
+        gates: jax.Array,
+        recurrent: Any,
+        present: jax.Array,
+        from_end: bool,
+    ) -> jax.Array:
+        """Return the pooled states of one direction, (batch, hidden).
+
+        Args:
+          gates: the inputs' part of them, (batch, length, 4, hidden).
+          recurrent: the state's part: (batch, hidden) to (batch, 4, hidden).
+          present: which tokens count, bool (batch, length).
+          from_end: whether the text is read from its end.
+        """
+        zeros = jnp.zeros((gates.shape[0], self.hidden), gates.dtype)
         # the scan goes over the leading dim, so time comes first
         gates_by_time = jnp.swapaxes(gates, 0, 1)
         present_by_time = jnp.swapaxes(present, 0, 1)[..., None]
         (state, _, total), _ = jax.lax.scan(
-            self._step,
+            partial(_step, recurrent),
             (zeros, zeros, zeros),
             (gates_by_time, present_by_time),
+            reverse=from_end,
         )
-        if self.pool == "mean":
-            count = jnp.maximum(present.sum(1, keepdims=True), 1)
-            state = total / count.astype(total.dtype)
-        return self.out(state)
+        if self.pool == "last":
+            return state
+        count = jnp.maximum(present.sum(1, keepdims=True), 1)
+        return total / count.astype(total.dtype)
 
-    def _step(
-        self,
-        carry: Any,
-        inputs: Any,
-    ) -> tuple[Any, None]:
-        """Go on by one token.
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        return x if self.dropout is None else self.dropout(x)
 
-        Args:
-          carry: state, cell and the sum of all states, (batch, hidden) each.
-          inputs: the token's part of the gates, (batch, 4, hidden), and whether it is
-            present, (batch, 1).
-        """
-        state, cell, total = carry
-        gates, present = inputs
-        gates = gates + self.recurrent(state)
-        into, forget, candidate, out = (gates[:, i] for i in range(4))
 
-        remembered = nnx.sigmoid(forget) * cell
-        next_cell = remembered + nnx.sigmoid(into) * jnp.tanh(candidate)
-        next_state = nnx.sigmoid(out) * jnp.tanh(next_cell)
+def _step(
+    recurrent: Any,
+    carry: Any,
+    inputs: Any,
+) -> tuple[Any, None]:
+    """Go on by one token.
 
-        total = total + jnp.where(present, next_state, 0.0)
-        state = jnp.where(present, next_state, state)
-        cell = jnp.where(present, next_cell, cell)
-        return (state, cell, total), None
+    Args:
+      recurrent: the state's part of the gates.
+      carry: state, cell and the sum of all states, (batch, hidden) each.
+      inputs: the token's part of the gates, (batch, 4, hidden), and whether it is
+        present, (batch, 1).
+    """
+    state, cell, total = carry
+    gates, present = inputs
+    gates = gates + recurrent(state)
+    into, forget, candidate, out = (gates[:, i] for i in range(4))
+
+    remembered = nnx.sigmoid(forget) * cell
+    next_cell = remembered + nnx.sigmoid(into) * jnp.tanh(candidate)
+    next_state = nnx.sigmoid(out) * jnp.tanh(next_cell)
+
+    total = total + jnp.where(present, next_state, 0.0)
+    state = jnp.where(present, next_state, state)
+    cell = jnp.where(present, next_cell, cell)
+    return (state, cell, total), None

@@ -116,6 +116,8 @@ class Progress:
             parts.append(f"resumed at step {self._step:,}")
         name = self._paint(event.get("name") or "run", "1")
         self._line(f"{name}  {self._dot().join(parts)}")
+        for row in event.get("parts") or []:
+            self._line(f"  {_part_in_words(row)}")
 
     def _on_compile(self, event: Event) -> None:
         program = str(event.get("program") or "a program")
@@ -197,6 +199,10 @@ class Progress:
             f" {event.get('why', '')}"
         )
         self._step = event.get("to") or self._step
+
+    def _on_baseline(self, event: Event) -> None:
+        for line in baseline_lines(event):
+            self._line(line)
 
     def _on_control(self, event: Event) -> None:
         refused = "" if event.get("ok") else f"{event.get('do')} refused: "
@@ -498,10 +504,27 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02} h"
 
 
+def baseline_lines(event: Event) -> list[str]:
+    """Return an event "baseline" as sentences, one for each metric."""
+    if event.get("failed"):
+        return [f"no baseline: {event.get('name')}: {event['failed']}"]
+    return [str(one.get("text")) for one in event.get("compared") or ()]
+
+
 def described(event: Event) -> str:
     """Return an event's own fields as text: `step 12, reason: rows too short`."""
     fields = [(key, event[key]) for key in event if key not in ("time", "kind")]
     return ", ".join(_field(key, value) for key, value in fields)
+
+
+def _part_in_words(row: dict[str, Any]) -> str:
+    """Describe a part of the parameters: "head/*: 2 arrays, 130 numbers"."""
+    text = f"{row['pattern']}: {row['parameters']} arrays, {row['entries']:,} numbers"
+    if row["frozen"]:
+        text += ", frozen"
+    if row["left"]:
+        text += f"; {row['left']} more that it matches belong to an earlier pattern"
+    return text
 
 
 def _field(key: str, value: Any) -> str:

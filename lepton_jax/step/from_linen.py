@@ -40,7 +40,7 @@ def linen_functional(
       ModelError: the module can't be called as requested.
     """
     pure = LinenModule(module, request)
-    return Functional("linen", pure.name, pure.init, pure.apply)
+    return Functional("linen", pure.name, pure.init, pure.apply, pure.whole)
 
 
 class LinenModule(PureModule):
@@ -103,6 +103,10 @@ class LinenModule(PureModule):
         collections = {path[0] for path in self._sown}
         asked = self.request.sown
         return outputs, after, self.collected(sown, collections, asked)
+
+    def whole(self, params: Any, variables: Any) -> linen.Module:
+        """See `Functional.whole`."""
+        return self._module.bind({"params": params, **variables})
 
     def variables_after(
         self,

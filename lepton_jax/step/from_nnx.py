@@ -28,6 +28,8 @@ from lepton_jax.step.pure import (
 )
 from lepton_jax.trees import by_path
 
+GENERATE = "samples"  # the method (key, count) of a model that generates
+
 
 def nnx_functional(
     build: Callable[[Any], Any],
@@ -44,7 +46,14 @@ def nnx_functional(
         requested.
     """
     module = NnxModule(build, request)
-    return Functional("nnx", module.name, module.init, module.apply)
+    return Functional(
+        "nnx",
+        module.name,
+        module.init,
+        module.apply,
+        module.whole,
+        module.samples if module.generates else None,
+    )
 
 
 def without_sown(module: nnx.Module) -> nnx.Module:
@@ -65,6 +74,9 @@ class NnxModule(PureModule):
     Args:
       build: a random key to the module.
       request: the arguments of `module.functional`.
+
+    Attributes:
+      generates: whether the module has a method `samples(key, count)`.
     """
 
     def __init__(
@@ -74,6 +86,7 @@ class NnxModule(PureModule):
     ):
         self._build = build
         kind, self._graph, self._params, self._rest = self._abstract()
+        self.generates = callable(getattr(kind, GENERATE, None))
         self._known = set(by_path(nnx.to_pure_dict(self._rest)))
         self._sown: set[tuple[str, str]] = set()  # label and name of each sown value
         super().__init__(kind, request)
@@ -115,6 +128,24 @@ class NnxModule(PureModule):
         labels = {label for label, _ in self._sown}
         asked = self.request.sown if train else ()
         return outputs, variables, self.collected(sown, labels, asked)
+
+    def whole(self, params: Any, variables: Any) -> nnx.Module:
+        """See `Functional.whole`."""
+        module = self._merged(params, variables)
+        module.eval()
+        return module
+
+    def samples(
+        self,
+        params: Any,
+        variables: Any,
+        key: Any,
+        count: int,
+    ) -> Any:
+        """See `Functional.samples`."""
+        module: Any = self.whole(params, variables)
+        _follow_precision(module)
+        return module.samples(key, count)
 
     def variables_after(
         self,

@@ -38,12 +38,19 @@ class Functional(NamedTuple):
         from `EVALUATION_SEED`. `dropout` is a factor of the rate of each nnx.Dropout;
         None: 1. `sown` holds the values sown in training under each of the names that
         were asked for.
+      whole: (params, variables) to a module that holds them, in evaluation: an NNX
+        module, or a Linen module bound to its variables.
+      samples: (params, variables, key, count) to what the model's method `samples(key,
+        count)` returns outside training: generated pictures; None: it has no such
+        method, or is a Linen module.
     """
 
     kind: str
     name: str
     init: Callable[[Any], tuple[Any, Any]]
     apply: Callable[[Any, Any, Any, Any, bool, Any], tuple[Any, Any, dict[str, Any]]]
+    whole: Callable[[Any, Any], Any]
+    samples: Callable[[Any, Any, Any, int], Any] | None = None
 
 
 class Request(NamedTuple):

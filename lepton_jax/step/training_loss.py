@@ -11,8 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from lepton_jax import losses
+from lepton_jax.augment import Augmented, loss_of
+from lepton_jax.errors import pointing_at_user
 from lepton_jax.recipe import Recipe
+from lepton_jax.step import optimizers
 from lepton_jax.step.module import Functional, forward_sowing
 from lepton_jax.trees import by_path
 
@@ -39,7 +44,7 @@ def training_loss(
       metrics and of `losses.discounted`, and the variables after the micro-batch.
     """
 
-    def loss(
+    def training(
         params: Any,
         variables: Any,
         key: Any,
@@ -47,6 +52,7 @@ def training_loss(
         targets: Any,
         knobs: Any,
     ) -> tuple[Any, tuple]:
+        params = optimizers.without_frozen(recipe.optimizer, params)
         outputs, after, sown = forward_sowing(
             recipe,
             module,
@@ -58,7 +64,8 @@ def training_loss(
             knobs.get("dropout"),
         )
         sums = losses.measure(recipe, outputs, targets)
-        sums |= losses.discounted(recipe.loss, outputs, targets, knobs)
+        loss = loss_of(recipe.loss, targets)
+        sums |= losses.discounted(loss, outputs, targets, knobs)
         sums = losses.with_auxiliary(sums, recipe.auxiliary, sown)
 
         total, weight = differentiated_sum(sums)
@@ -67,7 +74,108 @@ def training_loss(
             value = value * knobs["loss_scale"]
         return value, (sums, after)
 
-    return loss
+    return training
+
+
+def training_gradient(
+    recipe: Recipe,
+    module: Functional,
+    micro_batches: int,
+    around: Callable[[Callable], Callable] = lambda loss: loss,
+) -> Callable:
+    """Return the gradient of the training loss, after the recipe's augmentation.
+
+    Args:
+      recipe: as in `training_loss`.
+      module: likewise.
+      micro_batches: likewise.
+      around: what is made of the loss before it is differentiated.
+
+    Returns:
+      A function of `ARGUMENTS` to (gradient, auxiliary result of the loss). Its key is
+      what `augment.step_key` returns. Further arguments go to the loss.
+    """
+    loss = training_loss(prepared(recipe), module, micro_batches)
+    gradient = jax.grad(around(loss), has_aux=True)
+    if not isinstance(recipe.preprocess, Augmented):
+        return gradient
+
+    def augmented(
+        params: Any,
+        variables: Any,
+        key: Any,
+        inputs: Any,
+        targets: Any,
+        knobs: Any,
+        *more: Any,
+    ) -> Any:
+        batch = changed(recipe, key, (inputs, targets), micro_batches)
+        return gradient(params, variables, key.model, *batch, knobs, *more)
+
+    return augmented
+
+
+def whole_loss(
+    recipe: Recipe,
+    module: Functional,
+    micro_batches: int,
+) -> Callable:
+    """Return the training loss of a batch that is not augmented yet.
+
+    Args:
+      recipe: as in `training_loss`.
+      module: likewise.
+      micro_batches: likewise.
+
+    Returns:
+      A function like `training_loss`. Its key is what `augment.step_key` returns.
+    """
+    loss = training_loss(prepared(recipe), module, micro_batches)
+    if not isinstance(recipe.preprocess, Augmented):
+        return loss
+
+    def augmented(
+        params: Any,
+        variables: Any,
+        key: Any,
+        inputs: Any,
+        targets: Any,
+        knobs: Any,
+    ) -> tuple[Any, tuple]:
+        batch = changed(recipe, key, (inputs, targets), micro_batches)
+        return loss(params, variables, key.model, *batch, knobs)
+
+    return augmented
+
+
+def prepared(recipe: Recipe) -> Recipe:
+    """Return a recipe for samples that its augmentation has prepared already."""
+    if not isinstance(recipe.preprocess, Augmented):
+        return recipe
+    return recipe.with_(preprocess=None)
+
+
+def changed(
+    recipe: Recipe,
+    key: Any,
+    batch: tuple[Any, Any],
+    micro_batches: int,
+) -> tuple[Any, Any]:
+    """Return a micro-batch after the recipe's augmentation.
+
+    Args:
+      recipe: one that augments.
+      key: an `augment.StepKey`.
+      batch: inputs and targets.
+      micro_batches: the number of parts of a step's batch.
+
+    Raises:
+      LeptonError: the augmentation fails on samples of this kind.
+    """
+    augmentation = recipe.preprocess
+    assert isinstance(augmentation, Augmented)
+    with pointing_at_user("augmenting a batch"):
+        return augmentation.train(key.batch, *batch, key.part, micro_batches)
 
 
 def differentiated_sum(

@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_jax.augment import Augmented, loss_of, step_key
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, scan_counts, source_line
 from lepton_jax.planner.program.graph import CALLS
 from lepton_jax.step.module import forward
 from lepton_jax.step.state import State
-from lepton_jax.step.training_loss import training_loss
+from lepton_jax.step.training_loss import changed, prepared, training_loss
 from lepton_jax.train.program import Program
 from lepton_jax.trees import by_path
 
@@ -101,6 +102,10 @@ def diagnose(
         samples = _bad_rows(jax.tree.leaves(batch))
         return Finding(samples=samples, inputs=bad_inputs)
 
+    if isinstance(recipe.preprocess, Augmented):
+        step = step_key(recipe.preprocess, key, key, 0)
+        batch = changed(recipe, step, batch, 1)
+        recipe = prepared(recipe)
     gradient = jax.value_and_grad(training_loss(recipe, functional, 1), has_aux=True)
     args = (
         state.params,
@@ -322,13 +327,13 @@ def _samples(
     origins: Sequence[Origin],
 ) -> np.ndarray | None:
     """Return the rows of the batch that the fault belongs to; None: not known."""
-    recipe = program.recipe
+    recipe = prepared(program.recipe)
     functional = program.trace.functional
     inputs, targets = batch
     outputs, _ = forward(
         recipe, functional, state.params, state.variables, inputs, key, True
     )
-    result = recipe.loss(outputs, targets)
+    result = loss_of(recipe.loss, targets)(outputs, targets)
     values = result[0] if isinstance(result, tuple) else result
     count = _row_count(batch)
     by_sample = [

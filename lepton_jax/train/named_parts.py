@@ -7,6 +7,8 @@ file of its recipe:
       -> {"partial": {"name": "lepton_jax.models:MLP"},
           "arguments": {"tuple": [{"tuple": [64, 10]}]},
           "keywords": {"dict": {"dropout": 0.1}}}
+    lepton.augment.Flip(share=0.5)
+      -> {"made": "lepton_jax.augment:Flip", "keywords": {"dict": {"share": 0.5, ...}}}
 
 Names are looked up in Lepton and in the libraries that it stands on, and nowhere else:
 opening a folder never imports a module that the folder chose.
@@ -14,10 +16,15 @@ opening a folder never imports a module that the folder chose.
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import functools
 import importlib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
+
+import numpy as np
 
 from lepton_jax.errors import CheckpointError, ModelError
 from lepton_jax.recipe import Recipe
@@ -31,6 +38,7 @@ PUBLIC = (
     "lepton_jax.losses",
     "lepton_jax.metrics",
     "lepton_jax.data",
+    "lepton_jax.augment",
     "optax",
     "flax.nnx",
     "flax.linen",
@@ -118,6 +126,12 @@ def _named(value: Any) -> Any:
     if isinstance(value, tuple | list):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [_named(part) for part in value]}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {
+            "array": base64.b64encode(value.tobytes()).decode(),
+            "dtype": value.dtype.str,
+            "shape": list(value.shape),
+        }
     if isinstance(value, Mapping):
         return {"dict": {_key(key): _named(part) for key, part in value.items()}}
     if isinstance(value, functools.partial):
@@ -126,6 +140,9 @@ def _named(value: Any) -> Any:
             "arguments": _named(value.args),
             "keywords": _named(value.keywords),
         }
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = {part.name: getattr(value, part.name) for part in fields(value)}
+        return {"made": _name(type(value)), "keywords": _named(kept)}
     return {"name": _name(value)}
 
 
@@ -170,12 +187,17 @@ def _found(content: Any) -> Any:
             return tuple(_found(part) for part in parts)
         case {"list": parts}:
             return [_found(part) for part in parts]
+        case {"array": code, "dtype": dtype, "shape": shape}:
+            values = np.frombuffer(base64.b64decode(code), dtype)
+            return values.reshape(shape)
         case {"dict": parts}:
             return {key: _found(part) for key, part in parts.items()}
         case {"partial": function, "arguments": arguments, "keywords": keywords}:
             return functools.partial(
                 _found(function), *_found(arguments), **_found(keywords)
             )
+        case {"made": name, "keywords": keywords}:
+            return _of_name(name)(**_found(keywords))
         case {"name": name}:
             return _of_name(name)
     raise _unreadable(str(content))

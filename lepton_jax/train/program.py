@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lepton_jax import losses
+from lepton_jax.augment import step_key
 from lepton_jax.checkpoint.adoption import (
     is_number,
     named_recipe_values,
@@ -30,7 +31,7 @@ from lepton_jax.compat import jit_on, placed, whole_axes
 from lepton_jax.controller import Pieces, norm, select_weights
 from lepton_jax.controller.signals import INPUTS, input_rms
 from lepton_jax.data import Limit
-from lepton_jax.errors import DataError, pointing_at_user
+from lepton_jax.errors import DataError, ModelError, pointing_at_user
 from lepton_jax.hosts import agreement
 from lepton_jax.planner import (
     Evaluation,
@@ -45,7 +46,11 @@ from lepton_jax.planner import (
 )
 from lepton_jax.step.embeddings import Rows, compacted
 from lepton_jax.step.state import State
-from lepton_jax.step.training_loss import ARGUMENTS, differentiated_sum, training_loss
+from lepton_jax.step.training_loss import (
+    ARGUMENTS,
+    differentiated_sum,
+    training_gradient,
+)
 from lepton_jax.train.compilation import Compilation, CompilationLog
 from lepton_jax.train.recovery import WEIGHT
 from lepton_jax.train.touched import Touching, micro_batches
@@ -471,6 +476,35 @@ class Program:
             inputs,
         )
 
+    def generate(self, state: State, seed: int, count: int) -> Any:
+        """Return what the model's method `samples(key, count)` gives, replicated.
+
+        Args:
+          state: with the parameters.
+          seed: of the random key.
+          count: of samples.
+
+        Raises:
+          ModelError: the model has no such method, or it fails.
+        """
+        method = self.trace.functional.samples
+        if method is None:
+            raise ModelError(
+                "the model generates nothing",
+                where="Recipe.model",
+                remedy="give the NNX module a method samples(key, count)",
+            )
+
+        def generate(params: Any, variables: Any, seed: Any) -> Any:
+            self._log.trace("generate", seed)
+            key = jax.random.key(seed)
+            with pointing_at_user("generating samples"):
+                return method(params, variables, key, count)
+
+        run = self._jit(generate, out_shardings=self.replicated)
+        weights = select_weights(state, self.recipe)
+        return self._log.call("generate", run, *weights, np.uint32(seed))
+
     def _predictor(self, decode: Callable) -> Callable:
         prediction = self.prediction(decode)
 
@@ -701,9 +735,10 @@ class Program:
         key = jax.random.fold_in(state.key, state.step)
         count = self.plan.micro_batches
         gradient = self._gradient_of_loss(rows)
+        keys = partial(step_key, self.recipe.preprocess, step=key)
         if count == 1:
             gradients, (sums, variables) = gradient(
-                state.params, state.variables, key, *batch, knobs
+                state.params, state.variables, keys(key, part=0), *batch, knobs
             )
             gradients = _ascent(_unscaled(gradients, scale))
             return _Gradients(gradients, sums, variables, None)
@@ -716,7 +751,7 @@ class Program:
             more, (more_sums, variables) = gradient(
                 state.params,
                 total.variables,
-                jax.random.fold_in(key, index),
+                keys(jax.random.fold_in(key, index), part=index),
                 *micro_batch,
                 knobs,
             )
@@ -741,15 +776,18 @@ class Program:
 
     def _gradient_of_loss(self, rows: Rows | None) -> Callable[..., Any]:
         """Return the gradient of one micro-batch's loss, laid out as planned."""
-        loss = training_loss(
-            self.recipe, self.trace.functional, self.plan.micro_batches
-        )
+        around = partial(rematerialized, policy=self.plan.remat)
         names = ARGUMENTS
         if rows is not None:
-            loss = compacted(loss, self.trace.tables)
+            around = partial(compacted, tables=self.trace.tables, around=around)
             names = (*names, "rows")
         gradient = laid_out(
-            jax.grad(rematerialized(loss, self.plan.remat), has_aux=True),
+            training_gradient(
+                self.recipe,
+                self.trace.functional,
+                self.plan.micro_batches,
+                around,
+            ),
             self.plan.layout,
             self.mesh,
             names,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lepton_jax.augment import step_key
 from lepton_jax.planner import Plan, Trace
 from lepton_jax.step.embeddings import Rows, looked_up, touched
 from lepton_jax.step.state import State
-from lepton_jax.step.training_loss import training_loss
+from lepton_jax.step.training_loss import whole_loss
 
 
 class Touching:
@@ -43,13 +45,14 @@ class Touching:
         """
         key = jax.random.fold_in(state.key, state.step)
         count = self._plan.micro_batches
+        keys = partial(step_key, self._trace.recipe.preprocess, step=key)
         if count == 1:
-            found = self._ids_of(state, key, batch)
+            found = self._ids_of(state, keys(key, part=0), batch)
         else:
 
             def part(_: None, item: Any) -> tuple[None, Any]:
                 index, micro_batch = item
-                own = jax.random.fold_in(key, index)
+                own = keys(jax.random.fold_in(key, index), part=index)
                 return None, self._ids_of(state, own, micro_batch)
 
             items = (jnp.arange(count), micro_batches(batch, count))
@@ -61,9 +64,7 @@ class Touching:
 
     def _ids_of(self, state: State, key: Any, batch: Any) -> dict[str, list[Any]]:
         trace = self._trace
-        loss = training_loss(
-            trace.recipe, trace.functional, self._plan.micro_batches
-        )
+        loss = whole_loss(trace.recipe, trace.functional, self._plan.micro_batches)
         knobs = trace.controller.forward_knobs(state.controller)
         args = (state.variables, key, *batch, knobs)
         program, paths, used = looked_up(loss, trace.tables, trace.state.params, args)

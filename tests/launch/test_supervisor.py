@@ -373,7 +373,7 @@ def test_workers_end_with_their_supervisor_even_if_it_is_killed(tmp_path):
         plan={**ENDLESS, "faults": [fault(1, "data", "freeze", 3)]},
         rules={"limits": {}},
     )
-    deaf(tmp_path, host=1)
+    reached(tmp_path, 3, host=1)
     time.sleep(1.0)
     run.process.kill()
     gone(*(worker(tmp_path, 1, host)["pid"] for host in range(3)))

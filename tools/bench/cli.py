@@ -24,6 +24,7 @@ from tools.bench import (
     data,
     embeddings,
     faults,
+    generation,
     lm,
     memory,
     overhead,
@@ -51,6 +52,7 @@ COMMANDS = (
     prepare,
     data,
     embeddings,
+    generation,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (

@@ -103,6 +103,9 @@ def _fault(optimizer: Optimizer, params: Any) -> str | None:
         # an optimizer that knows all the parameters by name
         usual, small, slow = eagerly(lambda: _tried(optimizer, params))
     if not usual > 0:
+        # it may be for parameters of other layers alone: see `optimizers.by_part`
+        usual, small, slow = eagerly(lambda: _tried(optimizer, params))
+    if not usual > 0:
         return "are zero, or not finite"
     if not _are_alike(usual, small, MOST):
         return "grow with the gradient"

@@ -33,6 +33,7 @@ from lepton_jax.data.prepare.steps.dates import DateFeatures  # noqa: E402
 from lepton_jax.data.prepare.steps.duplicates import Duplicates  # noqa: E402
 from lepton_jax.data.prepare.steps.images import Images  # noqa: E402
 from lepton_jax.data.prepare.steps.interpolation import Interpolate  # noqa: E402
+from lepton_jax.data.prepare.steps.labels import Labels  # noqa: E402
 from lepton_jax.data.prepare.steps.merging import Join, Mixture  # noqa: E402
 from lepton_jax.data.prepare.steps.missing import (  # noqa: E402
     DropMissing,
@@ -42,6 +43,7 @@ from lepton_jax.data.prepare.steps.missing import (  # noqa: E402
 )
 from lepton_jax.data.prepare.steps.model_inputs import AsFloats, TrimEnd  # noqa: E402
 from lepton_jax.data.prepare.steps.near_duplicates import NearDuplicates  # noqa: E402
+from lepton_jax.data.prepare.steps.ngrams import NgramTokens  # noqa: E402
 from lepton_jax.data.prepare.steps.outliers import (  # noqa: E402
     ClipOutliers,
     DropOutliers,
@@ -115,6 +117,7 @@ __all__ = [
     "Images",
     "Interpolate",
     "Join",
+    "Labels",
     "Leak",
     "Leaks",
     "LogScale",
@@ -122,6 +125,7 @@ __all__ = [
     "MinMaxScale",
     "Mixture",
     "NearDuplicates",
+    "NgramTokens",
     "OneHot",
     "Outcome",
     "Oversample",

@@ -17,7 +17,7 @@ from lepton_jax.data import readers
 from lepton_jax.data.prepare import manifest as manifests
 from lepton_jax.data.prepare.passes import columns_asked
 from lepton_jax.data.prepare.pieces import collected, fit_columns
-from lepton_jax.data.prepare.preparation import RESERVED
+from lepton_jax.data.prepare.preparation import RESERVED, targets_of
 from lepton_jax.data.prepare.shards import read_shard
 from lepton_jax.data.prepare.step import Fitted, Step
 from lepton_jax.data.prepare.store import checksum, read_arrow, read_json
@@ -25,6 +25,7 @@ from lepton_jax.data.readers.reader import ROW, SOURCE
 from lepton_jax.errors import DataError, nearest
 
 PACKAGE = "lepton_jax."
+PIECE_BYTES = 2**26  # of a source that are read at once; assumption
 WHOLE = 2**62  # bytes: more than a source has, so that it is one piece
 
 
@@ -44,12 +45,14 @@ def open_prepared(
     folder: str | Path,
     *,
     classes: Sequence[type[Step]] = (),
+    sources: Sequence[readers.Reader] = (),
 ) -> Prepared:
     """Open a folder that `prepare` has written.
 
     Args:
       folder: the folder.
       classes: of a spec's own steps, which are not part of Lepton.
+      sources: readers of the sources that it was made of, in their order.
 
     Raises:
       DataError: there is no manifest in it, or it is of a newer format.
@@ -76,7 +79,7 @@ def open_prepared(
             where=path,
             remedy="install a newer lepton-jax",
         )
-    return Prepared(Path(folder), manifest, classes)
+    return Prepared(Path(folder), manifest, classes, sources)
 
 
 class Prepared:
@@ -92,8 +95,10 @@ class Prepared:
         folder: Path,
         manifest: dict[str, Any],
         classes: Sequence[type[Step]] = (),
+        sources: Sequence[readers.Reader] = (),
     ):
         self.folder = folder
+        self._sources = tuple(sources)
         self.manifest = manifest
         self._classes = {kind.__name__: kind for kind in classes}
 
@@ -113,13 +118,18 @@ class Prepared:
         return list(self.manifest["inputs"])
 
     @property
-    def target(self) -> str | None:
-        """The column to predict; None: there is none."""
+    def target(self) -> str | list[str] | None:
+        """The column to predict, or several; None: there is none."""
         return self.manifest["target"]
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The columns to predict."""
+        return targets_of(self.target)
+
+    @property
     def outputs(self) -> list[str]:
-        """Columns of the shards: the inputs, then the target."""
+        """Columns of the shards: the inputs, then the targets."""
         return [column["name"] for column in self.manifest["schema"]]
 
     def shards(self, split: str = "train") -> list[Path]:
@@ -164,6 +174,53 @@ class Prepared:
         ]
         table = pl.concat(tables, rechunk=True)
         return table if traced else table.select(self.outputs)
+
+    def raw_rows(
+        self,
+        split: str,
+        numbers: np.ndarray | None = None,
+    ) -> pl.DataFrame | None:
+        """Return the rows of a split as they were read, before any step.
+
+        Args:
+          split: its name.
+          numbers: of the wanted rows of the split; None: all.
+
+        Returns:
+          The rows in the order of the split; None where the sources are not known, as
+          in a folder that was opened later.
+
+        Raises:
+          DataError: a source can't be read any more.
+        """
+        if not self._sources:
+            return None
+        wanted = self.table(split, traced=True).select(SOURCE, ROW)
+        if numbers is not None:
+            wanted = wanted[numbers]
+        parts = [
+            self._raw_part(number, wanted.filter(pl.col(SOURCE) == number).select(ROW))
+            for number in wanted[SOURCE].unique().sort()
+        ]
+        found = pl.concat(parts, how="diagonal_relaxed")
+        joined = wanted.join(
+            found,
+            on=[SOURCE, ROW],
+            how="left",
+            maintain_order="left",
+        )
+        return joined.drop(SOURCE, ROW)
+
+    def _raw_part(self, number: int, wanted: pl.DataFrame) -> pl.DataFrame:
+        """Read the wanted rows of one source, piece by piece."""
+        reader = self._sources[number]
+        unique = wanted.unique()
+        parts = [
+            reader.read(piece).table.join(unique, on=ROW, how="semi")
+            for piece in reader.pieces(PIECE_BYTES)
+        ]
+        source = pl.lit(number, pl.UInt32).alias(SOURCE)
+        return pl.concat(parts, how="diagonal_relaxed").with_columns(source)
 
     def _shard(self, path: Path) -> pl.DataFrame:
         if not path.exists():
@@ -328,21 +385,15 @@ class Prepared:
             drop a row.
         """
         given = _rows(raw)
-        has_target = self.target is not None and self.target in given.columns
+        present = set(self.targets) & set(given.columns)
+        has_target = bool(present) and present == set(self.targets)
         table = self._typed(given)
-        if (
-            not has_target
-            and self.target in self._raw.columns
-            and len(
-                self._raw,
-            )
-        ):
-            # Steps that ask for a target get that of a row that was not dropped.
-            value = self._raw[self.target][0]
-            kind = self._raw.schema[self.target]
-            table = table.with_columns(
-                pl.lit(value, kind).alias(self.target),
-            )
+        absent = [] if has_target or not len(self._raw) else self.targets
+        for name in absent:
+            if name in self._raw.columns:
+                # Steps that ask for a target get that of a row that was not dropped.
+                value = self._raw[name].new_from_index(0, table.height)
+                table = table.with_columns(value)
         for number, one in enumerate(self.steps):
             if one.step.serves:
                 table = self._applied(number, one, table)
@@ -377,7 +428,7 @@ class Prepared:
 
     def _typed(self, given: pl.DataFrame) -> pl.DataFrame:
         """Return raw rows with the columns and types that the steps were fitted on."""
-        for name in sorted(self.needed - {self.target}):
+        for name in sorted(self.needed - set(self.targets)):
             if name not in given.columns:
                 raise DataError(
                     f"the column {name!r} is missing{nearest(name, given.columns)}",

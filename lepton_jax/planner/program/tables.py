@@ -11,10 +11,12 @@ note of the plan where the mark says so; of a large one it is a note.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
+from lepton_jax.augment import step_key
 from lepton_jax.controller import Controller
 from lepton_jax.errors import RecipeError
 from lepton_jax.step import optimizers
@@ -68,7 +70,7 @@ def find_tables(
     Args:
       controller: the recipe and its policies.
       state: shapes of the state.
-      loss: the training loss, of one micro-batch.
+      loss: the training loss of one micro-batch, see `training_loss.whole_loss`.
       batch: shapes of inputs and targets.
 
     Raises:
@@ -83,7 +85,9 @@ def find_tables(
         return Tables()
 
     knobs = controller.forward_knobs(state.controller)
-    args = (state.variables, state.key, *batch, knobs)
+    make = partial(step_key, controller.recipe.preprocess, part=0)
+    key = jax.eval_shape(lambda key: make(key, key), state.key)
+    args = (state.variables, key, *batch, knobs)
     found = _looked_through(controller, loss, state, args, candidates)
     if marks and not any(found[path].use.lookups for path in marks):
         raise RecipeError(

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 
 from lepton_jax import losses
+from lepton_jax.augment import step_key
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, whole_axes
 from lepton_jax.controller import Controller, stride
 from lepton_jax.errors import DataError, ModelError, pointing_at_user
@@ -25,7 +27,12 @@ from lepton_jax.recipe import Recipe
 from lepton_jax.step.embeddings import Tables, compacted
 from lepton_jax.step.module import Functional, forward_sowing, functional, leaks
 from lepton_jax.step.state import State
-from lepton_jax.step.training_loss import ARGUMENTS, argument_paths, training_loss
+from lepton_jax.step.training_loss import (
+    ARGUMENTS,
+    argument_paths,
+    training_gradient,
+    whole_loss,
+)
 from lepton_jax.trees import by_path, nbytes
 
 # FLOPs of a train step by those of its forward pass: the backward pass computes the
@@ -84,20 +91,26 @@ class Trace:
         return self._gradients[remat]
 
     def _trace_gradient(self, remat: str) -> Graph:
-        loss = training_loss(self.recipe, self.functional, micro_batches=1)
         state = self.state
         params = state.params
         rows = []
+        remade = partial(rematerialized, policy=remat)
+        around = remade
         if self.tables:
-            loss = compacted(loss, self.tables)
             params = self.tables.compact(params)
             rows = [self.tables.rows()]
-        gradient = jax.grad(rematerialized(loss, remat), has_aux=True)
+            around = partial(compacted, tables=self.tables, around=remade)
+        gradient = training_gradient(
+            self.recipe,
+            self.functional,
+            micro_batches=1,
+            around=around,
+        )
         knobs = self.controller.forward_knobs(state.controller)
         program = jax.make_jaxpr(gradient)(
             params,
             state.variables,
-            state.key,
+            self.key,
             self.inputs,
             self.targets,
             knobs,
@@ -112,13 +125,19 @@ class Trace:
         return Graph(program, parameters=count, gradients=count, whole=whole)
 
     @property
+    def key(self) -> Any:
+        """Shapes of the random keys of a micro-batch (see `augment.step_key`)."""
+        make = partial(step_key, self.recipe.preprocess, part=0)
+        return jax.eval_shape(lambda key: make(key, key), self.state.key)
+
+    @property
     def arguments(self) -> list[str]:
         """Paths of the inputs of `gradient`."""
         state = self.state
         given = (
             state.params,
             state.variables,
-            state.key,
+            self.key,
             self.inputs,
             self.targets,
             self.controller.forward_knobs(state.controller),
@@ -238,7 +257,7 @@ def _trace(
         tables=find_tables(
             controller,
             state,
-            training_loss(recipe, module, micro_batches=1),
+            whole_loss(recipe, module, micro_batches=1),
             (inputs, targets),
         ),
     )

@@ -6,7 +6,6 @@ and micro-batches. `read` checks all of it before anything is searched.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from lepton_jax.planner.program.remat import POLICIES
 from lepton_jax.planner.program.trace import Trace
 from lepton_jax.planner.search.limits import LISTED_PARAMETERS
 from lepton_jax.planner.search.masks import divides, parts, sample_axes
+from lepton_jax.trees import matches
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class _Reader:
     def pin(self, pattern: str, spec: Any) -> None:
         """Note one pin for all arrays that its pattern matches."""
         paths = self._indices
-        matched = [path for path in paths if _matches(path, pattern)]
+        matched = [path for path in paths if matches(path, pattern)]
         if not matched:
             raise self._unmatched(pattern)
         for path in matched:
@@ -392,11 +392,3 @@ def _axes(entry: Any) -> tuple[str, ...]:
     if isinstance(entry, str):
         return (entry,)
     return tuple(entry)
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """Whether a path matches as in a shell; "**/" also stands for no folder at all."""
-    if fnmatch.fnmatchcase(path, pattern):
-        return True
-    no_folder = pattern.removeprefix("**/")
-    return no_folder != pattern and fnmatch.fnmatchcase(path, no_folder)

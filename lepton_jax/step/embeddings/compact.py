@@ -78,12 +78,17 @@ def clipped(ids: Any, size: int, mode: Any) -> Any:
     return jnp.where(is_row, ids, size).astype(jnp.int32)
 
 
-def compacted(loss: Callable, tables: Tables) -> Callable:
+def compacted(
+    loss: Callable,
+    tables: Tables,
+    around: Callable[[Callable], Callable] = lambda loss: loss,
+) -> Callable:
     """Return a training loss that takes the touched rows in place of its tables.
 
     Args:
       loss: a function of `training_loss.ARGUMENTS`.
       tables: its tables.
+      around: what is made of it then.
 
     Returns:
       A function of these arguments and of the rows, by path of the table.
@@ -102,7 +107,7 @@ def compacted(loss: Callable, tables: Tables) -> Callable:
         results = _Compact().run(program.jaxpr, program.consts, values)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
-    return run
+    return around(run)
 
 
 def looked_up(

@@ -3,6 +3,12 @@
 from lepton_jax.step.optimizers.core import build, updating
 from lepton_jax.step.optimizers.evaluation import evaluated
 from lepton_jax.step.optimizers.optimizer import SCHEDULED, Optimizer, unchanged
+from lepton_jax.step.optimizers.parts import (
+    by_part,
+    check_parts,
+    parts_of,
+    without_frozen,
+)
 from lepton_jax.step.optimizers.rowwise import (
     marked,
     rowwise,
@@ -16,12 +22,16 @@ __all__ = [
     "Optimizer",
     "Switchable",
     "build",
+    "by_part",
+    "check_parts",
     "evaluated",
     "marked",
+    "parts_of",
     "rowwise",
     "rowwise_adagrad",
     "sparse_adam",
     "switchable",
     "unchanged",
     "updating",
+    "without_frozen",
 ]

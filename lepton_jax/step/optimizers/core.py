@@ -1,9 +1,11 @@
 """From a recipe's optimizer to the one Optax transformation that the step applies.
 
-Its hyperparameters are knobs. The recipe gives it in one of three forms:
+Its hyperparameters are knobs. The recipe gives it in one of four forms:
 
 - a function of the learning rate, such as `optax.adamw`: see maker.py;
 - several such functions, `switchable(...)`: see switching.py;
+- one for each part of the parameters, `by_part(...)`: see parts.py; it is a function of
+  the rate if one of its parts is;
 - a finished transformation, such as `optax.adam(0.1)`: the knob `learning_rate` is a
   factor of its updates.
 """
@@ -21,6 +23,7 @@ from lepton_jax.errors import RecipeError, pointing_at_user
 from lepton_jax.step.optimizers.evaluation import check_evaluation
 from lepton_jax.step.optimizers.maker import Maker
 from lepton_jax.step.optimizers.optimizer import Optimizer, unchanged
+from lepton_jax.step.optimizers.parts import Parts, holding
 from lepton_jax.step.optimizers.switching import Switchable, Switching
 from lepton_jax.step.optimizers.transformation import Transformation, is_transformation
 from lepton_jax.trees import shapes
@@ -42,7 +45,9 @@ def build(recipe: Recipe) -> Optimizer:
     """
     given: Any = recipe.optimizer
     rate = recipe.learning_rate
-    if isinstance(given, Switchable):
+    if isinstance(given, Parts) and not given.follows_rate:
+        made = _finished(given(None), rate)
+    elif isinstance(given, Switchable):
         _check_rate(rate)
         each = [Maker(make, rate).optimizer() for make in given.makers]
         made = Switching(each, given.carry).optimizer()
@@ -51,6 +56,7 @@ def build(recipe: Recipe) -> Optimizer:
         made = Maker(given, rate).optimizer()
     else:
         made = _finished(given, rate)
+    made = holding(made, given)
     return made._replace(init=_trying(made, recipe.evaluate_params))
 
 

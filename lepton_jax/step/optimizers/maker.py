@@ -79,7 +79,7 @@ class Maker:
         self._rate = rate
         self._follows = callable(rate)
         base_rate = float("nan") if self._follows else float(rate)
-        self._base = {"learning_rate": base_rate, **_defaults(make)}
+        self._base = {"learning_rate": base_rate, **defaults(make)}
         self._known: dict[Any, Manner] = {}
         if not self._follows:
             # a thing that is no optimizer at all is told before the model is traced
@@ -387,16 +387,16 @@ def _leaf_of_count(readings: list[Reading]) -> int | None:
     return next((reading.leaf for reading in [*scaling, *counted]), None)
 
 
-def _defaults(make: Any) -> dict[str, float]:
+def defaults(make: Any) -> dict[str, float]:
     """Return the knobs among a function's keyword arguments, with their defaults."""
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):
         return {}
-    defaults = {}
+    knobs = {}
     for name, parameter in parameters.items():
         default = parameter.default
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
         if name in ("weight_decay", *FORMING) and is_number:
-            defaults[name] = float(default)
-    return defaults
+            knobs[name] = float(default)
+    return knobs

@@ -89,50 +89,16 @@ def of_number(value: int) -> int:
     return z ^ (z >> 31)
 
 
-# ---- internals ----
-
-
-@dataclass(frozen=True)
-class _RowHash:
-    start: int
-
-    def __call__(self, rows: pl.Series) -> pl.Series:
-        table = rows.struct.unnest()
-        source = _column(table[SOURCE])
-        hashes = _mixed(source + np.uint64(self.start))
-        row = _column(table[ROW])
-        return pl.Series(_mixed(hashes + row))
-
-
-@dataclass(frozen=True)
-class _TextHash:
-    start: int
-
-    def __call__(self, rows: pl.Series) -> pl.Series:
-        hashes = np.full(
-            len(rows),
-            self.start,
-            np.uint64,
-        )
-        for text in rows.struct.unnest().iter_columns():
-            own = _hashed(text.cast(pl.String))
-            hashes = _mixed(hashes + own)
-        return pl.Series(hashes)
-
-
-def _column(series: pl.Series) -> np.ndarray:
-    return series.cast(pl.UInt64).to_numpy()
-
-
-def _mixed(value: np.ndarray) -> np.ndarray:
-    """Return `of_number` of each value; numpy's arrays wrap around at 2**64."""
+def mixed(value: np.ndarray) -> np.ndarray:
+    """Return `of_number` of each value, uint64; NumPy wraps around at 2**64."""
     z = value + np.uint64(INCREMENT)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(FIRST)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(SECOND)
     return z ^ (z >> np.uint64(31))
 
 
-def _hashed(text: pl.Series) -> np.ndarray:
+def of_texts(text: pl.Series) -> np.ndarray:
+    """Return the hash of each text, uint64; null has one, too."""
     lengths = text.str.len_bytes().fill_null(0)
     size = lengths.cast(pl.Int64).to_numpy()
     is_short = size <= LONGEST
@@ -146,10 +112,45 @@ def _hashed(text: pl.Series) -> np.ndarray:
     return hashes
 
 
+# ---- internals ----
+
+
+@dataclass(frozen=True)
+class _RowHash:
+    start: int
+
+    def __call__(self, rows: pl.Series) -> pl.Series:
+        table = rows.struct.unnest()
+        source = _column(table[SOURCE])
+        hashes = mixed(source + np.uint64(self.start))
+        row = _column(table[ROW])
+        return pl.Series(mixed(hashes + row))
+
+
+@dataclass(frozen=True)
+class _TextHash:
+    start: int
+
+    def __call__(self, rows: pl.Series) -> pl.Series:
+        hashes = np.full(
+            len(rows),
+            self.start,
+            np.uint64,
+        )
+        for text in rows.struct.unnest().iter_columns():
+            own = of_texts(text.cast(pl.String))
+            hashes = mixed(hashes + own)
+        return pl.Series(hashes)
+
+
+def _column(series: pl.Series) -> np.ndarray:
+    return series.cast(pl.UInt64).to_numpy()
+
+
 def _short_hashes(text: pl.Series, size: np.ndarray) -> np.ndarray:
     """Hash the first `size` bytes of each text."""
     words, starts = _words(text)
-    hashes = _mixed(size.astype(np.uint64))
+    hashes = mixed(size.astype(np.uint64))
     for position in range(0, int(size.max(initial=0)), WORD):
         rows = np.flatnonzero(size > position)
         word = words[starts[rows] + position]
@@ -160,7 +161,7 @@ def _short_hashes(text: pl.Series, size: np.ndarray) -> np.ndarray:
         ).astype(np.uint64)
         bits = np.uint64(8) * surplus
         word = (word << bits) >> bits
-        hashes[rows] = _mixed(hashes[rows] + word)
+        hashes[rows] = mixed(hashes[rows] + word)
     return hashes
 
 

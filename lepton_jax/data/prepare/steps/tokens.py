@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import polars as pl
@@ -40,6 +40,13 @@ COUNTS = pl.Schema(
 )
 # The word characters of Unicode, or one mark of punctuation.
 WORD = r"\w+|[^\w\s]"
+# Scripts that are written without spaces between words (Unicode Standard Annex 29,
+# section 4.1, and Annex 14, classes ID and SA).
+UNSPACED = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+)
+# The same as WORD, but each character of these scripts stands alone.
+WORD_APART = rf"[{UNSPACED}]|[\w--[{UNSPACED}]]+|[^\w\s]"
 _CUT = "lepton.cut"
 _SIZE = "lepton.size"
 
@@ -83,14 +90,14 @@ class ByteTokens(Step):
         self,
         schema: pl.Schema,
     ) -> pl.Schema:
-        return _checked(self, schema)
+        return checked(self, schema)
 
     def run(
         self,
         table: pl.LazyFrame,
         state: pl.DataFrame | None,
     ) -> Outcome:
-        return _tokenized(self, table, _bytes_of)
+        return tokenized(self, table, _bytes_of)
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,16 @@ class FileTokens(Fitted):
     ) -> pl.Schema:
         content = _read(self.file)
         _opened(_kind(content), content)
-        return _checked(self, schema)
+        return checked(self, schema)
+
+    def vocab(self) -> int:
+        """Return the count of the tokenizer's ids.
+
+        Raises:
+          DataError: see `check`.
+        """
+        content = _read(self.file)
+        return _opened(_kind(content), content).vocab
 
     def to_json(self) -> dict[str, Any]:
         digest = hashlib.sha256(_read(self.file)).hexdigest()
@@ -162,11 +178,11 @@ class FileTokens(Fitted):
     ) -> Outcome:
         def pieces(text: pl.Series) -> pl.Series:
             assert state is not None
-            encode = _opened(*state.row(0))
+            encode = _opened(*state.row(0)).encode
             ids = encode(text.fill_null("").to_list())
             return pl.Series(ids, dtype=TOKENS)
 
-        return _tokenized(self, table, pieces)
+        return tokenized(self, table, pieces)
 
 
 @dataclass(frozen=True)
@@ -182,6 +198,8 @@ class WordTokens(Fitted):
       most: words of the vocabulary, at most.
       least_count: how often a word must be there.
       lower: whether case does not count.
+      apart: whether each character of a script that is written without spaces, such as
+        Chinese, Japanese or Thai, is a word; else a run of them is one.
       length: of the arrays; None: lists, each as long as its text.
       begin: id in front of each text; None: nothing.
       end: id behind each text, also where it is cut off; None: nothing.
@@ -192,6 +210,7 @@ class WordTokens(Fitted):
     most: int = 30_000
     least_count: int = 1
     lower: bool = True
+    apart: bool = False
     length: int | None = None
     begin: int | None = None
     end: int | None = None
@@ -203,7 +222,7 @@ class WordTokens(Fitted):
         self,
         schema: pl.Schema,
     ) -> pl.Schema:
-        return _checked(self, schema)
+        return checked(self, schema)
 
     def partial(
         self,
@@ -265,19 +284,19 @@ class WordTokens(Fitted):
                 maintain_order="left",
             )
             values = ids["id"].fill_null(UNKNOWN).to_numpy()
-            return _lists(
+            return lists_of(
                 values,
                 lists.list.len().to_numpy(),
             )
 
-        return _tokenized(self, table, numbers)
+        return tokenized(self, table, numbers)
 
     def _words(
         self,
         text: pl.Expr,
     ) -> pl.Expr:
         text = text.str.to_lowercase() if self.lower else text
-        return text.str.extract_all(WORD)
+        return text.str.extract_all(WORD_APART if self.apart else WORD)
 
 
 # ---- internals ----
@@ -290,7 +309,7 @@ _FILE = pl.Schema(
 )
 
 
-def _checked(
+def checked(
     step: _Framed,
     schema: pl.Schema,
 ) -> pl.Schema:
@@ -309,8 +328,13 @@ def _checked(
             remedy=f"give a number above {frame}, or None for lists",
         )
     after = pl.Schema(schema)
-    after[step.column] = _type(step)
+    after[_written(step)] = _type(step)
     return after
+
+
+def _written(step: _Framed) -> str:
+    """Return the column that a step writes."""
+    return getattr(step, "into", None) or step.column
 
 
 def _type(step: _Framed) -> pl.DataType:
@@ -322,7 +346,7 @@ def _type(step: _Framed) -> pl.DataType:
     )
 
 
-def _tokenized(
+def tokenized(
     step: _Framed,
     table: pl.LazyFrame,
     tokens: Callable[[pl.Series], pl.Series],
@@ -352,7 +376,7 @@ def _tokenized(
         .alias(_CUT)
     )
     cut = pl.col(_CUT).struct
-    framed_tokens = cut.field(_CUT).alias(step.column)
+    framed_tokens = cut.field(_CUT).alias(_written(step))
     replaced = with_tokens.with_columns(framed_tokens).drop(_CUT)
     if step.length is None:
         return Outcome(replaced)
@@ -429,13 +453,13 @@ def _bytes_of(text: pl.Series) -> pl.Series:
         b"".join(content),
         np.uint8,
     )
-    return _lists(
+    return lists_of(
         values.astype(np.int32),
         sizes,
     )
 
 
-def _lists(
+def lists_of(
     values: np.ndarray,
     sizes: np.ndarray,
 ) -> pl.Series:
@@ -462,13 +486,25 @@ def _kind(content: bytes) -> str:
     return "tokenizers" if content.lstrip()[:1] == b"{" else "sentencepiece"
 
 
+class _Tokenizer(NamedTuple):
+    """A tokenizer of a file.
+
+    Attributes:
+      encode: texts to the ids of each.
+      vocab: count of ids.
+    """
+
+    encode: Callable[[list[str]], list[list[int]]]
+    vocab: int
+
+
 # As many tokenizers as a few preparations in one process have (assumption).
 @functools.lru_cache(maxsize=8)
 def _opened(
     kind: str,
     content: bytes,
-) -> Callable[[list[str]], list[list[int]]]:
-    """Return the function that encodes texts.
+) -> _Tokenizer:
+    """Return a tokenizer of a file.
 
     Raises:
       DataError: the library is not installed, or can't read the file.
@@ -481,7 +517,8 @@ def _opened(
     try:
         if kind == "sentencepiece":
             model = library.SentencePieceProcessor(model_proto=content)
-            return functools.partial(model.encode, out_type=int)
+            encode = functools.partial(model.encode, out_type=int)
+            return _Tokenizer(encode, model.get_piece_size())
         tokenizer = library.Tokenizer.from_str(content.decode())
     # Both libraries raise a bare RuntimeError or Exception for a file of another kind.
     except Exception as error:
@@ -491,8 +528,8 @@ def _opened(
             remedy="give a SentencePiece model (.model) or a tokenizer.json",
         ) from error
 
-    def encode(texts: list[str]) -> list[list[int]]:
+    def ids_of(texts: list[str]) -> list[list[int]]:
         found = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [each.ids for each in found]
 
-    return encode
+    return _Tokenizer(ids_of, tokenizer.get_vocab_size())

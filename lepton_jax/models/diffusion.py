@@ -1,0 +1,235 @@
+"""A small U-Net that turns noise into images, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lepton_jax.models.gan import enlarged, folded
+
+LONGEST_PERIOD = 10_000.0  # of the codes of time; Vaswani et al. 2017, section 3.5
+TIME_SCALE = 1000.0  # steps that a time of 1 stands for; Ho et al. 2020, section 4
+GROUPS = 8  # of a group norm; assumption
+
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions around which the input goes, told the time between them.
+
+    Args:
+      inputs: channels of the input.
+      outputs: channels of the output.
+      time: width of the code of time.
+      dropout: share of the units dropped before the second convolution.
+      rngs: streams `params` and, with dropout, `dropout`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        time: int,
+        dropout: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.norms = nnx.List(
+            [
+                nnx.GroupNorm(n, num_groups=math.gcd(n, GROUPS), rngs=rngs)
+                for n in (inputs, outputs)
+            ]
+        )
+        self.first = nnx.Conv(inputs, outputs, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(
+            outputs,
+            outputs,
+            (3, 3),
+            kernel_init=nnx.initializers.zeros,
+            rngs=rngs,
+        )
+        self.time = nnx.Linear(time, 2 * outputs, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.way_round = (
+            nnx.Conv(inputs, outputs, (1, 1), rngs=rngs) if inputs != outputs else None
+        )
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        """Map (batch, h, w, inputs), told codes (batch, time), to (..., outputs)."""
+        hidden = self.first(nnx.silu(self.norms[0](x)))
+        scale, shift = jnp.split(self.time(time)[:, None, None, :], 2, axis=-1)
+        hidden = nnx.silu(self.norms[1](hidden) * (1 + scale) + shift)
+        if self.dropout is not None:
+            hidden = self.dropout(hidden)
+        if self.way_round is not None:
+            x = self.way_round(x)
+        return x + self.second(hidden)
+
+
+class UNet(nnx.Module):
+    """Noisy images and times to the direction from image to noise.
+
+    Pixels are first folded into channels, 2x2 to 1, so that the convolutions work at
+    half and at a quarter of the resolution.
+
+    Args:
+      size: (height, width, channels) of the images; height and width divide by 4.
+      width: channels at half of the resolution; at a quarter there are twice as many.
+      blocks: on each way, down and up, at each resolution.
+      dropout: share of the units dropped in each block.
+      rngs: streams `params` and, with dropout, `dropout`.
+
+    Raises:
+      ValueError: height or width do not divide by 4.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int] = (28, 28, 1),
+        *,
+        width: int = 32,
+        blocks: int = 1,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        height, length, channels = size
+        if height % 4 or length % 4:
+            raise ValueError(
+                f"images of {tuple(size)}: height and width must divide by 4"
+            )
+        time = 4 * width
+        self.width = width
+
+        def row(inputs: int, outputs: int) -> nnx.List:
+            widths = [inputs] + [outputs] * (blocks - 1)
+            return nnx.List(
+                [Block(n, outputs, time, dropout, rngs=rngs) for n in widths]
+            )
+
+        self.time = nnx.List(
+            [nnx.Linear(n, time, rngs=rngs) for n in (width, time)],
+        )
+        self.input = nnx.Conv(4 * channels, width, (3, 3), rngs=rngs)
+        self.down = row(width, width)
+        self.lower = nnx.Conv(4 * width, 2 * width, (1, 1), rngs=rngs)
+        self.bottom = row(2 * width, 2 * width)
+        self.upper = nnx.Conv(2 * width, 4 * width, (1, 1), rngs=rngs)
+        self.up = row(2 * width, width)
+        self.norm = nnx.GroupNorm(width, num_groups=math.gcd(width, GROUPS), rngs=rngs)
+        self.output = nnx.Conv(
+            width,
+            4 * channels,
+            (3, 3),
+            kernel_init=nnx.initializers.zeros,
+            rngs=rngs,
+        )
+
+    def __call__(self, images: jax.Array, time: jax.Array) -> jax.Array:
+        """Map images (batch, h, w, channels) at times (batch,) to the same shape."""
+        code = nnx.silu(self.time[0](time_codes(time, self.width)))
+        code = nnx.silu(self.time[1](code))
+        x = self.input(folded(images))
+        for block in self.down:
+            x = block(x, code)
+
+        low = self.lower(folded(x))
+        for block in self.bottom:
+            low = block(low, code)
+
+        x = jnp.concatenate([x, enlarged(self.upper(low))], axis=-1)
+        for block in self.up:
+            x = block(x, code)
+        return enlarged(self.output(nnx.silu(self.norm(x))))
+
+
+class Diffusion(nnx.Module):
+    """Images from noise, along straight lines between the two.
+
+    At the time t, from 0 to 1, an image x and noise e are mixed as (1 - t) x + t e, and
+    the U-Net learns the direction e - x (Lipman et al. 2023, "Flow matching for
+    generative modeling", section 4.1; Liu et al. 2023, "Flow straight and fast"). To
+    sample, noise goes that way back in `steps` steps, with a correction in each but the
+    last (Heun; Karras et al. 2022, algorithm 1). In training, t is the sigmoid of a
+    normal number, so that the middle is seen most (Esser et al. 2024, section 3.1).
+
+    Args:
+      size: (height, width, channels) of the images; height and width divide by 4.
+      width: channels of the U-Net at half of the resolution.
+      blocks: of the U-Net, on each way at each resolution.
+      dropout: share of the units dropped in each block.
+      steps: from noise to an image.
+      rngs: streams `params`, `noise` and, with dropout, `dropout`.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int] = (28, 28, 1),
+        *,
+        width: int = 32,
+        blocks: int = 1,
+        dropout: float = 0.0,
+        steps: int = 25,
+        rngs: nnx.Rngs,
+    ):
+        self.size = tuple(size)
+        self.steps = steps
+        self.net = UNet(
+            size,
+            width=width,
+            blocks=blocks,
+            dropout=dropout,
+            rngs=rngs,
+        )
+        self.rngs = rngs.fork()
+
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+        """Mix images (batch, h, w, channels) in -1 to 1 with noise, and ask the way.
+
+        Returns:
+          "predicted" and "direction", of the images' shape.
+        """
+        noise = jax.random.normal(self.rngs.noise(), images.shape, images.dtype)
+        time = nnx.sigmoid(jax.random.normal(self.rngs.noise(), images.shape[:1]))
+        share = time.astype(images.dtype)[:, None, None, None]
+        mixed = (1 - share) * images + share * noise
+        return {
+            "predicted": self.net(mixed, time),
+            "direction": noise - images,
+        }
+
+    def samples(self, key: jax.Array, count: int) -> jax.Array:
+        """Return images (count, height, width, channels), from 0 to 1."""
+        pace = 1 / self.steps  # of the time, in one step
+
+        def back(step: jax.Array, x: jax.Array) -> jax.Array:
+            now = 1 - step * pace
+            way = self.net(x, jnp.full(count, now))
+            way_there = self.net(x - pace * way, jnp.full(count, now - pace))
+            return x - pace * (way + way_there) / 2
+
+        noise = jax.random.normal(key, (count, *self.size))
+        near = jax.lax.fori_loop(0, self.steps - 1, back, noise)
+        # the last step has no correction: at the time 0 there is no way to ask for
+        images = near - pace * self.net(near, jnp.full(count, pace))
+        return jnp.clip((images + 1) / 2, 0, 1)
+
+
+def direction_loss(outputs: dict[str, jax.Array], targets: object) -> jax.Array:
+    """Return the squared error of the direction, (batch,).
+
+    Args:
+      outputs: of a `Diffusion`.
+      targets: not used.
+    """
+    del targets
+    apart = outputs["predicted"] - outputs["direction"]
+    return (apart.reshape(apart.shape[0], -1) ** 2).mean(-1)
+
+
+def time_codes(time: jax.Array, width: int) -> jax.Array:
+    """Return sines and cosines of times (batch,) from 0 to 1, (batch, width)."""
+    exponents = jnp.arange(width // 2) / (width // 2)
+    angles = TIME_SCALE * time[:, None] * LONGEST_PERIOD**-exponents
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -1,0 +1,98 @@
+"""A linear classifier of texts by their n-grams, alone or next to a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+PADDING = 0  # the id that fills a text's list up
+
+
+class Ratios(nnx.Variable):
+    """Scales of the n-grams: part of the model's state, but not trained."""
+
+
+class NgramLinear(nnx.Module):
+    """Logits of a text: the sum of the weights of the n-grams that are in it.
+
+    Each n-gram is scaled by its log-count ratio of each class (Wang & Manning 2012,
+    "Baselines and Bigrams", section 2.3): with equal weights this is naive Bayes, with
+    trained ones their NB-SVM. In training, n-grams are dropped at random and the rest
+    is scaled up (Wang & Manning 2013, "Fast dropout training", section 2): that keeps a
+    frequent one from answering for a rare one.
+
+    Args:
+      classes: number of logits.
+      vocab: ids of n-grams, with 0, which is padding.
+      ratios: the scales, (vocab, classes); None: all are 1.
+      start: every weight at the beginning; the bias starts at 0.
+      dropout: share of the n-grams of a text that are dropped in training.
+      rngs: stream `dropout`, with dropout.
+
+    Raises:
+      ValueError: the ratios have another shape.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        vocab: int,
+        *,
+        ratios: Any = None,
+        start: float = 0.0,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        shape = (vocab, classes)
+        if ratios is not None and np.shape(ratios) != shape:
+            raise ValueError(f"ratios have shape {np.shape(ratios)}, not {shape}")
+        scales = jnp.ones(shape) if ratios is None else jnp.asarray(ratios, "float32")
+        self.ratios = Ratios(scales)
+        self.weights = nnx.Param(jnp.full(shape, start, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(classes))
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+
+    def __call__(self, ngrams: jax.Array) -> jax.Array:
+        """Map ids of distinct n-grams, (batch, count), to logits (batch, classes)."""
+        scaled = self.weights[...] * self.ratios[...]
+        present = (ngrams != PADDING).astype(scaled.dtype)
+        if self.dropout is not None:
+            present = self.dropout(present)
+        each = jnp.take(scaled, ngrams, axis=0)
+        return jnp.einsum("bn,bnc->bc", present, each) + self.bias[...]
+
+
+class WithNgrams(nnx.Module):
+    """The sum of the logits of a network and of a linear path over n-grams.
+
+    Such a model is called "wide and deep" (Cheng et al. 2016, "Wide & Deep Learning for
+    Recommender Systems", section 3): the linear path knows each rare n-gram by itself,
+    the network what similar words have in common.
+
+    Args:
+      network: makes the network of tokens from the rngs.
+      linear: makes the linear path, such as `NgramLinear`, from the rngs.
+      rngs: streams of both.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        linear: Callable[..., Any],
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.network = network(rngs=rngs)
+        self.linear = linear(rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, ngrams: jax.Array) -> jax.Array:
+        """Map tokens (batch, length), ngrams (batch, count) to logits (batch, classes).
+
+        Tokens and n-grams are int32.
+        """
+        return self.network(tokens) + self.linear(ngrams)

@@ -1,0 +1,96 @@
+"""New pictures from a generator and a discriminator."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+import lepton_jax as lepton
+from lepton_jax.models.gan import adversarial_loss
+
+# `recipes` is found wherever this file was started from
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from recipes import _pictures
+
+# Adam's decays; Radford et al. 2016, "Unsupervised representation learning with deep
+# convolutional generative adversarial networks", section 4, for the first
+FIRST_DECAY = 0.5
+SECOND_DECAY = 0.99
+
+
+def recipe(
+    data: Path | None = None,
+    size: int = 32,
+    prepared: Path | None = None,
+    latent: int = 64,
+    width: int = 32,
+    learning_rate: float = 5e-4,
+    judge_rate: float = 1.0,
+    batch_size: int = 64,
+    epochs: float = 60,
+    steps: int | None = None,
+    average: float = 0.999,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    save_every: int | None = None,
+    seed: int = 0,
+) -> lepton.Recipe:
+    """Learn to make pictures like those that are given, by two players.
+
+    Args:
+      data: a folder with the four idx files of MNIST, or of a set like it; or a folder
+        or an archive with a folder of images for each class. If left out,
+        scikit-learn's digits of 8x8 pixels.
+      size: height and width that images get, in pixels; idx files keep their own.
+      prepared: folder for the prepared rows, with a manifest of all that was done; if
+        left out, they are removed at the end.
+      latent: length of the noise that a picture is made from.
+      width: channels of the layers nearest to the pictures, of both players.
+      learning_rate: of Adam, for the generator.
+      judge_rate: the discriminator's rate as a multiple of it.
+      batch_size: pictures per step, over all devices.
+      epochs: passes over the training pictures.
+      steps: length of the run in steps, instead of epochs.
+      average: decay of the moving average of the parameters that is sampled from.
+      precision: dtype that the model computes in.
+      save_every: steps between checkpoints; each evaluation if left out.
+      seed: of the initial parameters, the noise and the order of the pictures.
+    """
+    pictures = _pictures.load(data, size, "recipes/gan.py", prepared)
+    total = steps or math.ceil(epochs * len(pictures.train) / batch_size)
+
+    return lepton.Recipe(
+        name="gan",
+        model=partial(lepton.models.GAN, pictures.size, latent=latent, width=width),
+        loss=adversarial_loss,
+        preprocess=partial(_pictures.between_one, brightest=pictures.brightest),
+        optimizer=lepton.optimizers.by_part(
+            {
+                "generator/*": _adam,
+                "discriminator/*": partial(_adam, times=judge_rate),
+            }
+        ),
+        learning_rate=learning_rate,
+        controller=lepton.controllers.averaging(average),
+        train=pictures.train,
+        test=pictures.test,
+        preparation=pictures.serving,
+        batch_size=batch_size,
+        steps=total,
+        precision=precision,
+        save_every=save_every,
+        seed=seed,
+    )
+
+
+def _adam(
+    learning_rate: Any,
+    times: float = 1.0,
+) -> optax.GradientTransformation:
+    """Return Adam for one of the players."""
+    return optax.adam(times * learning_rate, b1=FIRST_DECAY, b2=SECOND_DECAY)
