@@ -144,7 +144,17 @@ def some_columns(table, ids):
 
 @pytest.mark.parametrize(
     "look_up",
-    [clipped, padded, from_the_end, twice, mapped, one_row, again, called, some_columns],
+    [
+        clipped,
+        padded,
+        from_the_end,
+        twice,
+        mapped,
+        one_row,
+        again,
+        called,
+        some_columns,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_each_way_to_look_rows_up_is_followed(look_up):
@@ -292,7 +302,7 @@ def test_norms_of_gradients_are_exact():
     np.testing.assert_allclose(*norms, rtol=1e-5)
 
 
-def compiled(trainer, steps_per_call=None):
+def compiled(trainer):
     trace = trainer._tracing(None)
     program = lepton.Program(trace, trainer.plan(), jax.devices()[:1])
     return program.lower().compile()
@@ -391,24 +401,26 @@ def test_or_it_is_updated_as_a_whole_with_a_warning():
 
 
 def test_a_row_wise_optimizer_without_an_embedding_is_an_error():
-    rowwise = lepton.optimizers.rowwise(optax.sgd(0.1))
-    parts = optax.partition(
-        {"rows": rowwise, "rest": optax.sgd(0.1)},
-        {"table": "rest", "head": "rows"},
-    )
+    rowwise = lepton.optimizers.rowwise(optax.sgd)
+    parts = lepton.optimizers.by_part({"table": optax.sgd}, default=rowwise)
     with pytest.raises(RecipeError, match="looks no rows up"):
-        trained(parts, learning_rate=None)
+        trained(parts)
 
 
-def test_parts_of_the_model_may_have_optimizers_of_their_own():
-    rowwise = lepton.optimizers.sparse_adam(0.1)
-    parts = optax.partition(
-        {"rows": rowwise, "rest": optax.adam(0.1)},
-        {"table": "rows", "head": "rest"},
-    )
-    by_part = trained(parts, learning_rate=None)
+def test_a_part_of_the_model_may_be_updated_by_rows_alone():
+    rowwise = lepton.optimizers.sparse_adam
+    parts = lepton.optimizers.by_part({"table": rowwise}, default=optax.adam)
+    by_part = trained(parts)
     assert by_part.trace.tables.tables["table"].lazy
-    assert_alike(by_part, trained(lepton.optimizers.sparse_adam))
+    assert_alike(by_part, trained(rowwise))
+
+
+def test_a_frozen_table_stays_as_it_is():
+    rowwise = lepton.optimizers.rowwise(optax.adam)
+    parts = lepton.optimizers.by_part({"head/*": optax.adam}, default="frozen")
+    assert not trained(parts).trace.tables
+    with pytest.raises(RecipeError, match="looks no rows up"):
+        trained(lepton.optimizers.by_part({"head/*": rowwise}, default="frozen"))
 
 
 # ---- by itself, where nothing changes ----

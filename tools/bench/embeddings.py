@@ -115,12 +115,13 @@ def measure(
     rounds: int,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Return time and memory of each case; the first one is what others are set next to.
+    """Return time and memory of each case, and the ratio to the first one's time.
 
     Args:
       cases: optimizer and rows by name.
       dim: width of the embeddings.
-      rounds, seconds: as in `timing`.
+      rounds: rounds of all cases.
+      seconds: length of a slice.
     """
     trainers = {name: make_trainer(*case, dim) for name, case in cases.items()}
     runs = {name: partial(fit, trainer) for name, trainer in trainers.items()}

@@ -38,6 +38,8 @@ from lepton_jax.trees import by_path, nbytes
 LARGE = 2**24
 # rows by slots from which on it is; assumption
 SPARSE = 4
+# parameter names in a message; assumption
+LISTED = 4
 # rows and slots are numbered in int32
 MOST = 2**31 - 1
 
@@ -91,8 +93,8 @@ def find_tables(
     found = _looked_through(controller, loss, state, args, candidates)
     if marks and not any(found[path].use.lookups for path in marks):
         raise RecipeError(
-            "the optimizer is row-wise, but the model looks no rows up in the parameters"
-            f" that it updates: {', '.join(list(marks)[:4])}",
+            "the optimizer is row-wise, but the model looks no rows up in its"
+            f" parameters: {', '.join(list(marks)[:LISTED])}",
             where="Recipe.optimizer",
             remedy="leave lepton.optimizers.rowwise out, or give it the embeddings",
         )
@@ -125,8 +127,8 @@ def _judged(
     able = [path for path in wanted if not against[path]]
     verdicts = tried(controller.optimizer, state.params, state.optimizer, able)
     tables = {}
-    hints = []
-    refused = []
+    hints: list[str] = []
+    refused: list[str] = []
     for path in wanted:
         size = params[path].shape[0]
         slots = slots_for(found[path].lookups, size)
@@ -208,23 +210,19 @@ def _looked_through(
     params = by_path(state.params)
     by_use = dict(zip(params, uses(program, len(params)), strict=True))
 
-    able = {
-        path: Table(path, params[path].shape[0], 0, lazy=False)
-        for path in candidates
-        if by_use[path].lookups and not by_use[path].others
-    }
-    lookups = dict.fromkeys(candidates, 0)
-    depends = dict.fromkeys(candidates, "")
-    for path in able:
-        only = Tables({path: able[path]})
-        ids, paths, used = looked_up(loss, only, state.params, args)
-        sizes = [result.aval.size for result in ids.jaxpr.outvars]
-        lookups[path] = sum(sizes)
-        assert set(paths) <= {path}
-        depends[path] = _dependence(controller, program, state, used)
-    return {
-        path: Found(by_use[path], lookups[path], depends[path]) for path in candidates
-    }
+    found = {}
+    for path in candidates:
+        use = by_use[path]
+        lookups = 0
+        depends = ""
+        if use.lookups and not use.others:
+            table = Table(path, params[path].shape[0], 0, lazy=False)
+            only = Tables({path: table})
+            ids, _, used = looked_up(loss, only, state.params, args)
+            lookups = sum(result.aval.size for result in ids.jaxpr.outvars)
+            depends = _dependence(controller, program, state, used)
+        found[path] = Found(use, lookups, depends)
+    return found
 
 
 def _dependence(

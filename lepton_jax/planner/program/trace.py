@@ -24,7 +24,7 @@ from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.remat import rematerialized
 from lepton_jax.planner.program.tables import find_tables
 from lepton_jax.recipe import Recipe
-from lepton_jax.step.embeddings import Tables, compacted
+from lepton_jax.step.embeddings import NO_TABLES, Tables, compacted
 from lepton_jax.step.module import Functional, forward_sowing, functional, leaks
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import (
@@ -72,7 +72,7 @@ class Trace:
     operations: dict[str, int]
     samples: int | None
     weighted: bool = False
-    tables: Tables = Tables()
+    tables: Tables = NO_TABLES
     _gradients: dict[str, Graph] = field(
         default_factory=dict, repr=False, compare=False
     )

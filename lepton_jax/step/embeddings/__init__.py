@@ -20,11 +20,18 @@ norms of gradients exact.
 
 from lepton_jax.step.embeddings.compact import compacted, looked_up
 from lepton_jax.step.embeddings.rows import Rows, rowwise_arrays, touched
-from lepton_jax.step.embeddings.tables import Table, Tables, followed, slots_for
+from lepton_jax.step.embeddings.tables import (
+    NO_TABLES,
+    Table,
+    Tables,
+    followed,
+    slots_for,
+)
 from lepton_jax.step.embeddings.trial import Verdict, tried
 from lepton_jax.step.embeddings.uses import Use, uses
 
 __all__ = [
+    "NO_TABLES",
     "Rows",
     "Table",
     "Tables",

@@ -1,8 +1,8 @@
 """The training loss on the touched rows of its tables.
 
-The loss is traced on tables of full size, as its author wrote it, and its program is run
-again operation by operation. There a table is `Held`: its touched rows, and which ones
-they are. A lookup of row 5 among the slots [2, 5, 8] takes slot 1:
+The loss is traced on tables of full size, as its author wrote it, and its program is
+run again operation by operation. There a table is `Held`: its touched rows, and which
+ones they are. A lookup of row 5 among the slots [2, 5, 8] takes slot 1:
 
 >>> held = Held("items", 8, jnp.zeros((3, 2)), jnp.array([2, 5, 8]))
 >>> held.slots_of(jnp.array([5, 2, 5]), GatherScatterMode.CLIP)

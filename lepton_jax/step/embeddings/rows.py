@@ -127,6 +127,8 @@ def rowwise_arrays(sizes: Mapping[str, int], state: Any) -> dict[str, str]:
         if not path.startswith(("params/", "optimizer/")):
             continue
         table = followed(path, params)
-        if table in sizes and leaf.ndim and leaf.shape[0] == sizes[table]:
+        if table is None or table not in sizes:
+            continue
+        if leaf.ndim and leaf.shape[0] == sizes[table]:
             found[path] = table
     return found

@@ -35,7 +35,9 @@ class Table:
     def why(self) -> str:
         """The sentence of a plan on this table."""
         most = min(self.slots, self.size)
-        others = "and the others wait" if self.lazy else "as the others would stay anyway"
+        others = (
+            "and the others wait" if self.lazy else "as the others would stay anyway"
+        )
         return (
             f"a step updates the rows that it looks up alone, at most {most:,} of"
             f" {self.size:,}, {others}"
@@ -95,6 +97,9 @@ class Tables:
                 shape = (count(self.tables[path]), *shape[1:])
             shapes.append(jax.ShapeDtypeStruct(shape, x.dtype))
         return jax.tree.unflatten(jax.tree.structure(params), shapes)
+
+
+NO_TABLES = Tables()
 
 
 def slots_for(lookups: int, size: int) -> int:

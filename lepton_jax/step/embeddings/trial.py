@@ -203,7 +203,9 @@ class _Trial:
     ) -> dict[str, np.ndarray]:
         params = {p.removeprefix("params/") for p in leaves if p.startswith("params/")}
         return {
-            own: x for own, x in leaves.items() if x.ndim and followed(own, params) == path
+            own: x
+            for own, x in leaves.items()
+            if x.ndim and followed(own, params) == path
         }
 
 

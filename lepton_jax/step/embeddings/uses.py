@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, Literal, source_line
 
 # operations on a table that give one whose rows are those of the former, one by one

@@ -15,7 +15,6 @@ moments. What this means for a row that is not touched is the person's choice:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -122,7 +121,9 @@ def sparse_adam(
 
     Args:
       learning_rate: a number or an Optax schedule.
-      b1, b2, eps: as in `optax.adam`.
+      b1: decay of the first moments.
+      b2: decay of the second moments.
+      eps: added to the root of the second moments.
       otherwise: as in `rowwise`.
     """
     return rowwise(optax.adam(learning_rate, b1, b2, eps), otherwise)
@@ -175,7 +176,7 @@ def rowwise_adagrad(
 
 def marked(state: Any) -> dict[str, str]:
     """Return the parameters under a row-wise optimizer: path to its `otherwise`."""
-    found = {}
+    found: dict[str, str] = {}
     for node in nodes(state):
         if isinstance(node, RowwiseState):
             found |= _marks_by_path(node.marks)
