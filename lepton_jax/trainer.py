@@ -1040,6 +1040,9 @@ class Trainer:
             folder=None if self.run_dir is None else str(self.run_dir),
         )
 
+        for text in program.trace.tables.refused:
+            self._monitor.event("warning", step=self.step, text=text)
+
     def _announce_budget(
         self,
         program: Program,

@@ -233,7 +233,7 @@ def recipe(
         loss=task.loss,
         metrics=task.metrics,
         decode=task.decode,
-        baseline=task.baselines,
+        baseline=baselines_of(task, source),
         optimizer=partial(
             optax.adamw,
             weight_decay=weight_decay,
@@ -257,6 +257,23 @@ def recipe(
     )
 
 
+def baselines_of(
+    task: Task,
+    source: Source,
+) -> tuple[Callable[..., Any], ...]:
+    """Return what the network has to beat, and the alarm of columns that are too good.
+
+    The alarm is for one label with classes, or one quantity.
+    """
+    if len(source.labels) > 1 or source.kind == "count":
+        return task.baselines
+    alarm = partial(
+        lepton.baselines.without_suspects,
+        names=source.columns,
+    )
+    return (*task.baselines, alarm)
+
+
 def stopping(patience: int | None) -> tuple[Any, ...]:
     """Return the policies of a run that ends early; () for one that does not."""
     if patience is None:
@@ -277,6 +294,7 @@ class Source(NamedTuple):
       classes: count of each label's classes; () for quantities and counts.
       serving: the way from raw rows to samples; None for the embedded table.
       validation: samples to choose settings by; None: there are none.
+      columns: names of the columns, by the model's argument.
     """
 
     train: lepton.data.Arrays
@@ -288,6 +306,7 @@ class Source(NamedTuple):
     classes: tuple[int, ...]
     serving: Any = None
     validation: lepton.data.Arrays | None = None
+    columns: Mapping[str, list[str]] | None = None
 
 
 class Task(NamedTuple):
@@ -675,6 +694,7 @@ def _prepared(
         classes=tables.counts,
         serving=tables.serving,
         validation=tables.validation,
+        columns=inputs,
     )
 
 

@@ -31,6 +31,7 @@ from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_s
 from lepton_jax.baselines.nearest import nearest
 from lepton_jax.baselines.normal import normal_direction, principal_components
 from lepton_jax.baselines.popularity import popularity
+from lepton_jax.baselines.suspects import without_suspects
 
 __all__ = [
     "VERDICTS",
@@ -60,4 +61,5 @@ __all__ = [
     "shown",
     "verdict_of",
     "wilson",
+    "without_suspects",
 ]
