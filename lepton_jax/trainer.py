@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from lepton_jax.baselines import Comparison, Samples
+from lepton_jax.checkpoint.adoption import Fresh
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
 from lepton_jax.controller import select_weights
@@ -588,6 +589,8 @@ class Trainer:
         self,
         folder: str | Path,
         step: int | None = None,
+        *,
+        fresh: Iterable[str] | None = None,
     ) -> Trainer:
         """Go on from a saved model or a run folder.
 
@@ -599,12 +602,19 @@ class Trainer:
         Args:
           folder: of the saved model or the run.
           step: which one; None: the latest readable one.
+          fresh: patterns of parameters that begin anew, e.g. ["head/*"]; they need not
+            be in the folder, nor have its shapes. What is loaded then are the weights
+            that were served, and a run begins with them: step, schedule, optimizer and
+            policies begin anew. An empty list: all parameters are loaded so.
 
         Raises:
           CheckpointError: nothing readable is there, or it does not fit the model; each
-            leaf that differs is named.
+            leaf that differs is named. Or a pattern matches nothing.
         """
         folder = Path(folder)
+        if fresh is not None:
+            self._begin_with(folder, step, fresh)
+            return self
         is_own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
         local = self._local if is_own and step is None else NoLocalCheckpoints()
         step, restored = self._restore(folder, local, step)
@@ -628,6 +638,38 @@ class Trainer:
         for note in restored.notes:
             self._note(note)
         return self
+
+    def _begin_with(
+        self,
+        folder: Path,
+        step: int | None,
+        fresh: Iterable[str],
+    ) -> None:
+        """Begin a run with the weights of a folder, of which some begin anew."""
+        patterns = [fresh] if isinstance(fresh, str) else list(fresh)
+        place = folder / SERVED if (folder / SERVED).is_dir() else folder
+        checkpoints = Checkpoints(place / "checkpoints")
+        if not checkpoints.steps():
+            raise _nothing(folder)
+        shapes = None if self.recipe.train is not None else read_shapes(folder)
+        reader = Reader(self._ready(shapes))
+        with phase.phase("restore"):
+            self.state, note = reader.begin_with(
+                checkpoints,
+                step,
+                Fresh(patterns),
+                self._damaged,
+            )
+            checkpoints.close()
+        self.step = 0
+        self._record = RunRecord()
+        self._opened = folder
+        self._is_same_run = False
+        self._reader = None
+        self._bases = {}
+        self._told_end = None
+        if note:
+            self._note(f"parameters of {folder.name}, {note}")
 
     def resume(self, asked: Iterable[str] = ()) -> Trainer:
         """Go on with the run in `run_dir`.
@@ -1022,6 +1064,9 @@ class Trainer:
             settings=self._source.get("settings", {}),
             folder=None if self.run_dir is None else str(self.run_dir),
         )
+
+        for text in program.trace.tables.refused:
+            self._monitor.event("warning", step=self.step, text=text)
 
     def _announce_budget(
         self,

@@ -212,7 +212,9 @@ def _one_per_pair(rows: pl.DataFrame, asked: Asked, counts: Counts) -> pl.DataFr
             where=asked.data,
             remedy="set duplicates=last or duplicates=first to say which one counts",
         )
-    counts.say(several, f"ratings of a pair that has another; the {asked.duplicates} counts")
+    counts.say(
+        several, f"ratings of a pair that has another; the {asked.duplicates} counts"
+    )
     if not several:
         return rows
     if "time" in rows.columns:
@@ -361,7 +363,7 @@ def _split(
     rank = -np.arange(len(pairs.user)) if how == "last" else draw.random(len(among))
     index = np.flatnonzero(among)
     order = index[np.lexsort((rank[index], pairs.user[index]))]
-    users, first, sizes = np.unique(
+    _, first, sizes = np.unique(
         pairs.user[order], return_index=True, return_counts=True
     )
     counts.say(int((sizes < 2).sum()), "users with one item, in training alone")
@@ -455,7 +457,9 @@ def read_items(
     table = table.unique(item, keep="first", maintain_order=True)
     found = {}
     for row in table.iter_rows(named=True):
-        parts = [f"{n}={w}" for n in words for w in WORD.findall((row[n] or "").lower())]
+        parts = [
+            f"{n}={w}" for n in words for w in WORD.findall((row[n] or "").lower())
+        ]
         parts += [f"{n}={t}" for n in tags for t in (row[n] or "").split("|") if t]
         found[row[item]] = tuple(dict.fromkeys(parts))
     return found

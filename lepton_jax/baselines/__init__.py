@@ -29,7 +29,9 @@ from lepton_jax.baselines.majority import majority
 from lepton_jax.baselines.measuring import all_measured
 from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_svm
 from lepton_jax.baselines.nearest import nearest
+from lepton_jax.baselines.normal import normal_direction, principal_components
 from lepton_jax.baselines.popularity import popularity
+from lepton_jax.baselines.suspects import without_suspects
 
 __all__ = [
     "VERDICTS",
@@ -53,8 +55,11 @@ __all__ = [
     "naive_bayes",
     "nb_svm",
     "nearest",
+    "normal_direction",
     "popularity",
+    "principal_components",
     "shown",
     "verdict_of",
     "wilson",
+    "without_suspects",
 ]

@@ -1,11 +1,13 @@
 """The model zoo: plain Flax NNX, one architecture a file."""
 
+from lepton_jax.models.averaged_views import averaged_views, mirrored, unchanged
 from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
 from lepton_jax.models.convnext import ConvNeXt, convnext_size
 from lepton_jax.models.dcn import DCN
 from lepton_jax.models.diffusion import Diffusion
 from lepton_jax.models.dlrm import DLRM
+from lepton_jax.models.ensemble import Ensemble
 from lepton_jax.models.fm import FactorizationMachine
 from lepton_jax.models.ft_transformer import FTTransformer
 from lepton_jax.models.gan import GAN
@@ -46,6 +48,7 @@ __all__ = [
     "BagOfWords",
     "ConvNeXt",
     "Diffusion",
+    "Ensemble",
     "FTTransformer",
     "FactorizationMachine",
     "Logistic",
@@ -64,11 +67,14 @@ __all__ = [
     "TwoTower",
     "ViT",
     "WithNgrams",
+    "averaged_views",
     "convnext_size",
     "mean_of_outputs",
     "mean_of_probabilities",
     "mean_of_rates",
+    "mirrored",
     "resnet_size",
     "transformer_size",
+    "unchanged",
     "vit_size",
 ]

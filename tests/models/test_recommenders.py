@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,8 @@ def test_a_rating_is_the_biases_and_the_product_of_each_member():
         )
     with pytest.raises(ValueError, match="sessions"):
         model(user, item)
+    model.eval()
+    np.testing.assert_allclose(model(user, item, session), rating.mean(1), rtol=1e-6)
 
 
 def test_without_dims_the_biases_alone_are_left():
@@ -113,14 +116,14 @@ def test_dlrm_feeds_the_products_of_each_two_vectors():
     )
 
 
-@pytest.mark.parametrize(
-    "make", [models.DLRM, models.DCN, models.FactorizationMachine]
-)
+@pytest.mark.parametrize("make", [models.DLRM, models.DCN, models.FactorizationMachine])
 @pytest.mark.parametrize("blocks", ["numbers", "categories", "one category"])
 def test_click_models_take_one_block_alone_and_say_so_if_it_is_missing(make, blocks):
     sizes = {"numbers": (), "categories": SIZES, "one category": (5,)}[blocks]
     model = make(0 if sizes else 2, sizes, dim=2, rngs=nnx.Rngs(0))
-    given = {"categories": CATEGORIES[:, : len(sizes)]} if sizes else {"numbers": NUMBERS}
+    given = (
+        {"categories": CATEGORIES[:, : len(sizes)]} if sizes else {"numbers": NUMBERS}
+    )
     logits = model(**given)
     assert logits.shape == (3,)
     assert jnp.isfinite(logits).all()
@@ -192,7 +195,8 @@ def test_drawn_negatives_estimate_the_sum_over_all():
     full = retrieval(negatives="all")
     drawn = retrieval(negatives="sampled", samples=20_000)
     total, estimate = (
-        jnp.exp(model(USERS, HISTORY, ITEMS)["others"]).sum(1) for model in (full, drawn)
+        jnp.exp(model(USERS, HISTORY, ITEMS)["others"]).sum(1)
+        for model in (full, drawn)
     )
     np.testing.assert_allclose(estimate, total, rtol=0.05)
 
@@ -221,3 +225,15 @@ def test_cosines_lie_within_the_temperature():
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         retrieval(**settings)
+
+
+def test_an_ensemble_gives_each_copys_outputs_in_training_and_then_their_mean():
+    make = partial(models.FactorizationMachine, 0, SIZES, dim=2, scale=1.0)
+    model = models.Ensemble(make, 3, rngs=nnx.Rngs(0))
+    apart = model(categories=CATEGORIES)
+    assert apart.shape == (3, 3)
+    assert not jnp.allclose(apart[:, 0], apart[:, 1]), "copies differ"
+    expected = model.copies[1](categories=CATEGORIES)
+    np.testing.assert_allclose(apart[:, 1], expected, rtol=1e-6)
+    model.eval()
+    np.testing.assert_allclose(model(categories=CATEGORIES), apart.mean(1), rtol=1e-5)
