@@ -26,6 +26,7 @@ MOST_IN_A_MATRIX = 30  # classes; assumption: more can't be read as a picture
 MOST_PAIRS = 20  # of classes that are mistaken; assumption
 BINS = 15  # of the calibration, as Guo et al. 2017 (ICML), section 2, take them
 MOST_POINTS = 500  # of predictions against targets; assumption
+NARROWEST = 1e-6  # histogram, relative to its values: below, its bins have no width
 RESIDUAL_BINS = 30  # assumption
 WORST = 12  # rows of text or of a table; assumption
 WORST_PICTURES = 24  # assumption
@@ -246,7 +247,7 @@ def _of_quantities(judged: Judged, outputs: np.ndarray) -> dict[str, Any]:
     residuals = apart.reshape(-1)[flat]
     histogram: dict[str, list] = {"counts": [], "edges": []}
     if len(flat):
-        counts, edges = np.histogram(residuals, RESIDUAL_BINS)
+        counts, edges = np.histogram(residuals, RESIDUAL_BINS, _ends(residuals))
         histogram = {"counts": counts.tolist(), "edges": edges.tolist()}
     return {
         "values": len(flat),
@@ -256,6 +257,14 @@ def _of_quantities(judged: Judged, outputs: np.ndarray) -> dict[str, Any]:
         "worst": _worst(judged, np.nan_to_num(distances, nan=FARTHEST), described),
         "measure": "distance",
     }
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of a histogram, apart also where all values are the same."""
+    low = float(values.min())
+    high = float(values.max())
+    least = NARROWEST * max(abs(low), abs(high), 1)
+    return (low, high) if high - low > least else (low - least, high + least)
 
 
 def _figures(value: np.ndarray) -> str:
@@ -353,7 +362,7 @@ def thumbnail(content: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             small = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     small.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     buffer = io.BytesIO()
