@@ -186,7 +186,7 @@ class Looked:
     @cached_property
     def table(self) -> pl.DataFrame:
         """All rows of the file."""
-        return _rows_of(self.reader)
+        return rows_of(self.reader)
 
     @cached_property
     def is_quantity(self) -> bool:
@@ -373,7 +373,7 @@ def tables(
         validation=validation,
         test=serving.split("test"),
         serving=serving,
-        sizes=_sizes(serving),
+        sizes=sizes_of(serving),
         classes=serving.words,
         counts=_counts(serving),
     )
@@ -415,7 +415,7 @@ def twice(
     """
     lines = []
     for name, reader in sources.items():
-        rows = _rows_of(reader).drop(ROW, *but)
+        rows = rows_of(reader).drop(ROW, *but)
         count = rows.height - rows.unique().height
         lines.append(f"{name}: {count:,} duplicate rows")
     return "\n".join(lines)
@@ -502,8 +502,8 @@ def _is_number(column: Column) -> bool:
     return column.type.is_numeric() or column.type == pl.Boolean
 
 
-def _rows_of(reader: Reader) -> pl.DataFrame:
-    """Return all rows of a source.
+def rows_of(reader: Reader) -> pl.DataFrame:
+    """Return all rows of a source, with their numbers.
 
     Raises:
       DataError: it has none.
@@ -603,7 +603,7 @@ def _counts(serving: Any) -> tuple[int, ...]:
     )
 
 
-def _sizes(serving: Any) -> dict[str, int]:
+def sizes_of(serving: Any) -> dict[str, int]:
     """Return the count of codes of the columns that a Vocabulary has coded."""
     codes: dict[str, int] = {}
     for step, state in serving.prepared.steps:

@@ -22,6 +22,7 @@ from lepton_jax.losses.quantities import (
     poisson,
     scaled_squared_error,
 )
+from lepton_jax.losses.ranking import cosine_contrastive, ranking_softmax
 from lepton_jax.losses.stock import (
     binary_cross_entropy,
     cross_entropy,
@@ -55,6 +56,7 @@ __all__ = [
     "balanced",
     "binary_cross_entropy",
     "cosine",
+    "cosine_contrastive",
     "cross_entropy",
     "decoder",
     "discounted",
@@ -73,6 +75,7 @@ __all__ = [
     "padded_cross_entropy",
     "pinball",
     "poisson",
+    "ranking_softmax",
     "scaled_squared_error",
     "squared_error",
     "sum_of",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lepton_jax import losses
-from lepton_jax.baselines import Samples, Task
+from lepton_jax.baselines import Comparison, Samples, Task
 from lepton_jax.data import Arrays, host_rows, one_pass
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.state import State
@@ -41,6 +41,18 @@ class Judged:
 
     samples: Samples
     outputs: Any
+
+
+class Examined(NamedTuple):
+    """Result of a look at a network.
+
+    Attributes:
+      judged: the test rows, with its outputs.
+      comparisons: with each baseline.
+    """
+
+    judged: Judged
+    comparisons: list[Comparison]
 
 
 def task_of(program: Program, targets: Any) -> tuple[Task, int]:

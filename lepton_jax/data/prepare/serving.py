@@ -351,7 +351,7 @@ def _named(
     numbers: np.ndarray,
     words: Sequence[str],
 ) -> list[Any]:
-    """Return the words of classes, or the numbers of a quantity, which has no words."""
+    """Return the words of classes or of labels; of a quantity, its numbers."""
     if not words:
         return list(numbers.tolist())
     is_whole = numbers.dtype.kind in "iub"
