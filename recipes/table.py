@@ -34,6 +34,7 @@ BASELINES = (
     lepton.baselines.nearest,
     lepton.baselines.boosting,
 )
+LEAST_STEPS = 200  # of a run, so that a small table is learned too; assumption
 WARMUP = 0.1  # of the run, in which the rate rises
 
 
@@ -65,7 +66,7 @@ DEFAULTS = {
     "mlp": Defaults(256, 0.3, 1e-3, 1e-4, 20, "codes", bins=48),
     "resnet": Defaults(192, 0.15, 1e-3, 1e-3, 10, "piecewise"),
     "ft_transformer": Defaults(64, 0.1, 1e-3, 1e-5, 10, "linear"),
-    "tabm": Defaults(128, 0.1, 3e-3, 0.02, 12, "periodic"),
+    "tabm": Defaults(128, 0.1, 3e-3, 0.02, 10, "periodic"),
 }
 
 
@@ -169,7 +170,8 @@ def recipe(
         falls as a cosine to zero. If left out, as suits the model.
       weight_decay: of AdamW; if left out, as suits the model.
       batch_size: rows per step, over all devices.
-      epochs: passes over the training rows; if left out, as suits the model.
+      epochs: passes over the training rows; if left out, as suits the model, and such
+        that there are 200 steps.
       steps: length of the run in steps, instead of epochs.
       micro_batches: parts in which a batch passes through the model.
       save_every: steps between checkpoints; each evaluation if left out.
@@ -222,7 +224,11 @@ def recipe(
     task = task_of(source, class_weights)
     if model == "tabm":
         task = of_ensemble(task)
-    epochs = epochs or defaults.epochs
+    epochs = epochs or _epochs(
+        defaults.epochs,
+        len(source.train),
+        batch_size,
+    )
     total = steps or math.ceil(epochs * len(source.train) / batch_size)
 
     asked = Network(
@@ -647,6 +653,15 @@ def _squared_error_of_rate(
     targets: Any,
 ) -> Any:
     return lepton.losses.squared_error(jnp.exp(outputs), targets)
+
+
+def _epochs(
+    epochs: float,
+    rows: int,
+    batch_size: int,
+) -> float:
+    """Return passes over the rows: more of them where the rows are few."""
+    return max(epochs, LEAST_STEPS * batch_size / rows)
 
 
 # ---- tables ----
