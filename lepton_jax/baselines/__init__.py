@@ -14,6 +14,7 @@ from lepton_jax.baselines.baseline import (
 )
 from lepton_jax.baselines.biases import biases
 from lepton_jax.baselines.boosting import boosting
+from lepton_jax.baselines.clicks import factorization_machine, linear_clicks
 from lepton_jax.baselines.comparison import Comparison, Network
 from lepton_jax.baselines.ials import ials
 from lepton_jax.baselines.intervals import mean_interval, wilson
@@ -35,8 +36,10 @@ __all__ = [
     "Task",
     "biases",
     "boosting",
+    "factorization_machine",
     "ials",
     "item_knn",
+    "linear_clicks",
     "log_count_ratios",
     "logistic",
     "majority",
