@@ -13,6 +13,7 @@ from lepton_jax import (
     monitor,
 )
 from lepton_jax import controller as controllers
+from lepton_jax.cross_validation import CrossValidation, cross_validate
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -36,6 +37,7 @@ __version__ = _version("lepton-jax")
 
 __all__ = [
     "CheckpointError",
+    "CrossValidation",
     "DataError",
     "DivergedError",
     "History",
@@ -54,6 +56,7 @@ __all__ = [
     "augment",
     "baselines",
     "controllers",
+    "cross_validate",
     "data",
     "hardware",
     "losses",

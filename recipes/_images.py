@@ -121,7 +121,11 @@ def load(asked: Asked) -> Images:
 # ---- images in files ----
 
 
-def _from_files(asked: Asked, data: Path, labels: Path | None) -> Images:
+def _from_files(
+    asked: Asked,
+    data: Path,
+    labels: Path | None,
+) -> Images:
     # only here: what is not used need not be installed
     from lepton_jax.data import prepare
     from lepton_jax.data.readers import reader_of
@@ -171,7 +175,11 @@ def _without_classes(
     )
 
 
-def _report_left_out(data: Path, source: Any, broken: str) -> None:
+def _report_left_out(
+    data: Path,
+    source: Any,
+    broken: str,
+) -> None:
     """Say which files and folders of a folder give no image.
 
     Raises:
@@ -238,7 +246,10 @@ def _from_idx(asked: Asked) -> Images:
 # ---- both ----
 
 
-def _split(asked: Asked, label: str) -> Any:
+def _split(
+    asked: Asked,
+    label: str,
+) -> Any:
     from lepton_jax.data import prepare
 
     more: dict[str, Any] = {"test": TEST_SHARE}

@@ -16,8 +16,8 @@ from recipes import image_classifier
 def recipe(
     data: Path | None = None,
     size: int = 64,
-    width: int = 16,
-    epochs: float = 100,
+    width: int = 32,
+    epochs: float = 150,
     steps: int | None = None,
     learning_rate: float = 3e-3,
     folds: int | None = 5,
@@ -55,7 +55,6 @@ def recipe(
         size=size,
         width=width,
         augment="strong",
-        smoothing=0.1,
         average=0.99,
         learning_rate=learning_rate,
         epochs=epochs,

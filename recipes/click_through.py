@@ -43,6 +43,8 @@ def recipe(
     batch_size: int = 128,
     epochs: float = 8,
     steps: int | None = None,
+    folds: int | None = None,
+    fold: int = 0,
     prepared: Path | None = None,
     save_every: int | None = None,
     seed: int = 0,
@@ -81,6 +83,8 @@ def recipe(
       batch_size: rows per step, over all devices.
       epochs: passes over the training rows.
       steps: length of the run in steps, instead of epochs.
+      folds: the test is one of so many equal parts, in place of a fifth of the rows.
+      fold: which one, from 0; a launched run without it goes through all.
       prepared: folder for the prepared rows, with a manifest of all that was done; if
         left out, they are removed at the end.
       save_every: steps between checkpoints; each evaluation if left out.
@@ -95,6 +99,8 @@ def recipe(
             label,
             ignore=_tables.words(ignore),
             label_kind="classes",
+            folds=folds,
+            fold=fold,
             folder=prepared,
             settings=("ignore",),
         )

@@ -92,6 +92,10 @@ def recipe(
     width: int | None = None,
     dropout: float | None = None,
     class_weights: Literal["none", "balanced"] = "none",
+    folds: int | None = None,
+    fold: int = 0,
+    validation: float = 0.0,
+    patience: int | None = None,
     learning_rate: float | None = None,
     weight_decay: float = 1e-3,
     batch_size: int = 256,
@@ -151,6 +155,12 @@ def recipe(
       dropout: share of the hidden units dropped; if left out, as suits the model.
       class_weights: "balanced": each class counts the same in the training loss,
         however rare it is.
+      folds: the test is one of so many equal parts of the rows, in place of a fifth.
+      fold: which one, from 0; `launch.py` without it runs all, one after the other.
+      validation: share of the rows to choose settings by: the figures of the run are
+        theirs, and the test rows stay unseen.
+      patience: end the run after so many evaluations, one a pass, that were no better,
+        and keep the best parameters; needs `validation`.
       learning_rate: of AdamW at its peak; it rises over the first tenth of the run and
         falls as a cosine to zero. If left out, as suits the model.
       weight_decay: of AdamW.
@@ -167,6 +177,12 @@ def recipe(
             where="--model",
             remedy=f"use one of {', '.join(DEFAULTS)}",
         )
+    if members < 1:
+        raise RecipeError(
+            f"members is {members}; it must be at least 1",
+            where="--members",
+            remedy="set it to e.g. 8",
+        )
     defaults = DEFAULTS[model]
     source = source_of(
         data,
@@ -175,6 +191,9 @@ def recipe(
         categorical=_words(categorical),
         ignore=_words(ignore),
         group=_words(group),
+        folds=folds,
+        fold=fold,
+        validation=validation,
         label_kind=label_kind,
         label_end=label_end,
         duplicates=duplicates,
@@ -189,6 +208,12 @@ def recipe(
         folder=prepared,
         settings=SETTINGS,
     )
+    if patience is not None and source.validation is None:
+        raise RecipeError(
+            "to stop by the test rows would make their figure too good",
+            where="--patience",
+            remedy="give --validation too, such as 0.15",
+        )
     task = task_of(source, class_weights)
     if model == "tabm":
         task = of_ensemble(task)
@@ -208,7 +233,7 @@ def recipe(
         loss=task.loss,
         metrics=task.metrics,
         decode=task.decode,
-        baseline=task.baselines,
+        baseline=baselines_of(task, source),
         optimizer=partial(
             optax.adamw,
             weight_decay=weight_decay,
@@ -220,7 +245,8 @@ def recipe(
             total,
         ),
         train=source.train,
-        test=source.test,
+        test=source.test if source.validation is None else source.validation,
+        controller=stopping(patience),
         preparation=source.serving,
         batch_size=batch_size,
         epochs=epochs,
@@ -229,6 +255,30 @@ def recipe(
         save_every=save_every,
         seed=seed,
     )
+
+
+def baselines_of(
+    task: Task,
+    source: Source,
+) -> tuple[Callable[..., Any], ...]:
+    """Return what the network has to beat, and the alarm of columns that are too good.
+
+    The alarm is for one label with classes, or one quantity.
+    """
+    if len(source.labels) > 1 or source.kind == "count":
+        return task.baselines
+    alarm = partial(
+        lepton.baselines.without_suspects,
+        names=source.columns,
+    )
+    return (*task.baselines, alarm)
+
+
+def stopping(patience: int | None) -> tuple[Any, ...]:
+    """Return the policies of a run that ends early; () for one that does not."""
+    if patience is None:
+        return ()
+    return (lepton.controllers.early_stopping(patience=patience),)
 
 
 class Source(NamedTuple):
@@ -243,6 +293,8 @@ class Source(NamedTuple):
       labels: names of the columns to predict.
       classes: count of each label's classes; () for quantities and counts.
       serving: the way from raw rows to samples; None for the embedded table.
+      validation: samples to choose settings by; None: there are none.
+      columns: names of the columns, by the model's argument.
     """
 
     train: lepton.data.Arrays
@@ -253,6 +305,8 @@ class Source(NamedTuple):
     labels: tuple[str, ...]
     classes: tuple[int, ...]
     serving: Any = None
+    validation: lepton.data.Arrays | None = None
+    columns: Mapping[str, list[str]] | None = None
 
 
 class Task(NamedTuple):
@@ -303,12 +357,15 @@ def source_of(
     """
     if data is not None:
         return _prepared(data, label, **asked)
-    if asked["test"] is not None:
-        raise RecipeError(
-            "there is a test table, but no training table",
-            where="--test",
-            remedy="give --data too",
-        )
+    for name in ("test", "group", "folds", "validation"):
+        if asked[name]:
+            raise RecipeError(
+                "there is a test table, but no training table"
+                if name == "test"
+                else f"{name} is for a table of one's own",
+                where=f"--{name}",
+                remedy="give --data too",
+            )
     return _embedded(label)
 
 
@@ -636,6 +693,8 @@ def _prepared(
         labels=labels,
         classes=tables.counts,
         serving=tables.serving,
+        validation=tables.validation,
+        columns=inputs,
     )
 
 

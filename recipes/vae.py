@@ -11,7 +11,7 @@ from typing import Literal
 import optax
 
 import lepton_jax as lepton
-from lepton_jax.models.vae import evidence_loss
+from lepton_jax.models.vae import DEVIATION, evidence_loss
 
 # `recipes` is found wherever this file was started from
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -27,7 +27,7 @@ def recipe(
     latent: int = 16,
     learning_rate: float = 2e-3,
     batch_size: int = 64,
-    epochs: float = 60,
+    epochs: float = 24,
     steps: int | None = None,
     average: float = 0.99,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -56,6 +56,7 @@ def recipe(
     """
     pictures = _pictures.load(data, size, "recipes/vae.py", prepared)
     total = steps or math.ceil(epochs * len(pictures.train) / batch_size)
+    preprocess = partial(_pictures.between_one, brightest=pictures.brightest)
 
     return lepton.Recipe(
         name="vae",
@@ -66,7 +67,14 @@ def recipe(
             width=width,
         ),
         loss=evidence_loss,
-        preprocess=partial(_pictures.between_one, brightest=pictures.brightest),
+        metrics={"evidence_loss": evidence_loss},
+        baseline=partial(
+            lepton.baselines.principal_components,
+            preprocess=preprocess,
+            latent=latent,
+            deviation=DEVIATION,
+        ),
+        preprocess=preprocess,
         optimizer=optax.adam,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         controller=lepton.controllers.averaging(average),

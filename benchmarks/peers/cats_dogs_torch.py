@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+ENLARGED = 1.22  # whole images outside of training, by those in it
 MARGIN = 1.5  # stored images are larger by this than what the model sees
 
 
@@ -30,8 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("archive", type=Path)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="*")
     parser.add_argument("--split-seed", type=int, default=0)
@@ -60,7 +61,6 @@ def _fitted(asked: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> nn.M
         batch_size=32,
         learning_rate=3e-3,
         weight_decay=0.05,
-        smoothing=0.1,
         mixup=0.2,
         average=0.99,
     )
@@ -79,8 +79,9 @@ def _network(width: int) -> nn.Module:
     channels = 3
     for number in range(4):
         features = width * 2**number
+        step = 2 if number == 0 else 1
         layers += [
-            nn.Conv2d(channels, features, 3, padding=1, bias=False),
+            nn.Conv2d(channels, features, 3, step, padding=1, bias=False),
             nn.BatchNorm2d(features),
             nn.ReLU(),
         ]
@@ -92,7 +93,8 @@ def _network(width: int) -> nn.Module:
 
 
 def _accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, size: int) -> float:
-    x = F.interpolate(x.float() / 255, (size, size), mode="bilinear", antialias=True)
+    side = round(ENLARGED * size)
+    x = F.interpolate(x.float() / 255, (side, side), mode="bilinear", antialias=True)
     with torch.no_grad():
         logits = model(x) + model(x.flip(3))
     return (logits.argmax(1) == y).float().mean().item()

@@ -164,5 +164,9 @@ class Augmented:
             )
         return inputs[self.only]
 
-    def _whole(self, inputs: Any, part: Any) -> Any:
+    def _whole(
+        self,
+        inputs: Any,
+        part: Any,
+    ) -> Any:
         return part if self.only is None else {**inputs, self.only: part}

@@ -42,7 +42,11 @@ class Flip:
     def __post_init__(self) -> None:
         check_share("Flip", share=self.share)
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("Flip", images)
         (draw,) = uniform(keys, 1)
         is_mirrored = by_row(draw < self.share, images.ndim)
@@ -55,7 +59,10 @@ def flipped(images: Any) -> Any:
     return jnp.flip(images, 2)
 
 
-def resized(images: Any, size: tuple[int, int]) -> Any:
+def resized(
+    images: Any,
+    size: tuple[int, int],
+) -> Any:
     """Return images scaled to (height, width), as `ResizedCrop` scales a whole one."""
     if images.shape[1:3] == tuple(size):
         return images
@@ -82,7 +89,11 @@ class Crop:
         check_least("Crop", 0, padding=self.padding)
         _check_edge("Crop", self.edge, ("reflect", "zero"))
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("Crop", images)
         _, height, width, channels = images.shape
         if self.edge == "reflect" and self.padding >= min(height, width):
@@ -97,7 +108,11 @@ class Crop:
         places = uniform(keys, 2, 0, 2 * self.padding + 1)
         top, left = (place.astype(jnp.int32) for place in places)
 
-        def cut(image: jax.Array, top: jax.Array, left: jax.Array) -> jax.Array:
+        def cut(
+            image: jax.Array,
+            top: jax.Array,
+            left: jax.Array,
+        ) -> jax.Array:
             sizes = (height, width, channels)
             return jax.lax.dynamic_slice(image, (top, left, 0), sizes)
 
@@ -135,7 +150,11 @@ class ResizedCrop:
             object.__setattr__(self, "size", tuple(self.size))
             check_least("ResizedCrop", 1, size=min(self.size))
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("ResizedCrop", images)
         height, width = images.shape[1:3]
         size = self.size or (height, width)
@@ -179,7 +198,11 @@ class Affine:
         check_range("Affine", 1e-3, zoom=self.zoom)
         _check_edge("Affine", self.edge, EDGES)
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("Affine", images)
         height, width = images.shape[1:3]
         turn, down, right, size, slant = uniform(keys, 5, -1, 1)
@@ -227,7 +250,11 @@ def warped(
 # ---- internals ----
 
 
-def _check_edge(name: str, edge: str, known: tuple[str, ...]) -> None:
+def _check_edge(
+    name: str,
+    edge: str,
+    known: tuple[str, ...],
+) -> None:
     if edge not in known:
         raise RecipeError(
             f"edge is {edge!r}",
@@ -236,12 +263,19 @@ def _check_edge(name: str, edge: str, known: tuple[str, ...]) -> None:
         )
 
 
-def _whole(pixels: int, wanted: int) -> jax.Array:
+def _whole(
+    pixels: int,
+    wanted: int,
+) -> jax.Array:
     """Return the weights of all pixels of a side: (1, wanted, pixels)."""
     return _triangles(jnp.zeros(1), jnp.ones(1), pixels, wanted)
 
 
-def _scaled(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+def _scaled(
+    images: jax.Array,
+    rows: jax.Array,
+    columns: jax.Array,
+) -> jax.Array:
     """Return weighted means of the rows and columns of images.
 
     Args:
@@ -319,7 +353,10 @@ def _pixels(
     places = (row * width + column).reshape(batch, -1)
     flat = images.reshape(batch, height * width, channels)
 
-    def look(pixels: jax.Array, places: jax.Array) -> jax.Array:
+    def look(
+        pixels: jax.Array,
+        places: jax.Array,
+    ) -> jax.Array:
         return pixels.at[places].get(mode="promise_in_bounds")
 
     found = jax.vmap(look)(flat, places).reshape(*y.shape, channels)
@@ -329,7 +366,11 @@ def _pixels(
     return jnp.where(is_inside[..., None], found, 0)
 
 
-def _inside(place: jax.Array, pixels: int, edge: str) -> jax.Array:
+def _inside(
+    place: jax.Array,
+    pixels: int,
+    edge: str,
+) -> jax.Array:
     """Return whole places as int32, those outside brought back inside."""
     if edge == "reflect":
         place = jnp.abs(place)

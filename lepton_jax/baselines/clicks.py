@@ -86,7 +86,9 @@ def _chosen(train: Samples, test: Samples, grid: Any) -> tuple[np.ndarray, Any]:
     def held_loss(strengths: Any) -> float:
         logits = _fit(_take(rows, rest), targets[rest], size, strengths)
         values = logits(_take(rows, held))
-        return float(np.logaddexp(0, np.where(targets[held] > 0, -values, values)).mean())
+        return float(
+            np.logaddexp(0, np.where(targets[held] > 0, -values, values)).mean()
+        )
 
     best = min(grid, key=held_loss)
     return _fit(rows, targets, size, best)(tested), best
@@ -128,12 +130,16 @@ def _fit(rows: Features, targets: np.ndarray, size: int, strengths: Any) -> Any:
         return float(total), np.float64(gradient)
 
     options = {"maxiter": ITERATIONS}
-    found = minimize(value, np.float64(flat), jac=True, method="L-BFGS-B", options=options)
+    found = minimize(
+        value, np.float64(flat), jac=True, method="L-BFGS-B", options=options
+    )
     fitted = unravel(jnp.float32(found.x))
     return lambda rows: np.asarray(_logits(fitted, rows))
 
 
-def _objective(flat: Any, rows: Features, targets: Any, strengths: Any, unravel: Any) -> Any:
+def _objective(
+    flat: Any, rows: Features, targets: Any, strengths: Any, unravel: Any
+) -> Any:
     parameters = unravel(flat)
     logits = _logits(parameters, rows)
     losses = jnp.logaddexp(0, jnp.where(targets > 0, -logits, logits))

@@ -1,5 +1,6 @@
 """The model zoo: plain Flax NNX, one architecture a file."""
 
+from lepton_jax.models.averaged_views import averaged_views, mirrored, unchanged
 from lepton_jax.models.bag_of_words import BagOfWords
 from lepton_jax.models.cnn import CNN
 from lepton_jax.models.convnext import ConvNeXt, convnext_size
@@ -66,11 +67,14 @@ __all__ = [
     "TwoTower",
     "ViT",
     "WithNgrams",
+    "averaged_views",
     "convnext_size",
     "mean_of_outputs",
     "mean_of_probabilities",
     "mean_of_rates",
+    "mirrored",
     "resnet_size",
     "transformer_size",
+    "unchanged",
     "vit_size",
 ]

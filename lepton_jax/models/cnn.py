@@ -20,6 +20,7 @@ class CNN(nnx.Module):
       widths: channels of each convolution.
       dense: units of the dense layer; 0: none, but the mean of each channel, which is
         better where data is scarce.
+      stride: of the first convolution, in pixels.
       padding: "VALID" shrinks an image by 2 at each convolution, "SAME" does not.
       batch_norm: normalize after each convolution.
       dropout: share dropped, in training, before the dense layer and after it.
@@ -36,6 +37,7 @@ class CNN(nnx.Module):
         size: Sequence[int] = (28, 28, 1),
         widths: Sequence[int] = (32, 64, 64),
         dense: int = 64,
+        stride: int = 1,
         padding: str = "SAME",
         batch_norm: bool = False,
         dropout: float = 0.0,
@@ -45,10 +47,12 @@ class CNN(nnx.Module):
         convs = []
         pools = []
         for i, features in enumerate(widths):
+            step = stride if i == 0 else 1
             conv = nnx.Conv(
                 channels,
                 features,
                 (3, 3),
+                strides=(step, step),
                 padding=padding,
                 use_bias=not batch_norm,
                 rngs=rngs,
@@ -58,6 +62,8 @@ class CNN(nnx.Module):
             if padding != "SAME":
                 height -= 2
                 width -= 2
+            height = -(-height // step)
+            width = -(-width // step)
             if min(height, width) < 1:
                 raise ValueError(
                     f"images of {tuple(size)} are too small for {len(widths)} {padding}"
@@ -90,11 +96,7 @@ class CNN(nnx.Module):
                 x = self.norms[i](x)
             x = nnx.relu(x)
             if self.pools[i]:
-                x = nnx.max_pool(
-                    x,
-                    (2, 2),
-                    strides=(2, 2),
-                )
+                x = _pooled(x)
 
         if self.dense is None:
             return self.out(self._drop(x.mean(axis=(1, 2))))
@@ -104,3 +106,15 @@ class CNN(nnx.Module):
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)
+
+
+def _pooled(x: jax.Array) -> jax.Array:
+    """Return the largest of each 2x2 pixels; an odd row or column is left out.
+
+    As a reshape and a maximum its gradient is a comparison. On CPUs that is a third of
+    the time of `nnx.max_pool`'s gradient, which scatters.
+    """
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    blocks = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return blocks.max(axis=(2, 4))

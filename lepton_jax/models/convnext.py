@@ -147,6 +147,11 @@ def convnext_size(name: str) -> dict[str, Any]:
 # ---- internals ----
 
 
-def _patches(inner: int, outer: int, side: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _patches(
+    inner: int,
+    outer: int,
+    side: int,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
     size = (side, side)
     return nnx.Conv(inner, outer, size, strides=size, padding="VALID", rngs=rngs)

@@ -42,7 +42,6 @@ class Ensemble(nnx.Module):
             raise ValueError(f"members is {members}; it must be at least 1")
         self.deterministic = deterministic
 
-
         @nnx.split_rngs(splits=members)
         @nnx.vmap
         def copies(rngs: nnx.Rngs) -> nnx.Module:

@@ -131,7 +131,7 @@ class ResNet(nnx.Module):
             raise ValueError(f"stem is {stem!r}; it must be 'small' or 'large'")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
-        side = None if size is None else min(size if _is_pair(size) else (size,))
+        side = _least(size)
         is_small = side is not None and side <= self.SMALL
         stem = stem or ("small" if is_small else "large")
         _check_side(side, stem, len(blocks))
@@ -203,8 +203,11 @@ def resnet_size(layers: int) -> dict[str, Any]:
 # ---- internals ----
 
 
-def _is_pair(size: Any) -> bool:
-    return isinstance(size, Sequence)
+def _least(size: int | Sequence[int] | None) -> int | None:
+    """Return the shorter side of images; None if it is not known."""
+    if size is None or isinstance(size, int):
+        return size
+    return min(size)
 
 
 def _check(*counts: int) -> None:
@@ -212,7 +215,11 @@ def _check(*counts: int) -> None:
         raise ValueError(f"classes, widths and blocks are {counts}; each must be >= 1")
 
 
-def _check_side(side: int | None, stem: str, stages: int) -> None:
+def _check_side(
+    side: int | None,
+    stem: str,
+    stages: int,
+) -> None:
     least = LEAST_LARGE if stem == "large" else 1
     least *= 2 ** (stages - 1)
     if side is not None and side < least:
@@ -233,6 +240,10 @@ def _conv(
     return make(inner, outer, (side, side), strides=strides)
 
 
-def _norm(channels: int, rngs: nnx.Rngs, zero: bool = False) -> nnx.BatchNorm:
+def _norm(
+    channels: int,
+    rngs: nnx.Rngs,
+    zero: bool = False,
+) -> nnx.BatchNorm:
     scale = nnx.initializers.zeros if zero else nnx.initializers.ones
     return nnx.BatchNorm(channels, momentum=0.9, scale_init=scale, rngs=rngs)

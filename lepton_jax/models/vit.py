@@ -194,7 +194,12 @@ def vit_size(name: str) -> dict[str, Any]:
 # ---- internals ----
 
 
-def _check(classes: int, dim: int, heads: int, layers: int) -> None:
+def _check(
+    classes: int,
+    dim: int,
+    heads: int,
+    layers: int,
+) -> None:
     if min(classes, dim, heads, layers) < 1 or dim % heads:
         raise ValueError(
             f"{classes} classes, {heads} heads, {layers} layers of width {dim}: each"
@@ -202,7 +207,12 @@ def _check(classes: int, dim: int, heads: int, layers: int) -> None:
         )
 
 
-def _patches(channels: int, dim: int, patch: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _patches(
+    channels: int,
+    dim: int,
+    patch: int,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
     side = (patch, patch)
     return nnx.Conv(channels, dim, side, strides=side, rngs=rngs)
 
@@ -222,6 +232,10 @@ def _convolutions(
     return convs
 
 
-def _tokens(count: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
+def _tokens(
+    count: int,
+    dim: int,
+    rngs: nnx.Rngs,
+) -> nnx.Param:
     drawn = jax.random.normal(rngs.params(), (count, dim))
     return nnx.Param(SPREAD * drawn)

@@ -392,8 +392,8 @@ class Prepared:
         for name in absent:
             if name in self._raw.columns:
                 # Steps that ask for a target get that of a row that was not dropped.
-                value = pl.lit(self._raw[name][0], self._raw.schema[name])
-                table = table.with_columns(value.alias(name))
+                value = self._raw[name].new_from_index(0, table.height)
+                table = table.with_columns(value)
         for number, one in enumerate(self.steps):
             if one.step.serves:
                 table = self._applied(number, one, table)
