@@ -43,6 +43,7 @@ from lepton_jax.planner import (
     limits,
     nan_rows,
     rematerialized,
+    rewrite,
 )
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import (
@@ -120,6 +121,7 @@ class Program:
             self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, rows))
 
         first_device = self.mesh.devices.flat[0]
+        self._is_rewritten = rewrite.applies(first_device.platform, self.mesh.size)
         are_virtual = self.mesh.size > 1 and first_device.platform == "cpu"
         self._log = CompilationLog(on_compile, waits=are_virtual)
         self._jit = partial(jit_on, self.mesh.devices.flat)
@@ -762,6 +764,8 @@ class Program:
             self.plan.micro_batches,
             partial(rematerialized, policy=self.plan.remat),
         )
+        if self._is_rewritten:
+            gradient = rewrite.rewritten(gradient)
         return laid_out(
             gradient,
             self.plan.layout,
