@@ -13,6 +13,7 @@ from lepton_jax import (
     monitor,
 )
 from lepton_jax import controller as controllers
+from lepton_jax.cross_validation import CrossValidation, cross_validate
 from lepton_jax.errors import (
     CheckpointError,
     DataError,
@@ -39,6 +40,7 @@ _keep_freed_memory()  # before XLA starts its threads
 
 __all__ = [
     "CheckpointError",
+    "CrossValidation",
     "DataError",
     "DivergedError",
     "History",
@@ -57,6 +59,7 @@ __all__ = [
     "augment",
     "baselines",
     "controllers",
+    "cross_validate",
     "data",
     "hardware",
     "losses",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lepton_jax import losses
 from lepton_jax.errors import RecipeError, nearest
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -60,6 +61,7 @@ class Recipe:
         mapped, mixed and packed (docs/data.md).
       test: samples to evaluate on, in the same forms.
       metrics: name to a function like `loss`, or to a `lepton_jax.metrics.Metric`.
+        Those that a loss of several tasks implies come along (`losses.sum_of`).
       preprocess: inputs to the model's inputs, in JAX; part of every compiled program
         (e.g. uint8 pixels to floats).
       decode: the model's outputs to what `predict` returns. None: what the loss implies
@@ -149,6 +151,7 @@ class Recipe:
         _check_micro_batches(self.micro_batches, self.batch_size)
         _check_functions(self)
         _check_metrics(self.metrics)
+        object.__setattr__(self, "metrics", _with_implied(self))
         _check_preparation(self.preparation)
         _check_baseline(self.baseline)
         _check_train_argument(self.train_argument)
@@ -344,6 +347,15 @@ def _check_metrics(metrics: Any) -> None:
                     " value per sample"
                 ),
             )
+
+
+def _with_implied(recipe: Recipe) -> Mapping[str, Any]:
+    """Return the metrics, with those that the loss brings along: each task's loss."""
+    implied = losses.implied_metrics(recipe.loss)
+    own = {n: m for n, m in recipe.metrics.items() if not losses.is_implied(m)}
+    if len(own) == len(recipe.metrics) and not implied:
+        return recipe.metrics
+    return own | {name: m for name, m in implied.items() if name not in own}
 
 
 def _check_preparation(preparation: Any) -> None:

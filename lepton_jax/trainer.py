@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from lepton_jax.baselines import Comparison, Samples
+from lepton_jax.checkpoint.adoption import Fresh
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.checkpoint.local import LocalCheckpoints, NoLocalCheckpoints
 from lepton_jax.controller import select_weights
@@ -76,7 +77,13 @@ from lepton_jax.train.folder import (
     served_state,
 )
 from lepton_jax.train.history import History
-from lepton_jax.train.judged import MOST_TRAINING_ROWS, Judged, judged, samples_of
+from lepton_jax.train.judged import (
+    MOST_TRAINING_ROWS,
+    Examined,
+    Judged,
+    judged,
+    samples_of,
+)
 from lepton_jax.train.loop import Loop, Start
 from lepton_jax.train.outputs import Outputs
 from lepton_jax.train.program import Program
@@ -446,7 +453,7 @@ class Trainer:
             test_rows = judged(program, self._state(program), self.recipe.test)
             return self._compared(program, test_rows, seconds)
 
-    def examine(self, seconds: float = SECONDS) -> None:
+    def examine(self, seconds: float = SECONDS) -> Examined | None:
         """Look at the network on the test rows, and write it into the run's report.
 
         That is the baselines, and what of it a person wants to see: which classes are
@@ -455,21 +462,28 @@ class Trainer:
 
         Args:
           seconds: that each baseline may take; 0: none is fitted.
+
+        Returns:
+          The test rows with the network's outputs, and the comparisons; None: there is
+          nothing to look at.
         """
         if self.recipe.test is None or self.program is None:
-            return
+            return None
         program = self.program
+        compared = []
         with phase.phase("evaluation"):
             try:
                 test_rows = judged(program, self._state(program), self.recipe.test)
             except (ModelError, DataError) as error:
                 self._notice("warning", text=f"the test rows are not shown: {error}")
-                return
+                return None
             if seconds and self.recipe.train is not None:
-                for one in self._compared(program, test_rows, seconds):
-                    self._notice("baseline", step=self.step, **one.to_fields())
+                compared = self._compared(program, test_rows, seconds)
+        for one in compared:
+            self._notice("baseline", step=self.step, **one.to_fields())
         if self.run_dir is not None and agreement.host() == 0:
             write_report(self.run_dir)
+        return Examined(test_rows, compared)
 
     def _compared(
         self,
@@ -550,6 +564,8 @@ class Trainer:
         self,
         folder: str | Path,
         step: int | None = None,
+        *,
+        fresh: Iterable[str] | None = None,
     ) -> Trainer:
         """Go on from a saved model or a run folder.
 
@@ -561,12 +577,19 @@ class Trainer:
         Args:
           folder: of the saved model or the run.
           step: which one; None: the latest readable one.
+          fresh: patterns of parameters that begin anew, e.g. ["head/*"]; they need not
+            be in the folder, nor have its shapes. What is loaded then are the weights
+            that were served, and a run begins with them: step, schedule, optimizer and
+            policies begin anew. An empty list: all parameters are loaded so.
 
         Raises:
           CheckpointError: nothing readable is there, or it does not fit the model; each
-            leaf that differs is named.
+            leaf that differs is named. Or a pattern matches nothing.
         """
         folder = Path(folder)
+        if fresh is not None:
+            self._begin_with(folder, step, fresh)
+            return self
         is_own = self.run_dir is not None and folder.resolve() == self.run_dir.resolve()
         local = self._local if is_own and step is None else NoLocalCheckpoints()
         step, restored = self._restore(folder, local, step)
@@ -590,6 +613,38 @@ class Trainer:
         for note in restored.notes:
             self._note(note)
         return self
+
+    def _begin_with(
+        self,
+        folder: Path,
+        step: int | None,
+        fresh: Iterable[str],
+    ) -> None:
+        """Begin a run with the weights of a folder, of which some begin anew."""
+        patterns = [fresh] if isinstance(fresh, str) else list(fresh)
+        place = folder / SERVED if (folder / SERVED).is_dir() else folder
+        checkpoints = Checkpoints(place / "checkpoints")
+        if not checkpoints.steps():
+            raise _nothing(folder)
+        shapes = None if self.recipe.train is not None else read_shapes(folder)
+        reader = Reader(self._ready(shapes))
+        with phase.phase("restore"):
+            self.state, note = reader.begin_with(
+                checkpoints,
+                step,
+                Fresh(patterns),
+                self._damaged,
+            )
+            checkpoints.close()
+        self.step = 0
+        self._record = RunRecord()
+        self._opened = folder
+        self._is_same_run = False
+        self._reader = None
+        self._bases = {}
+        self._told_end = None
+        if note:
+            self._note(f"parameters of {folder.name}, {note}")
 
     def resume(self, asked: Iterable[str] = ()) -> Trainer:
         """Go on with the run in `run_dir`.
@@ -653,6 +708,13 @@ class Trainer:
                 " to evaluate on",
                 where="Recipe.best",
                 remedy="set Recipe.test, or leave best out",
+            )
+        elif by_evaluations := _stopping_by_evaluations(program):
+            raise RecipeError(
+                f"{by_evaluations} ends the run by its evaluations, but there is"
+                " nothing to evaluate on",
+                where="Recipe.controller",
+                remedy=f"set Recipe.test, or leave {by_evaluations} out",
             )
         program.rehearse(None if test is None else epoch_samples(test))
         return program
@@ -978,6 +1040,9 @@ class Trainer:
             folder=None if self.run_dir is None else str(self.run_dir),
         )
 
+        for text in program.trace.tables.refused:
+            self._monitor.event("warning", step=self.step, text=text)
+
     def _announce_budget(
         self,
         program: Program,
@@ -1252,6 +1317,15 @@ def _towards_the_end(program: Program) -> list[str]:
     """Return the names of the policies that act towards the end of a run."""
     policies = program.controller.policies
     return [policy.name for policy in policies if "progress" in policy.watches]
+
+
+def _stopping_by_evaluations(program: Program) -> str | None:
+    """Return the name of a policy that ends the run by evaluations alone."""
+    for policy in program.controller.policies:
+        evaluated = any(name.startswith("evaluation_") for name in policy.watches)
+        if evaluated and {"stop", "keep_average"} <= set(policy.moves):
+            return policy.name
+    return None
 
 
 def _begun(state: State | None) -> int:

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 import lepton_jax as lepton
@@ -24,9 +25,10 @@ from lepton_jax.cli.preparing import summary
 from lepton_jax.data import prepare
 from lepton_jax.data.readers import ROW, Column, Reader, reader_of
 from lepton_jax.data.table import MOST_CLASSES
-from lepton_jax.errors import DataError, nearest
+from lepton_jax.errors import DataError, RecipeError, nearest
 
 PIECE_BYTES = 2**26  # of a source that are read at once; assumption
+LARGEST = float(np.finfo(np.float32).max)  # number that a model can take
 TEST_SHARE = 0.2  # of the rows, where there is no test table
 
 # How a reader's remedies name its settings.
@@ -44,15 +46,21 @@ class Asked:
 
     Attributes:
       data: the file, or a reader.
-      label: name of the column to predict.
+      label: name of the column to predict, or of several ones.
       test: another file to test on; None: a share of the rows is held out.
       columns: names of the columns to predict from; None: all but the label.
       categorical: names of columns that are categories though they look like numbers.
       ignore: names of columns that are left out.
-      label_kind: "classes", "quantity", or "auto".
+      label_kind: "classes", "quantity", "count", or "auto".
       label_end: characters that are cut off the end of labels.
       duplicates: "keep" rows that are there twice, or "drop" them.
       test_share: of the rows, where there is no test file.
+      group: names of columns, which are no inputs; rows with the same values there are
+        held out together.
+      folds: the test is one of so many equal parts, in place of a share.
+      fold: which one, from 0.
+      validation: share of the rows that are held out, besides the test; with a test
+        file, of the training file's.
       reading: settings of `reader_of`.
       test_reading: other ones for the test file.
       folder: for what is prepared; None: it is removed at the end of the process.
@@ -60,7 +68,7 @@ class Asked:
     """
 
     data: Any
-    label: str
+    label: str | Sequence[str]
     test: Path | None = None
     columns: Sequence[str] | None = None
     categorical: Sequence[str] = ()
@@ -69,6 +77,10 @@ class Asked:
     label_end: str = ""
     duplicates: str = "keep"
     test_share: float = TEST_SHARE
+    group: Sequence[str] = ()
+    folds: int | None = None
+    fold: int = 0
+    validation: float = 0.0
     reading: Mapping[str, Any] = field(
         default_factory=dict,
     )
@@ -77,6 +89,11 @@ class Asked:
     )
     folder: Path | None = None
     settings: Sequence[str] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the columns to predict."""
+        return (self.label,) if isinstance(self.label, str) else tuple(self.label)
 
 
 class Looked:
@@ -99,30 +116,66 @@ class Looked:
         ) | _types(reading)
         self.reading = {k: v for k, v in reading.items() if v not in (None, {})}
         self._open()
-        label = self.kinds.get(asked.label)
-        if label is not None and label.type == pl.Boolean:
-            # "yes" and "no" are to be predicted as such
-            types = self.reading.get("types", {}) | {asked.label: "String"}
-            self.reading["types"] = types
+        # "yes" and "no" are to be predicted as such
+        as_text = {
+            name: "String"
+            for name in asked.labels
+            if name in self.kinds and self.kinds[name].type == pl.Boolean
+        }
+        if as_text:
+            self.reading["types"] = self.reading.get("types", {}) | as_text
             self._open()
-        named = [*as_words, *(asked.columns or ()), asked.label]
-        for name in named:
-            self._check(name)
-
-        used = asked.columns
-        if used is None:
-            left_out = {*asked.ignore, asked.label}
-            used = [name for name in self.kinds if name not in left_out]
-        if not used:
-            raise DataError(
-                "no column is left to predict from",
-                where=asked.data,
-                remedy="take some out of `ignore`",
-            )
+        self._check_names(as_words)
+        used = self._used()
         self.numbers = [name for name in used if _is_number(self.kinds[name])]
         self.dates = [name for name in used if self.kinds[name].type.is_temporal()]
         apart = {*self.numbers, *self.dates}
         self.categories = [name for name in used if name not in apart]
+
+    def _check_names(self, as_words: Sequence[str]) -> None:
+        """Raise DataError or RecipeError if the columns can't be as they are asked."""
+        asked = self.asked
+        named = [*as_words, *(asked.columns or ()), *asked.group, *asked.labels]
+        for name in named:
+            self._check(name)
+        for number, name in enumerate(asked.labels):
+            others = [*asked.labels[:number], *asked.ignore, *asked.group]
+            if name in [*others, *(asked.columns or ())]:
+                raise RecipeError(
+                    f"the label {name!r} is named twice: it can't be an input, a group"
+                    " or ignored too",
+                    where=asked.data,
+                    remedy="name each column once",
+                )
+
+    def _used(self) -> list[str]:
+        """Return the columns to predict from; those without a value are left out.
+
+        Raises:
+          DataError: none is left.
+        """
+        asked = self.asked
+        used = list(asked.columns or ())
+        if not used:
+            left_out = {*asked.ignore, *asked.group, *asked.labels}
+            used = [name for name in self.kinds if name not in left_out]
+        rows = self.table.height
+        gaps = dict(
+            zip(
+                self.table.columns,
+                self.table.null_count().row(0),
+                strict=True,
+            )
+        )
+        self.empty = [name for name in used if gaps[name] == rows]
+        used = [name for name in used if gaps[name] < rows]
+        if not used and rows:
+            raise DataError(
+                "no column is left to predict from",
+                where=asked.data,
+                remedy="take some out of `ignore`, or fill some that have no value",
+            )
+        return used
 
     def _open(self) -> None:
         with _offering(self.asked.settings):
@@ -133,25 +186,88 @@ class Looked:
     @cached_property
     def table(self) -> pl.DataFrame:
         """All rows of the file."""
-        return _rows_of(self.reader)
+        return rows_of(self.reader)
 
     @cached_property
     def is_quantity(self) -> bool:
-        """Whether the label is a quantity, and has no classes."""
+        """Whether the label is a quantity or a count, and has no classes."""
+        return self.kind != "classes"
+
+    @cached_property
+    def kind(self) -> str:
+        """What all labels are: "classes", "quantity" or "count"."""
+        of_label = {name: self._kind_of(name) for name in self.asked.labels}
+        first, *others = of_label
+        for name in others:
+            if of_label[name] != of_label[first]:
+                raise DataError(
+                    f"the labels differ in kind: {first!r} is taken for"
+                    f" {of_label[first]}, {name!r} for {of_label[name]}",
+                    where=self.asked.data,
+                    remedy="predict one of them, or set `label_kind`",
+                )
+        return of_label[first]
+
+    def _kind_of(self, label: str) -> str:
+        """Return the kind of one label, and check that its cells are of it."""
         kind = self.asked.label_kind
-        is_number = _is_number(self.kinds[self.asked.label])
-        if kind == "quantity" and not is_number:
+        column = self.kinds[label]
+        is_number = _is_number(column)
+        where = f"{self.asked.data}, column {label!r}"
+        if kind in ("quantity", "count") and not is_number:
             remedy = "name a column of numbers"
             if "label_kind" in self.asked.settings:
                 remedy += ", or set `label_kind` to classes"
             raise DataError(
-                f"the label holds no numbers: {self.kinds[self.asked.label].reason}",
-                where=f"{self.asked.data}, column {self.asked.label!r}",
+                f"the label holds no numbers: {column.reason}",
+                where=where,
                 remedy=remedy,
             )
-        if kind != "auto":
-            return kind == "quantity"
-        return is_number and self.table[self.asked.label].n_unique() > MOST_CLASSES
+        if kind == "auto":
+            is_quantity = is_number and self.table[label].n_unique() > MOST_CLASSES
+            kind = "quantity" if is_quantity else "classes"
+        if column.type.is_temporal() and self.asked.label_kind == "auto":
+            raise DataError(
+                f"the label holds dates: {column.reason}",
+                where=where,
+                remedy=(
+                    "predict a number, such as the days since the first, that is in a"
+                    " column of its own, or set `label_kind` to classes"
+                ),
+            )
+        if kind != "classes":
+            self._check_numbers(label, kind, where)
+            return kind
+        values = self.table[label].drop_nulls()
+        if len(values) > 1 and values.n_unique() == len(values):
+            raise DataError(
+                f"each of {len(values):,} rows has a class of its own",
+                where=where,
+                remedy="name a column whose values come up more than once",
+            )
+        return kind
+
+    def _check_numbers(
+        self,
+        label: str,
+        kind: str,
+        where: str,
+    ) -> None:
+        numbers = self.table.select(ROW, pl.col(label).cast(pl.Float64)).drop_nulls()
+        value = pl.col(label)
+        is_wrong = value.abs() > LARGEST
+        if kind == "count":
+            is_wrong = is_wrong | (value < 0) | (value.round() != value)
+        wrong = numbers.filter(is_wrong)
+        if len(wrong):
+            raise DataError(
+                f"the label holds {wrong[label][0]:g} in row {wrong[ROW][0]}, which is"
+                f" no {'count' if kind == 'count' else 'quantity'}; so do"
+                f" {len(wrong):,} rows in all",
+                where=where,
+                remedy="correct the cells, or empty them: rows without a label are"
+                " left out",
+            )
 
     def sources(self) -> dict[str, Reader]:
         """Return the readers of the file, and of the test file, which has its types."""
@@ -160,11 +276,25 @@ class Looked:
         sources = {"train": self.reader}
         types = {name: str(column.type) for name, column in self.kinds.items()}
         reading = {**self.reading, **self.asked.test_reading, "types": types}
+        self._check_test()
         sources["test"] = reader_of(
             self.asked.test,
             **reading,
         )
         return sources
+
+    def _check_test(self) -> None:
+        """Raise DataError if the test file lacks a label."""
+        reading = {**self.reading, **self.asked.test_reading, "types": {}}
+        reader = reader_of(self.asked.test, **reading)
+        names = [column.name for column in reader.columns()]
+        for label in self.asked.labels:
+            if label not in names:
+                raise DataError(
+                    f"the test table has no label {label!r}{nearest(label, names)}",
+                    where=self.asked.test,
+                    remedy=f"its columns are {', '.join(names)}",
+                )
 
     def _check(self, name: str) -> None:
         if name not in self.kinds:
@@ -185,6 +315,8 @@ class Tables:
       serving: the way from raw rows to these.
       sizes: count of codes of each column of categories, by its name.
       classes: values of the label; () for a quantity.
+      counts: count of each label's classes; () for quantities.
+      validation: samples to choose settings by; None: there are none.
     """
 
     train: lepton.data.Arrays
@@ -192,6 +324,8 @@ class Tables:
     serving: Any
     sizes: dict[str, int]
     classes: tuple[str, ...]
+    counts: tuple[int, ...]
+    validation: lepton.data.Arrays | None = None
 
 
 def tables(
@@ -216,6 +350,8 @@ def tables(
         inputs=_names(inputs),
         target=asked.label,
     )
+    for name in looked.empty:
+        print(f"column {name!r} is left out: it has no value", file=sys.stderr)
     serving = prepared(
         preparation,
         inputs,
@@ -226,12 +362,20 @@ def tables(
         twice(preparation.sources),
         file=sys.stderr,
     )
+    train = serving.split("train")
+    validation = None
+    if asked.validation and asked.test is not None:
+        train, validation = train.split(asked.validation, seed=0)
+    elif asked.validation:
+        validation = serving.split("validation")
     return Tables(
-        train=serving.split("train"),
+        train=train,
+        validation=validation,
         test=serving.split("test"),
         serving=serving,
-        sizes=_sizes(serving),
+        sizes=sizes_of(serving),
         classes=serving.words,
+        counts=_counts(serving),
     )
 
 
@@ -271,7 +415,7 @@ def twice(
     """
     lines = []
     for name, reader in sources.items():
-        rows = _rows_of(reader).drop(ROW, *but)
+        rows = rows_of(reader).drop(ROW, *but)
         count = rows.height - rows.unique().height
         lines.append(f"{name}: {count:,} duplicate rows")
     return "\n".join(lines)
@@ -358,8 +502,20 @@ def _is_number(column: Column) -> bool:
     return column.type.is_numeric() or column.type == pl.Boolean
 
 
-def _rows_of(reader: Reader) -> pl.DataFrame:
-    return pl.concat([reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)])
+def rows_of(reader: Reader) -> pl.DataFrame:
+    """Return all rows of a source, with their numbers.
+
+    Raises:
+      DataError: it has none.
+    """
+    parts = [reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)]
+    if not parts:
+        raise DataError(
+            "the table has no rows",
+            where=reader.name,
+            remedy="give one with rows under its header",
+        )
+    return pl.concat(parts)
 
 
 def _first(looked: Looked) -> list[Any]:
@@ -371,46 +527,83 @@ def _first(looked: Looked) -> list[Any]:
     if asked.label_end:
         steps.append(
             prepare.TrimEnd(
-                asked.label,
+                asked.labels,
                 asked.label_end,
             )
         )
-    steps.append(prepare.DropMissing(asked.label))
+    steps.append(prepare.DropMissing(asked.labels))
+    steps.append(_split(looked))
+    return steps
+
+
+def _split(looked: Looked) -> Any:
+    """Return the step that splits: by file, by group, or by class."""
+    asked = looked.asked
     if asked.test is not None:
-        return [
-            *steps,
-            prepare.SplitBySource(
-                test=[1],
-            ),
-        ]
-    stratify = () if looked.is_quantity else asked.label
-    return [
-        *steps,
-        prepare.Split(
-            test=asked.test_share,
-            stratify=stratify,
-        ),
-    ]
+        _check_with_test_file(asked)
+        return prepare.SplitBySource(test=[1])
+    shares: dict[str, Any] = {
+        "test": asked.test_share if asked.folds is None else 0.0,
+        "validation": asked.validation,
+        "folds": asked.folds,
+        "fold": asked.fold,
+    }
+    if asked.group:
+        return prepare.SplitByGroup(group=asked.group, **shares)
+    is_one_class = not looked.is_quantity and len(asked.labels) == 1
+    return prepare.Split(
+        stratify=asked.labels if is_one_class else (),
+        **shares,
+    )
+
+
+def _check_with_test_file(asked: Asked) -> None:
+    """Raise RecipeError where a test file leaves nothing to split as is asked."""
+    if asked.folds is not None:
+        raise RecipeError(
+            "there is a test file, and there are to be folds",
+            where="--folds",
+            remedy="leave one of the two out",
+        )
+    if asked.group and asked.validation:
+        raise RecipeError(
+            "with a test file, a validation share is drawn row by row, not by group",
+            where="--validation",
+            remedy="leave --validation or --group out",
+        )
 
 
 def _alarms(looked: Looked) -> list[Any]:
     """Return the step that looks for rows of both splits, and for given-away labels."""
     raw = [*looked.numbers, *looked.categories, *looked.dates]
+    group = looked.asked.group
     return [
         prepare.Leaks(
-            target=looked.asked.label,
+            target=label,
             inputs=raw,
+            group=group[0] if len(group) == 1 else None,
         )
+        for label in looked.asked.labels
     ]
 
 
 def _last(looked: Looked) -> list[Any]:
+    labels = looked.asked.labels
     if looked.is_quantity:
-        return [prepare.AsFloats(looked.asked.label)]
-    return [prepare.Classes(looked.asked.label)]
+        return [prepare.AsFloats(labels)]
+    return [prepare.Classes(label) for label in labels]
 
 
-def _sizes(serving: Any) -> dict[str, int]:
+def _counts(serving: Any) -> tuple[int, ...]:
+    """Return the count of classes of each label that has some."""
+    return tuple(
+        state.height
+        for step, state in serving.prepared.steps
+        if isinstance(step, prepare.Classes)
+    )
+
+
+def sizes_of(serving: Any) -> dict[str, int]:
     """Return the count of codes of the columns that a Vocabulary has coded."""
     codes: dict[str, int] = {}
     for step, state in serving.prepared.steps:

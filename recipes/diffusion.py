@@ -29,7 +29,7 @@ def recipe(
     sampling_steps: int = 25,
     learning_rate: float = 2e-3,
     batch_size: int = 64,
-    epochs: float = 60,
+    epochs: float = 40,
     steps: int | None = None,
     average: float = 0.999,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -60,6 +60,7 @@ def recipe(
     """
     pictures = _pictures.load(data, size, "recipes/diffusion.py", prepared)
     total = steps or math.ceil(epochs * len(pictures.train) / batch_size)
+    preprocess = partial(_pictures.between_one, brightest=pictures.brightest)
 
     return lepton.Recipe(
         name="diffusion",
@@ -72,7 +73,9 @@ def recipe(
             steps=sampling_steps,
         ),
         loss=direction_loss,
-        preprocess=partial(_pictures.between_one, brightest=pictures.brightest),
+        metrics={"error": direction_loss},
+        baseline=partial(lepton.baselines.normal_direction, preprocess=preprocess),
+        preprocess=preprocess,
         optimizer=optax.adam,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         controller=lepton.controllers.averaging(average),

@@ -6,7 +6,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 
@@ -31,6 +31,7 @@ def recipe(
     latent: int = 64,
     width: int = 32,
     learning_rate: float = 5e-4,
+    judge_rate: float = 1.0,
     batch_size: int = 64,
     epochs: float = 60,
     steps: int | None = None,
@@ -50,7 +51,8 @@ def recipe(
         left out, they are removed at the end.
       latent: length of the noise that a picture is made from.
       width: channels of the layers nearest to the pictures, of both players.
-      learning_rate: of Adam, for both players.
+      learning_rate: of Adam, for the generator.
+      judge_rate: the discriminator's rate as a multiple of it.
       batch_size: pictures per step, over all devices.
       epochs: passes over the training pictures.
       steps: length of the run in steps, instead of epochs.
@@ -67,7 +69,12 @@ def recipe(
         model=partial(lepton.models.GAN, pictures.size, latent=latent, width=width),
         loss=adversarial_loss,
         preprocess=partial(_pictures.between_one, brightest=pictures.brightest),
-        optimizer=partial(optax.adam, b1=FIRST_DECAY, b2=SECOND_DECAY),
+        optimizer=lepton.optimizers.by_part(
+            {
+                "generator/*": _adam,
+                "discriminator/*": partial(_adam, times=judge_rate),
+            }
+        ),
         learning_rate=learning_rate,
         controller=lepton.controllers.averaging(average),
         train=pictures.train,
@@ -79,3 +86,11 @@ def recipe(
         save_every=save_every,
         seed=seed,
     )
+
+
+def _adam(
+    learning_rate: Any,
+    times: float = 1.0,
+) -> optax.GradientTransformation:
+    """Return Adam for one of the players."""
+    return optax.adam(times * learning_rate, b1=FIRST_DECAY, b2=SECOND_DECAY)

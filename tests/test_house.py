@@ -22,6 +22,7 @@ FLOORS = [
     {"planner", "launch"},
     {"train"},
     {"verify", "ship", "trainer"},
+    {"cross_validation"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -140,6 +141,7 @@ def test_every_room_has_a_floor_and_they_are_few():
 def test_the_public_names_are_these():
     assert sorted(lepton_jax.__all__) == [
         "CheckpointError",
+        "CrossValidation",
         "DataError",
         "DivergedError",
         "History",
@@ -158,6 +160,7 @@ def test_the_public_names_are_these():
         "augment",
         "baselines",
         "controllers",
+        "cross_validate",
         "data",
         "hardware",
         "losses",

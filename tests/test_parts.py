@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import lepton_jax as lepton
 from lepton_jax import controllers, optimizers
@@ -112,6 +113,22 @@ def test_a_frozen_part_stays_as_it_is_and_has_no_state(blobs, devices, micro_bat
     state = by_path(trainer.state.optimizer)
     assert any("last/kernel" in path for path in state)
     assert not any("first" in path for path in state if "last" not in path)
+
+
+def test_the_state_of_a_part_lies_as_its_parameters_do(blobs):
+    parts = by_part({"last/*": optax.sgd}, default=optax.adamw)
+    trainer = make(blobs, parts, devices=8, learning_rate=RATE)
+    pins = {"first/kernel": PartitionSpec(None, "fsdp")}
+    plan = trainer.plan(mesh={"fsdp": 8}, pins=pins)
+    trainer = make(blobs, parts, devices=8, learning_rate=RATE, plan=plan)
+    trainer.fit(steps=1)
+    wanted = PartitionSpec(None, "fsdp")
+    moments = {
+        path: x.sharding.spec
+        for path, x in by_path(trainer.state.optimizer).items()
+        if path.endswith("first/kernel")
+    }
+    assert len(moments) == 2 and set(moments.values()) == {wanted}
 
 
 def test_minus_zero_stays_minus_zero(blobs):

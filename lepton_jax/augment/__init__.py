@@ -12,7 +12,14 @@ policy      RandAugment
 from lepton_jax.augment.augmented import Augmented, StepKey, step_key
 from lepton_jax.augment.colour import ColourJitter
 from lepton_jax.augment.erasing import Cutout, Erase
-from lepton_jax.augment.geometry import Affine, Crop, Flip, ResizedCrop, flipped
+from lepton_jax.augment.geometry import (
+    Affine,
+    Crop,
+    Flip,
+    ResizedCrop,
+    flipped,
+    resized,
+)
 from lepton_jax.augment.mixing import Cutmix, Mixed, Mixup, first_of, loss_of
 from lepton_jax.augment.policy import RandAugment
 
@@ -33,5 +40,6 @@ __all__ = [
     "first_of",
     "flipped",
     "loss_of",
+    "resized",
     "step_key",
 ]

@@ -66,6 +66,9 @@ class Augmented:
         True is called with keys, inputs, targets and the distance of partners (see
         `mixing`), and returns inputs and targets.
       preprocess: what is done to inputs in training and outside it; None: nothing.
+      outside: what is done outside of training in place of the steps, a function of
+        preprocessed inputs, e.g. `partial(augment.resized, size=(64, 64))`; None:
+        nothing.
       views: functions of inputs. Outside of training the outputs are the mean of those
         for the inputs and for each view, e.g. `(augment.flipped,)`.
       only: name of the input that steps and views change, where inputs are a dict.
@@ -81,6 +84,7 @@ class Augmented:
 
     steps: Sequence[Callable] = ()
     preprocess: Callable[[Any], Any] | None = None
+    outside: Callable[[Any], Any] | None = None
     views: Sequence[Callable[[Any], Any]] = ()
     only: str | None = None
 
@@ -98,10 +102,13 @@ class Augmented:
 
     def __call__(self, inputs: Any) -> Any:
         """Return inputs as the model takes them outside of training."""
-        return inputs if self.preprocess is None else self.preprocess(inputs)
+        inputs = self._prepared(inputs)
+        if self.outside is None:
+            return inputs
+        return self._whole(inputs, self.outside(self._part(inputs)))
 
     def viewed(self, inputs: Any) -> list[Any]:
-        """Return preprocessed inputs, and each view of them."""
+        """Return what a call has returned, and each view of it."""
         part = self._part(inputs)
         views = [self._whole(inputs, view(part)) for view in self.views]
         return [inputs, *views]
@@ -130,7 +137,7 @@ class Augmented:
         Raises:
           RecipeError: a step can't change these inputs.
         """
-        inputs = self(inputs)
+        inputs = self._prepared(inputs)
         changed = self._part(inputs)
         rows = jax.tree.leaves(targets)[0].shape[0]
         keys = row_keys(key, rows, part, parts)
@@ -143,6 +150,9 @@ class Augmented:
                 changed = step(own, changed)
         return self._whole(inputs, changed), targets
 
+    def _prepared(self, inputs: Any) -> Any:
+        return inputs if self.preprocess is None else self.preprocess(inputs)
+
     def _part(self, inputs: Any) -> Any:
         if self.only is None:
             return inputs
@@ -154,5 +164,9 @@ class Augmented:
             )
         return inputs[self.only]
 
-    def _whole(self, inputs: Any, part: Any) -> Any:
+    def _whole(
+        self,
+        inputs: Any,
+        part: Any,
+    ) -> Any:
         return part if self.only is None else {**inputs, self.only: part}

@@ -59,7 +59,11 @@ class ColourJitter:
         )
         check_share("ColourJitter", hue=self.hue)
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("ColourJitter", images)
         draws = uniform(keys, 4, -1, 1)
         brighter, contrast, colour, turn = (by_row(draw, 4) for draw in draws)
@@ -76,7 +80,11 @@ class ColourJitter:
         return jnp.clip(images, 0, 1)
 
 
-def blended(left: jax.Array, right: jax.Array, share: jax.Array) -> jax.Array:
+def blended(
+    left: jax.Array,
+    right: jax.Array,
+    share: jax.Array,
+) -> jax.Array:
     """Return left + share (right - left); a share above 1 goes beyond the right."""
     return left + share * (right - left)
 
@@ -97,11 +105,17 @@ def mean_grey(images: jax.Array) -> jax.Array:
 # ---- internals ----
 
 
-def _factor(draw: jax.Array, strength: float) -> jax.Array:
+def _factor(
+    draw: jax.Array,
+    strength: float,
+) -> jax.Array:
     return jnp.maximum(1 + draw * strength, 0)
 
 
-def _turned(images: jax.Array, angle: jax.Array) -> jax.Array:
+def _turned(
+    images: jax.Array,
+    angle: jax.Array,
+) -> jax.Array:
     """Return images whose colours are turned by an angle, radians (batch,)."""
     if images.shape[-1] != 3:
         raise RecipeError(

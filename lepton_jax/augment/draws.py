@@ -38,7 +38,10 @@ def row_keys(
     return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
-def folded(keys: jax.Array, number: int) -> jax.Array:
+def folded(
+    keys: jax.Array,
+    number: int,
+) -> jax.Array:
     """Return other keys, one for each row, for another use."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
@@ -62,12 +65,18 @@ def uniform(
     return [drawn[:, number] for number in range(count)]
 
 
-def by_row(values: jax.Array, ndim: int) -> jax.Array:
+def by_row(
+    values: jax.Array,
+    ndim: int,
+) -> jax.Array:
     """Return values (rows,) in a shape that broadcasts against (rows, ...)."""
     return values.reshape(values.shape + (1,) * (ndim - 1))
 
 
-def check_share(name: str, **shares: float) -> None:
+def check_share(
+    name: str,
+    **shares: float,
+) -> None:
     """Check that settings lie between 0 and 1.
 
     Raises:
@@ -82,7 +91,11 @@ def check_share(name: str, **shares: float) -> None:
             )
 
 
-def check_least(name: str, least: float, **values: float) -> None:
+def check_least(
+    name: str,
+    least: float,
+    **values: float,
+) -> None:
     """Check that settings are not below a bound.
 
     Raises:
@@ -97,7 +110,11 @@ def check_least(name: str, least: float, **values: float) -> None:
             )
 
 
-def check_range(name: str, least: float, **ranges: Any) -> None:
+def check_range(
+    name: str,
+    least: float,
+    **ranges: Any,
+) -> None:
     """Check that settings are pairs (low, high) with least <= low <= high.
 
     Raises:
@@ -113,7 +130,10 @@ def check_range(name: str, least: float, **ranges: Any) -> None:
             )
 
 
-def check_images(name: str, images: Any) -> None:
+def check_images(
+    name: str,
+    images: Any,
+) -> None:
     """Check that a batch is one of images.
 
     Raises:

@@ -40,7 +40,11 @@ class Erase:
         check_share("Erase", area=self.area[1])
         check_range("Erase", 1e-3, ratio=self.ratio)
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("Erase", images)
         height, width = images.shape[1:3]
         is_chosen, size, aspect, down, right = uniform(keys, 5)
@@ -72,7 +76,11 @@ class Cutout:
     def __post_init__(self) -> None:
         check_least("Cutout", 1, pixels=self.pixels)
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("Cutout", images)
         height, width = images.shape[1:3]
         down, right = uniform(keys, 2)

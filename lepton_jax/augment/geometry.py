@@ -42,7 +42,11 @@ class Flip:
     def __post_init__(self) -> None:
         check_share("Flip", share=self.share)
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("Flip", images)
         (draw,) = uniform(keys, 1)
         is_mirrored = by_row(draw < self.share, images.ndim)
@@ -53,6 +57,18 @@ class Flip:
 def flipped(images: Any) -> Any:
     """Return images (batch, height, width, channels) mirrored left to right."""
     return jnp.flip(images, 2)
+
+
+def resized(
+    images: Any,
+    size: tuple[int, int],
+) -> Any:
+    """Return images scaled to (height, width), as `ResizedCrop` scales a whole one."""
+    if images.shape[1:3] == tuple(size):
+        return images
+    return _scaled(
+        images, _whole(images.shape[1], size[0]), _whole(images.shape[2], size[1])
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,11 @@ class Crop:
         check_least("Crop", 0, padding=self.padding)
         _check_edge("Crop", self.edge, ("reflect", "zero"))
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("Crop", images)
         _, height, width, channels = images.shape
         if self.edge == "reflect" and self.padding >= min(height, width):
@@ -88,7 +108,11 @@ class Crop:
         places = uniform(keys, 2, 0, 2 * self.padding + 1)
         top, left = (place.astype(jnp.int32) for place in places)
 
-        def cut(image: jax.Array, top: jax.Array, left: jax.Array) -> jax.Array:
+        def cut(
+            image: jax.Array,
+            top: jax.Array,
+            left: jax.Array,
+        ) -> jax.Array:
             sizes = (height, width, channels)
             return jax.lax.dynamic_slice(image, (top, left, 0), sizes)
 
@@ -126,7 +150,11 @@ class ResizedCrop:
             object.__setattr__(self, "size", tuple(self.size))
             check_least("ResizedCrop", 1, size=min(self.size))
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("ResizedCrop", images)
         height, width = images.shape[1:3]
         size = self.size or (height, width)
@@ -140,10 +168,7 @@ class ResizedCrop:
 
         rows = _triangles(across * (1 - tall), tall, height, size[0])
         columns = _triangles(along * (1 - wide), wide, width, size[1])
-        rows = rows.astype(images.dtype)
-        columns = columns.astype(images.dtype)
-        shorter = jnp.einsum("bih,bhwc->biwc", rows, images)
-        return jnp.einsum("bjw,biwc->bijc", columns, shorter)
+        return _scaled(images, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -173,7 +198,11 @@ class Affine:
         check_range("Affine", 1e-3, zoom=self.zoom)
         _check_edge("Affine", self.edge, EDGES)
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("Affine", images)
         height, width = images.shape[1:3]
         turn, down, right, size, slant = uniform(keys, 5, -1, 1)
@@ -221,13 +250,46 @@ def warped(
 # ---- internals ----
 
 
-def _check_edge(name: str, edge: str, known: tuple[str, ...]) -> None:
+def _check_edge(
+    name: str,
+    edge: str,
+    known: tuple[str, ...],
+) -> None:
     if edge not in known:
         raise RecipeError(
             f"edge is {edge!r}",
             where=f"augment.{name}",
             remedy=f"use one of {', '.join(known)}",
         )
+
+
+def _whole(
+    pixels: int,
+    wanted: int,
+) -> jax.Array:
+    """Return the weights of all pixels of a side: (1, wanted, pixels)."""
+    return _triangles(jnp.zeros(1), jnp.ones(1), pixels, wanted)
+
+
+def _scaled(
+    images: jax.Array,
+    rows: jax.Array,
+    columns: jax.Array,
+) -> jax.Array:
+    """Return weighted means of the rows and columns of images.
+
+    Args:
+      images: (batch, height, width, channels).
+      rows: weights (batch or 1, wanted, height).
+      columns: weights (batch or 1, wanted, width).
+    """
+    rows = rows.astype(images.dtype)
+    columns = columns.astype(images.dtype)
+    if len(rows) == 1:
+        shorter = jnp.einsum("ih,bhwc->biwc", rows[0], images)
+        return jnp.einsum("jw,biwc->bijc", columns[0], shorter)
+    shorter = jnp.einsum("bih,bhwc->biwc", rows, images)
+    return jnp.einsum("bjw,biwc->bijc", columns, shorter)
 
 
 def _triangles(
@@ -291,7 +353,10 @@ def _pixels(
     places = (row * width + column).reshape(batch, -1)
     flat = images.reshape(batch, height * width, channels)
 
-    def look(pixels: jax.Array, places: jax.Array) -> jax.Array:
+    def look(
+        pixels: jax.Array,
+        places: jax.Array,
+    ) -> jax.Array:
         return pixels.at[places].get(mode="promise_in_bounds")
 
     found = jax.vmap(look)(flat, places).reshape(*y.shape, channels)
@@ -301,7 +366,11 @@ def _pixels(
     return jnp.where(is_inside[..., None], found, 0)
 
 
-def _inside(place: jax.Array, pixels: int, edge: str) -> jax.Array:
+def _inside(
+    place: jax.Array,
+    pixels: int,
+    edge: str,
+) -> jax.Array:
     """Return whole places as int32, those outside brought back inside."""
     if edge == "reflect":
         place = jnp.abs(place)

@@ -58,7 +58,10 @@ def first_of(targets: Any) -> Any:
     return targets.first if isinstance(targets, Mixed) else targets
 
 
-def loss_of(loss: Callable, targets: Any) -> Callable:
+def loss_of(
+    loss: Callable,
+    targets: Any,
+) -> Callable:
     """Return a loss for some targets; another one if they are mixed.
 
     Args:
@@ -69,7 +72,10 @@ def loss_of(loss: Callable, targets: Any) -> Callable:
         return loss
 
     @functools.wraps(loss)
-    def mixed(outputs: Any, targets: Mixed) -> Any:
+    def mixed(
+        outputs: Any,
+        targets: Mixed,
+    ) -> Any:
         own, own_weights = _checked(loss, outputs, targets.first)
         other, other_weights = _checked(loss, outputs, targets.second)
         share = by_row(targets.share, own.ndim)
@@ -84,7 +90,10 @@ def loss_of(loss: Callable, targets: Any) -> Callable:
     return mixed
 
 
-def swapped(tree: Any, stride: int) -> Any:
+def swapped(
+    tree: Any,
+    stride: int,
+) -> Any:
     """Return the rows of arrays (batch, ...) in the places of their partners."""
 
     def swap(x: jax.Array) -> jax.Array:
@@ -94,7 +103,10 @@ def swapped(tree: Any, stride: int) -> Any:
     return jax.tree.map(swap, tree)
 
 
-def stride_of(rows: int, parts: int = 1) -> int:
+def stride_of(
+    rows: int,
+    parts: int = 1,
+) -> int:
     """Return the distance of partners in a micro-batch.
 
     In the whole batch it is the largest power of two whose double divides the batch and
@@ -201,7 +213,11 @@ class Cutmix:
 # ---- internals ----
 
 
-def _shares(keys: jax.Array, alpha: float, share: float) -> jax.Array:
+def _shares(
+    keys: jax.Array,
+    alpha: float,
+    share: float,
+) -> jax.Array:
     """Draw the shares of the own samples, float32 (batch,); 1: it is not mixed."""
     draw, is_mixed, *_ = uniform(keys, 4)
     own = draw
@@ -213,7 +229,11 @@ def _shares(keys: jax.Array, alpha: float, share: float) -> jax.Array:
     return jnp.where(is_mixed < share, own, 1)
 
 
-def _mixed(targets: Any, own: jax.Array, stride: int) -> Mixed:
+def _mixed(
+    targets: Any,
+    own: jax.Array,
+    stride: int,
+) -> Mixed:
     """Return targets that are mixed as the inputs are, perhaps for a second time.
 
     A sample that was mixed with its partner before still has parts of these two alone.
@@ -225,7 +245,11 @@ def _mixed(targets: Any, own: jax.Array, stride: int) -> Mixed:
     return Mixed(targets.first, targets.second, share)
 
 
-def _checked(loss: Callable, outputs: Any, targets: Any) -> tuple[Any, Any]:
+def _checked(
+    loss: Callable,
+    outputs: Any,
+    targets: Any,
+) -> tuple[Any, Any]:
     """Return values and weights (or None) of a loss with one value per sample."""
     result = loss(outputs, targets)
     is_pair = isinstance(result, tuple) and len(result) == 2

@@ -74,7 +74,11 @@ class RandAugment:
         check_least("RandAugment", 1, count=self.count)
         check_share("RandAugment", strength=self.strength, share=self.share)
 
-    def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         check_images("RandAugment", images)
         changed = images
         for number in range(self.count):
@@ -85,7 +89,11 @@ class RandAugment:
         is_changed = by_row(draw < self.share, images.ndim)
         return jnp.where(is_changed, changed, images)
 
-    def _once(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def _once(
+        self,
+        keys: jax.Array,
+        images: jax.Array,
+    ) -> jax.Array:
         which, way = uniform(keys, 2)
         kind = (which * len(KINDS)).astype(jnp.int32)
         signed = jnp.where(way < 0.5, -self.strength, self.strength)
@@ -98,11 +106,18 @@ class RandAugment:
 # ---- internals ----
 
 
-def _is(kind: jax.Array, name: str) -> jax.Array:
+def _is(
+    kind: jax.Array,
+    name: str,
+) -> jax.Array:
     return kind == KINDS.index(name)
 
 
-def _toned(images: jax.Array, kind: jax.Array, strength: float) -> jax.Array:
+def _toned(
+    images: jax.Array,
+    kind: jax.Array,
+    strength: float,
+) -> jax.Array:
     """Stretch the contrast, invert bright pixels, or drop bits."""
     low = images.min((1, 2), keepdims=True)
     high = images.max((1, 2), keepdims=True)
@@ -119,7 +134,11 @@ def _toned(images: jax.Array, kind: jax.Array, strength: float) -> jax.Array:
     return jnp.where(by_row(_is(kind, "posterize"), 4), coarse, images)
 
 
-def _stepped_away(images: jax.Array, kind: jax.Array, factor: jax.Array) -> jax.Array:
+def _stepped_away(
+    images: jax.Array,
+    kind: jax.Array,
+    factor: jax.Array,
+) -> jax.Array:
     """Change brightness, contrast, colour or sharpness by a factor (batch,)."""
     degenerate: Any = images
     kinds = {
@@ -142,11 +161,18 @@ def _smooth(images: jax.Array) -> jax.Array:
     return (block + 4 * images) / 13
 
 
-def _moved(images: jax.Array, kind: jax.Array, signed: jax.Array) -> jax.Array:
+def _moved(
+    images: jax.Array,
+    kind: jax.Array,
+    signed: jax.Array,
+) -> jax.Array:
     """Turn, shear or shift by a share (batch,) of the greatest amount, -1 to 1."""
     height, width = images.shape[1:3]
 
-    def amount(name: str, most: float) -> jax.Array:
+    def amount(
+        name: str,
+        most: float,
+    ) -> jax.Array:
         return jnp.where(_is(kind, name), signed * most, 0)
 
     angle = amount("turn", math.radians(MOST_DEGREES))

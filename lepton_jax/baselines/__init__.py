@@ -12,14 +12,29 @@ from lepton_jax.baselines.baseline import (
     Samples,
     Task,
 )
-from lepton_jax.baselines.comparison import Comparison, Network
+from lepton_jax.baselines.biases import biases
+from lepton_jax.baselines.boosting import boosting
+from lepton_jax.baselines.comparison import (
+    VERDICTS,
+    Comparison,
+    Network,
+    shown,
+    verdict_of,
+)
+from lepton_jax.baselines.ials import ials
 from lepton_jax.baselines.intervals import mean_interval, wilson
+from lepton_jax.baselines.item_knn import item_knn
 from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
+from lepton_jax.baselines.measuring import all_measured
 from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_svm
 from lepton_jax.baselines.nearest import nearest
+from lepton_jax.baselines.normal import normal_direction, principal_components
+from lepton_jax.baselines.popularity import popularity
+from lepton_jax.baselines.suspects import without_suspects
 
 __all__ = [
+    "VERDICTS",
     "Baseline",
     "BaselineFunction",
     "Comparison",
@@ -28,6 +43,11 @@ __all__ = [
     "NotHere",
     "Samples",
     "Task",
+    "all_measured",
+    "biases",
+    "boosting",
+    "ials",
+    "item_knn",
     "log_count_ratios",
     "logistic",
     "majority",
@@ -35,5 +55,11 @@ __all__ = [
     "naive_bayes",
     "nb_svm",
     "nearest",
+    "normal_direction",
+    "popularity",
+    "principal_components",
+    "shown",
+    "verdict_of",
     "wilson",
+    "without_suspects",
 ]

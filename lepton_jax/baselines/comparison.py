@@ -13,7 +13,6 @@ from lepton_jax.baselines.baseline import Baseline, Interval, Samples
 from lepton_jax.baselines.intervals import (
     LEVEL,
     mcnemar,
-    mean_interval,
     percentiles,
     resamples,
     wilson,
@@ -171,7 +170,7 @@ class Network:
         ours = self.measured.get(name)
         if ours is None:
             return Compared(name, None, baseline)
-        network = _interval(ours, len(self.samples))
+        network = ours.interval(len(self.samples))
         spread = math.hypot(half_width(network), half_width(baseline))
         value = network.value - baseline.value
         difference = Interval(value, value - spread, value + spread)
@@ -235,13 +234,6 @@ def _of_drawn(
     if one.hits is not None:
         return wilson(one.hits.sum(), rows)
     return percentiles(one.value, np.array(drawn[id(one)]))
-
-
-def _interval(one: Measured, rows: int) -> Interval:
-    if one.hits is not None:
-        return mean_interval(one.hits)
-    values = [one.of(counts) for counts in resamples(rows, one.resamples)]
-    return percentiles(one.value, np.array(values))
 
 
 # ---- outputs of a baseline in the form of the network's ----

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_jax import losses
-from lepton_jax.baselines.intervals import RESAMPLES, are_hits
+from lepton_jax.baselines.baseline import Interval
+from lepton_jax.baselines.intervals import (
+    RESAMPLES,
+    are_hits,
+    percentiles,
+    resamples,
+    wilson,
+)
 
 # Resamples of a metric that needs all rows at once, such as an area under a curve;
 # assumption: the ends of an interval need two digits, not three.
@@ -40,6 +47,13 @@ class Measured:
     def of(self, counts: np.ndarray) -> float:
         """Return the metric of a resample; `counts` says how often a row is in it."""
         raise NotImplementedError
+
+    def interval(self, rows: int) -> Interval:
+        """Return the metric with its interval, over so many rows."""
+        if self.hits is not None:
+            return wilson(self.hits.sum(), rows)
+        values = [self.of(counts) for counts in resamples(rows, self.resamples)]
+        return percentiles(self.value, np.array(values))
 
 
 class MeasuredMean(Measured):

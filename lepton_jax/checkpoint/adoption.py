@@ -28,13 +28,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.trees import by_path, path_of
+from lepton_jax.errors import CheckpointError, nearest
+from lepton_jax.trees import by_path, matches, path_of
 
 # Fields of ControllerState whose parts stand alone under their names.
 BY_NAME = ("base", "knobs", "fed")
 # Fields of ControllerState that are copies of the parameters, or () without them.
 COPIES = ("accumulated", "average", "kept", "anchor")
 REPLACEABLE = ("optimizer/", "controller/")
+WEIGHTS = ("params/", "variables/")
+# where a controller keeps the averages of parameters and of variables
+AVERAGES = {"params/": "controller/average/0/", "variables/": "controller/average/1/"}
 # Counts of updates at which two schedules are compared: three a decade, up to a million
 # (assumption: no two schedules that people use agree on all of these).
 SCHEDULE_COUNTS = (
@@ -101,6 +105,73 @@ def adopt(
     match.adopt_controller(policies, stored_policies)
     match.note_left()
     return match.adoption
+
+
+class Fresh:
+    """Patterns of parameters and variables that begin anew where a model is loaded.
+
+    Args:
+      patterns: as in a shell, of paths as `trainer.trace` lists them: "head/*".
+    """
+
+    def __init__(self, patterns: Iterable[str]):
+        self.patterns = tuple(patterns)
+
+    def __call__(self, path: str) -> bool:
+        """Whether a leaf of a state begins anew: "params/head/kernel"."""
+        return any(_matches_weight(path, pattern) for pattern in self.patterns)
+
+    def check(self, wanted: Iterable[str], stored: Iterable[str]) -> None:
+        """Check that each pattern matches something of the model or the checkpoint.
+
+        Raises:
+          CheckpointError: one does not; the nearest path is named.
+        """
+        paths = dict.fromkeys([*wanted, *stored])
+        weights = [path for path in paths if path.startswith(WEIGHTS)]
+        for pattern in self.patterns:
+            if any(_matches_weight(path, pattern) for path in weights):
+                continue
+            names = [path.partition("/")[2] for path in weights]
+            tops = [f"{name.partition('/')[0]}/*" for name in names if "/" in name]
+            raise CheckpointError(
+                f"fresh={pattern!r} matches nothing of the model"
+                f"{nearest(pattern, dict.fromkeys([*tops, *names]))}",
+                where="Trainer.load",
+                remedy=f"name parameters of it: {', '.join(dict.fromkeys(tops))}",
+            )
+
+
+def adopt_weights(
+    state: Any,
+    stored: Sequence[str],
+    fresh: Fresh,
+) -> Adoption:
+    """Take over parameters and variables alone, for a run that begins with them.
+
+    Where the checkpoint has averages of them, which are what was evaluated and served,
+    it is these.
+
+    Args:
+      state: the wanted `State`, of arrays or shapes.
+      stored: paths of the checkpoint's leaves.
+      fresh: those that begin anew.
+    """
+    adoption = Adoption()
+    available = set(stored)
+    for path, leaf in by_path(state).items():
+        if not path.startswith(WEIGHTS) or leaf.size == 0:
+            continue
+        if fresh(path):
+            adoption.anew.append(path.partition("/")[2])
+            continue
+        top = path.partition("/")[0] + "/"
+        average = AVERAGES[top] + path.removeprefix(top)
+        adoption.sources[path] = average if average in available else path
+    for path in stored:
+        if path.startswith(WEIGHTS) and fresh(path):
+            adoption.left.append(path.partition("/")[2])
+    return adoption
 
 
 def recipe_values(state: Any) -> dict[str, float]:
@@ -207,6 +278,11 @@ def _elements(state: Any) -> dict[str, list[str]]:
         prefix = path_of(path[:depth]) or ""
         elements.setdefault(prefix, []).append(path_of(path[depth:]))
     return elements
+
+
+def _matches_weight(path: str, pattern: str) -> bool:
+    top, _, name = path.partition("/")
+    return f"{top}/" in WEIGHTS and matches(name, pattern)
 
 
 def _joined(prefix: str, name: str) -> str:

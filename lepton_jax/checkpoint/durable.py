@@ -38,7 +38,7 @@ import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
-from lepton_jax.checkpoint.adoption import REPLACEABLE
+from lepton_jax.checkpoint.adoption import REPLACEABLE, Fresh
 from lepton_jax.checkpoint.keys import as_stored, as_wanted, is_key, stored_shape
 from lepton_jax.compat import jit_where, make_mesh
 from lepton_jax.errors import (
@@ -297,6 +297,7 @@ class Checkpoints:
         step: int,
         template: Any,
         choose: Choose | None = None,
+        fresh: Fresh | None = None,
     ) -> tuple[Any, dict[str, Any]]:
         """Read one step's state and its record.
 
@@ -308,6 +309,7 @@ class Checkpoints:
           choose: decides where each leaf of the template comes from, given the
             checkpoint's record, its paths, and whether two paths fit; None: each from
             the leaf of its own path, and all have to fit.
+          fresh: parameters and variables that need not fit; None: all have to.
 
         Returns:
           The state and the record. Leaves that `choose` gives no source stay the
@@ -328,7 +330,14 @@ class Checkpoints:
             )
         wanted = jax.eval_shape(_storable, template)
         record, checksums, stored = _alike(step, lambda: self._index(step))
-        sources = self._sources(step, wanted, stored, record, choose)
+        sources = self._sources(
+            step,
+            wanted,
+            stored,
+            record,
+            choose,
+            fresh,
+        )
         places = by_path(jax.tree.map(lambda leaf: leaf.sharding, template))
 
         shapes = {}
@@ -350,6 +359,7 @@ class Checkpoints:
         stored: dict[str, Any],
         record: dict[str, Any],
         choose: Choose | None,
+        fresh: Fresh | None,
     ) -> dict[str, str]:
         """Return path of each leaf that is restored, to its path in the checkpoint."""
         if choose is None:
@@ -361,12 +371,15 @@ class Checkpoints:
             theirs = stored[_quoted(source)]
             return _shape(mine) == _shape(theirs)
 
+        if fresh is not None:
+            fresh.check(map(_unquoted, wanted), map(_unquoted, stored))
+
+        def is_fixed(path: str) -> bool:
+            is_fresh = fresh is not None and fresh(path)
+            return not path.startswith(REPLACEABLE) and not is_fresh
+
         def strict(leaves: dict[str, Any]) -> dict[str, Any]:
-            return {
-                name: leaf
-                for name, leaf in leaves.items()
-                if not _unquoted(name).startswith(REPLACEABLE)
-            }
+            return {n: leaf for n, leaf in leaves.items() if is_fixed(_unquoted(n))}
 
         fixed = strict(wanted)
         self._compare(step, fixed, strict(stored))
@@ -378,6 +391,7 @@ class Checkpoints:
         template: Any,
         on_damaged: Callable[[int, str], None],
         choose: Choose | None = None,
+        fresh: Fresh | None = None,
     ) -> tuple[int, Any, dict[str, Any]]:
         """Read the newest step that can be read.
 
@@ -385,6 +399,7 @@ class Checkpoints:
           template: as of `restore`.
           on_damaged: called with each newer step, which can't be read, and why.
           choose: as of `restore`.
+          fresh: as of `restore`.
 
         Returns:
           Step, state, record.
@@ -397,7 +412,7 @@ class Checkpoints:
         reasons = []
         for step in reversed(steps):
             try:
-                return (step, *self.restore(step, template, choose))
+                return (step, *self.restore(step, template, choose, fresh))
             except Damaged as error:
                 on_damaged(step, error.reason)
                 reasons.append(f"step {step}: {error.reason}")

@@ -26,8 +26,9 @@ from typing import Any
 import jax
 from jax.errors import JaxRuntimeError
 
-from lepton_jax.cli import settings
+from lepton_jax.cli import folds, settings
 from lepton_jax.compat import coordination, keep_executables
+from lepton_jax.cross_validation import cross_validate
 from lepton_jax.errors import (
     CheckpointError,
     LeptonError,
@@ -36,6 +37,7 @@ from lepton_jax.errors import (
     nearest,
     of_another_host,
 )
+from lepton_jax.hosts import agreement
 from lepton_jax.launch import (
     children,
     discovery,
@@ -255,6 +257,7 @@ def _settings(
 ) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any]]:
     """Return the options, the settings that were typed, and those of the run."""
     names = list(inspect.signature(function).parameters)
+    folds.check_known(arguments, function)
     options, given = settings.parse(parser, arguments, names)
     options.resume = early.resume
     options.run_dir = early.run_dir
@@ -357,6 +360,8 @@ def _work(
     joining.ask_for_devices(order.options.devices)
 
     def work() -> dict[str, Any]:
+        if folds.wanted(order.function, order.chosen):
+            return _train_folds(order)
         return _train(order, settings.call(order.function, order.chosen))
 
     with serve.serving(
@@ -373,28 +378,15 @@ def _work(
 def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
     options = order.options
     folder = order.folder
-    if recipe.name == "run":
-        recipe = recipe.with_(name=order.file.stem)
-    plain = {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in order.chosen.items()
-    }
-    sinks: list[Any] = [Progress()]
-    if options.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard"))
-
     # so that a restart need not compile again
     keep_executables(folder.resolve() / "cache")
     trainer = Trainer(
-        recipe,
+        _named(order, recipe),
         run_dir=folder,
-        devices=None if coordination() else options.devices,
-        sinks=sinks,
-        source={"file": str(order.file.resolve()), "settings": plain},
-        plan=options.plan,
-        trace_samples=options.trace_samples,
+        sinks=_sinks(order, folder),
+        source=_source(order, order.chosen),
         local_dir=options.local_dir,
-        local_every=options.local_every,
+        **_trainer_options(options),
     )
     watchdog.measure(_device_memory)
     if options.resume is not None:
@@ -403,6 +395,67 @@ def _train(order: _Order, recipe: Recipe) -> dict[str, Any]:
     if history.status == "finished":
         trainer.examine(options.baseline_seconds)
     return _summary(trainer, history, folder)
+
+
+def _train_folds(order: _Order) -> dict[str, Any]:
+    """Train all folds, one after the other; a fold that is finished stays as it is."""
+    options = order.options
+    folder = order.folder
+    count = folds.check(options, order.chosen)
+
+    def chosen(fold: int) -> dict[str, Any]:
+        return {**order.chosen, folds.FOLD: fold}
+
+    def make(fold: int) -> Recipe:
+        return _named(order, settings.call(order.function, chosen(fold)))
+
+    keep_executables(folder.resolve() / "cache")
+    watchdog.measure(_device_memory)
+    if agreement.host() == 0:
+        folds.describe(folder, _source(order, order.chosen))
+    began = time.monotonic()
+    done = cross_validate(
+        make,
+        count,
+        run_dir=folder,
+        baseline_seconds=options.baseline_seconds,
+        sinks=lambda place: _sinks(order, place or folder),
+        source=lambda fold: _source(order, chosen(fold)),
+        trainer=_trainer_options(options),
+    )
+    print(done, file=sys.stderr)
+    return folds.summary(done, time.monotonic() - began)
+
+
+def _named(order: _Order, recipe: Recipe) -> Recipe:
+    """Return a recipe that has a name: that of its file, where it has none."""
+    return recipe.with_(name=order.file.stem) if recipe.name == "run" else recipe
+
+
+def _source(order: _Order, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return where a run's recipe came from, in plain data."""
+    plain = {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in chosen.items()
+    }
+    return {"file": str(order.file.resolve()), "settings": plain}
+
+
+def _sinks(order: _Order, folder: Path) -> list[Any]:
+    sinks: list[Any] = [Progress()]
+    if order.options.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard"))
+    return sinks
+
+
+def _trainer_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that go to a `Trainer` as they are."""
+    return {
+        "devices": None if coordination() else options.devices,
+        "plan": options.plan,
+        "trace_samples": options.trace_samples,
+        "local_every": options.local_every,
+    }
 
 
 def _summary(

@@ -15,6 +15,7 @@ from lepton_jax.controller.policies.batch_growth import batch_growth
 from lepton_jax.controller.policies.best_average import best_average
 from lepton_jax.controller.policies.clipping import clip_by_history
 from lepton_jax.controller.policies.decay import decay
+from lepton_jax.controller.policies.early_stopping import early_stopping
 from lepton_jax.controller.policies.first_steps import first_steps
 from lepton_jax.controller.policies.guard import guard
 from lepton_jax.controller.policies.label_noise import label_noise
@@ -58,6 +59,7 @@ __all__ = [
     "clip_by_history",
     "conformance",
     "decay",
+    "early_stopping",
     "first_steps",
     "guard",
     "label_noise",

@@ -362,7 +362,7 @@ class Controller:
             **moved,
         )
         if self.keeps:
-            fresh = _with_kept_average(fresh, decision.knobs, ~state.halted)
+            fresh = _with_kept_average(state, fresh, decision.knobs)
         shown = {name: signals[name] for name in self.shown if name in signals}
         return pieces, self._settled(state, fresh, decision), shown | decision.record
 
@@ -1078,13 +1078,17 @@ def _renewed(
 
 
 def _with_kept_average(
+    before: ControllerState,
     fresh: ControllerState,
     knobs: Mapping[str, Any],
-    allowed: Any,
 ) -> ControllerState:
-    """Return a state that has followed `keep_average` and `serve_kept`."""
+    """Return a state that has followed `keep_average` and `serve_kept`.
+
+    What is kept is the average before this step, as the last evaluation found it.
+    """
+    allowed = ~before.halted
     keep = (knobs.get("keep_average", 0.0) > 0) & allowed
-    kept = once(keep, lambda _: fresh.average, fresh.kept)
+    kept = once(keep, lambda _: before.average, fresh.kept)
     serve = (knobs.get("serve_kept", 0.0) > 0) & allowed
     average = once(serve, lambda _: kept, fresh.average)
     return fresh._replace(kept=kept, average=average)

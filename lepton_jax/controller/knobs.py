@@ -128,7 +128,7 @@ KNOBS = {
         "any",
         0,
         0,
-        "a copy of the average is kept",
+        "a copy of the average is kept, as it was before this step",
     ),
     "serve_kept": Knob(
         "any",

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 from lepton_jax.errors import RecipeError
 
 # parts of names; a signal whose name holds one of them is better when it is lower
-LOWER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "norm")
+LOWER_IS_BETTER = (
+    *("loss", "error", "perplexity", "mse", "mae", "norm"),
+    *("brier", "pinball", "deviance"),
+)
 
 
 class Notice(NamedTuple):

@@ -143,6 +143,42 @@ class Arrays:
         first, second = partition(len(self), fraction, seed)
         return Arrays(*self.take(first)), Arrays(*self.take(second))
 
+    def fold(
+        self,
+        folds: int,
+        fold: int,
+        seed: int = 0,
+        stratify: bool = False,
+    ) -> tuple[Arrays, Arrays]:
+        """Return the samples to train on and to test on in one of several folds.
+
+        Each sample is in the test of one fold; their sizes differ by one at most.
+
+        Args:
+          folds: how many there are.
+          fold: which one, from 0.
+          seed: decides which samples are together.
+          stratify: whether each fold has its share of each target, which is a class.
+
+        Raises:
+          DataError: there is no such fold, or there are fewer samples than folds.
+        """
+        if not 2 <= folds <= len(self) or not 0 <= fold < folds:
+            raise DataError(
+                f"fold {fold} of {folds} of {len(self)} samples",
+                where="Arrays.fold",
+                remedy=(
+                    "give from 2 folds to as many as there are samples, and a fold"
+                    " from 0 to one less than their count"
+                ),
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        if stratify:
+            order = order[np.argsort(self.targets[order], kind="stable")]
+        test = np.sort(order[fold::folds])
+        train = np.setdiff1d(order, test)
+        return Arrays(*self.take(train)), Arrays(*self.take(test))
+
 
 def from_any(data: Any) -> Arrays:
     """Return data as `Arrays`.

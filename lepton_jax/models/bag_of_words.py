@@ -27,6 +27,8 @@ class BagOfWords(nnx.Module):
       hidden: widths of the hidden layers; none: the classic linear model.
       dropout: share of the units dropped in training, of the mean and of the hidden
         layers.
+      word_dropout: share of the words that are left out of the mean in training (Iyyer
+        et al. 2015, "Deep Unordered Composition", section 3.1).
       rngs: streams `params` and, with dropout, `dropout`.
     """
 
@@ -38,17 +40,23 @@ class BagOfWords(nnx.Module):
         dim: int = 64,
         hidden: Sequence[int] = (),
         dropout: float = 0.0,
+        word_dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
         self.embed = nnx.Embed(vocab, dim, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        whole = nnx.Dropout(word_dropout, broadcast_dims=(2,), rngs=rngs)
+        self.word_dropout = whole if word_dropout else None
         self.head = MLP((dim, *hidden, classes), dropout=dropout, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map tokens, int32 (batch, length), to logits (batch, classes)."""
         is_word = (tokens != PADDING)[..., None]
-        total = jnp.where(is_word, self.embed(tokens), 0).sum(1)
-        mean = total / jnp.maximum(is_word.sum(1), 1)
+        words = jnp.where(is_word, self.embed(tokens), 0)
+        if self.word_dropout is not None:
+            words = self.word_dropout(words)
+        # those that are left are scaled up, so the count stays that of all
+        mean = words.sum(1) / jnp.maximum(is_word.sum(1), 1)
         if self.dropout is not None:
             mean = self.dropout(mean)
         return self.head(mean)

@@ -15,18 +15,26 @@ from lepton_jax.models.tabular_front import Scaled, TabularFront, dropout_of
 KINDS = ("full", "mini")
 
 
-def mean_of_probabilities(outputs: jax.Array) -> jax.Array:
+def mean_of_probabilities(
+    outputs: jax.Array,
+    classes: Sequence[int] | None = None,
+) -> jax.Array:
     """Return the logarithm of the members' mean probabilities.
 
     Args:
-      outputs: logits (batch, members, classes).
+      outputs: logits (batch, members, classes); of several labels, one after the other.
+      classes: count of each label's classes; None: there is one label.
 
     Returns:
       Logits (batch, classes).
     """
-    members = outputs.shape[1]
-    logs = jax.nn.log_softmax(outputs, axis=-1)
-    return jax.nn.logsumexp(logs, axis=1) - jnp.log(members)
+    counts = classes or (outputs.shape[-1],)
+    ends = list(itertools.accumulate(counts))[:-1]
+    logs = [
+        jax.nn.log_softmax(part, axis=-1) for part in jnp.split(outputs, ends, axis=-1)
+    ]
+    together = jnp.concatenate(logs, axis=-1)
+    return jax.nn.logsumexp(together, axis=1) - jnp.log(outputs.shape[1])
 
 
 def mean_of_rates(outputs: jax.Array) -> jax.Array:
@@ -113,12 +121,12 @@ class TabM(nnx.Module):
         widths = (self.front.width, *hidden)
         pairs = list(itertools.pairwise(widths))
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
-        self.is_mini = kind == "mini"
         self.adapters = nnx.List(
             [
                 _Adapters(members, inputs, width, number > 0)
+                if kind == "full"
+                else None
                 for number, (inputs, width) in enumerate(pairs)
-                if not self.is_mini
             ]
         )
         self.dropout = dropout_of(dropout, rngs)
@@ -146,12 +154,9 @@ class TabM(nnx.Module):
         """
         x = self.front(numbers, categories)
         x = x[:, None] * self.adapter[...]
-        for number, layer in enumerate(self.layers):
-            if self.is_mini:
-                x = layer(x)
-            else:
-                x = self.adapters[number](layer, x)
-            x = nnx.relu(x)
+        for layer, adapters in zip(self.layers, self.adapters, strict=True):
+            shared = layer(x) if adapters is None else adapters(layer, x)
+            x = nnx.relu(shared)
             if self.dropout is not None:
                 x = self.dropout(x)
         outputs = self.scaled(self.last(x))

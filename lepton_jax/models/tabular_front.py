@@ -3,16 +3,16 @@
 Numbers are read by the edges of their bins, quantiles of the training rows. The code of
 a number is piecewise linear (Gorishniy et al. 2022, "On Embeddings for Numerical
 Features in Tabular Deep Learning", section 3.2, equation 1). It has an entry for each
-bin: 1 for bins below the number, 0 for bins above, and the number's position in its own
-bin; the outermost bins go on beyond the edges. Then comes an entry that is 1 if the
-number is missing (NaN), in which case the others are 0. With the edges 0, 10, 20 and 40:
+bin: 1 for bins below the number, 0 for bins above, and the number's position in its
+own bin; the outermost bins go on beyond the edges. Then comes an entry that is 1 if the
+number is missing (NaN), in which case the others are 0. With the edges 0, 10, 20, 40:
 
     number    5     15    60    -5    NaN
     code    0.5      1     1  -0.5      0   0 to 10
               0    0.5     1     0      0   10 to 20
               0      0     2     0      0   20 to 40
               0      0     0     0      1   missing
-    rank    1/6    1/2   4/3  -1/6      0   the mean over the bins
+    rank    1/6    1/2   4/3  -1/6      -   the mean over the bins
 """
 
 from __future__ import annotations

@@ -51,11 +51,8 @@ class TextCNN(nnx.Module):
             ]
         )
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
-        self.word_dropout = None
-        if word_dropout:
-            self.word_dropout = nnx.Dropout(
-                word_dropout, broadcast_dims=(2,), rngs=rngs
-            )
+        whole = nnx.Dropout(word_dropout, broadcast_dims=(2,), rngs=rngs)
+        self.word_dropout = whole if word_dropout else None
         self.out = nnx.Linear(len(widths) * filters, classes, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -11,6 +11,9 @@ from flax import nnx
 
 from lepton_jax.models.gan import Generator, folded
 
+# Of a pixel whose range is -1 to 1; assumption
+DEVIATION = 0.3
+
 
 class VAE(nnx.Module):
     """Images to a normal distribution over codes, and a code back to an image.
@@ -80,7 +83,7 @@ class VAE(nnx.Module):
 def evidence_loss(
     outputs: dict[str, jax.Array],
     targets: object,
-    deviation: float = 0.3,
+    deviation: float = DEVIATION,
 ) -> jax.Array:
     """Return the negative bound on the evidence of each image, in nats, (batch,).
 

@@ -30,6 +30,7 @@ __all__ = [
     "read_events",
     "read_samples",
     "write_data_report",
+    "write_folds_report",
     "write_report",
 ]
 
@@ -44,6 +45,16 @@ def write_report(folder: Path) -> Path:
     from lepton_jax.monitor import report
 
     return report.write_report(folder)
+
+
+def write_folds_report(folder: Path) -> Path:
+    """Write the page of a cross validation and return its path.
+
+    See `lepton_jax.monitor.folds_page.write_folds_report`.
+    """
+    from lepton_jax.monitor import folds_page
+
+    return folds_page.write_folds_report(folder)
 
 
 def write_data_report(path: Path, facts: Mapping[str, Any]) -> Path:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,14 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lepton_jax.errors import DataError, LeptonError, writing_remedy
+from lepton_jax.errors import DataError, LeptonError
 from lepton_jax.monitor import decisions, stragglers
 from lepton_jax.monitor.chart import Axis, Curve, draw, legend, smooth
 from lepton_jax.monitor.events import FILE, Event, read_events
 from lepton_jax.monitor.events_table import events_table
+from lepton_jax.monitor.folds_page import FOLDS, write_folds_report
 from lepton_jax.monitor.page import SCRIPT, STYLE
 from lepton_jax.monitor.progress import best_evaluation, duration, number
 from lepton_jax.monitor.recorded_run import Run, collect
+from lepton_jax.monitor.writing import write_page
 
 # The class that colours a status; every other one is "open".
 STATE_CLASSES = {"finished": "good", "diverged": "bad", "failed": "bad"}
@@ -49,6 +49,8 @@ def write_report(folder: Path) -> Path:
       LeptonError: the page can't be written.
     """
     folder = Path(folder)
+    if (folder / FOLDS).is_file():
+        return write_folds_report(folder)
     events = read_events(folder / FILE)
     if not events:
         raise DataError(
@@ -64,21 +66,7 @@ def write_report(folder: Path) -> Path:
         decisions.read_decisions(folder),
         _read(folder / "hosts.json"),
     )
-    path = folder / "report.html"
-    try:
-        part = path.with_suffix(".html.part")
-        part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-        os.replace(part, path)  # a reader sees the old page or the new one
-    except OSError as error:
-        raise LeptonError(
-            f"the report can't be written: {error.strerror or error}",
-            where=path,
-            remedy=(
-                f"{writing_remedy(error)}; then run "
-                f"python -m lepton_jax.monitor.report {shlex.quote(str(folder))}"
-            ),
-        ) from error
-    return path
+    return write_page(folder / "report.html", page, folder)
 
 
 def render(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lepton_jax import losses
-from lepton_jax.baselines import Samples, Task
+from lepton_jax.baselines import Comparison, Samples, Task
 from lepton_jax.data import Arrays, host_rows, one_pass
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.state import State
@@ -22,7 +22,12 @@ MOST_TEST_ROWS = 100_000
 MOST_TRAINING_ROWS = 1_000_000
 MOST_BYTES = 2**30  # of these rows, and of the network's outputs; assumption
 
-REGRESSION = (losses.squared_error, losses.huber)
+REGRESSION = (
+    losses.squared_error,
+    losses.scaled_squared_error,
+    losses.huber,
+    losses.poisson,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,18 @@ class Judged:
     outputs: Any
 
 
+class Examined(NamedTuple):
+    """Result of a look at a network.
+
+    Attributes:
+      judged: the test rows, with its outputs.
+      comparisons: with each baseline.
+    """
+
+    judged: Judged
+    comparisons: list[Comparison]
+
+
 def task_of(program: Program, targets: Any) -> tuple[Task, int]:
     """Return the kind of a recipe's task, and the count of its classes.
 
@@ -45,7 +62,7 @@ def task_of(program: Program, targets: Any) -> tuple[Task, int]:
       program: the recipe, traced.
       targets: of some rows.
     """
-    outputs = program.trace.outputs
+    outputs = _merged(program)
     is_plain = hasattr(outputs, "shape") and isinstance(targets, np.ndarray)
     if not is_plain:
         return "other", 0
@@ -55,10 +72,28 @@ def task_of(program: Program, targets: Any) -> tuple[Task, int]:
     if outputs.shape[1:] != targets.shape[1:]:
         return "other", 0
     recipe = program.recipe
-    if recipe.loss not in REGRESSION and _says_yes_or_no(targets):
+    if _plain(recipe.loss) not in REGRESSION and _says_yes_or_no(targets):
         return "binary", 0
     is_decoded = recipe.decode is not None
     return ("other" if is_decoded else "quantities"), 0
+
+
+def _plain(loss: Any) -> Any:
+    """Return a loss without its settings, and of an ensemble that of a member."""
+    while isinstance(loss, partial):
+        is_of_members = loss.func is losses.of_members
+        loss = loss.keywords["loss"] if is_of_members else loss.func
+    return loss
+
+
+def _merged(program: Program) -> Any:
+    """Return the shape of the outputs outside of training, where members are merged."""
+    outputs = program.trace.outputs
+    loss = program.recipe.loss
+    if not isinstance(loss, partial) or loss.func is not losses.of_members:
+        return outputs
+    shape = (outputs.shape[0], *outputs.shape[2:])
+    return jax.ShapeDtypeStruct(shape, outputs.dtype)
 
 
 def samples_of(

@@ -72,18 +72,21 @@ def are_raw(
     ) or _is_table(data):
         return True
     if isinstance(data, list | tuple):
-        return bool(data) and all(
-            isinstance(
-                row,
-                Mapping,
-            )
-            for row in data
-        )
+        are_dicts = bool(data) and all(isinstance(row, Mapping) for row in data)
+        return are_dicts and not _is_pair_of_arrays(data)
     if not isinstance(data, Mapping) or not data:
         return False
     if all(_is_single(value) for value in data.values()):
         return True
     return prepared and (names is None or set(data) != set(names))
+
+
+def _is_pair_of_arrays(data: Any) -> bool:
+    """Whether this is (inputs, targets), both dicts of arrays, and no pair of rows."""
+    if not isinstance(data, tuple) or len(data) != 2:
+        return False
+    values = [value for part in data for value in part.values()]
+    return not any(_is_single(value) for value in values)
 
 
 def prepared_inputs(preparation: Any, rows: Any) -> Any:

@@ -18,6 +18,7 @@ from lepton_jax.train.recovery import WEIGHT
 from lepton_jax.train.run_record import RunRecord
 
 SECONDS_AN_HOUR = 3600
+AVERAGING = "averaging_decay"  # a knob of what is served, not of what is trained
 # Seconds that keep a share of a window that took no time from being a division by zero.
 SHORTEST_WINDOW = 1e-9
 
@@ -62,7 +63,8 @@ class Records:
         self.notices = NoticeWatch(self.names, program.controller)
         self.monitor = outputs.monitor
         self._end = budget[1]
-        self._has_policies = bool(program.recipe.controller)
+        moved = {knob for _, knob in program.controller.moves}
+        self._is_steered = bool(moved - {AVERAGING})
         self.measured: dict[str, float] = {}
         self._samples = outputs.samples
         self._batch_size = program.recipe.batch_size
@@ -250,10 +252,11 @@ class Records:
     def conclude(self) -> None:
         """Say what the curves of a run that is at its end say against it.
 
-        Only a run with policies is judged, which promise more than a plain one does.
+        Only a run with policies that steer it is judged, which promise more than a
+        plain one does; averaging alone does not steer.
         """
         history = self.history
-        if not self._has_policies or history.last < self._end:
+        if not self._is_steered or history.last < self._end:
             return
         is_whole = history.first == 0
         for noticed in found_at_the_end(

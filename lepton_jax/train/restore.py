@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lepton_jax.checkpoint.adoption import Adoption, adopt, changed_values
+from lepton_jax.checkpoint.adoption import (
+    REPLACEABLE,
+    Adoption,
+    Fresh,
+    adopt,
+    adopt_weights,
+    changed_values,
+)
 from lepton_jax.checkpoint.durable import Checkpoints
 from lepton_jax.compat import placed
 from lepton_jax.controller import with_rate_factor
@@ -128,6 +135,50 @@ class Reader:
             self.template(), on_damaged, choice
         )
         return step, self.settle(step, state, record, choice.adoption)
+
+    def begin_with(
+        self,
+        checkpoints: Checkpoints,
+        step: int | None,
+        fresh: Fresh,
+        on_damaged: Callable[[int, str], None],
+    ) -> tuple[State, str]:
+        """Return the first state of a run that begins with a checkpoint's weights.
+
+        Args:
+          checkpoints: among which is the one.
+          step: which one; None: the newest that can be read.
+          fresh: parameters and variables that begin anew, as the recipe's seed says.
+          on_damaged: see `Checkpoints.restore_latest`.
+
+        Returns:
+          The state, and what begins anew, in words; "" where nothing does.
+
+        Raises:
+          CheckpointError: it is damaged, or what does not begin anew does not fit.
+        """
+        choice = _Weights(self.program, fresh)
+        if step is None:
+            _, state, _ = checkpoints.restore_latest(
+                self.template(), on_damaged, choice, fresh
+            )
+        else:
+            state, _ = checkpoints.restore(
+                step,
+                self.template(),
+                choice,
+                fresh,
+            )
+        leaves = by_path(self.program.init(self.program.recipe.seed))
+        for path, leaf in by_path(state).items():
+            if path in choice.adoption.sources:
+                leaves[path] = leaf
+        weighed = _with_leaves(state, leaves)
+
+        # copies of the parameters that optimizer and policies keep
+        rest = [path for path in leaves if path.startswith(REPLACEABLE)]
+        begun = self.program.begun(weighed.params, weighed.variables, rest)
+        return _with_leaves(weighed, begun), str(choice.adoption)
 
     def settle(
         self,
@@ -299,6 +350,28 @@ class _Choice:
         before = (content.get("given") or {}).get("policies")
         state = self.program.trace.state
         self.adoption = adopt(state, stored, fits, policies, before)
+        return self.adoption.sources
+
+
+class _Weights:
+    """The sources of parameters and variables, for a run that begins with them.
+
+    Attributes:
+      adoption: the decision, once it was asked for.
+    """
+
+    def __init__(self, program: Program, fresh: Fresh):
+        self.program = program
+        self.fresh = fresh
+        self.adoption = Adoption()
+
+    def __call__(
+        self,
+        content: dict[str, Any],
+        stored: list[str],
+        fits: Callable[[str, str], bool],
+    ) -> dict[str, str]:
+        self.adoption = adopt_weights(self.program.trace.state, stored, self.fresh)
         return self.adoption.sources
 
 

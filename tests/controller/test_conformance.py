@@ -36,6 +36,10 @@ OURS = {
     "until": functools.partial(
         controllers.until, evaluation_accuracy=0.99, loss=0.1, seconds=60
     ),
+    "early_stopping": controllers.early_stopping,
+    "early_stopping by a metric": functools.partial(
+        controllers.early_stopping, "accuracy", 2, rtol=0.01
+    ),
     "adjustable": functools.partial(
         controllers.adjustable, "learning_rate", "b1", "dropout"
     ),

@@ -97,6 +97,10 @@ def test_a_run_that_did_not_learn_says_so_and_one_that_did_says_nothing(blobs):
     assert history.notices[0].policy == "run"
     assert not trained(blobs, controllers.guard(), steps=200).notices
     assert not trained(blobs, (), steps=60, learning_rate=0.0).notices, "off is off"
+    averaged = trained(
+        blobs, lepton.controllers.averaging(), steps=60, learning_rate=0.0
+    )
+    assert not averaged.notices, "who only averages promises nothing"
 
 
 # ---- the curves alone ----

@@ -24,6 +24,7 @@ RECIPES = sorted(
 )
 # Settings with which the steps are short: what is compared are plans and numbers.
 SMALL = {
+    "cats_dogs": {"width": 8},
     "diffusion": {"width": 8, "batch_size": 16},
     "gan": {"width": 8, "batch_size": 16},
     "lm": {"length": 32, "batch_size": 8},

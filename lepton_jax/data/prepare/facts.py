@@ -420,8 +420,8 @@ def _splits(prepared: Prepared) -> list[dict[str, Any]]:
     for name in _ordered(prepared):
         entry = prepared.manifest["splits"][name]
         target: dict[str, int] = {}
-        if prepared.target is not None:
-            top = entry["statistics"][prepared.target]["top"] or []
+        if len(prepared.targets) == 1:
+            top = entry["statistics"][prepared.targets[0]]["top"] or []
             target = dict(top) if len(top) <= MOST_CLASSES else {}
         named = {
             _word(

@@ -85,14 +85,9 @@ def manifest_of(
         "steps": _steps(job, records),
         "raw": _file(Path(job.folder), RAW),
         "inputs": [
-            name
-            for name in checked.outputs
-            if name
-            != _target(
-                checked,
-            )
+            name for name in checked.outputs if name not in checked.preparation.targets
         ],
-        "target": _target(checked),
+        "target": plain(checked.preparation.target),
         "output": job.output,
         "columns": _file(Path(job.folder), SCHEMA),
         "schema": [
@@ -108,10 +103,6 @@ def manifest_of(
         "shards": _shards(records),
         "quarantine": _quarantine(records),
     }
-
-
-def _target(checked: Checked) -> str | None:
-    return checked.preparation.target
 
 
 def _sources(

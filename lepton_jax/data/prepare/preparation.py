@@ -36,7 +36,7 @@ class Preparation:
         step such as a join may do otherwise with them.
       steps: applied in this order.
       inputs: columns of a sample; None: all but the target.
-      target: the column to predict, if there is one.
+      target: the column to predict, or several; None: there is none.
       output: "parquet", or "arrayrecord" for samples that are read singly.
       piece_bytes: bytes of a source that are read at once.
       memory: bytes that the pieces under way may take, all workers together.
@@ -45,10 +45,15 @@ class Preparation:
     sources: Mapping[str, Any]
     steps: Sequence[Step] = ()
     inputs: Sequence[str] | None = None
-    target: str | None = None
+    target: str | Sequence[str] | None = None
     output: Literal["parquet", "arrayrecord"] = "parquet"
     piece_bytes: int = PIECE_BYTES
     memory: int = MEMORY
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The columns to predict."""
+        return targets_of(self.target)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,13 @@ class Checked:
     def is_split(self) -> bool:
         """Whether a step splits the rows."""
         return SPLIT in self.schemas[-1]
+
+
+def targets_of(target: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the columns to predict: none, one or several."""
+    if target is None:
+        return ()
+    return (target,) if isinstance(target, str) else tuple(target)
 
 
 def check(preparation: Preparation) -> Checked:
@@ -281,7 +293,7 @@ def _outputs(
     schema: pl.Schema,
 ) -> tuple[str, ...]:
     known = _given(schema)
-    target = [] if preparation.target is None else [preparation.target]
+    target = preparation.targets
     inputs = preparation.inputs
     if inputs is None:
         inputs = [name for name in known if name not in target]

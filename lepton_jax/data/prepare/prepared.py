@@ -17,7 +17,7 @@ from lepton_jax.data import readers
 from lepton_jax.data.prepare import manifest as manifests
 from lepton_jax.data.prepare.passes import columns_asked
 from lepton_jax.data.prepare.pieces import collected, fit_columns
-from lepton_jax.data.prepare.preparation import RESERVED
+from lepton_jax.data.prepare.preparation import RESERVED, targets_of
 from lepton_jax.data.prepare.shards import read_shard
 from lepton_jax.data.prepare.step import Fitted, Step
 from lepton_jax.data.prepare.store import checksum, read_arrow, read_json
@@ -118,13 +118,18 @@ class Prepared:
         return list(self.manifest["inputs"])
 
     @property
-    def target(self) -> str | None:
-        """The column to predict; None: there is none."""
+    def target(self) -> str | list[str] | None:
+        """The column to predict, or several; None: there is none."""
         return self.manifest["target"]
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The columns to predict."""
+        return targets_of(self.target)
+
+    @property
     def outputs(self) -> list[str]:
-        """Columns of the shards: the inputs, then the target."""
+        """Columns of the shards: the inputs, then the targets."""
         return [column["name"] for column in self.manifest["schema"]]
 
     def shards(self, split: str = "train") -> list[Path]:
@@ -380,21 +385,15 @@ class Prepared:
             drop a row.
         """
         given = _rows(raw)
-        has_target = self.target is not None and self.target in given.columns
+        present = set(self.targets) & set(given.columns)
+        has_target = bool(present) and present == set(self.targets)
         table = self._typed(given)
-        if (
-            not has_target
-            and self.target in self._raw.columns
-            and len(
-                self._raw,
-            )
-        ):
-            # Steps that ask for a target get that of a row that was not dropped.
-            value = self._raw[self.target][0]
-            kind = self._raw.schema[self.target]
-            table = table.with_columns(
-                pl.lit(value, kind).alias(self.target),
-            )
+        absent = [] if has_target or not len(self._raw) else self.targets
+        for name in absent:
+            if name in self._raw.columns:
+                # Steps that ask for a target get that of a row that was not dropped.
+                value = self._raw[name].new_from_index(0, table.height)
+                table = table.with_columns(value)
         for number, one in enumerate(self.steps):
             if one.step.serves:
                 table = self._applied(number, one, table)
@@ -429,7 +428,7 @@ class Prepared:
 
     def _typed(self, given: pl.DataFrame) -> pl.DataFrame:
         """Return raw rows with the columns and types that the steps were fitted on."""
-        for name in sorted(self.needed - {self.target}):
+        for name in sorted(self.needed - set(self.targets)):
             if name not in given.columns:
                 raise DataError(
                     f"the column {name!r} is missing{nearest(name, given.columns)}",

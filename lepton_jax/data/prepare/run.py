@@ -483,12 +483,12 @@ def _example(
     tasks: Sequence[Task],
     records: Sequence[dict[str, Any]],
 ) -> pl.DataFrame | None:
-    """Return the raw value of the target in the first row that came out.
+    """Return the raw values of the targets in the first row that came out.
 
     Raw rows at prediction have no target, but steps may ask for one.
     """
-    target = checked.preparation.target
-    if target is None or target not in checked.raw:
+    targets = [name for name in checked.preparation.targets if name in checked.raw]
+    if not targets:
         return None
     for task, record in zip(tasks, records, strict=True):
         for shard in record["shards"]:
@@ -506,8 +506,8 @@ def _example(
             )
             value = raw.filter(
                 pl.col(ROW) == row,
-            ).select(target)
-            return value.cast(checked.raw[target])
+            ).select(targets)
+            return value.cast({name: checked.raw[name] for name in targets})
     return None
 
 

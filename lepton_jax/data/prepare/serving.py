@@ -14,6 +14,7 @@ needs nothing of what the model was made with.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,7 @@ PROFILE = "profile.json"
 FORMAT = 1  # of the files; a later one may not be readable here
 TRAIN = "train"
 CLASSES = "Classes"  # the step that numbers the values of a target
+LABELS = "Labels"  # the step that has a place for each of several labels
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError)
 
 
@@ -123,8 +125,7 @@ class Serving:
             is, or a step would drop a row.
         """
         rows = as_table(raw, self.reading)
-        if self.prepared.target is not None:
-            rows = rows.drop(self.prepared.target, strict=False)
+        rows = rows.drop(self.prepared.targets, strict=False)
         table = self.prepared.apply(rows)
         inputs, _ = arrays_of(table, self.inputs, None)
         return inputs
@@ -146,12 +147,13 @@ class Serving:
                 remedy="give inputs and targets as arrays",
             )
         rows = as_table(raw, self.reading)
-        if target not in rows.columns:
-            raise DataError(
-                f"the rows have no column {target!r}, which is the target",
-                where="raw rows",
-                remedy="give the target too, or predict in place of evaluating",
-            )
+        for name in self.prepared.targets:
+            if name not in rows.columns:
+                raise DataError(
+                    f"the rows have no column {name!r}, which is the target",
+                    where="raw rows",
+                    remedy="give the target too, or predict in place of evaluating",
+                )
         table = self.prepared.apply(rows)
         return Arrays(
             *arrays_of(
@@ -168,24 +170,29 @@ class Serving:
         """Return predictions in the target's own words, or as plain numbers.
 
         Args:
-          predictions: numbers of classes, (rows,), or quantities.
+          predictions: numbers of classes, (rows,), or quantities; of several targets,
+            (rows, targets); of several labels a row 0 or 1 for each, (rows, labels), of
+            which a list of words is made.
 
         Raises:
           DataError: a number stands for no class.
         """
         numbers = np.asarray(predictions)
-        if not self.words:
-            return list(numbers.tolist())
-        is_whole = numbers.dtype.kind in "iub"
-        is_class = (numbers >= 0) & (numbers < len(self.words))
-        if not is_whole or numbers.ndim != 1 or not is_class.all():
+        targets = self.prepared.targets
+        if len(targets) < 2:
+            return _named(numbers, self.words)
+        if numbers.ndim != 2 or numbers.shape[1] != len(targets):
             raise DataError(
-                f"predictions {numbers.dtype}{list(numbers.shape)} are no numbers of"
-                f" the {len(self.words)} classes",
+                f"predictions {list(numbers.shape)} are not of the {len(targets)}"
+                " targets",
                 where="Serving.decode",
                 remedy="decode what Trainer.predict returns without decode=...",
             )
-        return [self.words[int(number)] for number in numbers]
+        columns = [
+            _named(column, self._words_of(name))
+            for name, column in zip(targets, numbers.T, strict=True)
+        ]
+        return [list(row) for row in zip(*columns, strict=True)]
 
     # ---- what is known ----
 
@@ -196,13 +203,21 @@ class Serving:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The target's values by the numbers of their classes; () for a quantity."""
+        """The target's classes or labels by their numbers; () for a quantity."""
+        targets = self.prepared.targets
+        return self._words_of(targets[0]) if len(targets) == 1 else ()
+
+    def _words_of(
+        self,
+        target: str,
+    ) -> tuple[str, ...]:
+        """Return a target's classes or labels by their numbers."""
         for entry, fitted in zip(
             self.prepared.manifest["steps"], self.prepared.steps, strict=True
         ):
             arguments = entry["arguments"]
-            is_of_target = arguments.get("column") == self.prepared.target
-            if arguments["step"] == CLASSES and is_of_target:
+            is_of_target = arguments.get("column") == target
+            if arguments["step"] in (CLASSES, LABELS) and is_of_target:
                 assert fitted.state is not None
                 return tuple(fitted.state.sort("code")["value"])
         return ()
@@ -330,6 +345,28 @@ def arrays_of(
         if isinstance(leaf, Ragged):
             made[path] = _even(leaf, path)
     return nested(made)
+
+
+def _named(
+    numbers: np.ndarray,
+    words: Sequence[str],
+) -> list[Any]:
+    """Return the words of classes or of labels; of a quantity, its numbers."""
+    if not words:
+        return list(numbers.tolist())
+    is_whole = numbers.dtype.kind in "iub"
+    if is_whole and numbers.ndim == 2 and numbers.shape[1] == len(words):
+        rows = (numbers > 0).tolist()
+        return [list(itertools.compress(words, row)) for row in rows]
+    is_class = (numbers >= 0) & (numbers < len(words))
+    if not is_whole or numbers.ndim != 1 or not is_class.all():
+        raise DataError(
+            f"predictions {numbers.dtype}{list(numbers.shape)} are no numbers of"
+            f" the {len(words)} classes",
+            where="Serving.decode",
+            remedy="decode what Trainer.predict returns without decode=...",
+        )
+    return [words[int(number)] for number in numbers]
 
 
 def _even(

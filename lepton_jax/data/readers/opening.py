@@ -360,6 +360,12 @@ def _open_images(given: Given) -> list[CountedReader]:
         return [FilesReader(given.name, entries)]
     reader = reader_of(labels)
     parts = [reader.read(piece).table for piece in reader.pieces(SAMPLE)]
+    if not parts:
+        raise DataError(
+            "the table of labels has no rows",
+            where=reader.name,
+            remedy="give it a row for each image",
+        )
     chosen, table = labelled(
         entries,
         pl.concat(parts).drop(ROW),

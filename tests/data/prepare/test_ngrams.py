@@ -103,6 +103,15 @@ def test_what_is_rare_unknown_or_too_much_is_left_out_and_a_cut_is_said():
     assert notes["reason"].to_list() == ["cut to 2 tokens: 3 were there"]
 
 
+def test_they_may_stand_next_to_their_text():
+    step = NgramTokens("text", characters=(), into="ngrams")
+    kept, _ = applied(step, table_of(["a b", None]))
+    assert kept.select("text", "ngrams").rows()[1] == (None, None)
+    assert [kept["text"][0], len(kept["ngrams"][0])] == ["a b", 3]
+    with pytest.raises(DataError, match="'ngrams' already"):
+        step.check(kept.schema)
+
+
 def test_a_script_without_spaces_has_a_word_a_character():
     table = table_of(["电影很好", "我很喜欢abc ภาพ カナ"])
     apart = fitted(WordTokens("text", apart=True), [table])

@@ -31,10 +31,12 @@ _UNKNOWN = "lepton.unknown"
 
 
 def _is_labels(dtype: pl.DataType) -> bool:
-    inner = dtype.inner if isinstance(dtype, pl.List) else dtype
-    return is_key(pl.DataType.from_python(inner) if isinstance(inner, type) else inner)
+    if isinstance(dtype, pl.List):
+        return any(dtype.inner == kind for kind in _OF_LABELS)
+    return is_key(dtype)
 
 
+_OF_LABELS = (pl.String, pl.Int64, pl.Boolean, pl.Null)
 LABELS = Kind(
     "lists of labels, or labels with a separator between them",
     _is_labels,

@@ -24,7 +24,11 @@ import polars as pl
 
 from lepton_jax.data.prepare.step import Fitted, Outcome
 from lepton_jax.data.prepare.steps import hashing
-from lepton_jax.data.prepare.steps.columns import nothing_to_learn, require_range
+from lepton_jax.data.prepare.steps.columns import (
+    nothing_to_learn,
+    require_free,
+    require_range,
+)
 from lepton_jax.data.prepare.steps.tokens import (
     WORD_APART,
     checked,
@@ -69,6 +73,7 @@ class NgramTokens(Fitted):
       most: n-grams that have an id, those in most texts.
       least_count: in how many texts an n-gram must be to have an id.
       lower: whether case does not count.
+      into: name of the column of ids; None: that of the text, which is replaced.
       length: of the arrays; None: lists. What does not fit is cut off at the end, with
         a note.
       pad: id that fills an array.
@@ -80,6 +85,7 @@ class NgramTokens(Fitted):
     most: int = 2**20
     least_count: int = 1
     lower: bool = True
+    into: str | None = None
     length: int | None = None
     pad: int = 0
 
@@ -102,10 +108,12 @@ class NgramTokens(Fitted):
                 remedy="give words=(1, 2), say",
             )
         require_range(self, "most", 1, MOST_IDS)
+        if self.into is not None:
+            require_free(self, schema, [self.into])
         return checked(self, schema)
 
     def writes(self) -> Sequence[str]:
-        return (self.column,)
+        return (self.into or self.column,)
 
     def partial(self, table: pl.LazyFrame) -> pl.LazyFrame:
         text = pl.col(self.column).cast(pl.String)

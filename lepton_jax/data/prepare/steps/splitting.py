@@ -6,6 +6,10 @@ with the next ones the validation:
 
     hash of the row, as a share of 2**64   0.03  0.11  0.26  0.48  0.52  0.77  0.93
     test=0.3, validation=0.3, 7 rows       test  test  val.  val.  train train train
+    folds=3, fold=1, 7 rows                train train train test  test  train train
+
+With folds, the test is one of that many equal parts, and each row is in the test of one
+fold. The validation then is what follows the test.
 """
 
 from __future__ import annotations
@@ -13,14 +17,14 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
 
 from lepton_jax.data.prepare.step import SPLIT, Fitted, Outcome, Step
-from lepton_jax.data.prepare.steps import hashing, statistics
+from lepton_jax.data.prepare.steps import folding, hashing, statistics
 from lepton_jax.data.prepare.steps.columns import (
     KEY,
     POSITION,
@@ -54,6 +58,16 @@ THRESHOLDS = pl.Schema(
         "validation": pl.UInt64(),  # largest hash of the validation
     }
 )
+# With folds the test is a run of hashes, and the validation what follows it: another
+# run, which may go on at the least hash.
+RUNS = pl.Schema(
+    {
+        **THRESHOLDS,
+        "after": pl.UInt64(),  # largest hash before the test; null: there is none
+        "again": pl.UInt64(),  # largest hash of the validation that begins anew
+    }
+)
+FOLDS = pl.Schema({"hash": pl.UInt64(), "split": pl.String()})  # of groups
 # Between the values of a stratum: the unit separator of ASCII, made for it.
 SEPARATOR = "\x1f"
 
@@ -71,29 +85,51 @@ class _Shares(Step):
     def __post_init__(self) -> None:
         require_range(self, "test", 0, 1)
         require_range(self, "validation", 0, 1 - self.test)
-        if not self.test and not self.validation:
+        if not self.test and not self.validation and not self._has_folds():
             raise DataError(
                 "test and validation are both 0",
                 where=type(self).__name__,
                 remedy="give the share of one of them, such as test=0.2",
             )
 
+    def _has_folds(self) -> bool:
+        return False
+
     def check(self, schema: pl.Schema) -> pl.Schema:
         return _with_split(self, schema)
 
 
 @dataclass(frozen=True)
-class Split(_Shares, Fitted):
-    """Split rows at random, in exact shares.
+class _Folds(_Shares):
+    """Base of the splits whose test may be one of several folds."""
+
+    folds: int | None = field(default=None, kw_only=True)
+    fold: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        folding.check(self)
+
+    def _has_folds(self) -> bool:
+        return self.folds is not None
+
+
+@dataclass(frozen=True)
+class Split(_Folds, Fitted):
+    """Split rows at random, in exact shares or equal folds.
 
     Of n rows, round(n test) are in the test and round(n validation) in the validation,
-    or what is left; with `stratify` this holds for each class up to one row.
+    or what is left; with `stratify` this holds for each class up to one row. With
+    `folds`, each row is in the test of one fold; their sizes differ by one row at most,
+    and those of each class in them too.
 
     Args:
       test: share of the rows, from 0 to 1.
       validation: share of the rows.
       stratify: names of columns whose values are the classes; none: no classes.
       seed: another one makes another split.
+      folds: the test is one of so many equal parts, in place of a share.
+      fold: which one, from 0.
     """
 
     stratify: str | Sequence[str] = ()
@@ -138,6 +174,8 @@ class Split(_Shares, Fitted):
         strata = partial.partition_by("stratum", maintain_order=True)
         sizes = [len(rows) for rows in strata]
         _check_rows(self, sum(sizes))
+        if self.folds is not None:
+            return self._runs(strata)
         test = _apportioned(sizes, self.test)
         validation = _apportioned(sizes, self.validation)
         rows = []
@@ -159,6 +197,29 @@ class Split(_Shares, Fitted):
             )
         return pl.DataFrame(rows, schema=THRESHOLDS)
 
+    def _runs(self, strata: list[pl.DataFrame]) -> pl.DataFrame:
+        """Return the hashes between which the rows of a fold lie, for each class."""
+        assert self.folds is not None
+        sizes = [len(rows) for rows in strata]
+        folding.check_enough(self, sum(sizes), "rows")
+        tests = folding.runs(sizes, self.folds, self.fold)
+        validated = _apportioned(sizes, self.validation)
+        rows = []
+        for table, test, count in zip(strata, tests, validated, strict=True):
+            hashes = table["hash"]
+            next_run, first_run = folding.after(test, len(hashes), count)
+            rows.append(
+                {
+                    "stratum": table["stratum"][0],
+                    "rows": len(hashes),
+                    "after": hashes[test.start - 1] if test.start else None,
+                    "test": hashes[test.stop - 1] if test.stop else None,
+                    "validation": hashes[next_run.stop - 1] if next_run.stop else None,
+                    "again": hashes[first_run.stop - 1] if first_run.stop else None,
+                }
+            )
+        return pl.DataFrame(rows, schema=RUNS)
+
     def run(
         self,
         table: pl.LazyFrame,
@@ -169,6 +230,13 @@ class Split(_Shares, Fitted):
         row = hashing.of_row(self.seed)
         is_test = row <= _threshold(stratum, state, "test")
         is_validation = row <= _threshold(stratum, state, "validation")
+        if self.folds is not None:
+            is_before = row <= _threshold(stratum, state, "after")
+            is_again = row <= _threshold(stratum, state, "again")
+            # a run that does not exist ends at a null, of which nothing is known
+            is_before = is_before.fill_null(False)
+            is_test = is_test & ~is_before
+            is_validation = is_validation & ~is_before | is_again
         return Outcome(
             table.with_columns(
                 _split(
@@ -180,17 +248,20 @@ class Split(_Shares, Fitted):
 
 
 @dataclass(frozen=True)
-class SplitByGroup(_Shares, Fitted):
+class SplitByGroup(_Folds, Fitted):
     """Split groups of rows at random: all rows of a group are in one split.
 
     The shares, of rows, are those that are nearest to the wanted ones; each split has a
-    group at least. Rows without a group are a group.
+    group at least. Rows without a group are a group. With `folds`, each group is in the
+    test of one fold, and the folds have about as many rows.
 
     Args:
       test: share of the rows, from 0 to 1.
       validation: share of the rows.
       group: names of columns whose values say the group.
       seed: another one makes another split.
+      folds: the test is one of so many parts, in place of a share.
+      fold: which one, from 0.
     """
 
     group: str | Sequence[str] = ()
@@ -246,6 +317,8 @@ class SplitByGroup(_Shares, Fitted):
     def finish(self, partial: pl.DataFrame) -> pl.DataFrame:
         sizes = partial["rows"].to_numpy()
         _check_rows(self, sizes.sum())
+        if self.folds is not None:
+            return self._fold(partial["hash"], sizes)
         tested, taken = _cut(self, sizes, "groups")
         hashes = partial["hash"]
         return pl.DataFrame(
@@ -257,6 +330,30 @@ class SplitByGroup(_Shares, Fitted):
             },
             schema=THRESHOLDS,
         )
+
+    def _fold(self, hashes: pl.Series, sizes: np.ndarray) -> pl.DataFrame:
+        """Return the groups that are in the test or the validation of a fold."""
+        assert self.folds is not None
+        folding.check_enough(self, len(sizes), "groups")
+        is_test = folding.of_groups(sizes, self.folds) == self.fold
+        others = np.flatnonzero(~is_test)
+        wanted = self.validation * sizes.sum()
+        before = np.cumsum(sizes[others]) - sizes[others]
+        chosen = others[before < wanted]
+        if len(chosen) == len(others):
+            raise DataError(
+                "the groups besides the test's all go to the validation",
+                where=type(self).__name__,
+                remedy="give a smaller validation, or fewer folds",
+            )
+        validated = hashes.gather(chosen)
+        splits = [(hashes.filter(pl.Series(is_test)), "test")]
+        splits.append((validated, "validation"))
+        tables = [
+            pl.DataFrame({"hash": chosen, "split": [name] * len(chosen)}, schema=FOLDS)
+            for chosen, name in splits
+        ]
+        return pl.concat(tables)
 
     def run(
         self,
@@ -270,6 +367,14 @@ class SplitByGroup(_Shares, Fitted):
             types,
             self.seed,
         )
+        if self.folds is not None:
+            parts = {
+                name: group.is_in(rows["hash"].implode())
+                for (name,), rows in state.group_by("split")
+            }
+            is_test = parts["test"]
+            is_validation = parts.get("validation", pl.lit(False))
+            return Outcome(table.with_columns(_split(is_test, is_validation)))
         is_test = group <= pl.lit(
             state["test"].item(),
             dtype=pl.UInt64,
@@ -432,17 +537,20 @@ class SplitAt(Step):
 
 
 @dataclass(frozen=True)
-class SplitByHash(_Shares):
+class SplitByHash(_Folds):
     """Split by the values of columns: the same values are in the same split, for ever.
 
     New rows move no others. The shares are met as chance has it: of n different values
-    the test has n test, give or take two or three times sqrt(n test (1 - test)).
+    the test has n test, give or take two or three times sqrt(n test (1 - test)). With
+    `folds`, the same values are in the test of the same fold, for ever.
 
     Args:
       test: share of the values, from 0 to 1.
       validation: share of the values.
       columns: names of the columns.
       seed: another one makes another split.
+      folds: the test is one of so many parts, in place of a share.
+      fold: which one, from 0.
     """
 
     columns: str | Sequence[str] = ()
@@ -466,11 +574,18 @@ class SplitByHash(_Shares):
             table.collect_schema(),
             self.seed,
         )
-        is_test = hashing.is_below(value, self.test)
-        is_validation = hashing.is_below(
-            value,
-            self.test + self.validation,
-        )
+        first = 0.0
+        last = self.test
+        if self.folds is not None:
+            first = self.fold / self.folds
+            last = (self.fold + 1) / self.folds
+        is_before = hashing.is_below(value, first)
+        is_test = hashing.is_below(value, last) & ~is_before
+        end = last + self.validation
+        is_validation = hashing.is_below(value, end) & ~is_before
+        if end > 1:
+            # it goes on at the least hash
+            is_validation = is_validation | hashing.is_below(value, end - 1)
         return Outcome(
             table.with_columns(
                 _split(

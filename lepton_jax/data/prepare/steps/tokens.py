@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import polars as pl
@@ -135,6 +135,15 @@ class FileTokens(Fitted):
         _opened(_kind(content), content)
         return checked(self, schema)
 
+    def vocab(self) -> int:
+        """Return the count of the tokenizer's ids.
+
+        Raises:
+          DataError: see `check`.
+        """
+        content = _read(self.file)
+        return _opened(_kind(content), content).vocab
+
     def to_json(self) -> dict[str, Any]:
         digest = hashlib.sha256(_read(self.file)).hexdigest()
         return {**super().to_json(), "file_digest": digest}
@@ -169,7 +178,7 @@ class FileTokens(Fitted):
     ) -> Outcome:
         def pieces(text: pl.Series) -> pl.Series:
             assert state is not None
-            encode = _opened(*state.row(0))
+            encode = _opened(*state.row(0)).encode
             ids = encode(text.fill_null("").to_list())
             return pl.Series(ids, dtype=TOKENS)
 
@@ -319,8 +328,13 @@ def checked(
             remedy=f"give a number above {frame}, or None for lists",
         )
     after = pl.Schema(schema)
-    after[step.column] = _type(step)
+    after[_written(step)] = _type(step)
     return after
+
+
+def _written(step: _Framed) -> str:
+    """Return the column that a step writes."""
+    return getattr(step, "into", None) or step.column
 
 
 def _type(step: _Framed) -> pl.DataType:
@@ -362,7 +376,7 @@ def tokenized(
         .alias(_CUT)
     )
     cut = pl.col(_CUT).struct
-    framed_tokens = cut.field(_CUT).alias(step.column)
+    framed_tokens = cut.field(_CUT).alias(_written(step))
     replaced = with_tokens.with_columns(framed_tokens).drop(_CUT)
     if step.length is None:
         return Outcome(replaced)
@@ -472,13 +486,25 @@ def _kind(content: bytes) -> str:
     return "tokenizers" if content.lstrip()[:1] == b"{" else "sentencepiece"
 
 
+class _Tokenizer(NamedTuple):
+    """A tokenizer of a file.
+
+    Attributes:
+      encode: texts to the ids of each.
+      vocab: count of ids.
+    """
+
+    encode: Callable[[list[str]], list[list[int]]]
+    vocab: int
+
+
 # As many tokenizers as a few preparations in one process have (assumption).
 @functools.lru_cache(maxsize=8)
 def _opened(
     kind: str,
     content: bytes,
-) -> Callable[[list[str]], list[list[int]]]:
-    """Return the function that encodes texts.
+) -> _Tokenizer:
+    """Return a tokenizer of a file.
 
     Raises:
       DataError: the library is not installed, or can't read the file.
@@ -491,7 +517,8 @@ def _opened(
     try:
         if kind == "sentencepiece":
             model = library.SentencePieceProcessor(model_proto=content)
-            return functools.partial(model.encode, out_type=int)
+            encode = functools.partial(model.encode, out_type=int)
+            return _Tokenizer(encode, model.get_piece_size())
         tokenizer = library.Tokenizer.from_str(content.decode())
     # Both libraries raise a bare RuntimeError or Exception for a file of another kind.
     except Exception as error:
@@ -501,8 +528,8 @@ def _opened(
             remedy="give a SentencePiece model (.model) or a tokenizer.json",
         ) from error
 
-    def encode(texts: list[str]) -> list[list[int]]:
+    def ids_of(texts: list[str]) -> list[list[int]]:
         found = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [each.ids for each in found]
 
-    return encode
+    return _Tokenizer(ids_of, tokenizer.get_vocab_size())

@@ -1,4 +1,4 @@
-"""Losses, which are Optax's, and their means over the samples that count.
+"""Weighted sums of losses and metrics over the samples that count.
 
 A loss or metric is a function (outputs, targets) of batches. It returns one value per
 sample, shape (batch, ...); or a pair (values, weights) of that shape for a weighted
@@ -10,6 +10,7 @@ A *weighted sum* is the pair (sum, weight) of such values over a batch. Its rati
 mean, and the weighted sums of micro-batches or hosts can be added up. A small example:
 three samples, the last of which is padding:
 
+>>> from lepton_jax.losses import squared_error
 >>> outputs = jnp.array([[1.0], [4.0], [9.0]])
 >>> targets = jnp.array([[0.0], [1.0], [0.0]])
 >>> valid = jnp.array([True, True, False])
@@ -20,48 +21,19 @@ three samples, the last of which is padding:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lepton_jax.augment import first_of, loss_of
 from lepton_jax.compat import whole_axes
 from lepton_jax.errors import ModelError, pointing_at_user
+from lepton_jax.losses.stock import STOCK
 from lepton_jax.trees import by_path, shapes
-
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-binary_cross_entropy = optax.sigmoid_binary_cross_entropy
-squared_error = optax.squared_error
-huber = optax.huber_loss
-# the names under which users know them
-STOCK = {
-    cross_entropy: "cross_entropy",
-    binary_cross_entropy: "binary_cross_entropy",
-    squared_error: "squared_error",
-    huber: "huber",
-}
-
-
-def padded_cross_entropy(
-    outputs: jax.Array,
-    targets: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy that leaves out targets below 0, which are padding.
-
-    Args:
-      outputs: logits, (batch, ..., classes).
-      targets: whole numbers, (batch, ...).
-
-    Returns:
-      (values, weights), (batch, ...) each; the weights are 0 for padding, else 1.
-    """
-    values = cross_entropy(outputs, jnp.maximum(targets, 0))
-    return values, (targets >= 0).astype(jnp.float32)
-
 
 # ---- weighted sums of one function ----
 
@@ -450,37 +422,6 @@ def finish(
     return mean if close is None else close(mean)
 
 
-# ---- predictions ----
-
-
-def decoder(loss: Callable) -> Callable[[Any], Any]:
-    """Return what `predict` applies to outputs, unless the recipe says otherwise.
-
-    For integer labels it is the most likely one (argmax over the last dim), for binary
-    labels 0 or 1. Other outputs are left as they are.
-
-    Args:
-      loss: the loss that the model is trained with.
-    """
-    if loss is cross_entropy:
-        return _most_likely
-    if loss is binary_cross_entropy:
-        return _zero_or_one
-    return _as_they_are
-
-
-def _most_likely(outputs: Any) -> Any:
-    return jnp.argmax(outputs, axis=-1)
-
-
-def _zero_or_one(outputs: Any) -> Any:
-    return (outputs > 0).astype(jnp.int32)
-
-
-def _as_they_are(outputs: Any) -> Any:
-    return outputs
-
-
 # ---- checks of a function's values ----
 
 
@@ -691,11 +632,20 @@ def _described(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
+def _bare(function: Any) -> Any:
+    """Return the function within a `functools.partial`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def _name(function: Callable) -> str:
+    function = _bare(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
 def _where(function: Callable) -> str:
+    function = _bare(function)
     code = getattr(function, "__code__", None)
     name = _name(function)
     return f"{name}, {code.co_filename}:{code.co_firstlineno}" if code else name
