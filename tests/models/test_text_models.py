@@ -29,6 +29,11 @@ MODELS = {
 }
 
 
+# one compilation for each model, in place of one for each of its operations
+applied = nnx.jit(lambda model, tokens: model(tokens))
+sensitivities = nnx.jit(nnx.grad(lambda model, tokens: jnp.square(model(tokens)).sum()))
+
+
 def value(x) -> np.ndarray:
     return np.asarray(x[...], np.float64)
 
@@ -39,10 +44,10 @@ def test_padding_at_the_end_changes_nothing(name):
     model.eval()
     tokens = jnp.asarray(TOKENS)
     longer = jnp.pad(tokens, ((0, 0), (0, 3)))
-    logits = model(tokens)
+    logits = applied(model, tokens)
     assert logits.shape == (3, 3)
     assert jnp.isfinite(logits).all()
-    np.testing.assert_allclose(model(longer), logits, atol=1e-5)
+    np.testing.assert_allclose(applied(model, longer), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -50,10 +55,10 @@ def test_dropout_acts_in_training_alone_and_gradients_reach_everything(name):
     model = MODELS[name](nnx.Rngs(0), dropout=0.5)
     tokens = jnp.asarray(TOKENS[:2])
     model.train()
-    assert not np.allclose(model(tokens), model(tokens))
+    assert not np.allclose(applied(model, tokens), applied(model, tokens))
     model.eval()
-    np.testing.assert_array_equal(model(tokens), model(tokens))
-    gradients = nnx.grad(lambda m: jnp.square(m(tokens)).sum())(model)
+    np.testing.assert_array_equal(applied(model, tokens), applied(model, tokens))
+    gradients = sensitivities(model, tokens)
     for path, leaf in nnx.to_flat_state(gradients):
         # a key's bias moves all scores of a query alike, and the softmax not at all
         if path[-2:] != ("key", "bias"):
