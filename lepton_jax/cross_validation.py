@@ -33,6 +33,7 @@ from lepton_jax.baselines import (
     shown,
     verdict_of,
 )
+from lepton_jax.data import epoch_samples
 from lepton_jax.errors import DataError, LeptonError, RecipeError, writing_remedy
 from lepton_jax.hosts import agreement
 from lepton_jax.monitor import Sink, plain, write_folds_report
@@ -221,7 +222,10 @@ def cross_validate(
             remedy="give a whole number of at least 2",
         )
     folder = None if run_dir is None else Path(run_dir)
-    results = {one.fold: one for one in _finished(folder, folds)}
+    known = agreement.first(
+        lambda: [one.to_fields() for one in _finished(folder, folds)]
+    )
+    results = {one["fold"]: FoldResult.from_fields(one) for one in known}
     outputs: dict[int, Any] = {}
     recipe = None
     for fold in range(folds):
@@ -264,17 +268,20 @@ def _trained(
     outputs: dict[int, Any],
 ) -> FoldResult | None:
     """Train and judge a fold; None: it was interrupted."""
-    if run.run_dir is not None and (run.run_dir / "recipe.json").exists():
+    place = run.run_dir
+    has_begun = agreement.first(
+        lambda: place is not None and (place / "recipe.json").exists()
+    )
+    if has_begun:
         run.resume()
     history = run.fit()
     if history.status != "finished":
         return None
     examined = run.examine(seconds)
     metrics = run.evaluate()._asdict()
-    rows = 0
+    rows = epoch_samples(run.recipe.test) or 0
     comparisons: Sequence[Comparison] = ()
     if examined is not None:
-        rows = len(examined.judged.samples)
         comparisons = examined.comparisons
         arrays = (examined.judged.samples.targets, examined.judged.outputs)
         if all(isinstance(one, np.ndarray) for one in arrays):

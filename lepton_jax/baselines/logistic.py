@@ -8,7 +8,13 @@ from collections.abc import Callable
 import numpy as np
 
 from lepton_jax.baselines.baseline import Baseline, Samples
-from lepton_jax.baselines.fitting import chosen, fitting, hits, nearness
+from lepton_jax.baselines.fitting import (
+    chosen,
+    few_threads,
+    fitting,
+    hits,
+    nearness,
+)
 
 # Inverse strengths of the penalty to choose from, by scikit-learn's scale, where 1 is
 # the default.
@@ -81,7 +87,7 @@ def _regression(
     if len(known) == 1:
         return lambda rows: spread(np.ones((len(rows), 1)))
     model = LogisticRegression(C=strength, max_iter=ITERATIONS)
-    with warnings.catch_warnings():
+    with few_threads(inputs.size), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(inputs, targets.astype(int))
     return lambda rows: spread(model.predict_proba(rows))

@@ -22,6 +22,7 @@ from lepton_jax.train.program import Program
 # so many test rows, and a cheap method has learned what it can from so many others.
 MOST_TEST_ROWS = 100_000
 MOST_TRAINING_ROWS = 1_000_000
+MOST_READ_ROWS = 20_000  # of a data set that is read from files for this; assumption
 MOST_BYTES = 2**30  # of these rows, and of the network's outputs; assumption
 
 REGRESSION = (
@@ -112,6 +113,8 @@ def samples_of(
       most: rows at most.
       most_bytes: of these rows.
     """
+    if not isinstance(data, Arrays):
+        most = min(most, MOST_READ_ROWS)
     rows = host_rows(data, most, most_bytes)
     task, classes = task_of(program, rows.targets)
     raw_rows = getattr(program.recipe.preparation, "raw_rows", None)
@@ -133,15 +136,24 @@ def judged(program: Program, state: State, test: Any) -> Judged:
     Raises:
       ModelError: the outputs have no dim for rows.
     """
+    samples = rows_to_judge(program, test)
+    return Judged(samples, outputs_of(program, state, samples.inputs))
+
+
+def rows_to_judge(program: Program, test: Any) -> Samples:
+    """Return test rows, as many as have outputs that fit into memory."""
     per_row = sum(
         leaf.size * leaf.dtype.itemsize // max(1, len(leaf))
         for leaf in jax.tree.leaves(program.trace.outputs)
         if leaf.shape
     )
     most = min(MOST_TEST_ROWS, max(1, MOST_BYTES // max(1, per_row)))
-    samples = samples_of(program, test, most)
-    outputs = outputs_of(program, state, samples.inputs)
-    return Judged(samples, outputs)
+    return samples_of(program, test, most)
+
+
+def is_worth_it(program: Program, samples: Samples) -> bool:
+    """Whether there is something to say of test rows: a baseline, or a known task."""
+    return samples.task != "other" or program.recipe.baseline is not None
 
 
 def outputs_of(program: Program, state: State, inputs: Any) -> Any:
