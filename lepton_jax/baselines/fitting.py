@@ -49,12 +49,21 @@ def fitting(train: Samples, test: Samples, most: Callable[[int], int]) -> Fittin
     """
     if train.task == "other":
         raise NotHere("the targets are neither classes nor quantities")
-    targets = train.targets.reshape(len(train), -1)
+    targets = train.targets.reshape(
+        len(train),
+        -1,
+    )
     if targets.shape[1] != 1:
         raise NotHere(f"there are {targets.shape[1]} targets a row")
     features = Features(train)
-    rows = sample(len(train), most(features.count))
-    inputs = jax.tree.map(lambda leaf: leaf[rows], train.inputs)
+    rows = sample(
+        len(train),
+        most(features.count),
+    )
+    inputs = jax.tree.map(
+        lambda leaf: leaf[rows],
+        train.inputs,
+    )
     said = f"{len(rows):,} training rows"
     if len(rows) < train.total:
         said = f"{len(rows):,} of {train.total:,} training rows, drawn at random"
@@ -90,12 +99,24 @@ def chosen(
       most: rows that are looked at.
     """
     order = np.random.default_rng(SEED).permutation(len(data.inputs))[:most]
-    held = order[: max(1, round(HELD_OUT * len(order)))]
+    held = order[
+        : max(
+            1,
+            round(HELD_OUT * len(order)),
+        )
+    ]
     rest = order[len(held) :]
 
     def scored(setting: Any) -> float:
-        answer = fit(setting, data.inputs[rest], data.targets[rest])
-        return score(answer(data.inputs[held]), data.targets[held])
+        answer = fit(
+            setting,
+            data.inputs[rest],
+            data.targets[rest],
+        )
+        return score(
+            answer(data.inputs[held]),
+            data.targets[held],
+        )
 
     return max(settings, key=scored)
 
