@@ -369,7 +369,7 @@ def _why(
     elif assignment.keep and names.is_small(parameter.index):
         parts.append("too small to be worth splitting further")
     elif assignment.keep:
-        shape = "x".join(map(str, value.shape))
+        shape = "x".join(map(str, parameter.shape))
         count = assignment.counts[assignment.keep]
         parts.append(f"no dim of {shape} divides by {count} more")
 

@@ -93,7 +93,7 @@ def training_gradient(
 
     Returns:
       A function of `ARGUMENTS` to (gradient, auxiliary result of the loss). Its key is
-      what `augment.step_key` returns.
+      what `augment.step_key` returns. Further arguments go to the loss.
     """
     loss = training_loss(prepared(recipe), module, micro_batches)
     gradient = jax.grad(around(loss), has_aux=True)
@@ -107,9 +107,43 @@ def training_gradient(
         inputs: Any,
         targets: Any,
         knobs: Any,
+        *more: Any,
     ) -> Any:
         batch = changed(recipe, key, (inputs, targets), micro_batches)
-        return gradient(params, variables, key.model, *batch, knobs)
+        return gradient(params, variables, key.model, *batch, knobs, *more)
+
+    return augmented
+
+
+def whole_loss(
+    recipe: Recipe,
+    module: Functional,
+    micro_batches: int,
+) -> Callable:
+    """Return the training loss of a batch that is not augmented yet.
+
+    Args:
+      recipe: as in `training_loss`.
+      module: likewise.
+      micro_batches: likewise.
+
+    Returns:
+      A function like `training_loss`. Its key is what `augment.step_key` returns.
+    """
+    loss = training_loss(prepared(recipe), module, micro_batches)
+    if not isinstance(recipe.preprocess, Augmented):
+        return loss
+
+    def augmented(
+        params: Any,
+        variables: Any,
+        key: Any,
+        inputs: Any,
+        targets: Any,
+        knobs: Any,
+    ) -> tuple[Any, tuple]:
+        batch = changed(recipe, key, (inputs, targets), micro_batches)
+        return loss(params, variables, key.model, *batch, knobs)
 
     return augmented
 

@@ -43,7 +43,9 @@ from lepton_jax.planner import (
     limits,
     nan_rows,
     rematerialized,
+    rewrite,
 )
+from lepton_jax.step.embeddings import Rows, compacted
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import (
     ARGUMENTS,
@@ -52,6 +54,7 @@ from lepton_jax.step.training_loss import (
 )
 from lepton_jax.train.compilation import Compilation, CompilationLog
 from lepton_jax.train.recovery import WEIGHT
+from lepton_jax.train.touched import Touching, micro_batches
 from lepton_jax.trees import by_path
 
 
@@ -115,11 +118,13 @@ class Program:
         self.state_sharding = plan.state_shardings(self.mesh, trace.state)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(rows))
+        self._touching = Touching(trace, plan, self.mesh)
         self.block_sharding = self.batch_sharding
         if self._has_blocks:
             self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, rows))
 
         first_device = self.mesh.devices.flat[0]
+        self._is_rewritten = rewrite.applies(first_device.platform, self.mesh.size)
         are_virtual = self.mesh.size > 1 and first_device.platform == "cpu"
         self._log = CompilationLog(on_compile, waits=are_virtual)
         self._jit = partial(jit_on, self.mesh.devices.flat)
@@ -622,8 +627,24 @@ class Program:
         state: State,
         batch: Any,
     ) -> tuple[State, jax.Array]:
-        """Make one optimizer update from one batch."""
-        gradients, sums, variables, squares = self._gradients(state, batch)
+        """Make one optimizer update from one batch.
+
+        Of embeddings that are updated by rows, it sees the touched rows alone.
+        """
+        if not self.trace.tables:
+            return self._updated(state, batch)
+        rows = self._touching.rows(state, batch)
+        after, record = self._updated(rows.taken(state), batch, rows)
+        return rows.put(state, after), record
+
+    def _updated(
+        self,
+        state: State,
+        batch: Any,
+        rows: Rows | None = None,
+    ) -> tuple[State, jax.Array]:
+        """Return state and record after an update; `rows` if the tables are compact."""
+        gradients, sums, variables, squares = self._gradients(state, batch, rows)
         values = {
             name: self._finished(name, total, weight)
             for name, (total, weight) in sums.items()
@@ -704,6 +725,7 @@ class Program:
         self,
         state: State,
         batch: Any,
+        rows: Rows | None,
     ) -> _Gradients:
         """Return the gradients of the mean loss over a batch, and what goes with them.
 
@@ -714,7 +736,7 @@ class Program:
         scale = knobs.get("loss_scale")
         key = jax.random.fold_in(state.key, state.step)
         count = self.plan.micro_batches
-        gradient = self._gradient_of_loss()
+        gradient = self._gradient_of_loss(rows)
         keys = partial(step_key, self.recipe.preprocess, step=key)
         if count == 1:
             gradients, (sums, variables) = gradient(
@@ -754,21 +776,31 @@ class Program:
         squares = None if total.squares is None else total.squares / count
         return total._replace(gradients=_ascent(gradients), squares=squares)
 
-    def _gradient_of_loss(self) -> Callable[..., Any]:
+    def _gradient_of_loss(self, rows: Rows | None) -> Callable[..., Any]:
         """Return the gradient of one micro-batch's loss, laid out as planned."""
-        gradient = training_gradient(
+        around = partial(rematerialized, policy=self.plan.remat)
+        names: tuple[str, ...] = ARGUMENTS
+        if rows is not None:
+            around = partial(compacted, tables=self.trace.tables, around=around)
+            names = (*names, "rows")
+        traced = training_gradient(
             self.recipe,
             self.trace.functional,
             self.plan.micro_batches,
-            partial(rematerialized, policy=self.plan.remat),
+            around,
         )
-        return laid_out(
-            gradient,
+        if self._is_rewritten:
+            traced = rewrite.rewritten(traced)
+        gradient = laid_out(
+            traced,
             self.plan.layout,
             self.mesh,
-            ARGUMENTS,
+            names,
             gradients=True,
         )
+        if rows is None:
+            return gradient
+        return lambda *args: gradient(*args, rows.rows)
 
     def _add_up(
         self,
@@ -778,13 +810,7 @@ class Program:
     ) -> _Gradients:
         """Add the micro-batches of a batch to a total, one after the other."""
         count = self.plan.micro_batches
-
-        def split(leaf: Any) -> Any:
-            # Strided, so that each device's rows are spread over the micro-batches
-            # without leaving the device.
-            return leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1)
-
-        parts = jax.tree.map(split, batch)
+        parts = micro_batches(batch, count)
         if self.plan.unroll_micro_batches:
             for index in range(count):
                 part = jax.tree.map(itemgetter(index), parts)

@@ -14,6 +14,7 @@ from lepton_jax.planner.estimate.cost import as_compiled
 from lepton_jax.planner.estimate.jobs import sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
 from lepton_jax.planner.estimate.reads import Reads, moved_before
+from lepton_jax.planner.estimate.rows import row_moves
 from lepton_jax.planner.program.graph import Operation, Value
 from lepton_jax.planner.program.layout import (
     Layout,
@@ -63,8 +64,7 @@ def expected(
 
     collectives = []
     for op, value, move in _moves(layout, graph.lasting, platform):
-        names = enumerate(plan.mesh)
-        axes = tuple(name for i, name in names if move.axes >> i & 1)
+        axes = _names(move.axes, plan)
         kind = move.kind
         if where is not None:
             devices = math.prod(plan.mesh[axis] for axis in axes)
@@ -82,7 +82,16 @@ def expected(
                 sent,
             )
         )
+    for row in row_moves(trace, layout.storage, layout.counts):
+        axes = _names(row.axes, plan)
+        sent = ring(row.kind, axes, row.bytes, plan.mesh)
+        collectives.append(Expected("", row.kind, axes, 1, sent))
     return collectives
+
+
+def _names(mask: int, plan: Plan) -> tuple[str, ...]:
+    """Return the names of the mesh axes in a mask."""
+    return tuple(name for i, name in enumerate(plan.mesh) if mask >> i & 1)
 
 
 def _moves(

@@ -22,6 +22,7 @@ from tools.bench import (
     controller,
     cpu_rates,
     data,
+    embeddings,
     faults,
     generation,
     lm,
@@ -50,6 +51,7 @@ COMMANDS = (
     restart,
     prepare,
     data,
+    embeddings,
     generation,
 )
 # Variables that change the figures, and so are part of a command that is recorded.

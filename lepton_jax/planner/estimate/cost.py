@@ -48,6 +48,7 @@ from lepton_jax.planner.estimate.equal import repeated
 from lepton_jax.planner.estimate.jobs import Job, Jobs, sum_shares
 from lepton_jax.planner.estimate.motion import Motion, moved_value
 from lepton_jax.planner.estimate.reads import moved_before
+from lepton_jax.planner.estimate.rows import row_moves
 from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.estimate.traffic import traffic
 from lepton_jax.planner.program.graph import (
@@ -168,6 +169,7 @@ class Cost:
             self._slow = self.sizes.by_row(cpu.slow_work(self.graph))
             self._kernels = cpu.kernel_seconds(self.graph)
         self._optimizer = optimizer_bytes(trace, names)
+        self._trace = trace
         self._memo: dict[tuple, Work] = {}
         self._mesh: tuple[int, ...] = ()
         self._links: list[Link] = []
@@ -211,6 +213,12 @@ class Cost:
                     shown[number, kind, move.axes, runs] += move.bytes
                 if causes:
                     _note(ledger, move, job)
+
+        rows = row_moves(self._trace, layout.storage, layout.counts)
+        for number, moved in enumerate(rows, len(self.jobs)):
+            shown[number, moved.kind, moved.axes, 1] += moved.bytes
+            if causes:
+                _enter(ledger, moved.kind, moved.axes, 1, moved.bytes, moved.path)
 
         # Collectives read and write the memory, besides sending.
         sent = [*shown.items(), *hidden.items()]
@@ -645,15 +653,25 @@ def _note(
     job: Job,
 ) -> None:
     """Count a collective, and the line that needs it."""
-    key = (move.kind, move.axes)
     count = move.runs * job.count // job.op.times
-    sent = move.bytes * count
-    entry = ledger.setdefault(key, [0, 0.0, 0.0, {}])
+    place = source_line(job.op.eqn, job.op.callers)
+    cause = f"{job.op.name} at {place.rsplit('/', 1)[-1]}"
+    _enter(ledger, move.kind, move.axes, count, move.bytes * count, cause)
+
+
+def _enter(
+    ledger: Ledger,
+    kind: str,
+    axes: int,
+    count: int,
+    sent: float,
+    cause: str,
+) -> None:
+    """Add collectives of one cause to a ledger."""
+    entry = ledger.setdefault((kind, axes), [0, 0.0, 0.0, {}])
     entry[0] += count
     entry[1] += sent
     causes = entry[3]
-    place = source_line(job.op.eqn, job.op.callers)
-    cause = f"{job.op.name} at {place.rsplit('/', 1)[-1]}"
     causes[cause] = causes.get(cause, 0.0) + sent
 
 
@@ -682,8 +700,14 @@ def optimizer_bytes(
     trace: Trace,
     names: Names,
 ) -> list[tuple[float, float]]:
-    """Return (its bytes, the bytes of its optimizer state) for each parameter."""
+    """Return (its bytes, the bytes of its optimizer state) for each parameter.
+
+    Of an embedding that is updated by rows, they are those of the rows that a step
+    touches.
+    """
     params = by_path(trace.state.params)
+    tables = trace.tables.tables
+    shares = {path: table.slots / table.size for path, table in tables.items()}
     state: dict[str, float] = defaultdict(float)
     leaves = by_path({"optimizer": trace.state.optimizer})
     for path, leaf in leaves.items():
@@ -694,4 +718,8 @@ def optimizer_bytes(
             if tail in params:
                 state[tail] += nbytes(leaf)
                 break
-    return [(nbytes(leaf), state[path]) for path, leaf in params.items()]
+    moved = []
+    for path, leaf in params.items():
+        share = shares.get(path, 1.0)
+        moved.append((nbytes(leaf) * share, state[path] * share))
+    return moved

@@ -36,6 +36,7 @@ import numpy as np
 from lepton_jax.compat import source_line
 from lepton_jax.hardware import Chip, Topology
 from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.estimate import rows
 from lepton_jax.planner.estimate.feeding import slow_loops
 from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.program.named import Names
@@ -333,6 +334,11 @@ def predict(
         ),
     )
     held |= _by_purpose(timeline, top, around)
+    storage = names.storage(assignment.masks, assignment.keep, assignment.counts)
+    held["temporaries"] += rows.taken_bytes(trace)
+    if tpu:
+        copies = rows.copied_bytes(trace, storage, assignment.counts)
+        held["temporaries"] += copies
     return held, _largest(timeline, top)
 
 

@@ -38,7 +38,7 @@ between them, which is tensor parallelism; splitting axis 4 is data parallelism.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +225,8 @@ class Graph:
         results may be their gradients.
       parameters: the number of inputs that are parameters.
       gradients: the number of results that are gradients.
+      whole: for embeddings of which the program takes some rows only: number of the
+        parameter to the rows of the whole.
 
     Attributes:
       main: the region of the program itself; other regions are in its operations.
@@ -244,8 +246,10 @@ class Graph:
         program: ClosedJaxpr,
         parameters: int = 0,
         gradients: int = 0,
+        whole: Mapping[int, int] | None = None,
     ):
         """Build the graph."""
+        self.whole = dict(whole or {})
         self.values: list[Value] = []
         self.parents: list[int] = []
         self.loops: set[int] = set()

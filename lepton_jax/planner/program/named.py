@@ -60,11 +60,24 @@ class Group:
 
 
 class Dim(NamedTuple):
-    """A dim of an input: its extent, its group, and whether a loop steps along it."""
+    """A dim of an input.
+
+    Attributes:
+      extent: its extent in the program.
+      group: its group.
+      stepped: whether a loop steps along it.
+      whole: its extent in the state, which is larger for an embedding that is updated
+        by rows.
+    """
 
     extent: int
     group: int | None
     stepped: bool
+    whole: int
+
+    def divides(self, count: int) -> bool:
+        """Whether as many devices can have equal parts."""
+        return self.extent % count == 0 and self.whole % count == 0
 
 
 class Names:
@@ -154,6 +167,9 @@ class Names:
                 extents.setdefault(find(node), []).append(extent)
         for node, pieces in self.graph.pieces.items():
             extents[find(node)].append(pieces)
+        for index, size in self.graph.whole.items():
+            node = self.graph.main.inputs[index].nodes[0]
+            extents[find(node)].append(size)
         return extents
 
     def _group(
@@ -294,12 +310,14 @@ class Names:
     def _dims_of_inputs(self) -> list[tuple[Dim, ...]]:
         graph = self.graph
         inputs = []
-        for value in graph.main.inputs:
+        for number, value in enumerate(graph.main.inputs):
             dims = []
-            pairs = zip(value.shape, value.nodes, strict=True)
-            for extent, node in pairs:
+            state = list(value.shape)
+            state[:1] = [graph.whole.get(number, extent) for extent in state[:1]]
+            triples = zip(value.shape, value.nodes, state, strict=True)
+            for extent, node, whole in triples:
                 group = self.of.get(graph.find(node))
-                dims.append(Dim(extent, group, node in graph.loops))
+                dims.append(Dim(extent, group, node in graph.loops, whole))
             inputs.append(tuple(dims))
         return inputs
 
@@ -372,9 +390,9 @@ class Names:
         """
         taken = 0
         spec = []
-        for extent, group, _ in self._dims[index]:
-            mask = 0 if group is None else masks[group] & ~taken
-            if mask and extent % counts[mask]:
+        for dim in self._dims[index]:
+            mask = 0 if dim.group is None else masks[dim.group] & ~taken
+            if mask and not dim.divides(counts[mask]):
                 mask = 0
             taken |= mask
             spec.append(mask)
@@ -395,9 +413,9 @@ class Names:
         dims = self._dims[index]
         taken = 0
         pairs = zip(use, dims, strict=True)
-        for mask, (_, group, _) in pairs:
+        for mask, dim in pairs:
             taken |= mask
-            if mask and group in self.rows:
+            if mask and dim.group in self.rows:
                 return use
 
         rest = keep & ~taken
@@ -408,9 +426,9 @@ class Names:
         most = (False, 0)
         for number, dim in enumerate(dims):
             mask = use[number]
-            if dim.stepped or dim.extent % (counts[mask] * counts[rest]):
+            if dim.stepped or not dim.divides(counts[mask] * counts[rest]):
                 continue
-            rank = (mask == 0, dim.extent // counts[mask])
+            rank = (mask == 0, dim.whole // counts[mask])
             if best is None or rank > most:
                 best = number
                 most = rank
@@ -420,12 +438,16 @@ class Names:
         spec[best] |= rest
         return tuple(spec)
 
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Return the shape of an input; of an embedding, all of its rows."""
+        return tuple(dim.whole for dim in self._dims[index])
+
     def is_small(self, index: int) -> bool:
         """Whether an input, or what a loop takes of it, is not worth splitting."""
         elements = 1
         for dim in self._dims[index]:
             if not dim.stepped:
-                elements *= dim.extent
+                elements *= dim.whole
         return elements * ITEMSIZE < SMALL
 
 

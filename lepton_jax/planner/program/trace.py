@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,17 +18,21 @@ from lepton_jax.augment import step_key
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, whole_axes
 from lepton_jax.controller import Controller, stride
 from lepton_jax.errors import DataError, ModelError, pointing_at_user
-from lepton_jax.hardware import convolution_flops
+from lepton_jax.hardware import Topology, convolution_flops
+from lepton_jax.planner import rewrite
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.remat import rematerialized
+from lepton_jax.planner.program.tables import find_tables
 from lepton_jax.recipe import Recipe
+from lepton_jax.step.embeddings import NO_TABLES, Tables, compacted
 from lepton_jax.step.module import Functional, forward_sowing, functional, leaks
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import (
     ARGUMENTS,
     argument_paths,
     training_gradient,
+    whole_loss,
 )
 from lepton_jax.trees import by_path, nbytes
 
@@ -54,6 +58,8 @@ class Trace:
       operations: how often each primitive occurs.
       samples: the number of samples in the training data, if that is arrays in memory.
       weighted: whether the loss gives weights, which may all be 0.
+      tables: the embeddings that a step updates by rows.
+      rewritten: whether its gradient is the faster form for a CPU; see `on`.
     """
 
     recipe: Recipe
@@ -68,9 +74,22 @@ class Trace:
     operations: dict[str, int]
     samples: int | None
     weighted: bool = False
-    _gradients: dict[str, Graph] = field(
+    tables: Tables = NO_TABLES
+    rewritten: bool = False
+    # by the policy of rematerialization, and whether it is rewritten
+    _gradients: dict[tuple[str, bool], Graph] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def on(self, topology: Topology) -> Trace:
+        """Return the trace of the program that runs on some devices.
+
+        Its gradient is the one that the compiled step has: see `planner.rewrite`.
+        """
+        rewritten = rewrite.applies(topology.platform, topology.devices)
+        if rewritten == self.rewritten:
+            return self
+        return replace(self, rewritten=rewritten)
 
     def gradient(self, remat: str) -> Graph:
         """Return the graph of one batch's gradients, weighted sums and variables.
@@ -81,29 +100,46 @@ class Trace:
         Returns:
           The graph, whose inputs are called as in `arguments`.
         """
-        if remat not in self._gradients:
-            self._gradients[remat] = self._trace_gradient(remat)
-        return self._gradients[remat]
+        form = (remat, self.rewritten)
+        if form not in self._gradients:
+            self._gradients[form] = self._trace_gradient(remat)
+        return self._gradients[form]
 
     def _trace_gradient(self, remat: str) -> Graph:
+        state = self.state
+        params = state.params
+        rows = []
+        remade = partial(rematerialized, policy=remat)
+        around = remade
+        if self.tables:
+            params = self.tables.compact(params)
+            rows = [self.tables.rows()]
+            around = partial(compacted, tables=self.tables, around=remade)
         gradient = training_gradient(
             self.recipe,
             self.functional,
             micro_batches=1,
-            around=partial(rematerialized, policy=remat),
+            around=around,
         )
-        state = self.state
+        if self.rewritten:
+            gradient = rewrite.rewritten(gradient)
         knobs = self.controller.forward_knobs(state.controller)
         program = jax.make_jaxpr(gradient)(
-            state.params,
+            params,
             state.variables,
             self.key,
             self.inputs,
             self.targets,
             knobs,
+            *rows,
         )
-        count = len(jax.tree.leaves(state.params))
-        return Graph(program, parameters=count, gradients=count)
+        count = len(jax.tree.leaves(params))
+        whole = {
+            number: self.tables.sizes[path]
+            for number, path in enumerate(by_path(params))
+            if path in self.tables.sizes
+        }
+        return Graph(program, parameters=count, gradients=count, whole=whole)
 
     @property
     def key(self) -> Any:
@@ -113,7 +149,7 @@ class Trace:
 
     @property
     def arguments(self) -> list[str]:
-        """Paths of the inputs of `gradient`, the knobs left out."""
+        """Paths of the inputs of `gradient`."""
         state = self.state
         given = (
             state.params,
@@ -121,8 +157,10 @@ class Trace:
             self.key,
             self.inputs,
             self.targets,
+            self.controller.forward_knobs(state.controller),
+            self.tables.rows(),
         )
-        return argument_paths(ARGUMENTS, given)
+        return argument_paths((*ARGUMENTS, "rows"), given)
 
     @property
     def classes(self) -> int:
@@ -233,6 +271,12 @@ def _trace(
         operations=operations,
         samples=samples,
         weighted=traced.weighted,
+        tables=find_tables(
+            controller,
+            state,
+            whole_loss(recipe, module, micro_batches=1),
+            (inputs, targets),
+        ),
     )
 
 

@@ -163,6 +163,8 @@ def _feeding_reasons(
         reasons["micro-batches unrolled"] = (
             "XLA's CPU backend runs convolutions inside loops on a slow path"
         )
+    for path, table in trace.tables.tables.items():
+        reasons[f"rows of {path}"] = table.why
     return reasons
 
 
@@ -187,7 +189,7 @@ def _notes(
             f"there is no rule for the primitive {name!r} ({count} of them): its"
             " operands are whole on each device"
         )
-    return notes
+    return [*notes, *trace.tables.hints, *trace.tables.refused]
 
 
 def without_data(trace: Trace, topology: Topology) -> Plan:

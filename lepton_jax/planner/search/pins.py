@@ -238,7 +238,7 @@ class _Reader:
     ) -> None:
         index = self._indices[path]
         value = self._names.graph.main.inputs[index]
-        shape = value.shape
+        shape = self._names.shape(index)
         _check_form(pattern, spec, self._where)
         if len(spec) > len(shape):
             raise PlanError(

@@ -9,6 +9,12 @@ from lepton_jax.step.optimizers.parts import (
     parts_of,
     without_frozen,
 )
+from lepton_jax.step.optimizers.rowwise import (
+    marked,
+    rowwise,
+    rowwise_adagrad,
+    sparse_adam,
+)
 from lepton_jax.step.optimizers.switching import Switchable, switchable
 
 __all__ = [
@@ -19,7 +25,11 @@ __all__ = [
     "by_part",
     "check_parts",
     "evaluated",
+    "marked",
     "parts_of",
+    "rowwise",
+    "rowwise_adagrad",
+    "sparse_adam",
     "switchable",
     "unchanged",
     "updating",
