@@ -14,6 +14,7 @@ from lepton_jax.baselines.baseline import (
 )
 from lepton_jax.baselines.biases import biases
 from lepton_jax.baselines.boosting import boosting
+from lepton_jax.baselines.clicks import factorization_machine, linear_clicks
 from lepton_jax.baselines.comparison import (
     VERDICTS,
     Comparison,
@@ -46,8 +47,10 @@ __all__ = [
     "all_measured",
     "biases",
     "boosting",
+    "factorization_machine",
     "ials",
     "item_knn",
+    "linear_clicks",
     "log_count_ratios",
     "logistic",
     "majority",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,11 +41,21 @@ class Ensemble(nnx.Module):
         if members < 1:
             raise ValueError(f"members is {members}; it must be at least 1")
         self.deterministic = deterministic
-        copies: list[Any] = [make(rngs=rngs) for _ in range(members)]
-        self.copies = nnx.List(copies)
+
+        @nnx.split_rngs(splits=members)
+        @nnx.vmap
+        def copies(rngs: nnx.Rngs) -> nnx.Module:
+            return make(rngs=rngs)
+
+        # one module, whose parameters have a leading dim for the copies
+        self.copies = copies(rngs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Map a batch to (batch, members, ...), or outside of training (batch, ...)."""
-        outputs = [copy(*args, **kwargs) for copy in self.copies]
-        outputs = jax.numpy.stack(outputs, axis=1)
+
+        @partial(nnx.vmap, in_axes=(0, None, None), out_axes=1)
+        def each(copy: Any, args: Any, kwargs: Any) -> jax.Array:
+            return copy(*args, **kwargs)
+
+        outputs = each(self.copies, args, kwargs)
         return outputs.mean(axis=1) if self.deterministic else outputs
