@@ -53,6 +53,18 @@ class Settings:
     prepared: Path | None
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Settings of rankings alone."""
+
+    history: int
+    user_vectors: bool
+    loss: str
+    negatives: str
+    samples: int
+    dropout: float
+
+
 def recipe(
     data: Path | None = None,
     user: str = "userId",
@@ -72,9 +84,11 @@ def recipe(
     dim: int | None = None,
     members: int = 8,
     history: int = 50,
+    user_vectors: bool = False,
     loss: Loss = "softmax",
-    negatives: Literal["all", "in_batch", "sampled"] = "all",
-    dropout: float = 0.5,
+    negatives: Literal["all", "in_batch", "sampled"] = "sampled",
+    samples: int = 1024,
+    dropout: float = 0.3,
     learning_rate: float | None = None,
     batch_size: int | None = None,
     epochs: float | None = None,
@@ -109,9 +123,11 @@ def recipe(
       dim: width of the vectors.
       members: for ratings, how many factorizations are averaged.
       history: for rankings, how many items used last are looked at.
+      user_vectors: for rankings, whether a user has a vector next to the history.
       loss: of rankings: softmax, or the contrastive one of cosines.
       negatives: what an item that was used is compared with: all items, those of the
         batch's other rows, or sampled ones.
+      samples: how many are sampled for a batch.
       dropout: of rankings: share of the user's vector dropped.
       learning_rate: of Adam at the start; it falls as a cosine to zero.
       batch_size: rows per step, over all devices.
@@ -176,10 +192,14 @@ def recipe(
             settings,
             features,
             counts,
-            history=history,
-            loss=loss,
-            negatives=negatives,
-            dropout=dropout,
+            Ranking(
+                history=history,
+                user_vectors=user_vectors or not history,
+                loss=loss,
+                negatives=negatives,
+                samples=samples,
+                dropout=dropout,
+            ),
         )
     counts.show()
     return made_recipe
@@ -328,11 +348,7 @@ def _implicit(
     settings: Settings,
     features: dict[str, tuple[str, ...]],
     counts: Any,
-    *,
-    history: int,
-    loss: Loss,
-    negatives: str,
-    dropout: float,
+    ranking: Ranking,
 ) -> lepton.Recipe:
     """Return the recipe that ranks all items."""
     from recipes import _ranking, _ratings
@@ -350,38 +366,39 @@ def _implicit(
         counts,
         settings.validation,
     )
-    train, test = _samples(pairs, parts, history)
+    train, test = _samples(pairs, parts, ranking.history)
     _check_size(pairs)
     batch_size = settings.batch_size or 512
-    epochs = settings.epochs or 20
+    epochs = settings.epochs or 6
     total = settings.steps or math.ceil(epochs * len(train) / batch_size)
-    rate = settings.learning_rate or 3e-3
-    loss_function: Any = lepton.losses.ranking_softmax
-    if loss == "contrastive":
-        loss_function = lepton.losses.cosine_contrastive
+    rate = settings.learning_rate or 1e-2
+    cosine = ranking.loss == "contrastive"
+    losses = lepton.losses
     item_counts = np.bincount(train.targets, minlength=len(pairs.items))
-    of_items = ()
+    of_items: tuple[tuple[int, ...], ...] = ()
     if features:
         of_items = _ratings.features_of(pairs.items, features, counts)
     return lepton.Recipe(
         name="recommender",
         model=partial(
             lepton.models.Retrieval,
-            len(pairs.users),
+            len(pairs.users) if ranking.user_vectors else 0,
             len(pairs.items),
             dim=settings.dim or 64,
-            history=history,
+            history=ranking.history,
+            tied=True,
             features=of_items,
             counts=tuple(item_counts.tolist()),
             used=_ratings.used_items(pairs, parts),
-            negatives=negatives,
-            cosine=loss == "contrastive",
+            negatives=ranking.negatives,
+            samples=ranking.samples,
+            cosine=cosine,
             temperature=1.0,
-            popularity=loss == "softmax",
-            dropout=dropout,
+            popularity=not cosine,
+            dropout=ranking.dropout,
             item_dropout=ITEM_DROPOUT if features else 0.0,
         ),
-        loss=loss_function,
+        loss=losses.cosine_contrastive if cosine else losses.ranking_softmax,
         metrics={
             f"hit_rate_{FIRST}": _ranking.among_negatives(
                 partial(lepton.metrics.hit_rate, k=FIRST)

@@ -22,7 +22,6 @@ from lepton_jax.baselines.comparison import (
     shown,
     verdict_of,
 )
-from lepton_jax.baselines.comparison import Comparison, Network
 from lepton_jax.baselines.ials import ials
 from lepton_jax.baselines.intervals import mean_interval, wilson
 from lepton_jax.baselines.item_knn import item_knn
