@@ -411,7 +411,10 @@ def _implicit(
         learning_rate=optax.cosine_decay_schedule(rate, total),
         train=train,
         test=test,
-        decode=_first_items,
+        decode=partial(
+            lepton.models.best_items,
+            count=min(FIRST, len(pairs.items)),
+        ),
         baseline=_baselines(parts, len(pairs.items)),
         batch_size=batch_size,
         epochs=epochs,
@@ -436,11 +439,6 @@ def _baselines(parts: Any, items: int) -> tuple[Any, ...]:
 # Share of items whose own embedding is left out in training where they have features:
 # Volkovs et al. 2017 use 0.5.
 ITEM_DROPOUT = 0.5
-
-
-def _first_items(scores: Any) -> Any:
-    """Return the items to recommend, best first."""
-    return jax.lax.top_k(scores, FIRST)[1]
 
 
 def _samples(

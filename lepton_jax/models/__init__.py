@@ -19,7 +19,7 @@ from lepton_jax.models.mlp import MLP
 from lepton_jax.models.moe import MoELM
 from lepton_jax.models.ngrams import NgramLinear, WithNgrams
 from lepton_jax.models.resnet import ResNet, resnet_size
-from lepton_jax.models.retrieval import Retrieval
+from lepton_jax.models.retrieval import Retrieval, best_items
 from lepton_jax.models.tabm import (
     TabM,
     mean_of_outputs,
@@ -69,6 +69,7 @@ __all__ = [
     "WithNgrams",
     "averaged_views",
     "convnext_size",
+    "best_items",
     "mean_of_outputs",
     "mean_of_probabilities",
     "mean_of_rates",
