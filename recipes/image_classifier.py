@@ -148,11 +148,15 @@ def recipe(
     train = images.train
     total = steps or math.ceil(epochs * len(train) / batch_size)
     weights = images.balanced() if class_weights else None
+    made = _model(model, len(images.classes), shape, width, dropout)
+    if mirror:
+        views = (lepton.models.unchanged, lepton.models.mirrored)
+        made = partial(lepton.models.averaged_views, made, views)
     averaging = () if average is None else lepton.controllers.averaging(average)
 
     return lepton.Recipe(
         name="image_classifier",
-        model=_model(model, len(images.classes), shape, width, dropout),
+        model=made,
         loss=_loss(weights, smoothing),
         metrics={"accuracy": lepton.metrics.accuracy},
         decode=partial(jnp.argmax, axis=-1),
@@ -259,7 +263,6 @@ def _preprocess(
         steps,
         partial(lepton.data.grey, by=255),
         outside=partial(changes.resized, size=outside),
-        views=(changes.flipped,) if mirror else (),
     )
 
 

@@ -183,15 +183,18 @@ LABELS = np.arange(96) % 3
 
 def recipe_of(steps=STEPS, **more):
     preprocess = augment.Augmented(steps, partial(lepton.data.divided, by=255))
-    given_more = {"preprocess": preprocess, "loss": lepton.losses.cross_entropy} | more
+    usual = {
+        "preprocess": preprocess,
+        "loss": lepton.losses.cross_entropy,
+        "train": (PIXELS, LABELS),
+    }
     return lepton.Recipe(
         model=partial(lepton.models.MLP, (36, 8, 3)),
         metrics={"accuracy": lepton.metrics.accuracy},
         optimizer=optax.sgd(0.1),
-        train=(PIXELS, LABELS),
         batch_size=32,
         steps=6,
-        **given_more,
+        **(usual | more),
     )
 
 
@@ -240,36 +243,28 @@ def test_samples_never_leave_their_device():
     assert kinds == {"all-reduce"}
 
 
-def test_outside_of_training_views_are_averaged_and_nothing_is_random(tmp_path):
+def test_outside_of_training_nothing_is_random_and_a_saved_model_knows_it(tmp_path):
     preprocess = augment.Augmented(
-        STEPS,
+        (augment.ResizedCrop((6, 6)), *STEPS),
         partial(lepton.data.divided, by=255),
-        views=(augment.flipped,),
+        outside=partial(augment.resized, size=(6, 6)),
     )
-    recipe = recipe_of(preprocess=preprocess, decode=lambda outputs: outputs)
+    large = np.random.default_rng(2).integers(0, 256, (96, 9, 9, 1)).astype(np.uint8)
+    recipe = recipe_of(preprocess=preprocess, train=(large, LABELS))
     trainer = lepton.Trainer(recipe, devices=1)
-    trainer.fit(steps=1)
-    outputs = trainer.predict(PIXELS[:8])
-    np.testing.assert_allclose(trainer.predict(PIXELS[:8, :, ::-1]), outputs, atol=1e-6)
-    one_view = recipe.with_(preprocess=recipe_of(()).preprocess)
-    plain = lepton.Trainer(one_view, devices=1)
-    trainer.save(tmp_path / "model")
-    plain.load(tmp_path / "model")
-    both = [plain.predict(PIXELS[:8]), plain.predict(PIXELS[:8, :, ::-1])]
-    np.testing.assert_allclose(np.mean(both, 0), outputs, atol=1e-6)
-
-
-def test_a_saved_model_is_opened_with_its_views(tmp_path):
-    preprocess = augment.Augmented(
-        STEPS,
-        partial(lepton.data.divided, by=255),
-        views=(augment.flipped,),
-    )
-    trainer = lepton.Trainer(recipe_of(preprocess=preprocess), devices=1)
     trainer.fit(steps=1)
     trainer.save(tmp_path / "model")
     opened = lepton.Trainer.open(tmp_path / "model")
     assert repr(opened.recipe.preprocess) == repr(preprocess)
+    small = augment.resized(large.astype(np.float32), (6, 6))
+    floats = recipe_of(
+        preprocess=partial(lepton.data.divided, by=255),
+        train=(PIXELS.astype(np.float32), LABELS),
+    )
+    plain = lepton.Trainer(floats, devices=1)
+    plain.load(tmp_path / "model")
+    classes = opened.predict(large)
+    np.testing.assert_array_equal(classes, plain.predict(np.asarray(small)))
 
 
 def test_a_loss_that_is_not_a_number_is_traced_to_its_operation():

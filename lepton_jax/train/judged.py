@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from lepton_jax import losses
 from lepton_jax.baselines import Comparison, Samples, Task
 from lepton_jax.data import Arrays, host_rows, one_pass
+from lepton_jax.errors import DataError
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.state import State
 from lepton_jax.train.program import Program
@@ -115,7 +117,7 @@ def samples_of(
     raw_rows = getattr(program.recipe.preparation, "raw_rows", None)
     read_raw = None
     if raw_rows is not None and isinstance(data, Arrays):
-        read_raw = partial(raw_rows, data, rows.numbers)
+        read_raw = partial(_raw_rows, raw_rows, data, rows.numbers)
     total = len(rows_of(rows.inputs)) if rows.total is None else rows.total
     return Samples(rows.inputs, rows.targets, total, task, classes, read_raw)
 
@@ -168,6 +170,32 @@ def class_names(recipe: Recipe, classes: int) -> list[str]:
     if len(words) == classes:
         return [str(word) for word in words]
     return [str(number) for number in range(classes)]
+
+
+def _raw_rows(
+    read: Callable[..., Any],
+    data: Arrays,
+    numbers: np.ndarray | None,
+    wanted: np.ndarray | None,
+) -> Any:
+    """Read raw rows of some of the samples of an `Arrays`.
+
+    Args:
+      read: `Serving.raw_rows`.
+      data: the `Arrays`.
+      numbers: of the samples in it; None: they are all of them.
+      wanted: numbers of the wanted ones among these; None: all.
+    """
+    if numbers is not None:
+        wanted = numbers if wanted is None else numbers[wanted]
+    rows = read(data, wanted)
+    if rows is None:
+        raise DataError(
+            "the raw rows of these samples are not known",
+            where="Samples.raw",
+            remedy="give the recipe what Serving.split returned, prepared in this run",
+        )
+    return rows
 
 
 def _as_they_are(outputs: Any) -> Any:

@@ -193,7 +193,7 @@ def test_csv_mlp_is_the_table_recipe_with_its_own_settings(people):
         ignore=ignore,
         model="mlp",
         batch_size=128,
-        weight_decay=1e-4,
+        epochs=20,
     )
     assert recipe.name == "csv_mlp"
     assert recipe.model.func is lepton.models.TabularMLP

@@ -1,7 +1,7 @@
-"""Every recipe in the small: its plans for two machines, and its first losses.
+"""Every recipe in the small: its plans for two machines and its first losses.
 
-`python tests/recipes/zoo.py [RECIPE...]` records them anew in `zoo.json`, after a change
-that is meant to change them.
+`python tests/recipes/zoo.py [RECIPE...]` records them anew in `zoo.json`, after a
+change that is meant to change them.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ import numpy as np
 from lepton_jax.compat import source_line
 from lepton_jax.hardware import Chip, Topology
 from lepton_jax.planner.assignment import Assignment
+from lepton_jax.planner.estimate import rows
 from lepton_jax.planner.estimate.feeding import slow_loops
 from lepton_jax.planner.estimate.sizes import Sizes
 from lepton_jax.planner.program.named import Names
@@ -50,7 +51,6 @@ from lepton_jax.planner.xla.figures import (
 )
 from lepton_jax.planner.xla.operations import size
 from lepton_jax.planner.xla.schedule import Timeline
-from lepton_jax.step.embeddings import followed
 from lepton_jax.trees import by_path, nbytes
 
 __all__ = ["Around", "Peak", "Timeline", "describe", "peak", "predict", "windowed"]
@@ -334,26 +334,12 @@ def predict(
         ),
     )
     held |= _by_purpose(timeline, top, around)
-    held["temporaries"] += _touched_rows(trace)
+    storage = names.storage(assignment.masks, assignment.keep, assignment.counts)
+    held["temporaries"] += rows.taken_bytes(trace)
+    if tpu:
+        copies = rows.copied_bytes(trace, storage, assignment.counts)
+        held["temporaries"] += copies
     return held, _largest(timeline, top)
-
-
-def _touched_rows(trace: Trace) -> int:
-    """Return the bytes of the rows that a step takes out of embeddings.
-
-    They are rows of the parameter and of the optimizer's state.
-    """
-    shares = {
-        path: table.slots / table.size for path, table in trace.tables.tables.items()
-    }
-    params = by_path(trace.state.params)
-    held = 0.0
-    leaves = by_path({"params": params, "optimizer": trace.state.optimizer})
-    for path, leaf in leaves.items():
-        table = followed(path, params)
-        if table in shares:
-            held += nbytes(leaf) * shares[table]
-    return int(held)
 
 
 def _by_purpose(
