@@ -50,7 +50,7 @@ def test_ials_gives_the_same_whatever_the_blocks(monkeypatch):
 def test_neighbours_are_weighed_by_their_shrunk_cosine():
     test = samples([3], [1])
     outputs = baselines.item_knn(
-        samples(USERS, ITEMS), test, neighbours=2, shrinkage=1.0, items=5
+        samples(USERS, ITEMS), test, neighbours=4, shrinkage=1.0, items=5
     ).outputs
     # user 3 has used item 4, as has user 0, who has used 0 and 1
     assert outputs[0, 0] == pytest.approx(1 / (2 + 1))
