@@ -25,6 +25,7 @@ from lepton_jax.errors import (
     SettingError,
 )
 from lepton_jax.hardware import Topology, topology
+from lepton_jax.heap import keep_freed_memory as _keep_freed_memory
 from lepton_jax.planner import Plan, Trace, plan, trace
 from lepton_jax.recipe import Recipe
 from lepton_jax.step import optimizers
@@ -34,6 +35,8 @@ from lepton_jax.train.program import Program
 from lepton_jax.trainer import Trainer
 
 __version__ = _version("lepton-jax")
+
+_keep_freed_memory()  # before XLA starts its threads
 
 __all__ = [
     "CheckpointError",

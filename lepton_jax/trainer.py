@@ -67,6 +67,12 @@ from lepton_jax.train.checks import (
 )
 from lepton_jax.train.compilation import Compilation
 from lepton_jax.train.evaluation import evaluate
+from lepton_jax.train.examination import (
+    GENERATED,
+    facts_of,
+    write_examined,
+    write_samples,
+)
 from lepton_jax.train.folder import (
     SERVED,
     describe,
@@ -467,23 +473,42 @@ class Trainer:
           The test rows with the network's outputs, and the comparisons; None: there is
           nothing to look at.
         """
-        if self.recipe.test is None or self.program is None:
+        if self.program is None:
             return None
-        program = self.program
-        compared = []
+        examined = None
         with phase.phase("evaluation"):
             try:
-                test_rows = judged(program, self._state(program), self.recipe.test)
+                self._generate(self.program)
+                if self.recipe.test is not None:
+                    examined = self._examined(self.program, seconds)
             except (ModelError, DataError) as error:
-                self._notice("warning", text=f"the test rows are not shown: {error}")
-                return None
-            if seconds and self.recipe.train is not None:
-                compared = self._compared(program, test_rows, seconds)
-        for one in compared:
-            self._notice("baseline", step=self.step, **one.to_fields())
+                self._notice("warning", text=f"the report lacks a part: {error}")
         if self.run_dir is not None and agreement.host() == 0:
             write_report(self.run_dir)
+        return examined
+
+    def _examined(self, program: Program, seconds: float) -> Examined:
+        """Look at the test rows, fit the baselines, and write both down."""
+        test_rows = judged(program, self._state(program), self.recipe.test)
+        if self.run_dir is not None and agreement.host() == 0:
+            names = getattr(self.preparation, "words", ())
+            write_examined(self.run_dir, facts_of(test_rows, names))
+        compared = []
+        if seconds and self.recipe.train is not None:
+            compared = self._compared(program, test_rows, seconds)
+        for one in compared:
+            self._notice("baseline", step=self.step, **one.to_fields())
         return Examined(test_rows, compared)
+
+    def _generate(self, program: Program) -> None:
+        """Write a grid of pictures that the model generates, if it generates any."""
+        if program.trace.functional.samples is None or self.run_dir is None:
+            return
+        state = self._state(program)
+        pictures = program.generate(state, self.recipe.seed, GENERATED)
+        if agreement.host() == 0:
+            count = write_samples(self.run_dir, np.asarray(pictures))
+            self._notice("samples", step=self.step, count=count)
 
     def _compared(
         self,

@@ -363,7 +363,7 @@ def _split(
     rank = -np.arange(len(pairs.user)) if how == "last" else draw.random(len(among))
     index = np.flatnonzero(among)
     order = index[np.lexsort((rank[index], pairs.user[index]))]
-    users, first, sizes = np.unique(
+    _, first, sizes = np.unique(
         pairs.user[order], return_index=True, return_counts=True
     )
     counts.say(int((sizes < 2).sum()), "users with one item, in training alone")

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 import lepton_jax as lepton
@@ -24,9 +25,10 @@ from lepton_jax.cli.preparing import summary
 from lepton_jax.data import prepare
 from lepton_jax.data.readers import ROW, Column, Reader, reader_of
 from lepton_jax.data.table import MOST_CLASSES
-from lepton_jax.errors import DataError, nearest
+from lepton_jax.errors import DataError, RecipeError, nearest
 
 PIECE_BYTES = 2**26  # of a source that are read at once; assumption
+LARGEST = float(np.finfo(np.float32).max)  # number that a model can take
 TEST_SHARE = 0.2  # of the rows, where there is no test table
 
 # How a reader's remedies name its settings.
@@ -55,6 +57,10 @@ class Asked:
       test_share: of the rows, where there is no test file.
       group: names of columns, which are no inputs; rows with the same values there are
         held out together.
+      folds: the test is one of so many equal parts, in place of a share.
+      fold: which one, from 0.
+      validation: share of the rows that are held out, besides the test; with a test
+        file, of the training file's.
       reading: settings of `reader_of`.
       test_reading: other ones for the test file.
       folder: for what is prepared; None: it is removed at the end of the process.
@@ -72,6 +78,9 @@ class Asked:
     duplicates: str = "keep"
     test_share: float = TEST_SHARE
     group: Sequence[str] = ()
+    folds: int | None = None
+    fold: int = 0
+    validation: float = 0.0
     reading: Mapping[str, Any] = field(
         default_factory=dict,
     )
@@ -116,26 +125,57 @@ class Looked:
         if as_text:
             self.reading["types"] = self.reading.get("types", {}) | as_text
             self._open()
-        named = [*as_words, *(asked.columns or ()), *asked.group, *asked.labels]
-        for name in named:
-            self._check(name)
-
-        used = asked.columns
-        if used is None:
-            left_out = {*asked.ignore, *asked.group, *asked.labels}
-            used = [name for name in self.kinds if name not in left_out]
-        self.empty = [name for name in used if self.kinds[name].type == pl.Null]
-        used = [name for name in used if name not in self.empty]
-        if not used:
-            raise DataError(
-                "no column is left to predict from",
-                where=asked.data,
-                remedy="take some out of `ignore`",
-            )
+        self._check_names(as_words)
+        used = self._used()
         self.numbers = [name for name in used if _is_number(self.kinds[name])]
         self.dates = [name for name in used if self.kinds[name].type.is_temporal()]
         apart = {*self.numbers, *self.dates}
         self.categories = [name for name in used if name not in apart]
+
+    def _check_names(self, as_words: Sequence[str]) -> None:
+        """Raise DataError or RecipeError if the columns can't be as they are asked."""
+        asked = self.asked
+        named = [*as_words, *(asked.columns or ()), *asked.group, *asked.labels]
+        for name in named:
+            self._check(name)
+        for number, name in enumerate(asked.labels):
+            others = [*asked.labels[:number], *asked.ignore, *asked.group]
+            if name in [*others, *(asked.columns or ())]:
+                raise RecipeError(
+                    f"the label {name!r} is named twice: it can't be an input, a group"
+                    " or ignored too",
+                    where=asked.data,
+                    remedy="name each column once",
+                )
+
+    def _used(self) -> list[str]:
+        """Return the columns to predict from; those without a value are left out.
+
+        Raises:
+          DataError: none is left.
+        """
+        asked = self.asked
+        used = list(asked.columns or ())
+        if not used:
+            left_out = {*asked.ignore, *asked.group, *asked.labels}
+            used = [name for name in self.kinds if name not in left_out]
+        rows = self.table.height
+        gaps = dict(
+            zip(
+                self.table.columns,
+                self.table.null_count().row(0),
+                strict=True,
+            )
+        )
+        self.empty = [name for name in used if gaps[name] == rows]
+        used = [name for name in used if gaps[name] < rows]
+        if not used and rows:
+            raise DataError(
+                "no column is left to predict from",
+                where=asked.data,
+                remedy="take some out of `ignore`, or fill some that have no value",
+            )
+        return used
 
     def _open(self) -> None:
         with _offering(self.asked.settings):
@@ -197,6 +237,14 @@ class Looked:
             )
         if kind != "classes":
             self._check_numbers(label, kind, where)
+            return kind
+        values = self.table[label].drop_nulls()
+        if len(values) > 1 and values.n_unique() == len(values):
+            raise DataError(
+                f"each of {len(values):,} rows has a class of its own",
+                where=where,
+                remedy="name a column whose values come up more than once",
+            )
         return kind
 
     def _check_numbers(
@@ -207,7 +255,7 @@ class Looked:
     ) -> None:
         numbers = self.table.select(ROW, pl.col(label).cast(pl.Float64)).drop_nulls()
         value = pl.col(label)
-        is_wrong = value.is_infinite()
+        is_wrong = value.abs() > LARGEST
         if kind == "count":
             is_wrong = is_wrong | (value < 0) | (value.round() != value)
         wrong = numbers.filter(is_wrong)
@@ -228,11 +276,25 @@ class Looked:
         sources = {"train": self.reader}
         types = {name: str(column.type) for name, column in self.kinds.items()}
         reading = {**self.reading, **self.asked.test_reading, "types": types}
+        self._check_test()
         sources["test"] = reader_of(
             self.asked.test,
             **reading,
         )
         return sources
+
+    def _check_test(self) -> None:
+        """Raise DataError if the test file lacks a label."""
+        reading = {**self.reading, **self.asked.test_reading, "types": {}}
+        reader = reader_of(self.asked.test, **reading)
+        names = [column.name for column in reader.columns()]
+        for label in self.asked.labels:
+            if label not in names:
+                raise DataError(
+                    f"the test table has no label {label!r}{nearest(label, names)}",
+                    where=self.asked.test,
+                    remedy=f"its columns are {', '.join(names)}",
+                )
 
     def _check(self, name: str) -> None:
         if name not in self.kinds:
@@ -254,6 +316,7 @@ class Tables:
       sizes: count of codes of each column of categories, by its name.
       classes: values of the label; () for a quantity.
       counts: count of each label's classes; () for quantities.
+      validation: samples to choose settings by; None: there are none.
     """
 
     train: lepton.data.Arrays
@@ -262,6 +325,7 @@ class Tables:
     sizes: dict[str, int]
     classes: tuple[str, ...]
     counts: tuple[int, ...]
+    validation: lepton.data.Arrays | None = None
 
 
 def tables(
@@ -298,8 +362,15 @@ def tables(
         twice(preparation.sources),
         file=sys.stderr,
     )
+    train = serving.split("train")
+    validation = None
+    if asked.validation and asked.test is not None:
+        train, validation = train.split(asked.validation, seed=0)
+    elif asked.validation:
+        validation = serving.split("validation")
     return Tables(
-        train=serving.split("train"),
+        train=train,
+        validation=validation,
         test=serving.split("test"),
         serving=serving,
         sizes=sizes_of(serving),
@@ -432,8 +503,19 @@ def _is_number(column: Column) -> bool:
 
 
 def rows_of(reader: Reader) -> pl.DataFrame:
-    """Return all rows of a reader, with their numbers."""
-    return pl.concat([reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)])
+    """Return all rows of a source, with their numbers.
+
+    Raises:
+      DataError: it has none.
+    """
+    parts = [reader.read(piece).table for piece in reader.pieces(PIECE_BYTES)]
+    if not parts:
+        raise DataError(
+            "the table has no rows",
+            where=reader.name,
+            remedy="give one with rows under its header",
+        )
+    return pl.concat(parts)
 
 
 def _first(looked: Looked) -> list[Any]:
@@ -458,17 +540,37 @@ def _split(looked: Looked) -> Any:
     """Return the step that splits: by file, by group, or by class."""
     asked = looked.asked
     if asked.test is not None:
+        _check_with_test_file(asked)
         return prepare.SplitBySource(test=[1])
+    shares: dict[str, Any] = {
+        "test": asked.test_share if asked.folds is None else 0.0,
+        "validation": asked.validation,
+        "folds": asked.folds,
+        "fold": asked.fold,
+    }
     if asked.group:
-        return prepare.SplitByGroup(
-            test=asked.test_share,
-            group=asked.group,
-        )
+        return prepare.SplitByGroup(group=asked.group, **shares)
     is_one_class = not looked.is_quantity and len(asked.labels) == 1
     return prepare.Split(
-        test=asked.test_share,
         stratify=asked.labels if is_one_class else (),
+        **shares,
     )
+
+
+def _check_with_test_file(asked: Asked) -> None:
+    """Raise RecipeError where a test file leaves nothing to split as is asked."""
+    if asked.folds is not None:
+        raise RecipeError(
+            "there is a test file, and there are to be folds",
+            where="--folds",
+            remedy="leave one of the two out",
+        )
+    if asked.group and asked.validation:
+        raise RecipeError(
+            "with a test file, a validation share is drawn row by row, not by group",
+            where="--validation",
+            remedy="leave --validation or --group out",
+        )
 
 
 def _alarms(looked: Looked) -> list[Any]:

@@ -161,10 +161,7 @@ def measured(columns: Columns) -> Measured:
     Raises:
       DataError: there is none.
     """
-    tables = [columns.source.read(piece).table for piece in _pieces(columns.source)]
-    none = pl.Series(columns.text, [], pl.String)
-    found = [table[columns.text].cast(pl.String) for table in tables]
-    texts = pl.concat([none, *found]).drop_nulls()
+    texts = _texts_of(columns)
     if not len(texts):
         raise DataError(
             f"the column {columns.text!r} has no text",
@@ -175,10 +172,9 @@ def measured(columns: Columns) -> Measured:
     letters = texts.str.count_matches(r"\p{L}").sum() or 0
     unspaced = texts.str.count_matches(rf"[{UNSPACED}]").sum() or 0
     words = texts.str.count_matches(WORD_APART)
-    runs = texts.str.extract_all(r"\w+").explode(empty_as_null=False).drop_nulls()
-    apart = runs.str.replace_all(rf"[{UNSPACED}]", " ").str.extract_all(r"\w+")
-    lengths = apart.explode(empty_as_null=False).drop_nulls().str.len_chars()
-    mean = lengths.mean()
+    spaced = texts.str.replace_all(rf"[{UNSPACED}]", " ")
+    runs = spaced.str.extract_all(r"\w+").explode(empty_as_null=False)
+    mean = runs.str.len_chars().mean()
     return Measured(
         len(texts),
         _covering(words),
@@ -315,8 +311,14 @@ def _one_of(
     return name
 
 
-def _pieces(source: Reader) -> Sequence[Any]:
-    return source.pieces(PIECE_BYTES)
+def _texts_of(columns: Columns) -> pl.Series:
+    """Return the texts of a source that are not missing."""
+    source = columns.source
+    parts = [pl.Series(columns.text, [], pl.String)]
+    for piece in source.pieces(PIECE_BYTES):
+        table = source.read(piece).table
+        parts.append(table[columns.text].cast(pl.String))
+    return pl.concat(parts).drop_nulls()
 
 
 def _covering(sizes: pl.Series) -> int:

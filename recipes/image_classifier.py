@@ -28,6 +28,11 @@ Augment = Literal["none", "light", "strong"]
 # Stored images are larger than what the model sees by this factor where crops are
 # scaled, so that a crop has details of its own. Assumption.
 MARGIN = 1.5
+# Crops of 35 to 100 % of an image, scaled to one size, show things larger than a whole
+# image does, by 1 / sqrt(0.67) on average: a whole image is that much larger outside of
+# training (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
+CROPS = (0.35, 1.0)
+ENLARGED = 1.22
 WARMUP = 0.1  # share of the steps in which the learning rate rises; assumption
 VIT_PATCH = 16  # pixels, for images that are too large for the compact form
 COMPACT = 96  # largest side for which the compact ViT is made; see `vit_size`
@@ -143,15 +148,19 @@ def recipe(
     train = images.train
     total = steps or math.ceil(epochs * len(train) / batch_size)
     weights = images.balanced() if class_weights else None
+    made = _model(model, len(images.classes), shape, width, dropout)
+    if mirror:
+        views = (lepton.models.unchanged, lepton.models.mirrored)
+        made = partial(lepton.models.averaged_views, made, views)
     averaging = () if average is None else lepton.controllers.averaging(average)
 
     return lepton.Recipe(
         name="image_classifier",
-        model=_model(model, len(images.classes), shape, width, dropout),
+        model=made,
         loss=_loss(weights, smoothing),
         metrics={"accuracy": lepton.metrics.accuracy},
         decode=partial(jnp.argmax, axis=-1),
-        preprocess=_preprocess(augment, mirror, shape),
+        preprocess=_preprocess(augment, mirror, shape, takes_any=model != "vit"),
         optimizer=partial(optax.adamw, weight_decay=weight_decay),
         learning_rate=optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, round(WARMUP * total), total
@@ -224,15 +233,26 @@ def _preprocess(
     augment: str,
     mirror: bool,
     shape: tuple[int, int, int],
+    takes_any: bool,
 ) -> lepton.augment.Augmented:
-    """Return the way from pixels to the model's inputs, with random changes."""
+    """Return the way from pixels to the model's inputs, with random changes.
+
+    Args:
+      augment: as in the recipe.
+      mirror: likewise.
+      shape: of the images that the model is trained on.
+      takes_any: whether the model takes images of other sizes than that.
+    """
     changes = lepton.augment
     size = shape[:2]
+    outside = size
+    if augment == "strong" and takes_any:
+        outside = (round(ENLARGED * size[0]), round(ENLARGED * size[1]))
     steps: list[Any] = []
     if augment == "light":
         steps = [changes.Crop(round(SHIFT * min(size)), edge="reflect")]
     if augment == "strong":
-        steps = [changes.ResizedCrop(size, scale=(0.35, 1.0))]
+        steps = [changes.ResizedCrop(size, scale=CROPS)]
     if augment == "strong" and shape[2] == 3:
         steps.append(changes.ColourJitter(0.3, 0.3, 0.3))
     if mirror and augment != "none":
@@ -242,8 +262,7 @@ def _preprocess(
     return changes.Augmented(
         steps,
         partial(lepton.data.grey, by=255),
-        outside=partial(changes.resized, size=size),
-        views=(changes.flipped,) if mirror else (),
+        outside=partial(changes.resized, size=outside),
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -34,7 +33,7 @@ SECONDS_A_DAY = 86_400
 USER_WEIGHT = 5.0
 ITEM_WEIGHT = 4.0
 SESSION_WEIGHT = 8.0
-VECTOR_WEIGHT = 20.0
+VECTOR_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
@@ -225,22 +224,26 @@ def _explicit(
     sizes = _tables.sizes_of(serving)
     center = float(train.targets.mean())
     batch_size = settings.batch_size or 1024
-    epochs = settings.epochs or 20
+    epochs = settings.epochs or 10
     total = settings.steps or math.ceil(epochs * len(train) / batch_size)
-    rate = settings.learning_rate or 5e-3
+    rate = settings.learning_rate or 1e-2
     return lepton.Recipe(
         name="recommender",
         model=partial(
             lepton.models.MatrixFactorization,
             sizes["user"],
             sizes["item"],
-            dim=8 if settings.dim is None else settings.dim,
+            dim=16 if settings.dim is None else settings.dim,
             sessions=sizes.get("session", 0),
             members=members,
             center=center,
         ),
-        loss=lepton.losses.squared_error_of_members,
-        metrics={"rmse": rmse_of_members},
+        loss=partial(
+            lepton.losses.of_members,
+            loss=lepton.losses.squared_error,
+            ndim=1,
+        ),
+        metrics={"rmse": _merged_rmse()},
         optimizer=partial(_ridge_adam, rows=len(train)),
         learning_rate=optax.cosine_decay_schedule(rate, total),
         train=train,
@@ -288,11 +291,9 @@ def _no_time() -> RecipeError:
     )
 
 
-def _mean_squared(outputs: Any, targets: Any) -> Any:
-    return jnp.square(outputs.mean(axis=-1) - targets)
-
-
-rmse_of_members = lepton.metrics.Metric(_mean_squared, jnp.sqrt)
+def _merged_rmse() -> Any:
+    merge = lepton.models.mean_of_outputs
+    return lepton.metrics.of_ensemble(lepton.metrics.rmse, merge, 1)
 
 
 def _ridge_adam(
@@ -382,20 +383,36 @@ def _implicit(
         ),
         loss=loss_function,
         metrics={
-            f"hit_rate_{FIRST}": _ranking.hit_rate(FIRST),
-            f"ndcg_{FIRST}": _ranking.ndcg(FIRST),
+            f"hit_rate_{FIRST}": _ranking.among_negatives(
+                partial(lepton.metrics.hit_rate, k=FIRST)
+            ),
+            f"ndcg_{FIRST}": _ranking.among_negatives(
+                partial(lepton.metrics.ndcg, k=FIRST)
+            ),
         },
         optimizer=optax.adam,
         learning_rate=optax.cosine_decay_schedule(rate, total),
         train=train,
         test=test,
         decode=_first_items,
-        baseline=partial(_ranking.best_of_three, items=len(pairs.items)),
+        baseline=_baselines(parts, len(pairs.items)),
         batch_size=batch_size,
         epochs=epochs,
         steps=settings.steps,
         save_every=settings.save_every,
         seed=settings.seed,
+    )
+
+
+def _baselines(parts: Any, items: int) -> tuple[Any, ...]:
+    """Return the cheap methods, which know nothing of new items."""
+    shown = None if parts.candidates is None else np.flatnonzero(parts.candidates)
+    given = {"items": items, "shown": shown}
+    methods = lepton.baselines
+    return (
+        partial(methods.popularity, **given),
+        partial(methods.item_knn, **given),
+        partial(methods.ials, **given),
     )
 
 

@@ -34,6 +34,7 @@ BASELINES = (
     lepton.baselines.nearest,
     lepton.baselines.boosting,
 )
+LEAST_STEPS = 200  # of a run, so that a small table is learned too; assumption
 WARMUP = 0.1  # of the run, in which the rate rises
 
 
@@ -44,24 +45,28 @@ class Defaults(NamedTuple):
       width: see `recipe`.
       dropout: see `recipe`.
       learning_rate: see `recipe`.
+      weight_decay: see `recipe`.
       epochs: see `recipe`.
       numbers: kind of the features of numbers; see `lepton_jax.models.TabularFront`.
+      bins: of a number, at most.
     """
 
     width: int
     dropout: float
     learning_rate: float
+    weight_decay: float
     epochs: float
     numbers: str
+    bins: int = 128
 
 
-# Chosen by the accuracy on validation fifths of Adult's training file (mlp and tabm),
+# Chosen by the likelihood of validation fifths of Adult's training file (mlp and tabm),
 # or the defaults of Gorishniy et al. 2021, appendix E (the others).
 DEFAULTS = {
-    "mlp": Defaults(256, 0.3, 1e-3, 20, "codes"),
-    "resnet": Defaults(192, 0.15, 1e-3, 10, "piecewise"),
-    "ft_transformer": Defaults(64, 0.1, 1e-3, 10, "linear"),
-    "tabm": Defaults(192, 0.1, 2e-3, 12, "periodic"),
+    "mlp": Defaults(256, 0.3, 1e-3, 1e-4, 20, "codes", bins=48),
+    "resnet": Defaults(192, 0.15, 1e-3, 1e-3, 10, "piecewise"),
+    "ft_transformer": Defaults(64, 0.1, 1e-3, 1e-5, 10, "linear"),
+    "tabm": Defaults(128, 0.1, 3e-3, 0.02, 10, "periodic"),
 }
 
 
@@ -92,8 +97,12 @@ def recipe(
     width: int | None = None,
     dropout: float | None = None,
     class_weights: Literal["none", "balanced"] = "none",
+    folds: int | None = None,
+    fold: int = 0,
+    validation: float = 0.0,
+    patience: int | None = None,
     learning_rate: float | None = None,
-    weight_decay: float = 1e-3,
+    weight_decay: float | None = None,
     batch_size: int = 256,
     epochs: float | None = None,
     steps: int | None = None,
@@ -151,11 +160,18 @@ def recipe(
       dropout: share of the hidden units dropped; if left out, as suits the model.
       class_weights: "balanced": each class counts the same in the training loss,
         however rare it is.
+      folds: the test is one of so many equal parts of the rows, in place of a fifth.
+      fold: which one, from 0; `launch.py` without it runs all, one after the other.
+      validation: share of the rows to choose settings by: the figures of the run are
+        theirs, and the test rows stay unseen.
+      patience: end the run after so many evaluations, one a pass, that were no better,
+        and keep the best parameters; needs `validation`.
       learning_rate: of AdamW at its peak; it rises over the first tenth of the run and
         falls as a cosine to zero. If left out, as suits the model.
-      weight_decay: of AdamW.
+      weight_decay: of AdamW; if left out, as suits the model.
       batch_size: rows per step, over all devices.
-      epochs: passes over the training rows; if left out, as suits the model.
+      epochs: passes over the training rows; if left out, as suits the model, and such
+        that there are 200 steps.
       steps: length of the run in steps, instead of epochs.
       micro_batches: parts in which a batch passes through the model.
       save_every: steps between checkpoints; each evaluation if left out.
@@ -167,6 +183,12 @@ def recipe(
             where="--model",
             remedy=f"use one of {', '.join(DEFAULTS)}",
         )
+    if members < 1:
+        raise RecipeError(
+            f"members is {members}; it must be at least 1",
+            where="--members",
+            remedy="set it to e.g. 8",
+        )
     defaults = DEFAULTS[model]
     source = source_of(
         data,
@@ -175,6 +197,9 @@ def recipe(
         categorical=_words(categorical),
         ignore=_words(ignore),
         group=_words(group),
+        folds=folds,
+        fold=fold,
+        validation=validation,
         label_kind=label_kind,
         label_end=label_end,
         duplicates=duplicates,
@@ -185,14 +210,25 @@ def recipe(
             "thousands": thousands,
             "names": _words(names) or None,
         },
+        bins=defaults.bins,
         test_reading={} if test_skip is None else {"skip": test_skip},
         folder=prepared,
         settings=SETTINGS,
     )
+    if patience is not None and source.validation is None:
+        raise RecipeError(
+            "to stop by the test rows would make their figure too good",
+            where="--patience",
+            remedy="give --validation too, such as 0.15",
+        )
     task = task_of(source, class_weights)
     if model == "tabm":
         task = of_ensemble(task)
-    epochs = epochs or defaults.epochs
+    epochs = epochs or _epochs(
+        defaults.epochs,
+        len(source.train),
+        batch_size,
+    )
     total = steps or math.ceil(epochs * len(source.train) / batch_size)
 
     asked = Network(
@@ -208,10 +244,12 @@ def recipe(
         loss=task.loss,
         metrics=task.metrics,
         decode=task.decode,
-        baseline=task.baselines,
+        baseline=baselines_of(task, source),
         optimizer=partial(
             optax.adamw,
-            weight_decay=weight_decay,
+            weight_decay=(
+                defaults.weight_decay if weight_decay is None else weight_decay
+            ),
         ),
         learning_rate=optax.warmup_cosine_decay_schedule(
             0.0,
@@ -220,7 +258,8 @@ def recipe(
             total,
         ),
         train=source.train,
-        test=source.test,
+        test=source.test if source.validation is None else source.validation,
+        controller=stopping(patience),
         preparation=source.serving,
         batch_size=batch_size,
         epochs=epochs,
@@ -229,6 +268,30 @@ def recipe(
         save_every=save_every,
         seed=seed,
     )
+
+
+def baselines_of(
+    task: Task,
+    source: Source,
+) -> tuple[Callable[..., Any], ...]:
+    """Return what the network has to beat, and the alarm of columns that are too good.
+
+    The alarm is for one label with classes, or one quantity.
+    """
+    if len(source.labels) > 1 or source.kind == "count":
+        return task.baselines
+    alarm = partial(
+        lepton.baselines.without_suspects,
+        names=source.columns,
+    )
+    return (*task.baselines, alarm)
+
+
+def stopping(patience: int | None) -> tuple[Any, ...]:
+    """Return the policies of a run that ends early; () for one that does not."""
+    if patience is None:
+        return ()
+    return (lepton.controllers.early_stopping(patience=patience),)
 
 
 class Source(NamedTuple):
@@ -243,6 +306,8 @@ class Source(NamedTuple):
       labels: names of the columns to predict.
       classes: count of each label's classes; () for quantities and counts.
       serving: the way from raw rows to samples; None for the embedded table.
+      validation: samples to choose settings by; None: there are none.
+      columns: names of the columns, by the model's argument.
     """
 
     train: lepton.data.Arrays
@@ -253,6 +318,8 @@ class Source(NamedTuple):
     labels: tuple[str, ...]
     classes: tuple[int, ...]
     serving: Any = None
+    validation: lepton.data.Arrays | None = None
+    columns: Mapping[str, list[str]] | None = None
 
 
 class Task(NamedTuple):
@@ -288,6 +355,7 @@ class Network(NamedTuple):
 def source_of(
     data: Path | None,
     label: str,
+    bins: int,
     **asked: Any,
 ) -> Source:
     """Return a person's own table, prepared, or the embedded one.
@@ -295,6 +363,7 @@ def source_of(
     Args:
       data: the file; None: the embedded table.
       label: name of the column to predict, or names with commas between.
+      bins: of a number, at most.
       **asked: fields of `_tables.Asked`.
 
     Raises:
@@ -302,13 +371,16 @@ def source_of(
       DataError: the file can't be read, or not be prepared.
     """
     if data is not None:
-        return _prepared(data, label, **asked)
-    if asked["test"] is not None:
-        raise RecipeError(
-            "there is a test table, but no training table",
-            where="--test",
-            remedy="give --data too",
-        )
+        return _prepared(data, label, bins, **asked)
+    for name in ("test", "group", "folds", "validation"):
+        if asked[name]:
+            raise RecipeError(
+                "there is a test table, but no training table"
+                if name == "test"
+                else f"{name} is for a table of one's own",
+                where=f"--{name}",
+                remedy="give --data too",
+            )
     return _embedded(label)
 
 
@@ -583,12 +655,22 @@ def _squared_error_of_rate(
     return lepton.losses.squared_error(jnp.exp(outputs), targets)
 
 
+def _epochs(
+    epochs: float,
+    rows: int,
+    batch_size: int,
+) -> float:
+    """Return passes over the rows: more of them where the rows are few."""
+    return max(epochs, LEAST_STEPS * batch_size / rows)
+
+
 # ---- tables ----
 
 
 def _prepared(
     data: Path,
     label: str,
+    bins: int,
     **asked: Any,
 ) -> Source:
     """Read and prepare a person's own tables."""
@@ -626,7 +708,7 @@ def _prepared(
     edges: tuple[tuple[float, ...], ...] = ()
     if numbers:
         columns = tables.train.inputs["numbers"].T
-        edges = tuple(quantile_edges(column) for column in columns)
+        edges = tuple(quantile_edges(column, bins) for column in columns)
     return Source(
         train=tables.train,
         test=tables.test,
@@ -636,6 +718,8 @@ def _prepared(
         labels=labels,
         classes=tables.counts,
         serving=tables.serving,
+        validation=tables.validation,
+        columns=inputs,
     )
 
 

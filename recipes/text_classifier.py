@@ -160,13 +160,13 @@ def recipe(
     network = _network(model, ready, dim, hidden, dropout)
     if is_wide:
         network = _with_ngrams(network, train, ready, dropout)
-    several = wanted.has_several(columns)
+    task = _task(wanted.has_several(columns), is_wide)
 
     return lepton.Recipe(
         name="text_classifier",
         model=network,
-        loss=_loss(several),
-        metrics=_metrics(several),
+        loss=task.loss,
+        metrics=task.metrics,
         baseline=[
             partial(baselines.naive_bayes, text=columns.text),
             partial(baselines.nb_svm, text=columns.text),
@@ -230,40 +230,50 @@ def _prepared(columns: Any, looked: Any, wanted: Wanted, folder: Path | None) ->
 
     text = columns.text
     label = columns.label
-    several = wanted.has_several(columns)
-    spelled = [] if columns.has_lists else [label]
-    steps: list[Any] = [
-        prepare.Select([text, label]),
-        prepare.CleanText([text], noted=False),
-        *(prepare.CleanText([name]) for name in spelled),
-        prepare.DropMissing([text, label]),
-        *(
-            prepare.TextQuality(name, least_characters=1)
-            for name in ([text] if several else [text, *spelled])
-        ),
-        prepare.Split(stratify=() if several else label, **wanted.parts),
-        prepare.Leaks(inputs=[text]),
-    ]
+    steps = _cleaning(columns, wanted)
+    names = [text]
+    inputs: Any = text
     if wanted.is_wide:
         most = _texts.fitting_length(looked.ngrams, _texts.MOST_NGRAMS)
         steps.append(prepare.NgramTokens(text, into=NGRAMS, length=most))
+        names = [text, NGRAMS]
+        inputs = {"tokens": text, "ngrams": NGRAMS}
     tokens = _tokens(text, looked, wanted)
-    separator = wanted.separator or ";"
-    steps += [
-        tokens,
-        prepare.Labels(label, separator) if several else prepare.Classes(label),
-    ]
-    inputs = {"tokens": text, "ngrams": NGRAMS} if wanted.is_wide else text
-    preparation = prepare.Preparation(
-        {"texts": columns.source},
-        steps,
-        inputs=[text, NGRAMS] if wanted.is_wide else [text],
-        target=label,
-    )
+    steps.append(tokens)
+    if wanted.has_several(columns):
+        steps.append(prepare.Labels(label, wanted.separator or ";"))
+    else:
+        steps.append(prepare.Classes(label))
+
+    sources = {"texts": columns.source}
+    preparation = prepare.Preparation(sources, steps, inputs=names, target=label)
     serving = _tables.prepared(preparation, inputs, folder, columns.serving_reading)
-    print(_tables.twice({"texts": columns.source}, but=columns.others), file=sys.stderr)
+    print(_tables.twice(sources, but=columns.others), file=sys.stderr)
     ngrams = _state(serving, prepare.NgramTokens).height + 1 if wanted.is_wide else 0
     return Ready(serving, _vocab(serving, tokens), ngrams)
+
+
+def _cleaning(columns: Any, wanted: Wanted) -> list[Any]:
+    """Return the steps on texts and labels before there are numbers."""
+    from lepton_jax.data import prepare
+
+    text = columns.text
+    label = columns.label
+    several = wanted.has_several(columns)
+    steps: list[Any] = [
+        prepare.Select([text, label]),
+        prepare.CleanText([text], noted=False),
+    ]
+    if not columns.has_lists:
+        steps.append(prepare.CleanText([label]))
+    steps.append(prepare.DropMissing([text, label]))
+    steps.append(prepare.TextQuality(text, least_characters=1))
+    if not several:
+        steps.append(prepare.TextQuality(label, least_characters=1))
+    stratify = () if several else label
+    steps.append(prepare.Split(stratify=stratify, **wanted.parts))
+    steps.append(prepare.Leaks(inputs=[text]))
+    return steps
 
 
 def _tokens(text: str, looked: Any, wanted: Wanted) -> Any:
@@ -360,19 +370,36 @@ def _with_ngrams(
         start=START,
         dropout=dropout,
     )
-    return partial(lepton.models.WithNgrams, network, linear)
+    return partial(lepton.models.WithNgrams, network, [linear])
 
 
-def _loss(several: bool) -> Any:
+class Task(NamedTuple):
+    """The loss and the metrics.
+
+    Attributes:
+      loss: of logits and targets.
+      metrics: by name.
+    """
+
+    loss: Any
+    metrics: dict[str, Any]
+
+
+def _task(several: bool, is_ensemble: bool) -> Task:
+    """Return the loss and the metrics of one label a text, or of several."""
+    task = Task(lepton.losses.cross_entropy, {"accuracy": lepton.metrics.accuracy})
     if several:
-        return lepton.losses.binary_cross_entropy
-    return lepton.losses.cross_entropy
-
-
-def _metrics(several: bool) -> dict[str, Any]:
-    if several:
-        return {"f1": lepton.metrics.f1}
-    return {"accuracy": lepton.metrics.accuracy}
+        metrics = {"f1": lepton.metrics.f1}
+        task = Task(lepton.losses.binary_cross_entropy, metrics)
+    if not is_ensemble:
+        return task
+    loss = partial(lepton.losses.of_members, loss=task.loss, ndim=2)
+    merge = lepton.models.mean_of_outputs
+    metrics = {
+        name: lepton.metrics.of_ensemble(metric, merge, 2)
+        for name, metric in task.metrics.items()
+    }
+    return Task(loss, metrics)
 
 
 def _embedded() -> Any:

@@ -1,6 +1,8 @@
 """A run that begins with another model's weights, and with a head of its own."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +15,9 @@ from lepton_jax import controllers, optimizers
 from lepton_jax.trees import by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Net(nnx.Module):
@@ -144,3 +149,25 @@ def test_a_frozen_body_and_a_fresh_head(blobs, saved):
     kernel = before.state.params["body"]["kernel"]
     np.testing.assert_array_equal(now["body"]["kernel"], kernel)
     assert not np.array_equal(now["head"]["kernel"], first)
+
+
+def blocks(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_pages_example_of_fine_tuning_runs_as_written(blobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inputs, targets = blobs
+    recipe = make(blobs, metrics={"accuracy": lepton.metrics.accuracy}).recipe
+    first = lepton.Trainer(recipe)
+    first.fit()
+    first.save("saved")
+    data = (inputs[:96], targets[:96] % 2)
+    names = {"lepton": lepton, "optax": optax, "recipe": recipe, "Net": Net}
+    names |= {"train": data, "test": data}
+    block = next(text for text in blocks("runs.md") if "fresh=" in text)
+    with pytest.warns(UserWarning):
+        exec(compile(block, "docs/runs.md", "exec"), names)
+    assert names["whole"].predict(inputs).max() <= 1
+    assert {x.name for x in tmp_path.iterdir()} == {"saved", "head"}

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lepton_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"models", "errors", "compat", "trees"},
+    {"models", "errors", "compat", "heap", "trees"},
     {"augment", "recipe", "losses", "metrics", "hardware"},
     {"step", "data", "monitor", "hosts", "baselines"},
     {"controller", "checkpoint"},
@@ -29,6 +29,7 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # Inside the planner: each room imports those before it alone.
 PLANNERS_ROOMS = (
     "patience",
+    "rewrite",
     "program",
     "xla",
     "plans",

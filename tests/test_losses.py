@@ -1,6 +1,8 @@
 """Losses with weights, smoothing, missing targets, counts and several tasks."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from lepton_jax import losses, metrics
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RNG = np.random.default_rng(1)
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = 36
 LOGITS = RNG.normal(size=(ROWS, 3)).astype(np.float32)
 LABELS = RNG.integers(0, 3, ROWS).astype(np.int32)
@@ -139,10 +142,27 @@ def test_missing_targets_have_no_part_in_loss_and_gradient():
     gradient = jax.grad(lambda x: loss(x, targets)[0].sum())(jnp.asarray(LOGITS))
     np.testing.assert_array_equal(np.asarray(gradient != 0), there)
 
-    labels = np.where(np.arange(ROWS) % 3, LABELS, -1)
-    ours = mean(losses.without_missing(losses.cross_entropy), LOGITS, labels)
-    known = mean(losses.cross_entropy, LOGITS[labels >= 0], labels[labels >= 0])
-    assert ours == pytest.approx(known, rel=1e-5)
+
+@pytest.mark.parametrize("missing", [-1, -100])
+def test_missing_labels_are_negative_and_those_too_large_are_found(missing):
+    labels = np.where(np.arange(ROWS) % 3, LABELS, missing)
+    loss = losses.without_missing(losses.cross_entropy)
+    known = labels >= 0
+    expected = mean(losses.cross_entropy, LOGITS[known], labels[known])
+    assert mean(loss, LOGITS, labels) == pytest.approx(expected, rel=1e-5)
+    gradient = jax.grad(lambda x: loss(x, labels)[0].sum())(jnp.asarray(LOGITS))
+    assert np.isfinite(gradient).all() and not gradient[~known].any()
+
+    labels[1] = 3
+    trainer = lepton.Trainer(
+        model=partial(lepton.models.MLP, (3, 3)),
+        loss=loss,
+        optimizer=optax.sgd(0.1),
+        train=(LOGITS, labels),
+        batch_size=4,
+    )
+    with pytest.raises(lepton.DataError, match="there are 3 classes"):
+        trainer.fit(steps=1)
 
 
 # ---- several tasks ----
@@ -244,3 +264,16 @@ def test_counts_are_predicted_as_expected_counts():
     missing = losses.without_missing(losses.cross_entropy)
     assert losses.decoder(missing)(jnp.eye(3)).tolist() == [0, 1, 2]
     assert losses.decoder(missing) is losses.decoder(missing)
+
+
+def test_the_pages_example_of_tasks_runs_as_written():
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = next(text for text in found if "sum_of" in text)
+    changes, evaluation = block.split("trainer.evaluate")
+    names = {"recipe": make().recipe.with_(metrics={})}
+    exec(compile(changes, "docs/evaluation.md", "exec"), names)
+    trainer = lepton.Trainer(names["recipe"], devices=1)
+    fields = trainer.evaluate(DATA)._fields
+    said = evaluation.partition("# ")[2].strip().split(", ")
+    assert set(fields) == set(said)

@@ -247,6 +247,14 @@ def test_a_confusion_matrix_is_scikit_learns():
         metrics.confusion_matrix(LABELS, LOGITS)
 
 
+def test_the_calibration_curve_is_what_the_error_is_made_of():
+    share, confidence, hits = metrics.calibration_curve(LOGITS, LABELS).T
+    assert share.sum() == pytest.approx(1)
+    error = (share * np.abs(confidence - hits)).sum()
+    expected = calibration(SHARES.max(1), CALLED == LABELS)
+    assert error == pytest.approx(expected, rel=1e-5)
+
+
 def test_missing_targets_are_left_out_of_a_metric():
     targets = SINGLE.copy()
     targets[::3] = np.nan

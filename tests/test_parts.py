@@ -1,5 +1,6 @@
 """Optimizers by part of the parameters, and parts that stay as they are."""
 
+import fnmatch
 import io
 from functools import partial
 
@@ -9,6 +10,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 import lepton_jax as lepton
 from lepton_jax import controllers, optimizers
@@ -89,6 +93,60 @@ def test_the_first_pattern_counts_and_the_run_says_so(blobs):
     assert "default: 2 arrays, 104 numbers, frozen" in said
 
 
+PIECES = st.sampled_from(["first", "last", "*", "f*", "kernel", "bias", "?ast"])
+PATTERNS = st.lists(
+    st.lists(PIECES, min_size=1, max_size=2).map("/".join),
+    min_size=1,
+    max_size=4,
+    unique=True,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PATTERNS)
+def test_each_parameter_is_in_the_first_part_that_matches_it(patterns):
+    names = ["first/kernel", "first/bias", "last/kernel", "last/bias"]
+    params = {
+        top: dict.fromkeys(("kernel", "bias"), np.ones(2)) for top in ("first", "last")
+    }
+    parts = by_part(dict.fromkeys(patterns, optax.sgd(0.1)), default=optax.adam(0.1))
+    expected = {
+        name: next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+        for name in names
+    }
+    labels = by_path(parts.labels(params))
+    for name, pattern in expected.items():
+        part = next(part for part in parts.parts if part.pattern == pattern)
+        assert labels[name] == part.label
+    assert sum(row["parameters"] for row in parts.table(params)) == 4
+    if set(patterns) <= set(expected.values()):
+        parts.check(params)
+    else:
+        with pytest.raises(lepton.RecipeError, match="matches"):
+            parts.check(params)
+
+
+def test_parts_can_be_switched_and_may_stand_in_a_chain(blobs):
+    frozen = by_part({"first/*": "frozen"}, default=optax.adam)
+    other = by_part({"first/*": "frozen"}, default=optax.sgd)
+    switched = fitted(
+        blobs,
+        controllers.switchable(frozen, other),
+        learning_rate=RATE,
+        controller=controllers.switch_optimizer(at=0.5),
+    )
+    chained = fitted(
+        blobs,
+        lambda rate: optax.chain(optax.clip(1.0), frozen(rate)),
+        learning_rate=RATE,
+    )
+    start = jax.device_get(by_path(switched.program.init(0).params))
+    for trainer in (switched, chained):
+        now = params_of(trainer)
+        np.testing.assert_array_equal(now["first/kernel"], start["first/kernel"])
+        assert not np.array_equal(now["last/kernel"], start["last/kernel"])
+
+
 # ---- frozen parts ----
 
 
@@ -112,6 +170,22 @@ def test_a_frozen_part_stays_as_it_is_and_has_no_state(blobs, devices, micro_bat
     state = by_path(trainer.state.optimizer)
     assert any("last/kernel" in path for path in state)
     assert not any("first" in path for path in state if "last" not in path)
+
+
+def test_the_state_of_a_part_lies_as_its_parameters_do(blobs):
+    parts = by_part({"last/*": optax.sgd}, default=optax.adamw)
+    trainer = make(blobs, parts, devices=8, learning_rate=RATE)
+    pins = {"first/kernel": PartitionSpec(None, "fsdp")}
+    plan = trainer.plan(mesh={"fsdp": 8}, pins=pins)
+    trainer = make(blobs, parts, devices=8, learning_rate=RATE, plan=plan)
+    trainer.fit(steps=1)
+    wanted = PartitionSpec(None, "fsdp")
+    moments = {
+        path: x.sharding.spec
+        for path, x in by_path(trainer.state.optimizer).items()
+        if path.endswith("first/kernel")
+    }
+    assert len(moments) == 2 and set(moments.values()) == {wanted}
 
 
 def test_minus_zero_stays_minus_zero(blobs):

@@ -66,6 +66,11 @@ CASES = (
         {"label": "Survived", "ignore": "Name"},
     ),
     Case(
+        "table",
+        "titanic/titanic.csv",
+        {"label": "Survived", "ignore": "Name", "group": "Ticket"},
+    ),
+    Case(
         "logistic",
         "titanic/titanic.csv",
         {"label": "Survived", "ignore": "Name,Sex,Ticket,Cabin,Embarked"},

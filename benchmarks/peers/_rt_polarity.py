@@ -23,7 +23,7 @@ def sentences(archive: Path) -> tuple[np.ndarray, np.ndarray]:
     with zipfile.ZipFile(archive) as opened:
         for number, name in enumerate(CLASSES):
             content = opened.read(f"sentence_polarity/rt-polarity.{name}")
-            lines = content.decode("latin-1").removesuffix("\n").split("\n")
+            lines = content.decode("utf-8").removesuffix("\n").split("\n")
             texts += [line.strip() for line in lines]
             labels += [number] * len(lines)
     return np.array(texts, object), np.array(labels)

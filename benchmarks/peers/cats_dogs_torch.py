@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+ENLARGED = 1.22  # whole images outside of training, by those in it
 MARGIN = 1.5  # stored images are larger by this than what the model sees
 
 
@@ -92,7 +93,8 @@ def _network(width: int) -> nn.Module:
 
 
 def _accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, size: int) -> float:
-    x = F.interpolate(x.float() / 255, (size, size), mode="bilinear", antialias=True)
+    side = round(ENLARGED * size)
+    x = F.interpolate(x.float() / 255, (side, side), mode="bilinear", antialias=True)
     with torch.no_grad():
         logits = model(x) + model(x.flip(3))
     return (logits.argmax(1) == y).float().mean().item()

@@ -120,27 +120,33 @@ def _features(texts: np.ndarray, labels: np.ndarray, train: np.ndarray) -> dict:
     ]
     bags = sp.hstack([each.fit_transform(texts[train]) for each in counters]).tocsr()
     others = sp.hstack([each.transform(texts[~train]) for each in counters]).tocsr()
-    inside = labels[train] == 1
-    p = 1 + np.asarray(bags[inside].sum(0)).ravel()
-    q = 1 + np.asarray(bags[~inside].sum(0)).ravel()
-    ratio = np.concatenate([[0], np.log((p / p.sum()) / (q / q.sum()))])
-    words = {w for text in texts[train] for w in re.findall(WORD, text.lower())}
+    ratios = _ratios(bags, labels[train])
+    words = {word for text in texts[train] for word in _words(text)}
     ids = {word: number for number, word in enumerate(sorted(words), 2)}
 
-    def tokens(some: np.ndarray) -> torch.Tensor:
-        lists = [[ids.get(w, 1) for w in re.findall(WORD, t.lower())] for t in some]
-        return _padded(lists, LENGTH)
-
-    def ngrams(matrix: sp.csr_matrix) -> torch.Tensor:
-        bounds = zip(matrix.indptr, matrix.indptr[1:], strict=False)
-        return _padded([matrix.indices[a:b] + 1 for a, b in bounds], NGRAMS)
+    def part(rows: np.ndarray, matrix: sp.csr_matrix) -> tuple:
+        tokens = [[ids.get(word, 1) for word in _words(text)] for text in texts[rows]]
+        ngrams = [ids + 1 for ids in np.split(matrix.indices, matrix.indptr[1:-1])]
+        targets = torch.tensor(labels[rows])
+        return _padded(tokens, LENGTH), _padded(ngrams, NGRAMS), targets
 
     return {
-        "train": (tokens(texts[train]), ngrams(bags), torch.tensor(labels[train])),
-        "test": (tokens(texts[~train]), ngrams(others), torch.tensor(labels[~train])),
-        "ratios": np.stack([-ratio, ratio], axis=1),
+        "train": part(train, bags),
+        "test": part(~train, others),
+        "ratios": np.stack([-ratios, ratios], axis=1),
         "vocab": len(ids) + 2,
     }
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(WORD, text.lower())
+
+
+def _ratios(bags: sp.csr_matrix, labels: np.ndarray) -> np.ndarray:
+    """Return the log-count ratio of each n-gram, and 0 for padding."""
+    p = 1 + np.asarray(bags[labels == 1].sum(0)).ravel()
+    q = 1 + np.asarray(bags[labels == 0].sum(0)).ravel()
+    return np.concatenate([[0], np.log((p / p.sum()) / (q / q.sum()))])
 
 
 def _accuracy(data: dict, kind: str, seed: int) -> float:

@@ -17,7 +17,6 @@ from lepton_jax.augment.geometry import (
     Crop,
     Flip,
     ResizedCrop,
-    flipped,
     resized,
 )
 from lepton_jax.augment.mixing import Cutmix, Mixed, Mixup, first_of, loss_of
@@ -38,7 +37,6 @@ __all__ = [
     "ResizedCrop",
     "StepKey",
     "first_of",
-    "flipped",
     "loss_of",
     "resized",
     "step_key",

@@ -69,9 +69,7 @@ class Augmented:
       outside: what is done outside of training in place of the steps, a function of
         preprocessed inputs, e.g. `partial(augment.resized, size=(64, 64))`; None:
         nothing.
-      views: functions of inputs. Outside of training the outputs are the mean of those
-        for the inputs and for each view, e.g. `(augment.flipped,)`.
-      only: name of the input that steps and views change, where inputs are a dict.
+      only: name of the input that the steps change, where inputs are a dict.
 
     Example:
       >>> import lepton_jax as lepton
@@ -85,20 +83,17 @@ class Augmented:
     steps: Sequence[Callable] = ()
     preprocess: Callable[[Any], Any] | None = None
     outside: Callable[[Any], Any] | None = None
-    views: Sequence[Callable[[Any], Any]] = ()
     only: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "views"):
-            value = tuple(getattr(self, name))
-            object.__setattr__(self, name, value)
-            for part in value:
-                if not callable(part) or isinstance(part, type):
-                    raise RecipeError(
-                        f"{name} holds {part!r}, which is no function",
-                        where="augment.Augmented",
-                        remedy="give e.g. augment.Flip(), with its parentheses",
-                    )
+        object.__setattr__(self, "steps", tuple(self.steps))
+        for step in self.steps:
+            if not callable(step) or isinstance(step, type):
+                raise RecipeError(
+                    f"steps hold {step!r}, which is no function",
+                    where="augment.Augmented",
+                    remedy="give e.g. augment.Flip(), with its parentheses",
+                )
 
     def __call__(self, inputs: Any) -> Any:
         """Return inputs as the model takes them outside of training."""
@@ -106,12 +101,6 @@ class Augmented:
         if self.outside is None:
             return inputs
         return self._whole(inputs, self.outside(self._part(inputs)))
-
-    def viewed(self, inputs: Any) -> list[Any]:
-        """Return what a call has returned, and each view of it."""
-        part = self._part(inputs)
-        views = [self._whole(inputs, view(part)) for view in self.views]
-        return [inputs, *views]
 
     def train(
         self,

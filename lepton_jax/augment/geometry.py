@@ -54,11 +54,6 @@ class Flip:
         return jnp.where(is_mirrored, jnp.flip(images, axis), images)
 
 
-def flipped(images: Any) -> Any:
-    """Return images (batch, height, width, channels) mirrored left to right."""
-    return jnp.flip(images, 2)
-
-
 def resized(
     images: Any,
     size: tuple[int, int],

@@ -14,6 +14,7 @@ from lepton_jax.baselines.baseline import (
 )
 from lepton_jax.baselines.biases import biases
 from lepton_jax.baselines.boosting import boosting
+from lepton_jax.baselines.clicks import factorization_machine, linear_clicks
 from lepton_jax.baselines.comparison import (
     VERDICTS,
     Comparison,
@@ -31,6 +32,7 @@ from lepton_jax.baselines.naive_bayes import log_count_ratios, naive_bayes, nb_s
 from lepton_jax.baselines.nearest import nearest
 from lepton_jax.baselines.normal import normal_direction, principal_components
 from lepton_jax.baselines.popularity import popularity
+from lepton_jax.baselines.suspects import without_suspects
 
 __all__ = [
     "VERDICTS",
@@ -45,8 +47,10 @@ __all__ = [
     "all_measured",
     "biases",
     "boosting",
+    "factorization_machine",
     "ials",
     "item_knn",
+    "linear_clicks",
     "log_count_ratios",
     "logistic",
     "majority",
@@ -60,4 +64,5 @@ __all__ = [
     "shown",
     "verdict_of",
     "wilson",
+    "without_suspects",
 ]

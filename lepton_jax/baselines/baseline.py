@@ -52,7 +52,8 @@ class Samples:
         "binary": targets 0 and 1 in the shape of the model's logits; "quantities":
         targets in the shape of the model's outputs; "other": none of these.
       classes: count of classes, for "classes"; else 0.
-      read_raw: the raw rows, as a Polars table; None: they are not known.
+      read_raw: numbers of rows, or None for all, to the raw rows as a Polars table;
+        None: they are not known.
     """
 
     inputs: Any
@@ -60,7 +61,7 @@ class Samples:
     total: int
     task: Task = "other"
     classes: int = 0
-    read_raw: Callable[[], Any] | None = field(default=None, repr=False)
+    read_raw: Callable[[Any], Any] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         arrays = self.inputs
@@ -68,11 +69,14 @@ class Samples:
             arrays = next(iter(arrays.values()))
         return len(arrays)
 
-    def raw(self) -> Any:
+    def raw(self, rows: np.ndarray | None = None) -> Any:
         """Return the raw rows in the order of `inputs`: a `polars.DataFrame`.
 
         A text has its words there, a table its numbers and categories as they were
         read.
+
+        Args:
+          rows: numbers of the wanted ones; None: all.
 
         Raises:
           DataError: the recipe has no preparation, or its sources are gone.
@@ -83,7 +87,7 @@ class Samples:
                 where="Samples.raw",
                 remedy="use `inputs`, or set Recipe.preparation and use its splits",
             )
-        return self.read_raw()
+        return self.read_raw(rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,7 +50,7 @@ def biases(
 
     outputs = mean + _one_hot(test, users, items) @ solution
     fitted = f"by ridge regression on {len(train):,} ratings"
-    return Baseline("biases alone", fitted, np.float32(outputs)[:, None])
+    return Baseline("biases alone", fitted, np.float32(outputs))
 
 
 def _one_hot(rows: Samples, users: int, items: int) -> sparse.csr_array:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from lepton_jax.baselines.baseline import Baseline, NotHere, Samples
 from lepton_jax.baselines.fitting import sample
-from lepton_jax.baselines.logistic import outputs_of
+from lepton_jax.baselines.logistic import LEAST
 
 # Values of a category that the trees can tell apart (scikit-learn's own limit); columns
 # with more are split by their codes, which go by frequency.
@@ -24,6 +23,38 @@ SEED = 0  # of the rows by which the number of trees is chosen
 
 Loss = Literal["squared_error", "poisson"]
 Answer = Callable[[np.ndarray], np.ndarray]
+
+
+class Columns(NamedTuple):
+    """A table of numbers, of which some are categories.
+
+    Attributes:
+      table: float64 (rows, columns), NaN where a number is missing.
+      is_category: of each column, whether trees split it as a category.
+      is_coded: whether it holds whole numbers that may stand for categories.
+    """
+
+    table: np.ndarray
+    is_category: np.ndarray
+    is_coded: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """Count of columns."""
+        return self.table.shape[1]
+
+    def only(
+        self,
+        numbers: Sequence[int],
+        rows: Any = slice(None),
+    ) -> Columns:
+        """Return some columns, of some rows."""
+        numbers = list(numbers)
+        return Columns(
+            self.table[rows][:, numbers],
+            self.is_category[numbers],
+            self.is_coded[numbers],
+        )
 
 
 def boosting(train: Samples, test: Samples, loss: Loss = "squared_error") -> Baseline:
@@ -45,33 +76,91 @@ def boosting(train: Samples, test: Samples, loss: Loss = "squared_error") -> Bas
     """
     import sklearn  # noqa: F401  before the work, if it is missing
 
+    columns = columns_of(train.inputs)
+    rows = sample(len(train), MOST_CELLS // columns.width)
+    outputs = answered(
+        train,
+        test,
+        columns.only(range(columns.width), rows),
+        columns_of(test.inputs),
+        rows,
+        loss,
+    )
+    said = f"on {len(rows):,} training rows with scikit-learn's defaults"
+    return Baseline("gradient boosting", said, outputs)
+
+
+def answered(
+    train: Samples,
+    test: Samples,
+    known: Columns,
+    tested: Columns,
+    rows: np.ndarray,
+    loss: Loss = "squared_error",
+) -> np.ndarray:
+    """Fit some training rows, and return a model's outputs for others.
+
+    Args:
+      train: the rows, of which some are fitted.
+      test: rows that say the outputs' shape.
+      known: columns of the fitted rows.
+      tested: columns of the rows to answer for.
+      rows: numbers of the fitted rows.
+      loss: of quantities.
+
+    Raises:
+      NotHere: the targets are neither classes nor quantities, or several classes a row.
+    """
     if train.task == "other":
         raise NotHere("the targets are neither classes nor quantities")
-    columns, is_category = _columns(train.inputs)
-    rows = sample(len(columns), MOST_CELLS // columns.shape[1])
     targets = train.targets.reshape(len(train), -1)[rows]
-    fit = partial(
-        _fit,
-        inputs=columns[rows],
-        is_category=is_category,
-    )
-    tested, _ = _columns(test.inputs)
-    said = f"on {len(rows):,} training rows with scikit-learn's defaults"
+    shape = (len(tested.table), *test.targets.shape[1:])
     if train.task == "quantities":
-        answers = [fit(targets=column, loss=loss)(tested) for column in targets.T]
+        answers = [_fit(known, column, loss)(tested.table) for column in targets.T]
         outputs = np.stack(answers, axis=-1).astype(np.float32)
-        shape = (len(test), *test.targets.shape[1:])
-        return Baseline("gradient boosting", said, outputs.reshape(shape))
+        return outputs.reshape(shape)
     if targets.shape[1] != 1:
         raise NotHere(f"there are {targets.shape[1]} targets a row")
     classes = max(2, train.classes)
-    shares = fit(targets=targets[:, 0].astype(int), classes=classes)(tested)
-    return Baseline("gradient boosting", said, outputs_of(shares, train, test))
+    labels = targets[:, 0].astype(int)
+    shares = _fit(known, labels, classes=classes)(tested.table)
+    logs = np.log(np.maximum(shares, LEAST)).astype(np.float32)
+    return logs if train.task == "classes" else (logs[:, 1] - logs[:, 0]).reshape(shape)
+
+
+def columns_of(inputs: Any) -> Columns:
+    """Return the columns of a model's inputs.
+
+    Raises:
+      NotHere: the inputs are no table.
+    """
+    parts = []
+    is_category = []
+    is_coded = []
+    for leaf in map(np.asarray, jax.tree.leaves(inputs)):
+        if leaf.ndim > 2:
+            raise NotHere("the inputs are no table")
+        part = leaf.reshape(len(leaf), -1).astype(np.float64)
+        part[~np.isfinite(part)] = np.nan
+        parts.append(part)
+        is_whole = leaf.dtype.kind in "iub"
+        is_category.append((part.max(axis=0, initial=0) < MOST_VALUES) & is_whole)
+        is_coded.append(np.full(part.shape[1], is_whole))
+    table = np.concatenate(parts, axis=1)
+    if table.shape[1] > MOST_COLUMNS:
+        raise NotHere(f"the inputs have {table.shape[1]:,} columns")
+    return Columns(
+        table,
+        np.concatenate(is_category),
+        np.concatenate(is_coded),
+    )
+
+
+# ---- internals ----
 
 
 def _fit(
-    inputs: np.ndarray,
-    is_category: np.ndarray,
+    columns: Columns,
     targets: np.ndarray,
     loss: str = "",
     classes: int = 0,
@@ -83,14 +172,16 @@ def _fit(
     )
 
     settings: dict[str, Any] = {
-        "categorical_features": is_category,
+        "categorical_features": columns.is_category,
         "random_state": SEED,
     }
     if not classes:
         model = HistGradientBoostingRegressor(loss=loss, **settings)
-        return model.fit(inputs, targets).predict
+        return model.fit(columns.table, targets).predict
     known = np.unique(targets)
-    fitted = HistGradientBoostingClassifier(**settings).fit(inputs, targets)
+    if len(known) == 1:
+        return lambda rows: np.eye(classes)[np.repeat(known, len(rows))]
+    fitted = HistGradientBoostingClassifier(**settings).fit(columns.table, targets)
 
     def shares(rows: np.ndarray) -> np.ndarray:
         placed = np.zeros((len(rows), classes))
@@ -98,26 +189,3 @@ def _fit(
         return placed
 
     return shares
-
-
-def _columns(inputs: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return a table (rows, columns), and which columns are categories.
-
-    Raises:
-      NotHere: the inputs are no table.
-    """
-    parts = []
-    kinds = []
-    for leaf in map(np.asarray, jax.tree.leaves(inputs)):
-        if leaf.ndim > 2:
-            raise NotHere("the inputs are no table")
-        part = leaf.reshape(len(leaf), -1).astype(np.float64)
-        part[~np.isfinite(part)] = np.nan
-        parts.append(part)
-        is_whole = leaf.dtype.kind in "iub"
-        few = part.max(axis=0, initial=0) < MOST_VALUES
-        kinds.append(few & is_whole)
-    table = np.concatenate(parts, axis=1)
-    if table.shape[1] > MOST_COLUMNS:
-        raise NotHere(f"the inputs have {table.shape[1]:,} columns")
-    return table, np.concatenate(kinds)

@@ -66,6 +66,8 @@ def ials(
     unobserved: float = UNOBSERVED,
     regularization: float = REGULARIZATION,
     seed: int = 0,
+    items: int | None = None,
+    shown: np.ndarray | None = None,
 ) -> Baseline:
     """Rank all items by the products of factors.
 
@@ -77,8 +79,10 @@ def ials(
       unobserved: weight of the pairs that were not observed.
       regularization: weight of the vectors' norms.
       seed: of the first vectors.
+      items: how many items there are; None: as many as the model's outputs.
+      shown: items that are candidates; None: all.
     """
-    pairs = Pairs.of(train)
+    pairs = Pairs.of(train, items)
     factors = factorize(
         pairs,
         dim=dim,
@@ -87,14 +91,13 @@ def ials(
         regularization=regularization,
         seed=seed,
     )
-    users = np.asarray(factors.users)
-    items = np.asarray(factors.items)
-    scores = users[test.inputs["user"]] @ items.T
+    users = np.minimum(test.inputs["user"], pairs.user_count - 1)
+    scores = np.asarray(factors.users)[users] @ np.asarray(factors.items).T
     fitted = (
         f"{passes} passes over {len(pairs.users):,} pairs, {dim} dims, weight"
         f" {unobserved:g} for what was not observed"
     )
-    return Baseline("iALS", fitted, ranking(scores, pairs, test))
+    return Baseline("iALS", fitted, ranking(scores, pairs, test, shown))
 
 
 def factorize(

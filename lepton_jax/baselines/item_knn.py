@@ -22,6 +22,8 @@ def item_knn(
     *,
     neighbours: int = NEIGHBOURS,
     shrinkage: float = SHRINKAGE,
+    items: int | None = None,
+    shown: np.ndarray | None = None,
 ) -> Baseline:
     """Rank all items by their similarity to those that the user has used.
 
@@ -34,11 +36,13 @@ def item_knn(
       test: users to rank items for.
       neighbours: items whose similarity to an item counts; the others' is 0.
       shrinkage: added to the denominator.
+      items: how many items there are; None: as many as the model's outputs.
+      shown: items that are candidates; None: all.
 
     Raises:
       NotHere: there are more items than a square matrix of them can be held of.
     """
-    pairs = Pairs.of(train)
+    pairs = Pairs.of(train, items)
     if pairs.item_count > MOST_ITEMS:
         raise NotHere(f"{pairs.item_count:,} items are more than {MOST_ITEMS:,}")
     used = pairs.matrix()
@@ -49,7 +53,7 @@ def item_knn(
         f"{neighbours} neighbours by cosine, shrunk by {shrinkage:g}, of"
         f" {len(pairs.users):,} pairs"
     )
-    return Baseline("ItemKNN", fitted, ranking(scores, pairs, test))
+    return Baseline("ItemKNN", fitted, ranking(scores, pairs, test, shown))
 
 
 def similarities(

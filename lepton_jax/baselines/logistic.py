@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from lepton_jax.baselines.fitting import chosen, fitting, hits, nearness
 # the default.
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 RIDGE = (0.1, 1.0, 10.0, 100.0)  # strengths of the ridge penalty to choose from
-ITERATIONS = 200  # of L-BFGS; assumption: what is left then changes few answers
+ITERATIONS = 100  # of L-BFGS, scikit-learn's default; what is left changes few answers
 # Rows times features that are fitted on: some 20 s of one core with ten classes.
 # Assumption: a linear model learns no more from more rows.
 MOST_CELLS = 10_000_000
@@ -66,6 +67,7 @@ def _regression(
     targets: np.ndarray,
 ) -> Answer:
     """Fit a logistic regression; answer with probabilities by the class's number."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     known = np.unique(targets).astype(int)
@@ -79,7 +81,9 @@ def _regression(
     if len(known) == 1:
         return lambda rows: spread(np.ones((len(rows), 1)))
     model = LogisticRegression(C=strength, max_iter=ITERATIONS)
-    model.fit(inputs, targets.astype(int))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(inputs, targets.astype(int))
     return lambda rows: spread(model.predict_proba(rows))
 
 

@@ -30,23 +30,28 @@ class Pairs:
     item_count: int
 
     @classmethod
-    def of(cls, train: Samples) -> Pairs:
+    def of(cls, train: Samples, items: int | None = None) -> Pairs:
         """Return the pairs of samples of a user and, as the target, an item.
+
+        Args:
+          train: the samples.
+          items: how many items there are; None: as many as the model's outputs.
 
         Raises:
           NotHere: the samples are others.
         """
+        count = items or train.classes
         has_users = isinstance(train.inputs, dict) and "user" in train.inputs
-        if not has_users or train.task != "classes":
+        if not (has_users and count):
             raise NotHere("the samples are not users with an item each")
-        users = np.asarray(train.inputs["user"], np.int64)
-        items = np.asarray(train.targets, np.int64)
-        count = int(train.classes)
-        codes = np.unique(users * count + items)
+        user = np.asarray(train.inputs["user"], np.int64)
+        item = np.asarray(train.targets, np.int64)
+        codes = np.unique(user * count + item)
+        users = (codes // count).astype(np.int32)
         return cls(
-            (codes // count).astype(np.int32),
+            users,
             (codes % count).astype(np.int32),
-            int(users.max()) + 1,
+            int(users[-1]) + 1,
             count,
         )
 
@@ -61,12 +66,24 @@ def ranking(
     scores: np.ndarray,
     pairs: Pairs,
     test: Samples,
+    shown: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return scores (rows, items) in which what a row's user has used comes last."""
+    """Return scores (rows, items) in which what is not to be recommended comes last.
+
+    Args:
+      scores: float (rows, items).
+      pairs: of training; what a row's user has used is not recommended again.
+      test: the rows.
+      shown: items that are candidates; None: all.
+    """
     users = np.asarray(test.inputs["user"])
     scores = np.array(scores, np.float32)
     starts = np.searchsorted(pairs.users, np.arange(pairs.user_count + 1))
     for row, user in enumerate(users):
         if user < pairs.user_count:
             scores[row, pairs.items[starts[user] : starts[user + 1]]] = SEEN
+    if shown is not None:
+        hidden = np.ones(pairs.item_count, bool)
+        hidden[shown] = False
+        scores[:, hidden] = SEEN
     return scores

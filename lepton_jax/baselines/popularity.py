@@ -8,15 +8,25 @@ from lepton_jax.baselines.baseline import Baseline, Samples
 from lepton_jax.baselines.pairs import Pairs, ranking
 
 
-def popularity(train: Samples, test: Samples) -> Baseline:
+def popularity(
+    train: Samples,
+    test: Samples,
+    *,
+    items: int | None = None,
+    shown: np.ndarray | None = None,
+) -> Baseline:
     """Rank all items by how many users have used them.
 
     Args:
       train: users, and as targets the items that they used.
       test: users to rank items for.
+      items: how many items there are; None: as many as the model's outputs.
+      shown: items that are candidates; None: all.
     """
-    pairs = Pairs.of(train)
+    pairs = Pairs.of(train, items)
     counts = np.bincount(pairs.items, minlength=pairs.item_count)
-    scores = np.tile(np.float32(counts), (len(test), 1))
+    # among equal counts chance decides, and not the items' numbers
+    order = np.random.default_rng(0).random(pairs.item_count)
+    scores = np.tile(np.float32(counts + order), (len(test), 1))
     fitted = f"counted in {len(pairs.users):,} pairs"
-    return Baseline("popularity", fitted, ranking(scores, pairs, test))
+    return Baseline("popularity", fitted, ranking(scores, pairs, test, shown))

@@ -722,22 +722,25 @@ def _codes(
     return np.fromiter(values, dtype, len(cells))
 
 
-def quantile_edges(values: np.ndarray) -> tuple[float, ...]:
-    """Return the edges of at most BINS bins.
+def quantile_edges(
+    values: np.ndarray,
+    bins: int = BINS,
+) -> tuple[float, ...]:
+    """Return the edges of at most so many bins.
 
     A value that fills a bin alone is an edge; the others share the edges that are left,
     at their quantiles.
     """
     present = values[~np.isnan(values)].astype(np.float64)
     distinct, counts = np.unique(present, return_counts=True)
-    frequent = distinct[counts >= len(present) / BINS][: BINS - 1]
+    frequent = distinct[counts >= len(present) / bins][: bins - 1]
     rest = present[~np.isin(present, frequent)]
     edges = frequent
     if rest.size:
         shares = np.linspace(
             0,
             1,
-            BINS + 1 - len(frequent),
+            bins + 1 - len(frequent),
         )
         edges = np.append(frequent, np.quantile(rest, shares))
 

@@ -22,11 +22,7 @@ from lepton_jax.losses.quantities import (
     poisson,
     scaled_squared_error,
 )
-from lepton_jax.losses.ranking import (
-    cosine_contrastive,
-    ranking_softmax,
-    squared_error_of_members,
-)
+from lepton_jax.losses.ranking import cosine_contrastive, ranking_softmax
 from lepton_jax.losses.stock import (
     binary_cross_entropy,
     cross_entropy,
@@ -82,7 +78,6 @@ __all__ = [
     "ranking_softmax",
     "scaled_squared_error",
     "squared_error",
-    "squared_error_of_members",
     "sum_of",
     "summed_tasks",
     "sums_of",

@@ -16,7 +16,6 @@ from lepton_jax.losses.ensembles import of_members
 from lepton_jax.losses.joint import joint_cross_entropy, joint_labels
 from lepton_jax.losses.missing import known_values
 from lepton_jax.losses.quantities import expected_count, poisson
-from lepton_jax.losses.ranking import squared_error_of_members
 from lepton_jax.losses.stock import binary_cross_entropy, cross_entropy
 from lepton_jax.losses.tasks import summed_tasks
 
@@ -25,8 +24,8 @@ def decoder(loss: Callable) -> Callable[[Any], Any]:
     """Return what `predict` applies to outputs, unless the recipe says otherwise.
 
     For integer labels it is the most likely one (argmax over the last dim), for binary
-    labels 0 or 1, for counts the expected one, of an ensemble's ratings their mean; for
-    several tasks it is a dict of these. Other outputs are left as they are.
+    labels 0 or 1, for counts the expected one; for several tasks it is a dict of these.
+    Other outputs are left as they are.
 
     Args:
       loss: the loss that the model is trained with.
@@ -37,8 +36,6 @@ def decoder(loss: Callable) -> Callable[[Any], Any]:
         return _most_likely
     if loss is binary_cross_entropy or loss is weighted_binary_cross_entropy:
         return _zero_or_one
-    if loss is squared_error_of_members:
-        return _mean_of_members
     return expected_count if loss is poisson else _as_they_are
 
 
@@ -73,10 +70,6 @@ def _most_likely(outputs: Any) -> Any:
 
 def _zero_or_one(outputs: Any) -> Any:
     return (outputs > 0).astype(jnp.int32)
-
-
-def _mean_of_members(outputs: Any) -> Any:
-    return outputs.mean(axis=-1)
 
 
 def _as_they_are(outputs: Any) -> Any:

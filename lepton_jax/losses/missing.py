@@ -45,17 +45,20 @@ def known_values(
       ValueError: the loss does not return one value for each target.
     """
     there = known(outputs, targets)
-    # not the values alone: the gradient of what NaN went into is NaN
-    filled = jnp.where(there > 0, targets, jnp.zeros_like(targets))
-    result = values(loss, outputs, filled)
+    # labels stay as they are, so that those that are too large are found
+    if jnp.issubdtype(targets.dtype, jnp.inexact):
+        # not the values alone: the gradient of what NaN went into is NaN
+        targets = jnp.where(there > 0, targets, 0)
+    result = values(loss, outputs, targets)
     each, weights = result if isinstance(result, tuple) else (result, 1.0)
     if each.shape != targets.shape:
         raise ValueError(
             f"without_missing: the loss returned shape {each.shape} for targets"
             f" {targets.shape}; it takes one value for each target"
         )
-    there = there.astype(each.dtype)
-    return each * there, weights * there
+    # a select: a label far below 0, such as -100, may give NaN
+    each = jnp.where(there > 0, each, 0)
+    return each, weights * there.astype(each.dtype)
 
 
 def known(outputs: Any, targets: jax.Array) -> jax.Array:

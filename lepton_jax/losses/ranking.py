@@ -1,4 +1,4 @@
-"""Losses of recommenders: which item was used, and which rating was given."""
+"""Losses of recommenders: which item was used."""
 
 from __future__ import annotations
 
@@ -8,19 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lepton_jax.losses.stock import cross_entropy, squared_error
-
-
-def squared_error_of_members(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Squared error of each member of an ensemble, (batch, members).
-
-    Each member learns by its own error; their mean is what is predicted.
-
-    Args:
-      outputs: (batch, members).
-      targets: (batch,).
-    """
-    return squared_error(outputs, jnp.broadcast_to(targets[:, None], outputs.shape))
+from lepton_jax.losses.stock import cross_entropy
 
 
 def ranking_softmax(outputs: Any, targets: jax.Array) -> jax.Array:

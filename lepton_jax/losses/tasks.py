@@ -75,7 +75,8 @@ def summed_tasks(
         each, weights = result if isinstance(result, tuple) else (result, 1.0)
         each = each * weights
         if each.ndim > 1:
-            each = each.mean(axis=tuple(range(1, each.ndim)))
+            others = tuple(range(1, each.ndim))
+            each = each.mean(axis=others)
         batch = len(jax.tree.leaves(targets)[0])
         total = total + weight * jnp.broadcast_to(each, (batch,))
     return total
@@ -135,7 +136,8 @@ def implied_metrics(loss: Any) -> dict[str, Callable]:
 
 def is_implied(metric: Any) -> bool:
     """Whether a metric came along with a loss."""
-    return metric is known or getattr(metric, "func", None) in (task_values, task_known)
+    function = getattr(metric, "func", None)
+    return metric is known or function in (task_values, task_known)
 
 
 # ---- internals ----

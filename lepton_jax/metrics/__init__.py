@@ -13,7 +13,12 @@ from lepton_jax.metrics.confusion import confusion_matrix
 from lepton_jax.metrics.curves import auc, average_precision
 from lepton_jax.metrics.ensembles import of_ensemble
 from lepton_jax.metrics.metric import Metric, of_task, without_missing
-from lepton_jax.metrics.probabilities import brier, calibration_error, log_loss
+from lepton_jax.metrics.probabilities import (
+    brier,
+    calibration_curve,
+    calibration_error,
+    log_loss,
+)
 from lepton_jax.metrics.quantities import absolute_error, perplexity, r2, rmse
 from lepton_jax.metrics.ranking import (
     hit_rate,
@@ -31,6 +36,7 @@ __all__ = [
     "balanced_accuracy",
     "binary_accuracy",
     "brier",
+    "calibration_curve",
     "calibration_error",
     "confusion_matrix",
     "f1",

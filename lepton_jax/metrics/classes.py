@@ -23,7 +23,8 @@ def accuracy(outputs: Any, targets: Any) -> Any:
       targets: indices, (...); or shares of the classes, such as mixed samples have, of
         the outputs' shape: then the largest share is the target.
     """
-    if outputs.ndim == targets.ndim and jnp.issubdtype(targets.dtype, jnp.floating):
+    are_shares = jnp.issubdtype(targets.dtype, jnp.floating)
+    if are_shares and outputs.ndim == targets.ndim:
         check_same(outputs.shape, targets.shape, "accuracy")
         targets = jnp.argmax(targets, axis=-1)
     check_same(outputs.shape[:-1], targets.shape, "accuracy")
@@ -55,7 +56,8 @@ def top_k_accuracy(outputs: Any, targets: Any, *, k: int = 5) -> Any:
       k: at least 1.
     """
     check_same(outputs.shape[:-1], targets.shape, "top_k_accuracy")
-    _, best = jax.lax.top_k(outputs, min(k, outputs.shape[-1]))
+    classes = outputs.shape[-1]
+    _, best = jax.lax.top_k(outputs, min(k, classes))
     hits = best == targets[..., None]
     return hits.any(axis=-1).astype(jnp.float32)
 
@@ -82,7 +84,8 @@ def counts(outputs: Any, targets: Any) -> dict[str, Any]:
 
 def _by_sample(x: Any) -> Any:
     """Return the mean over all dims of a sample but the class."""
-    rows = x.reshape(len(x), -1, x.shape[-1])
+    classes = x.shape[-1]
+    rows = x.reshape(len(x), -1, classes)
     return rows.mean(axis=1, dtype=jnp.float32)
 
 
@@ -95,13 +98,16 @@ def _sought(means: Any) -> Any:
 
 def _mean_of_seen(score: Any, seen: Any) -> Any:
     """Return the mean of a score over the classes that were seen."""
-    total = jnp.where(seen > 0, score, 0).sum()
-    return total / jnp.maximum((seen > 0).sum(), 1)
+    occurs = seen > 0
+    total = jnp.where(occurs, score, 0).sum()
+    return total / jnp.maximum(occurs.sum(), 1)
 
 
 def _share(part: Any, whole: Any) -> Any:
     """Return part / whole, and 0 where there is nothing."""
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    there = whole > 0
+    quotient = part / jnp.where(there, whole, 1)
+    return jnp.where(there, quotient, 0)
 
 
 def _f1(means: Any) -> Any:

@@ -41,13 +41,15 @@ def _over_classes(
 ) -> Any:
     """Apply a curve of (scores, positive) to one class, or the mean over several."""
     if outputs.shape == targets.shape:
-        return curve(outputs.reshape(-1), targets.reshape(-1) > 0.5)
+        positive = targets.reshape(-1) > 0.5
+        return curve(outputs.reshape(-1), positive)
     check_same(outputs.shape[:-1], targets.shape, name)
     classes = outputs.shape[-1]
     outputs = outputs.reshape(-1, classes)
     targets = targets.reshape(-1)
     if classes == 2:
-        return curve(outputs[:, 1] - outputs[:, 0], targets == 1)
+        scores = outputs[:, 1] - outputs[:, 0]
+        return curve(scores, targets == 1)
     shares = jax.nn.softmax(outputs).T
     positive = targets == jnp.arange(classes)[:, None]
     return jax.vmap(curve)(shares, positive).mean()
@@ -61,8 +63,7 @@ def _area(scores: Any, positive: Any) -> Any:
     """
     order = jnp.argsort(scores)
     ascending = scores[order]
-    none = jnp.zeros(1, int)
-    negatives = jnp.concatenate([none, jnp.cumsum(~positive[order])])
+    negatives = _counts(~positive[order])
     below = negatives[jnp.searchsorted(ascending, scores, side="left")]
     up_to = negatives[jnp.searchsorted(ascending, scores, side="right")]
 
@@ -76,8 +77,7 @@ def _precision(scores: Any, positive: Any) -> Any:
     """Return the mean precision at the scores of the samples that are positive."""
     order = jnp.argsort(scores)
     ascending = scores[order]
-    none = jnp.zeros(1, int)
-    positives = jnp.concatenate([none, jnp.cumsum(positive[order])])
+    positives = _counts(positive[order])
     below = jnp.searchsorted(ascending, scores, side="left")
     found = positives[-1] - positives[below]
     called = len(scores) - below
@@ -85,6 +85,13 @@ def _precision(scores: Any, positive: Any) -> Any:
     return _unless_nan(scores, total / positive.sum())
 
 
+def _counts(marked: Any) -> Any:
+    """Return how many of the first n are marked, for n from 0 to all."""
+    none = jnp.zeros(1, int)
+    return jnp.concatenate([none, jnp.cumsum(marked)])
+
+
 def _unless_nan(scores: Any, value: Any) -> Any:
     """Return a value, or NaN where a score is NaN, which has no place in an order."""
-    return jnp.where(jnp.isnan(scores).any(), jnp.nan, value)
+    is_lost = jnp.isnan(scores).any()
+    return jnp.where(is_lost, jnp.nan, value)

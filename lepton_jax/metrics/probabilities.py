@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lepton_jax import losses
 from lepton_jax.metrics.metric import Metric, check_same
@@ -37,7 +38,8 @@ def brier(outputs: Any, targets: Any) -> Any:
     check_same(outputs.shape[:-1], targets.shape, "brier")
     classes = outputs.shape[-1]
     wanted = targets[..., None] == jnp.arange(classes)
-    squares = jnp.square(jax.nn.softmax(outputs) - wanted).sum(axis=-1)
+    errors = jax.nn.softmax(outputs) - wanted
+    squares = jnp.square(errors).sum(axis=-1)
     return squares / 2 if classes == 2 else squares
 
 
@@ -82,3 +84,25 @@ def _error(means: Any) -> Any:
 # Expected calibration error (Naeini et al. 2015; Guo et al. 2017, equation 3): the mean
 # distance, over bins of the confidence, between confidence and share of right calls.
 calibration_error = Metric(calibration, _error)
+
+
+def calibration_curve(outputs: Any, targets: Any) -> np.ndarray:
+    """Return how often the model is right, by how sure it is.
+
+    Args:
+      outputs: logits, as for `calibration_error`.
+      targets: the labels.
+
+    Returns:
+      float32 (bins, 3), a row for each of `BINS` bins of the confidence that holds
+      some calls: the share of all calls, their mean confidence, the share of right
+      ones among them.
+    """
+    columns = calibration(jnp.asarray(outputs), jnp.asarray(targets))
+    share = np.asarray(columns["share"]).mean(axis=0)
+    confidence = np.asarray(columns["confidence"]).mean(axis=0)
+    hits = np.asarray(columns["hits"]).mean(axis=0)
+    used = share > 0
+    share = share[used]
+    rows = (share, confidence[used] / share, hits[used] / share)
+    return np.stack(rows, axis=1)

@@ -30,10 +30,12 @@ def ndcg(outputs: Any, targets: Any, *, k: int = 10) -> Any:
     """
     if _is_index(outputs, targets):
         rank = _rank(outputs, targets)
-        gain = jnp.where(rank < k, 1 / jnp.log2(rank + 2.0), 0.0)
+        gain = 1 / jnp.log2(rank + 2.0)
+        gain = jnp.where(rank < k, gain, 0.0)
         return gain, jnp.ones_like(gain)
     ranked = _ranked(outputs, targets)
-    best = -jnp.sort(-targets.astype(jnp.float32), axis=-1)
+    relevance = targets.astype(jnp.float32)
+    best = jnp.sort(relevance, axis=-1, descending=True)
     gain = _discounted(ranked, k)
     most = _discounted(best, k)
     there = most > 0
@@ -74,7 +76,8 @@ def mean_average_precision(outputs: Any, targets: Any) -> Any:
     precision = jnp.cumsum(relevant, axis=-1) / ranks
     total = relevant.sum(axis=-1)
     there = total > 0
-    mean = (precision * relevant).sum(axis=-1) / jnp.where(there, total, 1)
+    found = (precision * relevant).sum(axis=-1)
+    mean = found / jnp.where(there, total, 1)
     return mean, there.astype(jnp.float32)
 
 
@@ -118,4 +121,5 @@ def _first(outputs: Any, targets: Any) -> tuple[Any, Any]:
 def _discounted(relevance: Any, k: int) -> Any:
     first = relevance[..., :k]
     ranks = jnp.arange(first.shape[-1])
-    return (first / jnp.log2(ranks + 2.0)).sum(axis=-1)
+    gains = first / jnp.log2(ranks + 2.0)
+    return gains.sum(axis=-1)

@@ -7,6 +7,7 @@ from lepton_jax.models.convnext import ConvNeXt, convnext_size
 from lepton_jax.models.dcn import DCN
 from lepton_jax.models.diffusion import Diffusion
 from lepton_jax.models.dlrm import DLRM
+from lepton_jax.models.ensemble import Ensemble
 from lepton_jax.models.fm import FactorizationMachine
 from lepton_jax.models.ft_transformer import FTTransformer
 from lepton_jax.models.gan import GAN
@@ -47,6 +48,7 @@ __all__ = [
     "BagOfWords",
     "ConvNeXt",
     "Diffusion",
+    "Ensemble",
     "FTTransformer",
     "FactorizationMachine",
     "Logistic",

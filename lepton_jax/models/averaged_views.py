@@ -38,14 +38,15 @@ def averaged_views(
     Raises:
       ValueError: there are no views, or `average` is another word.
     """
-    if not views or average not in ("outputs", "probabilities"):
+    if not views or average not in MEANS:
         raise ValueError(
             f"{len(views)} views, average={average!r}: give some views, and average="
             '"outputs" or "probabilities"'
         )
-    module: Any = model(rngs=rngs)
+    module = model(rngs=rngs)
+    loose: Any = module
     if not hasattr(module, "deterministic"):
-        module.deterministic = False
+        loose.deterministic = False
     kind = _looking_at(type(module), tuple(views), average)
     # the module's own class, with another call
     object.__setattr__(module, "__class__", kind)
@@ -70,19 +71,27 @@ def _looking_at(
 ) -> type:
     """Return a subclass that averages over views; always the same one."""
     plain: Any = kind.__call__
+    mean = MEANS[average]
 
     @functools.wraps(plain)
     def call(self: Any, x: Any, *others: Any, **named: Any) -> Any:
         if not self.deterministic:
             return plain(self, x, *others, **named)
         each = [plain(self, view(x), *others, **named) for view in views]
-        if average == "outputs":
-            return jax.tree.map(lambda *outputs: sum(outputs) / len(views), *each)
-
-        def mean(*logits: Any) -> Any:
-            logs = jnp.stack([jax.nn.log_softmax(x) for x in logits])
-            return jax.nn.logsumexp(logs, axis=0) - jnp.log(len(views))
-
         return jax.tree.map(mean, *each)
 
-    return type(kind)(kind.__name__, (kind,), {"__call__": call})
+    metaclass = type(kind)
+    return metaclass(kind.__name__, (kind,), {"__call__": call})
+
+
+def _mean_of_outputs(*outputs: Any) -> Any:
+    return sum(outputs) / len(outputs)
+
+
+def _log_of_mean_share(*logits: Any) -> Any:
+    logs = [jax.nn.log_softmax(x) for x in logits]
+    total = jax.nn.logsumexp(jnp.stack(logs), axis=0)
+    return total - jnp.log(len(logits))
+
+
+MEANS = {"outputs": _mean_of_outputs, "probabilities": _log_of_mean_share}

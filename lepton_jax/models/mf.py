@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -14,7 +15,9 @@ class MatrixFactorization(nnx.Module):
     Dynamics", section 3.2, for a bias that a user has on one day: here, in a session.
 
     Several members, each with vectors of its own but with shared biases, give as many
-    ratings, whose mean has a smaller error than each of them.
+    ratings, whose mean has a smaller error than each of them. In training it gives the
+    rating of each member, and the loss is to be a mean of theirs
+    (`lepton_jax.losses.of_members`). Outside of it it gives their mean.
 
     Args:
       users: rows of the users' embeddings.
@@ -25,6 +28,7 @@ class MatrixFactorization(nnx.Module):
       center: added to each rating, such as the mean of the ratings.
       scale: standard deviation of the vectors' entries at the start; the biases start
         at 0.
+      deterministic: whether ratings are the members' mean; False in training.
       rngs: stream `params`.
 
     Raises:
@@ -41,6 +45,7 @@ class MatrixFactorization(nnx.Module):
         members: int = 1,
         center: float = 0.0,
         scale: float = 0.1,
+        deterministic: bool = False,
         rngs: nnx.Rngs,
     ):
         if members < 1:
@@ -48,6 +53,7 @@ class MatrixFactorization(nnx.Module):
         self.center = center
         self.members = members
         self.dim = dim
+        self.deterministic = deterministic
 
         def biases(rows: int) -> nnx.Embed:
             zeros = nnx.initializers.zeros_init()
@@ -69,17 +75,28 @@ class MatrixFactorization(nnx.Module):
         item: jax.Array,
         session: jax.Array | None = None,
     ) -> jax.Array:
-        """Map users, items and sessions, int32 (batch,) each, to (batch, members)."""
+        """Map users, items and sessions to ratings.
+
+        Args:
+          user: int32 (batch,).
+          item: int32 (batch,).
+          session: int32 (batch,), if the model has sessions.
+
+        Returns:
+          (batch, members) in training, else (batch,).
+        """
         if (session is None) != (self.session_biases is None):
             raise ValueError(
                 "the model and its inputs must both have sessions, or none"
             )
-        rating = self.center + self.user_biases(user) + self.item_biases(item)
+        biases = self.user_biases(user) + self.item_biases(item)
         if self.session_biases is not None and session is not None:
-            rating = rating + self.session_biases(session)
-        if self.user_vectors is None or self.item_vectors is None:
-            return rating + jax.numpy.zeros((1, self.members))
-        by_member = (-1, self.members, self.dim)
-        left = self.user_vectors(user).reshape(by_member)
-        right = self.item_vectors(item).reshape(by_member)
-        return rating + (left * right).sum(-1)
+            biases = biases + self.session_biases(session)
+        products = jnp.zeros((1, self.members))
+        if self.user_vectors is not None and self.item_vectors is not None:
+            by_member = (-1, self.members, self.dim)
+            left = self.user_vectors(user).reshape(by_member)
+            right = self.item_vectors(item).reshape(by_member)
+            products = (left * right).sum(-1)
+        ratings = self.center + biases + products
+        return ratings.mean(axis=1) if self.deterministic else ratings

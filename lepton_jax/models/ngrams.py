@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from lepton_jax.models.tabm import mean_of_outputs
 
 PADDING = 0  # the id that fills a text's list up
 
@@ -68,31 +70,45 @@ class NgramLinear(nnx.Module):
 
 
 class WithNgrams(nnx.Module):
-    """The sum of the logits of a network and of a linear path over n-grams.
+    """An ensemble of a network of tokens and of linear models of n-grams.
 
-    Such a model is called "wide and deep" (Cheng et al. 2016, "Wide & Deep Learning for
-    Recommender Systems", section 3): the linear path knows each rare n-gram by itself,
-    the network what similar words have in common.
+    The linear models know each rare n-gram by itself, the network what similar words
+    have in common: they make different mistakes. Trained on the sum of their logits,
+    the one that learns faster would leave the others nothing to learn; so in training
+    the outputs are those of each member, and the loss is to be a mean of the members'
+    losses (`lepton_jax.losses.of_members`). Outside of it `merge` gives one output a
+    row.
 
     Args:
       network: makes the network of tokens from the rngs.
-      linear: makes the linear path, such as `NgramLinear`, from the rngs.
-      rngs: streams of both.
+      linear: make the linear models, such as `NgramLinear`, from the rngs.
+      merge: logits of the members (batch, members, classes) to (batch, classes).
+      rngs: streams of all.
     """
 
     def __init__(
         self,
         network: Callable[..., Any],
-        linear: Callable[..., Any],
+        linear: Sequence[Callable[..., Any]],
         *,
+        merge: Callable[[jax.Array], jax.Array] = mean_of_outputs,
         rngs: nnx.Rngs,
     ):
+        self.deterministic = False
+        self.merge = merge
         self.network = network(rngs=rngs)
-        self.linear = linear(rngs=rngs)
+        self.linear = nnx.List([make(rngs=rngs) for make in linear])
 
     def __call__(self, tokens: jax.Array, ngrams: jax.Array) -> jax.Array:
-        """Map tokens (batch, length), ngrams (batch, count) to logits (batch, classes).
+        """Map tokens (batch, length) and n-grams (batch, count) to logits.
 
-        Tokens and n-grams are int32.
+        Args:
+          tokens: int32.
+          ngrams: int32.
+
+        Returns:
+          (batch, members, classes) in training, else (batch, classes).
         """
-        return self.network(tokens) + self.linear(ngrams)
+        logits = [self.network(tokens), *(each(ngrams) for each in self.linear)]
+        outputs = jnp.stack(logits, axis=1)
+        return self.merge(outputs) if self.deterministic else outputs

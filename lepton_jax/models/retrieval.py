@@ -53,6 +53,8 @@ class Retrieval(nnx.Module):
       dim: width of the embeddings and of the vectors.
       hidden: widths of the hidden layers of each tower; none: no MLP.
       history: how many items used last are looked at; 0 for none.
+      tied: whether the items used last have the embedding that is ranked, so that what
+        follows an item leads to it, too.
       features: for each item, the indices of its features, from 0.
       counts: for each item, how many training rows have it.
       used: for each user, the items that are not to be recommended.
@@ -79,6 +81,7 @@ class Retrieval(nnx.Module):
         dim: int = 64,
         hidden: Sequence[int] = (),
         history: int = 0,
+        tied: bool = False,
         features: Sequence[Sequence[int]] = (),
         counts: Sequence[int] = (),
         used: Sequence[Sequence[int]] = (),
@@ -109,9 +112,9 @@ class Retrieval(nnx.Module):
 
         self.users = embedding(users)
         self.items = embedding(items)
-        self.history = embedding(items) if history else None
-        # by one over the root of how long ago: the item used last counts most
-        ago = -0.5 * jnp.log(jnp.arange(1.0, history + 1))
+        self.history = embedding(items) if history and not tied else None
+        # by one over how long ago: the item used last counts most
+        ago = -jnp.log(jnp.arange(1.0, history + 1))
         self.recency = nnx.Param(ago) if history else None
         table = _padded(features)
         self.features = embedding(int(table.max(initial=-1)) + 1)
@@ -172,13 +175,14 @@ class Retrieval(nnx.Module):
     ) -> jax.Array:
         """Return the vectors (batch, dim) of users with their histories."""
         parts = [] if self.users is None else [self.users(user)]
-        if self.history is not None and self.recency is not None:
+        if self.recency is not None:
             if history is None:
                 raise ValueError("the model needs the items that a user has used last")
             is_there = history >= 0
             weights = jnp.exp(self.recency[...]) * is_there
             weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-6)
-            rows = self.history(jnp.where(is_there, history, 0))
+            table = self.items if self.history is None else self.history
+            rows = table(jnp.where(is_there, history, 0))
             parts.append(jnp.einsum("bl,bld->bd", weights, rows))
         vectors = sum(parts[1:], parts[0])
         if self.dropout is not None:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from lepton_jax.monitor.events import Event
-from lepton_jax.monitor.progress import described, duration
+from lepton_jax.monitor.progress import baseline_lines, described, duration
 
 MOST_SAVES = 60  # in the table; assumption: as many as a person scrolls through
 LEFT_OUT = ("steps", "evaluation", "committed")  # the curves and the saves show them
@@ -130,6 +130,10 @@ def _damaged(event: Event) -> tuple[str, str]:
     return "damaged", str(event.get("reason") or passed_over)
 
 
+def _baseline(event: Event) -> tuple[str, str]:
+    return "baseline", "; ".join(baseline_lines(event))
+
+
 def _end(event: Event) -> tuple[str, str]:
     return str(event.get("status") or "ended"), str(event.get("reason") or "")
 
@@ -148,5 +152,6 @@ _WORDS = {
     "budget": _budget,
     "notice": _notice,
     "damaged": _damaged,
+    "baseline": _baseline,
     "end": _end,
 }

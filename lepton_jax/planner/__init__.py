@@ -4,7 +4,7 @@ The arrows are `trace` (the recipe's program and its named axes), `plan` (the se
 and `laid_out` (the plan's constraints in the traced program).
 """
 
-from lepton_jax.planner import ahead
+from lepton_jax.planner import ahead, rewrite
 from lepton_jax.planner.apply import laid_out
 from lepton_jax.planner.planning import candidates, plan
 from lepton_jax.planner.plans import ArrayPlan, Plan
@@ -34,6 +34,7 @@ __all__ = [
     "nan_rows",
     "plan",
     "rematerialized",
+    "rewrite",
     "trace",
 ]
 

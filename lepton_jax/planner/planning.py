@@ -94,6 +94,7 @@ def candidates(
     _check_objective(request, topology)
     if trace.jaxpr is None:
         return [without_data(trace, topology)]
+    trace = trace.on(topology)
     check_effects(trace, topology.devices)
     _check_time_limit(request)
 

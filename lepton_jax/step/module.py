@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from lepton_jax.augment import Augmented
 from lepton_jax.compat import whole_axes
 from lepton_jax.errors import ModelError, pointing_at_user
 from lepton_jax.step import precision
@@ -147,12 +146,9 @@ def forward_sowing(
       Outputs, variables after the call, and the values that the model sowed in training
       under the names of `Recipe.auxiliary`.
     """
-    views = [inputs]
     if recipe.preprocess:
-        views = [whole_axes(recipe.preprocess)(inputs)]
-    if isinstance(recipe.preprocess, Augmented) and not train:
-        views = recipe.preprocess.viewed(*views)
-    params, views = precision.cast((params, views), recipe.precision)
+        inputs = whole_axes(recipe.preprocess)(inputs)
+    params, inputs = precision.cast((params, inputs), recipe.precision)
 
     def apply(
         params: Any,
@@ -164,20 +160,17 @@ def forward_sowing(
         return module.apply(params, variables, inputs, key, train, dropout)
 
     where = f"{module.name}.__call__"
-    each = []
-    for view in views:
-        with pointing_at_user(
-            f"calling the model on {shapes(view)}",
-            "let the model take what the samples (and preprocess) give: one array, or"
-            " a dict's arrays by name",
-            where=where,
-        ):
-            outputs, after, sown = whole_axes(apply)(
-                params, variables, view, key, dropout
-            )
-        outputs = _as_outputs(outputs, where)
-        each.append(precision.to_float32(outputs, recipe.precision))
-    return _mean(each), after, sown
+    with pointing_at_user(
+        f"calling the model on {shapes(inputs)}",
+        "let the model take what the samples (and preprocess) give: one array, or a "
+        "dict's arrays by name",
+        where=where,
+    ):
+        outputs, variables, sown = whole_axes(apply)(
+            params, variables, inputs, key, dropout
+        )
+    outputs = _as_outputs(outputs, where)
+    return precision.to_float32(outputs, recipe.precision), variables, sown
 
 
 def leaks(jaxpr: Any) -> bool:
@@ -208,13 +201,6 @@ def _as_outputs(outputs: Any, where: str) -> Any:
             remedy="return the outputs: an array or a tree of them, batch dim first",
         )
     return jax.tree.map(jnp.asarray, outputs)
-
-
-def _mean(trees: Sequence[Any]) -> Any:
-    """Return the mean of some trees of arrays; a single one as it is."""
-    if len(trees) == 1:
-        return trees[0]
-    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
 
 
 def _is_number(x: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from lepton_jax import losses
 from lepton_jax.baselines import Comparison, Samples, Task
 from lepton_jax.data import Arrays, host_rows, one_pass
+from lepton_jax.errors import DataError
 from lepton_jax.recipe import Recipe
 from lepton_jax.step.state import State
 from lepton_jax.train.program import Program
@@ -22,7 +24,12 @@ MOST_TEST_ROWS = 100_000
 MOST_TRAINING_ROWS = 1_000_000
 MOST_BYTES = 2**30  # of these rows, and of the network's outputs; assumption
 
-REGRESSION = (losses.squared_error, losses.huber)
+REGRESSION = (
+    losses.squared_error,
+    losses.scaled_squared_error,
+    losses.huber,
+    losses.poisson,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def task_of(program: Program, targets: Any) -> tuple[Task, int]:
       program: the recipe, traced.
       targets: of some rows.
     """
-    outputs = program.trace.outputs
+    outputs = _merged(program)
     is_plain = hasattr(outputs, "shape") and isinstance(targets, np.ndarray)
     if not is_plain:
         return "other", 0
@@ -67,10 +74,28 @@ def task_of(program: Program, targets: Any) -> tuple[Task, int]:
     if outputs.shape[1:] != targets.shape[1:]:
         return "other", 0
     recipe = program.recipe
-    if recipe.loss not in REGRESSION and _says_yes_or_no(targets):
+    if _plain(recipe.loss) not in REGRESSION and _says_yes_or_no(targets):
         return "binary", 0
     is_decoded = recipe.decode is not None
     return ("other" if is_decoded else "quantities"), 0
+
+
+def _plain(loss: Any) -> Any:
+    """Return a loss without its settings, and of an ensemble that of a member."""
+    while isinstance(loss, partial):
+        is_of_members = loss.func is losses.of_members
+        loss = loss.keywords["loss"] if is_of_members else loss.func
+    return loss
+
+
+def _merged(program: Program) -> Any:
+    """Return the shape of the outputs outside of training, where members are merged."""
+    outputs = program.trace.outputs
+    loss = program.recipe.loss
+    if not isinstance(loss, partial) or loss.func is not losses.of_members:
+        return outputs
+    shape = (outputs.shape[0], *outputs.shape[2:])
+    return jax.ShapeDtypeStruct(shape, outputs.dtype)
 
 
 def samples_of(
@@ -92,7 +117,7 @@ def samples_of(
     raw_rows = getattr(program.recipe.preparation, "raw_rows", None)
     read_raw = None
     if raw_rows is not None and isinstance(data, Arrays):
-        read_raw = partial(raw_rows, data, rows.numbers)
+        read_raw = partial(_raw_rows, raw_rows, data, rows.numbers)
     total = len(rows_of(rows.inputs)) if rows.total is None else rows.total
     return Samples(rows.inputs, rows.targets, total, task, classes, read_raw)
 
@@ -145,6 +170,32 @@ def class_names(recipe: Recipe, classes: int) -> list[str]:
     if len(words) == classes:
         return [str(word) for word in words]
     return [str(number) for number in range(classes)]
+
+
+def _raw_rows(
+    read: Callable[..., Any],
+    data: Arrays,
+    numbers: np.ndarray | None,
+    wanted: np.ndarray | None,
+) -> Any:
+    """Read raw rows of some of the samples of an `Arrays`.
+
+    Args:
+      read: `Serving.raw_rows`.
+      data: the `Arrays`.
+      numbers: of the samples in it; None: they are all of them.
+      wanted: numbers of the wanted ones among these; None: all.
+    """
+    if numbers is not None:
+        wanted = numbers if wanted is None else numbers[wanted]
+    rows = read(data, wanted)
+    if rows is None:
+        raise DataError(
+            "the raw rows of these samples are not known",
+            where="Samples.raw",
+            remedy="give the recipe what Serving.split returned, prepared in this run",
+        )
+    return rows
 
 
 def _as_they_are(outputs: Any) -> Any:

@@ -43,6 +43,7 @@ from lepton_jax.planner import (
     limits,
     nan_rows,
     rematerialized,
+    rewrite,
 )
 from lepton_jax.step.embeddings import Rows, cast_late, compacted
 from lepton_jax.step.state import State
@@ -123,6 +124,7 @@ class Program:
             self.block_sharding = NamedSharding(self.mesh, PartitionSpec(None, rows))
 
         first_device = self.mesh.devices.flat[0]
+        self._is_rewritten = rewrite.applies(first_device.platform, self.mesh.size)
         are_virtual = self.mesh.size > 1 and first_device.platform == "cpu"
         self._log = CompilationLog(on_compile, waits=are_virtual)
         self._jit = partial(jit_on, self.mesh.devices.flat)
@@ -784,13 +786,16 @@ class Program:
         if rows is not None:
             around = partial(compacted, tables=self.trace.tables, around=around)
             names = (*names, "rows")
+        traced = training_gradient(
+            self.recipe,
+            self.trace.functional,
+            self.plan.micro_batches,
+            around,
+        )
+        if self._is_rewritten:
+            traced = rewrite.rewritten(traced)
         gradient = laid_out(
-            training_gradient(
-                self.recipe,
-                self.trace.functional,
-                self.plan.micro_batches,
-                around,
-            ),
+            traced,
             self.plan.layout,
             self.mesh,
             names,

@@ -155,7 +155,7 @@ def test_predictions_have_the_targets_own_words(trainer, people):
 
 OPENING = """
 import sys, json, numpy as np, polars as pl, lepton_jax as lepton
-trainer = lepton.Trainer.open(sys.argv[1])
+trainer = lepton.Trainer.open(sys.argv[1], devices=1)
 rows = pl.read_parquet(sys.argv[2])
 outputs = trainer.predict(rows.to_dicts(), decode=lambda outputs: outputs)
 np.save(sys.argv[3], outputs)

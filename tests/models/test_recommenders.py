@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,8 @@ def test_a_rating_is_the_biases_and_the_product_of_each_member():
         )
     with pytest.raises(ValueError, match="sessions"):
         model(user, item)
+    model.eval()
+    np.testing.assert_allclose(model(user, item, session), rating.mean(1), rtol=1e-6)
 
 
 def test_without_dims_the_biases_alone_are_left():
@@ -222,3 +225,15 @@ def test_cosines_lie_within_the_temperature():
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         retrieval(**settings)
+
+
+def test_an_ensemble_gives_each_copys_outputs_in_training_and_then_their_mean():
+    make = partial(models.FactorizationMachine, 0, SIZES, dim=2, scale=1.0)
+    model = models.Ensemble(make, 3, rngs=nnx.Rngs(0))
+    apart = model(categories=CATEGORIES)
+    assert apart.shape == (3, 3)
+    assert not jnp.allclose(apart[:, 0], apart[:, 1]), "copies differ"
+    expected = model.copies[1](categories=CATEGORIES)
+    np.testing.assert_allclose(apart[:, 1], expected, rtol=1e-6)
+    model.eval()
+    np.testing.assert_allclose(model(categories=CATEGORIES), apart.mean(1), rtol=1e-5)

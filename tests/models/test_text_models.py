@@ -137,18 +137,23 @@ def test_ngrams_are_summed_with_their_ratios_which_are_not_trained():
         models.NgramLinear(3, 6, ratios=ratios, rngs=nnx.Rngs(0))
 
 
-def test_a_network_and_ngrams_are_added():
+def test_a_network_and_ngrams_are_an_ensemble():
     def network(rngs):
         return models.BagOfWords(2, 9, dim=4, rngs=rngs)
 
     def linear(rngs):
         return models.NgramLinear(2, 6, start=1.0, rngs=rngs)
 
-    both = models.WithNgrams(network, linear, rngs=nnx.Rngs(0))
+    both = models.WithNgrams(network, [linear], rngs=nnx.Rngs(0))
     tokens = jnp.asarray(TOKENS)
     ngrams = jnp.asarray([[1, 5], [0, 0], [2, 0]])
-    added = network(nnx.Rngs(0))(tokens) + linear(nnx.Rngs(0))(ngrams)
-    np.testing.assert_allclose(both(tokens=tokens, ngrams=ngrams), added, atol=1e-6)
+    parts = [network(nnx.Rngs(0))(tokens), linear(nnx.Rngs(0))(ngrams)]
+    both.train()
+    trained = both(tokens=tokens, ngrams=ngrams)
+    np.testing.assert_allclose(trained, np.stack(parts, axis=1), atol=1e-6)
+    both.eval()
+    merged = both(tokens=tokens, ngrams=ngrams)
+    np.testing.assert_allclose(merged, np.mean(parts, axis=0), atol=1e-6)
 
 
 def test_learned_positions_tell_the_order_of_words():

@@ -429,17 +429,30 @@ def test_each_model_can_be_made_for_the_images(model, tmp_path):
     assert trace.inputs.shape == (8, 24, 24, 3)
 
 
-@pytest.mark.parametrize("augment", ["light", "strong"])
-def test_a_recipe_trains_on_eight_devices_and_says_what_cheap_methods_reach(
-    augment, tmp_path
-):
-    recipe = small(two_classes(tmp_path, 10), augment=augment, batch_size=16)
+def test_a_recipe_trains_on_eight_devices(tmp_path):
+    recipe = small(two_classes(tmp_path, 10), augment="strong", batch_size=16)
     trainer = lepton.Trainer(recipe, devices=8)
     history = trainer.fit()
     assert np.isfinite(history["loss"]).all()
     assert 0 <= history.metrics["accuracy"] <= 1
     classes = trainer.predict(recipe.test.inputs)
     assert set(classes.tolist()) <= {0, 1}
+
+
+def test_cheap_methods_see_small_images(tmp_path):
+    recipe = image_classifier.recipe(two_classes(tmp_path, 10), size=40, steps=1)
+    parts = []
+    for part in (recipe.train, recipe.test):
+        inputs = np.asarray(part.inputs)
+        targets = np.asarray(part.targets)
+        samples = lepton.baselines.Samples(inputs, targets, len(targets), "classes", 2)
+        parts.append(samples)
+    assert parts[0].inputs.shape[1:] == (40, 40, 3)
+    for method in recipe.baseline:
+        outputs = method(*parts).outputs
+        assert outputs.shape == (4, 2)
+        # two shades are told apart by anything
+        assert (outputs.argmax(1) == parts[1].targets).all()
 
 
 def test_cats_and_dogs_is_the_classifier_with_other_settings(tmp_path):

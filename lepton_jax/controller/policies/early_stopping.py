@@ -106,16 +106,13 @@ def early_stopping(
     ) -> tuple[dict[str, Any], Waiting]:
         fresh = signals["evaluations"] > state.seen
         value = sign * signals[signal]
-        compared = jnp.isfinite(state.best)
-        bar = state.best - rtol * jnp.abs(state.best)
-        bar = jnp.where(compared, bar, state.best)
-        better = fresh & jnp.isfinite(value) & (value < bar)
+        better = fresh & _is_better(value, state.best, rtol)
         worse = fresh & ~better
         waited = jnp.where(better, 0, state.waited + worse)
 
         gives_up = worse & (waited >= patience)
         ends = (signals["progress"] >= 1) & (waited > 0)
-        serve = compared & (gives_up | ends)
+        serve = jnp.isfinite(state.best) & (gives_up | ends)
         moves = {
             "averaging_decay": jnp.float32(jnp.nan),
             "keep_average": jnp.where(better, 1.0, 0.0),
@@ -136,6 +133,13 @@ def early_stopping(
         watches=("evaluations", signal, "progress"),
         moves=("averaging_decay", "keep_average", "serve_kept", "stop"),
     )
+
+
+def _is_better(value: Any, best: Any, rtol: float) -> Any:
+    """Whether a value is finite, and lower than the best one by enough."""
+    bar = best - rtol * jnp.abs(best)
+    bar = jnp.where(jnp.isfinite(best), bar, best)
+    return jnp.isfinite(value) & (value < bar)
 
 
 def _begin() -> Waiting:

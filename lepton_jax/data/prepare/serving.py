@@ -170,9 +170,9 @@ class Serving:
         """Return predictions in the target's own words, or as plain numbers.
 
         Args:
-          predictions: numbers of classes, (rows,), or quantities; of several labels a
-            row 0 or 1 for each, (rows, labels), of which a list of words is made; of
-            several targets, (rows, targets).
+          predictions: numbers of classes, (rows,), or quantities; of several targets,
+            (rows, targets); of several labels a row 0 or 1 for each, (rows, labels), of
+            which a list of words is made.
 
         Raises:
           DataError: a number stands for no class.
@@ -211,7 +211,7 @@ class Serving:
         self,
         target: str,
     ) -> tuple[str, ...]:
-        """Return a target's values by the numbers of their classes."""
+        """Return a target's classes or labels by their numbers."""
         for entry, fitted in zip(
             self.prepared.manifest["steps"], self.prepared.steps, strict=True
         ):

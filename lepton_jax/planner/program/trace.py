@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from lepton_jax.augment import step_key
 from lepton_jax.compat import ClosedJaxpr, Jaxpr, whole_axes
 from lepton_jax.controller import Controller, stride
 from lepton_jax.errors import DataError, ModelError, pointing_at_user
-from lepton_jax.hardware import convolution_flops
+from lepton_jax.hardware import Topology, convolution_flops
+from lepton_jax.planner import rewrite
 from lepton_jax.planner.patience import Patience
 from lepton_jax.planner.program.graph import Graph
 from lepton_jax.planner.program.remat import rematerialized
@@ -58,6 +59,7 @@ class Trace:
       samples: the number of samples in the training data, if that is arrays in memory.
       weighted: whether the loss gives weights, which may all be 0.
       tables: the embeddings that a step updates by rows.
+      rewritten: whether its gradient is the faster form for a CPU; see `on`.
     """
 
     recipe: Recipe
@@ -73,9 +75,21 @@ class Trace:
     samples: int | None
     weighted: bool = False
     tables: Tables = NO_TABLES
-    _gradients: dict[str, Graph] = field(
+    rewritten: bool = False
+    # by the policy of rematerialization, and whether it is rewritten
+    _gradients: dict[tuple[str, bool], Graph] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def on(self, topology: Topology) -> Trace:
+        """Return the trace of the program that runs on some devices.
+
+        Its gradient is the one that the compiled step has: see `planner.rewrite`.
+        """
+        rewritten = rewrite.applies(topology.platform, topology.devices)
+        if rewritten == self.rewritten:
+            return self
+        return replace(self, rewritten=rewritten)
 
     def gradient(self, remat: str) -> Graph:
         """Return the graph of one batch's gradients, weighted sums and variables.
@@ -86,9 +100,10 @@ class Trace:
         Returns:
           The graph, whose inputs are called as in `arguments`.
         """
-        if remat not in self._gradients:
-            self._gradients[remat] = self._trace_gradient(remat)
-        return self._gradients[remat]
+        form = (remat, self.rewritten)
+        if form not in self._gradients:
+            self._gradients[form] = self._trace_gradient(remat)
+        return self._gradients[form]
 
     def _trace_gradient(self, remat: str) -> Graph:
         state = self.state
@@ -106,6 +121,8 @@ class Trace:
             micro_batches=1,
             around=around,
         )
+        if self.rewritten:
+            gradient = rewrite.rewritten(gradient)
         knobs = self.controller.forward_knobs(state.controller)
         program = jax.make_jaxpr(gradient)(
             params,

@@ -102,7 +102,8 @@ def by_part(
       >>> [part.label for part in optimizer.parts]
       ['embed.*', '*.bias', 'default']
     """
-    if not isinstance(parts, Mapping) or not all(isinstance(p, str) for p in parts):
+    is_dict = isinstance(parts, Mapping)
+    if not is_dict or not all(isinstance(pattern, str) for pattern in parts):
         raise RecipeError(
             f"the parts are {parts!r}",
             where=WHERE,
@@ -179,9 +180,9 @@ class Parts:
           RecipeError: a parameter is in no part.
         """
         owners = self._owners(params)
-        trained = [part for part in self.parts if not part.is_frozen]
-        if len(trained) == 1 and trained[0] not in owners.values():
-            owners = dict.fromkeys(owners, trained[0])
+        trained, *others = [part for part in self.parts if not part.is_frozen]
+        if not others and trained not in owners.values():
+            owners = dict.fromkeys(owners, trained)
         orphans = [path for path, part in owners.items() if part is None]
         if orphans:
             raise RecipeError(
@@ -192,8 +193,8 @@ class Parts:
                     ' "frozen"'
                 ),
             )
-        tree = jax.tree.structure(params)
-        return jax.tree.unflatten(tree, [part.label for part in owners.values()])
+        labels = [part.label for part in owners.values()]
+        return jax.tree.unflatten(jax.tree.structure(params), labels)
 
     def check(self, params: Any) -> None:
         """Check that each pattern has parameters, and each parameter has a part.
@@ -221,15 +222,13 @@ class Parts:
                 where=WHERE,
                 remedy=f"the parameters are {_listed(paths)}",
             )
-        trained = [p for p in owners.values() if p is not None and not p.is_frozen]
-        if trained:
-            self.labels(params)
-            return
-        raise RecipeError(
-            "every parameter is frozen",
-            where=WHERE,
-            remedy="leave some for an optimizer",
-        )
+        self.labels(params)
+        if all(part.is_frozen for part in owners.values()):
+            raise RecipeError(
+                "every parameter is frozen",
+                where=WHERE,
+                remedy="leave some for an optimizer",
+            )
 
     def frozen(self, params: Any) -> set[str]:
         """Return the paths of the parameters that stay as they are."""
@@ -248,17 +247,17 @@ class Parts:
         rows = []
         for part in self.parts:
             own = [path for path, owner in owners.items() if owner == part]
-            pattern = part.pattern
-            found = [p for p in leaves if pattern is not None and matches(p, pattern)]
-            rows.append(
-                {
-                    "pattern": DEFAULT if pattern is None else pattern,
-                    "parameters": len(own),
-                    "entries": sum(leaves[path].size for path in own),
-                    "frozen": part.is_frozen,
-                    "left": len(found) - len(own) if pattern is not None else 0,
-                }
-            )
+            found = own
+            if part.pattern is not None:
+                found = [path for path in leaves if _is_of(path, part)]
+            row = {
+                "pattern": part.pattern or DEFAULT,
+                "parameters": len(own),
+                "entries": sum(leaves[path].size for path in own),
+                "frozen": part.is_frozen,
+                "left": len(found) - len(own),
+            }
+            rows.append(row)
         return rows
 
     def _owners(self, params: Any) -> dict[str, Any]:

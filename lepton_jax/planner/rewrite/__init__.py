@@ -1,0 +1,100 @@
+"""The traced program, written so that XLA's CPU backend computes it faster.
+
+A user's model stays as it is. What is rewritten is the jaxpr of its gradient, where the
+same values have a form that one CPU device computes in less time:
+
+  pooling     max pooling whose windows do not overlap, and its gradient
+  slices      the gradient of a value that is taken apart, such as the gates of a cell
+  loops       products that leave a loop over time, and those in it that become one
+  products    the gradient of a kernel, which is wider than what it is multiplied with
+
+Each pass takes a flat jaxpr (`program.flat`) and knows one exact pattern. Where the
+pattern is not met, the operation stays. `pooling` and `slices` keep every bit (but the
+sign of a zero); `loops` and `products` add up the same terms in another order.
+
+TPUs, GPUs and programs for several devices are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from lepton_jax.compat import ClosedJaxpr
+from lepton_jax.planner.rewrite import loops, pooling, products, slices
+from lepton_jax.planner.rewrite.program import flat, primitives, run
+
+__all__ = ["PASSES", "applies", "only", "rewritten"]
+
+# The passes by name, in the order in which they run.
+PASSES: dict[str, Any] = {
+    "pooling": pooling,
+    "slices": slices,
+    "loops": loops,
+    "products": products,
+}
+
+# Names of the passes that run; `only` changes them.
+_active: tuple[str, ...] = tuple(PASSES)
+
+
+def applies(platform: str, devices: int) -> bool:
+    """Whether programs for these devices are rewritten.
+
+    Args:
+      platform: JAX's name of it.
+      devices: their number.
+    """
+    return platform == "cpu" and devices == 1 and bool(_active)
+
+
+@contextlib.contextmanager
+def only(*names: str) -> Iterator[None]:
+    """Let some passes alone run while the context is open.
+
+    Args:
+      names: of `PASSES`. None at all: programs are what JAX traces, to the bit.
+    """
+    global _active
+    before = _active
+    _active = tuple(name for name in PASSES if name in names)
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def rewritten(function: Callable) -> Callable:
+    """Return a function of the same values that a CPU computes faster.
+
+    Args:
+      function: of arrays in pytrees, with all derivatives taken already.
+    """
+
+    def faster(*args: Any) -> Any:
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        leaves = jax.tree.leaves(args)
+        results = run(_passed(program), leaves)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return faster
+
+
+# ---- internals ----
+
+
+def _passed(program: ClosedJaxpr) -> ClosedJaxpr:
+    """Return a program after all passes that find something to look at."""
+    present = primitives(program.jaxpr)
+    wanted = [PASSES[name] for name in _active]
+    if not any(present & part.PRIMITIVES for part in wanted):
+        return program
+
+    program = flat(program)
+    for part in wanted:
+        if primitives(program.jaxpr) & part.PRIMITIVES:
+            program = part.rewrite(program)
+    return program

@@ -1,0 +1,76 @@
+"""Products over many rows, such as the gradient of a kernel.
+
+Let y = x @ w, where x has rows (batch, time). The gradient of w is x' g, a sum over all
+rows. XLA's CPU backend (jaxlib 0.10)
+
+  - copies both operands, transposed, if the rows are several dims. As a product of two
+    matrices it needs no copy;
+  - is faster if the operand with fewer columns comes first: of 2,048 rows, 1,024 and
+    256 columns, x' g takes 16.1 ms of a core, and g' x takes 10.8 ms (AMD EPYC).
+
+Both are written here as XLA likes them best. The terms are the same; their order in the
+sum may not be.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax import lax
+
+from lepton_jax.compat import ClosedJaxpr
+from lepton_jax.planner.rewrite.program import Env, bind, operands_of, retraced
+
+PRIMITIVES = {"dot_general"}
+
+# Fewest rows of a product that is rewritten. Assumption: with few of them the result's
+# transpose, which XLA can no longer leave out, costs as much as is gained.
+FEWEST_ROWS = 512
+
+
+def rewrite(program: ClosedJaxpr) -> ClosedJaxpr:
+    """Return a flat program with faster products over rows."""
+
+    def rule(eqn: Any, env: Env) -> list[Any] | None:
+        if eqn.primitive.name == "scan":
+            body = rewrite(eqn.params["jaxpr"])
+            return bind(eqn, operands_of(eqn, env), jaxpr=body)
+        if eqn.primitive.name != "dot_general" or not _is_over_rows(eqn):
+            return None
+        return [_over_rows(eqn, *operands_of(eqn, env))]
+
+    return retraced(program, rule)
+
+
+# ---- internals ----
+
+
+def _is_over_rows(eqn: Any) -> bool:
+    """Whether both operands of a product have its rows as their leading dims."""
+    (left, right), (batch, _) = eqn.params["dimension_numbers"]
+    leading = tuple(range(len(left)))
+    if batch or tuple(left) != leading or tuple(right) != leading:
+        return False
+    shape = eqn.invars[0].aval.shape
+    rows = math.prod(shape[dim] for dim in leading)
+    return rows >= FEWEST_ROWS
+
+
+def _over_rows(eqn: Any, left: Any, right: Any) -> jax.Array:
+    """Return a product over rows, the operand with fewer columns first."""
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    rows = math.prod(left.shape[: len(contracted)])
+    matrices = [left.reshape(rows, -1), right.reshape(rows, -1)]
+    swaps = matrices[0].shape[1] > matrices[1].shape[1]
+    product = bind(
+        eqn,
+        matrices[::-1] if swaps else matrices,
+        dimension_numbers=(((0,), (0,)), ((), ())),
+    )[0]
+    # XLA would swap the operands to save itself a transpose of the result.
+    product = lax.optimization_barrier(product)
+    if swaps:
+        product = product.T
+    return product.reshape(eqn.outvars[0].aval.shape)
