@@ -19,7 +19,7 @@ from lepton_jax.models.mlp import MLP
 from lepton_jax.models.moe import MoELM
 from lepton_jax.models.ngrams import NgramLinear, WithNgrams, mean_by_shares
 from lepton_jax.models.resnet import ResNet, resnet_size
-from lepton_jax.models.retrieval import Retrieval
+from lepton_jax.models.retrieval import Retrieval, best_items
 from lepton_jax.models.tabm import (
     TabM,
     mean_of_outputs,
@@ -68,6 +68,7 @@ __all__ = [
     "ViT",
     "WithNgrams",
     "averaged_views",
+    "best_items",
     "convnext_size",
     "mean_by_shares",
     "mean_of_outputs",
