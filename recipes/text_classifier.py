@@ -102,9 +102,17 @@ def recipe(
     """Classify texts, in any language and script.
 
     Without `data` it learns which of four modules of Python's standard library a line
-    is from:
+    is from: 96 % of a held-out tenth, where naive Bayes with bigrams gets 95 % and its
+    NB-SVM 92 %, with 15 seconds of a CPU core's time, starting and compiling included:
 
         python tools/launch.py recipes/text_classifier.py
+
+    With the sentences of rt-polarity, two files of a line each in an archive, it gets
+    80.2 % right over ten folds (seed 0), where NB-SVM with bigrams gets 79.0 % on the
+    same folds; a fold takes 20 seconds of a core's time:
+
+        python tools/launch.py recipes/text_classifier.py --folds 10
+        ... --data sentence_polarity.zip
 
     Args:
       data: a table (CSV, JSON lines, Parquet) with a column of texts and one of labels;
