@@ -423,7 +423,8 @@ def _train_folds(order: _Order) -> dict[str, Any]:
         source=lambda fold: _source(order, chosen(fold)),
         trainer=_trainer_options(options),
     )
-    print(done, file=sys.stderr)
+    if agreement.host() == 0:
+        print(done, file=sys.stderr)
     return folds.summary(done, time.monotonic() - began)
 
 
