@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,20 +29,19 @@ VERDICTS = {
     WORSE: "the network is worse",
     EQUAL: "no difference that can be told apart from chance",
 }
-# Parts of a metric's name that say that less of it is better; assumption.
+# Words of a metric's name that say that less of it is better, and short ones that must
+# be a whole word; assumption.
 LESS_IS_BETTER = (
     "loss",
     "error",
     "rmse",
-    "mae",
-    "mse",
     "perplexity",
     "deviance",
     "entropy",
     "brier",
-    "calibration",
     "distance",
 )
+SHORT_WORDS = {"mae", "mse", "mape", "ece", "nll", "fid"}
 DIGITS = 2  # of the width of an interval that are shown
 MOST_DECIMALS = 6
 
@@ -374,7 +374,9 @@ def verdict_of(metric: str, difference: Interval, chance: float) -> str:
 
 def less_is_better(metric: str) -> bool:
     """Whether less of a metric is better, by its name."""
-    return any(part in metric.lower() for part in LESS_IS_BETTER)
+    name = metric.lower()
+    words = set(re.split(r"[^a-z0-9]+", name))
+    return any(part in name for part in LESS_IS_BETTER) or bool(words & SHORT_WORDS)
 
 
 def half_width(interval: Interval) -> float:
