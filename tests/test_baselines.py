@@ -14,7 +14,7 @@ import pytest
 import lepton_jax as lepton
 from lepton_jax.baselines import Baseline, Interval, Network, NotHere, Samples
 from lepton_jax.baselines.comparison import fitted_to, less_is_better, shown
-from lepton_jax.baselines.intervals import mcnemar, mean_interval, wilson
+from lepton_jax.baselines.intervals import alone, mean_interval, wilson
 from lepton_jax.errors import DataError, RecipeError
 from lepton_jax.metrics import Metric
 
@@ -61,8 +61,9 @@ def test_mcnemar_counts_only_the_rows_on_which_two_methods_differ():
     ours = np.array([1] * 8 + [0] * 1 + [1] * 50)
     theirs = np.array([0] * 8 + [1] * 1 + [1] * 50)
     # 8 of 9: 2 * (1 + 9) / 2**9
-    assert mcnemar(ours, theirs) == pytest.approx(20 / 512)
-    assert mcnemar(ours, ours) == 1
+    assert alone(ours, theirs) == (8, 1)
+    assert alone(ours, theirs).chance() == pytest.approx(20 / 512)
+    assert alone(ours, ours).chance() == 1
 
 
 @pytest.mark.parametrize(
