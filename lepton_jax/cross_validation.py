@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from lepton_jax.baselines import (
     VERDICTS,
@@ -380,6 +379,9 @@ def _check_tested(recipe: Recipe, fold: int) -> None:
 
 def over_folds(name: str, values: Sequence[float]) -> OverFolds:
     """Return the mean of a metric's values of folds, with its interval."""
+    # only here: it takes a second to import, as long as the rest of Lepton
+    from scipy.stats import t as student
+
     count = len(values)
     mean = float(np.mean(values))
     if count < FEWEST:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from lepton_jax.baselines.baseline import Interval
 
@@ -108,6 +107,9 @@ class Alone(NamedTuple):
         It is McNemar's test, exact: then either method is the one with a probability of
         1/2, whatever the other rows are.
         """
+        # only here: it takes a second to import, as long as the rest of Lepton
+        from scipy.stats import binomtest
+
         count = self.ours + self.theirs
         return float(binomtest(self.ours, count).pvalue) if count else 1.0
 
