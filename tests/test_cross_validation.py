@@ -203,3 +203,10 @@ def test_a_recipe_without_folds_says_so(file, tmp_path):
     plain.write_text(text.replace("folds or 4, fold", "4, 0"))
     with pytest.raises(SettingError, match="the recipe has no folds"):
         launch([str(plain), "--folds", "5", "--run-dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_a_time_that_is_none_is_refused(file, tmp_path, seconds):
+    arguments = [str(file), "--baseline-seconds", seconds]
+    with pytest.raises(SettingError, match="--baseline-seconds"):
+        launch([*arguments, "--run-dir", str(tmp_path / "run")])

@@ -680,6 +680,12 @@ def _early_options(
             where="command line, --devices",
             remedy=f"ask for 1 to {MOST_DEVICES} devices",
         )
+    if not early.baseline_seconds >= 0:  # also where it is no number
+        raise SettingError(
+            f"--baseline-seconds is {early.baseline_seconds}",
+            where="command line, --baseline-seconds",
+            remedy="give a number of seconds of at least 0",
+        )
     if assignment is not None and assignment.run_dir is not None:
         early.run_dir = assignment.run_dir
         early.go_on = True
