@@ -70,7 +70,6 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
-        baseline=(lepton.baselines.logistic, lepton.baselines.nearest),
         preprocess=partial(lepton.data.divided, by=GRAY_LEVELS),
         optimizer=optax.adamw,
         learning_rate=optax.warmup_cosine_decay_schedule(

@@ -100,7 +100,7 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
-        baseline=(lepton.baselines.logistic, lepton.baselines.nearest),
+        baseline=lepton.baselines.nearest,
         preprocess=preprocess,
         optimizer=optax.adamw,
         learning_rate=optax.warmup_cosine_decay_schedule(
