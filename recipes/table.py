@@ -35,7 +35,7 @@ BASELINES = (
     lepton.baselines.boosting,
 )
 LEAST_STEPS = 100  # of a run, so that a small table is learned too; assumption
-# Rows per step, of a small table and of others. Assumption: on a few hundred rows, large
+# Rows per step, of a small table and of others. Assumption: on a few hundred rows large
 # batches are learned by heart before they are learned from.
 BATCHES = (64, 256)
 SMALL = 10_000  # training rows, below which a table is small; assumption
