@@ -17,10 +17,11 @@ from lepton_jax.errors import RecipeError, nearest
 # `recipes` is found wherever this file was started from
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-# The embedded data: a logistic model of a count and of two categories.
+# The embedded data: a count and two categories that interact.
 ROWS = 6000
 ADS = 40
 SITES = 12
+FRESH = 2  # times that an ad may be seen before it tires
 MISSING_SHARE = 0.1  # of the counts
 
 TEST_SHARE = 0.2  # of the rows
@@ -195,7 +196,11 @@ def _made_model(
 
 
 def _made() -> Any:
-    """Return made-up impressions, of which a fifth or so is clicked."""
+    """Return made-up impressions, of which a quarter or so is clicked.
+
+    An ad suits a site by a product of rank 2, and tires those who have seen it more
+    than FRESH times.
+    """
     import polars as pl
 
     from lepton_jax.data.readers import reader_of
@@ -204,13 +209,11 @@ def _made() -> Any:
     ad = generator.integers(0, ADS, ROWS)
     site = generator.integers(0, SITES, ROWS)
     seen = generator.poisson(3, ROWS)
-    score = (
-        generator.normal(size=ADS)[ad]
-        + generator.normal(
-            size=SITES,
-        )[site]
-    )
-    chance = 1 / (1 + np.exp(-(score - 0.4 * seen)))
+    ad_traits = generator.normal(size=(ADS, 2))
+    site_traits = generator.normal(size=(SITES, 2))
+    suits = (ad_traits[ad] * site_traits[site]).sum(1)
+    tired = np.maximum(seen - FRESH, 0)
+    chance = 1 / (1 + np.exp(-(suits - tired)))
     table = pl.DataFrame(
         {
             "ad": [f"ad {number}" for number in ad],
