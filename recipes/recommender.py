@@ -101,6 +101,21 @@ def recipe(
 ) -> lepton.Recipe:
     """Recommend items to users, from a table of who has used or rated what.
 
+    Ratings are predicted by factorizations with a bias of the user, of the item, and of
+    the user on that day, whose mean is taken; rankings come from a vector of the items
+    that a user has used last. Without `data` it learns 30,000 made-up ratings with a
+    noise of 0.5, to a root-mean-square error of 0.67 on a held-out tenth, where biases
+    alone reach 0.69, in 10 seconds on two CPU cores:
+
+        python tools/launch.py recipes/recommender.py
+
+    Of MovieLens latest small (100,004 ratings) it predicts a random tenth to 0.850
+    (median of three splits; biases alone 0.879), and ranks the film that a user rates
+    last among the first ten of all 9,066 in 14 % of the cases:
+
+        python tools/launch.py recipes/recommender.py --data ratings.csv
+        ... --feedback implicit
+
     Args:
       data: table of ratings (CSV, JSON lines, Parquet, Arrow).
       user: name of the column of users.
