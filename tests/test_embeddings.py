@@ -338,6 +338,25 @@ def test_no_operation_of_a_step_is_as_large_as_the_table(precision):
     assert beyond < size * DIM
 
 
+def test_evaluation_casts_rows_and_not_the_table():
+    size = 50_021
+    trainer = lepton.Trainer(
+        recipe(
+            lepton.optimizers.sparse_adam,
+            partial(Model, size=size),
+            precision="bfloat16",
+        ),
+        devices=1,
+    )
+    trace = trainer._tracing(None)
+    program = lepton.Program(trace, trainer.plan(), jax.devices()[:1])
+    state = trace.state
+    forward = jax.jit(program._forward)
+    lowered = forward.lower(state.params, state.variables, trace.inputs)
+    assert f"{size}x{DIM}xf32" in lowered.as_text()
+    assert f"{size}x{DIM}xbf16" not in lowered.as_text()
+
+
 # ---- what stands against it ----
 
 

@@ -17,7 +17,7 @@ from lepton_jax.models.lstm import LSTM
 from lepton_jax.models.mf import MatrixFactorization
 from lepton_jax.models.mlp import MLP
 from lepton_jax.models.moe import MoELM
-from lepton_jax.models.ngrams import NgramLinear, WithNgrams
+from lepton_jax.models.ngrams import NgramLinear, WithNgrams, mean_by_shares
 from lepton_jax.models.resnet import ResNet, resnet_size
 from lepton_jax.models.retrieval import Retrieval, best_items
 from lepton_jax.models.tabm import (
@@ -70,6 +70,7 @@ __all__ = [
     "averaged_views",
     "best_items",
     "convnext_size",
+    "mean_by_shares",
     "mean_of_outputs",
     "mean_of_probabilities",
     "mean_of_rates",

@@ -45,7 +45,7 @@ from lepton_jax.planner import (
     rematerialized,
     rewrite,
 )
-from lepton_jax.step.embeddings import Rows, compacted
+from lepton_jax.step.embeddings import Rows, cast_late, compacted
 from lepton_jax.step.state import State
 from lepton_jax.step.training_loss import (
     ARGUMENTS,
@@ -538,8 +538,11 @@ class Program:
         variables: Any,
         inputs: Any,
     ) -> Any:
+        forward = partial(evaluated, self.trace)
+        if self.trace.tables:
+            forward = cast_late(forward, self.trace.tables)
         forward = laid_out(
-            partial(evaluated, self.trace),
+            forward,
             self.plan.layout,
             self.mesh,
             ("params", "variables", "inputs"),

@@ -18,7 +18,7 @@ bfloat16) costs by the rows that are touched. Gradients of other rows are 0, whi
 norms of gradients exact.
 """
 
-from lepton_jax.step.embeddings.compact import compacted, looked_up
+from lepton_jax.step.embeddings.compact import cast_late, compacted, looked_up
 from lepton_jax.step.embeddings.rows import Rows, rowwise_arrays, touched
 from lepton_jax.step.embeddings.tables import (
     NO_TABLES,
@@ -37,6 +37,7 @@ __all__ = [
     "Tables",
     "Use",
     "Verdict",
+    "cast_late",
     "compacted",
     "followed",
     "looked_up",

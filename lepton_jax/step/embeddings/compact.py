@@ -145,6 +145,41 @@ def looked_up(
     return ClosedJaxpr(jaxpr, program.consts), paths, used
 
 
+def cast_late(function: Callable, tables: Tables) -> Callable:
+    """Return a function that casts the rows that it looks up, and not whole tables.
+
+    Args:
+      function: of the parameters and other arguments, such as a forward pass.
+      tables: the tables among the parameters.
+    """
+
+    def run(params: Any, *args: Any) -> Any:
+        trace = jax.make_jaxpr(function, return_shape=True)
+        program, shapes = trace(params, *args)
+        raw = [
+            Raw(x) if path in tables.sizes else x
+            for path, x in tables.leaves(params).items()
+        ]
+        values = [*raw, *jax.tree.leaves(args)]
+        results = _Late().run(program.jaxpr, program.consts, values)
+        results = [_done(x) for x in results]
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return run
+
+
+class Raw(NamedTuple):
+    """A table in a program, before operations that change each row by itself.
+
+    Attributes:
+      x: the table.
+      pending: the equations of these operations, such as a cast.
+    """
+
+    x: Any
+    pending: tuple = ()
+
+
 # ---- internals ----
 
 
@@ -236,6 +271,34 @@ class _Collect(_Interpreter):
         ids = clipped(ids.reshape(-1), held.size, mode)
         self.ids.append((held.path, ids))
         return _bind(eqn, [held.x, indices, *rest])
+
+
+class _Late(_Interpreter):
+    """Runs a program in which casts of a table wait until rows are looked up."""
+
+    def _results(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        if not any(isinstance(x, Raw) for x in operands):
+            return _bind(eqn, operands)
+        inner = called(eqn)
+        if inner is not None:
+            return self.run(*opened(inner), operands)
+        first, *rest = operands
+        if eqn.primitive.name in BY_ROW:
+            return [first._replace(pending=(*first.pending, eqn))]
+        if is_lookup(eqn) and isinstance(first, Raw):
+            rows = _bind(eqn, [first.x, *rest])[0]
+            return [_done(first._replace(x=rows))]
+        return _bind(eqn, [_done(x) for x in operands])
+
+
+def _done(operand: Any) -> Any:
+    """Return an operand after the operations that are pending on it."""
+    if not isinstance(operand, Raw):
+        return operand
+    x = operand.x
+    for eqn in operand.pending:
+        x = _bind(eqn, [x])[0]
+    return x
 
 
 def _ids(eqn: Any, indices: Any) -> tuple[Any, Any]:
