@@ -33,6 +33,7 @@ from lepton_jax.baselines import (
     shown,
     verdict_of,
 )
+from lepton_jax.data import epoch_samples
 from lepton_jax.errors import DataError, LeptonError, RecipeError, writing_remedy
 from lepton_jax.hosts import agreement
 from lepton_jax.monitor import Sink, plain, write_folds_report
@@ -76,7 +77,12 @@ class FoldResult:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> FoldResult:
         """Return what `to_fields` was given."""
-        baselines = tuple(map(Comparison.from_fields, fields["baselines"]))
+        baselines = tuple(
+            map(
+                Comparison.from_fields,
+                fields["baselines"],
+            )
+        )
         return cls(**{**fields, "baselines": baselines})
 
 
@@ -214,14 +220,30 @@ def cross_validate(
       RecipeError: `folds` is no count of at least 2.
       DataError: a recipe has no test data, or the folder holds other folds.
     """
-    if not isinstance(folds, int) or isinstance(folds, bool) or folds < FEWEST:
+    if (
+        not isinstance(folds, int)
+        or isinstance(
+            folds,
+            bool,
+        )
+        or folds < FEWEST
+    ):
         raise RecipeError(
             f"folds is {folds!r}",
             where="cross_validate",
             remedy="give a whole number of at least 2",
         )
     folder = None if run_dir is None else Path(run_dir)
-    results = {one.fold: one for one in _finished(folder, folds)}
+    known = agreement.first(
+        lambda: [
+            one.to_fields()
+            for one in _finished(
+                folder,
+                folds,
+            )
+        ]
+    )
+    results = {one["fold"]: FoldResult.from_fields(one) for one in known}
     outputs: dict[int, Any] = {}
     recipe = None
     for fold in range(folds):
@@ -241,10 +263,21 @@ def cross_validate(
         if one is None:
             break
         results[fold] = one
-        _write(folder, _together(folds, list(results.values()), folder))
-    done = _together(folds, [results[fold] for fold in sorted(results)], folder)
+        _write(
+            folder,
+            _together(folds, list(results.values()), folder),
+        )
+    done = _together(
+        folds,
+        [results[fold] for fold in sorted(results)],
+        folder,
+    )
     if recipe is not None or folder is not None:
-        done = _with_pooled(done, recipe or make(0), outputs)
+        done = _with_pooled(
+            done,
+            recipe or make(0),
+            outputs,
+        )
     _write(folder, done)
     return done
 
@@ -264,22 +297,37 @@ def _trained(
     outputs: dict[int, Any],
 ) -> FoldResult | None:
     """Train and judge a fold; None: it was interrupted."""
-    if run.run_dir is not None and (run.run_dir / "recipe.json").exists():
+    place = run.run_dir
+    has_begun = agreement.first(
+        lambda: place is not None and (place / "recipe.json").exists()
+    )
+    if has_begun:
         run.resume()
     history = run.fit()
     if history.status != "finished":
         return None
     examined = run.examine(seconds)
     metrics = run.evaluate()._asdict()
-    rows = 0
+    rows = epoch_samples(run.recipe.test) or 0
     comparisons: Sequence[Comparison] = ()
     if examined is not None:
-        rows = len(examined.judged.samples)
         comparisons = examined.comparisons
         arrays = (examined.judged.samples.targets, examined.judged.outputs)
-        if all(isinstance(one, np.ndarray) for one in arrays):
+        if all(
+            isinstance(
+                one,
+                np.ndarray,
+            )
+            for one in arrays
+        ):
             _keep(run.run_dir, fold, arrays, outputs)
-    return FoldResult(fold, metrics, rows, run.step, tuple(comparisons))
+    return FoldResult(
+        fold,
+        metrics,
+        rows,
+        run.step,
+        tuple(comparisons),
+    )
 
 
 def _keep(
@@ -294,7 +342,11 @@ def _keep(
     outputs[fold] = arrays
     if folder is not None:
         targets, given = arrays
-        np.savez_compressed(folder / ROWS, targets=targets, outputs=given)
+        np.savez_compressed(
+            folder / ROWS,
+            targets=targets,
+            outputs=given,
+        )
 
 
 def _check_tested(recipe: Recipe, fold: int) -> None:
@@ -315,13 +367,40 @@ def over_folds(name: str, values: Sequence[float]) -> OverFolds:
     mean = float(np.mean(values))
     if count < FEWEST:
         return OverFolds(
-            name, tuple(values), mean, math.nan, Interval(mean, math.nan, math.nan)
+            name,
+            tuple(values),
+            mean,
+            math.nan,
+            Interval(
+                mean,
+                math.nan,
+                math.nan,
+            ),
         )
-    spread = float(np.std(values, ddof=1))
+    spread = float(
+        np.std(
+            values,
+            ddof=1,
+        )
+    )
     corrected = spread * math.sqrt(1 / count + 1 / (count - 1))
-    width = float(student.ppf(TAIL, count - 1)) * corrected
+    width = (
+        float(
+            student.ppf(
+                TAIL,
+                count - 1,
+            )
+        )
+        * corrected
+    )
     interval = Interval(mean, mean - width, mean + width)
-    return OverFolds(name, tuple(values), mean, spread / math.sqrt(count), interval)
+    return OverFolds(
+        name,
+        tuple(values),
+        mean,
+        spread / math.sqrt(count),
+        interval,
+    )
 
 
 def _together(
@@ -331,10 +410,20 @@ def _together(
 ) -> CrossValidation:
     names = list(results[0].metrics) if results else []
     metrics = {
-        name: over_folds(name, [one.metrics[name] for one in results]) for name in names
+        name: over_folds(
+            name,
+            [one.metrics[name] for one in results],
+        )
+        for name in names
     }
     baselines = tuple(_baselines(results)) if results else ()
-    return CrossValidation(folds, tuple(results), metrics, baselines, folder)
+    return CrossValidation(
+        folds,
+        tuple(results),
+        metrics,
+        baselines,
+        folder,
+    )
 
 
 def _baselines(results: Sequence[FoldResult]) -> list[BaselineOverFolds]:
@@ -348,7 +437,13 @@ def _baselines(results: Sequence[FoldResult]) -> list[BaselineOverFolds]:
             pairs = [_pair(one, metric) for one in theirs]
             known = [pair for pair in pairs if pair is not None]
             if known and len(known) == len(results):
-                found.append(_baseline(first.name, metric, known))
+                found.append(
+                    _baseline(
+                        first.name,
+                        metric,
+                        known,
+                    )
+                )
     return found
 
 
@@ -366,7 +461,10 @@ def _baseline(
     pairs: Sequence[tuple[float, float]],
 ) -> BaselineOverFolds:
     ours, theirs = zip(*pairs, strict=True)
-    difference = over_folds(metric, list(np.subtract(ours, theirs)))
+    difference = over_folds(
+        metric,
+        list(np.subtract(ours, theirs)),
+    )
     verdict = verdict_of(metric, difference.interval, math.nan)
     return BaselineOverFolds(
         name,
@@ -395,7 +493,10 @@ def _with_pooled(
     metrics = dict(done.metrics)
     for name, one in together.items():
         if name in metrics:
-            metrics[name] = replace(metrics[name], pooled=one.interval(len(targets)))
+            metrics[name] = replace(
+                metrics[name],
+                pooled=one.interval(len(targets)),
+            )
     return replace(done, metrics=metrics)
 
 
@@ -417,7 +518,14 @@ def _rows_of_folds(
     targets = np.concatenate([targets for targets, _ in parts])
     given = np.concatenate([given for _, given in parts])
     counts = [len(targets) for targets, _ in parts]
-    return targets, given, np.repeat([one.fold for one in done.results], counts)
+    return (
+        targets,
+        given,
+        np.repeat(
+            [one.fold for one in done.results],
+            counts,
+        ),
+    )
 
 
 def _read_rows(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
@@ -465,7 +573,12 @@ def _write(folder: Path | None, done: CrossValidation) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(done.to_fields(), indent=1))
+        part.write_text(
+            json.dumps(
+                done.to_fields(),
+                indent=1,
+            )
+        )
         part.replace(path)
     except OSError as error:
         raise LeptonError(

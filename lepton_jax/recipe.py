@@ -63,7 +63,8 @@ class Recipe:
       metrics: name to a function like `loss`, or to a `lepton_jax.metrics.Metric`.
         Those that a loss of several tasks implies come along (`losses.sum_of`).
       preprocess: inputs to the model's inputs, in JAX; part of every compiled program
-        (e.g. uint8 pixels to floats).
+        (e.g. uint8 pixels to floats). An `augment.Augmented` also changes samples at
+        random in training.
       decode: the model's outputs to what `predict` returns. None: what the loss implies
         (`losses.decoder`).
       preparation: the way from raw rows to inputs, a `lepton_jax.data.prepare.Serving`.

@@ -87,7 +87,10 @@ from lepton_jax.train.judged import (
     MOST_TRAINING_ROWS,
     Examined,
     Judged,
+    is_worth_it,
     judged,
+    outputs_of,
+    rows_to_judge,
     samples_of,
 )
 from lepton_jax.train.loop import Loop, Start
@@ -487,9 +490,13 @@ class Trainer:
             write_report(self.run_dir)
         return examined
 
-    def _examined(self, program: Program, seconds: float) -> Examined:
+    def _examined(self, program: Program, seconds: float) -> Examined | None:
         """Look at the test rows, fit the baselines, and write both down."""
-        test_rows = judged(program, self._state(program), self.recipe.test)
+        samples = rows_to_judge(program, self.recipe.test)
+        if not is_worth_it(program, samples):
+            return None
+        outputs = outputs_of(program, self._state(program), samples.inputs)
+        test_rows = Judged(samples, outputs)
         if self.run_dir is not None and agreement.host() == 0:
             names = getattr(self.preparation, "words", ())
             write_examined(self.run_dir, facts_of(test_rows, names))

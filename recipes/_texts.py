@@ -118,6 +118,7 @@ class Measured:
       texts: how many were looked at.
       words: of a text, which `COVERED` of the texts do not exceed.
       characters: the same.
+      size: bytes, the same.
       mean_word: characters of a mean word.
       unspaced: share of the letters that are of scripts without spaces.
     """
@@ -125,6 +126,7 @@ class Measured:
     texts: int
     words: int
     characters: int
+    size: int
     mean_word: float
     unspaced: float
 
@@ -132,12 +134,6 @@ class Measured:
     def has_words(self) -> bool:
         """Whether the texts have words to tell apart."""
         return self.mean_word <= LONGEST_MEAN_WORD
-
-    @property
-    def ngrams(self) -> int:
-        """Count of distinct n-grams that a text has at most, about."""
-        # three orders of characters, two of words
-        return 3 * self.characters + 2 * self.words
 
     def __str__(self) -> str:
         words = [
@@ -179,6 +175,7 @@ def measured(columns: Columns) -> Measured:
         len(texts),
         _covering(words),
         _covering(texts.str.len_chars()),
+        _covering(texts.str.len_bytes()),
         float(mean) if isinstance(mean, float) else 0.0,
         unspaced / max(letters, unspaced, 1),
     )

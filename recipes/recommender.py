@@ -24,6 +24,8 @@ Loss = Literal["softmax", "contrastive"]
 
 TEST_SHARE = 0.1  # of the ratings, or of the items with split=new_items
 FIRST = 10  # ranks that count
+# Of Adam; on validation parts of MovieLens latest small 3e-3 learned too slowly.
+LEARNING_RATE = 1e-2
 HELD_BITS = 2**33  # of the table of what users have used: 1 GiB; assumption
 SECONDS_A_DAY = 86_400
 
@@ -53,6 +55,18 @@ class Settings:
     prepared: Path | None
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Settings of rankings alone."""
+
+    history: int
+    user_vectors: bool
+    loss: str
+    negatives: str
+    samples: int
+    dropout: float
+
+
 def recipe(
     data: Path | None = None,
     user: str = "userId",
@@ -72,9 +86,11 @@ def recipe(
     dim: int | None = None,
     members: int = 8,
     history: int = 50,
+    user_vectors: bool = False,
     loss: Loss = "softmax",
-    negatives: Literal["all", "in_batch", "sampled"] = "all",
-    dropout: float = 0.5,
+    negatives: Literal["all", "in_batch", "sampled"] = "sampled",
+    samples: int = 1024,
+    dropout: float = 0.3,
     learning_rate: float | None = None,
     batch_size: int | None = None,
     epochs: float | None = None,
@@ -109,9 +125,11 @@ def recipe(
       dim: width of the vectors.
       members: for ratings, how many factorizations are averaged.
       history: for rankings, how many items used last are looked at.
+      user_vectors: for rankings, whether a user has a vector next to the history.
       loss: of rankings: softmax, or the contrastive one of cosines.
       negatives: what an item that was used is compared with: all items, those of the
         batch's other rows, or sampled ones.
+      samples: how many are sampled for a batch.
       dropout: of rankings: share of the user's vector dropped.
       learning_rate: of Adam at the start; it falls as a cosine to zero.
       batch_size: rows per step, over all devices.
@@ -176,10 +194,14 @@ def recipe(
             settings,
             features,
             counts,
-            history=history,
-            loss=loss,
-            negatives=negatives,
-            dropout=dropout,
+            Ranking(
+                history=history,
+                user_vectors=user_vectors or not history,
+                loss=loss,
+                negatives=negatives,
+                samples=samples,
+                dropout=dropout,
+            ),
         )
     counts.show()
     return made_recipe
@@ -223,10 +245,6 @@ def _explicit(
     test = serving.split("validation" if settings.validation else "test")
     sizes = _tables.sizes_of(serving)
     center = float(train.targets.mean())
-    batch_size = settings.batch_size or 1024
-    epochs = settings.epochs or 10
-    total = settings.steps or math.ceil(epochs * len(train) / batch_size)
-    rate = settings.learning_rate or 1e-2
     return lepton.Recipe(
         name="recommender",
         model=partial(
@@ -245,16 +263,11 @@ def _explicit(
         ),
         metrics={"rmse": _merged_rmse()},
         optimizer=partial(_ridge_adam, rows=len(train)),
-        learning_rate=optax.cosine_decay_schedule(rate, total),
         train=train,
         test=test,
         preparation=serving,
         baseline=lepton.baselines.biases,
-        batch_size=batch_size,
-        epochs=epochs,
-        steps=settings.steps,
-        save_every=settings.save_every,
-        seed=settings.seed,
+        **_length(settings, len(train), batch_size=1024, epochs=10),
     )
 
 
@@ -328,11 +341,7 @@ def _implicit(
     settings: Settings,
     features: dict[str, tuple[str, ...]],
     counts: Any,
-    *,
-    history: int,
-    loss: Loss,
-    negatives: str,
-    dropout: float,
+    ranking: Ranking,
 ) -> lepton.Recipe:
     """Return the recipe that ranks all items."""
     from recipes import _ranking, _ratings
@@ -350,38 +359,22 @@ def _implicit(
         counts,
         settings.validation,
     )
-    train, test = _samples(pairs, parts, history)
+    train, test = _samples(pairs, parts, ranking.history)
     _check_size(pairs)
-    batch_size = settings.batch_size or 512
-    epochs = settings.epochs or 20
-    total = settings.steps or math.ceil(epochs * len(train) / batch_size)
-    rate = settings.learning_rate or 3e-3
-    loss_function: Any = lepton.losses.ranking_softmax
-    if loss == "contrastive":
-        loss_function = lepton.losses.cosine_contrastive
-    item_counts = np.bincount(train.targets, minlength=len(pairs.items))
-    of_items = ()
+    of_items: tuple[tuple[int, ...], ...] = ()
     if features:
         of_items = _ratings.features_of(pairs.items, features, counts)
+    losses = lepton.losses
+    is_contrastive = ranking.loss == "contrastive"
     return lepton.Recipe(
         name="recommender",
         model=partial(
-            lepton.models.Retrieval,
-            len(pairs.users),
-            len(pairs.items),
+            _ranker(pairs, parts, ranking),
             dim=settings.dim or 64,
-            history=history,
             features=of_items,
-            counts=tuple(item_counts.tolist()),
-            used=_ratings.used_items(pairs, parts),
-            negatives=negatives,
-            cosine=loss == "contrastive",
-            temperature=1.0,
-            popularity=loss == "softmax",
-            dropout=dropout,
-            item_dropout=ITEM_DROPOUT if features else 0.0,
+            item_dropout=ITEM_DROPOUT if of_items else 0.0,
         ),
-        loss=loss_function,
+        loss=(losses.cosine_contrastive if is_contrastive else losses.ranking_softmax),
         metrics={
             f"hit_rate_{FIRST}": _ranking.among_negatives(
                 partial(lepton.metrics.hit_rate, k=FIRST)
@@ -391,16 +384,38 @@ def _implicit(
             ),
         },
         optimizer=optax.adam,
-        learning_rate=optax.cosine_decay_schedule(rate, total),
         train=train,
         test=test,
-        decode=_first_items,
+        decode=partial(
+            lepton.models.best_items,
+            count=min(FIRST, len(pairs.items)),
+        ),
         baseline=_baselines(parts, len(pairs.items)),
-        batch_size=batch_size,
-        epochs=epochs,
-        steps=settings.steps,
-        save_every=settings.save_every,
-        seed=settings.seed,
+        **_length(settings, len(train), batch_size=512, epochs=6),
+    )
+
+
+def _ranker(pairs: Any, parts: Any, ranking: Ranking) -> Any:
+    """Return the model's factory, but for what features of the items decide."""
+    from recipes import _ratings
+
+    item = pairs.item[parts.train]
+    counts = np.bincount(item, minlength=len(pairs.items))
+    is_contrastive = ranking.loss == "contrastive"
+    return partial(
+        lepton.models.Retrieval,
+        len(pairs.users) if ranking.user_vectors else 0,
+        len(pairs.items),
+        history=ranking.history,
+        tied=True,
+        counts=tuple(counts.tolist()),
+        used=_ratings.used_items(pairs, parts),
+        negatives=ranking.negatives,
+        samples=ranking.samples,
+        cosine=is_contrastive,
+        temperature=1.0,
+        popularity=not is_contrastive,
+        dropout=ranking.dropout,
     )
 
 
@@ -419,11 +434,6 @@ def _baselines(parts: Any, items: int) -> tuple[Any, ...]:
 # Share of items whose own embedding is left out in training where they have features:
 # Volkovs et al. 2017 use 0.5.
 ITEM_DROPOUT = 0.5
-
-
-def _first_items(scores: Any) -> Any:
-    """Return the items to recommend, best first."""
-    return jax.lax.top_k(scores, FIRST)[1]
 
 
 def _samples(
@@ -455,6 +465,31 @@ def _check_size(pairs: Any) -> None:
             where="--data",
             remedy="take a sample of the users, or the items with most ratings",
         )
+
+
+# ---- what both have in common ----
+
+
+def _length(
+    settings: Settings,
+    rows: int,
+    *,
+    batch_size: int,
+    epochs: float,
+) -> dict[str, Any]:
+    """Return the fields of a recipe that say how long it trains, and how fast."""
+    batch_size = settings.batch_size or batch_size
+    epochs = settings.epochs or epochs
+    total = settings.steps or math.ceil(epochs * rows / batch_size)
+    rate = settings.learning_rate or LEARNING_RATE
+    return {
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "steps": settings.steps,
+        "learning_rate": optax.cosine_decay_schedule(rate, total),
+        "save_every": settings.save_every,
+        "seed": settings.seed,
+    }
 
 
 # ---- what was asked ----

@@ -109,11 +109,11 @@ def test_of_an_error_less_is_better_and_pairs_see_what_intervals_hide():
 
 def test_a_metric_of_the_whole_set_and_one_of_several_means_have_intervals_too():
     generator = np.random.default_rng(2)
-    targets = (np.arange(200) % 2).astype(np.float32)
-    outputs = (3 * targets + generator.normal(size=200)).astype(np.float32)
+    targets = (np.arange(80) % 2).astype(np.float32)
+    outputs = (3 * targets + generator.normal(size=80)).astype(np.float32)
     metrics = {"auc": lepton.metrics.auc, "f1": lepton.metrics.f1}
-    samples = Samples(outputs, targets, 200, "binary")
-    baseline = Baseline("noise", "", generator.normal(size=(200,)))
+    samples = Samples(outputs, targets, 80, "binary")
+    baseline = Baseline("noise", "", generator.normal(size=(80,)))
     ones = Network(metrics, outputs, samples).against(baseline)
     for one in ones:
         assert one.network.low < one.network.value < one.network.high

@@ -61,7 +61,10 @@ class Samples:
     total: int
     task: Task = "other"
     classes: int = 0
-    read_raw: Callable[[Any], Any] | None = field(default=None, repr=False)
+    read_raw: Callable[[Any], Any] | None = field(
+        default=None,
+        repr=False,
+    )
 
     def __len__(self) -> int:
         arrays = self.inputs

@@ -116,16 +116,21 @@ def answered(
     targets = train.targets.reshape(len(train), -1)[rows]
     shape = (len(tested.table), *test.targets.shape[1:])
     if train.task == "quantities":
-        answers = [_fit(known, column, loss)(tested.table) for column in targets.T]
-        outputs = np.stack(answers, axis=-1).astype(np.float32)
-        return outputs.reshape(shape)
+        models = [_fit(known, column, loss) for column in targets.T]
+        answers = [model(tested.table) for model in models]
+        outputs = np.stack(answers, axis=-1)
+        return outputs.astype(np.float32).reshape(shape)
     if targets.shape[1] != 1:
         raise NotHere(f"there are {targets.shape[1]} targets a row")
     classes = max(2, train.classes)
     labels = targets[:, 0].astype(int)
     shares = _fit(known, labels, classes=classes)(tested.table)
-    logs = np.log(np.maximum(shares, LEAST)).astype(np.float32)
-    return logs if train.task == "classes" else (logs[:, 1] - logs[:, 0]).reshape(shape)
+    logs = np.log(np.maximum(shares, LEAST))
+    logs = logs.astype(np.float32)
+    if train.task == "classes":
+        return logs
+    logits = logs[:, 1] - logs[:, 0]
+    return logits.reshape(shape)
 
 
 def columns_of(inputs: Any) -> Columns:
@@ -144,8 +149,9 @@ def columns_of(inputs: Any) -> Columns:
         part[~np.isfinite(part)] = np.nan
         parts.append(part)
         is_whole = leaf.dtype.kind in "iub"
-        is_category.append((part.max(axis=0, initial=0) < MOST_VALUES) & is_whole)
-        is_coded.append(np.full(part.shape[1], is_whole))
+        is_small = part.max(axis=0, initial=0) < MOST_VALUES
+        is_category.append(is_small & is_whole)
+        is_coded.append(np.full_like(is_small, is_whole))
     table = np.concatenate(parts, axis=1)
     if table.shape[1] > MOST_COLUMNS:
         raise NotHere(f"the inputs have {table.shape[1]:,} columns")
@@ -180,7 +186,8 @@ def _fit(
         return model.fit(columns.table, targets).predict
     known = np.unique(targets)
     if len(known) == 1:
-        return lambda rows: np.eye(classes)[np.repeat(known, len(rows))]
+        certain = np.eye(classes)[known]
+        return lambda rows: certain.repeat(len(rows), axis=0)
     fitted = HistGradientBoostingClassifier(**settings).fit(columns.table, targets)
 
     def shares(rows: np.ndarray) -> np.ndarray:

@@ -99,10 +99,10 @@ def _features(train: Samples, test: Samples) -> tuple[Features, Features, int]:
     parts = []
     sizes: Sequence[int] = ()
     for rows in (train, test):
-        codes = rows.inputs.get("categories", np.zeros((len(rows), 0), np.int32))
+        codes = rows.inputs.get("categories", np.zeros((len(rows), 0)))
         numbers = rows.inputs.get("numbers", np.zeros((len(rows), 0), np.float32))
         marked = np.concatenate([np.nan_to_num(numbers), np.isnan(numbers)], axis=1)
-        parts.append((np.float32(marked), codes))
+        parts.append((np.float32(marked), np.int32(codes)))
     both = np.concatenate([codes for _, codes in parts])
     sizes = (both.max(axis=0, initial=-1) + 1).tolist()
     starts = np.asarray([0, *itertools.accumulate(sizes)][: len(sizes)], np.int32)

@@ -95,12 +95,22 @@ class Comparison:
     def __repr__(self) -> str:
         if self.failed:
             return f"no baseline: {self.name}: {self.failed}"
-        return "\n".join(sentence(self.name, one) for one in self.compared)
+        return "\n".join(
+            sentence(
+                self.name,
+                one,
+            )
+            for one in self.compared
+        )
 
     def to_fields(self) -> dict[str, Any]:
         """Return it as the plain fields of an event, with a sentence a metric."""
         fields = asdict(self)
-        for entry, one in zip(fields["compared"], self.compared, strict=True):
+        for entry, one in zip(
+            fields["compared"],
+            self.compared,
+            strict=True,
+        ):
             entry["text"] = sentence(self.name, one)
         return fields
 
@@ -147,10 +157,18 @@ class Network:
         theirs: dict[str, Measured] = {}
         if baseline.outputs is not None:
             outputs = fitted_to(baseline, self.outputs, rows)
-            theirs |= all_measured(self.metrics, outputs, self.samples.targets)
+            theirs |= all_measured(
+                self.metrics,
+                outputs,
+                self.samples.targets,
+            )
         for name, values in baseline.values.items():
             _check_rows(baseline, len(values), rows)
-            theirs[name] = MeasuredMean(np.asarray(values, np.float64), None, None)
+            theirs[name] = MeasuredMean(
+                np.asarray(values, np.float64),
+                None,
+                None,
+            )
         given = {
             name: self._unpaired(name, interval)
             for name, interval in baseline.metrics.items()
@@ -171,11 +189,20 @@ class Network:
         if ours is None:
             return Compared(name, None, baseline)
         network = ours.interval(len(self.samples))
-        spread = math.hypot(half_width(network), half_width(baseline))
+        spread = math.hypot(
+            half_width(network),
+            half_width(baseline),
+        )
         value = network.value - baseline.value
         difference = Interval(value, value - spread, value + spread)
         verdict = verdict_of(name, difference, math.nan)
-        return Compared(name, network, baseline, difference, verdict=verdict)
+        return Compared(
+            name,
+            network,
+            baseline,
+            difference,
+            verdict=verdict,
+        )
 
 
 def _paired(
@@ -186,8 +213,16 @@ def _paired(
     """Compare all metrics over the same resamples of the rows."""
     everything = [*ours.values(), *theirs.values()]
     drawn: dict[int, list[float]] = {id(one): [] for one in everything}
-    most = max((one.resamples for one in everything if one.hits is None), default=0)
-    for number, counts in enumerate(resamples(rows, most)):
+    most = max(
+        (one.resamples for one in everything if one.hits is None),
+        default=0,
+    )
+    for number, counts in enumerate(
+        resamples(
+            rows,
+            most,
+        )
+    ):
         for one in everything:
             if number < one.resamples:
                 drawn[id(one)].append(one.of(counts))
@@ -199,7 +234,16 @@ def _paired(
             continue
         our = ours[name]
         network = _of_drawn(our, drawn, rows)
-        compared.append(_difference(name, our, their, network, baseline, drawn))
+        compared.append(
+            _difference(
+                name,
+                our,
+                their,
+                network,
+                baseline,
+                drawn,
+            )
+        )
     return compared
 
 
@@ -219,11 +263,25 @@ def _difference(
         width = 2 * apart.std() / math.sqrt(len(apart))
         difference = Interval(value, value - width, value + width)
     else:
-        count = min(len(drawn[id(ours)]), len(drawn[id(theirs)]))
-        values = np.subtract(drawn[id(ours)][:count], drawn[id(theirs)][:count])
+        count = min(
+            len(drawn[id(ours)]),
+            len(drawn[id(theirs)]),
+        )
+        values = np.subtract(
+            drawn[id(ours)][:count],
+            drawn[id(theirs)][:count],
+        )
         difference = percentiles(value, values)
     verdict = verdict_of(name, difference, chance)
-    return Compared(name, network, baseline, difference, chance, verdict, paired=True)
+    return Compared(
+        name,
+        network,
+        baseline,
+        difference,
+        chance,
+        verdict,
+        paired=True,
+    )
 
 
 def _of_drawn(
@@ -233,7 +291,10 @@ def _of_drawn(
 ) -> Interval:
     if one.hits is not None:
         return wilson(one.hits.sum(), rows)
-    return percentiles(one.value, np.array(drawn[id(one)]))
+    return percentiles(
+        one.value,
+        np.array(drawn[id(one)]),
+    )
 
 
 # ---- outputs of a baseline in the form of the network's ----
@@ -250,7 +311,14 @@ def fitted_to(baseline: Baseline, outputs: Any, rows: int) -> np.ndarray:
     """
     given = np.asarray(baseline.outputs, np.float32)
     _check_rows(baseline, len(given), rows)
-    shape = np.shape(outputs) if isinstance(outputs, np.ndarray) else given.shape
+    shape = (
+        np.shape(outputs)
+        if isinstance(
+            outputs,
+            np.ndarray,
+        )
+        else given.shape
+    )
     if given.shape == shape:
         return given
     if given.shape == (rows, 2) and math.prod(shape) == rows:
@@ -259,8 +327,15 @@ def fitted_to(baseline: Baseline, outputs: Any, rows: int) -> np.ndarray:
         return given.reshape(shape)
     is_short = given.ndim == len(shape) == 2 and given.shape[1] < shape[1]
     if is_short:
-        missing = np.full((rows, shape[1] - given.shape[1]), given.min(), np.float32)
-        return np.concatenate([given, missing], axis=1)
+        missing = np.full(
+            (rows, shape[1] - given.shape[1]),
+            given.min(),
+            np.float32,
+        )
+        return np.concatenate(
+            [given, missing],
+            axis=1,
+        )
     raise DataError(
         f"the baseline gives outputs {list(given.shape)}, the network {list(shape)}",
         where=baseline.name,

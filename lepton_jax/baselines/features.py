@@ -37,8 +37,18 @@ class _Numbers:
 
     def columns(self, leaf: np.ndarray) -> np.ndarray:
         missing = ~np.isfinite(leaf)
-        scaled = (np.where(missing, self.mean, leaf) - self.mean) / self.spread
-        return np.concatenate([scaled, missing[:, self.gaps]], axis=1)
+        scaled = (
+            np.where(
+                missing,
+                self.mean,
+                leaf,
+            )
+            - self.mean
+        ) / self.spread
+        return np.concatenate(
+            [scaled, missing[:, self.gaps]],
+            axis=1,
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,11 @@ class _Categories:
     def columns(self, leaf: np.ndarray) -> np.ndarray:
         parts = [
             column[:, None] == known
-            for column, known in zip(leaf.T, self.values, strict=True)
+            for column, known in zip(
+                leaf.T,
+                self.values,
+                strict=True,
+            )
         ]
         return np.concatenate(parts, axis=1)
 
@@ -77,7 +91,10 @@ class Features:
 
     def __init__(self, train: Samples):
         self._parts = [_fitted(leaf) for leaf in _leaves(train.inputs)]
-        self.count = self.of(train.inputs, rows=1).shape[1]
+        self.count = self.of(
+            train.inputs,
+            rows=1,
+        ).shape[1]
         if self.count > MOST_COLUMNS:
             raise NotHere(
                 f"the inputs make {self.count:,} columns, more than {MOST_COLUMNS:,}"
@@ -92,10 +109,23 @@ class Features:
         """
         leaves = [leaf[:rows] for leaf in _leaves(inputs)]
         columns = [
-            part.columns(leaf.reshape(len(leaf), -1))
-            for part, leaf in zip(self._parts, leaves, strict=True)
+            part.columns(
+                leaf.reshape(
+                    len(leaf),
+                    -1,
+                )
+            )
+            for part, leaf in zip(
+                self._parts,
+                leaves,
+                strict=True,
+            )
         ]
-        return np.concatenate(columns, axis=1, dtype=np.float32)
+        return np.concatenate(
+            columns,
+            axis=1,
+            dtype=np.float32,
+        )
 
 
 def _leaves(inputs: Any) -> list[np.ndarray]:
@@ -108,20 +138,45 @@ def _fitted(leaf: np.ndarray) -> Any:
     leaf = leaf.reshape(len(leaf), -1)
     is_wide = leaf.dtype == np.uint8 and leaf.shape[1] >= FEWEST_PIXELS
     if is_image or is_wide:
-        return _Pixels(max(float(np.nan_to_num(leaf).max()), LEAST_SPREAD))
+        return _Pixels(
+            max(
+                float(np.nan_to_num(leaf).max()),
+                LEAST_SPREAD,
+            )
+        )
     if leaf.dtype.kind in "iu":
         return _Categories([_frequent(column) for column in leaf.T])
-    numbers = np.where(np.isfinite(leaf), leaf, np.nan).astype(np.float64)
+    numbers = np.where(
+        np.isfinite(leaf),
+        leaf,
+        np.nan,
+    ).astype(np.float64)
     gaps = np.isnan(numbers)
-    count = np.maximum(1, (~gaps).sum(axis=0))
+    count = np.maximum(
+        1,
+        (~gaps).sum(axis=0),
+    )
     mean = np.nansum(numbers, axis=0) / count
-    variance = np.nansum((numbers - mean) ** 2, axis=0) / count
+    variance = (
+        np.nansum(
+            (numbers - mean) ** 2,
+            axis=0,
+        )
+        / count
+    )
     spread = np.sqrt(variance)
     spread[spread < LEAST_SPREAD] = 1
-    return _Numbers(mean, spread, np.flatnonzero(gaps.any(axis=0)))
+    return _Numbers(
+        mean,
+        spread,
+        np.flatnonzero(gaps.any(axis=0)),
+    )
 
 
 def _frequent(column: np.ndarray) -> np.ndarray:
     values, counts = np.unique(column, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:MOST_VALUES]
+    order = np.argsort(
+        -counts,
+        kind="stable",
+    )[:MOST_VALUES]
     return np.sort(values[order])

@@ -65,7 +65,6 @@ def ials(
     passes: int = PASSES,
     unobserved: float = UNOBSERVED,
     regularization: float = REGULARIZATION,
-    seed: int = 0,
     items: int | None = None,
     shown: np.ndarray | None = None,
 ) -> Baseline:
@@ -78,7 +77,6 @@ def ials(
       passes: over users and items.
       unobserved: weight of the pairs that were not observed.
       regularization: weight of the vectors' norms.
-      seed: of the first vectors.
       items: how many items there are; None: as many as the model's outputs.
       shown: items that are candidates; None: all.
     """
@@ -89,7 +87,6 @@ def ials(
         passes=passes,
         unobserved=unobserved,
         regularization=regularization,
-        seed=seed,
     )
     users = np.minimum(test.inputs["user"], pairs.user_count - 1)
     scores = np.asarray(factors.users)[users] @ np.asarray(factors.items).T
@@ -109,7 +106,16 @@ def factorize(
     regularization: float = REGULARIZATION,
     seed: int = 0,
 ) -> Factors:
-    """Fit the factors of observed pairs; the settings are those of `ials`."""
+    """Fit the factors of observed pairs.
+
+    Args:
+      pairs: who used what.
+      dim: of the vectors.
+      passes: over users and items.
+      unobserved: weight of the pairs that were not observed.
+      regularization: weight of the vectors' norms.
+      seed: of the first vectors.
+    """
     user_key, item_key = jax.random.split(jax.random.key(seed))
     spread = SPREAD / dim**0.5
     users = spread * jax.random.normal(user_key, (pairs.user_count, dim))

@@ -36,7 +36,11 @@ def wilson(hits: float, count: int) -> Interval:
     middle = (share + square / (2 * count)) / (1 + square / count)
     variance = share * (1 - share) / count + square / (4 * count**2)
     width = QUANTILE * math.sqrt(variance) / (1 + square / count)
-    return Interval(share, max(0.0, middle - width), min(1.0, middle + width))
+    return Interval(
+        share,
+        max(0.0, middle - width),
+        min(1.0, middle + width),
+    )
 
 
 def percentiles(value: float, resampled: np.ndarray) -> Interval:
@@ -45,8 +49,15 @@ def percentiles(value: float, resampled: np.ndarray) -> Interval:
     finite = resampled[np.isfinite(resampled)]
     if not len(finite):
         return Interval(value, math.nan, math.nan)
-    low, high = np.percentile(finite, [tail, 100 - tail])
-    return Interval(value, float(low), float(high))
+    low, high = np.percentile(
+        finite,
+        [tail, 100 - tail],
+    )
+    return Interval(
+        value,
+        float(low),
+        float(high),
+    )
 
 
 def mean_interval(values: np.ndarray) -> Interval:
@@ -58,7 +69,10 @@ def mean_interval(values: np.ndarray) -> Interval:
     if are_hits(values):
         return wilson(values.sum(), len(values))
     means = [counts @ values / len(values) for counts in resamples(len(values))]
-    return percentiles(float(values.mean()), np.array(means))
+    return percentiles(
+        float(values.mean()),
+        np.array(means),
+    )
 
 
 def are_hits(values: np.ndarray) -> bool:
@@ -70,7 +84,10 @@ def resamples(rows: int, count: int = RESAMPLES) -> Iterator[np.ndarray]:
     """Yield how often each row is drawn in a resample: int (rows,)."""
     generator = np.random.default_rng(SEED)
     for _ in range(count):
-        yield np.bincount(generator.integers(0, rows, rows), minlength=rows)
+        yield np.bincount(
+            generator.integers(0, rows, rows),
+            minlength=rows,
+        )
 
 
 def mcnemar(left: np.ndarray, right: np.ndarray) -> float:

@@ -8,7 +8,13 @@ from collections.abc import Callable
 import numpy as np
 
 from lepton_jax.baselines.baseline import Baseline, Samples
-from lepton_jax.baselines.fitting import chosen, fitting, hits, nearness
+from lepton_jax.baselines.fitting import (
+    chosen,
+    few_threads,
+    fitting,
+    hits,
+    nearness,
+)
 
 # Inverse strengths of the penalty to choose from, by scikit-learn's scale, where 1 is
 # the default.
@@ -40,22 +46,43 @@ def logistic(train: Samples, test: Samples) -> Baseline:
     """
     import sklearn  # noqa: F401  before the work, if it is missing
 
-    data = fitting(train, test, lambda features: MOST_CELLS // features)
+    data = fitting(
+        train,
+        test,
+        lambda features: MOST_CELLS // features,
+    )
     if train.task == "quantities":
         strength = chosen(RIDGE, _ridge, nearness, data, MOST_TO_CHOOSE)
-        outputs = _ridge(strength, data.inputs, data.targets)(data.test)
+        outputs = _ridge(
+            strength,
+            data.inputs,
+            data.targets,
+        )(data.test)
         shape = (len(test), *test.targets.shape[1:])
         fitted = f"on {data.said}, penalty {strength:g}"
         return Baseline("ridge regression", fitted, outputs.reshape(shape))
     strength = chosen(STRENGTHS, _regression, hits, data, MOST_TO_CHOOSE)
-    shares = _regression(strength, data.inputs, data.targets)(data.test)
+    shares = _regression(
+        strength,
+        data.inputs,
+        data.targets,
+    )(data.test)
     fitted = f"on {data.said}, C = {strength:g}"
-    return Baseline("logistic regression", fitted, outputs_of(shares, train, test))
+    return Baseline(
+        "logistic regression",
+        fitted,
+        outputs_of(shares, train, test),
+    )
 
 
 def outputs_of(shares: np.ndarray, train: Samples, test: Samples) -> np.ndarray:
     """Return probabilities (rows, classes) as a model's outputs."""
-    logs = np.log(np.maximum(shares, LEAST)).astype(np.float32)
+    logs = np.log(
+        np.maximum(
+            shares,
+            LEAST,
+        )
+    ).astype(np.float32)
     if train.task != "binary":
         return logs
     return (logs[:, 1] - logs[:, 0]).reshape(test.targets.shape)
@@ -81,7 +108,7 @@ def _regression(
     if len(known) == 1:
         return lambda rows: spread(np.ones((len(rows), 1)))
     model = LogisticRegression(C=strength, max_iter=ITERATIONS)
-    with warnings.catch_warnings():
+    with few_threads(inputs.size), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(inputs, targets.astype(int))
     return lambda rows: spread(model.predict_proba(rows))
@@ -91,5 +118,8 @@ def _ridge(strength: float, inputs: np.ndarray, targets: np.ndarray) -> Answer:
     """Fit a ridge regression."""
     from sklearn.linear_model import Ridge
 
-    model = Ridge(alpha=strength).fit(inputs, targets)
+    model = Ridge(alpha=strength).fit(
+        inputs,
+        targets,
+    )
     return model.predict

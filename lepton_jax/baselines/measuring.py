@@ -52,7 +52,13 @@ class Measured:
         """Return the metric with its interval, over so many rows."""
         if self.hits is not None:
             return wilson(self.hits.sum(), rows)
-        values = [self.of(counts) for counts in resamples(rows, self.resamples)]
+        values = [
+            self.of(counts)
+            for counts in resamples(
+                rows,
+                self.resamples,
+            )
+        ]
         return percentiles(self.value, np.array(values))
 
 
@@ -72,10 +78,16 @@ class MeasuredMean(Measured):
         finish: Callable[[Any], Any] | None,
     ):
         rows = len(values)
-        self._sums = values.reshape(rows, -1).sum(axis=1, dtype=np.float64)
+        self._sums = values.reshape(rows, -1).sum(
+            axis=1,
+            dtype=np.float64,
+        )
         if weights is None:
             weights = np.ones_like(values)
-        self._weights = weights.reshape(rows, -1).sum(axis=1, dtype=np.float64)
+        self._weights = weights.reshape(rows, -1).sum(
+            axis=1,
+            dtype=np.float64,
+        )
         self._finish = finish
         self.value = self.of(np.ones(rows))
         is_share = finish is None and (self._weights == 1).all()
@@ -97,7 +109,10 @@ class MeasuredMeans(Measured):
     """
 
     def __init__(self, arrays: Any, finish: Callable[[Any], Any]):
-        self._arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), arrays)
+        self._arrays = jax.tree.map(
+            lambda x: np.asarray(x, np.float64),
+            arrays,
+        )
         self._finish = jax.jit(finish)
         rows = len(jax.tree.leaves(self._arrays)[0])
         self.value = self.of(np.ones(rows))
@@ -106,9 +121,23 @@ class MeasuredMeans(Measured):
         total = counts.sum()
 
         def mean(x: np.ndarray) -> Any:
-            return np.float32(np.tensordot(counts, x, axes=1) / total)
+            return np.float32(
+                np.tensordot(
+                    counts,
+                    x,
+                    axes=1,
+                )
+                / total
+            )
 
-        return float(self._finish(jax.tree.map(mean, self._arrays)))
+        return float(
+            self._finish(
+                jax.tree.map(
+                    mean,
+                    self._arrays,
+                )
+            )
+        )
 
 
 class MeasuredWhole(Measured):
@@ -125,11 +154,22 @@ class MeasuredWhole(Measured):
     def __init__(self, function: Callable, outputs: Any, targets: Any):
         self._function = jax.jit(function)
         self._rows = (outputs, targets)
-        self.value = float(self._function(outputs, targets))
+        self.value = float(
+            self._function(
+                outputs,
+                targets,
+            )
+        )
 
     def of(self, counts: np.ndarray) -> float:
-        drawn = np.repeat(np.arange(len(counts)), counts)
-        rows = jax.tree.map(lambda x: np.asarray(x)[drawn], self._rows)
+        drawn = np.repeat(
+            np.arange(len(counts)),
+            counts,
+        )
+        rows = jax.tree.map(
+            lambda x: np.asarray(x)[drawn],
+            self._rows,
+        )
         return float(self._function(*rows))
 
 
@@ -150,14 +190,25 @@ def measured(metric: Any, outputs: Any, targets: Any) -> Measured:
     if isinstance(result, losses.Several):
         assert finish is not None
         return MeasuredMeans(result.arrays, finish)
-    values, weights = result if isinstance(result, tuple) else (result, None)
+    values, weights = (
+        result
+        if isinstance(
+            result,
+            tuple,
+        )
+        else (result, None)
+    )
     if jnp.ndim(values) == 0:
         return MeasuredWhole(_finished(function, finish), outputs, targets)
     values = np.asarray(values, np.float64)
     if weights is None:
         return MeasuredMean(values, None, finish)
     weights = np.asarray(weights, np.float64)
-    return MeasuredMean(np.where(weights == 0, 0, values) * weights, weights, finish)
+    return MeasuredMean(
+        np.where(weights == 0, 0, values) * weights,
+        weights,
+        finish,
+    )
 
 
 def all_measured(
@@ -166,10 +217,22 @@ def all_measured(
     targets: Any,
 ) -> dict[str, Measured]:
     """Measure all of a recipe's metrics."""
-    return {name: measured(one, outputs, targets) for name, one in metrics.items()}
+    return {
+        name: measured(
+            one,
+            outputs,
+            targets,
+        )
+        for name, one in metrics.items()
+    }
 
 
 def _finished(function: Callable, finish: Callable | None) -> Callable:
     if finish is None:
         return function
-    return lambda outputs, targets: finish(function(outputs, targets))
+    return lambda outputs, targets: finish(
+        function(
+            outputs,
+            targets,
+        )
+    )

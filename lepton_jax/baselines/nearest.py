@@ -39,26 +39,50 @@ def nearest(train: Samples, test: Samples) -> Baseline:
     import sklearn  # noqa: F401  before the work, if it is missing
 
     def most(features: int) -> int:
-        return max(LEAST_ROWS, int(MOST_PRODUCTS / (features * len(test))))
+        return max(
+            LEAST_ROWS,
+            int(MOST_PRODUCTS / (features * len(test))),
+        )
 
     data = fitting(train, test, most)
     counts = [count for count in NEIGHBOURS if count <= len(data.inputs) // 2] or [1]
     if train.task == "quantities":
         count = chosen(counts, _mean, nearness, data, MOST_TO_CHOOSE)
-        outputs = _mean(count, data.inputs, data.targets)(data.test)
-        outputs = outputs.reshape(len(test), *test.targets.shape[1:])
+        outputs = _mean(
+            count,
+            data.inputs,
+            data.targets,
+        )(data.test)
+        outputs = outputs.reshape(
+            len(test),
+            *test.targets.shape[1:],
+        )
     else:
         count = chosen(counts, _shares, hits, data, MOST_TO_CHOOSE)
-        shares = _shares(count, data.inputs, data.targets)(data.test)
+        shares = _shares(
+            count,
+            data.inputs,
+            data.targets,
+        )(data.test)
         outputs = outputs_of(shares, train, test)
-    name = f"{count} nearest neighbours" if count > 1 else "the nearest neighbour"
-    return Baseline(name, f"among {data.said}", outputs)
+    fitted = f"{count} of them, among {data.said}"
+    return Baseline(
+        "nearest neighbours",
+        fitted,
+        outputs,
+    )
 
 
 def _shares(count: int, inputs: np.ndarray, targets: np.ndarray) -> Answer:
     """Answer with the share of each class among the neighbours."""
-    classes = max(2, int(targets.max()) + 1)
-    votes = np.eye(classes, dtype=np.float32)[targets.astype(int)]
+    classes = max(
+        2,
+        int(targets.max()) + 1,
+    )
+    votes = np.eye(
+        classes,
+        dtype=np.float32,
+    )[targets.astype(int)]
     neighbours = _neighbours(count, inputs)
     return lambda rows: votes[neighbours(rows)].mean(axis=1)
 
@@ -74,11 +98,27 @@ def _neighbours(count: int, inputs: np.ndarray) -> Answer:
     from sklearn.neighbors import NearestNeighbors
 
     # brute force: trees are slower from some twenty columns on
-    model = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(inputs)
+    model = NearestNeighbors(
+        n_neighbors=count,
+        algorithm="brute",
+    ).fit(inputs)
 
     def found(rows: np.ndarray) -> np.ndarray:
-        blocks = [rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK)]
-        parts = [model.kneighbors(block, return_distance=False) for block in blocks]
+        blocks = [
+            rows[i : i + BLOCK]
+            for i in range(
+                0,
+                len(rows),
+                BLOCK,
+            )
+        ]
+        parts = [
+            model.kneighbors(
+                block,
+                return_distance=False,
+            )
+            for block in blocks
+        ]
         return np.concatenate(parts)
 
     return found

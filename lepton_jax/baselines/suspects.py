@@ -63,7 +63,9 @@ def without_suspects(
     tested = columns_of(test.inputs)
     late = _late(train, columns)
     shared = _shared(train, columns, tested)
-    left = [number for number in range(columns.width) if number not in {*late, *shared}]
+    suspects = {*late, *shared}
+    every = range(columns.width)
+    left = [number for number in every if number not in suspects]
     if len(left) == columns.width:
         raise NotHere("no column looks too good to be true")
     if not left:
@@ -93,9 +95,11 @@ def without_suspects(
 
 def _late(train: Samples, columns: Columns) -> list[int]:
     """Return the columns that answer alone as well as all do."""
-    order = np.random.default_rng(SEED).permutation(len(train))[:MOST_ROWS]
-    held = order[: max(1, round(HELD_OUT * len(order)))]
-    rest = order[len(held) :]
+    draw = np.random.default_rng(SEED)
+    order = draw.permutation(len(train))[:MOST_ROWS]
+    count = max(1, round(HELD_OUT * len(order)))
+    held = order[:count]
+    rest = order[count:]
 
     def error(numbers: Sequence[int]) -> float:
         outputs = answered(
@@ -131,8 +135,11 @@ def _error(
     targets = train.targets.reshape(len(train))[rows]
     if train.task == "quantities":
         spread = float(np.var(targets)) or 1.0
-        return float(np.square(outputs.reshape(-1) - targets).mean()) / spread
-    given = outputs.argmax(-1) if train.task == "classes" else outputs.reshape(-1) > 0
+        squared = np.square(outputs.reshape(-1) - targets)
+        return float(squared.mean()) / spread
+    if train.task == "classes":
+        return float((outputs.argmax(-1) != targets).mean())
+    given = outputs.reshape(-1) > 0
     return float((given != targets).mean())
 
 
@@ -187,11 +194,14 @@ def _agree(
     # a tie goes to the class that is more frequent
     right = (others + shares / 2).argmax(axis=1) == own
     chance = shares.max()
-    deviation = np.sqrt(max(chance * (1 - chance), 1 / count) / count)
+    variance = max(chance * (1 - chance), 1 / count)
+    deviation = np.sqrt(variance / count)
     return bool(right.mean() - chance > DEVIATIONS * deviation)
 
 
 def _named(names: Any, count: int) -> list[str]:
     flat = jax.tree.leaves(names)
     known = [repr(name) for name in flat]
-    return known if len(known) == count else [f"column {i}" for i in range(count)]
+    if len(known) == count:
+        return known
+    return [f"column {number}" for number in range(count)]

@@ -69,7 +69,12 @@ def describe(folder: Path, source: Mapping[str, Any]) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_text(json.dumps(source, indent=1))
+        (folder / "recipe.json").write_text(
+            json.dumps(
+                source,
+                indent=1,
+            )
+        )
     except OSError as error:
         raise CheckpointError(
             f"the folder of the folds can't be written: {error.strerror or error}",

@@ -17,9 +17,9 @@ from lepton_jax.models.lstm import LSTM
 from lepton_jax.models.mf import MatrixFactorization
 from lepton_jax.models.mlp import MLP
 from lepton_jax.models.moe import MoELM
-from lepton_jax.models.ngrams import NgramLinear, WithNgrams
+from lepton_jax.models.ngrams import NgramLinear, WithNgrams, mean_by_shares
 from lepton_jax.models.resnet import ResNet, resnet_size
-from lepton_jax.models.retrieval import Retrieval
+from lepton_jax.models.retrieval import Retrieval, best_items
 from lepton_jax.models.tabm import (
     TabM,
     mean_of_outputs,
@@ -68,7 +68,9 @@ __all__ = [
     "ViT",
     "WithNgrams",
     "averaged_views",
+    "best_items",
     "convnext_size",
+    "mean_by_shares",
     "mean_of_outputs",
     "mean_of_probabilities",
     "mean_of_rates",

@@ -76,7 +76,8 @@ class GRU(nnx.Module):
             present = jnp.ones(tokens.shape, bool)
         else:
             present = tokens != self.padding
-        x = self._dropped(self.embed(tokens))
+        # the scan goes over the leading dim, so time comes first
+        x = jnp.swapaxes(self._dropped(self.embed(tokens)), 0, 1)
 
         pooled = self._read(self.inputs(x), self.recurrent, present, False)
         if self.backward_inputs is not None:
@@ -95,19 +96,17 @@ class GRU(nnx.Module):
         """Return the pooled states of one direction, (batch, hidden).
 
         Args:
-          gates: the inputs' part of them, (batch, length, 3, hidden).
+          gates: the inputs' part of them, (length, batch, 3, hidden).
           recurrent: the state's part: (batch, hidden) to (batch, 3, hidden).
           present: which tokens count, bool (batch, length).
           from_end: whether the text is read from its end.
         """
-        zeros = jnp.zeros((gates.shape[0], self.hidden), gates.dtype)
-        # the scan goes over the leading dim, so time comes first
-        gates_by_time = jnp.swapaxes(gates, 0, 1)
+        zeros = jnp.zeros((gates.shape[1], self.hidden), gates.dtype)
         present_by_time = jnp.swapaxes(present, 0, 1)[..., None]
         (state, total), _ = jax.lax.scan(
             partial(_step, recurrent),
             (zeros, zeros),
-            (gates_by_time, present_by_time),
+            (gates, present_by_time),
             reverse=from_end,
         )
         if self.pool == "last":

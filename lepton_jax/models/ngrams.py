@@ -69,6 +69,17 @@ class NgramLinear(nnx.Module):
         return jnp.einsum("bn,bnc->bc", present, each) + self.bias[...]
 
 
+def mean_by_shares(outputs: jax.Array, shares: Sequence[float]) -> jax.Array:
+    """Return the weighted mean over members of logits (batch, members, ...).
+
+    Args:
+      outputs: logits of the members.
+      shares: weight of each member.
+    """
+    weights = jnp.asarray(shares, outputs.dtype)
+    return jnp.einsum("bm...,m->b...", outputs, weights / weights.sum())
+
+
 class WithNgrams(nnx.Module):
     """An ensemble of a network of tokens and of linear models of n-grams.
 
@@ -81,7 +92,9 @@ class WithNgrams(nnx.Module):
 
     Args:
       network: makes the network of tokens from the rngs.
-      linear: make the linear models, such as `NgramLinear`, from the rngs.
+      words: makes the model of words and runs of words, such as `NgramLinear`, from the
+        rngs.
+      characters: makes the model of runs of characters.
       merge: logits of the members (batch, members, classes) to (batch, classes).
       rngs: streams of all.
     """
@@ -89,7 +102,8 @@ class WithNgrams(nnx.Module):
     def __init__(
         self,
         network: Callable[..., Any],
-        linear: Sequence[Callable[..., Any]],
+        words: Callable[..., Any],
+        characters: Callable[..., Any],
         *,
         merge: Callable[[jax.Array], jax.Array] = mean_of_outputs,
         rngs: nnx.Rngs,
@@ -97,18 +111,29 @@ class WithNgrams(nnx.Module):
         self.deterministic = False
         self.merge = merge
         self.network = network(rngs=rngs)
-        self.linear = nnx.List([make(rngs=rngs) for make in linear])
+        self.words = words(rngs=rngs)
+        self.characters = characters(rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, ngrams: jax.Array) -> jax.Array:
-        """Map tokens (batch, length) and n-grams (batch, count) to logits.
+    def __call__(
+        self,
+        tokens: jax.Array,
+        words: jax.Array,
+        characters: jax.Array,
+    ) -> jax.Array:
+        """Map a text's ids, int32, to logits.
 
         Args:
-          tokens: int32.
-          ngrams: int32.
+          tokens: (batch, length).
+          words: ids of the n-grams of words, (batch, count).
+          characters: ids of those of characters, (batch, count).
 
         Returns:
-          (batch, members, classes) in training, else (batch, classes).
+          (batch, 3, classes) in training, else (batch, classes).
         """
-        logits = [self.network(tokens), *(each(ngrams) for each in self.linear)]
+        logits = [
+            self.network(tokens),
+            self.words(words),
+            self.characters(characters),
+        ]
         outputs = jnp.stack(logits, axis=1)
         return self.merge(outputs) if self.deterministic else outputs

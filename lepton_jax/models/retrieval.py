@@ -254,6 +254,14 @@ class Retrieval(nnx.Module):
         return jnp.where(bits & 1, OUT, scores)
 
 
+def best_items(scores: jax.Array, *, count: int) -> jax.Array:
+    """Return the items with the best scores, int32 (batch, count), best first."""
+    return jax.lax.top_k(scores, count)[1]
+
+
+# ---- internals ----
+
+
 def _check(
     users: int,
     items: int,

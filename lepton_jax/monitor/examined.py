@@ -142,7 +142,10 @@ def _baseline_row(event: Event, one: Mapping[str, Any]) -> str:
         _interval(one.get("network")),
         escape(str(event.get("name"))),
         _interval(one.get("baseline")),
-        _interval(one.get("difference"), ", paired" if one.get("paired") else ""),
+        _interval(
+            one.get("difference"),
+            ", paired" if one.get("paired") else "",
+        ),
         f'<span class="verdict {tone}">{escape(verdict) or "not compared"}</span>',
     ]
     row = "".join(f"<td>{cell}</td>" for cell in cells)
@@ -183,7 +186,10 @@ def _confusion(facts: Mapping[str, Any]) -> str:
     left = ""
     pairs = confusion.get("pairs") or []
     if confusion.get("matrix"):
-        left = _matrix(confusion["matrix"], facts.get("classes") or [])
+        left = _matrix(
+            confusion["matrix"],
+            facts.get("classes") or [],
+        )
         pairs = pairs[:FEW_PAIRS]
     if pairs:
         left += _pairs(pairs)
@@ -300,7 +306,13 @@ def _worst(facts: Mapping[str, Any]) -> str:
     measure = str(facts.get("measure") or "loss")
     note = f'<p class="note">Those of the largest {measure}.</p>'
     if any("picture" in one for one in worst):
-        cards = "".join(_card(one, measure) for one in worst)
+        cards = "".join(
+            _card(
+                one,
+                measure,
+            )
+            for one in worst
+        )
         return f'<div class="cards">{cards}</div>{note}'
     rows = "".join(_worst_row(one) for one in worst)
     return (

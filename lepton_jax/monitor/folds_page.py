@@ -45,7 +45,11 @@ def write_folds_report(folder: Path) -> Path:
     runs = {}
     for events in sorted(folder.glob(f"fold_*/{FILE}")):
         runs[events.parent.name] = collect(read_events(events))
-    return write_page(folder / "report.html", render(facts, runs, folder.name), folder)
+    return write_page(
+        folder / "report.html",
+        render(facts, runs, folder.name),
+        folder,
+    )
 
 
 def render(facts: Mapping[str, Any], runs: Mapping[str, Run], name: str) -> str:
@@ -87,10 +91,21 @@ def curves(runs: Mapping[str, Run]) -> str:
 
 
 def _figure(name: str, runs: Mapping[str, Run]) -> str:
-    series = {fold: _series(run, name) for fold, run in runs.items()}
+    series = {
+        fold: _series(
+            run,
+            name,
+        )
+        for fold, run in runs.items()
+    }
     known = {fold: one for fold, one in series.items() if len(one[0])}
     lines = [
-        Curve(fold.replace("_", " "), x, y, "raw")
+        Curve(
+            fold.replace("_", " "),
+            x,
+            y,
+            "raw",
+        )
         for fold, (x, y) in list(known.items())[:MOST_CURVES]
     ]
     mean = _mean(list(known.values()))
@@ -114,15 +129,24 @@ def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
     )
     if not points:
         return np.zeros(0), np.zeros(0)
-    x, y = np.array(points, np.float64).T
+    x, y = np.array(
+        points,
+        np.float64,
+    ).T
     return x, y
 
 
 def _mean(series: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean over the folds at the evaluations that all of them have."""
     count = min(len(x) for x, _ in series)
-    steps = np.mean([x[:count] for x, _ in series], axis=0)
-    return steps, np.mean([y[:count] for _, y in series], axis=0)
+    steps = np.mean(
+        [x[:count] for x, _ in series],
+        axis=0,
+    )
+    return steps, np.mean(
+        [y[:count] for _, y in series],
+        axis=0,
+    )
 
 
 def _table(facts: Mapping[str, Any]) -> str:
@@ -132,7 +156,14 @@ def _table(facts: Mapping[str, Any]) -> str:
     names = list(results[0]["metrics"])
     theirs = [one["name"] for one in results[0]["baselines"]]
     heads = "".join(f'<th class="n">{escape(one)}</th>' for one in [*names, *theirs])
-    rows = "".join(_row(one, names, len(theirs)) for one in results)
+    rows = "".join(
+        _row(
+            one,
+            names,
+            len(theirs),
+        )
+        for one in results
+    )
     return (
         '<div class="scroll"><table><thead><tr><th>fold</th><th class="n">test rows'
         f'</th><th class="n">steps</th>{heads}</tr></thead><tbody>{rows}</tbody>'

@@ -27,9 +27,24 @@ def encode(pixels: np.ndarray) -> bytes:
     """
     height, width = pixels.shape[:2]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
-    lines = np.zeros((height, 1 + width * channels), np.uint8)
-    lines[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, COLOUR_TYPES[channels], 0, 0, 0)
+    lines = np.zeros(
+        (height, 1 + width * channels),
+        np.uint8,
+    )
+    lines[:, 1:] = pixels.reshape(
+        height,
+        -1,
+    )
+    header = struct.pack(
+        ">IIBBBBB",
+        width,
+        height,
+        8,
+        COLOUR_TYPES[channels],
+        0,
+        0,
+        0,
+    )
     chunks = [
         (b"IHDR", header),
         (b"IDAT", zlib.compress(lines.tobytes())),
@@ -54,10 +69,26 @@ def as_pixels(
     """
     if values.dtype == np.uint8 and scale is None:
         return values
-    numbers = np.nan_to_num(np.asarray(values, np.float64))
+    numbers = np.nan_to_num(
+        np.asarray(
+            values,
+            np.float64,
+        )
+    )
     low, high = (numbers.min(), numbers.max()) if scale is None else scale
     share = (numbers - low) / (high - low if high > low else 1)
-    return (np.clip(share, 0, 1) * BYTE).round().astype(np.uint8)
+    return (
+        (
+            np.clip(
+                share,
+                0,
+                1,
+            )
+            * BYTE
+        )
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def are_pictures(values: np.ndarray) -> bool:
@@ -83,7 +114,11 @@ def grid(pictures: np.ndarray) -> np.ndarray:
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     whole = (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP)
-    page = np.full((*whole, *pictures.shape[3:]), BYTE, np.uint8)
+    page = np.full(
+        (*whole, *pictures.shape[3:]),
+        BYTE,
+        np.uint8,
+    )
     for number, picture in enumerate(pictures):
         row, column = divmod(number, columns)
         top = row * (height + GAP)
@@ -95,5 +130,11 @@ def grid(pictures: np.ndarray) -> np.ndarray:
 def _chunk(kind: bytes, content: bytes) -> bytes:
     checksum = zlib.crc32(kind + content)
     return (
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+        struct.pack(
+            ">I",
+            len(content),
+        )
+        + kind
+        + content
+        + struct.pack(">I", checksum)
     )

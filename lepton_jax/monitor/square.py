@@ -68,8 +68,20 @@ def square(spec: Square) -> str:
     low, high = spec.ends
     pad = PAD * ((high - low) or 1.0)
     scale = linear(low - pad, high + pad)
-    places = zip(scale.at(spec.x), scale.at(spec.y), spec.sizes, strict=True)
-    dots = "".join(_dot(x, y, size) for x, y, size in places)
+    places = zip(
+        scale.at(spec.x),
+        scale.at(spec.y),
+        spec.sizes,
+        strict=True,
+    )
+    dots = "".join(
+        _dot(
+            x,
+            y,
+            size,
+        )
+        for x, y, size in places
+    )
     line = _line(scale, spec) if spec.is_line else ""
     return (
         f"{_head(spec.title, spec.note)}"
@@ -133,7 +145,11 @@ def _dot(x: float, y: float, size: float) -> str:
 def _line(scale: Scale, spec: Square) -> str:
     points = [
         f"{x * _UNITS:.1f} {(1 - y) * _UNITS:.1f}"
-        for x, y in zip(scale.at(spec.x), scale.at(spec.y), strict=True)
+        for x, y in zip(
+            scale.at(spec.x),
+            scale.at(spec.y),
+            strict=True,
+        )
     ]
     return f'<path class="train" d="M{"L".join(points)}"/>'
 

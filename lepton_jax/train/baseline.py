@@ -53,8 +53,20 @@ def compare(
     functions = functions_of(recipe, judged)
     if not functions:
         return []
-    network = Network(recipe.metrics, judged.outputs, judged.samples)
-    return [one(function, network, read_training, seconds) for function in functions]
+    network = Network(
+        recipe.metrics,
+        judged.outputs,
+        judged.samples,
+    )
+    return [
+        one(
+            function,
+            network,
+            read_training,
+            seconds,
+        )
+        for function in functions
+    ]
 
 
 def one(
@@ -70,19 +82,41 @@ def one(
 
     def made(name: str, fitted: str = "", **fields: Any) -> Comparison:
         spent = time.monotonic() - began
-        return Comparison(name, fitted, len(samples), samples.total, spent, **fields)
+        return Comparison(
+            name,
+            fitted,
+            len(samples),
+            samples.total,
+            spent,
+            **fields,
+        )
 
     def work() -> None:
         # whatever it raises is a person's to read; the run's result stands without it
         try:
             baseline = function(read_training(), samples)
             compared = network.against(baseline)
-            results.append(made(baseline.name, baseline.fitted, compared=compared))
+            results.append(
+                made(
+                    baseline.name,
+                    baseline.fitted,
+                    compared=compared,
+                )
+            )
         except Exception as error:
-            results.append(made(name_of(function), failed=reason_of(error)))
+            results.append(
+                made(
+                    name_of(function),
+                    failed=reason_of(error),
+                )
+            )
 
     # A thread can't be ended from outside. As a daemon it does not hold up the process.
-    thread = threading.Thread(target=work, name="baseline", daemon=True)
+    thread = threading.Thread(
+        target=work,
+        name="baseline",
+        daemon=True,
+    )
     thread.start()
     thread.join(seconds)
     if results:
@@ -94,7 +128,11 @@ def name_of(function: Any) -> str:
     """Return the name of a baseline's function, as a person reads it."""
     while isinstance(function, partial):
         function = function.func
-    name = getattr(function, "__name__", type(function).__name__)
+    name = getattr(
+        function,
+        "__name__",
+        type(function).__name__,
+    )
     return name.strip("_").replace("_", " ")
 
 
@@ -105,7 +143,14 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, ImportError):
         package = "scikit-learn" if error.name == "sklearn" else error.name
         return f"{package} is not installed: pip install 'lepton-jax[recipes]'"
-    text = error.what if isinstance(error, LeptonError) else str(error)
+    text = (
+        error.what
+        if isinstance(
+            error,
+            LeptonError,
+        )
+        else str(error)
+    )
     first = text.strip().partition("\n")[0]
     kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
     return f"{kind}{first}"

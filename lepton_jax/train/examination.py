@@ -52,7 +52,10 @@ def facts_of(judged: Judged, names: Sequence[str]) -> dict[str, Any]:
     """
     samples = judged.samples
     outputs = judged.outputs
-    if samples.task == "other" or not isinstance(outputs, np.ndarray):
+    if samples.task == "other" or not isinstance(
+        outputs,
+        np.ndarray,
+    ):
         return {}
     facts: dict[str, Any] = {
         "task": samples.task,
@@ -99,7 +102,10 @@ def write_samples(folder: Path, pictures: np.ndarray) -> int:
         )
     scale = None if pictures.dtype == np.uint8 else (0.0, 1.0)
     pixels = png.as_pixels(pictures, scale)
-    _write(folder / SAMPLES, png.encode(png.grid(pixels)))
+    _write(
+        folder / SAMPLES,
+        png.encode(png.grid(pixels)),
+    )
     return len(pictures)
 
 
@@ -126,10 +132,22 @@ def _shares(judged: Judged, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if judged.samples.task == "binary":
         # of several answers a row, each counts
         logits = outputs.reshape(-1)
-        outputs = np.stack([np.zeros_like(logits), logits], axis=1)
+        outputs = np.stack(
+            [np.zeros_like(logits), logits],
+            axis=1,
+        )
         targets = targets.reshape(-1).astype(np.int64)
-    exponents = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    shares = exponents / exponents.sum(axis=1, keepdims=True)
+    exponents = np.exp(
+        outputs
+        - outputs.max(
+            axis=1,
+            keepdims=True,
+        )
+    )
+    shares = exponents / exponents.sum(
+        axis=1,
+        keepdims=True,
+    )
     return np.nan_to_num(shares), targets
 
 
@@ -142,9 +160,17 @@ def _of_classes(
     # a negative target is padding, or a row without a class
     counts = (targets >= 0) & (targets < len(names))
     predicted = shares.argmax(axis=1)
-    losses = np.full(len(targets), -np.inf)
+    losses = np.full(
+        len(targets),
+        -np.inf,
+    )
     of_target = shares[counts, targets[counts]]
-    losses[counts] = -np.log(np.maximum(of_target, LEAST))
+    losses[counts] = -np.log(
+        np.maximum(
+            of_target,
+            LEAST,
+        )
+    )
 
     def described(row: int) -> dict[str, Any]:
         target = int(targets[row])
@@ -158,9 +184,22 @@ def _of_classes(
     one_a_row = len(targets) == rows
     return {
         "classes": names if len(names) <= MOST_IN_A_MATRIX else [],
-        "confusion": confusion(targets[counts], predicted[counts], names),
-        "calibration": calibration(shares[counts], targets[counts]),
-        "worst": _worst(judged, losses, described) if one_a_row else [],
+        "confusion": confusion(
+            targets[counts],
+            predicted[counts],
+            names,
+        ),
+        "calibration": calibration(
+            shares[counts],
+            targets[counts],
+        ),
+        "worst": _worst(
+            judged,
+            losses,
+            described,
+        )
+        if one_a_row
+        else [],
         "measure": "loss",
     }
 
@@ -182,7 +221,10 @@ def confusion(
       are mistaken most often: (target, predicted, rows, share of the target's rows).
     """
     classes = len(names)
-    numbers, counts = np.unique(targets * classes + predicted, return_counts=True)
+    numbers, counts = np.unique(
+        targets * classes + predicted,
+        return_counts=True,
+    )
     totals = np.bincount(targets, minlength=classes)
     matrix = None
     if classes <= MOST_IN_A_MATRIX:
@@ -190,7 +232,10 @@ def confusion(
         cells[numbers] = counts
         matrix = cells.reshape(classes, classes).tolist()
     wrong = numbers // classes != numbers % classes
-    order = np.argsort(-counts[wrong], kind="stable")[:MOST_PAIRS]
+    order = np.argsort(
+        -counts[wrong],
+        kind="stable",
+    )[:MOST_PAIRS]
     pairs = [
         [
             names[number // classes],
@@ -215,14 +260,26 @@ def calibration(shares: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     """
     confidence = shares.max(axis=1)
     hits = shares.argmax(axis=1) == targets
-    number = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    number = np.minimum(
+        (confidence * BINS).astype(int),
+        BINS - 1,
+    )
     rows = np.bincount(number, minlength=BINS)
     known = rows > 0
     count = np.maximum(1, rows)
     mean = np.bincount(number, confidence, BINS) / count
     share = np.bincount(number, hits, BINS) / count
-    error = float((np.abs(mean - share) * rows).sum() / max(1, rows.sum()))
-    bins = np.stack([mean, share, rows], axis=1)[known]
+    error = float(
+        (np.abs(mean - share) * rows).sum()
+        / max(
+            1,
+            rows.sum(),
+        )
+    )
+    bins = np.stack(
+        [mean, share, rows],
+        axis=1,
+    )[known]
     return {"bins": bins.tolist(), "error": error}
 
 
@@ -230,11 +287,24 @@ def calibration(shares: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
 
 
 def _of_quantities(judged: Judged, outputs: np.ndarray) -> dict[str, Any]:
-    targets = np.asarray(judged.samples.targets, np.float64)
-    given = np.asarray(outputs, np.float64).reshape(targets.shape)
+    targets = np.asarray(
+        judged.samples.targets,
+        np.float64,
+    )
+    given = np.asarray(
+        outputs,
+        np.float64,
+    ).reshape(targets.shape)
     apart = given - targets
     rows = len(targets)
-    distances = np.abs(apart).reshape(rows, -1).max(axis=1)
+    distances = (
+        np.abs(apart)
+        .reshape(
+            rows,
+            -1,
+        )
+        .max(axis=1)
+    )
 
     def described(row: int) -> dict[str, Any]:
         return {
@@ -247,14 +317,25 @@ def _of_quantities(judged: Judged, outputs: np.ndarray) -> dict[str, Any]:
     residuals = apart.reshape(-1)[flat]
     histogram: dict[str, list] = {"counts": [], "edges": []}
     if len(flat):
-        counts, edges = np.histogram(residuals, RESIDUAL_BINS, _ends(residuals))
+        counts, edges = np.histogram(
+            residuals,
+            RESIDUAL_BINS,
+            _ends(residuals),
+        )
         histogram = {"counts": counts.tolist(), "edges": edges.tolist()}
     return {
         "values": len(flat),
-        "points": np.stack([targets.reshape(-1), given.reshape(-1)], 1)[drawn].tolist(),
+        "points": np.stack(
+            [targets.reshape(-1), given.reshape(-1)],
+            1,
+        )[drawn].tolist(),
         "residuals": histogram,
         "bias": float(residuals.mean()) if len(flat) else None,
-        "worst": _worst(judged, np.nan_to_num(distances, nan=FARTHEST), described),
+        "worst": _worst(
+            judged,
+            np.nan_to_num(distances, nan=FARTHEST),
+            described,
+        ),
         "measure": "distance",
     }
 
@@ -263,7 +344,11 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
     """Return the ends of a histogram, apart also where all values are the same."""
     low = float(values.min())
     high = float(values.max())
-    least = NARROWEST * max(abs(low), abs(high), 1)
+    least = NARROWEST * max(
+        abs(low),
+        abs(high),
+        1,
+    )
     return (low, high) if high - low > least else (low - least, high + least)
 
 
@@ -287,14 +372,23 @@ def _worst(
       described: the number of a row to facts about it.
     """
     most = max(WORST, WORST_PICTURES)
-    order = np.argsort(-badness, kind="stable")[:most]
+    order = np.argsort(
+        -badness,
+        kind="stable",
+    )[:most]
     order = order[badness[order] > -np.inf]
     shown = _shown(judged, order)
     are_pictures = any("picture" in one for one in shown)
     count = WORST_PICTURES if are_pictures else WORST
     return [
         {"row": int(row), "bad": float(badness[row]), **described(int(row)), **looks}
-        for row, looks in list(zip(order, shown, strict=True))[:count]
+        for row, looks in list(
+            zip(
+                order,
+                shown,
+                strict=True,
+            )
+        )[:count]
     ]
 
 
@@ -310,7 +404,13 @@ def _shown(judged: Judged, rows: np.ndarray) -> list[dict[str, Any]]:
     inputs = samples.inputs
     if not isinstance(inputs, Mapping):
         inputs = {"input": inputs}
-    return [_input(inputs, int(row)) for row in rows]
+    return [
+        _input(
+            inputs,
+            int(row),
+        )
+        for row in rows
+    ]
 
 
 def _raw(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,7 +436,10 @@ def _input(inputs: Mapping[str, Any], row: int) -> dict[str, Any]:
     for name, values in inputs.items():
         array = np.asarray(values)
         if png.are_pictures(array) and "picture" not in shown:
-            pixels = png.as_pixels(array[row], _scale(array))
+            pixels = png.as_pixels(
+                array[row],
+                _scale(array),
+            )
             pixels = png.smaller(pixels, LARGEST_PICTURE)
             shown["picture"] = png.address(png.encode(pixels))
         elif len(cells) < MOST_CELLS:

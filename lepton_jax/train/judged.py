@@ -22,6 +22,7 @@ from lepton_jax.train.program import Program
 # so many test rows, and a cheap method has learned what it can from so many others.
 MOST_TEST_ROWS = 100_000
 MOST_TRAINING_ROWS = 1_000_000
+MOST_READ_ROWS = 20_000  # of a data set that is read from files for this; assumption
 MOST_BYTES = 2**30  # of these rows, and of the network's outputs; assumption
 
 REGRESSION = (
@@ -65,7 +66,10 @@ def task_of(program: Program, targets: Any) -> tuple[Task, int]:
       targets: of some rows.
     """
     outputs = _merged(program)
-    is_plain = hasattr(outputs, "shape") and isinstance(targets, np.ndarray)
+    is_plain = hasattr(outputs, "shape") and isinstance(
+        targets,
+        np.ndarray,
+    )
     if not is_plain:
         return "other", 0
     is_whole = targets.dtype.kind in "iu"
@@ -92,7 +96,13 @@ def _merged(program: Program) -> Any:
     """Return the shape of the outputs outside of training, where members are merged."""
     outputs = program.trace.outputs
     loss = program.recipe.loss
-    if not isinstance(loss, partial) or loss.func is not losses.of_members:
+    if (
+        not isinstance(
+            loss,
+            partial,
+        )
+        or loss.func is not losses.of_members
+    ):
         return outputs
     shape = (outputs.shape[0], *outputs.shape[2:])
     return jax.ShapeDtypeStruct(shape, outputs.dtype)
@@ -112,6 +122,8 @@ def samples_of(
       most: rows at most.
       most_bytes: of these rows.
     """
+    if not isinstance(data, Arrays):
+        most = min(most, MOST_READ_ROWS)
     rows = host_rows(data, most, most_bytes)
     task, classes = task_of(program, rows.targets)
     raw_rows = getattr(program.recipe.preparation, "raw_rows", None)
@@ -119,7 +131,14 @@ def samples_of(
     if raw_rows is not None and isinstance(data, Arrays):
         read_raw = partial(_raw_rows, raw_rows, data, rows.numbers)
     total = len(rows_of(rows.inputs)) if rows.total is None else rows.total
-    return Samples(rows.inputs, rows.targets, total, task, classes, read_raw)
+    return Samples(
+        rows.inputs,
+        rows.targets,
+        total,
+        task,
+        classes,
+        read_raw,
+    )
 
 
 def judged(program: Program, state: State, test: Any) -> Judged:
@@ -133,15 +152,35 @@ def judged(program: Program, state: State, test: Any) -> Judged:
     Raises:
       ModelError: the outputs have no dim for rows.
     """
+    samples = rows_to_judge(program, test)
+    return Judged(
+        samples,
+        outputs_of(program, state, samples.inputs),
+    )
+
+
+def rows_to_judge(program: Program, test: Any) -> Samples:
+    """Return test rows, as many as have outputs that fit into memory."""
     per_row = sum(
-        leaf.size * leaf.dtype.itemsize // max(1, len(leaf))
+        leaf.size
+        * leaf.dtype.itemsize
+        // max(
+            1,
+            len(leaf),
+        )
         for leaf in jax.tree.leaves(program.trace.outputs)
         if leaf.shape
     )
-    most = min(MOST_TEST_ROWS, max(1, MOST_BYTES // max(1, per_row)))
-    samples = samples_of(program, test, most)
-    outputs = outputs_of(program, state, samples.inputs)
-    return Judged(samples, outputs)
+    most = min(
+        MOST_TEST_ROWS,
+        max(1, MOST_BYTES // max(1, per_row)),
+    )
+    return samples_of(program, test, most)
+
+
+def is_worth_it(program: Program, samples: Samples) -> bool:
+    """Whether there is something to say of test rows: a baseline, or a known task."""
+    return samples.task != "other" or program.recipe.baseline is not None
 
 
 def outputs_of(program: Program, state: State, inputs: Any) -> Any:
@@ -153,8 +192,19 @@ def outputs_of(program: Program, state: State, inputs: Any) -> Any:
     fill = len(data) % size == 0 or prediction.meeting is None
     parts = []
     rows = []
-    for (batch, _), count in one_pass(data, size, program.sharding_of, fill):
-        parts.append(program.predict(state, batch, _as_they_are))
+    for (batch, _), count in one_pass(
+        data,
+        size,
+        program.sharding_of,
+        fill,
+    ):
+        parts.append(
+            program.predict(
+                state,
+                batch,
+                _as_they_are,
+            )
+        )
         rows.append(count)
     return prediction.joined(parts, rows)
 

@@ -29,6 +29,11 @@ MODELS = {
 }
 
 
+# one compilation for each model, in place of one for each of its operations
+applied = nnx.jit(lambda model, tokens: model(tokens))
+sensitivities = nnx.jit(nnx.grad(lambda model, tokens: jnp.square(model(tokens)).sum()))
+
+
 def value(x) -> np.ndarray:
     return np.asarray(x[...], np.float64)
 
@@ -39,10 +44,10 @@ def test_padding_at_the_end_changes_nothing(name):
     model.eval()
     tokens = jnp.asarray(TOKENS)
     longer = jnp.pad(tokens, ((0, 0), (0, 3)))
-    logits = model(tokens)
+    logits = applied(model, tokens)
     assert logits.shape == (3, 3)
     assert jnp.isfinite(logits).all()
-    np.testing.assert_allclose(model(longer), logits, atol=1e-5)
+    np.testing.assert_allclose(applied(model, longer), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -50,10 +55,10 @@ def test_dropout_acts_in_training_alone_and_gradients_reach_everything(name):
     model = MODELS[name](nnx.Rngs(0), dropout=0.5)
     tokens = jnp.asarray(TOKENS[:2])
     model.train()
-    assert not np.allclose(model(tokens), model(tokens))
+    assert not np.allclose(applied(model, tokens), applied(model, tokens))
     model.eval()
-    np.testing.assert_array_equal(model(tokens), model(tokens))
-    gradients = nnx.grad(lambda m: jnp.square(m(tokens)).sum())(model)
+    np.testing.assert_array_equal(applied(model, tokens), applied(model, tokens))
+    gradients = sensitivities(model, tokens)
     for path, leaf in nnx.to_flat_state(gradients):
         # a key's bias moves all scores of a query alike, and the softmax not at all
         if path[-2:] != ("key", "bias"):
@@ -144,16 +149,24 @@ def test_a_network_and_ngrams_are_an_ensemble():
     def linear(rngs):
         return models.NgramLinear(2, 6, start=1.0, rngs=rngs)
 
-    both = models.WithNgrams(network, [linear], rngs=nnx.Rngs(0))
+    both = models.WithNgrams(network, linear, linear, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(TOKENS)
-    ngrams = jnp.asarray([[1, 5], [0, 0], [2, 0]])
-    parts = [network(nnx.Rngs(0))(tokens), linear(nnx.Rngs(0))(ngrams)]
+    words = jnp.asarray([[1, 5], [0, 0], [2, 0]])
+    characters = jnp.asarray([[1], [3], [0]])
+    parts = [
+        network(nnx.Rngs(0))(tokens),
+        linear(nnx.Rngs(0))(words),
+        linear(nnx.Rngs(0))(characters),
+    ]
     both.train()
-    trained = both(tokens=tokens, ngrams=ngrams)
+    trained = both(tokens=tokens, words=words, characters=characters)
     np.testing.assert_allclose(trained, np.stack(parts, axis=1), atol=1e-6)
     both.eval()
-    merged = both(tokens=tokens, ngrams=ngrams)
+    merged = both(tokens=tokens, words=words, characters=characters)
     np.testing.assert_allclose(merged, np.mean(parts, axis=0), atol=1e-6)
+    shares = models.mean_by_shares(trained, (2.0, 1.0, 1.0))
+    expected = np.average(parts, axis=0, weights=(2, 1, 1))
+    np.testing.assert_allclose(shares, expected, atol=1e-6)
 
 
 def test_learned_positions_tell_the_order_of_words():

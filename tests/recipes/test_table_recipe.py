@@ -143,7 +143,7 @@ def test_rare_classes_count_as_much_as_frequent_ones(write):
     outputs = np.zeros((10, 2), np.float32)
     targets = np.arange(10) // 9  # nine of class 0, one of class 1
     weights = np.asarray(balanced.loss(outputs, targets)[1])
-    assert weights[:9].sum() == pytest.approx(float(weights[9]), rel=0.05)
+    assert weights[:9].sum() == pytest.approx(float(weights[9]), rel=0.1)
     assert np.shape(plain.loss(outputs, targets)) == (10,)
 
 

@@ -28,6 +28,7 @@ from tools.bench import (
     lm,
     memory,
     overhead,
+    peers,
     prepare,
     regret,
     restart,
@@ -53,6 +54,7 @@ COMMANDS = (
     data,
     embeddings,
     generation,
+    peers,
 )
 # Variables that change the figures, and so are part of a command that is recorded.
 ENVIRONMENT = (

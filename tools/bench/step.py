@@ -189,8 +189,8 @@ def measure(
       lepton and hand differ.
     """
     x, y = case.data()
-    with _sinks() as sinks:
-        trainer = make_trainer(case, x, y, sinks)
+    with sinks() as told:
+        trainer = make_trainer(case, x, y, told)
         steps_per_call = trainer.plan().steps_per_call
         runs = {
             "hand": _hand(case, itertools.cycle(_on_device(case, x, y))),
@@ -258,7 +258,7 @@ class Journal:
 
 
 @contextmanager
-def _sinks() -> Iterator[list[Any]]:
+def sinks() -> Iterator[list[Any]]:
     """Yield what a run usually tells its events to."""
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         journal = Journal(Path(folder))

@@ -6,11 +6,12 @@ same values have a form that one CPU device computes in less time:
   pooling     max pooling whose windows do not overlap, and its gradient
   slices      the gradient of a value that is taken apart, such as the gates of a cell
   loops       products that leave a loop over time, and those in it that become one
+  kept        what a loop stacks for its backward pass and need not
   products    the gradient of a kernel, which is wider than what it is multiplied with
 
 Each pass takes a flat jaxpr (`program.flat`) and knows one exact pattern. Where the
-pattern is not met, the operation stays. `pooling` and `slices` keep every bit (but the
-sign of a zero); `loops` and `products` add up the same terms in another order.
+pattern is not met, the operation stays. `pooling`, `slices` and `kept` keep every bit
+(but the sign of a zero); `loops` and `products` add up the same terms in another order.
 
 TPUs, GPUs and programs for several devices are left alone.
 """
@@ -24,7 +25,7 @@ from typing import Any
 import jax
 
 from lepton_jax.compat import ClosedJaxpr
-from lepton_jax.planner.rewrite import loops, pooling, products, slices
+from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices
 from lepton_jax.planner.rewrite.program import flat, primitives, run
 
 __all__ = ["PASSES", "applies", "only", "rewritten"]
@@ -34,6 +35,7 @@ PASSES: dict[str, Any] = {
     "pooling": pooling,
     "slices": slices,
     "loops": loops,
+    "kept": kept,
     "products": products,
 }
 

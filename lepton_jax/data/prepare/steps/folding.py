@@ -89,7 +89,12 @@ def runs(sizes: Sequence[int], folds: int, fold: int) -> list[Run]:
         numbers = np.arange(dealt, dealt + size) % folds
         counts = np.bincount(numbers, minlength=folds)
         start = int(counts[:fold].sum())
-        found.append(Run(start, start + int(counts[fold])))
+        found.append(
+            Run(
+                start,
+                start + int(counts[fold]),
+            )
+        )
         dealt += size
     return found
 
@@ -100,10 +105,19 @@ def after(run: Run, size: int, count: int) -> list[Run]:
     >>> after(Run(6, 8), 10, 4)
     [Run(start=8, stop=10), Run(start=0, stop=2)]
     """
-    count = min(count, size - (run.stop - run.start))
+    count = min(
+        count,
+        size - (run.stop - run.start),
+    )
     stop = min(size, run.stop + count)
     rest = count - (stop - run.stop)
-    return [Run(run.stop, stop), Run(0, rest)]
+    return [
+        Run(
+            run.stop,
+            stop,
+        ),
+        Run(0, rest),
+    ]
 
 
 def of_groups(sizes: np.ndarray, folds: int) -> np.ndarray:
@@ -117,11 +131,20 @@ def of_groups(sizes: np.ndarray, folds: int) -> np.ndarray:
       folds: how many there are.
     """
     smallest = [(0, fold) for fold in range(folds)]
-    fold_of = np.zeros(len(sizes), np.int64)
-    for group in np.argsort(-sizes.astype(np.int64), kind="stable"):
+    fold_of = np.zeros(
+        len(sizes),
+        np.int64,
+    )
+    for group in np.argsort(
+        -sizes.astype(np.int64),
+        kind="stable",
+    ):
         rows, fold = smallest[0]
         fold_of[group] = fold
-        heapq.heapreplace(smallest, (rows + int(sizes[group]), fold))
+        heapq.heapreplace(
+            smallest,
+            (rows + int(sizes[group]), fold),
+        )
     return fold_of
 
 
@@ -136,4 +159,7 @@ def check_enough(step: Any, count: int, what: str) -> None:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(
+        value,
+        bool,
+    )
