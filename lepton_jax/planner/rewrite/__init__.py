@@ -12,7 +12,8 @@ same values have a form that one CPU device computes in less time:
 
 Each pass takes a flat jaxpr (`program.flat`) and knows one exact pattern. Where the
 pattern is not met, the operation stays. `pooling`, `slices`, `kept` and `units` keep
-every bit (but the sign of a zero); `loops` and `products` add up the same terms in another order.
+every bit (but the sign of a zero); `loops` and `products` add up the same terms in
+another order.
 
 TPUs, GPUs and programs for several devices are left alone.
 """
