@@ -122,6 +122,10 @@ def mapped(table, ids):
     )
 
 
+def narrow(table, ids):
+    return jnp.take(table, ids.astype(jnp.uint8), axis=0)
+
+
 def one_row(table, ids):
     return table[ids].at[0].add(table[ids[1]])
 
@@ -150,6 +154,7 @@ def some_columns(table, ids):
         from_the_end,
         twice,
         mapped,
+        narrow,
         one_row,
         again,
         called,
@@ -397,6 +402,13 @@ def test_what_cannot_be_updated_by_rows_is_an_error_that_says_why(name):
     with pytest.raises(RecipeError, match=why) as caught:
         trained(lepton.optimizers.rowwise(optimizer), **fields)
     assert "otherwise='dense'" in str(caught.value)
+
+
+def test_optimizers_that_take_turns_begin_anew_in_all_rows():
+    rowwise = lepton.optimizers.rowwise(optax.sgd)
+    optimizer = lepton.optimizers.switchable(rowwise, optax.adam)
+    with pytest.raises(RecipeError, match="begins anew"):
+        trained(optimizer)
 
 
 def test_or_it_is_updated_as_a_whole_with_a_warning():

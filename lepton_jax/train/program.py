@@ -538,7 +538,7 @@ class Program:
         variables: Any,
         inputs: Any,
     ) -> Any:
-        forward = partial(evaluated, self.trace)
+        forward: Callable[..., Any] = partial(evaluated, self.trace)
         if self.trace.tables:
             forward = cast_late(forward, self.trace.tables)
         forward = laid_out(

@@ -118,7 +118,7 @@ def test_a_mixture_sends_tokens_to_experts():
     assert any(c.kind == "all-to-all" for c in plan.collectives)
 
 
-def test_a_recommenders_tables_are_split_by_rows():
+def recommender(optimizer):
     recipe = lepton.Recipe(
         model=partial(
             models.TwoTower,
@@ -127,14 +127,23 @@ def test_a_recommenders_tables_are_split_by_rows():
             dim=64,
         ),
         loss=lepton.losses.squared_error,
-        optimizer=optax.adagrad(1e-2),
+        optimizer=optimizer,
         batch_size=8192,
     )
-    traced = trace(
+    return trace(
         recipe,
         {"user": TOKEN, "item": TOKEN},
         jax.ShapeDtypeStruct((1,), jnp.float32),
     )
+
+
+def gathered(plan):
+    sizes = (c.bytes for c in plan.collectives if c.kind == "all-gather")
+    return max(sizes, default=0)
+
+
+def test_a_recommenders_tables_are_split_by_rows():
+    traced = recommender(optax.adam(1e-2))
     for name, devices in (("h200:8", 8), ("v5e:4x4", 16)):
         plan = lepton.plan(traced, lepton.topology(name))
         assert "row-sharded embeddings" in plan.name
@@ -143,11 +152,16 @@ def test_a_recommenders_tables_are_split_by_rows():
             spec for path, spec in specs(plan).items() if path.endswith("embedding")
         ]
         assert tables == [("data",), ("data",)]
-        gathered = max(
-            (c.bytes for c in plan.collectives if c.kind == "all-gather"),
-            default=0,
-        )
-        assert gathered < 1e7, "rows travel, tables don't"
+        assert gathered(plan) < 1e7, "rows travel, tables don't"
+
+
+def test_tables_that_are_updated_by_rows_cost_a_step_next_to_nothing():
+    traced = recommender(optax.adagrad(1e-2))
+    for name in ("h200:8", "v5e:4x4"):
+        plan = lepton.plan(traced, lepton.topology(name))
+        assert gathered(plan) < 1e7, "rows travel, tables don't"
+        assert plan.bytes_per_device["gradients"] < 1e7
+        assert plan.step_seconds < 1e-3
 
 
 @pytest.mark.parametrize("name", ["h200:8", "v5e:4x4"])

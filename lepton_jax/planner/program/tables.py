@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lepton_jax.augment import step_key
+from lepton_jax.compat import ClosedJaxpr
 from lepton_jax.controller import Controller
 from lepton_jax.errors import RecipeError
 from lepton_jax.step import optimizers
@@ -66,6 +67,7 @@ def find_tables(
     state: State,
     loss: Callable,
     batch: tuple[Any, Any],
+    forward: ClosedJaxpr,
 ) -> Tables:
     """Return the embeddings of a recipe that are updated by rows.
 
@@ -74,6 +76,8 @@ def find_tables(
       state: shapes of the state.
       loss: the training loss of one micro-batch, see `training_loss.whole_loss`.
       batch: shapes of inputs and targets.
+      forward: a program of the parameters, among others, that looks up what the loss
+        does. It spares tracing the loss where no table is large.
 
     Raises:
       RecipeError: an embedding that is marked can't be; or a row-wise optimizer has no
@@ -81,7 +85,14 @@ def find_tables(
     """
     params = by_path(state.params)
     marks = optimizers.marked(state.optimizer)
-    large = [path for path, x in params.items() if x.ndim and nbytes(x) >= LARGE]
+    by_use = zip(params, uses(forward.jaxpr, len(params)), strict=True)
+    large = [
+        path
+        for path, use in by_use
+        if use.lookups
+        and nbytes(params[path]) >= LARGE
+        and _is_sparse(params[path], use.ids)
+    ]
     candidates = list(dict.fromkeys([*marks, *large]))
     if not candidates:
         return Tables()
@@ -102,7 +113,7 @@ def find_tables(
         path
         for path in candidates
         if found[path].use.lookups
-        and (path in marks or _is_sparse(params[path], found[path]))
+        and (path in marks or _is_sparse(params[path], found[path].lookups))
     ]
     return _judged(controller, state, marks, wanted, found)
 
@@ -110,8 +121,8 @@ def find_tables(
 # ---- internals ----
 
 
-def _is_sparse(leaf: Any, found: Found) -> bool:
-    return leaf.shape[0] >= SPARSE * slots_for(found.lookups, leaf.shape[0])
+def _is_sparse(leaf: Any, lookups: int) -> bool:
+    return leaf.shape[0] >= SPARSE * slots_for(lookups, leaf.shape[0])
 
 
 def _judged(
@@ -181,6 +192,8 @@ def _against(
         return found.depends
     if size + slots_for(found.lookups, size) > MOST:
         return f"its rows can't be numbered up to {MOST:,}"
+    if isinstance(controller.recipe.optimizer, optimizers.Switchable):
+        return "an optimizer that takes over begins anew, in all of its rows"
     params = by_path(state.params)
     for copy, leaf in by_path({"controller": state.controller}).items():
         if leaf.ndim and followed(copy, params) == path:

@@ -276,6 +276,7 @@ def _trace(
             state,
             whole_loss(recipe, module, micro_batches=1),
             (inputs, targets),
+            traced.jaxpr,
         ),
     )
 

@@ -35,6 +35,8 @@ from lepton_jax.step.embeddings.uses import (
     opened,
 )
 
+# bytes of the narrowest whole number that counts the rows of any table
+WIDE = 4
 # modes of a lookup in which an id that is no row gives the nearest one
 CLIPPING = (GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS)
 
@@ -57,6 +59,7 @@ class Held(NamedTuple):
 
     def slots_of(self, ids: Any, mode: Any) -> Any:
         """Return the slots of some ids; the number of slots for ids without a row."""
+        ids = _wide(ids)
         slots = jnp.searchsorted(self.rows, clipped(ids, self.size, mode))
         if mode in CLIPPING:
             return slots.astype(jnp.int32)
@@ -72,6 +75,7 @@ def clipped(ids: Any, size: int, mode: Any) -> Any:
       size: rows of the table.
       mode: of the lookup.
     """
+    ids = _wide(ids)
     if mode in CLIPPING:
         return jnp.clip(ids, 0, size - 1).astype(jnp.int32)
     is_row = (ids >= 0) & (ids < size)
@@ -299,6 +303,11 @@ def _done(operand: Any) -> Any:
     for eqn in operand.pending:
         x = _bind(eqn, [x])[0]
     return x
+
+
+def _wide(ids: Any) -> Any:
+    """Return ids in a dtype that holds the size of any table."""
+    return ids.astype(jnp.int32) if ids.dtype.itemsize < WIDE else ids
 
 
 def _ids(eqn: Any, indices: Any) -> tuple[Any, Any]:

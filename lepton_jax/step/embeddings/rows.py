@@ -20,14 +20,14 @@ def touched(ids: Any, size: int) -> jax.Array:
     """Return the numbers of the rows that a batch touches, ascending.
 
     >>> touched(jnp.array([5, 2, 5]), size=8)
-    Array([2, 5, 8, 9], dtype=int32)
+    Array([ 2,  5, 10, 11], dtype=int32)
 
     Args:
       ids: int32 (lookups,), `size` for what is no row.
       size: rows of the table.
 
     Returns:
-      int32 (slots,); those of free slots are `size`, `size` + 1, and so on.
+      int32 (slots,); those of free slots are no rows: `size` and more.
     """
     slots = slots_for(len(ids), size)
     ordered = jnp.sort(ids)

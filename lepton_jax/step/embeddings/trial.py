@@ -41,6 +41,8 @@ TRIED = 3
 # the learning rate and the loss of the trial; assumption
 RATE = 0.1
 LOSS = 1.0
+# of a knob that is 0 in the recipe; assumption
+MOVED = 0.1
 # steps at which the trial is made once more, past any warmup; assumption
 LATER = 100_000
 # relative difference that is rounding, float32
@@ -162,7 +164,9 @@ class _Trial:
         return _of_numbers(State((), params, (), state, (), ()))
 
     def _updated(self, gradient: Any, state: Any, params: Any) -> Any:
-        knobs = {name: jnp.float32(x) for name, x in self._optimizer.base.items()}
+        # a knob at 0, such as a weight decay, may be moved in a run
+        base = self._optimizer.base.items()
+        knobs = {name: jnp.float32(x if x else MOVED) for name, x in base}
         if "learning_rate" in knobs:
             # as if a person had set it: then no schedule makes it 0
             knobs["learning_rate"] = jnp.float32(RATE)

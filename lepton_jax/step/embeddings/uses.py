@@ -1,18 +1,19 @@
 """How a program uses its parameters: to look rows up, or in another way.
 
->>> import jax.numpy as jnp
+>>> import jax, jax.numpy as jnp
 >>> def loss(table, kernel, ids):
 ...     return (table[ids] @ kernel).sum()
 >>> shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((8, 4), (4, 2))]
 >>> program = jax.make_jaxpr(loss)(*shapes, jnp.array([5, 2, 5]))
 >>> for use in uses(program.jaxpr, parameters=2):
-...     print(use.lookups, len(use.others))
-1 0
-0 1
+...     print(use.lookups, use.ids, len(use.others))
+1 3 0
+0 0 1
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,10 +41,12 @@ class Use:
 
     Attributes:
       lookups: how often it looks rows of it up.
+      ids: how many rows it looks up in all.
       others: other uses, and lookups that can't be rewritten, in words.
     """
 
     lookups: int = 0
+    ids: int = 0
     others: list[str] = field(default_factory=list)
 
 
@@ -130,6 +133,7 @@ class _Walk:
         elif is_lookup(eqn) and operands[0] is not None and operands[1] is None:
             use = self._found[operands[0]]
             use.lookups += 1
+            use.ids += math.prod(eqn.invars[1].aval.shape[:-1])
             if inside:
                 use.others.append(
                     f"rows are looked up inside of a {inside}, {source_line(eqn)}"
