@@ -1,9 +1,11 @@
-"""rt-polarity with PyTorch: the recipe's bag of words and n-grams, over ten folds.
+"""rt-polarity with PyTorch: a bag of words and n-grams in one sum, over ten folds.
 
     python benchmarks/peers/rt_polarity_torch.py ARCHIVE
 
-ARCHIVE is sentence_polarity.zip. Model, batch, epochs, optimizer and dropout are those
-of `recipes/text_classifier.py`; features are scikit-learn's. The folds are the same.
+ARCHIVE is sentence_polarity.zip. Batch, epochs, optimizer, dropout and folds are those
+of `recipes/text_classifier.py`, and so are the parts of the model; but here they are
+trained on the sum of their logits, as one would first write it, and the recipe trains
+each by itself and weighs them. Features are scikit-learn's.
 With `--model conv` it is the convolution of Kim 2014 without pre-trained vectors.
 """
 
