@@ -111,7 +111,9 @@ def recipe(
 
     Of MovieLens latest small (100,004 ratings) it predicts a random tenth to 0.850
     (median of three splits; biases alone 0.879), and ranks the film that a user rates
-    last among the first ten of all 9,066 in 14 % of the cases:
+    last among the first ten of all 9,066 for 14 % of the users. A film that nobody has
+    rated comes among the first ten of 900 such films for 4 % of its ratings, by its
+    title and genres (--items movies.csv --split new_items); by chance it would be 1 %.
 
         python tools/launch.py recipes/recommender.py --data ratings.csv
         ... --feedback implicit

@@ -15,6 +15,7 @@ from lepton_jax.models.mlp import MLP
 
 # Score of what is no candidate. It is finite, so that a loss of it is too.
 OUT = -1e9
+LEAST_SQUARE = 1e-12  # of a vector's length, before its root is divided by
 BITS = 32  # of a word in the table of what users have used
 
 Negatives = Literal["all", "in_batch", "sampled"]
@@ -298,4 +299,7 @@ def _bits(rows: Sequence[Sequence[int]], items: int) -> np.ndarray:
 
 
 def _of_length_one(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+    # the root of the square, clamped before it is taken: a user without a history has a
+    # vector of zeros, at which the gradient of a norm is not finite
+    square = jnp.square(x).sum(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, LEAST_SQUARE))
