@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from lepton_jax.baselines import (
     VERDICTS,
+    Alone,
+    Compared,
     Comparison,
     Interval,
     all_measured,
@@ -124,7 +125,9 @@ class BaselineOverFolds:
       metric: by which they are compared.
       baseline: the method over folds.
       difference: network less method, over folds.
-      verdict: "better", "worse" or "equal", of the network.
+      verdict: "better", "worse" or "equal", of the network, by the difference.
+      alone: rows of all folds in which one of the two alone is right; None: they don't
+        hit or miss.
     """
 
     name: str
@@ -132,12 +135,19 @@ class BaselineOverFolds:
     baseline: OverFolds
     difference: OverFolds
     verdict: str
+    alone: Alone | None = None
 
     def __str__(self) -> str:
         figure = shown(self.baseline.interval)
         difference = shown(self.difference.interval)
         words = VERDICTS[self.verdict]
-        return f"{self.metric}: {self.name} {figure}, {difference} apart: {words}"
+        text = f"{self.metric}: {self.name} {figure}, {difference} apart: {words}"
+        if self.alone is None:
+            return text
+        return (
+            f"{text}; of all rows the network alone is right in {self.alone.ours:,}, it"
+            f" alone in {self.alone.theirs:,} (by chance: {self.alone.chance():.2g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,12 @@ class CrossValidation:
 
     def __str__(self) -> str:
         lines = [str(one) for one in (*self.metrics.values(), *self.baselines)]
+        lines += [
+            f"no baseline in fold {result.fold}: {one.name}: {one.failed}"
+            for result in self.results
+            for one in result.baselines
+            if one.failed
+        ]
         if not self.finished:
             lines.insert(0, f"{len(self.results)} of {self.folds} folds are finished")
         return "\n".join(lines)
@@ -363,6 +379,9 @@ def _check_tested(recipe: Recipe, fold: int) -> None:
 
 def over_folds(name: str, values: Sequence[float]) -> OverFolds:
     """Return the mean of a metric's values of folds, with its interval."""
+    # only here: it takes a second to import, as long as the rest of Lepton
+    from scipy.stats import t as student
+
     count = len(values)
     mean = float(np.mean(values))
     if count < FEWEST:
@@ -430,48 +449,41 @@ def _baselines(results: Sequence[FoldResult]) -> list[BaselineOverFolds]:
     """Compare the network with each baseline that all folds have a result of."""
     found = []
     for place, first in enumerate(results[0].baselines):
-        have_it = all(len(one.baselines) > place for one in results)
-        theirs = [one.baselines[place] for one in results] if have_it else []
+        theirs = [one.baselines[place : place + 1] for one in results]
         for compared in first.compared:
             metric = compared.metric
-            pairs = [_pair(one, metric) for one in theirs]
-            known = [pair for pair in pairs if pair is not None]
-            if known and len(known) == len(results):
-                found.append(
-                    _baseline(
-                        first.name,
-                        metric,
-                        known,
-                    )
-                )
+            known = [
+                one
+                for comparisons in theirs
+                for comparison in comparisons
+                for one in comparison.compared
+                if one.metric == metric and one.network is not None
+            ]
+            if len(known) == len(results):
+                found.append(_baseline(first.name, known))
     return found
 
 
-def _pair(comparison: Comparison, metric: str) -> tuple[float, float] | None:
-    """Return a metric of the network and of the baseline in one fold."""
-    for one in comparison.compared:
-        if one.metric == metric and one.network is not None:
-            return one.network.value, one.baseline.value
-    return None
-
-
-def _baseline(
-    name: str,
-    metric: str,
-    pairs: Sequence[tuple[float, float]],
-) -> BaselineOverFolds:
-    ours, theirs = zip(*pairs, strict=True)
-    difference = over_folds(
-        metric,
-        list(np.subtract(ours, theirs)),
-    )
-    verdict = verdict_of(metric, difference.interval, math.nan)
+def _baseline(name: str, folds: Sequence[Compared]) -> BaselineOverFolds:
+    """Put the comparisons of all folds together, by one metric."""
+    metric = folds[0].metric
+    ours = [one.network.value for one in folds if one.network is not None]
+    theirs = [one.baseline.value for one in folds]
+    difference = over_folds(metric, list(np.subtract(ours, theirs)))
+    counts = [one.alone for one in folds if one.alone is not None]
+    together = None
+    if len(counts) == len(folds):
+        together = Alone(
+            sum(one.ours for one in counts),
+            sum(one.theirs for one in counts),
+        )
     return BaselineOverFolds(
         name,
         metric,
         over_folds(metric, theirs),
         difference,
-        verdict,
+        verdict_of(metric, difference.interval, math.nan),
+        together,
     )
 
 

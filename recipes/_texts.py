@@ -29,15 +29,13 @@ MEASURED_TEXTS = 20_000  # at most, evenly over the source; assumption
 # Names that a table's column of texts or labels has, if nobody names it; assumption.
 TEXT_NAMES = ("text", "sentence", "review", "content", "message", "comment")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "tags")
-# Characters of a mean word from which on a text has no words: DNA, or base64.
-# Assumption: of 500 languages' mean words, none has half as many.
+# Characters of a mean word from which on texts have no words, such as DNA or base64;
+# assumption: no language has such long ones.
 LONGEST_MEAN_WORD = 25.0
 COVERED = 0.98  # share of the texts that a length covers; assumption
 STEP_OF_LENGTH = 8  # lengths are multiples of it, as vectors like them
 MOST_TOKENS = 512  # looked at of a text, unless somebody says more; assumption
-MOST_NGRAMS = 4096
-
-
+MOST_NGRAMS = 4096  # of a text, of either kind; assumption
 # Readers that take an encoding, and know what to do about rows that can't be read.
 SETTABLE = (CsvReader, FilesReader, JsonLinesReader, TextReader)
 

@@ -31,7 +31,15 @@ def recipe(
 
     It is `image_classifier` with strong augmentation, a small network, few pixels, a
     long run, a moving average of the parameters, and predictions averaged over an image
-    and its mirror image: what is known to help where data is scarce.
+    and its mirror image: what is known to help where data is scarce. Outside of
+    training images are larger by a fifth, as random crops have shown things larger.
+
+    With 300 cats and 300 dogs it gets 77.5 % of the images of the first three of five
+    folds right (79.2, 76.7 and 76.7 %; no setting was chosen by them). There the
+    nearest neighbours get 53 to 63 %, and logistic regression 53 %. A fold takes some
+    four minutes of one CPU core:
+
+        python tools/launch.py recipes/cats_dogs.py --data cats_dogs_600.tar --folds 5
 
     Without `data` it learns the made-up shapes of `image_classifier`.
 

@@ -76,7 +76,8 @@ def recipe(
     """Classify images.
 
     Without `data` it learns to tell circles, diamonds and squares apart, 200 made-up
-    images of each; it gets all of a held-out fifth right:
+    images of each; it gets all of a held-out fifth right, with 40 seconds of a CPU
+    core, where the nearest neighbours get 73 % and logistic regression 56 %:
 
         python tools/launch.py recipes/image_classifier.py
 

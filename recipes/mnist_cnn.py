@@ -47,13 +47,15 @@ def recipe(
 ) -> lepton.Recipe:
     """MNIST with a small CNN: 32-64-64 convolutions and 64 dense units.
 
-    It gets 99.2 % of MNIST's test images right, in 3 minutes 25 seconds on two CPU
-    cores, starting and compiling included:
+    Trained on the first 50,000 of MNIST's training images, it gets 99.31 % of the other
+    10,000 right (one seed, no setting chosen by them). Batch norm, small random turns,
+    moves and zooms, and a learning rate that rises first are what it has over the plain
+    network's 99.2 % of the test images. It takes some five minutes of one CPU core:
 
         python tools/launch.py recipes/mnist_cnn.py --data FOLDER
 
     Without `data` it learns scikit-learn's 1,797 digits of 8x8 pixels, enlarged to
-    28x28: 93 % of a held-out fifth in these few steps, in 13 seconds:
+    28x28: 96.7 % of a held-out fifth in these few steps, with 20 seconds of a core:
 
         python tools/launch.py recipes/mnist_cnn.py
 
@@ -98,6 +100,7 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
+        baseline=lepton.baselines.nearest,
         preprocess=preprocess,
         optimizer=optax.adamw,
         learning_rate=optax.warmup_cosine_decay_schedule(

@@ -72,6 +72,7 @@ def recipe(
         ),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         metrics={"accuracy": lepton.metrics.accuracy},
+        baseline=lepton.baselines.nearest,
         preprocess=partial(lepton.data.grey, by=255),
         optimizer=optax.adamw,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),

@@ -34,7 +34,11 @@ BASELINES = (
     lepton.baselines.nearest,
     lepton.baselines.boosting,
 )
-LEAST_STEPS = 200  # of a run, so that a small table is learned too; assumption
+LEAST_STEPS = 100  # of a run, so that a small table is learned too; assumption
+# Rows per step, of a small table and of others. Assumption: on a few hundred rows large
+# batches are learned by heart before they are learned from.
+BATCHES = (64, 256)
+SMALL = 10_000  # training rows, below which a table is small; assumption
 WARMUP = 0.1  # of the run, in which the rate rises
 
 
@@ -103,7 +107,7 @@ def recipe(
     patience: int | None = None,
     learning_rate: float | None = None,
     weight_decay: float | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     epochs: float | None = None,
     steps: int | None = None,
     micro_batches: int | None = None,
@@ -169,9 +173,10 @@ def recipe(
       learning_rate: of AdamW at its peak; it rises over the first tenth of the run and
         falls as a cosine to zero. If left out, as suits the model.
       weight_decay: of AdamW; if left out, as suits the model.
-      batch_size: rows per step, over all devices.
+      batch_size: rows per step, over all devices; if left out, 256, or 64 where there
+        are less than 10,000 training rows.
       epochs: passes over the training rows; if left out, as suits the model, and such
-        that there are 200 steps.
+        that there are 100 steps.
       steps: length of the run in steps, instead of epochs.
       micro_batches: parts in which a batch passes through the model.
       save_every: steps between checkpoints; each evaluation if left out.
@@ -224,6 +229,7 @@ def recipe(
     task = task_of(source, class_weights)
     if model == "tabm":
         task = of_ensemble(task)
+    batch_size = batch_size or BATCHES[len(source.train) >= SMALL]
     epochs = epochs or _epochs(
         defaults.epochs,
         len(source.train),

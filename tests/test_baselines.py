@@ -13,8 +13,8 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax.baselines import Baseline, Interval, Network, NotHere, Samples
-from lepton_jax.baselines.comparison import fitted_to, shown
-from lepton_jax.baselines.intervals import mcnemar, mean_interval, wilson
+from lepton_jax.baselines.comparison import fitted_to, less_is_better, shown
+from lepton_jax.baselines.intervals import alone, mean_interval, wilson
 from lepton_jax.errors import DataError, RecipeError
 from lepton_jax.metrics import Metric
 
@@ -61,8 +61,25 @@ def test_mcnemar_counts_only_the_rows_on_which_two_methods_differ():
     ours = np.array([1] * 8 + [0] * 1 + [1] * 50)
     theirs = np.array([0] * 8 + [1] * 1 + [1] * 50)
     # 8 of 9: 2 * (1 + 9) / 2**9
-    assert mcnemar(ours, theirs) == pytest.approx(20 / 512)
-    assert mcnemar(ours, ours) == 1
+    assert alone(ours, theirs) == (8, 1)
+    assert alone(ours, theirs).chance() == pytest.approx(20 / 512)
+    assert alone(ours, ours).chance() == 1
+
+
+@pytest.mark.parametrize(
+    "name, less",
+    [
+        ("log_loss", True),
+        ("val_rmse", True),
+        ("FID", True),
+        ("accuracy", False),
+        ("female_recall", False),
+        ("r2", False),
+        ("hit_rate", False),
+    ],
+)
+def test_whether_less_is_better_is_read_off_the_name(name, less):
+    assert less_is_better(name) == less
 
 
 @pytest.mark.parametrize(
@@ -170,6 +187,10 @@ def test_the_majority_answers_alike_for_each_row():
     assert np.exp(outputs).sum(1) == pytest.approx(1)
     quantities = some(np.array([1.0, 2.0, 6.0]))
     assert lepton.baselines.majority(quantities, some([0.0])).outputs == [3]
+    padded = some(np.array([-1, 2, 2, -1, 0]))
+    assert (lepton.baselines.majority(padded, padded).outputs.argmax(1) == 2).all()
+    gaps = some(np.array([1.0, np.nan, 3.0]))
+    assert lepton.baselines.majority(gaps, some([0.0])).outputs == [2]
     yes = Samples(np.zeros(4), np.array([1, 1, 1, 0]), 4, "binary")
     assert lepton.baselines.majority(yes, yes).outputs[0] == pytest.approx(math.log(2))
     with pytest.raises(NotHere):
@@ -205,6 +226,15 @@ def test_a_trainer_compares_with_the_majority_where_the_recipe_names_nothing():
     (one,) = comparison.compared
     assert one.network.value == pytest.approx(trainer.evaluate().accuracy)
     assert "the most frequent class" in str(comparison)
+
+
+def test_without_a_metric_the_loss_is_compared():
+    trainer = lepton.Trainer(recipe(metrics={}, baseline=lepton.baselines.majority))
+    trainer.fit()
+    (comparison,) = trainer.baseline()
+    (one,) = comparison.compared
+    assert one.metric == "loss"
+    assert one.network.value == pytest.approx(trainer.evaluate().loss, rel=1e-5)
 
 
 def slow(train, test):

@@ -112,12 +112,16 @@ def test_folds_are_put_together_with_their_baselines_and_all_their_rows(tmp_path
     values = done.metrics["accuracy"].values
     assert values[2] == pytest.approx(alone.evaluate().accuracy)
     with np.load(tmp_path / "predictions.npz") as rows:
-        hits = rows["outputs"].argmax(1) == rows["targets"]
+        targets = rows["targets"]
+        hits = rows["outputs"].argmax(1) == targets
         assert np.bincount(rows["fold"]).tolist() == [15] * 4
     assert done.metrics["accuracy"].pooled.value == pytest.approx(hits.mean())
     (baseline,) = done.baselines
     assert baseline.baseline.mean == pytest.approx(1 / 3)
     assert baseline.verdict == "better"
+    right = hits.sum() - (hits & (targets == 0)).sum()
+    assert baseline.alone.ours == right
+    assert baseline.alone.theirs == ((targets == 0) & ~hits).sum()
     assert "the first class" in str(done) and "mean of 4 folds" in str(done)
     page = (tmp_path / "report.html").read_text()
     assert "4 of 4 folds" in page and "the first class" in page
@@ -199,3 +203,10 @@ def test_a_recipe_without_folds_says_so(file, tmp_path):
     plain.write_text(text.replace("folds or 4, fold", "4, 0"))
     with pytest.raises(SettingError, match="the recipe has no folds"):
         launch([str(plain), "--folds", "5", "--run-dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_a_time_that_is_none_is_refused(file, tmp_path, seconds):
+    arguments = [str(file), "--baseline-seconds", seconds]
+    with pytest.raises(SettingError, match="--baseline-seconds"):
+        launch([*arguments, "--run-dir", str(tmp_path / "run")])

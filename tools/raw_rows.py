@@ -81,12 +81,7 @@ CASES = (
         "criteo_sample/train.tiny.csv",
         {"label": "Label", "ignore": "Id"},
     ),
-    Case(
-        "text_classifier",
-        "rt_polarity/sentence_polarity.zip",
-        {},
-        {"format": "text", "rows": "line"},
-    ),
+    Case("text_classifier", "rt_polarity/sentence_polarity.zip", {}),
     Case("image_classifier", "cats_dogs_subset/cats_dogs_600.tar", {"size": 32}),
     Case("mnist_mlp", "mnist", {}),
     Case("mnist_cnn", "mnist", {"width": 4}),

@@ -17,13 +17,14 @@ from lepton_jax.baselines.boosting import boosting
 from lepton_jax.baselines.clicks import factorization_machine, linear_clicks
 from lepton_jax.baselines.comparison import (
     VERDICTS,
+    Compared,
     Comparison,
     Network,
     shown,
     verdict_of,
 )
 from lepton_jax.baselines.ials import ials
-from lepton_jax.baselines.intervals import mean_interval, wilson
+from lepton_jax.baselines.intervals import Alone, mean_interval, wilson
 from lepton_jax.baselines.item_knn import item_knn
 from lepton_jax.baselines.logistic import logistic
 from lepton_jax.baselines.majority import majority
@@ -36,8 +37,10 @@ from lepton_jax.baselines.suspects import without_suspects
 
 __all__ = [
     "VERDICTS",
+    "Alone",
     "Baseline",
     "BaselineFunction",
+    "Compared",
     "Comparison",
     "Interval",
     "Network",

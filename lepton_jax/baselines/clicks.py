@@ -10,7 +10,6 @@ weight for each value of a category.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -84,11 +83,10 @@ def _chosen(train: Samples, test: Samples, grid: Any) -> tuple[np.ndarray, Any]:
     rest = order[len(held) :]
 
     def held_loss(strengths: Any) -> float:
-        logits = _fit(_take(rows, rest), targets[rest], size, strengths)
-        values = logits(_take(rows, held))
-        return float(
-            np.logaddexp(0, np.where(targets[held] > 0, -values, values)).mean()
-        )
+        logits_of = _fit(_take(rows, rest), targets[rest], size, strengths)
+        logits = logits_of(_take(rows, held))
+        against = np.where(targets[held] > 0, -logits, logits)
+        return float(np.logaddexp(0, against).mean())
 
     best = min(grid, key=held_loss)
     return _fit(rows, targets, size, best)(tested), best
@@ -96,18 +94,21 @@ def _chosen(train: Samples, test: Samples, grid: Any) -> tuple[np.ndarray, Any]:
 
 def _features(train: Samples, test: Samples) -> tuple[Features, Features, int]:
     """Return both parts' features, and how many values the categories have."""
-    parts = []
-    sizes: Sequence[int] = ()
-    for rows in (train, test):
-        codes = rows.inputs.get("categories", np.zeros((len(rows), 0)))
-        numbers = rows.inputs.get("numbers", np.zeros((len(rows), 0), np.float32))
-        marked = np.concatenate([np.nan_to_num(numbers), np.isnan(numbers)], axis=1)
-        parts.append((np.float32(marked), np.int32(codes)))
-    both = np.concatenate([codes for _, codes in parts])
-    sizes = (both.max(axis=0, initial=-1) + 1).tolist()
-    starts = np.asarray([0, *itertools.accumulate(sizes)][: len(sizes)], np.int32)
-    first, second = (Features(marked, codes + starts) for marked, codes in parts)
-    return first, second, sum(sizes)
+    parts = [_blocks(train), _blocks(test)]
+    codes = np.concatenate([part.codes for part in parts])
+    sizes = codes.max(axis=0, initial=-1) + 1
+    starts = np.cumsum(sizes) - sizes
+    own = [part._replace(codes=part.codes + starts.astype(np.int32)) for part in parts]
+    return own[0], own[1], int(sizes.sum())
+
+
+def _blocks(rows: Samples) -> Features:
+    nothing = np.zeros((len(rows), 0), np.float32)
+    numbers = rows.inputs.get("numbers", nothing)
+    codes = rows.inputs.get("categories", nothing)
+    missing = np.isnan(numbers)
+    marked = np.concatenate([np.nan_to_num(numbers), missing], axis=1)
+    return Features(np.float32(marked), np.int32(codes))
 
 
 def _take(rows: Features, index: np.ndarray) -> Features:
@@ -115,49 +116,59 @@ def _take(rows: Features, index: np.ndarray) -> Features:
 
 
 def _fit(rows: Features, targets: np.ndarray, size: int, strengths: Any) -> Any:
-    """Return the fitted function of features to logits."""
-    count = rows.marked.shape[1] + size
-    start = {"bias": jnp.zeros(()), "weights": jnp.zeros(count)}
-    if strengths[1] is not None:
-        key = jax.random.key(0)
-        start["vectors"] = START * jax.random.normal(key, (count, DIM))
-    flat, unravel = jax.flatten_util.ravel_pytree(start)
-    given = jnp.asarray(strengths[0]), jnp.asarray(strengths[1] or 0.0)
-    objective = jax.jit(jax.value_and_grad(partial(_objective, unravel=unravel)))
+    """Return the fitted function of features to logits.
 
-    def value(x: np.ndarray) -> tuple[float, np.ndarray]:
-        total, gradient = objective(jnp.float32(x), rows, targets, given)
-        return float(total), np.float64(gradient)
+    The parameters are one vector: a bias, a weight for each feature, and `DIM` more for
+    each if there are vectors.
+    """
+    dim = 0 if strengths[1] is None else DIM
+    count = rows.marked.shape[1] + size
+    draw = np.random.default_rng(0)
+    start = np.zeros(1 + count + count * dim)
+    start[1 + count :] = START * draw.normal(size=count * dim)
+    given = (float(strengths[0]), float(strengths[1] or 0))
+
+    def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        total, slope = _objective(np.float32(flat), rows, targets, given, dim)
+        return float(total), np.asarray(slope, np.float64)
 
     options = {"maxiter": ITERATIONS}
-    found = minimize(
-        value, np.float64(flat), jac=True, method="L-BFGS-B", options=options
-    )
-    fitted = unravel(jnp.float32(found.x))
-    return lambda rows: np.asarray(_logits(fitted, rows))
+    found = minimize(value, start, jac=True, method="L-BFGS-B", options=options)
+    fitted = np.float32(found.x)
+    return lambda rows: np.asarray(_logits(fitted, rows, dim))
 
 
+@partial(jax.jit, static_argnames="dim")
+@jax.value_and_grad
 def _objective(
-    flat: Any, rows: Features, targets: Any, strengths: Any, unravel: Any
-) -> Any:
-    parameters = unravel(flat)
-    logits = _logits(parameters, rows)
-    losses = jnp.logaddexp(0, jnp.where(targets > 0, -logits, logits))
-    squares = strengths[0] * jnp.square(parameters["weights"]).sum()
-    if "vectors" in parameters:
-        squares += strengths[1] * jnp.square(parameters["vectors"]).sum()
-    return losses.sum() + squares / 2
+    flat: jax.Array,
+    rows: Features,
+    targets: jax.Array,
+    strengths: tuple[jax.Array, jax.Array],
+    dim: int,
+) -> jax.Array:
+    logits = _logits(flat, rows, dim)
+    against = jnp.where(targets > 0, -logits, logits)
+    count = (len(flat) - 1) // (1 + dim)
+    weights = jnp.square(flat[1 : 1 + count]).sum()
+    vectors = jnp.square(flat[1 + count :]).sum()
+    penalty = strengths[0] * weights + strengths[1] * vectors
+    return jnp.logaddexp(0, against).sum() + penalty / 2
 
 
-def _logits(parameters: dict[str, Any], rows: Features) -> Any:
+@partial(jax.jit, static_argnames="dim")
+def _logits(flat: jax.Array, rows: Features, dim: int) -> jax.Array:
+    count = (len(flat) - 1) // (1 + dim)
     numbers = rows.marked.shape[1]
-    weights = parameters["weights"]
-    logits = parameters["bias"] + rows.marked @ weights[:numbers]
+    weights = flat[1 : 1 + count]
+    logits = flat[0] + rows.marked @ weights[:numbers]
     logits = logits + weights[numbers:][rows.codes].sum(1)
-    if "vectors" not in parameters:
+    if not dim:
         return logits
-    vectors = parameters["vectors"]
+
+    vectors = flat[1 + count :].reshape(count, dim)
     of_numbers = rows.marked[..., None] * vectors[:numbers]
-    features = jnp.concatenate([of_numbers, vectors[numbers:][rows.codes]], axis=1)
+    of_codes = vectors[numbers:][rows.codes]
+    features = jnp.concatenate([of_numbers, of_codes], axis=1)
     products = jnp.square(features.sum(1)) - jnp.square(features).sum(1)
     return logits + products.sum(-1) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 from lepton_jax.baselines.baseline import Baseline, Interval, Samples
 from lepton_jax.baselines.intervals import (
     LEVEL,
-    mcnemar,
+    QUANTILE,
+    Alone,
+    alone,
     percentiles,
     resamples,
     wilson,
@@ -28,20 +31,19 @@ VERDICTS = {
     WORSE: "the network is worse",
     EQUAL: "no difference that can be told apart from chance",
 }
-# Parts of a metric's name that say that less of it is better; assumption.
+# Words of a metric's name that say that less of it is better, and short ones that must
+# be a whole word; assumption.
 LESS_IS_BETTER = (
     "loss",
     "error",
     "rmse",
-    "mae",
-    "mse",
     "perplexity",
     "deviance",
     "entropy",
     "brier",
-    "calibration",
     "distance",
 )
+SHORT_WORDS = {"mae", "mse", "mape", "ece", "nll", "fid"}
 DIGITS = 2  # of the width of an interval that are shown
 MOST_DECIMALS = 6
 
@@ -59,6 +61,7 @@ class Compared:
         difference decides.
       verdict: "better", "worse" or "equal", of the network; "" without a difference.
       paired: whether both were measured on the same rows, one by one.
+      alone: rows in which one of the two alone is right; None: they don't hit or miss.
     """
 
     metric: str
@@ -68,6 +71,7 @@ class Compared:
     chance: float = math.nan
     verdict: str = ""
     paired: bool = False
+    alone: Alone | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,6 +131,8 @@ def _compared(fields: Mapping[str, Any]) -> Compared:
     for name in ("network", "baseline", "difference"):
         if own[name] is not None:
             own[name] = Interval(*own[name])
+    if own.get("alone") is not None:
+        own["alone"] = Alone(*own["alone"])
     return Compared(**own)
 
 
@@ -257,10 +263,12 @@ def _difference(
 ) -> Compared:
     value = network.value - baseline.value
     chance = math.nan
+    counts = None
     if ours.hits is not None and theirs.hits is not None:
-        chance = mcnemar(ours.hits, theirs.hits)
+        counts = alone(ours.hits, theirs.hits)
+        chance = counts.chance()
         apart = ours.hits - theirs.hits
-        width = 2 * apart.std() / math.sqrt(len(apart))
+        width = QUANTILE * apart.std() / math.sqrt(len(apart))
         difference = Interval(value, value - width, value + width)
     else:
         count = min(
@@ -281,6 +289,7 @@ def _difference(
         chance,
         verdict,
         paired=True,
+        alone=counts,
     )
 
 
@@ -374,7 +383,9 @@ def verdict_of(metric: str, difference: Interval, chance: float) -> str:
 
 def less_is_better(metric: str) -> bool:
     """Whether less of a metric is better, by its name."""
-    return any(part in metric.lower() for part in LESS_IS_BETTER)
+    name = metric.lower()
+    words = set(re.split(r"[^a-z0-9]+", name))
+    return any(part in name for part in LESS_IS_BETTER) or bool(words & SHORT_WORDS)
 
 
 def half_width(interval: Interval) -> float:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from lepton_jax.baselines.baseline import Interval
 
@@ -90,15 +90,35 @@ def resamples(rows: int, count: int = RESAMPLES) -> Iterator[np.ndarray]:
         )
 
 
-def mcnemar(left: np.ndarray, right: np.ndarray) -> float:
-    """Return the probability of such a difference if both hit equally often.
+class Alone(NamedTuple):
+    """Rows in which one of two methods alone is right.
+
+    Attributes:
+      ours: where the first one is.
+      theirs: where the second one is.
+    """
+
+    ours: int
+    theirs: int
+
+    def chance(self) -> float:
+        """Return the probability of such counts if both are right equally often.
+
+        It is McNemar's test, exact: then either method is the one with a probability of
+        1/2, whatever the other rows are.
+        """
+        # only here: it takes a second to import, as long as the rest of Lepton
+        from scipy.stats import binomtest
+
+        count = self.ours + self.theirs
+        return float(binomtest(self.ours, count).pvalue) if count else 1.0
+
+
+def alone(ours: np.ndarray, theirs: np.ndarray) -> Alone:
+    """Count the rows in which one of two methods alone is right.
 
     Args:
-      left: hits of one method, 0 or 1, (rows,).
-      right: hits of the other one on the same rows.
+      ours: hits of one method, 0 or 1, (rows,).
+      theirs: hits of the other one on the same rows.
     """
-    only_left = int((left > right).sum())
-    only_right = int((right > left).sum())
-    if not only_left + only_right:
-        return 1.0
-    return float(binomtest(only_left, only_left + only_right).pvalue)
+    return Alone(int((ours > theirs).sum()), int((theirs > ours).sum()))

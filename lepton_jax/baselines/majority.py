@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lepton_jax.baselines.baseline import Baseline, NotHere, Samples
@@ -21,45 +23,25 @@ def majority(train: Samples, test: Samples) -> Baseline:
     Raises:
       NotHere: the targets are none of these.
     """
-    rows = f"{len(train):,} training rows"
+    fitted = f"on {len(train):,} training rows"
+    targets = train.targets
     if train.task == "classes":
-        counts = (
-            np.bincount(
-                train.targets,
-                minlength=train.classes,
-            )
-            + SUCCESSION
-        )
+        known = targets[targets >= 0]  # a negative one is no class
+        counts = np.bincount(known, minlength=train.classes) + SUCCESSION
         shares = np.log(counts / counts.sum())
-        outputs = np.tile(
-            shares.astype(np.float32),
-            (len(test), 1),
-        )
-        return Baseline("the most frequent class", f"counted in {rows}", outputs)
+        return Baseline("the most frequent class", fitted, _repeated(shares, test))
     if train.task == "binary":
-        ones = (
-            train.targets.sum(
-                axis=0,
-                dtype=np.float64,
-            )
-            + SUCCESSION
-        )
+        ones = targets.sum(axis=0, dtype=np.float64) + SUCCESSION
         zeros = len(train) + 2 * SUCCESSION - ones
         logits = np.log(ones / zeros)
-        name = "the more frequent answer"
-        return Baseline(name, f"counted in {rows}", _repeated(logits, test))
+        return Baseline("the more frequent answer", fitted, _repeated(logits, test))
     if train.task == "quantities":
-        mean = train.targets.mean(
-            axis=0,
-            dtype=np.float64,
-        )
-        return Baseline("the mean", f"taken of {rows}", _repeated(mean, test))
+        mean = np.nanmean(targets, axis=0, dtype=np.float64)
+        return Baseline("the mean", fitted, _repeated(mean, test))
     raise NotHere("the targets are neither classes nor quantities")
 
 
-def _repeated(row: np.ndarray, test: Samples) -> np.ndarray:
+def _repeated(row: Any, test: Samples) -> np.ndarray:
+    """Return a row of outputs as often as there are test rows."""
     shape = (len(test), *np.shape(row))
-    return np.broadcast_to(
-        np.float32(row),
-        shape,
-    ).copy()
+    return np.broadcast_to(np.float32(row), shape).copy()

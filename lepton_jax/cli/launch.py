@@ -423,7 +423,8 @@ def _train_folds(order: _Order) -> dict[str, Any]:
         source=lambda fold: _source(order, chosen(fold)),
         trainer=_trainer_options(options),
     )
-    print(done, file=sys.stderr)
+    if agreement.host() == 0:
+        print(done, file=sys.stderr)
     return folds.summary(done, time.monotonic() - began)
 
 
@@ -678,6 +679,12 @@ def _early_options(
             f"--devices is {early.devices}",
             where="command line, --devices",
             remedy=f"ask for 1 to {MOST_DEVICES} devices",
+        )
+    if not early.baseline_seconds >= 0:  # also where it is no number
+        raise SettingError(
+            f"--baseline-seconds is {early.baseline_seconds}",
+            where="command line, --baseline-seconds",
+            remedy="give a number of seconds of at least 0",
         )
     if assignment is not None and assignment.run_dir is not None:
         early.run_dir = assignment.run_dir

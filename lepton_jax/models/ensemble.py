@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -53,9 +52,9 @@ class Ensemble(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Map a batch to (batch, members, ...), or outside of training (batch, ...)."""
 
-        @partial(nnx.vmap, in_axes=(0, None, None), out_axes=1)
-        def each(copy: Any, args: Any, kwargs: Any) -> jax.Array:
+        def one(copy: Any, args: Any, kwargs: Any) -> jax.Array:
             return copy(*args, **kwargs)
 
+        each: Any = nnx.vmap(one, in_axes=(0, None, None), out_axes=1)
         outputs = each(self.copies, args, kwargs)
         return outputs.mean(axis=1) if self.deterministic else outputs

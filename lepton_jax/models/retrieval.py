@@ -105,19 +105,17 @@ class Retrieval(nnx.Module):
 
         normal = nnx.initializers.normal(dim**-0.5)
 
-        def embedding(rows: int) -> nnx.Embed | None:
-            if not rows:
-                return None
+        def embedding(rows: int) -> nnx.Embed:
             return nnx.Embed(rows, dim, embedding_init=normal, rngs=rngs)
 
-        self.users = embedding(users)
+        self.users = embedding(users) if users else None
         self.items = embedding(items)
         self.history = embedding(items) if history and not tied else None
         # by one over how long ago: the item used last counts most
         ago = -jnp.log(jnp.arange(1.0, history + 1))
         self.recency = nnx.Param(ago) if history else None
         table = _padded(features)
-        self.features = embedding(int(table.max(initial=-1)) + 1)
+        self.features = embedding(int(table.max()) + 1) if table.size else None
         self.feature_table = Known(jnp.asarray(table)) if table.size else None
         zeros = nnx.initializers.zeros_init()
         biases = partial(nnx.Embed, items, 1, embedding_init=zeros, rngs=rngs)
@@ -199,7 +197,7 @@ class Retrieval(nnx.Module):
             is_kept = jax.random.bernoulli(self.draws(), stays, item.shape)
             is_known = is_known * is_kept
         vectors = self.items(item) * is_known[:, None]
-        if self.features is not None:
+        if self.features is not None and self.feature_table is not None:
             of_item = self.feature_table[...][item]
             is_there = (of_item >= 0).astype(jnp.float32)
             count = jnp.maximum(is_there.sum(-1, keepdims=True), 1)

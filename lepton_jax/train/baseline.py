@@ -53,8 +53,10 @@ def compare(
     functions = functions_of(recipe, judged)
     if not functions:
         return []
+    # without a metric it is the loss by which they are compared
+    metrics = recipe.metrics or {"loss": recipe.loss}
     network = Network(
-        recipe.metrics,
+        metrics,
         judged.outputs,
         judged.samples,
     )

@@ -296,15 +296,7 @@ def _of_quantities(judged: Judged, outputs: np.ndarray) -> dict[str, Any]:
         np.float64,
     ).reshape(targets.shape)
     apart = given - targets
-    rows = len(targets)
-    distances = (
-        np.abs(apart)
-        .reshape(
-            rows,
-            -1,
-        )
-        .max(axis=1)
-    )
+    distances = _distances(apart, np.isfinite(targets))
 
     def described(row: int) -> dict[str, Any]:
         return {
@@ -331,13 +323,21 @@ def _of_quantities(judged: Judged, outputs: np.ndarray) -> dict[str, Any]:
         )[drawn].tolist(),
         "residuals": histogram,
         "bias": float(residuals.mean()) if len(flat) else None,
-        "worst": _worst(
-            judged,
-            np.nan_to_num(distances, nan=FARTHEST),
-            described,
-        ),
+        "worst": _worst(judged, distances, described),
         "measure": "distance",
     }
+
+
+def _distances(apart: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return each row's largest distance of a prediction from its target, (rows,).
+
+    Args:
+      apart: prediction less target, (rows, ...).
+      known: whether there is a target; a row without any is left out as -infinite.
+    """
+    distances = np.nan_to_num(np.abs(apart), nan=FARTHEST)
+    distances = np.where(known, distances, -np.inf)
+    return distances.reshape(len(apart), -1).max(axis=1)
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:

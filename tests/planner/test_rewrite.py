@@ -17,7 +17,13 @@ from jax import lax
 
 import lepton_jax as lepton
 from lepton_jax.planner import rewrite
-from lepton_jax.planner.rewrite import loops, pooling, products, program, slices
+from lepton_jax.planner.rewrite import (
+    kept,
+    pooling,
+    program,
+    slices,
+    units,
+)
 
 # Greatest difference that another order of the terms of a sum makes, by the greatest
 # value: sums here have fewer than 5,000 terms.
@@ -47,7 +53,7 @@ def assert_close(function, *args):
 
 
 @pytest.mark.parametrize(
-    "module", (pooling, slices, program, loops, products), ids=lambda m: m.__name__
+    "module", (pooling, slices, program, kept, units), ids=lambda m: m.__name__
 )
 def test_the_examples_hold(module):
     assert doctest.testmod(module).failed == 0
@@ -259,6 +265,35 @@ def test_a_loop_with_a_print_is_left_alone(capfd):
     assert capfd.readouterr().out.count("step") == 4
 
 
+def test_a_loop_keeps_for_its_backward_pass_what_cannot_be_made_again():
+    gradient, params = loss_of(Recurrent(nnx.LSTMCell, nnx.Rngs(0)))
+    x = jnp.ones((4, 6, 5))
+    stacked = {}
+    for names in (("loops",), ("loops", "kept")):
+        with rewrite.only(*names):
+            traced = jax.make_jaxpr(rewrite.rewritten(gradient))(params, x)
+        forward = _bodies(traced.jaxpr)[0]
+        stacked[names] = len(forward.outvars)
+    assert stacked["loops", "kept"] <= stacked["loops",] - 4  # four slopes of gates
+
+
+# ---- dims of extent 1 ----
+
+
+@given(st.lists(st.integers(1, 3), min_size=4, max_size=6), st.integers(0, 5))
+@settings(max_examples=4, deadline=None)
+def test_a_softmax_over_any_dim_keeps_every_bit(shape, dim):
+    dim %= len(shape)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+    def loss(x):
+        return (jax.nn.softmax(x, dim) ** 2).sum()
+
+    plain = jax.value_and_grad(loss)(x)
+    faster = rewrite.rewritten(jax.value_and_grad(loss))(x)
+    jax.tree.map(np.testing.assert_array_equal, plain, faster)
+
+
 # ---- the whole ----
 
 
@@ -284,6 +319,14 @@ def losses_of(model, x, *names):
     with rewrite.only(*names):
         trainer = lepton.Trainer(recipe(model, x), devices=1, sinks=())
         return trainer.fit().records["loss"]
+
+
+def test_without_passes_the_program_is_what_jax_traces(images):
+    gradient, params = loss_of(lepton.models.CNN(3, size=(8, 8, 1), rngs=nnx.Rngs(0)))
+    with rewrite.only():
+        assert not rewrite.applies("cpu", 1)
+        traced = jax.make_jaxpr(rewrite.rewritten(gradient))(params, images)
+    assert str(traced.jaxpr) == str(jax.make_jaxpr(gradient)(params, images).jaxpr)
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -16,6 +16,7 @@ between as many generated pictures and a half. Then
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import optax
 from flax import nnx
 
 import lepton_jax as lepton
+from lepton_jax.cli import settings
 from tools.bench import options as checks
 
 SPLITS = 5  # of the test file into halves
@@ -47,9 +49,7 @@ def add(
         __doc__,
         "how near generated pictures come to real ones",
     )
-    parser.add_argument(
-        "folder", type=Path, metavar="RUN", help="a run, or saved model"
-    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--data",
         type=Path,
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     train, test = lepton.data.idx(options.data)
     judge = _judge(train, test)
     half = len(test) // 2
-    made = generated(options.folder, half)
+    made = generated(options.folder, options.data, half)
     results = {
         "pictures": half,
         **_distances(judge, made, test),
@@ -77,9 +77,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def generated(folder: Path, count: int) -> np.ndarray:
-    """Return pictures of a trained model, (count, height, width, channels), 0 to 1."""
-    module = lepton.Trainer.open(folder).module()
+def generated(folder: Path, data: Path, count: int) -> np.ndarray:
+    """Return pictures of a run's model, (count, height, width, channels), 0 to 1.
+
+    Args:
+      folder: of the run, whose recipe is called again with its settings.
+      data: folder of idx files.
+      count: of pictures.
+    """
+    record = json.loads((folder / "recipe.json").read_text())
+    recipe = settings.load(Path(record["file"]))
+    given = record["settings"] | {"data": data}
+    module = lepton.Trainer(settings.call(recipe, given)).load(folder).module()
     graph, state = nnx.split(module)
 
     @jax.jit

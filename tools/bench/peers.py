@@ -41,8 +41,13 @@ from lepton_jax.errors import SettingError
 from lepton_jax.models.transformer import usual_hidden
 from tools.bench import options as checks
 from tools.bench import step
-from tools.bench.timing import Run, spread, spread_of_ratios, steps_of_slice
-from tools.bench.timing import time_in_rounds
+from tools.bench.timing import (
+    Run,
+    spread,
+    spread_of_ratios,
+    steps_of_slice,
+    time_in_rounds,
+)
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 COMPILERS = ("g++", "clang++", "c++")

@@ -66,8 +66,9 @@ def early_stopping(
 
     Where another policy averages the parameters (`averaging`, `schedule_free`), the
     average is kept, as it is what is evaluated. Memory: two copies of the parameters,
-    or one more where there is an average; one of them is written in each step. The best checkpoint on disk is a matter of
-    `Recipe.best`. A run that is told to go on after its end waits anew.
+    one of which is written in each step; where there is an average, one copy more. The
+    best checkpoint on disk is a matter of `Recipe.best`. A run that is told to go on
+    after its end waits anew.
 
     References:
       Prechelt 1998, "Early stopping - but when?" (criterion UP).

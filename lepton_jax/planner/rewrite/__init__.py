@@ -8,10 +8,12 @@ same values have a form that one CPU device computes in less time:
   loops       products that leave a loop over time, and those in it that become one
   kept        what a loop stacks for its backward pass and need not
   products    the gradient of a kernel, which is wider than what it is multiplied with
+  units       dims of extent 1 in arrays of many dims
 
 Each pass takes a flat jaxpr (`program.flat`) and knows one exact pattern. Where the
-pattern is not met, the operation stays. `pooling`, `slices` and `kept` keep every bit
-(but the sign of a zero); `loops` and `products` add up the same terms in another order.
+pattern is not met, the operation stays. `pooling`, `slices`, `kept` and `units` keep
+every bit (but the sign of a zero); `loops` and `products` add up the same terms in
+another order.
 
 TPUs, GPUs and programs for several devices are left alone.
 """
@@ -25,7 +27,7 @@ from typing import Any
 import jax
 
 from lepton_jax.compat import ClosedJaxpr
-from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices
+from lepton_jax.planner.rewrite import kept, loops, pooling, products, slices, units
 from lepton_jax.planner.rewrite.program import flat, primitives, run
 
 __all__ = ["PASSES", "applies", "only", "rewritten"]
@@ -37,6 +39,7 @@ PASSES: dict[str, Any] = {
     "loops": loops,
     "kept": kept,
     "products": products,
+    "units": units,
 }
 
 # Names of the passes that run; `only` changes them.

@@ -36,6 +36,7 @@ from lepton_jax.compat import ClosedJaxpr, Literal, scan_counts
 from lepton_jax.planner.rewrite.program import (
     Env,
     Uses,
+    bind,
     operands_of,
     read,
     retraced,
@@ -267,46 +268,68 @@ class _Loop:
     def run(self, operands: Sequence[Any]) -> list[Any]:
         """Run the loop on its operands, and what left it before and after."""
         first = self.consts + self.carried
-        same: Env = dict(zip(self.body.jaxpr.constvars, self.body.consts, strict=True))
-        same.update(zip(self.constants, operands[: self.consts], strict=True))
+        same = self._constants(operands)
         stacks: Env = dict(zip(self.slices, operands[first:], strict=True))
-        self._run_same(same)
         for eqn in self.inputs:
-            stacks[eqn.outvars[0]] = self._over_steps(
-                self._ancestors([eqn], stacks, same), eqn.outvars, stacks, same
-            )[0]
+            eqns = self._ancestors([eqn], stacks, same)
+            values = self._over_steps(eqns, eqn.outvars, stacks, same)
+            stacks[eqn.outvars[0]] = values[0]
 
         given = operands[self.consts : first]
+        carry = self._run_rest(given, stacks, same)
+        for term in self.sums:
+            carry[term.number] = given[term.number] + self._total(term, stacks)
+        after = [carry[number] for number in range(self.carried)]
+        return after + self._stacked_results(stacks, same)
+
+    def _run_rest(
+        self,
+        given: Sequence[Any],
+        stacks: Env,
+        same: Env,
+    ) -> dict[int, Any]:
+        """Run what stays in the loop, and add what it stacks to the stacks.
+
+        Returns:
+          The carried values after it, by their numbers.
+        """
         leaving = {term.number for term in self.sums}
         numbers = [n for n in range(self.carried) if n not in leaving]
         emitted = self._emitted(stacks)
         eqns = self._remaining(numbers, emitted, stacks)
         kernels = self._kernels(eqns, same)
-        used = _inputs_of(eqns, [*emitted, *(self.next[n] for n in numbers)])
+        results = [self.next[number] for number in numbers]
+        used = _inputs_of(eqns, [*emitted, *results])
+        carried = [self.carry[number] for number in numbers]
         scanned = [v for v in stacks if v in used]
 
         def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
             env = dict(same)
-            env.update(zip((self.carry[n] for n in numbers), carry, strict=True))
+            env.update(zip(carried, carry, strict=True))
             env.update(zip(scanned, slices, strict=True))
             run_equations(eqns, env, self._shared(kernels))
-            after = [read(env, self.next[n]) for n in numbers]
+            after = [read(env, v) for v in results]
             return after, [env[v] for v in emitted]
 
         last, more = lax.scan(
             step,
-            [given[n] for n in numbers],
+            [given[number] for number in numbers],
             [stacks[v] for v in scanned],
             length=self.eqn.params["length"],
             reverse=self.eqn.params["reverse"],
             unroll=self.eqn.params["unroll"],
         )
         stacks.update(zip(emitted, more, strict=True))
-        carry = dict(zip(numbers, last, strict=True))
-        for term in self.sums:
-            carry[term.number] = given[term.number] + self._total(term, stacks)
-        after = [carry[n] for n in range(self.carried)]
-        return after + self._stacked_results(stacks, same)
+        return dict(zip(numbers, last, strict=True))
+
+    def _constants(self, operands: Sequence[Any]) -> Env:
+        """Return the values that are the same at each step."""
+        jaxpr = self.body.jaxpr
+        same: Env = dict(zip(jaxpr.constvars, self.body.consts, strict=True))
+        given = operands[: self.consts]
+        same.update(zip(self.constants, given, strict=True))
+        self._run_same(same)
+        return same
 
     def _run_same(self, same: Env) -> None:
         """Compute before the loop what is the same at each step and goes to a product.
@@ -315,8 +338,6 @@ class _Loop:
         """
         wanted: set[Any] = set()
         for eqn in (*self.inputs, *self.results, *self._all_products()):
-            wanted |= {v for v in eqn.invars if not isinstance(v, Literal)}
-        for eqn in self.results:
             wanted |= {v for v in eqn.invars if not isinstance(v, Literal)}
         eqns = []
         for eqn in reversed(self.body.jaxpr.eqns):
@@ -436,13 +457,10 @@ class _Loop:
             axes = eqn.params["axes"]
             return arrays[0].sum((0, *(axis + 1 for axis in axes)))
         (left, right), _ = eqn.params["dimension_numbers"]
-        total = lax.dot_general(
-            *arrays,
-            (((0, *(d + 1 for d in left)), (0, *(d + 1 for d in right))), ((), ())),
-            precision=eqn.params["precision"],
-            preferred_element_type=eqn.params["preferred_element_type"],
-        )
-        env = {eqn.outvars[0]: total}
+        contracted = (_with_steps(left), _with_steps(right))
+        numbers = (contracted, ((), ()))
+        total = bind(eqn, arrays, dimension_numbers=numbers)[0]
+        env: Env = {eqn.outvars[0]: total}
         run_equations(term.after, env)
         return env[term.after[-1].outvars[0]] if term.after else total
 
@@ -453,13 +471,18 @@ class _Loop:
         if late:
             values = self._over_steps(self.results, late, stacks, same)
             stacks.update(zip(late, values, strict=True))
-        length = self.eqn.params["length"]
+        pairs = zip(self.stacked, self.eqn.outvars[self.carried :], strict=True)
         return [
-            jnp.broadcast_to(v.val, (length, *v.aval.shape))
+            jnp.full(outer.aval.shape, v.val, outer.aval.dtype)
             if isinstance(v, Literal)
             else stacks[v]
-            for v in self.stacked
+            for v, outer in pairs
         ]
+
+
+def _with_steps(dims: Sequence[int]) -> tuple[int, ...]:
+    """Return dims of a step's value as dims of the stacked values, and theirs."""
+    return (0, *(dim + 1 for dim in dims))
 
 
 def _is_plain_product(eqn: Any) -> bool:

@@ -141,9 +141,9 @@ class Uses:
         for eqn in jaxpr.eqns:
             for variable in eqn.outvars:
                 self.maker[variable] = eqn
-            for variable in eqn.invars:
-                if not isinstance(variable, Literal):
-                    self._users[variable].append(eqn)
+            for used in eqn.invars:
+                if not isinstance(used, Literal):
+                    self._users[used].append(eqn)
 
     def users(self, variable: Any) -> list[Any]:
         """Return the equations that use a variable, each as often as it does."""

@@ -146,3 +146,21 @@ def test_a_run_that_ends_goes_on_at_the_first_row_and_groups_fill_the_smallest_f
 def test_impossible_folds_are_an_error(make, message):
     with pytest.raises(DataError, match=message):
         make()
+
+
+def test_a_group_that_is_torn_by_folds_is_an_alarm_and_one_that_is_whole_is_none(
+    tmp_path,
+):
+    table = pl.DataFrame({"g": [i // 3 for i in range(30)], "x": range(30)})
+    alarm = prepare.Leaks(inputs=["x"], group="g", error=["groups"])
+
+    def run(split, folder):
+        preparation = prepare.Preparation(
+            {"table": table}, [split, alarm], inputs=["x"], target="g"
+        )
+        return prepare.prepare(preparation, tmp_path / folder)
+
+    with pytest.raises(DataError, match="'g'"):
+        run(prepare.Split(folds=3, fold=1), "torn")
+    whole = run(prepare.SplitByGroup(group="g", folds=3, fold=1), "whole")
+    assert not [leak for leak in prepare.leaks_in(whole) if leak.kind == "groups"]

@@ -101,6 +101,7 @@ def test_a_sentencepiece_model_travels_in_the_state(tmp_path):
     step = FileTokens("text", str(copy), length=5, begin=1, end=2)
     table = rows({"text": ["Hello world", "Hello world Hello world", None]})
     state = fitted(step, [table])
+    assert step.vocab() == 32_000
     digest = step.to_json()["file_digest"]
     assert len(digest) == 64
     copy.unlink()
@@ -120,7 +121,9 @@ def test_a_tokenizer_json_is_read_and_adds_nothing_of_its_own(tmp_path):
     )
     file = tmp_path / "tokenizer.json"
     tokenizer.save(str(file))
-    assert tokens(FileTokens("text", str(file)), "hello big world") == [[2, 0, 3]]
+    step = FileTokens("text", str(file))
+    assert tokens(step, "hello big world") == [[2, 0, 3]]
+    assert step.vocab() == 4
 
 
 def test_a_file_that_is_no_tokenizer_is_an_error_before_any_row_is_read(tmp_path):
