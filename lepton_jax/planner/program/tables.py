@@ -207,7 +207,7 @@ def _refused(
         where="Recipe.optimizer",
         remedy=(
             "change that, or give lepton.optimizers.rowwise(..., otherwise='dense') to"
-            " update the whole embedding in each step",
+            " update the whole embedding in each step"
         ),
     )
 
