@@ -107,7 +107,13 @@ def _arrays(
     Yields:
       Path of the array and of its table, its shape, and the spec with which it is kept.
     """
-    specs = dict(zip(by_path(trace.state.params), storage, strict=True))
+    specs = dict(
+        zip(
+            by_path(trace.state.params),
+            storage,
+            strict=True,
+        )
+    )
     leaves = by_path(trace.state)
     for path, table in rowwise_arrays(trace.tables.sizes, trace.state).items():
         leaf = leaves[path]

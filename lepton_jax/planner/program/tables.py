@@ -85,7 +85,11 @@ def find_tables(
     """
     params = by_path(state.params)
     marks = optimizers.marked(state.optimizer)
-    by_use = zip(params, uses(forward.jaxpr, len(params)), strict=True)
+    by_use = zip(
+        params,
+        uses(forward.jaxpr, len(params)),
+        strict=True,
+    )
     large = [
         path
         for path, use in by_use
@@ -98,10 +102,20 @@ def find_tables(
         return Tables()
 
     knobs = controller.forward_knobs(state.controller)
-    make = partial(step_key, controller.recipe.preprocess, part=0)
+    make = partial(
+        step_key,
+        controller.recipe.preprocess,
+        part=0,
+    )
     key = jax.eval_shape(lambda key: make(key, key), state.key)
     args = (state.variables, key, *batch, knobs)
-    found = _looked_through(controller, loss, state, args, candidates)
+    found = _looked_through(
+        controller,
+        loss,
+        state,
+        args,
+        candidates,
+    )
     if marks and not any(found[path].use.lookups for path in marks):
         raise RecipeError(
             "the optimizer is row-wise, but the model looks no rows up in its"
@@ -115,13 +129,22 @@ def find_tables(
         if found[path].use.lookups
         and (path in marks or _is_sparse(params[path], found[path].lookups))
     ]
-    return _judged(controller, state, marks, wanted, found)
+    return _judged(
+        controller,
+        state,
+        marks,
+        wanted,
+        found,
+    )
 
 
 # ---- internals ----
 
 
-def _is_sparse(leaf: Any, lookups: int) -> bool:
+def _is_sparse(
+    leaf: Any,
+    lookups: int,
+) -> bool:
     return leaf.shape[0] >= SPARSE * slots_for(lookups, leaf.shape[0])
 
 
@@ -134,9 +157,22 @@ def _judged(
 ) -> Tables:
     """Return those of some embeddings that can be updated by rows."""
     params = by_path(state.params)
-    against = {path: _against(controller, state, path, found[path]) for path in wanted}
+    against = {
+        path: _against(
+            controller,
+            state,
+            path,
+            found[path],
+        )
+        for path in wanted
+    }
     able = [path for path in wanted if not against[path]]
-    verdicts = tried(controller.optimizer, state.params, state.optimizer, able)
+    verdicts = tried(
+        controller.optimizer,
+        state.params,
+        state.optimizer,
+        able,
+    )
     tables = {}
     hints: list[str] = []
     refused: list[str] = []
@@ -148,7 +184,12 @@ def _judged(
         if verdict is Verdict.UNFIT:
             why = "the optimizer's update of a row depends on other rows"
         if not why and (path in marks or verdict is Verdict.EXACT):
-            tables[path] = Table(path, size, slots, verdict is Verdict.LAZY)
+            tables[path] = Table(
+                path,
+                size,
+                slots,
+                verdict is Verdict.LAZY,
+            )
         elif path in marks and marks[path] == "error":
             raise _refused(path, why)
         else:
@@ -157,7 +198,10 @@ def _judged(
     return Tables(tables, tuple(hints), tuple(refused))
 
 
-def _refused(path: str, why: str) -> RecipeError:
+def _refused(
+    path: str,
+    why: str,
+) -> RecipeError:
     return RecipeError(
         f"the embedding {path} can't be updated by rows: {why}",
         where="Recipe.optimizer",
@@ -168,7 +212,12 @@ def _refused(path: str, why: str) -> RecipeError:
     )
 
 
-def _note(path: str, size: int, slots: int, why: str) -> str:
+def _note(
+    path: str,
+    size: int,
+    slots: int,
+    why: str,
+) -> str:
     text = (
         f"{path}: each step updates all {size:,} rows, of which it looks up"
         f" {min(slots, size):,} at the most"
@@ -221,7 +270,13 @@ def _looked_through(
     """Return how the training loss uses some parameters."""
     program = jax.make_jaxpr(loss)(state.params, *args).jaxpr
     params = by_path(state.params)
-    by_use = dict(zip(params, uses(program, len(params)), strict=True))
+    by_use = dict(
+        zip(
+            params,
+            uses(program, len(params)),
+            strict=True,
+        )
+    )
 
     found = {}
     for path in candidates:
@@ -229,11 +284,21 @@ def _looked_through(
         lookups = 0
         depends = ""
         if use.lookups and not use.others:
-            table = Table(path, params[path].shape[0], 0, lazy=False)
+            table = Table(
+                path,
+                params[path].shape[0],
+                0,
+                lazy=False,
+            )
             only = Tables({path: table})
             ids, _, used = looked_up(loss, only, state.params, args)
             lookups = sum(result.aval.size for result in ids.jaxpr.outvars)
-            depends = _dependence(controller, program, state, used)
+            depends = _dependence(
+                controller,
+                program,
+                state,
+                used,
+            )
         found[path] = Found(use, lookups, depends)
     return found
 
@@ -260,7 +325,13 @@ def _dependence(
         return ""
     before = program.invars[params : params + len(names)]
     after = program.outvars[len(program.outvars) - len(names) :]
-    pairs = zip(names, before, after, used[params:], strict=False)
+    pairs = zip(
+        names,
+        before,
+        after,
+        used[params:],
+        strict=False,
+    )
     for name, old, new, needed in pairs:
         if needed and old is not new:
             return (

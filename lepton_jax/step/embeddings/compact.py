@@ -57,7 +57,11 @@ class Held(NamedTuple):
     x: Any
     rows: Any
 
-    def slots_of(self, ids: Any, mode: Any) -> Any:
+    def slots_of(
+        self,
+        ids: Any,
+        mode: Any,
+    ) -> Any:
         """Return the slots of some ids; the number of slots for ids without a row."""
         ids = _wide(ids)
         slots = jnp.searchsorted(self.rows, clipped(ids, self.size, mode))
@@ -67,7 +71,11 @@ class Held(NamedTuple):
         return jnp.where(is_row, slots, len(self.rows)).astype(jnp.int32)
 
 
-def clipped(ids: Any, size: int, mode: Any) -> Any:
+def clipped(
+    ids: Any,
+    size: int,
+    mode: Any,
+) -> Any:
     """Return ids with a row each; in modes that look up nothing, `size` for the others.
 
     Args:
@@ -104,18 +112,32 @@ def compacted(
         trace = jax.make_jaxpr(loss, return_shape=True)
         program, shapes = trace(whole, *others)
         held = [
-            Held(path, tables.sizes[path], x, rows[path]) if path in rows else x
+            Held(
+                path,
+                tables.sizes[path],
+                x,
+                rows[path],
+            )
+            if path in rows
+            else x
             for path, x in tables.leaves(params).items()
         ]
         values = [*held, *jax.tree.leaves(others)]
-        results = _Compact().run(program.jaxpr, program.consts, values)
+        results = _Compact().run(
+            program.jaxpr,
+            program.consts,
+            values,
+        )
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return around(run)
 
 
 def looked_up(
-    loss: Callable, tables: Tables, params: Any, args: tuple
+    loss: Callable,
+    tables: Tables,
+    params: Any,
+    args: tuple,
 ) -> tuple[ClosedJaxpr, list[str], list[bool]]:
     """Return the program that computes the ids of a batch, with all else left out.
 
@@ -139,7 +161,11 @@ def looked_up(
         ]
         interpreter = _Collect()
         values = [*held, *jax.tree.leaves(args)]
-        interpreter.run(program.jaxpr, program.consts, values)
+        interpreter.run(
+            program.jaxpr,
+            program.consts,
+            values,
+        )
         paths.extend(path for path, _ in interpreter.ids)
         return [ids for _, ids in interpreter.ids]
 
@@ -149,7 +175,10 @@ def looked_up(
     return ClosedJaxpr(jaxpr, program.consts), paths, used
 
 
-def cast_late(function: Callable, tables: Tables) -> Callable:
+def cast_late(
+    function: Callable,
+    tables: Tables,
+) -> Callable:
     """Return a function that casts the rows that it looks up, and not whole tables.
 
     Args:
@@ -165,7 +194,11 @@ def cast_late(function: Callable, tables: Tables) -> Callable:
             for path, x in tables.leaves(params).items()
         ]
         values = [*raw, *jax.tree.leaves(args)]
-        results = _Late().run(program.jaxpr, program.consts, values)
+        results = _Late().run(
+            program.jaxpr,
+            program.consts,
+            values,
+        )
         results = [_done(x) for x in results]
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
@@ -190,7 +223,12 @@ class Raw(NamedTuple):
 class _Interpreter:
     """Runs a program with tables among its values."""
 
-    def run(self, jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
+    def run(
+        self,
+        jaxpr: Jaxpr,
+        consts: list[Any],
+        args: list[Any],
+    ) -> list[Any]:
         """Return the program's results; a table among them is `Held` as well."""
         env = dict(zip(jaxpr.constvars, consts, strict=True))
         env |= zip(jaxpr.invars, args, strict=True)
@@ -205,7 +243,11 @@ class _Interpreter:
             env |= zip(eqn.outvars, results, strict=True)
         return [read(variable) for variable in jaxpr.outvars]
 
-    def _results(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def _results(
+        self,
+        eqn: Any,
+        operands: list[Any],
+    ) -> list[Any]:
         if not any(isinstance(x, Held) for x in operands):
             return _bind(eqn, operands)
         inner = called(eqn)
@@ -218,13 +260,21 @@ class _Interpreter:
         return [held._replace(x=_bind(eqn, [held.x])[0])]
 
     def call(
-        self, eqn: Any, jaxpr: Jaxpr, consts: list[Any], operands: list[Any]
+        self,
+        eqn: Any,
+        jaxpr: Jaxpr,
+        consts: list[Any],
+        operands: list[Any],
     ) -> list[Any]:
         """Return the results of a call that takes a table."""
         del eqn
         return self.run(jaxpr, consts, operands)
 
-    def look_up(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def look_up(
+        self,
+        eqn: Any,
+        operands: list[Any],
+    ) -> list[Any]:
         """Return the result of a lookup."""
         raise NotImplementedError
 
@@ -233,14 +283,22 @@ class _Compact(_Interpreter):
     """Runs a program on the touched rows of its tables."""
 
     def call(
-        self, eqn: Any, jaxpr: Jaxpr, consts: list[Any], operands: list[Any]
+        self,
+        eqn: Any,
+        jaxpr: Jaxpr,
+        consts: list[Any],
+        operands: list[Any],
     ) -> list[Any]:
         if eqn.primitive.name not in REMATERIALIZED:
             return self.run(jaxpr, consts, operands)
 
         def run(arrays: list[Any]) -> list[Any]:
             pairs = zip(operands, arrays, strict=True)
-            return self.run(jaxpr, consts, [_with_arrays(o, a) for o, a in pairs])
+            return self.run(
+                jaxpr,
+                consts,
+                [_with_arrays(o, a) for o, a in pairs],
+            )
 
         again = jax.checkpoint(
             run,
@@ -249,7 +307,11 @@ class _Compact(_Interpreter):
         )
         return again([_arrays(x) for x in operands])
 
-    def look_up(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def look_up(
+        self,
+        eqn: Any,
+        operands: list[Any],
+    ) -> list[Any]:
         held, indices, *rest = operands
         ids, mode = _ids(eqn, indices)
         slots = held.slots_of(ids, mode)
@@ -269,7 +331,11 @@ class _Collect(_Interpreter):
     def __init__(self) -> None:
         self.ids: list[tuple[str, Any]] = []
 
-    def look_up(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def look_up(
+        self,
+        eqn: Any,
+        operands: list[Any],
+    ) -> list[Any]:
         held, indices, *rest = operands
         ids, mode = _ids(eqn, indices)
         ids = clipped(ids.reshape(-1), held.size, mode)
@@ -280,7 +346,11 @@ class _Collect(_Interpreter):
 class _Late(_Interpreter):
     """Runs a program in which casts of a table wait until rows are looked up."""
 
-    def _results(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def _results(
+        self,
+        eqn: Any,
+        operands: list[Any],
+    ) -> list[Any]:
         if not any(isinstance(x, Raw) for x in operands):
             return _bind(eqn, operands)
         inner = called(eqn)
@@ -310,7 +380,10 @@ def _wide(ids: Any) -> Any:
     return ids.astype(jnp.int32) if ids.dtype.itemsize < WIDE else ids
 
 
-def _ids(eqn: Any, indices: Any) -> tuple[Any, Any]:
+def _ids(
+    eqn: Any,
+    indices: Any,
+) -> tuple[Any, Any]:
     """Return the row numbers that a lookup asks for, and its mode.
 
     Args:
@@ -332,13 +405,19 @@ def _arrays(operand: Any) -> Any:
     return (operand.x, operand.rows) if isinstance(operand, Held) else operand
 
 
-def _with_arrays(operand: Any, arrays: Any) -> Any:
+def _with_arrays(
+    operand: Any,
+    arrays: Any,
+) -> Any:
     if not isinstance(operand, Held):
         return arrays
     return operand._replace(x=arrays[0], rows=arrays[1])
 
 
-def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
+def _bind(
+    eqn: Any,
+    operands: list[Any],
+) -> list[Any]:
     params = eqn.primitive.get_bind_params(eqn.params)
     results = eqn.primitive.bind(*operands, **params)
     return list(results) if eqn.primitive.multiple_results else [results]

@@ -16,7 +16,10 @@ from lepton_jax.trees import by_path
 Place = Callable[[str, Any], Any]
 
 
-def touched(ids: Any, size: int) -> jax.Array:
+def touched(
+    ids: Any,
+    size: int,
+) -> jax.Array:
     """Return the numbers of the rows that a batch touches, ascending.
 
     >>> touched(jnp.array([5, 2, 5]), size=8)
@@ -32,13 +35,21 @@ def touched(ids: Any, size: int) -> jax.Array:
     slots = slots_for(len(ids), size)
     ordered = jnp.sort(ids)
     # a pad: there may be more slots than ids
-    pad = jnp.full(max(slots - len(ids), 0), size, jnp.int32)
+    pad = jnp.full(
+        max(slots - len(ids), 0),
+        size,
+        jnp.int32,
+    )
     ordered = jnp.concatenate([ordered, pad])
     again = ordered[1:] == ordered[:-1]
     repeated = jnp.concatenate([jnp.zeros(1, bool), again])
     # a second sort is quicker than a scatter (XLA of jax 0.10 on a CPU)
     rows = jnp.sort(jnp.where(repeated, size, ordered))[:slots]
-    return jnp.where(rows < size, rows, size + jnp.arange(slots, dtype=jnp.int32))
+    return jnp.where(
+        rows < size,
+        rows,
+        size + jnp.arange(slots, dtype=jnp.int32),
+    )
 
 
 class Rows:
@@ -60,10 +71,17 @@ class Rows:
         self._tables = tables
         self._place = place
 
-    def taken(self, state: State) -> State:
+    def taken(
+        self,
+        state: State,
+    ) -> State:
         """Return a state with the touched rows of its tables in place of them."""
 
-        def take(path: str, whole: Any, rows: Any) -> Any:
+        def take(
+            path: str,
+            whole: Any,
+            rows: Any,
+        ) -> Any:
             taken = whole.at[rows].get(
                 mode="fill",
                 fill_value=0,
@@ -74,7 +92,11 @@ class Rows:
 
         return self._mapped(take, state, state)
 
-    def put(self, state: State, after: State) -> State:
+    def put(
+        self,
+        state: State,
+        after: State,
+    ) -> State:
         """Return the state after a step.
 
         Args:
@@ -83,7 +105,11 @@ class Rows:
         """
         whole = by_path(state)
 
-        def put(path: str, part: Any, rows: Any) -> Any:
+        def put(
+            path: str,
+            part: Any,
+            rows: Any,
+        ) -> Any:
             return (
                 whole[path]
                 .at[rows]
@@ -97,7 +123,12 @@ class Rows:
 
         return self._mapped(put, after, state)
 
-    def _mapped(self, function: Callable, state: State, like: State) -> State:
+    def _mapped(
+        self,
+        function: Callable,
+        state: State,
+        like: State,
+    ) -> State:
         """Apply a function to the arrays of the state that have a table's rows."""
         tables = rowwise_arrays(self._tables.sizes, like)
         leaves = []
@@ -108,7 +139,10 @@ class Rows:
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def rowwise_arrays(sizes: Mapping[str, int], state: Any) -> dict[str, str]:
+def rowwise_arrays(
+    sizes: Mapping[str, int],
+    state: Any,
+) -> dict[str, str]:
     """Return the arrays of a state that have the rows of a table.
 
     Args:

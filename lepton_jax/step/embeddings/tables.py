@@ -66,11 +66,17 @@ class Tables:
         """The rows of each table, by path."""
         return {path: table.size for path, table in self.tables.items()}
 
-    def leaves(self, params: Any) -> dict[str, Any]:
+    def leaves(
+        self,
+        params: Any,
+    ) -> dict[str, Any]:
         """Return the parameters by path, in the order of the tree."""
         return by_path(params)
 
-    def whole(self, params: Any) -> Any:
+    def whole(
+        self,
+        params: Any,
+    ) -> Any:
         """Return the shapes of the parameters, the tables whole.
 
         Args:
@@ -78,7 +84,10 @@ class Tables:
         """
         return self._resized(params, lambda table: table.size)
 
-    def compact(self, params: Any) -> Any:
+    def compact(
+        self,
+        params: Any,
+    ) -> Any:
         """Return the shapes of the parameters with the slots in place of the tables."""
         return self._resized(params, lambda table: table.slots)
 
@@ -89,7 +98,11 @@ class Tables:
             for path, table in self.tables.items()
         }
 
-    def _resized(self, params: Any, count: Callable[[Table], int]) -> Any:
+    def _resized(
+        self,
+        params: Any,
+        count: Callable[[Table], int],
+    ) -> Any:
         shapes = []
         for path, x in by_path(params).items():
             shape = tuple(x.shape)
@@ -102,7 +115,10 @@ class Tables:
 NO_TABLES = Tables()
 
 
-def slots_for(lookups: int, size: int) -> int:
+def slots_for(
+    lookups: int,
+    size: int,
+) -> int:
     """Return the slots of a table.
 
     >>> slots_for(3, 8), slots_for(1000, 10**6), slots_for(1000, 300)
@@ -118,7 +134,10 @@ def slots_for(lookups: int, size: int) -> int:
     return 1 << max(most - 1, 0).bit_length()
 
 
-def followed(path: str, params: Iterable[str]) -> str | None:
+def followed(
+    path: str,
+    params: Iterable[str],
+) -> str | None:
     """Return the parameter whose state an array is: its path ends in the parameter's.
 
     >>> followed("optimizer/0/mu/users/embedding", {"users/embedding", "embedding"})

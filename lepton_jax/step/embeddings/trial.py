@@ -110,7 +110,12 @@ class _Trial:
       tables: paths of the tables.
     """
 
-    def __init__(self, optimizer: Optimizer, params: Any, tables: Collection[str]):
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        params: Any,
+        tables: Collection[str],
+    ):
         self._optimizer = optimizer
         self._tables = dict.fromkeys(tables, ROWS)
         self._generator = np.random.default_rng(0)
@@ -123,7 +128,10 @@ class _Trial:
             for later in (0, LATER)
         ]
 
-    def verdict(self, path: str) -> Verdict:
+    def verdict(
+        self,
+        path: str,
+    ) -> Verdict:
         """Return the verdict on one table."""
         moved = False
         exact = True
@@ -141,7 +149,13 @@ class _Trial:
             moved |= not np.array_equal(whole[own], before[own])
         return Verdict.EXACT if exact and moved else Verdict.LAZY
 
-    def _compared(self, params: Any, first: Any, last: Any, later: Any) -> Any:
+    def _compared(
+        self,
+        params: Any,
+        first: Any,
+        last: Any,
+        later: Any,
+    ) -> Any:
         """Return parameters and state before the last gradient, and after it."""
         state = self._optimizer.init(params)
         params, state = self._updated(first, state, params)
@@ -150,7 +164,14 @@ class _Trial:
             counts = x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
             return x + jnp.asarray(later, x.dtype) if counts else x
 
-        before = State((), params, (), jax.tree.map(late, state), (), ())
+        before = State(
+            (),
+            params,
+            (),
+            jax.tree.map(late, state),
+            (),
+            (),
+        )
         part = self._with_rows(before, lambda x: x[np.array(TOUCHED)])
         gradient = self._with_rows(last, lambda x: x[np.array(TOUCHED)])
         return {
@@ -159,11 +180,24 @@ class _Trial:
             "parts": self._stepped(gradient, part),
         }
 
-    def _stepped(self, gradient: Any, before: State) -> dict[str, Any]:
-        params, state = self._updated(gradient, before.optimizer, before.params)
+    def _stepped(
+        self,
+        gradient: Any,
+        before: State,
+    ) -> dict[str, Any]:
+        params, state = self._updated(
+            gradient,
+            before.optimizer,
+            before.params,
+        )
         return _of_numbers(State((), params, (), state, (), ()))
 
-    def _updated(self, gradient: Any, state: Any, params: Any) -> Any:
+    def _updated(
+        self,
+        gradient: Any,
+        state: Any,
+        params: Any,
+    ) -> Any:
         # a knob at 0, such as a weight decay, may be moved in a run
         base = self._optimizer.base.items()
         knobs = {name: jnp.float32(x if x else MOVED) for name, x in base}
@@ -172,11 +206,20 @@ class _Trial:
             knobs["learning_rate"] = jnp.float32(RATE)
             knobs[SCHEDULED] = jnp.float32(jnp.nan)
         loss = jnp.float32(LOSS)
-        return self._optimizer.update(lambda: gradient, state, params, knobs, loss)
+        return self._optimizer.update(
+            lambda: gradient,
+            state,
+            params,
+            knobs,
+            loss,
+        )
 
     # ---- trees ----
 
-    def _random(self, params: Any) -> Any:
+    def _random(
+        self,
+        params: Any,
+    ) -> Any:
         """Return normal numbers like the parameters, but small."""
         leaves = []
         for path, x in by_path(params).items():
@@ -187,7 +230,11 @@ class _Trial:
             leaves.append(jnp.asarray(numbers, x.dtype))
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
-    def _with_rows(self, tree: Any, function: Any) -> Any:
+    def _with_rows(
+        self,
+        tree: Any,
+        function: Any,
+    ) -> Any:
         """Apply a function to the arrays that have the rows of a table."""
         is_state = isinstance(tree, State)
         state = tree if is_state else State((), tree, (), (), (), ())
@@ -198,12 +245,17 @@ class _Trial:
         mapped = jax.tree.unflatten(jax.tree.structure(state), leaves)
         return mapped if is_state else mapped.params
 
-    def _only_touched(self, gradient: Any) -> Any:
+    def _only_touched(
+        self,
+        gradient: Any,
+    ) -> Any:
         mask = np.isin(np.arange(ROWS), TOUCHED)
         return gradient * mask.reshape((ROWS,) + (1,) * (gradient.ndim - 1))
 
     def _arrays_of(
-        self, path: str, leaves: Mapping[str, np.ndarray]
+        self,
+        path: str,
+        leaves: Mapping[str, np.ndarray],
     ) -> dict[str, np.ndarray]:
         params = {p.removeprefix("params/") for p in leaves if p.startswith("params/")}
         return {
@@ -213,7 +265,11 @@ class _Trial:
         }
 
 
-def _state_has_rows(state: State, table: str, size: int) -> bool:
+def _state_has_rows(
+    state: State,
+    table: str,
+    size: int,
+) -> bool:
     """Whether all arrays that belong to a table have its rows.
 
     Adafactor's have not: one of them holds a mean over the rows for each column.
@@ -236,7 +292,10 @@ def _of_numbers(state: State) -> dict[str, Any]:
     }
 
 
-def _alike(left: np.ndarray, right: np.ndarray) -> bool:
+def _alike(
+    left: np.ndarray,
+    right: np.ndarray,
+) -> bool:
     return left.shape == right.shape and np.allclose(
         left,
         right,

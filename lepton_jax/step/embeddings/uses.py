@@ -50,7 +50,10 @@ class Use:
     others: list[str] = field(default_factory=list)
 
 
-def uses(jaxpr: Jaxpr, parameters: int) -> list[Use]:
+def uses(
+    jaxpr: Jaxpr,
+    parameters: int,
+) -> list[Use]:
     """Return the use of each of the first inputs of a program.
 
     Args:
@@ -99,10 +102,18 @@ def opened(jaxpr: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, list[Any]]:
 class _Walk:
     """Follows parameters through a program, and notes their uses."""
 
-    def __init__(self, found: list[Use]):
+    def __init__(
+        self,
+        found: list[Use],
+    ):
         self._found = found
 
-    def through(self, jaxpr: Jaxpr, known: dict[Any, int], inside: str) -> None:
+    def through(
+        self,
+        jaxpr: Jaxpr,
+        known: dict[Any, int],
+        inside: str,
+    ) -> None:
         """Note the uses in a jaxpr.
 
         Args:
@@ -127,7 +138,13 @@ class _Walk:
         name = eqn.primitive.name
         inner = called(eqn)
         if inner is not None:
-            self._note_call(eqn, opened(inner)[0], operands, known, inside)
+            self._note_call(
+                eqn,
+                opened(inner)[0],
+                operands,
+                known,
+                inside,
+            )
         elif name in BY_ROW:
             known[eqn.outvars[0]] = next(x for x in operands if x is not None)
         elif is_lookup(eqn) and operands[0] is not None and operands[1] is None:
@@ -155,7 +172,11 @@ class _Walk:
             if not isinstance(result, Literal) and result in inner:
                 known[outer] = inner[result]
 
-    def _note_other(self, eqn: Any, operands: list[int | None]) -> None:
+    def _note_other(
+        self,
+        eqn: Any,
+        operands: list[int | None],
+    ) -> None:
         """Note an operation that needs more of a parameter than single rows."""
         name = eqn.primitive.name
         bodies = list(_bodies(eqn))
@@ -166,14 +187,21 @@ class _Walk:
             before = [(use.lookups, len(use.others)) for use in self._found]
             # a conditional's first operand chooses the branch
             given = operands[len(operands) - len(body.invars) :]
-            self.through(body, _paired(body.invars, given), name)
+            self.through(
+                body,
+                _paired(body.invars, given),
+                name,
+            )
             for number in {x for x in operands if x is not None}:
                 use = self._found[number]
                 if (use.lookups, len(use.others)) == before[number]:
                     use.others.append(f"a {name} takes it, {source_line(eqn)}")
 
 
-def _paired(variables: Any, operands: list[int | None]) -> dict[Any, int]:
+def _paired(
+    variables: Any,
+    operands: list[int | None],
+) -> dict[Any, int]:
     pairs = zip(variables, operands, strict=False)
     return {v: number for v, number in pairs if number is not None}
 

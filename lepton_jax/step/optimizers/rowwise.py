@@ -154,13 +154,23 @@ def rowwise_adagrad(
 
         return RowwiseAdagradState(jax.tree.map(sums, params))
 
-    def update(gradients: Any, state: RowwiseAdagradState, params: Any = None) -> Any:
+    def update(
+        gradients: Any,
+        state: RowwiseAdagradState,
+        params: Any = None,
+    ) -> Any:
         del params
 
-        def added(sums: Any, g: Any) -> Any:
+        def added(
+            sums: Any,
+            g: Any,
+        ) -> Any:
             return sums + jnp.square(g).mean(range(1, g.ndim))
 
-        def scaled(sums: Any, g: Any) -> Any:
+        def scaled(
+            sums: Any,
+            g: Any,
+        ) -> Any:
             columns = sums.reshape(sums.shape + (1,) * (g.ndim - sums.ndim))
             return g / (jnp.sqrt(columns) + eps)
 
@@ -186,7 +196,10 @@ def marked(state: Any) -> dict[str, str]:
 # ---- internals ----
 
 
-def _marked(optimizer: Any, otherwise: str) -> optax.GradientTransformation:
+def _marked(
+    optimizer: Any,
+    otherwise: str,
+) -> optax.GradientTransformation:
     inner = optax.with_extra_args_support(optimizer)
     mark = Strict() if otherwise == "error" else Loose()
 
@@ -200,7 +213,12 @@ def _marked(optimizer: Any, otherwise: str) -> optax.GradientTransformation:
         params: Any = None,
         **extra: Any,
     ) -> Any:
-        updates, after = inner.update(gradients, state.inner, params, **extra)
+        updates, after = inner.update(
+            gradients,
+            state.inner,
+            params,
+            **extra,
+        )
         return updates, RowwiseState(after, state.marks)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -211,5 +229,8 @@ def _marks_by_path(marks: Any) -> dict[str, str]:
         return isinstance(x, Strict | Loose)
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(marks, is_leaf=is_mark)
-    words = {Strict: "error", Loose: "dense"}
+    words = {
+        Strict: "error",
+        Loose: "dense",
+    }
     return {path_of(path): words[type(mark)] for path, mark in leaves}
