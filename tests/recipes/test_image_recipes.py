@@ -359,7 +359,10 @@ REFUSED = {
     _idx_of_one_class: "one value, '0'",
     _idx_that_is_a_page: "idx header",
 }
-NAMES = [getattr(make, "__name__", str(make)[:60]) for make in REFUSED]
+NAMES = [
+    "_idx_" + "_".join(make.keywords) if isinstance(make, partial) else make.__name__
+    for make in REFUSED
+]
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)), ids=NAMES)
