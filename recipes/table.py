@@ -116,7 +116,9 @@ def recipe(
 ) -> lepton.Recipe:
     """A table with a network: classes, quantities or counts.
 
-    Without `data` it learns scikit-learn's breast-cancer table, 569 rows of 30 numbers:
+    Without `data` it learns scikit-learn's breast-cancer table, 569 rows of 30 numbers,
+    and gets 94 % of a held-out fifth right in half a minute, baselines included; these
+    114 rows don't tell it apart from logistic regression, which gets 98 %:
 
         python tools/launch.py recipes/table.py
 
