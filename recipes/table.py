@@ -116,12 +116,16 @@ def recipe(
 ) -> lepton.Recipe:
     """A table with a network: classes, quantities or counts.
 
-    Without `data` it learns scikit-learn's breast-cancer table, 569 rows of 30 numbers:
+    Without `data` it learns scikit-learn's breast-cancer table, 569 rows of 30 numbers,
+    and gets 94 % of a held-out fifth right in half a minute, baselines included; these
+    114 rows don't tell it apart from logistic regression, which gets 98 %:
 
         python tools/launch.py recipes/table.py
 
-    With UCI Adult, whose files have no header, and whose test file has a line above its
-    rows and dots after its labels:
+    With UCI Adult, it gets 87.5 % of the test file right, in three and a half minutes
+    on one busy CPU core; tuned gradient boosting gets 87.3 %
+    (benchmarks/peers/adult_hgb.py). The files have no header, and the test file has a
+    line above its rows and dots after its labels:
 
         python tools/launch.py recipes/table.py --data adult.data.gz
         ... --test adult.test.gz --test-skip 1 --label column_15 --label-end .
