@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 # Settings of this recipe that decide how a table is read.
 SETTINGS = (
     *("missing", "delimiter", "decimal", "thousands"),
-    *("categorical", "ignore", "label_kind"),
+    *("categorical", "ignore", "words", "label_kind"),
 )
 TEST_SHARE = 0.2  # of the rows, where there is no test file
 BASELINES = (
@@ -80,6 +80,7 @@ def recipe(
     test: Path | None = None,
     categorical: str = "",
     ignore: str = "",
+    words: str = "",
     group: str = "",
     missing: str = ",".join(
         filter(
@@ -140,6 +141,8 @@ def recipe(
       categorical: names, with commas between, of columns that are categories though
         they look like numbers or dates.
       ignore: names, with commas between, of columns that are left out.
+      words: names, with commas between, of columns of text, such as names with titles:
+        the model sees whether a row has each of the eight most frequent words.
       group: names, with commas between, of columns that say what belongs together, such
         as the patient of a row: rows of one group are held out together. They are no
         inputs.
@@ -205,6 +208,7 @@ def recipe(
         test=test,
         categorical=_words(categorical),
         ignore=_words(ignore),
+        words=_words(words),
         group=_words(group),
         folds=folds,
         fold=fold,
@@ -382,7 +386,7 @@ def source_of(
     """
     if data is not None:
         return _prepared(data, label, bins, **asked)
-    for name in ("test", "group", "folds", "validation"):
+    for name in ("test", "group", "folds", "validation", "words"):
         if asked[name]:
             raise RecipeError(
                 "there is a test table, but no training table"
@@ -702,8 +706,9 @@ def _prepared(
             **asked,
         )
     )
-    numbers = [*looked.numbers, *_tables.parts_of_dates(looked)]
-    steps: list[Any] = []
+    steps: list[Any] = [*_tables.words_of(looked)]
+    of_words = [step.column for step in steps]
+    numbers = [*looked.numbers, *_tables.parts_of_dates(looked), *of_words]
     inputs: dict[str, Any] = {}
     if looked.dates:
         steps.append(prepare.DateFeatures(looked.dates))
