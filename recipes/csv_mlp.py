@@ -54,7 +54,7 @@ def recipe(
     Without `data` it learns the made-up table of recipes/table.py, 2,500 rows of 10
     numbers, and gets 88 % of a held-out fifth right in 14 seconds, baselines included:
     more than logistic regression (53 %) and nearest neighbours (66 %), but less than
-    gradient boosting (92 %), as recipes/table.py without `--model mlp` gets too (93 %):
+    gradient boosting (92 %) and the model of recipes/table.py (93 %):
 
         python tools/launch.py recipes/csv_mlp.py
 

@@ -72,8 +72,8 @@ DEFAULTS = {
     "ft_transformer": Defaults(64, 0.1, 1e-3, 1e-5, 10, "linear"),
     "tabm": Defaults(128, 0.1, 3e-3, 0.02, 10, "periodic"),
 }
-# The same where a table is small. Of three tried the best by the loss over five folds of
-# Titanic that are others than those reported: 0.424, with "linear" 0.429 and 0.430.
+# The same where a table is small. Of three tried the best by the loss over five folds
+# of Titanic that are others than those reported: 0.424, with "linear" 0.429 and 0.430.
 SMALL_DEFAULTS = {"tabm": Defaults(64, 0.2, 3e-3, 0.02, 20, "piecewise", bins=16)}
 
 
