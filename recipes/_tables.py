@@ -30,6 +30,7 @@ from lepton_jax.errors import DataError, RecipeError, nearest
 PIECE_BYTES = 2**26  # of a source that are read at once; assumption
 LARGEST = float(np.finfo(np.float32).max)  # number that a model can take
 TEST_SHARE = 0.2  # of the rows, where there is no test table
+MOST_WORDS = 8  # of a column whose words are inputs; assumption
 
 # How a reader's remedies name its settings.
 AS_TEXT = re.compile(r"types=\{('.+?'): 'String'\}.*")
@@ -51,6 +52,8 @@ class Asked:
       columns: names of the columns to predict from; None: all but the label.
       categorical: names of columns that are categories though they look like numbers.
       ignore: names of columns that are left out.
+      words: names of columns whose most frequent words are inputs, in place of the
+        whole cells.
       label_kind: "classes", "quantity", "count", or "auto".
       label_end: characters that are cut off the end of labels.
       duplicates: "keep" rows that are there twice, or "drop" them.
@@ -73,6 +76,7 @@ class Asked:
     columns: Sequence[str] | None = None
     categorical: Sequence[str] = ()
     ignore: Sequence[str] = ()
+    words: Sequence[str] = ()
     label_kind: str = "auto"
     label_end: str = ""
     duplicates: str = "keep"
@@ -108,7 +112,7 @@ class Looked:
 
     def __init__(self, asked: Asked):
         self.asked = asked
-        as_words = [*asked.categorical, *asked.ignore]
+        as_words = [*asked.categorical, *asked.ignore, *asked.words]
         reading = dict(asked.reading)
         reading["types"] = dict.fromkeys(
             as_words,
@@ -139,7 +143,7 @@ class Looked:
         for name in named:
             self._check(name)
         for number, name in enumerate(asked.labels):
-            others = [*asked.labels[:number], *asked.ignore, *asked.group]
+            others = [*asked.labels[:number], *asked.ignore, *asked.group, *asked.words]
             if name in [*others, *(asked.columns or ())]:
                 raise RecipeError(
                     f"the label {name!r} is named twice: it can't be an input, a group"
@@ -157,7 +161,7 @@ class Looked:
         asked = self.asked
         used = list(asked.columns or ())
         if not used:
-            left_out = {*asked.ignore, *asked.group, *asked.labels}
+            left_out = {*asked.ignore, *asked.group, *asked.labels, *asked.words}
             used = [name for name in self.kinds if name not in left_out]
         rows = self.table.height
         gaps = dict(
@@ -169,7 +173,7 @@ class Looked:
         )
         self.empty = [name for name in used if gaps[name] == rows]
         used = [name for name in used if gaps[name] < rows]
-        if not used and rows:
+        if not (used or asked.words) and rows:
             raise DataError(
                 "no column is left to predict from",
                 where=asked.data,
@@ -441,6 +445,29 @@ def parts_of_dates(looked: Looked) -> list[str]:
     step = prepare.DateFeatures(looked.dates)
     before = pl.Schema({name: looked.kinds[name].type for name in looked.dates})
     return [name for name in step.check(before) if name not in before]
+
+
+def words_of(looked: Looked) -> list[prepare.Derive]:
+    """Return steps that make a column, true or false, of each frequent word.
+
+    Words are what spaces part; case does not count. Which are frequent is counted in
+    all rows of the file, the test rows among them, without their labels.
+    """
+    steps = []
+    for column in looked.asked.words:
+        cells = looked.table[column].alias("word").drop_nulls()
+        words = cells.str.to_lowercase().str.split(" ").list.unique().explode()
+        counts = words.filter(words != "").value_counts()
+        frequent = counts.sort(
+            "count",
+            "word",
+            descending=[True, False],
+        )
+        for word in frequent["word"].head(MOST_WORDS):
+            text = f'" " + lower(col({column!r})) + " "'
+            is_there = f"contains({text}, {f' {word} '!r})"
+            steps.append(prepare.Derive(f"{column} has {word}", is_there))
+    return steps
 
 
 # ---- internals ----

@@ -51,9 +51,10 @@ def recipe(
     by their quantile bins, categories by embeddings (see
     `lepton_jax.models.TabularMLP`).
 
-    Without `data` it learns scikit-learn's breast-cancer table, 569 rows of 30 numbers,
-    and gets 95 % of a held-out fifth right, in 7 seconds on two CPU cores, starting and
-    compiling included:
+    Without `data` it learns the made-up table of recipes/table.py, 2,500 rows of 10
+    numbers, and gets 88 % of a held-out fifth right in 14 seconds, baselines included:
+    more than logistic regression (53 %) and nearest neighbours (66 %), but less than
+    gradient boosting (92 %) and the model of recipes/table.py (93 %):
 
         python tools/launch.py recipes/csv_mlp.py
 

@@ -147,6 +147,23 @@ def test_rare_classes_count_as_much_as_frequent_ones(write):
     assert np.shape(plain.loss(outputs, targets)) == (10,)
 
 
+def test_frequent_words_of_a_text_are_inputs(write):
+    names = ("Ann, Mrs. Lee", "Bo 'Al', mr. Lee", "Cy, Mrs. Ek", "")
+    path = write(lines(yes_or_no, b=lambda i: f'"{names[i % 4]}"'))
+    recipe = table.recipe(data=path, label="y", words="b")
+    assert "categories" not in recipe.train.inputs
+    rows = [
+        {"a": 1.0, "b": "Di, MRS. Lee", "y": None},
+        {"a": 1.0, "b": "Mrs.Lee", "y": None},
+        {"a": 1.0, "b": None, "y": None},
+    ]
+    found = recipe.preparation.arrays(rows)["numbers"]
+    # the words with as many rows are in the order of their characters
+    assert found[0, 1:].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert found[1, 1:].tolist() == [0] * 8
+    assert np.isnan(found[2, 1:]).all(), "what is not known is missing"
+
+
 # ---- who is held out ----
 
 
@@ -329,6 +346,9 @@ CASES = [
         {"label_kind": "count"},
         "which is no count",
     ),
+    Case("words of no column", lines(yes_or_no), {"words": "c"}, "no column 'c'"),
+    Case("words of the label", lines(yes_or_no), {"words": "y"}, "named twice"),
+    Case("words of numbers", lines(yes_or_no), {"words": "a"}),
     Case("no rows", ["a,b,y"], error="no rows"),
     Case("a short row", [*lines(yes_or_no), "1,2"], error="expected 3 cells"),
     Case("an unknown group", lines(yes_or_no), {"group": "g"}, "no column 'g'"),
