@@ -272,11 +272,12 @@ def test_large_embeddings_are_updated_by_the_rows_that_are_looked_up():
         batch_size=32,
     )
     trainer = lepton.Trainer(recipe, devices=1)
-    before = np.array(trainer.model.users.embedding[...])
-    trainer.fit()
-    after = np.array(trainer.model.users.embedding[...])
+    trainer.fit(steps=1)
+    before = np.array(trainer.state.params["users"]["embedding"])
+    trainer.fit(steps=1)
+    after = np.array(trainer.state.params["users"]["embedding"])
     moved = (before != after).any(axis=1).sum()
-    assert 32 < moved <= 64
+    assert 0 < moved <= 32
 
 
 def test_ratings_that_cannot_be_used(ratings, tmp_path):
