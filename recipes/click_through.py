@@ -200,7 +200,7 @@ def _made_model(
     """Return the factory of one member."""
     models = lepton.models
     hidden = (width, width // 2)
-    factories = {
+    factories: dict[str, Any] = {
         "dcn": partial(models.DCN, dim=dim, hidden=hidden, dropout=dropout),
         "dlrm": partial(models.DLRM, dim=dim, top=hidden, dropout=dropout),
         "fm": partial(models.FactorizationMachine, dim=dim),

@@ -20,7 +20,7 @@ def samples(texts, targets, task="classes", classes=2) -> Samples:
         len(texts),
         task=task,
         classes=classes if task == "classes" else 0,
-        read_raw=lambda: table,
+        read_raw=lambda rows=None: table,
     )
 
 

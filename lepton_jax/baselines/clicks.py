@@ -134,7 +134,7 @@ def _features(
     largest = codes.max(axis=0, initial=-1)
     sizes = largest + 1
     starts = np.cumsum(sizes) - sizes
-    own = np.int32(codes + starts)
+    own = (codes + starts).astype(np.int32)
     return (
         known._replace(codes=own[: len(train)]),
         asked._replace(codes=own[len(train) :]),
@@ -198,7 +198,7 @@ def _fit(
             given,
             dim,
         )
-        return float(total), np.float64(slope)
+        return float(total), np.asarray(slope, np.float64)
 
     found = minimize(
         value,

@@ -35,6 +35,7 @@ BRIGHT = 128  # of bytes that are pixels as they are; smaller ones have another 
 LONGEST_TEXT = 400  # characters of a cell
 MOST_CELLS = 12  # of a row
 MOST_NUMBERS = 12  # of an input that is shown as numbers
+WHITE = 255  # the greatest level of a picture of whole numbers
 SEED = 0  # of the points that are drawn
 FARTHEST = 1e300  # distance of a prediction that is no number
 LEAST = 1e-12  # of a probability, before its logarithm
@@ -423,6 +424,10 @@ def _raw(row: Mapping[str, Any]) -> dict[str, Any]:
             if picture is not None:
                 shown["picture"] = picture
             continue
+        levels = _levels(value)
+        if levels is not None and "picture" not in shown:
+            shown["picture"] = _drawn(levels, None)
+            continue
         if value is not None and len(cells) < MOST_CELLS:
             cells[name] = _cut(str(value))
     shown["cells"] = cells
@@ -436,16 +441,31 @@ def _input(inputs: Mapping[str, Any], row: int) -> dict[str, Any]:
     for name, values in inputs.items():
         array = np.asarray(values)
         if png.are_pictures(array) and "picture" not in shown:
-            pixels = png.as_pixels(
-                array[row],
-                _scale(array),
-            )
-            pixels = png.smaller(pixels, LARGEST_PICTURE)
-            shown["picture"] = png.address(png.encode(pixels))
+            shown["picture"] = _drawn(array[row], _scale(array))
         elif len(cells) < MOST_CELLS:
             cells[name] = _figures(array[row])
     shown["cells"] = cells
     return shown
+
+
+def _levels(value: Any) -> np.ndarray | None:
+    """Return a cell that holds a picture's levels, 0 to 255; None: it holds none."""
+    if not isinstance(value, list | np.ndarray):
+        return None
+    try:
+        levels = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        return None
+    whole = levels.dtype.kind in "ui" and png.are_pictures(levels[None])
+    if not whole or levels.min() < 0 or levels.max() > WHITE:
+        return None
+    return levels.astype(np.uint8)
+
+
+def _drawn(picture: np.ndarray, scale: tuple[float, float] | None) -> str:
+    """Return a small picture as an address."""
+    pixels = png.smaller(png.as_pixels(picture, scale), LARGEST_PICTURE)
+    return png.address(png.encode(pixels))
 
 
 def _scale(pictures: np.ndarray) -> tuple[float, float] | None:

@@ -728,7 +728,7 @@ class Program:
         self,
         state: State,
         batch: Any,
-        rows: Rows | None,
+        rows: Rows | None = None,
     ) -> _Gradients:
         """Return the gradients of the mean loss over a batch, and what goes with them.
 

@@ -235,7 +235,9 @@ def test_an_ensemble_gives_each_copys_outputs_in_training_and_then_their_mean():
     apart = model(categories=CATEGORIES)
     assert apart.shape == (3, 3)
     assert not jnp.allclose(apart[:, 0], apart[:, 1]), "copies differ"
-    expected = model.copies[1](categories=CATEGORIES)
+    graph, state = nnx.split(model.copies)
+    second = nnx.merge(graph, jax.tree.map(lambda x: x[1], state))
+    expected = second(categories=CATEGORIES)
     np.testing.assert_allclose(apart[:, 1], expected, rtol=1e-6)
     model.eval()
     np.testing.assert_allclose(model(categories=CATEGORIES), apart.mean(1), rtol=1e-5)

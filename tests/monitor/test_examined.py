@@ -109,6 +109,22 @@ def test_the_worst_rows_are_the_raw_ones_where_they_are_known():
     assert facts["worst"][0]["cells"] == {"input": "0, 0, 0, 0, 0, 0, 0"}
 
 
+def test_a_cell_of_a_raw_row_that_holds_a_pictures_levels_is_shown_as_one():
+    pl = pytest.importorskip("polars")
+    levels = [[[row, 250], [9, 9]] for row in range(4)]
+    raw = pl.DataFrame(
+        {"image": levels, "odd": [[[1], [2, 3]]] * 4, "word": list("abcd")}
+    )
+    facts = facts_of(
+        judged(np.zeros((4, 8), int), TARGETS, THREE, read_raw=lambda rows: raw[rows]),
+        NAMES,
+    )
+    first = facts["worst"][0]
+    pixels = np.array(levels[first["row"]], np.uint8)
+    assert first["picture"] == png.address(png.encode(pixels))
+    assert set(first["cells"]) == {"odd", "word"}, "rows of two lengths are no picture"
+
+
 def test_quantities_have_residuals_and_values_that_are_no_numbers_are_the_worst():
     targets = np.linspace(0, 1, 2000)[:, None]
     outputs = targets + 0.5

@@ -14,7 +14,7 @@ import pytest
 
 import lepton_jax as lepton
 from lepton_jax import models
-from lepton_jax.planner import planning
+from lepton_jax.planner import planning, rewrite
 from lepton_jax.planner.search import limits
 from lepton_jax.planner.show.text import head
 
@@ -51,6 +51,13 @@ def wide(batch_size, **fields):
         batch_size,
         fields,
     )
+
+
+@pytest.fixture(autouse=True)
+def as_traced():
+    """Plan the programs as JAX traces them: the sizes of the cases are theirs."""
+    with rewrite.only():
+        yield
 
 
 def language(batch_size, **fields):

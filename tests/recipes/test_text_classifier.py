@@ -14,7 +14,6 @@ import pytest
 import lepton_jax as lepton
 from lepton_jax.errors import DataError, LeptonError, RecipeError
 from recipes import text_classifier
-from tools import raw_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -326,9 +325,3 @@ def test_folds_hold_each_text_once(tmp_path):
         for fold in range(4)
     ]
     assert [len(part["tokens"]) for part in parts] == [10] * 4
-
-
-def test_raw_texts_in_a_fresh_process_get_the_trainers_bits(tmp_path):
-    written(tmp_path, csv_of(PAIRS), "texts.csv")
-    case = raw_rows.Case("text_classifier", "texts.csv", {})
-    assert "36 raw rows" in raw_rows.check(case, tmp_path)
