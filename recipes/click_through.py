@@ -26,20 +26,26 @@ MISSING_SHARE = 0.1  # of the counts
 
 TEST_SHARE = 0.2  # of the rows
 
-Model = Literal["dcn", "dlrm", "fm", "lr"]
+# Training rows for each value of a category, below which the products of features are
+# not learned freely. Assumption: the embedded data have 90, Criteo's sample has 1.
+FEW_ROWS = 20
+
+Model = Literal["dcn", "dlrm", "fm", "lr", "wide_deep"]
 
 
 def recipe(
     data: Path | None = None,
     label: str = "label",
     ignore: str = "",
-    model: Model = "dcn",
+    model: Model | None = None,
     members: int = 4,
     least: int = 5,
     dim: int = 8,
     width: int = 64,
     dropout: float = 0.2,
     decay: float = 1e-2,
+    wide_penalty: float = 30.0,
+    deep_penalty: float = 10.0,
     learning_rate: float = 1e-2,
     batch_size: int = 128,
     epochs: float = 5,
@@ -61,11 +67,13 @@ def recipe(
 
         python tools/launch.py recipes/click_through.py
 
-    With Criteo's sample of 1,999 rows, a seventh of whose cells are empty, it
-    reaches 0.65:
+    With Criteo's sample of 1,999 rows, a seventh of whose cells are empty, the mean AUC
+    over 5 folds is 0.721 ± 0.045. On the same folds logistic regression reaches 0.723,
+    0.002 more (± 0.024: it may be chance), and a factorization machine 0.715. The
+    settings were chosen on the folds of another seed:
 
         python tools/launch.py recipes/click_through.py --data train.tiny.csv
-        ... --label Label --ignore Id
+        ... --label Label --ignore Id --folds 5 --least 2 --epochs 20
 
     Args:
       data: table (CSV, JSON lines, Parquet, Arrow) with a label of 0 and 1; a fifth of
@@ -73,13 +81,18 @@ def recipe(
       label: name of the column that says whether there was a click.
       ignore: names, with commas between, of columns that are left out.
       model: dcn and dlrm (products of the features, and a network), fm (products of
-        each two features) or lr (logistic regression).
+        each two features), lr (logistic regression) or wide_deep (logistic regression
+        plus a network, both penalized). If left out: dcn, or with fewer than 20 rows
+        for each value of a category wide_deep.
       members: copies whose mean logit is the prediction.
       least: training rows with a category that gets an embedding of its own.
       dim: width of a category's vector.
       width: units of the first hidden layer; the second has half as many.
       dropout: share of the hidden units dropped.
-      decay: weight decay of AdamW.
+      decay: weight decay of AdamW; wide_deep has penalties in its place.
+      wide_penalty: of wide_deep: the loss, summed over all rows, is increased by half
+        of it times the squares of the linear weights (scikit-learn's 1 / C).
+      deep_penalty: the same for the weights of the network.
       learning_rate: of AdamW at the start; it falls as a cosine to zero.
       batch_size: rows per step, over all devices.
       epochs: passes over the training rows.
@@ -132,8 +145,15 @@ def recipe(
         inputs["categories"] = looked.categories
     tables = _tables.tables(looked, inputs, steps_of_columns)
 
-    total = steps or math.ceil(epochs * len(tables.train) / batch_size)
     sizes = tuple(tables.sizes[name] for name in looked.categories)
+    if model is None:
+        is_small = len(tables.train) < FEW_ROWS * sum(sizes)
+        model = "wide_deep" if is_small else "dcn"
+    optimizer: Any = partial(optax.adamw, weight_decay=decay)
+    if model == "wide_deep":
+        share = 1 / (members * len(tables.train))
+        optimizer = _penalized(wide_penalty * share, deep_penalty * share)
+    total = steps or math.ceil(epochs * len(tables.train) / batch_size)
     make = _made_model(model, len(looked.numbers), sizes, dim, width, dropout)
     merge = lepton.models.mean_of_outputs
     metrics = {
@@ -156,7 +176,7 @@ def recipe(
             lepton.baselines.linear_clicks,
             lepton.baselines.factorization_machine,
         ),
-        optimizer=partial(optax.adamw, weight_decay=decay),
+        optimizer=optimizer,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=tables.train,
         test=tables.test,
@@ -180,11 +200,12 @@ def _made_model(
     """Return the factory of one member."""
     models = lepton.models
     hidden = (width, width // 2)
-    factories = {
+    factories: dict[str, Any] = {
         "dcn": partial(models.DCN, dim=dim, hidden=hidden, dropout=dropout),
         "dlrm": partial(models.DLRM, dim=dim, top=hidden, dropout=dropout),
         "fm": partial(models.FactorizationMachine, dim=dim),
         "lr": partial(models.FactorizationMachine, dim=0),
+        "wide_deep": partial(models.WideDeep, dim=dim, hidden=width, dropout=dropout),
     }
     if model not in factories:
         raise RecipeError(
@@ -193,6 +214,28 @@ def _made_model(
             remedy=f"use one of {', '.join(factories)}",
         )
     return partial(factories[model], numbers, sizes)
+
+
+def _penalized(wide: float, deep: float) -> Any:
+    """Return Adam on the loss plus the squares of the weights, times half of these.
+
+    Unlike the decay of AdamW, the penalties are part of what is minimized, as in
+    logistic regression. Biases have none.
+    """
+    return lepton.optimizers.by_part(
+        {
+            "*bias": optax.adam,
+            "*/wide/*": partial(_ridge, penalty=wide),
+        },
+        default=partial(_ridge, penalty=deep),
+    )
+
+
+def _ridge(learning_rate: Any, penalty: float) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(penalty),
+        optax.adam(learning_rate),
+    )
 
 
 def _made() -> Any:

@@ -45,6 +45,7 @@ def recipe(
     steps: int | None = None,
     micro_batches: int | None = None,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    sparse: bool = False,
     save_every: int | None = None,
     seed: int = 0,
 ) -> lepton.Recipe:
@@ -55,6 +56,14 @@ def recipe(
     seconds on two CPU cores, starting and compiling included:
 
         python tools/launch.py recipes/two_tower.py
+
+    With `sparse` a step updates only the rows of the embeddings that a batch looks up.
+    Two of 5 million rows then train at 38,000 ratings a second on a CPU core,
+    compiling and evaluations included; there are too few made-up ratings for so many
+    users, so nothing is learned:
+
+        python tools/launch.py recipes/two_tower.py --users 5000000 --items 5000000
+        ... --dim 16 --sparse
 
     Args:
       data: table of ratings (CSV, JSON lines, Parquet, Arrow), such as MovieLens'
@@ -77,6 +86,8 @@ def recipe(
       steps: length of the run in steps, instead of epochs.
       micro_batches: parts in which a batch passes through the model.
       precision: dtype that the model computes in.
+      sparse: whether Adam moves, of the embeddings and their moments, only the rows
+        that a batch looks up; then a step costs by these, and not by the table.
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, dropout and the order of the ratings.
     """
@@ -118,7 +129,7 @@ def recipe(
         ),
         loss=lepton.losses.squared_error,
         metrics={"rmse": lepton.metrics.rmse},
-        optimizer=optax.adam,
+        optimizer=_by_rows() if sparse else optax.adam,
         learning_rate=optax.cosine_decay_schedule(learning_rate, total),
         train=train,
         test=test,
@@ -130,6 +141,13 @@ def recipe(
         precision=precision,
         save_every=save_every,
         seed=seed,
+    )
+
+
+def _by_rows() -> Any:
+    return lepton.optimizers.by_part(
+        {"*/embedding": lepton.optimizers.sparse_adam},
+        default=optax.adam,
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from scipy import sparse
-from scipy.sparse.linalg import spsolve
 
 from lepton_jax.baselines.baseline import Baseline, NotHere, Samples
 
@@ -35,28 +35,55 @@ def biases(
     Raises:
       NotHere: the samples are others.
     """
-    is_pair = isinstance(train.inputs, dict) and {"user", "item"} <= set(train.inputs)
+    # only here: nobody else pays for sparse equations
+    from scipy import sparse
+    from scipy.sparse.linalg import spsolve
+
+    has_names = isinstance(train.inputs, dict)
+    is_pair = has_names and {"user", "item"} <= set(train.inputs)
     if not is_pair or np.ndim(train.targets) != 1:
         raise NotHere("the samples are not a user and an item with a rating")
-    users = 1 + int(max(rows.inputs["user"].max() for rows in (train, test)))
-    items = 1 + int(max(rows.inputs["item"].max() for rows in (train, test)))
+    users = _count("user", train, test)
+    items = _count("item", train, test)
     mean = train.targets.mean(dtype=np.float64)
 
     known = _one_hot(train, users, items)
-    weights = np.repeat([user_weight, item_weight], [users, items])
-    squares = known.T @ known + sparse.diags_array(weights)
+    weights = np.repeat(
+        [user_weight, item_weight],
+        [users, items],
+    )
+    squares = known.T @ known
+    squares += sparse.diags_array(weights)
     right = known.T @ (train.targets - mean)
     solution = spsolve(squares.tocsc(), right)
 
-    outputs = mean + _one_hot(test, users, items) @ solution
+    asked = _one_hot(test, users, items)
+    outputs = mean + asked @ solution
     fitted = f"by ridge regression on {len(train):,} ratings"
     return Baseline("biases alone", fitted, np.float32(outputs))
 
 
-def _one_hot(rows: Samples, users: int, items: int) -> sparse.csr_array:
-    """Return float64 (rows, users + items): two ones in each row."""
-    columns = np.stack([rows.inputs["user"], users + rows.inputs["item"]], axis=1)
+def _count(name: str, train: Samples, test: Samples) -> int:
+    """Return how many users, or items, there are in both parts."""
+    most = [rows.inputs[name].max() for rows in (train, test)]
+    return 1 + int(max(most))
+
+
+def _one_hot(
+    rows: Samples,
+    users: int,
+    items: int,
+) -> Any:
+    """Return float64 (rows, users + items), sparse: two ones in each row."""
+    from scipy import sparse
+
+    user = rows.inputs["user"]
+    item = users + rows.inputs["item"]
+    columns = np.stack([user, item], axis=1).ravel()
+    row = np.arange(len(rows))
+    index = np.repeat(row, 2)
     ones = np.ones(columns.size)
-    index = np.repeat(np.arange(len(rows)), 2)
-    shape = (len(rows), users + items)
-    return sparse.csr_array((ones, (index, columns.ravel())), shape=shape)
+    return sparse.csr_array(
+        (ones, (index, columns)),
+        shape=(len(rows), users + items),
+    )

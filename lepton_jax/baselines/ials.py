@@ -31,8 +31,8 @@ import numpy as np
 from lepton_jax.baselines.baseline import Baseline, Samples
 from lepton_jax.baselines.pairs import Pairs, ranking
 
-# Settings that Rendle et al. 2022 found for MovieLens 1M and 20M lie around these;
-# chosen for small data: benchmarks/peers/movielens_implicit.py --choose.
+# Settings that Rendle et al. 2022 found for MovieLens 1M and 20M lie around these; that
+# they suit small data is an assumption.
 DIM = 64
 PASSES = 12
 UNOBSERVED = 0.1
@@ -88,13 +88,17 @@ def ials(
         unobserved=unobserved,
         regularization=regularization,
     )
-    users = np.minimum(test.inputs["user"], pairs.user_count - 1)
-    scores = np.asarray(factors.users)[users] @ np.asarray(factors.items).T
+    last = pairs.user_count - 1
+    users = np.minimum(test.inputs["user"], last)
+    of_users = np.asarray(factors.users)
+    of_items = np.asarray(factors.items)
+    scores = of_users[users] @ of_items.T
     fitted = (
         f"{passes} passes over {len(pairs.users):,} pairs, {dim} dims, weight"
         f" {unobserved:g} for what was not observed"
     )
-    return Baseline("iALS", fitted, ranking(scores, pairs, test, shown))
+    ranked = ranking(scores, pairs, test, shown)
+    return Baseline("iALS", fitted, ranked)
 
 
 def factorize(
@@ -116,18 +120,27 @@ def factorize(
       regularization: weight of the vectors' norms.
       seed: of the first vectors.
     """
-    user_key, item_key = jax.random.split(jax.random.key(seed))
-    spread = SPREAD / dim**0.5
-    users = spread * jax.random.normal(user_key, (pairs.user_count, dim))
-    items = spread * jax.random.normal(item_key, (pairs.item_count, dim))
+    keys = jax.random.split(jax.random.key(seed))
+    users = _drawn(keys[0], pairs.user_count, dim)
+    items = _drawn(keys[1], pairs.item_count, dim)
 
     solve = partial(
         _solved,
         unobserved=unobserved,
         regularization=regularization,
     )
-    of_users = list(_blocks(pairs.users, pairs.items, pairs.user_count))
-    of_items = list(_blocks(pairs.items, pairs.users, pairs.item_count))
+    user_blocks = _blocks(
+        pairs.users,
+        pairs.items,
+        pairs.user_count,
+    )
+    item_blocks = _blocks(
+        pairs.items,
+        pairs.users,
+        pairs.item_count,
+    )
+    of_users = list(user_blocks)
+    of_items = list(item_blocks)
     for _ in range(passes):
         users = solve(users, items, of_users)
         items = solve(items, users, of_items)
@@ -151,6 +164,16 @@ class Block(NamedTuple):
 # ---- internals ----
 
 
+def _drawn(
+    key: jax.Array,
+    count: int,
+    dim: int,
+) -> jax.Array:
+    """Return the first vectors (count, dim)."""
+    spread = SPREAD / dim**0.5
+    return spread * jax.random.normal(key, (count, dim))
+
+
 def _blocks(
     own: np.ndarray,
     others: np.ndarray,
@@ -162,19 +185,23 @@ def _blocks(
     """
     order = np.argsort(own, kind="stable")
     sizes = np.bincount(own, minlength=count)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    starts = np.cumsum(sizes) - sizes
     others = others[order]
-    widths = 2 ** np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)
+    doublings = np.ceil(np.log2(np.maximum(sizes, 1)))
+    widths = 2 ** doublings.astype(int)
     for width in np.unique(widths):
         rows = np.flatnonzero(widths == width)
-        height = int(min(MOST_ROWS, max(1, BLOCK_PAIRS // width)))
+        fitting = max(1, BLOCK_PAIRS // int(width))
+        height = min(MOST_ROWS, fitting, len(rows))
+        places = np.arange(width)
         for start in range(0, len(rows), height):
             part = rows[start : start + height]
             # the last block is filled up with rows that are solved twice
-            part = np.resize(part, min(height, len(rows)))
-            columns = starts[part, None] + np.arange(width)
-            is_there = np.arange(width) < sizes[part, None]
-            found = others[np.where(is_there, columns, 0)]
+            part = np.resize(part, height)
+            is_there = places < sizes[part, None]
+            columns = starts[part, None] + places
+            columns[~is_there] = 0
+            found = others[columns]
             yield Block(
                 part.astype(np.int32),
                 found.astype(np.int32),
@@ -201,7 +228,8 @@ def _solved(
             unobserved,
             regularization,
         )
-        vectors = vectors.at[block.rows].set(solved)
+        place = vectors.at[block.rows]
+        vectors = place.set(solved)
     return vectors
 
 
@@ -217,9 +245,12 @@ def _solve(
     """Return the best vectors (rows, dim) of a block's rows."""
     found = fixed[others] * weights[..., None]
     squares = jnp.einsum("rld,rle->rde", found, found)
-    counts = weights.sum(1) + unobserved * len(fixed)
-    diagonal = jnp.eye(fixed.shape[1]) * (regularization * counts)[:, None, None]
+    rows, dim = fixed.shape
+    counts = weights.sum(1) + unobserved * rows
+    penalties = regularization * counts
+    diagonal = jnp.eye(dim) * penalties[:, None, None]
     left = squares + shared + diagonal
-    right = found.sum(1)
+    right = found.sum(1)[..., None]
     factor = jax.scipy.linalg.cho_factor(left)
-    return jax.scipy.linalg.cho_solve(factor, right[..., None])[..., 0]
+    solved = jax.scipy.linalg.cho_solve(factor, right)
+    return solved[..., 0]

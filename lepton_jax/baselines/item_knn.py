@@ -8,7 +8,7 @@ from lepton_jax.baselines.baseline import Baseline, NotHere, Samples
 from lepton_jax.baselines.pairs import Pairs, ranking
 
 # The ranges that Dacrema et al. 2019 search are 5 to 1000 neighbours and a shrinkage
-# of 0 to 1000; chosen for small data: benchmarks/peers/movielens_implicit.py --choose.
+# of 0 to 1000; that these suit small data is an assumption.
 NEIGHBOURS = 200
 SHRINKAGE = 20.0
 
@@ -47,13 +47,15 @@ def item_knn(
         raise NotHere(f"{pairs.item_count:,} items are more than {MOST_ITEMS:,}")
     used = pairs.matrix()
     near = similarities(used, neighbours, shrinkage)
-    users = np.minimum(test.inputs["user"], len(used) - 1)
+    last = len(used) - 1
+    users = np.minimum(test.inputs["user"], last)
     scores = used[users] @ near
     fitted = (
         f"{neighbours} neighbours by cosine, shrunk by {shrinkage:g}, of"
         f" {len(pairs.users):,} pairs"
     )
-    return Baseline("ItemKNN", fitted, ranking(scores, pairs, test, shown))
+    ranked = ranking(scores, pairs, test, shown)
+    return Baseline("ItemKNN", fitted, ranked)
 
 
 def similarities(
@@ -70,9 +72,10 @@ def similarities(
     """
     common = used.T @ used
     norms = np.sqrt(np.diag(common))
-    near = common / np.maximum(np.outer(norms, norms) + shrinkage, 1e-6)
+    shrunk = np.outer(norms, norms) + shrinkage
+    near = common / np.maximum(shrunk, 1e-6)
     np.fill_diagonal(near, 0)
     if neighbours < len(near):
-        least = np.partition(near, -neighbours, axis=0)[-neighbours]
-        near[near < least] = 0
+        ordered = np.partition(near, -neighbours, axis=0)
+        near[near < ordered[-neighbours]] = 0
     return near

@@ -24,9 +24,13 @@ def popularity(
       shown: items that are candidates; None: all.
     """
     pairs = Pairs.of(train, items)
-    counts = np.bincount(pairs.items, minlength=pairs.item_count)
+    count = pairs.item_count
+    counts = np.bincount(pairs.items, minlength=count)
     # among equal counts chance decides, and not the items' numbers
-    order = np.random.default_rng(0).random(pairs.item_count)
-    scores = np.tile(np.float32(counts + order), (len(test), 1))
+    generator = np.random.default_rng(0)
+    order = generator.random(count)
+    row = np.float32(counts + order)
+    scores = np.tile(row, (len(test), 1))
     fitted = f"counted in {len(pairs.users):,} pairs"
-    return Baseline("popularity", fitted, ranking(scores, pairs, test, shown))
+    ranked = ranking(scores, pairs, test, shown)
+    return Baseline("popularity", fitted, ranked)

@@ -35,6 +35,7 @@ from lepton_jax.models.transformer import TransformerLM, transformer_size
 from lepton_jax.models.two_tower import TwoTower
 from lepton_jax.models.vae import VAE
 from lepton_jax.models.vit import ViT, vit_size
+from lepton_jax.models.wide_deep import WideDeep
 
 __all__ = [
     "CNN",
@@ -66,6 +67,7 @@ __all__ = [
     "TransformerLM",
     "TwoTower",
     "ViT",
+    "WideDeep",
     "WithNgrams",
     "averaged_views",
     "best_items",

@@ -116,7 +116,9 @@ def test_dlrm_feeds_the_products_of_each_two_vectors():
     )
 
 
-@pytest.mark.parametrize("make", [models.DLRM, models.DCN, models.FactorizationMachine])
+@pytest.mark.parametrize(
+    "make", [models.DLRM, models.DCN, models.FactorizationMachine, models.WideDeep]
+)
 @pytest.mark.parametrize("blocks", ["numbers", "categories", "one category"])
 def test_click_models_take_one_block_alone_and_say_so_if_it_is_missing(make, blocks):
     sizes = {"numbers": (), "categories": SIZES, "one category": (5,)}[blocks]

@@ -262,6 +262,24 @@ def test_embeddings_can_be_larger_than_the_data():
     )
 
 
+def test_large_embeddings_are_updated_by_the_rows_that_are_looked_up():
+    recipe = two_tower.recipe(
+        users=300_000,
+        items=300_000,
+        sparse=True,
+        steps=2,
+        dim=4,
+        batch_size=32,
+    )
+    trainer = lepton.Trainer(recipe, devices=1)
+    trainer.fit(steps=1)
+    before = np.array(trainer.state.params["users"]["embedding"])
+    trainer.fit(steps=1)
+    after = np.array(trainer.state.params["users"]["embedding"])
+    moved = (before != after).any(axis=1).sum()
+    assert 0 < moved <= 32
+
+
 def test_ratings_that_cannot_be_used(ratings, tmp_path):
     refused(
         two_tower.recipe,

@@ -263,7 +263,7 @@ def test_clicks_that_cannot_be_used_are_refused(write, rows, head, settings, wha
     assert error.value.remedy
 
 
-@pytest.mark.parametrize("model", ["dcn", "dlrm", "fm", "lr"])
+@pytest.mark.parametrize("model", ["dcn", "dlrm", "fm", "lr", "wide_deep"])
 def test_each_click_model_learns_from_counts_and_categories(model):
     recipe = click_through.recipe(model=model, members=2, steps=3, batch_size=64)
     history = lepton.Trainer(recipe, devices=1).fit()
