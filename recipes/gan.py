@@ -30,6 +30,7 @@ def recipe(
     prepared: Path | None = None,
     latent: int = 64,
     width: int = 32,
+    penalty: float = 1.0,
     learning_rate: float = 5e-4,
     judge_rate: float = 1.0,
     batch_size: int = 64,
@@ -51,6 +52,7 @@ def recipe(
         left out, they are removed at the end.
       latent: length of the noise that a picture is made from.
       width: channels of the layers nearest to the pictures, of both players.
+      penalty: weight of the discriminator's squared slopes.
       learning_rate: of Adam, for the generator.
       judge_rate: the discriminator's rate as a multiple of it.
       batch_size: pictures per step, over all devices.
@@ -61,13 +63,19 @@ def recipe(
       save_every: steps between checkpoints; each evaluation if left out.
       seed: of the initial parameters, the noise and the order of the pictures.
     """
-    pictures = _pictures.load(data, size, "recipes/gan.py", prepared)
+    pictures = _pictures.load(data, size, "recipes/gan.py", prepared, True)
     total = steps or math.ceil(epochs * len(pictures.train) / batch_size)
 
     return lepton.Recipe(
         name="gan",
-        model=partial(lepton.models.GAN, pictures.size, latent=latent, width=width),
-        loss=adversarial_loss,
+        model=partial(
+            lepton.models.GAN,
+            pictures.size,
+            shares=pictures.shares,
+            latent=latent,
+            width=width,
+        ),
+        loss=partial(adversarial_loss, penalty=penalty),
         preprocess=partial(_pictures.between_one, brightest=pictures.brightest),
         optimizer=lepton.optimizers.by_part(
             {
