@@ -14,6 +14,7 @@ from lepton_jax.models.gan import drawn_classes, enlarged, folded
 LONGEST_PERIOD = 10_000.0  # of the codes of time; Vaswani et al. 2017, section 3.5
 TIME_SCALE = 1000.0  # steps that a time of 1 stands for; Ho et al. 2020, section 4
 GROUPS = 8  # of a group norm; assumption
+WHOLE_UNITS = 16  # of the layer over all pixels, for each channel; assumption
 DEVIATION = 0.5  # of pixels in -1 to 1; Karras et al. 2022, table 1
 
 
@@ -69,6 +70,56 @@ class Block(nnx.Module):
         return x + self.second(hidden)
 
 
+class Whole(nnx.Module):
+    """Two dense layers over all pixels at once, around which the input goes.
+
+    What a convolution passes on only slowly, such as where a stroke must end, is known
+    everywhere after one of these. A few channels a pixel keep it small.
+
+    Args:
+      shape: (height, width, channels) of the input.
+      narrow: channels that the dense layers see.
+      units: between the dense layers.
+      time: width of the code of time.
+      rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        narrow: int,
+        units: int,
+        time: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        *grid, channels = shape
+        numbers = math.prod(grid) * narrow
+        groups = math.gcd(channels, GROUPS)
+        self.narrow = narrow
+        self.norm = nnx.GroupNorm(channels, num_groups=groups, rngs=rngs)
+        self.enter = nnx.Conv(channels, narrow, (1, 1), rngs=rngs)
+        self.first = nnx.Linear(numbers, units, rngs=rngs)
+        self.time = nnx.Linear(time, 2 * units, rngs=rngs)
+        self.second = nnx.Linear(units, numbers, rngs=rngs)
+        self.leave = nnx.Conv(
+            narrow,
+            channels,
+            (1, 1),
+            kernel_init=nnx.initializers.zeros,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        """Map (batch, height, width, channels), told codes (batch, time), to alike."""
+        batch, height, width, _ = x.shape
+        hidden = self.enter(self.norm(x)).reshape(batch, -1)
+        scale, shift = jnp.split(self.time(time), 2, axis=-1)
+        hidden = nnx.silu(self.first(hidden) * (1 + scale) + shift)
+        hidden = self.second(hidden).reshape(batch, height, width, self.narrow)
+        return x + self.leave(hidden)
+
+
 class UNet(nnx.Module):
     """Noisy images, times and classes to images of the same size.
 
@@ -105,8 +156,8 @@ class UNet(nnx.Module):
         time = 4 * width
         self.width = width
 
-        def row(inputs: int, outputs: int, count: int = blocks) -> nnx.List:
-            widths = [inputs] + [outputs] * (count - 1)
+        def row(inputs: int, outputs: int) -> nnx.List:
+            widths = [inputs] + [outputs] * (blocks - 1)
             return nnx.List(
                 [Block(n, outputs, time, dropout, rngs=rngs) for n in widths]
             )
@@ -118,7 +169,14 @@ class UNet(nnx.Module):
         self.input = nnx.Conv(4 * channels, width, (3, 3), rngs=rngs)
         self.down = row(width, width)
         self.lower = nnx.Conv(4 * width, 2 * width, (1, 1), rngs=rngs)
-        self.bottom = row(2 * width, 2 * width, 2 * blocks)
+        self.whole = Whole(
+            (height // 4, length // 4, 2 * width),
+            max(width // 2, 1),
+            WHOLE_UNITS * width,
+            time,
+            rngs=rngs,
+        )
+        self.bottom = row(2 * width, 2 * width)
         self.upper = nnx.Conv(2 * width, 4 * width, (1, 1), rngs=rngs)
         self.up = row(2 * width, width)
         self.norm = nnx.GroupNorm(width, num_groups=math.gcd(width, GROUPS), rngs=rngs)
@@ -149,7 +207,7 @@ class UNet(nnx.Module):
         for block in self.down:
             x = block(x, code)
 
-        low = self.lower(folded(x))
+        low = self.whole(self.lower(folded(x)), code)
         for block in self.bottom:
             low = block(low, code)
 
