@@ -26,7 +26,7 @@ def recipe(
     width: int = 32,
     blocks: int = 1,
     dropout: float = 0.0,
-    sampling_steps: int = 25,
+    sampling_steps: int = 15,
     learning_rate: float = 2e-3,
     batch_size: int = 64,
     epochs: float = 40,

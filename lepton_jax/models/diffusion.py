@@ -250,7 +250,7 @@ class Diffusion(nnx.Module):
         width: int = 32,
         blocks: int = 1,
         dropout: float = 0.0,
-        steps: int = 25,
+        steps: int = 15,
         rngs: nnx.Rngs,
     ):
         self.size = tuple(size)
