@@ -39,6 +39,18 @@ def recipe(
 ) -> lepton.Recipe:
     """Learn to make pictures like those that are given, by taking noise away.
 
+    It knows the class of a picture, and new pictures have classes as often as the given
+    ones.
+
+    With MNIST, 2.2 epochs take 9 minutes on two CPU cores that others use too. 5,000
+    new pictures are 4.5 times as far from half of the test file as its halves are from
+    each other, by the Fréchet distance in the features of a small CNN. As many training
+    pictures are 1.58 times as far:
+
+        python tools/launch.py recipes/diffusion.py --data FOLDER --epochs 2.2
+        ... --sampling-steps 12 --run-dir RUN
+        python -m tools.bench generation RUN --data FOLDER
+
     Args:
       data: a folder with the four idx files of MNIST, or of a set like it; or a folder
         or an archive with a folder of images for each class. If left out,
