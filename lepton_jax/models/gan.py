@@ -40,7 +40,7 @@ class Generator(nnx.Module):
         width: int = 32,
         rngs: nnx.Rngs,
     ):
-        height, length, channels = _checked(size)
+        height, length, channels = checked(size)
         deep = 2 * width
         self.classes = classes
         self.latent = latent
@@ -101,7 +101,7 @@ class Discriminator(nnx.Module):
         width: int = 32,
         rngs: nnx.Rngs,
     ):
-        height, length, channels = _checked(size)
+        height, length, channels = checked(size)
         deep = 2 * width
         self.classes = classes
         self.first = nnx.Conv(4 * channels, width, (3, 3), rngs=rngs)
@@ -280,7 +280,12 @@ def folded(x: jax.Array) -> jax.Array:
     return x.reshape(batch, height // 2, width // 2, 4 * channels)
 
 
-def _checked(size: Sequence[int]) -> Sequence[int]:
+def checked(size: Sequence[int]) -> Sequence[int]:
+    """Return the size of images that can be halved twice.
+
+    Raises:
+      ValueError: height or width do not divide by 4.
+    """
     height, width, _ = size
     if height % 4 or width % 4:
         raise ValueError(f"images of {tuple(size)}: height and width must divide by 4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,10 +10,58 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from lepton_jax.models.gan import Generator, folded
+from lepton_jax.models.gan import checked, enlarged, folded
 
 # Of a pixel whose range is -1 to 1; assumption
 DEVIATION = 0.3
+
+
+class Decoder(nnx.Module):
+    """Codes to images, twice enlarged by a factor of two.
+
+    An image grows by a convolution with four times the channels, whose channels then
+    become 2x2 pixels (Shi et al. 2016, "Real-time single image and video
+    super-resolution", section 3.1).
+
+    Args:
+      size: (height, width, channels) of the images; height and width divide by 4.
+      latent: length of a code.
+      width: channels of the last hidden layer; the one before has twice as many.
+      rngs: stream `params`.
+
+    Raises:
+      ValueError: height or width do not divide by 4.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int] = (28, 28, 1),
+        *,
+        latent: int = 16,
+        width: int = 32,
+        rngs: nnx.Rngs,
+    ):
+        height, length, channels = checked(size)
+        self.latent = latent
+        self.start = (height // 4, length // 4, 2 * width)
+        self.input = nnx.Linear(
+            latent,
+            math.prod(self.start),
+            rngs=rngs,
+        )
+        self.norms = nnx.List(
+            [nnx.GroupNorm(n, num_groups=8, rngs=rngs) for n in (2 * width, width)]
+        )
+        self.middle = nnx.Conv(2 * width, 4 * width, (3, 3), rngs=rngs)
+        self.output = nnx.Conv(width, 4 * channels, (3, 3), rngs=rngs)
+
+    def __call__(self, code: jax.Array) -> jax.Array:
+        """Map codes (batch, latent) to images (batch, h, w, channels) in -1 to 1."""
+        x = self.input(code).reshape(-1, *self.start)
+        x = nnx.relu(self.norms[0](x))
+        x = enlarged(self.middle(x))
+        x = nnx.relu(self.norms[1](x))
+        return jnp.tanh(enlarged(self.output(x)))
 
 
 class VAE(nnx.Module):
@@ -38,7 +87,7 @@ class VAE(nnx.Module):
         width: int = 32,
         rngs: nnx.Rngs,
     ):
-        self.decoder = Generator(
+        self.decoder = Decoder(
             size,
             latent=latent,
             width=width,
