@@ -32,7 +32,7 @@ def recipe(
     judge_rate: float = 1.0,
     first_decay: float = 0.5,
     batch_size: int = 64,
-    epochs: float = 60,
+    epochs: float = 24,
     steps: int | None = None,
     average: float = 0.999,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
