@@ -42,6 +42,11 @@ def recipe(
     It knows the class of a picture, and new pictures have classes as often as the given
     ones.
 
+    Without `data` it reaches an error of 0.44, where a normal distribution with the
+    pictures' covariances has 0.58, in a minute on two CPU cores:
+
+        python tools/launch.py recipes/diffusion.py
+
     With MNIST, 2.2 epochs take 9 minutes on two CPU cores that others use too. 5,000
     new pictures are 4.5 times as far from half of the test file as its halves are from
     each other, by the Fréchet distance in the features of a small CNN. As many training
