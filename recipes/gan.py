@@ -44,12 +44,12 @@ def recipe(
     Both know the class of a picture, and new pictures have classes as often as the
     given ones.
 
-    Without `data` it makes digits of 8x8 pixels, many of which can be read, in 75 s on a
-    CPU core:
+    Without `data` it makes digits of 8x8 pixels, many of which can be read, in 75
+    seconds on a CPU core:
 
         python tools/launch.py recipes/gan.py
 
-    With MNIST, five epochs take 15 to 21 minutes on a CPU core. 5,000 new pictures are
+    With MNIST, five epochs take 21 minutes on a busy CPU. 5,000 new pictures are
     1.70 times as far from half of the test file as its halves are from each other, by
     the Fréchet distance in the features of a small CNN. As many training pictures are
     1.58 times as far:
