@@ -14,6 +14,7 @@ import numpy as np
 
 from lepton_jax.errors import CheckpointError, DataError, ModelError
 from lepton_jax.ship.artifact import files, making
+from lepton_jax.ship.artifact.columns import names_of_files
 from lepton_jax.ship.artifact.compiled import (
     LADDER,
     BatchProgram,
@@ -185,7 +186,16 @@ class Artifact:
                 where="raw rows",
                 remedy=f"give the arrays {names}",
             )
-        return as_inputs(self.serving.arrays(raw), self.inputs)
+        # only here: reading raw rows needs libraries that arrays do not
+        import polars as pl
+
+        from lepton_jax.data.prepare.raw_rows import as_table
+
+        rows = as_table(raw, self.serving.reading)
+        for name in self._names_of_files:
+            if name not in rows.columns:
+                rows = rows.with_columns(pl.lit("").alias(name))
+        return as_inputs(self.serving.arrays(rows), self.inputs)
 
     def compiled(self, size: int) -> BatchProgram:
         """Return the program compiled for a batch size; each is compiled once.
@@ -264,6 +274,10 @@ class Artifact:
                 where=self.folder,
                 remedy=self.manifest.expiry(),
             ) from error
+
+    @cached_property
+    def _names_of_files(self) -> set[str]:
+        return names_of_files(self.serving)
 
     @cached_property
     def _on_device(self) -> dict[str, jax.Array]:

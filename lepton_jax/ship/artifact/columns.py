@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from lepton_jax.ship.artifact.signature import Column
@@ -19,6 +20,7 @@ TEXTS = (
     "CleanText",
 )
 CATEGORIES = ("Vocabulary", "OneHot", "HashCategories")
+PICTURES = "Images"
 
 
 def columns_of(serving: Any, rows: Any = None) -> tuple[Column, ...]:
@@ -33,23 +35,49 @@ def columns_of(serving: Any, rows: Any = None) -> tuple[Column, ...]:
         return ()
     schema = serving.prepared._raw.schema
     names = [name for name in schema if name in serving.needed]
-    targets = serving.prepared.targets
+    left_out = {*serving.prepared.targets, *names_of_files(serving)}
     texts = _columns_of_steps(serving, TEXTS)
     columns = []
     for name in names:
-        if name in targets:
+        if name in left_out:
             continue
-        values = _values(serving, name)
         kind = _kind(name, schema[name], texts)
-        columns.append(
-            Column(
-                name,
-                kind,
-                values if kind == "category" else (),
-                _example(name, kind, rows),
-            )
-        )
+        values: tuple[Any, ...] = ()
+        if kind == "category":
+            values = _values(serving, name)
+        elif kind == "image":
+            values = tuple(getattr(schema[name], "shape", None) or ())
+        columns.append(Column(name, kind, values, _example(name, kind, rows)))
     return tuple(columns)
+
+
+def names_of_files(serving: Any) -> set[str]:
+    """Return the columns that only name a picture in messages.
+
+    Raw rows need not have them.
+    """
+    from lepton_jax.data.prepare.steps.images import FILES  # needs an extra
+
+    entries = [entry["arguments"] for entry in serving.prepared.manifest["steps"]]
+    if PICTURES not in [arguments["step"] for arguments in entries]:
+        return set()
+    served = [
+        arguments
+        for arguments, fitted in zip(entries, serving.prepared.steps, strict=True)
+        if fitted.step.serves
+    ]
+    used = {value for arguments in served for value in _words(arguments)}
+    return (set(FILES) & set(serving.needed)) - used
+
+
+def _words(value: Any) -> set[str]:
+    """Return all texts in plain data."""
+    if isinstance(value, str):
+        return {value}
+    parts = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping | list | tuple):
+        return set()
+    return {word for part in parts for word in _words(part)}
 
 
 # ---- internals ----

@@ -42,8 +42,10 @@ class Column:
 
     Attributes:
       name: of the column.
-      kind: "number", "text", "category" or "image" (the bytes of a file).
-      values: of a category, the most frequent ones of training first; else ().
+      kind: "number", "text", "category" or "image".
+      values: of a category, the most frequent ones of training first. Of an image: its
+        shape, where a cell is the pixels as nested lists; () where it is the bytes of
+        a file. Else ().
       example: a value of a stored row, as JSON has it; None: it was missing, or is an
         image.
     """
