@@ -24,12 +24,14 @@ from lepton_jax.ship.artifact.compiled import (
 )
 from lepton_jax.ship.artifact.given import as_inputs, check_ranges
 from lepton_jax.ship.artifact.manifest import FORMAT, NAME, Manifest
+from lepton_jax.ship.artifact.measuring import measured
 from lepton_jax.ship.artifact.signature import OUTPUTS, PREDICTION, Column, Tensor
 from lepton_jax.ship.artifact.stored import Stored
 from lepton_jax.ship.artifact.tensors import read_tensors, write_tensors
 from lepton_jax.train.raw_inputs import are_raw, in_words
 
 PROGRAM = "program.stablehlo"
+MEASURE = "measure.stablehlo"
 WEIGHTS = "weights.safetensors"
 SERVING = "serving"
 STORED = "stored"
@@ -62,6 +64,7 @@ class Artifact:
         self.stored = parts.stored
         self.folder = folder
         self._program = parts.program
+        self._measure = parts.measure
         self._compiled: dict[int, BatchProgram] = {}
         self._compiling = threading.Lock()
 
@@ -125,6 +128,8 @@ class Artifact:
         place = Path(place)
         with files.writing(place) as folder:
             (folder / PROGRAM).write_bytes(self._program)
+            if self._measure:
+                (folder / MEASURE).write_bytes(self._measure)
             write_tensors(folder / WEIGHTS, self.weights)
             if self.serving is not None:
                 self.serving.save(folder / SERVING)
@@ -257,7 +262,34 @@ class Artifact:
         predictions = _predictions(outputs)
         return in_words(self.serving, predictions) if words else predictions
 
+    def measure(
+        self,
+        outputs: Mapping[str, Any],
+        targets: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
+        """Return loss and metrics of outputs, as the recipe computes them.
+
+        Args:
+          outputs: of this model, or of one that stands in for it, by name.
+          targets: of the same rows, by name; None: the outputs are those of the stored
+            held-out rows.
+
+        Returns:
+          Numbers by name; {}: there are no targets, or the metrics could not be
+          exported (see the manifest's notes).
+        """
+        targets = self.stored.targets if targets is None else targets
+        if not self._measure or not targets:
+            return {}
+        rows = len(next(iter(targets.values())))
+        given = {name: leaf[:rows] for name, leaf in outputs.items()}
+        return measured(self._metrics, given, targets)
+
     # ---- internals ----
+
+    @cached_property
+    def _metrics(self) -> Any:
+        return making.deserialized(self._measure)
 
     @cached_property
     def exported(self) -> Any:
@@ -372,6 +404,8 @@ def _read_parts(folder: Path, manifest: Manifest, place: Path) -> making.Parts:
         serving = Serving.load(folder / SERVING)
     try:
         program = (folder / PROGRAM).read_bytes()
+        has_metrics = (folder / MEASURE).is_file()
+        measure = (folder / MEASURE).read_bytes() if has_metrics else b""
         weights = read_tensors(folder / WEIGHTS)
         stored = Stored.load(folder / STORED)
     except (OSError, ValueError, KeyError) as error:
@@ -381,7 +415,7 @@ def _read_parts(folder: Path, manifest: Manifest, place: Path) -> making.Parts:
             remedy=f"copy it again, or {files.AGAIN}",
         ) from error
     profile = None if serving is None else serving.profile
-    return making.Parts(manifest, program, weights, serving, profile, stored)
+    return making.Parts(manifest, program, measure, weights, serving, profile, stored)
 
 
 def _predictions(outputs: Mapping[str, np.ndarray]) -> Any:

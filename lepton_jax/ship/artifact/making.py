@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from lepton_jax.errors import ModelError
-from lepton_jax.ship.artifact import columns, tracing
+from lepton_jax.ship.artifact import columns, measuring, tracing
 from lepton_jax.ship.artifact.manifest import Manifest, made_now
 from lepton_jax.ship.artifact.stored import Stored, stored_rows
 from lepton_jax.trees import by_path
@@ -25,6 +25,7 @@ class Parts(NamedTuple):
     Attributes:
       manifest: without the checksums of files.
       program: the model's program, serialized.
+      measure: the program of its loss and metrics, likewise; b"": there is none.
       weights: by path.
       serving: the way from raw rows to inputs; None: there is none.
       profile: of the training rows after the steps; None: there is none.
@@ -33,6 +34,7 @@ class Parts(NamedTuple):
 
     manifest: Manifest
     program: bytes
+    measure: bytes
     weights: dict[str, np.ndarray]
     serving: Any
     profile: Any
@@ -61,6 +63,8 @@ def parts_of(trainer: Any, name: str | None, version: str, rows: int) -> Parts:
     program = tracing.exported(model)
     wanted = {tensor.name: tensor for tensor in model.outputs}
     stored = stored_rows(trainer, rows, wanted)
+    held_out = stored.held_out
+    metrics, fault = measuring.exported_metrics(trainer, model, held_out)
     serving = trainer.preparation
     manifest = Manifest(
         name=name or trainer.recipe.name,
@@ -76,12 +80,13 @@ def parts_of(trainer: Any, name: str | None, version: str, rows: int) -> Parts:
         limits=_limits(trainer),
         meeting=trainer.program.prediction().meeting,
         batch_size=trainer.recipe.batch_size,
-        notes=(*model.left_out, *_notes(trainer, stored, rows)),
+        notes=(*model.left_out, *filter(None, [fault]), *_notes(trainer, stored, rows)),
     )
     profile = None if serving is None else serving.training_profile()
     return Parts(
         manifest,
         bytes(program.serialize()),
+        bytes(metrics.serialize()) if metrics is not None else b"",
         model.weights,
         serving,
         profile,

@@ -48,6 +48,7 @@ class Traced(NamedTuple):
       weights: that `run` takes, as NumPy arrays.
       inputs: shapes of a batch, by name.
       outputs: signature of what `run` returns.
+      dims: of each of these the place of its rows in what the model itself returns.
       left_out: reasons why leaves of the outputs are not returned.
     """
 
@@ -55,6 +56,7 @@ class Traced(NamedTuple):
     weights: dict[str, np.ndarray]
     inputs: dict[str, jax.ShapeDtypeStruct]
     outputs: tuple[Tensor, ...]
+    dims: dict[str, int]
     left_out: tuple[str, ...]
 
 
@@ -88,7 +90,7 @@ def traced(trainer: Any) -> Traced:
         Tensor(name, str(leaf.dtype), (ANY, *leaf.shape[1:]))
         for name, leaf in batch.items()
     )
-    return Traced(run, weights, model.inputs, outputs, tuple(left_out))
+    return Traced(run, weights, model.inputs, outputs, kept, tuple(left_out))
 
 
 def exported(
