@@ -61,18 +61,23 @@ class Done:
 
     Attributes:
       outputs: arrays by name.
-      size: the compiled size that computed them; of a request in several parts, the
-        largest.
+      sizes: the compiled size that computed them; of a request in several parts, that
+        of each, in their order.
       waited: seconds in the queue.
       computed: seconds of the batch, or batches.
       charge: what the meter charges for it; None: there is none.
     """
 
     outputs: dict[str, np.ndarray]
-    size: int
+    sizes: tuple[int, ...]
     waited: float
     computed: float
     charge: Any = None
+
+    @property
+    def size(self) -> int:
+        """The largest compiled size that computed a part."""
+        return max(self.sizes)
 
 
 @dataclass(eq=False, slots=True)
@@ -436,7 +441,7 @@ class Batcher:
                 continue
             done = Done(
                 dict(outcome),
-                batch.size,
+                (batch.size,),
                 ticket.taken - ticket.entered,
                 batch.seconds,
                 charge,
@@ -485,7 +490,7 @@ def _joined(parts: Sequence[Done]) -> Done:
     }
     return Done(
         outputs,
-        max(part.size for part in parts),
+        tuple(part.size for part in parts),
         max(part.waited for part in parts),
         sum(part.computed for part in parts),
         parts[-1].charge,

@@ -15,14 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 DESCRIPTION = """\
-The [Open Inference Protocol v2](https://github.com/kserve/open-inference-protocol), with
-the extension for binary tensors, and raw rows of data.
+The [Open Inference Protocol v2](https://github.com/kserve/open-inference-protocol),
+with the extension for binary tensors, and raw rows of data.
 """
 
 Scalar = bool | int | float | str
 Data = list[Any]
 Parameters = dict[str, Any]
 Model = Annotated[str, Path(description="name of a model")]
+Change = Annotated[dict[str, Any] | None, Body()]
 Version = Annotated[str, Path(description="of the model")]
 
 
@@ -95,7 +96,7 @@ class RequestOutput(BaseModel):
 
 
 class InferRequest(BaseModel):
-    """A request for inference; its parameters: `priority`, `timeout` in microseconds."""
+    """A request for inference; parameters: `priority`, `timeout` in microseconds."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -309,8 +310,6 @@ def _add_inference(app: FastAPI) -> None:
 
 
 def _add_repository(app: FastAPI) -> None:
-    change = Annotated[dict[str, Any] | None, Body()]
-
     @app.post("/v2/repository/index", responses=ERRORS, tags=["repository"])
     async def index() -> list[Entry]:
         """List all versions of all models."""
@@ -319,13 +318,13 @@ def _add_repository(app: FastAPI) -> None:
     @app.post(
         "/v2/repository/models/{model}/load", responses=ERRORS, tags=["repository"]
     )
-    async def load(model: Model, body: change = None) -> dict[str, str]:  # type: ignore[valid-type]
+    async def load(model: Model, body: Change = None) -> dict[str, str]:
         """Load an artifact, as a version, a canary or a shadow."""
         raise AssertionError
 
     @app.post(
         "/v2/repository/models/{model}/unload", responses=ERRORS, tags=["repository"]
     )
-    async def unload(model: Model, body: change = None) -> dict[str, str]:  # type: ignore[valid-type]
+    async def unload(model: Model, body: Change = None) -> dict[str, str]:
         """Serve a model, or a version of it, no longer."""
         raise AssertionError

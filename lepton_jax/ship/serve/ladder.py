@@ -11,7 +11,10 @@ next size, or cut into several; the measured times decide:
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Mapping
+
+EQUAL = 1e-6  # share by which times differ that are equal but for rounding
 
 
 class Ladder:
@@ -23,9 +26,11 @@ class Ladder:
 
     def __init__(self, seconds: Mapping[int, float]):
         self.sizes = sorted(seconds)
-        self.seconds = dict(seconds)
+        # a larger size that was quicker than a smaller one was so by chance
+        quickest = itertools.accumulate((seconds[size] for size in self.sizes), max)
+        self.seconds = dict(zip(self.sizes, quickest, strict=True))
         self.largest = self.sizes[-1]
-        self.best = min(self.sizes, key=lambda size: seconds[size] / size)
+        self.best = min(self.sizes, key=lambda size: self.seconds[size] / size)
         self._first: list[int] = [0]
         self._total: list[float] = [0.0]
         for rows in range(1, self.largest + 1):
@@ -42,9 +47,8 @@ class Ladder:
         return self._first[rows]
 
     def around(self, rows: int) -> int:
-        """Return the quickest size that holds all of some rows, at most the largest."""
-        start = bisect.bisect_left(self.sizes, rows)
-        return min(self.sizes[start:], key=self.seconds.__getitem__)
+        """Return the smallest size that holds all of some rows, at most the largest."""
+        return self.sizes[bisect.bisect_left(self.sizes, rows)]
 
     def total(self, rows: int) -> float:
         """Return the seconds that it takes to run some rows."""
@@ -60,7 +64,8 @@ class Ladder:
             size: self.seconds[size] + self._total[max(0, rows - size)]
             for size in self.sizes
         }
-        # of two equal ways the one that gives more rows their answer first
-        first = min(totals, key=lambda size: (totals[size], -size))
-        self._first.append(first)
-        self._total.append(totals[first])
+        least = min(totals.values())
+        # of equal ways the one that gives more rows their answer first
+        equal = [size for size in self.sizes if totals[size] <= least * (1 + EQUAL)]
+        self._first.append(equal[-1])
+        self._total.append(totals[equal[-1]])

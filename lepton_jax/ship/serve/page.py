@@ -57,9 +57,7 @@ def handlers(models: Models) -> dict[tuple[str, str], Handler]:
     """Return the handlers of the page, by method and path."""
 
     async def page(call: Call) -> Answer:
-        return Answer(
-            page_html(), HTML, headers=[(b"content-security-policy", POLICY)]
-        )
+        return Answer(page_html(), HTML, headers=[(b"content-security-policy", POLICY)])
 
     async def about(call: Call) -> Answer:
         return as_json(facts(models.find(call.words[0])))

@@ -152,7 +152,7 @@ class _Loader:
         opened = []
         for place in self._places:
             stamp = _stamp(place)
-            if self._stamps.get(place) == stamp:
+            if place in self._stamps and self._stamps[place] == stamp:
                 continue
             artifact = await loop.run_in_executor(None, self._open, place)
             opened.append((artifact, place, stamp))
