@@ -247,7 +247,9 @@ def test_collecting_waits_for_company_but_not_beyond_its_time():
     artifact.function = function
 
     async def run():
-        batcher = batcher_of(artifact, collect=0.03)
+        ready = warm(artifact)
+        ladder = Ladder(dict.fromkeys(ready.programs, 1e-6))
+        batcher = Batcher(ready.programs, ladder, Limits(collect=0.03))
         calls.clear()
         first = asyncio.ensure_future(batcher.submit(rows_of(0), 1))
         await asyncio.sleep(0.005)
