@@ -417,7 +417,7 @@ class Batcher:
             name: np.asarray(array)
             for name, array in self._programs[size](inputs).items()
         }
-        parts = []
+        parts: list[Arrays] = []
         start = 0
         for ticket in tickets:
             end = start + ticket.rows

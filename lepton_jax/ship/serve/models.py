@@ -63,7 +63,7 @@ class Shadowing:
             difference, bound = difference_of(got, expected, expected)
             self.largest = max(self.largest, difference)
             differs |= difference > bound
-        self.differing += differs
+        self.differing += int(differs)
 
 
 @dataclass(eq=False)

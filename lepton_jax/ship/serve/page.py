@@ -159,14 +159,14 @@ def _span(inked: np.ndarray) -> float:
       inked: booleans (pictures, height, width).
     """
     _, height, width = inked.shape
-    tall = _extent(inked.any(axis=2)) / height
-    wide = _extent(inked.any(axis=1)) / width
+    tall = _extent(np.any(inked, axis=2)) / height
+    wide = _extent(np.any(inked, axis=1)) / width
     spans = np.maximum(tall, wide)
     spans = spans[spans > 0]
     return float(np.median(spans)) if spans.size else 1.0
 
 
-def _extent(inked: np.ndarray) -> np.ndarray:
+def _extent(inked: Any) -> np.ndarray:
     """Return from the first inked place to the last one, for each picture."""
     length = inked.shape[1]
     first = inked.argmax(axis=1)

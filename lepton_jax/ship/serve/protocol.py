@@ -449,7 +449,7 @@ def _wanted(
     parts = _objects(parsed, "outputs") if "outputs" in parsed else []
     if not parts:
         return [Wanted(name, default) for name in signature.outputs]
-    wanted = []
+    wanted: list[Wanted] = []
     for part in parts:
         name = part.get("name")
         if not isinstance(name, str):

@@ -253,6 +253,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(LOOK if self._door.is_leaving else 1.0)
             now = time.monotonic()
             for connection in list(self.server_state.connections):
+                assert isinstance(connection, Connection)
                 connection.look(now)
 
     async def _sleep(self, seconds: float) -> None:
